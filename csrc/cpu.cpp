@@ -1,0 +1,23 @@
+#include "cpu.h"
+
+#include <ATen/Version.h>
+
+namespace socpo {
+
+#define SOCPO_KERNELS(isa) Kernels{isa::sample_row, isa::softmax_weights, isa::attend_block}
+
+static Kernels choose_kernels() {
+#ifdef SOCPO_X86
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") return SOCPO_KERNELS(avx512);
+  if (capability == "AVX2") return SOCPO_KERNELS(avx2);
+#endif
+  return SOCPO_KERNELS(baseline);
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose_kernels();
+  return chosen;
+}
+
+}  // namespace socpo

@@ -1,0 +1,34 @@
+// What the CPU ops share: the instruction set of this machine, and a loop over work items of uneven cost.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+
+#include "simd/kernels.h"
+
+namespace socpo {
+
+// The functions of csrc/simd for one instruction set.
+struct Kernels {
+  decltype(&baseline::sample_row) sample_row;
+  decltype(&baseline::softmax_weights) softmax_weights;
+  decltype(&baseline::attend_block) attend_block;
+};
+
+// Those for torch's own choice of instruction set (the environment's ATEN_CPU_CAPABILITY lowers it).
+const Kernels& kernels();
+
+// work(item) for item in 0 .. num_items - 1. Threads take the next item when free: which thread runs an item is
+// chance, so an item's result must not depend on it.
+template <typename Work>
+void for_each_item(int64_t num_items, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(num_items, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t item = next++; item < num_items; item = next++) work(item);
+  });
+}
+
+}  // namespace socpo

@@ -1,0 +1,62 @@
+// The compute of the CPU ops, compiled once per instruction set. Each set is one namespace with the same functions.
+//
+// Files in csrc/simd/ include nothing but this, simd.h and C headers: an inline function of the standard library or of
+// ATen that was compiled here for AVX-512 could be the copy the linker keeps for everyone, and crash older machines.
+
+#pragma once
+
+#include <stdint.h>
+
+namespace socpo {
+
+constexpr int KEY_TILE = 32;  // keys an attention step handles; tiles start at multiples of it in every sequence
+
+// One row of logits, one draw. Noise of a token depends on row_key and its id only.
+struct SampleRow {
+  const float* logits;
+  int64_t vocab;
+  float inverse_temperature;
+  uint64_t row_key;
+  bool is_greedy;
+};
+
+struct Draw {
+  int64_t token_id;
+  float logit;         // of token_id, divided by the temperature
+  float max_logit;     // the row's largest, divided by the temperature
+  double sum_weights;  // sum of the weights drawn from, exp(logit - max_logit)
+};
+
+// Query rows of one sequence and one KV head: `num_tokens` tokens of `group` heads each, in one block.
+struct AttentionBlock {
+  const float* q;  // first token's first head of the group
+  float* o;
+  int64_t token_stride;  // floats between tokens of q and o (H * E)
+  const float* k_cache;
+  const float* v_cache;
+  int64_t slot_stride;  // floats between tokens of the cache (K * E)
+  const int32_t* block_table;
+  int64_t page_size;
+  int64_t first_position;  // of the block's first token; token i sees keys 0 .. first_position + i
+  int64_t num_tokens, group, head_dim;
+  float scale;
+  float* scratch;  // num_tokens * group * (head_dim + 2) floats
+};
+
+// One set of these for each instruction set, e.g. socpo::avx2::sample_row.
+#define SOCPO_DECLARE_KERNELS(isa)                                                                       \
+  namespace isa {                                                                                        \
+  /* The draw over all tokens, or over those with weights[i] > 0 when `weights` is given. */             \
+  Draw sample_row(const SampleRow& row, const float* weights);                                           \
+  /* weights[i] = exp(logit_i - max_logit), about 1 at most; returns their sum. */                       \
+  double softmax_weights(const SampleRow& row, float* weights);                                          \
+  void attend_block(const AttentionBlock& block);                                                        \
+  }
+
+SOCPO_DECLARE_KERNELS(baseline)
+#ifdef SOCPO_X86
+SOCPO_DECLARE_KERNELS(avx2)
+SOCPO_DECLARE_KERNELS(avx512)
+#endif
+
+}  // namespace socpo

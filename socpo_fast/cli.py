@@ -1,0 +1,188 @@
+"""The command line: `socpo train|eval|rollout|report|env`. Read main, then parse.
+
+    socpo COMMAND [--config FILE.toml] [--section.key value ...]
+
+tyro reads the words and writes --help; config.py validates values, so a mistake in a file and one on the command line
+read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
+Exit codes: 0 done, 2 the caller's mistake in one line (SOCPO_TRACEBACK=1 shows where), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from socpo_fast.config import Config, load_config, read_toml
+from socpo_fast.validation import fields_of, rule_of, sections_of, to_text, unknown_key
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    warnings.formatwarning = lambda message, *_rest, **_named: f"warning: {message}\n"
+    try:
+        return command_of(words[0])(words[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if os.environ.get("SOCPO_TRACEBACK") == "1":
+            raise
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+def train(words: Sequence[str]) -> int:
+    """train a student, or go on where the run stopped; writes runs/NAME"""
+    config, _ = parse("train", words)
+    from socpo_fast import trainer
+
+    trainer.train(config)
+    return 0
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """unassisted and assisted accuracy of a checkpoint on data.eval, as one JSON line"""
+    config, checkpoint = parse("eval", words)
+    from socpo_fast import trainer
+
+    print(json.dumps(trainer.evaluate(config, checkpoint)))
+    return 0
+
+
+def rollout(words: Sequence[str]) -> int:
+    """roll out without updates; writes runs/NAME/rollouts"""
+    config, _ = parse("rollout", words)
+    from socpo_fast import trainer
+
+    trainer.rollout_only(config)
+    return 0
+
+
+def report(words: Sequence[str]) -> int:
+    """write curves.png and report.html of a run folder: socpo report runs/NAME"""
+    if len(words) != 1 or words[0].startswith("-"):
+        raise ValueError(
+            f"report: arguments must be one run folder, got {list(words)}; for example socpo report runs/run"
+        )
+    from socpo_fast.report import write_report
+
+    print(write_report(Path(words[0])))
+    return 0
+
+
+def env(words: Sequence[str]) -> int:
+    """print device, versions and which implementation each op uses"""
+    if words:
+        raise ValueError(f"env: arguments must be none, got {list(words)}")
+    from socpo_fast.device import environment
+    from socpo_fast.ops._impl import available_impls
+
+    impls = {f"op {op}": impl for op, impl in available_impls().items()}
+    for name, fact in {**environment(), **impls}.items():
+        print(f"{name:<24}{fact}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "rollout": rollout,
+    "report": report,
+    "env": env,
+}
+USAGE = "\n".join(
+    [
+        "usage: socpo COMMAND [--config FILE.toml] [--section.key value ...]",
+        "",
+        *(f"  {name:<9}{command.__doc__}" for name, command in COMMANDS.items()),
+        "",
+        "socpo train --help lists every setting with unit, range and default.",
+    ]
+)
+
+
+def command_of(word: str) -> Callable[[Sequence[str]], int]:
+    if word not in COMMANDS:
+        nearest = difflib.get_close_matches(word, COMMANDS, n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else "known: " + ", ".join(COMMANDS)
+        raise ValueError(f"socpo: unknown command {word}; {advice}")
+    return COMMANDS[word]
+
+
+def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
+    """The configuration that words describe, and --checkpoint of `eval`. Prints --help and exits when that is asked."""
+    only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
+    toml_path = tyro.cli(only_file, args=words, add_help=False, return_unknown_args=True)[0].config
+    toml_path = None if toml_path == "none" else toml_path
+    defaults = {name: to_text(field.default) for name, field in fields_of(Config).items()}
+    if toml_path is not None:
+        tables = {section: table for section, table in read_toml(toml_path).items() if isinstance(table, dict)}
+        given = {
+            f"{section}.{key}": to_text(value) for section, table in tables.items() for key, value in table.items()
+        }
+        defaults |= {name: text for name, text in given.items() if name in defaults}
+    parsed, unknown = tyro.cli(
+        _flags(command, defaults),
+        prog=f"socpo {command}",
+        description=f"Command: {COMMANDS[command].__doc__}.",
+        args=words,
+        use_underscores=True,
+        return_unknown_args=True,
+    )
+    if unknown:
+        name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
+        if not unknown[0].startswith("--"):
+            raise ValueError(f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key value")
+        raise ValueError(unknown_key(Config, name))
+    texts = {f"{s}.{key}": text for s in sections_of(Config) for key, text in vars(getattr(parsed, s)).items()}
+    config = load_config(toml_path, {name: text for name, text in texts.items() if text != defaults[name]})
+    return config, parsed.checkpoint if command == "eval" and parsed.checkpoint != "none" else None
+
+
+CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"
+CHECKPOINT_HELP = "checkpoint folder to evaluate. (none = the run's last one, or student.path)"
+
+
+def _flags(command: str, defaults: dict[str, str]) -> Any:
+    """A dataclass of dataclasses of text: what tyro needs to know of Config to read words and to print help."""
+    flags = [_flag("config", CONFIG_HELP, "FILE.toml", "none")]
+    if command == "eval":
+        flags.append(_flag("checkpoint", CHECKPOINT_HELP, "FOLDER", "none"))
+    fields = fields_of(Config)
+    for section, model in sections_of(Config).items():
+        names = [f"{section}.{key}" for key in model.model_fields]
+        keys = [
+            _flag(
+                name.partition(".")[2],
+                f"{fields[name].description}. ({rule_of(Config, name)})",
+                "VALUE",
+                defaults[name],
+            )
+            for name in names
+        ]
+        table = dataclasses.make_dataclass(model.__name__, keys)
+        table.__doc__ = model.__doc__
+        flags.append((section, table, dataclasses.field(default_factory=table)))
+    return dataclasses.make_dataclass(command, flags)
+
+
+def _flag(name: str, help_text: str, metavar: str, default: str) -> tuple[str, Any, Any]:
+    annotation = Annotated[str, tyro.conf.arg(help=help_text, metavar=metavar)]
+    return name, annotation, dataclasses.field(default=default)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""Rollouts with a paged KV cache that both attempts share. Read: Engine.step, then submit and resume.
+
+Departures from a serving engine: a prompt is prefilled once and forked group_size times by page reference, with no
+prefix hashing; a finished attempt keeps its pages until it is resumed or released, so the second attempt prefills only
+[last token] + bridge; the weights are the trainer's, and a policy_version guards pages computed with older ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+
+from socpo_fast.engine.pages import PagePool
+from socpo_fast.engine.runner import Runner, warn_unless_rows_invariant
+from socpo_fast.engine.sampler import sample_tokens
+from socpo_fast.engine.scheduler import Scheduler
+from socpo_fast.engine.sequence import Sequence
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.types import Attempt, RolloutKey, SamplingParams
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine was made, except pages_*, which are of now."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+    pages_free: int = 0
+    pages_total: int = 0
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What was submitted: attempts with this key and attempt_idx, rollout_idx in range(num_rollouts), will finish."""
+
+    key: RolloutKey
+    attempt_idx: int
+    num_rollouts: int
+
+
+class Engine:
+    """Continuous batching over one student.
+
+    Args:
+        student:      the decoder whose parameters are read at every step, never copied.
+        kv_cache_gib: size of the page pool, GiB.
+        page_size:    tokens a page, a power of two.
+        max_running:  sequences in one step at most.
+        token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
+
+    Raises:
+        ValueError: a number out of range, or a pool too small for a single page.
+    """
+
+    def __init__(
+        self,
+        student: Decoder,
+        *,
+        kv_cache_gib: float = 1.0,
+        page_size: int = 32,
+        max_running: int = 256,
+        token_budget: int = 2048,
+    ):
+        if page_size < 1 or page_size & (page_size - 1):
+            raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
+        if max_running < 1 or token_budget < 1:
+            raise ValueError(f"Engine: max_running and token_budget must be >= 1, got {max_running}, {token_budget}")
+        num_pages = int(kv_cache_gib * 2**30) // Runner.page_bytes(student, page_size)
+        if num_pages < 1:
+            raise ValueError(f"Engine: kv_cache_gib must hold at least one page, got {kv_cache_gib}; raise it")
+        self.student = student
+        self.policy_version = 0
+        self._pool = PagePool(num_pages, page_size)
+        self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
+        self._runner = Runner(student, num_pages=num_pages, page_size=page_size)
+        self._pinned: dict[Attempt, Sequence] = {}
+        self._arrivals = count()
+        self._prefill_tokens = self._decode_tokens = 0
+        warn_unless_rows_invariant(student)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            pages_free=self._pool.num_free,
+            pages_total=self._pool.num_pages,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._scheduler.waiting or self._scheduler.running)
+
+    def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> Handle:
+        """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
+
+        Raises:
+            ValueError: an empty prompt, a token id outside the vocabulary, or a request that can never fit.
+        """
+        token_ids = list(prompt_ids)
+        self._check_fits("submit", token_ids, params)
+        sequence = Sequence(
+            key=RolloutKey(*key),
+            params=params,
+            token_ids=token_ids,
+            attempt_start=len(token_ids),
+            priority=(1, next(self._arrivals)),
+            num_rollouts=params.n,
+            policy_version=self.policy_version,
+        )
+        self._scheduler.enqueue(sequence)
+        return Handle(sequence.key, 0, params.n)
+
+    def resume(
+        self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, cut: int | None = None
+    ) -> Handle:
+        """Queue the next attempt of a finished one: its context, its first `cut` tokens (None: all), suffix_ids.
+
+        The finished attempt's pages go over to the new one, which prefills 1 + len(suffix_ids) tokens, or
+        len(suffix_ids) when cut; everything is computed again if the pages were taken or the weights changed.
+
+        Raises:
+            ValueError: the attempt was released or resumed before, cut is out of range, or it can never fit.
+        """
+        old = self._pinned.get(attempt)
+        if old is None:
+            raise ValueError(
+                f"resume: attempt must be finished, neither released nor resumed before, got {attempt.key} rollout "
+                f"{attempt.rollout_idx} attempt {attempt.attempt_idx}; submit the whole context instead"
+            )
+        if not suffix_ids or not (cut is None or 0 <= cut <= attempt.num_tokens):
+            raise ValueError(
+                f"resume: suffix_ids must be non-empty and cut None or in [0, {attempt.num_tokens}], "
+                f"got {len(suffix_ids)} ids, cut {cut}"
+            )
+        kept = old.attempt_start + (attempt.num_tokens if cut is None else cut)
+        token_ids = old.token_ids[:kept] + list(suffix_ids)
+        self._check_fits("resume", token_ids, params)
+        del self._pinned[attempt]
+        self._scheduler.pinned.remove(old)
+        old.shorten(self._pool, kept)
+        sequence = Sequence(
+            key=old.key,
+            params=params,
+            token_ids=token_ids,
+            attempt_start=len(token_ids),
+            priority=(0, next(self._arrivals)),
+            rollout_idx=old.rollout_idx,
+            attempt_idx=old.attempt_idx + 1,
+            policy_version=self.policy_version,
+            pages=old.pages,
+            num_cached=old.num_cached,
+        )
+        self._scheduler.enqueue(sequence)
+        return Handle(sequence.key, sequence.attempt_idx, 1)
+
+    def step(self) -> list[Attempt]:
+        """One scheduler step: forward, sample, and return the attempts that finished, their pages still pinned."""
+        plan = self._scheduler.plan()
+        if not plan:
+            assert not self.has_work, "work is queued but nothing can be scheduled"
+            return []
+        hidden_BD = self._runner.forward(plan)
+        rows: list[tuple[int, Sequence, int]] = []
+        for row, (sequence, num_tokens) in enumerate(plan):
+            if sequence.num_sampled > 0 and num_tokens == 1:
+                self._decode_tokens += 1
+            else:
+                self._prefill_tokens += num_tokens
+            sequence.num_cached += num_tokens
+            if sequence.num_pending == 0:
+                rows += [(row, sequence, sequence.rollout_idx + i) for i in range(sequence.num_rollouts)]
+        sampled = iter(sample_tokens(self.student, hidden_BD, rows) if rows else [])
+        finished = []
+        for sequence in dict.fromkeys(sequence for _, sequence, _ in rows):
+            for child in self._fork(sequence):
+                child.append(*next(sampled))
+                if attempt := self._finish(child):
+                    finished.append(attempt)
+        return finished
+
+    def generate(
+        self,
+        prompts: Seq[Seq[int]],
+        params: SamplingParams,
+        *,
+        keys: Seq[tuple[int, int]] | None = None,
+        keep: bool = False,
+    ) -> list[list[Attempt]]:
+        """Submit every prompt and step until all are done: groups[q][r]. keep leaves the pages pinned for resume.
+
+        keys: one (batch, question) a prompt; default (0, q). The engine must be idle.
+        """
+        if self.has_work:
+            raise ValueError("generate: the engine must be idle, got unfinished requests; step until they are done")
+        keys = [(0, q) for q in range(len(prompts))] if keys is None else keys
+        if len(keys) != len(prompts) or len(set(keys)) != len(keys):
+            raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
+        place = {RolloutKey(*key): q for q, key in enumerate(keys)}
+        groups: list[list[Attempt]] = [[] for _ in prompts]
+        for prompt_ids, key in zip(prompts, keys, strict=True):
+            self.submit(prompt_ids, params, key=key)
+        while self.has_work:
+            for attempt in self.step():
+                groups[place[attempt.key]].append(attempt)
+        for group in groups:
+            group.sort(key=lambda attempt: attempt.rollout_idx)
+            if not keep:
+                self.release(group)
+        return groups
+
+    def release(self, attempts: Iterable[Attempt]) -> None:
+        """Give back the pages of finished attempts; one that was resumed or released before is passed over."""
+        for attempt in attempts:
+            sequence = self._pinned.pop(attempt, None)
+            if sequence is not None:
+                self._scheduler.pinned.remove(sequence)
+                sequence.drop_pages(self._pool)
+
+    def abort(self) -> None:
+        """Forget everything queued, running and pinned; every page is free afterwards."""
+        for sequence in self._scheduler.clear():
+            sequence.drop_pages(self._pool)
+        self._pinned.clear()
+
+    def bump_policy_version(self) -> None:
+        """The weights changed: no page computed before is used again (running sequences are computed anew)."""
+        self.policy_version += 1
+        self._scheduler.drop_all_pages()
+
+    def _fork(self, root: Sequence) -> list[Sequence]:
+        if root.num_rollouts == 1:
+            return [root]
+        children = [
+            Sequence(
+                key=root.key,
+                params=root.params,
+                token_ids=list(root.token_ids),
+                attempt_start=root.attempt_start,
+                priority=(0, next(self._arrivals)),
+                rollout_idx=root.rollout_idx + i,
+                policy_version=root.policy_version,
+            )
+            for i in range(root.num_rollouts)
+        ]
+        self._runner.copy_pages(self._scheduler.fork(root, children))
+        return children
+
+    def _finish(self, sequence: Sequence) -> Attempt | None:
+        """Pin a sequence that has just ended and describe its attempt; None while it goes on."""
+        params = sequence.params
+        stopped = not params.ignore_eos and sequence.token_ids[-1] in params.eos_ids
+        if not stopped and sequence.num_sampled < params.max_new_tokens:
+            return None
+        attempt = Attempt(
+            token_ids=sequence.token_ids[sequence.attempt_start :],
+            logprobs=torch.tensor(sequence.logprobs, dtype=torch.float32),
+            kept_mass=torch.tensor(sequence.kept_mass, dtype=torch.float32),
+            finish_reason="stop" if stopped else "length",
+            key=sequence.key,
+            rollout_idx=sequence.rollout_idx,
+            attempt_idx=sequence.attempt_idx,
+            policy_version=sequence.policy_version,
+        )
+        self._scheduler.pin(sequence)
+        self._pinned[attempt] = sequence
+        return attempt
+
+    def _check_fits(self, where: str, token_ids: list[int], params: SamplingParams) -> None:
+        config, total = self.student.config, len(token_ids) + params.max_new_tokens
+        if not token_ids or min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
+            rule = f"non-empty and in [0, {config.vocab_size})"
+            raise ValueError(f"{where}: token ids must be {rule}, got {token_ids[:8]}")
+        if total > config.max_position_embeddings:
+            raise ValueError(
+                f"{where}: prompt + max_new_tokens must be <= the model's {config.max_position_embeddings} positions, "
+                f"got {len(token_ids)} + {params.max_new_tokens}; shorten the prompt or lower max_new_tokens"
+            )
+        if (needed := self._pool.pages_for(total)) > self._pool.num_pages:
+            raise ValueError(
+                f"{where}: need {needed} pages of {self._pool.page_size} tokens, the pool has {self._pool.num_pages}; "
+                "raise engine.kv_cache_gib or lower max_new_tokens"
+            )

@@ -1,0 +1,39 @@
+"""The page pool: who holds which page of KV, by reference count. Knows nothing of tensors or tokens."""
+
+from __future__ import annotations
+
+
+class PagePool:
+    """`num_pages` pages of `page_size` tokens. A page is free, or held by one or more sequences."""
+
+    def __init__(self, num_pages: int, page_size: int):
+        self.num_pages, self.page_size = num_pages, page_size
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is still in cache
+        self._holders = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self) -> int:
+        assert self._free, "the scheduler makes room before it allocates"
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def share(self, page: int) -> int:
+        assert self._holders[page] > 0, f"page {page} is free"
+        self._holders[page] += 1
+        return page
+
+    def release(self, page: int) -> None:
+        assert self._holders[page] > 0, f"page {page} is free"
+        self._holders[page] -= 1
+        if self._holders[page] == 0:
+            self._free.append(page)
+
+    def holders(self, page: int) -> int:
+        return self._holders[page]

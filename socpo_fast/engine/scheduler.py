@@ -1,0 +1,117 @@
+"""Which sequence computes how many tokens in the next step, and who gives way when pages run out.
+
+One token budget a step, spent in this order: sequences that decode, then resumed attempts, then new prompts (long
+ones in chunks). A sequence is `waiting` (in the queue, perhaps with pages), `running` (has one of max_running
+places) or `pinned` (finished, its pages kept for a second attempt). When pages run out, pinned ones lose theirs
+first, then waiting ones, then the youngest running; their tokens stay, so they are computed again and nothing fails.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from socpo_fast.engine.pages import PagePool
+from socpo_fast.engine.sequence import Sequence
+
+
+class Scheduler:
+    def __init__(self, pool: PagePool, *, max_running: int, token_budget: int):
+        self.pool, self.max_running, self.token_budget = pool, max_running, token_budget
+        self.waiting: list[Sequence] = []  # by priority
+        self.running: list[Sequence] = []  # by priority: the youngest is last
+        self.pinned: list[Sequence] = []  # by time of finishing
+        self.num_preemptions = 0
+
+    def enqueue(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda s: s.priority)
+
+    def plan(self) -> list[tuple[Sequence, int]]:
+        """The next step: (sequence, number of its pending tokens to forward), pages allocated; [] when idle."""
+        step: list[tuple[Sequence, int]] = []
+        budget = self.token_budget
+        num_decoding = sum(sequence.num_pending == 1 for sequence in self.running)
+        place = 0
+        while place < len(self.running) and budget > 0:  # old to young: who gives way is always behind `place`
+            sequence = self.running[place]
+            num_decoding -= sequence.num_pending == 1
+            num_tokens = 1 if sequence.num_pending == 1 else min(sequence.num_pending, budget - num_decoding)
+            if num_tokens > 0 and self._make_room(sequence, num_tokens):
+                step.append((sequence, num_tokens))
+                budget -= num_tokens
+            place += 1
+        while self.waiting and budget > 0 and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            num_tokens = min(sequence.num_pending, budget)
+            if self.running and self._pages_missing(sequence, num_tokens) > self.pool.num_free:
+                break  # a newcomer waits for pages; only when nobody runs it takes those of pinned and waiting ones
+            self.waiting.pop(0)
+            made_room = self._make_room(sequence, num_tokens)
+            assert made_room, "a single sequence was checked to fit at the door"
+            insort(self.running, sequence, key=lambda s: s.priority)
+            step.append((sequence, num_tokens))
+            budget -= num_tokens
+        return step
+
+    def fork(self, root: Sequence, children: list[Sequence]) -> list[tuple[int, int]]:
+        """Give each child the prompt's KV: full pages shared, the partial page copied. Returns (from, to) page copies.
+
+        Child 0 takes over the root's own pages. Where no page is free for a copy the child computes that part again.
+        """
+        self.running.remove(root)
+        page_size = self.pool.page_size
+        num_full, copies = root.num_cached // page_size, []
+        for child in children[1:]:
+            child.pages = [self.pool.share(page) for page in root.pages[:num_full]]
+            child.num_cached = num_full * page_size
+            if child.num_cached < root.num_cached and self.pool.num_free > 0:
+                child.pages.append(self.pool.allocate())
+                child.num_cached = root.num_cached
+                copies.append((root.pages[num_full], child.pages[num_full]))
+        children[0].pages, children[0].num_cached = root.pages, root.num_cached
+        for child in children:
+            if len(self.running) < self.max_running:
+                insort(self.running, child, key=lambda s: s.priority)
+            else:
+                self.enqueue(child)
+        return copies
+
+    def pin(self, sequence: Sequence) -> None:
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.pinned.append(sequence)
+
+    def drop_all_pages(self) -> None:
+        """The weights changed: whatever was computed with the old ones is computed again."""
+        for sequence in self.running:
+            self.enqueue(sequence)
+        self.running = []
+        for sequence in (*self.waiting, *self.pinned):
+            sequence.drop_pages(self.pool)
+
+    def clear(self) -> list[Sequence]:
+        """Empty all three lists; returns who was in them."""
+        everyone = [*self.waiting, *self.running, *self.pinned]
+        self.waiting, self.running, self.pinned = [], [], []
+        return everyone
+
+    def _pages_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        return self.pool.pages_for(sequence.num_cached + num_tokens) - len(sequence.pages)
+
+    def _allocate(self, sequence: Sequence, num_tokens: int) -> None:
+        for _ in range(self._pages_missing(sequence, num_tokens)):
+            sequence.pages.append(self.pool.allocate())
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Allocate the pages for num_tokens more; False when the sequence itself had to give way."""
+        while self._pages_missing(sequence, num_tokens) > self.pool.num_free:
+            if victim := next((s for s in (*self.pinned, *reversed(self.waiting)) if s.pages), None):
+                victim.drop_pages(self.pool)
+            else:
+                victim = self.running.pop()
+                victim.drop_pages(self.pool)
+                victim.priority = (0, victim.priority[1])
+                self.enqueue(victim)
+            self.num_preemptions += 1
+            if victim is sequence:
+                return False
+        self._allocate(sequence, num_tokens)
+        return True

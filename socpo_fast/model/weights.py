@@ -1,0 +1,282 @@
+"""Weights in and out: ordinary Hugging Face folders to and from a Decoder.
+
+Read top-down: load_student -> its checks, save_student -> its shards, then the table of names that both share.
+Tensors are streamed: loading copies each into its place in a fused parameter (q, k, v stacked into qkv; gate, up into
+gate_up), saving writes slices of the fused ones. Only safetensors are read, never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from socpo_fast.model.config import ModelConfig
+from socpo_fast.model.decoder import Decoder
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; anything else is a quantised or foreign format
+INDEX, SINGLE, PICKLES = "model.safetensors.index.json", "model.safetensors", ("*.bin", "*.pt", "*.pth")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+def load_student(folder: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Decoder:
+    """The decoder in a Hugging Face folder, ready for training or rollout.
+
+    Args:
+        folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json.
+        dtype:  "float32", "bfloat16" or "float16", of the parameters; the stored dtype may be another.
+        device: where the parameters go.
+
+    Raises:
+        ValueError: folder, config or a tensor is missing, extra, misshapen or of a kind that this decoder does not
+            have; one line naming file and tensor.
+
+    Memory: the parameters, and one stored tensor at a time.
+    """
+    folder = Path(folder).expanduser()
+    if dtype not in DTYPES:
+        raise ValueError(f"load_student: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not folder.is_dir():
+        raise ValueError(f"load_student: folder must be a local Hugging Face folder, got '{folder}'; download it first")
+    config = ModelConfig.from_hf(_read_json(folder / "config.json"), where=str(folder / "config.json"))
+    with torch.device("meta"):  # shapes only: no storage, no random initialisation
+        student = Decoder(config)
+    with ExitStack() as stack:
+        stored = _open_tensors(folder, stack)
+        _check_tensors(folder, student, stored)
+        _check_tied_head(folder, student, stored)
+        for name, shape_only in list(student.named_parameters()):
+            fused = torch.empty(shape_only.shape, dtype=DTYPES[dtype], device=device)
+            for part, rows in _parts(name, fused, config):
+                fused[rows].copy_(stored[part].get_tensor(part))
+            module, _, leaf = name.rpartition(".")
+            setattr(student.get_submodule(module), leaf, nn.Parameter(fused))
+        if config.tie_word_embeddings:
+            student.lm_head.weight = student.embed.weight
+    student.inv_freq = student.inv_freq.to(device)
+    return student
+
+
+def save_student(student: Decoder, folder: str | Path, *, tokenizer_from: str | Path | None = None) -> None:
+    """Write a Hugging Face folder that transformers' `from_pretrained` and `load_student` read.
+
+    Args:
+        student:        its config must come from ModelConfig.from_hf; that config.json is written, with this dtype.
+        folder:         new, or empty; appears whole or not at all (written beside it, synced to disk, renamed).
+        tokenizer_from: a folder whose tokenizer, chat template and generation_config files are copied along.
+
+    Raises:
+        ValueError: folder holds something, tokenizer_from holds no tokenizer, or the config is not from_hf's.
+
+    Memory: on a CPU none beyond the parameters, else one shard (SHARD_BYTES).
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"save_student: folder must be new or empty, got '{folder}'; choose another or remove it")
+    raw, dtype = _raw_config(student)
+    tokenizer_files = _tokenizer_files(tokenizer_from)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier, killed process with this id
+    partial.mkdir()
+    try:
+        _write_json(partial / "config.json", raw | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_shards(student, partial)
+        for file in tokenizer_files:
+            shutil.copyfile(file, partial / file.name)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing there after the rename
+
+
+def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Tensor name -> the open file that holds it; the files themselves are the authority, not the index."""
+    if (folder / SINGLE).exists():
+        files = [folder / SINGLE]
+    elif (folder / INDEX).exists():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(Path(str(file)).name == file for file in weight_map.values()):
+            raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names of this folder")
+        files = [folder / file for file in sorted(set(weight_map.values()))]
+    elif any(any(folder.glob(pattern)) for pattern in PICKLES):
+        raise ValueError(f"{folder}: weights must be safetensors, got pickle files; convert them with save_pretrained")
+    else:
+        raise ValueError(f"{folder}: {SINGLE} is missing, and so is {INDEX}")
+    stored: dict[str, Any] = {}
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file}: is missing, but {INDEX} names it; download it again")
+        try:
+            handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: must be a safetensors file, got {error}; download it again") from error
+        for name in handle.keys():
+            if name in stored:
+                raise ValueError(f"{file}: {name} must be stored once, got it in a second file")
+            # Old Llama files carry the rotary table; config.json says the same, and transformers skips it as well.
+            if not name.endswith(".rotary_emb.inv_freq"):
+                stored[name] = handle
+    return stored
+
+
+def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> None:
+    """Every tensor that the decoder has is stored, in its shape; nothing else is."""
+    config, expected = student.config, {}
+    for name, parameter in student.named_parameters():
+        for part, rows in _parts(name, parameter, config):
+            expected[part] = [rows.stop - rows.start, *parameter.shape[1:]]
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); config.json asks for it")
+    if extra:
+        raise ValueError(f"{folder}: tensor {extra[0]} is extra ({len(extra)} in all); config.json names no such one")
+    for name, shape in expected.items():
+        header = stored[name].get_slice(name)
+        if header.get_shape() != shape:
+            raise ValueError(f"{folder}: tensor {name} must be {shape} by config.json, got {header.get_shape()}")
+        if header.get_dtype() not in STORED_DTYPES:
+            raise ValueError(f"{folder}: tensor {name} must be of {'|'.join(STORED_DTYPES)}, got {header.get_dtype()}")
+
+
+def _check_tied_head(folder: Path, student: Decoder, stored: dict[str, Any]) -> None:
+    """A head stored beside tied embeddings must equal them; transformers would silently untie the two."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if student.config.tie_word_embeddings and names[1] in stored:
+        embed_VD, head_VD = (stored[name].get_tensor(name) for name in names)
+        if not torch.equal(head_VD.to(embed_VD.dtype), embed_VD):
+            raise ValueError(
+                f"{folder}: tensor lm_head.weight must equal model.embed_tokens.weight under tie_word_embeddings, got "
+                "another matrix; set tie_word_embeddings to false in config.json"
+            )
+
+
+def _raw_config(student: Decoder) -> tuple[dict[str, Any], torch.dtype]:
+    """The config.json to write back, without a dtype, and the parameters' dtype."""
+    raw = dict(student.config.raw)
+    if not raw or ModelConfig.from_hf(raw, where="save_student: student.config.raw") != student.config:
+        raise ValueError("save_student: student.config must agree with its .raw; build it with ModelConfig.from_hf")
+    dtypes = {parameter.dtype for parameter in student.parameters()}
+    if len(dtypes) != 1:
+        raise ValueError(f"save_student: parameters must share one dtype, got {sorted(map(str, dtypes))}")
+    raw.pop("torch_dtype", None)  # the older name of dtype
+    return raw, dtypes.pop()
+
+
+def _tokenizer_files(tokenizer_from: str | Path | None) -> list[Path]:
+    if tokenizer_from is None:
+        return []
+    source = Path(tokenizer_from).expanduser()
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not any(file.name.startswith("tokenizer") for file in files):
+        raise ValueError(f"save_student: tokenizer_from must hold tokenizer files, got '{source}'")
+    return files
+
+
+class _Stored(NamedTuple):
+    name: str  # Hugging Face's
+    view: Tensor  # of the fused parameter
+
+
+def _write_shards(student: Decoder, folder: Path) -> None:
+    """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor gets its own) and their index."""
+    shards: list[list[_Stored]] = [[]]
+    room = SHARD_BYTES
+    for tensor in _stored_tensors(student):
+        if tensor.view.nbytes > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(tensor)
+        room -= tensor.view.nbytes
+    single = len(shards) == 1
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map.update({tensor.name: file for tensor in shard})
+        save_file({tensor.name: tensor.view.cpu() for tensor in shard}, folder / file, metadata={"format": "pt"})
+    if not single:
+        total_size = sum(tensor.view.nbytes for shard in shards for tensor in shard)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def _stored_tensors(student: Decoder) -> Iterator[_Stored]:
+    """What a Hugging Face folder holds of this student; a tied head is left out, as transformers does."""
+    for name, parameter in student.named_parameters():
+        for part, rows in _parts(name, parameter, student.config):
+            yield _Stored(part, parameter.detach()[rows])
+
+
+_MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking order
+    "embed": ("model.embed_tokens",),
+    "norm": ("model.norm",),
+    "lm_head": ("lm_head",),
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.o": ("self_attn.o_proj",),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+}
+
+
+def _parts(name: str, parameter: Tensor, config: ModelConfig) -> list[tuple[str, slice]]:
+    """(Hugging Face tensor, its rows) of one of our parameters, for example layers.3.attention.qkv.weight."""
+    module, _, leaf = name.rpartition(".")
+    prefix = ""
+    if module.startswith("layers."):
+        _, layer, module = module.split(".", maxsplit=2)
+        prefix = f"model.layers.{layer}."
+    shares: tuple[int, ...] = (1,) * len(_MODULES[module])
+    if module == "attention.qkv":
+        shares = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    unit = parameter.shape[0] // sum(shares)
+    parts, start = [], 0
+    for theirs, share in zip(_MODULES[module], shares, strict=True):
+        parts.append((f"{prefix}{theirs}.{leaf}", slice(start, start + share * unit)))
+        start += share * unit
+    return parts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing; a Hugging Face folder has one")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: must be JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

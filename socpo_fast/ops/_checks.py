@@ -1,0 +1,63 @@
+"""Checks at the door of an op: dtype, shape and device of tensors, ranges of numbers, one line an error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WIDE_FLOATS = (torch.float32, torch.float64)
+INDEX = (torch.int64,)
+
+
+class TensorChecker:
+    """Checks tensors against the shape letters of their names; a letter means the size it met first.
+
+    check = TensorChecker("linear_logprob"); check("hidden_TD", hidden_TD, FLOATS); check("targets_N", targets_N, INDEX)
+    """
+
+    def __init__(self, where: str):
+        self.where = where
+        self.sizes: dict[str, int] = {}
+        self.device: torch.device | None = None
+
+    def __call__(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{self.where}: {name} must be a torch.Tensor, got {type(x).__name__}")
+        letters = name.rpartition("_")[2]
+        fits = x.dim() == len(letters) and all(self.sizes.get(c, n) == n for c, n in zip(letters, x.shape, strict=True))
+        if x.dtype not in dtypes or not fits:
+            rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
+            shape = ", ".join(f"{c}={self.sizes[c]}" if c in self.sizes else c for c in letters)
+            raise ValueError(
+                f"{self.where}: {name} must be {rule} [{shape}], got {_dtype_name(x.dtype)} {list(x.shape)}"
+            )
+        self.device = self.device or x.device
+        if x.device != self.device:
+            raise ValueError(f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there first")
+        self.sizes.update(zip(letters, x.shape, strict=True))
+
+    def index_range(self, name: str, index: Tensor, size: int) -> None:
+        """Every entry in [0, size)."""
+        bad = (index < 0) | (index >= size)
+        if bad.any():
+            place = int(bad.int().argmax())
+            raise ValueError(f"{self.where}: {name} must be in [0, {size}), got {int(index[place])} at {place}")
+
+    def finite(self, name: str, x: Tensor, *, at_least: float | None = None) -> None:
+        """Every entry finite and, where asked, not below `at_least`."""
+        bad = ~x.isfinite() if at_least is None else ~(x.isfinite() & (x >= at_least))
+        if bad.any():
+            place = int(bad.int().argmax())
+            rule = "finite" if at_least is None else f"finite and >= {at_least:g}"
+            raise ValueError(f"{self.where}: {name} must be {rule}, got {x[place].item()} at {place}")
+
+
+def check_rule(where: str, name: str, value: object, holds: bool, rule: str) -> None:
+    """One number or word against its rule, written out."""
+    if not holds:
+        raise ValueError(f"{where}: {name} must be {rule}, got {value!r}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,54 @@
+"""Which implementation of an op runs: one table, one choice, one error.
+
+`ref` is plain torch on any device; `cpp` is the compiled extension `socpo_fast._C` on the CPU. `auto` takes the
+fastest one that can run on the tensors' device. Naming one that cannot run is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+IMPLS: dict[str, tuple[str, ...]] = {
+    "decay_rewards": ("ref",),
+    "compute_advantages": ("ref",),
+    "linear_logprob": ("ref",),
+    "linear_policy_loss": ("ref",),
+    "policy_loss": ("ref",),
+    "packed_attention": ("ref",),
+    "paged_attention": ("ref", "cpp"),
+    "sample": ("ref", "cpp"),
+}
+
+
+def choose_impl(op: str, impl: str, available: tuple[str, ...], device: torch.device) -> str:
+    """The implementation to run for `impl` = "auto" or a name in `available` (the op's row of IMPLS)."""
+    if impl == "auto":
+        return "cpp" if "cpp" in available and device.type == "cpu" and extension_is_built() else "ref"
+    if impl not in available:
+        raise ValueError(f"{op}: impl must be one of auto, {', '.join(available)}, got {impl!r}")
+    if impl == "cpp" and device.type != "cpu":
+        raise ValueError(f"{op}: impl must be auto or ref for tensors on {device}, got 'cpp', which runs on the CPU")
+    if impl == "cpp" and not extension_is_built():
+        raise RuntimeError(
+            f"{op}: impl 'cpp' needs the extension socpo_fast._C; "
+            "build it with `pip install --no-build-isolation -e .` or use impl='ref'"
+        )
+    return impl
+
+
+def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Op name -> the implementation `auto` picks for tensors on `device`."""
+    return {op: choose_impl(op, "auto", available, torch.device(device)) for op, available in IMPLS.items()}
+
+
+@functools.cache
+def extension_is_built() -> bool:
+    """True when `socpo_fast._C` imports, which registers `torch.ops.socpo.*`; a broken build raises."""
+    try:
+        importlib.import_module("socpo_fast._C")
+    except ModuleNotFoundError:
+        return False
+    return True

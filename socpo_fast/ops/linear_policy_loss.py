@@ -1,0 +1,158 @@
+"""The policy head: LM head, log-softmax and clipped policy loss in one op, over the rows that carry loss only.
+
+linear_policy_loss_ref is `linear_logprob_ref` on the compacted rows, then `policy_loss_ref`; linear_policy_loss checks
+and chooses. Departure from the textbook: rows are picked before the projection, because in a packed microbatch most
+rows are prompt, guidance, or attempts with advantage 0, and the projection is where the time goes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops._checks import TensorChecker, check_rule
+from socpo_fast.ops._impl import IMPLS, choose_impl
+from socpo_fast.ops.linear_logprob import check_linear_inputs, linear_logprob_ref
+from socpo_fast.ops.policy_loss import (
+    KLEstimator,
+    PolicyLoss,
+    check_loss_inputs,
+    check_loss_options,
+    policy_loss_ref,
+)
+
+Metrics = Literal["loss_rows", "all"]
+
+
+def linear_policy_loss_ref(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    weights_N: Tensor,
+    *,
+    temperature: float | Tensor,
+    rows_N: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    ref_logprobs_N: Tensor | None,
+    kl_coef: float,
+    kl_estimator: KLEstimator,
+    metrics: Metrics,
+) -> PolicyLoss:
+    """`linear_policy_loss` with one advantage and one weight a token, unchecked."""
+    has_loss_N = weights_N != 0
+    wanted_N = has_loss_N if entropy_coef != 0 or kl_coef != 0 else has_loss_N & (advantages_N != 0)
+    wanted = (torch.ones_like(wanted_N) if metrics == "all" else wanted_N).nonzero()[:, 0]
+    logprobs, entropy = linear_logprob_ref(
+        hidden_TD,
+        weight_VD,
+        targets_N[wanted],
+        temperature=temperature[wanted] if isinstance(temperature, Tensor) else temperature,
+        rows_N=wanted if rows_N is None else rows_N[wanted],
+        entropy_grad=entropy_coef != 0,
+    )
+    compact = policy_loss_ref(
+        logprobs,
+        old_logprobs_N[wanted],
+        advantages_N[wanted],
+        weights_N[wanted],
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy_N=entropy,
+        entropy_coef=entropy_coef,
+        ref_logprobs_N=None if ref_logprobs_N is None else ref_logprobs_N[wanted],
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )
+    skipped = logprobs.new_full((targets_N.numel(),), torch.nan)
+    return PolicyLoss(
+        loss=compact.loss,
+        logprobs=skipped.index_copy(0, wanted, compact.logprobs),
+        entropy=skipped.index_copy(0, wanted, compact.entropy),
+        ratio=skipped.index_copy(0, wanted, compact.ratio),
+        # a skipped row of advantage 0 counts as a loss row in which no clip held
+        clip_fraction=compact.clip_fraction * has_loss_N[wanted].sum() / has_loss_N.sum().clamp(min=1),
+    )
+
+
+def linear_policy_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages: Tensor,
+    attempt_of_token_N: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    rows_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    num_loss_tokens: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    entropy_coef: float = 0.0,
+    ref_logprobs_N: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    metrics: Metrics = "loss_rows",
+    impl: str = "auto",
+) -> PolicyLoss:
+    """The policy loss of packed tokens straight from hidden states, projecting only the rows that carry loss.
+
+        logprob, entropy = linear_logprob(hidden, weight, targets, temperature, rows)
+        loss             = policy_loss(logprob, old_logprobs, advantages, .., entropy)
+
+    A row is skipped when its weight is 0, or when its advantage is exactly 0 and there is no entropy or KL term: its
+    loss and gradient are 0.
+
+    Args:
+        hidden_TD, weight_VD, targets_N, temperature, rows_N: those of `linear_logprob`.
+        old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, clip_low, clip_high, dual_clip,
+        entropy_coef, ref_logprobs_N, kl_coef, kl_estimator: those of `policy_loss`.
+        metrics: "loss_rows", or "all" to project skipped rows too, for their log-probs and entropies.
+        impl:    "auto" or "ref".
+
+    Returns:
+        PolicyLoss; skipped rows are NaN in its per-token values unless metrics is "all".
+
+    Raises:
+        ValueError: an argument breaks the rules of `linear_logprob` or `policy_loss`.
+
+    Gradient: hidden (repeated rows summed in index order) and weight; fp32 accumulation. Memory: one chunk of logits.
+    Bitwise: same inputs, same bits.
+    Source: those of `linear_logprob` and `policy_loss`.
+    """
+    where = "linear_policy_loss"
+    check = TensorChecker(where)
+    check_linear_inputs(check, hidden_TD, weight_VD, targets_N, temperature, rows_N)
+    check_loss_options(where, clip_low, clip_high, dual_clip, entropy_coef, ref_logprobs_N, kl_coef, kl_estimator)
+    check_rule(where, "metrics", metrics, metrics in get_args(Metrics), f"one of {', '.join(get_args(Metrics))}")
+    advantages_N, weights_N = check_loss_inputs(
+        check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N
+    )
+    choose_impl(where, impl, IMPLS[where], hidden_TD.device)
+    return linear_policy_loss_ref(
+        hidden_TD,
+        weight_VD,
+        targets_N,
+        old_logprobs_N,
+        advantages_N,
+        weights_N,
+        temperature=temperature,
+        rows_N=rows_N,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy_coef=entropy_coef,
+        ref_logprobs_N=ref_logprobs_N,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        metrics=metrics,
+    )

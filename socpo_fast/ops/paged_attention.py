@@ -1,0 +1,126 @@
+"""Causal attention of new tokens over keys and values in pages: prefill, chunked prefill and decode in one op.
+
+Read paged_attention_ref for the mathematics. Departs from the textbook: there is one entry for a prompt and for a
+single token, and both give the same bits, since a query row's arithmetic sees its own position and keys only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
+from socpo_fast.ops._impl import IMPLS, choose_impl
+
+
+def paged_attention_ref(
+    q_THE: Tensor,
+    k_cache_PSKE: Tensor,
+    v_cache_PSKE: Tensor,
+    block_table_BM: Tensor,
+    seq_lens_B: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    dtype = torch.promote_types(q_THE.dtype, torch.float32)
+    group = q_THE.shape[1] // k_cache_PSKE.shape[2]
+    o_THE = torch.empty_like(q_THE)
+    for pages_M, seq_len, begin, end in zip(
+        block_table_BM, seq_lens_B.tolist(), cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True
+    ):
+        pages_M = pages_M[: -(-seq_len // k_cache_PSKE.shape[1])]
+        k_LHE, v_LHE = (
+            cache[pages_M].flatten(0, 1)[:seq_len].to(dtype).repeat_interleave(group, dim=1)
+            for cache in (k_cache_PSKE, v_cache_PSKE)
+        )
+        scores_HQL = torch.einsum("qhe,lhe->hql", q_THE[begin:end].to(dtype), k_LHE) * scale
+        future_QL = torch.ones_like(scores_HQL[0], dtype=torch.bool).triu(seq_len - (end - begin) + 1)
+        probs_HQL = scores_HQL.masked_fill(future_QL, -torch.inf).softmax(-1)
+        o_THE[begin:end] = torch.einsum("hql,lhe->qhe", probs_HQL, v_LHE).to(o_THE.dtype)
+    return o_THE
+
+
+def paged_attention(
+    q_THE: Tensor,
+    k_cache_PSKE: Tensor,
+    v_cache_PSKE: Tensor,
+    block_table_BM: Tensor,
+    seq_lens_B: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of each sequence's last tokens over all of its tokens so far, read from pages.
+
+        o[t, h] = sum_j p[j] v[j, h']   p = softmax over j <= position(t) of scale q[t, h] . k[j, h']  h' = h // (H / K)
+        position(t) = seq_lens[b] - cu_seqlens_q[b + 1] + t for cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]
+
+    Args:
+        q_THE:          [T, H, E] floating point (cpp: fp32), packed by sequence. H a multiple of K.
+        k_cache_PSKE:   [P, S, K, E], same dtype, contiguous; E a multiple of 4, at most 256. The keys of the query
+                        tokens themselves are already in it.
+        v_cache_PSKE:   like k_cache_PSKE.
+        block_table_BM: [B, M] int32. Token j of sequence b is in page block_table[b, j // S], slot j % S; entries
+                        behind the last token's page are never read.
+        seq_lens_B:     [B] int32, tokens in sequence b with the query tokens, which are the last ones; <= M * S.
+        cu_seqlens_q:   [B + 1] int32, query tokens before sequence b; from 0 to T. A sequence may have none.
+        scale:          usually E ** -0.5; no default, since a wrong one is silent.
+        impl:           "auto", "ref" or "cpp".
+
+    Returns:
+        o_THE [T, H, E], q's dtype. Softmax and sums in fp32.
+
+    Raises:
+        ValueError: a shape, dtype, stride, length or page number breaks the rules above.
+
+    Gradient: none, it serves the engine. Memory: ref gathers one sequence's keys and scores, cpp nothing.
+    Bitwise (cpp): a row's bits do not depend on the other rows, on how many tokens are queried at once, on which pages
+    hold the keys, or on the number of threads.
+    Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018).
+    """
+    _check(q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q)
+    tensors = (q_THE.contiguous(), k_cache_PSKE, v_cache_PSKE, block_table_BM.contiguous(), seq_lens_B, cu_seqlens_q)
+    available = IMPLS["paged_attention"] if q_THE.dtype == torch.float32 else ("ref",)
+    if choose_impl("paged_attention", impl, available, q_THE.device) == "cpp":
+        return torch.ops.socpo.paged_attention(*tensors, scale)
+    return paged_attention_ref(*tensors, scale=scale)
+
+
+def _check(
+    q_THE: Tensor,
+    k_cache_PSKE: Tensor,
+    v_cache_PSKE: Tensor,
+    block_table_BM: Tensor,
+    seq_lens_B: Tensor,
+    cu_seqlens_q: Tensor,
+) -> None:
+    """Everything the C++ relies on: it reads and writes by these numbers without looking again."""
+    where = "paged_attention"
+    check = TensorChecker(where)
+    check("q_THE", q_THE, FLOATS)
+    check("k_cache_PSKE", k_cache_PSKE, (q_THE.dtype,))
+    check("v_cache_PSKE", v_cache_PSKE, (q_THE.dtype,))
+    check("block_table_BM", block_table_BM, (torch.int32,))
+    check("seq_lens_B", seq_lens_B, (torch.int32,))
+    num_tokens, heads, head_dim, pages, page_size, kv_heads, num_seqs, width = (check.sizes[c] for c in "THEPSKBM")
+    is_whole = k_cache_PSKE.is_contiguous() and v_cache_PSKE.is_contiguous()
+    check_rule(where, "strides of the caches", (k_cache_PSKE.stride(), v_cache_PSKE.stride()), is_whole, "contiguous")
+    check_rule(where, "H", heads, heads % kv_heads == 0, f"a multiple of K={kv_heads}")
+    check_rule(where, "E", head_dim, head_dim % 4 == 0 and 0 < head_dim <= 256, "a multiple of 4 in [4, 256]")
+
+    q_lens_B = cu_seqlens_q.diff()
+    is_rising = cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q.shape == (num_seqs + 1,)
+    is_rising = is_rising and bool((q_lens_B >= 0).all())
+    is_rising = is_rising and cu_seqlens_q[0].item() == 0 and cu_seqlens_q[-1].item() == num_tokens
+    check_rule(
+        where, "cu_seqlens_q", cu_seqlens_q, is_rising, f"int32 [B + 1 = {num_seqs + 1}] rising from 0 to {num_tokens}"
+    )
+    fits = bool(((seq_lens_B >= q_lens_B) & (seq_lens_B <= width * page_size)).all())
+    rule = f"in [query tokens, M * S = {width * page_size}] with query tokens {q_lens_B.tolist()}"
+    check_rule(where, "seq_lens_B", seq_lens_B.tolist(), fits, rule)
+    used_pages = block_table_BM[
+        torch.arange(0, width * page_size, page_size, device=seq_lens_B.device) < seq_lens_B[:, None]
+    ]
+    check.index_range("block_table_BM", used_pages, pages)

@@ -1,0 +1,217 @@
+"""The clipped policy loss from log-probs that exist already: policy_loss_ref is the formula, policy_loss the op.
+
+Departures from the textbook: the normaliser is in the weights and belongs to the update, so splitting an update into
+microbatches changes nothing; a row of weight 0 is never touched, whatever it holds; where the ratio lies exactly on a
+bound, the gradient passes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+_MAX_LOG_RATIO = 20.0
+
+
+class PolicyLoss(NamedTuple):
+    """Only `loss` carries a gradient; NaN marks per-token values that were not computed."""
+
+    loss: Tensor  # scalar
+    logprobs: Tensor  # [N], nats
+    entropy: Tensor  # [N], nats
+    ratio: Tensor  # [N], exp(logprob - old_logprob)
+    clip_fraction: Tensor  # scalar, share of the rows of non-zero weight in which a clip replaced the ratio
+
+
+def policy_loss_ref(
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    weights_N: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_N: Tensor | None,
+    entropy_coef: float,
+    ref_logprobs_N: Tensor | None,
+    kl_coef: float,
+    kl_estimator: KLEstimator,
+) -> PolicyLoss:
+    """`policy_loss` with one advantage and one weight a token, unchecked; logprobs in fp32 or fp64."""
+    rows = weights_N.nonzero()[:, 0]
+    old_logprobs_N = old_logprobs_N.detach().to(logprobs_N.dtype)
+    logprobs, old = logprobs_N.index_select(0, rows), old_logprobs_N.index_select(0, rows)
+    a, w = (x.index_select(0, rows).to(logprobs.dtype) for x in (advantages_N, weights_N))
+    ratio = (logprobs - old).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    unclipped = -a * ratio
+    terms = torch.maximum(unclipped, -a * ratio.clamp(1 - clip_low, 1 + clip_high))
+    if dual_clip is not None:
+        terms = torch.where((a < 0) & (terms > -a * dual_clip), -a * dual_clip, terms)
+    num_clipped = (terms.detach() != unclipped.detach()).sum()
+    if entropy_N is not None and entropy_coef != 0:
+        terms = terms - entropy_coef * entropy_N.index_select(0, rows)
+    if ref_logprobs_N is not None and kl_coef != 0:
+        terms = terms + kl_coef * _kl(logprobs, ref_logprobs_N.detach().index_select(0, rows), kl_estimator)
+    log_ratio_N = (logprobs_N.detach() - old_logprobs_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return PolicyLoss(
+        loss=(w * terms).sum(),
+        logprobs=logprobs_N.detach(),
+        entropy=torch.full_like(logprobs_N, torch.nan) if entropy_N is None else entropy_N.detach(),
+        ratio=log_ratio_N.exp(),
+        clip_fraction=num_clipped.to(ratio.dtype) / max(1, rows.numel()),
+    )
+
+
+def policy_loss(
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages: Tensor,
+    attempt_of_token_N: Tensor | None = None,
+    *,
+    weights_N: Tensor | None = None,
+    num_loss_tokens: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    entropy_N: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs_N: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+) -> PolicyLoss:
+    """PPO's clipped loss with dual clip, optional entropy bonus and KL to a reference, as one weighted sum over tokens.
+
+        ratio = exp(clamp(logprob - old_logprob, -20, 20))
+        l     = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high));   where A < 0: l = min(l, -A dual_clip)
+        loss  = sum of w (l - entropy_coef entropy + kl_coef KL)              over rows of weight w != 0
+
+        d = clamp(ref_logprob - logprob, -20, 20);   KL: k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - 1 - d
+
+    Args:
+        logprobs_N:         [N] fp32 or fp64, nats. The only argument with a gradient besides entropy_N.
+        old_logprobs_N:     [N] fp32 or fp64, nats, of the policy before the batch's first update.
+        advantages:         [N] fp32 or fp64, finite; or [A], one an attempt, when attempt_of_token_N is given.
+        attempt_of_token_N: [N] int64, each in [0, A).
+        weights_N:          [N] fp32 or fp64, finite, >= 0: normaliser, importance weights and mask in one. 0 leaves the
+                            row out, whatever stands in it.
+        num_loss_tokens:    > 0, the update's, not a microbatch's; instead of weights_N: each weight is 1 / that.
+        clip_low:           in [0, 1].
+        clip_high:          >= 0.
+        dual_clip:          > 1; None turns it off.
+        entropy_N:          [N] fp32 or fp64, nats; needed, with a gradient, when entropy_coef is not 0.
+        entropy_coef:       finite.
+        ref_logprobs_N:     [N] fp32 or fp64, nats, of a frozen reference; needed when kl_coef is not 0.
+        kl_coef:            >= 0.
+        kl_estimator:       "k1", "k2" or "k3".
+
+    Returns:
+        PolicyLoss; per-token values for all N rows, entropy NaN when entropy_N is None.
+
+    Raises:
+        ValueError: an argument breaks the rules above, or not exactly one of weights_N and num_loss_tokens is given.
+
+    Gradient: logprobs, entropy; zero where a clip holds. Bitwise: same inputs, same bits.
+    Source: Schulman et al. 2017, arXiv:1707.06347; Ye et al. 2020, arXiv:1912.09729 (dual clip);
+    http://joschu.net/blog/kl-approx.html (k1, k2, k3).
+    """
+    check = TensorChecker("policy_loss")
+    check("logprobs_N", logprobs_N, WIDE_FLOATS)
+    if entropy_N is not None:
+        check("entropy_N", entropy_N, WIDE_FLOATS)
+    if entropy_coef != 0:
+        detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
+        rule = "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
+        check_rule("policy_loss", "entropy_N", entropy_N if entropy_N is None else "a detached one", not detached, rule)
+    check_loss_options(
+        "policy_loss", clip_low, clip_high, dual_clip, entropy_coef, ref_logprobs_N, kl_coef, kl_estimator
+    )
+    advantages_N, weights_N = check_loss_inputs(
+        check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N
+    )
+    return policy_loss_ref(
+        logprobs_N,
+        old_logprobs_N,
+        advantages_N,
+        weights_N,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy_N=entropy_N,
+        entropy_coef=entropy_coef,
+        ref_logprobs_N=ref_logprobs_N,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )
+
+
+def check_loss_inputs(
+    check: TensorChecker,
+    old_logprobs_N: Tensor,
+    advantages: Tensor,
+    attempt_of_token_N: Tensor | None,
+    weights_N: Tensor | None,
+    num_loss_tokens: float | None,
+    ref_logprobs_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One advantage and one weight a token, [N] each; `check` knows N and the device already."""
+    check("old_logprobs_N", old_logprobs_N, WIDE_FLOATS)
+    if ref_logprobs_N is not None:
+        check("ref_logprobs_N", ref_logprobs_N, WIDE_FLOATS)
+    if attempt_of_token_N is None:
+        check("advantages_N", advantages, WIDE_FLOATS)
+        check.finite("advantages_N", advantages)
+        advantages_N = advantages
+    else:
+        check("advantages_A", advantages, WIDE_FLOATS)
+        check("attempt_of_token_N", attempt_of_token_N, INDEX)
+        check.finite("advantages_A", advantages)
+        check.index_range("attempt_of_token_N", attempt_of_token_N, advantages.numel())
+        advantages_N = advantages[attempt_of_token_N]
+
+    if (weights_N is None) == (num_loss_tokens is None):
+        got = "neither" if weights_N is None else "both"
+        raise ValueError(f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got {got}")
+    if weights_N is not None:
+        check("weights_N", weights_N, WIDE_FLOATS)
+        check.finite("weights_N", weights_N, at_least=0)
+        return advantages_N.detach(), weights_N.detach()
+    assert num_loss_tokens is not None
+    check_rule(check.where, "num_loss_tokens", num_loss_tokens, 0 < num_loss_tokens < float("inf"), "finite and > 0")
+    return advantages_N.detach(), torch.full_like(old_logprobs_N, 1 / num_loss_tokens)
+
+
+def check_loss_options(
+    where: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    ref_logprobs_N: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+) -> None:
+    """The ranges of policy_loss' docstring."""
+    infinity = float("inf")
+    check_rule(where, "clip_low", clip_low, 0 <= clip_low <= 1, "in [0, 1]")
+    check_rule(where, "clip_high", clip_high, 0 <= clip_high < infinity, "finite and >= 0")
+    check_rule(where, "dual_clip", dual_clip, dual_clip is None or 1 < dual_clip < infinity, "finite and > 1, or None")
+    check_rule(where, "entropy_coef", entropy_coef, -infinity < entropy_coef < infinity, "finite")
+    check_rule(where, "kl_coef", kl_coef, 0 <= kl_coef < infinity, "finite and >= 0")
+    check_rule(where, "ref_logprobs_N", None, kl_coef == 0 or ref_logprobs_N is not None, "given when kl_coef is not 0")
+    known = get_args(KLEstimator)
+    check_rule(where, "kl_estimator", kl_estimator, kl_estimator in known, f"one of {', '.join(known)}")
+
+
+def _kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Per-token estimate of KL(policy || reference), nats."""
+    d = (ref_logprobs - logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    if estimator == "k1":
+        return -d
+    return d.square() / 2 if estimator == "k2" else torch.expm1(d) - d

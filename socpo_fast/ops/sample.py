@@ -1,0 +1,151 @@
+"""Sampling with noise from a counter: what a row draws depends on its logits and its key, never on its neighbours.
+
+Read sample_ref for the mathematics, then noise_bits and row_keys. Departs from the textbook: no random generator and
+no state. Gumbel noise is a hash of (row key, token id), so a rollout replays bit for bit alone, in another batch,
+after preemption, and after a resumed run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops._checks import FLOATS, INDEX, TensorChecker, check_rule
+from socpo_fast.ops._impl import IMPLS, choose_impl
+
+_MASK_32 = 0xFFFFFFFF
+
+
+def sample_ref(
+    logits_BV: Tensor, row_keys_B: Tensor, *, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    greedy_B1 = (temperature_B == 0)[:, None]
+    z_BV = logits_BV.float() * torch.where(greedy_B1, 1.0, 1.0 / temperature_B[:, None])
+    logprobs_BV = z_BV.double().log_softmax(-1)
+    keep_BV = kept_tokens(logprobs_BV.exp(), top_k_B, top_p_B, min_p_B)
+    v_BV = ((noise_bits(row_keys_B, logits_BV.shape[1]).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    gumbel_BV = torch.where(greedy_B1, 0.0, -torch.log(-torch.log1p(-v_BV)))
+    token_ids_B = (z_BV + gumbel_BV).masked_fill(~keep_BV, -torch.inf).argmax(-1)
+    logprobs_B = logprobs_BV.gather(-1, token_ids_B[:, None])[:, 0].float()
+    kept_mass_B = (logprobs_BV.exp() * keep_BV).sum(-1).float()
+    return token_ids_B, logprobs_B, kept_mass_B
+
+
+def sample(
+    logits_BV: Tensor,
+    row_keys_B: Tensor,
+    *,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row, drawn from softmax(logits / temperature) restricted by top-k, top-p and min-p.
+
+        z = logits / temperature    token = argmax over kept i of z[i] - log(E[i])    logprob = z[token] - logsumexp(z)
+        E[i] = -log1p(-v), exponential     v = (32 bits hashed from row key and i, + 0.5) / 2^32, below 1
+
+    Kept tokens: the top_k most likely (ties: the lower id), of those the fewest most likely whose share reaches top_p,
+    of those the ones at least min_p times as likely as the likeliest.
+
+    Args:
+        logits_BV:     [B, V] floating point, V < 2^31. Read as fp32.
+        row_keys_B:    [B] int64, a token to be drawn each, from `row_keys`. Equal keys share their noise.
+        temperature_B: [B] fp32, >= 0. 0 is greedy: the first of the largest logits; z is then the logits themselves.
+        top_k_B:       [B] int64, >= 0; 0 is off.
+        top_p_B:       [B] fp32, in (0, 1]; 1 is off.
+        min_p_B:       [B] fp32, in [0, 1); 0 is off.
+        impl:          "auto", "ref" or "cpp".
+
+    Returns:
+        token_ids_B [B] int64;  logprobs_B [B] fp32, nats, under the temperature only, over the whole vocabulary;
+        kept_mass_B [B] fp32, probability of the kept tokens, 1 when all filters are off.
+        A row with NaN, +inf or no finite logit has log-prob NaN and some token.
+
+    Raises:
+        ValueError: a shape, dtype or parameter breaks the rules above.
+
+    Bitwise: same inputs, same bits, whatever the other rows and the number of threads. Implementations agree on the
+    token unless the two best scores are within rounding of each other.
+    Source: Gumbel-max (Gumbel 1954); counter-based noise as in Salmon et al. 2011.
+    """
+    _check(logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
+    if choose_impl("sample", impl, IMPLS["sample"], logits_BV.device) == "cpp":
+        tensors = (logits_BV.float(), row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
+        return torch.ops.socpo.sample(*(x.contiguous() for x in tensors))
+    return sample_ref(
+        logits_BV, row_keys_B, temperature_B=temperature_B, top_k_B=top_k_B, top_p_B=top_p_B, min_p_B=min_p_B
+    )
+
+
+def kept_tokens(probs_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
+    """[B, V] bool: what top-k, then top-p on the rest's share, then min-p leave."""
+    if bool((top_k_B == 0).all() & (top_p_B == 1).all() & (min_p_B == 0).all()):
+        return torch.ones_like(probs_BV, dtype=torch.bool)
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(probs_BV.shape[1], device=probs_BV.device)
+    keep_BV = (top_k_B[:, None] == 0) | (rank_V < top_k_B[:, None])
+    mass_BV = (sorted_BV * keep_BV).cumsum(-1)
+    keep_BV &= (top_p_B[:, None] == 1) | (mass_BV - sorted_BV < top_p_B[:, None] * mass_BV[:, -1:])
+    keep_BV &= sorted_BV >= min_p_B[:, None] * sorted_BV[:, :1]
+    return torch.zeros_like(keep_BV).scatter(-1, order_BV, keep_BV)
+
+
+def noise_bits(row_keys_B: Tensor, vocab_size: int) -> Tensor:
+    """[B, V] int64 in [0, 2^32), distinct within a row: a 32-bit mixer twice, once for each half of the key."""
+    token_ids_V = torch.arange(vocab_size, device=row_keys_B.device)
+    low_B1, high_B1 = (row_keys_B & _MASK_32)[:, None], ((row_keys_B >> 32) & _MASK_32)[:, None]
+    return _mix_32(_mix_32(((token_ids_V * 0x9E3779B1) & _MASK_32) ^ low_B1) ^ high_B1)
+
+
+def row_key(seed: int, batch: int, question: int, rollout: int, attempt: int, position: int) -> int:
+    """The noise key of one token to be drawn: `row_keys` of a single row."""
+    return int(row_keys(torch.tensor([[seed, batch, question, rollout, attempt, position]], dtype=torch.int64)))
+
+
+def row_keys(fields: Tensor) -> Tensor:
+    """[B] int64 keys of int64 [B, 6] rows (seed, batch, question, rollout, attempt, position).
+
+    Each field is added to a running state that SplitMix64's finaliser scrambles (Steele et al. 2014).
+    """
+    state_B = torch.zeros_like(fields[:, 0])
+    for field_B in fields.unbind(1):
+        state_B = _mix_64(state_B + field_B + _signed(0x9E3779B97F4A7C15))
+    return state_B
+
+
+def _mix_32(x: Tensor) -> Tensor:
+    """A bijection of 32 bits held in int64 ("lowbias32", Wellons' hash-prospector)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32
+    return x ^ (x >> 16)
+
+
+def _mix_64(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser; int64 products wrap, right shifts are made logical by a mask."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _signed(x: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit number."""
+    return x - 2**64 if x >= 2**63 else x
+
+
+def _check(
+    logits_BV: Tensor, row_keys_B: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
+) -> None:
+    check = TensorChecker("sample")
+    check("logits_BV", logits_BV, FLOATS)
+    check_rule("sample", "V of logits_BV", logits_BV.shape[1], 0 < logits_BV.shape[1] < 2**31, "in [1, 2^31)")
+    check("row_keys_B", row_keys_B, INDEX)
+    check("temperature_B", temperature_B, (torch.float32,))
+    check.finite("temperature_B", temperature_B, at_least=0.0)
+    check("top_k_B", top_k_B, INDEX)
+    check.index_range("top_k_B", top_k_B, 2**31)
+    check("top_p_B", top_p_B, (torch.float32,))
+    check_rule("sample", "top_p_B", top_p_B.tolist(), bool(((top_p_B > 0) & (top_p_B <= 1)).all()), "in (0, 1]")
+    check("min_p_B", min_p_B, (torch.float32,))
+    check_rule("sample", "min_p_B", min_p_B.tolist(), bool(((min_p_B >= 0) & (min_p_B < 1)).all()), "in [0, 1)")

@@ -1,0 +1,175 @@
+"""A run folder as one page for people: curves.png and report.html. Read write_report.
+
+The page is one file with everything inline, no script, and a policy that lets the browser load nothing. Whatever a
+model wrote goes through jinja2's autoescape. Missing or torn files leave their part of the page out.
+"""
+
+from __future__ import annotations
+
+import base64
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from socpo_fast.metrics import METRICS, read_jsonl, read_metrics, replace_file
+from socpo_fast.report.page import PAGE
+from socpo_fast.validation import to_text
+
+Rows = Sequence[dict[str, Any]]
+
+# title, unit, {label: (kind of row, metric)}; "train" is any but an evaluation
+PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
+    (
+        "Accuracy",
+        "share",
+        {
+            "unassisted, held out": ("eval", "success/unassisted"),
+            "assisted, held out": ("eval", "success/assisted"),
+            "unassisted, training": ("train", "success/unassisted"),
+            "assisted, training": ("train", "success/assisted"),
+        },
+    ),
+    ("Reward and decay", "reward", {"mean reward": ("train", "reward/mean"), "decay f_1": ("train", "decay/f_1")}),
+    (
+        "Guidance",
+        "share",
+        {
+            "rollouts guided": ("train", "guidance/rate"),
+            "guided ones rescued": ("train", "guidance/rescue_rate"),
+            "answer leaked": ("train", "guidance/leak_rate"),
+        },
+    ),
+    ("Entropy", "nats", {"entropy": ("train", "policy/entropy")}),
+    ("Gradient norm", "before clipping", {"gradient norm": ("train", "policy/grad_norm")}),
+    ("Time", "seconds a batch", {"rollout": ("batch", "time/rollout_s"), "update": ("batch", "time/update_s")}),
+)
+COLOURS = ("#1f5fa8", "#d9730d", "#8fb8de", "#f2c39b")
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write curves.png and report.html into the run folder from what lies there; returns the page's path.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise ValueError(f"report: {folder} must be a run folder, got none there; train first, or check the name")
+    rows = read_metrics(folder / "metrics.jsonl")
+    if rows:
+        draw_curves(rows, folder / "curves.png")
+    path = folder / "report.html"
+    replace_file(path, render(folder, rows))
+    return path
+
+
+def render(folder: Path, rows: Rows) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "number": _number, "text": to_text}
+    config_path = folder / "config.toml"
+    return environment.from_string(PAGE).render(
+        name=folder.resolve().name,
+        num_updates=max((row["update"] for row in rows), default=0),
+        num_batches=max((row["batch"] for row in rows), default=0),
+        headline=headline(rows),
+        curves=base64.b64encode((folder / "curves.png").read_bytes()).decode() if rows else None,
+        changes=first_and_last(rows),
+        times=time_split(rows),
+        samples=sample_rollouts(folder),
+        config=tomllib.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {},
+    )
+
+
+def series(rows: Rows, source: str, name: str) -> tuple[list[int], list[float]]:
+    """(updates, values) of a metric where it is known, in rows of one kind ("train": of batches and updates)."""
+    kinds = ("batch", "update") if source == "train" else (source,)
+    chosen = [row for row in rows if row["kind"] in kinds and row.get(name) is not None]
+    return [row["update"] for row in chosen], [row[name] for row in chosen]
+
+
+def headline(rows: Rows) -> dict[str, Any]:
+    """Unassisted and assisted accuracy at start and end, held out if there were evaluations, else in training."""
+    source = "eval" if series(rows, "eval", "success/unassisted")[1] else "train"
+    _, unassisted = series(rows, source, "success/unassisted")
+    _, assisted = series(rows, source, "success/assisted")
+    ends = {"start": unassisted[0], "end": unassisted[-1]} if unassisted else {"start": None, "end": None}
+    where = "held-out questions" if source == "eval" else "training batches"
+    return {"source": where, "helped_end": assisted[-1] if assisted else None, **ends}
+
+
+def first_and_last(rows: Rows) -> list[dict[str, Any]]:
+    """Every metric of METRICS the run has, by kind of row, with its first and last value."""
+    found = []
+    for kind in ("eval", "batch", "update"):
+        for name, meaning in METRICS.items():
+            _, values = series(rows, kind, name)
+            if values:
+                found.append({"kind": kind, "name": name, "meaning": meaning, "first": values[0], "last": values[-1]})
+    return found
+
+
+def time_split(rows: Rows) -> dict[str, float]:
+    """Seconds in all by phase, from the batch rows."""
+    batches = [row for row in rows if row["kind"] == "batch"]
+    totals = {
+        phase: sum(row.get(f"time/{phase}_s") or 0.0 for row in batches) for phase in ("rollout", "update", "total")
+    }
+    rest = totals["total"] - totals["rollout"] - totals["update"]
+    return {"rollout": totals["rollout"], "update": totals["update"], "the rest": max(rest, 0.0)}
+
+
+def sample_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """Of the first, middle and last batch one rollout of each outcome: rescued, never right, right at once."""
+    paths = sorted(folder.glob("rollouts/batch_*.jsonl"))
+    chosen = sorted({0, len(paths) // 2, len(paths) - 1}) if paths else []
+    samples = []
+    for path in (paths[i] for i in chosen):
+        by_outcome: dict[str, dict[str, Any]] = {}
+        for rollout in read_jsonl(path):
+            by_outcome.setdefault(outcome(rollout), rollout)
+        samples += [{"outcome": kind, **by_outcome[kind]} for kind in OUTCOMES if kind in by_outcome]
+    return samples
+
+
+OUTCOMES = ("rescued by guidance", "never right", "right alone")
+
+
+def outcome(rollout: dict[str, Any]) -> str:
+    verdicts = [attempt["is_correct"] for attempt in rollout["attempts"]]
+    if not any(verdicts):
+        return "never right"
+    return "right alone" if verdicts[0] else "rescued by guidance"
+
+
+def draw_curves(rows: Rows, path: Path) -> None:
+    """One panel for each of PANELS, over updates."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for axes, (title, unit, lines) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        for colour, (label, (source, name)) in zip(COLOURS, lines.items(), strict=False):
+            updates, values = series(rows, source, name)
+            if values:
+                axes.plot(updates, values, label=label, color=colour, marker="o" if source == "eval" else ".")
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+        axes.set_xlabel("update")
+        axes.set_ylabel(unit)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_ylim((-0.02, 1.02) if unit == "share" else (0, None))
+        if axes.get_legend_handles_labels()[0] and len(lines) > 1:
+            axes.legend(frameon=False, fontsize=9)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

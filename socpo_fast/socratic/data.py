@@ -1,0 +1,181 @@
+"""Questions from files, and which of them make up batch b. Read load_questions, _to_question, batch_questions.
+
+Two layouts, told apart row by row: verl's (`prompt` messages, `reward_model.ground_truth`, `data_source`, `extra_info`)
+and a flat one (`question`, `ground_truth`, optional `system`, `reference_solution`, `data_source`). Files are streamed
+by the `datasets` library, so nothing is copied to its cache; JSONL goes through its line reader, since its JSON reader
+casts whole columns and cannot say which row was bad.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.types import Question
+
+_ROLES = ("system", "user", "assistant")
+_SHOWN_ERRORS = 5
+
+
+def load_questions(
+    path: str, *, split: str = "train", bridge: Bridge | None = None, max_prompt_tokens: int | None = None
+) -> list[Question]:
+    """All questions of a data set; `questions[i].question_idx` is i.
+
+    Args:
+        path:              a .parquet or .jsonl file, a folder of them, or the name of a hub data set.
+        split:             of a folder or hub data set; a file is its own split.
+        bridge:            the student's, to count prompt tokens.
+        max_prompt_tokens: questions with longer prompts are left out, with a warning that counts them; None keeps all.
+
+    Raises:
+        ValueError: the file is missing or unreadable, rows are bad (the first few are listed as file, row counted
+            from 1, and reason), or no question is left.
+    """
+    name = Path(path).name
+    questions: list[Question] = []
+    errors: list[str] = []
+    for row_number, row in enumerate(_rows(path, split), start=1):
+        if row is None:
+            continue
+        try:
+            questions.append(_to_question(row, question_idx=len(questions), default_source=Path(path).stem))
+        except ValueError as error:
+            errors.append(f"data: {name} row {row_number}: {error}")
+    if errors:
+        more = f"\n.. and {len(errors) - _SHOWN_ERRORS} more bad rows" if len(errors) > _SHOWN_ERRORS else ""
+        raise ValueError("\n".join(errors[:_SHOWN_ERRORS]) + more)
+    if not questions:
+        raise ValueError(f"data: {name} must hold at least one question, got none")
+    return questions if max_prompt_tokens is None else _drop_overlong(questions, name, bridge, max_prompt_tokens)
+
+
+def _drop_overlong(questions: list[Question], name: str, bridge: Bridge | None, limit: int) -> list[Question]:
+    if bridge is None:
+        raise ValueError("load_questions: max_prompt_tokens needs bridge, got None")
+    kept = [question for question in questions if len(bridge.prompt_ids(question.messages)) <= limit]
+    if not kept:
+        raise ValueError(f"data: {name}: every prompt is longer than {limit} tokens; raise data.max_prompt_tokens")
+    if len(kept) < len(questions):
+        dropped = len(questions) - len(kept)
+        warnings.warn(f"data: {name}: left out {dropped} of {len(questions)} prompts over {limit} tokens", stacklevel=3)
+    return [replace(question, question_idx=idx) for idx, question in enumerate(kept)]
+
+
+def _rows(path: str, split: str) -> Iterator[dict[str, Any] | str | None]:
+    """The rows in order: a dict, None for an empty line, or a string where a line is no JSON object (its reason)."""
+    from datasets import load_dataset
+
+    place = Path(path).expanduser()
+    kind = {".parquet": "parquet", ".jsonl": "text"}.get(place.suffix)
+    if kind and not place.is_file():
+        raise ValueError(f"data: path must be an existing file, got '{path}'")
+    if kind is None and (place.is_file() or (path.count("/") != 1 and not place.is_dir())):
+        raise ValueError(
+            f"data: path must be a .parquet or .jsonl file, a folder, or owner/name of the hub, got '{path}'"
+        )
+    with tempfile.TemporaryDirectory(prefix="socpo_data_") as cache:  # streaming leaves nothing but lock files there
+        try:
+            if kind:
+                rows = load_dataset(kind, data_files=str(place), split="train", streaming=True, cache_dir=cache)
+            else:
+                source = str(place) if place.is_dir() else path
+                rows = load_dataset(source, split=split, streaming=True, cache_dir=cache)
+            yield from (_parse_line(row["text"]) for row in rows) if kind == "text" else rows
+        except (OSError, ValueError) as error:
+            what = kind or f"a data set with a split {split!r}"
+            raise ValueError(f"data: {path} must be readable as {what} ({error})") from error
+
+
+def _parse_line(line: str) -> dict[str, Any] | str | None:
+    if not line.strip():
+        return None
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"must be a JSON object, got {line[:40]!r} ({error})"
+    return row if isinstance(row, dict) else f"must be a JSON object, got {line[:40]!r}"
+
+
+def _to_question(row: dict[str, Any] | str, *, question_idx: int, default_source: str) -> Question:
+    """One row in either layout; ValueError with the reason alone."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    if "prompt" in row:
+        messages = _messages(row["prompt"])
+        extra = row.get("extra_info") or {}
+        reward_model = row.get("reward_model") or {}
+        for key, value in (("extra_info", extra), ("reward_model", reward_model)):
+            if not isinstance(value, dict):
+                raise ValueError(f"{key} must be an object, got {value!r:.40}")
+        ground_truth = _field(reward_model, "ground_truth", "reward_model.ground_truth")
+        reference = extra.get("reference_solution") or extra.get("answer")  # verl's gsm8k keeps its solution in answer
+    elif "question" in row:
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        messages = _messages([*system, {"role": "user", "content": row["question"]}])
+        ground_truth = _field(row, "ground_truth", "ground_truth")
+        reference = row.get("reference_solution")
+    else:
+        raise ValueError(f"must have prompt or question, got {', '.join(sorted(row)) or 'no fields'}")
+    if not isinstance(reference, str | None):
+        raise ValueError(f"reference_solution must be text, got {reference!r:.40}")
+    return Question(
+        question_idx=question_idx,
+        messages=messages,
+        ground_truth=ground_truth,
+        data_source=str(row.get("data_source") or default_source),
+        reference_solution=reference or None,
+    )
+
+
+def _messages(messages: Any) -> tuple[dict[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"prompt must be a non-empty list of messages, got {messages!r:.40}")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise ValueError(f"a message must have a role of {', '.join(_ROLES)}, got {message!r:.40}")
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise ValueError(f"the {message['role']} message must have text, got {message.get('content')!r:.40}")
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"the last message must be the user's, got {messages[-1]['role']}")
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
+def _field(row: dict[str, Any], key: str, name: str) -> str:
+    value = row.get(key)
+    if value is None or value == "":
+        raise ValueError(f"{name} is missing")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{name} must be text or a number, got {value!r:.40}")
+    return str(value)
+
+
+def question_order(seed: int, epoch: int, n: int) -> list[int]:
+    """The order of n questions in an epoch: a permutation that depends on (seed, epoch, n) alone, on any machine."""
+    words = np.random.Philox(key=[seed, epoch]).random_raw(n)  # raw words: their stream is fixed across numpy versions
+    return np.argsort(words, kind="stable").tolist()
+
+
+def batch_questions(questions: Sequence[Question], seed: int, batch_idx: int, size: int) -> list[Question]:
+    """The questions of batch `batch_idx` (from 0), a function of its arguments alone, so a run resumes from the index.
+
+    An epoch has n // size batches; the rest of its permutation is left out, so no question is twice in a batch.
+
+    Raises:
+        ValueError: size is not in [1, n].
+    """
+    if not 1 <= size <= len(questions):
+        raise ValueError(
+            f"data: rollout.questions_per_batch must be in [1, {len(questions)} questions], got {size}; lower it"
+        )
+    epoch, place = divmod(batch_idx, len(questions) // size)
+    order = question_order(seed, epoch, len(questions))
+    return [questions[i] for i in order[place * size : (place + 1) * size]]

@@ -1,0 +1,115 @@
+"""Verdicts on attempts: `grader(text, question) -> is_correct`. make_grader at the end lists them.
+
+A grader sees text only and never raises for what a model wrote: an answer that cannot be read is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+from socpo_fast.socratic.plugin import load_function
+from socpo_fast.types import Question
+
+Grader = Callable[[str, Question], bool]
+
+_STRICT_LETTER = re.compile(r"<answer>\r?\n([A-D])\r?\n</answer>")
+_ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?", re.ASCII)
+
+# An option letter standing alone. A and I are words too, so before a small letter they count in few places only.
+OPTION_LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|which\b)[a-z]))(?![\w'\u2019])"
+_BOX = r"\\boxed\{\s*(?:\\(?:text|mathbf|mathrm)\{)?"
+_MARKED = rf"[\s*_(\[$]*(?:{_BOX})?[\s*_(]*({OPTION_LETTER})"
+STATED_LETTER = (  # ways to name a letter as the answer
+    re.compile(rf"{_BOX}\(?({OPTION_LETTER})"),
+    re.compile(
+        rf"\b(?i:answer|choice)\b[^.\n:]{{0,40}}?(?::|\b(?i:is)\b:?)[\s*_]*(?i:(?:the )?(?:option|choice)\b)?{_MARKED}"
+    ),
+    re.compile(rf"\b(?i:option|choice)\s+[*_(]*({OPTION_LETTER})[*_)]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))"),
+)
+_LINE_ALONE = re.compile(rf"^[\s*_(\[]*({OPTION_LETTER})[\s*_)\].:]*$", re.MULTILINE)
+_MENTIONS = (re.compile(rf"\(({OPTION_LETTER})\)"), re.compile(rf"^[\s*_]*({OPTION_LETTER})[*_]*[):.]", re.MULTILINE))
+
+
+def grade_sciknoweval(text: str, question: Question) -> bool:
+    """The last strict block, <answer>, one of A-D and </answer> on a line each, names the right letter."""
+    letters = _STRICT_LETTER.findall(text)
+    return bool(letters) and letters[-1] == question.ground_truth.strip()
+
+
+def grade_mcq(text: str, question: Question) -> bool:
+    """The letter that `chosen_letter` finds is the right one."""
+    return chosen_letter(text) == question.ground_truth.strip().upper()
+
+
+def chosen_letter(text: str) -> str | None:
+    r"""The option letter (A to J, in capitals) a free text settles on, or None.
+
+    The first of these that names a letter, in its last place: an <answer> block; \boxed{B}; "the answer is B" or
+    "Answer: B"; "option B is correct"; a line that is a letter alone. Failing all, "(B)" or a letter that opens lines
+    ("B: 7.36 N"), if all of that kind are the same letter, so that a repeated list of options settles nothing.
+    """
+    for block in reversed(_ANSWER_BLOCK.findall(text)):
+        content = block.strip()
+        if found := re.match(_MARKED, content.upper() if len(content) == 1 else content):
+            return found[1]
+        text = f"{text}\n{content}"  # a block that is a sentence is read like one, as the last of the text
+    for pattern in (*STATED_LETTER, _LINE_ALONE):
+        if letters := pattern.findall(text):
+            return letters[-1]
+    for pattern in _MENTIONS:
+        if len(mentioned := set(pattern.findall(text))) == 1:
+            return mentioned.pop()
+    return None
+
+
+def grade_exact(text: str, question: Question) -> bool:
+    """The last <answer> block, or the whole text without one, is ground_truth but for white space around it.
+
+    Two plain decimal numbers are compared as such, so 18.0 is 18.00. A number with leading zeros is a string: 018 is
+    not 18, since digits may be written in an order of the task's own.
+    """
+    blocks = _ANSWER_BLOCK.findall(text)
+    return same_value((blocks[-1] if blocks else text).strip(), question.ground_truth.strip())
+
+
+def same_value(answer: str, truth: str) -> bool:
+    """Equal as strings, or equal as plain decimal numbers."""
+    if answer == truth:
+        return True
+    return bool(_NUMBER.fullmatch(answer) and _NUMBER.fullmatch(truth)) and Decimal(answer) == Decimal(truth)
+
+
+def _math_grader() -> Grader:
+    """Symbolic equality by math-verify, an optional dependency."""
+    try:
+        from math_verify import parse, verify
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "data.grader: math needs math-verify, which is not installed; pip install 'socpo_fast[math]'"
+        ) from error
+
+    def grade_math(text: str, question: Question) -> bool:
+        """The last formula of the text equals ground_truth. Main thread only: its time limits (5 s) are signals."""
+        truth = question.ground_truth
+        return bool(verify(parse(truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"), parse(text)))
+
+    return grade_math
+
+
+def make_grader(name: str) -> Grader:
+    """The grader of a name: sciknoweval, mcq, exact, math, or "module:function" with the same signature.
+
+    Raises:
+        ValueError: an unknown name, or math without the math-verify package.
+    """
+    graders: dict[str, Grader] = {"sciknoweval": grade_sciknoweval, "mcq": grade_mcq, "exact": grade_exact}
+    if name in graders:
+        return graders[name]
+    if name == "math":
+        return _math_grader()
+    if ":" in name:
+        return load_function("data.grader", name)
+    raise ValueError(f"data.grader must be one of {', '.join(graders)}, math or module:function, got {name!r}")

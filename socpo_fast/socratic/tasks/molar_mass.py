@@ -1,0 +1,234 @@
+"""The built-in task: molar masses of small formulas, in the shape of SciKnowEval's prompts.
+
+Read: the chemistry -> questions -> reference -> tutor. Formulas are drawn at random and need not be real compounds.
+One departure from a textbook is in the notation: every number has three digits and is written ones first (18 is
+"810"). A model of under a million parameters writes a sum left to right, and carries run from the ones upwards, so
+only in this order is each digit known when it is its turn. The prompt says so; nothing else is made easier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from socpo_fast.types import GuidanceRequest, Question
+
+DATA_SOURCE = "builtin/molar_mass"
+STUDENT_DIR = Path(__file__).parent / "molar_mass_student"  # the warmed-up checkpoint, made by warm_up.py
+
+# Whole g/mol. With at most 4 elements and 4 atoms of each, no molar mass reaches 1000.
+ATOMIC_MASSES = {
+    "H": 1, "C": 12, "N": 14, "O": 16, "F": 19, "Na": 23, "Mg": 24, "Al": 27,
+    "Si": 28, "P": 31, "S": 32, "Cl": 35, "K": 39, "Ca": 40, "Fe": 56, "Zn": 65,
+}  # fmt: skip
+MIN_ELEMENTS, MAX_ELEMENTS, MAX_ATOMS = 2, 4, 4
+MAX_QUESTIONS = 20_000  # of one call; the eval split has about 50,000 formulas and none is drawn twice
+
+SYSTEM_TEXT = """
+Given a chemical formula, please work out its molar mass in whole g/mol. Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+
+Reason in one line per element, in the order of the formula: the count times the atomic mass, and the sum so far. \
+Write every number with three digits, ones first: 18 is written 810. For the answer, only output the molar mass. \
+For example, for H2O the whole response is:
+<reasoning>
+H: 2 x 100 = 200, sum 200
+O: 1 x 610 = 610, sum 810
+</reasoning>
+<answer>
+810
+</answer>
+"""
+USER_TEXTS = ("What is the molar mass of ", " in g/mol?\nPlease reason step by step.")  # around the formula
+
+# The tutor's sentences, around the symbol of the element concerned. None holds a number.
+LINE_TEXTS = ("There is a mistake in the line of ", ". Recheck ")
+TERM_TEXTS = {
+    "atoms": "how often it is in the formula.",
+    "mass": "its atomic mass.",
+    "product": "the product of count and mass.",
+    "total": "the sum so far.",
+}
+MISSING_TEXTS = ("Recheck the elements of the formula: there the next line must be that of ", ".")
+EXTRA_TEXTS = ("Recheck the elements of the formula: no line may follow that of ", ".")
+ANSWER_TEXT = "The lines are right. Recheck the answer: it repeats the last sum."
+FORMAT_TEXT = "Keep to the format: one line per element in the reasoning block, then the answer block."
+
+Formula = dict[str, int]  # atoms of each element, in the order in which the formula is written
+
+
+class Line(NamedTuple):
+    """One line of an attempt: `symbol: atoms x mass = product, sum total`."""
+
+    symbol: str
+    atoms: int
+    mass: int
+    product: int
+    total: int
+
+
+def digits(number: int) -> str:
+    """Three digits, ones first: 18 -> "810"."""
+    return f"{number:03d}"[::-1]
+
+
+def format_formula(formula: Formula) -> str:
+    return "".join(symbol + (str(atoms) if atoms > 1 else "") for symbol, atoms in formula.items())
+
+
+def parse_formula(question_text: str) -> Formula:
+    """The formula in a user message of this task; ValueError for any other text."""
+    before, after = USER_TEXTS
+    text = question_text.removeprefix(before).removesuffix(after)
+    formula = {symbol: int(atoms or 1) for symbol, atoms in re.findall(r"([A-Z][a-z]?)([1-9]?)", text)}
+    is_whole = question_text == before + text + after and format_formula(formula) == text
+    if not (formula and is_whole and formula.keys() <= ATOMIC_MASSES.keys()):
+        raise ValueError(
+            f"molar_mass: question must be {before!r} + formula + {after!r}, got {question_text!r}; "
+            "use this tutor with the built-in questions only"
+        )
+    return formula
+
+
+def draw_formula(rng: random.Random) -> Formula:
+    """2 to 4 elements, 1 to 4 atoms of each; carbon comes first, then hydrogen, then the rest by alphabet."""
+    symbols = rng.sample(list(ATOMIC_MASSES), rng.randint(MIN_ELEMENTS, MAX_ELEMENTS))
+    symbols.sort(key=lambda symbol: (symbol != "C", symbol != "H", symbol))
+    return {symbol: rng.randint(1, MAX_ATOMS) for symbol in symbols}
+
+
+def split_of(formula: Formula) -> Literal["train", "eval"]:
+    """One formula in ten is for evaluation, by its hash, so whatever the seeds the splits share none."""
+    return "eval" if hashlib.sha256(format_formula(formula).encode()).digest()[0] % 10 == 0 else "train"
+
+
+def question_messages(formula: Formula) -> tuple[dict[str, str], ...]:
+    return (
+        {"role": "system", "content": SYSTEM_TEXT},
+        {"role": "user", "content": format_formula(formula).join(USER_TEXTS)},
+    )
+
+
+def questions(seed: int, n: int, split: Literal["train", "eval"] = "train") -> list[Question]:
+    """n different molar-mass questions; the same arguments give the same questions, on any machine.
+
+    Args:
+        seed:  any int. Of one split, different seeds draw from the same formulas.
+        n:     in [0, 20000].
+        split: "train" or "eval"; their formulas are disjoint whatever the seeds.
+
+    Returns:
+        Question with ground_truth the molar mass as `digits` writes it, and the reference solution.
+
+    Raises:
+        ValueError: n or split breaks the rules above.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"molar_mass.questions: split must be 'train' or 'eval', got {split!r}")
+    if not 0 <= n <= MAX_QUESTIONS:
+        raise ValueError(f"molar_mass.questions: n must be in [0, {MAX_QUESTIONS}], got {n}; ask for fewer questions")
+    rng = random.Random(f"{split}/{seed}")
+    drawn: dict[str, Formula] = {}
+    while len(drawn) < n:
+        formula = draw_formula(rng)
+        if split_of(formula) == split:
+            drawn.setdefault(format_formula(formula), formula)
+    return [
+        Question(
+            question_idx=question_idx,
+            messages=question_messages(formula),
+            ground_truth=digits(reference_lines(formula)[-1].total),
+            data_source=DATA_SOURCE,
+            reference_solution=render(reference_lines(formula)),
+        )
+        for question_idx, formula in enumerate(drawn.values())
+    ]
+
+
+def reference_lines(formula: Formula) -> list[Line]:
+    return work_out([(symbol, atoms, ATOMIC_MASSES[symbol]) for symbol, atoms in formula.items()])
+
+
+def work_out(terms: Iterable[tuple[str, int, int]]) -> list[Line]:
+    """The lines that follow from (symbol, atoms, mass): products and sums are right even if those are not."""
+    lines: list[Line] = []
+    for symbol, atoms, mass in terms:
+        total_before = lines[-1].total if lines else 0
+        lines.append(Line(symbol, atoms, mass, atoms * mass, total_before + atoms * mass))
+    return lines
+
+
+def render(lines: Sequence[Line], answer: int | None = None) -> str:
+    """The text of an attempt; its answer is the last sum unless given."""
+    body = "".join(
+        f"{line.symbol}: {line.atoms} x {digits(line.mass)} = {digits(line.product)}, sum {digits(line.total)}\n"
+        for line in lines
+    )
+    answer_digits = digits(lines[-1].total if answer is None else answer)
+    return f"<reasoning>\n{body}</reasoning>\n<answer>\n{answer_digits}\n</answer>"
+
+
+_ATTEMPT = re.compile(r"\s*<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(\d{3})\n</answer>\s*", re.DOTALL | re.ASCII)
+_LINE = re.compile(r"([A-Z][a-z]?): (\d) x (\d{3}) = (\d{3}), sum (\d{3})", re.ASCII)
+
+
+def tutor(request: GuidanceRequest) -> str | None:
+    """The built-in teacher, for teacher kind "rule"; it needs neither ground truth nor reference solution."""
+    return diagnose(request.question, request.student_answer)
+
+
+def diagnose(question_text: str, student_answer: str) -> str | None:
+    """Name the first mistake of an attempt and what to recheck there, never a number; None if there is no mistake.
+
+    Products and sums are judged by the attempt's own numbers: what follows from an earlier mistake is not a second
+    one. Any text is an attempt; one that cannot be read gets a word about the format.
+    """
+    formula = parse_formula(question_text)
+    expected = list(formula)
+    attempt = _ATTEMPT.fullmatch(student_answer)
+    if attempt is None:
+        return FORMAT_TEXT
+    body, answer = attempt.groups()
+    rows = body.split("\n")
+    total = 0
+    for line_idx, row in enumerate(rows):
+        match = _LINE.fullmatch(row)
+        if match is None:
+            return FORMAT_TEXT
+        if line_idx == len(expected):
+            return expected[-1].join(EXTRA_TEXTS)
+        symbol, atoms, *numbers = match.groups()
+        line = Line(symbol, int(atoms), *(int(number[::-1]) for number in numbers))
+        if symbol != expected[line_idx]:
+            return expected[line_idx].join(MISSING_TEXTS)
+        if (term := _first_wrong_term(line, formula[symbol], total)) is not None:
+            return line_advice(symbol, term)
+        total = line.total
+    if len(rows) < len(expected):
+        return expected[len(rows)].join(MISSING_TEXTS)
+    return None if answer == digits(total) else ANSWER_TEXT
+
+
+def line_advice(symbol: str, term: str) -> str:
+    """What the tutor says when `term` (a key of TERM_TEXTS) is the first mistake, in the line of `symbol`."""
+    return symbol.join(LINE_TEXTS) + TERM_TEXTS[term]
+
+
+def _first_wrong_term(line: Line, atoms: int, total_before: int) -> str | None:
+    """Which key of TERM_TEXTS the line gets wrong first, reading left to right."""
+    is_right = {
+        "atoms": line.atoms == atoms,
+        "mass": line.mass == ATOMIC_MASSES[line.symbol],
+        "product": line.product == line.atoms * line.mass,
+        "total": line.total == total_before + line.product,
+    }
+    return next((term for term, right in is_right.items() if not right), None)

@@ -1,0 +1,119 @@
+"""How the built-in student was made: supervised warm-up on the dialogues of dialogues.py, NN minutes on one core.
+
+    python -m socpo_fast.socratic.tasks.warm_up --out FOLDER
+
+Read: make_student -> student_config -> row_batches -> warm_up_loss. Departures from a trainer: none of the engine's or
+the trainer's parts are used, rows are padded, and only assistant tokens of trained pieces are targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from socpo_fast.model import Decoder, ModelConfig, save_student
+from socpo_fast.socratic.tasks.dialogues import Piece, dialogue
+from socpo_fast.socratic.tasks.tokenizer import MAX_LENGTH, build_tokenizer
+
+NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 64, 16
+LR, WARMUP_UPDATES, WEIGHT_DECAY = 3e-3, 100, 0.01
+
+
+def make_student(seed: int, num_updates: int = NUM_UPDATES) -> tuple[Decoder, PreTrainedTokenizerFast]:
+    """Train a student from scratch, printing progress; same seed, machine and thread count, same student."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    student = Decoder(student_config(tokenizer))
+    for parameter in student.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.05)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    start_s = time.perf_counter()
+    for update, rows in enumerate(row_batches(random.Random(seed), tokenizer, num_updates), start=1):
+        cosine = 0.5 * (1 + math.cos(math.pi * update / num_updates))
+        optimizer.param_groups[0]["lr"] = LR * min(update / WARMUP_UPDATES, cosine)
+        loss = warm_up_loss(student, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        if update % 100 == 0:
+            seconds = time.perf_counter() - start_s
+            print(f"update {update} of {num_updates}: loss {loss.item():.4f} nats, {seconds:.0f} s", flush=True)
+    return student, tokenizer
+
+
+def student_config(tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
+    """A Llama of 0.8 million parameters."""
+    raw = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(tokenizer),
+        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "hidden_act": "silu",
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "attention_bias": False, "mlp_bias": False,
+        "max_position_embeddings": MAX_LENGTH, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    return ModelConfig.from_hf(raw, where="warm_up: student_config")
+
+
+def row_batches(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_updates: int
+) -> Iterator[list[list[Piece]]]:
+    """The rows of each update, alike in length: those of many updates are drawn, sorted, cut and shuffled."""
+    for _ in range(0, num_updates, UPDATES_PER_SORT):
+        rows = [dialogue(rng, tokenizer) for _ in range(UPDATES_PER_SORT * ROWS_PER_UPDATE)]
+        rows.sort(key=lambda pieces: sum(len(piece.token_ids) for piece in pieces))
+        batches = [rows[start : start + ROWS_PER_UPDATE] for start in range(0, len(rows), ROWS_PER_UPDATE)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def warm_up_loss(student: Decoder, rows: list[list[Piece]]) -> Tensor:
+    """Mean negative log-likelihood of the trained tokens. Padding comes last, so no token looks at it."""
+    token_ids = [[token_id for piece in pieces for token_id in piece.token_ids] for pieces in rows]
+    trained = [[piece.trained for piece in pieces for _ in piece.token_ids] for pieces in rows]
+    length = max(map(len, token_ids))
+    token_ids_BL = torch.tensor([row + [0] * (length - len(row)) for row in token_ids])
+    trained_BL = torch.tensor([row + [False] * (length - len(row)) for row in trained])
+
+    def attend(layer_idx: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THE, k_TKE, v_TKE))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+
+    hidden_TD = student(token_ids_BL.flatten(), torch.arange(length).repeat(len(rows)), attend)
+    is_target_BL = trained_BL[:, 1:]
+    logits_NV = student.lm_head(hidden_TD.unflatten(0, (-1, length))[:, :-1][is_target_BL])
+    return F.cross_entropy(logits_NV, token_ids_BL[:, 1:][is_target_BL])
+
+
+def save(student: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A Hugging Face folder with everything a rollout needs; it must be new or empty."""
+    with tempfile.TemporaryDirectory() as tokenizer_folder:
+        tokenizer.save_pretrained(tokenizer_folder)
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        GenerationConfig(**ends, max_length=MAX_LENGTH).save_pretrained(tokenizer_folder)
+        save_student(student, folder, tokenizer_from=tokenizer_folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the built-in task's student; about 15 minutes on 2 cores.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.out.exists() and any(arguments.out.iterdir()):
+        parser.error(f"--out must be a new or empty folder, got {arguments.out}")
+    save(*make_student(arguments.seed), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

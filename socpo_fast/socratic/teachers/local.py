@@ -1,0 +1,104 @@
+"""A teacher that is a Hugging Face folder, run by a second engine in this process.
+
+guide() runs on the event loop's thread and only queues; step() runs on the engine's thread, takes what is queued,
+advances the engine by one step and hands finished texts back to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from socpo_fast.engine import Engine
+from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.teachers.base import TeacherPrompt, clean_guidance
+from socpo_fast.types import Guidance, GuidanceRequest, RolloutKey, SamplingParams
+
+
+class _Pending(NamedTuple):
+    request: GuidanceRequest
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[str | None]
+
+
+class LocalTeacher:
+    """Guidance by an engine of its own.
+
+    Args:
+        engine:        holds the teacher's weights; nobody else submits to it.
+        bridge:        of the teacher's own tokenizer.
+        prompt:        the words it is asked in.
+        params:        sampling; n is 1.
+        context_limit: tokens that prompt and answer may take together. A longer request gets no guidance.
+    """
+
+    immediate = False
+
+    def __init__(
+        self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams, context_limit: int
+    ):
+        self._engine, self._bridge, self._prompt, self._params = engine, bridge, prompt, params
+        self._prompt_limit = context_limit - params.max_new_tokens
+        if self._prompt_limit < 1:
+            raise ValueError(
+                f"teacher.max_new_tokens must be < the teacher's context of {context_limit} tokens, "
+                f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
+            )
+        self._arrived: SimpleQueue[_Pending] = SimpleQueue()
+        self._running: dict[RolloutKey, _Pending] = {}
+        self.num_too_long = 0
+
+    async def guide(self, request: GuidanceRequest) -> Guidance | None:
+        loop, since = asyncio.get_running_loop(), time.perf_counter()
+        answer: asyncio.Future[str | None] = loop.create_future()
+        self._arrived.put(_Pending(request, loop, answer))
+        text = await answer
+        return None if text is None else Guidance(text=text, duration_s=time.perf_counter() - since)
+
+    def step(self) -> bool:
+        self._submit_arrived()
+        if not self._running:
+            return False
+        for attempt in self._engine.step():
+            self._engine.release([attempt])
+            _resolve(self._running.pop(attempt.key), clean_guidance(self._bridge.decode(attempt.token_ids)))
+        return True
+
+    async def aclose(self) -> None:
+        pass
+
+    def _submit_arrived(self) -> None:
+        for _ in range(self._arrived.qsize()):
+            pending = self._arrived.get_nowait()
+            key = _noise_key(pending.request)
+            if pending.answer.done():  # given up before it was started
+                continue
+            if key in self._running:  # an earlier asker gave up and asks again: wait for the one under way to end
+                self._arrived.put(pending)
+                continue
+            prompt_ids = self._bridge.prompt_ids(self._prompt.messages(pending.request))
+            if len(prompt_ids) > self._prompt_limit:
+                self.num_too_long += 1
+                _resolve(pending, None)
+                continue
+            self._running[key] = pending
+            self._engine.submit(prompt_ids, self._params, key=key)
+
+
+def _noise_key(request: GuidanceRequest) -> RolloutKey:
+    """A key of its own for each request, since engine keys name prompts only: (batch, question, rollout, attempt)."""
+    assert request.rollout_idx < 2**16, request.rollout_idx
+    assert request.attempt_idx < 2**8, request.attempt_idx
+    return RolloutKey(request.key.batch, request.key.question << 24 | request.rollout_idx << 8 | request.attempt_idx)
+
+
+def _resolve(pending: _Pending, text: str | None) -> None:
+    """Set the future on its own loop's thread, unless whoever waited has given up."""
+
+    def set_answer() -> None:
+        if not pending.answer.done():
+            pending.answer.set_result(text)
+
+    pending.loop.call_soon_threadsafe(set_answer)

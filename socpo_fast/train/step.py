@@ -1,0 +1,299 @@
+"""The gradient of one update, and log-probabilities under the model as it is.
+
+Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differences from the textbook trainer:
+
+- The normaliser is the update's, never a microbatch's: packing and splitting change speed, not the gradient.
+- Only rows that predict a loss token meet the LM head, and nothing is padded.
+- The advantage is one number an attempt; it is spread over the attempt's tokens inside the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops.linear_logprob import linear_logprob
+from socpo_fast.ops.linear_policy_loss import linear_policy_loss
+from socpo_fast.ops.packed_attention import packed_attention
+from socpo_fast.ops.policy_loss import KLEstimator, PolicyLoss
+from socpo_fast.train.packing import PackedMicrobatch, Packing, count_unique_tokens, pack_rollouts
+from socpo_fast.types import Rollout
+
+LossAgg = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+PerToken = Sequence[Sequence[Tensor]]  # [rollout][attempt] -> [L] one value a sampled token
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientStats:
+    """What one call of policy_gradients did.
+
+    entropy, ratio and mismatch are over the loss tokens whose log-prob was computed (an advantage of exactly 0 needs
+    none); nan when there is none. sampler_mismatch is |logprob - the sampler's|: rounding alone as long as the weights
+    are the sampler's.
+    """
+
+    loss: float
+    entropy: float  # nats
+    ratio_mean: float
+    clip_fraction: float
+    sampler_mismatch_max_nats: float
+    sampler_mismatch_mean_nats: float
+    tokens_forwarded: int
+    unique_tokens: int  # nodes of the groups' trees: prompt once, attempts, bridges
+    loss_tokens: int
+    num_microbatches: int
+
+
+def policy_gradients(
+    student: Decoder,
+    rollouts: Sequence[Rollout],
+    *,
+    packing: Packing = "tree",
+    token_budget: int,
+    temperature: float,
+    num_loss_tokens: int | None = None,
+    num_attempts: int | None = None,
+    max_new_tokens: int | None = None,
+    old_logprobs: PerToken | None = None,
+    loss_agg: LossAgg = "token_mean",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    ref_logprobs: PerToken | None = None,
+    tis_clip: float | None = None,
+    checkpointing: bool = False,
+    impl: str = "auto",
+) -> GradientStats:
+    """Accumulate into .grad the gradient of the policy loss of these rollouts; takes no optimizer step.
+
+        loss = sum over loss tokens t of w_t * l_t        l_t: ops.policy_loss, A = the attempt's advantage
+        token_mean               w_t = 1 / num_loss_tokens
+        seq_mean_token_mean      w_t = 1 / (num_attempts * L)            L: tokens of t's attempt
+        seq_mean_token_sum_norm  w_t = 1 / (num_attempts * max_new_tokens)
+        with tis_clip            w_t *= min(exp(old_logprob - sampler_logprob), tis_clip)
+
+    Args:
+        student:        the policy, on any device.
+        rollouts:       with `advantages` filled, one an attempt. Those without attempts count for nothing.
+        packing, token_budget: those of pack_rollouts.
+        temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
+        num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of these rollouts.
+        max_new_tokens: the sampler's, for loss_agg="seq_mean_token_sum_norm" only, which needs it.
+        old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's.
+        ref_logprobs:   the same under the frozen reference; for kl_coef > 0.
+        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator: those of ops.policy_loss.
+        tis_clip:       > 0, upper bound of the truncated importance weight; None: no such weight.
+        checkpointing:  recompute each layer in the backward: less memory, a third more compute.
+
+    Raises:
+        ValueError: an unknown choice, a missing normaliser, or values that do not fit the attempts.
+
+    Memory: activations of one microbatch. Bitwise: same inputs, same bits; packings and budgets agree to rounding.
+    """
+    _check_options(loss_agg, num_loss_tokens, num_attempts, max_new_tokens, tis_clip)
+    lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
+    norm_tokens = sum(lengths) if num_loss_tokens is None else num_loss_tokens
+    norm_attempts = len(lengths) if num_attempts is None else num_attempts
+    microbatches = pack_rollouts(rollouts, packing=packing, token_budget=token_budget)
+    backward = partial(
+        _backward,
+        tis_clip=tis_clip,
+        checkpointing=checkpointing,
+        impl=impl,
+        temperature=temperature,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy_coef=entropy_coef,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )
+    outcomes = []
+    for microbatch in microbatches:
+        weights_A = _attempt_weights(microbatch, loss_agg, norm_tokens, norm_attempts, max_new_tokens)
+        outcomes.append(backward(student, microbatch, rollouts, weights_A, old_logprobs, ref_logprobs))
+    return _stats(outcomes, microbatches, rollouts)
+
+
+def compute_logprobs(
+    student: Decoder,
+    rollouts: Sequence[Rollout],
+    *,
+    packing: Packing = "tree",
+    token_budget: int,
+    temperature: float,
+    impl: str = "auto",
+) -> list[list[Tensor]]:
+    """Log-probs of every sampled token under the student as it is now, without gradient.
+
+    For recomputed old_logprobs, a reference model, and the mismatch with the sampler. Arguments as in policy_gradients.
+
+    Returns:
+        [rollout][attempt] -> [L] fp32 on the CPU, nats; parallel to the rollouts given.
+    """
+    device = student.lm_head.weight.device
+    by_attempt: list[list[Tensor]] = [[torch.empty(0)] * len(rollout.attempts) for rollout in rollouts]
+    with torch.no_grad():
+        for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
+            logprobs_N, _ = linear_logprob(
+                _forward(student, microbatch, checkpointing=False, impl=impl),
+                student.lm_head.weight,
+                microbatch.targets_N.to(device),
+                temperature=temperature,
+                rows_N=microbatch.rows_N.to(device),
+                impl=impl,
+            )
+            sizes = [rollouts[place].attempts[attempt_idx].num_tokens for place, attempt_idx in microbatch.attempts]
+            for (place, attempt_idx), logprobs_L in zip(
+                microbatch.attempts, logprobs_N.cpu().split(sizes), strict=True
+            ):
+                by_attempt[place][attempt_idx] = logprobs_L.clone()
+    return by_attempt
+
+
+def _backward(
+    student: Decoder,
+    microbatch: PackedMicrobatch,
+    rollouts: Sequence[Rollout],
+    weights_A: Tensor,
+    old_logprobs: PerToken | None,
+    ref_logprobs: PerToken | None,
+    *,
+    tis_clip: float | None,
+    checkpointing: bool,
+    impl: str,
+    **loss_options: Any,
+) -> PolicyLoss:
+    """Forward and backward of one microbatch; returns |logprob - sampler's| in place of the log-probs."""
+    device = student.lm_head.weight.device
+    gather = partial(_gather, microbatch=microbatch, rollouts=rollouts, device=device)
+    sampler_N = gather([[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts], "sampler logprobs")
+    old_N = sampler_N if old_logprobs is None else gather(old_logprobs, "old_logprobs")
+    weights_N = weights_A[microbatch.attempt_of_token_N].to(device)
+    if tis_clip is not None:
+        weights_N = weights_N * (old_N - sampler_N).exp().clamp(max=tis_clip)
+    policy = linear_policy_loss(
+        _forward(student, microbatch, checkpointing=checkpointing, impl=impl),
+        student.lm_head.weight,
+        microbatch.targets_N.to(device),
+        old_N,
+        _attempt_advantages(microbatch, rollouts).to(device),
+        microbatch.attempt_of_token_N.to(device),
+        rows_N=microbatch.rows_N.to(device),
+        weights_N=weights_N,
+        ref_logprobs_N=None if ref_logprobs is None else gather(ref_logprobs, "ref_logprobs"),
+        impl=impl,
+        **loss_options,
+    )
+    policy.loss.backward()
+    return policy._replace(loss=policy.loss.detach(), logprobs=(policy.logprobs - sampler_N).abs())
+
+
+def _forward(student: Decoder, microbatch: PackedMicrobatch, *, checkpointing: bool, impl: str) -> Tensor:
+    """Hidden states of the packed tokens; keys come from the rows of a token's own path."""
+    device, scale = student.lm_head.weight.device, student.config.head_dim**-0.5
+
+    def attend(layer_idx: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        return packed_attention(q_THE, k_TKE, v_TKE, microbatch.segments, scale=scale, impl=impl)
+
+    token_ids_T, positions_T = microbatch.token_ids_T.to(device), microbatch.positions_T.to(device)
+    return student(token_ids_T, positions_T, attend, checkpointing=checkpointing)
+
+
+def _attempt_weights(
+    microbatch: PackedMicrobatch, loss_agg: LossAgg, num_loss_tokens: int, num_attempts: int, max_new_tokens: int | None
+) -> Tensor:
+    """[A] fp32: what each loss token of an attempt weighs."""
+    lengths_A = microbatch.attempt_of_token_N.bincount()
+    if loss_agg == "token_mean":
+        return torch.full(lengths_A.shape, 1 / num_loss_tokens)
+    if loss_agg == "seq_mean_token_mean":
+        return 1 / (num_attempts * lengths_A)
+    assert max_new_tokens is not None, "checked at the door"
+    return torch.full(lengths_A.shape, 1 / (num_attempts * max_new_tokens))
+
+
+def _attempt_advantages(microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:
+    """[A] fp32."""
+    for place, _ in microbatch.attempts:
+        num_attempts, num_advantages = len(rollouts[place].attempts), len(rollouts[place].advantages)
+        if num_advantages != num_attempts:
+            raise ValueError(
+                f"policy_gradients: rollouts[{place}].advantages must be one for each of its {num_attempts} attempts, "
+                f"got {num_advantages}; fill them with ops.compute_advantages"
+            )
+    return torch.tensor([rollouts[place].advantages[attempt_idx] for place, attempt_idx in microbatch.attempts])
+
+
+def _gather(
+    values: PerToken, what: str, *, microbatch: PackedMicrobatch, rollouts: Sequence[Rollout], device: torch.device
+) -> Tensor:
+    """[N]: per-token values in the order of the microbatch's loss tokens."""
+    if len(values) != len(rollouts):
+        raise ValueError(
+            f"policy_gradients: {what} must be a list for each of {len(rollouts)} rollouts, got {len(values)}"
+        )
+    parts = []
+    for place, attempt_idx in microbatch.attempts:
+        num_tokens = rollouts[place].attempts[attempt_idx].num_tokens
+        num_given = values[place][attempt_idx].numel() if attempt_idx < len(values[place]) else 0
+        if num_given != num_tokens:
+            raise ValueError(
+                f"policy_gradients: {what} of rollouts[{place}].attempts[{attempt_idx}] must be [L={num_tokens}], "
+                f"got {num_given} values"
+            )
+        parts.append(values[place][attempt_idx])
+    return torch.cat(parts).to(device)
+
+
+def _stats(
+    outcomes: list[PolicyLoss], microbatches: list[PackedMicrobatch], rollouts: Sequence[Rollout]
+) -> GradientStats:
+    """Put microbatches together; `outcomes` are those of _backward. The only host sync."""
+    values = [torch.stack((policy.logprobs, policy.entropy, policy.ratio)).double() for policy in outcomes]
+    values_3N = torch.cat(values, dim=1) if values else torch.empty(3, 0)
+    mismatch_N, entropy_N, ratio_N = values_3N[:, ~values_3N[0].isnan()]
+    sizes = [microbatch.targets_N.numel() for microbatch in microbatches]
+    clipped = sum(float(policy.clip_fraction) * size for policy, size in zip(outcomes, sizes, strict=True))
+    return GradientStats(
+        loss=sum(float(policy.loss) for policy in outcomes),
+        entropy=float(entropy_N.mean()),
+        ratio_mean=float(ratio_N.mean()),
+        clip_fraction=clipped / max(1, sum(sizes)),
+        sampler_mismatch_max_nats=float(mismatch_N.max()) if mismatch_N.numel() else math.nan,
+        sampler_mismatch_mean_nats=float(mismatch_N.mean()),
+        tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
+        unique_tokens=count_unique_tokens(rollouts),
+        loss_tokens=sum(sizes),
+        num_microbatches=len(microbatches),
+    )
+
+
+def _check_options(
+    loss_agg: str,
+    num_loss_tokens: int | None,
+    num_attempts: int | None,
+    max_new_tokens: int | None,
+    tis_clip: float | None,
+) -> None:
+    if loss_agg not in get_args(LossAgg):
+        choices = ", ".join(get_args(LossAgg))
+        raise ValueError(f"policy_gradients: loss_agg must be one of {choices}, got {loss_agg!r}")
+    normalisers = {"num_loss_tokens": num_loss_tokens, "num_attempts": num_attempts, "max_new_tokens": max_new_tokens}
+    for name, value in normalisers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"policy_gradients: {name} must be >= 1, got {value}")
+    if loss_agg == "seq_mean_token_sum_norm" and max_new_tokens is None:
+        raise ValueError(f"policy_gradients: max_new_tokens must be the sampler's for loss_agg={loss_agg!r}, got None")
+    if tis_clip is not None and not tis_clip > 0:
+        raise ValueError(f"policy_gradients: tis_clip must be > 0 or None, got {tis_clip}")

@@ -1,0 +1,204 @@
+"""The engine against transformers, against itself run another way, and against the trainer's forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from socpo_fast.engine import Engine
+from socpo_fast.model import Decoder, load_student
+from socpo_fast.ops import Segment, packed_attention
+from socpo_fast.types import Attempt, SamplingParams
+
+PROMPTS = [[3, 5, 7], list(range(1, 41)), [9] * 32, list(range(50, 2, -1)) * 2]  # shorter, longer than, exactly a page
+SAMPLED = SamplingParams(n=3, temperature=1.0, max_new_tokens=24, eos_ids=(2,), seed=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def student(folder: str) -> Decoder:
+    return load_student(folder)
+
+
+def engine_of(student: Decoder, *, num_pages: int = 64, **options: int) -> Engine:
+    page_gib = 16 * 2 * 3 * 2 * 8 * 4 / 2**30
+    return Engine(student, kv_cache_gib=num_pages * page_gib * 1.0001, page_size=16, **options)
+
+
+def exact(groups: list[list[Attempt]]) -> list[list[tuple]]:
+    return [[(a.token_ids, a.logprobs.tolist(), a.finish_reason) for a in group] for group in groups]
+
+
+def trainer_logprobs(student: Decoder, token_ids: list[int]) -> torch.Tensor:
+    """[L - 1] log-prob of every token but the first, by one packed forward."""
+    whole = [Segment(0, len(token_ids), ())]
+    scale = student.config.head_dim**-0.5
+
+    def attend(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return packed_attention(q, k, v, whole, scale=scale)
+
+    with torch.no_grad():
+        ids = torch.tensor(token_ids)
+        logprobs = student.lm_head(student(ids, torch.arange(len(ids)), attend)).log_softmax(-1)
+    return logprobs[:-1].gather(1, ids[1:, None])[:, 0]
+
+
+def test_greedy_equals_transformers(folder: str, student: Decoder) -> None:
+    params = SamplingParams(temperature=0.0, max_new_tokens=40, eos_ids=(2,))
+    groups = engine_of(student).generate(PROMPTS, params)
+    reference = LlamaForCausalLM.from_pretrained(folder)
+    for prompt, (attempt,) in zip(PROMPTS, groups, strict=True):
+        expected = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
+        assert attempt.token_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_logprobs_are_the_trainers(student: Decoder) -> None:
+    for prompt, group in zip(PROMPTS, engine_of(student).generate(PROMPTS, SAMPLED), strict=True):
+        for attempt in group:
+            expected = trainer_logprobs(student, prompt + attempt.token_ids)[len(prompt) - 1 :]
+            assert (attempt.logprobs - expected).abs().max() < 1e-4
+            assert attempt.kept_mass.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token_budget": 7},  # every prompt in chunks
+        {"max_running": 2},  # forks wait for a place
+        {"num_pages": 9},  # the longest sequence needs 8: everything else gives way
+        {"num_pages": 16, "token_budget": 5, "max_running": 3},
+    ],
+)
+def test_tokens_do_not_depend_on_scheduling(student: Decoder, options: dict[str, int]) -> None:
+    free, tight = engine_of(student), engine_of(student, **options)
+    assert exact(tight.generate(PROMPTS, SAMPLED)) == exact(free.generate(PROMPTS, SAMPLED))
+    assert tight.stats.pages_free == tight.stats.pages_total
+    if options.get("num_pages") == 9:
+        assert tight.stats.preemptions > 0
+
+
+def test_group_equals_separate_runs(student: Decoder) -> None:
+    together = engine_of(student).generate(PROMPTS, SAMPLED)
+    for q, prompt in enumerate(PROMPTS):
+        assert exact(engine_of(student).generate([prompt], SAMPLED, keys=[(0, q)])) == exact(together[q : q + 1])
+    assert len({tuple(a.token_ids) for group in together for a in group}) == 3 * len(PROMPTS), (
+        "siblings draw their own noise"
+    )
+
+
+@pytest.mark.parametrize("cut", [None, 0, 5, 24])
+@pytest.mark.parametrize("taken", ["pages kept", "pages taken", "weights changed"])
+def test_resume_equals_full_prefill(student: Decoder, cut: int | None, taken: str) -> None:
+    engine, suffix = engine_of(student, num_pages=12 if taken == "pages taken" else 64), [7, 8, 9]
+    params = SamplingParams(temperature=1.0, max_new_tokens=24, eos_ids=(), seed=1, ignore_eos=True)
+    prompt = PROMPTS[1]
+    (first,) = engine.generate([prompt], params, keep=True)[0]
+    if taken == "weights changed":
+        engine.bump_policy_version()
+    if taken == "pages taken":
+        engine.generate([PROMPTS[3]] * 2, params, keys=[(1, 1), (1, 2)])
+    before = engine.stats.prefill_tokens
+    engine.resume(first, suffix, params, cut=cut)
+    done: list[Attempt] = []
+    while not done:
+        done = engine.step()
+    second = done[0]
+    context = prompt + first.token_ids[:cut] + suffix
+    if taken == "pages kept":
+        assert engine.stats.prefill_tokens - before == len(suffix) + (cut in (None, 24))
+    else:
+        assert engine.stats.prefill_tokens - before == len(context)
+    expected = trainer_logprobs(student, context + second.token_ids)[len(context) - 1 :]
+    assert (second.logprobs - expected).abs().max() < 1e-5
+    assert (second.attempt_idx, second.rollout_idx, second.key) == (1, 0, first.key)
+    assert second.policy_version == engine.policy_version
+    engine.release([first, second])
+    assert engine.stats.pages_free == engine.stats.pages_total
+
+
+def test_a_prompt_is_prefilled_once(student: Decoder) -> None:
+    rows: list[int] = []
+    hook = student.layers[0].register_forward_hook(lambda _module, args, _out: rows.append(args[1].shape[0]))
+    engine = engine_of(student)
+    params = SamplingParams(n=8, temperature=1.0, max_new_tokens=4, eos_ids=(), ignore_eos=True)
+    engine.generate(PROMPTS, params)
+    hook.remove()
+    assert engine.stats.prefill_tokens == sum(map(len, PROMPTS))
+    assert engine.stats.decode_tokens == 8 * len(PROMPTS) * 3  # the last sampled token is never forwarded
+    assert sum(rows) == engine.stats.prefill_tokens + engine.stats.decode_tokens  # no padding: 16 rows or more a step
+
+
+def test_weights_are_read_where_they_are(folder: str) -> None:
+    student = load_student(folder)
+    engine, pointers = engine_of(student), {n: p.data_ptr() for n, p in student.named_parameters()}
+    before = exact(engine.generate(PROMPTS, SAMPLED))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    engine.bump_policy_version()
+    assert exact(engine.generate(PROMPTS, SAMPLED)) != before
+    assert {n: p.data_ptr() for n, p in student.named_parameters()} == pointers
+
+
+def test_stop_and_length(student: Decoder) -> None:
+    groups = engine_of(student).generate(
+        PROMPTS, SamplingParams(n=8, temperature=1.5, max_new_tokens=60, eos_ids=(2, 11))
+    )
+    attempts = [attempt for group in groups for attempt in group]
+    assert {attempt.finish_reason for attempt in attempts} == {"stop", "length"}
+    for attempt in attempts:
+        assert not {2, 11} & set(attempt.token_ids[:-1])
+        assert (attempt.token_ids[-1] in (2, 11)) == (attempt.finish_reason == "stop")
+        assert attempt.num_tokens == attempt.logprobs.numel() == attempt.kept_mass.numel() <= 60
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.submit([], SAMPLED, key=(0, 0)), "token ids must be non-empty"),
+        (lambda e: e.submit([101], SAMPLED, key=(0, 0)), r"in \[0, 101\), got \[101\]"),
+        (lambda e: e.submit([1] * 240, SAMPLED, key=(0, 0)), "256 positions"),
+        (
+            lambda e: e.submit([1] * 200, SAMPLED, key=(0, 0)),
+            "need 14 pages .* has 12; raise engine.kv_cache_gib",
+        ),
+        (lambda e: e.generate([[1], [2]], SAMPLED, keys=[(0, 0), (0, 0)]), "different pairs"),
+    ],
+)
+def test_refused_at_the_door(student: Decoder, call, message: str) -> None:
+    engine = engine_of(student, num_pages=12)
+    with pytest.raises(ValueError, match=message):
+        call(engine)
+    assert not engine.has_work
+    assert engine.stats.pages_free == 12
+
+
+def test_resume_twice_is_refused(student: Decoder) -> None:
+    engine = engine_of(student)
+    (attempt, _, _) = engine.generate([PROMPTS[0]], SAMPLED, keep=True)[0]
+    engine.resume(attempt, [4], SAMPLED)
+    with pytest.raises(ValueError, match="neither released nor resumed"):
+        engine.resume(attempt, [4], SAMPLED)
+    engine.abort()
+    assert engine.stats.pages_free == engine.stats.pages_total
+    assert not engine.has_work

@@ -1,0 +1,65 @@
+"""How close is close enough, for every numeric test of the project.
+
+    |actual - truth| <= 2 |plain - truth| + tolerance          element by element
+
+truth is the reference in fp64, plain the reference in the kernel's own dtype: an implementation may be about as wrong
+as straightforward PyTorch, wherever that is, and no more. The tolerance covers elements where plain is right by luck;
+it is absolute, so keep what is compared near 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+
+def assert_error_rule(
+    actual: Tensor, plain: Tensor, truth: Tensor, *, name: str, dtype: torch.dtype | None = None
+) -> None:
+    """Hold `actual` to the rule; dtype is the one the work was done in, by default that of `actual`.
+
+    NaN and infinities must stand at the same places in actual and truth, infinities with the same sign.
+    """
+    assert actual.shape == plain.shape == truth.shape, f"{name}: {actual.shape}, {plain.shape}, {truth.shape} differ"
+    assert truth.dtype == torch.float64, f"{name}: truth must be fp64, got {truth.dtype}"
+    tolerance = TOLERANCE[dtype or actual.dtype]
+    actual_64, plain_64, truth_64 = (x.detach().cpu().double() for x in (actual, plain, truth))
+    finite = truth_64.isfinite()
+    excess = (actual_64 - truth_64).abs() - 2 * (plain_64 - truth_64).abs().nan_to_num(nan=0.0, posinf=0.0) - tolerance
+    same = (actual_64 == truth_64) | (actual_64.isnan() & truth_64.isnan())
+    excess = torch.where(finite, excess.nan_to_num(nan=torch.inf), torch.where(same, -1.0, torch.inf))
+    if excess.numel() == 0 or excess.max() <= 0:
+        return
+    worst = _coordinate(excess, int(excess.argmax()))
+    raise AssertionError(
+        f"{name}: {int((excess > 0).sum())} of {excess.numel()} elements break the error rule; worst at {list(worst)}: "
+        f"actual {actual_64[worst].item():.9g}, plain {plain_64[worst].item():.9g}, truth {truth_64[worst].item():.9g} "
+        f"(tolerance {tolerance:g})"
+    )
+
+
+def assert_bitwise_equal(a: Tensor, b: Tensor, *, name: str) -> None:
+    """Same shape, dtype and bits; NaN equals NaN, 0.0 differs from -0.0."""
+    assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{name}: {a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}"
+    a_cpu, b_cpu = a.detach().cpu(), b.detach().cpu()
+    equal = a_cpu == b_cpu
+    if a.dtype.is_floating_point:
+        equal = (equal & (a_cpu.signbit() == b_cpu.signbit())) | (a_cpu.isnan() & b_cpu.isnan())
+    if equal.all():
+        return
+    first = _coordinate(equal, int((~equal).flatten().int().argmax()))
+    raise AssertionError(
+        f"{name}: {int((~equal).sum())} of {equal.numel()} elements differ; first at {list(first)}: "
+        f"{a_cpu[first].item()!r} and {b_cpu[first].item()!r}"
+    )
+
+
+def _coordinate(x: Tensor, flat_idx: int) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_idx), x.shape))

@@ -1,0 +1,94 @@
+"""The decoder computes what transformers computes, for every family, packed or alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from socpo_fast.model import Decoder, load_student
+
+LENGTHS = (1, 5, 64, 17)  # one token alone; a long one, so that slow rotary frequencies turn
+SMOLLM2 = Path(os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")).expanduser()
+FAMILIES = (
+    *("llama_tied", "llama_untied", "llama_biases", "llama3_rope", "mistral"),
+    *("qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied"),
+)
+
+
+def packed_logits(student: Decoder, sequences: list[Tensor], **forward: Any) -> Tensor:
+    """[T, V] logits of several sequences in one packed row, under a block-diagonal causal mask."""
+    sequence_T = torch.cat([torch.full((len(ids),), i) for i, ids in enumerate(sequences)])
+    positions_T = torch.cat([torch.arange(len(ids)) for ids in sequences])
+    mask_TT = (sequence_T[:, None] == sequence_T) & (positions_T[:, None] >= positions_T)
+
+    def attend(layer_idx: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_THE, k_TKE, v_TKE))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT, enable_gqa=True)[0].transpose(0, 1)
+
+    return F.linear(student(torch.cat(sequences), positions_T, attend, **forward), student.lm_head.weight)
+
+
+def reference_logits(reference: PreTrainedModel, sequences: list[Tensor]) -> Tensor:
+    """[T, V] logits of transformers, one sequence at a time."""
+    with torch.no_grad():
+        return torch.cat([reference(ids[None]).logits[0] for ids in sequences])
+
+
+def random_sequences(vocab_size: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(vocab_size, (length,), generator=generator) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "10KB"], ids=["single", "sharded"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_equal_transformers(make_hf: Callable, family: str, max_shard_size: str) -> None:
+    reference, folder = make_hf(family, max_shard_size=max_shard_size)
+    assert (folder / "model.safetensors").exists() == (max_shard_size == "5GB")
+    student = load_student(folder)
+    sequences = random_sequences(student.config.vocab_size)
+    expected_TV = reference_logits(reference, sequences)
+    assert expected_TV.abs().max() > 1  # or the tolerance would prove nothing
+    torch.testing.assert_close(packed_logits(student, sequences), expected_TV, rtol=0, atol=1e-4)
+
+
+def test_llama3_frequencies_equal_transformers(make_hf: Callable) -> None:
+    reference, folder = make_hf("llama3_rope")
+    inv_freq = load_student(folder).inv_freq
+    torch.testing.assert_close(inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    plain = 1 / 500.0 ** (torch.arange(0, 16, 2) / 16)
+    stretch = plain / inv_freq
+    kept, divided = torch.isclose(stretch, torch.ones(8)), torch.isclose(stretch, torch.full((8,), 8.0))
+    assert kept.any() and divided.any() and (~kept & ~divided).any()
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3_untied"])
+def test_checkpointing_keeps_every_gradient(make_hf: Callable, family: str) -> None:
+    student = load_student(make_hf(family)[1])
+    sequences = random_sequences(student.config.vocab_size)
+    gradients = []
+    for checkpointing in (False, True):
+        student.zero_grad(set_to_none=True)
+        packed_logits(student, sequences, checkpointing=checkpointing).square().mean().backward()
+        gradients.append([parameter.grad for parameter in student.parameters()])
+    for (name, _), plain, recomputed in zip(student.named_parameters(), *gradients, strict=True):
+        assert plain.abs().max() > 0 and torch.equal(plain, recomputed), name
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(not SMOLLM2.exists(), reason=f"{SMOLLM2} is not there; SOCPO_SMOLLM2 names another place")
+@torch.no_grad()
+def test_smollm2_logits_equal_transformers() -> None:
+    reference = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    student = load_student(SMOLLM2)
+    sequences = random_sequences(student.config.vocab_size)
+    expected_TV = reference_logits(reference, sequences)
+    torch.testing.assert_close(packed_logits(student, sequences), expected_TV, rtol=0, atol=1e-4)

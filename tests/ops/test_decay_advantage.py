@@ -1,0 +1,206 @@
+"""Decay and advantages against the published worked example and a plain loop over attempts in fp64."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from socpo_fast.ops import compute_advantages, decay_factors, decay_rewards
+from tests.error_rule import assert_bitwise_equal
+
+ESTIMATORS = ("reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "dr_grpo", "rloo")
+
+
+def random_batch(
+    seed: int, *, max_attempts: int = 4, num_questions: int = 6, group_size: int = 3
+) -> dict[str, torch.Tensor]:
+    """Attempts of a batch as rollouts make them: a rollout ends with its first success. Question 0 is a single attempt,
+    question 1 always right, question 2 always wrong; question ids are neither small nor consecutive."""
+    rng = torch.Generator().manual_seed(seed)
+    attempts = []
+    for question in range(num_questions):
+        for _ in range(1 if question == 0 else group_size):
+            for attempt in range(1 if question == 0 else max_attempts):
+                success_rate = {1: 1.0, 2: 0.0}.get(question, 0.35)
+                is_correct = float(torch.rand((), generator=rng)) < success_rate
+                num_tokens = int(torch.randint(1, 50, (), generator=rng))
+                attempts.append((float(is_correct), attempt, 1000 - 37 * question, num_tokens))
+                if is_correct:
+                    break
+    rewards, attempt_idx, question_idx, num_tokens = zip(*attempts, strict=True)
+    return {
+        "rewards_A": torch.tensor(rewards),
+        "attempt_idx_A": torch.tensor(attempt_idx),
+        "question_idx_A": torch.tensor(question_idx),
+        "num_tokens_A": torch.tensor(num_tokens),
+    }
+
+
+def naive_decay(rewards: list[float], attempt_idx: list[int]) -> list[float]:
+    """batch_mean, attempt index after attempt index, each mean taken anew."""
+    decayed = list(rewards)
+    for n in range(1, max(attempt_idx) + 1):
+        earlier = [decayed[i] for i in range(len(rewards)) if attempt_idx[i] < n]
+        for i in range(len(rewards)):
+            if attempt_idx[i] == n:
+                decayed[i] = rewards[i] * sum(earlier) / len(earlier)
+    return decayed
+
+
+def naive_advantages(
+    rewards: list[float], num_tokens: list[int], groups: list[object], estimator: str, eps: float
+) -> list[float]:
+    """One attempt at a time; whitening over a list that repeats each attempt once per token."""
+    values = []
+    for i, reward in enumerate(rewards):
+        group = [rewards[j] for j in range(len(rewards)) if groups[j] == groups[i]]
+        if estimator == "reinforce_plus_plus" or len(group) == 1:
+            values.append(reward / (1 + eps) if estimator == "grpo" else reward)
+        elif estimator == "rloo":
+            others = [rewards[j] for j in range(len(rewards)) if groups[j] == groups[i] and j != i]
+            values.append(reward - statistics.fmean(others))
+        else:
+            scale = statistics.stdev(group) + eps if estimator == "grpo" else 1.0
+            values.append((reward - statistics.fmean(group)) / scale)
+    if not estimator.startswith("reinforce"):
+        return values
+    tokens = [value for value, count in zip(values, num_tokens, strict=True) for _ in range(count)]
+    mean, variance = statistics.fmean(tokens), statistics.variance(tokens)
+    return [(value - mean) / math.sqrt(variance + 1e-8) for value in values]
+
+
+def test_worked_example_of_the_paper() -> None:
+    # four first attempts with one success, three second attempts with one, two third ones with one
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 1, 0])
+    attempt_idx = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    assert decay_factors(rewards, attempt_idx) == [1.0, 1 / 4, 1.25 / 7]
+    assert decay_rewards(rewards, attempt_idx).tolist() == pytest.approx([1, 0, 0, 0, 0.25, 0, 0, 1.25 / 7, 0])
+
+
+def test_other_schedules() -> None:
+    rewards, attempt_idx = torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 2, 1])
+    assert decay_rewards(rewards, attempt_idx, schedule="constant", factor=0.5).tolist() == [1.0, 0.25, 0.25]
+    assert decay_rewards(rewards, attempt_idx, schedule="constant", factor=0.0).tolist() == [1.0, 0.0, 0.0]
+    assert decay_rewards(rewards, attempt_idx, schedule="none").tolist() == [1.0, 1.0, 0.5]
+
+
+def test_help_earns_nothing_when_no_first_attempt_is_right() -> None:
+    assert decay_rewards(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 1, 2])).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_empty_batch() -> None:
+    empty, indices = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    assert decay_factors(empty, indices) == []
+    assert decay_rewards(empty, indices).shape == (0,)
+    with pytest.warns(UserWarning, match="no loss tokens"):
+        assert compute_advantages(empty, indices, indices, indices).shape == (0,)
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 4])
+def test_decay_equals_the_loop(max_attempts: int) -> None:
+    batch = random_batch(max_attempts, max_attempts=max_attempts)
+    rewards, attempt_idx = batch["rewards_A"], batch["attempt_idx_A"]
+    expected = naive_decay(rewards.tolist(), attempt_idx.tolist())
+    assert decay_rewards(rewards, attempt_idx).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 4])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_advantages_equal_the_loop(estimator: str, max_attempts: int) -> None:
+    batch = random_batch(10 + max_attempts, max_attempts=max_attempts)
+    batch["rewards_A"] = decay_rewards(batch["rewards_A"], batch["attempt_idx_A"])
+    expected = naive_advantages(
+        batch["rewards_A"].tolist(), batch["num_tokens_A"].tolist(), batch["question_idx_A"].tolist(), estimator, 1e-6
+    )
+    actual = compute_advantages(**batch, estimator=estimator)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo"])
+def test_grouping_by_attempt_warns_and_equals_the_loop(estimator: str) -> None:
+    batch = random_batch(20)
+    groups = list(zip(batch["question_idx_A"].tolist(), batch["attempt_idx_A"].tolist(), strict=True))
+    expected = naive_advantages(batch["rewards_A"].tolist(), batch["num_tokens_A"].tolist(), groups, estimator, 1e-6)
+    with pytest.warns(UserWarning, match="cancels reward decay"):
+        actual = compute_advantages(**batch, estimator=estimator, baseline_group="question_attempt")
+    torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_order_of_attempts_does_not_matter(estimator: str) -> None:
+    batch = random_batch(30)
+    order = torch.randperm(batch["rewards_A"].numel(), generator=torch.Generator().manual_seed(1))
+    shuffled = {name: x[order] for name, x in batch.items()}
+    torch.testing.assert_close(
+        decay_rewards(shuffled["rewards_A"], shuffled["attempt_idx_A"]),
+        decay_rewards(batch["rewards_A"], batch["attempt_idx_A"])[order],
+    )
+    torch.testing.assert_close(
+        compute_advantages(**shuffled, estimator=estimator), compute_advantages(**batch, estimator=estimator)[order]
+    )
+    assert_bitwise_equal(
+        compute_advantages(**batch, estimator=estimator),
+        compute_advantages(**batch, estimator=estimator),
+        name=estimator,
+    )
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo", "dr_grpo", "rloo"])
+def test_equal_rewards_give_exactly_zero(estimator: str) -> None:
+    # 0.1 has no exact fp32 form, so a mean of seven of them is a test of the summation; exact 0 lets the loss skip rows
+    seven = torch.arange(7) + 3
+    advantages = compute_advantages(torch.full((7,), 0.1), seven, torch.zeros_like(seven), seven, estimator=estimator)
+    assert advantages.tolist() == [0.0] * 7
+
+
+def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens() -> None:
+    batch = random_batch(40)
+    tokens = compute_advantages(**batch).double().repeat_interleave(batch["num_tokens_A"])
+    assert tokens.mean().item() == pytest.approx(0, abs=1e-6)
+    assert tokens.var().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_no_loss_tokens_warns_and_one_is_an_error() -> None:
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="no loss tokens"):
+        assert compute_advantages(one, zero, zero, zero).tolist() == [0.0]
+    with pytest.raises(ValueError, match="sum to at least 2"):
+        compute_advantages(one, zero + 1, zero, zero)
+    assert compute_advantages(one, zero + 1, zero, zero, estimator="dr_grpo").tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimator": "gae"}, r"estimator must be one of reinforce_plus_plus_baseline, .*, got 'gae'"),
+        ({"baseline_group": "batch"}, "baseline_group must be one of question, question_attempt, got 'batch'"),
+        ({"eps": -1.0}, "eps must be finite and >= 0, got -1.0"),
+        ({"rewards_A": torch.tensor([0.0, torch.nan])}, "rewards_A must be finite, got nan at 1"),
+        ({"num_tokens_A": torch.tensor([3, -1])}, "num_tokens_A must be finite and >= 0, got -1 at 1"),
+        ({"question_idx_A": torch.tensor([0])}, r"question_idx_A must be int64 \[A=2\], got int64 \[1\]"),
+        ({"attempt_idx_A": torch.tensor([0.0, 1.0])}, r"attempt_idx_A must be int64 \[A=2\], got float32 \[2\]"),
+    ],
+)
+def test_bad_advantage_inputs(change: dict[str, object], message: str) -> None:
+    indices = torch.tensor([0, 1])
+    good = {"rewards_A": torch.ones(2), "num_tokens_A": indices, "question_idx_A": indices, "attempt_idx_A": indices}
+    with pytest.raises(ValueError, match=f"^compute_advantages: {message}"):
+        compute_advantages(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "linear"}, "schedule must be one of batch_mean, constant, none, got 'linear'"),
+        ({"schedule": "constant"}, r"factor must be in \[0, 1\] with schedule constant, got None"),
+        ({"schedule": "constant", "factor": 1.5}, r"factor must be in \[0, 1\] with schedule constant, got 1.5"),
+        ({"factor": 0.5}, "factor must be None with schedule batch_mean, got 0.5"),
+        ({"attempt_idx_A": torch.tensor([1, 2])}, "attempt_idx_A must be 0 for at least one attempt, got 1"),
+    ],
+)
+def test_bad_decay_inputs(change: dict[str, object], message: str) -> None:
+    good = {"rewards_A": torch.ones(2), "attempt_idx_A": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=f"^decay_rewards: {message}"):
+        decay_rewards(**(good | change))

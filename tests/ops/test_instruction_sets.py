@@ -1,0 +1,42 @@
+"""The extension carries its hot code once per instruction set; each copy this machine can run must be right."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from socpo_fast.ops._impl import extension_is_built
+
+TESTS = Path(__file__).parent
+SETS = ["DEFAULT", "AVX2", "AVX512"]
+NATIVE = torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+@pytest.mark.parametrize("instruction_set", SETS[: SETS.index(NATIVE)] if NATIVE in SETS else [])
+def test_lower_instruction_sets_pass_the_tests_of_the_ops(instruction_set: str) -> None:
+    """The machine's own set is what all other tests run with."""
+    files = [str(TESTS / "test_sample.py"), str(TESTS / "test_paged_attention.py")]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *files,
+            "-k",
+            "cpp_draws or cpp_is_as_right or same_bits",
+        ],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": instruction_set.lower(), "OMP_NUM_THREADS": "1"},
+        cwd=TESTS.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

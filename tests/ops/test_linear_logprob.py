@@ -1,0 +1,124 @@
+"""linear_logprob against log-softmax over all logits, for upstream gradients of any kind."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.ops import linear_logprob, linear_policy_loss
+from tests.error_rule import assert_bitwise_equal, assert_error_rule
+
+
+def make_inputs(num_tokens: int, num_rows: int, vocab: int, width: int = 16) -> dict[str, Tensor]:
+    """Peaked logits; rows repeat; hidden and weight fit into bf16, so every dtype computes on the same numbers."""
+    rng = torch.Generator().manual_seed(vocab)
+    return {
+        "hidden_TD": torch.randn(num_tokens, width, generator=rng).bfloat16().double(),
+        "weight_VD": torch.randn(vocab, width, generator=rng).bfloat16().double(),
+        "targets_N": torch.randint(vocab, (num_rows,), generator=rng),
+        "rows_N": torch.randint(num_tokens, (num_rows,), generator=rng),
+        "temperature": 0.5 + torch.rand(num_rows, generator=rng).double(),
+    }
+
+
+def materialised(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_N: Tensor, rows_N: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The docstring's formula over all logits at once."""
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    logits = (hidden_TD[rows_N] @ weight_VD.T).to(wide) / temperature.to(wide)[:, None]
+    logprobs = logits - logits.logsumexp(-1, keepdim=True)
+    return logprobs.gather(1, targets_N[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+def outputs_and_gradients(
+    op: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], dtype: torch.dtype, **options: bool
+) -> dict[str, Tensor]:
+    """Log-probs, entropies and the gradients of hidden and weight for one fixed random upstream gradient each."""
+    hidden, weight = (inputs[name].to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD"))
+    logprobs, entropy = op(**(inputs | {"hidden_TD": hidden, "weight_VD": weight}), **options)
+    rng = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=rng).to(x.dtype) for x in (logprobs, entropy)]
+    torch.autograd.backward((logprobs, entropy), upstream)
+    return {"logprobs": logprobs, "entropy": entropy, "hidden.grad": hidden.grad, "weight.grad": weight.grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+# one row, a prime number of them with repeats, a single word
+@pytest.mark.parametrize(("num_tokens", "num_rows", "vocab"), [(1, 1, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)])
+def test_equals_log_softmax_of_all_logits(num_tokens: int, num_rows: int, vocab: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(num_tokens, num_rows, vocab)
+    actual = outputs_and_gradients(linear_logprob, inputs, dtype, entropy_grad=True)
+    plain = outputs_and_gradients(materialised, inputs, dtype)
+    truth = outputs_and_gradients(materialised, inputs, torch.float64)
+    for name in truth:
+        assert_error_rule(actual[name], plain[name], truth[name], name=name, dtype=dtype)
+
+
+def test_gradcheck() -> None:
+    inputs = make_inputs(num_tokens=5, num_rows=7, vocab=11, width=3)
+    hidden, weight = inputs.pop("hidden_TD").requires_grad_(), inputs.pop("weight_VD").requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, **inputs, entropy_grad=True), (hidden, weight))
+
+
+def test_defaults_equal_what_they_stand_for() -> None:
+    inputs = make_inputs(num_tokens=11, num_rows=11, vocab=97)
+    inputs |= {"rows_N": torch.arange(11), "temperature": torch.full((11,), 0.7)}
+    every_row_named = linear_logprob(**inputs)
+    no_row_named = linear_logprob(**(inputs | {"rows_N": None, "temperature": 0.7}))
+    torch.testing.assert_close(no_row_named, every_row_named)
+    for a, b in zip(linear_logprob(**(inputs | {"rows_N": None})), every_row_named, strict=True):
+        assert_bitwise_equal(a, b, name="rows_N")
+
+
+def test_entropy_has_no_gradient_unless_asked() -> None:
+    inputs = make_inputs(num_tokens=5, num_rows=7, vocab=11)
+    inputs["hidden_TD"].requires_grad_()
+    assert [x.requires_grad for x in linear_logprob(**inputs)] == [True, False]
+    assert [x.requires_grad for x in linear_logprob(**inputs, entropy_grad=True)] == [True, True]
+
+
+def test_minus_infinity_is_probability_zero() -> None:
+    hidden, weight = torch.ones(1, 1), torch.tensor([[-torch.inf], [0.0], [0.0]])
+    logprobs, entropy = linear_logprob(
+        hidden, weight, torch.arange(3), temperature=2.0, rows_N=torch.zeros(3, dtype=torch.int64)
+    )
+    log_2 = torch.tensor(2.0).log()
+    torch.testing.assert_close(logprobs, torch.stack((-torch.tensor(torch.inf), -log_2, -log_2)))
+    torch.testing.assert_close(entropy, log_2.expand(3))
+
+
+GOOD = {
+    "hidden_TD": torch.zeros(3, 2),
+    "weight_VD": torch.zeros(5, 2),
+    "targets_N": torch.zeros(3, dtype=torch.int64),
+    "temperature": 1.0,
+}
+BAD = [
+    ({"hidden_TD": torch.zeros(3, 2, dtype=torch.int32)}, r"hidden_TD must be float32/.* \[T, D\], got int32 \[3, 2\]"),
+    ({"hidden_TD": torch.zeros(2, 3).T}, r"hidden_TD strides must be \(\*, 1\), got \(1, 3\); call .contiguous\(\)"),
+    ({"weight_VD": torch.zeros(5, 4)}, r"weight_VD must be float32 \[V, D=2\], got float32 \[5, 4\]"),
+    ({"weight_VD": torch.zeros(5, 2).half()}, r"weight_VD must be float32 \[V, D=2\], got float16 \[5, 2\]"),
+    ({"weight_VD": torch.zeros(5, 2, device="meta")}, "weight_VD must be on cpu, got meta"),
+    ({"weight_VD": torch.zeros(0, 2)}, r"weight_VD must be \[V, D\] with V > 0, got \[0, 2\]"),
+    ({"targets_N": torch.zeros(4, dtype=torch.int64)}, r"targets_N must be int64 \[N=3\], got int64 \[4\]"),
+    ({"targets_N": torch.zeros(3, dtype=torch.int32)}, r"targets_N must be int64 \[N=3\], got int32 \[3\]"),
+    ({"targets_N": torch.tensor([0, 4, 5])}, r"targets_N must be in \[0, 5\), got 5 at 2"),
+    ({"targets_N": torch.tensor([0, -1, 5])}, r"targets_N must be in \[0, 5\), got -1 at 1"),
+    ({"rows_N": torch.tensor([0, 3, 1])}, r"rows_N must be in \[0, 3\), got 3 at 1"),
+    ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
+    ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature must be finite and > 0 in every row, got"),
+    ({"temperature": torch.ones(2)}, r"temperature_N must be float32/float64 \[N=3\], got float32 \[2\]"),
+    ({"impl": "cuda"}, "impl must be one of auto, ref, got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_inputs(change: dict[str, object], message: str) -> None:
+    """Both ops check these, each under its own name."""
+    with pytest.raises(ValueError, match=f"^linear_logprob: {message}"):
+        linear_logprob(**(GOOD | change))
+    loss = {"old_logprobs_N": torch.zeros(3), "advantages": torch.ones(3), "num_loss_tokens": 3}
+    with pytest.raises(ValueError, match=f"^linear_policy_loss: {message}"):
+        linear_policy_loss(**(GOOD | loss | change))

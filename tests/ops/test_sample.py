@@ -1,0 +1,196 @@
+"""sample: the law it draws from, the filters, and that nothing but its own row and key moves a draw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.ops import row_key, row_keys, sample
+from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops.sample import kept_tokens, noise_bits
+from tests.error_rule import assert_bitwise_equal, assert_error_rule
+
+IMPLS = ["ref", pytest.param("cpp", marks=pytest.mark.skipif(not extension_is_built(), reason="extension not built"))]
+
+
+def keys(num_rows: int, seed: int = 0) -> Tensor:
+    fields = torch.zeros(num_rows, 6, dtype=torch.int64)
+    fields[:, 0], fields[:, 5] = seed, torch.arange(num_rows)
+    return row_keys(fields)
+
+
+def settings(
+    num_rows: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> dict:
+    return {
+        "temperature_B": torch.full((num_rows,), temperature),
+        "top_k_B": torch.full((num_rows,), top_k, dtype=torch.int64),
+        "top_p_B": torch.full((num_rows,), top_p),
+        "min_p_B": torch.full((num_rows,), min_p),
+    }
+
+
+# Vocabularies: one token, less than a vector, a prime below and above a chunk of 512, whole chunks, the widest in use.
+@pytest.mark.parametrize("vocab", [1, 7, 509, 1031, 4096, 151936])
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.95}, {"top_k": 20, "top_p": 0.8, "min_p": 0.02}],
+)
+@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+def test_cpp_draws_what_ref_draws(vocab: int, filters: dict) -> None:
+    num_rows = 4 if vocab > 10_000 else 64
+    generator = torch.Generator().manual_seed(vocab)
+    logits_BV = 4 * torch.randn(num_rows, vocab, generator=generator)
+    logits_BV[0, 1:] = -torch.inf  # all mass on one token
+    logits_BV[1] = 0  # all tie
+    logits_BV[2, vocab // 2] += 50  # nearly all mass on one token
+    plain = sample(logits_BV, keys(num_rows), **settings(num_rows, **filters), impl="ref")
+    actual = sample(logits_BV, keys(num_rows), **settings(num_rows, **filters), impl="cpp")
+    assert_bitwise_equal(actual[0], plain[0], name="token_ids")
+    z_BV = logits_BV.double() / (filters.get("temperature", 1.0) or 1.0)
+    truth_B = z_BV.log_softmax(-1).gather(-1, plain[0][:, None])[:, 0]
+    assert_error_rule(actual[1], plain[1], truth_B, name="logprobs", dtype=torch.float32)
+    assert_error_rule(actual[2], plain[2], plain[2].double(), name="kept_mass", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_frequencies_follow_the_softmax(impl: str) -> None:
+    """Chi-square over 200,000 draws of 12 tokens, 11 degrees of freedom: 31.3 is exceeded once in a thousand seeds."""
+    num_draws, temperature = 200_000, 0.7
+    logits_V = torch.linspace(-2.0, 2.0, 12)
+    logits_BV = logits_V.expand(num_draws, -1).contiguous()
+    token_ids_B, _, _ = sample(logits_BV, keys(num_draws), **settings(num_draws, temperature=temperature), impl=impl)
+    expected_V = num_draws * (logits_V.double() / temperature).softmax(-1)
+    chi_square = ((token_ids_B.bincount(minlength=12) - expected_V) ** 2 / expected_V).sum()
+    assert chi_square < 31.3
+
+
+@pytest.mark.parametrize("field", range(6))
+def test_rows_that_differ_in_one_field_draw_independently(field: int) -> None:
+    """Siblings over 16 equal tokens: chi-square of the 256 pairs has 255 degrees of freedom, p = 0.001 at 330."""
+    num_pairs = 51_200
+    fields = torch.zeros(2 * num_pairs, 6, dtype=torch.int64)
+    fields[:, 5 if field == 0 else 0] = torch.arange(num_pairs).repeat_interleave(2)
+    fields[1::2, field] += 1 if field == 0 else num_pairs
+    draws = sample(torch.zeros(2 * num_pairs, 16), row_keys(fields), **settings(2 * num_pairs))[0]
+    pairs = (draws[0::2] * 16 + draws[1::2]).bincount(minlength=256)
+    expected = num_pairs / 256
+    assert ((pairs - expected) ** 2 / expected).sum() < 330
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}])
+def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(impl: str, filters: dict) -> None:
+    logits_BV = torch.randn(9, 1031, generator=torch.Generator().manual_seed(1))
+    together = sample(logits_BV, keys(9), **settings(9, **filters), impl=impl)
+    for b in range(9):
+        alone = sample(logits_BV[b : b + 1], keys(9)[b : b + 1], **settings(1, **filters), impl=impl)
+        for name, x, y in zip(("token_ids", "logprobs", "kept_mass"), alone, together, strict=True):
+            assert_bitwise_equal(x, y[b : b + 1], name=f"{name} of row {b}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_threads_do_not_change_bits(impl: str) -> None:
+    logits_BV = torch.randn(33, 1031, generator=torch.Generator().manual_seed(2))
+    num_threads = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(sample(logits_BV, keys(33), **settings(33, top_p=0.9), impl=impl))
+    torch.set_num_threads(num_threads)
+    for result in results[1:]:
+        for x, y in zip(result, results[0], strict=True):
+            assert_bitwise_equal(x, y, name="other number of threads")
+
+
+# Probabilities .4 .3 .2 .1 in a shuffled order, by hand; the last case ties, where lower ids win.
+@pytest.mark.parametrize(
+    ("probs", "filters", "kept"),
+    [
+        ([0.1, 0.4, 0.2, 0.3], {"top_k": 2}, [1, 3]),
+        ([0.1, 0.4, 0.2, 0.3], {"top_p": 0.65}, [1, 3]),  # .4 < .65, .7 reaches it
+        ([0.1, 0.4, 0.2, 0.3], {"top_k": 2, "top_p": 0.55}, [1]),  # of .4 + .3, .4 has a share of .57
+        ([0.1, 0.4, 0.2, 0.3], {"min_p": 0.45}, [1, 2, 3]),  # at least .18
+        ([0.1, 0.4, 0.2, 0.3], {"top_k": 3, "top_p": 0.99, "min_p": 0.6}, [1, 3]),
+        ([0.1, 0.4, 0.2, 0.3], {"top_k": 9}, [0, 1, 2, 3]),
+        ([0.25, 0.25, 0.25, 0.25], {"top_k": 3}, [0, 1, 2]),
+    ],
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_filters_keep_the_right_tokens(probs: list[float], filters: dict, kept: list[int], impl: str) -> None:
+    mask_1V = kept_tokens(
+        torch.tensor([probs]), *[settings(1, **filters)[name] for name in ("top_k_B", "top_p_B", "min_p_B")]
+    )
+    assert mask_1V.nonzero()[:, 1].tolist() == kept
+    num_draws = 2_000
+    logits_BV = torch.tensor(probs).log().expand(num_draws, -1)
+    token_ids_B, logprobs_B, mass_B = sample(logits_BV, keys(num_draws), **settings(num_draws, **filters), impl=impl)
+    assert token_ids_B.unique().tolist() == kept
+    torch.testing.assert_close(mass_B, torch.full((num_draws,), sum(probs[i] for i in kept)))
+    torch.testing.assert_close(logprobs_B, torch.tensor(probs).log()[token_ids_B])  # the filters leave them alone
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_greedy_takes_the_first_largest_and_reports_temperature_one(impl: str) -> None:
+    logits_BV = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
+    token_ids_B, logprobs_B, mass_B = sample(logits_BV, keys(1), **settings(1, temperature=0.0), impl=impl)
+    assert token_ids_B.item() == 1 and mass_B.item() == 1
+    torch.testing.assert_close(logprobs_B, logits_BV.log_softmax(-1)[:, 1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_broken_row_reports_nan_and_leaves_the_others_alone(impl: str, bad: float | None) -> None:
+    logits_BV = torch.randn(3, 100, generator=torch.Generator().manual_seed(3))
+    whole = sample(logits_BV, keys(3), **settings(3, top_p=0.9), impl=impl)
+    broken_BV = logits_BV.clone()
+    broken_BV[1] = -torch.inf
+    if bad is not None:
+        broken_BV[1, 50] = bad
+    for filters in ({"top_p": 0.9}, {}):
+        token_ids_B, logprobs_B, _ = sample(broken_BV, keys(3), **settings(3, **filters), impl=impl)
+        assert logprobs_B.isnan().tolist() == [False, True, False] and 0 <= token_ids_B[1] < 100
+        if filters:
+            assert_bitwise_equal(token_ids_B[::2], whole[0][::2], name="other rows")
+
+
+def test_no_two_tokens_of_a_row_share_their_noise() -> None:
+    bits_BV = noise_bits(keys(2), 100_000)
+    assert bits_BV[0].unique().numel() == 100_000
+    assert bits_BV.min() >= 0 and bits_BV.max() < 2**32
+
+
+def test_keys_and_noise_are_frozen() -> None:
+    """Stored rollouts replay only while these stand; worked out with Python's unbounded integers."""
+    key = row_key(1, 2, 3, 4, 5, 6)
+    assert key == 846242072549302847
+    assert row_keys(torch.tensor([[0] * 6, [1, 2, 3, 4, 5, 6]]))[1] == key
+    assert noise_bits(torch.tensor([key]), 3).tolist() == [[804311207, 3330180524, 1381995943]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1.0}, "temperature_B must be finite and >= 0"),
+        ({"top_p": 0.0}, r"top_p_B must be in \(0, 1\]"),
+        ({"min_p": 1.0}, r"min_p_B must be in \[0, 1\)"),
+        ({"top_k": -1}, "top_k_B must be in"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"sample: {message}"):
+        sample(torch.zeros(2, 5), keys(2), **settings(2, **change))
+
+
+def test_unknown_and_absent_implementations_are_refused() -> None:
+    with pytest.raises(ValueError, match="sample: impl must be one of auto, ref, cpp, got 'triton'"):
+        sample(torch.zeros(2, 5), keys(2), **settings(2), impl="triton")
+    with pytest.raises(ValueError, match="row_keys_B must be int64"):
+        sample(torch.zeros(2, 5), keys(2).int(), **settings(2))
+
+
+@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+def test_the_registered_op_keeps_its_schema() -> None:
+    arguments = (torch.randn(3, 50), keys(3), *settings(3).values())
+    torch.library.opcheck(torch.ops.socpo.sample.default, arguments, test_utils="test_schema")

@@ -1,0 +1,170 @@
+"""Good rows in both layouts, bad rows by file, row and reason, and the order of questions."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from socpo_fast.socratic.data import batch_questions, load_questions, question_order
+from socpo_fast.types import Question
+
+VERL_ROW: dict[str, Any] = {
+    "prompt": [{"content": "Be exact.", "role": "system"}, {"content": "1 + 1?", "role": "user"}],
+    "data_source": "sums",
+    "ability": "math",
+    "reward_model": {"ground_truth": "2", "style": "rule"},
+    "extra_info": {"answer": "", "index": 0},
+}
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return str(path)
+
+
+def test_verl_parquet(tmp_path: Path) -> None:
+    solved = {**VERL_ROW, "extra_info": {"answer": "1 + 1 = 2", "index": 1}}
+    path = tmp_path / "train.parquet"
+    Dataset.from_list([VERL_ROW, solved]).to_parquet(path)
+    first, second = load_questions(str(path))
+    assert first.messages == (
+        {"role": "system", "content": "Be exact."},
+        {"role": "user", "content": "1 + 1?"},
+    )
+    assert (first.question_idx, first.text, first.ground_truth, first.data_source) == (0, "1 + 1?", "2", "sums")
+    assert (first.reference_solution, second.reference_solution, second.question_idx) == (None, "1 + 1 = 2", 1)
+    assert [question.text for question in load_questions(str(tmp_path), split="train")] == ["1 + 1?"] * 2
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    rows = [
+        {"question": "2 + 2?", "ground_truth": "4", "reference_solution": "four"},
+        "",
+        {"question": "3\u20284?", "ground_truth": 7, "system": "Add.", "data_source": "mine"},
+        VERL_ROW,
+    ]
+    questions = load_questions(write_jsonl(tmp_path / "mixed.jsonl", rows))
+    assert [question.ground_truth for question in questions] == ["4", "7", "2"]
+    assert [question.data_source for question in questions] == ["mixed", "mine", "sums"]
+    assert questions[0].reference_solution == "four"
+    assert questions[1].messages[0] == {"role": "system", "content": "Add."}
+    assert questions[1].text == "3\u20284?"
+    assert [question.question_idx for question in questions] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("{bad", "must be a JSON object, got '{bad'"),
+        ("[1]", "must be a JSON object, got '[1]'"),
+        ({"text": "?"}, "must have prompt or question, got text"),
+        ({"question": "?"}, "ground_truth is missing"),
+        ({"question": "?", "ground_truth": ""}, "ground_truth is missing"),
+        ({"question": "?", "ground_truth": True}, "ground_truth must be text or a number, got True"),
+        ({"question": " ", "ground_truth": "1"}, "the user message must have text, got ' '"),
+        ({"question": "?", "ground_truth": "1", "reference_solution": 3}, "reference_solution must be text, got 3"),
+        ({**VERL_ROW, "prompt": "text"}, "prompt must be a non-empty list of messages, got 'text'"),
+        ({**VERL_ROW, "prompt": []}, "prompt must be a non-empty list of messages, got []"),
+        (
+            {**VERL_ROW, "prompt": [{"role": "tool", "content": "x"}]},
+            "a message must have a role of system, user, assi",
+        ),
+        ({**VERL_ROW, "prompt": VERL_ROW["prompt"][:1]}, "the last message must be the user's, got system"),
+        ({**VERL_ROW, "reward_model": {"style": "rule"}}, "reward_model.ground_truth is missing"),
+        ({**VERL_ROW, "reward_model": None}, "reward_model.ground_truth is missing"),
+        ({**VERL_ROW, "reward_model": "rule"}, "reward_model must be an object, got 'rule'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: Any, reason: str) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [VERL_ROW, "", row])
+    with pytest.raises(ValueError, match="data: train.jsonl row 3: ") as error:
+        load_questions(path)
+    assert reason in str(error.value)
+
+
+def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)row 1: .*row 5: .*and 3 more bad rows"):
+        load_questions(write_jsonl(tmp_path / "train.jsonl", ["{"] * 8))
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    for name, content, reason in [
+        ("empty.jsonl", b"\n\n", "must hold at least one question, got none"),
+        ("latin.jsonl", b'{"question": "\xe9"}\n', "must be readable as text"),
+        ("junk.parquet", b"junk", "must be readable as parquet"),
+        ("rows.csv", b"a,b\n", "path must be a .parquet or .jsonl file"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="data: ") as error:
+            load_questions(str(tmp_path / name))
+        assert reason in str(error.value)
+    with pytest.raises(ValueError, match="path must be an existing file"):
+        load_questions(str(tmp_path / "absent.parquet"))
+
+
+class WordBridge:
+    """Counts words as tokens."""
+
+    def prompt_ids(self, messages: tuple[dict[str, str], ...]) -> list[int]:
+        return [0] * sum(len(message["content"].split()) for message in messages)
+
+
+def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"question": "w " * n, "ground_truth": str(n)} for n in (5, 50, 6)]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.warns(UserWarning, match="left out 1 of 3 prompts over 6 tokens"):
+        questions = load_questions(path, bridge=WordBridge(), max_prompt_tokens=6)  # type: ignore[arg-type]
+    assert [(question.question_idx, question.ground_truth) for question in questions] == [(0, "5"), (1, "6")]
+    with pytest.raises(ValueError, match="every prompt is longer than 4 tokens"):
+        load_questions(path, bridge=WordBridge(), max_prompt_tokens=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs bridge"):
+        load_questions(path, max_prompt_tokens=4)
+
+
+def make_questions(n: int) -> list[Question]:
+    return [
+        Question(
+            question_idx=i,
+            messages=({"role": "user", "content": str(i)},),
+            ground_truth="",
+            data_source="",
+        )
+        for i in range(n)
+    ]
+
+
+def test_order_is_fixed_for_all_time() -> None:
+    assert question_order(0, 0, 8) == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert question_order(0, 0, 8) != question_order(0, 1, 8)
+    assert question_order(0, 0, 8) != question_order(1, 0, 8)
+    assert sorted(question_order(7, 3, 100)) == list(range(100))
+
+
+def test_batches_are_epochs_of_different_questions() -> None:
+    questions = make_questions(10)
+    batches = [[q.question_idx for q in batch_questions(questions, 5, b, 3)] for b in range(6)]
+    for epoch in (batches[:3], batches[3:]):  # 10 // 3 batches an epoch, one question left out
+        counts = Counter(idx for batch in epoch for idx in batch)
+        assert len(counts) == 9
+        assert set(counts.values()) == {1}
+    assert batches[:3] != batches[3:]
+    assert [q.question_idx for q in batch_questions(questions, 5, 4, 3)] == batches[4]
+    assert len(batch_questions(questions, 5, 0, 10)) == 10
+    with pytest.raises(ValueError, match=r"questions_per_batch must be in \[1, 10 questions\], got 11"):
+        batch_questions(questions, 5, 0, 11)
+
+
+@pytest.mark.skipif("SOCPO_SCIKNOWEVAL" not in os.environ, reason="SOCPO_SCIKNOWEVAL names no folder")
+def test_real_sciknoweval() -> None:
+    files = sorted(Path(os.environ["SOCPO_SCIKNOWEVAL"]).glob("*/*.parquet"))
+    assert files
+    for path in files:
+        questions = load_questions(str(path))
+        assert {question.ground_truth for question in questions} == set("ABCD")
+        assert {question.data_source for question in questions} == {f"sciknoweval/{path.parent.name}"}

@@ -1,0 +1,143 @@
+"""Tables of what counts as an answer; the hard part is what must not."""
+
+import sys
+import types
+
+import pytest
+
+from socpo_fast.socratic.graders import chosen_letter, make_grader
+from socpo_fast.types import Question
+
+
+def question(ground_truth: str) -> Question:
+    return Question(
+        question_idx=0,
+        messages=({"role": "user", "content": "?"},),
+        ground_truth=ground_truth,
+        data_source="test",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "is_correct"),
+    [
+        ("<reasoning>\nx\n</reasoning>\n<answer>\nB\n</answer>", True),
+        ("<answer>\r\nB\r\n</answer>\r\n", True),
+        ("<answer>\nA\n</answer> no, <answer>\nB\n</answer>", True),
+        ("<answer>\nB\n</answer> no, <answer>\nA\n</answer>", False),
+        ("<answer>\nB\n</answer> then <answer>\nnone\n</answer>", True),  # the last strict block, not the last block
+        ("<answer>B</answer>", False),
+        ("<answer>\nB.\n</answer>", False),
+        ("<answer>\nb\n</answer>", False),
+        ("The answer is B", False),
+        ("", False),
+    ],
+)
+def test_sciknoweval_is_strict(text: str, is_correct: bool) -> None:
+    assert make_grader("sciknoweval")(text, question("B")) is is_correct
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("<answer>\nB\n</answer>", "B"),
+        ("The answer is A. <answer> (C) 7.36 N </answer>", "C"),
+        ("<answer>b</answer>", "B"),
+        ("<answer>\n**D**\n</answer>", "D"),
+        ("<answer>\nThe correct answer is C.\n</answer>", "C"),
+        ("<answer>$\\boxed{D}$</answer>", "D"),
+        ("so \\boxed{\\text{C}}", "C"),
+        ("The answer is B.", "B"),
+        ("The answer is (B) because", "B"),
+        ("the answer is A because of drag", "A"),
+        ("Answer: **B**", "B"),
+        ("answer: B. 7.36", "B"),
+        ("The correct answer is option C.", "C"),
+        ("The answer to this question is D", "D"),
+        ("The answer is not A but the best choice is B", "B"),
+        ("I first thought the answer is A. The answer is D.", "D"),
+        ("Option D is correct, as shown.", "D"),
+        ("Reasoning first.\n\nC", "C"),
+        ("Reasoning first.\n(C).\nDone", "C"),
+        ("It must be (D).", "D"),
+        ("B: 7.36 N", "B"),
+        # none of these settles on a letter
+        ("A particle of charge q sits in a cube.", None),
+        ("The answer is a force.", None),
+        ("The answer is A particle.", None),
+        ("I think so.", None),
+        ("A: 1\nB: 2\nC: 3\nD: 4", None),
+        ("The options are (A) one, (B) two.", None),
+        ("The answer is DNA.", None),
+        ("Vitamin C helps.", None),
+        ("<answer>\nI think it is heat\n</answer>", None),
+        ("<answer></answer>", None),
+        ("", None),
+    ],
+)
+def test_mcq_is_lenient_but_no_guess(text: str, letter: str | None) -> None:
+    assert chosen_letter(text) == letter
+    assert make_grader("mcq")(text, question("B")) is (letter == "B")
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "is_correct"),
+    [
+        ("<answer>\n18.00\n</answer>", "18.0", True),
+        ("<answer> water </answer>", "water", True),
+        ("<answer>1</answer><answer>2</answer>", "2", True),
+        ("<answer>2</answer><answer>1</answer>", "2", False),
+        ("  42\n", "42", True),
+        ("-3.50", "-3.5", True),
+        ("it is 42", "42", False),
+        ("018", "18", False),  # digits may stand in an order of the task's own
+        ("810", "810", True),
+        ("8100", "810", False),
+        ("Water", "water", False),
+        ("1_0", "10", False),
+        ("NaN", "nan", False),
+        ("٣", "3", False),
+        ("", "0", False),
+    ],
+)
+def test_exact(text: str, truth: str, is_correct: bool) -> None:
+    assert make_grader("exact")(text, question(truth)) is is_correct
+
+
+def test_math_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ValueError, match=r"pip install 'socpo_fast\[math\]'"):
+        make_grader("math")
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "is_correct"),
+    [
+        ("so $x = \\frac{1}{2}$ and the answer is \\boxed{0.5}", "\\frac{1}{2}", True),
+        ("\\boxed{\\sqrt{8}}", "2\\sqrt{2}", True),
+        ("\\boxed{3}", "4", False),
+        ("no formula here", "4", False),
+        ("\\boxed{", "4", False),
+    ],
+)
+def test_math(text: str, truth: str, is_correct: bool) -> None:
+    pytest.importorskip("math_verify")
+    assert make_grader("math")(text, question(truth)) is is_correct
+
+
+def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("my_graders")
+    module.grade = lambda text, question: text == "yes"  # type: ignore[attr-defined]
+    module.limit = 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_graders", module)
+    assert make_grader("my_graders:grade")("yes", question("")) is True
+    for name, reason in [
+        ("my_graders:absent", "must name a function of my_graders, got 'absent'"),
+        ("my_graders:limit", "must name a function of my_graders"),
+        ("no_such_module:grade", "must name a module that can be imported"),
+        (":grade", 'must be "module:function"'),
+        ("regex", "must be one of sciknoweval, mcq, exact, math or module:function, got 'regex'"),
+    ]:
+        with pytest.raises(ValueError, match="data.grader") as error:
+            make_grader(name)
+        assert reason in str(error.value)

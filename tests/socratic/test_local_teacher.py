@@ -1,0 +1,120 @@
+"""The local teacher on a tiny random model: asked from another thread, stepped on this one."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from socpo_fast.config import TeacherConfig
+from socpo_fast.socratic.rollout import background
+from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt, make_teacher
+from socpo_fast.socratic.teachers.base import clean_guidance
+from socpo_fast.types import GuidanceRequest, RolloutKey, SamplingParams
+from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
+
+SETTINGS = {
+    "kind": "local",
+    "temperature": 1.0,
+    "max_new_tokens": 12,
+    "kv_cache_gib": 0.01,
+    "user_template": "{student_answer}",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=402,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer(CHATML).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def teacher(folder: Path) -> LocalTeacher:
+    made = make_teacher(TeacherConfig(path=str(folder), **SETTINGS), seed=7)
+    assert isinstance(made, LocalTeacher)
+    assert not made.immediate
+    return made
+
+
+def request(rollout_idx: int = 0, *, question: int = 0, answer: str = "It is 3.") -> GuidanceRequest:
+    return GuidanceRequest(
+        question="1 + 1?",
+        student_answer=answer,
+        ground_truth=None,
+        reference_solution=None,
+        key=RolloutKey(-1, question),
+        rollout_idx=rollout_idx,
+        attempt_idx=0,
+    )
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+
+
+def ask(teacher: LocalTeacher, requests: list[GuidanceRequest]) -> list[str | None]:
+    futures = [background(teacher.guide(request)) for request in requests]
+    wait_until(lambda: not teacher.step() and all(future.done() for future in futures))
+    return [guidance.text if (guidance := future.result()) else None for future in futures]
+
+
+def test_text_is_the_engines(teacher: LocalTeacher) -> None:
+    (text,) = ask(teacher, [request(3, question=2)])
+    engine, bridge = teacher._engine, teacher._bridge
+    prompt_ids = bridge.prompt_ids(TeacherPrompt(user_template="{student_answer}").messages(request()))
+    params = SamplingParams(temperature=1.0, max_new_tokens=12, eos_ids=bridge.eos_ids, seed=7)
+    ((attempt,),) = engine.generate([prompt_ids], params, keys=[(-1, 2 << 24 | 3 << 8)])
+    assert text == clean_guidance(bridge.decode(attempt.token_ids))
+    assert text
+
+
+def test_guidance_does_not_depend_on_company_or_order(teacher: LocalTeacher, folder: Path) -> None:
+    requests = [request(i, question=q) for q in range(2) for i in range(4)]
+    together = ask(teacher, requests)
+    assert len(set(together)) == len(requests)  # the same prompt, yet noise of its own for each request
+    backwards = ask(make_teacher(TeacherConfig(path=str(folder), **SETTINGS), seed=7), requests[::-1])  # type: ignore[arg-type]
+    assert backwards[::-1] == together
+    assert [ask(teacher, [alone])[0] for alone in requests] == together
+    assert teacher._engine.stats.pages_free == teacher._engine.stats.pages_total
+    assert not teacher.step()
+
+
+def test_a_prompt_too_long_for_the_teacher_is_no_guidance(teacher: LocalTeacher) -> None:
+    long, short = ask(teacher, [request(0, answer="3 " * 600), request(1)])
+    assert long is None
+    assert short
+    assert teacher.num_too_long == 1
+
+
+def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
+    expected = ask(teacher, [request()])
+    first = background(teacher.guide(request()))
+    wait_until(teacher.step)  # it has been started
+    first.cancel()
+    assert ask(teacher, [request()]) == expected
+    never_started = background(teacher.guide(request()))
+    wait_until(lambda: not teacher._arrived.empty())
+    never_started.cancel()
+    assert ask(teacher, [request(1)]) != expected
+    assert teacher._engine.stats.pages_free == teacher._engine.stats.pages_total
+
+
+def test_no_room_for_a_prompt_is_refused_at_the_start(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"teacher.max_new_tokens must be < the teacher's context of 512 tokens"):
+        make_teacher(TeacherConfig(path=str(folder), **{**SETTINGS, "max_new_tokens": 512}), seed=0)

@@ -1,0 +1,189 @@
+"""The built-in task: questions, the tutor on planted mistakes and on garbage, the tokenizer, the shipped student."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from socpo_fast.model import load_student
+from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.graders import make_grader
+from socpo_fast.socratic.tasks import dialogues, molar_mass, warm_up
+from socpo_fast.socratic.tasks.molar_mass import render, work_out
+from socpo_fast.socratic.teachers.simple import RETRY_TEXT
+from socpo_fast.types import GuidanceRequest, RolloutKey
+
+FORMULA = {"H": 3, "Na": 1, "S": 2}
+TERMS = [(symbol, atoms, molar_mass.ATOMIC_MASSES[symbol]) for symbol, atoms in FORMULA.items()]
+QUESTION_TEXT = molar_mass.question_messages(FORMULA)[-1]["content"]
+
+
+def ask(student_answer: str, question: str = QUESTION_TEXT) -> str | None:
+    return molar_mass.diagnose(question, student_answer)
+
+
+def test_questions_are_seeded_and_distinct() -> None:
+    questions = molar_mass.questions(3, 500)
+    assert questions == molar_mass.questions(3, 500)
+    assert questions[:100] == molar_mass.questions(3, 100)
+    assert questions != molar_mass.questions(4, 500)
+    assert len({question.text for question in questions}) == 500
+    assert [question.question_idx for question in questions] == list(range(500))
+
+
+def test_splits_share_no_formula() -> None:
+    train = {question.text for seed in range(3) for question in molar_mass.questions(seed, 3000, "train")}
+    evaluation = {question.text for seed in range(3) for question in molar_mass.questions(seed, 1000, "eval")}
+    assert train and evaluation and train.isdisjoint(evaluation)
+
+
+@pytest.mark.parametrize(("n", "split"), [(-1, "train"), (20_001, "train"), (1, "test")])
+def test_questions_refuse(n: int, split: str) -> None:
+    with pytest.raises(ValueError, match=r"molar_mass.questions: (n|split) must be"):
+        molar_mass.questions(0, n, split)  # type: ignore[arg-type]
+
+
+def test_reference_solution_is_graded_correct() -> None:
+    grade = make_grader("exact")
+    for question in molar_mass.questions(0, 200) + molar_mass.questions(0, 200, "eval"):
+        assert question.reference_solution is not None
+        assert grade(question.reference_solution, question)
+        assert ask(question.reference_solution, question.text) is None
+        mass = sum(
+            molar_mass.ATOMIC_MASSES[symbol] * atoms
+            for symbol, atoms in molar_mass.parse_formula(question.text).items()
+        )
+        assert int(question.ground_truth[::-1]) == mass < 1000
+
+
+def test_known_molar_mass() -> None:
+    lines = work_out([("C", 2, 12), ("H", 6, 1), ("O", 1, 16)])  # ethanol, 46 g/mol
+    assert render(lines) == (
+        "<reasoning>\nC: 2 x 210 = 420, sum 420\nH: 6 x 100 = 600, sum 030\nO: 1 x 610 = 610, sum 640\n"
+        "</reasoning>\n<answer>\n640\n</answer>"
+    )
+
+
+def planted(line_idx: int, **changes: int) -> str:
+    """The right attempt with one line changed, and sums that follow from it."""
+    lines = work_out(TERMS)
+    shift = changes.get("total", lines[line_idx].total) - lines[line_idx].total
+    lines[line_idx] = lines[line_idx]._replace(**changes)
+    lines[line_idx + 1 :] = [line._replace(total=line.total + shift) for line in lines[line_idx + 1 :]]
+    return render(lines)
+
+
+MISTAKES = {
+    "atoms": (render(work_out([TERMS[0], ("Na", 2, 23), TERMS[2]])), molar_mass.line_advice("Na", "atoms")),
+    "mass": (render(work_out([*TERMS[:2], ("S", 2, 16)])), molar_mass.line_advice("S", "mass")),
+    "two masses": (
+        render(work_out([TERMS[0], ("Na", 1, 11), ("S", 2, 16)])),
+        molar_mass.line_advice("Na", "mass"),
+    ),
+    "product": (planted(2, product=65, total=91), molar_mass.line_advice("S", "product")),
+    "total": (planted(1, total=27), molar_mass.line_advice("Na", "total")),
+    "answer": (render(work_out(TERMS), answer=91), molar_mass.ANSWER_TEXT),
+    "first missing": (render(work_out(TERMS[1:])), "H".join(molar_mass.MISSING_TEXTS)),
+    "last missing": (render(work_out(TERMS[:2])), "S".join(molar_mass.MISSING_TEXTS)),
+    "swapped": (render(work_out([TERMS[1], TERMS[0], TERMS[2]])), "H".join(molar_mass.MISSING_TEXTS)),
+    "extra": (render(work_out([*TERMS, ("O", 1, 16)])), "S".join(molar_mass.EXTRA_TEXTS)),
+    "unreadable line": (render(work_out(TERMS)).replace(" x ", " * ", 1), molar_mass.FORMAT_TEXT),
+    "cut": (render(work_out(TERMS))[:-12], molar_mass.FORMAT_TEXT),
+    "two answers": (render(work_out(TERMS)) + "\n<answer>\n000\n</answer>", molar_mass.FORMAT_TEXT),
+    "empty": ("", molar_mass.FORMAT_TEXT),
+}
+
+
+@pytest.mark.parametrize(("attempt", "advice"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_tutor_names_the_planted_mistake(attempt: str, advice: str) -> None:
+    assert ask(attempt) == advice
+
+
+def test_tutor_reads_question_and_answer() -> None:
+    attempt, advice = MISTAKES["mass"]
+    request = GuidanceRequest(
+        question=QUESTION_TEXT, student_answer=attempt, ground_truth=None, reference_solution=None,
+        key=RolloutKey(0, 0), rollout_idx=0, attempt_idx=0,
+    )  # fmt: skip
+    assert molar_mass.tutor(request) == advice
+
+
+def test_tutor_says_no_number() -> None:
+    rng = random.Random(0)
+    said = {advice for attempt, advice in MISTAKES.values()}
+    for _ in range(500):
+        formula = molar_mass.draw_formula(rng)
+        lines = dialogues.believed_lines(formula, {symbol: dialogues.recall_mass(symbol, rng) for symbol in formula})
+        said.add(ask(dialogues.slip(lines, rng), molar_mass.question_messages(formula)[-1]["content"]) or "")
+    assert len(said) > 50
+    assert not any(re.search(r"\d", advice) for advice in said)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_tutor_reads_any_text(data: st.DataObject) -> None:
+    """Pure garbage, and garbage spliced into a right attempt: always a sentence, unless nothing changed."""
+    right = render(work_out(TERMS))
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(right))] * 2)))
+    garbage = data.draw(st.text(max_size=40) | st.text("0123456789\n HNaSx=,:</>answer", max_size=40))
+    assert ask(garbage) == molar_mass.FORMAT_TEXT
+    attempt = right[:start] + garbage + right[end:]
+    advice = ask(attempt)
+    assert (advice is None) == (attempt.strip() == right) and advice != ""
+
+
+@pytest.mark.parametrize(
+    "question", ["", "What is 1 + 1?", "H2O".join(molar_mass.USER_TEXTS) + " ", "X2".join(molar_mass.USER_TEXTS)]
+)
+def test_tutor_refuses_other_questions(question: str) -> None:
+    with pytest.raises(ValueError, match="molar_mass: question must be"):
+        ask(render(work_out(TERMS)), question)
+
+
+def test_warm_up_is_seeded() -> None:
+    """Two tiny runs give the same weights, and only assistant tokens are targets."""
+    first, tokenizer = warm_up.make_student(seed=5, num_updates=2)
+    second, _ = warm_up.make_student(seed=5, num_updates=2)
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    rng = random.Random(0)
+    for _ in range(50):
+        pieces = dialogues.dialogue(rng, tokenizer)
+        assert len(pieces) in (2, 4) and not any(piece.trained for piece in pieces[::2])
+        assert sum(len(piece.token_ids) for piece in pieces) < 250
+        assert all(piece.token_ids[-1] == tokenizer.eos_token_id for piece in pieces[1::2])
+        assert all(tokenizer.unk_token_id not in piece.token_ids for piece in pieces)
+
+
+def test_shipped_student() -> None:
+    """A complete Hugging Face folder: sizes, special tokens, template, and the same logits in transformers."""
+    folder = molar_mass.STUDENT_DIR
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 10**6
+    student = load_student(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert student.config.vocab_size == len(tokenizer) and student.config.architecture == "LlamaForCausalLM"
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token_id != tokenizer.eos_token_id
+    bridge = Bridge(tokenizer, guidance_limit=64)
+    assert bridge.eos_ids == (tokenizer.eos_token_id,) and not bridge.notes
+    question = molar_mass.questions(0, 1, "eval")[0]
+    prompt_ids = bridge.prompt_ids(list(question.messages))
+    assert len(prompt_ids) < 30 and tokenizer.unk_token_id not in prompt_ids
+    assert len(tokenizer(RETRY_TEXT)["input_ids"]) == 1
+    assert tokenizer.decode(tokenizer(question.reference_solution)["input_ids"]) == question.reference_solution
+    assert len(tokenizer("<|im_end|>", split_special_tokens=True)["input_ids"]) == len("<|im_end|>")
+
+    def attend(layer_idx: int, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (q_THE, k_TKE, v_TKE))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(0, 1)
+
+    token_ids = torch.tensor(prompt_ids)
+    logits = student.lm_head(student(token_ids, torch.arange(len(token_ids)), attend))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]
+    torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=0)

@@ -1,0 +1,297 @@
+"""The Socratic loop, token by token: a student and a teacher that follow a script, then a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from socpo_fast.engine import Engine
+from socpo_fast.model import load_student
+from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.rollout import socratic_rollouts
+from socpo_fast.socratic.teachers import RuleTeacher
+from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout, RolloutKey, SamplingParams
+from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer(CHATML)
+BRIDGE = Bridge(TOKENIZER, guidance_limit=50)
+END = BRIDGE.end_of_turn_id
+PARAMS = SamplingParams(temperature=1.0, max_new_tokens=20, eos_ids=BRIDGE.eos_ids)
+
+
+def question(idx: int, truth: str = "yes") -> Question:
+    messages = ({"role": "user", "content": f"question {idx}"},)
+    return Question(question_idx=idx, messages=messages, ground_truth=truth, data_source="test")
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+def contains(text: str, question: Question) -> bool:
+    return question.ground_truth in text
+
+
+@dataclass
+class ScriptedEngine:
+    """Stands in for Engine: attempt k of rollout r of question q is script[q, r][k]; remembers every context."""
+
+    script: dict[tuple[int, int], list[list[int]]]
+    max_positions: int = 500
+    contexts: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+    pending: list[tuple[RolloutKey, int, int]] = field(default_factory=list)
+    pinned: list[Attempt] = field(default_factory=list)
+    steps_at_resume: list[int] = field(default_factory=list)
+    num_steps: int = 0
+    per_step: int = 100
+
+    def __post_init__(self) -> None:
+        self.student = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=self.max_positions))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.pending)
+
+    def submit(self, prompt_ids: list[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
+        for r in range(params.n):
+            self.contexts[key[1], r, 0] = list(prompt_ids)
+            self.pending.append((RolloutKey(*key), r, 0))
+
+    def resume(self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, cut: int | None) -> None:
+        self.pinned.remove(attempt)
+        name = (attempt.key.question, attempt.rollout_idx)
+        context = self.contexts[(*name, attempt.attempt_idx)] + attempt.token_ids[:cut] + suffix_ids
+        self.contexts[(*name, attempt.attempt_idx + 1)] = context
+        self.pending.append((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1))
+        self.steps_at_resume.append(self.num_steps)
+
+    def step(self) -> list[Attempt]:
+        self.num_steps += bool(self.pending)
+        now, self.pending = self.pending[: self.per_step], self.pending[self.per_step :]
+        done = []
+        for key, r, k in now:
+            ids = self.script[key.question, r][k]
+            reason = "stop" if ids[-1] in PARAMS.eos_ids else "length"
+            ones = torch.ones(len(ids))
+            done.append(Attempt(ids, -ones, ones, reason, key, r, k, 0))
+        self.pinned += done
+        return done
+
+    def release(self, attempts: list[Attempt]) -> None:
+        for attempt in attempts:
+            self.pinned.remove(attempt)
+
+    def abort(self) -> None:
+        self.pending, self.pinned = [], []
+
+
+def roll(engine: ScriptedEngine, questions: list[Question], teacher, **options) -> dict[tuple[int, int], Rollout]:
+    settings = {"group_size": 1, "max_attempts": 2, "guidance_limit": 50} | options
+    rollouts = socratic_rollouts(
+        engine, TOKENIZER, questions, teacher=teacher, grader=contains, params=PARAMS, **settings
+    )
+    return {(rollout.question_idx, rollout.rollout_idx): rollout for rollout in rollouts}
+
+
+def saying(text: str) -> RuleTeacher:
+    return RuleTeacher(lambda _request: text)
+
+
+def test_a_rescued_rollout_token_by_token() -> None:
+    wrong, right = [*encode("no"), END], [*encode("yes"), END]
+    engine = ScriptedEngine({(4, 0): [wrong, right], (4, 1): [right]})
+    rollouts = roll(engine, [question(4)], saying("look again"), group_size=2)
+    rescued, alone = rollouts[4, 0], rollouts[4, 1]
+    prompt = encode("<|im_start|>user\nquestion 4<|im_end|>\n<|im_start|>assistant\n")
+    bridge = encode("\n<|im_start|>user\nlook again<|im_end|>\n<|im_start|>assistant\n")
+    assert engine.contexts[4, 0, 1] == prompt + wrong + bridge
+    assert [a.token_ids for a in rescued.attempts] == [wrong, right]
+    assert (rescued.prompt_ids, rescued.bridges, rescued.cuts) == (prompt, [bridge], [None])
+    assert (rescued.is_correct, rescued.rewards, rescued.end_reason) == ([False, True], [0.0, 1.0], "correct")
+    assert (alone.is_correct, alone.bridges, alone.guidance, alone.end_reason) == ([True], [], [], "correct")
+    assert not engine.pinned
+
+
+def test_ended_by_length_gets_a_synthetic_end_of_turn() -> None:
+    engine = ScriptedEngine({(0, 0): [encode("no"), [*encode("no"), END]]})
+    rollout = roll(engine, [question(0)], saying("go on"))[0, 0]
+    assert rollout.bridges[0][0] == END
+    assert rollout.end_reason == "max_attempts"
+    assert rollout.rewards == [0.0, 0.0]
+
+
+def test_cut_at_the_limit() -> None:
+    long = [*encode("no no no no no no"), END]
+    engine = ScriptedEngine({(0, 0): [long, [*encode("yes"), END]]})
+    seen: list[GuidanceRequest] = []
+    teacher = RuleTeacher(lambda request: seen.append(request) or "shorter")
+    rollout = roll(engine, [question(0)], teacher, attempt_limit=4)[0, 0]
+    assert rollout.cuts == [4]
+    assert rollout.attempts[0].token_ids == long, "the tail is kept: it is trained"
+    assert engine.contexts[0, 0, 1] == rollout.prompt_ids + long[:4] + rollout.bridges[0]
+    assert rollout.bridges[0][0] == END
+    head, tail = TOKENIZER.decode(long[:2]), TOKENIZER.decode(long[-2:], skip_special_tokens=True)
+    assert seen[0].student_answer == f"{head}\n[...]\n{tail}"
+
+
+def test_what_the_teacher_may_see() -> None:
+    seen: list[GuidanceRequest] = []
+    teacher = RuleTeacher(lambda request: seen.append(request) or "x")
+    for reveal in (False, True):
+        engine = ScriptedEngine({(0, 0): [[*encode("no"), END]] * 2})
+        roll(engine, [question(0)], teacher, reveal_answer=reveal)
+    assert [request.ground_truth for request in seen] == [None, "yes"]
+    assert (seen[0].question, seen[0].student_answer, seen[0].attempt_idx) == ("question 0", "no", 0)
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 4])
+def test_any_number_of_attempts(max_attempts: int) -> None:
+    engine = ScriptedEngine({(0, 0): [[*encode(f"no {k}"), END] for k in range(5)]})
+    rollout = roll(engine, [question(0)], saying("again"), max_attempts=max_attempts)[0, 0]
+    assert len(rollout.attempts) == max_attempts
+    assert len(rollout.bridges) == len(rollout.cuts) == len(rollout.guidance) == max_attempts - 1
+    context = list(rollout.prompt_ids)
+    for k, attempt in enumerate(rollout.attempts):
+        assert engine.contexts[0, 0, k] == context
+        context += attempt.token_ids + (rollout.bridges[k] if k < max_attempts - 1 else [])
+
+
+def test_no_guidance_ends_with_the_first_attempt() -> None:
+    def rule(request: GuidanceRequest) -> str | None:
+        if request.rollout_idx == 1:
+            raise KeyError("broken rule")
+        return "right there" if request.rollout_idx == 2 else None
+
+    script = {(0, r): [[*encode("no"), END], [*encode("yes"), END]] for r in range(3)}
+    engine = ScriptedEngine(script)
+    with pytest.warns(UserWarning, match="guide.. failed with KeyError"):
+        rollouts = roll(engine, [question(0)], RuleTeacher(rule), group_size=3)
+    assert [rollouts[0, r].end_reason for r in range(3)] == ["guidance_failed", "guidance_failed", "correct"]
+    assert [len(rollouts[0, r].attempts) for r in range(3)] == [1, 1, 2]
+    assert not engine.pinned
+
+
+def test_overflow_ends_with_the_first_attempt() -> None:
+    engine = ScriptedEngine({(0, 0): [[*encode("no"), END]]}, max_positions=60)
+    rollout = roll(engine, [question(0)], saying("a message that is long enough to matter"))[0, 0]
+    assert rollout.end_reason == "overflow"
+    assert (rollout.bridges, rollout.cuts, rollout.guidance) == ([], [], [])
+
+
+@dataclass
+class SlowTeacher:
+    """Answers after delay_s; hangs on rollout 0."""
+
+    delay_s: float
+    immediate: bool = False
+    closed: int = 0
+
+    async def guide(self, request: GuidanceRequest) -> Guidance | None:
+        await asyncio.sleep(60 if request.rollout_idx == 0 else self.delay_s)
+        return Guidance(text="look")
+
+    def step(self) -> bool:
+        return False
+
+
+def test_students_go_on_while_the_teacher_works() -> None:
+    script = {(q, r): [[*encode("no"), END], [*encode("yes"), END]] for q in range(20) for r in (0, 1)}
+    engine = ScriptedEngine(script, per_step=1)
+    original = engine.step
+
+    def slow_step() -> list[Attempt]:
+        time.sleep(0.005)
+        return original()
+
+    engine.step = slow_step
+    started = time.perf_counter()
+    with pytest.warns(UserWarning, match="guide.. failed with TimeoutError"):
+        rollouts = roll(engine, [question(q) for q in range(20)], SlowTeacher(0.02), group_size=2, timeout_s=0.5)
+    assert time.perf_counter() - started < 5
+    assert {rollouts[q, 0].end_reason for q in range(20)} == {"guidance_failed"}
+    assert {rollouts[q, 1].end_reason for q in range(20)} == {"correct"}
+    assert engine.steps_at_resume[0] < 40, "the first second attempt starts before all first ones are done"
+    assert not engine.pinned
+
+
+def test_stopping_early_leaves_nothing_behind() -> None:
+    script = {(0, 0): [[*encode("no"), END]] * 2, (0, 1): [[*encode("yes"), END]]}
+    engine = ScriptedEngine(script)
+    rollouts = socratic_rollouts(
+        engine,
+        TOKENIZER,
+        [question(0)],
+        teacher=SlowTeacher(60),
+        grader=contains,
+        params=PARAMS,
+        group_size=2,
+        max_attempts=2,
+    )
+    assert next(rollouts).rollout_idx == 1
+    rollouts.close()
+    assert not engine.pinned
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("options", [{"group_size": 0}, {"max_attempts": 0}, {"attempt_limit": 0}])
+def test_numbers_out_of_range(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"must be >= 1, got .*0"):
+        roll(ScriptedEngine({}), [question(0)], saying("x"), **options)
+
+
+def test_a_question_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="question_idx must be unique"):
+        roll(ScriptedEngine({}), [question(0), question(0)], saying("x"))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("student")
+    config = LlamaConfig(
+        vocab_size=402,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return Engine(load_student(path), kv_cache_gib=0.01, page_size=16)
+
+
+def test_a_real_engine(engine: Engine) -> None:
+    """Ids at loss positions are the sampled ones; second attempts prefill 1 + bridge; the same run gives the same."""
+
+    def run() -> list[Rollout]:
+        rollouts = socratic_rollouts(
+            engine,
+            TOKENIZER,
+            [question(q, truth="impossible") for q in range(4)],
+            teacher=saying("look again"),
+            grader=contains,
+            params=PARAMS,
+            group_size=4,
+            max_attempts=3,
+            attempt_limit=10,
+        )
+        return sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
+
+    before = engine.stats.prefill_tokens
+    first = run()
+    bridges = [(len(b) + (c is None)) for rollout in first for b, c in zip(rollout.bridges, rollout.cuts, strict=True)]
+    prompts = {rollout.question_idx: len(rollout.prompt_ids) for rollout in first}
+    assert engine.stats.prefill_tokens - before == sum(prompts.values()) + sum(bridges)
+    assert engine.stats.pages_free == engine.stats.pages_total
+    assert {cut for rollout in first for cut in rollout.cuts} == {10, None}
+    for again, rollout in zip(run(), first, strict=True):
+        assert [a.token_ids for a in again.attempts] == [a.token_ids for a in rollout.attempts]
+        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(again.attempts, rollout.attempts, strict=True))

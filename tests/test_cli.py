@@ -1,0 +1,161 @@
+"""The command line: words to Config, one-line errors with exit code 2, no torch before the configuration stands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import socpo_fast
+from socpo_fast.cli import COMMANDS, main, parse
+from socpo_fast.config import Config
+from socpo_fast.validation import fields_of
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def toml_path(tmp_path: Path) -> str:
+    path = tmp_path / "run.toml"
+    path.write_text('[train]\nlr = 0.25\n[run]\nname = "from_file"\n', encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for socpo_fast.trainer and keeps what it was called with."""
+    fake = SimpleNamespace(calls=[], error=None)
+
+    def record(*arguments: object) -> dict[str, float]:
+        fake.calls.append(arguments)
+        if fake.error is not None:
+            raise fake.error
+        return {"success/unassisted": 0.5}
+
+    fake.train = fake.evaluate = fake.rollout_only = record
+    monkeypatch.setitem(sys.modules, "socpo_fast.trainer", fake)
+    monkeypatch.setattr(socpo_fast, "trainer", fake, raising=False)
+    return fake
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config", "FILE", "--train.lr", "0.5", "--run.live", "false"],
+        ["--train.lr=0.5", "--run.live=false", "--config=FILE"],
+        ["--run.live", "no", "--config", "FILE", "--train.lr", "0.1", "--train.lr", "0.5"],
+    ],
+    ids=["spaces", "equals signs, file last", "last one counts"],
+)
+def test_words_override_the_file_in_any_order(words: list[str], toml_path: str) -> None:
+    config, checkpoint = parse("train", [word.replace("FILE", toml_path) for word in words])
+    assert (config.run.name, config.train.lr, config.run.live, checkpoint) == ("from_file", 0.5, False, None)
+
+
+def test_a_word_equal_to_the_default_still_overrides_the_file(toml_path: str) -> None:
+    assert parse("train", ["--config", toml_path, "--train.lr", "1e-06"])[0].train.lr == 1e-6
+
+
+def test_hyphens_and_negative_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("train", ["--rollout.max-new-tokens", "7"])[0].rollout.max_new_tokens == 7
+    assert main(["train", "--train.max-grad-norm", "-1"]) == 2
+    assert capsys.readouterr().err == "config: train.max_grad_norm must be a number > 0, got -1.0\n"
+
+
+REFUSED = {
+    "unknown key": (["train", "--train.lr_rate", "3"], "config: unknown key train.lr_rate; did you mean train.lr?"),
+    "with equals sign": (["train", "--trian.lr=3"], "config: unknown key trian.lr; did you mean train.lr?"),
+    "out of range": (["train", "--train.lr", "7"], "config: train.lr must be a number > 0 and <= 1, got 7.0"),
+    "stray word": (["train", "foo"], "socpo train: unexpected 'foo'; settings are given as --section.key value"),
+    "checkpoint of train": (["train", "--checkpoint", "x"], "config: unknown key checkpoint; "),
+    "command": (["trian"], "socpo: unknown command trian; did you mean train?"),
+    "no file": (["train", "--config", "none.toml"], "config: none.toml must be a readable file: "),
+    "report of nothing": (["report"], "report: arguments must be one run folder, got []"),
+    "report elsewhere": (["report", "no/such/run"], "report: no/such/run must be a run folder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes_exit_2_with_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, message = REFUSED[case]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(message)
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+def test_a_missing_value_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--train.lr"])
+    assert stopped.value.code == 2
+    assert "Missing value for argument '--train.lr'" in capsys.readouterr().err
+
+
+def test_bad_key_is_refused_within_two_cpu_seconds_without_torch() -> None:
+    code = (
+        "import sys, time; from socpo_fast.cli import main\n"
+        "code = main(['train', '--train.lr_rate', '3'])\n"
+        "print(code, [m for m in ('torch', 'transformers') if m in sys.modules], time.process_time() < 2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 [] True\n"
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "rollout"])
+def test_help_shows_every_field_with_range_and_default(
+    command: str, toml_path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # one column of boxes
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--config", toml_path, "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert [name for name in fields_of(Config) if f"--{name}" not in shown] == []
+    assert "AdamW learning rate after warm-up. (a number > 0 and <= 1) (default: 0.25)" in shown
+    assert ("--checkpoint" in shown) == (command == "eval")
+
+
+def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [command for command in COMMANDS if f"\n  {command} " not in shown] == []
+    assert main([]) == 2
+
+
+def test_commands_reach_the_trainer(trainer: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run.seed", "5"]) == 0
+    assert main(["rollout"]) == 0
+    assert main(["eval", "--checkpoint", "runs/x/checkpoints/update_000010"]) == 0
+    (trained,), (rolled,), (evaluated, checkpoint) = trainer.calls
+    assert (trained.run.seed, rolled, evaluated) == (5, Config(), Config())
+    assert checkpoint == "runs/x/checkpoints/update_000010"
+    assert json.loads(capsys.readouterr().out) == {"success/unassisted": 0.5}
+
+
+def test_errors_of_a_command(
+    trainer: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer.error = ValueError("data: train.parquet row 17:\n  ground_truth is missing")
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "data: train.parquet row 17: ground_truth is missing\n"
+    trainer.error = KeyboardInterrupt()
+    assert main(["train"]) == 130
+    trainer.error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError):
+        main(["train"])
+    trainer.error = ValueError("x")
+    monkeypatch.setenv("SOCPO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x"):
+        main(["train"])
+
+
+def test_env_names_machine_versions_and_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if not line.startswith("op "))
+    assert facts["torch"] == __import__("torch").__version__
+    assert int(facts["cores"]) >= 1

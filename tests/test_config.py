@@ -1,0 +1,119 @@
+"""Configuration: what is accepted, what is refused and in which words, and that it survives a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from socpo_fast.config import Config, load_config
+from socpo_fast.validation import fields_of, rule_of
+
+ROOT = Path(__file__).parent.parent
+REFUSED = {
+    "unknown key, similar name": ({"train.lr_rate": "3"}, "config: unknown key train.lr_rate; did you mean train.lr?"),
+    "unknown section, known key": ({"trian.lr": "3"}, "config: unknown key trian.lr; did you mean train.lr?"),
+    "key without a section": ({"lr": "3"}, "config: unknown key lr; did you mean train.lr?"),
+    "nothing near": ({"zz.qq": 1}, "config: unknown key zz.qq; socpo train --help lists all"),
+    "above the range": ({"train.lr": "7"}, "config: train.lr must be a number > 0 and <= 1, got 7.0"),
+    "not a number": ({"train.lr": "abc"}, "config: train.lr must be a number > 0 and <= 1, got 'abc'"),
+    "nan": ({"train.lr": "nan"}, "config: train.lr must be a number > 0 and <= 1, got nan"),
+    "a bool is no number": ({"train.lr": True}, "config: train.lr must be a number > 0 and <= 1, got True"),
+    "a float is no count": ({"run.num_batches": 1.5}, "config: run.num_batches must be an integer >= 1, got 1.5"),
+    "not a choice": ({"train.packing": "tre"}, "config: train.packing must be one of tree, rows, got 'tre'"),
+    "K of 0": ({"rollout.max_attempts": "0"}, "config: rollout.max_attempts must be an integer >= 1, got 0"),
+    "a section that is no table": (
+        {"train": 3},
+        "config: train must be a table, got 3; write [train] and key = value lines",
+    ),
+    "a name that is a path": ({"run.name": "../x"}, "config: run.name must be text matching ^"),
+    "updates that do not fill a batch": (
+        {"train.questions_per_update": 5},
+        "config: train.questions_per_update must divide rollout.questions_per_batch 32, got 5",
+    ),
+    "bf16 on a CPU": ({"student.dtype": "bfloat16"}, "config: student.dtype must be float32 on run.device cpu"),
+    "local teacher nowhere": ({"teacher.kind": "local"}, "config: teacher.path must be a Hugging Face folder"),
+    "endpoint teacher nowhere": ({"teacher.kind": "endpoint"}, "config: teacher.url and teacher.model must be set"),
+    "the built-in tutor on other data": ({"data.train": "x.parquet"}, "config: teacher.rule must be your own"),
+    "constant decay without factor": ({"reward.schedule": "constant"}, "config: reward.factor must be set"),
+    "a factor without use": ({"reward.factor": 0.5}, "config: reward.factor must be set"),
+    "pages of three": ({"engine.page_size": 3}, "config: engine.page_size must be a power of two, got 3"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(case: str) -> None:
+    overrides, message = REFUSED[case]
+    with pytest.raises(ValueError, match="^config: ") as refused:
+        load_config(None, overrides)
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"), [("teacher.api_key_env", "sk-abc123"), ("teacher.url", "https://user:hunter2@host/v1")]
+)
+def test_a_pasted_secret_is_refused_and_not_shown(name: str, secret: str) -> None:
+    with pytest.raises(ValueError, match=name) as refused:
+        load_config(None, {name: secret})
+    assert secret not in str(refused.value)
+
+
+def test_text_is_read_as_the_field_and_none_is_a_word() -> None:
+    config = load_config(
+        None, {"train.lr": "3e-4", "run.live": "false", "loss.dual_clip": "none", "reward.schedule": "none"}
+    )
+    assert (config.train.lr, config.run.live, config.loss.dual_clip) == (3e-4, False, None)
+    assert config.reward.schedule == "none"
+
+
+def test_overrides_go_before_the_rules_between_fields(tmp_path: Path) -> None:
+    """A file may leave open what the command line adds."""
+    path = tmp_path / "local.toml"
+    path.write_text('[teacher]\nkind = "local"\n', encoding="utf-8")
+    assert load_config(path, {"teacher.path": "models/x"}).teacher.path == "models/x"
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config().train.lr = 1.0  # type: ignore[misc]
+
+
+def test_group_of_one_warns() -> None:
+    with pytest.warns(UserWarning, match="group_size 1"):
+        load_config(None, {"rollout.group_size": 1})
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[train\n", encoding="utf-8")
+    for path, message in ((broken, "must be TOML"), (tmp_path / "none.toml", "must be a readable file")):
+        with pytest.raises(ValueError, match=message) as refused:
+            load_config(path)
+        assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    written = tmp_path / "config.toml"
+    written.write_text(config.to_toml(), encoding="utf-8")
+    assert load_config(written) == config
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), min_size=1), number=st.floats(min_value=1e-300, max_value=1.0))
+def test_round_trip_of_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
+    config = load_config(None, {"student.path": text, "teacher.system_prompt": text, "train.lr": number})
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_bytes(config.to_toml().encode())
+    assert load_config(path) == config
+
+
+def test_every_field_has_a_description_and_a_rule_that_its_default_keeps() -> None:
+    for name, field in fields_of(Config).items():
+        assert field.description, name
+        assert rule_of(Config, name), name
+        assert load_config(None, {name: field.default}) == load_config(), name

@@ -1,0 +1,34 @@
+"""The helpers that every numeric test leans on must fail when they should, and say where."""
+
+import pytest
+import torch
+
+from tests.error_rule import assert_bitwise_equal, assert_error_rule
+
+TRUTH = torch.tensor([[1.0, 2.0], [3.0, torch.nan]], dtype=torch.float64)
+
+
+def test_error_rule_allows_twice_the_error_of_plain_and_the_tolerance() -> None:
+    assert_error_rule(TRUTH.float(), TRUTH.float(), TRUTH, name="exact")
+    plain = TRUTH + 0.5
+    assert_error_rule(TRUTH - 1.0, plain, TRUTH, name="twice")
+    with pytest.raises(AssertionError, match="3 of 4 elements break the error rule"):
+        assert_error_rule(TRUTH - 1.01, plain, TRUTH, name="more than twice")
+
+
+@pytest.mark.parametrize(("place", "value"), [((1, 0), 4.0), ((0, 1), torch.nan), ((0, 0), torch.inf), ((1, 1), 0.0)])
+def test_error_rule_names_the_worst_element(place: tuple[int, int], value: float) -> None:
+    wrong = TRUTH.clone()
+    wrong[place] = value
+    with pytest.raises(
+        AssertionError, match=rf"x: 1 of 4 .* worst at \[{place[0]}, {place[1]}\]: actual {value:g}, plain"
+    ):
+        assert_error_rule(wrong, TRUTH, TRUTH, name="x")
+
+
+def test_bitwise_equal_names_the_first_difference() -> None:
+    assert_bitwise_equal(TRUTH, TRUTH.clone(), name="x")
+    with pytest.raises(AssertionError, match=r"x: 1 of 4 elements differ; first at \[1, 0\]: 3.0 and 4.0"):
+        assert_bitwise_equal(TRUTH, TRUTH + torch.tensor([[0.0, 0.0], [1.0, 0.0]]), name="x")
+    with pytest.raises(AssertionError, match=r"first at \[0\]: 0.0 and -0.0"):
+        assert_bitwise_equal(torch.zeros(1), -torch.zeros(1), name="zero")

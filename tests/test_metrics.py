@@ -1,0 +1,189 @@
+"""What a run writes: rows, truncation on resume, rollout files, TensorBoard, and the display for people."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from socpo_fast.metrics import (
+    METRICS,
+    MetricsWriter,
+    Progress,
+    read_jsonl,
+    read_metrics,
+    rollout_record,
+    sparkline,
+    write_rollouts,
+)
+from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
+
+
+def make_attempt(attempt_idx: int) -> Attempt:
+    return Attempt(
+        token_ids=[1, 2, 3],
+        logprobs=torch.zeros(3),
+        kept_mass=torch.ones(3),
+        finish_reason="stop",
+        key=RolloutKey(0, 0),
+        rollout_idx=0,
+        attempt_idx=attempt_idx,
+        policy_version=4,
+    )
+
+
+def make_question(question_idx: int) -> Question:
+    messages = ({"role": "system", "content": "Be exact."}, {"role": "user", "content": f"Question {question_idx}?"})
+    return Question(question_idx=question_idx, messages=messages, ground_truth="42", data_source="test")
+
+
+def make_rollout(question_idx: int, rollout_idx: int, **more: Any) -> Rollout:
+    """Wrong, guided, right; cut at two tokens."""
+    return Rollout(
+        question_idx=question_idx,
+        rollout_idx=rollout_idx,
+        prompt_ids=[7],
+        attempts=[make_attempt(0), make_attempt(1)],
+        bridges=[[9]],
+        cuts=[2],
+        guidance=["Look again."],
+        texts=["41", "42"],
+        is_correct=[False, True],
+        end_reason="correct",
+        **more,
+    )
+
+
+def write_updates(folder: Path, updates: range, resume_after_update: int | None = None) -> None:
+    with MetricsWriter(folder, resume_after_update=resume_after_update) as writer:
+        for update in updates:
+            writer.write({"policy/loss": 0.5 * update}, kind="update", batch=update, update=update)
+
+
+def updates_in(folder: Path) -> list[int]:
+    return [row["update"] for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_rows_come_back_and_nan_becomes_null(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"success/unassisted": 0.25, "decay/f_2": math.nan}, kind="eval", batch=0, update=0)
+        path = tmp_path / "metrics.jsonl"
+        row = {"kind": "eval", "batch": 0, "update": 0, "success/unassisted": 0.25, "decay/f_2": None}
+        assert read_metrics(path) == [row], "a row is on the disk before close"
+        assert "NaN" not in path.read_text(encoding="utf-8")
+
+
+def test_undescribed_metric_is_our_own_mistake(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer, pytest.raises(AssertionError, match="policy/los "):
+        writer.write({"policy/los": 1.0}, kind="update", batch=1, update=1)
+
+
+def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
+    write_updates(tmp_path, range(1, 6))
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "update", "batch": 6, "upd')
+    with pytest.warns(UserWarning, match="1 torn lines"):
+        write_updates(tmp_path, range(4, 8), resume_after_update=3)
+    assert updates_in(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    write_updates(tmp_path, range(1, 3))
+    assert updates_in(tmp_path) == [1, 2], "without resume_after_update a run starts afresh"
+
+
+def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
+    write_updates(tmp_path, range(1, 6))
+    write_updates(tmp_path, range(4, 8), resume_after_update=3)
+    with MetricsWriter(tmp_path, resume_after_update=7) as writer:
+        writer.write({"success/unassisted": 0.5}, kind="eval", batch=7, update=7)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [event.step for event in events.Scalars("policy/loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [event.value for event in events.Scalars("eval/success/unassisted")] == [0.5]
+
+
+def test_rollout_record_is_text_and_numbers() -> None:
+    record = rollout_record(make_rollout(3, 1, rewards=[0.0, 0.2]), make_question(3), batch=5)
+    first, second = record.pop("attempts")
+    assert record == {
+        "batch": 5,
+        "question_idx": 3,
+        "rollout_idx": 1,
+        "data_source": "test",
+        "question": "Question 3?",
+        "ground_truth": "42",
+        "guidance": ["Look again."],
+        "end_reason": "correct",
+        "policy_version": 4,
+    }
+    assert first == {
+        "text": "41",
+        "is_correct": False,
+        "reward": 0.0,
+        "advantage": None,
+        "num_tokens": 3,
+        "finish_reason": "stop",
+        "cut": 2,
+    }
+    assert (second["text"], second["reward"], second["cut"]) == ("42", 0.2, None)
+
+
+def test_rollout_file_does_not_depend_on_the_order_of_finishing(tmp_path: Path) -> None:
+    rollouts = [make_rollout(1, 0), make_rollout(0, 1), make_rollout(0, 0)]
+    questions = {0: make_question(0), 1: make_question(1)}
+    path = write_rollouts(tmp_path, rollouts, questions, batch=12)
+    assert path == tmp_path / "rollouts" / "batch_000012.jsonl"
+    first = path.read_bytes()
+    assert write_rollouts(tmp_path, rollouts[::-1], questions, batch=12).read_bytes() == first
+    assert [(row["question_idx"], row["rollout_idx"]) for row in read_jsonl(path)] == [(0, 0), (0, 1), (1, 0)]
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file stays"
+
+
+def test_line_separators_inside_text_do_not_tear_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    text = "a\u2028b\x85c\nd"
+    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_jsonl(path) == [{"text": text}]
+
+
+def test_plain_progress_is_one_line_a_batch() -> None:
+    file = io.StringIO()
+    with Progress(num_batches=4, live=True, file=file) as progress:
+        progress.note("run [bold]x[/bold]")
+        progress.phase("rollout", batch=1, update=0, total=2)
+        progress.advance(num_tokens=10)
+        progress.report({"policy/loss": 1.0}, kind="update", batch=1, update=1)
+        metrics = {"success/unassisted": 0.25, "success/assisted": 0.5, "perf/rollout_tok_s": 800.4}
+        progress.report(metrics, kind="batch", batch=1, update=2)
+        progress.report({"success/unassisted": math.nan}, kind="eval", batch=1, update=2)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "run [bold]x[/bold]"
+    assert lines[1].startswith("train batch 1/4 update 2  unassisted 25.0%  assisted 50.0%  800 tok/s  left 0:00:0")
+    assert lines[2].startswith("eval  batch 1/4 update 2  unassisted nan%")
+    assert len(lines) == 3
+
+
+def test_live_display_shows_place_pace_and_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich: treat the file as a terminal
+    monkeypatch.setenv("COLUMNS", "100")
+    file = io.StringIO()
+    with Progress(num_batches=9, first_batch=3, live=True, file=file) as progress:
+        progress.report({"success/unassisted": 0.0}, kind="batch", batch=3, update=2)
+        progress.report({"success/unassisted": 1.0}, kind="batch", batch=4, update=4)
+        progress.phase("rollout", batch=5, update=4, total=8)
+        progress.advance(3, num_tokens=30)
+    shown = file.getvalue()
+    for part in ("batch 5/9", "update 4", "rollout 3/8", "tok/s", "▁█", "100.0%"):
+        assert part in shown
+
+
+def test_sparkline_spans_zero_to_one() -> None:
+    assert sparkline([0.0, 0.13, 0.5, 0.99, 1.0]) == "▁▂▅██"
+
+
+def test_metric_names_of_the_readme_are_described() -> None:
+    assert {"success/unassisted", "success/assisted", "decay/f_1", "policy/sampler_mismatch_nats"} <= METRICS.keys()
+    assert all(METRICS.values())

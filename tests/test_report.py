@@ -1,0 +1,163 @@
+"""The report: escapes what models wrote, loads nothing, and copes with runs that stopped anywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from socpo_fast.config import load_config
+from socpo_fast.metrics import MetricsWriter
+from socpo_fast.report import write_report
+
+EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'\""
+
+
+class Tags(HTMLParser):
+    """Start tags with their attributes, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+
+def parse(path: Path) -> Tags:
+    tags = Tags()
+    tags.feed(path.read_text(encoding="utf-8"))
+    return tags
+
+
+def attempt(text: str, *, is_correct: bool) -> dict[str, Any]:
+    return {
+        "text": text,
+        "is_correct": is_correct,
+        "reward": float(is_correct),
+        "advantage": None,
+        "num_tokens": 5,
+        "finish_reason": "length",
+        "cut": 3,
+    }
+
+
+def write_rollout_file(folder: Path, batch: int, text: str) -> Path:
+    path = folder / "rollouts" / f"batch_{batch:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {
+        "batch": batch,
+        "question_idx": 0,
+        "rollout_idx": 0,
+        "data_source": text,
+        "question": text,
+        "ground_truth": text,
+        "guidance": [text],
+        "end_reason": text,
+        "policy_version": 1,
+    }
+    verdicts = {"rescued": (False, True), "never": (False, False), "alone": (True,)}
+    rows = [
+        row | {"attempts": [attempt(f"{outcome} {text}", is_correct=is_correct) for is_correct in verdict]}
+        for outcome, verdict in verdicts.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_metrics(folder: Path) -> None:
+    with MetricsWriter(folder) as writer:
+        for batch, accuracy in enumerate((0.1, 0.3, 0.5)):
+            metrics = {"success/unassisted": accuracy, "success/assisted": accuracy + 0.2}
+            writer.write(metrics, kind="eval", batch=batch, update=2 * batch)
+            times = {"time/rollout_s": 3.0, "time/update_s": 2.0, "time/total_s": 5.5}
+            writer.write(metrics | times, kind="batch", batch=batch + 1, update=2 * batch + 2)
+
+
+def test_everything_a_model_wrote_is_escaped(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    write_rollout_file(tmp_path, 1, EVIL)
+    config = load_config(None, {"run.name": "demo", "teacher.system_prompt": EVIL})
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    page = parse(write_report(tmp_path))
+    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "link", "object", "form")]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert page.text.count(EVIL) == 3 * 5 + 5 + 1, "3 rollouts with 5 texts each, their 5 attempts, 1 setting; in full"
+    images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert [str(source).split(",")[0] for source in images] == ["data:image/png;base64"]
+
+
+def test_the_page_may_load_nothing(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    page = parse(write_report(tmp_path))
+    policies = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert str(policies[0]).startswith("default-src 'none'; img-src data:;")
+    assert "http:" not in (text := (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "https:" not in text
+
+
+def test_headline_is_held_out_unassisted_accuracy_at_start_and_end(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    text = " ".join(parse(write_report(tmp_path)).text.split())
+    for part in (
+        "unassisted at the start 10.0 %",
+        "unassisted at the end 50.0 %",
+        "assisted at the end 70.0 %",
+        "Measured on held-out questions",
+        "the rest 1.5 s",
+    ):
+        assert part in text
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_first_middle_and_last_batch_with_each_outcome(tmp_path: Path) -> None:
+    for batch in range(1, 8):
+        write_rollout_file(tmp_path, batch, "text")
+    summaries = re.findall(r"Batch (\d), question 0: ([a-z ]+) ", parse(write_report(tmp_path)).text)
+    outcomes = ("rescued by guidance", "never right", "right alone")
+    assert summaries == [(batch, outcome) for batch in "147" for outcome in outcomes]
+
+
+def test_a_run_that_stopped_at_once(tmp_path: Path) -> None:
+    text = parse(write_report(tmp_path)).text
+    assert "No accuracy has been recorded yet" in text
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_training_only_and_unknown_values(tmp_path: Path) -> None:
+    """No evaluation, one batch, a metric that is nan: the headline falls back to training batches."""
+    with MetricsWriter(tmp_path) as writer:
+        metrics = {"success/unassisted": 0.4, "decay/f_1": float("nan"), "guidance/rate": 0.0}
+        writer.write(metrics, kind="batch", batch=1, update=1)
+    text = parse(write_report(tmp_path)).text
+    assert "Measured on training batches" in text
+    assert "40.0 %" in text
+
+
+def test_torn_files_leave_the_rest_readable(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    for path in (tmp_path / "metrics.jsonl", write_rollout_file(tmp_path, 1, "text")):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match="torn"):
+        text = parse(write_report(tmp_path)).text
+    assert "rescued by guidance" in text
+    assert "right alone" not in text
+
+
+def test_the_report_is_the_same_when_written_again(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_a_folder_that_is_not_there_is_the_callers_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="report: .* must be a run folder"):
+        write_report(tmp_path / "none")

@@ -1,0 +1,104 @@
+"""Small students and hand-made rollouts for the tests of this folder."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from socpo_fast.model.config import ModelConfig
+from socpo_fast.model.decoder import Decoder, RMSNorm
+from socpo_fast.types import Attempt, Rollout, RolloutKey
+
+VOCAB = 53
+
+
+def make_student(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Decoder:
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    torch.manual_seed(seed)
+    student = Decoder(ModelConfig.from_hf(raw | changes, where="test"))
+    for param in student.parameters():
+        torch.nn.init.normal_(param, std=0.3 if param.ndim > 1 else 1.0)
+    if dtype == torch.float64:  # norms are computed in fp32, which would hide what these students are to show
+        for module in student.modules():
+            if isinstance(module, RMSNorm):
+                module.forward = partial(_wide_norm, module)  # type: ignore[method-assign]
+    return student.to(dtype)
+
+
+def _wide_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps))
+
+
+def make_rollout(
+    question_idx: int,
+    rollout_idx: int,
+    prompt_ids: list[int],
+    lengths: list[int],
+    bridge_lengths: list[int] | None = None,
+    cuts: list[int | None] | None = None,
+) -> Rollout:
+    """A rollout of random tokens; its content depends on the two indices only."""
+    rng = random.Random(1000 * question_idx + rollout_idx)
+    generator = torch.Generator().manual_seed(1000 * question_idx + rollout_idx)
+    attempts = [
+        Attempt(
+            token_ids=[rng.randrange(VOCAB) for _ in range(length)],
+            logprobs=-4.0 + torch.rand(length, generator=generator),
+            kept_mass=torch.ones(length),
+            finish_reason="stop",
+            key=RolloutKey(0, question_idx),
+            rollout_idx=rollout_idx,
+            attempt_idx=attempt_idx,
+            policy_version=0,
+        )
+        for attempt_idx, length in enumerate(lengths)
+    ]
+    num_bridges = max(0, len(lengths) - 1)
+    return Rollout(
+        question_idx=question_idx,
+        rollout_idx=rollout_idx,
+        prompt_ids=prompt_ids,
+        attempts=attempts,
+        bridges=[[rng.randrange(VOCAB) for _ in range(length)] for length in bridge_lengths or [3] * num_bridges],
+        cuts=cuts or [None] * num_bridges,
+        advantages=[rng.uniform(-2.0, 2.0) for _ in lengths],
+    )
+
+
+def make_rollouts() -> list[Rollout]:
+    """Every shape a rollout can have, out of order: two groups, a singleton, one question with two prompts."""
+    first, second, third = [1, 2, 3, 4, 5], [7], [9, 8]
+    return [
+        make_rollout(0, 0, first, [4]),
+        make_rollout(1, 0, second, [5, 6], [2]),
+        make_rollout(0, 1, first, [6, 3], [4], [2]),  # cut
+        make_rollout(0, 2, first, []),  # no attempt
+        make_rollout(0, 3, first, [1, 1, 1], [1, 2]),  # single tokens, K = 3
+        make_rollout(2, 0, third, [3]),  # a group of one
+        make_rollout(1, 1, second, [7, 5, 4], [3, 3], [3, None]),
+        make_rollout(0, 4, first, [5, 4, 6], [2, 2], [1, 2]),  # cut twice
+        make_rollout(1, 2, second, [4, 4], [2], [3]),  # a tail of one token, which nobody forwards
+        make_rollout(1, 3, second, [4, 4], [2], [4]),  # a cut that cuts nothing
+        make_rollout(0, 5, first, [3, 3], [2], [0]),  # nothing of the first attempt is kept
+        make_rollout(0, 6, [1, 2, 3, 4, 6], [4]),  # same question, another prompt
+    ]

@@ -1,0 +1,242 @@
+"""Checkpoints: what comes back is what went in, and what was interrupted never comes back."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from socpo_fast.model import load_student
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from socpo_fast.train.optimizer import Optimizer
+from tests.train.rollouts import make_student
+
+STATE = {"batch": 3, "question_order_seed": 2**63 - 1, "lr": 0.1 + 0.2, "name": "tés\n"}
+
+
+def trained(seed: int, num_updates: int) -> tuple[Decoder, Optimizer]:
+    student = make_student(seed)
+    optimizer = Optimizer(student, lr=1e-2)
+    train(student, optimizer, num_updates)
+    return student, optimizer
+
+
+def train(student: Decoder, optimizer: Optimizer, num_updates: int) -> None:
+    for _ in range(num_updates):
+        generator = torch.Generator().manual_seed(optimizer.num_updates)
+        for param in student.parameters():
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
+
+def save(folder: Path, student: Decoder, optimizer: Optimizer) -> Path:
+    return save_checkpoint(folder, student=student, optimizer=optimizer, trainer_state=STATE, tokenizer_from=None)
+
+
+def bits(student: Decoder, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    named = dict(student.named_parameters()) | optimizer.state_tensors()
+    return {name: tensor.detach().clone().view(torch.int32) for name, tensor in named.items()}
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_round_trip_is_bitwise_and_in_place(tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=3)
+    path = save(tmp_path / "checkpoints", student, optimizer)
+    assert path == tmp_path / "checkpoints" / "update_000003"
+    files = ["config.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"]
+    assert sorted(file.name for file in path.iterdir()) == files
+    other, other_optimizer = trained(seed=1, num_updates=1)
+    tensors = [*other.parameters(), *other_optimizer.state_tensors().values()]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    assert load_checkpoint(path, other, other_optimizer) == STATE
+    tensors = [*other.parameters(), *other_optimizer.state_tensors().values()]
+    assert pointers == [tensor.data_ptr() for tensor in tensors]
+    assert_same_bits(bits(other, other_optimizer), bits(student, optimizer))
+    train(student, optimizer, 2)
+    train(other, other_optimizer, 2)
+    assert_same_bits(bits(other, other_optimizer), bits(student, optimizer))
+    assert optimizer.state_counts() == other_optimizer.state_counts()
+
+
+def test_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=1)
+    loaded = load_student(save(tmp_path, student, optimizer))
+    assert all(torch.equal(one, two) for one, two in zip(loaded.parameters(), student.parameters(), strict=True))
+
+
+def test_latest_ignores_what_is_not_whole(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    student, optimizer = trained(seed=0, num_updates=1)
+    paths = []
+    for _ in range(4):
+        paths.append(save(tmp_path, student, optimizer))
+        train(student, optimizer, 1)
+    assert latest_checkpoint(tmp_path) == paths[3]
+    (paths[3] / "optimizer.safetensors").unlink()
+    assert latest_checkpoint(tmp_path) == paths[2]
+    with (paths[2] / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert latest_checkpoint(tmp_path) == paths[1]
+    (paths[1] / "manifest.json").unlink()
+    assert latest_checkpoint(tmp_path) == paths[0]
+    (tmp_path / "update_000009").mkdir()
+    (tmp_path / ".update_000010.partial").mkdir()
+    (tmp_path / "update_last").write_text("")
+    assert latest_checkpoint(tmp_path) == paths[0]
+    for path in paths[1:]:
+        with pytest.raises(ValueError, match="must be complete, got a missing or shortened file"):
+            load_checkpoint(path, student, optimizer)
+
+
+def test_more_than_a_million_updates_sort_by_number(tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=1)
+    for num_updates in (999_999, 1_000_000):
+        optimizer.num_updates = num_updates
+        path = save(tmp_path, student, optimizer)
+    assert latest_checkpoint(tmp_path) == path == tmp_path / "update_1000000"
+
+
+def test_saving_one_update_twice_replaces(tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=2)
+    path = save(tmp_path, student, optimizer)
+    state = {"batch": 4}
+    assert path == save_checkpoint(
+        tmp_path, student=student, optimizer=optimizer, trainer_state=state, tokenizer_from=None
+    )
+    assert load_checkpoint(path, student, optimizer) == state
+    assert [child.name for child in tmp_path.iterdir()] == [path.name]
+    path.rename(tmp_path / "update_000002.replaced")  # stopped between the two renames: the older one is still found
+    assert latest_checkpoint(tmp_path) == tmp_path / "update_000002.replaced"
+    assert save(tmp_path, student, optimizer) == latest_checkpoint(tmp_path) == path
+    assert [child.name for child in tmp_path.iterdir()] == [path.name]
+
+
+def test_prune_keeps_the_latest_whole_ones(tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=1)
+    for _ in range(4):
+        path = save(tmp_path, student, optimizer)
+        train(student, optimizer, 1)
+    (path / "trainer_state.json").unlink()
+    (tmp_path / ".update_000007.partial").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    prune_checkpoints(tmp_path, keep=2)
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["notes.txt", "update_000002", "update_000003"]
+    with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
+        prune_checkpoints(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, "got num_layers 2 instead of 3"),
+        ({"tie_word_embeddings": False}, "got tie_word_embeddings True instead of False"),
+        ({"rope_theta": 5000.0}, "got rope_theta 10000.0 instead of 5000.0"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused_untouched(tmp_path: Path, changes: dict, message: str) -> None:
+    path = save(tmp_path, *trained(seed=0, num_updates=1))
+    student = make_student(seed=1, **changes)
+    optimizer = Optimizer(student, lr=1e-2)
+    before = bits(student, optimizer)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_checkpoint(path, student, optimizer)
+    assert "\n" not in str(caught.value)
+    assert_same_bits(bits(student, optimizer), before)
+
+
+def test_flipped_bit_is_refused(tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=1)
+    path = save(tmp_path, student, optimizer)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        content = bytearray((path / name).read_bytes())
+        content[-5] ^= 1
+        (path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} must be as it was written"):
+            load_checkpoint(path, student, optimizer)
+        content[-5] ^= 1
+        (path / name).write_bytes(content)
+    load_checkpoint(path, student, optimizer)
+
+
+def test_state_that_is_not_json_is_refused_before_writing(tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=1)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_checkpoint(tmp_path, student=student, optimizer=optimizer, trainer_state={"x": {1}}, tokenizer_from=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000])  # fails in the weights, in the moments
+def test_full_disk_leaves_older_checkpoints(tmp_path: Path, limit: int) -> None:
+    student, optimizer = trained(seed=0, num_updates=1)
+    path = save(tmp_path, student, optimizer)
+    sizes = [(path / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")]
+    assert 1000 < sizes[0] < 100_000 < sizes[1]
+    train(student, optimizer, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(RuntimeError, match=r"update_000002 could not be written .* free disk space"):
+            save(tmp_path, student, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [child.name for child in tmp_path.iterdir()] == [path.name]
+    load_checkpoint(path, student, optimizer)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from socpo_fast.train import checkpoint
+from tests.train.test_checkpoint import save, trained
+
+def killing(original):
+    def wrapper(*args):
+        global calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+    return wrapper
+
+for step in map(int, sys.argv[2:]):
+    folder, calls = Path(sys.argv[1]) / str(step), 0
+    save(folder, *trained(seed=0, num_updates=1))
+    if os.fork() == 0:
+        for name in ("_fingerprint", "_sync", "_put_in_place"):
+            setattr(checkpoint, name, killing(getattr(checkpoint, name)))
+        save(folder, *trained(seed=0, num_updates=2))
+        os._exit(0)
+    print(os.WTERMSIG(os.wait()[1]))
+"""
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    """SIGKILL before the manifest, during the sync, right before the rename, and after it."""
+    names = {2: "update_000001", 5: "update_000001", 11: "update_000001", 12: "update_000002"}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, names)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # forks, which a pool of threads would not survive
+    root = Path(__file__).parents[2]
+    child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert child.stdout.split() == [str(int(signal.SIGKILL))] * len(names)
+    for step, name in names.items():
+        folder = tmp_path / str(step)
+        latest = latest_checkpoint(folder)
+        assert latest == folder / name
+        student, optimizer = trained(seed=3, num_updates=0)
+        assert load_checkpoint(latest, student, optimizer) == STATE
+        train(student, optimizer, 2)
+        save(folder, student, optimizer)  # what was left behind is in nobody's way, and goes
+        assert not list(folder.glob(".*"))

@@ -1,0 +1,119 @@
+"""The optimizer against AdamW's formula written out, and what it does when a gradient is bad."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from socpo_fast.train.optimizer import Optimizer
+from tests.train.rollouts import make_student
+
+
+def set_gradients(model: nn.Module, seed: int, size: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        param.grad = size * torch.randn(param.shape, generator=generator)
+
+
+def test_steps_are_adamw_with_warmup_clipping_and_decay_of_matrices() -> None:
+    student = make_student(tie_word_embeddings=False)
+    lr, beta1, beta2, decay, warmup, max_norm = 1e-2, 0.8, 0.95, 0.1, 4, 1.0
+    optimizer = Optimizer(
+        student, lr=lr, betas=(beta1, beta2), weight_decay=decay, warmup_updates=warmup, max_grad_norm=max_norm
+    )
+    expected = {name: param.detach().double() for name, param in student.named_parameters()}
+    m = {name: torch.zeros_like(param) for name, param in expected.items()}
+    v = {name: torch.zeros_like(param) for name, param in expected.items()}
+    for n in range(1, 7):
+        set_gradients(student, seed=n, size=1.0 if n % 2 else 1e-4)  # clipped, not clipped
+        grads = {name: param.grad.double() for name, param in student.named_parameters()}
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+        now = lr * min(1.0, n / warmup)
+        for name, param in expected.items():
+            grad = grads[name] * min(1.0, max_norm / norm)
+            m[name] = beta1 * m[name] + (1 - beta1) * grad
+            v[name] = beta2 * v[name] + (1 - beta2) * grad.square()
+            update = (m[name] / (1 - beta1**n)) / ((v[name] / (1 - beta2**n)).sqrt() + 1e-8)
+            if param.ndim >= 2:
+                param *= 1 - now * decay
+            param -= now * update
+        result = optimizer.step()
+        assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+        assert (result.lr, result.skipped, optimizer.num_updates) == (pytest.approx(now), False, n)
+    for name, param in student.named_parameters():
+        torch.testing.assert_close(param.detach().double(), expected[name], atol=1e-5, rtol=1e-4)
+        assert param.grad is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    student = make_student()
+    optimizer = Optimizer(student, lr=1e-2, warmup_updates=2)
+    set_gradients(student, seed=0)
+    optimizer.step()
+    before = [param.detach().clone() for param in student.parameters()]
+    state = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    for times in (1, 2):
+        set_gradients(student, seed=times)
+        student.layers[1].mlp.down.weight.grad[3, 2] = bad
+        result = optimizer.step()
+        assert result.skipped
+        assert not math.isfinite(result.grad_norm)
+        assert optimizer.state_counts() == {"num_updates": 1, "num_skipped": times, "num_skipped_in_a_row": times}
+    set_gradients(student, seed=3)
+    assert optimizer.step(loss=bad).skipped
+    assert all(torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer.state_tensors().items())
+    set_gradients(student, seed=4)
+    result = optimizer.step()
+    assert (result.skipped, result.lr) == (False, 1e-2)  # the second update of the warm-up: skipped ones do not count
+    assert optimizer.state_counts() == {"num_updates": 2, "num_skipped": 3, "num_skipped_in_a_row": 0}
+
+
+def test_missing_gradient_counts_as_zero() -> None:
+    student, other = make_student(), make_student()
+    optimizer, other_optimizer = Optimizer(student, lr=1e-2), Optimizer(other, lr=1e-2)
+    for seed in range(3):
+        set_gradients(student, seed)
+        set_gradients(other, seed)
+        student.norm.weight.grad = None if seed == 1 else student.norm.weight.grad
+        other.norm.weight.grad *= 0 if seed == 1 else 1
+        optimizer.step()
+        other_optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(student.parameters(), other.parameters(), strict=True))
+
+
+def test_storage_never_moves() -> None:
+    student = make_student()
+    optimizer = Optimizer(student, lr=1e-2)
+    pointers = [tensor.data_ptr() for tensor in (*student.parameters(), *optimizer.state_tensors().values())]
+    for seed in range(2):
+        set_gradients(student, seed)
+        optimizer.step()
+    state = {name: tensor + 1 for name, tensor in optimizer.state_tensors().items()}
+    optimizer.load_state(state, optimizer.state_counts())
+    assert pointers == [tensor.data_ptr() for tensor in (*student.parameters(), *optimizer.state_tensors().values())]
+
+
+def test_refusals() -> None:
+    student = make_student()
+    for options, message in (
+        ({"lr": 0.0}, "lr must be finite and > 0, got 0.0"),
+        ({"betas": (0.9, 1.0)}, r"betas must be each in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and >= 0"),
+        ({"warmup_updates": -1}, "warmup_updates must be >= 0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be > 0, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Optimizer(student, **{"lr": 1e-3} | options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"parameter embed.weight must be float32, got torch.bfloat16"):
+        Optimizer(make_student(dtype=torch.bfloat16), lr=1e-3)
+    optimizer = Optimizer(student, lr=1e-3)
+    tensors, counts = optimizer.state_tensors(), optimizer.state_counts()
+    with pytest.raises(ValueError, match=r"1 odd names, exp_avg.norm.weight first"):
+        optimizer.load_state({name: x for name, x in tensors.items() if name != "exp_avg.norm.weight"}, counts)
+    with pytest.raises(ValueError, match=r"exp_avg.norm.weight must be torch.float32 \[32\], got torch.float32 \[31\]"):
+        optimizer.load_state(tensors | {"exp_avg.norm.weight": torch.zeros(31)}, counts)
