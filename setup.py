@@ -18,6 +18,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *avx512, "-mprefer-vector-width=512"]
 FLAGS = [
     "-O3",
+    "-g0",
     "-Wall",
     "-Wno-unknown-pragmas",
     "-fvisibility=hidden",

@@ -24,7 +24,16 @@ _HOME = {
     "save_student": "socpo_fast.model",
     "socratic_rollouts": "socpo_fast.socratic.rollout",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "Attempt",
+    "Engine",
+    "Rollout",
+    "SamplingParams",
+    "load_student",
+    "policy_gradients",
+    "save_student",
+    "socratic_rollouts",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """Handlers for the time of a `with` block; off the main thread, where Python delivers no signals, it does nothing."""
+    """Handlers for the time of a `with` block; does nothing off the main thread, where Python delivers no signals."""
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -63,7 +63,7 @@ class SamplingParams:
 
 
 class RolloutKey(NamedTuple):
-    """Names a prompt: the sampling noise of a token depends on (seed, this, rollout, attempt, position, token id) only."""
+    """Names a prompt: a token's sampling noise depends on (seed, this, rollout, attempt, position, token id) only."""
 
     batch: int
     question: int

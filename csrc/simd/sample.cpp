@@ -40,7 +40,7 @@ inline float row_max(const SampleRow& row) {
   return result * row.inverse_temperature;
 }
 
-// weights[i] of `count` <= CHUNK tokens from `start`, padded with 0 to whole groups; returns their sum.
+// weights[i] of `count` <= CHUNK tokens from `start`, filled up to a whole vector with 0; returns their sum.
 inline float chunk_weights(const SampleRow& row, float max_logit, int64_t start, int count, float* weights) {
   Vec sum = {};
   for (int i = 0; i < count; i += LANES) {

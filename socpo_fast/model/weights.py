@@ -127,7 +127,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
             handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
         except SafetensorError as error:
             raise ValueError(f"{file}: must be a safetensors file, got {error}; download it again") from error
-        for name in handle.keys():
+        for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping, it cannot be iterated
             if name in stored:
                 raise ValueError(f"{file}: {name} must be stored once, got it in a second file")
             # Old Llama files carry the rotary table; config.json says the same, and transformers skips it as well.

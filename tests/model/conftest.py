@@ -12,12 +12,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 # Head width 24 / 4 = 6 is no power of two, and Qwen3's 16 is not hidden_size / heads; the vocabulary, 53, is prime.
 SIZES = {
-    **{"vocab_size": 53, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
 }
 # Of 8 frequencies some are kept, some blended, some divided.
 LLAMA3_ROPE = {
-    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
