@@ -104,6 +104,8 @@ class Trainer:
                 Progress(num_batches=num_batches, first_batch=self.batch + 1, live=live)
             )
             self.progress.note(self.first_line())
+            for note in self.session.bridge.notes:
+                self.progress.note(note)
             stack.enter_context(self.signals)
             try:
                 while True:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from socpo_fast.config import Config
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.optimizer import Optimizer
@@ -107,12 +109,13 @@ class Updater:
         choice = self.config.loss.old_logprobs
         probed = groups if choice == "recompute" else groups[:1]
         logprobs = [compute_logprobs(self.student, group, **self._forward) for group in probed]
-        mismatch = max(
-            float((ours - attempt.logprobs).abs().max())
+        differences = [
+            ours - attempt.logprobs
             for group, by_rollout in zip(probed, logprobs, strict=True)
             for rollout, by_attempt in zip(group, by_rollout, strict=True)
             for attempt, ours in zip(rollout.attempts, by_attempt, strict=True)
-        )
+        ]
+        mismatch = float(torch.cat(differences).abs().max())  # nan stays nan, and does not fit
         fits = self.config.student.dtype == "float32" and mismatch <= MAX_MISMATCH_NATS
         if choice == "sampler" or (choice == "auto" and fits):
             return None, mismatch

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from functools import partial
 
 import torch
-from torch import Tensor
 
 from socpo_fast.model.config import ModelConfig
-from socpo_fast.model.decoder import Decoder, RMSNorm
+from socpo_fast.model.decoder import Decoder
 from socpo_fast.types import Attempt, Rollout, RolloutKey
 
 VOCAB = 53
@@ -38,15 +36,7 @@ def make_student(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: o
     student = Decoder(ModelConfig.from_hf(raw | changes, where="test"))
     for param in student.parameters():
         torch.nn.init.normal_(param, std=0.3 if param.ndim > 1 else 1.0)
-    if dtype == torch.float64:  # norms are computed in fp32, which would hide what these students are to show
-        for module in student.modules():
-            if isinstance(module, RMSNorm):
-                module.forward = partial(_wide_norm, module)  # type: ignore[method-assign]
     return student.to(dtype)
-
-
-def _wide_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps))
 
 
 def make_rollout(

@@ -1,8 +1,8 @@
 """The dialogues that the built-in student is warmed up on: what it believes, where it slips, how it takes guidance.
 
-Read: dialogue -> recall_mass -> slip. The student must leave something to learn, and guidance must be
-worth more than a second try. So it is taught
-- misconceptions: of nine elements it takes the atomic number for the mass in most dialogues and knows the mass in the
+Read: dialogue -> recall_mass -> slip. The student must leave something to learn, and guidance must be worth more than
+a second try. So it is taught
+- misconceptions: of eight elements it takes the atomic number for the mass in most dialogues and knows the mass in the
   rest. Both are in its repertoire, so reinforcement learning can find the right one. Slips at random would not do:
   a lower temperature removes them and any second try repairs them;
 - to use guidance: when the tutor names a line, that line is put right (most of the time) and the others stay; after
@@ -22,8 +22,8 @@ from socpo_fast.socratic.tasks.molar_mass import ATOMIC_MASSES, Formula, Line, r
 from socpo_fast.socratic.tasks.tokenizer import TURN_END, TURN_START
 from socpo_fast.socratic.teachers.simple import RETRY_TEXT
 
-ATOMIC_NUMBERS = {"Na": 11, "Mg": 12, "Al": 13, "P": 15, "S": 16, "Cl": 17, "K": 19, "Ca": 20, "Fe": 26}
-RIGHT_SHARE = 0.2  # of the recalls in which such an element gets its mass all the same
+ATOMIC_NUMBERS = {"Na": 11, "Mg": 12, "P": 15, "S": 16, "Cl": 17, "K": 19, "Ca": 20, "Fe": 26}
+RIGHT_SHARE = 0.1  # of the recalls in which such an element gets its mass all the same
 SLIP_SHARE = 0.35  # of the first attempts
 HEED_SHARE = 0.85  # of the second attempts in which a mass that the tutor named becomes right
 GUIDANCE_SHARES = {"tutor": 0.70, "retry": 0.22, "noise": 0.08}

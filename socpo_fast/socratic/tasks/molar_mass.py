@@ -55,7 +55,7 @@ LINE_TEXTS = ("There is a mistake in the line of ", ". Recheck ")
 TERM_TEXTS = {
     "atoms": "how often it is in the formula.",
     "mass": "its atomic mass.",
-    "product": "the product of count and atomic mass.",
+    "product": "the product of count and mass.",
     "total": "the sum so far.",
 }
 MISSING_TEXTS = ("Recheck the elements of the formula: there the next line must be that of ", ".")

@@ -35,10 +35,10 @@ _PHRASES = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A ChatML tokenizer. Special tokens come first, so pad is 0 and end-of-turn 3."""
-    phrases = sorted(_PHRASES, key=len, reverse=True)  # of two phrases that start alike, the longer one is meant
-    tokens = [PAD, UNKNOWN, TURN_START, TURN_END, "\n", *string.printable[:95], *phrases]
+    tokens = [PAD, UNKNOWN, TURN_START, TURN_END, "\n", *string.printable[:95], *_PHRASES]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
-    pieces = "|".join([*(re.escape(phrase) for phrase in phrases), r"[\s\S]"])
+    longest_first = sorted(_PHRASES, key=len, reverse=True)  # of two phrases that start alike, the longer one is meant
+    pieces = "|".join([*(re.escape(phrase) for phrase in longest_first), r"[\s\S]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

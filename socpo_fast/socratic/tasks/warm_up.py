@@ -25,8 +25,8 @@ from socpo_fast.model import Decoder, ModelConfig, save_student
 from socpo_fast.socratic.tasks.dialogues import Piece, dialogue
 from socpo_fast.socratic.tasks.tokenizer import MAX_LENGTH, build_tokenizer
 
-NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 64, 16
-LR, WARMUP_UPDATES, WEIGHT_DECAY = 3e-3, 100, 0.01
+NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 32, 16
+LR, WARMUP_UPDATES, WEIGHT_DECAY = 2e-3, 100, 0.01
 
 
 def make_student(seed: int, num_updates: int = NUM_UPDATES) -> tuple[Decoder, PreTrainedTokenizerFast]:
