@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -17,13 +18,13 @@
 namespace socpo {
 namespace {
 
-// Tokens of about equal weight: those that share the exponent and the first four bits behind it. Weights are below 2.
+// Tokens of about equal weight: those that share the exponent and the first four bits behind it. Weights are <= 1.
 constexpr int NUM_BUCKETS = 2048;
 
 int bucket_of(float weight) {
   uint32_t bits;
   std::memcpy(&bits, &weight, sizeof(bits));
-  return static_cast<int>(bits >> 19);
+  return std::min(static_cast<int>(bits >> 19), NUM_BUCKETS - 1);
 }
 
 // Zeroes all but the first tokens by (weight descending, id ascending): a token stays while fewer than max_count
@@ -93,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sample(const at::Tensor& logits, 
       draw = kernels().sample_row(row, weights.data());
     }
     token_ids_p[b] = draw.token_id;
-    logprobs_p[b] = draw.logit - draw.max_logit - static_cast<float>(std::log(sum_all));
+    logprobs_p[b] = draw.logit - static_cast<float>(std::log(sum_all));
     kept_mass_p[b] = static_cast<float>(draw.sum_weights / sum_all);
   });
   return {token_ids, logprobs, kept_mass};

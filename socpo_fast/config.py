@@ -71,7 +71,7 @@ class RunConfig(Section):
     dir: str = Field(default="runs", min_length=1, description="folder that holds all runs")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of data order and sampling noise")
     resume: str = Field(
-        default="auto", min_length=1, description="auto = the run's last checkpoint, never, or a folder"
+        default="auto", min_length=1, description="auto = the run's last checkpoint; never; a checkpoint to begin from"
     )
     num_batches: int = Field(default=100, ge=1, description="batches to train on")
     checkpoint_every_updates: int = Field(default=20, ge=0, description="updates between saves, 0 = at the end only")

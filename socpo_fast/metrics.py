@@ -50,7 +50,7 @@ METRICS: dict[str, str] = {
     "perf/unique_tokens": "nodes of the rollout trees of the update (prompt once a group), tokens",
     "time/rollout_s": "rollout, guidance included, s",
     "time/teacher_wait_s": "mean wait of a guided rollout for its teacher, s",
-    "time/update_s": "update, or all updates of the batch, s",
+    "time/update_s": "all updates of the batch, s",
     "time/total_s": "all of it, s",
 }
 Kind = Literal["batch", "update", "eval"]

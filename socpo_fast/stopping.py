@@ -39,8 +39,8 @@ class StopSignals:
     def at_once(self) -> Iterator[None]:
         """A block that changes nothing that lasts: a signal raises StopRequested right there."""
         self.check()
-        self._at_once = True
         try:
+            self._at_once = True
             yield
         finally:
             self._at_once = False

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from socpo_fast.config import Config
 from socpo_fast.metrics import MetricsWriter, Progress, replace_file, write_rollouts
-from socpo_fast.model import load_student
 from socpo_fast.ops import available_impls
 from socpo_fast.report import write_report
 from socpo_fast.socratic.advantage import assign_advantages
@@ -77,7 +76,7 @@ class Trainer:
         self.train_questions, self.eval_questions = self.session.train_questions(), self.session.eval_questions()
         pick_questions(config, self.train_questions, 1)  # too few questions are refused before anything is written
         self.student, self.engine = self.session.student, self.session.engine
-        reference = load_student(self.session.student_folder) if config.loss.kl_coef > 0 else None
+        reference = self.session.load_reference() if config.loss.kl_coef > 0 else None
         self.updater = Updater(self.student, config, reference=reference)
         self.optimizer = self.updater.optimizer
         self.batch, self.eval_due = 0, bool(self.eval_questions)
@@ -117,7 +116,7 @@ class Trainer:
                     self.signals.check()
             except StopRequested:
                 self.save()
-                self.progress.note(f"stopped and saved after batch {self.batch}; the same command goes on from there")
+                self.progress.note(f"stopped and saved after batch {self.batch}; run.resume auto goes on from there")
                 assert self.signals.received is not None
                 raise SystemExit(128 + self.signals.received) from None
             self.save()
@@ -241,7 +240,13 @@ def find_checkpoint(config: Config) -> Path | None:
     if config.run.resume == "auto":
         return latest
     if config.run.resume != "never":
-        return Path(config.run.resume).expanduser()
+        given = Path(config.run.resume).expanduser()
+        if latest is not None and given.name < latest.name and given.resolve().parent == latest.resolve().parent:
+            raise ValueError(
+                f"run: run.resume must be the run's last checkpoint {latest.name} or one of another run, "
+                f"got {given.name}; choose another run.name, or remove the later ones"
+            )
+        return latest or given  # a run that has begun goes on from its own
     if latest is not None:
         raise ValueError(
             f"run: {config.folder} must be new with run.resume never, got one with {latest.name}; "

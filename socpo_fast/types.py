@@ -32,7 +32,7 @@ class Question:
 class SamplingParams:
     """How the engine samples one request.
 
-    n rollouts of the same prompt; temperature >= 0 (0 is greedy); top_p in (0, 1], 1 is off; top_k >= 0, 0 is off;
+    n rollouts of the same prompt; temperature 0 (greedy) or >= 1e-4; top_p in (0, 1], 1 is off; top_k >= 0, 0 is off;
     min_p in [0, 1), 0 is off; max_new_tokens >= 1 an attempt; an id of eos_ids ends an attempt unless ignore_eos.
     Temperature, length and eos have no default: a wrong value there is silent.
     """
@@ -49,7 +49,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (0.0 <= self.temperature < float("inf"), "finite and >= 0"),
+            "temperature": (self.temperature == 0 or 1e-4 <= self.temperature < float("inf"), "0 (greedy) or >= 1e-4"),
             "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
             "n": (self.n >= 1, ">= 1"),
             "top_p": (0.0 < self.top_p <= 1.0, "in (0, 1]"),

@@ -196,6 +196,20 @@ def test_bad_input_is_refused_before_a_run_begins(tmp_path: Path, changes: dict[
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+def test_a_run_begins_from_another_s_checkpoint_and_then_goes_on_from_its_own(straight: Config, tmp_path: Path) -> None:
+    start = latest_checkpoint(straight.folder / "checkpoints")
+    config = config_of(tmp_path, run__resume=str(start), run__num_batches=5)
+    trainer.train(config)
+    assert [row["batch"] for row in rows_of(config) if row["kind"] == "batch"] == [5]
+    again = trainer.Trainer(config)
+    assert again.resumed_from is not None
+    assert again.resumed_from.parent == config.folder / "checkpoints"
+    own = config.folder / "checkpoints"
+    run = config.run.model_copy(update={"resume": str(own / "update_000001")})
+    with pytest.raises(ValueError, match="must be the run's last checkpoint update_000010"):
+        trainer.train(config.model_copy(update={"run": run}))
+
+
 def test_a_new_run_never_overwrites_an_old_one(straight: Config) -> None:
     run = straight.run.model_copy(update={"resume": "never"})
     with pytest.raises(ValueError, match="must be new with run.resume never"):

@@ -22,9 +22,8 @@ struct SampleRow {
 
 struct Draw {
   int64_t token_id;
-  float logit;         // of token_id, divided by the temperature
-  float max_logit;     // the row's largest, divided by the temperature
-  double sum_weights;  // sum of the weights drawn from, exp(logit - max_logit)
+  float logit;         // of token_id: (logit - the row's largest) / temperature, <= 0
+  double sum_weights;  // sum of the weights drawn from, the exp of that
 };
 
 // Query rows of one sequence and one KV head: `num_tokens` tokens of `group` heads each, in one block.
@@ -48,7 +47,7 @@ struct AttentionBlock {
   namespace isa {                                                                                        \
   /* The draw over all tokens, or over those with weights[i] > 0 when `weights` is given. */             \
   Draw sample_row(const SampleRow& row, const float* weights);                                           \
-  /* weights[i] = exp(logit_i - max_logit), about 1 at most; returns their sum. */                       \
+  /* weights[i] = exp((logit_i - largest) / temperature), <= 1; returns their sum. */                    \
   double softmax_weights(const SampleRow& row, float* weights);                                          \
   void attend_block(const AttentionBlock& block);                                                        \
   }

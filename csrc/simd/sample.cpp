@@ -29,6 +29,7 @@ inline U noise_bits(U token_ids, uint64_t row_key) {
   return mix<U>(low ^ (uint32_t)(row_key >> 32));
 }
 
+// The largest logit, before temperature: (logit - max) / T is then exactly 0 there and positive nowhere, at any T > 0.
 inline float row_max(const SampleRow& row) {
   float lane[LANES], result = -INFINITY;
   Vec lanes = broadcast(-INFINITY);
@@ -37,7 +38,7 @@ inline float row_max(const SampleRow& row) {
   store(lane, lanes);
   for (int l = 0; l < LANES; ++l) result = lane[l] > result ? lane[l] : result;
   for (; i < row.vocab; ++i) result = row.logits[i] > result ? row.logits[i] : result;
-  return result * row.inverse_temperature;
+  return result;
 }
 
 // weights[i] of `count` <= CHUNK tokens from `start`, filled up to a whole vector with 0; returns their sum.
@@ -51,7 +52,7 @@ inline float chunk_weights(const SampleRow& row, float max_logit, int64_t start,
       logits = broadcast(-INFINITY);
       for (int l = 0; i + l < count; ++l) logits[l] = row.logits[start + i + l];
     }
-    const Vec w = exp_nonpositive(logits * row.inverse_temperature - max_logit);
+    const Vec w = exp_nonpositive((logits - max_logit) * row.inverse_temperature);
     store(weights + i, w);
     sum += w;
   }
@@ -79,13 +80,13 @@ inline bool may_win(const float* weights, int64_t start, uint64_t row_key, float
 }
 
 // The group's tokens one by one, with logarithms where the bound leaves a chance.
-inline void update_best(const SampleRow& row, const float* weights, int64_t start, Best& best) {
+inline void update_best(const SampleRow& row, float max_logit, const float* weights, int64_t start, Best& best) {
   for (int i = 0; i < GROUP; ++i) {
     const int64_t id = start + i;
     const float v = ((float)noise_bits<uint32_t>((uint32_t)id, row.row_key) + 0.5f) * 0x1p-32f;
     if (!(weights[i] > v * (best.ratio * SLACK))) continue;
     const float exponential = -log1pf(-(v < 0x1.fffffep-1f ? v : 0x1.fffffep-1f));  // rounding may give v = 1
-    const float score = row.logits[id] * row.inverse_temperature - logf(exponential);
+    const float score = (row.logits[id] - max_logit) * row.inverse_temperature - logf(exponential);
     if (score > best.score) best = {id, score, weights[i] / exponential};
   }
 }
@@ -107,12 +108,11 @@ Draw sample_row(const SampleRow& row, const float* given_weights) {
     }
     if (row.is_greedy) continue;
     for (int i = 0; i < count; i += GROUP)
-      if (may_win(weights + i, start + i, row.row_key, best.ratio)) update_best(row, weights + i, start + i, best);
+      if (may_win(weights + i, start + i, row.row_key, best.ratio)) update_best(row, max_logit, weights + i, start + i, best);
   }
   if (row.is_greedy)
-    while (best.token_id < row.vocab - 1 && !(row.logits[best.token_id] * row.inverse_temperature == max_logit))
-      ++best.token_id;
-  return {best.token_id, row.logits[best.token_id] * row.inverse_temperature, max_logit, sum};
+    while (best.token_id < row.vocab - 1 && !(row.logits[best.token_id] == max_logit)) ++best.token_id;
+  return {best.token_id, (row.logits[best.token_id] - max_logit) * row.inverse_temperature, sum};
 }
 
 double softmax_weights(const SampleRow& row, float* weights) {

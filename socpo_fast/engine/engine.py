@@ -85,17 +85,17 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(
-            prefill_tokens=self._prefill_tokens,
-            decode_tokens=self._decode_tokens,
-            preemptions=self._scheduler.num_preemptions,
-            pages_free=self._pool.num_free,
-            pages_total=self._pool.num_pages,
-        )
+        preemptions, pool = self._scheduler.num_preemptions, self._pool
+        return EngineStats(self._prefill_tokens, self._decode_tokens, preemptions, pool.num_free, pool.num_pages)
 
     @property
     def has_work(self) -> bool:
         return bool(self._scheduler.waiting or self._scheduler.running)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest context, prompt and new tokens together, that the model and the page pool can hold."""
+        return min(self.student.config.max_position_embeddings, self._pool.num_pages * self._pool.page_size)
 
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> Handle:
         """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
@@ -203,6 +203,8 @@ class Engine:
         if len(keys) != len(prompts) or len(set(keys)) != len(keys):
             raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
         place = {RolloutKey(*key): q for q, key in enumerate(keys)}
+        for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
+            self._check_fits("generate", list(prompt_ids), params)
         groups: list[list[Attempt]] = [[] for _ in prompts]
         for prompt_ids, key in zip(prompts, keys, strict=True):
             self.submit(prompt_ids, params, key=key)
@@ -223,16 +225,21 @@ class Engine:
                 self._scheduler.pinned.remove(sequence)
                 sequence.drop_pages(self._pool)
 
-    def abort(self) -> None:
-        """Forget everything queued, running and pinned; every page is free afterwards."""
-        for sequence in self._scheduler.clear():
+    def cancel(self, key: tuple[int, int]) -> None:
+        """Forget what is queued or running under this key; finished attempts stay until they are released."""
+        for sequence in self._scheduler.remove(RolloutKey(*key)):
             sequence.drop_pages(self._pool)
-        self._pinned.clear()
 
     def bump_policy_version(self) -> None:
-        """The weights changed: no page computed before is used again (running sequences are computed anew)."""
+        """The weights changed: no page computed before is used again (running sequences are computed anew).
+
+        An attempt under way keeps the version that sampled its first token.
+        """
         self.policy_version += 1
         self._scheduler.drop_all_pages()
+        for sequence in self._scheduler.waiting:  # that is everyone now
+            if sequence.num_sampled == 0:
+                sequence.policy_version = self.policy_version
 
     def _fork(self, root: Sequence) -> list[Sequence]:
         if root.num_rollouts == 1:

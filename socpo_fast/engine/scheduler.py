@@ -12,6 +12,7 @@ from bisect import insort
 
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.sequence import Sequence
+from socpo_fast.types import RolloutKey
 
 
 class Scheduler:
@@ -87,11 +88,12 @@ class Scheduler:
         for sequence in (*self.waiting, *self.pinned):
             sequence.drop_pages(self.pool)
 
-    def clear(self) -> list[Sequence]:
-        """Empty all three lists; returns who was in them."""
-        everyone = [*self.waiting, *self.running, *self.pinned]
-        self.waiting, self.running, self.pinned = [], [], []
-        return everyone
+    def remove(self, key: RolloutKey) -> list[Sequence]:
+        """Take the unfinished sequences of a key out of their lists; returns them."""
+        removed = [sequence for sequence in (*self.waiting, *self.running) if sequence.key == key]
+        self.waiting = [sequence for sequence in self.waiting if sequence.key != key]
+        self.running = [sequence for sequence in self.running if sequence.key != key]
+        return removed
 
     def _pages_missing(self, sequence: Sequence, num_tokens: int) -> int:
         return self.pool.pages_for(sequence.num_cached + num_tokens) - len(sequence.pages)

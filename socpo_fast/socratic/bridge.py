@@ -105,7 +105,7 @@ class Bridge:
         dropped, which templates that trim would do as well. ended: the attempt's last kept token is end_of_turn_id
         itself; otherwise a synthetic one comes first.
         """
-        return self._frame(self._fit(guidance_text.strip()))[1 if ended else 0 :]
+        return self._frame(self.fit(guidance_text.strip()))[1 if ended else 0 :]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text for the grader and the teacher, without special tokens."""
@@ -123,7 +123,7 @@ class Bridge:
         span_ids = self._encode(self._prefix + guidance + self._suffix, untrusted=True)
         return self._head_ids + span_ids + self._tail_ids
 
-    def _fit(self, text: str) -> str:
+    def fit(self, text: str) -> str:
         """The head of a text that is at most guidance_limit tokens long."""
         encoding = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False

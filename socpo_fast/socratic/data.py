@@ -144,6 +144,7 @@ def _messages(messages: Any) -> tuple[dict[str, str], ...]:
             raise ValueError(f"a message must have a role of {', '.join(_ROLES)}, got {message!r:.40}")
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             raise ValueError(f"the {message['role']} message must have text, got {message.get('content')!r:.40}")
+        message["content"].encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message must be the user's, got {messages[-1]['role']}")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)

@@ -21,16 +21,17 @@ _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?", re.ASCII)
 # An option letter standing alone. A and I are words too, so before a small letter they count in few places only.
 OPTION_LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|which\b)[a-z]))(?![\w'\u2019])"
 _BOX = r"\\boxed\{\s*(?:\\(?:text|mathbf|mathrm)\{)?"
-_MARKED = rf"[\s*_(\[$]*(?:{_BOX})?[\s*_(]*({OPTION_LETTER})"
+_MARKED = rf"[\s*_(\[$]*+(?:{_BOX})?+[\s*_(]*+({OPTION_LETTER})"  # possessive: a run of marks is read once
 STATED_LETTER = (  # ways to name a letter as the answer
     re.compile(rf"{_BOX}\(?({OPTION_LETTER})"),
     re.compile(
-        rf"\b(?i:answer|choice)\b[^.\n:]{{0,40}}?(?::|\b(?i:is)\b:?)[\s*_]*(?i:(?:the )?(?:option|choice)\b)?{_MARKED}"
+        rf"\b(?i:answer|choice)\b[^.\n:]{{0,40}}?(?::|\b(?i:is)\b:?)"
+        rf"[\s*_]*+(?i:(?:the )?(?:option|choice)\b)?+{_MARKED}"
     ),
     re.compile(rf"\b(?i:option|choice)\s+[*_(]*({OPTION_LETTER})[*_)]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))"),
 )
-_LINE_ALONE = re.compile(rf"^[\s*_(\[]*({OPTION_LETTER})[\s*_)\].:]*$", re.MULTILINE)
-_MENTIONS = (re.compile(rf"\(({OPTION_LETTER})\)"), re.compile(rf"^[\s*_]*({OPTION_LETTER})[*_]*[):.]", re.MULTILINE))
+_LINE_ALONE = re.compile(rf"^[ \t*_(\[]*({OPTION_LETTER})[ \t*_)\].:]*\r?$", re.MULTILINE)
+_MENTIONS = (re.compile(rf"\(({OPTION_LETTER})\)"), re.compile(rf"^[ \t*_]*({OPTION_LETTER})[*_]*[):.]", re.MULTILINE))
 
 
 def grade_sciknoweval(text: str, question: Question) -> bool:

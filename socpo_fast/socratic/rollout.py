@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Coroutine, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -76,6 +76,7 @@ def socratic_rollouts(
         grader=grader,
         params=replace(params, n=1),
         max_attempts=max_attempts,
+        batch_idx=batch_idx,
         attempt_limit=attempt_limit,
         view=view,
         reveal_answer=reveal_answer,
@@ -84,7 +85,7 @@ def socratic_rollouts(
     )
     try:
         for question in questions:
-            episodes.start(question, replace(params, n=group_size), batch_idx)
+            episodes.start(question, replace(params, n=group_size))
         while engine.has_work or episodes.waiting:
             for attempt in engine.step():
                 episodes.finish_attempt(attempt)
@@ -105,6 +106,7 @@ class _Episodes:
     grader: Grader
     params: SamplingParams
     max_attempts: int
+    batch_idx: int
     attempt_limit: int
     view: Literal["head_tail", "head"]
     reveal_answer: bool
@@ -117,9 +119,9 @@ class _Episodes:
         self.waiting: dict[Future[Guidance | None], tuple[Rollout, float]] = {}  # for the teacher; since when
         self.finished: list[Rollout] = []
 
-    def start(self, question: Question, params: SamplingParams, batch_idx: int) -> None:
+    def start(self, question: Question, params: SamplingParams) -> None:
         prompt_ids = self.bridge.prompt_ids(question.messages)
-        self.engine.submit(prompt_ids, params, key=(batch_idx, question.question_idx))
+        self.engine.submit(prompt_ids, params, key=(self.batch_idx, question.question_idx))
         self.questions[question.question_idx] = question
         for i in range(params.n):
             self.rollouts[question.question_idx, i] = Rollout(
@@ -160,30 +162,29 @@ class _Episodes:
         for future in [future for future in self.waiting if future.done()]:
             rollout, since = self.waiting.pop(future)
             rollout.teacher_wait_s += time.perf_counter() - since
-            if (error := future.exception()) is not None:
-                warnings.warn(f"teacher: guide() failed with {type(error).__name__}: {error}", stacklevel=2)
-            guidance = None if error is not None else future.result()
+            guidance = result_of(future)
             if guidance is None:
                 self.end(rollout, "guidance_failed")
             else:
-                self.resume(rollout, guidance)
+                text = guidance.text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
+                self.resume(rollout, self.bridge.fit(text.strip()))
 
-    def resume(self, rollout: Rollout, guidance: Guidance) -> None:
+    def resume(self, rollout: Rollout, guidance: str) -> None:
         """The second attempt: the first one (up to the limit), the bridge around the guidance, then the student."""
         attempt = rollout.attempts[-1]
         cut = self.attempt_limit if attempt.num_tokens > self.attempt_limit else None
         ended = cut is None and attempt.token_ids[-1] == self.bridge.end_of_turn_id
-        bridge = self.bridge.bridge_ids(guidance.text, ended=ended)
+        bridge = self.bridge.bridge_ids(guidance, ended=ended)
         rollout.cuts.append(cut)
         rollout.bridges.append(bridge)
         context = len(rollout.prompt_ids) + sum(map(len, rollout.bridges))
         context += sum(a.num_tokens if c is None else c for a, c in zip(rollout.attempts, rollout.cuts, strict=True))
-        if context + self.params.max_new_tokens > self.engine.student.config.max_position_embeddings:
+        if context + self.params.max_new_tokens > self.engine.max_tokens:
             rollout.cuts.pop()
             rollout.bridges.pop()
             self.end(rollout, "overflow")
             return
-        rollout.guidance.append(guidance.text)
+        rollout.guidance.append(guidance)
         self.engine.resume(attempt, bridge, self.params, cut=cut)
 
     def end(self, rollout: Rollout, reason: Literal["correct", "max_attempts", "guidance_failed", "overflow"]) -> None:
@@ -200,8 +201,9 @@ class _Episodes:
         """Leave nothing behind when the caller stops early: no call in flight, no sequence, no page."""
         for future in self.waiting:
             future.cancel()
-        if self.rollouts:
-            self.engine.abort()
+        for rollout in self.rollouts.values():
+            self.engine.cancel((self.batch_idx, rollout.question_idx))
+            self.engine.release(rollout.attempts)
 
     def visible_text(self, token_ids: Sequence[int]) -> str:
         """What the teacher sees: all, or of a long attempt its head (and its tail, where the final answer stands)."""
@@ -221,6 +223,17 @@ def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[
     if teacher.immediate:
         wait([future])
     return future
+
+
+def result_of(future: Future[Guidance | None]) -> Guidance | None:
+    """What the teacher said; None, with a warning, when it raised, was cancelled or took too long."""
+    try:
+        return future.result(timeout=0)
+    except CancelledError:
+        warnings.warn("teacher: guide() was cancelled", stacklevel=3)
+    except Exception as error:  # noqa: BLE001 - whatever a teacher raises costs its own rollout, and is told
+        warnings.warn(f"teacher: guide() failed with {type(error).__name__}: {error}", stacklevel=3)
+    return None
 
 
 def background(coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from socpo_fast.config import Config
 from socpo_fast.device import select_device, set_threads
 from socpo_fast.engine import Engine
-from socpo_fast.model import load_student
+from socpo_fast.model import Decoder, load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.graders import make_grader
@@ -53,11 +53,21 @@ class Session:
     def close(self) -> None:
         background(self.teacher.aclose()).result()
 
+    def load_reference(self) -> Decoder:
+        """The student as it was before training, frozen, for the KL term."""
+        weight = self.student.lm_head.weight
+        return load_student(self.student_folder, dtype=self.config.student.dtype, device=weight.device)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Prompts that can be rolled out: data.max_prompt_tokens, or less where model or KV cache hold less."""
+        return min(self.config.data.max_prompt_tokens, self.engine.max_tokens - self.config.rollout.max_new_tokens)
+
     def train_questions(self) -> list[Question]:
         data = self.config.data
         if data.train == "builtin":
             return molar_mass.questions(self.config.run.seed, data.builtin_train_questions, "train")
-        return load_questions(data.train, bridge=self.bridge, max_prompt_tokens=data.max_prompt_tokens)
+        return load_questions(data.train, bridge=self.bridge, max_prompt_tokens=self.max_prompt_tokens)
 
     def eval_questions(self) -> list[Question]:
         """The held-out questions, [] when the config names none."""
@@ -68,7 +78,7 @@ class Session:
             questions = molar_mass.questions(BUILTIN_EVAL_SEED, data.builtin_eval_questions, "eval")
         else:
             questions = load_questions(
-                data.eval, split="test", bridge=self.bridge, max_prompt_tokens=data.max_prompt_tokens
+                data.eval, split="test", bridge=self.bridge, max_prompt_tokens=self.max_prompt_tokens
             )
         return questions[: self.config.eval.max_questions]
 

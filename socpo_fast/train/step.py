@@ -181,7 +181,8 @@ def _backward(
     old_N = sampler_N if old_logprobs is None else gather(old_logprobs, "old_logprobs")
     weights_N = weights_A[microbatch.attempt_of_token_N].to(device)
     if tis_clip is not None:
-        weights_N = weights_N * (old_N - sampler_N).exp().clamp(max=tis_clip)
+        # a nan is left to the loss, where it skips the update
+        weights_N = weights_N * (old_N - sampler_N).exp().clamp(max=tis_clip).nan_to_num(nan=1.0)
     policy = linear_policy_loss(
         _forward(student, microbatch, checkpointing=checkpointing, impl=impl),
         student.lm_head.weight,

@@ -98,7 +98,6 @@ class Updater:
             "perf/tokens_forwarded": float(stats.tokens_forwarded),
             "perf/unique_tokens": float(stats.unique_tokens),
             "perf/train_tok_s": stats.tokens_forwarded / seconds,
-            "time/update_s": seconds,
         }
 
     def _old_logprobs(self, groups: list[list[Rollout]]) -> tuple[list[list[list[Any]]] | None, float]:

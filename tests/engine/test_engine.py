@@ -195,10 +195,12 @@ def test_refused_at_the_door(student: Decoder, call, message: str) -> None:
 
 def test_resume_twice_is_refused(student: Decoder) -> None:
     engine = engine_of(student)
-    (attempt, _, _) = engine.generate([PROMPTS[0]], SAMPLED, keep=True)[0]
+    group = engine.generate([PROMPTS[0]], SAMPLED, keep=True)[0]
+    attempt = group[0]
     engine.resume(attempt, [4], SAMPLED)
     with pytest.raises(ValueError, match="neither released nor resumed"):
         engine.resume(attempt, [4], SAMPLED)
-    engine.abort()
+    engine.cancel((0, 0))
+    engine.release(group)
     assert engine.stats.pages_free == engine.stats.pages_total
     assert not engine.has_work

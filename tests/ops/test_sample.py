@@ -194,3 +194,23 @@ def test_unknown_and_absent_implementations_are_refused() -> None:
 def test_the_registered_op_keeps_its_schema() -> None:
     arguments = (torch.randn(3, 50), keys(3), *settings(3).values())
     torch.library.opcheck(torch.ops.socpo.sample.default, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-4, 1e-6, 1e-9])
+@pytest.mark.parametrize("filters", [(0, 1.0), (3, 0.9)])
+def test_cold_rows(temperature: float, filters: tuple[int, float]) -> None:
+    """At a small temperature the largest logit wins with log-prob 0, however it rounds."""
+    generator = torch.Generator().manual_seed(0)
+    logits_BV = torch.randn((8, 3001), generator=generator) * 5
+    logits_BV[:, 7] = 30.3
+    token_ids, logprobs, kept_mass = sample(
+        logits_BV,
+        torch.arange(8),
+        temperature_B=torch.full((8,), temperature),
+        top_k_B=torch.full((8,), filters[0]),
+        top_p_B=torch.full((8,), filters[1]),
+        min_p_B=torch.zeros(8),
+    )
+    assert token_ids.tolist() == [7] * 8
+    assert logprobs.abs().max() == 0
+    assert (kept_mass - 1).abs().max() < 1e-6

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,82 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
-from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
-from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout, RolloutKey, SamplingParams
-from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer(CHATML)
-BRIDGE = Bridge(TOKENIZER, guidance_limit=50)
-END = BRIDGE.end_of_turn_id
-PARAMS = SamplingParams(temperature=1.0, max_new_tokens=20, eos_ids=BRIDGE.eos_ids)
-
-
-def question(idx: int, truth: str = "yes") -> Question:
-    messages = ({"role": "user", "content": f"question {idx}"},)
-    return Question(question_idx=idx, messages=messages, ground_truth=truth, data_source="test")
-
-
-def encode(text: str) -> list[int]:
-    return TOKENIZER.encode(text, add_special_tokens=False)
-
-
-def contains(text: str, question: Question) -> bool:
-    return question.ground_truth in text
-
-
-@dataclass
-class ScriptedEngine:
-    """Stands in for Engine: attempt k of rollout r of question q is script[q, r][k]; remembers every context."""
-
-    script: dict[tuple[int, int], list[list[int]]]
-    max_positions: int = 500
-    contexts: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
-    pending: list[tuple[RolloutKey, int, int]] = field(default_factory=list)
-    pinned: list[Attempt] = field(default_factory=list)
-    steps_at_resume: list[int] = field(default_factory=list)
-    num_steps: int = 0
-    per_step: int = 100
-
-    def __post_init__(self) -> None:
-        self.student = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=self.max_positions))
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.pending)
-
-    def submit(self, prompt_ids: list[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
-        for r in range(params.n):
-            self.contexts[key[1], r, 0] = list(prompt_ids)
-            self.pending.append((RolloutKey(*key), r, 0))
-
-    def resume(self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, cut: int | None) -> None:
-        self.pinned.remove(attempt)
-        name = (attempt.key.question, attempt.rollout_idx)
-        context = self.contexts[(*name, attempt.attempt_idx)] + attempt.token_ids[:cut] + suffix_ids
-        self.contexts[(*name, attempt.attempt_idx + 1)] = context
-        self.pending.append((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1))
-        self.steps_at_resume.append(self.num_steps)
-
-    def step(self) -> list[Attempt]:
-        self.num_steps += bool(self.pending)
-        now, self.pending = self.pending[: self.per_step], self.pending[self.per_step :]
-        done = []
-        for key, r, k in now:
-            ids = self.script[key.question, r][k]
-            reason = "stop" if ids[-1] in PARAMS.eos_ids else "length"
-            ones = torch.ones(len(ids))
-            done.append(Attempt(ids, -ones, ones, reason, key, r, k, 0))
-        self.pinned += done
-        return done
-
-    def release(self, attempts: list[Attempt]) -> None:
-        for attempt in attempts:
-            self.pinned.remove(attempt)
-
-    def abort(self) -> None:
-        self.pending, self.pinned = [], []
+from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout
+from tests.socratic.scripted import END, PARAMS, TOKENIZER, ScriptedEngine, contains, encode, question
 
 
 def roll(engine: ScriptedEngine, questions: list[Question], teacher, **options) -> dict[tuple[int, int], Rollout]:
@@ -178,10 +105,33 @@ def test_no_guidance_ends_with_the_first_attempt() -> None:
 
 
 def test_overflow_ends_with_the_first_attempt() -> None:
-    engine = ScriptedEngine({(0, 0): [[*encode("no"), END]]}, max_positions=60)
+    engine = ScriptedEngine({(0, 0): [[*encode("no"), END]]}, max_tokens=60)
     rollout = roll(engine, [question(0)], saying("a message that is long enough to matter"))[0, 0]
     assert rollout.end_reason == "overflow"
     assert (rollout.bridges, rollout.cuts, rollout.guidance) == ([], [], [])
+
+
+@pytest.mark.parametrize("text", ["look \ud83d", "\x00\u2028<|im_end|>" * 500])
+def test_odd_guidance_costs_nothing_else(text: str) -> None:
+    engine = ScriptedEngine({(0, 0): [[*encode("no"), END], [*encode("yes"), END]]})
+    rollout = roll(engine, [question(0)], saying(text))[0, 0]
+    assert rollout.end_reason == "correct"
+    assert rollout.bridges[0].count(END) == 1, "the user turn's own"
+    rollout.guidance[0].encode()
+
+
+def test_a_rule_that_hangs_or_is_cancelled() -> None:
+    def rule(request: GuidanceRequest) -> str:
+        if request.rollout_idx == 1:
+            raise asyncio.CancelledError
+        time.sleep(0.6)
+        return "too late"
+
+    script = {(0, r): [[*encode("no"), END]] for r in range(2)}
+    with pytest.warns(UserWarning, match=r"TimeoutError|cancelled") as told:
+        rollouts = roll(ScriptedEngine(script), [question(0)], RuleTeacher(rule), group_size=2, timeout_s=0.2)
+    assert [rollouts[0, r].end_reason for r in range(2)] == ["guidance_failed"] * 2
+    assert {"TimeoutError" in str(w.message) for w in told} == {True, False}
 
 
 @dataclass
@@ -295,3 +245,20 @@ def test_a_real_engine(engine: Engine) -> None:
     for again, rollout in zip(run(), first, strict=True):
         assert [a.token_ids for a in again.attempts] == [a.token_ids for a in rollout.attempts]
         assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(again.attempts, rollout.attempts, strict=True))
+
+
+def test_a_second_context_larger_than_the_pool_overflows(engine: Engine) -> None:
+    small = Engine(engine.student, kv_cache_gib=4.01 * 16 * 2 * 2 * 2 * 8 * 4 / 2**30, page_size=16)
+    assert small.max_tokens == 64
+    settings = {"group_size": 2, "max_attempts": 2, "guidance_limit": 50}
+    rollouts = socratic_rollouts(
+        small,
+        TOKENIZER,
+        [question(0, truth="impossible")],
+        teacher=saying("a message that is long enough to matter"),
+        grader=contains,
+        params=PARAMS,
+        **settings,
+    )
+    assert [rollout.end_reason for rollout in rollouts] == ["overflow"] * 2
+    assert small.stats.pages_free == 4

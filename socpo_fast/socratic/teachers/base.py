@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from string import Formatter
 from typing import Protocol
@@ -31,13 +30,11 @@ The correct answer, for your eyes only:
 
 Write your message to the student."""
 
-_THOUGHT = re.compile(r"\A\s*(?:<think>)?.*</think>", re.DOTALL)
-
 
 class Teacher(Protocol):
     """A frozen guide, of which only text is visible.
 
-    immediate: guide() never suspends, so it may be run to its end on the spot.
+    immediate: guide() waits for nobody else, so the caller may wait for it on the spot.
     """
 
     @property
@@ -97,5 +94,5 @@ class TeacherPrompt:
 
 def clean_guidance(text: str) -> str | None:
     """A model's message without its <think> block and the white space around it; None when nothing is left."""
-    text = _THOUGHT.sub("", text)
+    text = text.rpartition("</think>")[2]
     return None if text.lstrip().startswith("<think>") else text.strip() or None

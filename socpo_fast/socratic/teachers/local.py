@@ -58,6 +58,9 @@ class LocalTeacher:
         return None if text is None else Guidance(text=text, duration_s=time.perf_counter() - since)
 
     def step(self) -> bool:
+        for key in [key for key, pending in self._running.items() if pending.answer.done()]:
+            self._engine.cancel(key)  # whoever asked has given up
+            del self._running[key]
         self._submit_arrived()
         if not self._running:
             return False

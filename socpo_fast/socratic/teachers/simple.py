@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,13 +14,16 @@ RETRY_TEXT = "Your answer is not correct. Read the question again, check every s
 
 @dataclass(frozen=True)
 class RuleTeacher:
-    """Says what rule(request) returns; None or blank text is no guidance. What rule raises goes to the caller."""
+    """Says what rule(request) returns; None or blank text is no guidance. What rule raises goes to the caller.
+
+    rule runs on a thread of its own, so one that never returns is held to the time limit like any other teacher.
+    """
 
     rule: Callable[[GuidanceRequest], str | None]
     immediate: ClassVar[bool] = True
 
     async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        text = self.rule(request)
+        text = await asyncio.to_thread(self.rule, request)
         return Guidance(text=text.strip()) if text and text.strip() else None
 
     def step(self) -> bool:

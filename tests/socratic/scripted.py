@@ -1,0 +1,80 @@
+"""A student that follows a script in place of an engine, and the tokenizer it speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.types import Attempt, Question, RolloutKey, SamplingParams
+from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer(CHATML)
+BRIDGE = Bridge(TOKENIZER, guidance_limit=50)
+END = BRIDGE.end_of_turn_id
+PARAMS = SamplingParams(temperature=1.0, max_new_tokens=20, eos_ids=BRIDGE.eos_ids)
+
+
+def question(idx: int, truth: str = "yes") -> Question:
+    messages = ({"role": "user", "content": f"question {idx}"},)
+    return Question(question_idx=idx, messages=messages, ground_truth=truth, data_source="test")
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+def contains(text: str, question: Question) -> bool:
+    return question.ground_truth in text
+
+
+@dataclass
+class ScriptedEngine:
+    """Stands in for Engine: attempt k of rollout r of question q is script[q, r][k]; remembers every context."""
+
+    script: dict[tuple[int, int], list[list[int]]]
+    max_tokens: int = 500
+    contexts: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+    pending: list[tuple[RolloutKey, int, int]] = field(default_factory=list)
+    pinned: list[Attempt] = field(default_factory=list)
+    steps_at_resume: list[int] = field(default_factory=list)
+    num_steps: int = 0
+    per_step: int = 100
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.pending)
+
+    def submit(self, prompt_ids: list[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
+        for r in range(params.n):
+            self.contexts[key[1], r, 0] = list(prompt_ids)
+            self.pending.append((RolloutKey(*key), r, 0))
+
+    def resume(self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, cut: int | None) -> None:
+        self.pinned.remove(attempt)
+        name = (attempt.key.question, attempt.rollout_idx)
+        context = self.contexts[(*name, attempt.attempt_idx)] + attempt.token_ids[:cut] + suffix_ids
+        self.contexts[(*name, attempt.attempt_idx + 1)] = context
+        self.pending.append((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1))
+        self.steps_at_resume.append(self.num_steps)
+
+    def step(self) -> list[Attempt]:
+        self.num_steps += bool(self.pending)
+        now, self.pending = self.pending[: self.per_step], self.pending[self.per_step :]
+        done = []
+        for key, r, k in now:
+            ids = self.script[key.question, r][k]
+            reason = "stop" if ids[-1] in PARAMS.eos_ids else "length"
+            ones = torch.ones(len(ids))
+            done.append(Attempt(ids, -ones, ones, reason, key, r, k, 0))
+        self.pinned += done
+        return done
+
+    def release(self, attempts: list[Attempt]) -> None:
+        for attempt in attempts:
+            if attempt in self.pinned:
+                self.pinned.remove(attempt)
+
+    def cancel(self, key: tuple[int, int]) -> None:
+        self.pending = [entry for entry in self.pending if entry[0] != key]
