@@ -1,4 +1,4 @@
-"""How the built-in student was made: supervised warm-up on the dialogues of dialogues.py, 12 to 22 minutes on one core.
+"""How the built-in student was made: supervised warm-up on the dialogues of dialogues.py, 22 minutes on one busy core.
 
     python -m socpo_fast.socratic.tasks.warm_up --out FOLDER
 
@@ -106,7 +106,7 @@ def save(student: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the built-in task's student; 12 to 22 minutes on one core.")
+    parser = argparse.ArgumentParser(description="Make the built-in task's student; 22 minutes on one busy core.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
