@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
@@ -204,3 +207,39 @@ def test_resume_twice_is_refused(student: Decoder) -> None:
     engine.release(group)
     assert engine.stats.pages_free == engine.stats.pages_total
     assert not engine.has_work
+
+
+@pytest.mark.smollm2
+def test_smollm2_greedy_equals_transformers() -> None:
+    """The real model: greedy tokens of a group, and of a second attempt on the first one's pages."""
+    folder = Path(os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")).expanduser()
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"no SmolLM2-135M-Instruct in {folder}; set SOCPO_SMOLLM2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def expected(ids: list[int]) -> list[int]:
+        out = reference.generate(
+            torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=2, pad_token_id=2
+        )
+        return out[0, len(ids) :].tolist()
+
+    texts = ("What is DNA?", "List three amino acids and what each is for.")
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in texts
+    ]
+    engine = Engine(load_student(folder), kv_cache_gib=0.2)
+    params = SamplingParams(n=2, temperature=0.0, max_new_tokens=24, eos_ids=(2,))
+    groups = engine.generate(prompts, params, keep=True)
+    suffix = tokenizer("<|im_end|>\n<|im_start|>user\nShorter.<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    for prompt, group in zip(prompts, groups, strict=True):
+        first = expected(prompt)
+        assert [attempt.token_ids for attempt in group] == [first, first]
+        engine.resume(group[0], suffix, params, cut=10)
+        done: list[Attempt] = []
+        while not done:
+            done = engine.step()
+        assert done[0].token_ids == expected(prompt + first[:10] + suffix)
