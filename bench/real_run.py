@@ -95,10 +95,8 @@ def served(folder: Path) -> Iterator[list[str]]:
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--device", "cpu"]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the student's threads need the other cores
-    with (
-        open(os.devnull, "w") as quiet,
-        subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) as server,
-    ):
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) as server:
         try:
             wait_until_healthy(f"http://127.0.0.1:{port}/health", server)
             yield ["--teacher.url", f"http://127.0.0.1:{port}/v1", "--teacher.model", str(folder)]

@@ -79,7 +79,7 @@ class Trainer:
         reference = self.session.load_reference() if config.loss.kl_coef > 0 else None
         self.updater = Updater(self.student, config, reference=reference)
         self.optimizer = self.updater.optimizer
-        self.batch, self.eval_due = 0, bool(self.eval_questions)
+        self.batch, self.eval_due, self.save_due = 0, bool(self.eval_questions), False
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.student, self.optimizer)
             self.batch, self.eval_due = state["batch"], state["eval_due"] and bool(self.eval_questions)
@@ -110,6 +110,8 @@ class Trainer:
                 while True:
                     if self.eval_due:
                         self.evaluate()
+                    if self.save_due:  # after the evaluation, so that no checkpoint owes one
+                        self.save()
                     if self.batch >= num_batches:
                         break
                     self.run_batch()
@@ -146,8 +148,7 @@ class Trainer:
         self.progress.report(metrics, kind="batch", batch=batch, update=after)
         last = batch == config.run.num_batches
         self.eval_due = bool(self.eval_questions) and (last or is_due(before, after, config.eval.every_updates))
-        if is_due(before, after, config.run.checkpoint_every_updates):
-            self.save()
+        self.save_due = is_due(before, after, config.run.checkpoint_every_updates)
 
     def roll_out(self, questions: dict[int, Question], batch: int) -> tuple[list[Rollout], dict[str, float]]:
         """All rollouts of the batch, in the order of (question, rollout) however they finished, and what it took."""
@@ -214,7 +215,7 @@ class Trainer:
             tokenizer_from=self.session.student_folder,
         )
         prune_checkpoints(folder, self.config.run.keep_checkpoints)
-        self.saved_at = self.place
+        self.saved_at, self.save_due = self.place, False
 
     def first_line(self) -> str:
         """Which run, which model, and which implementation each op uses."""

@@ -38,6 +38,7 @@ def socratic_rollouts(
     params: SamplingParams,
     group_size: int,
     max_attempts: int,
+    bridge: Bridge | None = None,
     batch_idx: int = 0,
     attempt_limit: int = 1024,
     guidance_limit: int = 2048,
@@ -51,6 +52,7 @@ def socratic_rollouts(
     Args:
         params:         sampling of every attempt; its n is replaced by group_size.
         max_attempts:   K >= 1; 1 never asks the teacher.
+        bridge:         the tokenizer's, where the caller has one already; it carries its own guidance_limit.
         batch_idx:      with question_idx the name of the sampling noise: the same one gives the same tokens.
         attempt_limit:  tokens of a wrong attempt that the next one sees; the rest stays in the rollout and is trained.
         guidance_limit: tokens of the teacher's message that the student sees.
@@ -71,7 +73,7 @@ def socratic_rollouts(
         raise ValueError("socratic_rollouts: the engine must be idle, got unfinished requests; step until it is done")
     episodes = _Episodes(
         engine=engine,
-        bridge=Bridge(tokenizer, guidance_limit=guidance_limit),
+        bridge=bridge or Bridge(tokenizer, guidance_limit=guidance_limit),
         teacher=teacher,
         grader=grader,
         params=replace(params, n=1),
