@@ -34,7 +34,8 @@ class SamplingParams:
 
     n rollouts of the same prompt; temperature 0 (greedy) or >= 1e-4; top_p in (0, 1], 1 is off; top_k >= 0, 0 is off;
     min_p in [0, 1), 0 is off; max_new_tokens >= 1 an attempt; an id of eos_ids ends an attempt unless ignore_eos.
-    Temperature, length and eos have no default: a wrong value there is silent.
+    Temperature, length and eos have no default: a wrong value there is silent. The exact bounds are those that fp32 and
+    64-bit keys can hold, so that the sampler never has to refuse in the middle of a step.
     """
 
     temperature: float
@@ -49,12 +50,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (self.temperature == 0 or 1e-4 <= self.temperature < float("inf"), "0 (greedy) or >= 1e-4"),
+            "temperature": (self.temperature == 0 or 1e-4 <= self.temperature <= 1e6, "0 (greedy) or in [1e-4, 1e6]"),
             "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
             "n": (self.n >= 1, ">= 1"),
-            "top_p": (0.0 < self.top_p <= 1.0, "in (0, 1]"),
-            "top_k": (self.top_k >= 0, ">= 0"),
-            "min_p": (0.0 <= self.min_p < 1.0, "in [0, 1)"),
+            "top_p": (1e-6 <= self.top_p <= 1.0, "in [1e-6, 1]"),
+            "top_k": (0 <= self.top_k < 2**31, "in [0, 2^31)"),
+            "min_p": (0.0 <= self.min_p <= 1.0 - 1e-6, "in [0, 1 - 1e-6]"),
+            "seed": (-(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             "eos_ids": (self.ignore_eos or len(self.eos_ids) > 0, "non-empty unless ignore_eos"),
         }
         for name, (holds, rule) in rules.items():
@@ -108,7 +110,7 @@ class Guidance:
     duration_s: float = 0.0
 
 
-EndReason = Literal["correct", "max_attempts", "guidance_failed", "overflow"]
+EndReason = Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -116,7 +118,8 @@ class Rollout:
     """All attempts and guidance of one episode, in order.
 
     The row a model would see is prompt_ids + attempts[0] + bridges[0] + attempts[1] + ..; bridges[k] stands between
-    attempts k and k + 1; cuts[k] is how many tokens of attempt k attempt k + 1 sees, None = all of them.
+    attempts k and k + 1; cuts[k] is how many tokens of attempt k attempt k + 1 sees, None = all of them; -m = none, and
+    the last m tokens of what attempt k had seen are gone too (a template that rewrites the prompt's end), never all.
     """
 
     question_idx: int
@@ -126,6 +129,7 @@ class Rollout:
     bridges: list[list[int]] = field(default_factory=list)
     cuts: list[int | None] = field(default_factory=list)
     guidance: list[str] = field(default_factory=list)  # the texts behind the bridges
+    said: list[str] = field(default_factory=list)  # what the teacher said, before on_leak; of a long text the head
     texts: list[str] = field(default_factory=list)  # decoded attempts, for the grader and people
     is_correct: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)  # per attempt; after decay once the batch is complete

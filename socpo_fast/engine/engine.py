@@ -12,8 +12,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import count
 
-import torch
-
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.runner import Runner, warn_unless_rows_invariant
 from socpo_fast.engine.sampler import sample_tokens
@@ -101,8 +99,11 @@ class Engine:
         """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
 
         Raises:
-            ValueError: an empty prompt, a token id outside the vocabulary, or a request that can never fit.
+            ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits, or a request that can
+                never fit.
         """
+        if not all(-(2**63) <= part < 2**63 for part in key):
+            raise ValueError(f"submit: key must be two 64-bit integers, got {key}")
         token_ids = list(prompt_ids)
         self._check_fits("submit", token_ids, params)
         sequence = Sequence(
@@ -120,10 +121,15 @@ class Engine:
     def resume(
         self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, cut: int | None = None
     ) -> Handle:
-        """Queue the next attempt of a finished one: its context, its first `cut` tokens (None: all), suffix_ids.
+        """Queue the next attempt of a finished one: what it saw and said, shortened by `cut`, then suffix_ids.
+
+        cut >= 0 keeps that many tokens of the attempt (None: all); cut = -m keeps none of them and drops the last m
+        tokens of what stood before it too (prompt, or an earlier attempt's bridge, and back). One rollout goes on,
+        whatever params.n says.
 
         The finished attempt's pages go over to the new one, which prefills 1 + len(suffix_ids) tokens, or
-        len(suffix_ids) when cut; everything is computed again if the pages were taken or the weights changed.
+        len(suffix_ids) when cut. A page that siblings hold too is copied before it is written to; everything is
+        computed again if the pages were taken or the weights changed.
 
         Raises:
             ValueError: the attempt was released or resumed before, cut is out of range, or it can never fit.
@@ -134,17 +140,21 @@ class Engine:
                 f"resume: attempt must be finished, neither released nor resumed before, got {attempt.key} rollout "
                 f"{attempt.rollout_idx} attempt {attempt.attempt_idx}; submit the whole context instead"
             )
-        if not suffix_ids or not (cut is None or 0 <= cut <= attempt.num_tokens):
+        if not suffix_ids:
             raise ValueError(
-                f"resume: suffix_ids must be non-empty and cut None or in [0, {attempt.num_tokens}], "
-                f"got {len(suffix_ids)} ids, cut {cut}"
+                "resume: suffix_ids must be non-empty, got none; the next attempt needs a context of its own"
             )
-        kept = old.attempt_start + (attempt.num_tokens if cut is None else cut)
+        lowest, highest = 1 - old.attempt_start, attempt.num_tokens
+        if not (cut is None or lowest <= cut <= highest):
+            raise ValueError(
+                f"resume: cut must be None or in [{lowest}, {highest}], got {cut}; at least one token must remain"
+            )
+        kept = old.attempt_start + (highest if cut is None else cut)
         token_ids = old.token_ids[:kept] + list(suffix_ids)
         self._check_fits("resume", token_ids, params)
         del self._pinned[attempt]
         self._scheduler.pinned.remove(old)
-        old.shorten(self._pool, kept)
+        self._runner.copy_pages(self._scheduler.shorten(old, kept))
         sequence = Sequence(
             key=old.key,
             params=params,
@@ -244,39 +254,16 @@ class Engine:
     def _fork(self, root: Sequence) -> list[Sequence]:
         if root.num_rollouts == 1:
             return [root]
-        children = [
-            Sequence(
-                key=root.key,
-                params=root.params,
-                token_ids=list(root.token_ids),
-                attempt_start=root.attempt_start,
-                priority=(0, next(self._arrivals)),
-                rollout_idx=root.rollout_idx + i,
-                policy_version=root.policy_version,
-            )
-            for i in range(root.num_rollouts)
-        ]
+        children = root.children(self._arrivals)
         self._runner.copy_pages(self._scheduler.fork(root, children))
         return children
 
     def _finish(self, sequence: Sequence) -> Attempt | None:
         """Pin a sequence that has just ended and describe its attempt; None while it goes on."""
-        params = sequence.params
-        stopped = not params.ignore_eos and sequence.token_ids[-1] in params.eos_ids
-        if not stopped and sequence.num_sampled < params.max_new_tokens:
-            return None
-        attempt = Attempt(
-            token_ids=sequence.token_ids[sequence.attempt_start :],
-            logprobs=torch.tensor(sequence.logprobs, dtype=torch.float32),
-            kept_mass=torch.tensor(sequence.kept_mass, dtype=torch.float32),
-            finish_reason="stop" if stopped else "length",
-            key=sequence.key,
-            rollout_idx=sequence.rollout_idx,
-            attempt_idx=sequence.attempt_idx,
-            policy_version=sequence.policy_version,
-        )
-        self._scheduler.pin(sequence)
-        self._pinned[attempt] = sequence
+        attempt = sequence.attempt()
+        if attempt is not None:
+            self._scheduler.pin(sequence)
+            self._pinned[attempt] = sequence
         return attempt
 
     def _check_fits(self, where: str, token_ids: list[int], params: SamplingParams) -> None:

@@ -54,20 +54,15 @@ class Scheduler:
         return step
 
     def fork(self, root: Sequence, children: list[Sequence]) -> list[tuple[int, int]]:
-        """Give each child the prompt's KV: full pages shared, the partial page copied. Returns (from, to) page copies.
+        """Give each child the prompt's KV: full pages shared, the partial page its own. Returns (from, to) page copies.
 
-        Child 0 takes over the root's own pages. Where no page is free for a copy the child computes that part again.
+        Child 0 takes over the root's own pages.
         """
         self.running.remove(root)
-        page_size = self.pool.page_size
-        num_full, copies = root.num_cached // page_size, []
+        copies = []
         for child in children[1:]:
-            child.pages = [self.pool.share(page) for page in root.pages[:num_full]]
-            child.num_cached = num_full * page_size
-            if child.num_cached < root.num_cached and self.pool.num_free > 0:
-                child.pages.append(self.pool.allocate())
-                child.num_cached = root.num_cached
-                copies.append((root.pages[num_full], child.pages[num_full]))
+            child.pages, child.num_cached = [self.pool.share(page) for page in root.pages], root.num_cached
+            copies += self._own_last_page(child)
         children[0].pages, children[0].num_cached = root.pages, root.num_cached
         for child in children:
             if len(self.running) < self.max_running:
@@ -75,6 +70,11 @@ class Scheduler:
             else:
                 self.enqueue(child)
         return copies
+
+    def shorten(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
+        """Forget the KV from num_tokens on, so that it can be written anew. Returns (from, to) page copies."""
+        sequence.shorten(self.pool, num_tokens)
+        return self._own_last_page(sequence)
 
     def pin(self, sequence: Sequence) -> None:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
@@ -95,6 +95,19 @@ class Scheduler:
         self.running = [sequence for sequence in self.running if sequence.key != key]
         return removed
 
+    def _own_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """Copy a partial page that others hold too; where no page is free, leave it: that part is computed again."""
+        num_partial = sequence.num_cached % self.pool.page_size
+        if num_partial == 0 or self.pool.holders(sequence.pages[-1]) == 1:
+            return []
+        shared = sequence.pages.pop()
+        self.pool.release(shared)
+        if self.pool.num_free == 0:
+            sequence.num_cached -= num_partial
+            return []
+        sequence.pages.append(self.pool.allocate())
+        return [(shared, sequence.pages[-1])]
+
     def _pages_missing(self, sequence: Sequence, num_tokens: int) -> int:
         return self.pool.pages_for(sequence.num_cached + num_tokens) - len(sequence.pages)
 
@@ -108,12 +121,16 @@ class Scheduler:
             if victim := next((s for s in (*self.pinned, *reversed(self.waiting)) if s.pages), None):
                 victim.drop_pages(self.pool)
             else:
-                victim = self.running.pop()
-                victim.drop_pages(self.pool)
-                victim.priority = (0, victim.priority[1])
-                self.enqueue(victim)
+                self._give_way(victim := self.running[-1])
             self.num_preemptions += 1
             if victim is sequence:
                 return False
         self._allocate(sequence, num_tokens)
         return True
+
+    def _give_way(self, sequence: Sequence) -> None:
+        """From running back into the queue, ahead of new prompts, without pages."""
+        self.running.remove(sequence)
+        sequence.drop_pages(self.pool)
+        sequence.priority = (0, sequence.priority[1])
+        self.enqueue(sequence)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from socpo_fast.engine.pages import PagePool
-from socpo_fast.types import RolloutKey, SamplingParams
+from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 
 
 @dataclass(eq=False, kw_only=True)
@@ -43,6 +46,37 @@ class Sequence:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         self.kept_mass.append(kept_mass)
+
+    def attempt(self) -> Attempt | None:
+        """What was sampled, once an eos id or the length limit ends it; None before."""
+        stopped = not self.params.ignore_eos and self.token_ids[-1] in self.params.eos_ids
+        if not stopped and self.num_sampled < self.params.max_new_tokens:
+            return None
+        return Attempt(
+            token_ids=self.token_ids[self.attempt_start :],
+            logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
+            kept_mass=torch.tensor(self.kept_mass, dtype=torch.float32),
+            finish_reason="stop" if stopped else "length",
+            key=self.key,
+            rollout_idx=self.rollout_idx,
+            attempt_idx=self.attempt_idx,
+            policy_version=self.policy_version,
+        )
+
+    def children(self, arrivals: Iterator[int]) -> list[Sequence]:
+        """The rollouts of a prefilled prompt, without pages yet."""
+        return [
+            Sequence(
+                key=self.key,
+                params=self.params,
+                token_ids=list(self.token_ids),
+                attempt_start=self.attempt_start,
+                priority=(0, next(arrivals)),
+                rollout_idx=self.rollout_idx + i,
+                policy_version=self.policy_version,
+            )
+            for i in range(self.num_rollouts)
+        ]
 
     def shorten(self, pool: PagePool, num_tokens: int) -> None:
         """Forget the KV of every token from num_tokens on and give back the pages that held nothing else."""

@@ -7,7 +7,7 @@ pages, the trainer gathers them from the packed rows. Tokens are always packed, 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from socpo_fast.model.config import ModelConfig
+
+UNSPLIT = 32768  # elements from which on torch shares element-wise work between threads (at::internal::GRAIN_SIZE)
 
 
 class Attend(Protocol):
@@ -94,8 +96,40 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_TD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        gate_TI, up_TI = self.gate_up(x_TD).chunk(2, dim=-1)
+        return self.down(GatedSilu.apply(gate_TI, up_TI) if x_TD.is_cpu else F.silu(gate_TI) * up_TI)
+
+
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) * up of the two halves of [T, 2 I], a few rows at a time.
+
+    torch's silu works on whole vectors and finishes a run of elements one by one, with other bits. Below UNSPLIT
+    elements a run is a row; above, it ends where a thread's share ends, and bits would depend on the number of threads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TI, up_TI)
+        return _silu(gate_TI).mul_(up_TI)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TI: Tensor) -> tuple[Tensor, Tensor]:
+        gate_TI, up_TI = ctx.saved_tensors
+        grad_gate_TI = grad_TI * up_TI
+        for grad, gate in zip(_few_rows(grad_gate_TI), _few_rows(gate_TI), strict=True):
+            torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
+        return grad_gate_TI, _silu(gate_TI).mul_(grad_TI)
+
+
+def _silu(gate_TI: Tensor) -> Tensor:
+    out_TI = torch.empty_like(gate_TI)
+    for out, gate in zip(_few_rows(out_TI), _few_rows(gate_TI), strict=True):
+        torch.ops.aten.silu.out(gate, out=out)
+    return out_TI
+
+
+def _few_rows(x_TI: Tensor) -> tuple[Tensor, ...]:
+    return x_TI.split(max(1, (UNSPLIT - 1) // x_TI.shape[1]))
 
 
 class RMSNorm(nn.Module):

@@ -63,6 +63,8 @@ def load_student(folder: str | Path, *, dtype: str = "float32", device: str | to
             fused = torch.empty(shape_only.shape, dtype=DTYPES[dtype], device=device)
             for part, rows in _parts(name, fused, config):
                 fused[rows].copy_(stored[part].get_tensor(part))
+                if not fused[rows].isfinite().all():
+                    raise ValueError(f"{folder}: tensor {part} must be finite in {dtype}, got NaN or infinity")
             module, _, leaf = name.rpartition(".")
             setattr(student.get_submodule(module), leaf, nn.Parameter(fused))
         if config.tie_word_embeddings:

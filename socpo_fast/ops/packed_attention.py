@@ -33,6 +33,8 @@ def packed_attention_ref(
     q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Sequence[Segment], *, scale: float
 ) -> Tensor:
     """`packed_attention`, unchecked: scaled_dot_product_attention, one segment at a time."""
+    if k_TKE.shape[1] == 1:  # shared, it makes the backward one matrix product, whose bits vary with threads
+        k_TKE, v_TKE = (x_TKE.repeat_interleave(q_THE.shape[1], dim=1) for x_TKE in (k_TKE, v_TKE))
     # Cut the rows at every boundary once: the backward of one split is one concatenation, where each slice of its own
     # would cost a zero tensor of the full size.
     bounds = sorted({0, *(x for s in segments for x in (s.start, s.end, *(y for pair in s.context for y in pair)))})

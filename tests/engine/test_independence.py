@@ -1,0 +1,193 @@
+"""What is sampled follows the model's law and its own key, and nothing else: not company, not calls, not place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from socpo_fast.engine import Engine
+from socpo_fast.model import Decoder
+from socpo_fast.ops import row_key, sample
+from socpo_fast.types import SamplingParams
+from tests.engine.tiny import bits, drain, make_engine, make_student, untouched
+
+PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
+PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=12, eos_ids=(2, 17), seed=5)
+
+
+@pytest.fixture(scope="module")
+def student() -> Decoder:
+    return make_student()
+
+
+def chi_square_tail(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """The probability of a fit as bad as this one or worse, were the expectation true."""
+    statistic = ((counts - expected).double() ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2))
+
+
+def next_token_logits(student: Decoder, token_ids: list[int]) -> torch.Tensor:
+    """[V] fp64, by plain attention in fp64: nothing of the engine's."""
+    wide = make_student().double()
+    wide.load_state_dict({name: value.double() for name, value in student.state_dict().items()})
+
+    def attend(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(
+            0, 1
+        )
+
+    with torch.no_grad():
+        return wide.lm_head(wide(torch.tensor(token_ids), torch.arange(len(token_ids)), attend))[-1]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_a_fork_of_n_equals_n_separate_runs(student: Decoder, prompt: list[int], n: int) -> None:
+    (group,) = make_engine(student).generate([prompt], replace(PARAMS, n=n), keys=[(4, 6)])
+    assert [attempt.rollout_idx for attempt in group] == list(range(n))
+    for rollout_idx, attempt in enumerate(group):
+        assert bits(attempt) == untouched(student, prompt, PARAMS, key=(4, 6), rollout_idx=rollout_idx)
+
+
+def test_company_does_not_matter(student: Decoder) -> None:
+    """Every request alone, and among others that sample in every other way."""
+    others = [
+        replace(PARAMS, temperature=0.0, n=1),
+        replace(PARAMS, temperature=0.3, top_p=0.7, seed=9),
+        replace(PARAMS, top_k=3, min_p=0.05, n=5, max_new_tokens=3),
+        replace(PARAMS, ignore_eos=True),
+    ]
+    engine = make_engine(student)
+    for q, (prompt, params) in enumerate(zip(PROMPTS, others, strict=True)):
+        engine.submit(prompt, params, key=(0, q))
+    for attempt in drain(engine):
+        q = attempt.key.question
+        expected = untouched(student, PROMPTS[q], others[q], key=attempt.key, rollout_idx=attempt.rollout_idx)
+        assert bits(attempt) == expected
+
+
+def test_calls_do_not_matter(student: Decoder) -> None:
+    """One generate, one a prompt on one engine, and requests that arrive between steps in another order."""
+    keys = [(0, q) for q in range(len(PROMPTS))]
+    once = [bits(a) for group in make_engine(student).generate(PROMPTS, PARAMS) for a in group]
+    engine = make_engine(student)
+    apart = [bits(a) for p, key in zip(PROMPTS, keys, strict=True) for a in engine.generate([p], PARAMS, keys=[key])[0]]
+    assert apart == once
+    stepwise = make_engine(student, token_budget=9)
+    done = []
+    for q in (2, 0, 3, 1):
+        stepwise.submit(PROMPTS[q], PARAMS, key=(0, q))
+        for _ in range(3):
+            done += stepwise.step()
+    done = sorted([*done, *drain(stepwise)], key=lambda a: (a.key, a.rollout_idx))
+    assert [bits(attempt) for attempt in done] == once
+
+
+def test_noise_is_keyed_as_documented(student: Decoder) -> None:
+    """Each token by ops.sample from fp64 logits under the key (seed, batch, question, rollout, attempt, position)."""
+    params = replace(PARAMS, temperature=0.8, top_p=0.9, ignore_eos=True, n=2)
+    engine = make_engine(student)
+    group = engine.generate([PROMPTS[0]], params, keys=[(11, 22)], keep=True)[0]
+    engine.resume(group[1], [8], params, cut=5)
+    first, second = group[1], drain(engine)[0]
+    for attempt, context in ((first, PROMPTS[0]), (second, [*PROMPTS[0], *first.token_ids[:5], 8])):
+        for position, token_id in enumerate(attempt.token_ids):
+            logits = next_token_logits(student, context + attempt.token_ids[:position]).float()[None]
+            key = torch.tensor([row_key(5, 11, 22, 1, attempt.attempt_idx, position)])
+            knobs = {"temperature_B": torch.tensor([0.8]), "top_k_B": torch.tensor([0])}
+            knobs |= {"top_p_B": torch.tensor([0.9]), "min_p_B": torch.tensor([0.0])}
+            expected, logprob, mass = sample(logits, key, **knobs)
+            assert token_id == expected.item(), f"attempt {attempt.attempt_idx}, position {position}"
+            assert abs(attempt.logprobs[position] - logprob.item()) < 1e-4
+            assert abs(attempt.kept_mass[position] - mass.item()) < 1e-5
+
+
+def test_siblings_follow_the_softmax_and_not_each_other(student: Decoder) -> None:
+    """100,000 first tokens of 250 groups of 400: the law of one, and of neighbours in a group as pairs."""
+    params = SamplingParams(n=400, temperature=0.8, max_new_tokens=1, eos_ids=(), ignore_eos=True, seed=1)
+    prompt = [3, 5, 7, 9]  # a whole page: nothing to copy 400 times
+    groups = make_engine(student, num_pages=1000, max_running=1000).generate([prompt] * 250, params)
+    draws = torch.tensor([[attempt.token_ids[0] for attempt in group] for group in groups])
+    probs = (next_token_logits(student, prompt) / 0.8).softmax(-1)
+    assert probs.min() * draws.numel() > 5, "every cell must be filled"
+    assert chi_square_tail(draws.flatten().bincount(minlength=len(probs)), probs * draws.numel()) > 1e-4
+
+    bins = torch.cumsum(probs, 0).mul(3).long().clamp(max=2)[draws]  # three classes of about a third each
+    shares = torch.stack([probs[torch.cumsum(probs, 0).mul(3).long().clamp(max=2) == i].sum() for i in range(3)])
+    for a, b, what in ((bins[:, ::2], bins[:, 1::2], "siblings"), (bins[::2], bins[1::2], "questions")):
+        pairs = (a * 3 + b).flatten().bincount(minlength=9)
+        assert chi_square_tail(pairs, torch.outer(shares, shares).flatten() * pairs.sum()) > 1e-4, what
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.generate([[1], [1] * 100], PARAMS), "generate: need 28 pages of 4 tokens, the pool has 12"),
+        (lambda e: e.generate([[1], []], PARAMS), "generate: token ids must be non-empty"),
+        (lambda e: e.generate([[1], [1]], PARAMS, keys=[(0, 0)]), "keys must be 2 different pairs"),
+        (lambda e: e.submit([1] * 128, PARAMS, key=(0, 0)), "128 positions, got 128 [+] 12"),
+        (lambda e: e.submit([1, -1], PARAMS, key=(0, 0)), r"in \[0, 37\), got \[1, -1\]"),
+        (lambda e: e.submit([1], PARAMS, key=(0, 2**63)), "key must be two 64-bit integers"),
+        (lambda e: e.submit([1] * 37, PARAMS, key=(0, 0)), "need 13 pages"),
+    ],
+)
+def test_what_can_never_run_is_refused_with_nothing_left_behind(student: Decoder, call, message: str) -> None:
+    engine = make_engine(student, num_pages=12)
+    fresh = engine.stats
+    with pytest.raises(ValueError, match=message):
+        call(engine)
+    assert engine.stats == fresh and not engine.has_work and not engine._pinned
+    assert bits(engine.generate([[1] * 36], PARAMS)[0][2]) == untouched(student, [1] * 36, PARAMS, rollout_idx=2)
+
+
+def test_what_just_fits_runs(student: Decoder) -> None:
+    """The whole pool, and the model's last position, are really usable; max_tokens says so."""
+    params = replace(PARAMS, ignore_eos=True)
+    for engine, total in ((make_engine(student, num_pages=12), 48), (make_engine(student), 128)):
+        assert engine.max_tokens == total
+        (group,) = engine.generate([[1] * (total - 12)], params)
+        assert [attempt.num_tokens for attempt in group] == [12] * 3
+
+
+def test_generate_needs_an_idle_engine(student: Decoder) -> None:
+    engine = make_engine(student)
+    engine.submit([1], PARAMS, key=(9, 9))
+    with pytest.raises(ValueError, match="generate: the engine must be idle"):
+        engine.generate([[1]], PARAMS)
+    assert {attempt.key for attempt in drain(engine)} == {(9, 9)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_size": 3}, "page_size must be a power of two, got 3"),
+        ({"max_running": 0}, "max_running and token_budget must be >= 1, got 0, 2048"),
+        ({"token_budget": 0}, "max_running and token_budget must be >= 1, got 256, 0"),
+        ({"kv_cache_gib": 1e-9}, "kv_cache_gib must hold at least one page, got 1e-09"),
+    ],
+)
+def test_an_engine_that_could_never_run_is_refused(student: Decoder, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"Engine: {message}"):
+        Engine(student, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 1e39},  # infinite in fp32
+        {"temperature": float("nan")},
+        {"top_p": 1e-50},  # 0 in fp32
+        {"min_p": 1 - 1e-12},  # 1 in fp32
+        {"top_k": 2**31},
+        {"seed": 2**63},
+        {"n": 0},
+        {"max_new_tokens": 0},
+        {"eos_ids": ()},
+    ],
+)
+def test_parameters_that_the_sampler_would_refuse_in_the_middle_are_refused_at_the_door(change: dict) -> None:
+    with pytest.raises(ValueError, match=f"SamplingParams: {next(iter(change))} must be"):
+        replace(PARAMS, **change)

@@ -1,0 +1,88 @@
+"""The number of threads changes no bit: neither of what is sampled, nor of a gradient, nor of an update."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.engine import Engine
+from socpo_fast.model import Decoder, load_student
+from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
+from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.train.step import policy_gradients
+from socpo_fast.types import Attempt, Rollout, SamplingParams
+from tests.error_rule import assert_bitwise_equal
+from tests.train.rollouts import make_student
+
+BRIDGE = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def built_in_student() -> Decoder:
+    return load_student(STUDENT_DIR)
+
+
+def awkward_student() -> Decoder:
+    """Widths that leave long rests behind whole vectors, and three heads that share one of keys."""
+    heads = {"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24}
+    return make_student(vocab_size=131, intermediate_size=126, **heads)
+
+
+def sample_rollouts(student: Decoder) -> list[Rollout]:
+    """Two attempts each of pairs. 373 prompt tokens in a step: two threads share the work in the middle of a row."""
+    rng, engine = random.Random(0), Engine(student, kv_cache_gib=0.05, page_size=16)
+    params = SamplingParams(n=2, temperature=1.0, max_new_tokens=5, eos_ids=(3,))
+    prompts = [[rng.randrange(4, 131) for _ in range(length)] for length in (67, 71, 73, 79, 83)]
+    firsts = [attempt for group in engine.generate(prompts, params, keep=True) for attempt in group]
+    for attempt in firsts:
+        engine.resume(attempt, BRIDGE, params)
+    seconds: dict[tuple[int, int], Attempt] = {}
+    while engine.has_work:
+        seconds |= {(attempt.key.question, attempt.rollout_idx): attempt for attempt in engine.step()}
+    return [
+        Rollout(
+            question_idx=first.key.question,
+            rollout_idx=first.rollout_idx,
+            prompt_ids=prompts[first.key.question],
+            attempts=[first, seconds[first.key.question, first.rollout_idx]],
+            bridges=[BRIDGE],
+            cuts=[None],
+            advantages=[rng.uniform(-2, 2), rng.uniform(-2, 2)],
+        )
+        for first in firsts
+    ]
+
+
+def everything(student: Decoder, num_threads: int) -> dict[str, Tensor]:
+    """Tokens, log-probs, gradients of both packings, the statistics and the weights after an update."""
+    torch.set_num_threads(num_threads)
+    rollouts, found = sample_rollouts(student), {}
+    attempts = [attempt for rollout in rollouts for attempt in rollout.attempts]
+    found["token_ids"] = torch.tensor([token_id for attempt in attempts for token_id in attempt.token_ids])
+    found["logprobs"] = torch.cat([attempt.logprobs for attempt in attempts])
+    for packing in ("tree", "rows"):
+        student.zero_grad()
+        stats = policy_gradients(student, rollouts, packing=packing, token_budget=1024, temperature=1.0)
+        numbers = stats.loss, stats.entropy, stats.ratio_mean, stats.sampler_mismatch_max_nats
+        found[f"{packing} statistics"] = torch.tensor(numbers, dtype=torch.float64)
+        found |= {f"{packing} gradient of {name}": param.grad.clone() for name, param in student.named_parameters()}
+    found["gradient norm"] = torch.tensor(Optimizer(student, lr=1e-3, warmup_updates=0).step().grad_norm)
+    return found | {f"updated {name}": param.detach() for name, param in student.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [awkward_student, pytest.param(built_in_student, marks=pytest.mark.slow)])
+def test_one_two_and_three_threads_give_the_same_bits(make) -> None:
+    one = everything(make(), 1)
+    for num_threads in (2, 3):
+        for name, value in everything(make(), num_threads).items():
+            assert_bitwise_equal(value, one[name], name=f"{name}, {num_threads} threads")

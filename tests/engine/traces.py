@@ -1,0 +1,244 @@
+"""A random life of an engine, step by step against a dictionary model of its pages.
+
+Trace does what a caller can do, in any order: submit, step, resume at any cut, release, cancel, change the weights, ask
+for what can never fit; and, as a full pool does, takes pages away from whoever has some. The pool is tiny, so that
+happens by itself as well. PageBook holds after every move who owns a page and what it was computed from; `check_tokens`
+at the end holds every attempt to that of an engine of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+
+from socpo_fast.engine import Engine
+from socpo_fast.engine.sequence import Sequence
+from socpo_fast.model import Decoder
+from socpo_fast.types import Attempt, RolloutKey, SamplingParams
+from tests.engine.tiny import POSITIONS, VOCAB, bits, make_engine, make_student, untouched
+
+Name = tuple[RolloutKey, int, int]  # key, rollout_idx, attempt_idx
+STUDENTS = [make_student(seed) for seed in range(3)]  # policy_version % 3
+
+
+class PageBook:
+    """The model: a dictionary from a slot to the (policy_version, tokens up to it) that its KV was computed from."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.pool, self.computed = engine, engine._pool, {}
+        self.forward, engine._runner.forward = engine._runner.forward, self.note_forward
+        self.copy, engine._runner.copy_pages = engine._runner.copy_pages, self.note_copies
+
+    def slots(self, sequence: Sequence, start: int, stop: int) -> list[tuple]:
+        size, version = self.pool.page_size, self.engine.policy_version
+        places = [(sequence.pages[p // size], p % size) for p in range(start, stop)]
+        return [(place, (version, tuple(sequence.token_ids[: start + i + 1]))) for i, place in enumerate(places)]
+
+    def note_forward(self, plan: list[tuple[Sequence, int]]) -> torch.Tensor:
+        for sequence, num_tokens in plan:
+            for place, content in self.slots(sequence, sequence.num_cached, sequence.num_cached + num_tokens):
+                assert self.pool.holders(place[0]) == 1, "a page is written to while others hold it"
+                self.computed[place] = content
+        return self.forward(plan)
+
+    def note_copies(self, copies: list[tuple[int, int]]) -> None:
+        for source, target in copies:
+            for slot in range(self.pool.page_size):
+                self.computed[target, slot] = self.computed.get((source, slot))
+        self.copy(copies)
+
+    def check(self) -> None:
+        scheduler, pages = self.engine._scheduler, range(self.pool.num_pages)
+        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned]
+        held, free = Counter(page for sequence in live for page in sequence.pages), Counter(self.pool._free)
+        assert all(free[page] + (held[page] > 0) == 1 for page in pages), "a page must be free once, or held"
+        assert [self.pool.holders(page) for page in pages] == [held[page] for page in pages], (
+            "references must be holders"
+        )
+        assert len(held) + self.pool.num_free == self.pool.num_pages
+        assert len(set(live)) == len(live) and set(scheduler.pinned) == set(self.engine._pinned.values())
+        for sequence in live:
+            assert len(set(sequence.pages)) == len(sequence.pages) == self.pool.pages_for(sequence.num_cached)
+            assert all(
+                self.computed[place] == content for place, content in self.slots(sequence, 0, sequence.num_cached)
+            )
+
+
+class Trace:
+    def __init__(self, seed: int, student: Decoder):
+        self.rng, self.student = random.Random(seed), student
+        page_size = self.rng.choice([1, 2, 4, 8, 16])
+        self.load_weights(0)
+        self.max_total = self.rng.randint(16, 48)
+        self.engine = make_engine(
+            student,
+            page_size=page_size,
+            num_pages=-(-self.max_total // page_size) + self.rng.choice([0, 1, 3, 12, 60]),
+            token_budget=self.rng.choice([1, 2, 3, 7, 64]),
+            max_running=self.rng.choice([1, 2, 3, 64]),
+        )
+        self.book = PageBook(self.engine)
+        self.num_questions = self.num_shared = 0  # num_shared: resumed into a page that others hold too
+        self.contexts: dict[Name, list[int]] = {}
+        self.params: dict[Name, SamplingParams] = {}
+        self.versions: dict[Name, list[tuple[int, int]]] = {}  # (tokens sampled before, policy_version from there on)
+        self.pinned: list[Attempt] = []
+        self.finished: list[Attempt] = []
+
+    def run(self, num_moves: int) -> None:
+        moves = {
+            self.submit: 3,
+            self.steps: 8,
+            self.resume: 8,
+            self.take_pages: 1,
+            self.release: 1,
+            self.cancel: 1,
+            self.change_weights: 1,
+            self.ask_for_too_much: 1,
+        }
+        for move in self.rng.choices(list(moves), list(moves.values()), k=num_moves):
+            move()
+            self.book.check()
+        num_steps = 0
+        while self.engine.has_work:
+            self.step()
+            self.book.check()
+            num_steps += 1
+            assert num_steps < 5_000, "the engine must come to an end"
+        self.engine.release(self.pinned)
+        assert self.engine.stats.pages_free == self.engine.stats.pages_total
+
+    def submit(self) -> None:
+        params = self.random_params()
+        prompt = self.random_ids(self.rng.randint(1, self.max_total - params.max_new_tokens))
+        key = RolloutKey(7, self.num_questions)
+        self.num_questions += 1
+        self.engine.submit(prompt, params, key=key)
+        for rollout_idx in range(params.n):
+            self.expect((key, rollout_idx, 0), prompt, params)
+
+    def steps(self) -> None:
+        for _ in range(self.rng.randint(1, 6)):
+            self.step()
+            self.book.check()
+
+    def step(self) -> None:
+        before = self.engine.stats
+        done = self.engine.step()
+        after = self.engine.stats
+        tokens = after.prefill_tokens + after.decode_tokens - before.prefill_tokens - before.decode_tokens
+        assert tokens <= self.engine._scheduler.token_budget
+        assert len(self.engine._scheduler.running) <= self.engine._scheduler.max_running
+        self.pinned += done
+        self.finished += done
+
+    def resume(self) -> None:
+        if not self.pinned:
+            return
+        attempt, params = self.rng.choice(self.pinned[-4:]), self.random_params()  # the latest: chains grow long
+        context = self.contexts[name_of(attempt)]
+        cut = self.rng.choice([None, self.rng.randint(1 - len(context), attempt.num_tokens)])
+        kept = (context + attempt.token_ids)[: None if cut is None else len(context) + cut]
+        room = self.max_total - params.max_new_tokens - len(kept)
+        if room < 1:
+            with pytest.raises(ValueError, match="resume: (need|prompt [+] max_new_tokens must)"):
+                self.engine.resume(attempt, [1] * POSITIONS, params, cut=cut)
+            return
+        suffix = self.random_ids(self.rng.randint(1, min(room, 9)))
+        old, page_size = self.engine._pinned[attempt], self.engine._pool.page_size
+        if kept_into := len(kept) % page_size and old.pages[len(kept) // page_size :]:
+            self.num_shared += self.engine._pool.holders(kept_into[0]) > 1
+        self.engine.resume(attempt, suffix, params, cut=cut)
+        self.pinned.remove(attempt)
+        self.expect((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1), kept + suffix, params)
+
+    def release(self) -> None:
+        self.rng.shuffle(self.pinned)
+        self.engine.release(self.pinned[:1] * 2)  # twice: the second time is passed over
+        del self.pinned[:1]
+
+    def cancel(self) -> None:
+        if self.num_questions:
+            self.engine.cancel((7, self.rng.randrange(self.num_questions)))
+
+    def take_pages(self) -> None:
+        """What the scheduler does when pages run out, here at any moment and to anybody."""
+        scheduler = self.engine._scheduler
+        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned]
+        if live and (victim := self.rng.choice(live)) in scheduler.running:
+            scheduler._give_way(victim)
+        elif live:
+            victim.drop_pages(self.engine._pool)
+
+    def change_weights(self) -> None:
+        self.engine.bump_policy_version()
+        version = self.engine.policy_version
+        self.load_weights(version % len(STUDENTS))
+        for sequence in self.engine._scheduler.waiting:
+            for i in range(sequence.num_rollouts):
+                name = (sequence.key, sequence.rollout_idx + i, sequence.attempt_idx)
+                self.versions[name].append((sequence.num_sampled, version))
+
+    def ask_for_too_much(self) -> None:
+        before = self.engine.stats, self.engine._scheduler.waiting.copy()
+        for prompt in ([], [VOCAB], [1] * self.engine.max_tokens):
+            with pytest.raises(ValueError, match="submit: (token ids must|need|prompt [+] max_new_tokens must)"):
+                self.engine.submit(prompt, self.random_params(), key=(8, 0))
+        assert (self.engine.stats, self.engine._scheduler.waiting) == before
+
+    def check_tokens(self) -> None:
+        """Every attempt against `untouched`, under the weights that each of its tokens was sampled with."""
+        for attempt in self.finished:
+            name = name_of(attempt)
+            starts = [*self.versions[name], (attempt.num_tokens, -1)]
+            first_version, token_ids, logprobs, kept_mass, reason = None, [], [], [], None
+            for (start, version), (stop, _) in pairwise(starts):
+                if start < stop:
+                    first_version = version if start == 0 else first_version
+                    *part, reason = untouched(
+                        STUDENTS[version % len(STUDENTS)],
+                        self.contexts[name],
+                        self.params[name],
+                        key=attempt.key,
+                        rollout_idx=attempt.rollout_idx,
+                        attempt_idx=attempt.attempt_idx,
+                        sampled=attempt.token_ids[:start],
+                        max_sampled=stop,
+                    )
+                    for whole, values in zip((token_ids, logprobs, kept_mass), part, strict=True):
+                        whole += values
+            assert bits(attempt) == (token_ids, logprobs, kept_mass, reason), f"attempt {name} of the trace"
+            assert attempt.policy_version == first_version
+
+    def expect(self, name: Name, context: list[int], params: SamplingParams) -> None:
+        self.contexts[name], self.params[name] = context, params
+        self.versions[name] = [(0, self.engine.policy_version)]
+
+    def load_weights(self, idx: int) -> None:
+        for parameter, value in zip(self.student.parameters(), STUDENTS[idx].parameters(), strict=True):
+            parameter.data.copy_(value.data)
+
+    def random_ids(self, length: int) -> list[int]:
+        return self.rng.choices(range(VOCAB), k=length)
+
+    def random_params(self) -> SamplingParams:
+        rng = self.rng
+        return SamplingParams(
+            n=rng.choice([1, 2, 5]),
+            temperature=rng.choice([0.0, 0.7, 1.0, 2.0]),
+            max_new_tokens=rng.randint(1, 8),
+            eos_ids=rng.choice([(2,), (0, 5, 9, 11, 30)]),
+            ignore_eos=rng.random() < 0.2,
+            top_p=rng.choice([1.0, 1.0, 0.8]),
+            top_k=rng.choice([0, 0, 5]),
+            min_p=rng.choice([0.0, 0.0, 0.1]),
+            seed=rng.choice([0, 1, 2**40]),
+        )
+
+
+def name_of(attempt: Attempt) -> Name:
+    return attempt.key, attempt.rollout_idx, attempt.attempt_idx
