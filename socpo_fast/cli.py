@@ -4,7 +4,7 @@
 
 tyro reads the words and writes --help; config.py validates values, so a mistake in a file and one on the command line
 read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
-Exit codes: 0 done, 2 the caller's mistake in one line (SOCPO_TRACEBACK=1 shows where), 130 Ctrl-C.
+Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows where), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from socpo_fast.config import Config, load_config, read_toml
+from socpo_fast.stopping import RunFailed
 from socpo_fast.validation import fields_of, rule_of, sections_of, to_text, unknown_key
 
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError, RunFailed) as error:
         if os.environ.get("SOCPO_TRACEBACK") == "1":
             raise
         print(" ".join(str(error).split()), file=sys.stderr)
@@ -54,11 +56,14 @@ def train(words: Sequence[str]) -> int:
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """unassisted and assisted accuracy of a checkpoint on data.eval, as one JSON line"""
+    """unassisted and assisted accuracy of a checkpoint on data.eval: a table, then one JSON line"""
     config, checkpoint = parse("eval", words)
     from socpo_fast import trainer
+    from socpo_fast.report import accuracy_text
 
-    print(json.dumps(trainer.evaluate(config, checkpoint)))
+    metrics = trainer.evaluate(config, checkpoint)
+    print(accuracy_text(metrics))
+    print(json.dumps(metrics))
     return 0
 
 
@@ -124,6 +129,14 @@ def command_of(word: str) -> Callable[[Sequence[str]], int]:
 
 def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
     """The configuration that words describe, and --checkpoint of `eval`. Prints --help and exits when that is asked."""
+    for word, following in pairwise([*words, "--"]):
+        name = word.removeprefix("--").replace("-", "_")
+        if (
+            word.startswith("--")
+            and following.startswith("--")
+            and name in {"config", "checkpoint", *fields_of(Config)}
+        ):
+            raise ValueError(f"socpo {command}: --{name} must be followed by its value, got nothing; none is a word")
     only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
     toml_path = tyro.cli(only_file, args=words, add_help=False, return_unknown_args=True)[0].config
     toml_path = None if toml_path == "none" else toml_path

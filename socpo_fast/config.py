@@ -1,9 +1,9 @@
 """Configuration: typed, frozen sections; TOML below, `section.key` overrides on top; wrong values stop at the door.
 
-Read load_config, then the sections, then the rules between them. A section is a pydantic model: each field carries its
-range and a description with unit, which `socpo train --help` shows and error messages quote. "none" is the word for an
-absent value, in TOML and on the command line. Relative paths are relative to the working directory; "builtin" stands
-for what the package ships. Torch is not imported here, so a typing error costs no start-up.
+Read load_config, then the sections; the rules between them stand in rules.py. A section is a pydantic model: each
+field carries its range and a description with unit, which `socpo train --help` shows and error messages quote. "none"
+is the word for an absent value, in TOML and on the command line. Relative paths are relative to the working directory;
+"builtin" stands for what the package ships. Torch is not imported here, so a typing error costs no start-up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from socpo_fast.validation import explain, from_text, toml_literal
+from socpo_fast.rules import contradiction, doubts
+from socpo_fast.validation import explain, from_text, to_toml
 
 
 def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
@@ -86,6 +87,9 @@ class StudentConfig(Section):
 
     path: str = Field(default="builtin", min_length=1, description="Hugging Face folder, or builtin")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="parameter type; float32 on a CPU")
+    enable_thinking: bool | None = Field(
+        default=None, description="for chat templates that ask (Qwen3: false = no thinking); none = the template's own"
+    )
 
 
 class DataConfig(Section):
@@ -93,6 +97,9 @@ class DataConfig(Section):
 
     train: str = Field(default="builtin", min_length=1, description="parquet or JSONL file, hub data set, or builtin")
     eval: str | None = Field(default="builtin", description="held-out questions, the same kinds; none = no evaluation")
+    train_split: str = Field(default="train", min_length=1, description="split of a folder or hub data set to train on")
+    eval_split: str = Field(default="test", min_length=1, description="split of a folder or hub data set held out")
+    subset: str | None = Field(default=None, description="subset of a hub data set that has several; none = it has one")
     grader: str = Field(
         default="exact", description="sciknoweval, mcq, exact, math, or module:function(text, question) -> bool"
     )
@@ -111,7 +118,10 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(default=1024, ge=1, description="longest attempt, tokens")
     attempt_limit: int = Field(default=1024, ge=1, description="tokens of an attempt that the next one sees (its head)")
     guidance_limit: int = Field(default=2048, ge=1, description="longest guidance, student tokens")
-    context: Literal["tokens"] = Field(default="tokens", description="the next attempt sees exactly what was sampled")
+    context: Literal["tokens", "template"] = Field(
+        default="tokens",
+        description="the next attempt sees what was sampled, or what the chat template makes of it (no old <think>)",
+    )
 
 
 class TeacherConfig(Section):
@@ -149,6 +159,10 @@ class TeacherConfig(Section):
     show_reference: bool = Field(default=False, description="the teacher sees reference_solution")
     view: Literal["head_tail", "head"] = Field(
         default="head_tail", description="what the teacher sees of an attempt over rollout.attempt_limit"
+    )
+    on_leak: Literal["keep", "drop", "mask"] = Field(
+        default="keep",
+        description="guidance that states the answer: shown; not shown and the rollout ends; shown with [...] instead",
     )
     system_prompt: str | None = Field(default=None, description="system message; none = our wording")
     user_template: str | None = Field(
@@ -258,42 +272,12 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """TOML that load_config reads back to an equal Config. Holds no secret: of the key only its variable's name."""
-        lines: list[str] = []
-        for section, table in self.model_dump().items():
-            lines += [f"[{section}]", *(f"{key} = {toml_literal(value)}" for key, value in table.items()), ""]
-        return "\n".join(lines)
+        return to_toml(self)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        if contradiction := _contradiction(self):
-            raise ValueError(f"config: {contradiction}")
-        if self.rollout.group_size == 1 and self.advantage.estimator != "reinforce_plus_plus":
-            warnings.warn(
-                f"config: rollout.group_size 1 leaves {self.advantage.estimator} little to compare; "
-                "raise it or use reinforce_plus_plus",
-                stacklevel=2,
-            )
+        if broken := contradiction(self):
+            raise ValueError(f"config: {broken}")
+        for doubt in doubts(self):
+            warnings.warn(f"config: {doubt}", stacklevel=2)
         return self
-
-
-def _contradiction(config: Config) -> str | None:
-    """The first rule between fields that is broken."""
-    teacher, reward = config.teacher, config.reward
-    guided = config.rollout.max_attempts > 1
-    sources = (config.data.train, config.data.eval)
-    per_batch, per_update = config.rollout.questions_per_batch, config.train.questions_per_update
-    if per_batch % per_update:
-        return f"train.questions_per_update must divide rollout.questions_per_batch {per_batch}, got {per_update}"
-    if config.run.device == "cpu" and config.student.dtype != "float32":
-        return f"student.dtype must be float32 on run.device cpu, got {config.student.dtype}; it is emulated there"
-    if guided and teacher.kind == "local" and teacher.path is None:
-        return "teacher.path must be a Hugging Face folder for teacher.kind local, got none; set teacher.path"
-    if guided and teacher.kind == "endpoint" and None in (teacher.url, teacher.model):
-        return "teacher.url and teacher.model must be set for teacher.kind endpoint, got none; set both"
-    if guided and teacher.kind == "rule" and teacher.rule == "builtin" and not {*sources} <= {"builtin", None}:
-        return f"teacher.rule must be your own module:function for data {sources}, got builtin; set it or teacher.kind"
-    if config.engine.page_size & (config.engine.page_size - 1):
-        return f"engine.page_size must be a power of two, got {config.engine.page_size}"
-    if (reward.factor is None) == (reward.schedule == "constant"):
-        return f"reward.factor must be set for reward.schedule constant and none otherwise, got {reward.factor}"
-    return None

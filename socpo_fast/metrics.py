@@ -1,35 +1,39 @@
-"""What a run writes down while it runs: metrics.jsonl, TensorBoard, rollouts/, and a line or a display for people.
+"""What a run writes down while it runs: metrics.jsonl, TensorBoard, rollouts/.
 
-Read METRICS (the names there are), MetricsWriter, then the rollout rows, then Progress. A row of metrics.jsonl is
+Read METRICS (the names there are), MetricsWriter, then the rollout rows. A row of metrics.jsonl is
 {"kind": "batch" | "update" | "eval", "batch": 3, "update": 12, "success/unassisted": 0.41, ..}; nan becomes null.
 After a crash a file may end in half a line: readers skip it, and a resumed run rewrites what came after its checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-import time
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from socpo_fast.stopping import RunFailed
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from socpo_fast.types import Question, Rollout
 
 METRICS: dict[str, str] = {
     "success/unassisted": "share of rollouts whose first attempt, made alone, is correct: the headline",
     "success/assisted": "share of rollouts correct in any attempt, guided ones included; never the headline",
+    "success/pass_at_4": "chance that one of 4 first attempts is correct, unbiased (pass_at_16 for 16, ..)",
     "reward/mean": "mean reward of an attempt, after decay",
     "decay/f_1": "factor on the reward of second attempts, the first ones' mean reward (f_2 for third ones, ..)",
     "guidance/rate": "share of rollouts in which the teacher spoke",
     "guidance/rescue_rate": "share of guided rollouts that end correct",
-    "guidance/leak_rate": "share of guidance that states the answer",
+    "guidance/leak_rate": "share of what the teacher said that states the answer, whether it was shown or not",
     "guidance/failed": "rollouts that ended because the teacher failed, count",
+    "guidance/leaked": "rollouts that ended because the guidance leaked and teacher.on_leak is drop, count",
     "guidance/overflow": "rollouts that ended because the next context would exceed the model's length, count",
     "rollout/attempt_tokens": "mean length of an attempt, tokens",
     "rollout/truncated": "share of attempts that hit the length limit",
@@ -54,6 +58,27 @@ METRICS: dict[str, str] = {
     "time/total_s": "all of it, s",
 }
 Kind = Literal["batch", "update", "eval"]
+_FAMILY = re.compile(
+    r"(success/(?:unassisted|assisted|pass_at_[0-9]+)|decay/f_[0-9]+)(_low|_high)?(/[\w./-]+)?", re.ASCII
+)
+
+
+def meaning_of(name: str) -> str | None:
+    """What a metric is, from METRICS; one of a family (other numbers, ends of intervals, data sources) by its head."""
+    if name in METRICS or (match := _FAMILY.fullmatch(name)) is None:
+        return METRICS.get(name)
+    head, end, source = match.groups()
+    head = re.sub(r"pass_at_[0-9]+", "pass_at_4", head) if "pass_at" in head else re.sub("_[0-9]+", "_1", head)
+    ends = {"_low": "lower end of the 95 % interval: ", "_high": "upper end of the 95 % interval: ", None: ""}
+    return ends[end] + METRICS[head] + (f"; questions of {source[1:]} only" if source else "")
+
+
+def source_metric(name: str, data_source: str) -> str:
+    """name/data_source, the source made safe for TensorBoard, files and pages; different ones stay different."""
+    safe = re.sub(r"[^\w./-]", "_", data_source, flags=re.ASCII)[:64]
+    if safe != data_source:
+        safe += "-" + hashlib.sha256(data_source.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    return f"{name}/{safe}"
 
 
 class MetricsWriter:
@@ -79,14 +104,15 @@ class MetricsWriter:
     def write(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
         """One row. batch and update count from 1; update is the number of updates made so far (0 before the first)."""
         for name in metrics:
-            assert name in METRICS or name.startswith("decay/f_"), f"metric {name} is not described in METRICS"
+            assert meaning_of(name), f"metric {name} is not described in METRICS"
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"kind": kind, "batch": batch, "update": update, **values}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for name, value in values.items():
-            if value is not None:
-                self._tensorboard.add_scalar(f"eval/{name}" if kind == "eval" else name, value, update)
+        with named_failure(self.path):
+            self._file.write(json.dumps({"kind": kind, "batch": batch, "update": update, **values}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(f"eval/{name}" if kind == "eval" else name, value, update)
 
     def close(self) -> None:
         self._file.close()
@@ -163,105 +189,25 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 def replace_file(path: Path, text: str) -> None:
     """Write beside and rename, so that a reader or a crash meets the old file or the new one, never half of it."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with named_failure(path):
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)  # nothing there after the rename
+
+
+@contextmanager
+def named_failure(path: Path) -> Iterator[None]:
+    """A full or failing disk as one line that names the file; errors of writing name none."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"run: {path} could not be written ({error.strerror}); free disk space, start again") from error
 
 
 def _at(values: list[Any], k: int) -> Any:
     return values[k] if k < len(values) else None
-
-
-class Progress:
-    """A run for people: a live display on a terminal, elsewhere one plain line a batch or evaluation.
-
-    with Progress(num_batches=100) as progress:
-        progress.phase("rollout", batch=1, update=0, total=128)
-        progress.advance(num_tokens=57)
-        progress.report(metrics, kind="batch", batch=1, update=2)
-    """
-
-    def __init__(self, *, num_batches: int, first_batch: int = 1, live: bool = True, file: TextIO | None = None):
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console(file=file, highlight=False, markup=False, emoji=False)
-        self.num_batches, self._first_batch, self._batches_done = num_batches, first_batch, first_batch - 1
-        self._started = self._phase_started = time.monotonic()
-        self._phase, self._batch, self._update, self._done, self._total, self._tokens = "start", 0, 0, 0, 0, 0
-        self._unassisted: dict[Kind, list[float]] = {"batch": [], "update": [], "eval": []}
-        shown = live and self._console.is_terminal
-        self._live = Live(get_renderable=self._display, console=self._console) if shown else None
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        self._console.print(text, soft_wrap=True)
-
-    def phase(self, name: str, *, batch: int, update: int, total: int) -> None:
-        """Begin a phase (rollout, update, eval) of `total` units of work."""
-        self._phase, self._batch, self._update, self._total = name, batch, update, total
-        self._done, self._tokens, self._phase_started = 0, 0, time.monotonic()
-
-    def advance(self, units: int = 1, *, num_tokens: int = 0) -> None:
-        self._done += units
-        self._tokens += num_tokens
-
-    def report(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
-        """End a batch, update or evaluation with its metrics."""
-        if math.isfinite(unassisted := metrics.get("success/unassisted", math.nan)):
-            self._unassisted[kind].append(unassisted)
-        if kind == "batch":
-            self._batches_done = batch
-        if self._live is None and kind != "update":
-            self.note(self._line(metrics, kind, batch, update))
-
-    def _line(self, metrics: Mapping[str, float], kind: Kind, batch: int, update: int) -> str:
-        shares = [
-            f"{label} {100 * metrics[name]:.1f}%"
-            for name, label in (("success/unassisted", "unassisted"), ("success/assisted", "assisted"))
-            if name in metrics
-        ]
-        rates = [f"{metrics[name]:.0f} tok/s" for name in ("perf/rollout_tok_s",) if name in metrics]
-        place = f"batch {batch}/{self.num_batches} update {update}"
-        return "  ".join([f"{'train' if kind == 'batch' else kind:<5} {place}", *shares, *rates, f"left {self._eta()}"])
-
-    def _eta(self) -> str:
-        """Time left at the mean pace of this process."""
-        done = self._batches_done - self._first_batch + 1
-        if not done:
-            return "?"
-        left_s = (time.monotonic() - self._started) / done * (self.num_batches - self._batches_done)
-        return f"{int(left_s // 3600)}:{int(left_s // 60 % 60):02d}:{int(left_s % 60):02d}"
-
-    def _display(self) -> Table:
-        """The live picture, drawn anew at every refresh."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        elapsed_s = max(time.monotonic() - self._phase_started, 1e-9)
-        pace = f"{self._tokens / elapsed_s:.0f} tok/s" if self._tokens else ""
-        table = Table.grid(padding=(0, 2))
-        table.add_row(f"batch {self._batch}/{self.num_batches}", f"update {self._update}", f"left {self._eta()}")
-        bar = ProgressBar(total=max(self._total, 1), completed=self._done, width=30)
-        table.add_row(f"{self._phase} {self._done}/{self._total}", bar, pace)
-        curves = {"unassisted, training": self._unassisted["batch"], "unassisted, held out": self._unassisted["eval"]}
-        for label, values in curves.items():
-            if values:
-                table.add_row(label, sparkline(values[-30:]), f"{100 * values[-1]:.1f}%")
-        return table
-
-
-def sparkline(shares: list[float]) -> str:
-    """Shares in [0, 1] as one block character each."""
-    return "".join("▁▂▃▄▅▆▇█"[min(int(share * 8), 7)] for share in shares)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: at once where nothing is lost by it, otherwise noted until there is a good place to stop."""
+"""How a run ends early. A signal stops it at once where nothing is lost by it, else at the next good place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+class RunFailed(RuntimeError):
+    """The machine or the numbers ended a run; said in one line, as the caller's mistakes are."""
 
 
 class StopRequested(BaseException):

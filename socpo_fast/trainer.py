@@ -13,14 +13,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from socpo_fast.config import Config
-from socpo_fast.metrics import MetricsWriter, Progress, replace_file, write_rollouts
+from socpo_fast.metrics import MetricsWriter, replace_file, write_rollouts
 from socpo_fast.ops import available_impls
+from socpo_fast.progress import Progress
 from socpo_fast.report import write_report
 from socpo_fast.socratic.advantage import assign_advantages
 from socpo_fast.socratic.data import batch_questions, question_order
 from socpo_fast.socratic.decay import assign_rewards
 from socpo_fast.socratic.session import Session
-from socpo_fast.socratic.summary import mean, summarize
+from socpo_fast.socratic.summary import mean, sources_of, summarize
 from socpo_fast.stopping import StopRequested, StopSignals
 from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.train.update import Updater
@@ -50,6 +51,8 @@ def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
 
 def rollout_only(config: Config) -> None:
     """Roll out run.num_batches batches without any update; writes RUN/rollouts and prints what they amount to."""
+    if (config.folder / "metrics.jsonl").exists():
+        raise ValueError(f"run: {config.folder} must hold no training run, whose rollouts stay; set run.name")
     session = Session(config)
     questions = session.train_questions()
     make_folder(config.folder)
@@ -60,7 +63,8 @@ def rollout_only(config: Config) -> None:
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
                 factors = assign_rewards(rollouts, schedule=config.reward.schedule, factor=config.reward.factor)
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
-                progress.report(summarize(rollouts, chosen, factors), kind="batch", batch=batch, update=0)
+                metrics = summarize(rollouts, chosen, factors, sources_of(questions))
+                progress.report(metrics, kind="batch", batch=batch, update=0)
     finally:
         session.close()
 
@@ -74,6 +78,7 @@ class Trainer:
         make_folder(config.folder)
         self.session = Session(config)
         self.train_questions, self.eval_questions = self.session.train_questions(), self.session.eval_questions()
+        self.sources = sources_of(self.train_questions)
         pick_questions(config, self.train_questions, 1)  # too few questions are refused before anything is written
         self.student, self.engine = self.session.student, self.session.engine
         reference = self.session.load_reference() if config.loss.kl_coef > 0 else None
@@ -137,7 +142,7 @@ class Trainer:
             baseline_group=config.advantage.baseline_group,
             eps=config.advantage.eps,
         )
-        metrics |= summarize(rollouts, questions, factors)
+        metrics |= summarize(rollouts, questions, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
         self.update(rollouts, batch)
@@ -190,10 +195,10 @@ class Trainer:
 
     def evaluate(self) -> None:
         update = self.optimizer.num_updates
-        total = len(self.eval_questions)
+        total = len(self.eval_questions) * self.config.eval.samples
         self.progress.phase("evaluation", batch=self.batch, update=update, total=total)
         with self.signals.at_once():
-            metrics = self.session.evaluate(self.eval_questions)
+            metrics = self.session.evaluate(self.eval_questions, on_rollout=self.progress.advance)
         self.writer.write(metrics, kind="eval", batch=self.batch, update=update)
         self.progress.report(metrics, kind="eval", batch=self.batch, update=update)
         self.eval_due = False

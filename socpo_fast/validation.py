@@ -73,6 +73,14 @@ def to_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def to_toml(model: BaseModel) -> str:
+    """One [section] table of key = value lines after the other."""
+    lines: list[str] = []
+    for section, table in model.model_dump().items():
+        lines += [f"[{section}]", *(f"{key} = {toml_literal(value)}" for key, value in table.items()), ""]
+    return "\n".join(lines)
+
+
 def toml_literal(value: object) -> str:
     """A TOML literal; None, which TOML lacks, is "none"."""
     if isinstance(value, str | None):  # a JSON string is a TOML basic string, but for DEL

@@ -12,7 +12,16 @@ LAYERS = {
     "kernels": 0, "_C": 0, "ops": 1, "model": 2, "engine": 3, "train": 3, "socratic": 4, "report": 4,
     "integrations": 5, "trainer": 5, "cli": 6,
 }  # fmt: skip
-BESIDE = {"config", "device", "metrics", "stopping", "types", "validation"}  # seen by everyone, see only each other
+BESIDE = {
+    "config",
+    "device",
+    "metrics",
+    "progress",
+    "rules",
+    "stopping",
+    "types",
+    "validation",
+}  # seen by everyone, see only each other
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "kernels" not in path.parts)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,13 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from socpo_fast.metrics import (
     METRICS,
     MetricsWriter,
-    Progress,
+    meaning_of,
     read_jsonl,
     read_metrics,
+    replace_file,
     rollout_record,
-    sparkline,
+    source_metric,
     write_rollouts,
 )
+from socpo_fast.progress import Progress, sparkline
+from socpo_fast.stopping import RunFailed
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
 
 
@@ -82,6 +89,48 @@ def test_rows_come_back_and_nan_becomes_null(tmp_path: Path) -> None:
 def test_undescribed_metric_is_our_own_mistake(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer, pytest.raises(AssertionError, match="policy/los "):
         writer.write({"policy/los": 1.0}, kind="update", batch=1, update=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("decay/f_3", "factor on the reward of second attempts"),
+        ("success/pass_at_16", "chance that one of 4 first attempts"),
+        ("success/pass_at_4_low", "lower end of the 95 % interval: chance"),
+        ("success/unassisted/openai/gsm8k", r"share of .*: the headline; questions of openai/gsm8k only"),
+        ("success/assisted_high/x", "upper end of the 95 % interval: share of .*; questions of x only"),
+        ("success/unassisted_mid", None),
+        ("success/unassisted/a b", None),
+        ("success/unassisted/", None),
+        ("reward/mean/x", None),
+        ("decay/f_", None),
+    ],
+)
+def test_families_of_metrics_are_described(name: str, meaning: str | None) -> None:
+    found = meaning_of(name)
+    assert found is None if meaning is None else re.match(meaning, str(found))
+
+
+def test_a_source_s_metric_reaches_tensorboard_under_its_own_name(tmp_path: Path) -> None:
+    name = source_metric("success/unassisted", "odd \n name/x")
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({name: 0.5}, kind="batch", batch=1, update=1)
+    assert EventAccumulator(str(tmp_path / "tb")).Reload().Tags()["scalars"] == [name]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "open"])
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    replace_file(path, "old")
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "open")), full)
+    with pytest.raises(RunFailed, match=r"run: .*rows.jsonl could not be written \(No space left on device\)"):
+        replace_file(path, "new")
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert path.read_text() == "old"
 
 
 def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:

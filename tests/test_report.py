@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from socpo_fast.config import load_config
-from socpo_fast.metrics import MetricsWriter
-from socpo_fast.report import write_report
+from socpo_fast.metrics import MetricsWriter, source_metric
+from socpo_fast.report import accuracy_text, write_report
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'\""
 
@@ -116,6 +116,30 @@ def test_headline_is_held_out_unassisted_accuracy_at_start_and_end(tmp_path: Pat
     ):
         assert part in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_evaluation_as_a_table_with_intervals_and_sources(tmp_path: Path) -> None:
+    odd = "<b>odd</b>"
+    with MetricsWriter(tmp_path) as writer:
+        for share in (0.1, 0.5):
+            metrics = {"success/unassisted": share, "success/unassisted_low": 0.3, "success/unassisted_high": 0.625}
+            metrics |= {name.replace("unassisted", "pass_at_16"): value for name, value in metrics.items()}
+            for source in ("openai/gsm8k", odd):
+                for end in ("", "_low", "_high"):
+                    metrics[source_metric(f"success/assisted{end}", source)] = 0.25
+            writer.write(metrics, kind="eval", batch=0, update=int(share * 10))
+    page = parse(write_report(tmp_path))
+    text = " ".join(page.text.split())
+    assert "unassisted (avg@k) 50.0 % 30.0 % to 62.5 % pass@16, unassisted 50.0 % 30.0 %" in text
+    assert "openai/gsm8k: assisted, with the teacher's help 25.0 % 25.0 % to 25.0 %" in text
+    assert "_b_odd_/b_-" in text, "a source's name is shown in its safe form"
+    assert odd not in text
+    assert "upper end of the 95 % interval: share of rollouts correct in any attempt" in text
+    assert accuracy_text({}).count("\n") == 0
+    lines = accuracy_text(metrics).splitlines()
+    assert lines[1].startswith("unassisted (avg@k)")
+    assert lines[1].endswith(" 50.0 %   30.0 to 62.5 %")
+    assert [line.partition(":")[0] for line in lines[3:]] == ["openai/gsm8k", source_metric("x", odd)[2:]]
 
 
 def test_first_middle_and_last_batch_with_each_outcome(tmp_path: Path) -> None:

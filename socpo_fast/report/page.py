@@ -41,6 +41,15 @@ pre.right { border-color: #2e8b57 } pre.wrong { border-color: #c0392b } pre.teac
 <p>Measured on {{ headline.source }}. <b>Unassisted</b> accuracy, the share of questions that the student gets right
 alone and at the first attempt, is what training is for. Assisted accuracy also counts answers that became right after
 help; it is shown apart, because a student that leans on help has not learned.</p>
+{% if accuracy %}
+<table>
+<tr><th>last evaluation</th><th>share</th><th>95 % interval, by question</th></tr>
+{% for row in accuracy %}
+<tr><td>{{ row.what }}</td><td class="num">{{ row.share | percent }}</td>
+<td class="num">{{ row.low | percent }} to {{ row.high | percent }}</td></tr>
+{% endfor %}
+</table>
+{% endif %}
 {% else %}
 <p>No accuracy has been recorded yet: the run stopped before its first batch or evaluation ended.</p>
 {% endif %}

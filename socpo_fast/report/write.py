@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from socpo_fast.metrics import METRICS, read_jsonl, read_metrics, replace_file
+from socpo_fast.metrics import meaning_of, read_jsonl, read_metrics, replace_file
+from socpo_fast.report.accuracy import accuracy_rows
 from socpo_fast.report.page import PAGE
 from socpo_fast.validation import to_text
 
@@ -76,6 +77,7 @@ def render(folder: Path, rows: Rows) -> str:
         num_updates=max((row["update"] for row in rows), default=0),
         num_batches=max((row["batch"] for row in rows), default=0),
         headline=headline(rows),
+        accuracy=accuracy_rows(next((row for row in reversed(rows) if row["kind"] == "eval"), {})),
         curves=base64.b64encode((folder / "curves.png").read_bytes()).decode() if rows else None,
         changes=first_and_last(rows),
         times=time_split(rows),
@@ -102,12 +104,12 @@ def headline(rows: Rows) -> dict[str, Any]:
 
 
 def first_and_last(rows: Rows) -> list[dict[str, Any]]:
-    """Every metric of METRICS the run has, by kind of row, with its first and last value."""
+    """Every metric the run has and we can explain, by kind of row, with its first and last value."""
     found = []
     for kind in ("eval", "batch", "update"):
-        for name, meaning in METRICS.items():
+        for name in dict.fromkeys(name for row in rows if row["kind"] == kind for name in row):
             _, values = series(rows, kind, name)
-            if values:
+            if values and (meaning := meaning_of(name)):
                 found.append({"kind": kind, "name": name, "meaning": meaning, "first": values[0], "last": values[-1]})
     return found
 
@@ -156,6 +158,9 @@ def draw_curves(rows: Rows, path: Path) -> None:
             updates, values = series(rows, source, name)
             if values:
                 axes.plot(updates, values, label=label, color=colour, marker="o" if source == "eval" else ".")
+            (at, low), (_, high) = (series(rows, source, f"{name}{end}") for end in ("_low", "_high"))
+            if low and len(low) == len(high):
+                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
         axes.set_xlabel("update")
         axes.set_ylabel(unit)

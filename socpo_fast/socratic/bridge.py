@@ -5,7 +5,7 @@ holds them against the template's rendering. What was sampled is never decoded a
 prompt_ids + attempt + bridge + attempt + .., and every seam lies at a special token, so nothing merges across it.
 
 Departure from the template: it may rewrite earlier turns (Qwen3 drops their <think> blocks, others trim white space).
-The row keeps what was sampled; `Bridge.notes` says where the two differ.
+The row keeps what was sampled; `Bridge.notes` says where the two differ, and history.py does as the template does.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_QUESTION, _ANSWER, _GUIDANCE = "SocpoQuestion", "SocpoAnswer", "SocpoGuidance"
+_QUESTION, ANSWER, GUIDANCE = "SocpoQuestion", "SocpoAnswer", "SocpoGuidance"  # stand in for texts
+_NOTE = "the chat template rewrites {} once it is history; rollout.context tokens does not"
 _PROBES = {
-    "a plain answer": _ANSWER,
-    "an answer with a <think> block": f"<think>\nSocpoThought\n</think>\n\n{_ANSWER}",
-    "an answer with white space around it": f"\n {_ANSWER} \n",
+    "a plain answer": ANSWER,
+    "an answer with a <think> block": f"<think>\nSocpoThought\n</think>\n\n{ANSWER}",
+    "an answer with white space around it": f"\n {ANSWER} \n",
 }
 
 
@@ -39,7 +40,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"tokenizer: must be a Hugging Face folder on this machine, got '{folder}'; download it first")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception for what it cannot read
         raise ValueError(f"tokenizer: {folder} must hold a tokenizer.json that transformers reads ({error})") from error
 
 
@@ -49,20 +50,23 @@ class Bridge:
     Args:
         tokenizer:      a fast tokenizer with a chat template.
         guidance_limit: tokens of guidance at most, >= 1; the head is kept.
+        enable_thinking: handed to the chat template (Qwen3: False = no thinking); None = the template's own default.
 
     Attributes:
-        end_of_turn_id: what the template puts right behind an assistant's text.
+        end_of_turn_id: what the template puts right behind an assistant's text; end_of_turn is its text.
         eos_ids:        the ids that end an attempt: end_of_turn_id, the tokenizer's eos and those of the
                         generation_config.json beside the tokenizer.
-        notes:          one sentence for each kind of answer that the template would render differently once it is
-                        history; empty when the template only ever appends.
+        before, after:  the template's text from an answer's end to the guidance, and from there to the next answer.
+        notes:          one sentence for each kind of dialogue that the template renders differently once it is
+                        history, or on another day; empty when the template only ever appends.
 
     Raises:
-        ValueError: no chat template, a template whose turns do not end with a special token, or pieces that are not
-            the template's own rendering.
+        ValueError: no chat template, a template that refuses a dialogue, whose turns do not end with a special token
+            (Llama 2, Mistral v1 and v2: there guidance could forge turns) or that knows no enable_thinking, or pieces
+            that are not the template's own rendering.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, guidance_limit: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, guidance_limit: int, enable_thinking: bool | None = None):
         if guidance_limit < 1:
             raise ValueError(f"bridge: guidance_limit must be >= 1, got {guidance_limit}")
         if not tokenizer.is_fast:
@@ -72,31 +76,41 @@ class Bridge:
                 f"bridge: tokenizer must have a chat template, got none in '{tokenizer.name_or_path}'; "
                 "use the instruct version of the model"
             )
+        template = tokenizer.get_chat_template()
+        if enable_thinking is not None and "enable_thinking" not in template:
+            raise ValueError(
+                f"bridge: enable_thinking must be none for a chat template without it, got {enable_thinking}; "
+                "leave student.enable_thinking out"
+            )
         self.tokenizer = tokenizer
         self.guidance_limit = guidance_limit
-        special = {token.content: idx for idx, token in tokenizer.added_tokens_decoder.items() if token.special}
-        _, _, behind_answer = self._render(_dialogue(_ANSWER)).rpartition(_ANSWER)
-        before, _, after = behind_answer.partition(_GUIDANCE)
-        head_end = max((before.rfind(text) + len(text) for text in special if text in before), default=0)
-        tail_start = min((after.find(text) for text in special if text in after), default=len(after))
-        # Ordinary text of the template beside the guidance ("user\n") is encoded with it, as one span.
-        self._head_ids, self._prefix = self._encode(before[:head_end]), before[head_end:]
-        self._suffix, self._tail_ids = after[:tail_start], self._encode(after[tail_start:])
-        if not self._head_ids or self._head_ids[0] not in special.values() or not self._tail_ids:
+        self._template_kwargs: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._special = {token.content: idx for idx, token in tokenizer.added_tokens_decoder.items() if token.special}
+        _, _, behind_answer = self.render(_dialogue(ANSWER)).rpartition(ANSWER)
+        self.before, _, self.after = behind_answer.partition(GUIDANCE)
+        head_ids = self.trusted_ids(self._split(self.before)[0])
+        tail_ids = self.trusted_ids(self._split(self.after, first=True)[1])
+        if not head_ids or head_ids[0] not in self._special.values() or not tail_ids:
             raise ValueError(
                 "bridge: the chat template must put a special token right behind an assistant's text and behind a "
-                f"user's, got {before!r} and {after!r}"
+                f"user's, got {self.before!r} and {self.after!r}; guidance could forge turns, use a newer model"
             )
-        self.end_of_turn_id = self._head_ids[0]
+        self.end_of_turn_id = head_ids[0]
+        self.end_of_turn = cast(str, tokenizer.convert_ids_to_tokens(head_ids[0]))
         self.eos_ids = tuple(dict.fromkeys([self.end_of_turn_id, *_configured_eos_ids(tokenizer)]))
-        self.notes = self._check(special)
+        # Sentencepiece puts a space before a text's first word, which is not the first word in a row.
+        self._anchor = "" if self._behind_special("x") == self.trusted_ids("x") else "\n"
+        self.notes = self._check()
+        if "strftime_now" in template:
+            self.notes += ("the chat template writes today's date into prompts; resumed on another day they differ",)
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a dialogue up to where the assistant's text begins; a BOS only where the template has one."""
-        token_ids = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
-        )
-        return cast(list[int], token_ids)
+        """The ids of a dialogue up to where the assistant's text begins; a BOS only where the template has one.
+
+        Raises:
+            ValueError: the template refuses these roles.
+        """
+        return self.trusted_ids(self.render(messages))
 
     def bridge_ids(self, guidance_text: str, *, ended: bool) -> list[int]:
         """What stands between an attempt and the next one: end of turn, guidance as a user message, generation prompt.
@@ -105,43 +119,79 @@ class Bridge:
         dropped, which templates that trim would do as well. ended: the attempt's last kept token is end_of_turn_id
         itself; otherwise a synthetic one comes first.
         """
-        return self._frame(self.fit(guidance_text.strip()))[1 if ended else 0 :]
+        return self.frame(self.before, self.fit(guidance_text.strip()), self.after)[1 if ended else 0 :]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text for the grader and the teacher, without special tokens."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return cast(str, text)
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        return cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def exact_text(self, token_ids: Sequence[int]) -> str:
+        """The text that these ids are inside a row: with special tokens and the space before a first word."""
+        text = self.tokenizer.decode([self.end_of_turn_id, *token_ids], clean_up_tokenization_spaces=False)
+        return cast(str, text).removeprefix(self.end_of_turn)
 
-    def _encode(self, text: str, *, untrusted: bool = False) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=untrusted)
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The chat template's text of a dialogue, up to where the assistant's text begins."""
+        from jinja2 import TemplateError
 
-    def _frame(self, guidance: str) -> list[int]:
-        """A bridge around guidance as it is."""
-        span_ids = self._encode(self._prefix + guidance + self._suffix, untrusted=True)
-        return self._head_ids + span_ids + self._tail_ids
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **self._template_kwargs
+            )
+        except (TemplateError, TypeError, LookupError) as error:  # the template's own raise, or a fault in it
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"chat template: must take messages of the roles {roles}, got '{error}'; "
+                "change the roles in the data, or the template"
+            ) from error
+        return cast(str, text)
+
+    def frame(self, before: str, guidance: str, after: str) -> list[int]:
+        """Ids of guidance, as it is, between two texts of the template."""
+        (head, prefix), (suffix, tail) = self._split(before), self._split(after, first=True)
+        # Ordinary text of the template beside the guidance ("user\n") is encoded with it, as one span.
+        return self.trusted_ids(head) + self.untrusted_ids(prefix + guidance + suffix) + self.trusted_ids(tail)
+
+    def trusted_ids(self, text: str) -> list[int]:
+        """Ids of the template's text, which may spell out special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def untrusted_ids(self, text: str) -> list[int]:
+        """Ids of a text in the middle of a row, in which a special token spelled out stays ordinary text."""
+        anchor = self._anchor
+        ids = self.tokenizer.encode(anchor + text, add_special_tokens=False, split_special_tokens=True)
+        return ids[len(self.trusted_ids(anchor)) :] if text else []
+
+    def _split(self, text: str, *, first: bool = False) -> tuple[str, str]:
+        """A text of the template, parted behind its last special token, or before its first one."""
+        if first:
+            place = min((text.find(special) for special in self._special if special in text), default=len(text))
+        else:
+            ends = (text.rfind(special) + len(special) for special in self._special if special in text)
+            place = max(ends, default=0)
+        return text[:place], text[place:]
+
+    def _behind_special(self, text: str) -> list[int]:
+        return self.trusted_ids(self.end_of_turn + text)[1:]
 
     def fit(self, text: str) -> str:
         """The head of a text that is at most guidance_limit tokens long."""
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-        )
-        if len(encoding["input_ids"]) <= self.guidance_limit:
-            return text
-        return text[: encoding["offset_mapping"][self.guidance_limit][0]].rstrip()
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        while len(places := self.tokenizer(text, verbose=False, **options)["offset_mapping"]) > self.guidance_limit:
+            text = text[: places[self.guidance_limit][0]].rstrip()  # a head by itself may take more tokens, hence while
+        return text
 
-    def _check(self, special: dict[str, int]) -> tuple[str, ...]:
+    def _check(self) -> tuple[str, ...]:
         """Compare the pieces with the template's own rendering, id by id; returns `notes`."""
-        unknown_id = self.tokenizer.unk_token_id
-        spelled_out = set(self._encode("".join(special), untrusted=True)) & set(special.values()) - {unknown_id}
+        ids = set(self._special.values()) - {self.tokenizer.unk_token_id}
+        spelled_out = set(self.untrusted_ids("".join(self._special))) & ids
         if spelled_out:
             raise ValueError(
                 "bridge: special tokens spelled out in guidance must stay ordinary text, got ids "
                 f"{sorted(spelled_out)}; this tokenizer does not honour split_special_tokens"
             )
-        notes, bridge_ids = [], self._frame(_GUIDANCE)
+        notes, bridge_ids = [], self.frame(self.before, GUIDANCE, self.after)
         for what, answer in _PROBES.items():
             rendered_ids = self.prompt_ids(_dialogue(answer))
             if rendered_ids[-len(bridge_ids) :] != bridge_ids:
@@ -149,9 +199,15 @@ class Bridge:
                     f"bridge: the pieces must be the chat template's own rendering behind {what}, got {bridge_ids} "
                     f"where the template has {rendered_ids[-len(bridge_ids) :]}"
                 )
-            sampled_context = self._render(_dialogue(answer)[:1]) + answer
-            if not self._render(_dialogue(answer)).startswith(sampled_context):
-                notes.append(f"the chat template rewrites {what} once it is history; rows keep it as sampled")
+            prompt, rendered = self.render(_dialogue(answer)[:1]), self.render(_dialogue(answer))
+            if not rendered.startswith((prompt + answer, f"{prompt} {answer}")):  # sentencepiece samples that space
+                notes.append(_NOTE.format(what))
+        with_system = [{"role": "system", "content": "SocpoSystem"}, *_dialogue(ANSWER)]
+        try:
+            if not self.render(with_system).startswith(self.render(with_system[:2])):  # Mistral moves it along
+                notes.append(_NOTE.format("a prompt with a system message"))
+        except ValueError:
+            pass  # such prompts are refused where they are rendered
         return tuple(notes)
 
 
@@ -159,7 +215,7 @@ def _dialogue(answer: str) -> list[dict[str, str]]:
     return [
         {"role": "user", "content": _QUESTION},
         {"role": "assistant", "content": answer},
-        {"role": "user", "content": _GUIDANCE},
+        {"role": "user", "content": GUIDANCE},
     ]
 
 

@@ -9,16 +9,19 @@ casts whole columns and cannot say which row was bad.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.graders import check_ground_truth
 from socpo_fast.types import Question
 
 _ROLES = ("system", "user", "assistant")
@@ -26,13 +29,21 @@ _SHOWN_ERRORS = 5
 
 
 def load_questions(
-    path: str, *, split: str = "train", bridge: Bridge | None = None, max_prompt_tokens: int | None = None
+    path: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    grader: str = "exact",
+    bridge: Bridge | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> list[Question]:
     """All questions of a data set; `questions[i].question_idx` is i.
 
     Args:
         path:              a .parquet or .jsonl file, a folder of them, or the name of a hub data set.
         split:             of a folder or hub data set; a file is its own split.
+        subset:            of a folder or hub data set that has several (its "config"); None: it has one.
+        grader:            name of the grader; a ground_truth under which no answer could be right is a bad row.
         bridge:            the student's, to count prompt tokens.
         max_prompt_tokens: questions with longer prompts are left out, with a warning that counts them; None keeps all.
 
@@ -43,11 +54,13 @@ def load_questions(
     name = Path(path).name
     questions: list[Question] = []
     errors: list[str] = []
-    for row_number, row in enumerate(_rows(path, split), start=1):
+    for row_number, row in enumerate(_rows(path, split, subset), start=1):
         if row is None:
             continue
         try:
-            questions.append(_to_question(row, question_idx=len(questions), default_source=Path(path).stem))
+            question = _to_question(row, question_idx=len(questions), default_source=Path(path).stem)
+            check_ground_truth(grader, question)
+            questions.append(question)
         except ValueError as error:
             errors.append(f"data: {name} row {row_number}: {error}")
     if errors:
@@ -61,7 +74,13 @@ def load_questions(
 def _drop_overlong(questions: list[Question], name: str, bridge: Bridge | None, limit: int) -> list[Question]:
     if bridge is None:
         raise ValueError("load_questions: max_prompt_tokens needs bridge, got None")
-    kept = [question for question in questions if len(bridge.prompt_ids(question.messages)) <= limit]
+    kept = []
+    for question in questions:
+        try:
+            if len(bridge.prompt_ids(question.messages)) <= limit:
+                kept.append(question)
+        except ValueError as error:  # some chat templates know no system message
+            raise ValueError(f"data: {name} question {question.question_idx + 1}: {error}") from error
     if not kept:
         raise ValueError(f"data: {name}: every prompt is longer than {limit} tokens; raise data.max_prompt_tokens")
     if len(kept) < len(questions):
@@ -70,10 +89,12 @@ def _drop_overlong(questions: list[Question], name: str, bridge: Bridge | None, 
     return [replace(question, question_idx=idx) for idx, question in enumerate(kept)]
 
 
-def _rows(path: str, split: str) -> Iterator[dict[str, Any] | str | None]:
+def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] | str | None]:
     """The rows in order: a dict, None for an empty line, or a string where a line is no JSON object (its reason)."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it logs the errors that it raises
     place = Path(path).expanduser()
     kind = {".parquet": "parquet", ".jsonl": "text"}.get(place.suffix)
     if kind and not place.is_file():
@@ -88,9 +109,14 @@ def _rows(path: str, split: str) -> Iterator[dict[str, Any] | str | None]:
                 rows = load_dataset(kind, data_files=str(place), split="train", streaming=True, cache_dir=cache)
             else:
                 source = str(place) if place.is_dir() else path
-                rows = load_dataset(source, split=split, streaming=True, cache_dir=cache)
+                rows = load_dataset(source, subset, split=split, streaming=True, cache_dir=cache)
             yield from (_parse_line(row["text"]) for row in rows) if kind == "text" else rows
-        except (OSError, ValueError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            DatasetsError,
+        ) as error:  # RuntimeError: code in it, which never runs
             what = kind or f"a data set with a split {split!r}"
             raise ValueError(f"data: {path} must be readable as {what} ({error})") from error
 
@@ -100,7 +126,7 @@ def _parse_line(line: str) -> dict[str, Any] | str | None:
         return None
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # broken, a number of thousands of digits, thousands of brackets
         return f"must be a JSON object, got {line[:40]!r} ({error})"
     return row if isinstance(row, dict) else f"must be a JSON object, got {line[:40]!r}"
 
@@ -125,13 +151,16 @@ def _to_question(row: dict[str, Any] | str, *, question_idx: int, default_source
         reference = row.get("reference_solution")
     else:
         raise ValueError(f"must have prompt or question, got {', '.join(sorted(row)) or 'no fields'}")
-    if not isinstance(reference, str | None):
-        raise ValueError(f"reference_solution must be text, got {reference!r:.40}")
+    source = row.get("data_source")
+    for name, value in (("reference_solution", reference), ("data_source", source), ("ground_truth", ground_truth)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name} must be text, got {value!r:.40}")
+        (value or "").encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
     return Question(
         question_idx=question_idx,
         messages=messages,
         ground_truth=ground_truth,
-        data_source=str(row.get("data_source") or default_source),
+        data_source=source or default_source,
         reference_solution=reference or None,
     )
 
@@ -144,7 +173,7 @@ def _messages(messages: Any) -> tuple[dict[str, str], ...]:
             raise ValueError(f"a message must have a role of {', '.join(_ROLES)}, got {message!r:.40}")
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             raise ValueError(f"the {message['role']} message must have text, got {message.get('content')!r:.40}")
-        message["content"].encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
+        message["content"].encode()  # as above
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message must be the user's, got {messages[-1]['role']}")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
@@ -154,7 +183,7 @@ def _field(row: dict[str, Any], key: str, name: str) -> str:
     value = row.get(key)
     if value is None or value == "":
         raise ValueError(f"{name} is missing")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not (isinstance(value, str | int) or (isinstance(value, float) and isfinite(value))):
         raise ValueError(f"{name} must be text or a number, got {value!r:.40}")
     return str(value)
 
@@ -168,15 +197,26 @@ def question_order(seed: int, epoch: int, n: int) -> list[int]:
 def batch_questions(questions: Sequence[Question], seed: int, batch_idx: int, size: int) -> list[Question]:
     """The questions of batch `batch_idx` (from 0), a function of its arguments alone, so a run resumes from the index.
 
-    An epoch has n // size batches; the rest of its permutation is left out, so no question is twice in a batch.
+    Batches cut a stream of epochs, each a permutation, so every question comes once an epoch. A batch across the border
+    of two epochs takes from the new one the first questions that it does not have yet: none is twice in a batch.
 
     Raises:
         ValueError: size is not in [1, n].
     """
-    if not 1 <= size <= len(questions):
-        raise ValueError(
-            f"data: rollout.questions_per_batch must be in [1, {len(questions)} questions], got {size}; lower it"
-        )
-    epoch, place = divmod(batch_idx, len(questions) // size)
-    order = question_order(seed, epoch, len(questions))
-    return [questions[i] for i in order[place * size : (place + 1) * size]]
+    n = len(questions)
+    if not 1 <= size <= n:
+        raise ValueError(f"data: rollout.questions_per_batch must be in [1, {n} questions], got {size}; lower it")
+    epoch, place = divmod(batch_idx * size, n)
+    order: list[int] = []
+    for e in range(epoch + 1):
+        order = _next_epoch(order, seed, e, n, size)
+    stream = order[place:] + _next_epoch(order, seed, epoch + 1, n, size)
+    return [questions[i] for i in stream[:size]]
+
+
+def _next_epoch(before: list[int], seed: int, epoch: int, n: int, size: int) -> list[int]:
+    """The epoch's permutation; those that stand in a batch with the end of the one before are new to that batch."""
+    order, begun = question_order(seed, epoch, n), set(before[n - epoch * n % size :])
+    first = [i for i in order if i not in begun][: size - len(begun)]
+    chosen = set(first)
+    return first + [i for i in order if i not in chosen]

@@ -5,6 +5,7 @@ A grader sees text only and never raises for what a model wrote: an answer that 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -32,6 +33,27 @@ STATED_LETTER = (  # ways to name a letter as the answer
 )
 _LINE_ALONE = re.compile(rf"^[ \t*_(\[]*({OPTION_LETTER})[ \t*_)\].:]*\r?$", re.MULTILINE)
 _MENTIONS = (re.compile(rf"\(({OPTION_LETTER})\)"), re.compile(rf"^[ \t*_]*({OPTION_LETTER})[*_]*[):.]", re.MULTILINE))
+
+
+OPTION_LINE = re.compile(r"^\s*\(?([A-J])[):.]\s+(.+?)\s*$", re.MULTILINE)  # (letter, text) of a listed option
+_LETTERS = {"sciknoweval": "ABCD", "mcq": "ABCDEFGHIJ"}
+
+
+def check_ground_truth(grader: str, question: Question) -> None:
+    """Refuse a ground_truth under which no answer could be right: no letter, or none of the options A, B, .. listed.
+
+    Raises:
+        ValueError: with the reason alone.
+    """
+    letters = _LETTERS.get(grader)
+    if letters is None:
+        return
+    truth = question.ground_truth.strip()
+    listed = "".join(sorted({letter for letter, _ in OPTION_LINE.findall(question.text)}))
+    if len(listed) > 1 and letters.startswith(listed):  # otherwise it is no list of options
+        letters = listed
+    if (truth.upper() if grader == "mcq" else truth) not in tuple(letters):
+        raise ValueError(f"ground_truth must be one of {', '.join(letters)} for grader {grader}, got {truth[:40]!r}")
 
 
 def grade_sciknoweval(text: str, question: Question) -> bool:
@@ -91,6 +113,8 @@ def _math_grader() -> Grader:
         raise ValueError(
             "data.grader: math needs math-verify, which is not installed; pip install 'socpo_fast[math]'"
         ) from error
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs what it could not read, in full
 
     def grade_math(text: str, question: Question) -> bool:
         """The last formula of the text equals ground_truth. Main thread only: its time limits (5 s) are signals."""

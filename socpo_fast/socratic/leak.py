@@ -1,17 +1,20 @@
-"""Does guidance give the answer away? For the metric guidance/leak_rate; an estimate by surface form, no judge."""
+"""Does guidance give the answer away? For guidance/leak_rate and teacher.on_leak.
+
+An estimate by surface form, no judge.
+"""
 
 from __future__ import annotations
 
 import re
 
-from socpo_fast.socratic.graders import OPTION_LETTER, STATED_LETTER, same_value
+from socpo_fast.socratic.graders import OPTION_LETTER, OPTION_LINE, STATED_LETTER, same_value
 from socpo_fast.types import Question
 
-_OPTION_LINE = re.compile(r"^\s*\(?([A-J])[):.]\s+(.+?)\s*$", re.MULTILINE)
 _PICK = re.compile(
     r"\b(?i:choose|pick|select|mark|correct|right)(?i:\s+(?:is|the|option|choice|answer|one))*[\s:*_(\"]+"
     rf"({OPTION_LETTER})"
 )
+_MASK = "[...]"
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?![\w]|\.\d)", re.ASCII)
 
 
@@ -22,25 +25,41 @@ def leaks_answer(guidance_text: str, question: Question) -> bool:
     counts unless the guidance repeats every option. A value counts wherever it stands on its own, unless the question
     gives that value itself; then only when called the answer.
     """
-    truth = question.ground_truth.strip()
-    options = dict(_OPTION_LINE.findall(question.text))
-    if re.fullmatch(r"[A-J]", truth) and truth in options:
-        if any(truth in pattern.findall(guidance_text) for pattern in (*STATED_LETTER, _PICK)):
-            return True
-        named = {letter for letter, text in options.items() if _stands_in(text, guidance_text)}
-        return truth in named and len(named) < len(options)
-    if not _stands_in(truth, guidance_text):
-        return False
-    return not _stands_in(truth, question.text) or _is_called_answer(truth, guidance_text)
+    return bool(_answer_spans(guidance_text, question))
 
 
-def _stands_in(value: str, text: str) -> bool:
-    """value occurs in text on word borders, whatever the case and spacing; numbers as numbers."""
-    if any(same_value(number, value) for number in _NUMBER.findall(text)):
-        return True
-    words = r"\s+".join(re.escape(word) for word in value.split())
-    return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) is not None
+def mask_answer(guidance_text: str, question: Question) -> str:
+    """The guidance with "[...]" in place of every letter, option text or value for which leaks_answer holds."""
+    has_word = any(char.isalnum() for char in question.ground_truth)  # otherwise the mask itself might state it
+    mask = _MASK if has_word else ""
+    while spans := sorted(_answer_spans(guidance_text, question), reverse=True):
+        until = len(guidance_text)
+        for start, end in spans:  # from the last to the first; one that reaches into a masked one is part of it
+            if end <= until:
+                guidance_text = f"{guidance_text[:start]}{mask}{guidance_text[end:]}"
+                until = start
+    return guidance_text
 
 
-def _is_called_answer(value: str, text: str) -> bool:
-    return re.search(rf"\banswer\b[^.\n]{{0,20}}?(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE) is not None
+def _answer_spans(text: str, question: Question) -> list[tuple[int, int]]:
+    """Where the answer is stated, from and to."""
+    truth, options = question.ground_truth.strip(), dict(OPTION_LINE.findall(question.text))
+    letter = truth.upper()  # as the mcq grader reads it
+    if letter in options:
+        stated = [found for pattern in (*STATED_LETTER, _PICK) for found in pattern.finditer(text)]
+        named = {option: _places(option_text, text) for option, option_text in options.items()}
+        spelled_out = [] if all(named.values()) else named[letter]
+        return [found.span(1) for found in stated if found[1] == letter] + spelled_out
+    places = _places(truth, text)
+    if places and _places(truth, question.text):
+        called = rf"\banswer\b[^.\n]{{0,20}}?(?<!\w)({re.escape(truth)})(?!\w)"
+        return [found.span(1) for found in re.finditer(called, text, re.IGNORECASE)]
+    return places
+
+
+def _places(value: str, text: str) -> list[tuple[int, int]]:
+    """Where value occurs in text on word borders, whatever the case and spacing; numbers as numbers."""
+    places = [number.span() for number in _NUMBER.finditer(text) if same_value(number[0], value)]
+    if words := r"\s+".join(re.escape(word) for word in value.split()):
+        places += [found.span() for found in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE)]
+    return places

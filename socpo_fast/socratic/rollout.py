@@ -15,17 +15,21 @@ from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from socpo_fast.engine import Engine
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.graders import Grader
+from socpo_fast.socratic.history import context_ids, template_bridge
+from socpo_fast.socratic.leak import leaks_answer, mask_answer
 from socpo_fast.socratic.teachers import Teacher
-from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout, SamplingParams
+from socpo_fast.types import Attempt, EndReason, Guidance, GuidanceRequest, Question, Rollout, SamplingParams
 
 ELISION = "\n[...]\n"
+Context = Literal["tokens", "template"]
+OnLeak = Literal["keep", "drop", "mask"]
 
 
 def socratic_rollouts(
@@ -42,6 +46,8 @@ def socratic_rollouts(
     batch_idx: int = 0,
     attempt_limit: int = 1024,
     guidance_limit: int = 2048,
+    context: Context = "tokens",
+    on_leak: OnLeak = "keep",
     view: Literal["head_tail", "head"] = "head_tail",
     reveal_answer: bool = False,
     show_reference: bool = False,
@@ -56,6 +62,10 @@ def socratic_rollouts(
         batch_idx:      with question_idx the name of the sampling noise: the same one gives the same tokens.
         attempt_limit:  tokens of a wrong attempt that the next one sees; the rest stays in the rollout and is trained.
         guidance_limit: tokens of the teacher's message that the student sees.
+        context:        "tokens": the next attempt sees what was sampled; "template": what the chat template makes of it
+                        once it is history (see history.py). What was sampled is trained either way.
+        on_leak:        guidance that states the answer (see leak.py) is shown, ends the rollout as "leaked", or is
+                        shown with "[...]" in place of the answer. Rollout.said keeps what the teacher said.
         view:           what the teacher sees of an attempt longer than attempt_limit.
         timeout_s:      for one guidance, retries included; after it the rollout ends as "guidance_failed".
 
@@ -67,6 +77,9 @@ def socratic_rollouts(
             "socratic_rollouts: group_size, max_attempts and attempt_limit must be >= 1, "
             f"got {group_size}, {max_attempts}, {attempt_limit}"
         )
+    for name, value, known in (("context", context, get_args(Context)), ("on_leak", on_leak, get_args(OnLeak))):
+        if value not in known:
+            raise ValueError(f"socratic_rollouts: {name} must be one of {', '.join(known)}, got {value!r}")
     if len({question.question_idx for question in questions}) != len(questions):
         raise ValueError("socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it")
     if engine.has_work:
@@ -80,6 +93,8 @@ def socratic_rollouts(
         max_attempts=max_attempts,
         batch_idx=batch_idx,
         attempt_limit=attempt_limit,
+        context=context,
+        on_leak=on_leak,
         view=view,
         reveal_answer=reveal_answer,
         show_reference=show_reference,
@@ -110,6 +125,8 @@ class _Episodes:
     max_attempts: int
     batch_idx: int
     attempt_limit: int
+    context: Context
+    on_leak: OnLeak
     view: Literal["head_tail", "head"]
     reveal_answer: bool
     show_reference: bool
@@ -168,28 +185,52 @@ class _Episodes:
             if guidance is None:
                 self.end(rollout, "guidance_failed")
             else:
-                text = guidance.text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
-                self.resume(rollout, self.bridge.fit(text.strip()))
+                self.guide(rollout, guidance.text.encode("utf-8", "replace").decode())  # half a surrogate pair is none
+
+    def guide(self, rollout: Rollout, text: str) -> None:
+        """Show the guidance that fits, or what on_leak leaves of it."""
+        question, shown = self.questions[rollout.question_idx], self.bridge.fit(text.strip())
+        rollout.said.append(shown)
+        if self.on_leak == "drop" and leaks_answer(shown, question):
+            self.end(rollout, "leaked")
+            return
+        while self.on_leak == "mask" and leaks_answer(
+            shown, question
+        ):  # again: a shorter text may leak what one did not
+            shown = self.bridge.fit(mask_answer(shown, question))
+        self.resume(rollout, shown)
 
     def resume(self, rollout: Rollout, guidance: str) -> None:
-        """The second attempt: the first one (up to the limit), the bridge around the guidance, then the student."""
+        """The next attempt, behind the last one (up to the limit) and the bridge around the guidance."""
         attempt = rollout.attempts[-1]
-        cut = self.attempt_limit if attempt.num_tokens > self.attempt_limit else None
-        ended = cut is None and attempt.token_ids[-1] == self.bridge.end_of_turn_id
-        bridge = self.bridge.bridge_ids(guidance, ended=ended)
-        rollout.cuts.append(cut)
-        rollout.bridges.append(bridge)
-        context = len(rollout.prompt_ids) + sum(map(len, rollout.bridges))
-        context += sum(a.num_tokens if c is None else c for a, c in zip(rollout.attempts, rollout.cuts, strict=True))
-        if context + self.params.max_new_tokens > self.engine.max_tokens:
-            rollout.cuts.pop()
-            rollout.bridges.pop()
+        cut, bridge = self.next_bridge(rollout, guidance)
+        seen = len(context_ids(rollout)) + (attempt.num_tokens if cut is None else cut) + len(bridge)
+        if seen + self.params.max_new_tokens > self.engine.max_tokens:
             self.end(rollout, "overflow")
             return
+        rollout.cuts.append(cut)
+        rollout.bridges.append(bridge)
         rollout.guidance.append(guidance)
         self.engine.resume(attempt, bridge, self.params, cut=cut)
 
-    def end(self, rollout: Rollout, reason: Literal["correct", "max_attempts", "guidance_failed", "overflow"]) -> None:
+    def next_bridge(self, rollout: Rollout, guidance: str) -> tuple[int | None, list[int]]:
+        """How much of the last attempt the next one sees, and what stands between the two."""
+        if self.context == "template":
+            messages = self.questions[rollout.question_idx].messages
+            found = template_bridge(self.bridge, messages, rollout, guidance, attempt_limit=self.attempt_limit)
+            if found is not None:
+                return found
+            warnings.warn(
+                f"chat template: cannot render the history of question {rollout.question_idx} rollout "
+                f"{rollout.rollout_idx}; it stays as sampled",
+                stacklevel=2,
+            )
+        attempt = rollout.attempts[-1]
+        cut = self.attempt_limit if attempt.num_tokens > self.attempt_limit else None
+        ended = cut is None and attempt.token_ids[-1] == self.bridge.end_of_turn_id
+        return cut, self.bridge.bridge_ids(guidance, ended=ended)
+
+    def end(self, rollout: Rollout, reason: EndReason) -> None:
         rollout.end_reason = reason
         self.engine.release(rollout.attempts[-1:])
         del self.rollouts[rollout.question_idx, rollout.rollout_idx]

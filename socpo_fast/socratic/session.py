@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from socpo_fast.config import Config
@@ -12,14 +12,15 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
+from socpo_fast.socratic.evaluation import Scores
 from socpo_fast.socratic.graders import make_grader
 from socpo_fast.socratic.rollout import background, socratic_rollouts
-from socpo_fast.socratic.summary import mean, success_rates
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import Teacher, make_teacher, retry_teacher
 from socpo_fast.types import Question, Rollout, SamplingParams
 
 EVAL_BATCH = -1  # names the noise of evaluations: the same draws every time, none of them training's
+EVAL_SLICE_ROLLOUTS = 4096  # in flight together: many times max_running, so that a slice's end costs little
 BUILTIN_EVAL_SEED = 0  # the held-out questions are the same for every run
 
 
@@ -32,10 +33,14 @@ class Session:
         device = select_device(config.run.device)
         path = config.student.path
         self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path).expanduser()
-        self.tokenizer = load_tokenizer(self.student_folder)
-        self.bridge = Bridge(self.tokenizer, guidance_limit=config.rollout.guidance_limit)
         self.grader = make_grader(config.data.grader)
         self.student = load_student(self.student_folder, dtype=config.student.dtype, device=str(device))
+        self.tokenizer = load_tokenizer(self.student_folder)  # after the model, which reports a bad config.json better
+        self.bridge = Bridge(
+            self.tokenizer,
+            guidance_limit=config.rollout.guidance_limit,
+            enable_thinking=config.student.enable_thinking,
+        )
         self.engine = Engine(
             self.student,
             kv_cache_gib=config.engine.kv_cache_gib,
@@ -43,6 +48,7 @@ class Session:
             max_running=config.engine.max_running,
             token_budget=config.engine.token_budget,
         )
+        self._check_room()
         self.uses_teacher = config.rollout.max_attempts > 1
         self.teacher: Teacher = (
             make_teacher(config.teacher, seed=config.run.seed, dtype=config.student.dtype, device=str(device))
@@ -60,14 +66,33 @@ class Session:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Prompts that can be rolled out: data.max_prompt_tokens, or less where model or KV cache hold less."""
-        return min(self.config.data.max_prompt_tokens, self.engine.max_tokens - self.config.rollout.max_new_tokens)
+        """Prompts that can be rolled out: data.max_prompt_tokens, or less where the model holds less."""
+        positions = self.student.config.max_position_embeddings
+        return min(self.config.data.max_prompt_tokens, positions - self.config.rollout.max_new_tokens)
+
+    def _check_room(self) -> None:
+        """The KV cache holds the longest context there can be, so its size decides nothing that is measured."""
+        rollout, positions = self.config.rollout, self.student.config.max_position_embeddings
+        if self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"rollout: rollout.max_new_tokens must be below the model's {positions} positions, "
+                f"got {rollout.max_new_tokens}; lower it"
+            )
+        seen = min(rollout.attempt_limit, rollout.max_new_tokens) + rollout.guidance_limit
+        seen += len(self.bridge.bridge_ids("", ended=False))
+        longest = self.max_prompt_tokens + (rollout.max_attempts - 1) * seen + rollout.max_new_tokens
+        needed, room = min(longest, positions), self.engine.max_tokens
+        if needed > room:
+            raise ValueError(
+                f"engine: engine.kv_cache_gib must hold the longest context, {needed} tokens, got room for {room}; "
+                "raise it, or lower data.max_prompt_tokens, rollout.max_new_tokens or rollout.guidance_limit"
+            )
 
     def train_questions(self) -> list[Question]:
         data = self.config.data
         if data.train == "builtin":
             return molar_mass.questions(self.config.run.seed, data.builtin_train_questions, "train")
-        return load_questions(data.train, bridge=self.bridge, max_prompt_tokens=self.max_prompt_tokens)
+        return self._load_questions(data.train, data.train_split)
 
     def eval_questions(self) -> list[Question]:
         """The held-out questions, [] when the config names none."""
@@ -77,10 +102,18 @@ class Session:
         if data.eval == "builtin":
             questions = molar_mass.questions(BUILTIN_EVAL_SEED, data.builtin_eval_questions, "eval")
         else:
-            questions = load_questions(
-                data.eval, split="test", bridge=self.bridge, max_prompt_tokens=self.max_prompt_tokens
-            )
+            questions = self._load_questions(data.eval, data.eval_split)
         return questions[: self.config.eval.max_questions]
+
+    def _load_questions(self, path: str, split: str) -> list[Question]:
+        return load_questions(
+            path,
+            split=split,
+            subset=self.config.data.subset,
+            grader=self.config.data.grader,
+            bridge=self.bridge,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
 
     def training_rollouts(self, questions: Sequence[Question], batch_idx: int) -> Iterator[Rollout]:
         rollout = self.config.rollout
@@ -92,31 +125,29 @@ class Session:
             batch_idx=batch_idx,
         )
 
-    def evaluate(self, questions: Sequence[Question]) -> dict[str, float]:
-        """Unassisted avg@k of the student as it is, and with eval.assisted the teacher's help on top, told apart.
+    def evaluate(
+        self, questions: Sequence[Question], on_rollout: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Unassisted success of the student as it is, and with eval.assisted the teacher's help on top, told apart.
 
-        The same noise every time, and the first attempts of the assisted episodes are the unassisted ones.
+        The same noise every time, and the first attempts of the assisted episodes are the unassisted ones. Questions
+        go through the engine a slice at a time and leave counts only; how they are sliced changes no number.
         """
         config, started = self.config.eval, time.perf_counter()
         assisted = config.assisted and self.uses_teacher
-        rollouts = list(
-            self._rollouts(
-                questions,
+        scores = Scores(questions, samples=config.samples, assisted=assisted)
+        size = max(EVAL_SLICE_ROLLOUTS // config.samples, 1)
+        for start in range(0, len(questions), size):
+            for rollout in self._rollouts(
+                questions[start : start + size],
                 self._params(temperature=config.temperature, top_p=config.top_p),
                 group_size=config.samples,
                 max_attempts=self.config.rollout.max_attempts if assisted else 1,
                 batch_idx=EVAL_BATCH,
-            )
-        )
-        rates = success_rates(rollouts)
-        if not assisted:
-            del rates["success/assisted"]
-        attempts = [rollout.attempts[0] for rollout in rollouts]
-        return rates | {
-            "rollout/attempt_tokens": mean([float(attempt.num_tokens) for attempt in attempts]),
-            "rollout/truncated": mean([float(attempt.finish_reason == "length") for attempt in attempts]),
-            "time/total_s": time.perf_counter() - started,
-        }
+            ):
+                scores.add(rollout)
+                on_rollout()
+        return scores.metrics() | {"time/total_s": time.perf_counter() - started}
 
     def _params(self, *, temperature: float, top_p: float) -> SamplingParams:
         return SamplingParams(
@@ -149,6 +180,8 @@ class Session:
             bridge=self.bridge,
             batch_idx=batch_idx,
             attempt_limit=rollout.attempt_limit,
+            context=rollout.context,
+            on_leak=teacher.on_leak,
             view=teacher.view,
             reveal_answer=teacher.reveal_answer,
             show_reference=teacher.show_reference,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from socpo_fast.metrics import source_metric
 from socpo_fast.socratic.leak import leaks_answer
 from socpo_fast.types import Question, Rollout
 
+MAX_SOURCES = 32  # more of them are not told apart: a data set may name each row's source differently
+
+
+def sources_of(questions: Iterable[Question]) -> list[str]:
+    """The data sources to be told apart, in order of their names; none when there is one only, or too many."""
+    sources = sorted({question.data_source for question in questions})
+    return sources if 1 < len(sources) <= MAX_SOURCES else []
+
 
 def success_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """avg@k over the rollouts of each question, then over questions; the headline is the unassisted one.
+    """Shares of rollouts; the headline is the unassisted one.
 
     success/unassisted counts the first attempt only; success/assisted whether any attempt was right.
     """
@@ -20,21 +29,35 @@ def success_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def summarize(
-    rollouts: Sequence[Rollout], questions: Mapping[int, Question], decay_factors: Sequence[float]
+    rollouts: Sequence[Rollout],
+    questions: Mapping[int, Question],
+    decay_factors: Sequence[float],
+    sources: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Metrics of one batch. Rates are per rollout, leak_rate and rescue_rate per guidance that was given."""
+    """Metrics of one batch. Rates are per rollout; rescue_rate per guided one, leak_rate per guidance, shown or not.
+
+    sources: the whole data set's, from sources_of; success is also given for each that the batch has.
+    """
     guided = [rollout for rollout in rollouts if rollout.guidance]
-    texts = [(text, questions[rollout.question_idx]) for rollout in guided for text in rollout.guidance]
+    texts = [(text, questions[rollout.question_idx]) for rollout in rollouts for text in rollout.said]
     attempts = [attempt for rollout in rollouts for attempt in rollout.attempts]
     reasons = [rollout.end_reason for rollout in rollouts]
+    by_source = {source: [r for r in rollouts if r.data_source == source] for source in sources}
     return {
         **success_rates(rollouts),
+        **{
+            source_metric(name, source): rate
+            for source, chosen in by_source.items()
+            if chosen
+            for name, rate in success_rates(chosen).items()
+        },
         "reward/mean": mean([reward for rollout in rollouts for reward in rollout.rewards]),
         **{f"decay/f_{n}": factor for n, factor in enumerate(decay_factors, start=1)},
         "guidance/rate": mean([float(bool(rollout.guidance)) for rollout in rollouts]),
         "guidance/rescue_rate": mean([float(any(rollout.is_correct)) for rollout in guided]),
         "guidance/leak_rate": mean([float(leaks_answer(text, question)) for text, question in texts]),
         "guidance/failed": float(reasons.count("guidance_failed")),
+        "guidance/leaked": float(reasons.count("leaked")),
         "guidance/overflow": float(reasons.count("overflow")),
         "rollout/attempt_tokens": mean([float(attempt.num_tokens) for attempt in attempts]),
         "rollout/truncated": mean([float(attempt.finish_reason == "length") for attempt in attempts]),

@@ -41,6 +41,7 @@ class ScriptedEngine:
     steps_at_resume: list[int] = field(default_factory=list)
     num_steps: int = 0
     per_step: int = 100
+    eos_ids: tuple[int, ...] = PARAMS.eos_ids
 
     @property
     def has_work(self) -> bool:
@@ -54,8 +55,11 @@ class ScriptedEngine:
     def resume(self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, cut: int | None) -> None:
         self.pinned.remove(attempt)
         name = (attempt.key.question, attempt.rollout_idx)
-        context = self.contexts[(*name, attempt.attempt_idx)] + attempt.token_ids[:cut] + suffix_ids
-        self.contexts[(*name, attempt.attempt_idx + 1)] = context
+        before = self.contexts[(*name, attempt.attempt_idx)]
+        kept = len(before) + (attempt.num_tokens if cut is None else cut)
+        assert suffix_ids
+        assert 1 <= kept <= len(before) + attempt.num_tokens
+        self.contexts[(*name, attempt.attempt_idx + 1)] = (before + attempt.token_ids)[:kept] + suffix_ids
         self.pending.append((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1))
         self.steps_at_resume.append(self.num_steps)
 
@@ -65,7 +69,7 @@ class ScriptedEngine:
         done = []
         for key, r, k in now:
             ids = self.script[key.question, r][k]
-            reason = "stop" if ids[-1] in PARAMS.eos_ids else "length"
+            reason = "stop" if ids[-1] in self.eos_ids else "length"
             ones = torch.ones(len(ids))
             done.append(Attempt(ids, -ones, ones, reason, key, r, k, 0))
         self.pinned += done

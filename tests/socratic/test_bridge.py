@@ -54,7 +54,7 @@ def test_notes_say_what_the_template_would_rewrite() -> None:
     (note,) = Bridge(tiny_tokenizer(LLAMA3), guidance_limit=1).notes
     assert "white space" in note
     thinking = Bridge(tiny_tokenizer(THINKING), guidance_limit=100)
-    assert len(thinking.notes) == 3  # history lacks the <think> that its generation prompt opens
+    assert len(thinking.notes) == 4  # history lacks the <think> that its generation prompt opens
     assert text_of(thinking, thinking.bridge_ids("Check.", ended=True)).endswith("<|im_start|>assistant\n<think>\n")
 
 

@@ -2,12 +2,15 @@
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from socpo_fast.socratic.data import batch_questions, load_questions, question_order
 from socpo_fast.types import Question
@@ -66,6 +69,12 @@ def test_jsonl(tmp_path: Path) -> None:
         ({"text": "?"}, "must have prompt or question, got text"),
         ({"question": "?"}, "ground_truth is missing"),
         ({"question": "?", "ground_truth": ""}, "ground_truth is missing"),
+        ('{"question": "?", "ground_truth": NaN}', "ground_truth must be text or a number, got nan"),
+        ('{"question": "?", "ground_truth": ' + "1" * 5000 + "}", "must be a JSON object, got"),
+        ("[" * 100_000, "must be a JSON object, got"),
+        ({"question": "?", "ground_truth": "1", "data_source": 3}, "data_source must be text, got 3"),
+        ({"question": 3, "ground_truth": "1"}, "the user message must have text, got 3"),
+        ({"question": "\ud800", "ground_truth": "1"}, "surrogates not allowed"),
         ({"question": "?", "ground_truth": True}, "ground_truth must be text or a number, got True"),
         ({"question": " ", "ground_truth": "1"}, "the user message must have text, got ' '"),
         ({"question": "?", "ground_truth": "1", "reference_solution": 3}, "reference_solution must be text, got 3"),
@@ -108,6 +117,79 @@ def test_bad_files(tmp_path: Path) -> None:
         load_questions(str(tmp_path / "absent.parquet"))
 
 
+OPTIONS = "Which?\n\nA: 1\nB: 2\nC: 3\n"
+
+
+@pytest.mark.parametrize(
+    ("grader", "text", "truth", "rule"),
+    [
+        ("sciknoweval", "Which?", "E", "one of A, B, C, D for grader sciknoweval, got 'E'"),
+        ("sciknoweval", "Which?", "b", "one of A, B, C, D for grader sciknoweval, got 'b'"),
+        ("sciknoweval", "Which?", "AB", "one of A, B, C, D for grader sciknoweval, got 'AB'"),
+        ("sciknoweval", OPTIONS, "D", "one of A, B, C for grader sciknoweval, got 'D'"),
+        ("mcq", "Which?", "K", "one of A, B, C, D, E, F, G, H, I, J for grader mcq, got 'K'"),
+        ("mcq", OPTIONS, "d", "one of A, B, C for grader mcq, got 'd'"),
+        ("mcq", "Which?", 2, "one of A, B, C, D, E, F, G, H, I, J for grader mcq, got '2'"),
+        ("mcq", OPTIONS, "c", None),
+        ("sciknoweval", "By\nA. Smith and\nC. Jones", "D", None),  # no list of options
+        ("exact", OPTIONS, "D", None),
+    ],
+)
+def test_a_ground_truth_outside_the_options(tmp_path: Path, grader: str, text: str, truth: Any, rule: str) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [VERL_ROW | {"reward_model": {"ground_truth": "A"}}])
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"question": text, "ground_truth": truth}) + "\n")
+    if rule is None:
+        assert len(load_questions(path, grader=grader)) == 2
+        return
+    with pytest.raises(ValueError, match=r"data: train.jsonl row 2: ground_truth must be ") as error:
+        load_questions(path, grader=grader)
+    assert rule in str(error.value)
+
+
+def test_a_folder_is_a_data_set_with_splits_and_subsets(tmp_path: Path) -> None:
+    """As a hub data set's repository lies on a disk."""
+    for name, truth in (("train", "1"), ("validation", "2"), ("hard", "3")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"question": "?", "ground_truth": truth}])
+    assert load_questions(str(tmp_path), split="validation")[0].ground_truth == "2"
+    with pytest.raises(ValueError, match=r"with a split 'test' \(Bad split: test. Available splits: .*validation"):
+        load_questions(str(tmp_path), split="test")
+    configs = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("train", "hard")]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+    assert load_questions(str(tmp_path), subset="hard")[0].ground_truth == "3"
+    for subset, reason in ((None, "Config name is missing"), ("soft", "'soft' not found")):
+        with pytest.raises(ValueError, match=f"data: .*{reason}"):
+            load_questions(str(tmp_path), subset=subset)
+
+
+def test_code_in_a_data_set_is_never_run(tmp_path: Path) -> None:
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="data: .*scripted must be readable as a data set with a split 'train'"):
+        load_questions(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, split and subset; streamed; and when the hub says no, in one line."""
+    asked: list[Any] = []
+
+    def load_dataset(*given: Any, **named: Any) -> list[dict[str, Any]]:
+        asked.append((*given, named["split"], named["streaming"]))
+        return [VERL_ROW, {"question": "?", "ground_truth": None}] if given[1] == "bad" else [VERL_ROW]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert load_questions("owner/name", split="test", subset="main")[0].text == "1 + 1?"
+    assert asked == [("owner/name", "main", "test", True)]
+    with pytest.raises(ValueError, match="data: name row 2: ground_truth is missing"):
+        load_questions("owner/name", subset="bad")
+    for error in (DatasetNotFoundError("no such data set"), ConnectionError("offline"), DatasetGenerationError("x")):
+        monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
+        with pytest.raises(ValueError, match="data: owner/name must be readable as a data set with a split 'train'"):
+            load_questions("owner/name")
+
+
 class WordBridge:
     """Counts words as tokens."""
 
@@ -146,16 +228,25 @@ def test_order_is_fixed_for_all_time() -> None:
     assert sorted(question_order(7, 3, 100)) == list(range(100))
 
 
-def test_batches_are_epochs_of_different_questions() -> None:
+@given(n=st.integers(1, 12), data=st.data(), seed=st.integers(0, 99))
+def test_every_question_comes_once_an_epoch_and_never_twice_a_batch(n: int, data: st.DataObject, seed: int) -> None:
+    size = data.draw(st.integers(1, n))
+    questions, epochs = make_questions(n), 4
+    num_batches = -(-epochs * n // size)
+    batches = [[q.question_idx for q in batch_questions(questions, seed, b, size)] for b in range(num_batches)]
+    assert all(len(set(batch)) == size for batch in batches)
+    stream = [idx for batch in batches for idx in batch]
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+    drawn = data.draw(st.integers(0, num_batches - 1))  # a resumed run asks for any batch first
+    assert [q.question_idx for q in batch_questions(questions, seed, drawn, size)] == batches[drawn]
+
+
+def test_epochs_differ_in_order_and_the_first_is_the_permutation() -> None:
     questions = make_questions(10)
-    batches = [[q.question_idx for q in batch_questions(questions, 5, b, 3)] for b in range(6)]
-    for epoch in (batches[:3], batches[3:]):  # 10 // 3 batches an epoch, one question left out
-        counts = Counter(idx for batch in epoch for idx in batch)
-        assert len(counts) == 9
-        assert set(counts.values()) == {1}
-    assert batches[:3] != batches[3:]
-    assert [q.question_idx for q in batch_questions(questions, 5, 4, 3)] == batches[4]
-    assert len(batch_questions(questions, 5, 0, 10)) == 10
+    batches = [[q.question_idx for q in batch_questions(questions, 5, b, 5)] for b in range(4)]
+    assert batches[0] + batches[1] == question_order(5, 0, 10)
+    assert batches[2] + batches[3] == question_order(5, 1, 10) != question_order(5, 0, 10)
     with pytest.raises(ValueError, match=r"questions_per_batch must be in \[1, 10 questions\], got 11"):
         batch_questions(questions, 5, 0, 11)
 
@@ -165,6 +256,6 @@ def test_real_sciknoweval() -> None:
     files = sorted(Path(os.environ["SOCPO_SCIKNOWEVAL"]).glob("*/*.parquet"))
     assert files
     for path in files:
-        questions = load_questions(str(path))
+        questions = load_questions(str(path), grader="sciknoweval")
         assert {question.ground_truth for question in questions} == set("ABCD")
         assert {question.data_source for question in questions} == {f"sciknoweval/{path.parent.name}"}

@@ -27,6 +27,15 @@ def question(ground_truth: str) -> Question:
         ("<answer>\nA\n</answer> no, <answer>\nB\n</answer>", True),
         ("<answer>\nB\n</answer> no, <answer>\nA\n</answer>", False),
         ("<answer>\nB\n</answer> then <answer>\nnone\n</answer>", True),  # the last strict block, not the last block
+        ("<answer>\r\nA\r\n</answer>\n<answer>\nB\r\n</answer>", True),
+        ("<answer>\rB\r</answer>", False),
+        ("<answer>\n\nB\n</answer>", False),
+        ("<answer>\n B\n</answer>", False),
+        ("<ANSWER>\nB\n</ANSWER>", False),
+        ("<answer>\nE\n</answer>", False),
+        ("<answer>\nAB\n</answer>", False),
+        ("<answer>\nB", False),
+        ("<answer>\n<answer>\nB\n</answer>\n</answer>", True),
         ("<answer>B</answer>", False),
         ("<answer>\nB.\n</answer>", False),
         ("<answer>\nb\n</answer>", False),
@@ -124,6 +133,17 @@ def test_math_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_math(text: str, truth: str, is_correct: bool) -> None:
     pytest.importorskip("math_verify")
     assert make_grader("math")(text, question(truth)) is is_correct
+
+
+def test_math_bounds_hostile_answers(caplog: pytest.LogCaptureFixture) -> None:
+    """Wrong soon (parsing and comparing have 5 s each; the first would take ages), and nothing of it in a log."""
+    pytest.importorskip("math_verify")
+    grade = make_grader("math")
+    for text in ("9^{9^{9^{9}}}", "{" * 20_000, "1" * 10_000, "\x00", "\ud800", "\\sqrt{" * 50, "x=1+" * 1000):
+        started = time.perf_counter()
+        assert grade("\\boxed{" + text + "}", question("4")) is False
+        assert time.perf_counter() - started < 60  # on a busy machine
+    assert not caplog.records
 
 
 def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:

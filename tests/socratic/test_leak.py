@@ -1,23 +1,26 @@
-"""Which guidance gives the answer away."""
+"""Which guidance gives the answer away, and what teacher.on_leak does about it."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from socpo_fast.socratic.leak import leaks_answer
-from socpo_fast.types import Question
+from socpo_fast.socratic.leak import leaks_answer, mask_answer
+from socpo_fast.socratic.rollout import socratic_rollouts
+from socpo_fast.socratic.summary import summarize
+from socpo_fast.socratic.teachers import RuleTeacher
+from socpo_fast.types import Question, Rollout
+from tests.socratic.scripted import BRIDGE, END, PARAMS, TOKENIZER, ScriptedEngine, encode
 
 OPTIONS = "How much?\n\nA: 2.92\nB: 7.36\nC: two newtons\nD: 3.35\nPlease reason step by step."
 
 
+def asked(ground_truth: str, text: str = OPTIONS) -> Question:
+    messages = ({"role": "user", "content": text},)
+    return Question(question_idx=0, messages=messages, ground_truth=ground_truth, data_source="test")
+
+
 def leaks(guidance: str, ground_truth: str, text: str = OPTIONS) -> bool:
-    return leaks_answer(
-        guidance,
-        Question(
-            question_idx=0,
-            messages=({"role": "user", "content": text},),
-            ground_truth=ground_truth,
-            data_source="test",
-        ),
-    )
+    return leaks_answer(guidance, asked(ground_truth, text))
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,123 @@ def test_a_value_that_the_question_gives_must_be_called_the_answer() -> None:
 
 def test_a_letter_that_is_no_option_is_a_value() -> None:
     assert leaks("The element is C.", "C", "Which element has six protons?")
+
+
+def test_a_small_letter_is_the_letter_too() -> None:
+    assert leaks("The answer is B.", "b")  # the mcq grader takes it so
+
+
+@pytest.mark.parametrize(
+    ("guidance", "truth", "masked"),
+    [
+        ("The answer is B.", "B", "The answer is [...]."),
+        ("Choose option B: 7.36 N, not 2.92.", "B", "Choose option [...]: [...] N, not 2.92."),
+        ("It comes to Two  Newtons. two newtons!", "C", "It comes to [...]. [...]!"),
+        ("Compare 2.92, 7.36, two newtons and 3.35.", "B", "Compare 2.92, 7.36, two newtons and 3.35."),
+        ("Add 7.36 and 1.", "D", "Add 7.36 and 1."),
+        ("Sum it: 18.020 g, so 18.02.", "18.02", "Sum it: [...] g, so [...]."),
+        ("Use ... here", "...", "Use  here"),
+    ],
+)
+def test_masking(guidance: str, truth: str, masked: str) -> None:
+    assert mask_answer(guidance, asked(truth)) == masked
+
+
+def test_masking_leaves_what_the_question_gives() -> None:
+    question = asked("4", "How many of the 4 apples are red?")
+    assert mask_answer("Of 4 apples: the answer is 4.", question) == "Of 4 apples: the answer is [...]."
+
+
+PARTS = [
+    "The answer is ",
+    "option ",
+    "B",
+    "C",
+    "7.36",
+    "7.360",
+    "two newtons",
+    "(",
+    ")",
+    ". ",
+    " is correct",
+    "\n",
+    "[...]",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    guidance=st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=9).map("".join),
+    truth=st.sampled_from(["B", "C", "b", "7.36", "two newtons", "4", "...", "[", ".", "", "x"]),
+    text=st.sampled_from([OPTIONS, "How many of the 4 apples? 7.36"]),
+)
+def test_what_is_masked_leaks_no_more(guidance: str, truth: str, text: str) -> None:
+    question = asked(truth, text)
+    masked = mask_answer(guidance, question)
+    assert not leaks_answer(masked, question)
+    assert (masked == guidance) == (not leaks_answer(guidance, question))
+
+
+def roll(on_leak: str, *, guidance: str = "Sum again. The answer is B.", limit: int = 50) -> tuple[Rollout, dict]:
+    """One rollout whose answers are wrong; and the metrics of that batch."""
+    engine = ScriptedEngine({(0, 0): [[*encode("no"), END]] * 2})
+    question = asked("B")
+    (rollout,) = socratic_rollouts(
+        engine,
+        TOKENIZER,
+        [question],
+        teacher=RuleTeacher(lambda _request: guidance),
+        grader=lambda _text, _question: False,
+        params=PARAMS,
+        group_size=1,
+        max_attempts=2,
+        guidance_limit=limit,
+        on_leak=on_leak,
+    )
+    assert not engine.pinned
+    return rollout, summarize([rollout], {0: question}, [])
+
+
+@pytest.mark.parametrize(
+    ("on_leak", "shown", "reason"),
+    [
+        ("keep", ["Sum again. The answer is B."], "max_attempts"),
+        ("mask", ["Sum again. The answer is [...]."], "max_attempts"),
+        ("drop", [], "leaked"),
+    ],
+)
+def test_on_leak(on_leak: str, shown: list[str], reason: str) -> None:
+    rollout, metrics = roll(on_leak)
+    assert (rollout.guidance, rollout.end_reason) == (shown, reason)
+    assert len(rollout.attempts) == 1 + len(shown)
+    assert rollout.bridges == [BRIDGE.bridge_ids(text, ended=True) for text in shown]
+    assert rollout.said == ["Sum again. The answer is B."]
+    assert metrics["guidance/leak_rate"] == 1.0, "what was said counts, shown or not"
+    assert metrics["guidance/leaked"] == float(on_leak == "drop")
+    assert metrics["guidance/failed"] == 0.0
+
+
+@pytest.mark.parametrize("on_leak", ["keep", "mask", "drop"])
+def test_guidance_that_leaks_nothing_is_shown(on_leak: str) -> None:
+    rollout, metrics = roll(on_leak, guidance="Sum again.")
+    assert (rollout.guidance, rollout.said, rollout.end_reason) == (["Sum again."], ["Sum again."], "max_attempts")
+    assert metrics["guidance/leak_rate"] == metrics["guidance/leaked"] == 0.0
+
+
+def test_a_masked_text_that_is_cut_is_looked_at_again() -> None:
+    """All four options named is no leak, but the mask is longer than the letter and pushes the last one out."""
+    said = "The answer is B. Compare 2.92, 7.36, two newtons, 3.35"
+    rollout, _ = roll("mask", guidance=said, limit=len(encode(said)))
+    assert "two newtons" in rollout.guidance[0]
+    assert "3.35" not in rollout.guidance[0]
+    assert "7.36" not in rollout.guidance[0]
+
+
+def test_a_masked_text_fits_and_a_leak_beyond_the_limit_is_none() -> None:
+    limit = len(encode("Sum again. The answer is B."))
+    rollout, _ = roll("mask", limit=limit)
+    assert rollout.guidance[0].startswith("Sum again. The answer is [.")
+    assert len(encode(rollout.guidance[0])) <= limit
+    rollout, metrics = roll("drop", limit=len(encode("Sum again.")))
+    assert (rollout.guidance, rollout.end_reason) == (["Sum again."], "max_attempts")
+    assert metrics["guidance/leak_rate"] == 0.0

@@ -1,8 +1,15 @@
-"""Small tokenizers with the chat templates of the families we support, built in memory."""
+"""Small tokenizers with the chat templates of the families we support, built in memory.
+
+family() has the special tokens and the real layout of a family (templates/README.md); tiny_tokenizer() takes a template
+of its own, short enough to read beside a test.
+"""
+
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+TEMPLATES = Path(__file__).parent / "templates"
 CORPUS = ["the student adds two numbers and checks every step of the sum", "user system assistant SocpoGuidance think"]
 
 CHATML = (
@@ -30,9 +37,38 @@ _SPECIAL = {
 }
 
 
+_MISTRAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+FAMILIES: dict[str, tuple[list[str], dict[str, str]]] = {  # special tokens, and which of them is what
+    "smollm2": (_SPECIAL[CHATML], {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}),
+    "qwen2_5": (_SPECIAL[CHATML], {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
+    "qwen3": (_SPECIAL[CHATML], {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
+    "llama3": (_SPECIAL[LLAMA3], {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}),
+    "mistral_nemo": (_MISTRAL, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "mistral_v3": (_MISTRAL, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+}
+
+
+def family(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a family in small: its template and special tokens; sentencepiece for mistral_v3."""
+    special, roles = FAMILIES[name]
+    tokenizer = _sentencepiece(special) if name == "mistral_v3" else _byte_level(special)
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **roles)
+
+
 def tiny_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with GPT-2's splitting, eos and bos as the template's family has them."""
+    """Byte-level, eos and bos as the template's family has them."""
     special = _SPECIAL.get(template or "", _SPECIAL[CHATML])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level(special),
+        bos_token=special[0] if template == LLAMA3 else None,
+        eos_token=special[0] if template != LLAMA3 else special[-1],
+        chat_template=template,
+    )
+
+
+def _byte_level(special: list[str]) -> Tokenizer:
+    """Byte-level BPE with GPT-2's splitting."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -49,9 +85,25 @@ def tiny_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=special[0] if template == LLAMA3 else None,
-        eos_token=special[0] if template != LLAMA3 else special[-1],
-        chat_template=template,
+    return tokenizer
+
+
+def _sentencepiece(special: list[str]) -> Tokenizer:
+    """Sentencepiece's ways: a space before the first word, byte fallback, merges that build words from the left."""
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    merges = []
+    for word in " ".join(CORPUS).split():
+        for end in range(len(word)):
+            left, right = "\u2581" + word[:end], word[end]
+            if left + right not in pieces:
+                merges.append((left, right))
+                pieces.append(left + right)
+    vocab = {piece: idx for idx, piece in enumerate(pieces)}
+    model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer

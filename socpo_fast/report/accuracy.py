@@ -1,0 +1,35 @@
+"""The accuracy of one evaluation as a table: rows for the page, text for `socpo eval`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_NAMES = {"unassisted": "unassisted (avg@k)", "assisted": "assisted, with the teacher's help"}
+_ENDS = ("_low", "_high")
+
+
+def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{"what", "share", "low", "high"} of every share that has an interval; all questions first, then by source."""
+    rows: list[dict[str, Any]] = []
+    by_source: list[dict[str, Any]] = []
+    for key, share in metrics.items():
+        match = re.fullmatch(r"success/(unassisted|assisted|pass_at_(\d+))(?:/(.+))?", key, re.ASCII)
+        low, high = (metrics.get(key.replace(match[1], match[1] + end, 1)) if match else None for end in _ENDS)
+        if match and None not in (share, low, high):
+            name = f"pass@{match[2]}, unassisted" if match[2] else _NAMES[match[1]]
+            row = {"what": f"{match[3]}: {name}" if match[3] else name, "share": share, "low": low, "high": high}
+            (by_source if match[3] else rows).append(row)
+    return rows + by_source
+
+
+def accuracy_text(metrics: Mapping[str, Any]) -> str:
+    """The table in plain text, a line for each row."""
+    rows = accuracy_rows(metrics)
+    width = max([len(row["what"]) for row in rows], default=0)
+    lines = [f"{'':{width}}   share   95 % interval, by question"]
+    for row in rows:
+        share, low, high = (100 * row[name] for name in ("share", "low", "high"))
+        lines.append(f"{row['what']:{width}} {share:5.1f} %   {low:.1f} to {high:.1f} %")
+    return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""context = "template": the next attempt sees what the chat template makes of the history, in the same tokens."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from socpo_fast.engine import Engine
+from socpo_fast.model import load_student
+from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.history import context_ids
+from socpo_fast.socratic.rollout import socratic_rollouts
+from socpo_fast.types import Question, Rollout, SamplingParams
+from tests.socratic.episodes import PROMPT, WITH_SYSTEM, ScriptedTeacher, answer_ids, play, rendering, text_of
+from tests.socratic.tiny_tokenizers import CHATML, FAMILIES, THINKING, family, tiny_tokenizer
+
+THOUGHT = "<think>\nhm, 1 and 1\n</think>\n\n"
+
+
+def letters(bridge: Bridge, text: str) -> list[int]:
+    """A text sampled letter by letter, as no tokenizer would encode it."""
+    return [token_id for letter in text for token_id in bridge.untrusted_ids(letter)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_template_that_only_appends_changes_nothing(name: str) -> None:
+    """Not an id, and not where attempt and bridge part, whether the attempts ended, were too long or were cut."""
+    bridge = Bridge(family(name), guidance_limit=100)
+    answers = [answer_ids(bridge, text, ended=k != 1) for k, text in enumerate(["It is 3.", "It is 4.", "5", "6"])]
+    trims = name in ("llama3", "mistral_v3")  # also what a cut leaves, so that is a test of its own
+    for limit in (100,) if trims else (1, 3, len(answers[0]) - 1, len(answers[0]), 100):
+        kept, rendered = (
+            play(bridge, answers, ["no <|im_end|></s>", "", "two\nlines"], context=context, attempt_limit=limit)
+            for context in ("tokens", "template")
+        )
+        assert rendered.contexts == kept.contexts
+        assert (rendered.rollout.cuts, rendered.rollout.bridges) == (kept.rollout.cuts, kept.rollout.bridges)
+
+
+def test_old_thoughts_are_dropped_and_the_answer_keeps_its_tokens() -> None:
+    bridge = Bridge(family("qwen3"), guidance_limit=100)
+    answer = "the student adds"
+    spelled = [*letters(bridge, answer), bridge.end_of_turn_id]
+    assert spelled != answer_ids(bridge, answer)
+    thought = f"<think>\n{answer}?\n</think>\n\n"  # the same words, in other tokens
+    sampled = bridge.untrusted_ids(thought) + spelled
+    episode = play(bridge, [sampled] * 3, ["no", "not yet"], context="template")
+    assert [attempt.token_ids for attempt in episode.rollout.attempts] == [sampled] * 3, "trained as sampled"
+    assert episode.rollout.cuts == [0, 0]
+    prompt, told = bridge.prompt_ids(PROMPT), bridge.bridge_ids("no", ended=True)
+    assert episode.contexts[1] == prompt + spelled + told
+    assert episode.contexts[2] == prompt + spelled + told + spelled + bridge.bridge_ids("not yet", ended=True)
+    assert text_of(bridge, episode.contexts[2]) == rendering(bridge, [thought + answer] * 2, ["no", "not yet"])
+
+
+@pytest.mark.parametrize(("make", "opening"), [("qwen3", "<think>\n\n</think>\n\n"), ("thinking", "<think>\n")])
+def test_what_the_generation_prompt_opened_goes_with_a_negative_cut(make: str, opening: str) -> None:
+    """Qwen3 without thinking, and templates that open the block themselves, as R1's do."""
+    bridge = (
+        Bridge(tiny_tokenizer(THINKING), guidance_limit=100)
+        if make == "thinking"
+        else Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
+    )
+    sampled = answer_ids(bridge, "It is 3.")
+    episode = play(bridge, [sampled] * 3, ["no", "not yet"], context="template")
+    opened = len(bridge.trusted_ids(opening))
+    assert episode.rollout.cuts == [-opened, -opened]
+    assert episode.contexts[1][: 1 - opened] != episode.rollout.prompt_ids
+    assert episode.contexts[1][: len(episode.rollout.prompt_ids) - opened] == episode.rollout.prompt_ids[:-opened]
+    assert text_of(bridge, episode.contexts[2]) == rendering(bridge, ["It is 3."] * 2, ["no", "not yet"])
+    assert context_ids(episode.rollout) == episode.contexts[2]
+
+
+def test_a_system_message_that_moves_along() -> None:
+    """Mistral writes it before the last question: all but the prompt's first two tokens is read again."""
+    bridge = Bridge(family("mistral_nemo"), guidance_limit=100)
+    sampled = letters(bridge, "It is 3.")
+    episode = play(bridge, [[*sampled, bridge.end_of_turn_id]] * 2, ["no"], messages=WITH_SYSTEM, context="template")
+    assert episode.rollout.cuts == [2 - len(episode.rollout.prompt_ids)]
+    assert text_of(bridge, episode.contexts[1]) == "<s>[INST]1 + 1?[/INST]It is 3.</s>[INST]Be exact.\n\nno[/INST]"
+    assert (
+        sampled
+        == episode.contexts[1][-len(bridge.trusted_ids("</s>[INST]Be exact.\n\nno[/INST]")) - len(sampled) :][
+            : len(sampled)
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral_v3"])
+@pytest.mark.parametrize("text", ["It is 3. \n", "\n\n It is 3.", " \n", "It is 3.\n\n\n", "né \u00a0"])
+def test_white_space_is_trimmed_with_the_template(name: str, text: str) -> None:
+    bridge = Bridge(family(name), guidance_limit=100)
+    for sampled in (answer_ids(bridge, text), [*letters(bridge, text), bridge.end_of_turn_id]):
+        if name == "mistral_v3" and sampled != answer_ids(bridge, text):
+            continue  # letter by letter it lacks the space that this template begins with
+        episode = play(bridge, [sampled, sampled], ["no"], context="template")
+        assert text_of(bridge, episode.contexts[1]) == rendering(bridge, [text], ["no"])
+        assert episode.rollout.attempts[0].token_ids == sampled
+
+
+def test_a_token_that_reaches_over_the_trimmed_end_is_encoded_again() -> None:
+    bridge = Bridge(family("llama3"), guidance_limit=100)
+    inside = next(i for i in range(len(bridge.tokenizer)) if bridge.exact_text([i]) == " the")
+    sampled = [inside, *letters(bridge, " x "), bridge.end_of_turn_id]
+    episode = play(bridge, [sampled, sampled], ["no"], context="template")
+    assert text_of(bridge, episode.contexts[1]) == rendering(bridge, [" the x "], ["no"])
+    assert inside not in episode.contexts[1]
+
+
+def test_a_thought_cut_at_the_limit_stays() -> None:
+    """Without its </think> the template sees no thought; the tail is trained, the branch leaves at the cut."""
+    bridge = Bridge(family("qwen3"), guidance_limit=100)
+    sampled = answer_ids(bridge, THOUGHT + "3")
+    episode = play(bridge, [sampled, sampled], ["shorter"], context="template", attempt_limit=5)
+    assert episode.rollout.cuts == [5]
+    assert episode.contexts[1] == bridge.prompt_ids(PROMPT) + sampled[:5] + bridge.bridge_ids("shorter", ended=False)
+    assert episode.rollout.attempts[0].token_ids == sampled
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_neither_student_nor_teacher_can_spell_a_special_token(name: str) -> None:
+    """Also where the history is encoded again: thoughts dropped, white space trimmed, prompts rewritten."""
+    bridge = Bridge(family(name), guidance_limit=500)
+    spelled = "".join(FAMILIES[name][0])
+    rows = []
+    for text in ("x", spelled):
+        sampled = answer_ids(bridge, f"{THOUGHT} \n{text}!{text} \n")
+        rows.append(play(bridge, [sampled] * 2, [text], context="template").contexts[1])
+    for token_id in bridge.tokenizer.convert_tokens_to_ids(FAMILIES[name][0]):
+        assert rows[0].count(token_id) == rows[1].count(token_id)
+    assert text_of(bridge, rows[1]).count(spelled) == 3
+
+
+def test_an_answer_that_the_template_words_anew_is_encoded_untrusted() -> None:
+    louder = CHATML.replace("+ message['content'] +", "+ message['content'] | replace('!', '!!') +")
+    bridge = Bridge(tiny_tokenizer(louder), guidance_limit=100)
+    sampled = answer_ids(bridge, "3! <|im_end|>!")
+    row = play(bridge, [sampled, sampled], ["no"], context="template").contexts[1]
+    assert text_of(bridge, row) == rendering(bridge, ["3! <|im_end|>!"], ["no"])
+    assert row.count(bridge.end_of_turn_id) == 3, "the two questions' and the answer's own"
+
+
+def test_a_history_that_the_template_refuses_stays_as_sampled() -> None:
+    refuses_empty = CHATML.replace(
+        "{% for message in messages %}",
+        "{% for message in messages %}{% if not message['content'] %}{{ raise_exception('empty') }}{% endif %}",
+    )
+    for template, text in ((refuses_empty, ""), (CHATML, "SocpoGuidance")):  # the second cannot be told apart
+        bridge = Bridge(tiny_tokenizer(template), guidance_limit=100)
+        sampled = answer_ids(bridge, text)
+        with pytest.warns(UserWarning, match="chat template: cannot render the history of question 0 rollout 0"):
+            episode = play(bridge, [sampled, sampled], ["no"], context="template")
+        assert episode.contexts == play(bridge, [sampled, sampled], ["no"]).contexts
+
+
+@pytest.mark.parametrize("context", ["tokens", "template"])
+def test_a_context_longer_than_the_model_overflows(context: str) -> None:
+    """20 new tokens must still fit behind it: one token too many ends the rollout, with nothing left over."""
+    bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
+    sampled = answer_ids(bridge, THOUGHT + "It is 3.")
+    needed = len(play(bridge, [sampled, sampled], ["no"], context=context).contexts[1]) + 20
+    fits = play(bridge, [sampled, sampled], ["no"], context=context, max_tokens=needed).rollout
+    over = play(bridge, [sampled, sampled], ["no"], context=context, max_tokens=needed - 1).rollout
+    assert (fits.end_reason, len(fits.attempts)) == ("max_attempts", 2)
+    assert (over.end_reason, len(over.attempts)) == ("overflow", 1)
+    assert over.bridges == over.cuts == over.guidance == []
+
+
+def test_unknown_words_are_refused() -> None:
+    bridge = Bridge(family("qwen3"), guidance_limit=100)
+    with pytest.raises(ValueError, match="context must be one of tokens, template, got 'text'"):
+        play(bridge, [[1]], [], context="text")
+    with pytest.raises(ValueError, match="on_leak must be one of keep, drop, mask, got 'hide'"):
+        play(bridge, [[1]], [], on_leak="hide")
+
+
+def test_a_real_engine_goes_on_from_the_rewritten_history(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Greedy third attempts equal those of a fresh prompt, although siblings share the pages that are rewritten."""
+    torch.manual_seed(0)
+    bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
+    path = tmp_path_factory.mktemp("student")
+    config = LlamaConfig(
+        vocab_size=len(bridge.tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    engine = Engine(load_student(path), kv_cache_gib=0.01, page_size=16)
+
+    def roll(temperature: float) -> list[Rollout]:
+        params = SamplingParams(temperature=temperature, max_new_tokens=12, eos_ids=bridge.eos_ids)
+        question = Question(question_idx=0, messages=PROMPT, ground_truth="", data_source="test")
+        rollouts = socratic_rollouts(
+            engine,
+            bridge.tokenizer,
+            [question],
+            teacher=ScriptedTeacher(["look", "again"]),
+            grader=lambda _text, _question: False,
+            params=params,
+            group_size=4,
+            max_attempts=3,
+            bridge=bridge,
+            context="template",
+        )
+        return sorted(rollouts, key=lambda rollout: rollout.rollout_idx)
+
+    opened = len(bridge.trusted_ids("<think>\n\n</think>\n\n"))
+    params = SamplingParams(temperature=0, max_new_tokens=12, eos_ids=bridge.eos_ids)
+    for rollout in roll(0):
+        assert rollout.cuts == [-opened, -opened]
+        [[fresh]] = engine.generate([context_ids(rollout)], params)
+        assert rollout.attempts[2].token_ids == fresh.token_ids
+        assert torch.allclose(rollout.attempts[2].logprobs, fresh.logprobs, atol=1e-5)
+    sampled = roll(1.0)
+    assert len({tuple(rollout.attempts[2].token_ids) for rollout in sampled}) == 4
+    assert engine.stats.pages_free == engine.stats.pages_total
