@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-slow lint types size clean
+.PHONY: train test test-slow lint types size aot clean
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -26,6 +26,10 @@ types: $(INSTALLED)
 
 size:
 	$(PYTHON) tests/size.py
+
+# Every Triton kernel compiled for sm_80, sm_90 and sm_100; needs no GPU.
+aot: $(INSTALLED)
+	$(VENV_PYTHON) -m bench.aot
 
 clean:
 	rm -rf .venv build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

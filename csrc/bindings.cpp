@@ -11,6 +11,17 @@ TORCH_LIBRARY(socpo, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, float scale) -> Tensor");
+  m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
+  // grad_logits may be logits itself; then that, too, is overwritten
+  m.def(
+      "policy_rows(Tensor logits, Tensor(a!)? grad_logits, Tensor targets, Tensor old_logprobs, Tensor advantages, "
+      "Tensor? attempt_of_token, Tensor weights, Tensor inv_temperature, float clip_low, float clip_high, "
+      "float dual_clip, float entropy_coef, Tensor? ref_logprobs, float kl_coef, int kl_estimator, bool need_entropy) "
+      "-> Tensor values");
+  m.def("logprob_rows(Tensor logits, Tensor targets, Tensor inv_temperature) -> Tensor values");
+  m.def(
+      "logprob_rows_backward(Tensor logits, Tensor(a!) grad_logits, Tensor targets, Tensor inv_temperature, "
+      "Tensor logsumexp, Tensor entropy, Tensor grad_logprobs, Tensor? grad_entropy) -> ()");
 }
 
 PyMODINIT_FUNC PyInit__C() {

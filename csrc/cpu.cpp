@@ -4,7 +4,8 @@
 
 namespace socpo {
 
-#define SOCPO_KERNELS(isa) Kernels{isa::sample_row, isa::softmax_weights, isa::attend_block}
+#define SOCPO_KERNELS(isa) \
+  Kernels{isa::sample_row, isa::softmax_weights, isa::attend_block, isa::row_sums, isa::row_gradient}
 
 static Kernels choose_kernels() {
 #ifdef SOCPO_X86

@@ -15,6 +15,8 @@ struct Kernels {
   decltype(&baseline::sample_row) sample_row;
   decltype(&baseline::softmax_weights) softmax_weights;
   decltype(&baseline::attend_block) attend_block;
+  decltype(&baseline::row_sums) row_sums;
+  decltype(&baseline::row_gradient) row_gradient;
 };
 
 // Those for torch's own choice of instruction set (the environment's ATEN_CPU_CAPABILITY lowers it).

@@ -59,8 +59,14 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   return o;
 }
 
+at::Tensor paged_attention_meta(const at::Tensor& q, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                const at::Tensor&, const at::Tensor&, double) {
+  return at::empty_like(q);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(socpo, CPU, m) { m.impl("paged_attention", paged_attention); }
+TORCH_LIBRARY_IMPL(socpo, Meta, m) { m.impl("paged_attention", paged_attention_meta); }
 
 }  // namespace socpo

@@ -100,8 +100,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sample(const at::Tensor& logits, 
   return {token_ids, logprobs, kept_mass};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_meta(const at::Tensor& logits, const at::Tensor& row_keys,
+                                                           const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                           const at::Tensor&) {
+  const auto logprobs = [&] { return at::empty_symint({logits.sym_size(0)}, logits.options()); };
+  return {at::empty_symint({logits.sym_size(0)}, row_keys.options()), logprobs(), logprobs()};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(socpo, CPU, m) { m.impl("sample", sample); }
+TORCH_LIBRARY_IMPL(socpo, Meta, m) { m.impl("sample", sample_meta); }
 
 }  // namespace socpo

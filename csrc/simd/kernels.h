@@ -26,6 +26,13 @@ struct Draw {
   double sum_weights;  // sum of the weights drawn from, the exp of that
 };
 
+// What one pass over a row of logits leaves, with x = (logit - max) * inverse_temperature.
+struct RowSums {
+  double max;       // the largest logit; -inf when there is no other
+  double sum;       // of exp(x)
+  double weighted;  // of x exp(x), when asked for
+};
+
 // Query rows of one sequence and one KV head: `num_tokens` tokens of `group` heads each, in one block.
 struct AttentionBlock {
   const float* q;  // first token's first head of the group
@@ -50,6 +57,11 @@ struct AttentionBlock {
   /* weights[i] = exp((logit_i - largest) / temperature), <= 1; returns their sum. */                    \
   double softmax_weights(const SampleRow& row, float* weights);                                          \
   void attend_block(const AttentionBlock& block);                                                        \
+  /* Online max and sums (Milakov and Gimelshein 2018): the row is read from memory once. */             \
+  RowSums row_sums(const float* logits, int64_t vocab, float inverse_temperature, bool need_weighted);   \
+  /* grad[i] = exp(x_i) (scale + slope x_i), with 0 for x_i = -inf; may be done in place. */              \
+  void row_gradient(const float* logits, float* grad, int64_t vocab, float inverse_temperature, float max, float scale, \
+                    float slope);                                                                         \
   }
 
 SOCPO_DECLARE_KERNELS(baseline)

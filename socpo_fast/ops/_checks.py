@@ -39,17 +39,21 @@ class TensorChecker:
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
         """Every entry in [0, size)."""
-        bad = (index < 0) | (index >= size)
-        if bad.any():
-            place = int(bad.int().argmax())
-            raise ValueError(f"{self.where}: {name} must be in [0, {size}), got {int(index[place])} at {place}")
+        self.every(name, index, (index >= 0) & (index < size), f"in [0, {size})")
 
     def finite(self, name: str, x: Tensor, *, at_least: float | None = None) -> None:
         """Every entry finite and, where asked, not below `at_least`."""
-        bad = ~x.isfinite() if at_least is None else ~(x.isfinite() & (x >= at_least))
-        if bad.any():
-            place = int(bad.int().argmax())
-            rule = "finite" if at_least is None else f"finite and >= {at_least:g}"
+        if at_least is None:
+            self.every(name, x, x.isfinite(), "finite")
+        else:
+            self.every(name, x, x.isfinite() & (x >= at_least), f"finite and >= {at_least:g}")
+
+    def every(self, name: str, x: Tensor, holds: Tensor, rule: str) -> None:
+        """`holds` in every row. The host does not wait for a GPU to know: there the check fails on the device."""
+        if x.is_cuda:
+            torch._assert_async(holds.all(), f"{self.where}: {name} must be {rule}")
+        elif not holds.all():
+            place = int((~holds).int().argmax())
             raise ValueError(f"{self.where}: {name} must be {rule}, got {x[place].item()} at {place}")
 
 

@@ -1,21 +1,24 @@
 """Which implementation of an op runs: one table, one choice, one error.
 
-`ref` is plain torch on any device; `cpp` is the compiled extension `socpo_fast._C` on the CPU. `auto` takes the
-fastest one that can run on the tensors' device. Naming one that cannot run is an error, never a silent fallback.
+`ref` is plain torch on any device; `cpp` is the compiled extension `socpo_fast._C` on the CPU; `triton` is the kernels
+of socpo_fast/kernels on a GPU, and on the CPU under TRITON_INTERPRET=1. `auto` takes the fastest one that can run on
+the tensors' device. Naming one that cannot run is an error, never a silent fallback.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 
 import torch
 
 IMPLS: dict[str, tuple[str, ...]] = {
-    "decay_rewards": ("ref",),
-    "compute_advantages": ("ref",),
-    "linear_logprob": ("ref",),
-    "linear_policy_loss": ("ref",),
+    "decay_rewards": ("ref", "triton"),
+    "compute_advantages": ("ref", "triton"),
+    "linear_logprob": ("ref", "cpp", "triton"),
+    "linear_policy_loss": ("ref", "cpp", "triton"),
     "policy_loss": ("ref",),
     "packed_attention": ("ref",),
     "paged_attention": ("ref", "cpp"),
@@ -26,6 +29,8 @@ IMPLS: dict[str, tuple[str, ...]] = {
 def choose_impl(op: str, impl: str, available: tuple[str, ...], device: torch.device) -> str:
     """The implementation to run for `impl` = "auto" or a name in `available` (the op's row of IMPLS)."""
     if impl == "auto":
+        if device.type == "cuda":
+            return "triton" if "triton" in available and triton_is_installed() else "ref"
         return "cpp" if "cpp" in available and device.type == "cpu" and extension_is_built() else "ref"
     if impl not in available:
         raise ValueError(f"{op}: impl must be one of auto, {', '.join(available)}, got {impl!r}")
@@ -36,6 +41,13 @@ def choose_impl(op: str, impl: str, available: tuple[str, ...], device: torch.de
             f"{op}: impl 'cpp' needs the extension socpo_fast._C; "
             "build it with `pip install --no-build-isolation -e .` or use impl='ref'"
         )
+    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"{op}: impl must be auto or ref for tensors on {device}, got 'triton', which runs on a GPU, "
+            "and on the CPU under TRITON_INTERPRET=1"
+        )
+    if impl == "triton" and not triton_is_installed():
+        raise RuntimeError(f"{op}: impl 'triton' needs the package triton; pip install triton or use impl='ref'")
     return impl
 
 
@@ -52,3 +64,9 @@ def extension_is_built() -> bool:
     except ModuleNotFoundError:
         return False
     return True
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    """True when `import triton` would find it; it is imported only by the kernels, and only when they are chosen."""
+    return importlib.util.find_spec("triton") is not None

@@ -1,16 +1,21 @@
 """LM head and log-softmax of single targets: linear_logprob_ref is the formula by chunks, linear_logprob the op.
 
-The full [N, V] logits never exist: each chunk is projected, reduced to two numbers a row and projected again in the
-backward. That costs a fourth GEMM; `linear_policy_loss`, which knows its own upstream gradient, does not need it.
+The full [N, V] logits never exist: each chunk is projected, reduced to three numbers a row (_LinearLogprob.forward) and
+projected again in the backward. That costs a fourth GEMM; `linear_policy_loss`, which knows its own upstream gradient,
+does not need it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from socpo_fast.ops._checks import FLOATS, INDEX, WIDE_FLOATS, TensorChecker, check_rule
+from socpo_fast.ops._head import WORKSPACE_MIB, ChunkedHead, check_head_options, inverse_temperatures, row_passes
 from socpo_fast.ops._impl import IMPLS, choose_impl
 
 _CHUNK_LOGITS = 1 << 25  # logits alive at once in the reference, 128 MiB in fp32
@@ -59,6 +64,7 @@ def linear_logprob(
     temperature: float | Tensor,
     rows_N: Tensor | None = None,
     entropy_grad: bool = False,
+    workspace_mib: float = WORKSPACE_MIB,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token and the entropy of its row, without storing the [N, V] logits.
@@ -75,7 +81,8 @@ def linear_logprob(
         rows_N:       [N] int64, each in [0, T): the row of hidden that predicts target n; may repeat. None is row n,
                       with N = T.
         entropy_grad: whether entropy carries a gradient.
-        impl:         "auto" or "ref".
+        workspace_mib: > 0, what a chunk of logits may take; at least 16 rows are projected at once.
+        impl:         "auto", "ref", "cpp" or "triton".
 
     Returns:
         logprobs_N [N] fp32 (fp64 for fp64 inputs), nats, <= 0;  entropy_N [N], same dtype, nats, >= 0.
@@ -84,15 +91,88 @@ def linear_logprob(
         ValueError: a shape, dtype, device, stride, index or temperature breaks the rules above.
 
     Gradient: hidden (repeated rows summed in index order) and weight, for any upstream gradient; fp32 accumulation.
-    Memory: one chunk of logits. Bitwise: same inputs, same bits.
+    Memory: one chunk of logits. Bitwise: same inputs, same bits; on the CPU a row's outputs and its dX are those it
+    would have alone.
     Source: Wijmans et al. 2024, arXiv:2411.09009, section 4.
     """
     check = TensorChecker("linear_logprob")
     check_linear_inputs(check, hidden_TD, weight_VD, targets_N, temperature, rows_N)
-    choose_impl("linear_logprob", impl, IMPLS["linear_logprob"], hidden_TD.device)
-    return linear_logprob_ref(
-        hidden_TD, weight_VD, targets_N, temperature=temperature, rows_N=rows_N, entropy_grad=entropy_grad
+    check_head_options("linear_logprob", workspace_mib)
+    impl = choose_impl("linear_logprob", impl, IMPLS["linear_logprob"], hidden_TD.device)
+    if impl == "ref":
+        return linear_logprob_ref(
+            hidden_TD, weight_VD, targets_N, temperature=temperature, rows_N=rows_N, entropy_grad=entropy_grad
+        )
+    rows_N = torch.arange(targets_N.numel(), device=targets_N.device) if rows_N is None else rows_N
+    inv_temperature_N = inverse_temperatures(temperature, targets_N.numel(), hidden_TD)
+    logprobs_N, entropy_N = _LinearLogprob.apply(
+        hidden_TD, weight_VD, targets_N, rows_N, inv_temperature_N, entropy_grad, workspace_mib, impl
     )
+    return logprobs_N, entropy_N
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """Two passes over the rows: log-probs forward, and logits again with their gradient backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        rows_N: Tensor,
+        inv_temperature_N: Tensor,
+        entropy_grad: bool,
+        workspace_mib: float,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        head = ChunkedHead(hidden_TD, weight_VD, rows_N, workspace_mib=workspace_mib)
+        values_3N = head.logits.new_empty((3, targets_N.numel()))
+        for part in head.chunks():
+            values_3N[:, part] = row_passes(impl).logprob_rows(
+                head.project(part), targets_N[part], inv_temperature_N[part]
+            )
+        ctx.save_for_backward(hidden_TD, weight_VD, targets_N, rows_N, inv_temperature_N, values_3N)
+        ctx.workspace_mib, ctx.impl, ctx.entropy_grad = workspace_mib, impl, entropy_grad
+        logprobs_N, entropy_N = values_3N[0].clone(), values_3N[1].clone()
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy_N)
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs_N: Tensor, grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, targets_N, rows_N, inv_temperature_N, values_3N = ctx.saved_tensors
+        has_grad_N = grad_logprobs_N != 0
+        if ctx.entropy_grad:
+            has_grad_N = has_grad_N | (grad_entropy_N != 0)
+        if has_grad_N.device.type == "cpu":  # rows without a gradient need no logits either
+            wanted = has_grad_N.nonzero()[:, 0]
+            targets_N, rows_N, inv_temperature_N, has_grad_N, grad_logprobs_N, grad_entropy_N = (
+                x[wanted] for x in (targets_N, rows_N, inv_temperature_N, has_grad_N, grad_logprobs_N, grad_entropy_N)
+            )
+            values_3N = values_3N[:, wanted]
+        head = ChunkedHead(
+            hidden_TD,
+            weight_VD,
+            rows_N,
+            workspace_mib=ctx.workspace_mib,
+            needs_grad=(ctx.needs_input_grad[0], ctx.needs_input_grad[1]),
+        )
+        for part in head.chunks():
+            logits_NV = head.project(part)
+            row_passes(ctx.impl).logprob_rows_backward(
+                logits_NV,
+                head.grad_logits[: logits_NV.shape[0]],
+                targets_N[part],
+                inv_temperature_N[part],
+                values_3N[2, part],
+                values_3N[1, part],
+                grad_logprobs_N[part].contiguous(),
+                grad_entropy_N[part].contiguous() if ctx.entropy_grad else None,
+            )
+            head.backward(part, has_grad_N[part])
+        return (*(None if x is None else x.to(hidden_TD.dtype) for x in head.gradients()), *[None] * 6)
 
 
 def check_linear_inputs(
@@ -119,8 +199,7 @@ def check_linear_inputs(
     check.index_range("targets_N", targets_N, weight_VD.shape[0])
     if isinstance(temperature, Tensor):
         check("temperature_N", temperature, WIDE_FLOATS)
-        positive = temperature.isfinite() & (temperature > 0)
-        check_rule(check.where, "temperature", "a tensor", bool(positive.all()), "finite and > 0 in every row")
+        check.every("temperature_N", temperature, temperature.isfinite() & (temperature > 0), "finite and > 0")
     else:
         check_rule(check.where, "temperature", temperature, 0 < temperature < float("inf"), "finite and > 0")
 

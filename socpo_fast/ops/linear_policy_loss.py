@@ -1,18 +1,21 @@
 """The policy head: LM head, log-softmax and clipped policy loss in one op, over the rows that carry loss only.
 
 linear_policy_loss_ref is `linear_logprob_ref` on the compacted rows, then `policy_loss_ref`; linear_policy_loss checks
-and chooses. Departure from the textbook: rows are picked before the projection, because in a packed microbatch most
-rows are prompt, guidance, or attempts with advantage 0, and the projection is where the time goes.
+and chooses; the fused form is in _fused_policy_loss.py. Departure from the textbook: rows are picked before the
+projection, because in a packed microbatch most rows are prompt, guidance, or attempts with advantage 0, and the
+projection is where the time goes.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import TensorChecker, check_rule
+from socpo_fast.ops._fused_policy_loss import Metrics, fused_policy_loss
+from socpo_fast.ops._head import WORKSPACE_MIB, check_head_options
 from socpo_fast.ops._impl import IMPLS, choose_impl
 from socpo_fast.ops.linear_logprob import check_linear_inputs, linear_logprob_ref
 from socpo_fast.ops.policy_loss import (
@@ -20,10 +23,9 @@ from socpo_fast.ops.policy_loss import (
     PolicyLoss,
     check_loss_inputs,
     check_loss_options,
+    per_token,
     policy_loss_ref,
 )
-
-Metrics = Literal["loss_rows", "all"]
 
 
 def linear_policy_loss_ref(
@@ -102,6 +104,8 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     metrics: Metrics = "loss_rows",
+    skip_below: float = 0.0,
+    workspace_mib: float = WORKSPACE_MIB,
     impl: str = "auto",
 ) -> PolicyLoss:
     """The policy loss of packed tokens straight from hidden states, projecting only the rows that carry loss.
@@ -109,15 +113,18 @@ def linear_policy_loss(
         logprob, entropy = linear_logprob(hidden, weight, targets, temperature, rows)
         loss             = policy_loss(logprob, old_logprobs, advantages, .., entropy)
 
-    A row is skipped when its weight is 0, or when its advantage is exactly 0 and there is no entropy or KL term: its
-    loss and gradient are 0.
+    A row is skipped when its weight is 0, or its advantage is exactly 0 and there is no entropy or KL term.
 
     Args:
         hidden_TD, weight_VD, targets_N, temperature, rows_N: those of `linear_logprob`.
         old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, clip_low, clip_high, dual_clip,
         entropy_coef, ref_logprobs_N, kl_coef, kl_estimator: those of `policy_loss`.
         metrics: "loss_rows", or "all" to project skipped rows too, for their log-probs and entropies.
-        impl:    "auto" or "ref".
+        skip_below: >= 0. Leaves 256 words of a row out of the gradient GEMMs where each |d loss / d logit| is smaller.
+                 0 is exact; else, for an upstream gradient of 1, errors stay below skip_below sum over v
+                 |W[v, d]| for each row that reads dX[t, d], and skip_below sum over n |X[n, d]| for dW[v, d].
+        workspace_mib: > 0, what a chunk of logits may take; at least 16 rows are projected at once.
+        impl:    "auto", "ref", "cpp" or "triton".
 
     Returns:
         PolicyLoss; skipped rows are NaN in its per-token values unless metrics is "all".
@@ -125,8 +132,9 @@ def linear_policy_loss(
     Raises:
         ValueError: an argument breaks the rules of `linear_logprob` or `policy_loss`.
 
-    Gradient: hidden (repeated rows summed in index order) and weight; fp32 accumulation. Memory: one chunk of logits.
-    Bitwise: same inputs, same bits.
+    Gradient: hidden (repeated rows summed in index order) and weight, whichever needs one; fp32 accumulation.
+    Memory: one chunk of logits, and from the forward on the gradients. Bitwise: same inputs, same bits; on the CPU a
+    row's log-prob, entropy, ratio and dX are those it would have alone.
     Source: those of `linear_logprob` and `policy_loss`.
     """
     where = "linear_policy_loss"
@@ -134,25 +142,25 @@ def linear_policy_loss(
     check_linear_inputs(check, hidden_TD, weight_VD, targets_N, temperature, rows_N)
     check_loss_options(where, clip_low, clip_high, dual_clip, entropy_coef, ref_logprobs_N, kl_coef, kl_estimator)
     check_rule(where, "metrics", metrics, metrics in get_args(Metrics), f"one of {', '.join(get_args(Metrics))}")
-    advantages_N, weights_N = check_loss_inputs(
+    check_head_options(where, workspace_mib, skip_below)
+    weights_N = check_loss_inputs(
         check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N
     )
-    choose_impl(where, impl, IMPLS[where], hidden_TD.device)
-    return linear_policy_loss_ref(
-        hidden_TD,
-        weight_VD,
-        targets_N,
-        old_logprobs_N,
-        advantages_N,
-        weights_N,
-        temperature=temperature,
-        rows_N=rows_N,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy_coef=entropy_coef,
-        ref_logprobs_N=ref_logprobs_N,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        metrics=metrics,
-    )
+    impl = choose_impl(where, impl, IMPLS[where], hidden_TD.device)
+    given = hidden_TD, weight_VD, targets_N, old_logprobs_N
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "rows_N": rows_N,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "entropy_coef": entropy_coef,
+        "ref_logprobs_N": ref_logprobs_N,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "metrics": metrics,
+    }
+    if impl == "ref":
+        return linear_policy_loss_ref(*given, per_token(advantages, attempt_of_token_N), weights_N, **options)
+    options |= {"skip_below": skip_below, "workspace_mib": workspace_mib, "impl": impl}
+    return fused_policy_loss(*given, advantages, attempt_of_token_N, weights_N, **options)

@@ -132,13 +132,13 @@ def policy_loss(
     check_loss_options(
         "policy_loss", clip_low, clip_high, dual_clip, entropy_coef, ref_logprobs_N, kl_coef, kl_estimator
     )
-    advantages_N, weights_N = check_loss_inputs(
+    weights_N = check_loss_inputs(
         check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N
     )
     return policy_loss_ref(
         logprobs_N,
         old_logprobs_N,
-        advantages_N,
+        per_token(advantages, attempt_of_token_N),
         weights_N,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -159,32 +159,34 @@ def check_loss_inputs(
     weights_N: Tensor | None,
     num_loss_tokens: float | None,
     ref_logprobs_N: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One advantage and one weight a token, [N] each; `check` knows N and the device already."""
+) -> Tensor:
+    """The rules of policy_loss' docstring; one weight a token, [N]. `check` knows N and the device already."""
     check("old_logprobs_N", old_logprobs_N, WIDE_FLOATS)
     if ref_logprobs_N is not None:
         check("ref_logprobs_N", ref_logprobs_N, WIDE_FLOATS)
     if attempt_of_token_N is None:
         check("advantages_N", advantages, WIDE_FLOATS)
         check.finite("advantages_N", advantages)
-        advantages_N = advantages
     else:
         check("advantages_A", advantages, WIDE_FLOATS)
         check("attempt_of_token_N", attempt_of_token_N, INDEX)
         check.finite("advantages_A", advantages)
         check.index_range("attempt_of_token_N", attempt_of_token_N, advantages.numel())
-        advantages_N = advantages[attempt_of_token_N]
-
     if (weights_N is None) == (num_loss_tokens is None):
         got = "neither" if weights_N is None else "both"
         raise ValueError(f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got {got}")
     if weights_N is not None:
         check("weights_N", weights_N, WIDE_FLOATS)
         check.finite("weights_N", weights_N, at_least=0)
-        return advantages_N.detach(), weights_N.detach()
+        return weights_N.detach()
     assert num_loss_tokens is not None
     check_rule(check.where, "num_loss_tokens", num_loss_tokens, 0 < num_loss_tokens < float("inf"), "finite and > 0")
-    return advantages_N.detach(), torch.full_like(old_logprobs_N, 1 / num_loss_tokens)
+    return torch.full_like(old_logprobs_N, 1 / num_loss_tokens)
+
+
+def per_token(advantages: Tensor, attempt_of_token_N: Tensor | None) -> Tensor:
+    """[N], without a gradient."""
+    return (advantages if attempt_of_token_N is None else advantages[attempt_of_token_N]).detach()
 
 
 def check_loss_options(

@@ -1,6 +1,7 @@
-"""Decay and advantages against the published worked example and a plain loop over attempts in fp64."""
+"""Decay and advantages, plain and fused, against the published worked example and a loop over attempts in fp64."""
 
 import math
+import os
 import statistics
 
 import pytest
@@ -10,6 +11,13 @@ from socpo_fast.ops import compute_advantages, decay_factors, decay_rewards
 from tests.error_rule import assert_bitwise_equal
 
 ESTIMATORS = ("reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "dr_grpo", "rloo")
+
+
+@pytest.fixture(params=["ref", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton" and os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("tensors are on the CPU here")
+    return request.param
 
 
 def random_batch(
@@ -70,61 +78,63 @@ def naive_advantages(
     return [(value - mean) / math.sqrt(variance + 1e-8) for value in values]
 
 
-def test_worked_example_of_the_paper() -> None:
+def test_worked_example_of_the_paper(impl: str) -> None:
     # four first attempts with one success, three second attempts with one, two third ones with one
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 1, 0])
     attempt_idx = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
     assert decay_factors(rewards, attempt_idx) == [1.0, 1 / 4, 1.25 / 7]
-    assert decay_rewards(rewards, attempt_idx).tolist() == pytest.approx([1, 0, 0, 0, 0.25, 0, 0, 1.25 / 7, 0])
+    assert decay_rewards(rewards, attempt_idx, impl=impl).tolist() == pytest.approx(
+        [1, 0, 0, 0, 0.25, 0, 0, 1.25 / 7, 0]
+    )
 
 
-def test_other_schedules() -> None:
+def test_other_schedules(impl: str) -> None:
     rewards, attempt_idx = torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 2, 1])
-    assert decay_rewards(rewards, attempt_idx, schedule="constant", factor=0.5).tolist() == [1.0, 0.25, 0.25]
-    assert decay_rewards(rewards, attempt_idx, schedule="constant", factor=0.0).tolist() == [1.0, 0.0, 0.0]
-    assert decay_rewards(rewards, attempt_idx, schedule="none").tolist() == [1.0, 1.0, 0.5]
+    assert decay_rewards(rewards, attempt_idx, schedule="constant", factor=0.5, impl=impl).tolist() == [1.0, 0.25, 0.25]
+    assert decay_rewards(rewards, attempt_idx, schedule="constant", factor=0.0, impl=impl).tolist() == [1.0, 0.0, 0.0]
+    assert decay_rewards(rewards, attempt_idx, schedule="none", impl=impl).tolist() == [1.0, 1.0, 0.5]
 
 
-def test_help_earns_nothing_when_no_first_attempt_is_right() -> None:
-    assert decay_rewards(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 1, 2])).tolist() == [0.0, 0.0, 0.0]
+def test_help_earns_nothing_when_no_first_attempt_is_right(impl: str) -> None:
+    assert decay_rewards(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 1, 2]), impl=impl).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_empty_batch() -> None:
+def test_empty_batch(impl: str) -> None:
     empty, indices = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     assert decay_factors(empty, indices) == []
-    assert decay_rewards(empty, indices).shape == (0,)
+    assert decay_rewards(empty, indices, impl=impl).shape == (0,)
     with pytest.warns(UserWarning, match="no loss tokens"):
-        assert compute_advantages(empty, indices, indices, indices).shape == (0,)
+        assert compute_advantages(empty, indices, indices, indices, impl=impl).shape == (0,)
 
 
-@pytest.mark.parametrize("max_attempts", [1, 2, 4])
-def test_decay_equals_the_loop(max_attempts: int) -> None:
+@pytest.mark.parametrize("max_attempts", [1, 2, 4, 9])
+def test_decay_equals_the_loop(max_attempts: int, impl: str) -> None:
     batch = random_batch(max_attempts, max_attempts=max_attempts)
     rewards, attempt_idx = batch["rewards_A"], batch["attempt_idx_A"]
     expected = naive_decay(rewards.tolist(), attempt_idx.tolist())
-    assert decay_rewards(rewards, attempt_idx).tolist() == pytest.approx(expected, rel=1e-6)
+    assert decay_rewards(rewards, attempt_idx, impl=impl).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 4])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_advantages_equal_the_loop(estimator: str, max_attempts: int) -> None:
+def test_advantages_equal_the_loop(estimator: str, max_attempts: int, impl: str) -> None:
     batch = random_batch(10 + max_attempts, max_attempts=max_attempts)
     batch["rewards_A"] = decay_rewards(batch["rewards_A"], batch["attempt_idx_A"])
     expected = naive_advantages(
         batch["rewards_A"].tolist(), batch["num_tokens_A"].tolist(), batch["question_idx_A"].tolist(), estimator, 1e-6
     )
-    actual = compute_advantages(**batch, estimator=estimator)
+    actual = compute_advantages(**batch, estimator=estimator, impl=impl)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo"])
-def test_grouping_by_attempt_warns_and_equals_the_loop(estimator: str) -> None:
+def test_grouping_by_attempt_warns_and_equals_the_loop(estimator: str, impl: str) -> None:
     batch = random_batch(20)
     groups = list(zip(batch["question_idx_A"].tolist(), batch["attempt_idx_A"].tolist(), strict=True))
     expected = naive_advantages(batch["rewards_A"].tolist(), batch["num_tokens_A"].tolist(), groups, estimator, 1e-6)
     with pytest.warns(UserWarning, match="cancels reward decay"):
-        actual = compute_advantages(**batch, estimator=estimator, baseline_group="question_attempt")
+        actual = compute_advantages(**batch, estimator=estimator, baseline_group="question_attempt", impl=impl)
     torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
@@ -148,10 +158,12 @@ def test_order_of_attempts_does_not_matter(estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo", "dr_grpo", "rloo"])
-def test_equal_rewards_give_exactly_zero(estimator: str) -> None:
+def test_equal_rewards_give_exactly_zero(estimator: str, impl: str) -> None:
     # 0.1 has no exact fp32 form, so a mean of seven of them is a test of the summation; exact 0 lets the loss skip rows
     seven = torch.arange(7) + 3
-    advantages = compute_advantages(torch.full((7,), 0.1), seven, torch.zeros_like(seven), seven, estimator=estimator)
+    advantages = compute_advantages(
+        torch.full((7,), 0.1), seven, torch.zeros_like(seven), seven, estimator=estimator, impl=impl
+    )
     assert advantages.tolist() == [0.0] * 7
 
 
@@ -162,13 +174,46 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens() -> No
     assert tokens.var().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_no_loss_tokens_warns_and_one_is_an_error() -> None:
+def test_no_loss_tokens_warns_and_one_is_an_error(impl: str) -> None:
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     with pytest.warns(UserWarning, match="no loss tokens"):
-        assert compute_advantages(one, zero, zero, zero).tolist() == [0.0]
+        assert compute_advantages(one, zero, zero, zero, impl=impl).tolist() == [0.0]
     with pytest.raises(ValueError, match="sum to at least 2"):
-        compute_advantages(one, zero + 1, zero, zero)
-    assert compute_advantages(one, zero + 1, zero, zero, estimator="dr_grpo").tolist() == [1.0]
+        compute_advantages(one, zero + 1, zero, zero, impl=impl)
+    assert compute_advantages(one, zero + 1, zero, zero, estimator="dr_grpo", impl=impl).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("schedule", ["batch_mean", "constant"])
+def test_decay_within_advantages_is_decay_before_them(estimator: str, schedule: str, impl: str) -> None:
+    batch = random_batch(50)
+    options = {"schedule": schedule, "factor": 0.5 if schedule == "constant" else None}
+    fused = compute_advantages(**batch, estimator=estimator, impl=impl, **options)
+    batch["rewards_A"] = decay_rewards(batch["rewards_A"], batch["attempt_idx_A"], impl="ref", **options)
+    assert_bitwise_equal(fused, compute_advantages(**batch, estimator=estimator, impl=impl), name=estimator)
+    torch.testing.assert_close(fused, compute_advantages(**batch, estimator=estimator, impl="ref"), rtol=1e-6, atol=0)
+
+
+# The kernel walks over attempts in tiles of 64 here: groups that end with a tile, that cross one, that fill several.
+@pytest.mark.filterwarnings("ignore:compute_advantages. baseline_group question_attempt")
+@pytest.mark.parametrize("sizes", [(64, 64), (1, 64, 63, 1, 2), (40, 200, 3), (65,), (1,) * 130])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_groups_across_the_kernels_tiles(estimator: str, sizes: tuple[int, ...]) -> None:
+    rng = torch.Generator().manual_seed(sum(sizes))
+    order = torch.randperm(sum(sizes), generator=rng)
+    batch = {
+        "rewards_A": torch.rand(sum(sizes), generator=rng),
+        "num_tokens_A": torch.randint(0, 2000, (sum(sizes),), generator=rng),
+        "question_idx_A": torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[order] - 2,
+        "attempt_idx_A": torch.randint(0, 4, (sum(sizes),), generator=rng),
+    }
+    for baseline_group in ("question", "question_attempt"):
+        actual, again, expected = (
+            compute_advantages(**batch, estimator=estimator, baseline_group=baseline_group, impl=impl)
+            for impl in ("triton", "triton", "ref")
+        )
+        assert_bitwise_equal(actual, again, name="two runs")
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -183,11 +228,11 @@ def test_no_loss_tokens_warns_and_one_is_an_error() -> None:
         ({"attempt_idx_A": torch.tensor([0.0, 1.0])}, r"attempt_idx_A must be int64 \[A=2\], got float32 \[2\]"),
     ],
 )
-def test_bad_advantage_inputs(change: dict[str, object], message: str) -> None:
+def test_bad_advantage_inputs(change: dict[str, object], message: str, impl: str) -> None:
     indices = torch.tensor([0, 1])
     good = {"rewards_A": torch.ones(2), "num_tokens_A": indices, "question_idx_A": indices, "attempt_idx_A": indices}
     with pytest.raises(ValueError, match=f"^compute_advantages: {message}"):
-        compute_advantages(**(good | change))
+        compute_advantages(**(good | change), impl=impl)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +245,7 @@ def test_bad_advantage_inputs(change: dict[str, object], message: str) -> None:
         ({"attempt_idx_A": torch.tensor([1, 2])}, "attempt_idx_A must be 0 for at least one attempt, got 1"),
     ],
 )
-def test_bad_decay_inputs(change: dict[str, object], message: str) -> None:
+def test_bad_decay_inputs(change: dict[str, object], message: str, impl: str) -> None:
     good = {"rewards_A": torch.ones(2), "attempt_idx_A": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=f"^decay_rewards: {message}"):
-        decay_rewards(**(good | change))
+        decay_rewards(**(good | change), impl=impl)

@@ -1,6 +1,7 @@
 """linear_logprob against log-softmax over all logits, for upstream gradients of any kind."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from socpo_fast.ops import linear_logprob, linear_policy_loss
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.ops.policy_head import IMPLS
 
 
 def make_inputs(num_tokens: int, num_rows: int, vocab: int, width: int = 16) -> dict[str, Tensor]:
@@ -33,7 +35,7 @@ def materialised(
 
 
 def outputs_and_gradients(
-    op: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], dtype: torch.dtype, **options: bool
+    op: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any
 ) -> dict[str, Tensor]:
     """Log-probs, entropies and the gradients of hidden and weight for one fixed random upstream gradient each."""
     hidden, weight = (inputs[name].to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD"))
@@ -44,22 +46,76 @@ def outputs_and_gradients(
     return {"logprobs": logprobs, "entropy": entropy, "hidden.grad": hidden.grad, "weight.grad": weight.grad}
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-# one row, a prime number of them with repeats, a single word
-@pytest.mark.parametrize(("num_tokens", "num_rows", "vocab"), [(1, 1, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)])
-def test_equals_log_softmax_of_all_logits(num_tokens: int, num_rows: int, vocab: int, dtype: torch.dtype) -> None:
+# one row, no row, a prime number of them with repeats, a single word
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "vocab"), [(1, 1, 97), (3, 0, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)]
+)
+def test_equals_log_softmax_of_all_logits(
+    num_tokens: int, num_rows: int, vocab: int, dtype: torch.dtype, impl: str
+) -> None:
     inputs = make_inputs(num_tokens, num_rows, vocab)
-    actual = outputs_and_gradients(linear_logprob, inputs, dtype, entropy_grad=True)
+    actual = outputs_and_gradients(linear_logprob, inputs, dtype, entropy_grad=True, impl=impl)
     plain = outputs_and_gradients(materialised, inputs, dtype)
     truth = outputs_and_gradients(materialised, inputs, torch.float64)
     for name in truth:
         assert_error_rule(actual[name], plain[name], truth[name], name=name, dtype=dtype)
 
 
-def test_gradcheck() -> None:
-    inputs = make_inputs(num_tokens=5, num_rows=7, vocab=11, width=3)
-    hidden, weight = inputs.pop("hidden_TD").requires_grad_(), inputs.pop("weight_VD").requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, **inputs, entropy_grad=True), (hidden, weight))
+@pytest.mark.parametrize("impl", IMPLS[1:])  # the reference's entropy over so many words is less exact than that
+def test_a_real_vocabulary(impl: str) -> None:
+    inputs = make_inputs(num_tokens=5, num_rows=7, vocab=50257)
+    actual = outputs_and_gradients(linear_logprob, inputs, torch.float32, entropy_grad=True, impl=impl)
+    plain, truth = (outputs_and_gradients(materialised, inputs, dtype) for dtype in (torch.float32, torch.float64))
+    for name in truth:
+        assert_error_rule(actual[name], plain[name], truth[name], name=name)
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck(impl: str, entropy_grad: bool) -> None:
+    inputs: dict[str, Any] = make_inputs(num_tokens=5, num_rows=7, vocab=11, width=3)
+    leaves = inputs.pop("hidden_TD").requires_grad_(), inputs.pop("weight_VD").requires_grad_()
+    inputs |= {"entropy_grad": entropy_grad, "impl": impl}
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, **inputs), leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_upstream_gradients_of_any_kind(impl: str) -> None:
+    """Strided, expanded, zero in some rows or in one output: each as its contiguous copy."""
+    inputs = make_inputs(num_tokens=37, num_rows=53, vocab=97)
+    leaves = inputs["hidden_TD"].requires_grad_(), inputs["weight_VD"].requires_grad_()
+    outputs = linear_logprob(**inputs, entropy_grad=True, impl=impl, workspace_mib=1e-6)  # chunks of 16 rows
+    strided = torch.randn(53, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[:, 1]
+    expanded = torch.tensor(0.3, dtype=torch.float64).expand(53)
+    some = strided * (torch.arange(53) % 3 == 0)
+    for upstream in ((strided, expanded), (expanded, torch.zeros(53).double()), (some, some.roll(1))):
+        expected = torch.autograd.grad(materialised(**inputs), leaves, [x.contiguous() for x in upstream])
+        actual = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    only_entropy = torch.autograd.grad(outputs[1].sum(), leaves[1], retain_graph=True)
+    torch.testing.assert_close(only_entropy, torch.autograd.grad(materialised(**inputs)[1].sum(), leaves[1]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_same_bits_twice_and_alone(impl: str) -> None:
+    inputs = make_inputs(num_tokens=53, num_rows=53, vocab=1031, width=24)
+    inputs |= {"rows_N": torch.arange(53)}
+    options = {"entropy_grad": True, "impl": impl}
+    first = outputs_and_gradients(linear_logprob, inputs, torch.float32, **options)
+    second = outputs_and_gradients(linear_logprob, inputs, torch.float32, **options)
+    for name in first:
+        assert_bitwise_equal(first[name], second[name], name=name)
+    if impl == "ref":
+        return
+    hidden, weight = inputs["hidden_TD"].float(), inputs["weight_VD"].float()
+    for n in (0, 17, 52):
+        given = {name: inputs[name][n : n + 1] for name in ("targets_N", "temperature")}
+        for name, alone in zip(
+            ("logprobs", "entropy"), linear_logprob(hidden[n : n + 1], weight, **given), strict=True
+        ):
+            assert_bitwise_equal(alone, first[name][n : n + 1], name=name)
 
 
 def test_defaults_equal_what_they_stand_for() -> None:
@@ -79,10 +135,11 @@ def test_entropy_has_no_gradient_unless_asked() -> None:
     assert [x.requires_grad for x in linear_logprob(**inputs, entropy_grad=True)] == [True, True]
 
 
-def test_minus_infinity_is_probability_zero() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_minus_infinity_is_probability_zero(impl: str) -> None:
     hidden, weight = torch.ones(1, 1), torch.tensor([[-torch.inf], [0.0], [0.0]])
     logprobs, entropy = linear_logprob(
-        hidden, weight, torch.arange(3), temperature=2.0, rows_N=torch.zeros(3, dtype=torch.int64)
+        hidden, weight, torch.arange(3), temperature=2.0, rows_N=torch.zeros(3, dtype=torch.int64), impl=impl
     )
     log_2 = torch.tensor(2.0).log()
     torch.testing.assert_close(logprobs, torch.stack((-torch.tensor(torch.inf), -log_2, -log_2)))
@@ -108,9 +165,11 @@ BAD = [
     ({"targets_N": torch.tensor([0, -1, 5])}, r"targets_N must be in \[0, 5\), got -1 at 1"),
     ({"rows_N": torch.tensor([0, 3, 1])}, r"rows_N must be in \[0, 3\), got 3 at 1"),
     ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
-    ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature must be finite and > 0 in every row, got"),
+    ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature_N must be finite and > 0, got 0.0 at 1"),
     ({"temperature": torch.ones(2)}, r"temperature_N must be float32/float64 \[N=3\], got float32 \[2\]"),
-    ({"impl": "cuda"}, "impl must be one of auto, ref, got 'cuda'"),
+    ({"temperature": float("nan")}, "temperature must be finite and > 0, got nan"),
+    ({"workspace_mib": -1.0}, "workspace_mib must be finite and > 0, got -1.0"),
+    ({"impl": "cuda"}, "impl must be one of auto, ref, cpp, triton, got 'cuda'"),
 ]
 
 

@@ -1,0 +1,225 @@
+"""The row pass of `linear_policy_loss` on a GPU: one program a row, from logits to log-prob, loss and gradient.
+
+Read top-down: policy_rows launches _policy_rows_kernel; _policy_term and _kl_term are the loss of one token; the sums
+over a row and its gradient are those of kernels/linear_logprob.py. GEMMs are not here: ops/linear_policy_loss.py calls
+this on a chunk of logits, between cuBLAS calls. csrc/ has the same pass on a CPU.
+
+Departures from the textbook. The gradient is formed in the forward, since the coefficient of a policy loss depends on
+nothing but the row's own log-prob; it may overwrite the logits. Where a NaN comes in, a NaN goes out: comparisons are
+written so that none is clamped away.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs, architecture_of
+from socpo_fast.kernels.linear_logprob import (
+    TILES,
+    expm1_and_exp,
+    logprob_rows,
+    logprob_rows_backward,
+    row_sums,
+    write_row_gradient,
+)
+
+__all__ = ["logprob_rows", "logprob_rows_backward", "policy_rows"]
+
+_MAX_LOG_RATIO = tl.constexpr(20.0)
+
+
+def policy_rows(
+    logits_NV: Tensor,
+    grad_logits_NV: Tensor | None,
+    targets_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages: Tensor,
+    attempt_of_token_N: Tensor | None,
+    weights_N: Tensor,
+    inv_temperature_N: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    entropy_coef: float,
+    ref_logprobs_N: Tensor | None,
+    kl_coef: float,
+    kl_estimator: int,
+    need_entropy: bool,
+) -> Tensor:
+    """Loss, its parts and its gradient for a chunk of rows; z = logits * inv_temperature.
+
+        values rows: loss w l, logprob, entropy, ratio, clipped (0 or 1), d loss / d logprob without entropy's part
+
+    Args: per-row tensors in the logits' dtype (fp32 or fp64); grad_logits_NV receives d loss / d logits and may be
+    logits_NV itself, or of another dtype, or None; dual_clip inf is off; kl_estimator 1, 2 or 3.
+
+    Returns: values [6, N]; entropy is NaN unless need_entropy, or entropy_coef is not 0. A row of weight 0 has loss,
+    clipped, coefficient and gradient exactly 0, whatever else stands in it.
+    """
+    num_rows, num_cols = logits_NV.shape
+    values_6N = logits_NV.new_empty((6, num_rows))
+    if num_rows == 0:
+        return values_6N
+    tile = TILES[architecture_of(logits_NV)][logits_NV.dtype]
+    with torch.cuda.device_of(logits_NV):
+        _policy_rows_kernel[(num_rows,)](
+            logits_NV,
+            grad_logits_NV,
+            values_6N,
+            targets_N.contiguous(),
+            old_logprobs_N.contiguous(),
+            advantages.contiguous(),
+            None if attempt_of_token_N is None else attempt_of_token_N.contiguous(),
+            weights_N.contiguous(),
+            inv_temperature_N.contiguous(),
+            None if ref_logprobs_N is None or kl_coef == 0 else ref_logprobs_N.contiguous(),
+            num_rows,
+            num_cols,
+            logits_NV.stride(0),
+            0 if grad_logits_NV is None else grad_logits_NV.stride(0),
+            1.0 - clip_low,
+            1.0 + clip_high,
+            float(dual_clip),
+            float(entropy_coef),
+            float(kl_coef),
+            KL_ESTIMATOR=kl_estimator,
+            NEED_ENTROPY=need_entropy or entropy_coef != 0,
+            ENTROPY_GRAD=entropy_coef != 0,
+            BLOCK_V=tile.block,
+            num_warps=tile.num_warps,
+        )
+    return values_6N
+
+
+def aot_configs() -> AotConfigs:
+    """The launch above for `make aot`: bare and with every term, in place and into bf16, even and odd vocabulary."""
+    for architecture in ARCHITECTURES:
+        for dtype, (block, num_warps) in TILES[architecture].items():
+            names = ("logits_ptr", "values_ptr", "old_ptr", "advantages_ptr", "weights_ptr", "inv_temperature_ptr")
+            low = torch.bfloat16 if dtype == torch.float32 else dtype
+            for label, grad, terms, odd in (
+                ("bare, no gradient", None, False, False),
+                ("bare, in place", dtype, False, False),
+                ("all terms", low, True, False),
+                ("all terms, odd V", dtype, True, True),
+            ):
+                attempt, ref = (torch.int64, dtype) if terms else (None, None)
+                pointers = dict.fromkeys(names, dtype) | {"grad_ptr": grad, "ref_ptr": ref}
+                yield AotConfig(
+                    _policy_rows_kernel,
+                    architecture,
+                    dtype,
+                    label,
+                    num_warps,
+                    pointers | {"targets_ptr": torch.int64, "attempt_ptr": attempt},
+                    {"KL_ESTIMATOR": 3, "NEED_ENTROPY": terms, "ENTROPY_GRAD": terms, "BLOCK_V": block},
+                    odd,
+                )
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # it differs from chunk to chunk: one compiled kernel for all
+def _policy_rows_kernel(
+    logits_ptr,
+    grad_ptr,
+    values_ptr,
+    targets_ptr,
+    old_ptr,
+    advantages_ptr,
+    attempt_ptr,
+    weights_ptr,
+    inv_temperature_ptr,
+    ref_ptr,
+    num_rows,
+    num_cols,
+    stride_ln,
+    stride_gn,
+    ratio_min: tl.float64,
+    ratio_max: tl.float64,
+    dual_clip: tl.float64,
+    entropy_coef: tl.float64,
+    kl_coef: tl.float64,
+    KL_ESTIMATOR: tl.constexpr,
+    NEED_ENTROPY: tl.constexpr,
+    ENTROPY_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    dtype = logits_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    logits_row_ptr = logits_ptr + row * stride_ln
+    target = tl.load(targets_ptr + row)
+    inv_temperature = tl.load(inv_temperature_ptr + row)
+    target_logit = tl.load(logits_row_ptr + target)  # before anything is written: grad may be logits
+    highest, total, weighted = row_sums(logits_row_ptr, num_cols, inv_temperature, NEED_ENTROPY, BLOCK_V)
+    log_sum = tl.log(total)
+    logprob = (target_logit - highest) * inv_temperature - log_sum
+    entropy = log_sum - weighted / total if NEED_ENTROPY else tl.full((), float("nan"), dtype)
+
+    weight = tl.load(weights_ptr + row)
+    advantage = tl.load(advantages_ptr + (row if attempt_ptr is None else tl.load(attempt_ptr + row)))
+    term, ratio, clipped, derivative = _policy_term(
+        logprob,
+        tl.load(old_ptr + row),
+        advantage,
+        tl.full((), ratio_min, dtype),
+        tl.full((), ratio_max, dtype),
+        tl.full((), dual_clip, dtype),
+    )
+    if ref_ptr is not None:
+        kl, kl_derivative = _kl_term(logprob, tl.load(ref_ptr + row), KL_ESTIMATOR)
+        term += tl.full((), kl_coef, dtype) * kl
+        derivative += tl.full((), kl_coef, dtype) * kl_derivative
+    if ENTROPY_GRAD:
+        term -= tl.full((), entropy_coef, dtype) * entropy
+    has_loss = weight != 0
+    coefficient = tl.where(has_loss, weight * derivative, 0.0)
+    values_row_ptr = values_ptr + row
+    num_rows = num_rows.to(tl.int64)
+    tl.store(values_row_ptr, tl.where(has_loss, weight * term, 0.0))
+    tl.store(values_row_ptr + num_rows, logprob)
+    tl.store(values_row_ptr + 2 * num_rows, entropy)
+    tl.store(values_row_ptr + 3 * num_rows, ratio)
+    tl.store(values_row_ptr + 4 * num_rows, (has_loss & clipped).to(dtype))
+    tl.store(values_row_ptr + 5 * num_rows, coefficient)
+    if grad_ptr is not None:
+        entropy_grad = -weight * tl.full((), entropy_coef, dtype) if ENTROPY_GRAD else tl.zeros((), dtype)
+        write_row_gradient(
+            logits_row_ptr, grad_ptr + row * stride_gn, num_cols, inv_temperature, target, highest, log_sum, logprob,
+            entropy, coefficient, entropy_grad, ENTROPY_GRAD, BLOCK_V,
+        )  # fmt: skip
+
+
+@triton.jit
+def _policy_term(logprob, old_logprob, advantage, ratio_min, ratio_max, dual_clip):
+    """One token's clipped loss, its ratio, whether a clip replaced the ratio, and d loss / d logprob."""
+    difference = logprob - old_logprob
+    _, ratio = expm1_and_exp(_clamp(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    unclipped = -advantage * ratio
+    bounded = -advantage * _clamp(ratio, ratio_min, ratio_max)
+    clipped = bounded > unclipped
+    term = tl.where(clipped, bounded, unclipped)
+    dual = (advantage < 0) & (term > -advantage * dual_clip)
+    term = tl.where(dual, -advantage * dual_clip, term)
+    beyond = tl.abs(difference) > _MAX_LOG_RATIO
+    return term, ratio, clipped | dual, tl.where(clipped | dual | beyond, 0.0, unclipped)
+
+
+@triton.jit
+def _kl_term(logprob, ref_logprob, KL_ESTIMATOR: tl.constexpr):
+    """One token's estimate of KL(policy || reference), and its derivative by logprob."""
+    difference = ref_logprob - logprob
+    d = _clamp(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    if KL_ESTIMATOR == 1:
+        value, derivative = -d, tl.full((), 1.0, d.dtype)
+    elif KL_ESTIMATOR == 2:
+        value, derivative = 0.5 * d * d, -d
+    else:
+        expm1, _ = expm1_and_exp(d)
+        value, derivative = expm1 - d, -expm1
+    return value, tl.where(tl.abs(difference) > _MAX_LOG_RATIO, 0.0, derivative)
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """x in [low, high]; NaN stays NaN, which tl.minimum and tl.maximum do not promise."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))

@@ -1,0 +1,126 @@
+"""Problems for the tests of linear_policy_loss, and two ways to solve them: all logits at once, and the op."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops import PolicyLoss, linear_policy_loss, policy_loss
+from socpo_fast.ops._impl import extension_is_built
+from tests.error_rule import assert_error_rule
+
+IMPLS = ["ref", *(["cpp"] if extension_is_built() else [])]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "entropy_and_kl": {"entropy_coef": 0.05, "kl_coef": 0.1, "kl_estimator": "k3"},
+    "no_dual_clip": {"dual_clip": None, "clip_low": 0.1, "clip_high": 0.3},
+}
+Solution = tuple[PolicyLoss, Tensor, Tensor]  # with the gradients of hidden and weight
+
+
+class Case(NamedTuple):
+    """Inputs of one call in fp64; hidden and weight fit into bf16, so every dtype computes on the same numbers."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    rows: Tensor
+    temperature: Tensor
+    old: Tensor
+    advantages: Tensor  # per attempt, the last one exactly 0
+    attempt_of_token: Tensor
+    weights: Tensor  # about a quarter 0
+    ref: Tensor
+
+
+def make_case(num_tokens: int = 37, num_rows: int = 53, vocab: int = 97, width: int = 16, peak: float = 4.0) -> Case:
+    """Prime sizes; peaked logits, some log-probs near 0 and some far below; ratios on both sides of the clips."""
+    rng = torch.Generator().manual_seed(num_tokens * 1000 + num_rows)
+    hidden, weight = torch.randn(num_tokens, width, generator=rng), torch.randn(vocab, width, generator=rng)
+    rows = torch.randint(num_tokens, (num_rows,), generator=rng) if num_tokens else torch.zeros(0, dtype=torch.int64)
+    logits = hidden[rows] @ weight.T * (peak / width**0.5)
+    best = logits.argmax(-1)
+    targets = torch.where(
+        torch.rand(num_rows, generator=rng) < 0.5, best, torch.randint(vocab, (num_rows,), generator=rng)
+    )
+    temperature = 0.5 + torch.rand(num_rows, generator=rng)
+    logprobs = (logits / temperature[:, None]).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    case = Case(
+        hidden=(hidden * (peak / width**0.5)).bfloat16(),
+        weight=weight.bfloat16(),
+        targets=targets,
+        rows=rows,
+        temperature=temperature,
+        old=logprobs + 0.5 * torch.randn(num_rows, generator=rng),
+        advantages=torch.tensor([1.5, -0.7, -2.0, 0.0]),
+        attempt_of_token=torch.arange(num_rows) % 4,
+        weights=torch.rand(num_rows, generator=rng) * (torch.rand(num_rows, generator=rng) < 0.75) / max(1, num_rows),
+        ref=logprobs + 0.5 * torch.randn(num_rows, generator=rng),
+    )
+    return Case(*(x.double() if x.is_floating_point() else x for x in case))
+
+
+def materialised(case: Case, dtype: torch.dtype, **options: Any) -> Solution:
+    """All logits at once, then policy_loss; the gradients of hidden and weight beside it."""
+    hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (case.hidden, case.weight))
+    wide = torch.promote_types(dtype, torch.float32)
+    log_softmax = ((hidden[case.rows] @ weight.T).to(wide) / case.temperature.to(wide)[:, None]).log_softmax(-1)
+    finite = log_softmax.masked_fill(log_softmax == -torch.inf, 0.0)
+    result = policy_loss(
+        log_softmax.gather(1, case.targets[:, None])[:, 0],
+        case.old.to(wide),
+        case.advantages.to(wide),
+        case.attempt_of_token,
+        weights_N=case.weights.to(wide),
+        entropy_N=-(log_softmax.exp() * finite).sum(-1),
+        ref_logprobs_N=case.ref.to(wide),
+        **options,
+    )
+    result.loss.backward()
+    return result, hidden.grad, weight.grad
+
+
+def fused(case: Case, dtype: torch.dtype, **options: Any) -> Solution:
+    """The op, in the same form as `materialised`."""
+    hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (case.hidden, case.weight))
+    result = call(case, hidden, weight, **options)
+    result.loss.backward()
+    return result, hidden.grad, weight.grad
+
+
+def call(case: Case, hidden: Tensor, weight: Tensor, **options: Any) -> PolicyLoss:
+    """The op on given leaves in place of the case's."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return linear_policy_loss(
+        hidden,
+        weight,
+        case.targets,
+        case.old.to(wide),
+        case.advantages.to(wide),
+        case.attempt_of_token,
+        temperature=case.temperature.to(wide),
+        rows_N=case.rows,
+        weights_N=case.weights.to(wide),
+        ref_logprobs_N=case.ref.to(wide),
+        **options,
+    )
+
+
+def assert_as_right_as_plain(
+    case: Case, dtype: torch.dtype, impl: str, workspace_mib: float = 256.0, **options: Any
+) -> Solution:
+    """The error rule for every output and both gradients, each of them scaled to at most 1."""
+    truth, plain = materialised(case, torch.float64, **options), materialised(case, dtype, **options)
+    actual = fused(case, dtype, metrics="all", impl=impl, workspace_mib=workspace_mib, **options)
+    for name in (*PolicyLoss._fields, "hidden.grad", "weight.grad"):
+        values = [output(solution, name) for solution in (actual, plain, truth)]
+        size = values[2][values[2].isfinite()].abs().max().item() if values[2].numel() else 0.0
+        assert_error_rule(*(x.double() / max(1.0, size) for x in values), name=name, dtype=dtype)
+    assert actual[1].dtype == actual[2].dtype == dtype
+    return actual
+
+
+def output(solution: Solution, name: str) -> Tensor:
+    """A field of PolicyLoss, or a gradient."""
+    gradients = {"hidden.grad": solution[1], "weight.grad": solution[2]}
+    return gradients[name] if name in gradients else getattr(solution[0], name)

@@ -1,0 +1,233 @@
+"""What the fused form of linear_policy_loss adds: which GEMMs run, on how many rows, with which bits and errors."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from socpo_fast.ops import PolicyLoss, _fused_policy_loss, linear_policy_loss
+from socpo_fast.ops._head import SKIP_TILE
+from socpo_fast.ops._impl import extension_is_built
+from tests.error_rule import assert_bitwise_equal
+from tests.ops.policy_head import OPTIONS, assert_as_right_as_plain, call, fused, make_case
+
+pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+
+
+class Products(TorchDispatchMode):
+    """Shapes (rows, sum length, columns) of the products of the fused form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.socpo.matmul_.default:
+            self.shapes.append((args[1].shape[0], args[1].shape[1], args[2].shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def products(run: Callable[[], object]) -> list[tuple[int, int, int]]:
+    with Products() as seen:
+        run()
+    return seen.shapes
+
+
+@pytest.mark.parametrize("vocab", [49152, 50257, 151936])
+# a width that is no multiple of 8; peaked: half of the targets carry nearly all probability
+@pytest.mark.parametrize("peak", [2.0, 9.0])
+def test_real_vocabularies(vocab: int, peak: float) -> None:
+    assert_as_right_as_plain(make_case(5, 7, vocab, width=13, peak=peak), torch.float32, "cpp", entropy_coef=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["large", "offset"])
+def test_awkward_logits(kind: str, dtype: torch.dtype) -> None:
+    """Logits of magnitude 1e3, and all of them 1e4 higher; on a grid on which fp32 GEMMs round nothing."""
+    case = make_case()
+    hidden, weight = ((x * 4).round() / 4 for x in (case.hidden, case.weight))
+    if kind == "large":
+        hidden = hidden * 128
+    else:
+        hidden, weight = (
+            torch.cat([hidden, hidden.new_full((37, 1), 100)], 1),
+            torch.cat([weight, weight.new_full((97, 1), 100)], 1),
+        )
+    case = case._replace(hidden=hidden, weight=weight, temperature=case.temperature.round().clamp(min=1))
+    logits = hidden[case.rows] @ weight.T
+    assert logits.max() > 1e3
+    logprobs = (logits / case.temperature[:, None]).log_softmax(1).gather(1, case.targets[:, None])[:, 0]
+    noise = 0.5 * torch.randn(53, generator=torch.Generator().manual_seed(0))
+    assert_as_right_as_plain(case._replace(old=logprobs + noise, ref=logprobs - noise), dtype, "cpp", entropy_coef=0.05)
+
+
+def test_three_products_for_a_gradient_and_only_those_needed() -> None:
+    case = make_case(num_rows=37)._replace(weights=torch.ones(37), advantages=torch.ones(4))
+    case = case._replace(old=fused(case, torch.float32, metrics="all", impl="cpp")[0].logprobs)  # nothing is clipped
+    hidden, weight = case.hidden.float(), case.weight.float()
+    logits, dw, dx = (37, 16, 97), (97, 37, 16), (37, 97, 16)
+    for needs_hidden, needs_weight, expected in (
+        (True, True, [logits, dw, dx]),
+        (True, False, [logits, dx]),
+        (False, True, [logits, dw]),
+        (False, False, [logits]),
+    ):
+        leaves = hidden.clone().requires_grad_(needs_hidden), weight.clone().requires_grad_(needs_weight)
+        assert products(lambda leaves=leaves: call(case, *leaves)) == expected
+        with torch.no_grad():
+            assert products(lambda leaves=leaves: call(case, *leaves)) == [logits]
+        if needs_hidden or needs_weight:
+            call(case, *leaves).loss.backward()
+        assert [x.grad is not None for x in leaves] == [needs_hidden, needs_weight]
+
+
+def test_clipped_rows_are_left_out_of_the_gradient_products() -> None:
+    case = make_case(num_rows=61)._replace(weights=torch.ones(61), advantages=torch.ones(4))
+    logprobs = fused(case, torch.float32, metrics="all")[0].logprobs.double()
+    clipped = torch.rand(61, generator=torch.Generator().manual_seed(0)) < 0.5
+    case = case._replace(old=logprobs - torch.where(clipped, 1.0, 0.0))  # A > 0 and ratio e: beyond the upper clip
+    num_kept = int((~clipped).sum())
+    leaves = case.hidden.float().requires_grad_(), case.weight.float().requires_grad_()
+    assert products(lambda: call(case, *leaves)) == [(61, 16, 97), (97, num_kept, 16), (num_kept, 97, 16)]
+    assert_as_right_as_plain(case, torch.float32, "cpp")
+    kept = case._replace(
+        **{
+            name: getattr(case, name)[~clipped]
+            for name in ("targets", "rows", "temperature", "old", "attempt_of_token", "weights", "ref")
+        }
+    )
+    for a, b, name in zip(fused(case, torch.float32)[1:], fused(kept, torch.float32)[1:], ("dX", "dW"), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_row_has_the_bits_it_would_have_alone(options: dict[str, Any], dtype: torch.dtype) -> None:
+    case = make_case(num_tokens=53, width=24, vocab=1031)._replace(rows=torch.arange(53))
+    result, dx, _ = fused(case, dtype, metrics="all", workspace_mib=0.1, **options)  # chunks of 24 rows
+    for n in (0, 1, 17, 18, 40, 52):
+        one = case._replace(
+            **{
+                name: getattr(case, name)[n : n + 1]
+                for name in ("hidden", "targets", "temperature", "old", "attempt_of_token", "weights", "ref")
+            },
+            rows=torch.zeros(1, dtype=torch.int64),
+        )
+        alone, alone_dx, _ = fused(one, dtype, metrics="all", **options)
+        for name in ("logprobs", "entropy", "ratio"):
+            assert_bitwise_equal(getattr(alone, name), getattr(result, name)[n : n + 1], name=f"{name} {n}")
+        assert_bitwise_equal(alone_dx, dx[n : n + 1], name=f"dX {n}")
+
+
+def test_a_row_has_the_bits_it_would_have_alone_at_real_size() -> None:
+    """GEMM libraries choose by size, so once at that of SmolLM2's head."""
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 576, generator=rng), torch.randn(49152, 576, generator=rng) / 24
+
+    def run(rows: slice) -> tuple[PolicyLoss, Tensor]:
+        x, row = hidden[rows].clone().requires_grad_(), torch.ones(40)[rows]
+        result = linear_policy_loss(x, weight, torch.arange(40)[rows], -11 * row, row, temperature=1.0, weights_N=row)
+        result.loss.backward()
+        return result, x.grad
+
+    whole, dx = run(slice(None))
+    for rows in (slice(7, 8), slice(3, 20)):
+        part, part_dx = run(rows)
+        assert_bitwise_equal(part.logprobs, whole.logprobs[rows], name="logprobs")
+        assert_bitwise_equal(part_dx, dx[rows], name="dX")
+
+
+def test_upstream_gradient_second_backward_and_tied_head() -> None:
+    case = make_case()
+    _, dx, dw = fused(case, torch.float64)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    loss = call(case, hidden, weight).loss
+    for upstream in (-3.0, 0.5):  # the second one recomputes, as the first took the buffers along
+        got_dx, got_dw = torch.autograd.grad(loss, (hidden, weight), torch.tensor(upstream).double(), retain_graph=True)
+        torch.testing.assert_close((got_dx, got_dw), (dx * upstream, dw * upstream), rtol=1e-14, atol=0)
+    token_ids = torch.arange(37) % 97
+    tied = case.weight.clone().requires_grad_()
+    call(case, tied[token_ids], tied).loss.backward()
+    x, head = case.weight[token_ids].requires_grad_(), case.weight.clone().requires_grad_()
+    call(case, x, head).loss.backward()
+    torch.testing.assert_close(tied.grad, head.grad.index_add(0, token_ids, x.grad))
+
+
+def test_without_compaction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the host must not wait for the number of rows: they stay, with weight 0 and hidden states of 0."""
+    case = make_case(num_rows=37)._replace(rows=torch.arange(37))
+    case.hidden[case.weights == 0] = torch.nan
+    expected = fused(case, torch.float64)
+    masked = lambda call: call._replace(weights_N=call.weights_N.where(call.wanted_N, 0))  # noqa: E731
+    monkeypatch.setattr(_fused_policy_loss._Call, "compact", masked)
+    torch.testing.assert_close(fused(case, torch.float64), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_caller(backend: str) -> None:
+    case = make_case()
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    torch.compile(lambda x, w: call(case, x * 2, w).loss * 3, backend=backend)(hidden, weight).backward()
+    _, dx, dw = fused(case._replace(hidden=case.hidden * 2), torch.float64)
+    torch.testing.assert_close((hidden.grad, weight.grad), (dx * 6, dw * 3))
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e-7, 1e-5, 1e-3, 1.0])
+def test_skipping_stays_within_its_bound(bound: float) -> None:
+    small, small_dx, small_dw = fused(make_case(), torch.float64, skip_below=1e-30)  # one tile, not a whole one
+    torch.testing.assert_close((small, small_dx, small_dw), fused(make_case(), torch.float64), equal_nan=True)
+    case = make_case(vocab=4 * SKIP_TILE + 3, peak=9.0)
+    _, dx, dw = fused(case, torch.float64)
+    _, skipped_dx, skipped_dw = fused(case, torch.float64, skip_below=bound)
+    rows_of_token = torch.bincount(case.rows, minlength=37)[:, None]
+    assert ((skipped_dx - dx).abs() <= bound * rows_of_token * case.weight.abs().sum(0) + 1e-15).all()
+    assert ((skipped_dw - dw).abs() <= bound * case.hidden[case.rows].abs().sum(0) + 1e-15).all()
+    if bound == 0:
+        assert_bitwise_equal(skipped_dx, dx, name="dX")
+        assert_bitwise_equal(skipped_dw, dw, name="dW")
+    else:
+        leaves = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        done = sum(m * k * n for m, k, n in products(lambda: call(case, *leaves, skip_below=bound)))
+        exact = sum(m * k * n for m, k, n in products(lambda: call(case, *leaves)))
+        assert (skipped_dw - dw).abs().max() > (1e-12 if bound >= 1e-5 else 0)
+        assert done < exact or bound < 1e-3  # padding to whole blocks of rows can cost more
+        assert bound < 1 or not skipped_dw.any()
+
+
+MEMORY = """
+import torch
+from socpo_fast.ops import linear_policy_loss
+def mib(name):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
+torch.set_num_threads(1)
+x, w = torch.randn(4096, 576).requires_grad_(), (torch.randn(49152, 576) / 24).requires_grad_()
+row, targets = torch.ones(4096), torch.arange(4096)
+linear_policy_loss(x[:16], w[:64], targets[:16], row[:16], row[:16], temperature=1.0, num_loss_tokens=1).loss.backward()
+x.grad = w.grad = None
+before = mib("VmRSS")
+linear_policy_loss(x, w, targets, row * -11, row, temperature=1.0, num_loss_tokens=4096).loss.backward()
+print(mib("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory() -> None:
+    """dW + 256 MiB at most, at 4096 rows of SmolLM2's head: its logits alone are 768 MiB."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 108 < float(done.stdout) < 108 + 256

@@ -1,0 +1,286 @@
+"""The Triton row passes against log-softmax, policy_loss_ref and autograd; on a CPU they run in the interpreter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.kernels.linear_policy_loss import TILES, logprob_rows, logprob_rows_backward, policy_rows
+from socpo_fast.ops.policy_loss import policy_loss_ref
+from tests.error_rule import assert_bitwise_equal, assert_error_rule
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = TILES[0][torch.float32].block
+DEFAULTS = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "entropy_coef": 0.0, "kl_coef": 0.0}
+ALL_TERMS = {"entropy_coef": 0.3, "kl_coef": 0.5, "kl_estimator": 3}
+
+
+class Rows(NamedTuple):
+    """Inputs in fp32 of 12 rows or fewer, whose log-ratios and advantages meet every branch of the loss."""
+
+    logits: Tensor
+    targets: Tensor
+    old: Tensor
+    advantages: Tensor
+    weights: Tensor
+    inv_temperature: Tensor
+    ref: Tensor
+
+
+def make_rows(vocab: int, num_rows: int = 12, kind: str = "noise") -> Rows:
+    rng = torch.Generator().manual_seed(vocab + num_rows)
+    logits = 3 * torch.randn(num_rows, vocab, generator=rng)
+    targets = torch.randint(vocab, (num_rows,), generator=rng)
+    rows = torch.arange(num_rows)
+    if kind == "peaked":  # p > 0.9995 of the target in even rows, of another token in odd ones
+        logits[rows, torch.where(rows % 2 == 0, targets, (targets + 1) % vocab)] = 30.0
+    elif kind == "large":  # targets near the top: far below it, one unit in the last place is most of a ratio
+        logits *= 1000 / 3
+        logits[rows, targets] = logits.amax(-1) - rows / 4
+    elif kind == "offset":
+        logits += 1e4
+    elif kind == "-inf":  # the first tile of each row holds nothing else; of row 0 the target too
+        logits[:, : vocab // 2] = -torch.inf
+        targets = targets.clamp(min=vocab // 2)
+        targets[0] = 0
+    inv_temperature = 0.5 + torch.rand(num_rows, generator=rng)
+    logprobs, _ = logprobs_and_entropy(logits.double(), targets, inv_temperature.double())
+    # inside both clips, beyond each, beyond the dual clip, beyond what a log-ratio is clamped to; both signs of A
+    log_ratio = torch.tensor([0.05, -0.05, 0.3, -0.3, 1.5, -1.5, 25.0, -25.0, 0.1, -0.1, 0.3, 3.0])[:num_rows]
+    sign = torch.tensor([1.0, -1, 1, 1, -1, -1, 1, -1, -1, 1, -1, 1])[:num_rows]
+    old = (logprobs.nan_to_num(neginf=-50.0) - log_ratio).float()
+    return Rows(
+        logits,
+        targets,
+        old,
+        sign * (0.5 + torch.rand(num_rows, generator=rng)),
+        0.5 + torch.rand(num_rows, generator=rng),
+        inv_temperature,
+        old + torch.randn(num_rows, generator=rng),
+    )
+
+
+def logprobs_and_entropy(logits: Tensor, targets: Tensor, inv_temperature: Tensor) -> tuple[Tensor, Tensor]:
+    logp = (logits * inv_temperature[:, None]).log_softmax(-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    return logp.gather(1, targets[:, None])[:, 0], entropy
+
+
+def expected_rows(rows: Rows, dtype: torch.dtype, **options: float) -> tuple[Tensor, Tensor]:
+    """values [6, N] and the gradient of the logits, row after row, from policy_loss_ref and autograd."""
+    options = DEFAULTS | {"kl_estimator": 3} | options
+    options["kl_estimator"] = f"k{options['kl_estimator']}"
+    rows = Rows(*(x.to(dtype, copy=True) if x.is_floating_point() else x for x in rows))
+    logits = rows.logits.requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(logits, rows.targets, rows.inv_temperature)
+    values = []
+    for n in range(logits.shape[0]):
+        one = slice(n, n + 1)
+        result = policy_loss_ref(
+            logprobs[one], rows.old[one], rows.advantages[one], rows.weights[one],
+            entropy_N=entropy[one], ref_logprobs_N=rows.ref[one], **options,
+        )  # fmt: skip
+        (coefficient,) = torch.autograd.grad(result.loss, logprobs, retain_graph=True)
+        result.loss.backward(retain_graph=True)
+        clipped = result.clip_fraction
+        values.append(torch.stack([result.loss, logprobs[n], entropy[n], result.ratio[0], clipped, coefficient[n]]))
+    return torch.stack(values, dim=1).detach(), logits.grad
+
+
+def triton_rows(
+    rows: Rows, dtype: torch.dtype, grad_dtype: torch.dtype | None = None, **options: float
+) -> tuple[Tensor, Tensor]:
+    options = DEFAULTS | {"kl_estimator": 3} | options
+    rows = Rows(*(x.to(DEVICE, dtype if x.is_floating_point() else x.dtype) for x in rows))
+    grad = torch.full_like(rows.logits, torch.nan, dtype=grad_dtype or dtype)
+    values = policy_rows(
+        rows.logits, grad, rows.targets, rows.old, rows.advantages, None, rows.weights, rows.inv_temperature,
+        ref_logprobs_N=rows.ref, need_entropy=True, **options,
+    )  # fmt: skip
+    return values.cpu(), grad.cpu()
+
+
+def assert_rows(rows: Rows, dtype: torch.dtype, grad_dtype: torch.dtype | None = None, **options: float) -> None:
+    actual, plain, truth = (
+        triton_rows(rows, dtype, grad_dtype, **options),
+        expected_rows(rows, dtype, **options),
+        expected_rows(rows, torch.float64, **options),
+    )
+    for i, name in enumerate(("loss", "logprob", "entropy", "ratio", "clipped", "coefficient")):
+        assert_scaled(actual[0][i], plain[0][i], truth[0][i], name=name, dtype=dtype)
+    scale = truth[1].abs().amax(-1, keepdim=True)
+    assert_scaled(actual[1], plain[1], truth[1], scale, name="gradient", dtype=grad_dtype or dtype)
+
+
+def assert_scaled(
+    actual: Tensor, plain: Tensor, truth: Tensor, scale: Tensor | None = None, *, name: str, dtype: torch.dtype
+) -> None:
+    """The error rule for what is above 1, a ratio of exp(20) or a log-prob of -1000, as a multiple of what it is."""
+    scale = (truth if scale is None else scale).abs().clamp(min=1.0).nan_to_num(posinf=1.0)
+    assert_error_rule(*(x.double() / scale for x in (actual, plain, truth)), name=name, dtype=dtype)
+
+
+# one column; one short of a tile, a tile, one more; a prime number of columns in several tiles
+@pytest.mark.parametrize("vocab", [1, TILE - 1, TILE, TILE + 1, 2 * TILE + 1, 3 * TILE - 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_policy_rows_at_tile_edges(vocab: int, dtype: torch.dtype) -> None:
+    assert_rows(make_rows(vocab), dtype, **ALL_TERMS)
+
+
+@pytest.mark.parametrize("kind", ["peaked", "large", "offset", "-inf"])
+@pytest.mark.parametrize("options", [{}, ALL_TERMS], ids=["bare", "all terms"])
+def test_policy_rows_on_awkward_logits(kind: str, options: dict[str, float]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert_rows(make_rows(2 * TILE + 5, kind=kind), dtype, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip_low": 0.0, "clip_high": 0.0},
+        {"clip_low": 1.0, "clip_high": 5.0},
+        {"dual_clip": float("inf")},
+        {"dual_clip": 1.01},
+        {"entropy_coef": -0.2},
+        {"kl_coef": 0.5, "kl_estimator": 1},
+        {"kl_coef": 0.5, "kl_estimator": 2},
+        {"kl_coef": 0.5, "kl_estimator": 3},
+    ],
+    ids=str,
+)
+def test_each_term_of_the_loss(options: dict[str, float]) -> None:
+    rows = make_rows(131)
+    assert_rows(rows, torch.float32, **options)
+    assert_rows(rows, torch.float64, **options)
+    clipped = triton_rows(rows, torch.float32, **options)[0][4].tolist()
+    assert 0 < sum(clipped) < 12 or options.get("clip_high") in (0.0, 5.0)
+
+
+# SmolLM2's, GPT-2's (odd) and Qwen3's vocabulary
+@pytest.mark.parametrize("vocab", [49152, 50257, 151936])
+def test_policy_rows_over_real_vocabularies(vocab: int) -> None:
+    assert_rows(make_rows(vocab, num_rows=2), torch.float32, **ALL_TERMS)
+
+
+def test_a_ratio_on_a_bound_passes_its_gradient() -> None:
+    rows = make_rows(131)
+    own = triton_rows(rows, torch.float32)[0][1]
+    rows = rows._replace(old=own)  # so the ratio is exactly 1
+    values, _ = triton_rows(rows, torch.float32, clip_low=0.0, clip_high=0.0)
+    assert values[3].tolist() == [1.0] * 12 and values[4].tolist() == [0.0] * 12
+    assert_bitwise_equal(values[5], -rows.advantages * rows.weights, name="coefficient")
+
+    one = make_rows(1, num_rows=1)  # the log-prob is exactly 0, so the ratio exactly 2
+    one = one._replace(old=torch.tensor([-0.6931471805599453]), advantages=torch.tensor([-1.5]))
+    values, _ = triton_rows(one, torch.float32, clip_high=0.2, dual_clip=2.0)
+    assert values[3].tolist() == [2.0] and values[4].tolist() == [0.0]
+    assert_bitwise_equal(values[5], 3.0 * one.weights, name="coefficient")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the interpreter's, of NaN
+def test_rows_without_a_coefficient_get_exact_zeros_whatever_they_hold() -> None:
+    rows = make_rows(131)
+    rows.weights[:3] = 0.0
+    rows.old[0], rows.ref[1], rows.logits[2] = torch.nan, torch.inf, torch.nan
+    rows.advantages[3] = 0.0
+    values, grad = triton_rows(rows, torch.float32)
+    assert_bitwise_equal(grad[:4], torch.zeros(4, 131), name="gradient")
+    assert (grad[8] != 0).all()  # inside both clips
+    for i in (0, 4, 5):
+        assert (values[i, :4] == 0).all(), i
+    assert (triton_rows(rows, torch.float32, entropy_coef=0.1)[1][3] != 0).any()  # entropy has no advantage
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the interpreter's, of NaN
+def test_nan_comes_out_where_it_goes_in() -> None:
+    rows = make_rows(TILE + 3, num_rows=4)
+    rows.logits[0, 7], rows.old[1], rows.ref[2] = torch.nan, torch.nan, torch.nan
+    values, grad = triton_rows(rows, torch.float32, kl_coef=0.1)
+    assert values[0].isnan().tolist() == [True, True, True, False]
+    assert grad.isnan().any(-1).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16])
+def test_gradient_in_a_narrow_dtype(grad_dtype: torch.dtype) -> None:
+    rows = make_rows(131)
+    assert_rows(rows, torch.float32, grad_dtype, **ALL_TERMS)
+    if grad_dtype == torch.float16 or DEVICE != "cpu":  # the interpreter cuts bf16 off instead of rounding it
+        wide, narrow = triton_rows(rows, torch.float32)[1], triton_rows(rows, torch.float32, grad_dtype)[1]
+        assert_bitwise_equal(narrow, wide.to(grad_dtype), name="rounded once")
+
+
+def test_in_place_strided_and_without_a_gradient() -> None:
+    rows = Rows(*(x.to(DEVICE) for x in make_rows(TILE + 3)))
+    values, grad = triton_rows(rows, torch.float32)
+    wide = torch.full((12, TILE + 10), 7.0, device=DEVICE)
+    wide[:, : TILE + 3] = rows.logits
+    view = wide[:, : TILE + 3]
+    attempts = torch.arange(12, device=DEVICE).flip(0)
+    given = (rows.targets, rows.old, rows.advantages.flip(0), attempts, rows.weights, rows.inv_temperature)
+    tail = (0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True)
+    assert_bitwise_equal(policy_rows(view, None, *given, *tail), values, name="no gradient")
+    assert_bitwise_equal(policy_rows(view, view, *given, *tail), values, name="in place, advantages by attempt")
+    assert_bitwise_equal(view, grad, name="gradient")
+    assert (wide[:, TILE + 3 :] == 7).all()
+    no_entropy = policy_rows(rows.logits, None, *given, *tail[:-1], False)
+    assert no_entropy[2].isnan().all()
+    assert_bitwise_equal(no_entropy[1], values[1], name="logprob")
+
+
+def test_a_row_alone_equals_the_row_in_a_batch() -> None:
+    rows = make_rows(2 * TILE + 5)
+    values, grad = triton_rows(rows, torch.float32, **ALL_TERMS)
+    for n in (0, 7):
+        alone_values, alone_grad = triton_rows(Rows(*(x[n : n + 1] for x in rows)), torch.float32, **ALL_TERMS)
+        assert_bitwise_equal(alone_values[:, 0], values[:, n], name="values")
+        assert_bitwise_equal(alone_grad[0], grad[n], name="gradient")
+
+
+@pytest.mark.parametrize("vocab", [1, TILE, TILE + 1, 2 * TILE + 7])
+@pytest.mark.parametrize("kind", ["noise", "peaked", "large", "offset", "-inf"])
+def test_logprob_rows_and_their_backward(kind: str, vocab: int) -> None:
+    if vocab == 1 and kind in ("peaked", "-inf"):
+        return
+    rows = make_rows(vocab, num_rows=6, kind=kind)
+    upstream = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    upstream[0, 1] = upstream[1, 1] = 0.0
+    if kind == "-inf":
+        upstream[0, 0] = 0.0  # its log-prob is -inf
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        logits, scale = rows.logits.to(dtype, copy=True).requires_grad_(), rows.inv_temperature.to(dtype)
+        logprobs, entropy = logprobs_and_entropy(logits, rows.targets, scale)
+        (grad,) = torch.autograd.grad([logprobs, entropy], logits, list(upstream.to(dtype)))
+        logsumexp = (logits * scale[:, None]).logsumexp(-1)
+        results[dtype] = (*(x.detach() for x in (logprobs, entropy, logsumexp)), grad)
+    for dtype in results:
+        logits, targets, scale = (x.to(DEVICE) for x in (rows.logits.to(dtype), rows.targets, rows.inv_temperature))
+        scale = scale.to(dtype)
+        values = logprob_rows(logits, targets, scale)
+        grads = upstream.to(DEVICE, dtype)
+        grad = logits.clone()
+        logprob_rows_backward(grad, grad, targets, scale, values[2], values[1], grads[0], grads[1])
+        for name, *three in zip(
+            ("logprob", "entropy", "logsumexp", "gradient"),
+            (*values.cpu(), grad.cpu()), results[dtype], results[torch.float64], strict=True,
+        ):  # fmt: skip
+            assert_scaled(*three, name=name, dtype=dtype)
+        assert_bitwise_equal(grad[1], torch.zeros_like(grad[1]), name="no upstream gradient")
+        bare = torch.empty_like(logits, dtype=torch.float16)
+        logprob_rows_backward(logits, bare, targets, scale, values[2], values[1], grads[0], None)
+        zero = torch.zeros_like(grads[1])
+        logprob_rows_backward(logits, grad, targets, scale, values[2], values[1], grads[0], zero)
+        assert torch.equal(bare, grad.half())
+
+
+def test_no_rows() -> None:
+    empty, index = torch.empty(0, 7, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    row = empty[:, 0]
+    values = policy_rows(empty, empty, index, row, row, None, row, row, 0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True)
+    assert values.shape == (6, 0)
+    assert logprob_rows(empty, index, row).shape == (3, 0)
+    logprob_rows_backward(empty, empty, index, row, row, row, row, None)
