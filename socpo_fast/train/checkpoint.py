@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.model.weights import load_student, save_student
+from socpo_fast.stopping import RunFailed
 from socpo_fast.train.optimizer import Optimizer
 
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
@@ -54,7 +55,7 @@ def save_checkpoint(
 
     Raises:
         ValueError, TypeError: trainer_state is not JSON, or what save_student refuses.
-        RuntimeError:          the disk is full or fails; older checkpoints are as they were.
+        RunFailed:             the disk is full or fails; older checkpoints are as they were.
 
     Memory: on a CPU none beyond the parameters. Bitwise: loading it gives back the same bits.
     """
@@ -76,7 +77,7 @@ def save_checkpoint(
             _sync(path)
         _put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
-        raise RuntimeError(
+        raise RunFailed(
             f"checkpoint: {target} could not be written ({error}); free disk space or lower run.keep_checkpoints, "
             "older checkpoints are intact"
         ) from error
@@ -110,7 +111,7 @@ def load_checkpoint(path: str | Path, student: Decoder, optimizer: Optimizer) ->
     path = Path(path)
     if not _is_complete(path):
         raise ValueError(f"checkpoint: {path} must be complete, got a missing or shortened file; use an older one")
-    for name, saved in json.loads((path / MANIFEST).read_text()).items():
+    for name, saved in _manifest(path).items():
         if _fingerprint(path / name) != saved:
             raise ValueError(f"checkpoint: {path / name} must be as it was written, got other bytes; use an older one")
     state = json.loads((path / STATE).read_text())
@@ -160,10 +161,19 @@ def _remove_leftovers(folder: str | Path) -> None:
 
 def _is_complete(path: Path) -> bool:
     """Every file of the manifest is there in full length."""
-    if not (path / MANIFEST).is_file():
-        return False
-    sizes = {name: saved["bytes"] for name, saved in json.loads((path / MANIFEST).read_text()).items()}
-    return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in sizes.items())
+    manifest = _manifest(path)
+    return STATE in manifest and all(
+        (path / name).is_file() and (path / name).stat().st_size == saved["bytes"] for name, saved in manifest.items()
+    )
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """File name -> {"bytes", "sha256"}; empty when it is missing or damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return {name: {"bytes": saved["bytes"], "sha256": saved["sha256"]} for name, saved in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

@@ -2,7 +2,8 @@
 
 Departures from torch.optim.AdamW used bare: state is made at construction, so that every parameter shares one step
 count, storage never moves, and the state is a flat dict of named tensors (safetensors, no pickle); weight decay falls
-on matrices only (ndim >= 2), never on norms and biases; a bad gradient costs one update, not the run.
+on matrices only (ndim >= 2), never on norms and biases; a bad gradient costs one update, not the run. num_updates
+counts that update too, so that a number names one update; warm-up and AdamW count the steps that were taken.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Optimizer:
             if not holds:
                 raise ValueError(f"Optimizer: {name} must be {rule}, got {value}")
         self.lr, self.warmup_updates, self.max_grad_norm = lr, warmup_updates, max_grad_norm
-        self.num_updates = 0
+        self.num_updates = 0  # skipped ones included
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
         matrices = [param for param in self.params.values() if param.ndim >= 2]
@@ -93,7 +94,9 @@ class Optimizer:
                 param.grad = torch.zeros_like(param)
             grads.append(param.grad)
         norm = nn.utils.get_total_norm(grads)
-        grad_norm, lr = float(norm), self.lr * min(1.0, (self.num_updates + 1) / max(1, self.warmup_updates))
+        num_steps = self.num_updates - self.num_skipped
+        grad_norm, lr = float(norm), self.lr * min(1.0, (num_steps + 1) / max(1, self.warmup_updates))
+        self.num_updates += 1
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
         if skipped:
             self.num_skipped += 1
@@ -103,7 +106,6 @@ class Optimizer:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
-            self.num_updates += 1
             self.num_skipped_in_a_row = 0
         self.adamw.zero_grad(set_to_none=True)  # between updates the memory is the rollout's
         return StepResult(grad_norm=grad_norm, lr=lr, skipped=skipped)
@@ -142,4 +144,4 @@ class Optimizer:
         self.num_updates, self.num_skipped = counts["num_updates"], counts["num_skipped"]
         self.num_skipped_in_a_row = counts["num_skipped_in_a_row"]
         for param in self.params.values():
-            self.adamw.state[param]["step"].fill_(float(self.num_updates))
+            self.adamw.state[param]["step"].fill_(float(self.num_updates - self.num_skipped))

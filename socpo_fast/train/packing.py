@@ -4,8 +4,9 @@ Read top-down: pack_rollouts -> _Builder.add -> _Builder._segment. Differences f
 
 - The prompt of a group is one root segment and its rollouts are branches below it (packing="tree"); packing="rows"
   gives every rollout its own copy of the prompt and is what the tree is tested against.
-- A rollout is one chain, attempt_0 + bridge + attempt_1 + .., not one row an attempt. Only where an attempt was cut
-  does the chain fork: the tail is a leaf of its own (it was sampled, so it is trained), the chain goes on from the cut.
+- A rollout is one chain, attempt_0 + bridge + attempt_1 + .., not one row an attempt. Only where the next attempt does
+  not see all of it does the chain fork: what it does not see ends in a leaf (it was sampled, so it is trained), and the
+  chain goes on from the cut, be that inside the attempt or, when negative, inside a bridge or the shared prompt.
 - The last token of a leaf predicts nothing and is not forwarded. Hence, within one microbatch of packing="tree",
   tokens forwarded = nodes of the tree - its leaves.
 - A loss token is known by its place in an attempt, never by its id. Several may share the row that predicts them (the
@@ -111,6 +112,16 @@ class _Path(NamedTuple):
     depth: int  # tokens in context
     pending: list[int]  # tokens that must open the segment: a prompt that is not shared
 
+    def back(self, num_tokens: int) -> _Path:
+        """The path without its last num_tokens; it may end inside a segment."""
+        context, left = list(self.context), num_tokens
+        while left:
+            start, end = context.pop()
+            dropped = min(left, end - start)
+            context += [(start, end - dropped)] if dropped < end - start else []
+            left -= dropped
+        return _Path(tuple(context), self.depth - num_tokens, [])
+
 
 @dataclass
 class _Builder:
@@ -130,27 +141,23 @@ class _Builder:
         return self._segment(root.pending, root) if shared else root
 
     def add(self, place: int, rollout: Rollout, path: _Path) -> None:
-        """Append a rollout's chain, and a leaf beside it for the tail of every cut attempt."""
+        """Append a rollout's chain, which forks where the next attempt does not see all that came before."""
         run = list(path.pending)  # the chain's tokens that are not yet in a segment
-        last = len(rollout.attempts) - 1
         for attempt_idx, attempt in enumerate(rollout.attempts):
-            ids = attempt.token_ids
-            kept = len(ids) - 1 if attempt_idx == last else _num_kept(rollout, attempt_idx)
-            start = len(self.token_ids) + len(run)
-            before = start - 1 if run else path.context[-1][1] - 1
-            rows = [before, *range(start, start + min(kept, len(ids) - 1))]
-            run += ids[:kept]
-            if kept < len(ids) - 1:
-                path, run = self._segment(run, path), []
-                tail_start = len(self.token_ids)
-                self._segment(ids[kept:-1], path)
-                rows += range(tail_start, len(self.token_ids))
-            if attempt_idx < last:
-                run += rollout.bridges[attempt_idx]
+            ids, start = attempt.token_ids, len(self.token_ids) + len(run)
             self.targets += ids
-            self.rows += rows
+            self.rows += [start - 1 if run else path.context[-1][1] - 1, *range(start, start + len(ids) - 1)]
             self.attempt_of_token += [len(self.attempts)] * len(ids)
             self.attempts.append((place, attempt_idx))
+            run += ids[:-1]
+            if attempt_idx == len(rollout.bridges):
+                break
+            unseen = len(ids) - _num_kept(rollout, attempt_idx)
+            if unseen == 0:
+                run += ids[-1:]
+            elif unseen > 1:
+                path, run = self._segment(run, path).back(unseen - 1), []
+            run += rollout.bridges[attempt_idx]
         self._segment(run, path)
 
     def _segment(self, token_ids: list[int], path: _Path) -> _Path:
@@ -177,7 +184,7 @@ class _Builder:
 
 
 def _num_kept(rollout: Rollout, attempt_idx: int) -> int:
-    """How many tokens of an attempt the next one sees."""
+    """How many tokens of an attempt the next one sees; negative: none, and so many fewer of what stood before it."""
     cut = rollout.cuts[attempt_idx]
     return rollout.attempts[attempt_idx].num_tokens if cut is None else cut
 
@@ -185,8 +192,8 @@ def _num_kept(rollout: Rollout, attempt_idx: int) -> int:
 def _chain_tokens(rollout: Rollout) -> int:
     """Tokens a rollout adds to a forward, prompt aside: attempts and bridges less the last token of each leaf."""
     lengths = [attempt.num_tokens for attempt in rollout.attempts]
-    tails = sum(_num_kept(rollout, attempt_idx) < length for attempt_idx, length in enumerate(lengths[:-1]))
-    return sum(lengths) + sum(len(bridge) for bridge in rollout.bridges) - tails - 1
+    forks = sum(_num_kept(rollout, attempt_idx) < length for attempt_idx, length in enumerate(lengths[:-1]))
+    return sum(lengths) + sum(len(bridge) for bridge in rollout.bridges) - forks - 1
 
 
 def _check_rollout(place: int, rollout: Rollout) -> None:
@@ -199,9 +206,16 @@ def _check_rollout(place: int, rollout: Rollout) -> None:
                 f"{where}.{name} must be one fewer than its {num_attempts} attempts, got {len(parts)}; "
                 "each stands between two attempts"
             )
+    seen = len(rollout.prompt_ids)  # by the attempt at hand
     for attempt_idx, attempt in enumerate(rollout.attempts):
         if attempt.num_tokens == 0:
             raise ValueError(f"{where}.attempts[{attempt_idx}].token_ids must be non-empty, got []")
-        if attempt_idx < num_attempts - 1 and not 0 <= _num_kept(rollout, attempt_idx) <= attempt.num_tokens:
-            rule, got = f"None or in [0, {attempt.num_tokens}]", rollout.cuts[attempt_idx]
-            raise ValueError(f"{where}.cuts[{attempt_idx}] must be {rule}, got {got}")
+        if attempt_idx == num_attempts - 1:
+            break
+        kept = _num_kept(rollout, attempt_idx)
+        if not -seen < kept <= attempt.num_tokens:
+            raise ValueError(
+                f"{where}.cuts[{attempt_idx}] must be None or in [{1 - seen}, {attempt.num_tokens}], got {kept}; "
+                f"attempt {attempt_idx} has {attempt.num_tokens} tokens and stands behind {seen}; one of these stays"
+            )
+        seen += kept + len(rollout.bridges[attempt_idx])

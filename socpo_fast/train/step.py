@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,16 @@ from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.packed_attention import packed_attention
 from socpo_fast.ops.policy_loss import KLEstimator, PolicyLoss
+from socpo_fast.train.loss_inputs import (
+    LossAgg,
+    PerToken,
+    attempt_advantages,
+    attempt_weights,
+    check_options,
+    gather_tokens,
+)
 from socpo_fast.train.packing import PackedMicrobatch, Packing, count_unique_tokens, pack_rollouts
 from socpo_fast.types import Rollout
-
-LossAgg = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
-PerToken = Sequence[Sequence[Tensor]]  # [rollout][attempt] -> [L] one value a sampled token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,7 @@ def policy_gradients(
 
     Memory: activations of one microbatch. Bitwise: same inputs, same bits; packings and budgets agree to rounding.
     """
-    _check_options(loss_agg, num_loss_tokens, num_attempts, max_new_tokens, tis_clip)
+    check_options(loss_agg, num_loss_tokens, num_attempts, max_new_tokens, tis_clip)
     lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
     norm_tokens = sum(lengths) if num_loss_tokens is None else num_loss_tokens
     norm_attempts = len(lengths) if num_attempts is None else num_attempts
@@ -120,7 +125,7 @@ def policy_gradients(
     )
     outcomes = []
     for microbatch in microbatches:
-        weights_A = _attempt_weights(microbatch, loss_agg, norm_tokens, norm_attempts, max_new_tokens)
+        weights_A = attempt_weights(microbatch, loss_agg, norm_tokens, norm_attempts, max_new_tokens)
         outcomes.append(backward(student, microbatch, rollouts, weights_A, old_logprobs, ref_logprobs))
     return _stats(outcomes, microbatches, rollouts)
 
@@ -176,7 +181,7 @@ def _backward(
 ) -> PolicyLoss:
     """Forward and backward of one microbatch; returns |logprob - sampler's| in place of the log-probs."""
     device = student.lm_head.weight.device
-    gather = partial(_gather, microbatch=microbatch, rollouts=rollouts, device=device)
+    gather = partial(gather_tokens, microbatch=microbatch, rollouts=rollouts, device=device)
     sampler_N = gather([[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts], "sampler logprobs")
     old_N = sampler_N if old_logprobs is None else gather(old_logprobs, "old_logprobs")
     weights_N = weights_A[microbatch.attempt_of_token_N].to(device)
@@ -188,7 +193,7 @@ def _backward(
         student.lm_head.weight,
         microbatch.targets_N.to(device),
         old_N,
-        _attempt_advantages(microbatch, rollouts).to(device),
+        attempt_advantages(microbatch, rollouts).to(device),
         microbatch.attempt_of_token_N.to(device),
         rows_N=microbatch.rows_N.to(device),
         weights_N=weights_N,
@@ -203,58 +208,13 @@ def _backward(
 def _forward(student: Decoder, microbatch: PackedMicrobatch, *, checkpointing: bool, impl: str) -> Tensor:
     """Hidden states of the packed tokens; keys come from the rows of a token's own path."""
     device, scale = student.lm_head.weight.device, student.config.head_dim**-0.5
+    impl = "ref" if impl == "ref" else "auto"  # "cpp" and "triton" name the head's: attention has neither
 
     def attend(layer_idx: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         return packed_attention(q_THE, k_TKE, v_TKE, microbatch.segments, scale=scale, impl=impl)
 
     token_ids_T, positions_T = microbatch.token_ids_T.to(device), microbatch.positions_T.to(device)
     return student(token_ids_T, positions_T, attend, checkpointing=checkpointing)
-
-
-def _attempt_weights(
-    microbatch: PackedMicrobatch, loss_agg: LossAgg, num_loss_tokens: int, num_attempts: int, max_new_tokens: int | None
-) -> Tensor:
-    """[A] fp32: what each loss token of an attempt weighs."""
-    lengths_A = microbatch.attempt_of_token_N.bincount()
-    if loss_agg == "token_mean":
-        return torch.full(lengths_A.shape, 1 / num_loss_tokens)
-    if loss_agg == "seq_mean_token_mean":
-        return 1 / (num_attempts * lengths_A)
-    assert max_new_tokens is not None, "checked at the door"
-    return torch.full(lengths_A.shape, 1 / (num_attempts * max_new_tokens))
-
-
-def _attempt_advantages(microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:
-    """[A] fp32."""
-    for place, _ in microbatch.attempts:
-        num_attempts, num_advantages = len(rollouts[place].attempts), len(rollouts[place].advantages)
-        if num_advantages != num_attempts:
-            raise ValueError(
-                f"policy_gradients: rollouts[{place}].advantages must be one for each of its {num_attempts} attempts, "
-                f"got {num_advantages}; fill them with ops.compute_advantages"
-            )
-    return torch.tensor([rollouts[place].advantages[attempt_idx] for place, attempt_idx in microbatch.attempts])
-
-
-def _gather(
-    values: PerToken, what: str, *, microbatch: PackedMicrobatch, rollouts: Sequence[Rollout], device: torch.device
-) -> Tensor:
-    """[N]: per-token values in the order of the microbatch's loss tokens."""
-    if len(values) != len(rollouts):
-        raise ValueError(
-            f"policy_gradients: {what} must be a list for each of {len(rollouts)} rollouts, got {len(values)}"
-        )
-    parts = []
-    for place, attempt_idx in microbatch.attempts:
-        num_tokens = rollouts[place].attempts[attempt_idx].num_tokens
-        num_given = values[place][attempt_idx].numel() if attempt_idx < len(values[place]) else 0
-        if num_given != num_tokens:
-            raise ValueError(
-                f"policy_gradients: {what} of rollouts[{place}].attempts[{attempt_idx}] must be [L={num_tokens}], "
-                f"got {num_given} values"
-            )
-        parts.append(values[place][attempt_idx])
-    return torch.cat(parts).to(device)
 
 
 def _stats(
@@ -278,23 +238,3 @@ def _stats(
         loss_tokens=sum(sizes),
         num_microbatches=len(microbatches),
     )
-
-
-def _check_options(
-    loss_agg: str,
-    num_loss_tokens: int | None,
-    num_attempts: int | None,
-    max_new_tokens: int | None,
-    tis_clip: float | None,
-) -> None:
-    if loss_agg not in get_args(LossAgg):
-        choices = ", ".join(get_args(LossAgg))
-        raise ValueError(f"policy_gradients: loss_agg must be one of {choices}, got {loss_agg!r}")
-    normalisers = {"num_loss_tokens": num_loss_tokens, "num_attempts": num_attempts, "max_new_tokens": max_new_tokens}
-    for name, value in normalisers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"policy_gradients: {name} must be >= 1, got {value}")
-    if loss_agg == "seq_mean_token_sum_norm" and max_new_tokens is None:
-        raise ValueError(f"policy_gradients: max_new_tokens must be the sampler's for loss_agg={loss_agg!r}, got None")
-    if tis_clip is not None and not tis_clip > 0:
-        raise ValueError(f"policy_gradients: tis_clip must be > 0 or None, got {tis_clip}")

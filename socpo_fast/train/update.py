@@ -10,8 +10,10 @@ import torch
 
 from socpo_fast.config import Config
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.stopping import RunFailed
+from socpo_fast.train.loss_inputs import PerToken
 from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import PerToken, compute_logprobs, policy_gradients
+from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
 
 MAX_MISMATCH_NATS = 1e-3  # above it the sampler's log-probs do not serve as old_logprobs
@@ -60,7 +62,7 @@ class Updater:
         """Gradients of these rollouts and one optimizer step.
 
         Raises:
-            RuntimeError: train.max_bad_updates in a row were not finite.
+            RunFailed: train.max_bad_updates in a row were not finite.
         """
         loss, started = self.config.loss, time.perf_counter()
         stats = policy_gradients(
@@ -82,7 +84,7 @@ class Updater:
         )
         result = self.optimizer.step(stats.loss)
         if self.optimizer.num_skipped_in_a_row >= self.config.train.max_bad_updates:
-            raise RuntimeError(
+            raise RunFailed(
                 f"train: loss and gradient must be finite, got {self.optimizer.num_skipped_in_a_row} updates in a row "
                 "that were not; lower train.lr and start again, which goes on from the last checkpoint"
             )

@@ -75,6 +75,16 @@ def make_rollout(
     )
 
 
+def contexts(rollout: Rollout) -> list[list[int]]:
+    """[attempt] -> the token ids that stood before it when it was sampled."""
+    found = [list(rollout.prompt_ids)]
+    for attempt, bridge, cut in zip(rollout.attempts[:-1], rollout.bridges, rollout.cuts, strict=True):
+        seen = found[-1] + attempt.token_ids
+        kept = len(seen) if cut is None else len(found[-1]) + cut
+        found.append(seen[:kept] + bridge)
+    return found
+
+
 def make_rollouts() -> list[Rollout]:
     """Every shape a rollout can have, out of order: two groups, a singleton, one question with two prompts."""
     first, second, third = [1, 2, 3, 4, 5], [7], [9, 8]
@@ -91,4 +101,9 @@ def make_rollouts() -> list[Rollout]:
         make_rollout(1, 3, second, [4, 4], [2], [4]),  # a cut that cuts nothing
         make_rollout(0, 5, first, [3, 3], [2], [0]),  # nothing of the first attempt is kept
         make_rollout(0, 6, [1, 2, 3, 4, 6], [4]),  # same question, another prompt
+        make_rollout(0, 7, first, [4, 3, 2], [2, 1], [-3, -1]),  # back into the prompt, then into the first bridge
+        make_rollout(0, 8, first, [1, 3, 4], [2, 0], [-4, -2]),  # one token stays; then one again, and no bridge
+        make_rollout(1, 4, second, [6, 1, 3], [3, 2], [None, -5]),  # past a bridge into the first attempt
+        make_rollout(2, 1, third, [5, 4, 3], [0, 2], [2, -1]),  # behind a cut and an empty bridge, into what was kept
+        make_rollout(2, 2, third, [2, 3, 3], [1, 1], [-1, None]),  # a chain that goes on behind a fork in the prompt
     ]

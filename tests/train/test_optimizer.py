@@ -62,15 +62,28 @@ def test_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
         result = optimizer.step()
         assert result.skipped
         assert not math.isfinite(result.grad_norm)
-        assert optimizer.state_counts() == {"num_updates": 1, "num_skipped": times, "num_skipped_in_a_row": times}
+        assert optimizer.state_counts() == {
+            "num_updates": 1 + times,
+            "num_skipped": times,
+            "num_skipped_in_a_row": times,
+        }
     set_gradients(student, seed=3)
     assert optimizer.step(loss=bad).skipped
     assert all(torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True))
     assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer.state_tensors().items())
     set_gradients(student, seed=4)
     result = optimizer.step()
-    assert (result.skipped, result.lr) == (False, 1e-2)  # the second update of the warm-up: skipped ones do not count
-    assert optimizer.state_counts() == {"num_updates": 2, "num_skipped": 3, "num_skipped_in_a_row": 0}
+    assert (result.skipped, result.lr) == (False, 1e-2)  # the second step of the warm-up: skipped ones do not count
+    assert optimizer.state_counts() == {"num_updates": 5, "num_skipped": 3, "num_skipped_in_a_row": 0}
+    undisturbed = make_student()
+    other = Optimizer(undisturbed, lr=1e-2, warmup_updates=2)
+    for seed in (0, 4):
+        set_gradients(undisturbed, seed)
+        other.step()
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), undisturbed.parameters(), strict=True))
+    resumed = Optimizer(make_student(seed=1), lr=1e-2, warmup_updates=2)
+    resumed.load_state(optimizer.state_tensors(), optimizer.state_counts())
+    assert {float(state["step"]) for state in resumed.adamw.state.values()} == {2.0}
 
 
 def test_missing_gradient_counts_as_zero() -> None:

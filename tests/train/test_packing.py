@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from socpo_fast.train.packing import PackedMicrobatch, count_unique_tokens, pack_rollouts
 from socpo_fast.types import Rollout
-from tests.train.rollouts import make_rollout, make_rollouts
+from tests.train.rollouts import contexts, make_rollout, make_rollouts
 
 
 def paths(microbatch: PackedMicrobatch) -> list[list[int]]:
@@ -24,22 +26,11 @@ def paths(microbatch: PackedMicrobatch) -> list[list[int]]:
     return found
 
 
-def expected_contexts(rollout: Rollout) -> list[list[list[int]]]:
-    """[attempt][token] -> the token ids that the student had seen when it sampled that token."""
-    contexts, seen = [], list(rollout.prompt_ids)
-    for attempt_idx, attempt in enumerate(rollout.attempts):
-        contexts.append([seen + attempt.token_ids[:place] for place in range(attempt.num_tokens)])
-        if attempt_idx < len(rollout.bridges):
-            seen = seen + attempt.token_ids[: rollout.cuts[attempt_idx]] + rollout.bridges[attempt_idx]
-    return contexts
-
-
-@pytest.mark.parametrize("packing", ["tree", "rows"])
-@pytest.mark.parametrize("token_budget", [1, 20, 45, 10_000])  # alone, a few, part of a group, all
-def test_every_loss_token_sees_what_the_sampler_saw(packing: str, token_budget: int) -> None:
-    rollouts = make_rollouts()
+def assert_every_loss_token_sees_what_the_sampler_saw(
+    rollouts: list[Rollout], microbatches: list[PackedMicrobatch]
+) -> None:
     packed_attempts = []
-    for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
+    for microbatch in microbatches:
         row_paths, ids = paths(microbatch), microbatch.token_ids_T.tolist()
         assert microbatch.positions_T.tolist() == [len(path) - 1 for path in row_paths]
         seen_by_attempt: dict[int, list[tuple[list[int], int]]] = {}
@@ -48,14 +39,49 @@ def test_every_loss_token_sees_what_the_sampler_saw(packing: str, token_budget: 
             seen_by_attempt.setdefault(attempt, []).append(([ids[other] for other in row_paths[row]], target))
         assert list(seen_by_attempt) == list(range(len(microbatch.attempts)))
         for number, (place, attempt_idx) in enumerate(microbatch.attempts):
-            contexts, ids_sampled = (
-                expected_contexts(rollouts[place])[attempt_idx],
-                rollouts[place].attempts[attempt_idx],
-            )
-            assert seen_by_attempt[number] == list(zip(contexts, ids_sampled.token_ids, strict=True))
+            before, sampled = contexts(rollouts[place])[attempt_idx], rollouts[place].attempts[attempt_idx].token_ids
+            assert seen_by_attempt[number] == [(before + sampled[:t], target) for t, target in enumerate(sampled)]
         packed_attempts += microbatch.attempts
     every = [(place, k) for place, rollout in enumerate(rollouts) for k in range(len(rollout.attempts))]
     assert sorted(packed_attempts) == every
+
+
+@pytest.mark.parametrize("packing", ["tree", "rows"])
+@pytest.mark.parametrize("token_budget", [1, 20, 45, 10_000])  # alone, a few, part of a group, all
+def test_every_loss_token_sees_what_the_sampler_saw(packing: str, token_budget: int) -> None:
+    rollouts = make_rollouts()
+    microbatches = pack_rollouts(rollouts, packing=packing, token_budget=token_budget)
+    assert_every_loss_token_sees_what_the_sampler_saw(rollouts, microbatches)
+
+
+@st.composite
+def random_rollouts(draw: st.DrawFn) -> list[Rollout]:
+    """Up to three questions with up to three rollouts of up to four attempts, cut anywhere that is allowed."""
+    rollouts, size = [], st.integers(1, 4)
+    for question_idx in range(draw(size)):
+        prompt_ids = list(range(draw(size)))
+        for rollout_idx in range(draw(st.integers(1, 3))):
+            lengths = draw(st.lists(size, min_size=1, max_size=4))
+            bridge_lengths = [draw(st.integers(0, 3)) for _ in lengths[1:]]
+            cuts, seen = [], len(prompt_ids)
+            for length, bridge_length in zip(lengths, bridge_lengths, strict=False):
+                cuts.append(draw(st.none() | st.integers(1 - seen, length)))
+                seen += (length if cuts[-1] is None else cuts[-1]) + bridge_length
+            rollouts.append(make_rollout(question_idx, rollout_idx, prompt_ids, lengths, bridge_lengths, cuts))
+    return rollouts
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(random_rollouts(), st.sampled_from(["tree", "rows"]), st.sampled_from([1, 15, 1000]))
+def test_any_rollouts(rollouts: list[Rollout], packing: str, token_budget: int) -> None:
+    microbatches = pack_rollouts(rollouts, packing=packing, token_budget=token_budget)
+    assert_every_loss_token_sees_what_the_sampler_saw(rollouts, microbatches)
+    leaves = len(rollouts)
+    for rollout in rollouts:
+        for attempt, cut in zip(rollout.attempts[:-1], rollout.cuts, strict=True):
+            leaves += cut is not None and cut < attempt.num_tokens
+    if packing == "tree" and token_budget == 1000:
+        assert microbatches[0].tokens_forwarded == count_unique_tokens(rollouts) - leaves
 
 
 def test_tree_forwards_each_node_once_but_the_last_token_of_a_leaf() -> None:
@@ -63,11 +89,13 @@ def test_tree_forwards_each_node_once_but_the_last_token_of_a_leaf() -> None:
     (microbatch,) = pack_rollouts(rollouts, packing="tree", token_budget=10_000)
     prompts = 5 + 1 + 2 + 5
     attempts_and_bridges = 4 + (11 + 2) + (9 + 4) + (3 + 3) + 3 + (16 + 6) + (15 + 4) + (8 + 2) + (8 + 2) + (6 + 2) + 4
+    attempts_and_bridges += (9 + 3) + (8 + 2) + (10 + 5) + (12 + 2) + (8 + 2)
     leaves = 11 + 1 + 1 + 2 + 1 + 1  # chains; tails of the cuts 2, 3, (1, 2), 3 and 0
+    leaves += 5 + 2 + 2 + 1 + 2 + 1  # chains; attempts that negative cuts hide, and one that is cut at 2
     assert count_unique_tokens(rollouts) == prompts + attempts_and_bridges
     assert microbatch.tokens_forwarded == prompts + attempts_and_bridges - leaves
     (rows,) = pack_rollouts(rollouts, packing="rows", token_budget=10_000)
-    assert rows.tokens_forwarded == microbatch.tokens_forwarded + 5 * 5 - 5 + 1 * 4 - 1
+    assert rows.tokens_forwarded == microbatch.tokens_forwarded + 5 * (7 - 1) + 1 * (5 - 1) + 2 * (3 - 1)
 
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
@@ -103,7 +131,9 @@ def test_refusals() -> None:
         r"attempts\[1\].token_ids must be non-empty": make_rollout(0, 0, [1], [2, 0]),
         r"bridges must be one fewer than its 2 attempts, got 2": make_rollout(0, 0, [1], [2, 2], [1, 1]),
         r"cuts must be one fewer than its 2 attempts, got 2": make_rollout(0, 0, [1], [2, 2], [1], [1, 1]),
-        r"cuts\[0\] must be None or in \[0, 2\], got 3": make_rollout(0, 0, [1], [2, 2], [1], [3]),
+        r"cuts\[0\] must be None or in \[-3, 2\], got 3; .* behind 4;": make_rollout(0, 0, [1] * 4, [2, 2], [1], [3]),
+        r"cuts\[0\] must be None or in \[0, 2\], got -1": make_rollout(0, 0, [1], [2, 2], [1], [-1]),
+        r"cuts\[1\] must be None or in \[-3, 2\], got -4": make_rollout(0, 0, [1, 2], [5, 2, 2], [3, 1], [-1, -4]),
     }
     for message, rollout in bad.items():
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,81 @@
+"""What loss tokens bring to the loss: weight, advantage, log-probs; and the checks of policy_gradients' options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from socpo_fast.train.packing import PackedMicrobatch
+from socpo_fast.types import Rollout
+
+LossAgg = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+PerToken = Sequence[Sequence[Tensor]]  # [rollout][attempt] -> [L] one value a sampled token
+
+
+def check_options(
+    loss_agg: str,
+    num_loss_tokens: int | None,
+    num_attempts: int | None,
+    max_new_tokens: int | None,
+    tis_clip: float | None,
+) -> None:
+    if loss_agg not in get_args(LossAgg):
+        choices = ", ".join(get_args(LossAgg))
+        raise ValueError(f"policy_gradients: loss_agg must be one of {choices}, got {loss_agg!r}")
+    normalisers = {"num_loss_tokens": num_loss_tokens, "num_attempts": num_attempts, "max_new_tokens": max_new_tokens}
+    for name, value in normalisers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"policy_gradients: {name} must be >= 1, got {value}")
+    if loss_agg == "seq_mean_token_sum_norm" and max_new_tokens is None:
+        raise ValueError(f"policy_gradients: max_new_tokens must be the sampler's for loss_agg={loss_agg!r}, got None")
+    if tis_clip is not None and not tis_clip > 0:
+        raise ValueError(f"policy_gradients: tis_clip must be > 0 or None, got {tis_clip}")
+
+
+def attempt_weights(
+    microbatch: PackedMicrobatch, loss_agg: LossAgg, num_loss_tokens: int, num_attempts: int, max_new_tokens: int | None
+) -> Tensor:
+    """[A] fp32: what each loss token of an attempt weighs."""
+    lengths_A = microbatch.attempt_of_token_N.bincount()
+    if loss_agg == "token_mean":
+        return torch.full(lengths_A.shape, 1 / num_loss_tokens)
+    if loss_agg == "seq_mean_token_mean":
+        return 1 / (num_attempts * lengths_A)
+    assert max_new_tokens is not None, "checked at the door"
+    return torch.full(lengths_A.shape, 1 / (num_attempts * max_new_tokens))
+
+
+def attempt_advantages(microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:
+    """[A] fp32."""
+    for place, _ in microbatch.attempts:
+        num_attempts, num_advantages = len(rollouts[place].attempts), len(rollouts[place].advantages)
+        if num_advantages != num_attempts:
+            raise ValueError(
+                f"policy_gradients: rollouts[{place}].advantages must be one for each of its {num_attempts} attempts, "
+                f"got {num_advantages}; fill them with ops.compute_advantages"
+            )
+    return torch.tensor([rollouts[place].advantages[attempt_idx] for place, attempt_idx in microbatch.attempts])
+
+
+def gather_tokens(
+    values: PerToken, what: str, *, microbatch: PackedMicrobatch, rollouts: Sequence[Rollout], device: torch.device
+) -> Tensor:
+    """[N]: per-token values in the order of the microbatch's loss tokens."""
+    if len(values) != len(rollouts):
+        raise ValueError(
+            f"policy_gradients: {what} must be a list for each of {len(rollouts)} rollouts, got {len(values)}"
+        )
+    parts = []
+    for place, attempt_idx in microbatch.attempts:
+        num_tokens = rollouts[place].attempts[attempt_idx].num_tokens
+        num_given = values[place][attempt_idx].numel() if attempt_idx < len(values[place]) else 0
+        if num_given != num_tokens:
+            raise ValueError(
+                f"policy_gradients: {what} of rollouts[{place}].attempts[{attempt_idx}] must be [L={num_tokens}], "
+                f"got {num_given} values"
+            )
+        parts.append(values[place][attempt_idx])
+    return torch.cat(parts).to(device)

@@ -1,0 +1,158 @@
+"""An update's loss, one token at a time: nothing of train/ or ops/ is used.
+
+Every attempt is forwarded alone behind its whole context, through any function from token ids to logits (a decoder with
+attention written out, or transformers); a token's loss is a handful of scalars. fp64 where the model is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.types import Rollout
+from tests.train.rollouts import contexts
+
+TEMPERATURE = 0.8
+PerToken = list[list[Tensor]]
+Forward = Callable[[list[int]], Tensor]
+
+
+def decoder_forward(student: Decoder) -> Forward:
+    """token ids -> [L, V] logits of one row by itself."""
+
+    def attend(layer_idx: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        heads_per_kv = q_THE.shape[1] // k_TKE.shape[1]
+        k_THE, v_THE = k_TKE.repeat_interleave(heads_per_kv, 1), v_TKE.repeat_interleave(heads_per_kv, 1)
+        scores = torch.einsum("the,she->hts", q_THE, k_THE) / q_THE.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[1:]).triu(1).bool()
+        return torch.einsum("hts,she->the", scores.masked_fill(future, -torch.inf).softmax(-1), v_THE)
+
+    def forward(token_ids: list[int]) -> Tensor:
+        hidden_TD = student(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
+        return hidden_TD @ student.lm_head.weight.T
+
+    return forward
+
+
+def naive_logprobs(forward: Forward, rollout: Rollout) -> list[tuple[Tensor, Tensor]]:
+    """(logprob, entropy) of every token of every attempt, [L] each."""
+    found = []
+    for context, attempt in zip(contexts(rollout), rollout.attempts, strict=False):  # no attempt, still a prompt
+        logits = forward(context + attempt.token_ids)[len(context) - 1 : -1] / TEMPERATURE
+        probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        logprobs = probabilities[torch.arange(attempt.num_tokens), torch.tensor(attempt.token_ids)].log()
+        found.append((logprobs, -(probabilities * probabilities.log()).sum(-1)))
+    return found
+
+
+def token_loss(
+    logprob: Tensor,
+    old: float,
+    advantage: float,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+) -> tuple[Tensor, bool]:
+    """(loss of one token before weights, entropy and KL; whether a clip replaced its ratio)."""
+    ratio = (logprob - old).clamp(-20.0, 20.0).exp()
+    low, high = 1 - clip_low, 1 + clip_high
+    if advantage >= 0:
+        return (-advantage * ratio, False) if ratio.item() <= high else (logprob.new_tensor(-advantage * high), True)
+    if ratio.item() < low:
+        return logprob.new_tensor(-advantage * low), True
+    if dual_clip is not None and ratio.item() > dual_clip:
+        return logprob.new_tensor(-advantage * dual_clip), True
+    return -advantage * ratio, False
+
+
+def token_kl(logprob: Tensor, ref: float, estimator: str) -> Tensor:
+    difference = ref - logprob
+    if estimator == "k1":
+        return -difference
+    return difference**2 / 2 if estimator == "k2" else difference.exp() - 1 - difference
+
+
+def naive_loss(
+    forward: Forward,
+    rollouts: list[Rollout],
+    *,
+    loss_agg: str = "token_mean",
+    max_new_tokens: int | None = None,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    old: PerToken | None = None,
+    ref: PerToken | None = None,
+    tis_clip: float | None = None,
+    **clips: Any,
+) -> tuple[Tensor, float]:
+    """(loss with its graph, share of clipped tokens) of these rollouts as one update; old=None: the sampler's."""
+    lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
+    terms, num_clipped = [], 0
+    for place, rollout in enumerate(rollouts):
+        for k, (logprobs, entropy) in enumerate(naive_logprobs(forward, rollout)):
+            sampler = rollout.attempts[k].logprobs.tolist()
+            olds = sampler if old is None else old[place][k].tolist()
+            for t, logprob in enumerate(logprobs):
+                term, clipped = token_loss(logprob, olds[t], rollout.advantages[k], **clips)
+                num_clipped += clipped
+                term = term - entropy_coef * entropy[t]
+                if ref is not None:
+                    term = term + kl_coef * token_kl(logprob, ref[place][k][t].item(), kl_estimator)
+                if loss_agg == "token_mean":
+                    weight = 1 / sum(lengths)
+                elif loss_agg == "seq_mean_token_mean":
+                    weight = 1 / len(lengths) / len(logprobs)
+                else:
+                    assert max_new_tokens is not None
+                    weight = 1 / len(lengths) / max_new_tokens
+                if tis_clip is not None:
+                    weight *= min(math.exp(olds[t] - sampler[t]), tis_clip)
+                terms.append(weight * term)
+    return torch.stack(terms).sum(), num_clipped / len(terms)
+
+
+def naive_gradients(
+    student: Decoder, rollouts: list[Rollout], **options: Any
+) -> tuple[dict[str, Tensor], float, float]:
+    """(gradient by parameter name, loss, share of clipped tokens); options are naive_loss's."""
+    student.zero_grad(set_to_none=True)
+    loss, clipped = naive_loss(decoder_forward(student), rollouts, **options)
+    loss.backward()
+    return {name: param.grad.clone() for name, param in student.named_parameters()}, loss.item(), clipped
+
+
+def near_policy(student: Decoder, rollouts: list[Rollout], spread: float, seed: int) -> PerToken:
+    """fp32 log-probs around the student's own, so that some ratios clip and others do not."""
+    generator, forward = torch.Generator().manual_seed(seed), decoder_forward(student)
+    with torch.no_grad():
+        own = [[logprobs.float() for logprobs, _ in naive_logprobs(forward, rollout)] for rollout in rollouts]
+    return [[x + spread * torch.randn(x.shape, generator=generator) for x in attempts] for attempts in own]
+
+
+def set_sampler_logprobs(rollouts: list[Rollout], logprobs: PerToken) -> None:
+    for rollout, by_attempt in zip(rollouts, logprobs, strict=True):
+        for attempt, logprobs_L in zip(rollout.attempts, by_attempt, strict=True):
+            attempt.logprobs = logprobs_L
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Every entry within tolerance of the largest entry of its tensor."""
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        error, size = (found[name] - grad).abs().max(), grad.abs().max()
+        assert error <= tolerance * size, f"{name}: off by {error:.2e} of {size:.2e}"
+
+
+def norm(grads: dict[str, Tensor]) -> float:
+    return float(sum(grad.double().square().sum() for grad in grads.values())) ** 0.5
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return norm({name: one[name].double() - other[name].double() for name in one})

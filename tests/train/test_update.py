@@ -1,0 +1,141 @@
+"""Several updates of one batch, epochs included: each one's gradient against fp64, and what stays fixed meanwhile."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.config import Config, load_config
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.train.update import Updater
+from socpo_fast.types import Rollout
+from tests.train.naive import distance, naive_gradients, near_policy, norm, set_sampler_logprobs
+from tests.train.rollouts import make_rollouts, make_student
+
+ORDER = [[0, 2], [1], [1, 0], [2]]  # two epochs of two updates over three groups
+CHANGES: dict[str, Any] = {
+    "rollout.temperature": 0.8,
+    "rollout.max_new_tokens": 7,
+    "train.lr": 3e-3,  # far enough for ratios to clip from the second update on
+    "train.warmup_updates": 0,
+    "train.token_budget": 60,
+    "train.max_grad_norm": 1e9,
+}
+LOSSES: dict[str, dict[str, Any]] = {
+    "plain": {"loss.old_logprobs": "sampler"},
+    "recompute": {"loss.old_logprobs": "recompute", "loss.tis_clip": 1.1},
+    "auto": {"loss.agg": "seq_mean_token_mean", "loss.dual_clip": 1.5},
+    "k1": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k1", "loss.agg": "seq_mean_token_sum_norm"},
+    "k2": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k2", "loss.old_logprobs": "recompute"},
+    "k3": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k3", "loss.entropy_coef": 0.1, "loss.dual_clip": "none"},
+}
+
+
+def groups_of(rollouts: list[Rollout]) -> list[list[Rollout]]:
+    return [[rollout for rollout in rollouts if rollout.question_idx == question] for question in range(3)]
+
+
+def naive_options(config: Config) -> dict[str, Any]:
+    loss = config.loss
+    return {
+        "loss_agg": loss.agg,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "dual_clip": loss.dual_clip,
+        "entropy_coef": loss.entropy_coef,
+        "kl_coef": loss.kl_coef,
+        "kl_estimator": loss.kl_estimator,
+        "tis_clip": loss.tis_clip,
+    }
+
+
+def spy_on_steps(updater: Updater) -> list[tuple[Decoder, dict[str, Tensor]]]:
+    """[update] -> (an fp64 copy of the student before it, the gradient it is given)."""
+    steps, original, config = [], updater.optimizer.step, updater.student.config
+
+    def step(loss: float = 0.0) -> Any:
+        before = Decoder(config).double()
+        before.load_state_dict(updater.student.state_dict())
+        grads = {name: param.grad.clone().double() for name, param in updater.student.named_parameters()}
+        steps.append((before, grads))
+        return original(loss)
+
+    updater.optimizer.step = step
+    return steps
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_update_equals_fp64_while_old_and_reference_stay(loss: str) -> None:
+    config = load_config(None, CHANGES | LOSSES[loss])
+    start, reference, rollouts = make_student(dtype=torch.float64), make_student(), make_rollouts()
+    with torch.no_grad():
+        for param in reference.parameters():
+            param.mul_(0.95)
+    set_sampler_logprobs(rollouts, near_policy(start, rollouts, 0.3, seed=5))
+    old = near_policy(start, rollouts, 0.0, seed=0)  # those of the batch's first weights, for all its updates
+    ref = near_policy(reference.double(), rollouts, 0.0, seed=0)
+    groups = groups_of(rollouts)
+    updater = Updater(make_student(), config, reference=reference.float() if config.loss.kl_coef else None)
+    steps = spy_on_steps(updater)
+    outcomes = list(updater.updates(groups, ORDER))
+    assert [num_groups for num_groups, _ in outcomes] == [len(chosen) for chosen in ORDER]
+
+    for (before, grads), chosen, (_, metrics) in zip(steps, ORDER, outcomes, strict=True):
+        places = [place for g in chosen for place in range(len(rollouts)) if rollouts[place].question_idx == g]
+        options = naive_options(config) | {
+            "old": None if config.loss.old_logprobs == "sampler" else [old[place] for place in places],
+            "ref": [ref[place] for place in places] if config.loss.kl_coef else None,
+        }
+        chosen_rollouts = [rollouts[place] for place in places]
+        truth, value, clipped = naive_gradients(before, chosen_rollouts, **options)
+        plain, _, _ = naive_gradients(before.float(), chosen_rollouts, **options)
+        size = norm(truth)
+        assert distance(grads, truth) <= 2 * distance(plain, truth) + 1e-5 * size  # the error rule, on the whole
+        assert metrics["policy/loss"] == pytest.approx(value, rel=1e-5)
+        assert metrics["policy/grad_norm"] == pytest.approx(size, rel=1e-4)
+        assert metrics["policy/clip_fraction"] == pytest.approx(clipped, abs=1e-6)
+    assert outcomes[-1][1]["policy/clip_fraction"] > 0.1
+    assert all(
+        not torch.equal(one, two) for one, two in zip(*(list(s[0].parameters()) for s in steps[:2]), strict=True)
+    )
+
+
+def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
+    """auto: within 1e-3 nats of the first group's own they serve, and no other group is forwarded for them."""
+    start, rollouts = make_student(dtype=torch.float64), make_rollouts()
+    config = load_config(None, CHANGES | {"train.token_budget": 10_000})  # one forward a group
+    outcomes = []
+    for spread, forwards in ((1e-5, 1), (0.3, 3)):
+        set_sampler_logprobs(rollouts, near_policy(start, rollouts, spread, seed=5))
+        student, forwarded = make_student(), []
+        student.norm.register_forward_hook(lambda norm, args, out, seen=forwarded: seen.append(out.requires_grad))
+        updater = Updater(student, config, reference=None)
+        (_, metrics) = next(updater.updates(groups_of(rollouts), ORDER))
+        assert forwarded.count(False) == forwards
+        outcomes.append((metrics["policy/sampler_mismatch_nats"], metrics["policy/ratio_mean"]))
+    assert outcomes[0][0] < 1e-4
+    assert outcomes[1][0] > 1e-1
+    assert outcomes[1][1] == pytest.approx(1.0, abs=1e-5)  # recomputed: ratio 1 at the first update
+    assert outcomes[0][1] != outcomes[1][1]
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_a_run_of_them_stops() -> None:
+    rollouts = make_rollouts()
+    config = load_config(None, CHANGES | {"loss.old_logprobs": "sampler", "train.max_bad_updates": 2})
+    student = make_student()
+    updater = Updater(student, config, reference=None)
+    before = [param.detach().clone() for param in student.parameters()]
+    rollouts[0].advantages = [float("1e38")]  # finite, and its loss is not
+    groups = groups_of(rollouts)
+    updates = updater.updates(groups, [[0], [0]])
+    _, metrics = next(updates)
+    assert metrics["policy/bad_updates"] == 1
+    assert not math.isfinite(metrics["policy/grad_norm"])
+    assert all(torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError, match="must be finite, got 2 updates in a row that were not; lower train.lr"):
+        next(updates)
