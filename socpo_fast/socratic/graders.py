@@ -5,11 +5,16 @@ A grader sees text only and never raises for what a model wrote: an answer that 
 
 from __future__ import annotations
 
-import logging
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
+from importlib.util import find_spec
 
+from socpo_fast.socratic import math_worker
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.types import Question
 
@@ -105,23 +110,49 @@ def same_value(answer: str, truth: str) -> bool:
     return bool(_NUMBER.fullmatch(answer) and _NUMBER.fullmatch(truth)) and Decimal(answer) == Decimal(truth)
 
 
-def _math_grader() -> Grader:
-    """Symbolic equality by math-verify, an optional dependency."""
-    try:
-        from math_verify import parse, verify
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "data.grader: math needs math-verify, which is not installed; pip install 'socpo_fast[math]'"
-        ) from error
+class MathGrader:
+    """The last formula of the text equals ground_truth, by math-verify in a process that ends when it takes long."""
 
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs what it could not read, in full
+    _worker: subprocess.Popen[str] | None = None
 
-    def grade_math(text: str, question: Question) -> bool:
-        """The last formula of the text equals ground_truth. Main thread only: its time limits (5 s) are signals."""
+    def __init__(self) -> None:
+        if find_spec("math_verify") is None:
+            raise ValueError(
+                "data.grader: math needs math-verify, which is not installed; pip install 'socpo_fast[math]'"
+            )
+
+    def __call__(self, text: str, question: Question) -> bool:
         truth = question.ground_truth
-        return bool(verify(parse(truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"), parse(text)))
+        request = json.dumps([text, truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"])
+        if self._worker is None:
+            # -P: the worker's folder, which has modules of ours, is not searched for imports
+            command = [sys.executable, "-P", math_worker.__file__]
+            pipe = subprocess.PIPE
+            self._worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            assert self._worker.stdout is not None
+            if self._worker.stdout.readline() != "ready\n":
+                raise RuntimeError("data.grader: math-verify must be importable on its own; try `import math_verify`")
+        assert self._worker.stdin is not None and self._worker.stdout is not None
+        try:
+            self._worker.stdin.write(request + "\n")
+            self._worker.stdin.flush()
+            verdict = self._worker.stdout.readline()
+        except BrokenPipeError:
+            verdict = ""
+        if not verdict:  # it ran out of time or memory
+            self.close()
+        return verdict == "1\n"
 
-    return grade_math
+    def close(self) -> None:
+        """End the worker; the next call starts another one."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill()
+            with suppress(BrokenPipeError), worker:  # closes the pipes and waits
+                pass
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def make_grader(name: str) -> Grader:
@@ -134,7 +165,7 @@ def make_grader(name: str) -> Grader:
     if name in graders:
         return graders[name]
     if name == "math":
-        return _math_grader()
+        return MathGrader()
     if ":" in name:
         return load_function("data.grader", name)
     raise ValueError(f"data.grader must be one of {', '.join(graders)}, math or module:function, got {name!r}")
