@@ -11,10 +11,15 @@ from bench import _card
 @pytest.mark.parametrize("num_mib", [32, 96])
 def test_extra_peak_is_what_a_call_needs_and_gives_back(num_mib: int) -> None:
     live = torch.ones(64 << 18)  # 64 MiB that were there before, not counted
+
+    def run() -> torch.Tensor:
+        return (torch.ones(num_mib << 18) + 1).sum()  # two tensors alive at once
+
     for _ in range(2):  # memory given back by a first call is counted again
-        result, peak = _card.extra_peak_mib(lambda: torch.ones(num_mib << 18).sum().item())
-        assert result == num_mib << 18 and live.numel()
-        assert peak is not None and num_mib - 1 <= peak < num_mib + 8  # the kernel counts pages in batches
+        result, peak = _card.extra_peak_mib(run)
+        assert result == 2 * num_mib << 18 and live.numel()
+        assert 2 * num_mib <= peak.tensors < 2 * num_mib + 0.01
+        assert peak.resident is not None and peak.resident > 2 * num_mib - 1  # the kernel counts pages in batches
 
 
 def test_rounds_interleave() -> None:

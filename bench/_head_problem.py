@@ -1,0 +1,158 @@
+"""One policy-loss problem with its truth in fp64, and the check that every contender must pass before it is timed.
+
+The truth is one pass over the loss rows in fp64: logits, log-prob, d loss / d logit. The gradients [N, D] and [V, D] it
+implies are compared without forming them in fp64, through their products with a few random vectors q: for a wrong
+row g + e, the squares of e @ q average to the squared length of e. Each row of dX and of dW is thus held to account.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops import policy_loss
+
+# Relative to the whole gradient, and to the row's own length: fp32 leaves about 1e-6 and 1e-5, the smallest fault
+# (one vocabulary column left out) makes the latter 1.
+MAX_ERROR, MAX_ROW_ERROR = 1e-5, 1e-2
+
+_NUM_PROBES = 8
+_CHUNK_NUMBERS = 1 << 25  # fp64 logits alive at once
+
+
+def useful_flops(num_rows: int, vocab_size: int, hidden_size: int) -> float:
+    """Of forward and backward: three GEMMs (logits, dX, dW) over the rows that carry loss; nothing recomputed."""
+    return 6.0 * num_rows * vocab_size * hidden_size
+
+
+def useful_bytes(num_rows: int, vocab_size: int, hidden_size: int, element_size: int = 4) -> float:
+    """The least traffic: hidden rows and weight read once, their gradients written once."""
+    return 2.0 * element_size * hidden_size * (num_rows + vocab_size)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs as a trainer's microbatch has them. Nothing is clipped: each loss row needs all three GEMMs."""
+
+    hidden_TD: Tensor  # requires grad, as weight_VD does
+    weight_VD: Tensor
+    targets_T: Tensor
+    old_logprobs_T: Tensor
+    advantages_T: Tensor
+    weights_T: Tensor  # 0 outside rows_N
+    rows_N: Tensor  # the loss rows, ascending
+    probes_DK: Tensor  # fp64
+    loss: float  # the truth, as the three below
+    loss_scale: float  # sum of weight |advantage| ratio
+    hidden_probe_TK: Tensor  # dX @ probes
+    weight_probe_VK: Tensor  # dW @ probes
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Against fp64; `row` is the worst row of dX or dW, relative to that row's own length."""
+
+    loss: float
+    hidden: float
+    weight: float
+    row: float
+
+    @property
+    def acceptable(self) -> bool:
+        """NaN is not."""
+        return max(self.loss, self.hidden, self.weight) <= MAX_ERROR and self.row <= MAX_ROW_ERROR
+
+
+def random_weight(vocab_size: int, hidden_size: int) -> Tensor:
+    """A head whose logits have a standard deviation of 2 on hidden states of unit variance."""
+    weight = torch.randn(vocab_size, hidden_size, generator=torch.Generator().manual_seed(1))
+    return weight.mul_(2 / hidden_size**0.5).requires_grad_()
+
+
+def make_problem(weight_VD: Tensor, num_tokens: int, percent_loss: int) -> Problem:
+    """Random hidden states and targets; percent_loss of the rows, chosen at random, carry loss."""
+    generator = torch.Generator().manual_seed(2)
+    vocab_size, hidden_size = weight_VD.shape
+    num_rows = max(1, num_tokens * percent_loss // 100)
+    rows_N = torch.randperm(num_tokens, generator=generator)[:num_rows].sort().values
+    weights_T = torch.zeros(num_tokens).index_fill_(0, rows_N, 1 / num_rows)
+    return with_truth(
+        hidden_TD=torch.randn(num_tokens, hidden_size, generator=generator).requires_grad_(),
+        weight_VD=weight_VD,
+        targets_T=torch.randint(vocab_size, (num_tokens,), generator=generator),
+        log_ratio_T=(torch.rand(num_tokens, generator=generator) - 0.5) * 0.2,
+        advantages_T=torch.randn(num_tokens, generator=generator),
+        weights_T=weights_T,
+    )
+
+
+@torch.no_grad()
+def with_truth(
+    *,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    log_ratio_T: Tensor,
+    advantages_T: Tensor,
+    weights_T: Tensor,
+) -> Problem:
+    """The problem in which row t's ratio is exp(log_ratio_T[t]), and its truth."""
+    rows_N = weights_T.nonzero()[:, 0]
+    hidden, weight = hidden_TD.double(), weight_VD.double()
+    generator = torch.Generator().manual_seed(3)
+    probes = torch.randn(hidden.shape[1], _NUM_PROBES, generator=generator, dtype=torch.float64)
+    weight_probe_in, hidden_probe_in = weight @ probes, hidden @ probes
+    old_logprobs = torch.zeros(hidden.shape[0])
+    hidden_probe, weight_probe = hidden.new_zeros(hidden.shape[0], _NUM_PROBES), torch.zeros_like(weight_probe_in)
+    loss = loss_scale = 0.0
+    for rows in rows_N.split(max(1, _CHUNK_NUMBERS // weight.shape[0])):
+        here, targets = torch.arange(rows.numel()), targets_T[rows]
+        logits = hidden[rows] @ weight.T
+        logsumexp = logits.logsumexp(1, keepdim=True)
+        logprobs = logits[here, targets] - logsumexp[:, 0]
+        old_logprobs[rows] = (logprobs - log_ratio_T[rows]).float()
+        with torch.enable_grad():
+            logprobs.requires_grad_()
+            advantages, weights = advantages_T[rows].double(), weights_T[rows].double()
+            part = policy_loss(logprobs, old_logprobs[rows].double(), advantages, weights_N=weights)
+            (coefficients,) = torch.autograd.grad(part.loss, logprobs)
+        loss += part.loss.item()
+        loss_scale += (weights * advantages.abs() * part.ratio).sum().item()
+        grad_logits = logits.sub_(logsumexp).exp_().mul_(-coefficients[:, None])
+        grad_logits[here, targets] += coefficients
+        hidden_probe[rows] = grad_logits @ weight_probe_in
+        weight_probe += grad_logits.T @ hidden_probe_in[rows]
+    return Problem(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        old_logprobs,
+        advantages_T,
+        weights_T,
+        rows_N,
+        probes,
+        loss,
+        loss_scale,
+        hidden_probe,
+        weight_probe,
+    )
+
+
+@torch.no_grad()
+def errors_of(problem: Problem, loss: Tensor, grad_hidden_TD: Tensor, grad_weight_VD: Tensor) -> Errors:
+    """How wrong a contender's results are."""
+    hidden, hidden_row = _gradient_error(grad_hidden_TD, problem.hidden_probe_TK, problem.probes_DK)
+    weight, weight_row = _gradient_error(grad_weight_VD, problem.weight_probe_VK, problem.probes_DK)
+    return Errors(abs(loss.item() - problem.loss) / problem.loss_scale, hidden, weight, max(hidden_row, weight_row))
+
+
+def _gradient_error(gradient_RD: Tensor, truth_RK: Tensor, probes_DK: Tensor) -> tuple[float, float]:
+    """Relative error of the whole, and of the worst row; NaN when there is one anywhere."""
+    if gradient_RD.shape != (truth_RK.shape[0], probes_DK.shape[0]):
+        return float("inf"), float("inf")
+    probed = torch.cat([block.double() @ probes_DK for block in gradient_RD.split(8192)])
+    wrong, right = (probed - truth_RK).square().sum(1), truth_RK.square().sum(1)
+    floor = 1e-12 * right.mean()  # a row far below a typical one is held to 1e-8 of that, not to its own length
+    return float((wrong.sum() / right.sum()).sqrt()), float((wrong / (right + floor)).max().sqrt())
