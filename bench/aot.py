@@ -114,7 +114,7 @@ def compile_one(config: AotConfig) -> Resources:
     attributes = {
         (param.num,): [["tt.divisibility", 16]]
         for param in config.kernel.params
-        if signature[param.name].startswith("*")
+        if (signature[param.name].startswith("*") and not param.do_not_specialize_on_alignment)
         or (signature[param.name] == "i32" and not config.odd_sizes and not param.do_not_specialize)
     }
     source = ASTSource(config.kernel, signature, constants, attributes)

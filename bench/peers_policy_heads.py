@@ -30,7 +30,7 @@ def peer_contenders() -> list[list[Contender]]:
             Contender("Liger", f"tile {rows} x {columns}", _liger(rows, columns), _rows_alive(rows, columns))
             for rows, columns in ((2048, 4096), (2048, 1024), (512, 1024), (512, 4096))
         ],
-        [Contender("verl", f"chunk {rows}", _verl(rows), 2 * rows) for rows in (512, 128)],
+        [Contender("verl", f"chunk {rows}", _verl(rows), 2 * rows) for rows in (512, 2048, 128)],
     ]
 
 

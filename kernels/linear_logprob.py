@@ -115,7 +115,8 @@ def aot_configs() -> AotConfigs:
                 )
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # it differs from chunk to chunk: one compiled kernel for all
+# The number of rows and where their numbers begin differ from chunk to chunk: one compiled kernel for all.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets_ptr", "inv_temperature_ptr"])
 def _logprob_rows_kernel(
     logits_ptr, values_ptr, targets_ptr, inv_temperature_ptr, num_rows, num_cols, stride_ln, BLOCK_V: tl.constexpr
 ):
@@ -131,7 +132,11 @@ def _logprob_rows_kernel(
     tl.store(values_ptr + 2 * num_rows + row, highest * inv_temperature + log_sum)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "targets_ptr", "inv_temperature_ptr", "logsumexp_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr"
+    ]
+)  # fmt: skip
 def _logprob_rows_backward_kernel(
     logits_ptr,
     grad_ptr,

@@ -93,18 +93,19 @@ def policy_rows(
 
 
 def aot_configs() -> AotConfigs:
-    """The launch above for `make aot`: bare and with every term, in place and into bf16, even and odd vocabulary."""
+    """The launch above for `make aot`: plain and with every term, in place and into bf16, even and odd vocabulary."""
     for architecture in ARCHITECTURES:
         for dtype, (block, num_warps) in TILES[architecture].items():
             names = ("logits_ptr", "values_ptr", "old_ptr", "advantages_ptr", "weights_ptr", "inv_temperature_ptr")
             low = torch.bfloat16 if dtype == torch.float32 else dtype
-            for label, grad, terms, odd in (
-                ("bare, no gradient", None, False, False),
-                ("bare, in place", dtype, False, False),
-                ("all terms", low, True, False),
-                ("all terms, odd V", dtype, True, True),
+            for label, grad, need_entropy, terms, odd in (
+                ("bare, no gradient", None, False, False, False),
+                ("plain, in place", dtype, True, False, False),
+                ("plain, odd V", low, True, False, True),
+                ("all terms", low, True, True, False),
+                ("all terms, odd V", dtype, True, True, True),
             ):
-                attempt, ref = (torch.int64, dtype) if terms else (None, None)
+                attempt, ref = torch.int64 if need_entropy else None, dtype if terms else None
                 pointers = dict.fromkeys(names, dtype) | {"grad_ptr": grad, "ref_ptr": ref}
                 yield AotConfig(
                     _policy_rows_kernel,
@@ -113,12 +114,18 @@ def aot_configs() -> AotConfigs:
                     label,
                     num_warps,
                     pointers | {"targets_ptr": torch.int64, "attempt_ptr": attempt},
-                    {"KL_ESTIMATOR": 3, "NEED_ENTROPY": terms, "ENTROPY_GRAD": terms, "BLOCK_V": block},
+                    {"KL_ESTIMATOR": 3, "NEED_ENTROPY": need_entropy, "ENTROPY_GRAD": terms, "BLOCK_V": block},
                     odd,
                 )
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # it differs from chunk to chunk: one compiled kernel for all
+# The number of rows and where their numbers begin differ from chunk to chunk: one compiled kernel for all.
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=[
+        "targets_ptr", "old_ptr", "advantages_ptr", "attempt_ptr", "weights_ptr", "inv_temperature_ptr", "ref_ptr"
+    ],
+)  # fmt: skip
 def _policy_rows_kernel(
     logits_ptr,
     grad_ptr,

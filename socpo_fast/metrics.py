@@ -29,7 +29,7 @@ METRICS: dict[str, str] = {
     "success/pass_at_4": "chance that one of 4 first attempts is correct, unbiased (pass_at_16 for 16, ..)",
     "reward/mean": "mean reward of an attempt, after decay",
     "decay/f_1": "factor on the reward of second attempts, the first ones' mean reward (f_2 for third ones, ..)",
-    "guidance/rate": "share of rollouts in which the teacher spoke",
+    "guidance/rate": "share of rollouts in which the student was shown guidance",
     "guidance/rescue_rate": "share of guided rollouts that end correct",
     "guidance/leak_rate": "share of what the teacher said that states the answer, whether it was shown or not",
     "guidance/failed": "rollouts that ended because the teacher failed, count",
@@ -75,8 +75,8 @@ def meaning_of(name: str) -> str | None:
 
 def source_metric(name: str, data_source: str) -> str:
     """name/data_source, the source made safe for TensorBoard, files and pages; different ones stay different."""
-    safe = re.sub(r"[^\w./-]", "_", data_source, flags=re.ASCII)[:64]
-    if safe != data_source:
+    safe = re.sub(r"[^\w./-]", "_", data_source, flags=re.ASCII)[:64] or "_"
+    if safe != data_source or re.search(r"-[0-9a-f]{6}$", safe):  # what looks like a made name is made as well
         safe += "-" + hashlib.sha256(data_source.encode("utf-8", "surrogatepass")).hexdigest()[:6]
     return f"{name}/{safe}"
 

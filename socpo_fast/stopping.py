@@ -42,9 +42,9 @@ class StopSignals:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """A block that changes nothing that lasts: a signal raises StopRequested right there."""
-        self.check()
         try:
             self._at_once = True
+            self.check()  # only now: a signal in between would wait for the block's end
             yield
         finally:
             self._at_once = False

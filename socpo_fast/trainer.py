@@ -22,7 +22,7 @@ from socpo_fast.socratic.data import batch_questions, question_order
 from socpo_fast.socratic.decay import assign_rewards
 from socpo_fast.socratic.session import Session
 from socpo_fast.socratic.summary import mean, sources_of, summarize
-from socpo_fast.stopping import StopRequested, StopSignals
+from socpo_fast.stopping import RunFailed, StopRequested, StopSignals
 from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Question, Rollout
@@ -85,6 +85,7 @@ class Trainer:
         self.updater = Updater(self.student, config, reference=reference)
         self.optimizer = self.updater.optimizer
         self.batch, self.eval_due, self.save_due = 0, bool(self.eval_questions), False
+        self.between_batches = True  # the weights are those of the last batch's end
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.student, self.optimizer)
             self.batch, self.eval_due = state["batch"], state["eval_due"] and bool(self.eval_questions)
@@ -126,6 +127,10 @@ class Trainer:
                 self.progress.note(f"stopped and saved after batch {self.batch}; run.resume auto goes on from there")
                 assert self.signals.received is not None
                 raise SystemExit(128 + self.signals.received) from None
+            except Exception as error:  # a grader, memory, ..: it costs the batch it came in, not those before
+                if self.between_batches and not isinstance(error, RunFailed):  # which may be the disk's
+                    self.save()
+                raise
             self.save()
         self.progress.note(f"report: {write_report(self.config.folder)}")
 
@@ -144,9 +149,9 @@ class Trainer:
         )
         metrics |= summarize(rollouts, questions, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
-        update_started = time.perf_counter()
+        update_started, self.between_batches = time.perf_counter(), False
         self.update(rollouts, batch)
-        self.batch, after = batch, self.optimizer.num_updates
+        self.batch, self.between_batches, after = batch, True, self.optimizer.num_updates
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
         self.writer.write(metrics, kind="batch", batch=batch, update=after)
@@ -226,7 +231,7 @@ class Trainer:
         """Which run, which model, and which implementation each op uses."""
         millions = sum(parameter.numel() for parameter in self.student.parameters()) / 1e6
         start = f"from {self.resumed_from.name}" if self.resumed_from is not None else "from the start"
-        impls = ", ".join(f"{op}={impl}" for op, impl in available_impls().items())
+        impls = ", ".join(f"{op}={impl}" for op, impl in available_impls(self.config.run.device).items())
         return f"run {self.config.run.name} {start}: {millions:.1f}M parameters, {self.config.run.device}; ops: {impls}"
 
 

@@ -52,6 +52,26 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
     assert len({tuple(row) for row in rows}) == len(rows)
 
 
+def test_a_chunk_may_begin_at_any_row_without_another_compilation() -> None:
+    """Numbers a row are slices of the caller's; logits and values are buffers of their own, and may have a variant."""
+    code = """
+from bench import aot
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+rows = {c.kernel.__name__: c.kernel for c in aot.discover()[0] if "rows" in c.kernel.__name__}
+for name, kernel in rows.items():
+    aligned = [p.name for p in kernel.params if p.name.endswith("_ptr") and not p.do_not_specialize_on_alignment]
+    print(name, *aligned)
+"""
+    done = run_aot(code=code)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        "_logprob_rows_backward_kernel logits_ptr grad_ptr",
+        "_logprob_rows_kernel logits_ptr values_ptr",
+        "_policy_rows_kernel logits_ptr grad_ptr values_ptr",
+    ]
+
+
 def test_resources_are_read_and_faults_are_named(tmp_path: Path) -> None:
     """One kernel as it ships; the same with a tile that cannot but spill, and under a limit that it breaks."""
     code = """

@@ -97,6 +97,18 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         "chat template: must ",
     ),
     "a chat template without turns": (damaged_student(write("chat_template.jinja", ROUGH)), "bridge: the "),
+    "broken generation_config": (
+        damaged_student(write("generation_config.json", "{")),
+        ".*generation_config.json: must be JSON, got ",
+    ),
+    "generation_config that is a list": (
+        damaged_student(write("generation_config.json", "[]")),
+        ".*generation_config.json: must be a JSON object, got list",
+    ),
+    "an eos id that is a word": (
+        damaged_student(write("generation_config.json", '{"eos_token_id": "</s>"}')),
+        ".*generation_config.json: eos_token_id must be an id, a list of ids or null, got '</s>'",
+    ),
     "broken tokenizer": (damaged_student(write("tokenizer.json", '{"model": 3}')), "tokenizer: .*student must hold a"),
     "a local teacher that is none": (
         lambda folder: {"teacher.kind": "local", "teacher.path": folder / "none"},

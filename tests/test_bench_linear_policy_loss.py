@@ -127,6 +127,23 @@ def test_long_runs_over_all_rows_are_not_repeated(problem: Problem, monkeypatch:
     assert rows[1].times == whole[1].times and rows[2].times != whole[1].times
 
 
+def test_a_time_of_other_rounds_makes_no_ratio(problem: Problem) -> None:
+    times, errors = _card.spread([2.0]), errors_of(problem, *naive().gradients(problem))
+    row = bench_linear_policy_loss.Row("naive", "", "all rows", times=times, errors=errors, peak=_card.PeakMib(0, None))
+    mine = replace(row, contender="ours", times=_card.spread([1.0]))
+    known = bench_linear_policy_loss.report(row, 1e9, 0.5, mine)
+    assert (known["ours_is_times_faster"], known["percent_of_gemms"]) == (2.0, 25.0)
+    known = bench_linear_policy_loss.report(replace(row, note="as at 100 %"), 1e9, 0.5, mine)
+    assert known["ours_is_times_faster"] is None and known["percent_of_gemms"] is None and known["median_s"] == 2.0
+
+
+def test_the_search_can_tell_the_settings_apart() -> None:
+    """Of two chunks longer than the searched problem, chance would choose."""
+    for settings in torch_contenders():
+        rows = [min(c.logit_rows or 1 << 30, bench_linear_policy_loss.SEARCH_ROWS) for c in settings]
+        assert len(set(rows)) == len(rows)
+
+
 @pytest.mark.parametrize("words", [["--skip"], ["--shapes", "llama:16"], ["--shapes", "300x16"]])
 def test_bad_command_lines_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit):

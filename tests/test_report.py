@@ -185,3 +185,10 @@ def test_the_report_is_the_same_when_written_again(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_the_callers_mistake(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="report: .* must be a run folder"):
         write_report(tmp_path / "none")
+
+
+def test_a_cut_into_the_prompt_is_told_as_what_is_left(tmp_path: Path) -> None:
+    """Templates that rewrite the prompt's end make cuts negative, which says nothing to people."""
+    path = write_rollout_file(tmp_path, 1, "text")
+    path.write_text(path.read_text().replace('"cut": 3', '"cut": -4'))
+    assert "of which the next attempt saw 0 as sampled" in parse(write_report(tmp_path)).text

@@ -23,6 +23,7 @@ from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.metrics import read_metrics
 from socpo_fast.model import weights
+from socpo_fast.stopping import StopRequested, StopSignals
 from socpo_fast.train import checkpoint
 from socpo_fast.train.checkpoint import latest_checkpoint
 from socpo_fast.types import Question
@@ -36,7 +37,7 @@ def grade(text: str, question: Question) -> bool:
     return zlib.crc32(text.encode()) % 3 == 0
 
 
-def config_of(folder: Path) -> Config:
+def config_of(folder: Path, **changes: Any) -> Config:
     return load_config(
         None,
         {
@@ -67,7 +68,8 @@ def config_of(folder: Path) -> Config:
             "eval.every_updates": 8,
             "eval.samples": 2,
             "eval.temperature": 2.0,
-        },
+        }
+        | {name.replace("__", "."): value for name, value in changes.items()},
     )
 
 
@@ -192,3 +194,30 @@ def test_full_disk(straight: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == names
     trainer.train(config)
     assert_same(config, straight)
+
+
+def test_a_grader_that_raises_costs_its_own_batch_only(straight: Config, tmp_path: Path) -> None:
+    """No checkpoint was due yet: what was trained before is saved all the same, and the run goes on from there."""
+    config = config_of(tmp_path, run__checkpoint_every_updates=0)
+    run = trainer.Trainer(config)
+
+    def break_in_batch_3(text: str, question: Question) -> bool:
+        if run.batch == 2 and not run.eval_due:
+            raise KeyError(text)
+        return grade(text, question)
+
+    run.session.grader = break_in_batch_3
+    with pytest.raises(KeyError):
+        run.run()
+    [saved] = (config.folder / "checkpoints").iterdir()
+    there = straight.folder / "checkpoints" / "update_000008" / "manifest.json"
+    assert (saved / "manifest.json").read_text() == there.read_text()
+    trainer.train(config)
+    assert rows_of(config) == rows_of(straight)
+
+
+def test_a_signal_as_a_block_begins_does_not_wait_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    signals = StopSignals()
+    monkeypatch.setattr(signals, "check", lambda: signals._handle(signal.SIGTERM, None))  # comes just after the check
+    with pytest.raises(StopRequested), signals.at_once():
+        pytest.fail("the block ran")

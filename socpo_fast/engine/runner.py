@@ -24,8 +24,12 @@ class Runner:
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device = student, page_size, weight.device
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self.k_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
-        self.v_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
+        try:
+            self.k_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
+            self.v_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
+        except RuntimeError as error:  # torch's, over several lines
+            gib = num_pages * self.page_bytes(student, page_size) / 2**30
+            raise ValueError(f"Engine: kv_cache_gib must fit into memory, got {gib:.4g}; lower it") from error
 
     @staticmethod
     def page_bytes(student: Decoder, page_size: int) -> int:

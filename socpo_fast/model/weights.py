@@ -52,7 +52,7 @@ def load_student(folder: str | Path, *, dtype: str = "float32", device: str | to
         raise ValueError(f"load_student: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if not folder.is_dir():
         raise ValueError(f"load_student: folder must be a local Hugging Face folder, got '{folder}'; download it first")
-    config = ModelConfig.from_hf(_read_json(folder / "config.json"), where=str(folder / "config.json"))
+    config = ModelConfig.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
     with torch.device("meta"):  # shapes only: no storage, no random initialisation
         student = Decoder(config)
     with ExitStack() as stack:
@@ -113,7 +113,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     if (folder / SINGLE).exists():
         files = [folder / SINGLE]
     elif (folder / INDEX).exists():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(Path(str(file)).name == file for file in weight_map.values()):
             raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names of this folder")
         files = [folder / file for file in sorted(set(weight_map.values()))]
@@ -259,7 +259,8 @@ def _parts(name: str, parameter: Tensor, config: ModelConfig) -> list[tuple[str,
     return parts
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a Hugging Face folder; errors name the file."""
     if not path.is_file():
         raise ValueError(f"{path}: is missing; a Hugging Face folder has one")
     try:

@@ -102,11 +102,14 @@ class _Call(NamedTuple):
     def compact(self) -> _Call:
         """Without the rows that are not wanted; on a GPU, where the host would wait for their number, with weight 0.
 
-        The packer knows the rows without loss beforehand: on a GPU it is up to rows_N to leave them out.
+        The packer knows the rows without loss beforehand: on a GPU it is up to rows_N to leave them out. All tensors
+        come out contiguous: the row pass reads them as plain arrays.
         """
-        if self.wanted_N.is_cuda:
-            return self._replace(weights_N=self.weights_N.where(self.wanted_N, 0))
-        return self if self.wanted_N.all() else self.rows(self.wanted_N.nonzero()[:, 0])
+        dense: dict[str, Any] = {name: x.contiguous() for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        call = self._replace(**dense)
+        if call.wanted_N.is_cuda:
+            return call._replace(weights_N=call.weights_N.where(call.wanted_N, 0))
+        return call if call.wanted_N.all() else call.rows(call.wanted_N.nonzero()[:, 0])
 
     def rows(self, index: Tensor | slice) -> _Call:
         """Of the rows in `index`."""
@@ -160,7 +163,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.call = call
         ctx.needs_grad = tuple(needed and is_grad_enabled for needed in ctx.needs_input_grad[:2])
-        ctx.save_for_backward(hidden_TD, weight_VD)
+        # call's tensors too, so that torch notices when they are changed before a second backward
+        ctx.save_for_backward(hidden_TD, weight_VD, *(x for x in call if isinstance(x, Tensor)))
         values_6N, ctx.gradients = call.run(hidden_TD, weight_VD, ctx.needs_grad)
         ctx.mark_non_differentiable(values_6N)
         return values_6N[0].sum(), values_6N
@@ -169,7 +173,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place and given away: a copy would be a second dW
-        hidden_TD, weight_VD = ctx.saved_tensors
+        hidden_TD, weight_VD, *_ = ctx.saved_tensors
         if gradients is None:  # a second backward through the same graph
             gradients = ctx.call.run(hidden_TD, weight_VD, ctx.needs_grad)[1]
         return (*(None if x is None else x.mul_(grad_loss).to(hidden_TD.dtype) for x in gradients), None, None)

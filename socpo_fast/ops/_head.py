@@ -79,7 +79,7 @@ class ChunkedHead:
         row_bytes = vocab * self.wide.itemsize + 2 * width * self.wide.itemsize
         if self.factor_dtype != self.wide:
             row_bytes += vocab * self.factor_dtype.itemsize
-        most = max(MIN_ROWS, int(workspace_mib * 2**20) // row_bytes)
+        most = max(MIN_ROWS, int(min(workspace_mib, 2**30) * 2**20) // row_bytes)
         self.chunk_rows = min(most, _CPU_CHUNK_ROWS) if hidden_TD.device.type == "cpu" else most
         buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()) + (skip_below > 0))
         self.logits = hidden_TD.new_empty((buffer_rows, vocab), dtype=self.wide)

@@ -90,7 +90,8 @@ def linear_logprob(
     Raises:
         ValueError: a shape, dtype, device, stride, index or temperature breaks the rules above.
 
-    Gradient: hidden (repeated rows summed in index order) and weight, for any upstream gradient; fp32 accumulation.
+    Gradient: hidden (repeated rows summed in index order) and weight, for any upstream gradient; fp32 accumulation;
+    with create_graph it has no graph.
     Memory: one chunk of logits. Bitwise: same inputs, same bits; on the CPU a row's outputs and its dX are those it
     would have alone.
     Source: Wijmans et al. 2024, arXiv:2411.09009, section 4.
@@ -106,7 +107,7 @@ def linear_logprob(
     rows_N = torch.arange(targets_N.numel(), device=targets_N.device) if rows_N is None else rows_N
     inv_temperature_N = inverse_temperatures(temperature, targets_N.numel(), hidden_TD)
     logprobs_N, entropy_N = _LinearLogprob.apply(
-        hidden_TD, weight_VD, targets_N, rows_N, inv_temperature_N, entropy_grad, workspace_mib, impl
+        hidden_TD, weight_VD, targets_N.contiguous(), rows_N, inv_temperature_N, entropy_grad, workspace_mib, impl
     )
     return logprobs_N, entropy_N
 

@@ -132,7 +132,7 @@ def linear_policy_loss(
     Raises:
         ValueError: an argument breaks the rules of `linear_logprob` or `policy_loss`.
 
-    Gradient: hidden (repeated rows summed in index order) and weight, whichever needs one; fp32 accumulation.
+    Gradient: hidden (repeated rows summed in index order), weight; fp32 accumulation; create_graph gives it no graph.
     Memory: one chunk of logits, and from the forward on the gradients. Bitwise: same inputs, same bits; on the CPU a
     row's log-prob, entropy, ratio and dX are those it would have alone.
     Source: those of `linear_logprob` and `policy_loss`.

@@ -81,7 +81,8 @@ def paged_attention(
     Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018).
     """
     _check(q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q)
-    tensors = (q_THE.contiguous(), k_cache_PSKE, v_cache_PSKE, block_table_BM.contiguous(), seq_lens_B, cu_seqlens_q)
+    given = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
+    tensors = tuple(x.contiguous() for x in given)
     available = IMPLS["paged_attention"] if q_THE.dtype == torch.float32 else ("ref",)
     if choose_impl("paged_attention", impl, available, q_THE.device) == "cpp":
         return torch.ops.socpo.paged_attention(*tensors, scale)

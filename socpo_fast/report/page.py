@@ -103,7 +103,7 @@ Right answer<pre>{{ rollout.ground_truth }}</pre>
 Attempt {{ loop.index }}: {{ "right" if attempt.is_correct else "wrong" }}, reward {{ attempt.reward | number }},
 advantage {{ attempt.advantage | number }}, {{ attempt.num_tokens }} tokens
 {%- if attempt.finish_reason == "length" %}, stopped by the length limit{% endif %}
-{%- if attempt.cut is not none %}, of which the next attempt saw {{ attempt.cut }}{% endif %}
+{%- if attempt.cut is not none %}, of which the next attempt saw {{ [attempt.cut, 0] | max }} as sampled{% endif %}
 <pre class="{{ "right" if attempt.is_correct else "wrong" }}">{{ attempt.text }}</pre>
 {% if loop.index0 < rollout.guidance | length %}
 Teacher<pre class="teacher">{{ rollout.guidance[loop.index0] }}</pre>

@@ -10,10 +10,11 @@ The row keeps what was sampled; `Bridge.notes` says where the two differ, and hi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from socpo_fast.model.weights import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -224,6 +225,9 @@ def _configured_eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     path = Path(tokenizer.name_or_path) / "generation_config.json"
     if path.is_file():
-        configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        eos_ids += configured if isinstance(configured, list) else [] if configured is None else [configured]
+        configured = read_json(path).get("eos_token_id")
+        found = configured if isinstance(configured, list) else [] if configured is None else [configured]
+        if not all(type(token_id) is int for token_id in found):
+            raise ValueError(f"{path}: eos_token_id must be an id, a list of ids or null, got {configured!r}")
+        eos_ids += found
     return eos_ids

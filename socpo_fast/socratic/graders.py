@@ -133,14 +133,15 @@ class MathGrader:
             if self._worker.stdout.readline() != "ready\n":
                 raise RuntimeError("data.grader: math-verify must be importable on its own; try `import math_verify`")
         assert self._worker.stdin is not None and self._worker.stdout is not None
+        verdict = ""
         try:
-            self._worker.stdin.write(request + "\n")
-            self._worker.stdin.flush()
-            verdict = self._worker.stdout.readline()
-        except BrokenPipeError:
-            verdict = ""
-        if not verdict:  # it ran out of time or memory
-            self.close()
+            with suppress(BrokenPipeError):
+                self._worker.stdin.write(request + "\n")
+                self._worker.stdin.flush()
+                verdict = self._worker.stdout.readline()
+        finally:
+            if not verdict:  # out of time or memory, or we are interrupted: a late verdict is not the next answer's
+                self.close()
         return verdict == "1\n"
 
     def close(self) -> None:
@@ -167,5 +168,13 @@ def make_grader(name: str) -> Grader:
     if name == "math":
         return MathGrader()
     if ":" in name:
-        return load_function("data.grader", name)
+        function = load_function("data.grader", name)
+
+        def grade(text: str, question: Question) -> bool:
+            verdict = function(text, question)
+            if verdict not in (False, True):  # 0, 1 and numpy's are theirs too; None or 0.5 would be a guess
+                raise ValueError(f"data.grader: {name} must return True or False, got {verdict!r:.40}")
+            return bool(verdict)
+
+        return grade
     raise ValueError(f"data.grader must be one of {', '.join(graders)}, math or module:function, got {name!r}")

@@ -30,8 +30,10 @@ def leaks_answer(guidance_text: str, question: Question) -> bool:
 
 def mask_answer(guidance_text: str, question: Question) -> str:
     """The guidance with "[...]" in place of every letter, option text or value for which leaks_answer holds."""
-    has_word = any(char.isalnum() for char in question.ground_truth)  # otherwise the mask itself might state it
-    mask = _MASK if has_word else ""
+    options = dict(OPTION_LINE.findall(question.text))
+    stated = (question.ground_truth, options.get(question.ground_truth.strip().upper(), "a letter is a word"))
+    # the mask itself might state an answer without a word, such as ".", over and over
+    mask = _MASK if all(any(char.isalnum() for char in value) for value in stated) else ""
     while spans := sorted(_answer_spans(guidance_text, question), reverse=True):
         until = len(guidance_text)
         for start, end in spans:  # from the last to the first; one that reaches into a masked one is part of it

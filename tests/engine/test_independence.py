@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -191,3 +192,11 @@ def test_an_engine_that_could_never_run_is_refused(student: Decoder, options: di
 def test_parameters_that_the_sampler_would_refuse_in_the_middle_are_refused_at_the_door(change: dict) -> None:
     with pytest.raises(ValueError, match=f"SamplingParams: {next(iter(change))} must be"):
         replace(PARAMS, **change)
+
+
+def test_a_pool_larger_than_the_memory_is_refused_in_one_line(
+    student: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("[enforce fail at alloc_cpu.cpp:127]\n..")))
+    with pytest.raises(ValueError, match=r"^Engine: kv_cache_gib must fit into memory, got 0\.0\d*; lower it$"):
+        Engine(student, kv_cache_gib=0.05)

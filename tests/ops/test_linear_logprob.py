@@ -128,6 +128,15 @@ def test_defaults_equal_what_they_stand_for() -> None:
         assert_bitwise_equal(a, b, name="rows_N")
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs_equal_their_copies(impl: str) -> None:
+    inputs = make_inputs(num_tokens=5, num_rows=7, vocab=11)
+    strided = {name: torch.stack([x, x.roll(1)], 1)[:, 0] for name, x in inputs.items() if x.dim() == 1}
+    assert not any(x.is_contiguous() for x in strided.values())
+    for a, b in zip(linear_logprob(**(inputs | strided), impl=impl), linear_logprob(**inputs, impl=impl), strict=True):
+        assert_bitwise_equal(a, b, name=impl)
+
+
 def test_entropy_has_no_gradient_unless_asked() -> None:
     inputs = make_inputs(num_tokens=5, num_rows=7, vocab=11)
     inputs["hidden_TD"].requires_grad_()

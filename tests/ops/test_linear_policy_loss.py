@@ -44,6 +44,8 @@ def test_chunks_change_nothing_but_rounding(
 ) -> None:
     case = make_case()
     whole = fused(case, torch.float64, impl=impl, **options)
+    no_limit = fused(case, torch.float64, impl=impl, workspace_mib=1e308, **options)
+    torch.testing.assert_close(no_limit, whole, rtol=0, atol=0, equal_nan=True)
     monkeypatch.setattr(linear_logprob_module, "_CHUNK_LOGITS", 97 * 16)
     chunked = fused(case, torch.float64, impl=impl, workspace_mib=1e-6, **options)
     torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12, equal_nan=True)
@@ -146,6 +148,17 @@ def test_rows_without_loss_may_hold_anything(impl: str) -> None:
     _, clean_dx, clean_dw = fused(case, torch.float64, impl=impl)
     _, dirty_dx, dirty_dw = fused(case._replace(hidden=dirty), torch.float64, impl=impl)
     torch.testing.assert_close((dirty_dx, dirty_dw), (clean_dx, clean_dw))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_and_expanded_inputs_equal_their_copies(impl: str) -> None:
+    """In fp64 with no row skipped: converted or picked, they would be copies already."""
+    case = make_case()._replace(weights=torch.tensor(0.1).double().expand(53), advantages=torch.ones(4).double())
+    names = ("targets", "rows", "temperature", "old", "attempt_of_token", "ref", "advantages")
+    strided = {name: torch.stack([x, x.roll(1)], 1)[:, 0] for name in names for x in [getattr(case, name)]}
+    copies = case._replace(weights=case.weights.contiguous())
+    actual, expected = (fused(x, torch.float64, kl_coef=0.1, impl=impl) for x in (case._replace(**strided), copies))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

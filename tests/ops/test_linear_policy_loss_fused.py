@@ -160,6 +160,17 @@ def test_upstream_gradient_second_backward_and_tied_head() -> None:
     torch.testing.assert_close(tied.grad, head.grad.index_add(0, token_ids, x.grad))
 
 
+def test_inputs_changed_before_a_second_backward_are_noticed() -> None:
+    """It starts from them again: other targets would give another loss's gradient."""
+    hidden, weight, row = torch.ones(3, 2, requires_grad=True), torch.rand(5, 2), torch.ones(3)
+    for changed in (targets := torch.zeros(3, dtype=torch.int64), old := -row.clone()):
+        loss = linear_policy_loss(hidden, weight, targets, old, row, temperature=1.0, num_loss_tokens=3).loss
+        loss.backward(retain_graph=True)
+        changed.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_without_compaction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the host must not wait for the number of rows: they stay, with weight 0 and hidden states of 0."""
     case = make_case(num_rows=37)._replace(rows=torch.arange(37))

@@ -129,6 +129,14 @@ def test_a_sequence_alone_has_the_bits_of_the_sequence_in_a_batch_with_any_threa
 
 
 @needs_cpp
+def test_strided_lengths_equal_their_copies() -> None:
+    case = make_case([5, 9, 7], [2, 1, 7], heads=2, kv_heads=1, head_dim=8, page_size=4)
+    strided = [torch.stack([x, x.roll(1)], 1)[:, 0] for x in (case.seq_lens_B, case.cu_seqlens_q)]
+    actual = run(case._replace(seq_lens_B=strided[0], cu_seqlens_q=strided[1]))
+    assert_bitwise_equal(actual, run(case), name="output")
+
+
+@needs_cpp
 def test_which_pages_hold_the_keys_does_not_matter() -> None:
     case = make_case([70, 45], [3, 1], heads=4, kv_heads=2, head_dim=32, page_size=8)
     order = torch.arange(len(case.k_cache_PSKE)).flip(0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from socpo_fast.kernels import linear_policy_loss as kernels
 from socpo_fast.ops import PolicyLoss, linear_logprob, linear_policy_loss
 from socpo_fast.ops._impl import choose_impl
 from socpo_fast.train.step import compute_logprobs, policy_gradients
@@ -67,6 +68,25 @@ def test_linear_policy_loss(dtype: torch.dtype, options: dict[str, float]) -> No
         scale = truth[i].abs().max()
         results = (result[i].double() / scale for result in (actual, plain, truth))
         assert_error_rule(*results, name=name, dtype=dtype)
+
+
+def test_make_aot_compiles_what_the_op_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = set()
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda _, grad, *args, NEED_ENTROPY, ENTROPY_GRAD, **constants: launches.add(
+                (grad is not None, NEED_ENTROPY, ENTROPY_GRAD)
+            )
+
+    compiled = {
+        (config.pointers["grad_ptr"] is not None, config.constants["NEED_ENTROPY"], config.constants["ENTROPY_GRAD"])
+        for config in kernels.aot_configs()
+    }
+    monkeypatch.setattr(kernels, "_policy_rows_kernel", Recorder())
+    for options in ({}, ALL_TERMS):
+        run_loss(make_inputs(), torch.float32, "triton", **options)
+    assert len(launches) == 2 and launches <= compiled
 
 
 def test_two_runs_have_the_same_bits_and_chunks_only_round() -> None:

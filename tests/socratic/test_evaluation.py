@@ -137,7 +137,8 @@ def test_scores_of_a_hand_worked_case() -> None:
 def test_names_of_sources_are_safe_and_stay_apart() -> None:
     usual = source_metric("success/unassisted", "openai/gsm8k")
     assert usual == "success/unassisted/openai/gsm8k"
-    odd = ["a b", "a\tb", "<script>", "x" * 200, "x" * 201, "\ud800", "é"]
+    odd = ["a b", "a\tb", "<script>", "x" * 200, "x" * 201, "\ud800", "é", "", "_"]
+    odd.append(source_metric("", odd[0])[1:])  # named as another one is written
     names = [source_metric("success/unassisted", source) for source in odd]
     assert len(set(names)) == len(odd)
     assert all(name.isascii() and len(name) < 100 and "<" not in name and " " not in name for name in names)
@@ -218,7 +219,9 @@ def test_questions_one_by_one_give_the_same(whole: dict[str, float]) -> None:
 def test_a_slice_is_all_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "EVAL_SLICE_ROLLOUTS", 2 * SAMPLES)
     held: list[int] = []
-    run(load_config(CONFIG, SMALL | {"eval.assisted": False}), on_rollout=lambda: held.append(num_rollouts()))
+    gc.collect()
+    before = num_rollouts()  # of other tests, say in the traceback of a run that was to fail
+    run(load_config(CONFIG, SMALL | {"eval.assisted": False}), on_rollout=lambda: held.append(num_rollouts() - before))
     assert len(held) == 10 * SAMPLES
     assert max(held) <= 2 * SAMPLES + 1  # the slice, and the last rollout of the one before
 

@@ -4,7 +4,9 @@ import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from socpo_fast.socratic.graders import MathGrader, chosen_letter, make_grader
@@ -161,12 +163,32 @@ def test_math_grades_in_any_thread_and_a_killed_worker_costs_one_answer() -> Non
     assert grade("\\boxed{4}", question("4")) is True
 
 
+def test_math_interrupted_leaves_no_verdict_for_the_next_answer() -> None:
+    pytest.importorskip("math_verify")
+    grade = MathGrader()
+    assert grade("\\boxed{4}", question("4")) is True
+    assert grade._worker is not None
+    worker, stdout = grade._worker, grade._worker.stdout
+    worker.stdout = Mock(readline=Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        grade("\\boxed{5}", question("4"))
+    worker.stdout = stdout
+    assert grade("\\boxed{4}", question("4")) is True
+
+
 def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("my_graders")
     module.grade = lambda text, question: text == "yes"  # type: ignore[attr-defined]
     module.limit = 3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_graders", module)
     assert make_grader("my_graders:grade")("yes", question("")) is True
+    for verdict, is_correct in ((np.bool_(True), True), (0, False), (1.0, True)):
+        module.grade = lambda text, question, verdict=verdict: verdict  # type: ignore[attr-defined]
+        assert make_grader("my_graders:grade")("yes", question("")) is is_correct, "rollouts/ is JSON"
+    for verdict in (None, 0.5, "no"):
+        module.grade = lambda text, question, verdict=verdict: verdict  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="data.grader: my_graders:grade must return True or False, got "):
+            make_grader("my_graders:grade")("yes", question(""))
     for name, reason in [
         ("my_graders:absent", "must name a function of my_graders, got 'absent'"),
         ("my_graders:limit", "must name a function of my_graders"),

@@ -93,6 +93,16 @@ def test_masking_leaves_what_the_question_gives() -> None:
     assert mask_answer("Of 4 apples: the answer is 4.", question) == "Of 4 apples: the answer is [...]."
 
 
+@pytest.mark.parametrize("symbol", [".", "...", "[", "]", "*"])
+def test_masking_an_option_without_a_word_ends(symbol: str) -> None:
+    """The mask "[...]" must not state the answer that it covers, or it would be masked for ever."""
+    question = asked("A", f"Which is right?\nA) {symbol}\nB) word\nC) ;")
+    for guidance in (f"Use {symbol} here", "The answer is A."):
+        masked = mask_answer(guidance, question)
+        assert not leaks_answer(masked, question)
+        assert len(masked) < len(guidance)
+
+
 PARTS = [
     "The answer is ",
     "option ",

@@ -77,12 +77,7 @@ class TeacherPrompt:
                 )
 
     def messages(self, request: GuidanceRequest) -> list[dict[str, str]]:
-        values = {
-            "question": request.question,
-            "student_answer": request.student_answer,
-            "reference_solution": request.reference_solution,
-            "ground_truth": request.ground_truth,
-        }
+        values = {name: getattr(request, name) for name in FIELDS}
         paragraphs = [
             paragraph.format(**values)
             for paragraph in self.user_template.split("\n\n")
