@@ -9,6 +9,7 @@ the weights are still those of the last batch's end, and after the batch's last 
 from __future__ import annotations
 
 import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -90,9 +91,22 @@ class Trainer:
             state = load_checkpoint(checkpoint, self.student, self.optimizer)
             self.batch, self.eval_due = state["batch"], state["eval_due"] and bool(self.eval_questions)
             self.engine.policy_version = state["policy_version"]
+            if state.get("drawn_from", self.drawn_from) != self.drawn_from:  # absent in checkpoints of before
+                warnings.warn(
+                    f"run: questions were drawn from {state['drawn_from']} and are now from {self.drawn_from}; "
+                    "some of this epoch will come twice and some not at all",
+                    stacklevel=2,
+                )
         self.resumed_from, self.saved_at = checkpoint, None if checkpoint is None else self.place
         replace_file(config.folder / "config.toml", config.to_toml())
         self.signals = StopSignals()
+
+    @property
+    def drawn_from(self) -> dict[str, int]:
+        """What decides which questions a batch gets."""
+        run, rollout = self.config.run, self.config.rollout
+        per_batch, num_questions = rollout.questions_per_batch, len(self.train_questions)
+        return {"seed": run.seed, "questions_per_batch": per_batch, "questions": num_questions}
 
     @property
     def place(self) -> tuple[int, int, bool]:
@@ -221,6 +235,7 @@ class Trainer:
                 "batch": self.batch,
                 "eval_due": self.eval_due,
                 "policy_version": self.engine.policy_version,
+                "drawn_from": self.drawn_from,
             },
             tokenizer_from=self.session.student_folder,
         )

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,3 +222,13 @@ def test_a_signal_as_a_block_begins_does_not_wait_for_its_end(monkeypatch: pytes
     monkeypatch.setattr(signals, "check", lambda: signals._handle(signal.SIGTERM, None))  # comes just after the check
     with pytest.raises(StopRequested), signals.at_once():
         pytest.fail("the block ran")
+
+
+def test_resuming_with_other_questions_is_said(straight: Config, tmp_path: Path) -> None:
+    config = copy_as_killed(straight, tmp_path, 1)
+    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": config.run.seed + 1})})
+    with pytest.warns(UserWarning, match=r"questions were drawn from .*'seed': 0.* and are now from .*'seed': 1"):
+        trainer.Trainer(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.Trainer(config)
