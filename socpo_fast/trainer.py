@@ -56,6 +56,7 @@ def rollout_only(config: Config) -> None:
         raise ValueError(f"run: {config.folder} must hold no training run, whose rollouts stay; set run.name")
     session = Session(config)
     questions = session.train_questions()
+    sources = sources_of(questions)
     make_folder(config.folder)
     try:
         with Progress(num_batches=config.run.num_batches, live=config.run.live) as progress:
@@ -64,7 +65,7 @@ def rollout_only(config: Config) -> None:
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
                 factors = assign_rewards(rollouts, schedule=config.reward.schedule, factor=config.reward.factor)
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
-                metrics = summarize(rollouts, chosen, factors, sources_of(questions))
+                metrics = summarize(rollouts, chosen, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
     finally:
         session.close()

@@ -66,6 +66,17 @@ def assert_refused(shown: str, message: str) -> None:
     assert "Traceback" not in shown
 
 
+def assert_train_refuses(
+    case: tuple[Callable[[Path], Words], str], run_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`socpo train` with the words of a case: exit code 2, its message, and the finished run as it was."""
+    make, message = case
+    words, before = make(folder), snapshot(run_dir)
+    assert main(words_of("train", run_dir, words)) == 2
+    assert_refused(capsys.readouterr().err, message)
+    assert snapshot(run_dir) == before
+
+
 def damaged_student(damage: Callable[[Path], object]) -> Callable[[Path], Words]:
     """A case: student.path is a copy of the built-in one after `damage`."""
 

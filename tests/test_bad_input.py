@@ -16,7 +16,7 @@ import pytest
 from pyarrow import Table
 
 from socpo_fast.cli import main
-from tests.bad_input import Words, assert_refused, finished_run, run_dir, snapshot, words_of
+from tests.bad_input import Words, assert_refused, assert_train_refuses, finished_run, run_dir, snapshot, words_of
 
 __all__ = ["finished_run", "run_dir"]  # fixtures
 
@@ -181,11 +181,7 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_train_refuses(case: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make, message = CASES[case]
-    words, before = make(tmp_path), snapshot(run_dir)
-    assert main(words_of("train", run_dir, words)) == 2
-    assert_refused(capsys.readouterr().err, message)
-    assert snapshot(run_dir) == before
+    assert_train_refuses(CASES[case], run_dir, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from socpo_fast.metrics import read_metrics
 from tests.bad_input import (
     Words,
     assert_refused,
+    assert_train_refuses,
     damaged_student,
     edit_json,
     edit_tensors,
@@ -119,11 +120,7 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_train_refuses(case: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make, message = CASES[case]
-    words, before = make(tmp_path), snapshot(run_dir)
-    assert main(words_of("train", run_dir, words)) == 2
-    assert_refused(capsys.readouterr().err, message)
-    assert snapshot(run_dir) == before
+    assert_train_refuses(CASES[case], run_dir, tmp_path, capsys)
 
 
 def checkpoint_of(run_dir: Path) -> Path:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import paged_attention
-
-MIN_ROWS = 16
+from socpo_fast.ops._head import MIN_ROWS
 
 
 class Runner:
