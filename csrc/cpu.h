@@ -14,6 +14,7 @@ namespace socpo {
 struct Kernels {
   decltype(&baseline::sample_row) sample_row;
   decltype(&baseline::softmax_weights) softmax_weights;
+  decltype(&baseline::linear_block) linear_block;
   decltype(&baseline::attend_block) attend_block;
   decltype(&baseline::row_sums) row_sums;
   decltype(&baseline::row_gradient) row_gradient;

@@ -49,6 +49,18 @@ struct AttentionBlock {
   float* scratch;  // num_tokens * group * (head_dim + 2) floats
 };
 
+// Rows of x times rows of weights, all contiguous in `width`; outputs beside each other.
+struct LinearBlock {
+  const float* x;
+  int64_t x_stride, num_rows;
+  const void* weight;  // [num_outs, width] fp32 or bf16
+  bool is_bf16;
+  int64_t num_outs, width;
+  const float* bias;  // [num_outs] or null
+  float* out;
+  int64_t out_stride;
+};
+
 // One set of these for each instruction set, e.g. socpo::avx2::sample_row.
 #define SOCPO_DECLARE_KERNELS(isa)                                                                       \
   namespace isa {                                                                                        \
@@ -56,6 +68,7 @@ struct AttentionBlock {
   Draw sample_row(const SampleRow& row, const float* weights);                                           \
   /* weights[i] = exp((logit_i - largest) / temperature), <= 1; returns their sum. */                    \
   double softmax_weights(const SampleRow& row, float* weights);                                          \
+  void linear_block(const LinearBlock& block);                                                           \
   void attend_block(const AttentionBlock& block);                                                        \
   /* Online max and sums (Milakov and Gimelshein 2018): the row is read from memory once. */             \
   RowSums row_sums(const float* logits, int64_t vocab, float inverse_temperature, bool need_weighted);   \

@@ -19,10 +19,11 @@ constexpr int LANES = SOCPO_LANES;
 typedef float Vec __attribute__((vector_size(SOCPO_LANES * 4)));
 typedef int32_t VecInt __attribute__((vector_size(SOCPO_LANES * 4)));
 typedef uint32_t VecUint __attribute__((vector_size(SOCPO_LANES * 4)));
+typedef uint16_t VecHalf __attribute__((vector_size(SOCPO_LANES * 2)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
-template <typename V>
-inline V load(const float* from) {
+template <typename V, typename T>
+inline V load(const T* from) {
   V x;
   memcpy(&x, from, sizeof(V));
   return x;
@@ -51,6 +52,67 @@ inline float sum_lanes(Vec x) {
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
+}
+
+// In fp32: bf16 is the upper half of an fp32 number.
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+inline Vec load_wide(const float* from) { return load<Vec>(from); }
+inline Vec load_wide(const uint16_t* from) {
+  return (Vec)(__builtin_convertvector(load<VecHalf>(from), VecUint) << 16);
+}
+
+// The first `count` < LANES numbers; the other lanes are 0.
+template <typename T>
+inline Vec load_first(const T* from, int count) {
+  T lane[LANES] = {};
+  for (int l = 0; l < count; ++l) lane[l] = from[l];
+  return load_wide(lane);
+}
+
+template <int... LANE>
+struct Lanes {};
+template <int COUNT, int... LANE>
+struct FirstLanes : FirstLanes<COUNT - 1, COUNT - 1, LANE...> {};
+template <int... LANE>
+struct FirstLanes<0, LANE...> {
+  typedef Lanes<LANE...> type;
+};
+
+// Where lane `lane` of one half of fold's step comes from, numbered through a and then b. Within four lanes (what one
+// instruction shuffles at once) pairs (0, 2) and then (0, 1) are halved, then the fours among themselves.
+constexpr int fold_source(int level, int half, int lane) {
+  if (level == 0) return lane % 2 * LANES + lane / 4 * 4 + half * 2 + lane % 4 / 2;
+  if (level == 1) return lane % 4 / 2 * LANES + lane / 4 * 4 + half * 2 + lane % 2;
+  const int fours = LANES / 4, kept = level == 2 ? fours / 2 : 1, four = lane / 4;  // of a, then as many of b
+  if (level == 2) return (four / kept * fours + half * kept + four % kept) * 4 + lane % 4;
+  return (four * 2 + half) * 4 + lane % 4;
+}
+
+template <int LEVEL, int HALF, int... LANE>
+inline Vec half_of(Vec a, Vec b, Lanes<LANE...>) {
+  return __builtin_shufflevector(a, b, fold_source(LEVEL, HALF, LANE)...);
+}
+
+// out[i] = the sum of the lanes of sums[i], COUNT <= LANES vectors, each in the same fixed order; writes LANES numbers.
+template <int COUNT, int LEVEL = 0>
+inline void fold(Vec* sums, float* out) {
+  typedef typename FirstLanes<LANES>::type All;
+  if constexpr (1 << LEVEL == LANES) {
+    store(out, sums[0]);
+  } else {
+    for (int i = 0; i < (COUNT + 1) / 2; ++i) {
+      const Vec a = sums[2 * i], b = sums[2 * i + 1 < COUNT ? 2 * i + 1 : 0];
+      sums[i] = half_of<LEVEL, 0>(a, b, All()) + half_of<LEVEL, 1>(a, b, All());
+    }
+    fold<(COUNT + 1) / 2, LEVEL + 1>(sums, out);
+  }
 }
 
 // exp(x) for x <= 0, relative error under 2e-7; 0 below -87, where it would be nearly denormal. NaN stays NaN.

@@ -2,6 +2,7 @@
 
 from socpo_fast.ops._impl import available_impls
 from socpo_fast.ops.decay_advantage import compute_advantages, decay_factors, decay_rewards
+from socpo_fast.ops.linear import linear
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.packed_attention import Segment, packed_attention
@@ -16,6 +17,7 @@ __all__ = [
     "compute_advantages",
     "decay_factors",
     "decay_rewards",
+    "linear",
     "linear_logprob",
     "linear_policy_loss",
     "packed_attention",

@@ -17,6 +17,7 @@ import torch
 IMPLS: dict[str, tuple[str, ...]] = {
     "decay_rewards": ("ref", "triton"),
     "compute_advantages": ("ref", "triton"),
+    "linear": ("ref", "cpp"),
     "linear_logprob": ("ref", "cpp", "triton"),
     "linear_policy_loss": ("ref", "cpp", "triton"),
     "policy_loss": ("ref",),
@@ -49,6 +50,12 @@ def choose_impl(op: str, impl: str, available: tuple[str, ...], device: torch.de
     if impl == "triton" and not triton_is_installed():
         raise RuntimeError(f"{op}: impl 'triton' needs the package triton; pip install triton or use impl='ref'")
     return impl
+
+
+@functools.cache
+def auto_impl(op: str, device_type: str) -> str:
+    """What `impl="auto"` means for tensors on such a device; cached, for calls too many to choose each time."""
+    return choose_impl(op, "auto", IMPLS[op], torch.device(device_type))
 
 
 def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
