@@ -21,7 +21,7 @@ from torch import Tensor
 from bench import _card as card_of
 from bench._head_problem import Problem, errors_of, useful_flops, with_truth
 from bench._policy_heads import bare_gemms, fastest_gemms, torch_contenders
-from socpo_fast.model.decoder import Decoder
+from socpo_fast.model.decoder import Decoder, turned_heads
 from socpo_fast.ops import _head, linear_policy_loss, packed_attention
 from socpo_fast.ops.packed_attention import Segment
 
@@ -142,7 +142,8 @@ def hidden_of_answer(student: Decoder, prompt: list[int], answer: list[int]) -> 
     ids = torch.tensor([*prompt, *answer[:-1]])
     segments, scale = [Segment(0, ids.numel())], student.config.head_dim**-0.5
 
-    def attend(_: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def attend(_: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q_THE, k_TKE, v_TKE = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
         return packed_attention(q_THE, k_TKE, v_TKE, segments, scale=scale)
 
     return student(ids, torch.arange(ids.numel()), attend)[len(prompt) - 1 :]

@@ -9,9 +9,20 @@ TORCH_LIBRARY(socpo, m) {
       "sample(Tensor logits, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) "
       "-> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)");
   m.def(
+      "linear_sample(Tensor hidden, Tensor weight, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
+      "Tensor min_p, Tensor rows) -> (Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor kept_mass)");
+  m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, float scale) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  // without a residual the second output is empty
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor y, Tensor sum)");
+  m.def("rms_norm_backward(Tensor x, Tensor weight, float eps, Tensor grad) -> (Tensor grad_x, Tensor grad_weight)");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("swiglu_backward(Tensor gate_up, Tensor grad) -> Tensor");
+  m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
+  m.def(
+      "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor");
   m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   // grad_logits may be logits itself; then that, too, is overwritten
   m.def(

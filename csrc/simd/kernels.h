@@ -11,19 +11,26 @@ namespace socpo {
 
 constexpr int KEY_TILE = 32;  // keys an attention step handles; tiles start at multiples of it in every sequence
 
-// One row of logits, one draw. Noise of a token depends on row_key and its id only.
+constexpr int SAMPLE_TILE = 768;  // tokens of the vocabulary that a draw handles at once, from multiples of it on
+
+// One draw. Noise of a token depends on row_key and its id only. Greedy: inverse_temperature is 1.
 struct SampleRow {
-  const float* logits;
-  int64_t vocab;
   float inverse_temperature;
   uint64_t row_key;
   bool is_greedy;
 };
 
-struct Draw {
-  int64_t token_id;
-  float logit;         // of token_id: (logit - the row's largest) / temperature, <= 0
-  double sum_weights;  // sum of the weights drawn from, the exp of that
+// What a draw leaves of one tile; x = (logit - max) * inverse_temperature, of a tile of nothing but -inf max counts as 0.
+struct TileDraw {
+  float max;             // the largest logit
+  double sum, weighted;  // of exp(x) and x exp(x)
+  int64_t token_id;      // the best token, -1 when none of the tile can win
+  float logit, score;    // of token_id: score = x + Gumbel noise
+};
+
+// exp(x) / E of the best token a draw has met, E its exponential noise, x relative to max; ratio 0 before the first.
+struct BestSoFar {
+  float ratio, max;
 };
 
 // What one pass over a row of logits leaves, with x = (logit - max) * inverse_temperature.
@@ -64,11 +71,24 @@ struct LinearBlock {
 // One set of these for each instruction set, e.g. socpo::avx2::sample_row.
 #define SOCPO_DECLARE_KERNELS(isa)                                                                       \
   namespace isa {                                                                                        \
-  /* The draw over all tokens, or over those with weights[i] > 0 when `weights` is given. */             \
-  Draw sample_row(const SampleRow& row, const float* weights);                                           \
-  /* weights[i] = exp((logit_i - largest) / temperature), <= 1; returns their sum. */                    \
-  double softmax_weights(const SampleRow& row, float* weights);                                          \
+  /* Tokens first .. first + count - 1, count <= SAMPLE_TILE, logits of these. */                         \
+  TileDraw sample_tile(const SampleRow& row, const float* logits, int64_t first, int64_t count, BestSoFar& best); \
+  /* The draw among tokens with weights[i] > 0; fills max, token_id, logit and score. */                  \
+  void sample_kept(const SampleRow& row, const float* logits, int64_t vocab, const float* weights, TileDraw& draw); \
+  /* weights[i] = exp((logit_i - largest) / temperature), <= 1; returns their sum. */                     \
+  double softmax_weights(const SampleRow& row, const float* logits, int64_t vocab, float* weights);       \
   void linear_block(const LinearBlock& block);                                                           \
+  /* sum = x + residual and y = its norm; without a residual (null) y = the norm of x and sum is not written. */ \
+  void rms_norm_row(const float* x, const float* residual, const float* weight, float eps, int64_t width, float* sum, float* y); \
+  /* grad_x is overwritten, grad_weight added to. */                                                      \
+  void rms_norm_backward_row(const float* x, const float* weight, const float* grad, float eps, int64_t width, \
+                             float* grad_x, float* grad_weight);                                          \
+  void swiglu_row(const float* gate, const float* up, int64_t width, float* out);                         \
+  void swiglu_backward_row(const float* gate, const float* up, const float* grad, int64_t width, float* grad_gate, \
+                           float* grad_up);                                                               \
+  /* One head of 2 half numbers, cos and sin as many; out may not be x. */                                \
+  void rotary_head(const float* x, const float* cos, const float* sin, int64_t half, float* out);         \
+  void narrow_row(const float* x, int64_t width, uint16_t* out);                                          \
   void attend_block(const AttentionBlock& block);                                                        \
   /* Online max and sums (Milakov and Gimelshein 2018): the row is read from memory once. */             \
   RowSums row_sums(const float* logits, int64_t vocab, float inverse_temperature, bool need_weighted);   \

@@ -42,7 +42,7 @@ inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, in
   if (k < width) {
     for (int j = 0; j < OUTS; ++j) {
       const Vec w = load_first(weight + j * weight_stride + k, (int)(width - k));
-      for (int i = 0; i < ROWS; ++i) acc[i][j] += load_first(x + i * x_stride + k, (int)(width - k)) * w;
+      for (int i = 0; i < ROWS; ++i) acc[i][j] += unfused(load_first(x + i * x_stride + k, (int)(width - k)) * w);
     }
   }
   for (int i = 0; i < ROWS; ++i)

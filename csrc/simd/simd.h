@@ -43,6 +43,13 @@ inline VecUint lane_index() {
   return x;
 }
 
+// x, in a way that keeps the compiler from fusing the multiplication behind it with a later addition. It fuses where both
+// stand in one basic block, which may differ between two copies of a template that must round alike.
+inline Vec unfused(Vec x) {
+  asm("" : "+m"(x));
+  return x;
+}
+
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // Lanes summed as a balanced tree, so the order is fixed.

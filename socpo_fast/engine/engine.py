@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from socpo_fast.engine.pages import PagePool
-from socpo_fast.engine.runner import Runner, warn_unless_rows_invariant
+from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import sample_tokens
 from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence
@@ -50,6 +50,7 @@ class Engine:
         page_size:    tokens a page, a power of two.
         max_running:  sequences in one step at most.
         token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
+        cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
 
     Raises:
         ValueError: a number out of range, or a pool too small for a single page.
@@ -63,6 +64,7 @@ class Engine:
         page_size: int = 32,
         max_running: int = 256,
         token_budget: int = 2048,
+        cascade: bool = True,
     ):
         if page_size < 1 or page_size & (page_size - 1):
             raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
@@ -75,11 +77,10 @@ class Engine:
         self.policy_version = 0
         self._pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
-        self._runner = Runner(student, num_pages=num_pages, page_size=page_size)
+        self._runner = Runner(student, num_pages=num_pages, page_size=page_size, cascade=cascade)
         self._pinned: dict[Attempt, Sequence] = {}
         self._arrivals = count()
         self._prefill_tokens = self._decode_tokens = 0
-        warn_unless_rows_invariant(student)
 
     @property
     def stats(self) -> EngineStats:
@@ -177,7 +178,7 @@ class Engine:
             assert not self.has_work, "work is queued but nothing can be scheduled"
             return []
         hidden_BD = self._runner.forward(plan)
-        rows: list[tuple[int, Sequence, int]] = []
+        rows: list[tuple[int, Sequence]] = []  # who samples a token, and from which row
         for row, (sequence, num_tokens) in enumerate(plan):
             if sequence.num_sampled > 0 and num_tokens == 1:
                 self._decode_tokens += 1
@@ -185,14 +186,14 @@ class Engine:
                 self._prefill_tokens += num_tokens
             sequence.num_cached += num_tokens
             if sequence.num_pending == 0:
-                rows += [(row, sequence, sequence.rollout_idx + i) for i in range(sequence.num_rollouts)]
-        sampled = iter(sample_tokens(self.student, hidden_BD, rows) if rows else [])
+                rows += [(row, child) for child in self._fork(sequence)]
         finished = []
-        for sequence in dict.fromkeys(sequence for _, sequence, _ in rows):
-            for child in self._fork(sequence):
-                child.append(*next(sampled))
-                if attempt := self._finish(child):
-                    finished.append(attempt)
+        for (_, sequence), drawn in zip(
+            rows, sample_tokens(self.student, hidden_BD, rows) if rows else [], strict=True
+        ):
+            sequence.append(*drawn)
+            if attempt := self._finish(sequence):
+                finished.append(attempt)
         return finished
 
     def generate(

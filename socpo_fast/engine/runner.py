@@ -1,27 +1,41 @@
 """Runs one planned step: packs the pending tokens, writes their KV into pages, attends over the pages.
 
-The weights are the trainer's own parameters, read where they are. Rows are padded to at least MIN_ROWS: below about a
-dozen rows library GEMMs switch to kernels that sum in another order, and a row's bits would depend on its company.
+The weights are the trainer's own parameters, read where they are. What a step costs in Python is per sequence: token
+ids and page numbers are copied whole, positions and slots are computed for all at once.
 """
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.ops import paged_attention
-from socpo_fast.ops._head import MIN_ROWS
+from socpo_fast.ops.paged_attention import paged_attention_unchecked
+from socpo_fast.ops.rotary import rotary_write_unchecked
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where one step's tokens are and what they see; all tensors on the device."""
+
+    token_ids_T: Tensor  # [T] int64
+    positions_T: Tensor  # [T] int64
+    slots_T: Tensor  # [T] int64, page * page_size + place in it
+    block_table_BM: Tensor  # int32
+    seq_lens_B: Tensor  # int32, this step's tokens included
+    cu_seqlens_q: Tensor  # [B + 1] int32
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 class Runner:
-    def __init__(self, student: Decoder, *, num_pages: int, page_size: int):
+    def __init__(self, student: Decoder, *, num_pages: int, page_size: int, cascade: bool):
         config, weight = student.config, student.lm_head.weight
-        self.student, self.page_size, self.device = student, page_size, weight.device
+        self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         try:
             self.k_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
@@ -29,6 +43,7 @@ class Runner:
         except RuntimeError as error:  # torch's, over several lines
             gib = num_pages * self.page_bytes(student, page_size) / 2**30
             raise ValueError(f"Engine: kv_cache_gib must fit into memory, got {gib:.4g}; lower it") from error
+        self.caches = list(zip(self.k_cache_LPSKE, self.v_cache_LPSKE, strict=True))
 
     @staticmethod
     def page_bytes(student: Decoder, page_size: int) -> int:
@@ -39,67 +54,48 @@ class Runner:
     @torch.no_grad()
     def forward(self, plan: list[tuple[Sequence, int]]) -> Tensor:
         """Forward the planned tokens; returns the last one's hidden state of each sequence, [B, D]."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        cu_seqlens, seq_lens, size = [0], [], self.page_size
-        for sequence, num_tokens in plan:
-            start, stop = sequence.num_cached, sequence.num_cached + num_tokens
-            token_ids += sequence.token_ids[start:stop]
-            positions += range(start, stop)
-            slots += [sequence.pages[p // size] * size + p % size for p in range(start, stop)]
-            seq_lens.append(stop)
-            cu_seqlens.append(cu_seqlens[-1] + num_tokens)
-        num_pages = max(len(sequence.pages) for sequence, _ in plan)
-        block_table = [sequence.pages + [0] * (num_pages - len(sequence.pages)) for sequence, _ in plan]
-        num_rows = len(token_ids)
-        padding = [0] * (MIN_ROWS - num_rows)
-        slots_T = self._tensor(slots, torch.int64)
-        tables = tuple(self._tensor(values, torch.int32) for values in (block_table, seq_lens, cu_seqlens))
+        step = self._pack(plan)
+        return self.hidden(step)[step.cu_seqlens_q[1:].long() - 1]
+
+    def hidden(self, step: Step) -> Tensor:
+        """Write the tokens' KV and return their hidden states, [T, D]."""
         scale = self.student.config.head_dim**-0.5
+        places = step.block_table_BM, step.seq_lens_B, step.cu_seqlens_q
+        longest = {"max_seqlen_q": step.max_seqlen_q, "max_seqlen_k": step.max_seqlen_k}
 
-        def attend(layer_idx: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-            k_cache, v_cache = self.k_cache_LPSKE[layer_idx], self.v_cache_LPSKE[layer_idx]
-            k_cache.flatten(0, 1).index_copy_(0, slots_T, k_TKE[:num_rows])
-            v_cache.flatten(0, 1).index_copy_(0, slots_T, v_TKE[:num_rows])
-            out_THE = paged_attention(q_THE[:num_rows], k_cache, v_cache, *tables, scale=scale)
-            return pad_rows(out_THE)
+        def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+            caches = self.caches[layer_idx]
+            q_THE = rotary_write_unchecked(qkv_THE, *rotary, *caches, step.slots_T)
+            return paged_attention_unchecked(q_THE, *caches, *places, scale=scale, cascade=self.cascade, **longest)
 
-        hidden_TD = self.student(
-            self._tensor(token_ids + padding, torch.int64), self._tensor(positions + padding, torch.int64), attend
-        )
-        return hidden_TD[tables[2][1:].long() - 1]
+        return self.student(step.token_ids_T, step.positions_T, attend)
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""
         if copies:
-            source, target = self._tensor(copies, torch.int64).unbind(1)
+            source, target = torch.tensor(copies, device=self.device).unbind(1)
             self.k_cache_LPSKE[:, target] = self.k_cache_LPSKE[:, source]
             self.v_cache_LPSKE[:, target] = self.v_cache_LPSKE[:, source]
 
-    def _tensor(self, values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
-
-
-def pad_rows(x: Tensor) -> Tensor:
-    """x with zero rows appended up to MIN_ROWS."""
-    missing = MIN_ROWS - x.shape[0]
-    return x if missing <= 0 else F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing))
-
-
-@torch.no_grad()
-def warn_unless_rows_invariant(student: Decoder) -> bool:
-    """Check on this machine's GEMM library that a row's bits depend neither on its place nor on the number of rows."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {layer.weight.shape: layer.weight for layer in student.modules() if isinstance(layer, nn.Linear)}
-    for (rows_out, width), weight in weights.items():
-        x = torch.randn((61, width), generator=generator).to(weight)
-        whole = F.linear(x, weight)
-        if not all(torch.equal(F.linear(x[i:j], weight), whole[i:j]) for i, j in ((0, MIN_ROWS), (3, 20), (7, 40))):
-            warnings.warn(
-                f"engine: rows of a [.., {width}] x [{width}, {rows_out}] GEMM are not bit-invariant on this machine; "
-                "sampled tokens may depend on batch composition in the last bit",
-                stacklevel=3,
-            )
-            return False
-    return True
+    def _pack(self, plan: list[tuple[Sequence, int]]) -> Step:
+        token_ids: list[int] = []
+        lengths_B = np.array([(sequence.num_cached, num_tokens) for sequence, num_tokens in plan])
+        table_BM = np.zeros((len(plan), max(len(sequence.pages) for sequence, _ in plan)), dtype=np.int32)
+        for row, (sequence, num_tokens) in enumerate(plan):
+            token_ids += sequence.token_ids[sequence.num_cached : sequence.num_cached + num_tokens]
+            table_BM[row, : len(sequence.pages)] = sequence.pages
+        starts_B, counts_B = lengths_B.T
+        ends_B = counts_B.cumsum()
+        rows_T = np.arange(len(plan)).repeat(counts_B)
+        positions_T = np.arange(len(token_ids)) + (starts_B - ends_B + counts_B)[rows_T]
+        slots_T = table_BM[rows_T, positions_T // self.page_size].astype(np.int64) * self.page_size
+        return Step(
+            token_ids_T=torch.tensor(token_ids, device=self.device),
+            positions_T=torch.from_numpy(positions_T).to(self.device),
+            slots_T=torch.from_numpy(slots_T + positions_T % self.page_size).to(self.device),
+            block_table_BM=torch.from_numpy(table_BM).to(self.device),
+            seq_lens_B=torch.from_numpy((starts_B + counts_B).astype(np.int32)).to(self.device),
+            cu_seqlens_q=torch.from_numpy(np.insert(ends_B, 0, 0).astype(np.int32)).to(self.device),
+            max_seqlen_q=int(counts_B.max()),
+            max_seqlen_k=int((starts_B + counts_B).max()),
+        )

@@ -8,6 +8,7 @@ first, then waiting ones, then the youngest running; their tokens stay, so they 
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 
 from socpo_fast.engine.pages import PagePool
@@ -61,7 +62,7 @@ class Scheduler:
         self.running.remove(root)
         copies = []
         for child in children[1:]:
-            child.pages, child.num_cached = [self.pool.share(page) for page in root.pages], root.num_cached
+            child.pages, child.num_cached = array("i", map(self.pool.share, root.pages)), root.num_cached
             copies += self._own_last_page(child)
         children[0].pages, children[0].num_cached = root.pages, root.num_cached
         for child in children:

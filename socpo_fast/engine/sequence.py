@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from socpo_fast.engine.pages import PagePool
+from socpo_fast.ops import row_key
 from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 
 
@@ -28,10 +30,14 @@ class Sequence:
     num_rollouts: int = 1
     attempt_idx: int = 0
     policy_version: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))  # int32: copied into the block table as it is
     num_cached: int = 0
     logprobs: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """noise_key: the key of this attempt's noise, still without the position."""
+        self.noise_key = row_key(self.params.seed, *self.key, self.rollout_idx, self.attempt_idx)
 
     @property
     def num_pending(self) -> int:

@@ -5,10 +5,14 @@ from socpo_fast.ops.decay_advantage import compute_advantages, decay_factors, de
 from socpo_fast.ops.linear import linear
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
+from socpo_fast.ops.linear_sample import linear_sample
 from socpo_fast.ops.packed_attention import Segment, packed_attention
 from socpo_fast.ops.paged_attention import paged_attention
 from socpo_fast.ops.policy_loss import PolicyLoss, policy_loss
-from socpo_fast.ops.sample import row_key, row_keys, sample
+from socpo_fast.ops.rms_norm import rms_norm
+from socpo_fast.ops.rotary import rotary, rotary_write
+from socpo_fast.ops.sample import next_keys, row_key, row_keys, sample
+from socpo_fast.ops.swiglu import swiglu
 
 __all__ = [
     "PolicyLoss",
@@ -20,10 +24,16 @@ __all__ = [
     "linear",
     "linear_logprob",
     "linear_policy_loss",
+    "linear_sample",
+    "next_keys",
     "packed_attention",
     "paged_attention",
     "policy_loss",
+    "rms_norm",
+    "rotary",
+    "rotary_write",
     "row_key",
     "row_keys",
     "sample",
+    "swiglu",
 ]

@@ -19,11 +19,16 @@ IMPLS: dict[str, tuple[str, ...]] = {
     "compute_advantages": ("ref", "triton"),
     "linear": ("ref", "cpp"),
     "linear_logprob": ("ref", "cpp", "triton"),
+    "linear_sample": ("ref", "cpp"),
     "linear_policy_loss": ("ref", "cpp", "triton"),
     "policy_loss": ("ref",),
     "packed_attention": ("ref",),
     "paged_attention": ("ref", "cpp"),
+    "rms_norm": ("ref", "cpp"),
+    "rotary": ("ref", "cpp"),
+    "rotary_write": ("ref", "cpp"),
     "sample": ("ref", "cpp"),
+    "swiglu": ("ref", "cpp"),
 }
 
 

@@ -1,10 +1,12 @@
-"""A linear layer for inference whose rows do not know of each other: prompt, batch and single token give equal bits.
+"""A linear layer whose rows do not know of each other: prompt, batch and single token give equal bits.
 
 On the CPU it runs a kernel of our own over the weights as they are stored (fp32 or bf16, no packed copy). Departs from
 torch's linear, whose GEMM libraries sum in another order for few rows, and which wants both factors in one dtype.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,7 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
     Raises:
         ValueError: a shape, dtype or stride breaks the rules above.
 
-    Gradient: none in cpp, it serves the engine; ref has torch's.
+    Gradient: x, weight, bias; in cpp by `torch.ops.socpo.matmul_`, for fp32 weights.
     Bitwise (cpp): a row's bits depend on that row only, whatever the number of rows or threads.
     """
     check = TensorChecker("linear")
@@ -60,6 +62,33 @@ def linear_unchecked(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = No
 
 
 def _run(impl: str, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
-    if impl == "cpp" and x_TD.dtype == torch.float32:
+    if impl == "ref" or x_TD.dtype != torch.float32:
+        return linear_ref(x_TD, weight_ND, bias_N)
+    if torch.is_grad_enabled() and (x_TD.requires_grad or weight_ND.requires_grad):
+        is_wide = weight_ND.dtype == torch.float32
+        return _Linear.apply(x_TD, weight_ND, bias_N) if is_wide else linear_ref(x_TD, weight_ND, bias_N)
+    return torch.ops.socpo.linear(x_TD, weight_ND, bias_N)
+
+
+class _Linear(torch.autograd.Function):
+    """dx = grad weight, dweight = grad^T x, dbias = the rows of grad added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ND)
         return torch.ops.socpo.linear(x_TD, weight_ND, bias_N)
-    return linear_ref(x_TD, weight_ND, bias_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_ND = ctx.saved_tensors
+        grad_TN = grad_TN.contiguous()
+        grads: list[Tensor | None] = [None, None, None]
+        if ctx.needs_input_grad[0]:
+            grads[0] = torch.empty_like(x_TD)
+            torch.ops.socpo.matmul_(grads[0], grad_TN, weight_ND, False)
+        if ctx.needs_input_grad[1]:
+            grads[1] = torch.empty_like(weight_ND)
+            torch.ops.socpo.matmul_(grads[1], grad_TN.t(), x_TD, False)
+        if ctx.needs_input_grad[2]:
+            grads[2] = grad_TN.sum(0)
+        return tuple(grads)

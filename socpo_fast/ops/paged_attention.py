@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, choose_impl
+from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
 
 
 def paged_attention_ref(
@@ -87,6 +87,14 @@ def paged_attention(
     if choose_impl("paged_attention", impl, available, q_THE.device) == "cpp":
         return torch.ops.socpo.paged_attention(*tensors, scale)
     return paged_attention_ref(*tensors, scale=scale)
+
+
+def paged_attention_unchecked(
+    q_THE: Tensor, *pages: Tensor, scale: float, cascade: bool = True, max_seqlen_q: int, max_seqlen_k: int
+) -> Tensor:
+    if auto_impl("paged_attention", q_THE.device.type) == "cpp" and q_THE.dtype == torch.float32:
+        return torch.ops.socpo.paged_attention(q_THE, *pages, scale)
+    return paged_attention_ref(q_THE, *pages, scale=scale)
 
 
 def _check(

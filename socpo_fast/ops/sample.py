@@ -99,9 +99,18 @@ def noise_bits(row_keys_B: Tensor, vocab_size: int) -> Tensor:
     return _mix_32(_mix_32(((token_ids_V * 0x9E3779B1) & _MASK_32) ^ low_B1) ^ high_B1)
 
 
-def row_key(seed: int, batch: int, question: int, rollout: int, attempt: int, position: int) -> int:
-    """The noise key of one token to be drawn: `row_keys` of a single row."""
-    return int(row_keys(torch.tensor([[seed, batch, question, rollout, attempt, position]], dtype=torch.int64)))
+def row_key(*fields: int) -> int:
+    """The noise key of (seed, batch, question, rollout, attempt, position); of fewer fields the state before the rest.
+
+    `row_keys` of a single row, without tensors: `next_keys` adds one more field to many states.
+    """
+    state = 0
+    for field in fields:
+        x = (state + field + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        state = x ^ (x >> 31)
+    return _signed(state)
 
 
 def row_keys(fields: Tensor) -> Tensor:
@@ -111,8 +120,13 @@ def row_keys(fields: Tensor) -> Tensor:
     """
     state_B = torch.zeros_like(fields[:, 0])
     for field_B in fields.unbind(1):
-        state_B = _mix_64(state_B + field_B + _signed(0x9E3779B97F4A7C15))
+        state_B = next_keys(state_B, field_B)
     return state_B
+
+
+def next_keys(state_B: Tensor, field_B: Tensor) -> Tensor:
+    """[B] int64: the states with one more field in them."""
+    return _mix_64(state_B + field_B + _signed(0x9E3779B97F4A7C15))
 
 
 def _mix_32(x: Tensor) -> Tensor:
@@ -141,11 +155,18 @@ def _check(
     check("logits_BV", logits_BV, FLOATS)
     check_rule("sample", "V of logits_BV", logits_BV.shape[1], 0 < logits_BV.shape[1] < 2**31, "in [1, 2^31)")
     check("row_keys_B", row_keys_B, INDEX)
+    check_settings("sample", check, temperature_B, top_k_B, top_p_B, min_p_B)
+
+
+def check_settings(
+    where: str, check: TensorChecker, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
+) -> None:
+    """The rules of a draw's settings."""
     check("temperature_B", temperature_B, (torch.float32,))
     check.finite("temperature_B", temperature_B, at_least=0.0)
     check("top_k_B", top_k_B, INDEX)
     check.index_range("top_k_B", top_k_B, 2**31)
     check("top_p_B", top_p_B, (torch.float32,))
-    check_rule("sample", "top_p_B", top_p_B.tolist(), bool(((top_p_B > 0) & (top_p_B <= 1)).all()), "in (0, 1]")
+    check_rule(where, "top_p_B", top_p_B.tolist(), bool(((top_p_B > 0) & (top_p_B <= 1)).all()), "in (0, 1]")
     check("min_p_B", min_p_B, (torch.float32,))
-    check_rule("sample", "min_p_B", min_p_B.tolist(), bool(((min_p_B >= 0) & (min_p_B < 1)).all()), "in [0, 1)")
+    check_rule(where, "min_p_B", min_p_B.tolist(), bool(((min_p_B >= 0) & (min_p_B < 1)).all()), "in [0, 1)")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from socpo_fast.model.decoder import Decoder
+from socpo_fast.model.decoder import Decoder, turned_heads
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.packed_attention import packed_attention
@@ -207,10 +207,12 @@ def _backward(
 
 def _forward(student: Decoder, microbatch: PackedMicrobatch, *, checkpointing: bool, impl: str) -> Tensor:
     """Hidden states of the packed tokens; keys come from the rows of a token's own path."""
-    device, scale = student.lm_head.weight.device, student.config.head_dim**-0.5
+    config, device = student.config, student.lm_head.weight.device
+    scale = config.head_dim**-0.5
     impl = "ref" if impl == "ref" else "auto"  # "cpp" and "triton" name the head's: attention has neither
 
-    def attend(layer_idx: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q_THE, k_TKE, v_TKE = turned_heads(qkv_THE, rotary, config.num_kv_heads)
         return packed_attention(q_THE, k_TKE, v_TKE, microbatch.segments, scale=scale, impl=impl)
 
     token_ids_T, positions_T = microbatch.token_ids_T.to(device), microbatch.positions_T.to(device)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
+from socpo_fast.model.decoder import turned_heads
 from socpo_fast.ops import Segment, packed_attention
 from socpo_fast.types import Attempt, SamplingParams
 
@@ -55,7 +56,8 @@ def trainer_logprobs(student: Decoder, token_ids: list[int]) -> torch.Tensor:
     whole = [Segment(0, len(token_ids), ())]
     scale = student.config.head_dim**-0.5
 
-    def attend(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(_layer: int, qkv_THE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        q, k, v = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
         return packed_attention(q, k, v, whole, scale=scale)
 
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder
+from socpo_fast.model.decoder import turned_heads
 from socpo_fast.ops import row_key, sample
 from socpo_fast.types import SamplingParams
 from tests.engine.tiny import bits, drain, make_engine, make_student, untouched
@@ -34,7 +35,8 @@ def next_token_logits(student: Decoder, token_ids: list[int]) -> torch.Tensor:
     wide = make_student().double()
     wide.load_state_dict({name: value.double() for name, value in student.state_dict().items()})
 
-    def attend(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(_layer: int, qkv_THE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        q, k, v = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
         heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
         return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(
             0, 1

@@ -33,11 +33,13 @@ def test_cpp_is_as_right_as_torch(impl: str, shape: tuple[int, int, int], dtype:
         assert_error_rule(linear(x, weight, b, impl=impl), plain, truth, name=f"linear {shape}")
 
 
+# Widths: one part with a rest, several, a rest only, whole vectors.
+@pytest.mark.parametrize("width", [800, 1537, 31, 126, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS[1:])
-def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype) -> None:
+def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype, width: int) -> None:
     """Alone, in every tile, in a long prompt that is cut into blocks, behind other rows, with 1, 2 and 3 threads."""
-    x, weight, bias = problem(1200, 101, 800, dtype)
+    x, weight, bias = problem(1200, 101, width, dtype)
     whole = linear(x, weight, bias, impl=impl)
     for begin, end in ((0, 1), (5, 6), (3, 5), (2, 5), (9, 13), (1, 17), (40, 107), (1199, 1200), (600, 1200)):
         part = linear(x[begin:end], weight, bias, impl=impl)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from socpo_fast.model import load_student
+from socpo_fast.model.decoder import turned_heads
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.graders import make_grader
 from socpo_fast.socratic.tasks import dialogues, molar_mass, warm_up
@@ -178,7 +179,8 @@ def test_shipped_student() -> None:
     assert tokenizer.decode(tokenizer(question.reference_solution)["input_ids"]) == question.reference_solution
     assert len(tokenizer("<|im_end|>", split_special_tokens=True)["input_ids"]) == len("<|im_end|>")
 
-    def attend(layer_idx: int, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor) -> torch.Tensor:
+    def attend(layer_idx: int, qkv_THE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        q_THE, k_TKE, v_TKE = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
         q, k, v = (x.transpose(0, 1) for x in (q_THE, k_TKE, v_TKE))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(0, 1)

@@ -84,10 +84,10 @@ def student_and_hidden() -> tuple[Decoder, list[Tensor]]:
     """A student, and what its last norm gave in each forward, with gradients: a head's gradient stops at a zero row."""
     student, hidden = make_student(), []
 
-    def keep(norm: torch.nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.retain_grad()
-            hidden.append(output)
+    def keep(norm: torch.nn.Module, args: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        if outputs[0].requires_grad:
+            outputs[0].retain_grad()
+            hidden.append(outputs[0])
 
     student.norm.register_forward_hook(keep)
     return student, hidden

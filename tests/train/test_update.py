@@ -113,7 +113,7 @@ def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
     for spread, forwards in ((1e-5, 1), (0.3, 3)):
         set_sampler_logprobs(rollouts, near_policy(start, rollouts, spread, seed=5))
         student, forwarded = make_student(), []
-        student.norm.register_forward_hook(lambda norm, args, out, seen=forwarded: seen.append(out.requires_grad))
+        student.norm.register_forward_hook(lambda norm, args, out, seen=forwarded: seen.append(out[0].requires_grad))
         updater = Updater(student, config, reference=None)
         (_, metrics) = next(updater.updates(groups_of(rollouts), ORDER))
         assert forwarded.count(False) == forwards

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from socpo_fast.model import Decoder, ModelConfig, save_student
+from socpo_fast.model.decoder import turned_heads
 from socpo_fast.socratic.tasks.dialogues import Piece, dialogue
 from socpo_fast.socratic.tasks.tokenizer import MAX_LENGTH, build_tokenizer
 
@@ -86,7 +87,8 @@ def warm_up_loss(student: Decoder, rows: list[list[Piece]]) -> Tensor:
     token_ids_BL = torch.tensor([row + [0] * (length - len(row)) for row in token_ids])
     trained_BL = torch.tensor([row + [False] * (length - len(row)) for row in trained])
 
-    def attend(layer_idx: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q_THE, k_TKE, v_TKE = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
         q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THE, k_TKE, v_TKE))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 

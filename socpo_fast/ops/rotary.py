@@ -1,0 +1,155 @@
+"""Rotary position embedding, and the same with the keys and values written to their pages in one pass.
+
+Hugging Face's half-split layout: dimension i is rotated with i + E / 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
+from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
+
+
+def rotary_ref(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    low, high = x_THE.chunk(2, dim=-1)
+    return (x_THE * cos_TE[:, None] + torch.cat((-high, low), dim=-1) * sin_TE[:, None]).to(x_THE.dtype)
+
+
+def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto") -> Tensor:
+    """Each pair (i, i + E / 2) of every head turned by its token's angle.
+
+        out[t, h] = x[t, h] * cos[t] + (-high, low of x[t, h]) * sin[t]
+
+    Args:
+        x_THE:  [T, H, E] floating point (cpp: fp32), E even.
+        cos_TE: [T, E] fp32 or x's dtype, from `rotary_tables`: the second half repeats the first.
+        sin_TE: like cos_TE.
+        impl:   "auto", "ref", "cpp" or "triton".
+
+    Returns:
+        [T, H, E], x's dtype.
+
+    Raises:
+        ValueError: a shape or dtype breaks the rules above.
+
+    Gradient: x, by the turn back. Bitwise: a token's bits depend on that token only.
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    _check("rotary", "x_THE", x_THE, cos_TE, sin_TE)
+    available = IMPLS["rotary"] if x_THE.dtype != torch.float64 else ("ref",)
+    return _run(choose_impl("rotary", impl, available, x_THE.device), x_THE, cos_TE, sin_TE)
+
+
+def rotary_unchecked(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """`rotary` for tensors known to be right."""
+    return _run(auto_impl("rotary", x_THE.device.type), x_THE, cos_TE, sin_TE)
+
+
+def _run(impl: str, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    if impl == "ref" or x_THE.dtype == torch.float64 or (impl == "cpp" and x_THE.dtype != torch.float32):
+        return rotary_ref(x_THE, cos_TE, sin_TE)
+    if torch.is_grad_enabled() and x_THE.requires_grad:
+        return _Rotary.apply(impl, x_THE, cos_TE, sin_TE)
+    return _kernel(impl)(x_THE, cos_TE, sin_TE, False)
+
+
+def _kernel(impl: str) -> Any:
+    """(x, cos, sin, inverse) -> turned x, of an implementation."""
+    if impl == "cpp":
+        return torch.ops.socpo.rotary
+    from socpo_fast.kernels.rotary import rotary_triton
+
+    return rotary_triton
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, impl: str, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        ctx.impl = impl
+        ctx.save_for_backward(cos_TE, sin_TE)
+        return _kernel(impl)(x_THE, cos_TE, sin_TE, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
+        return None, _kernel(ctx.impl)(grad_THE, *ctx.saved_tensors, True), None, None
+
+
+def rotary_write_ref(
+    qkv_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, k_cache_PSKE: Tensor, v_cache_PSKE: Tensor, slots_T: Tensor
+) -> Tensor:
+    kv_heads = k_cache_PSKE.shape[2]
+    q_THE, k_TKE, v_TKE = qkv_THE.split((qkv_THE.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    kept_T = slots_T >= 0
+    for cache, new_TKE in ((k_cache_PSKE, rotary_ref(k_TKE, cos_TE, sin_TE)), (v_cache_PSKE, v_TKE)):
+        cache.flatten(0, 1)[slots_T[kept_T]] = new_TKE[kept_T].to(cache.dtype)
+    return rotary_ref(q_THE, cos_TE, sin_TE)
+
+
+def rotary_write(
+    qkv_THE: Tensor,
+    cos_TE: Tensor,
+    sin_TE: Tensor,
+    k_cache_PSKE: Tensor,
+    v_cache_PSKE: Tensor,
+    slots_T: Tensor,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Turn queries and keys; keys and values go into their pages.
+
+    Args:
+        qkv_THE:      [T, H + 2 K, E] floating point (cpp: fp32): queries, keys, values of each token.
+        cos_TE:       [T, E] fp32 or qkv's dtype; sin_TE likewise.
+        k_cache_PSKE: [P, S, K, E] qkv's dtype or bf16, contiguous. Written in place; v_cache_PSKE likewise.
+        slots_T:      [T] int64, page * S + place in the page, each at most once; negative: the token is not written.
+        impl:         "auto", "ref", "cpp" or "triton".
+
+    Returns:
+        q_THE [T, H, E], turned.
+
+    Raises:
+        ValueError: a shape, dtype, stride or slot breaks the rules above.
+
+    Gradient: none, it serves the engine. Bitwise (cpp): the bits of `rotary`, rounded to nearest even for bf16 pages.
+    """
+    check = _check("rotary_write", "qkv_TXE", qkv_THE, cos_TE, sin_TE)
+    for name, cache in (("k_cache_PSKE", k_cache_PSKE), ("v_cache_PSKE", v_cache_PSKE)):
+        check(name, cache, (qkv_THE.dtype, torch.bfloat16))
+        check_rule("rotary_write", f"strides of {name}", cache.stride(), cache.is_contiguous(), "contiguous")
+    check_rule(
+        "rotary_write", "dtype of v_cache_PSKE", v_cache_PSKE.dtype, v_cache_PSKE.dtype == k_cache_PSKE.dtype, "k's"
+    )
+    heads, kv_heads = qkv_THE.shape[1], k_cache_PSKE.shape[2]
+    check_rule("rotary_write", "heads of qkv", heads, heads > 2 * kv_heads, f"> 2 K = {2 * kv_heads}")
+    check("slots_T", slots_T, (torch.int64,))
+    check.every("slots_T", slots_T, slots_T < k_cache_PSKE.shape[0] * k_cache_PSKE.shape[1], "below P * S")
+    impl = choose_impl("rotary_write", impl, IMPLS["rotary_write"], qkv_THE.device)
+    return _write(impl, qkv_THE, cos_TE, sin_TE, k_cache_PSKE, v_cache_PSKE, slots_T)
+
+
+def rotary_write_unchecked(qkv_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *pages: Tensor) -> Tensor:
+    """`rotary_write` for tensors known to be right; pages: k_cache_PSKE, v_cache_PSKE, slots_T."""
+    return _write(auto_impl("rotary_write", qkv_THE.device.type), qkv_THE, cos_TE, sin_TE, *pages)
+
+
+def _write(impl: str, qkv_THE: Tensor, *given: Tensor) -> Tensor:
+    if impl == "cpp" and qkv_THE.dtype == torch.float32:
+        return torch.ops.socpo.rotary_write(qkv_THE, *given)
+    if impl == "triton":
+        from socpo_fast.kernels.rotary import rotary_write_triton
+
+        return rotary_write_triton(qkv_THE, *given)
+    return rotary_write_ref(qkv_THE, *given)
+
+
+def _check(where: str, name: str, x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> TensorChecker:
+    check = TensorChecker(where)
+    check(name, x, FLOATS)
+    check("cos_TE", cos_TE, (torch.float32, x.dtype))
+    check("sin_TE", sin_TE, (cos_TE.dtype,))
+    check_rule(where, "E", x.shape[2], x.shape[2] % 2 == 0, "even")
+    return check
