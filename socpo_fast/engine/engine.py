@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import count
 
+from socpo_fast.engine.decode import DecodeLoop
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import sample_tokens
@@ -50,6 +51,8 @@ class Engine:
         page_size:    tokens a page, a power of two.
         max_running:  sequences in one step at most.
         token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
+        tokens_per_sync: decoded between two reads by the host when nobody waits; default 1 on the CPU, 8 on a GPU. The
+                      tokens are the same; those sampled behind an eos id are wasted.
         cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
 
     Raises:
@@ -64,6 +67,7 @@ class Engine:
         page_size: int = 32,
         max_running: int = 256,
         token_budget: int = 2048,
+        tokens_per_sync: int | None = None,
         cascade: bool = True,
     ):
         if page_size < 1 or page_size & (page_size - 1):
@@ -78,6 +82,9 @@ class Engine:
         self._pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
         self._runner = Runner(student, num_pages=num_pages, page_size=page_size, cascade=cascade)
+        self.tokens_per_sync = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
+        rounds = {"max_running": max_running, "max_rounds": self.tokens_per_sync}
+        self._loop = DecodeLoop(self._runner, **rounds) if self.tokens_per_sync > 1 else None
         self._pinned: dict[Attempt, Sequence] = {}
         self._arrivals = count()
         self._prefill_tokens = self._decode_tokens = 0
@@ -177,6 +184,13 @@ class Engine:
         if not plan:
             assert not self.has_work, "work is queued but nothing can be scheduled"
             return []
+        sequences = [sequence for sequence, _ in plan]
+        if (
+            self._loop
+            and not self._scheduler.waiting
+            and all(s.num_sampled > 0 and s.num_pending == 1 for s in sequences)
+        ):
+            return self._decode(self._loop, sequences)
         hidden_BD = self._runner.forward(plan)
         rows: list[tuple[int, Sequence]] = []  # who samples a token, and from which row
         for row, (sequence, num_tokens) in enumerate(plan):
@@ -251,6 +265,22 @@ class Engine:
         for sequence in self._scheduler.waiting:  # that is everyone now
             if sequence.num_sampled == 0:
                 sequence.policy_version = self.policy_version
+
+    def _decode(self, loop: DecodeLoop, sequences: list[Sequence]) -> list[Attempt]:
+        """Several tokens of each sequence at once; those behind a sequence's end are dropped."""
+        finished: dict[Sequence, Attempt] = {}
+        num_rounds = self._scheduler.look_ahead(sequences, self.tokens_per_sync)
+        for drawn in loop.run(sequences, num_rounds):
+            for sequence, values in zip(sequences, drawn, strict=True):
+                if sequence not in finished:
+                    sequence.num_cached += 1
+                    self._decode_tokens += 1
+                    sequence.append(*values)
+                    if attempt := self._finish(sequence):
+                        finished[sequence] = attempt
+        for sequence in finished:
+            sequence.shorten(self._pool, sequence.num_cached)
+        return list(finished.values())
 
     def _fork(self, root: Sequence) -> list[Sequence]:
         if root.num_rollouts == 1:

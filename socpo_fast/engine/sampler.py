@@ -1,4 +1,8 @@
-"""From hidden states to sampled tokens: LM head and draw in one op, on the rows that need it."""
+"""From hidden states to sampled tokens: LM head and draw in one op, on the rows that need it.
+
+The noise is keyed by (seed, batch, question, rollout, attempt, position, token id), so what is drawn does not depend on
+when or beside whom.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +19,39 @@ from socpo_fast.ops.linear_sample import linear_sample_unchecked
 def sample_tokens(
     student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]
 ) -> list[tuple[int, float, float]]:
-    """Sample one token for each (row of hidden_BD, sequence). One host read for all.
+    """One token for each (row of hidden_BD, sequence): (token_id, logprob in nats, kept_mass). One host read for all."""
+    device, sequences = hidden_BD.device, [sequence for _, sequence in rows]
+    indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
+    rows_B, noise_B, position_B = torch.tensor(indices, device=device).t().contiguous()
+    drawn_3B = draw(student, hidden_BD, noise_B, position_B, settings_of(sequences, device), rows_B)
+    return [(int(token_id), logprob, mass) for token_id, logprob, mass in drawn_3B.t().tolist()]
 
-    The noise is keyed by (seed, batch, question, rollout, attempt, position, token id), so what is drawn does not
-    depend on when or beside whom. Returns (token_id, logprob in nats, kept_mass) in the order of `rows`.
-    """
-    device = hidden_BD.device
-    indices = [(row, sequence.noise_key, sequence.num_sampled, sequence.params.top_k) for row, sequence in rows]
-    rows_B, noise_B, position_B, top_k_B = torch.tensor(indices, device=device).unbind(1)
-    params = [sequence.params for _, sequence in rows]
-    knobs = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], dtype=torch.float32, device=device)
-    temperature_B, top_p_B, min_p_B = knobs.t().contiguous()
-    token_ids, logprobs, _, kept_mass = linear_sample_unchecked(
-        hidden_BD,
+
+def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
+    """[4, B] fp32: temperature, top_p, min_p, top_k. Above 2^24 no vocabulary is that large: top_k is off."""
+    params = [sequence.params for sequence in sequences]
+    settings = [(p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0) for p in params]
+    return torch.tensor(settings, dtype=torch.float32, device=device).reshape(-1, 4).t().contiguous()
+
+
+def draw(
+    student: Decoder,
+    hidden_TD: Tensor,
+    noise_B: Tensor,
+    position_B: Tensor,
+    settings_4B: Tensor,
+    rows_B: Tensor | None = None,
+) -> Tensor:
+    """[3, B] fp64: token id, log-prob, kept mass; noise_B are noise keys still without the position."""
+    temperature_B, top_p_B, min_p_B, top_k_B = settings_4B
+    token_ids_B, logprobs_B, _, kept_mass_B = linear_sample_unchecked(
+        hidden_TD,
         student.lm_head.weight,
         next_keys(noise_B, position_B),
         temperature_B=temperature_B,
-        top_k_B=top_k_B.contiguous(),
+        top_k_B=top_k_B.long(),
         top_p_B=top_p_B,
         min_p_B=min_p_B,
-        rows_B=rows_B.contiguous(),
+        rows_B=rows_B,
     )
-    values = torch.stack((token_ids.double(), logprobs.double(), kept_mass.double()), dim=1).tolist()
-    return [(int(token_id), logprob, mass) for token_id, logprob, mass in values]
+    return torch.stack((token_ids_B.double(), logprobs_B.double(), kept_mass_B.double()))

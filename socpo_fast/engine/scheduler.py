@@ -54,6 +54,15 @@ class Scheduler:
             budget -= num_tokens
         return step
 
+    def look_ahead(self, sequences: list[Sequence], most: int) -> int:
+        """How many tokens, at most `most`, these decoding sequences may all take in a row; allocates their pages."""
+        num_tokens = min(most, *(s.params.max_new_tokens - s.num_sampled for s in sequences))
+        while sum(self._pages_missing(s, num_tokens) for s in sequences) > self.pool.num_free:
+            num_tokens -= 1  # ends at 1 or before: that one's pages are there
+        for sequence in sequences:
+            self._allocate(sequence, num_tokens)
+        return num_tokens
+
     def fork(self, root: Sequence, children: list[Sequence]) -> list[tuple[int, int]]:
         """Give each child the prompt's KV: full pages shared, the partial page its own. Returns (from, to) page copies.
 

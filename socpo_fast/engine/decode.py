@@ -1,0 +1,98 @@
+"""Several tokens of every running sequence without a word from the host: what a GPU needs to decode at full speed.
+
+The state stands in tensors of fixed place. A round reads the tokens sampled last, writes their KV, samples the next ones
+and moves the state on; rounds follow each other on the device and the host reads them all at once. On a GPU a round is
+captured as a CUDA graph for each number of sequences and pages, rounded up to powers of two. A round is made of the ops
+of an ordinary step and draws the same tokens; what a sequence samples behind its end is thrown away.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from socpo_fast.engine.runner import Runner, Step
+from socpo_fast.engine.sampler import draw, settings_of
+from socpo_fast.engine.sequence import Sequence
+
+
+class DecodeLoop:
+    """Room for max_running sequences and max_rounds rounds.
+
+    ints_4R [4, R] int64: token id, its position (-1: no sequence here), noise key, number sampled. drawn_3R [3, R] fp64:
+    token id, log-prob, kept mass of the last round; rounds_N3R those of all rounds.
+    """
+
+    def __init__(self, runner: Runner, *, max_running: int, max_rounds: int):
+        self.runner, device = runner, runner.device
+        num_pages = -(-runner.student.config.max_position_embeddings // runner.page_size)
+        self.ints_4R = torch.zeros(4, max_running, dtype=torch.int64, device=device)
+        self.table_RM = torch.zeros(max_running, num_pages, dtype=torch.int32, device=device)
+        self.settings_4R = torch.zeros(4, max_running, device=device)
+        self.drawn_3R = torch.zeros(3, max_running, dtype=torch.float64, device=device)
+        self.rounds_N3R = torch.zeros(max_rounds, 3, max_running, dtype=torch.float64, device=device)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    @torch.no_grad()
+    def run(self, sequences: list[Sequence], num_rounds: int) -> list[list[tuple[int, float, float]]]:
+        """(token_id, logprob, kept_mass) of each sequence, for each round; their pages have room for all rounds."""
+        rows, pages = len(sequences), max(len(sequence.pages) for sequence in sequences)
+        graph = None
+        if self.runner.device.type == "cuda":
+            rows, pages = (
+                min(1 << (n - 1).bit_length(), m) for n, m in zip((rows, pages), self.table_RM.shape, strict=True)
+            )
+            if not any(s.params.top_k or s.params.top_p < 1 or s.params.min_p > 0 for s in sequences):
+                graph = self._graph(rows, pages)  # filtered draws have another path, of data-dependent shape
+        self._fill(sequences, rows, pages)
+        for round_idx in range(num_rounds):
+            graph.replay() if graph is not None else self._round(rows, pages)
+            self.rounds_N3R[round_idx].copy_(self.drawn_3R)
+        rounds = self.rounds_N3R[:num_rounds, :, : len(sequences)].transpose(1, 2).tolist()
+        return [[(int(token_id), logprob, mass) for token_id, logprob, mass in drawn] for drawn in rounds]
+
+    def _fill(self, sequences: list[Sequence], rows: int, pages: int) -> None:
+        ints_4R, table_RM = np.zeros((4, rows), dtype=np.int64), np.zeros((rows, pages), dtype=np.int32)
+        ints_4R[1] = -1
+        for row, s in enumerate(sequences):
+            ints_4R[:, row] = s.token_ids[-1], s.num_cached, s.noise_key, s.num_sampled
+            table_RM[row, : len(s.pages)] = s.pages
+        self.ints_4R[:, :rows] = torch.from_numpy(ints_4R)
+        self.table_RM[:rows, :pages] = torch.from_numpy(table_RM)
+        self.settings_4R[:, : len(sequences)] = settings_of(sequences, self.runner.device)
+
+    def _round(self, rows: int, pages: int) -> None:
+        size, device = self.runner.page_size, self.runner.device
+        token_ids_R, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :rows]
+        table_RM, is_live_R = self.table_RM[:rows, :pages].contiguous(), positions_R >= 0
+        at_R = positions_R.clamp(min=0)
+        slots_R = table_RM.gather(1, (at_R // size)[:, None])[:, 0].long() * size + at_R % size
+        step = Step(
+            token_ids_T=token_ids_R,
+            positions_T=at_R,
+            slots_T=torch.where(is_live_R, slots_R, -1),
+            block_table_BM=table_RM,
+            seq_lens_B=(at_R + 1).int(),
+            cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            max_seqlen_q=1,
+            max_seqlen_k=pages * size,
+        )
+        student = self.runner.student
+        drawn_3R = draw(student, self.runner.hidden(step), noise_R, num_sampled_R, self.settings_4R[:, :rows])
+        self.drawn_3R[:, :rows] = drawn_3R
+        token_ids_R.copy_(drawn_3R[0])
+        positions_R.add_(is_live_R)
+        num_sampled_R.add_(1)
+
+    def _graph(self, rows: int, pages: int) -> torch.cuda.CUDAGraph:
+        """The captured round, made at its first use: with no live sequence a round writes no KV."""
+        if (rows, pages) not in self._graphs:
+            self._fill([], rows, pages)
+            self._round(rows, pages)  # compiles kernels and fills caches, which a capture may not
+            torch.cuda.synchronize(self.runner.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._round(rows, pages)
+            self._graphs[rows, pages] = graph
+        return self._graphs[rows, pages]
