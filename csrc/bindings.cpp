@@ -11,6 +11,9 @@ TORCH_LIBRARY(socpo, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, float scale) -> Tensor");
+  m.def(
+      "linear_sample(Tensor hidden, Tensor weight, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
+      "Tensor min_p, Tensor? rows) -> (Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor kept_mass)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   // grad_logits may be logits itself; then that, too, is overwritten

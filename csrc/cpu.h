@@ -12,8 +12,9 @@ namespace socpo {
 
 // The functions of csrc/simd for one instruction set.
 struct Kernels {
-  decltype(&baseline::sample_row) sample_row;
-  decltype(&baseline::softmax_weights) softmax_weights;
+  decltype(&baseline::tile_max) tile_max;
+  decltype(&baseline::tile_weights) tile_weights;
+  decltype(&baseline::tile_draw) tile_draw;
   decltype(&baseline::linear_block) linear_block;
   decltype(&baseline::attend_block) attend_block;
   decltype(&baseline::row_sums) row_sums;

@@ -1,6 +1,8 @@
-// torch.ops.socpo.sample: a thread a row; see csrc/simd/sample.cpp for the draw and here for top-k, top-p and min-p.
+// torch.ops.socpo.sample: a thread a row; see csrc/simd/sample.cpp for a tile of a draw, and here for what makes tiles a
+// row, and for top-k, top-p and min-p.
 
-#include <ATen/core/Tensor.h>
+#include "sample.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -12,8 +14,6 @@
 #include <numeric>
 #include <tuple>
 #include <vector>
-
-#include "cpu.h"
 
 namespace socpo {
 namespace {
@@ -66,6 +66,113 @@ void filter(std::vector<float>& weights, int64_t top_k, double top_p, float min_
     if (weight < min_p * max_weight) weight = 0;
 }
 
+// The tiles of a row on a common scale.
+struct MergedRow {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0, weighted = 0;  // with x against `max`
+  int64_t token_id = 0;
+  double logit = 0;  // of token_id
+};
+
+// exp and the noise are against a tile's own max; in fp64, shift brings them to the row's. No weight is left below the
+// floor, where weighted must not become 0 * inf. A row of no finite logit has shift NaN, and so has all that follows.
+MergedRow merge(const TileDraw* tiles, int64_t num_tiles, float inverse_temperature) {
+  MergedRow row;
+  for (int64_t t = 0; t < num_tiles; ++t) row.max = std::max<double>(row.max, tiles[t].max);
+  double best = -std::numeric_limits<double>::infinity();
+  for (int64_t t = 0; t < num_tiles; ++t) {
+    const double exact = (tiles[t].max - row.max) * inverse_temperature, floor = -1000;
+    const double shift = exact < floor ? floor : exact, scale = shift == 0 ? 1 : std::exp(shift);
+    row.sum += scale * tiles[t].sums.sum;
+    row.weighted += scale * (tiles[t].sums.weighted + shift * tiles[t].sums.sum);
+    if (tiles[t].score + shift > best) {
+      best = tiles[t].score + shift;
+      row.token_id = tiles[t].token_id;
+      row.logit = tiles[t].logit;
+    }
+  }
+  return row;
+}
+
+// `all` is over the whole vocabulary, `kept` over what the filters leave.
+Drawn finish(const MergedRow& all, const MergedRow& kept, float inverse_temperature) {
+  const double log_sum = std::log(all.sum), kept_sum = kept.sum * std::exp((kept.max - all.max) * inverse_temperature);
+  return {kept.token_id, static_cast<float>((kept.logit - all.max) * inverse_temperature - log_sum),
+          static_cast<float>(log_sum - all.weighted / all.sum), static_cast<float>(kept_sum / all.sum)};
+}
+
+Drawn draw_filtered(const float* logits, int64_t vocab, const DrawSettings& settings, const MergedRow& all) {
+  std::vector<float> weights(num_tiles_of(vocab) * SAMPLE_TILE);
+  kernels().tile_weights(logits, vocab, all.max, settings.inverse_temperature, weights.data());
+  weights.resize(vocab);
+  filter(weights, settings.top_k, settings.top_p, settings.min_p);
+  std::vector<TileDraw> tiles;
+  for (int64_t first = 0; first < vocab; first += SAMPLE_TILE) {
+    const int count = std::min<int64_t>(SAMPLE_TILE, vocab - first);
+    float kept[SAMPLE_TILE], kept_weights[SAMPLE_TILE];
+    for (int i = 0; i < count; ++i)
+      kept[i] = weights[first + i] > 0 ? logits[first + i] : -std::numeric_limits<float>::infinity();
+    tiles.push_back(sum_tile(kept, count, settings.inverse_temperature, kept_weights));
+    pick_token(kept, kept_weights, first, count, settings, tiles.back());
+  }
+  return finish(all, merge(tiles.data(), tiles.size(), settings.inverse_temperature), settings.inverse_temperature);
+}
+
+}  // namespace
+
+std::vector<DrawSettings> read_settings(const at::Tensor& row_keys, const at::Tensor& temperature, const at::Tensor& top_k,
+                                        const at::Tensor& top_p, const at::Tensor& min_p) {
+  const float *temperature_p = temperature.const_data_ptr<float>(), *top_p_p = top_p.const_data_ptr<float>();
+  const int64_t *row_keys_p = row_keys.const_data_ptr<int64_t>(), *top_k_p = top_k.const_data_ptr<int64_t>();
+  const float* min_p_p = min_p.const_data_ptr<float>();
+  std::vector<DrawSettings> settings;
+  for (int64_t b = 0; b < row_keys.size(0); ++b) {
+    const bool is_greedy = temperature_p[b] == 0;
+    const float inverse = is_greedy ? 1 : std::min(1 / temperature_p[b], std::numeric_limits<float>::max());
+    settings.push_back({inverse, static_cast<uint64_t>(row_keys_p[b]), is_greedy, top_k_p[b], top_p_p[b], min_p_p[b]});
+  }
+  return settings;
+}
+
+TileDraw sum_tile(const float* logits, int count, float inverse_temperature, float* weights) {
+  const float max = kernels().tile_max(logits, count);
+  const TileSums sums = kernels().tile_weights(logits, count, max, inverse_temperature, weights);
+  return {max, sums, 0, 0, -std::numeric_limits<float>::infinity()};
+}
+
+void pick_token(const float* logits, const float* weights, int64_t first_id, int count, const DrawSettings& settings,
+                TileDraw& tile) {
+  tile.score = -std::numeric_limits<float>::infinity();
+  if (!settings.is_greedy) {
+    kernels().tile_draw(logits, weights, count, first_id, settings.inverse_temperature, settings.row_key, tile);
+  } else if (tile.max > tile.score) {
+    tile.token_id = first_id + (std::find(logits, logits + count, tile.max) - logits);
+    tile.logit = tile.max;
+    tile.score = 0;
+  }
+}
+
+Drawn merge_tiles(const TileDraw* tiles, int64_t num_tiles, const DrawSettings& settings) {
+  const MergedRow row = merge(tiles, num_tiles, settings.inverse_temperature);
+  return finish(row, row, settings.inverse_temperature);
+}
+
+Drawn draw_row(const float* logits, int64_t vocab, const DrawSettings& settings) {
+  const bool is_filtered = settings.is_filtered();
+  std::vector<TileDraw> tiles;
+  for (int64_t first = 0; first < vocab; first += SAMPLE_TILE) {
+    const int count = std::min<int64_t>(SAMPLE_TILE, vocab - first);
+    float weights[SAMPLE_TILE];
+    tiles.push_back(sum_tile(logits + first, count, settings.inverse_temperature, weights));
+    if (!is_filtered) pick_token(logits + first, weights, first, count, settings, tiles.back());
+  }
+  const MergedRow row = merge(tiles.data(), tiles.size(), settings.inverse_temperature);
+  if (is_filtered && std::isfinite(row.sum)) return draw_filtered(logits, vocab, settings, row);
+  return finish(row, row, settings.inverse_temperature);  // NaN for a row that has it or no finite logit
+}
+
+namespace {
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sample(const at::Tensor& logits, const at::Tensor& row_keys,
                                                       const at::Tensor& temperature, const at::Tensor& top_k,
                                                       const at::Tensor& top_p, const at::Tensor& min_p) {
@@ -73,29 +180,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sample(const at::Tensor& logits, 
   at::Tensor token_ids = at::empty({num_rows}, row_keys.options());
   at::Tensor logprobs = at::empty({num_rows}, logits.options());
   at::Tensor kept_mass = at::empty({num_rows}, logits.options());
-  const float *logits_p = logits.const_data_ptr<float>(), *temperature_p = temperature.const_data_ptr<float>();
-  const float *top_p_p = top_p.const_data_ptr<float>(), *min_p_p = min_p.const_data_ptr<float>();
-  const int64_t *row_keys_p = row_keys.const_data_ptr<int64_t>(), *top_k_p = top_k.const_data_ptr<int64_t>();
+  const std::vector<DrawSettings> settings = read_settings(row_keys, temperature, top_k, top_p, min_p);
+  const float* logits_p = logits.const_data_ptr<float>();
   int64_t* token_ids_p = token_ids.mutable_data_ptr<int64_t>();
   float *logprobs_p = logprobs.mutable_data_ptr<float>(), *kept_mass_p = kept_mass.mutable_data_ptr<float>();
   for_each_item(num_rows, [&](int64_t b) {
-    const bool is_greedy = temperature_p[b] == 0;
-    const SampleRow row{logits_p + b * vocab, vocab, is_greedy ? 1.0f : 1.0f / temperature_p[b],
-                        static_cast<uint64_t>(row_keys_p[b]), is_greedy};
-    double sum_all;
-    Draw draw;
-    if (top_k_p[b] == 0 && top_p_p[b] == 1 && min_p_p[b] == 0) {
-      draw = kernels().sample_row(row, nullptr);
-      sum_all = draw.sum_weights;
-    } else {
-      std::vector<float> weights(vocab);
-      sum_all = kernels().softmax_weights(row, weights.data());
-      if (std::isfinite(sum_all)) filter(weights, top_k_p[b], top_p_p[b], min_p_p[b]);  // else the log-prob is NaN
-      draw = kernels().sample_row(row, weights.data());
-    }
-    token_ids_p[b] = draw.token_id;
-    logprobs_p[b] = draw.logit - static_cast<float>(std::log(sum_all));
-    kept_mass_p[b] = static_cast<float>(draw.sum_weights / sum_all);
+    const Drawn drawn = draw_row(logits_p + b * vocab, vocab, settings[b]);
+    token_ids_p[b] = drawn.token_id;
+    logprobs_p[b] = drawn.logprob;
+    kept_mass_p[b] = drawn.kept_mass;
   });
   return {token_ids, logprobs, kept_mass};
 }

@@ -11,19 +11,20 @@ namespace socpo {
 
 constexpr int KEY_TILE = 32;  // keys an attention step handles; tiles start at multiples of it in every sequence
 
-// One row of logits, one draw. Noise of a token depends on row_key and its id only.
-struct SampleRow {
-  const float* logits;
-  int64_t vocab;
-  float inverse_temperature;
-  uint64_t row_key;
-  bool is_greedy;
+// Tokens of a row that a draw takes at once. Tiles start at multiples of it; a multiple of 48, see csrc/linear.cpp.
+constexpr int SAMPLE_TILE = 768;
+
+// Over a tile, with x = (logit - max) / temperature: of exp(x), and of x exp(x).
+struct TileSums {
+  float sum, weighted;
 };
 
-struct Draw {
-  int64_t token_id;
-  float logit;         // of token_id: (logit - the row's largest) / temperature, <= 0
-  double sum_weights;  // sum of the weights drawn from, the exp of that
+// What one draw takes from a tile of its row.
+struct TileDraw {
+  float max;  // the tile's largest logit; -inf when there is no other
+  TileSums sums;
+  int32_t token_id;  // the best one
+  float logit, score;  // its own, the latter being x + Gumbel noise; -inf when the tile has no token to draw
 };
 
 // What one pass over a row of logits leaves, with x = (logit - max) * inverse_temperature.
@@ -61,13 +62,15 @@ struct LinearBlock {
   int64_t out_stride;
 };
 
-// One set of these for each instruction set, e.g. socpo::avx2::sample_row.
+// One set of these for each instruction set, e.g. socpo::avx2::tile_max.
 #define SOCPO_DECLARE_KERNELS(isa)                                                                       \
   namespace isa {                                                                                        \
-  /* The draw over all tokens, or over those with weights[i] > 0 when `weights` is given. */             \
-  Draw sample_row(const SampleRow& row, const float* weights);                                           \
-  /* weights[i] = exp((logit_i - largest) / temperature), <= 1; returns their sum. */                    \
-  double softmax_weights(const SampleRow& row, float* weights);                                          \
+  float tile_max(const float* logits, int count);                                                        \
+  /* weights[i] = exp(x_i) <= 1, filled up with 0 to a whole vector; `max` is at least the largest. */   \
+  TileSums tile_weights(const float* logits, int count, float max, float inverse_temperature, float* weights); \
+  /* The best token by x + noise into `draw`, which holds max and score -inf. */                         \
+  void tile_draw(const float* logits, const float* weights, int count, int64_t first_id, float inverse_temperature, \
+                 uint64_t row_key, TileDraw& draw);                                                      \
   void linear_block(const LinearBlock& block);                                                           \
   void attend_block(const AttentionBlock& block);                                                        \
   /* Online max and sums (Milakov and Gimelshein 2018): the row is read from memory once. */             \

@@ -1,7 +1,9 @@
-// One draw from a row of logits: argmax over tokens of logit + Gumbel noise, with the row's softmax sum in the same pass.
+// A tile of one row's logits: its softmax sums, and its best token by logit + Gumbel noise.
 //
-// score_i = z_i - log(E_i) with E_i = -log1p(-v_i) exponential, so the winner has the largest w_i / E_i, w_i = exp(z_i - max).
-// As E_i >= v_i, a token whose w_i / v_i is below the best w / E so far cannot win: only the few others need logarithms.
+// score_i = x_i - log(E_i) with x_i = (logit_i - max) / temperature and E_i = -log1p(-v_i) exponential, so the winner has
+// the largest w_i / E_i, w_i = exp(x_i). As E_i >= v_i, a token whose w_i / v_i is below some token's w / E cannot win:
+// after the logarithm of one that is nearly best by w / v, few others are left. The maximum is taken off before the
+// division by the temperature, however small; csrc/sample.cpp brings tiles to a common one.
 
 #include <math.h>
 
@@ -11,120 +13,109 @@
 namespace socpo::SOCPO_ISA {
 namespace {
 
-constexpr int CHUNK = 512;         // tokens summed in fp32 before going to fp64
-constexpr int GROUP = 4 * LANES;   // tokens tested for a possible winner at once
-constexpr float SLACK = 0.999f;    // far above the rounding of w, v and the logarithms
+constexpr float SLACK = 0.999f;  // far above the rounding of w, v and the logarithms
+constexpr int PLACES = 256;      // at least the vectors of a tile
+static_assert(SAMPLE_TILE % (4 * LANES) == 0 && SAMPLE_TILE / LANES <= PLACES, "a tile is whole vectors");
 
-// Bijective mixing of 32 bits ("lowbias32" of Chris Wellons' hash-prospector); U is uint32_t or VecUint.
-template <typename U>
-inline U mix(U x) {
+// Bijective mixing of 32 bits ("lowbias32" of Chris Wellons' hash-prospector).
+inline VecUint mix(VecUint x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
 
-template <typename U>
-inline U noise_bits(U token_ids, uint64_t row_key) {
-  const U low = mix<U>((token_ids * 0x9e3779b1u) ^ (uint32_t)row_key);
-  return mix<U>(low ^ (uint32_t)(row_key >> 32));
+inline VecUint noise_bits(VecUint token_ids, uint64_t row_key) {
+  const VecUint low = mix((token_ids * 0x9e3779b1u) ^ (uint32_t)row_key);
+  return mix(low ^ (uint32_t)(row_key >> 32));
 }
 
-// The largest logit, before temperature: (logit - max) / T is then exactly 0 there and positive nowhere, at any T > 0.
-inline float row_max(const SampleRow& row) {
-  float lane[LANES], result = -INFINITY;
-  Vec lanes = broadcast(-INFINITY);
-  int64_t i = 0;
-  for (; i + LANES <= row.vocab; i += LANES) lanes = max(load<Vec>(row.logits + i), lanes);
-  store(lane, lanes);
-  for (int l = 0; l < LANES; ++l) result = lane[l] > result ? lane[l] : result;
-  for (; i < row.vocab; ++i) result = row.logits[i] > result ? row.logits[i] : result;
-  return result;
+// The next `left` logits; lanes behind them hold -inf.
+inline Vec load_logits(const float* logits, int left) {
+  if (left >= LANES) return load<Vec>(logits);
+  Vec x = broadcast(-INFINITY);
+  for (int l = 0; l < left; ++l) x[l] = logits[l];
+  return x;
 }
 
-// weights[i] of `count` <= CHUNK tokens from `start`, filled up to a whole vector with 0; returns their sum.
-inline float chunk_weights(const SampleRow& row, float max_logit, int64_t start, int count, float* weights) {
-  Vec sum = {};
-  for (int i = 0; i < count; i += LANES) {
-    Vec logits;
-    if (i + LANES <= count) {
-      logits = load<Vec>(row.logits + start + i);
-    } else {
-      logits = broadcast(-INFINITY);
-      for (int l = 0; i + l < count; ++l) logits[l] = row.logits[start + i + l];
-    }
-    const Vec w = exp_nonpositive((logits - max_logit) * row.inverse_temperature);
-    store(weights + i, w);
-    sum += w;
-  }
-  return sum_lanes(sum);
-}
+inline float exponential(float v) { return -log1pf(-(v < 0x1.fffffep-1f ? v : 0x1.fffffep-1f)); }  // rounding may give v = 1
 
-struct Best {
-  int64_t token_id = 0;
-  float score = -INFINITY;
-  float ratio = 0;  // w / E of token_id
+struct Token {
+  int place;  // in the tile
+  float exponential;
 };
 
-// Whether a token of the group from `start` may beat `ratio`.
-inline bool may_win(const float* weights, int64_t start, uint64_t row_key, float ratio) {
-  VecInt hits = {};
-  for (int i = 0; i < GROUP; i += LANES) {
-    const VecUint ids = lane_index() + (uint32_t)(start + i);
-    const Vec v = (__builtin_convertvector(noise_bits(ids, row_key), Vec) + 0.5f) * 0x1p-32f;
-    hits |= load<Vec>(weights + i) > v * (ratio * SLACK);
+// A token whose w / v is about the largest, by the difference of the bits, which is nearly that of the logarithms.
+// Writes the v of all tokens.
+inline Token nearly_best(const float* weights, int count, int64_t first_id, uint64_t row_key, float* noise) {
+  VecInt best = VecInt{} + INT32_MIN;
+  for (int i = 0; i < count; i += LANES) {
+    const VecUint bits = noise_bits(lane_index() + (uint32_t)(first_id + i), row_key);
+    const Vec v = (__builtin_convertvector(bits, Vec) + 0.5f) * 0x1p-32f;
+    store(noise + i, v);
+    const VecInt ratio = (((VecInt)load<Vec>(weights + i) - (VecInt)v) & -PLACES) | (i / LANES);
+    best = ratio > best ? ratio : best;
   }
-  int64_t words[LANES / 2], any = 0;
-  memcpy(words, &hits, sizeof(hits));
-  for (int i = 0; i < LANES / 2; ++i) any |= words[i];
-  return any != 0;
+  int32_t lanes[LANES], lane = 0;
+  memcpy(lanes, &best, sizeof(best));
+  for (int l = 1; l < LANES; ++l) lane = lanes[l] > lanes[lane] ? l : lane;
+  const int place = (lanes[lane] & (PLACES - 1)) * LANES + lane;
+  return {place, exponential(noise[place])};
 }
 
-// The group's tokens one by one, with logarithms where the bound leaves a chance.
-inline void update_best(const SampleRow& row, float max_logit, const float* weights, int64_t start, Best& best) {
-  for (int i = 0; i < GROUP; ++i) {
-    const int64_t id = start + i;
-    const float v = ((float)noise_bits<uint32_t>((uint32_t)id, row.row_key) + 0.5f) * 0x1p-32f;
-    if (!(weights[i] > v * (best.ratio * SLACK))) continue;
-    const float exponential = -log1pf(-(v < 0x1.fffffep-1f ? v : 0x1.fffffep-1f));  // rounding may give v = 1
-    const float score = (row.logits[id] - max_logit) * row.inverse_temperature - logf(exponential);
-    if (score > best.score) best = {id, score, weights[i] / exponential};
-  }
+inline int count_above(const float* weights, const float* noise, int count, float bound) {
+  VecInt hits = {};
+  for (int i = 0; i < count; i += LANES) hits -= load<Vec>(weights + i) > load<Vec>(noise + i) * bound;
+  int32_t lanes[LANES], sum = 0;
+  memcpy(lanes, &hits, sizeof(hits));
+  for (int l = 0; l < LANES; ++l) sum += lanes[l];
+  return sum;
 }
 
 }  // namespace
 
-Draw sample_row(const SampleRow& row, const float* given_weights) {
-  const float max_logit = row_max(row);
-  double sum = 0;
-  Best best;
-  for (int64_t start = 0; start < row.vocab; start += CHUNK) {
-    const int count = (int)(row.vocab - start < CHUNK ? row.vocab - start : CHUNK);
-    float weights[CHUNK] = {};
-    if (given_weights == nullptr) {
-      sum += chunk_weights(row, max_logit, start, count, weights);
-    } else {
-      for (int i = 0; i < count; ++i) weights[i] = given_weights[start + i];
-      for (int i = 0; i < count; ++i) sum += weights[i];
-    }
-    if (row.is_greedy) continue;
-    for (int i = 0; i < count; i += GROUP)
-      if (may_win(weights + i, start + i, row.row_key, best.ratio)) update_best(row, max_logit, weights + i, start + i, best);
-  }
-  if (row.is_greedy)
-    while (best.token_id < row.vocab - 1 && !(row.logits[best.token_id] == max_logit)) ++best.token_id;
-  return {best.token_id, (row.logits[best.token_id] - max_logit) * row.inverse_temperature, sum};
+float tile_max(const float* logits, int count) {
+  Vec lanes[4];
+  for (int k = 0; k < 4; ++k) lanes[k] = broadcast(-INFINITY);
+  int i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES)
+    for (int k = 0; k < 4; ++k) lanes[k] = max(load<Vec>(logits + i + k * LANES), lanes[k]);
+  for (; i < count; i += LANES) lanes[0] = max(load_logits(logits + i, count - i), lanes[0]);
+  float lane[LANES], result = -INFINITY;
+  store(lane, max(max(lanes[0], lanes[1]), max(lanes[2], lanes[3])));
+  for (int l = 0; l < LANES; ++l) result = lane[l] > result ? lane[l] : result;
+  return result;
 }
 
-double softmax_weights(const SampleRow& row, float* weights) {
-  const float max_logit = row_max(row);
-  double sum = 0;
-  for (int64_t start = 0; start < row.vocab; start += CHUNK) {
-    const int count = (int)(row.vocab - start < CHUNK ? row.vocab - start : CHUNK);
-    float chunk[CHUNK];
-    sum += chunk_weights(row, max_logit, start, count, chunk);
-    memcpy(weights + start, chunk, count * sizeof(float));
+TileSums tile_weights(const float* logits, int count, float max, float inverse_temperature, float* weights) {
+  const float base = max == -INFINITY ? 0 : max;  // no weight then, and NaN still shows
+  Vec sum = {}, weighted = {};
+  for (int i = 0; i < count; i += LANES) {
+    const Vec far = broadcast(-88.0f), exact = (load_logits(logits + i, count - i) - base) * inverse_temperature;
+    const Vec x = exact < far ? far : exact;  // of weight 0, where x * 0 must be 0
+    const Vec w = exp_nonpositive(x);
+    store(weights + i, w);
+    sum += w;
+    weighted += w * x;
   }
-  return sum;
+  return {sum_lanes(sum), sum_lanes(weighted)};
+}
+
+void tile_draw(const float* logits, const float* weights, int count, int64_t first_id, float inverse_temperature,
+               uint64_t row_key, TileDraw& draw) {
+  float noise[SAMPLE_TILE];
+  const Token likely = nearly_best(weights, count, first_id, row_key, noise);
+  const float bound = weights[likely.place] / likely.exponential * SLACK;
+  const auto consider = [&](int place, float exponential) {
+    const float score = (logits[place] - draw.max) * inverse_temperature - logf(exponential);
+    if (score > draw.score) {
+      draw.token_id = (int32_t)(first_id + place);
+      draw.logit = logits[place];
+      draw.score = score;
+    }
+  };
+  if (count_above(weights, noise, count, bound) == 1) return consider(likely.place, likely.exponential);
+  for (int i = 0; i < count; ++i)
+    if (weights[i] > noise[i] * bound) consider(i, exponential(noise[i]));
 }
 
 }  // namespace socpo::SOCPO_ISA

@@ -5,6 +5,7 @@ from socpo_fast.ops.decay_advantage import compute_advantages, decay_factors, de
 from socpo_fast.ops.linear import linear
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
+from socpo_fast.ops.linear_sample import linear_sample
 from socpo_fast.ops.packed_attention import Segment, packed_attention
 from socpo_fast.ops.paged_attention import paged_attention
 from socpo_fast.ops.policy_loss import PolicyLoss, policy_loss
@@ -20,6 +21,7 @@ __all__ = [
     "linear",
     "linear_logprob",
     "linear_policy_loss",
+    "linear_sample",
     "packed_attention",
     "paged_attention",
     "policy_loss",

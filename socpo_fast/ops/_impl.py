@@ -20,6 +20,7 @@ IMPLS: dict[str, tuple[str, ...]] = {
     "linear": ("ref", "cpp"),
     "linear_logprob": ("ref", "cpp", "triton"),
     "linear_policy_loss": ("ref", "cpp", "triton"),
+    "linear_sample": ("ref", "cpp", "triton"),
     "policy_loss": ("ref",),
     "packed_attention": ("ref",),
     "paged_attention": ("ref", "cpp"),

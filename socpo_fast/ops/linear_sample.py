@@ -1,0 +1,148 @@
+"""The head of the engine: hidden states to drawn tokens, without storing the [B, V] logits.
+
+Read linear_sample_ref for the mathematics; the law and the noise are those of `sample`. Departs from the textbook: the
+LM head goes by in tiles of the vocabulary, and each draw keeps a few numbers of a tile (largest logit, sum and weighted
+sum of exps, best token by score), merged in the order of the tiles. Only rows with top-k, top-p or min-p keep logits.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops._checks import FLOATS, INDEX, TensorChecker, check_rule
+from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
+from socpo_fast.ops.linear import linear_ref
+from socpo_fast.ops.sample import check_draws, sample_ref
+
+Draws = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def linear_sample_ref(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    row_keys_B: Tensor,
+    *,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    rows_B: Tensor | None = None,
+) -> Draws:
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    hidden_BD = (hidden_TD if rows_B is None else hidden_TD[rows_B]).to(wide)
+    logits_BV = linear_ref(hidden_BD, weight_VD)
+    knobs = {"temperature_B": temperature_B, "top_k_B": top_k_B, "top_p_B": top_p_B, "min_p_B": min_p_B}
+    token_ids_B, logprobs_B, kept_mass_B = sample_ref(logits_BV, row_keys_B, **knobs)
+    z_BV = logits_BV.double() / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
+    entropy_B = torch.special.entr(z_BV.softmax(-1)).sum(-1).float()
+    return token_ids_B, logprobs_B, entropy_B, kept_mass_B
+
+
+def linear_sample(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    row_keys_B: Tensor,
+    *,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    rows_B: Tensor | None = None,
+    impl: str = "auto",
+) -> Draws:
+    """One token a draw from the LM head's softmax; the same token that `sample` takes from equal logits.
+
+        logits[b] = hidden[rows[b]] @ weight.T           token, logprob, kept mass: `sample` of logits
+        entropy[b] = -sum over v of p[v] log p[v]        p = softmax(logits[b] / temperature[b]), greedy: of the logits
+
+    Args:
+        hidden_TD:     [T, D] floating point (cpp: fp32), row-contiguous.
+        weight_VD:     [V, D], hidden's dtype, or bf16 with fp32 hidden; row-contiguous, V < 2^31. The LM head.
+        row_keys_B:    [B] int64, a token to be drawn each, from `row_keys`.
+        temperature_B, top_k_B, top_p_B, min_p_B: [B], as in `sample`.
+        rows_B:        [B] int64, each in [0, T): the row of hidden of a draw; may repeat. None is row b, with B = T.
+        impl:          "auto", "ref", "cpp" or "triton".
+
+    Returns:
+        token_ids_B [B] int64;  logprobs_B, entropy_B [B] fp32, nats, under the temperature only, over the whole
+        vocabulary;  kept_mass_B [B] fp32, probability of the tokens that the filters keep, 1 when all are off.
+        A row whose logits have NaN, +inf or nothing finite has log-prob NaN and some token.
+
+    Raises:
+        ValueError: a shape, dtype, stride or parameter breaks the rules above.
+
+    Gradient: none. Memory (cpp): logits of a tile, and of the rows with a filter.
+    Bitwise (cpp): a draw's bits depend on its row, its key and its settings only, whatever the other draws and the
+    number of threads.
+    Source: Gumbel-max (Gumbel 1954); the tiles' maxima and sums as in Milakov and Gimelshein 2018.
+    """
+    check = TensorChecker("linear_sample")
+    check("hidden_TD", hidden_TD, FLOATS)
+    weights = (hidden_TD.dtype, torch.bfloat16) if hidden_TD.dtype == torch.float32 else (hidden_TD.dtype,)
+    check("weight_VD", weight_VD, weights)
+    check_rule("linear_sample", "D", hidden_TD.shape[1], hidden_TD.shape[1] > 0, ">= 1")
+    check_rule("linear_sample", "strides of weight_VD", weight_VD.stride(), weight_VD.is_contiguous(), "contiguous")
+    check_draws(check, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
+    if rows_B is not None:
+        check("rows_B", rows_B, INDEX)
+        check.index_range("rows_B", rows_B, hidden_TD.shape[0])
+    else:
+        check_rule("linear_sample", "B without rows_B", len(row_keys_B), len(row_keys_B) == len(hidden_TD), "T")
+    available = IMPLS["linear_sample"] if hidden_TD.dtype == torch.float32 else ("ref", "triton")
+    impl = choose_impl("linear_sample", impl, available, hidden_TD.device)
+    return _run(impl, hidden_TD, weight_VD, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B, rows_B, None)
+
+
+def linear_sample_unchecked(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    row_keys_B: Tensor,
+    *,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    rows_B: Tensor | None = None,
+    is_filtered: bool | None = None,
+) -> Draws:
+    """`linear_sample` for tensors known to be right. is_filtered: whether any draw is; None has a GPU waited for."""
+    impl = auto_impl("linear_sample", hidden_TD.device.type)
+    knobs = (temperature_B, top_k_B, top_p_B, min_p_B)
+    return _run(impl, hidden_TD, weight_VD, row_keys_B, *knobs, rows_B, is_filtered)
+
+
+def _run(
+    impl: str,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    row_keys_B: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    rows_B: Tensor | None,
+    is_filtered: bool | None,
+) -> Draws:
+    knobs = (temperature_B, top_k_B, top_p_B, min_p_B)
+    if impl == "cpp" and hidden_TD.dtype == torch.float32:
+        return torch.ops.socpo.linear_sample(hidden_TD, weight_VD, row_keys_B, *knobs, rows_B)
+    if impl == "triton" and hidden_TD.dtype != torch.float64:
+        if is_filtered is None:
+            is_filtered = bool(((top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)).any())
+        if not is_filtered:
+            kernels = importlib.import_module("socpo_fast.kernels.linear_sample")
+            draws = kernels.linear_sample_triton(hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B)
+            return *draws, torch.ones_like(temperature_B)
+    return linear_sample_ref(
+        hidden_TD,
+        weight_VD,
+        row_keys_B,
+        temperature_B=temperature_B,
+        top_k_B=top_k_B,
+        top_p_B=top_p_B,
+        min_p_B=min_p_B,
+        rows_B=rows_B,
+    )
