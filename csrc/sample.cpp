@@ -19,23 +19,33 @@ namespace socpo {
 namespace {
 
 // Tokens of about equal weight: those that share the exponent and the first four bits behind it. Weights are <= 1.
-constexpr int NUM_BUCKETS = 2048;
+constexpr int NUM_BUCKETS = 2048, BUCKET_BITS = 19;
 
 int bucket_of(float weight) {
   uint32_t bits;
   std::memcpy(&bits, &weight, sizeof(bits));
-  return std::min(static_cast<int>(bits >> 19), NUM_BUCKETS - 1);
+  return bits >> BUCKET_BITS;
+}
+
+float smallest_of(uint32_t bucket) {
+  const uint32_t bits = bucket << BUCKET_BITS;
+  float weight;
+  std::memcpy(&weight, &bits, sizeof(weight));
+  return weight;
 }
 
 // Zeroes all but the first tokens by (weight descending, id ascending): a token stays while fewer than max_count
-// stand before it and they weigh less than max_mass. Sorts only the bucket in which the limit falls.
-void keep_first(std::vector<float>& weights, int64_t max_count, double max_mass) {
+// stand before it and they weigh less than `share` of all. Sorts only the bucket in which the limit falls.
+void keep_first(std::vector<float>& weights, int64_t max_count, double share) {
   std::array<int64_t, NUM_BUCKETS> count{};
   std::array<double, NUM_BUCKETS> mass{};
   for (const float weight : weights) {
-    ++count[bucket_of(weight)];
-    mass[bucket_of(weight)] += weight;
+    if (weight == 0) continue;  // such tokens are out already
+    const int bucket = bucket_of(weight);
+    ++count[bucket];
+    mass[bucket] += weight;
   }
+  const double max_mass = share * std::accumulate(mass.begin(), mass.end(), 0.0);
   int64_t count_before = 0;
   double mass_before = 0;
   int limit = NUM_BUCKETS - 1;
@@ -44,10 +54,10 @@ void keep_first(std::vector<float>& weights, int64_t max_count, double max_mass)
     mass_before += mass[limit--];
   }
   std::vector<size_t> at_limit;
-  for (size_t id = 0; id < weights.size(); ++id) {
-    if (bucket_of(weights[id]) == limit) at_limit.push_back(id);
-    if (bucket_of(weights[id]) < limit) weights[id] = 0;
-  }
+  const float floor = smallest_of(limit);
+  for (float& weight : weights) weight = weight < floor ? 0 : weight;
+  for (size_t id = 0; id < weights.size(); ++id)
+    if (weights[id] > 0 && bucket_of(weights[id]) == limit) at_limit.push_back(id);
   std::stable_sort(at_limit.begin(), at_limit.end(), [&](size_t a, size_t b) { return weights[a] > weights[b]; });
   for (const size_t id : at_limit) {
     const float weight = weights[id];
@@ -57,13 +67,11 @@ void keep_first(std::vector<float>& weights, int64_t max_count, double max_mass)
   }
 }
 
+// The largest weight is 1 and stays.
 void filter(std::vector<float>& weights, int64_t top_k, double top_p, float min_p) {
-  constexpr double all = std::numeric_limits<double>::infinity();
-  if (top_k > 0) keep_first(weights, top_k, all);
-  if (top_p < 1) keep_first(weights, weights.size(), top_p * std::accumulate(weights.begin(), weights.end(), 0.0));
-  const float max_weight = *std::max_element(weights.begin(), weights.end());
-  for (float& weight : weights)
-    if (weight < min_p * max_weight) weight = 0;
+  if (top_k > 0) keep_first(weights, top_k, std::numeric_limits<double>::infinity());
+  if (top_p < 1) keep_first(weights, weights.size(), top_p);
+  for (float& weight : weights) weight = weight < min_p ? 0 : weight;
 }
 
 // The tiles of a row on a common scale.

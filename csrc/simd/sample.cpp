@@ -24,9 +24,11 @@ inline VecUint mix(VecUint x) {
   return x ^ (x >> 16);
 }
 
-inline VecUint noise_bits(VecUint token_ids, uint64_t row_key) {
-  const VecUint low = mix((token_ids * 0x9e3779b1u) ^ (uint32_t)row_key);
-  return mix(low ^ (uint32_t)(row_key >> 32));
+// v of the tokens whose ids times ID_FACTOR are given: 32 bits, + 0.5, / 2^32.
+constexpr uint32_t ID_FACTOR = 0x9e3779b1u;
+inline Vec uniform(VecUint products, uint64_t row_key) {
+  const VecUint low = mix(products ^ (uint32_t)row_key);
+  return __builtin_convertvector(mix(low ^ (uint32_t)(row_key >> 32)), Vec) * 0x1p-32f + 0x1p-33f;
 }
 
 // The next `left` logits; lanes behind them hold -inf.
@@ -48,9 +50,10 @@ struct Token {
 // Writes the v of all tokens.
 inline Token nearly_best(const float* weights, int count, int64_t first_id, uint64_t row_key, float* noise) {
   VecInt best = VecInt{} + INT32_MIN;
+  VecUint products = (lane_index() + (uint32_t)first_id) * ID_FACTOR;
   for (int i = 0; i < count; i += LANES) {
-    const VecUint bits = noise_bits(lane_index() + (uint32_t)(first_id + i), row_key);
-    const Vec v = (__builtin_convertvector(bits, Vec) + 0.5f) * 0x1p-32f;
+    const Vec v = uniform(products, row_key);
+    products += LANES * ID_FACTOR;
     store(noise + i, v);
     const VecInt ratio = (((VecInt)load<Vec>(weights + i) - (VecInt)v) & -PLACES) | (i / LANES);
     best = ratio > best ? ratio : best;

@@ -18,27 +18,19 @@ from socpo_fast.ops.linear import linear_ref
 from socpo_fast.ops.sample import check_draws, sample_ref
 
 Draws = tuple[Tensor, Tensor, Tensor, Tensor]
+_SETTINGS = ("temperature_B", "top_k_B", "top_p_B", "min_p_B")
 
 
 def linear_sample_ref(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    row_keys_B: Tensor,
-    *,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
-    rows_B: Tensor | None = None,
+    hidden_TD: Tensor, weight_VD: Tensor, row_keys_B: Tensor, *, rows_B: Tensor | None = None, **settings: Tensor
 ) -> Draws:
-    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-    hidden_BD = (hidden_TD if rows_B is None else hidden_TD[rows_B]).to(wide)
-    logits_BV = linear_ref(hidden_BD, weight_VD)
-    knobs = {"temperature_B": temperature_B, "top_k_B": top_k_B, "top_p_B": top_p_B, "min_p_B": min_p_B}
-    token_ids_B, logprobs_B, kept_mass_B = sample_ref(logits_BV, row_keys_B, **knobs)
-    z_BV = logits_BV.double() / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
-    entropy_B = torch.special.entr(z_BV.softmax(-1)).sum(-1).float()
-    return token_ids_B, logprobs_B, entropy_B, kept_mass_B
+    """`linear_sample`, unchecked; settings are temperature_B, top_k_B, top_p_B and min_p_B."""
+    hidden_BD = hidden_TD if rows_B is None else hidden_TD[rows_B]
+    logits_BV = linear_ref(hidden_BD.to(torch.promote_types(hidden_TD.dtype, torch.float32)), weight_VD)
+    token_ids_B, logprobs_B, kept_mass_B = sample_ref(logits_BV, row_keys_B, **settings)
+    temperature_B = settings["temperature_B"].masked_fill(settings["temperature_B"] == 0, 1.0)
+    probs_BV = (logits_BV.double() / temperature_B[:, None]).softmax(-1)
+    return token_ids_B, logprobs_B, torch.special.entr(probs_BV).sum(-1).float(), kept_mass_B
 
 
 def linear_sample(
@@ -93,7 +85,8 @@ def linear_sample(
         check_rule("linear_sample", "B without rows_B", len(row_keys_B), len(row_keys_B) == len(hidden_TD), "T")
     available = IMPLS["linear_sample"] if hidden_TD.dtype == torch.float32 else ("ref", "triton")
     impl = choose_impl("linear_sample", impl, available, hidden_TD.device)
-    return _run(impl, hidden_TD, weight_VD, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B, rows_B, None)
+    settings = {"temperature_B": temperature_B, "top_k_B": top_k_B, "top_p_B": top_p_B, "min_p_B": min_p_B}
+    return linear_sample_unchecked(hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, impl=impl, **settings)
 
 
 def linear_sample_unchecked(
@@ -101,32 +94,14 @@ def linear_sample_unchecked(
     weight_VD: Tensor,
     row_keys_B: Tensor,
     *,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
     rows_B: Tensor | None = None,
     is_filtered: bool | None = None,
+    impl: str | None = None,
+    **settings: Tensor,
 ) -> Draws:
-    """`linear_sample` for tensors known to be right. is_filtered: whether any draw is; None has a GPU waited for."""
-    impl = auto_impl("linear_sample", hidden_TD.device.type)
-    knobs = (temperature_B, top_k_B, top_p_B, min_p_B)
-    return _run(impl, hidden_TD, weight_VD, row_keys_B, *knobs, rows_B, is_filtered)
-
-
-def _run(
-    impl: str,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    row_keys_B: Tensor,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
-    rows_B: Tensor | None,
-    is_filtered: bool | None,
-) -> Draws:
-    knobs = (temperature_B, top_k_B, top_p_B, min_p_B)
+    """`linear_sample` for what is known to be right. is_filtered: whether any draw is; None has a GPU waited for."""
+    impl = impl or auto_impl("linear_sample", hidden_TD.device.type)
+    knobs = temperature_B, top_k_B, top_p_B, min_p_B = [settings[name] for name in _SETTINGS]
     if impl == "cpp" and hidden_TD.dtype == torch.float32:
         return torch.ops.socpo.linear_sample(hidden_TD, weight_VD, row_keys_B, *knobs, rows_B)
     if impl == "triton" and hidden_TD.dtype != torch.float64:
@@ -136,13 +111,4 @@ def _run(
             kernels = importlib.import_module("socpo_fast.kernels.linear_sample")
             draws = kernels.linear_sample_triton(hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B)
             return *draws, torch.ones_like(temperature_B)
-    return linear_sample_ref(
-        hidden_TD,
-        weight_VD,
-        row_keys_B,
-        temperature_B=temperature_B,
-        top_k_B=top_k_B,
-        top_p_B=top_p_B,
-        min_p_B=min_p_B,
-        rows_B=rows_B,
-    )
+    return linear_sample_ref(hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, **settings)
