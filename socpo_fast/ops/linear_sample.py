@@ -86,7 +86,9 @@ def linear_sample(
     available = IMPLS["linear_sample"] if hidden_TD.dtype == torch.float32 else ("ref", "triton")
     impl = choose_impl("linear_sample", impl, available, hidden_TD.device)
     settings = {"temperature_B": temperature_B, "top_k_B": top_k_B, "top_p_B": top_p_B, "min_p_B": min_p_B}
-    return linear_sample_unchecked(hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, impl=impl, **settings)
+    return linear_sample_unchecked(
+        hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, is_filtered=None, impl=impl, **settings
+    )
 
 
 def linear_sample_unchecked(
