@@ -9,11 +9,11 @@ TORCH_LIBRARY(socpo, m) {
       "sample(Tensor logits, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) "
       "-> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)");
   m.def(
-      "linear_sample(Tensor hidden, Tensor weight, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
-      "Tensor min_p, Tensor rows) -> (Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor kept_mass)");
-  m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, float scale) -> Tensor");
+  m.def(
+      "linear_sample(Tensor hidden, Tensor weight, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
+      "Tensor min_p, Tensor? rows) -> (Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor kept_mass)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   // without a residual the second output is empty
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor y, Tensor sum)");

@@ -12,9 +12,9 @@ namespace socpo {
 
 // The functions of csrc/simd for one instruction set.
 struct Kernels {
-  decltype(&baseline::sample_tile) sample_tile;
-  decltype(&baseline::sample_kept) sample_kept;
-  decltype(&baseline::softmax_weights) softmax_weights;
+  decltype(&baseline::tile_max) tile_max;
+  decltype(&baseline::tile_weights) tile_weights;
+  decltype(&baseline::tile_draw) tile_draw;
   decltype(&baseline::linear_block) linear_block;
   decltype(&baseline::rms_norm_row) rms_norm_row;
   decltype(&baseline::rms_norm_backward_row) rms_norm_backward_row;
@@ -30,20 +30,15 @@ struct Kernels {
 // Those for torch's own choice of instruction set (the environment's ATEN_CPU_CAPABILITY lowers it).
 const Kernels& kernels();
 
-// work(item, worker) for item in 0 .. num_items - 1, worker in 0 .. at::get_num_threads() - 1. Threads take the next item
-// when free: which one runs an item is chance, so an item's result must not depend on it.
+// work(item) for item in 0 .. num_items - 1. Threads take the next item when free: which thread runs an item is
+// chance, so an item's result must not depend on it.
 template <typename Work>
-void for_each_item_of_worker(int64_t num_items, const Work& work) {
+void for_each_item(int64_t num_items, const Work& work) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(num_items, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item = next++; item < num_items; item = next++) work(item, worker);
+      for (int64_t item = next++; item < num_items; item = next++) work(item);
   });
-}
-
-template <typename Work>
-void for_each_item(int64_t num_items, const Work& work) {
-  for_each_item_of_worker(num_items, [&](int64_t item, int64_t) { work(item); });
 }
 
 // work(begin, end) over rows of `row_cost` elements each, split among threads only where that pays.

@@ -1,14 +1,12 @@
-// torch.ops.socpo.linear_sample: LM head and draw, a tile of the vocabulary at a time, for all rows.
-//
-// A tile's logits stay in the cache and are never all stored, but for the rows whose draws are filtered. Every draw of a
-// tile leaves a TileDraw; they are put together in the order of tiles, so threads change no bit.
+// torch.ops.socpo.linear_sample: a work item is a tile of the vocabulary for a block of rows. Its logits stay in L2,
+// where every draw of these rows takes from them what it needs; rows with filtered draws are also copied out whole.
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -17,98 +15,127 @@
 namespace socpo {
 namespace {
 
-constexpr int64_t ROWS_PER_BLOCK = 96;  // whose logits of a tile fit into L2
+constexpr int64_t ROWS_PER_ITEM = 128;
+constexpr int64_t OUTS_PER_CALL = 48, FLOATS_PER_CALL = 96 * 1024;  // of the linear kernel, as in csrc/linear.cpp
 
-// The hidden rows that are drawn from, each once, side by side; and the draws sorted by row.
-struct Draws {
-  std::vector<int64_t> draw, row;  // draw[i] is from rows[row[i]]; row ascending
-  at::Tensor hidden;
+// Draws in the order of their rows and temperatures; of draws alike in both, the exps are taken once.
+struct DrawsOfRows {
+  std::vector<int64_t> order;      // of the draws
+  std::vector<int64_t> rows;       // distinct rows of hidden, ascending
+  std::vector<int64_t> begin;      // order[begin[i]] to order[begin[i + 1]] are the draws of rows[i]
+  std::vector<int64_t> kept_slot;  // of rows[i] among the rows with filtered draws, or -1
+  int64_t num_kept = 0;
 
-  Draws(const at::Tensor& from, const at::Tensor& rows) : draw(rows.numel()), row(rows.numel()) {
-    const int64_t* rows_p = rows.const_data_ptr<int64_t>();
-    for (size_t i = 0; i < draw.size(); ++i) draw[i] = i;
-    std::stable_sort(draw.begin(), draw.end(), [&](int64_t a, int64_t b) { return rows_p[a] < rows_p[b]; });
-    const int64_t width = from.size(1);
-    hidden = at::empty({static_cast<int64_t>(draw.size()), width}, from.options());
-    const float* from_p = from.const_data_ptr<float>();
-    float* hidden_p = hidden.mutable_data_ptr<float>();
-    int64_t num_rows = 0;
-    for (size_t i = 0; i < draw.size(); ++i) {
-      if (i == 0 || rows_p[draw[i]] != rows_p[draw[i - 1]])
-        std::memcpy(hidden_p + num_rows++ * width, from_p + rows_p[draw[i]] * width, width * sizeof(float));
-      row[i] = num_rows - 1;
+  DrawsOfRows(const std::vector<DrawSettings>& settings, const int64_t* row_of_draw) : order(settings.size()) {
+    std::iota(order.begin(), order.end(), 0);
+    const auto row_of = [&](int64_t draw) { return row_of_draw == nullptr ? draw : row_of_draw[draw]; };
+    const auto key = [&](int64_t draw) { return std::make_tuple(row_of(draw), settings[draw].inverse_temperature); };
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key(a) < key(b); });
+    for (size_t i = 0; i < order.size(); ++i) {
+      if (rows.empty() || rows.back() != row_of(order[i])) {
+        rows.push_back(row_of(order[i]));
+        begin.push_back(i);
+        kept_slot.push_back(-1);
+      }
+      if (settings[order[i]].is_filtered() && kept_slot.back() < 0) kept_slot.back() = num_kept++;
     }
-    hidden = hidden.narrow(0, 0, num_rows);
+    begin.push_back(order.size());
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_sample(
-    const at::Tensor& any_hidden, const at::Tensor& weight, const at::Tensor& row_keys, const at::Tensor& temperature,
-    const at::Tensor& top_k, const at::Tensor& top_p, const at::Tensor& min_p, const at::Tensor& rows) {
-  const Draws draws(any_hidden.contiguous(), rows.contiguous());
-  const int64_t num_draws = draws.draw.size(), num_rows = draws.hidden.size(0), width = draws.hidden.size(1);
-  const int64_t vocab = weight.size(0), num_tiles = (vocab + SAMPLE_TILE - 1) / SAMPLE_TILE;
-  const DrawSettings settings(row_keys, temperature, top_k, top_p, min_p);
-  std::vector<int64_t> kept_row(num_rows, -1);  // place in `kept` of the rows whose logits are needed whole
-  int64_t num_kept = 0;
-  for (int64_t i = 0; i < num_draws; ++i)
-    if (settings.is_filtered(draws.draw[i]) && kept_row[draws.row[i]] < 0) kept_row[draws.row[i]] = num_kept++;
-  at::Tensor kept = at::empty({num_kept, vocab}, draws.hidden.options());
-  float* kept_p = kept.mutable_data_ptr<float>();
-  const float* hidden_p = draws.hidden.const_data_ptr<float>();
-  const char* weight_p = static_cast<const char*>(weight.const_data_ptr());
-
-  std::vector<TileDraw> tiles(num_draws * num_tiles);
-  std::vector<BestSoFar> best(at::get_num_threads() * num_draws);
-  std::vector<std::vector<float>> buffers(at::get_num_threads());
-  for_each_item_of_worker(num_tiles, [&](int64_t tile, int64_t worker) {
-    const int64_t first = tile * SAMPLE_TILE, count = std::min<int64_t>(SAMPLE_TILE, vocab - first);
-    std::vector<float>& logits = buffers[worker];
-    logits.resize(std::min(num_rows, ROWS_PER_BLOCK) * SAMPLE_TILE);
-    int64_t i = 0;
-    for (int64_t row = 0; row < num_rows; row += ROWS_PER_BLOCK) {
+// The logits of a tile for `num_rows` rows, SAMPLE_TILE apart. Ranges of outputs and blocks of rows are those that
+// keep the weights and x in the cache; they change no bit.
+void tile_logits(const float* x, int64_t width, int64_t num_rows, const void* weight, bool is_bf16, int64_t count, float* logits) {
+  const int64_t rows_per_call = std::max<int64_t>(12, FLOATS_PER_CALL / width / 12 * 12);
+  for (int64_t out = 0; out < count; out += OUTS_PER_CALL)
+    for (int64_t row = 0; row < num_rows; row += rows_per_call) {
       LinearBlock block{};
-      block.x = hidden_p + row * width;
+      block.x = x + row * width;
       block.x_stride = block.width = width;
-      block.num_rows = std::min(ROWS_PER_BLOCK, num_rows - row);
-      block.weight = weight_p + first * width * weight.element_size();
-      block.is_bf16 = weight.scalar_type() == at::kBFloat16;
-      block.num_outs = count;
-      block.out = logits.data();
+      block.num_rows = std::min(rows_per_call, num_rows - row);
+      block.weight = static_cast<const char*>(weight) + out * width * (is_bf16 ? 2 : 4);
+      block.is_bf16 = is_bf16;
+      block.num_outs = std::min(OUTS_PER_CALL, count - out);
+      block.out = logits + row * SAMPLE_TILE + out;
       block.out_stride = SAMPLE_TILE;
       kernels().linear_block(block);
-      for (int64_t j = 0; j < block.num_rows; ++j)
-        if (kept_row[row + j] >= 0)
-          std::memcpy(kept_p + kept_row[row + j] * vocab + first, logits.data() + j * SAMPLE_TILE, count * sizeof(float));
-      for (; i < num_draws && draws.row[i] < row + block.num_rows; ++i)
-        tiles[i * num_tiles + tile] = kernels().sample_tile(settings.row(draws.draw[i]),
-                                                            logits.data() + (draws.row[i] - row) * SAMPLE_TILE, first, count,
-                                                            best[worker * num_draws + i]);
+    }
+}
+
+std::vector<Drawn> draw_all(const at::Tensor& hidden, const at::Tensor& weight, const std::vector<DrawSettings>& settings,
+                            const int64_t* row_of_draw) {
+  const int64_t vocab = weight.size(0), width = weight.size(1), num_tiles = num_tiles_of(vocab);
+  const DrawsOfRows draws(settings, row_of_draw);
+  const int64_t num_rows = draws.rows.size();
+  std::vector<float> x(num_rows * width), kept(draws.num_kept * vocab);
+  for (int64_t i = 0; i < num_rows; ++i)
+    std::copy_n(hidden.const_data_ptr<float>() + draws.rows[i] * hidden.stride(0), width, x.begin() + i * width);
+  std::vector<TileDraw> tiles(settings.size() * num_tiles);
+  const char* weight_p = static_cast<const char*>(weight.const_data_ptr());
+  const int64_t num_blocks = (num_rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM;
+  for_each_item(num_tiles * num_blocks, [&](int64_t item) {
+    const int64_t tile = item / num_blocks, first_id = tile * SAMPLE_TILE, first_row = item % num_blocks * ROWS_PER_ITEM;
+    const int64_t count = std::min<int64_t>(SAMPLE_TILE, vocab - first_id), end_row = std::min(first_row + ROWS_PER_ITEM, num_rows);
+    thread_local std::vector<float> logits;
+    logits.resize(ROWS_PER_ITEM * SAMPLE_TILE);
+    tile_logits(x.data() + first_row * width, width, end_row - first_row, weight_p + first_id * width * weight.element_size(),
+                weight.element_size() == 2, count, logits.data());
+    for (int64_t row = first_row; row < end_row; ++row) {
+      const float* from = logits.data() + (row - first_row) * SAMPLE_TILE;
+      if (draws.kept_slot[row] >= 0) std::copy_n(from, count, kept.begin() + draws.kept_slot[row] * vocab + first_id);
+      float weights[SAMPLE_TILE];
+      TileDraw sums{};
+      float summed = -1;  // the inverse temperature that weights and sums are for
+      for (int64_t i = draws.begin[row]; i < draws.begin[row + 1]; ++i) {
+        const DrawSettings& draw = settings[draws.order[i]];
+        if (draw.is_filtered()) continue;
+        if (draw.inverse_temperature != summed) sums = sum_tile(from, count, draw.inverse_temperature, weights);
+        summed = draw.inverse_temperature;
+        TileDraw& to = tiles[draws.order[i] * num_tiles + tile] = sums;
+        pick_token(from, weights, first_id, count, draw, to);
+      }
     }
   });
-
-  at::Tensor token_ids = at::empty({num_draws}, row_keys.options());
-  at::Tensor values = at::empty({3, num_draws}, draws.hidden.options());
-  int64_t* token_ids_p = token_ids.mutable_data_ptr<int64_t>();
-  float* values_p = values.mutable_data_ptr<float>();
-  for_each_item(num_draws, [&](int64_t i) {
-    const int64_t draw = draws.draw[i];
-    Drawn drawn = merge_tiles(settings.row(draw), tiles.data() + i * num_tiles, num_tiles);
-    if (settings.is_filtered(draw))
-      drawn = draw_filtered(settings, draw, kept_p + kept_row[draws.row[i]] * vocab, vocab, drawn);
-    token_ids_p[draw] = drawn.token_id;
-    values_p[draw] = drawn.logprob;
-    values_p[num_draws + draw] = drawn.entropy;
-    values_p[2 * num_draws + draw] = drawn.kept_mass;
+  std::vector<Drawn> drawn(settings.size());
+  for_each_item(settings.size(), [&](int64_t i) {
+    const int64_t draw = draws.order[i];
+    const int64_t row = std::upper_bound(draws.begin.begin(), draws.begin.end(), i) - draws.begin.begin() - 1;
+    drawn[draw] = settings[draw].is_filtered()
+                      ? draw_row(kept.data() + draws.kept_slot[row] * vocab, vocab, settings[draw])
+                      : merge_tiles(tiles.data() + draw * num_tiles, num_tiles, settings[draw]);
   });
-  return {token_ids, values[0].clone(), values[1].clone(), values[2].clone()};
+  return drawn;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_sample(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& row_keys, const at::Tensor& temperature,
+    const at::Tensor& top_k, const at::Tensor& top_p, const at::Tensor& min_p, const std::optional<at::Tensor>& rows) {
+  const int64_t num_draws = row_keys.size(0);
+  const auto options = row_keys.options();
+  at::Tensor token_ids = at::empty({num_draws}, options), logprobs = at::empty({num_draws}, options.dtype(at::kFloat));
+  at::Tensor entropy = at::empty_like(logprobs), kept_mass = at::empty_like(logprobs);
+  const at::Tensor row_of_draw = rows ? rows->contiguous() : at::Tensor();
+  const auto settings = read_settings(row_keys.contiguous(), temperature.contiguous(), top_k.contiguous(), top_p.contiguous(),
+                                      min_p.contiguous());
+  const auto drawn = draw_all(hidden.stride(1) == 1 ? hidden : hidden.contiguous(), weight.contiguous(), settings,
+                              row_of_draw.defined() ? row_of_draw.const_data_ptr<int64_t>() : nullptr);
+  int64_t* token_ids_p = token_ids.mutable_data_ptr<int64_t>();
+  float *logprobs_p = logprobs.mutable_data_ptr<float>(), *entropy_p = entropy.mutable_data_ptr<float>();
+  float* kept_mass_p = kept_mass.mutable_data_ptr<float>();
+  for (int64_t b = 0; b < num_draws; ++b) {
+    token_ids_p[b] = drawn[b].token_id;
+    logprobs_p[b] = drawn[b].logprob;
+    entropy_p[b] = drawn[b].entropy;
+    kept_mass_p[b] = drawn[b].kept_mass;
+  }
+  return {token_ids, logprobs, entropy, kept_mass};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_sample_meta(
     const at::Tensor& hidden, const at::Tensor&, const at::Tensor& row_keys, const at::Tensor&, const at::Tensor&,
-    const at::Tensor&, const at::Tensor&, const at::Tensor& rows) {
-  const auto value = [&] { return at::empty_symint({rows.sym_size(0)}, hidden.options()); };
-  return {at::empty_symint({rows.sym_size(0)}, row_keys.options()), value(), value(), value()};
+    const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&) {
+  const auto numbers = [&] { return at::empty_symint({row_keys.sym_size(0)}, hidden.options()); };
+  return {at::empty_symint({row_keys.sym_size(0)}, row_keys.options()), numbers(), numbers(), numbers()};
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
-// torch.ops.socpo.sample: a thread a row; see csrc/simd/sample.cpp for the draw and here for top-k, top-p and min-p.
+// torch.ops.socpo.sample: a thread a row; see csrc/simd/sample.cpp for a tile of a draw, and here for what makes tiles a
+// row, and for top-k, top-p and min-p.
 
-#include <ATen/core/Tensor.h>
+#include "sample.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -13,29 +15,37 @@
 #include <tuple>
 #include <vector>
 
-#include "sample.h"
-
 namespace socpo {
 namespace {
 
 // Tokens of about equal weight: those that share the exponent and the first four bits behind it. Weights are <= 1.
-constexpr int NUM_BUCKETS = 2048;
+constexpr int NUM_BUCKETS = 2048, BUCKET_BITS = 19;
 
 int bucket_of(float weight) {
   uint32_t bits;
   std::memcpy(&bits, &weight, sizeof(bits));
-  return std::min(static_cast<int>(bits >> 19), NUM_BUCKETS - 1);
+  return bits >> BUCKET_BITS;
+}
+
+float smallest_of(uint32_t bucket) {
+  const uint32_t bits = bucket << BUCKET_BITS;
+  float weight;
+  std::memcpy(&weight, &bits, sizeof(weight));
+  return weight;
 }
 
 // Zeroes all but the first tokens by (weight descending, id ascending): a token stays while fewer than max_count
-// stand before it and they weigh less than max_mass. Sorts only the bucket in which the limit falls.
-void keep_first(std::vector<float>& weights, int64_t max_count, double max_mass) {
+// stand before it and they weigh less than `share` of all. Sorts only the bucket in which the limit falls.
+void keep_first(std::vector<float>& weights, int64_t max_count, double share) {
   std::array<int64_t, NUM_BUCKETS> count{};
   std::array<double, NUM_BUCKETS> mass{};
   for (const float weight : weights) {
-    ++count[bucket_of(weight)];
-    mass[bucket_of(weight)] += weight;
+    if (weight == 0) continue;  // such tokens are out already
+    const int bucket = bucket_of(weight);
+    ++count[bucket];
+    mass[bucket] += weight;
   }
+  const double max_mass = share * std::accumulate(mass.begin(), mass.end(), 0.0);
   int64_t count_before = 0;
   double mass_before = 0;
   int limit = NUM_BUCKETS - 1;
@@ -44,10 +54,10 @@ void keep_first(std::vector<float>& weights, int64_t max_count, double max_mass)
     mass_before += mass[limit--];
   }
   std::vector<size_t> at_limit;
-  for (size_t id = 0; id < weights.size(); ++id) {
-    if (bucket_of(weights[id]) == limit) at_limit.push_back(id);
-    if (bucket_of(weights[id]) < limit) weights[id] = 0;
-  }
+  const float floor = smallest_of(limit);
+  for (float& weight : weights) weight = weight < floor ? 0 : weight;
+  for (size_t id = 0; id < weights.size(); ++id)
+    if (weights[id] > 0 && bucket_of(weights[id]) == limit) at_limit.push_back(id);
   std::stable_sort(at_limit.begin(), at_limit.end(), [&](size_t a, size_t b) { return weights[a] > weights[b]; });
   for (const size_t id : at_limit) {
     const float weight = weights[id];
@@ -57,70 +67,116 @@ void keep_first(std::vector<float>& weights, int64_t max_count, double max_mass)
   }
 }
 
+// The largest weight is 1 and stays.
 void filter(std::vector<float>& weights, int64_t top_k, double top_p, float min_p) {
-  constexpr double all = std::numeric_limits<double>::infinity();
-  if (top_k > 0) keep_first(weights, top_k, all);
-  if (top_p < 1) keep_first(weights, weights.size(), top_p * std::accumulate(weights.begin(), weights.end(), 0.0));
-  const float max_weight = *std::max_element(weights.begin(), weights.end());
-  for (float& weight : weights)
-    if (weight < min_p * max_weight) weight = 0;
+  if (top_k > 0) keep_first(weights, top_k, std::numeric_limits<double>::infinity());
+  if (top_p < 1) keep_first(weights, weights.size(), top_p);
+  for (float& weight : weights) weight = weight < min_p ? 0 : weight;
+}
+
+// The tiles of a row on a common scale.
+struct MergedRow {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0, weighted = 0;  // with x against `max`
+  int64_t token_id = 0;
+  double logit = 0;  // of token_id
+};
+
+// exp and the noise are against a tile's own max; in fp64, shift brings them to the row's. No weight is left below the
+// floor, where weighted must not become 0 * inf. A row of no finite logit has shift NaN, and so has all that follows.
+MergedRow merge(const TileDraw* tiles, int64_t num_tiles, float inverse_temperature) {
+  MergedRow row;
+  for (int64_t t = 0; t < num_tiles; ++t) row.max = std::max<double>(row.max, tiles[t].max);
+  double best = -std::numeric_limits<double>::infinity();
+  for (int64_t t = 0; t < num_tiles; ++t) {
+    const double exact = (tiles[t].max - row.max) * inverse_temperature, floor = -1000;
+    const double shift = exact < floor ? floor : exact, scale = shift == 0 ? 1 : std::exp(shift);
+    row.sum += scale * tiles[t].sums.sum;
+    row.weighted += scale * (tiles[t].sums.weighted + shift * tiles[t].sums.sum);
+    if (tiles[t].score + shift > best) {
+      best = tiles[t].score + shift;
+      row.token_id = tiles[t].token_id;
+      row.logit = tiles[t].logit;
+    }
+  }
+  return row;
+}
+
+// `all` is over the whole vocabulary, `kept` over what the filters leave.
+Drawn finish(const MergedRow& all, const MergedRow& kept, float inverse_temperature) {
+  const double log_sum = std::log(all.sum), kept_sum = kept.sum * std::exp((kept.max - all.max) * inverse_temperature);
+  return {kept.token_id, static_cast<float>((kept.logit - all.max) * inverse_temperature - log_sum),
+          static_cast<float>(log_sum - all.weighted / all.sum), static_cast<float>(kept_sum / all.sum)};
+}
+
+Drawn draw_filtered(const float* logits, int64_t vocab, const DrawSettings& settings, const MergedRow& all) {
+  std::vector<float> weights(num_tiles_of(vocab) * SAMPLE_TILE);
+  kernels().tile_weights(logits, vocab, all.max, settings.inverse_temperature, weights.data());
+  weights.resize(vocab);
+  filter(weights, settings.top_k, settings.top_p, settings.min_p);
+  std::vector<TileDraw> tiles;
+  for (int64_t first = 0; first < vocab; first += SAMPLE_TILE) {
+    const int count = std::min<int64_t>(SAMPLE_TILE, vocab - first);
+    float kept[SAMPLE_TILE], kept_weights[SAMPLE_TILE];
+    for (int i = 0; i < count; ++i)
+      kept[i] = weights[first + i] > 0 ? logits[first + i] : -std::numeric_limits<float>::infinity();
+    tiles.push_back(sum_tile(kept, count, settings.inverse_temperature, kept_weights));
+    pick_token(kept, kept_weights, first, count, settings, tiles.back());
+  }
+  return finish(all, merge(tiles.data(), tiles.size(), settings.inverse_temperature), settings.inverse_temperature);
 }
 
 }  // namespace
 
-DrawSettings::DrawSettings(const at::Tensor& row_keys, const at::Tensor& temperature, const at::Tensor& top_k,
-                           const at::Tensor& top_p, const at::Tensor& min_p)
-    : row_keys(row_keys.const_data_ptr<int64_t>()),
-      top_k(top_k.const_data_ptr<int64_t>()),
-      temperature(temperature.const_data_ptr<float>()),
-      top_p(top_p.const_data_ptr<float>()),
-      min_p(min_p.const_data_ptr<float>()) {}
-
-SampleRow DrawSettings::row(int64_t draw) const {
-  const bool is_greedy = temperature[draw] == 0;
-  return {is_greedy ? 1.0f : 1.0f / temperature[draw], static_cast<uint64_t>(row_keys[draw]), is_greedy};
-}
-
-Drawn merge_tiles(const SampleRow& row, const TileDraw* tiles, int64_t num_tiles) {
-  float max = -INFINITY;
-  for (int64_t i = 0; i < num_tiles; ++i) max = tiles[i].max > max ? tiles[i].max : max;
-  double sum = 0, weighted = 0, best_score = -INFINITY;
-  Drawn drawn{0, 0, 0, 1};
-  float logit = max;
-  for (int64_t i = 0; i < num_tiles; ++i) {
-    const TileDraw& tile = tiles[i];
-    if (tile.max == -INFINITY) {  // sums of 0, or NaN
-      sum += tile.sum;
-      continue;
-    }
-    const double shift = (tile.max - max) * row.inverse_temperature, scale = std::exp(shift);
-    sum += scale * tile.sum;
-    weighted += scale == 0 ? 0 : scale * (tile.weighted + shift * tile.sum);
-    if (tile.token_id >= 0 && tile.score + shift > best_score) {
-      best_score = tile.score + shift;
-      drawn.token_id = tile.token_id;
-      logit = tile.logit;
-    }
+std::vector<DrawSettings> read_settings(const at::Tensor& row_keys, const at::Tensor& temperature, const at::Tensor& top_k,
+                                        const at::Tensor& top_p, const at::Tensor& min_p) {
+  const float *temperature_p = temperature.const_data_ptr<float>(), *top_p_p = top_p.const_data_ptr<float>();
+  const int64_t *row_keys_p = row_keys.const_data_ptr<int64_t>(), *top_k_p = top_k.const_data_ptr<int64_t>();
+  const float* min_p_p = min_p.const_data_ptr<float>();
+  std::vector<DrawSettings> settings;
+  for (int64_t b = 0; b < row_keys.size(0); ++b) {
+    const bool is_greedy = temperature_p[b] == 0;
+    const float inverse = is_greedy ? 1 : std::min(1 / temperature_p[b], std::numeric_limits<float>::max());
+    settings.push_back({inverse, static_cast<uint64_t>(row_keys_p[b]), is_greedy, top_k_p[b], top_p_p[b], min_p_p[b]});
   }
-  const double log_sum = max == -INFINITY ? NAN : std::log(sum);  // no finite logit: NaN
-  drawn.logprob = static_cast<float>((logit - max) * row.inverse_temperature - static_cast<float>(log_sum));
-  drawn.entropy = static_cast<float>(log_sum - weighted / sum);
-  return drawn;
+  return settings;
 }
 
-Drawn draw_filtered(const DrawSettings& settings, int64_t draw, const float* logits, int64_t vocab, Drawn drawn) {
-  std::vector<float> weights(vocab);
-  const SampleRow row = settings.row(draw);
-  const double sum_all = kernels().softmax_weights(row, logits, vocab, weights.data());
-  if (!std::isfinite(sum_all)) return drawn;  // its log-prob is NaN
-  filter(weights, settings.top_k[draw], settings.top_p[draw], settings.min_p[draw]);
-  drawn.kept_mass = static_cast<float>(std::accumulate(weights.begin(), weights.end(), 0.0) / sum_all);
-  if (row.is_greedy) return drawn;  // the filters keep the most likely token
-  TileDraw kept{};
-  kernels().sample_kept(row, logits, vocab, weights.data(), kept);
-  drawn.token_id = kept.token_id;
-  drawn.logprob = (kept.logit - kept.max) * row.inverse_temperature - static_cast<float>(std::log(sum_all));
-  return drawn;
+TileDraw sum_tile(const float* logits, int count, float inverse_temperature, float* weights) {
+  const float max = kernels().tile_max(logits, count);
+  const TileSums sums = kernels().tile_weights(logits, count, max, inverse_temperature, weights);
+  return {max, sums, 0, 0, -std::numeric_limits<float>::infinity()};
+}
+
+void pick_token(const float* logits, const float* weights, int64_t first_id, int count, const DrawSettings& settings,
+                TileDraw& tile) {
+  tile.score = -std::numeric_limits<float>::infinity();
+  if (!settings.is_greedy) {
+    kernels().tile_draw(logits, weights, count, first_id, settings.inverse_temperature, settings.row_key, tile);
+  } else if (tile.max > tile.score) {
+    tile.token_id = first_id + (std::find(logits, logits + count, tile.max) - logits);
+    tile.logit = tile.max;
+    tile.score = 0;
+  }
+}
+
+Drawn merge_tiles(const TileDraw* tiles, int64_t num_tiles, const DrawSettings& settings) {
+  const MergedRow row = merge(tiles, num_tiles, settings.inverse_temperature);
+  return finish(row, row, settings.inverse_temperature);
+}
+
+Drawn draw_row(const float* logits, int64_t vocab, const DrawSettings& settings) {
+  const bool is_filtered = settings.is_filtered();
+  std::vector<TileDraw> tiles;
+  for (int64_t first = 0; first < vocab; first += SAMPLE_TILE) {
+    const int count = std::min<int64_t>(SAMPLE_TILE, vocab - first);
+    float weights[SAMPLE_TILE];
+    tiles.push_back(sum_tile(logits + first, count, settings.inverse_temperature, weights));
+    if (!is_filtered) pick_token(logits + first, weights, first, count, settings, tiles.back());
+  }
+  const MergedRow row = merge(tiles.data(), tiles.size(), settings.inverse_temperature);
+  if (is_filtered && std::isfinite(row.sum)) return draw_filtered(logits, vocab, settings, row);
+  return finish(row, row, settings.inverse_temperature);  // NaN for a row that has it or no finite logit
 }
 
 namespace {
@@ -128,25 +184,16 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sample(const at::Tensor& logits, const at::Tensor& row_keys,
                                                       const at::Tensor& temperature, const at::Tensor& top_k,
                                                       const at::Tensor& top_p, const at::Tensor& min_p) {
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1), num_tiles = (vocab + SAMPLE_TILE - 1) / SAMPLE_TILE;
+  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
   at::Tensor token_ids = at::empty({num_rows}, row_keys.options());
   at::Tensor logprobs = at::empty({num_rows}, logits.options());
   at::Tensor kept_mass = at::empty({num_rows}, logits.options());
+  const std::vector<DrawSettings> settings = read_settings(row_keys, temperature, top_k, top_p, min_p);
   const float* logits_p = logits.const_data_ptr<float>();
-  const DrawSettings settings(row_keys, temperature, top_k, top_p, min_p);
   int64_t* token_ids_p = token_ids.mutable_data_ptr<int64_t>();
   float *logprobs_p = logprobs.mutable_data_ptr<float>(), *kept_mass_p = kept_mass.mutable_data_ptr<float>();
   for_each_item(num_rows, [&](int64_t b) {
-    const float* row_logits = logits_p + b * vocab;
-    const SampleRow row = settings.row(b);
-    std::vector<TileDraw> tiles(num_tiles);
-    BestSoFar best{};
-    for (int64_t i = 0; i < num_tiles; ++i) {
-      const int64_t first = i * SAMPLE_TILE, count = std::min<int64_t>(SAMPLE_TILE, vocab - first);
-      tiles[i] = kernels().sample_tile(row, row_logits + first, first, count, best);
-    }
-    Drawn drawn = merge_tiles(row, tiles.data(), num_tiles);
-    if (settings.is_filtered(b)) drawn = draw_filtered(settings, b, row_logits, vocab, drawn);
+    const Drawn drawn = draw_row(logits_p + b * vocab, vocab, settings[b]);
     token_ids_p[b] = drawn.token_id;
     logprobs_p[b] = drawn.logprob;
     kept_mass_p[b] = drawn.kept_mass;

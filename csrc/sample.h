@@ -1,34 +1,49 @@
-// What `sample`, from logits, and `linear_sample`, from hidden states, share: the draws of tiles put together, and the
-// second path of draws that top-k, top-p or min-p restrict.
+// What `sample` and `linear_sample` share: a draw goes over its row in tiles of SAMPLE_TILE tokens, whose results are
+// merged in their order. So where the logits come from, and which thread saw which tile, changes no bit.
 
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "cpu.h"
 
 namespace socpo {
 
+struct DrawSettings {
+  float inverse_temperature;
+  uint64_t row_key;
+  bool is_greedy;
+  int64_t top_k;
+  float top_p, min_p;
+
+  bool is_filtered() const { return top_k > 0 || top_p < 1 || min_p > 0; }
+};
+
+// The settings of all draws, in the order of the draws.
+std::vector<DrawSettings> read_settings(const at::Tensor& row_keys, const at::Tensor& temperature, const at::Tensor& top_k,
+                                        const at::Tensor& top_p, const at::Tensor& min_p);
+
 struct Drawn {
   int64_t token_id;
-  float logprob, entropy, kept_mass;
+  float logprob, entropy;  // nats, of the softmax under the temperature over the whole vocabulary
+  float kept_mass;
 };
 
-// temperature, top_k, top_p, min_p and key of each draw.
-struct DrawSettings {
-  const int64_t *row_keys, *top_k;
-  const float *temperature, *top_p, *min_p;
+inline int64_t num_tiles_of(int64_t vocab) { return (vocab + SAMPLE_TILE - 1) / SAMPLE_TILE; }
 
-  DrawSettings(const at::Tensor& row_keys, const at::Tensor& temperature, const at::Tensor& top_k, const at::Tensor& top_p,
-               const at::Tensor& min_p);
-  SampleRow row(int64_t draw) const;
-  bool is_filtered(int64_t draw) const { return top_k[draw] != 0 || top_p[draw] != 1 || min_p[draw] != 0; }
-};
+// Max and sums of a tile of `count` logits; `weights` has room for SAMPLE_TILE.
+TileDraw sum_tile(const float* logits, int count, float inverse_temperature, float* weights);
 
-// The tiles of a row, in order.
-Drawn merge_tiles(const SampleRow& row, const TileDraw* tiles, int64_t num_tiles);
+// The tile's best token into `tile`; `logits`, `weights` and `tile` as sum_tile had and left them.
+void pick_token(const float* logits, const float* weights, int64_t first_id, int count, const DrawSettings& settings,
+                TileDraw& tile);
 
-// `drawn` with the token, log-prob and kept mass of a draw among the tokens that its filters keep.
-Drawn draw_filtered(const DrawSettings& settings, int64_t draw, const float* logits, int64_t vocab, Drawn drawn);
+// The draw from the tiles of a whole row. The settings have no filter.
+Drawn merge_tiles(const TileDraw* tiles, int64_t num_tiles, const DrawSettings& settings);
+
+// One draw from a row of logits, filtered or not.
+Drawn draw_row(const float* logits, int64_t vocab, const DrawSettings& settings);
 
 }  // namespace socpo

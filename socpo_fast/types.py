@@ -48,6 +48,11 @@ class SamplingParams:
     seed: int = 0
     ignore_eos: bool = False
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether top-k, top-p or min-p restricts what is drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
     def __post_init__(self) -> None:
         rules = {
             "temperature": (self.temperature == 0 or 1e-4 <= self.temperature <= 1e6, "0 (greedy) or in [1e-4, 1e6]"),

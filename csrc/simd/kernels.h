@@ -11,26 +11,20 @@ namespace socpo {
 
 constexpr int KEY_TILE = 32;  // keys an attention step handles; tiles start at multiples of it in every sequence
 
-constexpr int SAMPLE_TILE = 768;  // tokens of the vocabulary that a draw handles at once, from multiples of it on
+// Tokens of a row that a draw takes at once. Tiles start at multiples of it; a multiple of 48, see csrc/linear.cpp.
+constexpr int SAMPLE_TILE = 768;
 
-// One draw. Noise of a token depends on row_key and its id only. Greedy: inverse_temperature is 1.
-struct SampleRow {
-  float inverse_temperature;
-  uint64_t row_key;
-  bool is_greedy;
+// Over a tile, with x = (logit - max) / temperature: of exp(x), and of x exp(x).
+struct TileSums {
+  float sum, weighted;
 };
 
-// What a draw leaves of one tile; x = (logit - max) * inverse_temperature, of a tile of nothing but -inf max counts as 0.
+// What one draw takes from a tile of its row.
 struct TileDraw {
-  float max;             // the largest logit
-  double sum, weighted;  // of exp(x) and x exp(x)
-  int64_t token_id;      // the best token, -1 when none of the tile can win
-  float logit, score;    // of token_id: score = x + Gumbel noise
-};
-
-// exp(x) / E of the best token a draw has met, E its exponential noise, x relative to max; ratio 0 before the first.
-struct BestSoFar {
-  float ratio, max;
+  float max;  // the tile's largest logit; -inf when there is no other
+  TileSums sums;
+  int32_t token_id;  // the best one
+  float logit, score;  // its own, the latter being x + Gumbel noise; -inf when the tile has no token to draw
 };
 
 // What one pass over a row of logits leaves, with x = (logit - max) * inverse_temperature.
@@ -68,15 +62,15 @@ struct LinearBlock {
   int64_t out_stride;
 };
 
-// One set of these for each instruction set, e.g. socpo::avx2::sample_row.
+// One set of these for each instruction set, e.g. socpo::avx2::tile_max.
 #define SOCPO_DECLARE_KERNELS(isa)                                                                       \
   namespace isa {                                                                                        \
-  /* Tokens first .. first + count - 1, count <= SAMPLE_TILE, logits of these. */                         \
-  TileDraw sample_tile(const SampleRow& row, const float* logits, int64_t first, int64_t count, BestSoFar& best); \
-  /* The draw among tokens with weights[i] > 0; fills max, token_id, logit and score. */                  \
-  void sample_kept(const SampleRow& row, const float* logits, int64_t vocab, const float* weights, TileDraw& draw); \
-  /* weights[i] = exp((logit_i - largest) / temperature), <= 1; returns their sum. */                     \
-  double softmax_weights(const SampleRow& row, const float* logits, int64_t vocab, float* weights);       \
+  float tile_max(const float* logits, int count);                                                        \
+  /* weights[i] = exp(x_i) <= 1, filled up with 0 to a whole vector; `max` is at least the largest. */   \
+  TileSums tile_weights(const float* logits, int count, float max, float inverse_temperature, float* weights); \
+  /* The best token by x + noise into `draw`, which holds max and score -inf. */                         \
+  void tile_draw(const float* logits, const float* weights, int count, int64_t first_id, float inverse_temperature, \
+                 uint64_t row_key, TileDraw& draw);                                                      \
   void linear_block(const LinearBlock& block);                                                           \
   /* sum = x + residual and y = its norm; without a residual (null) y = the norm of x and sum is not written. */ \
   void rms_norm_row(const float* x, const float* residual, const float* weight, float eps, int64_t width, float* sum, float* y); \

@@ -1,8 +1,9 @@
-// Draws from rows of logits, tile by tile: argmax over tokens of logit + Gumbel noise, the softmax sums in the same pass.
+// A tile of one row's logits: its softmax sums, and its best token by logit + Gumbel noise.
 //
-// score_i = z_i - log(E_i) with E_i = -log1p(-v_i) exponential, so the winner has the largest w_i / E_i, w_i = exp(z_i - max).
-// As E_i >= v_i, a token whose w_i / v_i is below the best w / E so far cannot win: only the few others need logarithms.
-// `so far` may be any tokens of the row, so which tiles a thread has seen before changes its work and not the winner.
+// score_i = x_i - log(E_i) with x_i = (logit_i - max) / temperature and E_i = -log1p(-v_i) exponential, so the winner has
+// the largest w_i / E_i, w_i = exp(x_i). As E_i >= v_i, a token whose w_i / v_i is below some token's w / E cannot win:
+// after the logarithm of one that is nearly best by w / v, few others are left. The maximum is taken off before the
+// division by the temperature, however small; csrc/sample.cpp brings tiles to a common one.
 
 #include <math.h>
 
@@ -12,141 +13,112 @@
 namespace socpo::SOCPO_ISA {
 namespace {
 
-constexpr float FLOOR = -88.0f;   // exp_nonpositive is 0 there; keeps 0 * x from being NaN where x is -inf
-constexpr int GROUP = 4 * LANES;  // tokens tested for a possible winner at once
-constexpr float SLACK = 0.999f;   // far above the rounding of w, v and the logarithms
+constexpr float SLACK = 0.999f;  // far above the rounding of w, v and the logarithms
+constexpr int PLACES = 256;      // at least the vectors of a tile
+static_assert(SAMPLE_TILE % (4 * LANES) == 0 && SAMPLE_TILE / LANES <= PLACES, "a tile is whole vectors");
 
-// Bijective mixing of 32 bits ("lowbias32" of Chris Wellons' hash-prospector); U is uint32_t or VecUint.
-template <typename U>
-inline U mix(U x) {
+// Bijective mixing of 32 bits ("lowbias32" of Chris Wellons' hash-prospector).
+inline VecUint mix(VecUint x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
 
-template <typename U>
-inline U noise_bits(U token_ids, uint64_t row_key) {
-  const U low = mix<U>((token_ids * 0x9e3779b1u) ^ (uint32_t)row_key);
-  return mix<U>(low ^ (uint32_t)(row_key >> 32));
+// v of the tokens whose ids times ID_FACTOR are given: 32 bits, + 0.5, / 2^32.
+constexpr uint32_t ID_FACTOR = 0x9e3779b1u;
+inline Vec uniform(VecUint products, uint64_t row_key) {
+  const VecUint low = mix(products ^ (uint32_t)row_key);
+  return __builtin_convertvector(mix(low ^ (uint32_t)(row_key >> 32)), Vec) * 0x1p-32f + 0x1p-33f;
 }
 
-// The largest of `count` logits, NaN passed over. (logit - max) / T is then exactly 0 there and positive nowhere.
-inline float max_of(const float* logits, int64_t count) {
-  float lane[LANES], result = -INFINITY;
-  Vec lanes = broadcast(-INFINITY);
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) lanes = max(load<Vec>(logits + i), lanes);
-  store(lane, lanes);
-  for (int l = 0; l < LANES; ++l) result = lane[l] > result ? lane[l] : result;
-  for (; i < count; ++i) result = logits[i] > result ? logits[i] : result;
-  return result;
+// The next `left` logits; lanes behind them hold -inf.
+inline Vec load_logits(const float* logits, int left) {
+  if (left >= LANES) return load<Vec>(logits);
+  Vec x = broadcast(-INFINITY);
+  for (int l = 0; l < left; ++l) x[l] = logits[l];
+  return x;
 }
 
-// weights[i] = exp(x_i), x_i = (logits[i] - max) * inverse_temperature, filled up to a whole vector with 0. Adds up the
-// weights and weight times x.
-inline void softmax_sums(const float* logits, int64_t count, float max, float inverse_temperature, float* weights, float& sum,
-                         float& weighted) {
-  Vec sums = {}, products = {};
-  for (int64_t i = 0; i < count; i += LANES) {
-    Vec some;
-    if (i + LANES <= count) {
-      some = load<Vec>(logits + i);
-    } else {
-      some = broadcast(-INFINITY);
-      for (int l = 0; i + l < count; ++l) some[l] = logits[i + l];
-    }
-    const Vec x = (some - max) * inverse_temperature, w = exp_nonpositive(x);
-    store(weights + i, w);
-    sums += w;
-    products += w * (x < FLOOR ? broadcast(FLOOR) : x);
+inline float exponential(float v) { return -log1pf(-(v < 0x1.fffffep-1f ? v : 0x1.fffffep-1f)); }  // rounding may give v = 1
+
+struct Token {
+  int place;  // in the tile
+  float exponential;
+};
+
+// A token whose w / v is about the largest, by the difference of the bits, which is nearly that of the logarithms.
+// Writes the v of all tokens.
+inline Token nearly_best(const float* weights, int count, int64_t first_id, uint64_t row_key, float* noise) {
+  VecInt best = VecInt{} + INT32_MIN;
+  VecUint products = (lane_index() + (uint32_t)first_id) * ID_FACTOR;
+  for (int i = 0; i < count; i += LANES) {
+    const Vec v = uniform(products, row_key);
+    products += LANES * ID_FACTOR;
+    store(noise + i, v);
+    const VecInt ratio = (((VecInt)load<Vec>(weights + i) - (VecInt)v) & -PLACES) | (i / LANES);
+    best = ratio > best ? ratio : best;
   }
-  sum = sum_lanes(sums);
-  weighted = sum_lanes(products);
+  int32_t lanes[LANES], lane = 0;
+  memcpy(lanes, &best, sizeof(best));
+  for (int l = 1; l < LANES; ++l) lane = lanes[l] > lanes[lane] ? l : lane;
+  const int place = (lanes[lane] & (PLACES - 1)) * LANES + lane;
+  return {place, exponential(noise[place])};
 }
 
-// Whether a token of the group from `id` may beat `ratio`.
-inline bool may_win(const float* weights, int64_t id, uint64_t row_key, float ratio) {
+inline int count_above(const float* weights, const float* noise, int count, float bound) {
   VecInt hits = {};
-  for (int i = 0; i < GROUP; i += LANES) {
-    const VecUint ids = lane_index() + (uint32_t)(id + i);
-    const Vec v = (__builtin_convertvector(noise_bits(ids, row_key), Vec) + 0.5f) * 0x1p-32f;
-    hits |= load<Vec>(weights + i) > v * (ratio * SLACK);
-  }
-  int64_t words[LANES / 2], any = 0;
-  memcpy(words, &hits, sizeof(hits));
-  for (int i = 0; i < LANES / 2; ++i) any |= words[i];
-  return any != 0;
-}
-
-// The best of `count` tokens from id `first` on, whose weights are relative to `max`, padded with 0 to whole groups.
-// `ratio` is w / E of the best token known, in the same measure; tokens of a tile that cannot beat it are not looked at.
-inline void search(const SampleRow& row, const float* logits, const float* weights, int64_t first, int64_t count, float max,
-                   float& ratio, TileDraw& draw) {
-  for (int64_t start = 0; start < count; start += GROUP) {
-    if (!may_win(weights + start, first + start, row.row_key, ratio)) continue;
-    for (int64_t i = start; i < start + GROUP; ++i) {
-      const float v = ((float)noise_bits<uint32_t>((uint32_t)(first + i), row.row_key) + 0.5f) * 0x1p-32f;
-      if (!(weights[i] > v * (ratio * SLACK))) continue;
-      const float exponential = -log1pf(-(v < 0x1.fffffep-1f ? v : 0x1.fffffep-1f));  // rounding may give v = 1
-      const float score = (logits[i] - max) * row.inverse_temperature - logf(exponential);
-      if (score > draw.score) {
-        draw.score = score;
-        draw.token_id = first + i;
-        draw.logit = logits[i];
-      }
-      ratio = weights[i] / exponential > ratio ? weights[i] / exponential : ratio;
-    }
-  }
+  for (int i = 0; i < count; i += LANES) hits -= load<Vec>(weights + i) > load<Vec>(noise + i) * bound;
+  int32_t lanes[LANES], sum = 0;
+  memcpy(lanes, &hits, sizeof(hits));
+  for (int l = 0; l < LANES; ++l) sum += lanes[l];
+  return sum;
 }
 
 }  // namespace
 
-TileDraw sample_tile(const SampleRow& row, const float* logits, int64_t first, int64_t count, BestSoFar& best) {
-  float weights[SAMPLE_TILE + GROUP];
-  TileDraw draw{max_of(logits, count), 0, 0, -1, 0, -INFINITY};
-  const float max = draw.max == -INFINITY ? 0.0f : draw.max;  // a tile of nothing but -inf weighs 0, not NaN
-  float sum, weighted;
-  softmax_sums(logits, count, max, row.inverse_temperature, weights, sum, weighted);
-  draw.sum = sum;
-  draw.weighted = weighted;
-  if (row.is_greedy) {
-    for (int64_t i = 0; i < count && draw.token_id < 0; ++i)
-      if (logits[i] == draw.max) draw.token_id = first + i;
-    draw.logit = draw.max;
-    draw.score = 0;
-    return draw;
-  }
-  for (int64_t i = (count + LANES - 1) / LANES * LANES; i < (count + GROUP - 1) / GROUP * GROUP; ++i) weights[i] = 0;
-  // exp here is exp_nonpositive's twin for either sign; infinity is right: nothing of this tile can win then
-  float ratio = best.ratio > 0 ? best.ratio * expf((best.max - max) * row.inverse_temperature) : 0.0f;
-  search(row, logits, weights, first, count, max, ratio, draw);
-  if (draw.token_id >= 0) best = {ratio, max};
-  return draw;
+float tile_max(const float* logits, int count) {
+  Vec lanes[4];
+  for (int k = 0; k < 4; ++k) lanes[k] = broadcast(-INFINITY);
+  int i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES)
+    for (int k = 0; k < 4; ++k) lanes[k] = max(load<Vec>(logits + i + k * LANES), lanes[k]);
+  for (; i < count; i += LANES) lanes[0] = max(load_logits(logits + i, count - i), lanes[0]);
+  float lane[LANES], result = -INFINITY;
+  store(lane, max(max(lanes[0], lanes[1]), max(lanes[2], lanes[3])));
+  for (int l = 0; l < LANES; ++l) result = lane[l] > result ? lane[l] : result;
+  return result;
 }
 
-void sample_kept(const SampleRow& row, const float* logits, int64_t vocab, const float* kept_weights, TileDraw& draw) {
-  const float max = draw.max = max_of(logits, vocab);
-  float weights[GROUP], ratio = 0;
-  draw.token_id = -1;
-  draw.score = -INFINITY;
-  for (int64_t start = 0; start < vocab; start += GROUP) {
-    const int64_t count = vocab - start < GROUP ? vocab - start : GROUP;
-    for (int64_t i = 0; i < GROUP; ++i) weights[i] = i < count ? kept_weights[start + i] : 0.0f;
-    search(row, logits + start, weights, start, count, max, ratio, draw);
+TileSums tile_weights(const float* logits, int count, float max, float inverse_temperature, float* weights) {
+  const float base = max == -INFINITY ? 0 : max;  // no weight then, and NaN still shows
+  Vec sum = {}, weighted = {};
+  for (int i = 0; i < count; i += LANES) {
+    const Vec far = broadcast(-88.0f), exact = (load_logits(logits + i, count - i) - base) * inverse_temperature;
+    const Vec x = exact < far ? far : exact;  // of weight 0, where x * 0 must be 0
+    const Vec w = exp_nonpositive(x);
+    store(weights + i, w);
+    sum += w;
+    weighted += w * x;
   }
+  return {sum_lanes(sum), sum_lanes(weighted)};
 }
 
-double softmax_weights(const SampleRow& row, const float* logits, int64_t vocab, float* weights) {
-  const float max = max_of(logits, vocab);
-  double sum = 0;
-  for (int64_t start = 0; start < vocab; start += SAMPLE_TILE) {
-    const int64_t count = vocab - start < SAMPLE_TILE ? vocab - start : SAMPLE_TILE;
-    float tile[SAMPLE_TILE + LANES], tile_sum, weighted;
-    softmax_sums(logits + start, count, max, row.inverse_temperature, tile, tile_sum, weighted);
-    sum += tile_sum;
-    memcpy(weights + start, tile, count * sizeof(float));
-  }
-  return sum;
+void tile_draw(const float* logits, const float* weights, int count, int64_t first_id, float inverse_temperature,
+               uint64_t row_key, TileDraw& draw) {
+  float noise[SAMPLE_TILE];
+  const Token likely = nearly_best(weights, count, first_id, row_key, noise);
+  const float bound = weights[likely.place] / likely.exponential * SLACK;
+  const auto consider = [&](int place, float exponential) {
+    const float score = (logits[place] - draw.max) * inverse_temperature - logf(exponential);
+    if (score > draw.score) {
+      draw.token_id = (int32_t)(first_id + place);
+      draw.logit = logits[place];
+      draw.score = score;
+    }
+  };
+  if (count_above(weights, noise, count, bound) == 1) return consider(likely.place, likely.exponential);
+  for (int i = 0; i < count; ++i)
+    if (weights[i] > noise[i] * bound) consider(i, exponential(noise[i]));
 }
 
 }  // namespace socpo::SOCPO_ISA

@@ -1,16 +1,15 @@
 """Several tokens of every running sequence without a word from the host: what a GPU needs to decode at full speed.
 
-The state stands in tensors of fixed place. A round reads the tokens sampled last, writes their KV, samples the next ones
-and moves the state on; rounds follow each other on the device and the host reads them all at once. On a GPU a round is
-captured as a CUDA graph for each number of sequences and pages, rounded up to powers of two. A round is made of the ops
-of an ordinary step and draws the same tokens; what a sequence samples behind its end is thrown away.
+The state stands in tensors of fixed place. A round reads the tokens sampled last, writes their KV, samples the next
+ones and moves the state on; rounds follow each other on the device and the host reads them all at once. On a GPU a
+round is captured as a CUDA graph for each number of sequences and pages, rounded up to powers of two. A round is made
+of the ops of an ordinary step and draws the same tokens; what a sequence samples behind its end is thrown away.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from socpo_fast.engine.runner import Runner, Step
 from socpo_fast.engine.sampler import draw, settings_of
@@ -20,8 +19,8 @@ from socpo_fast.engine.sequence import Sequence
 class DecodeLoop:
     """Room for max_running sequences and max_rounds rounds.
 
-    ints_4R [4, R] int64: token id, its position (-1: no sequence here), noise key, number sampled. drawn_3R [3, R] fp64:
-    token id, log-prob, kept mass of the last round; rounds_N3R those of all rounds.
+    ints_4R [4, R] int64: token id, its position (-1: no sequence here), noise key, number sampled.
+    drawn_3R [3, R] fp64: token id, log-prob, kept mass of the last round; rounds_N3R those of all rounds.
     """
 
     def __init__(self, runner: Runner, *, max_running: int, max_rounds: int):
@@ -38,16 +37,16 @@ class DecodeLoop:
     def run(self, sequences: list[Sequence], num_rounds: int) -> list[list[tuple[int, float, float]]]:
         """(token_id, logprob, kept_mass) of each sequence, for each round; their pages have room for all rounds."""
         rows, pages = len(sequences), max(len(sequence.pages) for sequence in sequences)
-        graph = None
+        is_filtered, graph = any(s.params.is_filtered for s in sequences), None
         if self.runner.device.type == "cuda":
             rows, pages = (
-                min(1 << (n - 1).bit_length(), m) for n, m in zip((rows, pages), self.table_RM.shape, strict=True)
+                min(1 << (n - 1).bit_length(), most)
+                for n, most in ((rows, len(self.table_RM)), (pages, self.table_RM.shape[1]))
             )
-            if not any(s.params.top_k or s.params.top_p < 1 or s.params.min_p > 0 for s in sequences):
-                graph = self._graph(rows, pages)  # filtered draws have another path, of data-dependent shape
+            graph = None if is_filtered else self._graph(rows, pages)  # filtered draws need shapes that depend on data
         self._fill(sequences, rows, pages)
         for round_idx in range(num_rounds):
-            graph.replay() if graph is not None else self._round(rows, pages)
+            graph.replay() if graph is not None else self._round(rows, pages, is_filtered)
             self.rounds_N3R[round_idx].copy_(self.drawn_3R)
         rounds = self.rounds_N3R[:num_rounds, :, : len(sequences)].transpose(1, 2).tolist()
         return [[(int(token_id), logprob, mass) for token_id, logprob, mass in drawn] for drawn in rounds]
@@ -62,7 +61,7 @@ class DecodeLoop:
         self.table_RM[:rows, :pages] = torch.from_numpy(table_RM)
         self.settings_4R[:, : len(sequences)] = settings_of(sequences, self.runner.device)
 
-    def _round(self, rows: int, pages: int) -> None:
+    def _round(self, rows: int, pages: int, is_filtered: bool = False) -> None:
         size, device = self.runner.page_size, self.runner.device
         token_ids_R, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :rows]
         table_RM, is_live_R = self.table_RM[:rows, :pages].contiguous(), positions_R >= 0
@@ -78,8 +77,8 @@ class DecodeLoop:
             max_seqlen_q=1,
             max_seqlen_k=pages * size,
         )
-        student = self.runner.student
-        drawn_3R = draw(student, self.runner.hidden(step), noise_R, num_sampled_R, self.settings_4R[:, :rows])
+        student, settings_4R = self.runner.student, self.settings_4R[:, :rows]
+        drawn_3R = draw(student, self.runner.hidden(step), noise_R, num_sampled_R, settings_4R, is_filtered)
         self.drawn_3R[:, :rows] = drawn_3R
         token_ids_R.copy_(drawn_3R[0])
         positions_R.add_(is_live_R)

@@ -19,11 +19,12 @@ from socpo_fast.ops.linear_sample import linear_sample_unchecked
 def sample_tokens(
     student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]
 ) -> list[tuple[int, float, float]]:
-    """One token for each (row of hidden_BD, sequence): (token_id, logprob in nats, kept_mass). One host read for all."""
+    """For each (row of hidden_BD, sequence): (token_id, logprob in nats, kept_mass). One host read for all."""
     device, sequences = hidden_BD.device, [sequence for _, sequence in rows]
     indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
     rows_B, noise_B, position_B = torch.tensor(indices, device=device).t().contiguous()
-    drawn_3B = draw(student, hidden_BD, noise_B, position_B, settings_of(sequences, device), rows_B)
+    settings_4B, is_filtered = settings_of(sequences, device), any(s.params.is_filtered for s in sequences)
+    drawn_3B = draw(student, hidden_BD, noise_B, position_B, settings_4B, is_filtered, rows_B)
     return [(int(token_id), logprob, mass) for token_id, logprob, mass in drawn_3B.t().tolist()]
 
 
@@ -40,6 +41,7 @@ def draw(
     noise_B: Tensor,
     position_B: Tensor,
     settings_4B: Tensor,
+    is_filtered: bool,
     rows_B: Tensor | None = None,
 ) -> Tensor:
     """[3, B] fp64: token id, log-prob, kept mass; noise_B are noise keys still without the position."""
@@ -53,5 +55,6 @@ def draw(
         top_p_B=top_p_B,
         min_p_B=min_p_B,
         rows_B=rows_B,
+        is_filtered=is_filtered,
     )
     return torch.stack((token_ids_B.double(), logprobs_B.double(), kept_mass_B.double()))

@@ -70,7 +70,9 @@ def sample(
     token unless the two best scores are within rounding of each other.
     Source: Gumbel-max (Gumbel 1954); counter-based noise as in Salmon et al. 2011.
     """
-    _check(logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
+    check = TensorChecker("sample")
+    check("logits_BV", logits_BV, FLOATS)
+    check_draws(check, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
     if choose_impl("sample", impl, IMPLS["sample"], logits_BV.device) == "cpp":
         tensors = (logits_BV.float(), row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
         return torch.ops.socpo.sample(*(x.contiguous() for x in tensors))
@@ -148,25 +150,17 @@ def _signed(x: int) -> int:
     return x - 2**64 if x >= 2**63 else x
 
 
-def _check(
-    logits_BV: Tensor, row_keys_B: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
+def check_draws(
+    check: TensorChecker, row_keys_B: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
 ) -> None:
-    check = TensorChecker("sample")
-    check("logits_BV", logits_BV, FLOATS)
-    check_rule("sample", "V of logits_BV", logits_BV.shape[1], 0 < logits_BV.shape[1] < 2**31, "in [1, 2^31)")
+    """The vocabulary that `check` has met, and the settings of the draws from it."""
+    check_rule(check.where, "V", check.sizes["V"], 0 < check.sizes["V"] < 2**31, "in [1, 2^31)")
     check("row_keys_B", row_keys_B, INDEX)
-    check_settings("sample", check, temperature_B, top_k_B, top_p_B, min_p_B)
-
-
-def check_settings(
-    where: str, check: TensorChecker, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
-) -> None:
-    """The rules of a draw's settings."""
     check("temperature_B", temperature_B, (torch.float32,))
     check.finite("temperature_B", temperature_B, at_least=0.0)
     check("top_k_B", top_k_B, INDEX)
     check.index_range("top_k_B", top_k_B, 2**31)
     check("top_p_B", top_p_B, (torch.float32,))
-    check_rule(where, "top_p_B", top_p_B.tolist(), bool(((top_p_B > 0) & (top_p_B <= 1)).all()), "in (0, 1]")
+    check.every("top_p_B", top_p_B, (top_p_B > 0) & (top_p_B <= 1), "in (0, 1]")
     check("min_p_B", min_p_B, (torch.float32,))
-    check_rule(where, "min_p_B", min_p_B.tolist(), bool(((min_p_B >= 0) & (min_p_B < 1)).all()), "in [0, 1)")
+    check.every("min_p_B", min_p_B, (min_p_B >= 0) & (min_p_B < 1), "in [0, 1)")
