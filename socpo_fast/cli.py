@@ -174,18 +174,11 @@ def _flags(command: str, defaults: dict[str, str]) -> Any:
     flags = [_flag("config", CONFIG_HELP, "FILE.toml", "none")]
     if command == "eval":
         flags.append(_flag("checkpoint", CHECKPOINT_HELP, "FOLDER", "none"))
-    fields = fields_of(Config)
     for section, model in sections_of(Config).items():
-        names = [f"{section}.{key}" for key in model.model_fields]
-        keys = [
-            _flag(
-                name.partition(".")[2],
-                f"{fields[name].description}. ({rule_of(Config, name)})",
-                "VALUE",
-                defaults[name],
-            )
-            for name in names
-        ]
+        keys = []
+        for key, field in model.model_fields.items():
+            name = f"{section}.{key}"
+            keys.append(_flag(key, f"{field.description}. ({rule_of(Config, name)})", "VALUE", defaults[name]))
         table = dataclasses.make_dataclass(model.__name__, keys)
         table.__doc__ = model.__doc__
         flags.append((section, table, dataclasses.field(default_factory=table)))

@@ -135,12 +135,12 @@ class TeacherConfig(Section):
         default="builtin", description="kind rule: module:function(request) -> text, or builtin (molar masses)"
     )
     retry_text: str | None = Field(default=None, description="kind retry: the sentence; none = our wording")
-    path: str | None = Field(default=None, description="kind local: Hugging Face folder")
+    path: str | None = Field(default=None, min_length=1, description="kind local: Hugging Face folder")
     kv_cache_gib: float = Field(default=1.0, gt=0, le=4096, description="kind local: KV cache, GiB")
     url: str | None = Field(
         default=None, pattern=r"^https?://[^@\s]+$", repr=False, description="kind endpoint: base URL, such as HOST/v1"
     )
-    model: str | None = Field(default=None, description="kind endpoint: model name sent to the server")
+    model: str | None = Field(default=None, min_length=1, description="kind endpoint: model name sent to the server")
     api_key_env: str | None = Field(
         default=None,
         pattern=r"^[A-Z_][A-Z0-9_]*$",

@@ -23,11 +23,10 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def set_threads(num_threads: int) -> int:
-    """Set the number of threads of CPU kernels and return it; 0 = torch's choice (all cores, or OMP_NUM_THREADS)."""
+def set_threads(num_threads: int) -> None:
+    """Set the number of threads of CPU kernels; 0 = torch's choice (all cores, or OMP_NUM_THREADS)."""
     if num_threads:
         torch.set_num_threads(num_threads)
-    return torch.get_num_threads()
 
 
 def environment() -> dict[str, str]:

@@ -35,7 +35,15 @@ REFUSED = {
     ),
     "bf16 on a CPU": ({"student.dtype": "bfloat16"}, "config: student.dtype must be float32 on run.device cpu"),
     "local teacher nowhere": ({"teacher.kind": "local"}, "config: teacher.path must be a Hugging Face folder"),
+    "local teacher without a name": (
+        {"teacher.kind": "local", "teacher.path": ""},
+        "config: teacher.path must be text of length >= 1",
+    ),
     "endpoint teacher nowhere": ({"teacher.kind": "endpoint"}, "config: teacher.url and teacher.model must be set"),
+    "endpoint teacher without a model": (
+        {"teacher.kind": "endpoint", "teacher.url": "http://h"},
+        "config: teacher.url and teacher.model must be set",
+    ),
     "the built-in tutor on other data": ({"data.train": "x.parquet"}, "config: teacher.rule must be your own"),
     "constant decay without factor": ({"reward.schedule": "constant"}, "config: reward.factor must be set"),
     "a factor without use": ({"reward.factor": 0.5}, "config: reward.factor must be set"),

@@ -16,7 +16,6 @@ BESIDE = {
     "config",
     "device",
     "metrics",
-    "progress",
     "rules",
     "stopping",
     "types",

@@ -27,7 +27,7 @@ from socpo_fast.metrics import (
     source_metric,
     write_rollouts,
 )
-from socpo_fast.progress import Progress, sparkline
+from socpo_fast.report.progress import Progress, sparkline
 from socpo_fast.stopping import RunFailed
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
 

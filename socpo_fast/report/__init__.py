@@ -1,4 +1,4 @@
-"""A run folder as one page for people: write_report; an evaluation as a table: accuracy_text."""
+"""A run for people: while it goes (progress), as one page (write_report); an evaluation as a table (accuracy_text)."""
 
 from socpo_fast.report.accuracy import accuracy_text
 from socpo_fast.report.write import write_report

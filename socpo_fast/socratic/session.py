@@ -16,7 +16,7 @@ from socpo_fast.socratic.evaluation import Scores
 from socpo_fast.socratic.graders import make_grader
 from socpo_fast.socratic.rollout import background, socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
-from socpo_fast.socratic.teachers import Teacher, make_teacher, retry_teacher
+from socpo_fast.socratic.teachers import make_teacher
 from socpo_fast.types import Question, Rollout, SamplingParams
 
 EVAL_BATCH = -1  # names the noise of evaluations: the same draws every time, none of them training's
@@ -50,11 +50,7 @@ class Session:
         )
         self._check_room()
         self.uses_teacher = config.rollout.max_attempts > 1
-        self.teacher: Teacher = (
-            make_teacher(config.teacher, seed=config.run.seed, dtype=config.student.dtype, device=str(device))
-            if self.uses_teacher
-            else retry_teacher()  # never asked
-        )
+        self.teacher = make_teacher(config, device=str(device))
 
     def close(self) -> None:
         background(self.teacher.aclose()).result()

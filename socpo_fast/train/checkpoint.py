@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.model.weights import load_student, save_student
+from socpo_fast.model.weights import load_student, save_student, sync
 from socpo_fast.stopping import RunFailed
 from socpo_fast.train.optimizer import Optimizer
 
@@ -74,7 +73,7 @@ def save_checkpoint(
         manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         _put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         raise RunFailed(
@@ -183,7 +182,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     partial.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -191,12 +190,3 @@ def _put_in_place(partial: Path, target: Path) -> None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    """Push a file's or folder's bytes to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

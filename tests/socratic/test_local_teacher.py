@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from socpo_fast.config import TeacherConfig
+from socpo_fast.config import Config, RunConfig, TeacherConfig
 from socpo_fast.socratic.rollout import background
 from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt, make_teacher
 from socpo_fast.socratic.teachers.base import clean_guidance
@@ -44,7 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def teacher(folder: Path) -> LocalTeacher:
-    made = make_teacher(TeacherConfig(path=str(folder), **SETTINGS), seed=7)
+    return local_teacher(folder)
+
+
+def local_teacher(folder: Path, **settings: object) -> LocalTeacher:
+    config = Config(run=RunConfig(seed=7), teacher=TeacherConfig(path=str(folder), **{**SETTINGS, **settings}))  # type: ignore[arg-type]
+    made = make_teacher(config)
     assert isinstance(made, LocalTeacher)
     assert not made.immediate
     return made
@@ -88,7 +93,7 @@ def test_guidance_does_not_depend_on_company_or_order(teacher: LocalTeacher, fol
     requests = [request(i, question=q) for q in range(2) for i in range(4)]
     together = ask(teacher, requests)
     assert len(set(together)) == len(requests)  # the same prompt, yet noise of its own for each request
-    backwards = ask(make_teacher(TeacherConfig(path=str(folder), **SETTINGS), seed=7), requests[::-1])  # type: ignore[arg-type]
+    backwards = ask(local_teacher(folder), requests[::-1])
     assert backwards[::-1] == together
     assert [ask(teacher, [alone])[0] for alone in requests] == together
     assert teacher._engine.stats.pages_free == teacher._engine.stats.pages_total
@@ -117,4 +122,4 @@ def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
 
 def test_no_room_for_a_prompt_is_refused_at_the_start(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"teacher.max_new_tokens must be < the teacher's context of 512 tokens"):
-        make_teacher(TeacherConfig(path=str(folder), **{**SETTINGS, "max_new_tokens": 512}), seed=0)
+        local_teacher(folder, max_new_tokens=512)

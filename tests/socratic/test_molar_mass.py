@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.builtin_student import dialogues, warm_up
 from socpo_fast.model import load_student
 from socpo_fast.model.decoder import turned_heads
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.graders import make_grader
-from socpo_fast.socratic.tasks import dialogues, molar_mass, warm_up
+from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.tasks.molar_mass import render, work_out
 from socpo_fast.socratic.teachers.simple import RETRY_TEXT
 from socpo_fast.types import GuidanceRequest, RolloutKey

@@ -215,7 +215,7 @@ for step in map(int, sys.argv[2:]):
     folder, calls = Path(sys.argv[1]) / str(step), 0
     save(folder, *trained(seed=0, num_updates=1))
     if os.fork() == 0:
-        for name in ("_fingerprint", "_sync", "_put_in_place"):
+        for name in ("_fingerprint", "sync", "_put_in_place"):
             setattr(checkpoint, name, killing(getattr(checkpoint, name)))
         save(folder, *trained(seed=0, num_updates=2))
         os._exit(0)

@@ -1,1 +1,1 @@
-"""The built-in task: molar_mass (questions, tutor), tokenizer and warm_up (how its student was made)."""
+"""The built-in task: molar_mass (questions, tutor) and its student, which bench/builtin_student made."""

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from socpo_fast.types import GuidanceRequest, Question
 
 DATA_SOURCE = "builtin/molar_mass"
-STUDENT_DIR = Path(__file__).parent / "molar_mass_student"  # the warmed-up checkpoint, made by warm_up.py
+STUDENT_DIR = Path(__file__).parent / "molar_mass_student"  # the warmed-up checkpoint, made by bench/builtin_student
 
 # Whole g/mol. With at most 4 elements and 4 atoms of each, no molar mass reaches 1000.
 ATOMIC_MASSES = {

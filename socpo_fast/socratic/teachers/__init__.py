@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from socpo_fast.config import TeacherConfig
+from socpo_fast.config import Config
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
@@ -23,52 +23,53 @@ __all__ = [
     "retry_teacher",
 ]
 
-_PAGE_SIZE = 32  # tokens
 _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 
 
-def make_teacher(config: TeacherConfig, *, seed: int, dtype: str = "float32", device: str = "cpu") -> Teacher:
-    """The teacher that a config's section describes; seed, dtype and device are for kind local.
+def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
+    """The teacher of a config, ready to be asked; of a config with one attempt none that matters, as it never is.
+
+    That a kind's own settings are there, the config has seen to (rules.contradiction).
 
     Raises:
-        ValueError: a setting that the kind needs is missing, or one of them is refused by the teacher itself.
+        ValueError: a setting is refused by the teacher itself.
     """
-    if config.kind == "rule":
-        return RuleTeacher(load_function("teacher.rule", _BUILTIN_RULE if config.rule == "builtin" else config.rule))
-    if config.kind == "retry":
-        return retry_teacher(RETRY_TEXT if config.retry_text is None else config.retry_text)
+    teacher = config.teacher
+    if config.rollout.max_attempts == 1:
+        return retry_teacher()
+    if teacher.kind == "rule":
+        return RuleTeacher(load_function("teacher.rule", _BUILTIN_RULE if teacher.rule == "builtin" else teacher.rule))
+    if teacher.kind == "retry":
+        return retry_teacher(RETRY_TEXT if teacher.retry_text is None else teacher.retry_text)
     prompt = TeacherPrompt(
-        SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt,
-        USER_TEMPLATE if config.user_template is None else config.user_template,
+        SYSTEM_PROMPT if teacher.system_prompt is None else teacher.system_prompt,
+        USER_TEMPLATE if teacher.user_template is None else teacher.user_template,
     )
-    if config.kind == "local":
-        return _local_teacher(config, prompt, seed=seed, dtype=dtype, device=device)
+    if teacher.kind == "local":
+        return _local_teacher(config, prompt, device)
+    assert teacher.url is not None and teacher.model is not None
     return EndpointTeacher(
-        _needed("url", config.url, "endpoint"),
-        model=_needed("model", config.model, "endpoint"),
+        teacher.url,
+        model=teacher.model,
         prompt=prompt,
-        api_key_env=config.api_key_env,
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens,
-        timeout_s=config.timeout_s,
-        max_retries=config.max_retries,
-        max_concurrency=config.max_concurrency,
+        api_key_env=teacher.api_key_env,
+        temperature=teacher.temperature,
+        max_new_tokens=teacher.max_new_tokens,
+        timeout_s=teacher.timeout_s,
+        max_retries=teacher.max_retries,
+        max_concurrency=teacher.max_concurrency,
     )
 
 
-def _local_teacher(config: TeacherConfig, prompt: TeacherPrompt, *, seed: int, dtype: str, device: str) -> LocalTeacher:
-    folder = _needed("path", config.path, "local")
-    bridge = Bridge(load_tokenizer(folder), guidance_limit=config.max_new_tokens)
-    model = load_student(folder, dtype=dtype, device=device)
-    engine = Engine(model, kv_cache_gib=config.kv_cache_gib, page_size=_PAGE_SIZE)
+def _local_teacher(config: Config, prompt: TeacherPrompt, device: str) -> LocalTeacher:
+    teacher = config.teacher
+    assert teacher.path is not None
+    bridge = Bridge(load_tokenizer(teacher.path), guidance_limit=teacher.max_new_tokens)
+    model = load_student(teacher.path, dtype=config.student.dtype, device=device)
     params = SamplingParams(
-        temperature=config.temperature, max_new_tokens=config.max_new_tokens, eos_ids=bridge.eos_ids, seed=seed
+        temperature=teacher.temperature,
+        max_new_tokens=teacher.max_new_tokens,
+        eos_ids=bridge.eos_ids,
+        seed=config.run.seed,
     )
-    context_limit = min(model.config.max_position_embeddings, engine.stats.pages_total * _PAGE_SIZE)
-    return LocalTeacher(engine, bridge=bridge, prompt=prompt, params=params, context_limit=context_limit)
-
-
-def _needed(name: str, value: str | None, kind: str) -> str:
-    if not value:
-        raise ValueError(f"teacher.{name} must be set with teacher.kind {kind}, got none")
-    return value
+    return LocalTeacher(Engine(model, kv_cache_gib=teacher.kv_cache_gib), bridge=bridge, prompt=prompt, params=params)

@@ -27,23 +27,20 @@ class LocalTeacher:
     """Guidance by an engine of its own.
 
     Args:
-        engine:        holds the teacher's weights; nobody else submits to it.
-        bridge:        of the teacher's own tokenizer.
-        prompt:        the words it is asked in.
-        params:        sampling; n is 1.
-        context_limit: tokens that prompt and answer may take together. A longer request gets no guidance.
+        engine: holds the teacher's weights; nobody else submits to it. A request that it cannot hold gets no guidance.
+        bridge: of the teacher's own tokenizer.
+        prompt: the words it is asked in.
+        params: sampling; n is 1.
     """
 
     immediate = False
 
-    def __init__(
-        self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams, context_limit: int
-    ):
+    def __init__(self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams):
         self._engine, self._bridge, self._prompt, self._params = engine, bridge, prompt, params
-        self._prompt_limit = context_limit - params.max_new_tokens
+        self._prompt_limit = engine.max_tokens - params.max_new_tokens
         if self._prompt_limit < 1:
             raise ValueError(
-                f"teacher.max_new_tokens must be < the teacher's context of {context_limit} tokens, "
+                f"teacher.max_new_tokens must be < the teacher's context of {engine.max_tokens} tokens, "
                 f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
             )
         self._arrived: SimpleQueue[_Pending] = SimpleQueue()

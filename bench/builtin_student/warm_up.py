@@ -1,6 +1,6 @@
 """How the built-in student was made: supervised warm-up on the dialogues of dialogues.py, 22 minutes on one busy core.
 
-    python -m socpo_fast.socratic.tasks.warm_up --out FOLDER
+    python -m bench.builtin_student.warm_up --out FOLDER
 
 Read: make_student -> student_config -> row_batches -> warm_up_loss. Departures from a trainer: none of the engine's or
 the trainer's parts are used, rows are padded, and only assistant tokens of trained pieces are targets.
@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from bench.builtin_student.dialogues import Piece, dialogue
+from bench.builtin_student.tokenizer import MAX_LENGTH, build_tokenizer
 from socpo_fast.model import Decoder, ModelConfig, save_student
-from socpo_fast.model.decoder import turned_heads
-from socpo_fast.socratic.tasks.dialogues import Piece, dialogue
-from socpo_fast.socratic.tasks.tokenizer import MAX_LENGTH, build_tokenizer
 
 NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 32, 16
 LR, WARMUP_UPDATES, WEIGHT_DECAY = 2e-3, 100, 0.01
