@@ -55,19 +55,21 @@ void rms_norm_row(const float* x, const float* residual, const float* weight, fl
     store_some(y + i, load_some(from + i, width - i) * scale * load_some(weight + i, width - i), width - i);
 }
 
-void rms_norm_backward_row(const float* x, const float* weight, const float* grad, float eps, int64_t width, float* grad_x,
-                           float* grad_weight) {
+void rms_norm_backward_row(const float* x, const float* weight, const float* grad_y, const float* grad_sum, float eps,
+                           int64_t width, float* grad_x, float* grad_weight) {
   Vec squares = {}, products = {};
   for (int64_t i = 0; i < width; i += LANES) {
     const Vec s = load_some(x + i, width - i);
     squares += s * s;
-    products += s * (load_some(grad + i, width - i) * load_some(weight + i, width - i));
+    products += s * (load_some(grad_y + i, width - i) * load_some(weight + i, width - i));
   }
   const float scale = inverse_rms(squares, width, eps);
   const float slope = sum_lanes(products) * scale * scale / (float)width;
   for (int64_t i = 0; i < width; i += LANES) {
-    const Vec s = load_some(x + i, width - i), g = load_some(grad + i, width - i);
-    store_some(grad_x + i, (g * load_some(weight + i, width - i) - s * slope) * scale, width - i);
+    const Vec s = load_some(x + i, width - i), g = load_some(grad_y + i, width - i);
+    Vec grad = (g * load_some(weight + i, width - i) - s * slope) * scale;
+    if (grad_sum != nullptr) grad += load_some(grad_sum + i, width - i);
+    store_some(grad_x + i, grad, width - i);
     store_some(grad_weight + i, load_some(grad_weight + i, width - i) + g * (s * scale), width - i);
   }
 }
