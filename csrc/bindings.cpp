@@ -17,7 +17,10 @@ TORCH_LIBRARY(socpo, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   // without a residual the second output is empty
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor y, Tensor sum)");
-  m.def("rms_norm_backward(Tensor x, Tensor weight, float eps, Tensor grad) -> (Tensor grad_x, Tensor grad_weight)");
+  // grad_sum: what reaches x by other ways, added
+  m.def(
+      "rms_norm_backward(Tensor x, Tensor weight, float eps, Tensor grad_y, Tensor? grad_sum) "
+      "-> (Tensor grad_x, Tensor grad_weight)");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor gate_up, Tensor grad) -> Tensor");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from bench.builtin_student.dialogues import Piece, dialogue
 from bench.builtin_student.tokenizer import MAX_LENGTH, build_tokenizer
 from socpo_fast.model import Decoder, ModelConfig, save_student
+from socpo_fast.model.decoder import turned_heads
 
 NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 32, 16
 LR, WARMUP_UPDATES, WEIGHT_DECAY = 2e-3, 100, 0.01

@@ -1,6 +1,6 @@
 // The row-wise parts of a decoder layer between its GEMMs, each read and written once.
 //
-// A row's tail is computed on a vector filled up with zeros, so that an element's bits do not depend on where it stands.
+// A row's tail is computed as a whole vector filled up with zeros, by the same arithmetic.
 
 #include <math.h>
 
@@ -9,6 +9,18 @@
 
 namespace socpo::SOCPO_ISA {
 namespace {
+
+// body(i, left, j): numbers i .. i + LANES - 1 of a row, of which `left` are there; j < 4 is the sum they belong to. A
+// body inlined for whole vectors keeps its sums in registers, which the call that copies a tail would not.
+#define SOCPO_BODY [&](int64_t i, int64_t left, [[maybe_unused]] int j) __attribute__((always_inline))
+template <typename Body>
+inline __attribute__((always_inline)) void for_vectors(int64_t width, const Body& body) {
+  int64_t i = 0;
+  for (; i + 4 * LANES <= width; i += 4 * LANES)
+    for (int j = 0; j < 4; ++j) body(i + j * LANES, LANES, j);
+  for (; i + LANES <= width; i += LANES) body(i, LANES, 0);
+  if (i < width) body(i, width - i, 0);
+}
 
 inline Vec load_some(const float* from, int64_t left) { return left >= LANES ? load<Vec>(from) : load_first(from, (int)left); }
 
@@ -33,68 +45,77 @@ inline Vec sigmoid(Vec x) {
   return (x > 0 ? broadcast(1.0f) : e) / (e + 1.0f);
 }
 
-inline float inverse_rms(Vec sum_squares, int64_t width, float eps) {
-  return 1.0f / sqrtf(sum_lanes(sum_squares) / (float)width + eps);
+inline float sum_all(const Vec (&sums)[4]) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+
+inline float inverse_rms(const Vec (&squares)[4], int64_t width, float eps) {
+  return 1.0f / sqrtf(sum_all(squares) / (float)width + eps);
 }
 
 }  // namespace
 
 void rms_norm_row(const float* x, const float* residual, const float* weight, float eps, int64_t width, float* sum, float* y) {
-  Vec squares = {};
-  for (int64_t i = 0; i < width; i += LANES) {
-    Vec s = load_some(x + i, width - i);
-    if (residual != nullptr) {
-      s += load_some(residual + i, width - i);
-      store_some(sum + i, s, width - i);
-    }
-    squares += s * s;
+  Vec squares[4] = {};
+  if (residual == nullptr) {
+    for_vectors(width, SOCPO_BODY {
+      const Vec s = load_some(x + i, left);
+      squares[j] += s * s;
+    });
+  } else {
+    for_vectors(width, SOCPO_BODY {
+      const Vec s = load_some(x + i, left) + load_some(residual + i, left);
+      store_some(sum + i, s, left);
+      squares[j] += s * s;
+    });
   }
   const float scale = inverse_rms(squares, width, eps);
-  const float* from = residual != nullptr ? sum : x;
-  for (int64_t i = 0; i < width; i += LANES)
-    store_some(y + i, load_some(from + i, width - i) * scale * load_some(weight + i, width - i), width - i);
+  const float* from = residual == nullptr ? x : sum;
+  for_vectors(width, SOCPO_BODY {
+    store_some(y + i, load_some(from + i, left) * scale * load_some(weight + i, left), left);
+  });
 }
 
-void rms_norm_backward_row(const float* x, const float* weight, const float* grad, float eps, int64_t width, float* grad_x,
-                           float* grad_weight) {
-  Vec squares = {}, products = {};
-  for (int64_t i = 0; i < width; i += LANES) {
-    const Vec s = load_some(x + i, width - i);
-    squares += s * s;
-    products += s * (load_some(grad + i, width - i) * load_some(weight + i, width - i));
-  }
+void rms_norm_backward_row(const float* x, const float* weight, const float* grad_y, const float* grad_sum, float eps,
+                           int64_t width, float* grad_x, float* grad_weight) {
+  Vec squares[4] = {}, products[4] = {};
+  for_vectors(width, SOCPO_BODY {
+    const Vec s = load_some(x + i, left);
+    squares[j] += s * s;
+    products[j] += s * (load_some(grad_y + i, left) * load_some(weight + i, left));
+  });
   const float scale = inverse_rms(squares, width, eps);
-  const float slope = sum_lanes(products) * scale * scale / (float)width;
-  for (int64_t i = 0; i < width; i += LANES) {
-    const Vec s = load_some(x + i, width - i), g = load_some(grad + i, width - i);
-    store_some(grad_x + i, (g * load_some(weight + i, width - i) - s * slope) * scale, width - i);
-    store_some(grad_weight + i, load_some(grad_weight + i, width - i) + g * (s * scale), width - i);
-  }
+  const float slope = sum_all(products) * scale * scale / (float)width;
+  for_vectors(width, SOCPO_BODY {
+    const Vec s = load_some(x + i, left), g = load_some(grad_y + i, left);
+    Vec grad = (g * load_some(weight + i, left) - s * slope) * scale;
+    if (grad_sum != nullptr) grad += load_some(grad_sum + i, left);
+    store_some(grad_x + i, grad, left);
+    store_some(grad_weight + i, load_some(grad_weight + i, left) + g * (s * scale), left);
+  });
 }
 
 void swiglu_row(const float* gate, const float* up, int64_t width, float* out) {
-  for (int64_t i = 0; i < width; i += LANES) {
-    const Vec g = load_some(gate + i, width - i);
-    store_some(out + i, g * sigmoid(g) * load_some(up + i, width - i), width - i);
-  }
+  for_vectors(width, SOCPO_BODY {
+    const Vec g = load_some(gate + i, left);
+    store_some(out + i, g * sigmoid(g) * load_some(up + i, left), left);
+  });
 }
 
 void swiglu_backward_row(const float* gate, const float* up, const float* grad, int64_t width, float* grad_gate, float* grad_up) {
-  for (int64_t i = 0; i < width; i += LANES) {
-    const Vec g = load_some(gate + i, width - i), d = load_some(grad + i, width - i), s = sigmoid(g);
-    store_some(grad_gate + i, d * load_some(up + i, width - i) * (s * (g * (1.0f - s) + 1.0f)), width - i);
-    store_some(grad_up + i, d * (g * s), width - i);
-  }
+  for_vectors(width, SOCPO_BODY {
+    const Vec g = load_some(gate + i, left), d = load_some(grad + i, left), s = sigmoid(g);
+    store_some(grad_gate + i, d * load_some(up + i, left) * (s * (g * (1.0f - s) + 1.0f)), left);
+    store_some(grad_up + i, d * (g * s), left);
+  });
 }
 
 void rotary_head(const float* x, const float* cos, const float* sin, int64_t half, float* out) {
-  for (int64_t i = 0; i < half; i += LANES) {
-    const Vec low = load_some(x + i, half - i), high = load_some(x + half + i, half - i);
-    const Vec new_low = low * load_some(cos + i, half - i) - high * load_some(sin + i, half - i);
-    const Vec new_high = high * load_some(cos + half + i, half - i) + low * load_some(sin + half + i, half - i);
-    store_some(out + i, new_low, half - i);
-    store_some(out + half + i, new_high, half - i);
-  }
+  for_vectors(half, SOCPO_BODY {
+    const Vec low = load_some(x + i, left), high = load_some(x + half + i, left);
+    const Vec new_low = low * load_some(cos + i, left) - high * load_some(sin + i, left);
+    const Vec new_high = high * load_some(cos + half + i, left) + low * load_some(sin + half + i, left);
+    store_some(out + i, new_low, left);
+    store_some(out + half + i, new_high, left);
+  });
 }
 
 void narrow_row(const float* x, int64_t width, uint16_t* out) {

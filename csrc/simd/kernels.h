@@ -74,9 +74,9 @@ struct LinearBlock {
   void linear_block(const LinearBlock& block);                                                           \
   /* sum = x + residual and y = its norm; without a residual (null) y = the norm of x and sum is not written. */ \
   void rms_norm_row(const float* x, const float* residual, const float* weight, float eps, int64_t width, float* sum, float* y); \
-  /* grad_x is overwritten, grad_weight added to. */                                                      \
-  void rms_norm_backward_row(const float* x, const float* weight, const float* grad, float eps, int64_t width, \
-                             float* grad_x, float* grad_weight);                                          \
+  /* grad_x = grad_sum (null: 0) + the norm's gradient; grad_weight is added to. */                       \
+  void rms_norm_backward_row(const float* x, const float* weight, const float* grad_y, const float* grad_sum, float eps, \
+                             int64_t width, float* grad_x, float* grad_weight);                           \
   void swiglu_row(const float* gate, const float* up, int64_t width, float* out);                         \
   void swiglu_backward_row(const float* gate, const float* up, const float* grad, int64_t width, float* grad_gate, \
                            float* grad_up);                                                               \

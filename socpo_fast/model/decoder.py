@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         recomputes each layer in the backward.
         """
         x_TD = self.embed(token_ids_T)
-        if x_TD.is_cpu and not torch.is_grad_enabled():
+        if x_TD.is_cpu:
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))  # bf16 weights are read, never computed in
         rotary = rotary_tables(positions_T, self.inv_freq, self.config.rope_attention_factor)
         update_TD = None

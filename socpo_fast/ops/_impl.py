@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -24,11 +25,11 @@ IMPLS: dict[str, tuple[str, ...]] = {
     "policy_loss": ("ref",),
     "packed_attention": ("ref",),
     "paged_attention": ("ref", "cpp"),
-    "rms_norm": ("ref", "cpp"),
-    "rotary": ("ref", "cpp"),
-    "rotary_write": ("ref", "cpp"),
+    "rms_norm": ("ref", "cpp", "triton"),
+    "rotary": ("ref", "cpp", "triton"),
+    "rotary_write": ("ref", "cpp", "triton"),
     "sample": ("ref", "cpp"),
-    "swiglu": ("ref", "cpp"),
+    "swiglu": ("ref", "cpp", "triton"),
 }
 
 
@@ -58,9 +59,21 @@ def choose_impl(op: str, impl: str, available: tuple[str, ...], device: torch.de
 
 
 @functools.cache
-def auto_impl(op: str, device_type: str) -> str:
-    """What `impl="auto"` means for tensors on such a device; cached, for calls too many to choose each time."""
-    return choose_impl(op, "auto", IMPLS[op], torch.device(device_type))
+def auto_impl(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """What `impl="auto"` means for such tensors; cached, for calls too many to choose each time."""
+    return choose_impl(op, "auto", impls_of(op, dtype), torch.device(device_type))
+
+
+def impls_of(op: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The implementations of an op for a dtype: fp64 is the reference's alone, cpp takes fp32 only."""
+    left_out = {torch.float32: (), torch.float64: ("cpp", "triton")}.get(dtype, ("cpp",))
+    return tuple(impl for impl in IMPLS[op] if impl not in left_out)
+
+
+@functools.cache
+def kernels_of(stem: str, impl: str) -> Any:
+    """Where an op's launches are, under the same names: torch.ops.socpo, or the module of kernels/."""
+    return torch.ops.socpo if impl == "cpp" else importlib.import_module(f"socpo_fast.kernels.{stem}")
 
 
 def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:

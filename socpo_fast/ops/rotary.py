@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
+from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of, kernels_of
 
 
 def rotary_ref(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
         out[t, h] = x[t, h] * cos[t] + (-high, low of x[t, h]) * sin[t]
 
     Args:
-        x_THE:  [T, H, E] floating point (cpp: fp32), E even.
+        x_THE:  [T, H, E] floating point (cpp: fp32; triton: not fp64), E even. A slice of the heads is not copied.
         cos_TE: [T, E] fp32 or x's dtype, from `rotary_tables`: the second half repeats the first.
         sin_TE: like cos_TE.
         impl:   "auto", "ref", "cpp" or "triton".
@@ -40,30 +41,20 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
     Source: Su et al. 2021, arXiv:2104.09864.
     """
     _check("rotary", "x_THE", x_THE, cos_TE, sin_TE)
-    available = IMPLS["rotary"] if x_THE.dtype != torch.float64 else ("ref",)
-    return _run(choose_impl("rotary", impl, available, x_THE.device), x_THE, cos_TE, sin_TE)
+    return _run(choose_impl("rotary", impl, impls_of("rotary", x_THE.dtype), x_THE.device), x_THE, cos_TE, sin_TE)
 
 
 def rotary_unchecked(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """`rotary` for tensors known to be right."""
-    return _run(auto_impl("rotary", x_THE.device.type), x_THE, cos_TE, sin_TE)
+    return _run(auto_impl("rotary", x_THE.device.type, x_THE.dtype), x_THE, cos_TE, sin_TE)
 
 
 def _run(impl: str, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    if impl == "ref" or x_THE.dtype == torch.float64 or (impl == "cpp" and x_THE.dtype != torch.float32):
+    if impl == "ref":
         return rotary_ref(x_THE, cos_TE, sin_TE)
-    if torch.is_grad_enabled() and x_THE.requires_grad:
+    if torch.is_grad_enabled():
         return _Rotary.apply(impl, x_THE, cos_TE, sin_TE)
-    return _kernel(impl)(x_THE, cos_TE, sin_TE, False)
-
-
-def _kernel(impl: str) -> Any:
-    """(x, cos, sin, inverse) -> turned x, of an implementation."""
-    if impl == "cpp":
-        return torch.ops.socpo.rotary
-    from socpo_fast.kernels.rotary import rotary_triton
-
-    return rotary_triton
+    return kernels_of("rotary", impl).rotary(x_THE, cos_TE, sin_TE, False)
 
 
 class _Rotary(torch.autograd.Function):
@@ -71,11 +62,12 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, impl: str, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
         ctx.impl = impl
         ctx.save_for_backward(cos_TE, sin_TE)
-        return _kernel(impl)(x_THE, cos_TE, sin_TE, False)
+        return kernels_of("rotary", impl).rotary(x_THE, cos_TE, sin_TE, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _kernel(ctx.impl)(grad_THE, *ctx.saved_tensors, True), None, None
+        return None, kernels_of("rotary", ctx.impl).rotary(grad_THE, *ctx.saved_tensors, True), None, None
 
 
 def rotary_write_ref(
@@ -102,7 +94,7 @@ def rotary_write(
     """Turn queries and keys; keys and values go into their pages.
 
     Args:
-        qkv_THE:      [T, H + 2 K, E] floating point (cpp: fp32): queries, keys, values of each token.
+        qkv_THE:      [T, H + 2 K, E] floating point (cpp: fp32; triton: not fp64): queries, keys, values of each token.
         cos_TE:       [T, E] fp32 or qkv's dtype; sin_TE likewise.
         k_cache_PSKE: [P, S, K, E] qkv's dtype or bf16, contiguous. Written in place; v_cache_PSKE likewise.
         slots_T:      [T] int64, page * S + place in the page, each at most once; negative: the token is not written.
@@ -127,23 +119,17 @@ def rotary_write(
     check_rule("rotary_write", "heads of qkv", heads, heads > 2 * kv_heads, f"> 2 K = {2 * kv_heads}")
     check("slots_T", slots_T, (torch.int64,))
     check.every("slots_T", slots_T, slots_T < k_cache_PSKE.shape[0] * k_cache_PSKE.shape[1], "below P * S")
-    impl = choose_impl("rotary_write", impl, IMPLS["rotary_write"], qkv_THE.device)
+    impl = choose_impl("rotary_write", impl, impls_of("rotary_write", qkv_THE.dtype), qkv_THE.device)
     return _write(impl, qkv_THE, cos_TE, sin_TE, k_cache_PSKE, v_cache_PSKE, slots_T)
 
 
 def rotary_write_unchecked(qkv_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *pages: Tensor) -> Tensor:
     """`rotary_write` for tensors known to be right; pages: k_cache_PSKE, v_cache_PSKE, slots_T."""
-    return _write(auto_impl("rotary_write", qkv_THE.device.type), qkv_THE, cos_TE, sin_TE, *pages)
+    return _write(auto_impl("rotary_write", qkv_THE.device.type, qkv_THE.dtype), qkv_THE, cos_TE, sin_TE, *pages)
 
 
-def _write(impl: str, qkv_THE: Tensor, *given: Tensor) -> Tensor:
-    if impl == "cpp" and qkv_THE.dtype == torch.float32:
-        return torch.ops.socpo.rotary_write(qkv_THE, *given)
-    if impl == "triton":
-        from socpo_fast.kernels.rotary import rotary_write_triton
-
-        return rotary_write_triton(qkv_THE, *given)
-    return rotary_write_ref(qkv_THE, *given)
+def _write(impl: str, *given: Tensor) -> Tensor:
+    return rotary_write_ref(*given) if impl == "ref" else kernels_of("rotary", impl).rotary_write(*given)
 
 
 def _check(where: str, name: str, x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> TensorChecker:

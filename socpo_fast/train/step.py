@@ -216,7 +216,8 @@ def _forward(student: Decoder, microbatch: PackedMicrobatch, *, checkpointing: b
         return packed_attention(q_THE, k_TKE, v_TKE, microbatch.segments, scale=scale, impl=impl)
 
     token_ids_T, positions_T = microbatch.token_ids_T.to(device), microbatch.positions_T.to(device)
-    return student(token_ids_T, positions_T, attend, checkpointing=checkpointing)
+    hidden_TD = student(token_ids_T, positions_T, attend, checkpointing=checkpointing)
+    return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU
 
 
 def _stats(

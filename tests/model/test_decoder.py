@@ -85,6 +85,24 @@ def test_checkpointing_keeps_every_gradient(make_hf: Callable, family: str) -> N
         assert plain.abs().max() > 0 and torch.equal(plain, recomputed), name
 
 
+@pytest.mark.parametrize("family", ["llama_biases", "qwen3_tied"])
+def test_bf16_weights_on_a_cpu_are_read_and_not_computed_in(make_hf: Callable, family: str) -> None:
+    """Sampling, old log-probs and the gradient must not differ in how activations are rounded."""
+    folder = make_hf(family)[1]
+    student, wide = (load_student(folder, dtype="bfloat16") for _ in range(2))
+    wide.float()
+    ids, attend = torch.arange(17), lambda _, qkv_THE, __: qkv_THE[:, :4]
+    with torch.no_grad():
+        without_grad, expected = (model(ids, ids, attend) for model in (student, wide))
+    with_grad = student(ids, ids, attend)
+    assert with_grad.dtype == without_grad.dtype == torch.float32
+    torch.testing.assert_close(without_grad, expected)
+    torch.testing.assert_close(with_grad, expected)
+    with_grad.sum().backward()
+    assert student.layers[0].attention_norm.weight.grad.dtype == student.layers[0].mlp.down.weight.grad.dtype
+    assert student.layers[0].mlp.down.weight.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.smollm2
 @pytest.mark.skipif(not SMOLLM2.exists(), reason=f"{SMOLLM2} is not there; SOCPO_SMOLLM2 names another place")
 @torch.no_grad()

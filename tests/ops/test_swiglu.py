@@ -1,0 +1,102 @@
+"""swiglu and its backward against fp64, and that an element's bits do not depend on its place or on threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.ops import swiglu
+from socpo_fast.ops.swiglu import swiglu_ref
+from tests.error_rule import assert_error_rule
+from tests.ops.elementwise import (
+    DEVICE,
+    KERNELS,
+    assert_as_right_as_ref,
+    assert_same_bits,
+    needs_cpp,
+    randn,
+    thread_counts,
+    values_and_gradients,
+)
+
+# One number; less than a vector; whole vectors and a rest, prime; SmolLM2; more than a Triton tile. No row, one, many.
+SHAPES = [(5, 1), (3, 7), (97, 101), (0, 8), (1, 1536), (33, 1536)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("impl", "dtype"), KERNELS)
+def test_as_right_as_ref(impl: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    device = DEVICE if impl == "triton" else "cpu"
+    gate_up = 2 * randn(shape[0], 2 * shape[1])
+    assert_as_right_as_ref(lambda x: swiglu(x, impl=impl), swiglu_ref, [gate_up], dtype, device, scales=[8.0, 8.0])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, in Triton's interpreter
+@pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
+def test_silu_is_right_in_both_tails(impl: str) -> None:
+    """Relative to silu itself, in every lane; below -80, where exp is nearly 0, absolutely."""
+    gate = torch.cat([torch.linspace(-80, 100, 2003), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e38])])
+    out = swiglu(torch.cat([gate, torch.ones_like(gate)])[None].to(DEVICE if impl == "triton" else "cpu"), impl=impl)
+    truth = gate.double() * torch.sigmoid(gate.double())
+    assert ((out[0].cpu().double() - truth).abs() <= 6e-7 * truth.abs()).all()
+    ends = torch.tensor([[-87.5, -1e4, torch.inf, torch.nan, 1.0, 1.0, 2.0, 1.0]])
+    out = swiglu(ends.to(DEVICE if impl == "triton" else "cpu"), impl=impl)
+    assert_error_rule(out, swiglu_ref(ends), swiglu_ref(ends.double()), name="ends")
+
+
+def test_ref_gradcheck() -> None:
+    assert torch.autograd.gradcheck(lambda x: swiglu(x), randn(3, 10).double().requires_grad_())
+
+
+# Widths: less than a vector, with a rest behind whole ones, one in use. Enough rows for several threads.
+@pytest.mark.parametrize(("num_rows", "width"), [(5001, 7), (521, 126), (173, 384)])
+@pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
+def test_a_row_has_the_bits_it_has_alone_with_any_threads(impl: str, num_rows: int, width: int) -> None:
+    device, num_rows = (DEVICE, min(num_rows, 40)) if impl == "triton" else ("cpu", num_rows)
+    x = randn(num_rows, 2 * width)
+
+    def run(x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return swiglu(x, impl=impl)
+
+    whole = values_and_gradients(run, [x], torch.float32, device)
+    for rows in (slice(0, 1), slice(num_rows - 1, None), slice(3, 20), slice(0, num_rows // 2), slice(1, None)):
+        assert_same_bits([run(x[rows].to(device))], [whole[0][rows]], f"rows {rows}")
+    for num_threads in thread_counts() if impl == "cpp" else ():
+        assert_same_bits(values_and_gradients(run, [x], torch.float32, device), whole, f"{num_threads} threads")
+
+
+@needs_cpp
+def test_an_element_has_the_same_bits_in_every_lane() -> None:
+    """A row of one gate and one up, as wide as several vectors and a rest, gives one number."""
+    x = randn(50, 2)
+    for width in (1, 3, 16, 37):
+        wide = swiglu(x.repeat_interleave(width, dim=1), impl="cpp")
+        assert_same_bits([wide], [swiglu(x, impl="cpp").expand(-1, width)], f"width {width}")
+
+
+@pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
+def test_strided_input(impl: str) -> None:
+    x = randn(20, 24)[::2, ::2].to(DEVICE if impl == "triton" else "cpu")
+    assert_same_bits([swiglu(x, impl=impl)], [swiglu(x.contiguous(), impl=impl)], "strided")
+
+
+@pytest.mark.parametrize(
+    ("x", "impl", "message"),
+    [
+        (torch.ones(2, 3), "auto", "J must be even, got 3"),
+        (torch.ones(2, 4, dtype=torch.int32), "auto", "gate_up_TJ must be float32"),
+        (torch.ones(4), "auto", r"gate_up_TJ must be .* \[T, J\], got float32 \[4\]"),
+        (torch.ones(2, 4).double(), "triton", "impl must be one of auto, ref, got 'triton'"),
+        (torch.ones(2, 4).bfloat16(), "cpp", "impl must be one of auto, ref, triton, got 'cpp'"),
+    ],
+)
+def test_refuses(x: Tensor, impl: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"swiglu: {message}"):
+        swiglu(x, impl=impl)
+
+
+@needs_cpp
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.socpo.swiglu.default, (randn(5, 6),))
+    torch.library.opcheck(torch.ops.socpo.swiglu_backward.default, (randn(5, 6), randn(5, 3)))
