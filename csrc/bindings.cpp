@@ -10,7 +10,11 @@ TORCH_LIBRARY(socpo, m) {
       "-> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor cu_seqlens_q, float scale) -> Tensor");
+      "Tensor cu_seqlens_q, float scale, bool cascade=True) -> Tensor");
+  // Work items a KV head of that call falls into; tests count by it what cascade brings together.
+  m.def(
+      "paged_attention_items(Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, int page_size, int group, "
+      "bool cascade) -> int");
   m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   // grad_logits may be logits itself; then that, too, is overwritten
   m.def(

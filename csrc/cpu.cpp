@@ -5,7 +5,8 @@
 namespace socpo {
 
 #define SOCPO_KERNELS(isa) \
-  Kernels{isa::sample_row, isa::softmax_weights, isa::attend_block, isa::row_sums, isa::row_gradient}
+  Kernels{isa::sample_row,  isa::softmax_weights, isa::attend_split, isa::merge_partials, \
+          isa::finish_rows, isa::row_sums,        isa::row_gradient}
 
 static Kernels choose_kernels() {
 #ifdef SOCPO_X86

@@ -14,7 +14,9 @@ namespace socpo {
 struct Kernels {
   decltype(&baseline::sample_row) sample_row;
   decltype(&baseline::softmax_weights) softmax_weights;
-  decltype(&baseline::attend_block) attend_block;
+  decltype(&baseline::attend_split) attend_split;
+  decltype(&baseline::merge_partials) merge_partials;
+  decltype(&baseline::finish_rows) finish_rows;
   decltype(&baseline::row_sums) row_sums;
   decltype(&baseline::row_gradient) row_gradient;
 };
