@@ -17,8 +17,11 @@
 namespace socpo::SOCPO_ISA {
 namespace {
 
+constexpr int GROUPS = LANES / 4;
 constexpr int TILE_ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;  // times 4 accumulators: 32 or 16 registers
 
+
+typedef uint16_t Bits __attribute__((vector_size(SOCPO_LANES * 2)));
 typedef uint16_t Bits4 __attribute__((vector_size(8)));
 typedef uint32_t Uint4 __attribute__((vector_size(16)));
 
@@ -37,18 +40,31 @@ typedef uint32_t Uint4 __attribute__((vector_size(16)));
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, VecInt{__VA_ARGS__})
 #endif
 
-inline Vec4 load_4(const float* from) { return load<Vec4>(from); }
+inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
-inline Vec4 load_4(const uint16_t* from) {  // bf16
-  Bits4 bits;
-  memcpy(&bits, from, sizeof(bits));
-  return (Vec4)(__builtin_convertvector(bits, Uint4) << 16);
+// Vec or Vec4 from fp32 or bf16.
+template <typename V>
+inline V widen(const float* from) {
+  return load<V>(from);
+}
+
+template <typename V>
+inline V widen(const uint16_t* from) {
+  if constexpr (sizeof(V) == sizeof(Vec)) {
+    Bits bits;
+    memcpy(&bits, from, sizeof(bits));
+    return (V)(__builtin_convertvector(bits, VecUint) << 16);
+  } else {
+    Bits4 bits;
+    memcpy(&bits, from, sizeof(bits));
+    return (V)(__builtin_convertvector(bits, Uint4) << 16);
+  }
 }
 
 // [rows, head_dim / 4][LANES]: every four floats of a row LANES / 4 times over, to meet as many keys.
 inline void repeat_queries(const float* from, int64_t num_floats, float* to) {
   for (int64_t e = 0; e < num_floats; e += 4)
-    for (int i = 0; i < LANES; i += 4) store(to + e * (LANES / 4) + i, load<Vec4>(from + e));
+    for (int i = 0; i < LANES; i += 4) store(to + e * GROUPS + i, load<Vec4>(from + e));
 }
 
 // Lane 4 m + j of the result is the sum of group m of x[j].
@@ -59,14 +75,51 @@ inline Vec sum_groups(const Vec* x) {
   return SHUFFLE(a, b, IN_GROUPS(0, 1, L, L + 1)) + SHUFFLE(a, b, IN_GROUPS(2, 3, L + 2, L + 3));
 }
 
+// Group i of x[m] becomes group m of x[i].
+inline void transpose_groups(Vec* x) {
+#if SOCPO_LANES == 16
+#define TWO_GROUPS(a, b) a, a + 1, a + 2, a + 3, b, b + 1, b + 2, b + 3
+  const Vec a = SHUFFLE(x[0], x[1], TWO_GROUPS(0, 4), TWO_GROUPS(16, 20));
+  const Vec b = SHUFFLE(x[2], x[3], TWO_GROUPS(0, 4), TWO_GROUPS(16, 20));
+  const Vec c = SHUFFLE(x[0], x[1], TWO_GROUPS(8, 12), TWO_GROUPS(24, 28));
+  const Vec d = SHUFFLE(x[2], x[3], TWO_GROUPS(8, 12), TWO_GROUPS(24, 28));
+  x[0] = SHUFFLE(a, b, TWO_GROUPS(0, 8), TWO_GROUPS(16, 24));
+  x[1] = SHUFFLE(a, b, TWO_GROUPS(4, 12), TWO_GROUPS(20, 28));
+  x[2] = SHUFFLE(c, d, TWO_GROUPS(0, 8), TWO_GROUPS(16, 24));
+  x[3] = SHUFFLE(c, d, TWO_GROUPS(4, 12), TWO_GROUPS(20, 28));
+#elif SOCPO_LANES == 8
+  const Vec a = x[0], b = x[1];
+  x[0] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+  x[1] = SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
+}
+
+// Asks for `count` keys or values ahead of their use: strides of a whole token escape the hardware's own prefetching.
+template <typename T>
+inline void prefetch(const T* cache, const int64_t* offsets, int count, int64_t head_dim) {
+  for (int j = 0; j < count; ++j)
+    for (int64_t e = 0; e < head_dim; e += 64 / sizeof(T)) __builtin_prefetch(cache + offsets[j] + e);
+  asm volatile("");  // gcc drops calls of functions that do nothing but prefetch
+}
+
 // Panels of LANES keys, [head_dim / 4][4][LANES]: key 4 m + j of a panel is group m of vector j.
 template <typename T>
-inline void pack_keys(const T* k_cache, const int64_t* offsets, int count, int64_t head_dim, float* panels) {
-  for (int j = 0; j < count; ++j) {
-    const T* k = k_cache + offsets[j];
-    float* to = panels + j / LANES * LANES * head_dim + j % 4 * LANES + j % LANES / 4 * 4;
-    for (int64_t e = 0; e < head_dim; e += 4) store(to + e * LANES, load_4(k + e));
-  }
+inline void pack_keys(const T* k_cache, const int64_t* offsets, int count, int64_t head_dim, float* panel) {
+  for (int first = 0; first < count; first += LANES, panel += LANES * head_dim)
+    for (int j = 0; j < 4; ++j) {
+      const T* k[GROUPS];
+      for (int m = 0; m < GROUPS; ++m) k[m] = k_cache + offsets[smaller(first + 4 * m + j, count - 1)];
+      float* const to = panel + j * LANES;
+      int64_t e = 0;
+      for (; e + LANES <= head_dim; e += LANES) {
+        Vec x[GROUPS];
+        for (int m = 0; m < GROUPS; ++m) x[m] = widen<Vec>(k[m] + e);
+        transpose_groups(x);
+        for (int m = 0; m < GROUPS; ++m) store(to + (e + 4 * m) * LANES, x[m]);
+      }
+      for (; e < head_dim; e += 4)
+        for (int m = 0; m < GROUPS; ++m) store(to + e * LANES + 4 * m, widen<Vec4>(k[m] + e));
+    }
 }
 
 // scores[r][0 .. LANES - 1] = q[r] . the panel's keys, for ROWS rows of repeated queries.
@@ -76,7 +129,7 @@ void score_panel(const float* q, const float* panel, int64_t head_dim, float* sc
   for (int64_t e = 0; e < head_dim; e += 4) {
     Vec x[ROWS];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) x[r] = load<Vec>(q + (r * head_dim + e) * (LANES / 4));
+    for (int r = 0; r < ROWS; ++r) x[r] = load<Vec>(q + (r * head_dim + e) * GROUPS);
 #pragma GCC unroll 8
     for (int j = 0; j < 4; ++j) {
       const Vec k = load<Vec>(panel + (e + j) * LANES);
@@ -183,8 +236,6 @@ inline void find_keys(const AttentionBlock& block, int num_keys, int64_t* offset
   }
 }
 
-inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
-
 // A tile's values as they lie, or as fp32 in `buffer`.
 inline void find_values(const float* v_cache, const int64_t* offsets, int count, int64_t, float*, const float** v) {
   for (int j = 0; j < count; ++j) v[j] = v_cache + offsets[j];
@@ -193,7 +244,9 @@ inline void find_values(const float* v_cache, const int64_t* offsets, int count,
 inline void find_values(const uint16_t* v_cache, const int64_t* offsets, int count, int64_t head_dim, float* buffer,
                         const float** v) {
   for (int j = 0; j < count; ++j) {
-    for (int64_t e = 0; e < head_dim; e += 4) store(buffer + j * head_dim + e, load_4(v_cache + offsets[j] + e));
+    int64_t e = 0;
+    for (; e + LANES <= head_dim; e += LANES) store(buffer + j * head_dim + e, widen<Vec>(v_cache + offsets[j] + e));
+    for (; e < head_dim; e += 4) store(buffer + j * head_dim + e, widen<Vec4>(v_cache + offsets[j] + e));
     v[j] = buffer + j * head_dim;
   }
 }
@@ -206,21 +259,28 @@ void attend(const AttentionBlock& block) {
   float* const tile = (float*)block.scratch;  // packed keys, then values
   float* const scores = tile + KEY_TILE * head_dim;
   float* const q = scores + num_rows * KEY_SPLIT;
-  int32_t* const counts = (int32_t*)(q + num_rows * head_dim * (LANES / 4));
+  int32_t* const counts = (int32_t*)(q + num_rows * head_dim * GROUPS);
   int64_t offsets[KEY_SPLIT];
   find_keys(block, num_keys, offsets);
   for (int64_t token = 0, row = 0; token < block.num_tokens; ++token) {
-    repeat_queries(block.q + token * block.token_stride, block.group * head_dim, q + row * head_dim * (LANES / 4));
+    repeat_queries(block.q + token * block.token_stride, block.group * head_dim, q + row * head_dim * GROUPS);
     for (int64_t end = row + block.group; row < end; ++row) counts[row] = smaller(KEY_SPLIT, block.visible + token);
   }
 
+  // A share of the next tile for each share of the rows, so that memory and arithmetic overlap.
+  const auto prefetch_share = [&](const void* cache, int tile_start, int row, int end_row) {
+    const int count = smaller(KEY_TILE, num_keys - tile_start), begin = count * row / num_rows, end = count * end_row / num_rows;
+    prefetch((const T*)cache, offsets + tile_start + begin, end - begin, head_dim);
+  };
+  prefetch_share(block.k_cache, 0, 0, num_rows);
   for (int start = 0; start < num_keys; start += KEY_TILE) {
-    const int count = smaller(KEY_TILE, num_keys - start);
+    const int count = smaller(KEY_TILE, num_keys - start), next = start + KEY_TILE;
     pack_keys((const T*)block.k_cache, offsets + start, count, head_dim, tile);
     for_each_row_tile(num_rows, [&](int row, auto rows) {
+      prefetch_share(next < num_keys ? block.k_cache : block.v_cache, next < num_keys ? next : 0, row, row + rows.value);
       if (counts[row + rows.value - 1] <= start) return;
       for (int j = 0; j < count; j += LANES)
-        score_panel<rows.value>(q + row * head_dim * (LANES / 4), tile + j * head_dim, head_dim, scores + row * KEY_SPLIT + start + j);
+        score_panel<rows.value>(q + row * head_dim * GROUPS, tile + j * head_dim, head_dim, scores + row * KEY_SPLIT + start + j);
     });
   }
   const AttentionPartial& partial = block.partial;
@@ -233,6 +293,7 @@ void attend(const AttentionBlock& block) {
     const float* v[KEY_TILE];
     find_values((const T*)block.v_cache, offsets + start, count, head_dim, tile, v);
     for_each_row_tile(num_rows, [&](int row, auto rows) {
+      prefetch_share(block.v_cache, start + KEY_TILE, row, row + rows.value);
       int visible[rows.value];
       for (int r = 0; r < rows.value; ++r) visible[r] = smaller(count, counts[row + r] - start);
       if (visible[rows.value - 1] <= 0) return;
