@@ -10,7 +10,11 @@ TORCH_LIBRARY(socpo, m) {
       "-> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor cu_seqlens_q, float scale) -> Tensor");
+      "Tensor cu_seqlens_q, float scale, bool cascade=True) -> Tensor");
+  // Work items a KV head of that call falls into; tests count by it what cascade brings together.
+  m.def(
+      "paged_attention_items(Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, int page_size, int group, "
+      "bool cascade) -> int");
   m.def(
       "linear_sample(Tensor hidden, Tensor weight, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
       "Tensor min_p, Tensor? rows) -> (Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor kept_mass)");

@@ -22,7 +22,9 @@ struct Kernels {
   decltype(&baseline::swiglu_backward_row) swiglu_backward_row;
   decltype(&baseline::rotary_head) rotary_head;
   decltype(&baseline::narrow_row) narrow_row;
-  decltype(&baseline::attend_block) attend_block;
+  decltype(&baseline::attend_split) attend_split;
+  decltype(&baseline::merge_partials) merge_partials;
+  decltype(&baseline::finish_rows) finish_rows;
   decltype(&baseline::row_sums) row_sums;
   decltype(&baseline::row_gradient) row_gradient;
 };

@@ -1,9 +1,16 @@
-// torch.ops.socpo.paged_attention: work items are (query block, KV head); see csrc/simd/paged_attention.cpp.
+// torch.ops.socpo.paged_attention: from sequences to work items, and the merging of their partials.
+//
+// Each row's keys fall into splits of KEY_SPLIT, attended one by one (csrc/simd/paged_attention.cpp) and merged in
+// order. A block of several tokens takes its splits one after the other in one item. A single token's splits are items
+// of their own, so that two long sequences still use every core, and siblings whose pages are the same over a split
+// share its item (cascade). The arithmetic is the same everywhere, and so are a row's bits.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <vector>
 
 #include "cpu.h"
@@ -11,62 +18,212 @@
 namespace socpo {
 namespace {
 
-constexpr int64_t ROWS_PER_BLOCK = 32;  // query rows (tokens x heads of a group) that share a tile of keys
+constexpr int64_t ROWS_PER_BLOCK = 48;  // query rows (tokens x heads of a group) that share an item: its scratch stays cached
+constexpr int64_t MERGES_PER_THREAD = 32;  // fewer are not worth waking a thread
+
+struct Sequences {
+  const int32_t* block_table;
+  const int32_t* seq_lens;
+  const int32_t* cu_seqlens_q;
+  int64_t num_seqs, max_pages, page_size;
+
+  bool is_decode(int64_t b) const { return cu_seqlens_q[b + 1] - cu_seqlens_q[b] == 1; }
+
+  // Both see the whole split, in the same pages.
+  bool share_split(int64_t a, int64_t b, int64_t split) const {
+    const int64_t begin = split * KEY_SPLIT, end = begin + KEY_SPLIT, first_page = begin / page_size;
+    return seq_lens[a] >= end && seq_lens[b] >= end &&
+           std::memcmp(block_table + a * max_pages + first_page, block_table + b * max_pages + first_page,
+                       ((end - 1) / page_size - first_page + 1) * sizeof(int32_t)) == 0;
+  }
+};
+
+// Rows of `num_tokens` consecutive tokens: of one sequence over all of its splits, or of as many sequences over one.
+struct Item {
+  int64_t seq, token, num_tokens;
+  int64_t split;  // -1: all
+  int64_t slot;   // of the first token's partial
+};
+
+struct DecodeToken {
+  int64_t token, num_splits;
+  int64_t first;  // its place in Plan::slots
+};
+
+struct Plan {
+  std::vector<Item> items;
+  std::vector<DecodeToken> decode_tokens;
+  std::vector<int64_t> slots;  // partial of each decode token's splits, in order
+  int64_t num_slots = 0;
+};
+
+// A sequence's tokens in blocks that end where a split does, so that each row sees some of every split; the longest first.
+void plan_prefill(const Sequences& seqs, int64_t b, int64_t tokens_per_block, Plan& plan) {
+  const int64_t begin = seqs.cu_seqlens_q[b], first = seqs.seq_lens[b] - (seqs.cu_seqlens_q[b + 1] - begin);
+  for (int64_t end = seqs.seq_lens[b]; end > first;) {
+    const int64_t split_start = (end - 1) / KEY_SPLIT * KEY_SPLIT;
+    const int64_t start = std::max({first, split_start, end - tokens_per_block});
+    plan.items.push_back({b, begin + start - first, end - start, -1, 0});
+    end = start;
+  }
+}
+
+// Sequences begin .. end - 1 with one token each.
+void plan_decode(const Sequences& seqs, int64_t begin, int64_t end, int64_t tokens_per_block, bool cascade, Plan& plan) {
+  const int64_t first_decode = plan.decode_tokens.size();
+  int64_t max_splits = 0;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t num_splits = (seqs.seq_lens[b] + KEY_SPLIT - 1) / KEY_SPLIT;
+    plan.decode_tokens.push_back({seqs.cu_seqlens_q[b], num_splits, static_cast<int64_t>(plan.slots.size())});
+    plan.slots.resize(plan.slots.size() + num_splits);
+    max_splits = std::max(max_splits, num_splits);
+  }
+  for (int64_t split = 0; split < max_splits; ++split) {
+    for (int64_t b = begin; b < end;) {
+      const DecodeToken* tokens = &plan.decode_tokens[first_decode + b - begin];
+      int64_t run = 1;
+      if (split < tokens->num_splits) {
+        while (cascade && run < tokens_per_block && b + run < end && seqs.share_split(b + run - 1, b + run, split)) ++run;
+        plan.items.push_back({b, tokens->token, run, split, plan.num_slots});
+        for (int64_t i = 0; i < run; ++i) plan.slots[tokens[i].first + split] = plan.num_slots++;
+      }
+      b += run;
+    }
+  }
+}
+
+Plan make_plan(const Sequences& seqs, int64_t tokens_per_block, bool cascade) {
+  Plan plan;
+  for (int64_t b = 0; b < seqs.num_seqs;) {
+    int64_t end = b;
+    while (end < seqs.num_seqs && seqs.is_decode(end)) ++end;
+    if (end > b) {
+      plan_decode(seqs, b, end, tokens_per_block, cascade, plan);
+      b = end;
+    } else {
+      plan_prefill(seqs, b++, tokens_per_block, plan);
+    }
+  }
+  return plan;
+}
+
+Sequences make_sequences(const at::Tensor& block_table, const at::Tensor& seq_lens, const at::Tensor& cu_seqlens_q,
+                         int64_t page_size) {
+  return {block_table.const_data_ptr<int32_t>(),
+          seq_lens.const_data_ptr<int32_t>(),
+          cu_seqlens_q.const_data_ptr<int32_t>(),
+          seq_lens.size(0),
+          block_table.size(1),
+          page_size};
+}
+
+int64_t tokens_per_block(int64_t group) { return std::max<int64_t>(1, ROWS_PER_BLOCK / group); }
+
+// At least `bytes` that belong to this thread, aligned to 64.
+char* thread_scratch(int64_t bytes) {
+  thread_local std::vector<char> buffer;
+  if (static_cast<int64_t>(buffer.size()) < bytes + 64) buffer.resize(bytes + 64);
+  return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64);
+}
+
+AttentionPartial partial_rows(float* base, int64_t num_rows, int64_t row, int64_t head_dim) {
+  return {base + num_rows * head_dim + row, base + num_rows * (head_dim + 1) + row, base + row * head_dim};
+}
 
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& block_table, const at::Tensor& seq_lens, const at::Tensor& cu_seqlens_q,
-                           double scale) {
+                           double scale, bool cascade) {
   const int64_t num_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_cache.size(2);
-  const int64_t group = num_heads / num_kv_heads, page_size = k_cache.size(1), max_pages = block_table.size(1);
-  const int64_t tokens_per_block = std::max<int64_t>(1, ROWS_PER_BLOCK / group);
-  const int32_t *block_table_p = block_table.const_data_ptr<int32_t>(), *seq_lens_p = seq_lens.const_data_ptr<int32_t>();
-  const int32_t* cu_seqlens_q_p = cu_seqlens_q.const_data_ptr<int32_t>();
-  const float *q_p = q.const_data_ptr<float>(), *k_p = k_cache.const_data_ptr<float>();
-  const float* v_p = v_cache.const_data_ptr<float>();
+  const int64_t group = num_heads / num_kv_heads, max_rows = std::max(group, tokens_per_block(group) * group);
+  const Sequences seqs = make_sequences(block_table, seq_lens, cu_seqlens_q, k_cache.size(1));
+  const Plan plan = make_plan(seqs, tokens_per_block(group), cascade);
   at::Tensor o = at::empty_like(q);
   float* o_p = o.mutable_data_ptr<float>();
+  const int64_t num_partials = plan.num_slots * num_heads;
+  at::Tensor partials = at::empty({num_partials * (head_dim + 2)}, q.options());
+  float* partials_p = partials.mutable_data_ptr<float>();
+  const auto partial_of = [&](int64_t slot, int64_t kv_head) {
+    return partial_rows(partials_p, num_partials, (kv_head * plan.num_slots + slot) * group, head_dim);
+  };
 
-  std::vector<AttentionBlock> blocks;  // without KV head and scratch
-  for (int64_t b = 0; b < seq_lens.size(0); ++b) {
-    const int64_t begin = cu_seqlens_q_p[b], end = cu_seqlens_q_p[b + 1];
-    for (int64_t t = begin; t < end; t += tokens_per_block) {
-      AttentionBlock block{};
-      block.q = q_p + t * num_heads * head_dim;
-      block.o = o_p + t * num_heads * head_dim;
-      block.token_stride = num_heads * head_dim;
-      block.slot_stride = num_kv_heads * head_dim;
-      block.block_table = block_table_p + b * max_pages;
-      block.page_size = page_size;
-      block.first_position = seq_lens_p[b] - (end - t);
-      block.num_tokens = std::min(tokens_per_block, end - t);
-      block.group = group;
-      block.head_dim = head_dim;
-      block.scale = static_cast<float>(scale);
-      blocks.push_back(block);
+  AttentionBlock shared{};
+  shared.is_bf16 = k_cache.scalar_type() == at::kBFloat16;
+  shared.token_stride = num_heads * head_dim;
+  shared.slot_stride = num_kv_heads * head_dim;
+  shared.page_size = seqs.page_size;
+  shared.group = group;
+  shared.head_dim = head_dim;
+  shared.scale = static_cast<float>(scale);
+  const float* q_p = q.const_data_ptr<float>();
+  const char *k_p = static_cast<const char*>(k_cache.const_data_ptr()), *v_p = static_cast<const char*>(v_cache.const_data_ptr());
+  const int64_t head_bytes = head_dim * k_cache.element_size();
+
+  for_each_item(static_cast<int64_t>(plan.items.size()) * num_kv_heads, [&](int64_t i) {
+    const Item& item = plan.items[i / num_kv_heads];
+    const int64_t kv_head = i % num_kv_heads, num_rows = item.num_tokens * group;
+    const int64_t head_offset = item.token * shared.token_stride + kv_head * group * head_dim;
+    const int64_t partial_floats = max_rows * (head_dim + 2), scratch_floats = (2 * partial_floats + 15) / 16 * 16;
+    float* scratch = reinterpret_cast<float*>(
+        thread_scratch(4 * scratch_floats + attention_scratch_bytes(max_rows, head_dim)));
+    AttentionBlock block = shared;
+    block.q = q_p + head_offset;
+    block.k_cache = k_p + kv_head * head_bytes;
+    block.v_cache = v_p + kv_head * head_bytes;
+    block.block_table = seqs.block_table + item.seq * seqs.max_pages;
+    block.num_tokens = item.num_tokens;
+    block.scratch = scratch + scratch_floats;
+    if (item.split >= 0) {
+      block.start = item.split * KEY_SPLIT;
+      block.visible = seqs.seq_lens[item.seq] - block.start;
+      block.partial = partial_of(item.slot, kv_head);
+      kernels().attend_split(block);
+      return;
     }
-  }
-  for_each_item(static_cast<int64_t>(blocks.size()) * num_kv_heads, [&](int64_t item) {
-    AttentionBlock block = blocks[item / num_kv_heads];
-    const int64_t kv_head = item % num_kv_heads;
-    std::vector<float> scratch(block.num_tokens * group * (head_dim + 2));
-    block.q += kv_head * group * head_dim;
-    block.o += kv_head * group * head_dim;
-    block.k_cache = k_p + kv_head * head_dim;
-    block.v_cache = v_p + kv_head * head_dim;
-    block.scratch = scratch.data();
-    kernels().attend_block(block);
+    const AttentionPartial state = partial_rows(scratch, max_rows, 0, head_dim);
+    const AttentionPartial next = partial_rows(scratch + partial_floats, max_rows, 0, head_dim);
+    const int64_t first_visible = seqs.seq_lens[item.seq] - (seqs.cu_seqlens_q[item.seq + 1] - item.token) + 1;
+    for (block.start = 0; block.start < first_visible; block.start += KEY_SPLIT) {
+      block.visible = first_visible - block.start;
+      block.partial = block.start == 0 ? state : next;
+      kernels().attend_split(block);
+      if (block.start > 0) kernels().merge_partials(state, next, num_rows, head_dim);
+    }
+    for (int64_t token = 0; token < item.num_tokens; ++token)
+      kernels().finish_rows(partial_rows(scratch, max_rows, token * group, head_dim), group, head_dim,
+                            o_p + head_offset + token * shared.token_stride);
+  });
+
+  const int64_t num_merges = static_cast<int64_t>(plan.decode_tokens.size()) * num_kv_heads;
+  at::parallel_for(0, num_merges, MERGES_PER_THREAD, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const DecodeToken& token = plan.decode_tokens[i / num_kv_heads];
+      const int64_t kv_head = i % num_kv_heads;
+      const AttentionPartial state = partial_of(plan.slots[token.first], kv_head);
+      for (int64_t split = 1; split < token.num_splits; ++split)
+        kernels().merge_partials(state, partial_of(plan.slots[token.first + split], kv_head), group, head_dim);
+      kernels().finish_rows(state, group, head_dim, o_p + token.token * shared.token_stride + kv_head * group * head_dim);
+    }
   });
   return o;
 }
 
 at::Tensor paged_attention_meta(const at::Tensor& q, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                const at::Tensor&, const at::Tensor&, double) {
+                                const at::Tensor&, const at::Tensor&, double, bool) {
   return at::empty_like(q);
+}
+
+int64_t paged_attention_items(const at::Tensor& block_table, const at::Tensor& seq_lens, const at::Tensor& cu_seqlens_q,
+                              int64_t page_size, int64_t group, bool cascade) {
+  const Sequences seqs = make_sequences(block_table, seq_lens, cu_seqlens_q, page_size);
+  return make_plan(seqs, tokens_per_block(group), cascade).items.size();
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(socpo, CPU, m) { m.impl("paged_attention", paged_attention); }
+TORCH_LIBRARY_IMPL(socpo, CPU, m) {
+  m.impl("paged_attention", paged_attention);
+  m.impl("paged_attention_items", paged_attention_items);
+}
 TORCH_LIBRARY_IMPL(socpo, Meta, m) { m.impl("paged_attention", paged_attention_meta); }
 
 }  // namespace socpo

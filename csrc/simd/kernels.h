@@ -9,7 +9,8 @@
 
 namespace socpo {
 
-constexpr int KEY_TILE = 32;  // keys an attention step handles; tiles start at multiples of it in every sequence
+constexpr int KEY_SPLIT = 128;  // keys of one attention partial; splits start at multiples of it in every sequence
+constexpr int KEY_TILE = 32;    // keys packed at a time, so that they stay in the first-level cache
 
 // Tokens of a row that a draw takes at once. Tiles start at multiples of it; a multiple of 48, see csrc/linear.cpp.
 constexpr int SAMPLE_TILE = 768;
@@ -34,20 +35,31 @@ struct RowSums {
   double weighted;  // of x exp(x), when asked for
 };
 
-// Query rows of one sequence and one KV head: `num_tokens` tokens of `group` heads each, in one block.
+// Attention of rows over the keys of one split: max of the scores, sum of exp(score - max), and
+// out[head_dim] = sum of exp(score - max) value, for each row. Rows are contiguous.
+struct AttentionPartial {
+  float* max;
+  float* sum;
+  float* out;
+};
+
+// Query rows that see the same split of keys: `num_tokens` tokens of `group` heads each. They are one sequence's
+// tokens, or one token each of siblings whose pages are the same here.
 struct AttentionBlock {
   const float* q;  // first token's first head of the group
-  float* o;
-  int64_t token_stride;  // floats between tokens of q and o (H * E)
-  const float* k_cache;
-  const float* v_cache;
-  int64_t slot_stride;  // floats between tokens of the cache (K * E)
+  int64_t token_stride;  // floats between tokens of q
+  const void* k_cache;   // first slot's key of this KV head, fp32 or bf16
+  const void* v_cache;
+  bool is_bf16;
+  int64_t slot_stride;  // elements between tokens of the cache (K * E)
   const int32_t* block_table;
   int64_t page_size;
-  int64_t first_position;  // of the block's first token; token i sees keys 0 .. first_position + i
+  int64_t start;    // position of the split's first key
+  int64_t visible;  // keys from there on that the first token sees, >= 1; each further token sees one more
   int64_t num_tokens, group, head_dim;
   float scale;
-  float* scratch;  // num_tokens * group * (head_dim + 2) floats
+  AttentionPartial partial;
+  void* scratch;  // attention_scratch_bytes, aligned to 64
 };
 
 // Rows of x times rows of weights, all contiguous in `width`; outputs beside each other.
@@ -61,6 +73,10 @@ struct LinearBlock {
   float* out;
   int64_t out_stride;
 };
+
+inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
+  return 4 * (KEY_TILE * head_dim + num_rows * (KEY_SPLIT + 4 * head_dim + 1));
+}
 
 // One set of these for each instruction set, e.g. socpo::avx2::tile_max.
 #define SOCPO_DECLARE_KERNELS(isa)                                                                       \
@@ -83,7 +99,12 @@ struct LinearBlock {
   /* One head of 2 half numbers, cos and sin as many; out may not be x. */                                \
   void rotary_head(const float* x, const float* cos, const float* sin, int64_t half, float* out);         \
   void narrow_row(const float* x, int64_t width, uint16_t* out);                                          \
-  void attend_block(const AttentionBlock& block);                                                        \
+  /* Fills block.partial. */                                                                             \
+  void attend_split(const AttentionBlock& block);                                                        \
+  /* into = into and from together; the rows of a sequence meet their splits in ascending order. */      \
+  void merge_partials(const AttentionPartial& into, const AttentionPartial& from, int64_t num_rows, int64_t head_dim); \
+  /* o[row] = out[row] / sum[row] */                                                                     \
+  void finish_rows(const AttentionPartial& partial, int64_t num_rows, int64_t head_dim, float* o);       \
   /* Online max and sums (Milakov and Gimelshein 2018): the row is read from memory once. */             \
   RowSums row_sums(const float* logits, int64_t vocab, float inverse_temperature, bool need_weighted);   \
   /* grad[i] = exp(x_i) (scale + slope x_i), with 0 for x_i = -inf; may be done in place. */              \

@@ -1,9 +1,14 @@
-// Attention of a block of query rows over the pages of one sequence and one KV head.
+// Attention of a block of query rows over one split of the keys of one KV head, and the merging of splits.
 //
-// Keys go by in tiles of KEY_TILE, the same tiles for every row; within a tile each row does the same operations in the
-// same order whichever rows share its block, and a tile ends at the row's own position. So the bits of a row depend on
-// its query, its keys and nothing else. Online softmax (Milakov and Gimelshein 2018): `max` and `sum` run along.
+// Scores: keys are packed in groups of 4 floats, LANES / 4 keys in a vector, so that a register tile of TILE_ROWS rows
+// x LANES keys needs no horizontal sum: four accumulators a row become LANES scores in six shuffles. Values: rows x head
+// dim in registers over the keys of a tile. Both serve all rows of a tile with each key and value they load.
+//
+// A row's bits depend on its query and its keys alone: whichever rows share its tile, its sums run over the head dim
+// and over the keys in the same order, end at its own last key, and start anew at each split. Hence a prompt and a
+// single token, siblings together and apart give the same bits.
 
+#include <float.h>
 #include <math.h>
 
 #include "kernels.h"
@@ -12,101 +17,316 @@
 namespace socpo::SOCPO_ISA {
 namespace {
 
-struct Tile {
-  const float* k[KEY_TILE];
-  const float* v[KEY_TILE];
+constexpr int GROUPS = LANES / 4;
+constexpr int TILE_ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;  // times 4 accumulators: 32 or 16 registers
+
+
+typedef uint16_t Bits __attribute__((vector_size(SOCPO_LANES * 2)));
+typedef uint16_t Bits4 __attribute__((vector_size(8)));
+typedef uint32_t Uint4 __attribute__((vector_size(16)));
+
+// The same pattern of four in each 128-bit group, for shuffles of two vectors; the second one's lanes count from LANES.
+#if SOCPO_LANES == 16
+#define IN_GROUPS(a, b, c, d) \
+  a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#elif SOCPO_LANES == 8
+#define IN_GROUPS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#else
+#define IN_GROUPS(a, b, c, d) a, b, c, d
+#endif
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, VecInt{__VA_ARGS__})
+#endif
+
+inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
+
+// Vec or Vec4 from fp32 or bf16.
+template <typename V>
+inline V widen(const float* from) {
+  return load<V>(from);
+}
+
+template <typename V>
+inline V widen(const uint16_t* from) {
+  if constexpr (sizeof(V) == sizeof(Vec)) {
+    Bits bits;
+    memcpy(&bits, from, sizeof(bits));
+    return (V)(__builtin_convertvector(bits, VecUint) << 16);
+  } else {
+    Bits4 bits;
+    memcpy(&bits, from, sizeof(bits));
+    return (V)(__builtin_convertvector(bits, Uint4) << 16);
+  }
+}
+
+// [rows, head_dim / 4][LANES]: every four floats of a row LANES / 4 times over, to meet as many keys.
+inline void repeat_queries(const float* from, int64_t num_floats, float* to) {
+  for (int64_t e = 0; e < num_floats; e += 4)
+    for (int i = 0; i < LANES; i += 4) store(to + e * GROUPS + i, load<Vec4>(from + e));
+}
+
+// Lane 4 m + j of the result is the sum of group m of x[j].
+inline Vec sum_groups(const Vec* x) {
+  constexpr int L = LANES;
+  const Vec a = SHUFFLE(x[0], x[1], IN_GROUPS(0, L, 1, L + 1)) + SHUFFLE(x[0], x[1], IN_GROUPS(2, L + 2, 3, L + 3));
+  const Vec b = SHUFFLE(x[2], x[3], IN_GROUPS(0, L, 1, L + 1)) + SHUFFLE(x[2], x[3], IN_GROUPS(2, L + 2, 3, L + 3));
+  return SHUFFLE(a, b, IN_GROUPS(0, 1, L, L + 1)) + SHUFFLE(a, b, IN_GROUPS(2, 3, L + 2, L + 3));
+}
+
+// Group i of x[m] becomes group m of x[i].
+inline void transpose_groups(Vec* x) {
+#if SOCPO_LANES == 16
+#define TWO_GROUPS(a, b) a, a + 1, a + 2, a + 3, b, b + 1, b + 2, b + 3
+  const Vec a = SHUFFLE(x[0], x[1], TWO_GROUPS(0, 4), TWO_GROUPS(16, 20));
+  const Vec b = SHUFFLE(x[2], x[3], TWO_GROUPS(0, 4), TWO_GROUPS(16, 20));
+  const Vec c = SHUFFLE(x[0], x[1], TWO_GROUPS(8, 12), TWO_GROUPS(24, 28));
+  const Vec d = SHUFFLE(x[2], x[3], TWO_GROUPS(8, 12), TWO_GROUPS(24, 28));
+  x[0] = SHUFFLE(a, b, TWO_GROUPS(0, 8), TWO_GROUPS(16, 24));
+  x[1] = SHUFFLE(a, b, TWO_GROUPS(4, 12), TWO_GROUPS(20, 28));
+  x[2] = SHUFFLE(c, d, TWO_GROUPS(0, 8), TWO_GROUPS(16, 24));
+  x[3] = SHUFFLE(c, d, TWO_GROUPS(4, 12), TWO_GROUPS(20, 28));
+#elif SOCPO_LANES == 8
+  const Vec a = x[0], b = x[1];
+  x[0] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+  x[1] = SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
+}
+
+// Asks for `count` keys or values ahead of their use: strides of a whole token escape the hardware's own prefetching.
+template <typename T>
+inline void prefetch(const T* cache, const int64_t* offsets, int count, int64_t head_dim) {
+  for (int j = 0; j < count; ++j)
+    for (int64_t e = 0; e < head_dim; e += 64 / sizeof(T)) __builtin_prefetch(cache + offsets[j] + e);
+  asm volatile("");  // gcc drops calls of functions that do nothing but prefetch
+}
+
+// Panels of LANES keys, [head_dim / 4][4][LANES]: key 4 m + j of a panel is group m of vector j.
+template <typename T>
+inline void pack_keys(const T* k_cache, const int64_t* offsets, int count, int64_t head_dim, float* panel) {
+  for (int first = 0; first < count; first += LANES, panel += LANES * head_dim)
+    for (int j = 0; j < 4; ++j) {
+      const T* k[GROUPS];
+      for (int m = 0; m < GROUPS; ++m) k[m] = k_cache + offsets[smaller(first + 4 * m + j, count - 1)];
+      float* const to = panel + j * LANES;
+      int64_t e = 0;
+      for (; e + LANES <= head_dim; e += LANES) {
+        Vec x[GROUPS];
+        for (int m = 0; m < GROUPS; ++m) x[m] = widen<Vec>(k[m] + e);
+        transpose_groups(x);
+        for (int m = 0; m < GROUPS; ++m) store(to + (e + 4 * m) * LANES, x[m]);
+      }
+      for (; e < head_dim; e += 4)
+        for (int m = 0; m < GROUPS; ++m) store(to + e * LANES + 4 * m, widen<Vec4>(k[m] + e));
+    }
+}
+
+// scores[r][0 .. LANES - 1] = q[r] . the panel's keys, for ROWS rows of repeated queries.
+template <int ROWS>
+void score_panel(const float* q, const float* panel, int64_t head_dim, float* scores) {
+  Vec sums[ROWS][4] = {};
+  for (int64_t e = 0; e < head_dim; e += 4) {
+    Vec x[ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) x[r] = load<Vec>(q + (r * head_dim + e) * GROUPS);
+#pragma GCC unroll 8
+    for (int j = 0; j < 4; ++j) {
+      const Vec k = load<Vec>(panel + (e + j) * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) sums[r][j] += k * x[r];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) store(scores + r * KEY_SPLIT, sum_groups(sums[r]));
+}
+
+// The row's weights exp(score - max) in place of its scores; those behind `count`, up to a whole vector, become 0.
+inline void softmax_row(float* scores, int count, float scale, float& max_score, float& sum) {
+  Vec largest = broadcast(-FLT_MAX);  // finite, so that a split of nothing but -inf weighs 0
+  for (int j = 0; j < count; j += LANES) {
+    const VecInt is_visible = (VecInt)lane_index() < VecInt{} + (count - j);
+    const Vec x = is_visible ? load<Vec>(scores + j) * scale : broadcast(-INFINITY);
+    store(scores + j, x);
+    largest = max(largest, x);
+  }
+  max_score = largest[0];
+  for (int lane = 1; lane < LANES; ++lane) max_score = largest[lane] > max_score ? largest[lane] : max_score;
+  Vec sums = {};
+  for (int j = 0; j < count; j += LANES) {
+    const Vec p = exp_nonpositive(load<Vec>(scores + j) - max_score);
+    store(scores + j, p);
+    sums += p;
+  }
+  sum = sum_lanes(sums);
+}
+
+// out[r][0 ..] += sum over j < counts[r] of p[r][j] v[j][0 ..], in the order of j, for ROWS rows and COUNT vectors of V.
+template <typename V, int ROWS, int COUNT>
+inline void add_values(const float* const* v, const int* counts, const float* p, int64_t head_dim, int64_t e, float* out) {
+  constexpr int WIDTH = sizeof(V) / sizeof(float);
+  V sums[ROWS][COUNT];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) sums[r][i] = load<V>(out + r * head_dim + e + i * WIDTH);
+  int j = 0;
+  for (; j < counts[0]; ++j) {
+    V x[COUNT];
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) x[i] = load<V>(v[j] + e + i * WIDTH);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) sums[r][i] += x[i] * p[r * KEY_SPLIT + j];
+  }
+  for (; j < counts[ROWS - 1]; ++j)  // later tokens see more: few keys, so that none is multiplied by a masked 0
+#pragma GCC unroll 8
+    for (int r = 1; r < ROWS; ++r)
+      if (j < counts[r])
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) sums[r][i] += load<V>(v[j] + e + i * WIDTH) * p[r * KEY_SPLIT + j];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) store(out + r * head_dim + e + i * WIDTH, sums[r][i]);
+}
+
+template <int ROWS>
+void add_tile(const float* const* v, const int* counts, const float* p, int64_t head_dim, float* out) {
+  int64_t e = 0;
+  for (; e + 4 * LANES <= head_dim; e += 4 * LANES) add_values<Vec, ROWS, 4>(v, counts, p, head_dim, e, out);
+  for (; e + 2 * LANES <= head_dim; e += 2 * LANES) add_values<Vec, ROWS, 2>(v, counts, p, head_dim, e, out);
+  for (; e + LANES <= head_dim; e += LANES) add_values<Vec, ROWS, 1>(v, counts, p, head_dim, e, out);
+  for (; e < head_dim; e += 4) add_values<Vec4, ROWS, 1>(v, counts, p, head_dim, e, out);
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
 };
 
-// Addresses of `count` keys from position `start`; the rest repeat the last one, so that they can be read.
-inline void gather_tile(const AttentionBlock& block, int64_t start, int count, Tile& tile) {
-  int64_t page = start / block.page_size, slot = start % block.page_size;
-  for (int j = 0; j < KEY_TILE; ++j) {
-    const int64_t offset = (block.block_table[page] * block.page_size + slot) * block.slot_stride;
-    tile.k[j] = block.k_cache + offset;
-    tile.v[j] = block.v_cache + offset;
-    if (j + 1 < count && ++slot == block.page_size) {
+// work(row, Constant<rows>) over all rows in tiles of about the same size.
+template <typename Work, int ROWS = TILE_ROWS>
+inline void with_rows(int rows, const Work& work) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return work(Constant<ROWS>{});
+    with_rows<Work, ROWS - 1>(rows, work);
+  }
+}
+
+template <typename Work>
+inline void for_each_row_tile(int num_rows, const Work& work) {
+  for (int row = 0; row < num_rows;) {
+    const int left = num_rows - row, num_tiles = (left + TILE_ROWS - 1) / TILE_ROWS, rows = (left + num_tiles - 1) / num_tiles;
+    with_rows(rows, [&](auto constant) { work(row, constant); });
+    row += rows;
+  }
+}
+
+// Elements between the start of the cache and the split's keys.
+inline void find_keys(const AttentionBlock& block, int num_keys, int64_t* offsets) {
+  int64_t page = block.start / block.page_size, slot = block.start % block.page_size;
+  for (int j = 0; j < num_keys; ++j) {
+    offsets[j] = (block.block_table[page] * block.page_size + slot) * block.slot_stride;
+    if (++slot == block.page_size) {
       slot = 0;
       ++page;
     }
   }
 }
 
-// scores[j] = q . k_j for four keys, so that q is loaded once for all.
-inline void dot_4(const float* q, const float* const* k, int64_t head_dim, float* scores) {
-  Vec sums[4] = {};
-  Vec4 tails[4] = {};
-  int64_t e = 0;
-  for (; e + LANES <= head_dim; e += LANES) {
-    const Vec x = load<Vec>(q + e);
-    for (int j = 0; j < 4; ++j) sums[j] += x * load<Vec>(k[j] + e);
-  }
-  for (; e < head_dim; e += 4)
-    for (int j = 0; j < 4; ++j) tails[j] += load<Vec4>(q + e) * load<Vec4>(k[j] + e);
-  for (int j = 0; j < 4; ++j)
-    scores[j] = sum_lanes(sums[j]) + ((tails[j][0] + tails[j][2]) + (tails[j][1] + tails[j][3]));
+// A tile's values as they lie, or as fp32 in `buffer`.
+inline void find_values(const float* v_cache, const int64_t* offsets, int count, int64_t, float*, const float** v) {
+  for (int j = 0; j < count; ++j) v[j] = v_cache + offsets[j];
 }
 
-// out[e] = out[e] * rescale + sum_j p[j] v_j[e] for COUNT vectors of V from e on, j in order.
-template <typename V, int COUNT>
-inline void add_values(const float* const* v, const float* p, int count, float rescale, int64_t e, float* out) {
-  constexpr int WIDTH = sizeof(V) / sizeof(float);
-  V sums[COUNT];
-  for (int i = 0; i < COUNT; ++i) sums[i] = load<V>(out + e + i * WIDTH) * rescale;
-  for (int j = 0; j < count; ++j)
-    for (int i = 0; i < COUNT; ++i) sums[i] += load<V>(v[j] + e + i * WIDTH) * p[j];
-  for (int i = 0; i < COUNT; ++i) store(out + e + i * WIDTH, sums[i]);
+inline void find_values(const uint16_t* v_cache, const int64_t* offsets, int count, int64_t head_dim, float* buffer,
+                        const float** v) {
+  for (int j = 0; j < count; ++j) {
+    int64_t e = 0;
+    for (; e + LANES <= head_dim; e += LANES) store(buffer + j * head_dim + e, widen<Vec>(v_cache + offsets[j] + e));
+    for (; e < head_dim; e += 4) store(buffer + j * head_dim + e, widen<Vec4>(v_cache + offsets[j] + e));
+    v[j] = buffer + j * head_dim;
+  }
 }
 
-// Adds the tile's first `count` keys to one row's state.
-inline void attend_tile(const AttentionBlock& block, const Tile& tile, int count, const float* q, float* out, float& max_score,
-                        float& sum) {
-  float scores[KEY_TILE];
-  for (int j = 0; j < KEY_TILE; ++j) scores[j] = -INFINITY;
-  for (int j = 0; j < count; j += 4) dot_4(q, tile.k + j, block.head_dim, scores + j);
-  float new_max = max_score;
-  for (int j = 0; j < KEY_TILE; ++j) {
-    scores[j] = j < count ? scores[j] * block.scale : -INFINITY;
-    new_max = scores[j] > new_max ? scores[j] : new_max;
+template <typename T>
+void attend(const AttentionBlock& block) {
+  const int64_t head_dim = block.head_dim;
+  const int num_rows = (int)(block.num_tokens * block.group);
+  const int num_keys = smaller(KEY_SPLIT, block.visible + block.num_tokens - 1);
+  float* const tile = (float*)block.scratch;  // packed keys, then values
+  float* const scores = tile + KEY_TILE * head_dim;
+  float* const q = scores + num_rows * KEY_SPLIT;
+  int32_t* const counts = (int32_t*)(q + num_rows * head_dim * GROUPS);
+  int64_t offsets[KEY_SPLIT];
+  find_keys(block, num_keys, offsets);
+  for (int64_t token = 0, row = 0; token < block.num_tokens; ++token) {
+    repeat_queries(block.q + token * block.token_stride, block.group * head_dim, q + row * head_dim * GROUPS);
+    for (int64_t end = row + block.group; row < end; ++row) counts[row] = smaller(KEY_SPLIT, block.visible + token);
   }
-  Vec tile_sum = {};
-  for (int j = 0; j < KEY_TILE; j += LANES) {
-    const Vec p = exp_nonpositive(load<Vec>(scores + j) - new_max);
-    store(scores + j, p);
-    tile_sum += p;
+
+  // A share of the next tile for each share of the rows, so that memory and arithmetic overlap.
+  const auto prefetch_share = [&](const void* cache, int tile_start, int row, int end_row) {
+    const int count = smaller(KEY_TILE, num_keys - tile_start), begin = count * row / num_rows, end = count * end_row / num_rows;
+    prefetch((const T*)cache, offsets + tile_start + begin, end - begin, head_dim);
+  };
+  prefetch_share(block.k_cache, 0, 0, num_rows);
+  for (int start = 0; start < num_keys; start += KEY_TILE) {
+    const int count = smaller(KEY_TILE, num_keys - start), next = start + KEY_TILE;
+    pack_keys((const T*)block.k_cache, offsets + start, count, head_dim, tile);
+    for_each_row_tile(num_rows, [&](int row, auto rows) {
+      prefetch_share(next < num_keys ? block.k_cache : block.v_cache, next < num_keys ? next : 0, row, row + rows.value);
+      if (counts[row + rows.value - 1] <= start) return;
+      for (int j = 0; j < count; j += LANES)
+        score_panel<rows.value>(q + row * head_dim * GROUPS, tile + j * head_dim, head_dim, scores + row * KEY_SPLIT + start + j);
+    });
   }
-  const float rescale = exp_nonpositive(broadcast(max_score - new_max))[0];
-  max_score = new_max;
-  sum = sum * rescale + sum_lanes(tile_sum);
-  int64_t e = 0;
-  for (; e + 4 * LANES <= block.head_dim; e += 4 * LANES) add_values<Vec, 4>(tile.v, scores, count, rescale, e, out);
-  for (; e + LANES <= block.head_dim; e += LANES) add_values<Vec, 1>(tile.v, scores, count, rescale, e, out);
-  for (; e < block.head_dim; e += 4) add_values<Vec4, 1>(tile.v, scores, count, rescale, e, out);
+  const AttentionPartial& partial = block.partial;
+  for (int row = 0; row < num_rows; ++row)
+    softmax_row(scores + row * KEY_SPLIT, counts[row], block.scale, partial.max[row], partial.sum[row]);
+
+  memset(partial.out, 0, num_rows * head_dim * sizeof(float));
+  for (int start = 0; start < num_keys; start += KEY_TILE) {
+    const int count = smaller(KEY_TILE, num_keys - start);
+    const float* v[KEY_TILE];
+    find_values((const T*)block.v_cache, offsets + start, count, head_dim, tile, v);
+    for_each_row_tile(num_rows, [&](int row, auto rows) {
+      prefetch_share(block.v_cache, start + KEY_TILE, row, row + rows.value);
+      int visible[rows.value];
+      for (int r = 0; r < rows.value; ++r) visible[r] = smaller(count, counts[row + r] - start);
+      if (visible[rows.value - 1] <= 0) return;
+      add_tile<rows.value>(v, visible, scores + row * KEY_SPLIT + start, head_dim, partial.out + row * head_dim);
+    });
+  }
 }
 
 }  // namespace
 
-void attend_block(const AttentionBlock& block) {
-  const int64_t num_rows = block.num_tokens * block.group, last = block.first_position + block.num_tokens;
-  float* const max_scores = block.scratch;
-  float* const sums = max_scores + num_rows;
-  float* const outs = sums + num_rows;  // [rows, head_dim], not yet divided by the sums
-  for (int64_t row = 0; row < num_rows; ++row) max_scores[row] = -INFINITY;
-  for (int64_t i = 0; i < num_rows * (block.head_dim + 1); ++i) sums[i] = 0;
-  for (int64_t start = 0; start < last; start += KEY_TILE) {
-    Tile tile;
-    gather_tile(block, start, (int)(last - start < KEY_TILE ? last - start : KEY_TILE), tile);
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const int64_t token = row / block.group, visible = block.first_position + token + 1 - start;
-      if (visible <= 0) continue;
-      const float* q = block.q + token * block.token_stride + row % block.group * block.head_dim;
-      const int count = (int)(visible < KEY_TILE ? visible : KEY_TILE);
-      attend_tile(block, tile, count, q, outs + row * block.head_dim, max_scores[row], sums[row]);
-    }
+void attend_split(const AttentionBlock& block) {
+  if (block.is_bf16) {
+    attend<uint16_t>(block);
+  } else {
+    attend<float>(block);
   }
+}
+
+void merge_partials(const AttentionPartial& into, const AttentionPartial& from, int64_t num_rows, int64_t head_dim) {
   for (int64_t row = 0; row < num_rows; ++row) {
-    float* o = block.o + row / block.group * block.token_stride + row % block.group * block.head_dim;
-    for (int64_t e = 0; e < block.head_dim; ++e) o[e] = outs[row * block.head_dim + e] / sums[row];
+    const float a = into.max[row], b = from.max[row], largest = a > b ? a : b;
+    const Vec factors = exp_nonpositive(Vec{a, b} - largest);
+    const float old_factor = factors[0], new_factor = factors[1];
+    into.max[row] = largest;
+    into.sum[row] = into.sum[row] * old_factor + from.sum[row] * new_factor;
+    for (int64_t e = row * head_dim; e < (row + 1) * head_dim; ++e)
+      into.out[e] = into.out[e] * old_factor + from.out[e] * new_factor;
   }
+}
+
+void finish_rows(const AttentionPartial& partial, int64_t num_rows, int64_t head_dim, float* o) {
+  for (int64_t row = 0; row < num_rows; ++row)
+    for (int64_t e = row * head_dim; e < (row + 1) * head_dim; ++e) o[e] = partial.out[e] / partial.sum[row];
 }
 
 }  // namespace socpo::SOCPO_ISA

@@ -93,7 +93,7 @@ def paged_attention_unchecked(
     q_THE: Tensor, *pages: Tensor, scale: float, cascade: bool = True, max_seqlen_q: int, max_seqlen_k: int
 ) -> Tensor:
     if auto_impl("paged_attention", q_THE.device.type) == "cpp" and q_THE.dtype == torch.float32:
-        return torch.ops.socpo.paged_attention(q_THE, *pages, scale)
+        return torch.ops.socpo.paged_attention(q_THE, *pages, scale, cascade)
     return paged_attention_ref(q_THE, *pages, scale=scale)
 
 
