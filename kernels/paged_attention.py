@@ -11,11 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._attend import MODELS, TILES, attend, launch_for
+from socpo_fast.kernels._attend import MODELS, TILES, Launch, attend, launch_for
 from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs, architecture_of
 from socpo_fast.kernels.paged_decode import paged_decode
-
-_ROWS = 64  # query tokens x heads of a KV head
 
 
 def paged_attention_triton(
@@ -49,8 +47,8 @@ def paged_attention_triton(
         if max_seqlen_q == 1:
             paged_decode(launch, tensors, o_THE, scale, max_seqlen_k, cascade)
             return o_THE
-        block_m = _block_rows(launch.group)
-        grid = (block_table_BM.shape[0], kv_heads, triton.cdiv(max_seqlen_q, block_m // launch.group))
+        block_m = _block_rows(launch)
+        grid = (block_table_BM.shape[0], kv_heads, triton.cdiv(max_seqlen_q, block_m // launch.constants["GROUP"]))
         _prefill_kernel[grid](
             *tensors,
             o_THE,
@@ -63,9 +61,9 @@ def paged_attention_triton(
     return o_THE
 
 
-def _block_rows(group: int) -> int:
-    """Rows of a tile: at least one token with all heads of the group."""
-    return max(_ROWS, triton.next_power_of_2(group))
+def _block_rows(launch: Launch) -> int:
+    """Query tokens x heads of a KV head in a tile: at least one token."""
+    return max(launch.rows, triton.next_power_of_2(launch.constants["GROUP"]))
 
 
 def aot_configs() -> AotConfigs:
@@ -83,7 +81,7 @@ def aot_configs() -> AotConfigs:
                     f"{heads} heads on {kv_heads} of {head_dim}, page {page_size}",
                     launch.num_warps,
                     tables | {"q_ptr": dtype, "k_ptr": pages, "v_ptr": pages, "o_ptr": dtype},
-                    launch.constants | {"BLOCK_M": _block_rows(launch.group)},
+                    launch.constants | {"BLOCK_M": _block_rows(launch)},
                 )
 
 

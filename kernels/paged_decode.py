@@ -20,7 +20,6 @@ from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, Ao
 
 _SPLIT = 256
 _SPLIT_INTERPRETED = 32
-_ROWS = 64  # at most, sequences of a block x heads of a KV head
 _BLOCK_SEQS = 8  # at most, sequences of a block
 _MERGED_AT_ONCE = 16  # splits
 _MERGE_WARPS = 4
@@ -62,7 +61,7 @@ def paged_decode(
 def _constants(launch: Launch, split: int, cascade: bool) -> dict[str, int]:
     """Of _decode_kernel. The rows of a tile depend on the model only, neither on the batch nor on cascade."""
     block_seqs = _BLOCK_SEQS
-    while block_seqs > 1 and block_seqs * launch.group > _ROWS:
+    while block_seqs > 1 and block_seqs * launch.constants["GROUP"] > launch.rows:
         block_seqs //= 2
     return launch.constants | {
         "BLOCK_N": min(launch.constants["BLOCK_N"], split),
@@ -70,7 +69,7 @@ def _constants(launch: Launch, split: int, cascade: bool) -> dict[str, int]:
         "SPLIT": split,
         "BLOCK_B": block_seqs,
         "BLOCK_P": triton.next_power_of_2(split // launch.constants["PAGE_SIZE"] + 2),  # pages that a split may touch
-        "BLOCK_M": max(16, triton.next_power_of_2(block_seqs * launch.group)),
+        "BLOCK_M": max(16, triton.next_power_of_2(block_seqs * launch.constants["GROUP"])),
     }
 
 
