@@ -26,15 +26,16 @@ class SampleTile(NamedTuple):
     tokens: int
     width: int
     num_warps: int
+    merged_rows: int = 1  # of one program that merges tiles; the interpreter is slow by the program
 
 
 _FP32 = {torch.float32: SampleTile(32, 64, 32, 4)}
-_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), SampleTile(64, 128, 64, 4))
+_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), SampleTile(64, 128, 64, 8))
 TILES: dict[int, dict[torch.dtype, SampleTile]] = {
-    INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), SampleTile(128, 64, 32, 1)),
+    INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), SampleTile(128, 64, 32, 1, merged_rows=128)),
     **dict.fromkeys(ARCHITECTURES, _FP32 | _HALVES),
 }
-_MERGE_WARPS = 4
+_MERGE_WARPS = 8
 
 _GOLDEN = tl.constexpr(0x9E3779B1)
 _MIX_1 = tl.constexpr(0x7FEB352D)
@@ -55,9 +56,10 @@ def linear_sample_triton(
     num_draws, (vocab, width) = row_keys_B.numel(), weight_VD.shape
     tile = TILES[architecture_of(hidden_TD)][hidden_TD.dtype]
     num_tiles = triton.cdiv(vocab, tile.tokens)
-    ids_NB = row_keys_B.new_empty((num_tiles, num_draws), dtype=torch.int32)
-    values_5NB = row_keys_B.new_empty((5, num_tiles, num_draws), dtype=torch.float32)
-    token_ids_B, values_2B = torch.empty_like(row_keys_B), values_5NB.new_empty((2, num_draws))
+    ids_BN = row_keys_B.new_empty((num_draws, num_tiles), dtype=torch.int32)
+    values_5BN = row_keys_B.new_empty((5, num_draws, num_tiles), dtype=torch.float32)
+    token_ids_B = row_keys_B.new_empty(num_draws)
+    values_2B = values_5BN.new_empty((2, num_draws))
     if num_draws == 0:
         return token_ids_B, values_2B[0], values_2B[1]
     with torch.cuda.device_of(hidden_TD):
@@ -67,8 +69,8 @@ def linear_sample_triton(
             row_keys_B.contiguous(),
             temperature_B.contiguous(),
             None if rows_B is None else rows_B.contiguous(),
-            ids_NB,
-            values_5NB,
+            ids_BN,
+            values_5BN,
             num_draws,
             vocab,
             width,
@@ -79,13 +81,14 @@ def linear_sample_triton(
             BLOCK_D=tile.width,
             num_warps=tile.num_warps,
         )
-        _merge_tiles_kernel[(num_draws,)](
-            ids_NB,
-            values_5NB,
+        _merge_tiles_kernel[(triton.cdiv(num_draws, tile.merged_rows),)](
+            ids_BN,
+            values_5BN,
             token_ids_B,
             values_2B,
             num_draws,
             num_tiles,
+            BLOCK_B=tile.merged_rows,
             BLOCK_N=triton.next_power_of_2(num_tiles),
             num_warps=_MERGE_WARPS,
         )
@@ -115,11 +118,12 @@ def aot_configs() -> AotConfigs:
                     {"BLOCK_B": tile.rows, "BLOCK_V": tile.tokens, "BLOCK_D": tile.width},
                     odd,
                 )
-            num_tiles = triton.next_power_of_2(triton.cdiv(262144, tile.tokens))
             pointers = results | {"token_ids_ptr": torch.int64, "results_ptr": torch.float32}
-            yield AotConfig(
-                _merge_tiles_kernel, architecture, dtype, "V = 262144", _MERGE_WARPS, pointers, {"BLOCK_N": num_tiles}
-            )
+            constants = {
+                "BLOCK_B": tile.merged_rows,
+                "BLOCK_N": triton.next_power_of_2(triton.cdiv(262144, tile.tokens)),
+            }
+            yield AotConfig(_merge_tiles_kernel, architecture, dtype, "V = 262144", _MERGE_WARPS, pointers, constants)
 
 
 @triton.jit(
@@ -175,11 +179,11 @@ def _sample_tile_kernel(
     scores = z + tl.where(is_greedy[:, None], 0.0, -tl.log(_minus_log1p(v)))
     best = tl.max(scores, 1)
     none = (tl.program_id(1) + 1) * BLOCK_V
-    best_id = tl.min(tl.where(scores == best[:, None], token_ids[None, :], none), 1)
+    best_id = tl.min(tl.where(is_token[None, :] & (scores == best[:, None]), token_ids[None, :], none), 1)
     best_id = tl.where(best_id == none, none - BLOCK_V, best_id)  # NaN: some token
     best_z = tl.max(tl.where(token_ids[None, :] == best_id[:, None], z, float("-inf")), 1)
 
-    places = tl.program_id(1).to(tl.int64) * num_draws + draws
+    places = draws.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     step = tl.num_programs(1).to(tl.int64) * num_draws
     tl.store(ids_ptr + places, best_id, is_draw)
     tl.store(values_ptr + places, highest, is_draw)
@@ -190,28 +194,40 @@ def _sample_tile_kernel(
 
 
 @triton.jit(do_not_specialize=["num_draws", "num_tiles"])
-def _merge_tiles_kernel(ids_ptr, values_ptr, token_ids_ptr, results_ptr, num_draws, num_tiles, BLOCK_N: tl.constexpr):
-    draw, tiles = tl.program_id(0), tl.arange(0, BLOCK_N)
-    is_tile = tiles < num_tiles
-    places = tiles.to(tl.int64) * num_draws + draw
+def _merge_tiles_kernel(
+    ids_ptr,
+    values_ptr,
+    token_ids_ptr,
+    results_ptr,
+    num_draws,
+    num_tiles,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    draws, tiles = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N)
+    is_draw = draws < num_draws
+    begins = draws.to(tl.int64) * num_tiles
+    places, wanted = begins[:, None] + tiles[None, :], is_draw[:, None] & (tiles < num_tiles)[None, :]
     step = tl.cast(num_tiles, tl.int64) * num_draws
-    highest_of_tile = tl.load(values_ptr + places, is_tile, other=float("-inf"))
-    total_of_tile = tl.load(values_ptr + places + step, is_tile, other=0.0)
-    weighted_of_tile = tl.load(values_ptr + places + 2 * step, is_tile, other=0.0)
-    highest = tl.max(highest_of_tile, 0)
-    below = highest_of_tile - highest
+    highest_of_tile = tl.load(values_ptr + places, wanted, other=float("-inf"))
+    total_of_tile = tl.load(values_ptr + places + step, wanted, other=0.0)
+    weighted_of_tile = tl.load(values_ptr + places + 2 * step, wanted, other=0.0)
+    highest = tl.max(highest_of_tile, 1)
+    below = highest_of_tile - tl.where(highest == float("-inf"), 0.0, highest)[:, None]
     factors = tl.exp(below)
-    total = tl.sum(factors * total_of_tile, 0)
+    total = tl.sum(factors * total_of_tile, 1)
     below = tl.where(below == float("-inf"), 0.0, below)
     log_total = tl.log(total)
-    entropy = log_total - tl.sum(factors * (weighted_of_tile + below * total_of_tile), 0) / total
+    entropy = log_total - tl.sum(factors * (weighted_of_tile + below * total_of_tile), 1) / total
 
-    best_of_tile = tl.load(values_ptr + places + 3 * step, is_tile, other=float("-inf"))
-    winner = tl.min(tl.where(is_tile & (best_of_tile == tl.max(best_of_tile, 0)), tiles, num_tiles), 0)
-    place = tl.where(winner == num_tiles, 0, winner).to(tl.int64) * num_draws + draw  # NaN: some token
-    tl.store(token_ids_ptr + draw, tl.load(ids_ptr + place).to(tl.int64))
-    tl.store(results_ptr + draw, (tl.load(values_ptr + place + 4 * step) - highest) - log_total)
-    tl.store(results_ptr + num_draws + draw, entropy)
+    best_of_tile = tl.load(values_ptr + places + 3 * step, wanted, other=float("-inf"))
+    is_best = wanted & (best_of_tile == tl.max(best_of_tile, 1)[:, None])
+    winner = tl.min(tl.where(is_best, tiles[None, :], num_tiles), 1)
+    place = begins + tl.where(winner == num_tiles, 0, winner)  # NaN: some token
+    best_z = tl.load(values_ptr + place + 4 * step, is_draw, other=0.0)
+    tl.store(token_ids_ptr + draws, tl.load(ids_ptr + place, is_draw, other=0).to(tl.int64), is_draw)
+    tl.store(results_ptr + draws, (best_z - highest) - log_total, is_draw)
+    tl.store(results_ptr + num_draws + draws, entropy, is_draw)
 
 
 @triton.jit
