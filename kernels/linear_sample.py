@@ -97,7 +97,7 @@ def linear_sample_triton(
 
 def aot_configs() -> AotConfigs:
     """Both kernels: with and without rows, even and odd sizes, fp32 over a head in bf16; merging at V = 262144."""
-    results = {"ids_ptr": torch.int32, "values_ptr": torch.float32}
+    results: dict[str, torch.dtype | None] = {"ids_ptr": torch.int32, "values_ptr": torch.float32}
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
             low = torch.bfloat16 if dtype == torch.float32 else dtype
@@ -107,7 +107,7 @@ def aot_configs() -> AotConfigs:
                 ("rows, 16-bit head", low, torch.int64, False),
                 ("odd sizes", dtype, None, True),
             ):
-                pointers = {"hidden_ptr": dtype, "weight_ptr": weight, "rows_ptr": rows} | results
+                pointers = results | {"hidden_ptr": dtype, "weight_ptr": weight, "rows_ptr": rows}
                 yield AotConfig(
                     _sample_tile_kernel,
                     architecture,
@@ -206,8 +206,8 @@ def _merge_tiles_kernel(
 ):
     draws, tiles = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N)
     is_draw = draws < num_draws
-    begins = draws.to(tl.int64) * num_tiles
-    places, wanted = begins[:, None] + tiles[None, :], is_draw[:, None] & (tiles < num_tiles)[None, :]
+    begins = tl.minimum(draws, num_draws - 1).to(tl.int64) * num_tiles
+    places, wanted = begins[:, None] + tiles[None, :], (tiles < num_tiles)[None, :]
     step = tl.cast(num_tiles, tl.int64) * num_draws
     highest_of_tile = tl.load(values_ptr + places, wanted, other=float("-inf"))
     total_of_tile = tl.load(values_ptr + places + step, wanted, other=0.0)
@@ -224,9 +224,8 @@ def _merge_tiles_kernel(
     is_best = wanted & (best_of_tile == tl.max(best_of_tile, 1)[:, None])
     winner = tl.min(tl.where(is_best, tiles[None, :], num_tiles), 1)
     place = begins + tl.where(winner == num_tiles, 0, winner)  # NaN: some token
-    best_z = tl.load(values_ptr + place + 4 * step, is_draw, other=0.0)
-    tl.store(token_ids_ptr + draws, tl.load(ids_ptr + place, is_draw, other=0).to(tl.int64), is_draw)
-    tl.store(results_ptr + draws, (best_z - highest) - log_total, is_draw)
+    tl.store(token_ids_ptr + draws, tl.load(ids_ptr + place).to(tl.int64), is_draw)
+    tl.store(results_ptr + draws, (tl.load(values_ptr + place + 4 * step) - highest) - log_total, is_draw)
     tl.store(results_ptr + num_draws + draws, entropy, is_draw)
 
 

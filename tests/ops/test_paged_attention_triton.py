@@ -101,7 +101,7 @@ def test_a_prefill_alone_has_the_bits_of_the_prefill_in_a_batch() -> None:
 
 
 def test_a_decoded_token_has_the_same_bits_in_any_company() -> None:
-    """At the same place, since numpy's bits under the interpreter depend on the row of a tile; at the first one alone."""
+    """At the same place, since numpy's bits under the interpreter depend on the row of a tile; alone at the first."""
     case = make_case([90, 33, 64, 47, 20, 2, 100, 40, 32, 70], [1] * 10, heads=9, kv_heads=3, head_dim=64, page_size=16)
     together = run(case)
     for b in range(10):
