@@ -1,0 +1,184 @@
+"""Paged attention on a GPU against fp64, and that cascade changes no bit; on a CPU in the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.kernels import paged_decode
+from socpo_fast.kernels.paged_attention import paged_attention_triton
+from socpo_fast.ops.paged_attention import paged_attention_ref
+from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.ops.test_paged_attention import Case, make_case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPLIT = 32 if DEVICE == "cpu" else 256
+
+
+def run(case: Case, **options: Any) -> Tensor:
+    """max_seqlen_k is that of the table, as in a captured graph, unless given."""
+    options = {"max_seqlen_k": case.block_table_BM.shape[1] * case.k_cache_PSKE.shape[1]} | options
+    options = {"max_seqlen_q": int(case.cu_seqlens_q.diff().max()), "scale": case.q_THE.shape[-1] ** -0.5} | options
+    return paged_attention_triton(*(x.to(DEVICE) for x in case), **options).cpu()
+
+
+def convert(case: Case, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> Case:
+    caches = (x.to(cache_dtype or dtype) for x in case[1:3])
+    return Case(case.q_THE.to(dtype), *caches, *case[3:])
+
+
+def assert_right(case: Case, **options: Any) -> None:
+    dtype, scale = case.q_THE.dtype, case.q_THE.shape[-1] ** -0.5
+    plain = paged_attention_ref(*convert(case, dtype), scale=scale)
+    truth = paged_attention_ref(*convert(case, torch.float64), scale=scale)
+    assert_error_rule(run(case, **options), plain, truth, name="o_THE", dtype=dtype)
+
+
+def sequence(case: Case, b: int) -> Case:
+    """Sequence b of a case, alone."""
+    begin, end = case.cu_seqlens_q[b : b + 2].tolist()
+    table, seq_len, cu_seqlens = (
+        case.block_table_BM[b : b + 1],
+        case.seq_lens_B[b : b + 1],
+        torch.tensor([0, end - begin]).int(),
+    )
+    return Case(case.q_THE[begin:end], *case[1:3], table, seq_len, cu_seqlens)
+
+
+# Heads: groups of 3, 1, 4 and 7, all in one; head dims: powers of two, masked ones, the widest.
+HEADS = [(9, 3, 64), (2, 2, 80), (8, 2, 96), (7, 1, 128), (4, 4, 16), (2, 1, 256)]
+
+
+# Pages: the smallest, more than a split, not a power of two. Lengths: one token, a tile of keys, a tile + 1, a chunk of
+# a longer one, nothing queried, several tiles of rows.
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("page_size", [16, 64, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_prefill_is_as_right_as_plain_torch(
+    heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> None:
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
+    assert_right(convert(make_case([1, 16, 17, 70, 40, 33], [1, 16, 1, 37, 0, 33], **sizes), dtype))
+
+
+# Lengths: one token, a split - 1, a split, a split + 1, three splits, nothing queried, several.
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("page_size", [16, 64, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decode_is_as_right_as_plain_torch(
+    heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> None:
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
+    seq_lens = [1, SPLIT - 1, SPLIT, SPLIT + 1, 3 * SPLIT, 5, 4 * SPLIT + 7]
+    assert_right(convert(make_case(seq_lens, [1, 1, 1, 1, 1, 0, 1], **sizes), dtype), max_seqlen_q=1)
+
+
+@pytest.mark.parametrize("q_lens", [[20, 1, 33], [1, 1, 1]])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16])
+def test_pages_in_16_bits_are_read_as_fp32(q_lens: list[int], cache_dtype: torch.dtype) -> None:
+    case = make_case([20, 90, 33], q_lens, heads=9, kv_heads=3, head_dim=64, page_size=16)
+    case = convert(case, torch.float32, cache_dtype)
+    assert_right(case)
+    assert_bitwise_equal(run(case), run(convert(case, torch.float32)), name="o_THE")
+
+
+@pytest.mark.parametrize("q_lens", [[70, 40], [1, 1]])
+def test_large_scores_stay_finite(q_lens: list[int]) -> None:
+    case = make_case([70, 40], q_lens, heads=3, kv_heads=1, head_dim=32, page_size=16)
+    assert_right(case._replace(q_THE=case.q_THE * 1e4))
+
+
+def test_a_prefill_alone_has_the_bits_of_the_prefill_in_a_batch() -> None:
+    q_lens = [1, 17, 1, 33, 1, 20, 2, 1, 5, 1]
+    case = make_case([1, 90, 33, 64, 47, 20, 2, 100, 40, 32], q_lens, heads=9, kv_heads=3, head_dim=64, page_size=16)
+    together = run(case)
+    for b, (begin, end) in enumerate(zip(case.cu_seqlens_q[:-1].tolist(), case.cu_seqlens_q[1:].tolist(), strict=True)):
+        alone = run(sequence(case, b), max_seqlen_q=33)
+        assert_bitwise_equal(alone, together[begin:end], name=f"sequence {b}")
+
+
+def test_a_decoded_token_has_the_same_bits_in_any_company() -> None:
+    """At the same place, since numpy's bits under the interpreter depend on the row of a tile; alone at the first."""
+    case = make_case([90, 33, 64, 47, 20, 2, 100, 40, 32, 70], [1] * 10, heads=9, kv_heads=3, head_dim=64, page_size=16)
+    together = run(case)
+    for b in range(10):
+        others = torch.arange(10) != b
+        short = case._replace(seq_lens_B=case.seq_lens_B.masked_fill(others, 1))
+        assert_bitwise_equal(run(short)[b], together[b], name=f"sequence {b} among short ones")
+        if DEVICE == "cuda" or b in (0, 8):
+            assert_bitwise_equal(run(sequence(case, b), max_seqlen_q=1)[0], together[b], name=f"sequence {b} alone")
+
+
+def test_a_bound_above_the_lengths_changes_no_bit_and_empty_places_give_zeros() -> None:
+    """As in a captured graph, whose batch has room for more and longer sequences."""
+    case = make_case([90, 33, 64], [1, 1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16)
+    tight = run(case, max_seqlen_k=90)
+    assert_bitwise_equal(run(case, max_seqlen_k=5000), tight, name="bound of 5000")
+    case = case._replace(
+        q_THE=torch.cat([case.q_THE, torch.full((1, 4, 64), torch.nan)]),
+        block_table_BM=torch.cat([case.block_table_BM, torch.zeros_like(case.block_table_BM[:1])]),
+        seq_lens_B=torch.tensor([90, 33, 64, 0]).int(),
+        cu_seqlens_q=torch.arange(5).int(),
+    )
+    assert_bitwise_equal(run(case), torch.cat([tight, torch.zeros(1, 4, 64)]), name="with an empty place")
+
+
+def siblings(shared: list[int], seq_lens: list[int], heads: int = 8, kv_heads: int = 2, page_size: int = 16) -> Case:
+    """Decode of sequences whose first `shared` tokens, in whole pages, are in the pages of the first sequence."""
+    case = make_case(seq_lens, [1] * len(seq_lens), heads=heads, kv_heads=kv_heads, head_dim=64, page_size=page_size)
+    table_BM = case.block_table_BM.clone()
+    for b, num_tokens in enumerate(shared):
+        table_BM[b, : num_tokens // page_size] = table_BM[0, : num_tokens // page_size]
+    return case._replace(block_table_BM=table_BM)
+
+
+# Blocks have 8 sequences at groups of up to 4 heads under the interpreter. Of each case: tokens shared, lengths, and
+# how many pairs (sequence, split) have a program at work.
+@pytest.mark.parametrize(
+    ("shared", "seq_lens", "programs"),
+    [
+        # a whole block, and one that is not full: two shared splits and 8 + 3 tails
+        ([80] * 11, [90, 80, 81, 95, 96, 85, 88, 82, 90, 84, 91], 2 * 2 + 11),
+        # one that leaves the others after the first split
+        ([64] * 5 + [32] + [64] * 2, [70] * 8, 1 + 8 + 8),
+        # one that ends inside the second split: then each of the others reads it alone
+        ([64] * 8, [70] * 3 + [40] + [70] * 4, 1 + 8 + 7),
+        # nothing shared
+        ([0] * 8, [70] * 8, 3 * 8),
+        # a single sequence shares with itself
+        ([64], [70], 3),
+    ],
+)
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_cascade_reads_once_and_changes_no_bit(
+    shared: list[int], seq_lens: list[int], programs: int, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = siblings(shared, seq_lens, page_size=page_size)
+    plain = run(case, cascade=False)
+    if DEVICE == "cpu":
+        calls, attend = [], paged_decode.attend
+        monkeypatch.setattr(paged_decode, "attend", lambda *args: [calls.append(1), attend(*args)][1])
+    assert_bitwise_equal(run(case), plain, name="o_THE")
+    assert_right(case)
+    if DEVICE == "cpu":
+        assert len(calls) == 2 * 2 * programs  # two runs, two KV heads
+
+
+def test_cascade_without_a_query_of_the_first() -> None:
+    """The first of a block takes the rows of the others though it has none of its own."""
+    case = siblings([64] * 8, [70] * 8)
+    case = case._replace(q_THE=case.q_THE[2:], cu_seqlens_q=torch.tensor([0, 0, 1, 2, 2, 3, 4, 5, 6]).int())
+    assert_bitwise_equal(run(case), run(case, cascade=False), name="o_THE")
+    assert_right(case)
+
+
+def test_no_tokens_and_strided_arguments() -> None:
+    case = make_case([5, 9, 7], [2, 1, 7], heads=2, kv_heads=1, head_dim=64, page_size=16)
+    q, lens, cu = (torch.stack([x, x.roll(1, 0)], 1)[:, 0] for x in (case.q_THE, case.seq_lens_B, case.cu_seqlens_q))
+    strided = run(case._replace(q_THE=q, seq_lens_B=lens, cu_seqlens_q=cu))
+    assert_bitwise_equal(strided, run(case), name="strided")
+    empty = case._replace(q_THE=case.q_THE[:0], cu_seqlens_q=torch.zeros(4).int())
+    assert run(empty).shape == (0, 2, 64)
