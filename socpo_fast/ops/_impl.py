@@ -51,6 +51,12 @@ def choose_impl(op: str, impl: str, available: tuple[str, ...], device: torch.de
     return impl
 
 
+@functools.cache
+def auto_impl(op: str, device_type: str) -> str:
+    """What `auto` picks for tensors on such a device, looked up once: for ops that are called every layer."""
+    return choose_impl(op, "auto", IMPLS[op], torch.device(device_type))
+
+
 def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
     """Op name -> the implementation `auto` picks for tensors on `device`."""
     return {op: choose_impl(op, "auto", available, torch.device(device)) for op, available in IMPLS.items()}

@@ -1,7 +1,9 @@
 """Causal attention of new tokens over keys and values in pages: prefill, chunked prefill and decode in one op.
 
 Read paged_attention_ref for the mathematics. Departs from the textbook: there is one entry for a prompt and for a
-single token, and both give the same bits, since a query row's arithmetic sees its own position and keys only.
+single token, and both give the same bits, since a query row's arithmetic sees its own position and keys only. Keys are
+attended in fixed splits, merged in order; siblings whose pages are the same over a split have it read once for all of
+them (cascade), which changes no bit either.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, choose_impl
+from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
 
 
 def paged_attention_ref(
@@ -50,6 +52,7 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     *,
     scale: float,
+    cascade: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Attention of each sequence's last tokens over all of its tokens so far, read from pages.
@@ -59,14 +62,16 @@ def paged_attention(
 
     Args:
         q_THE:          [T, H, E] floating point (cpp: fp32), packed by sequence. H a multiple of K.
-        k_cache_PSKE:   [P, S, K, E], same dtype, contiguous; E a multiple of 4, at most 256. The keys of the query
-                        tokens themselves are already in it.
+        k_cache_PSKE:   [P, S, K, E], q's dtype, or bf16 with fp32 queries; contiguous; E a multiple of 4, at most
+                        256. The keys of the query tokens themselves are already in it.
         v_cache_PSKE:   like k_cache_PSKE.
         block_table_BM: [B, M] int32. Token j of sequence b is in page block_table[b, j // S], slot j % S; entries
                         behind the last token's page are never read.
         seq_lens_B:     [B] int32, tokens in sequence b with the query tokens, which are the last ones; <= M * S.
         cu_seqlens_q:   [B + 1] int32, query tokens before sequence b; from 0 to T. A sequence may have none.
         scale:          usually E ** -0.5; no default, since a wrong one is silent.
+        cascade:        consecutive sequences with one query token each and the same pages over a split share its keys
+                        (cpp). Same bits with and without; off only to compare.
         impl:           "auto", "ref" or "cpp".
 
     Returns:
@@ -75,17 +80,29 @@ def paged_attention(
     Raises:
         ValueError: a shape, dtype, stride, length or page number breaks the rules above.
 
-    Gradient: none, it serves the engine. Memory: ref gathers one sequence's keys and scores, cpp nothing.
+    Gradient: none, it serves the engine. Memory: ref gathers one sequence's keys and scores; cpp has E + 2 floats for
+    each head and split of 128 keys of a single query token, and about 100 KiB a thread.
     Bitwise (cpp): a row's bits do not depend on the other rows, on how many tokens are queried at once, on which pages
-    hold the keys, or on the number of threads.
-    Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018).
+    hold the keys, on cascade, or on the number of threads.
+    Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018); cascade: Hydragen
+    (Juravsky et al. 2024).
     """
     _check(q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q)
     given = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
-    tensors = tuple(x.contiguous() for x in given)
     available = IMPLS["paged_attention"] if q_THE.dtype == torch.float32 else ("ref",)
-    if choose_impl("paged_attention", impl, available, q_THE.device) == "cpp":
-        return torch.ops.socpo.paged_attention(*tensors, scale)
+    chosen = choose_impl("paged_attention", impl, available, q_THE.device)
+    return _attend(chosen, *(x.contiguous() for x in given), scale=scale, cascade=cascade)
+
+
+def paged_attention_unchecked(q_THE: Tensor, *others: Tensor, scale: float, cascade: bool = True) -> Tensor:
+    """paged_attention by "auto" without a look at its arguments: all contiguous, every number in range."""
+    chosen = auto_impl("paged_attention", q_THE.device.type) if q_THE.dtype == torch.float32 else "ref"
+    return _attend(chosen, q_THE, *others, scale=scale, cascade=cascade)
+
+
+def _attend(chosen: str, *tensors: Tensor, scale: float, cascade: bool) -> Tensor:
+    if chosen == "cpp":
+        return torch.ops.socpo.paged_attention(*tensors, scale, cascade)
     return paged_attention_ref(*tensors, scale=scale)
 
 
@@ -101,8 +118,9 @@ def _check(
     where = "paged_attention"
     check = TensorChecker(where)
     check("q_THE", q_THE, FLOATS)
-    check("k_cache_PSKE", k_cache_PSKE, (q_THE.dtype,))
-    check("v_cache_PSKE", v_cache_PSKE, (q_THE.dtype,))
+    stored = (torch.float32, torch.bfloat16) if q_THE.dtype == torch.float32 else (q_THE.dtype,)
+    check("k_cache_PSKE", k_cache_PSKE, stored)
+    check("v_cache_PSKE", v_cache_PSKE, (k_cache_PSKE.dtype,))
     check("block_table_BM", block_table_BM, (torch.int32,))
     check("seq_lens_B", seq_lens_B, (torch.int32,))
     num_tokens, heads, head_dim, pages, page_size, kv_heads, num_seqs, width = (check.sizes[c] for c in "THEPSKBM")
