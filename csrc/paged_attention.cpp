@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "ops.h"
 
 namespace socpo {
 namespace {
@@ -130,6 +131,8 @@ AttentionPartial partial_rows(float* base, int64_t num_rows, int64_t row, int64_
   return {base + num_rows * head_dim + row, base + num_rows * (head_dim + 1) + row, base + row * head_dim};
 }
 
+}  // namespace
+
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& block_table, const at::Tensor& seq_lens, const at::Tensor& cu_seqlens_q,
                            double scale, bool cascade) {
@@ -206,6 +209,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   });
   return o;
 }
+
+namespace {
 
 at::Tensor paged_attention_meta(const at::Tensor& q, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                 const at::Tensor&, const at::Tensor&, double, bool) {

@@ -240,6 +240,7 @@ class Engine:
         An attempt under way keeps the version that sampled its first token.
         """
         self.policy_version += 1
+        self._runner.bind_weights()
         self._scheduler.drop_all_pages()
         for sequence in self._scheduler.waiting:  # that is everyone now
             if sequence.num_sampled == 0:

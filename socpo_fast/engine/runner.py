@@ -7,6 +7,7 @@ ids and page numbers are copied whole, positions and slots are computed for all 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops._impl import auto_impl
 from socpo_fast.ops.paged_attention import paged_attention_unchecked
 from socpo_fast.ops.rotary import rotary_write_unchecked
 
@@ -45,6 +47,14 @@ class Runner:
             raise ValueError(f"Engine: kv_cache_gib must fit into memory, got {gib:.4g}; lower it") from error
         self.caches = list(zip(self.k_cache_LPSKE, self.v_cache_LPSKE, strict=True))
 
+        self.bind_weights()
+
+    def bind_weights(self) -> None:
+        """Look up the student's parameters, for layers that run in one call: empty where only op by op is possible."""
+        is_cpp = auto_impl("linear", self.device.type) == "cpp"
+        is_cpp = is_cpp and self.k_cache_LPSKE.dtype in (torch.float32, torch.bfloat16)
+        self.layer_weights = [layer.weights() for layer in self.student.layers] if is_cpp else []
+
     @staticmethod
     def page_bytes(student: Decoder, page_size: int) -> int:
         config = student.config
@@ -68,7 +78,13 @@ class Runner:
             q_THE = rotary_write_unchecked(qkv_THE, *rotary, *caches, step.slots_T)
             return paged_attention_unchecked(q_THE, *caches, *places, scale=scale, cascade=self.cascade, **longest)
 
-        return self.student(step.token_ids_T, step.positions_T, attend)
+        def run_layer(layer_idx: int, x_TD: Tensor, update_TD: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Any:
+            given = *rotary, *self.caches[layer_idx], step.slots_T, *places, scale, self.cascade
+            weights, eps = self.layer_weights[layer_idx], self.student.config.rms_norm_eps
+            return torch.ops.socpo.decoder_layer(x_TD, update_TD, weights, eps, *given)
+
+        whole = {"run_layer": run_layer} if self.layer_weights else {}
+        return self.student(step.token_ids_T, step.positions_T, attend, **whole)
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""
