@@ -1,4 +1,4 @@
-"""The engine reads the trainer's parameters: nothing moves in an update, and the next token comes from the new weights."""
+"""The engine reads the trainer's parameters: an update moves nothing, and the next token sees it."""
 
 from __future__ import annotations
 
