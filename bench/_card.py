@@ -105,6 +105,14 @@ def extra_peak_mib(run: Callable[[], Result]) -> tuple[Result, PeakMib]:
     return result, PeakMib(max(accumulate(changes, initial=0)) / _MIB, resident)
 
 
+def peak_resident_mib(run: Callable[[], Result]) -> tuple[Result, float | None]:
+    """A call's result, and the most memory this process held meanwhile, all of it; None: not Linux."""
+    gc.collect()
+    before = _reset_high_water_mib()
+    result = run()
+    return result, None if before is None else _status_mib("VmHWM")
+
+
 def time_rounds(runs: Sequence[Callable[[], Any]], num_rounds: int) -> list[list[float]]:
     """Seconds of each run in each round; within a round every run is called once, in order."""
     seconds: list[list[float]] = [[] for _ in runs]

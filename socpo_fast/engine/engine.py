@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from itertools import count
 
 from socpo_fast.engine.decode import DecodeLoop
@@ -19,27 +18,7 @@ from socpo_fast.engine.sampler import sample_tokens
 from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.types import Attempt, RolloutKey, SamplingParams
-
-
-@dataclass
-class EngineStats:
-    """Counts since the engine was made, except pages_*, which are of now."""
-
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    preemptions: int = 0
-    pages_free: int = 0
-    pages_total: int = 0
-
-
-@dataclass(frozen=True)
-class Handle:
-    """What was submitted: attempts with this key and attempt_idx, rollout_idx in range(num_rollouts), will finish."""
-
-    key: RolloutKey
-    attempt_idx: int
-    num_rollouts: int
+from socpo_fast.types import Attempt, EngineStats, Handle, RolloutKey, SamplingParams
 
 
 class Engine:

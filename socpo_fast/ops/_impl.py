@@ -24,7 +24,7 @@ IMPLS: dict[str, tuple[str, ...]] = {
     "linear_sample": ("ref", "cpp", "triton"),
     "policy_loss": ("ref",),
     "packed_attention": ("ref",),
-    "paged_attention": ("ref", "cpp"),
+    "paged_attention": ("ref", "cpp", "triton"),
     "rms_norm": ("ref", "cpp", "triton"),
     "rotary": ("ref", "cpp", "triton"),
     "rotary_write": ("ref", "cpp", "triton"),

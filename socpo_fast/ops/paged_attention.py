@@ -1,7 +1,9 @@
 """Causal attention of new tokens over keys and values in pages: prefill, chunked prefill and decode in one op.
 
 Read paged_attention_ref for the mathematics. Departs from the textbook: there is one entry for a prompt and for a
-single token, and both give the same bits, since a query row's arithmetic sees its own position and keys only.
+single token, and both give the same bits, since a query row's arithmetic sees its own position and keys only. Keys are
+attended in fixed splits, merged in order; siblings whose pages are the same over a split have it read once for all of
+them (cascade), which changes no bit either.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
+from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of, kernels_of
 
 
 def paged_attention_ref(
@@ -50,6 +52,7 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     *,
     scale: float,
+    cascade: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Attention of each sequence's last tokens over all of its tokens so far, read from pages.
@@ -59,15 +62,17 @@ def paged_attention(
 
     Args:
         q_THE:          [T, H, E] floating point (cpp: fp32), packed by sequence. H a multiple of K.
-        k_cache_PSKE:   [P, S, K, E], same dtype, contiguous; E a multiple of 4, at most 256. The keys of the query
-                        tokens themselves are already in it.
+        k_cache_PSKE:   [P, S, K, E], q's dtype, or bf16 with fp32 queries; contiguous; E a multiple of 4, at most
+                        256. The keys of the query tokens themselves are already in it.
         v_cache_PSKE:   like k_cache_PSKE.
         block_table_BM: [B, M] int32. Token j of sequence b is in page block_table[b, j // S], slot j % S; entries
                         behind the last token's page are never read.
         seq_lens_B:     [B] int32, tokens in sequence b with the query tokens, which are the last ones; <= M * S.
         cu_seqlens_q:   [B + 1] int32, query tokens before sequence b; from 0 to T. A sequence may have none.
         scale:          usually E ** -0.5; no default, since a wrong one is silent.
-        impl:           "auto", "ref" or "cpp".
+        cascade:        consecutive sequences with one query token each and the same pages over a split share its keys
+                        (cpp). Same bits with and without; off only to compare.
+        impl:           "auto", "ref", "cpp" or "triton".
 
     Returns:
         o_THE [T, H, E], q's dtype. Softmax and sums in fp32.
@@ -75,26 +80,40 @@ def paged_attention(
     Raises:
         ValueError: a shape, dtype, stride, length or page number breaks the rules above.
 
-    Gradient: none, it serves the engine. Memory: ref gathers one sequence's keys and scores, cpp nothing.
+    Gradient: none, it serves the engine. Memory: ref gathers one sequence's keys and scores; cpp has E + 2 floats for
+    each head and split of 128 keys of a single query token, and about 100 KiB a thread.
     Bitwise (cpp): a row's bits do not depend on the other rows, on how many tokens are queried at once, on which pages
-    hold the keys, or on the number of threads.
-    Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018).
+    hold the keys, on cascade, or on the number of threads.
+    Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018); cascade: Hydragen
+    (Juravsky et al. 2024).
     """
     _check(q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q)
     given = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
-    tensors = tuple(x.contiguous() for x in given)
-    available = IMPLS["paged_attention"] if q_THE.dtype == torch.float32 else ("ref",)
-    if choose_impl("paged_attention", impl, available, q_THE.device) == "cpp":
-        return torch.ops.socpo.paged_attention(*tensors, scale)
-    return paged_attention_ref(*tensors, scale=scale)
+    chosen = choose_impl("paged_attention", impl, impls_of("paged_attention", q_THE.dtype), q_THE.device)
+    longest = (
+        {"max_seqlen_q": int(cu_seqlens_q.diff().max()), "max_seqlen_k": int(seq_lens_B.max())} if len(q_THE) else {}
+    )
+    tensors = (x.contiguous() for x in given)
+    return paged_attention_unchecked(*tensors, scale=scale, cascade=cascade, impl=chosen, **longest)
 
 
 def paged_attention_unchecked(
-    q_THE: Tensor, *pages: Tensor, scale: float, cascade: bool = True, max_seqlen_q: int, max_seqlen_k: int
+    *tensors: Tensor,
+    scale: float,
+    cascade: bool = True,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    impl: str | None = None,
 ) -> Tensor:
-    if auto_impl("paged_attention", q_THE.device.type) == "cpp" and q_THE.dtype == torch.float32:
-        return torch.ops.socpo.paged_attention(q_THE, *pages, scale, cascade)
-    return paged_attention_ref(q_THE, *pages, scale=scale)
+    """`paged_attention` for what is known to be right; max_*: the longest query and context, or more."""
+    impl = impl or auto_impl("paged_attention", tensors[0].device.type, tensors[0].dtype)
+    if impl == "cpp":
+        return torch.ops.socpo.paged_attention(*tensors, scale, cascade)
+    if impl == "triton" and max_seqlen_q > 0:
+        longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+        launch = kernels_of("paged_attention", impl).paged_attention_triton
+        return launch(*tensors, scale=scale, cascade=cascade, **longest)
+    return paged_attention_ref(*tensors, scale=scale)
 
 
 def _check(
@@ -109,8 +128,9 @@ def _check(
     where = "paged_attention"
     check = TensorChecker(where)
     check("q_THE", q_THE, FLOATS)
-    check("k_cache_PSKE", k_cache_PSKE, (q_THE.dtype,))
-    check("v_cache_PSKE", v_cache_PSKE, (q_THE.dtype,))
+    stored = (torch.float32, torch.bfloat16) if q_THE.dtype == torch.float32 else (q_THE.dtype,)
+    check("k_cache_PSKE", k_cache_PSKE, stored)
+    check("v_cache_PSKE", v_cache_PSKE, (k_cache_PSKE.dtype,))
     check("block_table_BM", block_table_BM, (torch.int32,))
     check("seq_lens_B", seq_lens_B, (torch.int32,))
     num_tokens, heads, head_dim, pages, page_size, kv_heads, num_seqs, width = (check.sizes[c] for c in "THEPSKBM")

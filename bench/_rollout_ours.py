@@ -1,0 +1,118 @@
+"""Our engine in bench_rollout, through its public interface only: runs, the check before timing, parts of a step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.profiler import profile
+
+from bench._rollout_cases import Case, Work
+from socpo_fast.engine import Engine
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.types import Attempt, SamplingParams
+
+# Largest difference of a sampled token's log-prob from a transformers forward, by how weights and pages are stored.
+MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+PARTS = {
+    "linears": ("socpo::linear", "aten::mm", "aten::addmm", "aten::linear"),
+    "attention": ("socpo::paged_attention",),
+    "KV write, rotary": ("socpo::rotary_write",),
+    "norms": ("socpo::rms_norm",),
+    "swiglu": ("socpo::swiglu",),
+    "head and draw": ("socpo::linear_sample",),
+}
+OTHER_OPS, PYTHON = "other ops", "Python, scheduler"
+
+
+@dataclass
+class Ours:
+    """One engine, kept over runs as a trainer keeps it."""
+
+    engine: Engine
+
+    @classmethod
+    def of(cls, student: Decoder, case: Case, *, page_size: int = 32, **options: Any) -> Ours:
+        config, weight = student.config, student.lm_head.weight
+        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.element_size()
+        num_tokens = (case.num_first + 1) * (case.longest + 2 * page_size)  # all of it, as if nothing were shared
+        gib = num_tokens * per_token / 2**30
+        return cls(Engine(student, kv_cache_gib=gib, page_size=page_size, **options))
+
+    def rollouts(self, work: Work) -> list[list[Attempt]]:
+        """First attempts, question by question, and the second ones behind every second of them."""
+        case = work.case
+        params = SamplingParams(
+            temperature=1.0, max_new_tokens=case.new, eos_ids=(), n=case.rollouts, ignore_eos=True, seed=work.seed
+        )
+        groups = self.engine.generate(work.prompts, params, keep=bool(case.guidance))
+        first = [attempt for group in groups for attempt in group]
+        second: list[Attempt] = []
+        if case.guidance:
+            for attempt, suffix in zip(first[::2], work.suffixes, strict=True):
+                self.engine.resume(attempt, suffix, replace(params, n=1))
+            while self.engine.has_work:
+                second += self.engine.step()
+            second.sort(key=lambda attempt: (attempt.key, attempt.rollout_idx))
+        self.engine.release(first + second)
+        return [first, second]
+
+    def prefill(self, work: Work) -> None:
+        """The prompts only: one token of each rollout."""
+        self.rollouts(replace(work, case=replace(work.case, new=1, guidance=0), suffixes=[]))
+
+
+def token_ids(attempts: list[list[Attempt]]) -> list[list[int]]:
+    return [attempt.token_ids for round_ in attempts for attempt in round_]
+
+
+@contextmanager
+def counted_rows(layer: nn.Module) -> Any:
+    """A list, to which each call of the layer adds how many rows it put out."""
+    rows: list[int] = []
+    handle = layer.register_forward_hook(lambda module, args, output: rows.append(output[0].shape[0]))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def largest_difference(reference: nn.Module, work: Work, attempts: list[list[Attempt]]) -> float:
+    """Of the engine's log-probs from those of a Hugging Face model: first and last attempt of each round."""
+    first, second = attempts
+    contexts = {id(a): work.prompts[i // work.case.rollouts] for i, a in enumerate(first)}
+    for before, after, suffix in zip(first[::2], second, work.suffixes, strict=False):
+        contexts[id(after)] = contexts[id(before)] + before.token_ids + suffix
+    worst = 0.0
+    for attempt in (a for round_ in attempts if round_ for a in (round_[0], round_[-1])):
+        context = contexts[id(attempt)]
+        ids = torch.tensor([context + attempt.token_ids])
+        with torch.no_grad():
+            logits = reference(ids).logits[0, len(context) - 1 : -1].float()
+        logprobs = torch.log_softmax(logits, -1).gather(1, ids[0, len(context) :, None])[:, 0]
+        worst = max(worst, (logprobs - attempt.logprobs).abs().max().item())
+    return worst
+
+
+def reference_model(folder: str, dtype: torch.dtype) -> nn.Module:
+    """The folder's model by transformers, computing in fp32 on weights as `dtype` keeps them."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).float().eval()
+
+
+def step_parts(run: Callable[[], object], seconds: float) -> dict[str, float]:
+    """Seconds by part: ops' own time from a profiled run; of the `seconds` that an unprofiled one takes, the rest."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints two lines
+    with profile(use_cpu=True) as events:
+        run()
+    parts = dict.fromkeys([*PARTS, OTHER_OPS], 0.0)
+    part_of = {op: part for part, ops in PARTS.items() for op in ops}
+    for event in events.key_averages():
+        parts[part_of.get(event.key, OTHER_OPS)] += event.self_cpu_time_total / 1e6
+    return parts | {PYTHON: max(0.0, seconds - sum(parts.values()))}

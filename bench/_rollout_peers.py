@@ -1,0 +1,184 @@
+"""Starts the contenders of bench_rollout from other projects and talks to them; they run in processes of their own.
+
+Each peer has several settings to choose from. Python peers are peers_rollout.py in the peer's own Python and stay alive
+from case to case. llama.cpp is its llama-batched-bench, a process a call, whose phases are put together: it knows one
+prompt only, it samples nothing, and its tokens are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import selectors
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench._rollout_cases import Case, Work
+
+Result = dict[str, Any]  # seconds, prefill_s, prefilled, peak_mib; or error
+WORKER = Path(__file__).with_name("peers_rollout.py")
+NAMES = ("generate-copied", "generate-shared", "generate-batch", "ctranslate2", "vllm", "llama.cpp", "llama.cpp-bf16")
+
+
+class Contender(Protocol):
+    name: str
+    setting: str
+    version: str
+
+    def run(self, work: Work) -> Result: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Worker:
+    """peers_rollout.py with one setting, started at its first piece of work."""
+
+    name: str
+    setting: str
+    python: str
+    options: dict[str, Any]
+    env: dict[str, str]
+    timeout_s: float
+    version: str = ""
+    _process: subprocess.Popen | None = None
+    _log: Any = field(default_factory=tempfile.TemporaryFile)
+
+    def run(self, work: Work) -> Result:
+        try:
+            if self._process is None:
+                self._start()
+            assert self._process is not None and self._process.stdin is not None
+            self._process.stdin.write(json.dumps(work.to_json()).encode() + b"\n")
+            self._process.stdin.flush()
+            return self._read()
+        except (OSError, RuntimeError) as error:
+            self.close()
+            return {"error": str(error)}
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> None:
+        command = [self.python, str(WORKER), self.name, json.dumps(self.options)]
+        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, env=inherited | self.env, bufsize=0, **pipes)
+        self.version = self._read()["version"]
+
+    def _read(self) -> Result:
+        assert self._process is not None and self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(self.timeout_s):
+                raise RuntimeError(f"no answer in {self.timeout_s:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(
+                "ended: " + (self._log.read().decode(errors="replace").strip().splitlines() or ["?"])[-1]
+            )
+        return json.loads(line)
+
+
+@dataclass
+class LlamaCpp:
+    """Prompts: one call for as many as there are questions. Decoding: one for all rollouts behind their contexts.
+
+    A second attempt costs its guidance, as if a server's slot had kept the rest, though batched-bench cannot show it.
+    """
+
+    name: str
+    setting: str
+    folder: Path
+    model: str
+    threads: int
+    flags: Sequence[str]
+    timeout_s: float
+    version: str = ""
+    _peak_mib: float = 0.0
+
+    def run(self, work: Work) -> Result:
+        case, self._peak_mib = work.case, 0.0
+        try:
+            if case.rollouts == 1:
+                prefill_s, decode_s = self._call(case.prompt, case.new, case.questions)
+            else:
+                prefill_s, _ = self._call(case.prompt, 2, case.questions)
+                decode_s = self._call(case.prompt, case.new, case.num_first, "-pps")[1]
+            seconds = prefill_s + decode_s
+            if case.guidance:
+                seconds += self._call(1 + case.guidance, 2, case.num_second)[0]
+                seconds += self._call(case.prompt + case.new + case.guidance, case.new, case.num_second, "-pps")[1]
+        except (OSError, RuntimeError) as error:
+            return {"error": str(error)}
+        return {"seconds": seconds, "prefill_s": prefill_s, "prefilled": None, "peak_mib": self._peak_mib}
+
+    def close(self) -> None:
+        pass
+
+    def _call(self, prompt: int, new: int, parallel: int, *more: str) -> tuple[float, float]:
+        """Seconds of the prompts and of decoding; the first new token comes out of the prompt."""
+        room = -(-(prompt + new + 1) // 256) * 256 * parallel  # each sequence has its own part, a multiple of 256
+        command = [str(self.folder / "llama-batched-bench"), "-m", str(self.folder / self.model), "-c", str(room)]
+        command += ["-npp", str(prompt), "-ntg", str(max(1, new - 1)), "-npl", str(parallel), "-b", "2048"]
+        command += ["-t", str(self.threads), "-tb", str(self.threads), "--output-format", "jsonl", *self.flags, *more]
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(command, stdout=out, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            out.seek(0)
+            log.seek(0)
+            said, logged = out.read().decode(), log.read().decode(errors="replace")
+        rows = [json.loads(line) for line in (said + "\n" + logged).splitlines() if line.startswith('{"n_kv_max"')]
+        if process.returncode != 0 or len(rows) != 1:
+            raise RuntimeError(f"llama-batched-bench: {(logged.strip().splitlines() or ['no result'])[-1]}")
+        self._peak_mib = max(self._peak_mib, usage.ru_maxrss / 1024)
+        return rows[0]["t_pp"], rows[0]["t_tg"]
+
+
+def start_peers(args: argparse.Namespace, cases: Sequence[Case]) -> list[list[Contender]]:
+    """For each peer asked for, its settings to choose from; nothing is started yet."""
+    return [_llama(name, args) if name.startswith("llama") else _workers(name, args, cases) for name in args.peers]
+
+
+def _llama(name: str, args: argparse.Namespace) -> list[Contender]:
+    model = "student.gguf" if name == "llama.cpp" else "student-bf16.gguf"
+    settings = {"flash on": ["-fa", "on"], "flash off": ["-fa", "off"], "one KV": ["-fa", "on", "-kvu"]}
+    settings["f32 KV"] = ["-fa", "on", "-ctk", "f32", "-ctv", "f32"]
+    folder, version = Path(args.llama_dir), args.llama_version
+    return [
+        LlamaCpp(name, text, folder, model, args.threads, flags, args.timeout_s, version)
+        for text, flags in settings.items()
+    ]
+
+
+def _workers(name: str, args: argparse.Namespace, cases: Sequence[Case]) -> list[Contender]:
+    longest, sequences = max(case.longest for case in cases) + 8, max(case.num_first for case in cases)
+    options = {"student": args.student, "threads": args.threads, "dtype": "float32", "ct2_dir": args.ct2_dir}
+    options |= {"longest": longest, "sequences": sequences, "cache_tokens": sequences * (longest + 256)}
+    env, python = {"OMP_NUM_THREADS": str(args.threads)}, args.peers_python
+    settings: dict[str, tuple[dict[str, Any], dict[str, str]]] = {"": ({}, {})}
+    if name == "generate-batch":
+        settings = {f"page {size}": ({"page_size": size}, {}) for size in (32, 256)}
+    elif name == "ctranslate2":  # its GEMMs by oneDNN, its choice on AMD, or by MKL
+        settings = {text: ({}, {"CT2_USE_MKL": use}) for text, use in (("oneDNN", "0"), ("MKL", "1"))}
+    elif name == "vllm":
+        python = args.vllm_python
+        libraries = [str(path) for path in sorted(Path(python).parent.parent.glob("lib/libiomp5.so"))]
+        env |= {"LD_PRELOAD": ":".join([*libraries, *args.vllm_preload]), "VLLM_CPU_KVCACHE_SPACE": "3"}
+        env |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}" if args.threads > 1 else "0"}
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        settings = {f"page {size}": ({"block_size": size}, {}) for size in (128, 32)}
+    return [
+        Worker(name, text, python, options | more, env | more_env, args.timeout_s)
+        for text, (more, more_env) in settings.items()
+    ]

@@ -1,0 +1,75 @@
+// Vectors as groups of four floats, and what moves whole groups or lanes within groups: fp32 and bf16 in, tiles out.
+
+#pragma once
+
+#include "simd.h"
+
+namespace {  // internal linkage, as in simd.h
+
+constexpr int GROUPS = LANES / 4;
+typedef uint16_t Bits __attribute__((vector_size(SOCPO_LANES * 2)));
+typedef uint16_t Bits4 __attribute__((vector_size(8)));
+typedef uint32_t Uint4 __attribute__((vector_size(16)));
+
+// The same pattern of four in each 128-bit group, for shuffles of two vectors; the second one's lanes count from LANES.
+#if SOCPO_LANES == 16
+#define IN_GROUPS(a, b, c, d) \
+  a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#elif SOCPO_LANES == 8
+#define IN_GROUPS(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#else
+#define IN_GROUPS(a, b, c, d) a, b, c, d
+#endif
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, VecInt{__VA_ARGS__})
+#endif
+
+// Vec or Vec4 from fp32 or bf16.
+template <typename V>
+inline V widen(const float* from) {
+  return load<V>(from);
+}
+
+template <typename V>
+inline V widen(const uint16_t* from) {
+  if constexpr (sizeof(V) == sizeof(Vec)) {
+    Bits bits;
+    memcpy(&bits, from, sizeof(bits));
+    return (V)(__builtin_convertvector(bits, VecUint) << 16);
+  } else {
+    Bits4 bits;
+    memcpy(&bits, from, sizeof(bits));
+    return (V)(__builtin_convertvector(bits, Uint4) << 16);
+  }
+}
+
+// Lane 4 m + j of the result is the sum of group m of x[j].
+inline Vec sum_groups(const Vec* x) {
+  constexpr int L = LANES;
+  const Vec a = SHUFFLE(x[0], x[1], IN_GROUPS(0, L, 1, L + 1)) + SHUFFLE(x[0], x[1], IN_GROUPS(2, L + 2, 3, L + 3));
+  const Vec b = SHUFFLE(x[2], x[3], IN_GROUPS(0, L, 1, L + 1)) + SHUFFLE(x[2], x[3], IN_GROUPS(2, L + 2, 3, L + 3));
+  return SHUFFLE(a, b, IN_GROUPS(0, 1, L, L + 1)) + SHUFFLE(a, b, IN_GROUPS(2, 3, L + 2, L + 3));
+}
+
+// Group i of x[m] becomes group m of x[i].
+inline void transpose_groups(Vec* x) {
+#if SOCPO_LANES == 16
+#define TWO_GROUPS(a, b) a, a + 1, a + 2, a + 3, b, b + 1, b + 2, b + 3
+  const Vec a = SHUFFLE(x[0], x[1], TWO_GROUPS(0, 4), TWO_GROUPS(16, 20));
+  const Vec b = SHUFFLE(x[2], x[3], TWO_GROUPS(0, 4), TWO_GROUPS(16, 20));
+  const Vec c = SHUFFLE(x[0], x[1], TWO_GROUPS(8, 12), TWO_GROUPS(24, 28));
+  const Vec d = SHUFFLE(x[2], x[3], TWO_GROUPS(8, 12), TWO_GROUPS(24, 28));
+  x[0] = SHUFFLE(a, b, TWO_GROUPS(0, 8), TWO_GROUPS(16, 24));
+  x[1] = SHUFFLE(a, b, TWO_GROUPS(4, 12), TWO_GROUPS(20, 28));
+  x[2] = SHUFFLE(c, d, TWO_GROUPS(0, 8), TWO_GROUPS(16, 24));
+  x[3] = SHUFFLE(c, d, TWO_GROUPS(4, 12), TWO_GROUPS(20, 28));
+#elif SOCPO_LANES == 8
+  const Vec a = x[0], b = x[1];
+  x[0] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+  x[1] = SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
+}
+
+}  // namespace
