@@ -31,6 +31,7 @@ class DecodeLoop:
         self.settings_4R = torch.zeros(4, max_running, device=device)
         self.drawn_3R = torch.zeros(3, max_running, dtype=torch.float64, device=device)
         self.rounds_N3R = torch.zeros(max_rounds, 3, max_running, dtype=torch.float64, device=device)
+        self.captures = device.type == "cuda"
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
@@ -38,7 +39,7 @@ class DecodeLoop:
         """(token_id, logprob, kept_mass) of each sequence, for each round; their pages have room for all rounds."""
         rows, pages = len(sequences), max(len(sequence.pages) for sequence in sequences)
         is_filtered, graph = any(s.params.is_filtered for s in sequences), None
-        if self.runner.device.type == "cuda":
+        if self.captures:
             rows, pages = (
                 min(1 << (n - 1).bit_length(), most)
                 for n, most in ((rows, len(self.table_RM)), (pages, self.table_RM.shape[1]))
@@ -90,8 +91,9 @@ class DecodeLoop:
             self._fill([], rows, pages)
             self._round(rows, pages)  # compiles kernels and fills caches, which a capture may not
             torch.cuda.synchronize(self.runner.device)
+            pool = next((graph.pool() for graph in self._graphs.values()), None)  # one: no two rounds run at once
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 self._round(rows, pages)
             self._graphs[rows, pages] = graph
         return self._graphs[rows, pages]

@@ -1,0 +1,258 @@
+"""Several tokens between two reads by the host: the same attempts, bit for bit, as one token a step.
+
+The loop as a GPU runs it, rows and pages padded and rounds replayed, is run here with a stand-in for the CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from socpo_fast.engine import Engine
+from socpo_fast.engine.decode import DecodeLoop
+from socpo_fast.engine.sequence import Sequence
+from socpo_fast.model import Decoder
+from socpo_fast.types import SamplingParams
+from tests.engine.tiny import bits, drain, make_engine, make_student, untouched
+from tests.engine.traces import PageBook, Trace
+
+PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
+PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=23, eos_ids=(2, 17), seed=5)
+Run = Callable[[list[Sequence], int], list[list[tuple[int, float, float]]]]
+
+
+@pytest.fixture(scope="module")
+def student() -> Decoder:
+    return make_student()
+
+
+def rounds_of(engine: Engine) -> list[int]:
+    """Notes the number of rounds of each time the loop runs."""
+    counts: list[int] = []
+    if engine._loop is not None:
+        run = engine._loop.run
+        engine._loop.run = lambda sequences, num_rounds: counts.append(num_rounds) or run(sequences, num_rounds)
+    return counts
+
+
+def live_through(engine: Engine, params: list[SamplingParams]) -> list[Any]:
+    """First and second attempts of every prompt, and the engine's counts on the way."""
+    for q, prompt in enumerate(PROMPTS):
+        engine.submit(prompt, params[q % len(params)], key=(1, q))
+    first = drain(engine)
+    seen: list[Any] = [*map(bits, first), engine.stats]
+    for attempt in first[::2]:
+        engine.resume(attempt, [8, 1, 6], params[0], cut=None if attempt.rollout_idx else attempt.num_tokens // 2)
+    second = drain(engine)
+    seen += [*map(bits, second), engine.stats]
+    engine.release(first + second)
+    return [*seen, engine.stats]
+
+
+class FakeGraph:
+    """What a CUDA graph does here: the round that was captured, once a replay."""
+
+    def __init__(self) -> None:
+        self.round: Callable[[], None] | None = None
+
+    def replay(self) -> None:
+        assert self.round is not None
+        self.round()
+
+    def pool(self) -> None:
+        return None
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], FakeGraph]:
+    """Every loop pads and captures; the graphs by (rows, pages)."""
+    captured: dict[tuple[int, int], FakeGraph] = {}
+    init, make = DecodeLoop.__init__, DecodeLoop._graph
+
+    def init_as_on_a_gpu(self: DecodeLoop, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self.captures = True
+
+    def graph_of(self: DecodeLoop, rows: int, pages: int) -> FakeGraph:
+        before = [cache.clone() for cache in (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)]
+        graph = captured[rows, pages] = make(self, rows, pages)
+        assert all(map(torch.equal, before, (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)))
+        graph.round = lambda: self._round(rows, pages)
+        return graph
+
+    monkeypatch.setattr(DecodeLoop, "__init__", init_as_on_a_gpu)
+    monkeypatch.setattr(DecodeLoop, "_graph", graph_of)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return captured
+
+
+MIXED = [
+    PARAMS,
+    replace(PARAMS, temperature=0.0, n=1, max_new_tokens=30),
+    replace(PARAMS, temperature=0.3, top_p=0.7, seed=9, max_new_tokens=5),
+    replace(PARAMS, ignore_eos=True, max_new_tokens=14),
+]
+CASES = {
+    "groups, eos in the middle": ([PARAMS], {}),
+    "different lengths, some filtered": (MIXED, {}),
+    "all filtered": ([replace(PARAMS, top_k=9, min_p=0.02)], {}),
+    "forks wait for a place": (MIXED, {"max_running": 4}),
+    "chunks": (MIXED, {"token_budget": 5, "max_running": 5}),
+    "few pages": (MIXED, {"num_pages": 24}),
+    "one sequence fills the pool": ([replace(PARAMS, ignore_eos=True)], {"num_pages": 20}),
+}
+
+
+@pytest.mark.parametrize("tokens_per_sync", [2, 4, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_attempts_and_counts_are_those_of_one_token_a_step(student: Decoder, case: str, tokens_per_sync: int) -> None:
+    params, options = CASES[case]
+    engine = make_engine(student, **options, tokens_per_sync=tokens_per_sync)
+    counts = rounds_of(engine)
+    expected = live_through(make_engine(student, **options, tokens_per_sync=1), params)
+    assert live_through(engine, params) == expected
+    assert max(counts) == tokens_per_sync
+    assert (engine.stats.preemptions > 0) == ("num_pages" in options)
+    assert engine.stats.pages_free == engine.stats.pages_total
+
+
+def test_padded_and_replayed_rounds_draw_the_same(student: Decoder, graphs: dict[tuple[int, int], FakeGraph]) -> None:
+    for params, options in (CASES["groups, eos in the middle"], CASES["few pages"]):
+        engine = make_engine(student, **options, tokens_per_sync=8)
+        expected = live_through(make_engine(student, **options, tokens_per_sync=1), params)
+        assert live_through(engine, params) == expected
+        most = engine._loop.table_RM.shape
+        for sizes in graphs:
+            assert all(n == top or n & (n - 1) == 0 for n, top in zip(sizes, most, strict=True)), sizes
+    assert len({rows for rows, _ in graphs}) > 2
+
+    graphs.clear()  # filtered draws need shapes that depend on data
+    params, _ = CASES["all filtered"]
+    assert live_through(make_engine(student, tokens_per_sync=8), params) == live_through(make_engine(student), params)
+    assert not graphs
+
+
+def test_the_host_reads_once_a_few_tokens(student: Decoder) -> None:
+    engine = make_engine(student, tokens_per_sync=8)
+    counts = rounds_of(engine)
+    engine.generate([[3, 5, 7]], replace(PARAMS, ignore_eos=True))
+    assert counts == [8, 8, 6]  # 23 tokens, the first of them by the prefill
+
+
+def test_looking_ahead_takes_free_pages_only(student: Decoder) -> None:
+    """Eleven pages of four tokens for two sequences of 3 + 17: no page is taken away. Seven: one has to give way."""
+    engine = make_engine(student, num_pages=11, tokens_per_sync=8)
+    counts = rounds_of(engine)
+    params = replace(PARAMS, n=2, ignore_eos=True, max_new_tokens=17)
+    expected = make_engine(student).generate([[3, 5, 7]], params)
+    pinned = engine.generate([[1] * 4], replace(PARAMS, n=1, max_new_tokens=1), keys=[(9, 9)], keep=True)[0]
+    assert [list(map(bits, g)) for g in engine.generate([[3, 5, 7]], params)] == [list(map(bits, g)) for g in expected]
+    assert engine.stats.preemptions == 0 and sum(counts) == 16
+    engine.release(pinned)
+    assert engine.stats.pages_free == 11
+
+    engine = make_engine(student, num_pages=7, tokens_per_sync=8)
+    counts = rounds_of(engine)
+    assert [list(map(bits, g)) for g in engine.generate([[3, 5, 7]], params)] == [list(map(bits, g)) for g in expected]
+    assert engine.stats.preemptions > 0 and min(counts) < 8 and engine.stats.pages_free == 7
+
+
+def test_cancel_between_steps(student: Decoder) -> None:
+    engine = make_engine(student, tokens_per_sync=4)
+    params = replace(PARAMS, ignore_eos=True)
+    for q in range(2):
+        engine.submit(PROMPTS[q], params, key=(0, q))
+    counts = rounds_of(engine)
+    while len(counts) < 2:
+        assert not engine.step()
+    engine.cancel((0, 0))
+    done = drain(engine)
+    assert [(a.key.question, a.rollout_idx) for a in done] == [(1, 0), (1, 1), (1, 2)]
+    for attempt in done:
+        assert bits(attempt) == untouched(student, PROMPTS[1], params, key=(0, 1), rollout_idx=attempt.rollout_idx)
+    engine.release(done)
+    assert engine.stats.pages_free == engine.stats.pages_total
+
+
+def test_new_weights_between_steps(student: Decoder) -> None:
+    params, own = replace(PARAMS, ignore_eos=True), make_student()
+    engine = make_engine(own, tokens_per_sync=4)
+    engine.submit(PROMPTS[1], params, key=(0, 0))
+    counts = rounds_of(engine)
+    while len(counts) < 2:
+        engine.step()
+    own.load_state_dict(make_student(1).state_dict())
+    engine.bump_policy_version()
+    sampled = 1 + sum(counts)
+    for attempt in drain(engine):
+        context = {"context": PROMPTS[1], "params": params, "rollout_idx": attempt.rollout_idx}
+        before = untouched(student, **context, max_sampled=sampled)
+        after = untouched(make_student(1), **context, sampled=before[0])
+        assert bits(attempt)[:3] == tuple(a + b for a, b in zip(before[:3], after[:3], strict=True))
+        assert attempt.policy_version == 0
+
+
+class LoopBook(PageBook):
+    """Also knows what the loop writes."""
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine)
+        self.run: Run = engine._loop.run
+        engine._loop.run = self.note_rounds
+
+    def note_rounds(self, sequences: list[Sequence], num_rounds: int) -> list[list[tuple[int, float, float]]]:
+        rounds = self.run(sequences, num_rounds)
+        size, version = self.pool.page_size, self.engine.policy_version
+        for sequence, *drawn in zip(sequences, *rounds, strict=True):
+            ids = [*sequence.token_ids, *(token_id for token_id, *_ in drawn)]
+            for place in range(sequence.num_cached, sequence.num_cached + num_rounds):
+                page = sequence.pages[place // size]
+                assert self.pool.holders(page) == 1, "a page is written to while others hold it"
+                self.computed[page, place % size] = (version, tuple(ids[: place + 1]))
+        return rounds
+
+
+class LoopTrace(Trace):
+    """A random life with several tokens a step."""
+
+    def __init__(self, seed: int, student: Decoder):
+        super().__init__(seed, student)
+        engine, scheduler = self.engine, self.engine._scheduler
+        scheduler.max_running = self.rng.choice([3, 64])  # fewer would mostly have somebody wait
+        engine.tokens_per_sync = self.rng.choice([2, 3, 8])
+        rooms = {"max_running": scheduler.max_running, "max_rounds": engine.tokens_per_sync}
+        engine._loop = DecodeLoop(engine._runner, **rooms)
+        vars(engine._runner).pop("forward", None), vars(engine._runner).pop("copy_pages", None)
+        self.book = LoopBook(engine)
+
+    def step(self) -> None:
+        done = self.engine.step()
+        assert len(self.engine._scheduler.running) <= self.engine._scheduler.max_running
+        self.pinned += done
+        self.finished += done
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_traces(padded: bool, request: pytest.FixtureRequest) -> None:
+    if padded:
+        request.getfixturevalue("graphs")
+    student = make_student()
+    num_rounds = 0
+    for seed in range(60):
+        trace = LoopTrace(seed, student)
+        counts = rounds_of(trace.engine)
+        try:
+            trace.run(num_moves=40)
+            trace.check_tokens()
+        except BaseException as error:
+            error.add_note(f"in the trace of seed {seed}")
+            raise
+        num_rounds += sum(counts)
+    assert num_rounds > 400

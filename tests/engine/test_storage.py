@@ -1,0 +1,73 @@
+"""The engine reads the trainer's parameters: an update moves nothing, and the next token sees it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from socpo_fast.engine import Engine
+from socpo_fast.model import Decoder
+from socpo_fast.model.decoder import turned_heads
+from socpo_fast.ops import Segment, packed_attention
+from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.train.step import policy_gradients
+from socpo_fast.types import SamplingParams
+from tests.engine.tiny import bits, drain, make_engine
+from tests.train.rollouts import make_rollouts, make_student
+
+PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=20, eos_ids=(), ignore_eos=True, seed=2)
+PROMPT = list(range(1, 12))
+
+
+def storage_of(engine: Engine) -> dict[str, int]:
+    """Where everything is that a captured CUDA graph would read or write."""
+    tensors = {**dict(engine.student.named_parameters()), **dict(engine.student.named_buffers())}
+    tensors |= {name: value for name, value in vars(engine._runner).items() if isinstance(value, torch.Tensor)}
+    if engine._loop is not None:
+        tensors |= {name: value for name, value in vars(engine._loop).items() if isinstance(value, torch.Tensor)}
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def trainer_logprobs(student: Decoder, token_ids: list[int], num_sampled: int) -> torch.Tensor:
+    """Of the last num_sampled tokens, by the trainer's packed forward."""
+    whole, scale = [Segment(0, len(token_ids), ())], student.config.head_dim**-0.5
+
+    def attend(_layer: int, qkv_THE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        q, k, v = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
+        return packed_attention(q, k, v, whole, scale=scale)
+
+    with torch.no_grad():
+        ids = torch.tensor(token_ids)
+        logprobs = student.lm_head(student(ids, torch.arange(len(ids)), attend)).log_softmax(-1)
+    return logprobs[:-1].gather(1, ids[1:, None])[-num_sampled:, 0]
+
+
+@pytest.mark.parametrize("tokens_per_sync", [1, 4])
+def test_updates_move_nothing_and_are_seen_at_once(tokens_per_sync: int) -> None:
+    student = make_student()
+    engine = make_engine(student, tokens_per_sync=tokens_per_sync)
+    optimizer = Optimizer(student, lr=0.02, warmup_updates=0)
+    seen = [list(map(bits, engine.generate([PROMPT], PARAMS)[0]))]
+    places = storage_of(engine)
+    assert len(places) > 15
+    for update_idx in range(3):
+        engine.submit(PROMPT, PARAMS, key=(7, update_idx))  # under way when the weights change
+        for _ in range(3):
+            engine.step()
+        policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
+        assert not optimizer.step().skipped
+        engine.bump_policy_version()
+        assert storage_of(engine) == places
+        engine.release(drain(engine))
+
+        group = engine.generate([PROMPT], PARAMS)[0]
+        elsewhere = make_engine(copy.deepcopy(student)).generate([PROMPT], PARAMS)[0]
+        assert list(map(bits, group)) == list(map(bits, elsewhere))
+        for attempt in group:
+            expected = trainer_logprobs(student, PROMPT + attempt.token_ids, attempt.num_tokens)
+            torch.testing.assert_close(attempt.logprobs, expected, atol=1e-5, rtol=1e-5)
+        seen.append(list(map(bits, group)))
+    assert storage_of(engine) == places
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
