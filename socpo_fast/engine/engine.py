@@ -32,6 +32,7 @@ class Engine:
         token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
         tokens_per_sync: decoded between two reads by the host when nobody waits; default 1 on the CPU, 8 on a GPU. The
                       tokens are the same; those sampled behind an eos id are wasted.
+        attention:    implementation of paged_attention, "auto" or a name; "flash" needs page_size 256 and flash-attn.
         cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
 
     Raises:
@@ -48,6 +49,7 @@ class Engine:
         token_budget: int = 2048,
         tokens_per_sync: int | None = None,
         cascade: bool = True,
+        attention: str = "auto",
     ):
         if page_size < 1 or page_size & (page_size - 1):
             raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
@@ -60,7 +62,13 @@ class Engine:
         self.policy_version = 0
         self._pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
-        self._runner = Runner(student, num_pages=num_pages, page_size=page_size, cascade=cascade)
+        self._runner = Runner(
+            student,
+            num_pages=num_pages,
+            page_size=page_size,
+            cascade=cascade,
+            attention=None if attention == "auto" else attention,
+        )
         self.tokens_per_sync = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
         rounds = {"max_running": max_running, "max_rounds": self.tokens_per_sync}
         self._loop = DecodeLoop(self._runner, **rounds) if self.tokens_per_sync > 1 else None

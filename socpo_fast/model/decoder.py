@@ -111,7 +111,7 @@ class Layer(nn.Module):
     def weights(self) -> list[Tensor | None]:
         """What torch.ops.socpo.decoder_layer takes, in its order."""
         attention, mlp = self.attention, self.mlp
-        norms = [norm and norm.weight for norm in (attention.q_norm, attention.k_norm)]
+        norms = [norm if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
         linears = [[linear.weight, linear.bias] for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down)]
         return [
             self.attention_norm.weight,
