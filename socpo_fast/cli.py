@@ -131,11 +131,8 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
     """The configuration that words describe, and --checkpoint of `eval`. Prints --help and exits when that is asked."""
     for word, following in pairwise([*words, "--"]):
         name = word.removeprefix("--").replace("-", "_")
-        if (
-            word.startswith("--")
-            and following.startswith("--")
-            and name in {"config", "checkpoint", *fields_of(Config)}
-        ):
+        is_ours = name in {"config", "checkpoint", *fields_of(Config)}
+        if word.startswith("--") and following.startswith("--") and is_ours:
             raise ValueError(f"socpo {command}: --{name} must be followed by its value, got nothing; none is a word")
     only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
     toml_path = tyro.cli(only_file, args=words, add_help=False, return_unknown_args=True)[0].config
