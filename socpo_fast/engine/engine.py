@@ -53,8 +53,8 @@ class Engine:
     ):
         if page_size < 1 or page_size & (page_size - 1):
             raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
-        if max_running < 1 or token_budget < 1:
-            raise ValueError(f"Engine: max_running and token_budget must be >= 1, got {max_running}, {token_budget}")
+        if min(limits := (max_running, token_budget, tokens_per_sync or 1)) < 1:
+            raise ValueError(f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}")
         num_pages = int(kv_cache_gib * 2**30) // Runner.page_bytes(student, page_size)
         if num_pages < 1:
             raise ValueError(f"Engine: kv_cache_gib must hold at least one page, got {kv_cache_gib}; raise it")
@@ -62,16 +62,11 @@ class Engine:
         self.policy_version = 0
         self._pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
-        self._runner = Runner(
-            student,
-            num_pages=num_pages,
-            page_size=page_size,
-            cascade=cascade,
-            attention=None if attention == "auto" else attention,
-        )
+        options = {"num_pages": num_pages, "page_size": page_size}
+        self._runner = Runner(student, **options, cascade=cascade, attention=attention)
         self.tokens_per_sync = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
-        rounds = {"max_running": max_running, "max_rounds": self.tokens_per_sync}
-        self._loop = DecodeLoop(self._runner, **rounds) if self.tokens_per_sync > 1 else None
+        rounds = self.tokens_per_sync
+        self._loop = DecodeLoop(self._runner, max_running=max_running, max_rounds=rounds) if rounds > 1 else None
         self._pinned: dict[Attempt, Sequence] = {}
         self._arrivals = count()
         self._prefill_tokens = self._decode_tokens = 0

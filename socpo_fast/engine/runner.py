@@ -35,10 +35,13 @@ class Step:
 
 
 class Runner:
-    def __init__(self, student: Decoder, *, num_pages: int, page_size: int, cascade: bool, attention: str | None):
+    def __init__(self, student: Decoder, *, num_pages: int, page_size: int, cascade: bool, attention: str):
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
-        self.attention = attention and choose_impl("paged_attention", attention, IMPLS["paged_attention"], self.device)
+        available = IMPLS["paged_attention"]
+        self.attention = (
+            choose_impl("paged_attention", attention, available, self.device) if attention != "auto" else None
+        )
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         try:
             self.k_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
