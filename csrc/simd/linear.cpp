@@ -24,17 +24,17 @@ inline void fold_all(Vec* sums, float* out) {
   }
 }
 
-// `sums` of ROWS x OUTS outputs over `width` weights. FETCH asks for the next OUTS rows of weights meanwhile, but not
-// where the processor's own prefetching keeps up (measured: one or two rows with fp32 weights).
-template <int ROWS, int OUTS, bool FETCH, typename Weight>
-inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, int64_t weight_stride, int64_t width, Vec* sums) {
+// `sums` of ROWS x OUTS outputs over `width` weights. Meanwhile AHEAD rows of weights from `ahead` on are asked for.
+template <int ROWS, int OUTS, int AHEAD, typename Weight>
+inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, int64_t weight_stride, int64_t width,
+                      const Weight* ahead, Vec* sums) {
   Vec acc[ROWS][OUTS] = {};
   int64_t k = 0;
   for (; k + LANES <= width; k += LANES) {
     Vec rows[ROWS];
     for (int i = 0; i < ROWS; ++i) rows[i] = load<Vec>(x + i * x_stride + k);
+    for (int j = 0; j < AHEAD; ++j) __builtin_prefetch(ahead + j * weight_stride + k);
     for (int j = 0; j < OUTS; ++j) {
-      if (FETCH && (sizeof(Weight) == 2 || ROWS > 2)) __builtin_prefetch(weight + (OUTS + j) * weight_stride + k);
       const Vec w = load_wide(weight + j * weight_stride + k);
       for (int i = 0; i < ROWS; ++i) acc[i][j] += rows[i] * w;
     }
@@ -49,12 +49,13 @@ inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, in
     for (int j = 0; j < OUTS; ++j) sums[i * OUTS + j] = acc[i][j];
 }
 
-template <int ROWS, int OUTS, bool FETCH, typename Weight>
+template <int ROWS, int OUTS, int AHEAD, typename Weight>
 inline void tile(const LinearBlock& block, int64_t row, int64_t out, const Weight* weight, int64_t weight_stride, int64_t start,
-                 int64_t width) {
+                 int64_t width, const Weight* ahead) {
   Vec sums[ROWS * OUTS];
   float outs[(ROWS * OUTS + LANES - 1) / LANES * LANES];
-  tile_sums<ROWS, OUTS, FETCH>(block.x + row * block.x_stride + start, block.x_stride, weight, weight_stride, width, sums);
+  const float* const x = block.x + row * block.x_stride + start;
+  tile_sums<ROWS, OUTS, AHEAD>(x, block.x_stride, weight, weight_stride, width, ahead, sums);
   fold_all<ROWS * OUTS>(sums, outs);
   float* const to = block.out + row * block.out_stride + out;
   if (start == 0 && block.bias == nullptr) {
@@ -67,29 +68,33 @@ inline void tile(const LinearBlock& block, int64_t row, int64_t out, const Weigh
   }
 }
 
-// All rows of the block for OUTS outputs from `out` on, over one part.
-template <int OUTS, bool FETCH, typename Weight>
+// All rows of the block for OUTS outputs from `out` on, over one part. The next OUTS rows of weights are asked for
+// meanwhile, AHEAD with each tile of rows, so that memory and arithmetic go on together.
+template <int OUTS, int AHEAD, typename Weight>
 inline void all_rows(const LinearBlock& block, int64_t out, const Weight* weight, int64_t weight_stride, int64_t start,
                      int64_t width) {
   int64_t row = 0;
-  if (FETCH && block.num_rows >= TILE_ROWS) {
-    tile<TILE_ROWS, OUTS, true>(block, row, out, weight, weight_stride, start, width);
-    row += TILE_ROWS;
-  }
+  const Weight *ahead = weight + OUTS * weight_stride, *const end = ahead + (AHEAD > 0 ? OUTS * weight_stride : 0);
+  for (; row + TILE_ROWS <= block.num_rows && ahead < end; row += TILE_ROWS, ahead += AHEAD * weight_stride)
+    tile<TILE_ROWS, OUTS, AHEAD>(block, row, out, weight, weight_stride, start, width, ahead);
   for (; row + TILE_ROWS <= block.num_rows; row += TILE_ROWS)
-    tile<TILE_ROWS, OUTS, false>(block, row, out, weight, weight_stride, start, width);
+    tile<TILE_ROWS, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
   const int64_t left = block.num_rows - row;
-  if (left == 3) tile<3, OUTS, false>(block, row, out, weight, weight_stride, start, width);
-  if (left == 2) tile<2, OUTS, false>(block, row, out, weight, weight_stride, start, width);
-  if (left == 1) tile<1, OUTS, false>(block, row, out, weight, weight_stride, start, width);
+  if (left == 3) tile<3, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
+  if (left == 2) tile<2, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
+  if (left == 1) tile<1, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
 }
 
-// Few rows: memory is the limit. Many outputs at once keep many streams of weights under way.
+// Few rows: memory is the limit. Many outputs at once keep many streams of weights under way; with fp32 weights the
+// processor's own prefetching keeps up with them (measured).
 template <int ROWS, int OUTS, typename Weight>
 inline int64_t few_rows(const LinearBlock& block, const Weight* weight, int64_t start, int64_t width) {
+  constexpr int AHEAD = sizeof(Weight) == sizeof(float) ? 0 : OUTS;
   int64_t out = 0;
-  for (; out + OUTS <= block.num_outs; out += OUTS)
-    tile<ROWS, OUTS, true>(block, 0, out, weight + out * block.width + start, block.width, start, width);
+  for (; out + OUTS <= block.num_outs; out += OUTS) {
+    const Weight* from = weight + out * block.width + start;
+    tile<ROWS, OUTS, AHEAD>(block, 0, out, from, block.width, start, width, from + OUTS * block.width);
+  }
   return out;
 }
 
@@ -101,7 +106,13 @@ inline void one_part(const LinearBlock& block, const Weight* weight, int64_t sta
   for (; out + TILE_OUTS <= block.num_outs; out += TILE_OUTS) {
     const Weight* from = weight + out * block.width + start;
     if (sizeof(Weight) == sizeof(float) || block.num_rows <= TILE_ROWS) {
-      all_rows<TILE_OUTS, true>(block, out, from, block.width, start, width);
+      if (block.num_rows < 2 * TILE_ROWS) {
+        all_rows<TILE_OUTS, TILE_OUTS>(block, out, from, block.width, start, width);
+      } else if (block.num_rows < TILE_OUTS * TILE_ROWS) {
+        all_rows<TILE_OUTS, TILE_OUTS / 2>(block, out, from, block.width, start, width);
+      } else {
+        all_rows<TILE_OUTS, 1>(block, out, from, block.width, start, width);
+      }
     } else {  // converted once for all rows
       float wide[TILE_OUTS * PART];
       for (int j = 0; j < TILE_OUTS; ++j) {
@@ -109,10 +120,10 @@ inline void one_part(const LinearBlock& block, const Weight* weight, int64_t sta
         for (; k + LANES <= width; k += LANES) store(wide + j * PART + k, load_wide(from + j * block.width + k));
         for (; k < width; ++k) wide[j * PART + k] = widen(from[j * block.width + k]);
       }
-      all_rows<TILE_OUTS, false>(block, out, wide, PART, start, width);
+      all_rows<TILE_OUTS, 0>(block, out, wide, PART, start, width);
     }
   }
-  for (; out < block.num_outs; ++out) all_rows<1, false>(block, out, weight + out * block.width + start, block.width, start, width);
+  for (; out < block.num_outs; ++out) all_rows<1, 0>(block, out, weight + out * block.width + start, block.width, start, width);
 }
 
 template <typename Weight>
