@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from socpo_fast.device import environment, set_threads
+from socpo_fast.device import set_threads
 from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.report.environment import environment
 
 Result = TypeVar("Result")
 

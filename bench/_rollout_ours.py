@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.autograd.profiler import profile
 
-from bench._rollout_cases import Case, Work
+from bench import _card as card_of
+from bench._rollout_cases import Case, Work, prefilled_tokens
 from socpo_fast.engine import Engine
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.types import Attempt, SamplingParams
@@ -67,8 +68,23 @@ class Ours:
         self.rollouts(replace(work, case=replace(work.case, new=1, guidance=0), suffixes=[]))
 
 
-def token_ids(attempts: list[list[Attempt]]) -> list[list[int]]:
-    return [attempt.token_ids for round_ in attempts for attempt in round_]
+def check(ours: Ours, work: Work, folder: str) -> dict[str, Any]:
+    """The same tokens and log-probs twice, and log-probs as a transformers forward has them; else RuntimeError."""
+    with counted_rows(ours.engine.student.layers[0]) as counts:
+        first = ours.rollouts(work)
+    again, seconds = card_of.timed(lambda: ours.rollouts(work))
+    pairs = [pair for rounds in zip(first, again, strict=True) for pair in zip(*rounds, strict=True)]
+    if not all(a.token_ids == b.token_ids and torch.equal(a.logprobs, b.logprobs) for a, b in pairs):
+        raise RuntimeError(f"bench: {work.case.name} must draw the same tokens twice, got other ones; test the engine")
+    if {len(a.token_ids) for a, _ in pairs} != {work.case.new} or len(pairs) != work.case.generated // work.case.new:
+        raise RuntimeError(f"bench: {work.case.name} must give attempts of {work.case.new} tokens, got {len(pairs)}")
+    dtype = ours.engine.student.lm_head.weight.dtype
+    difference = largest_difference(reference_model(folder, dtype), work, first)
+    if not difference <= MAX_DIFFERENCE[dtype]:
+        limit = MAX_DIFFERENCE[dtype]
+        raise RuntimeError(f"bench: log-probs must be within {limit} of transformers', got {difference:.2g} off")
+    prefilled = prefilled_tokens(work.case, sum(counts))
+    return {"prefilled": prefilled, "unique": work.case.unique_tokens, "logprobs_off": difference, "seconds": seconds}
 
 
 @contextmanager

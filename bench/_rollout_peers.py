@@ -13,6 +13,7 @@ import os
 import selectors
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,16 +134,25 @@ class LlamaCpp:
         command += ["-t", str(self.threads), "-tb", str(self.threads), "--output-format", "jsonl", *self.flags, *more]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
             process = subprocess.Popen(command, stdout=out, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            ends = time.monotonic() + self.timeout_s
+            while process.poll() is None:
+                if time.monotonic() > ends:
+                    process.kill()
+                self._peak_mib = max(self._peak_mib, _peak_mib_of(process.pid))
+                time.sleep(0.1)
             out.seek(0)
             log.seek(0)
             said, logged = out.read().decode(), log.read().decode(errors="replace")
         rows = [json.loads(line) for line in (said + "\n" + logged).splitlines() if line.startswith('{"n_kv_max"')]
         if process.returncode != 0 or len(rows) != 1:
             raise RuntimeError(f"llama-batched-bench: {(logged.strip().splitlines() or ['no result'])[-1]}")
-        self._peak_mib = max(self._peak_mib, usage.ru_maxrss / 1024)
         return rows[0]["t_pp"], rows[0]["t_tg"]
+
+
+def _peak_mib_of(pid: int) -> float:
+    """Most memory held so far; 0 of a process that has just ended."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def start_peers(args: argparse.Namespace, cases: Sequence[Case]) -> list[list[Contender]]:
@@ -174,7 +184,7 @@ def _workers(name: str, args: argparse.Namespace, cases: Sequence[Case]) -> list
     elif name == "vllm":
         python = args.vllm_python
         libraries = [str(path) for path in sorted(Path(python).parent.parent.glob("lib/libiomp5.so"))]
-        env |= {"LD_PRELOAD": ":".join([*libraries, *args.vllm_preload]), "VLLM_CPU_KVCACHE_SPACE": "3"}
+        env |= {"LD_PRELOAD": ":".join([*libraries, *args.vllm_preload]), "VLLM_CPU_KVCACHE_SPACE": "2"}
         env |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}" if args.threads > 1 else "0"}
         env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         settings = {f"page {size}": ({"block_size": size}, {}) for size in (128, 32)}

@@ -52,6 +52,7 @@ class Generate(Peer):
         torch.set_grad_enabled(False)
         folder, kind = options["student"], getattr(torch, options["dtype"])
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation=self.attention).eval()
+        self.model.generation_config = GenerationConfig()  # generate takes from it what a call leaves at None: eos
         self.torch, self.config = torch, GenerationConfig
         self.model.model.layers[0].register_forward_hook(self._count)
 

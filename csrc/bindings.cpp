@@ -30,6 +30,11 @@ TORCH_LIBRARY(socpo, m) {
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
   m.def(
       "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor");
+  // weights: Layer.weights() of model/decoder.py; update is what is still to be added to x
+  m.def(
+      "decoder_layer(Tensor x, Tensor? update, Tensor?[] weights, float eps, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor slots, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, float scale, "
+      "bool cascade) -> (Tensor x, Tensor update)");
   m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   // grad_logits may be logits itself; then that, too, is overwritten
   m.def(

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "ops.h"
 
 namespace socpo {
 namespace {
@@ -32,8 +33,10 @@ std::vector<float> wide_weight(const at::Tensor& any_weight) {
   return wide;
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& any_x, const at::Tensor& any_weight, double eps,
-                                            const std::optional<at::Tensor>& any_residual) {
+                                            const MaybeTensor& any_residual) {
   const at::Tensor x = any_x.contiguous(), residual = any_residual ? any_residual->contiguous() : at::Tensor();
   const std::vector<float> weight = wide_weight(any_weight);
   const int64_t width = any_weight.numel(), num_rows = x.numel() / width;
@@ -48,9 +51,11 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& any_x, const at::T
   return {y, sum};
 }
 
+namespace {
+
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& any_x, const at::Tensor& any_weight, double eps,
                                                      const at::Tensor& any_grad_y,
-                                                     const std::optional<at::Tensor>& any_grad_sum) {
+                                                     const MaybeTensor& any_grad_sum) {
   const at::Tensor x = any_x.contiguous(), grad_y = any_grad_y.contiguous();
   const at::Tensor grad_sum = any_grad_sum ? any_grad_sum->contiguous() : at::Tensor();
   const std::vector<float> weight = wide_weight(any_weight);
@@ -73,6 +78,8 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& any_x, co
   return {grad_x, grad_weight.to(any_weight.scalar_type())};
 }
 
+}  // namespace
+
 at::Tensor swiglu(const at::Tensor& any_gate_up) {
   const at::Tensor gate_up = any_gate_up.contiguous();
   const int64_t num_rows = gate_up.size(0), width = gate_up.size(1) / 2;
@@ -85,6 +92,8 @@ at::Tensor swiglu(const at::Tensor& any_gate_up) {
   });
   return out;
 }
+
+namespace {
 
 at::Tensor swiglu_backward(const at::Tensor& any_gate_up, const at::Tensor& any_grad) {
   const at::Tensor gate_up = any_gate_up.contiguous(), grad = any_grad.contiguous();
@@ -134,6 +143,8 @@ void write_slot(const at::Tensor& cache, int64_t slot, const float* row) {
   }
 }
 
+}  // namespace
+
 at::Tensor rotary_write(const at::Tensor& any_qkv, const at::Tensor& any_cos, const at::Tensor& any_sin,
                         const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& any_slots) {
   const at::Tensor qkv = whole_tokens(any_qkv), cos = any_cos.contiguous(), sin = any_sin.contiguous();
@@ -158,6 +169,8 @@ at::Tensor rotary_write(const at::Tensor& any_qkv, const at::Tensor& any_cos, co
   return q;
 }
 
+namespace {
+
 at::Tensor like(const at::Tensor& x) { return at::empty_like(x); }
 
 }  // namespace
@@ -172,11 +185,11 @@ TORCH_LIBRARY_IMPL(socpo, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(socpo, Meta, m) {
-  m.impl("rms_norm", +[](const at::Tensor& x, const at::Tensor&, double, const std::optional<at::Tensor>& residual) {
+  m.impl("rms_norm", +[](const at::Tensor& x, const at::Tensor&, double, const MaybeTensor& residual) {
     return std::make_tuple(like(x), residual ? like(x) : at::empty({0}, x.options()));
   });
   m.impl("rms_norm_backward", +[](const at::Tensor& x, const at::Tensor& weight, double, const at::Tensor&,
-                                  const std::optional<at::Tensor>&) { return std::make_tuple(like(x), like(weight)); });
+                                  const MaybeTensor&) { return std::make_tuple(like(x), like(weight)); });
   m.impl("swiglu", +[](const at::Tensor& x) { return at::empty_symint({x.sym_size(0), x.sym_size(1) / 2}, x.options()); });
   m.impl("swiglu_backward", +[](const at::Tensor& x, const at::Tensor&) { return like(x); });
   m.impl("rotary", +[](const at::Tensor& x, const at::Tensor&, const at::Tensor&, bool) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu.h"
+#include "ops.h"
 
 namespace socpo {
 namespace {
@@ -14,7 +15,9 @@ namespace {
 constexpr int64_t OUTS_PER_ITEM = 48;            // a multiple of every tile's outputs
 constexpr int64_t FLOATS_PER_BLOCK = 96 * 1024;  // of x, which stays in L2 while the weights go by
 
-at::Tensor linear(const at::Tensor& any_x, const at::Tensor& weight, const std::optional<at::Tensor>& any_bias) {
+}  // namespace
+
+at::Tensor linear(const at::Tensor& any_x, const at::Tensor& weight, const MaybeTensor& any_bias) {
   const at::Tensor x = any_x.stride(1) == 1 ? any_x : any_x.contiguous();
   const at::Tensor bias = any_bias ? any_bias->to(at::kFloat).contiguous() : at::Tensor();
   const int64_t num_rows = x.size(0), width = x.size(1), num_outs = weight.size(0);
@@ -44,7 +47,9 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& weight, const std::
   return out;
 }
 
-at::Tensor linear_meta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>&) {
+namespace {
+
+at::Tensor linear_meta(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor&) {
   return at::empty_symint({x.sym_size(0), weight.sym_size(0)}, x.options());
 }
 

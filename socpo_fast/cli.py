@@ -59,7 +59,7 @@ def evaluate(words: Sequence[str]) -> int:
     """unassisted and assisted accuracy of a checkpoint on data.eval: a table, then one JSON line"""
     config, checkpoint = parse("eval", words)
     from socpo_fast import trainer
-    from socpo_fast.report import accuracy_text
+    from socpo_fast.report.accuracy import accuracy_text
 
     metrics = trainer.evaluate(config, checkpoint)
     print(accuracy_text(metrics))
@@ -82,7 +82,7 @@ def report(words: Sequence[str]) -> int:
         raise ValueError(
             f"report: arguments must be one run folder, got {list(words)}; for example socpo report runs/run"
         )
-    from socpo_fast.report import write_report
+    from socpo_fast.report.write import write_report
 
     print(write_report(Path(words[0])))
     return 0
@@ -92,8 +92,8 @@ def env(words: Sequence[str]) -> int:
     """print device, versions and which implementation each op uses"""
     if words:
         raise ValueError(f"env: arguments must be none, got {list(words)}")
-    from socpo_fast.device import environment
-    from socpo_fast.ops._impl import available_impls
+    from socpo_fast.ops import available_impls
+    from socpo_fast.report.environment import environment
 
     impls = {f"op {op}": impl for op, impl in available_impls().items()}
     for name, fact in {**environment(), **impls}.items():
@@ -131,11 +131,8 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
     """The configuration that words describe, and --checkpoint of `eval`. Prints --help and exits when that is asked."""
     for word, following in pairwise([*words, "--"]):
         name = word.removeprefix("--").replace("-", "_")
-        if (
-            word.startswith("--")
-            and following.startswith("--")
-            and name in {"config", "checkpoint", *fields_of(Config)}
-        ):
+        is_ours = name in {"config", "checkpoint", *fields_of(Config)}
+        if word.startswith("--") and following.startswith("--") and is_ours:
             raise ValueError(f"socpo {command}: --{name} must be followed by its value, got nothing; none is a word")
     only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
     toml_path = tyro.cli(only_file, args=words, add_help=False, return_unknown_args=True)[0].config

@@ -237,6 +237,7 @@ class EngineConfig(Section):
     page_size: int = Field(default=32, ge=1, le=1024, description="tokens of a KV page")
     max_running: int = Field(default=256, ge=1, le=65536, description="attempts decoded together")
     token_budget: int = Field(default=2048, ge=1, description="tokens of one engine step, prefill and decode")
+    attention: Literal["auto", "flash"] = Field(default="auto", description="flash: flash-attn, page_size 256, a GPU")
 
 
 class EvalConfig(Section):

@@ -1,6 +1,6 @@
-"""What a run writes down while it runs: metrics.jsonl, TensorBoard, rollouts/.
+"""What a run writes down while it runs: metrics.jsonl and TensorBoard (rollouts/: report/rollouts.py).
 
-Read METRICS (the names there are), MetricsWriter, then the rollout rows. A row of metrics.jsonl is
+Read METRICS (the names there are), then MetricsWriter. A row of metrics.jsonl is
 {"kind": "batch" | "update" | "eval", "batch": 3, "update": 12, "success/unassisted": 0.41, ..}; nan becomes null.
 After a crash a file may end in half a line: readers skip it, and a resumed run rewrites what came after its checkpoint.
 """
@@ -13,15 +13,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from socpo_fast.stopping import RunFailed
-
-if TYPE_CHECKING:
-    from socpo_fast.types import Question, Rollout
 
 METRICS: dict[str, str] = {
     "success/unassisted": "share of rollouts whose first attempt, made alone, is correct: the headline",
@@ -131,46 +128,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[str, Any]:
-    """A rollout as a row for people: texts and numbers, no token ids. None = not known (no update, no decay yet)."""
-    attempts = [
-        {
-            "text": rollout.texts[k],
-            "is_correct": rollout.is_correct[k],
-            "reward": _at(rollout.rewards, k),
-            "advantage": _at(rollout.advantages, k),
-            "num_tokens": attempt.num_tokens,
-            "finish_reason": attempt.finish_reason,
-            "cut": _at(rollout.cuts, k),
-        }
-        for k, attempt in enumerate(rollout.attempts)
-    ]
-    return {
-        "batch": batch,
-        "question_idx": rollout.question_idx,
-        "rollout_idx": rollout.rollout_idx,
-        "data_source": question.data_source,
-        "question": question.text,
-        "ground_truth": question.ground_truth,
-        "attempts": attempts,
-        "guidance": list(rollout.guidance),
-        "end_reason": rollout.end_reason,
-        "policy_version": rollout.attempts[0].policy_version if rollout.attempts else None,
-    }
-
-
-def write_rollouts(
-    run_folder: str | Path, rollouts: Iterable[Rollout], questions: Mapping[int, Question], *, batch: int
-) -> Path:
-    """Write rollouts/batch_000001.jsonl, in the order of questions however they finished; questions by question_idx."""
-    path = Path(run_folder) / "rollouts" / f"batch_{batch:06d}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    in_order = sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
-    rows = [rollout_record(rollout, questions[rollout.question_idx], batch=batch) for rollout in in_order]
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
-
-
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; none when it is absent. Torn lines are left out with one warning."""
     if not Path(path).is_file():
@@ -207,7 +164,3 @@ def named_failure(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFailed(f"run: {path} could not be written ({error.strerror}); free disk space, start again") from error
-
-
-def _at(values: list[Any], k: int) -> Any:
-    return values[k] if k < len(values) else None

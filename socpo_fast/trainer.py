@@ -14,10 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from socpo_fast.config import Config
-from socpo_fast.metrics import MetricsWriter, replace_file, write_rollouts
+from socpo_fast.metrics import MetricsWriter, replace_file
 from socpo_fast.ops import available_impls
-from socpo_fast.report import write_report
 from socpo_fast.report.progress import Progress
+from socpo_fast.report.rollouts import write_rollouts
+from socpo_fast.report.write import write_report
 from socpo_fast.socratic.advantage import assign_advantages
 from socpo_fast.socratic.data import batch_questions, question_order
 from socpo_fast.socratic.decay import assign_rewards

@@ -23,11 +23,10 @@ from socpo_fast.metrics import (
     read_jsonl,
     read_metrics,
     replace_file,
-    rollout_record,
     source_metric,
-    write_rollouts,
 )
 from socpo_fast.report.progress import Progress, sparkline
+from socpo_fast.report.rollouts import rollout_record, write_rollouts
 from socpo_fast.stopping import RunFailed
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
 

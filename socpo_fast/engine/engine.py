@@ -32,6 +32,7 @@ class Engine:
         token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
         tokens_per_sync: decoded between two reads by the host when nobody waits; default 1 on the CPU, 8 on a GPU. The
                       tokens are the same; those sampled behind an eos id are wasted.
+        attention:    implementation of paged_attention, "auto" or a name; "flash" needs page_size 256 and flash-attn.
         cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
 
     Raises:
@@ -48,11 +49,12 @@ class Engine:
         token_budget: int = 2048,
         tokens_per_sync: int | None = None,
         cascade: bool = True,
+        attention: str = "auto",
     ):
         if page_size < 1 or page_size & (page_size - 1):
             raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
-        if max_running < 1 or token_budget < 1:
-            raise ValueError(f"Engine: max_running and token_budget must be >= 1, got {max_running}, {token_budget}")
+        if min(limits := (max_running, token_budget, tokens_per_sync or 1)) < 1:
+            raise ValueError(f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}")
         num_pages = int(kv_cache_gib * 2**30) // Runner.page_bytes(student, page_size)
         if num_pages < 1:
             raise ValueError(f"Engine: kv_cache_gib must hold at least one page, got {kv_cache_gib}; raise it")
@@ -60,10 +62,11 @@ class Engine:
         self.policy_version = 0
         self._pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
-        self._runner = Runner(student, num_pages=num_pages, page_size=page_size, cascade=cascade)
+        options = {"num_pages": num_pages, "page_size": page_size}
+        self._runner = Runner(student, **options, cascade=cascade, attention=attention)
         self.tokens_per_sync = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
-        rounds = {"max_running": max_running, "max_rounds": self.tokens_per_sync}
-        self._loop = DecodeLoop(self._runner, **rounds) if self.tokens_per_sync > 1 else None
+        rounds = self.tokens_per_sync
+        self._loop = DecodeLoop(self._runner, max_running=max_running, max_rounds=rounds) if rounds > 1 else None
         self._pinned: dict[Attempt, Sequence] = {}
         self._arrivals = count()
         self._prefill_tokens = self._decode_tokens = 0
@@ -240,6 +243,7 @@ class Engine:
         An attempt under way keeps the version that sampled its first token.
         """
         self.policy_version += 1
+        self._runner.bind_weights()
         self._scheduler.drop_all_pages()
         for sequence in self._scheduler.waiting:  # that is everyone now
             if sequence.num_sampled == 0:

@@ -7,13 +7,15 @@ ids and page numbers are copied whole, positions and slots are computed for all 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from socpo_fast.engine.sequence import Sequence
-from socpo_fast.model.decoder import Decoder
+from socpo_fast.model.decoder import Decoder, Layer
+from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
 from socpo_fast.ops.paged_attention import paged_attention_unchecked
 from socpo_fast.ops.rotary import rotary_write_unchecked
 
@@ -33,9 +35,13 @@ class Step:
 
 
 class Runner:
-    def __init__(self, student: Decoder, *, num_pages: int, page_size: int, cascade: bool):
+    def __init__(self, student: Decoder, *, num_pages: int, page_size: int, cascade: bool, attention: str):
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
+        available = IMPLS["paged_attention"]
+        self.attention = (
+            choose_impl("paged_attention", attention, available, self.device) if attention != "auto" else None
+        )
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         try:
             self.k_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
@@ -44,6 +50,16 @@ class Runner:
             gib = num_pages * self.page_bytes(student, page_size) / 2**30
             raise ValueError(f"Engine: kv_cache_gib must fit into memory, got {gib:.4g}; lower it") from error
         self.caches = list(zip(self.k_cache_LPSKE, self.v_cache_LPSKE, strict=True))
+
+        self.bind_weights()
+
+    def bind_weights(self) -> None:
+        """Look up the student's parameters, for layers that run in one call: empty where only op by op is possible."""
+        is_cpp = auto_impl("linear", self.device.type) == "cpp" and self.attention in (None, "cpp")
+        is_cpp = is_cpp and self.k_cache_LPSKE.dtype in (torch.float32, torch.bfloat16)
+        self.layer_weights = (
+            [layer.weights() for layer in self.student.layers if isinstance(layer, Layer)] if is_cpp else []
+        )
 
     @staticmethod
     def page_bytes(student: Decoder, page_size: int) -> int:
@@ -66,9 +82,17 @@ class Runner:
         def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
             caches = self.caches[layer_idx]
             q_THE = rotary_write_unchecked(qkv_THE, *rotary, *caches, step.slots_T)
-            return paged_attention_unchecked(q_THE, *caches, *places, scale=scale, cascade=self.cascade, **longest)
+            return paged_attention_unchecked(
+                q_THE, *caches, *places, scale=scale, cascade=self.cascade, impl=self.attention, **longest
+            )
 
-        return self.student(step.token_ids_T, step.positions_T, attend)
+        def run_layer(layer_idx: int, x_TD: Tensor, update_TD: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Any:
+            given = *rotary, *self.caches[layer_idx], step.slots_T, *places, scale, self.cascade
+            weights, eps = self.layer_weights[layer_idx], self.student.config.rms_norm_eps
+            return torch.ops.socpo.decoder_layer(x_TD, update_TD, weights, eps, *given)
+
+        whole = {"run_layer": run_layer} if self.layer_weights else {}
+        return self.student(step.token_ids_T, step.positions_T, attend, **whole)
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""

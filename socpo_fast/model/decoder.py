@@ -29,6 +29,14 @@ class Attend(Protocol):
     def __call__(self, layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor: ...
 
 
+class RunLayer(Protocol):
+    """A whole layer in one call, without gradients: (layer_idx, x_TD, update_TD, rotary) -> (x_TD, update_TD)."""
+
+    def __call__(
+        self, layer_idx: int, x_TD: Tensor, update_TD: Tensor | None, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class Decoder(nn.Module):
     """Llama, Qwen2 and Qwen3 decoders; which one is a matter of three config fields (qkv_bias, qk_norm, head_dim)."""
 
@@ -46,12 +54,18 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", config.inverse_frequencies(), persistent=False)
 
     def forward(
-        self, token_ids_T: Tensor, positions_T: Tensor, attend: Attend, *, checkpointing: bool = False
+        self,
+        token_ids_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        *,
+        checkpointing: bool = False,
+        run_layer: RunLayer | None = None,
     ) -> Tensor:
         """Hidden states behind the last norm, [T, D]; the LM head is left to the caller, which needs few rows of it.
 
         token_ids_T [T] int64; positions_T [T] int64, place of the token in its own context; checkpointing
-        recomputes each layer in the backward.
+        recomputes each layer in the backward; run_layer stands in for what a layer does with `attend`.
         """
         x_TD = self.embed(token_ids_T)
         if x_TD.is_cpu:
@@ -62,7 +76,7 @@ class Decoder(nn.Module):
             if checkpointing and torch.is_grad_enabled():
                 x_TD, update_TD = checkpoint(layer, layer_idx, x_TD, update_TD, rotary, attend, use_reentrant=False)
             else:
-                x_TD, update_TD = layer(layer_idx, x_TD, update_TD, rotary, attend)
+                x_TD, update_TD = layer(layer_idx, x_TD, update_TD, rotary, attend, run_layer)
         return self.norm(update_TD, x_TD)[0]
 
 
@@ -77,14 +91,37 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, layer_idx: int, x_TD: Tensor, update_TD: Tensor | None, rotary: tuple[Tensor, Tensor], attend: Attend
+        self,
+        layer_idx: int,
+        x_TD: Tensor,
+        update_TD: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        attend: Attend,
+        run_layer: RunLayer | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if run_layer is not None:
+            return run_layer(layer_idx, x_TD, update_TD, rotary)
         if update_TD is None:
             normed_TD = self.attention_norm(x_TD)
         else:
             normed_TD, x_TD = self.attention_norm(update_TD, x_TD)
         normed_TD, x_TD = self.mlp_norm(self.attention(layer_idx, normed_TD, rotary, attend), x_TD)
         return x_TD, self.mlp(normed_TD)
+
+    def weights(self) -> list[Tensor | None]:
+        """What torch.ops.socpo.decoder_layer takes, in its order."""
+        attention, mlp = self.attention, self.mlp
+        norms = [norm if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
+        linears = [[linear.weight, linear.bias] for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down)]
+        return [
+            self.attention_norm.weight,
+            *linears[0],
+            *norms,
+            *linears[1],
+            self.mlp_norm.weight,
+            *linears[2],
+            *linears[3],
+        ]
 
 
 class Attention(nn.Module):

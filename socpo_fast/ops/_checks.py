@@ -63,5 +63,10 @@ def check_rule(where: str, name: str, value: object, holds: bool, rule: str) -> 
         raise ValueError(f"{where}: {name} must be {rule}, got {value!r}")
 
 
+def check_word(where: str, name: str, value: object, known: tuple[str, ...]) -> None:
+    """One word against those there are."""
+    check_rule(where, name, value, value in known, f"one of {', '.join(known)}")
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

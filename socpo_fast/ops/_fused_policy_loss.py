@@ -8,14 +8,15 @@ four; the backward only scales.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from socpo_fast.ops._head import ChunkedHead, inverse_temperatures, row_passes, wide_dtype
-from socpo_fast.ops.policy_loss import KLEstimator, PolicyLoss, per_token
+from socpo_fast.ops._head import ChunkedHead, inverse_temperatures, wide_dtype
+from socpo_fast.ops._impl import kernels_of
+from socpo_fast.ops.policy_loss import KLEstimator, LossOptions, PolicyLoss, per_token
 
 Metrics = Literal["loss_rows", "all"]
 
@@ -31,24 +32,20 @@ def fused_policy_loss(
     *,
     temperature: float | Tensor,
     rows_N: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
     ref_logprobs_N: Tensor | None,
-    kl_coef: float,
-    kl_estimator: KLEstimator,
     metrics: Metrics,
     skip_below: float,
     workspace_mib: float,
     impl: str,
+    **options: Unpack[LossOptions],
 ) -> PolicyLoss:
-    """`linear_policy_loss`, unchecked."""
+    """`linear_policy_loss` with all options, unchecked."""
+    dual_clip, kl_coef = options["dual_clip"], options["kl_coef"]
     has_loss_N = weights_N != 0
     wanted_N = has_loss_N
     if metrics == "all":
         wanted_N = torch.ones_like(has_loss_N)
-    elif entropy_coef == 0 and kl_coef == 0:
+    elif options["entropy_coef"] == 0 and kl_coef == 0:
         wanted_N = has_loss_N & (per_token(advantages, attempt_of_token_N) != 0)
     num_rows, dtype = targets_N.numel(), wide_dtype(hidden_TD)
     call = _Call(
@@ -61,10 +58,10 @@ def fused_policy_loss(
         inv_temperature_N=inverse_temperatures(temperature, num_rows, hidden_TD),
         ref_logprobs_N=None if kl_coef == 0 or ref_logprobs_N is None else ref_logprobs_N.detach().to(dtype),
         wanted_N=wanted_N,
-        clips=(clip_low, clip_high, float("inf") if dual_clip is None else dual_clip),
-        entropy_coef=entropy_coef,
+        clips=(options["clip_low"], options["clip_high"], float("inf") if dual_clip is None else dual_clip),
+        entropy_coef=options["entropy_coef"],
         kl_coef=kl_coef,
-        kl_estimator=get_args(KLEstimator).index(kl_estimator) + 1,
+        kl_estimator=get_args(KLEstimator).index(options["kl_estimator"]) + 1,
         skip_below=skip_below,
         workspace_mib=workspace_mib,
         impl=impl,
@@ -134,7 +131,7 @@ class _Call(NamedTuple):
         values_6N = head.logits.new_empty((6, self.rows_N.numel()))
         for part in head.chunks():
             logits, rows = head.project(part), self.rows(part)
-            values_6N[:, part] = row_passes(self.impl).policy_rows(
+            values_6N[:, part] = kernels_of("linear_policy_loss", self.impl).policy_rows(
                 logits,
                 head.grad_logits[: logits.shape[0]] if any(needs_grad) else None,
                 rows.targets_N,

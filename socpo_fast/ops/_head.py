@@ -10,9 +10,7 @@ in fp32 in one buffer.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +24,6 @@ WORKSPACE_MIB = 208.0
 MIN_ROWS = 16
 _CPU_CHUNK_ROWS = 512  # measured: with fewer, dweight goes by too often; with more, fresh memory costs as much
 SKIP_TILE = 256  # words; skip_below decides for each row and tile of the vocabulary
-
-
-def row_passes(impl: str) -> Any:
-    """The module with policy_rows, logprob_rows and logprob_rows_backward of an implementation."""
-    if impl == "cpp":
-        return torch.ops.socpo
-    return importlib.import_module("socpo_fast.kernels.linear_policy_loss")
 
 
 def inverse_temperatures(temperature: float | Tensor, num_rows: int, like: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 `ref` is plain torch on any device; `cpp` is the compiled extension `socpo_fast._C` on the CPU; `triton` is the kernels
 of socpo_fast/kernels on a GPU, and on the CPU under TRITON_INTERPRET=1. `auto` takes the fastest one that can run on
-the tensors' device. Naming one that cannot run is an error, never a silent fallback.
+the tensors' device; `flash`, the package flash-attn on a GPU, runs only where it is named. Naming one
+that cannot run is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ IMPLS: dict[str, tuple[str, ...]] = {
     "linear_sample": ("ref", "cpp", "triton"),
     "policy_loss": ("ref",),
     "packed_attention": ("ref",),
-    "paged_attention": ("ref", "cpp", "triton"),
+    "paged_attention": ("ref", "cpp", "triton", "flash"),
     "rms_norm": ("ref", "cpp", "triton"),
     "rotary": ("ref", "cpp", "triton"),
     "rotary_write": ("ref", "cpp", "triton"),
@@ -53,6 +54,8 @@ def choose_impl(op: str, impl: str, available: tuple[str, ...], device: torch.de
             f"{op}: impl must be auto or ref for tensors on {device}, got 'triton', which runs on a GPU, "
             "and on the CPU under TRITON_INTERPRET=1"
         )
+    if impl == "flash" and device.type != "cuda":
+        raise ValueError(f"{op}: impl must be auto or ref for tensors on {device}, got 'flash', which runs on a GPU")
     if impl == "triton" and not triton_is_installed():
         raise RuntimeError(f"{op}: impl 'triton' needs the package triton; pip install triton or use impl='ref'")
     return impl

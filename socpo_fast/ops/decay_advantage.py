@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, choose_impl
+from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule, check_word
+from socpo_fast.ops._impl import IMPLS, choose_impl, kernels_of
 
 Schedule = Literal["batch_mean", "constant", "none"]
 Estimator = Literal["reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "dr_grpo", "rloo"]
@@ -92,9 +92,8 @@ def decay_rewards(
     """
     if choose_impl("decay_rewards", impl, IMPLS["decay_rewards"], rewards_A.device) == "triton":
         num_factors = _check_decay_inputs(TensorChecker("decay_rewards"), rewards_A, attempt_idx_A, schedule, factor)
-        from socpo_fast.kernels.decay_advantage import decay_advantage
-
-        return decay_advantage(rewards_A, attempt_idx_A, schedule=schedule, factor=factor, num_factors=num_factors)[0]
+        launch = kernels_of("decay_advantage", "triton").decay_advantage
+        return launch(rewards_A, attempt_idx_A, schedule=schedule, factor=factor, num_factors=num_factors)[0]
     factors = torch.tensor(
         decay_factors(rewards_A, attempt_idx_A, schedule=schedule, factor=factor), dtype=torch.float64
     )
@@ -186,11 +185,10 @@ def compute_advantages(
         warnings.warn(f"{where}: the batch has no loss tokens; all advantages are 0", stacklevel=2)
         return torch.zeros_like(rewards_A, dtype=torch.float32)
     if choose_impl(where, impl, IMPLS[where], rewards_A.device) == "triton":
-        from socpo_fast.kernels.decay_advantage import decay_advantage
-
+        launch = kernels_of("decay_advantage", "triton").decay_advantage
         keys = (question_idx_A, attempt_idx_A) if baseline_group == "question_attempt" else (question_idx_A,)
         decay: dict[str, Any] = {"schedule": schedule, "factor": factor, "num_factors": num_factors}
-        return decay_advantage(rewards_A, attempt_idx_A, num_tokens_A, keys, estimator=estimator, eps=eps, **decay)[1]
+        return launch(rewards_A, attempt_idx_A, num_tokens_A, keys, estimator=estimator, eps=eps, **decay)[1]
     if schedule != "none":
         rewards_A = decay_rewards(rewards_A, attempt_idx_A, schedule=schedule, factor=factor, impl="ref")
     given = rewards_A, num_tokens_A, question_idx_A, attempt_idx_A
@@ -206,7 +204,7 @@ def _check_decay_inputs(
     check("attempt_idx_A", attempt_idx_A, INDEX)
     check.finite("rewards_A", rewards_A)
     check.finite("attempt_idx_A", attempt_idx_A, at_least=0)
-    check_rule(where, "schedule", schedule, schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}")
+    check_word(where, "schedule", schedule, get_args(Schedule))
     if schedule == "constant":
         check_rule(where, "factor", factor, factor is not None and 0 <= factor <= 1, "in [0, 1] with schedule constant")
     else:
@@ -231,11 +229,8 @@ def _check_advantage_inputs(
     check("num_tokens_A", num_tokens_A, INDEX)
     check("question_idx_A", question_idx_A, INDEX)
     check.finite("num_tokens_A", num_tokens_A, at_least=0)
-    for name, value, known in (
-        ("estimator", estimator, get_args(Estimator)),
-        ("baseline_group", baseline_group, get_args(BaselineGroup)),
-    ):
-        check_rule(where, name, value, value in known, f"one of {', '.join(known)}")
+    check_word(where, "estimator", estimator, get_args(Estimator))
+    check_word(where, "baseline_group", baseline_group, get_args(BaselineGroup))
     check_rule(where, "eps", eps, 0 <= eps < float("inf"), "finite and >= 0")
     if estimator in _WHITENED and num_tokens_A.sum() == 1:
         raise ValueError(

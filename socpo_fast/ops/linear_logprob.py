@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from socpo_fast.ops._checks import FLOATS, INDEX, WIDE_FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._head import WORKSPACE_MIB, ChunkedHead, check_head_options, inverse_temperatures, row_passes
-from socpo_fast.ops._impl import IMPLS, choose_impl
+from socpo_fast.ops._head import WORKSPACE_MIB, ChunkedHead, check_head_options, inverse_temperatures
+from socpo_fast.ops._impl import IMPLS, choose_impl, kernels_of
 
 _CHUNK_LOGITS = 1 << 25  # logits alive at once in the reference, 128 MiB in fp32
 
@@ -130,9 +130,8 @@ class _LinearLogprob(torch.autograd.Function):
         head = ChunkedHead(hidden_TD, weight_VD, rows_N, workspace_mib=workspace_mib)
         values_3N = head.logits.new_empty((3, targets_N.numel()))
         for part in head.chunks():
-            values_3N[:, part] = row_passes(impl).logprob_rows(
-                head.project(part), targets_N[part], inv_temperature_N[part]
-            )
+            rows = head.project(part), targets_N[part], inv_temperature_N[part]
+            values_3N[:, part] = kernels_of("linear_policy_loss", impl).logprob_rows(*rows)
         ctx.save_for_backward(hidden_TD, weight_VD, targets_N, rows_N, inv_temperature_N, values_3N)
         ctx.workspace_mib, ctx.impl, ctx.entropy_grad = workspace_mib, impl, entropy_grad
         logprobs_N, entropy_N = values_3N[0].clone(), values_3N[1].clone()
@@ -162,7 +161,7 @@ class _LinearLogprob(torch.autograd.Function):
         )
         for part in head.chunks():
             logits_NV = head.project(part)
-            row_passes(ctx.impl).logprob_rows_backward(
+            kernels_of("linear_policy_loss", ctx.impl).logprob_rows_backward(
                 logits_NV,
                 head.grad_logits[: logits_NV.shape[0]],
                 targets_N[part],

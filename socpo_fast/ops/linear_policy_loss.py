@@ -8,18 +8,19 @@ projection is where the time goes.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import TensorChecker, check_rule
+from socpo_fast.ops._checks import TensorChecker, check_word
 from socpo_fast.ops._fused_policy_loss import Metrics, fused_policy_loss
 from socpo_fast.ops._head import WORKSPACE_MIB, check_head_options
 from socpo_fast.ops._impl import IMPLS, choose_impl
 from socpo_fast.ops.linear_logprob import check_linear_inputs, linear_logprob_ref
 from socpo_fast.ops.policy_loss import (
-    KLEstimator,
+    DEFAULTS,
+    LossOptions,
     PolicyLoss,
     check_loss_inputs,
     check_loss_options,
@@ -38,18 +39,14 @@ def linear_policy_loss_ref(
     *,
     temperature: float | Tensor,
     rows_N: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
     ref_logprobs_N: Tensor | None,
-    kl_coef: float,
-    kl_estimator: KLEstimator,
     metrics: Metrics,
+    **options: Unpack[LossOptions],
 ) -> PolicyLoss:
-    """`linear_policy_loss` with one advantage and one weight a token, unchecked."""
+    """`linear_policy_loss` with one advantage and one weight a token and all options, unchecked."""
     has_loss_N = weights_N != 0
-    wanted_N = has_loss_N if entropy_coef != 0 or kl_coef != 0 else has_loss_N & (advantages_N != 0)
+    entropy_grad = options["entropy_coef"] != 0
+    wanted_N = has_loss_N if entropy_grad or options["kl_coef"] != 0 else has_loss_N & (advantages_N != 0)
     wanted = (torch.ones_like(wanted_N) if metrics == "all" else wanted_N).nonzero()[:, 0]
     logprobs, entropy = linear_logprob_ref(
         hidden_TD,
@@ -57,21 +54,16 @@ def linear_policy_loss_ref(
         targets_N[wanted],
         temperature=temperature[wanted] if isinstance(temperature, Tensor) else temperature,
         rows_N=wanted if rows_N is None else rows_N[wanted],
-        entropy_grad=entropy_coef != 0,
+        entropy_grad=entropy_grad,
     )
     compact = policy_loss_ref(
         logprobs,
         old_logprobs_N[wanted],
         advantages_N[wanted],
         weights_N[wanted],
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
         entropy_N=entropy,
-        entropy_coef=entropy_coef,
         ref_logprobs_N=None if ref_logprobs_N is None else ref_logprobs_N[wanted],
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
+        **options,
     )
     skipped = logprobs.new_full((targets_N.numel(),), torch.nan)
     return PolicyLoss(
@@ -96,17 +88,12 @@ def linear_policy_loss(
     rows_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     num_loss_tokens: float | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = 3.0,
-    entropy_coef: float = 0.0,
     ref_logprobs_N: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
     metrics: Metrics = "loss_rows",
     skip_below: float = 0.0,
     workspace_mib: float = WORKSPACE_MIB,
     impl: str = "auto",
+    **loss_options: Unpack[LossOptions],
 ) -> PolicyLoss:
     """The policy loss of packed tokens straight from hidden states, projecting only the rows that carry loss.
 
@@ -137,30 +124,20 @@ def linear_policy_loss(
     row's log-prob, entropy, ratio and dX are those it would have alone.
     Source: those of `linear_logprob` and `policy_loss`.
     """
-    where = "linear_policy_loss"
+    where, options = "linear_policy_loss", DEFAULTS | loss_options
     check = TensorChecker(where)
     check_linear_inputs(check, hidden_TD, weight_VD, targets_N, temperature, rows_N)
-    check_loss_options(where, clip_low, clip_high, dual_clip, entropy_coef, ref_logprobs_N, kl_coef, kl_estimator)
-    check_rule(where, "metrics", metrics, metrics in get_args(Metrics), f"one of {', '.join(get_args(Metrics))}")
+    check_loss_options(where, ref_logprobs_N, **options)
+    check_word(where, "metrics", metrics, get_args(Metrics))
     check_head_options(where, workspace_mib, skip_below)
     weights_N = check_loss_inputs(
         check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N
     )
     impl = choose_impl(where, impl, IMPLS[where], hidden_TD.device)
     given = hidden_TD, weight_VD, targets_N, old_logprobs_N
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "rows_N": rows_N,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "dual_clip": dual_clip,
-        "entropy_coef": entropy_coef,
-        "ref_logprobs_N": ref_logprobs_N,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "metrics": metrics,
-    }
+    how: dict[str, Any] = {"temperature": temperature, "rows_N": rows_N, "ref_logprobs_N": ref_logprobs_N}
     if impl == "ref":
-        return linear_policy_loss_ref(*given, per_token(advantages, attempt_of_token_N), weights_N, **options)
-    options |= {"skip_below": skip_below, "workspace_mib": workspace_mib, "impl": impl}
-    return fused_policy_loss(*given, advantages, attempt_of_token_N, weights_N, **options)
+        advantages_N = per_token(advantages, attempt_of_token_N)
+        return linear_policy_loss_ref(*given, advantages_N, weights_N, metrics=metrics, **how, **options)
+    how |= {"metrics": metrics, "skip_below": skip_below, "workspace_mib": workspace_mib, "impl": impl}
+    return fused_policy_loss(*given, advantages, attempt_of_token_N, weights_N, **how, **options)

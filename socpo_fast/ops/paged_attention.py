@@ -8,10 +8,13 @@ them (cascade), which changes no bit either.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
+from socpo_fast.ops._flash import paged_attention_flash
 from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of, kernels_of
 
 
@@ -72,7 +75,7 @@ def paged_attention(
         scale:          usually E ** -0.5; no default, since a wrong one is silent.
         cascade:        consecutive sequences with one query token each and the same pages over a split share its keys
                         (cpp). Same bits with and without; off only to compare.
-        impl:           "auto", "ref", "cpp" or "triton".
+        impl:           "auto", "ref", "cpp", "triton" or "flash" (flash-attn: pages of 256, fp16 or bf16).
 
     Returns:
         o_THE [T, H, E], q's dtype. Softmax and sums in fp32.
@@ -109,10 +112,12 @@ def paged_attention_unchecked(
     impl = impl or auto_impl("paged_attention", tensors[0].device.type, tensors[0].dtype)
     if impl == "cpp":
         return torch.ops.socpo.paged_attention(*tensors, scale, cascade)
+    longest: dict[str, Any] = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     if impl == "triton" and max_seqlen_q > 0:
-        longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
         launch = kernels_of("paged_attention", impl).paged_attention_triton
         return launch(*tensors, scale=scale, cascade=cascade, **longest)
+    if impl == "flash":
+        return paged_attention_flash(*tensors, scale=scale, **longest)
     return paged_attention_ref(*tensors, scale=scale)
 
 

@@ -7,16 +7,30 @@ bound, the gradient passes.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule
+from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule, check_word
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
 _MAX_LOG_RATIO = 20.0
+
+
+class LossOptions(TypedDict, total=False):
+    """The numbers of the loss, in every function that has them; see policy_loss. DEFAULTS stands for those left out."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    entropy_coef: float
+    kl_coef: float
+    kl_estimator: KLEstimator
+
+
+DEFAULTS = LossOptions(clip_low=0.2, clip_high=0.2, dual_clip=3.0, entropy_coef=0.0, kl_coef=0.0, kl_estimator="k3")
 
 
 class PolicyLoss(NamedTuple):
@@ -38,11 +52,11 @@ def policy_loss_ref(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-    entropy_N: Tensor | None,
     entropy_coef: float,
-    ref_logprobs_N: Tensor | None,
     kl_coef: float,
     kl_estimator: KLEstimator,
+    entropy_N: Tensor | None,
+    ref_logprobs_N: Tensor | None,
 ) -> PolicyLoss:
     """`policy_loss` with one advantage and one weight a token, unchecked; logprobs in fp32 or fp64."""
     rows = weights_N.nonzero()[:, 0]
@@ -77,14 +91,9 @@ def policy_loss(
     *,
     weights_N: Tensor | None = None,
     num_loss_tokens: float | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = 3.0,
     entropy_N: Tensor | None = None,
-    entropy_coef: float = 0.0,
     ref_logprobs_N: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
+    **given: Unpack[LossOptions],
 ) -> PolicyLoss:
     """PPO's clipped loss with dual clip, optional entropy bonus and KL to a reference, as one weighted sum over tokens.
 
@@ -102,14 +111,14 @@ def policy_loss(
         weights_N:          [N] fp32 or fp64, finite, >= 0: normaliser, importance weights and mask in one. 0 leaves the
                             row out, whatever stands in it.
         num_loss_tokens:    > 0, the update's, not a microbatch's; instead of weights_N: each weight is 1 / that.
-        clip_low:           in [0, 1].
-        clip_high:          >= 0.
-        dual_clip:          > 1; None turns it off.
         entropy_N:          [N] fp32 or fp64, nats; needed, with a gradient, when entropy_coef is not 0.
-        entropy_coef:       finite.
         ref_logprobs_N:     [N] fp32 or fp64, nats, of a frozen reference; needed when kl_coef is not 0.
-        kl_coef:            >= 0.
-        kl_estimator:       "k1", "k2" or "k3".
+        clip_low:           in [0, 1]; default 0.2.
+        clip_high:          >= 0; default 0.2.
+        dual_clip:          > 1; None turns it off; default 3.
+        entropy_coef:       finite; default 0.
+        kl_coef:            >= 0; default 0.
+        kl_estimator:       "k1", "k2" or "k3"; default "k3".
 
     Returns:
         PolicyLoss; per-token values for all N rows, entropy NaN when entropy_N is None.
@@ -121,34 +130,20 @@ def policy_loss(
     Source: Schulman et al. 2017, arXiv:1707.06347; Ye et al. 2020, arXiv:1912.09729 (dual clip);
     http://joschu.net/blog/kl-approx.html (k1, k2, k3).
     """
-    check = TensorChecker("policy_loss")
+    check, options = TensorChecker("policy_loss"), DEFAULTS | given
     check("logprobs_N", logprobs_N, WIDE_FLOATS)
     if entropy_N is not None:
         check("entropy_N", entropy_N, WIDE_FLOATS)
-    if entropy_coef != 0:
+    if options["entropy_coef"] != 0:
         detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
         rule = "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
         check_rule("policy_loss", "entropy_N", entropy_N if entropy_N is None else "a detached one", not detached, rule)
-    check_loss_options(
-        "policy_loss", clip_low, clip_high, dual_clip, entropy_coef, ref_logprobs_N, kl_coef, kl_estimator
-    )
+    check_loss_options("policy_loss", ref_logprobs_N, **options)
     weights_N = check_loss_inputs(
         check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N
     )
-    return policy_loss_ref(
-        logprobs_N,
-        old_logprobs_N,
-        per_token(advantages, attempt_of_token_N),
-        weights_N,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy_N=entropy_N,
-        entropy_coef=entropy_coef,
-        ref_logprobs_N=ref_logprobs_N,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-    )
+    per_token_N = logprobs_N, old_logprobs_N, per_token(advantages, attempt_of_token_N), weights_N
+    return policy_loss_ref(*per_token_N, entropy_N=entropy_N, ref_logprobs_N=ref_logprobs_N, **options)
 
 
 def check_loss_inputs(
@@ -191,11 +186,12 @@ def per_token(advantages: Tensor, attempt_of_token_N: Tensor | None) -> Tensor:
 
 def check_loss_options(
     where: str,
+    ref_logprobs_N: Tensor | None,
+    *,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
     entropy_coef: float,
-    ref_logprobs_N: Tensor | None,
     kl_coef: float,
     kl_estimator: str,
 ) -> None:
@@ -207,8 +203,7 @@ def check_loss_options(
     check_rule(where, "entropy_coef", entropy_coef, -infinity < entropy_coef < infinity, "finite")
     check_rule(where, "kl_coef", kl_coef, 0 <= kl_coef < infinity, "finite and >= 0")
     check_rule(where, "ref_logprobs_N", None, kl_coef == 0 or ref_logprobs_N is not None, "given when kl_coef is not 0")
-    known = get_args(KLEstimator)
-    check_rule(where, "kl_estimator", kl_estimator, kl_estimator in known, f"one of {', '.join(known)}")
+    check_word(where, "kl_estimator", kl_estimator, get_args(KLEstimator))
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:

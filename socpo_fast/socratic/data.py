@@ -111,12 +111,7 @@ def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] 
                 source = str(place) if place.is_dir() else path
                 rows = load_dataset(source, subset, split=split, streaming=True, cache_dir=cache)
             yield from (_parse_line(row["text"]) for row in rows) if kind == "text" else rows
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            DatasetsError,
-        ) as error:  # RuntimeError: code in it, which never runs
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: its code, which never runs
             what = kind or f"a data set with a split {split!r}"
             raise ValueError(f"data: {path} must be readable as {what} ({error})") from error
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from socpo_fast.engine import Engine
+from socpo_fast.ops._checks import check_word
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.graders import Grader
 from socpo_fast.socratic.history import context_ids, template_bridge
@@ -77,9 +78,8 @@ def socratic_rollouts(
             "socratic_rollouts: group_size, max_attempts and attempt_limit must be >= 1, "
             f"got {group_size}, {max_attempts}, {attempt_limit}"
         )
-    for name, value, known in (("context", context, get_args(Context)), ("on_leak", on_leak, get_args(OnLeak))):
-        if value not in known:
-            raise ValueError(f"socratic_rollouts: {name} must be one of {', '.join(known)}, got {value!r}")
+    check_word("socratic_rollouts", "context", context, get_args(Context))
+    check_word("socratic_rollouts", "on_leak", on_leak, get_args(OnLeak))
     if len({question.question_idx for question in questions}) != len(questions):
         raise ValueError("socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it")
     if engine.has_work:
@@ -194,9 +194,8 @@ class _Episodes:
         if self.on_leak == "drop" and leaks_answer(shown, question):
             self.end(rollout, "leaked")
             return
-        while self.on_leak == "mask" and leaks_answer(
-            shown, question
-        ):  # again: a shorter text may leak what one did not
+        # again and again: a shorter text may leak what one did not
+        while self.on_leak == "mask" and leaks_answer(shown, question):
             shown = self.bridge.fit(mask_answer(shown, question))
         self.resume(rollout, shown)
 

@@ -47,6 +47,7 @@ class Session:
             page_size=config.engine.page_size,
             max_running=config.engine.max_running,
             token_budget=config.engine.token_budget,
+            attention=config.engine.attention,
         )
         self._check_room()
         self.uses_teacher = config.rollout.max_attempts > 1

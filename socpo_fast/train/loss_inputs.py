@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from socpo_fast.ops._checks import check_rule, check_word
 from socpo_fast.train.packing import PackedMicrobatch
 from socpo_fast.types import Rollout
 
@@ -22,17 +23,14 @@ def check_options(
     max_new_tokens: int | None,
     tis_clip: float | None,
 ) -> None:
-    if loss_agg not in get_args(LossAgg):
-        choices = ", ".join(get_args(LossAgg))
-        raise ValueError(f"policy_gradients: loss_agg must be one of {choices}, got {loss_agg!r}")
+    where = "policy_gradients"
+    check_word(where, "loss_agg", loss_agg, get_args(LossAgg))
     normalisers = {"num_loss_tokens": num_loss_tokens, "num_attempts": num_attempts, "max_new_tokens": max_new_tokens}
     for name, value in normalisers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"policy_gradients: {name} must be >= 1, got {value}")
-    if loss_agg == "seq_mean_token_sum_norm" and max_new_tokens is None:
-        raise ValueError(f"policy_gradients: max_new_tokens must be the sampler's for loss_agg={loss_agg!r}, got None")
-    if tis_clip is not None and not tis_clip > 0:
-        raise ValueError(f"policy_gradients: tis_clip must be > 0 or None, got {tis_clip}")
+        check_rule(where, name, value, value is None or value >= 1, ">= 1")
+    is_given = max_new_tokens is not None or loss_agg != "seq_mean_token_sum_norm"
+    check_rule(where, "max_new_tokens", None, is_given, f"the sampler's for loss_agg={loss_agg!r}")
+    check_rule(where, "tis_clip", tis_clip, tis_clip is None or tis_clip > 0, "> 0 or None")
 
 
 def attempt_weights(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from socpo_fast.model.decoder import Decoder, turned_heads
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.packed_attention import packed_attention
-from socpo_fast.ops.policy_loss import KLEstimator, PolicyLoss
+from socpo_fast.ops.policy_loss import LossOptions, PolicyLoss
 from socpo_fast.train.loss_inputs import (
     LossAgg,
     PerToken,
@@ -68,16 +68,11 @@ def policy_gradients(
     max_new_tokens: int | None = None,
     old_logprobs: PerToken | None = None,
     loss_agg: LossAgg = "token_mean",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = 3.0,
-    entropy_coef: float = 0.0,
-    kl_coef: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
     ref_logprobs: PerToken | None = None,
     tis_clip: float | None = None,
     checkpointing: bool = False,
     impl: str = "auto",
+    **loss_options: Unpack[LossOptions],
 ) -> GradientStats:
     """Accumulate into .grad the gradient of the policy loss of these rollouts; takes no optimizer step.
 
@@ -116,12 +111,7 @@ def policy_gradients(
         checkpointing=checkpointing,
         impl=impl,
         temperature=temperature,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy_coef=entropy_coef,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
+        **loss_options,
     )
     outcomes = []
     for microbatch in microbatches:

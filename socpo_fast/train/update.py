@@ -73,14 +73,8 @@ class Updater:
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             loss_agg=loss.agg,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            dual_clip=loss.dual_clip,
-            entropy_coef=loss.entropy_coef,
-            kl_coef=loss.kl_coef,
-            kl_estimator=loss.kl_estimator,
-            tis_clip=loss.tis_clip,
             checkpointing=self.config.train.checkpointing,
+            **loss.model_dump(exclude={"agg", "old_logprobs"}),
         )
         result = self.optimizer.step(stats.loss)
         if self.optimizer.num_skipped_in_a_row >= self.config.train.max_bad_updates:

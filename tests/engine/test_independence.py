@@ -167,8 +167,8 @@ def test_generate_needs_an_idle_engine(student: Decoder) -> None:
     ("options", "message"),
     [
         ({"page_size": 3}, "page_size must be a power of two, got 3"),
-        ({"max_running": 0}, "max_running and token_budget must be >= 1, got 0, 2048"),
-        ({"token_budget": 0}, "max_running and token_budget must be >= 1, got 256, 0"),
+        ({"max_running": 0}, r"max_running, token_budget and tokens_per_sync must be >= 1, got \(0, 2048, 1\)"),
+        ({"token_budget": 0}, r"max_running, token_budget and tokens_per_sync must be >= 1, got \(256, 0, 1\)"),
         ({"kv_cache_gib": 1e-9}, "kv_cache_gib must hold at least one page, got 1e-09"),
     ],
 )

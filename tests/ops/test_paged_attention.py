@@ -161,7 +161,7 @@ def test_other_dtypes_are_refused_by_cpp() -> None:
     case = make_case([10, 3], [2, 1], heads=4, kv_heads=2, head_dim=8, page_size=8)
     halves = Case(*(x.bfloat16() if x.is_floating_point() else x for x in case))
     assert run(halves, "auto").dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="paged_attention: impl must be one of auto, ref, triton, got 'cpp'"):
+    with pytest.raises(ValueError, match="paged_attention: impl must be one of auto, ref, triton, flash, got 'cpp'"):
         run(halves, "cpp")
 
 

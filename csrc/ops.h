@@ -1,0 +1,23 @@
+// The ops that decoder_layer.cpp puts together, as they are registered.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace socpo {
+
+using MaybeTensor = std::optional<at::Tensor>;
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias);
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const MaybeTensor& residual);
+at::Tensor swiglu(const at::Tensor& gate_up);
+at::Tensor rotary_write(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& k_cache,
+                        const at::Tensor& v_cache, const at::Tensor& slots);
+at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                           const at::Tensor& block_table, const at::Tensor& seq_lens, const at::Tensor& cu_seqlens_q,
+                           double scale, bool cascade);
+
+}  // namespace socpo

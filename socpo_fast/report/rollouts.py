@@ -1,0 +1,55 @@
+"""Rollouts as rows for people: RUN/rollouts/batch_000001.jsonl, read by the page and by anybody else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from socpo_fast.metrics import replace_file
+from socpo_fast.types import Question, Rollout
+
+
+def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[str, Any]:
+    """A rollout as a row for people: texts and numbers, no token ids. None = not known (no update, no decay yet)."""
+    attempts = [
+        {
+            "text": rollout.texts[k],
+            "is_correct": rollout.is_correct[k],
+            "reward": _at(rollout.rewards, k),
+            "advantage": _at(rollout.advantages, k),
+            "num_tokens": attempt.num_tokens,
+            "finish_reason": attempt.finish_reason,
+            "cut": _at(rollout.cuts, k),
+        }
+        for k, attempt in enumerate(rollout.attempts)
+    ]
+    return {
+        "batch": batch,
+        "question_idx": rollout.question_idx,
+        "rollout_idx": rollout.rollout_idx,
+        "data_source": question.data_source,
+        "question": question.text,
+        "ground_truth": question.ground_truth,
+        "attempts": attempts,
+        "guidance": list(rollout.guidance),
+        "end_reason": rollout.end_reason,
+        "policy_version": rollout.attempts[0].policy_version if rollout.attempts else None,
+    }
+
+
+def write_rollouts(
+    run_folder: str | Path, rollouts: Iterable[Rollout], questions: Mapping[int, Question], *, batch: int
+) -> Path:
+    """Write rollouts/batch_000001.jsonl, in the order of questions however they finished; questions by question_idx."""
+    path = Path(run_folder) / "rollouts" / f"batch_{batch:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    in_order = sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
+    rows = [rollout_record(rollout, questions[rollout.question_idx], batch=batch) for rollout in in_order]
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def _at(values: list[Any], k: int) -> Any:
+    return values[k] if k < len(values) else None

@@ -1,0 +1,207 @@
+"""The rollout bench: what it counts, that what must not be timed is not, and a run without peers on a tiny Llama."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import _rollout_ours, bench_rollout, peers_rollout
+from bench._rollout_cases import (
+    CASES,
+    Case,
+    Step,
+    Work,
+    layer_shapes,
+    linear_bytes,
+    linear_flops,
+    linear_steps,
+    make_work,
+    prefilled_tokens,
+    read_text,
+)
+from bench._rollout_limit import Limit
+from bench._rollout_peers import Worker
+from bench.bench_rollout import Own, Row
+from socpo_fast.model import load_student
+from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
+
+VOCAB = 131
+CASE = Case("c", questions=2, rollouts=3, prompt=5, new=4, guidance=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 256}
+    path = tmp_path_factory.mktemp("llama")
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3, tie_word_embeddings=True))
+    model.generation_config.eos_token_id = list(range(VOCAB))  # whoever heeds it stops at once
+    model.save_pretrained(path)
+    return path
+
+
+def test_tokens_of_a_hand_counted_case() -> None:
+    """6 rollouts, of which the 1st, 3rd and 5th go on: 9 attempts of 4; 2 prompts of 5, and 3 times 1 + 2 tokens."""
+    assert (CASE.num_first, CASE.num_second, CASE.generated, CASE.longest) == (6, 3, 36, 15)
+    assert CASE.unique_tokens == 2 * 5 + 3 * (1 + 2)
+    rows = 2 * 5 + 6 * 3 + 3 * (1 + 2) + 3 * 3  # each attempt forwards 3 of its 4 tokens one by one
+    assert prefilled_tokens(CASE, rows) == CASE.unique_tokens
+    assert CASES["b"].unique_tokens == 2400 and CASES["c"].unique_tokens == 2400 + 32 * 61
+    assert CASES["c"].generated == 96 * 100 and CASES["a64"].unique_tokens == 64 * 40
+
+
+def test_work_of_a_hand_counted_case(folder: Path) -> None:
+    """Width 32, 4 + 2 * 2 heads of 8, inner 48: qkv 64 x 32, o 32 x 32, gate and up 96 x 32, down 32 x 48; head 131."""
+    config = load_student(folder).config
+    assert layer_shapes(config) == [(64, 32), (32, 32), (96, 32), (32, 48)]
+    layers, head = 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48), 131 * 32
+    steps = linear_steps(CASE, token_budget=8)
+    first = [Step(8, 0, True), Step(2, 2, True), *[Step(6, 6, False)] * 3]
+    second = [Step(8, 0, True), Step(1, 3, True), *[Step(3, 3, False)] * 3]
+    assert steps == first + second
+    assert linear_flops(config, steps) == 2 * ((10 + 18 + 9 + 9) * layers + (2 + 18 + 3 + 9) * head)
+    assert linear_bytes(config, steps) == 4 * (10 * layers + 8 * head)
+
+
+def test_token_ids_are_fixed_and_other_ones_each_round() -> None:
+    one, other = (make_work(CASE, VOCAB, seed) for seed in (0, 1))
+    assert one == make_work(CASE, VOCAB, 0) and one.prompts != other.prompts
+    assert [len(ids) for ids in one.prompts + one.suffixes] == [5, 5, 2, 2, 2]
+    cut = make_work(CASE, VOCAB, 0, list(range(100)))
+    assert list(chain(*cut.prompts, *cut.suffixes)) == list(range(16))
+    with pytest.raises(ValueError, match=r"more than 16 tokens, got 3; see --data"):
+        make_work(CASE, VOCAB, 0, [1, 2, 3])
+
+
+def test_text_is_what_the_questions_say(tmp_path: Path) -> None:
+    data = tmp_path / "questions.jsonl"
+    rows = [{"question": f"molar mass of {name}?", "ground_truth": "18"} for name in ("H2O", "CO2")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    ids = read_text(str(STUDENT_DIR), str(data))
+    assert len(ids) > 10 and all(isinstance(i, int) for i in ids)
+
+
+def test_limit_runs_every_linear_of_every_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, steps, seen = load_student(folder), linear_steps(CASE, token_budget=8), []
+    limit = Limit(student, steps)
+    assert set(limit.chosen) == set(steps)
+    monkeypatch.setattr(limit, "_run", lambda linear, weight, rows: seen.append((rows, weight.shape[0])))
+    limit.replay()
+    outs = [outs for outs, _ in layer_shapes(student.config)] * 2
+    expected = [[(s.rows, n) for n in outs] + [(s.head_rows, VOCAB)] * (s.head_rows > 0) for s in steps]
+    assert seen == list(chain(*expected))
+    seen.clear()
+    limit.prefill()
+    assert seen == list(chain(*expected[:2]))
+
+
+@pytest.mark.parametrize("guidance", [0, 2])
+def test_ours_prefills_unique_tokens_and_agrees_with_transformers(folder: Path, guidance: int) -> None:
+    case = replace(CASE, guidance=guidance)
+    checked = _rollout_ours.check(
+        _rollout_ours.Ours.of(load_student(folder), case), make_work(case, VOCAB, 0), str(folder)
+    )
+    assert checked["prefilled"] == checked["unique"] == case.unique_tokens and checked["logprobs_off"] < 1e-4
+
+
+def test_wrong_log_probs_are_not_timed(folder: Path) -> None:
+    student = load_student(folder)
+    with torch.no_grad():
+        student.norm.weight[3] *= 1.1
+    with pytest.raises(RuntimeError, match="log-probs must be within"):
+        _rollout_ours.check(_rollout_ours.Ours.of(student, CASE), make_work(CASE, VOCAB, 0), str(folder))
+
+
+def greedy(peer: type[peers_rollout.Generate], folder: Path) -> peers_rollout.Generate:
+    options = {"student": str(folder), "threads": 1, "dtype": "float32", "page_size": 32, "cache_tokens": 1024}
+    made = peer(options)
+    made.sampling = lambda new, **more: made.config(  # type: ignore[method-assign]
+        do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0, **more
+    )
+    return made
+
+
+def test_transformers_peers_give_the_same_attempts(folder: Path) -> None:
+    """Greedily, with prompts copied and shared, and second attempts behind a context or behind a cache."""
+    threads, work = torch.get_num_threads(), make_work(CASE, VOCAB, 0).to_json()
+    try:
+        attempts = {}
+        for kind in (peers_rollout.Generate, peers_rollout.GenerateShared):
+            peer = greedy(kind, folder)
+            attempts[kind] = peers_rollout.rollouts(peer, work, CASE.new), peers_rollout.answer(peer, work)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(True)
+    (copied, counted), (shared, counted_shared) = attempts.values()
+    assert copied == shared and len(copied) == 9
+    assert counted["prefilled"] == 6 * 5 + 3 * (5 + 4 + 2)
+    assert counted_shared["prefilled"] == 2 * 4 + 6 + 3 * (1 + 2)  # the last token of a prompt is not shared
+    assert counted["prefill_s"] > 0 and counted["seconds"] > 0 and counted["peak_mib"] > 1
+
+
+def test_attempts_of_a_wrong_length_are_an_error() -> None:
+    class Short(peers_rollout.Peer):
+        def generate(self, contexts: list[list[int]], n: int, new: int) -> list[list[int]]:
+            return [[0] * max(1, new - 1) for _ in contexts for _ in range(n)]
+
+    answer = peers_rollout.answer(Short(), make_work(CASE, VOCAB, 0).to_json())
+    assert answer == {"error": "gave 9 attempts of lengths [3], not 9 of 4"}
+
+
+def test_a_peer_that_cannot_start_says_why() -> None:
+    worker = Worker("vllm", "", sys.executable, {}, {}, timeout_s=60)
+    assert "ended: " in worker.run(make_work(CASE, VOCAB, 0))["error"]
+
+
+def test_a_slow_peer_runs_in_the_first_round_only_and_ratios_are_paired() -> None:
+    seconds = {"ours": iter([1.0, 2.0, 3.0]), "limit": iter([0.5, 1.0, 2.4]), "slow": iter([5.0])}
+
+    def contender(name: str) -> Own:
+        return Own(name, lambda work: {"seconds": next(seconds[name]), "prefill_s": 0.1, "peak_mib": 1.0})
+
+    rows = [Row("ours"), Row("limit"), Row("slow", tried={"": 5.0}), Row("broken", error="no such file")]
+    works = [Work(CASE, seed, [], []) for seed in range(3)]
+    bench_rollout.run_rounds([contender(row.name) for row in rows], rows, works, ours_s=1.0)
+    assert [len(row.rounds) for row in rows] == [3, 3, 1, 0]
+    known = [bench_rollout.figures(row, CASE, rows) for row in rows]
+    assert [k.get("ours_is_times_faster") for k in known] == [1.0, 0.5, 5.0, None]
+    assert known[0]["of_limit"] == 0.5 and known[0]["tok_s"] == 36 / 2.0
+
+
+def test_the_fastest_setting_that_works_goes_on() -> None:
+    settings = [SimpleNamespace(name="x", setting=s, run=lambda work, r=r: r) for s, r in
+                (("a", {"seconds": 3.0}), ("b", {"error": "none"}), ("c", {"seconds": 2.0}))]  # fmt: skip
+    row, best = bench_rollout.search(settings, make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
+    assert best.setting == row.setting == "c" and row.tried == {"a": 3.0, "c": 2.0}
+    row, _ = bench_rollout.search(settings[1:2], make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
+    assert row.error == "b none"
+
+
+def test_the_script_ends_with_one_json_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--student", str(folder), "--quick", "--threads", "1", "--repeats", "2", "--bf16", "--cases", "a1", "c"]
+    bench_rollout.main([*words, "--json", str(tmp_path / "all.json")])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        list(last["a1"]["tok_s"]) == ["ours", "limit", "ours, bf16", "limit, bf16"] and last["a1"]["best_peer"] is None
+    )
+    report = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    case = report["cases"]["c"]
+    assert case["checks"]["ours"]["prefilled"] == case["unique_tokens"] == 2 * 12 + 2 * 6
+    assert all(len(row["rounds"]) == 2 and row["tok_s"] > 0 for row in case["rows"])
+    assert case["parts_s"]["ours"]["linears"] > 0 and report["card"]["torch_gflop_s"] > 0
+
+
+def test_peers_need_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_rollout.parse(["--student", "x", "--peers", "vllm"])
+    assert "--peers vllm needs --vllm-python; see bench/peers.txt" in capsys.readouterr().err
