@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-slow lint types size aot clean
+.PHONY: train test test-slow lint types size aot gpu-check clean
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -30,6 +30,10 @@ size:
 # Every Triton kernel compiled for sm_80, sm_90 and sm_100; needs no GPU.
 aot: $(INSTALLED)
 	$(VENV_PYTHON) -m bench.aot
+
+# What cannot be tested without one, on a machine with a CUDA card; writes gpu_check.json. Exit status 2: no card.
+gpu-check: $(INSTALLED)
+	$(VENV_PYTHON) -m bench.gpu_check --json gpu_check.json
 
 clean:
 	rm -rf .venv build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -165,8 +165,10 @@ def test_a_broken_row_leaves_the_others_alone(impl: str) -> None:
 
 def test_filtered_draws_of_triton_are_those_of_ref() -> None:
     pytest.importorskip("triton")
-    hidden, weight = problem(5, 700)
-    results = [linear_sample(hidden, weight, keys(5), **settings(5, top_k=9), impl=impl) for impl in ("triton", "ref")]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = [x.to(device) for x in (*problem(5, 700), keys(5))]
+    options = {name: x.to(device) for name, x in settings(5, top_k=9).items()}
+    results = [linear_sample(*given, **options, impl=impl) for impl in ("triton", "ref")]
     for name, x, y in zip(NAMES, *results, strict=True):
         assert_bitwise_equal(x, y, name=name)
 
