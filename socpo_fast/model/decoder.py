@@ -7,6 +7,7 @@ pages, the trainer gathers them from the packed rows. Tokens are always packed, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -29,12 +30,8 @@ class Attend(Protocol):
     def __call__(self, layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor: ...
 
 
-class RunLayer(Protocol):
-    """A whole layer in one call, without gradients: (layer_idx, x_TD, update_TD, rotary) -> (x_TD, update_TD)."""
-
-    def __call__(
-        self, layer_idx: int, x_TD: Tensor, update_TD: Tensor | None, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]: ...
+# A whole layer in one call, without gradients: (layer_idx, x_TD, update_TD, rotary) -> (x_TD, update_TD)
+RunLayer = Callable[[int, Tensor, Tensor | None, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
 class Decoder(nn.Module):

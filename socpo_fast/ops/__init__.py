@@ -7,7 +7,7 @@ from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.linear_sample import linear_sample
 from socpo_fast.ops.packed_attention import Segment, packed_attention
-from socpo_fast.ops.paged_attention import paged_attention, paged_attention_unchecked
+from socpo_fast.ops.paged_attention import paged_attention
 from socpo_fast.ops.policy_loss import PolicyLoss, policy_loss
 from socpo_fast.ops.rms_norm import rms_norm
 from socpo_fast.ops.rotary import rotary, rotary_write
@@ -28,7 +28,6 @@ __all__ = [
     "next_keys",
     "packed_attention",
     "paged_attention",
-    "paged_attention_unchecked",
     "policy_loss",
     "rms_norm",
     "rotary",

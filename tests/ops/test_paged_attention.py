@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from socpo_fast.ops import paged_attention_unchecked
 from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops.paged_attention import paged_attention_unchecked
 from tests.error_rule import assert_bitwise_equal
 from tests.ops.paged_cases import SPLIT, Case, assert_cpp_is_right, make_case, run
 
