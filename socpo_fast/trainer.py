@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from socpo_fast.config import Config
@@ -41,35 +41,29 @@ def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
     """Accuracy on data.eval of a checkpoint folder; None: the run's last one, or student.path when it has none."""
     path = checkpoint or latest_checkpoint(config.folder / "checkpoints") or config.student.path
     student = config.student.model_copy(update={"path": str(path)})
-    session = Session(config.model_copy(update={"student": student}))
-    questions = session.eval_questions()
-    if not questions:
-        raise ValueError("eval: data.eval must name held-out questions, got none; set data.eval")
-    try:
+    with closing(Session(config.model_copy(update={"student": student}))) as session:
+        questions = session.eval_questions()
+        if not questions:
+            raise ValueError("eval: data.eval must name held-out questions, got none; set data.eval")
         return session.evaluate(questions)
-    finally:
-        session.close()
 
 
 def rollout_only(config: Config) -> None:
     """Roll out run.num_batches batches without any update; writes RUN/rollouts and prints what they amount to."""
     if (config.folder / "metrics.jsonl").exists():
         raise ValueError(f"run: {config.folder} must hold no training run, whose rollouts stay; set run.name")
-    session = Session(config)
-    questions = session.train_questions()
-    sources = sources_of(questions)
-    make_folder(config.folder)
-    try:
+    with closing(Session(config)) as session:
+        questions = session.train_questions()
+        sources = sources_of(questions)
+        make_folder(config.folder)
         with Progress(num_batches=config.run.num_batches, live=config.run.live) as progress:
             for batch in range(1, config.run.num_batches + 1):
                 chosen = {q.question_idx: q for q in pick_questions(config, questions, batch)}
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
-                factors = assign_rewards(rollouts, schedule=config.reward.schedule, factor=config.reward.factor)
+                factors = assign_rewards(rollouts, **config.reward.model_dump())
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, chosen, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
-    finally:
-        session.close()
 
 
 class Trainer:
@@ -121,12 +115,10 @@ class Trainer:
             stack.callback(self.session.close)
             self.writer = stack.enter_context(MetricsWriter(self.config.folder, resume_after_update=resumed))
             live, num_batches = self.config.run.live, self.config.run.num_batches
-            self.progress = stack.enter_context(
-                Progress(num_batches=num_batches, first_batch=self.batch + 1, live=live)
-            )
-            self.progress.note(self.first_line())
-            for note in self.session.bridge.notes:
-                self.progress.note(note)
+            progress = Progress(num_batches=num_batches, first_batch=self.batch + 1, live=live)
+            self.progress = stack.enter_context(progress)
+            for note in (self.first_line(), *self.session.bridge.notes):
+                progress.note(note)
             stack.enter_context(self.signals)
             try:
                 while True:
@@ -156,13 +148,8 @@ class Trainer:
         batch = self.batch + 1
         questions = {q.question_idx: q for q in pick_questions(config, self.train_questions, batch)}
         rollouts, metrics = self.roll_out(questions, batch)
-        factors = assign_rewards(rollouts, schedule=config.reward.schedule, factor=config.reward.factor)
-        assign_advantages(
-            rollouts,
-            estimator=config.advantage.estimator,
-            baseline_group=config.advantage.baseline_group,
-            eps=config.advantage.eps,
-        )
+        factors = assign_rewards(rollouts, **config.reward.model_dump())
+        assign_advantages(rollouts, **config.advantage.model_dump())
         metrics |= summarize(rollouts, questions, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started, self.between_batches = time.perf_counter(), False

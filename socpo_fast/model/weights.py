@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -193,37 +192,29 @@ def _tokenizer_files(tokenizer_from: str | Path | None) -> list[Path]:
     return files
 
 
-class _Stored(NamedTuple):
-    name: str  # Hugging Face's
-    view: Tensor  # of the fused parameter
-
-
 def _write_shards(student: Decoder, folder: Path) -> None:
-    """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor gets its own) and their index."""
-    shards: list[list[_Stored]] = [[]]
+    """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor gets its own) and their index.
+
+    A tied head is left out, as transformers does.
+    """
+    shards: list[dict[str, Tensor]] = [{}]  # Hugging Face's names -> views of the fused parameters
     room = SHARD_BYTES
-    for tensor in _stored_tensors(student):
-        if tensor.view.nbytes > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(tensor)
-        room -= tensor.view.nbytes
-    single = len(shards) == 1
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map.update({tensor.name: file for tensor in shard})
-        save_file({tensor.name: tensor.view.cpu() for tensor in shard}, folder / file, metadata={"format": "pt"})
-    if not single:
-        total_size = sum(tensor.view.nbytes for shard in shards for tensor in shard)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def _stored_tensors(student: Decoder) -> Iterator[_Stored]:
-    """What a Hugging Face folder holds of this student; a tied head is left out, as transformers does."""
     for name, parameter in student.named_parameters():
         for part, rows in _parts(name, parameter, student.config):
-            yield _Stored(part, parameter.detach()[rows])
+            view = parameter.detach()[rows]
+            if view.nbytes > room and shards[-1]:
+                shards.append({})
+                room = SHARD_BYTES
+            shards[-1][part] = view
+            room -= view.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        save_file({part: view.cpu() for part, view in shard.items()}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total_size = sum(view.nbytes for shard in shards for view in shard.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 _MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking order

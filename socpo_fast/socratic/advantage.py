@@ -21,17 +21,8 @@ def assign_advantages(
     ]
     rewards_A = torch.tensor([row[0] for row in rows], dtype=torch.float32)
     counts_A3 = torch.tensor([row[1:] for row in rows], dtype=torch.int64).view(-1, 3)
-    num_tokens_A, question_idx_A, attempt_idx_A = (column_A.contiguous() for column_A in counts_A3.unbind(1))
-    advantages = iter(
-        compute_advantages(
-            rewards_A,
-            num_tokens_A,
-            question_idx_A,
-            attempt_idx_A,
-            estimator=estimator,
-            baseline_group=baseline_group,
-            eps=eps,
-        ).tolist()
-    )
+    counts = (column_A.contiguous() for column_A in counts_A3.unbind(1))
+    advantages_A = compute_advantages(rewards_A, *counts, estimator=estimator, baseline_group=baseline_group, eps=eps)
+    advantages = iter(advantages_A.tolist())
     for rollout in rollouts:
         rollout.advantages = [next(advantages) for _ in rollout.attempts]

@@ -100,7 +100,8 @@ class Bridge:
         self.end_of_turn = cast(str, tokenizer.convert_ids_to_tokens(head_ids[0]))
         self.eos_ids = tuple(dict.fromkeys([self.end_of_turn_id, *_configured_eos_ids(tokenizer)]))
         # Sentencepiece puts a space before a text's first word, which is not the first word in a row.
-        self._anchor = "" if self._behind_special("x") == self.trusted_ids("x") else "\n"
+        is_same_anywhere = self.trusted_ids(f"{self.end_of_turn}x")[1:] == self.trusted_ids("x")
+        self._anchor = "" if is_same_anywhere else "\n"
         self.notes = self._check()
         if "strftime_now" in template:
             self.notes += ("the chat template writes today's date into prompts; resumed on another day they differ",)
@@ -172,9 +173,6 @@ class Bridge:
             ends = (text.rfind(special) + len(special) for special in self._special if special in text)
             place = max(ends, default=0)
         return text[:place], text[place:]
-
-    def _behind_special(self, text: str) -> list[int]:
-        return self.trusted_ids(self.end_of_turn + text)[1:]
 
     def fit(self, text: str) -> str:
         """The head of a text that is at most guidance_limit tokens long."""

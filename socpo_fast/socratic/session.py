@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from socpo_fast.config import Config
@@ -41,15 +42,14 @@ class Session:
             guidance_limit=config.rollout.guidance_limit,
             enable_thinking=config.student.enable_thinking,
         )
-        self.engine = Engine(
-            self.student,
-            kv_cache_gib=config.engine.kv_cache_gib,
-            page_size=config.engine.page_size,
-            max_running=config.engine.max_running,
-            token_budget=config.engine.token_budget,
-            attention=config.engine.attention,
-        )
+        self.engine = Engine(self.student, **config.engine.model_dump())
         self._check_room()
+        self.params = SamplingParams(
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            eos_ids=self.bridge.eos_ids,
+            seed=config.run.seed,
+        )
         self.uses_teacher = config.rollout.max_attempts > 1
         self.teacher = make_teacher(config, device=str(device))
 
@@ -114,13 +114,7 @@ class Session:
 
     def training_rollouts(self, questions: Sequence[Question], batch_idx: int) -> Iterator[Rollout]:
         rollout = self.config.rollout
-        return self._rollouts(
-            questions,
-            self._params(temperature=rollout.temperature, top_p=1.0),
-            group_size=rollout.group_size,
-            max_attempts=rollout.max_attempts,
-            batch_idx=batch_idx,
-        )
+        return self._rollouts(questions, self.params, batch_idx, rollout.group_size, rollout.max_attempts)
 
     def evaluate(
         self, questions: Sequence[Question], on_rollout: Callable[[], None] = lambda: None
@@ -134,35 +128,17 @@ class Session:
         assisted = config.assisted and self.uses_teacher
         scores = Scores(questions, samples=config.samples, assisted=assisted)
         size = max(EVAL_SLICE_ROLLOUTS // config.samples, 1)
+        max_attempts = self.config.rollout.max_attempts if assisted else 1
+        params = replace(self.params, temperature=config.temperature, top_p=config.top_p)
         for start in range(0, len(questions), size):
-            for rollout in self._rollouts(
-                questions[start : start + size],
-                self._params(temperature=config.temperature, top_p=config.top_p),
-                group_size=config.samples,
-                max_attempts=self.config.rollout.max_attempts if assisted else 1,
-                batch_idx=EVAL_BATCH,
-            ):
+            chosen = questions[start : start + size]
+            for rollout in self._rollouts(chosen, params, EVAL_BATCH, config.samples, max_attempts):
                 scores.add(rollout)
                 on_rollout()
         return scores.metrics() | {"time/total_s": time.perf_counter() - started}
 
-    def _params(self, *, temperature: float, top_p: float) -> SamplingParams:
-        return SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=self.config.rollout.max_new_tokens,
-            eos_ids=self.bridge.eos_ids,
-            seed=self.config.run.seed,
-        )
-
     def _rollouts(
-        self,
-        questions: Sequence[Question],
-        params: SamplingParams,
-        *,
-        group_size: int,
-        max_attempts: int,
-        batch_idx: int,
+        self, questions: Sequence[Question], params: SamplingParams, batch_idx: int, group_size: int, max_attempts: int
     ) -> Iterator[Rollout]:
         rollout, teacher = self.config.rollout, self.config.teacher
         return socratic_rollouts(

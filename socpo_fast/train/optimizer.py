@@ -15,7 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from socpo_fast.ops._checks import check_rule
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTS = ("num_updates", "num_skipped", "num_skipped_in_a_row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,8 @@ class Optimizer:
             ("warmup_updates", warmup_updates, warmup_updates >= 0, ">= 0"),
             ("max_grad_norm", max_grad_norm, max_grad_norm > 0, "> 0"),
         )
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"Optimizer: {name} must be {rule}, got {value}")
+        for rule in rules:
+            check_rule("Optimizer", *rule)
         self.lr, self.warmup_updates, self.max_grad_norm = lr, warmup_updates, max_grad_norm
         self.num_updates = 0  # skipped ones included
         self.num_skipped = 0
@@ -117,11 +119,7 @@ class Optimizer:
 
     def state_counts(self) -> dict[str, int]:
         """The rest of the state, for JSON."""
-        return {
-            "num_updates": self.num_updates,
-            "num_skipped": self.num_skipped,
-            "num_skipped_in_a_row": self.num_skipped_in_a_row,
-        }
+        return {name: getattr(self, name) for name in COUNTS}
 
     def load_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Copy a saved state into the present one, all or nothing.
@@ -141,7 +139,7 @@ class Optimizer:
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-        self.num_updates, self.num_skipped = counts["num_updates"], counts["num_skipped"]
-        self.num_skipped_in_a_row = counts["num_skipped_in_a_row"]
+        for name in COUNTS:
+            setattr(self, name, counts[name])
         for param in self.params.values():
             self.adamw.state[param]["step"].fill_(float(self.num_updates - self.num_skipped))

@@ -13,16 +13,6 @@ from socpo_fast.socratic.teachers.local import LocalTeacher
 from socpo_fast.socratic.teachers.simple import RETRY_TEXT, RuleTeacher, retry_teacher
 from socpo_fast.types import SamplingParams
 
-__all__ = [
-    "EndpointTeacher",
-    "LocalTeacher",
-    "RuleTeacher",
-    "Teacher",
-    "TeacherPrompt",
-    "make_teacher",
-    "retry_teacher",
-]
-
 _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 
 
