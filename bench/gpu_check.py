@@ -47,7 +47,7 @@ from bench._gpu_engine import (
 )
 from bench._gpu_ops import check_flash, check_ops
 from bench._gpu_speed import decode_speed, host_syncs, policy_loss_speed
-from socpo_fast.device import environment, installed_version
+from socpo_fast.report.environment import environment, installed_version
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 1800
