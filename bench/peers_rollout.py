@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -23,19 +24,19 @@ Ids = list[list[int]]
 Options = dict[str, Any]
 
 
-class Peer:
+class Peer(ABC):
     """generate: new tokens of n rollouts of every context, context by context."""
 
     rows: int | None = None  # that went through layer 0, where they can be counted
 
-    def generate(self, contexts: Ids, n: int, new: int) -> Ids:
-        raise NotImplementedError
+    @abstractmethod
+    def generate(self, contexts: Ids, n: int, new: int) -> Ids: ...
 
     def go_on(self, contexts: Ids, chosen: list[int], new: int) -> Ids:
         """One rollout of each context, which goes on behind rollout `chosen` of the last call of generate."""
         return self.generate(contexts, 1, new)
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027 - most keep nothing
         """Drop what was cached; not timed."""
 
 

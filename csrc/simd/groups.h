@@ -1,4 +1,4 @@
-// Vectors as groups of four floats, and what moves whole groups or lanes within groups: fp32 and bf16 in, tiles out.
+// Vectors as groups of four floats, and what moves whole groups or lanes within groups.
 
 #pragma once
 
@@ -7,9 +7,6 @@
 namespace {  // internal linkage, as in simd.h
 
 constexpr int GROUPS = LANES / 4;
-typedef uint16_t Bits __attribute__((vector_size(SOCPO_LANES * 2)));
-typedef uint16_t Bits4 __attribute__((vector_size(8)));
-typedef uint32_t Uint4 __attribute__((vector_size(16)));
 
 // The same pattern of four in each 128-bit group, for shuffles of two vectors; the second one's lanes count from LANES.
 #if SOCPO_LANES == 16
@@ -25,25 +22,6 @@ typedef uint32_t Uint4 __attribute__((vector_size(16)));
 #else
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, VecInt{__VA_ARGS__})
 #endif
-
-// Vec or Vec4 from fp32 or bf16.
-template <typename V>
-inline V widen(const float* from) {
-  return load<V>(from);
-}
-
-template <typename V>
-inline V widen(const uint16_t* from) {
-  if constexpr (sizeof(V) == sizeof(Vec)) {
-    Bits bits;
-    memcpy(&bits, from, sizeof(bits));
-    return (V)(__builtin_convertvector(bits, VecUint) << 16);
-  } else {
-    Bits4 bits;
-    memcpy(&bits, from, sizeof(bits));
-    return (V)(__builtin_convertvector(bits, Uint4) << 16);
-  }
-}
 
 // Lane 4 m + j of the result is the sum of group m of x[j].
 inline Vec sum_groups(const Vec* x) {

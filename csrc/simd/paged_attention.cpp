@@ -47,12 +47,12 @@ inline void pack_keys(const T* k_cache, const int64_t* offsets, int count, int64
       int64_t e = 0;
       for (; e + LANES <= head_dim; e += LANES) {
         Vec x[GROUPS];
-        for (int m = 0; m < GROUPS; ++m) x[m] = widen<Vec>(k[m] + e);
+        for (int m = 0; m < GROUPS; ++m) x[m] = load_wide<Vec>(k[m] + e);
         transpose_groups(x);
         for (int m = 0; m < GROUPS; ++m) store(to + (e + 4 * m) * LANES, x[m]);
       }
       for (; e < head_dim; e += 4)
-        for (int m = 0; m < GROUPS; ++m) store(to + e * LANES + 4 * m, widen<Vec4>(k[m] + e));
+        for (int m = 0; m < GROUPS; ++m) store(to + e * LANES + 4 * m, load_wide<Vec4>(k[m] + e));
     }
 }
 
@@ -179,8 +179,8 @@ inline void find_values(const uint16_t* v_cache, const int64_t* offsets, int cou
                         const float** v) {
   for (int j = 0; j < count; ++j) {
     int64_t e = 0;
-    for (; e + LANES <= head_dim; e += LANES) store(buffer + j * head_dim + e, widen<Vec>(v_cache + offsets[j] + e));
-    for (; e < head_dim; e += 4) store(buffer + j * head_dim + e, widen<Vec4>(v_cache + offsets[j] + e));
+    for (; e + LANES <= head_dim; e += LANES) store(buffer + j * head_dim + e, load_wide<Vec>(v_cache + offsets[j] + e));
+    for (; e < head_dim; e += 4) store(buffer + j * head_dim + e, load_wide<Vec4>(v_cache + offsets[j] + e));
     v[j] = buffer + j * head_dim;
   }
 }

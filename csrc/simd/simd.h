@@ -20,6 +20,8 @@ typedef float Vec __attribute__((vector_size(SOCPO_LANES * 4)));
 typedef int32_t VecInt __attribute__((vector_size(SOCPO_LANES * 4)));
 typedef uint32_t VecUint __attribute__((vector_size(SOCPO_LANES * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(SOCPO_LANES * 2)));
+typedef uint16_t VecHalf4 __attribute__((vector_size(8)));
+typedef uint32_t VecUint4 __attribute__((vector_size(16)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
 template <typename V, typename T>
@@ -70,9 +72,19 @@ inline float widen(uint16_t x) {
   return wide;
 }
 
-inline Vec load_wide(const float* from) { return load<Vec>(from); }
-inline Vec load_wide(const uint16_t* from) {
-  return (Vec)(__builtin_convertvector(load<VecHalf>(from), VecUint) << 16);
+// A Vec or Vec4 of them.
+template <typename V = Vec>
+inline V load_wide(const float* from) {
+  return load<V>(from);
+}
+
+template <typename V = Vec>
+inline V load_wide(const uint16_t* from) {
+  if constexpr (sizeof(V) == sizeof(Vec)) {
+    return (V)(__builtin_convertvector(load<VecHalf>(from), VecUint) << 16);
+  } else {
+    return (V)(__builtin_convertvector(load<VecHalf4>(from), VecUint4) << 16);
+  }
 }
 
 // The first `count` < LANES numbers; the other lanes are 0.

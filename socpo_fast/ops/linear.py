@@ -14,7 +14,7 @@ from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
 from socpo_fast.ops._head import MIN_ROWS
-from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
+from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of
 
 
 def linear_ref(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -52,7 +52,7 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
         check("bias_N", bias_N, (weight_ND.dtype,))
     check_rule("linear", "strides of weight_ND", weight_ND.stride(), weight_ND.is_contiguous(), "contiguous")
     check_rule("linear", "D", x_TD.shape[1], x_TD.shape[1] > 0, ">= 1")
-    available = IMPLS["linear"] if x_TD.dtype == torch.float32 else ("ref",)
+    available = impls_of("linear", x_TD.dtype)
     return _run(choose_impl("linear", impl, available, x_TD.device), x_TD, weight_ND, bias_N)
 
 

@@ -7,13 +7,11 @@ sum of exps, best token by score), merged in the order of the tiles. Only rows w
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, INDEX, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
+from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl, kernels_of
 from socpo_fast.ops.linear import linear_ref
 from socpo_fast.ops.sample import check_draws, sample_ref
 
@@ -110,7 +108,7 @@ def linear_sample_unchecked(
         if is_filtered is None:
             is_filtered = bool(((top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)).any())
         if not is_filtered:
-            kernels = importlib.import_module("socpo_fast.kernels.linear_sample")
-            draws = kernels.linear_sample_triton(hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B)
+            launch = kernels_of("linear_sample", impl).linear_sample_triton
+            draws = launch(hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B)
             return *draws, torch.ones_like(temperature_B)
     return linear_sample_ref(hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, **settings)
