@@ -5,7 +5,7 @@
 namespace socpo {
 
 #define SOCPO_KERNELS(isa) \
-  Kernels{isa::tile_max, isa::tile_weights, isa::tile_draw, isa::linear_block, isa::rms_norm_row, \
+  Kernels{isa::tile_max, isa::tile_weights, isa::tile_draw, isa::linear_block, isa::pack_panel, isa::rms_norm_row, \
           isa::rms_norm_backward_row, isa::swiglu_row, isa::swiglu_backward_row, isa::rotary_head, isa::narrow_row, \
           isa::attend_split, isa::merge_partials, isa::finish_rows, isa::row_sums, isa::row_gradient}
 

@@ -16,6 +16,7 @@ struct Kernels {
   decltype(&baseline::tile_weights) tile_weights;
   decltype(&baseline::tile_draw) tile_draw;
   decltype(&baseline::linear_block) linear_block;
+  decltype(&baseline::pack_panel) pack_panel;
   decltype(&baseline::rms_norm_row) rms_norm_row;
   decltype(&baseline::rms_norm_backward_row) rms_norm_backward_row;
   decltype(&baseline::swiglu_row) swiglu_row;
@@ -32,15 +33,21 @@ struct Kernels {
 // Those for torch's own choice of instruction set (the environment's ATEN_CPU_CAPABILITY lowers it).
 const Kernels& kernels();
 
-// work(item) for item in 0 .. num_items - 1. Threads take the next item when free: which thread runs an item is
-// chance, so an item's result must not depend on it.
-template <typename Work>
-void for_each_item(int64_t num_items, const Work& work) {
+// work(item, state) for item in 0 .. num_items - 1, with a state made by each thread. Threads take the next item when
+// free: which thread runs an item is chance, so an item's result must not depend on it.
+template <typename MakeState, typename Work>
+void for_each_item(int64_t num_items, const MakeState& make_state, const Work& work) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(num_items, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    auto state = make_state();
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item = next++; item < num_items; item = next++) work(item);
+      for (int64_t item = next++; item < num_items; item = next++) work(item, state);
   });
+}
+
+template <typename Work>
+void for_each_item(int64_t num_items, const Work& work) {
+  for_each_item(num_items, [] { return 0; }, [&](int64_t item, int) { work(item); });
 }
 
 // work(begin, end) over rows of `row_cost` elements each, split among threads only where that pays.

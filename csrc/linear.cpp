@@ -1,44 +1,65 @@
 // torch.ops.socpo.linear: work items are (block of rows, range of outputs); see csrc/simd/linear.cpp for the sums.
 
+#include "linear.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "cpu.h"
 #include "ops.h"
 
 namespace socpo {
 namespace {
 
-constexpr int64_t OUTS_PER_ITEM = 48;            // a multiple of every tile's outputs
-constexpr int64_t FLOATS_PER_BLOCK = 96 * 1024;  // of x, which stays in L2 while the weights go by
+constexpr int64_t ITEMS_PER_THREAD = 4;  // so that a thread that is held up costs little
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
+
+RowBlocks::RowBlocks(const float* x, int64_t x_stride, int64_t num_rows, int64_t width)
+    : x_(x), x_stride_(x_stride), num_rows_(num_rows), width_(width), rows_per_block_(FEW_ROWS) {
+  if (num_rows > FEW_ROWS) rows_per_block_ = divide_up(divide_up(num_rows, 16), divide_up(num_rows, PANEL_ROWS)) * 16;
+}
+
+LinearBlock RowBlocks::block(int64_t index) {
+  LinearBlock block{};
+  block.x = x_ + first_row(index) * x_stride_;
+  block.x_stride = x_stride_;
+  block.num_rows = std::min(rows_per_block_, num_rows_ - first_row(index));
+  block.width = width_;
+  block.is_panel = num_rows_ > FEW_ROWS;
+  if (block.is_panel) {
+    panel_.resize(rows_per_block_ * divide_up(width_, 16) * 16);
+    if (packed_ != index) kernels().pack_panel(block.x, x_stride_, block.num_rows, width_, panel_.data());
+    packed_ = index;
+    block.x = panel_.data();
+  }
+  return block;
+}
 
 at::Tensor linear(const at::Tensor& any_x, const at::Tensor& weight, const MaybeTensor& any_bias) {
   const at::Tensor x = any_x.stride(1) == 1 ? any_x : any_x.contiguous();
   const at::Tensor bias = any_bias ? any_bias->to(at::kFloat).contiguous() : at::Tensor();
   const int64_t num_rows = x.size(0), width = x.size(1), num_outs = weight.size(0);
   at::Tensor out = at::empty({num_rows, num_outs}, x.options());
-  const bool is_bf16 = weight.scalar_type() == at::kBFloat16;
+  if (num_rows == 0) return out;
   const char* weight_p = static_cast<const char*>(weight.const_data_ptr());
-  const float *x_p = x.const_data_ptr<float>(), *bias_p = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  const float* bias_p = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   float* out_p = out.mutable_data_ptr<float>();
-  const int64_t rows_per_block = std::max<int64_t>(12, FLOATS_PER_BLOCK / width / 12 * 12);
-  const int64_t num_ranges = (num_outs + OUTS_PER_ITEM - 1) / OUTS_PER_ITEM;
-  const int64_t num_blocks = (num_rows + rows_per_block - 1) / rows_per_block;
-  for_each_item(num_blocks * num_ranges, [&](int64_t item) {
-    const int64_t row = item % num_blocks * rows_per_block, first = item / num_blocks * OUTS_PER_ITEM;
-    LinearBlock block{};
-    block.x = x_p + row * x.stride(0);
-    block.x_stride = x.stride(0);
-    block.num_rows = std::min(rows_per_block, num_rows - row);
+  const RowBlocks blocks(x.const_data_ptr<float>(), x.stride(0), num_rows, width);
+  const int64_t num_blocks = blocks.num_blocks(), num_groups = divide_up(num_outs, GROUP_OUTS);
+  const int64_t for_threads = divide_up(ITEMS_PER_THREAD * at::get_num_threads(), num_blocks);
+  const int64_t num_ranges = std::min(num_groups, for_threads);
+  for_each_item(num_ranges * num_blocks, [&] { return blocks; }, [&](int64_t item, RowBlocks& own) {
+    const int64_t range = item % num_ranges, row = own.first_row(item / num_ranges);
+    const int64_t first = num_groups * range / num_ranges * GROUP_OUTS;
+    LinearBlock block = own.block(item / num_ranges);
     block.weight = weight_p + first * width * weight.element_size();
-    block.is_bf16 = is_bf16;
-    block.num_outs = std::min(OUTS_PER_ITEM, num_outs - first);
-    block.width = width;
+    block.is_bf16 = weight.scalar_type() == at::kBFloat16;
+    block.num_outs = std::min(num_groups * (range + 1) / num_ranges * GROUP_OUTS, num_outs) - first;
     block.bias = bias_p == nullptr ? nullptr : bias_p + first;
     block.out = out_p + row * num_outs + first;
     block.out_stride = num_outs;

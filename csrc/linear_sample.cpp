@@ -10,13 +10,11 @@
 #include <tuple>
 #include <vector>
 
+#include "linear.h"
 #include "sample.h"
 
 namespace socpo {
 namespace {
-
-constexpr int64_t ROWS_PER_ITEM = 128;
-constexpr int64_t OUTS_PER_CALL = 48, FLOATS_PER_CALL = 96 * 1024;  // of the linear kernel, as in csrc/linear.cpp
 
 // Draws in the order of their rows and temperatures; of draws alike in both, the exps are taken once.
 struct DrawsOfRows {
@@ -43,25 +41,6 @@ struct DrawsOfRows {
   }
 };
 
-// The logits of a tile for `num_rows` rows, SAMPLE_TILE apart. Ranges of outputs and blocks of rows are those that
-// keep the weights and x in the cache; they change no bit.
-void tile_logits(const float* x, int64_t width, int64_t num_rows, const void* weight, bool is_bf16, int64_t count, float* logits) {
-  const int64_t rows_per_call = std::max<int64_t>(12, FLOATS_PER_CALL / width / 12 * 12);
-  for (int64_t out = 0; out < count; out += OUTS_PER_CALL)
-    for (int64_t row = 0; row < num_rows; row += rows_per_call) {
-      LinearBlock block{};
-      block.x = x + row * width;
-      block.x_stride = block.width = width;
-      block.num_rows = std::min(rows_per_call, num_rows - row);
-      block.weight = static_cast<const char*>(weight) + out * width * (is_bf16 ? 2 : 4);
-      block.is_bf16 = is_bf16;
-      block.num_outs = std::min(OUTS_PER_CALL, count - out);
-      block.out = logits + row * SAMPLE_TILE + out;
-      block.out_stride = SAMPLE_TILE;
-      kernels().linear_block(block);
-    }
-}
-
 std::vector<Drawn> draw_all(const at::Tensor& hidden, const at::Tensor& weight, const std::vector<DrawSettings>& settings,
                             const int64_t* row_of_draw) {
   const int64_t vocab = weight.size(0), width = weight.size(1), num_tiles = num_tiles_of(vocab);
@@ -72,15 +51,21 @@ std::vector<Drawn> draw_all(const at::Tensor& hidden, const at::Tensor& weight, 
     std::copy_n(hidden.const_data_ptr<float>() + draws.rows[i] * hidden.stride(0), width, x.begin() + i * width);
   std::vector<TileDraw> tiles(settings.size() * num_tiles);
   const char* weight_p = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t num_blocks = (num_rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM;
-  for_each_item(num_tiles * num_blocks, [&](int64_t item) {
-    const int64_t tile = item / num_blocks, first_id = tile * SAMPLE_TILE, first_row = item % num_blocks * ROWS_PER_ITEM;
-    const int64_t count = std::min<int64_t>(SAMPLE_TILE, vocab - first_id), end_row = std::min(first_row + ROWS_PER_ITEM, num_rows);
+  const RowBlocks blocks(x.data(), width, num_rows, width);
+  const int64_t num_blocks = blocks.num_blocks();
+  for_each_item(num_tiles * num_blocks, [&] { return blocks; }, [&](int64_t item, RowBlocks& own) {
+    const int64_t tile = item / num_blocks, first_id = tile * SAMPLE_TILE, first_row = own.first_row(item % num_blocks);
+    const int64_t count = std::min<int64_t>(SAMPLE_TILE, vocab - first_id);
     thread_local std::vector<float> logits;
-    logits.resize(ROWS_PER_ITEM * SAMPLE_TILE);
-    tile_logits(x.data() + first_row * width, width, end_row - first_row, weight_p + first_id * width * weight.element_size(),
-                weight.element_size() == 2, count, logits.data());
-    for (int64_t row = first_row; row < end_row; ++row) {
+    LinearBlock block = own.block(item % num_blocks);
+    logits.resize(block.num_rows * SAMPLE_TILE);
+    block.weight = weight_p + first_id * width * weight.element_size();
+    block.is_bf16 = weight.element_size() == 2;
+    block.num_outs = count;
+    block.out = logits.data();
+    block.out_stride = SAMPLE_TILE;
+    kernels().linear_block(block);
+    for (int64_t row = first_row; row < first_row + block.num_rows; ++row) {
       const float* from = logits.data() + (row - first_row) * SAMPLE_TILE;
       if (draws.kept_slot[row] >= 0) std::copy_n(from, count, kept.begin() + draws.kept_slot[row] * vocab + first_id);
       float weights[SAMPLE_TILE];

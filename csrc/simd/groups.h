@@ -31,6 +31,17 @@ inline Vec sum_groups(const Vec* x) {
   return SHUFFLE(a, b, IN_GROUPS(0, 1, L, L + 1)) + SHUFFLE(a, b, IN_GROUPS(2, 3, L + 2, L + 3));
 }
 
+// Lane i of each group of x[j] becomes lane j of that group of x[i], for four vectors.
+inline void transpose_in_groups(Vec* x) {
+  constexpr int L = LANES;
+  const Vec a = SHUFFLE(x[0], x[1], IN_GROUPS(0, L, 1, L + 1)), b = SHUFFLE(x[0], x[1], IN_GROUPS(2, L + 2, 3, L + 3));
+  const Vec c = SHUFFLE(x[2], x[3], IN_GROUPS(0, L, 1, L + 1)), d = SHUFFLE(x[2], x[3], IN_GROUPS(2, L + 2, 3, L + 3));
+  x[0] = SHUFFLE(a, c, IN_GROUPS(0, 1, L, L + 1));
+  x[1] = SHUFFLE(a, c, IN_GROUPS(2, 3, L + 2, L + 3));
+  x[2] = SHUFFLE(b, d, IN_GROUPS(0, 1, L, L + 1));
+  x[3] = SHUFFLE(b, d, IN_GROUPS(2, 3, L + 2, L + 3));
+}
+
 // Group i of x[m] becomes group m of x[i].
 inline void transpose_groups(Vec* x) {
 #if SOCPO_LANES == 16
@@ -48,6 +59,17 @@ inline void transpose_groups(Vec* x) {
   x[0] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
   x[1] = SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 #endif
+}
+
+// Lane i of x[j] becomes lane j of x[i], for LANES vectors.
+inline void transpose(Vec* x) {
+  for (int row = 0; row < LANES; row += 4) transpose_in_groups(x + row);
+  for (int i = 0; i < 4; ++i) {
+    Vec y[GROUPS];
+    for (int m = 0; m < GROUPS; ++m) y[m] = x[4 * m + i];
+    transpose_groups(y);
+    for (int m = 0; m < GROUPS; ++m) x[4 * m + i] = y[m];
+  }
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace socpo {
 constexpr int KEY_SPLIT = 128;  // keys of one attention partial; splits start at multiples of it in every sequence
 constexpr int KEY_TILE = 32;    // keys packed at a time, so that they stay in the first-level cache
 
-// Tokens of a row that a draw takes at once. Tiles start at multiples of it; a multiple of 48, see csrc/linear.cpp.
+// Tokens of a row that a draw takes at once. Tiles start at multiples of it; a multiple of GROUP_OUTS.
 constexpr int SAMPLE_TILE = 768;
 
 // Over a tile, with x = (logit - max) / temperature: of exp(x), and of x exp(x).
@@ -62,9 +62,14 @@ struct AttentionBlock {
   void* scratch;  // attention_scratch_bytes, aligned to 64
 };
 
+constexpr int FEW_ROWS = 24;    // up to them linear_block is faster on x as it lies, beyond on panels (measured)
+constexpr int PANEL_ROWS = 64;  // of a panel at most
+constexpr int GROUP_OUTS = 48;  // outputs of a linear layer taken together; ranges of them should start at multiples
+
 // Rows of x times rows of weights, all contiguous in `width`; outputs beside each other.
 struct LinearBlock {
-  const float* x;
+  const float* x;  // rows, or a panel
+  bool is_panel;
   int64_t x_stride, num_rows;
   const void* weight;  // [num_outs, width] fp32 or bf16
   bool is_bf16;
@@ -88,6 +93,8 @@ inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
   void tile_draw(const float* logits, const float* weights, int count, int64_t first_id, float inverse_temperature, \
                  uint64_t row_key, TileDraw& draw);                                                      \
   void linear_block(const LinearBlock& block);                                                           \
+  /* For linear_block; num_rows and width are rounded up to 16 in it. */                                 \
+  void pack_panel(const float* x, int64_t x_stride, int64_t num_rows, int64_t width, float* panel);       \
   /* sum = x + residual and y = its norm; without a residual (null) y = the norm of x and sum is not written. */ \
   void rms_norm_row(const float* x, const float* residual, const float* weight, float eps, int64_t width, float* sum, float* y); \
   /* grad_x = grad_sum (null: 0) + the norm's gradient; grad_weight is added to. */                       \

@@ -1,10 +1,12 @@
 // out = x weight^T (+ bias) in fp32, from weights as checkpoints store them: one row an output, fp32 or bf16.
 //
-// An output has one accumulator of LANES partial sums, which runs over PART weights in order and is then folded by a
-// fixed tree; parts are added in order. So its bits depend on its row of x and its row of weights, and neither on the
-// number of rows nor on the tile it falls into: a token gets the same bits in a prompt, in a batch and alone.
-// No transposed or packed copy of the weights is made: they are read once from memory for up to a block of rows.
+// An output has LANES partial sums, of every LANES-th product each, fused multiply-adds over PART weights in order; they
+// are folded by a fixed tree, and parts are added in order. So its bits depend on its row of x and its row of weights, and
+// neither on the number of rows nor on the tile it falls into: a token gets the same bits in a prompt, in a batch and
+// alone. Few rows: the partial sums lie in the lanes. Many rows: they do, packed into panels, and each weight is broadcast
+// for one partial sum after another, which needs no folding of lanes. No copy of the weights is made either way.
 
+#include "groups.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -12,7 +14,16 @@ namespace socpo::SOCPO_ISA {
 namespace {
 
 constexpr int PART = 768;  // weights of an output summed at once: a tile of rows and one of weights stay in L1
-constexpr int TILE_ROWS = LANES == 16 ? 4 : 3, TILE_OUTS = LANES == 16 ? 6 : 4;  // 24 accumulators of 32 registers, 12 of 16
+constexpr int SUMS = LANES == 16 ? 24 : 12;  // accumulators of a tile, of 32 or 16 registers
+constexpr int MAX_VECS = LANES == 16 ? 4 : 2;  // of a panel's rows taken at once
+constexpr int TILE_OUTS = LANES == 16 ? 6 : 4, TILE_ROWS = SUMS / TILE_OUTS;
+
+inline void store_first(float* to, Vec x, int count) {
+  if (count == LANES) return store(to, x);
+  for (int lane = 0; lane < count; ++lane) to[lane] = x[lane];
+}
+
+inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
 template <int COUNT>
 inline void fold_all(Vec* sums, float* out) {
@@ -40,9 +51,11 @@ inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, in
     }
   }
   if (k < width) {
+    Vec rows[ROWS];
+    for (int i = 0; i < ROWS; ++i) rows[i] = opaque(load_first(x + i * x_stride + k, (int)(width - k)));
     for (int j = 0; j < OUTS; ++j) {
-      const Vec w = load_first(weight + j * weight_stride + k, (int)(width - k));
-      for (int i = 0; i < ROWS; ++i) acc[i][j] += unfused(load_first(x + i * x_stride + k, (int)(width - k)) * w);
+      const Vec w = opaque(load_first(weight + j * weight_stride + k, (int)(width - k)));
+      for (int i = 0; i < ROWS; ++i) acc[i][j] += rows[i] * w;
     }
   }
   for (int i = 0; i < ROWS; ++i)
@@ -85,10 +98,10 @@ inline void all_rows(const LinearBlock& block, int64_t out, const Weight* weight
   if (left == 1) tile<1, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
 }
 
-// Few rows: memory is the limit. Many outputs at once keep many streams of weights under way; with fp32 weights the
-// processor's own prefetching keeps up with them (measured).
+// One or two rows: many outputs at once keep many streams of weights under way; with fp32 weights the processor's own
+// prefetching keeps up with them (measured).
 template <int ROWS, int OUTS, typename Weight>
-inline int64_t few_rows(const LinearBlock& block, const Weight* weight, int64_t start, int64_t width) {
+inline int64_t one_or_two_rows(const LinearBlock& block, const Weight* weight, int64_t start, int64_t width) {
   constexpr int AHEAD = sizeof(Weight) == sizeof(float) ? 0 : OUTS;
   int64_t out = 0;
   for (; out + OUTS <= block.num_outs; out += OUTS) {
@@ -98,47 +111,168 @@ inline int64_t few_rows(const LinearBlock& block, const Weight* weight, int64_t 
   return out;
 }
 
+// A tile's weights in fp32, rows PART apart.
+inline const float* widened(const float* weight, int64_t, int64_t, int, float*) { return weight; }
+inline const float* widened(const uint16_t* weight, int64_t stride, int64_t width, int num_outs, float* wide) {
+  for (int j = 0; j < num_outs; ++j) {
+    int64_t k = 0;
+    for (; k + LANES <= width; k += LANES) store(wide + j * PART + k, load_wide(weight + j * stride + k));
+    for (; k < width; ++k) wide[j * PART + k] = widen(weight[j * stride + k]);
+  }
+  return wide;
+}
+
 template <typename Weight>
-inline void one_part(const LinearBlock& block, const Weight* weight, int64_t start, int64_t width) {
+inline void few_rows(const LinearBlock& block, const Weight* weight, int64_t start, int64_t width) {
+  constexpr bool IS_WIDE = sizeof(Weight) == sizeof(float);
+  const int64_t num_tiles = block.num_rows / TILE_ROWS;
   int64_t out = 0;
-  if (block.num_rows == 1) out = few_rows<1, LANES / 2>(block, weight, start, width);
-  if (block.num_rows == 2) out = few_rows<2, LANES / 2>(block, weight, start, width);
+  if (block.num_rows == 1) out = one_or_two_rows<1, LANES / 2>(block, weight, start, width);
+  if (block.num_rows == 2) out = one_or_two_rows<2, LANES / 2>(block, weight, start, width);
   for (; out + TILE_OUTS <= block.num_outs; out += TILE_OUTS) {
     const Weight* from = weight + out * block.width + start;
-    if (sizeof(Weight) == sizeof(float) || block.num_rows <= TILE_ROWS) {
-      if (block.num_rows < 2 * TILE_ROWS) {
-        all_rows<TILE_OUTS, TILE_OUTS>(block, out, from, block.width, start, width);
-      } else if (block.num_rows < TILE_OUTS * TILE_ROWS) {
-        all_rows<TILE_OUTS, TILE_OUTS / 2>(block, out, from, block.width, start, width);
+    if (num_tiles < 2) {
+      all_rows<TILE_OUTS, TILE_OUTS>(block, out, from, block.width, start, width);
+    } else {
+      float wide[IS_WIDE ? 1 : TILE_OUTS * PART];
+      const float* tile = widened(from, block.width, width, TILE_OUTS, wide);
+      const int64_t stride = IS_WIDE ? block.width : PART;
+      if (!IS_WIDE) {
+        all_rows<TILE_OUTS, 0>(block, out, tile, stride, start, width);
+      } else if (num_tiles == 2) {
+        all_rows<TILE_OUTS, (TILE_OUTS + 1) / 2>(block, out, tile, stride, start, width);
+      } else if (num_tiles < TILE_OUTS) {
+        all_rows<TILE_OUTS, (TILE_OUTS + 2) / 3>(block, out, tile, stride, start, width);
       } else {
-        all_rows<TILE_OUTS, 1>(block, out, from, block.width, start, width);
+        all_rows<TILE_OUTS, 1>(block, out, tile, stride, start, width);
       }
-    } else {  // converted once for all rows
-      float wide[TILE_OUTS * PART];
-      for (int j = 0; j < TILE_OUTS; ++j) {
-        int64_t k = 0;
-        for (; k + LANES <= width; k += LANES) store(wide + j * PART + k, load_wide(from + j * block.width + k));
-        for (; k < width; ++k) wide[j * PART + k] = widen(from[j * block.width + k]);
-      }
-      all_rows<TILE_OUTS, 0>(block, out, wide, PART, start, width);
     }
   }
   for (; out < block.num_outs; ++out) all_rows<1, 0>(block, out, weight + out * block.width + start, block.width, start, width);
 }
 
+// The lane that `fold` takes n-th when its tree is walked from left to right.
+inline int lane_of(int n) {
+  const auto middle_last = [](int i) { return i % 2 * 2 + i / 2; };  // 0, 2, 1, 3
+  return 4 * (LANES == 16 ? middle_last(n / 4) : n / 4) + middle_last(n % 4);
+}
+
+// Numbers of a lane in a part of `width`, the last one perhaps missing.
+inline int64_t lane_length(int64_t width) { return (width + LANES - 1) / LANES; }
+
+// sums[j] = VECS x LANES rows of a panel times row j of the weights, for OUTS of them.
+template <int VECS, int OUTS, typename Weight>
+inline void panel_tile(const float* panel, const Weight* weight, int64_t stride, const float* bias, Vec (*sums)[VECS]) {
+  constexpr bool IS_WIDE = sizeof(Weight) == sizeof(float);
+  float wide[IS_WIDE ? 1 : OUTS * PART];
+  for (int64_t start = 0; start < stride; start += PART, panel += PART * VECS * LANES) {
+    const int64_t width = smaller(PART, stride - start), w_stride = IS_WIDE ? stride : PART;
+    const float* const w = widened(weight + start, stride, width, OUTS, wide);
+    const Weight* const ahead = weight + start + OUTS * stride;
+    Vec pending[5][OUTS][VECS];  // [i]: of 2^i lanes, waiting for as many
+    int64_t step = 0;
+    for (int n = 0; n < LANES; ++n) {
+      const float* x = panel + n * lane_length(width) * VECS * LANES;
+      Vec acc[OUTS][VECS] = {};
+      for (int64_t k = lane_of(n); k < width; k += LANES, x += VECS * LANES, ++step) {
+        Vec rows[VECS];
+        for (int i = 0; i < VECS; ++i) rows[i] = load<Vec>(x + i * LANES);
+        if (step % 16 < OUTS) __builtin_prefetch(ahead + step % 16 * stride + step / 16 * 16);
+#pragma GCC unroll 12
+        for (int j = 0; j < OUTS; ++j)
+          for (int i = 0; i < VECS; ++i) acc[j][i] += rows[i] * w[j * w_stride + k];
+      }
+      const int full = __builtin_ctz(~n);
+#pragma GCC unroll 12
+      for (int j = 0; j < OUTS; ++j)
+#pragma GCC unroll 4
+        for (int i = 0; i < VECS; ++i) {
+          Vec sum = acc[j][i];
+          for (int level = 0; level < full; ++level) sum = pending[level][j][i] + sum;
+          pending[full][j][i] = sum;
+        }
+    }
+    for (int j = 0; j < OUTS; ++j)
+      for (int i = 0; i < VECS; ++i) {
+        const Vec part = pending[LANES == 16 ? 4 : LANES == 8 ? 3 : 2][j][i];
+        if (start == 0 && bias == nullptr) {
+          sums[j][i] = part;
+        } else {
+          sums[j][i] = (start > 0 ? sums[j][i] : broadcast(bias[j])) + part;
+        }
+      }
+  }
+}
+
+// VECS x LANES rows for GROUP_OUTS outputs or the first `num_outs` of them.
+template <int VECS, typename Weight>
+void panel_group(const float* panel, const Weight* weight, int64_t stride, int num_outs, const float* bias, float* to,
+                 int64_t to_stride, int64_t num_rows) {
+  constexpr int OUTS = VECS == 1 ? 8 : SUMS / VECS;
+  Vec sums[GROUP_OUTS][VECS];
+  int out = 0;
+  const auto bias_of = [&] { return bias == nullptr ? nullptr : bias + out; };
+  for (; out + OUTS <= num_outs; out += OUTS)
+    panel_tile<VECS, OUTS>(panel, weight + out * stride, stride, bias_of(), sums + out);
+  for (; out < num_outs; ++out) panel_tile<VECS, 1>(panel, weight + out * stride, stride, bias_of(), sums + out);
+  for (int i = 0; i < VECS; ++i)
+    for (out = 0; out < num_outs; out += LANES) {
+      Vec x[LANES];
+      for (int j = 0; j < LANES; ++j) x[j] = out + j < num_outs ? sums[out + j][i] : Vec{};
+      transpose(x);
+      for (int r = 0; r < LANES && i * LANES + r < num_rows; ++r)
+        store_first(to + (i * LANES + r) * to_stride + out, x[r], smaller(LANES, num_outs - out));
+    }
+}
+
 template <typename Weight>
-inline void all_parts(const LinearBlock& block, const Weight* weight) {
+void many_rows(const LinearBlock& block, const Weight* weight) {
+  const int64_t padded_width = lane_length(block.width) * LANES;
+  for (int64_t first = 0; first < block.num_outs; first += GROUP_OUTS)
+    for (int64_t row = 0, vecs; row < block.num_rows; row += vecs * LANES) {
+      vecs = smaller(MAX_VECS, (block.num_rows - row + LANES - 1) / LANES);
+      const auto run = vecs == 1 ? panel_group<1, Weight> : vecs == 2 ? panel_group<2, Weight> : vecs == 3 ? panel_group<3, Weight> : panel_group<4, Weight>;
+      run(block.x + row * padded_width, weight + first * block.width, block.width, smaller(GROUP_OUTS, block.num_outs - first),
+          block.bias == nullptr ? nullptr : block.bias + first, block.out + row * block.out_stride + first, block.out_stride,
+          block.num_rows - row);
+    }
+}
+
+template <typename Weight>
+inline void all_rows(const LinearBlock& block, const Weight* weight) {
+  if (block.is_panel) return many_rows(block, weight);
   for (int64_t start = 0; start < block.width; start += PART)
-    one_part(block, weight, start, block.width - start < PART ? block.width - start : PART);
+    few_rows(block, weight, start, smaller(PART, block.width - start));
 }
 
 }  // namespace
 
+void pack_panel(const float* x, int64_t x_stride, int64_t num_rows, int64_t width, float* panel) {
+  for (int64_t row = 0, vecs; row < num_rows; row += vecs * LANES) {
+    vecs = smaller(MAX_VECS, (num_rows - row + LANES - 1) / LANES);
+    for (int64_t i = 0; i < vecs; ++i)
+      for (int64_t start = 0; start < width; start += PART) {
+        const int64_t length = smaller(PART, width - start), first = row + i * LANES;
+        for (int64_t k = 0; k < length; k += LANES) {
+          const int count = smaller(LANES, length - k);
+          Vec rows[LANES];
+          for (int j = 0; j < LANES; ++j) {
+            const float* from = x + (first + j) * x_stride + start + k;
+            rows[j] = first + j >= num_rows ? Vec{} : count == LANES ? load<Vec>(from) : load_first(from, count);
+          }
+          transpose(rows);
+          for (int lane = 0; lane < count; ++lane)
+            store(panel + row * lane_length(width) * LANES + ((start + lane_of(lane) * lane_length(length) + k / LANES) * vecs + i) * LANES, rows[lane]);
+        }
+      }
+  }
+}
+
 void linear_block(const LinearBlock& block) {
   if (block.is_bf16) {
-    all_parts(block, (const uint16_t*)block.weight);
+    all_rows(block, (const uint16_t*)block.weight);
   } else {
-    all_parts(block, (const float*)block.weight);
+    all_rows(block, (const float*)block.weight);
   }
 }
 

@@ -45,9 +45,9 @@ inline VecUint lane_index() {
   return x;
 }
 
-// x, in a way that keeps the compiler from fusing the multiplication behind it with a later addition. It fuses where both
-// stand in one basic block, which may differ between two copies of a template that must round alike.
-inline Vec unfused(Vec x) {
+// x, of which the compiler knows nothing: what it does with x it does as with any other vector, fusing a multiplication
+// with an addition among the rest.
+inline Vec opaque(Vec x) {
   asm("" : "+m"(x));
   return x;
 }
