@@ -33,21 +33,34 @@ struct Kernels {
 // Those for torch's own choice of instruction set (the environment's ATEN_CPU_CAPABILITY lowers it).
 const Kernels& kernels();
 
-// work(item, state) for item in 0 .. num_items - 1, with a state made by each thread. Threads take the next item when
-// free: which thread runs an item is chance, so an item's result must not depend on it.
-template <typename MakeState, typename Work>
-void for_each_item(int64_t num_items, const MakeState& make_state, const Work& work) {
+// work(item) for item in 0 .. num_items - 1. Threads take the next item when free: which thread runs an item is
+// chance, so an item's result must not depend on it.
+template <typename Work>
+void for_each_item(int64_t num_items, const Work& work) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(num_items, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
-    auto state = make_state();
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item = next++; item < num_items; item = next++) work(item, state);
+      for (int64_t item = next++; item < num_items; item = next++) work(item);
   });
 }
 
-template <typename Work>
-void for_each_item(int64_t num_items, const Work& work) {
-  for_each_item(num_items, [] { return 0; }, [&](int64_t item, int) { work(item); });
+// work(begin, end, state) over all items, with a state of each thread's own. Ranges shrink towards the end: long ones read
+// memory in order, short ones let threads end together.
+template <typename MakeState, typename Work>
+void for_each_range(int64_t num_items, const MakeState& make_state, const Work& work) {
+  const int64_t num_threads = at::get_num_threads();
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(num_items, num_threads), 1, [&](int64_t first_worker, int64_t end_worker) {
+    auto state = make_state();
+    for (int64_t worker = first_worker; worker < end_worker; ++worker)
+      for (int64_t begin = next; begin < num_items;) {
+        const int64_t end = begin + std::max<int64_t>(1, (num_items - begin) / (2 * num_threads));
+        if (next.compare_exchange_weak(begin, end)) {
+          work(begin, end, state);
+          begin = next;
+        }
+      }
+  });
 }
 
 // work(begin, end) over rows of `row_cost` elements each, split among threads only where that pays.

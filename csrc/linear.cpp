@@ -1,4 +1,4 @@
-// torch.ops.socpo.linear: work items are (block of rows, range of outputs); see csrc/simd/linear.cpp for the sums.
+// torch.ops.socpo.linear: see csrc/simd/linear.cpp for the sums.
 
 #include "linear.h"
 
@@ -7,13 +7,16 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "ops.h"
 
 namespace socpo {
 namespace {
 
-constexpr int64_t ITEMS_PER_THREAD = 4;  // so that a thread that is held up costs little
+struct alignas(64) CacheLine {
+  float numbers[16];
+};
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -32,10 +35,12 @@ LinearBlock RowBlocks::block(int64_t index) {
   block.width = width_;
   block.is_panel = num_rows_ > FEW_ROWS;
   if (block.is_panel) {
-    panel_.resize(rows_per_block_ * divide_up(width_, 16) * 16);
-    if (packed_ != index) kernels().pack_panel(block.x, x_stride_, block.num_rows, width_, panel_.data());
+    thread_local std::vector<CacheLine> panel;  // kept: fresh memory would cost more than packing
+    const size_t size = rows_per_block_ * divide_up(width_, 16);
+    if (panel.size() < size) panel.resize(size);
+    if (packed_ != index) kernels().pack_panel(block.x, x_stride_, block.num_rows, width_, panel.front().numbers);
     packed_ = index;
-    block.x = panel_.data();
+    block.x = panel.front().numbers;
   }
   return block;
 }
@@ -50,20 +55,20 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& weight, const Maybe
   const float* bias_p = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   float* out_p = out.mutable_data_ptr<float>();
   const RowBlocks blocks(x.const_data_ptr<float>(), x.stride(0), num_rows, width);
-  const int64_t num_blocks = blocks.num_blocks(), num_groups = divide_up(num_outs, GROUP_OUTS);
-  const int64_t for_threads = divide_up(ITEMS_PER_THREAD * at::get_num_threads(), num_blocks);
-  const int64_t num_ranges = std::min(num_groups, for_threads);
-  for_each_item(num_ranges * num_blocks, [&] { return blocks; }, [&](int64_t item, RowBlocks& own) {
-    const int64_t range = item % num_ranges, row = own.first_row(item / num_ranges);
-    const int64_t first = num_groups * range / num_ranges * GROUP_OUTS;
-    LinearBlock block = own.block(item / num_ranges);
-    block.weight = weight_p + first * width * weight.element_size();
-    block.is_bf16 = weight.scalar_type() == at::kBFloat16;
-    block.num_outs = std::min(num_groups * (range + 1) / num_ranges * GROUP_OUTS, num_outs) - first;
-    block.bias = bias_p == nullptr ? nullptr : bias_p + first;
-    block.out = out_p + row * num_outs + first;
-    block.out_stride = num_outs;
-    kernels().linear_block(block);
+  const int64_t num_groups = divide_up(num_outs, GROUP_OUTS);
+  for_each_range(blocks.num_blocks() * num_groups, [&] { return blocks; }, [&](int64_t begin, int64_t end, RowBlocks& own) {
+    for (int64_t item = begin, next; item < end; item = next) {  // items are groups of outputs, block by block
+      const int64_t index = item / num_groups, first = item % num_groups * GROUP_OUTS;
+      next = std::min(end, (index + 1) * num_groups);
+      LinearBlock block = own.block(index);
+      block.weight = weight_p + first * width * weight.element_size();
+      block.is_bf16 = weight.scalar_type() == at::kBFloat16;
+      block.num_outs = std::min((next - item) * GROUP_OUTS, num_outs - first);
+      block.bias = bias_p == nullptr ? nullptr : bias_p + first;
+      block.out = out_p + own.first_row(index) * num_outs + first;
+      block.out_stride = num_outs;
+      kernels().linear_block(block);
+    }
   });
   return out;
 }

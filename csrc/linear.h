@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <vector>
-
 #include "cpu.h"
 
 namespace socpo {
@@ -15,13 +13,12 @@ class RowBlocks {
   RowBlocks(const float* x, int64_t x_stride, int64_t num_rows, int64_t width);
   int64_t num_blocks() const { return (num_rows_ + rows_per_block_ - 1) / rows_per_block_; }
   int64_t first_row(int64_t block) const { return block * rows_per_block_; }
-  // The block without weights and outputs; its panel is good until another one is asked for.
+  // The block without weights and outputs; its panel is good until the thread asks for another one.
   LinearBlock block(int64_t index);
 
  private:
   const float* x_;
   int64_t x_stride_, num_rows_, width_, rows_per_block_, packed_ = -1;
-  std::vector<float> panel_;
 };
 
 }  // namespace socpo

@@ -53,7 +53,7 @@ std::vector<Drawn> draw_all(const at::Tensor& hidden, const at::Tensor& weight, 
   const char* weight_p = static_cast<const char*>(weight.const_data_ptr());
   const RowBlocks blocks(x.data(), width, num_rows, width);
   const int64_t num_blocks = blocks.num_blocks();
-  for_each_item(num_tiles * num_blocks, [&] { return blocks; }, [&](int64_t item, RowBlocks& own) {
+  const auto draw_from_tile = [&](int64_t item, RowBlocks& own) {
     const int64_t tile = item / num_blocks, first_id = tile * SAMPLE_TILE, first_row = own.first_row(item % num_blocks);
     const int64_t count = std::min<int64_t>(SAMPLE_TILE, vocab - first_id);
     thread_local std::vector<float> logits;
@@ -80,6 +80,9 @@ std::vector<Drawn> draw_all(const at::Tensor& hidden, const at::Tensor& weight, 
         pick_token(from, weights, first_id, count, draw, to);
       }
     }
+  };
+  for_each_range(num_tiles * num_blocks, [&] { return blocks; }, [&](int64_t begin, int64_t end, RowBlocks& own) {
+    for (int64_t item = begin; item < end; ++item) draw_from_tile(item, own);
   });
   std::vector<Drawn> drawn(settings.size());
   for_each_item(settings.size(), [&](int64_t i) {
