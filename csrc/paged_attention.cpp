@@ -128,6 +128,17 @@ char* thread_scratch(int64_t bytes) {
   return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64);
 }
 
+// Reads an item's keys or values of all heads in the order of memory, as the hardware fetches ahead best. Each head then
+// finds its own, which lie apart, in the cache.
+void read_ahead(const char* cache, const AttentionBlock& block, int64_t num_keys, int64_t token_bytes) {
+  for (int64_t key = block.start, end = block.start + num_keys; key < end;) {
+    const int64_t page_end = std::min(end, (key / block.page_size + 1) * block.page_size);
+    const volatile char* page = cache + block.block_table[key / block.page_size] * block.page_size * token_bytes;
+    for (int64_t byte = key % block.page_size * token_bytes; key < page_end; ++key)
+      for (const int64_t token_end = byte + token_bytes; byte < token_end; byte += 64) page[byte];
+  }
+}
+
 AttentionPartial partial_rows(float* base, int64_t num_rows, int64_t row, int64_t head_dim) {
   return {base + num_rows * head_dim + row, base + num_rows * (head_dim + 1) + row, base + row * head_dim};
 }
@@ -162,7 +173,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   const char *k_p = static_cast<const char*>(k_cache.const_data_ptr()), *v_p = static_cast<const char*>(v_cache.const_data_ptr());
   const int64_t head_bytes = head_dim * k_cache.element_size();
 
-  for_each_item(static_cast<int64_t>(plan.items.size()) * num_kv_heads, [&](int64_t i) {
+  const auto attend = [&](int64_t i, bool is_first) {
     const Item& item = plan.items[i / num_kv_heads];
     const int64_t kv_head = i % num_kv_heads, num_rows = item.num_tokens * group;
     const int64_t head_offset = item.token * shared.token_stride + kv_head * group * head_dim;
@@ -180,6 +191,10 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
       block.start = item.split * KEY_SPLIT;
       block.visible = seqs.seq_lens[item.seq] - block.start;
       block.partial = partial_of(item.slot, kv_head);
+      if (is_first || kv_head == 0) {
+        for (const char* cache : {k_p, v_p})
+          read_ahead(cache, block, std::min<int64_t>(KEY_SPLIT, block.visible), num_kv_heads * head_bytes);
+      }
       kernels().attend_split(block);
       return;
     }
@@ -195,6 +210,9 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
     for (int64_t token = 0; token < item.num_tokens; ++token)
       kernels().finish_rows(partial_rows(scratch, max_rows, token * group, head_dim), group, head_dim,
                             o_p + head_offset + token * shared.token_stride);
+  };
+  for_each_range(static_cast<int64_t>(plan.items.size()) * num_kv_heads, [] { return 0; }, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) attend(i, i == begin);
   });
 
   const int64_t num_merges = static_cast<int64_t>(plan.decode_tokens.size()) * num_kv_heads;
