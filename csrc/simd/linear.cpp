@@ -2,9 +2,12 @@
 //
 // An output has LANES partial sums, of every LANES-th product each, fused multiply-adds over PART weights in order; they
 // are folded by a fixed tree, and parts are added in order. So its bits depend on its row of x and its row of weights, and
-// neither on the number of rows nor on the tile it falls into: a token gets the same bits in a prompt, in a batch and
-// alone. Few rows: the partial sums lie in the lanes. Many rows: they do, packed into panels, and each weight is broadcast
-// for one partial sum after another, which needs no folding of lanes. No copy of the weights is made either way.
+// neither on the number of rows nor on the form below: a token gets the same bits in a prompt, in a batch and alone.
+//
+// Few rows: an output's partial sums are the lanes of one register, folded at the end. Many rows: the lanes are rows of x,
+// packed once into a panel, and a tile takes one partial sum after another, each weight broadcast from where it lies; no
+// lane is ever folded. No copy of the weights is made. Either way the next tile's weights are asked for in even shares,
+// so that memory and arithmetic go on together.
 
 #include "groups.h"
 #include "kernels.h"
@@ -13,17 +16,17 @@
 namespace socpo::SOCPO_ISA {
 namespace {
 
-constexpr int PART = 768;  // weights of an output summed at once: a tile of rows and one of weights stay in L1
-constexpr int SUMS = LANES == 16 ? 24 : 12;  // accumulators of a tile, of 32 or 16 registers
-constexpr int MAX_VECS = LANES == 16 ? 4 : 2;  // of a panel's rows taken at once
-constexpr int TILE_OUTS = LANES == 16 ? 6 : 4, TILE_ROWS = SUMS / TILE_OUTS;
+constexpr int PART = 768;                      // weights of an output summed at once: a tile of them stays in L1
+constexpr int SUMS = LANES == 16 ? 24 : 12;    // accumulators of a tile, of 32 or 16 registers
+constexpr int MAX_VECS = LANES == 16 ? 4 : 2;  // vectors of a panel's rows in a tile
+constexpr int TILE_OUTS = LANES == 16 ? 6 : 4, TILE_ROWS = SUMS / TILE_OUTS;  // where rows are few
+
+inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
 inline void store_first(float* to, Vec x, int count) {
   if (count == LANES) return store(to, x);
   for (int lane = 0; lane < count; ++lane) to[lane] = x[lane];
 }
-
-inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
 template <int COUNT>
 inline void fold_all(Vec* sums, float* out) {
@@ -81,10 +84,10 @@ inline void tile(const LinearBlock& block, int64_t row, int64_t out, const Weigh
   }
 }
 
-// All rows of the block for OUTS outputs from `out` on, over one part. The next OUTS rows of weights are asked for
-// meanwhile, AHEAD with each tile of rows, so that memory and arithmetic go on together.
+// All rows of the block for OUTS outputs from `out` on, over one part. Of the next OUTS rows of weights, AHEAD are asked
+// for with each tile of rows.
 template <int OUTS, int AHEAD, typename Weight>
-inline void all_rows(const LinearBlock& block, int64_t out, const Weight* weight, int64_t weight_stride, int64_t start,
+inline void tile_column(const LinearBlock& block, int64_t out, const Weight* weight, int64_t weight_stride, int64_t start,
                      int64_t width) {
   int64_t row = 0;
   const Weight *ahead = weight + OUTS * weight_stride, *const end = ahead + (AHEAD > 0 ? OUTS * weight_stride : 0);
@@ -124,31 +127,26 @@ inline const float* widened(const uint16_t* weight, int64_t stride, int64_t widt
 
 template <typename Weight>
 inline void few_rows(const LinearBlock& block, const Weight* weight, int64_t start, int64_t width) {
-  constexpr bool IS_WIDE = sizeof(Weight) == sizeof(float);
-  const int64_t num_tiles = block.num_rows / TILE_ROWS;
+  const int64_t num_tiles = block.num_rows / TILE_ROWS, stride = block.width;
   int64_t out = 0;
   if (block.num_rows == 1) out = one_or_two_rows<1, LANES / 2>(block, weight, start, width);
   if (block.num_rows == 2) out = one_or_two_rows<2, LANES / 2>(block, weight, start, width);
   for (; out + TILE_OUTS <= block.num_outs; out += TILE_OUTS) {
-    const Weight* from = weight + out * block.width + start;
+    const Weight* from = weight + out * stride + start;
     if (num_tiles < 2) {
-      all_rows<TILE_OUTS, TILE_OUTS>(block, out, from, block.width, start, width);
+      tile_column<TILE_OUTS, TILE_OUTS>(block, out, from, stride, start, width);
+    } else if constexpr (sizeof(Weight) < sizeof(float)) {  // converted once for all rows
+      float wide[TILE_OUTS * PART];
+      tile_column<TILE_OUTS, 0>(block, out, widened(from, stride, width, TILE_OUTS, wide), PART, start, width);
+    } else if (num_tiles == 2) {
+      tile_column<TILE_OUTS, (TILE_OUTS + 1) / 2>(block, out, from, stride, start, width);
+    } else if (num_tiles < TILE_OUTS) {
+      tile_column<TILE_OUTS, (TILE_OUTS + 2) / 3>(block, out, from, stride, start, width);
     } else {
-      float wide[IS_WIDE ? 1 : TILE_OUTS * PART];
-      const float* tile = widened(from, block.width, width, TILE_OUTS, wide);
-      const int64_t stride = IS_WIDE ? block.width : PART;
-      if (!IS_WIDE) {
-        all_rows<TILE_OUTS, 0>(block, out, tile, stride, start, width);
-      } else if (num_tiles == 2) {
-        all_rows<TILE_OUTS, (TILE_OUTS + 1) / 2>(block, out, tile, stride, start, width);
-      } else if (num_tiles < TILE_OUTS) {
-        all_rows<TILE_OUTS, (TILE_OUTS + 2) / 3>(block, out, tile, stride, start, width);
-      } else {
-        all_rows<TILE_OUTS, 1>(block, out, tile, stride, start, width);
-      }
+      tile_column<TILE_OUTS, 1>(block, out, from, stride, start, width);
     }
   }
-  for (; out < block.num_outs; ++out) all_rows<1, 0>(block, out, weight + out * block.width + start, block.width, start, width);
+  for (; out < block.num_outs; ++out) tile_column<1, 0>(block, out, weight + out * stride + start, stride, start, width);
 }
 
 // The lane that `fold` takes n-th when its tree is walked from left to right.
@@ -160,16 +158,17 @@ inline int lane_of(int n) {
 // Numbers of a lane in a part of `width`, the last one perhaps missing.
 inline int64_t lane_length(int64_t width) { return (width + LANES - 1) / LANES; }
 
-// sums[j] = VECS x LANES rows of a panel times row j of the weights, for OUTS of them.
+// sums[j] = VECS x LANES rows of a panel times row j of the weights (+ bias[j]), for OUTS of them.
 template <int VECS, int OUTS, typename Weight>
 inline void panel_tile(const float* panel, const Weight* weight, int64_t stride, const float* bias, Vec (*sums)[VECS]) {
   constexpr bool IS_WIDE = sizeof(Weight) == sizeof(float);
+  constexpr int LEVELS = LANES == 16 ? 4 : LANES == 8 ? 3 : 2;
   float wide[IS_WIDE ? 1 : OUTS * PART];
   for (int64_t start = 0; start < stride; start += PART, panel += PART * VECS * LANES) {
     const int64_t width = smaller(PART, stride - start), w_stride = IS_WIDE ? stride : PART;
     const float* const w = widened(weight + start, stride, width, OUTS, wide);
     const Weight* const ahead = weight + start + OUTS * stride;
-    Vec pending[5][OUTS][VECS];  // [i]: of 2^i lanes, waiting for as many
+    Vec pending[LEVELS + 1][OUTS][VECS];  // [i]: the sum of 2^i lanes, waiting for as many others
     int64_t step = 0;
     for (int n = 0; n < LANES; ++n) {
       const float* x = panel + n * lane_length(width) * VECS * LANES;
@@ -182,7 +181,7 @@ inline void panel_tile(const float* panel, const Weight* weight, int64_t stride,
         for (int j = 0; j < OUTS; ++j)
           for (int i = 0; i < VECS; ++i) acc[j][i] += rows[i] * w[j * w_stride + k];
       }
-      const int full = __builtin_ctz(~n);
+      const int full = __builtin_ctz(~n);  // as a binary counter carries
 #pragma GCC unroll 12
       for (int j = 0; j < OUTS; ++j)
 #pragma GCC unroll 4
@@ -194,7 +193,7 @@ inline void panel_tile(const float* panel, const Weight* weight, int64_t stride,
     }
     for (int j = 0; j < OUTS; ++j)
       for (int i = 0; i < VECS; ++i) {
-        const Vec part = pending[LANES == 16 ? 4 : LANES == 8 ? 3 : 2][j][i];
+        const Vec part = pending[LEVELS][j][i];
         if (start == 0 && bias == nullptr) {
           sums[j][i] = part;
         } else {
@@ -231,15 +230,16 @@ void many_rows(const LinearBlock& block, const Weight* weight) {
   for (int64_t first = 0; first < block.num_outs; first += GROUP_OUTS)
     for (int64_t row = 0, vecs; row < block.num_rows; row += vecs * LANES) {
       vecs = smaller(MAX_VECS, (block.num_rows - row + LANES - 1) / LANES);
-      const auto run = vecs == 1 ? panel_group<1, Weight> : vecs == 2 ? panel_group<2, Weight> : vecs == 3 ? panel_group<3, Weight> : panel_group<4, Weight>;
-      run(block.x + row * padded_width, weight + first * block.width, block.width, smaller(GROUP_OUTS, block.num_outs - first),
+      constexpr void (*GROUP[])(const float*, const Weight*, int64_t, int, const float*, float*, int64_t, int64_t) = {
+          panel_group<1>, panel_group<2>, panel_group<3>, panel_group<4>};
+      GROUP[vecs - 1](block.x + row * padded_width, weight + first * block.width, block.width, smaller(GROUP_OUTS, block.num_outs - first),
           block.bias == nullptr ? nullptr : block.bias + first, block.out + row * block.out_stride + first, block.out_stride,
           block.num_rows - row);
     }
 }
 
 template <typename Weight>
-inline void all_rows(const LinearBlock& block, const Weight* weight) {
+inline void whole_block(const LinearBlock& block, const Weight* weight) {
   if (block.is_panel) return many_rows(block, weight);
   for (int64_t start = 0; start < block.width; start += PART)
     few_rows(block, weight, start, smaller(PART, block.width - start));
@@ -247,32 +247,34 @@ inline void all_rows(const LinearBlock& block, const Weight* weight) {
 
 }  // namespace
 
+// Of every tile's rows and every part, the numbers of lane after lane in the order in which panel_tile takes them.
 void pack_panel(const float* x, int64_t x_stride, int64_t num_rows, int64_t width, float* panel) {
-  for (int64_t row = 0, vecs; row < num_rows; row += vecs * LANES) {
-    vecs = smaller(MAX_VECS, (num_rows - row + LANES - 1) / LANES);
-    for (int64_t i = 0; i < vecs; ++i)
-      for (int64_t start = 0; start < width; start += PART) {
-        const int64_t length = smaller(PART, width - start), first = row + i * LANES;
-        for (int64_t k = 0; k < length; k += LANES) {
-          const int count = smaller(LANES, length - k);
-          Vec rows[LANES];
-          for (int j = 0; j < LANES; ++j) {
-            const float* from = x + (first + j) * x_stride + start + k;
-            rows[j] = first + j >= num_rows ? Vec{} : count == LANES ? load<Vec>(from) : load_first(from, count);
-          }
-          transpose(rows);
-          for (int lane = 0; lane < count; ++lane)
-            store(panel + row * lane_length(width) * LANES + ((start + lane_of(lane) * lane_length(length) + k / LANES) * vecs + i) * LANES, rows[lane]);
+  for (int64_t row = 0; row < num_rows; row += LANES) {
+    const int64_t tile = row / (MAX_VECS * LANES) * (MAX_VECS * LANES);
+    const int64_t vecs = smaller(MAX_VECS, (num_rows - tile + LANES - 1) / LANES);
+    for (int64_t start = 0; start < width; start += PART) {
+      const int64_t length = smaller(PART, width - start);
+      float* const to = panel + tile * lane_length(width) * LANES + start * vecs * LANES + row - tile;
+      for (int64_t k = 0; k < length; k += LANES) {
+        const int count = smaller(LANES, length - k);
+        Vec rows[LANES];
+        for (int j = 0; j < LANES; ++j) {
+          const float* from = x + (row + j) * x_stride + start + k;
+          rows[j] = row + j >= num_rows ? Vec{} : count == LANES ? load<Vec>(from) : load_first(from, count);
         }
+        transpose(rows);
+        for (int lane = 0; lane < count; ++lane)
+          store(to + (lane_of(lane) * lane_length(length) + k / LANES) * vecs * LANES, rows[lane]);
       }
+    }
   }
 }
 
 void linear_block(const LinearBlock& block) {
   if (block.is_bf16) {
-    all_rows(block, (const uint16_t*)block.weight);
+    whole_block(block, (const uint16_t*)block.weight);
   } else {
-    all_rows(block, (const float*)block.weight);
+    whole_block(block, (const float*)block.weight);
   }
 }
 
