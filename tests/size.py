@@ -14,8 +14,8 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# csrc may hold 2,300, not 2,000: the order of a layer's ops stands there once more, for one call a layer, and `linear` has
-# two forms with equal bits, for few rows and for many.
+# csrc may hold 2,300, not 2,000: the order of a layer's ops stands there once more, for one call a layer, and `linear`
+# has two forms with equal bits, for few rows and for many.
 BUDGETS = {"core Python": 6000, "kernels": 2000, "csrc": 2300, "integrations and report": 1500}
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 300, 80, 120
 
