@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "simd/kernels.h"
@@ -44,17 +45,17 @@ void for_each_item(int64_t num_items, const Work& work) {
   });
 }
 
-// work(begin, end, state) over all items, with a state of each thread's own. Ranges shrink towards the end: long ones read
-// memory in order, short ones let threads end together.
+// work(begin, end, state) over all items, with a state of each thread's own. Ranges hold at most `longest` items, few where
+// items differ in cost, and shrink towards the end: long ones read memory in order, short ones let threads end together.
 template <typename MakeState, typename Work>
-void for_each_range(int64_t num_items, const MakeState& make_state, const Work& work) {
+void for_each_range(int64_t num_items, int64_t longest, const MakeState& make_state, const Work& work) {
   const int64_t num_threads = at::get_num_threads();
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(num_items, num_threads), 1, [&](int64_t first_worker, int64_t end_worker) {
     auto state = make_state();
     for (int64_t worker = first_worker; worker < end_worker; ++worker)
       for (int64_t begin = next; begin < num_items;) {
-        const int64_t end = begin + std::max<int64_t>(1, (num_items - begin) / (2 * num_threads));
+        const int64_t end = begin + std::clamp<int64_t>((num_items - begin) / (2 * num_threads), 1, longest);
         if (next.compare_exchange_weak(begin, end)) {
           work(begin, end, state);
           begin = next;

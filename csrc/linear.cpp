@@ -56,7 +56,8 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& weight, const Maybe
   float* out_p = out.mutable_data_ptr<float>();
   const RowBlocks blocks(x.const_data_ptr<float>(), x.stride(0), num_rows, width);
   const int64_t num_groups = divide_up(num_outs, GROUP_OUTS);
-  for_each_range(blocks.num_blocks() * num_groups, [&] { return blocks; }, [&](int64_t begin, int64_t end, RowBlocks& own) {
+  const int64_t num_items = blocks.num_blocks() * num_groups;
+  for_each_range(num_items, num_items, [&] { return blocks; }, [&](int64_t begin, int64_t end, RowBlocks& own) {
     for (int64_t item = begin, next; item < end; item = next) {  // items are groups of outputs, block by block
       const int64_t index = item / num_groups, first = item % num_groups * GROUP_OUTS;
       next = std::min(end, (index + 1) * num_groups);

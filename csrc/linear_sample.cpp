@@ -58,7 +58,7 @@ std::vector<Drawn> draw_all(const at::Tensor& hidden, const at::Tensor& weight, 
     const int64_t count = std::min<int64_t>(SAMPLE_TILE, vocab - first_id);
     thread_local std::vector<float> logits;
     LinearBlock block = own.block(item % num_blocks);
-    logits.resize(block.num_rows * SAMPLE_TILE);
+    if (logits.size() < size_t(block.num_rows * SAMPLE_TILE)) logits.resize(block.num_rows * SAMPLE_TILE);
     block.weight = weight_p + first_id * width * weight.element_size();
     block.is_bf16 = weight.element_size() == 2;
     block.num_outs = count;
@@ -81,7 +81,8 @@ std::vector<Drawn> draw_all(const at::Tensor& hidden, const at::Tensor& weight, 
       }
     }
   };
-  for_each_range(num_tiles * num_blocks, [&] { return blocks; }, [&](int64_t begin, int64_t end, RowBlocks& own) {
+  const int64_t num_items = num_tiles * num_blocks;
+  for_each_range(num_items, num_items, [&] { return blocks; }, [&](int64_t begin, int64_t end, RowBlocks& own) {
     for (int64_t item = begin; item < end; ++item) draw_from_tile(item, own);
   });
   std::vector<Drawn> drawn(settings.size());

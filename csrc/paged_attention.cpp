@@ -133,9 +133,9 @@ char* thread_scratch(int64_t bytes) {
 void read_ahead(const char* cache, const AttentionBlock& block, int64_t num_keys, int64_t token_bytes) {
   for (int64_t key = block.start, end = block.start + num_keys; key < end;) {
     const int64_t page_end = std::min(end, (key / block.page_size + 1) * block.page_size);
-    const volatile char* page = cache + block.block_table[key / block.page_size] * block.page_size * token_bytes;
-    for (int64_t byte = key % block.page_size * token_bytes; key < page_end; ++key)
-      for (const int64_t token_end = byte + token_bytes; byte < token_end; byte += 64) page[byte];
+    const volatile char* from = cache + (block.block_table[key / block.page_size] * block.page_size + key % block.page_size) * token_bytes;
+    for (int64_t byte = 0; byte < (page_end - key) * token_bytes; byte += 64) from[byte];
+    key = page_end;
   }
 }
 
@@ -211,7 +211,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
       kernels().finish_rows(partial_rows(scratch, max_rows, token * group, head_dim), group, head_dim,
                             o_p + head_offset + token * shared.token_stride);
   };
-  for_each_range(static_cast<int64_t>(plan.items.size()) * num_kv_heads, [] { return 0; }, [&](int64_t begin, int64_t end, int) {
+  const int64_t num_items = static_cast<int64_t>(plan.items.size()) * num_kv_heads;
+  for_each_range(num_items, num_kv_heads, [] { return 0; }, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) attend(i, i == begin);
   });
 

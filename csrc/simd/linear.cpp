@@ -181,6 +181,9 @@ inline void panel_tile(const float* panel, const Weight* weight, int64_t stride,
         for (int j = 0; j < OUTS; ++j)
           for (int i = 0; i < VECS; ++i) acc[j][i] += rows[i] * w[j * w_stride + k];
       }
+      if (lane_of(n) >= width % LANES && width % LANES > 0)  // few rows add the rest as a vector, zeros behind it: -0 becomes 0
+        for (int j = 0; j < OUTS; ++j)
+          for (int i = 0; i < VECS; ++i) acc[j][i] += Vec{};
       const int full = __builtin_ctz(~n);  // as a binary counter carries
 #pragma GCC unroll 12
       for (int j = 0; j < OUTS; ++j)

@@ -53,6 +53,15 @@ def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype, width: int
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("impl", IMPLS[1:])
+def test_both_forms_give_a_zero_the_same_sign(impl: str) -> None:
+    """Products that underflow are -0, which the zeros behind a row's end must turn into 0 in both."""
+    for width in (9, 16, 17, 785):
+        x, weight = torch.full((25, width), 1e-30), torch.full((5, width), -1e-30)
+        many, few = linear(x, weight, impl=impl), linear(x[:1], weight, impl=impl)
+        assert_bitwise_equal(many[:1], few, name=f"width {width}")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_rows_and_values_that_are_no_numbers(impl: str) -> None:
     x, weight, _ = problem(6, 5, 40)
