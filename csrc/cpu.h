@@ -34,19 +34,10 @@ struct Kernels {
 // Those for torch's own choice of instruction set (the environment's ATEN_CPU_CAPABILITY lowers it).
 const Kernels& kernels();
 
-// work(item) for item in 0 .. num_items - 1. Threads take the next item when free: which thread runs an item is
-// chance, so an item's result must not depend on it.
-template <typename Work>
-void for_each_item(int64_t num_items, const Work& work) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(num_items, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item = next++; item < num_items; item = next++) work(item);
-  });
-}
-
-// work(begin, end, state) over all items, with a state of each thread's own. Ranges hold at most `longest` items, few where
-// items differ in cost, and shrink towards the end: long ones read memory in order, short ones let threads end together.
+// work(begin, end, state) over items 0 .. num_items - 1, with a state of each thread's own. Threads take the next range
+// when free: which thread runs an item is chance, so an item's result must not depend on it. Ranges hold at most `longest`
+// items, few where items differ in cost, and shrink towards the end: long ones read memory in order, short ones let
+// threads end together.
 template <typename MakeState, typename Work>
 void for_each_range(int64_t num_items, int64_t longest, const MakeState& make_state, const Work& work) {
   const int64_t num_threads = at::get_num_threads();
@@ -62,6 +53,12 @@ void for_each_range(int64_t num_items, int64_t longest, const MakeState& make_st
         }
       }
   });
+}
+
+// work(item), taken one by one.
+template <typename Work>
+void for_each_item(int64_t num_items, const Work& work) {
+  for_each_range(num_items, 1, [] { return 0; }, [&](int64_t item, int64_t, int) { work(item); });
 }
 
 // work(begin, end) over rows of `row_cost` elements each, split among threads only where that pays.

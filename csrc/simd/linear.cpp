@@ -21,8 +21,6 @@ constexpr int SUMS = LANES == 16 ? 24 : 12;    // accumulators of a tile, of 32 
 constexpr int MAX_VECS = LANES == 16 ? 4 : 2;  // vectors of a panel's rows in a tile
 constexpr int TILE_OUTS = LANES == 16 ? 6 : 4, TILE_ROWS = SUMS / TILE_OUTS;  // where rows are few
 
-inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
-
 inline void store_first(float* to, Vec x, int count) {
   if (count == LANES) return store(to, x);
   for (int lane = 0; lane < count; ++lane) to[lane] = x[lane];

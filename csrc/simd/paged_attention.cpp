@@ -20,8 +20,6 @@ namespace {
 
 constexpr int TILE_ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;  // x 4 accumulators, of 32 or 16 registers
 
-inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
-
 // [rows, head_dim / 4][LANES]: every four floats of a row LANES / 4 times over, to meet as many keys.
 inline void repeat_queries(const float* from, int64_t num_floats, float* to) {
   for (int64_t e = 0; e < num_floats; e += 4)

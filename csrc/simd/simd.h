@@ -52,6 +52,8 @@ inline Vec opaque(Vec x) {
   return x;
 }
 
+inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
+
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // Lanes summed as a balanced tree, so the order is fixed.
