@@ -128,15 +128,24 @@ char* thread_scratch(int64_t bytes) {
   return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64);
 }
 
-// Reads an item's keys or values of all heads in the order of memory, as the hardware fetches ahead best. Each head then
+// A decode item's keys and values, of all heads, in the order of memory, as the hardware fetches ahead best: each head then
 // finds its own, which lie apart, in the cache.
-void read_ahead(const char* cache, const AttentionBlock& block, int64_t num_keys, int64_t token_bytes) {
-  for (int64_t key = block.start, end = block.start + num_keys; key < end;) {
-    const int64_t page_end = std::min(end, (key / block.page_size + 1) * block.page_size);
-    const volatile char* from = cache + (block.block_table[key / block.page_size] * block.page_size + key % block.page_size) * token_bytes;
-    for (int64_t byte = 0; byte < (page_end - key) * token_bytes; byte += 64) from[byte];
-    key = page_end;
-  }
+void find_pieces(const Sequences& seqs, const Item& item, std::initializer_list<const char*> caches, int64_t token_bytes,
+                 std::vector<Piece>& pieces) {
+  if (item.split < 0) return;
+  const int64_t begin = item.split * KEY_SPLIT, end = std::min<int64_t>(begin + KEY_SPLIT, seqs.seq_lens[item.seq]);
+  for (const char* cache : caches)
+    for (int64_t key = begin, page_end; key < end; key = page_end) {
+      const int64_t page = key / seqs.page_size, slot = seqs.block_table[item.seq * seqs.max_pages + page] * seqs.page_size + key % seqs.page_size;
+      page_end = std::min(end, (page + 1) * seqs.page_size);
+      const char *from = cache + slot * token_bytes, *to = from + (page_end - key) * token_bytes;
+      for (; from < to; from += PIECE_BYTES) pieces.push_back({from, std::min<int64_t>(PIECE_BYTES, to - from)});
+    }
+}
+
+void read(const std::vector<Piece>& pieces) {
+  for (const Piece& piece : pieces)
+    for (int64_t byte = 0; byte < piece.num_bytes; byte += 64) static_cast<const volatile char*>(piece.from)[byte];
 }
 
 AttentionPartial partial_rows(float* base, int64_t num_rows, int64_t row, int64_t head_dim) {
@@ -173,9 +182,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
   const char *k_p = static_cast<const char*>(k_cache.const_data_ptr()), *v_p = static_cast<const char*>(v_cache.const_data_ptr());
   const int64_t head_bytes = head_dim * k_cache.element_size();
 
-  const auto attend = [&](int64_t i, bool is_first) {
-    const Item& item = plan.items[i / num_kv_heads];
-    const int64_t kv_head = i % num_kv_heads, num_rows = item.num_tokens * group;
+  const auto attend = [&](const Item& item, int64_t kv_head, Ahead& ahead) {
+    const int64_t num_rows = item.num_tokens * group;
     const int64_t head_offset = item.token * shared.token_stride + kv_head * group * head_dim;
     const int64_t partial_floats = max_rows * (head_dim + 2), scratch_floats = (2 * partial_floats + 15) / 16 * 16;
     float* scratch = reinterpret_cast<float*>(
@@ -187,14 +195,11 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
     block.block_table = seqs.block_table + item.seq * seqs.max_pages;
     block.num_tokens = item.num_tokens;
     block.scratch = scratch + scratch_floats;
+    block.ahead = &ahead;
     if (item.split >= 0) {
       block.start = item.split * KEY_SPLIT;
       block.visible = seqs.seq_lens[item.seq] - block.start;
       block.partial = partial_of(item.slot, kv_head);
-      if (is_first || kv_head == 0) {
-        for (const char* cache : {k_p, v_p})
-          read_ahead(cache, block, std::min<int64_t>(KEY_SPLIT, block.visible), num_kv_heads * head_bytes);
-      }
       kernels().attend_split(block);
       return;
     }
@@ -211,9 +216,30 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
       kernels().finish_rows(partial_rows(scratch, max_rows, token * group, head_dim), group, head_dim,
                             o_p + head_offset + token * shared.token_stride);
   };
-  const int64_t num_items = static_cast<int64_t>(plan.items.size()) * num_kv_heads;
-  for_each_range(num_items, num_kv_heads, [] { return 0; }, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) attend(i, i == begin);
+  // A task is an item, or a head of it where items are few. A thread takes its next one before it works on one, to ask for
+  // what that reads meanwhile; what has not come by then is read first.
+  const int64_t num_items = plan.items.size(), num_threads = at::get_num_threads();
+  const int64_t task_heads = num_items < 2 * num_threads ? 1 : num_kv_heads, num_tasks = num_items * num_kv_heads / task_heads;
+  std::atomic<int64_t> next_task{0};
+  at::parallel_for(0, std::min(num_tasks, num_threads), 1, [&](int64_t first_worker, int64_t end_worker) {
+    std::vector<Piece> pieces;
+    const Item* last = nullptr;  // whose pieces were found last
+    const auto take = [&] {
+      const int64_t task = next_task++;
+      const Item* item = task < num_tasks ? &plan.items[task * task_heads / num_kv_heads] : last;
+      pieces.clear();
+      if (item != last) find_pieces(seqs, *item, {k_p, v_p}, num_kv_heads * head_bytes, pieces);
+      last = item;
+      return task;
+    };
+    for (int64_t worker = first_worker; worker < end_worker; ++worker)
+      for (int64_t task = take(), next; task < num_tasks; task = next) {
+        read(pieces);
+        next = take();
+        Ahead ahead{pieces.data(), static_cast<int64_t>(pieces.size())};
+        const int64_t first = task * task_heads;
+        for (int64_t i = first; i < first + task_heads; ++i) attend(plan.items[i / num_kv_heads], i % num_kv_heads, ahead);
+      }
   });
 
   const int64_t num_merges = static_cast<int64_t>(plan.decode_tokens.size()) * num_kv_heads;

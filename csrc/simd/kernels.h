@@ -43,6 +43,18 @@ struct AttentionPartial {
   float* out;
 };
 
+// Memory that a thread reads next. A kernel asks for piece after piece while it computes, line by line: the processor drops
+// prefetches that come many at once.
+constexpr int PIECE_BYTES = 2048;  // at most
+struct Piece {
+  const char* from;
+  int64_t num_bytes;
+};
+struct Ahead {
+  const Piece* pieces;
+  int64_t count;
+};
+
 // Query rows that see the same split of keys: `num_tokens` tokens of `group` heads each. They are one sequence's
 // tokens, or one token each of siblings whose pages are the same here.
 struct AttentionBlock {
@@ -60,6 +72,7 @@ struct AttentionBlock {
   float scale;
   AttentionPartial partial;
   void* scratch;  // attention_scratch_bytes, aligned to 64
+  Ahead* ahead;   // loses what has been asked for
 };
 
 constexpr int FEW_ROWS = 24;    // up to them linear_block is faster on x as it lies, beyond on panels (measured)

@@ -26,11 +26,15 @@ inline void repeat_queries(const float* from, int64_t num_floats, float* to) {
     for (int i = 0; i < LANES; i += 4) store(to + e * GROUPS + i, load<Vec4>(from + e));
 }
 
-// Asks for `count` keys or values ahead of their use: strides of a whole token escape the hardware's own prefetching.
-template <typename T>
-inline void prefetch(const T* cache, const int64_t* offsets, int count, int64_t head_dim) {
-  for (int j = 0; j < count; ++j)
-    for (int64_t e = 0; e < head_dim; e += 64 / sizeof(T)) __builtin_prefetch(cache + offsets[j] + e);
+// The first of PIECE_BYTES to ask for, or `otherwise`, which is at hand.
+inline const char* next_piece(Ahead& ahead, const void* otherwise) {
+  return ahead.count == 0 ? (const char*)otherwise : (--ahead.count, ahead.pieces++->from);
+}
+
+// Of a piece, the lines of one step.
+template <int LINES>
+inline void ask_for(const char* piece, int64_t step) {
+  for (int line = 0; line < LINES; ++line) __builtin_prefetch(piece + (step * LINES + line) * 64 % PIECE_BYTES);
   asm volatile("");  // gcc drops calls of functions that do nothing but prefetch
 }
 
@@ -56,9 +60,10 @@ inline void pack_keys(const T* k_cache, const int64_t* offsets, int count, int64
 
 // scores[r][0 .. LANES - 1] = q[r] . the panel's keys, for ROWS rows of repeated queries.
 template <int ROWS>
-void score_panel(const float* q, const float* panel, int64_t head_dim, float* scores) {
+void score_panel(const float* q, const float* panel, int64_t head_dim, const char* ahead, float* scores) {
   Vec sums[ROWS][4] = {};
   for (int64_t e = 0; e < head_dim; e += 4) {
+    ask_for<2>(ahead, e / 4);
     Vec x[ROWS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) x[r] = load<Vec>(q + (r * head_dim + e) * GROUPS);
@@ -95,7 +100,8 @@ inline void softmax_row(float* scores, int count, float scale, float& max_score,
 
 // out[r][0 ..] += sum over j < counts[r] of p[r][j] v[j][0 ..], in the order of j, for ROWS rows and COUNT vectors of V.
 template <typename V, int ROWS, int COUNT>
-inline void add_values(const float* const* v, const int* counts, const float* p, int64_t head_dim, int64_t e, float* out) {
+inline void add_values(const float* const* v, const int* counts, const float* p, int64_t head_dim, int64_t e,
+                       const char* ahead, float* out) {
   constexpr int WIDTH = sizeof(V) / sizeof(float);
   V sums[ROWS][COUNT];
 #pragma GCC unroll 8
@@ -105,6 +111,7 @@ inline void add_values(const float* const* v, const int* counts, const float* p,
   int64_t j = 0;
   for (; j < counts[0]; ++j) {
     V x[COUNT];
+    ask_for<1>(ahead, j);
 #pragma GCC unroll 8
     for (int i = 0; i < COUNT; ++i) x[i] = load<V>(v[j] + e + i * WIDTH);
 #pragma GCC unroll 8
@@ -125,12 +132,12 @@ inline void add_values(const float* const* v, const int* counts, const float* p,
 }
 
 template <int ROWS>
-void add_tile(const float* const* v, const int* counts, const float* p, int64_t head_dim, float* out) {
+void add_tile(const float* const* v, const int* counts, const float* p, int64_t head_dim, Ahead& ahead, float* out) {
   int64_t e = 0;
-  for (; e + 4 * LANES <= head_dim; e += 4 * LANES) add_values<Vec, ROWS, 4>(v, counts, p, head_dim, e, out);
-  for (; e + 2 * LANES <= head_dim; e += 2 * LANES) add_values<Vec, ROWS, 2>(v, counts, p, head_dim, e, out);
-  for (; e + LANES <= head_dim; e += LANES) add_values<Vec, ROWS, 1>(v, counts, p, head_dim, e, out);
-  for (; e < head_dim; e += 4) add_values<Vec4, ROWS, 1>(v, counts, p, head_dim, e, out);
+  for (; e + 4 * LANES <= head_dim; e += 4 * LANES) add_values<Vec, ROWS, 4>(v, counts, p, head_dim, e, next_piece(ahead, p), out);
+  for (; e + 2 * LANES <= head_dim; e += 2 * LANES) add_values<Vec, ROWS, 2>(v, counts, p, head_dim, e, next_piece(ahead, p), out);
+  for (; e + LANES <= head_dim; e += LANES) add_values<Vec, ROWS, 1>(v, counts, p, head_dim, e, next_piece(ahead, p), out);
+  for (; e < head_dim; e += 4) add_values<Vec4, ROWS, 1>(v, counts, p, head_dim, e, next_piece(ahead, p), out);
 }
 
 template <int N>
@@ -199,20 +206,14 @@ void attend(const AttentionBlock& block) {
     for (int64_t end = row + block.group; row < end; ++row) counts[row] = smaller(KEY_SPLIT, block.visible + token);
   }
 
-  // A share of the next tile for each share of the rows, so that memory and arithmetic overlap.
-  const auto prefetch_share = [&](const void* cache, int tile_start, int row, int end_row) {
-    const int count = smaller(KEY_TILE, num_keys - tile_start), begin = count * row / num_rows, end = count * end_row / num_rows;
-    prefetch((const T*)cache, offsets + tile_start + begin, end - begin, head_dim);
-  };
-  prefetch_share(block.k_cache, 0, 0, num_rows);
   for (int start = 0; start < num_keys; start += KEY_TILE) {
-    const int count = smaller(KEY_TILE, num_keys - start), next = start + KEY_TILE;
+    const int count = smaller(KEY_TILE, num_keys - start);
     pack_keys((const T*)block.k_cache, offsets + start, count, head_dim, tile);
     for_each_row_tile(num_rows, [&](int row, auto rows) {
-      prefetch_share(next < num_keys ? block.k_cache : block.v_cache, next < num_keys ? next : 0, row, row + rows.value);
       if (counts[row + rows.value - 1] <= start) return;
       for (int j = 0; j < count; j += LANES)
-        score_panel<rows.value>(q + row * head_dim * GROUPS, tile + j * head_dim, head_dim, scores + row * KEY_SPLIT + start + j);
+        score_panel<rows.value>(q + row * head_dim * GROUPS, tile + j * head_dim, head_dim, next_piece(*block.ahead, tile),
+                                scores + row * KEY_SPLIT + start + j);
     });
   }
   const AttentionPartial& partial = block.partial;
@@ -225,11 +226,11 @@ void attend(const AttentionBlock& block) {
     const float* v[KEY_TILE];
     find_values((const T*)block.v_cache, offsets + start, count, head_dim, tile, v);
     for_each_row_tile(num_rows, [&](int row, auto rows) {
-      prefetch_share(block.v_cache, start + KEY_TILE, row, row + rows.value);
       int visible[rows.value];
       for (int r = 0; r < rows.value; ++r) visible[r] = smaller(count, counts[row + r] - start);
       if (visible[rows.value - 1] <= 0) return;
-      add_tile<rows.value>(v, visible, scores + row * KEY_SPLIT + start, head_dim, partial.out + row * head_dim);
+      add_tile<rows.value>(v, visible, scores + row * KEY_SPLIT + start, head_dim, *block.ahead,
+                           partial.out + row * head_dim);
     });
   }
 }
