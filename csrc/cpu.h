@@ -42,16 +42,15 @@ template <typename MakeState, typename Work>
 void for_each_range(int64_t num_items, int64_t longest, const MakeState& make_state, const Work& work) {
   const int64_t num_threads = at::get_num_threads();
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(num_items, num_threads), 1, [&](int64_t first_worker, int64_t end_worker) {
+  at::parallel_for(0, std::min(num_items, num_threads), 1, [&](int64_t, int64_t) {  // whoever comes works until all is done
     auto state = make_state();
-    for (int64_t worker = first_worker; worker < end_worker; ++worker)
-      for (int64_t begin = next; begin < num_items;) {
-        const int64_t end = begin + std::clamp<int64_t>((num_items - begin) / (2 * num_threads), 1, longest);
-        if (next.compare_exchange_weak(begin, end)) {
-          work(begin, end, state);
-          begin = next;
-        }
+    for (int64_t begin = next; begin < num_items;) {
+      const int64_t end = begin + std::clamp<int64_t>((num_items - begin) / (2 * num_threads), 1, longest);
+      if (next.compare_exchange_weak(begin, end)) {
+        work(begin, end, state);
+        begin = next;
       }
+    }
   });
 }
 

@@ -136,16 +136,39 @@ void find_pieces(const Sequences& seqs, const Item& item, std::initializer_list<
   const int64_t begin = item.split * KEY_SPLIT, end = std::min<int64_t>(begin + KEY_SPLIT, seqs.seq_lens[item.seq]);
   for (const char* cache : caches)
     for (int64_t key = begin, page_end; key < end; key = page_end) {
-      const int64_t page = key / seqs.page_size, slot = seqs.block_table[item.seq * seqs.max_pages + page] * seqs.page_size + key % seqs.page_size;
+      const int64_t page = key / seqs.page_size, page_id = seqs.block_table[item.seq * seqs.max_pages + page];
       page_end = std::min(end, (page + 1) * seqs.page_size);
-      const char *from = cache + slot * token_bytes, *to = from + (page_end - key) * token_bytes;
-      for (; from < to; from += PIECE_BYTES) pieces.push_back({from, std::min<int64_t>(PIECE_BYTES, to - from)});
+      const char* from = cache + (page_id * seqs.page_size + key % seqs.page_size) * token_bytes;
+      for (const char* to = from + (page_end - key) * token_bytes; from < to; from += PIECE_BYTES)
+        pieces.push_back({from, std::min<int64_t>(PIECE_BYTES, to - from)});
     }
 }
 
-void read(const std::vector<Piece>& pieces) {
-  for (const Piece& piece : pieces)
-    for (int64_t byte = 0; byte < piece.num_bytes; byte += 64) static_cast<const volatile char*>(piece.from)[byte];
+// attend(item, kv_head, ahead) for all items and heads. A thread takes whole items, or single heads where items are few; it
+// takes the next one before it works on one, so that what that reads (`find`) is asked for meanwhile. Before an item is
+// attended all of it is read once more, as not every prefetch is carried out.
+template <typename Find, typename Attend>
+void attend_items(const std::vector<Item>& items, int64_t num_kv_heads, const Find& find, const Attend& attend) {
+  const int64_t num_items = items.size(), num_threads = at::get_num_threads();
+  const int64_t task_heads = num_items < 3 * num_threads ? 1 : num_kv_heads, num_tasks = num_items * num_kv_heads / task_heads;
+  std::atomic<int64_t> next_task{0};
+  at::parallel_for(0, std::min(num_tasks, num_threads), 1, [&](int64_t, int64_t) {
+    std::vector<Piece> pieces;
+    const auto take = [&] {
+      const int64_t task = next_task++;
+      pieces.clear();
+      if (task < num_tasks && task_heads == num_kv_heads) find(items[task], pieces);
+      return task;
+    };
+    for (int64_t task = take(), next; task < num_tasks; task = next) {
+      for (const Piece& piece : pieces)
+        for (int64_t byte = 0; byte < piece.num_bytes; byte += 64) static_cast<const volatile char*>(piece.from)[byte];
+      next = take();
+      Ahead ahead{pieces.data(), static_cast<int64_t>(pieces.size())};
+      for (int64_t i = task * task_heads; i < (task + 1) * task_heads; ++i)
+        attend(items[i / num_kv_heads], i % num_kv_heads, ahead);
+    }
+  });
 }
 
 AttentionPartial partial_rows(float* base, int64_t num_rows, int64_t row, int64_t head_dim) {
@@ -216,31 +239,10 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const
       kernels().finish_rows(partial_rows(scratch, max_rows, token * group, head_dim), group, head_dim,
                             o_p + head_offset + token * shared.token_stride);
   };
-  // A task is an item, or a head of it where items are few. A thread takes its next one before it works on one, to ask for
-  // what that reads meanwhile; what has not come by then is read first.
-  const int64_t num_items = plan.items.size(), num_threads = at::get_num_threads();
-  const int64_t task_heads = num_items < 2 * num_threads ? 1 : num_kv_heads, num_tasks = num_items * num_kv_heads / task_heads;
-  std::atomic<int64_t> next_task{0};
-  at::parallel_for(0, std::min(num_tasks, num_threads), 1, [&](int64_t first_worker, int64_t end_worker) {
-    std::vector<Piece> pieces;
-    const Item* last = nullptr;  // whose pieces were found last
-    const auto take = [&] {
-      const int64_t task = next_task++;
-      const Item* item = task < num_tasks ? &plan.items[task * task_heads / num_kv_heads] : last;
-      pieces.clear();
-      if (item != last) find_pieces(seqs, *item, {k_p, v_p}, num_kv_heads * head_bytes, pieces);
-      last = item;
-      return task;
-    };
-    for (int64_t worker = first_worker; worker < end_worker; ++worker)
-      for (int64_t task = take(), next; task < num_tasks; task = next) {
-        read(pieces);
-        next = take();
-        Ahead ahead{pieces.data(), static_cast<int64_t>(pieces.size())};
-        const int64_t first = task * task_heads;
-        for (int64_t i = first; i < first + task_heads; ++i) attend(plan.items[i / num_kv_heads], i % num_kv_heads, ahead);
-      }
-  });
+  const auto find = [&](const Item& item, std::vector<Piece>& pieces) {
+    find_pieces(seqs, item, {k_p, v_p}, num_kv_heads * head_bytes, pieces);
+  };
+  attend_items(plan.items, num_kv_heads, find, attend);
 
   const int64_t num_merges = static_cast<int64_t>(plan.decode_tokens.size()) * num_kv_heads;
   at::parallel_for(0, num_merges, MERGES_PER_THREAD, [&](int64_t begin, int64_t end) {

@@ -43,8 +43,8 @@ struct AttentionPartial {
   float* out;
 };
 
-// Memory that a thread reads next. A kernel asks for piece after piece while it computes, line by line: the processor drops
-// prefetches that come many at once.
+// Memory that a thread reads next. A kernel asks for piece after piece while it computes, line by line: many prefetches at
+// once had no effect (measured on Zen 5).
 constexpr int PIECE_BYTES = 2048;  // at most
 struct Piece {
   const char* from;

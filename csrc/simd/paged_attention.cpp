@@ -26,7 +26,7 @@ inline void repeat_queries(const float* from, int64_t num_floats, float* to) {
     for (int i = 0; i < LANES; i += 4) store(to + e * GROUPS + i, load<Vec4>(from + e));
 }
 
-// The first of PIECE_BYTES to ask for, or `otherwise`, which is at hand.
+// Where the next piece to ask for starts, or `otherwise`, which is at hand.
 inline const char* next_piece(Ahead& ahead, const void* otherwise) {
   return ahead.count == 0 ? (const char*)otherwise : (--ahead.count, ahead.pieces++->from);
 }
