@@ -122,11 +122,13 @@ class CTranslate2(Peer):
         threads = {"inter_threads": 1, "intra_threads": options["threads"]}
         self.generator = ctranslate2.Generator(options["ct2_dir"], "cpu", compute_type=options["dtype"], **threads)
         self.tokens = json.loads(Path(options["ct2_dir"], "vocabulary.json").read_text(encoding="utf-8"))
+        self.at_once = options.get("at_once", 0)  # rollouts; 0: all
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
         results = self.generator.generate_batch(
             [[self.tokens[i] for i in ids] for ids in contexts],
             num_hypotheses=n,
+            max_batch_size=-(-self.at_once // n),
             sampling_topk=0,
             sampling_temperature=1.0,
             max_length=new,
