@@ -144,9 +144,9 @@ void find_pieces(const Sequences& seqs, const Item& item, std::initializer_list<
     }
 }
 
-// attend(item, kv_head, ahead) for all items and heads. A thread takes whole items, or single heads where items are few; it
-// takes the next one before it works on one, so that what that reads (`find`) is asked for meanwhile. Before an item is
-// attended all of it is read once more, as not every prefetch is carried out.
+// attend(item, kv_head, ahead) for all items and heads. A thread takes whole items, and the next one before it works on one,
+// so that what that reads (`find`) is asked for meanwhile; what has not come by then is read first. Where items are few it
+// takes single heads, which read no more than their own.
 template <typename Find, typename Attend>
 void attend_items(const std::vector<Item>& items, int64_t num_kv_heads, const Find& find, const Attend& attend) {
   const int64_t num_items = items.size(), num_threads = at::get_num_threads();
