@@ -1,7 +1,8 @@
-"""Models by configuration: shapes of released models, with random weights made where they will be used.
+"""Models by configuration: shapes of released models, with random weights made where they will be
+used.
 
-A machine with a card rarely has a checkpoint at hand, and neither speed nor agreement between two implementations
-needs one. The configurations are those of the released config.json files.
+A machine with a card rarely has a checkpoint at hand, and neither speed nor agreement between two
+implementations needs one. The configurations are those of the released config.json files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import torch
 from socpo_fast.model import Decoder, ModelConfig
 
 
-def _qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> ModelConfig:
+def _qwen3(
+    hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int
+) -> ModelConfig:
     return ModelConfig(
         architecture="Qwen3ForCausalLM",
         vocab_size=151936,
@@ -33,7 +36,11 @@ def _qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads:
 
 
 def _llama(
-    hidden_size: int, intermediate_size: int, num_layers: int, heads: tuple[int, int, int], vocab_size: int
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    heads: tuple[int, int, int],
+    vocab_size: int,
 ) -> ModelConfig:
     num_heads, num_kv_heads, head_dim = heads
     return ModelConfig(
@@ -64,11 +71,14 @@ MODELS = {
 }
 
 
-def make_model(config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> Decoder:
+def make_model(
+    config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+) -> Decoder:
     """Returns a decoder with random weights, made on `device` without a copy elsewhere.
 
-    Norm weights are 1 and matrices have a standard deviation of 2 / sqrt(columns): at that size some tokens are
-    likely and no two equally so, as in a trained model. The bits of the weights depend on the device and the seed.
+    Norm weights are 1 and matrices have a standard deviation of 2 / sqrt(columns): at that size
+    some tokens are likely and no two equally so, as in a trained model. The bits of the weights
+    depend on the device and the seed.
     """
     with torch.device("meta"):
         model = Decoder(config)
@@ -78,8 +88,12 @@ def make_model(config: ModelConfig, *, device: torch.device | str, dtype: torch.
     generator = torch.Generator(device=device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=2 * parameter.shape[1] ** -0.5, generator=generator)
+            torch.nn.init.normal_(
+                parameter, std=2 * parameter.shape[1] ** -0.5, generator=generator
+            )
         else:
             torch.nn.init.ones_(parameter)
-    model.inv_freq = config.inverse_frequencies().to(device)  # a module made on "meta" has no angles yet
+    model.inv_freq = config.inverse_frequencies().to(
+        device
+    )  # a module made on "meta" has no angles yet
     return model

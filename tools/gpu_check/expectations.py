@@ -1,0 +1,77 @@
+"""What we believe beforehand, and what we want: written down so that a run says what surprised.
+
+A prediction is a share of the limit (the roofline with ceilings measured in the same run) or, where
+nothing limits, a plain number. They are guesses made without a card, from the sources named beside
+them; a figure far from its guess is worth more than one that met it. Goals are those of the design;
+None: there is none yet.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from tools.gpu_check.results import Better, Figure
+
+
+class Expectation(NamedTuple):
+    """Of one kind of figure: shares are of the limit, `value` and `goal` are in `unit`."""
+
+    unit: str
+    better: Better
+    reason: str
+    share: float | None = None
+    value: float | None = None
+    goal_share: float | None = None
+    goal: float | None = None
+
+
+def _rate(
+    reason: str, share: float | None = None, goal_share: float | None = None, unit: str = "GB/s"
+) -> Expectation:
+    return Expectation(unit, "more", reason, share=share, goal_share=goal_share)
+
+
+def _time(
+    reason: str, share: float | None = None, goal_share: float | None = None, unit: str = "ms"
+) -> Expectation:
+    return Expectation(unit, "less", reason, share=share, goal_share=goal_share)
+
+
+def _number(
+    unit: str,
+    better: Literal["less", "more"],
+    reason: str,
+    value: float | None,
+    goal: float | None = None,
+) -> Expectation:
+    return Expectation(unit, better, reason, value=value, goal=goal)
+
+
+EXPECTATIONS: dict[str, Expectation] = {
+    # machine
+    "machine.cpu_cores": _number("", "more", "enough for pytest -n", 16),
+    "machine.memory_gib": _number("GiB", "more", "an H100 80 GB", 79),
+    "machine.memory_free_gib": _rate("nobody else is on it", 0.99, unit="GiB"),
+}
+
+
+def make_figure(key: str, value: float, *, of: str, limit: float | None) -> Figure:
+    """The figure with what is expected of it; a key without an expectation is our own mistake."""
+    assert key in EXPECTATIONS, f"{key} has no expectation; write one before it is measured"
+    e = EXPECTATIONS[key]
+
+    def at(share: float | None, plain: float | None) -> float | None:
+        if share is None or limit is None:
+            return plain
+        return limit / share if e.better == "less" else limit * share
+
+    return Figure(
+        key=key,
+        of=of,
+        value=value,
+        unit=e.unit,
+        better=e.better,
+        limit=limit,
+        predicted=at(e.share, e.value),
+        goal=at(e.goal_share, e.goal),
+    )

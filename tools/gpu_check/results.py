@@ -1,0 +1,167 @@
+"""What a check writes down: one JSON object a line, appended the moment it is known.
+
+    {"kind": "run", ..}      a run begins: machine, revision, plan {"kind": "begin", ..}    a stage
+    begins, and what an earlier run wrote of it no longer counts {"kind": "figure", ..}   one
+    number, with the limit, the prediction and the goal it is held against {"kind": "case", ..}
+    something that failed or was skipped, in words {"kind": "note", ..}     text worth keeping, such
+    as the head of a profile {"kind": "stage", ..}    a stage has ended: passed, failed, killed or
+    skipped
+
+A line is written by one call in append mode, so that stages which run beside each other cannot mix
+theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Better = Literal["less", "more"]
+SURPRISE = 1.5  # a value this many times more or less than predicted is worth a look
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One measured number.
+
+    key names what is measured ("decode.step_ms"), `of` which case of it. limit is what the machine
+    allows, predicted what was believed beforehand, goal what the project wants: all in `unit`, None
+    where there is none.
+    """
+
+    key: str
+    of: str
+    value: float
+    unit: str
+    better: Better = "less"
+    limit: float | None = None
+    predicted: float | None = None
+    goal: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """How much of the limit was reached, 1 = all of it."""
+        if self.limit is None or self.value == 0 or self.limit == 0:
+            return None
+        return self.limit / self.value if self.better == "less" else self.value / self.limit
+
+    @property
+    def verdict(self) -> str:
+        """missed: short of the goal; surprise: far from the prediction; "": neither is given."""
+        if not math.isfinite(self.value):
+            return "missed"
+        if self.goal is not None:
+            is_short = self.value > self.goal if self.better == "less" else self.value < self.goal
+            if is_short:
+                return "missed"
+        if self.predicted is not None and _is_far(self.value, self.predicted):
+            return "surprise"
+        return "" if self.goal is None and self.predicted is None else "ok"
+
+
+def _is_far(value: float, predicted: float) -> bool:
+    if value <= 0 or predicted <= 0:
+        return value != predicted
+    return not 1 / SURPRISE <= value / predicted <= SURPRISE
+
+
+@dataclass
+class StageResult:
+    """The latest outcome of one stage, with what it had written until then."""
+
+    name: str
+    status: str = "not run"
+    message: str = ""
+    seconds: float = 0.0
+    figures: list[Figure] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)  # cases that failed
+    skips: list[dict[str, Any]] = field(default_factory=list)  # cases that were skipped
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Results:
+    """What a results file says: the last run's header and each stage's latest outcome."""
+
+    run: dict[str, Any]
+    stages: dict[str, StageResult]
+
+    def unfinished(self) -> list[str]:
+        """Stages that failed, were killed or skipped; what --failed runs again."""
+        return [name for name, stage in self.stages.items() if stage.status != "passed"]
+
+    def failed(self) -> list[str]:
+        return [name for name, stage in self.stages.items() if stage.status in ("failed", "killed")]
+
+    def value_of(self, key: str) -> float | None:
+        """The latest value of a figure that has one case only."""
+        for stage in self.stages.values():
+            for figure in stage.figures:
+                if figure.key == key:
+                    return figure.value
+        return None
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Write one record; the line is on its way to the disk when this returns."""
+    line = json.dumps(record) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def append_figure(path: Path, stage: str, figure: Figure) -> None:
+    append(path, {"kind": "figure", "stage": stage, **asdict(figure), "verdict": figure.verdict})
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; the last one may be cut where a machine was taken away."""
+    records = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "kind" in record:
+            records.append(record)
+    return records
+
+
+def read_results(path: Path, names: Iterable[str]) -> Results:
+    """The state of every stage. Another device begins anew: two cards are never mixed."""
+    run: dict[str, Any] = {}
+    stages = {name: StageResult(name) for name in names}
+    for record in read_records(path):
+        if record["kind"] == "run":
+            if record.get("device") != run.get("device"):
+                stages = {name: StageResult(name) for name in stages}
+            run = record
+        elif record.get("stage") in stages:
+            _apply(record, stages)
+    return Results(run, stages)
+
+
+def _apply(record: dict[str, Any], stages: dict[str, StageResult]) -> None:
+    name, kind = record["stage"], record["kind"]
+    if kind == "begin":
+        stages[name] = StageResult(name, status="cut short")
+        return
+    stage = stages[name]
+    if kind == "figure":
+        names = Figure.__dataclass_fields__
+        stage.figures.append(Figure(**{key: record[key] for key in names}))
+    elif kind == "case":
+        (stage.skips if record["status"] == "skipped" else stage.failures).append(record)
+    elif kind == "note":
+        stage.notes.append(record["text"])
+    elif kind == "stage":
+        stage.status, stage.message = record["status"], record["message"]
+        stage.seconds = record["seconds"]

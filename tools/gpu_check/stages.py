@@ -1,0 +1,45 @@
+"""The stages, most valuable first: what later work depends on, correctness before speed, slow tools
+last.
+
+`expected_s` is what a stage is thought to take on an H100; `budget_s` is a limit on a hang and
+nothing else. The first six stages are expected to end within five minutes, all of them within
+eight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process; the PARTS of `tools/gpu_check/<name>.py`, in order or at once."""
+
+    name: str
+    expected_s: int
+    budget_s: int
+    answers: str
+    parts_at_once: bool = False
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("machine", 10, 25, "which card, which versions, how much memory is free"),
+    Stage("ceilings", 15, 40, "bytes and FLOPs a second; which attention PyTorch picks"),
+    Stage(
+        "kernels", 45, 80, "every Triton kernel against fp64, Qwen3's heads, 2^31 elements", True
+    ),
+    Stage("engine", 45, 80, "tokens beside the CPU's, graphs, preemption, host syncs", True),
+    Stage("rates", 70, 100, "each kernel's rate beside the card's"),
+    Stage("decode", 75, 110, "ms a decode step, Qwen3-0.6B and 4B, beside their bytes"),
+    Stage("training", 70, 110, "ms an update, MFU, where the time goes, peak memory"),
+    Stage("head", 40, 60, "the policy head beside three bare GEMMs and the peers"),
+    Stage("learning", 35, 60, "the built-in task on the card: it ends, it repeats, it learns"),
+    Stage(
+        "profilers",
+        55,
+        75,
+        "DRAM per cent and occupancy by ncu; memory errors by compute-sanitizer",
+    ),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+BY_NAME = {stage.name: stage for stage in STAGES}
