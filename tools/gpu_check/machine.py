@@ -11,7 +11,7 @@ import torch
 
 from socpo_fast.ops._impl import available_impls, extension_is_built
 from socpo_fast.report.environment import environment, installed_version
-from tools.gpu_check.worker import Check, Part
+from tools.gpu_check.check import Check, Part
 
 TOOLS = ("nvidia-smi", "gcc", "ncu", "compute-sanitizer", "nvcc")
 PACKAGES = ("numpy", "pydantic", "pytest", "pytest-xdist", "liger-kernel", "trl", "verl")

@@ -1,74 +1,70 @@
-"""Models by configuration: shapes of released models, with random weights made where they will be
-used.
+"""Models by configuration: shapes of released models, with random weights made where they are used.
 
 A machine with a card rarely has a checkpoint at hand, and neither speed nor agreement between two
-implementations needs one. The configurations are those of the released config.json files.
+implementations needs one. The fields are those of the released config.json files.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from socpo_fast.model import Decoder, ModelConfig
 
 
-def _qwen3(
-    hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int
-) -> ModelConfig:
-    return ModelConfig(
-        architecture="Qwen3ForCausalLM",
-        vocab_size=151936,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        tie_word_embeddings=True,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=True,
-    )
+def _qwen3(width: int, intermediate_size: int, num_layers: int, num_heads: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": width,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "use_sliding_window": False,
+    }
 
 
-def _llama(
-    hidden_size: int,
-    intermediate_size: int,
-    num_layers: int,
-    heads: tuple[int, int, int],
-    vocab_size: int,
-) -> ModelConfig:
-    num_heads, num_kv_heads, head_dim = heads
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=1e5,
-        tie_word_embeddings=True,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-    )
-
-
-MODELS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16),
     "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16),
     "Qwen3-4B": _qwen3(2560, 9728, 36, 32),
-    "SmolLM2-135M": _llama(576, 1536, 30, (9, 3, 64), 49152),
+    "SmolLM2-135M": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e5,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    # For a CPU to go through the same code: all of Qwen3's features, next to no work.
+    "tiny": {
+        **_qwen3(32, 48, 2, 4),
+        "vocab_size": 211,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+    },
 }
+MODELS = {name: ModelConfig.from_hf(raw, where=f"models.{name}") for name, raw in CONFIGS.items()}
 
 
 def make_model(
@@ -88,12 +84,9 @@ def make_model(
     generator = torch.Generator(device=device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(
-                parameter, std=2 * parameter.shape[1] ** -0.5, generator=generator
-            )
+            std = 2 * parameter.shape[1] ** -0.5
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
         else:
             torch.nn.init.ones_(parameter)
-    model.inv_freq = config.inverse_frequencies().to(
-        device
-    )  # a module made on "meta" has no angles yet
+    model.inv_freq = config.inverse_frequencies().to(device)  # "meta" has no angles
     return model

@@ -50,7 +50,8 @@ def to_text(results: Results) -> str:
     """Every stage's outcome, its failures in full, and the aligned table of all figures."""
     rows = [row_of(figure) for stage in results.stages.values() for figure in stage.figures]
     widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
-    lines = [line for stage in results.stages.values() for line in _stage_lines(stage)]
+    ran = [stage for stage in results.stages.values() if stage.status != "not run"]
+    lines = [line for stage in ran for line in _stage_lines(stage)]
     lines.append("")
     for row in [HEADER, *rows]:
         cells = [f"{row[0]:<{widths[0]}}"]
@@ -70,7 +71,8 @@ def to_markdown(results: Results) -> str:
         message = _escape(stage.message.splitlines()[0]) if stage.message else ""
         lines.append(f"| {stage.name} | {stage.status} | {stage.seconds:.0f} | {message} |")
     for stage in results.stages.values():
-        lines += _markdown_stage(stage)
+        if stage.status != "not run":
+            lines += _markdown_stage(stage)
     return "\n".join(lines) + "\n"
 
 

@@ -42,6 +42,7 @@ class Figure:
     limit: float | None = None
     predicted: float | None = None
     goal: float | None = None
+    is_rehearsed: bool = False  # tiny, on a CPU: what came out means nothing
 
     @property
     def share(self) -> float | None:
@@ -53,6 +54,8 @@ class Figure:
     @property
     def verdict(self) -> str:
         """missed: short of the goal; surprise: far from the prediction; "": neither is given."""
+        if self.is_rehearsed:
+            return "rehearsed"
         if not math.isfinite(self.value):
             return "missed"
         if self.goal is not None:
