@@ -1,4 +1,4 @@
-"""What a stage's part is given: a Check, through which it measures, finds faults and writes down both."""
+"""What a part of a stage is given: a Check, through which it writes down what it finds."""
 
 from __future__ import annotations
 

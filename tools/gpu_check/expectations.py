@@ -64,6 +64,18 @@ EXPECTATIONS: dict[str, Expectation] = {
     "ceilings.varlen_ms": _number("ms", "less", "80 GFLOP forward and back at 300 TFLOP/s", 0.6),
     "ceilings.varlen_peak_gib": _number("GiB", "less", "o, lse and three gradients", 0.5),
     "ceilings.varlen_repeats": _number("", "more", "with the deterministic flag", 1),
+    # kernels
+    "kernels.tests_passed": _number("", "more", "tests/ops -k triton", 342),
+    "kernels.tests_failed": _number("", "less", "tests that hardware must fail are mended", 0, 0),
+    "kernels.error_in_tolerances": _number("", "less", "rounding in the dtype, summed", 0.5),
+    "kernels.cache_elements": _number("", "more", "just beyond 2^31", 2.15e9),
+    # engine
+    "engine.equal_attempts": _number("", "more", "near ties are rare in fp32", 0.98, 0.9),
+    "engine.max_nats": _number("nats", "less", "fp32 sums in another order", 1e-4, 1e-3),
+    "engine.preemptions": _number("", "more", "sixteen sequences, pages for two", 30),
+    "engine.capture_ms": _number("ms", "less", "an eager round, gc, empty_cache", 250),
+    "engine.graph_mib": _number("MiB", "less", "one pool for all graphs", 16),
+    "engine.syncs": _number("", "less", "9 a step of 1 token, 4 a call of 8, by reading", 9),
 }
 
 

@@ -55,6 +55,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "mlp_bias": False,
     },
+    # Where a CPU has to keep up with a card, with the heads of the two families.
+    "small SmolLM2": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 4999,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    },
+    "small Qwen3": {
+        **_qwen3(512, 1024, 4, 16),
+        "vocab_size": 4999,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
     # For a CPU to go through the same code: all of Qwen3's features, next to no work.
     "tiny": {
         **_qwen3(32, 48, 2, 4),

@@ -1,0 +1,184 @@
+"""Stage `engine`: does the engine on a card generate what the engine on a CPU generates?
+
+Tokens are compared with those of the CPU's engine, both in fp32, and may part only at a near tie;
+graphs beside the same rounds launched one by one, and one token a host read beside eight, to the
+bit; pages for few sequences; new weights under captured graphs; how often a step makes the host
+wait. Parts run at once: each waits for its own CPU side most of the time.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from socpo_fast.model import Decoder
+from socpo_fast.train.optimizer import Optimizer
+from tools.gpu_check.check import Check, Part
+from tools.gpu_check.engines import (
+    PAGE_SIZE,
+    PROMPTS,
+    SUFFIX,
+    compare_engines,
+    drain,
+    exact,
+    launch_rounds,
+    make_engine,
+    make_student,
+    params_of,
+    prompts_of,
+)
+
+
+def beside_cpu(model: str) -> Part:
+    """Groups and second attempts, with pages enough."""
+
+    def part(check: Check) -> None:
+        devices = (check.device, "cpu")
+        ours, theirs = (make_engine(make_student(check, model, where)) for where in devices)
+        compare_engines(check, ours, theirs, of=model)
+
+    return part
+
+
+def forced_preemption(check: Check) -> None:
+    """Pages for two and a half of sixteen sequences: the tokens of an engine that has plenty."""
+    tokens = max(length for _, length in PROMPTS) + SUFFIX
+    longest = -(-(tokens + 2 * params_of(check).max_new_tokens) // PAGE_SIZE)
+    student = make_student(check, "small SmolLM2", check.device)
+    ours = make_engine(student, num_pages=longest * 5 // 2)
+    theirs = make_engine(make_student(check, "small SmolLM2", "cpu"))
+    compare_engines(check, ours, theirs, of="with preemption")
+    check.figure("engine.preemptions", ours.stats.preemptions)
+    assert ours.stats.preemptions > 0, "nobody was preempted"
+
+
+def graph_replay(check: Check) -> None:
+    """Equal bits: rounds replayed and rounds launched, one and eight tokens a host read."""
+    student = make_student(check, "small Qwen3", check.device)
+    prompts = prompts_of(student, 3, 21)
+    replayed, launched = (make_engine(student, tokens_per_sync=8) for _ in range(2))
+    launch_rounds(launched)
+    settings: tuple[dict[str, Any], ...] = (
+        {"n": 3, "eos_ids": (0, 1, 2), "ignore_eos": False},
+        {"top_k": 7},
+    )
+    for changes in settings:
+        params = params_of(check, **changes)
+        found = [exact(engine.generate(prompts, params)) for engine in (replayed, launched)]
+        assert found[0] == found[1], "graph and eager rounds differ"
+    one, eight = (
+        exact(make_engine(student, tokens_per_sync=n).generate(prompts[:1], params_of(check)))
+        for n in (1, 8)
+    )
+    assert one == eight, "one and eight tokens a host read differ"
+    time_captures(check, student, prompts)
+
+
+def time_captures(check: Check, student: Decoder, prompts: list[list[int]]) -> None:
+    """How long one more graph takes to capture, and how much memory all of them hold."""
+    engine = make_engine(student, tokens_per_sync=8)
+    engine.generate(prompts, params_of(check))  # compiles
+    loop = engine._loop
+    assert loop is not None
+    if not loop.captures:
+        return
+    num_before = len(loop._graphs)
+    before = torch.cuda.memory_reserved(check.device)
+    started = time.perf_counter()
+    for rows in (16, 32, 64):
+        loop._graph(rows, 4)
+    torch.cuda.synchronize(check.device)
+    num_made = len(loop._graphs) - num_before
+    check.figure("engine.capture_ms", 1e3 * (time.perf_counter() - started) / max(1, num_made))
+    held = torch.cuda.memory_reserved(check.device) - before
+    check.figure("engine.graph_mib", held / 2**20 / max(1, num_made))
+
+
+def weights_stay(check: Check) -> None:
+    """Three updates: no pointer changes, and graphs captured before draw from new weights."""
+    student = make_student(check, "small Qwen3", check.device)
+    prompts, params = prompts_of(student, 2, 21), params_of(check)
+    engine = make_engine(student, tokens_per_sync=8)
+    optimizer = Optimizer(student, lr=1e-3, warmup_updates=0)
+    seen = [exact(engine.generate(prompts, params))]
+    pointers = [x.data_ptr() for x in [*student.parameters(), *student.buffers()]]
+    for _ in range(3):
+        for idx, parameter in enumerate(student.parameters()):
+            generator = torch.Generator().manual_seed(idx + len(seen))
+            grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = grad.to(check.device)
+        assert not optimizer.step().skipped
+        engine.bump_policy_version()
+        seen.append(exact(engine.generate(prompts, params)))
+        now = [x.data_ptr() for x in [*student.parameters(), *student.buffers()]]
+        assert now == pointers, "storage moved"
+        fresh = make_engine(copy.deepcopy(student), tokens_per_sync=8)
+        assert seen[-1] == exact(fresh.generate(prompts, params)), "old weights in the engine"
+        assert seen[-1] != seen[-2], "an update changed no token"
+
+
+def host_syncs(check: Check) -> None:
+    """Synchronising calls of a decode step; none at all inside a round, replayed or not."""
+    student = make_student(check, "small Qwen3", check.device)
+    prompt = prompts_of(student, 1, 21)[0]
+    params = params_of(check, n=2)
+    for count in (1, 8):
+        engine = make_engine(student, tokens_per_sync=count)
+        engine.generate([prompt], params)  # compiles, captures
+        if (loop := engine._loop) is not None:
+            graph, rounds = loop._graph, loop._round
+            loop._graph = lambda *size, graph=graph: SimpleNamespace(
+                replay=unwatched(check.device, graph(*size).replay)
+            )
+            loop._round = unwatched(check.device, rounds)
+        engine.submit(prompt, params, key=(1, 1))
+        engine.step()
+        with warnings.catch_warnings(record=True) as caught, sync_debug(check.device, "warn"):
+            warnings.simplefilter("always")
+            engine.step()
+        syncs = sum("synchroniz" in str(warning.message) for warning in caught)
+        check.figure("engine.syncs", syncs, of=f"a step of {count}")
+        if loop is not None and check.is_cuda:
+            launch_rounds(engine)
+        drain(engine)
+
+
+@contextmanager
+def sync_debug(device: torch.device, mode: str) -> Iterator[None]:
+    """What a synchronising call does on this card: "warn" or "error"; nothing on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def unwatched(device: torch.device, function: Callable[..., None]) -> Callable[..., None]:
+    """The function; a synchronising call in it is an error."""
+
+    def run(*args: Any) -> None:
+        with sync_debug(device, "error"):
+            function(*args)
+
+    return run
+
+
+PARTS: dict[str, Part] = {
+    "beside the CPU, SmolLM2": beside_cpu("small SmolLM2"),
+    "beside the CPU, Qwen3": beside_cpu("small Qwen3"),
+    "preemption": forced_preemption,
+    "graphs": graph_replay,
+    "weights": weights_stay,
+    "syncs": host_syncs,
+}

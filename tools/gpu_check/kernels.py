@@ -1,0 +1,151 @@
+"""Stage `kernels`: are the compiled kernels right? Its parts run at once, on different processes.
+
+The op tests that know Triton with compiled kernels; each op beside fp64 in every dtype, with heads
+of SmolLM2 and Qwen3; a page cache beyond 2^31 elements; flash-attn where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from socpo_fast.ops import paged_attention
+from socpo_fast.ops.rotary import rotary_write
+from tests.error_rule import TOLERANCE, assert_bitwise_equal
+from tools.gpu_check.check import ROOT, Check, Part, Skipped
+from tools.gpu_check.op_cases import attend, attention_inputs, compare, op_cases
+
+# On CPU tensors by design: they have no place where kernels are compiled.
+CPU_TESTS = ("test_instruction_sets.py",)
+TINY_TESTS = ("test_swiglu.py",)
+SIZES, TINY_SIZES = (300, 5003, 136), (21, 67, 12)  # rows, vocabulary, width
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def triton_tests() -> list[Path]:
+    """Files of tests/ops that know Triton."""
+    files = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+    known = [
+        path for path in files if re.search(r"triton|elementwise", path.read_text(encoding="utf-8"))
+    ]
+    return [path for path in known if path.name not in CPU_TESTS]
+
+
+def run_pytest(files: list[Path], environ: dict[str, str]) -> tuple[dict[str, int], list[str]]:
+    """(Counts of passed, failed, skipped .., lines that name what failed)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-k", "triton"]
+    command += ["-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(max(1, min(12, len(os.sched_getaffinity(0)) - 2)))]
+    done = subprocess.run(
+        [*command, *map(str, files)],
+        cwd=ROOT,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    print("\n".join(lines[-60:]), flush=True)
+    last = lines[-1] if lines else done.stderr.strip()
+    counts = {
+        what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last)
+    }
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode != 0 and not failed:
+        failed = ["\n".join([*lines[-5:], *done.stderr.strip().splitlines()[-5:]])]
+    return counts, failed
+
+
+def op_tests(check: Check) -> None:
+    """tests/ops -k triton, with compiled kernels; each failing test is a failed case."""
+    files = triton_tests()
+    if check.tiny:
+        files = [path for path in files if path.name in TINY_TESTS]
+    counts, failed = run_pytest(files, {"TRITON_INTERPRET": "0" if check.is_cuda else "1"})
+    check.figure("kernels.tests_passed", counts.get("passed", 0))
+    check.figure("kernels.tests_failed", counts.get("failed", 0) + counts.get("error", 0))
+    for line in failed:
+        name, _, message = line.partition(" - ")
+        with check.case(name):
+            raise AssertionError(message or name)
+
+
+def ops_beside_fp64(check: Check) -> None:
+    """Every op in every dtype; the largest error of each dtype over the rule's tolerance."""
+    sizes = TINY_SIZES if check.tiny else SIZES
+    dtypes = (torch.float32, *(HALVES if check.is_cuda else HALVES[1:]))  # no bf16 dot on a CPU
+    cases = op_cases(*sizes)
+    for dtype in dtypes:
+        word, worst = str(dtype).removeprefix("torch."), 0.0
+        for name, (run, inputs) in cases.items():
+            with check.case(f"{name} {word}"):
+                error = compare(name, run, inputs, dtype, check.device, "triton")
+                worst = max(worst, error / TOLERANCE[dtype])
+        check.figure("kernels.error_in_tolerances", worst, of=f"{len(cases)} ops in {word}")
+
+
+def high_pages(check: Check) -> None:
+    """Pages beyond 2^31 elements hold and give back what low ones do, to the bit."""
+    heads, page_size = (16, 8, 128), 32
+    inputs = attention_inputs([300, 257, 64], [1, 1, 1], heads=heads, page_size=page_size)
+    page_elements = page_size * heads[1] * heads[2]
+    first = 1 if check.tiny else 2**31 // page_elements + 3
+    low = {
+        name: x.to(check.device, check.dtype if x.is_floating_point() else x.dtype)
+        for name, x in inputs.items()
+    }
+    high = dict(low)
+    for name in ("k", "v"):
+        shape = (first + len(low[name]), *low[name].shape[1:])
+        high[name] = torch.empty(shape, dtype=check.dtype, device=check.device)
+        high[name][first:] = low[name]
+    high["table"] = low["table"] + first
+    outputs = [attend(x, "triton")["o"] for x in (low, high)]
+    assert_bitwise_equal(*outputs, name="attention over high pages")
+    generator = torch.Generator().manual_seed(5)
+    qkv = torch.randn(5, heads[0] + 2 * heads[1], heads[2], generator=generator)
+    qkv = qkv.to(check.device, check.dtype)
+    angles = torch.ones(5, heads[2], device=check.device)
+    slots = torch.arange(5, device=check.device) * 33 % (len(low["k"]) * page_size)
+    for caches, shift in ((low, 0), (high, first * page_size)):
+        given = caches["k"], caches["v"], slots + shift
+        rotary_write(qkv, angles.cos(), angles.sin(), *given, impl="triton")
+    assert_bitwise_equal(high["k"][first:], low["k"], name="keys written to high pages")
+    check.figure("kernels.cache_elements", high["k"].numel())
+    torch.testing.assert_close(_attend(low), _attend(high), rtol=0, atol=0)
+
+
+def _attend(x: dict[str, torch.Tensor]) -> torch.Tensor:
+    tensors = [x[name] for name in ("q", "k", "v", "table", "seq_lens", "cu_seqlens")]
+    return paged_attention(*tensors, scale=0.1, impl="triton")
+
+
+def flash(check: Check) -> None:
+    """flash-attn beside the reference: pages of 256, decode and prefill."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise Skipped("flash-attn is not installed")
+    seq_lens = [1, 256, 257, 700]
+    for name, q_lens in (("decode", [1] * 4), ("prefill", [1, 256, 30, 500])):
+        inputs = attention_inputs(seq_lens, q_lens, heads=(6, 2, 64), page_size=256)
+        inputs |= {key: inputs[key].nan_to_num() for key in ("k", "v")}
+        for dtype in HALVES:
+            word = str(dtype).removeprefix("torch.")
+            with check.case(f"flash {name} {word}"):
+                error = compare(f"flash {name}", attend, inputs, dtype, check.device, "flash")
+                of = f"flash {name} in {word}"
+                check.figure("kernels.error_in_tolerances", error / TOLERANCE[dtype], of=of)
+
+
+PARTS: dict[str, Part] = {
+    "op tests": op_tests,
+    "ops beside fp64": ops_beside_fp64,
+    "high pages": high_pages,
+    "flash": flash,
+}

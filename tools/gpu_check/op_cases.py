@@ -1,0 +1,248 @@
+"""Every op that has Triton kernels, as cases for the error rule: inputs on the host, and a run.
+
+Truth is the reference in fp64, plain the reference in the dtype at hand, both on the CPU; the rule
+is that of the tests. Values are such that bf16 has them exactly, so all three compute on the same
+numbers. Rows and widths stand next to no power of two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops import (
+    compute_advantages,
+    decay_rewards,
+    linear_logprob,
+    linear_policy_loss,
+    linear_sample,
+    paged_attention,
+    row_keys,
+)
+from socpo_fast.ops._flash import paged_attention_flash
+from socpo_fast.ops.rms_norm import rms_norm
+from socpo_fast.ops.rotary import rotary, rotary_write
+from socpo_fast.ops.swiglu import swiglu
+from tests.error_rule import assert_error_rule
+
+Inputs = dict[str, Tensor]
+Run = Callable[[Inputs, str], dict[str, Tensor]]  # (inputs, impl) -> what must be right
+_FLOAT_32 = ("cos", "sin", "old", "temperature", "rewards")  # in fp32 at least, whatever the dtype
+SHARED_TOKENS = 256  # whose pages all sequences of an attention case have in common
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).bfloat16().float()
+
+
+def attention_inputs(
+    seq_lens: list[int], q_lens: list[int], *, heads: tuple[int, int, int], page_size: int
+) -> Inputs:
+    """Random pages in random order, NaN where nothing may be read, a shared prefix."""
+    num_heads, kv_heads, head_dim = heads
+    width = -(-max(seq_lens) // page_size)
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randperm(len(seq_lens) * width, generator=generator).view(-1, width)
+    num_shared = SHARED_TOKENS // page_size
+    table[:, :num_shared] = table[0, :num_shared].clone()
+    caches = {}
+    for name, seed in (("k", 1), ("v", 2)):
+        caches[name] = torch.full((table.numel(), page_size, kv_heads, head_dim), torch.nan)
+        for pages, length in zip(table, seq_lens, strict=True):
+            slots = torch.arange(length)
+            values = randn(width * page_size, kv_heads, head_dim, seed=seed)
+            caches[name][pages[slots // page_size], slots % page_size] = values[:length]
+    cu_seqlens = torch.tensor([0, *q_lens]).cumsum(0).int()
+    return {
+        "q": randn(sum(q_lens), num_heads, head_dim, seed=4),
+        **caches,
+        "table": table.int(),
+        "seq_lens": torch.tensor(seq_lens).int(),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def attend(x: Inputs, impl: str) -> dict[str, Tensor]:
+    """With the keys of siblings read once for all of them, and without."""
+    tensors = [x[name] for name in ("q", "k", "v", "table", "seq_lens", "cu_seqlens")]
+    scale = x["q"].shape[-1] ** -0.5
+    if impl == "flash":
+        max_seqlen_q = int(x["cu_seqlens"].diff().max())
+        max_seqlen_k = int(x["seq_lens"].max())
+        longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+        return {"o": paged_attention_flash(*tensors, scale=scale, **longest)}
+    return {
+        "o": paged_attention(*tensors, scale=scale, impl=impl),
+        "o without cascade": paged_attention(*tensors, scale=scale, cascade=False, impl=impl),
+    }
+
+
+def _norm(x: Inputs, impl: str) -> dict[str, Tensor]:
+    residual_TD = x["residual"]
+    y, total = rms_norm(x["x"], x["weight"], eps=1e-6, residual_TD=residual_TD, impl=impl)
+    return {"y": y, "sum": total}
+
+
+def _head_norm(x: Inputs, impl: str) -> dict[str, Tensor]:
+    """Forward and backward of one head's norm, as q and k of Qwen3 have it."""
+    values = x["x"].clone().requires_grad_()
+    y = rms_norm(values, x["weight"], eps=1e-6, impl=impl)
+    y.backward(x["residual"])
+    return {"y": y.detach(), "dx": values.grad}
+
+
+def _swiglu(x: Inputs, impl: str) -> dict[str, Tensor]:
+    gate_up = x["x"].clone().requires_grad_()
+    y = swiglu(gate_up, impl=impl)
+    y.backward(x["grad"])
+    return {"y": y.detach(), "dx": gate_up.grad}
+
+
+def _write(x: Inputs, impl: str) -> dict[str, Tensor]:
+    k, v = (x[name].clone() for name in ("k", "v"))
+    q = rotary_write(x["qkv"], x["cos"], x["sin"], k, v, x["slots"], impl=impl)
+    return {"q": q, "k": k, "v": v}
+
+
+def _rotary(x: Inputs, impl: str) -> dict[str, Tensor]:
+    return {"x": rotary(x["qkv"], x["cos"], x["sin"], impl=impl)}
+
+
+def _sample(x: Inputs, impl: str) -> dict[str, Tensor]:
+    """Tokens of clear draws only: temperature 0, whose leads are far above rounding."""
+    temperature = x["temperature"].float()  # in the truth too: only logits have a wider dtype
+    settings = {"temperature_B": temperature, "top_k_B": x["top_k"]}
+    settings |= {
+        "top_p_B": torch.ones_like(temperature),
+        "min_p_B": torch.zeros_like(temperature),
+    }
+    drawn = linear_sample(x["hidden"], x["head"], x["keys"], **settings, impl=impl)
+    ids, logprobs, entropy, _ = drawn
+    greedy = x["temperature"] == 0
+    return {"ids": ids[greedy].double(), "logprobs": logprobs[greedy], "entropy": entropy}
+
+
+def _head(op: Callable[..., Any]) -> Run:
+    def run(x: Inputs, impl: str) -> dict[str, Tensor]:
+        hidden, head = (x[name].clone().requires_grad_() for name in ("hidden", "head"))
+        if op is linear_logprob:
+            logprobs, entropy = op(hidden, head, x["targets"], temperature=0.8, impl=impl)
+            values, loss = {"logprobs": logprobs, "entropy": entropy}, logprobs.cos().sum()
+        else:
+            given = hidden, head, x["targets"], x["old"], x["rewards"]
+            options = {"temperature": 0.8, "num_loss_tokens": len(x["old"]), "entropy_coef": 0.1}
+            result = op(*given, **options, impl=impl)
+            values, loss = {"logprobs": result.logprobs, "loss": result.loss}, result.loss
+        loss.backward()
+        gradients = {"dX": hidden.grad, "dW": head.grad}
+        return {name: value.detach() for name, value in values.items()} | gradients
+
+    return run
+
+
+def _credit(x: Inputs, impl: str) -> dict[str, Tensor]:
+    decayed = decay_rewards(x["rewards"], x["attempts"], schedule="batch_mean", impl=impl)
+    given = x["rewards"], x["lengths"], x["questions"], x["attempts"]
+    advantages = compute_advantages(*given, schedule="batch_mean", impl=impl)
+    return {"decayed": decayed, "advantages": advantages}
+
+
+def op_cases(num_rows: int, vocab: int, width: int) -> dict[str, tuple[Run, Inputs]]:
+    """Every op with heads of SmolLM2, and the ops that depend on heads with Qwen3's too."""
+    index = torch.arange(num_rows)
+    shrunk = 2.0 ** (1 - round(math.log2(width) / 2))  # logits of a few units
+    head = {"hidden": randn(num_rows, width), "head": randn(vocab, width, seed=1) * shrunk}
+    old = -4 - randn(num_rows).abs()
+    rows = {"targets": index * 7 % vocab, "old": old, "rewards": randn(num_rows, seed=8)}
+    draws = {
+        "keys": row_keys(index.repeat(6, 1).t()),
+        "temperature": (index % 3) / 2.0,
+        "top_k": torch.zeros_like(index),
+    }
+    wide = randn(num_rows, width, seed=1)
+    norm = {"x": randn(num_rows, width), "residual": wide, "weight": randn(width)}
+    gate_up = {"x": randn(num_rows, 2 * width), "grad": wide}
+    credit = {
+        "attempts": index % 3,
+        "questions": index // 6,
+        "lengths": 1 + index % 5,
+        "rewards": (index % 2).float(),
+    }
+    cases: dict[str, tuple[Run, Inputs]] = {
+        "rms_norm": (_norm, norm),
+        "swiglu": (_swiglu, gate_up),
+        "linear_sample": (_sample, head | draws),
+        "linear_logprob": (_head(linear_logprob), head | rows),
+        "linear_policy_loss": (_head(linear_policy_loss), head | rows),
+        "decay and advantages": (_credit, credit),
+    }
+    for model, heads, page_size in (("SmolLM2", (6, 2, 64), 16), ("Qwen3", (16, 8, 128), 32)):
+        for name, case in _head_cases(num_rows, heads, page_size).items():
+            cases[f"{name} of {model}"] = case
+    return cases
+
+
+def _head_cases(
+    num_rows: int, heads: tuple[int, int, int], page_size: int
+) -> dict[str, tuple[Run, Inputs]]:
+    """What depends on a model's heads: attention, rotary, the norm of a head."""
+    num_heads, kv_heads, head_dim = heads
+    frequencies = torch.linspace(1.0, 0.01, head_dim // 2)
+    angles = torch.outer(torch.arange(num_rows), frequencies).repeat(1, 2)
+    turns = {"cos": angles.cos(), "sin": angles.sin()}
+    qkv = randn(num_rows, num_heads + 2 * kv_heads, head_dim)
+    slots = torch.arange(num_rows).flip(0)
+    caches = (num_rows // page_size + 1, page_size, kv_heads, head_dim)
+    pages = {"qkv": qkv, "slots": slots, **turns, "k": torch.zeros(caches)}
+    seq_lens = [1, 40, 300, 257, 300, 290, 64, 33]
+    decode, prefill = (
+        attention_inputs(seq_lens, q_lens, heads=heads, page_size=page_size)
+        for q_lens in ([1] * len(seq_lens), [1, 40, 9, 1, 60, 0, 64, 5])
+    )
+    head_norm = {
+        "x": randn(num_rows, head_dim),
+        "residual": randn(num_rows, head_dim, seed=1),
+        "weight": randn(head_dim),
+    }
+    return {
+        "decode": (attend, decode),
+        "prefill": (attend, prefill),
+        "rotary": (_rotary, pages),
+        "rotary_write": (_write, pages | {"v": torch.zeros(caches)}),
+        "head norm": (_head_norm, head_norm),
+    }
+
+
+def compare(
+    name: str, run: Run, inputs: Inputs, dtype: torch.dtype, device: torch.device, impl: str
+) -> float:
+    """Holds an implementation to the error rule; returns its largest error over the largest value.
+
+    Raises:
+        AssertionError: names the output, the first wrong element and the three values there.
+    """
+
+    def of(dtype: torch.dtype, device: torch.device | str, impl: str) -> dict[str, Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        dtypes = {
+            key: wide if key in _FLOAT_32 else dtype
+            for key, x in inputs.items()
+            if x.is_floating_point()
+        }
+        moved = {key: x.to(device, dtypes.get(key, x.dtype)) for key, x in inputs.items()}
+        return run(moved, impl)
+
+    actual, plain = of(dtype, device, impl), of(dtype, "cpu", "ref")
+    truth = of(torch.float64, "cpu", "ref")
+    worst = 0.0
+    for key, value in truth.items():
+        scale = value.double().abs().nan_to_num().max().clamp(min=1e-30)
+        three = [x[key].cpu().double() / scale for x in (actual, plain, truth)]
+        assert_error_rule(*three, name=f"{name}: {key}", dtype=dtype)
+        worst = max(worst, float((three[0] - three[2]).abs().nan_to_num().max()))
+    return worst
