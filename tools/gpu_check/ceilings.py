@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from socpo_fast.ops._head import matmul_
-from tools.gpu_check.check import Check, Part, Skipped
+from tools.gpu_check.check import Check, Part, Skipped, check_close
 from tools.gpu_check.timing import median_ms, peak_gib, profile_table
 
 GEMM, TINY_GEMM = 8192, 64
@@ -63,12 +63,6 @@ def accumulate_fp32(check: Check) -> None:
     ms = median_ms(lambda: matmul_(out, a, b, accumulate=True), check.device)
     limit = check.ceilings.bf16_tflop_s if check.is_cuda else None
     check.figure("ceilings.accumulate_tflop_s", 2e-9 * size**3 / ms, limit=limit)
-
-
-def check_close(what: str, actual: Tensor, truth: Tensor, bound: float = 1e-3) -> None:
-    """The norm of the difference over the norm of the truth; NaN is not close."""
-    error = float((actual.double() - truth).norm() / truth.norm())
-    assert error <= bound, f"{what}: relative error must be <= {bound:g}, got {error:.3g}"
 
 
 def sdpa_probe(check: Check) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tools.gpu_check.expectations import make_figure
 from tools.gpu_check.results import append, append_figure, read_results
@@ -54,7 +55,7 @@ class Check:
         """What a real run computes in: bf16 on a card; a CPU only emulates it."""
         return torch.bfloat16 if self.is_cuda else torch.float32
 
-    def randn(self, *shape: int, seed: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def randn(self, *shape: int, seed: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers made on the device; dtype: by default that of the check."""
         generator = torch.Generator(self.device).manual_seed(seed)
         values = torch.randn(shape, generator=generator, device=self.device)
@@ -94,6 +95,12 @@ class Check:
 
 
 Part = Callable[[Check], None]
+
+
+def check_close(what: str, actual: Tensor, truth: Tensor, bound: float = 1e-3) -> None:
+    """The norm of the difference over the norm of the truth; NaN is not close."""
+    error = float((actual.double() - truth).norm() / truth.norm())
+    assert error <= bound, f"{what}: relative error must be <= {bound:g}, got {error:.3g}"
 
 
 def read_ceilings(results: Path) -> Ceilings:

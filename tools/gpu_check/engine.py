@@ -144,7 +144,7 @@ def host_syncs(check: Check) -> None:
             warnings.simplefilter("always")
             engine.step()
         syncs = sum("synchroniz" in str(warning.message) for warning in caught)
-        check.figure("engine.syncs", syncs, of=f"a step of {count}")
+        check.figure(f"engine.syncs_of_{count}_token{'s' * (count > 1)}", syncs)
         if loop is not None and check.is_cuda:
             launch_rounds(engine)
         drain(engine)

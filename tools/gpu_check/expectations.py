@@ -75,7 +75,24 @@ EXPECTATIONS: dict[str, Expectation] = {
     "engine.preemptions": _number("", "more", "sixteen sequences, pages for two", 30),
     "engine.capture_ms": _number("ms", "less", "an eager round, gc, empty_cache", 250),
     "engine.graph_mib": _number("MiB", "less", "one pool for all graphs", 16),
-    "engine.syncs": _number("", "less", "9 a step of 1 token, 4 a call of 8, by reading", 9),
+    "engine.syncs_of_1_token": _number("", "less", "by reading the source", 9),
+    "engine.syncs_of_8_tokens": _number("", "less", "three uploads and one read", 4),
+    # rates
+    "rates.decode_gb_s": _rate("one buffer a tile: loads wait for products", 0.65, 0.7),
+    "rates.decode_few_gb_s": _rate("too few blocks to fill the card", 0.3),
+    "rates.decode_variant_gb_s": _rate("two buffers and five blocks an SM", 0.8),
+    "rates.sample_gb_s": _rate("one block an SM, whose noise overlaps nothing", 0.6, 0.6),
+    "rates.elementwise_gb_s": _rate("one pass, nothing reused", 0.8),
+    "rates.prefill_tflop_s": _rate("half of a tuned flash kernel", 0.3, unit="TFLOP/s"),
+    # decode
+    "decode.step_ms": _time("attention at 65 %, the rest near the limit", 0.6, 0.6),
+    "decode.few_step_ms": _time("468 launches at 2.5 us beside 0.4 ms of weights", 0.35),
+    "decode.eager_step_ms": _number("ms", "less", "468 launches at 15 us of host", 7.0),
+    "decode.launches": _number("", "less", "15 a layer and 48 around them", 468),
+    "decode.rollout_tok_s": _number("tok/s", "more", "64 rows at 2.5 ms, two rounds", 20000),
+    "decode.filtered_step_ms": _number("ms", "less", "64 x 151936 sorted in fp64", 20.0),
+    "decode.generate_step_ms": _number("ms", "less", "28 layers launched from Python", 28.0),
+    "decode.times_generate": _number("", "more", "a graph beside Python", 12.0, 3.0),
 }
 
 

@@ -1,0 +1,300 @@
+"""Stage `rates`: each kernel alone beside the card's ceiling, at the shapes of Qwen3 students.
+
+Every figure is bytes (each tensor once) or FLOPs over time, with a cold L2 and inside a CUDA graph,
+so neither the host nor a lucky cache is measured. The decode kernel and the sampling kernel are
+also tried with other tiles and pipeline depths: what later work needs to choose from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from socpo_fast.kernels import (
+    _attend,
+    linear_policy_loss,
+    linear_sample,
+    paged_attention,
+    paged_decode,
+)
+from socpo_fast.kernels import rms_norm as norms
+from socpo_fast.kernels import swiglu as gates
+from socpo_fast.kernels.rotary import rotary, rotary_write
+from socpo_fast.model import ModelConfig
+from socpo_fast.ops import row_keys
+from tools.gpu_check.check import Check, Part, check_close
+from tools.gpu_check.models import MODELS
+from tools.gpu_check.rooflines import attention_bytes, sample_bytes
+from tools.gpu_check.timing import Run, median_ms
+
+PAGE_SIZE = 32
+SHARED_PROMPT = 256  # whole splits of the decode kernel, so that siblings can share it
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """A batch of decoding sequences; `group` neighbours share their prompt's pages."""
+
+    model: str
+    batch: int
+    context: int
+    group: int = 1
+
+
+DECODE = (
+    *(DecodeShape("Qwen3-0.6B", b, c) for c in (512, 2048) for b in (1, 16, 64, 256)),
+    DecodeShape("Qwen3-0.6B", 256, 512, group=8),
+    *(DecodeShape("Qwen3-4B", b, 1024) for b in (16, 64)),
+)
+TINY_DECODE = (DecodeShape("tiny", 3, 40), DecodeShape("tiny", 8, 70, group=8))
+# What the variants are tried on: many sequences, where bytes count, and few, where latency does.
+VARIED = (DecodeShape("Qwen3-0.6B", 256, 1024), DecodeShape("Qwen3-0.6B", 16, 1024))
+VARIANTS: dict[str, dict[str, int]] = {
+    "as shipped": {},
+    "5 stages": {"num_stages": 5},
+    "32 keys": {"keys": 32},
+    "32 keys, 5 stages": {"keys": 32, "num_stages": 5},
+    "split 512": {"split": 512},
+    "split 512, 32 keys, 5 stages": {"split": 512, "keys": 32, "num_stages": 5},
+}
+
+
+def decode_attention(check: Check) -> None:
+    """One layer's decode attention at several batches and contexts."""
+    for shape in TINY_DECODE if check.tiny else DECODE:
+        sharing = f", groups of {shape.group}" if shape.group > 1 else ""
+        of = f"{shape.model}, {shape.batch} x {shape.context}{sharing}"
+        key = "rates.decode_gb_s" if shape.batch >= 64 else "rates.decode_few_gb_s"
+        with check.case(f"decode {of}"):
+            rate = DecodeCall(check, shape).gb_s()
+            check.figure(key, rate, of=of, limit=check.ceilings.copy_gb_s)
+
+
+def decode_variants(check: Check) -> None:
+    """The same kernel with other tiles, splits and pipeline depths; each must agree."""
+    for shape in TINY_DECODE[:1] if check.tiny else VARIED:
+        call = DecodeCall(check, shape)
+        truth = call.run().double()
+        for name, changes in VARIANTS.items():
+            of = f"{name}, {shape.batch} x {shape.context}"
+            with check.case(f"decode variant {of}"), variant(**changes):
+                check_close(of, call.run(), truth, bound=1e-2)
+                limit = check.ceilings.copy_gb_s
+                check.figure("rates.decode_variant_gb_s", call.gb_s(), of=of, limit=limit)
+
+
+class DecodeCall:
+    """One layer's decode attention of a batch."""
+
+    def __init__(self, check: Check, shape: DecodeShape):
+        self.check, self.shape, self.config = check, shape, MODELS[shape.model]
+        self.num_shared = SHARED_PROMPT if shape.group > 1 and not check.tiny else 0
+        self.tensors = decode_inputs(check, self.config, shape, self.num_shared)
+
+    def run(self) -> Tensor:
+        longest = {"max_seqlen_q": 1, "max_seqlen_k": self.shape.context}
+        scale = self.config.head_dim**-0.5
+        return paged_attention.paged_attention_triton(*self.tensors, scale=scale, **longest)
+
+    def gb_s(self) -> float:
+        """Of the bytes that must be read if nothing is read twice."""
+        ms = median_ms(self.run, self.check.device, in_graph=True)
+        lengths = [self.shape.context] * self.shape.group
+        itemsize = self.tensors[0].itemsize
+        num_bytes = attention_bytes(self.config, lengths, self.num_shared, itemsize)
+        num_groups = self.shape.batch // self.shape.group
+        return 1e-6 * num_groups * num_bytes / ms
+
+
+def decode_inputs(
+    check: Check, config: ModelConfig, shape: DecodeShape, num_shared: int
+) -> tuple[Tensor, ...]:
+    """Pages in random order, each sequence's own but for the shared prompt of its group."""
+    width = -(-shape.context // PAGE_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randperm(shape.batch * width, generator=generator).view(-1, shape.group, width)
+    shared_pages = num_shared // PAGE_SIZE
+    table[:, :, :shared_pages] = table[:, :1, :shared_pages].clone()
+    heads = config.num_kv_heads, config.head_dim
+    k, v = (check.randn(shape.batch * width, PAGE_SIZE, *heads, seed=seed) for seed in (1, 2))
+    q = check.randn(shape.batch, config.num_heads, config.head_dim, seed=3)
+    seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32)
+    cu_seqlens = torch.arange(shape.batch + 1, dtype=torch.int32)
+    index = (x.to(check.device) for x in (table.flatten(0, 1).int(), seq_lens, cu_seqlens))
+    return (q, k, v, *index)
+
+
+@contextmanager
+def variant(*, keys: int = 0, split: int = 0, num_stages: int = 0) -> Iterator[None]:
+    """The decode kernel launched with other numbers than it ships with; 0 = as it ships."""
+    kernel, shipped_split, launch_for = (
+        paged_decode._decode_kernel,
+        paged_decode._SPLIT,
+        _attend.launch_for,
+    )
+
+    def other_tile(*arguments: Any) -> _attend.Launch:
+        launch = launch_for(*arguments)
+        return launch._replace(constants=launch.constants | {"BLOCK_N": keys})
+
+    try:
+        if num_stages:
+            paged_decode._decode_kernel = WithOptions(kernel, num_stages=num_stages)
+        if split:
+            paged_decode._SPLIT = split
+        if keys:
+            paged_attention.launch_for = other_tile
+        yield
+    finally:
+        paged_decode._decode_kernel, paged_decode._SPLIT = kernel, shipped_split
+        paged_attention.launch_for = launch_for
+
+
+class WithOptions:
+    """A Triton kernel whose every launch gets some more options."""
+
+    def __init__(self, kernel: Any, **options: int):
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid: Any) -> Any:
+        launch = self.kernel[grid]
+        return lambda *tensors, **settings: launch(*tensors, **settings, **self.options)
+
+
+def prefill_attention(check: Check) -> None:
+    """Whole prompts, and the suffixes of second attempts behind long contexts."""
+    config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
+    cases = {
+        "8 prompts of 1000": (8, 1000, 1000),
+        "64 suffixes of 131 behind 1300": (64, 131, 1431),
+    }
+    if check.tiny:
+        cases = {"2 prompts of 20": (2, 20, 20)}
+    for of, (batch, new_tokens, context) in cases.items():
+        shape = DecodeShape("", batch, context)
+        _, k, v, table, seq_lens, _ = decode_inputs(check, config, shape, 0)
+        q = check.randn(batch * new_tokens, config.num_heads, config.head_dim, seed=3)
+        cu_seqlens = torch.arange(0, (batch + 1) * new_tokens, new_tokens, device=check.device)
+
+        def run(
+            tensors: tuple[Tensor, ...] = (q, k, v, table, seq_lens, cu_seqlens.int()),
+            new_tokens: int = new_tokens,
+            context: int = context,
+        ) -> Tensor:
+            longest = {"max_seqlen_q": new_tokens, "max_seqlen_k": context}
+            return paged_attention.paged_attention_triton(*tensors, scale=0.1, **longest)
+
+        pairs = batch * new_tokens * (context - (new_tokens - 1) / 2)
+        flops = 4 * pairs * config.num_heads * config.head_dim
+        rate = 1e-9 * flops / median_ms(run, check.device, in_graph=True)
+        check.figure("rates.prefill_tflop_s", rate, of=of, limit=check.ceilings.bf16_tflop_s)
+
+
+def head_and_draw(check: Check) -> None:
+    """The LM head with its draw in one pass; with fewer registers a second block fits beside."""
+    config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
+    vocab, width = config.vocab_size, config.hidden_size
+    weight = check.randn(vocab, width, seed=1) * width**-0.5
+    kernel = linear_sample._sample_tile_kernel
+    for batch in (2,) if check.tiny else (1, 64, 256):
+        hidden = check.randn(batch, width, seed=2)
+        keys = row_keys(torch.arange(batch).repeat(6, 1).t()).to(check.device)
+        temperature = torch.ones(batch, device=check.device)
+        given = hidden, weight, keys, temperature, None
+
+        def run(given: tuple[Any, ...] = given) -> object:
+            return linear_sample.linear_sample_triton(*given)
+
+        limit = check.ceilings.copy_gb_s
+        num_bytes = sample_bytes(batch, vocab, width, weight.itemsize)
+        for name, options in (("", {}), (", 128 registers", {"maxnreg": 128})):
+            if options and not check.is_cuda:
+                continue
+            linear_sample._sample_tile_kernel = (
+                WithOptions(kernel, **options) if options else kernel
+            )
+            try:
+                rate = 1e-6 * num_bytes / median_ms(run, check.device, in_graph=True)
+            finally:
+                linear_sample._sample_tile_kernel = kernel
+            check.figure("rates.sample_gb_s", rate, of=f"{batch} rows{name}", limit=limit)
+
+
+def elementwise(check: Check) -> None:
+    """Norms, gate, rotary, page writes and the row pass of the policy head; forward and back."""
+    config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
+    num_tokens = 7 if check.tiny else 8192
+    for of, (run, num_bytes) in elementwise_runs(check, config, num_tokens).items():
+        with check.case(f"elementwise {of}"):
+            rate = 1e-6 * num_bytes / median_ms(run, check.device, in_graph=True)
+            limit = check.ceilings.copy_gb_s
+            check.figure("rates.elementwise_gb_s", rate, of=of, limit=limit)
+
+
+def elementwise_runs(
+    check: Check, config: ModelConfig, num_tokens: int
+) -> dict[str, tuple[Run, int]]:
+    """(The call, bytes of its tensors, each once)."""
+    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    x, residual, grad = (check.randn(num_tokens, width, seed=seed) for seed in (1, 2, 3))
+    weight, head_weight = check.randn(width, seed=4), check.randn(head_dim, seed=4)
+    gate_up = check.randn(num_tokens, 2 * inner, seed=5)
+    grad_gate = check.randn(num_tokens, inner, seed=6)
+    num_heads = config.num_heads + 2 * config.num_kv_heads
+    qkv = check.randn(num_tokens, num_heads, head_dim, seed=7)
+    q = qkv[:, : config.num_heads].contiguous()
+    angles = check.randn(num_tokens, head_dim, seed=8, dtype=torch.float32)
+    num_pages = -(-num_tokens // PAGE_SIZE)
+    cache = torch.zeros(
+        num_pages, PAGE_SIZE, config.num_kv_heads, head_dim, dtype=x.dtype, device=check.device
+    )
+    slots = torch.arange(num_tokens, device=check.device)
+    token, tables = x.itemsize * width, 2 * angles.nbytes
+    num_rows = 3 if check.tiny else 1024
+    return {
+        "norm with residual": (lambda: norms.rms_norm(x, weight, 1e-6, residual), 4 * x.nbytes),
+        "norm, backward": (
+            lambda: norms.rms_norm_backward(x, weight, 1e-6, grad, residual),
+            4 * num_tokens * token,
+        ),
+        "norm of heads": (lambda: norms.rms_norm(q, head_weight, 1e-6, None), 2 * q.nbytes),
+        "swiglu": (lambda: gates.swiglu(gate_up), 3 * grad_gate.nbytes),
+        "swiglu, backward": (
+            lambda: gates.swiglu_backward(gate_up, grad_gate),
+            5 * grad_gate.nbytes,
+        ),
+        "rotary": (lambda: rotary(q, angles, angles, False), 2 * q.nbytes + tables),
+        "rotary and page write": (
+            lambda: rotary_write(qkv, angles, angles, cache, cache, slots),
+            2 * qkv.nbytes + tables,
+        ),
+        "policy rows": row_pass(check, num_rows, config.vocab_size),
+    }
+
+
+def row_pass(check: Check, num_rows: int, vocab: int) -> tuple[Run, int]:
+    """Logits in fp32 read once, their gradient written once."""
+    logits = check.randn(num_rows, vocab, seed=1, dtype=torch.float32)
+    grad = torch.empty_like(logits, dtype=check.dtype)
+    targets = torch.arange(num_rows, device=check.device) % vocab
+    row = torch.ones(num_rows, device=check.device)
+    given = targets, row - 10, row, None, row, row
+    tail = (0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True)
+    return (
+        lambda: linear_policy_loss.policy_rows(logits, grad, *given, *tail),
+        logits.nbytes + grad.nbytes,
+    )
+
+
+PARTS: dict[str, Part] = {
+    "decode attention": decode_attention,
+    "head and draw": head_and_draw,
+    "elementwise": elementwise,
+    "prefill attention": prefill_attention,
+    "decode variants": decode_variants,
+}
