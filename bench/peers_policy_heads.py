@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
@@ -32,6 +33,15 @@ def peer_contenders() -> list[list[Contender]]:
         ],
         [Contender("verl", f"chunk {rows}", _verl(rows), 2 * rows) for rows in (512, 2048, 128)],
     ]
+
+
+# Per-token log-probs of each peer at its own defaults; calling one imports the peer.
+PEER_LOGPROBS: dict[str, Callable[[], LogProbs]] = {
+    "TRL": lambda: _trl(4096, 32768),
+    "Liger": lambda: _liger(2048, 4096),
+    "verl": lambda: _verl(512),
+    "cut-cross-entropy": lambda: _cut_cross_entropy(),
+}
 
 
 def peer_versions() -> dict[str, str]:
@@ -65,6 +75,16 @@ def _verl(rows: int) -> LogProbs:
 
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return head(hidden, weight, targets, temperature=1.0)[0]  # its entropy is not optional
+
+    return logprobs
+
+
+def _cut_cross_entropy() -> LogProbs:
+    """A GPU's only: its kernels are Triton's."""
+    module = importlib.import_module("cut_cross_entropy")
+
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -module.linear_cross_entropy(hidden, weight, targets, reduction="none")
 
     return logprobs
 

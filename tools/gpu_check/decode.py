@@ -113,8 +113,9 @@ def eager_and_launches(check: Check) -> None:
     launch_rounds(decoding.engine)
     of = f"{model}, {decoding.rows} x {decoding.context}"
     check.figure("decode.eager_step_ms", decoding.step_ms(check.device), of=of)
+    pages = max(len(sequence.pages) for sequence in decoding.engine._scheduler.running)
     with torch.no_grad():
-        table, num_launches = profile_table(lambda: loop._round(decoding.rows, 8), check.device)
+        table, num_launches = profile_table(lambda: loop._round(decoding.rows, pages), check.device)
     check.figure("decode.launches", num_launches, of=of)
     check.note(f"one decode round of {of}, kernels by time\n{table}")
 

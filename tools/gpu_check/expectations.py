@@ -93,6 +93,21 @@ EXPECTATIONS: dict[str, Expectation] = {
     "decode.filtered_step_ms": _number("ms", "less", "64 x 151936 sorted in fp64", 20.0),
     "decode.generate_step_ms": _number("ms", "less", "28 layers launched from Python", 28.0),
     "decode.times_generate": _number("", "more", "a graph beside Python", 12.0, 3.0),
+    # training
+    "training.update_ms": _time("math attention in fp32, segment by segment", 0.15, 0.5),
+    "training.fp32_update_ms": _time("products at 50 of 800 TFLOP/s", 0.05),
+    "training.peak_gib": _number("GiB", "less", "7k tokens at 1.7 MB, softmax kept", 25.0),
+    "training.launches": _number("", "less", "20 a segment and layer, forward alone", 25000),
+    "training.mismatch_mean_nats": _number("nats", "less", "bf16 sums in another order", 5e-3),
+    "training.mismatch_max_nats": _number("nats", "less", "the tail of it", 0.1),
+    "training.optimizer_ms": _time("several foreach passes instead of one", 0.4),
+    "training.padded_rows_ms": _number("ms", "less", "twice the tokens, logits of all", 900.0),
+    # head
+    "head.bare_gemms_ms": _time("wide products run a little below square ones", 0.85),
+    "head.ours_ms": _time("fp32 logits written and read once more", 0.75, 0.8),
+    "head.peer_ms": _time("four or five products", 0.5),
+    "head.extra_gib": _number("GiB", "less", "dW in fp32 and bf16, the workspace", 3.2),
+    "training.times_padded_rows": _number("", "more", "half the tokens, slower attention", 1.3),
 }
 
 

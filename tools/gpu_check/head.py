@@ -1,0 +1,167 @@
+"""Stage `head`: the policy head, forward and backward, beside three bare GEMMs and its peers.
+
+Every contender's gradients are held to fp64 first: a wrong one is not timed. Peers take part where
+they are installed (`--peers`); each makes per-token log-probs its own way and shares the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.peers_policy_heads import PEER_LOGPROBS
+from socpo_fast.ops import linear_policy_loss, policy_loss
+from socpo_fast.ops._head import matmul_
+from tools.gpu_check.check import Check, Part, Skipped, check_close
+from tools.gpu_check.rooflines import head_flops
+from tools.gpu_check.timing import median_ms, peak_gib
+
+SHAPES = ((8192, 151936, 1024), (8192, 151936, 2048))  # Qwen3-0.6B and 1.7B
+TINY_SHAPES = ((20, 211, 16),)
+WORKSPACES_MIB = (208.0, 1024.0, 2048.0, 4096.0)
+GEMM_ROWS = (1024, 2048, 4096, 8192)  # chunkings among which the fastest bare GEMMs are looked for
+TRUTH_ROWS = 512  # of fp64 logits alive at once
+MAX_ERROR = 1e-2  # of a gradient's norm, bf16 factors
+
+LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, D], weight [V, D], targets [T]
+Gradients = tuple[Tensor, Tensor]  # dX [T, D], dW [V, D]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A microbatch's loss rows: nothing is clipped, so each row needs all three products."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    targets_T: Tensor
+    old_logprobs_T: Tensor
+    advantages_T: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.targets_T), *self.weight_VD.shape
+
+
+def make_problem(check: Check, shape: tuple[int, int, int]) -> tuple[Problem, Gradients]:
+    """Random rows whose ratios are near 1, and their gradients in fp64."""
+    num_rows, vocab, width = shape
+    hidden = check.randn(num_rows, width, seed=1)
+    weight = (2 * width**-0.5 * check.randn(vocab, width, seed=2)).to(check.dtype)
+    targets = torch.arange(num_rows, device=check.device) * 7 % vocab
+    advantages = check.randn(num_rows, seed=3, dtype=torch.float32)
+    old = torch.empty(num_rows, device=check.device)
+    wide, dx = weight.double(), torch.empty(num_rows, width, dtype=torch.float64, device=old.device)
+    dw = torch.zeros_like(wide)
+    for rows in torch.arange(num_rows, device=check.device).split(TRUTH_ROWS):
+        x = hidden[rows].double()
+        logits = x @ wide.T
+        logsumexp = logits.logsumexp(1, keepdim=True)
+        logprobs = (logits.gather(1, targets[rows, None]) - logsumexp)[:, 0]
+        old[rows] = (logprobs - 0.05).float()
+        ratio = (logprobs - old[rows].double()).exp()
+        coefficients = -advantages[rows].double() * ratio / num_rows
+        dz = logits.sub_(logsumexp).exp_().mul_(-coefficients[:, None])
+        dz[torch.arange(len(rows), device=dz.device), targets[rows]] += coefficients
+        dx[rows] = dz @ wide
+        dw += dz.T @ x
+    return Problem(hidden, weight, targets, old, advantages), (dx, dw)
+
+
+def ours(problem: Problem, workspace_mib: float) -> Gradients:
+    hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden_TD, problem.weight_VD))
+    loss = linear_policy_loss(
+        hidden,
+        weight,
+        problem.targets_T,
+        problem.old_logprobs_T,
+        problem.advantages_T,
+        temperature=1.0,
+        num_loss_tokens=len(problem.targets_T),
+        workspace_mib=workspace_mib,
+    ).loss
+    return torch.autograd.grad(loss, (hidden, weight))
+
+
+def by_logprobs(problem: Problem, logprobs_of: LogProbs) -> Gradients:
+    """Per-token log-probs made by someone else, then our loss of them."""
+    hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden_TD, problem.weight_VD))
+    logprobs = logprobs_of(hidden, weight, problem.targets_T)
+    given = logprobs.float(), problem.old_logprobs_T, problem.advantages_T
+    loss = policy_loss(*given, num_loss_tokens=len(problem.targets_T)).loss
+    return torch.autograd.grad(loss, (hidden, weight))
+
+
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def bare_gemms_ms(check: Check, problem: Problem) -> float:
+    """Logits, dX and dW in chunks of rows: the fastest chunking's time."""
+    num_rows, vocab, width = problem.shape
+    dw = torch.zeros(vocab, width, device=check.device)
+    times = []
+    for chunk in sorted({min(rows, num_rows) for rows in GEMM_ROWS}):
+        logits = torch.empty(chunk, vocab, dtype=check.dtype, device=check.device)
+        dx = torch.empty(chunk, width, dtype=check.dtype, device=check.device)
+
+        def run(chunk: int = chunk, logits: Tensor = logits, dx: Tensor = dx) -> None:
+            for start in range(0, num_rows - chunk + 1, chunk):
+                x = problem.hidden_TD[start : start + chunk]
+                torch.mm(x, problem.weight_VD.T, out=logits)
+                torch.mm(logits, problem.weight_VD, out=dx)
+                matmul_(dw, logits.T, x, accumulate=start > 0)
+
+        times.append(median_ms(run, check.device))
+    return min(times)
+
+
+def contenders(problem: Problem) -> dict[str, Callable[[], Gradients]]:
+    """Ours at several workspaces, plain torch, and each peer's default."""
+    runs: dict[str, Callable[[], Gradients]] = {
+        f"ours, {mib:.0f} MiB": lambda mib=mib: ours(problem, mib) for mib in WORKSPACES_MIB
+    }
+    runs["torch naive"] = lambda: by_logprobs(problem, naive)
+    for peer, make_logprobs in PEER_LOGPROBS.items():
+        runs[peer] = lambda make=make_logprobs: by_logprobs(problem, make())
+    return runs
+
+
+def beside_peers(shape_idx: int) -> Part:
+    """One shape: bare GEMMs, then every contender's gradients, time and extra memory."""
+
+    def part(check: Check) -> None:
+        shapes = TINY_SHAPES if check.tiny else SHAPES
+        if shape_idx >= len(shapes):
+            raise Skipped("one tiny shape is enough")
+        problem, truth = make_problem(check, shapes[shape_idx])
+        width = f"D {problem.weight_VD.shape[1]}"
+        limit = check.ceilings.bf16_ms(head_flops(*problem.shape))
+        gemms_ms = bare_gemms_ms(check, problem)
+        check.figure("head.bare_gemms_ms", gemms_ms, of=width, limit=limit)
+        for name, run in contenders(problem).items():
+            with check.case(f"{name}, {width}"):
+                try:
+                    found = run()
+                except (RuntimeError, ImportError, AttributeError) as error:
+                    if name in PEER_LOGPROBS:
+                        raise Skipped(f"{type(error).__name__}: {error}") from None
+                    raise
+                for what, gradient, expected in zip(("dX", "dW"), found, truth, strict=True):
+                    check_close(f"{name}: {what}", gradient, expected, bound=MAX_ERROR)
+                del found
+                key = "head.ours_ms" if name.startswith("ours") else "head.peer_ms"
+                ms = median_ms(run, check.device)
+                check.figure(key, ms, of=f"{name}, {width}", limit=gemms_ms)
+                peak = peak_gib(run, check.device)
+                check.figure("head.extra_gib", peak, of=f"{name}, {width}")
+
+    return part
+
+
+PARTS: dict[str, Part] = {
+    "Qwen3-0.6B": beside_peers(0),
+    "Qwen3-1.7B": beside_peers(1),
+}
