@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from socpo_fast import Engine, SamplingParams
+from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model import Decoder, save_student
 from socpo_fast.model.decoder import turned_heads
 from socpo_fast.ops import Segment, packed_attention
@@ -27,7 +28,8 @@ PAGE_SIZE = 32
 CONTEXT, TINY_CONTEXT = 800, 24
 TOKENS_A_READ = 8
 TIMED_READS = 4  # of so many tokens each
-NEW_TOKENS = TOKENS_A_READ * (TIMED_READS + 4)
+# Early sequences decode while late ones are prefilled: they must not end before all are timed.
+NEW_TOKENS = TOKENS_A_READ * (TIMED_READS + 8)
 
 
 def params_of(num_new: int = NEW_TOKENS, **changes: Any) -> SamplingParams:
@@ -61,22 +63,28 @@ class Decoding:
         params = params_of(n=group_size, **changes)
         for idx, prompt in enumerate(prompts_of(student, groups, context)):
             self.engine.submit(prompt, params, key=(0, idx))
-        while self.engine.stats.decode_tokens < rows:
-            self.engine.step()  # prefills, then compiles and captures
+        while len(self._running()) < rows:
+            self.engine.step()  # prefills
+        for _ in range(2):
+            self.engine.step()  # compiles and captures
+
+    def _running(self) -> list[Sequence]:
+        """Sequences that decode."""
+        return [s for s in self.engine._scheduler.running if s.num_sampled > 0]
 
     def step_ms(self, device: torch.device) -> float:
         """Of one token of every sequence; what eight of them are read together is a part of it."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        live_before = sum(s.num_cached for s in self._running())
         before, started = self.engine.stats.decode_tokens, time.perf_counter()
         for _ in range(TIMED_READS):
             self.engine.step()
-        num_steps = (self.engine.stats.decode_tokens - before) / self.rows
-        return 1e3 * (time.perf_counter() - started) / num_steps
-
-    def live_tokens(self) -> int:
-        """Keys and values that the middle one of the timed steps reads, shared ones each time."""
-        return self.rows * (self.context + NEW_TOKENS // 2)
+        seconds = time.perf_counter() - started
+        num_sampled = self.engine.stats.decode_tokens - before
+        # Keys that the middle one of the timed steps reads, shared ones each time.
+        self.live_tokens = live_before + num_sampled // 2
+        return 1e3 * seconds * self.rows / num_sampled
 
 
 def steps(model: str, batches: tuple[int, ...]) -> Part:
@@ -90,11 +98,12 @@ def steps(model: str, batches: tuple[int, ...]) -> Part:
             of = f"{model}, {batch} x {context}"
             with check.case(f"steps of {of}"):
                 decoding = Decoding(student, batch, 1, context)
+                step_ms = decoding.step_ms(check.device)
                 itemsize = student.lm_head.weight.element_size()
-                num_bytes = decode_bytes(config, decoding.live_tokens(), itemsize)
+                num_bytes = decode_bytes(config, decoding.live_tokens, itemsize)
                 limit = check.ceilings.memory_ms(num_bytes)
                 key = "decode.step_ms" if batch >= 64 else "decode.few_step_ms"
-                check.figure(key, decoding.step_ms(check.device), of=of, limit=limit)
+                check.figure(key, step_ms, of=of, limit=limit)
                 del decoding
 
     return part
@@ -113,7 +122,7 @@ def eager_and_launches(check: Check) -> None:
     launch_rounds(decoding.engine)
     of = f"{model}, {decoding.rows} x {decoding.context}"
     check.figure("decode.eager_step_ms", decoding.step_ms(check.device), of=of)
-    pages = max(len(sequence.pages) for sequence in decoding.engine._scheduler.running)
+    pages = 1 + max(len(sequence.pages) for sequence in decoding.engine._scheduler.running)
     with torch.no_grad():
         table, num_launches = profile_table(lambda: loop._round(decoding.rows, pages), check.device)
     check.figure("decode.launches", num_launches, of=of)
@@ -172,7 +181,9 @@ def beside_transformers(check: Check) -> None:
     prompts = torch.tensor(prompts_of(student, batch, prompt), device=check.device)
     with torch.no_grad():
         expected = theirs(prompts[:1, :64]).logits[0].double()
-    check_close("logits", logits_of(student, prompts[0, :64]), expected, bound=2e-2)
+    # Two ways to round in bf16, through 28 layers.
+    bound = 5e-2 if check.is_cuda else 1e-3
+    check_close("logits", logits_of(student, prompts[0, :64]), expected, bound=bound)
     seconds = []
     for num_new in (1, 1, 5 if check.tiny else 33):
         started = time.perf_counter()

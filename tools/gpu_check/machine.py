@@ -44,7 +44,7 @@ def describe_card(check: Check) -> None:
         "compute capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "L2 MiB": properties.L2_cache_size / 2**20,
-        "shared KiB a block": properties.shared_memory_per_block_optin / 2**10,
+        "shared KiB a block": properties.shared_memory_per_block / 2**10,
     }
     check.note("\n".join(f"{name:20}{value}" for name, value in facts.items()))
     free, total = torch.cuda.mem_get_info(check.device)

@@ -32,7 +32,8 @@ from tests.error_rule import assert_error_rule
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs, str], dict[str, Tensor]]  # (inputs, impl) -> what must be right
 _FLOAT_32 = ("cos", "sin", "old", "temperature", "rewards")  # in fp32 at least, whatever the dtype
-SHARED_TOKENS = 256  # whose pages all sequences of an attention case have in common
+# Of an attention case: whole splits of the decode kernel are shared, on a card and interpreted.
+SEQ_LENS, FEW_SEQ_LENS = (1, 40, 300, 257, 300, 290, 64, 33), (1, 40, 70, 33, 65, 70, 64, 33)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -46,9 +47,9 @@ def attention_inputs(
     """Random pages in random order, NaN where nothing may be read, a shared prefix."""
     num_heads, kv_heads, head_dim = heads
     width = -(-max(seq_lens) // page_size)
+    num_shared = (256 if max(seq_lens) > 256 else 32) // page_size
     generator = torch.Generator().manual_seed(3)
     table = torch.randperm(len(seq_lens) * width, generator=generator).view(-1, width)
-    num_shared = SHARED_TOKENS // page_size
     table[:, :num_shared] = table[0, :num_shared].clone()
     caches = {}
     for name, seed in (("k", 1), ("v", 2)):
@@ -199,7 +200,7 @@ def _head_cases(
     slots = torch.arange(num_rows).flip(0)
     caches = (num_rows // page_size + 1, page_size, kv_heads, head_dim)
     pages = {"qkv": qkv, "slots": slots, **turns, "k": torch.zeros(caches)}
-    seq_lens = [1, 40, 300, 257, 300, 290, 64, 33]
+    seq_lens = list(SEQ_LENS if num_rows >= 64 else FEW_SEQ_LENS)
     decode, prefill = (
         attention_inputs(seq_lens, q_lens, heads=heads, page_size=page_size)
         for q_lens in ([1] * len(seq_lens), [1, 40, 9, 1, 60, 0, 64, 5])
@@ -218,6 +219,16 @@ def _head_cases(
     }
 
 
+def move(inputs: Inputs, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    """To the device, and what is not of the model in fp32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    moved = {}
+    for key, x in inputs.items():
+        number = wide if key in _FLOAT_32 else dtype
+        moved[key] = x.to(device, number if x.is_floating_point() else x.dtype)
+    return moved
+
+
 def compare(
     name: str, run: Run, inputs: Inputs, dtype: torch.dtype, device: torch.device, impl: str
 ) -> float:
@@ -227,20 +238,12 @@ def compare(
         AssertionError: names the output, the first wrong element and the three values there.
     """
 
-    def of(dtype: torch.dtype, device: torch.device | str, impl: str) -> dict[str, Tensor]:
-        wide = torch.promote_types(dtype, torch.float32)
-        dtypes = {
-            key: wide if key in _FLOAT_32 else dtype
-            for key, x in inputs.items()
-            if x.is_floating_point()
-        }
-        moved = {key: x.to(device, dtypes.get(key, x.dtype)) for key, x in inputs.items()}
-        return run(moved, impl)
-
-    actual, plain = of(dtype, device, impl), of(dtype, "cpu", "ref")
-    truth = of(torch.float64, "cpu", "ref")
+    actual = run(move(inputs, dtype, device), impl)
+    plain = run(move(inputs, dtype, "cpu"), "ref")
+    truth = run(move(inputs, torch.float64, "cpu"), "ref")
     worst = 0.0
-    for key, value in truth.items():
+    for key in actual:
+        value = truth[key]
         scale = value.double().abs().nan_to_num().max().clamp(min=1e-30)
         three = [x[key].cpu().double() / scale for x in (actual, plain, truth)]
         assert_error_rule(*three, name=f"{name}: {key}", dtype=dtype)

@@ -21,6 +21,11 @@ class Stage:
     answers: str
     parts_at_once: bool = False
 
+    @property
+    def uses_ceilings(self) -> bool:
+        """Whether its limits are work over the rates of stage `ceilings`."""
+        return self.name in ("rates", "decode", "training", "head")
+
 
 STAGES: tuple[Stage, ...] = (
     Stage("machine", 10, 25, "which card, which versions, how much memory is free"),

@@ -41,7 +41,9 @@ def run_parts(check: Check, parts: Mapping[str, Part]) -> None:
 def run_apart(check: Check, parts: Mapping[str, Part], arguments: list[str]) -> None:
     """Each in a process of its own, all at once. They write to the same results file."""
     command = [sys.executable, "-m", "tools.gpu_check.worker", *arguments, "--part"]
-    processes = {name: subprocess.Popen([*command, name], cwd=ROOT) for name in parts}
+    num_threads = max(1, len(os.sched_getaffinity(0)) // len(parts))
+    environ = os.environ | {"OMP_NUM_THREADS": str(num_threads)}  # idle OpenMP threads spin
+    processes = {name: subprocess.Popen([*command, name], cwd=ROOT, env=environ) for name in parts}
     for name, process in processes.items():
         with check.case(name):
             status = process.wait()
@@ -85,6 +87,8 @@ def main() -> int:
         results=options.results,
         peers=options.peers,
     )
+    if not options.part and stage.uses_ceilings and not check.ceilings.are_measured:
+        check.note(f"limits rest on ceilings that were not measured here: {check.ceilings}")
     if options.part:
         run_parts(check, {options.part: parts[options.part]})
     elif stage.parts_at_once:

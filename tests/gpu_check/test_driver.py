@@ -1,0 +1,179 @@
+"""`python -m tools.gpu_check` as a user meets it: plan, faults, deadline, --failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.gpu_check import __main__ as driver
+from tools.gpu_check.processes import Ending, descendants
+from tools.gpu_check.results import StageResult, read_results
+from tools.gpu_check.stages import BY_NAME, NAMES, STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_driver(
+    *arguments: str, path: str = "", timeout_s: float = 200
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.gpu_check", *arguments]
+    environ = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def test_the_plan_keeps_its_promise() -> None:
+    """Six stages are expected within five minutes, all in eight; budgets are larger."""
+    expected = [stage.expected_s for stage in STAGES]
+    assert sum(expected[:6]) <= 300 and sum(expected) <= 480
+    assert all(stage.expected_s < stage.budget_s <= 110 for stage in STAGES)
+    assert NAMES[:3] == ("machine", "ceilings", "kernels")
+
+
+def test_list_runs_nothing(tmp_path: Path) -> None:
+    done = run_driver("--list", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0 and not (tmp_path / "out").exists()
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(NAMES)
+    assert sum("behind 5 minutes" in line for line in lines) == 4
+    assert "behind" not in run_driver("--list", "--minutes", "8").stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_so_in_one_line_and_exits_2(tmp_path: Path) -> None:
+    done = run_driver("--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert done.stderr == "gpu_check: no CUDA card here, nothing was checked\n"
+
+
+def test_a_driver_that_hangs_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "FIND_CARD_S", 0.5)
+    monkeypatch.setattr(driver, "CARD_NAME", "import time; time.sleep(60)")
+    assert driver.find_card() is None
+    monkeypatch.setattr(driver, "FIND_CARD_S", 20.0)
+    monkeypatch.setattr(driver, "CARD_NAME", "print('NVIDIA Something')")
+    assert driver.find_card() == "NVIDIA Something"
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "message"),
+    [
+        ("hang", "killed", "no end after 4 s"),
+        ("abort", "failed", "exit status -6"),
+        ("flood", "passed", ""),
+    ],
+)
+def test_a_fault_costs_its_own_stage(
+    fault: str, status: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage behind it still runs, and no process is left."""
+    short = tuple(
+        stage.__class__(
+            **{**vars(stage), "expected_s": 1, "budget_s": 4 if fault == "hang" else 60}
+        )
+        if stage.name == "machine"
+        else stage
+        for stage in STAGES
+    )
+    monkeypatch.setattr(driver, "STAGES", short)
+    before = set(descendants(os.getpid()))
+    given = ["--rehearse", "--only", "machine", "ceilings", "--fault", f"machine={fault}"]
+    status_code = driver.main([*given, "--out", str(tmp_path)])
+    stages = read_results(tmp_path / "results.jsonl", NAMES).stages
+    assert stages["machine"].status == status and stages["machine"].message.startswith(message)
+    assert stages["ceilings"].status == "passed" and stages["ceilings"].figures
+    assert status_code == (0 if status == "passed" else 1)
+    assert set(descendants(os.getpid())) <= before
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"| machine | {status} |" in page and "ceilings.copy_gb_s" in page
+    assert (tmp_path / "output.log").stat().st_size < 2**20
+
+
+def test_the_deadline_skips_by_name_and_failed_takes_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run_stage(stage: object, limit_s: float, *rest: object) -> None:
+        ran.append(stage.name)
+        assert limit_s <= stage.budget_s
+        driver.end_stage(rest[1], stage, "failed" if stage.name == "engine" else "passed", "x", 1.0)
+
+    monkeypatch.setattr(driver, "run_stage", run_stage)
+    arguments = ["--rehearse", "--minutes", "1.1", "--out", str(tmp_path)]
+    assert driver.main(arguments) == 1
+    assert ran == [name for name in NAMES if BY_NAME[name].expected_s <= 66]
+    skipped = [name for name in NAMES if name not in ran]
+    stages = read_results(tmp_path / "results.jsonl", NAMES).stages
+    assert {name for name in NAMES if stages[name].status == "skipped"} == set(skipped)
+    assert stages["rates"].message == "expected to take 70 s, 66 s were left"
+    ran.clear()
+    assert driver.main(["--rehearse", "--failed", "--minutes", "9", "--out", str(tmp_path)]) == 1
+    assert ran == [name for name in NAMES if name in (*skipped, "engine")]
+    monkeypatch.setattr(driver, "STAGES", ())
+    assert driver.main(["--rehearse", "--out", str(tmp_path)]) == 0
+
+
+def test_a_stage_gets_no_more_than_the_deadline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(driver, "run_stage", lambda stage, limit_s, *rest: limits.append(limit_s))
+    driver.main(["--rehearse", "--only", "machine", "--minutes", "0.2", "--out", str(tmp_path)])
+    assert limits and limits[0] <= 12
+
+
+@pytest.mark.parametrize(
+    ("returncode", "failures", "status", "message"),
+    [
+        (0, 0, "passed", ""),
+        (1, 2, "failed", "2 failed, first decode"),
+        (1, 0, "failed", "exit status 1: last"),
+        (-11, 0, "failed", "exit status -11: last"),
+        (None, 0, "killed", "no end after 30 s"),
+    ],
+)
+def test_how_a_stage_ended(
+    returncode: int | None, failures: int, status: str, message: str
+) -> None:
+    stage = StageResult("rates", failures=[{"case": "decode"}] * failures)
+    assert driver.judge(Ending(returncode, 1.0, "last", 0), stage, 30.0) == (status, message)
+
+
+def test_a_signal_ends_the_stage_with_the_driver(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.gpu_check", "--rehearse", "--only", "machine"]
+    command += ["--fault", "machine=hang", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        until = time.perf_counter() + 60
+        while len(descendants(process.pid)) < 2 and time.perf_counter() < until:
+            time.sleep(0.1)
+        children = descendants(process.pid)
+        assert len(children) >= 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--minutes", "0"], ["--only", "nothing"], ["--only", "rates", "--failed"]):
+        with pytest.raises(SystemExit):
+            driver.main(arguments)
+    assert "--minutes must be > 0, got 0" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""What a check writes down, what is made of it, and the table."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tools.gpu_check.expectations import EXPECTATIONS, make_figure
+from tools.gpu_check.report import figure_line, number, to_markdown, to_text
+from tools.gpu_check.results import Figure, append, append_figure, read_results
+from tools.gpu_check.stages import NAMES
+
+
+def figure(value: float, **changes: object) -> Figure:
+    given = {"key": "decode.step_ms", "of": "64 x 800", "value": value, "unit": "ms"}
+    return Figure(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("better", "value", "share"), [("less", 4.0, 0.5), ("more", 4.0, 2.0), ("less", 1.0, 2.0)]
+)
+def test_share_of_the_limit(better: str, value: float, share: float) -> None:
+    assert figure(value, better=better, limit=2.0).share == share
+    assert figure(value, better=better).share is None
+
+
+@pytest.mark.parametrize(
+    ("value", "changes", "verdict"),
+    [
+        (3.0, {}, ""),
+        (3.0, {"goal": 4.0}, "ok"),
+        (5.0, {"goal": 4.0}, "missed"),
+        (5.0, {"goal": 4.0, "better": "more"}, "ok"),
+        (3.0, {"goal": 4.0, "better": "more"}, "missed"),
+        (3.0, {"predicted": 4.0}, "ok"),
+        (9.0, {"predicted": 4.0}, "surprise"),
+        (2.0, {"predicted": 4.0, "goal": 4.0}, "surprise"),  # better than thought is one too
+        (0.0, {"predicted": 0.0, "goal": 0.0}, "ok"),
+        (2.0, {"predicted": 0.0}, "surprise"),
+        (math.nan, {"goal": 4.0}, "missed"),
+        (math.inf, {}, "missed"),
+        (5.0, {"goal": 4.0, "is_rehearsed": True}, "rehearsed"),
+    ],
+)
+def test_verdicts(value: float, changes: dict[str, object], verdict: str) -> None:
+    assert figure(value, **changes).verdict == verdict
+
+
+def test_expectations_become_numbers_of_the_limit() -> None:
+    made = make_figure("decode.step_ms", 9.0, of="64 x 800", limit=6.0)
+    assert made.goal == pytest.approx(6.0 / 0.6) and made.verdict == "ok"
+    made = make_figure("rates.sample_gb_s", 1000.0, of="64 rows", limit=3000.0)
+    assert made.goal == pytest.approx(1800.0) and made.verdict == "missed"
+    assert made.share == pytest.approx(1 / 3)
+    general = make_figure("training.peak_gib", 25.0, of="Qwen3-0.6B in bfloat16", limit=None)
+    special = make_figure("training.peak_gib", 25.0, of="Qwen3-1.7B in bfloat16", limit=None)
+    assert general.verdict == "ok" and special.predicted != general.predicted
+    with pytest.raises(AssertionError, match="write one before it is measured"):
+        make_figure("decode.something", 1.0, of="", limit=None)
+
+
+def test_every_expectation_gives_a_reason_and_a_number() -> None:
+    for key, expectation in EXPECTATIONS.items():
+        assert key.split(".")[0] in NAMES, key
+        assert expectation.reason and (expectation.share, expectation.value) != (None, None), key
+
+
+def write_run(path: Path, device: str) -> None:
+    append(path, {"kind": "run", "device": device, "plan": ["rates", "decode"]})
+    append(path, {"kind": "begin", "stage": "rates"})
+    append_figure(path, "rates", figure(3.0, key="rates.decode_gb_s", limit=6.0))
+    append(
+        path,
+        {"kind": "case", "stage": "rates", "case": "a|b", "status": "failed", "message": "x < y"},
+    )
+    append(
+        path,
+        {
+            "kind": "stage",
+            "stage": "rates",
+            "status": "failed",
+            "message": "1 failed",
+            "seconds": 3.0,
+        },
+    )
+
+
+def test_the_latest_outcome_of_a_stage_counts(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_run(path, "card")
+    found = read_results(path, NAMES)
+    assert found.failed() == ["rates"] and found.value_of("rates.decode_gb_s") == 3.0
+    assert set(found.unfinished()) == set(NAMES)
+    append(path, {"kind": "begin", "stage": "rates"})
+    assert read_results(path, NAMES).stages["rates"].status == "cut short"
+    append(
+        path, {"kind": "stage", "stage": "rates", "status": "passed", "message": "", "seconds": 1.0}
+    )
+    found = read_results(path, NAMES)
+    assert found.failed() == [] and found.stages["rates"].figures == []
+    assert "rates" not in found.unfinished()
+
+
+def test_another_card_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_run(path, "card")
+    append(path, {"kind": "run", "device": "card", "plan": []})
+    assert read_results(path, NAMES).stages["rates"].figures
+    append(path, {"kind": "run", "device": "another", "plan": []})
+    assert read_results(path, NAMES).stages["rates"].status == "not run"
+
+
+def test_a_line_that_was_cut_costs_itself(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_run(path, "card")
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        read_results(path, NAMES)
+    path.write_bytes(whole + b'{"kind": "fig')
+    assert read_results(path, NAMES).stages["rates"].status == "failed"
+
+
+def test_text_and_page_hold_every_figure_and_failure(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_run(path, "card")
+    append(path, {"kind": "note", "stage": "rates", "text": "kernel 1 ms\nkernel 2 ms"})
+    found = read_results(path, NAMES)
+    text, page = to_text(found), to_markdown(found)
+    assert "rates: failed in 3 s: 1 failed" in text and "FAILED a|b: x < y" in text
+    assert "rates.decode_gb_s: 64 x 800" in text and "200 %" in text
+    assert "| rates | failed | 3 | 1 failed |" in page and "    kernel 2 ms" in page
+    assert "| rates.decode_gb_s: 64 x 800 | 3 ms | 6 | 200 % |" in page
+    assert "- device: card" in page and "decode: not run" not in text
+
+
+def test_a_line_of_a_figure() -> None:
+    line = figure_line(figure(12.345, limit=6.0, predicted=10.0, goal=11.0))
+    assert (
+        line == "decode.step_ms: 64 x 800: 12.3 ms, limit 6 (49 %), predicted 10, goal 11  missed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (3.0, "3"), (0.123456, "0.123"), (123456.7, "123457"), (2.147e9, "2.15e+09")],
+)
+def test_numbers_are_short(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_records_are_whole_lines_of_json(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_run(path, "card\nof two lines")
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == [
+        "run", "begin", "figure", "case", "stage",
+    ]  # fmt: skip

@@ -1,0 +1,61 @@
+"""Bytes and FLOPs, counted by hand for a small model and known for large ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tools.gpu_check.models import MODELS, make_model
+from tools.gpu_check.rooflines import (
+    ASSUMED,
+    attention_bytes,
+    decode_bytes,
+    head_flops,
+    kv_bytes,
+    matrix_parameters,
+    num_parameters,
+    sample_bytes,
+    update_flops,
+)
+
+TINY = MODELS["tiny"]  # D 32, I 48, 2 layers, 4 heads on 2 of 16, V 211, tied
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "kv_kb"),
+    [("Qwen3-0.6B", 0.596, 115), ("Qwen3-1.7B", 1.72, 115), ("Qwen3-4B", 4.02, 147)],
+)
+def test_released_models_have_their_sizes(name: str, billions: float, kv_kb: float) -> None:
+    assert num_parameters(MODELS[name]) / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert kv_bytes(MODELS[name], 2) / 1e3 == pytest.approx(kv_kb, rel=5e-3)
+
+
+def test_parameters_are_those_of_the_module() -> None:
+    student = make_model(TINY, device="cpu", dtype=torch.float32)
+    assert student.lm_head.weight is student.embed.weight
+    assert num_parameters(TINY) == sum(parameter.numel() for parameter in student.parameters())
+    # qkv, o, gate_up and down, four norms, twice; the last norm; the head
+    layer = 32 * 128 + 64 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 16
+    assert matrix_parameters(TINY) == 2 * layer + 32 + 211 * 32
+
+
+def test_a_decode_step_reads_weights_and_live_keys() -> None:
+    assert kv_bytes(TINY, 4) == 2 * 2 * 2 * 16 * 4
+    assert decode_bytes(TINY, 10, 4) == 4 * matrix_parameters(TINY) + 10 * kv_bytes(TINY, 4)
+    assert ASSUMED.memory_ms(3e9) == pytest.approx(1.0)
+    assert ASSUMED.bf16_ms(798e9) == pytest.approx(1.0)
+
+
+def test_attention_reads_shared_keys_once() -> None:
+    apart = attention_bytes(TINY, [10, 10, 10], 0, 2)
+    together = attention_bytes(TINY, [10, 10, 10], 8, 2)
+    assert apart == 2 * (2 * 30 * 2 * 16 + 2 * 3 * 4 * 16)
+    assert apart - together == 2 * (2 * 2 * 8 * 2 * 16)
+
+
+def test_flops_of_an_update_and_of_the_head() -> None:
+    layers = 6 * 7 * (matrix_parameters(TINY) - 211 * 32)
+    attention = 14 * 28 * 2 * 4 * 16
+    assert update_flops(TINY, 7, 5, 28) == layers + 6 * 5 * 211 * 32 + attention
+    assert head_flops(5, 211, 32) == 6 * 5 * 211 * 32
+    assert sample_bytes(3, 211, 32, 2) == 2 * 32 * 214

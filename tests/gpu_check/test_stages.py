@@ -1,0 +1,78 @@
+"""Every stage end to end on a CPU, with tiny sizes; what it needs, and what it writes down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.gpu_check.expectations import EXPECTATIONS
+from tools.gpu_check.results import Figure, StageResult, read_results
+from tools.gpu_check.stages import NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a card alone can give.
+CARD_ONLY = {
+    "machine.memory_gib", "machine.memory_free_gib", "ceilings.varlen_ms",
+    "ceilings.varlen_peak_gib", "ceilings.varlen_repeats", "engine.capture_ms", "engine.graph_mib",
+    "profilers.dram_share", "profilers.occupancy_share", "profilers.memory_errors",
+    "head.ours_ms: 2048", "decode.step_ms", "rates.decode_gb_s",
+}  # fmt: skip
+# Not on a card's usual image, and not brought along: a stage that imports one would fail there.
+ABSENT = ("tyro", "datasets", "math_verify", "typeguard", "docstring_parser", "socpo_fast._C")
+BLOCK = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in {ABSENT!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+_figures: dict[str, list[Figure]] = {}
+
+
+def run_stage(name: str, results: Path, environ: dict[str, str]) -> StageResult:
+    command = [sys.executable, "-m", "tools.gpu_check.worker", name, "--device", "cpu", "--tiny"]
+    done = subprocess.run(
+        [*command, "--results", str(results)],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    stage = read_results(results, NAMES).stages[name]
+    assert done.returncode == 0, (stage.failures, done.stdout[-3000:], done.stderr[-3000:])
+    return stage
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stage_runs_tiny(name: str, tmp_path: Path) -> None:
+    stage = run_stage(name, tmp_path / "results.jsonl", {})
+    assert stage.failures == []
+    assert {figure.verdict for figure in stage.figures} <= {"rehearsed"}
+    _figures[name] = stage.figures
+    wanted = {key for key in EXPECTATIONS if key.startswith(f"{name}.") and ": " not in key}
+    assert wanted - {figure.key for figure in stage.figures} <= CARD_ONLY
+
+
+def test_a_bare_image_is_enough(tmp_path: Path) -> None:
+    """The trainer's own stage, without the command line's packages and without a compiler."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCK, encoding="utf-8")
+    stage = run_stage("learning", tmp_path / "results.jsonl", {"PYTHONPATH": str(tmp_path)})
+    assert stage.figures and not stage.skips
+
+
+def test_another_package_named_tests_hides_nothing(tmp_path: Path) -> None:
+    """Some wheels ship a top-level `tests`; on PYTHONPATH it stands before a checkout's folders."""
+    for name in ("tests", "tools", "bench"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(
+            "raise RuntimeError('not ours')\n", encoding="utf-8"
+        )
+    stage = run_stage("ceilings", tmp_path / "results.jsonl", {"PYTHONPATH": str(tmp_path)})
+    assert stage.figures

@@ -1,0 +1,132 @@
+"""Stage `profilers`: the vendor's own tools on a few launches. Last, since they are slow.
+
+ncu says what a decode and a sampling launch keep busy; compute-sanitizer looks for reads and writes
+out of bounds in every op. Each runs this module again in a process of its own, with one workload.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from socpo_fast.kernels import linear_sample
+from socpo_fast.ops import row_keys
+from tools.gpu_check.check import ROOT, Check, Part, Skipped
+from tools.gpu_check.models import MODELS
+from tools.gpu_check.op_cases import move, op_cases
+from tools.gpu_check.rates import VARIED, DecodeCall
+
+DRAM = "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
+OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
+KERNELS = "regex:_decode_kernel|_sample_tile_kernel"
+NCU_S, SANITIZER_S = 25, 45
+SIZES, TINY_SIZES = (70, 211, 24), (21, 67, 12)  # rows, vocabulary, width of the sanitizer's ops
+
+
+def workload(name: str, check: Check) -> None:
+    """What a profiler looks at: a few launches, or each op once, small."""
+    if name == "launches":
+        call = DecodeCall(check, VARIED[0])
+        config = MODELS["Qwen3-0.6B"]
+        weight = check.randn(config.vocab_size, config.hidden_size, seed=1)
+        hidden = check.randn(256, config.hidden_size, seed=2)
+        keys = row_keys(torch.arange(256).repeat(6, 1).t()).to(check.device)
+        for _ in range(2):  # the first compiles
+            call.run()
+            ones = torch.ones(256, device=check.device)
+            linear_sample.linear_sample_triton(hidden, weight, keys, ones, None)
+    else:
+        for run, inputs in op_cases(*(TINY_SIZES if check.tiny else SIZES)).values():
+            run(move(inputs, check.dtype, check.device), "triton")
+    if check.is_cuda:
+        torch.cuda.synchronize()
+
+
+def under(tool: str, options: list[str], name: str, check: Check, limit_s: float) -> str:
+    """The tool's output on a workload."""
+    path = shutil.which(tool)
+    if path is None:
+        raise Skipped(f"{tool} is not on the PATH")
+    command = [path, *options, sys.executable, "-m", "tools.gpu_check.profilers", name]
+    command += ["--device", str(check.device)] + ["--tiny"] * check.tiny
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Skipped(f"{tool} took more than {limit_s:g} s") from error
+    text = done.stdout + done.stderr
+    print(text[-4000:], flush=True)
+    return text
+
+
+def ncu(check: Check) -> None:
+    """DRAM traffic and occupancy of one decode and one sampling launch, in per cent of the peak."""
+    options = ["--clock-control", "none", "--csv", "--page", "raw", "--kernel-name", KERNELS]
+    options += ["--metrics", f"{DRAM},{OCCUPANCY}"]
+    rows = parse_ncu(under("ncu", options, "launches", check, NCU_S))
+    if not rows:
+        raise Skipped("ncu wrote no row; it may not be allowed to read counters here")
+    for kernel, (dram, occupancy) in rows.items():
+        check.figure("profilers.dram_share", dram, of=kernel)
+        check.figure("profilers.occupancy_share", occupancy, of=kernel)
+
+
+def parse_ncu(text: str) -> dict[str, tuple[float, float]]:
+    """{kernel: (DRAM, occupancy)} of its last launch, from ncu's CSV among other output."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    found = {}
+    for row in csv.DictReader(lines):
+        try:
+            values = tuple(float(str(row[name]).replace(",", "")) for name in (DRAM, OCCUPANCY))
+        except (KeyError, ValueError):
+            continue  # the row of units
+        found[row["Kernel Name"]] = values
+    return {kernel: (dram, occupancy) for kernel, (dram, occupancy) in found.items()}
+
+
+def sanitizer(check: Check) -> None:
+    """Every op once under memcheck: no read or write out of bounds."""
+    text = under("compute-sanitizer", ["--tool", "memcheck"], "ops", check, SANITIZER_S)
+    summary = re.search(r"ERROR SUMMARY: (\d+) error", text)
+    if summary is None:
+        raise Skipped("compute-sanitizer gave no summary; it may not know this device")
+    num_errors = int(summary[1])
+    check.figure("profilers.memory_errors", num_errors)
+    first = next((line for line in text.splitlines() if "Invalid" in line), "")
+    assert num_errors == 0, f"compute-sanitizer found {num_errors} errors, first: {first.strip()}"
+
+
+PARTS: dict[str, Part] = {"ncu": ncu, "sanitizer": sanitizer}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check.profilers")
+    parser.add_argument("workload", choices=("launches", "ops"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    workload(
+        given.workload,
+        Check(
+            "profilers",
+            device=torch.device(given.device),
+            tiny=given.tiny,
+            results=Path(os.devnull),
+            peers=None,
+        ),
+    )
