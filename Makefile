@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-slow lint types size aot gpu-check clean
+.PHONY: train test test-slow lint types size aot gpu-check gpu-rehearse clean
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -31,9 +31,15 @@ size:
 aot: $(INSTALLED)
 	$(VENV_PYTHON) -m bench.aot
 
-# What cannot be tested without one, on a machine with a CUDA card; writes gpu_check.json. Exit status 2: no card.
-gpu-check: $(INSTALLED)
-	$(VENV_PYTHON) -m bench.gpu_check --json gpu_check.json
+# What only a card can tell, in five minutes (MINUTES=8: all of it); exit status 2: no card. It installs and downloads
+# nothing: torch, Triton, transformers and pydantic must be there, in .venv or in PYTHON. Results: runs/gpu_check.
+MINUTES ?= 5
+gpu-check:
+	$(if $(wildcard $(INSTALLED)),$(VENV_PYTHON),$(PYTHON)) -m tools.gpu_check --minutes $(MINUTES)
+
+# The same code from end to end where there is no card: on the CPU, with tiny sizes.
+gpu-rehearse: $(INSTALLED)
+	$(VENV_PYTHON) -m tools.gpu_check --rehearse --minutes 15
 
 clean:
 	rm -rf .venv build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -34,6 +34,7 @@ from tools.gpu_check.stages import BY_NAME, NAMES, STAGES, Stage
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_MINUTES = 5.0
 FIND_CARD_S = 30.0
+REHEARSAL_PATIENCE = 4  # times a stage's limit: two cores are not a card
 CARD_NAME = """
 import ctypes
 cuda, name, device = ctypes.CDLL("libcuda.so.1"), ctypes.create_string_buffer(100), ctypes.c_int()
@@ -119,7 +120,8 @@ def run_stages(chosen: list[Stage], options: argparse.Namespace, results: Path) 
                 )
                 end_stage(results, stage, "skipped", message, 0.0)
             else:
-                run_stage(stage, min(stage.budget_s, left_s), options, results, log)
+                patience = REHEARSAL_PATIENCE if options.rehearse else 1
+                run_stage(stage, min(patience * stage.budget_s, left_s), options, results, log)
             page = to_markdown(read_results(results, NAMES))
             (options.out / "report.md").write_text(page, encoding="utf-8")
 
