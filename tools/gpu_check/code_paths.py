@@ -72,7 +72,7 @@ def decode_rounds(recorder: Recorder, student: Decoder) -> None:
 
 
 def prefill_step(recorder: Recorder, student: Decoder) -> None:
-    """The first step of an engine: prompts, the forks of their groups, and everybody's first token."""
+    """The first step of an engine: prompts, the forks of their groups, all first tokens."""
     engine = Engine(student, kv_cache_gib=8, page_size=PAGE_SIZE)
     params = SamplingParams(
         temperature=1.0,

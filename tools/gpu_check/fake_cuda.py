@@ -1,10 +1,10 @@
-"""A CUDA device that is not there: the project's code runs on it, and every kernel launch is recorded.
+"""A CUDA device that is not there: the project's code runs on it, every launch is recorded.
 
-Read top-down: fake_cuda enters the modes and replaces what would ask a driver; Recorder sees every op
-of torch and every launch of Triton, and writes them down in Sections.
+Read top-down: fake_cuda enters the modes and replaces what would ask a driver; Recorder sees every
+op of torch and every launch of Triton, and writes them down in Sections.
 
-- A tensor on "cuda" is a FakeTensor: shape, dtype and strides without memory. A tensor on the CPU is
-  an ordinary one, so what the host computes (packing, block tables) is computed.
+- A tensor on "cuda" is a FakeTensor: shape, dtype and strides without memory. A tensor on the CPU
+  is an ordinary one, so what the host computes (packing, block tables) is computed.
 - A host read has no value to return. Where none may happen it is a fault and ends the section;
   elsewhere it is listed, reads zeros, and takes every mask as all true, the largest case.
 - Autograd's engine does not work here, since it asks the device for its streams; Tensor.backward
@@ -63,7 +63,7 @@ class HostRead(Exception):
 
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[Recorder]:
-    """Everything inside runs on the fake device. Kernels must be Triton's own, not the interpreter's."""
+    """Everything inside runs on the fake device; TRITON_INTERPRET must be off."""
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
 

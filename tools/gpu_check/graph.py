@@ -1,7 +1,7 @@
-"""The backward of autograd without its engine, which asks the device for streams that a fake one lacks.
+"""The backward of autograd without its engine, which asks a device for its streams.
 
-`backward` calls the nodes of the graph, each after all that it waits for. Departures from the engine:
-hooks of tensors and nodes do not run, and independent nodes may come in another order.
+`backward` calls the nodes of the graph, each after all that it waits for. Departures from the
+engine: hooks of tensors and nodes do not run, and independent nodes may come in another order.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _call(node: Any, inputs: Mapping[int, Tensor]) -> Sequence[Tensor | None]:
     if not isinstance(node, BackwardCFunction):
         results = node(*gradients)
         return results if isinstance(results, tuple) else (results,)
-    # A Function written in Python gets zeros for what has no gradient, and answers for its numbers too.
+    # A Function written in Python gets zeros for what has no gradient, and its answer has an entry
+    # for each argument, tensor or not.
     for index, meta in enumerate(metadata):
         if gradients[index] is None:
             gradients[index] = torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)

@@ -1,7 +1,7 @@
 """What one kernel launch is: its arguments checked, the bytes it moves, the products it multiplies.
 
-Pure functions of shapes, dtypes and strides. Bytes are a lower bound: an op of torch reads and writes
-each tensor once, and of a Triton kernel each pointer counts once, as nothing says which way it goes.
+Pure functions of shapes, dtypes and strides. Bytes are a lower bound: an op of torch reads and
+writes each tensor once, and of a Triton kernel each pointer counts once, whichever way it goes.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _argument_faults(name: str, value: Any, is_constant: bool, may_have_strides:
 
 
 def _has_dense_rows(x: Tensor) -> bool:
-    """Whether everything behind the first axis is contiguous: that is what a stride is passed for."""
+    """Whether all behind the first axis is contiguous: the first has a stride of its own."""
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size != 1 and stride != expected:
@@ -131,7 +131,7 @@ def _has_dense_rows(x: Tensor) -> bool:
 
 
 def kernel_traffic(tensors: Mapping[str, Tensor]) -> Traffic:
-    """Of a Triton launch: each pointer's tensor once; of a page pool only what table or slots name."""
+    """Of a Triton launch: each tensor once; of a page pool only what table or slots name."""
     pools = [x for name, x in tensors.items() if name in PAGED]
     num_tokens = None
     for name, x in tensors.items():
@@ -183,7 +183,7 @@ def op_traffic(
 
 
 def product_flops(name: str, shapes: Sequence[Sequence[int]]) -> int:
-    """2 M N K of a matrix product, or of fused attention over a whole square; 0 for other ops."""
+    """2 M N K of a matrix product, 4 M N K of fused attention, causal or not; else 0."""
     if name.startswith("_scaled_dot_product") and not name.endswith("backward"):
         (batch, heads, num_queries, head_dim), keys = shapes[0], shapes[1]
         return 4 * batch * heads * num_queries * keys[2] * head_dim
@@ -235,7 +235,7 @@ def label(x: Tensor) -> str:
 
 
 def memory_label(x: Tensor) -> str:
-    """The same with the axes in the order in which they lie in memory, so that a transpose is no other tensor."""
+    """The same with the axes as they lie in memory: a transpose is no other tensor."""
     axes = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
     return _short(x.dtype) + str([x.shape[axis] for axis in axes])
 

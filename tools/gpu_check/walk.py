@@ -1,16 +1,16 @@
 """Lists every kernel that the project launches on a card, without one: the fake CUDA walk.
 
-    python -m tools.gpu_check.walk [--markdown FILE] [--json FILE] [--model NAME]      (make gpu-walk)
+    python -m tools.gpu_check.walk [--markdown FILE] [--json FILE] [--model NAME]   (make gpu-walk)
 
 Needs a CUDA build of PyTorch, no driver and no card. The project's own code (code_paths.py) runs on
-tensors that have a shape and a dtype but no memory (fake_cuda.py): decode rounds, a prefill step, the
-policy head, the element-wise ops, the update of one group, and draws. Prints launches, shapes, bytes
-and products of each. Exits 1 when a launch has wrong arguments, when the host reads where it must
-not, or when a decode round touches a tensor of the host, which no CUDA graph could replay.
+tensors that have a shape and a dtype but no memory (fake_cuda.py): decode rounds, a prefill step,
+the policy head, the element-wise ops, the update of one group, and draws. Prints launches, shapes,
+bytes and products of each. Exits 1 when a launch has wrong arguments, when the host reads where it
+must not, or when a decode round touches a tensor of the host, which no CUDA graph could replay.
 
 What it cannot show: time, memory, and whether a result is right. Autograd's engine does not work on
 the fake device; graph.py calls the nodes of the graph in its place. An op of torch counts as one
-launch, though some make several (sort, index_put_) and a copy is none.
+launch: some make several (sort, index_put_), and a copy from the host is the driver's.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def num_products(launches: list[Launch]) -> int:
 
 
 def kernels(sections: list[Section]) -> list[str]:
-    """A paragraph for each section of some length: how often each kernel, and what is moved most."""
+    """A paragraph for each longer section: how often each kernel, and what is moved most."""
     lines: list[str] = []
     seen: list[Counter[str]] = []
     for section in sections:
