@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-slow lint types size aot gpu-check clean
+.PHONY: train test test-slow lint types size aot gpu-check gpu-walk clean
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -34,6 +34,10 @@ aot: $(INSTALLED)
 # What cannot be tested without one, on a machine with a CUDA card; writes gpu_check.json. Exit status 2: no card.
 gpu-check: $(INSTALLED)
 	$(VENV_PYTHON) -m bench.gpu_check --json gpu_check.json
+
+# Every kernel that a card would be asked to run, listed without one; a CUDA build of PyTorch is enough.
+gpu-walk: $(CUDA_INSTALLED)
+	$(CUDA_VENV_PYTHON) -m tools.gpu_check.walk --markdown docs/gpu.md
 
 clean:
 	rm -rf .venv build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
