@@ -35,7 +35,7 @@ aot: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(VENV_PYTHON) -m bench.gpu_check --json gpu_check.json
 
-# Every kernel that a card would be asked to run, listed without one; a CUDA build of PyTorch is enough.
+# Every kernel that a card would be asked to run, listed without one by a CUDA build of PyTorch.
 gpu-walk: $(CUDA_INSTALLED)
 	$(CUDA_VENV_PYTHON) -m tools.gpu_check.walk --markdown docs/gpu.md
 

@@ -214,11 +214,22 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
-def run_script(root: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    root: Path,
+    *arguments: str,
+    loads: bool = True,
+    **environ: str,
+) -> subprocess.CompletedProcess[str]:
+    """By a stand-in for Python, which knows whether the extension loads and passes on the rest."""
+    stand_in = root.parent / "python"
+    if not stand_in.exists():
+        answer = f'case "$*" in *socpo_fast._C*) exit {int(not loads)} ;; esac'
+        stand_in.write_text(f'#!/bin/sh\n{answer}\nexec {sys.executable} "$@"\n')
+        stand_in.chmod(0o755)
     return subprocess.run(
         ["sh", "gpu_bundle/run.sh", *arguments],
         cwd=root,
-        env={**os.environ, "PYTHON": sys.executable, "TMPDIR": str(root.parent), **environ},
+        env={**os.environ, "PYTHON": str(stand_in), "TMPDIR": str(root.parent), **environ},
         capture_output=True,
         text=True,
         timeout=120,
@@ -252,11 +263,23 @@ def test_the_script_installs_checks_and_cleans_up(tmp_path: Path, checkout: Path
     assert (tmp_path / "limit").read_text().startswith("-k 20 540 ")
     new = set(names_in(checkout)) - before
     assert new == {"socpo_fast/_C.cpython-312-x86_64-linux-gnu.so"}
-    assert sorted(os.listdir(tmp_path)) == ["bin", "checkout", "limit", "out"]  # no packages left
+    left = sorted(os.listdir(tmp_path))
+    assert left == ["bin", "checkout", "limit", "out", "python"]  # no packages
 
 
 def seen_in(out: Path) -> dict[str, Any]:
     return json.loads((out / "seen.json").read_text())
+
+
+def test_an_extension_that_does_not_load_is_left_out(tmp_path: Path, checkout: Path) -> None:
+    done = run_script(checkout, "--out", str(tmp_path / "out"), loads=False)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr == "run.sh: the extension does not load here; the check runs without\n"
+    assert os.listdir(checkout / "socpo_fast") == []
+    built_here = checkout / "socpo_fast" / "_C.cpython-312-x86_64-linux-gnu.so"
+    built_here.write_bytes(b"their own")
+    assert run_script(checkout, "--out", str(tmp_path / "out2"), loads=False).returncode == 3
+    assert built_here.read_bytes() == b"their own"
 
 
 def test_the_script_says_where_it_must_be_started(tmp_path: Path, checkout: Path) -> None:
@@ -271,4 +294,4 @@ def test_the_script_ends_when_a_wheel_is_broken(tmp_path: Path, checkout: Path) 
     wheel.write_bytes(b"no archive")
     done = run_script(checkout, "--out", str(tmp_path / "out"))
     assert done.returncode not in (0, 3) and "tiny_needed" in done.stderr
-    assert os.listdir(tmp_path) == ["checkout"]
+    assert sorted(os.listdir(tmp_path)) == ["checkout", "python"]

@@ -296,7 +296,7 @@ def test_the_summary_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     section.launches += [product, product, Launch("_k", "s", (1,), (("f32[9]", 10**9),), 0)]
     assert walk.summary([section])[2] == "| decode | 3 | 1 | 2 | 2 | 6 | 5 | 2 | 0 |"
     text = "\n".join(walk.details([section]))
-    assert "2 x s\n" in text and "most GB: f32[9] 5" in text and "faults: 1 x bad" in text
+    assert "2 x s\n" in text and "most GB: f32[9] 5\n" in text and "faults: 1 x bad" in text
     report = walk.report_of(section)
     assert [launch["count"] for launch in report["launches"]] == [2, 1]
     assert json.loads(json.dumps(report))["traffic"] == [["f32[9]", 5 * 10**9]]
@@ -355,22 +355,23 @@ def test_the_walk_finds_no_fault(tmp_path: Path) -> None:
 def test_a_read_in_a_decode_round_is_a_fault() -> None:
     code = """
 import sys
-from socpo_fast.engine.decode import DecodeLoop
+from socpo_fast.engine import decode
 from tools.gpu_check import code_paths, walk
-round_ = DecodeLoop._round
-def reading_round(self, *args):
-    round_(self, *args)
-    print(self.drawn_3R.sum().item())
-DecodeLoop._round = reading_round
-walk.walk = lambda config: walk_decode(config)
+draw = decode.draw
+def draw_and_read(*args):
+    drawn_3R = draw(*args)
+    drawn_3R.sum().item()
+    return drawn_3R
 def walk_decode(config):
     with code_paths.fake_cuda() as recorder:
         code_paths.decode_rounds(recorder, code_paths.fake_model(config))
     return recorder.sections
+decode.draw, walk.walk = draw_and_read, walk_decode
 sys.exit(walk.main(["--model", "SmolLM2-135M"]))
 """
     done = run_python("-c", code)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("walk: decode round, batch 256: host read: aten._local_scalar_dense")
+    read = r"host read: aten\._local_scalar_dense of f64\[\] at socpo_fast/engine/decode\.py:\d+"
+    assert re.fullmatch(f"walk: decode round, batch 256: 1 x {read}", lines[0])

@@ -39,8 +39,9 @@ def backward(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 def _arrive(arrived: dict[Any, dict[int, Tensor]], node: Any, index: int, gradient: Tensor) -> None:
     """Adds a gradient to an input of a node, which says what shape and dtype it takes."""
     expected = node._input_metadata[index]
-    if gradient.shape != expected.shape:  # it was broadcast
-        gradient = gradient.sum_to_size(tuple(expected.shape))
+    shape = torch.Size(expected.shape)
+    if gradient.shape != shape:  # it was broadcast
+        gradient = gradient.sum_to_size(shape)
     gradient = gradient.to(expected.dtype)
     inputs = arrived.setdefault(node, {})
     inputs[index] = inputs[index] + gradient if index in inputs else gradient

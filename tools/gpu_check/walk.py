@@ -61,10 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         report = {"walk": header, "sections": [report_of(section) for section in sections]}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    faults = [f"walk: {section.name}: {fault}" for section in sections for fault in section.faults]
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    return 1 if faults else 0
+    num_faults = 0
+    for section in sections:
+        for fault, count in Counter(section.faults).items():
+            num_faults += count
+            print(f"walk: {section.name}: {count} x {fault}", file=sys.stderr)
+    return 1 if num_faults else 0
 
 
 def header_of(model: str) -> str:
@@ -96,7 +98,7 @@ def num_products(launches: list[Launch]) -> int:
 
 
 def kernels(sections: list[Section]) -> list[str]:
-    """A paragraph for each longer section: how often each kernel, and what is moved most."""
+    """A paragraph for each longer section: kernels, what is moved most, and host reads."""
     lines: list[str] = []
     seen: list[Counter[str]] = []
     for section in sections:
@@ -104,14 +106,22 @@ def kernels(sections: list[Section]) -> list[str]:
         if counts.total() <= 10 or counts in seen:
             continue
         seen.append(counts)
-        names = [f"{count} `{kernel}`" for kernel, count in counts.most_common() if count > 1]
+        names = [f"{count}~`{kernel}`" for kernel, count in counts.most_common() if count > 1]
         once = [f"`{kernel}`" for kernel, count in counts.items() if count == 1]
-        if once:
-            names.append("once " + " ".join(once))
-        most = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in traffic(section)[:3])
-        text = f"- **{section.name}**: {', '.join(names)}. Most GB: {most}."
-        lines += textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+        parts = [f"- **{section.name}**: {', '.join(names)}"]
+        parts += [f"Once: {', '.join(once)}"] if once else []
+        moved = [text.replace(" ", "~") for text in most_moved(section)]
+        parts += [f"Most GB: {'; '.join(moved)}"]
+        parts += [f"Host reads: {'; '.join(section.reads)}"] if section.reads else []
+        text = ". ".join(parts) + "."
+        wrapped = textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+        lines += [line.replace("~", " ") for line in wrapped]  # what belongs together stays so
     return lines
+
+
+def most_moved(section: Section) -> list[str]:
+    """The tensors with the most traffic, and their GB."""
+    return [f"{name} {size / 1e9:.3g}" for name, size in traffic(section)[:3]]
 
 
 def details(sections: list[Section]) -> list[str]:
@@ -129,8 +139,7 @@ def details(sections: list[Section]) -> list[str]:
                 lines.append(f"{count:12} x {launch.shapes}{grid}")
             if len(variants) > MAX_SHAPES:
                 lines.append(f"{len(variants) - MAX_SHAPES:12} more variants")
-        most = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in traffic(section)[:5])
-        lines.append(f"  most GB: {most}")
+        lines.append(f"  most GB: {'; '.join(most_moved(section))}")
         for title in ("reads", "uploads", "faults"):
             texts = Counter(getattr(section, title))
             lines += [f"  {title}: {count} x {text}" for text, count in texts.items()]
