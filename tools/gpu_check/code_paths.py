@@ -17,7 +17,7 @@ from socpo_fast.engine.decode import DecodeLoop
 from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import draw
 from socpo_fast.model import Decoder, ModelConfig
-from socpo_fast.model.decoder import rotary_tables
+from socpo_fast.model.decoder import Layer, rotary_tables
 from socpo_fast.ops import linear_policy_loss, rms_norm, rotary, rotary_write, swiglu
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
@@ -109,6 +109,7 @@ def policy_head(recorder: Recorder, student: Decoder) -> None:
 def element_wise(recorder: Recorder, student: Decoder) -> None:
     """Each op forward and backward, and the engine's write of keys and values."""
     config, layer = student.config, student.layers[0]
+    assert isinstance(layer, Layer)
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     weight_D, eps = layer.attention_norm.weight, config.rms_norm_eps
     x_TD = _empty(NUM_TOKENS, config.hidden_size).requires_grad_()
@@ -117,7 +118,8 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
     qkv_THE = _empty(NUM_TOKENS, heads + 2 * kv_heads, head_dim).requires_grad_()
     positions_T = torch.empty(NUM_TOKENS, dtype=torch.int64, device=DEVICE)
     tables = rotary_tables(positions_T, student.inv_freq, config.rope_attention_factor)
-    caches = [_empty(NUM_TOKENS // PAGE_SIZE, PAGE_SIZE, kv_heads, head_dim) for _ in range(2)]
+    k_cache_PSKE = _empty(NUM_TOKENS // PAGE_SIZE, PAGE_SIZE, kv_heads, head_dim)
+    v_cache_PSKE = torch.empty_like(k_cache_PSKE)
     norm = partial(rms_norm, x_TD, weight_D, eps=eps)
     ops: dict[str, Callable[[], Any]] = {
         "rms_norm": norm,
@@ -125,9 +127,10 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
         "swiglu": lambda: swiglu(gate_up_TJ),
         "rotary of q and k": lambda: rotary(qkv_THE[:, :-kv_heads], *tables),
     }
-    if layer.attention.q_norm is not None:
-        ops["norm of q"] = lambda: layer.attention.q_norm(qkv_THE[:, :heads])
-        ops["norm of k"] = lambda: layer.attention.k_norm(qkv_THE[:, heads:-kv_heads])
+    q_norm, k_norm = layer.attention.q_norm, layer.attention.k_norm
+    if q_norm is not None and k_norm is not None:
+        ops["norm of q"] = partial(q_norm, qkv_THE[:, :heads])
+        ops["norm of k"] = partial(k_norm, qkv_THE[:, heads:-kv_heads])
     for name, op in ops.items():
         outputs: Any = ()
         with recorder.section(name, may_read=False):
@@ -140,7 +143,7 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
         for leaf in (x_TD, residual_TD, gate_up_TJ, qkv_THE):
             leaf.grad = None
     with recorder.section("rotary_write", may_read=False), torch.no_grad():
-        rotary_write(qkv_THE, *tables, *caches, positions_T)
+        rotary_write(qkv_THE, *tables, k_cache_PSKE, v_cache_PSKE, positions_T)
 
 
 def update(recorder: Recorder, student: Decoder) -> None:

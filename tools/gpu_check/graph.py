@@ -30,10 +30,10 @@ def backward(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
             if hasattr(node, "variable"):
                 _accumulate(node.variable, inputs[0])
                 continue
-            gradients_of_inputs = _call(node, inputs)
-            for edge, gradient in zip(node.next_functions, gradients_of_inputs, strict=True):
-                if edge[0] is not None and gradient is not None:
-                    _arrive(arrived, *edge, gradient)
+            results = _call(node, inputs)
+            for (following, index), result in zip(node.next_functions, results, strict=True):
+                if following is not None and result is not None:
+                    _arrive(arrived, following, index, result)
 
 
 def _arrive(arrived: dict[Any, dict[int, Tensor]], node: Any, index: int, gradient: Tensor) -> None:

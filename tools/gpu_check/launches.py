@@ -236,10 +236,12 @@ def label(x: Tensor) -> str:
 
 def memory_label(x: Tensor) -> str:
     """The same with the axes as they lie in memory: a transpose is no other tensor."""
-    axes = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
+    strides = x.stride()
+    axes = sorted(range(x.dim()), key=lambda axis: -strides[axis])
     return _short(x.dtype) + str([x.shape[axis] for axis in axes])
 
 
 def _short(dtype: torch.dtype) -> str:
-    kind, bits = re.fullmatch(r"torch\.([a-z]+)(.*)", str(dtype)).groups()
-    return SHORT.get(kind, kind) + bits
+    name = str(dtype).removeprefix("torch.")
+    kind = re.split(r"\d", name)[0]
+    return SHORT.get(kind, kind) + name.removeprefix(kind)

@@ -36,8 +36,8 @@ from tools.gpu_check.models import MODELS
 
 BEGIN, END = "<!-- begin of the walk -->", "<!-- end of the walk -->"  # what --markdown replaces
 MAX_SHAPES = 4  # of a kernel that are printed; --json has them all
-COLUMNS = ("code path", "launches", "Triton", "torch", "products", "TFLOP", "GB", "host reads")
-COLUMNS += ("uploads",)
+COUNTS = ("launches", "Triton", "torch", "products", "TFLOP", "GB", "host reads", "uploads")
+COLUMNS = ("code path", *COUNTS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def header_of(model: str) -> str:
 
 def summary(sections: list[Section]) -> list[str]:
     """A table with a row for each section."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows: list[tuple[str, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
     for section in sections:
         launches = section.launches
         num_torch = sum(launch.is_torch for launch in launches)
