@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-slow lint types size aot gpu-check gpu-rehearse clean
+.PHONY: train test test-slow lint types size aot gpu-check gpu-rehearse gpu-walk clean
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -40,6 +40,10 @@ gpu-check:
 # The same code from end to end where there is no card: on the CPU, with tiny sizes.
 gpu-rehearse: $(INSTALLED)
 	$(VENV_PYTHON) -m tools.gpu_check --rehearse --minutes 15
+
+# Every kernel that a card would be asked to run, listed without one by a CUDA build of PyTorch.
+gpu-walk: $(CUDA_INSTALLED)
+	$(CUDA_VENV_PYTHON) -m tools.gpu_check.walk --markdown docs/gpu.md
 
 clean:
 	rm -rf .venv build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

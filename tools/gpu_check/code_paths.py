@@ -1,0 +1,185 @@
+"""The code paths of the fake CUDA walk, each a section: walk names them in order.
+
+They run the project's own code, through the same doors as the engine and the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from socpo_fast.engine import Engine
+from socpo_fast.engine.decode import DecodeLoop
+from socpo_fast.engine.runner import Runner
+from socpo_fast.engine.sampler import draw
+from socpo_fast.model import Decoder, ModelConfig
+from socpo_fast.model.decoder import Layer, rotary_tables
+from socpo_fast.ops import linear_policy_loss, rms_norm, rotary, rotary_write, swiglu
+from socpo_fast.train.step import policy_gradients
+from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
+from tools.gpu_check.fake_cuda import Recorder, fake_cuda
+from tools.gpu_check.graph import backward
+from tools.gpu_check.launches import Section
+
+DEVICE, DTYPE = "cuda:0", torch.bfloat16
+PAGE_SIZE, NUM_PAGES = 32, 64  # of a sequence: a context of 2048
+DECODE_ROWS = (256, 16, 1)
+NUM_TOKENS = 8192  # of the policy head and of the element-wise ops
+PROMPT, GROUP_SIZE, ATTEMPT, BRIDGE = 300, 8, 1000, 130  # tokens; half have two attempts
+
+
+def walk(config: ModelConfig) -> list[Section]:
+    """Every code path below, for a model of this shape."""
+    with fake_cuda() as recorder:
+        student = fake_model(config)
+        decode_rounds(recorder, student)
+        prefill_step(recorder, student)
+        policy_head(recorder, student)
+        element_wise(recorder, student)
+        update(recorder, student)
+        draws(recorder, student)
+    return recorder.sections
+
+
+def fake_model(config: ModelConfig) -> Decoder:
+    """A decoder on the fake device."""
+    with torch.device("meta"):
+        student = Decoder(config)
+    for name, parameter in list(student.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        empty = torch.empty(parameter.shape, dtype=DTYPE, device=DEVICE)
+        setattr(student.get_submodule(module), leaf, nn.Parameter(empty))
+    if config.tie_word_embeddings:
+        student.lm_head.weight = student.embed.weight
+    student.inv_freq = config.inverse_frequencies().to(DEVICE)
+    return student
+
+
+def decode_rounds(recorder: Recorder, student: Decoder) -> None:
+    """What a CUDA graph captures: no read, and nothing of the host."""
+    for rows in DECODE_ROWS:
+        num_pages = rows * NUM_PAGES
+        options = {"num_pages": num_pages, "page_size": PAGE_SIZE}
+        runner = Runner(student, **options, cascade=True, attention="auto")
+        loop = DecodeLoop(runner, max_running=rows, max_rounds=8)
+        name = f"decode round, batch {rows}"
+        with recorder.section(name, may_read=False, may_upload=False), torch.no_grad():
+            loop._round(rows, NUM_PAGES)
+
+
+def prefill_step(recorder: Recorder, student: Decoder) -> None:
+    """The first step of an engine: prompts, the forks of their groups, all first tokens."""
+    engine = Engine(student, kv_cache_gib=8, page_size=PAGE_SIZE)
+    params = SamplingParams(
+        temperature=1.0,
+        max_new_tokens=8,
+        eos_ids=(),
+        ignore_eos=True,
+        n=GROUP_SIZE,
+    )
+    for question_idx in range(6):
+        engine.submit(range(PROMPT), params, key=(0, question_idx))
+    with recorder.section(f"prefill step, 6 x {PROMPT} tokens", may_read=True):
+        engine.step()
+
+
+def policy_head(recorder: Recorder, student: Decoder) -> None:
+    """Three products and a row pass for each chunk; the backward only scales."""
+    weight_VD = student.lm_head.weight.detach().requires_grad_()
+    hidden_TD = _empty(NUM_TOKENS, student.config.hidden_size).requires_grad_()
+    values_T = torch.empty(NUM_TOKENS, device=DEVICE)
+    targets_T = values_T.to(torch.int64)
+    with recorder.section(f"policy head, {NUM_TOKENS} rows", may_read=False):
+        policy = linear_policy_loss(
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            values_T,
+            values_T,
+            temperature=1.0,
+            num_loss_tokens=float(NUM_TOKENS),
+        )
+        policy.loss.backward()
+
+
+def element_wise(recorder: Recorder, student: Decoder) -> None:
+    """Each op forward and backward, and the engine's write of keys and values."""
+    config, layer = student.config, student.layers[0]
+    assert isinstance(layer, Layer)
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    weight_D, eps = layer.attention_norm.weight, config.rms_norm_eps
+    x_TD = _empty(NUM_TOKENS, config.hidden_size).requires_grad_()
+    residual_TD = _empty(NUM_TOKENS, config.hidden_size).requires_grad_()
+    gate_up_TJ = _empty(NUM_TOKENS, 2 * config.intermediate_size).requires_grad_()
+    qkv_THE = _empty(NUM_TOKENS, heads + 2 * kv_heads, head_dim).requires_grad_()
+    positions_T = torch.empty(NUM_TOKENS, dtype=torch.int64, device=DEVICE)
+    tables = rotary_tables(positions_T, student.inv_freq, config.rope_attention_factor)
+    k_cache_PSKE = _empty(NUM_TOKENS // PAGE_SIZE, PAGE_SIZE, kv_heads, head_dim)
+    v_cache_PSKE = torch.empty_like(k_cache_PSKE)
+    norm = partial(rms_norm, x_TD, weight_D, eps=eps)
+    ops: dict[str, Callable[[], Any]] = {
+        "rms_norm": norm,
+        "rms_norm with residual": partial(norm, residual_TD=residual_TD),
+        "swiglu": lambda: swiglu(gate_up_TJ),
+        "rotary of q and k": lambda: rotary(qkv_THE[:, :-kv_heads], *tables),
+    }
+    q_norm, k_norm = layer.attention.q_norm, layer.attention.k_norm
+    if q_norm is not None and k_norm is not None:
+        ops["norm of q"] = partial(q_norm, qkv_THE[:, :heads])
+        ops["norm of k"] = partial(k_norm, qkv_THE[:, heads:-kv_heads])
+    for name, op in ops.items():
+        outputs: Any = ()
+        with recorder.section(name, may_read=False):
+            outputs = op()
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        gradients = [torch.empty_like(x) for x in outputs]
+        with recorder.section(f"{name}, backward", may_read=False):
+            backward(outputs, gradients)
+        student.zero_grad()
+        for leaf in (x_TD, residual_TD, gate_up_TJ, qkv_THE):
+            leaf.grad = None
+    with recorder.section("rotary_write", may_read=False), torch.no_grad():
+        rotary_write(qkv_THE, *tables, k_cache_PSKE, v_cache_PSKE, positions_T)
+
+
+def update(recorder: Recorder, student: Decoder) -> None:
+    """Forward and backward of one group; its statistics are read at the end."""
+    rollouts = [_rollout(idx, num_attempts=1 + idx % 2) for idx in range(GROUP_SIZE)]
+    with recorder.section("update of one group", may_read=True):
+        policy_gradients(student, rollouts, token_budget=16384, temperature=1.0)
+
+
+def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:
+    key, values = RolloutKey(0, 0), torch.zeros(ATTEMPT)
+    attempts = [
+        Attempt(list(range(ATTEMPT)), values, values, "length", key, rollout_idx, attempt_idx, 0)
+        for attempt_idx in range(num_attempts)
+    ]
+    return Rollout(
+        question_idx=0,
+        rollout_idx=rollout_idx,
+        prompt_ids=list(range(PROMPT)),
+        attempts=attempts,
+        bridges=[list(range(BRIDGE))] * (num_attempts - 1),
+        cuts=[None] * (num_attempts - 1),
+        advantages=[1.0] * num_attempts,
+    )
+
+
+def draws(recorder: Recorder, student: Decoder) -> None:
+    """The LM head and the draw, without a filter and with top-p."""
+    rows = max(DECODE_ROWS)
+    hidden_BD = _empty(rows, student.config.hidden_size)
+    noise_B = torch.empty(rows, dtype=torch.int64, device=DEVICE)
+    settings_4B = torch.empty(4, rows, device=DEVICE)
+    for name, is_filtered in (("draw", False), ("draw with top-p", True)):
+        with recorder.section(f"{name}, batch {rows}", may_read=is_filtered), torch.no_grad():
+            draw(student, hidden_BD, noise_B, noise_B, settings_4B, is_filtered)
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=DTYPE, device=DEVICE)

@@ -1,0 +1,186 @@
+"""Lists every kernel that the project launches on a card, without one: the fake CUDA walk.
+
+    python -m tools.gpu_check.walk [--markdown FILE] [--json FILE] [--model NAME]   (make gpu-walk)
+
+Needs a CUDA build of PyTorch, no driver and no card. The project's own code (code_paths.py) runs on
+tensors that have a shape and a dtype but no memory (fake_cuda.py): decode rounds, a prefill step,
+the policy head, the element-wise ops, the update of one group, and draws. Prints launches, shapes,
+bytes and products of each. Exits 1 when a launch has wrong arguments, when the host reads where it
+must not, or when a decode round touches a tensor of the host, which no CUDA graph could replay.
+
+What it cannot show: time, memory, and whether a result is right. Autograd's engine does not work on
+the fake device; graph.py calls the nodes of the graph in its place. An op of torch counts as one
+launch: some make several (sort, index_put_), and a copy from the host is the driver's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from socpo_fast.report.environment import installed_version
+from tools.gpu_check.code_paths import walk
+from tools.gpu_check.fake_cuda import ROOT
+from tools.gpu_check.launches import PRODUCTS, Launch, Section
+from tools.gpu_check.models import MODELS
+
+BEGIN, END = "<!-- begin of the walk -->", "<!-- end of the walk -->"  # what --markdown replaces
+MAX_SHAPES = 4  # of a kernel that are printed; --json has them all
+COUNTS = ("launches", "Triton", "torch", "products", "TFLOP", "GB", "host reads", "uploads")
+COLUMNS = ("code path", *COUNTS)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    title = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check.walk", description=title)
+    parser.add_argument("--markdown", type=Path, help="write the summary there, between its marks")
+    parser.add_argument("--json", type=Path, help="write every launch there")
+    parser.add_argument("--model", choices=MODELS, default="Qwen3-0.6B")
+    options = parser.parse_args(arguments)
+    if torch.version.cuda is None:
+        needed = f"a CUDA build of torch is needed, got torch {torch.__version__}"
+        print(f"walk: {needed}; `make gpu-walk` installs one (no card needed)", file=sys.stderr)
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when a kernel is defined
+    sections = walk(MODELS[options.model])
+    header = header_of(options.model)
+    print("\n".join([header, "", *summary(sections), "", *details(sections)]))
+    if options.markdown:
+        text = "\n".join([header, "", *summary(sections), "", *kernels(sections)])
+        write_between_marks(options.markdown, text)
+    if options.json:
+        report = {"walk": header, "sections": [report_of(section) for section in sections]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    num_faults = 0
+    for section in sections:
+        for fault, count in Counter(section.faults).items():
+            num_faults += count
+            print(f"walk: {section.name}: {count} x {fault}", file=sys.stderr)
+    return 1 if num_faults else 0
+
+
+def header_of(model: str) -> str:
+    """What was walked, on what, when."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    revision = done.stdout.strip() or "unknown"
+    versions = f"torch {torch.__version__}, triton {installed_version('triton')}"
+    return f"{model}, bf16, sm_90; revision {revision}, {versions}, {date.today().isoformat()}."
+
+
+def summary(sections: list[Section]) -> list[str]:
+    """A table with a row for each section."""
+    rows: list[tuple[str, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
+    for section in sections:
+        launches = section.launches
+        num_torch = sum(launch.is_torch for launch in launches)
+        flops = sum(launch.flops for launch in launches) / 1e12
+        moved = sum(launch.num_bytes for launch in launches) / 1e9
+        counts = len(launches), len(launches) - num_torch, num_torch, num_products(launches)
+        rest = f"{flops:.3g}", f"{moved:.3g}", len(section.reads), len(section.uploads)
+        rows.append(tuple(map(str, (section.name, *counts, *rest))))
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def num_products(launches: list[Launch]) -> int:
+    """Matrix products of cuBLAS."""
+    return sum(launch.kernel.removeprefix("aten.") in PRODUCTS for launch in launches)
+
+
+def kernels(sections: list[Section]) -> list[str]:
+    """A paragraph for each longer section: kernels, what is moved most, and host reads."""
+    lines: list[str] = []
+    seen: list[Counter[str]] = []
+    for section in sections:
+        counts = Counter(launch.kernel for launch in section.launches)
+        if counts.total() <= 10 or counts in seen:
+            continue
+        seen.append(counts)
+        names = [f"{count}~`{kernel}`" for kernel, count in counts.most_common() if count > 1]
+        once = [f"`{kernel}`" for kernel, count in counts.items() if count == 1]
+        parts = [f"- **{section.name}**: {', '.join(names)}"]
+        parts += [f"Once: {', '.join(once)}"] if once else []
+        moved = [text.replace(" ", "~") for text in most_moved(section)]
+        parts += [f"Most GB: {'; '.join(moved)}"]
+        parts += [f"Host reads: {'; '.join(section.reads)}"] if section.reads else []
+        text = ". ".join(parts) + "."
+        wrapped = textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+        lines += [line.replace("~", " ") for line in wrapped]  # what belongs together stays so
+    return lines
+
+
+def most_moved(section: Section) -> list[str]:
+    """The tensors with the most traffic, and their GB."""
+    return [f"{name} {size / 1e9:.3g}" for name, size in traffic(section)[:3]]
+
+
+def details(sections: list[Section]) -> list[str]:
+    """Each section's kernels with their shapes and grids, its reads, uploads and faults."""
+    lines = []
+    for section in sections:
+        lines += ["", f"## {section.name}", ""]
+        by_kernel: dict[str, Counter[Launch]] = {}
+        for launch in section.launches:
+            by_kernel.setdefault(launch.kernel, Counter())[launch] += 1
+        for kernel, variants in sorted(by_kernel.items(), key=lambda item: -item[1].total()):
+            lines.append(f"{variants.total():6} {kernel}")
+            for launch, count in variants.most_common(MAX_SHAPES):
+                grid = f" grid {launch.grid}" if launch.grid else ""
+                lines.append(f"{count:12} x {launch.shapes}{grid}")
+            if len(variants) > MAX_SHAPES:
+                lines.append(f"{len(variants) - MAX_SHAPES:12} more variants")
+        lines.append(f"  most GB: {'; '.join(most_moved(section))}")
+        for title in ("reads", "uploads", "faults"):
+            texts = Counter(getattr(section, title))
+            lines += [f"  {title}: {count} x {text}" for text, count in texts.items()]
+    return lines
+
+
+def traffic(section: Section) -> list[tuple[str, int]]:
+    """Tensors by the bytes that are read and written of them, most first."""
+    sizes: Counter[str] = Counter()
+    for launch in section.launches:
+        for name, size in launch.traffic:
+            sizes[name] += size
+    return sizes.most_common()
+
+
+def report_of(section: Section) -> dict[str, Any]:
+    """A section as JSON: every different launch once, with its count."""
+    launches = [
+        {
+            "kernel": launch.kernel,
+            "count": count,
+            "shapes": launch.shapes,
+            "grid": launch.grid,
+            "bytes": launch.num_bytes,
+            "flops": launch.flops,
+        }
+        for launch, count in Counter(section.launches).most_common()
+    ]
+    texts = {name: getattr(section, name) for name in ("reads", "uploads", "faults")}
+    return {"section": section.name, "launches": launches, "traffic": traffic(section), **texts}
+
+
+def write_between_marks(path: Path, text: str) -> None:
+    """Replaces what stands between the marks of a file, or writes a new file with them."""
+    old = path.read_text(encoding="utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
+    if BEGIN not in old or END not in old:
+        raise ValueError(f"walk: {path} must have the lines {BEGIN} and {END}, got a file without")
+    before, _, rest = old.partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
