@@ -120,6 +120,7 @@ def aot_configs() -> AotConfigs:
 def _logprob_rows_kernel(
     logits_ptr, values_ptr, targets_ptr, inv_temperature_ptr, num_rows, num_cols, stride_ln, BLOCK_V: tl.constexpr
 ):
+    # In 64 bits, and every offset with it: a large workspace holds more than 2^31 logits.
     row = tl.program_id(0).to(tl.int64)
     logits_row_ptr = logits_ptr + row * stride_ln
     inv_temperature = tl.load(inv_temperature_ptr + row)
@@ -151,6 +152,7 @@ def _logprob_rows_backward_kernel(
     stride_gn,
     BLOCK_V: tl.constexpr,
 ):
+    # In 64 bits, and every offset with it: a large workspace holds more than 2^31 logits.
     row = tl.program_id(0).to(tl.int64)
     logits_row_ptr = logits_ptr + row * stride_ln
     target = tl.load(targets_ptr + row)

@@ -152,6 +152,7 @@ def _policy_rows_kernel(
     BLOCK_V: tl.constexpr,
 ):
     dtype = logits_ptr.dtype.element_ty
+    # In 64 bits, and every offset with it: a large workspace holds more than 2^31 logits.
     row = tl.program_id(0).to(tl.int64)
     logits_row_ptr = logits_ptr + row * stride_ln
     target = tl.load(targets_ptr + row)

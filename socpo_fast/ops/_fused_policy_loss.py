@@ -35,7 +35,7 @@ def fused_policy_loss(
     ref_logprobs_N: Tensor | None,
     metrics: Metrics,
     skip_below: float,
-    workspace_mib: float,
+    workspace_mib: float | None,
     impl: str,
     **options: Unpack[LossOptions],
 ) -> PolicyLoss:
@@ -93,7 +93,7 @@ class _Call(NamedTuple):
     kl_coef: float
     kl_estimator: int
     skip_below: float
-    workspace_mib: float
+    workspace_mib: float | None
     impl: str
 
     def compact(self) -> _Call:

@@ -19,8 +19,12 @@ from torch import Tensor
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.ops._impl import extension_is_built
 
-# MiB of logits and picked rows. With the rest (dx, GEMM scratch) an op stays below dweight + 256 MiB.
-WORKSPACE_MIB = 208.0
+# MiB of logits and picked rows. With the rest (dx, GEMM scratch) an op stays below dweight + 256
+# MiB on a CPU and below dweight + GPU_WORKSPACE_MIB + 256 MiB on a card. A card gets ten times as
+# much: weight and dweight cross its memory once a chunk, and with 208 MiB, which is 237 rows of
+# Qwen3's vocabulary in bf16, that would take longer than the GEMMs.
+CPU_WORKSPACE_MIB = 208.0
+GPU_WORKSPACE_MIB = 2048.0
 MIN_ROWS = 16
 _CPU_CHUNK_ROWS = 512  # measured: with fewer, dweight goes by too often; with more, fresh memory costs as much
 SKIP_TILE = 256  # words; skip_below decides for each row and tile of the vocabulary
@@ -39,9 +43,37 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def check_head_options(where: str, workspace_mib: float, skip_below: float = 0.0) -> None:
-    check_rule(where, "workspace_mib", workspace_mib, 0 < workspace_mib < float("inf"), "finite and > 0")
+def default_workspace_mib(device: torch.device) -> float:
+    """What workspace_mib None means on this device, MiB."""
+    return GPU_WORKSPACE_MIB if device.type == "cuda" else CPU_WORKSPACE_MIB
+
+
+def check_head_options(where: str, workspace_mib: float | None, skip_below: float = 0.0) -> None:
+    fits = workspace_mib is None or 0 < workspace_mib < float("inf")
+    check_rule(where, "workspace_mib", workspace_mib, fits, "finite and > 0")
     check_rule(where, "skip_below", skip_below, 0 <= skip_below < float("inf"), "finite and >= 0")
+
+
+def rows_per_chunk(
+    vocab: int,
+    width: int,
+    wide: torch.dtype,
+    factor: torch.dtype,
+    device: torch.device,
+    workspace_mib: float | None,
+) -> int:
+    """Rows whose logits [vocab], x and dx [width] fill the workspace; at least MIN_ROWS.
+
+    wide is the dtype of logits and dx, factor that of what GEMMs multiply; where they differ, the
+    gradient of the logits has a buffer of its own.
+    """
+    if workspace_mib is None:
+        workspace_mib = default_workspace_mib(device)
+    row_bytes = (vocab + 2 * width) * wide.itemsize
+    if factor != wide:
+        row_bytes += vocab * factor.itemsize
+    most = max(MIN_ROWS, int(min(workspace_mib, 2**30) * 2**20) // row_bytes)
+    return min(most, _CPU_CHUNK_ROWS) if device.type == "cpu" else most
 
 
 class ChunkedHead:
@@ -57,7 +89,7 @@ class ChunkedHead:
         weight_VD: Tensor,
         rows_N: Tensor,
         *,
-        workspace_mib: float,
+        workspace_mib: float | None,
         needs_grad: tuple[bool, bool] = (False, False),
         skip_below: float = 0.0,
         wanted_N: Tensor | None = None,
@@ -67,11 +99,9 @@ class ChunkedHead:
         # a CPU has no fast bf16 arithmetic, so there everything is wide
         self.factor_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.wide
         self.weight_VD = weight_VD.to(self.factor_dtype)
-        row_bytes = vocab * self.wide.itemsize + 2 * width * self.wide.itemsize
-        if self.factor_dtype != self.wide:
-            row_bytes += vocab * self.factor_dtype.itemsize
-        most = max(MIN_ROWS, int(min(workspace_mib, 2**30) * 2**20) // row_bytes)
-        self.chunk_rows = min(most, _CPU_CHUNK_ROWS) if hidden_TD.device.type == "cpu" else most
+        dtypes = self.wide, self.factor_dtype
+        self.chunk_rows = rows_per_chunk(vocab, width, *dtypes, hidden_TD.device, workspace_mib)
+        self.moves_rows_up = hidden_TD.device.type == "cpu"  # on a card rows keep their places
         buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()) + (skip_below > 0))
         self.logits = hidden_TD.new_empty((buffer_rows, vocab), dtype=self.wide)
         self.grad_logits = self.logits
@@ -103,10 +133,11 @@ class ChunkedHead:
 
     def backward(self, part: slice, has_grad: Tensor) -> None:
         """Adds the chunk's part to the gradients, from self.grad_logits; has_grad [n] is False where those are 0."""
-        num_rows = has_grad.numel()
-        order = torch.arange(num_rows, device=has_grad.device)
-        if has_grad.device.type == "cpu":
+        num_rows, rows, by_index = has_grad.numel(), self.rows_N[part], None
+        if self.moves_rows_up:
+            order = torch.arange(num_rows, device=has_grad.device)
             num_rows = self._move_up(has_grad, order)
+            rows, by_index = self.rows_N[part][has_grad], order[:num_rows].argsort()
         if num_rows == 0:
             return
         size = max(num_rows + (self.skip_below > 0), MIN_ROWS)
@@ -115,8 +146,9 @@ class ChunkedHead:
         if dx is not None:
             if self.grad_hidden_TD is None:
                 self.grad_hidden_TD = torch.zeros_like(self.hidden_TD, dtype=self.wide)
-            by_index = order[:num_rows].argsort()
-            _add_rows_(self.grad_hidden_TD, self.rows_N[part][order[:num_rows]][by_index], dx.index_select(0, by_index))
+            # Rows that were moved up are added in the order in which they came.
+            dx = dx[:num_rows] if by_index is None else dx.index_select(0, by_index)
+            _add_rows_(self.grad_hidden_TD, rows, dx)
 
     def _add_products(self, size: int) -> Tensor | None:
         """dweight += dlogits.T @ x over the chunk's first rows; returns their dx."""

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from socpo_fast.ops._checks import FLOATS, INDEX, WIDE_FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._head import WORKSPACE_MIB, ChunkedHead, check_head_options, inverse_temperatures
+from socpo_fast.ops._head import ChunkedHead, check_head_options, inverse_temperatures
 from socpo_fast.ops._impl import IMPLS, choose_impl, kernels_of
 
 _CHUNK_LOGITS = 1 << 25  # logits alive at once in the reference, 128 MiB in fp32
@@ -64,7 +64,7 @@ def linear_logprob(
     temperature: float | Tensor,
     rows_N: Tensor | None = None,
     entropy_grad: bool = False,
-    workspace_mib: float = WORKSPACE_MIB,
+    workspace_mib: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token and the entropy of its row, without storing the [N, V] logits.
@@ -81,7 +81,8 @@ def linear_logprob(
         rows_N:       [N] int64, each in [0, T): the row of hidden that predicts target n; may repeat. None is row n,
                       with N = T.
         entropy_grad: whether entropy carries a gradient.
-        workspace_mib: > 0, what a chunk of logits may take; at least 16 rows are projected at once.
+        workspace_mib: > 0, MiB that a chunk of logits may take; at least 16 rows are projected at
+                      once. None is 208 on a CPU and 2048 on a card.
         impl:         "auto", "ref", "cpp" or "triton".
 
     Returns:
@@ -124,7 +125,7 @@ class _LinearLogprob(torch.autograd.Function):
         rows_N: Tensor,
         inv_temperature_N: Tensor,
         entropy_grad: bool,
-        workspace_mib: float,
+        workspace_mib: float | None,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         head = ChunkedHead(hidden_TD, weight_VD, rows_N, workspace_mib=workspace_mib)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from socpo_fast.ops._checks import TensorChecker, check_word
 from socpo_fast.ops._fused_policy_loss import Metrics, fused_policy_loss
-from socpo_fast.ops._head import WORKSPACE_MIB, check_head_options
+from socpo_fast.ops._head import check_head_options
 from socpo_fast.ops._impl import IMPLS, choose_impl
 from socpo_fast.ops.linear_logprob import check_linear_inputs, linear_logprob_ref
 from socpo_fast.ops.policy_loss import (
@@ -91,7 +91,7 @@ def linear_policy_loss(
     ref_logprobs_N: Tensor | None = None,
     metrics: Metrics = "loss_rows",
     skip_below: float = 0.0,
-    workspace_mib: float = WORKSPACE_MIB,
+    workspace_mib: float | None = None,
     impl: str = "auto",
     **loss_options: Unpack[LossOptions],
 ) -> PolicyLoss:
@@ -110,7 +110,8 @@ def linear_policy_loss(
         skip_below: >= 0. Leaves 256 words of a row out of the gradient GEMMs where each |d loss / d logit| is smaller.
                  0 is exact; else, for an upstream gradient of 1, errors stay below skip_below sum over v
                  |W[v, d]| for each row that reads dX[t, d], and skip_below sum over n |X[n, d]| for dW[v, d].
-        workspace_mib: > 0, what a chunk of logits may take; at least 16 rows are projected at once.
+        workspace_mib: > 0, MiB that a chunk of logits may take; at least 16 rows are projected at
+                 once. None is 208 on a CPU and 2048 on a card.
         impl:    "auto", "ref", "cpp" or "triton".
 
     Returns:
@@ -120,8 +121,9 @@ def linear_policy_loss(
         ValueError: an argument breaks the rules of `linear_logprob` or `policy_loss`.
 
     Gradient: hidden (repeated rows summed in index order), weight; fp32 accumulation; create_graph gives it no graph.
-    Memory: one chunk of logits, and from the forward on the gradients. Bitwise: same inputs, same bits; on the CPU a
-    row's log-prob, entropy, ratio and dX are those it would have alone.
+    Memory: one chunk of logits, and from the forward on the gradients; by default at most dW + 256
+    MiB on a CPU and dW + 2048 MiB + 256 MiB on a card, at any T. Bitwise: same inputs, same bits;
+    on the CPU a row's log-prob, entropy, ratio and dX are those it would have alone.
     Source: those of `linear_logprob` and `policy_loss`.
     """
     where, options = "linear_policy_loss", DEFAULTS | loss_options

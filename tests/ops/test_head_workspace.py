@@ -1,0 +1,103 @@
+"""How many rows the policy head projects at once, and in what order it adds up their dX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.ops import _head, linear_logprob, linear_policy_loss
+from socpo_fast.ops._head import ChunkedHead, default_workspace_mib, rows_per_chunk
+from socpo_fast.ops._impl import extension_is_built
+from tests.error_rule import assert_error_rule
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda", 1)
+QWEN3_VOCAB = 151_936
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "dtype", "rows"),
+    [
+        # 208 MiB / (151936 logits + x and dx of 1024, fp32) = 218103808 // 615936
+        (CPU, 1024, torch.float32, 354),
+        # 2048 MiB: 2147483648 // 615936, and with a bf16 gradient of 151936 // 919808, // 932096
+        (CARD, 1024, torch.float32, 3486),
+        (CARD, 1024, torch.bfloat16, 2334),
+        (CARD, 2560, torch.bfloat16, 2303),
+    ],
+)
+def test_rows_of_a_chunk(device: torch.device, width: int, dtype: torch.dtype, rows: int) -> None:
+    assert rows_per_chunk(QWEN3_VOCAB, width, torch.float32, dtype, device, None) == rows
+    # Row passes count a chunk's logits in 64 bits; by default even 32 would do.
+    assert rows * QWEN3_VOCAB < 2**31
+
+
+def test_the_device_decides_what_no_workspace_means() -> None:
+    assert (default_workspace_mib(CPU), default_workspace_mib(CARD)) == (208, 2048)
+    sizes = 1000, 100, torch.float32, torch.float32
+    assert rows_per_chunk(*sizes, CPU, None) == 512  # never more on a CPU
+    assert rows_per_chunk(*sizes, CARD, None) == 2**31 // 4800
+    for device in (CPU, CARD):
+        assert rows_per_chunk(*sizes, device, 1e-6) == _head.MIN_ROWS
+        assert rows_per_chunk(*sizes, device, 0.5) == 2**19 // 4800
+    assert rows_per_chunk(*sizes, CARD, 1e308) == 2**50 // 4800
+
+
+@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+def test_both_ops_hand_none_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.25 MiB by default are as many rows at once as 0.25 MiB that were asked for."""
+    chunk_rows: list[int] = []
+    init = ChunkedHead.__init__
+
+    def note_rows(self: ChunkedHead, *given: Tensor, **options: Any) -> None:
+        init(self, *given, **options)
+        chunk_rows.append(self.chunk_rows)
+
+    monkeypatch.setattr(ChunkedHead, "__init__", note_rows)
+    monkeypatch.setattr(_head, "CPU_WORKSPACE_MIB", 0.25)
+    torch.manual_seed(0)
+    given = torch.randn(40, 16), torch.randn(2000, 16), torch.arange(40)
+    ones = torch.ones(40)
+    for workspace_mib in (None, 0.25, 208.0):
+        options: dict[str, Any] = {"workspace_mib": workspace_mib, "impl": "cpp", "temperature": 1}
+        linear_logprob(*given, **options)
+        linear_policy_loss(*given, -ones, ones, num_loss_tokens=40, **options)
+    assert chunk_rows == [2**18 // (4 * 2032)] * 4 + [512] * 2
+
+
+def run_backward(
+    *,
+    as_on_a_card: bool,
+    needs_grad: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, ...]:
+    """Gradients of 40 rows in chunks of 16; every third has none, and rows of hidden repeat."""
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(9, 8), torch.randn(50, 8)
+    rows, has_grad = torch.arange(40) * 5 % 9, torch.arange(40) % 3 != 1
+    head = ChunkedHead(hidden, weight, rows, workspace_mib=1e-6, needs_grad=needs_grad)
+    assert head.moves_rows_up
+    head.moves_rows_up = not as_on_a_card
+    for part in head.chunks():
+        head.project(part)
+        num_rows = part.stop - part.start
+        head.grad_logits[:num_rows] = torch.randn(num_rows, 50) * has_grad[part, None]
+        head.backward(part, has_grad[part])
+    return head.gradients()
+
+
+def test_a_card_moves_and_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run_backward(as_on_a_card=False)
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("rows that were never moved need no order")
+
+    monkeypatch.setattr(Tensor, "argsort", refuse)
+    monkeypatch.setattr(ChunkedHead, "_move_up", refuse)
+    actual = run_backward(as_on_a_card=True)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_error_rule(ours, theirs, theirs.double(), name="gradient", dtype=torch.float32)
+    assert run_backward(as_on_a_card=True, needs_grad=(False, True))[0] is None
+    with pytest.raises(AssertionError, match="never moved"):
+        run_backward(as_on_a_card=False)
