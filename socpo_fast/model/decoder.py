@@ -8,7 +8,7 @@ pages, the trainer gathers them from the packed rows. Tokens are always packed, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,18 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed.weight
         self.register_buffer("inv_freq", config.inverse_frequencies(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to(), .bfloat16(), .to_empty() and their like do; inv_freq stays right and in fp32.
+
+        A change of dtype would round the angle of every position, and .to_empty() would leave
+        whatever was in memory; so only the device is taken from what fn made of the buffer.
+        """
+        before = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq is not before:
+            self.inv_freq = self.config.inverse_frequencies().to(self.inv_freq.device)
+        return self
 
     def forward(
         self,

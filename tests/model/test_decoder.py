@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.model.decoder import turned_heads
+from tests.error_rule import assert_bitwise_equal
 
 LENGTHS = (1, 5, 64, 17)  # one token alone; a long one, so that slow rotary frequencies turn
 SMOLLM2 = Path(os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")).expanduser()
@@ -101,6 +103,47 @@ def test_bf16_weights_on_a_cpu_are_read_and_not_computed_in(make_hf: Callable, f
     with_grad.sum().backward()
     assert student.layers[0].attention_norm.weight.grad.dtype == student.layers[0].mlp.down.weight.grad.dtype
     assert student.layers[0].mlp.down.weight.grad.dtype == torch.bfloat16
+
+
+CONVERSIONS: dict[str, Callable[[Decoder], Decoder]] = {
+    "bfloat16": lambda student: student.to(torch.bfloat16),
+    "half": lambda student: student.half(),
+    "half and back": lambda student: student.half().float(),
+    "double": lambda student: student.double(),
+    "cpu": lambda student: student.cpu(),
+    "to_empty": lambda student: student.to_empty(device="cpu"),
+    "meta and to_empty": lambda student: student.to("meta").to_empty(device="cpu"),
+    "as a part of another module": lambda student: nn.Sequential(student).bfloat16()[0],
+    "deepcopy": copy.deepcopy,
+    "deepcopy of bfloat16": lambda student: copy.deepcopy(student.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("family", ["llama3_rope", "qwen3_tied"])
+def test_no_conversion_loses_angles(make_hf: Callable, family: str, conversion: str) -> None:
+    student = CONVERSIONS[conversion](load_student(make_hf(family)[1]))
+    assert student.inv_freq.device.type == "cpu"
+    assert_bitwise_equal(student.inv_freq, student.config.inverse_frequencies(), name=conversion)
+
+
+def test_angles_follow_the_weights_to_a_device(make_hf: Callable) -> None:
+    """On the device without memory, made there or moved there, and back with the right values."""
+    folder = make_hf("llama_tied")[1]
+    moved = load_student(folder).bfloat16().to("meta")
+    assert moved.inv_freq.is_meta and moved.inv_freq.dtype == torch.float32
+    with torch.device("meta"):
+        made = Decoder(moved.config)
+    for student in (made.half().to_empty(device="cpu"), moved.to_empty(device="cpu")):
+        expected = student.config.inverse_frequencies()
+        assert_bitwise_equal(student.inv_freq, expected, name="inv_freq")
+
+
+def test_a_conversion_that_changes_nothing_keeps_the_buffer(make_hf: Callable) -> None:
+    """A captured graph reads the buffer where it is."""
+    student = load_student(make_hf("llama_tied")[1])
+    before = student.inv_freq
+    assert student.cpu().float().share_memory().inv_freq is before
 
 
 @pytest.mark.smollm2

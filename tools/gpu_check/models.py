@@ -110,5 +110,4 @@ def make_model(
             torch.nn.init.normal_(parameter, std=std, generator=generator)
         else:
             torch.nn.init.ones_(parameter)
-    model.inv_freq = config.inverse_frequencies().to(device)  # "meta" has no angles
     return model
