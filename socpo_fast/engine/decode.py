@@ -33,6 +33,7 @@ class DecodeLoop:
         self.rounds_N3R = torch.zeros(max_rounds, 3, max_running, dtype=torch.float64, device=device)
         self.captures = device.type == "cuda"
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._capture_stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()
     def run(self, sequences: list[Sequence], num_rounds: int) -> list[list[tuple[int, float, float]]]:
@@ -88,12 +89,18 @@ class DecodeLoop:
     def _graph(self, rows: int, pages: int) -> torch.cuda.CUDAGraph:
         """The captured round, made at its first use: with no live sequence a round writes no KV."""
         if (rows, pages) not in self._graphs:
-            self._fill([], rows, pages)
-            self._round(rows, pages)  # compiles kernels and fills caches, which a capture may not
-            torch.cuda.synchronize(self.runner.device)
-            pool = next((graph.pool() for graph in self._graphs.values()), None)  # one: no two rounds run at once
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._round(rows, pages)
+            device = self.runner.device
+            # A capture belongs to the current device, which need not be the runner's. The stream is
+            # the loop's own: torch keeps a single one, of the device that captured first.
+            with torch.cuda.device(device):
+                self._capture_stream = self._capture_stream or torch.cuda.Stream(device)
+                self._fill([], rows, pages)
+                self._round(rows, pages)  # compiles and fills caches, which a capture may not
+                torch.cuda.synchronize(device)
+                # One pool for all graphs, since no two rounds run at once.
+                pool = next((graph.pool() for graph in self._graphs.values()), None)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=self._capture_stream):
+                    self._round(rows, pages)
             self._graphs[rows, pages] = graph
         return self._graphs[rows, pages]

@@ -6,7 +6,6 @@ The loop as a GPU runs it, rows and pages padded and rounds replayed, is run her
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from socpo_fast.engine.decode import DecodeLoop
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
+from tests.engine.fake_cuda import FakeCuda, FakeGraph
 from tests.engine.tiny import bits, drain, make_engine, make_student, untouched
 from tests.engine.traces import PageBook, Trace
 
@@ -54,20 +54,6 @@ def live_through(engine: Engine, params: list[SamplingParams]) -> list[Any]:
     return [*seen, engine.stats]
 
 
-class FakeGraph:
-    """What a CUDA graph does here: the round that was captured, once a replay."""
-
-    def __init__(self) -> None:
-        self.round: Callable[[], None] | None = None
-
-    def replay(self) -> None:
-        assert self.round is not None
-        self.round()
-
-    def pool(self) -> None:
-        return None
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], FakeGraph]:
     """Every loop pads and captures; the graphs by (rows, pages)."""
@@ -85,11 +71,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], FakeGraph]:
         graph.round = lambda: self._round(rows, pages)
         return graph
 
+    FakeCuda().install(monkeypatch)
     monkeypatch.setattr(DecodeLoop, "__init__", init_as_on_a_gpu)
     monkeypatch.setattr(DecodeLoop, "_graph", graph_of)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     return captured
 
 
