@@ -12,7 +12,7 @@ import tomllib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -136,6 +136,10 @@ class TeacherConfig(Section):
     )
     retry_text: str | None = Field(default=None, description="kind retry: the sentence; none = our wording")
     path: str | None = Field(default=None, min_length=1, description="kind local: Hugging Face folder")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="kind local: parameter type; auto = bfloat16 on a card, float32 on a CPU",
+    )
     kv_cache_gib: float = Field(default=1.0, gt=0, le=4096, description="kind local: KV cache, GiB")
     url: str | None = Field(
         default=None, pattern=r"^https?://[^@\s]+$", repr=False, description="kind endpoint: base URL, such as HOST/v1"
@@ -233,7 +237,10 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     """The rollout engine."""
 
-    kv_cache_gib: float = Field(default=1.0, gt=0, le=4096, description="KV cache, GiB")
+    kv_cache_gib: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = Field(
+        default="auto",
+        description="KV cache, GiB; auto = 1 on a CPU, on a card what weights and updates leave",
+    )
     page_size: int = Field(default=32, ge=1, le=1024, description="tokens of a KV page")
     max_running: int = Field(default=256, ge=1, le=65536, description="attempts decoded together")
     token_budget: int = Field(default=2048, ge=1, description="tokens of one engine step, prefill and decode")

@@ -57,6 +57,7 @@ def rollout_only(config: Config) -> None:
         sources = sources_of(questions)
         make_folder(config.folder)
         with Progress(num_batches=config.run.num_batches, live=config.run.live) as progress:
+            progress.note(session.engine.kv_cache.note)
             for batch in range(1, config.run.num_batches + 1):
                 chosen = {q.question_idx: q for q in pick_questions(config, questions, batch)}
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
@@ -73,13 +74,12 @@ class Trainer:
         self.config = config
         checkpoint = find_checkpoint(config)
         make_folder(config.folder)
-        self.session = Session(config)
+        self.session = Session(config, for_training=True)
         self.train_questions, self.eval_questions = self.session.train_questions(), self.session.eval_questions()
         self.sources = sources_of(self.train_questions)
         pick_questions(config, self.train_questions, 1)  # too few questions are refused before anything is written
         self.student, self.engine = self.session.student, self.session.engine
-        reference = self.session.load_reference() if config.loss.kl_coef > 0 else None
-        self.updater = Updater(self.student, config, reference=reference)
+        self.updater = Updater(self.student, config, reference=self.session.reference)
         self.optimizer = self.updater.optimizer
         self.batch, self.eval_due, self.save_due = 0, bool(self.eval_questions), False
         self.between_batches = True  # the weights are those of the last batch's end
@@ -117,7 +117,7 @@ class Trainer:
             live, num_batches = self.config.run.live, self.config.run.num_batches
             progress = Progress(num_batches=num_batches, first_batch=self.batch + 1, live=live)
             self.progress = stack.enter_context(progress)
-            for note in (self.first_line(), *self.session.bridge.notes):
+            for note in (self.first_line(), self.engine.kv_cache.note, *self.session.bridge.notes):
                 progress.note(note)
             stack.enter_context(self.signals)
             try:

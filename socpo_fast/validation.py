@@ -45,7 +45,10 @@ def rule_of(model: type[BaseModel], name: str) -> str:
     for option in schema.get("anyOf", [schema]):
         choices = option.get("enum") or ([option["const"]] if "const" in option else None)
         limits = " and ".join(f"{word} {option[limit]}" for limit, word in LIMITS.items() if limit in option)
-        words.append("one of " + ", ".join(choices) if choices else f"{KINDS[option['type']]} {limits}".rstrip())
+        if choices:
+            words.append("one of " + ", ".join(choices) if len(choices) > 1 else choices[0])
+        else:
+            words.append(f"{KINDS[option['type']]} {limits}".rstrip())
     return " or ".join(words)
 
 

@@ -14,9 +14,10 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Core Python may hold 6,100, not 6,000: lines now end at 100 columns, and calls take more of them.
 # csrc may hold 2,300, not 2,000: the order of a layer's ops stands there once more, for one call a layer, and `linear`
 # has two forms with equal bits, for few rows and for many.
-BUDGETS = {"core Python": 6000, "kernels": 2000, "csrc": 2300, "integrations and report": 1500}
+BUDGETS = {"core Python": 6100, "kernels": 2000, "csrc": 2300, "integrations and report": 1500}
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 300, 80, 120
 
 

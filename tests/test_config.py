@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,22 @@ REFUSED = {
     "the built-in tutor on other data": ({"data.train": "x.parquet"}, "config: teacher.rule must be your own"),
     "constant decay without factor": ({"reward.schedule": "constant"}, "config: reward.factor must be set"),
     "a factor without use": ({"reward.factor": 0.5}, "config: reward.factor must be set"),
+    "a word for a size": (
+        {"engine.kv_cache_gib": "all"},
+        "config: engine.kv_cache_gib must be a number > 0 and <= 4096 or auto, got 'all'",
+    ),
+    "a size of nothing": (
+        {"engine.kv_cache_gib": 0},
+        "config: engine.kv_cache_gib must be a number > 0 and <= 4096 or auto, got 0",
+    ),
+    "a teacher's cache of any size": (
+        {"teacher.kv_cache_gib": "auto"},
+        "config: teacher.kv_cache_gib must be a number > 0 and <= 4096, got 'auto'",
+    ),
+    "a teacher in halves": (
+        {"teacher.dtype": "float16"},
+        "config: teacher.dtype must be one of auto, float32, bfloat16, got 'float16'",
+    ),
     "pages of three": ({"engine.page_size": 3}, "config: engine.page_size must be a power of two, got 3"),
 }
 
@@ -75,6 +92,19 @@ def test_text_is_read_as_the_field_and_none_is_a_word() -> None:
     )
     assert (config.train.lr, config.run.live, config.loss.dual_clip) == (3e-4, False, None)
     assert config.reward.schedule == "none"
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0.25", 0.25), ("3", 3.0)])
+def test_a_kv_cache_is_a_number_or_auto(text: str, value: float | str, tmp_path: Path) -> None:
+    """On the command line and in TOML, which is written as it was read; by default it is auto."""
+    config = load_config(None, {"engine.kv_cache_gib": text})
+    assert config.engine.kv_cache_gib == value
+    assert isinstance(config.engine.kv_cache_gib, type(value))
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert f"kv_cache_gib = {json.dumps(value)}\n" in path.read_text(encoding="utf-8")
+    assert load_config(path) == config
+    assert load_config().engine.kv_cache_gib == "auto"
 
 
 def test_overrides_go_before_the_rules_between_fields(tmp_path: Path) -> None:

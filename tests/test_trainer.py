@@ -142,6 +142,7 @@ def test_sigterm_saves_at_once(straight: Config, tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM, said
     assert "stopped and saved after batch" in said
+    assert said.count("KV cache 0.05 GiB\n") == 1
     assert "Traceback" not in said
     trainer.train(config)
     assert_same_end(config, straight)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from itertools import count
+from typing import Literal
 
 from socpo_fast.engine.decode import DecodeLoop
+from socpo_fast.engine.memory import kv_cache_size
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import sample_tokens
@@ -26,7 +28,7 @@ class Engine:
 
     Args:
         student:      the decoder whose parameters are read at every step, never copied.
-        kv_cache_gib: size of the page pool, GiB.
+        kv_cache_gib: GiB of pages; "auto": 1 on a CPU, on a card what weights and updates leave.
         page_size:    tokens a page, a power of two.
         max_running:  sequences in one step at most.
         token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
@@ -43,7 +45,7 @@ class Engine:
         self,
         student: Decoder,
         *,
-        kv_cache_gib: float = 1.0,
+        kv_cache_gib: float | Literal["auto"] = "auto",
         page_size: int = 32,
         max_running: int = 256,
         token_budget: int = 2048,
@@ -55,7 +57,8 @@ class Engine:
             raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
         if min(limits := (max_running, token_budget, tokens_per_sync or 1)) < 1:
             raise ValueError(f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}")
-        num_pages = int(kv_cache_gib * 2**30) // Runner.page_bytes(student, page_size)
+        self.kv_cache = kv_cache_size(student, kv_cache_gib, page_size, max_running)
+        num_pages = int(self.kv_cache.gib * 2**30) // Runner.page_bytes(student, page_size)
         if num_pages < 1:
             raise ValueError(f"Engine: kv_cache_gib must hold at least one page, got {kv_cache_gib}; raise it")
         self.student = student

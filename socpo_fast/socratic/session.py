@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from socpo_fast.config import Config
 from socpo_fast.device import select_device, set_threads
 from socpo_fast.engine import Engine
@@ -26,24 +28,27 @@ BUILTIN_EVAL_SEED = 0  # the held-out questions are the same for every run
 
 
 class Session:
-    """The student and those around it. `student_folder` is where weights and tokenizer were read."""
+    """The student and those around it.
 
-    def __init__(self, config: Config):
+    student_folder is where weights and tokenizer were read. for_training leaves the student
+    trainable and loads `reference`, the frozen start, where loss.kl_coef asks for one. The engine
+    is made last: under engine.kv_cache_gib auto it takes what the others leave of a card.
+    """
+
+    def __init__(self, config: Config, *, for_training: bool = False):
         self.config = config
         set_threads(config.run.threads)
         device = select_device(config.run.device)
         path = config.student.path
         self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path).expanduser()
         self.grader = make_grader(config.data.grader)
-        self.student = load_student(self.student_folder, dtype=config.student.dtype, device=str(device))
+        self.student = self._load_student(device).requires_grad_(for_training)
         self.tokenizer = load_tokenizer(self.student_folder)  # after the model, which reports a bad config.json better
         self.bridge = Bridge(
             self.tokenizer,
             guidance_limit=config.rollout.guidance_limit,
             enable_thinking=config.student.enable_thinking,
         )
-        self.engine = Engine(self.student, **config.engine.model_dump())
-        self._check_room()
         self.params = SamplingParams(
             temperature=config.rollout.temperature,
             max_new_tokens=config.rollout.max_new_tokens,
@@ -52,14 +57,17 @@ class Session:
         )
         self.uses_teacher = config.rollout.max_attempts > 1
         self.teacher = make_teacher(config, device=str(device))
+        self.reference: Decoder | None = None
+        if for_training and config.loss.kl_coef > 0:
+            self.reference = self._load_student(device).requires_grad_(False)
+        self.engine = Engine(self.student, **config.engine.model_dump())
+        self._check_room()
 
     def close(self) -> None:
         background(self.teacher.aclose()).result()
 
-    def load_reference(self) -> Decoder:
-        """The student as it was before training, frozen, for the KL term."""
-        weight = self.student.lm_head.weight
-        return load_student(self.student_folder, dtype=self.config.student.dtype, device=weight.device)
+    def _load_student(self, device: torch.device) -> Decoder:
+        return load_student(self.student_folder, dtype=self.config.student.dtype, device=device)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -81,7 +89,8 @@ class Session:
         needed, room = min(longest, positions), self.engine.max_tokens
         if needed > room:
             raise ValueError(
-                f"engine: engine.kv_cache_gib must hold the longest context, {needed} tokens, got room for {room}; "
+                f"engine: engine.kv_cache_gib must hold the longest context, {needed} tokens, "
+                f"got room for {room} ({self.engine.kv_cache.note}); "
                 "raise it, or lower data.max_prompt_tokens, rollout.max_new_tokens or rollout.guidance_limit"
             )
 

@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from socpo_fast.config import Config, RunConfig, TeacherConfig
+from socpo_fast.model import Decoder, load_student
+from socpo_fast.socratic import teachers
 from socpo_fast.socratic.rollout import background
 from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt, make_teacher
 from socpo_fast.socratic.teachers.base import clean_guidance
@@ -47,9 +49,9 @@ def teacher(folder: Path) -> LocalTeacher:
     return local_teacher(folder)
 
 
-def local_teacher(folder: Path, **settings: object) -> LocalTeacher:
+def local_teacher(folder: Path, device: str = "cpu", **settings: object) -> LocalTeacher:
     config = Config(run=RunConfig(seed=7), teacher=TeacherConfig(path=str(folder), **{**SETTINGS, **settings}))  # type: ignore[arg-type]
-    made = make_teacher(config)
+    made = make_teacher(config, device=device)
     assert isinstance(made, LocalTeacher)
     assert not made.immediate
     return made
@@ -77,6 +79,35 @@ def ask(teacher: LocalTeacher, requests: list[GuidanceRequest]) -> list[str | No
     futures = [background(teacher.guide(request)) for request in requests]
     wait_until(lambda: not teacher.step() and all(future.done() for future in futures))
     return [guidance.text if (guidance := future.result()) else None for future in futures]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "loaded"),
+    [
+        ("cpu", "auto", "float32"),
+        ("cpu", "bfloat16", "bfloat16"),
+        ("cuda", "auto", "bfloat16"),
+        ("cuda:1", "auto", "bfloat16"),
+        ("cuda:1", "float32", "float32"),
+    ],
+)
+def test_its_dtype_is_its_own(
+    folder: Path, device: str, dtype: str, loaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's is float32 here throughout. A card is played by the CPU."""
+    asked: dict[str, str] = {}
+
+    def load(path: str, **options: str) -> Decoder:
+        asked.update(options)
+        return load_student(path, dtype=options["dtype"])
+
+    monkeypatch.setattr(teachers, "load_student", load)
+    teacher = local_teacher(folder, device, dtype=dtype)
+    assert asked == {"device": device, "dtype": loaded}
+    weights = list(teacher._engine.student.parameters())
+    assert {str(weight.dtype) for weight in weights} == {f"torch.{loaded}"}
+    assert not any(weight.requires_grad for weight in weights), "it is never trained"
+    assert ask(teacher, [request()])[0]
 
 
 def test_text_is_the_engines(teacher: LocalTeacher) -> None:

@@ -19,7 +19,8 @@ _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
     """The teacher of a config, ready to be asked; of a config with one attempt none that matters, as it never is.
 
-    That a kind's own settings are there, the config has seen to (rules.contradiction).
+    That a kind's own settings are there, the config has seen to (rules.contradiction). A local one
+    is frozen, and has its weights and its KV cache on the device when this returns.
 
     Raises:
         ValueError: a setting is refused by the teacher itself.
@@ -55,7 +56,11 @@ def _local_teacher(config: Config, prompt: TeacherPrompt, device: str) -> LocalT
     teacher = config.teacher
     assert teacher.path is not None
     bridge = Bridge(load_tokenizer(teacher.path), guidance_limit=teacher.max_new_tokens)
-    model = load_student(teacher.path, dtype=config.student.dtype, device=device)
+    dtype = teacher.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    model = load_student(teacher.path, dtype=dtype, device=device)
+    model.requires_grad_(False)
     params = SamplingParams(
         temperature=teacher.temperature,
         max_new_tokens=teacher.max_new_tokens,

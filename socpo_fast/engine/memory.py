@@ -1,0 +1,107 @@
+"""How large the KV cache is. Read kv_cache_size, then auto_kv_cache_size, which does the sum.
+
+Departure from a serving engine: the cache is no share of the card, since the trainer lives there
+too. It is made once, before the first update, so all that an update will need is left free: a cache
+too large by that much would end the run at its first update, not at its start.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Literal, NamedTuple
+
+import torch
+
+from socpo_fast.engine.runner import Runner
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops._checks import check_rule
+from socpo_fast.ops._head import default_workspace_mib
+
+GIB = 2**30
+CPU_GIB = 1.0
+OPTIMIZER_BYTES = 12  # for each parameter that is trained: gradient and two moments, in fp32
+# A quarter of the card is for the activations of a microbatch, for what rollouts allocate beside
+# the pages, and for the gaps that an allocator leaves. Of an H100 it is 19.8 GiB. By count, the
+# default of train.token_budget, 8192 tokens, saves 18.6 GiB with Qwen3-1.7B in bf16; a larger
+# student, or fp32, needs fewer tokens or train.checkpointing.
+ACTIVATION_SHARE = 0.25
+HEAD_SLACK_BYTES = 256 * 2**20  # what the policy head takes beside its workspace and dW
+
+
+class KVCacheSize(NamedTuple):
+    """The size of a KV cache, and one line that says how it came about."""
+
+    gib: float
+    note: str
+
+
+def kv_cache_size(
+    student: Decoder, kv_cache_gib: float | Literal["auto"], page_size: int, max_running: int
+) -> KVCacheSize:
+    """The size that was asked for; for "auto" 1 GiB on a CPU, and what updates leave of a card.
+
+    Free is what the driver calls free and what PyTorch's allocator holds without using it.
+    Gradients and moments are counted for every parameter that requires grad; those that exist
+    already are counted twice, which errs on the safe side.
+
+    Raises:
+        ValueError: kv_cache_gib is neither a number > 0 nor "auto", or the card has too little.
+    """
+    if kv_cache_gib != "auto":
+        is_size = not isinstance(kv_cache_gib, str) and 0 < kv_cache_gib < inf
+        check_rule("Engine", "kv_cache_gib", kv_cache_gib, is_size, 'GiB > 0 or "auto"')
+        return KVCacheSize(kv_cache_gib, f"KV cache {kv_cache_gib:.3g} GiB")
+    weight = student.lm_head.weight
+    device = weight.device
+    if device.type != "cuda":
+        return KVCacheSize(CPU_GIB, f"KV cache {CPU_GIB:.3g} GiB (auto)")
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    workspace_bytes = int(default_workspace_mib(device) * 2**20)
+    return auto_kv_cache_size(
+        free_bytes + unused_bytes,
+        total_bytes,
+        optimizer_bytes=OPTIMIZER_BYTES * num_trained,
+        head_bytes=workspace_bytes + 4 * weight.numel() + HEAD_SLACK_BYTES,
+        page_bytes=Runner.page_bytes(student, page_size),
+        max_pages=max_running * -(-student.config.max_position_embeddings // page_size),
+    )
+
+
+def auto_kv_cache_size(
+    free_bytes: int,
+    total_bytes: int,
+    *,
+    optimizer_bytes: int,
+    head_bytes: int,
+    page_bytes: int,
+    max_pages: int,
+) -> KVCacheSize:
+    """What a card can give to the KV cache, out of what is free on it with the weights in place.
+
+        min(free - optimizer - (ACTIVATION_SHARE * total + head), max_pages * page)
+
+    Args:
+        optimizer_bytes: gradients and moments that updates will make.
+        head_bytes:      most that the policy head takes at once, dW included.
+        max_pages:       pages that max_running sequences of the model's longest context fill.
+
+    Raises:
+        ValueError: less than a page is left.
+    """
+    reserve_bytes = int(ACTIVATION_SHARE * total_bytes) + head_bytes
+    left_bytes = free_bytes - optimizer_bytes - reserve_bytes
+    parts = (
+        f"{free_bytes / GIB:.1f} free, {optimizer_bytes / GIB:.1f} for gradients and moments, "
+        f"{reserve_bytes / GIB:.1f} kept for activations"
+    )
+    if left_bytes < page_bytes:
+        raise ValueError(
+            f"Engine: kv_cache_gib auto must leave a page of KV, got {left_bytes / GIB:.1f} GiB: "
+            f"{parts}; set engine.kv_cache_gib, or use a smaller model, bfloat16 or a larger card"
+        )
+    if left_bytes > max_pages * page_bytes:
+        left_bytes = max_pages * page_bytes
+        parts += ", no more than max_running contexts can fill"
+    return KVCacheSize(left_bytes / GIB, f"KV cache {left_bytes / GIB:.3g} GiB (auto): {parts}")

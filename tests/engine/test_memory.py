@@ -1,0 +1,138 @@
+"""The size of the KV cache: what "auto" makes of a card, counted by hand, and of a CPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from socpo_fast.engine import Engine
+from socpo_fast.engine.memory import auto_kv_cache_size, kv_cache_size
+from socpo_fast.engine.runner import Runner
+from socpo_fast.train.optimizer import MOMENTS, Optimizer
+from tests.engine.tiny import make_student
+
+GIB = 2**30
+MIB = 2**20
+# An 80 GiB card: a quarter is 20, of which the head's 3 make 23 GiB that are kept.
+CARD = {
+    "total_bytes": 80 * GIB,
+    "optimizer_bytes": 7 * GIB,
+    "head_bytes": 3 * GIB,
+    "page_bytes": 4 * MIB,
+    "max_pages": 10**6,
+}
+PARTS = "72.0 free, 7.0 for gradients and moments, 23.0 kept for activations"
+
+
+def test_what_is_left_of_a_card() -> None:
+    size = auto_kv_cache_size(72 * GIB, **CARD)
+    assert size == (42.0, f"KV cache 42 GiB (auto): {PARTS}")
+    frozen = auto_kv_cache_size(72 * GIB, **CARD | {"optimizer_bytes": 0})
+    assert frozen.gib == 49.0
+    assert "0.0 for gradients" in frozen.note
+    assert auto_kv_cache_size(40 * GIB + 5, **CARD).gib == (10 * GIB + 5) / GIB
+
+
+def test_no_more_than_its_sequences_can_fill() -> None:
+    size = auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 256})
+    assert size.gib == 1.0
+    cap = "no more than max_running contexts can fill"
+    assert size.note == f"KV cache 1 GiB (auto): {PARTS}, {cap}"
+    assert auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 10752}).gib == 42.0
+    assert auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 10751}).gib == 42.0 - 1 / 256
+
+
+@pytest.mark.parametrize(("free_gib", "left_gib"), [(30, 0), (12, -18)])
+def test_too_little_is_refused_with_its_parts(free_gib: int, left_gib: int) -> None:
+    with pytest.raises(ValueError, match="^Engine: kv_cache_gib auto") as refused:
+        auto_kv_cache_size(free_gib * GIB, **CARD)
+    assert str(refused.value) == (
+        f"Engine: kv_cache_gib auto must leave a page of KV, got {left_gib}.0 GiB: "
+        f"{PARTS.replace('72', str(free_gib))}; "
+        "set engine.kv_cache_gib, or use a smaller model, bfloat16 or a larger card"
+    )
+    assert auto_kv_cache_size(30 * GIB + 4 * MIB, **CARD).gib == 4 / 1024  # one page is enough
+
+
+class Card:
+    """A card that is not there: 80 GiB, of which the driver calls 60 free."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = torch.device("cuda", 1)
+        answers = {
+            "mem_get_info": (60 * GIB, 80 * GIB),
+            "memory_reserved": 9 * GIB,
+            "memory_allocated": 7 * GIB,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, self.answer_about(answer))
+
+    def answer_about(self, answer: Any) -> Any:
+        def ask(device: torch.device) -> Any:
+            assert device == self.device, "of the student's own card, not of the current one"
+            return answer
+
+        return ask
+
+    def student(self, *, trained: int, frozen: int) -> Any:
+        """Layers 4, KV heads 2, head width 64, bf16: 2 KiB a token; a vocabulary of 2^20 x 256."""
+        head = torch.empty(2**20, 256, device="meta")
+        head = SimpleNamespace(device=self.device, numel=head.numel, element_size=lambda: 2)
+        sizes = {True: trained, False: frozen}
+        parameters = [
+            SimpleNamespace(numel=lambda size=size: size, requires_grad=requires_grad)
+            for requires_grad, size in sizes.items()
+        ]
+        return SimpleNamespace(
+            config=SimpleNamespace(
+                num_layers=4,
+                num_kv_heads=2,
+                head_dim=64,
+                max_position_embeddings=40960,
+            ),
+            lm_head=SimpleNamespace(weight=head),
+            parameters=lambda: iter(parameters),
+        )
+
+
+def test_a_card_is_asked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 free + 2 unused; 12 bytes for 2^30 parameters; 20 + 2 (workspace) + 1 (dW) + 0.25 kept."""
+    card = Card(monkeypatch)
+    student = card.student(trained=2**30, frozen=2**31)
+    assert Runner.page_bytes(student, 32) == 2**16
+    size = kv_cache_size(student, "auto", 32, 256)
+    assert size.gib == 256 * 1280 / 2**14 == 20.0  # 1280 pages a context, 2^14 of 64 KiB a GiB
+    size = kv_cache_size(student, "auto", 32, 1024)
+    assert size.gib == 60 + 2 - 12 - 23.25 == 26.75
+    parts = "62.0 free, 12.0 for gradients and moments, 23.2 kept for activations"
+    assert size.note == f"KV cache 26.8 GiB (auto): {parts}"
+    frozen = card.student(trained=0, frozen=2**31)
+    assert kv_cache_size(frozen, "auto", 32, 1024).gib == 26.75 + 12
+    assert kv_cache_size(student, 2.5, 32, 256) == (2.5, "KV cache 2.5 GiB")
+
+
+def test_twelve_bytes_are_the_optimizers() -> None:
+    student = make_student()
+    optimizer = Optimizer(student, lr=1e-3)
+    moments = [optimizer.state_tensors()[f"{name}.embed.weight"] for name in MOMENTS]
+    num_bytes = sum(moment.nbytes for moment in moments) + student.embed.weight.nbytes
+    assert num_bytes == 12 * student.embed.weight.numel()
+
+
+def test_a_cpu_gives_one_gib() -> None:
+    student = make_student()
+    engine = Engine(student)
+    assert engine.kv_cache == (1.0, "KV cache 1 GiB (auto)")
+    assert engine.stats.pages_total == GIB // Runner.page_bytes(student, 32)
+    small = Engine(student, kv_cache_gib=0.001)
+    assert small.kv_cache == (0.001, "KV cache 0.001 GiB")
+
+
+@pytest.mark.parametrize("wrong", ["all", "1.0", 0, -1.0, float("nan"), float("inf")])
+def test_other_words_and_numbers_are_refused(wrong: Any) -> None:
+    message = rf'^Engine: kv_cache_gib must be GiB > 0 or "auto", got {wrong!r}$'
+    with pytest.raises(ValueError, match=message):
+        Engine(make_student(), kv_cache_gib=wrong)

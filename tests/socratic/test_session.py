@@ -1,0 +1,62 @@
+"""What a session makes, and in what order: the engine takes what the others leave of a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from socpo_fast.config import load_config
+from socpo_fast.model import Decoder
+from socpo_fast.socratic import session as session_module
+from socpo_fast.socratic.session import Session
+from socpo_fast.trainer import Trainer
+
+CONFIG = Path(__file__).parents[2] / "configs" / "molar_mass.toml"
+SETTINGS = {"engine.kv_cache_gib": "auto", "data.eval": "none", "data.builtin_train_questions": 16}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """(name, what came out) of whatever takes memory, in the order in which it was made."""
+    order: list[tuple[str, Any]] = []
+    for name in ("load_student", "make_teacher", "Engine"):
+        make = getattr(session_module, name)
+
+        def note(*given: Any, name: str = name, make: Any = make, **options: Any) -> Any:
+            order.append((name, make(*given, **options)))
+            return order[-1][1]
+
+        monkeypatch.setattr(session_module, name, note)
+    return order
+
+
+def is_trained(model: Decoder) -> bool:
+    flags = {parameter.requires_grad for parameter in model.parameters()}
+    assert len(flags) == 1
+    return flags.pop()
+
+
+def test_the_engine_is_made_last(made: list[tuple[str, Any]], tmp_path: Path) -> None:
+    settings = {**SETTINGS, "loss.kl_coef": 0.1, "run.dir": str(tmp_path)}
+    trainer = Trainer(load_config(CONFIG, settings))
+    names = [name for name, _ in made]
+    assert names == ["load_student", "make_teacher", "load_student", "Engine"]
+    (_, student), _, (_, reference), (_, engine) = made
+    assert (trainer.student, trainer.updater.reference) == (student, reference)
+    assert trainer.engine is engine
+    assert is_trained(student) and not is_trained(reference)
+    assert engine.kv_cache.note == "KV cache 1 GiB (auto)"
+
+
+def test_what_is_not_trained_is_frozen(made: list[tuple[str, Any]]) -> None:
+    """An evaluation needs neither gradients nor the reference, whatever the loss would be."""
+    session = Session(load_config(CONFIG, SETTINGS | {"loss.kl_coef": 0.1}))
+    assert [name for name, _ in made] == ["load_student", "make_teacher", "Engine"]
+    assert session.reference is None and not is_trained(session.student)
+
+
+def test_no_reference_without_a_kl_term() -> None:
+    session = Session(load_config(CONFIG, SETTINGS), for_training=True)
+    assert session.reference is None and is_trained(session.student)
