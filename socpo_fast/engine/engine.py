@@ -38,7 +38,7 @@ class Engine:
         cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
 
     Raises:
-        ValueError: a number out of range, or a pool too small for a single page.
+        ValueError: a number out of range, a card with too little left, or a pool without a page.
     """
 
     def __init__(

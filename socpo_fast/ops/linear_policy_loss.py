@@ -121,9 +121,9 @@ def linear_policy_loss(
         ValueError: an argument breaks the rules of `linear_logprob` or `policy_loss`.
 
     Gradient: hidden (repeated rows summed in index order), weight; fp32 accumulation; create_graph gives it no graph.
-    Memory: one chunk of logits, and from the forward on the gradients; by default at most dW + 256
-    MiB on a CPU and dW + 2048 MiB + 256 MiB on a card, at any T. Bitwise: same inputs, same bits;
-    on the CPU a row's log-prob, entropy, ratio and dX are those it would have alone.
+    Memory: one chunk of logits, and from the forward on the gradients; beside dX by default at most
+    dW + 256 MiB on a CPU and dW + 2048 MiB + 256 MiB on a card. Bitwise: same inputs, same bits; on
+    the CPU a row's log-prob, entropy, ratio and dX are those it would have alone.
     Source: those of `linear_logprob` and `policy_loss`.
     """
     where, options = "linear_policy_loss", DEFAULTS | loss_options
