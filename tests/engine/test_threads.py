@@ -11,6 +11,7 @@ from torch import Tensor
 
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
+from socpo_fast.ops._head import matmul_
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
@@ -80,9 +81,30 @@ def everything(student: Decoder, num_threads: int) -> dict[str, Tensor]:
     return found | {f"updated {name}": param.detach() for name, param in student.named_parameters()}
 
 
+def library_sums_in_one_order() -> bool:
+    """Whether the GEMM behind weight gradients has the same bits with any number of threads here.
+
+    oneDNN has, at these sizes; MKL, which runs on Intel processors, splits long sums among threads.
+    """
+    generator, products = torch.Generator().manual_seed(0), []
+    grad_TN, x_TD = torch.randn(950, 120, generator=generator), torch.randn(950, 72, generator=generator)
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        product = torch.empty(120, 72)
+        matmul_(product, grad_TN.T, x_TD)
+        products.append(product)
+    return all(torch.equal(product, products[0]) for product in products)
+
+
 @pytest.mark.parametrize("make", [awkward_student, pytest.param(built_in_student, marks=pytest.mark.slow)])
 def test_one_two_and_three_threads_give_the_same_bits(make) -> None:
-    one = everything(make(), 1)
+    """What our own kernels compute, always; sums over tokens where the library keeps their order, else to rounding."""
+    one, is_exact = everything(make(), 1), library_sums_in_one_order()
     for num_threads in (2, 3):
         for name, value in everything(make(), num_threads).items():
-            assert_bitwise_equal(value, one[name], name=f"{name}, {num_threads} threads")
+            if is_exact or name in ("token_ids", "logprobs"):
+                assert_bitwise_equal(value, one[name], name=f"{name}, {num_threads} threads")
+            else:
+                bound = 1e-3 if name.startswith("updated") else 1e-5
+                error = float((value.double() - one[name].double()).norm() / one[name].double().norm())
+                assert error <= bound, f"{name}, {num_threads} threads: relative error {error:.2g}"
