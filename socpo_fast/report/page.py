@@ -103,6 +103,10 @@ Right answer<pre>{{ rollout.ground_truth }}</pre>
 Attempt {{ loop.index }}: {{ "right" if turn.is_correct else "wrong" }}, reward {{ turn.reward | number }},
 advantage {{ turn.advantage | number }}, {{ turn.num_tokens }} tokens
 {%- if turn.finish_reason == "length" %}, stopped by the length limit{% endif %}
+{%- if turn.guidance and turn.guidance.was_shown %}
+{%- set seen = [turn.guidance.kept_tokens - turn.context_tokens, 0] | max %}
+{%- if seen < turn.num_tokens %}, of which the next attempt saw {{ seen }} as sampled{% endif %}
+{%- endif %}
 <pre class="{{ "right" if turn.is_correct else "wrong" }}">{{ turn.text }}</pre>
 {% if turn.guidance %}
 Teacher{% if not turn.guidance.was_shown %} (the student did not see it){% endif %}

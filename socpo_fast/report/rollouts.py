@@ -20,11 +20,12 @@ def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[
             "raw_reward": turn.raw_reward,
             "reward": turn.reward,
             "advantage": turn.advantage,
+            "context_tokens": rollout.context_length(turn_idx),
             "num_tokens": turn.attempt.num_tokens,
             "finish_reason": turn.attempt.finish_reason,
             "guidance": None if turn.guidance is None else _guidance_record(turn.guidance),
         }
-        for turn in rollout.turns
+        for turn_idx, turn in enumerate(rollout.turns)
     ]
     return {
         "batch": batch,

@@ -24,6 +24,7 @@ from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
 from tools.gpu_check.fake_cuda import Recorder, fake_cuda
 from tools.gpu_check.graph import backward
 from tools.gpu_check.launches import Section
+from tools.gpu_check.models import add_turns
 
 DEVICE, DTYPE = "cuda:0", torch.bfloat16
 PAGE_SIZE, NUM_PAGES = 32, 64  # of a sequence: a context of 2048
@@ -159,15 +160,9 @@ def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:
         Attempt(list(range(ATTEMPT)), values, values, "length", key, rollout_idx, attempt_idx, 0)
         for attempt_idx in range(num_attempts)
     ]
-    return Rollout(
-        question_idx=0,
-        rollout_idx=rollout_idx,
-        prompt_ids=list(range(PROMPT)),
-        attempts=attempts,
-        bridges=[list(range(BRIDGE))] * (num_attempts - 1),
-        cuts=[None] * (num_attempts - 1),
-        advantages=[1.0] * num_attempts,
-    )
+    rollout = Rollout(question_idx=0, rollout_idx=rollout_idx, prompt_ids=list(range(PROMPT)))
+    add_turns(rollout, attempts, list(range(BRIDGE)))
+    return rollout
 
 
 def draws(recorder: Recorder, student: Decoder) -> None:

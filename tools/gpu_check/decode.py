@@ -142,7 +142,7 @@ def groups_and_second_attempts(check: Check) -> None:
         resumed = attempts[::2]
         engine.release(attempts[1::2])
         for attempt in resumed:
-            engine.resume(attempt, prompts[0][:suffix], params)
+            engine.resume(attempt, prompts[0][:suffix], params, kept_tokens=prompt + new)
         engine.release(drain(engine))
         seconds = time.perf_counter() - started
     prefilled = engine.stats.prefill_tokens - stats.prefill_tokens

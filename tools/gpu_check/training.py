@@ -20,11 +20,11 @@ from socpo_fast.ops import policy_loss
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
-from socpo_fast.types import Attempt, Rollout, RolloutKey
+from socpo_fast.types import Attempt, Rollout, RolloutKey, Turn
 from tools.gpu_check.check import Check, Part
 from tools.gpu_check.decode import make_engine, params_of
 from tools.gpu_check.engines import prompts_of
-from tools.gpu_check.models import MODELS, make_model
+from tools.gpu_check.models import MODELS, add_turns, make_model
 from tools.gpu_check.rooflines import num_parameters, update_flops
 from tools.gpu_check.timing import median_ms, peak_gib, profile_table
 
@@ -52,17 +52,9 @@ def make_rollouts(vocab_size: int, shape: GroupShape) -> list[Rollout]:
     for idx in range(shape.rollouts):
         num_attempts = 1 + idx % 2
         attempts = [_attempt(rng, vocab_size, shape, idx, k) for k in range(num_attempts)]
-        rollouts.append(
-            Rollout(
-                question_idx=0,
-                rollout_idx=idx,
-                prompt_ids=prompt_ids,
-                attempts=attempts,
-                bridges=[_ids(rng, vocab_size, shape.bridge)] * (num_attempts - 1),
-                cuts=[None] * (num_attempts - 1),
-                advantages=[rng.uniform(-1.0, 1.0) for _ in attempts],
-            )
-        )
+        rollout = Rollout(question_idx=0, rollout_idx=idx, prompt_ids=prompt_ids)
+        add_turns(rollout, attempts, _ids(rng, vocab_size, shape.bridge))
+        rollouts.append(rollout)
     return rollouts
 
 
@@ -172,14 +164,14 @@ def mismatch(dtype: torch.dtype) -> Part:
                 question_idx=q,
                 rollout_idx=attempt.rollout_idx,
                 prompt_ids=prompts[q],
-                attempts=[attempt],
+                turns=[Turn(attempt=attempt)],
             )
             for q, group in enumerate(groups)
             for attempt in group
         ]
         logprobs = compute_logprobs(student, rollouts, token_budget=TOKEN_BUDGET, temperature=1.0)
         differences = torch.cat([
-            (ours[0] - rollout.attempts[0].logprobs).abs()
+            (ours[0] - rollout.turns[0].attempt.logprobs).abs()
             for ours, rollout in zip(logprobs, rollouts, strict=True)
         ])  # fmt: skip
         of = str(used).removeprefix("torch.")
@@ -228,10 +220,7 @@ def padded_update(
 ) -> Callable[[], None]:
     """Forward and backward over [rollouts, longest] with logits of all tokens."""
     rows = [
-        rollout.prompt_ids
-        + rollout.attempts[0].token_ids
-        + [i for bridge in rollout.bridges for i in bridge]
-        + [i for attempt in rollout.attempts[1:] for i in attempt.token_ids]
+        rollout.context_ids(len(rollout.turns) - 1) + rollout.turns[-1].attempt.token_ids
         for rollout in rollouts
     ]
     longest = max(map(len, rows))
