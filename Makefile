@@ -1,11 +1,16 @@
-# Every target but size sets up .venv first and skips what is done. PYTHON is any Python from 3.11 on; pip's own
+# Every target but size and test-cuda-build sets up .venv first and skips what is done. PYTHON is any Python from 3.11 on; pip's own
 # settings apply, for example PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for the small CPU-only torch.
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-slow lint types size aot gpu-check clean
+CUDA_PYTHON ?= python3.12
+CUDA_VENV := $(CURDIR)/.venv-cuda
+CUDA_TREE := $(CUDA_VENV)/tree
+CUDA_INSTALLED := $(CUDA_VENV)/.installed
+
+.PHONY: train test test-slow test-cuda-build lint types size aot gpu-check clean
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -16,6 +21,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m slow
+
+# The suite and the ahead-of-time gate with the versions of constraints-cuda.txt, a CUDA build of
+# torch among them, in .venv-cuda. It needs no card and no driver. The first run downloads gigabytes.
+test-cuda-build: $(CUDA_INSTALLED)
+	$(copy_cuda_tree)
+	cd $(CUDA_TREE) && OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/python -m pytest -q -m "not slow"
+	cd $(CUDA_TREE) && $(CUDA_VENV)/bin/python -m tools.aot
 
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
@@ -29,14 +41,14 @@ size:
 
 # Every Triton kernel compiled for sm_80, sm_90 and sm_100; needs no GPU.
 aot: $(INSTALLED)
-	$(VENV_PYTHON) -m bench.aot
+	$(VENV_PYTHON) -m tools.aot
 
 # What cannot be tested without one, on a machine with a CUDA card; writes gpu_check.json. Exit status 2: no card.
 gpu-check: $(INSTALLED)
 	$(VENV_PYTHON) -m bench.gpu_check --json gpu_check.json
 
 clean:
-	rm -rf .venv build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-cuda build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch comes first, since the extension is built against the torch that is there (hence --no-build-isolation);
 # the build looks for ninja on the PATH.
@@ -46,3 +58,24 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/sim
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+# The extension is built against the torch that is there. Where both environments have one Python,
+# the file that .venv-cuda builds has the name of .venv's: so it is built, and tested, in a copy of
+# the working tree. An extra index that offers CPU builds of torch would win over the CUDA one.
+$(CUDA_INSTALLED): setup.py pyproject.toml constraints-cuda.txt $(wildcard csrc/* csrc/simd/*)
+	test -x $(CUDA_VENV)/bin/pip || $(CUDA_PYTHON) -m venv $(CUDA_VENV)
+	$(copy_cuda_tree)
+	$(CUDA_PIP) --upgrade pip
+	$(CUDA_PIP) -c constraints-cuda.txt torch numpy setuptools wheel ninja
+	$(CUDA_VENV)/bin/python -c "import torch; assert torch.version.cuda, torch.__version__"
+	cd $(CUDA_TREE) && PATH="$(CUDA_VENV)/bin:$$PATH" \
+		$(CUDA_PIP) -c constraints-cuda.txt --no-build-isolation -e '.[dev-triton36]'
+	touch $@
+
+CUDA_PIP := PIP_EXTRA_INDEX_URL= $(CUDA_VENV)/bin/python -m pip install -q
+
+define copy_cuda_tree
+	mkdir -p $(CUDA_TREE)
+	find $(CUDA_TREE) -type f ! -name '*.so' -delete
+	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C $(CUDA_TREE)
+endef
