@@ -16,9 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_python(*args: str, python_path: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(python_path), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, *args]
     return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
