@@ -1,14 +1,14 @@
-# Every target but size and test-cuda-build sets up .venv first and skips what is done. PYTHON is any Python from 3.11 on; pip's own
-# settings apply, for example PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for the small CPU-only torch.
+# Every target but size and test-cuda-build sets up .venv first and skips what is done. PYTHON is
+# any Python from 3.11 on; pip's own settings apply, for example
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for the small CPU-only torch.
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
 CUDA_PYTHON ?= python3.12
-CUDA_VENV := $(CURDIR)/.venv-cuda
-CUDA_TREE := $(CUDA_VENV)/tree
-CUDA_INSTALLED := $(CUDA_VENV)/.installed
+CUDA_TREE := .venv-cuda/tree
+CUDA_INSTALLED := .venv-cuda/.installed
 
 .PHONY: train test test-slow test-cuda-build lint types size aot gpu-check clean
 
@@ -23,11 +23,12 @@ test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m slow
 
 # The suite and the ahead-of-time gate with the versions of constraints-cuda.txt, a CUDA build of
-# torch among them, in .venv-cuda. It needs no card and no driver. The first run downloads gigabytes.
+# torch among them, in .venv-cuda, which CUDA_PYTHON makes. It needs no card and no driver. The
+# first run downloads gigabytes.
 test-cuda-build: $(CUDA_INSTALLED)
 	$(copy_cuda_tree)
-	cd $(CUDA_TREE) && OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/python -m pytest -q -m "not slow"
-	cd $(CUDA_TREE) && $(CUDA_VENV)/bin/python -m tools.aot
+	cd $(CUDA_TREE) && OMP_NUM_THREADS=1 ../bin/python -m pytest -q -m "not slow"
+	cd $(CUDA_TREE) && ../bin/python -m tools.aot
 
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
@@ -59,20 +60,20 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/sim
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
-# The extension is built against the torch that is there. Where both environments have one Python,
-# the file that .venv-cuda builds has the name of .venv's: so it is built, and tested, in a copy of
-# the working tree. An extra index that offers CPU builds of torch would win over the CUDA one.
+# Where both environments have one Python, the extension that is built against the torch of
+# .venv-cuda has the file name of .venv's. So it is built, and tested, in a copy of the working tree.
+# Without the empty PIP_EXTRA_INDEX_URL, an index of CPU builds would win over the CUDA build.
+CUDA_PIP := PIP_EXTRA_INDEX_URL= "$(CURDIR)/.venv-cuda/bin/python" -m pip install -q
+
 $(CUDA_INSTALLED): setup.py pyproject.toml constraints-cuda.txt $(wildcard csrc/* csrc/simd/*)
-	test -x $(CUDA_VENV)/bin/pip || $(CUDA_PYTHON) -m venv $(CUDA_VENV)
+	test -x .venv-cuda/bin/pip || $(CUDA_PYTHON) -m venv .venv-cuda
 	$(copy_cuda_tree)
 	$(CUDA_PIP) --upgrade pip
 	$(CUDA_PIP) -c constraints-cuda.txt torch numpy setuptools wheel ninja
-	$(CUDA_VENV)/bin/python -c "import torch; assert torch.version.cuda, torch.__version__"
-	cd $(CUDA_TREE) && PATH="$(CUDA_VENV)/bin:$$PATH" \
+	.venv-cuda/bin/python -c "import torch; assert torch.version.cuda, torch.__version__"
+	cd $(CUDA_TREE) && PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" \
 		$(CUDA_PIP) -c constraints-cuda.txt --no-build-isolation -e '.[dev-triton36]'
 	touch $@
-
-CUDA_PIP := PIP_EXTRA_INDEX_URL= $(CUDA_VENV)/bin/python -m pip install -q
 
 define copy_cuda_tree
 	mkdir -p $(CUDA_TREE)
