@@ -24,14 +24,14 @@ MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 300, 80, 120
 def source_files() -> list[Path]:
     """Python and C++ files of the project, relative to its root; links (socpo_fast/kernels) are not followed."""
     found = []
-    for top in ("setup.py", "socpo_fast", "kernels", "csrc", "tests", "bench"):
+    for top in ("setup.py", "socpo_fast", "kernels", "csrc", "tests", "bench", "tools"):
         walked = os.walk(ROOT / top) if (ROOT / top).is_dir() else [(ROOT, [], [top])]
         found += [Path(folder, name).relative_to(ROOT) for folder, _, names in walked for name in names]
     return sorted(path for path in found if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
 
 
 def budget_of(path: Path) -> str | None:
-    """The budget a file counts towards; tests and benches have none."""
+    """The budget a file counts towards; tests, benches and tools have none."""
     if path.parts[0] in ("kernels", "csrc"):
         return path.parts[0]
     if path.parts[0] != "socpo_fast":

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from socpo_fast.model import Decoder, ModelConfig
-from socpo_fast.types import Attempt, Rollout, ShownGuidance, Turn
 
 
 def _qwen3(width: int, intermediate_size: int, num_layers: int, num_heads: int) -> dict[str, Any]:
@@ -112,14 +111,3 @@ def make_model(
         else:
             torch.nn.init.ones_(parameter)
     return model
-
-
-def add_turns(rollout: Rollout, attempts: list[Attempt], bridge_ids: list[int]) -> None:
-    """Fills a rollout with attempts and a bridge between each two; nothing is cut."""
-    for turn_idx, attempt in enumerate(attempts):
-        rollout.turns.append(Turn(attempt=attempt, advantage=1.0))
-        if turn_idx < len(attempts) - 1:
-            kept_tokens = rollout.context_length(turn_idx) + attempt.num_tokens
-            guidance = ShownGuidance(raw_text="", text="", kept_tokens=kept_tokens)
-            guidance.bridge_ids = bridge_ids
-            rollout.turns[-1].guidance = guidance
