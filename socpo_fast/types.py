@@ -160,7 +160,8 @@ class Turn:
     attempt: Attempt
     text: str = ""  # decoded, for the grader and people
     is_correct: bool = False
-    raw_reward: float = 0.0  # what the grader says
+    raw_reward: float = 0.0  # what the grader says, in [0, 1]
+    reward_parts: dict[str, float] = field(default_factory=dict)  # of a grader that names parts
     reward: float | None = None
     advantage: float | None = None
     guidance: ShownGuidance | None = None  # what led to the next turn; None: the teacher said nothing

@@ -173,6 +173,7 @@ def test_rollout_record_is_text_and_numbers() -> None:
         "text": "41",
         "is_correct": False,
         "raw_reward": 0.0,
+        "reward_parts": {},
         "reward": 0.0,
         "advantage": None,
         "context_tokens": 1,

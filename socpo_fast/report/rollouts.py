@@ -18,6 +18,7 @@ def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[
             "text": turn.text,
             "is_correct": turn.is_correct,
             "raw_reward": turn.raw_reward,
+            "reward_parts": turn.reward_parts,
             "reward": turn.reward,
             "advantage": turn.advantage,
             "context_tokens": rollout.context_length(turn_idx),

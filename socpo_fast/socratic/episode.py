@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 from socpo_fast.ops._checks import check_rule, check_word
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.socratic.graders import Grader
+from socpo_fast.socratic.graders import Grader, as_grader
 from socpo_fast.socratic.history import template_seam
 from socpo_fast.socratic.leak import leaks_answer, mask_answer
 from socpo_fast.types import (
@@ -120,7 +120,7 @@ class Episode:
         prompt_ids: list[int] | None = None,
     ):
         self.question, self.options, self.limits = question, options, limits
-        self.bridge, self.grader = bridge, grader
+        self.bridge, self.grader = bridge, as_grader(grader)
         self.notes: list[str] = []  # what a person should be told
         self.rollout = Rollout(
             question_idx=question.question_idx,
@@ -133,8 +133,7 @@ class Episode:
         """Adds an attempt and grades it; returns what to ask the teacher, None at the end."""
         turn = Turn(attempt=attempt, text=self.bridge.decode(attempt.token_ids))
         self.rollout.turns.append(turn)  # before the grader, which may raise
-        turn.is_correct = self.grader(turn.text, self.question)
-        turn.raw_reward = float(turn.is_correct)
+        turn.raw_reward, turn.is_correct, turn.reward_parts = self.grader.grade(turn.text, self.question)
         if turn.is_correct or len(self.rollout.turns) == self.options.max_attempts:
             self.rollout.end_reason = "correct" if turn.is_correct else "max_attempts"
             return None

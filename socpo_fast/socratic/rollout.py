@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from socpo_fast.engine import Engine
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
-from socpo_fast.socratic.graders import Grader
+from socpo_fast.socratic.graders import Grader, as_grader
 from socpo_fast.socratic.teachers import Teacher
+from socpo_fast.socratic.teachers.simple import TeacherFunction, as_teacher
 from socpo_fast.types import (
     Attempt,
     Guidance,
@@ -45,7 +46,7 @@ def socratic_rollouts(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     *,
-    teacher: Teacher,
+    teacher: Teacher | TeacherFunction,
     grader: Grader,
     params: SamplingParams,
     options: RolloutOptions,
@@ -57,6 +58,8 @@ def socratic_rollouts(
     Its pages are given back by then.
 
     Args:
+        teacher:   a Teacher, or a plain or async function of the request.
+        grader:    text and question -> a bool, a number in [0, 1], or named parts of one.
         params:    sampling of every attempt; its n is replaced by options.group_size.
         options:   the rules of an episode.
         batch_idx: with question_idx the name of the sampling noise: the same one gives the same
@@ -80,8 +83,8 @@ def socratic_rollouts(
     driver = _Driver(
         engine=engine,
         bridge=bridge,
-        teacher=teacher,
-        grader=grader,
+        teacher=as_teacher(teacher),
+        grader=as_grader(grader),
         params=replace(params, n=1),
         options=options,
         batch_idx=next(_fresh_batches) if batch_idx is None else batch_idx,
@@ -92,7 +95,7 @@ def socratic_rollouts(
         while engine.has_work or driver.waiting:
             driver.arrived += engine.step()
             driver.take_arrived()
-            teacher_worked = bool(driver.waiting) and teacher.step()
+            teacher_worked = bool(driver.waiting) and driver.teacher.step()
             driver.collect_guidance(idle=not engine.has_work and not teacher_worked)
             yield from driver.take_finished()
     finally:
@@ -103,7 +106,7 @@ def socratic_episode(
     question: Question,
     *,
     generate: Callable[[list[int]], Sequence[int]],
-    teacher: Teacher,
+    teacher: Teacher | TeacherFunction,
     grader: Grader,
     bridge: Bridge,
     options: RolloutOptions,
@@ -125,7 +128,7 @@ def socratic_episode(
     Raises:
         ValueError: the generator returned no token, or more than max_new_tokens.
     """
-    limits = Limits(max_new_tokens, max_tokens)
+    limits, guide = Limits(max_new_tokens, max_tokens), as_teacher(teacher)
     episode = Episode(question, bridge=bridge, grader=grader, options=options, limits=limits)
     rollout = episode.rollout
     while True:
@@ -149,9 +152,9 @@ def socratic_episode(
         request = episode.attempted(attempt)
         if request is None:
             break
-        asked, since = ask(teacher, request, options.guidance_timeout_s), time.perf_counter()
+        asked, since = ask(guide, request, options.guidance_timeout_s), time.perf_counter()
         while not asked.done():
-            if not teacher.step():
+            if not guide.step():
                 wait([asked], timeout=0.02)
         rollout.teacher_wait_s += time.perf_counter() - since
         if episode.guided(result_of(asked)) is None:

@@ -9,6 +9,7 @@ import torch
 
 from socpo_fast import RolloutOptions, socratic_episode
 from socpo_fast.socratic.episode import Episode, Limits
+from socpo_fast.socratic.graders import GradedBy
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout, RolloutKey
@@ -130,6 +131,28 @@ def test_both_drivers_play_the_same_episode(answers: list[list[int]], context: s
     assert record(theirs) == record(ours)
     assert contexts == [engine.contexts[4, 0, k] for k in range(len(contexts))]
     assert all(turn.attempt.logprobs.isnan().all() for turn in theirs.turns)
+
+
+def test_a_share_of_a_reward_is_kept_and_may_be_right() -> None:
+    """An attempt that is half right goes to the teacher; named parts stay on record."""
+
+    def half(text: str, _question: Question) -> dict[str, float]:
+        return {"answer": 0.5 * ("yes" in text), "form": 0.25}
+
+    generate, _ = script_of([WRONG, RIGHT])
+    rollout = socratic_episode(
+        question(4),
+        generate=generate,
+        teacher=lambda request: "look again",
+        grader=GradedBy(half, "half", correct_at=0.75),
+        bridge=BRIDGE,
+        options=options_of(),
+        max_new_tokens=20,
+        max_tokens=500,
+    )
+    assert [turn.raw_reward for turn in rollout.turns] == [0.25, 0.75]
+    assert [turn.is_correct for turn in rollout.turns] == [False, True]
+    assert rollout.turns[1].reward_parts == {"answer": 0.5, "form": 0.25}
 
 
 def test_a_generator_is_held_to_its_limit() -> None:
