@@ -41,10 +41,7 @@ class DecodeLoop:
         rows, pages = len(sequences), max(len(sequence.pages) for sequence in sequences)
         is_filtered, graph = any(s.params.is_filtered for s in sequences), None
         if self.captures:
-            rows, pages = (
-                min(1 << (n - 1).bit_length(), most)
-                for n, most in ((rows, len(self.table_RM)), (pages, self.table_RM.shape[1]))
-            )
+            rows, pages = self._padded(rows, pages)
             graph = None if is_filtered else self._graph(rows, pages)  # filtered draws need shapes that depend on data
         self._fill(sequences, rows, pages)
         for round_idx in range(num_rounds):
@@ -85,6 +82,11 @@ class DecodeLoop:
         token_ids_R.copy_(drawn_3R[0])
         positions_R.add_(is_live_R)
         num_sampled_R.add_(1)
+
+    def _padded(self, rows: int, pages: int) -> tuple[int, int]:
+        """The size that is captured for so many rows and pages: powers of two, as far as there is room."""
+        most = self.table_RM.shape
+        return min(1 << (rows - 1).bit_length(), most[0]), min(1 << (pages - 1).bit_length(), most[1])
 
     def _graph(self, rows: int, pages: int) -> torch.cuda.CUDAGraph:
         """The captured round, made at its first use: with no live sequence a round writes no KV."""

@@ -236,9 +236,11 @@ def make_grader(name: str, *, correct_at: float = 1.0) -> GradedBy:
         raise ValueError(f"grader.correct_at must be in (0, 1], got {correct_at}")
     graders: dict[str, Grader] = {"sciknoweval": grade_sciknoweval, "mcq": grade_mcq, "exact": grade_exact}
     if name in graders:
-        return GradedBy(graders[name], name, correct_at)
-    if name == "math":
-        return GradedBy(MathGrader(), name, correct_at)
-    if ":" in name:
-        return GradedBy(load_function("data.grader", name), name, correct_at)
-    raise ValueError(f"data.grader must be one of {', '.join(graders)}, math or module:function, got {name!r}")
+        grader = graders[name]
+    elif name == "math":
+        grader = MathGrader()
+    elif ":" in name:
+        grader = load_function("data.grader", name)
+    else:
+        raise ValueError(f"data.grader must be one of {', '.join(graders)}, math or module:function, got {name!r}")
+    return GradedBy(grader, name, correct_at)

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from socpo_fast.engine import Engine
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
-from socpo_fast.socratic.graders import Grader, as_grader
+from socpo_fast.socratic.graders import Grader
 from socpo_fast.socratic.teachers import Teacher
 from socpo_fast.socratic.teachers.simple import TeacherFunction, as_teacher
 from socpo_fast.types import (
@@ -84,7 +84,7 @@ def socratic_rollouts(
         engine=engine,
         bridge=bridge,
         teacher=as_teacher(teacher),
-        grader=as_grader(grader),
+        grader=grader,
         params=replace(params, n=1),
         options=options,
         batch_idx=next(_fresh_batches) if batch_idx is None else batch_idx,

@@ -101,8 +101,7 @@ def count_unique_tokens(rollouts: Sequence[Rollout]) -> int:
     """Nodes of the rollouts' trees: each group's prompt once, every attempt, every bridge."""
     trained = [rollout for rollout in rollouts if rollout.attempts]
     prompts = {group_key(rollout): len(rollout.prompt_ids) for rollout in trained}
-    chains = sum(len(_bridge_ids(rollout)) + _num_sampled(rollout) for rollout in trained)
-    return sum(prompts.values()) + chains
+    return sum(prompts.values()) + sum(map(_chain_nodes, trained))
 
 
 class _Path(NamedTuple):
@@ -153,7 +152,7 @@ class _Builder:
             if attempt_idx == len(rollout.turns) - 1:
                 break
             kept_tokens, bridge_ids = rollout.seam(attempt_idx)
-            unseen = rollout.context_length(attempt_idx) + len(ids) - kept_tokens
+            unseen = _row_length(rollout, attempt_idx) - kept_tokens
             if unseen == 0:
                 run += ids[-1:]
             elif unseen > 1:
@@ -184,22 +183,22 @@ class _Builder:
         return PackedMicrobatch(segments=self.segments, attempts=self.attempts, **tensors)
 
 
-def _bridge_ids(rollout: Rollout) -> list[int]:
-    """All that stands between its attempts."""
-    return [i for idx in range(len(rollout.turns) - 1) for i in rollout.seam(idx)[1]]
+def _row_length(rollout: Rollout, turn_idx: int) -> int:
+    """Tokens of an attempt and of all that it was sampled behind."""
+    return rollout.context_length(turn_idx) + rollout.turns[turn_idx].attempt.num_tokens
 
 
-def _num_sampled(rollout: Rollout) -> int:
-    return sum(attempt.num_tokens for attempt in rollout.attempts)
+def _chain_nodes(rollout: Rollout) -> int:
+    """Tokens of a rollout's attempts and bridges."""
+    bridges = sum(len(rollout.seam(idx)[1]) for idx in range(len(rollout.turns) - 1))
+    return bridges + sum(attempt.num_tokens for attempt in rollout.attempts)
 
 
 def _chain_tokens(rollout: Rollout) -> int:
     """Tokens a rollout adds to a forward, prompt aside; the last token of each leaf is left out."""
-    num_forks = 0
-    for turn_idx, attempt in enumerate(rollout.attempts[:-1]):
-        row_length = rollout.context_length(turn_idx) + attempt.num_tokens
-        num_forks += rollout.seam(turn_idx)[0] < row_length
-    return _num_sampled(rollout) + len(_bridge_ids(rollout)) - num_forks - 1
+    seams = range(len(rollout.turns) - 1)
+    num_forks = sum(rollout.seam(idx)[0] < _row_length(rollout, idx) for idx in seams)
+    return _chain_nodes(rollout) - num_forks - 1
 
 
 def _check_rollout(place: int, rollout: Rollout) -> None:
@@ -215,7 +214,7 @@ def _check_rollout(place: int, rollout: Rollout) -> None:
             kept_tokens, _ = rollout.seam(turn_idx)
         except ValueError as error:
             raise ValueError(f"pack_rollouts: {error}") from None
-        row_length = rollout.context_length(turn_idx) + attempt.num_tokens
+        row_length = _row_length(rollout, turn_idx)
         if not 1 <= kept_tokens <= row_length:
             raise ValueError(
                 f"{where}.turns[{turn_idx}].guidance.kept_tokens must be in [1, {row_length}], the row's "

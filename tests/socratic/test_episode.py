@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -35,6 +35,12 @@ def options_of(**changes) -> RolloutOptions:
 
 def episode_of(**changes) -> Episode:
     return Episode(question(4), bridge=BRIDGE, grader=contains, options=options_of(**changes), limits=LIMITS)
+
+
+def rollouts_of(engine: ScriptedEngine, **changes) -> Iterator[Rollout]:
+    """Of one question, with a teacher that says the same whatever it is shown."""
+    given = {"teacher": RuleTeacher(lambda _: "x"), "grader": contains, "options": options_of()}
+    return socratic_rollouts(engine, TOKENIZER, [question(4)], params=PARAMS, **given | changes)
 
 
 def sampled(token_ids: list[int], attempt_idx: int) -> Attempt:
@@ -165,18 +171,7 @@ def test_a_generator_is_held_to_its_limit() -> None:
 
 def test_a_bridge_with_another_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="bridge.guidance_limit must be options.guidance_limit 7, got 50"):
-        next(
-            socratic_rollouts(
-                ScriptedEngine({}),
-                TOKENIZER,
-                [question(4)],
-                teacher=RuleTeacher(lambda _: "x"),
-                grader=contains,
-                params=PARAMS,
-                options=options_of(guidance_limit=7),
-                bridge=BRIDGE,
-            )
-        )
+        next(rollouts_of(ScriptedEngine({}), options=options_of(guidance_limit=7), bridge=BRIDGE))
 
 
 def test_a_grader_that_raises_leaves_no_attempt_pinned() -> None:
@@ -186,15 +181,7 @@ def test_a_grader_that_raises_leaves_no_attempt_pinned() -> None:
         raise KeyError("no such answer")
 
     engine = ScriptedEngine({(4, r): [WRONG] for r in range(5)})
-    rollouts = socratic_rollouts(
-        engine,
-        TOKENIZER,
-        [question(4)],
-        teacher=RuleTeacher(lambda _: "x"),
-        grader=grader,
-        params=PARAMS,
-        options=options_of(group_size=5),
-    )
+    rollouts = rollouts_of(engine, grader=grader, options=options_of(group_size=5))
     with pytest.raises(KeyError, match="no such answer"):
         next(rollouts)
     assert engine.pinned == [] and not engine.has_work
@@ -209,18 +196,7 @@ def test_calls_without_a_batch_draw_noise_of_their_own() -> None:
             super().submit(prompt_ids, params, key=key)
 
     for batch_idx in (None, None, 3):
-        list(
-            socratic_rollouts(
-                Recording({(4, 0): [RIGHT]}),
-                TOKENIZER,
-                [question(4)],
-                teacher=RuleTeacher(lambda _: "x"),
-                grader=contains,
-                params=PARAMS,
-                options=options_of(),
-                batch_idx=batch_idx,
-            )
-        )
+        list(rollouts_of(Recording({(4, 0): [RIGHT]}), batch_idx=batch_idx))
     assert len({batch for batch, _ in keys}) == 3 and keys[2] == (3, 4)
 
 

@@ -1,11 +1,11 @@
 """Check this project on the machine's card, most valuable first, within a deadline.
 
-    python -m tools.gpu_check                      the first six stages, five minutes (make
-    gpu-check) python -m tools.gpu_check --minutes 8          all of them python -m tools.gpu_check
-    --only rates head    these, whatever they are python -m tools.gpu_check --failed
-    what failed or was skipped last time on this card python -m tools.gpu_check --list
-    the stages, their durations and limits; runs nothing python -m tools.gpu_check --rehearse
-    every stage on the CPU, tiny: proves the code, measures nothing
+    python -m tools.gpu_check                    five minutes: the first six (make gpu-check)
+    python -m tools.gpu_check --minutes 8        all stages
+    python -m tools.gpu_check --only rates head  these, whatever they are
+    python -m tools.gpu_check --failed           what failed or was skipped last time on this card
+    python -m tools.gpu_check --list             stages, durations and limits; runs nothing
+    python -m tools.gpu_check --rehearse         on the CPU, tiny: proves code, measures nothing
 
 Each stage runs in a process group of its own. One that crashes, hangs or floods its output loses
 its own figures and no other's. OUT/results.jsonl grows line by line, OUT/report.md is written anew
@@ -30,10 +30,9 @@ from typing import BinaryIO
 from tools.gpu_check.processes import Ending, run_limited
 from tools.gpu_check.report import figure_line, outcome_line, to_markdown, to_text
 from tools.gpu_check.results import StageResult, append, read_results
-from tools.gpu_check.revision import revision
+from tools.gpu_check.revision import ROOT, revision
 from tools.gpu_check.stages import BY_NAME, CASES_FAILED, NAMES, STAGES, Stage
 
-ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_MINUTES = 5.0
 FIND_CARD_S = 30.0
 REHEARSAL_PATIENCE = 4  # times a stage's limit: two cores are not a card

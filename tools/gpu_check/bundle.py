@@ -28,9 +28,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from tools.gpu_check.revision import revision
+from tools.gpu_check.revision import ROOT, revision
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT_MIB = 40
 WHEELS = {
     "pydantic": "2.14.4",

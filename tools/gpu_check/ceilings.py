@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from socpo_fast.ops._head import matmul_
-from tools.gpu_check.check import Check, Part, Skipped, check_close
+from tools.gpu_check.check import Check, Part, Skipped, check_close, query_driver
 from tools.gpu_check.models import MODELS
-from tools.gpu_check.timing import median_ms, peak_gib, profile_table, wall_ms
+from tools.gpu_check.timing import fp32_products, median_ms, peak_gib, profile_table, wall_ms
 
 GEMM, TINY_GEMM = 8192, 64
 COPY_BYTES, TINY_COPY_BYTES = 4 << 30, 1 << 20
@@ -59,19 +58,14 @@ def host_link(check: Check) -> None:
 def gemm_rates(check: Check) -> None:
     """Square products in bf16, fp32 and fp32 by tf32."""
     size = TINY_GEMM if check.tiny else GEMM
-    backend = torch.backends.cuda.matmul
-    before = backend.fp32_precision
     for name, dtype, precision in (
         ("bf16", torch.bfloat16, "ieee"),
         ("fp32", torch.float32, "ieee"),
         ("tf32", torch.float32, "tf32"),
     ):
         a, b = (check.randn(size, size, seed=seed, dtype=dtype) for seed in (0, 1))
-        backend.fp32_precision = precision
-        try:
+        with fp32_products(precision):
             ms = median_ms(lambda a=a, b=b: a @ b, check.device)
-        finally:
-            backend.fp32_precision = before
         check.figure(f"ceilings.{name}_tflop_s", 2e-9 * size**3 / ms)
 
 
@@ -258,10 +252,8 @@ def clocks(check: Check) -> None:
     """Clocks and power right after the work, by the driver."""
     if not (check.is_cuda and shutil.which("nvidia-smi")):
         raise Skipped("nvidia-smi is a card's")
-    query = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False)
-    check.note(done.stdout.strip() or done.stderr.strip())
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+    check.note(query_driver(fields))
 
 
 PARTS: dict[str, Part] = {

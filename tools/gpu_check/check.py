@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,9 @@ from torch import Tensor
 
 from tools.gpu_check.expectations import make_figure
 from tools.gpu_check.results import append, append_figure, read_results
+from tools.gpu_check.revision import ROOT
 from tools.gpu_check.rooflines import ASSUMED, Ceilings
 from tools.gpu_check.stages import NAMES
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Skipped(Exception):
@@ -105,9 +105,21 @@ class Check:
 Part = Callable[[Check], None]
 
 
+def query_driver(fields: str) -> str:
+    """What nvidia-smi says of the card, as CSV."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False)
+    return done.stdout.strip() or done.stderr.strip()
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """The norm of the difference over the norm of the truth."""
+    return float((actual.double() - truth).norm() / truth.norm())
+
+
 def check_close(what: str, actual: Tensor, truth: Tensor, bound: float = 1e-3) -> None:
-    """The norm of the difference over the norm of the truth; NaN is not close."""
-    error = float((actual.double() - truth).norm() / truth.norm())
+    """Holds the relative error to a bound; NaN is not close."""
+    error = relative_error(actual, truth)
     assert error <= bound, f"{what}: relative error must be <= {bound:g}, got {error:.3g}"
 
 

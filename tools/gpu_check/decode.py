@@ -16,9 +16,7 @@ import torch
 
 from socpo_fast.engine.memory import kv_cache_size
 from socpo_fast.model import Decoder, load_student, save_student
-from socpo_fast.model.decoder import turned_heads
-from socpo_fast.ops import Segment, packed_attention
-from tools.gpu_check.check import Check, Part, Skipped, check_close
+from tools.gpu_check.check import Check, Part, Skipped, check_close, relative_error
 from tools.gpu_check.decoding import (
     CONTEXT,
     PAGE_SIZE,
@@ -27,7 +25,7 @@ from tools.gpu_check.decoding import (
     make_engine,
     params_of,
 )
-from tools.gpu_check.engines import drain, launch_rounds, prompts_of
+from tools.gpu_check.engines import drain, launch_rounds, logits_of, prompts_of
 from tools.gpu_check.models import MODELS, make_model
 from tools.gpu_check.rooflines import decode_bytes, num_parameters
 from tools.gpu_check.timing import median_ms, profile_table
@@ -100,12 +98,12 @@ def linears_ms(check: Check, student: Decoder, rows: int) -> float:
         return median_ms(run, check.device, in_graph=True)
 
 
-def small_batch(check: Check, batch: int = 16) -> Decoding:
-    """Some sequences of Qwen3-0.6B, decoding."""
+def small_batch(check: Check, batch: int = 16, **changes: float) -> Decoding:
+    """Some sequences of Qwen3-0.6B, decoding; changes are of the sampling."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     student = make_model(config, device=check.device, dtype=check.dtype)
     context = TINY_CONTEXT if check.tiny else CONTEXT
-    return Decoding(student, 2 if check.tiny else batch, 1, context)
+    return Decoding(student, 2 if check.tiny else batch, 1, context, **changes)
 
 
 def kernels_of_a_round(check: Check) -> None:
@@ -153,11 +151,8 @@ def groups_and_second_attempts(check: Check) -> None:
 
 def evaluation_step(check: Check) -> None:
     """A step with top-p, as evaluations take it: outside of the graph, by sorting."""
-    config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
-    student = make_model(config, device=check.device, dtype=check.dtype)
-    context, batch = (TINY_CONTEXT, 2) if check.tiny else (CONTEXT, 64)
-    decoding = Decoding(student, batch, 1, context, top_p=0.95, temperature=0.6)
-    of = f"top-p, {batch} x {context}"
+    decoding = small_batch(check, 64, top_p=0.95, temperature=0.6)
+    of = f"top-p, {decoding.rows} x {decoding.context}"
     check.figure("decode.filtered_step_ms", decoding.step_ms(check.device), of=of)
 
 
@@ -184,7 +179,7 @@ def beside_transformers(check: Check) -> None:
     row = prompts[0, :64]
     with torch.no_grad():
         truth = theirs_fp32(row[None]).logits[0].double()
-    distance = float((logits_of(student, row) - truth).norm() / truth.norm())
+    distance = relative_error(logits_of(student, row), truth)
     check.figure("decode.logits_error", distance, of=str(check.dtype).removeprefix("torch."))
     check_close("logits in fp32", logits_of(ours_fp32, row), truth)
 
@@ -222,22 +217,6 @@ def memory_plan(check: Check) -> None:
     free, total = torch.cuda.mem_get_info(check.device)
     beside = (total - free - torch.cuda.memory_reserved(check.device)) / 2**30
     check.figure("decode.driver_gib", beside)
-
-
-def logits_of(student: Decoder, token_ids_T: torch.Tensor) -> torch.Tensor:
-    """[T, V] of a plain forward, fp64."""
-    whole, scale = [Segment(0, len(token_ids_T), ())], student.config.head_dim**-0.5
-
-    def attend(
-        _layer: int, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        heads = turned_heads(qkv, rotary, student.config.num_kv_heads)
-        return packed_attention(*heads, whole, scale=scale)
-
-    positions = torch.arange(len(token_ids_T), device=token_ids_T.device)
-    with torch.no_grad():
-        hidden = student(token_ids_T, positions, attend)
-        return (hidden.to(student.lm_head.weight.dtype) @ student.lm_head.weight.T).double()
 
 
 PARTS: dict[str, Part] = {

@@ -76,9 +76,8 @@ class Decoding:
         if loop is None or not loop.captures:
             return None
         pages = max(len(sequence.pages) for sequence in self.engine._scheduler.running)
-        rows, pages = (1 << (n - 1).bit_length() for n in (self.rows, pages))
         with torch.no_grad():
-            graph = loop._graph(rows, pages)
+            graph = loop._graph(*loop._padded(self.rows, pages))
         return median_ms(graph.replay, check.device)
 
     def _timed(self, device: torch.device) -> tuple[float, int]:

@@ -64,6 +64,23 @@ def exact(groups: list[list[Attempt]]) -> list[tuple[list[int], list[float]]]:
     return [(attempt.token_ids, attempt.logprobs.tolist()) for group in groups for attempt in group]
 
 
+def logits_of(student: Decoder, token_ids_T: torch.Tensor, num_last: int = 0) -> torch.Tensor:
+    """[T, V], or of the last rows only, by a plain forward; fp64."""
+    whole, scale = [Segment(0, len(token_ids_T), ())], student.config.head_dim**-0.5
+
+    def attend(
+        _layer: int, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        heads = turned_heads(qkv, rotary, student.config.num_kv_heads)
+        return packed_attention(*heads, whole, scale=scale)
+
+    weight, device = student.lm_head.weight, token_ids_T.device
+    with torch.no_grad():
+        positions = torch.arange(len(token_ids_T), device=device)
+        hidden = student(token_ids_T, positions, attend)[-num_last:]
+        return (hidden.to(weight.dtype) @ weight.T).double()
+
+
 def lead(
     student: Decoder,
     context: list[int],
@@ -72,17 +89,7 @@ def lead(
     position: int,
 ) -> float:
     """By how much the drawn token's score (logit + noise) beats the next, by a plain forward."""
-    whole, scale = [Segment(0, len(context), ())], student.config.head_dim**-0.5
-
-    def attend(
-        _layer: int, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        heads = turned_heads(qkv, rotary, student.config.num_kv_heads)
-        return packed_attention(*heads, whole, scale=scale)
-
-    with torch.no_grad():
-        hidden = student(torch.tensor(context), torch.arange(len(context)), attend)[-1]
-        scores = (student.lm_head.weight @ hidden).double()
+    scores = logits_of(student, torch.tensor(context), num_last=1)[0]
     if params.temperature > 0:
         key = row_key(params.seed, *attempt.key, attempt.rollout_idx, attempt.attempt_idx, position)
         v = (noise_bits(torch.tensor([key]), len(scores))[0].double() + 0.5) * 2.0**-32

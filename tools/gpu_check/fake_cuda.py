@@ -42,8 +42,8 @@ from tools.gpu_check.launches import (
     tensors_of,
     wide_product,
 )
+from tools.gpu_check.revision import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CARD = SimpleNamespace(
     name="an H100 that is not there",
     major=9,

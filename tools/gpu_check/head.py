@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.peers_policy_heads import PEER_LOGPROBS
 from socpo_fast.ops import linear_policy_loss, policy_loss
-from socpo_fast.ops._head import matmul_
+from socpo_fast.ops._head import GPU_WORKSPACE_MIB, matmul_
 from tools.gpu_check.check import Check, Part, Skipped, check_close
 from tools.gpu_check.rooflines import head_flops
 from tools.gpu_check.timing import median_ms, peak_gib
 
 SHAPES = ((8192, 151936, 1024), (8192, 151936, 2048))  # Qwen3-0.6B and 1.7B
 TINY_SHAPES = ((20, 211, 16),)
-WORKSPACES_MIB = (208.0, 1024.0, 2048.0, 4096.0)
-SHIPPED_MIB = 2048.0
+WORKSPACES_MIB = (GPU_WORKSPACE_MIB, 208.0, 1024.0, 4096.0)  # as shipped first
 GEMM_ROWS = (1024, 2048, 4096, 8192)  # chunkings among which the fastest bare GEMMs are looked for
 TRUTH_ROWS = 512  # of fp64 logits alive at once
 MAX_ERROR = 1e-2  # of a gradient's norm, bf16 factors
@@ -119,12 +119,6 @@ def bare_gemms_ms(check: Check, problem: Problem) -> float:
     return min(times)
 
 
-def our_runs(problem: Problem) -> dict[str, Callable[[], Gradients]]:
-    """Ours at several workspaces; the shipped one first."""
-    order = sorted(WORKSPACES_MIB, key=lambda mib: mib != SHIPPED_MIB)
-    return {f"ours, {mib:.0f} MiB": lambda mib=mib: ours(problem, mib) for mib in order}
-
-
 def their_runs(problem: Problem) -> dict[str, Callable[[], Gradients]]:
     """Plain torch, and each peer at its own defaults."""
     runs: dict[str, Callable[[], Gradients]] = {"torch naive": lambda: by_logprobs(problem, naive)}
@@ -160,13 +154,11 @@ def ours_beside_gemms(shape_idx: int) -> Part:
         limit = check.ceilings.bf16_ms(head_flops(*problem.shape))
         gemms_ms = bare_gemms_ms(check, problem)
         check.figure("head.bare_gemms_ms", gemms_ms, of=name, limit=limit)
-        for setting, run in our_runs(problem).items():
-            of = f"{setting}, {name}"
-            key = (
-                "head.ours_ms" if setting == f"ours, {SHIPPED_MIB:.0f} MiB" else "head.workspace_ms"
-            )
+        for mib in WORKSPACES_MIB:
+            of = f"ours, {mib:.0f} MiB, {name}"
+            key = "head.ours_ms" if mib == GPU_WORKSPACE_MIB else "head.workspace_ms"
             with check.case(of):
-                measure(check, key, of, run, truth, gemms_ms)
+                measure(check, key, of, partial(ours, problem, mib), truth, gemms_ms)
 
     return part
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
-from socpo_fast.ops import paged_attention
 from socpo_fast.ops.rotary import rotary_write
 from tests.error_rule import TOLERANCE, assert_bitwise_equal
 from tools.gpu_check.check import ROOT, Check, Part, Skipped
 from tools.gpu_check.op_cases import attend, attention_inputs, compare, move, op_cases
+from tools.gpu_check.processes import output_of
 
 # On CPU tensors by design: they have no place where kernels are compiled.
 CPU_TESTS = ("test_instruction_sets.py",)
@@ -47,25 +45,11 @@ def run_pytest(files: list[Path], environ: dict[str, str]) -> tuple[dict[str, in
         command += ["-n", str(max(1, min(12, len(os.sched_getaffinity(0)) - 2)))]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command.append(f"--timeout={TEST_S}")  # one that hangs costs itself only
-    # COLUMNS: else pytest cuts what it says of a failure. It writes to a file, so that what was
-    # found is known even where it does not come to an end.
+    # COLUMNS: else pytest cuts what it says of a failure.
     environ = os.environ | environ | {"COLUMNS": "300", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile(mode="w+", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            [*command, *map(str, files)],
-            cwd=ROOT,
-            env=environ,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            status: int | None = process.wait(timeout=ALL_TESTS_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            status = None
-        output.seek(0)
-        lines = output.read().strip().splitlines()
+    command += map(str, files)
+    status, text = output_of(command, limit_s=ALL_TESTS_S, environ=environ, folder=ROOT)
+    lines = text.strip().splitlines()
     print("\n".join(lines[-60:]), flush=True)
     return read_pytest(lines, status)
 
@@ -137,12 +121,8 @@ def high_pages(check: Check) -> None:
         rotary_write(qkv, angles.cos(), angles.sin(), *given, impl="triton")
     assert_bitwise_equal(high["k"][first:], low["k"], name="keys written to high pages")
     check.figure("kernels.cache_elements", high["k"].numel())
-    torch.testing.assert_close(_attend(low), _attend(high), rtol=0, atol=0)
-
-
-def _attend(x: dict[str, torch.Tensor]) -> torch.Tensor:
-    tensors = [x[name] for name in ("q", "k", "v", "table", "seq_lens", "cu_seqlens")]
-    return paged_attention(*tensors, scale=0.1, impl="triton")
+    outputs = [attend(x, "triton")["o"] for x in (low, high)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)  # and no NaN
 
 
 def flash(check: Check) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 
 import torch
 
 from socpo_fast.kernels.swiglu import swiglu
 from socpo_fast.ops._impl import available_impls, extension_is_built
 from socpo_fast.report.environment import environment, installed_version
-from tools.gpu_check.check import Check, Part
+from tools.gpu_check.check import Check, Part, query_driver
 from tools.gpu_check.timing import wall_ms
 
 TOOLS = ("nvidia-smi", "gcc", "ncu", "compute-sanitizer", "nvcc")
@@ -30,8 +29,9 @@ def describe(check: Check) -> None:
     )
     impls = available_impls(check.device)
     facts["ops"] = ", ".join(f"{op}={impl}" for op, impl in impls.items())
-    check.note("\n".join(f"{name:20}{value}" for name, value in facts.items()))
-    print("\n".join(f"{name:20}{value}" for name, value in facts.items()), flush=True)
+    text = "\n".join(f"{name:20}{value}" for name, value in facts.items())
+    check.note(text)
+    print(text, flush=True)
     check.figure("machine.cpu_cores", len(os.sched_getaffinity(0)))
 
 
@@ -53,9 +53,7 @@ def describe_card(check: Check) -> None:
     check.figure("machine.memory_gib", total / 2**30)
     check.figure("machine.memory_free_gib", free / 2**30, limit=total / 2**30)
     if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False)
-        check.note(done.stdout.strip() or done.stderr.strip())
+        check.note(query_driver(SMI_FIELDS))
 
 
 def first_kernel(check: Check) -> None:

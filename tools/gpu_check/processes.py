@@ -13,6 +13,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections import deque
@@ -71,6 +72,16 @@ def run_limited(
     seconds = time.perf_counter() - started
     on_tick()
     return Ending(returncode, seconds, output.finish(), num_survivors)
+
+
+def output_of(
+    command: Sequence[str], *, limit_s: float, environ: Mapping[str, str], folder: Path
+) -> tuple[int | None, str]:
+    """(Exit status, None where its time was up; output, of a long one the head and the tail)."""
+    with tempfile.TemporaryFile() as log:
+        ending = run_limited(command, limit_s=limit_s, log=log, environ=environ, folder=folder)
+        log.seek(0)
+        return ending.returncode, log.read().decode(errors="replace")
 
 
 def _end_everything(process: subprocess.Popen[bytes], not_ours: set[int]) -> int:

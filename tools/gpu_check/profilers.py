@@ -11,7 +11,6 @@ import csv
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from tools.gpu_check.check import ROOT, Check, Part, Skipped
 from tools.gpu_check.decode_kernel import VARIED, DecodeCall
 from tools.gpu_check.models import MODELS
 from tools.gpu_check.op_cases import move, op_cases
+from tools.gpu_check.processes import output_of
 
 DRAM = "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
 OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
@@ -58,21 +58,9 @@ def under(tool: str, options: list[str], name: str, check: Check, limit_s: float
         raise Skipped(f"{tool} is not on the PATH")
     command = [path, *options, *command_of(name, check)]
     environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        text, _ = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired as error:
-        os.killpg(process.pid, signal.SIGKILL)  # what it profiles, too
-        process.communicate()
-        raise Skipped(f"{tool} took more than {limit_s:g} s") from error
+    status, text = output_of(command, limit_s=limit_s, environ=environ, folder=ROOT)
+    if status is None:
+        raise Skipped(f"{tool} took more than {limit_s:g} s")
     print(text[-4000:], flush=True)
     return text
 

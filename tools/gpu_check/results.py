@@ -1,11 +1,11 @@
 """What a check writes down: one JSON object a line, appended the moment it is known.
 
-    {"kind": "run", ..}      a run begins: machine, revision, plan {"kind": "begin", ..}    a stage
-    begins, and what an earlier run wrote of it no longer counts {"kind": "figure", ..}   one
-    number, with the limit, the prediction and the goal it is held against {"kind": "case", ..}
-    something that failed or was skipped, in words {"kind": "note", ..}     text worth keeping, such
-    as the head of a profile {"kind": "stage", ..}    a stage has ended: passed, failed, killed or
-    skipped
+    {"kind": "run", ..}      a run begins: machine, revision, plan
+    {"kind": "begin", ..}    a stage begins; what an earlier run wrote of it no longer counts
+    {"kind": "figure", ..}   one number, with the limit, the prediction and the goal it is held to
+    {"kind": "case", ..}     something that failed or was skipped, in words
+    {"kind": "note", ..}     text worth keeping, such as the head of a profile
+    {"kind": "stage", ..}    a stage has ended: passed, failed, killed or skipped
 
 A line is written by one call in append mode, so that stages which run beside each other cannot mix
 theirs.
@@ -118,9 +118,8 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     line = (json.dumps(record) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        if os.write(descriptor, line) < len(
-            line
-        ):  # the disk is full: let no later line join this one
+        num_written = os.write(descriptor, line)
+        if num_written < len(line):  # the disk is full: let no later line join this one
             os.write(descriptor, b"\n")
     finally:
         os.close(descriptor)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,6 +42,17 @@ def median_ms(run: Run, device: torch.device, *, in_graph: bool = False) -> floa
         events.append((begin, end))
     torch.cuda.synchronize(device)
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+@contextmanager
+def fp32_products(precision: str) -> Iterator[None]:
+    """What a product of fp32 matrices is computed in on a card: "ieee" or "tf32"."""
+    backend = torch.backends.cuda.matmul
+    before, backend.fp32_precision = backend.fp32_precision, precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def peak_gib(run: Run, device: torch.device) -> float:

@@ -6,8 +6,7 @@ second answer behind half of them. bf16 is what training will be in; fp32 is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,13 +18,13 @@ from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, Turn
-from tools.gpu_check.check import Check, Part, check_close
+from tools.gpu_check.check import Check, Part, check_close, relative_error
 from tools.gpu_check.decoding import make_engine, params_of
 from tools.gpu_check.engines import prompts_of
 from tools.gpu_check.groups import GROUP, TINY_GROUP, make_rollouts
 from tools.gpu_check.models import CONFIGS, MODELS, make_model
 from tools.gpu_check.rooflines import num_parameters, update_flops
-from tools.gpu_check.timing import median_ms, peak_gib, profile_table
+from tools.gpu_check.timing import fp32_products, median_ms, peak_gib, profile_table
 
 TOKEN_BUDGET = 16384
 
@@ -53,17 +52,6 @@ def gradients(student: Decoder, rollouts: list[Rollout], *, checkpointing: bool)
         temperature=1.0,
         checkpointing=checkpointing,
     )
-
-
-@contextmanager
-def fp32_products(precision: str) -> Iterator[None]:
-    """What a product of fp32 matrices is computed in on a card: "ieee" or "tf32"."""
-    backend = torch.backends.cuda.matmul
-    before, backend.fp32_precision = backend.fp32_precision, precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
 
 
 def update(
@@ -144,8 +132,8 @@ def beside_cpu(check: Check) -> None:
         found.append({name: p.grad for name, p in student.named_parameters()})
     worst = 0.0
     for name, truth in found[0].items():
-        actual, expected = found[1][name].cpu().double(), truth.double()
-        worst = max(worst, float((actual - expected).norm() / expected.norm()))
+        actual, expected = found[1][name].cpu(), truth.double()
+        worst = max(worst, relative_error(actual, expected))
         check_close(f"gradient of {name}", actual, expected)
     check.figure("training.gradient_error", worst, of="fp32 beside the CPU")
 
