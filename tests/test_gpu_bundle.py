@@ -52,8 +52,9 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
-    """Replaces pip; returns the commands that it was given."""
+def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
+    """Replaces pip; returns the commands that it was given. No extension is built in this checkout."""
+    monkeypatch.setattr(bundle, "ROOT", tmp_path / "checkout")
 
     def install(
         num_bytes: int = 10,
