@@ -5,6 +5,11 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(socpo, m) {
+  // keys [G, A]: attempts that agree in every row are a group; last [A]: whose reward each attempt earns
+  m.def(
+      "decay_advantage(Tensor rewards, Tensor attempt_idx, Tensor? num_tokens, Tensor? keys, Tensor? last, "
+      "float[]? factors, int num_factors, str baseline, bool divides_by_std, bool whitens, float eps) "
+      "-> (Tensor earned, Tensor advantages, Tensor factors)");
   m.def(
       "sample(Tensor logits, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) "
       "-> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)");

@@ -1,7 +1,7 @@
 """From raw rewards to advantages in one launch: decay, group baseline and whitening of a whole batch.
 
 Read top-down: decay_advantage sorts attempts into groups and launches _decay_advantage_kernel, a single program that
-walks over the attempts in tiles: _decay_factors, then sums along the groups, then whitening. A batch has hundreds of
+walks over the attempts in tiles: the factors, then sums along the groups, then whitening. A batch has hundreds of
 attempts; one program needs no grid-wide barrier, and its cost grows with A alone, however they are grouped.
 
 Everything is in fp64, like the reference in ops/decay_advantage.py: sums of fp32 rewards are then exact, so equal
@@ -28,133 +28,156 @@ _WHITEN_EPS = tl.constexpr(1e-8)
 def decay_advantage(
     rewards_A: Tensor,
     attempt_idx_A: Tensor,
-    num_tokens_A: Tensor | None = None,
-    group_keys: tuple[Tensor, ...] = (),
-    *,
-    schedule: str,
-    factor: float | None,
+    num_tokens_A: Tensor | None,
+    keys_GA: Tensor | None,
+    last_A: Tensor | None,
+    factors: list[float] | None,
     num_factors: int,
-    estimator: str = "none",
-    eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Rewards after decay and, unless estimator is "none", advantages, as ops/decay_advantage.py defines them.
+    baseline: str,
+    divides_by_std: bool,
+    whitens: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards after decay and credit [A] fp32, advantages [A] fp32, factors [num_factors] fp64.
 
-    Args: group_keys are int64 [A] tensors; attempts that agree in all of them are a group. num_factors is more than any
-    attempt index. num_tokens_A is needed by estimators that whiten.
-
-    Returns: decayed rewards [A] fp32, advantages [A] fp32 ([0] without an estimator).
+    The arguments are those of credit_attempts_ref in ops/decay_advantage.py, rewards_A in fp64, and
+    the fields of an estimator.
     """
     num_attempts = rewards_A.numel()
-    decayed_A = torch.empty_like(rewards_A, dtype=torch.float32, memory_format=torch.contiguous_format)
-    advantages_A = torch.empty_like(decayed_A[:0] if estimator == "none" else decayed_A)
+    earned_A = torch.empty_like(rewards_A, dtype=torch.float32, memory_format=torch.contiguous_format)
+    advantages_A = torch.empty_like(earned_A)
+    factors_K = rewards_A.new_zeros(num_factors)
     if num_attempts == 0:
-        return decayed_A, advantages_A
-    grouped = estimator not in ("none", "reinforce_plus_plus")
-    order_A, begin_A, end_A = _group_order(group_keys) if grouped else (None, None, None)
+        return earned_A, advantages_A, factors_K
+    order_A, begin_A, end_A = (None, None, None) if keys_GA is None else _group_order(keys_GA)
     tile = TILES[architecture_of(rewards_A)][torch.float64]
     with torch.cuda.device_of(rewards_A):
         _decay_advantage_kernel[(1,)](
-            rewards_A.double().contiguous(),
+            rewards_A.contiguous(),
             attempt_idx_A.contiguous(),
             None if num_tokens_A is None else num_tokens_A.contiguous(),
+            last_A,
             order_A,
             begin_A,
             end_A,
-            rewards_A.new_empty((3, num_attempts), dtype=torch.float64),
-            decayed_A,
-            None if estimator == "none" else advantages_A,
+            None if factors is None else rewards_A.new_tensor(factors),
+            rewards_A.new_empty((3, num_attempts)),
+            earned_A,
+            advantages_A,
+            factors_K,
             num_attempts,
-            1.0 if factor is None else float(factor),
+            num_factors,
             float(eps),
-            SCHEDULE=schedule,
-            ESTIMATOR=estimator,
+            BASELINE=baseline,
+            DIVIDE_BY_STD=divides_by_std,
+            WHITEN=whitens,
             BLOCK_A=tile.block,
             BLOCK_K=triton.next_power_of_2(num_factors),
             num_warps=tile.num_warps,
         )
-    return decayed_A, advantages_A
+    return earned_A, advantages_A, factors_K
 
 
-def _group_order(keys: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _group_order(keys_GA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Attempts group after group, in index order within each; where the group of each place begins and ends."""
-    order_A = torch.arange(keys[0].numel(), device=keys[0].device)
-    for key_A in reversed(keys):  # stable: the last sort is by the first key
+    order_A = torch.arange(keys_GA.shape[1], device=keys_GA.device)
+    for key_A in reversed(keys_GA.unbind()):  # stable: the last sort is by the first key
         order_A = order_A[key_A[order_A].argsort(stable=True)]
     changes_A = torch.zeros_like(order_A, dtype=torch.bool)
-    for key_A in keys:
-        changes_A[1:] |= key_A[order_A].diff() != 0
+    changes_A[1:] = (keys_GA[:, order_A].diff(dim=1) != 0).any(dim=0)
     group_A = changes_A.cumsum(0)  # ascending
     return order_A, torch.searchsorted(group_A, group_A), torch.searchsorted(group_A, group_A, right=True)
 
 
 def aot_configs() -> AotConfigs:
-    """Every estimator and every schedule once, and decay alone, at up to 8 attempts a rollout."""
+    """Every way to compare attempts once, decay alone, and both kinds of factors and of credit."""
     for architecture in ARCHITECTURES:
         for dtype, (block, num_warps) in TILES[architecture].items():
-            for estimator, schedule in (
-                ("none", "batch_mean"),
-                ("reinforce_plus_plus", "constant"),
-                ("reinforce_plus_plus_baseline", "batch_mean"),
-                ("grpo", "batch_mean"),
-                ("dr_grpo", "none"),
-                ("rloo", "none"),
+            for baseline, divides_by_std, whitens, is_batch_mean, by_trajectory in (
+                ("none", False, False, True, False),
+                ("none", False, True, False, True),
+                ("mean", False, True, True, False),
+                ("mean", False, True, True, True),
+                ("mean", True, False, True, False),
+                ("mean", False, False, False, False),
+                ("others", False, False, True, True),
             ):
-                pointers: dict[str, torch.dtype | None] = {"rewards_ptr": dtype, "scratch_ptr": dtype}
-                pointers |= dict.fromkeys(("attempt_ptr", "num_tokens_ptr"), torch.int64)
-                pointers |= dict.fromkeys(("decayed_ptr", "advantages_ptr"), torch.float32)
-                if estimator == "none":
-                    pointers |= {"advantages_ptr": None, "num_tokens_ptr": None}
-                grouped = None if estimator in ("none", "reinforce_plus_plus") else torch.int64
-                pointers |= dict.fromkeys(("order_ptr", "begin_ptr", "end_ptr"), grouped)
+                grouped = torch.int64 if baseline != "none" else None
+                pointers: dict[str, torch.dtype | None] = {
+                    "rewards_ptr": dtype,
+                    "attempt_ptr": torch.int64,
+                    "num_tokens_ptr": torch.int64 if whitens else None,
+                    "last_ptr": torch.int64 if by_trajectory else None,
+                    **dict.fromkeys(("order_ptr", "begin_ptr", "end_ptr"), grouped),
+                    "given_factors_ptr": None if is_batch_mean else dtype,
+                    "scratch_ptr": dtype,
+                    **dict.fromkeys(("earned_ptr", "advantages_ptr"), torch.float32),
+                    "factors_ptr": dtype,
+                }
+                words = [f"baseline {baseline}", *["by std"] * divides_by_std, *["whitened"] * whitens]
+                words += ["batch means" if is_batch_mean else "given factors", *["trajectory"] * by_trajectory]
                 yield AotConfig(
                     _decay_advantage_kernel,
                     architecture,
                     dtype,
-                    f"{estimator}, {schedule}" if estimator != "none" else f"decay alone, {schedule}",
+                    ", ".join(words),
                     num_warps,
                     pointers,
-                    {"SCHEDULE": schedule, "ESTIMATOR": estimator, "BLOCK_A": block, "BLOCK_K": 8},
+                    {
+                        "BASELINE": baseline,
+                        "DIVIDE_BY_STD": divides_by_std,
+                        "WHITEN": whitens,
+                        "BLOCK_A": block,
+                        "BLOCK_K": 8,
+                    },
                 )
 
 
-@triton.jit(do_not_specialize=["num_attempts"])  # it differs from batch to batch: one compiled kernel for all
+@triton.jit(do_not_specialize=["num_attempts", "num_factors"])  # they differ from batch to batch: one compiled kernel
 def _decay_advantage_kernel(
     rewards_ptr,
     attempt_ptr,
     num_tokens_ptr,
+    last_ptr,
     order_ptr,
     begin_ptr,
     end_ptr,
+    given_factors_ptr,
     scratch_ptr,
-    decayed_ptr,
+    earned_ptr,
     advantages_ptr,
+    factors_ptr,
     num_attempts,
-    factor: tl.float64,
+    num_factors,
     eps: tl.float64,
-    SCHEDULE: tl.constexpr,
-    ESTIMATOR: tl.constexpr,
+    BASELINE: tl.constexpr,
+    DIVIDE_BY_STD: tl.constexpr,
+    WHITEN: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    whiten: tl.constexpr = ESTIMATOR == "reinforce_plus_plus" or ESTIMATOR == "reinforce_plus_plus_baseline"
-    grouped: tl.constexpr = order_ptr is not None
-    lanes = tl.arange(0, BLOCK_A)
+    grouped: tl.constexpr = BASELINE != "none"
+    lanes, kinds = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_K)
     zero = tl.zeros((), tl.float64)
     value_ptr, sum_ptr, square_sum_ptr = scratch_ptr, scratch_ptr + num_attempts, scratch_ptr + 2 * num_attempts
-    factors = _decay_factors(rewards_ptr, attempt_ptr, num_attempts, factor, SCHEDULE, BLOCK_A, BLOCK_K)
+    if given_factors_ptr is not None:
+        factors = tl.load(given_factors_ptr + kinds, kinds < num_factors, other=0.0)
+    else:
+        factors = _batch_means(rewards_ptr, attempt_ptr, num_attempts, BLOCK_A, BLOCK_K)
+    tl.store(factors_ptr + kinds, factors, kinds < num_factors)
 
-    # Decayed rewards, and their sums along each group. From here on, place i is the i-th attempt in group order.
+    # What each attempt earns, and its sums along each group. From here on, place i is the i-th attempt in group order.
     carry = zero
     for start in range(0, num_attempts, BLOCK_A):
         i = start + lanes
         inside = i < num_attempts
         attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
-        value = tl.load(rewards_ptr + attempt_of_place, inside, other=0.0)
-        if SCHEDULE != "none":
-            is_k = tl.load(attempt_ptr + attempt_of_place, inside, other=0)[:, None] == tl.arange(0, BLOCK_K)[None, :]
-            value *= tl.sum(tl.where(is_k, factors[None, :], 0.0), 1)
-            value = value.to(tl.float32).to(tl.float64)  # what decay_rewards hands to compute_advantages
-        tl.store(decayed_ptr + attempt_of_place, value.to(tl.float32), inside)
+        source = attempt_of_place if last_ptr is None else tl.load(last_ptr + attempt_of_place, inside, other=0)
+        is_k = tl.load(attempt_ptr + source, inside, other=0)[:, None] == kinds[None, :]
+        value = tl.load(rewards_ptr + source, inside, other=0.0)
+        value *= tl.sum(tl.where(is_k, factors[None, :], 0.0), 1)
+        value = value.to(tl.float32).to(tl.float64)  # what decay_rewards hands to compute_advantages
+        tl.store(earned_ptr + attempt_of_place, value.to(tl.float32), inside)
         tl.store(value_ptr + i, value, inside)
         if grouped:
             begin = tl.load(begin_ptr + i, inside, other=0)
@@ -173,13 +196,13 @@ def _decay_advantage_kernel(
             begin, end = tl.load(begin_ptr + i, inside, other=0), tl.load(end_ptr + i, inside, other=1)
             count = (end - begin).to(tl.float64)
             total = tl.load(sum_ptr + end - 1, inside, other=0.0)
-            baseline = (total - value) / tl.maximum(count - 1, 1.0) if ESTIMATOR == "rloo" else total / count
+            baseline = (total - value) / tl.maximum(count - 1, 1.0) if BASELINE == "others" else total / count
             value = tl.where(count == 1, value, value - baseline)
             tl.store(value_ptr + i, value, inside)
-            if ESTIMATOR == "grpo":
+            if DIVIDE_BY_STD:
                 sums, carry = _sums_along_groups(value * value, begin, start, carry, BLOCK_A)
                 tl.store(square_sum_ptr + i, sums, inside)
-        if whiten:
+        if WHITEN:
             attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
             num_tokens = tl.load(num_tokens_ptr + attempt_of_place, inside, other=0).to(tl.float64)
             token_sums += num_tokens * value
@@ -187,7 +210,7 @@ def _decay_advantage_kernel(
     tl.debug_barrier()
 
     shift, scale = zero, tl.full((), 1.0, tl.float64)
-    if whiten:
+    if WHITEN:
         num_loss_tokens = tl.sum(tokens, 0)
         shift = tl.sum(token_sums, 0) / num_loss_tokens
         squares = tl.zeros((BLOCK_A,), tl.float64)
@@ -199,53 +222,38 @@ def _decay_advantage_kernel(
             num_tokens = tl.load(num_tokens_ptr + attempt_of_place, inside, other=0).to(tl.float64)
             squares += num_tokens * deviation * deviation
         scale = tl.sqrt(tl.sum(squares, 0) / (num_loss_tokens - 1) + _WHITEN_EPS)
-    if ESTIMATOR != "none":
-        for start in range(0, num_attempts, BLOCK_A):
-            i = start + lanes
-            inside = i < num_attempts
-            attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
-            value = (tl.load(value_ptr + i, inside, other=0.0) - shift) / scale
-            if ESTIMATOR == "grpo":
-                begin, end = tl.load(begin_ptr + i, inside, other=0), tl.load(end_ptr + i, inside, other=1)
-                count = (end - begin).to(tl.float64)
-                square_sum = tl.load(square_sum_ptr + end - 1, inside, other=0.0)
-                std = tl.where(count == 1, 1.0, tl.sqrt(square_sum / tl.maximum(count - 1, 1.0)))
-                value /= std + tl.full((), eps, tl.float64)
-            tl.store(advantages_ptr + attempt_of_place, value.to(tl.float32), inside)
+    for start in range(0, num_attempts, BLOCK_A):
+        i = start + lanes
+        inside = i < num_attempts
+        attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
+        value = (tl.load(value_ptr + i, inside, other=0.0) - shift) / scale
+        if DIVIDE_BY_STD:
+            begin, end = tl.load(begin_ptr + i, inside, other=0), tl.load(end_ptr + i, inside, other=1)
+            count = (end - begin).to(tl.float64)
+            square_sum = tl.load(square_sum_ptr + end - 1, inside, other=0.0)
+            std = tl.where(count == 1, 1.0, tl.sqrt(square_sum / tl.maximum(count - 1, 1.0)))
+            value /= std + tl.full((), eps, tl.float64)
+        tl.store(advantages_ptr + attempt_of_place, value.to(tl.float32), inside)
 
 
 @triton.jit
-def _decay_factors(
-    rewards_ptr,
-    attempt_ptr,
-    num_attempts,
-    factor,
-    SCHEDULE: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """[BLOCK_K] fp64: what the raw reward of attempt 0, 1, .. is multiplied by; the recurrence of decay_factors."""
+def _batch_means(rewards_ptr, attempt_ptr, num_attempts, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_K] fp64: factors by the recurrence of _batch_means in ops/decay_advantage.py."""
     kinds = tl.arange(0, BLOCK_K)
     factors = tl.full((BLOCK_K,), 1.0, tl.float64)
-    if SCHEDULE == "constant":
-        latest = tl.full((), 1.0, tl.float64)
-        for n in range(1, BLOCK_K):
-            latest *= tl.full((), factor, tl.float64)
-            factors = tl.where(kinds == n, latest, factors)
-    if SCHEDULE == "batch_mean":
-        sums, counts = tl.zeros((BLOCK_K,), tl.float64), tl.zeros((BLOCK_K,), tl.float64)
-        for start in range(0, num_attempts, BLOCK_A):
-            i = start + tl.arange(0, BLOCK_A)
-            inside = i < num_attempts
-            is_k = tl.load(attempt_ptr + i, inside, other=-1)[:, None] == kinds[None, :]
-            sums += tl.sum(tl.where(is_k, tl.load(rewards_ptr + i, inside, other=0.0)[:, None], 0.0), 0)
-            counts += tl.sum(is_k.to(tl.float64), 0)
-        decayed_sum, count = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
-        for n in range(BLOCK_K):
-            if n > 0:
-                factors = tl.where(kinds == n, decayed_sum / count, factors)
-            decayed_sum += tl.sum(tl.where(kinds == n, factors * sums, 0.0), 0)
-            count += tl.sum(tl.where(kinds == n, counts, 0.0), 0)
+    sums, counts = tl.zeros((BLOCK_K,), tl.float64), tl.zeros((BLOCK_K,), tl.float64)
+    for start in range(0, num_attempts, BLOCK_A):
+        i = start + tl.arange(0, BLOCK_A)
+        inside = i < num_attempts
+        is_k = tl.load(attempt_ptr + i, inside, other=-1)[:, None] == kinds[None, :]
+        sums += tl.sum(tl.where(is_k, tl.load(rewards_ptr + i, inside, other=0.0)[:, None], 0.0), 0)
+        counts += tl.sum(is_k.to(tl.float64), 0)
+    decayed_sum, count = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
+    for n in range(BLOCK_K):
+        if n > 0:
+            factors = tl.where(kinds == n, decayed_sum / count, factors)
+        decayed_sum += tl.sum(tl.where(kinds == n, factors * sums, 0.0), 0)
+        count += tl.sum(tl.where(kinds == n, counts, 0.0), 0)
     return factors
 
 

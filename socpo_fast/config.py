@@ -189,6 +189,7 @@ class RewardConfig(Section):
         description="batch_mean = times the mean decayed reward of earlier attempts; constant = factor ** attempt",
     )
     factor: float | None = Field(default=None, ge=0, le=1, description="schedule constant: reward factor an attempt")
+    credit: Literal["attempt", "trajectory"] = Field(default="attempt", description="reward: own or the rollout's last")
 
 
 class AdvantageConfig(Section):

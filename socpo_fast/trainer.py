@@ -19,10 +19,9 @@ from socpo_fast.ops import available_impls
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import write_rollouts
 from socpo_fast.report.write import write_report
-from socpo_fast.socratic.advantage import assign_advantages
+from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.socratic.data import batch_questions, question_order
-from socpo_fast.socratic.decay import assign_rewards
-from socpo_fast.socratic.session import Session
+from socpo_fast.socratic.session import Session, credit_options
 from socpo_fast.socratic.summary import mean, sources_of, summarize
 from socpo_fast.stopping import RunFailed, StopRequested, StopSignals
 from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
@@ -62,7 +61,7 @@ def rollout_only(config: Config) -> None:
             for batch in range(1, config.run.num_batches + 1):
                 chosen = {q.question_idx: q for q in pick_questions(config, questions, batch)}
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
-                factors = assign_rewards(rollouts, **config.reward.model_dump())
+                factors = assign_credit(rollouts, options=credit_options(config))
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, chosen, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
@@ -80,6 +79,7 @@ class Trainer:
         self.sources = sources_of(self.train_questions)
         pick_questions(config, self.train_questions, 1)  # too few questions are refused before anything is written
         self.student, self.engine = self.session.student, self.session.engine
+        self.credit = credit_options(config)
         self.updater = Updater(self.student, config, reference=self.session.reference)
         self.optimizer = self.updater.optimizer
         self.batch, self.eval_due, self.save_due = 0, bool(self.eval_questions), False
@@ -154,8 +154,7 @@ class Trainer:
         batch = self.batch + 1
         questions = {q.question_idx: q for q in pick_questions(config, self.train_questions, batch)}
         rollouts, metrics = self.roll_out(questions, batch)
-        factors = assign_rewards(rollouts, **config.reward.model_dump())
-        assign_advantages(rollouts, **config.advantage.model_dump())
+        factors = assign_credit(rollouts, options=self.credit, device=config.run.device)
         metrics |= summarize(rollouts, questions, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started, self.between_batches = time.perf_counter(), False

@@ -1,7 +1,8 @@
 """Public ops, each in its own file: checks, then the choice of an implementation, with the reference right above."""
 
 from socpo_fast.ops._impl import available_impls
-from socpo_fast.ops.decay_advantage import compute_advantages, decay_factors, decay_rewards
+from socpo_fast.ops.credit_options import CreditOptions
+from socpo_fast.ops.decay_advantage import Credit, compute_advantages, credit_attempts, decay_rewards
 from socpo_fast.ops.linear import linear
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
@@ -15,11 +16,13 @@ from socpo_fast.ops.sample import next_keys, row_key, row_keys, sample
 from socpo_fast.ops.swiglu import swiglu
 
 __all__ = [
+    "Credit",
+    "CreditOptions",
     "PolicyLoss",
     "Segment",
     "available_impls",
     "compute_advantages",
-    "decay_factors",
+    "credit_attempts",
     "decay_rewards",
     "linear",
     "linear_logprob",

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 IMPLS: dict[str, tuple[str, ...]] = {
-    "decay_rewards": ("ref", "triton"),
-    "compute_advantages": ("ref", "triton"),
+    "decay_rewards": ("ref", "cpp", "triton"),
+    "compute_advantages": ("ref", "cpp", "triton"),
     "linear": ("ref", "cpp"),
     "linear_logprob": ("ref", "cpp", "triton"),
     "linear_policy_loss": ("ref", "cpp", "triton"),

@@ -1,133 +1,151 @@
-"""From the raw rewards of a batch to one advantage per attempt: decay_factors -> decay_rewards -> compute_advantages.
+"""From the raw rewards of a batch to one advantage an attempt, in one call: decay, credit, baseline, whitening.
 
-Departures from the textbook. The factor of attempt n is the batch's own mean reward of all earlier attempts, already
-decayed, so help can never pay more than answering alone does. The group of a baseline is a question, its first and
-later attempts together: grouped by attempt index, a division by the group's std would undo the decay. Whitening counts
-an attempt once per loss token, yet with outcome rewards and no discount the advantage is one number per attempt, so
-nothing of size [A, length] exists.
+Read credit_attempts_ref, which is the formula, then credit_attempts; compute_advantages and
+decay_rewards return parts of its result.
 
-A is a few hundred: the reference computes in fp64 on the host, where segment sums run in index order whatever the
-number of threads, and equal rewards centre to exactly 0. For tensors on a GPU, kernels/decay_advantage.py does the same
-in one launch.
+Departures from the textbook. The factor of attempt n is the batch's own mean reward of all earlier
+attempts, already decayed, so help can never pay more than answering alone does. The group of a
+baseline is a question, its first and later attempts together: grouped by attempt index, a division
+by the group's std would undo the decay. Whitening counts an attempt once per loss token, yet with
+outcome rewards and no discount the advantage is one number per attempt, so nothing of size
+[A, length] exists.
+
+Everything is in fp64, and sums along a group run in index order whatever the number of threads:
+equal rewards centre to exactly 0. A is a few hundred: csrc/decay_advantage.cpp is one thread, and
+kernels/decay_advantage.py one launch of one program.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule, check_word
+from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule
 from socpo_fast.ops._impl import IMPLS, choose_impl, kernels_of
+from socpo_fast.ops.credit_options import BaselineGroup, CreditOptions, CreditTo
+from socpo_fast.registries import ESTIMATORS, Estimator
 
-Schedule = Literal["batch_mean", "constant", "none"]
-Estimator = Literal["reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "dr_grpo", "rloo"]
-BaselineGroup = Literal["question", "question_attempt"]
-
-_WHITENED = ("reinforce_plus_plus_baseline", "reinforce_plus_plus")
-_WHITEN_EPS = 1e-8
+WHITEN_EPS = 1e-8
+_REWARDS_ONLY = Estimator(baseline="none")
 
 
-def decay_factors(
-    rewards_A: Tensor, attempt_idx_A: Tensor, *, schedule: Schedule = "batch_mean", factor: float | None = None
-) -> list[float]:
-    """What the raw reward of attempt 0, 1, .. of this batch is multiplied by; entry 1 is the metric `decay/f_1`.
+class Credit(NamedTuple):
+    """What the attempts of a batch earn; on the device of their rewards."""
 
-        batch_mean   f_0 = 1,  f_n = mean of f_a R_i over all attempts i with index a < n
-        constant     f_n = factor ** n
-        none         f_n = 1
-
-    Args:
-        rewards_A:     [A] fp32 or fp64, finite. Raw rewards of all attempts of the batch.
-        attempt_idx_A: [A] int64, >= 0. 0 is an answer without help; batch_mean needs at least one of them.
-        schedule:      "batch_mean" (the paper's), "constant" or "none" (the ablation).
-        factor:        in [0, 1], for "constant" only.
-
-    Returns:
-        One float per attempt index, up to the largest in the batch; empty when A = 0.
-
-    Raises:
-        ValueError: an argument breaks the rules above.
-
-    Source: Liu et al. 2026, arXiv:2606.09887; figure 2 of its repository.
-    """
-    num_factors = _check_decay_inputs(TensorChecker("decay_rewards"), rewards_A, attempt_idx_A, schedule, factor)
-    if schedule != "batch_mean" or num_factors == 0:
-        return [1.0 if factor is None else factor**n for n in range(num_factors)]
-    attempt_idx_A = attempt_idx_A.cpu()
-    reward_sums = _segment_sum(rewards_A.cpu().double(), attempt_idx_A, num_factors).tolist()
-    counts = attempt_idx_A.bincount().tolist()
-    factors, decayed_sum, count = [1.0], reward_sums[0], counts[0]
-    for n in range(1, num_factors):  # f_n needs f_1 .. f_(n - 1): a recurrence over the few attempt indices
-        factors.append(decayed_sum / count)
-        decayed_sum, count = decayed_sum + factors[n] * reward_sums[n], count + counts[n]
-    return factors
+    rewards_A: Tensor  # [A] fp32, after decay and credit
+    advantages_A: Tensor  # [A] fp32
+    factors_K: Tensor  # [K] fp64: what the raw reward of attempt 0, 1, .. was multiplied by
 
 
-def decay_rewards(
+def credit_attempts_ref(
     rewards_A: Tensor,
     attempt_idx_A: Tensor,
+    num_tokens_A: Tensor | None,
+    keys_GA: Tensor | None,
+    last_A: Tensor | None,
+    factors: list[float] | None,
     *,
-    schedule: Schedule = "batch_mean",
-    factor: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """Rewards after decay: a success after help is worth less than one without.
-
-        decayed[i] = f[attempt_idx[i]] * rewards[i]          f as in `decay_factors`
+    num_factors: int,
+    estimator: Estimator,
+    eps: float,
+) -> Credit:
+    """`credit_attempts`, unchecked, on the host.
 
     Args:
-        rewards_A, attempt_idx_A, schedule, factor: those of `decay_factors`.
-        impl: "auto", "ref" or "triton".
-
-    Returns:
-        [A] fp32, on the device of rewards_A. Attempt 0 is untouched.
-
-    Raises:
-        ValueError: an argument breaks the rules of `decay_factors`.
-
-    Gradient: none. Bitwise: same inputs, same bits.
+        keys_GA: attempts that agree in every row of it are a group; None where nothing is compared.
+        last_A:  row of the last attempt of each row's rollout; None where attempts keep their own reward.
+        factors: f_0, f_1, .. (num_factors of them); None for the batch's own means.
     """
-    if choose_impl("decay_rewards", impl, IMPLS["decay_rewards"], rewards_A.device) == "triton":
-        num_factors = _check_decay_inputs(TensorChecker("decay_rewards"), rewards_A, attempt_idx_A, schedule, factor)
-        launch = kernels_of("decay_advantage", "triton").decay_advantage
-        return launch(rewards_A, attempt_idx_A, schedule=schedule, factor=factor, num_factors=num_factors)[0]
-    factors = torch.tensor(
-        decay_factors(rewards_A, attempt_idx_A, schedule=schedule, factor=factor), dtype=torch.float64
-    )
-    decayed_A = rewards_A.detach().cpu().double() * factors[attempt_idx_A.cpu()]
-    return decayed_A.to(rewards_A.device, torch.float32)
+    raw_A = rewards_A.double()
+    factors = _batch_means(raw_A, attempt_idx_A, num_factors) if factors is None else factors
+    factors_K = torch.tensor(factors, dtype=torch.float64)
+    earned_A = (raw_A * factors_K[attempt_idx_A]).float()
+    earned_A = earned_A if last_A is None else earned_A[last_A]
+    x_A = earned_A.double()
+    if keys_GA is not None:
+        group_A = keys_GA.unique(dim=1, return_inverse=True)[1]
+        count_A = group_A.bincount()[group_A].double()
+        sum_A, others_A = _segment_sum(x_A, group_A)[group_A], (count_A - 1).clamp(min=1)
+        baseline_A = (sum_A - x_A) / others_A if estimator.baseline == "others" else sum_A / count_A
+        x_A = torch.where(count_A == 1, x_A, x_A - baseline_A)
+        if estimator.divides_by_std:
+            variance_A = _segment_sum(x_A.square(), group_A)[group_A] / others_A
+            x_A = x_A / (torch.where(count_A == 1, 1.0, variance_A.sqrt()) + eps)
+    if estimator.whitens:
+        assert num_tokens_A is not None, "only rewards are asked for without it"
+        weight_A = num_tokens_A.double()
+        x_A = x_A - (weight_A * x_A).sum() / weight_A.sum()
+        variance = (weight_A * x_A.square()).sum() / (weight_A.sum() - 1)
+        x_A = x_A / torch.sqrt(variance + WHITEN_EPS)
+    return Credit(earned_A, x_A.float(), factors_K)
 
 
-def compute_advantages_ref(
+def credit_attempts(
     rewards_A: Tensor,
     num_tokens_A: Tensor,
     question_idx_A: Tensor,
     attempt_idx_A: Tensor,
+    rollout_idx_A: Tensor | None = None,
     *,
-    estimator: Estimator,
-    baseline_group: BaselineGroup,
-    eps: float,
-) -> Tensor:
-    """`compute_advantages` of decayed rewards, unchecked."""
-    r_A, num_tokens_A = rewards_A.detach().cpu().double(), num_tokens_A.cpu().double()
-    if estimator == "reinforce_plus_plus":
-        return _whiten(r_A, num_tokens_A).to(rewards_A.device, torch.float32)
-    group_A = _group_indices(question_idx_A.cpu(), attempt_idx_A.cpu(), baseline_group)
-    count_A = group_A.bincount()[group_A].double()
-    alone_A = count_A == 1
-    sum_A = _segment_sum(r_A, group_A)[group_A]
-    others_mean_A = (sum_A - r_A) / (count_A - 1).clamp(min=1)
-    baseline_A = others_mean_A if estimator == "rloo" else sum_A / count_A
-    advantages_A = torch.where(alone_A, r_A, r_A - baseline_A)
-    if estimator == "reinforce_plus_plus_baseline":
-        advantages_A = _whiten(advantages_A, num_tokens_A)
-    elif estimator == "grpo":
-        var_A = _segment_sum(advantages_A.square(), group_A)[group_A] / (count_A - 1).clamp(min=1)
-        advantages_A = advantages_A / (torch.where(alone_A, 1.0, var_A.sqrt()) + eps)
-    return advantages_A.to(rewards_A.device, torch.float32)
+    options: CreditOptions,
+    impl: str = "auto",
+) -> Credit:
+    """Decays, credits and compares the rewards of a whole batch; see CreditOptions for the formulas.
+
+    Args:
+        rewards_A:      [A] fp32 or fp64, finite. Raw rewards of all attempts of the batch.
+        num_tokens_A:   [A] int64, >= 0. Loss tokens of each attempt.
+        question_idx_A: [A] int64, any values; equal values are one question of the batch.
+        attempt_idx_A:  [A] int64, >= 0. 0 is an answer without help; batch_mean needs one of them.
+        rollout_idx_A:  [A] int64, any values; attempts that agree in question and rollout are one
+                        rollout. Needed where options.credit is "trajectory".
+        impl:           "auto", "ref", "cpp" or "triton".
+
+    Returns:
+        Credit. Advantages are all zero, with a warning, when the batch has no loss tokens.
+
+    Raises:
+        ValueError: an argument breaks the rules above, or a whitened batch has a single loss token.
+
+    Gradient: none. Bitwise: same inputs, same bits. No [A, length] tensor.
+    """
+    where, estimator = "compute_advantages", ESTIMATORS[options.estimator]
+    check = TensorChecker(where)
+    num_factors = _check_rewards(check, rewards_A, attempt_idx_A, options)
+    check("num_tokens_A", num_tokens_A, INDEX)
+    check("question_idx_A", question_idx_A, INDEX)
+    check.finite("num_tokens_A", num_tokens_A, at_least=0)
+    last_A = None
+    if options.credit == "trajectory":
+        check_rule(where, "rollout_idx_A", None, rollout_idx_A is not None, "given with credit trajectory")
+        assert rollout_idx_A is not None
+        check("rollout_idx_A", rollout_idx_A, INDEX)
+        last_A = _last_of_rollout(question_idx_A, rollout_idx_A, attempt_idx_A)
+    if not num_tokens_A.any():
+        warnings.warn(f"{where}: the batch has no loss tokens; all advantages are 0", stacklevel=2)
+        earned = _run(impl, where, rewards_A, attempt_idx_A, options, num_factors, last_A=last_A)
+        return earned._replace(advantages_A=torch.zeros_like(earned.rewards_A))
+    if estimator.whitens and num_tokens_A.sum() == 1:
+        raise ValueError(
+            f"{where}: num_tokens_A must sum to at least 2 to be whitened ({options.estimator}), got 1; "
+            "use a larger batch"
+        )
+    keys = (question_idx_A, attempt_idx_A) if options.baseline_group == "question_attempt" else (question_idx_A,)
+    return _run(
+        impl,
+        where,
+        rewards_A,
+        attempt_idx_A,
+        options,
+        num_factors,
+        num_tokens_A=num_tokens_A,
+        keys_GA=None if estimator.baseline == "none" else torch.stack(keys),
+        last_A=last_A,
+        estimator=estimator,
+    )
 
 
 def compute_advantages(
@@ -135,133 +153,145 @@ def compute_advantages(
     num_tokens_A: Tensor,
     question_idx_A: Tensor,
     attempt_idx_A: Tensor,
+    rollout_idx_A: Tensor | None = None,
     *,
-    estimator: Estimator = "reinforce_plus_plus_baseline",
+    schedule: str | None = None,
+    factor: float | None = None,
+    credit: CreditTo = "attempt",
+    estimator: str = "reinforce_plus_plus_baseline",
     baseline_group: BaselineGroup = "question",
     eps: float = 1e-6,
-    schedule: Schedule = "none",
+    impl: str = "auto",
+) -> Tensor:
+    """Returns one advantage per attempt, from the rewards of a whole batch.
+
+    Args:
+        rewards_A: raw ones with a `schedule`, which is then part of the same launch; decayed ones
+                   with None.
+        The others are those of `credit_attempts` and of `CreditOptions`.
+
+    Returns:
+        [A] fp32, on the device of rewards_A; as Credit.advantages_A of `credit_attempts`.
+
+    Raises:
+        ValueError: as `credit_attempts` and `CreditOptions`.
+    """
+    options = CreditOptions(
+        schedule="none" if schedule is None else schedule,
+        factor=factor,
+        credit=credit,
+        estimator=estimator,
+        baseline_group=baseline_group,
+        eps=eps,
+    )
+    table = rewards_A, num_tokens_A, question_idx_A, attempt_idx_A, rollout_idx_A
+    return credit_attempts(*table, options=options, impl=impl).advantages_A
+
+
+def decay_rewards(
+    rewards_A: Tensor,
+    attempt_idx_A: Tensor,
+    *,
+    schedule: str = "batch_mean",
     factor: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """One advantage per attempt, from the decayed rewards of a whole batch.
+    """Returns rewards after decay: a success after help is worth less than one without.
 
-        reinforce_plus_plus_baseline   whiten(r - group mean)
-        reinforce_plus_plus            whiten(r)
-        grpo                           (r - group mean) / (unbiased group std + eps)
-        dr_grpo                        r - group mean
-        rloo                           r - mean of the others of the group
-
-        whiten(x) = (x - mean) / sqrt(var + 1e-8), mean and unbiased variance over the N = sum(num_tokens) loss tokens
-
-    A group of one attempt has baseline 0 and std 1 in every estimator.
-
-    Args:
-        rewards_A:      [A] fp32 or fp64, finite, after decay; raw ones with a `schedule`.
-        num_tokens_A:   [A] int64, >= 0. Loss tokens of each attempt.
-        question_idx_A: [A] int64, any values; equal values are one question of the batch.
-        attempt_idx_A:  [A] int64, >= 0. Used by baseline_group "question_attempt" and by a `schedule`.
-        estimator:      one of the five above.
-        baseline_group: "question", or "question_attempt" to group by attempt index as well (warns).
-        eps:            >= 0, added to the std in grpo.
-        schedule:       not "none": r = decay_rewards(rewards, attempt_idx, schedule, factor), in the same launch.
-        factor:         in [0, 1], for schedule "constant" only.
-        impl:           "auto", "ref" or "triton".
+    Args: those of `credit_attempts` and `CreditOptions`.
 
     Returns:
-        [A] fp32, on the device of rewards_A. All zero, with a warning, when the batch has no loss tokens.
+        [A] fp32, on the device of rewards_A. Attempt 0 is untouched.
 
     Raises:
-        ValueError: an argument breaks the rules above, or a whitened batch has a single loss token.
+        ValueError: as `credit_attempts` and `CreditOptions`.
 
-    Gradient: none. Bitwise: same inputs, same bits. No [A, length] tensor.
-    Source: Hu et al. 2025, arXiv:2501.03262 (REINFORCE++); Shao et al. 2024, arXiv:2402.03300 (GRPO);
-    Liu et al. 2025, arXiv:2503.20783 (Dr. GRPO); Ahmadian et al. 2024, arXiv:2402.14740 (RLOO).
+    Gradient: none. Bitwise: same inputs, same bits.
     """
-    where = "compute_advantages"
-    check = TensorChecker(where)
-    num_factors = _check_decay_inputs(check, rewards_A, attempt_idx_A, schedule, factor)
-    _check_advantage_inputs(check, num_tokens_A, question_idx_A, estimator, baseline_group, eps)
-    if not num_tokens_A.any():
-        warnings.warn(f"{where}: the batch has no loss tokens; all advantages are 0", stacklevel=2)
-        return torch.zeros_like(rewards_A, dtype=torch.float32)
-    if choose_impl(where, impl, IMPLS[where], rewards_A.device) == "triton":
-        launch = kernels_of("decay_advantage", "triton").decay_advantage
-        keys = (question_idx_A, attempt_idx_A) if baseline_group == "question_attempt" else (question_idx_A,)
-        decay: dict[str, Any] = {"schedule": schedule, "factor": factor, "num_factors": num_factors}
-        return launch(rewards_A, attempt_idx_A, num_tokens_A, keys, estimator=estimator, eps=eps, **decay)[1]
-    if schedule != "none":
-        rewards_A = decay_rewards(rewards_A, attempt_idx_A, schedule=schedule, factor=factor, impl="ref")
-    given = rewards_A, num_tokens_A, question_idx_A, attempt_idx_A
-    return compute_advantages_ref(*given, estimator=estimator, baseline_group=baseline_group, eps=eps)
+    where, options = "decay_rewards", CreditOptions(schedule=schedule, factor=factor)
+    num_factors = _check_rewards(TensorChecker(where), rewards_A, attempt_idx_A, options)
+    return _run(impl, where, rewards_A, attempt_idx_A, options, num_factors).rewards_A
 
 
-def _check_decay_inputs(
-    check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tensor, schedule: str, factor: float | None
-) -> int:
-    """The rules of decay_factors' docstring; the number of attempt indices up to the largest."""
-    where = check.where
+def _run(
+    impl: str,
+    where: str,
+    rewards_A: Tensor,
+    attempt_idx_A: Tensor,
+    options: CreditOptions,
+    num_factors: int,
+    *,
+    num_tokens_A: Tensor | None = None,
+    keys_GA: Tensor | None = None,
+    last_A: Tensor | None = None,
+    estimator: Estimator = _REWARDS_ONLY,
+) -> Credit:
+    """Choose the implementation and call it; without an estimator advantages are rewards."""
+    device = rewards_A.device
+    impl = choose_impl(where, impl, IMPLS[where], device)
+    factors = options.factors(num_factors)
+    raw_A = rewards_A.detach().double()
+    if impl == "ref":
+        num_tokens_A, keys_GA, last_A = (None if x is None else x.cpu() for x in (num_tokens_A, keys_GA, last_A))
+        credit = credit_attempts_ref(
+            raw_A.cpu(),
+            attempt_idx_A.cpu(),
+            num_tokens_A,
+            keys_GA,
+            last_A,
+            factors,
+            num_factors=num_factors,
+            estimator=estimator,
+            eps=options.eps,
+        )
+        return Credit(*(x.to(device) for x in credit))
+    table = raw_A, attempt_idx_A, num_tokens_A, keys_GA, last_A
+    compare = estimator.baseline, estimator.divides_by_std, estimator.whitens, options.eps
+    launch = kernels_of("decay_advantage", impl).decay_advantage
+    return Credit(*launch(*table, factors, num_factors, *compare))
+
+
+def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tensor, options: CreditOptions) -> int:
+    """The number of attempt indices up to the largest; 0 for an empty batch."""
     check("rewards_A", rewards_A, WIDE_FLOATS)
     check("attempt_idx_A", attempt_idx_A, INDEX)
     check.finite("rewards_A", rewards_A)
     check.finite("attempt_idx_A", attempt_idx_A, at_least=0)
-    check_word(where, "schedule", schedule, get_args(Schedule))
-    if schedule == "constant":
-        check_rule(where, "factor", factor, factor is not None and 0 <= factor <= 1, "in [0, 1] with schedule constant")
-    else:
-        check_rule(where, "factor", factor, factor is None, f"None with schedule {schedule}")
     if rewards_A.numel() == 0:
         return 0
     first, last = (int(idx) for idx in attempt_idx_A.aminmax())
-    check_rule(where, "attempt_idx_A", first, schedule != "batch_mean" or first == 0, "0 for at least one attempt")
+    holds = options.schedule != "batch_mean" or first == 0
+    check_rule(check.where, "attempt_idx_A", first, holds, "0 for at least one attempt")
     return last + 1
 
 
-def _check_advantage_inputs(
-    check: TensorChecker,
-    num_tokens_A: Tensor,
-    question_idx_A: Tensor,
-    estimator: str,
-    baseline_group: str,
-    eps: float,
-) -> None:
-    """The other rules of compute_advantages' docstring, and the warning about grouping by attempt index."""
-    where = check.where
-    check("num_tokens_A", num_tokens_A, INDEX)
-    check("question_idx_A", question_idx_A, INDEX)
-    check.finite("num_tokens_A", num_tokens_A, at_least=0)
-    check_word(where, "estimator", estimator, get_args(Estimator))
-    check_word(where, "baseline_group", baseline_group, get_args(BaselineGroup))
-    check_rule(where, "eps", eps, 0 <= eps < float("inf"), "finite and >= 0")
-    if estimator in _WHITENED and num_tokens_A.sum() == 1:
-        raise ValueError(
-            f"{where}: num_tokens_A must sum to at least 2 to be whitened ({estimator}), got 1; use a larger batch"
-        )
-    if baseline_group == "question_attempt":
-        warnings.warn(
-            "compute_advantages: baseline_group question_attempt compares guided attempts with guided attempts only, "
-            "which cancels reward decay; use question",
-            stacklevel=3,
-        )
+def _last_of_rollout(question_idx_A: Tensor, rollout_idx_A: Tensor, attempt_idx_A: Tensor) -> Tensor:
+    """[A] row of the last attempt of each row's rollout."""
+    order_A = attempt_idx_A.argsort(stable=True)
+    for key_A in (rollout_idx_A, question_idx_A):  # stable: the last sort is by question
+        order_A = order_A[key_A[order_A].argsort(stable=True)]
+    changes_A = torch.zeros_like(order_A, dtype=torch.bool)
+    for key_A in (question_idx_A, rollout_idx_A):
+        changes_A[1:] |= key_A[order_A].diff() != 0
+    group_A = changes_A.cumsum(0)
+    end_A = torch.searchsorted(group_A, group_A, right=True)
+    return torch.empty_like(order_A).index_copy_(0, order_A, order_A[end_A - 1])
 
 
-def _group_indices(question_idx_A: Tensor, attempt_idx_A: Tensor, baseline_group: str) -> Tensor:
-    """[A] int64, groups counted from 0."""
-    group_A = question_idx_A.unique(return_inverse=True)[1]
-    if baseline_group == "question_attempt":
-        _, attempt_A = attempt_idx_A.unique(return_inverse=True)
-        group_A = (group_A * (attempt_A.max() + 1) + attempt_A).unique(return_inverse=True)[1]
-    return group_A
+def _batch_means(raw_A: Tensor, attempt_idx_A: Tensor, num_factors: int) -> list[float]:
+    """f_n needs f_1 .. f_(n - 1): a recurrence over the few attempt indices."""
+    sums = _segment_sum(raw_A, attempt_idx_A, num_factors).tolist()
+    counts = attempt_idx_A.bincount(minlength=num_factors).tolist()
+    factors: list[float] = []
+    decayed_sum, count = 0.0, 0
+    for n in range(num_factors):
+        factors.append(decayed_sum / count if n > 0 else 1.0)
+        decayed_sum += factors[n] * sums[n]
+        count += counts[n]
+    return factors
 
 
 def _segment_sum(x_A: Tensor, segment_A: Tensor, num_segments: int | None = None) -> Tensor:
     """Sum of x over each segment, added in index order."""
     size = int(segment_A.max()) + 1 if num_segments is None else num_segments
     return x_A.new_zeros(size).index_add_(0, segment_A, x_A)
-
-
-def _whiten(x_A: Tensor, num_tokens_A: Tensor) -> Tensor:
-    """Mean 0 and unbiased variance 1 over loss tokens, attempt i standing for num_tokens_A[i] of them."""
-    num_tokens = num_tokens_A.sum()
-    deviation_A = x_A - (num_tokens_A * x_A).sum() / num_tokens
-    variance = (num_tokens_A * deviation_A.square()).sum() / (num_tokens - 1)
-    return deviation_A / torch.sqrt(variance + _WHITEN_EPS)

@@ -13,6 +13,7 @@ from socpo_fast.config import Config
 from socpo_fast.device import select_device, set_threads
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
+from socpo_fast.ops import CreditOptions
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
@@ -186,3 +187,8 @@ def rollout_options(config: Config) -> RolloutOptions:
         show_reference=teacher.show_reference,
         guidance_timeout_s=teacher.guidance_timeout_s,
     )
+
+
+def credit_options(config: Config) -> CreditOptions:
+    """What attempts earn, from the sections that say it."""
+    return CreditOptions(**config.reward.model_dump(), **config.advantage.model_dump())

@@ -7,13 +7,13 @@ import statistics
 import pytest
 import torch
 
-from socpo_fast.ops import compute_advantages, decay_factors, decay_rewards
+from socpo_fast.ops import CreditOptions, compute_advantages, credit_attempts, decay_rewards
 from tests.error_rule import assert_bitwise_equal
 
 ESTIMATORS = ("reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "dr_grpo", "rloo")
 
 
-@pytest.fixture(params=["ref", "triton"])
+@pytest.fixture(params=["ref", "cpp", "triton"])
 def impl(request: pytest.FixtureRequest) -> str:
     if request.param == "triton" and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("tensors are on the CPU here")
@@ -82,7 +82,9 @@ def test_worked_example_of_the_paper(impl: str) -> None:
     # four first attempts with one success, three second attempts with one, two third ones with one
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 1, 0])
     attempt_idx = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
-    assert decay_factors(rewards, attempt_idx) == [1.0, 1 / 4, 1.25 / 7]
+    indices = torch.arange(9)
+    credit = credit_attempts(rewards, indices, indices, attempt_idx, options=CreditOptions(), impl=impl)
+    assert credit.factors_K.tolist() == [1.0, 1 / 4, 1.25 / 7]
     assert decay_rewards(rewards, attempt_idx, impl=impl).tolist() == pytest.approx(
         [1, 0, 0, 0, 0.25, 0, 0, 1.25 / 7, 0]
     )
@@ -101,10 +103,10 @@ def test_help_earns_nothing_when_no_first_attempt_is_right(impl: str) -> None:
 
 def test_empty_batch(impl: str) -> None:
     empty, indices = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    assert decay_factors(empty, indices) == []
     assert decay_rewards(empty, indices, impl=impl).shape == (0,)
     with pytest.warns(UserWarning, match="no loss tokens"):
-        assert compute_advantages(empty, indices, indices, indices, impl=impl).shape == (0,)
+        credit = credit_attempts(empty, indices, indices, indices, options=CreditOptions(), impl=impl)
+    assert [x.shape for x in credit] == [(0,)] * 3
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 4, 9])
@@ -219,9 +221,8 @@ def test_groups_across_the_kernels_tiles(estimator: str, sizes: tuple[int, ...])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"estimator": "gae"}, r"estimator must be one of reinforce_plus_plus_baseline, .*, got 'gae'"),
-        ({"baseline_group": "batch"}, "baseline_group must be one of question, question_attempt, got 'batch'"),
-        ({"eps": -1.0}, "eps must be finite and >= 0, got -1.0"),
+        ({"credit": "trajectory"}, "rollout_idx_A must be given with credit trajectory, got None"),
+        ({"credit": "trajectory", "rollout_idx_A": torch.tensor([0])}, r"rollout_idx_A must be int64 \[A=2\]"),
         ({"rewards_A": torch.tensor([0.0, torch.nan])}, "rewards_A must be finite, got nan at 1"),
         ({"num_tokens_A": torch.tensor([3, -1])}, "num_tokens_A must be finite and >= 0, got -1 at 1"),
         ({"question_idx_A": torch.tensor([0])}, r"question_idx_A must be int64 \[A=2\], got int64 \[1\]"),
@@ -236,16 +237,23 @@ def test_bad_advantage_inputs(change: dict[str, object], message: str, impl: str
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("options", "message"),
     [
+        ({"estimator": "gae"}, r"estimator must be one of reinforce_plus_plus_baseline, .*, got 'gae'"),
+        ({"baseline_group": "batch"}, "baseline_group must be one of question, question_attempt, got 'batch'"),
+        ({"credit": "rollout"}, "credit must be one of attempt, trajectory, got 'rollout'"),
+        ({"eps": -1.0}, "eps must be finite and >= 0, got -1.0"),
         ({"schedule": "linear"}, "schedule must be one of batch_mean, constant, none, got 'linear'"),
         ({"schedule": "constant"}, r"factor must be in \[0, 1\] with schedule constant, got None"),
         ({"schedule": "constant", "factor": 1.5}, r"factor must be in \[0, 1\] with schedule constant, got 1.5"),
         ({"factor": 0.5}, "factor must be None with schedule batch_mean, got 0.5"),
-        ({"attempt_idx_A": torch.tensor([1, 2])}, "attempt_idx_A must be 0 for at least one attempt, got 1"),
     ],
 )
-def test_bad_decay_inputs(change: dict[str, object], message: str, impl: str) -> None:
-    good = {"rewards_A": torch.ones(2), "attempt_idx_A": torch.tensor([0, 1])}
-    with pytest.raises(ValueError, match=f"^decay_rewards: {message}"):
-        decay_rewards(**(good | change), impl=impl)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^CreditOptions: {message}"):
+        CreditOptions(**options)
+
+
+def test_help_without_first_attempts_has_no_mean(impl: str) -> None:
+    with pytest.raises(ValueError, match="^decay_rewards: attempt_idx_A must be 0 for at least one attempt, got 1"):
+        decay_rewards(torch.ones(2), torch.tensor([1, 2]), impl=impl)

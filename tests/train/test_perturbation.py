@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.ops import linear_policy_loss
-from socpo_fast.socratic.advantage import assign_advantages
-from socpo_fast.socratic.decay import assign_rewards
+from socpo_fast.ops import CreditOptions, linear_policy_loss
+from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.train import step
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
@@ -77,8 +76,7 @@ def test_advantages_and_weights_know_attempts_only(monkeypatch: Any, estimator: 
     changed = with_other_surroundings(rollouts)
     ref = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
     for batch in (rollouts, changed):
-        assign_rewards(batch, schedule="batch_mean")
-        assign_advantages(batch, estimator=estimator)
+        assign_credit(batch, options=CreditOptions(estimator=estimator))
         policy_gradients(student, batch, old_logprobs=ref, ref_logprobs=ref, **ALL, **LOSSES[loss])
     credit = [[(turn.reward, turn.advantage) for r in batch for turn in r.turns] for batch in (rollouts, changed)]
     assert credit[0] == credit[1]

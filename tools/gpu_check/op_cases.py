@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops import (
-    compute_advantages,
+    CreditOptions,
+    credit_attempts,
     decay_rewards,
     linear_logprob,
     linear_policy_loss,
@@ -147,10 +148,19 @@ def _head(op: Callable[..., Any]) -> Run:
 
 
 def _credit(x: Inputs, impl: str) -> dict[str, Tensor]:
-    decayed = decay_rewards(x["rewards"], x["attempts"], schedule="batch_mean", impl=impl)
-    given = x["rewards"], x["lengths"], x["questions"], x["attempts"]
-    advantages = compute_advantages(*given, schedule="batch_mean", impl=impl)
-    return {"decayed": decayed, "advantages": advantages}
+    """Both kinds of credit, and decay alone."""
+    decayed = decay_rewards(x["rewards"], x["attempts"], impl=impl)
+    table = x["rewards"], x["lengths"], x["questions"], x["attempts"], x["rollouts"]
+    by_attempt = credit_attempts(*table, options=CreditOptions(), impl=impl)
+    grpo = CreditOptions(estimator="grpo", credit="trajectory", schedule="constant", factor=0.5)
+    by_trajectory = credit_attempts(*table, options=grpo, impl=impl)
+    return {
+        "decayed": decayed,
+        "advantages": by_attempt.advantages_A,
+        "factors": by_attempt.factors_K,
+        "trajectory rewards": by_trajectory.rewards_A,
+        "trajectory advantages": by_trajectory.advantages_A,
+    }
 
 
 def op_cases(num_rows: int, vocab: int, width: int) -> dict[str, tuple[Run, Inputs]]:
@@ -171,6 +181,7 @@ def op_cases(num_rows: int, vocab: int, width: int) -> dict[str, tuple[Run, Inpu
     credit = {
         "attempts": index % 3,
         "questions": index // 6,
+        "rollouts": index // 3 % 2,
         "lengths": 1 + index % 5,
         "rewards": (index % 2).float(),
     }

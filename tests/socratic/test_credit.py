@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from socpo_fast.ops.decay_advantage import compute_advantages
-from socpo_fast.socratic.advantage import assign_advantages
-from socpo_fast.socratic.decay import assign_rewards
+from socpo_fast.ops import CreditOptions, compute_advantages
+from socpo_fast.socratic.credit import assign_credit, attempt_table
 from socpo_fast.types import Attempt, Rollout, RolloutKey, Turn
 
 
@@ -42,33 +41,49 @@ def worked_example() -> list[Rollout]:
 
 def test_the_papers_worked_example() -> None:
     rollouts = worked_example()
-    factors = assign_rewards(rollouts, schedule="batch_mean")
+    factors = assign_credit(rollouts, options=CreditOptions())
     assert factors == pytest.approx([1 / 4, 1.25 / 7])
     assert [rewards(r) for r in rollouts] == [[1.0], [0.0, 0.25], [0.0, 0.0, pytest.approx(1.25 / 7)], [0.0] * 3]
 
 
+def test_a_trajectory_earns_its_last_reward() -> None:
+    rollouts = worked_example()
+    assert assign_credit(rollouts, options=CreditOptions(credit="trajectory")) == pytest.approx([1 / 4, 1.25 / 7])
+    f_2 = pytest.approx(1.25 / 7)
+    assert [rewards(r) for r in rollouts] == [[1.0], [0.25, 0.25], [f_2] * 3, [0.0] * 3]
+    for r in rollouts:
+        assert len({turn.advantage for turn in r.turns}) == 1
+
+
 def test_other_schedules() -> None:
     rollouts = worked_example()
-    assert assign_rewards(rollouts, schedule="constant", factor=0.5) == [0.5, 0.25]
+    constant = CreditOptions(schedule="constant", factor=0.5)
+    assert assign_credit(rollouts, options=constant) == [0.5, 0.25]
     assert rewards(rollouts[2]) == [0.0, 0.0, 0.25]
-    assert assign_rewards(rollouts, schedule="none") == [1.0, 1.0]
+    assert assign_credit(rollouts, options=CreditOptions(schedule="none")) == [1.0, 1.0]
     assert rewards(rollouts[2]) == [0.0, 0.0, 1.0]
-    assert assign_rewards([rollout(0, 0, [True])], schedule="batch_mean") == []
-    assert assign_rewards([], schedule="batch_mean") == []
+    assert assign_credit([rollout(0, 0, [True])], options=CreditOptions()) == []
+    with pytest.warns(UserWarning, match="no loss tokens"):
+        assert assign_credit([], options=CreditOptions()) == []
 
 
 def test_a_batch_without_a_right_first_attempt_warns() -> None:
     with pytest.warns(UserWarning, match="no first attempt of the batch is correct"):
-        assert assign_rewards([rollout(0, 0, [False, True])], schedule="batch_mean") == [0.0]
+        assert assign_credit([rollout(0, 0, [False, True])], options=CreditOptions()) == [0.0]
 
 
-def test_advantages_follow_their_attempts() -> None:
+@pytest.mark.parametrize("credit", ["attempt", "trajectory"])
+def test_advantages_follow_their_attempts(credit: str) -> None:
     rollouts = worked_example()
-    assign_rewards(rollouts, schedule="batch_mean")
-    assign_advantages(rollouts, estimator="reinforce_plus_plus_baseline")
-    rows = [
-        (turn.reward, turn.attempt.num_tokens, r.question_idx, k) for r in rollouts for k, turn in enumerate(r.turns)
-    ]
-    rewards_A, *counts = (torch.tensor(column) for column in zip(*rows, strict=True))
-    expected = compute_advantages(rewards_A, *counts)
+    assign_credit(rollouts, options=CreditOptions(credit=credit))
+    expected = compute_advantages(*attempt_table(rollouts), schedule="batch_mean", credit=credit)
     assert [turn.advantage for r in rollouts for turn in r.turns] == expected.tolist()
+
+
+def test_the_table_has_a_row_an_attempt() -> None:
+    table = attempt_table([rollout(7, 1, [False, True], num_tokens=4), rollout(9, 0, [True])])
+    assert table.rewards_A.tolist() == [0.0, 1.0, 1.0]
+    assert table.num_tokens_A.tolist() == [4, 5, 3]
+    assert table.question_idx_A.tolist() == [7, 7, 9]
+    assert table.attempt_idx_A.tolist() == [0, 1, 0]
+    assert table.rollout_idx_A.tolist() == [1, 1, 0]

@@ -1,0 +1,61 @@
+"""From the grades of a finished batch to rewards and advantages: attempt_table, then assign_credit.
+
+The rewards of a batch go to the device of the loss once, as one table, and come back once, for the
+record; everything in between is one call of ops.credit_attempts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from socpo_fast.ops import CreditOptions, credit_attempts
+from socpo_fast.types import Rollout
+
+
+class AttemptTable(NamedTuple):
+    """The attempts of a batch as columns, rollout by rollout: what to gather across ranks."""
+
+    rewards_A: Tensor  # [A] fp32, raw
+    num_tokens_A: Tensor  # [A] int64, loss tokens
+    question_idx_A: Tensor  # [A] int64
+    attempt_idx_A: Tensor  # [A] int64
+    rollout_idx_A: Tensor  # [A] int64
+
+
+def attempt_table(rollouts: Sequence[Rollout]) -> AttemptTable:
+    """Returns the raw rewards of all attempts and whose they are; every token of an attempt counts."""
+    turns = [(rollout, turn) for rollout in rollouts for turn in rollout.turns]
+    counts = [
+        (turn.attempt.num_tokens, rollout.question_idx, turn.attempt.attempt_idx, rollout.rollout_idx)
+        for rollout, turn in turns
+    ]
+    rewards_A = torch.tensor([turn.raw_reward for _, turn in turns], dtype=torch.float32)
+    counts_4A = torch.tensor(counts, dtype=torch.int64).view(-1, 4).t().contiguous()
+    return AttemptTable(rewards_A, *counts_4A.unbind())
+
+
+def assign_credit(
+    rollouts: Sequence[Rollout], *, options: CreditOptions, device: torch.device | str = "cpu"
+) -> list[float]:
+    """Writes every turn's reward and advantage of one batch; returns f_1, f_2, .. of the attempts there are.
+
+    Warns when no first attempt of the batch is correct, since help then earns nothing.
+    """
+    table = attempt_table(rollouts)
+    credit = credit_attempts(*(column_A.to(device) for column_A in table), options=options)
+    earned = torch.stack((credit.rewards_A, credit.advantages_A), dim=1).tolist()
+    turns = (turn for rollout in rollouts for turn in rollout.turns)
+    for turn, (reward, advantage) in zip(turns, earned, strict=True):
+        turn.reward, turn.advantage = reward, advantage
+    factors: list[float] = credit.factors_K[1:].tolist()
+    if options.schedule == "batch_mean" and factors and factors[0] == 0.0:
+        warnings.warn(
+            "reward decay: no first attempt of the batch is correct, so guided ones earn nothing",
+            stacklevel=2,
+        )
+    return factors
