@@ -16,6 +16,7 @@ BESIDE = {
     "config",
     "device",
     "metrics",
+    "registries",
     "rules",
     "stopping",
     "types",
