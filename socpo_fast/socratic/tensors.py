@@ -1,0 +1,212 @@
+"""Rollouts as padded tensors, and their advantages, for anybody's trainer: pad_rollouts, then socratic_advantages.
+
+Our own trainer needs neither: it packs a group's tree without padding. Here a row is what other
+trainers know, one attempt with its context or one whole rollout, and an attempt is a run of ones in
+the loss mask. A batch that is spread over ranks is credited as one: decay, baselines and whitening
+are of all attempts, so ranks exchange one small table of them (`gather`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from socpo_fast.ops import CreditOptions, credit_attempts
+from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_word
+from socpo_fast.ops.credit_options import CreditTo
+from socpo_fast.types import Rollout
+
+Rows = Literal["attempt", "rollout"]
+OnCut = Literal["refuse", "split"]
+# [A, ..] of this rank -> [A of all ranks, ..] in the order of ranks, and where this rank's rows begin
+Gather = Callable[[Tensor], tuple[Tensor, int]]
+
+
+class PaddedRollouts(NamedTuple):
+    """Rollouts as rows, padded on the right. L is the longest row's."""
+
+    ids_BL: Tensor  # int64; contexts, attempts and bridges, then pad_id
+    attention_mask_BL: Tensor  # bool; False on padding
+    loss_mask_BL: Tensor  # bool; True on sampled tokens, each of them in one row only
+    logprobs_BL: Tensor  # fp32, nats; the sampler's of the token that stands there, 0 elsewhere
+    rewards_BL: Tensor  # fp32; the raw reward of an attempt on its last token, 0 elsewhere
+    advantages_BL: Tensor  # fp32; the attempt's on each of its tokens, 0 elsewhere; NaN: not yet known
+    group_B: Tensor  # int64; question_idx of the row
+    attempt_BL: Tensor  # int64; attempt_idx on sampled tokens, -1 elsewhere
+
+
+def pad_rollouts(rollouts: Sequence[Rollout], *, rows: Rows, pad_id: int, on_cut: OnCut = "refuse") -> PaddedRollouts:
+    """Returns rollouts as rows of [B, L] tensors on the CPU.
+
+    Args:
+        rollouts: those without turns give no row.
+        rows:     "attempt": a row is an attempt behind its whole context. "rollout": a row is a
+                  rollout, all attempts and bridges in order.
+        pad_id:   any token id; masks say what is padding.
+        on_cut:   with rows "rollout", for an attempt that saw less than the whole row before it
+                  (attempt_limit, or context "template"): "refuse", or "split": it begins a row of
+                  its own, behind the context it saw. Runs in the mask then no longer count attempts.
+
+    Raises:
+        ValueError: an unknown word, or a cut with on_cut "refuse".
+    """
+    where = "pad_rollouts"
+    check_word(where, "rows", rows, get_args(Rows))
+    check_word(where, "on_cut", on_cut, get_args(OnCut))
+    padded: list[_Row] = []
+    for rollout in rollouts:
+        for turn_idx, turn in enumerate(rollout.turns):
+            context = rollout.context_ids(turn_idx)
+            row = padded[-1] if turn_idx > 0 else None
+            # without a bridge two attempts would be one run of the mask
+            is_continued = row is not None and context[: len(row.ids)] == row.ids != context
+            if rows == "rollout" and turn_idx > 0 and not is_continued and on_cut == "refuse":
+                raise ValueError(
+                    f"{where}: rollout {rollout.rollout_idx} of question {rollout.question_idx} must be one row, "
+                    f"got attempt {turn_idx} behind {rollout.seam(turn_idx - 1)[0]} of {len(padded[-1].ids)} tokens; "
+                    'use rows="attempt" or on_cut="split"'
+                )
+            if row is None or rows == "attempt" or not is_continued:
+                row = _Row(rollout.question_idx)
+                padded.append(row)
+            row.append(context[len(row.ids) :])
+            advantage = torch.nan if turn.advantage is None else turn.advantage
+            row.append_attempt(turn.attempt.token_ids, turn.attempt.logprobs, turn.raw_reward, advantage, turn_idx)
+    return _pad(padded, pad_id)
+
+
+def socratic_advantages(
+    token_rewards_BT: Tensor,
+    mask_BT: Tensor,
+    group_B: Tensor,
+    *,
+    schedule: str = "batch_mean",
+    factor: float | None = None,
+    credit: CreditTo = "attempt",
+    estimator: str = "reinforce_plus_plus_baseline",
+    eps: float = 1e-6,
+    gather: Gather | None = None,
+) -> Tensor:
+    """Returns the advantage of each token of padded rows, one row a rollout.
+
+    An attempt is a run of ones in the mask; its raw reward is the sum of the token rewards from its
+    first token up to the next attempt of the row.
+
+    Args:
+        token_rewards_BT: [B, T] fp32 or fp64, finite; 0 before the first attempt of a row.
+        mask_BT:          [B, T] bool or integers of 0 and 1: the student's tokens.
+        group_B:          [B] int64; rows that agree are rollouts of one question, on any rank.
+        schedule, factor, credit, estimator, eps: those of `ops.CreditOptions`.
+        gather:           of a batch that is spread over ranks, for example `gather_rows`; every rank
+                          calls it as often. None: the batch is here.
+
+    Returns:
+        [B, T] fp32, on the device of the mask: the attempt's advantage on its tokens, 0 elsewhere.
+
+    Raises:
+        ValueError: an argument breaks the rules above, or those of `ops.credit_attempts`.
+    """
+    where = "socratic_advantages"
+    options = CreditOptions(schedule=schedule, factor=factor, credit=credit, estimator=estimator, eps=eps)
+    check = TensorChecker(where)
+    check("token_rewards_BT", token_rewards_BT, WIDE_FLOATS)
+    check("mask_BT", mask_BT, (torch.bool, torch.int32, torch.int64))
+    check("group_B", group_B, INDEX)
+    is_sampled_BT = mask_BT != 0
+    begins_BT = is_sampled_BT.clone()
+    begins_BT[:, 1:] &= ~is_sampled_BT[:, :-1]
+    attempt_idx_BT = begins_BT.cumsum(1) - 1
+    early_BT = token_rewards_BT.where(attempt_idx_BT < 0, 0)
+    check.every("token_rewards_BT", early_BT.flatten(), early_BT.flatten() == 0, "0 before a row's first attempt")
+    attempt_of_token_N = begins_BT.flatten().cumsum(0) - 1
+    num_attempts = int(begins_BT.sum())
+    rewards_N = token_rewards_BT.where(attempt_idx_BT >= 0, 0).flatten().double()
+    rewards_A = rewards_N.new_zeros(num_attempts).index_add_(0, attempt_of_token_N.clamp(min=0), rewards_N)
+    num_tokens_A = attempt_of_token_N[is_sampled_BT.flatten()].bincount(minlength=num_attempts)
+    group_A = group_B[:, None].expand_as(mask_BT)[begins_BT]
+    counts_A3 = torch.stack((num_tokens_A, group_A, attempt_idx_BT[begins_BT]), dim=1)
+    start = 0
+    if gather is not None:
+        rewards_A, start = gather(rewards_A)
+        counts_A3, _ = gather(counts_A3)
+    num_tokens_A, group_A, attempt_idx_A = counts_A3.t().contiguous()
+    rollout_idx_A = (attempt_idx_A == 0).cumsum(0)  # attempts stand rollout by rollout, each from 0 on
+    table = rewards_A, num_tokens_A, group_A, attempt_idx_A, rollout_idx_A
+    advantages_A = credit_attempts(*table, options=options).advantages_A[start : start + num_attempts]
+    advantages_BT = advantages_A[attempt_of_token_N.clamp(min=0)].view_as(attempt_idx_BT)
+    return advantages_BT.where(is_sampled_BT, 0)
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
+    """Returns the rows of all ranks, in their order, and where this rank's begin; by torch.distributed.
+
+    Args:
+        x: [A, ..], on a device that the process group's backend can send from; A may differ by rank.
+    """
+    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    own = torch.tensor([x.shape[0]], device=x.device)
+    sizes = [torch.empty_like(own) for _ in range(num_ranks)]
+    dist.all_gather(sizes, own, group=group)
+    num_rows = [int(size) for size in sizes]
+    padded = x.new_zeros((max(num_rows), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    parts = [torch.empty_like(padded) for _ in range(num_ranks)]
+    dist.all_gather(parts, padded, group=group)
+    gathered = torch.cat([part[:size] for part, size in zip(parts, num_rows, strict=True)])
+    return gathered, sum(num_rows[:rank])
+
+
+class _Row:
+    """One row while it grows; every list is as long as ids."""
+
+    def __init__(self, question_idx: int):
+        self.question_idx = question_idx
+        self.ids: list[int] = []
+        self.attempt: list[int] = []
+        self.values: list[Tensor] = []  # [3, tokens]: log-prob, reward, advantage
+
+    def append(self, ids: list[int]) -> None:
+        """Tokens that nobody sampled, or that another row trains."""
+        self.ids += ids
+        self.attempt += [-1] * len(ids)
+        self.values.append(torch.zeros(3, len(ids)))
+
+    def append_attempt(
+        self, ids: list[int], logprobs: Tensor, reward: float, advantage: float, attempt_idx: int
+    ) -> None:
+        values = torch.zeros(3, len(ids))
+        values[0] = logprobs
+        values[1, -1] = reward
+        values[2] = advantage
+        self.ids += ids
+        self.attempt += [attempt_idx] * len(ids)
+        self.values.append(values)
+
+
+def _pad(rows: list[_Row], pad_id: int) -> PaddedRollouts:
+    shape = len(rows), max((len(row.ids) for row in rows), default=0)
+    ids_BL = torch.full(shape, pad_id)
+    attention_mask_BL = torch.zeros(shape, dtype=torch.bool)
+    attempt_BL = torch.full(shape, -1)
+    values_3BL = torch.zeros(3, *shape)
+    for i, row in enumerate(rows):
+        size = len(row.ids)
+        ids_BL[i, :size] = torch.tensor(row.ids)
+        attention_mask_BL[i, :size] = True
+        attempt_BL[i, :size] = torch.tensor(row.attempt)
+        values_3BL[:, i, :size] = torch.cat(row.values, dim=1)
+    logprobs_BL, rewards_BL, advantages_BL = values_3BL
+    return PaddedRollouts(
+        ids_BL=ids_BL,
+        attention_mask_BL=attention_mask_BL,
+        loss_mask_BL=attempt_BL >= 0,
+        logprobs_BL=logprobs_BL,
+        rewards_BL=rewards_BL,
+        advantages_BL=advantages_BL,
+        group_B=torch.tensor([row.question_idx for row in rows], dtype=torch.int64),
+        attempt_BL=attempt_BL,
+    )
