@@ -9,7 +9,7 @@ from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.linear_sample import linear_sample
 from socpo_fast.ops.packed_attention import Segment, packed_attention
 from socpo_fast.ops.paged_attention import paged_attention
-from socpo_fast.ops.policy_loss import PolicyLoss, policy_loss
+from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 from socpo_fast.ops.rms_norm import rms_norm
 from socpo_fast.ops.rotary import rotary, rotary_write
 from socpo_fast.ops.sample import next_keys, row_key, row_keys, sample
@@ -19,6 +19,7 @@ __all__ = [
     "Credit",
     "CreditOptions",
     "PolicyLoss",
+    "PolicyLossOptions",
     "Segment",
     "available_impls",
     "compute_advantages",

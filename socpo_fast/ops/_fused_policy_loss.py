@@ -9,7 +9,7 @@ four; the backward only scales.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from socpo_fast.ops._head import ChunkedHead, inverse_temperatures, wide_dtype
 from socpo_fast.ops._impl import kernels_of
-from socpo_fast.ops.policy_loss import KLEstimator, LossOptions, PolicyLoss, per_token
+from socpo_fast.ops.policy_loss import KLEstimator, PolicyLoss, PolicyLossOptions, per_token
 
 Metrics = Literal["loss_rows", "all"]
 
@@ -38,15 +38,15 @@ def fused_policy_loss(
     skip_below: float,
     workspace_mib: float | None,
     impl: str,
-    **options: Unpack[LossOptions],
+    options: PolicyLossOptions,
 ) -> PolicyLoss:
-    """`linear_policy_loss` with all options, unchecked."""
-    dual_clip, kl_coef = options["dual_clip"], options["kl_coef"]
+    """`linear_policy_loss`, unchecked."""
+    dual_clip, kl_coef = options.dual_clip, options.kl_coef
     has_loss_N = weights_N != 0
     wanted_N = has_loss_N
     if metrics == "all":
         wanted_N = torch.ones_like(has_loss_N)
-    elif options["entropy_coef"] == 0 and kl_coef == 0:
+    elif options.needs_advantage:
         wanted_N = has_loss_N & (per_token(advantages, attempt_of_token_N) != 0)
     num_rows, dtype = targets_N.numel(), wide_dtype(hidden_TD)
     call = _Call(
@@ -59,10 +59,10 @@ def fused_policy_loss(
         inv_temperature_N=inverse_temperatures(temperature, num_rows, hidden_TD),
         ref_logprobs_N=None if kl_coef == 0 or ref_logprobs_N is None else ref_logprobs_N.detach().to(dtype),
         wanted_N=wanted_N,
-        clips=(options["clip_low"], options["clip_high"], float("inf") if dual_clip is None else dual_clip),
-        entropy_coef=options["entropy_coef"],
+        clips=(options.clip_low, options.clip_high, float("inf") if dual_clip is None else dual_clip),
+        entropy_coef=options.entropy_coef,
         kl_coef=kl_coef,
-        kl_estimator=get_args(KLEstimator).index(options["kl_estimator"]) + 1,
+        kl_estimator=get_args(KLEstimator).index(options.kl_estimator) + 1,
         skip_below=skip_below,
         workspace_mib=workspace_mib,
         impl=impl,

@@ -8,7 +8,7 @@ projection is where the time goes.
 
 from __future__ import annotations
 
-from typing import Any, Unpack, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from socpo_fast.ops._head import check_head_options
 from socpo_fast.ops._impl import IMPLS, choose_impl
 from socpo_fast.ops.linear_logprob import check_linear_inputs, linear_logprob_ref
 from socpo_fast.ops.policy_loss import (
-    DEFAULTS,
-    LossOptions,
+    DEFAULT_OPTIONS,
     PolicyLoss,
+    PolicyLossOptions,
     check_loss_inputs,
-    check_loss_options,
     per_token,
     policy_loss_ref,
 )
@@ -41,12 +40,11 @@ def linear_policy_loss_ref(
     rows_N: Tensor | None,
     ref_logprobs_N: Tensor | None,
     metrics: Metrics,
-    **options: Unpack[LossOptions],
+    options: PolicyLossOptions,
 ) -> PolicyLoss:
-    """`linear_policy_loss` with one advantage and one weight a token and all options, unchecked."""
+    """`linear_policy_loss` with one advantage and one weight a token, unchecked."""
     has_loss_N = weights_N != 0
-    entropy_grad = options["entropy_coef"] != 0
-    wanted_N = has_loss_N if entropy_grad or options["kl_coef"] != 0 else has_loss_N & (advantages_N != 0)
+    wanted_N = has_loss_N & (advantages_N != 0) if options.needs_advantage else has_loss_N
     wanted = (torch.ones_like(wanted_N) if metrics == "all" else wanted_N).nonzero()[:, 0]
     logprobs, entropy = linear_logprob_ref(
         hidden_TD,
@@ -54,7 +52,7 @@ def linear_policy_loss_ref(
         targets_N[wanted],
         temperature=temperature[wanted] if isinstance(temperature, Tensor) else temperature,
         rows_N=wanted if rows_N is None else rows_N[wanted],
-        entropy_grad=entropy_grad,
+        entropy_grad=options.entropy_coef != 0,
     )
     compact = policy_loss_ref(
         logprobs,
@@ -63,7 +61,7 @@ def linear_policy_loss_ref(
         weights_N[wanted],
         entropy_N=entropy,
         ref_logprobs_N=None if ref_logprobs_N is None else ref_logprobs_N[wanted],
-        **options,
+        options=options,
     )
     skipped = logprobs.new_full((targets_N.numel(),), torch.nan)
     return PolicyLoss(
@@ -89,11 +87,11 @@ def linear_policy_loss(
     weights_N: Tensor | None = None,
     num_loss_tokens: float | None = None,
     ref_logprobs_N: Tensor | None = None,
+    options: PolicyLossOptions = DEFAULT_OPTIONS,
     metrics: Metrics = "loss_rows",
     skip_below: float = 0.0,
     workspace_mib: float | None = None,
     impl: str = "auto",
-    **loss_options: Unpack[LossOptions],
 ) -> PolicyLoss:
     """The policy loss of packed tokens straight from hidden states, projecting only the rows that carry loss.
 
@@ -104,8 +102,8 @@ def linear_policy_loss(
 
     Args:
         hidden_TD, weight_VD, targets_N, temperature, rows_N: those of `linear_logprob`.
-        old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, clip_low, clip_high, dual_clip,
-        entropy_coef, ref_logprobs_N, kl_coef, kl_estimator: those of `policy_loss`.
+        old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N,
+        options: those of `policy_loss`.
         metrics: "loss_rows", or "all" to project skipped rows too, for their log-probs and entropies.
         skip_below: >= 0. Leaves 256 words of a row out of the gradient GEMMs where each |d loss / d logit| is smaller.
                  0 is exact; else, for an upstream gradient of 1, errors stay below skip_below sum over v
@@ -126,20 +124,20 @@ def linear_policy_loss(
     the CPU a row's log-prob, entropy, ratio and dX are those it would have alone.
     Source: those of `linear_logprob` and `policy_loss`.
     """
-    where, options = "linear_policy_loss", DEFAULTS | loss_options
+    where = "linear_policy_loss"
     check = TensorChecker(where)
     check_linear_inputs(check, hidden_TD, weight_VD, targets_N, temperature, rows_N)
-    check_loss_options(where, ref_logprobs_N, **options)
     check_word(where, "metrics", metrics, get_args(Metrics))
     check_head_options(where, workspace_mib, skip_below)
     weights_N = check_loss_inputs(
-        check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N
+        check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N, options
     )
     impl = choose_impl(where, impl, IMPLS[where], hidden_TD.device)
     given = hidden_TD, weight_VD, targets_N, old_logprobs_N
     how: dict[str, Any] = {"temperature": temperature, "rows_N": rows_N, "ref_logprobs_N": ref_logprobs_N}
+    how |= {"options": options, "metrics": metrics}
     if impl == "ref":
         advantages_N = per_token(advantages, attempt_of_token_N)
-        return linear_policy_loss_ref(*given, advantages_N, weights_N, metrics=metrics, **how, **options)
-    how |= {"metrics": metrics, "skip_below": skip_below, "workspace_mib": workspace_mib, "impl": impl}
-    return fused_policy_loss(*given, advantages, attempt_of_token_N, weights_N, **how, **options)
+        return linear_policy_loss_ref(*given, advantages_N, weights_N, **how)
+    how |= {"skip_below": skip_below, "workspace_mib": workspace_mib, "impl": impl}
+    return fused_policy_loss(*given, advantages, attempt_of_token_N, weights_N, **how)

@@ -7,7 +7,8 @@ bound, the gradient passes.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypedDict, Unpack, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,18 +20,46 @@ KLEstimator = Literal["k1", "k2", "k3"]
 _MAX_LOG_RATIO = 20.0
 
 
-class LossOptions(TypedDict, total=False):
-    """The numbers of the loss, in every function that has them; see policy_loss. DEFAULTS stands for those left out."""
+@dataclass(frozen=True, kw_only=True)
+class PolicyLossOptions:
+    """The numbers of the clipped policy loss; see policy_loss for what they do.
 
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    entropy_coef: float
-    kl_coef: float
-    kl_estimator: KLEstimator
+    Args:
+        clip_low:     in [0, 1]; ratios below 1 - clip_low are clipped.
+        clip_high:    finite and >= 0; ratios above 1 + clip_high are clipped.
+        dual_clip:    finite and > 1, cap on the loss at negative advantage; None turns it off.
+        entropy_coef: finite; bonus a nat.
+        kl_coef:      finite and >= 0; needs the log-probs of a reference when it is not 0.
+        kl_estimator: "k1", "k2" or "k3".
+
+    Raises:
+        ValueError: a value breaks its rule.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+
+    def __post_init__(self) -> None:
+        where, infinity, dual_clip = "PolicyLossOptions", float("inf"), self.dual_clip
+        check_rule(where, "clip_low", self.clip_low, 0 <= self.clip_low <= 1, "in [0, 1]")
+        check_rule(where, "clip_high", self.clip_high, 0 <= self.clip_high < infinity, "finite and >= 0")
+        is_right = dual_clip is None or 1 < dual_clip < infinity
+        check_rule(where, "dual_clip", dual_clip, is_right, "finite and > 1, or None")
+        check_rule(where, "entropy_coef", self.entropy_coef, abs(self.entropy_coef) < infinity, "finite")
+        check_rule(where, "kl_coef", self.kl_coef, 0 <= self.kl_coef < infinity, "finite and >= 0")
+        check_word(where, "kl_estimator", self.kl_estimator, get_args(KLEstimator))
+
+    @property
+    def needs_advantage(self) -> bool:
+        """Whether a row of advantage 0 has no loss, since nothing else has a gradient."""
+        return self.entropy_coef == 0 and self.kl_coef == 0
 
 
-DEFAULTS = LossOptions(clip_low=0.2, clip_high=0.2, dual_clip=3.0, entropy_coef=0.0, kl_coef=0.0, kl_estimator="k3")
+DEFAULT_OPTIONS = PolicyLossOptions()
 
 
 class PolicyLoss(NamedTuple):
@@ -49,12 +78,7 @@ def policy_loss_ref(
     advantages_N: Tensor,
     weights_N: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: KLEstimator,
+    options: PolicyLossOptions,
     entropy_N: Tensor | None,
     ref_logprobs_N: Tensor | None,
 ) -> PolicyLoss:
@@ -65,14 +89,16 @@ def policy_loss_ref(
     a, w = (x.index_select(0, rows).to(logprobs.dtype) for x in (advantages_N, weights_N))
     ratio = (logprobs - old).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     unclipped = -a * ratio
-    terms = torch.maximum(unclipped, -a * ratio.clamp(1 - clip_low, 1 + clip_high))
-    if dual_clip is not None:
-        terms = torch.where((a < 0) & (terms > -a * dual_clip), -a * dual_clip, terms)
+    terms = torch.maximum(unclipped, -a * ratio.clamp(1 - options.clip_low, 1 + options.clip_high))
+    if options.dual_clip is not None:
+        terms = torch.where((a < 0) & (terms > -a * options.dual_clip), -a * options.dual_clip, terms)
     num_clipped = (terms.detach() != unclipped.detach()).sum()
-    if entropy_N is not None and entropy_coef != 0:
-        terms = terms - entropy_coef * entropy_N.index_select(0, rows)
-    if ref_logprobs_N is not None and kl_coef != 0:
-        terms = terms + kl_coef * _kl(logprobs, ref_logprobs_N.detach().index_select(0, rows), kl_estimator)
+    if entropy_N is not None and options.entropy_coef != 0:
+        terms = terms - options.entropy_coef * entropy_N.index_select(0, rows)
+    if ref_logprobs_N is not None and options.kl_coef != 0:
+        terms = terms + options.kl_coef * _kl(
+            logprobs, ref_logprobs_N.detach().index_select(0, rows), options.kl_estimator
+        )
     log_ratio_N = (logprobs_N.detach() - old_logprobs_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return PolicyLoss(
         loss=(w * terms).sum(),
@@ -93,7 +119,7 @@ def policy_loss(
     num_loss_tokens: float | None = None,
     entropy_N: Tensor | None = None,
     ref_logprobs_N: Tensor | None = None,
-    **given: Unpack[LossOptions],
+    options: PolicyLossOptions = DEFAULT_OPTIONS,
 ) -> PolicyLoss:
     """PPO's clipped loss with dual clip, optional entropy bonus and KL to a reference, as one weighted sum over tokens.
 
@@ -113,12 +139,7 @@ def policy_loss(
         num_loss_tokens:    > 0, the update's, not a microbatch's; instead of weights_N: each weight is 1 / that.
         entropy_N:          [N] fp32 or fp64, nats; needed, with a gradient, when entropy_coef is not 0.
         ref_logprobs_N:     [N] fp32 or fp64, nats, of a frozen reference; needed when kl_coef is not 0.
-        clip_low:           in [0, 1]; default 0.2.
-        clip_high:          >= 0; default 0.2.
-        dual_clip:          > 1; None turns it off; default 3.
-        entropy_coef:       finite; default 0.
-        kl_coef:            >= 0; default 0.
-        kl_estimator:       "k1", "k2" or "k3"; default "k3".
+        options:            clips, entropy bonus and KL.
 
     Returns:
         PolicyLoss; per-token values for all N rows, entropy NaN when entropy_N is None.
@@ -130,20 +151,19 @@ def policy_loss(
     Source: Schulman et al. 2017, arXiv:1707.06347; Ye et al. 2020, arXiv:1912.09729 (dual clip);
     http://joschu.net/blog/kl-approx.html (k1, k2, k3).
     """
-    check, options = TensorChecker("policy_loss"), DEFAULTS | given
+    check = TensorChecker("policy_loss")
     check("logprobs_N", logprobs_N, WIDE_FLOATS)
     if entropy_N is not None:
         check("entropy_N", entropy_N, WIDE_FLOATS)
-    if options["entropy_coef"] != 0:
+    if options.entropy_coef != 0:
         detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
         rule = "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
         check_rule("policy_loss", "entropy_N", entropy_N if entropy_N is None else "a detached one", not detached, rule)
-    check_loss_options("policy_loss", ref_logprobs_N, **options)
     weights_N = check_loss_inputs(
-        check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N
+        check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N, options
     )
     per_token_N = logprobs_N, old_logprobs_N, per_token(advantages, attempt_of_token_N), weights_N
-    return policy_loss_ref(*per_token_N, entropy_N=entropy_N, ref_logprobs_N=ref_logprobs_N, **options)
+    return policy_loss_ref(*per_token_N, options=options, entropy_N=entropy_N, ref_logprobs_N=ref_logprobs_N)
 
 
 def check_loss_inputs(
@@ -154,8 +174,11 @@ def check_loss_inputs(
     weights_N: Tensor | None,
     num_loss_tokens: float | None,
     ref_logprobs_N: Tensor | None,
+    options: PolicyLossOptions,
 ) -> Tensor:
     """The rules of policy_loss' docstring; one weight a token, [N]. `check` knows N and the device already."""
+    has_reference = options.kl_coef == 0 or ref_logprobs_N is not None
+    check_rule(check.where, "ref_logprobs_N", None, has_reference, "given when kl_coef is not 0")
     check("old_logprobs_N", old_logprobs_N, WIDE_FLOATS)
     if ref_logprobs_N is not None:
         check("ref_logprobs_N", ref_logprobs_N, WIDE_FLOATS)
@@ -182,28 +205,6 @@ def check_loss_inputs(
 def per_token(advantages: Tensor, attempt_of_token_N: Tensor | None) -> Tensor:
     """[N], without a gradient."""
     return (advantages if attempt_of_token_N is None else advantages[attempt_of_token_N]).detach()
-
-
-def check_loss_options(
-    where: str,
-    ref_logprobs_N: Tensor | None,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
-) -> None:
-    """The ranges of policy_loss' docstring."""
-    infinity = float("inf")
-    check_rule(where, "clip_low", clip_low, 0 <= clip_low <= 1, "in [0, 1]")
-    check_rule(where, "clip_high", clip_high, 0 <= clip_high < infinity, "finite and >= 0")
-    check_rule(where, "dual_clip", dual_clip, dual_clip is None or 1 < dual_clip < infinity, "finite and > 1, or None")
-    check_rule(where, "entropy_coef", entropy_coef, -infinity < entropy_coef < infinity, "finite")
-    check_rule(where, "kl_coef", kl_coef, 0 <= kl_coef < infinity, "finite and >= 0")
-    check_rule(where, "ref_logprobs_N", None, kl_coef == 0 or ref_logprobs_N is not None, "given when kl_coef is not 0")
-    check_word(where, "kl_estimator", kl_estimator, get_args(KLEstimator))
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from socpo_fast.model.decoder import Decoder, turned_heads
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.packed_attention import packed_attention
-from socpo_fast.ops.policy_loss import LossOptions, PolicyLoss
+from socpo_fast.ops.policy_loss import DEFAULT_OPTIONS, PolicyLoss, PolicyLossOptions
 from socpo_fast.train.loss_inputs import (
     LossAgg,
     PerToken,
@@ -69,10 +68,10 @@ def policy_gradients(
     old_logprobs: PerToken | None = None,
     loss_agg: LossAgg = "token_mean",
     ref_logprobs: PerToken | None = None,
+    options: PolicyLossOptions = DEFAULT_OPTIONS,
     tis_clip: float | None = None,
     checkpointing: bool = False,
     impl: str = "auto",
-    **loss_options: Unpack[LossOptions],
 ) -> GradientStats:
     """Accumulate into .grad the gradient of the policy loss of these rollouts; takes no optimizer step.
 
@@ -91,7 +90,7 @@ def policy_gradients(
         max_new_tokens: the sampler's, for loss_agg="seq_mean_token_sum_norm" only, which needs it.
         old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's.
         ref_logprobs:   the same under the frozen reference; for kl_coef > 0.
-        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator: those of ops.policy_loss.
+        options:        clips, entropy bonus and KL, as of ops.policy_loss.
         tis_clip:       > 0, upper bound of the truncated importance weight; None: no such weight.
         checkpointing:  recompute each layer in the backward: less memory, a third more compute.
 
@@ -111,7 +110,7 @@ def policy_gradients(
         checkpointing=checkpointing,
         impl=impl,
         temperature=temperature,
-        **loss_options,
+        options=options,
     )
     outcomes = []
     for microbatch in microbatches:
@@ -167,7 +166,8 @@ def _backward(
     tis_clip: float | None,
     checkpointing: bool,
     impl: str,
-    **loss_options: Any,
+    temperature: float,
+    options: PolicyLossOptions,
 ) -> PolicyLoss:
     """Forward and backward of one microbatch; returns |logprob - sampler's| in place of the log-probs."""
     device = student.lm_head.weight.device
@@ -188,8 +188,9 @@ def _backward(
         rows_N=microbatch.rows_N.to(device),
         weights_N=weights_N,
         ref_logprobs_N=None if ref_logprobs is None else gather(ref_logprobs, "ref_logprobs"),
+        temperature=temperature,
+        options=options,
         impl=impl,
-        **loss_options,
     )
     policy.loss.backward()
     return policy._replace(loss=policy.loss.detach(), logprobs=(policy.logprobs - sampler_N).abs())

@@ -10,6 +10,7 @@ import torch
 
 from socpo_fast.config import Config
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops import PolicyLossOptions
 from socpo_fast.stopping import RunFailed
 from socpo_fast.train.loss_inputs import PerToken
 from socpo_fast.train.optimizer import Optimizer
@@ -25,6 +26,8 @@ class Updater:
     def __init__(self, student: Decoder, config: Config, *, reference: Decoder | None):
         options = config.train
         self.student, self.config, self.reference = student, config, reference
+        chosen = config.loss.model_dump(exclude={"agg", "old_logprobs", "tis_clip"})
+        self.loss_options = PolicyLossOptions(**chosen)
         self.optimizer = Optimizer(
             student,
             lr=options.lr,
@@ -73,8 +76,9 @@ class Updater:
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             loss_agg=loss.agg,
+            options=self.loss_options,
+            tis_clip=loss.tis_clip,
             checkpointing=self.config.train.checkpointing,
-            **loss.model_dump(exclude={"agg", "old_logprobs"}),
         )
         result = self.optimizer.step(stats.loss)
         if self.optimizer.num_skipped_in_a_row >= self.config.train.max_bad_updates:

@@ -8,6 +8,7 @@ from torch import Tensor
 from socpo_fast.ops import PolicyLoss, linear_policy_loss, policy_loss
 from socpo_fast.ops._impl import extension_is_built
 from tests.error_rule import assert_error_rule
+from tests.loss_options import gathered
 
 IMPLS = ["ref", *(["cpp"] if extension_is_built() else [])]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -74,7 +75,7 @@ def materialised(case: Case, dtype: torch.dtype, **options: Any) -> Solution:
         weights_N=case.weights.to(wide),
         entropy_N=-(log_softmax.exp() * finite).sum(-1),
         ref_logprobs_N=case.ref.to(wide),
-        **options,
+        **gathered(options),
     )
     result.loss.backward()
     return result, hidden.grad, weight.grad
@@ -102,7 +103,7 @@ def call(case: Case, hidden: Tensor, weight: Tensor, **options: Any) -> PolicyLo
         rows_N=case.rows,
         weights_N=case.weights.to(wide),
         ref_logprobs_N=case.ref.to(wide),
-        **options,
+        **gathered(options),
     )
 
 

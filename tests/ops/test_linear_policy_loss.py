@@ -181,7 +181,6 @@ def test_nothing_to_train_gives_zero_gradients(case: Case, impl: str) -> None:
         ({"advantages": torch.tensor([1.0, 1.0, torch.inf])}, "advantages_N must be finite, got inf at 2"),
         ({"num_loss_tokens": -1}, "num_loss_tokens must be finite and > 0, got -1"),
         ({"weights_N": torch.ones(3)}, "exactly one of weights_N and num_loss_tokens must be given, got both"),
-        ({"clip_high": -0.1}, "clip_high must be finite and >= 0, got -0.1"),
         ({"skip_below": -1e-9}, "skip_below must be finite and >= 0, got -1e-09"),
         ({"workspace_mib": 0}, "workspace_mib must be finite and > 0, got 0"),
         ({"num_loss_tokens": float("nan")}, "num_loss_tokens must be finite and > 0, got nan"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from socpo_fast.ops import policy_loss
 from socpo_fast.ops._impl import extension_is_built
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.loss_options import gathered
 
 pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 
@@ -85,7 +86,7 @@ def plain_rows(rows: Inputs, dtype: torch.dtype, **options: Any) -> dict[str, Te
         weights_N=given["weights"],
         entropy_N=entropy,
         ref_logprobs_N=given["ref"],
-        **(options | {"kl_estimator": f"k{options['kl_estimator']}"}),
+        **gathered(options | {"kl_estimator": f"k{options['kl_estimator']}"}),
     )
     grad = torch.autograd.grad(result.loss, logits)[0]
     return {"loss": result.loss.detach(), "logprob": logprobs, "entropy": entropy, "ratio": result.ratio, "grad": grad}
@@ -154,7 +155,7 @@ def test_every_side_of_every_clip(advantage: float, log_ratio: float) -> None:
     logprobs = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
     options = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
-    expected = policy_loss(logprobs, zero, zero + advantage, num_loss_tokens=1, **options)
+    expected = policy_loss(logprobs, zero, zero + advantage, num_loss_tokens=1, **gathered(options))
     expected.loss.backward()
     assert (loss, ratio) == pytest.approx((expected.loss.item(), expected.ratio.item()), rel=1e-12)
     assert clipped == expected.clip_fraction.item()

@@ -1,11 +1,14 @@
 """The policy loss against values and gradients worked out by hand, one token a case."""
 
 import math
+from dataclasses import FrozenInstanceError
+from typing import Any
 
 import pytest
 import torch
 
-from socpo_fast.ops import policy_loss
+from socpo_fast.ops import PolicyLossOptions, policy_loss
+from tests.loss_options import gathered
 
 # At advantage 2 (-2), clips 0.2 / 0.3 and dual clip 3: ratio -> loss and its gradient with respect to the log-prob,
 # which is -A ratio where no clip holds. Below, inside and above every bound, and beyond e^20 on both sides.
@@ -25,6 +28,7 @@ HAND_COMPUTED = [
     (-2.0, math.exp(25), 6.0, 0.0),
     (0.0, 1.7, 0.0, 0.0),
 ]
+WITH_KL, WITH_ENTROPY = PolicyLossOptions(kl_coef=1.0), PolicyLossOptions(entropy_coef=0.1)
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
 
 
@@ -32,7 +36,7 @@ def one_token(advantage: float, log_ratio: float, **options: object) -> tuple[fl
     """Loss and gradient of a single token, in fp64; the old log-prob is 0."""
     logprobs = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
     old, advantages = torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
-    result = policy_loss(logprobs, old, advantages, num_loss_tokens=1, **options)
+    result = policy_loss(logprobs, old, advantages, num_loss_tokens=1, **gathered(options))
     result.loss.backward()
     return result.loss.item(), logprobs.grad.item()
 
@@ -58,7 +62,9 @@ def test_dual_clip_can_be_off() -> None:
 
 def test_ratio_and_clip_fraction() -> None:
     advantage, ratio, loss, _ = (torch.tensor(x, dtype=torch.float64) for x in zip(*HAND_COMPUTED, strict=True))
-    result = policy_loss(ratio.log(), torch.zeros_like(ratio), advantage, weights_N=torch.ones_like(ratio), **CLIPS)
+    result = policy_loss(
+        ratio.log(), torch.zeros_like(ratio), advantage, weights_N=torch.ones_like(ratio), **gathered(CLIPS)
+    )
     assert result.loss.item() == pytest.approx(loss.sum().item())
     torch.testing.assert_close(result.ratio, ratio.clamp(math.exp(-20), math.exp(20)))
     assert result.clip_fraction.item() == pytest.approx(5 / 14)
@@ -75,7 +81,12 @@ def test_kl_estimators(estimator: str, value: float, grad: float) -> None:
     logprobs = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
     loss = policy_loss(
-        logprobs, zero - 1, zero, num_loss_tokens=2, ref_logprobs_N=zero - 0.5, kl_coef=0.1, kl_estimator=estimator
+        logprobs,
+        zero - 1,
+        zero,
+        num_loss_tokens=2,
+        ref_logprobs_N=zero - 0.5,
+        options=PolicyLossOptions(kl_coef=0.1, kl_estimator=estimator),
     ).loss
     loss.backward()
     assert loss.item() == pytest.approx(0.05 * value)
@@ -85,7 +96,7 @@ def test_kl_estimators(estimator: str, value: float, grad: float) -> None:
 def test_kl_stays_finite_far_from_the_reference() -> None:
     logprobs = torch.tensor([-500.0], requires_grad=True)
     zero = torch.zeros(1)
-    loss = policy_loss(logprobs, logprobs.detach(), zero, num_loss_tokens=1, ref_logprobs_N=zero, kl_coef=1.0).loss
+    loss = policy_loss(logprobs, logprobs.detach(), zero, num_loss_tokens=1, ref_logprobs_N=zero, options=WITH_KL).loss
     loss.backward()
     assert loss.isfinite()
     assert logprobs.grad.item() == 0.0
@@ -94,7 +105,7 @@ def test_kl_stays_finite_far_from_the_reference() -> None:
 def test_entropy_bonus_and_its_gradient() -> None:
     zero, entropy = torch.zeros(2), torch.tensor([1.0, 3.0], requires_grad=True)
     weights = torch.tensor([0.5, 0.25])
-    loss = policy_loss(zero, zero, zero, weights_N=weights, entropy_N=entropy, entropy_coef=0.1).loss
+    loss = policy_loss(zero, zero, zero, weights_N=weights, entropy_N=entropy, options=WITH_ENTROPY).loss
     loss.backward()
     assert loss.item() == pytest.approx(-0.1 * (0.5 + 0.75))
     torch.testing.assert_close(entropy.grad, -0.1 * weights)
@@ -128,7 +139,7 @@ def test_rows_of_weight_zero_are_never_touched() -> None:
 def test_old_and_reference_logprobs_carry_no_gradient() -> None:
     logprobs = torch.tensor([-1.0], requires_grad=True)
     policy_loss(
-        logprobs, logprobs, torch.ones(1), num_loss_tokens=1, ref_logprobs_N=logprobs, kl_coef=1.0
+        logprobs, logprobs, torch.ones(1), num_loss_tokens=1, ref_logprobs_N=logprobs, options=WITH_KL
     ).loss.backward()
     assert logprobs.grad.item() == -1.0
 
@@ -169,21 +180,42 @@ GOOD = {
             {"num_loss_tokens": None, "weights_N": torch.tensor([1.0, -1.0])},
             "weights_N must be finite and >= 0, got -1.0 at 1",
         ),
-        ({"clip_low": 1.5}, r"clip_low must be in \[0, 1\], got 1.5"),
-        ({"clip_high": -0.1}, "clip_high must be finite and >= 0, got -0.1"),
-        ({"dual_clip": 1.0}, "dual_clip must be finite and > 1, or None, got 1.0"),
-        ({"entropy_coef": 0.1}, r"entropy_N must be given with its gradient .* when entropy_coef is not 0, got None"),
         (
-            {"entropy_coef": 0.1, "entropy_N": torch.ones(2)},
+            {"options": WITH_ENTROPY},
+            r"entropy_N must be given with its gradient .* when entropy_coef is not 0, got None",
+        ),
+        (
+            {"options": WITH_ENTROPY, "entropy_N": torch.ones(2)},
             r"entropy_N must be given with its gradient .*, got 'a detached one'",
         ),
-        ({"kl_coef": 0.1}, "ref_logprobs_N must be given when kl_coef is not 0, got None"),
-        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, got 'k4'"),
+        ({"options": WITH_KL}, "ref_logprobs_N must be given when kl_coef is not 0, got None"),
     ],
 )
 def test_bad_inputs(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^policy_loss: {message}"):
         policy_loss(**(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"clip_low": 1.5}, r"clip_low must be in \[0, 1\], got 1.5"),
+        ({"clip_low": math.nan}, r"clip_low must be in \[0, 1\], got nan"),
+        ({"clip_high": -0.1}, "clip_high must be finite and >= 0, got -0.1"),
+        ({"dual_clip": 1.0}, "dual_clip must be finite and > 1, or None, got 1.0"),
+        ({"entropy_coef": math.inf}, "entropy_coef must be finite, got inf"),
+        ({"kl_coef": -0.1}, "kl_coef must be finite and >= 0, got -0.1"),
+        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, got 'k4'"),
+    ],
+)
+def test_bad_options(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^PolicyLossOptions: {message}"):
+        PolicyLossOptions(**option)
+
+
+def test_options_do_not_change() -> None:
+    with pytest.raises(FrozenInstanceError):
+        PolicyLossOptions().clip_low = 0.1  # type: ignore[misc]
 
 
 def test_not_a_tensor() -> None:

@@ -13,6 +13,7 @@ from socpo_fast.ops import PolicyLoss, linear_logprob, linear_policy_loss
 from socpo_fast.ops._impl import choose_impl
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.loss_options import gathered
 from tests.train.rollouts import make_rollouts, make_student
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +51,7 @@ def run_loss(inputs: Inputs, dtype: torch.dtype, impl: str, **options: Any) -> t
     wide = torch.promote_types(dtype, torch.float32)
     moved = {name: x.to(DEVICE, wide if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
     hidden, weight = (moved.pop(name).to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD"))
-    result = linear_policy_loss(hidden, weight, **moved, impl=impl, **options)
+    result = linear_policy_loss(hidden, weight, **moved, impl=impl, **gathered(options))
     (3 * result.loss).backward()  # an upstream gradient that is not 1
     return result, hidden.grad, weight.grad
 
@@ -143,7 +144,7 @@ def test_a_whole_training_step() -> None:
     gradients, stats = {}, {}
     for impl, dtype in (("triton", torch.float32), ("ref", torch.float32), ("ref", torch.float64)):
         student = make_student(dtype=dtype).to(DEVICE)
-        stats[impl, dtype] = policy_gradients(student, rollouts, impl=impl, **options)
+        stats[impl, dtype] = policy_gradients(student, rollouts, impl=impl, **gathered(options))
         gradients[impl, dtype] = {name: param.grad for name, param in student.named_parameters()}
     assert stats["triton", torch.float32].num_microbatches > 1
     actual, plain, truth = gradients.values()

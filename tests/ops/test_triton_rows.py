@@ -11,11 +11,8 @@ from torch import Tensor
 
 from socpo_fast.kernels.linear_policy_loss import TILES, logprob_rows, logprob_rows_backward, policy_rows
 from socpo_fast.ops.policy_loss import policy_loss_ref
-from tests.error_rule import (
-    assert_bitwise_equal,
-    assert_equal_across_variants,
-    assert_error_rule,
-)
+from tests.error_rule import assert_bitwise_equal, assert_equal_across_variants, assert_error_rule
+from tests.loss_options import gathered
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = TILES[0][torch.float32].block
@@ -77,7 +74,8 @@ def logprobs_and_entropy(logits: Tensor, targets: Tensor, inv_temperature: Tenso
 def expected_rows(rows: Rows, dtype: torch.dtype, **options: float) -> tuple[Tensor, Tensor]:
     """values [6, N] and the gradient of the logits, row after row, from policy_loss_ref and autograd."""
     options = DEFAULTS | {"kl_estimator": 3} | options
-    options["kl_estimator"] = f"k{options['kl_estimator']}"
+    options |= {"kl_estimator": f"k{options['kl_estimator']}"}
+    options |= {"dual_clip": None} if options["dual_clip"] == float("inf") else {}
     rows = Rows(*(x.to(dtype, copy=True) if x.is_floating_point() else x for x in rows))
     logits = rows.logits.requires_grad_()
     logprobs, entropy = logprobs_and_entropy(logits, rows.targets, rows.inv_temperature)
@@ -86,7 +84,7 @@ def expected_rows(rows: Rows, dtype: torch.dtype, **options: float) -> tuple[Ten
         one = slice(n, n + 1)
         result = policy_loss_ref(
             logprobs[one], rows.old[one], rows.advantages[one], rows.weights[one],
-            entropy_N=entropy[one], ref_logprobs_N=rows.ref[one], **options,
+            entropy_N=entropy[one], ref_logprobs_N=rows.ref[one], **gathered(options),
         )  # fmt: skip
         (coefficient,) = torch.autograd.grad(result.loss, logprobs, retain_graph=True)
         result.loss.backward(retain_graph=True)

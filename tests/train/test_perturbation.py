@@ -17,6 +17,7 @@ from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
 from tests.error_rule import assert_bitwise_equal
+from tests.loss_options import gathered
 from tests.train.naive import TEMPERATURE, assert_close, naive_gradients
 from tests.train.rollouts import VOCAB, contexts, make_rollout, make_rollouts, make_student, turns_of
 from tests.train.test_packing import paths
@@ -77,7 +78,7 @@ def test_advantages_and_weights_know_attempts_only(monkeypatch: Any, estimator: 
     ref = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
     for batch in (rollouts, changed):
         assign_credit(batch, options=CreditOptions(estimator=estimator))
-        policy_gradients(student, batch, old_logprobs=ref, ref_logprobs=ref, **ALL, **LOSSES[loss])
+        policy_gradients(student, batch, old_logprobs=ref, ref_logprobs=ref, **ALL, **gathered(LOSSES[loss]))
     credit = [[(turn.reward, turn.advantage) for r in batch for turn in r.turns] for batch in (rollouts, changed)]
     assert credit[0] == credit[1]
     assert len({advantage for _, advantage in credit[0]}) > 3
@@ -113,7 +114,9 @@ def test_only_rows_before_sampled_tokens_get_a_gradient(student_and_hidden: Any,
     for places in (*alone, range(len(rollouts))):  # of one rollout, a row is known by what stands up to it
         chosen = [rollouts[i] for i in places]
         old, ref = [own[i] for i in places], [reference[i] for i in places]
-        policy_gradients(student, chosen, packing=packing, old_logprobs=old, ref_logprobs=ref, **ALL, **LOSSES[loss])
+        policy_gradients(
+            student, chosen, packing=packing, old_logprobs=old, ref_logprobs=ref, **ALL, **gathered(LOSSES[loss])
+        )
         (microbatch,) = pack_rollouts(chosen, packing=packing, token_budget=10_000)
         has_gradient = (hidden.pop().grad != 0).any(1)
         predicts = torch.zeros(microbatch.tokens_forwarded, dtype=torch.bool)
@@ -167,8 +170,9 @@ def test_rows_without_loss_may_hold_anything(loss: str) -> None:
     results = []
     for h, t, o, a in ((hidden_TD, targets, old, advantages), tuple(perturbed.values())):
         h_leaf, w_leaf = h.clone().requires_grad_(), weight_VD.clone().requires_grad_()
-        options = {"entropy_coef": 0.1, "kl_coef": 0.1, "ref_logprobs_N": o + 0.5} if loss == "all" else {}
-        policy = linear_policy_loss(h_leaf, w_leaf, t, o, a, temperature=0.8, rows_N=rows, weights_N=weights, **options)
+        terms = {"entropy_coef": 0.1, "kl_coef": 0.1, "ref_logprobs_N": o + 0.5} if loss == "all" else {}
+        options = gathered({"temperature": 0.8, "rows_N": rows, "weights_N": weights, **terms})
+        policy = linear_policy_loss(h_leaf, w_leaf, t, o, a, **options)
         policy.loss.backward()
         results.append((policy.loss.detach(), h_leaf.grad, w_leaf.grad, policy.clip_fraction))
     for name, one, two in zip(("loss", "hidden", "weight", "clip_fraction"), *results, strict=True):

@@ -15,6 +15,7 @@ from socpo_fast.model import save_student
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.step import GradientStats, policy_gradients
 from socpo_fast.types import Rollout
+from tests.loss_options import gathered
 from tests.train.naive import (
     TEMPERATURE,
     PerToken,
@@ -67,7 +68,7 @@ class Update:
         given = self.logprobs(options)
         options = options | {"old_logprobs": given["old"], "ref_logprobs": given["ref"]} | packing
         self.student.zero_grad(set_to_none=True)
-        stats = policy_gradients(self.student, self.rollouts, temperature=TEMPERATURE, **options)
+        stats = policy_gradients(self.student, self.rollouts, temperature=TEMPERATURE, **gathered(options))
         return {name: param.grad.clone() for name, param in self.student.named_parameters()}, stats
 
 
@@ -166,5 +167,5 @@ def test_a_ratio_of_one_everywhere_weighs_advantages_only() -> None:
 def one_loss(student: Decoder, rollouts: list[Rollout], old: PerToken, **options: Any) -> float:
     student.zero_grad(set_to_none=True)
     return policy_gradients(
-        student, rollouts, old_logprobs=old, temperature=TEMPERATURE, token_budget=10_000, **options
+        student, rollouts, old_logprobs=old, temperature=TEMPERATURE, token_budget=10_000, **gathered(options)
     ).loss

@@ -13,6 +13,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, SamplingParams
+from tests.loss_options import gathered
 from tests.train.naive import TEMPERATURE, assert_close, decoder_forward, naive_logprobs, set_sampler_logprobs
 from tests.train.rollouts import contexts, make_rollouts, make_student, turns_of
 
@@ -21,7 +22,7 @@ ALL = 10_000  # a token budget that everything fits into
 
 def gradients(student: Decoder, rollouts: list[Rollout], **options: Any) -> tuple[dict[str, Tensor], Any]:
     student.zero_grad(set_to_none=True)
-    stats = policy_gradients(student, rollouts, temperature=TEMPERATURE, **{"token_budget": ALL} | options)
+    stats = policy_gradients(student, rollouts, temperature=TEMPERATURE, **gathered({"token_budget": ALL} | options))
     return {name: param.grad.clone() for name, param in student.named_parameters()}, stats
 
 

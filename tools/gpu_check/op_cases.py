@@ -16,6 +16,7 @@ from torch import Tensor
 
 from socpo_fast.ops import (
     CreditOptions,
+    PolicyLossOptions,
     credit_attempts,
     decay_rewards,
     linear_logprob,
@@ -137,7 +138,8 @@ def _head(op: Callable[..., Any]) -> Run:
             values, loss = {"logprobs": logprobs, "entropy": entropy}, logprobs.cos().sum()
         else:
             given = hidden, head, x["targets"], x["old"], x["rewards"]
-            options = {"temperature": 0.8, "num_loss_tokens": len(x["old"]), "entropy_coef": 0.1}
+            options = {"temperature": 0.8, "num_loss_tokens": len(x["old"])}
+            options["options"] = PolicyLossOptions(entropy_coef=0.1)
             result = op(*given, **options, impl=impl)
             values, loss = {"logprobs": result.logprobs, "loss": result.loss}, result.loss
         loss.backward()
