@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import tyro
 
 from socpo_fast.config import Config, load_config, read_toml
-from socpo_fast.stopping import RunFailed
+from socpo_fast.files import RunFailed
 from socpo_fast.validation import fields_of, rule_of, sections_of, to_text, unknown_key
 
 

@@ -15,6 +15,7 @@ LAYERS = {
 BESIDE = {
     "config",
     "device",
+    "files",
     "metrics",
     "rules",
     "stopping",

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.engine.runner import Runner
-from socpo_fast.metrics import meaning_of, read_metrics, source_metric
+from socpo_fast.metrics import meaning_of, source_metric
+from socpo_fast.report.tracker import read_metrics
 from socpo_fast.socratic import session as session_module
 from socpo_fast.socratic.evaluation import Scores, interval, pass_at_k
 from socpo_fast.socratic.session import Session
