@@ -20,10 +20,10 @@ from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import write_rollouts
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import write_report
+from socpo_fast.session import Session
 from socpo_fast.socratic.advantage import assign_advantages
 from socpo_fast.socratic.data import batch_questions, question_order
 from socpo_fast.socratic.decay import assign_rewards
-from socpo_fast.socratic.session import Session
 from socpo_fast.socratic.summary import mean, sources_of, summarize
 from socpo_fast.stopping import StopRequested, StopSignals
 from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
