@@ -122,7 +122,7 @@ def summarize(folder: Path, student: Path) -> dict[str, Any]:
     """Metrics at start and end, token counts, and what transformers makes of the trained folder."""
     from transformers import AutoModelForCausalLM
 
-    from socpo_fast.metrics import read_metrics
+    from socpo_fast.report.tracker import read_metrics
     from socpo_fast.train.checkpoint import latest_checkpoint
 
     rows = read_metrics(folder / "metrics.jsonl")

@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import tyro
 
 from socpo_fast.config import Config, load_config, read_toml
-from socpo_fast.stopping import RunFailed
-from socpo_fast.validation import fields_of, rule_of, sections_of, to_text, unknown_key
+from socpo_fast.config.text import fields_of, rule_of, sections_of, to_text, unknown_key
+from socpo_fast.files import RunFailed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

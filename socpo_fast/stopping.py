@@ -9,10 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class RunFailed(RuntimeError):
-    """The machine or the numbers ended a run; said in one line, as the caller's mistakes are."""
-
-
 class StopRequested(BaseException):
     """Raised where a run may stop. Not an Exception, so that no handler on the way takes it for a failure."""
 

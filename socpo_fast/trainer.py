@@ -14,16 +14,17 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from socpo_fast.config import Config
-from socpo_fast.metrics import MetricsWriter, replace_file
+from socpo_fast.files import RunFailed, make_run_folder, replace_file
 from socpo_fast.ops import available_impls
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import write_rollouts
+from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import write_report
+from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.socratic.data import batch_questions, question_order
-from socpo_fast.socratic.session import Session, credit_options
 from socpo_fast.socratic.summary import mean, sources_of, summarize
-from socpo_fast.stopping import RunFailed, StopRequested, StopSignals
+from socpo_fast.stopping import StopRequested, StopSignals
 from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Question, Rollout
@@ -55,7 +56,7 @@ def rollout_only(config: Config) -> None:
     with closing(Session(config)) as session:
         questions = session.train_questions()
         sources = sources_of(questions)
-        make_folder(config.folder)
+        make_run_folder(config.folder)
         with Progress(num_batches=config.run.num_batches, live=config.run.live) as progress:
             progress.note(session.engine.kv_cache.note)
             for batch in range(1, config.run.num_batches + 1):
@@ -73,7 +74,7 @@ class Trainer:
     def __init__(self, config: Config):
         self.config = config
         checkpoint = find_checkpoint(config)
-        make_folder(config.folder)
+        make_run_folder(config.folder)
         self.session = Session(config, for_training=True)
         self.train_questions, self.eval_questions = self.session.train_questions(), self.session.eval_questions()
         self.sources = sources_of(self.train_questions)
@@ -274,12 +275,3 @@ def find_checkpoint(config: Config) -> Path | None:
             "choose another run.name or set run.resume auto"
         )
     return None
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(f"run: {folder} must be a writable folder, got {error.strerror}; set run.dir") from None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from socpo_fast.cli import main
-from socpo_fast.metrics import read_metrics
+from socpo_fast.report.tracker import read_metrics
 from tests.bad_input import (
     Words,
     assert_refused,

@@ -14,7 +14,7 @@ import torch
 import socpo_fast
 from socpo_fast.cli import COMMANDS, main, parse
 from socpo_fast.config import Config
-from socpo_fast.validation import fields_of
+from socpo_fast.config.text import fields_of
 
 ROOT = Path(__file__).parent.parent
 

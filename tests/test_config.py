@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socpo_fast.config import Config, load_config
-from socpo_fast.validation import fields_of, rule_of
+from socpo_fast.config.text import fields_of, rule_of
 
 ROOT = Path(__file__).parent.parent
 REFUSED = {

@@ -1,49 +1,140 @@
-"""Imports point down only: a module sees lower layers, its own part, and the modules beside the layers."""
+"""Imports point down only, as in the table of the README, and never in a circle."""
 
 from __future__ import annotations
 
-import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.import_graph import Graph, find_circles, find_forbidden, import_graph
+
 PACKAGE = Path(__file__).parent.parent / "socpo_fast"
 LAYERS = {
-    "kernels": 0, "_C": 0, "ops": 1, "model": 2, "engine": 3, "train": 3, "socratic": 4, "report": 4,
-    "integrations": 5, "trainer": 5, "cli": 6,
-}  # fmt: skip
-BESIDE = {
-    "config",
-    "device",
-    "metrics",
-    "registries",
-    "rules",
-    "stopping",
-    "types",
-    "validation",
-}  # seen by everyone, see only each other
-MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "kernels" not in path.parts)
+    "cli": 7,
+    "session": 6,
+    "stopping": 6,
+    "trainer": 6,
+    "integrations": 6,
+    "socratic": 5,
+    "report": 5,
+    "engine": 4,
+    "train": 4,
+    "model": 3,
+    "ops": 2,
+    "kernels": 1,
+    "_C": 1,
+}
+# Part -> parts of its own layer that it may import: the trainer drives what stands beside it.
+SIBLINGS = {"trainer": ("session", "stopping")}
+# Every layer may import these -> what they may import themselves.
+BESIDE: dict[str, tuple[str, ...]] = {
+    "config": ("types", "registries"),
+    "types": (),
+    "registries": (),
+    "metrics": (),
+    "device": (),
+    "files": (),
+}
 
 
-def parts_imported(source: str) -> set[str]:
-    """First name behind socpo_fast of every import, those inside functions too; "" is the package itself."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import"
-            bare = node.module == "socpo_fast"
-            names |= {f"socpo_fast.{alias.name}" for alias in node.names} if bare else {str(node.module)}
-    return {f"{name}.".split(".")[1] for name in names if name.split(".")[0] == "socpo_fast"}
+def forbidden(graph: Graph) -> list[str]:
+    return find_forbidden(graph, LAYERS, BESIDE, SIBLINGS)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_imports_point_down(module: Path) -> None:
-    part = module.parts[0].removesuffix(".py")
-    if part == "__init__":
-        return  # the public surface may name everything
-    assert part in LAYERS or part in BESIDE, f"{module}: {part} has no layer; give it one here and in the README"
-    for imported in parts_imported((PACKAGE / module).read_text(encoding="utf-8")) - {part} - BESIDE:
-        assert part in LAYERS and imported in LAYERS, f"{module} imports socpo_fast.{imported}"
-        assert LAYERS[imported] < LAYERS[part], f"{module} (layer {LAYERS[part]}) imports socpo_fast.{imported}"
+def test_imports_point_down() -> None:
+    """Those inside functions too: they are late, not sideways."""
+    assert forbidden(import_graph(PACKAGE, inside_functions=True)) == []
+
+
+def test_no_import_circles() -> None:
+    graph = import_graph(PACKAGE, inside_functions=False)
+    assert find_circles(graph) == []
+    parts = {f"{module}.".split(".")[1] for module in graph}
+    assert parts - {""} == {*LAYERS, *BESIDE} - {"_C"}, "every part has a row, and every row its part"
+
+
+def plant(folder: Path, sources: Mapping[str, str]) -> Path:
+    """A package `socpo_fast` of the given files, by their paths in it."""
+    package = folder / "socpo_fast"
+    for name, source in sources.items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    return package
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from socpo_fast.engine import pages",
+        "from socpo_fast.engine.pages import Page",
+        "import socpo_fast.engine.pages",
+        "if TYPE_CHECKING:\n    from socpo_fast.engine.pages import Page",
+        "from socpo_fast.engine.runner import Runner",
+    ],
+    ids=["module", "name", "import", "type checking", "by way of a third"],
+)
+def test_a_planted_circle_is_found(tmp_path: Path, back: str) -> None:
+    """Between modules of one part, which may import itself: that no layer is broken is no excuse."""
+    sources = {
+        "engine/pages.py": "from socpo_fast.engine.scheduler import Scheduler",
+        "engine/scheduler.py": back,
+        "engine/runner.py": "from socpo_fast.engine import pages",
+        "engine/decode.py": "from socpo_fast.engine import pages",  # leads to it, is not in it
+    }
+    graph = import_graph(plant(tmp_path, sources), inside_functions=False)
+    circle = ["socpo_fast.engine.pages", "socpo_fast.engine.scheduler"]
+    if "runner" in back:
+        circle.insert(1, "socpo_fast.engine.runner")
+    assert find_circles(graph) == [circle]
+    assert forbidden(graph) == []
+
+
+def test_a_late_import_is_no_circle(tmp_path: Path) -> None:
+    sources = {
+        "engine/pages.py": "from socpo_fast.engine import scheduler",
+        "engine/scheduler.py": "def f():\n    from socpo_fast.engine import pages",
+    }
+    graph = import_graph(plant(tmp_path, sources), inside_functions=False)
+    assert find_circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "imported", "fault"),
+    [
+        ("ops/x.py", "socpo_fast.model", "(layer 2) imports socpo_fast.model above it"),
+        ("engine/x.py", "socpo_fast.train", "imports socpo_fast.train of its own layer 4"),
+        ("session.py", "socpo_fast.trainer", "imports socpo_fast.trainer of its own layer 6"),
+        ("config/x.py", "socpo_fast.files", "imports socpo_fast.files, which it may not"),
+        ("types.py", "socpo_fast.config", "imports socpo_fast.config, which it may not"),
+        ("metrics.py", "socpo_fast.ops", "imports socpo_fast.ops, which it may not"),
+        ("ops/x.py", "socpo_fast", "imports socpo_fast, which it may not"),
+        ("new.py", "socpo_fast.ops", "new has no layer"),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_planted_arrow_is_found(
+    tmp_path: Path,
+    path: str,
+    imported: str,
+    fault: str,
+    late: bool,
+) -> None:
+    source = f"def f():\n    import {imported}" if late else f"from {imported} import name"
+    parts = ("", "ops/", "model/", "train/", "config/")
+    others = ("trainer.py", "types.py", "files.py", *(f"{part}__init__.py" for part in parts))
+    package = plant(tmp_path, {**dict.fromkeys(others, ""), path: source})
+    [found] = forbidden(import_graph(package, inside_functions=True))
+    assert fault in found
+
+
+def test_arrows_of_the_table_are_allowed(tmp_path: Path) -> None:
+    sources = {
+        "trainer.py": "from socpo_fast import session\nfrom socpo_fast.files import sync",
+        "session.py": "from socpo_fast.engine import Engine",
+        "config/sections.py": "from socpo_fast.types import Question",
+        "config/text.py": "from socpo_fast.config import sections",
+        "types.py": "import torch",
+    }
+    assert forbidden(import_graph(plant(tmp_path, sources), inside_functions=True)) == []

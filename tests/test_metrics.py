@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import io
-import json
 import math
-import os
 import re
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from socpo_fast.metrics import (
-    METRICS,
-    MetricsWriter,
-    meaning_of,
-    read_jsonl,
-    read_metrics,
-    replace_file,
-    source_metric,
-)
+from socpo_fast.files import read_jsonl
+from socpo_fast.metrics import METRICS, meaning_of, source_metric
 from socpo_fast.report.progress import Progress, sparkline
 from socpo_fast.report.rollouts import rollout_record, write_rollouts
-from socpo_fast.stopping import RunFailed
+from socpo_fast.report.tracker import MetricsWriter, read_metrics
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, ShownGuidance, Turn
 
 
@@ -120,21 +109,6 @@ def test_a_source_s_metric_reaches_tensorboard_under_its_own_name(tmp_path: Path
     assert EventAccumulator(str(tmp_path / "tb")).Reload().Tags()["scalars"] == [name]
 
 
-@pytest.mark.parametrize("failing", ["fsync", "open"])
-def test_a_full_disk_names_the_file_and_leaves_the_old_one(
-    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    replace_file(path, "old")
-    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "open")), full)
-    with pytest.raises(RunFailed, match=r"run: .*rows.jsonl could not be written \(No space left on device\)"):
-        replace_file(path, "new")
-    monkeypatch.undo()
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
-    assert path.read_text() == "old"
-
-
 def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     write_updates(tmp_path, range(1, 6))
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -198,13 +172,6 @@ def test_rollout_file_does_not_depend_on_the_order_of_finishing(tmp_path: Path) 
     assert write_rollouts(tmp_path, rollouts[::-1], questions, batch=12).read_bytes() == first
     assert [(row["question_idx"], row["rollout_idx"]) for row in read_jsonl(path)] == [(0, 0), (0, 1), (1, 0)]
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file stays"
-
-
-def test_line_separators_inside_text_do_not_tear_a_row(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    text = "a\u2028b\x85c\nd"
-    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_jsonl(path) == [{"text": text}]
 
 
 def test_plain_progress_is_one_line_a_batch() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from socpo_fast.config import load_config
-from socpo_fast.metrics import MetricsWriter, source_metric
+from socpo_fast.metrics import source_metric
 from socpo_fast.report.accuracy import accuracy_text
+from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import write_report
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'\""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
-from socpo_fast.metrics import read_metrics
+from socpo_fast.report.tracker import read_metrics
 from socpo_fast.train.checkpoint import latest_checkpoint
 
 CONFIG = Path(__file__).parent.parent / "configs" / "molar_mass.toml"

@@ -22,8 +22,8 @@ import pytest
 
 from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
-from socpo_fast.metrics import read_metrics
 from socpo_fast.model import weights
+from socpo_fast.report.tracker import read_metrics
 from socpo_fast.stopping import StopRequested, StopSignals
 from socpo_fast.train import checkpoint
 from socpo_fast.train.checkpoint import latest_checkpoint

@@ -8,7 +8,6 @@ gate_up), saving writes slices of the fused ones. Only safetensors are read, nev
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from socpo_fast.files import new_folder, read_json
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.model.decoder import Decoder
 
@@ -90,21 +90,11 @@ def save_student(student: Decoder, folder: str | Path, *, tokenizer_from: str | 
         raise ValueError(f"save_student: folder must be new or empty, got '{folder}'; choose another or remove it")
     raw, dtype = _raw_config(student)
     tokenizer_files = _tokenizer_files(tokenizer_from)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier, killed process with this id
-    partial.mkdir()
-    try:
+    with new_folder(folder) as partial:
         _write_json(partial / "config.json", raw | {"dtype": str(dtype).removeprefix("torch.")})
         _write_shards(student, partial)
         for file in tokenizer_files:
             shutil.copyfile(file, partial / file.name)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        partial.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing there after the rename
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -250,27 +240,5 @@ def _parts(name: str, parameter: Tensor, config: ModelConfig) -> list[tuple[str,
     return parts
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a Hugging Face folder; errors name the file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: is missing; a Hugging Face folder has one")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path}: must be JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from socpo_fast.metrics import replace_file
+from socpo_fast.files import replace_jsonl
 from socpo_fast.types import Question, Rollout, ShownGuidance
 
 
@@ -49,7 +48,7 @@ def write_rollouts(
     path.parent.mkdir(parents=True, exist_ok=True)
     in_order = sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
     rows = [rollout_record(rollout, questions[rollout.question_idx], batch=batch) for rollout in in_order]
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    replace_jsonl(path, rows)
     return path
 
 

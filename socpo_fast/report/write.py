@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from socpo_fast.metrics import meaning_of, read_jsonl, read_metrics, replace_file
+from socpo_fast.config.text import to_text
+from socpo_fast.files import read_jsonl, replace_file
+from socpo_fast.metrics import meaning_of
 from socpo_fast.report.accuracy import accuracy_rows
 from socpo_fast.report.page import PAGE
-from socpo_fast.validation import to_text
+from socpo_fast.report.tracker import read_metrics
 
 Rows = Sequence[dict[str, Any]]
 

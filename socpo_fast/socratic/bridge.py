@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from socpo_fast.model.weights import read_json
+from socpo_fast.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,9 +25,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from socpo_fast.files import REPLACED, RunFailed, new_folder
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.model.weights import load_student, save_student, sync
-from socpo_fast.stopping import RunFailed
+from socpo_fast.model.weights import load_student, save_student
 from socpo_fast.train.optimizer import Optimizer
 
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
@@ -62,26 +62,21 @@ def save_checkpoint(
     state = {"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}
     state_text = json.dumps(state, indent=1)  # before anything is written: what is not JSON fails here
     target = folder / f"update_{optimizer.num_updates:06d}"
-    partial = folder / f".{target.name}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)  # an interrupted process may have filled the disk
-        save_student(student, partial, tokenizer_from=tokenizer_from)
-        moments = {name: tensor.contiguous() for name, tensor in optimizer.state_tensors().items()}
-        save_file(moments, partial / OPTIMIZER)
-        (partial / STATE).write_text(state_text)
-        manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        _put_in_place(partial, target)
+        with new_folder(target) as partial:
+            save_student(student, partial, tokenizer_from=tokenizer_from)
+            moments = {name: tensor.contiguous() for name, tensor in optimizer.state_tensors().items()}
+            save_file(moments, partial / OPTIMIZER)
+            (partial / STATE).write_text(state_text, encoding="utf-8")
+            manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _remove_replaced(target)
     except (OSError, SafetensorError) as error:
         raise RunFailed(
             f"checkpoint: {target} could not be written ({error}); free disk space or lower run.keep_checkpoints, "
             "older checkpoints are intact"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing there after the rename
     return target
 
 
@@ -175,14 +170,9 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Rename, by way of a second name when the target is taken: at each moment one of the two is whole."""
-    replaced = target.with_name(f"{target.name}.replaced")
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-    partial.rename(target)
-    sync(target.parent)
+def _remove_replaced(target: Path) -> None:
+    """What an earlier save left under its second name when it stopped between two renames."""
+    replaced = target.with_name(target.name + REPLACED)
     if replaced.exists():
         shutil.rmtree(replaced)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from socpo_fast.config import Config
+from socpo_fast.files import RunFailed
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import PolicyLossOptions
-from socpo_fast.stopping import RunFailed
 from socpo_fast.train.loss_inputs import PerToken
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import compute_logprobs, policy_gradients

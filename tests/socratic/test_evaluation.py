@@ -16,13 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from socpo_fast import session as session_module
 from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.engine.runner import Runner
-from socpo_fast.metrics import meaning_of, read_metrics, source_metric
-from socpo_fast.socratic import session as session_module
+from socpo_fast.metrics import meaning_of, source_metric
+from socpo_fast.report.tracker import read_metrics
+from socpo_fast.session import Session
 from socpo_fast.socratic.evaluation import Scores, interval, pass_at_k
-from socpo_fast.socratic.session import Session
 from socpo_fast.socratic.summary import MAX_SOURCES, sources_of, summarize
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, Turn
 

@@ -199,6 +199,7 @@ def test_full_disk_leaves_older_checkpoints(tmp_path: Path, limit: int) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from socpo_fast import files
 from socpo_fast.train import checkpoint
 from tests.train.test_checkpoint import save, trained
 
@@ -215,8 +216,8 @@ for step in map(int, sys.argv[2:]):
     folder, calls = Path(sys.argv[1]) / str(step), 0
     save(folder, *trained(seed=0, num_updates=1))
     if os.fork() == 0:
-        for name in ("_fingerprint", "sync", "_put_in_place"):
-            setattr(checkpoint, name, killing(getattr(checkpoint, name)))
+        for module, name in (checkpoint, "_fingerprint"), (files, "sync"), (files, "put_in_place"):
+            setattr(module, name, killing(getattr(module, name)))
         save(folder, *trained(seed=0, num_updates=2))
         os._exit(0)
     print(os.WTERMSIG(os.wait()[1]))
@@ -224,8 +225,9 @@ for step in map(int, sys.argv[2:]):
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """SIGKILL before the manifest, during the sync, right before the rename, and after it."""
-    names = {2: "update_000001", 5: "update_000001", 11: "update_000001", 12: "update_000002"}
+    """SIGKILL in the weights' folder, before the manifest, during the sync, at the rename, and after it."""
+    first, second = "update_000001", "update_000002"
+    names = {2: first, 4: first, 7: first, 10: first, 16: first, 17: second}
     command = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, names)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # forks, which a pool of threads would not survive
     root = Path(__file__).parents[2]

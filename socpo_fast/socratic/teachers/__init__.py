@@ -19,7 +19,7 @@ _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
     """The teacher of a config, ready to be asked; of a config with one attempt none that matters, as it never is.
 
-    That a kind's own settings are there, the config has seen to (rules.contradiction). A local one
+    That a kind's own settings are there, the config has seen to (config.find_conflicts). A local one
     is frozen, and has its weights and its KV cache on the device when this returns.
 
     Raises:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from socpo_fast import session as session_module
 from socpo_fast.config import load_config
 from socpo_fast.model import Decoder
-from socpo_fast.socratic import session as session_module
-from socpo_fast.socratic.session import Session
+from socpo_fast.session import Session
 from socpo_fast.trainer import Trainer
 
-CONFIG = Path(__file__).parents[2] / "configs" / "molar_mass.toml"
+CONFIG = Path(__file__).parent.parent / "configs" / "molar_mass.toml"
 SETTINGS = {"engine.kv_cache_gib": "auto", "data.eval": "none", "data.builtin_train_questions": 16}
 
 

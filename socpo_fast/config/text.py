@@ -1,6 +1,7 @@
-"""Wording: from pydantic's errors to `<key> must be <rule>, got <value>` and `unknown key <key>; did you mean <key>?`.
+"""Settings as text: values from words and back, TOML, the rule of a field in words, and errors.
 
-Works on any model of sections (a pydantic model whose fields are pydantic models); config.py holds the one there is.
+Errors read `<key> must be <rule>, got <value>` or `unknown key <key>; did you mean <key>?`. All of
+it works on any model of sections (a pydantic model whose fields are pydantic models).
 """
 
 from __future__ import annotations

@@ -1,58 +1,16 @@
-"""Configuration: typed, frozen sections; TOML below, `section.key` overrides on top; wrong values stop at the door.
+"""The sections of a configuration, in the order of a batch; config/__init__.py puts them together.
 
-Read load_config, then the sections; the rules between them stand in rules.py. A section is a pydantic model: each
-field carries its range and a description with unit, which `socpo train --help` shows and error messages quote. "none"
-is the word for an absent value, in TOML and on the command line. Relative paths are relative to the working directory;
-"builtin" stands for what the package ships. Torch is not imported here, so a typing error costs no start-up.
+A section is a frozen pydantic model. Each field carries its range and a description with unit, which
+`socpo train --help` shows and error messages quote. "none" is the word for an absent value, in TOML
+and on the command line. Relative paths are relative to the working directory; "builtin" stands for
+what the package ships.
 """
 
 from __future__ import annotations
 
-import tomllib
-import warnings
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-
-from socpo_fast.rules import contradiction, doubts
-from socpo_fast.validation import explain, from_text, to_toml
-
-
-def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
-    """The configuration of a TOML file with overrides on top; what neither names keeps its default.
-
-    Args:
-        toml_path: file of `[section]` tables; None = defaults only.
-        overrides: "section.key" -> value. Text is read as the field's type, as from the command line.
-
-    Raises:
-        ValueError: no such file, broken TOML, an unknown key, a value outside its range, values that contradict.
-    """
-    tables = {} if toml_path is None else read_toml(toml_path)
-    for name, value in (overrides or {}).items():
-        section, _, key = name.rpartition(".")
-        table = tables.setdefault(section, {}) if section else tables
-        if not isinstance(table, dict):
-            raise ValueError(
-                f"config: {section} must be a table, got {table!r}; write [{section}] and key = value lines"
-            )
-        table[key] = from_text(Config, name, value) if isinstance(value, str) else value
-    try:
-        return Config.model_validate(tables)
-    except ValidationError as error:
-        raise ValueError(explain(Config, error)) from None
-
-
-def read_toml(toml_path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file, unchecked."""
-    try:
-        return tomllib.loads(Path(toml_path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"config: {toml_path} must be a readable file: {error.strerror}") from None
-    except ValueError as error:  # broken TOML or not UTF-8
-        raise ValueError(f"config: {toml_path} must be TOML: {error}") from None
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
@@ -263,37 +221,3 @@ class EvalConfig(Section):
     samples: int = Field(default=16, ge=1, description="samples a question (the k of avg@k)")
     max_questions: int | None = Field(default=None, ge=1, description="first questions of data.eval; none = all")
     assisted: bool = Field(default=True, description="also let the teacher help, and report that apart")
-
-
-class Config(Section):
-    """Everything a run is told. Sections in the order of a batch."""
-
-    run: RunConfig = RunConfig()
-    student: StudentConfig = StudentConfig()
-    data: DataConfig = DataConfig()
-    grader: GraderConfig = GraderConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    reward: RewardConfig = RewardConfig()
-    advantage: AdvantageConfig = AdvantageConfig()
-    loss: LossConfig = LossConfig()
-    train: TrainConfig = TrainConfig()
-    engine: EngineConfig = EngineConfig()
-    eval: EvalConfig = EvalConfig()
-
-    @property
-    def folder(self) -> Path:
-        """The run folder, run.dir/run.name."""
-        return Path(self.run.dir) / self.run.name
-
-    def to_toml(self) -> str:
-        """TOML that load_config reads back to an equal Config. Holds no secret: of the key only its variable's name."""
-        return to_toml(self)
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        if broken := contradiction(self):
-            raise ValueError(f"config: {broken}")
-        for doubt in doubts(self):
-            warnings.warn(f"config: {doubt}", stacklevel=2)
-        return self

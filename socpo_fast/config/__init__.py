@@ -1,0 +1,133 @@
+"""Configuration: typed, frozen sections; TOML below, `section.key` overrides on top.
+
+Read load_config, then Config and the rules between its sections: find_conflicts refuses,
+find_suspicious warns. The sections stand in sections.py, text.py reads and words their values.
+Wrong values stop at the door: torch is not imported here, so a typing error costs no start-up.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError, model_validator
+
+from socpo_fast.config.sections import (
+    AdvantageConfig,
+    DataConfig,
+    EngineConfig,
+    EvalConfig,
+    GraderConfig,
+    LossConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from socpo_fast.config.text import explain, from_text, to_toml
+
+
+def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
+    """The configuration of a TOML file with overrides on top; what neither names keeps its default.
+
+    Args:
+        toml_path: file of `[section]` tables; None = defaults only.
+        overrides: "section.key" -> value. Text is read as the field's type, as from the command line.
+
+    Raises:
+        ValueError: no such file, broken TOML, an unknown key, a value outside its range, values that contradict.
+    """
+    tables = {} if toml_path is None else read_toml(toml_path)
+    for name, value in (overrides or {}).items():
+        section, _, key = name.rpartition(".")
+        table = tables.setdefault(section, {}) if section else tables
+        if not isinstance(table, dict):
+            raise ValueError(
+                f"config: {section} must be a table, got {table!r}; write [{section}] and key = value lines"
+            )
+        table[key] = from_text(Config, name, value) if isinstance(value, str) else value
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise ValueError(explain(Config, error)) from None
+
+
+def read_toml(toml_path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file, unchecked."""
+    try:
+        return tomllib.loads(Path(toml_path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config: {toml_path} must be a readable file: {error.strerror}") from None
+    except ValueError as error:  # broken TOML or not UTF-8
+        raise ValueError(f"config: {toml_path} must be TOML: {error}") from None
+
+
+class Config(Section):
+    """Everything a run is told. Sections in the order of a batch."""
+
+    run: RunConfig = RunConfig()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    grader: GraderConfig = GraderConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, run.dir/run.name."""
+        return Path(self.run.dir) / self.run.name
+
+    def to_toml(self) -> str:
+        """TOML that load_config reads back to an equal Config. Holds no secret: of the key only its variable's name."""
+        return to_toml(self)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if conflict := find_conflicts(self):
+            raise ValueError(f"config: {conflict}")
+        for suspicion in find_suspicious(self):
+            warnings.warn(f"config: {suspicion}", stacklevel=2)
+        return self
+
+
+def find_conflicts(config: Config) -> str | None:
+    """The first rule between fields that is broken."""
+    teacher, reward = config.teacher, config.reward
+    guided = config.rollout.max_attempts > 1
+    sources = (config.data.train, config.data.eval)
+    per_batch, per_update = config.rollout.questions_per_batch, config.train.questions_per_update
+    if per_batch % per_update:
+        return f"train.questions_per_update must divide rollout.questions_per_batch {per_batch}, got {per_update}"
+    if config.run.device == "cpu" and config.student.dtype != "float32":
+        return f"student.dtype must be float32 on run.device cpu, got {config.student.dtype}; it is emulated there"
+    if guided and teacher.kind == "local" and teacher.path is None:
+        return "teacher.path must be a Hugging Face folder for teacher.kind local, got none; set teacher.path"
+    if guided and teacher.kind == "endpoint" and None in (teacher.url, teacher.model):
+        return "teacher.url and teacher.model must be set for teacher.kind endpoint, got none; set both"
+    if guided and teacher.kind == "rule" and teacher.rule == "builtin" and not {*sources} <= {"builtin", None}:
+        return f"teacher.rule must be your own module:function for data {sources}, got builtin; set it or teacher.kind"
+    if config.engine.page_size & (config.engine.page_size - 1):
+        return f"engine.page_size must be a power of two, got {config.engine.page_size}"
+    if (reward.factor is None) == (reward.schedule == "constant"):
+        return f"reward.factor must be set for reward.schedule constant and none otherwise, got {reward.factor}"
+    return None
+
+
+def find_suspicious(config: Config) -> list[str]:
+    """What is allowed but seldom meant."""
+    estimator, found = config.advantage.estimator, []
+    if config.rollout.group_size == 1 and estimator != "reinforce_plus_plus":
+        found.append(f"rollout.group_size 1 leaves {estimator} little to compare; raise it or use reinforce_plus_plus")
+    return found

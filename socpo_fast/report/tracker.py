@@ -1,0 +1,71 @@
+"""What a run writes down while it runs: metrics.jsonl and TensorBoard (rollouts/: rollouts.py).
+
+A row of metrics.jsonl is {"kind": "batch" | "update" | "eval", "batch": 3, "update": 12,
+"success/unassisted": 0.41, ..}; nan becomes null. The names are those of METRICS. After a crash a
+file may end in half a line: readers skip it, and a resumed run rewrites what came after its
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from socpo_fast.files import append_row, named_failure, read_jsonl, replace_jsonl
+from socpo_fast.metrics import Kind, meaning_of
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl and TensorBoard; each row is on the disk when write returns.
+
+    Args:
+        run_folder:          made when absent.
+        resume_after_update: keep rows up to this update and drop later ones, which will be
+                             written again; None starts afresh and drops all.
+    """
+
+    def __init__(self, run_folder: str | Path, *, resume_after_update: int | None = None):
+        # Here, as it takes half a second and readers need none of it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = Path(run_folder) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        last = -1 if resume_after_update is None else resume_after_update
+        kept = [row for row in read_metrics(self.path) if row["update"] <= last]
+        replace_jsonl(self.path, kept)
+        self._file = self.path.open("a", encoding="utf-8")
+        tb = str(self.path.parent / "tb")
+        self._tensorboard = SummaryWriter(tb, purge_step=last + 1, flush_secs=30)
+
+    def write(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
+        """Write one row. batch counts from 1; update is the number of updates made so far."""
+        for name in metrics:
+            assert meaning_of(name), f"metric {name} is not described in METRICS"
+        values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        with named_failure(self.path):
+            append_row(self._file, {"kind": kind, "batch": batch, "update": update, **values})
+            prefix = "eval/" if kind == "eval" else ""
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(prefix + name, value, update)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in order, none when it is absent.
+
+    Of rows of one (kind, batch, update) it is the last one that counts.
+    """
+    rows = {(row["kind"], row["batch"], row["update"]): row for row in read_jsonl(path)}
+    return list(rows.values())

@@ -1,0 +1,163 @@
+"""Writing that a crash or a full disk cannot tear, and reading back what was torn nevertheless."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from socpo_fast import files
+from socpo_fast.files import (
+    RunFailed,
+    append_row,
+    make_run_folder,
+    new_folder,
+    read_json,
+    read_jsonl,
+    replace_file,
+    replace_jsonl,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("failing", ["fsync", "open"])
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    replace_file(path, "old")
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "open")), full)
+    message = r"run: .*rows.jsonl could not be written \(No space left on device\)"
+    with pytest.raises(RunFailed, match=message):
+        replace_file(path, "new")
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert path.read_text() == "old"
+
+
+KILLED_AT_FSYNC = """
+import os, signal, sys
+from pathlib import Path
+from socpo_fast.files import new_folder, replace_file
+
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+path = Path(sys.argv[1])
+if path.is_file():
+    replace_file(path, "new")
+with new_folder(path) as partial:
+    (partial / "file").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_an_interrupted_write_leaves_the_old(what: str, tmp_path: Path) -> None:
+    """SIGKILL before the rename; the next write is not disturbed by what the first left behind."""
+    path = tmp_path / "target"
+    content = path
+    if what == "folder":
+        path.mkdir()
+        content = path / "file"
+    content.write_text("old")
+    command = [sys.executable, "-c", KILLED_AT_FSYNC, str(path)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert content.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    if what == "folder":
+        with new_folder(path) as partial:
+            (partial / "file").write_text("new")
+    else:
+        replace_file(path, "new")
+        assert list(tmp_path.iterdir()) == [path]
+    assert content.read_text() == "new"
+
+
+def test_a_folder_that_fails_to_be_written_is_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "below" / "target"
+
+    def fail() -> None:
+        with new_folder(target) as partial:
+            (partial / "half").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "", "old"], ids=["absent", "empty", "taken"])
+def test_a_folder_is_replaced_whole(tmp_path: Path, content: str | None) -> None:
+    target = tmp_path / "target"
+    if content is not None:
+        target.mkdir()
+    if content:
+        (target / "old").write_text(content)
+    with new_folder(target) as partial:
+        (partial / "new").touch()
+        assert partial.parent == target.parent
+        assert list(target.glob("*")) == ([target / "old"] if content else [])
+    assert list(tmp_path.iterdir()) == [target]
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_a_neighbour_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+    """A folder of the second name that is nobody's leftover: it goes only where it is needed."""
+    neighbour = tmp_path / f"target{files.REPLACED}"
+    neighbour.mkdir()
+    with new_folder(tmp_path / "target"):
+        pass
+    assert neighbour.is_dir()
+
+
+def test_rows_come_back_in_order_and_unescaped(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_jsonl(path) == []
+    rows = [{"text": "tés"}, {"number": 0.1}]
+    replace_jsonl(path, rows[:1])
+    with path.open("a", encoding="utf-8") as file:
+        append_row(file, rows[1])
+        assert read_jsonl(path) == rows, "a row is on the disk before close"
+    assert path.read_text(encoding="utf-8") == '{"text": "tés"}\n{"number": 0.1}\n'
+
+
+def test_a_torn_line_is_left_out_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": ', encoding="utf-8")
+    with pytest.warns(UserWarning, match="rows.jsonl: 1 torn lines left out"):
+        assert read_jsonl(path) == [{"a": 1}]
+
+
+def test_line_separators_inside_text_do_not_tear_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    text = "a\u2028b\x85c\nd"
+    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_jsonl(path) == [{"text": text}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is missing"), ("{", "must be JSON, got"), ("[]", "must be a JSON object, got list")],
+)
+def test_json_that_is_none_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        read_json(path)
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    make_run_folder(tmp_path / "runs" / "run")
+    assert list((tmp_path / "runs" / "run").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="must be a writable folder, got .*; set run.dir"):
+        make_run_folder(tmp_path / "file" / "run")
