@@ -2,7 +2,7 @@
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
-tyro reads the words and writes --help; config.py validates values, so a mistake in a file and one on the command line
+tyro reads the words and writes --help; config validates values, so a mistake in a file and one on the command line
 read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
 Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows where), 130 Ctrl-C.
 """

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "socpo_fast"
 LAYERS = {
     "cli": 7,
     "session": 6,
+    "run_state": 6,
     "stopping": 6,
     "trainer": 6,
     "integrations": 6,
@@ -26,7 +27,7 @@ LAYERS = {
     "_C": 1,
 }
 # Part -> parts of its own layer that it may import: the trainer drives what stands beside it.
-SIBLINGS = {"trainer": ("session", "stopping")}
+SIBLINGS = {"trainer": ("session", "run_state", "stopping")}
 # Every layer may import these -> what they may import themselves.
 BESIDE: dict[str, tuple[str, ...]] = {
     "config": ("types", "registries"),

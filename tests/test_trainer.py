@@ -94,7 +94,7 @@ def test_resume_is_bitwise_a_run_without_stop(straight: Config, tmp_path: Path, 
 
         def stop_after(stopped=stopped, run_batch=run_batch, num_batches=num_batches) -> None:
             run_batch()
-            if stopped.batch == num_batches:  # as if a signal had come during the update
+            if stopped.state.batch == num_batches:  # as if a signal had come during the update
                 stopped.signals.received = signal.SIGTERM
 
         stopped.run_batch = stop_after

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from socpo_fast import trainer
+from socpo_fast import run_state, trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.model import weights
 from socpo_fast.report.tracker import read_metrics
@@ -203,7 +203,7 @@ def test_a_grader_that_raises_costs_its_own_batch_only(straight: Config, tmp_pat
     run = trainer.Trainer(config)
 
     def break_in_batch_3(text: str, question: Question) -> bool:
-        if run.batch == 2 and not run.eval_due:
+        if run.state.batch == 2 and not run.state.eval_due:
             raise KeyError(text)
         return grade(text, question)
 
@@ -229,7 +229,7 @@ def test_a_run_of_another_layout_is_refused_in_words(
 ) -> None:
     config = copy_as_killed(straight, tmp_path, 2)
     before = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(trainer, "RECORD_VERSION", trainer.RECORD_VERSION + 1)
+    monkeypatch.setattr(run_state, "RECORD_VERSION", run_state.RECORD_VERSION + 1)
     with pytest.raises(ValueError, match="must be of record version 3, got 2, .* choose another run.name"):
         trainer.train(config)
     assert {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()} == before

@@ -1,0 +1,137 @@
+"""Where a run stands, what a checkpoint keeps of that, and from which checkpoint a run goes on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from socpo_fast.config import Config
+from socpo_fast.train.checkpoint import latest_checkpoint
+
+RECORD_VERSION = 2  # of what a run folder holds; rollouts are written turn by turn
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """The state of a run. The trainer tells it what happens and asks it what comes next.
+
+    A checkpoint keeps the first four fields. The others need no keeping: a checkpoint is made
+    between two batches, and where a run goes on from one, nothing is to be saved yet.
+
+    Fields:
+        drawn_from:      what decides which questions a batch gets.
+        eval_due:        an evaluation comes before the next batch.
+        batch:           finished batches.
+        policy_version:  the engine's at the end of the last batch.
+        save_due:        a checkpoint comes before the next batch, and after the evaluation.
+        between_batches: the weights are those of the last batch's end, so that they can be saved.
+        is_saved:        the last checkpoint is of this very state.
+    """
+
+    drawn_from: dict[str, int]
+    eval_due: bool
+    batch: int = 0
+    policy_version: int = 0
+    save_due: bool = False
+    between_batches: bool = True
+    is_saved: bool = False
+
+    def begin_updates(self) -> None:
+        """The weights leave those of the last batch's end."""
+        self.between_batches = False
+
+    def end_batch(self, *, policy_version: int, eval_due: bool, save_due: bool) -> None:
+        """The last update of a batch is made."""
+        self.batch += 1
+        self.policy_version = policy_version
+        self.eval_due = eval_due
+        self.save_due = save_due
+        self.between_batches = True
+        self.is_saved = False
+
+    def end_evaluation(self) -> None:
+        """The evaluation that was due is made. A checkpoint from before it still owes one."""
+        self.eval_due = False
+        self.is_saved = False
+
+    def end_save(self) -> None:
+        """A checkpoint of this state is on the disk."""
+        self.save_due = False
+        self.is_saved = True
+
+    def to_record(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON values; from_record reads it."""
+        return {
+            "record_version": RECORD_VERSION,
+            "batch": self.batch,
+            "eval_due": self.eval_due,
+            "policy_version": self.policy_version,
+            "drawn_from": self.drawn_from,
+        }
+
+    @classmethod
+    def from_record(
+        cls,
+        record: Mapping[str, Any],
+        *,
+        checkpoint: Path,
+        drawn_from: dict[str, int],
+        has_eval: bool,
+    ) -> RunState:
+        """The state that a checkpoint kept, for a run of the present settings.
+
+        Args:
+            record:     what to_record returned when the checkpoint was made.
+            checkpoint: its folder, for messages.
+            drawn_from: of the present settings; others than the checkpoint's are warned of.
+            has_eval:   the present settings name held-out questions; without, nothing is due.
+
+        Raises:
+            ValueError: the checkpoint is of another record version.
+        """
+        version = record.get("record_version", 1)
+        if version != RECORD_VERSION:
+            raise ValueError(
+                f"run: {checkpoint} must be of record version {RECORD_VERSION}, got {version}, "
+                "from an earlier socpo_fast; choose another run.name"
+            )
+        before = record.get("drawn_from", drawn_from)  # the first checkpoints did not keep it
+        if before != drawn_from:
+            warnings.warn(
+                f"run: questions were drawn from {before} and are now from {drawn_from}; "
+                "some of this epoch will come twice and some not at all",
+                stacklevel=2,
+            )
+        return cls(
+            drawn_from=drawn_from,
+            eval_due=record["eval_due"] and has_eval,
+            batch=record["batch"],
+            policy_version=record["policy_version"],
+            is_saved=True,
+        )
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """Where run.resume says to go on from; None for a fresh run."""
+    latest = latest_checkpoint(config.folder / "checkpoints")
+    if config.run.resume == "auto":
+        return latest
+    if config.run.resume != "never":
+        given = Path(config.run.resume).expanduser()
+        is_earlier = latest is not None and given.name < latest.name
+        if latest is not None and is_earlier and given.resolve().parent == latest.resolve().parent:
+            raise ValueError(
+                f"run: run.resume must be the run's last checkpoint {latest.name} "
+                f"or one of another run, got {given.name}; "
+                "choose another run.name, or remove the later ones"
+            )
+        return latest or given  # a run that has begun goes on from its own
+    if latest is not None:
+        raise ValueError(
+            f"run: {config.folder} must be new with run.resume never, got one with {latest.name}; "
+            "choose another run.name or set run.resume auto"
+        )
+    return None

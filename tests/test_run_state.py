@@ -1,0 +1,95 @@
+"""Where a run stands: what a checkpoint keeps of it comes back, and what is due is told in time."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from socpo_fast.run_state import RECORD_VERSION, RunState
+
+CHECKPOINT = Path("runs/run/checkpoints/update_000012")
+DRAWN_FROM = {"seed": 0, "questions_per_batch": 4, "questions": 13}
+# As it stands in the checkpoints of earlier versions, key for key.
+RECORD = {
+    "record_version": 2,
+    "batch": 6,
+    "eval_due": True,
+    "policy_version": 12,
+    "drawn_from": DRAWN_FROM,
+}
+
+
+def read(record: dict[str, Any], **changes: Any) -> RunState:
+    settings = {"checkpoint": CHECKPOINT, "drawn_from": DRAWN_FROM, "has_eval": True}
+    return RunState.from_record(record, **(settings | changes))
+
+
+@pytest.fixture
+def fresh() -> RunState:
+    return RunState(drawn_from=DRAWN_FROM, eval_due=True)
+
+
+@pytest.mark.parametrize("eval_due", [True, False])
+def test_round_trip_through_a_checkpoint(fresh: RunState, eval_due: bool) -> None:
+    fresh.begin_updates()
+    fresh.end_batch(policy_version=5, eval_due=eval_due, save_due=True)
+    record = json.loads(json.dumps(fresh.to_record()))
+    fresh.end_save()
+    assert read(record) == fresh
+
+
+def test_the_record_is_as_it_was(fresh: RunState) -> None:
+    """A checkpoint of before is read, and written again it is the same text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = read(RECORD)
+    assert (state.batch, state.policy_version, state.eval_due) == (6, 12, True)
+    assert (state.between_batches, state.is_saved, state.save_due) == (True, True, False)
+    assert json.dumps(state.to_record()) == json.dumps(RECORD)
+    assert fresh.to_record().keys() == RECORD.keys()
+
+
+def test_a_record_without_drawn_from_is_read() -> None:
+    record = {key: value for key, value in RECORD.items() if key != "drawn_from"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(record).drawn_from == DRAWN_FROM
+
+
+def test_other_questions_are_told_and_are_those_kept() -> None:
+    others = DRAWN_FROM | {"questions": 14}
+    with pytest.warns(UserWarning, match=r"drawn from .*'questions': 13.* now from .*: 14"):
+        assert read(RECORD, drawn_from=others).to_record()["drawn_from"] == others
+
+
+def test_without_held_out_questions_nothing_is_due() -> None:
+    assert not read(RECORD, has_eval=False).eval_due
+
+
+@pytest.mark.parametrize("version", [None, 1, RECORD_VERSION + 1])
+def test_another_record_version_is_refused(version: int | None) -> None:
+    record = {key: value for key, value in RECORD.items() if key != "record_version"}
+    record |= {} if version is None else {"record_version": version}
+    with pytest.raises(ValueError, match=f"must be of record version 2, got {version or 1}, "):
+        read(record)
+
+
+def test_a_state_is_saved_once_and_again_when_it_changes(fresh: RunState) -> None:
+    """A run that ends before its first batch is saved too; an evaluation that was owed counts."""
+    assert not fresh.is_saved
+    fresh.end_save()
+    assert fresh.is_saved
+    fresh.end_evaluation()
+    assert not fresh.is_saved and not fresh.eval_due
+    fresh.end_save()
+    fresh.begin_updates()
+    assert not fresh.between_batches
+    fresh.end_batch(policy_version=1, eval_due=False, save_due=True)
+    assert fresh.between_batches and fresh.save_due and not fresh.is_saved
+    assert fresh.batch == 1
+    fresh.end_save()
+    assert fresh.is_saved and not fresh.save_due
