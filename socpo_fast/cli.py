@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import tyro
 
 from socpo_fast.config import Config, load_config, read_toml
-from socpo_fast.config.text import fields_of, rule_of, sections_of, to_text, unknown_key
+from socpo_fast.config.text import describe, fields_of, rule_of, sections_of, to_text, unknown_key
 from socpo_fast.files import RunFailed
 
 
@@ -137,7 +137,10 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
     only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
     toml_path = tyro.cli(only_file, args=words, add_help=False, return_unknown_args=True)[0].config
     toml_path = None if toml_path == "none" else toml_path
-    defaults = {name: to_text(field.default) for name, field in fields_of(Config).items()}
+    required = {name for name, field in fields_of(Config).items() if field.is_required()}
+    defaults = {
+        name: "none" if name in required else to_text(field.default) for name, field in fields_of(Config).items()
+    }
     if toml_path is not None:
         tables = {section: table for section, table in read_toml(toml_path).items() if isinstance(table, dict)}
         given = {
@@ -171,11 +174,20 @@ def _flags(command: str, defaults: dict[str, str]) -> Any:
     flags = [_flag("config", CONFIG_HELP, "FILE.toml", "none")]
     if command == "eval":
         flags.append(_flag("checkpoint", CHECKPOINT_HELP, "FOLDER", "none"))
-    for section, model in sections_of(Config).items():
-        keys = []
-        for key, field in model.model_fields.items():
-            name = f"{section}.{key}"
-            keys.append(_flag(key, f"{field.description}. ({rule_of(Config, name)})", "VALUE", defaults[name]))
+    fields = fields_of(Config)
+    for section, models in sections_of(Config).items():
+        names = [name for name in fields if name.startswith(f"{section}.")]
+        keys = [
+            _flag(
+                name.removeprefix(f"{section}."),
+                f"{describe(Config, name)}. ({rule_of(Config, name)})",
+                "VALUE",
+                defaults[name],
+            )
+            for name in names
+        ]
+        model = models[0] if len(models) == 1 else models[0].__base__
+        assert model is not None
         table = dataclasses.make_dataclass(model.__name__, keys)
         table.__doc__ = model.__doc__
         flags.append((section, table, dataclasses.field(default_factory=table)))

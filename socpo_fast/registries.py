@@ -63,3 +63,11 @@ SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule(meaning="times factor ** attempt", factor_of=lambda n, f: f**n, takes_factor=True),
     "none": Schedule(meaning="as it is (the ablation)", factor_of=lambda n, f: 1.0),
 }
+
+# name -> "module:function" of (text, question), or a class whose instances are called so
+GRADERS: dict[str, str] = {
+    "sciknoweval": "socpo_fast.socratic.graders:grade_sciknoweval",
+    "mcq": "socpo_fast.socratic.graders:grade_mcq",
+    "exact": "socpo_fast.socratic.graders:grade_exact",
+    "math": "socpo_fast.socratic.graders:MathGrader",
+}

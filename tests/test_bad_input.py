@@ -129,7 +129,7 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         data(GOOD),
         r"data: rollout.questions_per_batch must be in \[1, 1 questions\], got 2; lower it",
     ),
-    "unknown grader": (settings(data__grader="regex"), "data.grader must be one of sciknoweval, mcq, exact, math or"),
+    "unknown grader": (settings(data__grader="regex"), "config: data.grader must be one of sciknoweval, mcq"),
     "grader of no module": (settings(data__grader="no_such:thing"), "data.grader must name a module that can be"),
     # settings
     "K of 0": (settings(rollout__max_attempts=0), "config: rollout.max_attempts must be an integer >= 1, got 0"),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socpo_fast.config import Config, load_config
-from socpo_fast.config.text import fields_of, rule_of
+from socpo_fast.config import Config, RetryTeacherConfig, load_config, read_toml
+from socpo_fast.config.text import describe, fields_of, owners_of, rule_of
+from socpo_fast.ops import CreditOptions, PolicyLossOptions
+from socpo_fast.socratic.episode import RolloutOptions
 
 ROOT = Path(__file__).parent.parent
+LOCAL = {"teacher.kind": "local", "teacher.path": "models/x"}
 REFUSED = {
     "unknown key, similar name": ({"train.lr_rate": "3"}, "config: unknown key train.lr_rate; did you mean train.lr?"),
     "unknown section, known key": ({"trian.lr": "3"}, "config: unknown key trian.lr; did you mean train.lr?"),
@@ -35,19 +41,49 @@ REFUSED = {
         "config: train.questions_per_update must divide rollout.questions_per_batch 32, got 5",
     ),
     "bf16 on a CPU": ({"student.dtype": "bfloat16"}, "config: student.dtype must be float32 on run.device cpu"),
-    "local teacher nowhere": ({"teacher.kind": "local"}, "config: teacher.path must be a Hugging Face folder"),
+    "local teacher nowhere": (
+        {"teacher.kind": "local"},
+        "config: teacher.path must be text of length >= 1, got nothing; set",
+    ),
     "local teacher without a name": (
         {"teacher.kind": "local", "teacher.path": ""},
         "config: teacher.path must be text of length >= 1",
     ),
-    "endpoint teacher nowhere": ({"teacher.kind": "endpoint"}, "config: teacher.url and teacher.model must be set"),
+    "endpoint teacher nowhere": ({"teacher.kind": "endpoint"}, "config: teacher.url must be text matching ^https"),
     "endpoint teacher without a model": (
         {"teacher.kind": "endpoint", "teacher.url": "http://h"},
-        "config: teacher.url and teacher.model must be set",
+        "config: teacher.model must be text of length >= 1, got nothing; set teacher.model",
+    ),
+    "no kind of teacher": (
+        {"teacher.kind": "oracle"},
+        "config: teacher.kind must be one of rule, local, endpoint, retry, got 'oracle'",
+    ),
+    "a setting of another kind": (
+        {"teacher.url": "http://h"},
+        "config: teacher.kind must be endpoint for teacher.url, got rule; set teacher.kind or leave teacher.url out",
+    ),
+    "a setting of two other kinds": (
+        {"teacher.temperature": 0.5},
+        "config: teacher.kind must be local or endpoint for teacher.temperature, got rule; set",
+    ),
+    "a teacher's typing error": (
+        {"teacher.kind": "retry", "teacher.retry_txt": "again"},
+        "config: unknown key teacher.retry_txt; did you mean teacher.retry_text?",
+    ),
+    "no grader": (
+        {"data.grader": "regex"},
+        "config: data.grader must be one of sciknoweval, mcq, exact, math, module:function, got 'regex'",
+    ),
+    "no estimator": (
+        {"advantage.estimator": "gae"},
+        "config: advantage.estimator must be one of reinforce_plus_plus_baseline, reinforce_plus_plus, grpo, dr_grpo,",
     ),
     "the built-in tutor on other data": ({"data.train": "x.parquet"}, "config: teacher.rule must be your own"),
-    "constant decay without factor": ({"reward.schedule": "constant"}, "config: reward.factor must be set"),
-    "a factor without use": ({"reward.factor": 0.5}, "config: reward.factor must be set"),
+    "constant decay without factor": (
+        {"reward.schedule": "constant"},
+        "config: reward.factor must be a number >= 0 and <= 1, got nothing",
+    ),
+    "a factor without use": ({"reward.factor": 0.5}, "config: reward.schedule must be constant for reward.factor, got"),
     "a word for a size": (
         {"engine.kv_cache_gib": "all"},
         "config: engine.kv_cache_gib must be a number > 0 and <= 4096 or auto, got 'all'",
@@ -57,11 +93,11 @@ REFUSED = {
         "config: engine.kv_cache_gib must be a number > 0 and <= 4096 or auto, got 0",
     ),
     "a teacher's cache of any size": (
-        {"teacher.kv_cache_gib": "auto"},
+        LOCAL | {"teacher.kv_cache_gib": "auto"},
         "config: teacher.kv_cache_gib must be a number > 0 and <= 4096, got 'auto'",
     ),
     "a teacher in halves": (
-        {"teacher.dtype": "float16"},
+        LOCAL | {"teacher.dtype": "float16"},
         "config: teacher.dtype must be one of auto, float32, bfloat16, got 'float16'",
     ),
     "pages of three": ({"engine.page_size": 3}, "config: engine.page_size must be a power of two, got 3"),
@@ -144,7 +180,7 @@ def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1), number=st.floats(min_value=1e-300, max_value=1.0))
 def test_round_trip_of_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
-    config = load_config(None, {"student.path": text, "teacher.system_prompt": text, "train.lr": number})
+    config = load_config(None, LOCAL | {"student.path": text, "teacher.system_prompt": text, "train.lr": number})
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_bytes(config.to_toml().encode())
     assert load_config(path) == config
@@ -152,6 +188,69 @@ def test_round_trip_of_any_text_and_number(tmp_path_factory: pytest.TempPathFact
 
 def test_every_field_has_a_description_and_a_rule_that_its_default_keeps() -> None:
     for name, field in fields_of(Config).items():
-        assert field.description, name
+        assert describe(Config, name), name
         assert rule_of(Config, name), name
-        assert load_config(None, {name: field.default}) == load_config(), name
+        if not owners_of(Config, name):
+            assert load_config(None, {name: field.default}) == load_config(), name
+
+
+def test_kinds_of_teacher_round_trip(tmp_path: Path) -> None:
+    """Each kind with its own settings only, in the file that a run writes as well."""
+    path = tmp_path / "config.toml"
+    for kind, settings_of_it in {
+        "rule": {"teacher.rule": "json:dumps"},
+        "retry": {"teacher.retry_text": "Again."},
+        "local": {"teacher.path": "models/x"},
+        "endpoint": {"teacher.url": "http://h/v1", "teacher.model": "m"},
+    }.items():
+        config = load_config(None, {"teacher.kind": kind, **settings_of_it})
+        path.write_text(config.to_toml(), encoding="utf-8")
+        assert load_config(path) == config
+        assert config.teacher.kind == kind
+        assert ("url = " in path.read_text(encoding="utf-8")) == (kind == "endpoint")
+
+
+def test_another_kind_leaves_the_files_own_settings_out() -> None:
+    """One word on the command line is enough for the ablation of a run with a server."""
+    path = ROOT / "configs" / "smollm2_sciknoweval_endpoint.toml"
+    config = load_config(path, {"teacher.kind": "retry"})
+    assert config.teacher == RetryTeacherConfig(
+        **{key: value for key, value in read_toml(path)["teacher"].items() if key in SHARED}
+    )
+    assert load_config(path).teacher.kind == "endpoint"
+    with pytest.raises(ValueError, match="teacher.kind must be endpoint for teacher.url"):
+        load_config(path, {"teacher.kind": "retry", "teacher.url": "http://h"})
+
+
+SHARED = {"guidance_timeout_s", "reveal_answer", "show_reference", "view", "on_leak"}
+PROBES = (-1e9, -1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-9, 3.0, 1e9, float("inf"), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("options", "section"), [(PolicyLossOptions, "loss"), (CreditOptions, "advantage"), (RolloutOptions, "rollout")]
+)
+def test_settings_and_options_allow_the_same(options: type[Any], section: str) -> None:
+    """A number that a file may give is one that the options take, and the other way round."""
+    names = [f.name for f in fields(options) if f"{section}.{f.name}" in fields_of(Config)]
+    assert len(names) >= 2
+    for name in names:
+        default = getattr(options(), name)
+        if isinstance(default, str):
+            words = rule_of(Config, f"{section}.{name}").removeprefix("one of ").split(", ")
+            assert all(options(**{name: word}) for word in words)
+            continue
+        for probe in PROBES:
+            value = int(probe) if isinstance(default, int) and abs(probe) <= 1e9 else probe
+            if isinstance(default, int) and not isinstance(value, int):
+                continue
+            assert is_taken(lambda: load_config(None, {f"{section}.{name}": value})) == is_taken(
+                lambda: options(**{name: value})
+            ), (name, value)
+
+
+def is_taken(make: Callable[[], object]) -> bool:
+    try:
+        make()
+    except ValueError:
+        return False
+    return True

@@ -16,21 +16,51 @@ from typing import Any, Self
 from pydantic import ValidationError, model_validator
 
 from socpo_fast.config.sections import (
+    REWARDS,
+    TEACHERS,
     AdvantageConfig,
+    AnyReward,
+    AnyTeacher,
     DataConfig,
+    EndpointTeacherConfig,
     EngineConfig,
     EvalConfig,
     GraderConfig,
+    LocalTeacherConfig,
     LossConfig,
+    RetryTeacherConfig,
     RewardConfig,
     RolloutConfig,
+    RuleTeacherConfig,
     RunConfig,
     Section,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
 )
-from socpo_fast.config.text import explain, from_text, to_toml
+from socpo_fast.config.text import choose_kinds, explain, from_text, to_toml
+
+__all__ = [
+    "AdvantageConfig",
+    "Config",
+    "DataConfig",
+    "EndpointTeacherConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "GraderConfig",
+    "LocalTeacherConfig",
+    "LossConfig",
+    "RetryTeacherConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RuleTeacherConfig",
+    "RunConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "load_config",
+    "read_toml",
+]
 
 
 def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
@@ -44,6 +74,7 @@ def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, obj
         ValueError: no such file, broken TOML, an unknown key, a value outside its range, values that contradict.
     """
     tables = {} if toml_path is None else read_toml(toml_path)
+    choose_kinds(Config, tables, overrides or {})
     for name, value in (overrides or {}).items():
         section, _, key = name.rpartition(".")
         table = tables.setdefault(section, {}) if section else tables
@@ -76,8 +107,8 @@ class Config(Section):
     data: DataConfig = DataConfig()
     grader: GraderConfig = GraderConfig()
     rollout: RolloutConfig = RolloutConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    reward: RewardConfig = RewardConfig()
+    teacher: AnyTeacher = TEACHERS[0]()
+    reward: AnyReward = REWARDS[0]()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
@@ -104,7 +135,7 @@ class Config(Section):
 
 def find_conflicts(config: Config) -> str | None:
     """The first rule between fields that is broken."""
-    teacher, reward = config.teacher, config.reward
+    teacher = config.teacher
     guided = config.rollout.max_attempts > 1
     sources = (config.data.train, config.data.eval)
     per_batch, per_update = config.rollout.questions_per_batch, config.train.questions_per_update
@@ -112,16 +143,11 @@ def find_conflicts(config: Config) -> str | None:
         return f"train.questions_per_update must divide rollout.questions_per_batch {per_batch}, got {per_update}"
     if config.run.device == "cpu" and config.student.dtype != "float32":
         return f"student.dtype must be float32 on run.device cpu, got {config.student.dtype}; it is emulated there"
-    if guided and teacher.kind == "local" and teacher.path is None:
-        return "teacher.path must be a Hugging Face folder for teacher.kind local, got none; set teacher.path"
-    if guided and teacher.kind == "endpoint" and None in (teacher.url, teacher.model):
-        return "teacher.url and teacher.model must be set for teacher.kind endpoint, got none; set both"
-    if guided and teacher.kind == "rule" and teacher.rule == "builtin" and not {*sources} <= {"builtin", None}:
+    is_builtin = isinstance(teacher, RuleTeacherConfig) and teacher.rule == "builtin"
+    if guided and is_builtin and not {*sources} <= {"builtin", None}:
         return f"teacher.rule must be your own module:function for data {sources}, got builtin; set it or teacher.kind"
     if config.engine.page_size & (config.engine.page_size - 1):
         return f"engine.page_size must be a power of two, got {config.engine.page_size}"
-    if (reward.factor is None) == (reward.schedule == "constant"):
-        return f"reward.factor must be set for reward.schedule constant and none otherwise, got {reward.factor}"
     return None
 
 

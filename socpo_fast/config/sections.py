@@ -8,19 +8,46 @@ what the package ships.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from socpo_fast.registries import ESTIMATORS, GRADERS, SCHEDULES, Schedule
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _none_is_a_word(cls, value: object, info: ValidationInfo) -> object:
-        nullable = type(None) in get_args(cls.model_fields[str(info.field_name)].annotation)
-        return None if nullable and value == "none" else value
+    def _none_is_a_word(cls, table: object) -> object:
+        if not isinstance(table, dict):
+            return table
+        nullable = {key for key, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        return {key: None if key in nullable and value == "none" else value for key, value in table.items()}
+
+
+def one_of(names: Iterable[str], *, or_function: bool = False) -> tuple[AfterValidator, WithJsonSchema]:
+    """A word of a table, or "module:function"; as a type: Annotated[str, *one_of(TABLE)]."""
+    known = tuple(names)
+
+    def check(word: str) -> str:
+        if word not in known and not (or_function and ":" in word):
+            raise PydanticCustomError("choice", "not a known word")
+        return word
+
+    shown = [*known, *["module:function"] * or_function]
+    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": shown})
 
 
 class RunConfig(Section):
@@ -58,8 +85,8 @@ class DataConfig(Section):
     train_split: str = Field(default="train", min_length=1, description="split of a folder or hub data set to train on")
     eval_split: str = Field(default="test", min_length=1, description="split of a folder or hub data set held out")
     subset: str | None = Field(default=None, description="subset of a hub data set that has several; none = it has one")
-    grader: str = Field(
-        default="exact", description="sciknoweval, mcq, exact, math, or module:function(text, question)"
+    grader: Annotated[str, *one_of(GRADERS, or_function=True)] = Field(
+        default="exact", description="who grades an answer; module:function(text, question) is your own"
     )
     max_prompt_tokens: int = Field(default=2048, ge=1, description="longest prompt in tokens; longer ones are left out")
     builtin_train_questions: int = Field(default=20_000, ge=1, description="built-in training questions")
@@ -91,38 +118,13 @@ class RolloutConfig(Section):
 class TeacherConfig(Section):
     """Who guides after a wrong attempt (unused when rollout.max_attempts is 1)."""
 
-    kind: Literal["rule", "local", "endpoint", "retry"] = Field(
-        default="rule",
-        description="a Python function, a Hugging Face folder, an OpenAI-compatible server, or a fixed sentence",
-    )
-    rule: str = Field(
-        default="builtin", description="kind rule: module:function(request) -> text, or builtin (molar masses)"
-    )
-    retry_text: str | None = Field(default=None, description="kind retry: the sentence; none = our wording")
-    path: str | None = Field(default=None, min_length=1, description="kind local: Hugging Face folder")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="kind local: parameter type; auto = bfloat16 on a card, float32 on a CPU",
-    )
-    kv_cache_gib: float = Field(default=1.0, gt=0, le=4096, description="kind local: KV cache, GiB")
-    url: str | None = Field(
-        default=None, pattern=r"^https?://[^@\s]+$", repr=False, description="kind endpoint: base URL, such as HOST/v1"
-    )
-    model: str | None = Field(default=None, min_length=1, description="kind endpoint: model name sent to the server")
-    api_key_env: str | None = Field(
-        default=None,
-        pattern=r"^[A-Z_][A-Z0-9_]*$",
-        repr=False,
-        description="kind endpoint: NAME of the variable with the key",
-    )
-    timeout_s: float = Field(default=60.0, gt=0, le=3600, description="kind endpoint: time limit of one call, seconds")
-    max_retries: int = Field(default=2, ge=0, le=20, description="kind endpoint: repeats of a failed call")
-    max_concurrency: int = Field(default=16, ge=1, le=4096, description="kind endpoint: calls in flight")
+    # "module:function" of (config, device) -> Teacher, where the teacher is made
+    maker: ClassVar[str]
+
+    kind: str
     guidance_timeout_s: float = Field(
-        default=600.0, gt=0, le=86400, description="any kind: longest wait for one guidance, repeats included, seconds"
+        default=600.0, gt=0, le=86400, description="longest wait for one guidance, repeats included, seconds"
     )
-    temperature: float = Field(default=0.2, ge=0, le=10, description="sampling temperature, 0 = greedy")
-    max_new_tokens: int = Field(default=1024, ge=1, description="longest guidance, teacher tokens")
     reveal_answer: bool = Field(default=False, description="the teacher sees ground_truth")
     show_reference: bool = Field(default=False, description="the teacher sees reference_solution")
     view: Literal["head_tail", "head"] = Field(
@@ -132,6 +134,31 @@ class TeacherConfig(Section):
         default="keep",
         description="guidance that states the answer: shown; not shown and the rollout ends; shown with [...] instead",
     )
+
+
+class RuleTeacherConfig(TeacherConfig):
+    """A Python function."""
+
+    maker = "socpo_fast.socratic.teachers:make_rule_teacher"
+
+    kind: Literal["rule"] = Field(default="rule", description="a Python function")
+    rule: str = Field(default="builtin", description="module:function(request) -> text, or builtin (molar masses)")
+
+
+class RetryTeacherConfig(TeacherConfig):
+    """A fixed sentence, the ablation."""
+
+    maker = "socpo_fast.socratic.teachers:make_retry_teacher"
+
+    kind: Literal["retry"] = Field(default="retry", description="a fixed sentence")
+    retry_text: str | None = Field(default=None, description="the sentence; none = our wording")
+
+
+class ModelTeacherConfig(TeacherConfig):
+    """What teachers with a language model share."""
+
+    temperature: float = Field(default=0.2, ge=0, le=10, description="sampling temperature, 0 = greedy")
+    max_new_tokens: int = Field(default=1024, ge=1, description="longest guidance, teacher tokens")
     system_prompt: str | None = Field(default=None, description="system message; none = our wording")
     user_template: str | None = Field(
         default=None,
@@ -139,27 +166,76 @@ class TeacherConfig(Section):
     )
 
 
+class LocalTeacherConfig(ModelTeacherConfig):
+    """A Hugging Face folder, run in this process."""
+
+    maker = "socpo_fast.socratic.teachers:make_local_teacher"
+
+    kind: Literal["local"] = Field(default="local", description="a Hugging Face folder")
+    path: str = Field(min_length=1, description="Hugging Face folder")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="parameter type; auto = bfloat16 on a card, float32 on a CPU"
+    )
+    kv_cache_gib: float = Field(default=1.0, gt=0, le=4096, description="KV cache, GiB")
+
+
+class EndpointTeacherConfig(ModelTeacherConfig):
+    """An OpenAI-compatible server."""
+
+    maker = "socpo_fast.socratic.teachers:make_endpoint_teacher"
+
+    kind: Literal["endpoint"] = Field(default="endpoint", description="an OpenAI-compatible server")
+    url: str = Field(pattern=r"^https?://[^@\s]+$", repr=False, description="base URL, such as HOST/v1")
+    model: str = Field(min_length=1, description="model name sent to the server")
+    api_key_env: str | None = Field(
+        default=None, pattern=r"^[A-Z_][A-Z0-9_]*$", repr=False, description="NAME of the variable with the key"
+    )
+    timeout_s: float = Field(default=60.0, gt=0, le=3600, description="time limit of one call, seconds")
+    max_retries: int = Field(default=2, ge=0, le=20, description="repeats of a failed call")
+    max_concurrency: int = Field(default=16, ge=1, le=4096, description="calls in flight")
+
+
+# A kind of teacher is one class and its line here; the first is the default.
+TEACHERS = (RuleTeacherConfig, LocalTeacherConfig, EndpointTeacherConfig, RetryTeacherConfig)
+
+
 class RewardConfig(Section):
     """What a correct answer after guidance is worth."""
 
-    schedule: Literal["batch_mean", "constant", "none"] = Field(
-        default="batch_mean",
-        description="batch_mean = times the mean decayed reward of earlier attempts; constant = factor ** attempt",
+    schedule: str = next(iter(SCHEDULES))
+    credit: Literal["attempt", "trajectory"] = Field(
+        default="attempt", description="an attempt earns its own reward, or that of its rollout's last attempt"
     )
-    factor: float | None = Field(default=None, ge=0, le=1, description="schedule constant: reward factor an attempt")
-    credit: Literal["attempt", "trajectory"] = Field(default="attempt", description="reward: own or the rollout's last")
+
+
+def reward_section(name: str, schedule: Schedule) -> type[RewardConfig]:
+    """The settings that a reward schedule has."""
+    fields: dict[str, Any] = {"schedule": (Literal[name], Field(default=name, description=schedule.meaning))}
+    if schedule.takes_factor:
+        fields["factor"] = (float, Field(ge=0, le=1, description="factor of one attempt more"))
+    return create_model(f"RewardConfig_{name}", __base__=RewardConfig, __doc__=RewardConfig.__doc__, **fields)
+
+
+REWARDS = tuple(reward_section(name, schedule) for name, schedule in SCHEDULES.items())
+
+if TYPE_CHECKING:
+    AnyTeacher = TeacherConfig
+    AnyReward = RewardConfig
+else:
+    AnyTeacher = Annotated[Union[TEACHERS], Field(discriminator="kind")]  # noqa: UP007
+    AnyReward = Annotated[Union[REWARDS], Field(discriminator="schedule")]  # noqa: UP007
 
 
 class AdvantageConfig(Section):
     """From rewards to advantages, over one batch."""
 
-    estimator: Literal["reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "dr_grpo", "rloo"] = Field(
+    estimator: Annotated[str, *one_of(ESTIMATORS)] = Field(
         default="reinforce_plus_plus_baseline", description="baseline and scale; the first two whiten over tokens"
     )
     baseline_group: Literal["question", "question_attempt"] = Field(
         default="question", description="attempts that share a baseline; the second cancels decay"
     )
-    eps: float = Field(default=1e-6, gt=0, le=1, description="grpo: added to the group's standard deviation")
+    eps: float = Field(default=1e-6, gt=0, description="grpo: added to the group's standard deviation")
 
 
 class LossConfig(Section):
@@ -168,10 +244,10 @@ class LossConfig(Section):
     agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"] = Field(
         default="token_mean", description="weight of each loss token"
     )
-    clip_low: float = Field(default=0.2, ge=0, lt=1, description="ratios below 1 - clip_low are clipped")
+    clip_low: float = Field(default=0.2, ge=0, le=1, description="ratios below 1 - clip_low are clipped")
     clip_high: float = Field(default=0.2, ge=0, description="ratios above 1 + clip_high are clipped")
     dual_clip: float | None = Field(default=3.0, gt=1, description="cap on the loss at negative advantage, x |A|")
-    entropy_coef: float = Field(default=0.0, ge=0, description="entropy bonus, per nat")
+    entropy_coef: float = Field(default=0.0, description="entropy bonus, per nat")
     kl_coef: float = Field(default=0.0, ge=0, description="KL to the frozen start, in the loss, per nat; 0 = none")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of that KL")
     tis_clip: float | None = Field(default=None, gt=0, description="truncated importance sampling: cap of the weight")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -25,23 +26,75 @@ LIMITS = {
 }
 
 
-def sections_of(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    return {name: cast(type[BaseModel], field.annotation) for name, field in model.model_fields.items()}
+class Kinds(NamedTuple):
+    """A section that is one of several, told apart by a field."""
+
+    tag: str  # the field's name
+    sections: dict[str, type[BaseModel]]  # by the field's value; the first is the default
+
+    @property
+    def default(self) -> str:
+        return next(iter(self.sections))
+
+
+def kinds_of(model: type[BaseModel]) -> dict[str, Kinds]:
+    """Those of a model's sections that come in kinds."""
+    found = {}
+    for name, field in model.model_fields.items():
+        if isinstance(tag := field.discriminator, str):
+            sections = {section.model_fields[tag].default: section for section in get_args(field.annotation)}
+            found[name] = Kinds(tag, sections)
+    return found
+
+
+def sections_of(model: type[BaseModel]) -> dict[str, tuple[type[BaseModel], ...]]:
+    """section -> its model, or those of its kinds."""
+    kinds = kinds_of(model)
+    return {
+        name: tuple(kinds[name].sections.values()) if name in kinds else (cast(type[BaseModel], field.annotation),)
+        for name, field in model.model_fields.items()
+    }
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """section.key -> its field, in order."""
-    return {
-        f"{name}.{key}": field
-        for name, section in sections_of(model).items()
-        for key, field in section.model_fields.items()
-    }
+    """section.key -> its field, in order; of sections that come in kinds what all have comes first."""
+    fields: dict[str, FieldInfo] = {}
+    for name, sections in sections_of(model).items():
+        keys = dict.fromkeys(key for section in sections for key in section.model_fields)
+        for key in sorted(keys, key=lambda key: not all(key in section.model_fields for section in sections)):
+            fields[f"{name}.{key}"] = next(s.model_fields[key] for s in sections if key in s.model_fields)
+    return fields
+
+
+def owners_of(model: type[BaseModel], name: str) -> list[str]:
+    """The kinds of its section that have section.key; none when all have it."""
+    section, _, key = name.partition(".")
+    kinds = kinds_of(model).get(section)
+    if kinds is None:
+        return []
+    owners = [kind for kind, variant in kinds.sections.items() if key in variant.model_fields]
+    return [] if len(owners) == len(kinds.sections) else owners
+
+
+def describe(model: type[BaseModel], name: str) -> str:
+    """What section.key is, for --help: "teacher.kind local: KV cache, GiB"."""
+    section, _, key = name.partition(".")
+    kinds = kinds_of(model).get(section)
+    if kinds is not None and key == kinds.tag:
+        meanings = {kind: variant.model_fields[key].description for kind, variant in kinds.sections.items()}
+        return "; ".join(f"{kind} = {meaning}" for kind, meaning in meanings.items())
+    owners = owners_of(model, name)
+    whose = f"{section}.{kinds.tag} {' or '.join(owners)}: " if kinds is not None and owners else ""
+    return f"{whose}{fields_of(model)[name].description}"
 
 
 def rule_of(model: type[BaseModel], name: str) -> str:
     """What a value of section.key must be, in words: "a number > 0 and <= 1"."""
     section, _, key = name.partition(".")
-    schema = _properties(sections_of(model)[section])[key]
+    kinds = kinds_of(model).get(section)
+    if kinds is not None and key == kinds.tag:
+        return "one of " + ", ".join(kinds.sections)
+    schema = next(s for s in map(_properties, sections_of(model)[section]) if key in s)[key]
     words = []
     for option in schema.get("anyOf", [schema]):
         choices = option.get("enum") or ([option["const"]] if "const" in option else None)
@@ -56,6 +109,25 @@ def rule_of(model: type[BaseModel], name: str) -> str:
 @cache
 def _properties(section: type[BaseModel]) -> dict[str, Any]:
     return section.model_json_schema()["properties"]
+
+
+def choose_kinds(model: type[BaseModel], tables: dict[str, Any], overrides: Mapping[str, object]) -> None:
+    """Fill in the kind of each section that has some, where a file does not say it.
+
+    An override that chooses another kind than the file leaves out what only the file's kind has, so
+    that one word on the command line is enough.
+    """
+    for section, kinds in kinds_of(model).items():
+        table = tables.setdefault(section, {})
+        if not isinstance(table, dict):
+            continue
+        in_file = table.get(kinds.tag, kinds.default)
+        chosen = overrides.get(f"{section}.{kinds.tag}", in_file)
+        if chosen != in_file and chosen in kinds.sections:
+            known = kinds.sections[str(chosen)].model_fields
+            for key in [key for key in table if key not in known and owners_of(model, f"{section}.{key}")]:
+                del table[key]
+        table[kinds.tag] = chosen
 
 
 def from_text(model: type[BaseModel], name: str, text: str) -> object:
@@ -105,13 +177,24 @@ def unknown_key(model: type[BaseModel], name: str) -> str:
 def explain(model: type[BaseModel], error: ValidationError) -> str:
     """The first thing pydantic found wrong, in one line."""
     first = error.errors(include_url=False)[0]
-    name, value = ".".join(str(part) for part in first["loc"][:2]), first["input"]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    if first["type"] == "extra_forbidden":  # of an unknown table the first key says more: trian -> trian.lr
+    section, *path = [str(part) for part in first["loc"]]
+    kinds, value = kinds_of(model).get(section), first["input"]
+    path = path[1:] if kinds is not None else path[:1]  # of a section that comes in kinds the kind stands first
+    name = ".".join([section, *path[:1]])
+    if kinds is not None and first["type"] == "union_tag_invalid":
+        name, value = f"{section}.{kinds.tag}", value[kinds.tag]
+    if first["type"] == "extra_forbidden":
+        if kinds is not None and name in fields_of(model):
+            tag, owners = f"{section}.{kinds.tag}", " or ".join(owners_of(model, name))
+            return f"config: {tag} must be {owners} for {name}, got {first['loc'][1]}; set {tag} or leave {name} out"
+        # of an unknown table the first key says more: trian -> trian.lr
         return unknown_key(model, f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name)
     if "." not in name:
         return f"config: {name} must be a table, got {value!r}; write [{name}] and key = value lines"
+    if first["type"] == "missing":
+        return f"config: {name} must be {rule_of(model, name)}, got nothing; set {name}"
     # What stands in a field with repr=False may be a pasted key or password, so it is not shown.
     shown = repr(value) if fields_of(model)[name].repr else "something else"
     return f"config: {name} must be {rule_of(model, name)}, got {shown}"

@@ -39,7 +39,7 @@ class CreditOptions:
                         a rescued rollout keeps 0. "trajectory": all of a rollout earn the last one's.
         estimator:      one of the five above.
         baseline_group: "question", or "question_attempt" to group by attempt index as well (warns).
-        eps:            finite and >= 0, added to the std in grpo.
+        eps:            finite and > 0, added to the std in grpo.
 
     Raises:
         ValueError: a value breaks its rule.
@@ -62,7 +62,7 @@ class CreditOptions:
         check_word(where, "credit", self.credit, get_args(CreditTo))
         check_word(where, "estimator", self.estimator, tuple(ESTIMATORS))
         check_word(where, "baseline_group", self.baseline_group, get_args(BaselineGroup))
-        check_rule(where, "eps", self.eps, 0 <= self.eps < float("inf"), "finite and >= 0")
+        check_rule(where, "eps", self.eps, 0 < self.eps < float("inf"), "finite and > 0")
         if SCHEDULES[self.schedule].takes_factor:
             holds = factor is not None and 0 <= factor <= 1
             check_rule(where, "factor", factor, holds, f"in [0, 1] with schedule {self.schedule}")

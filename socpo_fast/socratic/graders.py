@@ -17,10 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from socpo_fast.registries import GRADERS
 from socpo_fast.socratic import math_worker
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.types import Question
@@ -227,20 +228,15 @@ class MathGrader:
 
 
 def make_grader(name: str, *, correct_at: float = 1.0) -> GradedBy:
-    """The grader of a name: sciknoweval, mcq, exact, math, or "module:function" with the signature of Grader.
+    """Returns the grader of a name in registries.GRADERS, or of a "module:function" with the signature of Grader.
 
     Raises:
         ValueError: an unknown name, math without the math-verify package, or correct_at not in (0, 1].
     """
     if not 0 < correct_at <= 1:
         raise ValueError(f"grader.correct_at must be in (0, 1], got {correct_at}")
-    graders: dict[str, Grader] = {"sciknoweval": grade_sciknoweval, "mcq": grade_mcq, "exact": grade_exact}
-    if name in graders:
-        grader = graders[name]
-    elif name == "math":
-        grader = MathGrader()
-    elif ":" in name:
-        grader = load_function("data.grader", name)
-    else:
-        raise ValueError(f"data.grader must be one of {', '.join(graders)}, math or module:function, got {name!r}")
+    if name not in GRADERS and ":" not in name:
+        raise ValueError(f"data.grader must be one of {', '.join(GRADERS)} or module:function, got {name!r}")
+    found: Any = load_function("data.grader", GRADERS.get(name, name))
+    grader: Grader = found() if isinstance(found, type) and name in GRADERS else found
     return GradedBy(grader, name, correct_at)

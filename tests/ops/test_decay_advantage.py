@@ -242,7 +242,7 @@ def test_bad_advantage_inputs(change: dict[str, object], message: str, impl: str
         ({"estimator": "gae"}, r"estimator must be one of reinforce_plus_plus_baseline, .*, got 'gae'"),
         ({"baseline_group": "batch"}, "baseline_group must be one of question, question_attempt, got 'batch'"),
         ({"credit": "rollout"}, "credit must be one of attempt, trajectory, got 'rollout'"),
-        ({"eps": -1.0}, "eps must be finite and >= 0, got -1.0"),
+        ({"eps": 0.0}, "eps must be finite and > 0, got 0.0"),
         ({"schedule": "linear"}, "schedule must be one of batch_mean, constant, none, got 'linear'"),
         ({"schedule": "constant"}, r"factor must be in \[0, 1\] with schedule constant, got None"),
         ({"schedule": "constant", "factor": 1.5}, r"factor must be in \[0, 1\] with schedule constant, got 1.5"),

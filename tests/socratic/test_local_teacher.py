@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from socpo_fast.config import Config, RunConfig, TeacherConfig
+from socpo_fast.config import Config, LocalTeacherConfig, RunConfig
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.socratic import teachers
 from socpo_fast.socratic.rollout import background
@@ -50,7 +50,7 @@ def teacher(folder: Path) -> LocalTeacher:
 
 
 def local_teacher(folder: Path, device: str = "cpu", **settings: object) -> LocalTeacher:
-    config = Config(run=RunConfig(seed=7), teacher=TeacherConfig(path=str(folder), **{**SETTINGS, **settings}))  # type: ignore[arg-type]
+    config = Config(run=RunConfig(seed=7), teacher=LocalTeacherConfig(path=str(folder), **{**SETTINGS, **settings}))  # type: ignore[arg-type]
     made = make_teacher(config, device=device)
     assert isinstance(made, LocalTeacher)
     assert not made.immediate

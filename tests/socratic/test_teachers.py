@@ -5,7 +5,14 @@ import re
 
 import pytest
 
-from socpo_fast.config import Config, RolloutConfig, TeacherConfig
+from socpo_fast.config import (
+    Config,
+    EndpointTeacherConfig,
+    LocalTeacherConfig,
+    RetryTeacherConfig,
+    RolloutConfig,
+    RuleTeacherConfig,
+)
 from socpo_fast.socratic.teachers import EndpointTeacher, RuleTeacher, TeacherPrompt, make_teacher, retry_teacher
 from socpo_fast.socratic.teachers.base import clean_guidance
 from socpo_fast.socratic.teachers.simple import as_teacher
@@ -117,10 +124,12 @@ def test_retry() -> None:
 
 def test_make_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_teacher(Config()).immediate
-    assert make_teacher(Config(teacher=TeacherConfig(kind="retry"))).immediate
+    assert make_teacher(Config(teacher=RetryTeacherConfig())).immediate
     one_attempt = RolloutConfig(max_attempts=1)
-    assert make_teacher(Config(teacher=TeacherConfig(kind="local"), rollout=one_attempt)).immediate  # never asked
-    endpoint = TeacherConfig(kind="endpoint", url="http://127.0.0.1:1/v1", model="m", api_key_env="SOCPO_TEST_KEY")
+    assert make_teacher(
+        Config(teacher=LocalTeacherConfig(path="/absent"), rollout=one_attempt)
+    ).immediate  # never asked
+    endpoint = EndpointTeacherConfig(url="http://127.0.0.1:1/v1", model="m", api_key_env="SOCPO_TEST_KEY")
     monkeypatch.setenv("SOCPO_TEST_KEY", "secret")
     teacher = make_teacher(Config(teacher=endpoint))
     assert isinstance(teacher, EndpointTeacher)
@@ -128,9 +137,9 @@ def test_make_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOCPO_TEST_KEY")
     for config, reason in [
         (endpoint, "teacher.api_key_env must name a variable that is set, got SOCPO_TEST_KEY"),
-        (TeacherConfig(kind="local", path="/absent"), "must be a Hugging Face folder"),
-        (TeacherConfig(kind="rule", rule="json:nothing"), "teacher.rule must name a function of json"),
-        (TeacherConfig(kind="local", path="/absent", user_template="{x}"), "teacher.user_template: fields must be"),
+        (LocalTeacherConfig(path="/absent"), "must be a Hugging Face folder"),
+        (RuleTeacherConfig(rule="json:nothing"), "teacher.rule must name a function of json"),
+        (LocalTeacherConfig(path="/absent", user_template="{x}"), "teacher.user_template: fields must be"),
     ]:
         with pytest.raises(ValueError, match=re.escape(reason)):
             make_teacher(Config(teacher=config))

@@ -1,8 +1,21 @@
-"""The frozen guides: one protocol (base), four kinds (simple, local, endpoint), chosen by make_teacher."""
+"""The frozen guides: one protocol (base), four kinds (simple, local, endpoint).
+
+make_teacher looks up who makes the kind that a configuration names; the kinds are listed in
+config/sections.py.
+"""
 
 from __future__ import annotations
 
-from socpo_fast.config import Config
+from typing import cast
+
+from socpo_fast.config import (
+    Config,
+    EndpointTeacherConfig,
+    LocalTeacherConfig,
+    RetryTeacherConfig,
+    RuleTeacherConfig,
+)
+from socpo_fast.config.sections import ModelTeacherConfig
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
@@ -17,32 +30,37 @@ _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 
 
 def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
-    """The teacher of a config, ready to be asked; of a config with one attempt none that matters, as it never is.
+    """Returns the teacher of a config, ready to be asked; of a config with one attempt none that matters.
 
-    That a kind's own settings are there, the config has seen to (config.find_conflicts). A local one
-    is frozen, and has its weights and its KV cache on the device when this returns.
+    A local one is frozen, and has its weights and its KV cache on the device when this returns.
 
     Raises:
         ValueError: a setting is refused by the teacher itself.
     """
-    teacher = config.teacher
     if config.rollout.max_attempts == 1:
         return retry_teacher()
-    if teacher.kind == "rule":
-        return RuleTeacher(load_function("teacher.rule", _BUILTIN_RULE if teacher.rule == "builtin" else teacher.rule))
-    if teacher.kind == "retry":
-        return retry_teacher(RETRY_TEXT if teacher.retry_text is None else teacher.retry_text)
-    prompt = TeacherPrompt(
-        SYSTEM_PROMPT if teacher.system_prompt is None else teacher.system_prompt,
-        USER_TEMPLATE if teacher.user_template is None else teacher.user_template,
-    )
-    if teacher.kind == "local":
-        return _local_teacher(config, prompt, device)
-    assert teacher.url is not None and teacher.model is not None
+    return cast(Teacher, load_function("teacher.kind", config.teacher.maker)(config, device))
+
+
+def make_rule_teacher(config: Config, device: str) -> RuleTeacher:
+    """Returns the user's function, or the built-in task's tutor, as a teacher."""
+    teacher = cast(RuleTeacherConfig, config.teacher)
+    return RuleTeacher(load_function("teacher.rule", _BUILTIN_RULE if teacher.rule == "builtin" else teacher.rule))
+
+
+def make_retry_teacher(config: Config, device: str) -> RuleTeacher:
+    """Returns a teacher that says a fixed sentence."""
+    teacher = cast(RetryTeacherConfig, config.teacher)
+    return retry_teacher(RETRY_TEXT if teacher.retry_text is None else teacher.retry_text)
+
+
+def make_endpoint_teacher(config: Config, device: str) -> EndpointTeacher:
+    """Returns a teacher behind an OpenAI-compatible server."""
+    teacher = cast(EndpointTeacherConfig, config.teacher)
     return EndpointTeacher(
         teacher.url,
         model=teacher.model,
-        prompt=prompt,
+        prompt=_prompt(teacher),
         api_key_env=teacher.api_key_env,
         temperature=teacher.temperature,
         max_new_tokens=teacher.max_new_tokens,
@@ -52,11 +70,12 @@ def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
     )
 
 
-def _local_teacher(config: Config, prompt: TeacherPrompt, device: str) -> LocalTeacher:
-    teacher = config.teacher
-    assert teacher.path is not None
+def make_local_teacher(config: Config, device: str) -> LocalTeacher:
+    """Returns a frozen model with an engine of its own, in the student's process."""
+    teacher = cast(LocalTeacherConfig, config.teacher)
+    prompt = _prompt(teacher)
     bridge = Bridge(load_tokenizer(teacher.path), guidance_limit=teacher.max_new_tokens)
-    dtype = teacher.dtype
+    dtype: str = teacher.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     model = load_student(teacher.path, dtype=dtype, device=device)
@@ -68,3 +87,10 @@ def _local_teacher(config: Config, prompt: TeacherPrompt, device: str) -> LocalT
         seed=config.run.seed,
     )
     return LocalTeacher(Engine(model, kv_cache_gib=teacher.kv_cache_gib), bridge=bridge, prompt=prompt, params=params)
+
+
+def _prompt(teacher: ModelTeacherConfig) -> TeacherPrompt:
+    return TeacherPrompt(
+        SYSTEM_PROMPT if teacher.system_prompt is None else teacher.system_prompt,
+        USER_TEMPLATE if teacher.user_template is None else teacher.user_template,
+    )
