@@ -226,7 +226,7 @@ SHARED = {"guidance_timeout_s", "reveal_answer", "show_reference", "view", "on_l
 PROBES = (-1e9, -1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-9, 3.0, 1e9, float("inf"), float("nan"))
 
 
-@pytest.mark.filterwarnings("ignore:compute_advantages", "ignore:config: rollout.group_size")
+@pytest.mark.filterwarnings("ignore:compute_advantages", "ignore:config. rollout.group_size")
 @pytest.mark.parametrize(
     ("options", "section"), [(PolicyLossOptions, "loss"), (CreditOptions, "advantage"), (RolloutOptions, "rollout")]
 )
