@@ -51,7 +51,8 @@ class Ours:
         params = SamplingParams(
             temperature=1.0, max_new_tokens=case.new, eos_ids=(), n=case.rollouts, ignore_eos=True, seed=work.seed
         )
-        groups = self.engine.generate(work.prompts, params, keep=bool(case.guidance))
+        keys = [(0, question) for question in range(len(work.prompts))]
+        groups = self.engine.generate(work.prompts, params, keys=keys, keep=bool(case.guidance))
         first = [attempt for group in groups for attempt in group]
         second: list[Attempt] = []
         if case.guidance:

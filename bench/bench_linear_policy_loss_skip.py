@@ -119,7 +119,8 @@ def answers_problem(student_folder: str, data: str, num_loss_rows: int) -> Probl
     params = SamplingParams(
         temperature=1.0, max_new_tokens=ANSWER_TOKENS, eos_ids=(tokenizer.eos_token_id,), n=GROUP_SIZE
     )
-    groups = Engine(student).generate(prompts, params)
+    keys = [(0, question) for question in range(len(prompts))]
+    groups = Engine(student).generate(prompts, params, keys=keys)
     pairs = [(prompt, attempt.token_ids) for prompt, group in zip(prompts, groups, strict=True) for attempt in group]
     hidden = torch.cat([hidden_of_answer(student, prompt, answer) for prompt, answer in pairs])
     targets = torch.tensor([token for _, answer in pairs for token in answer])

@@ -19,9 +19,10 @@ from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.evaluation import Scores
 from socpo_fast.socratic.graders import make_grader
-from socpo_fast.socratic.rollout import background, socratic_rollouts
+from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import make_teacher
+from socpo_fast.socratic.teachers.calls import background
 from socpo_fast.types import Question, Rollout, SamplingParams
 
 EVAL_BATCH = -1  # names the noise of evaluations: the same draws every time, none of them training's

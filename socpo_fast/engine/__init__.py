@@ -1,4 +1,5 @@
 from socpo_fast.engine.engine import Engine
+from socpo_fast.engine.keys import fresh_batch
 from socpo_fast.types import EngineStats, Handle
 
-__all__ = ["Engine", "EngineStats", "Handle"]
+__all__ = ["Engine", "EngineStats", "Handle", "fresh_batch"]

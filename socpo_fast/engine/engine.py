@@ -12,7 +12,9 @@ from collections.abc import Sequence as Seq
 from itertools import count
 from typing import Literal
 
+from socpo_fast.engine.checks import check_fits, check_resume, check_settings
 from socpo_fast.engine.decode import DecodeLoop
+from socpo_fast.engine.keys import KeysInFlight, fresh_batch
 from socpo_fast.engine.memory import kv_cache_size
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.runner import Runner
@@ -53,10 +55,7 @@ class Engine:
         cascade: bool = True,
         attention: str = "auto",
     ):
-        if page_size < 1 or page_size & (page_size - 1):
-            raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
-        if min(limits := (max_running, token_budget, tokens_per_sync or 1)) < 1:
-            raise ValueError(f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}")
+        check_settings(page_size, max_running, token_budget, tokens_per_sync)
         self.kv_cache = kv_cache_size(student, kv_cache_gib, page_size, max_running)
         num_pages = int(self.kv_cache.gib * 2**30) // Runner.page_bytes(student, page_size)
         if num_pages < 1:
@@ -71,6 +70,7 @@ class Engine:
         rounds = self.tokens_per_sync
         self._loop = DecodeLoop(self._runner, max_running=max_running, max_rounds=rounds) if rounds > 1 else None
         self._pinned: dict[Attempt, Sequence] = {}
+        self._keys = KeysInFlight()
         self._arrivals = count()
         self._prefill_tokens = self._decode_tokens = 0
 
@@ -91,16 +91,18 @@ class Engine:
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> Handle:
         """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
 
+        A key is in flight until every rollout under it was released or cancelled. Then it may be
+        used again, and draws the same tokens.
+
         Raises:
-            ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits, or a request that can
-                never fit.
+            ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or in
+                flight, or a request that can never fit.
         """
-        if not all(-(2**63) <= part < 2**63 for part in key):
-            raise ValueError(f"submit: key must be two 64-bit integers, got {key}")
+        name = self._keys.check("submit", key)
         token_ids = list(prompt_ids)
         self._check_fits("submit", token_ids, params)
         sequence = Sequence(
-            key=RolloutKey(*key),
+            key=name,
             params=params,
             token_ids=token_ids,
             attempt_start=len(token_ids),
@@ -108,6 +110,7 @@ class Engine:
             num_rollouts=params.n,
             policy_version=self.policy_version,
         )
+        self._keys.add(name, params.n)
         self._scheduler.enqueue(sequence)
         return Handle(sequence.key, 0, params.n)
 
@@ -125,43 +128,25 @@ class Engine:
             ValueError: the attempt was released or resumed before, kept_tokens is not in
                 [1, length of the row], suffix_ids is empty, or the context can never fit.
         """
-        old = self._pinned.get(attempt)
-        if old is None:
-            raise ValueError(
-                f"resume: attempt must be finished, neither released nor resumed before, got {attempt.key} rollout "
-                f"{attempt.rollout_idx} attempt {attempt.attempt_idx}; submit the whole context instead"
-            )
-        if not suffix_ids:
-            raise ValueError(
-                "resume: suffix_ids must be non-empty, got none; the next attempt needs a context of its own"
-            )
-        if not 1 <= kept_tokens <= len(old.token_ids):
-            raise ValueError(
-                f"resume: kept_tokens must be in [1, {len(old.token_ids)}], got {kept_tokens}; "
-                f"the row is {old.attempt_start} tokens of context and {attempt.num_tokens} sampled ones"
-            )
+        old = check_resume(attempt, self._pinned.get(attempt), suffix_ids, kept_tokens)
         token_ids = old.token_ids[:kept_tokens] + list(suffix_ids)
         self._check_fits("resume", token_ids, params)
+        try:
+            self._runner.copy_pages(self._scheduler.shorten(old, kept_tokens))
+        except BaseException:  # memory, say: the attempt stays, without pages that were not copied
+            old.drop_pages(self._pool)
+            raise
         del self._pinned[attempt]
         self._scheduler.pinned.remove(old)
-        self._runner.copy_pages(self._scheduler.shorten(old, kept_tokens))
-        sequence = Sequence(
-            key=old.key,
-            params=params,
-            token_ids=token_ids,
-            attempt_start=len(token_ids),
-            priority=(0, next(self._arrivals)),
-            rollout_idx=old.rollout_idx,
-            attempt_idx=old.attempt_idx + 1,
-            policy_version=self.policy_version,
-            pages=old.pages,
-            num_cached=old.num_cached,
-        )
+        sequence = old.next_attempt(token_ids, params, next(self._arrivals), self.policy_version)
         self._scheduler.enqueue(sequence)
         return Handle(sequence.key, sequence.attempt_idx, 1)
 
     def step(self) -> list[Attempt]:
-        """One scheduler step: forward, sample, and return the attempts that finished, their pages still pinned."""
+        """One scheduler step: forward, sample, and return the attempts that finished, their pages still pinned.
+
+        An exception in its middle leaves sequences half moved: `reset` before the next step.
+        """
         plan = self._scheduler.plan()
         if not plan:
             assert not self.has_work, "work is queued but nothing can be scheduled"
@@ -202,26 +187,37 @@ class Engine:
     ) -> list[list[Attempt]]:
         """Submit every prompt and step until all are done: groups[q][r]. keep leaves the pages pinned for resume.
 
-        keys: one (batch, question) a prompt; default (0, q). The engine must be idle.
+        keys: one (batch, question) a prompt, under which the same tokens are drawn every time; None:
+        fresh ones, so that no two calls share their noise. An exception on the way resets the engine.
+
+        Raises:
+            ValueError: an engine with work, not one different key a prompt, or what submit refuses;
+                nothing has been queued then.
         """
         if self.has_work:
             raise ValueError("generate: the engine must be idle, got unfinished requests; step until they are done")
-        keys = [(0, q) for q in range(len(prompts))] if keys is None else keys
+        if keys is None:
+            batch = fresh_batch()
+            keys = [(batch, q) for q in range(len(prompts))]
         if len(keys) != len(prompts) or len(set(keys)) != len(keys):
             raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
-        place = {RolloutKey(*key): q for q, key in enumerate(keys)}
         for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
             self._check_fits("generate", list(prompt_ids), params)
+        question_of = {self._keys.check("generate", key): q for q, key in enumerate(keys)}
         groups: list[list[Attempt]] = [[] for _ in prompts]
-        for prompt_ids, key in zip(prompts, keys, strict=True):
-            self.submit(prompt_ids, params, key=key)
-        while self.has_work:
-            for attempt in self.step():
-                groups[place[attempt.key]].append(attempt)
-        for group in groups:
-            group.sort(key=lambda attempt: attempt.rollout_idx)
-            if not keep:
-                self.release(group)
+        try:
+            for prompt_ids, key in zip(prompts, keys, strict=True):
+                self.submit(prompt_ids, params, key=key)
+            while self.has_work:
+                for attempt in self.step():
+                    groups[question_of[attempt.key]].append(attempt)
+            for group in groups:
+                group.sort(key=lambda attempt: attempt.rollout_idx)
+                if not keep:
+                    self.release(group)
+        except BaseException:
+            self.reset()
+            raise
         return groups
 
     def release(self, attempts: Iterable[Attempt]) -> None:
@@ -230,12 +226,24 @@ class Engine:
             sequence = self._pinned.pop(attempt, None)
             if sequence is not None:
                 self._scheduler.pinned.remove(sequence)
-                sequence.drop_pages(self._pool)
+                self._forget(sequence)
 
     def cancel(self, key: tuple[int, int]) -> None:
         """Forget what is queued or running under this key; finished attempts stay until they are released."""
         for sequence in self._scheduler.remove(RolloutKey(*key)):
-            sequence.drop_pages(self._pool)
+            self._forget(sequence)
+
+    def reset(self) -> None:
+        """Forget all that is queued, running or pinned, and take back every page; all keys may be used again.
+
+        For when a step ended half way, by Ctrl-C or for lack of memory, and nobody can say which
+        sequence holds which page. Weights, policy_version and the counts of `stats` stay, and the
+        pages keep their place in memory, which captured CUDA graphs read. Attempts that were pinned
+        remain as data, but cannot be resumed.
+        """
+        self._scheduler.reset()
+        self._pinned.clear()
+        self._keys.clear()
 
     def bump_policy_version(self) -> None:
         """The weights changed: no page computed before is used again (running sequences are computed anew).
@@ -280,18 +288,10 @@ class Engine:
             self._pinned[attempt] = sequence
         return attempt
 
+    def _forget(self, sequence: Sequence) -> None:
+        """Give back the pages and the key of a sequence that is in no list any more."""
+        sequence.drop_pages(self._pool)
+        self._keys.remove(sequence.key, sequence.num_rollouts)
+
     def _check_fits(self, where: str, token_ids: list[int], params: SamplingParams) -> None:
-        config, total = self.student.config, len(token_ids) + params.max_new_tokens
-        if not token_ids or min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
-            rule = f"non-empty and in [0, {config.vocab_size})"
-            raise ValueError(f"{where}: token ids must be {rule}, got {token_ids[:8]}")
-        if total > config.max_position_embeddings:
-            raise ValueError(
-                f"{where}: prompt + max_new_tokens must be <= the model's {config.max_position_embeddings} positions, "
-                f"got {len(token_ids)} + {params.max_new_tokens}; shorten the prompt or lower max_new_tokens"
-            )
-        if (needed := self._pool.pages_for(total)) > self._pool.num_pages:
-            raise ValueError(
-                f"{where}: need {needed} pages of {self._pool.page_size} tokens, the pool has {self._pool.num_pages}; "
-                "raise engine.kv_cache_gib or lower max_new_tokens"
-            )
+        check_fits(where, token_ids, params, self.student.config, self._pool)

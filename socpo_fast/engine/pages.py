@@ -8,8 +8,12 @@ class PagePool:
 
     def __init__(self, num_pages: int, page_size: int):
         self.num_pages, self.page_size = num_pages, page_size
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is still in cache
-        self._holders = [0] * num_pages
+        self.reset()
+
+    def reset(self) -> None:
+        """Every page is free, whoever held it."""
+        self._free = list(range(self.num_pages - 1, -1, -1))  # a stack: the page freed last is still in cache
+        self._holders = [0] * self.num_pages
 
     @property
     def num_free(self) -> int:

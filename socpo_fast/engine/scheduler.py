@@ -19,10 +19,15 @@ from socpo_fast.types import RolloutKey
 class Scheduler:
     def __init__(self, pool: PagePool, *, max_running: int, token_budget: int):
         self.pool, self.max_running, self.token_budget = pool, max_running, token_budget
+        self.num_preemptions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every sequence, and free every page: also those of a sequence that is in no list."""
         self.waiting: list[Sequence] = []  # by priority
         self.running: list[Sequence] = []  # by priority: the youngest is last
         self.pinned: list[Sequence] = []  # by time of finishing
-        self.num_preemptions = 0
+        self.pool.reset()
 
     def enqueue(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda s: s.priority)

@@ -84,6 +84,21 @@ class Sequence:
             for i in range(self.num_rollouts)
         ]
 
+    def next_attempt(self, token_ids: list[int], params: SamplingParams, arrival: int, policy_version: int) -> Sequence:
+        """The same rollout goes on behind token_ids; the KV that this attempt still has goes over to it."""
+        return Sequence(
+            key=self.key,
+            params=params,
+            token_ids=token_ids,
+            attempt_start=len(token_ids),
+            priority=(0, arrival),
+            rollout_idx=self.rollout_idx,
+            attempt_idx=self.attempt_idx + 1,
+            policy_version=policy_version,
+            pages=self.pages,
+            num_cached=self.num_cached,
+        )
+
     def shorten(self, pool: PagePool, num_tokens: int) -> None:
         """Forget the KV of every token from num_tokens on and give back the pages that held nothing else."""
         self.num_cached = min(self.num_cached, num_tokens)

@@ -100,12 +100,15 @@ class Episode:
 
     Args:
         question:    what is asked.
-        bridge:      the student's chat template.
+        bridge:      the student's chat template; its guidance_limit must be that of the options.
         grader:      text and question -> verdict.
         options:     the rules' numbers; one attempt after the other is added until it has ended.
         limits:      what the student can hold.
         rollout_idx: which of the question's rollouts.
         prompt_ids:  the question's, where the caller has them already.
+
+    Raises:
+        ValueError: the bridge cuts guidance at another limit than the options say.
     """
 
     def __init__(
@@ -119,6 +122,11 @@ class Episode:
         rollout_idx: int = 0,
         prompt_ids: list[int] | None = None,
     ):
+        if bridge.guidance_limit != options.guidance_limit:
+            raise ValueError(
+                f"Episode: bridge.guidance_limit must be options.guidance_limit {options.guidance_limit}, "
+                f"got {bridge.guidance_limit}; make both from one number"
+            )
         self.question, self.options, self.limits = question, options, limits
         self.bridge, self.grader = bridge, as_grader(grader)
         self.notes: list[str] = []  # what a person should be told

@@ -8,37 +8,31 @@ but the rollout it belongs to.
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 import warnings
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import count
-from typing import Any
+from types import TracebackType
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from socpo_fast.engine import Engine
+from socpo_fast.engine import Engine, fresh_batch
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
 from socpo_fast.socratic.teachers import Teacher
+from socpo_fast.socratic.teachers.calls import ask, result_of
 from socpo_fast.socratic.teachers.simple import TeacherFunction, as_teacher
 from socpo_fast.types import (
     Attempt,
     Guidance,
-    GuidanceRequest,
     Question,
     Rollout,
     RolloutKey,
     SamplingParams,
 )
-
-_fresh_batches = count(2**40)  # far from any batch that a trainer numbers
 
 
 def socratic_rollouts(
@@ -55,7 +49,9 @@ def socratic_rollouts(
 ) -> Iterator[Rollout]:
     """Roll out options.group_size episodes of every question; yields each Rollout as it finishes.
 
-    Its pages are given back by then.
+    Its pages are given back by then. Whatever ends the loop early leaves no sequence, page or call
+    to the teacher behind, so the same call can be made again. An engine that was stopped in the
+    middle of a step, or anywhere by Ctrl-C, is reset for that.
 
     Args:
         teacher:   a Teacher, or a plain or async function of the request.
@@ -68,18 +64,14 @@ def socratic_rollouts(
                    of the options.
 
     Raises:
-        ValueError: a question twice, a prompt that can never fit, a busy engine, another limit.
+        ValueError: a question twice or in flight under this batch_idx, a prompt that can never fit,
+            a busy engine, another limit.
     """
     if len({question.question_idx for question in questions}) != len(questions):
         raise ValueError("socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it")
     if engine.has_work:
         raise ValueError("socratic_rollouts: the engine must be idle, got unfinished requests; step until it is done")
     bridge = bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit)
-    if bridge.guidance_limit != options.guidance_limit:
-        raise ValueError(
-            f"socratic_rollouts: bridge.guidance_limit must be options.guidance_limit {options.guidance_limit}, "
-            f"got {bridge.guidance_limit}; make both from one number"
-        )
     driver = _Driver(
         engine=engine,
         bridge=bridge,
@@ -87,19 +79,17 @@ def socratic_rollouts(
         grader=grader,
         params=replace(params, n=1),
         options=options,
-        batch_idx=next(_fresh_batches) if batch_idx is None else batch_idx,
+        batch_idx=fresh_batch() if batch_idx is None else batch_idx,
     )
-    try:
+    with driver:
         for question in questions:
             driver.start(question)
         while engine.has_work or driver.waiting:
-            driver.arrived += engine.step()
+            driver.step()
             driver.take_arrived()
             teacher_worked = bool(driver.waiting) and driver.teacher.step()
             driver.collect_guidance(idle=not engine.has_work and not teacher_worked)
             yield from driver.take_finished()
-    finally:
-        driver.abandon()
 
 
 def socratic_episode(
@@ -126,11 +116,11 @@ def socratic_episode(
         the rollout. Its attempts have no log-probs (NaN): recompute them before training.
 
     Raises:
-        ValueError: the generator returned no token, or more than max_new_tokens.
+        ValueError: the generator returned no token, or more than max_new_tokens; another limit.
     """
     limits, guide = Limits(max_new_tokens, max_tokens), as_teacher(teacher)
     episode = Episode(question, bridge=bridge, grader=grader, options=options, limits=limits)
-    rollout = episode.rollout
+    rollout, key = episode.rollout, RolloutKey(fresh_batch(), question.question_idx)
     while True:
         turn_idx = len(rollout.turns)
         token_ids = list(generate(rollout.context_ids(turn_idx)))
@@ -144,7 +134,7 @@ def socratic_episode(
             logprobs=unknown,
             kept_mass=unknown,
             finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
-            key=RolloutKey(0, question.question_idx),
+            key=key,  # the generator's noise is its own, but a teacher may draw by this name
             rollout_idx=0,
             attempt_idx=turn_idx,
             policy_version=0,
@@ -153,9 +143,12 @@ def socratic_episode(
         if request is None:
             break
         asked, since = ask(guide, request, options.guidance_timeout_s), time.perf_counter()
-        while not asked.done():
-            if not guide.step():
-                wait([asked], timeout=0.02)
+        try:
+            while not asked.done():
+                if not guide.step():
+                    wait([asked], timeout=0.02)
+        finally:
+            asked.cancel()  # nobody else would, were this left by Ctrl-C
         rollout.teacher_wait_s += time.perf_counter() - since
         if episode.guided(result_of(asked)) is None:
             break
@@ -180,14 +173,13 @@ class _Driver:
     waiting: dict[Future[Guidance | None], tuple[Episode, float]] = field(default_factory=dict)
     arrived: list[Attempt] = field(default_factory=list)  # sampled, not yet an episode's
     finished: list[Rollout] = field(default_factory=list)
+    is_stepping: bool = False  # the engine, which is not in order then
 
     def start(self, question: Question) -> None:
         prompt_ids = self.bridge.prompt_ids(question.messages)
-        params = replace(self.params, n=self.options.group_size)
-        self.engine.submit(prompt_ids, params, key=(self.batch_idx, question.question_idx))
         limits = Limits(self.params.max_new_tokens, self.engine.max_tokens)
-        for idx in range(params.n):
-            self.in_flight[question.question_idx, idx] = Episode(
+        episodes = [
+            Episode(
                 question,
                 bridge=self.bridge,
                 grader=self.grader,
@@ -196,6 +188,17 @@ class _Driver:
                 rollout_idx=idx,
                 prompt_ids=prompt_ids,
             )
+            for idx in range(self.options.group_size)
+        ]
+        params = replace(self.params, n=len(episodes))
+        self.engine.submit(prompt_ids, params, key=(self.batch_idx, question.question_idx))
+        for episode in episodes:
+            self.in_flight[question.question_idx, episode.rollout.rollout_idx] = episode
+
+    def step(self) -> None:
+        self.is_stepping = True
+        self.arrived += self.engine.step()
+        self.is_stepping = False
 
     def take_arrived(self) -> None:
         """Hand attempts to their episodes; their pages stay pinned while the teacher works."""
@@ -209,6 +212,8 @@ class _Driver:
             else:
                 asked = ask(self.teacher, request, self.options.guidance_timeout_s)
                 self.waiting[asked] = (episode, time.perf_counter())
+                if self.teacher.immediate:  # it has answered before anything else goes on: repeatable
+                    wait([asked])
 
     def collect_guidance(self, *, idle: bool) -> None:
         """Resume the rollouts whose teacher has answered; when idle, wait for one (at most 20 ms, then look again)."""
@@ -236,10 +241,27 @@ class _Driver:
         finished, self.finished = self.finished, []
         return finished
 
-    def abandon(self) -> None:
-        """Leave nothing behind when the caller stops early: no call in flight, no sequence, no page."""
+    def __enter__(self) -> _Driver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """Leave nothing behind: no call in flight, no sequence, no page.
+
+        Closed by the caller, or after an error of grader, teacher or bridge, the engine is in order:
+        what is ours is given back, and attempts that others keep pinned stay. Ctrl-C, StopRequested
+        and the like may have come between any two statements of the engine, an error of a step in
+        the middle of it: then only a reset gives everything back.
+        """
         for future in self.waiting:
             future.cancel()
+        if self.is_stepping or not issubclass(kind or Exception, Exception | GeneratorExit):
+            self.engine.reset()
+            return
         for episode in self.in_flight.values():
             self.engine.cancel((self.batch_idx, episode.rollout.question_idx))
             self.engine.release(episode.rollout.attempts)
@@ -250,41 +272,3 @@ def tell(episode: Episode) -> None:
     """What the episode has to say to a person."""
     for note in episode.notes:
         warnings.warn(note, stacklevel=3)
-
-
-def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[Guidance | None]:
-    """Start teacher.guide(request); an immediate teacher has answered on return, so runs with one are repeatable."""
-    future = background(asyncio.wait_for(teacher.guide(request), timeout_s))
-    if teacher.immediate:
-        wait([future])
-    return future
-
-
-def result_of(future: Future[Guidance | None]) -> Guidance | None:
-    """What the teacher said; None, with a warning, when it raised, was cancelled or took too long."""
-    try:
-        return future.result(timeout=0)
-    except CancelledError:
-        warnings.warn("teacher: guide() was cancelled", stacklevel=3)
-    except Exception as error:  # noqa: BLE001 - whatever a teacher raises costs its own rollout, and is told
-        warnings.warn(f"teacher: guide() failed with {type(error).__name__}: {error}", stacklevel=3)
-    return None
-
-
-def background(coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-    """Run a coroutine on the process's one background event loop (a pooled HTTP client lives on one loop)."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop())
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    started = threading.Event()
-
-    def run() -> None:
-        loop.call_soon(started.set)
-        loop.run_forever()
-
-    threading.Thread(target=run, name="socpo-teachers", daemon=True).start()
-    started.wait()
-    return loop

@@ -18,7 +18,7 @@ from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
 from tests.engine.fake_cuda import FakeCuda, FakeGraph
-from tests.engine.tiny import bits, drain, kept, make_engine, make_student, untouched
+from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
 from tests.engine.traces import PageBook, Trace
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
@@ -128,7 +128,7 @@ def test_padded_and_replayed_rounds_draw_the_same(student: Decoder, graphs: dict
 def test_the_host_reads_once_a_few_tokens(student: Decoder) -> None:
     engine = make_engine(student, tokens_per_sync=8)
     counts = rounds_of(engine)
-    engine.generate([[3, 5, 7]], replace(PARAMS, ignore_eos=True))
+    generate_same(engine, [[3, 5, 7]], replace(PARAMS, ignore_eos=True))
     assert counts == [8, 8, 6]  # 23 tokens, the first of them by the prefill
 
 
@@ -137,16 +137,20 @@ def test_looking_ahead_takes_free_pages_only(student: Decoder) -> None:
     engine = make_engine(student, num_pages=11, tokens_per_sync=8)
     counts = rounds_of(engine)
     params = replace(PARAMS, n=2, ignore_eos=True, max_new_tokens=17)
-    expected = make_engine(student).generate([[3, 5, 7]], params)
+    expected = generate_same(make_engine(student), [[3, 5, 7]], params)
     pinned = engine.generate([[1] * 4], replace(PARAMS, n=1, max_new_tokens=1), keys=[(9, 9)], keep=True)[0]
-    assert [list(map(bits, g)) for g in engine.generate([[3, 5, 7]], params)] == [list(map(bits, g)) for g in expected]
+    assert [list(map(bits, g)) for g in generate_same(engine, [[3, 5, 7]], params)] == [
+        list(map(bits, g)) for g in expected
+    ]
     assert engine.stats.preemptions == 0 and sum(counts) == 16
     engine.release(pinned)
     assert engine.stats.pages_free == 11
 
     engine = make_engine(student, num_pages=7, tokens_per_sync=8)
     counts = rounds_of(engine)
-    assert [list(map(bits, g)) for g in engine.generate([[3, 5, 7]], params)] == [list(map(bits, g)) for g in expected]
+    assert [list(map(bits, g)) for g in generate_same(engine, [[3, 5, 7]], params)] == [
+        list(map(bits, g)) for g in expected
+    ]
     assert engine.stats.preemptions > 0 and min(counts) < 8 and engine.stats.pages_free == 7
 
 

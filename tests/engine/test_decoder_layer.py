@@ -6,7 +6,7 @@ import torch
 from socpo_fast import Engine, SamplingParams
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.ops._impl import extension_is_built
-from tests.engine.tiny import make_student
+from tests.engine.tiny import generate_same, make_student
 from tests.error_rule import assert_bitwise_equal
 
 FAMILIES = {
@@ -33,7 +33,7 @@ def generate(student: Decoder, *, whole_layers: bool) -> list[tuple[list[int], t
     if not whole_layers:
         engine._runner.layer_weights = []
     params = SamplingParams(n=3, temperature=1.0, max_new_tokens=9, eos_ids=(), ignore_eos=True)
-    groups = engine.generate([[1, 2, 3, 4, 5, 6, 7], [8]], params)
+    groups = generate_same(engine, [[1, 2, 3, 4, 5, 6, 7], [8]], params)
     return [(attempt.token_ids, attempt.logprobs) for group in groups for attempt in group]
 
 
@@ -53,14 +53,14 @@ def test_hooks_on_layers_and_replaced_parameters_are_heard() -> None:
     engine = Engine(student, kv_cache_gib=0.001, page_size=4)
     student.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[1])))
     params = SamplingParams(temperature=0.0, max_new_tokens=4, eos_ids=(), ignore_eos=True)
-    before = engine.generate([[1, 2, 3]], params)[0][0]
+    before = generate_same(engine, [[1, 2, 3]], params)[0][0]
     assert sum(rows) == 3 + 3
     other = student_of("biases", torch.float32).layers[1].mlp.down.weight
     student.layers[1].mlp.down.weight = torch.nn.Parameter(-3 * other.detach())
     engine.bump_policy_version()
-    after = engine.generate([[1, 2, 3]], params)[0][0]
+    after = generate_same(engine, [[1, 2, 3]], params)[0][0]
     assert not torch.equal(before.logprobs, after.logprobs)
-    fresh = Engine(student, kv_cache_gib=0.001, page_size=4).generate([[1, 2, 3]], params)[0][0]
+    fresh = generate_same(Engine(student, kv_cache_gib=0.001, page_size=4), [[1, 2, 3]], params)[0][0]
     assert after.token_ids == fresh.token_ids and torch.equal(after.logprobs, fresh.logprobs)
 
 

@@ -14,7 +14,7 @@ from socpo_fast.model import Decoder, load_student
 from socpo_fast.model.decoder import turned_heads
 from socpo_fast.ops import Segment, packed_attention
 from socpo_fast.types import Attempt, SamplingParams
-from tests.engine.tiny import kept
+from tests.engine.tiny import generate_same, kept
 
 PROMPTS = [[3, 5, 7], list(range(1, 41)), [9] * 32, list(range(50, 2, -1)) * 2]  # shorter, longer than, exactly a page
 SAMPLED = SamplingParams(n=3, temperature=1.0, max_new_tokens=24, eos_ids=(2,), seed=5)
@@ -69,7 +69,7 @@ def trainer_logprobs(student: Decoder, token_ids: list[int]) -> torch.Tensor:
 
 def test_greedy_equals_transformers(folder: str, student: Decoder) -> None:
     params = SamplingParams(temperature=0.0, max_new_tokens=40, eos_ids=(2,))
-    groups = engine_of(student).generate(PROMPTS, params)
+    groups = generate_same(engine_of(student), PROMPTS, params)
     reference = LlamaForCausalLM.from_pretrained(folder)
     for prompt, (attempt,) in zip(PROMPTS, groups, strict=True):
         expected = reference.generate(
@@ -79,7 +79,7 @@ def test_greedy_equals_transformers(folder: str, student: Decoder) -> None:
 
 
 def test_logprobs_are_the_trainers(student: Decoder) -> None:
-    for prompt, group in zip(PROMPTS, engine_of(student).generate(PROMPTS, SAMPLED), strict=True):
+    for prompt, group in zip(PROMPTS, generate_same(engine_of(student), PROMPTS, SAMPLED), strict=True):
         for attempt in group:
             expected = trainer_logprobs(student, prompt + attempt.token_ids)[len(prompt) - 1 :]
             assert (attempt.logprobs - expected).abs().max() < 1e-4
@@ -97,14 +97,14 @@ def test_logprobs_are_the_trainers(student: Decoder) -> None:
 )
 def test_tokens_do_not_depend_on_scheduling(student: Decoder, options: dict[str, int]) -> None:
     free, tight = engine_of(student), engine_of(student, **options)
-    assert exact(tight.generate(PROMPTS, SAMPLED)) == exact(free.generate(PROMPTS, SAMPLED))
+    assert exact(generate_same(tight, PROMPTS, SAMPLED)) == exact(generate_same(free, PROMPTS, SAMPLED))
     assert tight.stats.pages_free == tight.stats.pages_total
     if options.get("num_pages") == 9:
         assert tight.stats.preemptions > 0
 
 
 def test_group_equals_separate_runs(student: Decoder) -> None:
-    together = engine_of(student).generate(PROMPTS, SAMPLED)
+    together = generate_same(engine_of(student), PROMPTS, SAMPLED)
     for q, prompt in enumerate(PROMPTS):
         assert exact(engine_of(student).generate([prompt], SAMPLED, keys=[(0, q)])) == exact(together[q : q + 1])
     assert len({tuple(a.token_ids) for group in together for a in group}) == 3 * len(PROMPTS), (
@@ -118,7 +118,7 @@ def test_resume_equals_full_prefill(student: Decoder, cut: int | None, taken: st
     engine, suffix = engine_of(student, num_pages=12 if taken == "pages taken" else 64), [7, 8, 9]
     params = SamplingParams(temperature=1.0, max_new_tokens=24, eos_ids=(), seed=1, ignore_eos=True)
     prompt = PROMPTS[1]
-    (first,) = engine.generate([prompt], params, keep=True)[0]
+    (first,) = generate_same(engine, [prompt], params, keep=True)[0]
     if taken == "weights changed":
         engine.bump_policy_version()
     if taken == "pages taken":
@@ -147,7 +147,7 @@ def test_a_prompt_is_prefilled_once(student: Decoder) -> None:
     hook = student.layers[0].register_forward_hook(lambda _module, args, _out: rows.append(args[1].shape[0]))
     engine = engine_of(student)
     params = SamplingParams(n=8, temperature=1.0, max_new_tokens=4, eos_ids=(), ignore_eos=True)
-    engine.generate(PROMPTS, params)
+    generate_same(engine, PROMPTS, params)
     hook.remove()
     assert engine.stats.prefill_tokens == sum(map(len, PROMPTS))
     assert engine.stats.decode_tokens == 8 * len(PROMPTS) * 3  # the last sampled token is never forwarded
@@ -157,18 +157,18 @@ def test_a_prompt_is_prefilled_once(student: Decoder) -> None:
 def test_weights_are_read_where_they_are(folder: str) -> None:
     student = load_student(folder)
     engine, pointers = engine_of(student), {n: p.data_ptr() for n, p in student.named_parameters()}
-    before = exact(engine.generate(PROMPTS, SAMPLED))
+    before = exact(generate_same(engine, PROMPTS, SAMPLED))
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1)
     engine.bump_policy_version()
-    assert exact(engine.generate(PROMPTS, SAMPLED)) != before
+    assert exact(generate_same(engine, PROMPTS, SAMPLED)) != before
     assert {n: p.data_ptr() for n, p in student.named_parameters()} == pointers
 
 
 def test_stop_and_length(student: Decoder) -> None:
-    groups = engine_of(student).generate(
-        PROMPTS, SamplingParams(n=8, temperature=1.5, max_new_tokens=60, eos_ids=(2, 11))
+    groups = generate_same(
+        engine_of(student), PROMPTS, SamplingParams(n=8, temperature=1.5, max_new_tokens=60, eos_ids=(2, 11))
     )
     attempts = [attempt for group in groups for attempt in group]
     assert {attempt.finish_reason for attempt in attempts} == {"stop", "length"}
@@ -201,7 +201,7 @@ def test_refused_at_the_door(student: Decoder, call, message: str) -> None:
 
 def test_resume_twice_is_refused(student: Decoder) -> None:
     engine = engine_of(student)
-    group = engine.generate([PROMPTS[0]], SAMPLED, keep=True)[0]
+    group = generate_same(engine, [PROMPTS[0]], SAMPLED, keep=True)[0]
     attempt = group[0]
     engine.resume(attempt, [4], SAMPLED, kept_tokens=1)
     with pytest.raises(ValueError, match="neither released nor resumed"):
@@ -236,7 +236,7 @@ def test_smollm2_greedy_equals_transformers() -> None:
     ]
     engine = Engine(load_student(folder), kv_cache_gib=0.2)
     params = SamplingParams(n=2, temperature=0.0, max_new_tokens=24, eos_ids=(2,))
-    groups = engine.generate(prompts, params, keep=True)
+    groups = generate_same(engine, prompts, params, keep=True)
     suffix = tokenizer("<|im_end|>\n<|im_start|>user\nShorter.<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     for prompt, group in zip(prompts, groups, strict=True):
         first = expected(prompt)

@@ -13,7 +13,7 @@ from socpo_fast.model import Decoder
 from socpo_fast.model.decoder import turned_heads
 from socpo_fast.ops import row_key, sample
 from socpo_fast.types import SamplingParams
-from tests.engine.tiny import bits, drain, kept, make_engine, make_student, untouched
+from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=12, eos_ids=(2, 17), seed=5)
@@ -75,7 +75,7 @@ def test_company_does_not_matter(student: Decoder) -> None:
 def test_calls_do_not_matter(student: Decoder) -> None:
     """One generate, one a prompt on one engine, and requests that arrive between steps in another order."""
     keys = [(0, q) for q in range(len(PROMPTS))]
-    once = [bits(a) for group in make_engine(student).generate(PROMPTS, PARAMS) for a in group]
+    once = [bits(a) for group in generate_same(make_engine(student), PROMPTS, PARAMS) for a in group]
     engine = make_engine(student)
     apart = [bits(a) for p, key in zip(PROMPTS, keys, strict=True) for a in engine.generate([p], PARAMS, keys=[key])[0]]
     assert apart == once
@@ -112,7 +112,7 @@ def test_siblings_follow_the_softmax_and_not_each_other(student: Decoder) -> Non
     """100,000 first tokens of 250 groups of 400: the law of one, and of neighbours in a group as pairs."""
     params = SamplingParams(n=400, temperature=0.8, max_new_tokens=1, eos_ids=(), ignore_eos=True, seed=1)
     prompt = [3, 5, 7, 9]  # a whole page: nothing to copy 400 times
-    groups = make_engine(student, num_pages=1000, max_running=1000).generate([prompt] * 250, params)
+    groups = generate_same(make_engine(student, num_pages=1000, max_running=1000), [prompt] * 250, params)
     draws = torch.tensor([[attempt.token_ids[0] for attempt in group] for group in groups])
     probs = (next_token_logits(student, prompt) / 0.8).softmax(-1)
     assert probs.min() * draws.numel() > 5, "every cell must be filled"
@@ -143,7 +143,7 @@ def test_what_can_never_run_is_refused_with_nothing_left_behind(student: Decoder
     with pytest.raises(ValueError, match=message):
         call(engine)
     assert engine.stats == fresh and not engine.has_work and not engine._pinned
-    assert bits(engine.generate([[1] * 36], PARAMS)[0][2]) == untouched(student, [1] * 36, PARAMS, rollout_idx=2)
+    assert bits(generate_same(engine, [[1] * 36], PARAMS)[0][2]) == untouched(student, [1] * 36, PARAMS, rollout_idx=2)
 
 
 def test_what_just_fits_runs(student: Decoder) -> None:
@@ -151,7 +151,7 @@ def test_what_just_fits_runs(student: Decoder) -> None:
     params = replace(PARAMS, ignore_eos=True)
     for engine, total in ((make_engine(student, num_pages=12), 48), (make_engine(student), 128)):
         assert engine.max_tokens == total
-        (group,) = engine.generate([[1] * (total - 12)], params)
+        (group,) = generate_same(engine, [[1] * (total - 12)], params)
         assert [attempt.num_tokens for attempt in group] == [12] * 3
 
 
@@ -159,7 +159,7 @@ def test_generate_needs_an_idle_engine(student: Decoder) -> None:
     engine = make_engine(student)
     engine.submit([1], PARAMS, key=(9, 9))
     with pytest.raises(ValueError, match="generate: the engine must be idle"):
-        engine.generate([[1]], PARAMS)
+        generate_same(engine, [[1]], PARAMS)
     assert {attempt.key for attempt in drain(engine)} == {(9, 9)}
 
 

@@ -11,7 +11,7 @@ import torch
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder
 from socpo_fast.types import Attempt, SamplingParams
-from tests.engine.tiny import bits, drain, kept, make_engine, make_student, untouched
+from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
 
 PROMPT = list(range(1, 15))  # three pages of 4 and a half: two full ones shared, then what a fork copies
 SUFFIX = [30, 31, 32]
@@ -27,7 +27,7 @@ def student() -> Decoder:
 
 
 def first_attempts(engine: Engine, params: SamplingParams = PARAMS) -> list[Attempt]:
-    return engine.generate([PROMPT], params, keep=True)[0]
+    return generate_same(engine, [PROMPT], params, keep=True)[0]
 
 
 def context_of(first: Attempt, cut: int | None) -> list[int]:
@@ -57,7 +57,7 @@ def test_greedy_resume_equals_submit(student: Decoder, cut: int | None) -> None:
     engine = make_engine(student)
     group = first_attempts(engine, params)
     engine.resume(group[0], SUFFIX, params, kept_tokens=kept(PROMPT, group[0], cut))
-    fresh = make_engine(student).generate([context_of(group[0], cut)], replace(params, n=1))[0][0]
+    fresh = generate_same(make_engine(student), [context_of(group[0], cut)], replace(params, n=1))[0][0]
     assert bits(drain(engine)[0]) == bits(fresh)
 
 
@@ -82,7 +82,7 @@ def test_without_a_free_page_to_copy_to_the_part_is_computed_again(student: Deco
     params = replace(PARAMS, max_new_tokens=1)
     engine = make_engine(student, num_pages=6)
     prompt = PROMPT[:12]  # whole pages, and a single token sampled: siblings hold nothing but shared pages
-    group = engine.generate([prompt], params, keep=True)[0]
+    group = generate_same(engine, [prompt], params, keep=True)[0]
     engine.generate([[1] * 9], replace(params, n=1), keys=[(1, 0)], keep=True)  # the other three pages
     before = engine.stats
     assert before.pages_free == 0

@@ -14,7 +14,7 @@ from socpo_fast.ops import Segment, packed_attention
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import SamplingParams
-from tests.engine.tiny import bits, drain, make_engine
+from tests.engine.tiny import bits, drain, generate_same, make_engine
 from tests.train.rollouts import make_rollouts, make_student
 
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=20, eos_ids=(), ignore_eos=True, seed=2)
@@ -49,7 +49,7 @@ def test_updates_move_nothing_and_are_seen_at_once(tokens_per_sync: int) -> None
     student = make_student()
     engine = make_engine(student, tokens_per_sync=tokens_per_sync)
     optimizer = Optimizer(student, lr=0.02, warmup_updates=0)
-    seen = [list(map(bits, engine.generate([PROMPT], PARAMS)[0]))]
+    seen = [list(map(bits, generate_same(engine, [PROMPT], PARAMS)[0]))]
     places = storage_of(engine)
     assert len(places) > 15
     for update_idx in range(3):
@@ -62,8 +62,8 @@ def test_updates_move_nothing_and_are_seen_at_once(tokens_per_sync: int) -> None
         assert storage_of(engine) == places
         engine.release(drain(engine))
 
-        group = engine.generate([PROMPT], PARAMS)[0]
-        elsewhere = make_engine(copy.deepcopy(student)).generate([PROMPT], PARAMS)[0]
+        group = generate_same(engine, [PROMPT], PARAMS)[0]
+        elsewhere = generate_same(make_engine(copy.deepcopy(student)), [PROMPT], PARAMS)[0]
         assert list(map(bits, group)) == list(map(bits, elsewhere))
         for attempt in group:
             expected = trainer_logprobs(student, PROMPT + attempt.token_ids, attempt.num_tokens)

@@ -16,7 +16,7 @@ from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, SamplingParams
-from tests.engine.tiny import kept
+from tests.engine.tiny import generate_same, kept
 from tests.error_rule import assert_bitwise_equal
 from tests.train.rollouts import make_student, turns_of
 
@@ -45,7 +45,7 @@ def sample_rollouts(student: Decoder) -> list[Rollout]:
     rng, engine = random.Random(0), Engine(student, kv_cache_gib=0.05, page_size=16)
     params = SamplingParams(n=2, temperature=1.0, max_new_tokens=5, eos_ids=(3,))
     prompts = [[rng.randrange(4, 131) for _ in range(length)] for length in (67, 71, 73, 79, 83)]
-    firsts = [attempt for group in engine.generate(prompts, params, keep=True) for attempt in group]
+    firsts = [attempt for group in generate_same(engine, prompts, params, keep=True) for attempt in group]
     for attempt in firsts:
         engine.resume(attempt, BRIDGE, params, kept_tokens=kept(prompts[attempt.key.question], attempt))
     seconds: dict[tuple[int, int], Attempt] = {}

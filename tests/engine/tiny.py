@@ -45,6 +45,13 @@ def make_engine(student: Decoder, *, num_pages: int = 200, page_size: int = 4, *
     return Engine(student, kv_cache_gib=gib, page_size=page_size, **options)
 
 
+def generate_same(
+    engine: Engine, prompts: list[list[int]], params: SamplingParams, **options: bool
+) -> list[list[Attempt]]:
+    """Engine.generate under the keys (0, 0), (0, 1), ..: every call draws the same tokens."""
+    return engine.generate(prompts, params, keys=[(0, q) for q in range(len(prompts))], **options)
+
+
 def drain(engine: Engine) -> list[Attempt]:
     """Step until idle; everything that finished, in order of (key, rollout_idx, attempt_idx)."""
     finished = []

@@ -14,6 +14,7 @@ import torch
 
 from socpo_fast.engine import Engine
 from socpo_fast.ops import paged_attention
+from tests.engine.tiny import generate_same
 from tests.ops.test_flash import FlashAttn
 from tools.gpu_check import engine as engine_stage
 from tools.gpu_check import engines, head, kernels, op_cases, profilers, worker
@@ -80,7 +81,7 @@ def test_flash_is_compared_where_it_is(check: Check, monkeypatch: pytest.MonkeyP
 def test_another_token_must_be_a_near_tie(check: Check) -> None:
     student, params = engines.make_student(check, "tiny", CPU), engines.params_of(check)
     (prompt,) = engines.prompts_of(student, 1, 20)
-    group = engines.make_engine(student).generate([prompt], params)[0]
+    group = generate_same(engines.make_engine(student), [prompt], params)[0]
     assert engines.same_attempt(student, prompt, params, group[0], group[0]) == (True, 0.0)
     message = "question 0, rollout 0, attempt 0: token 0 differs, though it leads by"
     with pytest.raises(AssertionError, match=message):
@@ -89,7 +90,7 @@ def test_another_token_must_be_a_near_tie(check: Check) -> None:
     nearly = engines.make_student(check, "tiny", CPU)
     with torch.no_grad():
         nearly.lm_head.weight.mul_(1.01)
-    other = engines.make_engine(nearly).generate([prompt], params)[0]
+    other = generate_same(engines.make_engine(nearly), [prompt], params)[0]
     with pytest.raises(AssertionError, match="log-probs differ by"):
         engines.same_attempt(student, prompt, params, other[0], group[0])
 
@@ -98,7 +99,7 @@ def test_leads_are_those_of_what_was_drawn(check: Check) -> None:
     student = engines.make_student(check, "small Qwen3", CPU)
     (prompt,) = engines.prompts_of(student, 1, 20)
     for params in (engines.params_of(check), engines.params_of(check, temperature=0.0, n=1)):
-        for attempt in engines.make_engine(student).generate([prompt], params)[0]:
+        for attempt in generate_same(engines.make_engine(student), [prompt], params)[0]:
             for position, token_id in enumerate(attempt.token_ids[:6]):
                 context = prompt + attempt.token_ids[:position]
                 lead = engines.lead(student, context, params, attempt, position)

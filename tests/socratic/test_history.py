@@ -10,6 +10,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.types import Question, Rollout, SamplingParams
+from tests.engine.tiny import generate_same
 from tests.socratic.episodes import (
     PROMPT,
     WITH_SYSTEM,
@@ -224,7 +225,7 @@ def test_a_real_engine_goes_on_from_the_rewritten_history(tmp_path_factory: pyte
     params = SamplingParams(temperature=0, max_new_tokens=12, eos_ids=bridge.eos_ids)
     for rollout in roll(0):
         assert cuts(rollout) == [-opened, -opened]
-        [[fresh]] = engine.generate([rollout.context_ids(2)], params)
+        [[fresh]] = generate_same(engine, [rollout.context_ids(2)], params)
         assert rollout.attempts[2].token_ids == fresh.token_ids
         assert torch.allclose(rollout.attempts[2].logprobs, fresh.logprobs, atol=1e-5)
     sampled = roll(1.0)

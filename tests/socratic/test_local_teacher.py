@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from socpo_fast.config import Config, LocalTeacherConfig, RunConfig
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.socratic import teachers
-from socpo_fast.socratic.rollout import background
 from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt, make_teacher
 from socpo_fast.socratic.teachers.base import clean_guidance
+from socpo_fast.socratic.teachers.calls import background
 from socpo_fast.types import GuidanceRequest, RolloutKey, SamplingParams
 from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
 

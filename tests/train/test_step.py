@@ -13,6 +13,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, SamplingParams
+from tests.engine.tiny import generate_same
 from tests.loss_options import gathered
 from tests.train.naive import TEMPERATURE, assert_close, decoder_forward, naive_logprobs, set_sampler_logprobs
 from tests.train.rollouts import contexts, make_rollouts, make_student, turns_of
@@ -118,7 +119,7 @@ def test_engine_and_packing_mean_the_same_by_a_cut(packing: Any) -> None:
     engine = Engine(student, kv_cache_gib=0.01, page_size=4)
     params = SamplingParams(n=6, temperature=TEMPERATURE, max_new_tokens=9, eos_ids=(), ignore_eos=True)
     prompt, bridge = [1, 2, 3, 4, 5, 6], [7, 8, 9]
-    first = engine.generate([prompt], params, keep=True)[0]
+    first = generate_same(engine, [prompt], params, keep=True)[0]
     cuts, rollouts = [None, 9, 8, 4, 0, -5], []
     for attempt, cut in zip(first, cuts, strict=True):
         attempts, context_length = [attempt], len(prompt)

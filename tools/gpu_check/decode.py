@@ -25,7 +25,7 @@ from tools.gpu_check.decoding import (
     make_engine,
     params_of,
 )
-from tools.gpu_check.engines import drain, launch_rounds, logits_of, prompts_of
+from tools.gpu_check.engines import drain, generate_same, launch_rounds, logits_of, prompts_of
 from tools.gpu_check.models import MODELS, make_model
 from tools.gpu_check.rooflines import decode_bytes, num_parameters
 from tools.gpu_check.timing import median_ms, profile_table
@@ -134,7 +134,7 @@ def groups_and_second_attempts(check: Check) -> None:
     prompts, params = prompts_of(student, groups, prompt), params_of(new, n=size)
     for _ in range(2):  # the first compiles and captures
         started, stats = time.perf_counter(), engine.stats
-        attempts = [a for group in engine.generate(prompts, params, keep=True) for a in group]
+        attempts = [a for group in generate_same(engine, prompts, params, keep=True) for a in group]
         resumed = attempts[::2]
         engine.release(attempts[1::2])
         for attempt in resumed:

@@ -26,6 +26,7 @@ from tools.gpu_check.engines import (
     compare_engines,
     drain,
     exact,
+    generate_same,
     launch_rounds,
     make_engine,
     make_student,
@@ -69,10 +70,10 @@ def graph_replay(check: Check) -> None:
     )
     for changes in settings:
         params = params_of(check, **changes)
-        found = [exact(engine.generate(prompts, params)) for engine in (replayed, launched)]
+        found = [exact(generate_same(engine, prompts, params)) for engine in (replayed, launched)]
         assert found[0] == found[1], "graph and eager rounds differ"
     one, eight = (
-        exact(make_engine(student, tokens_per_sync=n).generate(prompts[:1], params_of(check)))
+        exact(generate_same(make_engine(student, tokens_per_sync=n), prompts[:1], params_of(check)))
         for n in (1, 8)
     )
     assert one == eight, "one and eight tokens a host read differ"
@@ -84,7 +85,7 @@ def weights_stay(check: Check) -> None:
     prompts, params = prompts_of(student, 2, 21), params_of(check)
     engine = make_engine(student, tokens_per_sync=8)
     optimizer = Optimizer(student, lr=1e-3, warmup_updates=0)
-    seen = [exact(engine.generate(prompts, params))]
+    seen = [exact(generate_same(engine, prompts, params))]
     pointers = [x.data_ptr() for x in [*student.parameters(), *student.buffers()]]
     for _ in range(3):
         for idx, parameter in enumerate(student.parameters()):
@@ -93,11 +94,11 @@ def weights_stay(check: Check) -> None:
             parameter.grad = grad.to(check.device)
         assert not optimizer.step().skipped
         engine.bump_policy_version()
-        seen.append(exact(engine.generate(prompts, params)))
+        seen.append(exact(generate_same(engine, prompts, params)))
         now = [x.data_ptr() for x in [*student.parameters(), *student.buffers()]]
         assert now == pointers, "storage moved"
         fresh = make_engine(copy.deepcopy(student), tokens_per_sync=8)
-        assert seen[-1] == exact(fresh.generate(prompts, params)), "old weights in the engine"
+        assert seen[-1] == exact(generate_same(fresh, prompts, params)), "old weights in the engine"
         assert seen[-1] != seen[-2], "an update changed no token"
 
 
@@ -108,7 +109,7 @@ def host_syncs(check: Check) -> None:
     params = params_of(check, n=2)
     for count in (1, 8):
         engine = make_engine(student, tokens_per_sync=count)
-        engine.generate([prompt], params)  # compiles, captures
+        generate_same(engine, [prompt], params)  # compiles, captures
         if (loop := engine._loop) is not None:
             graph, rounds = loop._graph, loop._round
             loop._graph = lambda *size, graph=graph: SimpleNamespace(

@@ -40,6 +40,13 @@ def make_engine(student: Decoder, *, num_pages: int = 400, **options: int) -> En
     return Engine(student, kv_cache_gib=gib, page_size=PAGE_SIZE, **options)
 
 
+def generate_same(
+    engine: Engine, prompts: list[list[int]], params: SamplingParams, **options: bool
+) -> list[list[Attempt]]:
+    """Engine.generate under the keys (0, 0), (0, 1), ..: every call draws the same tokens."""
+    return engine.generate(prompts, params, keys=[(0, q) for q in range(len(prompts))], **options)
+
+
 def prompts_of(student: Decoder, count: int, length: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(length)
     vocab_size = student.config.vocab_size
@@ -127,7 +134,7 @@ def compare_engines(check: Check, ours: Engine, theirs: Engine, *, of: str) -> N
     settings: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.0, "n": 1}, {"temperature": 0.7})
     for changes in settings:
         params = params_of(check, **changes)
-        groups = [engine.generate(prompts, params, keep=True) for engine in (ours, theirs)]
+        groups = [generate_same(engine, prompts, params, keep=True) for engine in (ours, theirs)]
         contexts = {
             (attempt.key, attempt.rollout_idx): prompt
             for prompt, group in zip(prompts, groups[1], strict=True)

@@ -20,7 +20,7 @@ from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, Turn
 from tools.gpu_check.check import Check, Part, check_close, relative_error
 from tools.gpu_check.decoding import make_engine, params_of
-from tools.gpu_check.engines import prompts_of
+from tools.gpu_check.engines import generate_same, prompts_of
 from tools.gpu_check.groups import GROUP, TINY_GROUP, make_rollouts
 from tools.gpu_check.models import CONFIGS, MODELS, make_model
 from tools.gpu_check.rooflines import num_parameters, update_flops
@@ -98,7 +98,7 @@ def mismatch(dtype: torch.dtype) -> Part:
         prompt, new = (12, 8) if check.tiny else (300, 100)
         engine: Engine = make_engine(student, 4 * 8 * (prompt + new + 64))
         prompts = prompts_of(student, 4, prompt)
-        groups = engine.generate(prompts, params_of(new, n=8))
+        groups = generate_same(engine, prompts, params_of(new, n=8))
         rollouts = [
             Rollout(
                 question_idx=q,

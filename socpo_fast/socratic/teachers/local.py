@@ -55,6 +55,17 @@ class LocalTeacher:
         return None if text is None else Guidance(text=text, duration_s=time.perf_counter() - since)
 
     def step(self) -> bool:
+        try:
+            return self._step()
+        except BaseException:  # the engine may have stopped in the middle of something
+            self._drop_requests()
+            raise
+
+    async def aclose(self) -> None:
+        """Drop what is queued or under way; nobody may be in step() meanwhile."""
+        self._drop_requests()
+
+    def _step(self) -> bool:
         for key in [key for key, pending in self._running.items() if pending.answer.done()]:
             self._engine.cancel(key)  # whoever asked has given up
             del self._running[key]
@@ -66,8 +77,14 @@ class LocalTeacher:
             _resolve(self._running.pop(attempt.key), clean_guidance(self._bridge.decode(attempt.token_ids)))
         return True
 
-    async def aclose(self) -> None:
-        pass
+    def _drop_requests(self) -> None:
+        """Nobody who asked gets guidance, and the engine is as new."""
+        for pending in self._running.values():
+            _resolve(pending, None)
+        self._running.clear()
+        while not self._arrived.empty():
+            _resolve(self._arrived.get_nowait(), None)
+        self._engine.reset()
 
     def _submit_arrived(self) -> None:
         for _ in range(self._arrived.qsize()):

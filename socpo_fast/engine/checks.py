@@ -1,0 +1,53 @@
+"""What is refused at the engine's door, in the caller's words, before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from socpo_fast.engine.pages import PagePool
+from socpo_fast.engine.sequence import Sequence
+from socpo_fast.model.config import ModelConfig
+from socpo_fast.types import Attempt, SamplingParams
+
+
+def check_settings(page_size: int, max_running: int, token_budget: int, tokens_per_sync: int | None) -> None:
+    """Numbers that an engine could never run with."""
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
+    if min(limits := (max_running, token_budget, tokens_per_sync or 1)) < 1:
+        raise ValueError(f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}")
+
+
+def check_fits(where: str, token_ids: Seq[int], params: SamplingParams, config: ModelConfig, pool: PagePool) -> None:
+    """A context that the vocabulary lacks, or that model or pool can never hold with its new tokens."""
+    if not token_ids or min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
+        rule = f"non-empty and in [0, {config.vocab_size})"
+        raise ValueError(f"{where}: token ids must be {rule}, got {list(token_ids[:8])}")
+    total = len(token_ids) + params.max_new_tokens
+    if total > config.max_position_embeddings:
+        raise ValueError(
+            f"{where}: prompt + max_new_tokens must be <= the model's {config.max_position_embeddings} positions, "
+            f"got {len(token_ids)} + {params.max_new_tokens}; shorten the prompt or lower max_new_tokens"
+        )
+    if (needed := pool.pages_for(total)) > pool.num_pages:
+        raise ValueError(
+            f"{where}: need {needed} pages of {pool.page_size} tokens, the pool has {pool.num_pages}; "
+            "raise engine.kv_cache_gib or lower max_new_tokens"
+        )
+
+
+def check_resume(attempt: Attempt, old: Sequence | None, suffix_ids: Seq[int], kept_tokens: int) -> Sequence:
+    """Returns the pinned sequence of an attempt that can go on so."""
+    if old is None:
+        raise ValueError(
+            f"resume: attempt must be finished, neither released nor resumed before, got {attempt.key} rollout "
+            f"{attempt.rollout_idx} attempt {attempt.attempt_idx}; submit the whole context instead"
+        )
+    if not suffix_ids:
+        raise ValueError("resume: suffix_ids must be non-empty, got none; the next attempt needs a context of its own")
+    if not 1 <= kept_tokens <= len(old.token_ids):
+        raise ValueError(
+            f"resume: kept_tokens must be in [1, {len(old.token_ids)}], got {kept_tokens}; "
+            f"the row is {old.attempt_start} tokens of context and {attempt.num_tokens} sampled ones"
+        )
+    return old
