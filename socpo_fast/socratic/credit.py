@@ -7,6 +7,7 @@ record; everything in between is one call of ops.credit_attempts.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,18 @@ class AttemptTable(NamedTuple):
 
 
 def attempt_table(rollouts: Sequence[Rollout]) -> AttemptTable:
-    """Returns the raw rewards of all attempts and whose they are; every token of an attempt counts."""
+    """Returns the raw rewards of all attempts and whose they are; every token of an attempt counts.
+
+    Raises:
+        ValueError: two rollouts of a question have one rollout_idx, and would be credited as one.
+    """
+    names = Counter((rollout.question_idx, rollout.rollout_idx) for rollout in rollouts)
+    for (question_idx, rollout_idx), times in names.items():
+        if times > 1:
+            raise ValueError(
+                f"attempt_table: rollout_idx must be unique in a question, got {rollout_idx} of question "
+                f"{question_idx} {times} times; give each rollout its own"
+            )
     turns = [(rollout, turn) for rollout in rollouts for turn in rollout.turns]
     counts = [
         (turn.attempt.num_tokens, rollout.question_idx, turn.attempt.attempt_idx, rollout.rollout_idx)

@@ -102,6 +102,7 @@ def socratic_episode(
     options: RolloutOptions,
     max_new_tokens: int,
     max_tokens: int,
+    rollout_idx: int = 0,
 ) -> Rollout:
     """Play one episode with anybody's generator.
 
@@ -111,6 +112,7 @@ def socratic_episode(
         bridge:         the student's chat template; its guidance_limit must be that of the options.
         max_new_tokens: that the generator samples at most.
         max_tokens:     that a context and its attempt may have together.
+        rollout_idx:    which of the question's rollouts; another one for each, where they are credited together.
 
     Returns:
         the rollout. Its attempts have no log-probs (NaN): recompute them before training.
@@ -119,7 +121,7 @@ def socratic_episode(
         ValueError: the generator returned no token, or more than max_new_tokens; another limit.
     """
     limits, guide = Limits(max_new_tokens, max_tokens), as_teacher(teacher)
-    episode = Episode(question, bridge=bridge, grader=grader, options=options, limits=limits)
+    episode = Episode(question, bridge=bridge, grader=grader, options=options, limits=limits, rollout_idx=rollout_idx)
     rollout, key = episode.rollout, RolloutKey(fresh_batch(), question.question_idx)
     while True:
         turn_idx = len(rollout.turns)
@@ -135,7 +137,7 @@ def socratic_episode(
             kept_mass=unknown,
             finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
             key=key,  # the generator's noise is its own, but a teacher may draw by this name
-            rollout_idx=0,
+            rollout_idx=rollout_idx,
             attempt_idx=turn_idx,
             policy_version=0,
         )

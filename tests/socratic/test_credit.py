@@ -87,3 +87,10 @@ def test_the_table_has_a_row_an_attempt() -> None:
     assert table.question_idx_A.tolist() == [7, 7, 9]
     assert table.attempt_idx_A.tolist() == [0, 1, 0]
     assert table.rollout_idx_A.tolist() == [1, 1, 0]
+
+
+def test_rollouts_of_one_name_are_refused() -> None:
+    """They would be credited as one trajectory."""
+    twins = [rollout(3, 0, [True]), rollout(4, 0, [True]), rollout(3, 0, [False])]
+    with pytest.raises(ValueError, match="rollout_idx must be unique in a question, got 0 of question 3"):
+        attempt_table(twins)

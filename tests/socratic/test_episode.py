@@ -133,8 +133,10 @@ def test_both_drivers_play_the_same_episode(answers: list[list[int]], context: s
     [ours] = socratic_rollouts(engine, TOKENIZER, [question(4)], params=PARAMS, options=options, bridge=BRIDGE, **given)
     generate, contexts = script_of(answers)
     limits = {"max_new_tokens": PARAMS.max_new_tokens, "max_tokens": engine.max_tokens}
-    theirs = socratic_episode(question(4), generate=generate, bridge=BRIDGE, options=options, **given, **limits)
+    drive = {"generate": generate, "bridge": BRIDGE, "options": options, **given, **limits}
+    theirs = socratic_episode(question(4), rollout_idx=2, **drive)
     assert record(theirs) == record(ours)
+    assert {theirs.rollout_idx, *(attempt.rollout_idx for attempt in theirs.attempts)} == {2}
     assert contexts == [engine.contexts[4, 0, k] for k in range(len(contexts))]
     assert all(turn.attempt.logprobs.isnan().all() for turn in theirs.turns)
 
@@ -170,8 +172,13 @@ def test_a_generator_is_held_to_its_limit() -> None:
 
 
 def test_a_bridge_with_another_limit_is_refused() -> None:
-    with pytest.raises(ValueError, match="bridge.guidance_limit must be options.guidance_limit 7, got 50"):
-        next(rollouts_of(ScriptedEngine({}), options=options_of(guidance_limit=7), bridge=BRIDGE))
+    """By both drivers, before anything is sampled."""
+    options, message = options_of(guidance_limit=7), "bridge.guidance_limit must be options.guidance_limit 7, got 50"
+    with pytest.raises(ValueError, match=message):
+        next(rollouts_of(ScriptedEngine({}), options=options, bridge=BRIDGE))
+    given = {"teacher": lambda request: "x", "grader": contains, "max_new_tokens": 9, "max_tokens": 99}
+    with pytest.raises(ValueError, match=message):
+        socratic_episode(question(4), generate=list, bridge=BRIDGE, options=options, **given)
 
 
 def test_a_grader_that_raises_leaves_no_attempt_pinned() -> None:
