@@ -95,7 +95,7 @@ def write_metrics(folder: Path) -> None:
 def test_everything_a_model_wrote_is_escaped(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     write_rollout_file(tmp_path, 1, EVIL)
-    config = load_config(None, {"run.name": "demo", "teacher.system_prompt": EVIL})
+    config = load_config(None, {"run.name": "demo", "teacher.kind": "retry", "teacher.retry_text": EVIL})
     (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     page = parse(write_report(tmp_path))
     assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "link", "object", "form")]
