@@ -215,10 +215,10 @@ class Engine:
                 group.sort(key=lambda attempt: attempt.rollout_idx)
                 if not keep:
                     self.release(group)
+            return groups
         except BaseException:
             self.reset()
             raise
-        return groups
 
     def release(self, attempts: Iterable[Attempt]) -> None:
         """Give back the pages of finished attempts; one that was resumed or released before is passed over."""

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -65,7 +64,7 @@ def socratic_rollouts(
 
     Raises:
         ValueError: a question twice or in flight under this batch_idx, a prompt that can never fit,
-            a busy engine, another limit.
+            a busy engine, a bridge of another guidance_limit.
     """
     if len({question.question_idx for question in questions}) != len(questions):
         raise ValueError("socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it")
@@ -118,7 +117,8 @@ def socratic_episode(
         the rollout. Its attempts have no log-probs (NaN): recompute them before training.
 
     Raises:
-        ValueError: the generator returned no token, or more than max_new_tokens; another limit.
+        ValueError: the generator returned no token, or more than max_new_tokens; or the bridge
+            has another guidance_limit.
     """
     limits, guide = Limits(max_new_tokens, max_tokens), as_teacher(teacher)
     episode = Episode(question, bridge=bridge, grader=grader, options=options, limits=limits, rollout_idx=rollout_idx)
@@ -246,12 +246,7 @@ class _Driver:
     def __enter__(self) -> _Driver:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         """Leave nothing behind: no call in flight, no sequence, no page.
 
         Closed by the caller, or after an error of grader, teacher or bridge, the engine is in order:
@@ -261,7 +256,8 @@ class _Driver:
         """
         for future in self.waiting:
             future.cancel()
-        if self.is_stepping or not issubclass(kind or Exception, Exception | GeneratorExit):
+        interrupted = kind is not None and not issubclass(kind, Exception | GeneratorExit)
+        if self.is_stepping or interrupted:
             self.engine.reset()
             return
         for episode in self.in_flight.values():

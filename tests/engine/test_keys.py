@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
-from itertools import count
-from typing import Any
 
 import pytest
 
-from socpo_fast.engine import Engine
-from socpo_fast.engine import engine as engine_module
-from socpo_fast.engine.runner import Runner
-from socpo_fast.types import Attempt, SamplingParams
-from tests.engine.tiny import bits, drain, generate_same, make_engine, make_student, untouched
+from socpo_fast.types import SamplingParams
+from tests.engine.tiny import bits, drain, make_engine, make_student
 
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=6, eos_ids=(3,), seed=5)
 PROMPT = [5, 7, 9, 11, 13]
@@ -80,76 +74,3 @@ def test_calls_without_keys_draw_fresh_noise() -> None:
     assert keys[3].batch == keys[0].batch + 1 > 2**40  # a count, so a program run twice draws the same
     [again] = engine.generate([PROMPT], params, keys=[tuple(keys[0])])
     assert [bits(a) for a in again] == [bits(a) for a in first[0]]
-
-
-class Stopped(BaseException):
-    """Ctrl-C, a signal, or no memory, in the middle of a step."""
-
-
-@pytest.mark.parametrize("after", [1, 2, 5])
-@pytest.mark.parametrize("where", ["forward", "draw"])
-def test_generate_that_is_stopped_leaves_nothing(monkeypatch: pytest.MonkeyPatch, where: str, after: int) -> None:
-    engine = make_engine(make_student(), num_pages=30)
-    owner: Any = engine_module if where == "draw" else Runner
-    name = "sample_tokens" if where == "draw" else "forward"
-    real, calls = getattr(owner, name), count(1)
-
-    def failing(*given: Any, **options: Any) -> Any:
-        if next(calls) == after:
-            raise Stopped
-        return real(*given, **options)
-
-    monkeypatch.setattr(owner, name, failing)
-    with pytest.raises(Stopped):
-        generate_same(engine, [PROMPT, [8]], PARAMS)
-    assert_as_new(engine)
-
-
-def assert_as_new(engine: Engine) -> None:
-    """Nothing queued, held or remembered; what is drawn next is what a fresh engine draws."""
-    assert not engine.has_work
-    assert engine.stats.pages_free == engine.stats.pages_total
-    groups = generate_same(engine, [PROMPT, [8]], PARAMS)
-    for question, (prompt, group) in enumerate(zip([PROMPT, [8]], groups, strict=True)):
-        for idx, attempt in enumerate(group):
-            expected = untouched(engine.student, prompt, PARAMS, key=(0, question), rollout_idx=idx)
-            assert bits(attempt) == expected
-
-
-def test_reset_at_any_moment() -> None:
-    """Between any two steps of any history: waiting, running, forked, preempted, pinned and resumed attempts."""
-    student, rng = make_student(), random.Random(0)
-    engine = make_engine(student, num_pages=14, max_running=4, token_budget=8)
-    pages = engine.stats.pages_total
-    kinds: set[str] = set()
-    for _ in range(60):
-        finished: list[Attempt] = []
-        for _ in range(rng.randrange(1, 25)):
-            kind = rng.choice(["submit", "step", "step", "step", *["resume"] * bool(finished)])
-            if kind == "submit":
-                prompt = [rng.randrange(37) for _ in range(rng.randrange(1, 12))]
-                engine.submit(prompt, PARAMS, key=(1, rng.randrange(10**9)))
-            elif kind == "step":
-                finished += engine.step()
-            else:
-                attempt = finished.pop(rng.randrange(len(finished)))
-                engine.resume(attempt, [1, 2], replace(PARAMS, n=1), kept_tokens=1)
-            kinds.add(kind)
-        before = engine.stats
-        engine.reset()
-        assert not engine.has_work and engine.stats.pages_free == pages
-        assert engine.stats.prefill_tokens == before.prefill_tokens  # counts go on
-        for attempt in finished:
-            with pytest.raises(ValueError, match="resume: attempt must be finished"):
-                engine.resume(attempt, [1], PARAMS, kept_tokens=1)
-    assert kinds == {"submit", "step", "resume"} and engine.stats.preemptions > 0
-    assert_as_new(engine)
-
-
-def test_reset_keeps_weights_version_and_storage() -> None:
-    engine = make_engine(make_student())
-    engine.bump_policy_version()
-    generate_same(engine, [PROMPT], PARAMS, keep=True)
-    engine.reset()
-    assert engine.policy_version == 1
-    assert_as_new(engine)

@@ -27,13 +27,15 @@ def run_traces(seeds: range) -> Counter:
         seen["third attempts"] += sum(attempt.attempt_idx >= 2 for attempt in trace.finished)
         seen["under two weights"] += sum(len(dict(starts)) > 1 for starts in trace.versions.values())
         seen["into a shared page"] += trace.num_shared
+        seen["interrupts"] += trace.num_interrupts
+        seen["refused keys"] += trace.num_refused_keys
     return seen
 
 
 def test_traces() -> None:
-    """Fifty of them, and that they met what they are for."""
-    seen = run_traces(range(50))
-    assert len(seen) == 6 and min(seen.values()) > 10, seen
+    """A hundred of them, and that they met what they are for."""
+    seen = run_traces(range(100))
+    assert len(seen) == 8 and min(seen.values()) > 10, seen
 
 
 @pytest.mark.slow

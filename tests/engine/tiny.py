@@ -45,11 +45,16 @@ def make_engine(student: Decoder, *, num_pages: int = 200, page_size: int = 4, *
     return Engine(student, kv_cache_gib=gib, page_size=page_size, **options)
 
 
+def keys_of(prompts: list[list[int]]) -> list[tuple[int, int]]:
+    """(0, q) of each: the same draws in every engine, whatever was drawn before."""
+    return [(0, q) for q in range(len(prompts))]
+
+
 def generate_same(
     engine: Engine, prompts: list[list[int]], params: SamplingParams, **options: bool
 ) -> list[list[Attempt]]:
-    """Engine.generate under the keys (0, 0), (0, 1), ..: every call draws the same tokens."""
-    return engine.generate(prompts, params, keys=[(0, q) for q in range(len(prompts))], **options)
+    """Engine.generate under the prompts' own keys: every call draws the same tokens."""
+    return engine.generate(prompts, params, keys=keys_of(prompts), **options)
 
 
 def drain(engine: Engine) -> list[Attempt]:

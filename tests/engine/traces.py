@@ -1,9 +1,10 @@
 """A random life of an engine, step by step against a dictionary model of its pages.
 
-Trace does what a caller can do, in any order: submit, step, resume at any cut, release, cancel, change the weights, ask
-for what can never fit; and, as a full pool does, takes pages away from whoever has some. The pool is tiny, so that
-happens by itself as well. PageBook holds after every move who owns a page and what it was computed from; `check_tokens`
-at the end holds every attempt to that of an engine of its own.
+Trace does what a caller can do, in any order: submit, step, resume at any cut, release, cancel, reset, change the
+weights, ask for what can never fit or under a key in flight, stop a step anywhere; and, as a full pool does, takes
+pages away from whoever has some. The pool is tiny, so that happens by itself as well. PageBook holds after every move
+who owns a page and what it was computed from; `check_tokens` at the end holds every attempt to that of an engine of
+its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model import Decoder
 from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 from tests.engine.tiny import POSITIONS, VOCAB, bits, make_engine, make_student, untouched
+from tests.interrupts import interrupted_at
 
 Name = tuple[RolloutKey, int, int]  # key, rollout_idx, attempt_idx
 STUDENTS = [make_student(seed) for seed in range(3)]  # policy_version % 3
@@ -83,6 +85,7 @@ class Trace:
         )
         self.book = PageBook(self.engine)
         self.num_questions = self.num_shared = 0  # num_shared: resumed into a page that others hold too
+        self.num_interrupts = self.num_refused_keys = 0
         self.contexts: dict[Name, list[int]] = {}
         self.params: dict[Name, SamplingParams] = {}
         self.versions: dict[Name, list[tuple[int, int]]] = {}  # (tokens sampled before, policy_version from there on)
@@ -99,6 +102,9 @@ class Trace:
             self.cancel: 1,
             self.change_weights: 1,
             self.ask_for_too_much: 1,
+            self.submit_again: 0.5,
+            self.interrupt: 0.4,
+            self.reset: 0.1,
         }
         for move in self.rng.choices(list(moves), list(moves.values()), k=num_moves):
             move()
@@ -190,6 +196,39 @@ class Trace:
             with pytest.raises(ValueError, match="submit: (token ids must|need|prompt [+] max_new_tokens must)"):
                 self.engine.submit(prompt, self.random_params(), key=(8, 0))
         assert (self.engine.stats, self.engine._scheduler.waiting) == before
+
+    def submit_again(self) -> None:
+        """A key of before: refused as long as anything under it is in flight."""
+        if self.num_questions == 0:
+            return
+        key = RolloutKey(7, self.rng.randrange(self.num_questions))
+        scheduler, params = self.engine._scheduler, self.random_params()
+        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned]
+        if any(sequence.key == key for sequence in live):
+            self.num_refused_keys += 1
+            with pytest.raises(ValueError, match="submit: key must have no rollout in flight"):
+                self.engine.submit([1], params, key=key)
+        else:
+            self.engine.submit([1], params, key=key)
+            self.engine.cancel(key)
+
+    def interrupt(self) -> None:
+        """Ctrl-C somewhere in a step, which may end before."""
+        try:
+            with interrupted_at(self.rng.randint(1, 150)):
+                done = self.engine.step()
+        except KeyboardInterrupt:
+            self.num_interrupts += 1
+            self.reset()
+        else:
+            self.pinned += done
+            self.finished += done
+
+    def reset(self) -> None:
+        self.engine.reset()
+        self.pinned = []
+        assert self.engine.stats.pages_free == self.engine.stats.pages_total
+        assert not self.engine.has_work
 
     def check_tokens(self) -> None:
         """Every attempt against `untouched`, under the weights that each of its tokens was sampled with."""

@@ -15,6 +15,7 @@ from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt, make_teach
 from socpo_fast.socratic.teachers.base import clean_guidance
 from socpo_fast.socratic.teachers.calls import background
 from socpo_fast.types import GuidanceRequest, RolloutKey, SamplingParams
+from tests.interrupts import interrupted_at
 from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
 
 SETTINGS = {
@@ -149,6 +150,45 @@ def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
     never_started.cancel()
     assert ask(teacher, [request(1)]) != expected
     assert teacher._engine.stats.pages_free == teacher._engine.stats.pages_total
+
+
+def test_an_abandoned_request_goes_at_the_next_step(teacher: LocalTeacher) -> None:
+    asked = [background(teacher.guide(request(i))) for i in range(3)]
+    wait_until(lambda: teacher.step() and teacher._engine.has_work)
+    for future in asked:
+        future.cancel()
+    wait_until(lambda: not teacher.step())
+    assert_empty(teacher)
+
+
+def test_closing_drops_what_is_queued_and_under_way(teacher: LocalTeacher) -> None:
+    expected = ask(teacher, [request(0), request(1)])
+    running = background(teacher.guide(request(0)))
+    wait_until(teacher.step)
+    queued = background(teacher.guide(request(1)))
+    wait_until(lambda: not teacher._arrived.empty())
+    background(teacher.aclose()).result(timeout=30)
+    assert running.result(timeout=30) is queued.result(timeout=30) is None
+    assert_empty(teacher)
+    assert ask(teacher, [request(0), request(1)]) == expected
+
+
+@pytest.mark.parametrize("line", [5, 40, 120, 200])
+def test_a_step_that_is_interrupted_drops_its_requests(teacher: LocalTeacher, line: int) -> None:
+    expected = ask(teacher, [request(0), request(1)])
+    asked = [background(teacher.guide(request(i))) for i in range(2)]
+    wait_until(lambda: teacher._arrived.qsize() == 2)
+    with pytest.raises(KeyboardInterrupt), interrupted_at(line):
+        wait_until(lambda: not teacher.step())
+    wait_until(lambda: all(future.done() for future in asked))
+    assert [future.result() for future in asked] == [None, None]
+    assert_empty(teacher)
+    assert ask(teacher, [request(0), request(1)]) == expected
+
+
+def assert_empty(teacher: LocalTeacher) -> None:
+    engine = teacher._engine
+    assert not engine.has_work and engine.stats.pages_free == engine.stats.pages_total
 
 
 def test_no_room_for_a_prompt_is_refused_at_the_start(folder: Path) -> None:
