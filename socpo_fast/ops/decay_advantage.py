@@ -40,26 +40,21 @@ class Credit(NamedTuple):
     factors_K: Tensor  # [K] fp64: what the raw reward of attempt 0, 1, .. was multiplied by
 
 
-def credit_attempts_ref(
-    rewards_A: Tensor,
-    attempt_idx_A: Tensor,
-    num_tokens_A: Tensor | None,
-    keys_GA: Tensor | None,
-    last_A: Tensor | None,
-    factors: list[float] | None,
-    *,
-    num_factors: int,
-    estimator: Estimator,
-    eps: float,
-) -> Credit:
-    """`credit_attempts`, unchecked, on the host.
+class _Table(NamedTuple):
+    """The attempts of a batch, as the implementations take them."""
 
-    Args:
-        keys_GA: attempts that agree in every row of it are a group; None where nothing is compared.
-        last_A:  row of the last attempt of each row's rollout; None where attempts keep their own reward.
-        factors: f_0, f_1, .. (num_factors of them); None for the batch's own means.
-    """
-    raw_A = rewards_A.double()
+    raw_A: Tensor  # [A] fp64
+    attempt_idx_A: Tensor  # [A] int64
+    num_tokens_A: Tensor | None = None  # [A] int64; None where only rewards are asked for
+    keys_GA: Tensor | None = None  # [G, A] int64: who agrees in every row is a group; None: nobody is compared
+    last_A: Tensor | None = None  # [A] int64: whose reward an attempt earns; None: its own
+
+
+def credit_attempts_ref(
+    table: _Table, factors: list[float] | None, *, num_factors: int, estimator: Estimator, eps: float
+) -> Credit:
+    """`credit_attempts`, unchecked, on the host; factors are None for the batch's own means."""
+    raw_A, attempt_idx_A, num_tokens_A, keys_GA, last_A = table
     factors = _batch_means(raw_A, attempt_idx_A, num_factors) if factors is None else factors
     factors_K = torch.tensor(factors, dtype=torch.float64)
     earned_A = (raw_A * factors_K[attempt_idx_A]).float()
@@ -124,9 +119,10 @@ def credit_attempts(
         assert rollout_idx_A is not None
         check("rollout_idx_A", rollout_idx_A, INDEX)
         last_A = _last_of_rollout(question_idx_A, rollout_idx_A, attempt_idx_A)
+    table = _Table(rewards_A.detach().double(), attempt_idx_A, last_A=last_A)
     if not num_tokens_A.any():
         warnings.warn(f"{where}: the batch has no loss tokens; all advantages are 0", stacklevel=2)
-        earned = _run(impl, where, rewards_A, attempt_idx_A, options, num_factors, last_A=last_A)
+        earned = _run(where, impl, table, options, num_factors, _REWARDS_ONLY)
         return earned._replace(advantages_A=torch.zeros_like(earned.rewards_A))
     if estimator.whitens and num_tokens_A.sum() == 1:
         raise ValueError(
@@ -134,18 +130,9 @@ def credit_attempts(
             "use a larger batch"
         )
     keys = (question_idx_A, attempt_idx_A) if options.baseline_group == "question_attempt" else (question_idx_A,)
-    return _run(
-        impl,
-        where,
-        rewards_A,
-        attempt_idx_A,
-        options,
-        num_factors,
-        num_tokens_A=num_tokens_A,
-        keys_GA=None if estimator.baseline == "none" else torch.stack(keys),
-        last_A=last_A,
-        estimator=estimator,
-    )
+    keys_GA = None if estimator.baseline == "none" else torch.stack(keys)
+    table = table._replace(num_tokens_A=num_tokens_A, keys_GA=keys_GA)
+    return _run(where, impl, table, options, num_factors, estimator)
 
 
 def compute_advantages(
@@ -210,42 +197,21 @@ def decay_rewards(
     """
     where, options = "decay_rewards", CreditOptions(schedule=schedule, factor=factor)
     num_factors = _check_rewards(TensorChecker(where), rewards_A, attempt_idx_A, options)
-    return _run(impl, where, rewards_A, attempt_idx_A, options, num_factors).rewards_A
+    table = _Table(rewards_A.detach().double(), attempt_idx_A)
+    return _run(where, impl, table, options, num_factors, _REWARDS_ONLY).rewards_A
 
 
 def _run(
-    impl: str,
-    where: str,
-    rewards_A: Tensor,
-    attempt_idx_A: Tensor,
-    options: CreditOptions,
-    num_factors: int,
-    *,
-    num_tokens_A: Tensor | None = None,
-    keys_GA: Tensor | None = None,
-    last_A: Tensor | None = None,
-    estimator: Estimator = _REWARDS_ONLY,
+    where: str, impl: str, table: _Table, options: CreditOptions, num_factors: int, estimator: Estimator
 ) -> Credit:
-    """Choose the implementation and call it; without an estimator advantages are rewards."""
-    device = rewards_A.device
+    """Choose the implementation and call it."""
+    device = table.raw_A.device
     impl = choose_impl(where, impl, IMPLS[where], device)
     factors = options.factors(num_factors)
-    raw_A = rewards_A.detach().double()
     if impl == "ref":
-        num_tokens_A, keys_GA, last_A = (None if x is None else x.cpu() for x in (num_tokens_A, keys_GA, last_A))
-        credit = credit_attempts_ref(
-            raw_A.cpu(),
-            attempt_idx_A.cpu(),
-            num_tokens_A,
-            keys_GA,
-            last_A,
-            factors,
-            num_factors=num_factors,
-            estimator=estimator,
-            eps=options.eps,
-        )
+        host = _Table(*(None if x is None else x.cpu() for x in table))  # type: ignore[arg-type]
+        credit = credit_attempts_ref(host, factors, num_factors=num_factors, estimator=estimator, eps=options.eps)
         return Credit(*(x.to(device) for x in credit))
-    table = raw_A, attempt_idx_A, num_tokens_A, keys_GA, last_A
     compare = estimator.baseline, estimator.divides_by_std, estimator.whitens, options.eps
     launch = kernels_of("decay_advantage", impl).decay_advantage
     return Credit(*launch(*table, factors, num_factors, *compare))
