@@ -29,6 +29,7 @@ from socpo_fast.ops.credit_options import BaselineGroup, CreditOptions, CreditTo
 from socpo_fast.registries import ESTIMATORS, Estimator
 
 WHITEN_EPS = 1e-8
+MAX_ATTEMPTS = 256  # of a rollout: an index of another kind given by mistake would be a table of its size
 _REWARDS_ONLY = Estimator(baseline="none")
 
 
@@ -94,7 +95,7 @@ def credit_attempts(
         rewards_A:      [A] fp32 or fp64, finite. Raw rewards of all attempts of the batch.
         num_tokens_A:   [A] int64, >= 0. Loss tokens of each attempt.
         question_idx_A: [A] int64, any values; equal values are one question of the batch.
-        attempt_idx_A:  [A] int64, >= 0. 0 is an answer without help; batch_mean needs one of them.
+        attempt_idx_A:  [A] int64, in [0, 256). 0 is an answer without help; batch_mean needs one of them.
         rollout_idx_A:  [A] int64, any values; attempts that agree in question and rollout are one
                         rollout. Needed where options.credit is "trajectory".
         impl:           "auto", "ref", "cpp" or "triton".
@@ -228,6 +229,7 @@ def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tenso
     first, last = (int(idx) for idx in attempt_idx_A.aminmax())
     holds = options.schedule != "batch_mean" or first == 0
     check_rule(check.where, "attempt_idx_A", first, holds, "0 for at least one attempt")
+    check_rule(check.where, "attempt_idx_A", last, last < MAX_ATTEMPTS, f"below {MAX_ATTEMPTS}")
     return last + 1
 
 

@@ -254,6 +254,12 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
         CreditOptions(**options)
 
 
+def test_an_index_of_another_kind_is_refused(impl: str) -> None:
+    """It would be a table of its size."""
+    with pytest.raises(ValueError, match="^decay_rewards: attempt_idx_A must be below 256, got 1099511627776"):
+        decay_rewards(torch.ones(2), torch.tensor([0, 2**40]), impl=impl)
+
+
 def test_help_without_first_attempts_has_no_mean(impl: str) -> None:
     with pytest.raises(ValueError, match="^decay_rewards: attempt_idx_A must be 0 for at least one attempt, got 1"):
         decay_rewards(torch.ones(2), torch.tensor([1, 2]), impl=impl)
