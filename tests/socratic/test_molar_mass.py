@@ -148,6 +148,7 @@ def test_tutor_refuses_other_questions(question: str) -> None:
         ask(render(work_out(TERMS)), question)
 
 
+@pytest.mark.slow
 def test_warm_up_is_seeded() -> None:
     """Two tiny runs give the same weights, and only assistant tokens are targets."""
     first, tokenizer = warm_up.make_student(seed=5, num_updates=2)
