@@ -132,7 +132,10 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     "unknown grader": (settings(data__grader="regex"), "config: data.grader must be one of sciknoweval, mcq"),
     "grader of no module": (settings(data__grader="no_such:thing"), "data.grader must name a module that can be"),
     # settings
-    "K of 0": (settings(rollout__max_attempts=0), "config: rollout.max_attempts must be an integer >= 1, got 0"),
+    "K of 0": (
+        settings(rollout__max_attempts=0),
+        "config: rollout.max_attempts must be an integer >= 1 and <= 256, got 0",
+    ),
     "unknown key": (settings(train__lr_rate=3), "config: unknown key train.lr_rate; did you mean train.lr?"),
     "unknown key in TOML": (
         toml("[train]\nlr_rate = 3\n"),

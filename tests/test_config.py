@@ -30,7 +30,7 @@ REFUSED = {
     "a bool is no number": ({"train.lr": True}, "config: train.lr must be a number > 0 and <= 1, got True"),
     "a float is no count": ({"run.num_batches": 1.5}, "config: run.num_batches must be an integer >= 1, got 1.5"),
     "not a choice": ({"train.packing": "tre"}, "config: train.packing must be one of tree, rows, got 'tre'"),
-    "K of 0": ({"rollout.max_attempts": "0"}, "config: rollout.max_attempts must be an integer >= 1, got 0"),
+    "K of 0": ({"rollout.max_attempts": "0"}, "config: rollout.max_attempts must be an integer >= 1 and <= 256, got 0"),
     "a section that is no table": (
         {"train": 3},
         "config: train must be a table, got 3; write [train] and key = value lines",

@@ -104,7 +104,7 @@ class RolloutConfig(Section):
 
     questions_per_batch: int = Field(default=32, ge=1, description="questions rolled out together")
     group_size: int = Field(default=8, ge=1, description="rollouts a question")
-    max_attempts: int = Field(default=2, ge=1, description="K, attempts a rollout; 1 = plain REINFORCE++, no teacher")
+    max_attempts: int = Field(default=2, ge=1, le=256, description="K, attempts a rollout; 1 = REINFORCE++, no teacher")
     temperature: float = Field(default=1.0, gt=0, le=10, description="sampling temperature, also that of the loss")
     max_new_tokens: int = Field(default=1024, ge=1, description="longest attempt, tokens")
     attempt_limit: int = Field(default=1024, ge=1, description="tokens of an attempt that the next one sees (its head)")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from socpo_fast.ops._checks import check_rule, check_word
+from socpo_fast.ops.decay_advantage import MAX_ATTEMPTS
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.graders import Grader, as_grader
 from socpo_fast.socratic.history import template_seam
@@ -41,7 +42,7 @@ class RolloutOptions:
 
     Args:
         group_size:     rollouts of a question, >= 1.
-        max_attempts:   K >= 1; 1 never asks the teacher.
+        max_attempts:   K, in [1, 256]; 1 never asks the teacher.
         attempt_limit:  tokens of a wrong attempt that the next one sees, >= 1; the rest stays in the
                         rollout and is trained.
         guidance_limit: tokens of the teacher's message that the student sees, >= 1.
@@ -71,9 +72,11 @@ class RolloutOptions:
 
     def __post_init__(self) -> None:
         where = "RolloutOptions"
-        for name in ("group_size", "max_attempts", "attempt_limit", "guidance_limit"):
+        for name in ("group_size", "attempt_limit", "guidance_limit"):
             value = getattr(self, name)
             check_rule(where, name, value, value >= 1, ">= 1")
+        is_right = 1 <= self.max_attempts <= MAX_ATTEMPTS
+        check_rule(where, "max_attempts", self.max_attempts, is_right, f"in [1, {MAX_ATTEMPTS}]")
         check_word(where, "context", self.context, get_args(Context))
         check_word(where, "on_leak", self.on_leak, get_args(OnLeak))
         check_word(where, "view", self.view, get_args(View))
