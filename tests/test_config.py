@@ -33,7 +33,7 @@ REFUSED = {
     "K of 0": ({"rollout.max_attempts": "0"}, "config: rollout.max_attempts must be an integer >= 1 and <= 256, got 0"),
     "a section that is no table": (
         {"train": 3},
-        "config: train must be a table, got 3; write [train] and key = value lines",
+        "config: train must be a table, got int; write [train] and key = value lines",
     ),
     "a name that is a path": ({"run.name": "../x"}, "config: run.name must be text matching ^"),
     "updates that do not fill a batch": (
@@ -254,3 +254,11 @@ def is_taken(make: Callable[..., object], *given: Any, **named: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def test_a_section_of_another_shape_shows_no_secret() -> None:
+    url = {"url": "https://sk-abc123@host/v1"}
+    for section, message in (([url], "must be a table, got list"), (url, "teacher.kind must be one of rule, local")):
+        with pytest.raises(ValueError, match=message) as refused:
+            load_config(None, {"teacher": section})
+        assert "sk-abc123" not in str(refused.value)

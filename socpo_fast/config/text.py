@@ -185,6 +185,9 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     name = ".".join([section, *path[:1]])
     if kinds is not None and first["type"] == "union_tag_invalid":
         name, value = f"{section}.{kinds.tag}", value[kinds.tag]
+    if kinds is not None and first["type"] == "union_tag_not_found":
+        name = f"{section}.{kinds.tag}"
+        return f"config: {name} must be {rule_of(model, name)}, got nothing; set {name}"
     if first["type"] == "extra_forbidden":
         if kinds is not None and name in fields_of(model):
             tag, owners = f"{section}.{kinds.tag}", " or ".join(owners_of(model, name))
@@ -192,7 +195,8 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
         # of an unknown table the first key says more: trian -> trian.lr
         return unknown_key(model, f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name)
     if "." not in name:
-        return f"config: {name} must be a table, got {value!r}; write [{name}] and key = value lines"
+        # Not the value itself: what stands in it may be a pasted key or password.
+        return f"config: {name} must be a table, got {type(value).__name__}; write [{name}] and key = value lines"
     if first["type"] == "missing":
         return f"config: {name} must be {rule_of(model, name)}, got nothing; set {name}"
     # What stands in a field with repr=False may be a pasted key or password, so it is not shown.

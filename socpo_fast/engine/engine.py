@@ -188,7 +188,8 @@ class Engine:
         """Submit every prompt and step until all are done: groups[q][r]. keep leaves the pages pinned for resume.
 
         keys: one (batch, question) a prompt, under which the same tokens are drawn every time; None:
-        fresh ones, so that no two calls share their noise. An exception on the way resets the engine.
+        fresh ones, so that no two calls of a process share their noise; ranks need a seed each.
+        An exception on the way resets the engine.
 
         Raises:
             ValueError: an engine with work, not one different key a prompt, or what submit refuses;
@@ -199,7 +200,7 @@ class Engine:
         if keys is None:
             batch = fresh_batch()
             keys = [(batch, q) for q in range(len(prompts))]
-        if len(keys) != len(prompts) or len(set(keys)) != len(keys):
+        if len(keys) != len(prompts) or len({tuple(key) for key in keys}) != len(keys):
             raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
         for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
             self._check_fits("generate", list(prompt_ids), params)

@@ -34,7 +34,8 @@ class KeysInFlight:
         Raises:
             ValueError: it is beyond 64 bits, or in flight.
         """
-        if not all(-(2**63) <= part < 2**63 for part in key):
+        is_right = len(key) == 2 and all(isinstance(part, int) and -(2**63) <= part < 2**63 for part in key)
+        if not is_right:
             raise ValueError(f"{where}: key must be two 64-bit integers, got {key}")
         num_rollouts = self._num_rollouts[RolloutKey(*key)]
         if num_rollouts:

@@ -222,7 +222,7 @@ def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tenso
     """The number of attempt indices up to the largest; 0 for an empty batch."""
     check("rewards_A", rewards_A, WIDE_FLOATS)
     check("attempt_idx_A", attempt_idx_A, INDEX)
-    check.finite("rewards_A", rewards_A)
+    check.every("rewards_A", rewards_A, rewards_A.float().isfinite(), "finite in fp32")
     check.finite("attempt_idx_A", attempt_idx_A, at_least=0)
     if rewards_A.numel() == 0:
         return 0

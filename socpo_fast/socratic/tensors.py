@@ -60,6 +60,11 @@ def pad_rollouts(rollouts: Sequence[Rollout], *, rows: Rows, pad_id: int, on_cut
     padded: list[_Row] = []
     for rollout in rollouts:
         for turn_idx, turn in enumerate(rollout.turns):
+            if turn.attempt.num_tokens == 0:
+                raise ValueError(
+                    f"{where}: attempts must have a token, got none in attempt {turn_idx} of rollout "
+                    f"{rollout.rollout_idx} of question {rollout.question_idx}; leave that rollout out"
+                )
             context = rollout.context_ids(turn_idx)
             row = padded[-1] if turn_idx > 0 else None
             # without a bridge two attempts would be one run of the mask
@@ -116,6 +121,8 @@ def socratic_advantages(
     check("token_rewards_BT", token_rewards_BT, WIDE_FLOATS)
     check("mask_BT", mask_BT, (torch.bool, torch.int32, torch.int64))
     check("group_B", group_B, INDEX)
+    check.every("mask_BT", mask_BT.flatten(), ((mask_BT == 0) | (mask_BT == 1)).flatten(), "0 or 1")
+    check.finite("token_rewards_BT", token_rewards_BT.flatten())
     is_sampled_BT = mask_BT != 0
     begins_BT = is_sampled_BT.clone()
     begins_BT[:, 1:] &= ~is_sampled_BT[:, :-1]
@@ -125,7 +132,9 @@ def socratic_advantages(
     attempt_of_token_N = begins_BT.flatten().cumsum(0) - 1
     num_attempts = int(begins_BT.sum())
     rewards_N = token_rewards_BT.where(attempt_idx_BT >= 0, 0).flatten().double()
-    rewards_A = rewards_N.new_zeros(num_attempts).index_add_(0, attempt_of_token_N.clamp(min=0), rewards_N)
+    has_attempt_N = attempt_of_token_N >= 0
+    rewards_A = rewards_N.new_zeros(num_attempts)
+    rewards_A.index_add_(0, attempt_of_token_N[has_attempt_N], rewards_N[has_attempt_N])
     num_tokens_A = attempt_of_token_N[is_sampled_BT.flatten()].bincount(minlength=num_attempts)
     group_A = group_B[:, None].expand_as(mask_BT)[begins_BT]
     counts_A3 = torch.stack((num_tokens_A, group_A, attempt_idx_BT[begins_BT]), dim=1)
@@ -137,8 +146,9 @@ def socratic_advantages(
     rollout_idx_A = (attempt_idx_A == 0).cumsum(0)  # attempts stand rollout by rollout, each from 0 on
     table = rewards_A, num_tokens_A, group_A, attempt_idx_A, rollout_idx_A
     advantages_A = credit_attempts(*table, options=options).advantages_A[start : start + num_attempts]
-    advantages_BT = advantages_A[attempt_of_token_N.clamp(min=0)].view_as(attempt_idx_BT)
-    return advantages_BT.where(is_sampled_BT, 0)
+    advantages_BT = advantages_A.new_zeros(mask_BT.shape)
+    advantages_BT[is_sampled_BT] = advantages_A[attempt_of_token_N[is_sampled_BT.flatten()]]
+    return advantages_BT
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:

@@ -74,3 +74,15 @@ def test_calls_without_keys_draw_fresh_noise() -> None:
     assert keys[3].batch == keys[0].batch + 1 > 2**40  # a count, so a program run twice draws the same
     [again] = engine.generate([PROMPT], params, keys=[tuple(keys[0])])
     assert [bits(a) for a in again] == [bits(a) for a in first[0]]
+
+
+@pytest.mark.parametrize("key", [(1, 2, 3), (1.5, 2), (2**63, 0), ("a", 0)])
+def test_a_key_is_two_integers(key: tuple) -> None:
+    """Told at the door: in the middle of a step it would cost the engine."""
+    engine = make_engine(make_student())
+    with pytest.raises(ValueError, match="submit: key must be two 64-bit integers"):
+        engine.submit(PROMPT, PARAMS, key=key)
+    with pytest.raises(ValueError, match="generate: key must be two 64-bit integers"):
+        engine.generate([PROMPT], PARAMS, keys=[key])
+    assert not engine.has_work
+    assert len(engine.generate([PROMPT], PARAMS, keys=[[1, 2]])[0]) == 3  # a list of two is one

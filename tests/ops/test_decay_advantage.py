@@ -223,7 +223,7 @@ def test_groups_across_the_kernels_tiles(estimator: str, sizes: tuple[int, ...])
     [
         ({"credit": "trajectory"}, "rollout_idx_A must be given with credit trajectory, got None"),
         ({"credit": "trajectory", "rollout_idx_A": torch.tensor([0])}, r"rollout_idx_A must be int64 \[A=2\]"),
-        ({"rewards_A": torch.tensor([0.0, torch.nan])}, "rewards_A must be finite, got nan at 1"),
+        ({"rewards_A": torch.tensor([0.0, torch.nan])}, "rewards_A must be finite in fp32, got nan at 1"),
         ({"num_tokens_A": torch.tensor([3, -1])}, "num_tokens_A must be finite and >= 0, got -1 at 1"),
         ({"question_idx_A": torch.tensor([0])}, r"question_idx_A must be int64 \[A=2\], got int64 \[1\]"),
         ({"attempt_idx_A": torch.tensor([0.0, 1.0])}, r"attempt_idx_A must be int64 \[A=2\], got float32 \[2\]"),

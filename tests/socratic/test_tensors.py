@@ -228,3 +228,28 @@ def test_gather_rows_between_processes(tmp_path: Path) -> None:
     printed = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert printed[0] == printed[1] == "[[0, 1], [2, 3], [4, 5]]\n[0, 10, 11]\n"
+
+
+def test_nothing_sampled_is_nothing_earned() -> None:
+    """A rank whose rows have no attempt takes part all the same."""
+    nothing = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long), torch.tensor([0, 0])
+    with pytest.warns(UserWarning, match="no loss tokens"):
+        assert socratic_advantages(*nothing).tolist() == [[0.0] * 3] * 2
+    others = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([[4, 9, 0], [2, 9, 0]])
+
+    def gather(x: Tensor) -> tuple[Tensor, int]:
+        return torch.cat((others[x.dim() - 1].to(x.dtype), x)), 2
+
+    assert socratic_advantages(*nothing, gather=gather).tolist() == [[0.0] * 3] * 2
+
+
+def test_odd_rows_are_refused_in_words() -> None:
+    group_B, rewards_BT = torch.tensor([0]), torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="socratic_advantages: mask_BT must be 0 or 1, got -100 at 2"):
+        socratic_advantages(rewards_BT, torch.tensor([[1, 0, -100]]), group_B)
+    with pytest.raises(ValueError, match="socratic_advantages: token_rewards_BT must be finite, got nan at 1"):
+        socratic_advantages(torch.tensor([[0, torch.nan, 0]]), torch.tensor([[1, 1, 0]]), group_B)
+    empty = make_rollout(3, 1, [5], [2])
+    empty.turns[0].attempt.token_ids = []
+    with pytest.raises(ValueError, match="attempts must have a token, got none in attempt 0 of rollout 1"):
+        pad_rollouts([empty], rows="attempt", pad_id=PAD)
