@@ -235,15 +235,12 @@ def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tenso
 
 def _last_of_rollout(question_idx_A: Tensor, rollout_idx_A: Tensor, attempt_idx_A: Tensor) -> Tensor:
     """[A] row of the last attempt of each row's rollout."""
-    order_A = attempt_idx_A.argsort(stable=True)
-    for key_A in (rollout_idx_A, question_idx_A):  # stable: the last sort is by question
-        order_A = order_A[key_A[order_A].argsort(stable=True)]
-    changes_A = torch.zeros_like(order_A, dtype=torch.bool)
-    for key_A in (question_idx_A, rollout_idx_A):
-        changes_A[1:] |= key_A[order_A].diff() != 0
-    group_A = changes_A.cumsum(0)
-    end_A = torch.searchsorted(group_A, group_A, right=True)
-    return torch.empty_like(order_A).index_copy_(0, order_A, order_A[end_A - 1])
+    num_attempts = attempt_idx_A.numel()
+    rollout_A = torch.stack((question_idx_A, rollout_idx_A)).unique(dim=1, return_inverse=True)[1]
+    # Larger for a later attempt, and among equals for a later row, which is its remainder.
+    place_A = attempt_idx_A * num_attempts + torch.arange(num_attempts, device=attempt_idx_A.device)
+    last_A = torch.zeros_like(place_A).scatter_reduce_(0, rollout_A, place_A, "amax")[rollout_A]
+    return last_A % max(num_attempts, 1)
 
 
 def _batch_means(raw_A: Tensor, attempt_idx_A: Tensor, num_factors: int) -> list[float]:

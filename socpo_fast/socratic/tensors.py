@@ -69,10 +69,10 @@ def pad_rollouts(rollouts: Sequence[Rollout], *, rows: Rows, pad_id: int, on_cut
             row = padded[-1] if turn_idx > 0 else None
             # without a bridge two attempts would be one run of the mask
             is_continued = row is not None and context[: len(row.ids)] == row.ids != context
-            if rows == "rollout" and turn_idx > 0 and not is_continued and on_cut == "refuse":
+            if rows == "rollout" and row is not None and not is_continued and on_cut == "refuse":
                 raise ValueError(
                     f"{where}: rollout {rollout.rollout_idx} of question {rollout.question_idx} must be one row, "
-                    f"got attempt {turn_idx} behind {rollout.seam(turn_idx - 1)[0]} of {len(padded[-1].ids)} tokens; "
+                    f"got attempt {turn_idx} behind {rollout.seam(turn_idx - 1)[0]} of {len(row.ids)} tokens; "
                     'use rows="attempt" or on_cut="split"'
                 )
             if row is None or rows == "attempt" or not is_continued:
@@ -131,7 +131,7 @@ def socratic_advantages(
     check.every("token_rewards_BT", early_BT.flatten(), early_BT.flatten() == 0, "0 before a row's first attempt")
     attempt_of_token_N = begins_BT.flatten().cumsum(0) - 1
     num_attempts = int(begins_BT.sum())
-    rewards_N = token_rewards_BT.where(attempt_idx_BT >= 0, 0).flatten().double()
+    rewards_N = token_rewards_BT.flatten().double()
     has_attempt_N = attempt_of_token_N >= 0
     rewards_A = rewards_N.new_zeros(num_attempts)
     rewards_A.index_add_(0, attempt_of_token_N[has_attempt_N], rewards_N[has_attempt_N])

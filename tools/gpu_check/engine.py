@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from socpo_fast.train.optimizer import Optimizer
+from tests.engine.tiny import generate_same
 from tools.gpu_check.check import Check, Part
 from tools.gpu_check.engines import (
     PAGE_SIZE,
@@ -26,7 +27,6 @@ from tools.gpu_check.engines import (
     compare_engines,
     drain,
     exact,
-    generate_same,
     launch_rounds,
     make_engine,
     make_student,

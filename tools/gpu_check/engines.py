@@ -18,6 +18,7 @@ from socpo_fast.model.decoder import turned_heads
 from socpo_fast.ops import Segment, packed_attention, row_key
 from socpo_fast.ops.sample import noise_bits
 from socpo_fast.types import Attempt
+from tests.engine.tiny import generate_same
 from tools.gpu_check.check import Check
 from tools.gpu_check.models import MODELS, make_model
 
@@ -38,13 +39,6 @@ def make_student(check: Check, model: str, device: torch.device | str) -> Decode
 def make_engine(student: Decoder, *, num_pages: int = 400, **options: int) -> Engine:
     gib = (num_pages + 0.5) * Runner.page_bytes(student, PAGE_SIZE) / 2**30
     return Engine(student, kv_cache_gib=gib, page_size=PAGE_SIZE, **options)
-
-
-def generate_same(
-    engine: Engine, prompts: list[list[int]], params: SamplingParams, **options: bool
-) -> list[list[Attempt]]:
-    """Engine.generate under the keys (0, 0), (0, 1), ..: every call draws the same tokens."""
-    return engine.generate(prompts, params, keys=[(0, q) for q in range(len(prompts))], **options)
 
 
 def prompts_of(student: Decoder, count: int, length: int) -> list[list[int]]:

@@ -18,9 +18,10 @@ from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, Turn
+from tests.engine.tiny import generate_same
 from tools.gpu_check.check import Check, Part, check_close, relative_error
 from tools.gpu_check.decoding import make_engine, params_of
-from tools.gpu_check.engines import generate_same, prompts_of
+from tools.gpu_check.engines import prompts_of
 from tools.gpu_check.groups import GROUP, TINY_GROUP, make_rollouts
 from tools.gpu_check.models import CONFIGS, MODELS, make_model
 from tools.gpu_check.rooflines import num_parameters, update_flops
