@@ -40,6 +40,12 @@ TORCH_LIBRARY(socpo, m) {
       "decoder_layer(Tensor x, Tensor? update, Tensor?[] weights, float eps, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
       "Tensor(b!) v_cache, Tensor slots, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, float scale, "
       "bool cascade) -> (Tensor x, Tensor update)");
+  // o and logsumexp [T, H] of q [T, H, E]; row t sees row s when s <= t < visible_until[s]
+  m.def(
+      "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, float scale) -> (Tensor o, Tensor logsumexp)");
+  m.def(
+      "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor logsumexp, "
+      "Tensor visible_until, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   // grad_logits may be logits itself; then that, too, is overwritten
   m.def(

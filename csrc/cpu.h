@@ -29,6 +29,8 @@ struct Kernels {
   decltype(&baseline::finish_rows) finish_rows;
   decltype(&baseline::row_sums) row_sums;
   decltype(&baseline::row_gradient) row_gradient;
+  decltype(&baseline::softmax_row) softmax_row;
+  decltype(&baseline::softmax_backward_row) softmax_backward_row;
 };
 
 // Those for torch's own choice of instruction set (the environment's ATEN_CPU_CAPABILITY lowers it).

@@ -10,6 +10,8 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include "ops.h"
+
 #if defined(SOCPO_X86) && defined(__linux__) && AT_MKLDNN_ENABLED()
 #define SOCPO_ONEDNN
 namespace at::native {
@@ -33,6 +35,8 @@ bool onednn_is_faster() {
 #endif
 }
 
+}  // namespace
+
 void matmul_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
 #ifdef SOCPO_ONEDNN
   if (out.scalar_type() == at::kFloat && a.numel() > 0 && b.numel() > 0 && onednn_is_faster()) {
@@ -47,8 +51,6 @@ void matmul_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bo
     at::mm_out(result, a, b);
   }
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(socpo, CPU, m) { m.impl("matmul_", matmul_); }
 TORCH_LIBRARY_IMPL(socpo, Meta, m) {

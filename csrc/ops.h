@@ -1,4 +1,4 @@
-// The ops that decoder_layer.cpp puts together, as they are registered.
+// The ops that other files put together (decoder_layer.cpp, tree_attention.cpp), as they are registered.
 
 #pragma once
 
@@ -13,6 +13,8 @@ using MaybeTensor = std::optional<at::Tensor>;
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias);
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const MaybeTensor& residual);
+// out = a b, or out + a b
+void matmul_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate);
 at::Tensor swiglu(const at::Tensor& gate_up);
 at::Tensor rotary_write(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& k_cache,
                         const at::Tensor& v_cache, const at::Tensor& slots);

@@ -35,6 +35,12 @@ struct RowSums {
   double weighted;  // of x exp(x), when asked for
 };
 
+// What the softmax of a row of scores leaves, with x = scale * score.
+struct SoftmaxSums {
+  float max;  // the largest x
+  float sum;  // of exp(x - max)
+};
+
 // Attention of rows over the keys of one split: max of the scores, sum of exp(score - max), and
 // out[head_dim] = sum of exp(score - max) value, for each row. Rows are contiguous.
 struct AttentionPartial {
@@ -130,6 +136,11 @@ inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
   /* grad[i] = exp(x_i) (scale + slope x_i), with 0 for x_i = -inf; may be done in place. */              \
   void row_gradient(const float* logits, float* grad, int64_t vocab, float inverse_temperature, float max, float scale, \
                     float slope);                                                                         \
+  /* scores[i] = exp(scale * scores[i] - max), with 0 from `count` on to `width`, a multiple of 16. */    \
+  SoftmaxSums softmax_row(float* scores, int64_t count, int64_t width, float scale);                      \
+  /* scores = p = exp(scale * scores - logsumexp) and grads = p (grads - delta) scale, with 0 likewise. */ \
+  void softmax_backward_row(float* scores, float* grads, int64_t count, int64_t width, float scale, float logsumexp, \
+                            float delta);                                                                 \
   }
 
 SOCPO_DECLARE_KERNELS(baseline)

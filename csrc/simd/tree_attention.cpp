@@ -1,0 +1,55 @@
+// The two passes over a row of attention scores: its softmax, and the gradient of that.
+
+#include <float.h>
+#include <math.h>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace socpo::SOCPO_ISA {
+namespace {
+
+// The first `count` - i lanes of x; the others are `otherwise`.
+inline Vec visible(Vec x, int64_t i, int64_t count, float otherwise) {
+  const VecInt is_visible = (VecInt)lane_index() < VecInt{} + smaller(count - i, LANES);
+  return is_visible ? x : broadcast(otherwise);
+}
+
+}  // namespace
+
+SoftmaxSums softmax_row(float* scores, int64_t count, int64_t width, float scale) {
+  Vec largest = broadcast(-FLT_MAX);  // finite: a row of nothing but -inf has sum 0
+  for (int64_t i = 0; i < count; i += LANES)
+    largest = max(largest, visible(load<Vec>(scores + i) * scale, i, count, -FLT_MAX));
+  float max_score = largest[0];
+  for (int lane = 1; lane < LANES; ++lane)
+    max_score = largest[lane] > max_score ? largest[lane] : max_score;
+  Vec sum = {};
+  int64_t i = 0;
+  for (; i < count; i += LANES) {
+    const Vec e = exp_nonpositive(load<Vec>(scores + i) * scale - max_score);
+    const Vec weight = visible(e, i, count, 0.0f);
+    store(scores + i, weight);
+    sum += weight;
+  }
+  for (; i < width; i += LANES) store(scores + i, Vec{});
+  return {max_score, sum_lanes(sum)};
+}
+
+void softmax_backward_row(float* scores, float* grads, int64_t count, int64_t width, float scale,
+                          float logsumexp, float delta) {
+  int64_t i = 0;
+  for (; i < count; i += LANES) {
+    const Vec e = exp_nonpositive(load<Vec>(scores + i) * scale - logsumexp);
+    const Vec weight = visible(e, i, count, 0.0f);
+    const Vec grad = weight * (load<Vec>(grads + i) - delta) * scale;
+    store(scores + i, weight);
+    store(grads + i, visible(grad, i, count, 0.0f));
+  }
+  for (; i < width; i += LANES) {
+    store(scores + i, Vec{});
+    store(grads + i, Vec{});
+  }
+}
+
+}  // namespace socpo::SOCPO_ISA
