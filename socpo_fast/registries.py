@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+Baseline = Literal["none", "mean", "others"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator:
@@ -25,7 +27,7 @@ class Estimator:
     The implementations know the std of a group around its own mean, and either scale, not both.
     """
 
-    baseline: Literal["none", "mean", "others"]
+    baseline: Baseline
     divides_by_std: bool = False
     whitens: bool = False
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from socpo_fast.engine.runner import Runner, Step
+from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import draw, settings_of
 from socpo_fast.engine.sequence import Sequence
+from socpo_fast.engine.step import Step
 
 
 class DecodeLoop:

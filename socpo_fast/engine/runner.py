@@ -6,42 +6,27 @@ ids and page numbers are copied whole, positions and slots are computed for all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from socpo_fast.engine.fused_layers import fused_weights, has_hooks, run_fused_layers
 from socpo_fast.engine.sequence import Sequence
+from socpo_fast.engine.step import Step
 from socpo_fast.model.decoder import Decoder, Layer
-from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl
-from socpo_fast.ops.paged_attention import paged_attention_unchecked
-from socpo_fast.ops.rotary import rotary_write_unchecked
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where one step's tokens are and what they see; all tensors on the device."""
-
-    token_ids_T: Tensor  # [T] int64
-    positions_T: Tensor  # [T] int64
-    slots_T: Tensor  # [T] int64, page * page_size + place in it
-    block_table_BM: Tensor  # int32
-    seq_lens_B: Tensor  # int32, this step's tokens included
-    cu_seqlens_q: Tensor  # [B + 1] int32
-    max_seqlen_q: int
-    max_seqlen_k: int
+from socpo_fast.ops._impl import pick_impl
+from socpo_fast.ops.paged_attention import paged_attention_op
+from socpo_fast.ops.rotary import rotary_write_op
 
 
 class Runner:
     def __init__(self, student: Decoder, *, num_pages: int, page_size: int, cascade: bool, attention: str):
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
-        available = IMPLS["paged_attention"]
-        self.attention = (
-            choose_impl("paged_attention", attention, available, self.device) if attention != "auto" else None
-        )
+        # What attention is given on a CPU is fp32, whatever the weights are stored in.
+        queries = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32) if weight.is_cpu else None)
+        self.attention_impl = pick_impl("paged_attention", attention, queries)
+        self.rotary_impl = pick_impl("rotary_write", "auto", queries)
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         try:
             self.k_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
@@ -55,10 +40,10 @@ class Runner:
 
     def bind_weights(self) -> None:
         """Look up the student's parameters, for layers that run in one call: empty where only op by op is possible."""
-        is_cpp = auto_impl("linear", self.device.type) == "cpp" and self.attention in (None, "cpp")
+        is_cpp = self.attention_impl == self.rotary_impl == "cpp"
         is_cpp = is_cpp and self.k_cache_LPSKE.dtype in (torch.float32, torch.bfloat16)
         self.layer_weights = (
-            [layer.weights() for layer in self.student.layers if isinstance(layer, Layer)] if is_cpp else []
+            [fused_weights(layer) for layer in self.student.layers if isinstance(layer, Layer)] if is_cpp else []
         )
 
     @staticmethod
@@ -75,24 +60,20 @@ class Runner:
 
     def hidden(self, step: Step) -> Tensor:
         """Write the tokens' KV and return their hidden states, [T, D]."""
-        scale = self.student.config.head_dim**-0.5
-        places = step.block_table_BM, step.seq_lens_B, step.cu_seqlens_q
-        longest = {"max_seqlen_q": step.max_seqlen_q, "max_seqlen_k": step.max_seqlen_k}
+        student, scale = self.student, self.student.config.head_dim**-0.5
+        pages = step.block_table_BM, step.seq_lens_B, step.cu_seqlens_q
+        if self.layer_weights and not has_hooks(student):
+            return run_fused_layers(student, self.layer_weights, self.caches, step, cascade=self.cascade)
 
         def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+            # The registered ops themselves: the step's numbers are our own, and checking them
+            # would read them back from the device in every layer.
             caches = self.caches[layer_idx]
-            q_THE = rotary_write_unchecked(qkv_THE, *rotary, *caches, step.slots_T)
-            return paged_attention_unchecked(
-                q_THE, *caches, *places, scale=scale, cascade=self.cascade, impl=self.attention, **longest
-            )
+            q_THE = rotary_write_op(qkv_THE, *rotary, *caches, step.slots_T, self.rotary_impl)
+            longest = step.max_seqlen_q, step.max_seqlen_k
+            return paged_attention_op(q_THE, *caches, *pages, *longest, scale, self.cascade, self.attention_impl)
 
-        def run_layer(layer_idx: int, x_TD: Tensor, update_TD: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Any:
-            given = *rotary, *self.caches[layer_idx], step.slots_T, *places, scale, self.cascade
-            weights, eps = self.layer_weights[layer_idx], self.student.config.rms_norm_eps
-            return torch.ops.socpo.decoder_layer(x_TD, update_TD, weights, eps, *given)
-
-        whole = {"run_layer": run_layer} if self.layer_weights else {}
-        return self.student(step.token_ids_T, step.positions_T, attend, **whole)
+        return student(step.token_ids_T, step.positions_T, attend)
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""

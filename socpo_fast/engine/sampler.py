@@ -12,7 +12,8 @@ from torch import Tensor
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import next_keys
-from socpo_fast.ops.linear_sample import linear_sample_unchecked
+from socpo_fast.ops._impl import pick_impl
+from socpo_fast.ops.linear_sample import linear_sample_op
 
 
 @torch.no_grad()
@@ -46,15 +47,16 @@ def draw(
 ) -> Tensor:
     """[3, B] fp64: token id, log-prob, kept mass; noise_B are noise keys still without the position."""
     temperature_B, top_p_B, min_p_B, top_k_B = settings_4B
-    token_ids_B, logprobs_B, _, kept_mass_B = linear_sample_unchecked(
+    token_ids_B, logprobs_B, _, kept_mass_B = linear_sample_op(
         hidden_TD,
         student.lm_head.weight,
         next_keys(noise_B, position_B),
-        temperature_B=temperature_B,
-        top_k_B=top_k_B.long(),
-        top_p_B=top_p_B,
-        min_p_B=min_p_B,
-        rows_B=rows_B,
-        is_filtered=is_filtered,
+        temperature_B,
+        top_k_B.long(),
+        top_p_B,
+        min_p_B,
+        rows_B,
+        is_filtered,
+        pick_impl("linear_sample", "auto", hidden_TD),
     )
     return torch.stack((token_ids_B.double(), logprobs_B.double(), kept_mass_B.double()))

@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from socpo_fast.model.config import ModelConfig
-from socpo_fast.ops.linear import linear_unchecked
-from socpo_fast.ops.rms_norm import rms_norm_unchecked
-from socpo_fast.ops.rotary import rotary_unchecked
-from socpo_fast.ops.swiglu import swiglu_unchecked
+from socpo_fast.ops import linear, rms_norm, rotary, swiglu
 
 
 class Attend(Protocol):
@@ -28,10 +25,6 @@ class Attend(Protocol):
     """
 
     def __call__(self, layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor: ...
-
-
-# A whole layer in one call, without gradients: (layer_idx, x_TD, update_TD, rotary) -> (x_TD, update_TD)
-RunLayer = Callable[[int, Tensor, Tensor | None, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
 class Decoder(nn.Module):
@@ -69,24 +62,27 @@ class Decoder(nn.Module):
         attend: Attend,
         *,
         checkpointing: bool = False,
-        run_layer: RunLayer | None = None,
     ) -> Tensor:
         """Hidden states behind the last norm, [T, D]; the LM head is left to the caller, which needs few rows of it.
 
         token_ids_T [T] int64; positions_T [T] int64, place of the token in its own context; checkpointing
-        recomputes each layer in the backward; run_layer stands in for what a layer does with `attend`.
+        recomputes each layer in the backward.
         """
+        x_TD, rotary = self.first_layer_inputs(token_ids_T, positions_T)
+        delta_TD = None
+        for layer_idx, layer in enumerate(self.layers):
+            if checkpointing and torch.is_grad_enabled():
+                x_TD, delta_TD = checkpoint(layer, layer_idx, x_TD, delta_TD, rotary, attend, use_reentrant=False)
+            else:
+                x_TD, delta_TD = layer(layer_idx, x_TD, delta_TD, rotary, attend)
+        return self.norm(delta_TD, x_TD)[0]
+
+    def first_layer_inputs(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The tokens' embeddings [T, D], and cos and sin [T, E] of their positions."""
         x_TD = self.embed(token_ids_T)
         if x_TD.is_cpu:
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))  # bf16 weights are read, never computed in
-        rotary = rotary_tables(positions_T, self.inv_freq, self.config.rope_attention_factor)
-        update_TD = None
-        for layer_idx, layer in enumerate(self.layers):
-            if checkpointing and torch.is_grad_enabled():
-                x_TD, update_TD = checkpoint(layer, layer_idx, x_TD, update_TD, rotary, attend, use_reentrant=False)
-            else:
-                x_TD, update_TD = layer(layer_idx, x_TD, update_TD, rotary, attend, run_layer)
-        return self.norm(update_TD, x_TD)[0]
+        return x_TD, rotary_tables(positions_T, self.inv_freq, self.config.rope_attention_factor)
 
 
 class Layer(nn.Module):
@@ -103,34 +99,16 @@ class Layer(nn.Module):
         self,
         layer_idx: int,
         x_TD: Tensor,
-        update_TD: Tensor | None,
+        delta_TD: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         attend: Attend,
-        run_layer: RunLayer | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if run_layer is not None:
-            return run_layer(layer_idx, x_TD, update_TD, rotary)
-        if update_TD is None:
+        if delta_TD is None:
             normed_TD = self.attention_norm(x_TD)
         else:
-            normed_TD, x_TD = self.attention_norm(update_TD, x_TD)
+            normed_TD, x_TD = self.attention_norm(delta_TD, x_TD)
         normed_TD, x_TD = self.mlp_norm(self.attention(layer_idx, normed_TD, rotary, attend), x_TD)
         return x_TD, self.mlp(normed_TD)
-
-    def weights(self) -> list[Tensor | None]:
-        """What torch.ops.socpo.decoder_layer takes, in its order."""
-        attention, mlp = self.attention, self.mlp
-        norms = [norm if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
-        linears = [[linear.weight, linear.bias] for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down)]
-        return [
-            self.attention_norm.weight,
-            *linears[0],
-            *norms,
-            *linears[1],
-            self.mlp_norm.weight,
-            *linears[2],
-            *linears[3],
-        ]
 
 
 class Attention(nn.Module):
@@ -158,14 +136,14 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(swiglu_unchecked(self.gate_up(x_TD)))
+        return self.down(swiglu(self.gate_up(x_TD)))
 
 
 class Linear(nn.Linear):
     """Rows [T, D] as ops/linear.py computes them."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear_unchecked(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -176,7 +154,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        return rms_norm_unchecked(x, self.weight, self.eps, residual)
+        return rms_norm(x, self.weight, eps=self.eps, residual_TD=residual)
 
 
 def rotary_tables(positions_T: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -185,9 +163,9 @@ def rotary_tables(positions_T: Tensor, inv_freq: Tensor, factor: float) -> tuple
     return angles_TE.cos() * factor, angles_TE.sin() * factor
 
 
-def turned_heads(qkv_THE: Tensor, rotary: tuple[Tensor, Tensor], num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def turned_heads(qkv_THE: Tensor, tables: tuple[Tensor, Tensor], num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """What most attention starts with: q and k turned, and v, of the [T, H + 2 K, E] that `Attend` is given."""
     num_turned = qkv_THE.shape[1] - num_kv_heads
     qk_THE, v_TKE = qkv_THE.split((num_turned, num_kv_heads), dim=1)
-    q_THE, k_TKE = rotary_unchecked(qk_THE, *rotary).split((num_turned - num_kv_heads, num_kv_heads), dim=1)
+    q_THE, k_TKE = rotary(qk_THE, *tables).split((num_turned - num_kv_heads, num_kv_heads), dim=1)
     return q_THE, k_TKE, v_TKE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE_FLOATS = (torch.float32, torch.float64)
@@ -24,18 +25,28 @@ class TensorChecker:
     def __call__(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.where}: {name} must be a torch.Tensor, got {type(x).__name__}")
-        letters = name.rpartition("_")[2]
-        fits = x.dim() == len(letters) and all(self.sizes.get(c, n) == n for c, n in zip(letters, x.shape, strict=True))
-        if x.dtype not in dtypes or not fits:
-            rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
-            shape = ", ".join(f"{c}={self.sizes[c]}" if c in self.sizes else c for c in letters)
+        if hasattr(x, "full_tensor"):
             raise ValueError(
-                f"{self.where}: {name} must be {rule} [{shape}], got {_dtype_name(x.dtype)} {list(x.shape)}"
+                f"{self.where}: {name} must be a whole tensor, got a DTensor, which may be a shard of "
+                "one; call its full_tensor()"
             )
-        self.device = self.device or x.device
-        if x.device != self.device:
+        letters, sizes = name.rpartition("_")[2], self.sizes
+        fits = x.dim() == len(letters) and x.dtype in dtypes
+        if fits:
+            for letter, size in zip(letters, x.shape, strict=True):
+                fits = fits and sizes.get(letter, size) == size
+        if not fits:
+            self._refuse(name, letters, x, dtypes)
+        sizes.update(zip(letters, x.shape, strict=True))
+        if self.device is None:
+            self.device = x.device
+        elif x.device != self.device:
             raise ValueError(f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there first")
-        self.sizes.update(zip(letters, x.shape, strict=True))
+
+    def _refuse(self, name: str, letters: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
+        shape = ", ".join(f"{c}={self.sizes[c]}" if c in self.sizes else c for c in letters)
+        raise ValueError(f"{self.where}: {name} must be {rule} [{shape}], got {_dtype_name(x.dtype)} {list(x.shape)}")
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
         """Every entry in [0, size)."""
@@ -49,12 +60,37 @@ class TensorChecker:
             self.every(name, x, x.isfinite() & (x >= at_least), f"finite and >= {at_least:g}")
 
     def every(self, name: str, x: Tensor, holds: Tensor, rule: str) -> None:
-        """`holds` in every row. The host does not wait for a GPU to know: there the check fails on the device."""
+        """`holds` in every row.
+
+        The host does not wait for a GPU to know: there the check fails on the device. Tensors
+        without values (torch.compile's, FakeTensor, meta) are not looked into.
+        """
+        if has_no_values(x):
+            return
         if x.is_cuda:
             torch._assert_async(holds.all(), f"{self.where}: {name} must be {rule}")
         elif not holds.all():
             place = int((~holds).int().argmax())
             raise ValueError(f"{self.where}: {name} must be {rule}, got {x[place].item()} at {place}")
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Whether x stands for a tensor: under torch.compile, in FakeTensorMode or on the meta device."""
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A DTensor's full tensor, through which gradients flow back to the shards; others as they are."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in torch.autocast's dtype where it is on, as torch's own matrix products take them."""
+    tensors = x, *others
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
 def check_rule(where: str, name: str, value: object, holds: bool, rule: str) -> None:

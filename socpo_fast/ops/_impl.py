@@ -1,9 +1,9 @@
-"""Which implementation of an op runs: one table, one choice, one error.
+"""Which implementation of an op runs: one table, one function that picks, one error.
 
-`ref` is plain torch on any device; `cpp` is the compiled extension `socpo_fast._C` on the CPU; `triton` is the kernels
-of socpo_fast/kernels on a GPU, and on the CPU under TRITON_INTERPRET=1. `auto` takes the fastest one that can run on
-the tensors' device; `flash`, the package flash-attn on a GPU, runs only where it is named. Naming one
-that cannot run is an error, never a silent fallback.
+`ref` is plain torch on any device; `cpp` is the compiled extension `socpo_fast._C` on the CPU;
+`triton` is the kernels of socpo_fast/kernels on a GPU, and on the CPU under TRITON_INTERPRET=1;
+`flash` is the package flash-attn. `auto` takes the fastest one of ours that can run on the tensor's
+device and dtype. Naming one that cannot run is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -15,73 +15,73 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
-IMPLS: dict[str, tuple[str, ...]] = {
-    "decay_rewards": ("ref", "cpp", "triton"),
-    "compute_advantages": ("ref", "cpp", "triton"),
-    "linear": ("ref", "cpp"),
-    "linear_logprob": ("ref", "cpp", "triton"),
-    "linear_policy_loss": ("ref", "cpp", "triton"),
-    "linear_sample": ("ref", "cpp", "triton"),
-    "policy_loss": ("ref",),
-    "packed_attention": ("ref",),
-    "paged_attention": ("ref", "cpp", "triton", "flash"),
-    "rms_norm": ("ref", "cpp", "triton"),
-    "rotary": ("ref", "cpp", "triton"),
-    "rotary_write": ("ref", "cpp", "triton"),
-    "sample": ("ref", "cpp"),
-    "swiglu": ("ref", "cpp", "triton"),
+_FP32 = (torch.float32,)
+_HALVES = (torch.bfloat16, torch.float16)
+_ANY = (*_FP32, *_HALVES, torch.float64)
+
+# Beside ref, which takes every dtype: the dtypes of the op's first tensor that each one can do.
+IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "decay_rewards": {"cpp": _ANY, "triton": _ANY},
+    "compute_advantages": {"cpp": _ANY, "triton": _ANY},
+    "linear": {"cpp": _FP32},
+    "linear_logprob": {"cpp": _ANY, "triton": _ANY},
+    "linear_policy_loss": {"cpp": _ANY, "triton": _ANY},
+    "linear_sample": {"cpp": _FP32, "triton": _FP32 + _HALVES},
+    "policy_loss": {},
+    "packed_attention": {},
+    "paged_attention": {"cpp": _FP32, "triton": _FP32 + _HALVES, "flash": _HALVES},
+    "rms_norm": {"cpp": _FP32, "triton": _FP32 + _HALVES},
+    "rotary": {"cpp": _FP32, "triton": _FP32 + _HALVES},
+    "rotary_write": {"cpp": _FP32, "triton": _FP32 + _HALVES},
+    "sample": {"cpp": _ANY},
+    "swiglu": {"cpp": _FP32, "triton": _FP32 + _HALVES},
 }
+_DEVICES = {"cpp": "cpu", "triton": "cuda", "flash": "cuda"}
 
 
-def choose_impl(op: str, impl: str, available: tuple[str, ...], device: torch.device) -> str:
-    """The implementation to run for `impl` = "auto" or a name in `available` (the op's row of IMPLS)."""
+def pick_impl(op: str, impl: str, x: Tensor) -> str:
+    """Returns the implementation that runs for `impl`, which is "auto" or a name, and a tensor like x.
+
+    Raises:
+        ValueError: `impl` does not exist for this op and dtype, or does not run on this device.
+        RuntimeError: the extension is not built, or triton not installed.
+    """
+    device, dtypes = x.device.type, IMPLS[op]
     if impl == "auto":
-        if device.type == "cuda":
-            return "triton" if "triton" in available and triton_is_installed() else "ref"
-        return "cpp" if "cpp" in available and device.type == "cpu" and extension_is_built() else "ref"
-    if impl not in available:
-        raise ValueError(f"{op}: impl must be one of auto, {', '.join(available)}, got {impl!r}")
-    if impl == "cpp" and device.type != "cpu":
-        raise ValueError(f"{op}: impl must be auto or ref for tensors on {device}, got 'cpp', which runs on the CPU")
-    if impl == "cpp" and not extension_is_built():
-        raise RuntimeError(
-            f"{op}: impl 'cpp' needs the extension socpo_fast._C; "
-            "build it with `pip install --no-build-isolation -e .` or use impl='ref'"
-        )
-    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"{op}: impl must be auto or ref for tensors on {device}, got 'triton', which runs on a GPU, "
-            "and on the CPU under TRITON_INTERPRET=1"
-        )
-    if impl == "flash" and device.type != "cuda":
-        raise ValueError(f"{op}: impl must be auto or ref for tensors on {device}, got 'flash', which runs on a GPU")
-    if impl == "triton" and not triton_is_installed():
-        raise RuntimeError(f"{op}: impl 'triton' needs the package triton; pip install triton or use impl='ref'")
+        fastest = "triton" if device == "cuda" else "cpp"
+        fits = x.dtype in dtypes.get(fastest, ()) and device == _DEVICES[fastest]
+        return fastest if fits and _IS_THERE[fastest] else "ref"
+    if impl == "ref":
+        return impl
+    if x.dtype not in dtypes.get(impl, ()):
+        known = ["auto", "ref", *(name for name, able in dtypes.items() if x.dtype in able)]
+        rule = f"one of {', '.join(known)}"
+        rule += f" for {str(x.dtype).removeprefix('torch.')}" if impl in dtypes else ""
+        raise ValueError(f"{op}: impl must be {rule}, got {impl!r}")
+    if device != _DEVICES[impl] and not (impl == "triton" and device == "cpu" and INTERPRETS):
+        place = "the CPU" if impl == "cpp" else "a GPU"
+        place += ", and on the CPU under TRITON_INTERPRET=1" if impl == "triton" else ""
+        rule = f"auto or ref for tensors on {x.device}"
+        raise ValueError(f"{op}: impl must be {rule}, got {impl!r}, which runs on {place}")
+    if impl in _IS_THERE and not _IS_THERE[impl]:
+        raise RuntimeError(f"{op}: impl {impl!r} needs {_HOW_TO_GET[impl]}, or use impl='ref'")
     return impl
-
-
-@functools.cache
-def auto_impl(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """What `impl="auto"` means for such tensors; cached, for calls too many to choose each time."""
-    return choose_impl(op, "auto", impls_of(op, dtype), torch.device(device_type))
-
-
-def impls_of(op: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """The implementations of an op for a dtype: fp64 is the reference's alone, cpp takes fp32 only."""
-    left_out = {torch.float32: (), torch.float64: ("cpp", "triton")}.get(dtype, ("cpp",))
-    return tuple(impl for impl in IMPLS[op] if impl not in left_out)
 
 
 @functools.cache
 def kernels_of(stem: str, impl: str) -> Any:
     """Where an op's launches are, under the same names: torch.ops.socpo, or the module of kernels/."""
-    return torch.ops.socpo if impl == "cpp" else importlib.import_module(f"socpo_fast.kernels.{stem}")
+    if impl == "cpp":
+        return torch.ops.socpo
+    return importlib.import_module(f"socpo_fast.kernels.{stem}")
 
 
 def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Op name -> the implementation `auto` picks for tensors on `device`."""
-    return {op: choose_impl(op, "auto", available, torch.device(device)) for op, available in IMPLS.items()}
+    """Op name -> the implementation `auto` picks for fp32 tensors on `device`."""
+    like = torch.empty(0, device=device)
+    return {op: pick_impl(op, "auto", like) for op in IMPLS}
 
 
 @functools.cache
@@ -94,7 +94,11 @@ def extension_is_built() -> bool:
     return True
 
 
-@functools.cache
-def triton_is_installed() -> bool:
-    """True when `import triton` would find it; it is imported only by the kernels, and only when they are chosen."""
-    return importlib.util.find_spec("triton") is not None
+# All of it found out once: pick_impl then is plain Python, which torch.compile traces through.
+# Triton is only looked for here; the kernels import it, and only when they are chosen.
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+_IS_THERE = {"cpp": extension_is_built(), "triton": importlib.util.find_spec("triton") is not None}
+_HOW_TO_GET = {
+    "cpp": "the extension socpo_fast._C; build it with `pip install --no-build-isolation -e .`",
+    "triton": "the package triton; pip install triton",
+}

@@ -18,15 +18,16 @@ kernels/decay_advantage.py one launch of one program.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, choose_impl, kernels_of
+from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule, has_no_values
+from socpo_fast.ops._impl import kernels_of, pick_impl
+from socpo_fast.ops._register import define_op
 from socpo_fast.ops.credit_options import BaselineGroup, CreditOptions, CreditTo
-from socpo_fast.registries import ESTIMATORS, Estimator
+from socpo_fast.registries import ESTIMATORS, Baseline, Estimator
 
 WHITEN_EPS = 1e-8
 MAX_ATTEMPTS = 256  # of a rollout: an index of another kind given by mistake would be a table of its size
@@ -48,14 +49,28 @@ class _Table(NamedTuple):
     attempt_idx_A: Tensor  # [A] int64
     num_tokens_A: Tensor | None = None  # [A] int64; None where only rewards are asked for
     keys_GA: Tensor | None = None  # [G, A] int64: who agrees in every row is a group; None: nobody is compared
-    last_A: Tensor | None = None  # [A] int64: whose reward an attempt earns; None: its own
+    rollouts_2A: Tensor | None = (
+        None  # [2, A] int64: attempts that agree in both earn the last one's reward; None: their own
+    )
 
 
 def credit_attempts_ref(
-    table: _Table, factors: list[float] | None, *, num_factors: int, estimator: Estimator, eps: float
+    raw_A: Tensor,
+    attempt_idx_A: Tensor,
+    num_tokens_A: Tensor | None,
+    keys_GA: Tensor | None,
+    last_A: Tensor | None,
+    *,
+    factors: list[float] | None,
+    num_factors: int,
+    estimator: Estimator,
+    eps: float,
 ) -> Credit:
-    """`credit_attempts`, unchecked, on the host; factors are None for the batch's own means."""
-    raw_A, attempt_idx_A, num_tokens_A, keys_GA, last_A = table
+    """`credit_attempts`, unchecked, on the host.
+
+    last_A [A] int64 is whose reward an attempt earns, None its own; factors are None for the
+    batch's own means.
+    """
     factors = _batch_means(raw_A, attempt_idx_A, num_factors) if factors is None else factors
     factors_K = torch.tensor(factors, dtype=torch.float64)
     earned_A = (raw_A * factors_K[attempt_idx_A]).float()
@@ -114,22 +129,23 @@ def credit_attempts(
     check("num_tokens_A", num_tokens_A, INDEX)
     check("question_idx_A", question_idx_A, INDEX)
     check.finite("num_tokens_A", num_tokens_A, at_least=0)
-    last_A = None
+    rollouts_2A = None
     if options.credit == "trajectory":
         check_rule(where, "rollout_idx_A", None, rollout_idx_A is not None, "given with credit trajectory")
         assert rollout_idx_A is not None
         check("rollout_idx_A", rollout_idx_A, INDEX)
-        last_A = _last_of_rollout(question_idx_A, rollout_idx_A, attempt_idx_A)
-    table = _Table(rewards_A.detach().double(), attempt_idx_A, last_A=last_A)
-    if not num_tokens_A.any():
-        warnings.warn(f"{where}: the batch has no loss tokens; all advantages are 0", stacklevel=2)
-        earned = _run(where, impl, table, options, num_factors, _REWARDS_ONLY)
-        return earned._replace(advantages_A=torch.zeros_like(earned.rewards_A))
-    if estimator.whitens and num_tokens_A.sum() == 1:
-        raise ValueError(
-            f"{where}: num_tokens_A must sum to at least 2 to be whitened ({options.estimator}), got 1; "
-            "use a larger batch"
-        )
+        rollouts_2A = torch.stack((question_idx_A, rollout_idx_A))
+    table = _Table(rewards_A.detach().double(), attempt_idx_A, rollouts_2A=rollouts_2A)
+    if not has_no_values(num_tokens_A):
+        if not num_tokens_A.any():
+            warnings.warn(f"{where}: the batch has no loss tokens; all advantages are 0", stacklevel=2)
+            earned = _run(where, impl, table, options, num_factors, _REWARDS_ONLY)
+            return earned._replace(advantages_A=torch.zeros_like(earned.rewards_A))
+        if estimator.whitens and num_tokens_A.sum() == 1:
+            raise ValueError(
+                f"{where}: num_tokens_A must sum to at least 2 to be whitened ({options.estimator}), got 1; "
+                "use a larger batch"
+            )
     keys = (question_idx_A, attempt_idx_A) if options.baseline_group == "question_attempt" else (question_idx_A,)
     keys_GA = None if estimator.baseline == "none" else torch.stack(keys)
     table = table._replace(num_tokens_A=num_tokens_A, keys_GA=keys_GA)
@@ -205,17 +221,57 @@ def decay_rewards(
 def _run(
     where: str, impl: str, table: _Table, options: CreditOptions, num_factors: int, estimator: Estimator
 ) -> Credit:
-    """Choose the implementation and call it."""
-    device = table.raw_A.device
-    impl = choose_impl(where, impl, IMPLS[where], device)
-    factors = options.factors(num_factors)
-    if impl == "ref":
-        host = _Table(*(None if x is None else x.cpu() for x in table))  # type: ignore[arg-type]
-        credit = credit_attempts_ref(host, factors, num_factors=num_factors, estimator=estimator, eps=options.eps)
-        return Credit(*(x.to(device) for x in credit))
+    """Pick the implementation and call it."""
+    impl = pick_impl(where, impl, table.raw_A)
     compare = estimator.baseline, estimator.divides_by_std, estimator.whitens, options.eps
-    launch = kernels_of("decay_advantage", impl).decay_advantage
-    return Credit(*launch(*table, factors, num_factors, *compare))
+    return Credit(*_credit_attempts(*table, options.factors(num_factors), num_factors, *compare, impl))
+
+
+def _kernel(
+    raw_A: Tensor,
+    attempt_idx_A: Tensor,
+    num_tokens_A: Tensor | None,
+    keys_GA: Tensor | None,
+    rollouts_2A: Tensor | None,
+    factors: list[float] | None,
+    num_factors: int,
+    baseline: Baseline,
+    divides_by_std: bool,
+    whitens: bool,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    last_A = None if rollouts_2A is None else _last_of_rollout(rollouts_2A, attempt_idx_A)
+    tensors = num_tokens_A, keys_GA, last_A
+    if impl != "ref":
+        launch = kernels_of("decay_advantage", impl).decay_advantage
+        compare = baseline, divides_by_std, whitens, eps
+        return launch(raw_A, attempt_idx_A, *tensors, factors, num_factors, *compare)
+    credit = credit_attempts_ref(
+        raw_A.cpu(),
+        attempt_idx_A.cpu(),
+        *(None if x is None else x.cpu() for x in tensors),
+        factors=factors,
+        num_factors=num_factors,
+        estimator=Estimator(baseline=baseline, divides_by_std=divides_by_std, whitens=whitens),
+        eps=eps,
+    )
+    return tuple(x.to(raw_A.device) for x in credit)
+
+
+def _fake(raw_A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    num_factors = others[5]
+    earned_A = raw_A.new_empty(raw_A.shape, dtype=torch.float32)
+    return earned_A, torch.empty_like(earned_A), raw_A.new_empty((num_factors,))
+
+
+_credit_attempts = define_op(
+    "credit_attempts(Tensor raw, Tensor attempt_idx, Tensor? num_tokens, Tensor? keys, Tensor? rollouts, "
+    "float[]? factors, SymInt num_factors, str baseline, bool divides_by_std, bool whitens, float eps, str impl) "
+    "-> (Tensor earned, Tensor advantages, Tensor factors)",
+    _kernel,
+    fake=_fake,
+)
 
 
 def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tensor, options: CreditOptions) -> int:
@@ -224,6 +280,8 @@ def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tenso
     check("attempt_idx_A", attempt_idx_A, INDEX)
     check.every("rewards_A", rewards_A, rewards_A.float().isfinite(), "finite in fp32")
     check.finite("attempt_idx_A", attempt_idx_A, at_least=0)
+    if has_no_values(rewards_A):
+        return MAX_ATTEMPTS
     if rewards_A.numel() == 0:
         return 0
     first, last = (int(idx) for idx in attempt_idx_A.aminmax())
@@ -233,10 +291,10 @@ def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tenso
     return last + 1
 
 
-def _last_of_rollout(question_idx_A: Tensor, rollout_idx_A: Tensor, attempt_idx_A: Tensor) -> Tensor:
+def _last_of_rollout(rollouts_2A: Tensor, attempt_idx_A: Tensor) -> Tensor:
     """[A] row of the last attempt of each row's rollout."""
     num_attempts = attempt_idx_A.numel()
-    rollout_A = torch.stack((question_idx_A, rollout_idx_A)).unique(dim=1, return_inverse=True)[1]
+    rollout_A = rollouts_2A.unique(dim=1, return_inverse=True)[1]
     # Larger for a later attempt, and among equals for a later row, which is its remainder.
     place_A = attempt_idx_A * num_attempts + torch.arange(num_attempts, device=attempt_idx_A.device)
     last_A = torch.zeros_like(place_A).scatter_reduce_(0, rollout_A, place_A, "amax")[rollout_A]

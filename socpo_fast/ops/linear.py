@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
+from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, whole
 from socpo_fast.ops._head import MIN_ROWS
-from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of
+from socpo_fast.ops._impl import kernels_of, pick_impl
+from socpo_fast.ops._register import Derivative, define_op
 
 
 def linear_ref(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -44,6 +45,8 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
     Gradient: x, weight, bias; in cpp by `torch.ops.socpo.matmul_`, for fp32 weights.
     Bitwise (cpp): a row's bits depend on that row only, whatever the number of rows or threads.
     """
+    x_TD, weight_ND = autocast(x_TD, whole(weight_ND))
+    bias_N = None if bias_N is None else whole(bias_N).to(weight_ND.dtype)
     check = TensorChecker("linear")
     check("x_TD", x_TD, FLOATS)
     weights = (x_TD.dtype, torch.bfloat16) if x_TD.dtype == torch.float32 else (x_TD.dtype,)
@@ -52,43 +55,53 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
         check("bias_N", bias_N, (weight_ND.dtype,))
     check_rule("linear", "strides of weight_ND", weight_ND.stride(), weight_ND.is_contiguous(), "contiguous")
     check_rule("linear", "D", x_TD.shape[1], x_TD.shape[1] > 0, ">= 1")
-    available = impls_of("linear", x_TD.dtype)
-    return _run(choose_impl("linear", impl, available, x_TD.device), x_TD, weight_ND, bias_N)
-
-
-def linear_unchecked(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """`linear` for tensors known to be right."""
-    return _run(auto_impl("linear", x_TD.device.type), x_TD, weight_ND, bias_N)
-
-
-def _run(impl: str, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
-    if impl == "ref" or x_TD.dtype != torch.float32:
+    impl = pick_impl("linear", impl, x_TD)
+    needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ND.requires_grad)
+    if impl == "ref" or (needs_grad and weight_ND.dtype != x_TD.dtype):
         return linear_ref(x_TD, weight_ND, bias_N)
-    if torch.is_grad_enabled() and (x_TD.requires_grad or weight_ND.requires_grad):
-        is_wide = weight_ND.dtype == torch.float32
-        return _Linear.apply(x_TD, weight_ND, bias_N) if is_wide else linear_ref(x_TD, weight_ND, bias_N)
-    return torch.ops.socpo.linear(x_TD, weight_ND, bias_N)
+    return _linear(x_TD, weight_ND, bias_N, impl)
 
 
-class _Linear(torch.autograd.Function):
+def _kernel(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, impl: str) -> Tensor:
+    return kernels_of("linear", impl).linear(x_TD, weight_ND, bias_N)
+
+
+def _fake(x_TD: Tensor, weight_ND: Tensor, *_: Any) -> Tensor:
+    return x_TD.new_empty((x_TD.shape[0], weight_ND.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
+    x_TD, weight_ND, _, ctx.impl = inputs
+    ctx.save_for_backward(x_TD, weight_ND)
+
+
+def _backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
     """dx = grad weight, dweight = grad^T x, dbias = the rows of grad added up."""
+    x_TD, weight_ND = ctx.saved_tensors
+    grad_TN = grad_TN.contiguous()
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    return (
+        _matmul(grad_TN, weight_ND, ctx.impl) if needs_x else None,
+        _matmul(grad_TN.t(), x_TD, ctx.impl) if needs_weight else None,
+        grad_TN.sum(0) if needs_bias else None,
+        None,
+    )
 
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ND)
-        return torch.ops.socpo.linear(x_TD, weight_ND, bias_N)
 
-    @staticmethod
-    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_ND = ctx.saved_tensors
-        grad_TN = grad_TN.contiguous()
-        grads: list[Tensor | None] = [None, None, None]
-        if ctx.needs_input_grad[0]:
-            grads[0] = torch.empty_like(x_TD)
-            torch.ops.socpo.matmul_(grads[0], grad_TN, weight_ND, False)
-        if ctx.needs_input_grad[1]:
-            grads[1] = torch.empty_like(weight_ND)
-            torch.ops.socpo.matmul_(grads[1], grad_TN.t(), x_TD, False)
-        if ctx.needs_input_grad[2]:
-            grads[2] = grad_TN.sum(0)
-        return tuple(grads)
+def _matmul_kernel(a: Tensor, b: Tensor, impl: str) -> Tensor:
+    out = a.new_empty((a.shape[0], b.shape[1]))
+    kernels_of("linear", impl).matmul_(out, a, b, False)
+    return out
+
+
+def _matmul_fake(a: Tensor, b: Tensor, impl: str) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+_linear = define_op(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
+    _kernel,
+    fake=_fake,
+    derivative=Derivative(_save, _backward),
+)
+_matmul = define_op("matmul(Tensor a, Tensor b, str impl) -> Tensor", _matmul_kernel, fake=_matmul_fake)

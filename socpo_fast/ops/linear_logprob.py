@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from socpo_fast.ops._checks import FLOATS, INDEX, WIDE_FLOATS, TensorChecker, check_rule
 from socpo_fast.ops._head import ChunkedHead, check_head_options, inverse_temperatures
-from socpo_fast.ops._impl import IMPLS, choose_impl, kernels_of
+from socpo_fast.ops._impl import kernels_of, pick_impl
 
 _CHUNK_LOGITS = 1 << 25  # logits alive at once in the reference, 128 MiB in fp32
 
@@ -100,7 +100,7 @@ def linear_logprob(
     check = TensorChecker("linear_logprob")
     check_linear_inputs(check, hidden_TD, weight_VD, targets_N, temperature, rows_N)
     check_head_options("linear_logprob", workspace_mib)
-    impl = choose_impl("linear_logprob", impl, IMPLS["linear_logprob"], hidden_TD.device)
+    impl = pick_impl("linear_logprob", impl, hidden_TD)
     if impl == "ref":
         return linear_logprob_ref(
             hidden_TD, weight_VD, targets_N, temperature=temperature, rows_N=rows_N, entropy_grad=entropy_grad

@@ -16,7 +16,7 @@ from torch import Tensor
 from socpo_fast.ops._checks import TensorChecker, check_word
 from socpo_fast.ops._fused_policy_loss import Metrics, fused_policy_loss
 from socpo_fast.ops._head import check_head_options
-from socpo_fast.ops._impl import IMPLS, choose_impl
+from socpo_fast.ops._impl import pick_impl
 from socpo_fast.ops.linear_logprob import check_linear_inputs, linear_logprob_ref
 from socpo_fast.ops.policy_loss import (
     DEFAULT_OPTIONS,
@@ -132,7 +132,7 @@ def linear_policy_loss(
     weights_N = check_loss_inputs(
         check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N, options
     )
-    impl = choose_impl(where, impl, IMPLS[where], hidden_TD.device)
+    impl = pick_impl(where, impl, hidden_TD)
     given = hidden_TD, weight_VD, targets_N, old_logprobs_N
     how: dict[str, Any] = {"temperature": temperature, "rows_N": rows_N, "ref_logprobs_N": ref_logprobs_N}
     how |= {"options": options, "metrics": metrics}

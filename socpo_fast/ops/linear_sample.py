@@ -7,11 +7,14 @@ sum of exps, best token by score), merged in the order of the tiles. Only rows w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import FLOATS, INDEX, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, auto_impl, choose_impl, kernels_of
+from socpo_fast.ops._checks import FLOATS, INDEX, TensorChecker, autocast, check_rule, whole
+from socpo_fast.ops._impl import kernels_of, pick_impl
+from socpo_fast.ops._register import define_op
 from socpo_fast.ops.linear import linear_ref
 from socpo_fast.ops.sample import check_draws, sample_ref
 
@@ -69,6 +72,7 @@ def linear_sample(
     number of threads.
     Source: Gumbel-max (Gumbel 1954); the tiles' maxima and sums as in Milakov and Gimelshein 2018.
     """
+    hidden_TD, weight_VD = autocast(hidden_TD, whole(weight_VD))
     check = TensorChecker("linear_sample")
     check("hidden_TD", hidden_TD, FLOATS)
     weights = (hidden_TD.dtype, torch.bfloat16) if hidden_TD.dtype == torch.float32 else (hidden_TD.dtype,)
@@ -81,34 +85,47 @@ def linear_sample(
         check.index_range("rows_B", rows_B, hidden_TD.shape[0])
     else:
         check_rule("linear_sample", "B without rows_B", len(row_keys_B), len(row_keys_B) == len(hidden_TD), "T")
-    available = IMPLS["linear_sample"] if hidden_TD.dtype == torch.float32 else ("ref", "triton")
-    impl = choose_impl("linear_sample", impl, available, hidden_TD.device)
-    settings = {"temperature_B": temperature_B, "top_k_B": top_k_B, "top_p_B": top_p_B, "min_p_B": min_p_B}
-    return linear_sample_unchecked(
-        hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, is_filtered=None, impl=impl, **settings
-    )
+    impl = pick_impl("linear_sample", impl, hidden_TD)
+    settings = temperature_B, top_k_B, top_p_B, min_p_B
+    return linear_sample_op(hidden_TD, weight_VD, row_keys_B, *settings, rows_B, None, impl)
 
 
-def linear_sample_unchecked(
+def _kernel(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     row_keys_B: Tensor,
-    *,
-    rows_B: Tensor | None = None,
-    is_filtered: bool | None = None,
-    impl: str | None = None,
-    **settings: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    rows_B: Tensor | None,
+    is_filtered: bool | None,
+    impl: str,
 ) -> Draws:
-    """`linear_sample` for what is known to be right. is_filtered: whether any draw is; None has a GPU waited for."""
-    impl = impl or auto_impl("linear_sample", hidden_TD.device.type)
-    knobs = temperature_B, top_k_B, top_p_B, min_p_B = [settings[name] for name in _SETTINGS]
-    if impl == "cpp" and hidden_TD.dtype == torch.float32:
-        return torch.ops.socpo.linear_sample(hidden_TD, weight_VD, row_keys_B, *knobs, rows_B)
-    if impl == "triton" and hidden_TD.dtype != torch.float64:
-        if is_filtered is None:
+    settings = temperature_B, top_k_B, top_p_B, min_p_B
+    if impl == "cpp":
+        return torch.ops.socpo.linear_sample(hidden_TD, weight_VD, row_keys_B, *settings, rows_B)
+    if impl == "triton":
+        if is_filtered is None:  # the host waits for a GPU to know
             is_filtered = bool(((top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)).any())
         if not is_filtered:
             launch = kernels_of("linear_sample", impl).linear_sample_triton
             draws = launch(hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B)
             return *draws, torch.ones_like(temperature_B)
-    return linear_sample_ref(hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, **settings)
+    named = dict(zip(_SETTINGS, settings, strict=True))
+    return linear_sample_ref(hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, **named)
+
+
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, row_keys_B: Tensor, temperature_B: Tensor, *_: Any) -> Draws:
+    logprobs_B, entropy_B, kept_mass_B = (temperature_B.new_empty(row_keys_B.shape) for _ in range(3))
+    return row_keys_B.new_empty(row_keys_B.shape), logprobs_B, entropy_B, kept_mass_B
+
+
+# is_filtered: whether any draw has a filter on; None leaves it to be found out.
+linear_sample_op = define_op(
+    "linear_sample(Tensor hidden, Tensor weight, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
+    "Tensor min_p, Tensor? rows, bool? is_filtered, str impl) "
+    "-> (Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor kept_mass)",
+    _kernel,
+    fake=_fake,
+)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, choose_impl
+from socpo_fast.ops._impl import pick_impl
 
 
 class Segment(NamedTuple):
@@ -91,7 +91,7 @@ def packed_attention(
     check_rule(check.where, "H", heads, kv_heads > 0 and heads % kv_heads == 0, f"a multiple of K={kv_heads}")
     check_rule(check.where, "scale", scale, 0 < scale < float("inf"), "finite and > 0")
     _check_segments(segments, q_THE.shape[0])
-    choose_impl("packed_attention", impl, IMPLS["packed_attention"], q_THE.device)
+    pick_impl("packed_attention", impl, q_THE)
     return packed_attention_ref(q_THE, k_TKE, v_TKE, segments, scale=scale)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
+from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, has_no_values
 from socpo_fast.ops._flash import paged_attention_flash
-from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of, kernels_of
+from socpo_fast.ops._impl import kernels_of, pick_impl
+from socpo_fast.ops._register import define_op
 
 
 def paged_attention_ref(
@@ -91,34 +92,12 @@ def paged_attention(
     (Juravsky et al. 2024).
     """
     _check(q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q)
+    impl = pick_impl("paged_attention", impl, q_THE)
+    max_seqlens = len(q_THE), block_table_BM.shape[1] * k_cache_PSKE.shape[1]
+    if not has_no_values(q_THE) and len(q_THE):
+        max_seqlens = int(cu_seqlens_q.diff().max()), int(seq_lens_B.max())
     given = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
-    chosen = choose_impl("paged_attention", impl, impls_of("paged_attention", q_THE.dtype), q_THE.device)
-    longest = (
-        {"max_seqlen_q": int(cu_seqlens_q.diff().max()), "max_seqlen_k": int(seq_lens_B.max())} if len(q_THE) else {}
-    )
-    tensors = (x.contiguous() for x in given)
-    return paged_attention_unchecked(*tensors, scale=scale, cascade=cascade, impl=chosen, **longest)
-
-
-def paged_attention_unchecked(
-    *tensors: Tensor,
-    scale: float,
-    cascade: bool = True,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
-    impl: str | None = None,
-) -> Tensor:
-    """`paged_attention` for what is known to be right; max_*: the longest query and context, or more."""
-    impl = impl or auto_impl("paged_attention", tensors[0].device.type, tensors[0].dtype)
-    if impl == "cpp":
-        return torch.ops.socpo.paged_attention(*tensors, scale, cascade)
-    longest: dict[str, Any] = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    if impl == "triton" and max_seqlen_q > 0:
-        launch = kernels_of("paged_attention", impl).paged_attention_triton
-        return launch(*tensors, scale=scale, cascade=cascade, **longest)
-    if impl == "flash":
-        return paged_attention_flash(*tensors, scale=scale, **longest)
-    return paged_attention_ref(*tensors, scale=scale)
+    return paged_attention_op(*(x.contiguous() for x in given), *max_seqlens, scale, cascade, impl)
 
 
 def _check(
@@ -144,6 +123,8 @@ def _check(
     check_rule(where, "H", heads, heads % kv_heads == 0, f"a multiple of K={kv_heads}")
     check_rule(where, "E", head_dim, head_dim % 4 == 0 and 0 < head_dim <= 256, "a multiple of 4 in [4, 256]")
 
+    if has_no_values(q_THE):
+        return
     q_lens_B = cu_seqlens_q.diff()
     is_rising = cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q.shape == (num_seqs + 1,)
     is_rising = is_rising and bool((q_lens_B >= 0).all())
@@ -158,3 +139,41 @@ def _check(
         torch.arange(0, width * page_size, page_size, device=seq_lens_B.device) < seq_lens_B[:, None]
     ]
     check.index_range("block_table_BM", used_pages, pages)
+
+
+def _kernel(
+    q_THE: Tensor,
+    k_cache_PSKE: Tensor,
+    v_cache_PSKE: Tensor,
+    block_table_BM: Tensor,
+    seq_lens_B: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    cascade: bool,
+    impl: str,
+) -> Tensor:
+    tensors = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
+    if impl == "cpp":
+        return torch.ops.socpo.paged_attention(*tensors, scale, cascade)
+    if impl == "ref" or len(q_THE) == 0:
+        return paged_attention_ref(*tensors, scale=scale)
+    longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale}
+    if impl == "flash":
+        return paged_attention_flash(*tensors, **longest)  # type: ignore[arg-type]
+    launch = kernels_of("paged_attention", impl).paged_attention_triton
+    return launch(*tensors, cascade=cascade, **longest)
+
+
+def _fake(q_THE: Tensor, *_: Any) -> Tensor:
+    return q_THE.new_empty(q_THE.shape)
+
+
+# max_seqlen_*: the longest query and context, or more.
+paged_attention_op = define_op(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool cascade, str impl) -> Tensor",
+    _kernel,
+    fake=_fake,
+)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of, kernels_of
+from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, whole
+from socpo_fast.ops._impl import kernels_of, pick_impl
+from socpo_fast.ops._register import Derivative, define_op
 
-Norm = Tensor | tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
+Norm = Tensor | Pair
 
 
 def rms_norm_ref(x_TD: Tensor, weight_D: Tensor, *, eps: float, residual_TD: Tensor | None = None) -> Norm:
@@ -50,45 +51,70 @@ def rms_norm(
     depend on the number of threads.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
+    weight_D = whole(weight_D)
+    if torch.is_autocast_enabled(x_TD.device.type):  # like torch's own norms, in the widest dtype there is
+        x_TD, weight_D = x_TD.to(torch.float32), weight_D.to(torch.float32)
+        residual_TD = None if residual_TD is None else residual_TD.to(torch.float32)
     check = TensorChecker("rms_norm")
-    check("x_TD", x_TD, FLOATS)
+    check("x_TD" if x_TD.dim() == 2 else "x_THD", x_TD, FLOATS)
     check("weight_D", weight_D, (x_TD.dtype, torch.bfloat16) if x_TD.dtype == torch.float32 else (x_TD.dtype,))
     if residual_TD is not None:
         check("residual_TD", residual_TD, (x_TD.dtype,))
-    check_rule("rms_norm", "D", x_TD.shape[1], x_TD.shape[1] > 0, ">= 1")
+    check_rule("rms_norm", "D", x_TD.shape[-1], x_TD.shape[-1] > 0, ">= 1")
     check_rule("rms_norm", "eps", eps, 0 < eps < torch.inf, "a finite number > 0")
-    impl = choose_impl("rms_norm", impl, impls_of("rms_norm", x_TD.dtype), x_TD.device)
-    return _run(impl, x_TD, weight_D, eps, residual_TD)
-
-
-def rms_norm_unchecked(x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None = None) -> Norm:
-    """`rms_norm` for tensors known to be right; x may have more dimensions in front."""
-    return _run(auto_impl("rms_norm", x_TD.device.type, x_TD.dtype), x_TD, weight_D, eps, residual_TD)
-
-
-def _run(impl: str, x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None) -> Norm:
+    impl = pick_impl("rms_norm", impl, x_TD)
     if impl == "ref":
         return rms_norm_ref(x_TD, weight_D, eps=eps, residual_TD=residual_TD)
-    if torch.is_grad_enabled():
-        return _RMSNorm.apply(impl, x_TD, weight_D, eps, residual_TD)
-    y_TD, sum_TD = kernels_of("rms_norm", impl).rms_norm(x_TD, weight_D, eps, residual_TD)
+    y_TD, sum_TD = _rms_norm(x_TD, weight_D, residual_TD, eps, impl)
     return y_TD if residual_TD is None else (y_TD, sum_TD)
 
 
-class _RMSNorm(torch.autograd.Function):
+def _kernel(x: Tensor, weight_D: Tensor, residual: Tensor | None, eps: float, impl: str) -> Pair:
+    return kernels_of("rms_norm", impl).rms_norm(x, weight_D, eps, residual)
+
+
+def _fake(x: Tensor, weight_D: Tensor, residual: Tensor | None, *_: Any) -> Pair:
+    sum_shape = (0,) if residual is None else x.shape
+    return x.new_empty(x.shape), x.new_empty(sum_shape)
+
+
+def _save(ctx: Any, inputs: tuple, outputs: Pair) -> None:
+    x, weight_D, residual, ctx.eps, ctx.impl = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(outputs[1] if ctx.has_residual else x, weight_D)
+    if not ctx.has_residual:
+        ctx.mark_non_differentiable(outputs[1])
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
     """With r = 1 / rms and g = grad * weight: dsum = r (g - sum r^2 mean(g sum)), dweight = sum of grad sum r."""
+    sum_, weight_D = ctx.saved_tensors
+    grad_stream = grad_sum if ctx.has_residual else None
+    grad, grad_weight_D = _rms_norm_backward(sum_, weight_D, grad_y, grad_stream, ctx.eps, ctx.impl)
+    return grad, grad_weight_D, grad if ctx.has_residual else None, None, None
 
-    @staticmethod
-    def forward(ctx: Any, impl: str, x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None) -> Any:
-        y_TD, sum_TD = kernels_of("rms_norm", impl).rms_norm(x_TD, weight_D, eps, residual_TD)
-        ctx.save_for_backward(x_TD if residual_TD is None else sum_TD, weight_D)
-        ctx.impl, ctx.eps, ctx.has_residual = impl, eps, residual_TD is not None
-        return (y_TD, sum_TD) if ctx.has_residual else y_TD
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y_TD: Tensor, grad_sum_TD: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        sum_TD, weight_D = ctx.saved_tensors
-        kernels = kernels_of("rms_norm", ctx.impl)
-        grad_TD, grad_weight_D = kernels.rms_norm_backward(sum_TD, weight_D, ctx.eps, grad_y_TD, grad_sum_TD)
-        return None, grad_TD, grad_weight_D, None, grad_TD if ctx.has_residual else None
+def _backward_kernel(
+    sum_: Tensor, weight_D: Tensor, grad_y: Tensor, grad_sum: Tensor | None, eps: float, impl: str
+) -> Pair:
+    return kernels_of("rms_norm", impl).rms_norm_backward(sum_, weight_D, eps, grad_y, grad_sum)
+
+
+def _backward_fake(sum_: Tensor, weight_D: Tensor, *_: Any) -> Pair:
+    return sum_.new_empty(sum_.shape), weight_D.new_empty(weight_D.shape)
+
+
+# sum is empty without a residual: an output must not be an input.
+_rms_norm = define_op(
+    "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps, str impl) -> (Tensor y, Tensor sum)",
+    _kernel,
+    fake=_fake,
+    derivative=Derivative(_save, _backward),
+)
+# grad_sum: what reaches x by other ways, added
+_rms_norm_backward = define_op(
+    "rms_norm_backward(Tensor x, Tensor weight, Tensor grad_y, Tensor? grad_sum, float eps, str impl) "
+    "-> (Tensor grad_x, Tensor grad_weight)",
+    _backward_kernel,
+    fake=_backward_fake,
+)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of, kernels_of
+from socpo_fast.ops._impl import kernels_of, pick_impl
+from socpo_fast.ops._register import Derivative, define_op
 
 
 def rotary_ref(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -41,33 +41,35 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
     Source: Su et al. 2021, arXiv:2104.09864.
     """
     _check("rotary", "x_THE", x_THE, cos_TE, sin_TE)
-    return _run(choose_impl("rotary", impl, impls_of("rotary", x_THE.dtype), x_THE.device), x_THE, cos_TE, sin_TE)
-
-
-def rotary_unchecked(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """`rotary` for tensors known to be right."""
-    return _run(auto_impl("rotary", x_THE.device.type, x_THE.dtype), x_THE, cos_TE, sin_TE)
-
-
-def _run(impl: str, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    impl = pick_impl("rotary", impl, x_THE)
     if impl == "ref":
         return rotary_ref(x_THE, cos_TE, sin_TE)
-    if torch.is_grad_enabled():
-        return _Rotary.apply(impl, x_THE, cos_TE, sin_TE)
-    return kernels_of("rotary", impl).rotary(x_THE, cos_TE, sin_TE, False)
+    return _rotary(x_THE, cos_TE, sin_TE, False, impl)
 
 
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, impl: str, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-        ctx.impl = impl
-        ctx.save_for_backward(cos_TE, sin_TE)
-        return kernels_of("rotary", impl).rotary(x_THE, cos_TE, sin_TE, False)
+def _kernel(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, inverse: bool, impl: str) -> Tensor:
+    return kernels_of("rotary", impl).rotary(x_THE, cos_TE, sin_TE, inverse)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
-        return None, kernels_of("rotary", ctx.impl).rotary(grad_THE, *ctx.saved_tensors, True), None, None
+
+def _fake(x_THE: Tensor, *_: Any) -> Tensor:
+    return x_THE.new_empty(x_THE.shape)
+
+
+def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
+    _, cos_TE, sin_TE, ctx.inverse, ctx.impl = inputs
+    ctx.save_for_backward(cos_TE, sin_TE)
+
+
+def _backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
+    return _rotary(grad_THE, *ctx.saved_tensors, not ctx.inverse, ctx.impl), None, None, None, None
+
+
+_rotary = define_op(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool inverse, str impl) -> Tensor",
+    _kernel,
+    fake=_fake,
+    derivative=Derivative(_save, _backward),
+)
 
 
 def rotary_write_ref(
@@ -119,17 +121,8 @@ def rotary_write(
     check_rule("rotary_write", "heads of qkv", heads, heads > 2 * kv_heads, f"> 2 K = {2 * kv_heads}")
     check("slots_T", slots_T, (torch.int64,))
     check.every("slots_T", slots_T, slots_T < k_cache_PSKE.shape[0] * k_cache_PSKE.shape[1], "below P * S")
-    impl = choose_impl("rotary_write", impl, impls_of("rotary_write", qkv_THE.dtype), qkv_THE.device)
-    return _write(impl, qkv_THE, cos_TE, sin_TE, k_cache_PSKE, v_cache_PSKE, slots_T)
-
-
-def rotary_write_unchecked(qkv_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *pages: Tensor) -> Tensor:
-    """`rotary_write` for tensors known to be right; pages: k_cache_PSKE, v_cache_PSKE, slots_T."""
-    return _write(auto_impl("rotary_write", qkv_THE.device.type, qkv_THE.dtype), qkv_THE, cos_TE, sin_TE, *pages)
-
-
-def _write(impl: str, *given: Tensor) -> Tensor:
-    return rotary_write_ref(*given) if impl == "ref" else kernels_of("rotary", impl).rotary_write(*given)
+    impl = pick_impl("rotary_write", impl, qkv_THE)
+    return rotary_write_op(qkv_THE, cos_TE, sin_TE, k_cache_PSKE, v_cache_PSKE, slots_T, impl)
 
 
 def _check(where: str, name: str, x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> TensorChecker:
@@ -139,3 +132,29 @@ def _check(where: str, name: str, x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> 
     check("sin_TE", sin_TE, (cos_TE.dtype,))
     check_rule(where, "E", x.shape[2], x.shape[2] % 2 == 0, "even")
     return check
+
+
+def _write_kernel(
+    qkv_THE: Tensor,
+    cos_TE: Tensor,
+    sin_TE: Tensor,
+    k_cache_PSKE: Tensor,
+    v_cache_PSKE: Tensor,
+    slots_T: Tensor,
+    impl: str,
+) -> Tensor:
+    write = rotary_write_ref if impl == "ref" else kernels_of("rotary", impl).rotary_write
+    return write(qkv_THE, cos_TE, sin_TE, k_cache_PSKE, v_cache_PSKE, slots_T)
+
+
+def _write_fake(qkv_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, k_cache_PSKE: Tensor, *_: Any) -> Tensor:
+    num_tokens, heads, head_dim = qkv_THE.shape
+    return qkv_THE.new_empty((num_tokens, heads - 2 * k_cache_PSKE.shape[2], head_dim))
+
+
+rotary_write_op = define_op(
+    "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+    "str impl) -> Tensor",
+    _write_kernel,
+    fake=_write_fake,
+)

@@ -7,11 +7,14 @@ after preemption, and after a resumed run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, INDEX, TensorChecker, check_rule
-from socpo_fast.ops._impl import IMPLS, choose_impl
+from socpo_fast.ops._impl import pick_impl
+from socpo_fast.ops._register import define_op
 
 _MASK_32 = 0xFFFFFFFF
 
@@ -73,12 +76,37 @@ def sample(
     check = TensorChecker("sample")
     check("logits_BV", logits_BV, FLOATS)
     check_draws(check, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
-    if choose_impl("sample", impl, IMPLS["sample"], logits_BV.device) == "cpp":
+    impl = pick_impl("sample", impl, logits_BV)
+    return _sample(logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B, impl)
+
+
+def _kernel(
+    logits_BV: Tensor,
+    row_keys_B: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "cpp":
         tensors = (logits_BV.float(), row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
         return torch.ops.socpo.sample(*(x.contiguous() for x in tensors))
-    return sample_ref(
-        logits_BV, row_keys_B, temperature_B=temperature_B, top_k_B=top_k_B, top_p_B=top_p_B, min_p_B=min_p_B
-    )
+    settings = {"temperature_B": temperature_B, "top_k_B": top_k_B, "top_p_B": top_p_B, "min_p_B": min_p_B}
+    return sample_ref(logits_BV, row_keys_B, **settings)
+
+
+def _fake(logits_BV: Tensor, row_keys_B: Tensor, temperature_B: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = row_keys_B.shape
+    return row_keys_B.new_empty(num_rows), temperature_B.new_empty(num_rows), temperature_B.new_empty(num_rows)
+
+
+_sample = define_op(
+    "sample(Tensor logits, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+    "str impl) -> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)",
+    _kernel,
+    fake=_fake,
+)
 
 
 def kept_tokens(probs_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
-from socpo_fast.ops._impl import auto_impl, choose_impl, impls_of, kernels_of
+from socpo_fast.ops._impl import kernels_of, pick_impl
+from socpo_fast.ops._register import Derivative, define_op
 
 
 def swiglu_ref(gate_up_TJ: Tensor) -> Tensor:
@@ -40,32 +40,42 @@ def swiglu(gate_up_TJ: Tensor, *, impl: str = "auto") -> Tensor:
     """
     TensorChecker("swiglu")("gate_up_TJ", gate_up_TJ, FLOATS)
     check_rule("swiglu", "J", gate_up_TJ.shape[1], gate_up_TJ.shape[1] % 2 == 0, "even")
-    return _run(choose_impl("swiglu", impl, impls_of("swiglu", gate_up_TJ.dtype), gate_up_TJ.device), gate_up_TJ)
+    impl = pick_impl("swiglu", impl, gate_up_TJ)
+    return swiglu_ref(gate_up_TJ) if impl == "ref" else _swiglu(gate_up_TJ, impl)
 
 
-def swiglu_unchecked(gate_up_TJ: Tensor) -> Tensor:
-    """`swiglu` for a tensor known to be right."""
-    return _run(auto_impl("swiglu", gate_up_TJ.device.type, gate_up_TJ.dtype), gate_up_TJ)
-
-
-def _run(impl: str, gate_up_TJ: Tensor) -> Tensor:
-    if impl == "ref":
-        return swiglu_ref(gate_up_TJ)
-    if torch.is_grad_enabled():
-        return _Swiglu.apply(impl, gate_up_TJ)
+def _kernel(gate_up_TJ: Tensor, impl: str) -> Tensor:
     return kernels_of("swiglu", impl).swiglu(gate_up_TJ)
 
 
-class _Swiglu(torch.autograd.Function):
+def _fake(gate_up_TJ: Tensor, impl: str) -> Tensor:
+    return gate_up_TJ.new_empty((gate_up_TJ.shape[0], gate_up_TJ.shape[1] // 2))
+
+
+def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
+    gate_up_TJ, ctx.impl = inputs
+    ctx.save_for_backward(gate_up_TJ)
+
+
+def _backward(ctx: Any, grad_TI: Tensor) -> tuple[Tensor, None]:
     """With s = sigmoid(gate): dgate = grad up s (1 + gate (1 - s)), dup = grad gate s."""
+    return _swiglu_backward(*ctx.saved_tensors, grad_TI, ctx.impl), None
 
-    @staticmethod
-    def forward(ctx: Any, impl: str, gate_up_TJ: Tensor) -> Tensor:
-        ctx.impl = impl
-        ctx.save_for_backward(gate_up_TJ)
-        return kernels_of("swiglu", impl).swiglu(gate_up_TJ)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TI: Tensor) -> tuple[None, Tensor]:
-        return None, kernels_of("swiglu", ctx.impl).swiglu_backward(*ctx.saved_tensors, grad_TI)
+def _backward_kernel(gate_up_TJ: Tensor, grad_TI: Tensor, impl: str) -> Tensor:
+    return kernels_of("swiglu", impl).swiglu_backward(gate_up_TJ, grad_TI)
+
+
+def _backward_fake(gate_up_TJ: Tensor, *_: Any) -> Tensor:
+    return gate_up_TJ.new_empty(gate_up_TJ.shape)
+
+
+_swiglu = define_op(
+    "swiglu(Tensor gate_up, str impl) -> Tensor",
+    _kernel,
+    fake=_fake,
+    derivative=Derivative(_save, _backward),
+)
+_swiglu_backward = define_op(
+    "swiglu_backward(Tensor gate_up, Tensor grad, str impl) -> Tensor", _backward_kernel, fake=_backward_fake
+)

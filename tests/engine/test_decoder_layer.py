@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from socpo_fast import Engine, SamplingParams
+from socpo_fast.engine.fused_layers import fused_weights
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.ops._impl import extension_is_built
 from tests.engine.tiny import generate_same, make_student
@@ -71,7 +72,7 @@ def test_opcheck() -> None:
     caches = [torch.zeros(3, 4, config.num_kv_heads, config.head_dim) for _ in range(2)]
     places = torch.arange(4), torch.arange(3, dtype=torch.int32)[None], torch.tensor([4], dtype=torch.int32)
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
-    weights = [x if x is None else x.detach() for x in student.layers[0].weights()]
+    weights = [x if x is None else x.detach() for x in fused_weights(student.layers[0])]
     x, rotary = f(4, config.hidden_size), (f(4, config.head_dim), f(4, config.head_dim))
     given = (x, x.clone(), weights, 1e-6, *rotary, *caches, *places, cu_seqlens, 0.3, True)
     torch.library.opcheck(torch.ops.socpo.decoder_layer, given)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from socpo_fast.ops._impl import extension_is_built
-from socpo_fast.ops.paged_attention import paged_attention_unchecked
+from socpo_fast.ops._impl import extension_is_built, pick_impl
+from socpo_fast.ops.paged_attention import paged_attention_op
 from tests.error_rule import assert_bitwise_equal
 from tests.ops.paged_cases import SPLIT, Case, assert_cpp_is_right, make_case, run
 
@@ -130,10 +130,11 @@ def test_no_query_tokens_no_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unchecked_is_the_same_without_checks(dtype: torch.dtype) -> None:
+def test_registered_op_is_the_same_unchecked(dtype: torch.dtype) -> None:
     case = make_case([10, 3], [2, 1], heads=4, kv_heads=2, head_dim=8, page_size=8)
     case = case._replace(q_THE=case.q_THE.to(dtype), k_cache_PSKE=case[1].to(dtype), v_cache_PSKE=case[2].to(dtype))
-    unchecked_THE = paged_attention_unchecked(*case, scale=8**-0.5, cascade=False)
+    impl = pick_impl("paged_attention", "auto", case.q_THE)
+    unchecked_THE = paged_attention_op(*case, 2, 10, 8**-0.5, False, impl)
     assert_bitwise_equal(unchecked_THE, run(case, "auto"), name="output")
 
 
@@ -161,7 +162,9 @@ def test_other_dtypes_are_refused_by_cpp() -> None:
     case = make_case([10, 3], [2, 1], heads=4, kv_heads=2, head_dim=8, page_size=8)
     halves = Case(*(x.bfloat16() if x.is_floating_point() else x for x in case))
     assert run(halves, "auto").dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="paged_attention: impl must be one of auto, ref, triton, flash, got 'cpp'"):
+    with pytest.raises(
+        ValueError, match="paged_attention: impl must be one of auto, ref, triton, flash for bfloat16, got 'cpp'"
+    ):
         run(halves, "cpp")
 
 

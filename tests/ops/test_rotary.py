@@ -203,7 +203,7 @@ def test_write_refuses(change: dict, message: str) -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="rotary: E must be even, got 3"):
         rotary(torch.ones(2, 1, 3), torch.ones(2, 3), torch.ones(2, 3))
-    with pytest.raises(ValueError, match="rotary: impl must be one of auto, ref, got 'cpp'"):
+    with pytest.raises(ValueError, match="rotary: impl must be one of auto, ref for float64, got 'cpp'"):
         rotary(torch.ones(2, 1, 4).double(), torch.ones(2, 4), torch.ones(2, 4), impl="cpp")
 
 

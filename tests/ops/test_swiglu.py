@@ -108,8 +108,8 @@ def test_strided_input(impl: str) -> None:
         (torch.ones(2, 3), "auto", "J must be even, got 3"),
         (torch.ones(2, 4, dtype=torch.int32), "auto", "gate_up_TJ must be float32"),
         (torch.ones(4), "auto", r"gate_up_TJ must be .* \[T, J\], got float32 \[4\]"),
-        (torch.ones(2, 4).double(), "triton", "impl must be one of auto, ref, got 'triton'"),
-        (torch.ones(2, 4).bfloat16(), "cpp", "impl must be one of auto, ref, triton, got 'cpp'"),
+        (torch.ones(2, 4).double(), "triton", "impl must be one of auto, ref for float64, got 'triton'"),
+        (torch.ones(2, 4).bfloat16(), "cpp", "impl must be one of auto, ref, triton for bfloat16, got 'cpp'"),
     ],
 )
 def test_refuses(x: Tensor, impl: str, message: str) -> None:

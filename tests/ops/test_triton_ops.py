@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.kernels import linear_policy_loss as kernels
-from socpo_fast.ops import PolicyLoss, linear_logprob, linear_policy_loss
-from socpo_fast.ops._impl import choose_impl
+from socpo_fast.ops import PolicyLoss, _impl, linear_logprob, linear_policy_loss
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.loss_options import gathered
@@ -161,6 +160,6 @@ def test_a_whole_training_step() -> None:
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_impl, "INTERPRETS", False)
     with pytest.raises(ValueError, match="which runs on a GPU, and on the CPU under TRITON_INTERPRET=1"):
-        choose_impl("linear_policy_loss", "triton", ("ref", "triton"), torch.device("cpu"))
+        _impl.pick_impl("linear_policy_loss", "triton", torch.empty(0))

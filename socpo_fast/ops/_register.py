@@ -1,0 +1,77 @@
+"""Registers ops with PyTorch: `torch.ops.socpo_fast.X` is the one op behind the public function X.
+
+A registered op is flat (tensors, numbers, words) and functional: its outputs never share memory
+with its inputs. So the dispatcher, FakeTensor, autograd and torch.compile know what it does without
+looking inside. `impl`, its last argument, is what pick_impl of _impl.py returned. The kernels that
+run inside stand in csrc (`torch.ops.socpo.*`) and in kernels/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LIBRARY = torch.library.Library("socpo_fast", "DEF")
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """How an op is differentiated.
+
+    save(ctx, inputs, outputs) keeps what the backward needs;
+    backward(ctx, *grad_outputs) returns one gradient, or None, for each input. Only registered ops
+    and plain torch may be called there: torch.compile traces it.
+    """
+
+    save: Callable[[Any, tuple, Any], None]
+    backward: Callable[..., tuple]
+
+
+def define_op(
+    schema: str, kernel: Callable, *, fake: Callable, derivative: Derivative | None = None
+) -> Callable[..., Any]:
+    """Registers an op and returns it.
+
+    Args:
+        schema:     its name and signature in the language of torch.library.
+        kernel:     computes the outputs, on any device; runs below autograd.
+        fake:       returns empty outputs of the right shapes, dtypes and devices.
+        derivative: None for ops without a gradient: their inputs must not require one.
+    """
+    name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"socpo_fast::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.socpo_fast, name).default
+    if derivative is not None:
+        LIBRARY.impl(name, _differentiable(op, derivative), "Autograd")
+    return op
+
+
+def _differentiable(op: Callable, derivative: Derivative) -> Callable:
+    """The op's autograd kernel. torch.library.register_autograd would do the same for 8 us more a call."""
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = op(*inputs)
+            derivative.save(ctx, inputs, outputs)
+            return outputs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
+            return derivative.backward(ctx, *grad_outputs)
+
+    def autograd_kernel(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return Differentiable.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return autograd_kernel
