@@ -44,8 +44,8 @@ TORCH_LIBRARY(socpo, m) {
   m.def(
       "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, float scale) -> (Tensor o, Tensor logsumexp)");
   m.def(
-      "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor logsumexp, "
-      "Tensor visible_until, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor visible_until, "
+      "float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   // grad_logits may be logits itself; then that, too, is overwritten
   m.def(

@@ -23,8 +23,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from bench.builtin_student.dialogues import Piece, dialogue
 from bench.builtin_student.tokenizer import MAX_LENGTH, build_tokenizer
-from socpo_fast.model import Decoder, ModelConfig, save_student
-from socpo_fast.model.decoder import turned_heads
+from socpo_fast.model import Decoder, ModelConfig, packed_forward, save_student
+from socpo_fast.ops import visible_until_of_sequences
 
 NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 32, 16
 LR, WARMUP_UPDATES, WEIGHT_DECAY = 2e-3, 100, 0.01
@@ -87,12 +87,9 @@ def warm_up_loss(student: Decoder, rows: list[list[Piece]]) -> Tensor:
     token_ids_BL = torch.tensor([row + [0] * (length - len(row)) for row in token_ids])
     trained_BL = torch.tensor([row + [False] * (length - len(row)) for row in trained])
 
-    def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q_THE, k_TKE, v_TKE = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
-        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THE, k_TKE, v_TKE))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-
-    hidden_TD = student(token_ids_BL.flatten(), torch.arange(length).repeat(len(rows)), attend)
+    positions_T = torch.arange(length).repeat(len(rows))
+    until_T = visible_until_of_sequences([length] * len(rows))
+    hidden_TD = packed_forward(student, token_ids_BL.flatten(), positions_T, until_T)
     is_target_BL = trained_BL[:, 1:]
     logits_NV = student.lm_head(hidden_TD.unflatten(0, (-1, length))[:, :-1][is_target_BL])
     return F.cross_entropy(logits_NV, token_ids_BL[:, 1:][is_target_BL])

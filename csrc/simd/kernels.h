@@ -138,9 +138,8 @@ inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
                     float slope);                                                                         \
   /* scores[i] = exp(scale * scores[i] - max), with 0 from `count` on to `width`, a multiple of 16. */    \
   SoftmaxSums softmax_row(float* scores, int64_t count, int64_t width, float scale);                      \
-  /* scores = p = exp(scale * scores - logsumexp) and grads = p (grads - delta) scale, with 0 likewise. */ \
-  void softmax_backward_row(float* scores, float* grads, int64_t count, int64_t width, float scale, float logsumexp, \
-                            float delta);                                                                 \
+  /* scores = p, their softmax, and grads = p (grads - sum of p grads) scale, with 0 likewise. */         \
+  void softmax_backward_row(float* scores, float* grads, int64_t count, int64_t width, float scale);      \
   }
 
 SOCPO_DECLARE_KERNELS(baseline)

@@ -9,7 +9,7 @@
 namespace socpo::SOCPO_ISA {
 namespace {
 
-// The first `count` - i lanes of x; the others are `otherwise`.
+// The lanes of x, which start at i, that are below `count`; the others are `otherwise`.
 inline Vec visible(Vec x, int64_t i, int64_t count, float otherwise) {
   const VecInt is_visible = (VecInt)lane_index() < VecInt{} + smaller(count - i, LANES);
   return is_visible ? x : broadcast(otherwise);
@@ -36,19 +36,16 @@ SoftmaxSums softmax_row(float* scores, int64_t count, int64_t width, float scale
   return {max_score, sum_lanes(sum)};
 }
 
-void softmax_backward_row(float* scores, float* grads, int64_t count, int64_t width, float scale,
-                          float logsumexp, float delta) {
-  int64_t i = 0;
-  for (; i < count; i += LANES) {
-    const Vec e = exp_nonpositive(load<Vec>(scores + i) * scale - logsumexp);
-    const Vec weight = visible(e, i, count, 0.0f);
-    const Vec grad = weight * (load<Vec>(grads + i) - delta) * scale;
+void softmax_backward_row(float* scores, float* grads, int64_t count, int64_t width, float scale) {
+  const float factor = 1.0f / softmax_row(scores, count, width, scale).sum;
+  Vec dot = {};
+  for (int64_t i = 0; i < count; i += LANES)
+    dot += load<Vec>(scores + i) * visible(load<Vec>(grads + i), i, count, 0.0f);
+  const float mean = sum_lanes(dot) * factor;
+  for (int64_t i = 0; i < width; i += LANES) {
+    const Vec weight = load<Vec>(scores + i) * factor;
     store(scores + i, weight);
-    store(grads + i, visible(grad, i, count, 0.0f));
-  }
-  for (; i < width; i += LANES) {
-    store(scores + i, Vec{});
-    store(grads + i, Vec{});
+    store(grads + i, visible(weight * (load<Vec>(grads + i) - mean) * scale, i, count, 0.0f));
   }
 }
 

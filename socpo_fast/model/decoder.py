@@ -163,9 +163,11 @@ def rotary_tables(positions_T: Tensor, inv_freq: Tensor, factor: float) -> tuple
     return angles_TE.cos() * factor, angles_TE.sin() * factor
 
 
-def turned_heads(qkv_THE: Tensor, tables: tuple[Tensor, Tensor], num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What most attention starts with: q and k turned, and v, of the [T, H + 2 K, E] that `Attend` is given."""
-    num_turned = qkv_THE.shape[1] - num_kv_heads
-    qk_THE, v_TKE = qkv_THE.split((num_turned, num_kv_heads), dim=1)
-    q_THE, k_TKE = rotary(qk_THE, *tables).split((num_turned - num_kv_heads, num_kv_heads), dim=1)
+def split_qkv_and_apply_rope(
+    qkv_THE: Tensor, tables: tuple[Tensor, Tensor], num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns rotated q and k, and v, of the [T, H + 2 K, E] that `Attend` is given."""
+    num_rotated = qkv_THE.shape[1] - num_kv_heads
+    qk_THE, v_TKE = qkv_THE.split((num_rotated, num_kv_heads), dim=1)
+    q_THE, k_TKE = rotary(qk_THE, *tables).split((num_rotated - num_kv_heads, num_kv_heads), dim=1)
     return q_THE, k_TKE, v_TKE

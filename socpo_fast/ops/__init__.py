@@ -7,20 +7,20 @@ from socpo_fast.ops.linear import linear
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.linear_sample import linear_sample
-from socpo_fast.ops.packed_attention import Segment, packed_attention
 from socpo_fast.ops.paged_attention import paged_attention
 from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 from socpo_fast.ops.rms_norm import rms_norm
 from socpo_fast.ops.rotary import rotary, rotary_write
 from socpo_fast.ops.sample import next_keys, row_key, row_keys, sample
 from socpo_fast.ops.swiglu import swiglu
+from socpo_fast.ops.tree_attention import TreeMask, tree_attention, visible_until_of_sequences
 
 __all__ = [
     "Credit",
     "CreditOptions",
     "PolicyLoss",
     "PolicyLossOptions",
-    "Segment",
+    "TreeMask",
     "available_impls",
     "compute_advantages",
     "credit_attempts",
@@ -30,7 +30,6 @@ __all__ = [
     "linear_policy_loss",
     "linear_sample",
     "next_keys",
-    "packed_attention",
     "paged_attention",
     "policy_loss",
     "rms_norm",
@@ -40,4 +39,6 @@ __all__ = [
     "row_keys",
     "sample",
     "swiglu",
+    "tree_attention",
+    "visible_until_of_sequences",
 ]

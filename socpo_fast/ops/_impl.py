@@ -30,13 +30,13 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "linear_policy_loss": {"cpp": _ANY, "triton": _ANY},
     "linear_sample": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "policy_loss": {},
-    "packed_attention": {},
     "paged_attention": {"cpp": _FP32, "triton": _FP32 + _HALVES, "flash": _HALVES},
     "rms_norm": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "rotary": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "rotary_write": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "sample": {"cpp": _ANY},
     "swiglu": {"cpp": _FP32, "triton": _FP32 + _HALVES},
+    "tree_attention": {"cpp": _FP32},
 }
 _DEVICES = {"cpp": "cpu", "triton": "cuda", "flash": "cuda"}
 

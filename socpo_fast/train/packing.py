@@ -1,28 +1,40 @@
 """Rollouts to packed microbatches in which every token of a group's tree is forwarded once.
 
-Read top-down: pack_rollouts -> _Builder.add -> _Builder._segment. Differences from packing as trainers know it:
+Read top-down: pack_rollouts -> _Builder.add -> _Builder.build -> _Branch. A group is one tree, whose
+rows stand in depth-first order; visible_until says which rows see a row: those from it up to there.
 
-- The prompt of a group is one root segment and its rollouts are branches below it (packing="tree"); packing="rows"
-  gives every rollout its own copy of the prompt and is what the tree is tested against.
-- A rollout is one chain, attempt_0 + bridge + attempt_1 + .., not one row an attempt. Only where the next attempt does
-  not see all of it does the chain fork: what it does not see ends in a leaf (it was sampled, so it is trained), and the
-  chain goes on behind the tokens that stay, be their end inside the attempt, a bridge or the shared prompt.
-- The last token of a leaf predicts nothing and is not forwarded. Hence, within one microbatch of packing="tree",
-  tokens forwarded = nodes of the tree - its leaves.
-- A loss token is known by its place in an attempt, never by its id. Several may share the row that predicts them (the
-  prompt's last token, the last token before a cut), so rows_N repeats.
+    row            0  1  2  3   4  5  6  7   8  9  10 11  12 13  14 15 16
+    token          p  p  p  p   a  a  a  a   b  c   d  d   e  e   b  c  c
+    visible_until 17 17 14 14  10 10  8  8  10 10  12 12  14 14  17 17 17
+
+The prompt p is shared. The second attempt c of row 9 stands behind the bridge b and sees two tokens
+of the first, a. Attempt d was right. Behind attempt e a template dropped all but two tokens of the
+prompt: rows 14 to 16 leave it early, so they come after all that sees rows 2 and 3. A rollout's
+rows (here 12, 13 and 14 to 16) need not be neighbours.
+
+Differences from packing as trainers know it:
+
+- The prompt of a group is the root of its tree and its rollouts are branches (packing="tree");
+  packing="rows" gives every rollout a tree of its own and is what the tree is tested against.
+- A rollout is one chain, attempt_0 + bridge + attempt_1 + .., not one row an attempt. Only where the
+  next attempt does not see all of it does it branch: what it does not see ends in a leaf (it was
+  sampled, so it is trained), and the chain goes on behind the tokens that stay, be their end inside
+  the attempt, a bridge or the prompt.
+- The last token of a leaf predicts nothing and is not forwarded. Hence, within one microbatch of
+  packing="tree", tokens forwarded = nodes of the tree - its leaves.
+- A loss token is known by its place in an attempt, never by its id. Several may share the row that
+  predicts them (the prompt's last token, the last token before a cut), so rows_N repeats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from socpo_fast.ops.packed_attention import Segment
 from socpo_fast.types import Rollout
 
 Packing = Literal["tree", "rows"]
@@ -31,15 +43,15 @@ GroupKey = tuple[int, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class PackedMicrobatch:
-    """One forward-backward: T packed tokens, N loss tokens. Tensors are int64 on the CPU."""
+    """One forward-backward: T packed tokens, N loss tokens. Tensors are int64 on the CPU but for visible_until_T."""
 
     token_ids_T: Tensor
     positions_T: Tensor  # [T] depth along the token's own path
-    segments: list[Segment]  # partition [0, T)
+    visible_until_T: Tensor  # [T] int32, for ops.tree_attention
     targets_N: Tensor  # [N] the sampled tokens, attempt by attempt in the order of `attempts`
     rows_N: Tensor  # [N] the packed token whose hidden state predicts target n; may repeat
     attempt_of_token_N: Tensor  # [N] index into `attempts`
-    attempts: list[tuple[int, int]]  # (place in the rollouts that were packed, attempt_idx)
+    attempts: list[tuple[int, int]]  # (index in the rollouts that were packed, attempt_idx)
 
     @property
     def tokens_forwarded(self) -> int:
@@ -68,27 +80,28 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, packing: Packing, token_budget
     if token_budget < 1:
         raise ValueError(f"pack_rollouts: token_budget must be >= 1, got {token_budget}")
     groups: dict[tuple[int, GroupKey], list[int]] = {}
-    for place, rollout in enumerate(rollouts):
+    for rollout_idx, rollout in enumerate(rollouts):
         if rollout.attempts:
-            _check_rollout(place, rollout)
-            groups.setdefault((place if packing == "rows" else 0, group_key(rollout)), []).append(place)
+            _check_rollout(rollout_idx, rollout)
+            tree = rollout_idx if packing == "rows" else 0
+            groups.setdefault((tree, group_key(rollout)), []).append(rollout_idx)
 
     builders = [_Builder()]
-    for places in groups.values():
-        chains = [_chain_tokens(rollouts[place]) for place in places]
-        prompt = len(rollouts[places[0]].prompt_ids)
-        has_room = len(builders[-1].token_ids) + prompt + sum(chains) <= token_budget
+    for members in groups.values():
+        chains = [_chain_tokens(rollouts[rollout_idx]) for rollout_idx in members]
+        prompt = len(rollouts[members[0]].prompt_ids)
+        has_room = builders[-1].num_tokens + prompt + sum(chains) <= token_budget
         if not has_room and prompt + sum(chains) <= token_budget:
             builders.append(_Builder())
         root = None
-        for place, chain in zip(places, chains, strict=True):
+        for rollout_idx, chain in zip(members, chains, strict=True):
             cost = chain + (prompt if root is None else 0)
-            if builders[-1].token_ids and len(builders[-1].token_ids) + cost > token_budget:
+            if builders[-1].attempts and builders[-1].num_tokens + cost > token_budget:
                 builders.append(_Builder())
                 root = None
             if root is None:
-                root = builders[-1].add_prompt(rollouts[place], shared=packing == "tree")
-            builders[-1].add(place, rollouts[place], root)
+                root = builders[-1].add_prompt(rollouts[rollout_idx])
+            builders[-1].add(rollout_idx, rollouts[rollout_idx], root)
     return [builder.build() for builder in builders if builder.attempts]
 
 
@@ -104,83 +117,102 @@ def count_unique_tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(prompts.values()) + sum(map(_chain_nodes, trained))
 
 
-class _Path(NamedTuple):
-    """Where a new segment hangs."""
+@dataclass(eq=False)
+class _Branch:
+    """Tokens in a row that nothing but their own branches see; it leaves its parent behind `leaves_at` tokens."""
 
-    context: tuple[tuple[int, int], ...]  # rows of its ancestors, in path order
-    depth: int  # tokens in context
-    pending: list[int]  # tokens that must open the segment: a prompt that is not shared
+    parent: _Branch | None = None
+    leaves_at: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    branches: list[_Branch] = field(default_factory=list)
+    start: int = 0  # row of the first token, once rows have their order
 
-    def back(self, num_tokens: int) -> _Path:
-        """The path without its last num_tokens; it may end inside a segment."""
-        context, left = list(self.context), num_tokens
-        while left:
-            start, end = context.pop()
-            dropped = min(left, end - start)
-            context += [(start, end - dropped)] if dropped < end - start else []
-            left -= dropped
-        return _Path(tuple(context), self.depth - num_tokens, [])
+    def back(self, num_tokens: int) -> tuple[_Branch, int]:
+        """The branch, and how many of its tokens, at which the path to the end of this one ends without its last ones."""
+        branch, end = self, len(self.token_ids)
+        while branch.parent is not None and num_tokens >= end:
+            num_tokens -= end
+            branch, end = branch.parent, branch.leaves_at
+        return branch, end - num_tokens
+
+    def fork(self, num_unseen: int) -> _Branch:
+        """A new branch that does not see the last num_unseen tokens of the path to the end of this one."""
+        parent, leaves_at = self.back(num_unseen)
+        parent.branches.append(_Branch(parent, leaves_at))
+        return parent.branches[-1]
 
 
 @dataclass
 class _Builder:
-    """One microbatch in the making, as Python lists."""
+    """One microbatch in the making."""
 
-    token_ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    attempt_of_token: list[int] = field(default_factory=list)
+    roots: list[_Branch] = field(default_factory=list)
+    num_tokens: int = 0
     attempts: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[tuple[_Branch, int, list[int]]] = field(default_factory=list)  # branch, where in it, attempt's tokens
 
-    def add_prompt(self, rollout: Rollout, *, shared: bool) -> _Path:
-        """The root below which the rollout hangs: a segment that others may share, or the head of its own chain."""
-        root = _Path((), 0, list(rollout.prompt_ids))
-        return self._segment(root.pending, root) if shared else root
+    def add_prompt(self, rollout: Rollout) -> _Branch:
+        """A new tree of the rollout's prompt."""
+        self.roots.append(_Branch(token_ids=list(rollout.prompt_ids)))
+        self.num_tokens += len(rollout.prompt_ids)
+        return self.roots[-1]
 
-    def add(self, place: int, rollout: Rollout, path: _Path) -> None:
-        """Append a rollout's chain, which forks where the next attempt does not see all that came before."""
-        run = list(path.pending)  # the chain's tokens that are not yet in a segment
+    def add(self, rollout_idx: int, rollout: Rollout, root: _Branch) -> None:
+        """Adds a rollout's chain, which forks where the next attempt does not see all that came before."""
+        branch = root.fork(0)
         for attempt_idx, attempt in enumerate(rollout.attempts):
-            ids, start = attempt.token_ids, len(self.token_ids) + len(run)
-            self.targets += ids
-            self.rows += [start - 1 if run else path.context[-1][1] - 1, *range(start, start + len(ids) - 1)]
-            self.attempt_of_token += [len(self.attempts)] * len(ids)
-            self.attempts.append((place, attempt_idx))
-            run += ids[:-1]
+            self.attempts.append((rollout_idx, attempt_idx))
+            self.spans.append((branch, len(branch.token_ids), attempt.token_ids))
+            branch.token_ids += attempt.token_ids[:-1]
             if attempt_idx == len(rollout.turns) - 1:
                 break
             kept_tokens, bridge_ids = rollout.seam(attempt_idx)
-            unseen = _row_length(rollout, attempt_idx) - kept_tokens
-            if unseen == 0:
-                run += ids[-1:]
-            elif unseen > 1:
-                path, run = self._segment(run, path).back(unseen - 1), []
-            run += bridge_ids
-        self._segment(run, path)
-
-    def _segment(self, token_ids: list[int], path: _Path) -> _Path:
-        """Append tokens below path; the path that ends with them."""
-        if not token_ids:
-            return path
-        start, end = len(self.token_ids), len(self.token_ids) + len(token_ids)
-        self.token_ids += token_ids
-        self.positions += range(path.depth, path.depth + len(token_ids))
-        self.segments.append(Segment(start, end, path.context))
-        return _Path((*path.context, (start, end)), path.depth + len(token_ids), [])
+            num_unseen = _row_length(rollout, attempt_idx) - kept_tokens
+            if num_unseen == 0:
+                branch.token_ids += attempt.token_ids[-1:]
+            elif num_unseen > 1:  # the last token of those is not in the branch
+                branch = branch.fork(num_unseen - 1)
+            branch.token_ids += bridge_ids
+        self.num_tokens += _chain_tokens(rollout)
 
     def build(self) -> PackedMicrobatch:
-        assert len(self.rows) == len(self.targets), "one predicting row for every loss token"
-        lists = {
-            "token_ids_T": self.token_ids,
-            "positions_T": self.positions,
-            "targets_N": self.targets,
-            "rows_N": self.rows,
-            "attempt_of_token_N": self.attempt_of_token,
-        }
-        tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in lists.items()}
-        return PackedMicrobatch(segments=self.segments, attempts=self.attempts, **tensors)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        visible_until: list[int] = []
+
+        def place(branch: _Branch, depth: int) -> None:
+            """Gives rows to a branch and to all below it, those that see most of it first."""
+            branch.start, length = len(token_ids), len(branch.token_ids)
+            token_ids.extend(branch.token_ids)
+            positions.extend(range(depth, depth + length))
+            visible_until.extend([0] * length)
+            in_order = sorted(branch.branches, key=lambda below: below.leaves_at, reverse=True)
+            for below in in_order:
+                place(below, depth + below.leaves_at)
+            until = [len(token_ids)] * length
+            for below in reversed(in_order):  # it hides the tokens behind which it does not stand
+                until[below.leaves_at :] = [below.start] * (length - below.leaves_at)
+            visible_until[branch.start : branch.start + length] = until
+
+        for root in self.roots:
+            place(root, 0)
+        assert len(token_ids) == self.num_tokens, "tokens as counted for the budget"
+
+        rows: list[int] = []
+        for branch, offset, ids in self.spans:
+            before, end = branch.back(len(branch.token_ids) - offset)
+            first = branch.start + offset
+            rows += [before.start + end - 1, *range(first, first + len(ids) - 1)]
+        lengths = torch.tensor([len(ids) for _, _, ids in self.spans])
+        return PackedMicrobatch(
+            token_ids_T=torch.tensor(token_ids),
+            positions_T=torch.tensor(positions),
+            visible_until_T=torch.tensor(visible_until, dtype=torch.int32),
+            targets_N=torch.tensor([token_id for _, _, ids in self.spans for token_id in ids]),
+            rows_N=torch.tensor(rows),
+            attempt_of_token_N=torch.arange(len(self.attempts)).repeat_interleave(lengths),
+            attempts=self.attempts,
+        )
 
 
 def _row_length(rollout: Rollout, turn_idx: int) -> int:
@@ -201,8 +233,8 @@ def _chain_tokens(rollout: Rollout) -> int:
     return _chain_nodes(rollout) - num_forks - 1
 
 
-def _check_rollout(place: int, rollout: Rollout) -> None:
-    where = f"pack_rollouts: rollouts[{place}]"
+def _check_rollout(rollout_idx: int, rollout: Rollout) -> None:
+    where = f"pack_rollouts: rollouts[{rollout_idx}]"
     if not rollout.prompt_ids:
         raise ValueError(f"{where}.prompt_ids must be non-empty, got []; its last token predicts the first sampled one")
     for turn_idx, attempt in enumerate(rollout.attempts):

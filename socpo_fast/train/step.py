@@ -17,10 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from socpo_fast.model.decoder import Decoder, turned_heads
+from socpo_fast.model import Decoder, packed_forward
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
-from socpo_fast.ops.packed_attention import packed_attention
 from socpo_fast.ops.policy_loss import DEFAULT_OPTIONS, PolicyLoss, PolicyLossOptions
 from socpo_fast.train.loss_inputs import (
     LossAgg,
@@ -197,18 +196,15 @@ def _backward(
 
 
 def _forward(student: Decoder, microbatch: PackedMicrobatch, *, checkpointing: bool, impl: str) -> Tensor:
-    """Hidden states of the packed tokens; keys come from the rows of a token's own path."""
-    config, device = student.config, student.lm_head.weight.device
-    scale = config.head_dim**-0.5
-    impl = "ref" if impl == "ref" else "auto"  # "cpp" and "triton" name the head's: attention has neither
-
-    def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q_THE, k_TKE, v_TKE = turned_heads(qkv_THE, rotary, config.num_kv_heads)
-        return packed_attention(q_THE, k_TKE, v_TKE, microbatch.segments, scale=scale, impl=impl)
-
-    token_ids_T, positions_T = microbatch.token_ids_T.to(device), microbatch.positions_T.to(device)
-    hidden_TD = student(token_ids_T, positions_T, attend, checkpointing=checkpointing)
-    return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU
+    """Hidden states of the packed tokens."""
+    return packed_forward(
+        student,
+        microbatch.token_ids_T,
+        microbatch.positions_T,
+        microbatch.visible_until_T,
+        checkpointing=checkpointing,
+        impl="ref" if impl == "ref" else "auto",  # "cpp" and "triton" name the head's
+    )
 
 
 def _stats(

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from socpo_fast.engine import Engine
-from socpo_fast.model import Decoder, load_student
-from socpo_fast.model.decoder import turned_heads
-from socpo_fast.ops import Segment, packed_attention
+from socpo_fast.model import Decoder, load_student, packed_forward
+from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.types import Attempt, SamplingParams
 from tests.engine.tiny import generate_same, kept
 
@@ -54,16 +53,10 @@ def exact(groups: list[list[Attempt]]) -> list[list[tuple]]:
 
 def trainer_logprobs(student: Decoder, token_ids: list[int]) -> torch.Tensor:
     """[L - 1] log-prob of every token but the first, by one packed forward."""
-    whole = [Segment(0, len(token_ids), ())]
-    scale = student.config.head_dim**-0.5
-
-    def attend(_layer: int, qkv_THE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        q, k, v = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
-        return packed_attention(q, k, v, whole, scale=scale)
-
+    ids, until = torch.tensor(token_ids), visible_until_of_sequences([len(token_ids)])
     with torch.no_grad():
-        ids = torch.tensor(token_ids)
-        logprobs = student.lm_head(student(ids, torch.arange(len(ids)), attend)).log_softmax(-1)
+        hidden = packed_forward(student, ids, torch.arange(len(ids)), until)
+        logprobs = student.lm_head(hidden).log_softmax(-1)
     return logprobs[:-1].gather(1, ids[1:, None])[:, 0]
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from socpo_fast.engine import Engine
-from socpo_fast.model import Decoder
-from socpo_fast.model.decoder import turned_heads
-from socpo_fast.ops import row_key, sample
+from socpo_fast.model import Decoder, packed_forward
+from socpo_fast.ops import row_key, sample, visible_until_of_sequences
 from socpo_fast.types import SamplingParams
 from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
 
@@ -35,15 +34,10 @@ def next_token_logits(student: Decoder, token_ids: list[int]) -> torch.Tensor:
     wide = make_student().double()
     wide.load_state_dict({name: value.double() for name, value in student.state_dict().items()})
 
-    def attend(_layer: int, qkv_THE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        q, k, v = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
-        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(
-            0, 1
-        )
-
+    positions, until = torch.arange(len(token_ids)), visible_until_of_sequences([len(token_ids)])
     with torch.no_grad():
-        return wide.lm_head(wide(torch.tensor(token_ids), torch.arange(len(token_ids)), attend))[-1]
+        hidden = packed_forward(wide, torch.tensor(token_ids), positions, until, impl="ref")
+        return wide.lm_head(hidden)[-1]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from socpo_fast.engine import Engine
-from socpo_fast.model import Decoder
-from socpo_fast.model.decoder import turned_heads
-from socpo_fast.ops import Segment, packed_attention
+from socpo_fast.model import Decoder, packed_forward
+from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import SamplingParams
@@ -32,15 +31,10 @@ def storage_of(engine: Engine) -> dict[str, int]:
 
 def trainer_logprobs(student: Decoder, token_ids: list[int], num_sampled: int) -> torch.Tensor:
     """Of the last num_sampled tokens, by the trainer's packed forward."""
-    whole, scale = [Segment(0, len(token_ids), ())], student.config.head_dim**-0.5
-
-    def attend(_layer: int, qkv_THE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        q, k, v = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
-        return packed_attention(q, k, v, whole, scale=scale)
-
+    ids, until = torch.tensor(token_ids), visible_until_of_sequences([len(token_ids)])
     with torch.no_grad():
-        ids = torch.tensor(token_ids)
-        logprobs = student.lm_head(student(ids, torch.arange(len(ids)), attend)).log_softmax(-1)
+        hidden = packed_forward(student, ids, torch.arange(len(ids)), until)
+        logprobs = student.lm_head(hidden).log_softmax(-1)
     return logprobs[:-1].gather(1, ids[1:, None])[-num_sampled:, 0]
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from socpo_fast.model import Decoder, load_student
-from socpo_fast.model.decoder import turned_heads
+from socpo_fast.model import Decoder, load_student, packed_forward
+from socpo_fast.ops import visible_until_of_sequences
 from tests.error_rule import assert_bitwise_equal
 
 LENGTHS = (1, 5, 64, 17)  # one token alone; a long one, so that slow rotary frequencies turn
@@ -27,17 +27,13 @@ FAMILIES = (
 
 
 def packed_logits(student: Decoder, sequences: list[Tensor], **forward: Any) -> Tensor:
-    """[T, V] logits of several sequences in one packed row, under a block-diagonal causal mask."""
-    sequence_T = torch.cat([torch.full((len(ids),), i) for i, ids in enumerate(sequences)])
-    positions_T = torch.cat([torch.arange(len(ids)) for ids in sequences])
-    mask_TT = (sequence_T[:, None] == sequence_T) & (positions_T[:, None] >= positions_T)
-
-    def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q_THE, k_TKE, v_TKE = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_THE, k_TKE, v_TKE))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT, enable_gqa=True)[0].transpose(0, 1)
-
-    return F.linear(student(torch.cat(sequences), positions_T, attend, **forward), student.lm_head.weight)
+    """[T, V] logits of several sequences in one packed row."""
+    lengths = [len(ids) for ids in sequences]
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    hidden_TD = packed_forward(
+        student, torch.cat(sequences), positions_T, visible_until_of_sequences(lengths), **forward
+    )
+    return F.linear(hidden_TD, student.lm_head.weight)
 
 
 def reference_logits(reference: PreTrainedModel, sequences: list[Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.builtin_student import dialogues, warm_up
-from socpo_fast.model import load_student
-from socpo_fast.model.decoder import turned_heads
+from socpo_fast.model import load_student, packed_forward
+from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.graders import make_grader
 from socpo_fast.socratic.tasks import molar_mass
@@ -181,13 +181,8 @@ def test_shipped_student() -> None:
     assert tokenizer.decode(tokenizer(question.reference_solution)["input_ids"]) == question.reference_solution
     assert len(tokenizer("<|im_end|>", split_special_tokens=True)["input_ids"]) == len("<|im_end|>")
 
-    def attend(layer_idx: int, qkv_THE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        q_THE, k_TKE, v_TKE = turned_heads(qkv_THE, rotary, student.config.num_kv_heads)
-        q, k, v = (x.transpose(0, 1) for x in (q_THE, k_TKE, v_TKE))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.transpose(0, 1)
-
-    token_ids = torch.tensor(prompt_ids)
-    logits = student.lm_head(student(token_ids, torch.arange(len(token_ids)), attend))
+    token_ids, until = torch.tensor(prompt_ids), visible_until_of_sequences([len(prompt_ids)])
+    hidden = packed_forward(student, token_ids, torch.arange(len(token_ids)), until)
+    logits = student.lm_head(hidden)
     theirs = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]
     torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=0)

@@ -57,8 +57,7 @@ def endings(bridge: Bridge) -> st.SearchStrategy[list[int]]:
 
 def seen_before(microbatch: PackedMicrobatch, row: int) -> list[int]:
     """The ids on the path of a packed row, the row's own included."""
-    [segment] = [segment for segment in microbatch.segments if segment.start <= row < segment.end]
-    places = [place for start, end in (*segment.context, (segment.start, row + 1)) for place in range(start, end)]
+    places = [place for place in range(row + 1) if row < microbatch.visible_until_T[place]]
     assert microbatch.positions_T[row] == len(places) - 1
     return [int(microbatch.token_ids_T[place]) for place in places]
 

@@ -15,15 +15,9 @@ from tests.train.rollouts import contexts, make_rollout, make_rollouts
 
 def paths(microbatch: PackedMicrobatch) -> list[list[int]]:
     """Row -> the rows it attends to, itself last."""
-    assert [0, *(segment.end for segment in microbatch.segments)] == [
-        *(segment.start for segment in microbatch.segments),
-        microbatch.tokens_forwarded,
-    ]
-    found = []
-    for start, end, context in microbatch.segments:
-        ancestors = [row for first, last in context for row in range(first, last)]
-        found += [ancestors + list(range(start, row + 1)) for row in range(start, end)]
-    return found
+    until = microbatch.visible_until_T.tolist()
+    assert all(row < end <= microbatch.tokens_forwarded for row, end in enumerate(until))
+    return [[key for key in range(row + 1) if row < until[key]] for row in range(len(until))]
 
 
 def assert_every_loss_token_sees_what_the_sampler_saw(

@@ -108,7 +108,7 @@ def test_in_fp32_packings_differ_by_rounding_only(update: Update, options: dict[
     whole, _ = single.gradients(options, token_budget=10_000)
     for packing, token_budget in (("tree", 45), ("rows", 10_000), ("rows", 1)):
         found, _ = single.gradients(options, packing=packing, token_budget=token_budget)
-        assert distance(found, whole) < 1e-6 * norm(truth)
+        assert distance(found, whole) < 2e-6 * norm(truth)  # 1.3e-6; by plain torch 1.6e-6
         assert distance(found, truth) < 1e-5 * norm(truth)
 
 

@@ -13,9 +13,8 @@ import torch
 
 from socpo_fast import Engine, SamplingParams
 from socpo_fast.engine.runner import Runner
-from socpo_fast.model import Decoder
-from socpo_fast.model.decoder import turned_heads
-from socpo_fast.ops import Segment, packed_attention, row_key
+from socpo_fast.model import Decoder, packed_forward
+from socpo_fast.ops import row_key, visible_until_of_sequences
 from socpo_fast.ops.sample import noise_bits
 from socpo_fast.types import Attempt
 from tests.engine.tiny import generate_same
@@ -67,19 +66,12 @@ def exact(groups: list[list[Attempt]]) -> list[tuple[list[int], list[float]]]:
 
 def logits_of(student: Decoder, token_ids_T: torch.Tensor, num_last: int = 0) -> torch.Tensor:
     """[T, V], or of the last rows only, by a plain forward; fp64."""
-    whole, scale = [Segment(0, len(token_ids_T), ())], student.config.head_dim**-0.5
-
-    def attend(
-        _layer: int, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        heads = turned_heads(qkv, rotary, student.config.num_kv_heads)
-        return packed_attention(*heads, whole, scale=scale)
-
     weight, device = student.lm_head.weight, token_ids_T.device
+    positions_T = torch.arange(len(token_ids_T), device=device)
+    until_T = visible_until_of_sequences([len(token_ids_T)])
     with torch.no_grad():
-        positions = torch.arange(len(token_ids_T), device=device)
-        hidden = student(token_ids_T, positions, attend)[-num_last:]
-        return (hidden.to(weight.dtype) @ weight.T).double()
+        hidden = packed_forward(student, token_ids_T, positions_T, until_T)[-num_last:]
+        return (hidden @ weight.T).double()
 
 
 def lead(

@@ -14,6 +14,7 @@ from torch import Tensor
 from socpo_fast import Engine
 from socpo_fast.model import Decoder
 from socpo_fast.ops import policy_loss
+from socpo_fast.ops.tree_attention import num_pairs
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
@@ -31,13 +32,10 @@ TOKEN_BUDGET = 16384
 
 
 def flops_of(student: Decoder, rollouts: list[Rollout]) -> float:
-    """Of the update, from its packed segments."""
+    """Of the update, from its packed microbatches."""
     total = 0.0
     for batch in pack_rollouts(rollouts, packing="tree", token_budget=TOKEN_BUDGET):
-        seen_pairs = 0
-        for start, end, context in batch.segments:
-            rows = end - start
-            seen_pairs += rows * sum(b - a for a, b in context) + rows * (rows + 1) // 2
+        seen_pairs = num_pairs(batch.visible_until_T)
         counts = batch.tokens_forwarded, batch.targets_N.numel(), seen_pairs
         total += update_flops(student.config, *counts)
     return total

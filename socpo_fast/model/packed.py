@@ -1,0 +1,46 @@
+"""The forward of training: packed tokens, a tree in depth-first order, in one pass without pages."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from socpo_fast.model.decoder import Decoder, split_qkv_and_apply_rope
+from socpo_fast.ops import TreeMask, tree_attention
+
+
+def packed_forward(
+    student: Decoder,
+    token_ids_T: Tensor,
+    positions_T: Tensor,
+    tree: Tensor | TreeMask,
+    *,
+    checkpointing: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Computes the hidden states of packed tokens, each of which sees its ancestors and itself.
+
+    Args:
+        token_ids_T, positions_T: [T] int64 on any device; a position is a depth along a path.
+        tree:            visible_until_T, [T] int32 on any device, or a TreeMask, as of ops.tree_attention.
+        checkpointing:   recompute each layer in the backward.
+        impl:            of the attention.
+
+    Returns:
+        hidden_TD [T, D] behind the last norm, on the student's device, in the parameters' dtype.
+
+    Raises:
+        ValueError: the tree breaks the rules of ops.TreeMask.
+    """
+    config, device = student.config, student.lm_head.weight.device
+    mask = tree if isinstance(tree, TreeMask) else TreeMask.of(tree, where="packed_forward")
+    mask = mask.to(device)
+
+    def attend(layer_idx: int, qkv_THE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_THE, tables, config.num_kv_heads)
+        scale = config.head_dim**-0.5
+        return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=scale, impl=impl)
+
+    hidden_TD = student(
+        token_ids_T.to(device), positions_T.to(device), attend, checkpointing=checkpointing
+    )
+    return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU

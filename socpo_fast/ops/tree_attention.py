@@ -1,0 +1,219 @@
+"""Attention of training's packed rows, a tree in depth-first order, forward and backward.
+
+Read TreeMask -> tree_attention_ref -> tree_attention. Departs from attention over padded sequences:
+what a prompt's branches share is packed once, and one number a row, `visible_until`, says who sees
+whom. Equal to attention over separate sequences within rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule
+from socpo_fast.ops._impl import kernels_of, pick_impl
+from socpo_fast.ops._register import Derivative, define_op
+
+BLOCK = 64  # rows of one pair of extremes
+REF_ROWS = 256  # query rows of which the reference holds the scores at a time
+INT32 = (torch.int32,)
+
+
+class TreeMask(NamedTuple):
+    """Who sees whom in a tree of packed rows, checked once for all layers of a microbatch.
+
+    A kernel skips a tile of (queries, keys) when max_until of the keys' blocks is at most the first
+    query, and needs no mask when min_until is beyond the last one and all keys come before.
+    """
+
+    visible_until_T: Tensor  # int32: the first row that no longer sees row s
+    min_until_N: Tensor  # int32 [ceil(T / BLOCK)], over each block of rows
+    max_until_N: Tensor
+
+    @classmethod
+    def of(cls, visible_until_T: Tensor, *, where: str = "TreeMask.of") -> TreeMask:
+        """Checks visible_until_T [T] int32, each in (its row, T], and adds the extremes.
+
+        Raises:
+            ValueError: a shape, dtype or value breaks the rules above (a value on a GPU: a device
+                        assert; under torch.compile values are not looked at).
+        """
+        check = TensorChecker(where)
+        check("visible_until_T", visible_until_T, INT32)
+        num_rows = visible_until_T.shape[0]
+        rows_T = torch.arange(num_rows, device=visible_until_T.device)
+        holds = (visible_until_T > rows_T) & (visible_until_T <= num_rows)
+        check.every("visible_until_T", visible_until_T, holds, f"in (its row, T={num_rows}]")
+        num_blocks = -(-num_rows // BLOCK)
+        extremes = []
+        for reduce, neutral in ((torch.amin, num_rows), (torch.amax, 0)):
+            padded = visible_until_T.new_full((num_blocks * BLOCK,), neutral)
+            padded[:num_rows] = visible_until_T
+            extremes.append(reduce(padded.view(num_blocks, BLOCK), dim=1))
+        return cls(visible_until_T, *extremes)
+
+    def to(self, device: torch.device) -> TreeMask:
+        return TreeMask(*(x.to(device) for x in self))
+
+
+def visible_until_of_sequences(lengths: Sequence[int]) -> Tensor:
+    """Returns visible_until_T of sequences side by side, none of which sees another."""
+    lengths_B = torch.tensor(lengths, dtype=torch.int64)
+    return lengths_B.cumsum(0).repeat_interleave(lengths_B).int()
+
+
+def num_pairs(visible_until_T: Tensor) -> int:
+    """Pairs of a query row and a key row that it sees: a head's scores.
+
+    A pair costs 4 E FLOPs in the forward and 10 E in the backward.
+    """
+    rows_T = torch.arange(visible_until_T.shape[0], device=visible_until_T.device)
+    return int((visible_until_T - rows_T).sum())
+
+
+def tree_attention_ref(
+    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, visible_until_T: Tensor, *, scale: float
+) -> Tensor:
+    wide = torch.promote_types(q_THE.dtype, torch.float32)
+    rows_T = torch.arange(q_THE.shape[0], device=q_THE.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, queries: Tensor) -> Tensor:
+        q = q.unflatten(1, (k.shape[1], -1))
+        keys = rows_T[: k.shape[0]]
+        is_seen = (keys <= queries[:, None]) & (queries[:, None] < visible_until_T[: k.shape[0]])
+        scores = scale * torch.einsum("tkge,ske->kgts", q.to(wide), k.to(wide))
+        weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+        return torch.einsum("kgts,ske->tkge", weights, v.to(wide)).flatten(1, 2).to(q.dtype)
+
+    outputs = []
+    for q, queries in zip(q_THE.split(REF_ROWS), rows_T.split(REF_ROWS), strict=True):
+        end = len(outputs) * REF_ROWS + q.shape[0]  # scores are computed again in the backward
+        arguments = q, k_TKE[:end], v_TKE[:end], queries
+        outputs.append(checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(outputs)
+
+
+def tree_attention(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    tree: Tensor | TreeMask,
+    *,
+    scale: float,
+    impl: str = "auto",
+) -> Tensor:
+    """Computes attention of packed rows in which every row sees its ancestors in a tree and itself.
+
+        seen(t) = rows s with s <= t < visible_until[s]
+        o[t]    = sum over s in seen(t) of softmax over seen(t)(scale q[t] . k[s]) v[s]
+
+    Args:
+        q_THE: [T, H, E] fp32, fp64, bf16 or fp16 (cpp: fp32); H a multiple of K.
+        k_TKE: [T, K, E], same dtype. Query head h reads key and value head h // (H / K).
+        v_TKE: [T, K, E], same dtype.
+        tree:  visible_until_T, [T] int32 with s < visible_until[s] <= T; or TreeMask.of(it), which
+               many layers share. Rows of a tree stand in depth-first order.
+        scale: > 0, usually E ** -0.5.
+        impl:  "auto", "ref" or "cpp".
+
+    Returns:
+        o_THE [T, H, E], dtype of q.
+
+    Raises:
+        ValueError: a shape, dtype, device, the tree or the scale breaks the rules above (values of
+                    a tree on a GPU: a device assert; under torch.compile they are not looked at).
+
+    Gradient: q, k, v. Memory: q, k, v, o and one number a row and head are kept for the backward;
+    a thread holds the scores of one block of rows. Bitwise: same inputs, same bits; cpp: for any
+    number of threads.
+    """
+    q_THE, k_TKE, v_TKE = autocast(q_THE, k_TKE, v_TKE)
+    check = TensorChecker("tree_attention")
+    check("q_THE", q_THE, FLOATS)
+    check("k_TKE", k_TKE, (q_THE.dtype,))
+    check("v_TKE", v_TKE, (q_THE.dtype,))
+    _, heads, head_dim = q_THE.shape
+    kv_heads = k_TKE.shape[1]
+    is_multiple = heads > 0 and kv_heads > 0 and heads % kv_heads == 0
+    check_rule(check.where, "H", heads, is_multiple, f"a multiple of K={kv_heads}")
+    check_rule(check.where, "E", head_dim, head_dim > 0, ">= 1")
+    check_rule(check.where, "scale", scale, 0 < scale < float("inf"), "finite and > 0")
+    if not isinstance(tree, TreeMask):
+        tree = TreeMask.of(tree, where=check.where)
+    check("visible_until_T", tree.visible_until_T, INT32)
+    impl = pick_impl("tree_attention", impl, q_THE)
+    if impl == "ref":
+        return tree_attention_ref(q_THE, k_TKE, v_TKE, tree.visible_until_T, scale=scale)
+    o_THE, _ = _tree_attention(q_THE, k_TKE, v_TKE, *tree, scale, impl)
+    return o_THE
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_until: Tensor,
+    min_until: Tensor,
+    max_until: Tensor,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return kernels_of("tree_attention", impl).tree_attention(q, k, v, visible_until, scale)
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *outputs)
+    ctx.mark_non_differentiable(outputs[1])
+
+
+def _backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """With p = exp(score - logsumexp) and d = grad . o: the scores' gradient is p (grad . v - d)."""
+    grads = _tree_attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    return *grads, None, None, None, None, None
+
+
+def _backward_kernel(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_until: Tensor,
+    min_until: Tensor,
+    max_until: Tensor,
+    o: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = kernels_of("tree_attention", impl)
+    return kernels.tree_attention_backward(grad_o, q, k, v, visible_until, scale)
+
+
+def _backward_fake(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+# logsumexp [T, H] is of each row's scores: what the backward needs of the softmax.
+_tree_attention = define_op(
+    "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor min_until, "
+    "Tensor max_until, float scale, str impl) -> (Tensor o, Tensor logsumexp)",
+    _kernel,
+    fake=_fake,
+    derivative=Derivative(_save, _backward),
+)
+_tree_attention_backward = define_op(
+    "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor visible_until, "
+    "Tensor min_until, Tensor max_until, Tensor o, Tensor logsumexp, float scale, str impl) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    _backward_kernel,
+    fake=_backward_fake,
+)
