@@ -84,10 +84,16 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
+def is_autocasting(x: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of x."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The tensors in torch.autocast's dtype where it is on, as torch's own matrix products take them."""
     tensors = x, *others
-    if not torch.is_autocast_enabled(x.device.type):
+    if not is_autocasting(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
