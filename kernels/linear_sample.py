@@ -119,7 +119,11 @@ def aot_configs() -> AotConfigs:
                     {"BLOCK_B": tile.rows, "BLOCK_V": tile.tokens, "BLOCK_D": tile.width},
                     odd,
                 )
-            pointers = results | {"token_ids_ptr": torch.int64, "logprobs_ptr": torch.float32, "entropy_ptr": torch.float32}
+            pointers = results | {
+                "token_ids_ptr": torch.int64,
+                "logprobs_ptr": torch.float32,
+                "entropy_ptr": torch.float32,
+            }
             constants = {
                 "BLOCK_B": tile.merged_rows,
                 "BLOCK_N": triton.next_power_of_2(triton.cdiv(262144, tile.tokens)),
