@@ -1,7 +1,7 @@
 """Builds socpo_fast._C from csrc/. Project metadata is in pyproject.toml.
 
-SOCPO_BUILD = auto (default): the C++ of csrc/, and its CUDA sources where there are any and torch and the machine
-have CUDA; cuda: the same, but an error without CUDA; none: pure Python, every op runs its plain torch reference.
+SOCPO_BUILD = auto (default): the C++ of csrc/; none: pure Python, where every op runs its plain torch reference on a
+CPU. The kernels of a GPU are Triton's, which compiles them when they are first used.
 """
 
 import os
@@ -29,8 +29,7 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere at::parall
 
 def extension_options() -> dict:
     """setup()'s ext_modules and cmdclass; imports torch, so only when something is to be built."""
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildPerIsa(BuildExtension):
         """Compiles csrc/simd once per instruction set; which copy runs is chosen at run time (csrc/cpu.cpp)."""
@@ -43,26 +42,19 @@ def extension_options() -> dict:
                 )
             super().build_extension(ext)
 
-    cuda_sources = sorted(glob("csrc/*.cu"))
-    has_cuda = bool(cuda_sources) and CUDA_HOME is not None and torch.version.cuda is not None
-    if BUILD == "cuda" and not has_cuda:
-        raise RuntimeError(
-            "setup.py: SOCPO_BUILD=cuda needs csrc/*.cu, a CUDA toolkit and a CUDA build of torch, "
-            f"got {cuda_sources}, {CUDA_HOME} and {torch.__version__}; use SOCPO_BUILD=auto"
-        )
-    extension = (CUDAExtension if has_cuda else CppExtension)(
+    extension = CppExtension(
         "socpo_fast._C",
-        sorted(glob("csrc/*.cpp")) + (cuda_sources if has_cuda else []),
+        sorted(glob("csrc/*.cpp")),
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/simd/*.cpp")),
-        extra_compile_args={"cxx": [*FLAGS, *OPENMP], "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": [*FLAGS, *OPENMP]},
         extra_link_args=OPENMP,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildPerIsa}}
 
 
 BUILD = os.environ.get("SOCPO_BUILD", "auto")
-if BUILD not in ("auto", "cuda", "none"):
-    raise ValueError(f"setup.py: SOCPO_BUILD must be auto, cuda or none, got {BUILD!r}")
+if BUILD not in ("auto", "none"):
+    raise ValueError(f"setup.py: SOCPO_BUILD must be auto or none, got {BUILD!r}")
 
 setup(
     packages=[*find_packages(include=["socpo_fast", "socpo_fast.*"]), "socpo_fast.kernels"],

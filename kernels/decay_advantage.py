@@ -72,7 +72,6 @@ def decay_advantage(
             DIVIDE_BY_STD=divides_by_std,
             WHITEN=whitens,
             BLOCK_A=tile.block,
-            BLOCK_K=triton.next_power_of_2(num_factors),
             num_warps=tile.num_warps,
         )
     return earned_A, advantages_A, factors_K
@@ -128,7 +127,6 @@ def aot_configs() -> AotConfigs:
                         "DIVIDE_BY_STD": divides_by_std,
                         "WHITEN": whitens,
                         "BLOCK_A": block,
-                        "BLOCK_K": 8,
                     },
                 )
 
@@ -154,17 +152,17 @@ def _decay_advantage_kernel(
     DIVIDE_BY_STD: tl.constexpr,
     WHITEN: tl.constexpr,
     BLOCK_A: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     grouped: tl.constexpr = BASELINE != "none"
-    lanes, kinds = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_K)
+    lanes = tl.arange(0, BLOCK_A)
     zero = tl.zeros((), tl.float64)
     value_ptr, sum_ptr, square_sum_ptr = scratch_ptr, scratch_ptr + num_attempts, scratch_ptr + 2 * num_attempts
     if given_factors_ptr is not None:
-        factors = tl.load(given_factors_ptr + kinds, kinds < num_factors, other=0.0)
+        for n in range(num_factors):
+            tl.store(factors_ptr + n, tl.load(given_factors_ptr + n))
     else:
-        factors = _batch_means(rewards_ptr, attempt_ptr, num_attempts, BLOCK_A, BLOCK_K)
-    tl.store(factors_ptr + kinds, factors, kinds < num_factors)
+        _store_batch_means(factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A)
+    tl.debug_barrier()
 
     # What each attempt earns, and its sums along each group. From here on, place i is the i-th attempt in group order.
     carry = zero
@@ -173,9 +171,8 @@ def _decay_advantage_kernel(
         inside = i < num_attempts
         attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
         source = attempt_of_place if last_ptr is None else tl.load(last_ptr + attempt_of_place, inside, other=0)
-        is_k = tl.load(attempt_ptr + source, inside, other=0)[:, None] == kinds[None, :]
-        value = tl.load(rewards_ptr + source, inside, other=0.0)
-        value *= tl.sum(tl.where(is_k, factors[None, :], 0.0), 1)
+        attempt_idx = tl.load(attempt_ptr + source, inside, other=0)
+        value = tl.load(rewards_ptr + source, inside, other=0.0) * tl.load(factors_ptr + attempt_idx, inside, other=0.0)
         value = value.to(tl.float32).to(tl.float64)  # what decay_rewards hands to compute_advantages
         tl.store(earned_ptr + attempt_of_place, value.to(tl.float32), inside)
         tl.store(value_ptr + i, value, inside)
@@ -237,24 +234,21 @@ def _decay_advantage_kernel(
 
 
 @triton.jit
-def _batch_means(rewards_ptr, attempt_ptr, num_attempts, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_K] fp64: factors by the recurrence of _batch_means in ops/decay_advantage.py."""
-    kinds = tl.arange(0, BLOCK_K)
-    factors = tl.full((BLOCK_K,), 1.0, tl.float64)
-    sums, counts = tl.zeros((BLOCK_K,), tl.float64), tl.zeros((BLOCK_K,), tl.float64)
-    for start in range(0, num_attempts, BLOCK_A):
-        i = start + tl.arange(0, BLOCK_A)
-        inside = i < num_attempts
-        is_k = tl.load(attempt_ptr + i, inside, other=-1)[:, None] == kinds[None, :]
-        sums += tl.sum(tl.where(is_k, tl.load(rewards_ptr + i, inside, other=0.0)[:, None], 0.0), 0)
-        counts += tl.sum(is_k.to(tl.float64), 0)
+def _store_batch_means(factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A: tl.constexpr):
+    """Factors by the recurrence of _batch_means in ops/decay_advantage.py, one attempt index at a time."""
     decayed_sum, count = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
-    for n in range(BLOCK_K):
+    factor = tl.full((), 1.0, tl.float64)
+    for n in range(num_factors):
         if n > 0:
-            factors = tl.where(kinds == n, decayed_sum / count, factors)
-        decayed_sum += tl.sum(tl.where(kinds == n, factors * sums, 0.0), 0)
-        count += tl.sum(tl.where(kinds == n, counts, 0.0), 0)
-    return factors
+            factor = decayed_sum / count
+        tl.store(factors_ptr + n, factor)
+        for start in range(0, num_attempts, BLOCK_A):
+            i = start + tl.arange(0, BLOCK_A)
+            inside = i < num_attempts
+            is_n = tl.load(attempt_ptr + i, inside, other=-1) == n
+            reward = tl.load(rewards_ptr + i, inside, other=0.0)
+            decayed_sum += factor * tl.sum(tl.where(is_n, reward, 0.0), 0)
+            count += tl.sum(is_n.to(tl.float64), 0)
 
 
 @triton.jit

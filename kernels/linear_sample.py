@@ -59,9 +59,9 @@ def linear_sample_triton(
     ids_BN = row_keys_B.new_empty((num_draws, num_tiles), dtype=torch.int32)
     values_5BN = row_keys_B.new_empty((5, num_draws, num_tiles), dtype=torch.float32)
     token_ids_B = row_keys_B.new_empty(num_draws)
-    values_2B = values_5BN.new_empty((2, num_draws))
+    logprobs_B, entropy_B = values_5BN.new_empty(num_draws), values_5BN.new_empty(num_draws)
     if num_draws == 0:
-        return token_ids_B, values_2B[0], values_2B[1]
+        return token_ids_B, logprobs_B, entropy_B
     with torch.cuda.device_of(hidden_TD):
         _sample_tile_kernel[triton.cdiv(num_draws, tile.rows), num_tiles](
             hidden_TD,
@@ -85,14 +85,15 @@ def linear_sample_triton(
             ids_BN,
             values_5BN,
             token_ids_B,
-            values_2B,
+            logprobs_B,
+            entropy_B,
             num_draws,
             num_tiles,
             BLOCK_B=tile.merged_rows,
             BLOCK_N=triton.next_power_of_2(num_tiles),
             num_warps=_MERGE_WARPS,
         )
-    return token_ids_B, values_2B[0], values_2B[1]
+    return token_ids_B, logprobs_B, entropy_B
 
 
 def aot_configs() -> AotConfigs:
@@ -118,7 +119,11 @@ def aot_configs() -> AotConfigs:
                     {"BLOCK_B": tile.rows, "BLOCK_V": tile.tokens, "BLOCK_D": tile.width},
                     odd,
                 )
-            pointers = results | {"token_ids_ptr": torch.int64, "results_ptr": torch.float32}
+            pointers = results | {
+                "token_ids_ptr": torch.int64,
+                "logprobs_ptr": torch.float32,
+                "entropy_ptr": torch.float32,
+            }
             constants = {
                 "BLOCK_B": tile.merged_rows,
                 "BLOCK_N": triton.next_power_of_2(triton.cdiv(262144, tile.tokens)),
@@ -198,7 +203,8 @@ def _merge_tiles_kernel(
     ids_ptr,
     values_ptr,
     token_ids_ptr,
-    results_ptr,
+    logprobs_ptr,
+    entropy_ptr,
     num_draws,
     num_tiles,
     BLOCK_B: tl.constexpr,
@@ -225,8 +231,8 @@ def _merge_tiles_kernel(
     winner = tl.min(tl.where(is_best, tiles[None, :], num_tiles), 1)
     place = begins + tl.where(winner == num_tiles, 0, winner)  # NaN: some token
     tl.store(token_ids_ptr + draws, tl.load(ids_ptr + place).to(tl.int64), is_draw)
-    tl.store(results_ptr + draws, (tl.load(values_ptr + place + 4 * step) - highest) - log_total, is_draw)
-    tl.store(results_ptr + num_draws + draws, entropy, is_draw)
+    tl.store(logprobs_ptr + draws, (tl.load(values_ptr + place + 4 * step) - highest) - log_total, is_draw)
+    tl.store(entropy_ptr + draws, entropy, is_draw)
 
 
 @triton.jit

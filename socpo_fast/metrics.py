@@ -35,6 +35,7 @@ METRICS: dict[str, str] = {
     "perf/preemptions": "sequences that gave up their pages and were recomputed, count",
     "perf/tokens_forwarded": "tokens that passed the layers in the update, count",
     "perf/unique_tokens": "nodes of the rollout trees of the update (prompt once a group), tokens",
+    "perf/microbatches": "forward-backward passes of the update, count",
     "time/rollout_s": "rollout, guidance included, s",
     "time/teacher_wait_s": "mean wait of a guided rollout for its teacher, s",
     "time/update_s": "all updates of the batch, s",

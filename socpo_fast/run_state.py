@@ -92,13 +92,13 @@ class RunState:
         Raises:
             ValueError: the checkpoint is of another record version.
         """
-        version = record.get("record_version", 1)
+        version = record.get("record_version")
         if version != RECORD_VERSION:
             raise ValueError(
                 f"run: {checkpoint} must be of record version {RECORD_VERSION}, got {version}, "
                 "from an earlier socpo_fast; choose another run.name"
             )
-        before = record.get("drawn_from", drawn_from)  # the first checkpoints did not keep it
+        before = record["drawn_from"]
         if before != drawn_from:
             warnings.warn(
                 f"run: questions were drawn from {before} and are now from {drawn_from}; "

@@ -87,15 +87,6 @@ class EngineStats:
     pages_total: int = 0
 
 
-@dataclass(frozen=True)
-class Handle:
-    """What was submitted: attempts with this key and attempt_idx, rollout_idx in range(num_rollouts), will finish."""
-
-    key: RolloutKey
-    attempt_idx: int
-    num_rollouts: int
-
-
 @dataclass(eq=False)
 class Attempt:
     """One answer of the student, exactly as sampled (the end-of-turn token included when finish_reason is "stop")."""
@@ -132,7 +123,6 @@ class Guidance:
     """A teacher's message after a wrong attempt."""
 
     text: str
-    duration_s: float = 0.0
 
 
 EndReason = Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"]

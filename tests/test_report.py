@@ -206,10 +206,3 @@ def test_a_cut_into_the_prompt_is_told_as_what_is_left(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"was_shown": true', '"was_shown": false'))
     text = parse(write_report(tmp_path)).text
     assert "the student did not see it" in text and "as sampled" not in text
-
-
-def test_rollouts_of_an_older_layout_are_refused_in_words(tmp_path: Path) -> None:
-    path = write_rollout_file(tmp_path, 1, "text")
-    path.write_text(path.read_text().replace('"turns"', '"attempts"'))
-    with pytest.raises(ValueError, match=r"batch_000001.jsonl must hold rollouts turn by turn, got an older layout"):
-        write_report(tmp_path)

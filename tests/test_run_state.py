@@ -53,13 +53,6 @@ def test_the_record_is_as_it_was(fresh: RunState) -> None:
     assert fresh.to_record().keys() == RECORD.keys()
 
 
-def test_a_record_without_drawn_from_is_read() -> None:
-    record = {key: value for key, value in RECORD.items() if key != "drawn_from"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert read(record).drawn_from == DRAWN_FROM
-
-
 def test_other_questions_are_told_and_are_those_kept() -> None:
     others = DRAWN_FROM | {"questions": 14}
     with pytest.warns(UserWarning, match=r"drawn from .*'questions': 13.* now from .*: 14"):

@@ -22,7 +22,7 @@ from socpo_fast.engine.sampler import sample_tokens
 from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.types import Attempt, EngineStats, Handle, RolloutKey, SamplingParams
+from socpo_fast.types import Attempt, EngineStats, RolloutKey, SamplingParams
 
 
 class Engine:
@@ -88,7 +88,7 @@ class Engine:
         """The longest context, prompt and new tokens together, that the model and the page pool can hold."""
         return min(self.student.config.max_position_embeddings, self._pool.num_pages * self._pool.page_size)
 
-    def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> Handle:
+    def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
         """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
 
         A key is in flight until every rollout under it was released or cancelled. Then it may be
@@ -112,9 +112,8 @@ class Engine:
         )
         self._keys.add(name, params.n)
         self._scheduler.enqueue(sequence)
-        return Handle(sequence.key, 0, params.n)
 
-    def resume(self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int) -> Handle:
+    def resume(self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int) -> None:
         """Queue the next attempt of a finished one, behind a prefix of its row and suffix_ids.
 
         The row is what the attempt saw and what it sampled; its first kept_tokens tokens stay. One
@@ -140,7 +139,6 @@ class Engine:
         self._scheduler.pinned.remove(old)
         sequence = old.next_attempt(token_ids, params, next(self._arrivals), self.policy_version)
         self._scheduler.enqueue(sequence)
-        return Handle(sequence.key, sequence.attempt_idx, 1)
 
     def step(self) -> list[Attempt]:
         """One scheduler step: forward, sample, and return the attempts that finished, their pages still pinned.

@@ -1,8 +1,9 @@
 """Public ops, each in its own file: checks, then the choice of an implementation, with the reference right above."""
 
 from socpo_fast.ops._impl import available_impls
+from socpo_fast.ops.compute_advantages import compute_advantages
 from socpo_fast.ops.credit_options import CreditOptions
-from socpo_fast.ops.decay_advantage import Credit, compute_advantages, credit_attempts, decay_rewards
+from socpo_fast.ops.decay_advantage import Credit, credit_attempts, decay_rewards
 from socpo_fast.ops.linear import linear
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss

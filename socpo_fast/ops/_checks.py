@@ -30,22 +30,24 @@ class TensorChecker:
                 f"{self.where}: {name} must be a whole tensor, got a DTensor, which may be a shard of "
                 "one; call its full_tensor()"
             )
-        letters, sizes = name.rpartition("_")[2], self.sizes
-        fits = x.dim() == len(letters) and x.dtype in dtypes
+        letters, shape, num_known = name.rpartition("_")[2], x.shape, len(self.sizes)
+        fits = len(shape) == len(letters) and x.dtype in dtypes
         if fits:
-            for letter, size in zip(letters, x.shape, strict=True):
-                fits = fits and sizes.get(letter, size) == size
+            for letter, size in zip(letters, shape, strict=True):
+                if self.sizes.setdefault(letter, size) != size:
+                    fits = False
         if not fits:
-            self._refuse(name, letters, x, dtypes)
-        sizes.update(zip(letters, x.shape, strict=True))
+            self._refuse(name, letters, x, dtypes, dict(list(self.sizes.items())[:num_known]))
         if self.device is None:
             self.device = x.device
         elif x.device != self.device:
             raise ValueError(f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there first")
 
-    def _refuse(self, name: str, letters: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    def _refuse(
+        self, name: str, letters: str, x: Tensor, dtypes: tuple[torch.dtype, ...], known: dict[str, int]
+    ) -> None:
         rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
-        shape = ", ".join(f"{c}={self.sizes[c]}" if c in self.sizes else c for c in letters)
+        shape = ", ".join(f"{c}={known[c]}" if c in known else c for c in letters)
         raise ValueError(f"{self.where}: {name} must be {rule} [{shape}], got {_dtype_name(x.dtype)} {list(x.shape)}")
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
@@ -84,10 +86,15 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
+def is_autocasting(x: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of x."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The tensors in torch.autocast's dtype where it is on, as torch's own matrix products take them."""
     tensors = x, *others
-    if not torch.is_autocast_enabled(x.device.type):
+    if not is_autocasting(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)

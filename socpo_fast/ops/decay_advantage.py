@@ -1,7 +1,7 @@
 """From the raw rewards of a batch to one advantage an attempt, in one call: decay, credit, baseline, whitening.
 
-Read credit_attempts_ref, which is the formula, then credit_attempts; compute_advantages and
-decay_rewards return parts of its result.
+Read credit_attempts_ref, which is the formula, then credit_attempts; decay_rewards, and
+compute_advantages in a file of its own, return parts of its result.
 
 Departures from the textbook. The factor of attempt n is the batch's own mean reward of all earlier
 attempts, already decayed, so help can never pay more than answering alone does. The group of a
@@ -26,7 +26,7 @@ from torch import Tensor
 from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
-from socpo_fast.ops.credit_options import BaselineGroup, CreditOptions, CreditTo
+from socpo_fast.ops.credit_options import CreditOptions
 from socpo_fast.registries import ESTIMATORS, Baseline, Estimator
 
 WHITEN_EPS = 1e-8
@@ -150,46 +150,6 @@ def credit_attempts(
     keys_GA = None if estimator.baseline == "none" else torch.stack(keys)
     table = table._replace(num_tokens_A=num_tokens_A, keys_GA=keys_GA)
     return _run(where, impl, table, options, num_factors, estimator)
-
-
-def compute_advantages(
-    rewards_A: Tensor,
-    num_tokens_A: Tensor,
-    question_idx_A: Tensor,
-    attempt_idx_A: Tensor,
-    rollout_idx_A: Tensor | None = None,
-    *,
-    schedule: str | None = None,
-    factor: float | None = None,
-    credit: CreditTo = "attempt",
-    estimator: str = "reinforce_plus_plus_baseline",
-    baseline_group: BaselineGroup = "question",
-    eps: float = 1e-6,
-    impl: str = "auto",
-) -> Tensor:
-    """Returns one advantage per attempt, from the rewards of a whole batch.
-
-    Args:
-        rewards_A: raw ones with a `schedule`, which is then part of the same launch; decayed ones
-                   with None.
-        The others are those of `credit_attempts` and of `CreditOptions`.
-
-    Returns:
-        [A] fp32, on the device of rewards_A; as Credit.advantages_A of `credit_attempts`.
-
-    Raises:
-        ValueError: as `credit_attempts` and `CreditOptions`.
-    """
-    options = CreditOptions(
-        schedule="none" if schedule is None else schedule,
-        factor=factor,
-        credit=credit,
-        estimator=estimator,
-        baseline_group=baseline_group,
-        eps=eps,
-    )
-    table = rewards_A, num_tokens_A, question_idx_A, attempt_idx_A, rollout_idx_A
-    return credit_attempts(*table, options=options, impl=impl).advantages_A
 
 
 def decay_rewards(

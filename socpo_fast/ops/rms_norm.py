@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, whole
+from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, is_autocasting, whole
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import Derivative, define_op
 
@@ -52,7 +52,7 @@ def rms_norm(
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     weight_D = whole(weight_D)
-    if torch.is_autocast_enabled(x_TD.device.type):  # like torch's own norms, in the widest dtype there is
+    if is_autocasting(x_TD):  # like torch's own norms, in the widest dtype there is
         x_TD, weight_D = x_TD.to(torch.float32), weight_D.to(torch.float32)
         residual_TD = None if residual_TD is None else residual_TD.to(torch.float32)
     check = TensorChecker("rms_norm")

@@ -134,11 +134,6 @@ def sample_rollouts(folder: Path) -> list[dict[str, Any]]:
     for path in (paths[i] for i in chosen):
         by_outcome: dict[str, dict[str, Any]] = {}
         for rollout in read_jsonl(path):
-            if "turns" not in rollout:
-                raise ValueError(
-                    f"report: {path} must hold rollouts turn by turn, got an older layout; "
-                    "write it with the version that made the run"
-                )
             by_outcome.setdefault(outcome(rollout), rollout)
         samples += [{"outcome": kind, **by_outcome[kind]} for kind in OUTCOMES if kind in by_outcome]
     return samples

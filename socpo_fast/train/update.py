@@ -97,6 +97,7 @@ class Updater:
             "policy/bad_updates": float(self.optimizer.num_skipped),
             "perf/tokens_forwarded": float(stats.tokens_forwarded),
             "perf/unique_tokens": float(stats.unique_tokens),
+            "perf/microbatches": float(stats.num_microbatches),
             "perf/train_tok_s": stats.tokens_forwarded / seconds,
         }
 

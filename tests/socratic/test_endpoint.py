@@ -65,7 +65,6 @@ def test_a_good_answer(server: Server) -> None:
     (guidance,), teacher = ask(server, [reply("<think>hm</think> Check the sum.\n")])
     assert guidance is not None
     assert guidance.text == "Check the sum."
-    assert 0 < guidance.duration_s < 5
     assert not teacher.failures
     (seen,) = server.seen
     assert seen["path"] == "/v1/chat/completions"

@@ -105,8 +105,8 @@ def test_functions_of_every_kind_are_teachers() -> None:
         teacher = as_teacher(function)
         assert teacher.immediate is immediate
         assert asyncio.run(teacher.guide(request("3"))) == Guidance(text="Look at 3")
-    timed = Guidance(text=" Look. ", duration_s=2.0)
-    assert asyncio.run(as_teacher(lambda _: timed).guide(request())) == Guidance(text="Look.", duration_s=2.0)
+    padded = Guidance(text=" Look. ")
+    assert asyncio.run(as_teacher(lambda _: padded).guide(request())) == Guidance(text="Look.")
     assert as_teacher(retry := retry_teacher()) is retry
     with pytest.raises(TypeError, match="teacher: .* must return Guidance, str or None, got 3"):
         asyncio.run(as_teacher(lambda _: 3).guide(request()))

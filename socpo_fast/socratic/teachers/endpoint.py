@@ -103,7 +103,6 @@ class EndpointTeacher:
         self.num_retries = 0
 
     async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        since = time.perf_counter()
         body = self._body | {"messages": self._prompt.messages(request)}
         async with self._slots:
             if not self._breaker.admits():
@@ -119,7 +118,7 @@ class EndpointTeacher:
                 self._breaker.record(ok=None)
                 raise
         self._breaker.record(ok=True)
-        return Guidance(text=text, duration_s=time.perf_counter() - since)
+        return Guidance(text=text)
 
     def step(self) -> bool:
         return False

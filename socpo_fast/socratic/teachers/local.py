@@ -7,7 +7,6 @@ advances the engine by one step and hands finished texts back to the loop.
 from __future__ import annotations
 
 import asyncio
-import time
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -48,11 +47,11 @@ class LocalTeacher:
         self.num_too_long = 0
 
     async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        loop, since = asyncio.get_running_loop(), time.perf_counter()
+        loop = asyncio.get_running_loop()
         answer: asyncio.Future[str | None] = loop.create_future()
         self._arrived.put(_Pending(request, loop, answer))
         text = await answer
-        return None if text is None else Guidance(text=text, duration_s=time.perf_counter() - since)
+        return None if text is None else Guidance(text=text)
 
     def step(self) -> bool:
         try:
