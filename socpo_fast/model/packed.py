@@ -1,4 +1,4 @@
-"""The forward of training: packed tokens, a tree in depth-first order, in one pass without pages."""
+"""The forward of training: packed tokens, a tree in depth-first order, in one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def packed_forward(
 
     Args:
         token_ids_T, positions_T: [T] int64 on any device; a position is a depth along a path.
-        tree:            visible_until_T, [T] int32 on any device, or a TreeMask, as of ops.tree_attention.
+        tree:            visible_until_T [T] int32 or a TreeMask, as of ops.tree_attention.
         checkpointing:   recompute each layer in the backward.
         impl:            of the attention.
 
@@ -40,7 +40,6 @@ def packed_forward(
         scale = config.head_dim**-0.5
         return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=scale, impl=impl)
 
-    hidden_TD = student(
-        token_ids_T.to(device), positions_T.to(device), attend, checkpointing=checkpointing
-    )
+    token_ids_T, positions_T = token_ids_T.to(device), positions_T.to(device)
+    hidden_TD = student(token_ids_T, positions_T, attend, checkpointing=checkpointing)
     return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU

@@ -18,7 +18,7 @@ from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import Derivative, define_op
 
-BLOCK = 64  # rows of one pair of extremes
+ROWS_PER_BLOCK = 64  # of one pair of extremes
 REF_ROWS = 256  # query rows of which the reference holds the scores at a time
 INT32 = (torch.int32,)
 
@@ -31,7 +31,7 @@ class TreeMask(NamedTuple):
     """
 
     visible_until_T: Tensor  # int32: the first row that no longer sees row s
-    min_until_N: Tensor  # int32 [ceil(T / BLOCK)], over each block of rows
+    min_until_N: Tensor  # int32 [ceil(T / ROWS_PER_BLOCK)], over each block of rows
     max_until_N: Tensor
 
     @classmethod
@@ -48,12 +48,12 @@ class TreeMask(NamedTuple):
         rows_T = torch.arange(num_rows, device=visible_until_T.device)
         holds = (visible_until_T > rows_T) & (visible_until_T <= num_rows)
         check.every("visible_until_T", visible_until_T, holds, f"in (its row, T={num_rows}]")
-        num_blocks = -(-num_rows // BLOCK)
+        num_blocks = -(-num_rows // ROWS_PER_BLOCK)
         extremes = []
         for reduce, neutral in ((torch.amin, num_rows), (torch.amax, 0)):
-            padded = visible_until_T.new_full((num_blocks * BLOCK,), neutral)
+            padded = visible_until_T.new_full((num_blocks * ROWS_PER_BLOCK,), neutral)
             padded[:num_rows] = visible_until_T
-            extremes.append(reduce(padded.view(num_blocks, BLOCK), dim=1))
+            extremes.append(reduce(padded.view(num_blocks, ROWS_PER_BLOCK), dim=1))
         return cls(visible_until_T, *extremes)
 
     def to(self, device: torch.device) -> TreeMask:
@@ -76,7 +76,12 @@ def num_pairs(visible_until_T: Tensor) -> int:
 
 
 def tree_attention_ref(
-    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, visible_until_T: Tensor, *, scale: float
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    visible_until_T: Tensor,
+    *,
+    scale: float,
 ) -> Tensor:
     wide = torch.promote_types(q_THE.dtype, torch.float32)
     rows_T = torch.arange(q_THE.shape[0], device=q_THE.device)
@@ -89,11 +94,20 @@ def tree_attention_ref(
         weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
         return torch.einsum("kgts,ske->tkge", weights, v.to(wide)).flatten(1, 2).to(q.dtype)
 
-    outputs = []
+    outputs: list[Tensor] = []
     for q, queries in zip(q_THE.split(REF_ROWS), rows_T.split(REF_ROWS), strict=True):
         end = len(outputs) * REF_ROWS + q.shape[0]  # scores are computed again in the backward
-        arguments = q, k_TKE[:end], v_TKE[:end], queries
-        outputs.append(checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False))
+        outputs.append(
+            checkpoint(
+                attend,
+                q,
+                k_TKE[:end],
+                v_TKE[:end],
+                queries,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        )
     return torch.cat(outputs)
 
 
@@ -142,9 +156,11 @@ def tree_attention(
     check_rule(check.where, "H", heads, is_multiple, f"a multiple of K={kv_heads}")
     check_rule(check.where, "E", head_dim, head_dim > 0, ">= 1")
     check_rule(check.where, "scale", scale, 0 < scale < float("inf"), "finite and > 0")
-    if not isinstance(tree, TreeMask):
+    if isinstance(tree, TreeMask):
+        check("visible_until_T", tree.visible_until_T, INT32)
+    else:
+        check("visible_until_T", tree, INT32)
         tree = TreeMask.of(tree, where=check.where)
-    check("visible_until_T", tree.visible_until_T, INT32)
     impl = pick_impl("tree_attention", impl, q_THE)
     if impl == "ref":
         return tree_attention_ref(q_THE, k_TKE, v_TKE, tree.visible_until_T, scale=scale)
@@ -176,7 +192,7 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """With p = exp(score - logsumexp) and d = grad . o: the scores' gradient is p (grad . v - d)."""
+    """With p = exp(score - logsumexp) and d = grad . o, a score's gradient is p (grad . v - d)."""
     grads = _tree_attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
     return *grads, None, None, None, None, None
 

@@ -1,7 +1,8 @@
 """Rollouts to packed microbatches in which every token of a group's tree is forwarded once.
 
-Read top-down: pack_rollouts -> _Builder.add -> _Builder.build -> _Branch. A group is one tree, whose
-rows stand in depth-first order; visible_until says which rows see a row: those from it up to there.
+Read top-down: pack_rollouts -> _Builder.add -> _Builder.build -> _Branch. A group is one tree, and
+its rows stand in depth-first order; visible_until says which rows see a row: those from it up to
+there.
 
     row            0  1  2  3   4  5  6  7   8  9  10 11  12 13  14 15 16
     token          p  p  p  p   a  a  a  a   b  c   d  d   e  e   b  c  c
@@ -16,10 +17,10 @@ Differences from packing as trainers know it:
 
 - The prompt of a group is the root of its tree and its rollouts are branches (packing="tree");
   packing="rows" gives every rollout a tree of its own and is what the tree is tested against.
-- A rollout is one chain, attempt_0 + bridge + attempt_1 + .., not one row an attempt. Only where the
-  next attempt does not see all of it does it branch: what it does not see ends in a leaf (it was
-  sampled, so it is trained), and the chain goes on behind the tokens that stay, be their end inside
-  the attempt, a bridge or the prompt.
+- A rollout is one chain, attempt_0 + bridge + attempt_1 + .., not one row an attempt. Only where
+  the next attempt does not see all of it does it branch: what it does not see ends in a leaf (it
+  was sampled, so it is trained), and the chain goes on behind the tokens that stay, be their end
+  inside the attempt, a bridge or the prompt.
 - The last token of a leaf predicts nothing and is not forwarded. Hence, within one microbatch of
   packing="tree", tokens forwarded = nodes of the tree - its leaves.
 - A loss token is known by its place in an attempt, never by its id. Several may share the row that
@@ -43,7 +44,7 @@ GroupKey = tuple[int, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class PackedMicrobatch:
-    """One forward-backward: T packed tokens, N loss tokens. Tensors are int64 on the CPU but for visible_until_T."""
+    """One forward-backward: T packed tokens, N loss tokens. Tensors are on the CPU, int64 but one."""
 
     token_ids_T: Tensor
     positions_T: Tensor  # [T] depth along the token's own path
@@ -119,7 +120,7 @@ def count_unique_tokens(rollouts: Sequence[Rollout]) -> int:
 
 @dataclass(eq=False)
 class _Branch:
-    """Tokens in a row that nothing but their own branches see; it leaves its parent behind `leaves_at` tokens."""
+    """Tokens in a row; it leaves its parent behind `leaves_at` of the parent's tokens."""
 
     parent: _Branch | None = None
     leaves_at: int = 0
@@ -128,7 +129,7 @@ class _Branch:
     start: int = 0  # row of the first token, once rows have their order
 
     def back(self, num_tokens: int) -> tuple[_Branch, int]:
-        """The branch, and how many of its tokens, at which the path to the end of this one ends without its last ones."""
+        """The branch, and where in it, at which the path ends without its last num_tokens."""
         branch, end = self, len(self.token_ids)
         while branch.parent is not None and num_tokens >= end:
             num_tokens -= end
@@ -136,7 +137,7 @@ class _Branch:
         return branch, end - num_tokens
 
     def fork(self, num_unseen: int) -> _Branch:
-        """A new branch that does not see the last num_unseen tokens of the path to the end of this one."""
+        """A new branch that does not see the last num_unseen tokens of the path so far."""
         parent, leaves_at = self.back(num_unseen)
         parent.branches.append(_Branch(parent, leaves_at))
         return parent.branches[-1]
@@ -149,7 +150,8 @@ class _Builder:
     roots: list[_Branch] = field(default_factory=list)
     num_tokens: int = 0
     attempts: list[tuple[int, int]] = field(default_factory=list)
-    spans: list[tuple[_Branch, int, list[int]]] = field(default_factory=list)  # branch, where in it, attempt's tokens
+    # of each attempt: its branch, where in it, its tokens
+    spans: list[tuple[_Branch, int, list[int]]] = field(default_factory=list)
 
     def add_prompt(self, rollout: Rollout) -> _Branch:
         """A new tree of the rollout's prompt."""
@@ -158,7 +160,7 @@ class _Builder:
         return self.roots[-1]
 
     def add(self, rollout_idx: int, rollout: Rollout, root: _Branch) -> None:
-        """Adds a rollout's chain, which forks where the next attempt does not see all that came before."""
+        """Adds a rollout's chain, which forks where the next attempt does not see all before it."""
         branch = root.fork(0)
         for attempt_idx, attempt in enumerate(rollout.attempts):
             self.attempts.append((rollout_idx, attempt_idx))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops import TreeMask, tree_attention, visible_until_of_sequences
-from socpo_fast.ops.tree_attention import BLOCK, REF_ROWS, num_pairs
+from socpo_fast.ops.tree_attention import REF_ROWS, ROWS_PER_BLOCK, num_pairs
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.ops.elementwise import needs_cpp, thread_counts
 
@@ -108,7 +108,10 @@ def test_tree_equals_separate_rows(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(("impl", "dtype"), KERNELS[:2] + KERNELS[3:])
 def test_random_trees(
-    impl: str, dtype: torch.dtype, heads: tuple[int, int, int], num_rows: int
+    impl: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    num_rows: int,
 ) -> None:
     qkv, until_T = make_qkv(num_rows, heads), random_tree(num_rows, seed=num_rows)
     actual = run(tree(until_T, impl), qkv, dtype)
@@ -197,9 +200,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.socpo_fast.tree_attention, (q, k, v, *mask, 0.3, "cpp"))
     flat = [x.detach() for x in (q, q, k, v)]
     o, logsumexp = torch.ops.socpo_fast.tree_attention(*flat[1:], *mask, 0.3, "cpp")
-    torch.library.opcheck(
-        torch.ops.socpo_fast.tree_attention_backward, (*flat, *mask, o, logsumexp, 0.3, "cpp")
-    )
+    backward = torch.ops.socpo_fast.tree_attention_backward
+    torch.library.opcheck(backward, (*flat, *mask, o, logsumexp, 0.3, "cpp"))
     until_T = mask.visible_until_T
     torch.library.opcheck(torch.ops.socpo.tree_attention, (*flat[1:], until_T, 0.3))
     torch.library.opcheck(torch.ops.socpo.tree_attention_backward, (*flat, until_T, 0.3))
@@ -217,10 +219,10 @@ def test_logsumexp() -> None:
 
 
 def test_extremes_of_blocks() -> None:
-    until_T = random_tree(2 * BLOCK + 3, seed=4)
+    until_T = random_tree(2 * ROWS_PER_BLOCK + 3, seed=4)
     mask = TreeMask.of(until_T)
-    assert mask.min_until_N.tolist() == [int(part.min()) for part in until_T.split(BLOCK)]
-    assert mask.max_until_N.tolist() == [int(part.max()) for part in until_T.split(BLOCK)]
+    assert mask.min_until_N.tolist() == [int(part.min()) for part in until_T.split(ROWS_PER_BLOCK)]
+    assert mask.max_until_N.tolist() == [int(part.max()) for part in until_T.split(ROWS_PER_BLOCK)]
     assert all(x.dtype == torch.int32 for x in mask)
     qkv = make_qkv(len(until_T))
     assert_bitwise_equal(tree(mask, "auto")(*qkv), tree(until_T, "auto")(*qkv), name="o")
@@ -240,7 +242,7 @@ def test_num_pairs_by_hand() -> None:
         ([4, 5, 4, 4], r"must be in \(its row, T=4\], got 5 at 1"),
         ([0, 4, 4, 4], r"must be in \(its row, T=4\], got 0 at 0"),
         ([4, 4, 4], r"must be int32 \[T=4\], got int32 \[3\]"),
-        (torch.tensor([4, 4, 4, 4]), r"must be int32 \[T\], got int64 \[4\]"),
+        (torch.tensor([4, 4, 4, 4]), r"must be int32 \[T=4\], got int64 \[4\]"),
     ],
 )
 def test_refuses_what_is_no_tree(until: list[int] | Tensor, message: str) -> None:
@@ -262,5 +264,5 @@ def test_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=f"^tree_attention: {message}"):
             tree_attention(*args, int32([4] * 4), **({"scale": 0.3} | options))
-    with pytest.raises(ValueError, match=r"^TreeMask.of: visible_until_T must be in .*, got 0 at 1"):
+    with pytest.raises(ValueError, match=r"^TreeMask.of: visible_until_T must be in .* got 0 at 1"):
         TreeMask.of(int32([2, 0]))
