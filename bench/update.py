@@ -1,0 +1,254 @@
+"""An update's forward and backward: a group's tree beside rows with a prompt of their own each.
+
+    python -m bench.update --student FOLDER [--cases a b c] [--rounds 5] [--threads 2] [--json FILE]
+
+Cases: a, eight rollouts of a prompt of 300 tokens with answers of 100; b, the same, half of which
+go on with 60 tokens of guidance and a second answer of 100; c, a prompt of 1000 and answers of 300.
+fp32, random token ids, every answer with an advantage, log-probs that are the student's own: no
+ratio clips and no row of the head is left out.
+
+Before a case is timed, both packings must agree about the gradient, and no more tokens may be
+forwarded than the tree has. One round runs each packing once; `ours is` is paired by rounds.
+`attention` is tree_attention's share of a profiled run, forward and backward. GFLOP/s counts what
+was forwarded: 6 a weight and token, the head over sampled tokens only, 14 E a pair of query and key
+and head. MiB is the most that was allocated beyond weights. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+from bench import _card as card_of
+from socpo_fast.model import Decoder, load_student
+from socpo_fast.model.config import ModelConfig
+from socpo_fast.ops.tree_attention import num_pairs
+from socpo_fast.train.packing import Packing, count_unique_tokens, pack_rollouts
+from socpo_fast.train.step import GradientStats, compute_logprobs, policy_gradients
+from socpo_fast.types import Attempt, Rollout, RolloutKey, ShownGuidance, Turn
+
+PACKINGS: tuple[Packing, ...] = ("tree", "rows")
+ATTENTION = ("socpo::tree_attention", "socpo::tree_attention_backward")
+MOST_ERROR = 1e-4  # of the gradient's norm, between packings
+HEADINGS = ("case", "packing", "median s", "p20-p80", "GFLOP/s", "of peak", "attention")
+HEADINGS = (*HEADINGS, "forwarded", "unique", "MiB", "ours is")
+WIDTHS = (-4, -7, 8, 13, 7, 7, 9, 9, 6, 6, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rollouts of one question, every second one with two attempts if guidance > 0; in tokens."""
+
+    name: str
+    prompt: int
+    answer: int
+    guidance: int = 0
+    group_size: int = 8
+
+
+CASES = {
+    "a": Case("a", 300, 100),
+    "b": Case("b", 300, 100, guidance=60),
+    "c": Case("c", 1000, 300),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    card = card_of.measure_card(args.threads)
+    card_of.print_card(card)
+    student = load_student(args.student)
+    card_of.print_row(HEADINGS, WIDTHS)
+    cases = {}
+    for name in args.cases:
+        case = CASES[name]
+        if args.quick:
+            case = Case(name, case.prompt // 25, case.answer // 25, case.guidance // 25, 4)
+        cases[name] = bench_case(case, student, card, args)
+    report = {"bench": "update", "card": card, "args": vars(args), "cases": cases}
+    if args.json:
+        args.json.write_text(json.dumps(report, default=str) + "\n", encoding="utf-8")
+    print(json.dumps({"bench": "update"} | cases))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--student", required=True, help="Hugging Face folder")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--token-budget", type=int, default=4096, help="tokens of a microbatch")
+    parser.add_argument("--quick", action="store_true", help="a few tokens: does everything run?")
+    parser.add_argument("--json", type=Path, help="file for everything measured")
+    return parser.parse_args(argv)
+
+
+def bench_case(
+    case: Case,
+    student: Decoder,
+    card: dict[str, Any],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Checks, times and prints a case; a wrong gradient ends the bench."""
+    rollouts = make_rollouts(case, student, args.token_budget)
+
+    def update(packing: Packing) -> GradientStats:
+        student.zero_grad(set_to_none=True)
+        options = {"packing": packing, "token_budget": args.token_budget}
+        return policy_gradients(student, rollouts, temperature=1.0, **options)
+
+    stats, gradients, peaks_mib = {}, {}, {}
+    for packing in PACKINGS:
+        student.zero_grad(set_to_none=True)
+        stats[packing], peak = card_of.extra_peak_mib(lambda packing=packing: update(packing))
+        peaks_mib[packing] = peak.tensors
+        gradients[packing] = [param.grad for param in student.parameters()]
+    error = check(stats, gradients, rollouts)
+    del gradients
+
+    runs = [lambda packing=packing: update(packing) for packing in PACKINGS]
+    seconds = dict(zip(PACKINGS, card_of.time_rounds(runs, args.rounds), strict=True))
+    results = {}
+    for packing in PACKINGS:
+        spread = card_of.spread(seconds[packing])
+        flops = update_flops(student.config, rollouts, packing, args.token_budget)
+        gflop_s = 1e-9 * flops / spread.median_s
+        pairs = zip(seconds["tree"], seconds[packing], strict=True)
+        results[packing] = (
+            asdict(stats[packing])
+            | spread._asdict()
+            | {
+                "gflop_s": gflop_s,
+                "of_peak": gflop_s / max(card[f"{name}_gflop_s"] for name in card_of.matmuls()),
+                "attention_share": attention_share(lambda packing=packing: update(packing)),
+                "peak_mib": peaks_mib[packing],
+                "tree_is_times_faster": median(other / tree for tree, other in pairs),
+            }
+        )
+        print_result(case, packing, results[packing])
+    return asdict(case) | {"gradients_apart": error, "packings": results}
+
+
+def make_rollouts(case: Case, student: Decoder, token_budget: int) -> list[Rollout]:
+    """A group of random tokens whose log-probs are the student's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(student.config.vocab_size, (count,), generator=generator).tolist()
+
+    prompt_ids, rollouts = tokens(case.prompt), []
+    for rollout_idx in range(case.group_size):
+        rollout = Rollout(question_idx=0, rollout_idx=rollout_idx, prompt_ids=prompt_ids)
+        num_attempts = 2 if case.guidance and rollout_idx % 2 else 1
+        for attempt_idx in range(num_attempts):
+            attempt = Attempt(
+                token_ids=tokens(case.answer),
+                logprobs=torch.zeros(case.answer),
+                kept_mass=torch.ones(case.answer),
+                finish_reason="length",
+                key=RolloutKey(0, 0),
+                rollout_idx=rollout_idx,
+                attempt_idx=attempt_idx,
+                policy_version=0,
+            )
+            advantage = 1.0 if rollout_idx % 2 else -0.5
+            rollout.turns.append(Turn(attempt=attempt, advantage=advantage))
+        if num_attempts == 2:
+            rollout.turns[0].guidance = ShownGuidance(
+                raw_text="",
+                text="",
+                kept_tokens=case.prompt + case.answer,
+                bridge_ids=tokens(case.guidance),
+            )
+        rollouts.append(rollout)
+    logprobs = compute_logprobs(student, rollouts, token_budget=token_budget, temperature=1.0)
+    for rollout, of_attempts in zip(rollouts, logprobs, strict=True):
+        for attempt, logprobs_L in zip(rollout.attempts, of_attempts, strict=True):
+            attempt.logprobs = logprobs_L
+    return rollouts
+
+
+def check(
+    stats: dict[Packing, GradientStats],
+    gradients: dict[Packing, list[Tensor]],
+    rollouts: list[Rollout],
+) -> float:
+    """Returns how far the packings' gradients are apart, of their norm.
+
+    Raises:
+        RuntimeError: too far, or the tree forwards more than its nodes.
+    """
+    pairs = list(zip(gradients["tree"], gradients["rows"], strict=True))
+    apart = sum(float((tree - rows).double().square().sum()) for tree, rows in pairs) ** 0.5
+    norm = sum(float(rows.double().square().sum()) for _, rows in pairs) ** 0.5
+    if not apart <= MOST_ERROR * norm:
+        raise RuntimeError(
+            f"bench: gradients of tree and rows must be within {MOST_ERROR:g} of their norm, got {apart / norm:.2g}"
+        )
+    tree, unique = stats["tree"], count_unique_tokens(rollouts)
+    if tree.num_microbatches == 1 and tree.tokens_forwarded != unique - len(rollouts):
+        raise RuntimeError(
+            f"bench: the tree must forward {unique} nodes but {len(rollouts)} leaves, got "
+            f"{tree.tokens_forwarded} tokens"
+        )
+    return apart / norm
+
+
+def update_flops(
+    config: ModelConfig,
+    rollouts: list[Rollout],
+    packing: Packing,
+    token_budget: int,
+) -> float:
+    """Of a forward and backward of all that this packing forwards."""
+    heads = config.num_heads + 2 * config.num_kv_heads
+    attention = (heads + config.num_heads) * config.head_dim * config.hidden_size
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    total = 0.0
+    for batch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
+        pairs = num_pairs(batch.visible_until_T) * config.num_heads
+        total += 6.0 * config.num_layers * layer * batch.tokens_forwarded
+        total += 14.0 * config.num_layers * config.head_dim * pairs
+        total += 6.0 * config.vocab_size * config.hidden_size * batch.targets_N.numel()
+    return total
+
+
+def attention_share(run: Callable[[], object]) -> float:
+    """Of the run's time, that inside of attention's kernel; 0 where plain torch runs."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints two lines
+    with profile(use_cpu=True) as events:
+        _, seconds = card_of.timed(run)
+    inside = [event for event in events.key_averages() if event.key in ATTENTION]
+    return sum(event.cpu_time_total for event in inside) / 1e6 / seconds
+
+
+def print_result(case: Case, packing: str, result: dict[str, Any]) -> None:
+    cells = (
+        case.name,
+        packing,
+        f"{result['median_s']:.2f}",
+        f"{result['p20_s']:.2f}-{result['p80_s']:.2f}",
+        f"{result['gflop_s']:.0f}",
+        f"{100 * result['of_peak']:.0f}%",
+        f"{100 * result['attention_share']:.0f}%",
+        f"{result['tokens_forwarded']}",
+        f"{result['unique_tokens']}",
+        f"{result['peak_mib']:.0f}",
+        f"{result['tree_is_times_faster']:.2f}x",
+    )
+    card_of.print_row(cells, WIDTHS)
+
+
+if __name__ == "__main__":
+    main()
