@@ -194,7 +194,8 @@ def check(
     norm = sum(float(rows.double().square().sum()) for _, rows in pairs) ** 0.5
     if not apart <= MOST_ERROR * norm:
         raise RuntimeError(
-            f"bench: gradients of tree and rows must be within {MOST_ERROR:g} of their norm, got {apart / norm:.2g}"
+            "bench: gradients of tree and rows must be equal within rounding, "
+            f"got {apart / norm:.2g} of their norm, which is above {MOST_ERROR:g}"
         )
     tree, unique = stats["tree"], count_unique_tokens(rollouts)
     if tree.num_microbatches == 1 and tree.tokens_forwarded != unique - len(rollouts):
