@@ -107,7 +107,7 @@ def test_tree_equals_separate_rows(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("num_rows", [1, 2, 61, 200, REF_ROWS + 45])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(("impl", "dtype"), KERNELS[:2] + KERNELS[3:])
-def test_random_trees(
+def test_as_right_as_a_dense_mask(
     impl: str,
     dtype: torch.dtype,
     heads: tuple[int, int, int],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -76,6 +77,51 @@ def test_any_rollouts(rollouts: list[Rollout], packing: str, token_budget: int) 
             leaves += rollout.seam(k)[0] < rollout.context_length(k) + attempt.num_tokens
     if packing == "tree" and token_budget == 1000:
         assert microbatches[0].tokens_forwarded == count_unique_tokens(rollouts) - leaves
+
+
+def give_every_node_an_id_of_its_own(rollouts: list[Rollout]) -> None:
+    """Then a token id says which node of the trees a packed row is."""
+    fresh, prompts = itertools.count(), {}
+    for rollout in rollouts:
+        key = rollout.question_idx, tuple(rollout.prompt_ids)
+        prompts.setdefault(key, [next(fresh) for _ in rollout.prompt_ids])
+        rollout.prompt_ids = prompts[key]
+        for turn in rollout.turns:
+            turn.attempt.token_ids = [next(fresh) for _ in turn.attempt.token_ids]
+            if turn.guidance is not None:
+                turn.guidance.bridge_ids = [next(fresh) for _ in turn.guidance.bridge_ids]
+
+
+def naive_paths(rollouts: list[Rollout]) -> dict[int, list[int]]:
+    """Node -> the nodes that it sees, itself last; from what each attempt was sampled behind."""
+    found: dict[int, list[int]] = {}
+    for rollout in rollouts:
+        for context, attempt in zip(contexts(rollout), rollout.attempts, strict=True):
+            row = context + attempt.token_ids
+            for length, node in enumerate(row, start=1):
+                assert found.setdefault(node, row[:length]) == row[:length]
+    return found
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(random_rollouts(), st.sampled_from(["tree", "rows"]), st.sampled_from([1, 15, 1000]))
+def test_every_row_sees_what_its_node_sees(
+    rollouts: list[Rollout],
+    packing: str,
+    token_budget: int,
+) -> None:
+    give_every_node_an_id_of_its_own(rollouts)
+    expected = naive_paths(rollouts)
+    seen = {node for path in expected.values() for node in path[:-1]}  # all but leaves
+    forwarded = []
+    for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
+        ids = microbatch.token_ids_T.tolist()
+        row_paths = paths(microbatch)
+        assert [[ids[row] for row in path] for path in row_paths] == [expected[i] for i in ids]
+        forwarded += ids
+    assert set(forwarded) == seen
+    if packing == "tree" and token_budget == 1000:
+        assert len(forwarded) == len(seen)
 
 
 def test_tree_forwards_each_node_once_but_the_last_token_of_a_leaf() -> None:

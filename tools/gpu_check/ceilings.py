@@ -2,7 +2,7 @@
 
 The rates are those of large copies and square products. Then two questions on which later work
 depends: does a product of bf16 factors add into an fp32 tensor, and which attention does PyTorch
-pick for a tree of segments (a mask and grouped heads rule several out)?
+pick for a branch of a tree (a mask and grouped heads rule several out)?
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tools.gpu_check.timing import fp32_products, median_ms, peak_gib, profile_t
 
 GEMM, TINY_GEMM = 8192, 64
 COPY_BYTES, TINY_COPY_BYTES = 4 << 30, 1 << 20
-# A group of eight rollouts: segment rows and keys seen, Qwen3-0.6B's heads.
+# A group of eight rollouts: lengths of its branches, Qwen3-0.6B's heads.
 TREE = {"prompt": 1000, "answer": 300, "rollouts": 8, "heads": 16, "kv_heads": 8, "head_dim": 128}
 TINY_TREE = {"prompt": 30, "answer": 7, "rollouts": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
 
@@ -157,7 +157,7 @@ def of_torch() -> Iterator[None]:
 def masked_attention(
     check: Check, dtype: torch.dtype, num_keys: int
 ) -> tuple[Callable[[], Tensor], Callable[[], object]]:
-    """A segment of a tree as training attends today: (forward, forward and backward)."""
+    """A branch of a tree behind its prompt, by one mask: (forward, forward and backward)."""
     tree = TINY_TREE if check.tiny else TREE
     heads, kv_heads, head_dim, rows = (
         tree[name] for name in ("heads", "kv_heads", "head_dim", "answer")
