@@ -147,6 +147,20 @@ def test_budget_holds_unless_a_rollout_is_larger_by_itself(packing: str) -> None
             assert microbatch.tokens_forwarded <= token_budget or num_rollouts == 1
 
 
+def test_the_tree_drawn_in_the_module() -> None:
+    prompt = [1, 2, 3, 4]
+    rollouts = [
+        make_rollout(0, 0, prompt, [5, 2], [1], [2]),
+        make_rollout(0, 1, prompt, [3]),
+        make_rollout(0, 2, prompt, [3, 3], [1], [-2]),
+    ]
+    (microbatch,) = pack_rollouts(rollouts, packing="tree", token_budget=100)
+    drawn = "17 17 14 14 10 10 8 8 10 10 12 12 14 14 17 17 17"
+    assert microbatch.visible_until_T.tolist() == [int(number) for number in drawn.split()]
+    assert microbatch.positions_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 4, 5, 4, 5, 2, 3, 4]
+    assert microbatch.rows_N.tolist() == [3, 4, 5, 6, 7, 8, 9, 3, 10, 11, 3, 12, 13, 14, 15, 16]
+
+
 def test_group_that_fits_stays_together() -> None:
     prompts = {question: [question] * 10 for question in range(3)}
     rollouts = [make_rollout(question, idx, prompts[question], [6]) for idx in range(4) for question in range(3)]
