@@ -87,10 +87,15 @@ def whole(weight: Tensor) -> Tensor:
 def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The tensors in torch.autocast's dtype where it is on, as torch's own matrix products take them."""
     tensors = x, *others
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast is on for x's device; for the meta device there is none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def check_rule(where: str, name: str, value: object, holds: bool, rule: str) -> None:
