@@ -1,9 +1,11 @@
 """Problems for the tests of linear_policy_loss, and two ways to solve them: all logits at once, and the op."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from socpo_fast.ops import PolicyLoss, linear_policy_loss, policy_loss
 from socpo_fast.ops._impl import extension_is_built
@@ -125,3 +127,10 @@ def output(solution: Solution, name: str) -> Tensor:
     """A field of PolicyLoss, or a gradient."""
     gradients = {"hidden.grad": solution[1], "weight.grad": solution[2]}
     return gradients[name] if name in gradients else getattr(solution[0], name)
+
+
+def shapes_inside(run: Callable[[], object]) -> list[tuple[str, list[list[int]]]]:
+    """Name and input shapes of each op that runs, also inside of registered ops, in order."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        run()
+    return [(event.name, event.input_shapes) for event in profiled.events() if event.input_shapes]
