@@ -1,8 +1,8 @@
 """linear_logprob as a registered op: impl "cpp" and "triton".
 
-The full [N, V] logits never exist: each chunk is projected, reduced to three numbers a row (_kernel) and projected
-again in the backward (_backward_kernel). That costs a fourth GEMM; `linear_policy_loss`, which knows its own upstream
-gradient, does not need it.
+The full [N, V] logits never exist: each chunk is projected, reduced to three numbers a row
+(_kernel) and projected again in the backward (_backward_kernel). That costs a fourth GEMM;
+`linear_policy_loss`, which knows its own upstream gradient, does not need it.
 """
 
 from __future__ import annotations
@@ -55,8 +55,16 @@ def _kernel(
     return tuple(x.clone() for x in spread(values_3N, has_target_N))
 
 
-def _fake(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Any, rows_N: Any, targets_N: Tensor, *_: Any) -> Any:
-    return tuple(hidden_TD.new_empty(targets_N.shape, dtype=wide_dtype(hidden_TD)) for _ in range(3))
+def _fake(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Any,
+    rows_N: Any,
+    targets_N: Tensor,
+    *_: Any,
+) -> Any:
+    like = hidden_TD.new_empty(0, dtype=wide_dtype(hidden_TD))
+    return tuple(like.new_empty(targets_N.shape) for _ in range(3))
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
@@ -66,7 +74,12 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(logsumexp_N, *(() if ctx.entropy_grad else (entropy_N,)))
 
 
-def _backward(ctx: Any, grad_logprobs_N: Tensor, grad_entropy_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any,
+    grad_logprobs_N: Tensor,
+    grad_entropy_N: Tensor,
+    _: Any,
+) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     gradients = _linear_logprob_backward(
         grad_logprobs_N,
@@ -102,10 +115,18 @@ def _backward_kernel(
     if grad_entropy_N is not None:
         has_grad_N = has_grad_N | (grad_entropy_N != 0)
     has_grad_N = has_grad_N & (targets_N != NO_TARGET)
-    upstream = (x if x is None else x.where(has_grad_N, 0) for x in (grad_logprobs_N, grad_entropy_N))
-    by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), inv_temperature_N, logsumexp_N, entropy_N
+    grad_logprobs_N = grad_logprobs_N.where(has_grad_N, 0)
+    if grad_entropy_N is not None:
+        grad_entropy_N = grad_entropy_N.where(has_grad_N, 0)
+    by_row = (
+        row_indices(rows_N, targets_N),
+        targets_N.clamp(min=0),
+        inv_temperature_N,
+        logsumexp_N,
+        entropy_N,
+    )
     # rows without a gradient need no logits either
-    kept = keep_wanted(has_grad_N, has_grad_N, *by_row, *upstream)
+    kept = keep_wanted(has_grad_N, has_grad_N, *by_row, grad_logprobs_N, grad_entropy_N)
     has_grad, rows, targets, inv_temperature, logsumexp, entropy, grad_logprobs, grad_entropy = kept
     head = ChunkedHead(
         hidden_TD,
@@ -133,23 +154,32 @@ def _backward_kernel(
     return tuple(x.to(hidden_TD.dtype) for x in head.gradients())
 
 
-def _backward_fake(grad_logprobs_N: Any, grad_entropy_N: Any, hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> Any:
+def _backward_fake(
+    grad_logprobs_N: Any,
+    grad_entropy_N: Any,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    *rest: Any,
+) -> Any:
     needs = rest[-4:-1]
-    return tuple(hidden_TD.new_empty(shape) for shape in shapes_of_gradients(hidden_TD, weight_VD, needs))
+    shapes = shapes_of_gradients(hidden_TD, weight_VD, needs)
+    return tuple(hidden_TD.new_empty(shape) for shape in shapes)
 
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets, Tensor inv_temperature"
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets"
+_HEAD += ", Tensor inv_temperature"
 linear_logprob_op = define_op(
-    f"linear_logprob({_HEAD}, float? tanh_scale, bool entropy_grad, float? workspace_mib, str impl) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
+    f"linear_logprob({_HEAD}, float? tanh_scale, bool entropy_grad, float? workspace_mib, "
+    "str impl) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
     _kernel,
     fake=_fake,
     derivative=Derivative(_save, _backward),
 )
 # A gradient that is not needed is empty.
 _linear_logprob_backward = define_op(
-    f"linear_logprob_backward(Tensor grad_logprobs, Tensor? grad_entropy, {_HEAD}, Tensor logsumexp, Tensor? entropy, "
-    "float? tanh_scale, float? workspace_mib, bool needs_hidden, bool needs_weight, bool needs_bias, str impl) "
+    f"linear_logprob_backward(Tensor grad_logprobs, Tensor? grad_entropy, {_HEAD}, "
+    "Tensor logsumexp, Tensor? entropy, float? tanh_scale, float? workspace_mib, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias, str impl) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _backward_kernel,
     fake=_backward_fake,

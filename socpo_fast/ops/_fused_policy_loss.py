@@ -1,14 +1,16 @@
-"""linear_policy_loss as a registered op that forms its gradient in the forward: impl "cpp" and "triton".
+"""linear_policy_loss as a registered op, its gradient formed in the forward: "cpp" and "triton".
 
-_kernel is the loop over chunks, _Rows what a chunk needs of its rows. Departure from the textbook: the derivative of a
-policy loss with respect to a log-prob needs nothing but that log-prob, so a chunk of logits becomes its own gradient on
-the spot. That makes three GEMMs, where recomputing the logits in the backward makes four; the backward only scales.
+fused_policy_loss calls the op; _kernel is its loop over chunks, _Rows what a chunk needs of its
+rows. Departure from the textbook: the derivative of a policy loss with respect to a log-prob needs
+nothing but that log-prob, so a chunk of logits becomes its own gradient on the spot. That makes
+three GEMMs, where recomputing the logits in the backward makes four; the backward only scales.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from socpo_fast.ops._head import (
@@ -22,6 +24,34 @@ from socpo_fast.ops._head import (
 )
 from socpo_fast.ops._impl import kernels_of
 from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions
+
+
+def fused_policy_loss(
+    linear: tuple[Tensor, Tensor, Tensor | None],
+    by_row: tuple[Tensor | None, ...],
+    tanh_scale: float | None,
+    tis_clip: float | None,
+    options: PolicyLossOptions,
+    all_rows: bool,
+    workspace_mib: float | None,
+    impl: str,
+) -> PolicyLoss:
+    """The op; linear is hidden, weight, bias, by_row what else its schema has up to tanh_scale."""
+    *indices, scale_N = by_row[:3]
+    assert scale_N is not None
+    floats = [x if x is None else x.detach().to(scale_N.dtype) for x in by_row[3:]]
+    *floats, ref_logprobs_N, sampler_logprobs_N = floats
+    floats += [
+        ref_logprobs_N if options.kl_coef != 0 else None,
+        sampler_logprobs_N if tis_clip is not None else None,
+    ]
+    numbers = tanh_scale, float("inf") if tis_clip is None else tis_clip, *options.flat()
+    needs = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in linear)
+    loss, clip_fraction, values_3N, *_ = linear_policy_loss_op(
+        *linear, *indices, scale_N, *floats, *numbers, all_rows, workspace_mib, *needs, impl
+    )
+    return PolicyLoss(loss, values_3N[0], values_3N[1], values_3N[2], clip_fraction)
 
 
 class _Rows(NamedTuple):
@@ -41,7 +71,7 @@ class _Rows(NamedTuple):
         return _Rows(*(x if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
     def weighted(self, tis_clip: float) -> _Rows:
-        """With the truncated importance weights multiplied in, where the sampler's log-probs are given."""
+        """With truncated importance weights multiplied in, given the sampler's log-probs."""
         if self.sampler_logprobs_N is None:
             return self
         assert self.old_logprobs_N is not None
@@ -98,7 +128,10 @@ def _kernel(
         needs_grad=(needs_hidden, needs_weight, needs_bias),
         wanted_N=rows.wanted_N,
     )
-    values_6N, run = head.logits.new_empty((6, rows.rows_N.numel())), kernels_of("linear_policy_loss", impl)
+    values_6N, run = (
+        head.logits.new_empty((6, rows.rows_N.numel())),
+        kernels_of("linear_policy_loss", impl),
+    )
     for part in head.chunks():
         logits, chunk = head.project(part), rows.of(part)
         if old_logprobs_N is None:
@@ -108,13 +141,16 @@ def _kernel(
         terms = *clips, entropy_coef, chunk.ref_logprobs_N, kl_coef, kl_estimator
         values_6N[:, part] = _policy_rows(run, head, logits, chunk, terms)
         if head.needs_any:
-            head.backward(part, chunk.weights_N != 0 if entropy_coef != 0 else values_6N[5, part] != 0)
+            head.backward(
+                part,
+                chunk.weights_N != 0 if entropy_coef != 0 else values_6N[5, part] != 0,
+            )
     clip_fraction = values_6N[4].sum() / has_loss_N.sum().clamp(min=1)
     return values_6N[0].sum(), clip_fraction, spread(values_6N[1:4], wanted_N), *head.gradients()
 
 
 def _policy_rows(run: Any, head: ChunkedHead, logits: Tensor, chunk: _Rows, terms: tuple) -> Tensor:
-    """[6, n] values of the row pass (csrc/linear_policy_loss.cpp), which leaves the gradient in head.grad_logits."""
+    """[6, n] values of the row pass (csrc/linear_policy_loss.cpp); fills head.grad_logits."""
     return run.policy_rows(
         logits,
         head.grad_logits[: logits.shape[0]] if head.needs_any else None,
@@ -129,14 +165,21 @@ def _policy_rows(run: Any, head: ChunkedHead, logits: Tensor, chunk: _Rows, term
     )
 
 
-def _fake(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Any, rows_N: Any, targets_N: Tensor, *rest: Any) -> Any:
+def _fake(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Any,
+    rows_N: Any,
+    targets_N: Tensor,
+    *rest: Any,
+) -> Any:
     gradients = shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
     shapes = (), (), (3, targets_N.shape[0]), *gradients
     return tuple(hidden_TD.new_empty(shape, dtype=wide_dtype(hidden_TD)) for shape in shapes)
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The gradients stay with ctx, and empty ones are handed out: the backward scales in place what nobody else has."""
+    """The gradients stay with ctx, and empty ones are handed out: the backward scales in place."""
     ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
     # all tensors, so that torch notices when they are changed before a second backward
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
@@ -147,11 +190,15 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients, ctx.gradients = ctx.gradients, None  # scaled in place and given away: a copy would be a second dW
+    gradients, ctx.gradients = (
+        ctx.gradients,
+        None,
+    )  # scaled in place and given away: a copy would be a second dW
     tensors = ctx.saved_tensors
     if gradients is None:  # a second backward through the same graph
         both = zip(tensors, ctx.arguments, strict=True)
-        gradients = linear_policy_loss_op(*(x if tensor is None else tensor for tensor, x in both))[3:]
+        arguments = (x if tensor is None else tensor for tensor, x in both)
+        gradients = linear_policy_loss_op(*arguments)[3:]
     scaled = [
         total.mul_(grad_loss).to(x.dtype) if needed else None
         for total, x, needed in zip(gradients, tensors[:3], ctx.needs_input_grad[:3], strict=True)
@@ -159,7 +206,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     return *scaled, *[None] * (len(ctx.arguments) - 3)
 
 
-# A gradient that is not needed is empty; they are wide, and those of a loss whose upstream gradient is 1.
+# Gradients are wide, for an upstream gradient of 1, and empty where they are not needed.
 linear_policy_loss_op = define_op(
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets, "
     "Tensor inv_temperature, Tensor advantages, Tensor weights, Tensor? old_logprobs, "

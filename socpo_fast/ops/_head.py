@@ -40,7 +40,8 @@ def scales_of_logits(
 ) -> tuple[Tensor, float | None]:
     """inv_temperature_N, in the dtype of the logits, and tanh_scale, None without a softcap.
 
-    z = inv_temperature (x @ weight.T + bias), or z = inv_temperature tanh(tanh_scale (x @ weight.T + bias)).
+    z = inv_temperature (x @ weight.T + bias), and with a softcap
+    z = inv_temperature tanh(tanh_scale (x @ weight.T + bias)).
     """
     scale = logit_scale if softcap is None else softcap
     tanh_scale = None if softcap is None else logit_scale / softcap
@@ -60,7 +61,12 @@ def default_workspace_mib(device: torch.device) -> float:
     return GPU_WORKSPACE_MIB if device.type == "cuda" else CPU_WORKSPACE_MIB
 
 
-def check_head_options(where: str, workspace_mib: float | None, softcap: float | None, logit_scale: float) -> None:
+def check_head_options(
+    where: str,
+    workspace_mib: float | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
     for name, value in (("workspace_mib", workspace_mib), ("softcap", softcap)):
         check_rule(where, name, value, value is None or 0 < value < float("inf"), "finite and > 0")
     check_rule(where, "logit_scale", logit_scale, 0 < logit_scale < float("inf"), "finite and > 0")
@@ -92,7 +98,8 @@ def rows_per_chunk(
 def keep_wanted(wanted_N: Tensor, *by_row: Tensor | None) -> list[Any]:
     """Of each tensor that is given the wanted rows, contiguous, as row passes read plain arrays.
 
-    All rows on a GPU, where the host would wait for the number of the wanted ones, and while torch.compile traces.
+    All rows on a GPU, where the host would wait for the number of the wanted ones, and while
+    torch.compile traces.
     """
     if wanted_N.is_cuda or has_no_values(wanted_N) or wanted_N.all():
         return [x if x is None else x.contiguous() for x in by_row]
@@ -106,21 +113,25 @@ def row_indices(rows_N: Tensor | None, targets_N: Tensor) -> Tensor:
 
 
 def spread(values_KN: Tensor, wanted_N: Tensor) -> Tensor:
-    """Values of the rows that keep_wanted kept, at their places among all rows; NaN where a row was not wanted."""
+    """Values of the rows that keep_wanted kept, at their places among all rows; NaN elsewhere."""
     if values_KN.shape[1] == wanted_N.numel():
         return values_KN.where(wanted_N, torch.nan)
     everywhere = values_KN.new_full((values_KN.shape[0], wanted_N.numel()), torch.nan)
     return everywhere.index_copy_(1, wanted_N.nonzero()[:, 0], values_KN)
 
 
-def shapes_of_gradients(hidden_TD: Tensor, weight_VD: Tensor, needs: Needs) -> list[tuple[int, ...]]:
-    """Of hidden, weight and bias; (0,) stands for one that is not needed, as an op cannot return None."""
+def shapes_of_gradients(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    needs: Needs,
+) -> list[tuple[int, ...]]:
+    """Of hidden, weight and bias; (0,) for one not needed, as an op cannot return None."""
     shapes = hidden_TD.shape, weight_VD.shape, weight_VD.shape[:1]
     return [tuple(shape) if needed else (0,) for shape, needed in zip(shapes, needs, strict=True)]
 
 
 class ChunkedHead:
-    """hidden_TD[rows] @ weight_VD.T + bias_V a chunk of rows at a time, with the gradients of all three.
+    """hidden_TD[rows] @ weight_VD.T + bias_V by chunks of rows, with the gradients of all three.
 
     for part in head.chunks():
         logits = head.project(part);  row pass from logits into head.grad_logits;  head.backward(part, ..)
@@ -140,14 +151,26 @@ class ChunkedHead:
         needs_grad: Needs = (False, False, False),
         wanted_N: Tensor | None = None,
     ):
-        self.hidden_TD, self.rows_N, self.wanted_N, self.tanh_scale = hidden_TD, rows_N, wanted_N, tanh_scale
+        self.hidden_TD, self.rows_N, self.wanted_N, self.tanh_scale = (
+            hidden_TD,
+            rows_N,
+            wanted_N,
+            tanh_scale,
+        )
         self.wide, (vocab, width) = wide_dtype(hidden_TD), weight_VD.shape
         # a CPU has no fast bf16 arithmetic, so there everything is wide
         self.factor_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.wide
         self.weight_VD = weight_VD.to(self.factor_dtype)
         self.bias_V = None if bias_V is None else bias_V.to(self.wide)
         dtypes, is_capped = (self.wide, self.factor_dtype), tanh_scale is not None
-        self.chunk_rows = rows_per_chunk(vocab, width, *dtypes, hidden_TD.device, workspace_mib, is_capped)
+        self.chunk_rows = rows_per_chunk(
+            vocab,
+            width,
+            *dtypes,
+            hidden_TD.device,
+            workspace_mib,
+            is_capped,
+        )
         self.moves_rows_up = hidden_TD.device.type == "cpu"  # on a card rows keep their places
         buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()))
         self.logits = hidden_TD.new_empty((buffer_rows, vocab), dtype=self.wide)
@@ -188,7 +211,7 @@ class ChunkedHead:
     def backward(self, part: slice, has_grad: Tensor) -> None:
         """Adds the chunk's part to the gradients, from self.grad_logits; has_grad [n] is False where those are 0."""
         num_rows, rows, by_index = has_grad.numel(), self.rows_N[part], None
-        if self.tanh_scale is not None:  # d tanh(s u) / du = s - s tanh^2; the logits have done their work
+        if self.tanh_scale is not None:  # d tanh(s u) / du = s - s tanh^2; the logits are done with
             slope = self.logits[:num_rows].square_().mul_(-self.tanh_scale).add_(self.tanh_scale)
             self.grad_logits[:num_rows] *= slope
         if self.moves_rows_up:
@@ -202,17 +225,23 @@ class ChunkedHead:
         dx = self._add_products(size)
         if dx is not None:
             if self.grad_hidden_TD is None:
-                self.grad_hidden_TD = self.hidden_TD.new_zeros(self.hidden_TD.shape, dtype=self.wide)
+                self.grad_hidden_TD = self.hidden_TD.new_zeros(
+                    self.hidden_TD.shape,
+                    dtype=self.wide,
+                )
             # Rows that were moved up are added in the order in which they came.
             dx = dx[:num_rows] if by_index is None else dx.index_select(0, by_index)
             _add_rows_(self.grad_hidden_TD, rows, dx)
 
     def _add_products(self, size: int) -> Tensor | None:
-        """dweight += dlogits.T @ x, dbias += the sum of dlogits over the chunk's first rows; returns their dx."""
+        """dweight += dlogits.T @ x, dbias += sum of dlogits of the first rows; returns their dx."""
         grad, x, is_first = self.grad_logits[:size], self.x[:size], self.grad_weight_VD is None
         if self.needs_weight:
             if self.grad_weight_VD is None:
-                self.grad_weight_VD = self.weight_VD.new_empty(self.weight_VD.shape, dtype=self.wide)
+                self.grad_weight_VD = self.weight_VD.new_empty(
+                    self.weight_VD.shape,
+                    dtype=self.wide,
+                )
             matmul_(self.grad_weight_VD, grad.T, x, accumulate=not is_first)
         if self.needs_bias:
             sum_V = grad.sum(0, dtype=self.wide)
@@ -224,18 +253,22 @@ class ChunkedHead:
         return dx
 
     def gradients(self) -> list[Tensor]:
-        """Of hidden, weight and bias, wide; zeros where no row had one, of size 0 where none is needed."""
+        """Of hidden, weight and bias, wide; zeros where no row had one, empty where not needed."""
         sums = self.grad_hidden_TD, self.grad_weight_VD, self.grad_bias_V
         needs = self.needs_hidden, self.needs_weight, self.needs_bias
         shapes = shapes_of_gradients(self.hidden_TD, self.weight_VD, needs)
         return [
-            self.logits.new_zeros(shape) if total is None else total for total, shape in zip(sums, shapes, strict=True)
+            total if total is not None else self.logits.new_zeros(shape)
+            for total, shape in zip(sums, shapes, strict=True)  # in the order of needs
         ]
 
     def _move_up(self, has_grad: Tensor, order: Tensor) -> int:
         """Moves rows with a gradient into the places of rows without; returns how many; `order` follows."""
         count = int(has_grad.sum())
-        holes, movers = (~has_grad[:count]).nonzero()[:, 0], has_grad[count:].nonzero()[:, 0] + count
+        holes, movers = (
+            (~has_grad[:count]).nonzero()[:, 0],
+            has_grad[count:].nonzero()[:, 0] + count,
+        )
         for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
             self.grad_logits[hole] = self.grad_logits[mover]  # one by one: together they would need a second chunk
         self.x[holes], order[holes] = self.x[movers], movers

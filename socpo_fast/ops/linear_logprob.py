@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from socpo_fast.ops._checks import FLOATS, INDEX, WIDE_FLOATS, TensorChecker, autocast, autocasts, check_rule, whole
+from socpo_fast.ops._checks import (
+    FLOATS,
+    INDEX,
+    WIDE_FLOATS,
+    TensorChecker,
+    autocast,
+    autocasts,
+    check_rule,
+    whole,
+)
 from socpo_fast.ops._fused_logprob import linear_logprob_op
 from socpo_fast.ops._head import (
     NO_TARGET,
@@ -42,11 +51,14 @@ def linear_logprob_ref(
     dtype = wide_dtype(hidden_TD)
     weight_VD = weight_VD.to(dtype)  # once, so that the chunks' dW add up in this dtype
     bias_V = None if bias_V is None else bias_V.to(dtype)
-    has_target_N, scale_N = targets_N != NO_TARGET, temperature if isinstance(temperature, Tensor) else None
+    has_target_N, scale_N = (
+        targets_N != NO_TARGET,
+        temperature if isinstance(temperature, Tensor) else None,
+    )
     by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), scale_N, has_target_N
     rows_N, targets_N, scale_N, is_kept_N = keep_wanted(has_target_N, *by_row)
-    # index_select, not indexing: its backward adds repeated rows in index order, whatever the number of threads;
-    # a row without a target may hold anything
+    # index_select, not indexing: its backward adds repeated rows in index order, whatever the
+    # number of threads; a row without a target may hold anything
     hidden_ND = hidden_TD.index_select(0, rows_N).to(dtype).where(is_kept_N[:, None], 0)
     num_rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
     scales = None if scale_N is None else scale_N.to(dtype).split(num_rows)
@@ -95,12 +107,12 @@ def linear_logprob(
 
     Args:
         hidden_TD:    [T, D] fp32, fp64, bf16 or fp16, row-contiguous. Packed tokens, no padding.
-        weight_VD:    [V, D], same dtype, row-contiguous. The LM head; of a DTensor the whole is taken.
-        targets_N:    [N] int64, each in [0, V), or -100: a row without loss, neither outputs nor gradient.
-        temperature:  > 0, a float or [N] fp32 or fp64. The sampler's own; no default, since a mismatch
-                      biases every ratio.
-        rows_N:       [N] int64, each in [0, T): the row of hidden that predicts target n; may repeat.
-                      None is row n, with N = T.
+        weight_VD:    [V, D], same dtype, row-contiguous. The LM head; a DTensor is taken whole.
+        targets_N:    [N] int64, each in [0, V), or -100: a row without loss, outputs or gradient.
+        temperature:  > 0, a float or [N] fp32 or fp64. The sampler's own; no default, since a
+                      mismatch biases every ratio.
+        rows_N:       [N] int64, each in [0, T): the row of hidden that predicts target n; may
+                      repeat. None is row n, with N = T.
         entropy_grad: whether entropy carries a gradient.
         bias_V:       [V], hidden's dtype, or None. The LM head's.
         softcap:      > 0, bound of the logits before the temperature, or None.
@@ -110,14 +122,17 @@ def linear_logprob(
         impl:         "auto", "ref", "cpp" or "triton".
 
     Returns:
-        logprobs_N [N] fp32 (fp64 for fp64 inputs), nats, <= 0;  entropy_N [N], same dtype, nats, >= 0. Both NaN for a
-        row whose target is -100, whatever its hidden state; what arrives there in the backward is not looked at.
+        logprobs_N [N] fp32 (fp64 for fp64 inputs), nats, <= 0;  entropy_N [N], same dtype, nats, >= 0.
+        Both are NaN where the target is -100, whatever the hidden state holds; an upstream gradient
+        of such a row is ignored.
 
     Raises:
-        ValueError: a shape, dtype, device, stride, index, temperature or scale breaks the rules above.
+        ValueError: a shape, dtype, device, stride, index, temperature or scale breaks these rules.
+            A tensor's values: on a CPU only; CUDA has a device assert, torch.compile no check.
 
-    Gradient: hidden (repeated rows summed in index order), weight and bias, for any upstream gradient; fp32
-    accumulation; with create_graph it has no graph. Under torch.autocast hidden and weight are taken in its dtype.
+    Gradient: hidden (repeated rows summed in index order), weight and bias, for any upstream
+    gradient; fp32 accumulation; with create_graph it has no graph. Under torch.autocast hidden,
+    weight and bias are taken in its dtype.
     Memory: one chunk of logits. Bitwise: same inputs, same bits; on the CPU a row's outputs and its dX are those it
     would have alone.
     Source: Wijmans et al. 2024, arXiv:2411.09009, section 4.
@@ -141,7 +156,8 @@ def linear_logprob(
             logit_scale=logit_scale,
         )
     scales = scales_of_logits(temperature, softcap, logit_scale, targets_N.numel(), hidden_TD)
-    logprobs_N, entropy_N, _ = linear_logprob_op(*head, rows_N, targets_N, *scales, entropy_grad, workspace_mib, impl)
+    given = *head, rows_N, targets_N, *scales, entropy_grad
+    logprobs_N, entropy_N, _ = linear_logprob_op(*given, workspace_mib, impl)
     return logprobs_N, entropy_N
 
 
@@ -163,8 +179,15 @@ def check_linear_inputs(
     check("weight_VD", weight_VD, (hidden_TD.dtype,))
     for name, x in (("hidden_TD", hidden_TD), ("weight_VD", weight_VD)):
         if x.stride(1) != 1 and x.shape[1] > 1:
-            raise ValueError(f"{check.where}: {name} strides must be (*, 1), got {x.stride()}; call .contiguous()")
-    check_rule(check.where, "weight_VD", list(weight_VD.shape), weight_VD.shape[0] > 0, "[V, D] with V > 0")
+            got = f"got {x.stride()}; call .contiguous()"
+            raise ValueError(f"{check.where}: {name} strides must be (*, 1), {got}")
+    check_rule(
+        check.where,
+        "weight_VD",
+        list(weight_VD.shape),
+        weight_VD.shape[0] > 0,
+        "[V, D] with V > 0",
+    )
     if bias_V is not None:
         bias_V = whole(bias_V)
         if autocasts(hidden_TD):
@@ -181,9 +204,20 @@ def check_linear_inputs(
     check.every("targets_N", targets_N, fits_N, f"in [0, {vocab})")
     if isinstance(temperature, Tensor):
         check("temperature_N", temperature, WIDE_FLOATS)
-        check.every("temperature_N", temperature, temperature.isfinite() & (temperature > 0), "finite and > 0")
+        check.every(
+            "temperature_N",
+            temperature,
+            temperature.isfinite() & (temperature > 0),
+            "finite and > 0",
+        )
     else:
-        check_rule(check.where, "temperature", temperature, 0 < temperature < float("inf"), "finite and > 0")
+        check_rule(
+            check.where,
+            "temperature",
+            temperature,
+            0 < temperature < float("inf"),
+            "finite and > 0",
+        )
     return hidden_TD, weight_VD, bias_V
 
 

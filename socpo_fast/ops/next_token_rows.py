@@ -14,7 +14,7 @@ def next_token_rows(hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tens
         hidden_BLD = model.model(input_ids, attention_mask).last_hidden_state
         hidden_TD, targets_N, rows_N = next_token_rows(hidden_BLD, labels)
         logprobs_N, _ = linear_logprob(
-            hidden_TD, model.lm_head.weight, targets_N, rows_N=rows_N, temperature=1.0
+            hidden_TD, model.lm_head.weight, targets_N, rows_N=rows_N, temperature=1.0,
         )
         loss = -logprobs_N.nanmean()       # the model's own: cross entropy of the shifted labels
 
@@ -23,8 +23,8 @@ def next_token_rows(hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tens
         labels_BL:  [B, L] int64, each in [0, V), or -100 (prompt, padding).
 
     Returns:
-        hidden_TD [T = B L, D];  targets_N, rows_N [N = B (L - 1)] int64. The shapes do not depend on
-        the labels; the ops leave rows of target -100 out.
+        hidden_TD [T = B L, D];  targets_N, rows_N [N = B (L - 1)] int64. The shapes do not depend
+        on the labels; the ops leave rows of target -100 out.
 
     Raises:
         ValueError: a shape or dtype breaks the rules above.

@@ -48,10 +48,22 @@ class PolicyLossOptions:
     def __post_init__(self) -> None:
         where, infinity, dual_clip = "PolicyLossOptions", float("inf"), self.dual_clip
         check_rule(where, "clip_low", self.clip_low, 0 <= self.clip_low <= 1, "in [0, 1]")
-        check_rule(where, "clip_high", self.clip_high, 0 <= self.clip_high < infinity, "finite and >= 0")
+        check_rule(
+            where,
+            "clip_high",
+            self.clip_high,
+            0 <= self.clip_high < infinity,
+            "finite and >= 0",
+        )
         is_right = dual_clip is None or 1 < dual_clip < infinity
         check_rule(where, "dual_clip", dual_clip, is_right, "finite and > 1, or None")
-        check_rule(where, "entropy_coef", self.entropy_coef, abs(self.entropy_coef) < infinity, "finite")
+        check_rule(
+            where,
+            "entropy_coef",
+            self.entropy_coef,
+            abs(self.entropy_coef) < infinity,
+            "finite",
+        )
         check_rule(where, "kl_coef", self.kl_coef, 0 <= self.kl_coef < infinity, "finite and >= 0")
         check_word(where, "kl_estimator", self.kl_estimator, KL_ESTIMATORS)
 
@@ -61,7 +73,7 @@ class PolicyLossOptions:
         return self.entropy_coef == 0 and self.kl_coef == 0
 
     def flat(self) -> tuple[float, float, float, float, float, int]:
-        """As the row passes take them: in the order above, a dual clip of inf is off, the KL estimator's number."""
+        """As row passes take them: a dual clip of inf is off, KL estimators are numbers from 1."""
         dual_clip = float("inf") if self.dual_clip is None else self.dual_clip
         clips = self.clip_low, self.clip_high, dual_clip
         return *clips, self.entropy_coef, self.kl_coef, KL_ESTIMATORS.index(self.kl_estimator) + 1
@@ -98,7 +110,9 @@ def policy_loss_ref(
         old_logprobs_N = logprobs_N
     old_logprobs_N = old_logprobs_N.detach().to(logprobs_N.dtype)
 
-    def only_loss_rows(x_N: Tensor) -> Tensor:  # zeros elsewhere, whatever stands there, and no gradient
+    def only_loss_rows(
+        x_N: Tensor,
+    ) -> Tensor:  # zeros elsewhere, whatever stands there, and no gradient
         return x_N.where(has_loss_N, 0)
 
     logprobs, old = only_loss_rows(logprobs_N), only_loss_rows(old_logprobs_N)
@@ -120,7 +134,8 @@ def policy_loss_ref(
         terms = terms + options.kl_coef * _kl(logprobs, ref_logprobs, options.kl_estimator)
     log_ratio_N = (logprobs_N.detach() - old_logprobs_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return PolicyLoss(
-        loss=keep_wanted(has_loss_N, w * terms)[0].sum(),  # zeros in between would change the order of the sum
+        # zeros in between would change the order of the sum
+        loss=keep_wanted(has_loss_N, w * terms)[0].sum(),
         logprobs=logprobs_N.detach(),
         entropy=torch.full_like(logprobs_N, torch.nan) if entropy_N is None else entropy_N.detach(),
         ratio=log_ratio_N.exp(),
@@ -153,8 +168,8 @@ def policy_loss(
 
     Args:
         logprobs_N:         [N] fp32 or fp64, nats. The only argument with a gradient besides entropy_N.
-        old_logprobs_N:     [N] fp32 or fp64, nats, of the policy before the batch's first update; None:
-                            logprobs_N without its gradient, so that every ratio is 1.
+        old_logprobs_N:     [N] fp32 or fp64, nats, of the policy before the batch's first update.
+                            None: logprobs_N without its gradient, so that every ratio is 1.
         advantages:         [N] fp32 or fp64, finite; or [A], one an attempt, when attempt_of_token_N is given.
         attempt_of_token_N: [N] int64, each in [0, A).
         weights_N:          [N] fp32 or fp64, finite, >= 0: normaliser, importance weights and mask in one. 0 leaves the
@@ -162,8 +177,8 @@ def policy_loss(
         num_loss_tokens:    > 0, the update's, not a microbatch's; instead of weights_N: each weight is 1 / that.
         entropy_N:          [N] fp32 or fp64, nats; needed, with a gradient, when entropy_coef is not 0.
         ref_logprobs_N:     [N] fp32 or fp64, nats, of a frozen reference; needed when kl_coef is not 0.
-        sampler_logprobs_N: [N] fp32 or fp64, nats, of the policy that sampled; needed with tis_clip.
-        tis_clip:           > 0, bound of the truncated importance weight; None: there is no such weight.
+        sampler_logprobs_N: [N] fp32 or fp64, nats, of what sampled; needed with tis_clip.
+        tis_clip:           > 0, bound of the truncated importance weight; None: no such weight.
         options:            clips, entropy bonus and KL.
 
     Returns:
@@ -183,10 +198,12 @@ def policy_loss(
     if options.entropy_coef != 0:
         detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
         rule = "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
-        check_rule("policy_loss", "entropy_N", entropy_N if entropy_N is None else "a detached one", not detached, rule)
+        got = entropy_N if entropy_N is None else "a detached one"
+        check_rule("policy_loss", "entropy_N", got, not detached, rule)
     check_logprobs(check, old_logprobs_N, ref_logprobs_N, sampler_logprobs_N, tis_clip, options)
     like = logprobs_N if old_logprobs_N is None else old_logprobs_N
-    weights_N = check_weights(check, advantages, attempt_of_token_N, weights_N, num_loss_tokens, like)
+    weights = weights_N, num_loss_tokens
+    weights_N = check_weights(check, advantages, attempt_of_token_N, *weights, like)
     return policy_loss_ref(
         logprobs_N,
         old_logprobs_N,
@@ -231,7 +248,7 @@ def check_weights(
     num_loss_tokens: float | None,
     like: Tensor,
 ) -> Tensor:
-    """The rules of policy_loss' docstring on advantages and weights; one weight a token, [N], made in like's dtype."""
+    """The rules of policy_loss' docstring on advantages and weights; [N] weights, like `like`."""
     if attempt_of_token_N is None:
         check("advantages_N", advantages, WIDE_FLOATS)
         check.finite("advantages_N", advantages)
@@ -242,13 +259,21 @@ def check_weights(
         check.index_range("attempt_of_token_N", attempt_of_token_N, advantages.numel())
     if (weights_N is None) == (num_loss_tokens is None):
         got = "neither" if weights_N is None else "both"
-        raise ValueError(f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got {got}")
+        raise ValueError(
+            f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got {got}",
+        )
     if weights_N is not None:
         check("weights_N", weights_N, WIDE_FLOATS)
         check.finite("weights_N", weights_N, at_least=0)
         return weights_N.detach()
     assert num_loss_tokens is not None
-    check_rule(check.where, "num_loss_tokens", num_loss_tokens, 0 < num_loss_tokens < float("inf"), "finite and > 0")
+    check_rule(
+        check.where,
+        "num_loss_tokens",
+        num_loss_tokens,
+        0 < num_loss_tokens < float("inf"),
+        "finite and > 0",
+    )
     return like.new_full((check.sizes["N"],), 1 / num_loss_tokens)
 
 

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from socpo_fast.ops import PolicyLoss, linear_policy_loss
 from tests.error_rule import assert_bitwise_equal
-from tests.ops.policy_head import IMPLS, OPTIONS, Case, assert_as_right_as_plain, call, fused, make_case, shapes_inside
+from tests.ops.policy_head import (
+    IMPLS,
+    OPTIONS,
+    Case,
+    assert_as_right_as_plain,
+    call,
+    fused,
+    make_case,
+    shapes_inside,
+)
 
 linear_logprob_module = importlib.import_module("socpo_fast.ops.linear_logprob")  # as an attribute, the op
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from socpo_fast.ops import PolicyLoss, _fused_policy_loss, linear_policy_loss
 from socpo_fast.ops._impl import extension_is_built
 from tests.error_rule import assert_bitwise_equal
-from tests.ops.policy_head import OPTIONS, assert_as_right_as_plain, call, fused, make_case, shapes_inside
+from tests.ops.policy_head import (
+    OPTIONS,
+    assert_as_right_as_plain,
+    call,
+    fused,
+    keep_all,
+    make_case,
+    shapes_inside,
+)
 
 pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 
@@ -161,7 +169,6 @@ def test_without_compaction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     case = make_case(num_rows=37)._replace(rows=torch.arange(37))
     case.hidden[case.weights == 0] = torch.nan
     expected = fused(case, torch.float64)
-    keep_all = lambda _, *by_row: [x if x is None else x.contiguous() for x in by_row]  # noqa: E731
     monkeypatch.setattr(_fused_policy_loss, "keep_wanted", keep_all)
     torch.testing.assert_close(fused(case, torch.float64), expected, equal_nan=True)
 

@@ -1,4 +1,4 @@
-"""next_token_rows against the shifted cross entropy of a padded batch, as transformers computes it."""
+"""next_token_rows against the shifted cross entropy of a padded batch, as in transformers."""
 
 import pytest
 import torch
@@ -19,11 +19,16 @@ def test_equals_shifted_cross_entropy(batch: int, length: int) -> None:
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
         hidden_TD, targets_N, rows_N = next_token_rows(hidden, labels)
-        return -linear_logprob(hidden_TD, weight, targets_N, rows_N=rows_N, temperature=1.0)[0].nansum()
+        logprobs_N, _ = linear_logprob(hidden_TD, weight, targets_N, rows_N=rows_N, temperature=1.0)
+        return -logprobs_N.nansum()
 
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
         shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-        return F.cross_entropy((hidden @ weight.T).flatten(0, 1), shifted.flatten(), reduction="sum")
+        return F.cross_entropy(
+            (hidden @ weight.T).flatten(0, 1),
+            shifted.flatten(),
+            reduction="sum",
+        )
 
     for op in (results := {ours: (), plain: ()}):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -41,5 +46,8 @@ def test_shapes_do_not_depend_on_the_labels() -> None:
 
 
 def test_bad_inputs() -> None:
-    with pytest.raises(ValueError, match=r"^next_token_rows: labels_BL must be int64 \[B=2, L=4\], got int64 \[2, 3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"^next_token_rows: labels_BL must be int64 \[B=2, L=4\], got int64 \[2, 3\]",
+    ):
         next_token_rows(torch.zeros(2, 4, 3), torch.zeros(2, 3, dtype=torch.int64))
