@@ -1,7 +1,6 @@
-"""The policy head, forward and backward, ours beside everybody else's; --skip: what the skipping mode saves.
+"""The policy head, forward and backward, ours beside everybody else's.
 
     python -m bench.bench_linear_policy_loss [--quick] [--peers] [--shapes smollm2:1024 ..] [--rows 100 25]
-    python -m bench.bench_linear_policy_loss --skip --student FOLDER --data FILE.parquet
 
 Per shape and share of loss rows: every contender's loss, dX and dW are compared with fp64 (_head_problem.py); a wrong
 one is named and not timed. The right ones then run in rounds, with the three bare GEMMs of the loss rows between them,
@@ -67,11 +66,6 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.skip:
-        from bench import bench_linear_policy_loss_skip
-
-        bench_linear_policy_loss_skip.run(args)
-        return
     card = card_of.measure_card(args.threads)
     choices = [[ours(args.impl)], *torch_contenders()]
     if args.peers:
@@ -103,14 +97,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=40.0, help="seconds for the rounds of one table")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the JSON line, besides")
-    parser.add_argument("--skip", action="store_true", help="the skipping mode on real hidden states instead")
-    parser.add_argument("--student", help="with --skip: Hugging Face folder")
-    parser.add_argument("--data", help="with --skip: questions, .parquet or .jsonl")
-    parser.add_argument("--loss-rows", type=int, default=1024, help="with --skip: tokens of answers, about")
     args = parser.parse_args(argv)
     args.shapes = args.shapes or (QUICK_SHAPES if args.quick else SHAPES)
-    if args.skip and not (args.student and args.data):
-        parser.error("--skip needs --student and --data")
     for shape in args.shapes:
         head, _, num_tokens = shape.partition(":")
         if not num_tokens.isdigit() or (head not in HEADS and not head.replace("x", "", 1).isdigit()):

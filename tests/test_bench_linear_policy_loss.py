@@ -160,7 +160,7 @@ def test_the_search_can_tell_the_settings_apart() -> None:
         assert len(set(rows)) == len(rows)
 
 
-@pytest.mark.parametrize("words", [["--skip"], ["--shapes", "llama:16"], ["--shapes", "300x16"]])
+@pytest.mark.parametrize("words", [["--shapes", "llama:16"], ["--shapes", "300x16"]])
 def test_bad_command_lines_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit):
         bench_linear_policy_loss.parse(words)

@@ -8,6 +8,7 @@ from socpo_fast.ops.linear import linear
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.linear_sample import linear_sample
+from socpo_fast.ops.next_token_rows import next_token_rows
 from socpo_fast.ops.paged_attention import paged_attention
 from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 from socpo_fast.ops.rms_norm import rms_norm
@@ -31,6 +32,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_sample",
     "next_keys",
+    "next_token_rows",
     "paged_attention",
     "policy_loss",
     "rms_norm",

@@ -1,188 +1,221 @@
-"""linear_policy_loss with its gradient formed in the forward: impl "cpp" and "triton".
+"""linear_policy_loss as a registered op, its gradient formed in the forward: "cpp" and "triton".
 
-fused_policy_loss gathers a _Call and hands it to autograd; _Call.run is the loop over chunks. Departure from the
-textbook: the derivative of a policy loss with respect to a log-prob needs nothing but that log-prob, so a chunk of
-logits becomes its own gradient on the spot. That makes three GEMMs, where recomputing the logits in the backward makes
-four; the backward only scales.
+fused_policy_loss calls the op; _kernel is its loop over chunks, _Rows what a chunk needs of its
+rows. Departure from the textbook: the derivative of a policy loss with respect to a log-prob needs
+nothing but that log-prob, so a chunk of logits becomes its own gradient on the spot. That makes
+three GEMMs, where recomputing the logits in the backward makes four; the backward only scales.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from socpo_fast.ops._head import ChunkedHead, inverse_temperatures, wide_dtype
+from socpo_fast.ops._head import (
+    NO_TARGET,
+    ChunkedHead,
+    keep_wanted,
+    row_indices,
+    shapes_of_gradients,
+    spread,
+    wide_dtype,
+)
 from socpo_fast.ops._impl import kernels_of
-from socpo_fast.ops.policy_loss import KLEstimator, PolicyLoss, PolicyLossOptions, per_token
-
-Metrics = Literal["loss_rows", "all"]
+from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions
 
 
 def fused_policy_loss(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    old_logprobs_N: Tensor,
-    advantages: Tensor,
-    attempt_of_token_N: Tensor | None,
-    weights_N: Tensor,
-    *,
-    temperature: float | Tensor,
-    rows_N: Tensor | None,
-    ref_logprobs_N: Tensor | None,
-    metrics: Metrics,
-    skip_below: float,
+    linear: tuple[Tensor, Tensor, Tensor | None],
+    by_row: tuple[Tensor | None, ...],
+    tanh_scale: float | None,
+    tis_clip: float | None,
+    options: PolicyLossOptions,
+    all_rows: bool,
     workspace_mib: float | None,
     impl: str,
-    options: PolicyLossOptions,
 ) -> PolicyLoss:
-    """`linear_policy_loss`, unchecked."""
-    dual_clip, kl_coef = options.dual_clip, options.kl_coef
-    has_loss_N = weights_N != 0
-    wanted_N = has_loss_N
-    if metrics == "all":
-        wanted_N = torch.ones_like(has_loss_N)
-    elif options.needs_advantage:
-        wanted_N = has_loss_N & (per_token(advantages, attempt_of_token_N) != 0)
-    num_rows, dtype = targets_N.numel(), wide_dtype(hidden_TD)
-    call = _Call(
-        rows_N=torch.arange(num_rows, device=targets_N.device) if rows_N is None else rows_N,
-        targets_N=targets_N,
-        old_logprobs_N=old_logprobs_N.detach().to(dtype),
-        advantages=advantages.detach().to(dtype),
-        attempt_of_token_N=attempt_of_token_N,
-        weights_N=weights_N.to(dtype),
-        inv_temperature_N=inverse_temperatures(temperature, num_rows, hidden_TD),
-        ref_logprobs_N=None if kl_coef == 0 or ref_logprobs_N is None else ref_logprobs_N.detach().to(dtype),
-        wanted_N=wanted_N,
-        clips=(options.clip_low, options.clip_high, float("inf") if dual_clip is None else dual_clip),
-        entropy_coef=options.entropy_coef,
-        kl_coef=kl_coef,
-        kl_estimator=get_args(KLEstimator).index(options.kl_estimator) + 1,
-        skip_below=skip_below,
-        workspace_mib=workspace_mib,
-        impl=impl,
-    ).compact()
-    loss, values_6N = _LinearPolicyLoss.apply(hidden_TD, weight_VD, call, torch.is_grad_enabled())
-    clip_fraction = values_6N[4].sum() / has_loss_N.sum().clamp(min=1)
-    if values_6N.shape[1] < num_rows:
-        all_rows_6N = values_6N.new_full((6, num_rows), torch.nan)
-        values_6N = all_rows_6N.index_copy_(1, wanted_N.nonzero()[:, 0], values_6N)
-    else:
-        values_6N = values_6N.where(wanted_N, torch.nan)
-    return PolicyLoss(loss, values_6N[1], values_6N[2], values_6N[3], clip_fraction)
+    """The op; linear is hidden, weight, bias, by_row what else its schema has up to tanh_scale."""
+    *indices, scale_N = by_row[:3]
+    assert scale_N is not None
+    floats = [x if x is None else x.detach().to(scale_N.dtype) for x in by_row[3:]]
+    *floats, ref_logprobs_N, sampler_logprobs_N = floats
+    floats += [
+        ref_logprobs_N if options.kl_coef != 0 else None,
+        sampler_logprobs_N if tis_clip is not None else None,
+    ]
+    numbers = tanh_scale, float("inf") if tis_clip is None else tis_clip, *options.flat()
+    needs = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in linear)
+    loss, clip_fraction, values_3N, *_ = linear_policy_loss_op(
+        *linear, *indices, scale_N, *floats, *numbers, all_rows, workspace_mib, *needs, impl
+    )
+    return PolicyLoss(loss, values_3N[0], values_3N[1], values_3N[2], clip_fraction)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of the fused form: its rows, all float tensors in the logits' dtype, and its options.
-
-    No NamedTuple: under torch.compile, torch 2.11 makes an empty one where the graph breaks, and
-    fails when it looks for tensors in it.
-    """
+class _Rows(NamedTuple):
+    """The rows of a call or of a chunk; all float tensors in the logits' dtype."""
 
     rows_N: Tensor
     targets_N: Tensor
-    old_logprobs_N: Tensor
-    advantages: Tensor  # [A] with attempt_of_token_N, else [N]
-    attempt_of_token_N: Tensor | None
     weights_N: Tensor
     inv_temperature_N: Tensor
-    ref_logprobs_N: Tensor | None
     wanted_N: Tensor  # bool; a row that is not wanted has neither loss nor outputs
-    clips: tuple[float, float, float]  # low, high, dual (inf: off)
-    entropy_coef: float
-    kl_coef: float
-    kl_estimator: int
-    skip_below: float
-    workspace_mib: float | None
-    impl: str
+    advantages_N: Tensor
+    old_logprobs_N: Tensor | None
+    ref_logprobs_N: Tensor | None
+    sampler_logprobs_N: Tensor | None
 
-    def compact(self) -> _Call:
-        """Without the rows that are not wanted; on a GPU, where the host would wait for their number, with weight 0.
+    def of(self, part: slice) -> _Rows:
+        return _Rows(*(x if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
-        The packer knows the rows without loss beforehand: on a GPU it is up to rows_N to leave them out. All tensors
-        come out contiguous: the row pass reads them as plain arrays.
-        """
-        dense: dict[str, Any] = {name: x.contiguous() for name, x in self.tensors().items()}
-        call = replace(self, **dense)
-        if call.wanted_N.is_cuda:
-            return replace(call, weights_N=call.weights_N.where(call.wanted_N, 0))
-        return call if call.wanted_N.all() else call.rows(call.wanted_N.nonzero()[:, 0])
+    def weighted(self, tis_clip: float) -> _Rows:
+        """With truncated importance weights multiplied in, given the sampler's log-probs."""
+        if self.sampler_logprobs_N is None:
+            return self
+        assert self.old_logprobs_N is not None
+        tis_N = (self.old_logprobs_N - self.sampler_logprobs_N).exp().clamp(max=tis_clip)
+        return self._replace(weights_N=(self.weights_N * tis_N).where(self.weights_N != 0, 0))
 
-    def rows(self, index: Tensor | slice) -> _Call:
-        """Of the rows in `index`."""
-        by_token = self.tensors()
-        if self.attempt_of_token_N is not None:
-            del by_token["advantages"]
-        changes: dict[str, Any] = {name: x[index] for name, x in by_token.items()}
-        return replace(self, **changes)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Those that are given, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
-
-    def run(
-        self, hidden_TD: Tensor, weight_VD: Tensor, needs_grad: tuple[bool, bool]
-    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-        """[6, N] values of the row pass (csrc/linear_policy_loss.cpp), and the gradients of hidden and weight."""
-        head = ChunkedHead(
-            hidden_TD,
-            weight_VD,
-            self.rows_N,
-            workspace_mib=self.workspace_mib,
-            needs_grad=needs_grad,
-            skip_below=self.skip_below,
-            wanted_N=self.wanted_N,
-        )
-        values_6N = head.logits.new_empty((6, self.rows_N.numel()))
-        for part in head.chunks():
-            logits, rows = head.project(part), self.rows(part)
-            values_6N[:, part] = kernels_of("linear_policy_loss", self.impl).policy_rows(
-                logits,
-                head.grad_logits[: logits.shape[0]] if any(needs_grad) else None,
-                rows.targets_N,
-                rows.old_logprobs_N,
-                rows.advantages,
-                rows.attempt_of_token_N,
-                rows.weights_N,
-                rows.inv_temperature_N,
-                *self.clips,
-                self.entropy_coef,
-                rows.ref_logprobs_N,
-                self.kl_coef,
-                self.kl_estimator,
-                True,  # the entropy is a by-product: measured, 3 % of the row pass
+def _kernel(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    rows_N: Tensor | None,
+    targets_N: Tensor,
+    inv_temperature_N: Tensor,
+    advantages_N: Tensor,
+    weights_N: Tensor,
+    old_logprobs_N: Tensor | None,
+    ref_logprobs_N: Tensor | None,
+    sampler_logprobs_N: Tensor | None,
+    tanh_scale: float | None,
+    tis_clip: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: int,
+    all_rows: bool,
+    workspace_mib: float | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    has_target_N = targets_N != NO_TARGET
+    has_loss_N = has_target_N & (weights_N != 0)
+    wanted_N = has_target_N if all_rows else has_loss_N
+    if not all_rows and entropy_coef == 0 and kl_coef == 0:
+        wanted_N = has_loss_N & (advantages_N != 0)
+    weights_N = weights_N.where(has_loss_N & wanted_N, 0)
+    by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), weights_N, inv_temperature_N
+    logprobs = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
+    rows = _Rows(*keep_wanted(wanted_N, *by_row, wanted_N, advantages_N, *logprobs))
+    clips = clip_low, clip_high, dual_clip
+    if old_logprobs_N is None:  # a ratio of 1 is clipped nowhere, and its rounding must not be
+        clips = 1.0, float("inf"), float("inf")
+    head = ChunkedHead(
+        hidden_TD,
+        weight_VD,
+        rows.rows_N,
+        bias_V=bias_V,
+        tanh_scale=tanh_scale,
+        workspace_mib=workspace_mib,
+        needs_grad=(needs_hidden, needs_weight, needs_bias),
+        wanted_N=rows.wanted_N,
+    )
+    values_6N, run = (
+        head.logits.new_empty((6, rows.rows_N.numel())),
+        kernels_of("linear_policy_loss", impl),
+    )
+    for part in head.chunks():
+        logits, chunk = head.project(part), rows.of(part)
+        if old_logprobs_N is None:
+            old = run.logprob_rows(logits, chunk.targets_N, chunk.inv_temperature_N)[0]
+            chunk = chunk._replace(old_logprobs_N=old)
+        chunk = chunk.weighted(tis_clip)
+        terms = *clips, entropy_coef, chunk.ref_logprobs_N, kl_coef, kl_estimator
+        values_6N[:, part] = _policy_rows(run, head, logits, chunk, terms)
+        if head.needs_any:
+            head.backward(
+                part,
+                chunk.weights_N != 0 if entropy_coef != 0 else values_6N[5, part] != 0,
             )
-            if any(needs_grad):
-                has_grad = rows.weights_N != 0 if self.entropy_coef != 0 else values_6N[5, part] != 0
-                head.backward(part, has_grad)
-        return values_6N, head.gradients()
+    clip_fraction = values_6N[4].sum() / has_loss_N.sum().clamp(min=1)
+    return values_6N[0].sum(), clip_fraction, spread(values_6N[1:4], wanted_N), *head.gradients()
 
 
-class _LinearPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, call: _Call, is_grad_enabled: bool
-    ) -> tuple[Tensor, Tensor]:
-        ctx.call = call
-        ctx.needs_grad = tuple(needed and is_grad_enabled for needed in ctx.needs_input_grad[:2])
-        # call's tensors too, so that torch notices when they are changed before a second backward
-        ctx.save_for_backward(hidden_TD, weight_VD, *call.tensors().values())
-        values_6N, ctx.gradients = call.run(hidden_TD, weight_VD, ctx.needs_grad)
-        ctx.mark_non_differentiable(values_6N)
-        return values_6N[0].sum(), values_6N
+def _policy_rows(run: Any, head: ChunkedHead, logits: Tensor, chunk: _Rows, terms: tuple) -> Tensor:
+    """[6, n] values of the row pass (csrc/linear_policy_loss.cpp); fills head.grad_logits."""
+    return run.policy_rows(
+        logits,
+        head.grad_logits[: logits.shape[0]] if head.needs_any else None,
+        chunk.targets_N,
+        chunk.old_logprobs_N,
+        chunk.advantages_N,
+        None,
+        chunk.weights_N,
+        chunk.inv_temperature_N,
+        *terms,
+        True,  # the entropy is a by-product: measured, 3 % of the row pass
+    )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place and given away: a copy would be a second dW
-        hidden_TD, weight_VD, *_ = ctx.saved_tensors
-        if gradients is None:  # a second backward through the same graph
-            gradients = ctx.call.run(hidden_TD, weight_VD, ctx.needs_grad)[1]
-        return (*(None if x is None else x.mul_(grad_loss).to(hidden_TD.dtype) for x in gradients), None, None)
+
+def _fake(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Any,
+    rows_N: Any,
+    targets_N: Tensor,
+    *rest: Any,
+) -> Any:
+    gradients = shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
+    shapes = (), (), (3, targets_N.shape[0]), *gradients
+    return tuple(hidden_TD.new_empty(shape, dtype=wide_dtype(hidden_TD)) for shape in shapes)
+
+
+def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients stay with ctx, and empty ones are handed out: the backward scales in place."""
+    ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
+    # all tensors, so that torch notices when they are changed before a second backward
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+    loss, clip_fraction, values_3N, *ctx.gradients = outputs
+    empty = [x.new_empty(0) for x in ctx.gradients]
+    ctx.mark_non_differentiable(clip_fraction, values_3N, *empty)
+    return loss, clip_fraction, values_3N, *empty
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients, ctx.gradients = (
+        ctx.gradients,
+        None,
+    )  # scaled in place and given away: a copy would be a second dW
+    tensors = ctx.saved_tensors
+    if gradients is None:  # a second backward through the same graph
+        both = zip(tensors, ctx.arguments, strict=True)
+        arguments = (x if tensor is None else tensor for tensor, x in both)
+        gradients = linear_policy_loss_op(*arguments)[3:]
+    scaled = [
+        total.mul_(grad_loss).to(x.dtype) if needed else None
+        for total, x, needed in zip(gradients, tensors[:3], ctx.needs_input_grad[:3], strict=True)
+    ]
+    return *scaled, *[None] * (len(ctx.arguments) - 3)
+
+
+# Gradients are wide, for an upstream gradient of 1, and empty where they are not needed.
+linear_policy_loss_op = define_op(
+    "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets, "
+    "Tensor inv_temperature, Tensor advantages, Tensor weights, Tensor? old_logprobs, "
+    "Tensor? ref_logprobs, Tensor? sampler_logprobs, float? tanh_scale, float tis_clip, "
+    "float clip_low, float clip_high, float dual_clip, float entropy_coef, float kl_coef, "
+    "int kl_estimator, bool all_rows, float? workspace_mib, bool needs_hidden, bool needs_weight, "
+    "bool needs_bias, str impl) -> (Tensor loss, Tensor clip_fraction, Tensor values, "
+    "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _kernel,
+    fake=_fake,
+    derivative=Derivative(_save, _backward),
+)

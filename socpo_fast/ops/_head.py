@@ -5,18 +5,18 @@
 Departures from the textbook. A chunk's rows are picked and padded to MIN_ROWS: below a few rows GEMM libraries sum in
 another order, and a row's bits would depend on its company. On a CPU, rows whose gradient turned out 0 are left out of
 the two gradient GEMMs; on a GPU the host would have to wait for their number, so they stay as zeros. dweight is summed
-in fp32 in one buffer.
+in fp32 in one buffer. Whatever scales a logit is one number a row, its inverse temperature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from socpo_fast.ops._checks import check_rule
+from socpo_fast.ops._checks import check_rule, has_no_values
 from socpo_fast.ops._impl import extension_is_built
 
 # MiB of logits and picked rows. With the rest (dx, GEMM scratch) an op stays below dweight + 256
@@ -26,16 +26,29 @@ from socpo_fast.ops._impl import extension_is_built
 CPU_WORKSPACE_MIB = 208.0
 GPU_WORKSPACE_MIB = 2048.0
 MIN_ROWS = 16
+NO_TARGET = -100  # stands among the targets for a row without loss, as in torch's cross_entropy
 _CPU_CHUNK_ROWS = 512  # measured: with fewer, dweight goes by too often; with more, fresh memory costs as much
-SKIP_TILE = 256  # words; skip_below decides for each row and tile of the vocabulary
+Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias need a gradient
 
 
-def inverse_temperatures(temperature: float | Tensor, num_rows: int, like: Tensor) -> Tensor:
-    """[N] in the dtype of the logits."""
+def scales_of_logits(
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    num_rows: int,
+    like: Tensor,
+) -> tuple[Tensor, float | None]:
+    """inv_temperature_N, in the dtype of the logits, and tanh_scale, None without a softcap.
+
+    z = inv_temperature (x @ weight.T + bias), and with a softcap
+    z = inv_temperature tanh(tanh_scale (x @ weight.T + bias)).
+    """
+    scale = logit_scale if softcap is None else softcap
+    tanh_scale = None if softcap is None else logit_scale / softcap
     dtype = wide_dtype(like)
     if isinstance(temperature, Tensor):
-        return temperature.detach().double().reciprocal().to(dtype)
-    return torch.full((num_rows,), 1 / temperature, dtype=dtype, device=like.device)
+        return (temperature.detach().double().reciprocal() * scale).to(dtype), tanh_scale
+    return torch.full((num_rows,), scale / temperature, dtype=dtype, device=like.device), tanh_scale
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -48,10 +61,15 @@ def default_workspace_mib(device: torch.device) -> float:
     return GPU_WORKSPACE_MIB if device.type == "cuda" else CPU_WORKSPACE_MIB
 
 
-def check_head_options(where: str, workspace_mib: float | None, skip_below: float = 0.0) -> None:
-    fits = workspace_mib is None or 0 < workspace_mib < float("inf")
-    check_rule(where, "workspace_mib", workspace_mib, fits, "finite and > 0")
-    check_rule(where, "skip_below", skip_below, 0 <= skip_below < float("inf"), "finite and >= 0")
+def check_head_options(
+    where: str,
+    workspace_mib: float | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    for name, value in (("workspace_mib", workspace_mib), ("softcap", softcap)):
+        check_rule(where, name, value, value is None or 0 < value < float("inf"), "finite and > 0")
+    check_rule(where, "logit_scale", logit_scale, 0 < logit_scale < float("inf"), "finite and > 0")
 
 
 def rows_per_chunk(
@@ -61,26 +79,64 @@ def rows_per_chunk(
     factor: torch.dtype,
     device: torch.device,
     workspace_mib: float | None,
+    is_capped: bool = False,
 ) -> int:
     """Rows whose logits [vocab], x and dx [width] fill the workspace; at least MIN_ROWS.
 
-    wide is the dtype of logits and dx, factor that of what GEMMs multiply; where they differ, the
-    gradient of the logits has a buffer of its own.
+    wide is the dtype of logits and dx, factor that of what GEMMs multiply; where they differ, and
+    behind a softcap, the gradient of the logits has a buffer of its own.
     """
     if workspace_mib is None:
         workspace_mib = default_workspace_mib(device)
     row_bytes = (vocab + 2 * width) * wide.itemsize
-    if factor != wide:
+    if factor != wide or is_capped:
         row_bytes += vocab * factor.itemsize
     most = max(MIN_ROWS, int(min(workspace_mib, 2**30) * 2**20) // row_bytes)
     return min(most, _CPU_CHUNK_ROWS) if device.type == "cpu" else most
 
 
+def keep_wanted(wanted_N: Tensor, *by_row: Tensor | None) -> list[Any]:
+    """Of each tensor that is given the wanted rows, contiguous, as row passes read plain arrays.
+
+    All rows on a GPU, where the host would wait for the number of the wanted ones, and while
+    torch.compile traces.
+    """
+    if wanted_N.is_cuda or has_no_values(wanted_N) or wanted_N.all():
+        return [x if x is None else x.contiguous() for x in by_row]
+    index = wanted_N.nonzero()[:, 0]
+    return [x if x is None else x[index] for x in by_row]
+
+
+def row_indices(rows_N: Tensor | None, targets_N: Tensor) -> Tensor:
+    """rows_N, of which None is row n."""
+    return torch.arange(targets_N.numel(), device=targets_N.device) if rows_N is None else rows_N
+
+
+def spread(values_KN: Tensor, wanted_N: Tensor) -> Tensor:
+    """Values of the rows that keep_wanted kept, at their places among all rows; NaN elsewhere."""
+    if values_KN.shape[1] == wanted_N.numel():
+        return values_KN.where(wanted_N, torch.nan)
+    everywhere = values_KN.new_full((values_KN.shape[0], wanted_N.numel()), torch.nan)
+    return everywhere.index_copy_(1, wanted_N.nonzero()[:, 0], values_KN)
+
+
+def shapes_of_gradients(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    needs: Needs,
+) -> list[tuple[int, ...]]:
+    """Of hidden, weight and bias; (0,) for one not needed, as an op cannot return None."""
+    shapes = hidden_TD.shape, weight_VD.shape, weight_VD.shape[:1]
+    return [tuple(shape) if needed else (0,) for shape, needed in zip(shapes, needs, strict=True)]
+
+
 class ChunkedHead:
-    """hidden_TD[rows] @ weight_VD.T a chunk of rows at a time, with the gradients of hidden and weight.
+    """hidden_TD[rows] @ weight_VD.T + bias_V by chunks of rows, with the gradients of all three.
 
     for part in head.chunks():
         logits = head.project(part);  row pass from logits into head.grad_logits;  head.backward(part, ..)
+
+    With tanh_scale the logits are tanh(tanh_scale (..)).
     """
 
     def __init__(
@@ -89,27 +145,43 @@ class ChunkedHead:
         weight_VD: Tensor,
         rows_N: Tensor,
         *,
+        bias_V: Tensor | None = None,
+        tanh_scale: float | None = None,
         workspace_mib: float | None,
-        needs_grad: tuple[bool, bool] = (False, False),
-        skip_below: float = 0.0,
+        needs_grad: Needs = (False, False, False),
         wanted_N: Tensor | None = None,
     ):
-        self.hidden_TD, self.rows_N, self.wanted_N, self.skip_below = hidden_TD, rows_N, wanted_N, skip_below
+        self.hidden_TD, self.rows_N, self.wanted_N, self.tanh_scale = (
+            hidden_TD,
+            rows_N,
+            wanted_N,
+            tanh_scale,
+        )
         self.wide, (vocab, width) = wide_dtype(hidden_TD), weight_VD.shape
         # a CPU has no fast bf16 arithmetic, so there everything is wide
         self.factor_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.wide
         self.weight_VD = weight_VD.to(self.factor_dtype)
-        dtypes = self.wide, self.factor_dtype
-        self.chunk_rows = rows_per_chunk(vocab, width, *dtypes, hidden_TD.device, workspace_mib)
+        self.bias_V = None if bias_V is None else bias_V.to(self.wide)
+        dtypes, is_capped = (self.wide, self.factor_dtype), tanh_scale is not None
+        self.chunk_rows = rows_per_chunk(
+            vocab,
+            width,
+            *dtypes,
+            hidden_TD.device,
+            workspace_mib,
+            is_capped,
+        )
         self.moves_rows_up = hidden_TD.device.type == "cpu"  # on a card rows keep their places
-        buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()) + (skip_below > 0))
+        buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()))
         self.logits = hidden_TD.new_empty((buffer_rows, vocab), dtype=self.wide)
         self.grad_logits = self.logits
-        if self.factor_dtype != self.wide and any(needs_grad):
+        if (self.factor_dtype != self.wide or is_capped) and any(needs_grad):
             self.grad_logits = torch.empty_like(self.logits, dtype=self.factor_dtype)
-        self.needs_hidden, self.needs_weight = needs_grad
+        self.needs_hidden, self.needs_weight, self.needs_bias = needs_grad
+        self.needs_any = any(needs_grad)
         self.grad_hidden_TD: Tensor | None = None
         self.grad_weight_VD: Tensor | None = None
+        self.grad_bias_V: Tensor | None = None
         self.x = hidden_TD.new_empty((0, width))
 
     def chunks(self) -> Iterator[slice]:
@@ -123,86 +195,80 @@ class ChunkedHead:
         """Logits of the chunk's rows; they stand in self.logits until the next one."""
         rows = self.rows_N[part]
         num_rows = rows.numel()
-        size = max(num_rows + (self.skip_below > 0), MIN_ROWS)
+        size = max(num_rows, MIN_ROWS)
         self.x = self.hidden_TD.new_zeros((size, self.hidden_TD.shape[1]), dtype=self.factor_dtype)
         self.x[:num_rows] = self.hidden_TD.index_select(0, rows)
         if self.wanted_N is not None:  # a row that is not wanted may hold anything, and 0 * nan is not 0
             self.x[:num_rows].masked_fill_(~self.wanted_N[part, None], 0)
-        matmul_(self.logits[:size], self.x, self.weight_VD.T)
-        return self.logits[:num_rows]
+        logits = self.logits[:size]
+        matmul_(logits, self.x, self.weight_VD.T)
+        if self.bias_V is not None:
+            logits += self.bias_V
+        if self.tanh_scale is not None:
+            logits.mul_(self.tanh_scale).tanh_()
+        return logits[:num_rows]
 
     def backward(self, part: slice, has_grad: Tensor) -> None:
         """Adds the chunk's part to the gradients, from self.grad_logits; has_grad [n] is False where those are 0."""
         num_rows, rows, by_index = has_grad.numel(), self.rows_N[part], None
+        if self.tanh_scale is not None:  # d tanh(s u) / du = s - s tanh^2; the logits are done with
+            slope = self.logits[:num_rows].square_().mul_(-self.tanh_scale).add_(self.tanh_scale)
+            self.grad_logits[:num_rows] *= slope
         if self.moves_rows_up:
             order = torch.arange(num_rows, device=has_grad.device)
             num_rows = self._move_up(has_grad, order)
             rows, by_index = self.rows_N[part][has_grad], order[:num_rows].argsort()
         if num_rows == 0:
             return
-        size = max(num_rows + (self.skip_below > 0), MIN_ROWS)
+        size = max(num_rows, MIN_ROWS)
         self.grad_logits[num_rows:size], self.x[num_rows:size] = 0, 0
-        dx = self._skip_tiles(num_rows) if self.skip_below > 0 else self._add_products(size)
+        dx = self._add_products(size)
         if dx is not None:
             if self.grad_hidden_TD is None:
-                self.grad_hidden_TD = torch.zeros_like(self.hidden_TD, dtype=self.wide)
+                self.grad_hidden_TD = self.hidden_TD.new_zeros(
+                    self.hidden_TD.shape,
+                    dtype=self.wide,
+                )
             # Rows that were moved up are added in the order in which they came.
             dx = dx[:num_rows] if by_index is None else dx.index_select(0, by_index)
             _add_rows_(self.grad_hidden_TD, rows, dx)
 
     def _add_products(self, size: int) -> Tensor | None:
-        """dweight += dlogits.T @ x over the chunk's first rows; returns their dx."""
+        """dweight += dlogits.T @ x, dbias += sum of dlogits of the first rows; returns their dx."""
         grad, x, is_first = self.grad_logits[:size], self.x[:size], self.grad_weight_VD is None
         if self.needs_weight:
             if self.grad_weight_VD is None:
-                self.grad_weight_VD = torch.empty_like(self.weight_VD, dtype=self.wide)
+                self.grad_weight_VD = self.weight_VD.new_empty(
+                    self.weight_VD.shape,
+                    dtype=self.wide,
+                )
             matmul_(self.grad_weight_VD, grad.T, x, accumulate=not is_first)
+        if self.needs_bias:
+            sum_V = grad.sum(0, dtype=self.wide)
+            self.grad_bias_V = sum_V if self.grad_bias_V is None else self.grad_bias_V.add_(sum_V)
         if not self.needs_hidden:
             return None
         dx = torch.empty_like(x, dtype=self.wide)
         matmul_(dx, grad, self.weight_VD)
         return dx
 
-    def _skip_tiles(self, num_rows: int) -> Tensor | None:
-        """_add_products, tile by tile of the vocabulary, over the rows that reach skip_below somewhere in the tile."""
-        grad, dx = self.grad_logits[: num_rows + 1], None
-        if self.needs_weight and self.grad_weight_VD is None:
-            self.grad_weight_VD = torch.zeros_like(self.weight_VD, dtype=self.wide)
-        if self.needs_hidden:
-            dx = self.x.new_zeros((num_rows + 1, self.x.shape[1]), dtype=self.wide)
-        vocab = grad.shape[1]
-        whole = vocab // SKIP_TILE * SKIP_TILE
-        tiles = [grad[:, :whole].unflatten(1, (-1, SKIP_TILE)), grad[:, None, whole:]]
-        largest = torch.cat([torch.maximum(x.amax(-1), -x.amin(-1)) for x in tiles if x.numel()], 1)
-        tile_idx, rows = (~(largest < self.skip_below)).T.nonzero().unbind(1)  # nan is kept
-        for tile, kept in enumerate(rows.split(tile_idx.bincount(minlength=largest.shape[1]).tolist())):
-            if kept.numel() == 0:
-                continue
-            words = slice(tile * SKIP_TILE, min((tile + 1) * SKIP_TILE, vocab))
-            # few different sizes, which GEMM libraries prepare for; the row behind the last holds zeros
-            kept = F.pad(kept, (0, -kept.numel() % MIN_ROWS), value=num_rows)
-            dz = grad[:, words].index_select(0, kept)
-            if self.grad_weight_VD is not None:
-                matmul_(self.grad_weight_VD[words], dz.T, self.x.index_select(0, kept), accumulate=True)
-            if dx is not None:
-                sums = dx.index_select(0, kept)
-                matmul_(sums, dz, self.weight_VD[words], accumulate=True)
-                dx.index_copy_(0, kept, sums)
-        return dx
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of hidden and weight, wide; zeros where no row had one."""
-        dx, dw = self.grad_hidden_TD, self.grad_weight_VD
-        if self.needs_hidden and dx is None:
-            dx = torch.zeros_like(self.hidden_TD, dtype=self.wide)
-        if self.needs_weight and dw is None:
-            dw = torch.zeros_like(self.weight_VD, dtype=self.wide)
-        return dx, dw
+    def gradients(self) -> list[Tensor]:
+        """Of hidden, weight and bias, wide; zeros where no row had one, empty where not needed."""
+        sums = self.grad_hidden_TD, self.grad_weight_VD, self.grad_bias_V
+        needs = self.needs_hidden, self.needs_weight, self.needs_bias
+        shapes = shapes_of_gradients(self.hidden_TD, self.weight_VD, needs)
+        return [
+            total if total is not None else self.logits.new_zeros(shape)
+            for total, shape in zip(sums, shapes, strict=True)  # in the order of needs
+        ]
 
     def _move_up(self, has_grad: Tensor, order: Tensor) -> int:
         """Moves rows with a gradient into the places of rows without; returns how many; `order` follows."""
         count = int(has_grad.sum())
-        holes, movers = (~has_grad[:count]).nonzero()[:, 0], has_grad[count:].nonzero()[:, 0] + count
+        holes, movers = (
+            (~has_grad[:count]).nonzero()[:, 0],
+            has_grad[count:].nonzero()[:, 0] + count,
+        )
         for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
             self.grad_logits[hole] = self.grad_logits[mover]  # one by one: together they would need a second chunk
         self.x[holes], order[holes] = self.x[movers], movers

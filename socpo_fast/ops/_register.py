@@ -23,12 +23,13 @@ LIBRARY = torch.library.Library("socpo_fast", "DEF")
 class Derivative:
     """How an op is differentiated.
 
-    save(ctx, inputs, outputs) keeps what the backward needs;
+    save(ctx, inputs, outputs) keeps what the backward needs. What it returns, unless that is None,
+    is handed out in place of the outputs: gradients formed in the forward stay behind this way.
     backward(ctx, *grad_outputs) returns one gradient, or None, for each input. Only registered ops
     and plain torch may be called there: torch.compile traces it.
     """
 
-    save: Callable[[Any, tuple, Any], None]
+    save: Callable[[Any, tuple, Any], Any]
     backward: Callable[..., tuple]
 
 
@@ -60,8 +61,8 @@ def _autograd_kernel(op: Callable, derivative: Derivative | None) -> Callable:
             assert derivative is not None, "called with one only"
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = op(*inputs)
-            derivative.save(ctx, inputs, outputs)
-            return outputs
+            handed_out = derivative.save(ctx, inputs, outputs)
+            return outputs if handed_out is None else handed_out
 
         @staticmethod
         @once_differentiable

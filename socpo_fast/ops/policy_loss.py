@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule, check_word
+from socpo_fast.ops._head import keep_wanted
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
+KL_ESTIMATORS: tuple[str, ...] = get_args(KLEstimator)
 _MAX_LOG_RATIO = 20.0
 
 
@@ -46,17 +48,35 @@ class PolicyLossOptions:
     def __post_init__(self) -> None:
         where, infinity, dual_clip = "PolicyLossOptions", float("inf"), self.dual_clip
         check_rule(where, "clip_low", self.clip_low, 0 <= self.clip_low <= 1, "in [0, 1]")
-        check_rule(where, "clip_high", self.clip_high, 0 <= self.clip_high < infinity, "finite and >= 0")
+        check_rule(
+            where,
+            "clip_high",
+            self.clip_high,
+            0 <= self.clip_high < infinity,
+            "finite and >= 0",
+        )
         is_right = dual_clip is None or 1 < dual_clip < infinity
         check_rule(where, "dual_clip", dual_clip, is_right, "finite and > 1, or None")
-        check_rule(where, "entropy_coef", self.entropy_coef, abs(self.entropy_coef) < infinity, "finite")
+        check_rule(
+            where,
+            "entropy_coef",
+            self.entropy_coef,
+            abs(self.entropy_coef) < infinity,
+            "finite",
+        )
         check_rule(where, "kl_coef", self.kl_coef, 0 <= self.kl_coef < infinity, "finite and >= 0")
-        check_word(where, "kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        check_word(where, "kl_estimator", self.kl_estimator, KL_ESTIMATORS)
 
     @property
     def needs_advantage(self) -> bool:
         """Whether a row of advantage 0 has no loss, since nothing else has a gradient."""
         return self.entropy_coef == 0 and self.kl_coef == 0
+
+    def flat(self) -> tuple[float, float, float, float, float, int]:
+        """As row passes take them: a dual clip of inf is off, KL estimators are numbers from 1."""
+        dual_clip = float("inf") if self.dual_clip is None else self.dual_clip
+        clips = self.clip_low, self.clip_high, dual_clip
+        return *clips, self.entropy_coef, self.kl_coef, KL_ESTIMATORS.index(self.kl_estimator) + 1
 
 
 DEFAULT_OPTIONS = PolicyLossOptions()
@@ -74,44 +94,58 @@ class PolicyLoss(NamedTuple):
 
 def policy_loss_ref(
     logprobs_N: Tensor,
-    old_logprobs_N: Tensor,
+    old_logprobs_N: Tensor | None,
     advantages_N: Tensor,
     weights_N: Tensor,
     *,
     options: PolicyLossOptions,
     entropy_N: Tensor | None,
     ref_logprobs_N: Tensor | None,
+    sampler_logprobs_N: Tensor | None = None,
+    tis_clip: float | None = None,
 ) -> PolicyLoss:
     """`policy_loss` with one advantage and one weight a token, unchecked; logprobs in fp32 or fp64."""
-    rows = weights_N.nonzero()[:, 0]
+    has_loss_N = weights_N != 0
+    if old_logprobs_N is None:
+        old_logprobs_N = logprobs_N
     old_logprobs_N = old_logprobs_N.detach().to(logprobs_N.dtype)
-    logprobs, old = logprobs_N.index_select(0, rows), old_logprobs_N.index_select(0, rows)
-    a, w = (x.index_select(0, rows).to(logprobs.dtype) for x in (advantages_N, weights_N))
+
+    def only_loss_rows(
+        x_N: Tensor,
+    ) -> Tensor:  # zeros elsewhere, whatever stands there, and no gradient
+        return x_N.where(has_loss_N, 0)
+
+    logprobs, old = only_loss_rows(logprobs_N), only_loss_rows(old_logprobs_N)
+    a, w = (only_loss_rows(x).to(logprobs.dtype) for x in (advantages_N, weights_N))
+    if sampler_logprobs_N is not None and tis_clip is not None:
+        sampler = only_loss_rows(sampler_logprobs_N.detach()).to(logprobs.dtype)
+        w = w * (old - sampler).exp().clamp(max=tis_clip)
     ratio = (logprobs - old).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     unclipped = -a * ratio
     terms = torch.maximum(unclipped, -a * ratio.clamp(1 - options.clip_low, 1 + options.clip_high))
     if options.dual_clip is not None:
-        terms = torch.where((a < 0) & (terms > -a * options.dual_clip), -a * options.dual_clip, terms)
+        is_beyond = (a < 0) & (terms > -a * options.dual_clip)
+        terms = torch.where(is_beyond, -a * options.dual_clip, terms)
     num_clipped = (terms.detach() != unclipped.detach()).sum()
     if entropy_N is not None and options.entropy_coef != 0:
-        terms = terms - options.entropy_coef * entropy_N.index_select(0, rows)
+        terms = terms - options.entropy_coef * only_loss_rows(entropy_N)
     if ref_logprobs_N is not None and options.kl_coef != 0:
-        terms = terms + options.kl_coef * _kl(
-            logprobs, ref_logprobs_N.detach().index_select(0, rows), options.kl_estimator
-        )
+        ref_logprobs = only_loss_rows(ref_logprobs_N.detach())
+        terms = terms + options.kl_coef * _kl(logprobs, ref_logprobs, options.kl_estimator)
     log_ratio_N = (logprobs_N.detach() - old_logprobs_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return PolicyLoss(
-        loss=(w * terms).sum(),
+        # zeros in between would change the order of the sum
+        loss=keep_wanted(has_loss_N, w * terms)[0].sum(),
         logprobs=logprobs_N.detach(),
         entropy=torch.full_like(logprobs_N, torch.nan) if entropy_N is None else entropy_N.detach(),
         ratio=log_ratio_N.exp(),
-        clip_fraction=num_clipped.to(ratio.dtype) / max(1, rows.numel()),
+        clip_fraction=num_clipped.to(ratio.dtype) / has_loss_N.sum().clamp(min=1),
     )
 
 
 def policy_loss(
     logprobs_N: Tensor,
-    old_logprobs_N: Tensor,
+    old_logprobs_N: Tensor | None,
     advantages: Tensor,
     attempt_of_token_N: Tensor | None = None,
     *,
@@ -119,6 +153,8 @@ def policy_loss(
     num_loss_tokens: float | None = None,
     entropy_N: Tensor | None = None,
     ref_logprobs_N: Tensor | None = None,
+    sampler_logprobs_N: Tensor | None = None,
+    tis_clip: float | None = None,
     options: PolicyLossOptions = DEFAULT_OPTIONS,
 ) -> PolicyLoss:
     """PPO's clipped loss with dual clip, optional entropy bonus and KL to a reference, as one weighted sum over tokens.
@@ -128,10 +164,12 @@ def policy_loss(
         loss  = sum of w (l - entropy_coef entropy + kl_coef KL)              over rows of weight w != 0
 
         d = clamp(ref_logprob - logprob, -20, 20);   KL: k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - 1 - d
+        with tis_clip: w times min(exp(old_logprob - sampler_logprob), tis_clip), without a gradient
 
     Args:
         logprobs_N:         [N] fp32 or fp64, nats. The only argument with a gradient besides entropy_N.
         old_logprobs_N:     [N] fp32 or fp64, nats, of the policy before the batch's first update.
+                            None: logprobs_N without its gradient, so that every ratio is 1.
         advantages:         [N] fp32 or fp64, finite; or [A], one an attempt, when attempt_of_token_N is given.
         attempt_of_token_N: [N] int64, each in [0, A).
         weights_N:          [N] fp32 or fp64, finite, >= 0: normaliser, importance weights and mask in one. 0 leaves the
@@ -139,6 +177,8 @@ def policy_loss(
         num_loss_tokens:    > 0, the update's, not a microbatch's; instead of weights_N: each weight is 1 / that.
         entropy_N:          [N] fp32 or fp64, nats; needed, with a gradient, when entropy_coef is not 0.
         ref_logprobs_N:     [N] fp32 or fp64, nats, of a frozen reference; needed when kl_coef is not 0.
+        sampler_logprobs_N: [N] fp32 or fp64, nats, of what sampled; needed with tis_clip.
+        tis_clip:           > 0, bound of the truncated importance weight; None: no such weight.
         options:            clips, entropy bonus and KL.
 
     Returns:
@@ -158,30 +198,57 @@ def policy_loss(
     if options.entropy_coef != 0:
         detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
         rule = "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
-        check_rule("policy_loss", "entropy_N", entropy_N if entropy_N is None else "a detached one", not detached, rule)
-    weights_N = check_loss_inputs(
-        check, old_logprobs_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, ref_logprobs_N, options
+        got = entropy_N if entropy_N is None else "a detached one"
+        check_rule("policy_loss", "entropy_N", got, not detached, rule)
+    check_logprobs(check, old_logprobs_N, ref_logprobs_N, sampler_logprobs_N, tis_clip, options)
+    like = logprobs_N if old_logprobs_N is None else old_logprobs_N
+    weights = weights_N, num_loss_tokens
+    weights_N = check_weights(check, advantages, attempt_of_token_N, *weights, like)
+    return policy_loss_ref(
+        logprobs_N,
+        old_logprobs_N,
+        per_token(advantages, attempt_of_token_N),
+        weights_N,
+        options=options,
+        entropy_N=entropy_N,
+        ref_logprobs_N=ref_logprobs_N,
+        sampler_logprobs_N=sampler_logprobs_N,
+        tis_clip=tis_clip,
     )
-    per_token_N = logprobs_N, old_logprobs_N, per_token(advantages, attempt_of_token_N), weights_N
-    return policy_loss_ref(*per_token_N, options=options, entropy_N=entropy_N, ref_logprobs_N=ref_logprobs_N)
 
 
-def check_loss_inputs(
+def check_logprobs(
     check: TensorChecker,
-    old_logprobs_N: Tensor,
+    old_logprobs_N: Tensor | None,
+    ref_logprobs_N: Tensor | None,
+    sampler_logprobs_N: Tensor | None,
+    tis_clip: float | None,
+    options: PolicyLossOptions,
+) -> None:
+    """The rules of policy_loss' docstring on log-probs; `check` knows N and the device already."""
+    has_reference = options.kl_coef == 0 or ref_logprobs_N is not None
+    check_rule(check.where, "ref_logprobs_N", None, has_reference, "given when kl_coef is not 0")
+    has_sampler = tis_clip is None or sampler_logprobs_N is not None
+    check_rule(check.where, "sampler_logprobs_N", None, has_sampler, "given with tis_clip")
+    check_rule(check.where, "tis_clip", tis_clip, tis_clip is None or tis_clip > 0, "> 0, or None")
+    for name, logprobs_N in (
+        ("old_logprobs_N", old_logprobs_N),
+        ("ref_logprobs_N", ref_logprobs_N),
+        ("sampler_logprobs_N", sampler_logprobs_N),
+    ):
+        if logprobs_N is not None:
+            check(name, logprobs_N, WIDE_FLOATS)
+
+
+def check_weights(
+    check: TensorChecker,
     advantages: Tensor,
     attempt_of_token_N: Tensor | None,
     weights_N: Tensor | None,
     num_loss_tokens: float | None,
-    ref_logprobs_N: Tensor | None,
-    options: PolicyLossOptions,
+    like: Tensor,
 ) -> Tensor:
-    """The rules of policy_loss' docstring; one weight a token, [N]. `check` knows N and the device already."""
-    has_reference = options.kl_coef == 0 or ref_logprobs_N is not None
-    check_rule(check.where, "ref_logprobs_N", None, has_reference, "given when kl_coef is not 0")
-    check("old_logprobs_N", old_logprobs_N, WIDE_FLOATS)
-    if ref_logprobs_N is not None:
-        check("ref_logprobs_N", ref_logprobs_N, WIDE_FLOATS)
+    """The rules of policy_loss' docstring on advantages and weights; [N] weights, like `like`."""
     if attempt_of_token_N is None:
         check("advantages_N", advantages, WIDE_FLOATS)
         check.finite("advantages_N", advantages)
@@ -192,14 +259,22 @@ def check_loss_inputs(
         check.index_range("attempt_of_token_N", attempt_of_token_N, advantages.numel())
     if (weights_N is None) == (num_loss_tokens is None):
         got = "neither" if weights_N is None else "both"
-        raise ValueError(f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got {got}")
+        raise ValueError(
+            f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got {got}",
+        )
     if weights_N is not None:
         check("weights_N", weights_N, WIDE_FLOATS)
         check.finite("weights_N", weights_N, at_least=0)
         return weights_N.detach()
     assert num_loss_tokens is not None
-    check_rule(check.where, "num_loss_tokens", num_loss_tokens, 0 < num_loss_tokens < float("inf"), "finite and > 0")
-    return torch.full_like(old_logprobs_N, 1 / num_loss_tokens)
+    check_rule(
+        check.where,
+        "num_loss_tokens",
+        num_loss_tokens,
+        0 < num_loss_tokens < float("inf"),
+        "finite and > 0",
+    )
+    return like.new_full((check.sizes["N"],), 1 / num_loss_tokens)
 
 
 def per_token(advantages: Tensor, attempt_of_token_N: Tensor | None) -> Tensor:

@@ -1,9 +1,11 @@
 """Problems for the tests of linear_policy_loss, and two ways to solve them: all logits at once, and the op."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from socpo_fast.ops import PolicyLoss, linear_policy_loss, policy_loss
 from socpo_fast.ops._impl import extension_is_built
@@ -16,6 +18,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "entropy_and_kl": {"entropy_coef": 0.05, "kl_coef": 0.1, "kl_estimator": "k3"},
     "no_dual_clip": {"dual_clip": None, "clip_low": 0.1, "clip_high": 0.3},
 }
+HEADS: dict[str, dict[str, Any]] = {
+    "bias": {"bias": True},
+    "scale": {"logit_scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "all": {"bias": True, "softcap": 3.0, "logit_scale": 1.7},
+}
+ALL_IMPLS = [*IMPLS, "triton"]
+Leaves = tuple[Tensor, Tensor, Tensor]  # hidden, weight, bias
 Solution = tuple[PolicyLoss, Tensor, Tensor]  # with the gradients of hidden and weight
 
 
@@ -125,3 +135,90 @@ def output(solution: Solution, name: str) -> Tensor:
     """A field of PolicyLoss, or a gradient."""
     gradients = {"hidden.grad": solution[1], "weight.grad": solution[2]}
     return gradients[name] if name in gradients else getattr(solution[0], name)
+
+
+def shapes_inside(run: Callable[[], object]) -> list[tuple[str, list[list[int]]]]:
+    """Name and input shapes of each op that runs, also inside of registered ops, in order."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        run()
+    return [(event.name, event.input_shapes) for event in profiled.events() if event.input_shapes]
+
+
+def leaves_of(case: Case, dtype: torch.dtype) -> Leaves:
+    """Hidden, weight and a bias that fits into bf16."""
+    bias = torch.randn(case.weight.shape[0], generator=torch.Generator().manual_seed(2)).bfloat16()
+    leaves = case.hidden, case.weight, bias
+    hidden, weight, bias = (x.to(dtype, copy=True).requires_grad_() for x in leaves)
+    return hidden, weight, bias
+
+
+def head_of(head: dict[str, Any], leaves: Leaves) -> dict[str, Any]:
+    """The arguments of an op for one of HEADS."""
+    return {name: leaves[2] if name == "bias" else value for name, value in head.items()}
+
+
+def plain_logprob(
+    case: Case,
+    leaves: Leaves,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The docstring's formula over all logits at once."""
+    wide = torch.promote_types(leaves[0].dtype, torch.float32)
+    logits = (leaves[0][case.rows] @ leaves[1].T).to(wide)
+    logits = logit_scale * (logits if bias is None else logits + bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_softmax = (logits / case.temperature.to(wide)[:, None]).log_softmax(-1)
+    logprobs = log_softmax.gather(1, case.targets[:, None])[:, 0]
+    return logprobs, -(log_softmax.exp() * log_softmax).sum(-1)
+
+
+def loss_arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        "old_logprobs_N": case.old.to(wide),
+        "advantages": case.advantages.to(wide),
+        "attempt_of_token_N": case.attempt_of_token,
+        "weights_N": case.weights.to(wide),
+        "ref_logprobs_N": case.ref.to(wide),
+    }
+
+
+def solve(
+    case: Case,
+    dtype: torch.dtype,
+    head: dict[str, Any],
+    impl: str | None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Outputs and gradients of the loss by an implementation, by the plain formula for None."""
+    leaves, arguments = leaves_of(case, dtype), loss_arguments(case, dtype) | gathered(options)
+    head, wide = head_of(head, leaves), arguments["weights_N"].dtype
+    if impl is None:
+        logprobs, entropy = plain_logprob(case, leaves, **head)
+        result = policy_loss(logprobs, entropy_N=entropy, **arguments)
+    else:
+        head |= {"bias_V": head.pop("bias")} if "bias" in head else {}
+        more = {
+            "temperature": case.temperature.to(wide),
+            "rows_N": case.rows,
+            "metrics": "all",
+            "impl": impl,
+        }
+        more |= {"workspace_mib": 1e-6}  # chunks of 16 rows
+        result = linear_policy_loss(*leaves[:2], case.targets, **arguments, **head, **more)
+    (3 * result.loss).backward()
+    gradients = zip(("dX", "dW", "dbias"), (x.grad for x in leaves), strict=True)
+    return result._asdict() | {name: x for name, x in gradients if x is not None}
+
+
+def without(case: Case, left_out: Tensor) -> Case:
+    """The case with those rows left out."""
+    by_row = ("targets", "rows", "temperature", "old", "attempt_of_token", "weights", "ref")
+    return case._replace(**{name: getattr(case, name)[~left_out] for name in by_row})
+
+
+def keep_all(_: Tensor, *by_row: Tensor | None) -> list[Tensor | None]:
+    """What keep_wanted does on a card."""
+    return [x if x is None else x.contiguous() for x in by_row]

@@ -43,6 +43,7 @@ def test_the_device_decides_what_no_workspace_means() -> None:
         assert rows_per_chunk(*sizes, device, 1e-6) == _head.MIN_ROWS
         assert rows_per_chunk(*sizes, device, 0.5) == 2**19 // 4800
     assert rows_per_chunk(*sizes, CARD, 1e308) == 2**50 // 4800
+    assert rows_per_chunk(*sizes, CARD, 0.5, True) == 2**19 // 8800  # a softcap keeps capped logits
 
 
 @pytest.mark.skipif(not extension_is_built(), reason="extension not built")
@@ -70,8 +71,8 @@ def test_both_ops_hand_none_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_backward(
     *,
     as_on_a_card: bool,
-    needs_grad: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor | None, ...]:
+    needs_grad: tuple[bool, bool, bool] = (True, True, True),
+) -> list[Tensor]:
     """Gradients of 40 rows in chunks of 16; every third has none, and rows of hidden repeat."""
     torch.manual_seed(1)
     hidden, weight = torch.randn(9, 8), torch.randn(50, 8)
@@ -98,6 +99,6 @@ def test_a_card_moves_and_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     actual = run_backward(as_on_a_card=True)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_error_rule(ours, theirs, theirs.double(), name="gradient", dtype=torch.float32)
-    assert run_backward(as_on_a_card=True, needs_grad=(False, True))[0] is None
+    assert run_backward(as_on_a_card=True, needs_grad=(False, True, True))[0].shape == (0,)
     with pytest.raises(AssertionError, match="never moved"):
         run_backward(as_on_a_card=False)

@@ -4,41 +4,33 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from socpo_fast.ops import PolicyLoss, _fused_policy_loss, linear_policy_loss
-from socpo_fast.ops._head import SKIP_TILE
 from socpo_fast.ops._impl import extension_is_built
 from tests.error_rule import assert_bitwise_equal
-from tests.ops.policy_head import OPTIONS, assert_as_right_as_plain, call, fused, make_case
+from tests.ops.policy_head import (
+    OPTIONS,
+    assert_as_right_as_plain,
+    call,
+    fused,
+    keep_all,
+    make_case,
+    shapes_inside,
+)
 
 pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 
 
-class Products(TorchDispatchMode):
-    """Shapes (rows, sum length, columns) of the products of the fused form."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, int, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.socpo.matmul_.default:
-            self.shapes.append((args[1].shape[0], args[1].shape[1], args[2].shape[1]))
-        return func(*args, **(kwargs or {}))
-
-
 def products(run: Callable[[], object]) -> list[tuple[int, int, int]]:
-    with Products() as seen:
-        run()
-    return seen.shapes
+    """Shapes (rows, sum length, columns) of the products of the fused form."""
+    seen = [shapes for name, shapes in shapes_inside(run) if name == "socpo::matmul_"]
+    return [(a[0], a[1], b[1]) for _, a, b, *_ in seen]
 
 
 @pytest.mark.parametrize("vocab", [49152, 50257, 151936])
@@ -177,40 +169,8 @@ def test_without_compaction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     case = make_case(num_rows=37)._replace(rows=torch.arange(37))
     case.hidden[case.weights == 0] = torch.nan
     expected = fused(case, torch.float64)
-    masked = lambda call: replace(call, weights_N=call.weights_N.where(call.wanted_N, 0))  # noqa: E731
-    monkeypatch.setattr(_fused_policy_loss._Call, "compact", masked)
+    monkeypatch.setattr(_fused_policy_loss, "keep_wanted", keep_all)
     torch.testing.assert_close(fused(case, torch.float64), expected, equal_nan=True)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_caller(backend: str) -> None:
-    case = make_case()
-    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-    torch.compile(lambda x, w: call(case, x * 2, w).loss * 3, backend=backend)(hidden, weight).backward()
-    _, dx, dw = fused(case._replace(hidden=case.hidden * 2), torch.float64)
-    torch.testing.assert_close((hidden.grad, weight.grad), (dx * 6, dw * 3))
-
-
-@pytest.mark.parametrize("bound", [0.0, 1e-7, 1e-5, 1e-3, 1.0])
-def test_skipping_stays_within_its_bound(bound: float) -> None:
-    small, small_dx, small_dw = fused(make_case(), torch.float64, skip_below=1e-30)  # one tile, not a whole one
-    torch.testing.assert_close((small, small_dx, small_dw), fused(make_case(), torch.float64), equal_nan=True)
-    case = make_case(vocab=4 * SKIP_TILE + 3, peak=9.0)
-    _, dx, dw = fused(case, torch.float64)
-    _, skipped_dx, skipped_dw = fused(case, torch.float64, skip_below=bound)
-    rows_of_token = torch.bincount(case.rows, minlength=37)[:, None]
-    assert ((skipped_dx - dx).abs() <= bound * rows_of_token * case.weight.abs().sum(0) + 1e-15).all()
-    assert ((skipped_dw - dw).abs() <= bound * case.hidden[case.rows].abs().sum(0) + 1e-15).all()
-    if bound == 0:
-        assert_bitwise_equal(skipped_dx, dx, name="dX")
-        assert_bitwise_equal(skipped_dw, dw, name="dW")
-    else:
-        leaves = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-        done = sum(m * k * n for m, k, n in products(lambda: call(case, *leaves, skip_below=bound)))
-        exact = sum(m * k * n for m, k, n in products(lambda: call(case, *leaves)))
-        assert (skipped_dw - dw).abs().max() > (1e-12 if bound >= 1e-5 else 0)
-        assert done < exact or bound < 1e-3  # padding to whole blocks of rows can cost more
-        assert bound < 1 or not skipped_dw.any()
 
 
 MEMORY = """

@@ -1,0 +1,186 @@
+"""linear_logprob as a registered op: impl "cpp" and "triton".
+
+The full [N, V] logits never exist: each chunk is projected, reduced to three numbers a row
+(_kernel) and projected again in the backward (_backward_kernel). That costs a fourth GEMM;
+`linear_policy_loss`, which knows its own upstream gradient, does not need it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from socpo_fast.ops._head import (
+    NO_TARGET,
+    ChunkedHead,
+    keep_wanted,
+    row_indices,
+    shapes_of_gradients,
+    spread,
+    wide_dtype,
+)
+from socpo_fast.ops._impl import kernels_of
+from socpo_fast.ops._register import Derivative, define_op
+
+
+def _kernel(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    rows_N: Tensor | None,
+    targets_N: Tensor,
+    inv_temperature_N: Tensor,
+    tanh_scale: float | None,
+    entropy_grad: bool,
+    workspace_mib: float | None,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    has_target_N = targets_N != NO_TARGET
+    by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), inv_temperature_N, has_target_N
+    rows, targets, inv_temperature, wanted = keep_wanted(has_target_N, *by_row)
+    head = ChunkedHead(
+        hidden_TD,
+        weight_VD,
+        rows,
+        bias_V=bias_V,
+        tanh_scale=tanh_scale,
+        workspace_mib=workspace_mib,
+        wanted_N=wanted,
+    )
+    values_3N = head.logits.new_empty((3, rows.numel()))
+    for part in head.chunks():
+        chunk = head.project(part), targets[part], inv_temperature[part]
+        values_3N[:, part] = kernels_of("linear_policy_loss", impl).logprob_rows(*chunk)
+    return tuple(x.clone() for x in spread(values_3N, has_target_N))
+
+
+def _fake(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Any,
+    rows_N: Any,
+    targets_N: Tensor,
+    *_: Any,
+) -> Any:
+    like = hidden_TD.new_empty(0, dtype=wide_dtype(hidden_TD))
+    return tuple(like.new_empty(targets_N.shape) for _ in range(3))
+
+
+def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.tanh_scale, ctx.entropy_grad, ctx.workspace_mib, ctx.impl = inputs
+    _, entropy_N, logsumexp_N = outputs
+    ctx.save_for_backward(*tensors, logsumexp_N, entropy_N if ctx.entropy_grad else None)
+    ctx.mark_non_differentiable(logsumexp_N, *(() if ctx.entropy_grad else (entropy_N,)))
+
+
+def _backward(
+    ctx: Any,
+    grad_logprobs_N: Tensor,
+    grad_entropy_N: Tensor,
+    _: Any,
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    gradients = _linear_logprob_backward(
+        grad_logprobs_N,
+        grad_entropy_N if ctx.entropy_grad else None,
+        *ctx.saved_tensors,
+        ctx.tanh_scale,
+        ctx.workspace_mib,
+        *needs,
+        ctx.impl,
+    )
+    return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *[None] * 7
+
+
+def _backward_kernel(
+    grad_logprobs_N: Tensor,
+    grad_entropy_N: Tensor | None,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    rows_N: Tensor | None,
+    targets_N: Tensor,
+    inv_temperature_N: Tensor,
+    logsumexp_N: Tensor,
+    entropy_N: Tensor | None,
+    tanh_scale: float | None,
+    workspace_mib: float | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    has_grad_N = grad_logprobs_N != 0
+    if grad_entropy_N is not None:
+        has_grad_N = has_grad_N | (grad_entropy_N != 0)
+    has_grad_N = has_grad_N & (targets_N != NO_TARGET)
+    grad_logprobs_N = grad_logprobs_N.where(has_grad_N, 0)
+    if grad_entropy_N is not None:
+        grad_entropy_N = grad_entropy_N.where(has_grad_N, 0)
+    by_row = (
+        row_indices(rows_N, targets_N),
+        targets_N.clamp(min=0),
+        inv_temperature_N,
+        logsumexp_N,
+        entropy_N,
+    )
+    # rows without a gradient need no logits either
+    kept = keep_wanted(has_grad_N, has_grad_N, *by_row, grad_logprobs_N, grad_entropy_N)
+    has_grad, rows, targets, inv_temperature, logsumexp, entropy, grad_logprobs, grad_entropy = kept
+    head = ChunkedHead(
+        hidden_TD,
+        weight_VD,
+        rows,
+        bias_V=bias_V,
+        tanh_scale=tanh_scale,
+        workspace_mib=workspace_mib,
+        needs_grad=(needs_hidden, needs_weight, needs_bias),
+        wanted_N=has_grad,
+    )
+    for part in head.chunks():
+        logits = head.project(part)
+        kernels_of("linear_policy_loss", impl).logprob_rows_backward(
+            logits,
+            head.grad_logits[: logits.shape[0]],
+            targets[part],
+            inv_temperature[part],
+            logsumexp[part],
+            logsumexp[part] if entropy is None else entropy[part],  # not read without grad_entropy
+            grad_logprobs[part],
+            None if grad_entropy is None else grad_entropy[part],
+        )
+        head.backward(part, has_grad[part])
+    return tuple(x.to(hidden_TD.dtype) for x in head.gradients())
+
+
+def _backward_fake(
+    grad_logprobs_N: Any,
+    grad_entropy_N: Any,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    *rest: Any,
+) -> Any:
+    needs = rest[-4:-1]
+    shapes = shapes_of_gradients(hidden_TD, weight_VD, needs)
+    return tuple(hidden_TD.new_empty(shape) for shape in shapes)
+
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets"
+_HEAD += ", Tensor inv_temperature"
+linear_logprob_op = define_op(
+    f"linear_logprob({_HEAD}, float? tanh_scale, bool entropy_grad, float? workspace_mib, "
+    "str impl) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
+    _kernel,
+    fake=_fake,
+    derivative=Derivative(_save, _backward),
+)
+# A gradient that is not needed is empty.
+_linear_logprob_backward = define_op(
+    f"linear_logprob_backward(Tensor grad_logprobs, Tensor? grad_entropy, {_HEAD}, "
+    "Tensor logsumexp, Tensor? entropy, float? tanh_scale, float? workspace_mib, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias, str impl) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _backward_kernel,
+    fake=_backward_fake,
+)

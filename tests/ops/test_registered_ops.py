@@ -1,0 +1,247 @@
+"""What PyTorch knows of every op: opcheck, torch.compile, FakeTensor, meta, autocast and DTensor.
+
+CASES has one call of each public function. The ops behind them are caught while it runs, so that
+opcheck sees what the public functions really hand over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from socpo_fast import ops
+from socpo_fast.ops._impl import IMPLS
+from socpo_fast.ops._register import LIBRARY
+from tests.ops.elementwise import needs_cpp
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Call(NamedTuple):
+    """A public function with the tensors that it is given; the names in `weights` may be sharded."""
+
+    run: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    impls: tuple[str, ...] = ("cpp", "triton")
+    differentiable: tuple[str, ...] = ()
+
+
+def f(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+DRAWS = {
+    "temperature_B": torch.ones(3),
+    "top_k_B": ints(0, 0, 0),
+    "top_p_B": torch.ones(3),
+    "min_p_B": torch.zeros(3),
+}
+PAGES = {"k_cache_PSKE": f(3, 4, 1, 8), "v_cache_PSKE": f(3, 4, 1, 8)}
+ATTEMPTS = {"attempt_idx_A": ints(0, 0, 1, 1), "rewards_A": torch.tensor([1.0, 0.0, 0.0, 1.0])}
+TOKENS = {"targets_N": ints(3, 1, 0), "rows_N": ints(0, 2, 2)}
+OLD = {"old_logprobs_N": f(3), "advantages": f(3)}
+
+
+def make_cases() -> dict[str, Call]:
+    head = {"hidden_TD": f(3, 8), "weight_VD": f(20, 8)}
+    batch = ATTEMPTS | {"num_tokens_A": ints(2, 3, 1, 4), "question_idx_A": ints(0, 1, 0, 1)}
+    tables = {"cos_TE": f(4, 4).repeat(1, 2), "sin_TE": f(4, 4).repeat(1, 2)}
+    sequences = {
+        "block_table_BM": torch.arange(3, dtype=torch.int32)[None],
+        "seq_lens_B": ints(9, dtype=torch.int32),
+        "cu_seqlens_q": ints(0, 4, dtype=torch.int32),
+    }
+    linear = {"x_TD": f(3, 8), "weight_ND": f(5, 8), "bias_N": f(5)}
+    norm = {"x_TD": f(3, 8), "weight_D": f(8), "residual_TD": f(3, 8)}
+    loss = {"num_loss_tokens": 3.0}
+    packed = {"q_THE": f(4, 2, 8), "k_TKE": f(4, 1, 8), "v_TKE": f(4, 1, 8)}
+    packed["tree"] = ints(4, 3, 3, 4, dtype=torch.int32)
+    written = {"qkv_THE": f(4, 4, 8)} | tables | PAGES | {"slots_T": ints(1, 7, -1, 3)}
+
+    def paged(impl: str, **tensors: Tensor) -> Tensor:
+        return ops.paged_attention(**tensors, scale=0.3, impl=impl)
+
+    return {
+        "linear": Call(ops.linear, linear, ("cpp",), tuple(linear)),
+        "rms_norm": Call(lambda **x: ops.rms_norm(eps=1e-5, **x), norm, differentiable=tuple(norm)),
+        "swiglu": Call(ops.swiglu, {"gate_up_TJ": f(3, 8)}, differentiable=("gate_up_TJ",)),
+        "rotary": Call(ops.rotary, {"x_THE": f(4, 2, 8)} | tables, differentiable=("x_THE",)),
+        "rotary_write": Call(ops.rotary_write, written),
+        "paged_attention": Call(paged, {"q_THE": f(4, 2, 8)} | PAGES | sequences),
+        "tree_attention": Call(
+            lambda **x: ops.tree_attention(scale=0.3, **x), packed, ("cpp",), ("q_THE", "k_TKE", "v_TKE")
+        ),
+        "sample": Call(ops.sample, {"logits_BV": f(3, 20), "row_keys_B": ints(1, 2, 3)} | DRAWS, ("cpp", "ref")),
+        "linear_sample": Call(ops.linear_sample, head | {"row_keys_B": ints(1, 2, 3)} | DRAWS),
+        "compute_advantages": Call(lambda **x: ops.compute_advantages(schedule="batch_mean", **x), batch),
+        "decay_rewards": Call(ops.decay_rewards, ATTEMPTS),
+        "linear_logprob": Call(
+            lambda **x: ops.linear_logprob(temperature=0.9, **x),
+            head | TOKENS,
+            differentiable=tuple(head),
+        ),
+        "linear_policy_loss": Call(
+            lambda **x: ops.linear_policy_loss(temperature=0.9, **loss, **x),
+            head | TOKENS | OLD,
+            differentiable=tuple(head),
+        ),
+        "policy_loss": Call(
+            lambda **x: ops.policy_loss(**loss, **x),
+            {"logprobs_N": f(3)} | OLD,
+            ("ref",),
+            ("logprobs_N",),
+        ),
+    }
+
+
+CASES = make_cases()
+EVERY = [
+    pytest.param(name, impl, marks=needs_cpp if impl == "cpp" else (), id=f"{name}-{impl}")
+    for name, call in CASES.items()
+    for impl in call.impls
+]
+
+
+def tensors_of(call: Call, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Fresh copies, of which the differentiable ones ask for a gradient."""
+    fresh = {name: x.clone().to(DEVICE) for name, x in call.tensors.items()}
+    for name in call.differentiable:
+        fresh[name] = fresh[name].to(dtype).requires_grad_()
+    return fresh
+
+
+def run(name: str, impl: str, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs of one call; policy_loss has one implementation and no word for it."""
+    call = CASES[name]
+    out = call.run(**tensors) if name == "policy_loss" else call.run(impl=impl, **tensors)
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def values_and_gradients(name: str, impl: str, function: Callable[..., list[Tensor]]) -> list[Tensor]:
+    tensors = tensors_of(CASES[name])
+    outputs = function(name, impl, tensors)
+    leaves = [tensors[key] for key in CASES[name].differentiable]
+    scalar = sum(x.sum() for x in outputs if x.requires_grad)
+    gradients = torch.autograd.grad(scalar, leaves) if leaves else []
+    return [*(x.detach() for x in outputs), *gradients]
+
+
+class Caught(TorchDispatchMode):
+    """Notes the calls of our registered ops that pass the dispatcher below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func.namespace == "socpo_fast":
+            copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
+            self.calls.append((func, copies))
+        return func(*args, **(kwargs or {}))
+
+
+def caught(name: str, impl: str) -> list[tuple[Any, tuple]]:
+    with Caught() as mode:
+        values_and_gradients(name, impl, run)
+    return mode.calls
+
+
+def test_every_op_has_a_case() -> None:
+    assert set(CASES) == set(IMPLS)
+    seen = {func._schema.name for name, call in CASES.items() for func, _ in caught(name, call.impls[0])}
+    assert seen == {f"socpo_fast::{name.split('::')[1].split('.')[0]}" for name in LIBRARY._op_defs}
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_opcheck(name: str, impl: str) -> None:
+    for func, args in caught(name, impl):
+        torch.library.opcheck(func, args)
+        if CASES[name].differentiable and not func._schema.name.endswith(("_backward", "matmul")):
+            asking = tuple(x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+            torch.library.opcheck(func, asking)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_compiles_without_a_graph_break(name: str, impl: str, backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for one, other in zip(*(values_and_gradients(name, impl, way) for way in (run, compiled)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_shapes_are_known_without_values(name: str, impl: str) -> None:
+    """Fake tensors, and those of the meta device, for which "auto" has to do."""
+    real = run(name, impl, tensors_of(CASES[name]))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = run(name, impl, {key: mode.from_tensor(x) for key, x in tensors_of(CASES[name]).items()})
+    meta = run(name, "auto", {key: x.to("meta") for key, x in tensors_of(CASES[name]).items()})
+    for ways in zip(real, fake, meta, strict=True):
+        assert len({(x.shape, x.dtype) for x in ways}) == 1
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", [name for name, call in CASES.items() if call.differentiable])
+def test_under_autocast(name: str) -> None:
+    """bf16 from a model under autocast meets fp32 weights; what comes out is near, and so are gradients."""
+    call = CASES[name]
+    expected = values_and_gradients(name, "auto", run)
+    tensors = tensors_of(call)
+    first = call.differentiable[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = run(name, "auto", tensors | {first: tensors[first].bfloat16()} if name != "policy_loss" else tensors)
+    scalar = sum(x.float().sum() for x in outputs if x.requires_grad)
+    gradients = torch.autograd.grad(scalar, [tensors[key] for key in call.differentiable])
+    for one, other in zip((*outputs, *gradients), expected, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.1, atol=0.1, equal_nan=True)
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("linear", "weight_ND"),
+        ("rms_norm", "weight_D"),
+        ("linear_logprob", "weight_VD"),
+        ("linear_policy_loss", "weight_VD"),
+    ],
+)
+def test_sharded_weights_are_gathered(name: str, weight: str, mesh: Any) -> None:
+    expected = values_and_gradients(name, "auto", run)
+    tensors = tensors_of(CASES[name])
+    tensors[weight] = distribute_tensor(tensors[weight].detach(), mesh, [Shard(0)]).requires_grad_()
+    outputs = run(name, "auto", tensors)
+    leaves = [tensors[key] for key in CASES[name].differentiable]
+    gradients = torch.autograd.grad(sum(x.sum() for x in outputs if x.requires_grad), leaves)
+    for one, other in zip((*outputs, *gradients), expected, strict=True):
+        torch.testing.assert_close(one.full_tensor() if hasattr(one, "full_tensor") else one, other, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_other_shards_are_refused(name: str, mesh: Any) -> None:
+    tensors = tensors_of(CASES[name])
+    key = next(iter(tensors))
+    tensors[key] = distribute_tensor(tensors[key].detach(), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="must be a whole tensor, got a DTensor.*full_tensor"):
+        run(name, "auto", tensors)
