@@ -19,7 +19,7 @@ from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import Derivative, define_op
 
 ROWS_PER_BLOCK = 64  # of one pair of extremes
-REF_ROWS = 256  # query rows of which the reference holds the scores at a time
+REF_SCORES = 1 << 23  # of a head that the reference holds at a time
 INT32 = (torch.int32,)
 
 
@@ -95,8 +95,9 @@ def tree_attention_ref(
         return torch.einsum("kgts,ske->tkge", weights, v.to(wide)).flatten(1, 2).to(q.dtype)
 
     outputs: list[Tensor] = []
-    for q, queries in zip(q_THE.split(REF_ROWS), rows_T.split(REF_ROWS), strict=True):
-        end = len(outputs) * REF_ROWS + q.shape[0]  # scores are computed again in the backward
+    num_rows = max(1, REF_SCORES // max(1, q_THE.shape[0]))
+    for q, queries in zip(q_THE.split(num_rows), rows_T.split(num_rows), strict=True):
+        end = len(outputs) * num_rows + q.shape[0]  # scores are computed again in the backward
         outputs.append(
             checkpoint(
                 attend,
