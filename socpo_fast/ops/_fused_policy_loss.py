@@ -128,10 +128,8 @@ def _kernel(
         needs_grad=(needs_hidden, needs_weight, needs_bias),
         wanted_N=rows.wanted_N,
     )
-    values_6N, run = (
-        head.logits.new_empty((6, rows.rows_N.numel())),
-        kernels_of("linear_policy_loss", impl),
-    )
+    run = kernels_of("linear_policy_loss", impl)
+    values_6N = head.logits.new_empty((6, rows.rows_N.numel()))
     for part in head.chunks():
         logits, chunk = head.project(part), rows.of(part)
         if old_logprobs_N is None:
@@ -190,10 +188,8 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients, ctx.gradients = (
-        ctx.gradients,
-        None,
-    )  # scaled in place and given away: a copy would be a second dW
+    # scaled in place and given away: a copy would be a second dW
+    gradients, ctx.gradients = ctx.gradients, None
     tensors = ctx.saved_tensors
     if gradients is None:  # a second backward through the same graph
         both = zip(tensors, ctx.arguments, strict=True)

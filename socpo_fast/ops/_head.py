@@ -151,12 +151,8 @@ class ChunkedHead:
         needs_grad: Needs = (False, False, False),
         wanted_N: Tensor | None = None,
     ):
-        self.hidden_TD, self.rows_N, self.wanted_N, self.tanh_scale = (
-            hidden_TD,
-            rows_N,
-            wanted_N,
-            tanh_scale,
-        )
+        self.hidden_TD, self.rows_N = hidden_TD, rows_N
+        self.wanted_N, self.tanh_scale = wanted_N, tanh_scale
         self.wide, (vocab, width) = wide_dtype(hidden_TD), weight_VD.shape
         # a CPU has no fast bf16 arithmetic, so there everything is wide
         self.factor_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.wide
@@ -265,10 +261,8 @@ class ChunkedHead:
     def _move_up(self, has_grad: Tensor, order: Tensor) -> int:
         """Moves rows with a gradient into the places of rows without; returns how many; `order` follows."""
         count = int(has_grad.sum())
-        holes, movers = (
-            (~has_grad[:count]).nonzero()[:, 0],
-            has_grad[count:].nonzero()[:, 0] + count,
-        )
+        holes = (~has_grad[:count]).nonzero()[:, 0]
+        movers = has_grad[count:].nonzero()[:, 0] + count
         for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
             self.grad_logits[hole] = self.grad_logits[mover]  # one by one: together they would need a second chunk
         self.x[holes], order[holes] = self.x[movers], movers

@@ -51,10 +51,8 @@ def linear_logprob_ref(
     dtype = wide_dtype(hidden_TD)
     weight_VD = weight_VD.to(dtype)  # once, so that the chunks' dW add up in this dtype
     bias_V = None if bias_V is None else bias_V.to(dtype)
-    has_target_N, scale_N = (
-        targets_N != NO_TARGET,
-        temperature if isinstance(temperature, Tensor) else None,
-    )
+    has_target_N = targets_N != NO_TARGET
+    scale_N = temperature if isinstance(temperature, Tensor) else None
     by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), scale_N, has_target_N
     rows_N, targets_N, scale_N, is_kept_N = keep_wanted(has_target_N, *by_row)
     # index_select, not indexing: its backward adds repeated rows in index order, whatever the

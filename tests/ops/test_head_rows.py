@@ -1,4 +1,4 @@
-"""Rows of the LM-head ops: those without a target, without old log-probs, with importance weights."""
+"""Rows of the LM-head ops: without a target, without old log-probs, with importance weights."""
 
 from typing import Any
 
