@@ -173,10 +173,6 @@ def _backward(
     gather = partial(gather_tokens, microbatch=microbatch, rollouts=rollouts, device=device)
     sampler_N = gather([[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts], "sampler logprobs")
     old_N = sampler_N if old_logprobs is None else gather(old_logprobs, "old_logprobs")
-    weights_N = weights_A[microbatch.attempt_of_token_N].to(device)
-    if tis_clip is not None:
-        # a nan is left to the loss, where it skips the update
-        weights_N = weights_N * (old_N - sampler_N).exp().clamp(max=tis_clip).nan_to_num(nan=1.0)
     policy = linear_policy_loss(
         _forward(student, microbatch, checkpointing=checkpointing, impl=impl),
         student.lm_head.weight,
@@ -185,7 +181,9 @@ def _backward(
         attempt_advantages(microbatch, rollouts).to(device),
         microbatch.attempt_of_token_N.to(device),
         rows_N=microbatch.rows_N.to(device),
-        weights_N=weights_N,
+        weights_N=weights_A[microbatch.attempt_of_token_N].to(device),
+        sampler_logprobs_N=sampler_N,
+        tis_clip=tis_clip,
         ref_logprobs_N=None if ref_logprobs is None else gather(ref_logprobs, "ref_logprobs"),
         temperature=temperature,
         options=options,
