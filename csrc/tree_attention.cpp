@@ -99,9 +99,11 @@ at::Tensor fold(const at::Tensor& x, int64_t num_kv_heads) {
 }
 
 // And back, into storage of its own.
+// Back again, as a tensor of its own: a view would bar callers from changing it in place.
 at::Tensor unfold(const at::Tensor& x, at::IntArrayRef sizes) {
-  const at::Tensor heads = x.unflatten(1, {sizes[0], sizes[1] / x.size(0)}).transpose(0, 1);
-  return heads.clone(at::MemoryFormat::Contiguous).view(sizes);
+  const at::Tensor out = at::empty(sizes, x.options());
+  out.unflatten(1, {x.size(0), sizes[1] / x.size(0)}).copy_(x.unflatten(1, {sizes[0], -1}).transpose(0, 1));
+  return out;
 }
 
 // One call's operands, folded.

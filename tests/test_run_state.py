@@ -67,7 +67,7 @@ def test_without_held_out_questions_nothing_is_due() -> None:
 def test_another_record_version_is_refused(version: int | None) -> None:
     record = {key: value for key, value in RECORD.items() if key != "record_version"}
     record |= {} if version is None else {"record_version": version}
-    with pytest.raises(ValueError, match=f"must be of record version 2, got {version or 1}, "):
+    with pytest.raises(ValueError, match=f"must be of record version 2, got {version}, "):
         read(record)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from socpo_fast.engine.step import Step
 from socpo_fast.model.decoder import Decoder, Layer
@@ -25,9 +25,12 @@ def fused_weights(layer: Layer) -> list[Tensor | None]:
     return [layer.attention_norm.weight, *qkv, *norms, *o, layer.mlp_norm.weight, *gate_up, *down]
 
 
-def has_hooks(student: Decoder) -> bool:
-    """Whether somebody listens to single layers, which a fused layer would not call."""
-    return any(layer._forward_pre_hooks or layer._forward_hooks for layer in student.layers)
+def has_hooks(modules: Sequence[nn.Module]) -> bool:
+    """Whether somebody listens to one of these modules, which a fused layer would not call."""
+    hooks = torch.nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return True
+    return any(module._forward_pre_hooks or module._forward_hooks for module in modules)
 
 
 def run_fused_layers(

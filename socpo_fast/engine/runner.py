@@ -45,6 +45,7 @@ class Runner:
         self.layer_weights = (
             [fused_weights(layer) for layer in self.student.layers if isinstance(layer, Layer)] if is_cpp else []
         )
+        self.layer_modules = list(self.student.layers.modules())
 
     @staticmethod
     def page_bytes(student: Decoder, page_size: int) -> int:
@@ -62,7 +63,7 @@ class Runner:
         """Write the tokens' KV and return their hidden states, [T, D]."""
         student, scale = self.student, self.student.config.head_dim**-0.5
         pages = step.block_table_BM, step.seq_lens_B, step.cu_seqlens_q
-        if self.layer_weights and not has_hooks(student):
+        if self.layer_weights and not has_hooks(self.layer_modules):
             return run_fused_layers(student, self.layer_weights, self.caches, step, cascade=self.cascade)
 
         def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -25,7 +28,7 @@ class TensorChecker:
     def __call__(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.where}: {name} must be a torch.Tensor, got {type(x).__name__}")
-        if hasattr(x, "full_tensor"):
+        if is_sharded(x):
             raise ValueError(
                 f"{self.where}: {name} must be a whole tensor, got a DTensor, which may be a shard of "
                 "one; call its full_tensor()"
@@ -52,7 +55,8 @@ class TensorChecker:
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
         """Every entry in [0, size)."""
-        self.every(name, index, (index >= 0) & (index < size), f"in [0, {size})")
+        if not has_no_values(index):  # under torch.compile a written-out size would become a constant
+            self.every(name, index, (index >= 0) & (index < size), f"in [0, {size})")
 
     def finite(self, name: str, x: Tensor, *, at_least: float | None = None) -> None:
         """Every entry finite and, where asked, not below `at_least`."""
@@ -81,9 +85,32 @@ def has_no_values(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A DTensor's full tensor, through which gradients flow back to the shards; others as they are."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor; by name, as torch.distributed takes long to import."""
+    return type(x).__name__ == "DTensor"
+
+
+def whole(where: str, name: str, weight: Any) -> Tensor:
+    """A DTensor's full tensor; others as they are.
+
+    Raises:
+        ValueError: the gradient would have to go back to the shards of several ranks. Only the
+                    caller knows whether that is a sum over ranks, which see other rows each.
+    """
+    if not is_sharded(weight):
+        return weight
+    if weight.requires_grad and torch.is_grad_enabled() and weight.device_mesh.size() > 1:
+        raise ValueError(
+            f"{where}: {name} must be whole or need no gradient, got a DTensor on "
+            f"{weight.device_mesh.size()} ranks; pass its full_tensor(grad_placements=[Partial()]) "
+            "where ranks hold different rows, [Replicate()] where they hold the same"
+        )
+    return weight.full_tensor()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """In it what was made fp32 is computed in fp32, whatever torch.autocast says outside."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocasting(x) else nullcontext()
 
 
 def is_autocasting(x: Tensor) -> bool:

@@ -179,7 +179,9 @@ def _fake(
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The gradients stay with ctx, and empty ones are handed out: the backward scales in place."""
     ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
-    # all tensors, so that torch notices when they are changed before a second backward
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    # For a second backward only, which computes again: nothing else reads them, since under
+    # activation checkpointing that would run the whole head once more.
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
     loss, clip_fraction, values_3N, *ctx.gradients = outputs
     empty = [x.new_empty(0) for x in ctx.gradients]
@@ -190,14 +192,14 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor,
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     # scaled in place and given away: a copy would be a second dW
     gradients, ctx.gradients = ctx.gradients, None
-    tensors = ctx.saved_tensors
     if gradients is None:  # a second backward through the same graph
-        both = zip(tensors, ctx.arguments, strict=True)
+        both = zip(ctx.saved_tensors, ctx.arguments, strict=True)
         arguments = (x if tensor is None else tensor for tensor, x in both)
         gradients = linear_policy_loss_op(*arguments)[3:]
+    needs = ctx.needs_input_grad[:3]
     scaled = [
-        total.mul_(grad_loss).to(x.dtype) if needed else None
-        for total, x, needed in zip(gradients, tensors[:3], ctx.needs_input_grad[:3], strict=True)
+        total.mul_(grad_loss).to(dtype) if needed else None
+        for total, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
     ]
     return *scaled, *[None] * (len(ctx.arguments) - 3)
 

@@ -214,6 +214,8 @@ class ChunkedHead:
             order = torch.arange(num_rows, device=has_grad.device)
             num_rows = self._move_up(has_grad, order)
             rows, by_index = self.rows_N[part][has_grad], order[:num_rows].argsort()
+        else:  # 0 * nan is not 0
+            self.x[:num_rows].masked_fill_(~has_grad[:, None], 0)
         if num_rows == 0:
             return
         size = max(num_rows, MIN_ROWS)

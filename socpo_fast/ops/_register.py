@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("socpo_fast", "DEF")
@@ -45,15 +46,24 @@ def define_op(
         derivative: None for ops without a gradient, whose outputs never require one.
     """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+    def kernel_alone(*inputs: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return kernel(*inputs)
+        with torch._C._DisableAutocast():  # what was made fp32 is computed in fp32
+            return kernel(*inputs)
+
+    LIBRARY.impl(name, kernel_alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"socpo_fast::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.socpo_fast, name).default
     LIBRARY.impl(name, _autograd_kernel(op, derivative), "Autograd")
     return op
 
 
-def _autograd_kernel(op: Callable, derivative: Derivative | None) -> Callable:
+def _autograd_kernel(op: Any, derivative: Derivative | None) -> Callable:
     """What runs at the Autograd key; torch.library.register_autograd's would take 8 us more a call."""
+    arguments = enumerate(op._schema.arguments)
+    written = [i for i, argument in arguments if argument.is_write]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -73,10 +83,19 @@ def _autograd_kernel(op: Callable, derivative: Derivative | None) -> Callable:
     def kernel(*inputs: Any) -> Any:
         if derivative is not None and torch.is_grad_enabled() and any(_needs_grad(x) for x in inputs):
             return Differentiable.apply(*inputs)
+        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in inputs):
+            raise NotImplementedError(f"{op}: has no derivative in forward mode; use impl='ref'")
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            outputs = op(*inputs)
+        for i in written:  # a graph that saved it must not use what is in it now
+            torch.autograd.graph.increment_version(inputs[i])
+        return outputs
 
     return kernel
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _needs_grad(x: Any) -> bool:

@@ -45,8 +45,9 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
     Gradient: x, weight, bias; in cpp by `torch.ops.socpo.matmul_`, for fp32 weights.
     Bitwise (cpp): a row's bits depend on that row only, whatever the number of rows or threads.
     """
-    x_TD, weight_ND = autocast(x_TD, whole(weight_ND))
-    bias_N = None if bias_N is None else whole(bias_N).to(weight_ND.dtype)
+    x_TD, weight_ND = autocast(x_TD, whole("linear", "weight_ND", weight_ND))
+    if bias_N is not None:
+        bias_N = whole("linear", "bias_N", bias_N).to(weight_ND.dtype)
     check = TensorChecker("linear")
     check("x_TD", x_TD, FLOATS)
     weights = (x_TD.dtype, torch.bfloat16) if x_TD.dtype == torch.float32 else (x_TD.dtype,)

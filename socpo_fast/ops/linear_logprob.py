@@ -19,6 +19,7 @@ from socpo_fast.ops._checks import (
     check_rule,
     is_autocasting,
     whole,
+    without_autocast,
 )
 from socpo_fast.ops._fused_logprob import linear_logprob_op
 from socpo_fast.ops._head import (
@@ -52,7 +53,7 @@ def linear_logprob_ref(
     weight_VD = weight_VD.to(dtype)  # once, so that the chunks' dW add up in this dtype
     bias_V = None if bias_V is None else bias_V.to(dtype)
     has_target_N = targets_N != NO_TARGET
-    scale_N = temperature if isinstance(temperature, Tensor) else None
+    scale_N = temperature.detach() if isinstance(temperature, Tensor) else None
     by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), scale_N, has_target_N
     rows_N, targets_N, scale_N, is_kept_N = keep_wanted(has_target_N, *by_row)
     # index_select, not indexing: its backward adds repeated rows in index order, whatever the
@@ -173,7 +174,7 @@ def check_linear_inputs(
     Returns: hidden, weight and bias; whole, and in the dtype that torch.autocast asks for.
     """
     check("hidden_TD", hidden_TD, FLOATS)
-    hidden_TD, weight_VD = autocast(hidden_TD, whole(weight_VD))
+    hidden_TD, weight_VD = autocast(hidden_TD, whole(check.where, "weight_VD", weight_VD))
     check("weight_VD", weight_VD, (hidden_TD.dtype,))
     for name, x in (("hidden_TD", hidden_TD), ("weight_VD", weight_VD)):
         if x.stride(1) != 1 and x.shape[1] > 1:
@@ -187,7 +188,7 @@ def check_linear_inputs(
         "[V, D] with V > 0",
     )
     if bias_V is not None:
-        bias_V = whole(bias_V)
+        bias_V = whole(check.where, "bias_V", bias_V)
         if is_autocasting(hidden_TD):
             bias_V = bias_V.to(hidden_TD.dtype)
         check("bias_V", bias_V, (hidden_TD.dtype,))
@@ -230,10 +231,7 @@ def _chunk_logprob(
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and entropies of one chunk of rows; -inf logits are outcomes of probability 0."""
-    if is_autocasting(hidden):  # which would multiply in half the digits
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden, weight_VD, bias_V)
-    else:
+    with without_autocast(hidden):
         logits = F.linear(hidden, weight_VD, bias_V)
     logits = logits if logit_scale == 1 else logits * logit_scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)

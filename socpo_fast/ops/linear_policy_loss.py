@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import TensorChecker, check_word
@@ -50,11 +51,17 @@ def linear_policy_loss_ref(
     head is temperature, rows_N, bias_V, softcap and logit_scale, as linear_logprob_ref takes them.
     """
     has_loss_N = scored_N = (weights_N != 0) & (targets_N != NO_TARGET)
-    if metrics != "all":
-        scored_N = has_loss_N & (advantages_N != 0) if options.needs_advantage else has_loss_N
-        targets_N = targets_N.where(scored_N, NO_TARGET)
+    if metrics != "all" and options.needs_advantage:
+        scored_N = has_loss_N & (advantages_N != 0)
     head["entropy_grad"] = options.entropy_coef != 0
-    logprobs_N, entropy_N = linear_logprob_ref(hidden_TD, weight_VD, targets_N, **head)
+    scored = targets_N.where(scored_N, NO_TARGET)
+    logprobs_N, entropy_N = linear_logprob_ref(hidden_TD, weight_VD, scored, **head)
+    if metrics == "all":  # what has no loss has values, and no gradient whatever stands in it
+        with torch.no_grad():
+            values = linear_logprob_ref(hidden_TD, weight_VD, targets_N, **head)
+        logprobs_N, entropy_N = (
+            x_N.where(scored_N, value_N) for x_N, value_N in zip((logprobs_N, entropy_N), values, strict=True)
+        )
     result = policy_loss_ref(
         logprobs_N,
         old_logprobs_N,

@@ -72,7 +72,7 @@ def linear_sample(
     number of threads.
     Source: Gumbel-max (Gumbel 1954); the tiles' maxima and sums as in Milakov and Gimelshein 2018.
     """
-    hidden_TD, weight_VD = autocast(hidden_TD, whole(weight_VD))
+    hidden_TD, weight_VD = autocast(hidden_TD, whole("linear_sample", "weight_VD", weight_VD))
     check = TensorChecker("linear_sample")
     check("hidden_TD", hidden_TD, FLOATS)
     weights = (hidden_TD.dtype, torch.bfloat16) if hidden_TD.dtype == torch.float32 else (hidden_TD.dtype,)

@@ -51,8 +51,8 @@ def rms_norm(
     depend on the number of threads.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    weight_D = whole(weight_D)
-    if is_autocasting(x_TD):  # like torch's own norms, in the widest dtype there is
+    weight_D = whole("rms_norm", "weight_D", weight_D)
+    if is_autocasting(x_TD) and x_TD.dtype != torch.float64:  # like torch's own norms, in the widest dtype there is
         x_TD, weight_D = x_TD.to(torch.float32), weight_D.to(torch.float32)
         residual_TD = None if residual_TD is None else residual_TD.to(torch.float32)
     check = TensorChecker("rms_norm")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule
+from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, has_no_values, without_autocast
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import Derivative, define_op
 
@@ -45,9 +45,10 @@ class TreeMask(NamedTuple):
         check = TensorChecker(where)
         check("visible_until_T", visible_until_T, INT32)
         num_rows = visible_until_T.shape[0]
-        rows_T = torch.arange(num_rows, device=visible_until_T.device)
-        holds = (visible_until_T > rows_T) & (visible_until_T <= num_rows)
-        check.every("visible_until_T", visible_until_T, holds, f"in (its row, T={num_rows}]")
+        if not has_no_values(visible_until_T):
+            rows_T = torch.arange(num_rows, device=visible_until_T.device)
+            holds = (visible_until_T > rows_T) & (visible_until_T <= num_rows)
+            check.every("visible_until_T", visible_until_T, holds, f"in (its row, T={num_rows}]")
         num_blocks = -(-num_rows // ROWS_PER_BLOCK)
         extremes = []
         for reduce, neutral in ((torch.amin, num_rows), (torch.amax, 0)):
@@ -90,9 +91,10 @@ def tree_attention_ref(
         q = q.unflatten(1, (k.shape[1], -1))
         keys = rows_T[: k.shape[0]]
         is_seen = (keys <= queries[:, None]) & (queries[:, None] < visible_until_T[: k.shape[0]])
-        scores = scale * torch.einsum("tkge,ske->kgts", q.to(wide), k.to(wide))
-        weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
-        return torch.einsum("kgts,ske->tkge", weights, v.to(wide)).flatten(1, 2).to(q.dtype)
+        with without_autocast(q):
+            scores = scale * torch.einsum("tkge,ske->kgts", q.to(wide), k.to(wide))
+            weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+            return torch.einsum("kgts,ske->tkge", weights, v.to(wide)).flatten(1, 2).to(q.dtype)
 
     outputs: list[Tensor] = []
     num_rows = max(1, REF_SCORES // max(1, q_THE.shape[0]))

@@ -15,12 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from socpo_fast import ops
 from socpo_fast.ops._impl import IMPLS
 from socpo_fast.ops._register import LIBRARY
+from tests.error_rule import assert_bitwise_equal
 from tests.ops.elementwise import needs_cpp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,3 +248,123 @@ def test_other_shards_are_refused(name: str, mesh: Any) -> None:
     tensors[key] = distribute_tensor(tensors[key].detach(), mesh, [Shard(0)])
     with pytest.raises(ValueError, match="must be a whole tensor, got a DTensor.*full_tensor"):
         run(name, "auto", tensors)
+
+
+@needs_cpp
+@pytest.mark.parametrize(("name", "weight"), [("linear", "weight_ND"), ("rms_norm", "weight_D")])
+def test_sharded_weights_are_gathered_when_compiled(name: str, weight: str, mesh: Any) -> None:
+    torch._dynamo.reset()
+    tensors = tensors_of(CASES[name])
+    tensors[weight] = distribute_tensor(tensors[weight].detach(), mesh, [Shard(0)])
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for one, other in zip(compiled(name, "auto", tensors), run(name, "auto", tensors), strict=True):
+        assert_bitwise_equal(one, other, name=name)
+
+
+def test_a_gradient_over_several_ranks_is_refused() -> None:
+    """Each rank would keep its own rows' part of it."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = DTensor.from_local(f(10, 8), mesh, [Shard(0)])
+        head = f(3, 8), weight.requires_grad_(), TOKENS["targets_N"]
+        with pytest.raises(ValueError, match=r"weight_VD must be whole or need no .*on 2 ranks.*Partial"):
+            ops.linear_logprob(*head, temperature=1.0)
+    finally:
+        dist.destroy_process_group()
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_sample", "tree_attention", "compute_advantages"])
+def test_other_lengths_need_no_other_graph(name: str) -> None:
+    """A microbatch has another number of tokens each time."""
+    graphs, weight = [], f(20, 8)
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(h: Tensor, rows: Tensor) -> Tensor:
+        tokens = {"targets_N": rows, "rows_N": rows, "old_logprobs_N": h[rows, 0], "advantages": h[rows, 1]}
+        return ops.linear_policy_loss(h, weight, **tokens, temperature=1.0, num_loss_tokens=3).loss
+
+    def sample(h: Tensor, rows: Tensor) -> Tensor:
+        draws = {key: x[:1].expand(len(rows)).contiguous() for key, x in DRAWS.items()}
+        return ops.linear_sample(h, weight, rows, rows_B=rows, **draws)[1]
+
+    def attend(h: Tensor, rows: Tensor) -> Tensor:
+        heads = h[:, None]
+        return ops.tree_attention(heads, heads, heads, torch.full_like(h[:, 0], len(h)).int(), scale=1.0)
+
+    def advantages(h: Tensor, rows: Tensor) -> Tensor:
+        return ops.compute_advantages(h[:, 0].contiguous(), rows, rows, rows * 0)
+
+    torch._dynamo.reset()
+    functions = {
+        "linear_policy_loss": loss,
+        "linear_sample": sample,
+        "tree_attention": attend,
+        "compute_advantages": advantages,
+    }
+    compiled = torch.compile(functions[name], fullgraph=True, dynamic=True, backend=count)
+    for length in range(5, 17):
+        rows = torch.arange(length)
+        torch.testing.assert_close(compiled(f(length, 8), rows), functions[name](f(length, 8), rows))
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("impl", ["ref", pytest.param("cpp", marks=needs_cpp)])
+def test_autocast_halves_what_is_given_only(impl: str) -> None:
+    """Within an op fp32 stays fp32: log-probs of sampler and trainer must agree."""
+    hidden, weight = 3 * f(40, 64).bfloat16(), f(200, 64).bfloat16()
+    draws = {key: x[:1].expand(40).contiguous() for key, x in DRAWS.items()}
+    heads = 3 * f(30, 3, 64).bfloat16()
+    until = torch.full((30,), 30, dtype=torch.int32)
+
+    def outputs(dtype: torch.dtype, impl: str) -> list[Tensor]:
+        x, w, h = hidden.to(dtype), weight.to(dtype), heads.to(dtype)
+        sampled = ops.linear_sample(x, w, torch.arange(40), **draws, impl="auto")
+        logprobs = ops.linear_logprob(x, w, sampled[0], temperature=1.0, impl=impl)[0]
+        attended = ops.tree_attention(h, h[:, :1], h[:, 1:2], until, scale=0.125, impl="auto")
+        return [sampled[0], sampled[1], logprobs, attended]
+
+    truth = outputs(torch.float64, "ref")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        token_ids, *actual = outputs(torch.float32, impl)
+    assert torch.equal(token_ids, truth[0])
+    for one, other, tolerance in zip(actual, truth[1:], (1e-4, 1e-4, 5e-2), strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_outputs_are_their_own(name: str, impl: str) -> None:
+    """They may be changed in place, and what an op writes to is known to have changed."""
+    tensors = tensors_of(CASES[name])
+    before = {key: x._version for key, x in tensors.items()}
+    outputs = run(name, impl, tensors)
+    if name != "policy_loss" and not (name == "rms_norm" and len(outputs) == 1):
+        for x in outputs:
+            if x.dim() > 1:
+                x.mul_(1)
+    written = {key for key, x in tensors.items() if x._version > before[key]}
+    assert written == ({"k_cache_PSKE", "v_cache_PSKE"} if name == "rotary_write" else set())
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "swiglu", "linear_policy_loss", "tree_attention"])
+def test_forward_mode_is_refused(name: str) -> None:
+    tensors = tensors_of(CASES[name])
+    key = CASES[name].differentiable[0]
+    x = tensors.pop(key).detach()
+    with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+        torch.func.jvp(lambda x: run(name, "cpp", tensors | {key: x})[0], (x,), (x,))
+
+
+@needs_cpp
+def test_checkpointing_runs_the_head_once() -> None:
+    tensors = tensors_of(CASES["linear_policy_loss"])
+    with Caught() as mode:
+        outputs = checkpoint(run, "linear_policy_loss", "cpp", tensors, use_reentrant=False)
+        tensors["advantages"].mul_(2)  # the gradient is known already
+        outputs[0].backward()
+    assert len(mode.calls) == 1
