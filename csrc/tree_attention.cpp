@@ -98,10 +98,10 @@ at::Tensor fold(const at::Tensor& x, int64_t num_kv_heads) {
   return x.unflatten(1, {num_kv_heads, -1}).transpose(0, 1).flatten(1, 2).contiguous();
 }
 
-// And back, into storage of its own.
-// Back again, as a tensor of its own: a view would bar callers from changing it in place.
+// And back, as a tensor of its own: a view would bar callers from changing it in place.
 at::Tensor unfold(const at::Tensor& x, at::IntArrayRef sizes) {
   const at::Tensor out = at::empty(sizes, x.options());
+  if (out.numel() == 0) return out;
   out.unflatten(1, {x.size(0), sizes[1] / x.size(0)}).copy_(x.unflatten(1, {sizes[0], -1}).transpose(0, 1));
   return out;
 }

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, has_no_values, without_autocast
+from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import Derivative, define_op
 
 ROWS_PER_BLOCK = 64  # of one pair of extremes
-REF_SCORES = 1 << 23  # of a head that the reference holds at a time
+REF_SCORES = 1 << 25  # entries of the mask that the reference makes at a time
 INT32 = (torch.int32,)
 
 
@@ -84,33 +84,21 @@ def tree_attention_ref(
     *,
     scale: float,
 ) -> Tensor:
-    wide = torch.promote_types(q_THE.dtype, torch.float32)
+    """`tree_attention`, unchecked: torch's attention with a mask, some rows of queries at a time."""
+    group = q_THE.shape[1] // k_TKE.shape[1]
+    # Every query head gets keys of its own: torch's kernels that take a mask know no shared ones.
+    k_HTE, v_HTE = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k_TKE, v_TKE))
     rows_T = torch.arange(q_THE.shape[0], device=q_THE.device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, queries: Tensor) -> Tensor:
-        q = q.unflatten(1, (k.shape[1], -1))
-        keys = rows_T[: k.shape[0]]
-        is_seen = (keys <= queries[:, None]) & (queries[:, None] < visible_until_T[: k.shape[0]])
-        with without_autocast(q):
-            scores = scale * torch.einsum("tkge,ske->kgts", q.to(wide), k.to(wide))
-            weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
-            return torch.einsum("kgts,ske->tkge", weights, v.to(wide)).flatten(1, 2).to(q.dtype)
-
-    outputs: list[Tensor] = []
     num_rows = max(1, REF_SCORES // max(1, q_THE.shape[0]))
-    for q, queries in zip(q_THE.split(num_rows), rows_T.split(num_rows), strict=True):
-        end = len(outputs) * num_rows + q.shape[0]  # scores are computed again in the backward
-        outputs.append(
-            checkpoint(
-                attend,
-                q,
-                k_TKE[:end],
-                v_TKE[:end],
-                queries,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        )
+    outputs = []
+    for begin in range(0, max(1, q_THE.shape[0]), num_rows):
+        end = min(begin + num_rows, q_THE.shape[0])
+        queries = rows_T[begin:end, None]
+        is_seen = (rows_T[:end] <= queries) & (queries < visible_until_T[:end])
+        q_HTE = q_THE[begin:end].transpose(0, 1)
+        keys_and_values = k_HTE[None, :, :end], v_HTE[None, :, :end]
+        o = F.scaled_dot_product_attention(q_HTE[None], *keys_and_values, is_seen, scale=scale)
+        outputs.append(o[0].transpose(0, 1))
     return torch.cat(outputs)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from socpo_fast.ops import _checks
 from tools.gpu_check.graph import backward
 from tools.gpu_check.launches import (
     Launch,
@@ -90,6 +91,7 @@ def fake_cuda() -> Iterator[Recorder]:
         (torch.cuda, "get_device_properties", lambda _device=None: CARD),
         (torch.cuda, "synchronize", lambda _device=None: recorder.read("torch.cuda.synchronize")),
         (FakeTensor, "tolist", list_of),
+        (_checks, "FakeTensor", ()),  # as on a card, where a door's checks are launches
         (Tensor, "backward", backward_of),
     ]
     with contextlib.ExitStack() as stack:
@@ -197,8 +199,15 @@ class Recorder(TorchDispatchMode):
         if device.type != "cuda" and not any(isinstance(x, FakeTensor) for x in inputs):
             with unset_fake_temporarily():  # the host's own work
                 return func(*args, **kwargs)
+        if func.namespace == "socpo_fast":  # our own op: what its kernel does on the device
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
         if func.namespace == "prim":  # a question about the tensor, no work
             return func(*args, **kwargs)
+        with self:  # an op made of others; outside of our own, autograd has taken it apart before
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         if name in ("_local_scalar_dense", "equal"):
             self.read(f"aten.{name} of {label(args[0])}")
             with unset_fake_temporarily():
