@@ -2,7 +2,7 @@
 
 Read top-down: Decoder -> Layer -> Attention, MLP -> Linear, RMSNorm. Attention itself is handed in as `attend`,
 because where keys come from is the only thing in which rollout and training differ: the engine writes them to
-pages, the trainer gathers them from the packed rows. Tokens are always packed, [T, ..], never padded [B, L, ..].
+pages, the trainer reads them from the packed rows. Tokens are always packed, [T, ..], never padded [B, L, ..].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from socpo_fast.ops import linear, rms_norm, rotary, swiglu
 class Attend(Protocol):
     """Causal attention of one layer over whatever the caller keeps.
 
-    qkv [T, H + 2 K, E], not yet turned by rotary = (cos, sin), [T, E] each -> [T, H, E].
+    qkv [T, H + 2 K, E], not yet rotated by rotary = (cos, sin), [T, E] each -> [T, H, E].
     """
 
     def __call__(self, layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor: ...

@@ -21,7 +21,7 @@ def rotary_ref(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 
 def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto") -> Tensor:
-    """Each pair (i, i + E / 2) of every head turned by its token's angle.
+    """Rotates each pair (i, i + E / 2) of every head by its token's angle.
 
         out[t, h] = x[t, h] * cos[t] + (-high, low of x[t, h]) * sin[t]
 
@@ -37,7 +37,7 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
     Raises:
         ValueError: a shape or dtype breaks the rules above.
 
-    Gradient: x, by the turn back. Bitwise: a token's bits depend on that token only.
+    Gradient: x, by the rotation back. Bitwise: a token's bits depend on that token only.
     Source: Su et al. 2021, arXiv:2104.09864.
     """
     _check("rotary", "x_THE", x_THE, cos_TE, sin_TE)
@@ -93,7 +93,7 @@ def rotary_write(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Turn queries and keys; keys and values go into their pages.
+    """Rotates queries and keys, and writes keys and values into their pages.
 
     Args:
         qkv_THE:      [T, H + 2 K, E] floating point (cpp: fp32; triton: not fp64): queries, keys, values of each token.
@@ -103,7 +103,7 @@ def rotary_write(
         impl:         "auto", "ref", "cpp" or "triton".
 
     Returns:
-        q_THE [T, H, E], turned.
+        q_THE [T, H, E], rotated.
 
     Raises:
         ValueError: a shape, dtype, stride or slot breaks the rules above.
