@@ -17,6 +17,7 @@ from socpo_fast.ops._checks import (
     TensorChecker,
     autocast,
     check_rule,
+    has_no_values,
     is_autocasting,
     whole,
     without_autocast,
@@ -199,8 +200,10 @@ def check_linear_inputs(
         check.index_range("rows_N", rows_N, hidden_TD.shape[0])
     check("targets_N", targets_N, INDEX)
     vocab = weight_VD.shape[0]
-    fits_N = (targets_N == NO_TARGET) | ((targets_N >= 0) & (targets_N < vocab))
-    check.every("targets_N", targets_N, fits_N, f"in [0, {vocab})")
+    fits_N = (targets_N >= 0) & (targets_N < vocab)
+    if has_no_values(targets_N) or targets_N.is_cuda or not fits_N.all():
+        fits_N = fits_N | (targets_N == NO_TARGET)
+        check.every("targets_N", targets_N, fits_N, f"in [0, {vocab})")
     if isinstance(temperature, Tensor):
         check("temperature_N", temperature, WIDE_FLOATS)
         check.every(
