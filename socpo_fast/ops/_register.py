@@ -46,29 +46,35 @@ def define_op(
         derivative: None for ops without a gradient, whose outputs never require one.
     """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.socpo_fast, name).default
+    written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
 
     def kernel_alone(*inputs: Any) -> Any:
-        if not torch._C._is_any_autocast_enabled():
-            return kernel(*inputs)
-        with torch._C._DisableAutocast():  # what was made fp32 is computed in fp32
-            return kernel(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            if torch._C._is_any_autocast_enabled():
+                with torch._C._DisableAutocast():  # what was made fp32 is computed in fp32
+                    outputs = kernel(*inputs)
+            else:
+                outputs = kernel(*inputs)
+        for i in written:  # a graph that saved it must not use what is in it now
+            torch.autograd.graph.increment_version(inputs[i])
+        return outputs
 
     LIBRARY.impl(name, kernel_alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"socpo_fast::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.socpo_fast, name).default
-    LIBRARY.impl(name, _autograd_kernel(op, derivative), "Autograd")
+    # Without a derivative the dispatcher passes autograd by, which is a call of Python less.
+    passed_by = torch.library.fallthrough_kernel
+    autograd_kernel = passed_by if derivative is None else _autograd_kernel(op, derivative)
+    LIBRARY.impl(name, autograd_kernel, "Autograd")
     return op
 
 
-def _autograd_kernel(op: Any, derivative: Derivative | None) -> Callable:
+def _autograd_kernel(op: Any, derivative: Derivative) -> Callable:
     """What runs at the Autograd key; torch.library.register_autograd's would take 8 us more a call."""
-    arguments = enumerate(op._schema.arguments)
-    written = [i for i, argument in arguments if argument.is_write]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            assert derivative is not None, "called with one only"
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = op(*inputs)
             handed_out = derivative.save(ctx, inputs, outputs)
@@ -77,19 +83,15 @@ def _autograd_kernel(op: Any, derivative: Derivative | None) -> Callable:
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-            assert derivative is not None, "called with one only"
             return derivative.backward(ctx, *grad_outputs)
 
     def kernel(*inputs: Any) -> Any:
-        if derivative is not None and torch.is_grad_enabled() and any(_needs_grad(x) for x in inputs):
+        if torch.is_grad_enabled() and any(_needs_grad(x) for x in inputs):
             return Differentiable.apply(*inputs)
         if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in inputs):
             raise NotImplementedError(f"{op}: has no derivative in forward mode; use impl='ref'")
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = op(*inputs)
-        for i in written:  # a graph that saved it must not use what is in it now
-            torch.autograd.graph.increment_version(inputs[i])
-        return outputs
+            return op(*inputs)
 
     return kernel
 

@@ -63,14 +63,6 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
     return _linear(x_TD, weight_ND, bias_N, impl)
 
 
-def _kernel(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, impl: str) -> Tensor:
-    return kernels_of("linear", impl).linear(x_TD, weight_ND, bias_N)
-
-
-def _fake(x_TD: Tensor, weight_ND: Tensor, *_: Any) -> Tensor:
-    return x_TD.new_empty((x_TD.shape[0], weight_ND.shape[0]))
-
-
 def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
     x_TD, weight_ND, _, ctx.impl = inputs
     ctx.save_for_backward(x_TD, weight_ND)
@@ -95,14 +87,14 @@ def _matmul_kernel(a: Tensor, b: Tensor, impl: str) -> Tensor:
     return out
 
 
-def _matmul_fake(a: Tensor, b: Tensor, impl: str) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]))
-
-
 _linear = define_op(
     "linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
-    _kernel,
-    fake=_fake,
+    lambda x, weight, bias, impl: kernels_of("linear", impl).linear(x, weight, bias),
+    fake=lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0])),
     derivative=Derivative(_save, _backward),
 )
-_matmul = define_op("matmul(Tensor a, Tensor b, str impl) -> Tensor", _matmul_kernel, fake=_matmul_fake)
+_matmul = define_op(
+    "matmul(Tensor a, Tensor b, str impl) -> Tensor",
+    _matmul_kernel,
+    fake=lambda a, b, impl: a.new_empty((a.shape[0], b.shape[1])),
+)

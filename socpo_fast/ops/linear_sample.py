@@ -1,6 +1,6 @@
 """The head of the engine: hidden states to drawn tokens, without storing the [B, V] logits.
 
-Read linear_sample_ref for the mathematics; the distribution and the noise are those of `sample`. Departs from the textbook: the
+Read linear_sample_ref for the mathematics; distribution and noise are those of `sample`. Departs from the textbook: the
 LM head goes by in tiles of the vocabulary, and each draw keeps a few numbers of a tile (largest logit, sum and weighted
 sum of exps, best token by score), merged in the order of the tiles. Only rows with top-k, top-p or min-p keep logits.
 """

@@ -8,8 +8,6 @@ them (cascade), which changes no bit either.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -166,14 +164,10 @@ def _kernel(
     return launch(*tensors, cascade=cascade, **longest)
 
 
-def _fake(q_THE: Tensor, *_: Any) -> Tensor:
-    return q_THE.new_empty(q_THE.shape)
-
-
 # max_seqlen_*: the longest query and context, or more.
 paged_attention_op = define_op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool cascade, str impl) -> Tensor",
     _kernel,
-    fake=_fake,
+    fake=lambda q, *_: q.new_empty(q.shape),
 )

@@ -69,15 +69,6 @@ def rms_norm(
     return y_TD if residual_TD is None else (y_TD, sum_TD)
 
 
-def _kernel(x: Tensor, weight_D: Tensor, residual: Tensor | None, eps: float, impl: str) -> Pair:
-    return kernels_of("rms_norm", impl).rms_norm(x, weight_D, eps, residual)
-
-
-def _fake(x: Tensor, weight_D: Tensor, residual: Tensor | None, *_: Any) -> Pair:
-    sum_shape = (0,) if residual is None else x.shape
-    return x.new_empty(x.shape), x.new_empty(sum_shape)
-
-
 def _save(ctx: Any, inputs: tuple, outputs: Pair) -> None:
     x, weight_D, residual, ctx.eps, ctx.impl = inputs
     ctx.has_residual = residual is not None
@@ -94,27 +85,22 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     return grad, grad_weight_D, grad if ctx.has_residual else None, None, None
 
 
-def _backward_kernel(
-    sum_: Tensor, weight_D: Tensor, grad_y: Tensor, grad_sum: Tensor | None, eps: float, impl: str
-) -> Pair:
-    return kernels_of("rms_norm", impl).rms_norm_backward(sum_, weight_D, eps, grad_y, grad_sum)
-
-
-def _backward_fake(sum_: Tensor, weight_D: Tensor, *_: Any) -> Pair:
-    return sum_.new_empty(sum_.shape), weight_D.new_empty(weight_D.shape)
-
-
 # sum is empty without a residual: an output must not be an input.
 _rms_norm = define_op(
     "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps, str impl) -> (Tensor y, Tensor sum)",
-    _kernel,
-    fake=_fake,
+    lambda x, weight, residual, eps, impl: kernels_of("rms_norm", impl).rms_norm(x, weight, eps, residual),
+    fake=lambda x, weight, residual, *_: (
+        x.new_empty(x.shape),
+        x.new_empty((0,) if residual is None else x.shape),
+    ),
     derivative=Derivative(_save, _backward),
 )
 # grad_sum: what reaches x by other ways, added
 _rms_norm_backward = define_op(
     "rms_norm_backward(Tensor x, Tensor weight, Tensor grad_y, Tensor? grad_sum, float eps, str impl) "
     "-> (Tensor grad_x, Tensor grad_weight)",
-    _backward_kernel,
-    fake=_backward_fake,
+    lambda x, weight, grad_y, grad_sum, eps, impl: kernels_of("rms_norm", impl).rms_norm_backward(
+        x, weight, eps, grad_y, grad_sum
+    ),
+    fake=lambda x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )

@@ -47,14 +47,6 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
     return _rotary(x_THE, cos_TE, sin_TE, False, impl)
 
 
-def _kernel(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, inverse: bool, impl: str) -> Tensor:
-    return kernels_of("rotary", impl).rotary(x_THE, cos_TE, sin_TE, inverse)
-
-
-def _fake(x_THE: Tensor, *_: Any) -> Tensor:
-    return x_THE.new_empty(x_THE.shape)
-
-
 def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
     _, cos_TE, sin_TE, ctx.inverse, ctx.impl = inputs
     ctx.save_for_backward(cos_TE, sin_TE)
@@ -66,8 +58,8 @@ def _backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
 
 _rotary = define_op(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool inverse, str impl) -> Tensor",
-    _kernel,
-    fake=_fake,
+    lambda x, cos, sin, inverse, impl: kernels_of("rotary", impl).rotary(x, cos, sin, inverse),
+    fake=lambda x, *_: x.new_empty(x.shape),
     derivative=Derivative(_save, _backward),
 )
 

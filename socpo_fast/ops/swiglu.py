@@ -44,14 +44,6 @@ def swiglu(gate_up_TJ: Tensor, *, impl: str = "auto") -> Tensor:
     return swiglu_ref(gate_up_TJ) if impl == "ref" else _swiglu(gate_up_TJ, impl)
 
 
-def _kernel(gate_up_TJ: Tensor, impl: str) -> Tensor:
-    return kernels_of("swiglu", impl).swiglu(gate_up_TJ)
-
-
-def _fake(gate_up_TJ: Tensor, impl: str) -> Tensor:
-    return gate_up_TJ.new_empty((gate_up_TJ.shape[0], gate_up_TJ.shape[1] // 2))
-
-
 def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
     gate_up_TJ, ctx.impl = inputs
     ctx.save_for_backward(gate_up_TJ)
@@ -62,20 +54,14 @@ def _backward(ctx: Any, grad_TI: Tensor) -> tuple[Tensor, None]:
     return _swiglu_backward(*ctx.saved_tensors, grad_TI, ctx.impl), None
 
 
-def _backward_kernel(gate_up_TJ: Tensor, grad_TI: Tensor, impl: str) -> Tensor:
-    return kernels_of("swiglu", impl).swiglu_backward(gate_up_TJ, grad_TI)
-
-
-def _backward_fake(gate_up_TJ: Tensor, *_: Any) -> Tensor:
-    return gate_up_TJ.new_empty(gate_up_TJ.shape)
-
-
 _swiglu = define_op(
     "swiglu(Tensor gate_up, str impl) -> Tensor",
-    _kernel,
-    fake=_fake,
+    lambda x, impl: kernels_of("swiglu", impl).swiglu(x),
+    fake=lambda x, impl: x.new_empty((x.shape[0], x.shape[1] // 2)),
     derivative=Derivative(_save, _backward),
 )
 _swiglu_backward = define_op(
-    "swiglu_backward(Tensor gate_up, Tensor grad, str impl) -> Tensor", _backward_kernel, fake=_backward_fake
+    "swiglu_backward(Tensor gate_up, Tensor grad, str impl) -> Tensor",
+    lambda x, grad, impl: kernels_of("swiglu", impl).swiglu_backward(x, grad),
+    fake=lambda x, grad, impl: x.new_empty(x.shape),
 )

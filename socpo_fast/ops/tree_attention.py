@@ -172,10 +172,6 @@ def _kernel(
     return kernels_of("tree_attention", impl).tree_attention(q, k, v, visible_until, scale)
 
 
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *outputs)
@@ -205,16 +201,12 @@ def _backward_kernel(
     return kernels.tree_attention_backward(grad_o, q, k, v, visible_until, scale)
 
 
-def _backward_fake(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
 # logsumexp [T, H] is of each row's scores: what the backward needs of the softmax.
 _tree_attention = define_op(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor min_until, "
     "Tensor max_until, float scale, str impl) -> (Tensor o, Tensor logsumexp)",
     _kernel,
-    fake=_fake,
+    fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
     derivative=Derivative(_save, _backward),
 )
 _tree_attention_backward = define_op(
@@ -222,5 +214,5 @@ _tree_attention_backward = define_op(
     "Tensor min_until, Tensor max_until, Tensor o, Tensor logsumexp, float scale, str impl) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _backward_kernel,
-    fake=_backward_fake,
+    fake=lambda _, *qkv: tuple(x.new_empty(x.shape) for x in qkv[:3]),
 )

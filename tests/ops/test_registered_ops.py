@@ -6,24 +6,19 @@ opcheck sees what the public functions really hand over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from socpo_fast import ops
 from socpo_fast.ops._impl import IMPLS
 from socpo_fast.ops._register import LIBRARY
-from tests.error_rule import assert_bitwise_equal
 from tests.ops.elementwise import needs_cpp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,106 +206,6 @@ def test_under_autocast(name: str) -> None:
     gradients = torch.autograd.grad(scalar, [tensors[key] for key in call.differentiable])
     for one, other in zip((*outputs, *gradients), expected, strict=True):
         torch.testing.assert_close(one.float(), other, rtol=0.1, atol=0.1, equal_nan=True)
-
-
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@needs_cpp
-@pytest.mark.parametrize(
-    ("name", "weight"),
-    [
-        ("linear", "weight_ND"),
-        ("rms_norm", "weight_D"),
-        ("linear_logprob", "weight_VD"),
-        ("linear_policy_loss", "weight_VD"),
-    ],
-)
-def test_sharded_weights_are_gathered(name: str, weight: str, mesh: Any) -> None:
-    expected = values_and_gradients(name, "auto", run)
-    tensors = tensors_of(CASES[name])
-    tensors[weight] = distribute_tensor(tensors[weight].detach(), mesh, [Shard(0)]).requires_grad_()
-    outputs = run(name, "auto", tensors)
-    leaves = [tensors[key] for key in CASES[name].differentiable]
-    gradients = torch.autograd.grad(sum(x.sum() for x in outputs if x.requires_grad), leaves)
-    for one, other in zip((*outputs, *gradients), expected, strict=True):
-        torch.testing.assert_close(one.full_tensor() if hasattr(one, "full_tensor") else one, other, equal_nan=True)
-
-
-@pytest.mark.parametrize("name", list(CASES))
-def test_other_shards_are_refused(name: str, mesh: Any) -> None:
-    tensors = tensors_of(CASES[name])
-    key = next(iter(tensors))
-    tensors[key] = distribute_tensor(tensors[key].detach(), mesh, [Shard(0)])
-    with pytest.raises(ValueError, match="must be a whole tensor, got a DTensor.*full_tensor"):
-        run(name, "auto", tensors)
-
-
-@needs_cpp
-@pytest.mark.parametrize(("name", "weight"), [("linear", "weight_ND"), ("rms_norm", "weight_D")])
-def test_sharded_weights_are_gathered_when_compiled(name: str, weight: str, mesh: Any) -> None:
-    torch._dynamo.reset()
-    tensors = tensors_of(CASES[name])
-    tensors[weight] = distribute_tensor(tensors[weight].detach(), mesh, [Shard(0)])
-    compiled = torch.compile(run, fullgraph=True, backend="eager")
-    for one, other in zip(compiled(name, "auto", tensors), run(name, "auto", tensors), strict=True):
-        assert_bitwise_equal(one, other, name=name)
-
-
-def test_a_gradient_over_several_ranks_is_refused() -> None:
-    """Each rank would keep its own rows' part of it."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        weight = DTensor.from_local(f(10, 8), mesh, [Shard(0)])
-        head = f(3, 8), weight.requires_grad_(), TOKENS["targets_N"]
-        with pytest.raises(ValueError, match=r"weight_VD must be whole or need no .*on 2 ranks.*Partial"):
-            ops.linear_logprob(*head, temperature=1.0)
-    finally:
-        dist.destroy_process_group()
-
-
-@needs_cpp
-@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_sample", "tree_attention", "compute_advantages"])
-def test_other_lengths_need_no_other_graph(name: str) -> None:
-    """A microbatch has another number of tokens each time."""
-    graphs, weight = [], f(20, 8)
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(h: Tensor, rows: Tensor) -> Tensor:
-        tokens = {"targets_N": rows, "rows_N": rows, "old_logprobs_N": h[rows, 0], "advantages": h[rows, 1]}
-        return ops.linear_policy_loss(h, weight, **tokens, temperature=1.0, num_loss_tokens=3).loss
-
-    def sample(h: Tensor, rows: Tensor) -> Tensor:
-        draws = {key: x[:1].expand(len(rows)).contiguous() for key, x in DRAWS.items()}
-        return ops.linear_sample(h, weight, rows, rows_B=rows, **draws)[1]
-
-    def attend(h: Tensor, rows: Tensor) -> Tensor:
-        heads = h[:, None]
-        return ops.tree_attention(heads, heads, heads, torch.full_like(h[:, 0], len(h)).int(), scale=1.0)
-
-    def advantages(h: Tensor, rows: Tensor) -> Tensor:
-        return ops.compute_advantages(h[:, 0].contiguous(), rows, rows, rows * 0)
-
-    torch._dynamo.reset()
-    functions = {
-        "linear_policy_loss": loss,
-        "linear_sample": sample,
-        "tree_attention": attend,
-        "compute_advantages": advantages,
-    }
-    compiled = torch.compile(functions[name], fullgraph=True, dynamic=True, backend=count)
-    for length in range(5, 17):
-        rows = torch.arange(length)
-        torch.testing.assert_close(compiled(f(length, 8), rows), functions[name](f(length, 8), rows))
-    assert len(graphs) <= 2
 
 
 @pytest.mark.parametrize("impl", ["ref", pytest.param("cpp", marks=needs_cpp)])

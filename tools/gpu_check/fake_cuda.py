@@ -112,13 +112,7 @@ class Recorder(TorchDispatchMode):
         self.current: Section | None = None
 
     @contextlib.contextmanager
-    def section(
-        self,
-        name: str,
-        *,
-        may_read: bool,
-        may_upload: bool = True,
-    ) -> Iterator[Section]:
+    def section(self, name: str, *, may_read: bool, may_upload: bool = True) -> Iterator[Section]:
         """Records into a new section of that name; whatever is raised inside becomes its fault."""
         outer, section = self.current, Section(name, may_read, may_upload)
         self.sections.append(section)
@@ -226,11 +220,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _record(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        outputs: list[Tensor],
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: list[Tensor]
     ) -> None:
         """One launch, unless the op makes a view, an empty tensor or nothing."""
         name, inputs = op_name(func), tensors_of((args, kwargs))
