@@ -50,11 +50,11 @@ def test_loss_equals_all_logits(dtype: torch.dtype, head: dict[str, Any], impl: 
     assert ("dbias" in actual) == ("bias" in head)
 
 
-# the interpreter takes its time
-@pytest.mark.parametrize(
-    ("head", "impl"),
-    [*itertools.product(HEADS.values(), IMPLS), (HEADS["all"], "triton")],
-)
+# The interpreter takes its time.
+SLOW = [pytest.param(HEADS["all"], "triton", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("head", "impl"), [*itertools.product(HEADS.values(), IMPLS), *SLOW])
 def test_gradcheck(head: dict[str, Any], impl: str) -> None:
     case = make_case(num_tokens=5, num_rows=7, vocab=11, width=3)
     options = gathered({"entropy_coef": 0.3, "kl_coef": 0.2}) | {"impl": impl, "rows_N": case.rows}

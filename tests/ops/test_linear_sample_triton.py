@@ -124,6 +124,7 @@ def minus_log1p_kernel(v_ptr, result_ptr, BLOCK_V: tl.constexpr):
     tl.store(result_ptr + lanes, kernels._minus_log1p(tl.load(v_ptr + lanes)))
 
 
+@pytest.mark.slow
 def test_chi_square() -> None:
     """102,400 draws of 24 tokens from one row of hidden; failed by one seed in 10,000."""
     num_draws, temperature = 102_400, 0.7

@@ -138,6 +138,7 @@ def test_math(text: str, truth: str, is_correct: bool) -> None:
     assert make_grader("math")(text, question(truth)) is is_correct
 
 
+@pytest.mark.slow
 def test_math_bounds_hostile_answers(capfd: pytest.CaptureFixture[str]) -> None:
     """Wrong within the time limit, nothing of it printed, and the next answer is graded as ever."""
     pytest.importorskip("math_verify")
