@@ -42,10 +42,9 @@ def fused_policy_loss(
     assert scale_N is not None
     floats = [x if x is None else x.detach().to(scale_N.dtype) for x in by_row[3:]]
     *floats, ref_logprobs_N, sampler_logprobs_N = floats
-    floats += [
-        ref_logprobs_N if options.kl_coef != 0 else None,
-        sampler_logprobs_N if tis_clip is not None else None,
-    ]
+    ref_logprobs_N = ref_logprobs_N if options.kl_coef != 0 else None
+    sampler_logprobs_N = sampler_logprobs_N if tis_clip is not None else None
+    floats = [*floats, ref_logprobs_N, sampler_logprobs_N]
     numbers = tanh_scale, float("inf") if tis_clip is None else tis_clip, *options.flat()
     needs = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in linear)
     loss, clip_fraction, values_3N, *_ = linear_policy_loss_op(
