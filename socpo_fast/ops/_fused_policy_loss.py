@@ -107,10 +107,11 @@ def _kernel(
 ) -> tuple[Tensor, ...]:
     has_target_N = targets_N != NO_TARGET
     has_loss_N = has_target_N & (weights_N != 0)
-    wanted_N = has_target_N if all_rows else has_loss_N
+    scored_N = has_loss_N
     if not all_rows and entropy_coef == 0 and kl_coef == 0:
-        wanted_N = has_loss_N & (advantages_N != 0)
-    weights_N = weights_N.where(has_loss_N & wanted_N, 0)
+        scored_N = has_loss_N & (advantages_N != 0)
+    wanted_N = has_target_N if all_rows else scored_N
+    weights_N = weights_N.where(scored_N, 0)
     by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), weights_N, inv_temperature_N
     logprobs = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
     rows = _Rows(*keep_wanted(wanted_N, *by_row, wanted_N, advantages_N, *logprobs))

@@ -92,6 +92,7 @@ def policy_gradients(
         options:        clips, entropy bonus and KL, as of ops.policy_loss.
         tis_clip:       > 0, upper bound of the truncated importance weight; None: no such weight.
         checkpointing:  recompute each layer in the backward: less memory, a third more compute.
+        impl:           of the LM head, as of ops.linear_policy_loss; "ref" is attention's as well.
 
     Raises:
         ValueError: an unknown choice, a missing normaliser, or values that do not fit the attempts.
