@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple, cast, get_args
+from typing import Annotated, Any, NamedTuple, cast, get_args
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 KINDS = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "null": "none"}
@@ -149,11 +150,12 @@ def to_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def to_toml(model: BaseModel) -> str:
-    """One [section] table of key = value lines after the other."""
+def to_toml(tables: Mapping[str, Any], prefix: str = "") -> str:
+    """One [section] table of key = value lines after the other; prefix stands before their names."""
     lines: list[str] = []
-    for section, table in model.model_dump().items():
-        lines += [f"[{section}]", *(f"{key} = {toml_literal(value)}" for key, value in table.items()), ""]
+    for section, table in tables.items():
+        values = (f"{key} = {toml_literal(value)}" for key, value in table.items())
+        lines += [f"[{prefix}{section}]", *values, ""]
     return "\n".join(lines)
 
 
@@ -202,3 +204,14 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     # What stands in a field with repr=False may be a pasted key or password, so it is not shown.
     shown = repr(value) if fields_of(model)[name].repr else "something else"
     return f"config: {name} must be {rule_of(model, name)}, got {shown}"
+
+
+def expand_home(path: str) -> str:
+    """A path whose ~ is written out; in a file no shell does that."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"config: a path must begin at the home of a known user, got {path!r}; write it out")
+    return expanded
+
+
+LocalPath = Annotated[str, AfterValidator(expand_home)]
