@@ -79,8 +79,7 @@ def rollout_only(config: Config) -> None:
 class Trainer:
     """One run: its session, its optimizer, which counts updates, and its state. Read run first.
 
-    The run's folder is the caller's to hold (run_folder). It is written to at last, after all that
-    could be refused.
+    The run's folder is the caller's to hold (run_folder), and nothing is written to it before run.
     """
 
     def __init__(self, config: Config):
@@ -97,8 +96,7 @@ class Trainer:
         self.credit = credit_options(config)
         self.updater = Updater(self.student, config, reference=self.session.reference)
         self.optimizer = self.updater.optimizer
-        self.state, text = self.start_or_resume()
-        replace_file(config.folder / "config.toml", text)
+        self.state, self.config_text = self.start_or_resume()
         self.signals = StopSignals()
 
     def start_or_resume(self) -> tuple[RunState, str]:
@@ -164,6 +162,7 @@ class Trainer:
         resumed = None if self.resumed_from is None else self.optimizer.num_updates
         writer = MetricsWriter(self.config.folder, resume_after_update=resumed)
         self.writer = stack.enter_context(writer)
+        replace_file(self.config.folder / "config.toml", self.config_text)
         progress = Progress(
             num_batches=self.config.run.num_batches,
             first_batch=self.state.batch + 1,
