@@ -28,8 +28,6 @@ from socpo_fast.config import Config, load_config, read_toml
 from socpo_fast.config.text import describe, fields_of, rule_of, sections_of, to_text, unknown_key
 from socpo_fast.files import RunFailed
 
-ENDING_S = 0.5  # that the interpreter has to end, once the command is done
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. None: those of the process, which ends with it.
@@ -48,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:  # closed: what is left to say goes nowhere, and the exit code stays
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        last = threading.Timer(ENDING_S, os._exit, [code])
+        last = threading.Timer(0.5, os._exit, [code])
         last.daemon = True
         last.start()
     return code

@@ -31,7 +31,6 @@ from socpo_fast.types import Question, Rollout, SamplingParams
 
 EVAL_BATCH = -1  # names the noise of evaluations: the same draws every time, none of them training's
 EVAL_SLICE_ROLLOUTS = 4096  # in flight together: many times max_running, so that a slice's end costs little
-CLOSING_S = 0.5  # that a teacher has to close its connections
 BUILTIN_EVAL_SEED = 0  # the held-out questions are the same for every run
 
 
@@ -74,7 +73,7 @@ class Session:
 
     def close(self) -> None:
         with suppress(TimeoutError):  # a call that hangs ends with the process
-            background(self.teacher.aclose()).result(timeout=CLOSING_S)
+            background(self.teacher.aclose()).result(timeout=0.5)
 
     def _load_student(self, device: torch.device) -> Decoder:
         return load_student(self.student_folder, dtype=self.config.student.dtype, device=device)
@@ -133,11 +132,10 @@ class Session:
 
     def drawn_from(self, train: Sequence[Question], held_out: Sequence[Question]) -> dict[str, str]:
         """What decides a run's prompts beside its settings, in words that change when it does."""
-        tokens = sorted(self.tokenizer.get_vocab().items())
         return {
             "questions of data.train": _digest([*map(asdict, train)]),
             "questions of data.eval": _digest([*map(asdict, held_out)]),
-            "tokens of the student": _digest(tokens),
+            "tokens of the student": _digest(sorted(self.tokenizer.get_vocab().items())),
             "chat template of the student": _digest(str(self.tokenizer.chat_template)),
         }
 
@@ -213,5 +211,4 @@ def credit_options(config: Config) -> CreditOptions:
 
 def _digest(values: Sequence[Any]) -> str:
     """How many there are, and the head of the hash of all."""
-    hashed = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    return f"{len(values)} with hash {hashed[:12]}"
+    return f"{len(values)} with hash {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]}"

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # By what the block waits for, and whether it has come.
 ANSWERS = {
     (1, True): "stopping, and saving",
@@ -42,9 +41,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         on_main_thread = threading.current_thread() is threading.main_thread()
-        handlers = {signum: signal.getsignal(signum) for signum in SIGNALS if on_main_thread}
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if on_main_thread else ()
         # None is not Python's, and could not be given back.
-        self._previous = {s: old for s, old in handlers.items() if old not in (signal.SIG_IGN, None)}
+        self._previous = {
+            signum: handler for signum in signals if (handler := signal.getsignal(signum)) not in (signal.SIG_IGN, None)
+        }
         for signum in self._previous:
             signal.signal(signum, self._handle)
         return self

@@ -105,15 +105,14 @@ class Trainer:
         A checkpoint's weights are loaded here.
         """
         drawn_from = self.session.drawn_from(self.train_questions, self.eval_questions)
-        has_eval = bool(self.eval_questions)
         if self.resumed_from is None:
-            return RunState(drawn_from=drawn_from, eval_due=has_eval), config_text(self.config)
+            return RunState(drawn_from=drawn_from, eval_due=bool(self.eval_questions)), config_text(self.config)
         record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
         state = RunState.from_record(
             record,
             checkpoint=self.resumed_from,
             drawn_from=drawn_from,
-            has_eval=has_eval,
+            has_eval=bool(self.eval_questions),
         )
         self.engine.policy_version = state.policy_version
         run = self.resumed_from.absolute().parent.parent
@@ -148,12 +147,11 @@ class Trainer:
 
     def end_early(self) -> NoReturn:
         """Save, unless a second signal came amid updates; then the whole process ends."""
-        batch = self.state.batch
         if self.state.between_batches:
             self.save()
-            where = f"stopped and saved after batch {batch}; run.resume auto goes on from there"
+            where = f"stopped and saved after batch {self.state.batch}; run.resume auto goes on from there"
         else:
-            where = f"stopped amid the updates of batch {batch + 1}; the last checkpoint stays"
+            where = f"stopped amid the updates of batch {self.state.batch + 1}; the last checkpoint stays"
         self.progress.note(where)
         raise SystemExit(128 + (self.signals.received or 0)) from None
 

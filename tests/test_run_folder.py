@@ -266,3 +266,10 @@ def test_home_is_written_out_in_every_path(tmp_path: Path, monkeypatch: pytest.M
     assert paths == tuple(f"{tmp_path}/{name}" for name in "xsdet")
     with pytest.raises(ValueError, match="config: a path must begin at the home of a known user, got '~nobody-here/x'"):
         load_config(None, {"run.dir": "~nobody-here/x"})
+
+
+def test_lost_metrics_are_told(run_dir: Path) -> None:
+    (run_dir / "run" / "metrics.jsonl").unlink()
+    message = "run/metrics.jsonl: rows of updates 1 to 1 are missing"
+    with pytest.warns(UserWarning, match=message):
+        assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0

@@ -38,7 +38,7 @@ from socpo_fast.config.sections import (
     TeacherConfig,
     TrainConfig,
 )
-from socpo_fast.config.text import choose_kinds, explain, from_text, to_toml
+from socpo_fast.config.text import choose_kinds, explain, from_text
 
 __all__ = [
     "AdvantageConfig",
@@ -120,10 +120,6 @@ class Config(Section):
     def folder(self) -> Path:
         """The run folder, run.dir/run.name."""
         return Path(self.run.dir) / self.run.name
-
-    def to_toml(self) -> str:
-        """TOML that load_config reads back to an equal Config. Holds no secret: of the key only its variable's name."""
-        return to_toml(self.model_dump())
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

@@ -66,5 +66,6 @@ def _take(lock: int, folder: Path) -> None:
         raise ValueError(f"run: {folder} {reason}") from None
     except OSError as error:  # not every network disk can
         warnings.warn(f"run: {folder} could not be locked ({error.strerror})", stacklevel=5)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    with suppress(OSError):  # a full disk: who holds it cannot be told then
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -97,7 +97,7 @@ def settings_text(
 
 
 def config_text(config: Config, history: Sequence[Mapping[str, Any]] = ()) -> str:
-    """A config.toml."""
+    """TOML that load_config reads back to an equal Config. Of a key only its variable's name."""
     return "\n".join([to_toml(_tables(config)), *map(_entry_text, history)])
 
 

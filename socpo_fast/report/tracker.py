@@ -35,6 +35,11 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_after_update is None else resume_after_update
         kept = [row for row in read_metrics(self.path) if row["update"] <= last]
+        reached = max((row["update"] for row in kept), default=0)
+        is_own = (self.path.parent / "checkpoints" / f"update_{last:06d}").exists()
+        if is_own and reached < last:
+            message = f"{self.path}: rows of updates {reached + 1} to {last} are missing"
+            warnings.warn(message, stacklevel=2)
         replace_jsonl(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         tb = str(self.path.parent / "tb")

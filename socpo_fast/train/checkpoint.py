@@ -120,10 +120,8 @@ def damage_of(path: Path, *, thorough: bool = True) -> str | None:
         return f"{path / MANIFEST} is missing or damaged"
     for name, saved in manifest.items():
         file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != saved["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes instead of {saved['bytes']}"
+        if not file.is_file() or file.stat().st_size != saved["bytes"]:
+            return f"{file} is missing or not of its {saved['bytes']} bytes"
         if thorough and _fingerprint(file) != saved:
             return f"{file} has other bytes than were written"
     return None
