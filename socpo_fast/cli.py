@@ -4,8 +4,8 @@
 
 tyro reads the words and writes --help; config validates values, so a mistake in a file and one on the command line
 read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
-Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows where), 128 and the signal's
-number (130 Ctrl-C) for what was stopped.
+Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows
+where), 128 and the signal's number (130 Ctrl-C) for what was stopped.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def put_in_place(partial: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with what is in it, a file, or a link but not what it leads to; or nothing."""
+    """Remove a folder with what is in it, a file, or a link but not what it leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Where a run stands, what a checkpoint keeps of that, from which one a run goes on, and what comes next."""
+"""Where a run stands, what a checkpoint keeps of it, where a run goes on, what comes next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from socpo_fast.socratic.data import batch_questions, question_order
 from socpo_fast.train.checkpoint import damage_of, latest_checkpoint
 from socpo_fast.types import Question
 
-UPDATE_ORDER_SEED = 2**31  # keeps the order of updates apart from that of questions; seeds are below it
+UPDATE_ORDER_SEED = 2**31  # keeps the order of updates apart from that of questions; above run.seed
 RECORD_VERSION = 2  # of what a run folder holds; rollouts are written turn by turn
 
 
@@ -164,7 +164,12 @@ def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]
 
 def pick_questions(config: Config, questions: list[Question], batch: int) -> list[Question]:
     """The questions of batch 1, 2, .."""
-    return batch_questions(questions, config.run.seed, batch - 1, config.rollout.questions_per_batch)
+    return batch_questions(
+        questions,
+        config.run.seed,
+        batch - 1,
+        config.rollout.questions_per_batch,
+    )
 
 
 def is_due(before: int, after: int, every: int) -> bool:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,8 @@ class Session:
     def drawn_from(self, train: Sequence[Question], held_out: Sequence[Question]) -> dict[str, str]:
         """What decides a run's prompts beside its settings, in words that change when it does."""
         return {
-            "questions of data.train": _digest([*map(asdict, train)]),
-            "questions of data.eval": _digest([*map(asdict, held_out)]),
+            "questions of data.train": _digest([*map(vars, train)]),
+            "questions of data.eval": _digest([*map(vars, held_out)]),
             "tokens of the student": _digest(sorted(self.tokenizer.get_vocab().items())),
             "chat template of the student": _digest(str(self.tokenizer.chat_template)),
         }

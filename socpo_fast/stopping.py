@@ -1,8 +1,8 @@
 """How a run ends early: SIGTERM, SIGINT and SIGHUP. Read StopSignals.
 
 A signal is answered on the terminal at once. Where nothing is lost by it (rollouts, evaluations) it
-stops the run right there; in updates it waits for the last one of the batch, or for a second signal;
-what is being written to the disk is written to its end.
+stops the run right there; in updates it waits for the last one of the batch, or a second signal.
+What is being written to the disk is written to its end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 # By what the block waits for, and whether it has come.
 ANSWERS = {
@@ -41,13 +42,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         on_main_thread = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if on_main_thread else ()
-        # None is not Python's, and could not be given back.
-        self._previous = {
-            signum: handler for signum in signals if (handler := signal.getsignal(signum)) not in (signal.SIG_IGN, None)
-        }
-        for signum in self._previous:
-            signal.signal(signum, self._handle)
+        self._previous: dict[int, Any] = {}
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if on_main_thread else ():
+            # None: a handler that is not Python's, and could not be given back.
+            if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -106,7 +106,8 @@ class Trainer:
         """
         drawn_from = self.session.drawn_from(self.train_questions, self.eval_questions)
         if self.resumed_from is None:
-            return RunState(drawn_from=drawn_from, eval_due=bool(self.eval_questions)), config_text(self.config)
+            state = RunState(drawn_from=drawn_from, eval_due=bool(self.eval_questions))
+            return state, config_text(self.config)
         record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
         state = RunState.from_record(
             record,
@@ -149,10 +150,10 @@ class Trainer:
         """Save, unless a second signal came amid updates; then the whole process ends."""
         if self.state.between_batches:
             self.save()
-            where = f"stopped and saved after batch {self.state.batch}; run.resume auto goes on from there"
+            where = f"and saved after batch {self.state.batch}; run.resume auto goes on from there"
         else:
-            where = f"stopped amid the updates of batch {self.state.batch + 1}; the last checkpoint stays"
-        self.progress.note(where)
+            where = f"amid the updates of batch {self.state.batch + 1}; the last checkpoint stays"
+        self.progress.note(f"stopped {where}")
         raise SystemExit(128 + (self.signals.received or 0)) from None
 
     def open_outputs(self, stack: ExitStack) -> None:

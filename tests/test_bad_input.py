@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     # folders
     "a run folder that is a file": (
         as_file("taken", run__dir="{folder}", run__name="taken"),
-        "run: .*taken must be a writable folder, got (File exists|Not a directory): .*taken.*; set run.dir",
+        "run: .*taken must be a writable folder, got (File exists|Not a dir.*): .*taken.*; set run",
     ),
     "a run folder below a file": (
         as_file("taken", run__dir="{folder}/taken"),

@@ -181,9 +181,8 @@ def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1), number=st.floats(min_value=1e-300, max_value=1.0))
 def test_round_trip_of_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
-    config = load_config(
-        None, LOCAL | {"student.path": f"models/{text}", "teacher.system_prompt": text, "train.lr": number}
-    )
+    words = {"student.path": f"models/{text}", "teacher.system_prompt": text, "train.lr": number}
+    config = load_config(None, LOCAL | words)
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_bytes(config_text(config).encode())
     assert load_config(path) == config

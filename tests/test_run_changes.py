@@ -1,4 +1,4 @@
-"""Changed settings and data of a run that goes on: listed, agreed to, and on record in config.toml."""
+"""Changed settings and data of a run that goes on: listed, agreed to, on record."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from socpo_fast.report.settings import FREE
 from tests.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
 
 __all__ = ["finished_run", "run_dir"]  # fixtures
+Capture = pytest.CaptureFixture[str]
+MUST = "run: .*/run must go on as it began, got "
 
 
 def history_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -25,12 +27,12 @@ def history_of(run_dir: Path) -> list[dict[str, Any]]:
     return tomllib.loads(path.read_text()).get("history", [])
 
 
-def test_changed_settings_need_consent(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_settings_need_consent(run_dir: Path, capsys: Capture) -> None:
     words = {"run.num_batches": 2, "train.lr": 2e-4, "rollout.temperature": 0.9}
     before, first = snapshot(run_dir), load_config(run_dir / "run" / "config.toml")
     assert main(words_of("train", run_dir, words)) == 2
     listed = f"rollout.temperature: 1.0 -> 0.9; train.lr: {first.train.lr} -> 0.0002"
-    message = f"run: .*/run must go on as it began, got {listed}; set them back, or set run.accept_changes true"
+    message = f"{MUST}{listed}; set them back, or set run.accept_changes true"
     assert_refused(capsys.readouterr().err, message)
     assert snapshot(run_dir) == before
     consent = words | {"run.accept_changes": "true"}
@@ -63,7 +65,7 @@ def test_what_was_lost_leaves_the_record(run_dir: Path) -> None:
     assert history_of(run_dir) == []
 
 
-def test_a_finished_run_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so(run_dir: Path, capsys: Capture) -> None:
     assert main(words_of("train", run_dir, {})) == 0  # it was moved, which config.toml tells of
     before = snapshot(run_dir / "run")
     assert main(words_of("train", run_dir, {})) == 0
@@ -74,8 +76,9 @@ def test_a_finished_run_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_free_settings_need_no_consent(run_dir: Path) -> None:
-    words = {"run.num_batches": 2, "run.keep_checkpoints": 7, "run.threads": 1, "eval.every_updates": 1}
-    words |= {"engine.kv_cache_gib": 0.03, "engine.max_running": 3, "run.checkpoint_every_updates": 3}
+    words = {"run.num_batches": 2, "run.keep_checkpoints": 7, "run.threads": 1}
+    words |= {"run.checkpoint_every_updates": 3, "eval.every_updates": 1}
+    words |= {"engine.kv_cache_gib": 0.03, "engine.max_running": 3}
     assert main(words_of("train", run_dir, words)) == 0
     assert history_of(run_dir) == []
     assert load_config(run_dir / "run" / "config.toml").engine.max_running == 3
@@ -85,15 +88,14 @@ def test_free_settings_are_settings() -> None:
     assert set(FREE) <= set(fields_of(Config))
 
 
-def test_a_lost_config_toml_needs_consent(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_config_toml_needs_consent(run_dir: Path, capsys: Capture) -> None:
     (run_dir / "run" / "config.toml").unlink()
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
-    assert_refused(
-        capsys.readouterr().err, "run: .*/run must go on as it began, got .*config.toml: what held before -> missing"
-    )
+    message = f"{MUST}.*config.toml: what held before -> missing"
+    assert_refused(capsys.readouterr().err, message)
 
 
-def test_other_questions_need_consent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_questions_need_consent(tmp_path: Path, capsys: Capture) -> None:
     """As many as before, in the same file; the same ones in another folder do not."""
 
     def write(name: str, text: str) -> Path:
@@ -104,15 +106,17 @@ def test_other_questions_need_consent(tmp_path: Path, capsys: pytest.CaptureFixt
 
     def train(path: Path, **more: object) -> int:
         words = {"data.train": path, "data.eval": "none", "teacher.kind": "retry"}
-        return main(words_of("train", tmp_path / "runs", words | {f"run.{k}": v for k, v in more.items()}))
+        words |= {f"run.{name}": value for name, value in more.items()}
+        return main(words_of("train", tmp_path / "runs", words))
 
     assert train(write("a/rows.jsonl", "first")) == 0
     assert train(write("b/rows.jsonl", "first"), num_batches=2) == 0
     capsys.readouterr()
     assert train(write("b/rows.jsonl", "other"), num_batches=3) == 2
-    message = "run: .* got questions of data.train: 8 with hash [0-9a-f]{12} -> 8 with hash [0-9a-f]{12}; set them back"
+    digest = "8 with hash [0-9a-f]{12}"
+    message = f"{MUST}questions of data.train: {digest} -> {digest}; set them back"
     assert_refused(capsys.readouterr().err, message)
-    with pytest.warns(UserWarning, match="changed from update 2 on: questions of data.train: 8 with"):
+    with pytest.warns(UserWarning, match="changed from update 2 on: questions of data.train: 8"):
         assert train(tmp_path / "b/rows.jsonl", num_batches=3, accept_changes="true") == 0
     [entry] = history_of(tmp_path / "runs")
     assert entry["until_update"] == 2
@@ -121,7 +125,8 @@ def test_other_questions_need_consent(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
     """Who names it means it: what differs is told, and what held before is on record."""
     start = run_dir / "run" / "checkpoints" / "update_000001"
-    words = {"run.dir": run_dir / "other", "run.resume": start, "run.num_batches": 2, "train.lr": 2e-4}
+    words = {"run.dir": run_dir / "other", "run.resume": start}
+    words |= {"run.num_batches": 2, "train.lr": 2e-4}
     with pytest.warns(UserWarning, match="changed from update 1 on: train.lr: .* -> 0.0002"):
         assert main(words_of("train", run_dir, words)) == 0
     [entry] = history_of(run_dir / "other")

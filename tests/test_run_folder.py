@@ -1,4 +1,4 @@
-"""A run's folder: whatever happened to it, a start goes on, or says in one line why not and changes nothing."""
+"""A run's folder: whatever happened to it, a start goes on, or says why not and changes nothing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from socpo_fast.report.folder import run_folder
 from tests.bad_input import Words, assert_refused, finished_run, run_dir, snapshot, words_of
 
 __all__ = ["finished_run", "run_dir"]  # fixtures
+Capture = pytest.CaptureFixture[str]
 
 ROOT = Path(__file__).parent.parent
 NO_EVAL = {"data.eval": "none", "run.checkpoint_every_updates": 1, "run.keep_checkpoints": 9}
@@ -90,19 +91,19 @@ LOST: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", LOST)
-def test_lost_checkpoints_are_no_fresh_start(case: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_checkpoints_are_no_fresh_start(case: str, run_dir: Path, capsys: Capture) -> None:
     damage, message = LOST[case]
     damage(run_dir / "run")
     before = snapshot(run_dir)
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
     assert_refused(capsys.readouterr().err, message)
     assert snapshot(run_dir) == before
-    if "metrics" in message or "checkpoint:" in message:  # nor does it evaluate the student it began with
+    if message != NO_FOLDER:  # nor does it evaluate the student it began with
         assert main(words_of("eval", run_dir, {})) == 2
         assert_refused(capsys.readouterr().err, message)
 
 
-def test_a_damaged_checkpoint_is_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(run_dir: Path, capsys: Capture) -> None:
     """With a warning that names the file; the run ends as if nothing had happened."""
     words = NO_EVAL | {"run.name": "run2", "run.num_batches": 4}
     assert main(words_of("train", run_dir, words)) == 0
@@ -113,9 +114,8 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir: Path, capsys: pytest.Captu
     damaged = snapshot(folder / "update_000003")
     capsys.readouterr()
     stop_at_2 = words | {"run.num_batches": 2, "run.keep_checkpoints": 1}
-    with pytest.warns(
-        UserWarning, match="update_000003/tokenizer.json has other bytes .*; passed over for update_000002"
-    ):
+    message = "update_000003/tokenizer.json has other bytes .*; passed over for update_000002"
+    with pytest.warns(UserWarning, match=message):
         assert main(words_of("train", run_dir, stop_at_2)) == 0
     assert "finished at batch 2; raise run.num_batches to go on" in capsys.readouterr().out
     assert snapshot(folder / "update_000003") == damaged
@@ -124,11 +124,12 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir: Path, capsys: pytest.Captu
     assert snapshot(folder) == straight
 
 
-def test_damaged_rows_cost_themselves(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_rows_cost_themselves(run_dir: Path, capsys: Capture) -> None:
     """Metrics and rollouts: rows that are none, of another shape, nested without end."""
     run = run_dir / "run"
-    bad_rows = ["3", "{}", "[" * 100_000, '{"kind": "eval", "batch": 1, "update": "x"}', '{"turns": [3]}']
-    bad_rows += ['{"kind": "batch", "batch": 1, "update": 1, "reward/mean": "x"}', '{"kind": ["eval"]}']
+    bad_rows = ["3", "{}", "[" * 100_000, '{"turns": [3]}', '{"kind": ["eval"]}']
+    bad_rows += ['{"kind": "eval", "batch": 1, "update": "x"}']
+    bad_rows += ['{"kind": "batch", "batch": 1, "update": 1, "reward/mean": "x"}']
     for path in (run / "metrics.jsonl", run / "rollouts" / "batch_000001.jsonl"):
         with path.open("a") as file:
             file.write("\n".join(bad_rows) + "\n\xff\n")
@@ -142,8 +143,8 @@ def test_damaged_rows_cost_themselves(run_dir: Path, capsys: pytest.CaptureFixtu
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["x = " + "[" * 100_000, "[run", "\xff", "history = 3\n[run]\nseed = 0"])
-def test_a_damaged_config_toml_is_named(content: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("content", ["x = " + "[" * 100_000, "[run", "\xff", "history = 3"])
+def test_a_damaged_config_toml_is_named(content: str, run_dir: Path, capsys: Capture) -> None:
     (run_dir / "run" / "config.toml").write_text(content, encoding="latin-1")
     before = snapshot(run_dir)
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
@@ -167,11 +168,11 @@ def test_links_lead_nothing_elsewhere(run_dir: Path, tmp_path: Path) -> None:
     assert "<html" in (run / "report.html").read_text()
 
 
-def test_a_planted_lock(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_planted_lock(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
     (run_dir / "run" / ".lock").unlink()
     (run_dir / "run" / ".lock").symlink_to(tmp_path / "victim")
     assert main(words_of("train", run_dir, {})) == 2
-    message = "run: .*run must be a writable folder, got Too many levels of symbolic links: .*/.lock; set run.dir"
+    message = "run: .*run must be a writable folder, got Too many levels of .*/.lock; set run.dir"
     assert_refused(capsys.readouterr().err, message)
     assert not (tmp_path / "victim").exists()
 
@@ -187,8 +188,8 @@ with run_folder(Path(sys.argv[1])):
 """
 
 
-def test_one_process_a_folder(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second one is told whose the folder is; the lock ends with its holder, however that ends."""
+def test_one_process_a_folder(run_dir: Path, capsys: Capture) -> None:
+    """A second one is told whose the folder is; the lock ends with its holder."""
     command = [sys.executable, "-c", HOLD, str(run_dir / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -200,7 +201,7 @@ def test_one_process_a_folder(run_dir: Path, capsys: pytest.CaptureFixture[str])
             if command_word == "rollout":
                 rows.rename(rows.with_suffix(".away"))
             assert main(words_of(command_word, run_dir, {"run.num_batches": 2})) == 2
-            message = rf"run: .*/run is in use by process {holder.pid} on .*; wait for its end, or set run.name$"
+            message = rf"run: .*/run is in use by process {holder.pid} on .*; wait for its end, or "
             assert_refused(capsys.readouterr().err, message)
         rows.with_suffix(".away").rename(rows)
         assert snapshot(run_dir) == before
@@ -229,7 +230,7 @@ def test_two_threads_of_a_process_are_two(tmp_path: Path) -> None:
         {"run.resume": "update_000001"},
     ],
 )
-def test_a_refused_command_leaves_no_folder(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_command_leaves_no_folder(words: Words, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "there").mkdir()
     for command in ("train", "rollout") if "run.resume" not in words else ("train",):
         assert main(words_of(command, tmp_path / "there" / "runs" / "mine", words)) == 2
@@ -258,13 +259,16 @@ def test_a_moved_run_goes_on(run_dir: Path, tmp_path: Path) -> None:
 def test_home_is_written_out_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     lines = ["[run]", 'dir = "~/runs"', 'resume = "~/x"', "[student]", 'path = "~/s"']
-    lines += ["[data]", 'train = "~/d"', 'eval = "~/e"', "[teacher]", 'kind = "local"', 'path = "~/t"']
+    lines += ["[data]", 'train = "~/d"', 'eval = "~/e"']
+    lines += ["[teacher]", 'kind = "local"', 'path = "~/t"']
     (tmp_path / "c.toml").write_text("\n".join(lines))
     config = load_config("~/c.toml")
     assert config.folder == tmp_path / "runs" / "run"
-    paths = (config.run.resume, config.student.path, config.data.train, config.data.eval, config.teacher.path)
-    assert paths == tuple(f"{tmp_path}/{name}" for name in "xsdet")
-    with pytest.raises(ValueError, match="config: a path must begin at the home of a known user, got '~nobody-here/x'"):
+    data, others = config.data, (config.run.resume, config.student.path, config.teacher.path)
+    paths = (*others, data.train, data.eval)
+    assert paths == tuple(f"{tmp_path}/{name}" for name in "xstde")
+    message = "config: ~ must be a known user's home, got '~nobody-here/x'"
+    with pytest.raises(ValueError, match=message):
         load_config(None, {"run.dir": "~nobody-here/x"})
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, NamedTuple, cast, get_args
 
-from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 KINDS = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "null": "none"}
 LIMITS = {
@@ -151,7 +152,7 @@ def to_text(value: object) -> str:
 
 
 def to_toml(tables: Mapping[str, Any], prefix: str = "") -> str:
-    """One [section] table of key = value lines after the other; prefix stands before their names."""
+    """One [section] table of key = value lines after the other; prefix begins their names."""
     lines: list[str] = []
     for section, table in tables.items():
         values = (f"{key} = {toml_literal(value)}" for key, value in table.items())
@@ -206,11 +207,28 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     return f"config: {name} must be {rule_of(model, name)}, got {shown}"
 
 
+def one_of(
+    names: Iterable[str],
+    *,
+    or_function: bool = False,
+) -> tuple[AfterValidator, WithJsonSchema]:
+    """A word of a table, or "module:function"; as a type: Annotated[str, *one_of(TABLE)]."""
+    known = tuple(names)
+
+    def check(word: str) -> str:
+        if word not in known and not (or_function and ":" in word):
+            raise PydanticCustomError("choice", "not a known word")
+        return word
+
+    shown = [*known, *["module:function"] * or_function]
+    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": shown})
+
+
 def expand_home(path: str) -> str:
     """A path whose ~ is written out; in a file no shell does that."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ValueError(f"config: a path must begin at the home of a known user, got {path!r}; write it out")
+        raise ValueError(f"config: ~ must be a known user's home, got {path!r}; write it out")
     return expanded
 
 

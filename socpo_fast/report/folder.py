@@ -21,7 +21,7 @@ FILES = (LOCK, "config.toml", "metrics.jsonl", "curves.png", "report.html")
 
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
-    """A run's folder for this process alone; made where it is absent, and gone again if nothing came in.
+    """A run's folder for this process alone; made where it is absent, gone if it stays empty.
 
     The lock is the kernel's and ends with the process, however that ends.
 
@@ -33,7 +33,8 @@ def run_folder(folder: Path) -> Iterator[None]:
         path, kind = folder / name, "folder" if name in FOLDERS else "file"
         is_right = path.is_dir() if kind == "folder" else path.is_file() or path.is_symlink()
         if os.path.lexists(path) and not is_right:
-            raise ValueError(f"run: {path} must be a {kind}, got something else; move it, or set run.name")
+            reason = f"must be a {kind}, got something else; move it, or set run.name"
+            raise ValueError(f"run: {path} {reason}")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

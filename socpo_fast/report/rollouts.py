@@ -71,7 +71,8 @@ def _is_whole(row: dict[str, Any]) -> bool:
             numbers += [turn["context_tokens"], turn["num_tokens"], guidance["kept_tokens"] or 0]
             numbers += [turn["reward"] or 0, turn["advantage"] or 0, turn["is_correct"]]
             _ = turn["text"], turn["finish_reason"], guidance["text"], guidance["was_shown"]
-        _ = [row[name] for name in ("question", "ground_truth", "end_reason", "data_source", "policy_version")]
+        _ = row["question"], row["ground_truth"], row["data_source"]
+        _ = row["end_reason"], row["policy_version"]
     except (KeyError, TypeError):
         return False
     return bool(turns) and all(isinstance(number, int | float) for number in numbers)

@@ -71,7 +71,7 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def report_note(run_folder: Path) -> str:
-    """Write the report of a run that has ended, and say so in a line; a page costs no finished run."""
+    """Write the report of a finished run, and say so in a line; a page never costs the run."""
     try:
         return f"report: {write_report(run_folder)}"
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told

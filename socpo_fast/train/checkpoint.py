@@ -142,7 +142,7 @@ def load_checkpoint(
         the trainer_state that was saved.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or one of another model; nothing has been overwritten then.
+        ValueError: no checkpoint, a damaged one, or of another model; nothing is overwritten then.
 
     Memory: one more copy of parameters and moments while loading. Bitwise: the same bits as saved.
     """
@@ -186,10 +186,10 @@ def _checkpoints(folder: str | Path) -> list[Path]:
     """What is named like a checkpoint, oldest first; a replaced one comes before its successor."""
     folder = Path(folder)
     if not folder.is_dir() and os.path.lexists(folder):
-        raise ValueError(f"checkpoint: {folder} must be a folder, got a file or a broken link; bring it back")
+        raise ValueError(f"checkpoint: {folder} must be a folder, got a file or a broken link")
     paths = [*folder.iterdir()] if folder.is_dir() else []
     found = [(match, path) for path in paths if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
+    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), not pair[0][2]))]
 
 
 def _remove_leftovers(folder: str | Path) -> None:

@@ -98,7 +98,7 @@ def test_latest_passes_over_damage_and_says_so(tmp_path: Path) -> None:
     (paths[1] / "manifest.json").write_text("[" * 100_000)
     expect_latest(tmp_path, paths[0], "update_000009/manifest.json is missing or damaged")
     (paths[0] / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="update_000009/manifest.json is missing or damaged, and no other"):
+    with pytest.raises(ValueError, match="update_000009/manifest.json is .*, and no other"):
         latest_checkpoint(tmp_path)
     for path in paths:
         with pytest.raises(ValueError, match=f"checkpoint: .*{path.name}/.*; use an older one"):
@@ -124,7 +124,7 @@ def test_checkpoints_that_are_no_folder(tmp_path: Path, what: str) -> None:
         folder.write_text("")
     else:
         folder.symlink_to(folder if what == "a link to itself" else tmp_path / "gone")
-    with pytest.raises(ValueError, match="checkpoints must be a folder, got a file or a broken link"):
+    with pytest.raises(ValueError, match="must be a folder, got a file or a broken link"):
         latest_checkpoint(folder)
 
 
@@ -207,7 +207,7 @@ def test_flipped_bit_is_refused(tmp_path: Path) -> None:
         content = bytearray((path / name).read_bytes())
         content[-5] ^= 1
         (path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} has other bytes than were written; use an older one"):
+        with pytest.raises(ValueError, match=f"{name} has other bytes .*; use an older one"):
             load_checkpoint(path, student, optimizer)
         content[-5] ^= 1
         (path / name).write_bytes(content)
