@@ -117,14 +117,13 @@ def last_checkpoint(folder: Path) -> Path | None:
         ValueError: updates were made, and no checkpoint of them is whole.
     """
     latest = latest_checkpoint(folder / "checkpoints")
-    if latest is not None:
-        return latest
-    if updates := max((row["update"] for row in read_metrics(folder / "metrics.jsonl")), default=0):
+    rows = [] if latest else read_metrics(folder / "metrics.jsonl")
+    if updates := max((row["update"] for row in rows), default=0):
         raise ValueError(
             f"run: {folder / 'checkpoints'} must hold a checkpoint, as {folder / 'metrics.jsonl'} "
             f"tells of update {updates}, got none; bring it back, or remove {folder} to start again"
         )
-    return None
+    return latest
 
 
 def find_checkpoint(config: Config) -> Path | None:
