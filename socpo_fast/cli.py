@@ -4,7 +4,8 @@
 
 tyro reads the words and writes --help; config validates values, so a mistake in a file and one on the command line
 read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
-Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows where), 130 Ctrl-C.
+Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows
+where), 128 and the signal's number (130 Ctrl-C) for what was stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import difflib
 import json
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -28,8 +30,31 @@ from socpo_fast.files import RunFailed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. None: those of the process, which ends with it.
+
+    A call to a teacher that hangs on a thread of its own does not hold up the end of the process.
+    """
+    if argv is not None:
+        return run(argv)
+    code: Any = 1
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as ended:
+        code = ended.code or 0
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # closed: what is left to say goes nowhere, and the exit code stays
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        last = threading.Timer(0.5, os._exit, [code])
+        last.daemon = True
+        last.start()
+    return code
+
+
+def run(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2

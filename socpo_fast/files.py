@@ -3,7 +3,8 @@
 A file is replaced as a whole (replace_file), a folder appears as a whole (new_folder), a row is on
 the disk when append_row returns. Whatever the machine does meanwhile, a reader meets the old state
 or the new one. Only a file that rows are appended to may end in half a line, and read_jsonl leaves
-that out. A disk that is full or fails ends the run in one line: RunFailed.
+that out. A disk that is full or fails ends the run in one line: RunFailed. What is half written has
+a name that is opened exclusively, so that a link which stands there leads nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,13 +25,15 @@ class RunFailed(RuntimeError):
     """The machine or the numbers ended a run; said in one line, as the caller's mistakes are."""
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write beside and rename, so that a reader or a crash meets the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
+    data = content.encode() if isinstance(content, str) else content
     with named_failure(path):
+        beside.unlink(missing_ok=True)  # of an earlier, killed process
         try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with beside.open("xb") as file:  # exclusive: never by way of a link
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
@@ -59,17 +62,19 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         return []
-    rows, num_torn = [], 0
     # Not splitlines, which would also cut at U+2028 inside a text.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError:
-            num_torn += 1
-    if num_torn:
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    rows = [row for line in lines if isinstance(row := _json_or_none(line), dict)]
+    if num_torn := len(lines) - len(rows):
         message = f"{path}: {num_torn} torn lines left out; a write was interrupted there"
         warnings.warn(message, stacklevel=2)
     return rows
+
+
+def _json_or_none(line: bytes) -> Any:
+    """What stands in a line; None where it is torn, nested without end, or no UTF-8."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(line)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is missing; a Hugging Face folder has one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested without end
         raise ValueError(f"{path}: must be JSON, got {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
@@ -112,14 +117,23 @@ def put_in_place(partial: Path, target: Path) -> None:
     An empty target needs no second name, as a rename may land on an empty folder.
     """
     replaced = target.with_name(target.name + REPLACED)
-    is_taken = target.exists() and any(target.iterdir())
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    is_taken = os.path.lexists(target) and not is_empty
     if is_taken:
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
         target.rename(replaced)
     partial.rename(target)
     sync(target.parent)
     if is_taken:
-        shutil.rmtree(replaced)
+        remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with what is in it, a file, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -129,17 +143,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def make_run_folder(folder: Path) -> None:
-    """Make a run's folder; one that cannot be written is refused now, not after the first batch."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        reason = f"must be a writable folder, got {error.strerror}; set run.dir"
-        raise ValueError(f"run: {folder} {reason}") from None
 
 
 @contextmanager

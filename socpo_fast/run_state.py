@@ -1,16 +1,19 @@
-"""Where a run stands, what a checkpoint keeps of that, and from which checkpoint a run goes on."""
+"""Where a run stands, what a checkpoint keeps of it, where a run goes on, what comes next."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from socpo_fast.config import Config
-from socpo_fast.train.checkpoint import latest_checkpoint
+from socpo_fast.report.tracker import read_metrics
+from socpo_fast.socratic.data import batch_questions, question_order
+from socpo_fast.train.checkpoint import damage_of, latest_checkpoint
+from socpo_fast.types import Question
 
+UPDATE_ORDER_SEED = 2**31  # keeps the order of updates apart from that of questions; above run.seed
 RECORD_VERSION = 2  # of what a run folder holds; rollouts are written turn by turn
 
 
@@ -22,7 +25,7 @@ class RunState:
     between two batches, and where a run goes on from one, nothing is to be saved yet.
 
     Fields:
-        drawn_from:      what decides which questions a batch gets.
+        drawn_from:      the questions and the tokenizer in words, by their hashes.
         eval_due:        an evaluation comes before the next batch.
         batch:           finished batches.
         policy_version:  the engine's at the end of the last batch.
@@ -31,7 +34,7 @@ class RunState:
         is_saved:        the last checkpoint is of this very state.
     """
 
-    drawn_from: dict[str, int]
+    drawn_from: dict[str, str]
     eval_due: bool
     batch: int = 0
     policy_version: int = 0
@@ -78,7 +81,7 @@ class RunState:
         record: Mapping[str, Any],
         *,
         checkpoint: Path,
-        drawn_from: dict[str, int],
+        drawn_from: dict[str, str],
         has_eval: bool,
     ) -> RunState:
         """The state that a checkpoint kept, for a run of the present settings.
@@ -86,7 +89,7 @@ class RunState:
         Args:
             record:     what to_record returned when the checkpoint was made.
             checkpoint: its folder, for messages.
-            drawn_from: of the present settings; others than the checkpoint's are warned of.
+            drawn_from: of the present data; report/settings.py tells of other data.
             has_eval:   the present settings name held-out questions; without, nothing is due.
 
         Raises:
@@ -98,13 +101,6 @@ class RunState:
                 f"run: {checkpoint} must be of record version {RECORD_VERSION}, got {version}, "
                 "from an earlier socpo_fast; choose another run.name"
             )
-        before = record["drawn_from"]
-        if before != drawn_from:
-            warnings.warn(
-                f"run: questions were drawn from {before} and are now from {drawn_from}; "
-                "some of this epoch will come twice and some not at all",
-                stacklevel=2,
-            )
         return cls(
             drawn_from=drawn_from,
             eval_due=record["eval_due"] and has_eval,
@@ -114,13 +110,29 @@ class RunState:
         )
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint of a run's folder; None where no update was ever made.
+
+    Raises:
+        ValueError: updates were made, and no checkpoint of them is whole.
+    """
+    latest = latest_checkpoint(folder / "checkpoints")
+    rows = [] if latest else read_metrics(folder / "metrics.jsonl")
+    if updates := max((row["update"] for row in rows), default=0):
+        raise ValueError(
+            f"run: {folder / 'checkpoints'} must hold a checkpoint, as {folder / 'metrics.jsonl'} "
+            f"tells of update {updates}, got none; bring it back, or remove {folder} to start again"
+        )
+    return latest
+
+
 def find_checkpoint(config: Config) -> Path | None:
-    """Where run.resume says to go on from; None for a fresh run."""
-    latest = latest_checkpoint(config.folder / "checkpoints")
+    """Where run.resume says to go on from, whole to the byte; None for a fresh run."""
+    latest = last_checkpoint(config.folder)
     if config.run.resume == "auto":
         return latest
     if config.run.resume != "never":
-        given = Path(config.run.resume).expanduser()
+        given = Path(config.run.resume)
         is_earlier = latest is not None and given.name < latest.name
         if latest is not None and is_earlier and given.resolve().parent == latest.resolve().parent:
             raise ValueError(
@@ -128,6 +140,8 @@ def find_checkpoint(config: Config) -> Path | None:
                 f"or one of another run, got {given.name}; "
                 "choose another run.name, or remove the later ones"
             )
+        if latest is None and (damage := damage_of(given)):
+            raise ValueError(f"run: run.resume must be a whole checkpoint, got {damage}")
         return latest or given  # a run that has begun goes on from its own
     if latest is not None:
         raise ValueError(
@@ -135,3 +149,28 @@ def find_checkpoint(config: Config) -> Path | None:
             "choose another run.name or set run.resume auto"
         )
     return None
+
+
+def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]:
+    """The groups of each update of batch 1, 2, ..; every epoch has a seeded order of its own."""
+    size, epochs = config.train.questions_per_update, config.train.epochs
+    order = []
+    for epoch in range((batch - 1) * epochs, batch * epochs):
+        shuffled = question_order(UPDATE_ORDER_SEED + config.run.seed, epoch, num_groups)
+        order += [shuffled[start : start + size] for start in range(0, num_groups, size)]
+    return order
+
+
+def pick_questions(config: Config, questions: list[Question], batch: int) -> list[Question]:
+    """The questions of batch 1, 2, .."""
+    return batch_questions(
+        questions,
+        config.run.seed,
+        batch - 1,
+        config.rollout.questions_per_batch,
+    )
+
+
+def is_due(before: int, after: int, every: int) -> bool:
+    """Whether the updates from `before` to `after` crossed a multiple of `every`; 0 = never."""
+    return every > 0 and before // every < after // every

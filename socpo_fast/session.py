@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +47,7 @@ class Session:
         set_threads(config.run.threads)
         device = select_device(config.run.device)
         path = config.student.path
-        self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path).expanduser()
+        self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path)
         self.grader = make_grader(config.data.grader, correct_at=config.grader.correct_at)
         self.student = self._load_student(device).requires_grad_(for_training)
         self.tokenizer = load_tokenizer(self.student_folder)  # after the model, which reports a bad config.json better
@@ -68,7 +72,8 @@ class Session:
         self._check_room()
 
     def close(self) -> None:
-        background(self.teacher.aclose()).result()
+        with suppress(TimeoutError):  # a call that hangs ends with the process
+            background(self.teacher.aclose()).result(timeout=0.5)
 
     def _load_student(self, device: torch.device) -> Decoder:
         return load_student(self.student_folder, dtype=self.config.student.dtype, device=device)
@@ -124,6 +129,15 @@ class Session:
             bridge=self.bridge,
             max_prompt_tokens=self.max_prompt_tokens,
         )
+
+    def drawn_from(self, train: Sequence[Question], held_out: Sequence[Question]) -> dict[str, str]:
+        """What decides a run's prompts beside its settings, in words that change when it does."""
+        return {
+            "questions of data.train": _digest([*map(vars, train)]),
+            "questions of data.eval": _digest([*map(vars, held_out)]),
+            "tokens of the student": _digest(sorted(self.tokenizer.get_vocab().items())),
+            "chat template of the student": _digest(str(self.tokenizer.chat_template)),
+        }
 
     def training_rollouts(self, questions: Sequence[Question], batch_idx: int) -> Iterator[Rollout]:
         return self._rollouts(questions, self.params, batch_idx, self.options)
@@ -193,3 +207,8 @@ def rollout_options(config: Config) -> RolloutOptions:
 def credit_options(config: Config) -> CreditOptions:
     """What attempts earn, from the sections that say it."""
     return CreditOptions(**config.reward.model_dump(), **config.advantage.model_dump())
+
+
+def _digest(values: Sequence[Any]) -> str:
+    """How many there are, and the head of the hash of all."""
+    return f"{len(values)} with hash {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]}"

@@ -1,29 +1,52 @@
-"""How a run ends early. A signal stops it at once where nothing is lost by it, else at the next good place."""
+"""How a run ends early: SIGTERM, SIGINT and SIGHUP. Read StopSignals.
+
+A signal is answered on the terminal at once. Where nothing is lost by it (rollouts, evaluations) it
+stops the run right there; in updates it waits for the last one of the batch, or a second signal.
+What is being written to the disk is written to its end.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
+
+# By what the block waits for, and whether it has come.
+ANSWERS = {
+    (1, True): "stopping, and saving",
+    (2, False): "stopping after the updates of this batch, and saving; a second one stops at once",
+    (2, True): "stopping without the updates of this batch",
+    (None, False): "stopping, as soon as what is being written is on the disk",
+}
 
 
 class StopRequested(BaseException):
-    """Raised where a run may stop. Not an Exception, so that no handler on the way takes it for a failure."""
+    """Raised where a run may stop. No Exception, so that no handler takes it for a failure."""
 
 
 class StopSignals:
-    """Handlers for the time of a `with` block; does nothing off the main thread, where Python delivers no signals."""
+    """Handlers for the time of a `with` block.
+
+    Off the main thread, where Python delivers no signals, there are none. A signal that is ignored
+    (by nohup, or in the background of a script) stays so.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
-        self._at_once = False
+        self.received: int | None = None  # the first one
+        self._num_received = 0
+        self._stop_at: int | None = None  # so many of them raise StopRequested
 
     def __enter__(self) -> StopSignals:
         on_main_thread = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT) if on_main_thread else ()
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in signals}
+        self._previous: dict[int, Any] = {}
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if on_main_thread else ():
+            # None: a handler that is not Python's, and could not be given back.
+            if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -36,16 +59,24 @@ class StopSignals:
             raise StopRequested
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """A block that changes nothing that lasts: a signal raises StopRequested right there."""
+    def stop_at(self, num_signals: int) -> Iterator[None]:
+        """A block that a signal ends with StopRequested, or only the second one.
+
+        One that came before the block ends it in any case.
+        """
         try:
-            self._at_once = True
+            self._stop_at = num_signals
             self.check()  # only now: a signal in between would wait for the block's end
             yield
         finally:
-            self._at_once = False
+            self._stop_at = None
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        self.received = signum
-        if self._at_once:
+        self.received = self.received or signum
+        self._num_received += 1
+        stops = self._stop_at is not None and self._num_received >= self._stop_at
+        answer = f"\n{signal.Signals(signum).name}: {ANSWERS[self._stop_at, stops]}\n"
+        with suppress(OSError):  # a closed terminal. Not print, which may be what was interrupted
+            os.write(2, answer.encode())
+        if stops:
             raise StopRequested

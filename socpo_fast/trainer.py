@@ -4,45 +4,52 @@ Read Trainer.run first, then run_batches and run_batch; run_state.py says where 
 
 Departures from the textbook: rollout engine and trainer are one process and one copy of the
 weights; every random draw is a counter (seed, batch, question, ..), so a run goes on from its batch
-index alone; a checkpoint lies between two batches, where nothing is in flight. SIGTERM and Ctrl-C
-save first: at once while rolling out or evaluating, when the weights are still those of the last
-batch's end, and after the batch's last update otherwise.
+index alone; a checkpoint lies between two batches, where nothing is in flight. SIGTERM, SIGHUP and
+Ctrl-C save first: at once while rolling out or evaluating, when the weights are still those of the
+last batch's end, and after the batch's last update otherwise (a second one does not wait for it).
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack, closing
-from typing import Literal
+from typing import Literal, NoReturn
 
 from socpo_fast.config import Config
-from socpo_fast.files import RunFailed, make_run_folder, replace_file
+from socpo_fast.files import RunFailed, replace_file
 from socpo_fast.ops import available_impls
+from socpo_fast.report.folder import run_folder
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import write_rollouts
+from socpo_fast.report.settings import config_text, settings_text
 from socpo_fast.report.tracker import MetricsWriter
-from socpo_fast.report.write import write_report
-from socpo_fast.run_state import RunState, find_checkpoint
+from socpo_fast.report.write import report_note
+from socpo_fast.run_state import (
+    RunState,
+    find_checkpoint,
+    is_due,
+    last_checkpoint,
+    pick_questions,
+    update_order,
+)
 from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
-from socpo_fast.socratic.data import batch_questions, question_order
 from socpo_fast.socratic.summary import mean, sources_of, summarize
 from socpo_fast.stopping import StopRequested, StopSignals
-from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from socpo_fast.train.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Question, Rollout
-
-UPDATE_ORDER_SEED = 2**31  # keeps the order of updates apart from the order of questions; run.seed is below it
 
 
 def train(config: Config) -> None:
     """Train, or go on where the run stopped; writes the run folder. Source: Liu et al. 2026, arXiv:2606.09887."""
-    Trainer(config).run()
+    with run_folder(config.folder):
+        Trainer(config).run()
 
 
 def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
     """Accuracy on data.eval of a checkpoint folder; None: the run's last one, or student.path when it has none."""
-    path = checkpoint or latest_checkpoint(config.folder / "checkpoints") or config.student.path
+    path = checkpoint or last_checkpoint(config.folder) or config.student.path
     student = config.student.model_copy(update={"path": str(path)})
     with closing(Session(config.model_copy(update={"student": student}))) as session:
         questions = session.eval_questions()
@@ -55,10 +62,9 @@ def rollout_only(config: Config) -> None:
     """Roll out run.num_batches batches without any update; writes RUN/rollouts and prints what they amount to."""
     if (config.folder / "metrics.jsonl").exists():
         raise ValueError(f"run: {config.folder} must hold no training run, whose rollouts stay; set run.name")
-    with closing(Session(config)) as session:
+    with run_folder(config.folder), closing(Session(config)) as session:
         questions = session.train_questions()
         sources = sources_of(questions)
-        make_run_folder(config.folder)
         with Progress(num_batches=config.run.num_batches, live=config.run.live) as progress:
             progress.note(session.engine.kv_cache.note)
             for batch in range(1, config.run.num_batches + 1):
@@ -71,12 +77,14 @@ def rollout_only(config: Config) -> None:
 
 
 class Trainer:
-    """One run: its session, its optimizer, which counts updates, and its state. Read run first."""
+    """One run: its session, its optimizer, which counts updates, and its state. Read run first.
+
+    The run's folder is the caller's to hold (run_folder), and nothing is written to it before run.
+    """
 
     def __init__(self, config: Config):
         self.config = config
         self.resumed_from = find_checkpoint(config)
-        make_run_folder(config.folder)
         self.session = Session(config, for_training=True)
         self.student = self.session.student
         self.engine = self.session.engine
@@ -88,29 +96,35 @@ class Trainer:
         self.credit = credit_options(config)
         self.updater = Updater(self.student, config, reference=self.session.reference)
         self.optimizer = self.updater.optimizer
-        self.state = self.start_or_resume()
-        replace_file(config.folder / "config.toml", config.to_toml())
+        self.state, self.config_text = self.start_or_resume()
         self.signals = StopSignals()
 
-    def start_or_resume(self) -> RunState:
-        """Where the run begins: at its start, or at a checkpoint, whose weights are loaded here."""
-        drawn_from = {
-            "seed": self.config.run.seed,
-            "questions_per_batch": self.config.rollout.questions_per_batch,
-            "questions": len(self.train_questions),
-        }
-        has_eval = bool(self.eval_questions)
+    def start_or_resume(self) -> tuple[RunState, str]:
+        """Where the run begins, at its start or at a checkpoint, and its config.toml.
+
+        A checkpoint's weights are loaded here.
+        """
+        drawn_from = self.session.drawn_from(self.train_questions, self.eval_questions)
         if self.resumed_from is None:
-            return RunState(drawn_from=drawn_from, eval_due=has_eval)
-        record = load_checkpoint(self.resumed_from, self.student, self.optimizer)
+            state = RunState(drawn_from=drawn_from, eval_due=bool(self.eval_questions))
+            return state, config_text(self.config)
+        record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
         state = RunState.from_record(
             record,
             checkpoint=self.resumed_from,
             drawn_from=drawn_from,
-            has_eval=has_eval,
+            has_eval=bool(self.eval_questions),
         )
         self.engine.policy_version = state.policy_version
-        return state
+        run = self.resumed_from.absolute().parent.parent
+        return state, settings_text(
+            self.config,
+            run / "config.toml",
+            num_updates=self.optimizer.num_updates,
+            data_before=record["drawn_from"],
+            data=drawn_from,
+            is_own=run == self.config.folder.absolute(),
+        )
 
     def run(self) -> None:
         """Batches until run.num_batches, then the report; what ends it early is saved first."""
@@ -120,26 +134,34 @@ class Trainer:
             stack.enter_context(self.signals)
             try:
                 self.run_batches()
-            except StopRequested:
                 self.save()
-                where = f"stopped and saved after batch {self.state.batch}"
-                self.progress.note(f"{where}; run.resume auto goes on from there")
-                assert self.signals.received is not None
-                raise SystemExit(128 + self.signals.received) from None
+                self.signals.check()
+            except StopRequested:
+                self.end_early()
             except Exception as error:
                 # A grader, memory, ..: it costs the batch it came in, not those before. After
                 # RunFailed nothing is saved, as the disk itself may have failed.
                 if self.state.between_batches and not isinstance(error, RunFailed):
                     self.save()
                 raise
+        self.progress.note(report_note(self.config.folder))
+
+    def end_early(self) -> NoReturn:
+        """Save, unless a second signal came amid updates; then the whole process ends."""
+        if self.state.between_batches:
             self.save()
-        self.progress.note(f"report: {write_report(self.config.folder)}")
+            where = f"and saved after batch {self.state.batch}; run.resume auto goes on from there"
+        else:
+            where = f"amid the updates of batch {self.state.batch + 1}; the last checkpoint stays"
+        self.progress.note(f"stopped {where}")
+        raise SystemExit(128 + (self.signals.received or 0)) from None
 
     def open_outputs(self, stack: ExitStack) -> None:
         """What the run writes to until the stack closes, and its first lines."""
         resumed = None if self.resumed_from is None else self.optimizer.num_updates
         writer = MetricsWriter(self.config.folder, resume_after_update=resumed)
         self.writer = stack.enter_context(writer)
+        replace_file(self.config.folder / "config.toml", self.config_text)
         progress = Progress(
             num_batches=self.config.run.num_batches,
             first_batch=self.state.batch + 1,
@@ -148,6 +170,8 @@ class Trainer:
         self.progress = stack.enter_context(progress)
         for note in (self.first_line(), self.engine.kv_cache.note, *self.session.bridge.notes):
             progress.note(note)
+        if self.state.batch >= self.config.run.num_batches:
+            progress.note(f"finished at batch {self.state.batch}; raise run.num_batches to go on")
 
     def run_batches(self) -> None:
         """Whatever is due, then the next batch, until there are run.num_batches."""
@@ -171,8 +195,9 @@ class Trainer:
         metrics |= summarize(rollouts, questions, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
-        self.state.begin_updates()
-        self.update(rollouts, batch)
+        with self.signals.stop_at(2):
+            self.state.begin_updates()
+            self.update(rollouts, batch)
         after = self.optimizer.num_updates
         is_last = batch == config.run.num_batches
         eval_due = is_last or is_due(before, after, config.eval.every_updates)
@@ -194,7 +219,7 @@ class Trainer:
         started, before = time.perf_counter(), self.engine.stats
         self.announce("rollout", batch, len(questions) * self.config.rollout.group_size)
         rollouts = []
-        with self.signals.at_once():
+        with self.signals.stop_at(1):
             for rollout in self.session.training_rollouts(list(questions.values()), batch):
                 rollouts.append(rollout)
                 self.progress.advance(num_tokens=num_sampled([rollout]))
@@ -229,7 +254,7 @@ class Trainer:
         """The evaluation of the student as it is."""
         total = len(self.eval_questions) * self.config.eval.samples
         self.announce("evaluation", self.state.batch, total)
-        with self.signals.at_once():
+        with self.signals.stop_at(1):
             advance = self.progress.advance
             metrics = self.session.evaluate(self.eval_questions, on_rollout=advance)
         self.record(metrics, kind="eval")
@@ -239,15 +264,14 @@ class Trainer:
         """A checkpoint of the present state, unless there is one already."""
         if self.state.is_saved:
             return
-        folder = self.config.folder / "checkpoints"
-        save_checkpoint(
-            folder,
+        newest = save_checkpoint(
+            self.config.folder / "checkpoints",
             student=self.student,
             optimizer=self.optimizer,
             trainer_state=self.state.to_record(),
             tokenizer_from=self.session.student_folder,
         )
-        prune_checkpoints(folder, self.config.run.keep_checkpoints)
+        prune_checkpoints(newest, self.config.run.keep_checkpoints)
         self.state.end_save()
 
     def announce(self, phase: str, batch: int, total: int) -> None:
@@ -272,23 +296,3 @@ class Trainer:
 def num_sampled(rollouts: list[Rollout]) -> int:
     """Tokens of all attempts."""
     return sum(attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts)
-
-
-def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]:
-    """The groups of each update of batch 1, 2, ..; every epoch has a seeded order of its own."""
-    size, epochs = config.train.questions_per_update, config.train.epochs
-    order = []
-    for epoch in range((batch - 1) * epochs, batch * epochs):
-        shuffled = question_order(UPDATE_ORDER_SEED + config.run.seed, epoch, num_groups)
-        order += [shuffled[start : start + size] for start in range(0, num_groups, size)]
-    return order
-
-
-def pick_questions(config: Config, questions: list[Question], batch: int) -> list[Question]:
-    """The questions of batch 1, 2, .."""
-    return batch_questions(questions, config.run.seed, batch - 1, config.rollout.questions_per_batch)
-
-
-def is_due(before: int, after: int, every: int) -> bool:
-    """Whether the updates from `before` to `after` crossed a multiple of `every`; 0 = never."""
-    return every > 0 and before // every < after // every

@@ -165,11 +165,11 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     # folders
     "a run folder that is a file": (
         as_file("taken", run__dir="{folder}", run__name="taken"),
-        "run: .*taken must be a writable folder, got File exists; set run.dir",
+        "run: .*taken must be a writable folder, got (File exists|Not a dir.*): .*taken.*; set run",
     ),
     "a run folder below a file": (
         as_file("taken", run__dir="{folder}/taken"),
-        "run: .*taken/run must be a writable folder, got Not a directory; set run.dir",
+        "run: .*taken/run must be a writable folder, got Not a directory: .*; set run.dir",
     ),
     "a run folder where nothing can be written": (
         settings(run__dir="/proc/self"),

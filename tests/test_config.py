@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from socpo_fast.config import Config, RetryTeacherConfig, load_config, read_toml
 from socpo_fast.config.text import describe, fields_of, owners_of, rule_of
 from socpo_fast.ops import CreditOptions, PolicyLossOptions
+from socpo_fast.report.settings import config_text
 from socpo_fast.socratic.episode import RolloutOptions
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +138,7 @@ def test_a_kv_cache_is_a_number_or_auto(text: str, value: float | str, tmp_path:
     assert config.engine.kv_cache_gib == value
     assert isinstance(config.engine.kv_cache_gib, type(value))
     path = tmp_path / "config.toml"
-    path.write_text(config.to_toml(), encoding="utf-8")
+    path.write_text(config_text(config), encoding="utf-8")
     assert f"kv_cache_gib = {json.dumps(value)}\n" in path.read_text(encoding="utf-8")
     assert load_config(path) == config
     assert load_config().engine.kv_cache_gib == "auto"
@@ -173,16 +174,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     written = tmp_path / "config.toml"
-    written.write_text(config.to_toml(), encoding="utf-8")
+    written.write_text(config_text(config), encoding="utf-8")
     assert load_config(written) == config
 
 
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1), number=st.floats(min_value=1e-300, max_value=1.0))
 def test_round_trip_of_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
-    config = load_config(None, LOCAL | {"student.path": text, "teacher.system_prompt": text, "train.lr": number})
+    words = {"student.path": f"models/{text}", "teacher.system_prompt": text, "train.lr": number}
+    config = load_config(None, LOCAL | words)
     path = tmp_path_factory.mktemp("config") / "config.toml"
-    path.write_bytes(config.to_toml().encode())
+    path.write_bytes(config_text(config).encode())
     assert load_config(path) == config
 
 
@@ -204,7 +206,7 @@ def test_kinds_of_teacher_round_trip(tmp_path: Path) -> None:
         "endpoint": {"teacher.url": "http://h/v1", "teacher.model": "m"},
     }.items():
         config = load_config(None, {"teacher.kind": kind, **settings_of_it})
-        path.write_text(config.to_toml(), encoding="utf-8")
+        path.write_text(config_text(config), encoding="utf-8")
         assert load_config(path) == config
         assert config.teacher.kind == kind
         assert ("url = " in path.read_text(encoding="utf-8")) == (kind == "endpoint")

@@ -17,7 +17,6 @@ from socpo_fast import files
 from socpo_fast.files import (
     RunFailed,
     append_row,
-    make_run_folder,
     new_folder,
     read_json,
     read_jsonl,
@@ -155,9 +154,41 @@ def test_json_that_is_none_is_named(tmp_path: Path, content: str | None, message
         read_json(path)
 
 
-def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    make_run_folder(tmp_path / "runs" / "run")
-    assert list((tmp_path / "runs" / "run").iterdir()) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="must be a writable folder, got .*; set run.dir"):
-        make_run_folder(tmp_path / "file" / "run")
+@pytest.mark.parametrize("planted", ["link", "folder"])
+def test_a_planted_name_leads_nowhere(planted: str, tmp_path: Path) -> None:
+    """What stands under the name of the half-written file is never written through."""
+    victim, beside = tmp_path / "victim", tmp_path / "file.tmp"
+    victim.write_text("mine")
+    if planted == "link":
+        beside.symlink_to(victim)
+        replace_file(tmp_path / "file", "new")
+        assert (tmp_path / "file").read_text() == "new"
+    else:
+        beside.mkdir()
+        with pytest.raises(RunFailed, match="file could not be written"):
+            replace_file(tmp_path / "file", "new")
+    assert victim.read_text() == "mine"
+
+
+def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "kept").write_text("mine")
+    (tmp_path / "target").symlink_to(victim)
+    with new_folder(tmp_path / "target") as partial:
+        (partial / "new").touch()
+    assert not (tmp_path / "target").is_symlink()
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
+    assert (victim / "kept").read_text() == "mine"
+
+
+DEEP = "[" * 100_000
+
+
+def test_json_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"a": 1}}\n{DEEP}\n3\n')
+    with pytest.warns(UserWarning, match="rows.jsonl: 2 torn lines left out"):
+        assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]
+    (tmp_path / "config.json").write_text(DEEP)
+    with pytest.raises(ValueError, match="config.json: must be JSON, got maximum recursion depth"):
+        read_json(tmp_path / "config.json")

@@ -13,6 +13,7 @@ import pytest
 from socpo_fast.config import load_config
 from socpo_fast.metrics import source_metric
 from socpo_fast.report.accuracy import accuracy_text
+from socpo_fast.report.settings import config_text
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import write_report
 
@@ -96,7 +97,7 @@ def test_everything_a_model_wrote_is_escaped(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     write_rollout_file(tmp_path, 1, EVIL)
     config = load_config(None, {"run.name": "demo", "teacher.kind": "retry", "teacher.retry_text": EVIL})
-    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    (tmp_path / "config.toml").write_text(config_text(config), encoding="utf-8")
     page = parse(write_report(tmp_path))
     assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "link", "object", "form")]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]

@@ -31,6 +31,7 @@ SMALL = {
     "eval.every_updates": 4,
     "eval.samples": 2,
 }
+FILES = {"config.toml", "metrics.jsonl", "curves.png", "report.html"}
 
 
 def config_of(folder: Path, **changes: object) -> Config:
@@ -67,7 +68,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_a_run_leaves_everything(straight: Config) -> None:
     names = {path.name for path in straight.folder.iterdir()}
-    assert names == {"config.toml", "metrics.jsonl", "tb", "rollouts", "curves.png", "report.html", "checkpoints"}
+    assert names == {".lock", *FILES, "tb", "rollouts", "checkpoints"}
+    assert (straight.folder / ".lock").read_text() == ""
     assert load_config(straight.folder / "config.toml") == straight
     kinds = [(row["kind"], row["batch"], row["update"]) for row in rows_of(straight)]
     expected = [("eval", 0, 0)]
@@ -174,7 +176,7 @@ def test_other_settings_run(tmp_path: Path, changes: dict[str, object]) -> None:
 def test_rollout_only_changes_nothing(tmp_path: Path) -> None:
     config = config_of(tmp_path, run__num_batches=1)
     trainer.rollout_only(config)
-    assert [path.name for path in config.folder.iterdir()] == ["rollouts"]
+    assert sorted(path.name for path in config.folder.iterdir()) == [".lock", "rollouts"]
     row = json.loads((config.folder / "rollouts" / "batch_000001.jsonl").read_text().splitlines()[0])
     assert isinstance(row["turns"][0]["advantage"], float)  # what an update would have used
 
@@ -186,7 +188,7 @@ def test_rollout_only_changes_nothing(tmp_path: Path) -> None:
         ({"student__path": "{folder}/nowhere"}, "nowhere"),
         ({"data__train": "{folder}/none.jsonl", "teacher__kind": "retry"}, "must be an existing file"),
         ({"rollout__questions_per_batch": 14}, r"questions_per_batch must be in \[1, 13 questions\], got 14"),
-        ({"run__resume": "{folder}/nothing"}, "must be complete, got a missing"),
+        ({"run__resume": "{folder}/nothing"}, "must be a whole checkpoint, got .*manifest"),
     ],
 )
 def test_bad_input_is_refused_before_a_run_begins(tmp_path: Path, changes: dict[str, object], message: str) -> None:

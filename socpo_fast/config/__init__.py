@@ -38,7 +38,7 @@ from socpo_fast.config.sections import (
     TeacherConfig,
     TrainConfig,
 )
-from socpo_fast.config.text import choose_kinds, explain, from_text, to_toml
+from socpo_fast.config.text import choose_kinds, explain, from_text
 
 __all__ = [
     "AdvantageConfig",
@@ -74,6 +74,7 @@ def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, obj
         ValueError: no such file, broken TOML, an unknown key, a value outside its range, values that contradict.
     """
     tables = {} if toml_path is None else read_toml(toml_path)
+    tables.pop("history", None)  # a run's config.toml: what held before
     choose_kinds(Config, tables, overrides or {})
     for name, value in (overrides or {}).items():
         section, _, key = name.rpartition(".")
@@ -90,12 +91,12 @@ def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, obj
 
 
 def read_toml(toml_path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file, unchecked."""
+    """The tables of a TOML file, unchecked; of a run's config.toml with its history."""
     try:
-        return tomllib.loads(Path(toml_path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(toml_path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config: {toml_path} must be a readable file: {error.strerror}") from None
-    except ValueError as error:  # broken TOML or not UTF-8
+    except (ValueError, RecursionError) as error:  # broken TOML, not UTF-8, nested without end
         raise ValueError(f"config: {toml_path} must be TOML: {error}") from None
 
 
@@ -119,10 +120,6 @@ class Config(Section):
     def folder(self) -> Path:
         """The run folder, run.dir/run.name."""
         return Path(self.run.dir) / self.run.name
-
-    def to_toml(self) -> str:
-        """TOML that load_config reads back to an equal Config. Holds no secret: of the key only its variable's name."""
-        return to_toml(self)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

@@ -8,20 +8,11 @@ what the package ships.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    create_model,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from socpo_fast.config.text import LocalPath, one_of
 from socpo_fast.registries import ESTIMATORS, GRADERS, SCHEDULES, Schedule
 
 
@@ -37,27 +28,18 @@ class Section(BaseModel):
         return {key: None if key in nullable and value == "none" else value for key, value in table.items()}
 
 
-def one_of(names: Iterable[str], *, or_function: bool = False) -> tuple[AfterValidator, WithJsonSchema]:
-    """A word of a table, or "module:function"; as a type: Annotated[str, *one_of(TABLE)]."""
-    known = tuple(names)
-
-    def check(word: str) -> str:
-        if word not in known and not (or_function and ":" in word):
-            raise PydanticCustomError("choice", "not a known word")
-        return word
-
-    shown = [*known, *["module:function"] * or_function]
-    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": shown})
-
-
 class RunConfig(Section):
     """The run: its name, folder, seed, length and machine."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name under run.dir")
-    dir: str = Field(default="runs", min_length=1, description="folder that holds all runs")
+    dir: LocalPath = Field(default="runs", min_length=1, description="folder that holds all runs")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of data order and sampling noise")
-    resume: str = Field(
+    resume: LocalPath = Field(
         default="auto", min_length=1, description="auto = the run's last checkpoint; never; a checkpoint to begin from"
+    )
+    accept_changes: bool = Field(
+        default=False,
+        description="go on although settings or data that decide results have changed, once",
     )
     num_batches: int = Field(default=100, ge=1, description="batches to train on")
     checkpoint_every_updates: int = Field(default=20, ge=0, description="updates between saves, 0 = at the end only")
@@ -70,7 +52,11 @@ class RunConfig(Section):
 class StudentConfig(Section):
     """The model that is trained."""
 
-    path: str = Field(default="builtin", min_length=1, description="Hugging Face folder, or builtin")
+    path: LocalPath = Field(
+        default="builtin",
+        min_length=1,
+        description="Hugging Face folder, or builtin",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="parameter type; float32 on a CPU")
     enable_thinking: bool | None = Field(
         default=None, description="for chat templates that ask (Qwen3: false = no thinking); none = the template's own"
@@ -80,8 +66,14 @@ class StudentConfig(Section):
 class DataConfig(Section):
     """Questions and how an answer is graded."""
 
-    train: str = Field(default="builtin", min_length=1, description="parquet or JSONL file, hub data set, or builtin")
-    eval: str | None = Field(default="builtin", description="held-out questions, the same kinds; none = no evaluation")
+    train: LocalPath = Field(
+        default="builtin",
+        min_length=1,
+        description="parquet or JSONL file, hub data set, or builtin",
+    )
+    eval: LocalPath | None = Field(
+        default="builtin", description="held-out questions, the same kinds; none = no evaluation"
+    )
     train_split: str = Field(default="train", min_length=1, description="split of a folder or hub data set to train on")
     eval_split: str = Field(default="test", min_length=1, description="split of a folder or hub data set held out")
     subset: str | None = Field(default=None, description="subset of a hub data set that has several; none = it has one")
@@ -172,7 +164,7 @@ class LocalTeacherConfig(ModelTeacherConfig):
     maker = "socpo_fast.socratic.teachers:make_local_teacher"
 
     kind: Literal["local"] = Field(default="local", description="a Hugging Face folder")
-    path: str = Field(min_length=1, description="Hugging Face folder")
+    path: LocalPath = Field(min_length=1, description="Hugging Face folder")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="parameter type; auto = bfloat16 on a card, float32 on a CPU"
     )

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple, cast, get_args
+from typing import Annotated, Any, NamedTuple, cast, get_args
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 KINDS = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "null": "none"}
 LIMITS = {
@@ -149,11 +151,12 @@ def to_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def to_toml(model: BaseModel) -> str:
-    """One [section] table of key = value lines after the other."""
+def to_toml(tables: Mapping[str, Any], prefix: str = "") -> str:
+    """One [section] table of key = value lines after the other; prefix begins their names."""
     lines: list[str] = []
-    for section, table in model.model_dump().items():
-        lines += [f"[{section}]", *(f"{key} = {toml_literal(value)}" for key, value in table.items()), ""]
+    for section, table in tables.items():
+        values = (f"{key} = {toml_literal(value)}" for key, value in table.items())
+        lines += [f"[{prefix}{section}]", *values, ""]
     return "\n".join(lines)
 
 
@@ -202,3 +205,31 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     # What stands in a field with repr=False may be a pasted key or password, so it is not shown.
     shown = repr(value) if fields_of(model)[name].repr else "something else"
     return f"config: {name} must be {rule_of(model, name)}, got {shown}"
+
+
+def one_of(
+    names: Iterable[str],
+    *,
+    or_function: bool = False,
+) -> tuple[AfterValidator, WithJsonSchema]:
+    """A word of a table, or "module:function"; as a type: Annotated[str, *one_of(TABLE)]."""
+    known = tuple(names)
+
+    def check(word: str) -> str:
+        if word not in known and not (or_function and ":" in word):
+            raise PydanticCustomError("choice", "not a known word")
+        return word
+
+    shown = [*known, *["module:function"] * or_function]
+    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": shown})
+
+
+def expand_home(path: str) -> str:
+    """A path whose ~ is written out; in a file no shell does that."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"config: ~ must be a known user's home, got {path!r}; write it out")
+    return expanded
+
+
+LocalPath = Annotated[str, AfterValidator(expand_home)]

@@ -1,1 +1,1 @@
-"""A run for people: while it goes (progress), as one page (write), its rollouts as rows, an evaluation as a table."""
+"""A run's folder and what is written there; a run for people, while it goes and as one page."""

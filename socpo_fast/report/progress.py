@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self, TextIO
 
 from socpo_fast.metrics import Kind
@@ -41,11 +42,13 @@ class Progress:
 
     def __exit__(self, *_error: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError, SystemExit):
+                self._live.stop()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
-        self._console.print(text, soft_wrap=True)
+        """A line that stays. A terminal that is closed costs the line and nothing else."""
+        with suppress(OSError, SystemExit):  # what rich makes of a closed pipe
+            self._console.print(text, soft_wrap=True)
 
     def phase(self, name: str, *, batch: int, update: int, total: int) -> None:
         """Begin a phase (rollout, update, eval) of `total` units of work."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from socpo_fast.files import replace_jsonl
+from socpo_fast.files import read_jsonl, replace_jsonl
 from socpo_fast.types import Question, Rollout, ShownGuidance
 
 
@@ -52,6 +53,31 @@ def write_rollouts(
     return path
 
 
+def read_rollouts(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of rollouts; one warning tells of those that are damaged and left out."""
+    rows = read_jsonl(path)
+    whole = [row for row in rows if _is_whole(row)]
+    if num_damaged := len(rows) - len(whole):
+        warnings.warn(f"{path}: {num_damaged} damaged rows left out", stacklevel=2)
+    return whole
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether everything that the page shows is there, numbers as numbers."""
+    try:
+        turns = [(turn, turn["guidance"] or _NO_GUIDANCE) for turn in row["turns"]]
+        numbers = [row["batch"], row["question_idx"]]
+        for turn, guidance in turns:
+            numbers += [turn["context_tokens"], turn["num_tokens"], guidance["kept_tokens"] or 0]
+            numbers += [turn["reward"] or 0, turn["advantage"] or 0, turn["is_correct"]]
+            _ = turn["text"], turn["finish_reason"], guidance["text"], guidance["was_shown"]
+        _ = row["question"], row["ground_truth"], row["data_source"]
+        _ = row["end_reason"], row["policy_version"]
+    except (KeyError, TypeError):
+        return False
+    return bool(turns) and all(isinstance(number, int | float) for number in numbers)
+
+
 def _guidance_record(guidance: ShownGuidance) -> dict[str, Any]:
     """was_shown is False where it leaked the answer or left no room."""
     return {
@@ -60,3 +86,6 @@ def _guidance_record(guidance: ShownGuidance) -> dict[str, Any]:
         "was_shown": guidance.bridge_ids is not None,
         "kept_tokens": guidance.kept_tokens,
     }
+
+
+_NO_GUIDANCE = {"text": None, "was_shown": False, "kept_tokens": 0}

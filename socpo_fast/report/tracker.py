@@ -9,9 +9,10 @@ checkpoint.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from socpo_fast.files import append_row, named_failure, read_jsonl, replace_jsonl
 from socpo_fast.metrics import Kind, meaning_of
@@ -34,6 +35,11 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_after_update is None else resume_after_update
         kept = [row for row in read_metrics(self.path) if row["update"] <= last]
+        reached = max((row["update"] for row in kept), default=0)
+        is_own = (self.path.parent / "checkpoints" / f"update_{last:06d}").exists()
+        if is_own and reached < last:
+            message = f"{self.path}: rows of updates {reached + 1} to {last} are missing"
+            warnings.warn(message, stacklevel=2)
         replace_jsonl(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         tb = str(self.path.parent / "tb")
@@ -67,5 +73,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Of rows of one (kind, batch, update) it is the last one that counts.
     """
-    rows = {(row["kind"], row["batch"], row["update"]): row for row in read_jsonl(path)}
-    return list(rows.values())
+    rows = read_jsonl(path)
+    whole = {(row["kind"], row["batch"], row["update"]): row for row in rows if _is_whole(row)}
+    if num_damaged := sum(not _is_whole(row) for row in rows):
+        warnings.warn(f"{path}: {num_damaged} damaged rows left out", stacklevel=2)
+    return list(whole.values())
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    """Whether it says what it measures, in numbers."""
+    counts = (row.get("batch"), row.get("update"))
+    values = (value for name, value in row.items() if name != "kind")
+    return (
+        row.get("kind") in get_args(Kind)
+        and all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
+        and all(isinstance(value, int | float | None) for value in values)
+    )

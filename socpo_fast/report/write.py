@@ -7,16 +7,18 @@ model wrote goes through jinja2's autoescape. Missing or torn files leave their 
 from __future__ import annotations
 
 import base64
-import tomllib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from socpo_fast.config.text import to_text
-from socpo_fast.files import read_jsonl, replace_file
+from socpo_fast.files import replace_file
 from socpo_fast.metrics import meaning_of
 from socpo_fast.report.accuracy import accuracy_rows
 from socpo_fast.report.page import PAGE
+from socpo_fast.report.rollouts import read_rollouts
+from socpo_fast.report.settings import read_settings
 from socpo_fast.report.tracker import read_metrics
 
 Rows = Sequence[dict[str, Any]]
@@ -56,35 +58,43 @@ def write_report(run_folder: str | Path) -> Path:
     Raises:
         ValueError: no such folder.
     """
-    folder = Path(run_folder)
+    folder = Path(run_folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"report: {folder} must be a run folder, got none there; train first, or check the name")
     rows = read_metrics(folder / "metrics.jsonl")
+    curves = draw_curves(rows) if rows else b""
     if rows:
-        draw_curves(rows, folder / "curves.png")
+        replace_file(folder / "curves.png", curves)
     path = folder / "report.html"
-    replace_file(path, render(folder, rows))
+    replace_file(path, render(folder, rows, curves))
     return path
 
 
-def render(folder: Path, rows: Rows) -> str:
+def report_note(run_folder: Path) -> str:
+    """Write the report of a finished run, and say so in a line; a page never costs the run."""
+    try:
+        return f"report: {write_report(run_folder)}"
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+        return f"report: {run_folder / 'report.html'} was not written ({error})"
+
+
+def render(folder: Path, rows: Rows, curves: bytes) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "number": _number, "text": to_text}
-    config_path = folder / "config.toml"
     return environment.from_string(PAGE).render(
         name=folder.resolve().name,
         num_updates=max((row["update"] for row in rows), default=0),
         num_batches=max((row["batch"] for row in rows), default=0),
         headline=headline(rows),
         accuracy=accuracy_rows(next((row for row in reversed(rows) if row["kind"] == "eval"), {})),
-        curves=base64.b64encode((folder / "curves.png").read_bytes()).decode() if rows else None,
+        curves=base64.b64encode(curves).decode(),
         changes=first_and_last(rows),
         times=time_split(rows),
         samples=sample_rollouts(folder),
-        config=tomllib.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {},
+        config=read_settings(folder),
     )
 
 
@@ -133,7 +143,7 @@ def sample_rollouts(folder: Path) -> list[dict[str, Any]]:
     samples = []
     for path in (paths[i] for i in chosen):
         by_outcome: dict[str, dict[str, Any]] = {}
-        for rollout in read_jsonl(path):
+        for rollout in read_rollouts(path):
             by_outcome.setdefault(outcome(rollout), rollout)
         samples += [{"outcome": kind, **by_outcome[kind]} for kind in OUTCOMES if kind in by_outcome]
     return samples
@@ -149,8 +159,8 @@ def outcome(rollout: dict[str, Any]) -> str:
     return "right alone" if verdicts[0] else "rescued by guidance"
 
 
-def draw_curves(rows: Rows, path: Path) -> None:
-    """One panel for each of PANELS, over updates."""
+def draw_curves(rows: Rows) -> bytes:
+    """One panel for each of PANELS, over updates, as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
@@ -171,7 +181,9 @@ def draw_curves(rows: Rows, path: Path) -> None:
         axes.set_ylim((-0.02, 1.02) if unit == "share" else (0, None))
         if axes.get_legend_handles_labels()[0] and len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
-    FigureCanvasAgg(figure).print_png(str(path))
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()
 
 
 def _percent(share: float | None) -> str:

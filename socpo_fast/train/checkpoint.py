@@ -5,17 +5,20 @@
                                  trainer_state.json                         optimizer counts; whatever the trainer gave
                                  manifest.json                              size and SHA-256 of each; written last
 
-Read top-down: save_checkpoint, latest_checkpoint, load_checkpoint, prune_checkpoints. A checkpoint is made in a hidden
-sibling, synced to disk and renamed, so that a folder of its name is whole whenever the machine stops. One process
-writes to a checkpoints folder at a time.
+Read top-down: save_checkpoint, latest_checkpoint, damage_of, load_checkpoint, prune_checkpoints. A
+checkpoint is made in a hidden sibling, synced to disk and renamed, so that a folder of its name is
+whole whenever the machine stops. What damages it afterwards is found by the manifest and told. One
+process writes to a checkpoints folder at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from socpo_fast.files import REPLACED, RunFailed, new_folder
+from socpo_fast.files import REPLACED, RunFailed, new_folder, remove
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.model.weights import load_student, save_student
 from socpo_fast.train.optimizer import Optimizer
@@ -71,7 +74,8 @@ def save_checkpoint(
             (partial / STATE).write_text(state_text, encoding="utf-8")
             manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _remove_replaced(target)
+        # What an earlier save left when it stopped between two renames.
+        remove(target.with_name(target.name + REPLACED))
     except (OSError, SafetensorError) as error:
         raise RunFailed(
             f"checkpoint: {target} could not be written ({error}); free disk space or lower run.keep_checkpoints, "
@@ -81,33 +85,70 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The complete checkpoint of most updates; hidden siblings and folders that lack a file do not count."""
-    complete = [path for path in _checkpoints(folder) if _is_complete(path)]
-    return complete[-1] if complete else None
+    """The checkpoint of most updates that is whole to the byte; None where there is none at all.
+
+    A warning names the first damaged file of newer ones.
+
+    Raises:
+        ValueError: checkpoints are there, and each is damaged; or `folder` is no folder.
+    """
+    damages = []
+    for path in reversed(_checkpoints(folder)):
+        if damage := damage_of(path):
+            damages.append(damage)
+            continue
+        if damages:
+            message = f"checkpoint: {damages[0]}; passed over for {path.name}, which is whole"
+            warnings.warn(message, stacklevel=2)
+        return path
+    if damages:
+        raise ValueError(
+            f"checkpoint: {damages[0]}, and no other checkpoint is whole; "
+            "bring it back, or set run.name to begin a new run"
+        )
+    return None
 
 
-def load_checkpoint(path: str | Path, student: Decoder, optimizer: Optimizer) -> dict[str, Any]:
+def damage_of(path: Path, *, thorough: bool = True) -> str | None:
+    """What is wrong with a checkpoint, the file first; None: nothing is.
+
+    Whole means: every file of the manifest is as it was written, by its hash, or where not
+    `thorough` by its size.
+    """
+    manifest = _manifest(path)
+    if STATE not in manifest:
+        return f"{path / MANIFEST} is missing or damaged"
+    for name, saved in manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != saved["bytes"]:
+            return f"{file} is missing or not of its {saved['bytes']} bytes"
+        if thorough and _fingerprint(file) != saved:
+            return f"{file} has other bytes than were written"
+    return None
+
+
+def load_checkpoint(
+    path: str | Path, student: Decoder, optimizer: Optimizer, *, thorough: bool = True
+) -> dict[str, Any]:
     """Copy a checkpoint into a student and its optimizer; storage stays where it is.
 
     Args:
         path:      what save_checkpoint or latest_checkpoint returned.
         student:   of the same config; whatever weights it has are overwritten.
         optimizer: this student's.
+        thorough:  files are compared by their hash; False where damage_of has just done that.
 
     Returns:
         the trainer_state that was saved.
 
     Raises:
-        ValueError: not a checkpoint, incomplete, damaged, or of another model; nothing has been overwritten then.
+        ValueError: no checkpoint, a damaged one, or of another model; nothing is overwritten then.
 
     Memory: one more copy of parameters and moments while loading. Bitwise: the same bits as saved.
     """
     path = Path(path)
-    if not _is_complete(path):
-        raise ValueError(f"checkpoint: {path} must be complete, got a missing or shortened file; use an older one")
-    for name, saved in _manifest(path).items():
-        if _fingerprint(path / name) != saved:
-            raise ValueError(f"checkpoint: {path / name} must be as it was written, got other bytes; use an older one")
+    if damage := damage_of(path, thorough=thorough):
+        raise ValueError(f"checkpoint: {damage}; use an older one")
     state = json.loads((path / STATE).read_text())
     dtype = str(student.lm_head.weight.dtype).removeprefix("torch.")
     stored = load_student(path, dtype=dtype, device="cpu")
@@ -125,26 +166,30 @@ def load_checkpoint(path: str | Path, student: Decoder, optimizer: Optimizer) ->
     return state["trainer"]
 
 
-def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Remove all but the latest `keep` complete checkpoints, and what interrupted writes left behind."""
+def prune_checkpoints(newest: Path, keep: int) -> None:
+    """Remove what is older than the `keep` whole checkpoints up to `newest`, which was just saved.
+
+    Damaged ones that a run was not begun from stay where they are newer than that. What interrupted
+    writes left behind goes.
+    """
     if keep < 1:
         raise ValueError(f"checkpoint: keep must be >= 1, got {keep}; the latest checkpoint is never removed")
-    checkpoints = _checkpoints(folder)
-    kept = [path for path in checkpoints if _is_complete(path)][-keep:]
-    for path in checkpoints:
-        if path not in kept:
-            shutil.rmtree(path)
-    _remove_leftovers(folder)
+    checkpoints = _checkpoints(newest.parent)
+    until_newest = checkpoints[: checkpoints.index(newest) + 1]
+    kept = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
+    for path in until_newest[: until_newest.index(kept[0])]:
+        remove(path)
+    _remove_leftovers(newest.parent)
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
-    """Folders named like checkpoints, oldest first; a replaced one comes before its successor."""
-    found = []
-    for path in Path(folder).glob("update_*"):
-        match = NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), match[2] is None, path))
-    return [path for _, _, path in sorted(found)]
+    """What is named like a checkpoint, oldest first; a replaced one comes before its successor."""
+    folder = Path(folder)
+    if not folder.is_dir() and os.path.lexists(folder):
+        raise ValueError(f"checkpoint: {folder} must be a folder, got a file or a broken link")
+    paths = [*folder.iterdir()] if folder.is_dir() else []
+    found = [(match, path) for path in paths if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), not pair[0][2]))]
 
 
 def _remove_leftovers(folder: str | Path) -> None:
@@ -153,28 +198,13 @@ def _remove_leftovers(folder: str | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_complete(path: Path) -> bool:
-    """Every file of the manifest is there in full length."""
-    manifest = _manifest(path)
-    return STATE in manifest and all(
-        (path / name).is_file() and (path / name).stat().st_size == saved["bytes"] for name, saved in manifest.items()
-    )
-
-
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     """File name -> {"bytes", "sha256"}; empty when it is missing or damaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return {name: {"bytes": saved["bytes"], "sha256": saved["sha256"]} for name, saved in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def _remove_replaced(target: Path) -> None:
-    """What an earlier save left under its second name when it stopped between two renames."""
-    replaced = target.with_name(target.name + REPLACED)
-    if replaced.exists():
-        shutil.rmtree(replaced)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

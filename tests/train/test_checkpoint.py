@@ -75,28 +75,57 @@ def test_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
     assert all(torch.equal(one, two) for one, two in zip(loaded.parameters(), student.parameters(), strict=True))
 
 
-def test_latest_ignores_what_is_not_whole(tmp_path: Path) -> None:
+def test_latest_passes_over_damage_and_says_so(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "absent") is None
     student, optimizer = trained(seed=0, num_updates=1)
     paths = []
-    for _ in range(4):
+    for _ in range(5):
         paths.append(save(tmp_path, student, optimizer))
         train(student, optimizer, 1)
-    assert latest_checkpoint(tmp_path) == paths[3]
-    (paths[3] / "optimizer.safetensors").unlink()
-    assert latest_checkpoint(tmp_path) == paths[2]
-    with (paths[2] / "model.safetensors").open("r+b") as file:
-        file.truncate(100)
-    assert latest_checkpoint(tmp_path) == paths[1]
-    (paths[1] / "manifest.json").unlink()
-    assert latest_checkpoint(tmp_path) == paths[0]
-    (tmp_path / "update_000009").mkdir()
     (tmp_path / ".update_000010.partial").mkdir()
     (tmp_path / "update_last").write_text("")
-    assert latest_checkpoint(tmp_path) == paths[0]
-    for path in paths[1:]:
-        with pytest.raises(ValueError, match="must be complete, got a missing or shortened file"):
+    assert latest_checkpoint(tmp_path) == paths[4]
+    flip(paths[4] / "config.json")
+    expect_latest(tmp_path, paths[3], "update_000005/config.json has other bytes than were written")
+    (paths[4] / "config.json").unlink()
+    expect_latest(tmp_path, paths[3], "update_000005/config.json is missing or not of its .*")
+    (paths[3] / "optimizer.safetensors").unlink()
+    with (paths[2] / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    expect_latest(tmp_path, paths[1], "update_000005/config.json is missing or not of its .*")
+    (tmp_path / "update_000009").write_text("a file")
+    expect_latest(tmp_path, paths[1], "update_000009/manifest.json is missing or damaged")
+    (paths[1] / "manifest.json").write_text("[" * 100_000)
+    expect_latest(tmp_path, paths[0], "update_000009/manifest.json is missing or damaged")
+    (paths[0] / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="update_000009/manifest.json is .*, and no other"):
+        latest_checkpoint(tmp_path)
+    for path in paths:
+        with pytest.raises(ValueError, match=f"checkpoint: .*{path.name}/.*; use an older one"):
             load_checkpoint(path, student, optimizer)
+
+
+def expect_latest(folder: Path, path: Path, message: str) -> None:
+    with pytest.warns(UserWarning, match=f"checkpoint: .*{message}; passed over for {path.name}"):
+        assert latest_checkpoint(folder) == path
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("what", ["a file", "a broken link", "a link to itself"])
+def test_checkpoints_that_are_no_folder(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "checkpoints"
+    if what == "a file":
+        folder.write_text("")
+    else:
+        folder.symlink_to(folder if what == "a link to itself" else tmp_path / "gone")
+    with pytest.raises(ValueError, match="must be a folder, got a file or a broken link"):
+        latest_checkpoint(folder)
 
 
 def test_more_than_a_million_updates_sort_by_number(tmp_path: Path) -> None:
@@ -124,16 +153,32 @@ def test_saving_one_update_twice_replaces(tmp_path: Path) -> None:
 
 def test_prune_keeps_the_latest_whole_ones(tmp_path: Path) -> None:
     student, optimizer = trained(seed=0, num_updates=1)
-    for _ in range(4):
-        path = save(tmp_path, student, optimizer)
+    paths = []
+    for _ in range(6):
+        paths.append(save(tmp_path, student, optimizer))
         train(student, optimizer, 1)
-    (path / "trainer_state.json").unlink()
     (tmp_path / ".update_000007.partial").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    prune_checkpoints(tmp_path, keep=2)
-    assert sorted(child.name for child in tmp_path.iterdir()) == ["notes.txt", "update_000002", "update_000003"]
+    (paths[2] / "trainer_state.json").unlink()
+    flip(paths[5] / "model.safetensors")  # the run went on from an older one
+    prune_checkpoints(paths[4], keep=2)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"notes.txt", "update_000004", "update_000005", "update_000006"}
+    prune_checkpoints(paths[4], keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == left - {"update_000004"}
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
-        prune_checkpoints(tmp_path, keep=0)
+        prune_checkpoints(paths[4], keep=0)
+
+
+def test_prune_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=1)
+    elsewhere = save(tmp_path / "other", student, optimizer)
+    train(student, optimizer, 1)
+    newest = save(tmp_path / "checkpoints", student, optimizer)
+    (newest.parent / elsewhere.name).symlink_to(elsewhere)
+    prune_checkpoints(newest, keep=1)
+    assert [path.name for path in newest.parent.iterdir()] == [newest.name]
+    assert latest_checkpoint(elsewhere.parent) == elsewhere
 
 
 @pytest.mark.parametrize(
@@ -162,7 +207,7 @@ def test_flipped_bit_is_refused(tmp_path: Path) -> None:
         content = bytearray((path / name).read_bytes())
         content[-5] ^= 1
         (path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} must be as it was written"):
+        with pytest.raises(ValueError, match=f"{name} has other bytes .*; use an older one"):
             load_checkpoint(path, student, optimizer)
         content[-5] ^= 1
         (path / name).write_bytes(content)

@@ -1,0 +1,72 @@
+"""A run's folder: what stands in it, and that one process at a time writes there.
+
+runs/NAME/  config.toml  metrics.jsonl  rollouts/batch_000001.jsonl  tb/  checkpoints/update_000010/
+            report.html  curves.png  .lock
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LOCK = ".lock"  # holds the process that writes there, and is empty otherwise
+FOLDERS = ("checkpoints", "rollouts", "tb")
+FILES = (LOCK, "config.toml", "metrics.jsonl", "curves.png", "report.html")
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """A run's folder for this process alone; made where it is absent, gone if it stays empty.
+
+    The lock is the kernel's and ends with the process, however that ends.
+
+    Raises:
+        ValueError: another process has it, it cannot be written, or what stands under one of the
+            names that a run writes to is of another kind. Better now than after the first batch.
+    """
+    for name in (*FOLDERS, *FILES):
+        path, kind = folder / name, "folder" if name in FOLDERS else "file"
+        is_right = path.is_dir() if kind == "folder" else path.is_file() or path.is_symlink()
+        if os.path.lexists(path) and not is_right:
+            reason = f"must be a {kind}, got something else; move it, or set run.name"
+            raise ValueError(f"run: {path} {reason}")
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        reason = f"must be a writable folder, got {error.strerror}: {error.filename}; set run.dir"
+        raise ValueError(f"run: {folder} {reason}") from None
+    try:
+        _take(lock, folder)
+        try:
+            yield
+        finally:
+            os.ftruncate(lock, 0)
+            if missing and os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # somebody else has put something there
+                    for path in missing:
+                        path.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, folder: Path) -> None:
+    """Lock the open file, and write into it whose it is."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
+        reason = f"is in use by process {holder}; wait for its end, or set run.name"
+        raise ValueError(f"run: {folder} {reason}") from None
+    except OSError as error:  # not every network disk can
+        warnings.warn(f"run: {folder} could not be locked ({error.strerror})", stacklevel=5)
+    with suppress(OSError):  # a full disk: who holds it cannot be told then
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)

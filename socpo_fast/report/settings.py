@@ -1,0 +1,163 @@
+"""What a run was made under: config.toml, its history, and which changes need consent.
+
+    [run]                   the settings that hold now, and have since the last until_update below
+    ..
+    [[history]]             the settings that held before, oldest first, for the updates
+    from_update = 0         from_update + 1 .. until_update
+    until_update = 12
+    changes = ["train.lr: 1e-06 -> 2e-06"]
+    [history.run]
+    ..
+
+Read settings_text. load_config leaves the history out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from socpo_fast.config import Config, read_toml
+from socpo_fast.config.text import to_text, to_toml, toml_literal
+
+# Settings that may change without consent, and why. All others decide tokens, weights or what is
+# measured.
+FREE = {
+    "run.name": "where the run lies",
+    "run.dir": "where the run lies",
+    "run.resume": "where it goes on from",
+    "run.accept_changes": "the consent itself; it is for one start and never kept",
+    "run.num_batches": "how long it goes on; a batch depends on no later one",
+    "run.checkpoint_every_updates": "what is kept",
+    "run.keep_checkpoints": "what is kept",
+    "run.threads": "speed; docs/numerics.md says where bits do not depend on it",
+    "run.live": "what is shown",
+    "data.train": "where the questions lie; the questions themselves are compared",
+    "data.eval": "where the questions lie; the questions themselves are compared",
+    "data.train_split": "the questions themselves are compared",
+    "data.eval_split": "the questions themselves are compared",
+    "data.subset": "the questions themselves are compared",
+    "data.max_prompt_tokens": "the questions themselves are compared",
+    "data.builtin_train_questions": "the questions themselves are compared",
+    "data.builtin_eval_questions": "the questions themselves are compared",
+    "eval.max_questions": "the questions themselves are compared",
+    "eval.every_updates": "when it is measured; what is trained does not depend on it",
+    "engine.kv_cache_gib": "speed; tokens do not depend on scheduling",
+    "engine.max_running": "speed; tokens do not depend on scheduling",
+    "engine.token_budget": "speed; tokens do not depend on scheduling",
+    "teacher.url": "where the teacher runs; teacher.model is compared",
+    "teacher.api_key_env": "where the key stands",
+    "teacher.max_concurrency": "how fast the teacher is asked",
+    "teacher.guidance_timeout_s": "how long the teacher is waited for",
+    "teacher.timeout_s": "how long the teacher is waited for",
+    "teacher.max_retries": "how long the teacher is waited for",
+}
+
+
+def settings_text(
+    config: Config,
+    before: Path,
+    *,
+    num_updates: int,
+    data_before: Mapping[str, str],
+    data: Mapping[str, str],
+    is_own: bool,
+) -> str:
+    """The config.toml of a run that goes on after num_updates updates; tells of what has changed.
+
+    Args:
+        config:      the settings from now on.
+        before:      config.toml of the run that made the checkpoint.
+        data_before: what that run drew its prompts from, by name.
+        data:        what this one does.
+        is_own:      that run is this one, so that changes need consent; who begins another run
+                     from a checkpoint has given it.
+
+    Raises:
+        ValueError: changes without consent; `before` is damaged.
+    """
+    held = _held(before, num_updates) if before.is_file() else []
+    changes = _list_changes(held[-1], _tables(config)) if held else []
+    if is_own and not held:
+        changes = [f"{before}: what held before -> missing"]
+    changed = (name for name, old in data_before.items() if data.get(name, old) != old)
+    changes += [f"{name}: {data_before[name]} -> {data[name]}" for name in changed]
+    if not changes:
+        return config_text(config, held[:-1])
+    listed = "; ".join(changes)
+    if is_own and not config.run.accept_changes:
+        raise ValueError(
+            f"run: {before.parent} must go on as it began, got {listed}; "
+            "set them back, or set run.accept_changes true, which keeps what held before on record"
+        )
+    warnings.warn(f"run: changed from update {num_updates} on: {listed}", stacklevel=2)
+    return config_text(config, held[:-1] + [entry | {"changes": changes} for entry in held[-1:]])
+
+
+def config_text(config: Config, history: Sequence[Mapping[str, Any]] = ()) -> str:
+    """TOML that load_config reads back to an equal Config. Of a key only its variable's name."""
+    return "\n".join([to_toml(_tables(config)), *map(_entry_text, history)])
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The tables of a run folder's config.toml without its history; none where there is no file."""
+    tables = read_toml(folder / "config.toml") if (folder / "config.toml").is_file() else {}
+    return {section: table for section, table in tables.items() if isinstance(table, dict)}
+
+
+def _tables(config: Config) -> dict[str, Any]:
+    """The settings as they are written; consent holds for one start."""
+    tables = config.model_dump()
+    tables["run"]["accept_changes"] = False
+    return tables
+
+
+def _held(path: Path, num_updates: int) -> list[dict[str, Any]]:
+    """What the first num_updates updates were made under, oldest first, as entries of a history.
+
+    A run that goes on from an older checkpoint loses the entries of what came after it.
+    """
+    tables = read_toml(path)
+    try:
+        history = tables.pop("history", [])
+        start = history[-1]["until_update"] if history else 0
+        entries = [*history, {"from_update": start, "until_update": num_updates, **tables}]
+        for entry in entries:
+            entry["until_update"] = min(entry["until_update"], num_updates)
+        return [entry for entry in entries if entry["from_update"] < max(num_updates, 1)]
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise ValueError(f"run: {path} must hold a history as it was written; repair it") from None
+
+
+def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """ "section.key: old -> new" of what both have and what is not FREE.
+
+    What only one has belongs to another kind of section, which is a change of its own, or to
+    another version.
+    """
+    changes = []
+    for section, table in now.items():
+        old_table = before.get(section, {})
+        for key in table:
+            name, new = f"{section}.{key}", to_text(table[key])
+            old = to_text(old_table.get(key, table[key]))
+            if old != new and name not in FREE:
+                changes.append(f"{name}: {old:.100} -> {new:.100}")
+    return changes
+
+
+def _entry_text(entry: Mapping[str, Any]) -> str:
+    """One [[history]] table."""
+    changes = ", ".join(map(toml_literal, entry.get("changes", ())))
+    tables = {section: table for section, table in entry.items() if isinstance(table, dict)}
+    lines = [
+        "[[history]]",
+        f"from_update = {entry['from_update']}",
+        f"until_update = {entry['until_update']}",
+        f"changes = [{changes}]",
+        "",
+        to_toml(tables, prefix="history."),
+    ]
+    return "\n".join(lines)

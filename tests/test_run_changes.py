@@ -1,0 +1,133 @@
+"""Changed settings and data of a run that goes on: listed, agreed to, on record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from socpo_fast.cli import main
+from socpo_fast.config import Config, load_config
+from socpo_fast.config.text import fields_of
+from socpo_fast.report.settings import FREE
+from tests.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
+
+__all__ = ["finished_run", "run_dir"]  # fixtures
+Capture = pytest.CaptureFixture[str]
+MUST = "run: .*/run must go on as it began, got "
+
+
+def history_of(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "run" / "config.toml"
+    load_config(path)
+    return tomllib.loads(path.read_text()).get("history", [])
+
+
+def test_changed_settings_need_consent(run_dir: Path, capsys: Capture) -> None:
+    words = {"run.num_batches": 2, "train.lr": 2e-4, "rollout.temperature": 0.9}
+    before, first = snapshot(run_dir), load_config(run_dir / "run" / "config.toml")
+    assert main(words_of("train", run_dir, words)) == 2
+    listed = f"rollout.temperature: 1.0 -> 0.9; train.lr: {first.train.lr} -> 0.0002"
+    message = f"{MUST}{listed}; set them back, or set run.accept_changes true"
+    assert_refused(capsys.readouterr().err, message)
+    assert snapshot(run_dir) == before
+    consent = words | {"run.accept_changes": "true"}
+    with pytest.warns(UserWarning, match=f"run: changed from update 1 on: {listed}$"):
+        assert main(words_of("train", run_dir, consent)) == 0
+    [entry] = history_of(run_dir)
+    assert (entry["from_update"], entry["until_update"]) == (0, 1)
+    assert entry["changes"] == listed.split("; ")
+    assert entry["train"]["lr"] == first.train.lr
+    now = load_config(run_dir / "run" / "config.toml")
+    assert (now.train.lr, now.run.accept_changes) == (2e-4, False)
+    # It is on record now: the same again needs nothing, another change is another entry.
+    assert main(words_of("train", run_dir, words | {"run.num_batches": 3})) == 0
+    assert history_of(run_dir) == [entry]
+    third = consent | {"run.num_batches": 4, "train.lr": 3e-4}
+    with pytest.warns(UserWarning, match=r"changed from update 3 on: train.lr: 0.0002 -> 0.0003$"):
+        assert main(words_of("train", run_dir, third)) == 0
+    spans = [(entry["from_update"], entry["until_update"]) for entry in history_of(run_dir)]
+    assert spans == [(0, 1), (1, 3)]
+    assert history_of(run_dir)[1]["rollout"]["temperature"] == 0.9
+
+
+def test_what_was_lost_leaves_the_record(run_dir: Path) -> None:
+    """Where a run goes on from a checkpoint before a change, that change did not take place."""
+    words = {"run.num_batches": 2, "train.lr": 2e-4, "run.accept_changes": "true"}
+    with pytest.warns(UserWarning, match="changed from update 1 on"):
+        assert main(words_of("train", run_dir, words)) == 0
+    shutil.rmtree(run_dir / "run" / "checkpoints" / "update_000002")
+    assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0  # as it began
+    assert history_of(run_dir) == []
+
+
+def test_a_finished_run_says_so(run_dir: Path, capsys: Capture) -> None:
+    assert main(words_of("train", run_dir, {})) == 0  # it was moved, which config.toml tells of
+    before = snapshot(run_dir / "run")
+    assert main(words_of("train", run_dir, {})) == 0
+    assert "finished at batch 1; raise run.num_batches to go on\n" in capsys.readouterr().out
+    after = snapshot(run_dir / "run")
+    kept = [name for name in before if not name.startswith(("tb/", "report"))]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+
+
+def test_free_settings_need_no_consent(run_dir: Path) -> None:
+    words = {"run.num_batches": 2, "run.keep_checkpoints": 7, "run.threads": 1}
+    words |= {"run.checkpoint_every_updates": 3, "eval.every_updates": 1}
+    words |= {"engine.kv_cache_gib": 0.03, "engine.max_running": 3}
+    assert main(words_of("train", run_dir, words)) == 0
+    assert history_of(run_dir) == []
+    assert load_config(run_dir / "run" / "config.toml").engine.max_running == 3
+
+
+def test_free_settings_are_settings() -> None:
+    assert set(FREE) <= set(fields_of(Config))
+
+
+def test_a_lost_config_toml_needs_consent(run_dir: Path, capsys: Capture) -> None:
+    (run_dir / "run" / "config.toml").unlink()
+    assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
+    message = f"{MUST}.*config.toml: what held before -> missing"
+    assert_refused(capsys.readouterr().err, message)
+
+
+def test_other_questions_need_consent(tmp_path: Path, capsys: Capture) -> None:
+    """As many as before, in the same file; the same ones in another folder do not."""
+
+    def write(name: str, text: str) -> Path:
+        rows = ({"question": f"{text} {i}", "ground_truth": "1"} for i in range(8))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    def train(path: Path, **more: object) -> int:
+        words = {"data.train": path, "data.eval": "none", "teacher.kind": "retry"}
+        words |= {f"run.{name}": value for name, value in more.items()}
+        return main(words_of("train", tmp_path / "runs", words))
+
+    assert train(write("a/rows.jsonl", "first")) == 0
+    assert train(write("b/rows.jsonl", "first"), num_batches=2) == 0
+    capsys.readouterr()
+    assert train(write("b/rows.jsonl", "other"), num_batches=3) == 2
+    digest = "8 with hash [0-9a-f]{12}"
+    message = f"{MUST}questions of data.train: {digest} -> {digest}; set them back"
+    assert_refused(capsys.readouterr().err, message)
+    with pytest.warns(UserWarning, match="changed from update 2 on: questions of data.train: 8"):
+        assert train(tmp_path / "b/rows.jsonl", num_batches=3, accept_changes="true") == 0
+    [entry] = history_of(tmp_path / "runs")
+    assert entry["until_update"] == 2
+
+
+def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
+    """Who names it means it: what differs is told, and what held before is on record."""
+    start = run_dir / "run" / "checkpoints" / "update_000001"
+    words = {"run.dir": run_dir / "other", "run.resume": start}
+    words |= {"run.num_batches": 2, "train.lr": 2e-4}
+    with pytest.warns(UserWarning, match="changed from update 1 on: train.lr: .* -> 0.0002"):
+        assert main(words_of("train", run_dir, words)) == 0
+    [entry] = history_of(run_dir / "other")
+    assert (entry["from_update"], entry["until_update"]) == (0, 1)

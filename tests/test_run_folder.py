@@ -1,0 +1,279 @@
+"""A run's folder: whatever happened to it, a start goes on, or says why not and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from socpo_fast.cli import main
+from socpo_fast.config import load_config
+from socpo_fast.report.folder import run_folder
+from tests.bad_input import Words, assert_refused, finished_run, run_dir, snapshot, words_of
+
+__all__ = ["finished_run", "run_dir"]  # fixtures
+Capture = pytest.CaptureFixture[str]
+
+ROOT = Path(__file__).parent.parent
+NO_EVAL = {"data.eval": "none", "run.checkpoint_every_updates": 1, "run.keep_checkpoints": 9}
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def checkpoints_of(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "run" / "checkpoints").iterdir())
+
+
+def without_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def replaced_by_a_file(run: Path) -> None:
+    without_checkpoints(run)
+    (run / "checkpoints").write_text("")
+
+
+def replaced_by_a_broken_link(run: Path) -> None:
+    without_checkpoints(run)
+    (run / "checkpoints").symlink_to("gone")
+
+
+def emptied(run: Path) -> None:
+    without_checkpoints(run)
+    (run / "checkpoints" / "update_000001").mkdir(parents=True)
+
+
+def replaced_by_a_circle(run: Path) -> None:
+    without_checkpoints(run)
+    (run / "checkpoints").symlink_to("checkpoints")
+
+
+NO_FOLDER = "run: .*/run/checkpoints must be a folder, got something else"
+# What happened to a finished run -> the line.
+LOST: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no checkpoints": (
+        without_checkpoints,
+        "run: .*/run/checkpoints must hold a checkpoint, as .*metrics.jsonl tells of update 1",
+    ),
+    "a file": (replaced_by_a_file, NO_FOLDER),
+    "a broken link": (replaced_by_a_broken_link, NO_FOLDER),
+    "a link to itself": (replaced_by_a_circle, NO_FOLDER),
+    "an empty checkpoint": (
+        emptied,
+        "checkpoint: .*update_000001/manifest.json is missing or damaged, and no other",
+    ),
+    **{
+        f"a bit of {name}": (
+            lambda run, name=name: flip(run / "checkpoints" / "update_000001" / name),
+            f"checkpoint: .*update_000001/{name} has other bytes than were written, and no other",
+        )
+        for name in ("config.json", "tokenizer.json", "trainer_state.json", "model.safetensors")
+    },
+    "a bit of manifest.json": (
+        lambda run: flip(run / "checkpoints" / "update_000001" / "manifest.json"),
+        "checkpoint: .*update_000001/.* (has|is) .*, and no other checkpoint is whole",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_lost_checkpoints_are_no_fresh_start(case: str, run_dir: Path, capsys: Capture) -> None:
+    damage, message = LOST[case]
+    damage(run_dir / "run")
+    before = snapshot(run_dir)
+    assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
+    assert_refused(capsys.readouterr().err, message)
+    assert snapshot(run_dir) == before
+    if message != NO_FOLDER:  # nor does it evaluate the student it began with
+        assert main(words_of("eval", run_dir, {})) == 2
+        assert_refused(capsys.readouterr().err, message)
+
+
+def test_a_damaged_checkpoint_is_passed_over(run_dir: Path, capsys: Capture) -> None:
+    """With a warning that names the file; the run ends as if nothing had happened."""
+    words = NO_EVAL | {"run.name": "run2", "run.num_batches": 4}
+    assert main(words_of("train", run_dir, words)) == 0
+    folder = run_dir / "run2" / "checkpoints"
+    straight = snapshot(folder)
+    shutil.rmtree(folder / "update_000004")
+    flip(folder / "update_000003" / "tokenizer.json")
+    damaged = snapshot(folder / "update_000003")
+    capsys.readouterr()
+    stop_at_2 = words | {"run.num_batches": 2, "run.keep_checkpoints": 1}
+    message = "update_000003/tokenizer.json has other bytes .*; passed over for update_000002"
+    with pytest.warns(UserWarning, match=message):
+        assert main(words_of("train", run_dir, stop_at_2)) == 0
+    assert "finished at batch 2; raise run.num_batches to go on" in capsys.readouterr().out
+    assert snapshot(folder / "update_000003") == damaged
+    with pytest.warns(UserWarning, match="passed over"):
+        assert main(words_of("train", run_dir, words)) == 0
+    assert snapshot(folder) == straight
+
+
+def test_damaged_rows_cost_themselves(run_dir: Path, capsys: Capture) -> None:
+    """Metrics and rollouts: rows that are none, of another shape, nested without end."""
+    run = run_dir / "run"
+    bad_rows = ["3", "{}", "[" * 100_000, '{"turns": [3]}', '{"kind": ["eval"]}']
+    bad_rows += ['{"kind": "eval", "batch": 1, "update": "x"}']
+    bad_rows += ['{"kind": "batch", "batch": 1, "update": 1, "reward/mean": "x"}']
+    for path in (run / "metrics.jsonl", run / "rollouts" / "batch_000001.jsonl"):
+        with path.open("a") as file:
+            file.write("\n".join(bad_rows) + "\n\xff\n")
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: .* left out") as told:
+        assert main(["report", str(run)]) == 0
+    assert any("batch_000001.jsonl: " in str(warning.message) for warning in told)
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: .* left out"):
+        assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["batch"] for row in rows if row["kind"] == "batch"] == [1, 2]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["x = " + "[" * 100_000, "[run", "\xff", "history = 3"])
+def test_a_damaged_config_toml_is_named(content: str, run_dir: Path, capsys: Capture) -> None:
+    (run_dir / "run" / "config.toml").write_text(content, encoding="latin-1")
+    before = snapshot(run_dir)
+    assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
+    assert_refused(capsys.readouterr().err, "(run|config): .*/run/config.toml must ")
+    assert snapshot(run_dir) == before
+
+
+def test_links_lead_nothing_elsewhere(run_dir: Path, tmp_path: Path) -> None:
+    """Files of a run that are links are replaced; folders that are links are used."""
+    run, victim, disk = run_dir / "run", tmp_path / "victim", tmp_path / "disk"
+    for name in ("curves.png", "report.html", "metrics.jsonl.tmp", "config.toml.tmp"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(victim)
+    disk.mkdir()
+    for name in ("checkpoints", "rollouts"):
+        shutil.move(run / name, disk / name)
+        (run / name).symlink_to(disk / name)
+    assert main(words_of("train", run_dir, {"run.num_batches": 2, "run.keep_checkpoints": 1})) == 0
+    assert not victim.exists()
+    assert [path.name for path in (disk / "checkpoints").iterdir()] == ["update_000002"]
+    assert "<html" in (run / "report.html").read_text()
+
+
+def test_a_planted_lock(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+    (run_dir / "run" / ".lock").unlink()
+    (run_dir / "run" / ".lock").symlink_to(tmp_path / "victim")
+    assert main(words_of("train", run_dir, {})) == 2
+    message = "run: .*run must be a writable folder, got Too many levels of .*/.lock; set run.dir"
+    assert_refused(capsys.readouterr().err, message)
+    assert not (tmp_path / "victim").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from socpo_fast.report.folder import run_folder
+
+with run_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_a_folder(run_dir: Path, capsys: Capture) -> None:
+    """A second one is told whose the folder is; the lock ends with its holder."""
+    command = [sys.executable, "-c", HOLD, str(run_dir / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        before = snapshot(run_dir)
+        assert before["run/.lock"].decode().startswith(f"{holder.pid} on ")
+        rows = run_dir / "run" / "metrics.jsonl"
+        for command_word in ("train", "rollout"):
+            if command_word == "rollout":
+                rows.rename(rows.with_suffix(".away"))
+            assert main(words_of(command_word, run_dir, {"run.num_batches": 2})) == 2
+            message = rf"run: .*/run is in use by process {holder.pid} on .*; wait for its end, or "
+            assert_refused(capsys.readouterr().err, message)
+        rows.with_suffix(".away").rename(rows)
+        assert snapshot(run_dir) == before
+        assert main(words_of("eval", run_dir, {})) == 0  # it only reads
+        assert main(["report", str(run_dir / "run")]) == 0  # replaces its own two files whole
+        holder.send_signal(signal.SIGKILL)
+    assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
+    assert (run_dir / "run" / ".lock").read_text() == ""
+
+
+def test_two_threads_of_a_process_are_two(tmp_path: Path) -> None:
+    with (
+        run_folder(tmp_path),
+        pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"),
+        run_folder(tmp_path),
+    ):
+        pytest.fail("both have it")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"student.path": "/nowhere"},
+        {"rollout.questions_per_batch": 14, "train.questions_per_update": 14},
+        {"run.resume": "/nowhere/update_000001"},
+        {"run.resume": "update_000001"},
+    ],
+)
+def test_a_refused_command_leaves_no_folder(words: Words, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "there").mkdir()
+    for command in ("train", "rollout") if "run.resume" not in words else ("train",):
+        assert main(words_of(command, tmp_path / "there" / "runs" / "mine", words)) == 2
+        assert list((tmp_path / "there").iterdir()) == []
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_run_in_another_thread(run_dir: Path) -> None:
+    """Where Python gives no signals."""
+    codes = []
+    words = words_of("train", run_dir, {"run.num_batches": 2})
+    thread = threading.Thread(target=lambda: codes.append(main(words)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert "update_000002" in checkpoints_of(run_dir)
+
+
+def test_a_moved_run_goes_on(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "run").rename(tmp_path / "moved")
+    words = {"run.num_batches": 2, "run.name": "moved"}
+    assert main(words_of("train", tmp_path, words)) == 0
+    assert "history" not in tomllib.loads((tmp_path / "moved" / "config.toml").read_text())
+
+
+def test_home_is_written_out_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = ["[run]", 'dir = "~/runs"', 'resume = "~/x"', "[student]", 'path = "~/s"']
+    lines += ["[data]", 'train = "~/d"', 'eval = "~/e"']
+    lines += ["[teacher]", 'kind = "local"', 'path = "~/t"']
+    (tmp_path / "c.toml").write_text("\n".join(lines))
+    config = load_config("~/c.toml")
+    assert config.folder == tmp_path / "runs" / "run"
+    data, others = config.data, (config.run.resume, config.student.path, config.teacher.path)
+    paths = (*others, data.train, data.eval)
+    assert paths == tuple(f"{tmp_path}/{name}" for name in "xstde")
+    message = "config: ~ must be a known user's home, got '~nobody-here/x'"
+    with pytest.raises(ValueError, match=message):
+        load_config(None, {"run.dir": "~nobody-here/x"})
+
+
+def test_lost_metrics_are_told(run_dir: Path) -> None:
+    (run_dir / "run" / "metrics.jsonl").unlink()
+    message = "run/metrics.jsonl: rows of updates 1 to 1 are missing"
+    with pytest.warns(UserWarning, match=message):
+        assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
