@@ -23,6 +23,7 @@ from socpo_fast.socratic.leak import leaks_answer, mask_answer
 from socpo_fast.types import (
     Attempt,
     Guidance,
+    GuidanceFailed,
     GuidanceRequest,
     Question,
     Rollout,
@@ -53,7 +54,7 @@ class RolloutOptions:
         view:           what the teacher sees of an attempt longer than attempt_limit.
         reveal_answer:  the teacher sees ground_truth.
         show_reference: the teacher sees reference_solution.
-        guidance_timeout_s: > 0, for one guidance, repeats included.
+        guidance_timeout_s: > 0, for one guidance, repeats included, from when it is sent.
 
     Raises:
         ValueError: a value breaks its rule.
@@ -159,11 +160,12 @@ class Episode:
             attempt_idx=attempt.attempt_idx,
         )
 
-    def guided(self, guidance: Guidance | None) -> NextContext | None:
-        """Takes what the teacher said of the last attempt, None for nothing; returns what to
+    def guided(self, guidance: Guidance | GuidanceFailed | None) -> NextContext | None:
+        """Takes what the teacher said of the last attempt, or why it said nothing; returns what to
         sample behind next, None at the end."""
-        if guidance is None:
+        if not isinstance(guidance, Guidance):
             self.rollout.end_reason = "guidance_failed"
+            self.rollout.failure = "none" if guidance is None else guidance.kind
             return None
         text = guidance.text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         raw_text = self.bridge.fit(text.strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from socpo_fast.metrics import source_metric
@@ -58,6 +59,10 @@ def summarize(
         "guidance/rescue_rate": mean([float(is_solved(rollout)) for rollout in guided]),
         "guidance/leak_rate": mean([float(leaks_answer(text, q)) for text, q in raw_texts]),
         "guidance/failed": float(reasons.count("guidance_failed")),
+        **{
+            f"guidance/failed_{kind}": float(count)
+            for kind, count in sorted(Counter(r.failure for r in rollouts if r.failure).items())
+        },
         "guidance/leaked": float(reasons.count("leaked")),
         "guidance/overflow": float(reasons.count("overflow")),
         "rollout/attempt_tokens": mean([float(attempt.num_tokens) for attempt in attempts]),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from string import Formatter
-from typing import Protocol
 
-from socpo_fast.types import Guidance, GuidanceRequest
+from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 FIELDS = ("question", "student_answer", "reference_solution", "ground_truth")
 
@@ -31,20 +33,33 @@ The correct answer, for your eyes only:
 Write your message to the student."""
 
 
-class Teacher(Protocol):
+class Teacher:
     """A frozen guide, of which only text is visible.
 
     immediate: guide() waits for nobody else, so the caller may wait for it on the spot.
+    is_remote: a server that may be down or refuse us, so that one call is tried before a run begins.
+    failures:  calls without guidance so far, by the kind of GuidanceFailed.
     """
 
-    @property
-    def immediate(self) -> bool: ...
+    immediate = False
+    is_remote = False
+
+    @cached_property
+    def failures(self) -> Counter[str]:
+        return Counter()
 
     async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        """A message to the student; None when there is none to be had, which ends the rollout with what it has."""
+        """A message to the student; None, or GuidanceFailed, ends the rollout with what it has."""
+        raise NotImplementedError
+
+    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float) -> Guidance | None:
+        """guide(), or TimeoutError. A teacher with a line starts the clock behind it."""
+        async with asyncio.timeout(timeout_s):
+            return await self.guide(request)
 
     def step(self) -> bool:
         """Do a little of the teacher's work on the caller's thread; False when there is none."""
+        return False
 
     async def aclose(self) -> None:
         """Give back connections."""
@@ -55,7 +70,8 @@ class TeacherPrompt:
     """The messages a language model is asked with.
 
     user_template is split into paragraphs at empty lines; one that names a field withheld from the teacher (None in
-    the request) is left out. Values are put in once and never read as a template themselves.
+    the request) is left out. Values are put in once and never read as a template themselves. folds_system: the
+    system prompt opens the user message, for models that know no system messages.
 
     Raises:
         ValueError: user_template is malformed or names a field that is not one of FIELDS.
@@ -63,6 +79,7 @@ class TeacherPrompt:
 
     system_prompt: str = SYSTEM_PROMPT
     user_template: str = USER_TEMPLATE
+    folds_system: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -83,11 +100,43 @@ class TeacherPrompt:
             for paragraph in self.user_template.split("\n\n")
             if all(name is None or values[name] is not None for _, name, _, _ in Formatter().parse(paragraph))
         ]
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return [*system, {"role": "user", "content": "\n\n".join(paragraphs)}]
+        if not self.system_prompt:
+            return [{"role": "user", "content": "\n\n".join(paragraphs)}]
+        if self.folds_system:
+            return [{"role": "user", "content": "\n\n".join([self.system_prompt, *paragraphs])}]
+        system = {"role": "system", "content": self.system_prompt}
+        return [system, {"role": "user", "content": "\n\n".join(paragraphs)}]
 
 
-def clean_guidance(text: str) -> str | None:
-    """A model's message without its <think> block and the white space around it; None when nothing is left."""
-    text = text.rpartition("</think>")[2]
-    return None if text.lstrip().startswith("<think>") else text.strip() or None
+# How models mark their thoughts: what opens them and what closes them.
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+)
+
+
+def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
+    """A model's message without its thoughts and the white space around it.
+
+    in_thoughts: they may have begun before the text, in the prompt; then only what closes them shows
+    where the message begins.
+
+    Raises:
+        GuidanceFailed: "cut", the text ends inside the thoughts; "none", nothing is left.
+    """
+    for opening, closing in THOUGHTS:
+        _, is_closed, message = text.rpartition(closing)
+        text = message
+        in_thoughts = opening in message or (in_thoughts and not is_closed)
+    if in_thoughts:
+        advice = "raise teacher.max_new_tokens or turn its thinking off"
+        raise GuidanceFailed("cut", f"the message was cut, and may be thoughts; {advice}")
+    if not text.strip():
+        raise GuidanceFailed("none", "the message was empty")
+    return text.strip()
