@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +19,16 @@ from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.evaluation import Scores
-from socpo_fast.socratic.graders import make_grader
+from socpo_fast.socratic.graders import check_ground_truth, make_grader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import make_teacher
-from socpo_fast.socratic.teachers.calls import background
-from socpo_fast.types import Question, Rollout, SamplingParams
+from socpo_fast.socratic.teachers.calls import ask, background, result_of
+from socpo_fast.types import GuidanceFailed, GuidanceRequest, Question, Rollout, RolloutKey, SamplingParams
 
 EVAL_BATCH = -1  # names the noise of evaluations: the same draws every time, none of them training's
 EVAL_SLICE_ROLLOUTS = 4096  # in flight together: many times max_running, so that a slice's end costs little
+CLOSE_S = 5.0  # for a teacher to give back connections; a hung one is left behind
 BUILTIN_EVAL_SEED = 0  # the held-out questions are the same for every run
 
 
@@ -61,6 +63,7 @@ class Session:
         self.options = rollout_options(config)
         self.uses_teacher = self.options.max_attempts > 1
         self.teacher = make_teacher(config, device=str(device))
+        self._is_teacher_tried = False
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
             self.reference = self._load_student(device).requires_grad_(False)
@@ -68,7 +71,7 @@ class Session:
         self._check_room()
 
     def close(self) -> None:
-        background(self.teacher.aclose()).result()
+        wait([background(self.teacher.aclose())], timeout=CLOSE_S)
 
     def _load_student(self, device: torch.device) -> Decoder:
         return load_student(self.student_folder, dtype=self.config.student.dtype, device=device)
@@ -101,7 +104,9 @@ class Session:
     def train_questions(self) -> list[Question]:
         data = self.config.data
         if data.train == "builtin":
-            return molar_mass.questions(self.config.run.seed, data.builtin_train_questions, "train")
+            questions = molar_mass.questions(self.config.run.seed, data.builtin_train_questions, "train")
+            check_ground_truth(data.grader, questions[0])
+            return questions
         return self._load_questions(data.train, data.train_split)
 
     def eval_questions(self) -> list[Question]:
@@ -111,6 +116,7 @@ class Session:
             return []
         if data.eval == "builtin":
             questions = molar_mass.questions(BUILTIN_EVAL_SEED, data.builtin_eval_questions, "eval")
+            check_ground_truth(data.grader, questions[0])
         else:
             questions = self._load_questions(data.eval, data.eval_split)
         return questions[: self.config.eval.max_questions]
@@ -160,6 +166,9 @@ class Session:
         batch_idx: int,
         options: RolloutOptions,
     ) -> Iterator[Rollout]:
+        if options.max_attempts > 1 and self.teacher.is_remote and not self._is_teacher_tried:
+            self._is_teacher_tried = True
+            self._try_teacher(questions[0])
         return socratic_rollouts(
             self.engine,
             self.tokenizer,
@@ -171,6 +180,28 @@ class Session:
             batch_idx=batch_idx,
             bridge=self.bridge,
         )
+
+    def _try_teacher(self, question: Question) -> None:
+        """One call before anything is sampled: a wrong key or name costs no batch."""
+        request = GuidanceRequest(
+            question=question.text,
+            student_answer="I do not know.",
+            ground_truth=None,
+            reference_solution=None,
+            key=RolloutKey(EVAL_BATCH, question.question_idx),
+            rollout_idx=0,
+            attempt_idx=0,
+        )
+        asked = ask(self.teacher, request, self.options.guidance_timeout_s)
+        wait([asked])
+        outcome = result_of(asked, self.teacher)
+        if isinstance(outcome, GuidanceFailed) and outcome.kind not in ("cut", "none"):
+            self.refuse_silence(f"teacher: the first call got no guidance, {outcome.kind}: {outcome}")
+
+    def refuse_silence(self, line: str) -> None:
+        """Ends the run with a line that says how the teacher is silent, unless that is allowed."""
+        if self.config.teacher.on_silence == "stop":
+            raise ValueError(f"{line}; mend it, or set teacher.on_silence continue")
 
 
 def rollout_options(config: Config) -> RolloutOptions:

@@ -59,6 +59,7 @@ class Bridge:
         eos_ids:        the ids that end an attempt: end_of_turn_id, the tokenizer's eos and those of the
                         generation_config.json beside the tokenizer.
         before, after:  the template's text from an answer's end to the guidance, and from there to the next answer.
+        takes_system:   the template has system messages; others refuse them or leave them out.
         notes:          one sentence for each kind of dialogue that the template renders differently once it is
                         history, or on another day; empty when the template only ever appends.
 
@@ -82,7 +83,7 @@ class Bridge:
         if enable_thinking is not None and "enable_thinking" not in template:
             raise ValueError(
                 f"bridge: enable_thinking must be none for a chat template without it, got {enable_thinking}; "
-                "leave student.enable_thinking out"
+                "leave it out"
             )
         self.tokenizer = tokenizer
         self.guidance_limit = guidance_limit
@@ -129,9 +130,10 @@ class Bridge:
         names, specials = ("|".join(map(re.escape, words)) for words in (texts, self._special))
         ids: list[int] = []
         for part in re.split(f"({specials})", self.render(stand_ins)):
-            is_special = part in self._special
-            text = part if is_special else re.sub(names, lambda found: texts[found[0]], part)
-            ids += [self._special[part]] if is_special else self.untrusted_ids(text)
+            if part in self._special:
+                ids.append(self._special[part])
+            else:
+                ids += self.untrusted_ids(re.sub(names, lambda found: texts[found[0]], part))
         return ids
 
     def bridge_ids(self, guidance_text: str, *, ended: bool) -> list[int]:
@@ -226,8 +228,11 @@ class Bridge:
             if not rendered.startswith((prompt + answer, f"{prompt} {answer}")):  # sentencepiece samples that space
                 notes.append(_NOTE.format(what))
         with_system = [{"role": "system", "content": "SocpoSystem"}, *_dialogue(ANSWER)]
+        self.takes_system = False
         try:
-            if not self.render(with_system).startswith(self.render(with_system[:2])):  # Mistral moves it along
+            prompt = self.render(with_system[:2])
+            self.takes_system = "SocpoSystem" in prompt
+            if not self.render(with_system).startswith(prompt):  # Mistral moves it along
                 notes.append(_NOTE.format("a prompt with a system message"))
         except ValueError:
             pass  # such prompts are refused where they are rendered

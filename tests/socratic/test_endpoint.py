@@ -1,6 +1,7 @@
 """The endpoint teacher against a real HTTP server on loopback that misbehaves on request."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
-from socpo_fast.types import Guidance, GuidanceRequest, RolloutKey
+from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey
 from tests.socratic.faulty_server import Handler, Server, close, drip, flood, half, hang, raw, reply, running_server
 
 KEY = "sk-very-secret"
@@ -37,6 +38,14 @@ def request(rollout_idx: int = 0) -> GuidanceRequest:
     )
 
 
+async def hear(teacher: EndpointTeacher, rollout_idx: int = 0) -> str:
+    """The text, or the kind of failure in brackets."""
+    try:
+        return (await teacher.guide_in_time(request(rollout_idx), None)).text
+    except GuidanceFailed as failure:
+        return f"[{failure.kind}]"
+
+
 def ask(
     server: Server,
     script: list[Callable[[Handler], None]],
@@ -44,17 +53,17 @@ def ask(
     *,
     at_once: bool = False,
     **settings: Any,
-) -> tuple[list[Guidance | None], EndpointTeacher]:
-    """num_calls guidances, one after the other unless at_once, with limits that keep a test short."""
+) -> tuple[list[str], EndpointTeacher]:
+    """What is heard of num_calls calls, one after the other unless at_once, with short limits."""
     server.script = script
     defaults = {"timeout_s": 0.3, "max_retries": 2, "backoff_s": 0.01, "api_key_env": "SOCPO_TEST_KEY"}
 
-    async def run() -> tuple[list[Guidance | None], EndpointTeacher]:
+    async def run() -> tuple[list[str], EndpointTeacher]:
         teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), **(defaults | settings))
         if at_once:
-            answers = await asyncio.gather(*(teacher.guide(request(i)) for i in range(num_calls)))
+            answers = await asyncio.gather(*(hear(teacher, i) for i in range(num_calls)))
         else:
-            answers = [await teacher.guide(request(i)) for i in range(num_calls)]
+            answers = [await hear(teacher, i) for i in range(num_calls)]
         await teacher.aclose()
         return list(answers), teacher
 
@@ -62,15 +71,51 @@ def ask(
 
 
 def test_a_good_answer(server: Server) -> None:
-    (guidance,), teacher = ask(server, [reply("<think>hm</think> Check the sum.\n")])
-    assert guidance is not None
-    assert guidance.text == "Check the sum."
-    assert not teacher.failures
+    heard, _ = ask(server, [reply("<think>hm</think> Check the sum.\n")])
+    assert heard == ["Check the sum."]
     (seen,) = server.seen
     assert seen["path"] == "/v1/chat/completions"
     assert seen["headers"]["Authorization"] == f"Bearer {KEY}"
-    assert (seen["body"]["model"], seen["body"]["temperature"], seen["body"]["max_tokens"]) == ("m", 0.2, 1024)
-    assert [message["role"] for message in seen["body"]["messages"]] == ["system", "user"]
+    body = seen["body"]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.2, 1024)
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+
+
+def test_fields_of_the_request_are_settings(server: Server) -> None:
+    extra = {
+        "temperature": "none",
+        "max_tokens": "none",
+        "max_completion_tokens": 9,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    ask(server, [reply()], extra_body=extra)
+    ((body),) = (seen["body"] for seen in server.seen)
+    assert body.keys() == {"model", "stream", "messages", "max_completion_tokens", "chat_template_kwargs"}
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("message", "finish_reason", "keep_cut", "heard"),
+    [
+        ({"content": [{"type": "text", "text": "Look "}, {"type": "text", "text": "up."}]}, "stop", False, "Look up."),
+        ({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Look."}]}, "stop", False, "Look."),
+        ({"content": "Look.", "reasoning_content": "It is 2."}, "stop", False, "Look."),
+        ({"content": "Look up the", "reasoning_content": "It is 2."}, "length", False, "Look up the"),
+        ({"content": None, "reasoning_content": "It is 2, so I"}, "length", True, "[cut]"),
+        ({"content": "", "reasoning": "It is 2, so I"}, "length", False, "[cut]"),
+        ({"content": "Okay, the answer is 2, and"}, "length", False, "[cut]"),
+        ({"content": "Okay, the answer is 2, and"}, "length", True, "Okay, the answer is 2, and"),
+        ({"content": "It is 2.</think>Look up the"}, "length", False, "Look up the"),
+        ({"content": "<thinking>It is 2, so"}, "stop", True, "[cut]"),
+        ({"content": [{"text": "no type"}]}, "stop", False, "[not_json]"),
+    ],
+)  # fmt: skip
+def test_thoughts_are_not_guidance(
+    server: Server, message: dict[str, Any], finish_reason: str, keep_cut: bool, heard: str
+) -> None:
+    payload = {"choices": [{"message": message, "finish_reason": finish_reason}]}
+    answer = raw(200, json.dumps(payload).encode())
+    assert ask(server, [answer], keep_cut=keep_cut)[0] == [heard]
 
 
 @pytest.mark.parametrize(
@@ -87,15 +132,15 @@ def test_a_good_answer(server: Server) -> None:
         (close, 3, "connection"),
         (half, 3, "connection"),
         (flood, 1, "too_large"),
-        (raw(200, b"\xff\xfe garbage"), 1, "garbage"),
-        (raw(200, b"[" * 100_000), 1, "garbage"),
-        (raw(200, b'{"choices": []}'), 1, "garbage"),
-        (raw(200, b"[1]"), 1, "garbage"),
-        (raw(200, b'{"choices": [{"message": {"content": "x"}}]}', {"Content-Length": "7"}), 1, "garbage"),
-        (reply(["x"]), 1, "garbage"),
-        (reply(None), 1, "empty"),
-        (reply("  "), 1, "empty"),
-        (reply("<think> on and on"), 1, "empty"),
+        (raw(200, b"\xff\xfe garbage"), 1, "not_json"),
+        (raw(200, b"[" * 100_000), 1, "not_json"),
+        (raw(200, b'{"choices": []}'), 1, "not_json"),
+        (raw(200, b"[1]"), 1, "not_json"),
+        (raw(200, b'{"choices": [{"message": {"content": "x"}}]}', {"Content-Length": "7"}), 1, "not_json"),
+        (reply(["x"]), 1, "not_json"),
+        (reply(None), 1, "none"),
+        (reply("  "), 1, "none"),
+        (reply("<think> on and on"), 1, "cut"),
     ],
 )
 def test_a_fault_costs_one_guidance(
@@ -103,9 +148,8 @@ def test_a_fault_costs_one_guidance(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     since = time.perf_counter()
-    (guidance,), teacher = ask(server, [fault], max_response_bytes=2**18)
-    assert guidance is None
-    assert dict(teacher.failures) == {reason: 1}
+    heard, teacher = ask(server, [fault], max_response_bytes=2**18)
+    assert heard == [f"[{reason}]"]
     assert len(server.seen) == num_requests
     assert teacher.num_retries == num_requests - 1
     assert time.perf_counter() - since < 3 * 0.3 + 2.0
@@ -113,15 +157,13 @@ def test_a_fault_costs_one_guidance(
 
 
 def test_a_fault_that_passes_is_retried(server: Server) -> None:
-    (guidance,), teacher = ask(server, [raw(500, b""), close, reply()])
-    assert guidance is not None
-    assert (teacher.num_retries, dict(teacher.failures)) == (2, {})
+    heard, teacher = ask(server, [raw(500, b""), close, reply()])
+    assert (heard, teacher.num_retries) == (["Check the sum."], 2)
 
 
 def test_retry_after_is_obeyed(server: Server) -> None:
     since = time.perf_counter()
-    (guidance,), _ = ask(server, [raw(429, b"", {"Retry-After": "1"}), reply()])
-    assert guidance is not None
+    assert ask(server, [raw(429, b"", {"Retry-After": "1"}), reply()])[0] == ["Check the sum."]
     assert time.perf_counter() - since >= 1.0
 
 
@@ -129,9 +171,7 @@ def test_retry_after_is_obeyed(server: Server) -> None:
 def test_redirects_are_not_followed(server: Server, status: int) -> None:
     with running_server() as other:
         redirect = raw(status, b"", {"Location": f"{other.url}/chat/completions"})
-        (guidance,), teacher = ask(server, [redirect])
-    assert guidance is None
-    assert dict(teacher.failures) == {"redirect": 1}
+        assert ask(server, [redirect])[0] == ["[redirect]"]
     assert other.seen == []
 
 
@@ -139,44 +179,118 @@ def test_nobody_listens(server: Server) -> None:
     closed = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     closed.server_close()
     server.server_address = closed.server_address
-    (guidance,), teacher = ask(server, [reply()])
-    assert guidance is None
-    assert dict(teacher.failures) == {"connection": 1}
+    assert ask(server, [reply()])[0] == ["[connection]"]
 
 
 def test_calls_in_flight_are_capped(server: Server) -> None:
     answers, _ = ask(server, [reply(delay_s=0.03)], 12, at_once=True, max_concurrency=3, timeout_s=2.0)
-    assert all(answers)
+    assert answers == ["Check the sum."] * 12
     assert 1 < server.most_in_flight <= 3
 
 
 def test_one_bad_call_does_not_harm_its_neighbours(server: Server) -> None:
-    answers, teacher = ask(server, [hang, reply()], 6, at_once=True, max_retries=0)
-    assert sum(answer is None for answer in answers) == 1
-    assert dict(teacher.failures) == {"timeout": 1}
+    answers, _ = ask(server, [hang, reply()], 6, at_once=True, max_retries=0)
+    assert sorted(answers) == ["Check the sum."] * 5 + ["[timeout]"]
+
+
+def test_the_reason_names_status_and_words_but_no_key(server: Server) -> None:
+    async def run() -> None:
+        server.script = [raw(404, f"no model m\nfor {KEY}".encode())]
+        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY")
+        with pytest.raises(GuidanceFailed, match=r"^status 404: no model m for \[\.\.\.\]$"):
+            await teacher.guide_in_time(request(), None)
+
+    asyncio.run(run())
 
 
 def test_circuit_opens_and_closes(server: Server) -> None:
-    async def run() -> EndpointTeacher:
-        teacher = EndpointTeacher(
-            server.url, model="m", prompt=TeacherPrompt(), max_retries=0, breaker_failures=3, breaker_pause_s=0.1
-        )
+    async def run() -> None:
+        teacher = teacher_with_breaker(server)
         server.script = [*[raw(500, b"")] * 4, reply()]
-        for _ in range(5):  # three reach the server, two are turned away
-            assert await teacher.guide(request()) is None
-        assert (len(server.seen), teacher.failures["circuit_open"]) == (3, 2)
+        heard = [await hear(teacher) for _ in range(5)]
+        assert heard == ["[status_500]"] * 3 + ["[circuit_open]"] * 2
         await asyncio.sleep(0.12)
-        assert await teacher.guide(request()) is None  # the trial call fails: open again
-        assert await teacher.guide(request()) is None
-        assert (len(server.seen), teacher.failures["circuit_open"]) == (4, 3)
+        # The trial call fails: open again.
+        assert [await hear(teacher) for _ in range(2)] == ["[status_500]", "[circuit_open]"]
         await asyncio.sleep(0.12)
-        answers = await asyncio.gather(*(teacher.guide(request(i)) for i in range(3)))
-        assert sum(answer is not None for answer in answers) == 1  # one trial at a time; it succeeds: closed
-        assert await teacher.guide(request()) is not None
+        answers = await asyncio.gather(*(hear(teacher, i) for i in range(3)))
+        # One trial at a time; it succeeds: closed.
+        assert sorted(answers) == ["Check the sum.", "[circuit_open]", "[circuit_open]"]
+        assert await hear(teacher) == "Check the sum."
         await teacher.aclose()
-        return teacher
 
-    assert asyncio.run(run()).failures["status_500"] == 4
+    asyncio.run(run())
+
+
+def teacher_with_breaker(server: Server, **settings: Any) -> EndpointTeacher:
+    defaults = {"max_retries": 0, "breaker_failures": 3, "breaker_pause_s": 0.1}
+    return EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), **(defaults | settings))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *[raw(status, b"") for status in (400, 401, 404, 413, 422)],
+        raw(200, b"garbage"),
+        half,
+        flood,
+        reply("<think>on and on"),
+    ],
+)
+def test_a_request_s_own_fault_opens_no_circuit(server: Server, fault: Callable[[Handler], None]) -> None:
+    """Nor does it stand between a server's fault and the next one."""
+
+    async def run() -> list[str]:
+        teacher = teacher_with_breaker(server, max_response_bytes=2**18)
+        server.script = [raw(500, b""), raw(500, b""), *[fault] * 6, raw(500, b""), raw(500, b""), reply()]
+        return [await hear(teacher) for _ in range(11)]
+
+    assert asyncio.run(run())[-1] == "Check the sum."
+
+
+@pytest.mark.parametrize("end", ["cancelled", "raised"])
+def test_a_trial_that_ends_anyhow_is_over(server: Server, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        teacher = teacher_with_breaker(server)
+        server.script = [*[raw(500, b"")] * 3, *[hang] * (end == "cancelled"), reply()]
+        assert [await hear(teacher) for _ in range(3)] == ["[status_500]"] * 3
+        await asyncio.sleep(0.12)
+        if end == "cancelled":
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(teacher.guide_in_time(request(), None), 0.1)
+        else:
+            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr(teacher._client, "stream", lambda *_, **__: 1 / 0)
+                await teacher.guide_in_time(request(), None)
+        assert await hear(teacher) == "Check the sum."
+
+    asyncio.run(run())
+
+
+def test_waiting_in_line_is_not_slowness(server: Server) -> None:
+    """The limit of one guidance is shorter than the line, and longer than a call."""
+
+    async def run() -> list[Guidance]:
+        server.script = [reply(delay_s=0.1)]
+        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), max_concurrency=2)
+        calls = (teacher.guide_in_time(request(i), 0.6) for i in range(16))
+        return await asyncio.gather(*calls)
+
+    assert len(asyncio.run(run())) == 16
+
+
+def test_one_guidance_has_a_limit_of_its_own(server: Server) -> None:
+    """Repeats included, and it says nothing of the server that the breaker would not count."""
+
+    async def run() -> None:
+        server.script = [raw(503, b"", {"Retry-After": "9"}), hang]
+        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), timeout_s=5)
+        since = time.perf_counter()
+        with pytest.raises(TimeoutError):
+            await teacher.guide_in_time(request(), 0.3)
+        assert time.perf_counter() - since < 3
+
+    asyncio.run(run())
 
 
 def test_a_call_can_be_cancelled(server: Server) -> None:
@@ -184,19 +298,55 @@ def test_a_call_can_be_cancelled(server: Server) -> None:
         server.script = [hang, reply()]
         teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), max_concurrency=1)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(teacher.guide(request()), 0.1)
-        assert await teacher.guide(request()) is not None
-        assert not teacher.failures
+            await asyncio.wait_for(teacher.guide_in_time(request(), None), 0.1)
+        assert await hear(teacher) == "Check the sum."
         await teacher.aclose()
 
     asyncio.run(run())
 
 
+def test_cookies_are_not_kept(server: Server) -> None:
+    payload = json.dumps({"choices": [{"message": {"content": "Look."}}]}).encode()
+    ask(server, [raw(200, payload, {"Set-Cookie": "who=me; Path=/"})], 2)
+    assert [seen["headers"].get("Cookie") for seen in server.seen] == [None, None]
+
+
 def test_urls() -> None:
-    for url in ("ftp://h/v1", "http://", "h/v1", f"http://user:{KEY}@h/v1", "http://h:port"):
+    secrets = (f"http://user:{KEY}@h/v1", f"http://h/v1?key={KEY}", f"http://h/v1#{KEY}")
+    for url in ("ftp://h/v1", "http://", "h/v1", *secrets, f"http://h:{KEY}"):
         with pytest.raises(ValueError, match="teacher.url must be") as error:
             EndpointTeacher(url, model="m", prompt=TeacherPrompt())
         assert KEY not in str(error.value)
     for url in ("http://h/v1", "http://h/v1/", "http://h/v1/chat/completions"):
         teacher = EndpointTeacher(url, model="m", prompt=TeacherPrompt())
         assert teacher._url == httpx.URL("http://h/v1/chat/completions")
+
+
+BAD_SHELL = [
+    {"ALL_PROXY": "socks5://127.0.0.1:9"},
+    {"NO_PROXY": "127.0.0.1,fd00::/8", "HTTP_PROXY": "http://127.0.0.1:9"},
+    {"HTTP_PROXY": "nonsense://["},
+]
+
+
+@pytest.mark.parametrize("shell", [*BAD_SHELL, {"HTTP_PROXY": "http://127.0.0.1:9"}])
+def test_loopback_is_never_proxied(server: Server, shell: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    for name, value in {"SSL_CERT_FILE": "/no/such.pem", **shell}.items():
+        monkeypatch.setenv(name, value)
+    assert ask(server, [reply()])[0] == ["Check the sum."]
+
+
+@pytest.mark.parametrize("shell", [*BAD_SHELL, {"SSL_CERT_FILE": "/no/such.pem"}])
+def test_a_shell_that_suits_no_client_is_refused(shell: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="teacher.url: the shell's .* must suit an HTTP client") as refused:
+        EndpointTeacher("https://teacher.invalid/v1", model="m", prompt=TeacherPrompt())
+    assert all(name in str(refused.value) for name in shell)
+
+
+def test_a_key_in_place_of_its_variable_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="teacher.api_key_env must name a variable") as refused:
+        EndpointTeacher("http://h/v1", model="m", prompt=TeacherPrompt(), api_key_env="SK_SECRET_1")
+    assert "SK_SECRET_1" not in str(refused.value)

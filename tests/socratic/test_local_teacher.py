@@ -78,7 +78,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def ask(teacher: LocalTeacher, requests: list[GuidanceRequest]) -> list[str]:
-    futures = [background(teacher.guide(request)) for request in requests]
+    futures = [background(teacher.guide_in_time(request, None)) for request in requests]
     wait_until(lambda: not teacher.step() and all(future.done() for future in futures))
     return [heard(future) for future in futures]
 
@@ -149,11 +149,11 @@ def test_a_prompt_too_long_for_the_teacher_is_no_guidance(teacher: LocalTeacher)
 
 def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
     expected = ask(teacher, [request()])
-    first = background(teacher.guide(request()))
+    first = background(teacher.guide_in_time(request(), None))
     wait_until(teacher.step)  # it has been started
     first.cancel()
     assert ask(teacher, [request()]) == expected
-    never_started = background(teacher.guide(request()))
+    never_started = background(teacher.guide_in_time(request(), None))
     wait_until(lambda: not teacher._arrived.empty())
     never_started.cancel()
     assert ask(teacher, [request(1)]) != expected
@@ -161,7 +161,7 @@ def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
 
 
 def test_an_abandoned_request_goes_at_the_next_step(teacher: LocalTeacher) -> None:
-    asked = [background(teacher.guide(request(i))) for i in range(3)]
+    asked = [background(teacher.guide_in_time(request(i), None)) for i in range(3)]
     wait_until(lambda: teacher.step() and teacher._engine.has_work)
     for future in asked:
         future.cancel()
@@ -171,9 +171,9 @@ def test_an_abandoned_request_goes_at_the_next_step(teacher: LocalTeacher) -> No
 
 def test_closing_drops_what_is_queued_and_under_way(teacher: LocalTeacher) -> None:
     expected = ask(teacher, [request(0), request(1)])
-    running = background(teacher.guide(request(0)))
+    running = background(teacher.guide_in_time(request(0), None))
     wait_until(teacher.step)
-    queued = background(teacher.guide(request(1)))
+    queued = background(teacher.guide_in_time(request(1), None))
     wait_until(lambda: not teacher._arrived.empty())
     background(teacher.aclose()).result(timeout=30)
     assert heard(running) == heard(queued) == "[exception]"
@@ -184,7 +184,7 @@ def test_closing_drops_what_is_queued_and_under_way(teacher: LocalTeacher) -> No
 @pytest.mark.parametrize("line", [5, 40, 120, 200])
 def test_a_step_that_is_interrupted_drops_its_requests(teacher: LocalTeacher, line: int) -> None:
     expected = ask(teacher, [request(0), request(1)])
-    asked = [background(teacher.guide(request(i))) for i in range(2)]
+    asked = [background(teacher.guide_in_time(request(i), None)) for i in range(2)]
     wait_until(lambda: teacher._arrived.qsize() == 2)
     with pytest.raises(KeyboardInterrupt), interrupted_at(line):
         wait_until(lambda: not teacher.step())

@@ -1,7 +1,7 @@
 """The frozen guides: one protocol (base), four kinds (simple, local, endpoint).
 
 make_teacher looks up who makes the kind that a configuration names; the kinds are listed in
-config/sections.py.
+config/teachers.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from socpo_fast.config import (
     RetryTeacherConfig,
     RuleTeacherConfig,
 )
-from socpo_fast.config.sections import ModelTeacherConfig
+from socpo_fast.config.teachers import ModelTeacherConfig
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
@@ -67,6 +67,8 @@ def make_endpoint_teacher(config: Config, device: str) -> EndpointTeacher:
         timeout_s=teacher.timeout_s,
         max_retries=teacher.max_retries,
         max_concurrency=teacher.max_concurrency,
+        keep_cut=teacher.keep_cut,
+        extra_body=teacher.extra_body,
     )
 
 
@@ -74,7 +76,11 @@ def make_local_teacher(config: Config, device: str) -> LocalTeacher:
     """Returns a frozen model with an engine of its own, in the student's process."""
     teacher = cast(LocalTeacherConfig, config.teacher)
     prompt = _prompt(teacher)
-    bridge = Bridge(load_tokenizer(teacher.path), guidance_limit=teacher.max_new_tokens)
+    bridge = Bridge(
+        load_tokenizer(teacher.path),
+        guidance_limit=teacher.max_new_tokens,
+        enable_thinking=teacher.enable_thinking,
+    )
     dtype: str = teacher.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"

@@ -49,13 +49,19 @@ class Teacher:
         return Counter()
 
     async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        """A message to the student; None, or GuidanceFailed, ends the rollout with what it has."""
-        raise NotImplementedError
+        """A message to the student, however long it takes; None when there is none to be had."""
+        try:
+            return await self.guide_in_time(request, None)
+        except GuidanceFailed as failure:
+            self.failures[failure.kind] += 1
+            return None
 
-    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float) -> Guidance | None:
-        """guide(), or TimeoutError. A teacher with a line starts the clock behind it."""
-        async with asyncio.timeout(timeout_s):
-            return await self.guide(request)
+    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance | None:
+        """The same within a limit: TimeoutError after it, GuidanceFailed where the reason is known.
+
+        The clock starts when the request is sent: waiting in line is not slowness.
+        """
+        raise NotImplementedError
 
     def step(self) -> bool:
         """Do a little of the teacher's work on the caller's thread; False when there is none."""
@@ -70,8 +76,7 @@ class TeacherPrompt:
     """The messages a language model is asked with.
 
     user_template is split into paragraphs at empty lines; one that names a field withheld from the teacher (None in
-    the request) is left out. Values are put in once and never read as a template themselves. folds_system: the
-    system prompt opens the user message, for models that know no system messages.
+    the request) is left out. Values are put in once and never read as a template themselves.
 
     Raises:
         ValueError: user_template is malformed or names a field that is not one of FIELDS.
@@ -79,7 +84,6 @@ class TeacherPrompt:
 
     system_prompt: str = SYSTEM_PROMPT
     user_template: str = USER_TEMPLATE
-    folds_system: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -100,12 +104,8 @@ class TeacherPrompt:
             for paragraph in self.user_template.split("\n\n")
             if all(name is None or values[name] is not None for _, name, _, _ in Formatter().parse(paragraph))
         ]
-        if not self.system_prompt:
-            return [{"role": "user", "content": "\n\n".join(paragraphs)}]
-        if self.folds_system:
-            return [{"role": "user", "content": "\n\n".join([self.system_prompt, *paragraphs])}]
-        system = {"role": "system", "content": self.system_prompt}
-        return [system, {"role": "user", "content": "\n\n".join(paragraphs)}]
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, {"role": "user", "content": "\n\n".join(paragraphs)}]
 
 
 # How models mark their thoughts: what opens them and what closes them.
@@ -121,6 +121,9 @@ THOUGHTS = (
 )
 
 
+CUT_ADVICE = "raise teacher.max_new_tokens or turn thinking off"
+
+
 def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
     """A model's message without its thoughts and the white space around it.
 
@@ -131,12 +134,10 @@ def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
         GuidanceFailed: "cut", the text ends inside the thoughts; "none", nothing is left.
     """
     for opening, closing in THOUGHTS:
-        _, is_closed, message = text.rpartition(closing)
-        text = message
-        in_thoughts = opening in message or (in_thoughts and not is_closed)
+        _, is_closed, text = text.rpartition(closing)
+        in_thoughts = opening in text or (in_thoughts and not is_closed)
     if in_thoughts:
-        advice = "raise teacher.max_new_tokens or turn its thinking off"
-        raise GuidanceFailed("cut", f"the message was cut, and may be thoughts; {advice}")
+        raise GuidanceFailed("cut", "the message was cut, and may be thoughts alone; " + CUT_ADVICE)
     if not text.strip():
         raise GuidanceFailed("none", "the message was empty")
     return text.strip()

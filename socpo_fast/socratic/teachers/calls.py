@@ -14,12 +14,11 @@ import warnings
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
-
-_loops: dict[tuple[int, str], asyncio.AbstractEventLoop] = {}  # by process: a fork has no threads
 
 
 def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[Guidance | None]:
@@ -30,17 +29,14 @@ def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[
 def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | GuidanceFailed:
     """What the teacher said, or why it said nothing: counted, and told the first time."""
     try:
-        guidance = future.result(timeout=0)
-        if guidance is not None:
+        if guidance := future.result(timeout=0):
             return guidance
         failure = GuidanceFailed("none", "the teacher had nothing to say")
     except GuidanceFailed as error:
         failure = error
     except TimeoutError:
         failure = GuidanceFailed("timeout", "no answer within teacher.guidance_timeout_s")
-    except CancelledError:
-        failure = GuidanceFailed("exception", "the call was cancelled")
-    except Exception as error:  # noqa: BLE001 - whatever a teacher raises costs its own rollout
+    except (CancelledError, Exception) as error:  # whatever it raises costs its own rollout
         failure = GuidanceFailed("exception", f"the teacher raised {type(error).__name__}: {error}")
     teacher.failures[failure.kind] += 1
     if teacher.failures[failure.kind] == 1:
@@ -51,24 +47,18 @@ def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | G
 
 def background(coroutine: Coroutine[Any, Any, Any], name: str = "socpo-teachers") -> Future[Any]:
     """Run a coroutine on the process's one background event loop of that name."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(name))
+    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(name, os.getpid()))
 
 
-def _event_loop(name: str) -> asyncio.AbstractEventLoop:
-    key = (os.getpid(), name)
-    if key not in _loops:
-        loop = asyncio.new_event_loop()
-        _loops[key] = loop
-
-        def run() -> None:
-            while True:  # sys.exit in a task leaves run_forever
-                with suppress(SystemExit, KeyboardInterrupt):
-                    loop.run_forever()
-
-        threading.Thread(target=run, name=name, daemon=True).start()
-    return _loops[key]
+@cache
+def _event_loop(name: str, _process: int) -> asyncio.AbstractEventLoop:
+    """A fork has none of its parent's threads, so it makes a loop of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=_turn, args=(loop,), name=name, daemon=True).start()
+    return loop
 
 
-def replace_loop(name: str) -> None:
-    """The loop of that name is blocked for good: later coroutines run on a new one."""
-    _loops.pop((os.getpid(), name), None)
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    while True:  # sys.exit in a task ends run_forever
+        with suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()

@@ -11,12 +11,11 @@ import asyncio
 import json
 import os
 import random
+import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from email.utils import parsedate_to_datetime
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from ipaddress import ip_address
 from typing import Any
 
 import httpx
@@ -26,7 +25,7 @@ from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _MAX_BACKOFF_S = 30.0
-_WORDS = 200  # bytes of a refusal that are told
+_LOOPBACK = re.compile(r"localhost|127[.\d]+|::1")
 _SHELL = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
@@ -68,7 +67,7 @@ class EndpointTeacher(Teacher):
         max_concurrency:    calls in flight; further ones wait in line, which no clock counts.
         max_response_bytes: size of an answer at most.
         backoff_s:          the first wait before a repeat; doubled each time, jittered down by up to
-                            half. A longer Retry-After is obeyed. At most 30 s.
+                            half. A longer Retry-After, in seconds, is obeyed. At most 30 s.
         breaker_failures:   after this many calls in a row in which the server was at fault, calls
                             fail at once ("circuit_open") ..
         breaker_pause_s:    .. for so long; then one call is let through, and its outcome closes or
@@ -109,9 +108,10 @@ class EndpointTeacher(Teacher):
         self._key = ""
         if api_key_env is not None:
             self._key = os.environ.get(api_key_env, "").strip()
-            if not self._key:  # the name is not shown: a key may have been pasted in its place
+            if not self._key:
                 raise ValueError(
-                    "teacher.api_key_env must name a variable that is set, got another; export it"
+                    "teacher.api_key_env must name a variable that is set, got one that is not "
+                    "(not shown here, as it may be a pasted key); export it"
                 )
             headers["Authorization"] = f"Bearer {self._key}"
         limits = httpx.Limits(
@@ -121,8 +121,8 @@ class EndpointTeacher(Teacher):
         self._client = _client(self._url, headers=headers, timeout=timeout_s, limits=limits)
         self._prompt = prompt
         body = {"model": model, "temperature": temperature, "max_tokens": max_new_tokens}
-        body |= {"stream": False, **(extra_body or {})}
-        self._body = {key: value for key, value in body.items() if value != "none"}
+        fields = body | {"stream": False} | dict(extra_body or {})
+        self._body = {key: field for key, field in fields.items() if field not in (None, "none")}
         self._keep_cut = keep_cut
         self._timeout_s, self._max_retries = timeout_s, max_retries
         self._backoff_s = backoff_s
@@ -133,15 +133,10 @@ class EndpointTeacher(Teacher):
         self._jitter = random.Random()
         self.num_retries = 0
 
-    async def guide(self, request: GuidanceRequest) -> Guidance:
-        return await self.guide_in_time(request, None)
-
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         body = self._body | {"messages": self._prompt.messages(request)}
-        async with self._slots:
-            with self._breaker.watch():
-                async with asyncio.timeout(timeout_s):
-                    payload = await self._call_with_retries(body)
+        async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
+            payload = await self._call_with_retries(body)
         return Guidance(text=_message_text(payload, keep_cut=self._keep_cut))
 
     async def aclose(self) -> None:
@@ -169,8 +164,6 @@ class EndpointTeacher(Teacher):
                     is_answered = response.status_code == 200
                     async for chunk in response.aiter_raw():
                         payload += chunk
-                        if not is_answered and len(payload) >= _WORDS:
-                            break
                         if len(payload) > self._max_response_bytes:
                             reason = f"the reply is longer than {self._max_response_bytes} bytes"
                             raise _Failure("too_large", reason)
@@ -187,14 +180,13 @@ class EndpointTeacher(Teacher):
         status = response.status_code
         if status == 200:
             return
-        words = " ".join(payload[:_WORDS].decode("utf-8", "replace").split())
-        if self._key:  # some servers repeat it
-            words = words.replace(self._key, "[...]")
-        reason = f"status {status}: {words}"
-        if status in _RETRIED_STATUS:
-            retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
-            raise _Failure(f"status_{status}", reason, retry_after_s, is_servers=True)
-        raise _Failure("redirect" if 300 <= status < 400 else f"status_{status}", reason)
+        kind = "redirect" if 300 <= status < 400 else f"status_{status}"
+        words = _first_words(payload).replace(self._key or "no key", "[...]")  # some repeat it
+        if status not in _RETRIED_STATUS:
+            raise _Failure(kind, f"status {status}: {words}")
+        wish = response.headers.get("Retry-After", "")
+        wish_s = float(wish) if wish.isascii() and wish.isdigit() else 0.0
+        raise _Failure(kind, f"status {status}: {words}", wish_s, is_servers=True)
 
 
 class _Breaker:
@@ -203,32 +195,29 @@ class _Breaker:
     def __init__(self, max_failures: int, pause_s: float):
         self._max_failures, self._pause_s = max_failures, pause_s
         self._failures_in_a_row = 0
-        self._open_until: float | None = None  # monotonic seconds
+        self._open_until = 0.0  # monotonic seconds; 0: closed
         self._trial_running = False
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[None]:
         """One call. It counts for what it says of the server: at fault, there, or nothing."""
-        is_trial = self._open_until is not None
-        if self._open_until is not None:
-            if self._trial_running or time.monotonic() < self._open_until:
-                reason = "the server failed several times in a row and is left alone for a while"
-                raise GuidanceFailed("circuit_open", reason)
-            self._trial_running = True
+        is_trial = self._open_until > 0
+        if is_trial and (self._trial_running or time.monotonic() < self._open_until):
+            reason = "the server failed several times in a row and is left alone for a while"
+            raise GuidanceFailed("circuit_open", reason)
+        self._trial_running |= is_trial
         try:
             yield
-            self._failures_in_a_row, self._open_until = 0, None
+            self._failures_in_a_row = 0
         except (_Failure, TimeoutError) as failure:
-            if isinstance(failure, _Failure) and not failure.is_servers:
-                self._failures_in_a_row, self._open_until = 0, None
-                raise
-            self._failures_in_a_row += 1
+            is_servers = not isinstance(failure, _Failure) or failure.is_servers
+            self._failures_in_a_row = self._failures_in_a_row + 1 if is_servers else 0
             if self._failures_in_a_row >= self._max_failures:
                 self._open_until = time.monotonic() + self._pause_s
             raise
         finally:
-            if is_trial:
-                self._trial_running = False
+            self._open_until *= self._failures_in_a_row > 0
+            self._trial_running &= not is_trial
 
 
 def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:
@@ -238,7 +227,7 @@ def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:
         verify: Any = httpx.create_ssl_context() if url.scheme == "https" else False
         return httpx.AsyncClient(
             verify=verify,
-            trust_env=not _is_loopback(url.host),
+            trust_env=not _LOOPBACK.fullmatch(url.host),
             cookies=no_cookies,
             follow_redirects=False,
             **options,
@@ -251,20 +240,13 @@ def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:
         ) from error
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
-
-
 def _chat_url(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL as error:
         raise ValueError("teacher.url must be an http or https URL, got another") from error
-    is_plain = parsed.scheme in ("http", "https") and parsed.host
-    if not is_plain or parsed.userinfo or parsed.query or parsed.fragment:
+    is_web = parsed.scheme in ("http", "https") and parsed.host
+    if not is_web or parsed.userinfo or parsed.query or parsed.fragment:
         raise ValueError(
             "teacher.url must be an http or https URL without password or ?query, got another; "
             "keys go to teacher.api_key_env"
@@ -273,14 +255,8 @@ def _chat_url(url: str) -> httpx.URL:
     return parsed.copy_with(path=path)
 
 
-def _retry_after_s(value: str) -> float:
-    """Retry-After is a number of seconds or a date; anything else asks for nothing."""
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return 0.0
+def _first_words(payload: bytearray) -> str:
+    return " ".join(payload[:200].decode("utf-8", "replace").split())
 
 
 def _message_text(payload: bytearray, *, keep_cut: bool) -> str:
@@ -295,8 +271,7 @@ def _message_text(payload: bytearray, *, keep_cut: bool) -> str:
         if not isinstance(content, str | None):
             raise TypeError("content must be text")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        words = " ".join(payload[:_WORDS].decode("utf-8", "replace").split())
-        reason = f"the reply is no chat completion: {words}"
+        reason = f"the reply is no chat completion: {_first_words(payload)}"
         raise GuidanceFailed("not_json", reason) from error
     # Behind a cut that may lie in thoughts whose mark stood in the prompt, nothing is guidance.
     in_thoughts = is_cut and not (content and (keep_cut or thinks_apart))

@@ -7,7 +7,6 @@ advances the engine by one step and hands finished texts back to the loop.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -37,8 +36,7 @@ class LocalTeacher(Teacher):
     """
 
     def __init__(self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams):
-        self._engine, self._bridge, self._params = engine, bridge, params
-        self._prompt = prompt if _takes_system(bridge) else replace(prompt, folds_system=True)
+        self._engine, self._bridge, self._prompt, self._params = engine, bridge, prompt, params
         self._in_thoughts = bridge.after.rstrip().endswith(tuple(opening for opening, _ in THOUGHTS))
         self._prompt_limit = engine.max_tokens - params.max_new_tokens
         if self._prompt_limit < 1:
@@ -48,9 +46,6 @@ class LocalTeacher(Teacher):
             )
         self._arrived: SimpleQueue[_Pending] = SimpleQueue()
         self._running: dict[RolloutKey, _Pending] = {}
-
-    async def guide(self, request: GuidanceRequest) -> Guidance:
-        return await self.guide_in_time(request, None)
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         loop = asyncio.get_running_loop()
@@ -109,9 +104,7 @@ class LocalTeacher(Teacher):
                 self._arrived.put(pending)
                 continue
             try:
-                prompt_ids = self._bridge.untrusted_prompt_ids(
-                    self._prompt.messages(pending.request)
-                )
+                prompt_ids = self._prompt_ids(pending.request)
             except Exception as error:  # a template may refuse a text: it costs one guidance
                 _resolve(pending, GuidanceFailed("exception", f"chat template: {error}"))
                 continue
@@ -123,22 +116,18 @@ class LocalTeacher(Teacher):
             self._engine.submit(prompt_ids, self._params, key=key)
             pending.loop.call_soon_threadsafe(pending.started.set)
 
+    def _prompt_ids(self, request: GuidanceRequest) -> list[int]:
+        messages = self._prompt.messages(request)
+        if not self._bridge.takes_system:
+            messages = [{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}]
+        return self._bridge.untrusted_prompt_ids(messages)
+
 
 def _noise_key(request: GuidanceRequest) -> RolloutKey:
     """A key of its own for each request, since engine keys name prompts only: (batch, question, rollout, attempt)."""
     assert request.rollout_idx < 2**16, request.rollout_idx
     assert request.attempt_idx < 2**8, request.attempt_idx
     return RolloutKey(request.key.batch, request.key.question << 24 | request.rollout_idx << 8 | request.attempt_idx)
-
-
-def _takes_system(bridge: Bridge) -> bool:
-    """Some templates refuse a system message, others leave it out."""
-    word = "SocpoSystem"
-    messages = [{"role": "system", "content": word}, {"role": "user", "content": "x"}]
-    try:
-        return word in bridge.render(messages)
-    except ValueError:
-        return False
 
 
 def _resolve(pending: _Pending, outcome: str | GuidanceFailed) -> None:

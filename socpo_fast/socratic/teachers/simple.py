@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import time
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import replace
 
-from socpo_fast.socratic.plugin import FunctionFailed, blame, call_in_thread, name_of
+from socpo_fast.socratic.plugin import blame
 from socpo_fast.socratic.teachers.base import Teacher
-from socpo_fast.socratic.teachers.calls import background, replace_loop
+from socpo_fast.socratic.teachers.calls import background
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 RETRY_TEXT = "Your answer is not correct. Read the question again, check every step and try once more."
-FUNCTIONS = "socpo-functions"  # the event loop of async functions
-_BLOCKED_S = 0.2  # a loop that turns only after so long is blocked by somebody
 
 
 Answer = Guidance | str | None
@@ -35,39 +34,35 @@ class RuleTeacher(Teacher):
         # An async function may wait for somebody else.
         self.immediate = not inspect.iscoroutinefunction(rule)
 
-    async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        try:
-            answer: object = await self._answer(request)
-        except FunctionFailed as error:
-            raise GuidanceFailed("exception", str(error)) from error
+    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance | None:
+        async with asyncio.timeout(timeout_s):
+            answer: object = await self._call(request) if self.immediate else self.rule(request)
+            if inspect.isawaitable(answer):
+                finished = background(self._finish(answer), "socpo-functions")
+                answer = await asyncio.wrap_future(finished)
         if answer is None:
             return None
         guidance = Guidance(text=answer) if isinstance(answer, str) else answer
         if not isinstance(guidance, Guidance):
-            must = f"{name_of(self.rule)} must return Guidance, str or None"
-            raise GuidanceFailed("exception", f"{must}, got {answer!r:.60}")
+            name = getattr(self.rule, "__name__", type(self.rule).__name__)
+            reason = f"{name} must return Guidance, str or None, got {answer!r:.60}"
+            raise GuidanceFailed("exception", reason)
         text = guidance.text.strip()
         return replace(guidance, text=text) if text else None
 
-    async def _answer(self, request: GuidanceRequest) -> object:
-        if self.immediate:
-            answer = await asyncio.wrap_future(call_in_thread(self.rule, request))
-        else:
-            await self._renew_blocked_loop()
-            answer = self.rule(request)  # runs nothing yet
-        if inspect.isawaitable(answer):
-            return await asyncio.wrap_future(background(self._finish(answer), FUNCTIONS))
-        return answer
+    def _call(self, request: GuidanceRequest) -> asyncio.Future[object]:
+        """The function's answer, from a daemon thread: no pool that could fill, and none to wait for."""
+        future: Future[object] = Future()
+        future.set_running_or_notify_cancel()
 
-    async def _renew_blocked_loop(self) -> None:
-        """Wait for a turn of the loop; later calls get a new one when it does not come in time."""
-        since = time.monotonic()
-        try:
-            await asyncio.wrap_future(background(asyncio.sleep(0), FUNCTIONS))
-        except asyncio.CancelledError:
-            if time.monotonic() - since > _BLOCKED_S:
-                replace_loop(FUNCTIONS)
-            raise
+        def run() -> None:
+            try:
+                future.set_result(self.rule(request))
+            except BaseException as error:  # noqa: BLE001 - sys.exit in it is the function's, not ours
+                future.set_exception(GuidanceFailed("exception", blame(self.rule, error)))
+
+        threading.Thread(target=run, name="socpo-function", daemon=True).start()
+        return asyncio.wrap_future(future)
 
     async def _finish(self, answer: Awaitable[object]) -> object:
         try:
@@ -75,7 +70,7 @@ class RuleTeacher(Teacher):
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # sys.exit in it is the function's, not ours
-            raise FunctionFailed(blame(self.rule, error)) from None
+            raise GuidanceFailed("exception", blame(self.rule, error)) from None
 
 
 def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
@@ -88,9 +83,7 @@ def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
         return teacher
     guide = getattr(teacher, "guide", teacher)
     if not callable(guide):
-        raise TypeError(
-            f"teacher: must have guide(request) or be a function of it, got {teacher!r:.60}"
-        )
+        raise TypeError(f"teacher: must have guide(request) or be a function of it, got {teacher!r:.60}")
     return RuleTeacher(guide)
 
 
