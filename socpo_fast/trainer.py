@@ -18,7 +18,7 @@ from typing import Literal
 from socpo_fast.config import Config
 from socpo_fast.files import RunFailed, make_run_folder, replace_file
 from socpo_fast.ops import available_impls
-from socpo_fast.report.guidance import overflow, silence
+from socpo_fast.report.guidance import tell
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import write_rollouts
 from socpo_fast.report.tracker import MetricsWriter
@@ -69,6 +69,7 @@ def rollout_only(config: Config) -> None:
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, chosen, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
+                tell(progress, rollouts, metrics)
 
 
 class Trainer:
@@ -185,12 +186,9 @@ class Trainer:
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
         self.record(metrics, kind="batch")
-        if line := overflow(rollouts):
-            self.progress.note(f"warning: {line}")
-        if line := silence(rollouts, metrics):
-            self.progress.note(f"warning: {line}")
-            if not is_last:  # there is nothing to stop after the last one
-                self.session.refuse_silence(line)
+        silence = tell(self.progress, rollouts, metrics)
+        if silence and not is_last:  # there is nothing to stop after the last one
+            self.session.refuse_silence(silence)
 
     def roll_out(
         self,

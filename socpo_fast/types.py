@@ -125,7 +125,7 @@ class Guidance:
     text: str
 
 
-class GuidanceFailed(Exception):  # noqa: N818 - an outcome, not an error of ours
+class GuidanceFailed(Exception):
     """Why there is no guidance: kind is a word that metrics count by, the text a reason for a person.
 
     Kinds: timeout, connection, status_NNN, redirect, too_large, not_json, circuit_open (a server's);

@@ -32,7 +32,6 @@ from socpo_fast.config.sections import (
     TrainConfig,
 )
 from socpo_fast.config.teachers import (
-    TEACHERS,
     AnyTeacher,
     EndpointTeacherConfig,
     LocalTeacherConfig,
@@ -109,7 +108,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     grader: GraderConfig = GraderConfig()
     rollout: RolloutConfig = RolloutConfig()
-    teacher: AnyTeacher = TEACHERS[0]()
+    teacher: AnyTeacher = RuleTeacherConfig()
     reward: AnyReward = REWARDS[0]()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()

@@ -98,7 +98,7 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_evaluation_on_other_data(cls, table: object) -> object:
+    def _no_evaluation_on_other_data(cls, table: Any) -> Any:
         """The built-in questions say nothing of a student that is trained on somebody's own."""
         is_own = isinstance(table, dict) and table.get("train", "builtin") != "builtin"
         return {"eval": None, **table} if is_own else table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from socpo_fast.config.sections import Section
 class TeacherConfig(Section):
     """Who guides after a wrong attempt (unused when rollout.max_attempts is 1)."""
 
-    # "module:function" of (config, device) -> Teacher, where the teacher is made
+    # "module:function" of (its section, config, device) -> Teacher, where the teacher is made
     maker: ClassVar[str]
 
     kind: str
@@ -107,10 +107,8 @@ class EndpointTeacherConfig(ModelTeacherConfig):
     )
 
 
-# A kind of teacher is one class and its line here; the first is the default.
-TEACHERS = (RuleTeacherConfig, LocalTeacherConfig, EndpointTeacherConfig, RetryTeacherConfig)
-
-if TYPE_CHECKING:
-    AnyTeacher = TeacherConfig
-else:
-    AnyTeacher = Annotated[Union[TEACHERS], Field(discriminator="kind")]  # noqa: UP007
+# A kind of teacher is one class and its place here; the first is the default.
+AnyTeacher = Annotated[
+    RuleTeacherConfig | LocalTeacherConfig | EndpointTeacherConfig | RetryTeacherConfig,
+    Field(discriminator="kind"),
+]

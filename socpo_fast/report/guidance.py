@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from socpo_fast.report.accuracy import failures_text
+from socpo_fast.report.progress import Progress
 from socpo_fast.types import Rollout
+
+
+def tell(progress: Progress, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
+    """Shows what is wrong with the guidance of a batch; returns the line where all of it failed."""
+    line = silence(rollouts, metrics)
+    for warning in (overflow(rollouts), line):
+        if warning is not None:
+            progress.note(f"warning: {warning}")
+    return line
 
 
 def silence(rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:

@@ -4,74 +4,20 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-import httpx
 import pytest
 
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
-from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey
+from socpo_fast.types import Guidance, GuidanceFailed
+from tests.socratic.endpoints import KEY, ask, hear, request
 from tests.socratic.faulty_server import Handler, Server, close, drip, flood, half, hang, raw, reply, running_server
-
-KEY = "sk-very-secret"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("SOCPO_TEST_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with running_server() as server:
-        yield server
-
-
-def request(rollout_idx: int = 0) -> GuidanceRequest:
-    return GuidanceRequest(
-        question="1 + 1?",
-        student_answer="It is 3.",
-        ground_truth=None,
-        reference_solution=None,
-        key=RolloutKey(0, 0),
-        rollout_idx=rollout_idx,
-        attempt_idx=0,
-    )
-
-
-async def hear(teacher: EndpointTeacher, rollout_idx: int = 0) -> str:
-    """The text, or the kind of failure in brackets."""
-    try:
-        return (await teacher.guide_in_time(request(rollout_idx), None)).text
-    except GuidanceFailed as failure:
-        return f"[{failure.kind}]"
-
-
-def ask(
-    server: Server,
-    script: list[Callable[[Handler], None]],
-    num_calls: int = 1,
-    *,
-    at_once: bool = False,
-    **settings: Any,
-) -> tuple[list[str], EndpointTeacher]:
-    """What is heard of num_calls calls, one after the other unless at_once, with short limits."""
-    server.script = script
-    defaults = {"timeout_s": 0.3, "max_retries": 2, "backoff_s": 0.01, "api_key_env": "SOCPO_TEST_KEY"}
-
-    async def run() -> tuple[list[str], EndpointTeacher]:
-        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), **(defaults | settings))
-        if at_once:
-            answers = await asyncio.gather(*(hear(teacher, i) for i in range(num_calls)))
-        else:
-            answers = [await hear(teacher, i) for i in range(num_calls)]
-        await teacher.aclose()
-        return list(answers), teacher
-
-    return asyncio.run(run())
 
 
 def test_a_good_answer(server: Server) -> None:
-    heard, _ = ask(server, [reply("<think>hm</think> Check the sum.\n")])
+    heard = ask(server, [reply("<think>hm</think> Check the sum.\n")])
     assert heard == ["Check the sum."]
     (seen,) = server.seen
     assert seen["path"] == "/v1/chat/completions"
@@ -97,8 +43,8 @@ def test_fields_of_the_request_are_settings(server: Server) -> None:
 @pytest.mark.parametrize(
     ("message", "finish_reason", "keep_cut", "heard"),
     [
-        ({"content": [{"type": "text", "text": "Look "}, {"type": "text", "text": "up."}]}, "stop", False, "Look up."),
-        ({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Look."}]}, "stop", False, "Look."),
+        ({"content": [{"type": "text", "text": text} for text in ("Look ", "up.")]}, "stop", False, "Look up."),
+        ({"content": [{"type": "thinking"}, {"type": "text", "text": "Look."}]}, "stop", False, "Look."),
         ({"content": "Look.", "reasoning_content": "It is 2."}, "stop", False, "Look."),
         ({"content": "Look up the", "reasoning_content": "It is 2."}, "length", False, "Look up the"),
         ({"content": None, "reasoning_content": "It is 2, so I"}, "length", True, "[cut]"),
@@ -115,7 +61,7 @@ def test_thoughts_are_not_guidance(
 ) -> None:
     payload = {"choices": [{"message": message, "finish_reason": finish_reason}]}
     answer = raw(200, json.dumps(payload).encode())
-    assert ask(server, [answer], keep_cut=keep_cut)[0] == [heard]
+    assert ask(server, [answer], keep_cut=keep_cut) == [heard]
 
 
 @pytest.mark.parametrize(
@@ -148,22 +94,21 @@ def test_a_fault_costs_one_guidance(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     since = time.perf_counter()
-    heard, teacher = ask(server, [fault], max_response_bytes=2**18)
+    heard = ask(server, [fault], max_response_bytes=2**18)
     assert heard == [f"[{reason}]"]
     assert len(server.seen) == num_requests
-    assert teacher.num_retries == num_requests - 1
     assert time.perf_counter() - since < 3 * 0.3 + 2.0
     assert KEY not in caplog.text
 
 
 def test_a_fault_that_passes_is_retried(server: Server) -> None:
-    heard, teacher = ask(server, [raw(500, b""), close, reply()])
-    assert (heard, teacher.num_retries) == (["Check the sum."], 2)
+    assert ask(server, [raw(500, b""), close, reply()]) == ["Check the sum."]
+    assert len(server.seen) == 3
 
 
 def test_retry_after_is_obeyed(server: Server) -> None:
     since = time.perf_counter()
-    assert ask(server, [raw(429, b"", {"Retry-After": "1"}), reply()])[0] == ["Check the sum."]
+    assert ask(server, [raw(429, b"", {"Retry-After": "1"}), reply()]) == ["Check the sum."]
     assert time.perf_counter() - since >= 1.0
 
 
@@ -171,7 +116,7 @@ def test_retry_after_is_obeyed(server: Server) -> None:
 def test_redirects_are_not_followed(server: Server, status: int) -> None:
     with running_server() as other:
         redirect = raw(status, b"", {"Location": f"{other.url}/chat/completions"})
-        assert ask(server, [redirect])[0] == ["[redirect]"]
+        assert ask(server, [redirect]) == ["[redirect]"]
     assert other.seen == []
 
 
@@ -179,17 +124,17 @@ def test_nobody_listens(server: Server) -> None:
     closed = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     closed.server_close()
     server.server_address = closed.server_address
-    assert ask(server, [reply()])[0] == ["[connection]"]
+    assert ask(server, [reply()]) == ["[connection]"]
 
 
 def test_calls_in_flight_are_capped(server: Server) -> None:
-    answers, _ = ask(server, [reply(delay_s=0.03)], 12, at_once=True, max_concurrency=3, timeout_s=2.0)
+    answers = ask(server, [reply(delay_s=0.03)], 12, at_once=True, max_concurrency=3, timeout_s=2.0)
     assert answers == ["Check the sum."] * 12
     assert 1 < server.most_in_flight <= 3
 
 
 def test_one_bad_call_does_not_harm_its_neighbours(server: Server) -> None:
-    answers, _ = ask(server, [hang, reply()], 6, at_once=True, max_retries=0)
+    answers = ask(server, [hang, reply()], 6, at_once=True, max_retries=0)
     assert sorted(answers) == ["Check the sum."] * 5 + ["[timeout]"]
 
 
@@ -199,70 +144,6 @@ def test_the_reason_names_status_and_words_but_no_key(server: Server) -> None:
         teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY")
         with pytest.raises(GuidanceFailed, match=r"^status 404: no model m for \[\.\.\.\]$"):
             await teacher.guide_in_time(request(), None)
-
-    asyncio.run(run())
-
-
-def test_circuit_opens_and_closes(server: Server) -> None:
-    async def run() -> None:
-        teacher = teacher_with_breaker(server)
-        server.script = [*[raw(500, b"")] * 4, reply()]
-        heard = [await hear(teacher) for _ in range(5)]
-        assert heard == ["[status_500]"] * 3 + ["[circuit_open]"] * 2
-        await asyncio.sleep(0.12)
-        # The trial call fails: open again.
-        assert [await hear(teacher) for _ in range(2)] == ["[status_500]", "[circuit_open]"]
-        await asyncio.sleep(0.12)
-        answers = await asyncio.gather(*(hear(teacher, i) for i in range(3)))
-        # One trial at a time; it succeeds: closed.
-        assert sorted(answers) == ["Check the sum.", "[circuit_open]", "[circuit_open]"]
-        assert await hear(teacher) == "Check the sum."
-        await teacher.aclose()
-
-    asyncio.run(run())
-
-
-def teacher_with_breaker(server: Server, **settings: Any) -> EndpointTeacher:
-    defaults = {"max_retries": 0, "breaker_failures": 3, "breaker_pause_s": 0.1}
-    return EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), **(defaults | settings))
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        *[raw(status, b"") for status in (400, 401, 404, 413, 422)],
-        raw(200, b"garbage"),
-        half,
-        flood,
-        reply("<think>on and on"),
-    ],
-)
-def test_a_request_s_own_fault_opens_no_circuit(server: Server, fault: Callable[[Handler], None]) -> None:
-    """Nor does it stand between a server's fault and the next one."""
-
-    async def run() -> list[str]:
-        teacher = teacher_with_breaker(server, max_response_bytes=2**18)
-        server.script = [raw(500, b""), raw(500, b""), *[fault] * 6, raw(500, b""), raw(500, b""), reply()]
-        return [await hear(teacher) for _ in range(11)]
-
-    assert asyncio.run(run())[-1] == "Check the sum."
-
-
-@pytest.mark.parametrize("end", ["cancelled", "raised"])
-def test_a_trial_that_ends_anyhow_is_over(server: Server, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        teacher = teacher_with_breaker(server)
-        server.script = [*[raw(500, b"")] * 3, *[hang] * (end == "cancelled"), reply()]
-        assert [await hear(teacher) for _ in range(3)] == ["[status_500]"] * 3
-        await asyncio.sleep(0.12)
-        if end == "cancelled":
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(teacher.guide_in_time(request(), None), 0.1)
-        else:
-            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-                patch.setattr(teacher._client, "stream", lambda *_, **__: 1 / 0)
-                await teacher.guide_in_time(request(), None)
-        assert await hear(teacher) == "Check the sum."
 
     asyncio.run(run())
 
@@ -303,50 +184,3 @@ def test_a_call_can_be_cancelled(server: Server) -> None:
         await teacher.aclose()
 
     asyncio.run(run())
-
-
-def test_cookies_are_not_kept(server: Server) -> None:
-    payload = json.dumps({"choices": [{"message": {"content": "Look."}}]}).encode()
-    ask(server, [raw(200, payload, {"Set-Cookie": "who=me; Path=/"})], 2)
-    assert [seen["headers"].get("Cookie") for seen in server.seen] == [None, None]
-
-
-def test_urls() -> None:
-    secrets = (f"http://user:{KEY}@h/v1", f"http://h/v1?key={KEY}", f"http://h/v1#{KEY}")
-    for url in ("ftp://h/v1", "http://", "h/v1", *secrets, f"http://h:{KEY}"):
-        with pytest.raises(ValueError, match="teacher.url must be") as error:
-            EndpointTeacher(url, model="m", prompt=TeacherPrompt())
-        assert KEY not in str(error.value)
-    for url in ("http://h/v1", "http://h/v1/", "http://h/v1/chat/completions"):
-        teacher = EndpointTeacher(url, model="m", prompt=TeacherPrompt())
-        assert teacher._url == httpx.URL("http://h/v1/chat/completions")
-
-
-BAD_SHELL = [
-    {"ALL_PROXY": "socks5://127.0.0.1:9"},
-    {"NO_PROXY": "127.0.0.1,fd00::/8", "HTTP_PROXY": "http://127.0.0.1:9"},
-    {"HTTP_PROXY": "nonsense://["},
-]
-
-
-@pytest.mark.parametrize("shell", [*BAD_SHELL, {"HTTP_PROXY": "http://127.0.0.1:9"}])
-def test_loopback_is_never_proxied(server: Server, shell: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_PROXY")
-    for name, value in {"SSL_CERT_FILE": "/no/such.pem", **shell}.items():
-        monkeypatch.setenv(name, value)
-    assert ask(server, [reply()])[0] == ["Check the sum."]
-
-
-@pytest.mark.parametrize("shell", [*BAD_SHELL, {"SSL_CERT_FILE": "/no/such.pem"}])
-def test_a_shell_that_suits_no_client_is_refused(shell: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in shell.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="teacher.url: the shell's .* must suit an HTTP client") as refused:
-        EndpointTeacher("https://teacher.invalid/v1", model="m", prompt=TeacherPrompt())
-    assert all(name in str(refused.value) for name in shell)
-
-
-def test_a_key_in_place_of_its_variable_is_not_shown() -> None:
-    with pytest.raises(ValueError, match="teacher.api_key_env must name a variable") as refused:
-        EndpointTeacher("http://h/v1", model="m", prompt=TeacherPrompt(), api_key_env="SK_SECRET_1")
-    assert "SK_SECRET_1" not in str(refused.value)

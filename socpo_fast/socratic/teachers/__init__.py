@@ -39,24 +39,24 @@ def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
     """
     if config.rollout.max_attempts == 1:
         return retry_teacher()
-    return cast(Teacher, load_function("teacher.kind", config.teacher.maker)(config, device))
+    return cast(
+        Teacher,
+        load_function("teacher.kind", config.teacher.maker)(config.teacher, config, device),
+    )
 
 
-def make_rule_teacher(config: Config, device: str) -> RuleTeacher:
+def make_rule_teacher(teacher: RuleTeacherConfig, config: Config, device: str) -> RuleTeacher:
     """Returns the user's function, or the built-in task's tutor, as a teacher."""
-    teacher = cast(RuleTeacherConfig, config.teacher)
     return RuleTeacher(load_function("teacher.rule", _BUILTIN_RULE if teacher.rule == "builtin" else teacher.rule))
 
 
-def make_retry_teacher(config: Config, device: str) -> RuleTeacher:
+def make_retry_teacher(teacher: RetryTeacherConfig, config: Config, device: str) -> RuleTeacher:
     """Returns a teacher that says a fixed sentence."""
-    teacher = cast(RetryTeacherConfig, config.teacher)
     return retry_teacher(RETRY_TEXT if teacher.retry_text is None else teacher.retry_text)
 
 
-def make_endpoint_teacher(config: Config, device: str) -> EndpointTeacher:
+def make_endpoint_teacher(teacher: EndpointTeacherConfig, config: Config, device: str) -> EndpointTeacher:
     """Returns a teacher behind an OpenAI-compatible server."""
-    teacher = cast(EndpointTeacherConfig, config.teacher)
     return EndpointTeacher(
         teacher.url,
         model=teacher.model,
@@ -72,9 +72,8 @@ def make_endpoint_teacher(config: Config, device: str) -> EndpointTeacher:
     )
 
 
-def make_local_teacher(config: Config, device: str) -> LocalTeacher:
+def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str) -> LocalTeacher:
     """Returns a frozen model with an engine of its own, in the student's process."""
-    teacher = cast(LocalTeacherConfig, config.teacher)
     prompt = _prompt(teacher)
     bridge = Bridge(
         load_tokenizer(teacher.path),

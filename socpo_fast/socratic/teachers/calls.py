@@ -36,7 +36,7 @@ def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | G
         failure = error
     except TimeoutError:
         failure = GuidanceFailed("timeout", "no answer within teacher.guidance_timeout_s")
-    except (CancelledError, Exception) as error:  # whatever it raises costs its own rollout
+    except (CancelledError, Exception) as error:  # noqa: BLE001 - costs its own rollout
         failure = GuidanceFailed("exception", f"the teacher raised {type(error).__name__}: {error}")
     teacher.failures[failure.kind] += 1
     if teacher.failures[failure.kind] == 1:

@@ -73,9 +73,6 @@ class EndpointTeacher(Teacher):
         breaker_pause_s:    .. for so long; then one call is let through, and its outcome closes or
                             reopens the circuit.
 
-    Attributes:
-        num_retries: repeats so far.
-
     Raises:
         ValueError: url is not an http(s) URL without a password in it, the named variable is not
             set, or the shell's proxy and TLS variables do not suit an HTTP client.
@@ -129,9 +126,7 @@ class EndpointTeacher(Teacher):
         self._max_response_bytes = max_response_bytes
         self._slots = asyncio.Semaphore(max_concurrency)
         self._breaker = _Breaker(breaker_failures, breaker_pause_s)
-        # Its own: waiting must not draw from a generator that a run is seeded with.
-        self._jitter = random.Random()
-        self.num_retries = 0
+        self._jitter = random.SystemRandom()  # not a generator that a run is seeded with
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         body = self._body | {"messages": self._prompt.messages(request)}
@@ -151,7 +146,6 @@ class EndpointTeacher(Teacher):
                     raise
                 backoff_s = self._backoff_s * 2**repeat * self._jitter.uniform(0.5, 1.0)
                 wait_s = min(max(backoff_s, failure.retry_after_s), _MAX_BACKOFF_S)
-            self.num_retries += 1
             await asyncio.sleep(wait_s)
         raise AssertionError("the last repeat returns or raises")
 

@@ -105,7 +105,7 @@ class LocalTeacher(Teacher):
                 continue
             try:
                 prompt_ids = self._prompt_ids(pending.request)
-            except Exception as error:  # a template may refuse a text: it costs one guidance
+            except Exception as error:  # noqa: BLE001 - a template may refuse a text
                 _resolve(pending, GuidanceFailed("exception", f"chat template: {error}"))
                 continue
             if len(prompt_ids) > self._prompt_limit:

@@ -67,9 +67,7 @@ class RuleTeacher(Teacher):
     async def _finish(self, answer: Awaitable[object]) -> object:
         try:
             return await answer
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # sys.exit in it is the function's, not ours
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - its own
             raise GuidanceFailed("exception", blame(self.rule, error)) from None
 
 
