@@ -128,9 +128,10 @@ class Trainer:
                 self.progress.note(f"{where}; run.resume auto goes on from there")
                 assert self.signals.received is not None
                 raise SystemExit(128 + self.signals.received) from None
-            except Exception as error:
-                # A grader, memory, ..: it costs the batch it came in, not those before. After
-                # RunFailed nothing is saved, as the disk itself may have failed.
+            except (Exception, KeyboardInterrupt) as error:
+                # A grader, memory, ..: it costs the batch it came in, not those before. Ctrl-C is
+                # StopRequested here, so the other is a grader's too. After RunFailed nothing is
+                # saved, as the disk itself may have failed.
                 if self.state.between_batches and not isinstance(error, RunFailed):
                     self.save()
                 raise

@@ -163,6 +163,15 @@ def test_math_grades_in_any_thread_and_a_killed_worker_costs_one_answer() -> Non
     assert grade("\\boxed{4}", question("4")) is True
 
 
+def test_math_is_right_from_eight_threads() -> None:
+    pytest.importorskip("math_verify")
+    grade = MathGrader()
+    numbers = [n % 5 for n in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(lambda n: grade(f"\\boxed{{{n}}}", question("3")), numbers))
+    assert verdicts == [n == 3 for n in numbers]
+
+
 def test_math_interrupted_leaves_no_verdict_for_the_next_answer() -> None:
     pytest.importorskip("math_verify")
     grade = MathGrader()
