@@ -59,7 +59,7 @@ class LocalTeacher(Teacher):
             pending.answer.cancel()  # so that step() learns of it, wherever we stopped waiting
         if isinstance(outcome, GuidanceFailed):
             raise outcome
-        return Guidance(text=clean_guidance(outcome, in_thoughts=self._in_thoughts))
+        return Guidance(text=outcome)
 
     def step(self) -> bool:
         try:
@@ -81,7 +81,7 @@ class LocalTeacher(Teacher):
             return False
         for attempt in self._engine.step():
             self._engine.release([attempt])
-            _resolve(self._running.pop(attempt.key), self._bridge.decode(attempt.token_ids))
+            _resolve(self._running.pop(attempt.key), self._message(attempt.token_ids))
         return True
 
     def _drop_requests(self) -> None:
@@ -115,6 +115,15 @@ class LocalTeacher(Teacher):
             self._running[key] = pending
             self._engine.submit(prompt_ids, self._params, key=key)
             pending.loop.call_soon_threadsafe(pending.started.set)
+
+    def _message(self, token_ids: list[int]) -> str | GuidanceFailed:
+        """Special tokens are dropped last: the marks of thoughts are among them in some models."""
+        bridge = self._bridge
+        try:
+            message = clean_guidance(bridge.exact_text(token_ids), in_thoughts=self._in_thoughts)
+            return clean_guidance(bridge.decode(bridge.trusted_ids(message)))
+        except GuidanceFailed as failure:
+            return failure
 
     def _prompt_ids(self, request: GuidanceRequest) -> list[int]:
         messages = self._prompt.messages(request)
