@@ -104,9 +104,8 @@ class Session:
     def train_questions(self) -> list[Question]:
         data = self.config.data
         if data.train == "builtin":
-            questions = molar_mass.questions(self.config.run.seed, data.builtin_train_questions, "train")
-            check_ground_truth(data.grader, questions[0])
-            return questions
+            seed, number = self.config.run.seed, data.builtin_train_questions
+            return self._fit_grader("train", molar_mass.questions(seed, number, "train"))
         return self._load_questions(data.train, data.train_split)
 
     def eval_questions(self) -> list[Question]:
@@ -115,11 +114,19 @@ class Session:
         if data.eval is None:
             return []
         if data.eval == "builtin":
-            questions = molar_mass.questions(BUILTIN_EVAL_SEED, data.builtin_eval_questions, "eval")
-            check_ground_truth(data.grader, questions[0])
+            number = data.builtin_eval_questions
+            questions = self._fit_grader("eval", molar_mass.questions(BUILTIN_EVAL_SEED, number, "eval"))
         else:
             questions = self._load_questions(data.eval, data.eval_split)
         return questions[: self.config.eval.max_questions]
+
+    def _fit_grader(self, part: str, questions: list[Question]) -> list[Question]:
+        """The built-in questions, under a grader that can find an answer right."""
+        try:
+            check_ground_truth(self.config.data.grader, questions[0])
+        except ValueError as error:
+            raise ValueError(f"data: data.{part} builtin: {error}") from None
+        return questions
 
     def _load_questions(self, path: str, split: str) -> list[Question]:
         return load_questions(
