@@ -32,6 +32,8 @@ from socpo_fast.types import (
 )
 
 ELISION = "\n[...]\n"
+# The same words each time, so that Python tells them once.
+LEAKED = "teacher: guidance that states the answer is dropped, and counted in guidance/leaked"
 Context = Literal["tokens", "template"]
 OnLeak = Literal["keep", "drop", "mask"]
 View = Literal["head_tail", "head"]
@@ -173,6 +175,7 @@ class Episode:
         self.rollout.turns[-1].guidance = shown
         if self.options.on_leak == "drop" and leaks_answer(raw_text, self.question):
             self.rollout.end_reason = "leaked"
+            self.notes.append(LEAKED)
             return None
         if self.options.on_leak == "mask":
             shown.text = self._without_answer(raw_text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -207,7 +208,8 @@ class MathGrader:
 
     def _grade(self, text: str, truth: str) -> bool:
         request = json.dumps([text, truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"])
-        if self._worker is None:
+        if self._worker is None or self._process != os.getpid():  # a fork starts its own
+            self._process = os.getpid()
             # -P: the worker's folder, which has modules of ours, is not searched for imports
             command = [sys.executable, "-P", math_worker.__file__]
             pipe = subprocess.PIPE
@@ -230,7 +232,7 @@ class MathGrader:
     def close(self) -> None:
         """End the worker; the next call starts another one."""
         worker, self._worker = self._worker, None
-        if worker is not None:
+        if worker is not None and self._process == os.getpid():
             worker.kill()
             with suppress(BrokenPipeError), worker:  # closes the pipes and waits
                 pass
