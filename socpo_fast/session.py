@@ -24,7 +24,14 @@ from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import make_teacher
 from socpo_fast.socratic.teachers.calls import ask, background, result_of
-from socpo_fast.types import GuidanceFailed, GuidanceRequest, Question, Rollout, RolloutKey, SamplingParams
+from socpo_fast.types import (
+    GuidanceFailed,
+    GuidanceRequest,
+    Question,
+    Rollout,
+    RolloutKey,
+    SamplingParams,
+)
 
 EVAL_BATCH = -1  # names the noise of evaluations: the same draws every time, none of them training's
 EVAL_SLICE_ROLLOUTS = 4096  # in flight together: many times max_running, so that a slice's end costs little
@@ -105,7 +112,9 @@ class Session:
         data = self.config.data
         if data.train == "builtin":
             seed, number = self.config.run.seed, data.builtin_train_questions
-            return self._fit_grader("train", molar_mass.questions(seed, number, "train"))
+            questions = molar_mass.questions(seed, number, "train")
+            self._check_grader("train", questions[0])
+            return questions
         return self._load_questions(data.train, data.train_split)
 
     def eval_questions(self) -> list[Question]:
@@ -115,18 +124,18 @@ class Session:
             return []
         if data.eval == "builtin":
             number = data.builtin_eval_questions
-            questions = self._fit_grader("eval", molar_mass.questions(BUILTIN_EVAL_SEED, number, "eval"))
+            questions = molar_mass.questions(BUILTIN_EVAL_SEED, number, "eval")
+            self._check_grader("eval", questions[0])
         else:
             questions = self._load_questions(data.eval, data.eval_split)
         return questions[: self.config.eval.max_questions]
 
-    def _fit_grader(self, part: str, questions: list[Question]) -> list[Question]:
-        """The built-in questions, under a grader that can find an answer right."""
+    def _check_grader(self, part: str, question: Question) -> None:
+        """Refuse a grader under which no answer to a built-in question could be right."""
         try:
-            check_ground_truth(self.config.data.grader, questions[0])
+            check_ground_truth(self.config.data.grader, question)
         except ValueError as error:
             raise ValueError(f"data: data.{part} builtin: {error}") from None
-        return questions
 
     def _load_questions(self, path: str, split: str) -> list[Question]:
         return load_questions(
@@ -203,7 +212,8 @@ class Session:
         wait([asked])
         outcome = result_of(asked, self.teacher)
         if isinstance(outcome, GuidanceFailed) and outcome.kind not in ("cut", "none"):
-            self.refuse_silence(f"teacher: the first call got no guidance, {outcome.kind}: {outcome}")
+            reason = f"{outcome.kind}: {outcome}"
+            self.refuse_silence(f"teacher: the first call got no guidance, {reason}")
 
     def refuse_silence(self, line: str) -> None:
         """Ends the run with a line that says how the teacher is silent, unless that is allowed."""

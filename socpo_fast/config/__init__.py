@@ -148,7 +148,8 @@ def find_conflicts(config: Config) -> str | None:
     if guided and is_builtin and not {*sources} <= {"builtin", None}:
         return f"teacher.rule must be your own module:function for data {sources}, got builtin; set it or teacher.kind"
     if config.data.eval == "builtin" != config.data.train:
-        return f"data.eval must be your own questions or none for data.train {config.data.train}, got builtin"
+        own = f"data.train {config.data.train}"
+        return f"data.eval must be your own questions or none for {own}, got builtin"
     if config.engine.page_size & (config.engine.page_size - 1):
         return f"engine.page_size must be a power of two, got {config.engine.page_size}"
     return None

@@ -84,7 +84,7 @@ class DataConfig(Section):
     train: str = Field(default="builtin", min_length=1, description="parquet or JSONL file, hub data set, or builtin")
     eval: str | None = Field(
         default="builtin",
-        description="held-out questions, the same kinds; none = no evaluation, as where only data.train is given",
+        description="held-out questions, the same kinds; none = no evaluation (default with own data.train)",
     )
     train_split: str = Field(default="train", min_length=1, description="split of a folder or hub data set to train on")
     eval_split: str = Field(default="test", min_length=1, description="split of a folder or hub data set held out")

@@ -24,7 +24,7 @@ class TeacherConfig(Section):
     )
     on_silence: Literal["stop", "continue"] = Field(
         default="stop",
-        description="what a run does when a whole batch, or a server's first call, gets no guidance",
+        description="what a run does when a batch, or a server's first call, gets no guidance",
     )
     reveal_answer: bool = Field(default=False, description="the teacher sees ground_truth")
     show_reference: bool = Field(default=False, description="the teacher sees reference_solution")
@@ -99,7 +99,7 @@ class EndpointTeacherConfig(ModelTeacherConfig):
     max_concurrency: int = Field(default=16, ge=1, le=4096, description="calls in flight")
     keep_cut: bool = Field(
         default=False,
-        description="a message cut at max_new_tokens is guidance; false: it may be thoughts, so none",
+        description="a message cut at max_new_tokens is guidance (else it may be thoughts)",
     )
     extra_body: dict[str, Any] = Field(
         default={},

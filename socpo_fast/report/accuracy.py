@@ -23,7 +23,8 @@ def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             (by_source if match[3] else rows).append(row)
     if failed := metrics.get("guidance/failed"):
         for row in rows + by_source:
-            row["what"] += f" ({failed:.0f} without, as guidance failed)" * row["what"].endswith(_NAMES["assisted"])
+            if row["what"].endswith(_NAMES["assisted"]):
+                row["what"] += f" ({failed:.0f} without, as guidance failed)"
     return rows + by_source
 
 
@@ -36,7 +37,8 @@ def accuracy_text(metrics: Mapping[str, Any]) -> str:
         share, low, high = (100 * row[name] for name in ("share", "low", "high"))
         lines.append(f"{row['what']:{width}} {share:5.1f} %   {low:.1f} to {high:.1f} %")
     if metrics.get("guidance/failed") and "success/assisted" not in metrics:
-        lines.append(f"{_NAMES['assisted']}: not known, as all guidance failed: {failures_text(metrics)}")
+        reason = f"not known, as all guidance failed: {failures_text(metrics)}"
+        lines.append(f"{_NAMES['assisted']}: {reason}")
     return "\n".join(lines)
 
 

@@ -9,7 +9,11 @@ from socpo_fast.report.progress import Progress
 from socpo_fast.types import Rollout
 
 
-def tell(progress: Progress, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
+def tell(
+    progress: Progress,
+    rollouts: Sequence[Rollout],
+    metrics: Mapping[str, float],
+) -> str | None:
     """Shows what is wrong with the guidance of a batch; returns the line where all of it failed."""
     line = silence(rollouts, metrics)
     for warning in (overflow(rollouts), line):
@@ -19,7 +23,7 @@ def tell(progress: Progress, rollouts: Sequence[Rollout], metrics: Mapping[str, 
 
 
 def silence(rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
-    """Says that no rollout of the batch got the guidance it asked for; None if one did, or none asked."""
+    """Says that no rollout got the guidance it asked for; None if one did, or none asked."""
     is_answered = any(turn.guidance is not None for rollout in rollouts for turn in rollout.turns)
     num_failed = metrics["guidance/failed"]
     if is_answered or not num_failed:
@@ -28,7 +32,7 @@ def silence(rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | 
 
 
 def overflow(rollouts: Sequence[Rollout]) -> str | None:
-    """Says that guidance never led to another attempt, since the student's context has no room for it."""
+    """Says that guidance never led to another attempt, since the context has no room for one."""
     guided = [r for r in rollouts if any(turn.guidance is not None for turn in r.turns)]
     if not guided or any(rollout.end_reason != "overflow" for rollout in guided):
         return None

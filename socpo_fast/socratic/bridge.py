@@ -88,8 +88,9 @@ class Bridge:
         self.tokenizer = tokenizer
         self.guidance_limit = guidance_limit
         self._template_kwargs: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        special = [(token.content, idx) for idx, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))  # the longest match counts
+        added = tokenizer.added_tokens_decoder.items()
+        special = [(token.content, idx) for idx, token in added if token.special]
+        self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))  # longest match first
         _, _, behind_answer = self.render(_dialogue(ANSWER)).rpartition(ANSWER)
         self.before, _, self.after = behind_answer.partition(GUIDANCE)
         head_ids = self.trusted_ids(self._split(self.before)[0])

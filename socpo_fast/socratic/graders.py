@@ -194,6 +194,7 @@ class MathGrader:
     """The last formula of the text equals ground_truth, by math-verify in a process that ends when it takes long."""
 
     _worker: subprocess.Popen[str] | None = None
+    _process = 0  # whose worker it is
 
     def __init__(self) -> None:
         self._one_at_a_time = threading.Lock()  # an answer belongs to the last question

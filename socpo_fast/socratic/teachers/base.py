@@ -36,7 +36,7 @@ class Teacher:
     """A frozen guide, of which only text is visible.
 
     immediate: guide() waits for nobody else, so the caller may wait for it on the spot.
-    is_remote: a server that may be down or refuse us, so that one call is tried before a run begins.
+    is_remote: a server that may be down or refuse us; one call is tried before a run begins.
     failures:  calls without guidance so far, by the kind of GuidanceFailed.
     """
 
@@ -55,7 +55,11 @@ class Teacher:
             self.failures[failure.kind] += 1
             return None
 
-    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance | None:
+    async def guide_in_time(
+        self,
+        request: GuidanceRequest,
+        timeout_s: float | None,
+    ) -> Guidance | None:
         """The same within a limit: TimeoutError after it, GuidanceFailed where the reason is known.
 
         The clock starts when the request is sent: waiting in line is not slowness.
@@ -126,8 +130,8 @@ CUT_ADVICE = "raise teacher.max_new_tokens or turn thinking off"
 def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
     """A model's message without its thoughts and the white space around it.
 
-    in_thoughts: they may have begun before the text, in the prompt; then only what closes them shows
-    where the message begins.
+    in_thoughts: they may have begun before the text, in the prompt; then only what closes them
+    shows where the message begins.
 
     Raises:
         GuidanceFailed: "cut", the text ends inside the thoughts; "none", nothing is left.

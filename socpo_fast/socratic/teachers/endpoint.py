@@ -66,8 +66,8 @@ class EndpointTeacher(Teacher):
                             connection, >= 0.
         max_concurrency:    calls in flight; further ones wait in line, which no clock counts.
         max_response_bytes: size of an answer at most.
-        backoff_s:          the first wait before a repeat; doubled each time, jittered down by up to
-                            half. A longer Retry-After, in seconds, is obeyed. At most 30 s.
+        backoff_s:          the first wait before a repeat; doubled each time, jittered down by up
+                            to half. A longer Retry-After, in seconds, is obeyed. At most 30 s.
         breaker_failures:   after this many calls in a row in which the server was at fault, calls
                             fail at once ("circuit_open") ..
         breaker_pause_s:    .. for so long; then one call is let through, and its outcome closes or
@@ -184,7 +184,7 @@ class EndpointTeacher(Teacher):
 
 
 class _Breaker:
-    """Closed, open for a pause after too many failures in a row, then half open: a trial decides."""
+    """Closed; open for a pause after too many failures in a row; then a trial call decides."""
 
     def __init__(self, max_failures: int, pause_s: float):
         self._max_failures, self._pause_s = max_failures, pause_s

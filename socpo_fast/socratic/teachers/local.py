@@ -37,7 +37,8 @@ class LocalTeacher(Teacher):
 
     def __init__(self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams):
         self._engine, self._bridge, self._prompt, self._params = engine, bridge, prompt, params
-        self._in_thoughts = bridge.after.rstrip().endswith(tuple(opening for opening, _ in THOUGHTS))
+        openings = tuple(opening for opening, _ in THOUGHTS)
+        self._in_thoughts = bridge.after.rstrip().endswith(openings)
         self._prompt_limit = engine.max_tokens - params.max_new_tokens
         if self._prompt_limit < 1:
             raise ValueError(

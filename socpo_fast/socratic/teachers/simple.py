@@ -34,7 +34,11 @@ class RuleTeacher(Teacher):
         # An async function may wait for somebody else.
         self.immediate = not inspect.iscoroutinefunction(rule)
 
-    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance | None:
+    async def guide_in_time(
+        self,
+        request: GuidanceRequest,
+        timeout_s: float | None,
+    ) -> Guidance | None:
         async with asyncio.timeout(timeout_s):
             answer: object = await self._call(request) if self.immediate else self.rule(request)
             if inspect.isawaitable(answer):
@@ -51,14 +55,14 @@ class RuleTeacher(Teacher):
         return replace(guidance, text=text) if text else None
 
     def _call(self, request: GuidanceRequest) -> asyncio.Future[object]:
-        """The function's answer, from a daemon thread: no pool that could fill, and none to wait for."""
+        """The function's answer, from a daemon thread: there is no pool that could fill."""
         future: Future[object] = Future()
         future.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
                 future.set_result(self.rule(request))
-            except BaseException as error:  # noqa: BLE001 - sys.exit in it is the function's, not ours
+            except BaseException as error:  # noqa: BLE001 - sys.exit too is its own
                 future.set_exception(GuidanceFailed("exception", blame(self.rule, error)))
 
         threading.Thread(target=run, name="socpo-function", daemon=True).start()
