@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+
 import torch
+
+_forks: list[int] = []  # this process, where it is a fork of one that had torch
+os.register_at_fork(after_in_child=lambda: _forks.append(os.getpid()))
 
 
 def select_device(name: str) -> torch.device:
@@ -17,6 +23,12 @@ def select_device(name: str) -> torch.device:
 
 
 def set_threads(num_threads: int) -> None:
-    """Set the number of threads of CPU kernels; 0 = torch's choice (all cores, or OMP_NUM_THREADS)."""
+    """Set the number of threads of CPU kernels; 0 = torch's choice (all cores, or OMP_NUM_THREADS).
+
+    A fork has one: kernels would wait for their parent's others, which are not there.
+    """
+    if _forks and num_threads != 1:
+        warnings.warn("run.threads is 1 in a forked process; spawn it to have more", stacklevel=2)
+        num_threads = 1
     if num_threads:
         torch.set_num_threads(num_threads)

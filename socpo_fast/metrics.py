@@ -15,7 +15,7 @@ METRICS: dict[str, str] = {
     "guidance/rate": "share of rollouts in which the student was shown guidance",
     "guidance/rescue_rate": "share of guided rollouts that end correct",
     "guidance/leak_rate": "share of what the teacher said that states the answer, whether it was shown or not",
-    "guidance/failed": "rollouts that ended because the teacher failed, count",
+    "guidance/failed": "rollouts that ended because the teacher failed, count (_timeout, _cut, ..: for that reason)",
     "guidance/leaked": "rollouts that ended because the guidance leaked and teacher.on_leak is drop, count",
     "guidance/overflow": "rollouts that ended because the next context would exceed the model's length, count",
     "rollout/attempt_tokens": "mean length of an attempt, tokens",
@@ -49,6 +49,7 @@ _FAMILY = re.compile(
 
 def meaning_of(name: str) -> str | None:
     """What a metric is, from METRICS; one of a family (other numbers, ends of intervals, data sources) by its head."""
+    name = re.sub("^guidance/failed_[a-z0-9_]+$", "guidance/failed", name)
     if name in METRICS or (match := _FAMILY.fullmatch(name)) is None:
         return METRICS.get(name)
     head, end, source = match.groups()

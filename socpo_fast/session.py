@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,23 @@ from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.evaluation import Scores
-from socpo_fast.socratic.graders import make_grader
+from socpo_fast.socratic.graders import check_ground_truth, make_grader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import make_teacher
-from socpo_fast.socratic.teachers.calls import background
-from socpo_fast.types import Question, Rollout, SamplingParams
+from socpo_fast.socratic.teachers.calls import ask, background, result_of
+from socpo_fast.types import (
+    GuidanceFailed,
+    GuidanceRequest,
+    Question,
+    Rollout,
+    RolloutKey,
+    SamplingParams,
+)
 
 EVAL_BATCH = -1  # names the noise of evaluations: the same draws every time, none of them training's
 EVAL_SLICE_ROLLOUTS = 4096  # in flight together: many times max_running, so that a slice's end costs little
+CLOSE_S = 5.0  # for a teacher to give back connections; a hung one is left behind
 BUILTIN_EVAL_SEED = 0  # the held-out questions are the same for every run
 
 
@@ -65,6 +73,7 @@ class Session:
         self.options = rollout_options(config)
         self.uses_teacher = self.options.max_attempts > 1
         self.teacher = make_teacher(config, device=str(device))
+        self._is_teacher_tried = False
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
             self.reference = self._load_student(device).requires_grad_(False)
@@ -72,8 +81,7 @@ class Session:
         self._check_room()
 
     def close(self) -> None:
-        with suppress(TimeoutError):  # a call that hangs ends with the process
-            background(self.teacher.aclose()).result(timeout=0.5)
+        wait([background(self.teacher.aclose())], timeout=CLOSE_S)
 
     def _load_student(self, device: torch.device) -> Decoder:
         return load_student(self.student_folder, dtype=self.config.student.dtype, device=device)
@@ -106,7 +114,10 @@ class Session:
     def train_questions(self) -> list[Question]:
         data = self.config.data
         if data.train == "builtin":
-            return molar_mass.questions(self.config.run.seed, data.builtin_train_questions, "train")
+            seed, number = self.config.run.seed, data.builtin_train_questions
+            questions = molar_mass.questions(seed, number, "train")
+            self._check_grader("train", questions[0])
+            return questions
         return self._load_questions(data.train, data.train_split)
 
     def eval_questions(self) -> list[Question]:
@@ -115,10 +126,19 @@ class Session:
         if data.eval is None:
             return []
         if data.eval == "builtin":
-            questions = molar_mass.questions(BUILTIN_EVAL_SEED, data.builtin_eval_questions, "eval")
+            number = data.builtin_eval_questions
+            questions = molar_mass.questions(BUILTIN_EVAL_SEED, number, "eval")
+            self._check_grader("eval", questions[0])
         else:
             questions = self._load_questions(data.eval, data.eval_split)
         return questions[: self.config.eval.max_questions]
+
+    def _check_grader(self, part: str, question: Question) -> None:
+        """Refuse a grader under which no answer to a built-in question could be right."""
+        try:
+            check_ground_truth(self.config.data.grader, question)
+        except ValueError as error:
+            raise ValueError(f"data: data.{part} builtin: {error}") from None
 
     def _load_questions(self, path: str, split: str) -> list[Question]:
         return load_questions(
@@ -174,6 +194,9 @@ class Session:
         batch_idx: int,
         options: RolloutOptions,
     ) -> Iterator[Rollout]:
+        if options.max_attempts > 1 and self.teacher.is_remote and not self._is_teacher_tried:
+            self._is_teacher_tried = True
+            self._try_teacher(questions[0])
         return socratic_rollouts(
             self.engine,
             self.tokenizer,
@@ -185,6 +208,29 @@ class Session:
             batch_idx=batch_idx,
             bridge=self.bridge,
         )
+
+    def _try_teacher(self, question: Question) -> None:
+        """One call before anything is sampled: a wrong key or name costs no batch."""
+        request = GuidanceRequest(
+            question=question.text,
+            student_answer="I do not know.",
+            ground_truth=None,
+            reference_solution=None,
+            key=RolloutKey(EVAL_BATCH, question.question_idx),
+            rollout_idx=0,
+            attempt_idx=0,
+        )
+        asked = ask(self.teacher, request, self.options.guidance_timeout_s)
+        wait([asked])
+        outcome = result_of(asked, self.teacher)
+        if isinstance(outcome, GuidanceFailed) and outcome.kind not in ("cut", "none"):
+            reason = f"{outcome.kind}: {outcome}"
+            self.refuse_silence(f"teacher: the first call got no guidance, {reason}")
+
+    def refuse_silence(self, line: str) -> None:
+        """Ends the run with a line that says how the teacher is silent, unless that is allowed."""
+        if self.config.teacher.on_silence == "stop":
+            raise ValueError(f"{line}; mend it, or set teacher.on_silence continue")
 
 
 def rollout_options(config: Config) -> RolloutOptions:

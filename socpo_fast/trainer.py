@@ -19,6 +19,7 @@ from socpo_fast.config import Config
 from socpo_fast.files import RunFailed, replace_file
 from socpo_fast.ops import available_impls
 from socpo_fast.report.folder import run_folder
+from socpo_fast.report.guidance import tell
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import write_rollouts
 from socpo_fast.report.settings import config_text, settings_text
@@ -74,6 +75,7 @@ def rollout_only(config: Config) -> None:
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, chosen, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
+                tell(progress, rollouts, metrics)
 
 
 class Trainer:
@@ -138,9 +140,10 @@ class Trainer:
                 self.signals.check()
             except StopRequested:
                 self.end_early()
-            except Exception as error:
-                # A grader, memory, ..: it costs the batch it came in, not those before. After
-                # RunFailed nothing is saved, as the disk itself may have failed.
+            except (Exception, KeyboardInterrupt) as error:
+                # A grader, memory, ..: it costs the batch it came in, not those before. Ctrl-C is
+                # StopRequested here, so the other is a grader's too. After RunFailed nothing is
+                # saved, as the disk itself may have failed.
                 if self.state.between_batches and not isinstance(error, RunFailed):
                     self.save()
                 raise
@@ -209,6 +212,9 @@ class Trainer:
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
         self.record(metrics, kind="batch")
+        silence = tell(self.progress, rollouts, metrics)
+        if silence and not is_last:  # there is nothing to stop after the last one
+            self.session.refuse_silence(silence)
 
     def roll_out(
         self,

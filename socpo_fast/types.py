@@ -125,6 +125,19 @@ class Guidance:
     text: str
 
 
+class GuidanceFailed(Exception):
+    """Why there is no guidance: kind is a word that metrics count by, the text a reason for a person.
+
+    Kinds: timeout, connection, status_NNN, redirect, too_large, not_json, circuit_open (a server's);
+    cut (it ended inside the teacher's thoughts), none (nothing was said), exception (a function's,
+    or a teacher's own), too_long (for a local teacher's context).
+    """
+
+    def __init__(self, kind: str, reason: str):
+        super().__init__(reason)
+        self.kind = kind
+
+
 EndReason = Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"]
 
 
@@ -171,6 +184,7 @@ class Rollout:
     prompt_ids: list[int]
     turns: list[Turn] = field(default_factory=list)
     end_reason: EndReason | None = None
+    failure: str = ""  # where end_reason is guidance_failed: the kind, from GuidanceFailed
     teacher_wait_s: float = 0.0
     data_source: str = ""
 

@@ -30,7 +30,7 @@ def data(*rows: Any, name: str = "rows.jsonl", **more: Any) -> Callable[[Path], 
     def make(folder: Path) -> Words:
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
         (folder / name).write_bytes(b"".join(line + b"\n" for line in lines))
-        return {"data.train": folder / name, "teacher.kind": "retry", **more}
+        return {"data.train": folder / name, "data.eval": "none", "teacher.kind": "retry", **more}
 
     return make
 
@@ -38,7 +38,7 @@ def data(*rows: Any, name: str = "rows.jsonl", **more: Any) -> Callable[[Path], 
 def parquet(*rows: Any) -> Callable[[Path], Words]:
     def make(folder: Path) -> Words:
         parquet_file.write_table(Table.from_pylist(list(rows)), folder / "rows.parquet")
-        return {"data.train": folder / "rows.parquet", "teacher.kind": "retry"}
+        return {"data.train": folder / "rows.parquet", "data.eval": "none", "teacher.kind": "retry"}
 
     return make
 
@@ -46,7 +46,7 @@ def parquet(*rows: Any) -> Callable[[Path], Words]:
 def folder_named(name: str) -> Callable[[Path], Words]:
     def make(folder: Path) -> Words:
         (folder / name).mkdir()
-        return {"data.train": folder / name, "teacher.kind": "retry"}
+        return {"data.train": folder / name, "data.eval": "none", "teacher.kind": "retry"}
 
     return make
 
@@ -78,7 +78,7 @@ def as_file(name: str, **words: Any) -> Callable[[Path], Words]:
 CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     # data
     "missing data file": (
-        settings(data__train="{folder}/no.jsonl", teacher__kind="retry"),
+        settings(data__train="{folder}/no.jsonl", data__eval="none", teacher__kind="retry"),
         "data: path must be an existing file, got '.*no.jsonl'",
     ),
     "missing evaluation file": (

@@ -115,7 +115,13 @@ def test_refused_in_one_line(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "secret"), [("teacher.api_key_env", "sk-abc123"), ("teacher.url", "https://user:hunter2@host/v1")]
+    ("name", "secret"),
+    [
+        ("teacher.api_key_env", "sk-abc123"),
+        ("teacher.url", "https://user:hunter2@host/v1"),
+        ("teacher.url", "https://host/v1?key=hunter2"),
+        ("teacher.url", "https://host/v1#hunter2"),
+    ],
 )
 def test_a_pasted_secret_is_refused_and_not_shown(name: str, secret: str) -> None:
     with pytest.raises(ValueError, match=name) as refused:
@@ -196,6 +202,32 @@ def test_every_field_has_a_description_and_a_rule_that_its_default_keeps() -> No
             assert load_config(None, {name: field.default}) == load_config(), name
 
 
+def test_fields_of_a_request_are_a_table(tmp_path: Path) -> None:
+    """JSON on the command line, a table in TOML, where it is written as it was read."""
+    fields = {"chat_template_kwargs": {"enable_thinking": False}, "stop": ["a", "b"], "temperature": "none", "n": 1.5}
+    endpoint = {"teacher.kind": "endpoint", "teacher.url": "http://h", "teacher.model": "m"}
+    config = load_config(None, endpoint | {"teacher.extra_body": json.dumps(fields)})
+    assert config.teacher.model_dump()["extra_body"] == fields
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert load_config(path) == config
+    for text in ("{", "max_tokens=1", "[1]"):
+        with pytest.raises(ValueError, match="config: teacher.extra_body must be a table, got"):
+            load_config(None, endpoint | {"teacher.extra_body": text})
+
+
+def test_own_data_are_evaluated_on_own_data_or_none(tmp_path: Path) -> None:
+    own = {"data.train": "x.jsonl", "teacher.kind": "retry"}
+    assert load_config(None, own).data.eval is None
+    assert load_config(None, own | {"data.eval": "y.jsonl"}).data.eval == "y.jsonl"
+    assert load_config(None, {"data.eval": "y.jsonl", "teacher.kind": "retry"}).data.train == "builtin"
+    assert load_config(None, {}).data.eval == "builtin"
+    path = tmp_path / "config.toml"
+    path.write_text('[data]\ntrain = "builtin"\neval = "builtin"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="data.eval must be your own questions or none for data.train x.jsonl"):
+        load_config(path, own)
+
+
 def test_kinds_of_teacher_round_trip(tmp_path: Path) -> None:
     """Each kind with its own settings only, in the file that a run writes as well."""
     path = tmp_path / "config.toml"
@@ -224,7 +256,7 @@ def test_another_kind_leaves_the_files_own_settings_out() -> None:
         load_config(path, {"teacher.kind": "retry", "teacher.url": "http://h"})
 
 
-SHARED = {"guidance_timeout_s", "reveal_answer", "show_reference", "view", "on_leak"}
+SHARED = {"guidance_timeout_s", "on_silence", "reveal_answer", "show_reference", "view", "on_leak"}
 PROBES = (-1e9, -1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-9, 3.0, 1e9, float("inf"), float("nan"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,23 @@ def test_what_is_not_trained_is_frozen(made: list[tuple[str, Any]]) -> None:
 def test_no_reference_without_a_kl_term() -> None:
     session = Session(load_config(CONFIG, SETTINGS), for_training=True)
     assert session.reference is None and is_trained(session.student)
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_builtin_questions_need_a_grader_that_reads_them(part: str) -> None:
+    """Under a grader of letters no answer could be right, and the headline would say 0 %."""
+    session = Session(load_config(CONFIG, SETTINGS | {"data.eval": "builtin", "data.grader": "mcq"}))
+    with pytest.raises(ValueError, match=f"data.{part} builtin: ground_truth must be one of A, B, .* grader mcq"):
+        getattr(session, f"{part}_questions")()
+
+
+def test_closing_waits_for_no_hung_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    session = Session(load_config(CONFIG, SETTINGS))
+    monkeypatch.setattr(session.teacher, "aclose", hang)
+    monkeypatch.setattr(session_module, "CLOSE_S", 0.1)
+    since = time.perf_counter()
+    session.close()
+    assert time.perf_counter() - since < 5

@@ -186,7 +186,10 @@ def test_rollout_only_changes_nothing(tmp_path: Path) -> None:
     [
         ({"run__dir": "{folder}/file"}, "must be a writable folder"),
         ({"student__path": "{folder}/nowhere"}, "nowhere"),
-        ({"data__train": "{folder}/none.jsonl", "teacher__kind": "retry"}, "must be an existing file"),
+        (
+            {"data__train": "{folder}/none.jsonl", "data__eval": "none", "teacher__kind": "retry"},
+            "must be an existing file",
+        ),
         ({"rollout__questions_per_batch": 14}, r"questions_per_batch must be in \[1, 13 questions\], got 14"),
         ({"run__resume": "{folder}/nothing"}, "must be a whole checkpoint, got .*manifest"),
     ],

@@ -17,26 +17,27 @@ from pydantic import ValidationError, model_validator
 
 from socpo_fast.config.sections import (
     REWARDS,
-    TEACHERS,
     AdvantageConfig,
     AnyReward,
-    AnyTeacher,
     DataConfig,
-    EndpointTeacherConfig,
     EngineConfig,
     EvalConfig,
     GraderConfig,
-    LocalTeacherConfig,
     LossConfig,
-    RetryTeacherConfig,
     RewardConfig,
     RolloutConfig,
-    RuleTeacherConfig,
     RunConfig,
     Section,
     StudentConfig,
-    TeacherConfig,
     TrainConfig,
+)
+from socpo_fast.config.teachers import (
+    AnyTeacher,
+    EndpointTeacherConfig,
+    LocalTeacherConfig,
+    RetryTeacherConfig,
+    RuleTeacherConfig,
+    TeacherConfig,
 )
 from socpo_fast.config.text import choose_kinds, explain, from_text
 
@@ -108,7 +109,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     grader: GraderConfig = GraderConfig()
     rollout: RolloutConfig = RolloutConfig()
-    teacher: AnyTeacher = TEACHERS[0]()
+    teacher: AnyTeacher = RuleTeacherConfig()
     reward: AnyReward = REWARDS[0]()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -143,6 +144,9 @@ def find_conflicts(config: Config) -> str | None:
     is_builtin = isinstance(teacher, RuleTeacherConfig) and teacher.rule == "builtin"
     if guided and is_builtin and not {*sources} <= {"builtin", None}:
         return f"teacher.rule must be your own module:function for data {sources}, got builtin; set it or teacher.kind"
+    if config.data.eval == "builtin" != config.data.train:
+        own = f"data.train {config.data.train}"
+        return f"data.eval must be your own questions or none for {own}, got builtin"
     if config.engine.page_size & (config.engine.page_size - 1):
         return f"engine.page_size must be a power of two, got {config.engine.page_size}"
     return None

@@ -1,4 +1,5 @@
-"""The sections of a configuration, in the order of a batch; config/__init__.py puts them together.
+"""The sections of a configuration, in the order of a batch, the teacher's apart (teachers.py);
+config/__init__.py puts them together.
 
 A section is a frozen pydantic model. Each field carries its range and a description with unit, which
 `socpo train --help` shows and error messages quote. "none" is the word for an absent value, in TOML
@@ -8,7 +9,7 @@ what the package ships.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -72,7 +73,8 @@ class DataConfig(Section):
         description="parquet or JSONL file, hub data set, or builtin",
     )
     eval: LocalPath | None = Field(
-        default="builtin", description="held-out questions, the same kinds; none = no evaluation"
+        default="builtin",
+        description="held-out questions, the same kinds; none = no evaluation (default with own data.train)",
     )
     train_split: str = Field(default="train", min_length=1, description="split of a folder or hub data set to train on")
     eval_split: str = Field(default="test", min_length=1, description="split of a folder or hub data set held out")
@@ -83,6 +85,13 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(default=2048, ge=1, description="longest prompt in tokens; longer ones are left out")
     builtin_train_questions: int = Field(default=20_000, ge=1, description="built-in training questions")
     builtin_eval_questions: int = Field(default=200, ge=1, description="built-in held-out questions")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_evaluation_on_other_data(cls, table: Any) -> Any:
+        """The built-in questions say nothing of a student that is trained on somebody's own."""
+        is_own = isinstance(table, dict) and table.get("train", "builtin") != "builtin"
+        return {"eval": None, **table} if is_own else table
 
 
 class GraderConfig(Section):
@@ -107,90 +116,6 @@ class RolloutConfig(Section):
     )
 
 
-class TeacherConfig(Section):
-    """Who guides after a wrong attempt (unused when rollout.max_attempts is 1)."""
-
-    # "module:function" of (config, device) -> Teacher, where the teacher is made
-    maker: ClassVar[str]
-
-    kind: str
-    guidance_timeout_s: float = Field(
-        default=600.0, gt=0, le=86400, description="longest wait for one guidance, repeats included, seconds"
-    )
-    reveal_answer: bool = Field(default=False, description="the teacher sees ground_truth")
-    show_reference: bool = Field(default=False, description="the teacher sees reference_solution")
-    view: Literal["head_tail", "head"] = Field(
-        default="head_tail", description="what the teacher sees of an attempt over rollout.attempt_limit"
-    )
-    on_leak: Literal["keep", "drop", "mask"] = Field(
-        default="keep",
-        description="guidance that states the answer: shown; not shown and the rollout ends; shown with [...] instead",
-    )
-
-
-class RuleTeacherConfig(TeacherConfig):
-    """A Python function."""
-
-    maker = "socpo_fast.socratic.teachers:make_rule_teacher"
-
-    kind: Literal["rule"] = Field(default="rule", description="a Python function")
-    rule: str = Field(default="builtin", description="module:function(request) -> text, or builtin (molar masses)")
-
-
-class RetryTeacherConfig(TeacherConfig):
-    """A fixed sentence, the ablation."""
-
-    maker = "socpo_fast.socratic.teachers:make_retry_teacher"
-
-    kind: Literal["retry"] = Field(default="retry", description="a fixed sentence")
-    retry_text: str | None = Field(default=None, description="the sentence; none = our wording")
-
-
-class ModelTeacherConfig(TeacherConfig):
-    """What teachers with a language model share."""
-
-    temperature: float = Field(default=0.2, ge=0, le=10, description="sampling temperature, 0 = greedy")
-    max_new_tokens: int = Field(default=1024, ge=1, description="longest guidance, teacher tokens")
-    system_prompt: str | None = Field(default=None, description="system message; none = our wording")
-    user_template: str | None = Field(
-        default=None,
-        description="with {question} {student_answer} {reference_solution} {ground_truth}; none = our wording",
-    )
-
-
-class LocalTeacherConfig(ModelTeacherConfig):
-    """A Hugging Face folder, run in this process."""
-
-    maker = "socpo_fast.socratic.teachers:make_local_teacher"
-
-    kind: Literal["local"] = Field(default="local", description="a Hugging Face folder")
-    path: LocalPath = Field(min_length=1, description="Hugging Face folder")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="parameter type; auto = bfloat16 on a card, float32 on a CPU"
-    )
-    kv_cache_gib: float = Field(default=1.0, gt=0, le=4096, description="KV cache, GiB")
-
-
-class EndpointTeacherConfig(ModelTeacherConfig):
-    """An OpenAI-compatible server."""
-
-    maker = "socpo_fast.socratic.teachers:make_endpoint_teacher"
-
-    kind: Literal["endpoint"] = Field(default="endpoint", description="an OpenAI-compatible server")
-    url: str = Field(pattern=r"^https?://[^@\s]+$", repr=False, description="base URL, such as HOST/v1")
-    model: str = Field(min_length=1, description="model name sent to the server")
-    api_key_env: str | None = Field(
-        default=None, pattern=r"^[A-Z_][A-Z0-9_]*$", repr=False, description="NAME of the variable with the key"
-    )
-    timeout_s: float = Field(default=60.0, gt=0, le=3600, description="time limit of one call, seconds")
-    max_retries: int = Field(default=2, ge=0, le=20, description="repeats of a failed call")
-    max_concurrency: int = Field(default=16, ge=1, le=4096, description="calls in flight")
-
-
-# A kind of teacher is one class and its line here; the first is the default.
-TEACHERS = (RuleTeacherConfig, LocalTeacherConfig, EndpointTeacherConfig, RetryTeacherConfig)
-
-
 class RewardConfig(Section):
     """What a correct answer after guidance is worth."""
 
@@ -211,10 +136,8 @@ def reward_section(name: str, schedule: Schedule) -> type[RewardConfig]:
 REWARDS = tuple(reward_section(name, schedule) for name, schedule in SCHEDULES.items())
 
 if TYPE_CHECKING:
-    AnyTeacher = TeacherConfig
     AnyReward = RewardConfig
 else:
-    AnyTeacher = Annotated[Union[TEACHERS], Field(discriminator="kind")]  # noqa: UP007
     AnyReward = Annotated[Union[REWARDS], Field(discriminator="schedule")]  # noqa: UP007
 
 

@@ -11,13 +11,20 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Annotated, Any, NamedTuple, cast, get_args
+from typing import Annotated, Any, NamedTuple, cast, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-KINDS = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "null": "none"}
+KINDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "none",
+    "object": "a table",
+}
 LIMITS = {
     "minimum": ">=",
     "exclusiveMinimum": ">",
@@ -139,8 +146,8 @@ def from_text(model: type[BaseModel], name: str, text: str) -> object:
         return text
     kind: Any = fields[name].annotation
     try:
-        return TypeAdapter(kind).validate_strings(text)
-    except ValidationError:
+        return json.loads(text) if get_origin(kind) is dict else TypeAdapter(kind).validate_strings(text)
+    except ValueError:  # ValidationError is one
         return text
 
 
@@ -148,7 +155,7 @@ def to_text(value: object) -> str:
     """The inverse of from_text."""
     if value is None:
         return "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value) if isinstance(value, bool | dict) else str(value)
 
 
 def to_toml(tables: Mapping[str, Any], prefix: str = "") -> str:
@@ -164,7 +171,10 @@ def toml_literal(value: object) -> str:
     """A TOML literal; None, which TOML lacks, is "none"."""
     if isinstance(value, str | None):  # a JSON string is a TOML basic string, but for DEL
         return json.dumps(to_text(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    return to_text(value)
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(key)} = {toml_literal(part)}" for key, part in value.items())
+        return f"{{ {', '.join(pairs)} }}"
+    return json.dumps(value) if isinstance(value, list) else to_text(value)
 
 
 def unknown_key(model: type[BaseModel], name: str) -> str:

@@ -21,6 +21,10 @@ def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             name = f"pass@{match[2]}, unassisted" if match[2] else _NAMES[match[1]]
             row = {"what": f"{match[3]}: {name}" if match[3] else name, "share": share, "low": low, "high": high}
             (by_source if match[3] else rows).append(row)
+    if failed := metrics.get("guidance/failed"):
+        for row in rows + by_source:
+            if row["what"].endswith(_NAMES["assisted"]):
+                row["what"] += f" ({failed:.0f} without, as guidance failed)"
     return rows + by_source
 
 
@@ -32,4 +36,13 @@ def accuracy_text(metrics: Mapping[str, Any]) -> str:
     for row in rows:
         share, low, high = (100 * row[name] for name in ("share", "low", "high"))
         lines.append(f"{row['what']:{width}} {share:5.1f} %   {low:.1f} to {high:.1f} %")
+    if metrics.get("guidance/failed") and "success/assisted" not in metrics:
+        reason = f"not known, as all guidance failed: {failures_text(metrics)}"
+        lines.append(f"{_NAMES['assisted']}: {reason}")
     return "\n".join(lines)
+
+
+def failures_text(metrics: Mapping[str, Any]) -> str:
+    """How often guidance failed, by kind: "timeout 3, cut 1"."""
+    kinds = {key: n for key, n in metrics.items() if key.startswith("guidance/failed_")}
+    return ", ".join(f"{key.removeprefix('guidance/failed_')} {n:.0f}" for key, n in kinds.items())

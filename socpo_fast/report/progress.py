@@ -74,6 +74,8 @@ class Progress:
             for name, label in (("success/unassisted", "unassisted"), ("success/assisted", "assisted"))
             if name in metrics
         ]
+        if metrics.get("guidance/failed"):
+            shares.append(f"guidance failed {metrics['guidance/failed']:.0f}")
         rates = [f"{metrics[name]:.0f} tok/s" for name in ("perf/rollout_tok_s",) if name in metrics]
         place = f"batch {batch}/{self.num_batches} update {update}"
         return "  ".join([f"{'train' if kind == 'batch' else kind:<5} {place}", *shares, *rates, f"left {self._eta()}"])

@@ -10,6 +10,7 @@ The row keeps what was sampled; `Bridge.notes` says where the two differ, and hi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -58,6 +59,7 @@ class Bridge:
         eos_ids:        the ids that end an attempt: end_of_turn_id, the tokenizer's eos and those of the
                         generation_config.json beside the tokenizer.
         before, after:  the template's text from an answer's end to the guidance, and from there to the next answer.
+        takes_system:   the template has system messages; others refuse them or leave them out.
         notes:          one sentence for each kind of dialogue that the template renders differently once it is
                         history, or on another day; empty when the template only ever appends.
 
@@ -81,12 +83,14 @@ class Bridge:
         if enable_thinking is not None and "enable_thinking" not in template:
             raise ValueError(
                 f"bridge: enable_thinking must be none for a chat template without it, got {enable_thinking}; "
-                "leave student.enable_thinking out"
+                "leave it out"
             )
         self.tokenizer = tokenizer
         self.guidance_limit = guidance_limit
         self._template_kwargs: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._special = {token.content: idx for idx, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = tokenizer.added_tokens_decoder.items()
+        special = [(token.content, idx) for idx, token in added if token.special]
+        self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))  # longest match first
         _, _, behind_answer = self.render(_dialogue(ANSWER)).rpartition(ANSWER)
         self.before, _, self.after = behind_answer.partition(GUIDANCE)
         head_ids = self.trusted_ids(self._split(self.before)[0])
@@ -113,6 +117,25 @@ class Bridge:
             ValueError: the template refuses these roles.
         """
         return self.trusted_ids(self.render(messages))
+
+    def untrusted_prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """prompt_ids of messages whose texts nobody vouches for.
+
+        A special token spelled out in one stays ordinary text, so that none can forge a turn. The
+        template then renders stand-ins, and the texts take their places between its special tokens.
+        """
+        texts = {f"SocpoText{i}.": message["content"] for i, message in enumerate(messages)}
+        if not any(special in text for special in self._special for text in texts.values()):
+            return self.prompt_ids(messages)
+        stand_ins = [{**m, "content": name} for m, name in zip(messages, texts, strict=True)]
+        names, specials = ("|".join(map(re.escape, words)) for words in (texts, self._special))
+        ids: list[int] = []
+        for part in re.split(f"({specials})", self.render(stand_ins)):
+            if part in self._special:
+                ids.append(self._special[part])
+            else:
+                ids += self.untrusted_ids(re.sub(names, lambda found: texts[found[0]], part))
+        return ids
 
     def bridge_ids(self, guidance_text: str, *, ended: bool) -> list[int]:
         """What stands between an attempt and the next one: end of turn, guidance as a user message, generation prompt.
@@ -175,7 +198,11 @@ class Bridge:
         return text[:place], text[place:]
 
     def fit(self, text: str) -> str:
-        """The head of a text that is at most guidance_limit tokens long."""
+        """The head of a text that is at most guidance_limit tokens long.
+
+        Cut by characters first: a token rarely has 32 of them, and a megabyte takes long to encode.
+        """
+        text = text[: 32 * self.guidance_limit].rstrip()
         options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
         while len(places := self.tokenizer(text, verbose=False, **options)["offset_mapping"]) > self.guidance_limit:
             text = text[: places[self.guidance_limit][0]].rstrip()  # a head by itself may take more tokens, hence while
@@ -202,8 +229,11 @@ class Bridge:
             if not rendered.startswith((prompt + answer, f"{prompt} {answer}")):  # sentencepiece samples that space
                 notes.append(_NOTE.format(what))
         with_system = [{"role": "system", "content": "SocpoSystem"}, *_dialogue(ANSWER)]
+        self.takes_system = False
         try:
-            if not self.render(with_system).startswith(self.render(with_system[:2])):  # Mistral moves it along
+            prompt = self.render(with_system[:2])
+            self.takes_system = "SocpoSystem" in prompt
+            if not self.render(with_system).startswith(prompt):  # Mistral moves it along
                 notes.append(_NOTE.format("a prompt with a system message"))
         except ValueError:
             pass  # such prompts are refused where they are rendered

@@ -23,6 +23,7 @@ from socpo_fast.socratic.leak import leaks_answer, mask_answer
 from socpo_fast.types import (
     Attempt,
     Guidance,
+    GuidanceFailed,
     GuidanceRequest,
     Question,
     Rollout,
@@ -31,6 +32,8 @@ from socpo_fast.types import (
 )
 
 ELISION = "\n[...]\n"
+# The same words each time, so that Python tells them once.
+LEAKED = "teacher: guidance that states the answer is dropped, and counted in guidance/leaked"
 Context = Literal["tokens", "template"]
 OnLeak = Literal["keep", "drop", "mask"]
 View = Literal["head_tail", "head"]
@@ -53,7 +56,7 @@ class RolloutOptions:
         view:           what the teacher sees of an attempt longer than attempt_limit.
         reveal_answer:  the teacher sees ground_truth.
         show_reference: the teacher sees reference_solution.
-        guidance_timeout_s: > 0, for one guidance, repeats included.
+        guidance_timeout_s: > 0, for one guidance, repeats included, from when it is sent.
 
     Raises:
         ValueError: a value breaks its rule.
@@ -159,11 +162,12 @@ class Episode:
             attempt_idx=attempt.attempt_idx,
         )
 
-    def guided(self, guidance: Guidance | None) -> NextContext | None:
-        """Takes what the teacher said of the last attempt, None for nothing; returns what to
+    def guided(self, guidance: Guidance | GuidanceFailed | None) -> NextContext | None:
+        """Takes what the teacher said of the last attempt, or why it said nothing; returns what to
         sample behind next, None at the end."""
-        if guidance is None:
+        if not isinstance(guidance, Guidance):
             self.rollout.end_reason = "guidance_failed"
+            self.rollout.failure = "none" if guidance is None else guidance.kind
             return None
         text = guidance.text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         raw_text = self.bridge.fit(text.strip())
@@ -171,6 +175,7 @@ class Episode:
         self.rollout.turns[-1].guidance = shown
         if self.options.on_leak == "drop" and leaks_answer(raw_text, self.question):
             self.rollout.end_reason = "leaked"
+            self.notes.append(LEAKED)
             return None
         if self.options.on_leak == "mask":
             shown.text = self._without_answer(raw_text)

@@ -7,10 +7,11 @@ Departure from the usual practice: error bars are by question. Samples of one qu
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from socpo_fast.metrics import source_metric
-from socpo_fast.socratic.summary import is_solved, mean, sources_of
+from socpo_fast.socratic.summary import failures, is_solved, mean, sources_of
 from socpo_fast.types import Question, Rollout
 
 PASS_AT = (4, 16, 64, 256)  # pass@k is smooth in log k; fixed k, so that runs with different eval.samples compare
@@ -30,20 +31,27 @@ class Scores:
         self.source_of = {question.question_idx: question.data_source for question in questions}
         self.alone = dict.fromkeys(self.source_of, 0)
         self.helped = dict.fromkeys(self.source_of, 0)
-        self.num_tokens = self.num_truncated = 0
+        self.failures: Counter[str] = Counter()  # of guidance, by kind
+        self.num_guidances = self.num_tokens = self.num_truncated = 0
 
     def add(self, rollout: Rollout) -> None:
         first = rollout.turns[0]
         self.alone[rollout.question_idx] += first.is_correct
         self.helped[rollout.question_idx] += is_solved(rollout)
+        self.failures[rollout.failure] += 1
+        self.num_guidances += sum(turn.guidance is not None for turn in rollout.turns)
         self.num_tokens += first.attempt.num_tokens
         self.num_truncated += first.attempt.finish_reason == "length"
 
     def metrics(self) -> dict[str, float]:
-        """avg@k, which is success/unassisted, pass@k and success/assisted, each with its interval; avg@k by source."""
+        """avg@k, which is success/unassisted, pass@k and success/assisted, each with its interval;
+        avg@k by source. Where no guidance came, success/assisted is not known: it would be the
+        unassisted one under another name."""
+        failed = failures(self.failures)
+        is_known = self.assisted and bool(self.num_guidances or not failed["guidance/failed"])
         n, total = self.samples, self.samples * len(self.alone)
         found: dict[str, float] = {}
-        kinds = {"success/unassisted": self.alone} | ({"success/assisted": self.helped} if self.assisted else {})
+        kinds = {"success/unassisted": self.alone} | ({"success/assisted": self.helped} if is_known else {})
         for name, correct in kinds.items():
             found |= with_interval(name, [c / n for c in correct.values()])
             for source in self.sources:
@@ -52,10 +60,14 @@ class Scores:
         for k in PASS_AT:
             if k <= n:
                 found |= with_interval(f"success/pass_at_{k}", [pass_at_k(n, c, k) for c in self.alone.values()])
-        return found | {
-            "rollout/attempt_tokens": self.num_tokens / total,
-            "rollout/truncated": self.num_truncated / total,
-        }
+        return (
+            found
+            | (failed if self.assisted else {})
+            | {
+                "rollout/attempt_tokens": self.num_tokens / total,
+                "rollout/truncated": self.num_truncated / total,
+            }
+        )
 
 
 def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:

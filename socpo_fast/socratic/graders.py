@@ -9,9 +9,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ import numpy as np
 
 from socpo_fast.registries import GRADERS
 from socpo_fast.socratic import math_worker
-from socpo_fast.socratic.plugin import load_function
+from socpo_fast.socratic.plugin import blame, load_function
 from socpo_fast.types import Question
 
 Verdict = bool | float | Mapping[str, float]
@@ -60,9 +62,16 @@ class GradedBy:
         """Returns the grade of an attempt.
 
         Raises:
-            ValueError: the function returned anything else; the message names the grader.
+            ValueError: the function returned anything else, or raised something; the message names
+                the grader, the question, and the file and line that raised.
         """
-        verdict: object = self.function(text, question)
+        try:
+            verdict: object = self.function(text, question)
+        except (Exception, SystemExit) as error:
+            raise ValueError(
+                f"grader: data.grader {self.name} must return a verdict on any text, got an error "
+                f"on question {question.question_idx}: {blame(self.function, error)}"
+            ) from error
         parts = {str(key): _number(part) for key, part in verdict.items()} if isinstance(verdict, Mapping) else {}
         reward = math.fsum(parts.values()) if parts else _number(verdict)
         is_allowed = all(part >= 0 for part in parts.values()) and 0 <= reward <= 1 + _ROUNDING
@@ -185,17 +194,23 @@ class MathGrader:
     """The last formula of the text equals ground_truth, by math-verify in a process that ends when it takes long."""
 
     _worker: subprocess.Popen[str] | None = None
+    _process = 0  # whose worker it is
 
     def __init__(self) -> None:
+        self._one_at_a_time = threading.Lock()  # an answer belongs to the last question
         if find_spec("math_verify") is None:
             raise ValueError(
                 "data.grader: math needs math-verify, which is not installed; pip install 'socpo_fast[math]'"
             )
 
     def __call__(self, text: str, question: Question) -> bool:
-        truth = question.ground_truth
+        with self._one_at_a_time:
+            return self._grade(text, question.ground_truth)
+
+    def _grade(self, text: str, truth: str) -> bool:
         request = json.dumps([text, truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"])
-        if self._worker is None:
+        if self._worker is None or self._process != os.getpid():  # a fork starts its own
+            self._process = os.getpid()
             # -P: the worker's folder, which has modules of ours, is not searched for imports
             command = [sys.executable, "-P", math_worker.__file__]
             pipe = subprocess.PIPE
@@ -218,7 +233,7 @@ class MathGrader:
     def close(self) -> None:
         """End the worker; the next call starts another one."""
         worker, self._worker = self._worker, None
-        if worker is not None:
+        if worker is not None and self._process == os.getpid():
             worker.kill()
             with suppress(BrokenPipeError), worker:  # closes the pipes and waits
                 pass

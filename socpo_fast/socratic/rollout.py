@@ -33,6 +33,8 @@ from socpo_fast.types import (
     SamplingParams,
 )
 
+PATIENCE_S = 0.2  # how long an immediate teacher is waited for on the spot
+
 
 def socratic_rollouts(
     engine: Engine,
@@ -152,7 +154,7 @@ def socratic_episode(
         finally:
             asked.cancel()  # nobody else would, were this left by Ctrl-C
         rollout.teacher_wait_s += time.perf_counter() - since
-        if episode.guided(result_of(asked)) is None:
+        if episode.guided(result_of(asked, guide)) is None:
             break
     tell(episode)
     return rollout
@@ -203,7 +205,12 @@ class _Driver:
         self.is_stepping = False
 
     def take_arrived(self) -> None:
-        """Hand attempts to their episodes; their pages stay pinned while the teacher works."""
+        """Hand attempts to their episodes; their pages stay pinned while the teacher works.
+
+        An immediate teacher has answered before anything else goes on, one call at a time, which is
+        repeatable. One that takes long has others asked meanwhile: however many of its calls hang,
+        together they cost one time limit.
+        """
         while self.arrived:
             attempt = self.arrived[0]
             episode = self.in_flight[attempt.key.question, attempt.rollout_idx]
@@ -212,10 +219,11 @@ class _Driver:
             if request is None:
                 self.end(episode)
             else:
+                others_done = all(future.done() for future in self.waiting)
                 asked = ask(self.teacher, request, self.options.guidance_timeout_s)
                 self.waiting[asked] = (episode, time.perf_counter())
-                if self.teacher.immediate:  # it has answered before anything else goes on: repeatable
-                    wait([asked])
+                if self.teacher.immediate and others_done:
+                    wait([asked], timeout=PATIENCE_S)
 
     def collect_guidance(self, *, idle: bool) -> None:
         """Resume the rollouts whose teacher has answered; when idle, wait for one (at most 20 ms, then look again)."""
@@ -224,7 +232,7 @@ class _Driver:
         for future in [future for future in self.waiting if future.done()]:
             episode, since = self.waiting.pop(future)
             episode.rollout.teacher_wait_s += time.perf_counter() - since
-            context = episode.guided(result_of(future))
+            context = episode.guided(result_of(future, self.teacher))
             if context is None:
                 self.end(episode)
                 continue

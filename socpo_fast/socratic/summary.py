@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from socpo_fast.metrics import source_metric
@@ -57,12 +59,18 @@ def summarize(
         "guidance/rate": mean([float(len(rollout.turns) > 1) for rollout in rollouts]),
         "guidance/rescue_rate": mean([float(is_solved(rollout)) for rollout in guided]),
         "guidance/leak_rate": mean([float(leaks_answer(text, q)) for text, q in raw_texts]),
-        "guidance/failed": float(reasons.count("guidance_failed")),
+        **failures(Counter(rollout.failure for rollout in rollouts)),
         "guidance/leaked": float(reasons.count("leaked")),
         "guidance/overflow": float(reasons.count("overflow")),
         "rollout/attempt_tokens": mean([float(attempt.num_tokens) for attempt in attempts]),
         "rollout/truncated": mean([float(attempt.finish_reason == "length") for attempt in attempts]),
     }
+
+
+def failures(by_kind: Mapping[str, int]) -> dict[str, float]:
+    """guidance/failed, and by kind; "" stands for none."""
+    counts = {f"guidance/failed_{kind}": float(n) for kind, n in sorted(by_kind.items()) if kind}
+    return {"guidance/failed": math.fsum(counts.values()), **counts}
 
 
 def is_solved(rollout: Rollout) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
+from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.types import Guidance, GuidanceRequest, Question, Rollout, SamplingParams
 from tests.socratic.scripted import ScriptedEngine
 
@@ -16,17 +17,14 @@ WITH_SYSTEM = ({"role": "system", "content": "Be exact."}, *PROMPT)
 
 
 @dataclass
-class ScriptedTeacher:
+class ScriptedTeacher(Teacher):
     """Says texts[k] after attempt k, be it empty."""
 
     texts: Sequence[str]
     immediate: bool = True
 
-    async def guide(self, request: GuidanceRequest) -> Guidance | None:
+    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         return Guidance(text=self.texts[request.attempt_idx])
-
-    def step(self) -> bool:
-        return False
 
 
 @dataclass

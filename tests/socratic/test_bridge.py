@@ -123,3 +123,19 @@ def test_smollm2() -> None:
     assert row == bridge.prompt_ids(conversation("It is 3.", "Check 1 + 1."))
     assert bridge.bridge_ids("<|im_end|>", ended=True).count(2) == 1
     assert bridge.decode([*answer_ids, 2]) == "It is 3."
+
+
+def test_a_megabyte_is_cut_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = Bridge(tiny_tokenizer(CHATML), guidance_limit=20)
+    encoded: list[int] = []
+    encode = type(bridge.tokenizer).__call__
+
+    def spy(tokenizer: object, text: str, **options: object) -> object:
+        encoded.append(len(text))
+        return encode(tokenizer, text, **options)
+
+    monkeypatch.setattr(type(bridge.tokenizer), "__call__", spy)
+    text = bridge.fit("the sum " * 2**17)
+    assert text.startswith("the sum the sum")
+    assert len(bridge.tokenizer.encode(text, add_special_tokens=False)) == 20
+    assert max(encoded) <= 32 * 20

@@ -1,5 +1,6 @@
 """Tables of what counts as an answer; the hard part is what must not."""
 
+import os
 import sys
 import time
 import types
@@ -162,6 +163,28 @@ def test_math_grades_in_any_thread_and_a_killed_worker_costs_one_answer() -> Non
     grade._worker.wait()
     assert grade("\\boxed{4}", question("4")) is False
     assert grade("\\boxed{4}", question("4")) is True
+
+
+def test_math_is_right_from_eight_threads() -> None:
+    pytest.importorskip("math_verify")
+    grade = MathGrader()
+    numbers = [n % 5 for n in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(lambda n: grade(f"\\boxed{{{n}}}", question("3")), numbers))
+    assert verdicts == [n == 3 for n in numbers]
+
+
+def test_math_in_a_fork_has_a_worker_of_its_own() -> None:
+    pytest.importorskip("math_verify")
+    grade = MathGrader()
+    assert grade("\\boxed{4}", question("4")) is True
+    child = os.fork()
+    if child == 0:
+        is_right = grade("\\boxed{4}", question("4"))
+        grade.close()
+        os._exit(0 if is_right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert grade("\\boxed{4}", question("4")) is True, "the child has ended only its own"
 
 
 def test_math_interrupted_leaves_no_verdict_for_the_next_answer() -> None:

@@ -100,7 +100,7 @@ def assert_nothing_stays(engine: Engine) -> None:
 @pytest.mark.parametrize("number", [1, 2, 7, 15, 30])
 @pytest.mark.parametrize("error", [KeyError("no such answer"), Stopped()], ids=["error", "signal"])
 def test_a_grader_that_raises(engine: Engine, number: int, error: BaseException) -> None:
-    with pytest.raises(type(error)):
+    with pytest.raises(ValueError if isinstance(error, KeyError) else Stopped):
         list(start(engine, grader=failing_at(number, never, error)))
     assert_nothing_stays(engine)
 
@@ -189,7 +189,7 @@ def test_a_call_to_the_teacher_is_given_up(engine: Engine) -> None:
 
 
 def test_a_teacher_that_raises_costs_its_rollout_only(engine: Engine) -> None:
-    with pytest.warns(UserWarning, match="guide\\(\\) failed with ZeroDivisionError"):
+    with pytest.warns(UserWarning, match=r"wrapped raised ZeroDivisionError: \(test_leaving_early.py"):
         rollouts = list(start(engine, teacher=failing_at(2, say, ZeroDivisionError())))
     assert [rollout.end_reason for rollout in rollouts].count("guidance_failed") == 1
     assert_nothing_stays(engine)
@@ -198,7 +198,7 @@ def test_a_teacher_that_raises_costs_its_rollout_only(engine: Engine) -> None:
 def test_attempts_that_others_keep_stay(engine: Engine) -> None:
     """A grader's error gives back what is the call's own, and nothing else."""
     [[kept]] = engine.generate([[5, 6, 7]], PARAMS, keys=[(1, 1)], keep=True)
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match=r"on question \d: .*wrapped raised KeyError: \(test_leaving"):
         list(start(engine, grader=failing_at(5, never, KeyError())))
     engine.resume(kept, [8], PARAMS, kept_tokens=2)
     while engine.has_work:

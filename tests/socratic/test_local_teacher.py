@@ -1,85 +1,24 @@
 """The local teacher on a tiny random model: asked from another thread, stepped on this one."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from socpo_fast.config import Config, LocalTeacherConfig, RunConfig
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.socratic import teachers
-from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt, make_teacher
+from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt
 from socpo_fast.socratic.teachers.base import clean_guidance
 from socpo_fast.socratic.teachers.calls import background
-from socpo_fast.types import GuidanceRequest, RolloutKey, SamplingParams
+from socpo_fast.types import SamplingParams
 from tests.interrupts import interrupted_at
-from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
-
-SETTINGS = {
-    "kind": "local",
-    "temperature": 1.0,
-    "max_new_tokens": 12,
-    "kv_cache_gib": 0.01,
-    "user_template": "{student_answer}",
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=402,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tiny_tokenizer(CHATML).save_pretrained(path)
-    return path
+from tests.socratic.local_teachers import ask, heard, local_teacher, request, wait_until
 
 
 @pytest.fixture
-def teacher(folder: Path) -> LocalTeacher:
-    return local_teacher(folder)
-
-
-def local_teacher(folder: Path, device: str = "cpu", **settings: object) -> LocalTeacher:
-    config = Config(run=RunConfig(seed=7), teacher=LocalTeacherConfig(path=str(folder), **{**SETTINGS, **settings}))  # type: ignore[arg-type]
-    made = make_teacher(config, device=device)
-    assert isinstance(made, LocalTeacher)
-    assert not made.immediate
-    return made
-
-
-def request(rollout_idx: int = 0, *, question: int = 0, answer: str = "It is 3.") -> GuidanceRequest:
-    return GuidanceRequest(
-        question="1 + 1?",
-        student_answer=answer,
-        ground_truth=None,
-        reference_solution=None,
-        key=RolloutKey(-1, question),
-        rollout_idx=rollout_idx,
-        attempt_idx=0,
-    )
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-
-
-def ask(teacher: LocalTeacher, requests: list[GuidanceRequest]) -> list[str | None]:
-    futures = [background(teacher.guide(request)) for request in requests]
-    wait_until(lambda: not teacher.step() and all(future.done() for future in futures))
-    return [guidance.text if (guidance := future.result()) else None for future in futures]
+def teacher(teacher_folder: Path) -> LocalTeacher:
+    return local_teacher(teacher_folder)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +32,7 @@ def ask(teacher: LocalTeacher, requests: list[GuidanceRequest]) -> list[str | No
     ],
 )
 def test_its_dtype_is_its_own(
-    folder: Path, device: str, dtype: str, loaded: str, monkeypatch: pytest.MonkeyPatch
+    teacher_folder: Path, device: str, dtype: str, loaded: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The student's is float32 here throughout. A card is played by the CPU."""
     asked: dict[str, str] = {}
@@ -103,7 +42,7 @@ def test_its_dtype_is_its_own(
         return load_student(path, dtype=options["dtype"])
 
     monkeypatch.setattr(teachers, "load_student", load)
-    teacher = local_teacher(folder, device, dtype=dtype)
+    teacher = local_teacher(teacher_folder, device, dtype=dtype)
     assert asked == {"device": device, "dtype": loaded}
     weights = list(teacher._engine.student.parameters())
     assert {str(weight.dtype) for weight in weights} == {f"torch.{loaded}"}
@@ -121,11 +60,11 @@ def test_text_is_the_engines(teacher: LocalTeacher) -> None:
     assert text
 
 
-def test_guidance_does_not_depend_on_company_or_order(teacher: LocalTeacher, folder: Path) -> None:
+def test_guidance_does_not_depend_on_company_or_order(teacher: LocalTeacher, teacher_folder: Path) -> None:
     requests = [request(i, question=q) for q in range(2) for i in range(4)]
     together = ask(teacher, requests)
     assert len(set(together)) == len(requests)  # the same prompt, yet noise of its own for each request
-    backwards = ask(local_teacher(folder), requests[::-1])
+    backwards = ask(local_teacher(teacher_folder), requests[::-1])
     assert backwards[::-1] == together
     assert [ask(teacher, [alone])[0] for alone in requests] == together
     assert teacher._engine.stats.pages_free == teacher._engine.stats.pages_total
@@ -134,18 +73,17 @@ def test_guidance_does_not_depend_on_company_or_order(teacher: LocalTeacher, fol
 
 def test_a_prompt_too_long_for_the_teacher_is_no_guidance(teacher: LocalTeacher) -> None:
     long, short = ask(teacher, [request(0, answer="3 " * 600), request(1)])
-    assert long is None
+    assert long == "[too_long]"
     assert short
-    assert teacher.num_too_long == 1
 
 
 def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
     expected = ask(teacher, [request()])
-    first = background(teacher.guide(request()))
+    first = background(teacher.guide_in_time(request(), None))
     wait_until(teacher.step)  # it has been started
     first.cancel()
     assert ask(teacher, [request()]) == expected
-    never_started = background(teacher.guide(request()))
+    never_started = background(teacher.guide_in_time(request(), None))
     wait_until(lambda: not teacher._arrived.empty())
     never_started.cancel()
     assert ask(teacher, [request(1)]) != expected
@@ -153,7 +91,7 @@ def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
 
 
 def test_an_abandoned_request_goes_at_the_next_step(teacher: LocalTeacher) -> None:
-    asked = [background(teacher.guide(request(i))) for i in range(3)]
+    asked = [background(teacher.guide_in_time(request(i), None)) for i in range(3)]
     wait_until(lambda: teacher.step() and teacher._engine.has_work)
     for future in asked:
         future.cancel()
@@ -163,12 +101,12 @@ def test_an_abandoned_request_goes_at_the_next_step(teacher: LocalTeacher) -> No
 
 def test_closing_drops_what_is_queued_and_under_way(teacher: LocalTeacher) -> None:
     expected = ask(teacher, [request(0), request(1)])
-    running = background(teacher.guide(request(0)))
+    running = background(teacher.guide_in_time(request(0), None))
     wait_until(teacher.step)
-    queued = background(teacher.guide(request(1)))
+    queued = background(teacher.guide_in_time(request(1), None))
     wait_until(lambda: not teacher._arrived.empty())
     background(teacher.aclose()).result(timeout=30)
-    assert running.result(timeout=30) is queued.result(timeout=30) is None
+    assert heard(running) == heard(queued) == "[exception]"
     assert_empty(teacher)
     assert ask(teacher, [request(0), request(1)]) == expected
 
@@ -176,12 +114,12 @@ def test_closing_drops_what_is_queued_and_under_way(teacher: LocalTeacher) -> No
 @pytest.mark.parametrize("line", [5, 40, 120, 200])
 def test_a_step_that_is_interrupted_drops_its_requests(teacher: LocalTeacher, line: int) -> None:
     expected = ask(teacher, [request(0), request(1)])
-    asked = [background(teacher.guide(request(i))) for i in range(2)]
+    asked = [background(teacher.guide_in_time(request(i), None)) for i in range(2)]
     wait_until(lambda: teacher._arrived.qsize() == 2)
     with pytest.raises(KeyboardInterrupt), interrupted_at(line):
         wait_until(lambda: not teacher.step())
     wait_until(lambda: all(future.done() for future in asked))
-    assert [future.result() for future in asked] == [None, None]
+    assert [heard(future) for future in asked] == ["[exception]"] * 2
     assert_empty(teacher)
     assert ask(teacher, [request(0), request(1)]) == expected
 
@@ -191,6 +129,36 @@ def assert_empty(teacher: LocalTeacher) -> None:
     assert not engine.has_work and engine.stats.pages_free == engine.stats.pages_total
 
 
-def test_no_room_for_a_prompt_is_refused_at_the_start(folder: Path) -> None:
+def test_no_room_for_a_prompt_is_refused_at_the_start(teacher_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"teacher.max_new_tokens must be < the teacher's context of 512 tokens"):
-        local_teacher(folder, max_new_tokens=512)
+        local_teacher(teacher_folder, max_new_tokens=512)
+
+
+def test_a_text_that_the_template_refuses_costs_one_guidance(
+    teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = Bridge.render
+
+    def refuse(bridge: Bridge, messages: list[dict[str, str]]) -> str:
+        if "forbidden" in messages[-1]["content"]:
+            raise ValueError("no such words")
+        return render(bridge, messages)
+
+    monkeypatch.setattr(Bridge, "render", refuse)
+    heard = ask(teacher, [request(0, answer="forbidden"), request(1)])
+    assert heard[0] == "[exception]" and not heard[1].startswith("[")
+    assert_empty(teacher)
+
+
+def test_waiting_for_the_engine_is_not_slowness(teacher: LocalTeacher) -> None:
+    """The clock starts when the engine takes the request, which here is late."""
+    future = background(teacher.guide_in_time(request(1), 0.5))
+    time.sleep(0.8)
+    wait_until(lambda: not teacher.step() and future.done())
+    assert not heard(future).startswith("[")
+    late = background(teacher.guide_in_time(request(1), 0.1))
+    wait_until(teacher.step)
+    with pytest.raises(TimeoutError):
+        late.result(timeout=30)
+    wait_until(lambda: not teacher.step())
+    assert_empty(teacher)

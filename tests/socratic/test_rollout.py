@@ -117,7 +117,7 @@ def test_no_guidance_ends_with_the_first_attempt() -> None:
 
     script = {(0, r): [[*encode("no"), END], [*encode("yes"), END]] for r in range(3)}
     engine = ScriptedEngine(script)
-    with pytest.warns(UserWarning, match="guide.. failed with KeyError"):
+    with pytest.warns(UserWarning, match=r"rule raised KeyError: .broken rule. \(test_rollout.py line"):
         rollouts = roll(engine, [question(0)], RuleTeacher(rule), group_size=3)
     assert [rollouts[0, r].end_reason for r in range(3)] == ["guidance_failed", "guidance_failed", "correct"]
     assert [len(rollouts[0, r].attempts) for r in range(3)] == [1, 1, 2]
@@ -152,10 +152,10 @@ def test_a_rule_that_hangs_or_is_cancelled() -> None:
         return "too late"
 
     script = {(0, r): [[*encode("no"), END]] for r in range(2)}
-    with pytest.warns(UserWarning, match=r"TimeoutError|cancelled") as told:
+    with pytest.warns(UserWarning, match=r"timeout|CancelledError") as told:
         rollouts = roll(ScriptedEngine(script), [question(0)], RuleTeacher(rule), group_size=2, guidance_timeout_s=0.2)
     assert [rollouts[0, r].end_reason for r in range(2)] == ["guidance_failed"] * 2
-    assert {"TimeoutError" in str(w.message) for w in told} == {True, False}
+    assert {"timeout:" in str(w.message) for w in told} == {True, False}
 
 
 @dataclass
@@ -185,7 +185,7 @@ def test_students_go_on_while_the_teacher_works() -> None:
 
     engine.step = slow_step
     started = time.perf_counter()
-    with pytest.warns(UserWarning, match="guide.. failed with TimeoutError"):
+    with pytest.warns(UserWarning, match="no guidance, timeout: no answer within"):
         rollouts = roll(
             engine, [question(q) for q in range(20)], SlowTeacher(0.02), group_size=2, guidance_timeout_s=0.5
         )

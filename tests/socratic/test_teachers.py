@@ -16,7 +16,7 @@ from socpo_fast.config import (
 from socpo_fast.socratic.teachers import EndpointTeacher, RuleTeacher, TeacherPrompt, make_teacher, retry_teacher
 from socpo_fast.socratic.teachers.base import clean_guidance
 from socpo_fast.socratic.teachers.simple import as_teacher
-from socpo_fast.types import Guidance, GuidanceRequest, RolloutKey
+from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey
 
 
 def request(
@@ -67,19 +67,31 @@ def test_bad_templates_are_refused_at_the_start(template: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "guidance"),
+    ("text", "in_thoughts", "guidance"),
     [
-        ("  Check the sum.\n", "Check the sum."),
-        ("<think>\nhm </think>\n\nCheck.", "Check."),
-        ("hm\n</think>\nCheck.", "Check."),  # the generation prompt had opened the block
-        ("<think> never ended", None),
-        ("<think>a</think>  ", None),
-        (" \n", None),
-        ("", None),
+        ("  Check the sum.\n", False, "Check the sum."),
+        ("<think>\nhm </think>\n\nCheck.", False, "Check."),
+        ("hm\n</think>\nCheck.", False, "Check."),  # the generation prompt had opened the block
+        ("hm\n</think>\nCheck.", True, "Check."),
+        ("[THINK]hm[/THINK]Check.", False, "Check."),
+        ("<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>Check.", False, "Check."),
+        ("<reasoning>hm</reasoning>Check.", True, "Check."),
+        ("hm, the answer is 2", True, "[cut]"),
+        ("<think> never ended", False, "[cut]"),
+        ("Okay. <thinking> never ended", False, "[cut]"),
+        ("</think><think>again", False, "[cut]"),
+        ("<|channel|>analysis<|message|>hm", False, "[cut]"),
+        ("<think>a</think>  ", False, "[none]"),
+        (" \n", False, "[none]"),
+        ("", False, "[none]"),
     ],
 )
-def test_clean_guidance(text: str, guidance: str | None) -> None:
-    assert clean_guidance(text) == guidance
+def test_clean_guidance(text: str, in_thoughts: bool, guidance: str) -> None:
+    try:
+        heard = clean_guidance(text, in_thoughts=in_thoughts)
+    except GuidanceFailed as failure:
+        heard = f"[{failure.kind}]"
+    assert heard == guidance
 
 
 @pytest.mark.parametrize(("said", "heard"), [(" Check. ", "Check."), ("", None), ("  ", None), (None, None)])
@@ -108,8 +120,6 @@ def test_functions_of_every_kind_are_teachers() -> None:
     padded = Guidance(text=" Look. ")
     assert asyncio.run(as_teacher(lambda _: padded).guide(request())) == Guidance(text="Look.")
     assert as_teacher(retry := retry_teacher()) is retry
-    with pytest.raises(TypeError, match="teacher: .* must return Guidance, str or None, got 3"):
-        asyncio.run(as_teacher(lambda _: 3).guide(request()))
     with pytest.raises(TypeError, match="teacher: must have guide.* or be a function of it, got 'text'"):
         as_teacher("text")
 
@@ -136,7 +146,7 @@ def test_make_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(teacher.aclose())
     monkeypatch.delenv("SOCPO_TEST_KEY")
     for config, reason in [
-        (endpoint, "teacher.api_key_env must name a variable that is set, got SOCPO_TEST_KEY"),
+        (endpoint, "teacher.api_key_env must name a variable that is set, got one that is not"),
         (LocalTeacherConfig(path="/absent"), "must be a Hugging Face folder"),
         (RuleTeacherConfig(rule="json:nothing"), "teacher.rule must name a function of json"),
         (LocalTeacherConfig(path="/absent", user_template="{x}"), "teacher.user_template: fields must be"),

@@ -1,7 +1,7 @@
 """The frozen guides: one protocol (base), four kinds (simple, local, endpoint).
 
 make_teacher looks up who makes the kind that a configuration names; the kinds are listed in
-config/sections.py.
+config/teachers.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from socpo_fast.config import (
     RetryTeacherConfig,
     RuleTeacherConfig,
 )
-from socpo_fast.config.sections import ModelTeacherConfig
+from socpo_fast.config.teachers import ModelTeacherConfig
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
@@ -39,24 +39,24 @@ def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
     """
     if config.rollout.max_attempts == 1:
         return retry_teacher()
-    return cast(Teacher, load_function("teacher.kind", config.teacher.maker)(config, device))
+    return cast(
+        Teacher,
+        load_function("teacher.kind", config.teacher.maker)(config.teacher, config, device),
+    )
 
 
-def make_rule_teacher(config: Config, device: str) -> RuleTeacher:
+def make_rule_teacher(teacher: RuleTeacherConfig, config: Config, device: str) -> RuleTeacher:
     """Returns the user's function, or the built-in task's tutor, as a teacher."""
-    teacher = cast(RuleTeacherConfig, config.teacher)
     return RuleTeacher(load_function("teacher.rule", _BUILTIN_RULE if teacher.rule == "builtin" else teacher.rule))
 
 
-def make_retry_teacher(config: Config, device: str) -> RuleTeacher:
+def make_retry_teacher(teacher: RetryTeacherConfig, config: Config, device: str) -> RuleTeacher:
     """Returns a teacher that says a fixed sentence."""
-    teacher = cast(RetryTeacherConfig, config.teacher)
     return retry_teacher(RETRY_TEXT if teacher.retry_text is None else teacher.retry_text)
 
 
-def make_endpoint_teacher(config: Config, device: str) -> EndpointTeacher:
+def make_endpoint_teacher(teacher: EndpointTeacherConfig, config: Config, device: str) -> EndpointTeacher:
     """Returns a teacher behind an OpenAI-compatible server."""
-    teacher = cast(EndpointTeacherConfig, config.teacher)
     return EndpointTeacher(
         teacher.url,
         model=teacher.model,
@@ -67,14 +67,19 @@ def make_endpoint_teacher(config: Config, device: str) -> EndpointTeacher:
         timeout_s=teacher.timeout_s,
         max_retries=teacher.max_retries,
         max_concurrency=teacher.max_concurrency,
+        keep_cut=teacher.keep_cut,
+        extra_body=teacher.extra_body,
     )
 
 
-def make_local_teacher(config: Config, device: str) -> LocalTeacher:
+def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str) -> LocalTeacher:
     """Returns a frozen model with an engine of its own, in the student's process."""
-    teacher = cast(LocalTeacherConfig, config.teacher)
     prompt = _prompt(teacher)
-    bridge = Bridge(load_tokenizer(teacher.path), guidance_limit=teacher.max_new_tokens)
+    bridge = Bridge(
+        load_tokenizer(teacher.path),
+        guidance_limit=teacher.max_new_tokens,
+        enable_thinking=teacher.enable_thinking,
+    )
     dtype: str = teacher.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"

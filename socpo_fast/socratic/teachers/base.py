@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from string import Formatter
-from typing import Protocol
 
-from socpo_fast.types import Guidance, GuidanceRequest
+from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 FIELDS = ("question", "student_answer", "reference_solution", "ground_truth")
 
@@ -31,20 +32,43 @@ The correct answer, for your eyes only:
 Write your message to the student."""
 
 
-class Teacher(Protocol):
+class Teacher:
     """A frozen guide, of which only text is visible.
 
     immediate: guide() waits for nobody else, so the caller may wait for it on the spot.
+    is_remote: a server that may be down or refuse us; one call is tried before a run begins.
+    failures:  calls without guidance so far, by the kind of GuidanceFailed.
     """
 
-    @property
-    def immediate(self) -> bool: ...
+    immediate = False
+    is_remote = False
+
+    @cached_property
+    def failures(self) -> Counter[str]:
+        return Counter()
 
     async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        """A message to the student; None when there is none to be had, which ends the rollout with what it has."""
+        """A message to the student, however long it takes; None when there is none to be had."""
+        try:
+            return await self.guide_in_time(request, None)
+        except GuidanceFailed as failure:
+            self.failures[failure.kind] += 1
+            return None
+
+    async def guide_in_time(
+        self,
+        request: GuidanceRequest,
+        timeout_s: float | None,
+    ) -> Guidance | None:
+        """The same within a limit: TimeoutError after it, GuidanceFailed where the reason is known.
+
+        The clock starts when the request is sent: waiting in line is not slowness.
+        """
+        raise NotImplementedError
 
     def step(self) -> bool:
         """Do a little of the teacher's work on the caller's thread; False when there is none."""
+        return False
 
     async def aclose(self) -> None:
         """Give back connections."""
@@ -87,7 +111,36 @@ class TeacherPrompt:
         return [*system, {"role": "user", "content": "\n\n".join(paragraphs)}]
 
 
-def clean_guidance(text: str) -> str | None:
-    """A model's message without its <think> block and the white space around it; None when nothing is left."""
-    text = text.rpartition("</think>")[2]
-    return None if text.lstrip().startswith("<think>") else text.strip() or None
+# How models mark their thoughts: what opens them and what closes them.
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+)
+
+
+CUT_ADVICE = "raise teacher.max_new_tokens or turn thinking off"
+
+
+def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
+    """A model's message without its thoughts and the white space around it.
+
+    in_thoughts: they may have begun before the text, in the prompt; then only what closes them
+    shows where the message begins.
+
+    Raises:
+        GuidanceFailed: "cut", the text ends inside the thoughts; "none", nothing is left.
+    """
+    for opening, closing in THOUGHTS:
+        _, is_closed, text = text.rpartition(closing)
+        in_thoughts = opening in text or (in_thoughts and not is_closed)
+    if in_thoughts:
+        raise GuidanceFailed("cut", "the message was cut, and may be thoughts alone; " + CUT_ADVICE)
+    if not text.strip():
+        raise GuidanceFailed("none", "the message was empty")
+    return text.strip()

@@ -1,53 +1,64 @@
 """Calls to a teacher from a thread without an event loop: ask, then result_of once it is done.
 
 All of them run on one background loop of the process, in the thread "socpo-teachers": a pooled HTTP
-client lives on one loop.
+client lives on one loop. Async functions of the user's own have another loop, "socpo-functions", so
+that one that blocks it holds up nobody's clock.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import warnings
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from socpo_fast.socratic.teachers.base import Teacher
-from socpo_fast.types import Guidance, GuidanceRequest
+from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 
 def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[Guidance | None]:
     """Start teacher.guide(request) on the background loop."""
-    return background(asyncio.wait_for(teacher.guide(request), timeout_s))
+    return background(teacher.guide_in_time(request, timeout_s))
 
 
-def result_of(future: Future[Guidance | None]) -> Guidance | None:
-    """What the teacher said; None, with a warning, when it raised, was cancelled or took too long."""
+def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | GuidanceFailed:
+    """What the teacher said, or why it said nothing: counted, and told the first time."""
     try:
-        return future.result(timeout=0)
-    except CancelledError:
-        warnings.warn("teacher: guide() was cancelled", stacklevel=3)
-    except Exception as error:  # noqa: BLE001 - whatever a teacher raises costs its own rollout, and is told
-        warnings.warn(f"teacher: guide() failed with {type(error).__name__}: {error}", stacklevel=3)
-    return None
+        if guidance := future.result(timeout=0):
+            return guidance
+        failure = GuidanceFailed("none", "the teacher had nothing to say")
+    except GuidanceFailed as error:
+        failure = error
+    except TimeoutError:
+        failure = GuidanceFailed("timeout", "no answer within teacher.guidance_timeout_s")
+    except (CancelledError, Exception) as error:  # noqa: BLE001 - costs its own rollout
+        failure = GuidanceFailed("exception", f"the teacher raised {type(error).__name__}: {error}")
+    teacher.failures[failure.kind] += 1
+    if teacher.failures[failure.kind] == 1:
+        more = f"more of these are counted in guidance/failed_{failure.kind}"
+        warnings.warn(f"teacher: no guidance, {failure.kind}: {failure}; {more}", stacklevel=3)
+    return failure
 
 
-def background(coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-    """Run a coroutine on the process's one background event loop (a pooled HTTP client lives on one loop)."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop())
+def background(coroutine: Coroutine[Any, Any, Any], name: str = "socpo-teachers") -> Future[Any]:
+    """Run a coroutine on the process's one background event loop of that name."""
+    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(name, os.getpid()))
 
 
 @cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _event_loop(name: str, _process: int) -> asyncio.AbstractEventLoop:
+    """A fork has none of its parent's threads, so it makes a loop of its own."""
     loop = asyncio.new_event_loop()
-    started = threading.Event()
-
-    def run() -> None:
-        loop.call_soon(started.set)
-        loop.run_forever()
-
-    threading.Thread(target=run, name="socpo-teachers", daemon=True).start()
-    started.wait()
+    threading.Thread(target=_turn, args=(loop,), name=name, daemon=True).start()
     return loop
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    while True:  # sys.exit in a task ends run_forever
+        with suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()

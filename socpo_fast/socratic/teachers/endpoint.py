@@ -1,7 +1,8 @@
-"""A teacher behind an OpenAI-compatible server. Read guide, then _call, then _Breaker.
+"""A teacher behind an OpenAI-compatible server. Read guide_in_time, then _call, then _Breaker.
 
-Whatever the server does (slow, down, garbage, a flood, a closed connection) costs at most the guidance asked for:
-guide returns None after a bounded time, and `failures` counts why. The text it does return is still untrusted.
+Whatever the server does (slow, down, garbage, a flood, a closed connection) costs at most the
+guidance asked for: after a bounded time guide raises GuidanceFailed, which says why. The text it
+does return is still untrusted.
 """
 
 from __future__ import annotations
@@ -10,56 +11,74 @@ import asyncio
 import json
 import os
 import random
+import re
 import time
-from collections import Counter
-from email.utils import parsedate_to_datetime
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
 
 import httpx
 
-from socpo_fast.socratic.teachers.base import TeacherPrompt, clean_guidance
-from socpo_fast.types import Guidance, GuidanceRequest
+from socpo_fast.socratic.teachers.base import Teacher, TeacherPrompt, clean_guidance
+from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _MAX_BACKOFF_S = 30.0
+_LOOPBACK = re.compile(r"localhost|127[.\d]+|::1")
+_SHELL = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
-class _Failure(Exception):
-    """Why a call gave no guidance. retry_after_s: None when a repeat would not help, else the server's wish or 0."""
+class _Failure(GuidanceFailed):
+    """retry_after_s: None when a repeat would not help, else the server's wish or 0.
 
-    def __init__(self, reason: str, retry_after_s: float | None = None):
-        super().__init__(reason)
-        self.reason, self.retry_after_s = reason, retry_after_s
+    is_servers: the server is down, slow or overloaded, whatever it is asked.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        reason: str,
+        retry_after_s: float | None = None,
+        is_servers: bool = False,
+    ):
+        super().__init__(kind, reason)
+        self.retry_after_s, self.is_servers = retry_after_s, is_servers
 
 
-class EndpointTeacher:
+class EndpointTeacher(Teacher):
     """Guidance over `/chat/completions`, one pooled client for all calls; lives on one event loop.
 
     Args:
         url:                base URL, usually ending in /v1; redirects are not followed, to any host.
         model:              the name the server knows the model by.
         prompt:             the words it is asked in.
-        api_key_env:        NAME of the environment variable that holds the key; None sends none. Never logged.
+        api_key_env:        NAME of the environment variable that holds the key; None sends none.
+                            Never logged.
         temperature:        sampling temperature, >= 0.
         max_new_tokens:     teacher tokens of one message, at most.
+        keep_cut:           a message that ends at max_new_tokens is guidance, though it may be
+                            nothing but thoughts whose mark stood in the prompt.
+        extra_body:         fields of the request beside these or in place of them; "none" leaves
+                            one out.
         timeout_s:          time limit of one call from connect to the last byte, seconds.
-        max_retries:        repeats after status 408, 425, 429 or 5xx, a time-out or a broken connection, >= 0.
-        max_concurrency:    calls in flight; further ones wait.
+        max_retries:        repeats after status 408, 425, 429 or 5xx, a time-out or a broken
+                            connection, >= 0.
+        max_concurrency:    calls in flight; further ones wait in line, which no clock counts.
         max_response_bytes: size of an answer at most.
-        backoff_s:          the first wait before a repeat; doubled each time, jittered down by up to half. A longer
-                            Retry-After is obeyed. At most 30 s.
-        breaker_failures:   after this many failed calls in a row, calls fail at once ("circuit_open") ..
-        breaker_pause_s:    .. for so long; then one call is let through, and its outcome closes or reopens the circuit.
-
-    Attributes:
-        failures:    Counter of why calls gave no guidance: timeout, connection, status_NNN, redirect, too_large,
-                     garbage, empty, circuit_open.
-        num_retries: repeats so far.
+        backoff_s:          the first wait before a repeat; doubled each time, jittered down by up
+                            to half. A longer Retry-After, in seconds, is obeyed. At most 30 s.
+        breaker_failures:   after this many calls in a row in which the server was at fault, calls
+                            fail at once ("circuit_open") ..
+        breaker_pause_s:    .. for so long; then one call is let through, and its outcome closes or
+                            reopens the circuit.
 
     Raises:
-        ValueError: url is not an http(s) URL without a password in it, or the named variable is not set.
+        ValueError: url is not an http(s) URL without a password in it, the named variable is not
+            set, or the shell's proxy and TLS variables do not suit an HTTP client.
     """
 
-    immediate = False
+    is_remote = True
 
     def __init__(
         self,
@@ -70,6 +89,8 @@ class EndpointTeacher:
         api_key_env: str | None = None,
         temperature: float = 0.2,
         max_new_tokens: int = 1024,
+        keep_cut: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
         timeout_s: float = 60.0,
         max_retries: int = 2,
         max_concurrency: int = 16,
@@ -79,54 +100,44 @@ class EndpointTeacher:
         breaker_pause_s: float = 30.0,
     ):
         self._url = _chat_url(url)
-        # Compressed answers are not asked for: their size would be known only once they are unpacked.
+        # Compressed answers are not asked for: their size would be known only once unpacked.
         headers = {"Accept-Encoding": "identity"}
+        self._key = ""
         if api_key_env is not None:
-            key = os.environ.get(api_key_env, "").strip()
-            if not key:
-                raise ValueError(f"teacher.api_key_env must name a variable that is set, got {api_key_env}; export it")
-            headers["Authorization"] = f"Bearer {key}"
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=timeout_s,
-            limits=httpx.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency),
-            follow_redirects=False,
+            self._key = os.environ.get(api_key_env, "").strip()
+            if not self._key:
+                raise ValueError(
+                    "teacher.api_key_env must name a variable that is set, got one that is not "
+                    "(not shown here, as it may be a pasted key); export it"
+                )
+            headers["Authorization"] = f"Bearer {self._key}"
+        limits = httpx.Limits(
+            max_connections=max_concurrency,
+            max_keepalive_connections=max_concurrency,
         )
+        self._client = _client(self._url, headers=headers, timeout=timeout_s, limits=limits)
         self._prompt = prompt
-        self._body = {"model": model, "temperature": temperature, "max_tokens": max_new_tokens, "stream": False}
-        self._timeout_s, self._max_retries, self._backoff_s = timeout_s, max_retries, backoff_s
+        body = {"model": model, "temperature": temperature, "max_tokens": max_new_tokens}
+        fields = body | {"stream": False} | dict(extra_body or {})
+        self._body = {key: field for key, field in fields.items() if field not in (None, "none")}
+        self._keep_cut = keep_cut
+        self._timeout_s, self._max_retries = timeout_s, max_retries
+        self._backoff_s = backoff_s
         self._max_response_bytes = max_response_bytes
         self._slots = asyncio.Semaphore(max_concurrency)
         self._breaker = _Breaker(breaker_failures, breaker_pause_s)
-        self._jitter = random.Random()  # its own: waiting must not draw from a generator that a run is seeded with
-        self.failures: Counter[str] = Counter()
-        self.num_retries = 0
+        self._jitter = random.SystemRandom()  # not a generator that a run is seeded with
 
-    async def guide(self, request: GuidanceRequest) -> Guidance | None:
+    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         body = self._body | {"messages": self._prompt.messages(request)}
-        async with self._slots:
-            if not self._breaker.admits():
-                self.failures["circuit_open"] += 1
-                return None
-            try:
-                text = await self._call_with_retries(body)
-            except _Failure as failure:
-                self.failures[failure.reason] += 1
-                self._breaker.record(ok=False)
-                return None
-            except asyncio.CancelledError:
-                self._breaker.record(ok=None)
-                raise
-        self._breaker.record(ok=True)
-        return Guidance(text=text)
-
-    def step(self) -> bool:
-        return False
+        async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
+            payload = await self._call_with_retries(body)
+        return Guidance(text=_message_text(payload, keep_cut=self._keep_cut))
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def _call_with_retries(self, body: dict[str, object]) -> str:
+    async def _call_with_retries(self, body: dict[str, object]) -> bytearray:
         for repeat in range(self._max_retries + 1):
             try:
                 return await self._call(body)
@@ -135,91 +146,127 @@ class EndpointTeacher:
                     raise
                 backoff_s = self._backoff_s * 2**repeat * self._jitter.uniform(0.5, 1.0)
                 wait_s = min(max(backoff_s, failure.retry_after_s), _MAX_BACKOFF_S)
-            self.num_retries += 1
             await asyncio.sleep(wait_s)
         raise AssertionError("the last repeat returns or raises")
 
-    async def _call(self, body: dict[str, object]) -> str:
-        payload = bytearray()
+    async def _call(self, body: dict[str, object]) -> bytearray:
+        payload, is_answered = bytearray(), False
         try:
-            async with asyncio.timeout(self._timeout_s):  # of the whole call; httpx's limits start anew at each byte
+            # Of the whole call; httpx's limits start anew at each byte.
+            async with asyncio.timeout(self._timeout_s):
                 async with self._client.stream("POST", self._url, json=body) as response:
-                    _check_status(response)
+                    is_answered = response.status_code == 200
                     async for chunk in response.aiter_raw():
                         payload += chunk
                         if len(payload) > self._max_response_bytes:
-                            raise _Failure("too_large")
+                            reason = f"the reply is longer than {self._max_response_bytes} bytes"
+                            raise _Failure("too_large", reason)
+                    self._check_status(response, payload)
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise _Failure("timeout", 0.0) from error
-        except httpx.TransportError as error:
-            raise _Failure("connection", 0.0) from error
-        return _message_text(payload)
+            reason = f"no reply within teacher.timeout_s {self._timeout_s:g}"
+            raise _Failure("timeout", reason, 0.0, is_servers=True) from error
+        except httpx.TransportError as error:  # a reply that breaks off may be its request's fault
+            reason = f"{type(error).__name__} {error}".strip()
+            raise _Failure("connection", reason, 0.0, is_servers=not is_answered) from error
+        return payload
+
+    def _check_status(self, response: httpx.Response, payload: bytearray) -> None:
+        status = response.status_code
+        if status == 200:
+            return
+        kind = "redirect" if 300 <= status < 400 else f"status_{status}"
+        words = _first_words(payload).replace(self._key or "no key", "[...]")  # some repeat it
+        if status not in _RETRIED_STATUS:
+            raise _Failure(kind, f"status {status}: {words}")
+        wish = response.headers.get("Retry-After", "")
+        wish_s = float(wish) if wish.isascii() and wish.isdigit() else 0.0
+        raise _Failure(kind, f"status {status}: {words}", wish_s, is_servers=True)
 
 
 class _Breaker:
-    """Closed, open for a pause after too many failures in a row, then half open: one trial call decides."""
+    """Closed; open for a pause after too many failures in a row; then a trial call decides."""
 
     def __init__(self, max_failures: int, pause_s: float):
         self._max_failures, self._pause_s = max_failures, pause_s
         self._failures_in_a_row = 0
-        self._open_until: float | None = None  # monotonic seconds
+        self._open_until = 0.0  # monotonic seconds; 0: closed
         self._trial_running = False
 
-    def admits(self) -> bool:
-        if self._open_until is None:
-            return True
-        if self._trial_running or time.monotonic() < self._open_until:
-            return False
-        self._trial_running = True
-        return True
-
-    def record(self, *, ok: bool | None) -> None:
-        """ok None: the call was given up by its caller and says nothing about the server."""
-        self._trial_running = False
-        if ok:
-            self._failures_in_a_row, self._open_until = 0, None
-        elif ok is False:
-            self._failures_in_a_row += 1
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[None]:
+        """One call. It counts for what it says of the server: at fault, there, or nothing."""
+        is_trial = self._open_until > 0
+        if is_trial and (self._trial_running or time.monotonic() < self._open_until):
+            reason = "the server failed several times in a row and is left alone for a while"
+            raise GuidanceFailed("circuit_open", reason)
+        self._trial_running |= is_trial
+        try:
+            yield
+            self._failures_in_a_row = 0
+        except (_Failure, TimeoutError) as failure:
+            is_servers = not isinstance(failure, _Failure) or failure.is_servers
+            self._failures_in_a_row = self._failures_in_a_row + 1 if is_servers else 0
             if self._failures_in_a_row >= self._max_failures:
                 self._open_until = time.monotonic() + self._pause_s
+            raise
+        finally:
+            self._open_until *= self._failures_in_a_row > 0
+            self._trial_running &= not is_trial
+
+
+def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:
+    """A client without cookies; loopback is never proxied."""
+    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+    try:
+        verify: Any = httpx.create_ssl_context() if url.scheme == "https" else False
+        return httpx.AsyncClient(
+            verify=verify,
+            trust_env=not _LOOPBACK.fullmatch(url.host),
+            cookies=no_cookies,
+            follow_redirects=False,
+            **options,
+        )
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        names = [name for name in _SHELL if os.environ.get(name) or os.environ.get(name.lower())]
+        raise ValueError(
+            f"teacher.url: the shell's {', '.join(names)} must suit an HTTP client, got "
+            f"{type(error).__name__}: {error!s:.200}; unset or mend what is wrong"
+        ) from error
 
 
 def _chat_url(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL as error:
-        raise ValueError(f"teacher.url must be an http or https URL ({error})") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
-        raise ValueError("teacher.url must be an http or https URL without a password; keys go to teacher.api_key_env")
-    return parsed.copy_with(path=parsed.path.removesuffix("/chat/completions").rstrip("/") + "/chat/completions")
+        raise ValueError("teacher.url must be an http or https URL, got another") from error
+    is_web = parsed.scheme in ("http", "https") and parsed.host
+    if not is_web or parsed.userinfo or parsed.query or parsed.fragment:
+        raise ValueError(
+            "teacher.url must be an http or https URL without password or ?query, got another; "
+            "keys go to teacher.api_key_env"
+        )
+    path = parsed.path.removesuffix("/chat/completions").rstrip("/") + "/chat/completions"
+    return parsed.copy_with(path=path)
 
 
-def _check_status(response: httpx.Response) -> None:
-    status = response.status_code
-    if status in _RETRIED_STATUS:
-        raise _Failure(f"status_{status}", _retry_after_s(response.headers.get("Retry-After", "")))
-    if status != 200:
-        raise _Failure("redirect" if 300 <= status < 400 else f"status_{status}")
+def _first_words(payload: bytearray) -> str:
+    return " ".join(payload[:200].decode("utf-8", "replace").split())
 
 
-def _retry_after_s(value: str) -> float:
-    """Retry-After is a number of seconds or a date; anything else asks for nothing."""
-    if value.isascii() and value.isdigit():
-        return float(value)
+def _message_text(payload: bytearray, *, keep_cut: bool) -> str:
+    """The message of a chat completion, whole or in parts, without the model's thoughts."""
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def _message_text(payload: bytearray) -> str:
-    try:
-        content = json.loads(payload)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise _Failure("garbage") from error
-    if not isinstance(content, str):
-        raise _Failure("garbage" if content is not None else "empty")
-    text = clean_guidance(content)
-    if text is None:
-        raise _Failure("empty")
-    return text
+        choice = json.loads(payload)["choices"][0]
+        message = choice["message"]
+        content, is_cut = message["content"], choice.get("finish_reason") == "length"
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        thinks_apart = any(message.get(name) for name in ("reasoning_content", "reasoning"))
+        if not isinstance(content, str | None):
+            raise TypeError("content must be text")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"the reply is no chat completion: {_first_words(payload)}"
+        raise GuidanceFailed("not_json", reason) from error
+    # Behind a cut that may lie in thoughts whose mark stood in the prompt, nothing is guidance.
+    in_thoughts = is_cut and not (content and (keep_cut or thinks_apart))
+    return clean_guidance(content or "", in_thoughts=in_thoughts)

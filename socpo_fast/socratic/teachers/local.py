@@ -12,30 +12,33 @@ from typing import NamedTuple
 
 from socpo_fast.engine import Engine
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.socratic.teachers.base import TeacherPrompt, clean_guidance
-from socpo_fast.types import Guidance, GuidanceRequest, RolloutKey, SamplingParams
+from socpo_fast.socratic.teachers.base import THOUGHTS, Teacher, TeacherPrompt, clean_guidance
+from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey, SamplingParams
 
 
 class _Pending(NamedTuple):
     request: GuidanceRequest
     loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[str | None]
+    started: asyncio.Event  # its clock, when the engine takes it
+    answer: asyncio.Future[str | GuidanceFailed]
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """Guidance by an engine of its own.
 
     Args:
-        engine: holds the teacher's weights; nobody else submits to it. A request that it cannot hold gets no guidance.
-        bridge: of the teacher's own tokenizer.
+        engine: holds the teacher's weights; nobody else submits to it. A request that it cannot
+                hold gets no guidance.
+        bridge: of the teacher's own tokenizer. Where its template has no system messages, that text
+                opens the user's.
         prompt: the words it is asked in.
         params: sampling; n is 1.
     """
 
-    immediate = False
-
     def __init__(self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams):
         self._engine, self._bridge, self._prompt, self._params = engine, bridge, prompt, params
+        openings = tuple(opening for opening, _ in THOUGHTS)
+        self._in_thoughts = bridge.after.rstrip().endswith(openings)
         self._prompt_limit = engine.max_tokens - params.max_new_tokens
         if self._prompt_limit < 1:
             raise ValueError(
@@ -44,14 +47,20 @@ class LocalTeacher:
             )
         self._arrived: SimpleQueue[_Pending] = SimpleQueue()
         self._running: dict[RolloutKey, _Pending] = {}
-        self.num_too_long = 0
 
-    async def guide(self, request: GuidanceRequest) -> Guidance | None:
+    async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[str | None] = loop.create_future()
-        self._arrived.put(_Pending(request, loop, answer))
-        text = await answer
-        return None if text is None else Guidance(text=text)
+        pending = _Pending(request, loop, asyncio.Event(), loop.create_future())
+        self._arrived.put(pending)
+        try:
+            await pending.started.wait()
+            async with asyncio.timeout(timeout_s):
+                outcome = await pending.answer
+        finally:
+            pending.answer.cancel()  # so that step() learns of it, wherever we stopped waiting
+        if isinstance(outcome, GuidanceFailed):
+            raise outcome
+        return Guidance(text=outcome)
 
     def step(self) -> bool:
         try:
@@ -73,16 +82,17 @@ class LocalTeacher:
             return False
         for attempt in self._engine.step():
             self._engine.release([attempt])
-            _resolve(self._running.pop(attempt.key), clean_guidance(self._bridge.decode(attempt.token_ids)))
+            _resolve(self._running.pop(attempt.key), self._message(attempt.token_ids))
         return True
 
     def _drop_requests(self) -> None:
         """Nobody who asked gets guidance, and the engine is as new."""
-        for pending in self._running.values():
-            _resolve(pending, None)
+        dropped = list(self._running.values())
         self._running.clear()
         while not self._arrived.empty():
-            _resolve(self._arrived.get_nowait(), None)
+            dropped.append(self._arrived.get_nowait())
+        for pending in dropped:
+            _resolve(pending, GuidanceFailed("exception", "the teacher was closed"))
         self._engine.reset()
 
     def _submit_arrived(self) -> None:
@@ -94,13 +104,33 @@ class LocalTeacher:
             if key in self._running:  # an earlier asker gave up and asks again: wait for the one under way to end
                 self._arrived.put(pending)
                 continue
-            prompt_ids = self._bridge.prompt_ids(self._prompt.messages(pending.request))
+            try:
+                prompt_ids = self._prompt_ids(pending.request)
+            except Exception as error:  # noqa: BLE001 - a template may refuse a text
+                _resolve(pending, GuidanceFailed("exception", f"chat template: {error}"))
+                continue
             if len(prompt_ids) > self._prompt_limit:
-                self.num_too_long += 1
-                _resolve(pending, None)
+                room = f"the teacher's context has room for {self._prompt_limit}"
+                _resolve(pending, GuidanceFailed("too_long", f"{len(prompt_ids)} tokens, {room}"))
                 continue
             self._running[key] = pending
             self._engine.submit(prompt_ids, self._params, key=key)
+            pending.loop.call_soon_threadsafe(pending.started.set)
+
+    def _message(self, token_ids: list[int]) -> str | GuidanceFailed:
+        """Special tokens are dropped last: the marks of thoughts are among them in some models."""
+        bridge = self._bridge
+        try:
+            message = clean_guidance(bridge.exact_text(token_ids), in_thoughts=self._in_thoughts)
+            return clean_guidance(bridge.decode(bridge.trusted_ids(message)))
+        except GuidanceFailed as failure:
+            return failure
+
+    def _prompt_ids(self, request: GuidanceRequest) -> list[int]:
+        messages = self._prompt.messages(request)
+        if not self._bridge.takes_system:
+            messages = [{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}]
+        return self._bridge.untrusted_prompt_ids(messages)
 
 
 def _noise_key(request: GuidanceRequest) -> RolloutKey:
@@ -110,11 +140,12 @@ def _noise_key(request: GuidanceRequest) -> RolloutKey:
     return RolloutKey(request.key.batch, request.key.question << 24 | request.rollout_idx << 8 | request.attempt_idx)
 
 
-def _resolve(pending: _Pending, text: str | None) -> None:
+def _resolve(pending: _Pending, outcome: str | GuidanceFailed) -> None:
     """Set the future on its own loop's thread, unless whoever waited has given up."""
 
     def set_answer() -> None:
+        pending.started.set()
         if not pending.answer.done():
-            pending.answer.set_result(text)
+            pending.answer.set_result(outcome)
 
     pending.loop.call_soon_threadsafe(set_answer)

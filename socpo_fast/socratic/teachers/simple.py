@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from typing import cast
+from concurrent.futures import Future
+from dataclasses import replace
 
+from socpo_fast.socratic.plugin import blame
 from socpo_fast.socratic.teachers.base import Teacher
-from socpo_fast.types import Guidance, GuidanceRequest
+from socpo_fast.socratic.teachers.calls import background
+from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 RETRY_TEXT = "Your answer is not correct. Read the question again, check every step and try once more."
 
@@ -18,52 +21,72 @@ Answer = Guidance | str | None
 TeacherFunction = Callable[[GuidanceRequest], Answer | Awaitable[Answer]]
 
 
-@dataclass(frozen=True)
-class RuleTeacher:
+class RuleTeacher(Teacher):
     """Says what a function of the request returns: Guidance, text or None; blank text is no guidance.
 
-    A plain function runs on a thread of its own, so one that never returns is held to the time limit like any other
-    teacher; an async one runs on the teachers' event loop. What it raises goes to the caller.
+    A plain function runs on a thread of its own and an async one on an event loop that only such
+    functions have, so one that never returns costs its own guidance, by the time limit, and holds
+    up nobody else. Calls may overlap once one of them takes long.
     """
 
-    rule: TeacherFunction
+    def __init__(self, rule: TeacherFunction):
+        self.rule = rule
+        # An async function may wait for somebody else.
+        self.immediate = not inspect.iscoroutinefunction(rule)
 
-    @property
-    def immediate(self) -> bool:
-        """An async function may wait for somebody else."""
-        return not inspect.iscoroutinefunction(self.rule)
-
-    async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        answer: object = await asyncio.to_thread(self.rule, request) if self.immediate else self.rule(request)
-        if inspect.isawaitable(answer):
-            answer = await answer
+    async def guide_in_time(
+        self,
+        request: GuidanceRequest,
+        timeout_s: float | None,
+    ) -> Guidance | None:
+        async with asyncio.timeout(timeout_s):
+            answer: object = await self._call(request) if self.immediate else self.rule(request)
+            if inspect.isawaitable(answer):
+                finished = background(self._finish(answer), "socpo-functions")
+                answer = await asyncio.wrap_future(finished)
         if answer is None:
             return None
         guidance = Guidance(text=answer) if isinstance(answer, str) else answer
         if not isinstance(guidance, Guidance):
             name = getattr(self.rule, "__name__", type(self.rule).__name__)
-            raise TypeError(f"teacher: {name} must return Guidance, str or None, got {answer!r:.60}")
+            reason = f"{name} must return Guidance, str or None, got {answer!r:.60}"
+            raise GuidanceFailed("exception", reason)
         text = guidance.text.strip()
         return replace(guidance, text=text) if text else None
 
-    def step(self) -> bool:
-        return False
+    def _call(self, request: GuidanceRequest) -> asyncio.Future[object]:
+        """The function's answer, from a daemon thread: there is no pool that could fill."""
+        future: Future[object] = Future()
+        future.set_running_or_notify_cancel()
 
-    async def aclose(self) -> None:
-        pass
+        def run() -> None:
+            try:
+                future.set_result(self.rule(request))
+            except BaseException as error:  # noqa: BLE001 - sys.exit too is its own
+                future.set_exception(GuidanceFailed("exception", blame(self.rule, error)))
+
+        threading.Thread(target=run, name="socpo-function", daemon=True).start()
+        return asyncio.wrap_future(future)
+
+    async def _finish(self, answer: Awaitable[object]) -> object:
+        try:
+            return await answer
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - its own
+            raise GuidanceFailed("exception", blame(self.rule, error)) from None
 
 
 def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
-    """The teacher itself, or a plain or async function as one.
+    """The teacher itself; a plain or async function, or an object with such a guide(), as one.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is none of these.
     """
-    if hasattr(teacher, "guide"):
-        return cast(Teacher, teacher)
-    if not callable(teacher):
+    if isinstance(teacher, Teacher):
+        return teacher
+    guide = getattr(teacher, "guide", teacher)
+    if not callable(guide):
         raise TypeError(f"teacher: must have guide(request) or be a function of it, got {teacher!r:.60}")
-    return RuleTeacher(teacher)
+    return RuleTeacher(guide)
 
 
 def retry_teacher(text: str = RETRY_TEXT) -> RuleTeacher:

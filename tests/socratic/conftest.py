@@ -1,0 +1,23 @@
+"""A server that misbehaves, for the endpoint teacher, and a folder for the local one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.socratic.endpoints import KEY
+from tests.socratic.faulty_server import Server, running_server
+from tests.socratic.local_teachers import save_teacher
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("SOCPO_TEST_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))

@@ -1,0 +1,55 @@
+"""Calls to an endpoint teacher, and what is heard of them."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
+from socpo_fast.types import GuidanceFailed, GuidanceRequest, RolloutKey
+from tests.socratic.faulty_server import Handler, Server
+
+KEY = "sk-very-secret"
+
+
+def request(rollout_idx: int = 0) -> GuidanceRequest:
+    return GuidanceRequest(
+        question="1 + 1?",
+        student_answer="It is 3.",
+        ground_truth=None,
+        reference_solution=None,
+        key=RolloutKey(0, 0),
+        rollout_idx=rollout_idx,
+        attempt_idx=0,
+    )
+
+
+async def hear(teacher: EndpointTeacher, rollout_idx: int = 0) -> str:
+    """The text, or the kind of failure in brackets."""
+    try:
+        return (await teacher.guide_in_time(request(rollout_idx), None)).text
+    except GuidanceFailed as failure:
+        return f"[{failure.kind}]"
+
+
+def ask(
+    server: Server,
+    script: list[Callable[[Handler], None]],
+    num_calls: int = 1,
+    *,
+    at_once: bool = False,
+    **settings: Any,
+) -> list[str]:
+    """What is heard of num_calls calls, one after the other unless at_once, with short limits."""
+    server.script = script
+    defaults = {"timeout_s": 0.3, "max_retries": 2, "backoff_s": 0.01, "api_key_env": "SOCPO_TEST_KEY"}
+
+    async def run() -> list[str]:
+        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), **(defaults | settings))
+        if at_once:
+            answers = await asyncio.gather(*(hear(teacher, i) for i in range(num_calls)))
+        else:
+            answers = [await hear(teacher, i) for i in range(num_calls)]
+        await teacher.aclose()
+        return list(answers)
+
+    return asyncio.run(run())
