@@ -101,7 +101,7 @@ def local_teacher(check: Check) -> None:
     changes = {
         "teacher.kind": "local",
         "teacher.path": str(STUDENT_DIR),
-        "teacher.max_new_tokens": 32,
+        "teacher.max_new_tokens": 128,  # cut within its reasoning it would be no guidance
         "teacher.kv_cache_gib": 0.25,
         "teacher.system_prompt": "Help.",  # the built-in tokenizer has a token a letter
         "teacher.user_template": "{question} {student_answer}",
