@@ -186,7 +186,9 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
             raise ValueError(f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key value")
         raise ValueError(unknown_key(Config, name))
     texts = {f"{s}.{key}": text for s in sections_of(Config) for key, text in vars(getattr(parsed, s)).items()}
-    config = load_config(toml_path, {name: text for name, text in texts.items() if text != defaults[name]})
+    # What is given counts, even where it is the default: a file, or data.train, may have another.
+    named = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words}
+    config = load_config(toml_path, {name: text for name, text in texts.items() if name in named})
     return config, parsed.checkpoint if command == "eval" and parsed.checkpoint != "none" else None
 
 

@@ -13,6 +13,8 @@ from socpo_fast.socratic.data import batch_questions, question_order
 from socpo_fast.train.checkpoint import damage_of, latest_checkpoint
 from socpo_fast.types import Question
 
+# In checkpoints/ until the first one is whole: a run that ended before begins anew, and loses none.
+NONE_YET = "none_yet"
 UPDATE_ORDER_SEED = 2**31  # keeps the order of updates apart from that of questions; above run.seed
 RECORD_VERSION = 2  # of what a run folder holds; rollouts are written turn by turn
 
@@ -111,19 +113,21 @@ class RunState:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint of a run's folder; None where no update was ever made.
+    """The last whole checkpoint of a run's folder; None where there never was one.
 
     Raises:
-        ValueError: updates were made, and no checkpoint of them is whole.
+        ValueError: there were checkpoints, and none is whole.
     """
     latest = latest_checkpoint(folder / "checkpoints")
-    rows = [] if latest else read_metrics(folder / "metrics.jsonl")
+    if latest or (folder / "checkpoints" / NONE_YET).is_file():
+        return latest
+    rows = read_metrics(folder / "metrics.jsonl")
     if updates := max((row["update"] for row in rows), default=0):
         raise ValueError(
             f"run: {folder / 'checkpoints'} must hold a checkpoint, as {folder / 'metrics.jsonl'} "
             f"tells of update {updates}, got none; bring it back, or remove {folder} to start again"
         )
-    return latest
+    return None
 
 
 def find_checkpoint(config: Config) -> Path | None:

@@ -56,7 +56,7 @@ class Session:
         device = select_device(config.run.device)
         path = config.student.path
         self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path)
-        self.grader = make_grader(config.data.grader, correct_at=config.grader.correct_at)
+        self.grader = make_grader(config.data.grader, **config.grader.model_dump())
         self.student = self._load_student(device).requires_grad_(for_training)
         self.tokenizer = load_tokenizer(self.student_folder)  # after the model, which reports a bad config.json better
         self.bridge = Bridge(

@@ -17,15 +17,16 @@ from typing import Literal, NoReturn
 
 from socpo_fast.config import Config
 from socpo_fast.files import RunFailed, replace_file
-from socpo_fast.ops import available_impls
+from socpo_fast.report.environment import first_line
 from socpo_fast.report.folder import run_folder
-from socpo_fast.report.guidance import tell
+from socpo_fast.report.guidance import GuidanceWatch
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import write_rollouts
 from socpo_fast.report.settings import config_text, settings_text
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import report_note
 from socpo_fast.run_state import (
+    NONE_YET,
     RunState,
     find_checkpoint,
     is_due,
@@ -68,6 +69,7 @@ def rollout_only(config: Config) -> None:
         sources = sources_of(questions)
         with Progress(num_batches=config.run.num_batches, live=config.run.live) as progress:
             progress.note(session.engine.kv_cache.note)
+            watch = GuidanceWatch(progress)
             for batch in range(1, config.run.num_batches + 1):
                 chosen = {q.question_idx: q for q in pick_questions(config, questions, batch)}
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
@@ -75,7 +77,9 @@ def rollout_only(config: Config) -> None:
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, chosen, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
-                tell(progress, rollouts, metrics)
+                silence = watch.told(rollouts, metrics)
+                if silence and batch < config.run.num_batches:
+                    session.refuse_silence(silence)
 
 
 class Trainer:
@@ -87,6 +91,7 @@ class Trainer:
     def __init__(self, config: Config):
         self.config = config
         self.resumed_from = find_checkpoint(config)
+        self.checkpoints = config.folder / "checkpoints"
         self.session = Session(config, for_training=True)
         self.student = self.session.student
         self.engine = self.session.engine
@@ -161,19 +166,25 @@ class Trainer:
 
     def open_outputs(self, stack: ExitStack) -> None:
         """What the run writes to until the stack closes, and its first lines."""
+        config = self.config
         resumed = None if self.resumed_from is None else self.optimizer.num_updates
-        writer = MetricsWriter(self.config.folder, resume_after_update=resumed)
+        writer = MetricsWriter(config.folder, resume_after_update=resumed)
         self.writer = stack.enter_context(writer)
-        replace_file(self.config.folder / "config.toml", self.config_text)
+        replace_file(config.folder / "config.toml", self.config_text)
+        if not any(self.checkpoints.glob("update_*")):
+            self.checkpoints.mkdir(exist_ok=True)
+            replace_file(self.checkpoints / NONE_YET, "")
         progress = Progress(
-            num_batches=self.config.run.num_batches,
+            num_batches=config.run.num_batches,
             first_batch=self.state.batch + 1,
-            live=self.config.run.live,
+            live=config.run.live,
         )
         self.progress = stack.enter_context(progress)
-        for note in (self.first_line(), self.engine.kv_cache.note, *self.session.bridge.notes):
+        self.guidance_watch = GuidanceWatch(progress)
+        first = first_line(config.run, self.student, self.resumed_from)
+        for note in (first, self.engine.kv_cache.note, *self.session.bridge.notes):
             progress.note(note)
-        if self.state.batch >= self.config.run.num_batches:
+        if self.state.batch >= config.run.num_batches:
             progress.note(f"finished at batch {self.state.batch}; raise run.num_batches to go on")
 
     def run_batches(self) -> None:
@@ -212,15 +223,11 @@ class Trainer:
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
         self.record(metrics, kind="batch")
-        silence = tell(self.progress, rollouts, metrics)
+        silence = self.guidance_watch.told(rollouts, metrics)
         if silence and not is_last:  # there is nothing to stop after the last one
             self.session.refuse_silence(silence)
 
-    def roll_out(
-        self,
-        questions: dict[int, Question],
-        batch: int,
-    ) -> tuple[list[Rollout], dict[str, float]]:
+    def roll_out(self, questions: dict[int, Question], batch: int) -> tuple[list[Rollout], dict[str, float]]:
         """All rollouts of a batch and what they took, however they finished in question order."""
         started, before = time.perf_counter(), self.engine.stats
         self.announce("rollout", batch, len(questions) * self.config.rollout.group_size)
@@ -228,13 +235,13 @@ class Trainer:
         with self.signals.stop_at(1):
             for rollout in self.session.training_rollouts(list(questions.values()), batch):
                 rollouts.append(rollout)
-                self.progress.advance(num_tokens=num_sampled([rollout]))
+                self.progress.advance(num_tokens=rollout.num_sampled)
         seconds, after = time.perf_counter() - started, self.engine.stats
         order = {question_idx: i for i, question_idx in enumerate(questions)}
         rollouts.sort(key=lambda rollout: (order[rollout.question_idx], rollout.rollout_idx))
         waits = [rollout.teacher_wait_s for rollout in rollouts if len(rollout.turns) > 1]
         return rollouts, {
-            "perf/rollout_tok_s": num_sampled(rollouts) / seconds,
+            "perf/rollout_tok_s": sum(rollout.num_sampled for rollout in rollouts) / seconds,
             "perf/prefill_tokens": float(after.prefill_tokens - before.prefill_tokens),
             "perf/decode_tokens": float(after.decode_tokens - before.decode_tokens),
             "perf/preemptions": float(after.preemptions - before.preemptions),
@@ -261,8 +268,7 @@ class Trainer:
         total = len(self.eval_questions) * self.config.eval.samples
         self.announce("evaluation", self.state.batch, total)
         with self.signals.stop_at(1):
-            advance = self.progress.advance
-            metrics = self.session.evaluate(self.eval_questions, on_rollout=advance)
+            metrics = self.session.evaluate(self.eval_questions, self.progress.advance)
         self.record(metrics, kind="eval")
         self.state.end_evaluation()
 
@@ -271,12 +277,13 @@ class Trainer:
         if self.state.is_saved:
             return
         newest = save_checkpoint(
-            self.config.folder / "checkpoints",
+            self.checkpoints,
             student=self.student,
             optimizer=self.optimizer,
             trainer_state=self.state.to_record(),
             tokenizer_from=self.session.student_folder,
         )
+        (self.checkpoints / NONE_YET).unlink(missing_ok=True)
         prune_checkpoints(newest, self.config.run.keep_checkpoints)
         self.state.end_save()
 
@@ -289,16 +296,3 @@ class Trainer:
         batch, update = self.state.batch, self.optimizer.num_updates
         self.writer.write(metrics, kind=kind, batch=batch, update=update)
         self.progress.report(metrics, kind=kind, batch=batch, update=update)
-
-    def first_line(self) -> str:
-        """Which run, which model, and which implementation each op uses."""
-        run = self.config.run
-        millions = sum(parameter.numel() for parameter in self.student.parameters()) / 1e6
-        start = "from the start" if self.resumed_from is None else f"from {self.resumed_from.name}"
-        impls = ", ".join(f"{op}={impl}" for op, impl in available_impls(run.device).items())
-        return f"run {run.name} {start}: {millions:.1f}M parameters, {run.device}; ops: {impls}"
-
-
-def num_sampled(rollouts: list[Rollout]) -> int:
-    """Tokens of all attempts."""
-    return sum(attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts)

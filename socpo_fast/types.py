@@ -192,6 +192,11 @@ class Rollout:
     def attempts(self) -> list[Attempt]:
         return [turn.attempt for turn in self.turns]
 
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of all attempts."""
+        return sum(attempt.num_tokens for attempt in self.attempts)
+
     def context_ids(self, turn_idx: int) -> list[int]:
         """Token ids that attempt turn_idx was sampled behind; for the number of turns, that the next will be.
 

@@ -161,3 +161,13 @@ def test_env_names_machine_versions_and_ops(capsys: pytest.CaptureFixture[str]) 
     # A CUDA build calls itself 2.11.0+cu130, while its metadata may say 2.11.0.
     assert facts["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert int(facts["cores"]) >= 1
+
+
+def test_a_default_that_is_given_is_given() -> None:
+    """Own data are evaluated on none by default, and the built-in questions said aloud are refused."""
+    own = ["--data.train", "x.jsonl", "--teacher.kind", "retry"]
+    assert parse("train", own)[0].data.eval is None
+    with pytest.raises(ValueError, match="data.eval must be your own questions or none"):
+        parse("train", [*own, "--data.eval", "builtin"])
+    with pytest.raises(ValueError, match="data.eval must be your own questions or none"):
+        parse("train", [*own, "--data.eval=builtin"])

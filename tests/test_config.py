@@ -209,7 +209,7 @@ def test_fields_of_a_request_are_a_table(tmp_path: Path) -> None:
     config = load_config(None, endpoint | {"teacher.extra_body": json.dumps(fields)})
     assert config.teacher.model_dump()["extra_body"] == fields
     path = tmp_path / "config.toml"
-    path.write_text(config.to_toml(), encoding="utf-8")
+    path.write_text(config_text(config), encoding="utf-8")
     assert load_config(path) == config
     for text in ("{", "max_tokens=1", "[1]"):
         with pytest.raises(ValueError, match="config: teacher.extra_body must be a table, got"):

@@ -98,6 +98,9 @@ class GraderConfig(Section):
     """From a grader's verdict to right or wrong."""
 
     correct_at: float = Field(default=1.0, gt=0, le=1, description="reward from which an attempt counts as correct")
+    timeout_s: float = Field(
+        default=60.0, gt=0, le=86400, description="limit of one verdict, seconds; longer stops the run"
+    )
 
 
 class RolloutConfig(Section):

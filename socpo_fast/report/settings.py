@@ -53,6 +53,7 @@ FREE = {
     "teacher.guidance_timeout_s": "how long the teacher is waited for",
     "teacher.timeout_s": "how long the teacher is waited for",
     "teacher.max_retries": "how long the teacher is waited for",
+    "grader.timeout_s": "when a run stops; what is trained until then does not depend on it",
     "teacher.on_silence": "when a run stops; what is trained until then does not depend on it",
 }
 

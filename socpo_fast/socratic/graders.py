@@ -25,7 +25,7 @@ import numpy as np
 
 from socpo_fast.registries import GRADERS
 from socpo_fast.socratic import math_worker
-from socpo_fast.socratic.plugin import blame, load_function
+from socpo_fast.socratic.plugin import TookTooLong, blame, is_ctrl_c, load_function, time_limit
 from socpo_fast.types import Question
 
 Verdict = bool | float | Mapping[str, float]
@@ -49,11 +49,13 @@ class GradedBy:
         function:   text, question -> a bool, a number in [0, 1], or {part: number}, numbers >= 0 that sum to at most 1.
         name:       what errors call it.
         correct_at: in (0, 1]; the reward from which an attempt counts as correct.
+        timeout_s:  > 0, for one verdict on the main thread; elsewhere none can be stopped.
     """
 
     function: Grader
     name: str
     correct_at: float = 1.0
+    timeout_s: float = 60.0
 
     def __call__(self, text: str, question: Question) -> Verdict:
         return self.function(text, question)
@@ -62,12 +64,21 @@ class GradedBy:
         """Returns the grade of an attempt.
 
         Raises:
-            ValueError: the function returned anything else, or raised something; the message names
-                the grader, the question, and the file and line that raised.
+            ValueError: the function returned anything else, took too long, or raised something; the
+                message names the grader, the question, and the file and line that raised.
         """
         try:
-            verdict: object = self.function(text, question)
-        except (Exception, SystemExit) as error:
+            with time_limit(self.timeout_s):
+                verdict: object = self.function(text, question)
+        except TookTooLong as error:
+            raise ValueError(
+                f"grader: data.grader {self.name} must return a verdict within grader.timeout_s "
+                f"{self.timeout_s:g}, got none on question {question.question_idx}: "
+                f"{blame(self.function, error)}"
+            ) from error
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and is_ctrl_c():
+                raise
             raise ValueError(
                 f"grader: data.grader {self.name} must return a verdict on any text, got an error "
                 f"on question {question.question_idx}: {blame(self.function, error)}"
@@ -242,7 +253,7 @@ class MathGrader:
         self.close()
 
 
-def make_grader(name: str, *, correct_at: float = 1.0) -> GradedBy:
+def make_grader(name: str, *, correct_at: float = 1.0, timeout_s: float = 60.0) -> GradedBy:
     """Returns the grader of a name in registries.GRADERS, or of a "module:function" with the signature of Grader.
 
     Raises:
@@ -254,4 +265,4 @@ def make_grader(name: str, *, correct_at: float = 1.0) -> GradedBy:
         raise ValueError(f"data.grader must be one of {', '.join(GRADERS)} or module:function, got {name!r}")
     found: Any = load_function("data.grader", GRADERS.get(name, name))
     grader: Grader = found() if isinstance(found, type) and name in GRADERS else found
-    return GradedBy(grader, name, correct_at)
+    return GradedBy(grader, name, correct_at, timeout_s)

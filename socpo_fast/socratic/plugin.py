@@ -1,9 +1,12 @@
-"""Functions of the user's own: found by name, and named when they fail."""
+"""Functions of the user's own: found by name, named when they fail, stopped when they hang."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,3 +42,35 @@ def blame(function: object, error: BaseException) -> str:
     what = " ".join(f"{type(error).__name__}: {error!s:.300}".split())
     where = f"{Path(frame.filename).name} line {frame.lineno}"
     return f"{named.__module__}:{named.__qualname__} raised {what} ({where})"
+
+
+class TookTooLong(BaseException):
+    """Raised in the middle of a function. No Exception, so that no handler of its own takes it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TookTooLong in a block that takes longer, and again every second until it has ended.
+
+    By the alarm of the process, which only the main thread has: elsewhere a block has no limit. One
+    that sets an alarm of its own has that instead. An alarm that was set before rings later.
+    """
+
+    def stop(*_signal: object) -> None:
+        raise TookTooLong(f"after {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, stop)
+    left_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left_s)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def is_ctrl_c() -> bool:
+    """Whether a KeyboardInterrupt may be the user's: in training, Ctrl-C raises StopRequested."""
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler

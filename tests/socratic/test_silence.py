@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.report.accuracy import accuracy_rows, accuracy_text
+from socpo_fast.report.guidance import SILENCE, GuidanceWatch
+from socpo_fast.report.progress import Progress
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.train.checkpoint import latest_checkpoint
-from socpo_fast.types import GuidanceRequest
+from socpo_fast.types import Attempt, GuidanceRequest, Rollout, ShownGuidance, Turn
 from tests.socratic.faulty_server import Server, raw, reply
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "molar_mass.toml"
@@ -98,6 +101,48 @@ def test_a_batch_without_an_answer_stops_the_run_and_it_goes_on(tmp_path: Path) 
     answer[0] = "Look again."
     trainer.train(config)
     assert [row["guidance/failed"] > 0 for row in rows(config, "batch")] == [True, False]
+
+
+def batch_of(*guidances: str | None) -> tuple[list[Rollout], dict[str, float]]:
+    """Rollouts of one batch that asked once each; None: the call timed out. And their metrics."""
+    rollouts = []
+    for idx, text in enumerate(guidances):
+        turn = Turn(attempt=cast(Attempt, None), text="")
+        turn.guidance = None if text is None else ShownGuidance(raw_text=text, text=text)
+        rollouts.append(
+            Rollout(
+                question_idx=0,
+                rollout_idx=idx,
+                prompt_ids=[1],
+                turns=[turn],
+                failure="" if text else "timeout",
+            )
+        )
+    failed = float(guidances.count(None))
+    return rollouts, {"guidance/failed": failed, "guidance/failed_timeout": failed}
+
+
+def test_one_late_answer_is_no_silence_where_the_teacher_has_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    """A student that is nearly always right asks once a batch."""
+    with Progress(num_batches=1, live=False) as progress:
+        watch = GuidanceWatch(progress)
+        assert watch.told(*batch_of("Look.", None)) is None
+        assert watch.told(*batch_of(None)) is None
+        assert "all 1 guidances of a batch failed (timeout 1)" in capsys.readouterr().out
+        assert watch.told(*batch_of(*[None] * (SILENCE - 2))) is None
+        assert watch.told(*batch_of()) is None
+        assert watch.told(*batch_of(None)) == "teacher: all 1 guidances of a batch failed (timeout 1)"
+        assert watch.told(*batch_of("Look.")) is None
+        assert watch.told(*batch_of(None)) is None
+        assert GuidanceWatch(progress).told(*batch_of(None)) is not None
+
+
+def test_rollouts_without_training_stop_too(tmp_path: Path) -> None:
+    answer[0] = None
+    config = config_of(tmp_path, teacher__rule=f"{__name__}:tutor", data__eval="none")
+    with pytest.raises(ValueError, match="guidances of a batch failed"), pytest.warns(UserWarning, match="no guidance"):
+        trainer.rollout_only(config)
+    assert [path.name for path in tmp_path.rglob("batch_*.jsonl")] == ["batch_000001.jsonl"]
 
 
 def test_some_failures_mark_the_assisted_share(server: Server, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import wait
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers.calls import ask, background, result_of
 from socpo_fast.socratic.teachers.simple import as_teacher
+from socpo_fast.stopping import StopSignals
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, Rollout, RolloutKey
 from tests.socratic.scripted import END, PARAMS, TOKENIZER, ScriptedEngine, contains, encode, question
 from tests.socratic.test_rollout import options_of
@@ -253,3 +256,79 @@ def test_a_teacher_without_an_answer_says_why() -> None:
     assert background(teacher.guide(request())).result(timeout=30) is None
     with pytest.raises(GuidanceFailed, match="raised ZeroDivisionError"):
         background(teacher.guide_in_time(request(), 5)).result(timeout=30)
+
+
+@pytest.mark.filterwarnings("ignore:teacher")
+def test_an_async_function_that_blocks_costs_its_own_guidance() -> None:
+    """A call without await, as of requests in an async function, blocks the loop it runs on."""
+    stop = threading.Event()
+
+    async def sometimes_blocks(asked: GuidanceRequest) -> str:
+        if asked.key.question == 0:
+            stop.wait(60)
+        await asyncio.sleep(0)
+        return "Look."
+
+    teacher = as_teacher(sometimes_blocks)
+    blocked = ask(teacher, request(0), 0.2)
+    wait([blocked], timeout=30)
+    assert isinstance(blocked.exception(), TimeoutError)
+    time.sleep(0.5)  # until the loop has been seen not to turn
+    later = ask(teacher, request(1), 5.0)
+    assert later.result(timeout=30) == Guidance(text="Look.")
+    stop.set()
+
+
+def spin(_text: str, _question: object) -> bool:
+    while True:
+        with suppress(Exception):
+            time.sleep(0.01)
+
+
+def wait_on_a_socket(_text: str, _question: object) -> bool:
+    ours, _theirs = socket.socketpair()
+    return bool(ours.recv(1))
+
+
+@pytest.mark.parametrize("grade", [spin, wait_on_a_socket])
+def test_a_grader_that_hangs_is_stopped_and_named(grade: Callable[[str, object], bool]) -> None:
+    line = rf"within grader.timeout_s 0.2, got none on question 7: .*{grade.__name__} .*\(test_user_func.* line"
+    since = time.perf_counter()
+    with pytest.raises(ValueError, match=line):
+        GradedBy(grade, "mine:grade", timeout_s=0.2).grade("", question(7))
+    assert time.perf_counter() - since < 2
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_grader_leaves_the_alarm_of_others_alone() -> None:
+    rung: list[int] = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        assert GradedBy(contains, "contains").grade("yes", question(7)).is_correct
+        time.sleep(0.4)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert rung == [1]
+
+
+def test_a_grader_works_on_any_thread() -> None:
+    """Without a limit there, as Python has no way to stop it."""
+    grades: list[object] = []
+    grade = GradedBy(contains, "contains", timeout_s=0.01).grade
+    thread = threading.Thread(target=lambda: grades.append(grade("yes", question(7)).is_correct))
+    thread.start()
+    thread.join()
+    assert grades == [True]
+
+
+def test_ctrl_c_is_nobodys_mistake_but_a_functions_own_is() -> None:
+    """In training another handler answers Ctrl-C, so a KeyboardInterrupt there is the grader's."""
+
+    def grade(_text: str, _question: object) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        GradedBy(grade, "mine:grade").grade("", question(7))
+    with StopSignals(), pytest.raises(ValueError, match="grade raised KeyboardInterrupt"):
+        GradedBy(grade, "mine:grade").grade("", question(7))

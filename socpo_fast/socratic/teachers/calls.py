@@ -2,7 +2,7 @@
 
 All of them run on one background loop of the process, in the thread "socpo-teachers": a pooled HTTP
 client lives on one loop. Async functions of the user's own have another loop, "socpo-functions", so
-that one that blocks it holds up nobody's clock.
+that one that blocks it holds up nobody's clock; it is left alone with that loop.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
+
+_loops: dict[tuple[str, int], asyncio.AbstractEventLoop] = {}  # by name and process
 
 
 def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[Guidance | None]:
@@ -47,15 +48,25 @@ def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | G
 
 def background(coroutine: Coroutine[Any, Any, Any], name: str = "socpo-teachers") -> Future[Any]:
     """Run a coroutine on the process's one background event loop of that name."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(name, os.getpid()))
+    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(name))
 
 
-@cache
-def _event_loop(name: str, _process: int) -> asyncio.AbstractEventLoop:
+async def replace_if_blocked(name: str) -> None:
+    """Leave a loop to the function that blocks it; whoever comes next has a new one."""
+    loop = _event_loop(name)
+    turned = background(asyncio.sleep(0), name)
+    await asyncio.wait([asyncio.wrap_future(turned)], timeout=0.2)
+    if not turned.done() and _event_loop(name) is loop:
+        del _loops[name, os.getpid()]
+
+
+def _event_loop(name: str) -> asyncio.AbstractEventLoop:
     """A fork has none of its parent's threads, so it makes a loop of its own."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=_turn, args=(loop,), name=name, daemon=True).start()
-    return loop
+    key = (name, os.getpid())
+    if key not in _loops:
+        _loops[key] = asyncio.new_event_loop()
+        threading.Thread(target=_turn, args=(_loops[key],), name=name, daemon=True).start()
+    return _loops[key]
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from socpo_fast.socratic.plugin import blame
 from socpo_fast.socratic.teachers.base import Teacher
-from socpo_fast.socratic.teachers.calls import background
+from socpo_fast.socratic.teachers.calls import background, replace_if_blocked
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 RETRY_TEXT = "Your answer is not correct. Read the question again, check every step and try once more."
-
+FUNCTIONS = "socpo-functions"  # the event loop of async functions
 
 Answer = Guidance | str | None
 TeacherFunction = Callable[[GuidanceRequest], Answer | Awaitable[Answer]]
@@ -42,8 +42,11 @@ class RuleTeacher(Teacher):
         async with asyncio.timeout(timeout_s):
             answer: object = await self._call(request) if self.immediate else self.rule(request)
             if inspect.isawaitable(answer):
-                finished = background(self._finish(answer), "socpo-functions")
-                answer = await asyncio.wrap_future(finished)
+                try:
+                    answer = await asyncio.wrap_future(background(self._finish(answer), FUNCTIONS))
+                except asyncio.CancelledError:  # out of time
+                    background(replace_if_blocked(FUNCTIONS))
+                    raise
         if answer is None:
             return None
         guidance = Guidance(text=answer) if isinstance(answer, str) else answer
