@@ -127,10 +127,11 @@ def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
-def check_rule(where: str, name: str, value: object, holds: bool, rule: str) -> None:
-    """One number or word against its rule, written out."""
+def check_rule(where: str, name: str, value: object, holds: bool, rule: str, advice: str = "") -> None:
+    """One number or word against its rule, written out; advice says what to do."""
     if not holds:
-        raise ValueError(f"{where}: {name} must be {rule}, got {value!r}")
+        advice = f"; {advice}" if advice else ""
+        raise ValueError(f"{where}: {name} must be {rule}, got {value!r}{advice}")
 
 
 def check_word(where: str, name: str, value: object, known: tuple[str, ...]) -> None:
