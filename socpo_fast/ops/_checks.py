@@ -40,18 +40,25 @@ class TensorChecker:
                 if self.sizes.setdefault(letter, size) != size:
                     fits = False
         if not fits:
-            self._refuse(name, letters, x, dtypes, dict(list(self.sizes.items())[:num_known]))
+            known = dict(list(self.sizes.items())[:num_known])
+            rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
+            shapes = ", ".join(f"{c}={known[c]}" if c in known else c for c in letters)
+            raise ValueError(
+                f"{self.where}: {name} must be {rule} [{shapes}], got {_dtype_name(x.dtype)} {list(shape)}"
+            )
         if self.device is None:
             self.device = x.device
         elif x.device != self.device:
             raise ValueError(f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there first")
 
-    def _refuse(
-        self, name: str, letters: str, x: Tensor, dtypes: tuple[torch.dtype, ...], known: dict[str, int]
-    ) -> None:
-        rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
-        shape = ", ".join(f"{c}={known[c]}" if c in known else c for c in letters)
-        raise ValueError(f"{self.where}: {name} must be {rule} [{shape}], got {_dtype_name(x.dtype)} {list(x.shape)}")
+    def each(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
+        """Several of the same dtypes, by their names."""
+        for name, x in tensors.items():
+            self(name, x, dtypes)
+
+    def given(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+        """Those that are not None: the others may be left out."""
+        self.each(dtypes, **{name: x for name, x in tensors.items() if x is not None})
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
         """Every entry in [0, size)."""

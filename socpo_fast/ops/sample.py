@@ -183,12 +183,9 @@ def check_draws(
 ) -> None:
     """The vocabulary that `check` has met, and the settings of the draws from it."""
     check_rule(check.where, "V", check.sizes["V"], 0 < check.sizes["V"] < 2**31, "in [1, 2^31)")
-    check("row_keys_B", row_keys_B, INDEX)
-    check("temperature_B", temperature_B, (torch.float32,))
+    check.each(INDEX, row_keys_B=row_keys_B, top_k_B=top_k_B)
+    check.each((torch.float32,), temperature_B=temperature_B, top_p_B=top_p_B, min_p_B=min_p_B)
     check.finite("temperature_B", temperature_B, at_least=0.0)
-    check("top_k_B", top_k_B, INDEX)
     check.index_range("top_k_B", top_k_B, 2**31)
-    check("top_p_B", top_p_B, (torch.float32,))
     check.every("top_p_B", top_p_B, (top_p_B > 0) & (top_p_B <= 1), "in (0, 1]")
-    check("min_p_B", min_p_B, (torch.float32,))
     check.every("min_p_B", min_p_B, (min_p_B >= 0) & (min_p_B < 1), "in [0, 1)")

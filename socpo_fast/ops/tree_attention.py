@@ -139,8 +139,7 @@ def tree_attention(
     q_THE, k_TKE, v_TKE = autocast(q_THE, k_TKE, v_TKE)
     check = TensorChecker("tree_attention")
     check("q_THE", q_THE, FLOATS)
-    check("k_TKE", k_TKE, (q_THE.dtype,))
-    check("v_TKE", v_TKE, (q_THE.dtype,))
+    check.each((q_THE.dtype,), k_TKE=k_TKE, v_TKE=v_TKE)
     _, heads, head_dim = q_THE.shape
     kv_heads = k_TKE.shape[1]
     is_multiple = heads > 0 and kv_heads > 0 and heads % kv_heads == 0
