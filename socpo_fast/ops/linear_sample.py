@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import FLOATS, INDEX, TensorChecker, autocast, check_rule, whole
+from socpo_fast.ops._checks import INDEX, TensorChecker, autocast, check_rule, whole
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
-from socpo_fast.ops.linear import linear_ref
+from socpo_fast.ops.linear import check_factors, linear_ref
 from socpo_fast.ops.sample import check_draws, sample_ref
 
 Draws = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -74,11 +74,7 @@ def linear_sample(
     """
     hidden_TD, weight_VD = autocast(hidden_TD, whole("linear_sample", "weight_VD", weight_VD))
     check = TensorChecker("linear_sample")
-    check("hidden_TD", hidden_TD, FLOATS)
-    weights = (hidden_TD.dtype, torch.bfloat16) if hidden_TD.dtype == torch.float32 else (hidden_TD.dtype,)
-    check("weight_VD", weight_VD, weights)
-    check_rule("linear_sample", "D", hidden_TD.shape[1], hidden_TD.shape[1] > 0, ">= 1")
-    check_rule("linear_sample", "strides of weight_VD", weight_VD.stride(), weight_VD.is_contiguous(), "contiguous")
+    check_factors(check, "hidden_TD", hidden_TD, "weight_VD", weight_VD)
     check_draws(check, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
     if rows_B is not None:
         check("rows_B", rows_B, INDEX)
