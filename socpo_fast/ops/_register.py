@@ -86,19 +86,13 @@ def _autograd_kernel(op: Any, derivative: Derivative) -> Callable:
             return derivative.backward(ctx, *grad_outputs)
 
     def kernel(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(_needs_grad(x) for x in inputs):
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return Differentiable.apply(*inputs)
-        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in inputs):
+        is_forward = forward_ad._current_level >= 0
+        if is_forward and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise NotImplementedError(f"{op}: has no derivative in forward mode; use impl='ref'")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
     return kernel
-
-
-def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _needs_grad(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
