@@ -50,8 +50,9 @@ def _kernel(
     )
     values_3N = head.logits.new_empty((3, rows.numel()))
     for part in head.chunks():
-        chunk = head.project(part), targets[part], inv_temperature[part]
-        values_3N[:, part] = kernels_of("linear_policy_loss", impl).logprob_rows(*chunk)
+        values_3N[:, part] = kernels_of("linear_policy_loss", impl).logprob_rows(
+            head.project(part), targets[part], inv_temperature[part]
+        )
     return tuple(x.clone() for x in spread(values_3N, has_target_N))
 
 
@@ -63,8 +64,8 @@ def _fake(
     targets_N: Tensor,
     *_: Any,
 ) -> Any:
-    like = hidden_TD.new_empty(0, dtype=wide_dtype(hidden_TD))
-    return tuple(like.new_empty(targets_N.shape) for _ in range(3))
+    dtype = wide_dtype(hidden_TD)
+    return tuple(hidden_TD.new_empty(targets_N.shape, dtype=dtype) for _ in range(3))
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
@@ -111,13 +112,12 @@ def _backward_kernel(
     needs_bias: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
+    has_target_N = targets_N != NO_TARGET
+    grad_logprobs_N = grad_logprobs_N.where(has_target_N, 0)
     has_grad_N = grad_logprobs_N != 0
     if grad_entropy_N is not None:
+        grad_entropy_N = grad_entropy_N.where(has_target_N, 0)
         has_grad_N = has_grad_N | (grad_entropy_N != 0)
-    has_grad_N = has_grad_N & (targets_N != NO_TARGET)
-    grad_logprobs_N = grad_logprobs_N.where(has_grad_N, 0)
-    if grad_entropy_N is not None:
-        grad_entropy_N = grad_entropy_N.where(has_grad_N, 0)
     by_row = (
         row_indices(rows_N, targets_N),
         targets_N.clamp(min=0),
@@ -161,16 +161,14 @@ def _backward_fake(
     weight_VD: Tensor,
     *rest: Any,
 ) -> Any:
-    needs = rest[-4:-1]
-    shapes = shapes_of_gradients(hidden_TD, weight_VD, needs)
+    shapes = shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
     return tuple(hidden_TD.new_empty(shape) for shape in shapes)
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets"
-_HEAD += ", Tensor inv_temperature"
 linear_logprob_op = define_op(
-    f"linear_logprob({_HEAD}, float? tanh_scale, bool entropy_grad, float? workspace_mib, "
-    "str impl) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
+    f"linear_logprob({_HEAD}, Tensor inv_temperature, float? tanh_scale, bool entropy_grad, "
+    "float? workspace_mib, str impl) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
     _kernel,
     fake=_fake,
     derivative=Derivative(_save, _backward),
@@ -178,8 +176,8 @@ linear_logprob_op = define_op(
 # A gradient that is not needed is empty.
 _linear_logprob_backward = define_op(
     f"linear_logprob_backward(Tensor grad_logprobs, Tensor? grad_entropy, {_HEAD}, "
-    "Tensor logsumexp, Tensor? entropy, float? tanh_scale, float? workspace_mib, "
-    "bool needs_hidden, bool needs_weight, bool needs_bias, str impl) "
+    "Tensor inv_temperature, Tensor logsumexp, Tensor? entropy, float? tanh_scale, "
+    "float? workspace_mib, bool needs_hidden, bool needs_weight, bool needs_bias, str impl) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _backward_kernel,
     fake=_backward_fake,
