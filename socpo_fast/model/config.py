@@ -83,7 +83,8 @@ class ModelConfig:
         num_heads = _read(fields, "num_attention_heads", int, where)
         derived = {"num_key_value_heads": num_heads, "attention_bias": False, "mlp_bias": False}
         fields = derived | ({} if is_qwen3 else {"head_dim": hidden_size // num_heads}) | fields
-        num_kv_heads, head_dim = _read(fields, "num_key_value_heads", int, where), _read(fields, "head_dim", int, where)
+        num_kv_heads = _read(fields, "num_key_value_heads", int, where)
+        head_dim = _read(fields, "head_dim", int, where)
         _require(
             where,
             "num_key_value_heads",
@@ -132,15 +133,22 @@ def _architecture(raw: Mapping[str, Any], where: str) -> str:
     names = _present(raw, "architectures", where)
     is_known = isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES
     _require(where, "architectures", names, is_known, f"one of {', '.join(ARCHITECTURES)}")
-    model_type, expected = _present(raw, "model_type", where), ARCHITECTURES[names[0]]
-    _require(where, "model_type", model_type, model_type == expected, f"{expected!r} for {names[0]}")
+    model_type = _present(raw, "model_type", where)
+    _require(
+        where,
+        "model_type",
+        model_type,
+        model_type == ARCHITECTURES[names[0]],
+        f"{ARCHITECTURES[names[0]]!r} for {names[0]}",
+    )
     return names[0]
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, where: str) -> None:
     """Settings under which this decoder would compute something else than transformers."""
-    activation, quantization = _present(raw, "hidden_act", where), raw.get("quantization_config")
+    activation = _present(raw, "hidden_act", where)
     _require(where, "hidden_act", activation, activation == "silu", "'silu'")
+    quantization = raw.get("quantization_config")
     _require(
         where,
         "quantization_config",
@@ -149,15 +157,22 @@ def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, where: str) -
         "absent",
         "use the unquantised weights",
     )
-    kinds, num_layers = raw.get("layer_types"), _read(raw, "num_hidden_layers", int, where)
-    is_full = kinds in (None, ["full_attention"] * num_layers)
-    _require(where, "layer_types", kinds, is_full, "'full_attention' once a layer")
+    full = ["full_attention"] * _read(raw, "num_hidden_layers", int, where)
+    kinds = raw.get("layer_types")
+    _require(where, "layer_types", kinds, kinds in (None, full), "'full_attention' once a layer")
     if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         slides = _read(raw, "use_sliding_window", bool, where)
-        advice = "set it to false if contexts stay within the window"
-        _require(where, "use_sliding_window", slides, not slides, "false", advice)
+        _require(
+            where,
+            "use_sliding_window",
+            slides,
+            not slides,
+            "false",
+            "set it to false if contexts stay within the window",
+        )
     if architecture == "MistralForCausalLM":
-        window, context = _present(raw, "sliding_window", where), _read(raw, "max_position_embeddings", int, where)
+        window = _present(raw, "sliding_window", where)
+        context = _read(raw, "max_position_embeddings", int, where)
         _require(
             where,
             "sliding_window",
@@ -171,10 +186,16 @@ def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, where: str) -
 def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]:
     """(theta, scaling) from `rope_parameters`, or from the older `rope_scaling` beside `rope_theta`."""
     name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    scaling, rope = raw.get("rope_scaling"), raw.get(name) or {}
-    is_single = name == "rope_scaling" or scaling is None
-    rule = "absent beside rope_parameters"
-    _require(where, "rope_scaling", scaling, is_single, rule, "keep one of the two")
+    scaling = raw.get("rope_scaling")
+    _require(
+        where,
+        "rope_scaling",
+        scaling,
+        name == "rope_scaling" or scaling is None,
+        "absent beside rope_parameters",
+        "keep one of the two",
+    )
+    rope = raw.get(name) or {}
     _require(where, name, rope, isinstance(rope, Mapping), "an object or null")
     # Fields stand in the object, or (older files, some writers) beside it; inside wins, as in transformers.
     fields = _set_fields(raw) | _set_fields(rope)
@@ -189,7 +210,8 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]
     _require(where, f"{name}.rope_type", rope_type, rope_type == "llama3", "'default' or 'llama3'")
     if "original_max_position_embeddings" in raw:  # here transformers lets the outer one win
         fields["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-    low, high = _read(fields, "low_freq_factor", float, where), _read(fields, "high_freq_factor", float, where)
+    low = _read(fields, "low_freq_factor", float, where)
+    high = _read(fields, "high_freq_factor", float, where)
     _require(where, "high_freq_factor", high, low < high, f"> low_freq_factor={low}")
     original_length = _read(fields, "original_max_position_embeddings", int, where)
     return theta, Llama3Rope(_read(fields, "factor", float, where), low, high, original_length)
@@ -203,8 +225,8 @@ def _set_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _read(raw: Mapping[str, Any], name: str, kind: type[_Kind], where: str) -> _Kind:
     """A field of one of the kinds in _RULES; a whole number is a float, too."""
     value = _present(raw, name, where)
-    is_of_kind = type(value) is kind or (kind is float and type(value) is int)
-    _require(where, name, value, is_of_kind and (kind is bool or 0 < value < math.inf), _RULES[kind])
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    _require(where, name, value, fits and (kind is bool or 0 < value < math.inf), _RULES[kind])
     return kind(value)
 
 

@@ -71,7 +71,9 @@ def load_student(folder: str | Path, *, dtype: str = "float32", device: str | to
         for part, view in _views(student):
             view.copy_(stored[part].get_tensor(part))
             if not view.isfinite().all():
-                raise ValueError(f"{folder}: tensor {part} must be finite in {dtype}, got NaN or infinity")
+                raise ValueError(
+                    f"{folder}: tensor {part} must be finite in {dtype}, got NaN or infinity",
+                )
     return student
 
 
