@@ -43,9 +43,8 @@ class TensorChecker:
             known = dict(list(self.sizes.items())[:num_known])
             rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
             shapes = ", ".join(f"{c}={known[c]}" if c in known else c for c in letters)
-            raise ValueError(
-                f"{self.where}: {name} must be {rule} [{shapes}], got {_dtype_name(x.dtype)} {list(shape)}"
-            )
+            got = f"{_dtype_name(x.dtype)} {list(shape)}"
+            raise ValueError(f"{self.where}: {name} must be {rule} [{shapes}], got {got}")
         if self.device is None:
             self.device = x.device
         elif x.device != self.device:
@@ -134,7 +133,14 @@ def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
-def check_rule(where: str, name: str, value: object, holds: bool, rule: str, advice: str = "") -> None:
+def check_rule(
+    where: str,
+    name: str,
+    value: object,
+    holds: bool,
+    rule: str,
+    advice: str = "",
+) -> None:
     """One number or word against its rule, written out; advice says what to do."""
     if not holds:
         advice = f"; {advice}" if advice else ""

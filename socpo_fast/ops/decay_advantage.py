@@ -128,14 +128,16 @@ def credit_attempts(
         estimator = _REWARDS_ONLY
     elif estimator.whitens and not has_no_values(num_tokens_A) and num_tokens_A.sum() == 1:
         raise ValueError(
-            f"{where}: num_tokens_A must sum to at least 2 to be whitened ({options.estimator}), got 1; "
-            "use a larger batch"
+            f"{where}: num_tokens_A must sum to at least 2 to be whitened "
+            f"({options.estimator}), got 1; use a larger batch"
         )
     keys = (question_idx_A, attempt_idx_A) if options.baseline_group == "question_attempt" else (question_idx_A,)
     keys_GA = None if estimator.baseline == "none" else torch.stack(keys)
     table = rewards_A, attempt_idx_A, num_tokens_A, keys_GA, rollouts_2A
     credit = _run(where, impl, options, num_factors, estimator, *table)
-    return credit if has_tokens else credit._replace(advantages_A=torch.zeros_like(credit.advantages_A))
+    if has_tokens:
+        return credit
+    return credit._replace(advantages_A=torch.zeros_like(credit.rewards_A))
 
 
 def decay_rewards(
@@ -160,7 +162,8 @@ def decay_rewards(
     """
     where, options = "decay_rewards", CreditOptions(schedule=schedule, factor=factor)
     num_factors = _check_rewards(TensorChecker(where), rewards_A, attempt_idx_A, options)
-    return _run(where, impl, options, num_factors, _REWARDS_ONLY, rewards_A, attempt_idx_A).rewards_A
+    credit = _run(where, impl, options, num_factors, _REWARDS_ONLY, rewards_A, attempt_idx_A)
+    return credit.rewards_A
 
 
 def _run(
@@ -179,7 +182,7 @@ def _run(
 
     num_tokens_A: None where only rewards are asked for.
     keys_GA:      [G, A] int64: who agrees in every row is a group; None: nobody is compared.
-    rollouts_2A:  [2, A] int64: attempts that agree in both earn the last one's reward; None: their own.
+    rollouts_2A:  [2, A] int64: who agrees in both earns the last one's reward; None: their own.
     """
     raw_A = rewards_A.detach().double()
     outputs = _credit_attempts(
@@ -216,17 +219,9 @@ def _kernel(
     last_A = None if rollouts_2A is None else _last_of_rollout(rollouts_2A, attempt_idx_A)
     tensors = num_tokens_A, keys_GA, last_A
     if impl != "ref":
-        return kernels_of("decay_advantage", impl).decay_advantage(
-            raw_A,
-            attempt_idx_A,
-            *tensors,
-            factors,
-            num_factors,
-            baseline,
-            divides_by_std,
-            whitens,
-            eps,
-        )
+        launch = kernels_of("decay_advantage", impl).decay_advantage
+        compare = baseline, divides_by_std, whitens, eps
+        return launch(raw_A, attempt_idx_A, *tensors, factors, num_factors, *compare)
     credit = credit_attempts_ref(
         raw_A.cpu(),
         attempt_idx_A.cpu(),
