@@ -21,7 +21,7 @@ from socpo_fast.ops._head import (
     wide_dtype,
 )
 from socpo_fast.ops._impl import kernels_of
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 
 
 def _kernel(
@@ -37,8 +37,13 @@ def _kernel(
     impl: str,
 ) -> tuple[Tensor, ...]:
     has_target_N = targets_N != NO_TARGET
-    by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), inv_temperature_N, has_target_N
-    rows, targets, inv_temperature, wanted = keep_wanted(has_target_N, *by_row)
+    rows, targets, inv_temperature, wanted = keep_wanted(
+        has_target_N,
+        row_indices(rows_N, targets_N),
+        targets_N.clamp(min=0),
+        inv_temperature_N,
+        has_target_N,
+    )
     head = ChunkedHead(
         hidden_TD,
         weight_VD,
@@ -118,15 +123,18 @@ def _backward_kernel(
     if grad_entropy_N is not None:
         grad_entropy_N = grad_entropy_N.where(has_target_N, 0)
         has_grad_N = has_grad_N | (grad_entropy_N != 0)
-    by_row = (
+    # rows without a gradient need no logits either
+    kept = keep_wanted(
+        has_grad_N,
+        has_grad_N,
         row_indices(rows_N, targets_N),
         targets_N.clamp(min=0),
         inv_temperature_N,
         logsumexp_N,
         entropy_N,
+        grad_logprobs_N,
+        grad_entropy_N,
     )
-    # rows without a gradient need no logits either
-    kept = keep_wanted(has_grad_N, has_grad_N, *by_row, grad_logprobs_N, grad_entropy_N)
     has_grad, rows, targets, inv_temperature, logsumexp, entropy, grad_logprobs, grad_entropy = kept
     head = ChunkedHead(
         hidden_TD,
@@ -171,7 +179,7 @@ linear_logprob_op = define_op(
     "float? workspace_mib, str impl) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
     _kernel,
     fake=_fake,
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )
 # A gradient that is not needed is empty.
 _linear_logprob_backward = define_op(

@@ -23,7 +23,7 @@ from socpo_fast.ops._head import (
     wide_dtype,
 )
 from socpo_fast.ops._impl import kernels_of
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions
 
 
@@ -226,5 +226,5 @@ linear_policy_loss_op = define_op(
     "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _kernel,
     fake=_fake,
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )

@@ -169,7 +169,6 @@ class ChunkedHead:
         self.grad_weight_VD = self.logits.new_empty(shapes[1])  # the first product fills it
         self.grad_bias_V = self.logits.new_zeros(shapes[2])
         self.has_products = False
-        self.x = hidden_TD.new_empty((0, width))
 
     def chunks(self) -> Iterator[slice]:
         """Slices of about equal size, as few as chunk_rows allows."""

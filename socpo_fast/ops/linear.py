@@ -15,7 +15,7 @@ from torch import Tensor
 from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, whole
 from socpo_fast.ops._head import MIN_ROWS
 from socpo_fast.ops._impl import kernels_of, pick_impl
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 
 
 def linear_ref(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -58,13 +58,27 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
     return _linear(x_TD, weight_ND, bias_N, impl)
 
 
-def check_factors(check: TensorChecker, x_name: str, x: Tensor, weight_name: str, weight: Tensor) -> None:
+def check_factors(
+    check: TensorChecker,
+    x_name: str,
+    x: Tensor,
+    weight_name: str,
+    weight: Tensor,
+) -> None:
     """What a product of rows x with a weight relies on: bf16 weights beside fp32 rows, too."""
     check(x_name, x, FLOATS)
-    dtypes = (x.dtype, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,)
-    check(weight_name, weight, dtypes)
-    strides = f"strides of {weight_name}"
-    check_rule(check.where, strides, weight.stride(), weight.is_contiguous(), "contiguous")
+    check(
+        weight_name,
+        weight,
+        (x.dtype, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,),
+    )
+    check_rule(
+        check.where,
+        f"strides of {weight_name}",
+        weight.stride(),
+        weight.is_contiguous(),
+        "contiguous",
+    )
     check_rule(check.where, "D", x.shape[1], x.shape[1] > 0, ">= 1")
 
 
@@ -96,7 +110,7 @@ _linear = define_op(
     "linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
     lambda x, weight, bias, impl: kernels_of("linear", impl).linear(x, weight, bias),
     fake=lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0])),
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )
 _matmul = define_op(
     "matmul(Tensor a, Tensor b, str impl) -> Tensor",

@@ -155,10 +155,10 @@ def linear_logprob(
             logit_scale=logit_scale,
         )
     scales = scales_of_logits(targets_N.numel(), hidden_TD, *scaling)
-    logprobs_N, entropy_N, _ = linear_logprob_op(
+    outputs = linear_logprob_op(
         hidden_TD, weight_VD, bias_V, rows_N, targets_N, *scales, entropy_grad, workspace_mib, impl
     )
-    return logprobs_N, entropy_N
+    return outputs[:2]
 
 
 def check_head(
@@ -181,9 +181,14 @@ def check_head(
     hidden_TD, weight_VD = autocast(hidden_TD, whole(check.where, "weight_VD", weight_VD))
     check("weight_VD", weight_VD, (hidden_TD.dtype,))
     for name, x in (("hidden_TD", hidden_TD), ("weight_VD", weight_VD)):
-        is_by_rows = x.stride(1) == 1 or x.shape[1] <= 1
-        strides = f"{name} strides"
-        check_rule(check.where, strides, x.stride(), is_by_rows, "(*, 1)", "call .contiguous()")
+        check_rule(
+            check.where,
+            f"{name} strides",
+            x.stride(),
+            x.stride(1) == 1 or x.shape[1] <= 1,
+            "(*, 1)",
+            "call .contiguous()",
+        )
     check_rule(
         check.where,
         "weight_VD",
@@ -224,10 +229,15 @@ def check_head(
             "finite and > 0",
         )
     for name, value in (("workspace_mib", workspace_mib), ("softcap", softcap)):
-        holds = value is None or 0 < value < float("inf")
+        holds = value is None or 0 < value < torch.inf
         check_rule(check.where, name, value, holds, "finite and > 0")
-    is_positive = 0 < logit_scale < float("inf")
-    check_rule(check.where, "logit_scale", logit_scale, is_positive, "finite and > 0")
+    check_rule(
+        check.where,
+        "logit_scale",
+        logit_scale,
+        0 < logit_scale < torch.inf,
+        "finite and > 0",
+    )
     return hidden_TD, weight_VD, bias_V
 
 

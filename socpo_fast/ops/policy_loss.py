@@ -260,9 +260,9 @@ def check_loss_inputs(
         check.index_range("attempt_of_token_N", attempt_of_token_N, advantages.numel())
         advantages = advantages[attempt_of_token_N]
     if (weights_N is None) == (num_loss_tokens is None):
-        got = "neither" if weights_N is None else "both"
         raise ValueError(
-            f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got {got}",
+            f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got "
+            f"{'neither' if weights_N is None else 'both'}",
         )
     if weights_N is not None:
         check("weights_N", weights_N, WIDE_FLOATS)
