@@ -4,6 +4,8 @@ fused_policy_loss calls the op; _kernel is its loop over chunks, _Rows what a ch
 rows. Departure from the textbook: the derivative of a policy loss with respect to a log-prob needs
 nothing but that log-prob, so a chunk of logits becomes its own gradient on the spot. That makes
 three GEMMs, where recomputing the logits in the backward makes four; the backward only scales.
+The row pass in between (policy_rows of csrc/linear_policy_loss.cpp and of kernels/) returns [6, n]
+values and fills head.grad_logits.
 """
 
 from __future__ import annotations
