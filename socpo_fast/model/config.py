@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from socpo_fast.ops._checks import check_rule
 
 ARCHITECTURES = {  # Hugging Face class -> model_type
     "LlamaForCausalLM": "llama",  # SmolLM2, Llama 2 and 3
@@ -22,6 +24,8 @@ ARCHITECTURES = {  # Hugging Face class -> model_type
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+_RULES = {int: "an integer >= 1", float: "a finite number > 0", bool: "true or false"}
+_Kind = TypeVar("_Kind", int, float, bool)
 
 
 class Llama3Rope(NamedTuple):
@@ -75,33 +79,38 @@ class ModelConfig:
         _refuse_unsupported(raw, architecture, where)
         is_llama, is_qwen2, is_qwen3 = (architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3"))
         fields = _set_fields(raw)
-        hidden_size = _read_int(fields, "hidden_size", where)
-        num_heads = _read_int(fields, "num_attention_heads", where)
+        hidden_size = _read(fields, "hidden_size", int, where)
+        num_heads = _read(fields, "num_attention_heads", int, where)
         derived = {"num_key_value_heads": num_heads, "attention_bias": False, "mlp_bias": False}
         fields = derived | ({} if is_qwen3 else {"head_dim": hidden_size // num_heads}) | fields
-        num_kv_heads, head_dim = _read_int(fields, "num_key_value_heads", where), _read_int(fields, "head_dim", where)
-        if num_heads % num_kv_heads != 0:
-            _refuse(where, "num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
-        if head_dim % 2 != 0:
-            _refuse(where, "head_dim", "even, for rotary embeddings", head_dim)
-        attention_bias = (is_llama or is_qwen3) and _read_bool(fields, "attention_bias", where)
+        num_kv_heads = _read(fields, "num_key_value_heads", int, where)
+        head_dim = _read(fields, "head_dim", int, where)
+        _require(
+            where,
+            "num_key_value_heads",
+            num_kv_heads,
+            num_heads % num_kv_heads == 0,
+            f"a divisor of num_attention_heads={num_heads}",
+        )
+        _require(where, "head_dim", head_dim, head_dim % 2 == 0, "even, for rotary embeddings")
+        attention_bias = (is_llama or is_qwen3) and _read(fields, "attention_bias", bool, where)
         rope_theta, llama3_rope = _rope(raw, where)
         return cls(
             architecture=architecture,
-            vocab_size=_read_int(fields, "vocab_size", where),
+            vocab_size=_read(fields, "vocab_size", int, where),
             hidden_size=hidden_size,
-            intermediate_size=_read_int(fields, "intermediate_size", where),
-            num_layers=_read_int(fields, "num_hidden_layers", where),
+            intermediate_size=_read(fields, "intermediate_size", int, where),
+            num_layers=_read(fields, "num_hidden_layers", int, where),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=_read_int(fields, "max_position_embeddings", where),
-            rms_norm_eps=_read_float(fields, "rms_norm_eps", where),
+            max_position_embeddings=_read(fields, "max_position_embeddings", int, where),
+            rms_norm_eps=_read(fields, "rms_norm_eps", float, where),
             rope_theta=rope_theta,
-            tie_word_embeddings=_read_bool(fields, "tie_word_embeddings", where),
+            tie_word_embeddings=_read(fields, "tie_word_embeddings", bool, where),
             qkv_bias=attention_bias or is_qwen2,
             o_bias=attention_bias,
-            mlp_bias=is_llama and _read_bool(fields, "mlp_bias", where),
+            mlp_bias=is_llama and _read(fields, "mlp_bias", bool, where),
             qk_norm=is_qwen3,
             llama3_rope=llama3_rope,
             raw=dict(raw),
@@ -122,60 +131,90 @@ class ModelConfig:
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
     """The one entry of `architectures`, agreeing with model_type."""
     names = _present(raw, "architectures", where)
-    if not (isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES):
-        _refuse(where, "architectures", f"one of {', '.join(ARCHITECTURES)}", names)
+    is_known = isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES
+    _require(where, "architectures", names, is_known, f"one of {', '.join(ARCHITECTURES)}")
     model_type = _present(raw, "model_type", where)
-    if model_type != ARCHITECTURES[names[0]]:
-        _refuse(where, "model_type", f"{ARCHITECTURES[names[0]]!r} for {names[0]}", model_type)
+    _require(
+        where,
+        "model_type",
+        model_type,
+        model_type == ARCHITECTURES[names[0]],
+        f"{ARCHITECTURES[names[0]]!r} for {names[0]}",
+    )
     return names[0]
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, where: str) -> None:
     """Settings under which this decoder would compute something else than transformers."""
-    if _present(raw, "hidden_act", where) != "silu":
-        _refuse(where, "hidden_act", "'silu'", raw["hidden_act"])
-    if raw.get("quantization_config") is not None:
-        _refuse(where, "quantization_config", "absent", raw["quantization_config"], "use the unquantised weights")
-    full_attention = ["full_attention"] * _read_int(raw, "num_hidden_layers", where)
-    if raw.get("layer_types") not in (None, full_attention):
-        _refuse(where, "layer_types", "'full_attention' once a layer", raw["layer_types"])
-    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") and _read_bool(raw, "use_sliding_window", where):
-        _refuse(where, "use_sliding_window", "false", True, "set it to false if contexts stay within the window")
+    activation = _present(raw, "hidden_act", where)
+    _require(where, "hidden_act", activation, activation == "silu", "'silu'")
+    quantization = raw.get("quantization_config")
+    _require(
+        where,
+        "quantization_config",
+        quantization,
+        quantization is None,
+        "absent",
+        "use the unquantised weights",
+    )
+    full = ["full_attention"] * _read(raw, "num_hidden_layers", int, where)
+    kinds = raw.get("layer_types")
+    _require(where, "layer_types", kinds, kinds in (None, full), "'full_attention' once a layer")
+    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        slides = _read(raw, "use_sliding_window", bool, where)
+        _require(
+            where,
+            "use_sliding_window",
+            slides,
+            not slides,
+            "false",
+            "set it to false if contexts stay within the window",
+        )
     if architecture == "MistralForCausalLM":
-        window, context = _present(raw, "sliding_window", where), _read_int(raw, "max_position_embeddings", where)
-        if window is not None and _read_int(raw, "sliding_window", where) < context:
-            advice = f"set max_position_embeddings to {window}: contexts up to there see no window"
-            _refuse(where, "sliding_window", f"null or >= max_position_embeddings={context}", window, advice)
+        window = _present(raw, "sliding_window", where)
+        context = _read(raw, "max_position_embeddings", int, where)
+        _require(
+            where,
+            "sliding_window",
+            window,
+            window is None or _read(raw, "sliding_window", int, where) >= context,
+            f"null or >= max_position_embeddings={context}",
+            f"set max_position_embeddings to {window}: contexts up to there see no window",
+        )
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]:
     """(theta, scaling) from `rope_parameters`, or from the older `rope_scaling` beside `rope_theta`."""
     name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    if name == "rope_parameters" and raw.get("rope_scaling") is not None:
-        _refuse(where, "rope_scaling", "absent beside rope_parameters", raw["rope_scaling"], "keep one of the two")
+    scaling = raw.get("rope_scaling")
+    _require(
+        where,
+        "rope_scaling",
+        scaling,
+        name == "rope_scaling" or scaling is None,
+        "absent beside rope_parameters",
+        "keep one of the two",
+    )
     rope = raw.get(name) or {}
-    if not isinstance(rope, Mapping):
-        _refuse(where, name, "an object or null", rope)
+    _require(where, name, rope, isinstance(rope, Mapping), "an object or null")
     # Fields stand in the object, or (older files, some writers) beside it; inside wins, as in transformers.
     fields = _set_fields(raw) | _set_fields(rope)
-    theta = _read_float(fields, "rope_theta", where)
+    theta = _read(fields, "rope_theta", float, where)
     partial = fields.get("partial_rotary_factor", 1.0)
-    if partial != 1.0:
-        _refuse(where, "partial_rotary_factor", "1 or absent", partial)
+    _require(where, "partial_rotary_factor", partial, partial == 1.0, "1 or absent")
     if rope and "rope_type" not in rope and "type" not in rope:
         raise ValueError(f"{where}: {name}.rope_type is missing; add 'default' or 'llama3'")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return theta, None
-    if rope_type != "llama3":
-        _refuse(where, f"{name}.rope_type", "'default' or 'llama3'", rope_type)
+    _require(where, f"{name}.rope_type", rope_type, rope_type == "llama3", "'default' or 'llama3'")
     if "original_max_position_embeddings" in raw:  # here transformers lets the outer one win
         fields["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-    low, high = _read_float(fields, "low_freq_factor", where), _read_float(fields, "high_freq_factor", where)
-    if not low < high:
-        _refuse(where, "high_freq_factor", f"> low_freq_factor={low}", high)
-    original_length = _read_int(fields, "original_max_position_embeddings", where)
-    return theta, Llama3Rope(_read_float(fields, "factor", where), low, high, original_length)
+    low = _read(fields, "low_freq_factor", float, where)
+    high = _read(fields, "high_freq_factor", float, where)
+    _require(where, "high_freq_factor", high, low < high, f"> low_freq_factor={low}")
+    original_length = _read(fields, "original_max_position_embeddings", int, where)
+    return theta, Llama3Rope(_read(fields, "factor", float, where), low, high, original_length)
 
 
 def _set_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,25 +222,12 @@ def _set_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if value is not None}
 
 
-def _read_int(raw: Mapping[str, Any], name: str, where: str) -> int:
+def _read(raw: Mapping[str, Any], name: str, kind: type[_Kind], where: str) -> _Kind:
+    """A field of one of the kinds in _RULES; a whole number is a float, too."""
     value = _present(raw, name, where)
-    if type(value) is not int or value < 1:
-        _refuse(where, name, "an integer >= 1", value)
-    return value
-
-
-def _read_float(raw: Mapping[str, Any], name: str, where: str) -> float:
-    value = _present(raw, name, where)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        _refuse(where, name, "a finite number > 0", value)
-    return float(value)
-
-
-def _read_bool(raw: Mapping[str, Any], name: str, where: str) -> bool:
-    value = _present(raw, name, where)
-    if type(value) is not bool:
-        _refuse(where, name, "true or false", value)
-    return value
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    _require(where, name, value, fits and (kind is bool or 0 < value < math.inf), _RULES[kind])
+    return kind(value)
 
 
 def _present(raw: Mapping[str, Any], name: str, where: str) -> Any:
@@ -210,5 +236,12 @@ def _present(raw: Mapping[str, Any], name: str, where: str) -> Any:
     return raw[name]
 
 
-def _refuse(where: str, name: str, rule: str, value: object, advice: str = "nothing else is supported") -> NoReturn:
-    raise ValueError(f"{where}: {name} must be {rule}, got {value!r}; {advice}")
+def _require(
+    where: str,
+    name: str,
+    value: object,
+    holds: bool,
+    rule: str,
+    advice: str = "nothing else is supported",
+) -> None:
+    check_rule(where, name, value, holds, rule, advice)

@@ -37,8 +37,7 @@ def packed_forward(
 
     def attend(layer_idx: int, qkv_THE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_THE, tables, config.num_kv_heads)
-        scale = config.head_dim**-0.5
-        return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=scale, impl=impl)
+        return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=config.head_dim**-0.5, impl=impl)
 
     token_ids_T, positions_T = token_ids_T.to(device), positions_T.to(device)
     hidden_TD = student(token_ids_T, positions_T, attend, checkpointing=checkpointing)

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from socpo_fast.files import new_folder, read_json
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops._checks import check_rule, check_word
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,28 +50,30 @@ def load_student(folder: str | Path, *, dtype: str = "float32", device: str | to
     Memory: the parameters, and one stored tensor at a time.
     """
     folder = Path(folder).expanduser()
-    if dtype not in DTYPES:
-        raise ValueError(f"load_student: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not folder.is_dir():
-        raise ValueError(f"load_student: folder must be a local Hugging Face folder, got '{folder}'; download it first")
+    check_word("load_student", "dtype", dtype, tuple(DTYPES))
+    check_rule(
+        "load_student",
+        "folder",
+        str(folder),
+        folder.is_dir(),
+        "a local Hugging Face folder",
+        "download it first",
+    )
     config = ModelConfig.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
     with torch.device("meta"):  # shapes only: no storage, no random initialisation
-        student = Decoder(config)
+        student = Decoder(config).to(DTYPES[dtype])
     with ExitStack() as stack:
         stored = _open_tensors(folder, stack)
         _check_tensors(folder, student, stored)
-        _check_tied_head(folder, student, stored)
-        for name, shape_only in list(student.named_parameters()):
-            fused = torch.empty(shape_only.shape, dtype=DTYPES[dtype], device=device)
-            for part, rows in _parts(name, fused, config):
-                fused[rows].copy_(stored[part].get_tensor(part))
-                if not fused[rows].isfinite().all():
-                    raise ValueError(f"{folder}: tensor {part} must be finite in {dtype}, got NaN or infinity")
-            module, _, leaf = name.rpartition(".")
-            setattr(student.get_submodule(module), leaf, nn.Parameter(fused))
-        if config.tie_word_embeddings:
+        student.to_empty(device=device)
+        if config.tie_word_embeddings:  # to_empty made two of the one
             student.lm_head.weight = student.embed.weight
-    student.inv_freq = student.inv_freq.to(device)
+        for part, view in _views(student):
+            view.copy_(stored[part].get_tensor(part))
+            if not view.isfinite().all():
+                raise ValueError(
+                    f"{folder}: tensor {part} must be finite in {dtype}, got NaN or infinity",
+                )
     return student
 
 
@@ -86,8 +91,14 @@ def save_student(student: Decoder, folder: str | Path, *, tokenizer_from: str | 
     Memory: on a CPU none beyond the parameters, else one shard (SHARD_BYTES).
     """
     folder = Path(folder).expanduser().resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"save_student: folder must be new or empty, got '{folder}'; choose another or remove it")
+    check_rule(
+        "save_student",
+        "folder",
+        str(folder),
+        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+        "new or empty",
+        "choose another or remove it",
+    )
     raw, dtype = _raw_config(student)
     tokenizer_files = _tokenizer_files(tokenizer_from)
     with new_folder(folder) as partial:
@@ -128,12 +139,13 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> None:
-    """Every tensor that the decoder has is stored, in its shape; nothing else is."""
-    config, expected = student.config, {}
-    for name, parameter in student.named_parameters():
-        for part, rows in _parts(name, parameter, config):
-            expected[part] = [rows.stop - rows.start, *parameter.shape[1:]]
-    if config.tie_word_embeddings and "lm_head.weight" in stored:
+    """Every tensor that the decoder has is stored, in its shape; nothing else is.
+
+    A head stored beside tied embeddings must equal them; transformers would silently untie the two.
+    """
+    expected = {part: list(view.shape) for part, view in _views(student)}
+    has_tied_head = student.config.tie_word_embeddings and "lm_head.weight" in stored
+    if has_tied_head:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
@@ -146,12 +158,8 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
             raise ValueError(f"{folder}: tensor {name} must be {shape} by config.json, got {header.get_shape()}")
         if header.get_dtype() not in STORED_DTYPES:
             raise ValueError(f"{folder}: tensor {name} must be of {'|'.join(STORED_DTYPES)}, got {header.get_dtype()}")
-
-
-def _check_tied_head(folder: Path, student: Decoder, stored: dict[str, Any]) -> None:
-    """A head stored beside tied embeddings must equal them; transformers would silently untie the two."""
-    names = ("model.embed_tokens.weight", "lm_head.weight")
-    if student.config.tie_word_embeddings and names[1] in stored:
+    if has_tied_head:
+        names = "model.embed_tokens.weight", "lm_head.weight"
         embed_VD, head_VD = (stored[name].get_tensor(name) for name in names)
         if not torch.equal(head_VD.to(embed_VD.dtype), embed_VD):
             raise ValueError(
@@ -189,14 +197,12 @@ def _write_shards(student: Decoder, folder: Path) -> None:
     """
     shards: list[dict[str, Tensor]] = [{}]  # Hugging Face's names -> views of the fused parameters
     room = SHARD_BYTES
-    for name, parameter in student.named_parameters():
-        for part, rows in _parts(name, parameter, student.config):
-            view = parameter.detach()[rows]
-            if view.nbytes > room and shards[-1]:
-                shards.append({})
-                room = SHARD_BYTES
-            shards[-1][part] = view
-            room -= view.nbytes
+    for part, view in _views(student):
+        if view.nbytes > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][part] = view
+        room -= view.nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -222,6 +228,13 @@ _MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking
 }
 
 
+def _views(student: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face tensor, the rows of our parameter that are it)."""
+    for name, parameter in student.named_parameters():
+        for part, rows in _parts(name, parameter, student.config):
+            yield part, parameter.detach()[rows]
+
+
 def _parts(name: str, parameter: Tensor, config: ModelConfig) -> list[tuple[str, slice]]:
     """(Hugging Face tensor, its rows) of one of our parameters, for example layers.3.attention.qkv.weight."""
     module, _, leaf = name.rpartition(".")
@@ -233,11 +246,11 @@ def _parts(name: str, parameter: Tensor, config: ModelConfig) -> list[tuple[str,
     if module == "attention.qkv":
         shares = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     unit = parameter.shape[0] // sum(shares)
-    parts, start = [], 0
-    for theirs, share in zip(_MODULES[module], shares, strict=True):
-        parts.append((f"{prefix}{theirs}.{leaf}", slice(start, start + share * unit)))
-        start += share * unit
-    return parts
+    ends = (total * unit for total in accumulate(shares))
+    return [
+        (f"{prefix}{theirs}.{leaf}", slice(end - share * unit, end))
+        for theirs, share, end in zip(_MODULES[module], shares, ends, strict=True)
+    ]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

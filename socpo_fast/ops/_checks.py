@@ -40,18 +40,24 @@ class TensorChecker:
                 if self.sizes.setdefault(letter, size) != size:
                     fits = False
         if not fits:
-            self._refuse(name, letters, x, dtypes, dict(list(self.sizes.items())[:num_known]))
+            known = dict(list(self.sizes.items())[:num_known])
+            rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
+            shapes = ", ".join(f"{c}={known[c]}" if c in known else c for c in letters)
+            got = f"{_dtype_name(x.dtype)} {list(shape)}"
+            raise ValueError(f"{self.where}: {name} must be {rule} [{shapes}], got {got}")
         if self.device is None:
             self.device = x.device
         elif x.device != self.device:
             raise ValueError(f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there first")
 
-    def _refuse(
-        self, name: str, letters: str, x: Tensor, dtypes: tuple[torch.dtype, ...], known: dict[str, int]
-    ) -> None:
-        rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
-        shape = ", ".join(f"{c}={known[c]}" if c in known else c for c in letters)
-        raise ValueError(f"{self.where}: {name} must be {rule} [{shape}], got {_dtype_name(x.dtype)} {list(x.shape)}")
+    def each(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
+        """Several of the same dtypes, by their names."""
+        for name, x in tensors.items():
+            self(name, x, dtypes)
+
+    def given(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+        """Those that are not None: the others may be left out."""
+        self.each(dtypes, **{name: x for name, x in tensors.items() if x is not None})
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
         """Every entry in [0, size)."""
@@ -127,10 +133,18 @@ def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
-def check_rule(where: str, name: str, value: object, holds: bool, rule: str) -> None:
-    """One number or word against its rule, written out."""
+def check_rule(
+    where: str,
+    name: str,
+    value: object,
+    holds: bool,
+    rule: str,
+    advice: str = "",
+) -> None:
+    """One number or word against its rule, written out; advice says what to do."""
     if not holds:
-        raise ValueError(f"{where}: {name} must be {rule}, got {value!r}")
+        advice = f"; {advice}" if advice else ""
+        raise ValueError(f"{where}: {name} must be {rule}, got {value!r}{advice}")
 
 
 def check_word(where: str, name: str, value: object, known: tuple[str, ...]) -> None:

@@ -35,8 +35,10 @@ def paged_attention_flash(
     if size % 256:
         raise ValueError(f"{where}: page_size must be a multiple of 256 for impl='flash', got {size}")
     if q_THE.dtype not in (torch.float16, torch.bfloat16) or k_cache_PSKE.dtype != q_THE.dtype:
-        dtypes = f"{q_THE.dtype} and pages in {k_cache_PSKE.dtype}"
-        raise ValueError(f"{where}: queries and pages must be both fp16 or both bf16 for impl='flash', got {dtypes}")
+        raise ValueError(
+            f"{where}: queries and pages must be both fp16 or both bf16 for impl='flash', got "
+            f"{q_THE.dtype} and pages in {k_cache_PSKE.dtype}"
+        )
     try:
         flash = importlib.import_module("flash_attn")
     except ModuleNotFoundError as error:

@@ -21,7 +21,7 @@ from socpo_fast.ops._head import (
     wide_dtype,
 )
 from socpo_fast.ops._impl import kernels_of
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 
 
 def _kernel(
@@ -37,8 +37,13 @@ def _kernel(
     impl: str,
 ) -> tuple[Tensor, ...]:
     has_target_N = targets_N != NO_TARGET
-    by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), inv_temperature_N, has_target_N
-    rows, targets, inv_temperature, wanted = keep_wanted(has_target_N, *by_row)
+    rows, targets, inv_temperature, wanted = keep_wanted(
+        has_target_N,
+        row_indices(rows_N, targets_N),
+        targets_N.clamp(min=0),
+        inv_temperature_N,
+        has_target_N,
+    )
     head = ChunkedHead(
         hidden_TD,
         weight_VD,
@@ -50,8 +55,9 @@ def _kernel(
     )
     values_3N = head.logits.new_empty((3, rows.numel()))
     for part in head.chunks():
-        chunk = head.project(part), targets[part], inv_temperature[part]
-        values_3N[:, part] = kernels_of("linear_policy_loss", impl).logprob_rows(*chunk)
+        values_3N[:, part] = kernels_of("linear_policy_loss", impl).logprob_rows(
+            head.project(part), targets[part], inv_temperature[part]
+        )
     return tuple(x.clone() for x in spread(values_3N, has_target_N))
 
 
@@ -63,8 +69,8 @@ def _fake(
     targets_N: Tensor,
     *_: Any,
 ) -> Any:
-    like = hidden_TD.new_empty(0, dtype=wide_dtype(hidden_TD))
-    return tuple(like.new_empty(targets_N.shape) for _ in range(3))
+    dtype = wide_dtype(hidden_TD)
+    return tuple(hidden_TD.new_empty(targets_N.shape, dtype=dtype) for _ in range(3))
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
@@ -111,22 +117,24 @@ def _backward_kernel(
     needs_bias: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
+    has_target_N = targets_N != NO_TARGET
+    grad_logprobs_N = grad_logprobs_N.where(has_target_N, 0)
     has_grad_N = grad_logprobs_N != 0
     if grad_entropy_N is not None:
+        grad_entropy_N = grad_entropy_N.where(has_target_N, 0)
         has_grad_N = has_grad_N | (grad_entropy_N != 0)
-    has_grad_N = has_grad_N & (targets_N != NO_TARGET)
-    grad_logprobs_N = grad_logprobs_N.where(has_grad_N, 0)
-    if grad_entropy_N is not None:
-        grad_entropy_N = grad_entropy_N.where(has_grad_N, 0)
-    by_row = (
+    # rows without a gradient need no logits either
+    kept = keep_wanted(
+        has_grad_N,
+        has_grad_N,
         row_indices(rows_N, targets_N),
         targets_N.clamp(min=0),
         inv_temperature_N,
         logsumexp_N,
         entropy_N,
+        grad_logprobs_N,
+        grad_entropy_N,
     )
-    # rows without a gradient need no logits either
-    kept = keep_wanted(has_grad_N, has_grad_N, *by_row, grad_logprobs_N, grad_entropy_N)
     has_grad, rows, targets, inv_temperature, logsumexp, entropy, grad_logprobs, grad_entropy = kept
     head = ChunkedHead(
         hidden_TD,
@@ -161,25 +169,23 @@ def _backward_fake(
     weight_VD: Tensor,
     *rest: Any,
 ) -> Any:
-    needs = rest[-4:-1]
-    shapes = shapes_of_gradients(hidden_TD, weight_VD, needs)
+    shapes = shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
     return tuple(hidden_TD.new_empty(shape) for shape in shapes)
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets"
-_HEAD += ", Tensor inv_temperature"
 linear_logprob_op = define_op(
-    f"linear_logprob({_HEAD}, float? tanh_scale, bool entropy_grad, float? workspace_mib, "
-    "str impl) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
+    f"linear_logprob({_HEAD}, Tensor inv_temperature, float? tanh_scale, bool entropy_grad, "
+    "float? workspace_mib, str impl) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
     _kernel,
     fake=_fake,
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )
 # A gradient that is not needed is empty.
 _linear_logprob_backward = define_op(
     f"linear_logprob_backward(Tensor grad_logprobs, Tensor? grad_entropy, {_HEAD}, "
-    "Tensor logsumexp, Tensor? entropy, float? tanh_scale, float? workspace_mib, "
-    "bool needs_hidden, bool needs_weight, bool needs_bias, str impl) "
+    "Tensor inv_temperature, Tensor logsumexp, Tensor? entropy, float? tanh_scale, "
+    "float? workspace_mib, bool needs_hidden, bool needs_weight, bool needs_bias, str impl) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _backward_kernel,
     fake=_backward_fake,

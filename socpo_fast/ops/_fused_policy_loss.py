@@ -4,6 +4,8 @@ fused_policy_loss calls the op; _kernel is its loop over chunks, _Rows what a ch
 rows. Departure from the textbook: the derivative of a policy loss with respect to a log-prob needs
 nothing but that log-prob, so a chunk of logits becomes its own gradient on the spot. That makes
 three GEMMs, where recomputing the logits in the backward makes four; the backward only scales.
+The row pass in between (policy_rows of csrc/linear_policy_loss.cpp and of kernels/) returns [6, n]
+values and fills head.grad_logits.
 """
 
 from __future__ import annotations
@@ -23,32 +25,47 @@ from socpo_fast.ops._head import (
     wide_dtype,
 )
 from socpo_fast.ops._impl import kernels_of
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions
 
 
 def fused_policy_loss(
-    linear: tuple[Tensor, Tensor, Tensor | None],
-    by_row: tuple[Tensor | None, ...],
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    rows_N: Tensor | None,
+    inv_temperature_N: Tensor,
     tanh_scale: float | None,
-    tis_clip: float | None,
-    options: PolicyLossOptions,
     all_rows: bool,
     workspace_mib: float | None,
     impl: str,
+    advantages_N: Tensor,
+    weights_N: Tensor,
+    old_logprobs_N: Tensor | None,
+    ref_logprobs_N: Tensor | None,
+    sampler_logprobs_N: Tensor | None,
+    tis_clip: float | None,
+    options: PolicyLossOptions,
 ) -> PolicyLoss:
-    """The op; linear is hidden, weight, bias, by_row what else its schema has up to tanh_scale."""
-    *indices, scale_N = by_row[:3]
-    assert scale_N is not None
-    floats = [x if x is None else x.detach().to(scale_N.dtype) for x in by_row[3:]]
-    *floats, ref_logprobs_N, sampler_logprobs_N = floats
+    """The op, whose float tensors of a row are all of one dtype."""
+    head = hidden_TD, weight_VD, bias_V
     ref_logprobs_N = ref_logprobs_N if options.kl_coef != 0 else None
     sampler_logprobs_N = sampler_logprobs_N if tis_clip is not None else None
-    floats = [*floats, ref_logprobs_N, sampler_logprobs_N]
-    numbers = tanh_scale, float("inf") if tis_clip is None else tis_clip, *options.flat()
-    needs = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in linear)
+    floats = advantages_N, weights_N, old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
     loss, clip_fraction, values_3N, *_ = linear_policy_loss_op(
-        *linear, *indices, scale_N, *floats, *numbers, all_rows, workspace_mib, *needs, impl
+        *head,
+        rows_N,
+        targets_N,
+        inv_temperature_N,
+        *(x if x is None else x.detach().to(inv_temperature_N.dtype) for x in floats),
+        tanh_scale,
+        float("inf") if tis_clip is None else tis_clip,
+        *options.flat(),
+        all_rows,
+        workspace_mib,
+        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head),
+        impl,
     )
     return PolicyLoss(loss, values_3N[0], values_3N[1], values_3N[2], clip_fraction)
 
@@ -107,9 +124,8 @@ def _kernel(
 ) -> tuple[Tensor, ...]:
     has_target_N = targets_N != NO_TARGET
     has_loss_N = has_target_N & (weights_N != 0)
-    scored_N = has_loss_N
-    if not all_rows and entropy_coef == 0 and kl_coef == 0:
-        scored_N = has_loss_N & (advantages_N != 0)
+    needs_advantage = not all_rows and entropy_coef == 0 and kl_coef == 0
+    scored_N = has_loss_N & (advantages_N != 0) if needs_advantage else has_loss_N
     wanted_N = has_target_N if all_rows else scored_N
     weights_N = weights_N.where(scored_N, 0)
     by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), weights_N, inv_temperature_N
@@ -136,8 +152,22 @@ def _kernel(
             old = run.logprob_rows(logits, chunk.targets_N, chunk.inv_temperature_N)[0]
             chunk = chunk._replace(old_logprobs_N=old)
         chunk = chunk.weighted(tis_clip)
-        terms = *clips, entropy_coef, chunk.ref_logprobs_N, kl_coef, kl_estimator
-        values_6N[:, part] = _policy_rows(run, head, logits, chunk, terms)
+        values_6N[:, part] = run.policy_rows(
+            logits,
+            head.grad_logits[: logits.shape[0]] if head.needs_any else None,
+            chunk.targets_N,
+            chunk.old_logprobs_N,
+            chunk.advantages_N,
+            None,
+            chunk.weights_N,
+            chunk.inv_temperature_N,
+            *clips,
+            entropy_coef,
+            chunk.ref_logprobs_N,
+            kl_coef,
+            kl_estimator,
+            True,  # the entropy is a by-product: measured, 3 % of the row pass
+        )
         if head.needs_any:
             head.backward(
                 part,
@@ -145,22 +175,6 @@ def _kernel(
             )
     clip_fraction = values_6N[4].sum() / has_loss_N.sum().clamp(min=1)
     return values_6N[0].sum(), clip_fraction, spread(values_6N[1:4], wanted_N), *head.gradients()
-
-
-def _policy_rows(run: Any, head: ChunkedHead, logits: Tensor, chunk: _Rows, terms: tuple) -> Tensor:
-    """[6, n] values of the row pass (csrc/linear_policy_loss.cpp); fills head.grad_logits."""
-    return run.policy_rows(
-        logits,
-        head.grad_logits[: logits.shape[0]] if head.needs_any else None,
-        chunk.targets_N,
-        chunk.old_logprobs_N,
-        chunk.advantages_N,
-        None,
-        chunk.weights_N,
-        chunk.inv_temperature_N,
-        *terms,
-        True,  # the entropy is a by-product: measured, 3 % of the row pass
-    )
 
 
 def _fake(
@@ -171,8 +185,8 @@ def _fake(
     targets_N: Tensor,
     *rest: Any,
 ) -> Any:
-    gradients = shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
-    shapes = (), (), (3, targets_N.shape[0]), *gradients
+    gradient_shapes = shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
+    shapes = (), (), (3, targets_N.shape[0]), *gradient_shapes
     return tuple(hidden_TD.new_empty(shape, dtype=wide_dtype(hidden_TD)) for shape in shapes)
 
 
@@ -194,8 +208,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:  # a second backward through the same graph
         both = zip(ctx.saved_tensors, ctx.arguments, strict=True)
-        arguments = (x if tensor is None else tensor for tensor, x in both)
-        gradients = linear_policy_loss_op(*arguments)[3:]
+        gradients = linear_policy_loss_op(*(x if saved is None else saved for saved, x in both))[3:]
     needs = ctx.needs_input_grad[:3]
     scaled = [
         total.mul_(grad_loss).to(dtype) if needed else None
@@ -215,5 +228,5 @@ linear_policy_loss_op = define_op(
     "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _kernel,
     fake=_fake,
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import check_rule, has_no_values
+from socpo_fast.ops._checks import has_no_values
 from socpo_fast.ops._impl import extension_is_built
 
 # MiB of logits and picked rows. With the rest (dx, GEMM scratch) an op stays below dweight + 256
@@ -32,11 +32,11 @@ Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias need a gradie
 
 
 def scales_of_logits(
+    num_rows: int,
+    like: Tensor,
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
-    num_rows: int,
-    like: Tensor,
 ) -> tuple[Tensor, float | None]:
     """inv_temperature_N, in the dtype of the logits, and tanh_scale, None without a softcap.
 
@@ -59,17 +59,6 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def default_workspace_mib(device: torch.device) -> float:
     """What workspace_mib None means on this device, MiB."""
     return GPU_WORKSPACE_MIB if device.type == "cuda" else CPU_WORKSPACE_MIB
-
-
-def check_head_options(
-    where: str,
-    workspace_mib: float | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> None:
-    for name, value in (("workspace_mib", workspace_mib), ("softcap", softcap)):
-        check_rule(where, name, value, value is None or 0 < value < float("inf"), "finite and > 0")
-    check_rule(where, "logit_scale", logit_scale, 0 < logit_scale < float("inf"), "finite and > 0")
 
 
 def rows_per_chunk(
@@ -175,10 +164,11 @@ class ChunkedHead:
             self.grad_logits = torch.empty_like(self.logits, dtype=self.factor_dtype)
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_grad
         self.needs_any = any(needs_grad)
-        self.grad_hidden_TD: Tensor | None = None
-        self.grad_weight_VD: Tensor | None = None
-        self.grad_bias_V: Tensor | None = None
-        self.x = hidden_TD.new_empty((0, width))
+        shapes = shapes_of_gradients(hidden_TD, weight_VD, needs_grad)
+        self.grad_hidden_TD = self.logits.new_zeros(shapes[0])
+        self.grad_weight_VD = self.logits.new_empty(shapes[1])  # the first product fills it
+        self.grad_bias_V = self.logits.new_zeros(shapes[2])
+        self.has_products = False
 
     def chunks(self) -> Iterator[slice]:
         """Slices of about equal size, as few as chunk_rows allows."""
@@ -220,45 +210,28 @@ class ChunkedHead:
             return
         size = max(num_rows, MIN_ROWS)
         self.grad_logits[num_rows:size], self.x[num_rows:size] = 0, 0
-        dx = self._add_products(size)
-        if dx is not None:
-            if self.grad_hidden_TD is None:
-                self.grad_hidden_TD = self.hidden_TD.new_zeros(
-                    self.hidden_TD.shape,
-                    dtype=self.wide,
-                )
-            # Rows that were moved up are added in the order in which they came.
-            dx = dx[:num_rows] if by_index is None else dx.index_select(0, by_index)
-            _add_rows_(self.grad_hidden_TD, rows, dx)
-
-    def _add_products(self, size: int) -> Tensor | None:
-        """dweight += dlogits.T @ x, dbias += sum of dlogits of the first rows; returns their dx."""
-        grad, x, is_first = self.grad_logits[:size], self.x[:size], self.grad_weight_VD is None
+        grad, x = self.grad_logits[:size], self.x[:size]
         if self.needs_weight:
-            if self.grad_weight_VD is None:
-                self.grad_weight_VD = self.weight_VD.new_empty(
-                    self.weight_VD.shape,
-                    dtype=self.wide,
-                )
-            matmul_(self.grad_weight_VD, grad.T, x, accumulate=not is_first)
+            matmul_(self.grad_weight_VD, grad.T, x, accumulate=self.has_products)
+            self.has_products = True
         if self.needs_bias:
-            sum_V = grad.sum(0, dtype=self.wide)
-            self.grad_bias_V = sum_V if self.grad_bias_V is None else self.grad_bias_V.add_(sum_V)
+            self.grad_bias_V += grad.sum(0, dtype=self.wide)
         if not self.needs_hidden:
-            return None
+            return
         dx = torch.empty_like(x, dtype=self.wide)
         matmul_(dx, grad, self.weight_VD)
-        return dx
+        # Rows that were moved up are added in the order in which they came.
+        dx = dx[:num_rows] if by_index is None else dx.index_select(0, by_index)
+        if dx.is_cuda:  # there index_add_ would use atomics, and index_put_ sorts
+            self.grad_hidden_TD.index_put_((rows,), dx, accumulate=True)
+        else:
+            self.grad_hidden_TD.index_add_(0, rows, dx)
 
     def gradients(self) -> list[Tensor]:
         """Of hidden, weight and bias, wide; zeros where no row had one, empty where not needed."""
-        sums = self.grad_hidden_TD, self.grad_weight_VD, self.grad_bias_V
-        needs = self.needs_hidden, self.needs_weight, self.needs_bias
-        shapes = shapes_of_gradients(self.hidden_TD, self.weight_VD, needs)
-        return [
-            total if total is not None else self.logits.new_zeros(shape)
-            for total, shape in zip(sums, shapes, strict=True)  # in the order of needs
-        ]
+        if not self.has_products:
+            self.grad_weight_VD.zero_()
+        return [self.grad_hidden_TD, self.grad_weight_VD, self.grad_bias_V]
 
     def _move_up(self, has_grad: Tensor, order: Tensor) -> int:
         """Moves rows with a gradient into the places of rows without; returns how many; `order` follows."""
@@ -281,11 +254,3 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
         # bf16 or fp16 factors on a GPU. That `out` may be fp32 while the factors are not needs
         # torch 2.10, the first release with pytorch PR 167931: hence the floor in pyproject.toml.
         torch.addmm(out, a, b, beta=float(accumulate), out_dtype=out.dtype, out=out)
-
-
-def _add_rows_(total: Tensor, rows: Tensor, values: Tensor) -> None:
-    """total[rows[i]] += values[i], i in order: on a GPU index_add_ would use atomics, index_put_ sorts."""
-    if total.is_cuda:
-        total.index_put_((rows,), values, accumulate=True)
-    else:
-        total.index_add_(0, rows, values)

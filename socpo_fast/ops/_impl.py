@@ -39,6 +39,11 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "tree_attention": {"cpp": _FP32},
 }
 _DEVICES = {"cpp": "cpu", "triton": "cuda", "flash": "cuda"}
+_RUNS_ON = {
+    "cpp": "the CPU",
+    "triton": "a GPU, and on the CPU under TRITON_INTERPRET=1",
+    "flash": "a GPU",
+}
 
 
 def pick_impl(op: str, impl: str, x: Tensor) -> str:
@@ -61,10 +66,8 @@ def pick_impl(op: str, impl: str, x: Tensor) -> str:
         rule += f" for {str(x.dtype).removeprefix('torch.')}" if impl in dtypes else ""
         raise ValueError(f"{op}: impl must be {rule}, got {impl!r}")
     if device != _DEVICES[impl] and not (impl == "triton" and device == "cpu" and INTERPRETS):
-        place = "the CPU" if impl == "cpp" else "a GPU"
-        place += ", and on the CPU under TRITON_INTERPRET=1" if impl == "triton" else ""
         rule = f"auto or ref for tensors on {x.device}"
-        raise ValueError(f"{op}: impl must be {rule}, got {impl!r}, which runs on {place}")
+        raise ValueError(f"{op}: impl must be {rule}, got {impl!r}, which runs on {_RUNS_ON[impl]}")
     if impl in _IS_THERE and not _IS_THERE[impl]:
         raise RuntimeError(f"{op}: impl {impl!r} needs {_HOW_TO_GET[impl]}, or use impl='ref'")
     return impl

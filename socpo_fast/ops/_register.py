@@ -9,7 +9,6 @@ run inside stand in csrc (`torch.ops.socpo.*`) and in kernels/.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,22 +19,12 @@ from torch.autograd.function import once_differentiable
 LIBRARY = torch.library.Library("socpo_fast", "DEF")
 
 
-@dataclass(frozen=True)
-class Derivative:
-    """How an op is differentiated.
-
-    save(ctx, inputs, outputs) keeps what the backward needs. What it returns, unless that is None,
-    is handed out in place of the outputs: gradients formed in the forward stay behind this way.
-    backward(ctx, *grad_outputs) returns one gradient, or None, for each input. Only registered ops
-    and plain torch may be called there: torch.compile traces it.
-    """
-
-    save: Callable[[Any, tuple, Any], Any]
-    backward: Callable[..., tuple]
-
-
 def define_op(
-    schema: str, kernel: Callable, *, fake: Callable, derivative: Derivative | None = None
+    schema: str,
+    kernel: Callable,
+    *,
+    fake: Callable,
+    derivative: tuple[Callable[[Any, tuple, Any], Any], Callable[..., tuple]] | None = None,
 ) -> Callable[..., Any]:
     """Registers an op and returns it.
 
@@ -43,7 +32,13 @@ def define_op(
         schema:     its name and signature in the language of torch.library.
         kernel:     computes the outputs, on any device; runs below autograd.
         fake:       returns empty outputs of the right shapes, dtypes and devices.
-        derivative: None for ops without a gradient, whose outputs never require one.
+        derivative: save and backward; None for ops without a gradient, whose outputs never require
+                    one.
+
+    save(ctx, inputs, outputs) keeps what the backward needs. What it returns, unless that is None,
+    is handed out in place of the outputs: gradients formed in the forward stay behind this way.
+    backward(ctx, *grad_outputs) returns one gradient, or None, for each input. Only registered ops
+    and plain torch may be called there: torch.compile traces it.
     """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.socpo_fast, name).default
@@ -64,12 +59,12 @@ def define_op(
     torch.library.register_fake(f"socpo_fast::{name}", fake, lib=LIBRARY)
     # Without a derivative the dispatcher passes autograd by, which is a call of Python less.
     passed_by = torch.library.fallthrough_kernel
-    autograd_kernel = passed_by if derivative is None else _autograd_kernel(op, derivative)
+    autograd_kernel = passed_by if derivative is None else _autograd_kernel(op, *derivative)
     LIBRARY.impl(name, autograd_kernel, "Autograd")
     return op
 
 
-def _autograd_kernel(op: Any, derivative: Derivative) -> Callable:
+def _autograd_kernel(op: Any, save: Callable, backward: Callable) -> Callable:
     """What runs at the Autograd key; torch.library.register_autograd's would take 8 us more a call."""
 
     class Differentiable(torch.autograd.Function):
@@ -77,28 +72,22 @@ def _autograd_kernel(op: Any, derivative: Derivative) -> Callable:
         def forward(ctx: Any, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = op(*inputs)
-            handed_out = derivative.save(ctx, inputs, outputs)
+            handed_out = save(ctx, inputs, outputs)
             return outputs if handed_out is None else handed_out
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-            return derivative.backward(ctx, *grad_outputs)
+            return backward(ctx, *grad_outputs)
 
     def kernel(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(_needs_grad(x) for x in inputs):
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return Differentiable.apply(*inputs)
-        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in inputs):
+        is_forward = forward_ad._current_level >= 0
+        if is_forward and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise NotImplementedError(f"{op}: has no derivative in forward mode; use impl='ref'")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
     return kernel
-
-
-def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _needs_grad(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad

@@ -64,8 +64,13 @@ class CreditOptions:
         check_word(where, "baseline_group", self.baseline_group, get_args(BaselineGroup))
         check_rule(where, "eps", self.eps, 0 < self.eps < float("inf"), "finite and > 0")
         if SCHEDULES[self.schedule].takes_factor:
-            holds = factor is not None and 0 <= factor <= 1
-            check_rule(where, "factor", factor, holds, f"in [0, 1] with schedule {self.schedule}")
+            check_rule(
+                where,
+                "factor",
+                factor,
+                factor is not None and 0 <= factor <= 1,
+                f"in [0, 1] with schedule {self.schedule}",
+            )
         else:
             check_rule(where, "factor", factor, factor is None, f"None with schedule {self.schedule}")
         if self.baseline_group == "question_attempt":

@@ -42,18 +42,6 @@ class Credit(NamedTuple):
     factors_K: Tensor  # [K] fp64: what the raw reward of attempt 0, 1, .. was multiplied by
 
 
-class _Table(NamedTuple):
-    """The attempts of a batch, as the implementations take them."""
-
-    raw_A: Tensor  # [A] fp64
-    attempt_idx_A: Tensor  # [A] int64
-    num_tokens_A: Tensor | None = None  # [A] int64; None where only rewards are asked for
-    keys_GA: Tensor | None = None  # [G, A] int64: who agrees in every row is a group; None: nobody is compared
-    rollouts_2A: Tensor | None = (
-        None  # [2, A] int64: attempts that agree in both earn the last one's reward; None: their own
-    )
-
-
 def credit_attempts_ref(
     raw_A: Tensor,
     attempt_idx_A: Tensor,
@@ -126,8 +114,7 @@ def credit_attempts(
     where, estimator = "compute_advantages", ESTIMATORS[options.estimator]
     check = TensorChecker(where)
     num_factors = _check_rewards(check, rewards_A, attempt_idx_A, options)
-    check("num_tokens_A", num_tokens_A, INDEX)
-    check("question_idx_A", question_idx_A, INDEX)
+    check.each(INDEX, num_tokens_A=num_tokens_A, question_idx_A=question_idx_A)
     check.finite("num_tokens_A", num_tokens_A, at_least=0)
     rollouts_2A = None
     if options.credit == "trajectory":
@@ -135,21 +122,22 @@ def credit_attempts(
         assert rollout_idx_A is not None
         check("rollout_idx_A", rollout_idx_A, INDEX)
         rollouts_2A = torch.stack((question_idx_A, rollout_idx_A))
-    table = _Table(rewards_A.detach().double(), attempt_idx_A, rollouts_2A=rollouts_2A)
-    if not has_no_values(num_tokens_A):
-        if not num_tokens_A.any():
-            warnings.warn(f"{where}: the batch has no loss tokens; all advantages are 0", stacklevel=2)
-            earned = _run(where, impl, table, options, num_factors, _REWARDS_ONLY)
-            return earned._replace(advantages_A=torch.zeros_like(earned.rewards_A))
-        if estimator.whitens and num_tokens_A.sum() == 1:
-            raise ValueError(
-                f"{where}: num_tokens_A must sum to at least 2 to be whitened ({options.estimator}), got 1; "
-                "use a larger batch"
-            )
+    has_tokens = has_no_values(num_tokens_A) or bool(num_tokens_A.any())
+    if not has_tokens:
+        warnings.warn(f"{where}: the batch has no loss tokens; all advantages are 0", stacklevel=2)
+        estimator = _REWARDS_ONLY
+    elif estimator.whitens and not has_no_values(num_tokens_A) and num_tokens_A.sum() == 1:
+        raise ValueError(
+            f"{where}: num_tokens_A must sum to at least 2 to be whitened "
+            f"({options.estimator}), got 1; use a larger batch"
+        )
     keys = (question_idx_A, attempt_idx_A) if options.baseline_group == "question_attempt" else (question_idx_A,)
     keys_GA = None if estimator.baseline == "none" else torch.stack(keys)
-    table = table._replace(num_tokens_A=num_tokens_A, keys_GA=keys_GA)
-    return _run(where, impl, table, options, num_factors, estimator)
+    table = rewards_A, attempt_idx_A, num_tokens_A, keys_GA, rollouts_2A
+    credit = _run(where, impl, options, num_factors, estimator, *table)
+    if has_tokens:
+        return credit
+    return credit._replace(advantages_A=torch.zeros_like(credit.rewards_A))
 
 
 def decay_rewards(
@@ -174,17 +162,44 @@ def decay_rewards(
     """
     where, options = "decay_rewards", CreditOptions(schedule=schedule, factor=factor)
     num_factors = _check_rewards(TensorChecker(where), rewards_A, attempt_idx_A, options)
-    table = _Table(rewards_A.detach().double(), attempt_idx_A)
-    return _run(where, impl, table, options, num_factors, _REWARDS_ONLY).rewards_A
+    credit = _run(where, impl, options, num_factors, _REWARDS_ONLY, rewards_A, attempt_idx_A)
+    return credit.rewards_A
 
 
 def _run(
-    where: str, impl: str, table: _Table, options: CreditOptions, num_factors: int, estimator: Estimator
+    where: str,
+    impl: str,
+    options: CreditOptions,
+    num_factors: int,
+    estimator: Estimator,
+    rewards_A: Tensor,
+    attempt_idx_A: Tensor,
+    num_tokens_A: Tensor | None = None,
+    keys_GA: Tensor | None = None,
+    rollouts_2A: Tensor | None = None,
 ) -> Credit:
-    """Pick the implementation and call it."""
-    impl = pick_impl(where, impl, table.raw_A)
-    compare = estimator.baseline, estimator.divides_by_std, estimator.whitens, options.eps
-    return Credit(*_credit_attempts(*table, options.factors(num_factors), num_factors, *compare, impl))
+    """Picks the implementation and calls it.
+
+    num_tokens_A: None where only rewards are asked for.
+    keys_GA:      [G, A] int64: who agrees in every row is a group; None: nobody is compared.
+    rollouts_2A:  [2, A] int64: who agrees in both earns the last one's reward; None: their own.
+    """
+    raw_A = rewards_A.detach().double()
+    outputs = _credit_attempts(
+        raw_A,
+        attempt_idx_A,
+        num_tokens_A,
+        keys_GA,
+        rollouts_2A,
+        options.factors(num_factors),
+        num_factors,
+        estimator.baseline,
+        estimator.divides_by_std,
+        estimator.whitens,
+        options.eps,
+        pick_impl(where, impl, raw_A),
+    )
+    return Credit(*outputs)
 
 
 def _kernel(
@@ -220,9 +235,8 @@ def _kernel(
 
 
 def _fake(raw_A: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    num_factors = others[5]
     earned_A = raw_A.new_empty(raw_A.shape, dtype=torch.float32)
-    return earned_A, torch.empty_like(earned_A), raw_A.new_empty((num_factors,))
+    return earned_A, torch.empty_like(earned_A), raw_A.new_empty((others[5],))  # num_factors
 
 
 _credit_attempts = define_op(

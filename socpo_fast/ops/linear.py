@@ -15,7 +15,7 @@ from torch import Tensor
 from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, whole
 from socpo_fast.ops._head import MIN_ROWS
 from socpo_fast.ops._impl import kernels_of, pick_impl
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 
 
 def linear_ref(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -49,18 +49,37 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
     if bias_N is not None:
         bias_N = whole("linear", "bias_N", bias_N).to(weight_ND.dtype)
     check = TensorChecker("linear")
-    check("x_TD", x_TD, FLOATS)
-    weights = (x_TD.dtype, torch.bfloat16) if x_TD.dtype == torch.float32 else (x_TD.dtype,)
-    check("weight_ND", weight_ND, weights)
-    if bias_N is not None:
-        check("bias_N", bias_N, (weight_ND.dtype,))
-    check_rule("linear", "strides of weight_ND", weight_ND.stride(), weight_ND.is_contiguous(), "contiguous")
-    check_rule("linear", "D", x_TD.shape[1], x_TD.shape[1] > 0, ">= 1")
+    check_factors(check, "x_TD", x_TD, "weight_ND", weight_ND)
+    check.given((weight_ND.dtype,), bias_N=bias_N)
     impl = pick_impl("linear", impl, x_TD)
     needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ND.requires_grad)
     if impl == "ref" or (needs_grad and weight_ND.dtype != x_TD.dtype):
         return linear_ref(x_TD, weight_ND, bias_N)
     return _linear(x_TD, weight_ND, bias_N, impl)
+
+
+def check_factors(
+    check: TensorChecker,
+    x_name: str,
+    x: Tensor,
+    weight_name: str,
+    weight: Tensor,
+) -> None:
+    """What a product of rows x with a weight relies on: bf16 weights beside fp32 rows, too."""
+    check(x_name, x, FLOATS)
+    check(
+        weight_name,
+        weight,
+        (x.dtype, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,),
+    )
+    check_rule(
+        check.where,
+        f"strides of {weight_name}",
+        weight.stride(),
+        weight.is_contiguous(),
+        "contiguous",
+    )
+    check_rule(check.where, "D", x.shape[1], x.shape[1] > 0, ">= 1")
 
 
 def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
@@ -91,7 +110,7 @@ _linear = define_op(
     "linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
     lambda x, weight, bias, impl: kernels_of("linear", impl).linear(x, weight, bias),
     fake=lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0])),
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )
 _matmul = define_op(
     "matmul(Tensor a, Tensor b, str impl) -> Tensor",

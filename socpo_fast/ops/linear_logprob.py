@@ -25,7 +25,6 @@ from socpo_fast.ops._checks import (
 from socpo_fast.ops._fused_logprob import linear_logprob_op
 from socpo_fast.ops._head import (
     NO_TARGET,
-    check_head_options,
     keep_wanted,
     row_indices,
     scales_of_logits,
@@ -137,12 +136,12 @@ def linear_logprob(
     would have alone.
     Source: Wijmans et al. 2024, arXiv:2411.09009, section 4.
     """
-    where = "linear_logprob"
-    check = TensorChecker(where)
-    head = check_linear_inputs(check, hidden_TD, weight_VD, bias_V, targets_N, temperature, rows_N)
-    hidden_TD, weight_VD, bias_V = head
-    check_head_options(where, workspace_mib, softcap, logit_scale)
-    impl = pick_impl(where, impl, hidden_TD)
+    check = TensorChecker("linear_logprob")
+    scaling = temperature, softcap, logit_scale
+    hidden_TD, weight_VD, bias_V = check_head(
+        check, hidden_TD, weight_VD, bias_V, targets_N, rows_N, workspace_mib, *scaling
+    )
+    impl = pick_impl("linear_logprob", impl, hidden_TD)
     if impl == "ref":
         return linear_logprob_ref(
             hidden_TD,
@@ -155,20 +154,24 @@ def linear_logprob(
             softcap=softcap,
             logit_scale=logit_scale,
         )
-    scales = scales_of_logits(temperature, softcap, logit_scale, targets_N.numel(), hidden_TD)
-    given = *head, rows_N, targets_N, *scales, entropy_grad
-    logprobs_N, entropy_N, _ = linear_logprob_op(*given, workspace_mib, impl)
-    return logprobs_N, entropy_N
+    scales = scales_of_logits(targets_N.numel(), hidden_TD, *scaling)
+    outputs = linear_logprob_op(
+        hidden_TD, weight_VD, bias_V, rows_N, targets_N, *scales, entropy_grad, workspace_mib, impl
+    )
+    return outputs[:2]
 
 
-def check_linear_inputs(
+def check_head(
     check: TensorChecker,
     hidden_TD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_N: Tensor,
-    temperature: float | Tensor,
     rows_N: Tensor | None,
+    workspace_mib: float | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rules of linear_logprob's docstring; afterwards `check` knows T, D, V, N and the device.
 
@@ -178,9 +181,14 @@ def check_linear_inputs(
     hidden_TD, weight_VD = autocast(hidden_TD, whole(check.where, "weight_VD", weight_VD))
     check("weight_VD", weight_VD, (hidden_TD.dtype,))
     for name, x in (("hidden_TD", hidden_TD), ("weight_VD", weight_VD)):
-        if x.stride(1) != 1 and x.shape[1] > 1:
-            got = f"got {x.stride()}; call .contiguous()"
-            raise ValueError(f"{check.where}: {name} strides must be (*, 1), {got}")
+        check_rule(
+            check.where,
+            f"{name} strides",
+            x.stride(),
+            x.stride(1) == 1 or x.shape[1] <= 1,
+            "(*, 1)",
+            "call .contiguous()",
+        )
     check_rule(
         check.where,
         "weight_VD",
@@ -220,6 +228,16 @@ def check_linear_inputs(
             0 < temperature < float("inf"),
             "finite and > 0",
         )
+    for name, value in (("workspace_mib", workspace_mib), ("softcap", softcap)):
+        holds = value is None or 0 < value < torch.inf
+        check_rule(check.where, name, value, holds, "finite and > 0")
+    check_rule(
+        check.where,
+        "logit_scale",
+        logit_scale,
+        0 < logit_scale < torch.inf,
+        "finite and > 0",
+    )
     return hidden_TD, weight_VD, bias_V
 
 

@@ -15,16 +15,14 @@ from torch import Tensor
 
 from socpo_fast.ops._checks import TensorChecker, check_word
 from socpo_fast.ops._fused_policy_loss import fused_policy_loss
-from socpo_fast.ops._head import NO_TARGET, check_head_options, scales_of_logits
+from socpo_fast.ops._head import NO_TARGET, scales_of_logits
 from socpo_fast.ops._impl import pick_impl
-from socpo_fast.ops.linear_logprob import check_linear_inputs, linear_logprob_ref
+from socpo_fast.ops.linear_logprob import check_head, linear_logprob_ref
 from socpo_fast.ops.policy_loss import (
     DEFAULT_OPTIONS,
     PolicyLoss,
     PolicyLossOptions,
-    check_logprobs,
-    check_weights,
-    per_token,
+    check_loss_inputs,
     policy_loss_ref,
 )
 
@@ -35,25 +33,33 @@ _METRICS: tuple[str, ...] = get_args(Metrics)
 def linear_policy_loss_ref(
     hidden_TD: Tensor,
     weight_VD: Tensor,
+    bias_V: Tensor | None,
     targets_N: Tensor,
+    rows_N: Tensor | None,
+    metrics: Metrics,
+    advantages_N: Tensor,
+    weights_N: Tensor,
     old_logprobs_N: Tensor | None,
     ref_logprobs_N: Tensor | None,
     sampler_logprobs_N: Tensor | None,
-    advantages_N: Tensor,
-    weights_N: Tensor,
     tis_clip: float | None,
     options: PolicyLossOptions,
-    metrics: Metrics,
-    **head: Any,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
 ) -> PolicyLoss:
-    """`linear_policy_loss` with one advantage and one weight a token, unchecked.
-
-    head is temperature, rows_N, bias_V, softcap and logit_scale, as linear_logprob_ref takes them.
-    """
+    """`linear_policy_loss` with one advantage and one weight a token, unchecked."""
     has_loss_N = scored_N = (weights_N != 0) & (targets_N != NO_TARGET)
     if metrics != "all" and options.needs_advantage:
         scored_N = has_loss_N & (advantages_N != 0)
-    head["entropy_grad"] = options.entropy_coef != 0
+    head: dict[str, Any] = {
+        "temperature": temperature,
+        "rows_N": rows_N,
+        "entropy_grad": options.entropy_coef != 0,
+        "bias_V": bias_V,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
     scored = targets_N.where(scored_N, NO_TARGET)
     logprobs_N, entropy_N = linear_logprob_ref(hidden_TD, weight_VD, scored, **head)
     if metrics == "all":  # what has no loss has values, and no gradient whatever stands in it
@@ -73,14 +79,9 @@ def linear_policy_loss_ref(
         sampler_logprobs_N=sampler_logprobs_N,
         tis_clip=tis_clip,
     )
-    return PolicyLoss(
-        loss=result.loss,
-        logprobs=result.logprobs,
-        entropy=result.entropy,
-        ratio=result.ratio,
-        # a skipped row of advantage 0 counts as a loss row in which no clip held
-        clip_fraction=result.clip_fraction * scored_N.sum() / has_loss_N.sum().clamp(min=1),
-    )
+    # a skipped row of advantage 0 counts as a loss row in which no clip held
+    clip_fraction = result.clip_fraction * scored_N.sum() / has_loss_N.sum().clamp(min=1)
+    return result._replace(clip_fraction=clip_fraction)
 
 
 def linear_policy_loss(
@@ -137,23 +138,26 @@ def linear_policy_loss(
     """
     where = "linear_policy_loss"
     check = TensorChecker(where)
-    head = check_linear_inputs(check, hidden_TD, weight_VD, bias_V, targets_N, temperature, rows_N)
-    check_head_options(where, workspace_mib, softcap, logit_scale)
+    by_row = targets_N, rows_N
+    scaling: Any = temperature, softcap, logit_scale
+    head = check_head(check, hidden_TD, weight_VD, bias_V, *by_row, workspace_mib, *scaling)
     check_word(where, "metrics", metrics, _METRICS)
+    scale_N, tanh_scale = scales_of_logits(check.sizes["N"], head[0], *scaling)
+    weights = attempt_of_token_N, weights_N, num_loss_tokens
     logprobs = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
-    check_logprobs(check, *logprobs, tis_clip, options)
-    scaling = temperature, softcap, logit_scale
-    scale_N, tanh_scale = scales_of_logits(*scaling, check.sizes["N"], head[0])
-    like = scale_N if old_logprobs_N is None else old_logprobs_N
-    weights = weights_N, num_loss_tokens
-    weights_N = check_weights(check, advantages, attempt_of_token_N, *weights, like)
+    terms: Any = *logprobs, tis_clip, options
+    weighting = check_loss_inputs(check, scale_N, advantages, *weights, *terms)
     impl = pick_impl(where, impl, head[0])
-    advantages_N, settings = per_token(advantages, attempt_of_token_N), (tis_clip, options)
     if impl == "ref":
-        names = "temperature", "softcap", "logit_scale"
-        more: dict[str, Any] = dict(zip(names, scaling, strict=True), rows_N=rows_N, bias_V=head[2])
-        given = *head[:2], targets_N, *logprobs, advantages_N, weights_N, *settings
-        return linear_policy_loss_ref(*given, metrics, **more)
-    by_row = rows_N, targets_N, scale_N, advantages_N, weights_N, *logprobs
-    all_rows = metrics == "all"
-    return fused_policy_loss(head, by_row, tanh_scale, *settings, all_rows, workspace_mib, impl)
+        return linear_policy_loss_ref(*head, *by_row, metrics, *weighting, *terms, *scaling)
+    return fused_policy_loss(
+        *head,
+        *by_row,
+        scale_N,
+        tanh_scale,
+        metrics == "all",
+        workspace_mib,
+        impl,
+        *weighting,
+        *terms,
+    )

@@ -7,29 +7,34 @@ sum of exps, best token by score), merged in the order of the tiles. Only rows w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._checks import FLOATS, INDEX, TensorChecker, autocast, check_rule, whole
+from socpo_fast.ops._checks import INDEX, TensorChecker, autocast, check_rule, whole
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
-from socpo_fast.ops.linear import linear_ref
+from socpo_fast.ops.linear import check_factors, linear_ref
 from socpo_fast.ops.sample import check_draws, sample_ref
 
 Draws = tuple[Tensor, Tensor, Tensor, Tensor]
-_SETTINGS = ("temperature_B", "top_k_B", "top_p_B", "min_p_B")
 
 
 def linear_sample_ref(
-    hidden_TD: Tensor, weight_VD: Tensor, row_keys_B: Tensor, *, rows_B: Tensor | None = None, **settings: Tensor
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    row_keys_B: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    rows_B: Tensor | None = None,
 ) -> Draws:
-    """`linear_sample`, unchecked; settings are temperature_B, top_k_B, top_p_B and min_p_B."""
+    """`linear_sample`, unchecked."""
     hidden_BD = hidden_TD if rows_B is None else hidden_TD[rows_B]
     logits_BV = linear_ref(hidden_BD.to(torch.promote_types(hidden_TD.dtype, torch.float32)), weight_VD)
-    token_ids_B, logprobs_B, kept_mass_B = sample_ref(logits_BV, row_keys_B, **settings)
-    temperature_B = settings["temperature_B"].masked_fill(settings["temperature_B"] == 0, 1.0)
+    settings = temperature_B, top_k_B, top_p_B, min_p_B
+    token_ids_B, logprobs_B, kept_mass_B = sample_ref(logits_BV, row_keys_B, *settings)
+    temperature_B = temperature_B.masked_fill(temperature_B == 0, 1.0)
     probs_BV = (logits_BV.double() / temperature_B[:, None]).softmax(-1)
     return token_ids_B, logprobs_B, torch.special.entr(probs_BV).sum(-1).float(), kept_mass_B
 
@@ -74,11 +79,7 @@ def linear_sample(
     """
     hidden_TD, weight_VD = autocast(hidden_TD, whole("linear_sample", "weight_VD", weight_VD))
     check = TensorChecker("linear_sample")
-    check("hidden_TD", hidden_TD, FLOATS)
-    weights = (hidden_TD.dtype, torch.bfloat16) if hidden_TD.dtype == torch.float32 else (hidden_TD.dtype,)
-    check("weight_VD", weight_VD, weights)
-    check_rule("linear_sample", "D", hidden_TD.shape[1], hidden_TD.shape[1] > 0, ">= 1")
-    check_rule("linear_sample", "strides of weight_VD", weight_VD.stride(), weight_VD.is_contiguous(), "contiguous")
+    check_factors(check, "hidden_TD", hidden_TD, "weight_VD", weight_VD)
     check_draws(check, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
     if rows_B is not None:
         check("rows_B", rows_B, INDEX)
@@ -86,8 +87,18 @@ def linear_sample(
     else:
         check_rule("linear_sample", "B without rows_B", len(row_keys_B), len(row_keys_B) == len(hidden_TD), "T")
     impl = pick_impl("linear_sample", impl, hidden_TD)
-    settings = temperature_B, top_k_B, top_p_B, min_p_B
-    return linear_sample_op(hidden_TD, weight_VD, row_keys_B, *settings, rows_B, None, impl)
+    return linear_sample_op(
+        hidden_TD,
+        weight_VD,
+        row_keys_B,
+        temperature_B,
+        top_k_B,
+        top_p_B,
+        min_p_B,
+        rows_B,
+        None,
+        impl,
+    )
 
 
 def _kernel(
@@ -109,16 +120,11 @@ def _kernel(
         if is_filtered is None:  # the host waits for a GPU to know
             is_filtered = bool(((top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)).any())
         if not is_filtered:
-            launch = kernels_of("linear_sample", impl).linear_sample_triton
-            draws = launch(hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B)
+            draws = kernels_of("linear_sample", impl).linear_sample_triton(
+                hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B
+            )
             return *draws, torch.ones_like(temperature_B)
-    named = dict(zip(_SETTINGS, settings, strict=True))
-    return linear_sample_ref(hidden_TD, weight_VD, row_keys_B, rows_B=rows_B, **named)
-
-
-def _fake(hidden_TD: Tensor, weight_VD: Tensor, row_keys_B: Tensor, temperature_B: Tensor, *_: Any) -> Draws:
-    logprobs_B, entropy_B, kept_mass_B = (temperature_B.new_empty(row_keys_B.shape) for _ in range(3))
-    return row_keys_B.new_empty(row_keys_B.shape), logprobs_B, entropy_B, kept_mass_B
+    return linear_sample_ref(hidden_TD, weight_VD, row_keys_B, *settings, rows_B)
 
 
 # is_filtered: whether any draw has a filter on; None leaves it to be found out.
@@ -127,5 +133,8 @@ linear_sample_op = define_op(
     "Tensor min_p, Tensor? rows, bool? is_filtered, str impl) "
     "-> (Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor kept_mass)",
     _kernel,
-    fake=_fake,
+    fake=lambda _hidden, _weight, row_keys, temperature, *_: (
+        row_keys.new_empty(row_keys.shape),
+        *(temperature.new_empty(row_keys.shape) for _ in range(3)),
+    ),
 )

@@ -113,8 +113,7 @@ def _check(
     stored = (torch.float32, torch.bfloat16) if q_THE.dtype == torch.float32 else (q_THE.dtype,)
     check("k_cache_PSKE", k_cache_PSKE, stored)
     check("v_cache_PSKE", v_cache_PSKE, (k_cache_PSKE.dtype,))
-    check("block_table_BM", block_table_BM, (torch.int32,))
-    check("seq_lens_B", seq_lens_B, (torch.int32,))
+    check.each((torch.int32,), block_table_BM=block_table_BM, seq_lens_B=seq_lens_B)
     num_tokens, heads, head_dim, pages, page_size, kv_heads, num_seqs, width = (check.sizes[c] for c in "THEPSKBM")
     is_whole = k_cache_PSKE.is_contiguous() and v_cache_PSKE.is_contiguous()
     check_rule(where, "strides of the caches", (k_cache_PSKE.stride(), v_cache_PSKE.stride()), is_whole, "contiguous")
@@ -124,15 +123,24 @@ def _check(
     if has_no_values(q_THE):
         return
     q_lens_B = cu_seqlens_q.diff()
-    is_rising = cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q.shape == (num_seqs + 1,)
-    is_rising = is_rising and bool((q_lens_B >= 0).all())
-    is_rising = is_rising and cu_seqlens_q[0].item() == 0 and cu_seqlens_q[-1].item() == num_tokens
+    is_rising = (
+        cu_seqlens_q.dtype == torch.int32
+        and cu_seqlens_q.shape == (num_seqs + 1,)
+        and bool((q_lens_B >= 0).all())
+        and cu_seqlens_q[0].item() == 0
+        and cu_seqlens_q[-1].item() == num_tokens
+    )
     check_rule(
         where, "cu_seqlens_q", cu_seqlens_q, is_rising, f"int32 [B + 1 = {num_seqs + 1}] rising from 0 to {num_tokens}"
     )
     fits = bool(((seq_lens_B >= q_lens_B) & (seq_lens_B <= width * page_size)).all())
-    rule = f"in [query tokens, M * S = {width * page_size}] with query tokens {q_lens_B.tolist()}"
-    check_rule(where, "seq_lens_B", seq_lens_B.tolist(), fits, rule)
+    check_rule(
+        where,
+        "seq_lens_B",
+        seq_lens_B.tolist(),
+        fits,
+        f"in [query tokens, M * S = {width * page_size}] with query tokens {q_lens_B.tolist()}",
+    )
     used_pages = block_table_BM[
         torch.arange(0, width * page_size, page_size, device=seq_lens_B.device) < seq_lens_B[:, None]
     ]
@@ -160,8 +168,11 @@ def _kernel(
     longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale}
     if impl == "flash":
         return paged_attention_flash(*tensors, **longest)  # type: ignore[arg-type]
-    launch = kernels_of("paged_attention", impl).paged_attention_triton
-    return launch(*tensors, cascade=cascade, **longest)
+    return kernels_of("paged_attention", impl).paged_attention_triton(
+        *tensors,
+        cascade=cascade,
+        **longest,
+    )
 
 
 # max_seqlen_*: the longest query and context, or more.

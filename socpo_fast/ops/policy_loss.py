@@ -106,13 +106,11 @@ def policy_loss_ref(
 ) -> PolicyLoss:
     """`policy_loss` with one advantage and one weight a token, unchecked; logprobs in fp32 or fp64."""
     has_loss_N = weights_N != 0
-    if old_logprobs_N is None:
-        old_logprobs_N = logprobs_N
-    old_logprobs_N = old_logprobs_N.detach().to(logprobs_N.dtype)
+    old_logprobs_N = logprobs_N if old_logprobs_N is None else old_logprobs_N.to(logprobs_N.dtype)
+    old_logprobs_N = old_logprobs_N.detach()
 
-    def only_loss_rows(
-        x_N: Tensor,
-    ) -> Tensor:  # zeros elsewhere, whatever stands there, and no gradient
+    def only_loss_rows(x_N: Tensor) -> Tensor:
+        """Zeros elsewhere, whatever stands there, and no gradient."""
         return x_N.where(has_loss_N, 0)
 
     logprobs, old = only_loss_rows(logprobs_N), only_loss_rows(old_logprobs_N)
@@ -193,21 +191,29 @@ def policy_loss(
     """
     check = TensorChecker("policy_loss")
     check("logprobs_N", logprobs_N, WIDE_FLOATS)
-    if entropy_N is not None:
-        check("entropy_N", entropy_N, WIDE_FLOATS)
+    check.given(WIDE_FLOATS, entropy_N=entropy_N)
     if options.entropy_coef != 0:
         detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
         rule = "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
         got = entropy_N if entropy_N is None else "a detached one"
         check_rule("policy_loss", "entropy_N", got, not detached, rule)
-    check_logprobs(check, old_logprobs_N, ref_logprobs_N, sampler_logprobs_N, tis_clip, options)
-    like = logprobs_N if old_logprobs_N is None else old_logprobs_N
-    weights = weights_N, num_loss_tokens
-    weights_N = check_weights(check, advantages, attempt_of_token_N, *weights, like)
+    advantages_N, weights_N = check_loss_inputs(
+        check,
+        logprobs_N,
+        advantages,
+        attempt_of_token_N,
+        weights_N,
+        num_loss_tokens,
+        old_logprobs_N,
+        ref_logprobs_N,
+        sampler_logprobs_N,
+        tis_clip,
+        options,
+    )
     return policy_loss_ref(
         logprobs_N,
         old_logprobs_N,
-        per_token(advantages, attempt_of_token_N),
+        advantages_N,
         weights_N,
         options=options,
         entropy_N=entropy_N,
@@ -217,55 +223,51 @@ def policy_loss(
     )
 
 
-def check_logprobs(
+def check_loss_inputs(
     check: TensorChecker,
+    like: Tensor,
+    advantages: Tensor,
+    attempt_of_token_N: Tensor | None,
+    weights_N: Tensor | None,
+    num_loss_tokens: float | None,
     old_logprobs_N: Tensor | None,
     ref_logprobs_N: Tensor | None,
     sampler_logprobs_N: Tensor | None,
     tis_clip: float | None,
     options: PolicyLossOptions,
-) -> None:
-    """The rules of policy_loss' docstring on log-probs; `check` knows N and the device already."""
+) -> tuple[Tensor, Tensor]:
+    """The rules of policy_loss' docstring; `check` knows N and the device already.
+
+    Returns: [N] advantages and [N] weights, without a gradient. Weights made here are like the old
+    log-probs, or like `like` where there are none.
+    """
     has_reference = options.kl_coef == 0 or ref_logprobs_N is not None
     check_rule(check.where, "ref_logprobs_N", None, has_reference, "given when kl_coef is not 0")
     has_sampler = tis_clip is None or sampler_logprobs_N is not None
     check_rule(check.where, "sampler_logprobs_N", None, has_sampler, "given with tis_clip")
     check_rule(check.where, "tis_clip", tis_clip, tis_clip is None or tis_clip > 0, "> 0, or None")
-    for name, logprobs_N in (
-        ("old_logprobs_N", old_logprobs_N),
-        ("ref_logprobs_N", ref_logprobs_N),
-        ("sampler_logprobs_N", sampler_logprobs_N),
-    ):
-        if logprobs_N is not None:
-            check(name, logprobs_N, WIDE_FLOATS)
-
-
-def check_weights(
-    check: TensorChecker,
-    advantages: Tensor,
-    attempt_of_token_N: Tensor | None,
-    weights_N: Tensor | None,
-    num_loss_tokens: float | None,
-    like: Tensor,
-) -> Tensor:
-    """The rules of policy_loss' docstring on advantages and weights; [N] weights, like `like`."""
-    if attempt_of_token_N is None:
-        check("advantages_N", advantages, WIDE_FLOATS)
-        check.finite("advantages_N", advantages)
-    else:
-        check("advantages_A", advantages, WIDE_FLOATS)
+    check.given(
+        WIDE_FLOATS,
+        old_logprobs_N=old_logprobs_N,
+        ref_logprobs_N=ref_logprobs_N,
+        sampler_logprobs_N=sampler_logprobs_N,
+    )
+    name = "advantages_N" if attempt_of_token_N is None else "advantages_A"
+    check(name, advantages, WIDE_FLOATS)
+    check.finite(name, advantages)
+    if attempt_of_token_N is not None:
         check("attempt_of_token_N", attempt_of_token_N, INDEX)
-        check.finite("advantages_A", advantages)
         check.index_range("attempt_of_token_N", attempt_of_token_N, advantages.numel())
+        advantages = advantages[attempt_of_token_N]
     if (weights_N is None) == (num_loss_tokens is None):
-        got = "neither" if weights_N is None else "both"
         raise ValueError(
-            f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got {got}",
+            f"{check.where}: exactly one of weights_N and num_loss_tokens must be given, got "
+            f"{'neither' if weights_N is None else 'both'}",
         )
     if weights_N is not None:
         check("weights_N", weights_N, WIDE_FLOATS)
         check.finite("weights_N", weights_N, at_least=0)
-        return weights_N.detach()
+        return advantages.detach(), weights_N.detach()
     assert num_loss_tokens is not None
     check_rule(
         check.where,
@@ -274,12 +276,8 @@ def check_weights(
         0 < num_loss_tokens < float("inf"),
         "finite and > 0",
     )
-    return like.new_full((check.sizes["N"],), 1 / num_loss_tokens)
-
-
-def per_token(advantages: Tensor, attempt_of_token_N: Tensor | None) -> Tensor:
-    """[N], without a gradient."""
-    return (advantages if attempt_of_token_N is None else advantages[attempt_of_token_N]).detach()
+    like = like if old_logprobs_N is None else old_logprobs_N
+    return advantages.detach(), like.new_full((check.sizes["N"],), 1 / num_loss_tokens)
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, is_autocasting, whole
 from socpo_fast.ops._impl import kernels_of, pick_impl
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 
 Pair = tuple[Tensor, Tensor]
 Norm = Tensor | Pair
@@ -58,8 +58,7 @@ def rms_norm(
     check = TensorChecker("rms_norm")
     check("x_TD" if x_TD.dim() == 2 else "x_THD", x_TD, FLOATS)
     check("weight_D", weight_D, (x_TD.dtype, torch.bfloat16) if x_TD.dtype == torch.float32 else (x_TD.dtype,))
-    if residual_TD is not None:
-        check("residual_TD", residual_TD, (x_TD.dtype,))
+    check.given((x_TD.dtype,), residual_TD=residual_TD)
     check_rule("rms_norm", "D", x_TD.shape[-1], x_TD.shape[-1] > 0, ">= 1")
     check_rule("rms_norm", "eps", eps, 0 < eps < torch.inf, "a finite number > 0")
     impl = pick_impl("rms_norm", impl, x_TD)
@@ -80,8 +79,9 @@ def _save(ctx: Any, inputs: tuple, outputs: Pair) -> None:
 def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
     """With r = 1 / rms and g = grad * weight: dsum = r (g - sum r^2 mean(g sum)), dweight = sum of grad sum r."""
     sum_, weight_D = ctx.saved_tensors
-    grad_stream = grad_sum if ctx.has_residual else None
-    grad, grad_weight_D = _rms_norm_backward(sum_, weight_D, grad_y, grad_stream, ctx.eps, ctx.impl)
+    grad, grad_weight_D = _rms_norm_backward(
+        sum_, weight_D, grad_y, grad_sum if ctx.has_residual else None, ctx.eps, ctx.impl
+    )
     return grad, grad_weight_D, grad if ctx.has_residual else None, None, None
 
 
@@ -93,7 +93,7 @@ _rms_norm = define_op(
         x.new_empty(x.shape),
         x.new_empty((0,) if residual is None else x.shape),
     ),
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )
 # grad_sum: what reaches x by other ways, added
 _rms_norm_backward = define_op(

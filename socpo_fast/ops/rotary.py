@@ -12,7 +12,7 @@ from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
 from socpo_fast.ops._impl import kernels_of, pick_impl
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 
 
 def rotary_ref(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -42,9 +42,8 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
     """
     _check("rotary", "x_THE", x_THE, cos_TE, sin_TE)
     impl = pick_impl("rotary", impl, x_THE)
-    if impl == "ref":
-        return rotary_ref(x_THE, cos_TE, sin_TE)
-    return _rotary(x_THE, cos_TE, sin_TE, False, impl)
+    tensors = x_THE, cos_TE, sin_TE
+    return rotary_ref(*tensors) if impl == "ref" else _rotary(*tensors, False, impl)
 
 
 def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
@@ -60,7 +59,7 @@ _rotary = define_op(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool inverse, str impl) -> Tensor",
     lambda x, cos, sin, inverse, impl: kernels_of("rotary", impl).rotary(x, cos, sin, inverse),
     fake=lambda x, *_: x.new_empty(x.shape),
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )
 
 

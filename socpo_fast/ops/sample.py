@@ -7,8 +7,6 @@ after preemption, and after a resumed run.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,12 @@ _MASK_32 = 0xFFFFFFFF
 
 
 def sample_ref(
-    logits_BV: Tensor, row_keys_B: Tensor, *, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
+    logits_BV: Tensor,
+    row_keys_B: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     greedy_B1 = (temperature_B == 0)[:, None]
     z_BV = logits_BV.float() * torch.where(greedy_B1, 1.0, 1.0 / temperature_B[:, None])
@@ -89,23 +92,21 @@ def _kernel(
     min_p_B: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if impl == "cpp":
-        tensors = (logits_BV.float(), row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
-        return torch.ops.socpo.sample(*(x.contiguous() for x in tensors))
-    settings = {"temperature_B": temperature_B, "top_k_B": top_k_B, "top_p_B": top_p_B, "min_p_B": min_p_B}
-    return sample_ref(logits_BV, row_keys_B, **settings)
-
-
-def _fake(logits_BV: Tensor, row_keys_B: Tensor, temperature_B: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = row_keys_B.shape
-    return row_keys_B.new_empty(num_rows), temperature_B.new_empty(num_rows), temperature_B.new_empty(num_rows)
+    by_row = row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B
+    if impl == "ref":
+        return sample_ref(logits_BV, *by_row)
+    return torch.ops.socpo.sample(*(x.contiguous() for x in (logits_BV.float(), *by_row)))
 
 
 _sample = define_op(
     "sample(Tensor logits, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
     "str impl) -> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)",
     _kernel,
-    fake=_fake,
+    fake=lambda _logits, row_keys, temperature, *_: (
+        row_keys.new_empty(row_keys.shape),
+        temperature.new_empty(row_keys.shape),
+        temperature.new_empty(row_keys.shape),
+    ),
 )
 
 
@@ -183,12 +184,9 @@ def check_draws(
 ) -> None:
     """The vocabulary that `check` has met, and the settings of the draws from it."""
     check_rule(check.where, "V", check.sizes["V"], 0 < check.sizes["V"] < 2**31, "in [1, 2^31)")
-    check("row_keys_B", row_keys_B, INDEX)
-    check("temperature_B", temperature_B, (torch.float32,))
+    check.each(INDEX, row_keys_B=row_keys_B, top_k_B=top_k_B)
+    check.each((torch.float32,), temperature_B=temperature_B, top_p_B=top_p_B, min_p_B=min_p_B)
     check.finite("temperature_B", temperature_B, at_least=0.0)
-    check("top_k_B", top_k_B, INDEX)
     check.index_range("top_k_B", top_k_B, 2**31)
-    check("top_p_B", top_p_B, (torch.float32,))
     check.every("top_p_B", top_p_B, (top_p_B > 0) & (top_p_B <= 1), "in (0, 1]")
-    check("min_p_B", min_p_B, (torch.float32,))
     check.every("min_p_B", min_p_B, (min_p_B >= 0) & (min_p_B < 1), "in [0, 1)")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
 from socpo_fast.ops._impl import kernels_of, pick_impl
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 
 
 def swiglu_ref(gate_up_TJ: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ _swiglu = define_op(
     "swiglu(Tensor gate_up, str impl) -> Tensor",
     lambda x, impl: kernels_of("swiglu", impl).swiglu(x),
     fake=lambda x, impl: x.new_empty((x.shape[0], x.shape[1] // 2)),
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )
 _swiglu_backward = define_op(
     "swiglu_backward(Tensor gate_up, Tensor grad, str impl) -> Tensor",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
-from socpo_fast.ops._register import Derivative, define_op
+from socpo_fast.ops._register import define_op
 
 ROWS_PER_BLOCK = 64  # of one pair of extremes
 REF_SCORES = 1 << 25  # entries of the mask that the reference makes at a time
@@ -139,24 +139,26 @@ def tree_attention(
     q_THE, k_TKE, v_TKE = autocast(q_THE, k_TKE, v_TKE)
     check = TensorChecker("tree_attention")
     check("q_THE", q_THE, FLOATS)
-    check("k_TKE", k_TKE, (q_THE.dtype,))
-    check("v_TKE", v_TKE, (q_THE.dtype,))
+    check.each((q_THE.dtype,), k_TKE=k_TKE, v_TKE=v_TKE)
     _, heads, head_dim = q_THE.shape
     kv_heads = k_TKE.shape[1]
-    is_multiple = heads > 0 and kv_heads > 0 and heads % kv_heads == 0
-    check_rule(check.where, "H", heads, is_multiple, f"a multiple of K={kv_heads}")
+    check_rule(
+        check.where,
+        "H",
+        heads,
+        heads > 0 and kv_heads > 0 and heads % kv_heads == 0,
+        f"a multiple of K={kv_heads}",
+    )
     check_rule(check.where, "E", head_dim, head_dim > 0, ">= 1")
     check_rule(check.where, "scale", scale, 0 < scale < float("inf"), "finite and > 0")
-    if isinstance(tree, TreeMask):
-        check("visible_until_T", tree.visible_until_T, INT32)
-    else:
-        check("visible_until_T", tree, INT32)
+    visible_until_T = tree.visible_until_T if isinstance(tree, TreeMask) else tree
+    check("visible_until_T", visible_until_T, INT32)
+    if not isinstance(tree, TreeMask):
         tree = TreeMask.of(tree, where=check.where)
     impl = pick_impl("tree_attention", impl, q_THE)
     if impl == "ref":
         return tree_attention_ref(q_THE, k_TKE, v_TKE, tree.visible_until_T, scale=scale)
-    o_THE, _ = _tree_attention(q_THE, k_TKE, v_TKE, *tree, scale, impl)
-    return o_THE
+    return _tree_attention(q_THE, k_TKE, v_TKE, *tree, scale, impl)[0]
 
 
 def _kernel(
@@ -197,8 +199,14 @@ def _backward_kernel(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = kernels_of("tree_attention", impl)
-    return kernels.tree_attention_backward(grad_o, q, k, v, visible_until, scale)
+    return kernels_of("tree_attention", impl).tree_attention_backward(
+        grad_o,
+        q,
+        k,
+        v,
+        visible_until,
+        scale,
+    )
 
 
 # logsumexp [T, H] is of each row's scores: what the backward needs of the softmax.
@@ -207,7 +215,7 @@ _tree_attention = define_op(
     "Tensor max_until, float scale, str impl) -> (Tensor o, Tensor logsumexp)",
     _kernel,
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
-    derivative=Derivative(_save, _backward),
+    derivative=(_save, _backward),
 )
 _tree_attention_backward = define_op(
     "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor visible_until, "
