@@ -1,0 +1,219 @@
+"""Rules and graders of a user's own that exit, hang, raise, and return what nobody expects."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+import time
+from typing import Any
+
+from socpo_fast.types import GuidanceRequest, Question
+from tools.faults.run import Faults, Promise, batch_rows
+
+ADVICE = "Check the sum."
+LIMIT_S = 2.0
+_stop = threading.Event()
+
+
+def _is_hit(request: GuidanceRequest) -> bool:
+    """Half of the calls, the same ones in every run."""
+    return random.Random(f"{request.key} {request.rollout_idx}").random() < 0.5
+
+
+def exits(request: GuidanceRequest) -> str:
+    if _is_hit(request):
+        raise SystemExit(3)
+    return ADVICE
+
+
+def interrupts(request: GuidanceRequest) -> str:
+    if _is_hit(request):
+        raise KeyboardInterrupt
+    return ADVICE
+
+
+def raises(request: GuidanceRequest) -> str:
+    return {False: ADVICE}[_is_hit(request)]
+
+
+def recurses(request: GuidanceRequest) -> str:
+    return recurses(request) if _is_hit(request) else ADVICE
+
+
+def returns_a_number(request: GuidanceRequest) -> Any:
+    return 3 if _is_hit(request) else ADVICE
+
+
+def returns_nothing(request: GuidanceRequest) -> str | None:
+    return None if _is_hit(request) else ADVICE
+
+
+def hangs(request: GuidanceRequest) -> str:
+    if _is_hit(request):
+        _stop.wait(600)
+    return ADVICE
+
+
+async def awaits_without_end(request: GuidanceRequest) -> str:
+    if _is_hit(request):
+        await asyncio.sleep(600)
+    return ADVICE
+
+
+async def blocks_its_loop(request: GuidanceRequest) -> str:
+    if request.rollout_idx == 0 and request.key.question % 2:
+        _stop.wait(600)
+    await asyncio.sleep(0)
+    return ADVICE
+
+
+async def exits_later(request: GuidanceRequest) -> str:
+    await asyncio.sleep(0)
+    return exits(request)
+
+
+def closes_what_is_not_its_own(request: GuidanceRequest) -> str:
+    """A thread's exception, a changed folder and a closed pipe are nobody else's."""
+    threading.Thread(target=lambda: 1 / 0, daemon=True).start()
+    ours, _theirs = os.pipe()
+    os.close(ours)
+    return ADVICE
+
+
+def hangs_always(_request: GuidanceRequest) -> str:
+    _stop.wait(600)
+    return ADVICE
+
+
+# Rule -> the kind of failure that is counted; "" where it is none.
+RULES = {
+    exits: "exception",
+    interrupts: "exception",
+    raises: "exception",
+    recurses: "exception",
+    returns_a_number: "exception",
+    returns_nothing: "none",
+    hangs: "timeout",
+    awaits_without_end: "timeout",
+    blocks_its_loop: "timeout",
+    exits_later: "exception",
+    closes_what_is_not_its_own: "",
+}
+
+
+def _grade(answer: object) -> Any:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def grade_exits(_text: str, _question: Question) -> Any:
+    return _grade(SystemExit(3))
+
+
+def grade_interrupts(_text: str, _question: Question) -> Any:
+    return _grade(KeyboardInterrupt())
+
+
+def grade_raises(_text: str, _question: Question) -> Any:
+    return _grade(KeyError("x"))
+
+
+def grade_nan(_text: str, _question: Question) -> Any:
+    return float("nan")
+
+
+def grade_two(_text: str, _question: Question) -> Any:
+    return 2
+
+
+async def grade_later(_text: str, _question: Question) -> Any:
+    return True
+
+
+def grade_hangs(_text: str, _question: Question) -> Any:
+    while True:
+        time.sleep(0.1)
+
+
+GRADERS = (
+    grade_exits,
+    grade_interrupts,
+    grade_raises,
+    grade_nan,
+    grade_two,
+    grade_later,
+    grade_hangs,
+)
+
+
+def functions(faults: Faults) -> list[Promise]:
+    return [rules(faults), graders(faults), hung(faults)]
+
+
+def rules(faults: Faults) -> Promise:
+    promise = Promise(
+        "A rule that exits, hangs, raises or returns anything costs its own guidance, and is named",
+        "tests/socratic/test_user_functions.py",
+    )
+    names = list(RULES)
+    for rule in faults.random.sample(names, 3) if faults.short else names:
+        run, kind = f"rule_{rule.__name__}", RULES[rule]
+        changes = {
+            "teacher__rule": f"{__name__}:{rule.__name__}",
+            "teacher__guidance_timeout_s": 0.5,
+        }
+        ended = faults.train(run, **changes)
+        fault = ended.must_end(0, saying=f"teacher: no guidance, {kind}" if kind else "")
+        if kind == "exception" and f"{rule.__name__} " not in ended.err:
+            fault = fault or f"not named: {ended.err}"
+        rows = batch_rows(faults.folder / run)
+        counted = {key for row in rows for key in row if "failed_" in key}
+        if counted != ({f"guidance/failed_{kind}"} if kind else set()):
+            fault = fault or f"counted {sorted(counted)} instead of {kind}"
+        what = f"a rule that {rule.__name__.replace('_', ' ')}"
+        promise.check(what, fault, faults.audit(run, **changes))
+    return promise
+
+
+def graders(faults: Faults) -> Promise:
+    promise = Promise(
+        "A grader that exits, hangs, raises or returns no verdict ends the run in one line that "
+        "names it, and what was trained is saved",
+        "tests/socratic/test_user_functions.py",
+    )
+    for grader in faults.random.sample(GRADERS, 2) if faults.short else GRADERS:
+        changes = {"data__grader": f"{__name__}:{grader.__name__}", "grader__timeout_s": 0.5}
+        run = f"grader_{grader.__name__}"
+        ended = faults.train(run, **changes)
+        fault = ended.must_end(2, saying=grader.__name__)
+        saved = (faults.folder / run / "checkpoints" / "update_000000").is_dir()
+        promise.check(grader.__name__.replace("_", " "), fault, None if saved else "not saved")
+    return promise
+
+
+def hung(faults: Faults) -> Promise:
+    promise = Promise(
+        f"However many calls of a rule hang, together they cost its limit of {LIMIT_S:g} s",
+        "tests/socratic/test_user_functions.py",
+    )
+    changes: dict[str, Any] = {
+        "teacher__guidance_timeout_s": LIMIT_S,
+        "teacher__on_silence": "continue",
+        "run__num_batches": 1,
+        "rollout__questions_per_batch": 16,
+    }
+    seconds = []
+    for rule in ("builtin", f"{__name__}:hangs_always"):
+        run = "hung" if ":" in rule else "not_hung"
+        ended = faults.train(run, teacher__rule=rule, **changes)
+        (batch,) = batch_rows(faults.folder / run)
+        seconds.append(batch["time/rollout_s"])
+    num_hung = batch["guidance/failed_timeout"]
+    more_s = seconds[1] - seconds[0]
+    is_in_time = None if more_s < LIMIT_S + 0.1 else f"cost {more_s:.2f} s"
+    promise.check(f"{num_hung:.0f} calls hang", ended.must_end(0), is_in_time)
+    promise.figure = f"{num_hung:.0f} hung calls cost {more_s:.2f} s"
+    return promise

@@ -1,0 +1,226 @@
+"""Training runs of the built-in task, small enough to make hundreds, and what must hold of them.
+
+Read Faults, then lost_or_misrewarded, which every part calls on every run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from socpo_fast.cli import main
+from socpo_fast.config.text import to_text
+from socpo_fast.report.rollouts import read_rollouts
+from socpo_fast.report.tracker import read_metrics
+from socpo_fast.socratic.graders import grade_exact
+from socpo_fast.types import Question
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "molar_mass.toml"
+SMALL: dict[str, Any] = {
+    "run.num_batches": 2,
+    "run.live": False,
+    "data.builtin_train_questions": 64,
+    "data.builtin_eval_questions": 4,
+    "data.eval": "none",
+    "rollout.questions_per_batch": 4,
+    "rollout.group_size": 4,
+    "train.questions_per_update": 2,
+    "engine.kv_cache_gib": 0.05,
+    "eval.samples": 1,
+}
+# Where a shell has started us in the background, Ctrl-C is ignored, and children inherit that.
+PROGRAM = """
+import signal, sys
+from socpo_fast.cli import main
+from socpo_fast.config.text import to_text
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
+# Rows of two runs that did the same differ in these alone.
+TIMED = ("time/", "perf/rollout_tok_s", "perf/train_tok_s")
+
+
+@dataclass
+class Promise:
+    """A line of the table: what is promised, which test holds it, and how often it held."""
+
+    promise: str
+    test: str
+    injected: int = 0
+    broken: list[str] = field(default_factory=list)
+    figure: str = ""
+
+    def check(self, what: str, *faults: str | None) -> None:
+        """One fault was injected; `faults` are what broke by it, None where nothing did."""
+        self.injected += 1
+        broken = [fault for fault in faults if fault]
+        self.broken += [f"{what}: {fault}" for fault in broken]
+        print(f"  {'BROKEN' if broken else 'held':<7}{what}  {'; '.join(broken)}", flush=True)
+
+
+@dataclass
+class Faults:
+    """A campaign: where its runs lie, its random numbers, and how much of it is asked for."""
+
+    folder: Path
+    seed: int
+    short: bool
+    num_rollouts: int = 0  # whose rewards were computed again
+    num_wrong: int = 0
+    num_runs: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    def settings(self, name: str, **changes: Any) -> dict[str, Any]:
+        """Overrides of a run; section__key stands for section.key."""
+        named = {key.replace("__", "."): value for key, value in changes.items()}
+        return SMALL | {"run.dir": str(self.folder), "run.name": name} | named
+
+    def train(self, name: str, **changes: Any) -> Outcome:
+        """`socpo train` in this process, and what it said."""
+        self.num_runs += 1
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), told() as lines:
+            code = main(self.words(name, **changes))
+        return Outcome(code, out.getvalue(), err.getvalue() + "".join(lines))
+
+    def start(self, name: str, **changes: Any) -> subprocess.Popen[str]:
+        """The same in a process of its own, whose end is the caller's business."""
+        self.num_runs += 1
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *self.words(name, **changes)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def words(self, name: str, **changes: Any) -> list[str]:
+        """The command line of a run."""
+        words = ["train", "--config", str(CONFIG)]
+        for key, value in self.settings(name, **changes).items():
+            words += [f"--{key}", to_text(value)]
+        return words
+
+    def audit(self, name: str, **changes: Any) -> str | None:
+        """What is lost or mis-rewarded in a run's rollouts; None: nothing."""
+        settings = self.settings(name, **changes)
+        folder = self.folder / name
+        rows = read_metrics(folder / "metrics.jsonl")
+        num_batches = max((row["batch"] for row in rows), default=0)
+        wrong: list[str] = []
+        for batch in range(1, num_batches + 1):
+            rollouts = read_rollouts(folder / "rollouts" / f"batch_{batch:06d}.jsonl")
+            num_expected = settings["rollout.questions_per_batch"] * settings["rollout.group_size"]
+            found = lost_or_misrewarded(rollouts, num_expected)
+            self.num_rollouts += len(rollouts)
+            self.num_wrong += len(found)
+            wrong += [f"batch {batch} {line}" for line in found]
+        return "; ".join(wrong[:3]) or None
+
+
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def must_end(self, code: int, *, saying: str = "") -> str | None:
+        """What is wrong with it; None: it ended with this code, said so, and shows no traceback."""
+        if self.code != code:
+            return f"exit code {self.code} instead of {code}: {self.err[-200:]!r}"
+        if "Traceback" in self.out + self.err:
+            return "a traceback"
+        if saying not in self.out + self.err:
+            return f"never said {saying!r}, but {self.err[-200:]!r}"
+        return None
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """Warnings as lines, each however often it was told before."""
+    lines: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: lines.append(f"warning: {message}\n")
+        yield lines
+
+
+def lost_or_misrewarded(rows: list[dict[str, Any]], num_expected: int) -> list[str]:
+    """The rollouts of one batch, graded and rewarded again from their texts alone.
+
+    The reward of attempt n is its grade times f_n, with f_0 = 1 and f_n the mean reward of all
+    attempts before the n-th (the schedule batch_mean). A rollout ends where it was right, was not
+    guided, or had its last attempt: it never has an attempt that nobody guided.
+    """
+    wrong = [] if len(rows) == num_expected else [f"has {len(rows)} rollouts of {num_expected}"]
+    attempts: list[tuple[int, float, float, str]] = []
+    for row in rows:
+        question = Question(
+            question_idx=row["question_idx"],
+            messages=(),
+            ground_truth=row["ground_truth"],
+            data_source=row["data_source"],
+        )
+        where = f"question {row['question_idx']} rollout {row['rollout_idx']}"
+        for idx, turn in enumerate(row["turns"]):
+            grade = float(grade_exact(turn["text"], question))
+            attempts.append((idx, grade, turn["reward"], f"{where} attempt {idx}"))
+            guidance = turn["guidance"]
+            is_shown = guidance is not None and guidance["was_shown"]
+            is_last = idx == len(row["turns"]) - 1
+            if not is_last and not is_shown:
+                wrong.append(f"{where}: attempt {idx + 1} follows without guidance")
+            if is_last and row["end_reason"] == "guidance_failed" and guidance is not None:
+                wrong.append(f"{where}: ended for want of guidance, and has one")
+    factors = [1.0]
+    for n in range(1, 1 + max((idx for idx, *_ in attempts), default=0)):
+        before = [factors[idx] * grade for idx, grade, *_ in attempts if idx < n]
+        factors.append(sum(before) / len(before))
+    for idx, grade, reward, where in attempts:
+        if abs(reward - factors[idx] * grade) > 1e-6:
+            wrong.append(f"{where}: reward {reward} instead of {factors[idx] * grade}")
+    return wrong
+
+
+def differences(folder: Path, straight: Path) -> str | None:
+    """Where a run that was disturbed differs from one that was not; None: not in a bit."""
+    if untimed(folder) != untimed(straight):
+        return "its metrics differ"
+    if manifest(folder) != manifest(straight):
+        return "its last checkpoint differs"
+    for path in sorted((straight / "rollouts").iterdir()):
+        if (folder / "rollouts" / path.name).read_bytes() != path.read_bytes():
+            return f"its {path.name} differs"
+    return None
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
+
+
+def manifest(folder: Path) -> Any:
+    """Every file of the last checkpoint by its hash."""
+    last = max((folder / "checkpoints").glob("update_*"))
+    return last.name, json.loads((last / "manifest.json").read_text(encoding="utf-8"))
+
+
+def batch_rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "batch"]
