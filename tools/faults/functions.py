@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
+import sys
 import threading
 import time
 from typing import Any
+
+import torch
 
 from socpo_fast.types import GuidanceRequest, Question
 from tools.faults.run import Faults, Promise, batch_rows
@@ -74,11 +76,12 @@ async def exits_later(request: GuidanceRequest) -> str:
     return exits(request)
 
 
-def closes_what_is_not_its_own(request: GuidanceRequest) -> str:
-    """A thread's exception, a changed folder and a closed pipe are nobody else's."""
-    threading.Thread(target=lambda: 1 / 0, daemon=True).start()
-    ours, _theirs = os.pipe()
-    os.close(ours)
+def disturbs_what_all_share(_request: GuidanceRequest) -> str:
+    """Random numbers, the grad mode and the output of the process: none of it is relied on."""
+    random.seed(1)
+    torch.manual_seed(1)
+    torch.set_grad_enabled(False)
+    print("a rule may print", file=sys.stderr)
     return ADVICE
 
 
@@ -99,7 +102,7 @@ RULES = {
     awaits_without_end: "timeout",
     blocks_its_loop: "timeout",
     exits_later: "exception",
-    closes_what_is_not_its_own: "",
+    disturbs_what_all_share: "",
 }
 
 

@@ -169,7 +169,8 @@ def lost_or_misrewarded(rows: list[dict[str, Any]], num_expected: int) -> list[s
     attempts before the n-th (the schedule batch_mean). A rollout ends where it was right, was not
     guided, or had its last attempt: it never has an attempt that nobody guided.
     """
-    wrong = [] if len(rows) == num_expected else [f"has {len(rows)} rollouts of {num_expected}"]
+    num_found = len({(row["question_idx"], row["rollout_idx"]) for row in rows})
+    wrong = [] if num_found == num_expected else [f"has {num_found} rollouts of {num_expected}"]
     attempts: list[tuple[int, float, float, str]] = []
     for row in rows:
         question = Question(

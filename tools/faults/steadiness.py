@@ -46,7 +46,7 @@ def steadiness(faults: Faults) -> list[Promise]:
             {
                 "threads": threading.active_count(),
                 "descriptors": len(os.listdir("/proc/self/fd")),
-                "pages": self.engine.stats.pages_free,
+                "pages": self.engine.stats.pages_total - self.engine.stats.pages_free,
                 "objects": len(gc.get_objects()),
                 "resident MB": resident_mb(),
             }
@@ -77,8 +77,6 @@ def growth(seen: list[dict[str, float]], name: str) -> str | None:
     before = max(counts[name] for counts in seen[start : start + tenth])
     after = max(counts[name] for counts in seen[-tenth:])
     allowed = {"objects": 2.0 * len(seen), "resident MB": 40.0}.get(name, 0.0)
-    if name == "pages":  # free ones
-        before, after = after, min(counts[name] for counts in seen[start : start + tenth])
     return f"{name} {before:.0f} -> {after:.0f}" if after > before + allowed else None
 
 
