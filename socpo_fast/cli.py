@@ -202,7 +202,7 @@ def _flags(command: str, defaults: dict[str, str]) -> Any:
     if command == "eval":
         flags.append(_flag("checkpoint", CHECKPOINT_HELP, "FOLDER", "none"))
     fields = fields_of(Config)
-    for section, models in sections_of(Config).items():
+    for section, (tag, models) in sections_of(Config).items():
         names = [name for name in fields if name.startswith(f"{section}.")]
         keys = [
             _flag(
@@ -213,10 +213,9 @@ def _flags(command: str, defaults: dict[str, str]) -> Any:
             )
             for name in names
         ]
-        model = models[0] if len(models) == 1 else models[0].__base__
-        assert model is not None
-        table = dataclasses.make_dataclass(model.__name__, keys)
-        table.__doc__ = model.__doc__
+        first = next(iter(models.values()))
+        table = dataclasses.make_dataclass(section, keys)
+        table.__doc__ = first.__mro__[1 if tag else 0].__doc__
         flags.append((section, table, dataclasses.field(default_factory=table)))
     return dataclasses.make_dataclass(command, flags)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from socpo_fast.config import Config
-from socpo_fast.device import select_device, set_threads
+from socpo_fast.device import bound_kernel_caches, select_device, set_threads
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.ops import CreditOptions
@@ -53,6 +53,7 @@ class Session:
     def __init__(self, config: Config, *, for_training: bool = False):
         self.config = config
         set_threads(config.run.threads)
+        bound_kernel_caches()
         device = select_device(config.run.device)
         path = config.student.path
         self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path)

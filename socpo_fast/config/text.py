@@ -36,74 +36,64 @@ LIMITS = {
 
 
 class Kinds(NamedTuple):
-    """A section that is one of several, told apart by a field."""
+    """What a section may be: one model, or one of several that a field tells apart."""
 
-    tag: str  # the field's name
-    sections: dict[str, type[BaseModel]]  # by the field's value; the first is the default
-
-    @property
-    def default(self) -> str:
-        return next(iter(self.sections))
+    tag: str  # the field's name; "" where there is one model
+    models: dict[str, type[BaseModel]]  # by the field's value, or ""; the first is the default
 
 
-def kinds_of(model: type[BaseModel]) -> dict[str, Kinds]:
-    """Those of a model's sections that come in kinds."""
-    found = {}
+@cache
+def sections_of(model: type[BaseModel]) -> dict[str, Kinds]:
+    """section -> what it may be."""
+    sections = {}
     for name, field in model.model_fields.items():
-        if isinstance(tag := field.discriminator, str):
-            sections = {section.model_fields[tag].default: section for section in get_args(field.annotation)}
-            found[name] = Kinds(tag, sections)
-    return found
+        tag = field.discriminator if isinstance(field.discriminator, str) else ""
+        models = get_args(field.annotation) if tag else (cast(Any, field.annotation),)
+        by_tag = {kind.model_fields[tag].default if tag else "": kind for kind in models}
+        sections[name] = Kinds(tag, by_tag)
+    return sections
 
 
-def sections_of(model: type[BaseModel]) -> dict[str, tuple[type[BaseModel], ...]]:
-    """section -> its model, or those of its kinds."""
-    kinds = kinds_of(model)
-    return {
-        name: tuple(kinds[name].sections.values()) if name in kinds else (cast(type[BaseModel], field.annotation),)
-        for name, field in model.model_fields.items()
-    }
-
-
+@cache
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """section.key -> its field, in order; of sections that come in kinds what all have comes first."""
+    """section.key -> its field, in order; of a section with kinds what all have comes first."""
     fields: dict[str, FieldInfo] = {}
-    for name, sections in sections_of(model).items():
-        keys = dict.fromkeys(key for section in sections for key in section.model_fields)
-        for key in sorted(keys, key=lambda key: not all(key in section.model_fields for section in sections)):
-            fields[f"{name}.{key}"] = next(s.model_fields[key] for s in sections if key in s.model_fields)
+    for name, (_, models) in sections_of(model).items():
+        kinds = reversed(models.values())  # so that of a key in several the first kind's stays
+        own = {key: field for kind in kinds for key, field in kind.model_fields.items()}
+        keys = dict.fromkeys(key for kind in models.values() for key in kind.model_fields)
+        for key in sorted(keys, key=lambda key: bool(owners_of(model, f"{name}.{key}"))):
+            fields[f"{name}.{key}"] = own[key]
     return fields
 
 
 def owners_of(model: type[BaseModel], name: str) -> list[str]:
     """The kinds of its section that have section.key; none when all have it."""
     section, _, key = name.partition(".")
-    kinds = kinds_of(model).get(section)
-    if kinds is None:
-        return []
-    owners = [kind for kind, variant in kinds.sections.items() if key in variant.model_fields]
-    return [] if len(owners) == len(kinds.sections) else owners
+    models = sections_of(model)[section].models
+    owners = [kind for kind, variant in models.items() if key in variant.model_fields]
+    return [] if len(owners) == len(models) else owners
 
 
 def describe(model: type[BaseModel], name: str) -> str:
     """What section.key is, for --help: "teacher.kind local: KV cache, GiB"."""
     section, _, key = name.partition(".")
-    kinds = kinds_of(model).get(section)
-    if kinds is not None and key == kinds.tag:
-        meanings = {kind: variant.model_fields[key].description for kind, variant in kinds.sections.items()}
+    tag, models = sections_of(model)[section]
+    if key == tag:
+        meanings = {kind: variant.model_fields[key].description for kind, variant in models.items()}
         return "; ".join(f"{kind} = {meaning}" for kind, meaning in meanings.items())
     owners = owners_of(model, name)
-    whose = f"{section}.{kinds.tag} {' or '.join(owners)}: " if kinds is not None and owners else ""
+    whose = f"{section}.{tag} {' or '.join(owners)}: " if owners else ""
     return f"{whose}{fields_of(model)[name].description}"
 
 
 def rule_of(model: type[BaseModel], name: str) -> str:
     """What a value of section.key must be, in words: "a number > 0 and <= 1"."""
     section, _, key = name.partition(".")
-    kinds = kinds_of(model).get(section)
-    if kinds is not None and key == kinds.tag:
-        return "one of " + ", ".join(kinds.sections)
-    schema = next(s for s in map(_properties, sections_of(model)[section]) if key in s)[key]
+    tag, models = sections_of(model)[section]
+    if key == tag:
+        return "one of " + ", ".join(models)
+    schema = next(s for s in map(_properties, models.values()) if key in s)[key]
     words = []
     for option in schema.get("anyOf", [schema]):
         choices = option.get("enum") or ([option["const"]] if "const" in option else None)
@@ -126,17 +116,17 @@ def choose_kinds(model: type[BaseModel], tables: dict[str, Any], overrides: Mapp
     An override that chooses another kind than the file leaves out what only the file's kind has, so
     that one word on the command line is enough.
     """
-    for section, kinds in kinds_of(model).items():
+    for section, (tag, models) in sections_of(model).items():
         table = tables.setdefault(section, {})
-        if not isinstance(table, dict):
+        if not tag or not isinstance(table, dict):
             continue
-        in_file = table.get(kinds.tag, kinds.default)
-        chosen = overrides.get(f"{section}.{kinds.tag}", in_file)
-        if chosen != in_file and chosen in kinds.sections:
-            known = kinds.sections[str(chosen)].model_fields
+        in_file = table.get(tag, next(iter(models)))
+        chosen = overrides.get(f"{section}.{tag}", in_file)
+        if chosen != in_file and chosen in models:
+            known = models[str(chosen)].model_fields
             for key in [key for key in table if key not in known and owners_of(model, f"{section}.{key}")]:
                 del table[key]
-        table[kinds.tag] = chosen
+        table[tag] = chosen
 
 
 def from_text(model: type[BaseModel], name: str, text: str) -> object:
@@ -193,17 +183,18 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     section, *path = [str(part) for part in first["loc"]]
-    kinds, value = kinds_of(model).get(section), first["input"]
-    path = path[1:] if kinds is not None else path[:1]  # of a section that comes in kinds the kind stands first
+    tag = sections_of(model)[section].tag if section in sections_of(model) else ""
+    value = first["input"]
+    path = path[1:] if tag else path  # of a section with kinds the kind stands first
     name = ".".join([section, *path[:1]])
-    if kinds is not None and first["type"] == "union_tag_invalid":
-        name, value = f"{section}.{kinds.tag}", value[kinds.tag]
-    if kinds is not None and first["type"] == "union_tag_not_found":
-        name = f"{section}.{kinds.tag}"
+    if first["type"] == "union_tag_invalid":
+        name, value = f"{section}.{tag}", value[tag]
+    if first["type"] == "union_tag_not_found":
+        name = f"{section}.{tag}"
         return f"config: {name} must be {rule_of(model, name)}, got nothing; set {name}"
     if first["type"] == "extra_forbidden":
-        if kinds is not None and name in fields_of(model):
-            tag, owners = f"{section}.{kinds.tag}", " or ".join(owners_of(model, name))
+        if name in fields_of(model):
+            tag, owners = f"{section}.{tag}", " or ".join(owners_of(model, name))
             return f"config: {tag} must be {owners} for {name}, got {first['loc'][1]}; set {tag} or leave {name} out"
         # of an unknown table the first key says more: trian -> trian.lr
         return unknown_key(model, f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name)

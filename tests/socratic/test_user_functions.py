@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,17 +12,14 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import wait
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from socpo_fast.socratic.graders import GradedBy
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers.calls import ask, background, result_of
 from socpo_fast.socratic.teachers.simple import as_teacher
-from socpo_fast.stopping import StopSignals
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, Rollout, RolloutKey
 from tests.socratic.scripted import END, PARAMS, TOKENIZER, ScriptedEngine, contains, encode, question
 from tests.socratic.test_rollout import options_of
@@ -230,16 +226,6 @@ def test_a_plain_function_that_makes_a_coroutine_can_be_given_up() -> None:
     assert given_up.wait(10)
 
 
-@pytest.mark.parametrize("error", [ValueError("no number"), SystemExit(2), KeyError("x")])
-def test_a_grader_that_raises_is_named(error: BaseException) -> None:
-    def grade(_text: str, _question: object) -> bool:
-        raise error
-
-    line = rf"data.grader mine:grade .* on question 7: .*grade raised {type(error).__name__}.*\(test_user_func.* line"
-    with pytest.raises(ValueError, match=line):
-        GradedBy(grade, "mine:grade").grade("", question(7))
-
-
 @pytest.mark.parametrize("line", ["raise KeyError('x')", "import sys; sys.exit(1)", "def", "import nowhere"])
 def test_a_module_that_cannot_be_imported_is_refused(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,58 +263,3 @@ def test_an_async_function_that_blocks_costs_its_own_guidance() -> None:
     later = ask(teacher, request(1), 5.0)
     assert later.result(timeout=30) == Guidance(text="Look.")
     stop.set()
-
-
-def spin(_text: str, _question: object) -> bool:
-    while True:
-        with suppress(Exception):
-            time.sleep(0.01)
-
-
-def wait_on_a_socket(_text: str, _question: object) -> bool:
-    ours, _theirs = socket.socketpair()
-    return bool(ours.recv(1))
-
-
-@pytest.mark.parametrize("grade", [spin, wait_on_a_socket])
-def test_a_grader_that_hangs_is_stopped_and_named(grade: Callable[[str, object], bool]) -> None:
-    line = rf"within grader.timeout_s 0.2, got none on question 7: .*{grade.__name__} .*\(test_user_func.* line"
-    since = time.perf_counter()
-    with pytest.raises(ValueError, match=line):
-        GradedBy(grade, "mine:grade", timeout_s=0.2).grade("", question(7))
-    assert time.perf_counter() - since < 2
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
-def test_a_grader_leaves_the_alarm_of_others_alone() -> None:
-    rung: list[int] = []
-    previous = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        assert GradedBy(contains, "contains").grade("yes", question(7)).is_correct
-        time.sleep(0.4)
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-    assert rung == [1]
-
-
-def test_a_grader_works_on_any_thread() -> None:
-    """Without a limit there, as Python has no way to stop it."""
-    grades: list[object] = []
-    grade = GradedBy(contains, "contains", timeout_s=0.01).grade
-    thread = threading.Thread(target=lambda: grades.append(grade("yes", question(7)).is_correct))
-    thread.start()
-    thread.join()
-    assert grades == [True]
-
-
-def test_ctrl_c_is_nobodys_mistake_but_a_functions_own_is() -> None:
-    """In training another handler answers Ctrl-C, so a KeyboardInterrupt there is the grader's."""
-
-    def grade(_text: str, _question: object) -> bool:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        GradedBy(grade, "mine:grade").grade("", question(7))
-    with StopSignals(), pytest.raises(ValueError, match="grade raised KeyboardInterrupt"):
-        GradedBy(grade, "mine:grade").grade("", question(7))
