@@ -89,12 +89,12 @@ def test_closing_waits_for_no_hung_teacher(monkeypatch: pytest.MonkeyPatch) -> N
 def test_caches_by_shape_are_bounded_before_the_first_product() -> None:
     """Their size is read once, so it must stand when a Session has loaded its model."""
     program = """
-import os
+import os, sys
 os.environ["LRU_CACHE_CAPACITY"] = "64"  # the user's own stays
 from socpo_fast.config import load_config
 from socpo_fast.session import Session
-Session(load_config())
+Session(load_config(sys.argv[1]))
 print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, str(CONFIG)], capture_output=True, text=True, check=True)
     assert done.stdout == "128 64\n"
