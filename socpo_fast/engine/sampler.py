@@ -18,15 +18,20 @@ from socpo_fast.ops.linear_sample import linear_sample_op
 
 @torch.no_grad()
 def sample_tokens(
-    student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]
-) -> list[tuple[int, float, float]]:
-    """For each (row of hidden_BD, sequence): (token_id, logprob in nats, kept_mass). One host read for all."""
+    student: Decoder,
+    hidden_BD: Tensor,
+    rows: list[tuple[int, Sequence]],
+) -> list[list[float]]:
+    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass.
+
+    One host read for all.
+    """
     device, sequences = hidden_BD.device, [sequence for _, sequence in rows]
     indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
     rows_B, noise_B, position_B = torch.tensor(indices, device=device).t().contiguous()
     settings_4B, is_filtered = settings_of(sequences, device), any(s.params.is_filtered for s in sequences)
     drawn_3B = draw(student, hidden_BD, noise_B, position_B, settings_4B, is_filtered, rows_B)
-    return [(int(token_id), logprob, mass) for token_id, logprob, mass in drawn_3B.t().tolist()]
+    return drawn_3B.t().tolist()
 
 
 def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from bisect import insort
 
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.sequence import Sequence
-from socpo_fast.types import RolloutKey
+from socpo_fast.types import Attempt, RolloutKey
 
 
 class Scheduler:
@@ -26,7 +26,7 @@ class Scheduler:
         """Forget every sequence, and free every page: also those of a sequence that is in no list."""
         self.waiting: list[Sequence] = []  # by priority
         self.running: list[Sequence] = []  # by priority: the youngest is last
-        self.pinned: list[Sequence] = []  # by time of finishing
+        self.pinned: dict[Attempt, Sequence] = {}  # by time of finishing
         self.pool.reset()
 
     def enqueue(self, sequence: Sequence) -> None:
@@ -91,16 +91,15 @@ class Scheduler:
         sequence.shorten(self.pool, num_tokens)
         return self._own_last_page(sequence)
 
-    def pin(self, sequence: Sequence) -> None:
+    def pin(self, attempt: Attempt, sequence: Sequence) -> None:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self.pinned.append(sequence)
+        self.pinned[attempt] = sequence
 
     def drop_all_pages(self) -> None:
         """The weights changed: whatever was computed with the old ones is computed again."""
-        for sequence in self.running:
-            self.enqueue(sequence)
+        self.waiting = sorted([*self.waiting, *self.running], key=lambda s: s.priority)
         self.running = []
-        for sequence in (*self.waiting, *self.pinned):
+        for sequence in (*self.waiting, *self.pinned.values()):
             sequence.drop_pages(self.pool)
 
     def remove(self, key: RolloutKey) -> list[Sequence]:
@@ -113,7 +112,7 @@ class Scheduler:
     def _own_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
         """Copy a partial page that others hold too; where no page is free, leave it: that part is computed again."""
         num_partial = sequence.num_cached % self.pool.page_size
-        if num_partial == 0 or self.pool.holders(sequence.pages[-1]) == 1:
+        if num_partial == 0 or self.pool.ref_count[sequence.pages[-1]] == 1:
             return []
         shared = sequence.pages.pop()
         self.pool.release(shared)
@@ -133,7 +132,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocate the pages for num_tokens more; False when the sequence itself had to give way."""
         while self._pages_missing(sequence, num_tokens) > self.pool.num_free:
-            if victim := next((s for s in (*self.pinned, *reversed(self.waiting)) if s.pages), None):
+            idle = (*self.pinned.values(), *reversed(self.waiting))
+            if victim := next((s for s in idle if s.pages), None):
                 victim.drop_pages(self.pool)
             else:
                 self._give_way(victim := self.running[-1])
