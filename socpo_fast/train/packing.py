@@ -152,28 +152,32 @@ class _Builder:
             self.num_tokens += len(rollout.prompt_ids)
         branch = self.roots[tree].fork(len(rollout.prompt_ids))
         for attempt_idx, attempt in enumerate(rollout.attempts):
-            position = branch.depth + len(branch.token_ids)
+            if attempt_idx > 0:
+                kept_tokens, bridge_ids = rollout.seam(attempt_idx - 1)
+                num_unseen = _row_length(rollout, attempt_idx - 1) - kept_tokens
+                if num_unseen == 0:
+                    branch.token_ids += rollout.attempts[attempt_idx - 1].token_ids[-1:]
+                elif num_unseen > 1:  # the last token of those is not in the branch
+                    branch = branch.fork(kept_tokens)
+                branch.token_ids += bridge_ids
+            position = rollout.context_length(attempt_idx)
             self.spans[rollout_idx, attempt_idx] = branch, position, attempt.token_ids
             branch.token_ids += attempt.token_ids[:-1]
-            if attempt_idx == len(rollout.turns) - 1:
-                break
-            kept_tokens, bridge_ids = rollout.seam(attempt_idx)
-            num_unseen = _row_length(rollout, attempt_idx) - kept_tokens
-            if num_unseen == 0:
-                branch.token_ids += attempt.token_ids[-1:]
-            elif num_unseen > 1:  # the last token of those is not in the branch
-                branch = branch.fork(kept_tokens)
-            branch.token_ids += bridge_ids
         self.num_tokens += _chain_tokens(rollout)
 
     def build(self) -> PackedMicrobatch:
         token_ids: list[int] = []
         positions: list[int] = []
+        visible_until = [self.num_tokens] * self.num_tokens
+        path: list[int] = []  # the row at each position of the branch's path
 
         def place(branch: _Branch) -> None:
             """Gives rows to a branch and to all below it, those that see most of it first."""
             branch.start = len(token_ids)
+            for row in path[branch.depth :]:  # these are not seen from here on
+                visible_until[row] = branch.start
             token_ids.extend(branch.token_ids)
+            path[branch.depth :] = range(branch.start, len(token_ids))
             positions.extend(range(branch.depth, branch.depth + len(branch.token_ids)))
             for below in sorted(branch.branches, key=lambda below: below.depth, reverse=True):
                 place(below)
@@ -192,26 +196,12 @@ class _Builder:
         return PackedMicrobatch(
             token_ids_T=torch.tensor(token_ids),
             positions_T=torch.tensor(positions),
-            visible_until_T=torch.tensor(_visible_until(positions), dtype=torch.int32),
+            visible_until_T=torch.tensor(visible_until, dtype=torch.int32),
             targets_N=torch.tensor(targets),
             rows_N=torch.tensor(rows),
             attempt_of_token_N=torch.arange(len(self.spans)).repeat_interleave(lengths),
             attempts=list(self.spans),
         )
-
-
-def _visible_until(positions: list[int]) -> list[int]:
-    """Of each row of trees in depth-first order, the row before which those that see it end.
-
-    That is the next row at its position or before: there its branch ends, or leaves it out.
-    """
-    until = [len(positions)] * len(positions)
-    path: list[int] = []  # the rows that the present one sees, by position
-    for row, position in enumerate(positions):
-        for left in path[position:]:
-            until[left] = row
-        path[position:] = [row]
-    return until
 
 
 def _row_length(rollout: Rollout, turn_idx: int) -> int:
