@@ -79,10 +79,15 @@ class DecodeLoop:
             max_seqlen_q=1,
             max_seqlen_k=pages * size,
         )
-        student, settings_4R = self.runner.student, self.settings_4R[:, :rows]
-        drawn_3R = draw(student, self.runner.hidden(step), noise_R, num_sampled_R, settings_4R, is_filtered)
-        self.drawn_3R[:, :rows] = drawn_3R
-        token_ids_R.copy_(drawn_3R[0])
+        self.drawn_3R[:, :rows] = draw(
+            self.runner.student,
+            self.runner.hidden(step),
+            noise_R,
+            num_sampled_R,
+            self.settings_4R[:, :rows],
+            is_filtered,
+        )
+        token_ids_R.copy_(self.drawn_3R[0, :rows])
         positions_R.add_(is_live_R)
         num_sampled_R.add_(1)
 

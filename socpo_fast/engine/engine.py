@@ -75,7 +75,7 @@ class Engine:
         rounds = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
         self.tokens_per_sync = rounds
         self._loop = DecodeLoop(self._runner, max_running=max_running, max_rounds=rounds) if rounds > 1 else None
-        self._keys_in_flight: Counter[RolloutKey] = Counter()  # how many rollouts each has
+        self._in_flight: Counter[RolloutKey] = Counter()  # how many rollouts each has
         self._arrivals = count()
         self._prefill_tokens = self._decode_tokens = 0
 
@@ -108,7 +108,7 @@ class Engine:
             ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or in
                 flight, or a request that can never fit.
         """
-        name = check_key("submit", key, self._keys_in_flight)
+        name = check_key("submit", key, self._in_flight)
         token_ids = list(prompt_ids)
         check_fits("submit", token_ids, params, self.student.config, self._pool)
         sequence = Sequence(
@@ -120,7 +120,7 @@ class Engine:
             num_rollouts=params.n,
             policy_version=self.policy_version,
         )
-        self._keys_in_flight[name] += params.n
+        self._in_flight[name] += params.n
         self._scheduler.enqueue(sequence)
 
     def resume(self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int) -> None:
@@ -137,16 +137,16 @@ class Engine:
             ValueError: the attempt was released or resumed before, kept_tokens is not in
                 [1, length of the row], suffix_ids is empty, or the context can never fit.
         """
-        pinned = self._scheduler.pinned
-        old = check_resume(attempt, pinned.get(attempt), suffix_ids, kept_tokens)
+        old = check_resume(attempt, self._scheduler.pinned.get(attempt), suffix_ids, kept_tokens)
         token_ids = old.token_ids[:kept_tokens] + list(suffix_ids)
         check_fits("resume", token_ids, params, self.student.config, self._pool)
         try:
-            self._runner.copy_pages(self._scheduler.shorten(old, kept_tokens))
+            old.shorten(self._pool, kept_tokens)
+            self._runner.copy_pages(self._scheduler.own_last_page(old))
         except BaseException:  # memory, say: the attempt stays, without pages that were not copied
             old.drop_pages(self._pool)
             raise
-        del pinned[attempt]
+        del self._scheduler.pinned[attempt]
         sequence = old.next_attempt(token_ids, params, next(self._arrivals), self.policy_version)
         self._scheduler.enqueue(sequence)
 
@@ -211,20 +211,19 @@ class Engine:
             raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
         for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
             check_fits("generate", list(prompt_ids), params, self.student.config, self._pool)
-        names = [check_key("generate", key, self._keys_in_flight) for key in keys]
-        question_of = {name: q for q, name in enumerate(names)}
-        groups: list[list[Attempt]] = [[] for _ in prompts]
+        names = [check_key("generate", key, self._in_flight) for key in keys]
+        groups: dict[RolloutKey, list[Attempt]] = {name: [] for name in names}
         try:
-            for prompt_ids, key in zip(prompts, keys, strict=True):
+            for prompt_ids, key in zip(prompts, groups, strict=True):
                 self.submit(prompt_ids, params, key=key)
             while self.has_work:
                 for attempt in self.step():
-                    groups[question_of[attempt.key]].append(attempt)
-            for group in groups:
+                    groups[attempt.key].append(attempt)
+            for group in groups.values():
                 group.sort(key=lambda attempt: attempt.rollout_idx)
                 if not keep:
                     self.release(group)
-            return groups
+            return list(groups.values())
         except BaseException:
             self.reset()
             raise
@@ -249,7 +248,7 @@ class Engine:
         remain as data, but cannot be resumed.
         """
         self._scheduler.reset()
-        self._keys_in_flight.clear()
+        self._in_flight.clear()
 
     def bump_policy_version(self) -> None:
         """The weights changed: no page computed before is used again (running sequences are computed anew).
@@ -288,14 +287,13 @@ class Engine:
     def _append(self, sequence: Sequence, drawn: list[float]) -> Attempt | None:
         """Append what was drawn; where that ends the attempt, pin the sequence and return it."""
         sequence.append(*drawn)
-        attempt = sequence.attempt()
-        if attempt is not None:
+        if attempt := sequence.attempt():
             self._scheduler.pin(attempt, sequence)
         return attempt
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back the pages and the key of a sequence that is in no list any more."""
         sequence.drop_pages(self._pool)
-        self._keys_in_flight[sequence.key] -= sequence.num_rollouts
-        if self._keys_in_flight[sequence.key] == 0:
-            del self._keys_in_flight[sequence.key]
+        self._in_flight[sequence.key] -= sequence.num_rollouts
+        if self._in_flight[sequence.key] == 0:
+            del self._in_flight[sequence.key]

@@ -60,9 +60,14 @@ class Runner:
 
     def hidden(self, step: Step) -> Tensor:
         """Write the tokens' KV and return their hidden states, [T, D]."""
-        student, scale = self.student, self.student.config.head_dim**-0.5
         if self.layer_weights and not has_hooks(self.layer_modules):
-            return run_fused_layers(student, self.layer_weights, self.caches, step, cascade=self.cascade)
+            return run_fused_layers(
+                self.student,
+                self.layer_weights,
+                self.caches,
+                step,
+                cascade=self.cascade,
+            )
 
         def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
             # The registered ops themselves: the step's numbers are our own, and checking them
@@ -76,12 +81,12 @@ class Runner:
                 step.cu_seqlens_q,
                 step.max_seqlen_q,
                 step.max_seqlen_k,
-                scale,
+                self.student.config.head_dim**-0.5,
                 self.cascade,
                 self.attention_impl,
             )
 
-        return student(step.token_ids_T, step.positions_T, attend)
+        return self.student(step.token_ids_T, step.positions_T, attend)
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""

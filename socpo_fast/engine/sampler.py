@@ -36,8 +36,10 @@ def sample_tokens(
 
 def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
     """[4, B] fp32: temperature, top_p, min_p, top_k. Above 2^24 no vocabulary is that large: top_k is off."""
-    params = [sequence.params for sequence in sequences]
-    settings = [(p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0) for p in params]
+    settings = [
+        (p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0)
+        for p in (sequence.params for sequence in sequences)
+    ]
     return torch.tensor(settings, dtype=torch.float32, device=device).reshape(-1, 4).t().contiguous()
 
 

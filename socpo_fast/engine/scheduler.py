@@ -77,7 +77,7 @@ class Scheduler:
         copies = []
         for child in children[1:]:
             child.pages, child.num_cached = array("i", map(self.pool.share, root.pages)), root.num_cached
-            copies += self._own_last_page(child)
+            copies += self.own_last_page(child)
         children[0].pages, children[0].num_cached = root.pages, root.num_cached
         for child in children:
             if len(self.running) < self.max_running:
@@ -85,11 +85,6 @@ class Scheduler:
             else:
                 self.enqueue(child)
         return copies
-
-    def shorten(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
-        """Forget the KV from num_tokens on, so that it can be written anew. Returns (from, to) page copies."""
-        sequence.shorten(self.pool, num_tokens)
-        return self._own_last_page(sequence)
 
     def pin(self, attempt: Attempt, sequence: Sequence) -> None:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
@@ -109,8 +104,11 @@ class Scheduler:
         self.running = [sequence for sequence in self.running if sequence.key != key]
         return removed
 
-    def _own_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
-        """Copy a partial page that others hold too; where no page is free, leave it: that part is computed again."""
+    def own_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """Give a sequence a partial page that it can write to. Returns (from, to) page copies.
+
+        A page that others hold too is copied; where no page is free, that part is computed again.
+        """
         num_partial = sequence.num_cached % self.pool.page_size
         if num_partial == 0 or self.pool.ref_count[sequence.pages[-1]] == 1:
             return []
