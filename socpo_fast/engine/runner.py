@@ -42,8 +42,8 @@ class Runner:
         """Look up the student's parameters, for layers that run in one call: empty where only op by op is possible."""
         is_cpp = self.attention_impl == self.rotary_impl == "cpp"
         is_fused = is_cpp and self.k_cache_LPSKE.dtype in (torch.float32, torch.bfloat16)
-        layers = [layer for layer in self.student.layers if isinstance(layer, Layer) and is_fused]
-        self.layer_weights = [fused_weights(layer) for layer in layers]
+        layers = [layer for layer in self.student.layers if isinstance(layer, Layer)]
+        self.layer_weights = [fused_weights(layer) for layer in layers] if is_fused else []
         self.layer_modules = list(self.student.layers.modules())
 
     @staticmethod

@@ -29,8 +29,15 @@ def sample_tokens(
     device, sequences = hidden_BD.device, [sequence for _, sequence in rows]
     indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
     rows_B, noise_B, position_B = torch.tensor(indices, device=device).t().contiguous()
-    settings_4B, is_filtered = settings_of(sequences, device), any(s.params.is_filtered for s in sequences)
-    drawn_3B = draw(student, hidden_BD, noise_B, position_B, settings_4B, is_filtered, rows_B)
+    drawn_3B = draw(
+        student,
+        hidden_BD,
+        noise_B,
+        position_B,
+        settings_of(sequences, device),
+        any(s.params.is_filtered for s in sequences),
+        rows_B,
+    )
     return drawn_3B.t().tolist()
 
 

@@ -37,15 +37,14 @@ class Scheduler:
         step: list[tuple[Sequence, int]] = []
         budget = self.token_budget
         num_decoding = sum(sequence.num_pending == 1 for sequence in self.running)
-        place = 0
-        while place < len(self.running) and budget > 0:  # old to young: who gives way is always behind `place`
-            sequence = self.running[place]
+        for sequence in self.running:  # old to young: who gives way is the last, perhaps this one
+            if budget == 0:
+                break
             num_decoding -= sequence.num_pending == 1
             num_tokens = 1 if sequence.num_pending == 1 else min(sequence.num_pending, budget - num_decoding)
             if num_tokens > 0 and self._make_room(sequence, num_tokens):
                 step.append((sequence, num_tokens))
                 budget -= num_tokens
-            place += 1
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self.waiting[0]
             num_tokens = min(sequence.num_pending, budget)

@@ -49,6 +49,7 @@ class Sequence:
         return len(self.token_ids) - self.attempt_start
 
     def append(self, token_id: float, logprob: float, kept_mass: float) -> None:
+        """What was drawn; token_id comes as a float, from one tensor with the others."""
         self.token_ids.append(int(token_id))
         self.logprobs.append(logprob)
         self.kept_mass.append(kept_mass)

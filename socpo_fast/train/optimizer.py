@@ -114,8 +114,11 @@ class Optimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The moments as "exp_avg.NAME" and "exp_avg_sq.NAME"; the live tensors, not copies."""
-        states = {name: self.adamw.state[param] for name, param in self.params.items()}
-        return {f"{moment}.{name}": state[moment] for name, state in states.items() for moment in MOMENTS}
+        return {
+            f"{moment}.{name}": self.adamw.state[param][moment]
+            for name, param in self.params.items()
+            for moment in MOMENTS
+        }
 
     def state_counts(self) -> dict[str, int]:
         """The rest of the state, for JSON."""

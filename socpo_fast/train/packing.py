@@ -122,7 +122,7 @@ class _Branch:
     branches: list[_Branch] = field(default_factory=list)
     start: int = 0  # row of the first token, once rows have their order
 
-    def holder(self, position: int) -> _Branch:
+    def branch_at(self, position: int) -> _Branch:
         """The branch that holds the path's token at a position, or will hold it."""
         branch = self
         while branch.parent is not None and position < branch.depth:
@@ -131,7 +131,7 @@ class _Branch:
 
     def fork(self, kept_tokens: int) -> _Branch:
         """A new branch that sees the first kept_tokens tokens of the path."""
-        parent = self.holder(kept_tokens - 1)
+        parent = self.branch_at(kept_tokens - 1)
         parent.branches.append(_Branch(parent, kept_tokens))
         return parent.branches[-1]
 
@@ -188,16 +188,15 @@ class _Builder:
 
         rows: list[int] = []
         for branch, position, ids in self.spans.values():
-            before = branch.holder(position - 1)
+            before = branch.branch_at(position - 1)
             row = branch.start + position - branch.depth
             rows += [before.start + position - 1 - before.depth, *range(row, row + len(ids) - 1)]
         lengths = torch.tensor([len(ids) for _, _, ids in self.spans.values()])
-        targets = [token_id for _, _, ids in self.spans.values() for token_id in ids]
         return PackedMicrobatch(
             token_ids_T=torch.tensor(token_ids),
             positions_T=torch.tensor(positions),
             visible_until_T=torch.tensor(visible_until, dtype=torch.int32),
-            targets_N=torch.tensor(targets),
+            targets_N=torch.tensor([token for _, _, ids in self.spans.values() for token in ids]),
             rows_N=torch.tensor(rows),
             attempt_of_token_N=torch.arange(len(self.spans)).repeat_interleave(lengths),
             attempts=list(self.spans),

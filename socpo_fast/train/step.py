@@ -151,9 +151,8 @@ def compute_logprobs(
             rows_N=microbatch.rows_N.to(device),
             impl=impl,
         )
-        sizes = microbatch.attempt_of_token_N.bincount().tolist()
-        parts = zip(microbatch.attempts, logprobs_N.cpu().split(sizes), strict=True)
-        for (rollout_idx, attempt_idx), logprobs_L in parts:
+        parts = logprobs_N.cpu().split(microbatch.attempt_of_token_N.bincount().tolist())
+        for (rollout_idx, attempt_idx), logprobs_L in zip(microbatch.attempts, parts, strict=True):
             by_attempt[rollout_idx][attempt_idx] = logprobs_L.clone()
     return by_attempt
 

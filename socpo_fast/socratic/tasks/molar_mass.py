@@ -219,8 +219,14 @@ def diagnose(question_text: str, student_answer: str) -> str | None:
         line = Line(symbol, int(atoms), *(int(number[::-1]) for number in numbers))
         if symbol != expected:
             return expected.join(MISSING_TEXTS)
-        if (term := _first_wrong_term(line, formula[symbol], total)) is not None:
-            return line_advice(symbol, term)
+        is_right = {
+            "atoms": line.atoms == formula[symbol],
+            "mass": line.mass == ATOMIC_MASSES[symbol],
+            "product": line.product == line.atoms * line.mass,
+            "total": line.total == total + line.product,
+        }
+        if wrong := [term for term, right in is_right.items() if not right]:
+            return line_advice(symbol, wrong[0])
         total = line.total
     return None if answer == digits(total) else ANSWER_TEXT
 
@@ -228,14 +234,3 @@ def diagnose(question_text: str, student_answer: str) -> str | None:
 def line_advice(symbol: str, term: str) -> str:
     """What the tutor says when `term` (a key of TERM_TEXTS) is the first mistake, in the line of `symbol`."""
     return symbol.join(LINE_TEXTS) + TERM_TEXTS[term]
-
-
-def _first_wrong_term(line: Line, atoms: int, total_before: int) -> str | None:
-    """Which key of TERM_TEXTS the line gets wrong first, reading left to right."""
-    is_right = {
-        "atoms": line.atoms == atoms,
-        "mass": line.mass == ATOMIC_MASSES[line.symbol],
-        "product": line.product == line.atoms * line.mass,
-        "total": line.total == total_before + line.product,
-    }
-    return next((term for term, right in is_right.items() if not right), None)
