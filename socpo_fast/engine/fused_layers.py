@@ -28,8 +28,11 @@ def fused_weights(layer: Layer) -> list[Tensor | None]:
 def has_hooks(modules: Sequence[nn.Module]) -> bool:
     """Whether somebody listens to one of these modules, which a fused layer would not call."""
     hooks = torch.nn.modules.module
-    is_heard_by_all = bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-    return is_heard_by_all or any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+    )
 
 
 def run_fused_layers(

@@ -59,8 +59,10 @@ class Updater:
             rollouts = [rollout for g in chosen for rollout in groups[g]]
             old = None if old_logprobs is None else [by_attempt for g in chosen for by_attempt in old_logprobs[g]]
             ref = None if ref_logprobs is None else [by_attempt for g in chosen for by_attempt in ref_logprobs[g]]
-            metrics = self.one_update(rollouts, old, ref)
-            yield len(chosen), metrics | {"policy/sampler_mismatch_nats": mismatch}
+            yield (
+                len(chosen),
+                self.one_update(rollouts, old, ref) | {"policy/sampler_mismatch_nats": mismatch},
+            )
 
     def one_update(
         self, rollouts: list[Rollout], old_logprobs: PerToken | None, ref_logprobs: PerToken | None
