@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.config import ModelConfig
-from socpo_fast.types import Attempt, SamplingParams
+from socpo_fast.ops._checks import check_rule
+from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 
 
 def check_settings(page_size: int, max_running: int, token_budget: int, tokens_per_sync: int | None) -> None:
@@ -34,6 +36,19 @@ def check_fits(where: str, token_ids: Seq[int], params: SamplingParams, config: 
             f"{where}: need {needed} pages of {pool.page_size} tokens, the pool has {pool.num_pages}; "
             "raise engine.kv_cache_gib or lower max_new_tokens"
         )
+
+
+def check_key(where: str, key: tuple[int, int], in_flight: Counter[RolloutKey]) -> RolloutKey:
+    """Returns the key by its name; one beyond 64 bits or in flight is refused."""
+    is_right = len(key) == 2 and all(isinstance(n, int) and -(2**63) <= n < 2**63 for n in key)
+    check_rule(where, "key", key, is_right, "two 64-bit integers")
+    name = RolloutKey(*key)
+    if num_rollouts := in_flight[name]:
+        raise ValueError(
+            f"{where}: key must have no rollout in flight, got {tuple(key)} with {num_rollouts}; "
+            "release or cancel them first, or take another key"
+        )
+    return name
 
 
 def check_resume(attempt: Attempt, old: Sequence | None, suffix_ids: Seq[int], kept_tokens: int) -> Sequence:

@@ -37,8 +37,11 @@ class DecodeLoop:
         self._capture_stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()
-    def run(self, sequences: list[Sequence], num_rounds: int) -> list[list[tuple[int, float, float]]]:
-        """(token_id, logprob, kept_mass) of each sequence, for each round; their pages have room for all rounds."""
+    def run(self, sequences: list[Sequence], num_rounds: int) -> list[list[list[float]]]:
+        """token_id, logprob, kept_mass of each sequence, for each round.
+
+        The sequences' pages have room for all rounds.
+        """
         rows, pages = len(sequences), max(len(sequence.pages) for sequence in sequences)
         is_filtered, graph = any(s.params.is_filtered for s in sequences), None
         if self.captures:
@@ -48,8 +51,7 @@ class DecodeLoop:
         for round_idx in range(num_rounds):
             graph.replay() if graph is not None else self._round(rows, pages, is_filtered)
             self.rounds_N3R[round_idx].copy_(self.drawn_3R)
-        rounds = self.rounds_N3R[:num_rounds, :, : len(sequences)].transpose(1, 2).tolist()
-        return [[(int(token_id), logprob, mass) for token_id, logprob, mass in drawn] for drawn in rounds]
+        return self.rounds_N3R[:num_rounds, :, : len(sequences)].transpose(1, 2).tolist()
 
     def _fill(self, sequences: list[Sequence], rows: int, pages: int) -> None:
         ints_4R, table_RM = np.zeros((4, rows), dtype=np.int64), np.zeros((rows, pages), dtype=np.int32)
@@ -77,10 +79,15 @@ class DecodeLoop:
             max_seqlen_q=1,
             max_seqlen_k=pages * size,
         )
-        student, settings_4R = self.runner.student, self.settings_4R[:, :rows]
-        drawn_3R = draw(student, self.runner.hidden(step), noise_R, num_sampled_R, settings_4R, is_filtered)
-        self.drawn_3R[:, :rows] = drawn_3R
-        token_ids_R.copy_(drawn_3R[0])
+        self.drawn_3R[:, :rows] = draw(
+            self.runner.student,
+            self.runner.hidden(step),
+            noise_R,
+            num_sampled_R,
+            self.settings_4R[:, :rows],
+            is_filtered,
+        )
+        token_ids_R.copy_(self.drawn_3R[0, :rows])
         positions_R.add_(is_live_R)
         num_sampled_R.add_(1)
 

@@ -7,14 +7,15 @@ prefix hashing; a finished attempt keeps its pages until it is resumed or releas
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from itertools import count
 from typing import Literal
 
-from socpo_fast.engine.checks import check_fits, check_resume, check_settings
+from socpo_fast.engine.checks import check_fits, check_key, check_resume, check_settings
 from socpo_fast.engine.decode import DecodeLoop
-from socpo_fast.engine.keys import KeysInFlight, fresh_batch
+from socpo_fast.engine.keys import fresh_batch
 from socpo_fast.engine.memory import kv_cache_size
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.runner import Runner
@@ -64,20 +65,29 @@ class Engine:
         self.policy_version = 0
         self._pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
-        options = {"num_pages": num_pages, "page_size": page_size}
-        self._runner = Runner(student, **options, cascade=cascade, attention=attention)
-        self.tokens_per_sync = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
-        rounds = self.tokens_per_sync
+        self._runner = Runner(
+            student,
+            num_pages=num_pages,
+            page_size=page_size,
+            cascade=cascade,
+            attention=attention,
+        )
+        rounds = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
+        self.tokens_per_sync = rounds
         self._loop = DecodeLoop(self._runner, max_running=max_running, max_rounds=rounds) if rounds > 1 else None
-        self._pinned: dict[Attempt, Sequence] = {}
-        self._keys = KeysInFlight()
+        self._in_flight: Counter[RolloutKey] = Counter()  # how many rollouts each has
         self._arrivals = count()
         self._prefill_tokens = self._decode_tokens = 0
 
     @property
     def stats(self) -> EngineStats:
-        preemptions, pool = self._scheduler.num_preemptions, self._pool
-        return EngineStats(self._prefill_tokens, self._decode_tokens, preemptions, pool.num_free, pool.num_pages)
+        return EngineStats(
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            pages_free=self._pool.num_free,
+            pages_total=self._pool.num_pages,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -98,9 +108,9 @@ class Engine:
             ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or in
                 flight, or a request that can never fit.
         """
-        name = self._keys.check("submit", key)
+        name = check_key("submit", key, self._in_flight)
         token_ids = list(prompt_ids)
-        self._check_fits("submit", token_ids, params)
+        check_fits("submit", token_ids, params, self.student.config, self._pool)
         sequence = Sequence(
             key=name,
             params=params,
@@ -110,7 +120,7 @@ class Engine:
             num_rollouts=params.n,
             policy_version=self.policy_version,
         )
-        self._keys.add(name, params.n)
+        self._in_flight[name] += params.n
         self._scheduler.enqueue(sequence)
 
     def resume(self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int) -> None:
@@ -127,16 +137,16 @@ class Engine:
             ValueError: the attempt was released or resumed before, kept_tokens is not in
                 [1, length of the row], suffix_ids is empty, or the context can never fit.
         """
-        old = check_resume(attempt, self._pinned.get(attempt), suffix_ids, kept_tokens)
+        old = check_resume(attempt, self._scheduler.pinned.get(attempt), suffix_ids, kept_tokens)
         token_ids = old.token_ids[:kept_tokens] + list(suffix_ids)
-        self._check_fits("resume", token_ids, params)
+        check_fits("resume", token_ids, params, self.student.config, self._pool)
         try:
-            self._runner.copy_pages(self._scheduler.shorten(old, kept_tokens))
+            old.shorten(self._pool, kept_tokens)
+            self._runner.copy_pages(self._scheduler.own_last_page(old))
         except BaseException:  # memory, say: the attempt stays, without pages that were not copied
             old.drop_pages(self._pool)
             raise
-        del self._pinned[attempt]
-        self._scheduler.pinned.remove(old)
+        del self._scheduler.pinned[attempt]
         sequence = old.next_attempt(token_ids, params, next(self._arrivals), self.policy_version)
         self._scheduler.enqueue(sequence)
 
@@ -170,8 +180,7 @@ class Engine:
         for (_, sequence), drawn in zip(
             rows, sample_tokens(self.student, hidden_BD, rows) if rows else [], strict=True
         ):
-            sequence.append(*drawn)
-            if attempt := self._finish(sequence):
+            if attempt := self._append(sequence, drawn):
                 finished.append(attempt)
         return finished
 
@@ -201,20 +210,20 @@ class Engine:
         if len(keys) != len(prompts) or len({tuple(key) for key in keys}) != len(keys):
             raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
         for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
-            self._check_fits("generate", list(prompt_ids), params)
-        question_of = {self._keys.check("generate", key): q for q, key in enumerate(keys)}
-        groups: list[list[Attempt]] = [[] for _ in prompts]
+            check_fits("generate", list(prompt_ids), params, self.student.config, self._pool)
+        names = [check_key("generate", key, self._in_flight) for key in keys]
+        groups: dict[RolloutKey, list[Attempt]] = {name: [] for name in names}
         try:
-            for prompt_ids, key in zip(prompts, keys, strict=True):
+            for prompt_ids, key in zip(prompts, groups, strict=True):
                 self.submit(prompt_ids, params, key=key)
             while self.has_work:
                 for attempt in self.step():
-                    groups[question_of[attempt.key]].append(attempt)
-            for group in groups:
+                    groups[attempt.key].append(attempt)
+            for group in groups.values():
                 group.sort(key=lambda attempt: attempt.rollout_idx)
                 if not keep:
                     self.release(group)
-            return groups
+            return list(groups.values())
         except BaseException:
             self.reset()
             raise
@@ -222,9 +231,7 @@ class Engine:
     def release(self, attempts: Iterable[Attempt]) -> None:
         """Give back the pages of finished attempts; one that was resumed or released before is passed over."""
         for attempt in attempts:
-            sequence = self._pinned.pop(attempt, None)
-            if sequence is not None:
-                self._scheduler.pinned.remove(sequence)
+            if sequence := self._scheduler.pinned.pop(attempt, None):
                 self._forget(sequence)
 
     def cancel(self, key: tuple[int, int]) -> None:
@@ -241,8 +248,7 @@ class Engine:
         remain as data, but cannot be resumed.
         """
         self._scheduler.reset()
-        self._pinned.clear()
-        self._keys.clear()
+        self._in_flight.clear()
 
     def bump_policy_version(self) -> None:
         """The weights changed: no page computed before is used again (running sequences are computed anew).
@@ -265,8 +271,7 @@ class Engine:
                 if sequence not in finished:
                     sequence.num_cached += 1
                     self._decode_tokens += 1
-                    sequence.append(*values)
-                    if attempt := self._finish(sequence):
+                    if attempt := self._append(sequence, values):
                         finished[sequence] = attempt
         for sequence in finished:
             sequence.shorten(self._pool, sequence.num_cached)
@@ -279,18 +284,16 @@ class Engine:
         self._runner.copy_pages(self._scheduler.fork(root, children))
         return children
 
-    def _finish(self, sequence: Sequence) -> Attempt | None:
-        """Pin a sequence that has just ended and describe its attempt; None while it goes on."""
-        attempt = sequence.attempt()
-        if attempt is not None:
-            self._scheduler.pin(sequence)
-            self._pinned[attempt] = sequence
+    def _append(self, sequence: Sequence, drawn: list[float]) -> Attempt | None:
+        """Append what was drawn; where that ends the attempt, pin the sequence and return it."""
+        sequence.append(*drawn)
+        if attempt := sequence.attempt():
+            self._scheduler.pin(attempt, sequence)
         return attempt
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back the pages and the key of a sequence that is in no list any more."""
         sequence.drop_pages(self._pool)
-        self._keys.remove(sequence.key, sequence.num_rollouts)
-
-    def _check_fits(self, where: str, token_ids: list[int], params: SamplingParams) -> None:
-        check_fits(where, token_ids, params, self.student.config, self._pool)
+        self._in_flight[sequence.key] -= sequence.num_rollouts
+        if self._in_flight[sequence.key] == 0:
+            del self._in_flight[sequence.key]

@@ -28,9 +28,11 @@ def fused_weights(layer: Layer) -> list[Tensor | None]:
 def has_hooks(modules: Sequence[nn.Module]) -> bool:
     """Whether somebody listens to one of these modules, which a fused layer would not call."""
     hooks = torch.nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return True
-    return any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+    )
 
 
 def run_fused_layers(
@@ -42,8 +44,6 @@ def run_fused_layers(
     cascade: bool,
 ) -> Tensor:
     """Writes the tokens' KV and returns their hidden states [T, D]; weights and caches are by layer."""
-    config = student.config
-    pages = step.slots_T, step.block_table_BM, step.seq_lens_B, step.cu_seqlens_q
     x_TD, rotary = student.first_layer_inputs(step.token_ids_T, step.positions_T)
     delta_TD = None
     for layer_weights, layer_caches in zip(weights, caches, strict=True):
@@ -51,11 +51,14 @@ def run_fused_layers(
             x_TD,
             delta_TD,
             layer_weights,
-            config.rms_norm_eps,
+            student.config.rms_norm_eps,
             *rotary,
             *layer_caches,
-            *pages,
-            config.head_dim**-0.5,
+            step.slots_T,
+            step.block_table_BM,
+            step.seq_lens_B,
+            step.cu_seqlens_q,
+            student.config.head_dim**-0.5,
             cascade,
         )
     return student.norm(delta_TD, x_TD)[0]

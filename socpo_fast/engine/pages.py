@@ -13,7 +13,7 @@ class PagePool:
     def reset(self) -> None:
         """Every page is free, whoever held it."""
         self._free = list(range(self.num_pages - 1, -1, -1))  # a stack: the page freed last is still in cache
-        self._holders = [0] * self.num_pages
+        self.ref_count = [0] * self.num_pages
 
     @property
     def num_free(self) -> int:
@@ -25,19 +25,16 @@ class PagePool:
     def allocate(self) -> int:
         assert self._free, "the scheduler makes room before it allocates"
         page = self._free.pop()
-        self._holders[page] = 1
+        self.ref_count[page] = 1
         return page
 
     def share(self, page: int) -> int:
-        assert self._holders[page] > 0, f"page {page} is free"
-        self._holders[page] += 1
+        assert self.ref_count[page] > 0, f"page {page} is free"
+        self.ref_count[page] += 1
         return page
 
     def release(self, page: int) -> None:
-        assert self._holders[page] > 0, f"page {page} is free"
-        self._holders[page] -= 1
-        if self._holders[page] == 0:
+        assert self.ref_count[page] > 0, f"page {page} is free"
+        self.ref_count[page] -= 1
+        if self.ref_count[page] == 0:
             self._free.append(page)
-
-    def holders(self, page: int) -> int:
-        return self._holders[page]

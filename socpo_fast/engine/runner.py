@@ -41,10 +41,9 @@ class Runner:
     def bind_weights(self) -> None:
         """Look up the student's parameters, for layers that run in one call: empty where only op by op is possible."""
         is_cpp = self.attention_impl == self.rotary_impl == "cpp"
-        is_cpp = is_cpp and self.k_cache_LPSKE.dtype in (torch.float32, torch.bfloat16)
-        self.layer_weights = (
-            [fused_weights(layer) for layer in self.student.layers if isinstance(layer, Layer)] if is_cpp else []
-        )
+        is_fused = is_cpp and self.k_cache_LPSKE.dtype in (torch.float32, torch.bfloat16)
+        layers = [layer for layer in self.student.layers if isinstance(layer, Layer)]
+        self.layer_weights = [fused_weights(layer) for layer in layers] if is_fused else []
         self.layer_modules = list(self.student.layers.modules())
 
     @staticmethod
@@ -61,20 +60,33 @@ class Runner:
 
     def hidden(self, step: Step) -> Tensor:
         """Write the tokens' KV and return their hidden states, [T, D]."""
-        student, scale = self.student, self.student.config.head_dim**-0.5
-        pages = step.block_table_BM, step.seq_lens_B, step.cu_seqlens_q
         if self.layer_weights and not has_hooks(self.layer_modules):
-            return run_fused_layers(student, self.layer_weights, self.caches, step, cascade=self.cascade)
+            return run_fused_layers(
+                self.student,
+                self.layer_weights,
+                self.caches,
+                step,
+                cascade=self.cascade,
+            )
 
         def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
             # The registered ops themselves: the step's numbers are our own, and checking them
             # would read them back from the device in every layer.
             caches = self.caches[layer_idx]
-            q_THE = rotary_write_op(qkv_THE, *rotary, *caches, step.slots_T, self.rotary_impl)
-            longest = step.max_seqlen_q, step.max_seqlen_k
-            return paged_attention_op(q_THE, *caches, *pages, *longest, scale, self.cascade, self.attention_impl)
+            return paged_attention_op(
+                rotary_write_op(qkv_THE, *rotary, *caches, step.slots_T, self.rotary_impl),
+                *caches,
+                step.block_table_BM,
+                step.seq_lens_B,
+                step.cu_seqlens_q,
+                step.max_seqlen_q,
+                step.max_seqlen_k,
+                self.student.config.head_dim**-0.5,
+                self.cascade,
+                self.attention_impl,
+            )
 
-        return student(step.token_ids_T, step.positions_T, attend)
+        return self.student(step.token_ids_T, step.positions_T, attend)
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""

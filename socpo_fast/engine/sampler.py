@@ -18,21 +18,35 @@ from socpo_fast.ops.linear_sample import linear_sample_op
 
 @torch.no_grad()
 def sample_tokens(
-    student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]
-) -> list[tuple[int, float, float]]:
-    """For each (row of hidden_BD, sequence): (token_id, logprob in nats, kept_mass). One host read for all."""
+    student: Decoder,
+    hidden_BD: Tensor,
+    rows: list[tuple[int, Sequence]],
+) -> list[list[float]]:
+    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass.
+
+    One host read for all.
+    """
     device, sequences = hidden_BD.device, [sequence for _, sequence in rows]
     indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
     rows_B, noise_B, position_B = torch.tensor(indices, device=device).t().contiguous()
-    settings_4B, is_filtered = settings_of(sequences, device), any(s.params.is_filtered for s in sequences)
-    drawn_3B = draw(student, hidden_BD, noise_B, position_B, settings_4B, is_filtered, rows_B)
-    return [(int(token_id), logprob, mass) for token_id, logprob, mass in drawn_3B.t().tolist()]
+    drawn_3B = draw(
+        student,
+        hidden_BD,
+        noise_B,
+        position_B,
+        settings_of(sequences, device),
+        any(s.params.is_filtered for s in sequences),
+        rows_B,
+    )
+    return drawn_3B.t().tolist()
 
 
 def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
     """[4, B] fp32: temperature, top_p, min_p, top_k. Above 2^24 no vocabulary is that large: top_k is off."""
-    params = [sequence.params for sequence in sequences]
-    settings = [(p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0) for p in params]
+    settings = [
+        (p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0)
+        for p in (sequence.params for sequence in sequences)
+    ]
     return torch.tensor(settings, dtype=torch.float32, device=device).reshape(-1, 4).t().contiguous()
 
 

@@ -13,7 +13,7 @@ from bisect import insort
 
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.sequence import Sequence
-from socpo_fast.types import RolloutKey
+from socpo_fast.types import Attempt, RolloutKey
 
 
 class Scheduler:
@@ -26,7 +26,7 @@ class Scheduler:
         """Forget every sequence, and free every page: also those of a sequence that is in no list."""
         self.waiting: list[Sequence] = []  # by priority
         self.running: list[Sequence] = []  # by priority: the youngest is last
-        self.pinned: list[Sequence] = []  # by time of finishing
+        self.pinned: dict[Attempt, Sequence] = {}  # by time of finishing
         self.pool.reset()
 
     def enqueue(self, sequence: Sequence) -> None:
@@ -37,15 +37,14 @@ class Scheduler:
         step: list[tuple[Sequence, int]] = []
         budget = self.token_budget
         num_decoding = sum(sequence.num_pending == 1 for sequence in self.running)
-        place = 0
-        while place < len(self.running) and budget > 0:  # old to young: who gives way is always behind `place`
-            sequence = self.running[place]
+        for sequence in self.running:  # old to young: who gives way is the last, perhaps this one
+            if budget == 0:
+                break
             num_decoding -= sequence.num_pending == 1
             num_tokens = 1 if sequence.num_pending == 1 else min(sequence.num_pending, budget - num_decoding)
             if num_tokens > 0 and self._make_room(sequence, num_tokens):
                 step.append((sequence, num_tokens))
                 budget -= num_tokens
-            place += 1
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self.waiting[0]
             num_tokens = min(sequence.num_pending, budget)
@@ -77,7 +76,7 @@ class Scheduler:
         copies = []
         for child in children[1:]:
             child.pages, child.num_cached = array("i", map(self.pool.share, root.pages)), root.num_cached
-            copies += self._own_last_page(child)
+            copies += self.own_last_page(child)
         children[0].pages, children[0].num_cached = root.pages, root.num_cached
         for child in children:
             if len(self.running) < self.max_running:
@@ -86,21 +85,15 @@ class Scheduler:
                 self.enqueue(child)
         return copies
 
-    def shorten(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
-        """Forget the KV from num_tokens on, so that it can be written anew. Returns (from, to) page copies."""
-        sequence.shorten(self.pool, num_tokens)
-        return self._own_last_page(sequence)
-
-    def pin(self, sequence: Sequence) -> None:
+    def pin(self, attempt: Attempt, sequence: Sequence) -> None:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self.pinned.append(sequence)
+        self.pinned[attempt] = sequence
 
     def drop_all_pages(self) -> None:
         """The weights changed: whatever was computed with the old ones is computed again."""
-        for sequence in self.running:
-            self.enqueue(sequence)
+        self.waiting = sorted([*self.waiting, *self.running], key=lambda s: s.priority)
         self.running = []
-        for sequence in (*self.waiting, *self.pinned):
+        for sequence in (*self.waiting, *self.pinned.values()):
             sequence.drop_pages(self.pool)
 
     def remove(self, key: RolloutKey) -> list[Sequence]:
@@ -110,10 +103,13 @@ class Scheduler:
         self.running = [sequence for sequence in self.running if sequence.key != key]
         return removed
 
-    def _own_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
-        """Copy a partial page that others hold too; where no page is free, leave it: that part is computed again."""
+    def own_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """Give a sequence a partial page that it can write to. Returns (from, to) page copies.
+
+        A page that others hold too is copied; where no page is free, that part is computed again.
+        """
         num_partial = sequence.num_cached % self.pool.page_size
-        if num_partial == 0 or self.pool.holders(sequence.pages[-1]) == 1:
+        if num_partial == 0 or self.pool.ref_count[sequence.pages[-1]] == 1:
             return []
         shared = sequence.pages.pop()
         self.pool.release(shared)
@@ -133,7 +129,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocate the pages for num_tokens more; False when the sequence itself had to give way."""
         while self._pages_missing(sequence, num_tokens) > self.pool.num_free:
-            if victim := next((s for s in (*self.pinned, *reversed(self.waiting)) if s.pages), None):
+            idle = (*self.pinned.values(), *reversed(self.waiting))
+            if victim := next((s for s in idle if s.pages), None):
                 victim.drop_pages(self.pool)
             else:
                 self._give_way(victim := self.running[-1])

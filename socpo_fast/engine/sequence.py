@@ -48,8 +48,9 @@ class Sequence:
     def num_sampled(self) -> int:
         return len(self.token_ids) - self.attempt_start
 
-    def append(self, token_id: int, logprob: float, kept_mass: float) -> None:
-        self.token_ids.append(token_id)
+    def append(self, token_id: float, logprob: float, kept_mass: float) -> None:
+        """What was drawn; token_id comes as a float, from one tensor with the others."""
+        self.token_ids.append(int(token_id))
         self.logprobs.append(logprob)
         self.kept_mass.append(kept_mass)
 

@@ -58,8 +58,10 @@ def assign_credit(
 
     Warns when no first attempt of the batch is correct, since help then earns nothing.
     """
-    table = attempt_table(rollouts)
-    credit = credit_attempts(*(column_A.to(device) for column_A in table), options=options)
+    credit = credit_attempts(
+        *(column_A.to(device) for column_A in attempt_table(rollouts)),
+        options=options,
+    )
     earned = torch.stack((credit.rewards_A, credit.advantages_A), dim=1).tolist()
     turns = (turn for rollout in rollouts for turn in rollout.turns)
     for turn, (reward, advantage) in zip(turns, earned, strict=True):

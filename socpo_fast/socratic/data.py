@@ -55,10 +55,14 @@ def load_questions(
     questions: list[Question] = []
     errors: list[str] = []
     for row_number, row in enumerate(_rows(path, split, subset), start=1):
-        if row is None:
+        if isinstance(row, str) and not row.strip():
             continue
         try:
-            question = _to_question(row, question_idx=len(questions), default_source=Path(path).stem)
+            question = _to_question(
+                _parse_line(row) if isinstance(row, str) else row,
+                question_idx=len(questions),
+                default_source=Path(path).stem,
+            )
             check_ground_truth(grader, question)
             questions.append(question)
         except ValueError as error:
@@ -84,13 +88,13 @@ def _drop_overlong(questions: list[Question], name: str, bridge: Bridge | None, 
     if not kept:
         raise ValueError(f"data: {name}: every prompt is longer than {limit} tokens; raise data.max_prompt_tokens")
     if len(kept) < len(questions):
-        dropped = len(questions) - len(kept)
-        warnings.warn(f"data: {name}: left out {dropped} of {len(questions)} prompts over {limit} tokens", stacklevel=3)
+        dropped = f"{len(questions) - len(kept)} of {len(questions)} prompts over {limit} tokens"
+        warnings.warn(f"data: {name}: left out {dropped}", stacklevel=3)
     return [replace(question, question_idx=idx) for idx, question in enumerate(kept)]
 
 
-def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] | str | None]:
-    """The rows in order: a dict, None for an empty line, or a string where a line is no JSON object (its reason)."""
+def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] | str]:
+    """The rows in order: fields, or of a JSONL file lines, empty ones among them."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -108,48 +112,49 @@ def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] 
             if kind:
                 rows = load_dataset(kind, data_files=str(place), split="train", streaming=True, cache_dir=cache)
             else:
-                source = str(place) if place.is_dir() else path
-                rows = load_dataset(source, subset, split=split, streaming=True, cache_dir=cache)
-            yield from (_parse_line(row["text"]) for row in rows) if kind == "text" else rows
+                rows = load_dataset(
+                    str(place) if place.is_dir() else path,
+                    subset,
+                    split=split,
+                    streaming=True,
+                    cache_dir=cache,
+                )
+            yield from (row["text"] for row in rows) if kind == "text" else rows
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: its code, which never runs
             what = kind or f"a data set with a split {split!r}"
             raise ValueError(f"data: {path} must be readable as {what} ({error})") from error
 
 
-def _parse_line(line: str) -> dict[str, Any] | str | None:
-    if not line.strip():
-        return None
+def _parse_line(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # broken, a number of thousands of digits, thousands of brackets
-        return f"must be a JSON object, got {line[:40]!r} ({error})"
-    return row if isinstance(row, dict) else f"must be a JSON object, got {line[:40]!r}"
+        raise ValueError(f"must be a JSON object, got {line[:40]!r} ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, got {line[:40]!r}")
+    return row
 
 
-def _to_question(row: dict[str, Any] | str, *, question_idx: int, default_source: str) -> Question:
+def _to_question(row: dict[str, Any], *, question_idx: int, default_source: str) -> Question:
     """One row in either layout; ValueError with the reason alone."""
-    if isinstance(row, str):
-        raise ValueError(row)
     if "prompt" in row:
         messages = _messages(row["prompt"])
         extra = row.get("extra_info") or {}
         reward_model = row.get("reward_model") or {}
         for key, value in (("extra_info", extra), ("reward_model", reward_model)):
-            if not isinstance(value, dict):
-                raise ValueError(f"{key} must be an object, got {value!r:.40}")
-        ground_truth = _field(reward_model, "ground_truth", "reward_model.ground_truth")
+            _check(isinstance(value, dict), f"{key} must be an object", value)
+        ground_truth = _ground_truth("reward_model.ground_truth", reward_model.get("ground_truth"))
         reference = extra.get("reference_solution") or extra.get("answer")  # verl's gsm8k keeps its solution in answer
     elif "question" in row:
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         messages = _messages([*system, {"role": "user", "content": row["question"]}])
-        ground_truth = _field(row, "ground_truth", "ground_truth")
+        ground_truth = _ground_truth("ground_truth", row.get("ground_truth"))
         reference = row.get("reference_solution")
     else:
         raise ValueError(f"must have prompt or question, got {', '.join(sorted(row)) or 'no fields'}")
     source = row.get("data_source")
     for name, value in (("reference_solution", reference), ("data_source", source), ("ground_truth", ground_truth)):
-        if not isinstance(value, str | None):
-            raise ValueError(f"{name} must be text, got {value!r:.40}")
+        _check(isinstance(value, str | None), f"{name} must be text", value)
         (value or "").encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
     return Question(
         question_idx=question_idx,
@@ -161,26 +166,46 @@ def _to_question(row: dict[str, Any] | str, *, question_idx: int, default_source
 
 
 def _messages(messages: Any) -> tuple[dict[str, str], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"prompt must be a non-empty list of messages, got {messages!r:.40}")
+    _check(
+        isinstance(messages, list) and len(messages) > 0,
+        "prompt must be a non-empty list of messages",
+        messages,
+    )
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise ValueError(f"a message must have a role of {', '.join(_ROLES)}, got {message!r:.40}")
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise ValueError(f"the {message['role']} message must have text, got {message.get('content')!r:.40}")
-        message["content"].encode()  # as above
+        _check(
+            isinstance(message, dict) and message.get("role") in _ROLES,
+            f"a message must have a role of {', '.join(_ROLES)}",
+            message,
+        )
+        text = message.get("content")
+        _check(
+            isinstance(text, str) and text.strip() != "",
+            f"the {message['role']} message must have text",
+            text,
+        )
+        text.encode()  # as above
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message must be the user's, got {messages[-1]['role']}")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
 
 
-def _field(row: dict[str, Any], key: str, name: str) -> str:
-    value = row.get(key)
+def _ground_truth(name: str, value: Any) -> str:
     if value is None or value == "":
         raise ValueError(f"{name} is missing")
-    if isinstance(value, bool) or not (isinstance(value, str | int) or (isinstance(value, float) and isfinite(value))):
-        raise ValueError(f"{name} must be text or a number, got {value!r:.40}")
+    _check(
+        isinstance(value, str | int | float)
+        and not isinstance(value, bool)
+        and (not isinstance(value, float) or isfinite(value)),
+        f"{name} must be text or a number",
+        value,
+    )
     return str(value)
+
+
+def _check(holds: bool, rule: str, value: object) -> None:
+    """One value of a row against its rule; the caller of the caller says which row it is."""
+    if not holds:
+        raise ValueError(f"{rule}, got {value!r:.40}")
 
 
 def question_order(seed: int, epoch: int, n: int) -> list[int]:

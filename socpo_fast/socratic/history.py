@@ -33,8 +33,10 @@ def template_seam(
         return None
     last = len(rollout.turns) - 1
     seen = rollout.context_ids(last) + rollout.turns[last].attempt.token_ids[:attempt_limit]
-    pairs = enumerate(zip(seen, row[:-1], strict=False))
-    same = next((i for i, (one, other) in pairs if one != other), min(len(seen), len(row) - 1))
+    same = next(
+        (i for i, (one, other) in enumerate(zip(seen, row[:-1], strict=False)) if one != other),
+        min(len(seen), len(row) - 1),
+    )
     return None if same == 0 else (same, row[same:])
 
 
@@ -62,8 +64,11 @@ def rewritten_ids(
     if not len(frames) == len(parts) == len(answers) + 1:
         return None
     leads = [prompt, *[bridge.after] * (len(answers) - 1)]  # what the answers were sampled behind
-    found = [_turn(bridge, *turn) for turn in zip(leads, answers, frames, parts, strict=False)]
-    turns = [turn for turn in found if turn is not None]
+    turns = [
+        turn
+        for pieces in zip(leads, answers, frames, parts, strict=False)
+        if (turn := _turn(bridge, *pieces)) is not None
+    ]
     if len(turns) < len(answers):
         return None
     behind = [*[turn.lead for turn in turns[1:]], frames[-1]]

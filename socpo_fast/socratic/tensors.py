@@ -18,7 +18,7 @@ from torch import Tensor
 from socpo_fast.ops import CreditOptions, credit_attempts
 from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_word
 from socpo_fast.ops.credit_options import CreditTo
-from socpo_fast.types import Rollout
+from socpo_fast.types import Rollout, Turn
 
 Rows = Literal["attempt", "rollout"]
 OnCut = Literal["refuse", "split"]
@@ -66,21 +66,21 @@ def pad_rollouts(rollouts: Sequence[Rollout], *, rows: Rows, pad_id: int, on_cut
                     f"{rollout.rollout_idx} of question {rollout.question_idx}; leave that rollout out"
                 )
             context = rollout.context_ids(turn_idx)
-            row = padded[-1] if turn_idx > 0 else None
+            row = padded[-1] if turn_idx > 0 and rows == "rollout" else None
             # without a bridge two attempts would be one run of the mask
             is_continued = row is not None and context[: len(row.ids)] == row.ids != context
-            if rows == "rollout" and row is not None and not is_continued and on_cut == "refuse":
+            if row is not None and not is_continued and on_cut == "refuse":
                 raise ValueError(
                     f"{where}: rollout {rollout.rollout_idx} of question {rollout.question_idx} must be one row, "
                     f"got attempt {turn_idx} behind {rollout.seam(turn_idx - 1)[0]} of {len(row.ids)} tokens; "
                     'use rows="attempt" or on_cut="split"'
                 )
-            if row is None or rows == "attempt" or not is_continued:
-                row = _Row(rollout.question_idx)
+            if row is None or not is_continued:
+                row = _Row(rollout.question_idx, [], [])
                 padded.append(row)
-            row.append(context[len(row.ids) :])
-            advantage = torch.nan if turn.advantage is None else turn.advantage
-            row.append_attempt(turn.attempt.token_ids, turn.attempt.logprobs, turn.raw_reward, advantage, turn_idx)
+            row.ids.extend(context[len(row.ids) :])
+            row.turns.append((len(row.ids), turn_idx, turn))
+            row.ids.extend(turn.attempt.token_ids)
     return _pad(padded, pad_id)
 
 
@@ -115,9 +115,8 @@ def socratic_advantages(
     Raises:
         ValueError: an argument breaks the rules above, or those of `ops.credit_attempts`.
     """
-    where = "socratic_advantages"
     options = CreditOptions(schedule=schedule, factor=factor, credit=credit, estimator=estimator, eps=eps)
-    check = TensorChecker(where)
+    check = TensorChecker("socratic_advantages")
     check("token_rewards_BT", token_rewards_BT, WIDE_FLOATS)
     check("mask_BT", mask_BT, (torch.bool, torch.int32, torch.int64))
     check("group_B", group_B, INDEX)
@@ -133,9 +132,11 @@ def socratic_advantages(
     num_attempts = int(begins_BT.sum())
     rewards_N = token_rewards_BT.flatten().double()
     has_attempt_N = attempt_of_token_N >= 0
-    rewards_A = rewards_N.new_zeros(num_attempts)
-    rewards_A.index_add_(0, attempt_of_token_N[has_attempt_N], rewards_N[has_attempt_N])
-    num_tokens_A = attempt_of_token_N[is_sampled_BT.flatten()].bincount(minlength=num_attempts)
+    rewards_A = rewards_N.new_zeros(num_attempts).index_add(
+        0, attempt_of_token_N[has_attempt_N], rewards_N[has_attempt_N]
+    )
+    attempt_of_sampled_N = attempt_of_token_N[is_sampled_BT.flatten()]
+    num_tokens_A = attempt_of_sampled_N.bincount(minlength=num_attempts)
     group_A = group_B[:, None].expand_as(mask_BT)[begins_BT]
     counts_A3 = torch.stack((num_tokens_A, group_A, attempt_idx_BT[begins_BT]), dim=1)
     start = 0
@@ -144,11 +145,16 @@ def socratic_advantages(
         counts_A3, _ = gather(counts_A3)
     num_tokens_A, group_A, attempt_idx_A = counts_A3.t().contiguous()
     rollout_idx_A = (attempt_idx_A == 0).cumsum(0)  # attempts stand rollout by rollout, each from 0 on
-    table = rewards_A, num_tokens_A, group_A, attempt_idx_A, rollout_idx_A
-    advantages_A = credit_attempts(*table, options=options).advantages_A[start : start + num_attempts]
-    advantages_BT = advantages_A.new_zeros(mask_BT.shape)
-    advantages_BT[is_sampled_BT] = advantages_A[attempt_of_token_N[is_sampled_BT.flatten()]]
-    return advantages_BT
+    credited = credit_attempts(
+        rewards_A,
+        num_tokens_A,
+        group_A,
+        attempt_idx_A,
+        rollout_idx_A,
+        options=options,
+    )
+    advantages_N = credited.advantages_A[start + attempt_of_sampled_N]
+    return advantages_N.new_zeros(mask_BT.shape).masked_scatter(is_sampled_BT, advantages_N)
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
@@ -166,53 +172,35 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tens
     padded[: x.shape[0]] = x
     parts = [torch.empty_like(padded) for _ in range(num_ranks)]
     dist.all_gather(parts, padded, group=group)
-    gathered = torch.cat([part[:size] for part, size in zip(parts, num_rows, strict=True)])
-    return gathered, sum(num_rows[:rank])
+    rows = [part[:size] for part, size in zip(parts, num_rows, strict=True)]
+    return torch.cat(rows), sum(num_rows[:rank])
 
 
-class _Row:
-    """One row while it grows; every list is as long as ids."""
+class _Row(NamedTuple):
+    """One row while it grows."""
 
-    def __init__(self, question_idx: int):
-        self.question_idx = question_idx
-        self.ids: list[int] = []
-        self.attempt: list[int] = []
-        self.values: list[Tensor] = []  # [3, tokens]: log-prob, reward, advantage
-
-    def append(self, ids: list[int]) -> None:
-        """Tokens that nobody sampled, or that another row trains."""
-        self.ids += ids
-        self.attempt += [-1] * len(ids)
-        self.values.append(torch.zeros(3, len(ids)))
-
-    def append_attempt(
-        self, ids: list[int], logprobs: Tensor, reward: float, advantage: float, attempt_idx: int
-    ) -> None:
-        values = torch.zeros(3, len(ids))
-        values[0] = logprobs
-        values[1, -1] = reward
-        values[2] = advantage
-        self.ids += ids
-        self.attempt += [attempt_idx] * len(ids)
-        self.values.append(values)
+    question_idx: int
+    ids: list[int]
+    turns: list[tuple[int, int, Turn]]  # those that it trains: place of the first token, turn_idx
 
 
 def _pad(rows: list[_Row], pad_id: int) -> PaddedRollouts:
-    shape = len(rows), max((len(row.ids) for row in rows), default=0)
+    lengths_B = torch.tensor([len(row.ids) for row in rows], dtype=torch.int64)
+    shape = len(rows), max(lengths_B.tolist(), default=0)
     ids_BL = torch.full(shape, pad_id)
-    attention_mask_BL = torch.zeros(shape, dtype=torch.bool)
     attempt_BL = torch.full(shape, -1)
-    values_3BL = torch.zeros(3, *shape)
+    logprobs_BL, rewards_BL, advantages_BL = torch.zeros(3, *shape)
     for i, row in enumerate(rows):
-        size = len(row.ids)
-        ids_BL[i, :size] = torch.tensor(row.ids)
-        attention_mask_BL[i, :size] = True
-        attempt_BL[i, :size] = torch.tensor(row.attempt)
-        values_3BL[:, i, :size] = torch.cat(row.values, dim=1)
-    logprobs_BL, rewards_BL, advantages_BL = values_3BL
+        ids_BL[i, : len(row.ids)] = torch.tensor(row.ids)
+        for start, turn_idx, turn in row.turns:
+            stop = start + turn.attempt.num_tokens
+            attempt_BL[i, start:stop] = turn_idx
+            logprobs_BL[i, start:stop] = turn.attempt.logprobs
+            rewards_BL[i, stop - 1] = turn.raw_reward
+            advantages_BL[i, start:stop] = torch.nan if turn.advantage is None else turn.advantage
     return PaddedRollouts(
         ids_BL=ids_BL,
-        attention_mask_BL=attention_mask_BL,
+        attention_mask_BL=torch.arange(shape[1]) < lengths_B[:, None],
         loss_mask_BL=attempt_BL >= 0,
         logprobs_BL=logprobs_BL,
         rewards_BL=rewards_BL,

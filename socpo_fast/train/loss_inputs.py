@@ -28,8 +28,13 @@ def check_options(
     normalisers = {"num_loss_tokens": num_loss_tokens, "num_attempts": num_attempts, "max_new_tokens": max_new_tokens}
     for name, value in normalisers.items():
         check_rule(where, name, value, value is None or value >= 1, ">= 1")
-    is_given = max_new_tokens is not None or loss_agg != "seq_mean_token_sum_norm"
-    check_rule(where, "max_new_tokens", None, is_given, f"the sampler's for loss_agg={loss_agg!r}")
+    check_rule(
+        where,
+        "max_new_tokens",
+        max_new_tokens,
+        max_new_tokens is not None or loss_agg != "seq_mean_token_sum_norm",
+        f"the sampler's for loss_agg={loss_agg!r}",
+    )
     check_rule(where, "tis_clip", tis_clip, tis_clip is None or tis_clip > 0, "> 0 or None")
 
 
@@ -48,15 +53,13 @@ def attempt_weights(
 
 def attempt_advantages(microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:
     """[A] fp32."""
-    advantages = []
-    for place, turn_idx in microbatch.attempts:
-        advantage = rollouts[place].turns[turn_idx].advantage
-        if advantage is None:
-            raise ValueError(
-                f"policy_gradients: rollouts[{place}].turns[{turn_idx}].advantage must be a number, "
-                "got None; fill it with ops.compute_advantages"
-            )
-        advantages.append(advantage)
+    advantages = [rollouts[r].turns[t].advantage for r, t in microbatch.attempts]
+    if None in advantages:
+        place, turn_idx = microbatch.attempts[advantages.index(None)]
+        raise ValueError(
+            f"policy_gradients: rollouts[{place}].turns[{turn_idx}].advantage must be a number, "
+            "got None; fill it with ops.compute_advantages"
+        )
     return torch.tensor(advantages)
 
 

@@ -78,44 +78,47 @@ class Optimizer:
         self.num_updates = 0  # skipped ones included
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
-        matrices = [param for param in self.params.values() if param.ndim >= 2]
-        vectors = [param for param in self.params.values() if param.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
+        params = self.params.values()
+        groups = [
+            {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        ]
         # fused: one pass over each parameter, no intermediates; it exists on CPU and CUDA alike
         self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-        for param in self.params.values():
-            state = {name: torch.zeros_like(param, requires_grad=False) for name in MOMENTS}
-            self.adamw.state[param] = {"step": torch.zeros((), device=param.device), **state}
+        for param in params:
+            self.adamw.state[param] = {
+                "step": torch.zeros((), device=param.device),
+                **{name: torch.zeros_like(param, requires_grad=False) for name in MOMENTS},
+            }
 
     def step(self, loss: float = 0.0) -> StepResult:
         """Apply the accumulated gradient and drop it; if it or the loss is not finite, drop it only and count that."""
-        grads = []
         for param in self.params.values():
             if param.grad is None:  # would fall behind in its step count
                 param.grad = torch.zeros_like(param)
-            grads.append(param.grad)
+        grads = [param.grad for param in self.params.values() if param.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         num_steps = self.num_updates - self.num_skipped
         grad_norm, lr = float(norm), self.lr * min(1.0, (num_steps + 1) / max(1, self.warmup_updates))
         self.num_updates += 1
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
-        if skipped:
-            self.num_skipped += 1
-            self.num_skipped_in_a_row += 1
-        else:
+        self.num_skipped += skipped
+        self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
             nn.utils.clip_grads_with_norm_(self.params.values(), self.max_grad_norm, norm)
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
-            self.num_skipped_in_a_row = 0
         self.adamw.zero_grad(set_to_none=True)  # between updates the memory is the rollout's
         return StepResult(grad_norm=grad_norm, lr=lr, skipped=skipped)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The moments as "exp_avg.NAME" and "exp_avg_sq.NAME"; the live tensors, not copies."""
-        states = {name: self.adamw.state[param] for name, param in self.params.items()}
-        return {f"{moment}.{name}": state[moment] for name, state in states.items() for moment in MOMENTS}
+        return {
+            f"{moment}.{name}": self.adamw.state[param][moment]
+            for name, param in self.params.items()
+            for moment in MOMENTS
+        }
 
     def state_counts(self) -> dict[str, int]:
         """The rest of the state, for JSON."""

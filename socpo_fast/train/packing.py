@@ -29,17 +29,17 @@ Differences from packing as trainers know it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import Rollout
 
 Packing = Literal["tree", "rows"]
-GroupKey = tuple[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,37 +76,31 @@ def pack_rollouts(rollouts: Sequence[Rollout], *, packing: Packing, token_budget
 
     Memory: int64 lists of the packed tokens. Bitwise: same inputs, same microbatches.
     """
-    if packing not in ("tree", "rows"):
-        raise ValueError(f"pack_rollouts: packing must be 'tree' or 'rows', got {packing!r}")
-    if token_budget < 1:
-        raise ValueError(f"pack_rollouts: token_budget must be >= 1, got {token_budget}")
-    groups: dict[tuple[int, GroupKey], list[int]] = {}
+    check_rule("pack_rollouts", "packing", packing, packing in ("tree", "rows"), "'tree' or 'rows'")
+    check_rule("pack_rollouts", "token_budget", token_budget, token_budget >= 1, ">= 1")
+    trees: dict[Hashable, list[int]] = {}
     for rollout_idx, rollout in enumerate(rollouts):
         if rollout.attempts:
             _check_rollout(rollout_idx, rollout)
-            tree = rollout_idx if packing == "rows" else 0
-            groups.setdefault((tree, group_key(rollout)), []).append(rollout_idx)
+            tree: Hashable = group_key(rollout) if packing == "tree" else rollout_idx
+            trees.setdefault(tree, []).append(rollout_idx)
 
     builders = [_Builder()]
-    for members in groups.values():
-        chains = [_chain_tokens(rollouts[rollout_idx]) for rollout_idx in members]
+    for tree, members in trees.items():
         prompt = len(rollouts[members[0]].prompt_ids)
-        has_room = builders[-1].num_tokens + prompt + sum(chains) <= token_budget
-        if not has_room and prompt + sum(chains) <= token_budget:
+        chains = [_chain_tokens(rollouts[rollout_idx]) for rollout_idx in members]
+        group = prompt + sum(chains)
+        if builders[-1].num_tokens + group > token_budget >= group:
             builders.append(_Builder())
-        root = None
         for rollout_idx, chain in zip(members, chains, strict=True):
-            cost = chain + (prompt if root is None else 0)
-            if builders[-1].attempts and builders[-1].num_tokens + cost > token_budget:
+            cost = chain if tree in builders[-1].roots else prompt + chain
+            if builders[-1].roots and builders[-1].num_tokens + cost > token_budget:
                 builders.append(_Builder())
-                root = None
-            if root is None:
-                root = builders[-1].add_prompt(rollouts[rollout_idx])
-            builders[-1].add(rollout_idx, rollouts[rollout_idx], root)
-    return [builder.build() for builder in builders if builder.attempts]
+            builders[-1].add(tree, rollout_idx, rollouts[rollout_idx])
+    return [builder.build() for builder in builders if builder.roots]
 
 
-def group_key(rollout: Rollout) -> GroupKey:
+def group_key(rollout: Rollout) -> Hashable:
     """What rollouts must have in common to share a prompt."""
     return rollout.question_idx, tuple(rollout.prompt_ids)
 
@@ -120,26 +114,25 @@ def count_unique_tokens(rollouts: Sequence[Rollout]) -> int:
 
 @dataclass(eq=False)
 class _Branch:
-    """Tokens in a row; it leaves its parent behind `leaves_at` of the parent's tokens."""
+    """Tokens in a row, the first of them at position `depth`; their path begins in the parent."""
 
     parent: _Branch | None = None
-    leaves_at: int = 0
+    depth: int = 0
     token_ids: list[int] = field(default_factory=list)
     branches: list[_Branch] = field(default_factory=list)
     start: int = 0  # row of the first token, once rows have their order
 
-    def back(self, num_tokens: int) -> tuple[_Branch, int]:
-        """The branch, and where in it, at which the path ends without its last num_tokens."""
-        branch, end = self, len(self.token_ids)
-        while branch.parent is not None and num_tokens >= end:
-            num_tokens -= end
-            branch, end = branch.parent, branch.leaves_at
-        return branch, end - num_tokens
+    def branch_at(self, position: int) -> _Branch:
+        """The branch that holds the path's token at a position, or will hold it."""
+        branch = self
+        while branch.parent is not None and position < branch.depth:
+            branch = branch.parent
+        return branch
 
-    def fork(self, num_unseen: int) -> _Branch:
-        """A new branch that does not see the last num_unseen tokens of the path so far."""
-        parent, leaves_at = self.back(num_unseen)
-        parent.branches.append(_Branch(parent, leaves_at))
+    def fork(self, kept_tokens: int) -> _Branch:
+        """A new branch that sees the first kept_tokens tokens of the path."""
+        parent = self.branch_at(kept_tokens - 1)
+        parent.branches.append(_Branch(parent, kept_tokens))
         return parent.branches[-1]
 
 
@@ -147,73 +140,66 @@ class _Branch:
 class _Builder:
     """One microbatch in the making."""
 
-    roots: list[_Branch] = field(default_factory=list)
+    roots: dict[Hashable, _Branch] = field(default_factory=dict)  # the prompts
     num_tokens: int = 0
-    attempts: list[tuple[int, int]] = field(default_factory=list)
-    # of each attempt: its branch, where in it, its tokens
-    spans: list[tuple[_Branch, int, list[int]]] = field(default_factory=list)
+    # (rollout, attempt) -> its branch, the position of its first token, its tokens
+    spans: dict[tuple[int, int], tuple[_Branch, int, list[int]]] = field(default_factory=dict)
 
-    def add_prompt(self, rollout: Rollout) -> _Branch:
-        """A new tree of the rollout's prompt."""
-        self.roots.append(_Branch(token_ids=list(rollout.prompt_ids)))
-        self.num_tokens += len(rollout.prompt_ids)
-        return self.roots[-1]
-
-    def add(self, rollout_idx: int, rollout: Rollout, root: _Branch) -> None:
+    def add(self, tree: Hashable, rollout_idx: int, rollout: Rollout) -> None:
         """Adds a rollout's chain, which forks where the next attempt does not see all before it."""
-        branch = root.fork(0)
+        if tree not in self.roots:
+            self.roots[tree] = _Branch(token_ids=list(rollout.prompt_ids))
+            self.num_tokens += len(rollout.prompt_ids)
+        branch = self.roots[tree].fork(len(rollout.prompt_ids))
         for attempt_idx, attempt in enumerate(rollout.attempts):
-            self.attempts.append((rollout_idx, attempt_idx))
-            self.spans.append((branch, len(branch.token_ids), attempt.token_ids))
+            if attempt_idx > 0:
+                kept_tokens, bridge_ids = rollout.seam(attempt_idx - 1)
+                num_unseen = _row_length(rollout, attempt_idx - 1) - kept_tokens
+                if num_unseen == 0:
+                    branch.token_ids += rollout.attempts[attempt_idx - 1].token_ids[-1:]
+                elif num_unseen > 1:  # the last token of those is not in the branch
+                    branch = branch.fork(kept_tokens)
+                branch.token_ids += bridge_ids
+            position = rollout.context_length(attempt_idx)
+            self.spans[rollout_idx, attempt_idx] = branch, position, attempt.token_ids
             branch.token_ids += attempt.token_ids[:-1]
-            if attempt_idx == len(rollout.turns) - 1:
-                break
-            kept_tokens, bridge_ids = rollout.seam(attempt_idx)
-            num_unseen = _row_length(rollout, attempt_idx) - kept_tokens
-            if num_unseen == 0:
-                branch.token_ids += attempt.token_ids[-1:]
-            elif num_unseen > 1:  # the last token of those is not in the branch
-                branch = branch.fork(num_unseen - 1)
-            branch.token_ids += bridge_ids
         self.num_tokens += _chain_tokens(rollout)
 
     def build(self) -> PackedMicrobatch:
         token_ids: list[int] = []
         positions: list[int] = []
-        visible_until: list[int] = []
+        visible_until = [self.num_tokens] * self.num_tokens
+        path: list[int] = []  # the row at each position of the branch's path
 
-        def place(branch: _Branch, depth: int) -> None:
+        def place(branch: _Branch) -> None:
             """Gives rows to a branch and to all below it, those that see most of it first."""
-            branch.start, length = len(token_ids), len(branch.token_ids)
+            branch.start = len(token_ids)
+            for row in path[branch.depth :]:  # these are not seen from here on
+                visible_until[row] = branch.start
             token_ids.extend(branch.token_ids)
-            positions.extend(range(depth, depth + length))
-            visible_until.extend([0] * length)
-            in_order = sorted(branch.branches, key=lambda below: below.leaves_at, reverse=True)
-            for below in in_order:
-                place(below, depth + below.leaves_at)
-            until = [len(token_ids)] * length
-            for below in reversed(in_order):  # it hides the tokens behind which it does not stand
-                until[below.leaves_at :] = [below.start] * (length - below.leaves_at)
-            visible_until[branch.start : branch.start + length] = until
+            path[branch.depth :] = range(branch.start, len(token_ids))
+            positions.extend(range(branch.depth, branch.depth + len(branch.token_ids)))
+            for below in sorted(branch.branches, key=lambda below: below.depth, reverse=True):
+                place(below)
 
-        for root in self.roots:
-            place(root, 0)
+        for root in self.roots.values():
+            place(root)
         assert len(token_ids) == self.num_tokens, "tokens as counted for the budget"
 
         rows: list[int] = []
-        for branch, offset, ids in self.spans:
-            before, end = branch.back(len(branch.token_ids) - offset)
-            first = branch.start + offset
-            rows += [before.start + end - 1, *range(first, first + len(ids) - 1)]
-        lengths = torch.tensor([len(ids) for _, _, ids in self.spans])
+        for branch, position, ids in self.spans.values():
+            before = branch.branch_at(position - 1)
+            row = branch.start + position - branch.depth
+            rows += [before.start + position - 1 - before.depth, *range(row, row + len(ids) - 1)]
+        lengths = torch.tensor([len(ids) for _, _, ids in self.spans.values()])
         return PackedMicrobatch(
             token_ids_T=torch.tensor(token_ids),
             positions_T=torch.tensor(positions),
             visible_until_T=torch.tensor(visible_until, dtype=torch.int32),
-            targets_N=torch.tensor([token_id for _, _, ids in self.spans for token_id in ids]),
+            targets_N=torch.tensor([token for _, _, ids in self.spans.values() for token in ids]),
             rows_N=torch.tensor(rows),
-            attempt_of_token_N=torch.arange(len(self.attempts)).repeat_interleave(lengths),
-            attempts=self.attempts,
+            attempt_of_token_N=torch.arange(len(self.spans)).repeat_interleave(lengths),
+            attempts=list(self.spans),
         )
 
 

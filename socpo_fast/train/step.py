@@ -104,21 +104,26 @@ def policy_gradients(
     norm_tokens = sum(lengths) if num_loss_tokens is None else num_loss_tokens
     norm_attempts = len(lengths) if num_attempts is None else num_attempts
     microbatches = pack_rollouts(rollouts, packing=packing, token_budget=token_budget)
-    backward = partial(
-        _backward,
-        tis_clip=tis_clip,
-        checkpointing=checkpointing,
-        impl=impl,
-        temperature=temperature,
-        options=options,
-    )
-    outcomes = []
-    for microbatch in microbatches:
-        weights_A = attempt_weights(microbatch, loss_agg, norm_tokens, norm_attempts, max_new_tokens)
-        outcomes.append(backward(student, microbatch, rollouts, weights_A, old_logprobs, ref_logprobs))
+    outcomes = [
+        _backward(
+            student,
+            microbatch,
+            rollouts,
+            attempt_weights(microbatch, loss_agg, norm_tokens, norm_attempts, max_new_tokens),
+            old_logprobs,
+            ref_logprobs,
+            tis_clip=tis_clip,
+            checkpointing=checkpointing,
+            impl=impl,
+            temperature=temperature,
+            options=options,
+        )
+        for microbatch in microbatches
+    ]
     return _stats(outcomes, microbatches, rollouts)
 
 
+@torch.no_grad()
 def compute_logprobs(
     student: Decoder,
     rollouts: Sequence[Rollout],
@@ -137,21 +142,18 @@ def compute_logprobs(
     """
     device = student.lm_head.weight.device
     by_attempt: list[list[Tensor]] = [[torch.empty(0)] * len(rollout.attempts) for rollout in rollouts]
-    with torch.no_grad():
-        for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
-            logprobs_N, _ = linear_logprob(
-                _forward(student, microbatch, checkpointing=False, impl=impl),
-                student.lm_head.weight,
-                microbatch.targets_N.to(device),
-                temperature=temperature,
-                rows_N=microbatch.rows_N.to(device),
-                impl=impl,
-            )
-            sizes = [rollouts[place].attempts[attempt_idx].num_tokens for place, attempt_idx in microbatch.attempts]
-            for (place, attempt_idx), logprobs_L in zip(
-                microbatch.attempts, logprobs_N.cpu().split(sizes), strict=True
-            ):
-                by_attempt[place][attempt_idx] = logprobs_L.clone()
+    for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
+        logprobs_N, _ = linear_logprob(
+            _forward(student, microbatch, checkpointing=False, impl=impl),
+            student.lm_head.weight,
+            microbatch.targets_N.to(device),
+            temperature=temperature,
+            rows_N=microbatch.rows_N.to(device),
+            impl=impl,
+        )
+        parts = logprobs_N.cpu().split(microbatch.attempt_of_token_N.bincount().tolist())
+        for (rollout_idx, attempt_idx), logprobs_L in zip(microbatch.attempts, parts, strict=True):
+            by_attempt[rollout_idx][attempt_idx] = logprobs_L.clone()
     return by_attempt
 
 

@@ -26,8 +26,9 @@ class Updater:
     def __init__(self, student: Decoder, config: Config, *, reference: Decoder | None):
         options = config.train
         self.student, self.config, self.reference = student, config, reference
-        chosen = config.loss.model_dump(exclude={"agg", "old_logprobs", "tis_clip"})
-        self.loss_options = PolicyLossOptions(**chosen)
+        self.loss_options = PolicyLossOptions(
+            **config.loss.model_dump(exclude={"agg", "old_logprobs", "tis_clip"}),
+        )
         self.optimizer = Optimizer(
             student,
             lr=options.lr,
@@ -49,15 +50,19 @@ class Updater:
         sampler's log-probs serve as the old ones.
         """
         old_logprobs, mismatch = self._old_logprobs(groups)
-        ref_logprobs = None
-        if self.reference is not None:
-            ref_logprobs = [compute_logprobs(self.reference, group, **self._forward) for group in groups]
+        ref_logprobs = (
+            None
+            if self.reference is None
+            else [compute_logprobs(self.reference, group, **self._forward) for group in groups]
+        )
         for chosen in order:
             rollouts = [rollout for g in chosen for rollout in groups[g]]
             old = None if old_logprobs is None else [by_attempt for g in chosen for by_attempt in old_logprobs[g]]
             ref = None if ref_logprobs is None else [by_attempt for g in chosen for by_attempt in ref_logprobs[g]]
-            metrics = self.one_update(rollouts, old, ref)
-            yield len(chosen), metrics | {"policy/sampler_mismatch_nats": mismatch}
+            yield (
+                len(chosen),
+                self.one_update(rollouts, old, ref) | {"policy/sampler_mismatch_nats": mismatch},
+            )
 
     def one_update(
         self, rollouts: list[Rollout], old_logprobs: PerToken | None, ref_logprobs: PerToken | None
@@ -86,7 +91,6 @@ class Updater:
                 f"train: loss and gradient must be finite, got {self.optimizer.num_skipped_in_a_row} updates in a row "
                 "that were not; lower train.lr and start again, which goes on from the last checkpoint"
             )
-        seconds = time.perf_counter() - started
         return {
             "policy/loss": stats.loss,
             "policy/entropy": stats.entropy,
@@ -98,7 +102,7 @@ class Updater:
             "perf/tokens_forwarded": float(stats.tokens_forwarded),
             "perf/unique_tokens": float(stats.unique_tokens),
             "perf/microbatches": float(stats.num_microbatches),
-            "perf/train_tok_s": stats.tokens_forwarded / seconds,
+            "perf/train_tok_s": stats.tokens_forwarded / (time.perf_counter() - started),
         }
 
     def _old_logprobs(self, groups: list[list[Rollout]]) -> tuple[list[list[list[Any]]] | None, float]:

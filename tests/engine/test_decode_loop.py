@@ -23,7 +23,7 @@ from tests.engine.traces import PageBook, Trace
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=23, eos_ids=(2, 17), seed=5)
-Run = Callable[[list[Sequence], int], list[list[tuple[int, float, float]]]]
+Run = Callable[[list[Sequence], int], list[list[list[float]]]]
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +197,14 @@ class LoopBook(PageBook):
         self.run: Run = engine._loop.run
         engine._loop.run = self.note_rounds
 
-    def note_rounds(self, sequences: list[Sequence], num_rounds: int) -> list[list[tuple[int, float, float]]]:
+    def note_rounds(self, sequences: list[Sequence], num_rounds: int) -> list[list[list[float]]]:
         rounds = self.run(sequences, num_rounds)
         size, version = self.pool.page_size, self.engine.policy_version
         for sequence, *drawn in zip(sequences, *rounds, strict=True):
             ids = [*sequence.token_ids, *(token_id for token_id, *_ in drawn)]
             for place in range(sequence.num_cached, sequence.num_cached + num_rounds):
                 page = sequence.pages[place // size]
-                assert self.pool.holders(page) == 1, "a page is written to while others hold it"
+                assert self.pool.ref_count[page] == 1, "a page is written to while others hold it"
                 self.computed[page, place % size] = (version, tuple(ids[: place + 1]))
         return rounds
 

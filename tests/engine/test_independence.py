@@ -136,7 +136,7 @@ def test_what_can_never_run_is_refused_with_nothing_left_behind(student: Decoder
     fresh = engine.stats
     with pytest.raises(ValueError, match=message):
         call(engine)
-    assert engine.stats == fresh and not engine.has_work and not engine._pinned
+    assert engine.stats == fresh and not engine.has_work and not engine._scheduler.pinned
     assert bits(generate_same(engine, [[1] * 36], PARAMS)[0][2]) == untouched(student, [1] * 36, PARAMS, rollout_idx=2)
 
 

@@ -43,7 +43,7 @@ class PageBook:
     def note_forward(self, plan: list[tuple[Sequence, int]]) -> torch.Tensor:
         for sequence, num_tokens in plan:
             for place, content in self.slots(sequence, sequence.num_cached, sequence.num_cached + num_tokens):
-                assert self.pool.holders(place[0]) == 1, "a page is written to while others hold it"
+                assert self.pool.ref_count[place[0]] == 1, "a page is written that others hold"
                 self.computed[place] = content
         return self.forward(plan)
 
@@ -55,14 +55,12 @@ class PageBook:
 
     def check(self) -> None:
         scheduler, pages = self.engine._scheduler, range(self.pool.num_pages)
-        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned]
+        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
         held, free = Counter(page for sequence in live for page in sequence.pages), Counter(self.pool._free)
         assert all(free[page] + (held[page] > 0) == 1 for page in pages), "a page must be free once, or held"
-        assert [self.pool.holders(page) for page in pages] == [held[page] for page in pages], (
-            "references must be holders"
-        )
+        assert self.pool.ref_count == [held[page] for page in pages], "references must be holders"
         assert len(held) + self.pool.num_free == self.pool.num_pages
-        assert len(set(live)) == len(live) and set(scheduler.pinned) == set(self.engine._pinned.values())
+        assert len(set(live)) == len(live)
         for sequence in live:
             assert len(set(sequence.pages)) == len(sequence.pages) == self.pool.pages_for(sequence.num_cached)
             assert all(
@@ -156,9 +154,9 @@ class Trace:
                 self.engine.resume(attempt, [1] * POSITIONS, params, kept_tokens=kept_tokens)
             return
         suffix = self.random_ids(self.rng.randint(1, min(room, 9)))
-        old, page_size = self.engine._pinned[attempt], self.engine._pool.page_size
+        old, page_size = self.engine._scheduler.pinned[attempt], self.engine._pool.page_size
         if kept_into := len(kept) % page_size and old.pages[len(kept) // page_size :]:
-            self.num_shared += self.engine._pool.holders(kept_into[0]) > 1
+            self.num_shared += self.engine._pool.ref_count[kept_into[0]] > 1
         self.engine.resume(attempt, suffix, params, kept_tokens=kept_tokens)
         self.pinned.remove(attempt)
         self.expect((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1), kept + suffix, params)
@@ -175,7 +173,7 @@ class Trace:
     def take_pages(self) -> None:
         """What the scheduler does when pages run out, here at any moment and to anybody."""
         scheduler = self.engine._scheduler
-        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned]
+        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
         if live and (victim := self.rng.choice(live)) in scheduler.running:
             scheduler._give_way(victim)
         elif live:
@@ -203,7 +201,7 @@ class Trace:
             return
         key = RolloutKey(7, self.rng.randrange(self.num_questions))
         scheduler, params = self.engine._scheduler, self.random_params()
-        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned]
+        live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
         if any(sequence.key == key for sequence in live):
             self.num_refused_keys += 1
             with pytest.raises(ValueError, match="submit: key must have no rollout in flight"):

@@ -141,7 +141,7 @@ def compare_engines(check: Check, ours: Engine, theirs: Engine, *, of: str) -> N
                 resume_both(ours, theirs, equal, contexts, prompts[0][:SUFFIX], params)
                 first = [drain(engine) for engine in (ours, theirs)]
         for engine in (ours, theirs):
-            engine.release(list(engine._pinned))
+            engine.release(list(engine._scheduler.pinned))
             assert engine.stats.pages_free == engine.stats.pages_total, "pages leaked"
     check.figure("engine.equal_attempts", num_equal / num_all, of=of)
     check.figure("engine.max_nats", worst, of=of)

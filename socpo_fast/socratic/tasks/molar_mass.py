@@ -12,6 +12,7 @@ import hashlib
 import random
 import re
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -101,8 +102,10 @@ def parse_formula(question_text: str) -> Formula:
 
 def draw_formula(rng: random.Random) -> Formula:
     """2 to 4 elements, 1 to 4 atoms of each; carbon comes first, then hydrogen, then the rest by alphabet."""
-    symbols = rng.sample(list(ATOMIC_MASSES), rng.randint(MIN_ELEMENTS, MAX_ELEMENTS))
-    symbols.sort(key=lambda symbol: (symbol != "C", symbol != "H", symbol))
+    symbols = sorted(
+        rng.sample(list(ATOMIC_MASSES), rng.randint(MIN_ELEMENTS, MAX_ELEMENTS)),
+        key=lambda symbol: (symbol != "C", symbol != "H", symbol),
+    )
     return {symbol: rng.randint(1, MAX_ATOMS) for symbol in symbols}
 
 
@@ -160,11 +163,17 @@ def reference_lines(formula: Formula) -> list[Line]:
 
 def work_out(terms: Iterable[tuple[str, int, int]]) -> list[Line]:
     """The lines that follow from (symbol, atoms, mass): products and sums are right even if those are not."""
-    lines: list[Line] = []
-    for symbol, atoms, mass in terms:
-        total_before = lines[-1].total if lines else 0
-        lines.append(Line(symbol, atoms, mass, atoms * mass, total_before + atoms * mass))
-    return lines
+    total = 0
+    return [
+        Line(
+            symbol,
+            atoms,
+            mass,
+            product=atoms * mass,
+            total=(total := total + atoms * mass),
+        )
+        for symbol, atoms, mass in terms
+    ]
 
 
 def render(lines: Sequence[Line], answer: int | None = None) -> str:
@@ -193,42 +202,35 @@ def diagnose(question_text: str, student_answer: str) -> str | None:
     one. Any text is an attempt; one that cannot be read gets a word about the format.
     """
     formula = parse_formula(question_text)
-    expected = list(formula)
     attempt = _ATTEMPT.fullmatch(student_answer)
     if attempt is None:
         return FORMAT_TEXT
     body, answer = attempt.groups()
-    rows = body.split("\n")
     total = 0
-    for line_idx, row in enumerate(rows):
+    for row, expected in zip_longest(body.split("\n"), formula):
+        if row is None:
+            return expected.join(MISSING_TEXTS)
         match = _LINE.fullmatch(row)
         if match is None:
             return FORMAT_TEXT
-        if line_idx == len(expected):
-            return expected[-1].join(EXTRA_TEXTS)
+        if expected is None:
+            return list(formula)[-1].join(EXTRA_TEXTS)
         symbol, atoms, *numbers = match.groups()
         line = Line(symbol, int(atoms), *(int(number[::-1]) for number in numbers))
-        if symbol != expected[line_idx]:
-            return expected[line_idx].join(MISSING_TEXTS)
-        if (term := _first_wrong_term(line, formula[symbol], total)) is not None:
-            return line_advice(symbol, term)
+        if symbol != expected:
+            return expected.join(MISSING_TEXTS)
+        is_right = {
+            "atoms": line.atoms == formula[symbol],
+            "mass": line.mass == ATOMIC_MASSES[symbol],
+            "product": line.product == line.atoms * line.mass,
+            "total": line.total == total + line.product,
+        }
+        if wrong := [term for term, right in is_right.items() if not right]:
+            return line_advice(symbol, wrong[0])
         total = line.total
-    if len(rows) < len(expected):
-        return expected[len(rows)].join(MISSING_TEXTS)
     return None if answer == digits(total) else ANSWER_TEXT
 
 
 def line_advice(symbol: str, term: str) -> str:
     """What the tutor says when `term` (a key of TERM_TEXTS) is the first mistake, in the line of `symbol`."""
     return symbol.join(LINE_TEXTS) + TERM_TEXTS[term]
-
-
-def _first_wrong_term(line: Line, atoms: int, total_before: int) -> str | None:
-    """Which key of TERM_TEXTS the line gets wrong first, reading left to right."""
-    is_right = {
-        "atoms": line.atoms == atoms,
-        "mass": line.mass == ATOMIC_MASSES[line.symbol],
-        "product": line.product == line.atoms * line.mass,
-        "total": line.total == total_before + line.product,
-    }
-    return next((term for term, right in is_right.items() if not right), None)
