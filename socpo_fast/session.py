@@ -18,6 +18,7 @@ from socpo_fast.device import bound_kernel_caches, select_device, set_threads
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.ops import CreditOptions
+from socpo_fast.ops._checks import check_rule
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
@@ -96,11 +97,14 @@ class Session:
     def _check_room(self) -> None:
         """The KV cache holds the longest context there can be, so its size decides nothing that is measured."""
         rollout, positions = self.config.rollout, self.student.config.max_position_embeddings
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"rollout: rollout.max_new_tokens must be below the model's {positions} positions, "
-                f"got {rollout.max_new_tokens}; lower it"
-            )
+        check_rule(
+            "rollout",
+            "rollout.max_new_tokens",
+            rollout.max_new_tokens,
+            self.max_prompt_tokens >= 1,
+            f"below the model's {positions} positions",
+            "lower it",
+        )
         seen = min(rollout.attempt_limit, rollout.max_new_tokens) + rollout.guidance_limit
         seen += len(self.bridge.bridge_ids("", ended=False))
         longest = self.max_prompt_tokens + (rollout.max_attempts - 1) * seen + rollout.max_new_tokens

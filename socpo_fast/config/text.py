@@ -189,9 +189,6 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     name = ".".join([section, *path[:1]])
     if first["type"] == "union_tag_invalid":
         name, value = f"{section}.{tag}", value[tag]
-    if first["type"] == "union_tag_not_found":
-        name = f"{section}.{tag}"
-        return f"config: {name} must be {rule_of(model, name)}, got nothing; set {name}"
     if first["type"] == "extra_forbidden":
         if name in fields_of(model):
             tag, owners = f"{section}.{tag}", " or ".join(owners_of(model, name))

@@ -14,8 +14,8 @@ from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 
 def check_settings(page_size: int, max_running: int, token_budget: int, tokens_per_sync: int | None) -> None:
     """Numbers that an engine could never run with."""
-    if page_size < 1 or page_size & (page_size - 1):
-        raise ValueError(f"Engine: page_size must be a power of two, got {page_size}")
+    is_power = page_size >= 1 and page_size.bit_count() == 1
+    check_rule("Engine", "page_size", page_size, is_power, "a power of two")
     if min(limits := (max_running, token_budget, tokens_per_sync or 1)) < 1:
         raise ValueError(f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}")
 
@@ -60,9 +60,12 @@ def check_resume(attempt: Attempt, old: Sequence | None, suffix_ids: Seq[int], k
         )
     if not suffix_ids:
         raise ValueError("resume: suffix_ids must be non-empty, got none; the next attempt needs a context of its own")
-    if not 1 <= kept_tokens <= len(old.token_ids):
-        raise ValueError(
-            f"resume: kept_tokens must be in [1, {len(old.token_ids)}], got {kept_tokens}; "
-            f"the row is {old.attempt_start} tokens of context and {attempt.num_tokens} sampled ones"
-        )
+    check_rule(
+        "resume",
+        "kept_tokens",
+        kept_tokens,
+        1 <= kept_tokens <= len(old.token_ids),
+        f"in [1, {len(old.token_ids)}]",
+        f"the row is {old.attempt_start} tokens of context and {attempt.num_tokens} sampled ones",
+    )
     return old

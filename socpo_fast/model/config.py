@@ -55,7 +55,6 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    rope_attention_factor: float = 1.0
     llama3_rope: Llama3Rope | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as read, for saving
 

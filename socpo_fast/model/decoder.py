@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         x_TD = self.embed(token_ids_T)
         if x_TD.is_cpu:
             x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))  # bf16 weights are read, never computed in
-        return x_TD, rotary_tables(positions_T, self.inv_freq, self.config.rope_attention_factor)
+        return x_TD, rotary_tables(positions_T, self.inv_freq)
 
 
 class Layer(nn.Module):
@@ -157,10 +157,10 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps, residual_TD=residual)
 
 
-def rotary_tables(positions_T: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position x inverse frequency, [T, E] fp32 whatever the model's dtype; the halves are equal."""
     angles_TE = (positions_T[:, None].float() * inv_freq.float()).repeat(1, 2)
-    return angles_TE.cos() * factor, angles_TE.sin() * factor
+    return angles_TE.cos(), angles_TE.sin()
 
 
 def split_qkv_and_apply_rope(

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from socpo_fast.files import read_json
+from socpo_fast.ops._checks import check_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_QUESTION, ANSWER, GUIDANCE = "SocpoQuestion", "SocpoAnswer", "SocpoGuidance"  # stand in for texts
+ANSWER, GUIDANCE = "SocpoAnswer", "SocpoGuidance"  # stand in for texts
+_PROMPT = [{"role": "user", "content": "SocpoQuestion"}]
 _NOTE = "the chat template rewrites {} once it is history; rollout.context tokens does not"
 _PROBES = {
     "a plain answer": ANSWER,
@@ -70,8 +72,7 @@ class Bridge:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, guidance_limit: int, enable_thinking: bool | None = None):
-        if guidance_limit < 1:
-            raise ValueError(f"bridge: guidance_limit must be >= 1, got {guidance_limit}")
+        check_rule("bridge", "guidance_limit", guidance_limit, guidance_limit >= 1, ">= 1")
         if not tokenizer.is_fast:
             raise ValueError(f"bridge: tokenizer must be a fast one, got {type(tokenizer).__name__}")
         if not tokenizer.chat_template:
@@ -80,18 +81,21 @@ class Bridge:
                 "use the instruct version of the model"
             )
         template = tokenizer.get_chat_template()
-        if enable_thinking is not None and "enable_thinking" not in template:
-            raise ValueError(
-                f"bridge: enable_thinking must be none for a chat template without it, got {enable_thinking}; "
-                "leave it out"
-            )
+        check_rule(
+            "bridge",
+            "enable_thinking",
+            enable_thinking,
+            enable_thinking is None or "enable_thinking" in template,
+            "none for a chat template without it",
+            "leave it out",
+        )
         self.tokenizer = tokenizer
         self.guidance_limit = guidance_limit
         self._template_kwargs: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         added = tokenizer.added_tokens_decoder.items()
         special = [(token.content, idx) for idx, token in added if token.special]
         self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))  # longest match first
-        _, _, behind_answer = self.render(_dialogue(ANSWER)).rpartition(ANSWER)
+        _, _, behind_answer = self.render(dialogue(_PROMPT, ANSWER)).rpartition(ANSWER)
         self.before, _, self.after = behind_answer.partition(GUIDANCE)
         head_ids = self.trusted_ids(self._split(self.before)[0])
         tail_ids = self.trusted_ids(self._split(self.after, first=True)[1])
@@ -219,16 +223,16 @@ class Bridge:
             )
         notes, bridge_ids = [], self.frame(self.before, GUIDANCE, self.after)
         for what, answer in _PROBES.items():
-            rendered_ids = self.prompt_ids(_dialogue(answer))
+            rendered_ids = self.prompt_ids(dialogue(_PROMPT, answer))
             if rendered_ids[-len(bridge_ids) :] != bridge_ids:
                 raise ValueError(
                     f"bridge: the pieces must be the chat template's own rendering behind {what}, got {bridge_ids} "
                     f"where the template has {rendered_ids[-len(bridge_ids) :]}"
                 )
-            prompt, rendered = self.render(_dialogue(answer)[:1]), self.render(_dialogue(answer))
+            prompt, rendered = self.render(_PROMPT), self.render(dialogue(_PROMPT, answer))
             if not rendered.startswith((prompt + answer, f"{prompt} {answer}")):  # sentencepiece samples that space
                 notes.append(_NOTE.format(what))
-        with_system = [{"role": "system", "content": "SocpoSystem"}, *_dialogue(ANSWER)]
+        with_system = [{"role": "system", "content": "SocpoSystem"}, *dialogue(_PROMPT, ANSWER)]
         self.takes_system = False
         try:
             prompt = self.render(with_system[:2])
@@ -240,12 +244,13 @@ class Bridge:
         return tuple(notes)
 
 
-def _dialogue(answer: str) -> list[dict[str, str]]:
-    return [
-        {"role": "user", "content": _QUESTION},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": GUIDANCE},
+def dialogue(messages: Sequence[dict[str, str]], *answers: str) -> list[dict[str, str]]:
+    """The messages, then each answer with GUIDANCE behind it."""
+    behind = [
+        ({"role": "assistant", "content": answer}, {"role": "user", "content": GUIDANCE})
+        for answer in answers
     ]
+    return [*messages, *(message for turn in behind for message in turn)]
 
 
 def _configured_eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -128,11 +128,14 @@ class Episode:
         rollout_idx: int = 0,
         prompt_ids: list[int] | None = None,
     ):
-        if bridge.guidance_limit != options.guidance_limit:
-            raise ValueError(
-                f"Episode: bridge.guidance_limit must be options.guidance_limit {options.guidance_limit}, "
-                f"got {bridge.guidance_limit}; make both from one number"
-            )
+        check_rule(
+            "Episode",
+            "bridge.guidance_limit",
+            bridge.guidance_limit,
+            bridge.guidance_limit == options.guidance_limit,
+            f"options.guidance_limit {options.guidance_limit}",
+            "make both from one number",
+        )
         self.question, self.options, self.limits = question, options, limits
         self.bridge, self.grader = bridge, as_grader(grader)
         self.notes: list[str] = []  # what a person should be told

@@ -70,18 +70,13 @@ class GradedBy:
         try:
             with time_limit(self.timeout_s):
                 verdict: object = self.function(text, question)
-        except TookTooLong as error:
-            raise ValueError(
-                f"grader: data.grader {self.name} must return a verdict within grader.timeout_s "
-                f"{self.timeout_s:g}, got none on question {question.question_idx}: "
-                f"{blame(self.function, error)}"
-            ) from error
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
+        except (Exception, SystemExit, KeyboardInterrupt, TookTooLong) as error:
             if isinstance(error, KeyboardInterrupt) and is_ctrl_c():
                 raise
             raise ValueError(
-                f"grader: data.grader {self.name} must return a verdict on any text, got an error "
-                f"on question {question.question_idx}: {blame(self.function, error)}"
+                f"grader: data.grader {self.name} must return a verdict on any text, within "
+                f"grader.timeout_s {self.timeout_s:g}, got an error on question "
+                f"{question.question_idx}: {blame(self.function, error)}"
             ) from error
         parts = {str(key): _number(part) for key, part in verdict.items()} if isinstance(verdict, Mapping) else {}
         reward = math.fsum(parts.values()) if parts else _number(verdict)

@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from socpo_fast.socratic.bridge import ANSWER, GUIDANCE, Bridge
+from socpo_fast.socratic.bridge import ANSWER, GUIDANCE, Bridge, dialogue
 from socpo_fast.types import Rollout
 
 
@@ -57,8 +57,8 @@ def rewritten_ids(
     texts = [str(bridge.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) for ids in answers]
     try:
         prompt = bridge.render(messages)
-        frames = bridge.render(_dialogue(messages, [ANSWER] * len(answers))).split(GUIDANCE)
-        parts = bridge.render(_dialogue(messages, texts)).split(GUIDANCE)
+        frames = bridge.render(dialogue(messages, *[ANSWER] * len(answers))).split(GUIDANCE)
+        parts = bridge.render(dialogue(messages, *texts)).split(GUIDANCE)
     except ValueError:
         return None
     if not len(frames) == len(parts) == len(answers) + 1:
@@ -115,8 +115,3 @@ def _slice(bridge: Bridge, ids: Sequence[int], text: str, start: int, end: int) 
         return bridge.untrusted_ids(text[start:end])
     head, tail = text[start : len(before)], text[len(until) : end]
     return bridge.untrusted_ids(head) + list(ids[first:last]) + bridge.untrusted_ids(tail)
-
-
-def _dialogue(messages: Sequence[dict[str, str]], answers: Sequence[str]) -> list[dict[str, str]]:
-    turns = [[{"role": "assistant", "content": answer}, {"role": "user", "content": GUIDANCE}] for answer in answers]
-    return [*messages, *(message for turn in turns for message in turn)]

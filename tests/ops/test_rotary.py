@@ -37,7 +37,7 @@ SHAPES = [(5, 1, 2), (9, 3, 6), (97, 9, 64), (7, 37, 36), (0, 4, 64), (3, 2, 128
 def tables(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Of shuffled, far positions."""
     positions = torch.randperm(4 * num_tokens, generator=torch.Generator().manual_seed(0))[:num_tokens] * 7
-    return rotary_tables(positions, 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim), 1.0)
+    return rotary_tables(positions, 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim))
 
 
 def device_of(impl: str) -> str:

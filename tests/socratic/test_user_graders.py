@@ -39,7 +39,7 @@ def wait_on_a_socket(_text: str, _question: object) -> bool:
 
 @pytest.mark.parametrize("grade", [spin, wait_on_a_socket])
 def test_a_grader_that_hangs_is_stopped_and_named(grade: Callable[[str, object], bool]) -> None:
-    line = rf"within grader.timeout_s 0.2, got none on question 7: .*{grade.__name__} .*\(test_user_gr.* line"
+    line = rf"within grader.timeout_s 0.2, got an error on question 7: .*{grade.__name__} .*\(test_user_gr.* line"
     since = time.perf_counter()
     with pytest.raises(ValueError, match=line):
         GradedBy(grade, "mine:grade", timeout_s=0.2).grade("", question(7))

@@ -118,7 +118,7 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
     gate_up_TJ = _empty(NUM_TOKENS, 2 * config.intermediate_size).requires_grad_()
     qkv_THE = _empty(NUM_TOKENS, heads + 2 * kv_heads, head_dim).requires_grad_()
     positions_T = torch.empty(NUM_TOKENS, dtype=torch.int64, device=DEVICE)
-    tables = rotary_tables(positions_T, student.inv_freq, config.rope_attention_factor)
+    tables = rotary_tables(positions_T, student.inv_freq)
     k_cache_PSKE = _empty(NUM_TOKENS // PAGE_SIZE, PAGE_SIZE, kv_heads, head_dim)
     v_cache_PSKE = torch.empty_like(k_cache_PSKE)
     norm = partial(rms_norm, x_TD, weight_D, eps=eps)

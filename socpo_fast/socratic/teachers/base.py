@@ -48,7 +48,10 @@ class Teacher:
         return Counter()
 
     async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        """A message to the student, however long it takes; None when there is none to be had."""
+        """A message to the student, however long it takes; None when there is none to be had.
+
+        A subclass may have this alone and return text too, as any object with a guide() may.
+        """
         try:
             return await self.guide_in_time(request, None)
         except GuidanceFailed as failure:

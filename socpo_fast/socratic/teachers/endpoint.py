@@ -210,8 +210,10 @@ class _Breaker:
                 self._open_until = time.monotonic() + self._pause_s
             raise
         finally:
-            self._open_until *= self._failures_in_a_row > 0
-            self._trial_running &= not is_trial
+            if self._failures_in_a_row == 0:
+                self._open_until = 0.0
+            if is_trial:
+                self._trial_running = False
 
 
 def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:

@@ -84,7 +84,7 @@ def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
     Raises:
         TypeError: it is none of these.
     """
-    if isinstance(teacher, Teacher):
+    if isinstance(teacher, Teacher) and type(teacher).guide is Teacher.guide:
         return teacher
     guide = getattr(teacher, "guide", teacher)
     if not callable(guide):
