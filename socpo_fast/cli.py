@@ -8,8 +8,6 @@ Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEB
 where), 128 and the signal's number (130 Ctrl-C) for what was stopped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

@@ -1,7 +1,5 @@
 """The machine: which device a run uses, and how many of its threads."""
 
-from __future__ import annotations
-
 import os
 import warnings
 

@@ -7,8 +7,6 @@ that out. A disk that is full or fails ends the run in one line: RunFailed. What
 a name that is opened exclusively, so that a link which stands there leads nothing elsewhere.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The names of what is measured; METRICS says what each means. report/tracker.py writes the rows."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from typing import Literal

@@ -4,8 +4,6 @@ An entry says what it is in plain data, so that this module imports nothing and 
 list every choice before torch is loaded. The ops and the Triton kernel read the same entries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Everything that rollouts need, from a config: student, engine, bridge, teacher, grader, questions; and evaluation."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

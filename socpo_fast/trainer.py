@@ -9,8 +9,6 @@ Ctrl-C save first: at once while rolling out or evaluating, when the weights are
 last batch's end, and after the batch's last update otherwise (a second one does not wait for it).
 """
 
-from __future__ import annotations
-
 import time
 from contextlib import ExitStack, closing
 from typing import Literal, NoReturn

@@ -4,8 +4,6 @@ Question -> SamplingParams -> Attempt -> GuidanceRequest -> Guidance -> Rollout.
 checks at the door; everything here is on the host, tensors are CPU tensors. Imports nothing of ours.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 

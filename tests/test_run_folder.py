@@ -103,28 +103,6 @@ def test_lost_checkpoints_are_no_fresh_start(case: str, run_dir: Path, capsys: C
         assert_refused(capsys.readouterr().err, message)
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(run_dir: Path, capsys: Capture) -> None:
-    """Whatever metrics it has: there never was a checkpoint that could have been lost."""
-    words = NO_EVAL | {"run.name": "run2", "run.num_batches": 2}
-    killed = """
-import os, sys
-from socpo_fast import trainer
-from socpo_fast.cli import main
-trainer.save_checkpoint = lambda *_, **__: os._exit(9)
-sys.exit(main())
-"""
-    done = subprocess.run([sys.executable, "-c", killed, *words_of("train", run_dir, words)], cwd=ROOT, check=False)
-    assert done.returncode == 9
-    assert '"update": 1' in (run_dir / "run2" / "metrics.jsonl").read_text()
-    assert main(words_of("train", run_dir, words)) == 0
-    assert (run_dir / "run2" / "checkpoints" / "update_000002").is_dir()
-    shutil.rmtree(run_dir / "run2" / "checkpoints" / "update_000002")
-    shutil.rmtree(run_dir / "run2" / "checkpoints" / "update_000001")
-    capsys.readouterr()
-    assert main(words_of("train", run_dir, words)) == 2
-    assert_refused(capsys.readouterr().err, "run: .*/run2/checkpoints must hold a checkpoint")
-
-
 def test_a_damaged_checkpoint_is_passed_over(run_dir: Path, capsys: Capture) -> None:
     """With a warning that names the file; the run ends as if nothing had happened."""
     words = NO_EVAL | {"run.name": "run2", "run.num_batches": 4}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from socpo_fast.cli import main
 from socpo_fast.stopping import ANSWERS
-from tests.bad_input import words_of
+from tests.bad_input import assert_refused, words_of
 
 ROOT = Path(__file__).parent.parent
 GONE_S = 8.0  # two seconds, where nothing else runs; tests share their machine
@@ -207,3 +208,32 @@ def test_nohup(tmp_path: Path) -> None:
     process.send_signal(signal.SIGHUP)
     said = process.stdout.read()
     assert (process.wait(60), "SIGHUP" in said) == (0, False)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever metrics it has: there never was a checkpoint that could have been lost."""
+    words = WORDS | {
+        "run.checkpoint_every_updates": 1,
+        "run.name": "run2",
+        "run.num_batches": 2,
+        "run.keep_checkpoints": 9,
+    }
+    killed = """
+import os, sys
+from socpo_fast import trainer
+from socpo_fast.cli import main
+trainer.save_checkpoint = lambda *_, **__: os._exit(9)
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", killed, *words_of("train", tmp_path, words)], cwd=ROOT, check=False)
+    assert done.returncode == 9
+    assert '"update": 1' in (tmp_path / "run2" / "metrics.jsonl").read_text()
+    assert main(words_of("train", tmp_path, words)) == 0
+    assert (tmp_path / "run2" / "checkpoints" / "update_000002").is_dir()
+    shutil.rmtree(tmp_path / "run2" / "checkpoints" / "update_000002")
+    shutil.rmtree(tmp_path / "run2" / "checkpoints" / "update_000001")
+    capsys.readouterr()
+    assert main(words_of("train", tmp_path, words)) == 2
+    assert_refused(capsys.readouterr().err, "run: .*/run2/checkpoints must hold a checkpoint")

@@ -1,7 +1,5 @@
 """The sections of the teacher, one a kind, told apart by teacher.kind."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field

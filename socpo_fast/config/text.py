@@ -4,8 +4,6 @@ Errors read `<key> must be <rule>, got <value>` or `unknown key <key>; did you m
 it works on any model of sections (a pydantic model whose fields are pydantic models).
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

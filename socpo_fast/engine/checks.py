@@ -1,7 +1,5 @@
 """What is refused at the engine's door, in the caller's words, before anything has changed."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence as Seq
 

@@ -6,8 +6,6 @@ round is captured as a CUDA graph for each number of sequences and pages, rounde
 of the ops of an ordinary step and draws the same tokens; what a sequence samples behind its end is thrown away.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -5,8 +5,6 @@ prefix hashing; a finished attempt keeps its pages until it is resumed or releas
 [last token] + bridge; the weights are the trainer's, and a policy_version guards pages computed with older ones.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq

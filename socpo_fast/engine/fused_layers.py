@@ -4,8 +4,6 @@ At one token a step Python would take a quarter of the time to call a layer's op
 order of the ops is that of model/decoder.py's Layer; csrc/decoder_layer.cpp repeats it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Two attempts under one key would be drawn with the same noise, so an engine take
 at a time. Used again later it draws the same tokens, which is what evaluations want.
 """
 
-from __future__ import annotations
-
 from itertools import count
 
 _fresh_batches = count(2**40)  # far from any batch that a trainer numbers

@@ -5,8 +5,6 @@ too. It is made once, before the first update, so all that an update will need i
 too large by that much would end the run at its first update, not at its start.
 """
 
-from __future__ import annotations
-
 from math import inf
 from typing import Literal, NamedTuple
 

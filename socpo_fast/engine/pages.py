@@ -1,7 +1,5 @@
 """The page pool: who holds which page of KV, by reference count. Knows nothing of tensors or tokens."""
 
-from __future__ import annotations
-
 
 class PagePool:
     """`num_pages` pages of `page_size` tokens. A page is free, or held by one or more sequences."""

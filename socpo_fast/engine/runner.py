@@ -4,8 +4,6 @@ The weights are the trainer's own parameters, read where they are. What a step c
 ids and page numbers are copied whole, positions and slots are computed for all at once.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

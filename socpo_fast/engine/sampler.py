@@ -4,8 +4,6 @@ The noise is keyed by (seed, batch, question, rollout, attempt, position, token 
 when or beside whom.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ places) or `pinned` (finished, its pages kept for a second attempt). When pages 
 first, then waiting ones, then the youngest running; their tokens stay, so they are computed again and nothing fails.
 """
 
-from __future__ import annotations
-
 from array import array
 from bisect import insort
 

@@ -1,7 +1,5 @@
 """One step of the engine as tensors: what the runner packs, and the decode loop keeps up to date."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -5,8 +5,6 @@ because where keys come from is the only thing in which rollout and training dif
 pages, the trainer reads them from the packed rows. Tokens are always packed, [T, ..], never padded [B, L, ..].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 

@@ -1,7 +1,5 @@
 """The forward of training: packed tokens, a tree in depth-first order, in one pass."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from socpo_fast.model.decoder import Decoder, split_qkv_and_apply_rope

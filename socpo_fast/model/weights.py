@@ -5,8 +5,6 @@ Tensors are streamed: loading copies each into its place in a fused parameter (q
 gate_up), saving writes slices of the fused ones. Only safetensors are read, never pickle.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Checks at the door of an op: dtype, shape and device of tensors, ranges of numbers, one line an error."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

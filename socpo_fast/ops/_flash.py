@@ -4,8 +4,6 @@ Departs from our kernels: pages of 256 tokens or a multiple, fp16 and bf16 only,
 and decode differ in their bits. Decode takes one split, so that a row's bits do not depend on its company.
 """
 
-from __future__ import annotations
-
 import importlib
 
 import torch

@@ -5,8 +5,6 @@ The full [N, V] logits never exist: each chunk is projected, reduced to three nu
 `linear_policy_loss`, which knows its own upstream gradient, does not need it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

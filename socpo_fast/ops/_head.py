@@ -8,8 +8,6 @@ the two gradient GEMMs; on a GPU the host would have to wait for their number, s
 in fp32 in one buffer. Whatever scales a logit is one number a row, its inverse temperature.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

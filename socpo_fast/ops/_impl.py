@@ -6,8 +6,6 @@
 device and dtype. Naming one that cannot run is an error, never a silent fallback.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

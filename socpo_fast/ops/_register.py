@@ -6,8 +6,6 @@ looking inside. `impl`, its last argument, is what pick_impl of _impl.py returne
 run inside stand in csrc (`torch.ops.socpo.*`) and in kernels/.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

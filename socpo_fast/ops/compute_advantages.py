@@ -1,7 +1,5 @@
 """One advantage an attempt, with the options spelled out: a shorter way to call decay_advantage.py."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from socpo_fast.ops.credit_options import BaselineGroup, CreditOptions, CreditTo

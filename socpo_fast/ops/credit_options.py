@@ -1,7 +1,5 @@
 """How the rewards of a batch become advantages: the options of ops/decay_advantage.py and their formulas."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args

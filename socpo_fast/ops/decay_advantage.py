@@ -15,8 +15,6 @@ equal rewards centre to exactly 0. A is a few hundred: csrc/decay_advantage.cpp 
 kernels/decay_advantage.py one launch of one program.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 

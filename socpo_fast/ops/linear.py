@@ -4,8 +4,6 @@ On the CPU it runs a kernel of our own over the weights as they are stored (fp32
 torch's linear, whose GEMM libraries sum in another order for few rows, and which wants both factors in one dtype.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

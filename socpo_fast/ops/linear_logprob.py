@@ -3,8 +3,6 @@
 The fused form is in _fused_logprob.py.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

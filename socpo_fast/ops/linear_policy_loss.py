@@ -6,8 +6,6 @@ picked before the projection, because in a packed microbatch most rows are promp
 attempts with advantage 0, and the projection is where the time goes.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, get_args
 
 import torch

@@ -5,8 +5,6 @@ LM head goes by in tiles of the vocabulary, and each draw keeps a few numbers of
 sum of exps, best token by score), merged in the order of the tiles. Only rows with top-k, top-p or min-p keep logits.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

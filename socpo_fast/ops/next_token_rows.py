@@ -1,7 +1,5 @@
 """From a padded batch, as Hugging Face models take and return it, to what the LM-head ops take."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ attended in fixed splits, merged in order; siblings whose pages are the same ove
 them (cascade), which changes no bit either.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ microbatches changes nothing; a row of weight 0 is never touched, whatever it ho
 bound, the gradient passes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 

@@ -4,8 +4,6 @@ Departs from the textbook: a layer hands on (sum, norm of the sum), so the strea
 a norm instead of three times.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

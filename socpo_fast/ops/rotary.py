@@ -3,8 +3,6 @@
 Hugging Face's half-split layout: dimension i is rotated with i + E / 2.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

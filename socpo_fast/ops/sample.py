@@ -5,8 +5,6 @@ no state. Gumbel noise is a hash of (row key, token id), so a rollout replays bi
 after preemption, and after a resumed run.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

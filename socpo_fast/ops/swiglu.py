@@ -1,7 +1,5 @@
 """The gated activation of an MLP on the two halves of one GEMM's output, forward and backward."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

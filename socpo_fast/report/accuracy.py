@@ -1,7 +1,5 @@
 """The accuracy of one evaluation as a table: rows for the page, text for `socpo eval`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ runs/NAME/  config.toml  metrics.jsonl  rollouts/batch_000001.jsonl  tb/  checkp
             report.html  curves.png  .lock
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

@@ -1,7 +1,5 @@
 """What a person is told of the guidance in a finished batch, beyond the counts in its metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from socpo_fast.report.accuracy import failures_text

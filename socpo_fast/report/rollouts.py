@@ -1,7 +1,5 @@
 """Rollouts as rows for people: RUN/rollouts/batch_000001.jsonl, read by the page and by anybody else."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -12,8 +12,6 @@
 Read settings_text. load_config leaves the history out.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ file may end in half a line: readers skip it, and a resumed run rewrites what ca
 checkpoint.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping

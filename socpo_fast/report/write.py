@@ -4,8 +4,6 @@ The page is one file with everything inline, no script, and a policy that lets t
 model wrote goes through jinja2's autoescape. Missing or torn files leave their part of the page out.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

@@ -246,10 +246,7 @@ class Bridge:
 
 def dialogue(messages: Sequence[dict[str, str]], *answers: str) -> list[dict[str, str]]:
     """The messages, then each answer with GUIDANCE behind it."""
-    behind = [
-        ({"role": "assistant", "content": answer}, {"role": "user", "content": GUIDANCE})
-        for answer in answers
-    ]
+    behind = [({"role": "assistant", "content": answer}, {"role": "user", "content": GUIDANCE}) for answer in answers]
     return [*messages, *(message for turn in behind for message in turn)]
 
 

@@ -4,8 +4,6 @@ The rewards of a batch go to the device of the loss once, as one table, and come
 record; everything in between is one call of ops.credit_attempts.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ by the `datasets` library, so nothing is copied to its cache; JSONL goes through
 casts whole columns and cannot say which row was bad.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import tempfile

@@ -8,8 +8,6 @@ paged engine, socratic_episode with anybody's generator. Every rule stands here 
 when a rollout ends, what the teacher sees, how much of an attempt the next one sees, leaks, overflow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args

@@ -4,8 +4,6 @@ Departure from the usual practice: error bars are by question. Samples of one qu
 "a question the student may meet", so a hundred questions with sixteen samples each are a hundred data points.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A grader is a function of text and question: it says whether the text is right, 
 and never raises for what a model wrote: an answer that cannot be read is wrong.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

@@ -7,8 +7,6 @@ Where the template only appends, the ids are those of Bridge.bridge_ids. Guidanc
 template renders, so one that reads its user messages (Qwen3 looks for <tool_response>) takes nothing from a teacher.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple

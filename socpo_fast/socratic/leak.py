@@ -3,8 +3,6 @@
 An estimate by surface form, no judge.
 """
 
-from __future__ import annotations
-
 import re
 
 from socpo_fast.socratic.graders import OPTION_LETTER, OPTION_LINE, STATED_LETTER, same_value

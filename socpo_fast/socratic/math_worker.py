@@ -6,8 +6,6 @@ and the grader, which finds the pipe closed, calls the answer wrong and starts a
 imports nothing of the package.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import resource

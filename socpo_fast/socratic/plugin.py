@@ -1,7 +1,5 @@
 """Functions of the user's own: found by name, named when they fail, stopped when they hang."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import traceback

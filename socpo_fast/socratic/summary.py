@@ -1,7 +1,5 @@
 """What a batch of rollouts amounts to, as named metrics."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -6,8 +6,6 @@ the loss mask. A batch that is spread over ranks is credited as one: decay, base
 are of all attempts, so ranks exchange one small table of them (`gather`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 

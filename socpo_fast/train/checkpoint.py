@@ -11,8 +11,6 @@ whole whenever the machine stops. What damages it afterwards is found by the man
 process writes to a checkpoints folder at a time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What loss tokens bring to the loss: weight, advantage, log-probs; and the checks of policy_gradients' options."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, get_args
 

@@ -6,8 +6,6 @@ on matrices only (ndim >= 2), never on norms and biases; a bad gradient costs on
 counts that update too, so that a number names one update; warm-up and AdamW count the steps that were taken.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differ
 - The advantage is one number an attempt; it is spread over the attempt's tokens inside the loss.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

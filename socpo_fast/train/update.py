@@ -1,7 +1,5 @@
 """The optimizer steps of one batch. Read Updater.updates, then one_update."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from typing import Any

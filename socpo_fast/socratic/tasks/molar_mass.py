@@ -6,8 +6,6 @@ One departure from a textbook is in the notation: every number has three digits 
 only in this order is each digit known when it is its turn. The prompt says so; nothing else is made easier.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

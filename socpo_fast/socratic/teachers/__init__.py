@@ -4,8 +4,6 @@ make_teacher looks up who makes the kind that a configuration names; the kinds a
 config/teachers.py.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 from socpo_fast.config import (

@@ -1,7 +1,5 @@
 """What every teacher is, and the words the ones with a language model are asked in."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property

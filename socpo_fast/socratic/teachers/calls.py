@@ -5,8 +5,6 @@ client lives on one loop. Async functions of the user's own have another loop, "
 that one that blocks it holds up nobody's clock; it is left alone with that loop.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import threading

@@ -5,8 +5,6 @@ guidance asked for: after a bounded time guide raises GuidanceFailed, which says
 does return is still untrusted.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

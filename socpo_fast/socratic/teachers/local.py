@@ -4,8 +4,6 @@ guide() runs on the event loop's thread and only queues; step() runs on the engi
 advances the engine by one step and hands finished texts back to the loop.
 """
 
-from __future__ import annotations
-
 import asyncio
 from queue import SimpleQueue
 from typing import NamedTuple

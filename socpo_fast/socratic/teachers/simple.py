@@ -1,7 +1,5 @@
 """Teachers without a language model: a Python function, and a fixed sentence (the ablation)."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import threading
