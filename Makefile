@@ -12,7 +12,7 @@ CUDA_TREE := .venv-cuda/tree
 CUDA_INSTALLED := .venv-cuda/.installed
 
 .PHONY: train test test-slow test-cuda-build lint types size aot clean
-.PHONY: gpu-check gpu-rehearse gpu-walk
+.PHONY: gpu-check gpu-rehearse gpu-walk faults
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -41,6 +41,10 @@ types: $(INSTALLED)
 
 size:
 	$(PYTHON) tests/size.py
+
+# Hundreds of runs with a fault in each: killed, damaged, a server or function that misbehaves. Twenty minutes.
+faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m tools.faults
 
 # Every Triton kernel compiled for sm_80, sm_90 and sm_100; needs no GPU.
 aot: $(INSTALLED)

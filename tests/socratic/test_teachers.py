@@ -14,7 +14,7 @@ from socpo_fast.config import (
     RuleTeacherConfig,
 )
 from socpo_fast.socratic.teachers import EndpointTeacher, RuleTeacher, TeacherPrompt, make_teacher, retry_teacher
-from socpo_fast.socratic.teachers.base import clean_guidance
+from socpo_fast.socratic.teachers.base import Teacher, clean_guidance
 from socpo_fast.socratic.teachers.simple import as_teacher
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey
 
@@ -153,3 +153,16 @@ def test_make_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         with pytest.raises(ValueError, match=re.escape(reason)):
             make_teacher(Config(teacher=config))
+
+
+def test_a_subclass_with_guide_alone_is_a_teacher() -> None:
+    """Text is enough, and what it raises costs its guidance."""
+
+    class Own(Teacher):
+        async def guide(self, request: GuidanceRequest) -> str:  # type: ignore[override]
+            return {"3": " Look. "}[request.student_answer]
+
+    teacher = as_teacher(Own())
+    assert asyncio.run(teacher.guide(request("3"))) == Guidance(text="Look.")
+    assert asyncio.run(teacher.guide(request("4"))) is None
+    assert teacher.failures == {"exception": 1}
