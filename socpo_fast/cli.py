@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 import tyro
 
 from socpo_fast.config import Config, load_config, read_toml
-from socpo_fast.config.text import describe, fields_of, rule_of, sections_of, to_text, unknown_key
+from socpo_fast.config.text import describe, expand_home, fields_of, rule_of, sections_of, to_text, unknown_key
 from socpo_fast.files import RunFailed
 
 
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         try:
             sys.stdout.flush()
-        except OSError:  # closed: what is left to say goes nowhere, and the exit code stays
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (OSError, ValueError, AttributeError):  # closed: the exit code stays what it is
+            sys.stdout = None
         last = threading.Timer(0.5, os._exit, [code])
         last.daemon = True
         last.start()
@@ -72,19 +73,16 @@ def run(argv: Sequence[str]) -> int:
 def train(words: Sequence[str]) -> int:
     """train a student, or go on where the run stopped; writes runs/NAME"""
     config, _ = parse("train", words)
-    from socpo_fast import trainer
-
-    trainer.train(config)
+    load_trainer().train(config)
     return 0
 
 
 def evaluate(words: Sequence[str]) -> int:
     """unassisted and assisted accuracy of a checkpoint on data.eval: a table, then one JSON line"""
     config, checkpoint = parse("eval", words)
-    from socpo_fast import trainer
+    metrics = load_trainer().evaluate(config, checkpoint)
     from socpo_fast.report.accuracy import accuracy_text
 
-    metrics = trainer.evaluate(config, checkpoint)
     print(accuracy_text(metrics))
     print(json.dumps(metrics))
     return 0
@@ -93,10 +91,23 @@ def evaluate(words: Sequence[str]) -> int:
 def rollout(words: Sequence[str]) -> int:
     """roll out without updates; writes runs/NAME/rollouts"""
     config, _ = parse("rollout", words)
+    load_trainer().rollout_only(config)
+    return 0
+
+
+def load_trainer() -> Any:
+    """The trainer. Importing it imports torch, which swallows a KeyboardInterrupt now and then.
+
+    So Ctrl-C ends the process meanwhile, as the system does; nothing is begun yet.
+    """
+    usual = signal.default_int_handler
+    if signal.getsignal(signal.SIGINT) is usual and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from socpo_fast import trainer
 
-    trainer.rollout_only(config)
-    return 0
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, usual)
+    return trainer
 
 
 def report(words: Sequence[str]) -> int:
@@ -107,7 +118,7 @@ def report(words: Sequence[str]) -> int:
         )
     from socpo_fast.report.write import write_report
 
-    print(write_report(Path(words[0])))
+    print(write_report(Path(expand_home(words[0]))))
     return 0
 
 
@@ -185,9 +196,11 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
         raise ValueError(unknown_key(Config, name))
     texts = {f"{s}.{key}": text for s in sections_of(Config) for key, text in vars(getattr(parsed, s)).items()}
     # What is given counts, even where it is the default: a file, or data.train, may have another.
-    named = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words}
+    flags = (word for word in words if word.startswith("--"))
+    named = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags}
     config = load_config(toml_path, {name: text for name, text in texts.items() if name in named})
-    return config, parsed.checkpoint if command == "eval" and parsed.checkpoint != "none" else None
+    has_checkpoint = command == "eval" and parsed.checkpoint != "none"
+    return config, expand_home(parsed.checkpoint) if has_checkpoint else None
 
 
 CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"

@@ -23,6 +23,15 @@ class RunFailed(RuntimeError):
     """The machine or the numbers ended a run; said in one line, as the caller's mistakes are."""
 
 
+class StopRequested(BaseException):
+    """Raised where a run may stop, by a signal. No Exception, so that no handler takes it for one.
+
+    was_raised: a function of the user's may have swallowed it; its caller raises it again then.
+    """
+
+    was_raised = False
+
+
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write beside and rename, so that a reader or a crash meets the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")

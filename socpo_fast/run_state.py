@@ -1,11 +1,9 @@
 """Where a run stands, what a checkpoint keeps of it, where a run goes on, what comes next."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from socpo_fast.config import Config
 from socpo_fast.report.tracker import read_metrics
@@ -85,7 +83,7 @@ class RunState:
         checkpoint: Path,
         drawn_from: dict[str, str],
         has_eval: bool,
-    ) -> RunState:
+    ) -> Self:
         """The state that a checkpoint kept, for a run of the present settings.
 
         Args:
@@ -137,7 +135,7 @@ def find_checkpoint(config: Config) -> Path | None:
         return latest
     if config.run.resume != "never":
         given = Path(config.run.resume)
-        is_earlier = latest is not None and given.name < latest.name
+        is_earlier = latest is not None and (len(given.name), given.name) < (len(latest.name), latest.name)
         if latest is not None and is_earlier and given.resolve().parent == latest.resolve().parent:
             raise ValueError(
                 f"run: run.resume must be the run's last checkpoint {latest.name} "

@@ -26,6 +26,7 @@ from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import make_teacher
 from socpo_fast.socratic.teachers.calls import ask, background, result_of
+from socpo_fast.train.checkpoint import check_whole
 from socpo_fast.types import (
     GuidanceFailed,
     GuidanceRequest,
@@ -56,6 +57,7 @@ class Session:
         device = select_device(config.run.device)
         path = config.student.path
         self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path)
+        check_whole(self.student_folder)
         self.grader = make_grader(config.data.grader, **config.grader.model_dump())
         self.student = self._load_student(device).requires_grad_(for_training)
         self.tokenizer = load_tokenizer(self.student_folder)  # after the model, which reports a bad config.json better

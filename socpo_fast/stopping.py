@@ -5,15 +5,15 @@ stops the run right there; in updates it waits for the last one of the batch, or
 What is being written to the disk is written to its end.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, Self
+
+from socpo_fast.files import StopRequested
 
 # By what the block waits for, and whether it has come.
 ANSWERS = {
@@ -22,10 +22,8 @@ ANSWERS = {
     (2, True): "stopping without the updates of this batch",
     (None, False): "stopping, as soon as what is being written is on the disk",
 }
-
-
-class StopRequested(BaseException):
-    """Raised where a run may stop. No Exception, so that no handler takes it for a failure."""
+# A function of the user's may swallow StopRequested. So many signals more end the process as it is.
+INSISTS = 2
 
 
 class StopSignals:
@@ -40,7 +38,7 @@ class StopSignals:
         self._num_received = 0
         self._stop_at: int | None = None  # so many of them raise StopRequested
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         on_main_thread = threading.current_thread() is threading.main_thread()
         self._previous: dict[int, Any] = {}
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if on_main_thread else ():
@@ -70,13 +68,19 @@ class StopSignals:
             yield
         finally:
             self._stop_at = None
+            StopRequested.was_raised = False
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         self.received = self.received or signum
         self._num_received += 1
         stops = self._stop_at is not None and self._num_received >= self._stop_at
-        answer = f"\n{signal.Signals(signum).name}: {ANSWERS[self._stop_at, stops]}\n"
+        is_over = self._stop_at is not None and self._num_received >= self._stop_at + INSISTS
+        gone = "gone, without saving; the last checkpoint stays"
+        answer = gone if is_over else ANSWERS[self._stop_at, stops]
         with suppress(OSError):  # a closed terminal. Not print, which may be what was interrupted
-            os.write(2, answer.encode())
+            os.write(2, f"\n{signal.Signals(signum).name}: {answer}\n".encode())
+        if is_over:
+            os._exit(128 + signum)
         if stops:
+            StopRequested.was_raised = True
             raise StopRequested

@@ -13,8 +13,10 @@ import time
 from contextlib import ExitStack, closing
 from typing import Literal, NoReturn
 
+import torch
+
 from socpo_fast.config import Config
-from socpo_fast.files import RunFailed, replace_file
+from socpo_fast.files import RunFailed, StopRequested, replace_file
 from socpo_fast.report.environment import first_line
 from socpo_fast.report.folder import run_folder
 from socpo_fast.report.guidance import GuidanceWatch
@@ -34,8 +36,8 @@ from socpo_fast.run_state import (
 )
 from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
-from socpo_fast.socratic.summary import mean, sources_of, summarize
-from socpo_fast.stopping import StopRequested, StopSignals
+from socpo_fast.socratic.summary import rollout_perf, sources_of, summarize
+from socpo_fast.stopping import StopSignals
 from socpo_fast.train.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Question, Rollout
@@ -154,7 +156,9 @@ class Trainer:
 
     def end_early(self) -> NoReturn:
         """Save, unless a second signal came amid updates; then the whole process ends."""
-        if self.state.between_batches:
+        if self.optimizer.num_updates == 0:
+            where = "before the first update; there is nothing to save"
+        elif self.state.between_batches:
             self.save()
             where = f"and saved after batch {self.state.batch}; run.resume auto goes on from there"
         else:
@@ -207,7 +211,8 @@ class Trainer:
         metrics |= summarize(rollouts, questions, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
-        with self.signals.stop_at(2):
+        # A function of the user's may have turned gradients off.
+        with self.signals.stop_at(2), torch.enable_grad():
             self.state.begin_updates()
             self.update(rollouts, batch)
         after = self.optimizer.num_updates
@@ -228,24 +233,17 @@ class Trainer:
     def roll_out(self, questions: dict[int, Question], batch: int) -> tuple[list[Rollout], dict[str, float]]:
         """All rollouts of a batch and what they took, however they finished in question order."""
         started, before = time.perf_counter(), self.engine.stats
-        self.announce("rollout", batch, len(questions) * self.config.rollout.group_size)
+        total = len(questions) * self.config.rollout.group_size
+        self.progress.phase("rollout", batch=batch, update=self.optimizer.num_updates, total=total)
         rollouts = []
         with self.signals.stop_at(1):
             for rollout in self.session.training_rollouts(list(questions.values()), batch):
                 rollouts.append(rollout)
                 self.progress.advance(num_tokens=rollout.num_sampled)
-        seconds, after = time.perf_counter() - started, self.engine.stats
+        perf = rollout_perf(rollouts, before, self.engine.stats, time.perf_counter() - started)
         order = {question_idx: i for i, question_idx in enumerate(questions)}
         rollouts.sort(key=lambda rollout: (order[rollout.question_idx], rollout.rollout_idx))
-        waits = [rollout.teacher_wait_s for rollout in rollouts if len(rollout.turns) > 1]
-        return rollouts, {
-            "perf/rollout_tok_s": sum(rollout.num_sampled for rollout in rollouts) / seconds,
-            "perf/prefill_tokens": float(after.prefill_tokens - before.prefill_tokens),
-            "perf/decode_tokens": float(after.decode_tokens - before.decode_tokens),
-            "perf/preemptions": float(after.preemptions - before.preemptions),
-            "time/rollout_s": seconds,
-            "time/teacher_wait_s": mean(waits),
-        }
+        return rollouts, perf
 
     def update(self, rollouts: list[Rollout], batch: int) -> None:
         """The batch's updates, questions_per_update questions each, epochs times over."""
@@ -253,7 +251,8 @@ class Trainer:
         for rollout in rollouts:
             by_question.setdefault(rollout.question_idx, []).append(rollout)
         groups = list(by_question.values())
-        self.announce("update", batch, len(groups) * self.config.train.epochs)
+        total, before = len(groups) * self.config.train.epochs, self.optimizer.num_updates
+        self.progress.phase("update", batch=batch, update=before, total=total)
         order = update_order(self.config, len(groups), batch)
         for num_groups, metrics in self.updater.updates(groups, order):
             self.engine.bump_policy_version()
@@ -264,15 +263,16 @@ class Trainer:
     def evaluate(self) -> None:
         """The evaluation of the student as it is."""
         total = len(self.eval_questions) * self.config.eval.samples
-        self.announce("evaluation", self.state.batch, total)
+        batch, update = self.state.batch, self.optimizer.num_updates
+        self.progress.phase("evaluation", batch=batch, update=update, total=total)
         with self.signals.stop_at(1):
             metrics = self.session.evaluate(self.eval_questions, self.progress.advance)
         self.record(metrics, kind="eval")
         self.state.end_evaluation()
 
     def save(self) -> None:
-        """A checkpoint of the present state, unless there is one already."""
-        if self.state.is_saved:
+        """A checkpoint of the present state, unless there is one, or there is nothing to keep yet."""
+        if self.state.is_saved or self.optimizer.num_updates == 0:
             return
         newest = save_checkpoint(
             self.checkpoints,
@@ -284,10 +284,6 @@ class Trainer:
         (self.checkpoints / NONE_YET).unlink(missing_ok=True)
         prune_checkpoints(newest, self.config.run.keep_checkpoints)
         self.state.end_save()
-
-    def announce(self, phase: str, batch: int, total: int) -> None:
-        """A phase begins, with so many rollouts or questions to go."""
-        self.progress.phase(phase, batch=batch, update=self.optimizer.num_updates, total=total)
 
     def record(self, metrics: dict[str, float], *, kind: Literal["batch", "eval"]) -> None:
         """Metrics of the finished batch, or of the evaluation after it, to files and people."""

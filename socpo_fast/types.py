@@ -4,6 +4,7 @@ Question -> SamplingParams -> Attempt -> GuidanceRequest -> Guidance -> Rollout.
 checks at the door; everything here is on the host, tensors are CPU tensors. Imports nothing of ours.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -133,7 +134,7 @@ class GuidanceFailed(Exception):
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
-        self.kind = kind
+        self.kind = re.sub(r"\W+", "_", kind.lower(), flags=re.ASCII)  # part of a metric's name
 
 
 EndReason = Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"]

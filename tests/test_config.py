@@ -204,7 +204,8 @@ def test_every_field_has_a_description_and_a_rule_that_its_default_keeps() -> No
 
 def test_fields_of_a_request_are_a_table(tmp_path: Path) -> None:
     """JSON on the command line, a table in TOML, where it is written as it was read."""
-    fields = {"chat_template_kwargs": {"enable_thinking": False}, "stop": ["a", "b"], "temperature": "none", "n": 1.5}
+    fields = {"stop": ["a", "\U0001f600"], "\U0001f600": {"deep": [{"c": [1, True]}, []], "": 0}, "n": 1.5}
+    fields |= {"chat_template_kwargs": {"enable_thinking": False}, "temperature": "none"}
     endpoint = {"teacher.kind": "endpoint", "teacher.url": "http://h", "teacher.model": "m"}
     config = load_config(None, endpoint | {"teacher.extra_body": json.dumps(fields)})
     assert config.teacher.model_dump()["extra_body"] == fields

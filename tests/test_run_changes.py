@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from socpo_fast.config import Config, load_config
 from socpo_fast.config.text import fields_of
 from socpo_fast.report.settings import FREE
 from tests.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
+from tests.socratic.conftest import server
+from tests.socratic.faulty_server import Server
 
-__all__ = ["finished_run", "run_dir"]  # fixtures
+__all__ = ["finished_run", "run_dir", "server"]  # fixtures
 Capture = pytest.CaptureFixture[str]
 MUST = "run: .*/run must go on as it began, got "
 
@@ -131,3 +134,48 @@ def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
         assert main(words_of("train", run_dir, words)) == 0
     [entry] = history_of(run_dir / "other")
     assert (entry["from_update"], entry["until_update"]) == (0, 1)
+
+
+def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
+    """Also where the run was stopped before it made a checkpoint under what was agreed to."""
+    words = {"run.num_batches": 2, "train.lr": 2e-4}
+    with pytest.warns(UserWarning, match="changed from update 1 on"):
+        assert main(words_of("train", run_dir, words | {"run.num_batches": 1, "run.accept_changes": "true"})) == 0
+    assert [path.name for path in (run_dir / "run" / "checkpoints").iterdir()] == ["update_000001"]
+    with pytest.warns(UserWarning, match="changed from update 1 on"):
+        assert main(words_of("train", run_dir, words)) == 0
+    assert [entry["until_update"] for entry in history_of(run_dir)] == [1]
+    capsys.readouterr()
+    assert main(words_of("train", run_dir, words | {"run.num_batches": 3, "train.lr": 3e-4})) == 2
+    assert_refused(capsys.readouterr().err, f"{MUST}train.lr: 0.0002 -> 0.0003")
+
+
+@pytest.mark.parametrize(
+    ("damage", "section"),
+    [
+        (lambda text: "", "run"),
+        (lambda text: text.replace("[train]", "[treiben]"), "train"),
+        (lambda text: "student = 5\n" + text.replace("[student]", "[was_student]"), "student"),
+        (lambda text: "teacher = [1]\n" + text.replace("[teacher]", "[was_teacher]"), "teacher"),
+    ],
+)
+def test_a_config_toml_without_a_section_is_refused(
+    damage: Callable[[str], str], section: str, run_dir: Path, capsys: Capture
+) -> None:
+    path = run_dir / "run" / "config.toml"
+    path.write_text(damage(path.read_text()))
+    before = snapshot(run_dir)
+    assert main(words_of("train", run_dir, {"run.num_batches": 2, "train.lr": 2e-4})) == 2
+    assert_refused(capsys.readouterr().err, rf"run: .*config.toml must hold a table \[{section}\], got none")
+    assert snapshot(run_dir) == before
+
+
+def test_fields_of_a_request_are_no_change_of_themselves(tmp_path: Path, server: Server) -> None:
+    """None, which TOML lacks, nested lists, and letters beyond 16 bits."""
+    fields = {"seed": None, "stop": ["\U0001f600", None, True], "deep": {"l": [{"c": 1}], "n": None}}
+    words = {"teacher.kind": "endpoint", "teacher.url": server.url, "teacher.model": "m"}
+    words |= {"data.eval": "none", "teacher.extra_body": json.dumps(fields)}
+    assert main(words_of("train", tmp_path, words)) == 0
+    assert main(words_of("train", tmp_path, words | {"run.num_batches": 2})) == 0
+    assert history_of(tmp_path) == []
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import tomllib
 from collections.abc import Callable
@@ -17,7 +13,6 @@ import pytest
 
 from socpo_fast.cli import main
 from socpo_fast.config import load_config
-from socpo_fast.report.folder import run_folder
 from tests.bad_input import Words, assert_refused, finished_run, run_dir, snapshot, words_of
 
 __all__ = ["finished_run", "run_dir"]  # fixtures
@@ -130,6 +125,7 @@ def test_damaged_rows_cost_themselves(run_dir: Path, capsys: Capture) -> None:
     bad_rows = ["3", "{}", "[" * 100_000, '{"turns": [3]}', '{"kind": ["eval"]}']
     bad_rows += ['{"kind": "eval", "batch": 1, "update": "x"}']
     bad_rows += ['{"kind": "batch", "batch": 1, "update": 1, "reward/mean": "x"}']
+    bad_rows += [f'{{"kind": "batch", "batch": 1, "update": 1, "reward/mean": 1{"0" * 400}}}']
     for path in (run / "metrics.jsonl", run / "rollouts" / "batch_000001.jsonl"):
         with path.open("a") as file:
             file.write("\n".join(bad_rows) + "\n\xff\n")
@@ -177,50 +173,6 @@ def test_a_planted_lock(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
     assert not (tmp_path / "victim").exists()
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from socpo_fast.report.folder import run_folder
-
-with run_folder(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_one_process_a_folder(run_dir: Path, capsys: Capture) -> None:
-    """A second one is told whose the folder is; the lock ends with its holder."""
-    command = [sys.executable, "-c", HOLD, str(run_dir / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        before = snapshot(run_dir)
-        assert before["run/.lock"].decode().startswith(f"{holder.pid} on ")
-        rows = run_dir / "run" / "metrics.jsonl"
-        for command_word in ("train", "rollout"):
-            if command_word == "rollout":
-                rows.rename(rows.with_suffix(".away"))
-            assert main(words_of(command_word, run_dir, {"run.num_batches": 2})) == 2
-            message = rf"run: .*/run is in use by process {holder.pid} on .*; wait for its end, or "
-            assert_refused(capsys.readouterr().err, message)
-        rows.with_suffix(".away").rename(rows)
-        assert snapshot(run_dir) == before
-        assert main(words_of("eval", run_dir, {})) == 0  # it only reads
-        assert main(["report", str(run_dir / "run")]) == 0  # replaces its own two files whole
-        holder.send_signal(signal.SIGKILL)
-    assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
-    assert (run_dir / "run" / ".lock").read_text() == ""
-
-
-def test_two_threads_of_a_process_are_two(tmp_path: Path) -> None:
-    with (
-        run_folder(tmp_path),
-        pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"),
-        run_folder(tmp_path),
-    ):
-        pytest.fail("both have it")
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -236,6 +188,19 @@ def test_a_refused_command_leaves_no_folder(words: Words, tmp_path: Path, capsys
         assert main(words_of(command, tmp_path / "there" / "runs" / "mine", words)) == 2
         assert list((tmp_path / "there").iterdir()) == []
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_no_student(run_dir: Path, capsys: Capture) -> None:
+    """Where it is evaluated, and where a run begins from it."""
+    checkpoint = run_dir / "run" / "checkpoints" / "update_000001"
+    weights = bytearray((checkpoint / "model.safetensors").read_bytes())
+    weights[-200_000:-100_000] = bytes(100_000)
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    message = "checkpoint: .*update_000001/model.safetensors has other bytes"
+    assert main(words_of("eval", run_dir, {"checkpoint": checkpoint})) == 2
+    assert_refused(capsys.readouterr().err, message)
+    assert main(words_of("train", run_dir, {"run.name": "run2", "student.path": checkpoint})) == 2
+    assert_refused(capsys.readouterr().err, message)
 
 
 def test_a_run_in_another_thread(run_dir: Path) -> None:
@@ -270,6 +235,27 @@ def test_home_is_written_out_in_every_path(tmp_path: Path, monkeypatch: pytest.M
     message = "config: ~ must be a known user's home, got '~nobody-here/x'"
     with pytest.raises(ValueError, match=message):
         load_config(None, {"run.dir": "~nobody-here/x"})
+
+
+def test_nobodys_home_is_told_everywhere(tmp_path: Path, capsys: Capture) -> None:
+    for words in (
+        ["train", "--config", "~nobody-here/c.toml"],
+        ["report", "~nobody-here/x"],
+        words_of("eval", tmp_path, {"checkpoint": "~nobody-here/x"}),
+    ):
+        assert main(words) == 2
+        assert_refused(capsys.readouterr().err, "config: ~ must be a known user's home, got '~nobody-here/")
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_scalar", "close"])
+def test_tensorboard_never_ends_a_run(method: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{method}", fail)
+    with pytest.warns(UserWarning, match="run/tb: TensorBoard stops here"):
+        assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
+    assert "update_000002" in checkpoints_of(run_dir)
 
 
 def test_lost_metrics_are_told(run_dir: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +131,15 @@ def test_while_every_teacher_call_hangs(signum: int, tmp_path: Path) -> None:
     process = start("", tmp_path, {"teacher.rule": f"{__name__}:hang"})
     answer(process, signum, AT_ONCE)
     said = gone(process, 128 + signum)
-    assert "stopped and saved after batch 0; run.resume auto goes on from there" in said
-    assert (tmp_path / "run" / "checkpoints" / "update_000000" / "manifest.json").is_file()
+    assert "stopped before the first update; there is nothing to save" in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["none_yet"]
 
 
 @pytest.mark.slow
 def test_while_evaluating(tmp_path: Path) -> None:
     process = start("evaluate", tmp_path, {"data.eval": "builtin"})
     answer(process, signal.SIGTERM, AT_ONCE)
-    assert "stopped and saved after batch 0" in gone(process, 128 + signal.SIGTERM)
+    assert "stopped before the first update" in gone(process, 128 + signal.SIGTERM)
 
 
 def test_in_an_update(tmp_path: Path, straight: Path) -> None:
@@ -237,3 +238,34 @@ sys.exit(main())
     capsys.readouterr()
     assert main(words_of("train", tmp_path, words)) == 2
     assert_refused(capsys.readouterr().err, "run: .*/run2/checkpoints must hold a checkpoint")
+
+
+def swallow(_text: str, _question: Any) -> bool:
+    """A grader that nothing gets out of."""
+    print("here", flush=True)
+    while True:
+        with suppress(BaseException):
+            time.sleep(0.01)
+
+
+def take_your_time(_text: str, _question: Any) -> bool:
+    print("here", flush=True)
+    with suppress(BaseException):
+        time.sleep(1.5)
+    return False
+
+
+def test_a_grader_that_swallows_the_stop(tmp_path: Path) -> None:
+    """It is stopped behind that question, not behind all of them."""
+    process = start("", tmp_path, {"data.grader": f"{__name__}:take_your_time", "rollout.group_size": 8})
+    answer(process, signal.SIGTERM, AT_ONCE)
+    assert "stopped before the first update" in gone(process, 128 + signal.SIGTERM)
+
+
+def test_whoever_insists(tmp_path: Path) -> None:
+    """The third signal ends what swallows the first two."""
+    process = start("", tmp_path, {"data.grader": f"{__name__}:swallow", "grader.timeout_s": 600})
+    answer(process, signal.SIGTERM, AT_ONCE)
+    answer(process, signal.SIGTERM, AT_ONCE)
+    answer(process, signal.SIGTERM, "gone, without saving; the last checkpoint stays")
+    gone(process, 128 + signal.SIGTERM)

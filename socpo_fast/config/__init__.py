@@ -39,7 +39,7 @@ from socpo_fast.config.teachers import (
     RuleTeacherConfig,
     TeacherConfig,
 )
-from socpo_fast.config.text import choose_kinds, explain, from_text
+from socpo_fast.config.text import choose_kinds, expand_home, explain, from_text
 
 __all__ = [
     "AdvantageConfig",
@@ -93,8 +93,9 @@ def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, obj
 
 def read_toml(toml_path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file, unchecked; of a run's config.toml with its history."""
+    path = Path(expand_home(str(toml_path)))
     try:
-        return tomllib.loads(Path(toml_path).expanduser().read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config: {toml_path} must be a readable file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # broken TOML, not UTF-8, nested without end

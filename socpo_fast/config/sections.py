@@ -7,8 +7,6 @@ and on the command line. Relative paths are relative to the working directory; "
 what the package ships.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator

@@ -135,7 +135,7 @@ def from_text(model: type[BaseModel], name: str, text: str) -> object:
     kind: Any = fields[name].annotation
     try:
         return json.loads(text) if get_origin(kind) is dict else TypeAdapter(kind).validate_strings(text)
-    except ValueError:  # ValidationError is one
+    except (ValueError, RecursionError):  # ValidationError is one
         return text
 
 
@@ -160,9 +160,9 @@ def toml_literal(value: object) -> str:
     if isinstance(value, str | None):  # a JSON string is a TOML basic string, but for DEL
         return json.dumps(to_text(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
-        pairs = (f"{json.dumps(key)} = {toml_literal(part)}" for key, part in value.items())
+        pairs = (f"{toml_literal(key)} = {toml_literal(part)}" for key, part in value.items())
         return f"{{ {', '.join(pairs)} }}"
-    return json.dumps(value) if isinstance(value, list) else to_text(value)
+    return f"[{', '.join(map(toml_literal, value))}]" if isinstance(value, list) else to_text(value)
 
 
 def unknown_key(model: type[BaseModel], name: str) -> str:
@@ -185,8 +185,8 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     value = first["input"]
     path = path[1:] if tag else path  # of a section with kinds the kind stands first
     name = ".".join([section, *path[:1]])
-    if first["type"] == "union_tag_invalid":
-        name, value = f"{section}.{tag}", value[tag]
+    if first["type"].startswith("union_tag"):
+        name, value = f"{section}.{tag}", value.get(tag)
     if first["type"] == "extra_forbidden":
         if name in fields_of(model):
             tag, owners = f"{section}.{tag}", " or ".join(owners_of(model, name))

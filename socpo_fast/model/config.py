@@ -6,12 +6,10 @@ extra, missing or misshapen); where a wrong value would be silent it is asked fo
 Dropout fields are not read: nothing here drops.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,7 +57,7 @@ class ModelConfig:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as read, for saving
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any], *, where: str) -> ModelConfig:
+    def from_hf(cls, raw: Mapping[str, Any], *, where: str) -> Self:
         """The config of one of ARCHITECTURES, checked.
 
         Args:

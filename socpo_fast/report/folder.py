@@ -34,31 +34,60 @@ def run_folder(folder: Path) -> Iterator[None]:
             reason = f"must be a {kind}, got something else; move it, or set run.name"
             raise ValueError(f"run: {path} {reason}")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        reason = f"must be a writable folder, got {error.strerror}: {error.filename}; set run.dir"
-        raise ValueError(f"run: {folder} {reason}") from None
+    lock = _open(folder)
+    _held.add(lock)
     try:
         _take(lock, folder)
         try:
             yield
         finally:
-            os.ftruncate(lock, 0)
-            if missing and os.listdir(folder) == [LOCK]:
-                (folder / LOCK).unlink()
-                with suppress(OSError):  # somebody else has put something there
-                    for path in missing:
-                        path.rmdir()
+            if lock in _held:  # not in a fork
+                _give_back(lock, folder, missing)
     finally:
-        os.close(lock)
+        if lock in _held:
+            _held.remove(lock)
+            os.close(lock)
+
+
+_held: set[int] = set()  # open locks of this process
+
+
+def _give_back(lock: int, folder: Path, missing: list[Path]) -> None:
+    """Nobody's any more; the folders that were missing go if nothing but the lock is in them."""
+    with suppress(OSError):  # a full disk
+        os.ftruncate(lock, 0)
+    if missing and os.listdir(folder) == [LOCK]:
+        (folder / LOCK).unlink()
+        with suppress(OSError):  # somebody else has put something there
+            for path in missing:
+                path.rmdir()
+
+
+def _open(folder: Path) -> int:
+    """The open lock file of a folder, both made where they are absent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        reason = f"must be a writable folder, got {error.strerror}: {error.filename}; set run.dir"
+        raise ValueError(f"run: {folder} {reason}") from None
+
+
+def _close_in_fork() -> None:
+    """A fork that lives on would hold the lock of a run that has ended."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_fork)
 
 
 def _take(lock: int, folder: Path) -> None:
     """Lock the open file, and write into it whose it is."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (folder / LOCK).exists() or not os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+            raise BlockingIOError  # removed in between by a start that was refused, and perhaps made anew
     except BlockingIOError:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
         reason = f"is in use by process {holder}; wait for its end, or set run.name"

@@ -47,7 +47,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays. A terminal that is closed costs the line and nothing else."""
-        with suppress(OSError, SystemExit):  # what rich makes of a closed pipe
+        # A closed pipe, as rich takes it, a closed file, an encoding that lacks a letter.
+        with suppress(OSError, ValueError, SystemExit):
             self._console.print(text, soft_wrap=True)
 
     def phase(self, name: str, *, batch: int, update: int, total: int) -> None:

@@ -73,7 +73,8 @@ def _is_whole(row: dict[str, Any]) -> bool:
         _ = row["end_reason"], row["policy_version"]
     except (KeyError, TypeError):
         return False
-    return bool(turns) and all(isinstance(number, int | float) for number in numbers)
+    # Beyond 1e308 an integer is no float, and cannot be drawn.
+    return bool(turns) and all(isinstance(number, int | float) and not abs(number) > 1e308 for number in numbers)
 
 
 def _guidance_record(guidance: ShownGuidance) -> dict[str, Any]:

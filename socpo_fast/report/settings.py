@@ -12,6 +12,7 @@
 Read settings_text. load_config leaves the history out.
 """
 
+import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,15 +80,18 @@ def settings_text(
         ValueError: changes without consent; `before` is damaged.
     """
     held = _held(before, num_updates) if before.is_file() else []
-    changes = _list_changes(held[-1], _tables(config)) if held else []
+    now = tomllib.loads(to_toml(_tables(config)))  # as it will be read back
+    changes = _list_changes(held[-1], now) if held else []
+    # Where no checkpoint was made since the last consent, the file has the settings agreed to.
+    needs_consent = is_own and (not held or bool(_list_changes(read_settings(before.parent), now)))
     if is_own and not held:
         changes = [f"{before}: what held before -> missing"]
-    changed = (name for name, old in data_before.items() if data.get(name, old) != old)
+    changed = [name for name, old in data_before.items() if data.get(name, old) != old]
     changes += [f"{name}: {data_before[name]} -> {data[name]}" for name in changed]
     if not changes:
         return config_text(config, held[:-1])
     listed = "; ".join(changes)
-    if is_own and not config.run.accept_changes:
+    if (needs_consent or (is_own and changed)) and not config.run.accept_changes:
         raise ValueError(
             f"run: {before.parent} must go on as it began, got {listed}; "
             "set them back, or set run.accept_changes true, which keeps what held before on record"
@@ -120,6 +124,9 @@ def _held(path: Path, num_updates: int) -> list[dict[str, Any]]:
     A run that goes on from an older checkpoint loses the entries of what came after it.
     """
     tables = read_toml(path)
+    for section in Config.model_fields:
+        if not isinstance(tables.get(section), dict):
+            raise ValueError(f"run: {path} must hold a table [{section}], got none; it was damaged, bring it back")
     try:
         history = tables.pop("history", [])
         start = history[-1]["until_update"] if history else 0

@@ -8,7 +8,8 @@ checkpoint.
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -41,7 +42,9 @@ class MetricsWriter:
         replace_jsonl(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         tb = str(self.path.parent / "tb")
-        self._tensorboard = SummaryWriter(tb, purge_step=last + 1, flush_secs=30)
+        self._tensorboard: SummaryWriter | None = None
+        with self._helping():
+            self._tensorboard = SummaryWriter(tb, purge_step=last + 1, flush_secs=30)
 
     def write(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
         """Write one row. batch counts from 1; update is the number of updates made so far."""
@@ -50,14 +53,27 @@ class MetricsWriter:
         values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with named_failure(self.path):
             append_row(self._file, {"kind": kind, "batch": batch, "update": update, **values})
-            prefix = "eval/" if kind == "eval" else ""
+        prefix = "eval/" if kind == "eval" else ""
+        with self._helping():
             for name, value in values.items():
-                if value is not None:
+                if value is not None and self._tensorboard is not None:
                     self._tensorboard.add_scalar(prefix + name, value, update)
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
+        with self._helping():
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+    @contextmanager
+    def _helping(self) -> Iterator[None]:
+        """TensorBoard never ends a run: what fails is told, and left out from then on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - its own, from its own thread
+            self._tensorboard = None
+            where = self.path.parent / "tb"
+            warnings.warn(f"{where}: TensorBoard stops here ({error}); the run goes on", stacklevel=3)
 
     def __enter__(self) -> Self:
         return self
@@ -81,9 +97,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _is_whole(row: Mapping[str, Any]) -> bool:
     """Whether it says what it measures, in numbers."""
     counts = (row.get("batch"), row.get("update"))
-    values = (value for name, value in row.items() if name != "kind")
+    values = [value for name, value in row.items() if name not in ("kind", "batch", "update")]
     return (
         row.get("kind") in get_args(Kind)
         and all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
         and all(isinstance(value, int | float | None) for value in values)
+        and not any(abs(value or 0) > 1e308 for value in values)  # an integer that is no float
     )

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from socpo_fast.files import StopRequested
 from socpo_fast.registries import GRADERS
 from socpo_fast.socratic import math_worker
-from socpo_fast.socratic.plugin import TookTooLong, blame, is_ctrl_c, load_function, time_limit
+from socpo_fast.socratic.plugin import blame, is_ours, load_function, shown, time_limit
 from socpo_fast.types import Question
 
 Verdict = bool | float | Mapping[str, float]
@@ -68,16 +69,18 @@ class GradedBy:
         try:
             with time_limit(self.timeout_s):
                 verdict: object = self.function(text, question)
-        except (Exception, SystemExit, KeyboardInterrupt, TookTooLong) as error:
-            if isinstance(error, KeyboardInterrupt) and is_ctrl_c():
+            if StopRequested.was_raised:
+                raise StopRequested
+            parts = {str(key): _number(part) for key, part in verdict.items()} if isinstance(verdict, Mapping) else {}
+            reward = math.fsum(parts.values()) if parts else _number(verdict)
+        except BaseException as error:
+            if is_ours(error):
                 raise
             raise ValueError(
                 f"grader: data.grader {self.name} must return a verdict on any text, within "
                 f"grader.timeout_s {self.timeout_s:g}, got an error on question "
                 f"{question.question_idx}: {blame(self.function, error)}"
             ) from error
-        parts = {str(key): _number(part) for key, part in verdict.items()} if isinstance(verdict, Mapping) else {}
-        reward = math.fsum(parts.values()) if parts else _number(verdict)
         is_allowed = all(part >= 0 for part in parts.values()) and 0 <= reward <= 1 + _ROUNDING
         if not is_allowed:  # nan is not, and neither is what is no number
             if inspect.iscoroutine(verdict):
@@ -85,7 +88,7 @@ class GradedBy:
                 raise ValueError(f"grader: {self.name} must be a plain function, got an async one; await inside of it")
             raise ValueError(
                 f"grader: {self.name} must return a bool, a number in [0, 1] or parts >= 0 that sum to at most 1, "
-                f"got {verdict!r:.60}"
+                f"got {shown(verdict)}"
             )
         reward = min(reward, 1.0)
         return Grade(reward, reward >= self.correct_at, parts)
@@ -100,7 +103,7 @@ def as_grader(grader: Grader) -> GradedBy:
 
 def _number(value: object) -> float:
     """Bools and numbers of Python and numpy; nan for anything else."""
-    is_number = isinstance(value, bool | int | float | np.bool_ | np.number)
+    is_number = isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating)
     return float(value) if is_number else math.nan  # type: ignore[arg-type]
 
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from socpo_fast.files import StopRequested
+
 
 def load_function(where: str, spec: str) -> Callable[..., Any]:
     """The function that `spec`, "module:function", names; `where` opens the error message.
@@ -37,9 +39,23 @@ def blame(function: object, error: BaseException) -> str:
     """
     named: Any = function if hasattr(function, "__qualname__") else type(function)
     frame = traceback.extract_tb(error.__traceback__)[:2][-1]
-    what = " ".join(f"{type(error).__name__}: {error!s:.300}".split())
+    what = " ".join(f"{type(error).__name__}: {shown(error, str)}".split())
     where = f"{Path(frame.filename).name} line {frame.lineno}"
     return f"{named.__module__}:{named.__qualname__} raised {what} ({where})"
+
+
+def shown(value: object, to_text: Callable[[object], str] = repr) -> str:
+    """The first 300 characters of a value's text; whatever its own code does, a text."""
+    try:
+        return to_text(value)[:300]
+    except Exception as error:  # noqa: BLE001 - the value's own, of any kind
+        return f"a {type(value).__name__} whose text raised {type(error).__name__}"
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether it is no function's mistake: a signal of a run's, or Ctrl-C where nobody else answers it."""
+    is_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(error, StopRequested) or (isinstance(error, KeyboardInterrupt) and is_ctrl_c)
 
 
 class TookTooLong(BaseException):
@@ -67,8 +83,3 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, left_s)
         signal.signal(signal.SIGALRM, previous)
-
-
-def is_ctrl_c() -> bool:
-    """Whether a KeyboardInterrupt may be the user's: in training, Ctrl-C raises StopRequested."""
-    return signal.getsignal(signal.SIGINT) is signal.default_int_handler

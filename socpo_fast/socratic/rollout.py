@@ -6,8 +6,6 @@ said and resumes those rollouts on the pages of their first attempt, so a slow t
 but the rollout it belongs to.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -251,8 +249,8 @@ class _Driver:
         finished, self.finished = self.finished, []
         return finished
 
-    def __enter__(self) -> _Driver:
-        return self
+    def __enter__(self) -> None:
+        """Nothing is taken; __exit__ gives back."""
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         """Leave nothing behind: no call in flight, no sequence, no page.

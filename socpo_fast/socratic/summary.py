@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from socpo_fast.metrics import source_metric
 from socpo_fast.socratic.leak import leaks_answer
-from socpo_fast.types import Question, Rollout
+from socpo_fast.types import EngineStats, Question, Rollout
 
 MAX_SOURCES = 32  # more of them are not told apart: a data set may name each row's source differently
 
@@ -62,6 +62,21 @@ def summarize(
         "guidance/overflow": float(reasons.count("overflow")),
         "rollout/attempt_tokens": mean([float(attempt.num_tokens) for attempt in attempts]),
         "rollout/truncated": mean([float(attempt.finish_reason == "length") for attempt in attempts]),
+    }
+
+
+def rollout_perf(
+    rollouts: Sequence[Rollout], before: EngineStats, after: EngineStats, seconds: float
+) -> dict[str, float]:
+    """What the rollouts of a batch took; before and after are the engine's counts."""
+    waits = [rollout.teacher_wait_s for rollout in rollouts if len(rollout.turns) > 1]
+    return {
+        "perf/rollout_tok_s": sum(rollout.num_sampled for rollout in rollouts) / seconds,
+        "perf/prefill_tokens": float(after.prefill_tokens - before.prefill_tokens),
+        "perf/decode_tokens": float(after.decode_tokens - before.decode_tokens),
+        "perf/preemptions": float(after.preemptions - before.preemptions),
+        "time/rollout_s": seconds,
+        "time/teacher_wait_s": mean(waits),
     }
 
 

@@ -125,6 +125,12 @@ def damage_of(path: Path, *, thorough: bool = True) -> str | None:
     return None
 
 
+def check_whole(path: Path) -> None:
+    """Refuse a damaged checkpoint; a folder without a manifest is another one's business."""
+    if (path / MANIFEST).is_file() and (damage := damage_of(path)):
+        raise ValueError(f"checkpoint: {damage}; use another one")
+
+
 def load_checkpoint(
     path: str | Path, student: Decoder, optimizer: Optimizer, *, thorough: bool = True
 ) -> dict[str, Any]:
@@ -167,8 +173,8 @@ def load_checkpoint(
 def prune_checkpoints(newest: Path, keep: int) -> None:
     """Remove what is older than the `keep` whole checkpoints up to `newest`, which was just saved.
 
-    Damaged ones that a run was not begun from stay where they are newer than that. What interrupted
-    writes left behind goes.
+    Damaged ones among them stay, and so does whatever is newer. What interrupted writes left behind
+    goes.
     """
     if keep < 1:
         raise ValueError(f"checkpoint: keep must be >= 1, got {keep}; the latest checkpoint is never removed")

@@ -148,6 +148,53 @@ def test_the_reason_names_status_and_words_but_no_key(server: Server) -> None:
     asyncio.run(run())
 
 
+def echo_badly(handler: Handler) -> None:
+    """A header line without a colon, which the client quotes."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nAuthorization " + KEY.encode() + b"\r\n\r\n")
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        raw(200, f"Authorization: Bearer {KEY}".encode()),
+        raw(401, b"x" * 290 + KEY.encode()),
+        raw(500, b"x" * 194 + KEY.encode()),
+        echo_badly,
+    ],
+)
+def test_no_reason_shows_the_key_or_clears_a_screen(server: Server, fault: Callable[[Handler], None]) -> None:
+    async def run() -> str:
+        server.script = [fault]
+        prompt, env = TeacherPrompt(), "SOCPO_TEST_KEY"
+        teacher = EndpointTeacher(server.url, model="m", prompt=prompt, api_key_env=env, max_retries=0)
+        with pytest.raises(GuidanceFailed) as failed:
+            await teacher.guide_in_time(request(), 5)
+        return str(failed.value)
+
+    assert KEY[:6] not in (reason := asyncio.run(run()))
+    assert len(reason) <= 300
+
+
+def test_a_reason_is_one_printable_line(server: Server) -> None:
+    async def run() -> str:
+        server.script = [raw(404, b"\x1b[2J\x07gone\r\nthere")]
+        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt())
+        with pytest.raises(GuidanceFailed) as failed:
+            await teacher.guide_in_time(request(), 5)
+        return str(failed.value)
+
+    assert asyncio.run(run()) == "status 404: [2Jgone there"
+
+
+@pytest.mark.parametrize("key", ["sk-\nsecond", "sk-\u2019", "sk-\x7f"])
+def test_a_key_that_no_header_takes_is_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOCPO_TEST_KEY", key)
+    with pytest.raises(ValueError, match="teacher.api_key_env must name a variable") as refused:
+        EndpointTeacher("http://h", model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY")
+    assert "sk-" not in str(refused.value)
+
+
 def test_waiting_in_line_is_not_slowness(server: Server) -> None:
     """The limit of one guidance is shorter than the line, and longer than a call."""
 

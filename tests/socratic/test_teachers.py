@@ -84,6 +84,16 @@ def test_bad_templates_are_refused_at_the_start(template: str) -> None:
         ("<think>a</think>  ", False, "[none]"),
         (" \n", False, "[none]"),
         ("", False, "[none]"),
+        ("<think>plan <reasoning>x</reasoning> the answer is 2", False, "[cut]"),
+        ("<think>I should not write </thinking> here. It is 2", False, "[cut]"),
+        ("<reasoning><think>a</think>b</reasoning> Look.", False, "Look."),
+        ("<THINK >It is 2</ Think>\nLook.", False, "Look."),
+        ('<think id="1">It is 2', False, "[cut]"),
+        ("<thoughts>It is 2, <scratchpad>so", False, "[cut]"),
+        ("\u25c1think\u25b7It is 2\u25c1/think\u25b7Look.", False, "Look."),
+        ("<|begin_of_thought|>It is 2", False, "[cut]"),
+        ("It is 2</thinking>Look.", True, "Look."),
+        ("<thinker> [think] 1 < 2", False, "<thinker> [think] 1 < 2"),
     ],
 )
 def test_clean_guidance(text: str, in_thoughts: bool, guidance: str) -> None:

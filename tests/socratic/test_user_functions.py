@@ -52,6 +52,20 @@ def hear(function: Callable[[GuidanceRequest], object], timeout_s: float = 5.0) 
     return str(warning.message)
 
 
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Bare(BaseException):
+    """No Exception: nobody's handler takes it for one."""
+
+
+class OwnText(str):
+    def strip(self, _letters: str | None = None) -> int:  # type: ignore[override]
+        return 3
+
+
 ENDS = [
     SystemExit(3),
     KeyboardInterrupt(),
@@ -59,6 +73,9 @@ ENDS = [
     asyncio.CancelledError(),
     TimeoutError("socket"),
     KeyError("x"),
+    GeneratorExit(),
+    Unspeakable(),
+    Bare(),
 ]
 
 
@@ -104,11 +121,13 @@ def test_sys_exit_in_a_task_of_its_own_ends_no_loop() -> None:
     assert hear(as_async("Again.")) == "Again."
 
 
-def test_a_function_that_returns_anything_else_is_named() -> None:
-    def wrong(_: GuidanceRequest) -> int:
-        return 3
+@pytest.mark.parametrize("answer", [3, b"Look.", Guidance(text=b"Look."), Guidance(text=3)])  # type: ignore[arg-type]
+def test_a_function_that_returns_anything_else_is_named(answer: object) -> None:
+    def wrong(_: GuidanceRequest) -> object:
+        return answer
 
-    assert "wrong must return Guidance, str or None, got 3" in hear(wrong)
+    assert "wrong must return Guidance, str or None, got " in hear(wrong)
+    assert hear(lambda _: OwnText(" Look. ")) == "Look."
 
 
 def test_the_first_failure_of_each_kind_is_told() -> None:

@@ -6,11 +6,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+import numpy as np
 import pytest
 
+from socpo_fast.files import StopRequested
 from socpo_fast.socratic.graders import GradedBy
 from socpo_fast.stopping import StopSignals
 from tests.socratic.scripted import contains, question
@@ -69,6 +71,15 @@ def test_a_grader_works_on_any_thread() -> None:
     assert grades == [True]
 
 
+@pytest.fixture
+def usual_ctrl_c() -> Iterator[None]:
+    """As in a process that nobody started in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_ctrl_c")
 def test_ctrl_c_is_nobodys_mistake_but_a_functions_own_is() -> None:
     """In training another handler answers Ctrl-C, so a KeyboardInterrupt there is the grader's."""
 
@@ -78,4 +89,49 @@ def test_ctrl_c_is_nobodys_mistake_but_a_functions_own_is() -> None:
     with pytest.raises(KeyboardInterrupt):
         GradedBy(grade, "mine:grade").grade("", question(7))
     with StopSignals(), pytest.raises(ValueError, match="grade raised KeyboardInterrupt"):
+        GradedBy(grade, "mine:grade").grade("", question(7))
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no picture")
+
+
+class Bare(BaseException):
+    """No Exception: nobody's handler takes it for one."""
+
+
+@pytest.mark.parametrize(
+    ("outcome", "line"),
+    [
+        (Unspeakable(), "raised Unspeakable: a Unspeakable whose text raised RuntimeError"),
+        (Bare("x"), "raised Bare: x"),
+        (GeneratorExit(), "raised GeneratorExit"),
+        (Unshowable(), "got a Unshowable whose text raised RuntimeError"),
+        (10**400, "raised OverflowError"),
+        ({"a": 10**400}, "raised OverflowError"),
+        (np.complex128(1), "must return a bool, a number"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_verdicts_that_nobody_can_show_are_refused_in_words(outcome: object, line: str) -> None:
+    def grade(_text: str, _question: object) -> object:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(ValueError, match=line):
+        GradedBy(grade, "mine:grade").grade("", question(7))  # type: ignore[arg-type]
+
+
+def test_a_stop_goes_through_a_grader() -> None:
+    def grade(_text: str, _question: object) -> bool:
+        raise StopRequested
+
+    with pytest.raises(StopRequested):
         GradedBy(grade, "mine:grade").grade("", question(7))

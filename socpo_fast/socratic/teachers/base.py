@@ -1,5 +1,6 @@
 """What every teacher is, and the words the ones with a language model are asked in."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,19 +113,19 @@ class TeacherPrompt:
         return [*system, {"role": "user", "content": "\n\n".join(paragraphs)}]
 
 
-# How models mark their thoughts: what opens them and what closes them.
-THOUGHTS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+# How models mark their thoughts: patterns of what opens them and of what closes them.
+_TAGS = ("think", "thinking", "thoughts?", "reasoning", "analysis", "scratchpad", "seed:think")
+THOUGHTS = tuple(
+    (re.compile(opening), re.compile(closing))
+    for opening, closing in (
+        *((rf"(?i:<\s*{tag}(\s[^<>]*)?>)", rf"(?i:<\s*/\s*{tag}\s*>)") for tag in _TAGS),
+        (r"\[THINK\]", r"\[/THINK\]"),
+        (r"\u25c1think\u25b7", r"\u25c1/think\u25b7"),
+        (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+        (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+        (r"<\|channel\|>analysis", r"<\|channel\|>final<\|message\|>"),
+    )
 )
-
-
 CUT_ADVICE = "raise teacher.max_new_tokens or turn thinking off"
 
 
@@ -137,10 +138,13 @@ def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
     Raises:
         GuidanceFailed: "cut", the text ends inside the thoughts; "none", nothing is left.
     """
+    is_open = False
     for opening, closing in THOUGHTS:
-        _, is_closed, text = text.rpartition(closing)
-        in_thoughts = opening in text or (in_thoughts and not is_closed)
-    if in_thoughts:
+        ends = [found.end() for found in closing.finditer(text)]
+        text = text[max(ends, default=0) :]
+        in_thoughts = in_thoughts and not ends
+        is_open = is_open or opening.search(text) is not None  # what closes another kind does not close it
+    if in_thoughts or is_open:
         raise GuidanceFailed("cut", "the message was cut, and may be thoughts alone; " + CUT_ADVICE)
     if not text.strip():
         raise GuidanceFailed("none", "the message was empty")

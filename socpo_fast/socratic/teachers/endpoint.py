@@ -57,8 +57,8 @@ class EndpointTeacher(Teacher):
         max_new_tokens:     teacher tokens of one message, at most.
         keep_cut:           a message that ends at max_new_tokens is guidance, though it may be
                             nothing but thoughts whose mark stood in the prompt.
-        extra_body:         fields of the request beside these or in place of them; "none" leaves
-                            one out.
+        extra_body:         fields of the request beside these or in place of them, but for
+                            messages; "none" leaves one out.
         timeout_s:          time limit of one call from connect to the last byte, seconds.
         max_retries:        repeats after status 408, 425, 429 or 5xx, a time-out or a broken
                             connection, >= 0.
@@ -103,10 +103,10 @@ class EndpointTeacher(Teacher):
         self._key = ""
         if api_key_env is not None:
             self._key = os.environ.get(api_key_env, "").strip()
-            if not self._key:
+            if not self._key or not (self._key.isascii() and self._key.isprintable()):
                 raise ValueError(
-                    "teacher.api_key_env must name a variable that is set, got one that is not "
-                    "(not shown here, as it may be a pasted key); export it"
+                    "teacher.api_key_env must name a variable that is set, got one that is not, or to "
+                    "more than ASCII (not shown here, as it may be a pasted key); export it"
                 )
             headers["Authorization"] = f"Bearer {self._key}"
         limits = httpx.Limits(
@@ -128,9 +128,17 @@ class EndpointTeacher(Teacher):
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         body = self._body | {"messages": self._prompt.messages(request)}
-        async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
-            payload = await self._call_with_retries(body)
-        return Guidance(text=_message_text(payload, keep_cut=self._keep_cut))
+        try:
+            async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
+                payload = await self._call_with_retries(body)
+            return Guidance(text=_message_text(payload, keep_cut=self._keep_cut))
+        except GuidanceFailed as failure:
+            raise GuidanceFailed(failure.kind, self._public(str(failure))) from failure
+
+    def _public(self, reason: str) -> str:
+        """A reason for people: one line, without the key, which some servers repeat."""
+        reason = " ".join(reason.replace(self._key or "no key", "[...]").split())
+        return "".join(letter for letter in reason if letter.isprintable())[:300]
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -173,7 +181,7 @@ class EndpointTeacher(Teacher):
         if status == 200:
             return
         kind = "redirect" if 300 <= status < 400 else f"status_{status}"
-        words = _first_words(payload).replace(self._key or "no key", "[...]")  # some repeat it
+        words = payload.decode("utf-8", "replace")
         if status not in _RETRIED_STATUS:
             raise _Failure(kind, f"status {status}: {words}")
         wish = response.headers.get("Retry-After", "")
@@ -229,8 +237,8 @@ def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:
     except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
         names = [name for name in _SHELL if os.environ.get(name) or os.environ.get(name.lower())]
         raise ValueError(
-            f"teacher.url: the shell's {', '.join(names)} must suit an HTTP client, got "
-            f"{type(error).__name__}: {error!s:.200}; unset or mend what is wrong"
+            f"teacher.url: the shell's {', '.join(names) or 'settings'} must suit an HTTP client, "
+            f"got {type(error).__name__}; unset or mend what is wrong"
         ) from error
 
 
@@ -249,23 +257,19 @@ def _chat_url(url: str) -> httpx.URL:
     return parsed.copy_with(path=path)
 
 
-def _first_words(payload: bytearray) -> str:
-    return " ".join(payload[:200].decode("utf-8", "replace").split())
-
-
 def _message_text(payload: bytearray, *, keep_cut: bool) -> str:
     """The message of a chat completion, whole or in parts, without the model's thoughts."""
     try:
         choice = json.loads(payload)["choices"][0]
         message = choice["message"]
-        content, is_cut = message["content"], choice.get("finish_reason") == "length"
+        content, is_cut = message["content"], choice.get("finish_reason") in ("length", "max_tokens")
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part["type"] == "text")
         thinks_apart = any(message.get(name) for name in ("reasoning_content", "reasoning"))
         if not isinstance(content, str | None):
             raise TypeError("content must be text")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"the reply is no chat completion: {_first_words(payload)}"
+        reason = f"the reply is no chat completion: {payload.decode('utf-8', 'replace')}"
         raise GuidanceFailed("not_json", reason) from error
     # Behind a cut that may lie in thoughts whose mark stood in the prompt, nothing is guidance.
     in_thoughts = is_cut and not (content and (keep_cut or thinks_apart))

@@ -5,6 +5,7 @@ advances the engine by one step and hands finished texts back to the loop.
 """
 
 import asyncio
+import re
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -35,8 +36,7 @@ class LocalTeacher(Teacher):
 
     def __init__(self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams):
         self._engine, self._bridge, self._prompt, self._params = engine, bridge, prompt, params
-        openings = tuple(opening for opening, _ in THOUGHTS)
-        self._in_thoughts = bridge.after.rstrip().endswith(openings)
+        self._in_thoughts = any(re.search(rf"{opening.pattern}\s*$", bridge.after) for opening, _ in THOUGHTS)
         self._prompt_limit = engine.max_tokens - params.max_new_tokens
         if self._prompt_limit < 1:
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
-from socpo_fast.socratic.plugin import blame
+from socpo_fast.socratic.plugin import blame, shown
 from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.socratic.teachers.calls import background, replace_if_blocked
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
@@ -48,11 +48,11 @@ class RuleTeacher(Teacher):
         if answer is None:
             return None
         guidance = Guidance(text=answer) if isinstance(answer, str) else answer
-        if not isinstance(guidance, Guidance):
+        if not (isinstance(guidance, Guidance) and isinstance(guidance.text, str)):
             name = getattr(self.rule, "__name__", type(self.rule).__name__)
-            reason = f"{name} must return Guidance, str or None, got {answer!r:.60}"
+            reason = f"{name} must return Guidance, str or None, got {shown(answer)}"
             raise GuidanceFailed("exception", reason)
-        text = guidance.text.strip()
+        text = str.strip(guidance.text)  # the function of str, whatever class of text it is
         return replace(guidance, text=text) if text else None
 
     def _call(self, request: GuidanceRequest) -> asyncio.Future[object]:
@@ -72,7 +72,9 @@ class RuleTeacher(Teacher):
     async def _finish(self, answer: Awaitable[object]) -> object:
         try:
             return await answer
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - its own
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever it is, its own
             raise GuidanceFailed("exception", blame(self.rule, error)) from None
 
 

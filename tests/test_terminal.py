@@ -1,0 +1,49 @@
+"""Outputs that take nothing: the work is done all the same, and the exit code says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bad_input import words_of
+
+ROOT = Path(__file__).parent.parent
+WORDS = {"run.num_batches": 1, "data.eval": "none"}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        ["bash", "-c", 'exec "$@" >&-', "bash"],
+        ["env", "PYTHONIOENCODING=ascii"],
+        ["env", "PYTHONWARNINGS=ignore"],
+    ],
+    ids=["closed", "ascii", "usual"],
+)
+def test_an_output_that_takes_nothing(run: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "\u00fc"
+    words = words_of("train", folder, WORDS | {"run.num_batches": 1})
+    done = subprocess.run(
+        [*run, sys.executable, "-m", "socpo_fast.cli", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert (folder / "run" / "report.html").is_file()
+
+
+def test_a_function_that_closes_the_output(tmp_path: Path) -> None:
+    words = WORDS | {"run.num_batches": 2, "teacher.rule": f"{__name__}:close_output"}
+    done = subprocess.run(
+        [sys.executable, "-m", "socpo_fast.cli", *words_of("train", tmp_path, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def close_output(_request: Any) -> str:
+    sys.stdout.close()
+    return "Look again."
