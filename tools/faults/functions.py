@@ -7,10 +7,12 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from socpo_fast.socratic.graders import grade_exact
 from socpo_fast.types import GuidanceRequest, Question
 from tools.faults.run import Faults, Promise, batch_rows
 
@@ -106,39 +108,52 @@ RULES = {
 }
 
 
-def _grade(answer: object) -> Any:
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+# A batch has 16 first attempts and at most as many second ones, so a grader fails in the second
+# batch or in the third.
+_graded: list[str] = []
+GOOD_GRADES = 40
 
 
-def grade_exits(_text: str, _question: Question) -> Any:
-    return _grade(SystemExit(3))
+def _grade(text: str, question: Question, fault: Callable[[], Any]) -> Any:
+    _graded.append(text)
+    return grade_exact(text, question) if len(_graded) <= GOOD_GRADES else fault()
 
 
-def grade_interrupts(_text: str, _question: Question) -> Any:
-    return _grade(KeyboardInterrupt())
+def _throw(error: BaseException) -> Any:
+    raise error
 
 
-def grade_raises(_text: str, _question: Question) -> Any:
-    return _grade(KeyError("x"))
+def _hang() -> Any:
+    while True:
+        time.sleep(0.1)
 
 
-def grade_nan(_text: str, _question: Question) -> Any:
-    return float("nan")
+def grade_exits(text: str, question: Question) -> Any:
+    return _grade(text, question, lambda: _throw(SystemExit(3)))
 
 
-def grade_two(_text: str, _question: Question) -> Any:
-    return 2
+def grade_interrupts(text: str, question: Question) -> Any:
+    return _grade(text, question, lambda: _throw(KeyboardInterrupt()))
+
+
+def grade_raises(text: str, question: Question) -> Any:
+    return _grade(text, question, lambda: _throw(KeyError("x")))
+
+
+def grade_nan(text: str, question: Question) -> Any:
+    return _grade(text, question, lambda: float("nan"))
+
+
+def grade_two(text: str, question: Question) -> Any:
+    return _grade(text, question, lambda: 2)
+
+
+def grade_hangs(text: str, question: Question) -> Any:
+    return _grade(text, question, _hang)
 
 
 async def grade_later(_text: str, _question: Question) -> Any:
     return True
-
-
-def grade_hangs(_text: str, _question: Question) -> Any:
-    while True:
-        time.sleep(0.1)
 
 
 GRADERS = (
@@ -185,15 +200,24 @@ def graders(faults: Faults) -> Promise:
     promise = Promise(
         "A grader that exits, hangs, raises or returns no verdict ends the run in one line that "
         "names it, and what was trained is saved",
-        "tests/socratic/test_user_functions.py",
+        "tests/socratic/test_user_graders.py",
     )
     for grader in faults.random.sample(GRADERS, 2) if faults.short else GRADERS:
-        changes = {"data__grader": f"{__name__}:{grader.__name__}", "grader__timeout_s": 0.5}
+        changes = {
+            "data__grader": f"{__name__}:{grader.__name__}",
+            "grader__timeout_s": 0.5,
+            "run__num_batches": 4,
+        }
+        _graded.clear()
         run = f"grader_{grader.__name__}"
         ended = faults.train(run, **changes)
         fault = ended.must_end(2, saying=grader.__name__)
-        saved = (faults.folder / run / "checkpoints" / "update_000000").is_dir()
-        promise.check(grader.__name__.replace("_", " "), fault, None if saved else "not saved")
+        num_batches = len(batch_rows(faults.folder / run))
+        saved = [*(faults.folder / run / "checkpoints").glob(f"update_{2 * num_batches:06d}")]
+        is_kept = bool(saved) or num_batches == 0
+        lost = None if is_kept else f"{num_batches} batches are not saved"
+        what = grader.__name__.replace("_", " ")
+        promise.check(what, fault, lost, faults.audit(run, **changes))
     return promise
 
 
