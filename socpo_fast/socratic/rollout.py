@@ -31,7 +31,7 @@ from socpo_fast.types import (
     SamplingParams,
 )
 
-PATIENCE_S = 0.2  # how long an immediate teacher is waited for on the spot
+PATIENCE_S = 0.1  # how long an immediate teacher is waited for on the spot
 
 
 def socratic_rollouts(
