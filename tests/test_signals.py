@@ -142,6 +142,7 @@ def test_while_evaluating(tmp_path: Path) -> None:
     assert "stopped before the first update" in gone(process, 128 + signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_in_an_update(tmp_path: Path, straight: Path) -> None:
     """After it."""
     process = start("update", tmp_path, {}, seconds=1)
@@ -262,6 +263,7 @@ def test_a_grader_that_swallows_the_stop(tmp_path: Path) -> None:
     assert "stopped before the first update" in gone(process, 128 + signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_whoever_insists(tmp_path: Path) -> None:
     """The third signal ends what swallows the first two."""
     process = start("", tmp_path, {"data.grader": f"{__name__}:swallow", "grader.timeout_s": 600})

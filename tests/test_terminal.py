@@ -18,9 +18,8 @@ WORDS = {"run.num_batches": 1, "data.eval": "none"}
     [
         ["bash", "-c", 'exec "$@" >&-', "bash"],
         ["env", "PYTHONIOENCODING=ascii"],
-        ["env", "PYTHONWARNINGS=ignore"],
     ],
-    ids=["closed", "ascii", "usual"],
+    ids=["closed", "ascii"],
 )
 def test_an_output_that_takes_nothing(run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "\u00fc"

@@ -15,6 +15,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence
+from socpo_fast.files import StopRequested
 from socpo_fast.model import Decoder
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.socratic.bridge import Bridge
@@ -54,7 +55,7 @@ def engine() -> Engine:
     return Engine(student, kv_cache_gib=0.002, page_size=16)
 
 
-class Stopped(BaseException):
+class Stopped(StopRequested):
     """What no handler on the way takes for a failure: Ctrl-C, a signal."""
 
 

@@ -168,7 +168,10 @@ GRADERS = (
 
 
 def functions(faults: Faults) -> list[Promise]:
-    return [rules(faults), graders(faults), hung(faults)]
+    _stop.clear()
+    promises = [rules(faults), graders(faults), hung(faults)]
+    _stop.set()  # what still hangs may end
+    return promises
 
 
 def rules(faults: Faults) -> Promise:
