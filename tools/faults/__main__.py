@@ -1,7 +1,7 @@
 """Injects faults into real runs and prints which promises held; exit status 1 where one did not.
 
-    python -m tools.faults            # twenty minutes on two cores
-    python -m tools.faults --short    # three minutes
+    python -m tools.faults            # ten minutes on two cores
+    python -m tools.faults --short    # two minutes
     python -m tools.faults --part servers --seed 7
 
 Read run.py for what every run is held to, then the parts. docs/reliability.md has the last table.
