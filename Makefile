@@ -42,7 +42,7 @@ types: $(INSTALLED)
 size:
 	$(PYTHON) tests/size.py
 
-# Hundreds of runs with a fault in each: killed, damaged, a server or function that misbehaves. Ten minutes.
+# Two hundred runs with a fault in each: killed, damaged, a server or function that misbehaves. Ten minutes.
 faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m tools.faults
 

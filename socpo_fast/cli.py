@@ -100,13 +100,14 @@ def load_trainer() -> Any:
 
     So Ctrl-C ends the process meanwhile, as the system does; nothing is begun yet.
     """
-    usual = signal.default_int_handler
-    if signal.getsignal(signal.SIGINT) is usual and threading.current_thread() is threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_main and is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from socpo_fast import trainer
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, usual)
+    if is_main and is_usual:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return trainer
 
 

@@ -106,7 +106,6 @@ class RunState:
             eval_due=record["eval_due"] and has_eval,
             batch=record["batch"],
             policy_version=record["policy_version"],
-            is_saved=True,
         )
 
 
@@ -119,8 +118,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     latest = latest_checkpoint(folder / "checkpoints")
     if latest or (folder / "checkpoints" / NONE_YET).is_file():
         return latest
-    rows = read_metrics(folder / "metrics.jsonl")
-    if updates := max((row["update"] for row in rows), default=0):
+    if updates := max((row["update"] for row in read_metrics(folder / "metrics.jsonl")), default=0):
         raise ValueError(
             f"run: {folder / 'checkpoints'} must hold a checkpoint, as {folder / 'metrics.jsonl'} "
             f"tells of update {updates}, got none; bring it back, or remove {folder} to start again"
@@ -134,17 +132,17 @@ def find_checkpoint(config: Config) -> Path | None:
     if config.run.resume == "auto":
         return latest
     if config.run.resume != "never":
-        given = Path(config.run.resume)
-        is_earlier = latest is not None and (len(given.name), given.name) < (len(latest.name), latest.name)
-        if latest is not None and is_earlier and given.resolve().parent == latest.resolve().parent:
+        named = Path(config.run.resume)
+        is_earlier = latest is not None and (len(named.name), named.name) < (len(latest.name), latest.name)
+        if latest is not None and is_earlier and named.resolve().parent == latest.resolve().parent:
             raise ValueError(
                 f"run: run.resume must be the run's last checkpoint {latest.name} "
-                f"or one of another run, got {given.name}; "
+                f"or one of another run, got {named.name}; "
                 "choose another run.name, or remove the later ones"
             )
-        if latest is None and (damage := damage_of(given)):
+        if latest is None and (damage := damage_of(named)):
             raise ValueError(f"run: run.resume must be a whole checkpoint, got {damage}")
-        return latest or given  # a run that has begun goes on from its own
+        return latest or named  # a run that has begun goes on from its own
     if latest is not None:
         raise ValueError(
             f"run: {config.folder} must be new with run.resume never, got one with {latest.name}; "

@@ -22,8 +22,9 @@ ANSWERS = {
     (2, True): "stopping without the updates of this batch",
     (None, False): "stopping, as soon as what is being written is on the disk",
 }
-# A function of the user's may swallow StopRequested. So many signals more end the process as it is.
-INSISTS = 2
+# A function of the user's may swallow StopRequested: after so many further signals the process ends
+# at once, unsaved.
+INSISTS, GONE = 2, "gone, without saving; the last checkpoint stays"
 
 
 class StopSignals:
@@ -75,8 +76,7 @@ class StopSignals:
         self._num_received += 1
         stops = self._stop_at is not None and self._num_received >= self._stop_at
         is_over = self._stop_at is not None and self._num_received >= self._stop_at + INSISTS
-        gone = "gone, without saving; the last checkpoint stays"
-        answer = gone if is_over else ANSWERS[self._stop_at, stops]
+        answer = GONE if is_over else ANSWERS[self._stop_at, stops]
         with suppress(OSError):  # a closed terminal. Not print, which may be what was interrupted
             os.write(2, f"\n{signal.Signals(signum).name}: {answer}\n".encode())
         if is_over:

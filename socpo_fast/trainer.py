@@ -21,8 +21,8 @@ from socpo_fast.report.environment import first_line
 from socpo_fast.report.folder import run_folder
 from socpo_fast.report.guidance import GuidanceWatch
 from socpo_fast.report.progress import Progress
-from socpo_fast.report.rollouts import write_rollouts
-from socpo_fast.report.settings import config_text, settings_text
+from socpo_fast.report.rollouts import drop_rollouts, write_rollouts
+from socpo_fast.report.settings import config_text, deciding, settings_text
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import report_note
 from socpo_fast.run_state import (
@@ -107,10 +107,7 @@ class Trainer:
         self.signals = StopSignals()
 
     def start_or_resume(self) -> tuple[RunState, str]:
-        """Where the run begins, at its start or at a checkpoint, and its config.toml.
-
-        A checkpoint's weights are loaded here.
-        """
+        """Where the run begins, a checkpoint's weights loaded, and its config.toml."""
         drawn_from = self.session.drawn_from(self.train_questions, self.eval_questions)
         if self.resumed_from is None:
             state = RunState(drawn_from=drawn_from, eval_due=bool(self.eval_questions))
@@ -124,13 +121,14 @@ class Trainer:
         )
         self.engine.policy_version = state.policy_version
         run = self.resumed_from.absolute().parent.parent
+        state.is_saved = run == self.config.folder.absolute()
         return state, settings_text(
             self.config,
             run / "config.toml",
             num_updates=self.optimizer.num_updates,
-            data_before=record["drawn_from"],
+            before=record,
             data=drawn_from,
-            is_own=run == self.config.folder.absolute(),
+            is_own=state.is_saved,
         )
 
     def run(self) -> None:
@@ -140,15 +138,15 @@ class Trainer:
             self.open_outputs(stack)
             stack.enter_context(self.signals)
             try:
+                self.save()  # of another run's checkpoint: from here on this run has its own
                 self.run_batches()
                 self.save()
                 self.signals.check()
             except StopRequested:
                 self.end_early()
             except (Exception, KeyboardInterrupt) as error:
-                # A grader, memory, ..: it costs the batch it came in, not those before. Ctrl-C is
-                # StopRequested here, so the other is a grader's too. After RunFailed nothing is
-                # saved, as the disk itself may have failed.
+                # A grader, memory, ..: it costs the batch it came in, not those before. After
+                # RunFailed nothing is saved, as the disk itself may have failed.
                 if self.state.between_batches and not isinstance(error, RunFailed):
                     self.save()
                 raise
@@ -173,8 +171,11 @@ class Trainer:
         writer = MetricsWriter(config.folder, resume_after_update=resumed)
         self.writer = stack.enter_context(writer)
         replace_file(config.folder / "config.toml", self.config_text)
-        if not any(self.checkpoints.glob("update_*")):
-            self.checkpoints.mkdir(exist_ok=True)
+        drop_rollouts(config.folder, after_batch=self.state.batch)
+        self.checkpoints.mkdir(exist_ok=True)
+        if any(self.checkpoints.glob("update_*")):
+            (self.checkpoints / NONE_YET).unlink(missing_ok=True)
+        else:
             replace_file(self.checkpoints / NONE_YET, "")
         progress = Progress(
             num_batches=config.run.num_batches,
@@ -233,8 +234,12 @@ class Trainer:
     def roll_out(self, questions: dict[int, Question], batch: int) -> tuple[list[Rollout], dict[str, float]]:
         """All rollouts of a batch and what they took, however they finished in question order."""
         started, before = time.perf_counter(), self.engine.stats
-        total = len(questions) * self.config.rollout.group_size
-        self.progress.phase("rollout", batch=batch, update=self.optimizer.num_updates, total=total)
+        self.progress.phase(
+            "rollout",
+            batch=batch,
+            update=self.optimizer.num_updates,
+            total=len(questions) * self.config.rollout.group_size,
+        )
         rollouts = []
         with self.signals.stop_at(1):
             for rollout in self.session.training_rollouts(list(questions.values()), batch):
@@ -262,9 +267,12 @@ class Trainer:
 
     def evaluate(self) -> None:
         """The evaluation of the student as it is."""
-        total = len(self.eval_questions) * self.config.eval.samples
-        batch, update = self.state.batch, self.optimizer.num_updates
-        self.progress.phase("evaluation", batch=batch, update=update, total=total)
+        self.progress.phase(
+            "evaluation",
+            batch=self.state.batch,
+            update=self.optimizer.num_updates,
+            total=len(self.eval_questions) * self.config.eval.samples,
+        )
         with self.signals.stop_at(1):
             metrics = self.session.evaluate(self.eval_questions, self.progress.advance)
         self.record(metrics, kind="eval")
@@ -278,7 +286,7 @@ class Trainer:
             self.checkpoints,
             student=self.student,
             optimizer=self.optimizer,
-            trainer_state=self.state.to_record(),
+            trainer_state=self.state.to_record() | {"settings": deciding(self.config)},
             tokenizer_from=self.session.student_folder,
         )
         (self.checkpoints / NONE_YET).unlink(missing_ok=True)

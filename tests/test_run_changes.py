@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from tests.socratic.faulty_server import Server
 
 __all__ = ["finished_run", "run_dir", "server"]  # fixtures
 Capture = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parent.parent
 MUST = "run: .*/run must go on as it began, got "
 
 
@@ -94,7 +98,7 @@ def test_free_settings_are_settings() -> None:
 def test_a_lost_config_toml_needs_consent(run_dir: Path, capsys: Capture) -> None:
     (run_dir / "run" / "config.toml").unlink()
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
-    message = f"{MUST}.*config.toml: what held before -> missing"
+    message = f"{MUST}.*config.toml: the history -> missing"
     assert_refused(capsys.readouterr().err, message)
 
 
@@ -125,6 +129,21 @@ def test_other_questions_need_consent(tmp_path: Path, capsys: Capture) -> None:
     assert entry["until_update"] == 2
 
 
+def test_consent_to_other_data_is_given_once(tmp_path: Path) -> None:
+    def train(text: str, **more: object) -> int:
+        rows = ({"question": f"{text} {i}", "ground_truth": "1"} for i in range(8))
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = {"data.train": tmp_path / "rows.jsonl", "data.eval": "none", "teacher.kind": "retry"}
+        return main(words_of("train", tmp_path, words | {f"run.{key}": value for key, value in more.items()}))
+
+    assert train("first") == 0
+    with pytest.warns(UserWarning, match="changed from update 1 on: questions"):
+        assert train("other", accept_changes="true") == 0
+    with pytest.warns(UserWarning, match="changed from update 1 on: questions"):
+        assert train("other", num_batches=2) == 0
+    assert train("first", num_batches=3) == 2
+
+
 def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
     """Who names it means it: what differs is told, and what held before is on record."""
     start = run_dir / "run" / "checkpoints" / "update_000001"
@@ -134,6 +153,9 @@ def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
         assert main(words_of("train", run_dir, words)) == 0
     [entry] = history_of(run_dir / "other")
     assert (entry["from_update"], entry["until_update"]) == (0, 1)
+    shutil.rmtree(run_dir / "other" / "run" / "checkpoints" / "update_000002")
+    assert main(words_of("train", run_dir, words | {"run.resume": "auto"})) == 0
+    assert history_of(run_dir / "other") == [entry]
 
 
 def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
@@ -151,23 +173,28 @@ def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "section"),
+    "damage",
     [
-        (lambda text: "", "run"),
-        (lambda text: text.replace("[train]", "[treiben]"), "train"),
-        (lambda text: "student = 5\n" + text.replace("[student]", "[was_student]"), "student"),
-        (lambda text: "teacher = [1]\n" + text.replace("[teacher]", "[was_teacher]"), "teacher"),
+        lambda text: "",
+        lambda text: text.replace("[train]", "[treiben]"),
+        lambda text: "student = 5\n" + text.replace("[student]", "[was_student]"),
+        lambda text: re.sub("lr = .*", "lr = 0.0002", text),  # by hand
     ],
 )
-def test_a_config_toml_without_a_section_is_refused(
-    damage: Callable[[str], str], section: str, run_dir: Path, capsys: Capture
-) -> None:
+def test_what_held_stands_in_the_checkpoint(damage: Callable[[str], str], run_dir: Path, capsys: Capture) -> None:
+    """Whatever happens to config.toml, which people edit."""
     path = run_dir / "run" / "config.toml"
+    first = load_config(path)
     path.write_text(damage(path.read_text()))
     before = snapshot(run_dir)
-    assert main(words_of("train", run_dir, {"run.num_batches": 2, "train.lr": 2e-4})) == 2
-    assert_refused(capsys.readouterr().err, rf"run: .*config.toml must hold a table \[{section}\], got none")
+    words = {"run.num_batches": 2, "train.lr": 2e-4}
+    assert main(words_of("train", run_dir, words)) == 2
+    assert_refused(capsys.readouterr().err, f"{MUST}train.lr: {first.train.lr} -> 0.0002; ")
     assert snapshot(run_dir) == before
+    with pytest.warns(UserWarning, match="changed from update 1 on: train.lr"):
+        assert main(words_of("train", run_dir, words | {"run.accept_changes": "true"})) == 0
+    [entry] = history_of(run_dir)
+    assert entry["train"]["lr"] == first.train.lr
 
 
 def test_fields_of_a_request_are_no_change_of_themselves(tmp_path: Path, server: Server) -> None:
@@ -179,3 +206,40 @@ def test_fields_of_a_request_are_no_change_of_themselves(tmp_path: Path, server:
     assert main(words_of("train", tmp_path, words | {"run.num_batches": 2})) == 0
     assert history_of(tmp_path) == []
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_run_begun_from_another_s_checkpoint_has_its_own_at_once(run_dir: Path, capsys: Capture) -> None:
+    """So that the next start, which names nothing, goes on from there however this one ended."""
+    program = """
+import os, sys
+from socpo_fast import trainer
+from socpo_fast.cli import main
+trainer.Trainer.run_batches = lambda self: os._exit(9)
+sys.exit(main())
+"""
+    start = run_dir / "run" / "checkpoints" / "update_000001"
+    words = {"run.name": "run2", "run.num_batches": 2}
+    command = [sys.executable, "-c", program, *words_of("train", run_dir, words | {"run.resume": start})]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
+    assert [path.name for path in (run_dir / "run2" / "checkpoints").iterdir()] == ["update_000001"]
+    capsys.readouterr()
+    assert main(words_of("train", run_dir, words)) == 0
+    assert "run run2 from update_000001: " in capsys.readouterr().out
+
+
+def test_what_another_start_rolled_out_goes(run_dir: Path) -> None:
+    """Where a run begins anew or goes on from earlier, nothing of later batches stays to be read."""
+    rollouts = run_dir / "run" / "rollouts"
+    for name in ("batch_000002.jsonl", "batch_1000000.jsonl", "notes.txt"):
+        (rollouts / name).write_text("")
+    assert main(words_of("train", run_dir, {})) == 0
+    assert sorted(path.name for path in rollouts.iterdir()) == ["batch_000001.jsonl", "notes.txt"]
+
+
+def test_the_mark_of_no_checkpoint_goes_with_the_first(run_dir: Path) -> None:
+    """Also where a kill came between the two."""
+    mark = run_dir / "run" / "checkpoints" / "none_yet"
+    assert not mark.exists()
+    mark.write_text("")
+    assert main(words_of("train", run_dir, {})) == 0
+    assert not mark.exists()

@@ -39,7 +39,9 @@ def test_round_trip_through_a_checkpoint(fresh: RunState, eval_due: bool) -> Non
     fresh.end_batch(policy_version=5, eval_due=eval_due, save_due=True)
     record = json.loads(json.dumps(fresh.to_record()))
     fresh.end_save()
-    assert read(record) == fresh
+    read_back = read(record)
+    read_back.is_saved = True  # the trainer's to say: in this run's folder, or in another's
+    assert read_back == fresh
 
 
 def test_the_record_is_as_it_was(fresh: RunState) -> None:
@@ -48,7 +50,7 @@ def test_the_record_is_as_it_was(fresh: RunState) -> None:
         warnings.simplefilter("error")
         state = read(RECORD)
     assert (state.batch, state.policy_version, state.eval_due) == (6, 12, True)
-    assert (state.between_batches, state.is_saved, state.save_due) == (True, True, False)
+    assert (state.between_batches, state.is_saved, state.save_due) == (True, False, False)
     assert json.dumps(state.to_record()) == json.dumps(RECORD)
     assert fresh.to_record().keys() == RECORD.keys()
 

@@ -1,11 +1,9 @@
 """Configuration: typed, frozen sections; TOML below, `section.key` overrides on top.
 
-Read load_config, then Config and the rules between its sections: find_conflicts refuses,
+Read Config, then load_config and the rules between sections: find_conflicts refuses,
 find_suspicious warns. The sections stand in sections.py, text.py reads and words their values.
 Wrong values stop at the door: torch is not imported here, so a typing error costs no start-up.
 """
-
-from __future__ import annotations
 
 import tomllib
 import warnings
@@ -64,6 +62,36 @@ __all__ = [
 ]
 
 
+class Config(Section):
+    """Everything a run is told. Sections in the order of a batch."""
+
+    run: RunConfig = RunConfig()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    grader: GraderConfig = GraderConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: AnyTeacher = RuleTeacherConfig()
+    reward: AnyReward = REWARDS[0]()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, run.dir/run.name."""
+        return Path(self.run.dir) / self.run.name
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if conflict := find_conflicts(self):
+            raise ValueError(f"config: {conflict}")
+        for suspicion in find_suspicious(self):
+            warnings.warn(f"config: {suspicion}", stacklevel=2)
+        return self
+
+
 def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
     """The configuration of a TOML file with overrides on top; what neither names keeps its default.
 
@@ -100,36 +128,6 @@ def read_toml(toml_path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config: {toml_path} must be a readable file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # broken TOML, not UTF-8, nested without end
         raise ValueError(f"config: {toml_path} must be TOML: {error}") from None
-
-
-class Config(Section):
-    """Everything a run is told. Sections in the order of a batch."""
-
-    run: RunConfig = RunConfig()
-    student: StudentConfig = StudentConfig()
-    data: DataConfig = DataConfig()
-    grader: GraderConfig = GraderConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    teacher: AnyTeacher = RuleTeacherConfig()
-    reward: AnyReward = REWARDS[0]()
-    advantage: AdvantageConfig = AdvantageConfig()
-    loss: LossConfig = LossConfig()
-    train: TrainConfig = TrainConfig()
-    engine: EngineConfig = EngineConfig()
-    eval: EvalConfig = EvalConfig()
-
-    @property
-    def folder(self) -> Path:
-        """The run folder, run.dir/run.name."""
-        return Path(self.run.dir) / self.run.name
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        if conflict := find_conflicts(self):
-            raise ValueError(f"config: {conflict}")
-        for suspicion in find_suspicious(self):
-            warnings.warn(f"config: {suspicion}", stacklevel=2)
-        return self
 
 
 def find_conflicts(config: Config) -> str | None:

@@ -1,7 +1,5 @@
 """One rollout as the engine sees it: its tokens so far, the pages that hold their KV, and what was sampled."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ class Sequence:
     num_rollouts: int = 1
     attempt_idx: int = 0
     policy_version: int = 0
-    pages: array[int] = field(default_factory=lambda: array("i"))  # int32: copied into the block table as it is
+    pages: "array[int]" = field(default_factory=lambda: array("i"))  # int32: copied into the block table as it is
     num_cached: int = 0
     logprobs: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
@@ -70,7 +68,7 @@ class Sequence:
             policy_version=self.policy_version,
         )
 
-    def children(self, arrivals: Iterator[int]) -> list[Sequence]:
+    def children(self, arrivals: Iterator[int]) -> "list[Sequence]":
         """The rollouts of a prefilled prompt, without pages yet."""
         return [
             Sequence(
@@ -85,7 +83,9 @@ class Sequence:
             for i in range(self.num_rollouts)
         ]
 
-    def next_attempt(self, token_ids: list[int], params: SamplingParams, arrival: int, policy_version: int) -> Sequence:
+    def next_attempt(
+        self, token_ids: list[int], params: SamplingParams, arrival: int, policy_version: int
+    ) -> "Sequence":
         """The same rollout goes on behind token_ids; the KV that this attempt still has goes over to it."""
         return Sequence(
             key=self.key,

@@ -53,7 +53,7 @@ class TensorChecker:
         for name, x in tensors.items():
             self(name, x, dtypes)
 
-    def given(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+    def optional(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
         """Those that are not None: the others may be left out."""
         self.each(dtypes, **{name: x for name, x in tensors.items() if x is not None})
 

@@ -8,9 +8,7 @@ The row pass in between (policy_rows of csrc/linear_policy_loss.cpp and of kerne
 values and fills head.grad_logits.
 """
 
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -83,10 +81,10 @@ class _Rows(NamedTuple):
     ref_logprobs_N: Tensor | None
     sampler_logprobs_N: Tensor | None
 
-    def of(self, part: slice) -> _Rows:
-        return _Rows(*(x if x is None else x[part] for x in self))  # type: ignore[arg-type]
+    def of(self, part: slice) -> Self:
+        return type(self)(*(x if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
-    def weighted(self, tis_clip: float) -> _Rows:
+    def weighted(self, tis_clip: float) -> Self:
         """With truncated importance weights multiplied in, given the sampler's log-probs."""
         if self.sampler_logprobs_N is None:
             return self

@@ -48,7 +48,7 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, imp
         bias_N = whole("linear", "bias_N", bias_N).to(weight_ND.dtype)
     check = TensorChecker("linear")
     check_factors(check, "x_TD", x_TD, "weight_ND", weight_ND)
-    check.given((weight_ND.dtype,), bias_N=bias_N)
+    check.optional((weight_ND.dtype,), bias_N=bias_N)
     impl = pick_impl("linear", impl, x_TD)
     needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ND.requires_grad)
     if impl == "ref" or (needs_grad and weight_ND.dtype != x_TD.dtype):

@@ -189,7 +189,7 @@ def policy_loss(
     """
     check = TensorChecker("policy_loss")
     check("logprobs_N", logprobs_N, WIDE_FLOATS)
-    check.given(WIDE_FLOATS, entropy_N=entropy_N)
+    check.optional(WIDE_FLOATS, entropy_N=entropy_N)
     if options.entropy_coef != 0:
         detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
         rule = "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
@@ -244,7 +244,7 @@ def check_loss_inputs(
     has_sampler = tis_clip is None or sampler_logprobs_N is not None
     check_rule(check.where, "sampler_logprobs_N", None, has_sampler, "given with tis_clip")
     check_rule(check.where, "tis_clip", tis_clip, tis_clip is None or tis_clip > 0, "> 0, or None")
-    check.given(
+    check.optional(
         WIDE_FLOATS,
         old_logprobs_N=old_logprobs_N,
         ref_logprobs_N=ref_logprobs_N,

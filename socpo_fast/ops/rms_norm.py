@@ -56,7 +56,7 @@ def rms_norm(
     check = TensorChecker("rms_norm")
     check("x_TD" if x_TD.dim() == 2 else "x_THD", x_TD, FLOATS)
     check("weight_D", weight_D, (x_TD.dtype, torch.bfloat16) if x_TD.dtype == torch.float32 else (x_TD.dtype,))
-    check.given((x_TD.dtype,), residual_TD=residual_TD)
+    check.optional((x_TD.dtype,), residual_TD=residual_TD)
     check_rule("rms_norm", "D", x_TD.shape[-1], x_TD.shape[-1] > 0, ">= 1")
     check_rule("rms_norm", "eps", eps, 0 < eps < torch.inf, "a finite number > 0")
     impl = pick_impl("rms_norm", impl, x_TD)

@@ -5,10 +5,8 @@ what a prompt's branches share is packed once, and one number a row, `visible_un
 whom. Equal to attention over separate sequences within rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +33,7 @@ class TreeMask(NamedTuple):
     max_until_N: Tensor
 
     @classmethod
-    def of(cls, visible_until_T: Tensor, *, where: str = "TreeMask.of") -> TreeMask:
+    def of(cls, visible_until_T: Tensor, *, where: str = "TreeMask.of") -> Self:
         """Checks visible_until_T [T] int32, each in (its row, T], and adds the extremes.
 
         Raises:
@@ -57,8 +55,8 @@ class TreeMask(NamedTuple):
             extremes.append(reduce(padded.view(num_blocks, ROWS_PER_BLOCK), dim=1))
         return cls(visible_until_T, *extremes)
 
-    def to(self, device: torch.device) -> TreeMask:
-        return TreeMask(*(x.to(device) for x in self))
+    def to(self, device: torch.device) -> Self:
+        return type(self)(*(x.to(device) for x in self))
 
 
 def visible_until_of_sequences(lengths: Sequence[int]) -> Tensor:

@@ -35,21 +35,21 @@ def run_folder(folder: Path) -> Iterator[None]:
             raise ValueError(f"run: {path} {reason}")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = _open(folder)
-    _held.add(lock)
+    _locks.add(lock)
     try:
         _take(lock, folder)
         try:
             yield
         finally:
-            if lock in _held:  # not in a fork
+            if lock in _locks:  # not in a fork
                 _give_back(lock, folder, missing)
     finally:
-        if lock in _held:
-            _held.remove(lock)
+        if lock in _locks:
+            _locks.remove(lock)
             os.close(lock)
 
 
-_held: set[int] = set()  # open locks of this process
+_locks: set[int] = set()  # open locks of this process
 
 
 def _give_back(lock: int, folder: Path, missing: list[Path]) -> None:
@@ -75,8 +75,8 @@ def _open(folder: Path) -> int:
 
 def _close_in_fork() -> None:
     """A fork that lives on would hold the lock of a run that has ended."""
-    while _held:
-        os.close(_held.pop())
+    while _locks:
+        os.close(_locks.pop())
 
 
 os.register_at_fork(after_in_child=_close_in_fork)

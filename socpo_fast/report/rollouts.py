@@ -51,6 +51,14 @@ def write_rollouts(
     return path
 
 
+def drop_rollouts(run_folder: Path, *, after_batch: int) -> None:
+    """Remove the files of batches that will be made anew, or that another start of this run made."""
+    last = run_folder / "rollouts" / f"batch_{after_batch:06d}.jsonl"
+    for path in (run_folder / "rollouts").glob("batch_*.jsonl"):
+        if (len(path.name), path.name) > (len(last.name), last.name):
+            path.unlink()
+
+
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of rollouts; one warning tells of those that are damaged and left out."""
     rows = read_jsonl(path)

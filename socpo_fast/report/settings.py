@@ -12,7 +12,7 @@
 Read settings_text. load_config leaves the history out.
 """
 
-import tomllib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,10 +59,10 @@ FREE = {
 
 def settings_text(
     config: Config,
-    before: Path,
+    path: Path,
     *,
     num_updates: int,
-    data_before: Mapping[str, str],
+    before: Mapping[str, Any],
     data: Mapping[str, str],
     is_own: bool,
 ) -> str:
@@ -70,34 +70,44 @@ def settings_text(
 
     Args:
         config:      the settings from now on.
-        before:      config.toml of the run that made the checkpoint.
-        data_before: what that run drew its prompts from, by name.
+        path:        config.toml of the run that made the checkpoint; only its history is read, as
+                     people edit the rest.
+        before:      the checkpoint's own record: "settings", and "drawn_from", what that run drew
+                     its prompts from, by name.
         data:        what this one does.
         is_own:      that run is this one, so that changes need consent; who begins another run
                      from a checkpoint has given it.
 
     Raises:
-        ValueError: changes without consent; `before` is damaged.
+        ValueError: changes without consent; the file is damaged.
     """
-    held = _held(before, num_updates) if before.is_file() else []
-    now = tomllib.loads(to_toml(_tables(config)))  # as it will be read back
-    changes = _list_changes(held[-1], now) if held else []
-    # Where no checkpoint was made since the last consent, the file has the settings agreed to.
-    needs_consent = is_own and (not held or bool(_list_changes(read_settings(before.parent), now)))
-    if is_own and not held:
-        changes = [f"{before}: what held before -> missing"]
-    changed = [name for name, old in data_before.items() if data.get(name, old) != old]
-    changes += [f"{name}: {data_before[name]} -> {data[name]}" for name in changed]
+    tables = read_toml(path) if path.is_file() else {}
+    history, agreed = _history(path, tables, num_updates)
+    now = json.loads(json.dumps(deciding(config)))  # as it is read back
+    changes = _list_changes(before["settings"], now)
+    if is_own and not tables:
+        changes.append(f"{path}: the history -> missing")
+    changed = (name for name, old in before["drawn_from"].items() if data.get(name, old) != old)
+    changes += [f"{name}: {before['drawn_from'][name]} -> {data[name]}" for name in changed]
     if not changes:
-        return config_text(config, held[:-1])
+        # What was agreed to is in force if the checkpoint was made after it.
+        return config_text(config, [*history, *[agreed] * bool(_list_changes(agreed, now))])
     listed = "; ".join(changes)
-    if (needs_consent or (is_own and changed)) and not config.run.accept_changes:
+    # Agreed to by an earlier start, which made no checkpoint.
+    is_agreed = agreed.get("changes") == changes
+    if is_own and not config.run.accept_changes and not is_agreed:
         raise ValueError(
-            f"run: {before.parent} must go on as it began, got {listed}; "
+            f"run: {path.parent} must go on as it began, got {listed}; "
             "set them back, or set run.accept_changes true, which keeps what held before on record"
         )
     warnings.warn(f"run: changed from update {num_updates} on: {listed}", stacklevel=2)
-    return config_text(config, held[:-1] + [entry | {"changes": changes} for entry in held[-1:]])
+    last = {
+        "from_update": history[-1]["until_update"] if history else 0,
+        "until_update": num_updates,
+        "changes": changes,
+    }
+    held = {section: _table(tables, section) | keys for section, keys in before["settings"].items()}
+    return config_text(config, [*history, last | held])
 
 
 def config_text(config: Config, history: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -111,6 +121,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {section: table for section, table in tables.items() if isinstance(table, dict)}
 
 
+def deciding(config: Config) -> dict[str, Any]:
+    """The settings that decide tokens, weights or what is measured, for a checkpoint's record."""
+    return {
+        section: {key: value for key, value in table.items() if f"{section}.{key}" not in FREE}
+        for section, table in _tables(config).items()
+    }
+
+
 def _tables(config: Config) -> dict[str, Any]:
     """The settings as they are written; consent holds for one start."""
     tables = config.model_dump()
@@ -118,39 +136,39 @@ def _tables(config: Config) -> dict[str, Any]:
     return tables
 
 
-def _held(path: Path, num_updates: int) -> list[dict[str, Any]]:
-    """What the first num_updates updates were made under, oldest first, as entries of a history.
+def _history(path: Path, tables: Mapping[str, Any], num_updates: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What held until before num_updates updates, oldest first, and what was agreed to change there.
 
     A run that goes on from an older checkpoint loses the entries of what came after it.
     """
-    tables = read_toml(path)
-    for section in Config.model_fields:
-        if not isinstance(tables.get(section), dict):
-            raise ValueError(f"run: {path} must hold a table [{section}], got none; it was damaged, bring it back")
     try:
-        history = tables.pop("history", [])
-        start = history[-1]["until_update"] if history else 0
-        entries = [*history, {"from_update": start, "until_update": num_updates, **tables}]
-        for entry in entries:
-            entry["until_update"] = min(entry["until_update"], num_updates)
-        return [entry for entry in entries if entry["from_update"] < max(num_updates, 1)]
-    except (TypeError, KeyError, IndexError, AttributeError):
+        entries = [dict(entry) for entry in tables.get("history", [])]
+        history = [entry for entry in entries if entry["until_update"] < num_updates]
+        agreed = [entry for entry in entries if entry["until_update"] == num_updates]
+    except (TypeError, ValueError, KeyError):
         raise ValueError(f"run: {path} must hold a history as it was written; repair it") from None
+    return history, agreed[0] if agreed else {}
+
+
+def _table(tables: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """A section of a file that people may have edited."""
+    table = tables.get(section)
+    return table if isinstance(table, dict) else {}
 
 
 def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """ "section.key: old -> new" of what both have and what is not FREE.
+    """ "section.key: old -> new" of what both have and what decides results.
 
     What only one has belongs to another kind of section, which is a change of its own, or to
     another version.
     """
     changes = []
     for section, table in now.items():
-        old_table = before.get(section, {})
+        old_table = _table(before, section)
         for key in table:
             name, new = f"{section}.{key}", to_text(table[key])
             old = to_text(old_table.get(key, table[key]))
-            if old != new and name not in FREE:
+            if old != new:
                 changes.append(f"{name}: {old:.100} -> {new:.100}")
     return changes
 

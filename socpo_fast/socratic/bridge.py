@@ -8,18 +8,15 @@ Departure from the template: it may rewrite earlier turns (Qwen3 drops their <th
 The row keeps what was sampled; `Bridge.notes` says where the two differ, and history.py does as the template does.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from socpo_fast.files import read_json
 from socpo_fast.ops._checks import check_rule
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ANSWER, GUIDANCE = "SocpoAnswer", "SocpoGuidance"  # stand in for texts
 _PROMPT = [{"role": "user", "content": "SocpoQuestion"}]

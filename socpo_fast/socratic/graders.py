@@ -24,7 +24,14 @@ import numpy as np
 from socpo_fast.files import StopRequested
 from socpo_fast.registries import GRADERS
 from socpo_fast.socratic import math_worker
-from socpo_fast.socratic.plugin import blame, is_ours, load_function, shown, time_limit
+from socpo_fast.socratic.plugin import (
+    TookTooLong,
+    blame,
+    is_ours,
+    load_function,
+    text_of,
+    time_limit,
+)
 from socpo_fast.types import Question
 
 Verdict = bool | float | Mapping[str, float]
@@ -88,7 +95,7 @@ class GradedBy:
                 raise ValueError(f"grader: {self.name} must be a plain function, got an async one; await inside of it")
             raise ValueError(
                 f"grader: {self.name} must return a bool, a number in [0, 1] or parts >= 0 that sum to at most 1, "
-                f"got {shown(verdict)}"
+                f"got {text_of(verdict)}"
             )
         reward = min(reward, 1.0)
         return Grade(reward, reward >= self.correct_at, parts)
@@ -228,7 +235,7 @@ class MathGrader:
         assert self._worker.stdin is not None and self._worker.stdout is not None
         verdict = ""
         try:
-            with suppress(BrokenPipeError):
+            with suppress(BrokenPipeError, TookTooLong):
                 self._worker.stdin.write(request + "\n")
                 self._worker.stdin.flush()
                 verdict = self._worker.stdout.readline()

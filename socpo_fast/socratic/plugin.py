@@ -39,12 +39,12 @@ def blame(function: object, error: BaseException) -> str:
     """
     named: Any = function if hasattr(function, "__qualname__") else type(function)
     frame = traceback.extract_tb(error.__traceback__)[:2][-1]
-    what = " ".join(f"{type(error).__name__}: {shown(error, str)}".split())
+    what = " ".join(f"{type(error).__name__}: {text_of(error, str)}".split())
     where = f"{Path(frame.filename).name} line {frame.lineno}"
     return f"{named.__module__}:{named.__qualname__} raised {what} ({where})"
 
 
-def shown(value: object, to_text: Callable[[object], str] = repr) -> str:
+def text_of(value: object, to_text: Callable[[object], str] = repr) -> str:
     """The first 300 characters of a value's text; whatever its own code does, a text."""
     try:
         return to_text(value)[:300]
@@ -54,8 +54,9 @@ def shown(value: object, to_text: Callable[[object], str] = repr) -> str:
 
 def is_ours(error: BaseException) -> bool:
     """Whether it is no function's mistake: a signal of a run's, or Ctrl-C where nobody else answers it."""
-    is_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return isinstance(error, StopRequested) or (isinstance(error, KeyboardInterrupt) and is_ctrl_c)
+    return isinstance(error, StopRequested) or (
+        isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
 
 
 class TookTooLong(BaseException):
@@ -76,10 +77,14 @@ def time_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGALRM, stop)
-    left_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    left, previous = signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)
     try:
-        yield
+        try:
+            signal.signal(signal.SIGALRM, stop)
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+            yield
+        finally:  # where the alarm may still ring, which leads to the outer one
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, left_s)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)

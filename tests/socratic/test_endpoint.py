@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from typing import Any
@@ -185,6 +186,24 @@ def test_a_reason_is_one_printable_line(server: Server) -> None:
         return str(failed.value)
 
     assert asyncio.run(run()) == "status 404: [2Jgone there"
+
+
+@pytest.mark.parametrize(
+    "said", ["sk/ab\u200b+c-SECRET", "sk\\/ab+c-SECRET", "no key provided", "x" * 290 + "sk/ab+c-SECRET"]
+)
+def test_a_key_is_hidden_however_it_is_spelled(said: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOCPO_TEST_KEY", "sk/ab+c-SECRET")
+
+    async def run() -> GuidanceFailed:
+        server.script = [raw(404, said.encode())]
+        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY")
+        with pytest.raises(GuidanceFailed) as failed:
+            await teacher.guide_in_time(request(), 5)
+        return failed.value
+
+    failure = asyncio.run(run())
+    assert "SECRET" not in "".join(traceback.format_exception(failure))
+    assert ("no key provided" in str(failure)) == (said == "no key provided")
 
 
 @pytest.mark.parametrize("key", ["sk-\nsecond", "sk-\u2019", "sk-\x7f"])

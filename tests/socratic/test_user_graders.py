@@ -14,6 +14,7 @@ import pytest
 
 from socpo_fast.files import StopRequested
 from socpo_fast.socratic.graders import GradedBy
+from socpo_fast.socratic.plugin import TookTooLong, time_limit
 from socpo_fast.stopping import StopSignals
 from tests.socratic.scripted import contains, question
 
@@ -135,3 +136,18 @@ def test_a_stop_goes_through_a_grader() -> None:
 
     with pytest.raises(StopRequested):
         GradedBy(grade, "mine:grade").grade("", question(7))
+
+
+def test_an_alarm_at_the_very_end_leaves_nothing_behind() -> None:
+    """Wherever it rings, the outer alarm and its handler are as they were."""
+    previous = signal.getsignal(signal.SIGALRM)
+    for idx in range(300):
+        try:
+            with time_limit(0.001):
+                stop = time.perf_counter() + 0.0008 + idx * 2e-6
+                while time.perf_counter() < stop:
+                    pass
+        except TookTooLong:
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert signal.getsignal(signal.SIGALRM) is previous

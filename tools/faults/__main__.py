@@ -52,7 +52,8 @@ def main(words: list[str] | None = None) -> int:
         "No rollout is lost, none has a reward that its text and its batch do not give it",
         "tests/test_faults.py",
         injected=faults.num_rollouts,
-        broken=["a rollout"] * faults.num_wrong,
+        num_broken=faults.num_wrong,
+        broken=["a rollout, see above"] * bool(faults.num_wrong),
         figure=f"{faults.num_rollouts} rollouts of {faults.num_runs} runs graded again",
     )
     promises.append(rewards)
@@ -69,7 +70,7 @@ def table(promises: list[Promise]) -> str:
     """Markdown: promise, test, faults injected, held, and a figure where there is one."""
     lines = ["| promise | test | injected | held | figure |", "|---|---|---:|---:|---|"]
     for promise in promises:
-        held = promise.injected - len({line.partition(":")[0] for line in promise.broken})
+        held = promise.injected - promise.num_broken
         cells = (promise.promise, f"`{promise.test}`", promise.injected, held, promise.figure)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

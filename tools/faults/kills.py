@@ -23,7 +23,7 @@ def kills(faults: Faults) -> list[Promise]:
     seconds = time.monotonic() - since
     for idx in range(3 if faults.short else 20):
         name, moments = f"killed_{idx}", []
-        # One to three kills, the first of them anywhere in the time that the whole run takes.
+        # One to three kills, each in the time of a whole run but for the first third of it.
         for _ in range(faults.random.choice((1, 1, 2, 3))):
             after_s = faults.random.uniform(0.3, 1.0) * seconds
             process = faults.start(name, **LENGTH)
@@ -60,11 +60,16 @@ def signals(faults: Faults) -> Promise:
             said = process.stdout.read()
             code, took_s = process.wait(), time.monotonic() - since
             slowest_s = max(slowest_s, took_s)
+            num_batches = said.count("train batch") + 2
+            length = LENGTH | {"run__num_batches": num_batches}
+            goes_on = faults.train(run, **length)
             promise.check(
-                f"{name} in batch {said.count('train batch') + 2}",
+                f"{name} {promise.injected} in batch {num_batches}",
                 None if code == 128 + signal.Signals[name] else f"exit code {code}",
                 None if f"{name}: stopping" in said and "and saved" in said else f"said {said!r}",
                 None if took_s < 2 else f"took {took_s:.1f} s",
+                goes_on.must_end(0, saying=" from update_"),
+                faults.audit(run, **length),
             )
     promise.figure = f"slowest {slowest_s:.2f} s"
     return promise

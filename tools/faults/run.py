@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -23,8 +24,6 @@ from socpo_fast.cli import main
 from socpo_fast.config.text import to_text
 from socpo_fast.report.rollouts import read_rollouts
 from socpo_fast.report.tracker import read_metrics
-from socpo_fast.socratic.graders import grade_exact
-from socpo_fast.types import Question
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "molar_mass.toml"
@@ -59,6 +58,7 @@ class Promise:
     promise: str
     test: str
     injected: int = 0
+    num_broken: int = 0
     broken: list[str] = field(default_factory=list)
     figure: str = ""
 
@@ -66,6 +66,7 @@ class Promise:
         """One fault was injected; `faults` are what broke by it, None where nothing did."""
         self.injected += 1
         broken = [fault for fault in faults if fault]
+        self.num_broken += bool(broken)
         self.broken += [f"{what}: {fault}" for fault in broken]
         print(f"  {'BROKEN' if broken else 'held':<7}{what}  {'; '.join(broken)}", flush=True)
 
@@ -173,15 +174,9 @@ def lost_or_misrewarded(rows: list[dict[str, Any]], num_expected: int) -> list[s
     wrong = [] if num_found == num_expected else [f"has {num_found} rollouts of {num_expected}"]
     attempts: list[tuple[int, float, float, str]] = []
     for row in rows:
-        question = Question(
-            question_idx=row["question_idx"],
-            messages=(),
-            ground_truth=row["ground_truth"],
-            data_source=row["data_source"],
-        )
         where = f"question {row['question_idx']} rollout {row['rollout_idx']}"
         for idx, turn in enumerate(row["turns"]):
-            grade = float(grade_exact(turn["text"], question))
+            grade = float(last_answer(turn["text"]) == row["ground_truth"])
             attempts.append((idx, grade, turn["reward"], f"{where} attempt {idx}"))
             guidance = turn["guidance"]
             is_shown = guidance is not None and guidance["was_shown"]
@@ -198,6 +193,12 @@ def lost_or_misrewarded(rows: list[dict[str, Any]], num_expected: int) -> list[s
         if abs(reward - factors[idx] * grade) > 1e-6:
             wrong.append(f"{where}: reward {reward} instead of {factors[idx] * grade}")
     return wrong
+
+
+def last_answer(text: str) -> str:
+    """What stands in the last <answer> block, as the built-in task asks for."""
+    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return answers[-1].strip() if answers else text.strip()
 
 
 def differences(folder: Path, straight: Path) -> str | None:

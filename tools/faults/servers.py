@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from tests.socratic.faulty_server import (
     Handler,
-    Server,
     close,
     drip,
     flood,
@@ -150,6 +149,3 @@ def dead(faults: Faults) -> Promise:
     promise.figure = f"told {took_s:.1f} s after the start, before any batch"
     check(faults, promise, "dead_allowed", url, "nobody listens, allowed", "connection")
     return promise
-
-
-__all__ = ["Server", "servers"]

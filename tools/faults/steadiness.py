@@ -58,10 +58,13 @@ def steadiness(faults: Faults) -> list[Promise]:
     finally:
         trainer.Trainer.run_batch = run_batch  # type: ignore[method-assign]
     fault = ended.must_end(0, saying="teacher: no guidance, exception")
-    grown = [] if fault else [growth(seen, name) for name in seen[0]]
+    if fault:
+        promise.check("failed guidances", fault)
+        return [promise]
+    grown = [growth(seen, name) for name in seen[0]]
     failed = sum(row["guidance/failed"] for row in batch_rows(faults.folder / "steady"))
     lost = faults.audit("steady", **changes)
-    promise.check(f"{failed:.0f} failed guidances", fault, lost, *grown)
+    promise.check(f"{failed:.0f} failed guidances", lost, *grown)
     first, last = seen[len(seen) // 4], seen[-1]
     promise.figure = ", ".join(f"{name} {first[name]:.0f} -> {last[name]:.0f}" for name in first)
     return [promise]

@@ -18,6 +18,7 @@ from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 _loops: dict[tuple[str, int], asyncio.AbstractEventLoop] = {}  # by name and process
+_lock = threading.Lock()
 
 
 def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[Guidance | None]:
@@ -52,22 +53,23 @@ def background(coroutine: Coroutine[Any, Any, Any], name: str = "socpo-teachers"
 async def replace_if_blocked(name: str) -> None:
     """Leave a loop to the function that blocks it; whoever comes next has a new one."""
     loop = _event_loop(name)
-    turned = background(asyncio.sleep(0), name)
-    await asyncio.wait([asyncio.wrap_future(turned)], timeout=0.2)
-    if not turned.done() and _event_loop(name) is loop:
+    probe = background(asyncio.sleep(0), name)
+    await asyncio.wait([asyncio.wrap_future(probe)], timeout=0.2)
+    if not probe.done() and _event_loop(name) is loop:
         del _loops[name, os.getpid()]
 
 
 def _event_loop(name: str) -> asyncio.AbstractEventLoop:
     """A fork has none of its parent's threads, so it makes a loop of its own."""
     key = (name, os.getpid())
-    if key not in _loops:
-        _loops[key] = asyncio.new_event_loop()
-        threading.Thread(target=_turn, args=(_loops[key],), name=name, daemon=True).start()
-    return _loops[key]
+    with _lock:
+        if key not in _loops:
+            _loops[key] = asyncio.new_event_loop()
+            threading.Thread(target=_run_forever, args=(_loops[key],), name=name, daemon=True).start()
+        return _loops[key]
 
 
-def _turn(loop: asyncio.AbstractEventLoop) -> None:
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
     while True:  # sys.exit in a task ends run_forever
         with suppress(SystemExit, KeyboardInterrupt):
             loop.run_forever()

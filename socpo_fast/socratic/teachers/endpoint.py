@@ -133,12 +133,14 @@ class EndpointTeacher(Teacher):
                 payload = await self._call_with_retries(body)
             return Guidance(text=_message_text(payload, keep_cut=self._keep_cut))
         except GuidanceFailed as failure:
-            raise GuidanceFailed(failure.kind, self._public(str(failure))) from failure
+            raise GuidanceFailed(failure.kind, self._public(str(failure))) from None
 
     def _public(self, reason: str) -> str:
         """A reason for people: one line, without the key, which some servers repeat."""
-        reason = " ".join(reason.replace(self._key or "no key", "[...]").split())
-        return "".join(letter for letter in reason if letter.isprintable())[:300]
+        line = "".join(letter for letter in " ".join(reason.split()) if letter.isprintable())
+        for spelling in {self._key, json.dumps(self._key)[1:-1], self._key.replace("/", "\\/")} - {""}:
+            line = line.replace(spelling, "[...]")
+        return line[:300]
 
     async def aclose(self) -> None:
         await self._client.aclose()

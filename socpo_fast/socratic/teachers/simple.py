@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
-from socpo_fast.socratic.plugin import blame, shown
+from socpo_fast.socratic.plugin import blame, text_of
 from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.socratic.teachers.calls import background, replace_if_blocked
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
@@ -50,7 +50,7 @@ class RuleTeacher(Teacher):
         guidance = Guidance(text=answer) if isinstance(answer, str) else answer
         if not (isinstance(guidance, Guidance) and isinstance(guidance.text, str)):
             name = getattr(self.rule, "__name__", type(self.rule).__name__)
-            reason = f"{name} must return Guidance, str or None, got {shown(answer)}"
+            reason = f"{name} must return Guidance, str or None, got {text_of(answer)}"
             raise GuidanceFailed("exception", reason)
         text = str.strip(guidance.text)  # the function of str, whatever class of text it is
         return replace(guidance, text=text) if text else None
@@ -84,7 +84,7 @@ def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
     Raises:
         TypeError: it is none of these.
     """
-    if isinstance(teacher, Teacher) and type(teacher).guide is Teacher.guide:
+    if isinstance(teacher, Teacher) and type(teacher).guide_in_time is not Teacher.guide_in_time:
         return teacher
     guide = getattr(teacher, "guide", teacher)
     if not callable(guide):
