@@ -42,7 +42,7 @@ types: $(INSTALLED)
 size:
 	$(PYTHON) tests/size.py
 
-# Two hundred runs with a fault in each: killed, damaged, a server or function that misbehaves. Ten minutes.
+# 175 runs with a fault in each: killed, damaged, a server or function that misbehaves. Ten minutes.
 faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m tools.faults
 
