@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools.gpu_check.expectations import EXPECTATIONS
-from tools.gpu_check.results import Figure, StageResult, read_results
+from tools.gpu_check.results import StageResult, read_results
 from tools.gpu_check.stages import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,8 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
 """
-_figures: dict[str, list[Figure]] = {}
+# Half a minute each: they repeat what the tests of the ops and the benches do.
+SLOW = ("kernels", "rates")
 
 
 def run_stage(name: str, results: Path, environ: dict[str, str]) -> StageResult:
@@ -54,12 +55,13 @@ def run_stage(name: str, results: Path, environ: dict[str, str]) -> StageResult:
     return stage
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES]
+)
 def test_stage_runs_tiny(name: str, tmp_path: Path) -> None:
     stage = run_stage(name, tmp_path / "results.jsonl", {})
     assert stage.failures == []
     assert {figure.verdict for figure in stage.figures} <= {"rehearsed"}
-    _figures[name] = stage.figures
     wanted = {key for key in EXPECTATIONS if key.startswith(f"{name}.") and ": " not in key}
     assert wanted - {figure.key for figure in stage.figures} <= CARD_ONLY
 
