@@ -14,7 +14,7 @@ from socpo_fast.types import Question
 # In checkpoints/ until the first one is whole: a run that ended before begins anew, and loses none.
 NONE_YET = "none_yet"
 UPDATE_ORDER_SEED = 2**31  # keeps the order of updates apart from that of questions; above run.seed
-RECORD_VERSION = 2  # of what a run folder holds; rollouts are written turn by turn
+RECORD_VERSION = 3  # of what a run folder holds; checkpoints keep the settings they were made under
 
 
 @dataclass(kw_only=True)

@@ -139,7 +139,9 @@ def test_damaged_rows_cost_themselves(run_dir: Path, capsys: Capture) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["x = " + "[" * 100_000, "[run", "\xff", "history = 3"])
+@pytest.mark.parametrize(
+    "content", ["x = " + "[" * 100_000, "[run", "\xff", "history = 3", "[[history]]\nuntil_update = 0"]
+)
 def test_a_damaged_config_toml_is_named(content: str, run_dir: Path, capsys: Capture) -> None:
     (run_dir / "run" / "config.toml").write_text(content, encoding="latin-1")
     before = snapshot(run_dir)

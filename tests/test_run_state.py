@@ -15,7 +15,7 @@ CHECKPOINT = Path("runs/run/checkpoints/update_000012")
 DRAWN_FROM = {"questions of data.train": "13 with hash 0123456789ab"}
 # As it stands in the checkpoints of earlier versions, key for key.
 RECORD = {
-    "record_version": 2,
+    "record_version": 3,
     "batch": 6,
     "eval_due": True,
     "policy_version": 12,
@@ -64,11 +64,11 @@ def test_without_held_out_questions_nothing_is_due() -> None:
     assert not read(RECORD, has_eval=False).eval_due
 
 
-@pytest.mark.parametrize("version", [None, 1, RECORD_VERSION + 1])
+@pytest.mark.parametrize("version", [None, 1, 2, RECORD_VERSION + 1])
 def test_another_record_version_is_refused(version: int | None) -> None:
     record = {key: value for key, value in RECORD.items() if key != "record_version"}
     record |= {} if version is None else {"record_version": version}
-    with pytest.raises(ValueError, match=f"must be of record version 2, got {version}, "):
+    with pytest.raises(ValueError, match=f"must be of record version 3, got {version}, "):
         read(record)
 
 

@@ -234,6 +234,6 @@ def test_a_run_of_another_layout_is_refused_in_words(
     config = copy_as_killed(straight, tmp_path, 2)
     before = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(run_state, "RECORD_VERSION", run_state.RECORD_VERSION + 1)
-    with pytest.raises(ValueError, match="must be of record version 3, got 2, .* choose another run.name"):
+    with pytest.raises(ValueError, match="must be of record version 4, got 3, .* choose another run.name"):
         trainer.train(config)
     assert {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()} == before

@@ -142,7 +142,7 @@ def _history(path: Path, tables: Mapping[str, Any], num_updates: int) -> tuple[l
     A run that goes on from an older checkpoint loses the entries of what came after it.
     """
     try:
-        entries = [dict(entry) for entry in tables.get("history", [])]
+        entries = [entry | {"from_update": int(entry["from_update"])} for entry in tables.get("history", [])]
         history = [entry for entry in entries if entry["until_update"] < num_updates]
         agreed = [entry for entry in entries if entry["until_update"] == num_updates]
     except (TypeError, ValueError, KeyError):
