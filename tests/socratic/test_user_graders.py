@@ -17,6 +17,7 @@ from socpo_fast.socratic.graders import GradedBy
 from socpo_fast.socratic.plugin import TookTooLong, time_limit
 from socpo_fast.stopping import StopSignals
 from tests.socratic.scripted import contains, question
+from tests.socratic.test_user_functions import Bare, Unspeakable
 
 
 @pytest.mark.parametrize("error", [ValueError("no number"), SystemExit(2), KeyError("x")])
@@ -93,18 +94,9 @@ def test_ctrl_c_is_nobodys_mistake_but_a_functions_own_is() -> None:
         GradedBy(grade, "mine:grade").grade("", question(7))
 
 
-class Unspeakable(Exception):
-    def __str__(self) -> str:
-        raise RuntimeError("no words")
-
-
 class Unshowable:
     def __repr__(self) -> str:
         raise RuntimeError("no picture")
-
-
-class Bare(BaseException):
-    """No Exception: nobody's handler takes it for one."""
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,13 @@ DAMAGES: tuple[Callable[[Path, Faults], None], ...] = (
 )
 
 
+def cases(faults: Faults) -> list[tuple[str, Callable[[Path, Faults], None]]]:
+    """Some file of a checkpoint and what happens to it, drawn anew by each call."""
+    files = sorted(p.name for p in (faults.folder / "whole/checkpoints/update_000002").iterdir())
+    every = [(name, damage) for name in files for damage in DAMAGES]
+    return faults.random.sample(every, 2 if faults.short else 15)
+
+
 def damaged_last(faults: Faults) -> Promise:
     """The newest of two checkpoints is damaged: the older one is gone on from, bit for bit."""
     promise = Promise(
@@ -68,9 +75,7 @@ def damaged_last(faults: Faults) -> Promise:
         "if nothing had happened",
         "tests/test_run_folder.py",
     )
-    files = sorted(p.name for p in (faults.folder / "whole/checkpoints/update_000002").iterdir())
-    cases = [(name, damage) for name in files for damage in DAMAGES]
-    for idx, (name, damage) in enumerate(faults.random.sample(cases, 2 if faults.short else 15)):
+    for idx, (name, damage) in enumerate(cases(faults)):
         folder = copy_of(faults, f"damaged_{idx}", 3)
         damage(max((folder / "checkpoints").iterdir()) / name, faults)
         ended = faults.train(folder.name, **KEPT)
@@ -88,9 +93,7 @@ def damaged_all(faults: Faults) -> Promise:
         "not a byte of the folder changes",
         "tests/test_run_folder.py",
     )
-    files = sorted(p.name for p in (faults.folder / "whole/checkpoints/update_000002").iterdir())
-    cases = [(name, damage) for name in files for damage in DAMAGES]
-    for idx, (name, damage) in enumerate(faults.random.sample(cases, 2 if faults.short else 15)):
+    for idx, (name, damage) in enumerate(cases(faults)):
         folder = copy_of(faults, f"lost_{idx}", 1)
         (only,) = (folder / "checkpoints").glob("update_*")
         damage(only / name, faults)
@@ -116,11 +119,7 @@ def in_use(faults: Faults) -> Promise:
     )
     for idx in range(1 if faults.short else 3):
         run, changes = f"in_use_{idx}", {"run__num_batches": 200}
-        holder = faults.start(run, **changes)
-        assert holder.stdout is not None
-        for line in holder.stdout:
-            if line.startswith("train batch"):
-                break
+        holder, _ = faults.start_and_see(run, **changes)
         ended = faults.train(run, **changes)
         said = f"is in use by process {holder.pid}"
         promise.check(f"a second process, {idx}", ended.must_end(2, saying=said))

@@ -49,15 +49,11 @@ def signals(faults: Faults) -> Promise:
     for name in names:
         for _ in range(1 if faults.short else 3):
             run = f"signal_{name}_{promise.injected}"
-            process = faults.start(run, **LENGTH | {"run__num_batches": 200})
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("train batch"):
-                    break
+            process, output = faults.start_and_see(run, **LENGTH | {"run__num_batches": 200})
             time.sleep(faults.random.uniform(0, 1))
             since = time.monotonic()
             process.send_signal(signal.Signals[name])
-            said = process.stdout.read()
+            said = output.read()
             code, took_s = process.wait(), time.monotonic() - since
             slowest_s = max(slowest_s, took_s)
             num_batches = said.count("train batch") + 2

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from socpo_fast.cli import main
 from socpo_fast.config.text import to_text
@@ -109,6 +109,15 @@ class Faults:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def start_and_see(self, name: str, **changes: Any) -> tuple[subprocess.Popen[str], IO[str]]:
+        """The same, once it has trained a batch; and what it goes on to say."""
+        process = self.start(name, **changes)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("train batch"):
+                break
+        return process, process.stdout
 
     def words(self, name: str, **changes: Any) -> list[str]:
         """The command line of a run."""
