@@ -24,6 +24,9 @@ FLAGS = [
     "-fvisibility=hidden",
     *(["-DSOCPO_X86"] if len(ISA_FLAGS) > 1 else []),
 ]
+# Of adamw.cpp, whose bits are promised: a product and a sum stay two roundings. Without errno and
+# traps square roots and comparisons run in vectors, and give the same.
+EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere at::parallel_for runs on the calling thread
 
 
@@ -37,9 +40,12 @@ def extension_options() -> dict:
         def build_extension(self, ext):
             for isa, isa_flags in ISA_FLAGS.items():
                 flags = ["-std=c++17", *FLAGS, *isa_flags, f"-DSOCPO_ISA={isa}"]
-                ext.extra_objects += self.compiler.compile(
-                    sorted(glob("csrc/simd/*.cpp")), output_dir=os.path.join(self.build_temp, isa), extra_postargs=flags
-                )
+                for source in sorted(glob("csrc/simd/*.cpp")):
+                    ext.extra_objects += self.compiler.compile(
+                        [source],
+                        output_dir=os.path.join(self.build_temp, isa),
+                        extra_postargs=[*flags, *(EXACT if source.endswith("adamw.cpp") else [])],
+                    )
             super().build_extension(ext)
 
     extension = CppExtension(

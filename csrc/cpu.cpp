@@ -8,7 +8,7 @@ namespace socpo {
   Kernels{isa::tile_max, isa::tile_weights, isa::tile_draw, isa::linear_block, isa::pack_panel, isa::rms_norm_row, \
           isa::rms_norm_backward_row, isa::swiglu_row, isa::swiglu_backward_row, isa::rotary_head, isa::narrow_row, \
           isa::attend_split, isa::merge_partials, isa::finish_rows, isa::row_sums, isa::row_gradient, \
-          isa::softmax_row, isa::softmax_backward_row}
+          isa::softmax_row, isa::softmax_backward_row, isa::adamw_range}
 
 static Kernels choose_kernels() {
 #ifdef SOCPO_X86

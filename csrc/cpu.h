@@ -31,6 +31,7 @@ struct Kernels {
   decltype(&baseline::row_gradient) row_gradient;
   decltype(&baseline::softmax_row) softmax_row;
   decltype(&baseline::softmax_backward_row) softmax_backward_row;
+  decltype(&baseline::adamw_range) adamw_range;
 };
 
 // Those for torch's own choice of instruction set (the environment's ATEN_CPU_CAPABILITY lowers it).

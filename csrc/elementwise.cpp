@@ -75,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& any_x, co
   float* grad_weight_p = grad_weight.mutable_data_ptr<float>();
   for (int64_t i = 0; i < num_sums; ++i)
     for (int64_t j = 0; j < width; ++j) grad_weight_p[j] += sums_p[i * width + j];
-  return {grad_x, grad_weight.to(any_weight.scalar_type())};
+  return {grad_x, grad_weight};
 }
 
 }  // namespace
@@ -189,7 +189,9 @@ TORCH_LIBRARY_IMPL(socpo, Meta, m) {
     return std::make_tuple(like(x), residual ? like(x) : at::empty({0}, x.options()));
   });
   m.impl("rms_norm_backward", +[](const at::Tensor& x, const at::Tensor& weight, double, const at::Tensor&,
-                                  const MaybeTensor&) { return std::make_tuple(like(x), like(weight)); });
+                                  const MaybeTensor&) {
+    return std::make_tuple(like(x), at::empty_symint(weight.sym_sizes(), x.options()));
+  });
   m.impl("swiglu", +[](const at::Tensor& x) { return at::empty_symint({x.sym_size(0), x.sym_size(1) / 2}, x.options()); });
   m.impl("swiglu_backward", +[](const at::Tensor& x, const at::Tensor&) { return like(x); });
   m.impl("rotary", +[](const at::Tensor& x, const at::Tensor&, const at::Tensor&, bool) {

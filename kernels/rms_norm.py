@@ -57,7 +57,7 @@ def rms_norm_backward(
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel() == 0:
-        return out, torch.zeros_like(weight_D)
+        return out, torch.zeros_like(weight_D, dtype=torch.float32)
     num_rows, width = x.numel() // x.shape[-1], x.shape[-1]
     tile, constants = _tile(TILES[architecture_of(x)][x.dtype], width)
     num_sums = triton.cdiv(num_rows, ROWS_PER_SUM)
@@ -77,7 +77,7 @@ def rms_norm_backward(
             **constants,
             num_warps=tile.num_warps,
         )
-    return out, sums.sum(0).to(weight_D.dtype)
+    return out, sums.sum(0)
 
 
 def _tile(tile: Tile, width: int) -> tuple[Tile, dict[str, int]]:

@@ -26,6 +26,7 @@ METRICS: dict[str, str] = {
     "policy/lr": "learning rate of the update",
     "policy/bad_updates": "updates skipped so far because loss or gradient was not finite, count",
     "policy/sampler_mismatch_nats": "largest |trainer's - sampler's| log-prob of a sampled token, nats",
+    "policy/sampler_mismatch_mean_nats": "mean of |trainer's - sampler's| log-prob of the sampled tokens, nats",
     "perf/rollout_tok_s": "sampled tokens a second of rollout, tok/s",
     "perf/train_tok_s": "tokens forwarded a second of update, tok/s",
     "perf/prefill_tokens": "prompt, bridge and recomputed tokens the engine read, count",

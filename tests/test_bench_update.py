@@ -29,8 +29,8 @@ def test_rollouts_are_the_case(student: Decoder) -> None:
     assert all(attempt.num_tokens == 3 for rollout in rollouts for attempt in rollout.attempts)
     stats = policy_gradients(student, rollouts, token_budget=100, temperature=1.0)
     assert stats.tokens_forwarded == stats.unique_tokens - 4 == 7 + 6 * 3 + 2 * 2 - 4
-    assert stats.sampler_mismatch_max_nats < 1e-5
-    assert stats.clip_fraction == 0
+    assert stats.figures.sampler_mismatch_max_nats < 1e-5
+    assert stats.figures.clip_fraction == 0
 
 
 def test_flops_of_a_hand_counted_case(student: Decoder) -> None:

@@ -98,6 +98,16 @@ struct LinearBlock {
   int64_t out_stride;
 };
 
+// A parameter, and the factors of StepFactors in socpo_fast/ops/adamw.py.
+struct AdamWStep {
+  void* param;        // fp32, or the high halves of it
+  int16_t* low_bits;  // the low halves, or null
+  float* exp_avg;
+  float* exp_avg_sq;
+  const float* grad;
+  float scale, weight_kept, beta1, new_in_avg, beta2, new_in_avg_sq, root_correction, eps, step_size;
+};
+
 inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
   return 4 * (KEY_TILE * head_dim + num_rows * (KEY_SPLIT + 4 * head_dim + 1));
 }
@@ -140,6 +150,7 @@ inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
   SoftmaxSums softmax_row(float* scores, int64_t count, int64_t width, float scale);                      \
   /* scores = p, their softmax, and grads = p (grads - sum of p grads) scale, with 0 likewise. */         \
   void softmax_backward_row(float* scores, float* grads, int64_t count, int64_t width, float scale);      \
+  void adamw_range(const AdamWStep& step, int64_t begin, int64_t end);                                    \
   }
 
 SOCPO_DECLARE_KERNELS(baseline)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from socpo_fast.model.accumulate import AccumulatingEmbedding, AccumulatingLinear, accumulates
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.ops import linear, rms_norm, rotary, swiglu
 
@@ -33,7 +34,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -137,10 +138,21 @@ class MLP(nn.Module):
         return self.down(swiglu(self.gate_up(x_TD)))
 
 
+class Embedding(nn.Embedding):
+    """Rows of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if accumulates(self.weight):
+            return AccumulatingEmbedding.apply(input, self.weight)
+        return super().forward(input)
+
+
 class Linear(nn.Linear):
     """Rows [T, D] as ops/linear.py computes them."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if accumulates(self.weight):
+            return AccumulatingLinear.apply(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
 
 

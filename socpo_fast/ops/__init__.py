@@ -1,6 +1,7 @@
 """Public ops, each in its own file: checks, then the choice of an implementation, with the reference right above."""
 
 from socpo_fast.ops._impl import available_impls
+from socpo_fast.ops.adamw import adamw
 from socpo_fast.ops.compute_advantages import compute_advantages
 from socpo_fast.ops.credit_options import CreditOptions
 from socpo_fast.ops.decay_advantage import Credit, credit_attempts, decay_rewards
@@ -23,6 +24,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyLossOptions",
     "TreeMask",
+    "adamw",
     "available_impls",
     "compute_advantages",
     "credit_attempts",

@@ -57,6 +57,14 @@ class TensorChecker:
         """Those that are not None: the others may be left out."""
         self.each(dtypes, **{name: x for name, x in tensors.items() if x is not None})
 
+    def flat(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        """One that is contiguous, of any shape, by its numbers in a row."""
+        if isinstance(x, Tensor):
+            is_flat = x.is_contiguous()
+            check_rule(self.where, f"strides of {name}", x.stride(), is_flat, "contiguous")
+            x = x.view(-1)
+        self(name, x, dtypes)
+
     def index_range(self, name: str, index: Tensor, size: int) -> None:
         """Every entry in [0, size)."""
         if not has_no_values(index):  # under torch.compile a written-out size would become a constant

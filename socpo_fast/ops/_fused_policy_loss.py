@@ -191,7 +191,6 @@ def _fake(
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The gradients stay with ctx, and empty ones are handed out: the backward scales in place."""
     ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     # For a second backward only, which computes again: nothing else reads them, since under
     # activation checkpointing that would run the whole head once more.
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
@@ -207,11 +206,9 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     if gradients is None:  # a second backward through the same graph
         both = zip(ctx.saved_tensors, ctx.arguments, strict=True)
         gradients = linear_policy_loss_op(*(x if saved is None else saved for saved, x in both))[3:]
-    needs = ctx.needs_input_grad[:3]
-    scaled = [
-        total.mul_(grad_loss).to(dtype) if needed else None
-        for total, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)
-    ]
+    # They stay wide: autograd makes of each what the input's .grad is.
+    both = zip(gradients, ctx.needs_input_grad[:3], strict=True)
+    scaled = [total.mul_(grad_loss) if needed else None for total, needed in both]
     return *scaled, *[None] * (len(ctx.arguments) - 3)
 
 

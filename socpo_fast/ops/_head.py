@@ -220,10 +220,7 @@ class ChunkedHead:
         matmul_(dx, grad, self.weight_VD)
         # Rows that were moved up are added in the order in which they came.
         dx = dx[:num_rows] if by_index is None else dx.index_select(0, by_index)
-        if dx.is_cuda:  # there index_add_ would use atomics, and index_put_ sorts
-            self.grad_hidden_TD.index_put_((rows,), dx, accumulate=True)
-        else:
-            self.grad_hidden_TD.index_add_(0, rows, dx)
+        add_rows_(self.grad_hidden_TD, rows, dx)
 
     def gradients(self) -> list[Tensor]:
         """Of hidden, weight and bias, wide; zeros where no row had one, empty where not needed."""
@@ -240,6 +237,14 @@ class ChunkedHead:
             self.grad_logits[hole] = self.grad_logits[mover]  # one by one: together they would need a second chunk
         self.x[holes], order[holes] = self.x[movers], movers
         return count
+
+
+def add_rows_(out_TD: Tensor, rows_N: Tensor, x_ND: Tensor) -> None:
+    """out[rows[n]] += x[n], rows that repeat in index order."""
+    if x_ND.is_cuda:  # there index_add_ would use atomics, and index_put_ sorts
+        out_TD.index_put_((rows_N,), x_ND, accumulate=True)
+    else:
+        out_TD.index_add_(0, rows_N, x_ND)
 
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:

@@ -21,6 +21,7 @@ _ANY = (*_FP32, *_HALVES, torch.float64)
 
 # Beside ref, which takes every dtype: the dtypes of the op's first tensor that each one can do.
 IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "adamw": {"cpp": (*_FP32, torch.bfloat16), "triton": _FP32 + _HALVES},
     "decay_rewards": {"cpp": _ANY, "triton": _ANY},
     "compute_advantages": {"cpp": _ANY, "triton": _ANY},
     "linear": {"cpp": _FP32},

@@ -50,7 +50,8 @@ def define_op(
             else:
                 outputs = kernel(*inputs)
         for i in written:  # a graph that saved it must not use what is in it now
-            torch.autograd.graph.increment_version(inputs[i])
+            if inputs[i] is not None:
+                torch.autograd.graph.increment_version(inputs[i])
         return outputs
 
     LIBRARY.impl(name, kernel_alone, "CompositeExplicitAutograd")

@@ -93,12 +93,16 @@ _rms_norm = define_op(
     ),
     derivative=(_save, _backward),
 )
-# grad_sum: what reaches x by other ways, added
+# grad_sum: what reaches x by other ways, added. grad_weight is fp32; autograd makes it what the
+# weight's .grad is.
 _rms_norm_backward = define_op(
     "rms_norm_backward(Tensor x, Tensor weight, Tensor grad_y, Tensor? grad_sum, float eps, str impl) "
     "-> (Tensor grad_x, Tensor grad_weight)",
     lambda x, weight, grad_y, grad_sum, eps, impl: kernels_of("rms_norm", impl).rms_norm_backward(
         x, weight, eps, grad_y, grad_sum
     ),
-    fake=lambda x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    fake=lambda x, weight, *_: (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape, dtype=torch.float32),
+    ),
 )

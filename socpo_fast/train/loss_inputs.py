@@ -12,6 +12,7 @@ from socpo_fast.types import Rollout
 
 LossAgg = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 PerToken = Sequence[Sequence[Tensor]]  # [rollout][attempt] -> [L] one value a sampled token
+OldLogprobs = PerToken | Literal["current"] | None  # None: the sampler's
 
 
 def check_options(
@@ -79,4 +80,4 @@ def gather_tokens(
                 f"got {num_given} values"
             )
         parts.append(values[place][attempt_idx])
-    return torch.cat(parts).to(device)
+    return torch.cat(parts).to(device, non_blocking=True)

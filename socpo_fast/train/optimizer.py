@@ -1,9 +1,11 @@
 """AdamW behind one call: warm up, refuse a non-finite gradient, clip, step.
 
-Departures from torch.optim.AdamW used bare: state is made at construction, so that every parameter shares one step
-count, storage never moves, and the state is a flat dict of named tensors (safetensors, no pickle); weight decay falls
-on matrices only (ndim >= 2), never on norms and biases; a bad gradient costs one update, not the run. num_updates
-counts that update too, so that a number names one update; warm-up and AdamW count the steps that were taken.
+Departures from torch.optim.AdamW used bare: bf16 parameters are the high halves of exact fp32
+masters (ops/adamw.py); state is made at construction, so that storage never moves, and it is a flat
+dict of named tensors (safetensors, no pickle); weight decay falls on matrices only (ndim >= 2),
+never on norms and biases; a bad gradient costs one update, not the run. num_updates counts that
+update too, so that a number names one update; warm-up and AdamW count the steps that were taken.
+Whether one is taken is decided on the device: the host waits once, at the end.
 """
 
 import math
@@ -13,27 +15,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from socpo_fast.model.accumulate import accumulate_in_fp32
+from socpo_fast.ops import adamw
 from socpo_fast.ops._checks import check_rule
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTS = ("num_updates", "num_skipped", "num_skipped_in_a_row")
+DTYPES = (torch.float32, torch.bfloat16)
+EPS = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    grad_norm: float  # before clipping, over all parameters; not finite when that is why the update was skipped
+    """What one step did."""
+
+    grad_norm: float  # before clipping, over all parameters; not finite: why it was skipped
     lr: float
     skipped: bool
+    also_read: tuple[float, ...] = ()
 
 
 class Optimizer:
     """AdamW with linear warm-up and clipping of the global norm.
 
-        lr_n = lr * min(1, n / warmup_updates)        n = 1, 2, ..: this update, skipped ones not counted
+        lr_n = lr * min(1, n / warmup_updates)    n = 1, 2, ..: this update, skipped ones not counted
         gradient *= min(1, max_grad_norm / norm)
 
     Args:
-        student:        its parameters must be fp32; they are updated in place.
+        student:        its parameters, fp32 or bf16, are updated in place. From here on their .grad
+                        is fp32, and the decoder's backward adds to it (model/accumulate.py).
         lr:             > 0, after the warm-up.
         betas:          each in [0, 1).
         weight_decay:   >= 0, decoupled (times lr), on parameters of two or more dimensions.
@@ -41,9 +50,10 @@ class Optimizer:
         max_grad_norm:  > 0; inf turns clipping off.
 
     Raises:
-        ValueError: a value out of range, or a parameter that is not fp32.
+        ValueError: a value out of range, or a parameter that is neither fp32 nor bf16.
 
-    Memory: two fp32 values a parameter. Bitwise: same inputs, same bits, at one thread count.
+    Memory: two fp32 values a parameter, and two bytes of its master beside a bf16 one. Bitwise:
+    same inputs, same bits, at one thread count.
     """
 
     def __init__(
@@ -57,12 +67,11 @@ class Optimizer:
         max_grad_norm: float = 1.0,
     ):
         self.params = dict(student.named_parameters())  # tied weights once
+        advice = "load the student with dtype='float32' or 'bfloat16'"
         for name, param in self.params.items():
-            if param.dtype != torch.float32:
-                raise ValueError(
-                    f"Optimizer: parameter {name} must be float32, got {param.dtype}; load the student with "
-                    "dtype='float32' (lower precision with fp32 master weights is not there yet)"
-                )
+            rule = "float32 or bfloat16"
+            known = param.dtype in DTYPES
+            check_rule("Optimizer", f"dtype of {name}", param.dtype, known, rule, advice)
         rules = (
             ("lr", lr, 0 < lr < math.inf, "finite and > 0"),
             ("betas", betas, all(0 <= beta < 1 for beta in betas), "each in [0, 1)"),
@@ -70,53 +79,86 @@ class Optimizer:
             ("warmup_updates", warmup_updates, warmup_updates >= 0, ">= 0"),
             ("max_grad_norm", max_grad_norm, max_grad_norm > 0, "> 0"),
         )
-        for rule in rules:
-            check_rule("Optimizer", *rule)
-        self.lr, self.warmup_updates, self.max_grad_norm = lr, warmup_updates, max_grad_norm
+        for rule_of_value in rules:
+            check_rule("Optimizer", *rule_of_value)
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_updates, self.max_grad_norm = warmup_updates, max_grad_norm
         self.num_updates = 0  # skipped ones included
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
-        params = self.params.values()
-        groups = [
-            {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        # fused: one pass over each parameter, no intermediates; it exists on CPU and CUDA alike
-        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-        for param in params:
-            self.adamw.state[param] = {
-                "step": torch.zeros((), device=param.device),
-                **{name: torch.zeros_like(param, requires_grad=False) for name in MOMENTS},
-            }
+        self.low_bits: dict[str, Tensor] = {}  # of bf16 parameters
+        self.exp_avg: dict[str, Tensor] = {}
+        self.exp_avg_sq: dict[str, Tensor] = {}
+        for name, param in self.params.items():
+            self.exp_avg[name] = torch.zeros_like(param.detach(), dtype=torch.float32)
+            self.exp_avg_sq[name] = torch.zeros_like(self.exp_avg[name])
+            if param.dtype == torch.bfloat16:
+                self.low_bits[name] = torch.zeros_like(param.detach(), dtype=torch.int16)
+        accumulate_in_fp32(self.params.values())
 
-    def step(self, loss: float = 0.0) -> StepResult:
-        """Apply the accumulated gradient and drop it; if it or the loss is not finite, drop it only and count that."""
+    @torch.no_grad()
+    def step(
+        self,
+        loss: float | Tensor = 0.0,
+        *,
+        also_read: Tensor | None = None,
+    ) -> StepResult:
+        """Applies the accumulated gradient and drops it.
+
+        If it or the loss is not finite, it is dropped only, and that is counted.
+
+        Args:
+            loss:      [] on any device.
+            also_read: [N] figures that the host wants at the same wait for the device.
+        """
+        grads = []
         for param in self.params.values():
-            if param.grad is None:  # would fall behind in its step count
-                param.grad = torch.zeros_like(param)
-        grads = [param.grad for param in self.params.values() if param.grad is not None]
+            if param.grad is None:
+                param.grad = torch.zeros_like(param, dtype=torch.float32)
+            grads.append(param.grad.contiguous())
         norm = nn.utils.get_total_norm(grads)
+        # Not finite or 0 where nothing may be changed: adamw then leaves everything as it is.
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        loss = loss if isinstance(loss, Tensor) else norm.new_full((), loss)
+        scale = scale.where(loss.isfinite(), math.nan)
         num_steps = self.num_updates - self.num_skipped
-        grad_norm, lr = float(norm), self.lr * min(1.0, (num_steps + 1) / max(1, self.warmup_updates))
+        lr = self.lr * min(1.0, (num_steps + 1) / max(1, self.warmup_updates))
+        for (name, param), grad in zip(self.params.items(), grads, strict=True):
+            adamw(
+                param,
+                self.low_bits.get(name),
+                self.exp_avg[name],
+                self.exp_avg_sq[name],
+                grad,
+                lr=lr,
+                betas=self.betas,
+                eps=EPS,
+                weight_decay=self.weight_decay if param.ndim >= 2 else 0.0,
+                step=num_steps + 1,
+                scale=scale,
+            )
+            param.grad = None  # between updates the memory is the rollout's
+        figures = torch.stack((norm, scale)).double()
+        if also_read is not None:
+            figures = torch.cat((figures, also_read.double()))
+        grad_norm, scale_taken, *others = figures.tolist()
+        skipped = not 0 < scale_taken < math.inf
         self.num_updates += 1
-        skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
         self.num_skipped += skipped
         self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if skipped else 0
-        if not skipped:
-            nn.utils.clip_grads_with_norm_(self.params.values(), self.max_grad_norm, norm)
-            for group in self.adamw.param_groups:
-                group["lr"] = lr
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)  # between updates the memory is the rollout's
-        return StepResult(grad_norm=grad_norm, lr=lr, skipped=skipped)
+        return StepResult(grad_norm=grad_norm, lr=lr, skipped=skipped, also_read=tuple(others))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The moments as "exp_avg.NAME" and "exp_avg_sq.NAME"; the live tensors, not copies."""
-        return {
-            f"{moment}.{name}": self.adamw.state[param][moment]
-            for name, param in self.params.items()
-            for moment in MOMENTS
+        """The moments as "exp_avg.NAME" and "exp_avg_sq.NAME", and "low_bits.NAME" of bf16 parameters.
+
+        They are the live tensors, not copies.
+        """
+        kinds = {
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            "low_bits": self.low_bits,
         }
+        return {f"{kind}.{name}": x for kind, by_name in kinds.items() for name, x in by_name.items()}
 
     def state_counts(self) -> dict[str, int]:
         """The rest of the state, for JSON."""
@@ -131,7 +173,10 @@ class Optimizer:
         own = self.state_tensors()
         odd = sorted((own.keys() ^ tensors.keys()) | (self.state_counts().keys() ^ counts.keys()))
         if odd:
-            raise ValueError(f"Optimizer: state must be of these parameters, got {len(odd)} odd names, {odd[0]} first")
+            raise ValueError(
+                f"Optimizer: state must be of these parameters, got {len(odd)} odd names, {odd[0]} "
+                "first; a checkpoint is gone on from with its own model and student.dtype"
+            )
         for name, tensor in own.items():
             if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
                 raise ValueError(
@@ -142,5 +187,3 @@ class Optimizer:
             tensor.copy_(tensors[name])
         for name in COUNTS:
             setattr(self, name, counts[name])
-        for param in self.params.values():
-            self.adamw.state[param]["step"].fill_(float(self.num_updates - self.num_skipped))

@@ -10,7 +10,8 @@ Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differ
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.policy_loss import DEFAULT_OPTIONS, PolicyLoss, PolicyLossOptions
 from socpo_fast.train.loss_inputs import (
     LossAgg,
+    OldLogprobs,
     PerToken,
     attempt_advantages,
     attempt_weights,
@@ -31,13 +33,12 @@ from socpo_fast.train.packing import PackedMicrobatch, Packing, count_unique_tok
 from socpo_fast.types import Rollout
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradientStats:
-    """What one call of policy_gradients did.
+class Figures(NamedTuple):
+    """Of one call of policy_gradients, in numbers.
 
-    entropy, ratio and mismatch are over the loss tokens whose log-prob was computed (an advantage of exactly 0 needs
-    none); nan when there is none. sampler_mismatch is |logprob - the sampler's|: rounding alone as long as the weights
-    are the sampler's.
+    entropy, ratio and mismatch are over the loss tokens whose log-prob was computed (an advantage
+    of exactly 0 needs none); nan when there is none. The mismatch is |logprob - the sampler's|:
+    rounding alone as long as the weights are the sampler's.
     """
 
     loss: float
@@ -46,10 +47,26 @@ class GradientStats:
     clip_fraction: float
     sampler_mismatch_max_nats: float
     sampler_mismatch_mean_nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientStats:
+    """What one call of policy_gradients did."""
+
+    figures_6: Tensor  # fp64, on the student's device: those of Figures, in its order
     tokens_forwarded: int
     unique_tokens: int  # nodes of the groups' trees: prompt once, attempts, bridges
     loss_tokens: int
     num_microbatches: int
+
+    @cached_property
+    def figures(self) -> Figures:
+        """The figures, for which the host waits when it first asks."""
+        return Figures(*self.figures_6.tolist())
+
+    @property
+    def loss(self) -> float:
+        return self.figures.loss
 
 
 def policy_gradients(
@@ -62,7 +79,7 @@ def policy_gradients(
     num_loss_tokens: int | None = None,
     num_attempts: int | None = None,
     max_new_tokens: int | None = None,
-    old_logprobs: PerToken | None = None,
+    old_logprobs: OldLogprobs = None,
     loss_agg: LossAgg = "token_mean",
     ref_logprobs: PerToken | None = None,
     options: PolicyLossOptions = DEFAULT_OPTIONS,
@@ -85,7 +102,8 @@ def policy_gradients(
         temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
         num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of these rollouts.
         max_new_tokens: the sampler's, for loss_agg="seq_mean_token_sum_norm" only, which needs it.
-        old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's.
+        old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's; "current": those
+                        of the student as it is, whose ratio is 1.
         ref_logprobs:   the same under the frozen reference; for kl_coef > 0.
         options:        clips, entropy bonus and KL, as of ops.policy_loss.
         tis_clip:       > 0, upper bound of the truncated importance weight; None: no such weight.
@@ -118,7 +136,7 @@ def policy_gradients(
         )
         for microbatch in microbatches
     ]
-    return _stats(outcomes, microbatches, rollouts)
+    return _stats(outcomes, microbatches, rollouts, student.lm_head.weight.device)
 
 
 @torch.no_grad()
@@ -139,14 +157,15 @@ def compute_logprobs(
         [rollout][attempt] -> [L] fp32 on the CPU, nats; parallel to the rollouts given.
     """
     device = student.lm_head.weight.device
+    send = partial(Tensor.to, device=device, non_blocking=True)
     by_attempt: list[list[Tensor]] = [[torch.empty(0)] * len(rollout.attempts) for rollout in rollouts]
     for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
         logprobs_N, _ = linear_logprob(
             _forward(student, microbatch, checkpointing=False, impl=impl),
             student.lm_head.weight,
-            microbatch.targets_N.to(device),
+            send(microbatch.targets_N),
             temperature=temperature,
-            rows_N=microbatch.rows_N.to(device),
+            rows_N=send(microbatch.rows_N),
             impl=impl,
         )
         parts = logprobs_N.cpu().split(microbatch.attempt_of_token_N.bincount().tolist())
@@ -160,7 +179,7 @@ def _backward(
     microbatch: PackedMicrobatch,
     rollouts: Sequence[Rollout],
     weights_A: Tensor,
-    old_logprobs: PerToken | None,
+    old_logprobs: OldLogprobs,
     ref_logprobs: PerToken | None,
     *,
     tis_clip: float | None,
@@ -169,28 +188,45 @@ def _backward(
     temperature: float,
     options: PolicyLossOptions,
 ) -> PolicyLoss:
-    """Forward and backward of one microbatch; returns |logprob - sampler's| in place of the log-probs."""
+    """Forward and backward of one microbatch; returns |logprob - sampler's| in place of the log-probs.
+
+    The head runs backward first, so that its gradient is in .grad before the layers need memory.
+    """
     device = student.lm_head.weight.device
+    send = partial(Tensor.to, device=device, non_blocking=True)  # the host does not wait
     gather = partial(gather_tokens, microbatch=microbatch, rollouts=rollouts, device=device)
-    sampler_N = gather([[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts], "sampler logprobs")
-    old_N = sampler_N if old_logprobs is None else gather(old_logprobs, "old_logprobs")
+    sampler = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
+    sampler_N = gather(sampler, "sampler logprobs")
+    if old_logprobs is None:
+        old_N = sampler_N
+    elif old_logprobs == "current":
+        old_N = None
+    else:
+        old_N = gather(old_logprobs, "old_logprobs")
+    weights_N = weights_A[microbatch.attempt_of_token_N]
+    advantages_A = attempt_advantages(microbatch, rollouts)
+    ref_N = None if ref_logprobs is None else gather(ref_logprobs, "ref_logprobs")
+    hidden_TD = _forward(student, microbatch, checkpointing=checkpointing, impl=impl)
+    head_input_TD = hidden_TD.detach().requires_grad_(hidden_TD.requires_grad)
     policy = linear_policy_loss(
-        _forward(student, microbatch, checkpointing=checkpointing, impl=impl),
+        head_input_TD,
         student.lm_head.weight,
-        microbatch.targets_N.to(device),
+        send(microbatch.targets_N),
         old_N,
-        attempt_advantages(microbatch, rollouts).to(device),
-        microbatch.attempt_of_token_N.to(device),
-        rows_N=microbatch.rows_N.to(device),
-        weights_N=weights_A[microbatch.attempt_of_token_N].to(device),
+        send(advantages_A),
+        send(microbatch.attempt_of_token_N),
+        rows_N=send(microbatch.rows_N),
+        weights_N=send(weights_N),
         sampler_logprobs_N=sampler_N,
         tis_clip=tis_clip,
-        ref_logprobs_N=None if ref_logprobs is None else gather(ref_logprobs, "ref_logprobs"),
+        ref_logprobs_N=ref_N,
         temperature=temperature,
         options=options,
         impl=impl,
     )
     policy.loss.backward()
+    if head_input_TD.grad is not None:
+        hidden_TD.backward(head_input_TD.grad)
     return policy._replace(loss=policy.loss.detach(), logprobs=(policy.logprobs - sampler_N).abs())
 
 
@@ -207,23 +243,35 @@ def _forward(student: Decoder, microbatch: PackedMicrobatch, *, checkpointing: b
 
 
 def _stats(
-    outcomes: list[PolicyLoss], microbatches: list[PackedMicrobatch], rollouts: Sequence[Rollout]
+    outcomes: list[PolicyLoss],
+    microbatches: list[PackedMicrobatch],
+    rollouts: Sequence[Rollout],
+    device: torch.device,
 ) -> GradientStats:
-    """Put microbatches together; `outcomes` are those of _backward. The only host sync."""
-    values = [torch.stack((policy.logprobs, policy.entropy, policy.ratio)).double() for policy in outcomes]
-    values_3N = torch.cat(values, dim=1) if values else torch.empty(3, 0)
-    mismatch_N, entropy_N, ratio_N = values_3N[:, ~values_3N[0].isnan()]
+    """Puts microbatches together, `outcomes` being those of _backward, without a host sync."""
     sizes = [microbatch.targets_N.numel() for microbatch in microbatches]
-    clipped = sum(float(policy.clip_fraction) * size for policy, size in zip(outcomes, sizes, strict=True))
     return GradientStats(
-        loss=sum(float(policy.loss) for policy in outcomes),
-        entropy=float(entropy_N.mean()),
-        ratio_mean=float(ratio_N.mean()),
-        clip_fraction=clipped / max(1, sum(sizes)),
-        sampler_mismatch_max_nats=float(mismatch_N.max()) if mismatch_N.numel() else math.nan,
-        sampler_mismatch_mean_nats=float(mismatch_N.mean()),
+        figures_6=_figures(outcomes, sizes, device),
         tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
         unique_tokens=count_unique_tokens(rollouts),
         loss_tokens=sum(sizes),
         num_microbatches=len(microbatches),
     )
+
+
+def _figures(outcomes: list[PolicyLoss], sizes: list[int], device: torch.device) -> Tensor:
+    """[6] fp64: the values of Figures."""
+    if sum(sizes) == 0:
+        values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan]
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    by_token = [torch.stack((policy.logprobs, policy.entropy, policy.ratio)) for policy in outcomes]
+    by_token_3N = torch.cat(by_token, dim=1).double()
+    mismatch_N = by_token_3N[0]
+    is_skipped = mismatch_N.isnan()
+    mismatch, entropy, ratio = by_token_3N.nanmean(dim=1)
+    # nan, as the mean is, when all are skipped
+    mismatch_max = mismatch_N.where(~is_skipped, 0.0).amax() + 0.0 * mismatch
+    losses = torch.stack([policy.loss for policy in outcomes]).double()
+    clip_fractions = torch.stack([policy.clip_fraction for policy in outcomes]).double()
+    clip_fraction = (clip_fractions * clip_fractions.new_tensor(sizes)).sum() / sum(sizes)
+    return torch.stack((losses.sum(), entropy, ratio, clip_fraction, mismatch_max, mismatch))

@@ -5,16 +5,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from socpo_fast.config import Config
 from socpo_fast.files import RunFailed
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import PolicyLossOptions
-from socpo_fast.train.loss_inputs import PerToken
+from socpo_fast.train.loss_inputs import OldLogprobs, PerToken
 from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import compute_logprobs, policy_gradients
+from socpo_fast.train.step import Figures, compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
 
+MISMATCH = ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats")
 MAX_MISMATCH_NATS = 1e-3  # above it the sampler's log-probs do not serve as old_logprobs
 
 
@@ -42,28 +44,31 @@ class Updater:
         }
 
     def updates(self, groups: list[list[Rollout]], order: list[list[int]]) -> Iterator[tuple[int, dict[str, float]]]:
-        """One update for each entry of `order`, the groups it is made of; yields (number of groups, metrics).
+        """One update for each entry of `order`, the groups it is made of.
 
-        policy/sampler_mismatch_nats is measured once, before the weights change, and decides under "auto" whether the
-        sampler's log-probs serve as the old ones.
+        Yields (number of groups, metrics); the mismatch with the sampler is that of the first
+        update, which is made with the sampler's weights.
         """
-        old_logprobs, mismatch = self._old_logprobs(groups)
-        ref_logprobs = (
-            None
-            if self.reference is None
-            else [compute_logprobs(self.reference, group, **self._forward) for group in groups]
-        )
-        for chosen in order:
-            rollouts = [rollout for g in chosen for rollout in groups[g]]
-            old = None if old_logprobs is None else [by_attempt for g in chosen for by_attempt in old_logprobs[g]]
-            ref = None if ref_logprobs is None else [by_attempt for g in chosen for by_attempt in ref_logprobs[g]]
-            yield (
-                len(chosen),
-                self.one_update(rollouts, old, ref) | {"policy/sampler_mismatch_nats": mismatch},
+        old_logprobs = self._old_logprobs(groups, order)
+        ref_logprobs = None
+        if self.reference is not None:
+            ref_logprobs = [self._logprobs(self.reference, group) for group in groups]
+        mismatch: dict[str, float] = {}
+        for update_idx, chosen in enumerate(order):
+            old: OldLogprobs = None
+            if old_logprobs is not None:
+                is_first = update_idx == 0 and self.config.loss.old_logprobs == "auto"
+                old = "current" if is_first else [x for g in chosen for x in old_logprobs[g]]
+            metrics = self.one_update(
+                [rollout for g in chosen for rollout in groups[g]],
+                old,
+                None if ref_logprobs is None else [x for g in chosen for x in ref_logprobs[g]],
             )
+            mismatch = mismatch or {name: metrics[name] for name in MISMATCH}
+            yield len(chosen), metrics | mismatch
 
     def one_update(
-        self, rollouts: list[Rollout], old_logprobs: PerToken | None, ref_logprobs: PerToken | None
+        self, rollouts: list[Rollout], old_logprobs: OldLogprobs, ref_logprobs: PerToken | None
     ) -> dict[str, float]:
         """Gradients of these rollouts and one optimizer step.
 
@@ -83,17 +88,20 @@ class Updater:
             tis_clip=loss.tis_clip,
             checkpointing=self.config.train.checkpointing,
         )
-        result = self.optimizer.step(stats.loss)
+        result = self.optimizer.step(stats.figures_6[0], also_read=stats.figures_6)
+        figures = Figures(*result.also_read)
         if self.optimizer.num_skipped_in_a_row >= self.config.train.max_bad_updates:
             raise RunFailed(
                 f"train: loss and gradient must be finite, got {self.optimizer.num_skipped_in_a_row} updates in a row "
                 "that were not; lower train.lr and start again, which goes on from the last checkpoint"
             )
         return {
-            "policy/loss": stats.loss,
-            "policy/entropy": stats.entropy,
-            "policy/ratio_mean": stats.ratio_mean,
-            "policy/clip_fraction": stats.clip_fraction,
+            "policy/loss": figures.loss,
+            "policy/entropy": figures.entropy,
+            "policy/ratio_mean": figures.ratio_mean,
+            "policy/clip_fraction": figures.clip_fraction,
+            "policy/sampler_mismatch_nats": figures.sampler_mismatch_max_nats,
+            "policy/sampler_mismatch_mean_nats": figures.sampler_mismatch_mean_nats,
             "policy/grad_norm": result.grad_norm,
             "policy/lr": result.lr,
             "policy/bad_updates": float(self.optimizer.num_skipped),
@@ -103,23 +111,33 @@ class Updater:
             "perf/train_tok_s": stats.tokens_forwarded / (time.perf_counter() - started),
         }
 
-    def _old_logprobs(self, groups: list[list[Rollout]]) -> tuple[list[list[list[Any]]] | None, float]:
-        """(None for the sampler's own or [group][rollout][attempt] recomputed; the largest mismatch in nats).
+    def _old_logprobs(
+        self, groups: list[list[Rollout]], order: list[list[int]]
+    ) -> dict[int, list[list[Tensor]]] | None:
+        """[group][rollout][attempt] under the weights as they are; None: the sampler's own serve.
 
-        With "auto" and "sampler" the mismatch is measured on the first group.
+        Under "auto" the first update needs none: its own log-probs are the old ones.
         """
         choice = self.config.loss.old_logprobs
-        probed = groups if choice == "recompute" else groups[:1]
-        logprobs = [compute_logprobs(self.student, group, **self._forward) for group in probed]
-        differences = [
-            ours - attempt.logprobs
-            for group, by_rollout in zip(probed, logprobs, strict=True)
-            for rollout, by_attempt in zip(group, by_rollout, strict=True)
-            for attempt, ours in zip(rollout.attempts, by_attempt, strict=True)
-        ]
-        mismatch = float(torch.cat(differences).abs().max())  # nan stays nan, and does not fit
-        fits = self.config.student.dtype == "float32" and mismatch <= MAX_MISMATCH_NATS
-        if choice == "sampler" or (choice == "auto" and fits):
-            return None, mismatch
-        logprobs += [compute_logprobs(self.student, group, **self._forward) for group in groups[len(probed) :]]
-        return logprobs, mismatch
+        found: dict[int, list[list[Tensor]]] = {}
+        if choice == "auto" and self.student.lm_head.weight.dtype == torch.float32:
+            found[0] = self._logprobs(self.student, groups[0])
+        if choice == "sampler" or (found and _fits_sampler(groups[0], found[0])):
+            return None
+        needed = order[1:] if choice == "auto" else order
+        for g in sorted({g for chosen in needed for g in chosen} - found.keys()):
+            found[g] = self._logprobs(self.student, groups[g])
+        return found
+
+    def _logprobs(self, student: Decoder, group: list[Rollout]) -> list[list[Tensor]]:
+        return compute_logprobs(student, group, **self._forward)
+
+
+def _fits_sampler(group: list[Rollout], logprobs: list[list[Tensor]]) -> bool:
+    """Whether the sampler's log-probs hardly differ from the trainer's; nan does not fit."""
+    differences = [
+        ours - attempt.logprobs
+        for rollout, by_attempt in zip(group, logprobs, strict=True)
+        for attempt, ours in zip(rollout.attempts, by_attempt, strict=True)
+    ]
+    return float(torch.cat(differences).abs().max()) <= MAX_MISMATCH_NATS

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from socpo_fast.engine import Engine
-from socpo_fast.engine.memory import auto_kv_cache_size, kv_cache_size
+from socpo_fast.engine.memory import OPTIMIZER_BYTES, auto_kv_cache_size, kv_cache_size
 from socpo_fast.engine.runner import Runner
-from socpo_fast.train.optimizer import MOMENTS, Optimizer
+from socpo_fast.train.optimizer import Optimizer
 from tests.engine.tiny import make_student
 
 GIB = 2**30
@@ -80,7 +80,8 @@ class Card:
     def student(self, *, trained: int, frozen: int) -> Any:
         """Layers 4, KV heads 2, head width 64, bf16: 2 KiB a token; a vocabulary of 2^20 x 256."""
         head = torch.empty(2**20, 256, device="meta")
-        head = SimpleNamespace(device=self.device, numel=head.numel, element_size=lambda: 2)
+        sizes = {"numel": head.numel, "element_size": lambda: 2}
+        head = SimpleNamespace(device=self.device, dtype=torch.bfloat16, **sizes)
         sizes = {True: trained, False: frozen}
         parameters = [
             SimpleNamespace(numel=lambda size=size: size, requires_grad=requires_grad)
@@ -99,27 +100,29 @@ class Card:
 
 
 def test_a_card_is_asked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 free + 2 unused; 12 bytes for 2^30 parameters; 20 + 2 (workspace) + 1 (dW) + 0.25 kept."""
+    """60 free + 2 unused; 14 bytes for 2^30 parameters; 20 + 2 (workspace) + 1 (dW) + 0.25 kept."""
     card = Card(monkeypatch)
     student = card.student(trained=2**30, frozen=2**31)
     assert Runner.page_bytes(student, 32) == 2**16
     size = kv_cache_size(student, "auto", 32, 256)
     assert size.gib == 256 * 1280 / 2**14 == 20.0  # 1280 pages a context, 2^14 of 64 KiB a GiB
     size = kv_cache_size(student, "auto", 32, 1024)
-    assert size.gib == 60 + 2 - 12 - 23.25 == 26.75
-    parts = "62.0 free, 12.0 for gradients and moments, 23.2 kept for activations"
-    assert size.note == f"KV cache 26.8 GiB (auto): {parts}"
+    assert size.gib == 60 + 2 - 14 - 23.25 == 24.75
+    parts = "62.0 free, 14.0 for gradients and moments, 23.2 kept for activations"
+    assert size.note == f"KV cache 24.8 GiB (auto): {parts}"
     frozen = card.student(trained=0, frozen=2**31)
     assert kv_cache_size(frozen, "auto", 32, 1024).gib == 26.75 + 12
     assert kv_cache_size(student, 2.5, 32, 256) == (2.5, "KV cache 2.5 GiB")
 
 
-def test_twelve_bytes_are_the_optimizers() -> None:
-    student = make_student()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_the_optimizers(dtype: torch.dtype) -> None:
+    student = make_student().to(dtype)
     optimizer = Optimizer(student, lr=1e-3)
-    moments = [optimizer.state_tensors()[f"{name}.embed.weight"] for name in MOMENTS]
-    num_bytes = sum(moment.nbytes for moment in moments) + student.embed.weight.nbytes
-    assert num_bytes == 12 * student.embed.weight.numel()
+    student.embed(torch.tensor([1])).sum().backward()
+    held = [x for name, x in optimizer.state_tensors().items() if name.endswith(".embed.weight")]
+    num_bytes = sum(x.nbytes for x in [*held, student.embed.weight.grad])
+    assert num_bytes == OPTIMIZER_BYTES[dtype] * student.embed.weight.numel()
 
 
 def test_a_cpu_gives_one_gib() -> None:

@@ -73,7 +73,7 @@ def everything(student: Decoder, num_threads: int) -> dict[str, Tensor]:
     for packing in ("tree", "rows"):
         student.zero_grad()
         stats = policy_gradients(student, rollouts, packing=packing, token_budget=1024, temperature=1.0)
-        numbers = stats.loss, stats.entropy, stats.ratio_mean, stats.sampler_mismatch_max_nats
+        numbers = stats.loss, stats.figures.entropy, stats.figures.ratio_mean, stats.figures.sampler_mismatch_max_nats
         found[f"{packing} statistics"] = torch.tensor(numbers, dtype=torch.float64)
         found |= {f"{packing} gradient of {name}": param.grad.clone() for name, param in student.named_parameters()}
     found["gradient norm"] = torch.tensor(Optimizer(student, lr=1e-3, warmup_updates=0).step().grad_norm)

@@ -72,7 +72,13 @@ def make_cases() -> dict[str, Call]:
     def paged(impl: str, **tensors: Tensor) -> Tensor:
         return ops.paged_attention(**tensors, scale=0.3, impl=impl)
 
+    step = {name: f(3, 4) for name in ("param", "exp_avg", "grad")} | {"exp_avg_sq": f(3, 4) ** 2}
+    step["param"] = step["param"].bfloat16()
+    step["low_bits"] = ints(*range(12), dtype=torch.int16).view(3, 4)
+    factors = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "step": 2}
+
     return {
+        "adamw": Call(lambda **x: ops.adamw(**factors, **x) or [], step | {"scale": torch.tensor(0.5)}),
         "linear": Call(ops.linear, linear, ("cpp",), tuple(linear)),
         "rms_norm": Call(lambda **x: ops.rms_norm(eps=1e-5, **x), norm, differentiable=tuple(norm)),
         "swiglu": Call(ops.swiglu, {"gate_up_TJ": f(3, 8)}, differentiable=("gate_up_TJ",)),
@@ -106,6 +112,10 @@ def make_cases() -> dict[str, Call]:
 
 
 CASES = make_cases()
+WRITTEN = {
+    "rotary_write": ("k_cache_PSKE", "v_cache_PSKE"),
+    "adamw": ("param", "low_bits", "exp_avg", "exp_avg_sq"),
+}
 EVERY = [
     pytest.param(name, impl, marks=needs_cpp if impl == "cpp" else (), id=f"{name}-{impl}")
     for name, call in CASES.items()
@@ -242,7 +252,7 @@ def test_outputs_are_their_own(name: str, impl: str) -> None:
             if x.dim() > 1:
                 x.mul_(1)
     written = {key for key, x in tensors.items() if x._version > before[key]}
-    assert written == ({"k_cache_PSKE", "v_cache_PSKE"} if name == "rotary_write" else set())
+    assert written == set(WRITTEN.get(name, ()))
 
 
 @needs_cpp

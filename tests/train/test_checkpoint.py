@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from socpo_fast.model import load_student
 from socpo_fast.model.decoder import Decoder
@@ -21,8 +22,11 @@ from tests.train.rollouts import make_student
 STATE = {"batch": 3, "question_order_seed": 2**63 - 1, "lr": 0.1 + 0.2, "name": "tés\n"}
 
 
-def trained(seed: int, num_updates: int) -> tuple[Decoder, Optimizer]:
-    student = make_student(seed)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def trained(seed: int, num_updates: int, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Optimizer]:
+    student = make_student(seed, dtype)
     optimizer = Optimizer(student, lr=1e-2)
     train(student, optimizer, num_updates)
     return student, optimizer
@@ -42,7 +46,7 @@ def save(folder: Path, student: Decoder, optimizer: Optimizer) -> Path:
 
 def bits(student: Decoder, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     named = dict(student.named_parameters()) | optimizer.state_tensors()
-    return {name: tensor.detach().clone().view(torch.int32) for name, tensor in named.items()}
+    return {name: tensor.detach().clone().view(torch.uint8) for name, tensor in named.items()}
 
 
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -50,13 +54,14 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def test_round_trip_is_bitwise_and_in_place(tmp_path: Path) -> None:
-    student, optimizer = trained(seed=0, num_updates=3)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_trip_is_bitwise_and_in_place(dtype: torch.dtype, tmp_path: Path) -> None:
+    student, optimizer = trained(seed=0, num_updates=3, dtype=dtype)
     path = save(tmp_path / "checkpoints", student, optimizer)
     assert path == tmp_path / "checkpoints" / "update_000003"
     files = ["config.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"]
     assert sorted(file.name for file in path.iterdir()) == files
-    other, other_optimizer = trained(seed=1, num_updates=1)
+    other, other_optimizer = trained(seed=1, num_updates=1, dtype=dtype)
     tensors = [*other.parameters(), *other_optimizer.state_tensors().values()]
     pointers = [tensor.data_ptr() for tensor in tensors]
     assert load_checkpoint(path, other, other_optimizer) == STATE
@@ -69,10 +74,16 @@ def test_round_trip_is_bitwise_and_in_place(tmp_path: Path) -> None:
     assert optimizer.state_counts() == other_optimizer.state_counts()
 
 
-def test_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
-    student, optimizer = trained(seed=0, num_updates=1)
-    loaded = load_student(save(tmp_path, student, optimizer))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_checkpoint_is_a_model_folder(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of the parameters as they are: transformers reads it too, and finds its dtype."""
+    student, optimizer = trained(seed=0, num_updates=1, dtype=dtype)
+    path = save(tmp_path, student, optimizer)
+    loaded = load_student(path, dtype=str(dtype).removeprefix("torch."))
     assert all(torch.equal(one, two) for one, two in zip(loaded.parameters(), student.parameters(), strict=True))
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    assert theirs.dtype == dtype
+    assert torch.equal(theirs.model.norm.weight, student.norm.weight)
 
 
 def test_latest_passes_over_damage_and_says_so(tmp_path: Path) -> None:
@@ -187,6 +198,7 @@ def test_prune_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "got num_layers 2 instead of 3"),
         ({"tie_word_embeddings": False}, "got tie_word_embeddings True instead of False"),
         ({"rope_theta": 5000.0}, "got rope_theta 10000.0 instead of 5000.0"),
+        ({"dtype": torch.bfloat16}, "low_bits.embed.weight first; .* its own model and student.dtype"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused_untouched(tmp_path: Path, changes: dict, message: str) -> None:

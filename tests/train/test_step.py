@@ -93,8 +93,8 @@ def test_zero_advantages_give_a_zero_gradient() -> None:
             turn.advantage = 0.0
     found, stats = gradients(student, rollouts, token_budget=20)
     assert all((grad == 0).all() for grad in found.values())
-    assert (stats.loss, stats.clip_fraction) == (0.0, 0.0)
-    assert stats.entropy != stats.entropy  # nan: nothing was projected
+    assert (stats.loss, stats.figures.clip_fraction) == (0.0, 0.0)
+    assert stats.figures.entropy != stats.figures.entropy  # nan: nothing was projected
 
 
 def test_compute_logprobs(student_64: Decoder) -> None:
@@ -108,8 +108,8 @@ def test_compute_logprobs(student_64: Decoder) -> None:
                 torch.testing.assert_close(one.double(), other.detach(), atol=1e-6, rtol=0)
     set_sampler_logprobs(rollouts, found)  # the sampler's own log-probs leave no mismatch
     _, stats = gradients(student_64, rollouts)
-    assert stats.sampler_mismatch_mean_nats <= stats.sampler_mismatch_max_nats < 1e-5
-    assert stats.ratio_mean == pytest.approx(1.0, abs=1e-6)
+    assert stats.figures.sampler_mismatch_mean_nats <= stats.figures.sampler_mismatch_max_nats < 1e-5
+    assert stats.figures.ratio_mean == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])

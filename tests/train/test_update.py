@@ -11,6 +11,7 @@ from torch import Tensor
 
 from socpo_fast.config import Config, load_config
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.train.step import compute_logprobs
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Rollout
 from tests.train.naive import distance, naive_gradients, near_policy, norm, set_sampler_logprobs
@@ -58,12 +59,12 @@ def spy_on_steps(updater: Updater) -> list[tuple[Decoder, dict[str, Tensor]]]:
     """[update] -> (an fp64 copy of the student before it, the gradient it is given)."""
     steps, original, config = [], updater.optimizer.step, updater.student.config
 
-    def step(loss: float = 0.0) -> Any:
+    def step(loss: Tensor, **options: Any) -> Any:
         before = Decoder(config).double()
         before.load_state_dict(updater.student.state_dict())
         grads = {name: param.grad.clone().double() for name, param in updater.student.named_parameters()}
         steps.append((before, grads))
-        return original(loss)
+        return original(loss, **options)
 
     updater.optimizer.step = step
     return steps
@@ -122,6 +123,44 @@ def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
     assert outcomes[1][0] > 1e-1
     assert outcomes[1][1] == pytest.approx(1.0, abs=1e-5)  # recomputed: ratio 1 at the first update
     assert outcomes[0][1] != outcomes[1][1]
+
+
+@pytest.mark.parametrize("choice", ["auto", "sampler", "recompute"])
+def test_old_logprobs_in_bf16(choice: str) -> None:
+    """auto: none for the first update, whose ratio is 1; for the others those of the first weights."""
+    rollouts = make_rollouts()
+    start = make_student(dtype=torch.bfloat16)
+    set_sampler_logprobs(rollouts, near_policy(make_student(dtype=torch.float64), rollouts, 0.3, seed=5))
+    options = CHANGES | {"train.token_budget": 10_000, "loss.old_logprobs": choice}
+    config = load_config(None, options | {"loss.tis_clip": 1.5})
+    groups = groups_of(rollouts)
+    before = [compute_logprobs(start, group, token_budget=10_000, temperature=0.8) for group in groups]
+    forwarded: list[bool] = []
+    start.norm.register_forward_hook(lambda norm, args, out: forwarded.append(out[0].requires_grad))
+    updater = Updater(start, config, reference=None)
+    given: list[Any] = []
+    original = updater.one_update
+
+    def one_update(rollouts: Any, old: Any, ref: Any) -> dict[str, float]:
+        given.append(old)
+        return original(rollouts, old, ref)
+
+    updater.one_update = one_update
+    metrics = [metrics for _, metrics in updater.updates(groups, [[0, 2], [1]])]
+    assert forwarded.count(False) == {"auto": 1, "sampler": 0, "recompute": 3}[choice]
+    if choice == "sampler":
+        assert given == [None, None]
+    else:
+        assert (given[0] == "current") == (choice == "auto")
+        for by_attempt, expected in zip(given[1], before[1], strict=True):
+            assert all(torch.equal(one, two) for one, two in zip(by_attempt, expected, strict=True))
+        assert metrics[0]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+        assert metrics[0]["policy/clip_fraction"] == 0
+    assert metrics[1]["policy/ratio_mean"] != 1.0
+    # 0.3 nats and bf16's rounding; that of the first update, for all.
+    for name in ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats"):
+        assert metrics[0][name] == metrics[1][name]
+    assert 0.05 < metrics[0]["policy/sampler_mismatch_mean_nats"] < metrics[0]["policy/sampler_mismatch_nats"] < 3
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_a_run_of_them_stops() -> None:

@@ -1,0 +1,86 @@
+"""Weight gradients that the backward itself adds to .grad, in fp32.
+
+Departs from autograd, which would make each microbatch's gradient in the weight's dtype, as large
+as the weight, and then add it. That holds for parameters marked by accumulate_in_fp32 only, whose
+optimizer reads .grad; for all others gradients are ordinary returned ones. torch.autograd.grad and
+hooks on a marked weight see no gradient.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from socpo_fast.ops import linear
+from socpo_fast.ops._head import add_rows_, matmul_
+
+MARK = "accumulates_in_fp32"  # an attribute of the parameter itself, which copies do not inherit
+
+
+def accumulate_in_fp32(params: Iterable[nn.Parameter]) -> None:
+    """Marks parameters: their .grad is fp32, and linear layers and embeddings add to it in place."""
+    for param in params:
+        param.grad_dtype = torch.float32
+        setattr(param, MARK, True)
+
+
+def accumulates(param: Tensor) -> bool:
+    """Whether a gradient is about to be added to this parameter's .grad in place."""
+    return torch.is_grad_enabled() and param.requires_grad and hasattr(param, MARK)
+
+
+class AccumulatingLinear(torch.autograd.Function):
+    """ops.linear of x, weight and bias, both of them marked."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TD)
+        # Not saved: what checkpointing gives back for a saved weight is another tensor.
+        ctx.weight_ND, ctx.bias_N = weight_ND, bias_N
+        return linear(x_TD, weight_ND, bias_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, None, None]:
+        (x_TD,) = ctx.saved_tensors
+        grad_TN = grad_TN.contiguous()
+        weight_ND, bias_N = ctx.weight_ND, ctx.bias_N
+        has_grad = weight_ND.grad is not None
+        if not has_grad:
+            weight_ND.grad = torch.empty_like(weight_ND, dtype=torch.float32)
+        matmul_(weight_ND.grad, grad_TN.t(), x_TD, accumulate=has_grad)
+        if bias_N is not None:
+            _zeros_unless_there(bias_N).add_(grad_TN.sum(0, dtype=torch.float32))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        grad_x_TD = torch.empty_like(x_TD)
+        # A CPU reads bf16 weights beside fp32 rows.
+        matmul_(grad_x_TD, grad_TN, weight_ND.detach().to(x_TD.dtype))
+        return grad_x_TD, None, None
+
+
+class AccumulatingEmbedding(torch.autograd.Function):
+    """Rows of a marked weight."""
+
+    @staticmethod
+    def forward(ctx: Any, token_ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(token_ids_T)
+        ctx.weight_VD = weight_VD
+        return F.embedding(token_ids_T, weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[None, None]:
+        (token_ids_T,) = ctx.saved_tensors
+        add_rows_(_zeros_unless_there(ctx.weight_VD), token_ids_T, grad_TD.float())
+        return None, None
+
+
+def _zeros_unless_there(param: Tensor) -> Tensor:
+    """Returns the parameter's .grad, made where there is none."""
+    if param.grad is None:
+        param.grad = torch.zeros_like(param, dtype=torch.float32)
+    return param.grad

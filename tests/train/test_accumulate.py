@@ -1,0 +1,107 @@
+"""Gradients added in fp32 to .grad in place, by the decoder's own backward."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.model.accumulate import MARK
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.train.step import policy_gradients
+from tests.error_rule import assert_bitwise_equal
+from tests.train.naive import distance, norm
+from tests.train.rollouts import make_rollouts, make_student
+
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "biases": QWEN2,
+    "norms of heads": QWEN3,
+}
+
+
+def gradients(student: Decoder, **options: Any) -> dict[str, Tensor]:
+    """Of several microbatches."""
+    student.zero_grad(set_to_none=True)
+    options = {"token_budget": 60, "temperature": 0.8} | options
+    assert policy_gradients(student, make_rollouts(), **options).num_microbatches > 1
+    return {name: param.grad.clone() for name, param in student.named_parameters()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_equals_autograds_own(model: str) -> None:
+    """As near to fp64 as gradients that autograd returned and added."""
+    student = make_student(**MODELS[model])
+    truth = gradients(copy.deepcopy(student).double())
+    plain = gradients(student)
+    Optimizer(student, lr=1e-3)
+    in_place = gradients(student)
+    size = norm(truth)
+    assert distance(in_place, truth) <= 2 * distance(plain, truth) + 1e-6 * size
+    for name, grad in in_place.items():
+        torch.testing.assert_close(grad, plain[name], rtol=1e-4, atol=1e-5 * float(size), msg=name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bf16_weights_have_fp32_gradients(model: str) -> None:
+    """As near to fp64 as a student with the same weights in fp32, but for the head's bf16 input."""
+    student = make_student(dtype=torch.bfloat16, **MODELS[model])
+    # With a ratio of 1 everywhere rounding moves no row across a clip.
+    truth = gradients(copy.deepcopy(student).double(), old_logprobs="current")
+    Optimizer(student, lr=1e-3)
+    found = gradients(student, old_logprobs="current")
+    assert {grad.dtype for grad in found.values()} == {torch.float32}
+    assert distance(found, truth) <= 0.01 * norm(truth)
+    # Rounded to bf16 after each microbatch they would have no more than 8 bits. A token that stands
+    # in one row only brings its row of the embedding such a gradient anyway.
+    for name, grad in found.items():
+        num_rounded = (grad == grad.bfloat16().float()).sum() - (grad == 0).sum()
+        assert name.startswith("embed") or num_rounded < 0.1 * grad.numel() + 2, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_with_checkpointing(dtype: torch.dtype) -> None:
+    student = make_student(dtype=dtype)
+    Optimizer(student, lr=1e-3)
+    found = [gradients(student, checkpointing=checkpointing) for checkpointing in (False, False, True)]
+    for other in found[1:]:
+        for name, grad in found[0].items():
+            assert_bitwise_equal(grad, other[name], name=name)
+
+
+def test_added_where_it_lies() -> None:
+    """The second microbatch allocates no gradient; a parameter's storage stays."""
+    student = make_student(dtype=torch.bfloat16)
+    Optimizer(student, lr=1e-3)
+    gradients(student)
+    places = {name: param.grad.data_ptr() for name, param in student.named_parameters()}
+    policy_gradients(student, make_rollouts(), token_budget=60, temperature=0.8)
+    assert places == {name: param.grad.data_ptr() for name, param in student.named_parameters()}
+
+
+def test_copies_and_frozen_parameters_are_not_marked() -> None:
+    student = make_student()
+    Optimizer(student, lr=1e-3)
+    other = copy.deepcopy(student)
+    assert all(hasattr(param, MARK) for param in student.parameters())
+    assert not any(hasattr(param, MARK) for param in other.parameters())
+    for one in (student, other):
+        one.layers[0].mlp.down.weight.requires_grad_(False)
+    found = []
+    for one in (student, other):
+        policy_gradients(one, make_rollouts(), token_budget=60, temperature=0.8)
+        assert one.layers[0].mlp.down.weight.grad is None
+        found.append(one.layers[0].mlp.gate_up.weight.grad)
+    torch.testing.assert_close(*found)

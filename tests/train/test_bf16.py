@@ -1,0 +1,89 @@
+"""The built-in task's first updates in bf16 beside fp32."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.config import Config, load_config
+from socpo_fast.model import load_student
+from socpo_fast.ops.adamw import join_master
+from socpo_fast.session import Session, credit_options
+from socpo_fast.socratic.credit import assign_credit
+from socpo_fast.socratic.tasks import molar_mass
+from socpo_fast.train.step import compute_logprobs
+from socpo_fast.train.update import Updater
+from socpo_fast.types import Rollout
+
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "molar_mass.toml"
+ORDER = [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config(CONFIG, {"data.builtin_train_questions": 8, "rollout.questions_per_batch": 8})
+
+
+@pytest.fixture(scope="module")
+def groups(config: Config) -> list[list[Rollout]]:
+    """A batch of the student as it is shipped, credited."""
+    with closing(Session(config)) as session:
+        questions = session.train_questions()
+        rollouts = list(session.training_rollouts(questions, 1))
+    assign_credit(rollouts, options=credit_options(config))
+    by_question: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        by_question.setdefault(rollout.question_idx, []).append(rollout)
+    return list(by_question.values())
+
+
+def logprobs(updater: Updater, groups: list[list[Rollout]]) -> Tensor:
+    """Of every sampled token, in a row, under the masters of the parameters."""
+    masters = load_student(molar_mass.STUDENT_DIR)
+    low_bits = updater.optimizer.low_bits
+    with torch.no_grad():
+        for (name, param), other in zip(masters.named_parameters(), updater.student.parameters(), strict=True):
+            param.copy_(join_master(other, low_bits[name]) if low_bits else other)
+    rollouts = [rollout for group in groups for rollout in group]
+    found = compute_logprobs(masters, rollouts, token_budget=8192, temperature=1.0)
+    return torch.cat([x for by_attempt in found for x in by_attempt])
+
+
+def test_updates_in_bf16_follow_fp32(config: Config, groups: list[list[Rollout]]) -> None:
+    advantages = torch.cat([
+        torch.full((turn.attempt.num_tokens,), turn.advantage)
+        for group in groups
+        for rollout in group
+        for turn in rollout.turns
+    ])  # fmt: skip
+    metrics, gained = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        updater = Updater(load_student(molar_mass.STUDENT_DIR, dtype=dtype), config, reference=None)
+        before = logprobs(updater, groups)
+        metrics[dtype] = [metrics for _, metrics in updater.updates(groups, ORDER)]
+        gained[dtype] = (logprobs(updater, groups) - before) * advantages
+        assert updater.optimizer.num_skipped == 0
+    for exact, rounded in zip(metrics["float32"], metrics["bfloat16"], strict=True):
+        assert rounded["policy/loss"] == pytest.approx(exact["policy/loss"], abs=0.01)
+        assert rounded["policy/grad_norm"] == pytest.approx(exact["policy/grad_norm"], rel=0.05)
+        assert rounded["policy/entropy"] == pytest.approx(exact["policy/entropy"], rel=0.02)
+    # What was good became likelier, and by as much.
+    assert gained["float32"].mean() > 0
+    assert gained["bfloat16"].mean() == pytest.approx(gained["float32"].mean().item(), rel=0.1)
+
+
+def test_masters_move_by_less_than_bf16_can_tell(config: Config, groups: list[list[Rollout]]) -> None:
+    """At the default learning rate of 1e-6 most parameters keep their bits; all masters move."""
+    small = load_config(None, {"train.lr": 1e-6, "train.warmup_updates": 0})
+    student = load_student(molar_mass.STUDENT_DIR, dtype="bfloat16")
+    updater = Updater(student, small, reference=None)
+    param = student.layers[0].mlp.down.weight
+    before = param.detach().clone()
+    list(updater.updates(groups[:2], [[0], [1]]))
+    master = join_master(param.detach(), updater.optimizer.low_bits["layers.0.mlp.down.weight"])
+    assert (param == before).float().mean() > 0.9
+    assert (master != before.float()).float().mean() > 0.9
