@@ -11,7 +11,7 @@ from torch import Tensor
 from socpo_fast.engine.fused_layers import fused_weights, has_hooks, run_fused_layers
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.engine.step import Step
-from socpo_fast.model.decoder import Decoder, Layer
+from socpo_fast.model.decoder import Decoder, Layer, computing_dtype
 from socpo_fast.ops._impl import pick_impl
 from socpo_fast.ops.paged_attention import paged_attention_op
 from socpo_fast.ops.rotary import rotary_write_op
@@ -21,8 +21,7 @@ class Runner:
     def __init__(self, student: Decoder, *, num_pages: int, page_size: int, cascade: bool, attention: str):
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
-        # What attention is given on a CPU is fp32, whatever the weights are stored in.
-        queries = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32) if weight.is_cpu else None)
+        queries = weight.new_empty(0, dtype=computing_dtype(weight))
         self.attention_impl = pick_impl("paged_attention", attention, queries)
         self.rotary_impl = pick_impl("rotary_write", "auto", queries)
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)

@@ -79,9 +79,12 @@ class Decoder(nn.Module):
     def first_layer_inputs(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The tokens' embeddings [T, D], and cos and sin [T, E] of their positions."""
         x_TD = self.embed(token_ids_T)
-        if x_TD.is_cpu:
-            x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))  # bf16 weights are read, never computed in
-        return x_TD, rotary_tables(positions_T, self.inv_freq)
+        return x_TD.to(computing_dtype(x_TD)), rotary_tables(positions_T, self.inv_freq)
+
+
+def computing_dtype(weight: Tensor) -> torch.dtype:
+    """What a model computes in: bf16 weights on a CPU, which has no arithmetic for them, are only read."""
+    return torch.float32 if weight.is_cpu and weight.dtype == torch.bfloat16 else weight.dtype
 
 
 class Layer(nn.Module):

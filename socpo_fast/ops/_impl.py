@@ -37,6 +37,7 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "swiglu": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "tree_attention": {"cpp": _FP32},
 }
+FASTEST = {"cpu": "cpp", "cuda": "triton"}  # of ours, by device: what auto means
 _DEVICES = {"cpp": "cpu", "triton": "cuda", "flash": "cuda"}
 _RUNS_ON = {
     "cpp": "the CPU",
@@ -54,8 +55,8 @@ def pick_impl(op: str, impl: str, x: Tensor) -> str:
     """
     device, dtypes = x.device.type, IMPLS[op]
     if impl == "auto":
-        fastest = "triton" if device == "cuda" else "cpp"
-        fits = x.dtype in dtypes.get(fastest, ()) and device == _DEVICES[fastest]
+        fastest = FASTEST.get(device, "ref")
+        fits = x.dtype in dtypes.get(fastest, ())
         return fastest if fits and _IS_THERE[fastest] else "ref"
     if impl == "ref":
         return impl
