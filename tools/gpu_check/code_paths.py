@@ -19,6 +19,7 @@ from socpo_fast.engine.sampler import draw
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.model.decoder import Layer, rotary_tables
 from socpo_fast.ops import linear_policy_loss, rms_norm, rotary, rotary_write, swiglu
+from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
 from tools.gpu_check.fake_cuda import Recorder, fake_cuda
@@ -148,10 +149,13 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
 
 
 def update(recorder: Recorder, student: Decoder) -> None:
-    """Forward and backward of one group; its statistics are read at the end."""
+    """Forward, backward and AdamW's step of one group; its figures are read once, at the end."""
     rollouts = [_rollout(idx, num_attempts=1 + idx % 2) for idx in range(GROUP_SIZE)]
-    with recorder.section("update of one group", may_read=True):
-        policy_gradients(student, rollouts, token_budget=16384, temperature=1.0)
+    optimizer = Optimizer(student, lr=1e-6)
+    with recorder.section("update of one group", may_read=False):
+        stats = policy_gradients(student, rollouts, token_budget=16384, temperature=1.0)
+    with recorder.section("its step of AdamW", may_read=True):
+        optimizer.step(stats.figures_6[0], also_read=stats.figures_6)
 
 
 def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:

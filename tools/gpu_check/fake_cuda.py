@@ -177,6 +177,8 @@ class Recorder(TorchDispatchMode):
         section = self.current
         assert section is not None, "a backward outside of a section"
         name = f"{section.name}, backward"
+        if loss.dim() > 0:  # from the gradient of hidden states
+            name += " of the layers"
         with self.section(name, may_read=section.may_read, may_upload=section.may_upload):
             backward([loss], [torch.ones_like(loss)])
 

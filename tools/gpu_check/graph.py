@@ -42,7 +42,8 @@ def _arrive(arrived: dict[Any, dict[int, Tensor]], node: Any, index: int, gradie
     shape = torch.Size(expected.shape)
     if gradient.shape != shape:  # it was broadcast
         gradient = gradient.sum_to_size(shape)
-    gradient = gradient.to(expected.dtype)
+    leaf = getattr(node, "variable", None)
+    gradient = gradient.to(expected.dtype if leaf is None else leaf.grad_dtype)
     inputs = arrived.setdefault(node, {})
     inputs[index] = inputs[index] + gradient if index in inputs else gradient
 
