@@ -141,6 +141,27 @@ def test_the_run_is_worth_comparing(straight: Config) -> None:
     assert len(set(asked[:18])) == 6 and set(asked[18:]) & set(asked[:18])
 
 
+def test_killed_in_bf16(tmp_path: Path) -> None:
+    """Masters come back from their halves; the settings refuse bf16 on a CPU for its speed only."""
+
+    def in_bf16(folder: Path) -> Config:
+        config = config_of(folder, run__num_batches=3, loss__old_logprobs="auto")
+        student = config.student.model_copy(update={"dtype": "bfloat16"})
+        return config.model_copy(update={"student": student})
+
+    straight = in_bf16(tmp_path / "straight")
+    trainer.train(straight)
+    copy_as_killed(straight, tmp_path / "killed", 1)
+    config = in_bf16(tmp_path / "killed")
+    with pytest.warns(UserWarning, match="torn"):
+        trainer.train(config)
+    assert_same(config, straight)
+    updates = [row for row in rows_of(straight) if row["kind"] == "update"]
+    assert updates[0]["policy/ratio_mean"] == 1.0
+    assert 0 < updates[0]["policy/sampler_mismatch_mean_nats"] < 0.05
+
+
+
 @pytest.mark.parametrize("num_batches", range(1, NUM_BATCHES))
 def test_killed_after_any_checkpoint(straight: Config, tmp_path: Path, num_batches: int) -> None:
     config = copy_as_killed(straight, tmp_path, num_batches)

@@ -56,7 +56,10 @@ class StudentConfig(Section):
         min_length=1,
         description="Hugging Face folder, or builtin",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="parameter type; float32 on a CPU")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="parameter type; bfloat16 (on a card): the high half of an exact fp32 master",
+    )
     enable_thinking: bool | None = Field(
         default=None, description="for chat templates that ask (Qwen3: false = no thinking); none = the template's own"
     )
@@ -168,7 +171,9 @@ class LossConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of that KL")
     tis_clip: float | None = Field(default=None, gt=0, description="truncated importance sampling: cap of the weight")
     old_logprobs: Literal["auto", "sampler", "recompute"] = Field(
-        default="auto", description="auto = the sampler's if within 1e-3 nats, else recomputed"
+        default="auto",
+        description="auto = the sampler's if within 1e-3 nats in fp32; "
+        "else none for the first update, recomputed for the others",
     )
 
 
