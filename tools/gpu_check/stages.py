@@ -34,6 +34,7 @@ STAGES: tuple[Stage, ...] = (
         "kernels", 50, 90, "every Triton kernel against fp64, Qwen3's heads, 2^31 elements", True
     ),
     Stage("engine", 35, 80, "tokens beside the CPU's, graphs, preemption, host syncs", True),
+    Stage("attention", 44, 100, "attention over trees beside one long row, and its peers"),
     Stage("rates", 40, 90, "each kernel's rate beside the card's"),
     Stage("decode", 65, 110, "ms a decode step, Qwen3-0.6B and 4B, beside their bytes"),
     Stage("training", 75, 120, "ms an update, MFU, where the time goes, peak memory"),
