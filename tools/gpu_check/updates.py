@@ -54,7 +54,7 @@ def gradients(student: Decoder, rollouts: list[Rollout], *, checkpointing: bool 
 
 
 class Trainee:
-    """A student, its optimizer and the rollouts of an update; the same bits each time it is made."""
+    """A student, its optimizer and an update's rollouts; the same bits each time it is made."""
 
     def __init__(
         self, check: Check, model: str, dtype: torch.dtype, num_groups: int, checkpointing: bool
