@@ -67,7 +67,7 @@ EXPECTATIONS: dict[str, Expectation] = {
     "attention.long_row_tflop_s": _rate("FlashAttention 2 on Hopper", 0.4, unit="TFLOP/s"),
     "attention.limit_tflop_s": _most("TFLOP/s", "8192 tokens: 350 forward, 270 backward", 290),
     "attention.limit_tflop_s: forward": _most("TFLOP/s", "FlashAttention 2, 8192 tokens", 350),
-    "attention.row_error": _least("", "probabilities and their gradients in bf16", 1e-2, 5e-2),
+    "attention.row_error": _least("", "as by torch in bf16 on a CPU", 7e-3, 2e-2),
     "attention.forward_tflop_s": _rate("plain Triton; masks at edges", 0.55, 0.6, "TFLOP/s"),
     "attention.training_tflop_s": _rate("nine products for seven", 0.5, 0.6, "TFLOP/s"),
     "attention.forward_tflop_s: 8 x 100 to 300 behind 300": _rate(
@@ -150,7 +150,7 @@ EXPECTATIONS: dict[str, Expectation] = {
     ),
     "training.fp32_update_ms": _time("products at 50 of 800 TFLOP/s", 0.05),
     "training.optimizer_ms": _time("28 bytes a number, a launch a parameter, one norm", 0.7),
-    "training.host_waits": _least("", "11 uploads, 7 statistics, the norm", 19),
+    "training.host_waits": _least("", "13 uploads and 7 reads in the walk, the norm", 21),
     "training.peak_gib": _least("GiB", "13.6k tokens at 1.7 MB, gradients, logits", 27.0),
     "training.peak_gib: Qwen3-1.7B in bfloat16, 2 groups": _least(
         "GiB", "33 GB of activations, 7 of gradients, 2 of logits", 39.0
@@ -170,7 +170,7 @@ EXPECTATIONS: dict[str, Expectation] = {
     ),
     "training.gradient_error": _least("", "fp32 sums in another order", 1e-5, 1e-3),
     "training.gradient_error: bf16 beside fp32": _least("", "bf16 through 28 layers", 0.05),
-    "training.launches": _least("", "25 a layer forward, 35 back, 311 steps, head", 2200),
+    "training.launches": _least("", "1,577 in the walk; a step and a norm a parameter", 2000),
     "training.repeats": _most("", "no float atomics", 1, 1),
     "training.mismatch_mean_nats": _least("nats", "bf16 sums in another order", 5e-3),
     "training.mismatch_max_nats": _least("nats", "the tail of it", 0.1),
