@@ -170,7 +170,8 @@ def long_row(check: Check) -> None:
                     if backend is SDPBackend.FLASH_ATTENTION:
                         best[way] = max(best[way], rate)
     for way, rate in best.items():
-        check.figure("attention.limit_tflop_s", rate, of=way)
+        if rate > 0:
+            check.figure("attention.limit_tflop_s", rate, of=way)
 
 
 def long_row_runs(

@@ -117,7 +117,12 @@ def beside_padded_rows(check: Check) -> None:
     theirs.zero_grad(set_to_none=True)
     del theirs, run
     student = make_model(MODELS[name], device=check.device, dtype=check.dtype)
-    ms = median_ms(lambda: gradients(student, rollouts), check.device)
+
+    def ours() -> None:
+        student.zero_grad(set_to_none=True)
+        gradients(student, rollouts)
+
+    ms = median_ms(ours, check.device)
     check.figure("training.padded_rows_ms", their_ms, of="transformers")
     check.figure("training.times_padded_rows", their_ms / ms)
 

@@ -42,8 +42,7 @@ def flops_of(student: Decoder, rollouts: list[Rollout]) -> float:
 
 
 def gradients(student: Decoder, rollouts: list[Rollout], *, checkpointing: bool = False) -> float:
-    """One update's gradients, into cleared .grad; returns the loss."""
-    student.zero_grad(set_to_none=True)
+    """Adds one update's gradients to .grad, which a step of the optimizer drops; returns the loss."""
     return policy_gradients(
         student,
         rollouts,
