@@ -149,6 +149,17 @@ def value_of(check: Check, key: str, of: str) -> float | None:
     return read_results(check.results, NAMES).value_of(key, of)
 
 
+def limit_of(check: Check, way: str) -> float | None:
+    """TFLOP/s of one long row, if it was measured."""
+    return value_of(check, "attention.limit_tflop_s", way)
+
+
+def ms_at_limit(check: Check, problem: Problem, way: str) -> float | None:
+    """What the useful work would take at that rate."""
+    limit = limit_of(check, way)
+    return 1e-9 * problem.flops(way) / limit if limit else None
+
+
 def long_row(check: Check) -> None:
     """SDPA over one long causal row, with grouped heads and with a key head for each: the limit."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
@@ -208,11 +219,9 @@ def measure_ours(check: Check) -> None:
             for what, a, b in zip(("o", "dQ", "dK", "dV"), *two, strict=True):
                 assert_bitwise_equal(a, b, name=f"{shape.name}: {what} of two runs")
             for way, run in runs_of(problem, contender).items():
-                ms, flops = device_ms(check, run), problem.flops(way)
-                limit = value_of(check, "attention.limit_tflop_s", way)
-                limit_ms = 1e-9 * flops / limit if limit else None
+                ms, limit_ms = device_ms(check, run), ms_at_limit(check, problem, way)
                 check.figure(f"attention.{way}_ms", ms, of=shape.name, limit=limit_ms)
-                rate = 1e-9 * flops / ms
+                rate, limit = 1e-9 * problem.flops(way) / ms, limit_of(check, way)
                 check.figure(f"attention.{way}_tflop_s", rate, of=shape.name, limit=limit)
 
 
@@ -230,11 +239,11 @@ def measure_peer(
             contender = make(problem)
             hold_to_truth(problem, contender, MAX_ERROR[check.dtype])
             for way, run in runs_of(problem, contender).items():
-                ms = device_ms(check, run)
-                check.figure(f"attention.peer_{way}_ms", ms, of=f"{contender.name}, {shape.name}")
+                ms, of = device_ms(check, run), f"{way}, {contender.name}, {shape.name}"
+                limit_ms = ms_at_limit(check, problem, way)
+                check.figure(f"attention.{key}_ms", ms, of=of, limit=limit_ms)
                 our_ms = value_of(check, f"attention.{way}_ms", shape.name)
                 if our_ms:
-                    of = f"{way}, {contender.name}, {shape.name}"
                     check.figure(f"attention.times_{key}", ms / our_ms, of=of)
 
 

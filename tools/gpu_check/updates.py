@@ -42,7 +42,7 @@ def flops_of(student: Decoder, rollouts: list[Rollout]) -> float:
 
 
 def gradients(student: Decoder, rollouts: list[Rollout], *, checkpointing: bool = False) -> float:
-    """Adds one update's gradients to .grad, which a step of the optimizer drops; returns the loss."""
+    """Adds an update's gradients to .grad, which an optimizer's step drops; returns the loss."""
     return policy_gradients(
         student,
         rollouts,
