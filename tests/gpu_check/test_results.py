@@ -56,8 +56,12 @@ def test_expectations_become_numbers_of_the_limit() -> None:
     made = make_figure("rates.sample_gb_s", 1000.0, of="64 rows", limit=3000.0)
     assert made.goal == pytest.approx(1800.0) and made.verdict == "missed"
     assert made.share == pytest.approx(1 / 3)
-    general = make_figure("training.peak_gib", 25.0, of="Qwen3-0.6B in bfloat16", limit=None)
-    special = make_figure("training.peak_gib", 25.0, of="Qwen3-1.7B in bfloat16", limit=None)
+    general = make_figure(
+        "training.peak_gib", 25.0, of="Qwen3-0.6B in bfloat16, 2 groups", limit=None
+    )
+    special = make_figure(
+        "training.peak_gib", 25.0, of="Qwen3-1.7B in bfloat16, 2 groups", limit=None
+    )
     assert general.verdict == "ok" and special.predicted != general.predicted
     with pytest.raises(AssertionError, match="write one before it is measured"):
         make_figure("decode.something", 1.0, of="", limit=None)

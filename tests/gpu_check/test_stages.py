@@ -17,8 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a card alone can give.
 CARD_ONLY = {
     "machine.memory_gib", "machine.memory_free_gib",
-    "ceilings.link_gb_s", "ceilings.varlen_ms", "ceilings.varlen_fixed_order_ms",
-    "ceilings.varlen_peak_gib", "ceilings.varlen_repeats",
+    "ceilings.link_gb_s", "attention.varlen_ms", "attention.times_varlen",
     "rates.decode_gb_s",
     "decode.step_ms", "decode.graph_ms", "decode.capture_ms", "decode.graph_mib",
     "decode.kv_cache_gib", "decode.driver_gib",

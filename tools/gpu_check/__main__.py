@@ -1,6 +1,6 @@
 """Check this project on the machine's card, most valuable first, within a deadline.
 
-    python -m tools.gpu_check                    five minutes: the first six (make gpu-check)
+    python -m tools.gpu_check                    five minutes: the first seven (make gpu-check)
     python -m tools.gpu_check --minutes 8        all stages
     python -m tools.gpu_check --only rates head  these, whatever they are
     python -m tools.gpu_check --failed           what failed or was skipped last time on this card

@@ -19,7 +19,7 @@ import torch
 
 from socpo_fast.train.optimizer import Optimizer
 from tests.engine.tiny import generate_same
-from tools.gpu_check.check import Check, Part
+from tools.gpu_check.check import ROOT, Check, Part
 from tools.gpu_check.engines import (
     PAGE_SIZE,
     PROMPTS,
@@ -118,14 +118,23 @@ def host_syncs(check: Check) -> None:
             loop._round = unwatched(check.device, rounds)
         engine.submit(prompt, params, key=(1, 1))
         engine.step()
-        with warnings.catch_warnings(record=True) as caught, sync_debug(check.device, "warn"):
-            warnings.simplefilter("always")
-            engine.step()
-        syncs = sum("synchroniz" in str(warning.message) for warning in caught)
-        check.figure(f"engine.syncs_of_{count}_token{'s' * (count > 1)}", syncs)
+        num_waits = len(host_waits(check.device, engine.step))
+        check.figure(f"engine.syncs_of_{count}_token{'s' * (count > 1)}", num_waits)
         if loop is not None and check.is_cuda:
             launch_rounds(engine)
         drain(engine)
+
+
+def host_waits(device: torch.device, run: Callable[[], object]) -> list[str]:
+    """Where the host waits for the device during a call, a place for each time."""
+    with warnings.catch_warnings(record=True) as caught, sync_debug(device, "warn"):
+        warnings.simplefilter("always")
+        run()
+    return [
+        f"{warning.filename.removeprefix(f'{ROOT}/')}:{warning.lineno}"
+        for warning in caught
+        if "synchroniz" in str(warning.message)
+    ]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One question's rollouts as a trainer gets them, of random tokens.
+"""Groups of rollouts as a trainer gets them, of random tokens.
 
 A shared prompt, eight first answers, guidance and a second answer behind half of them.
 """
@@ -26,17 +26,18 @@ class GroupShape:
 GROUP, TINY_GROUP = GroupShape(300, 500, 130), GroupShape(12, 8, 3, rollouts=4)
 
 
-def make_rollouts(vocab_size: int, shape: GroupShape) -> list[Rollout]:
+def make_rollouts(vocab_size: int, shape: GroupShape, num_groups: int = 1) -> list[Rollout]:
     """Random tokens; every second rollout has a second attempt."""
     rng = random.Random(0)
-    prompt_ids = _ids(rng, vocab_size, shape.prompt)
     rollouts = []
-    for idx in range(shape.rollouts):
-        num_attempts = 1 + idx % 2
-        attempts = [_attempt(rng, vocab_size, shape, idx, k) for k in range(num_attempts)]
-        rollout = Rollout(question_idx=0, rollout_idx=idx, prompt_ids=prompt_ids)
-        add_turns(rollout, attempts, _ids(rng, vocab_size, shape.bridge))
-        rollouts.append(rollout)
+    for question_idx in range(num_groups):
+        prompt_ids = _ids(rng, vocab_size, shape.prompt)
+        for idx in range(shape.rollouts):
+            num_attempts = 1 + idx % 2
+            attempts = [_attempt(rng, vocab_size, shape, idx, k) for k in range(num_attempts)]
+            rollout = Rollout(question_idx=question_idx, rollout_idx=idx, prompt_ids=prompt_ids)
+            add_turns(rollout, attempts, _ids(rng, vocab_size, shape.bridge))
+            rollouts.append(rollout)
     return rollouts
 
 

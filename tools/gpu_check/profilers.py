@@ -28,7 +28,7 @@ from tools.gpu_check.processes import output_of
 DRAM = "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
 OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 KERNELS = "regex:_decode_kernel|_sample_tile_kernel"
-WARM_UP_S, NCU_S, SANITIZER_S = 20, 25, 40
+WARM_UP_S, NCU_S, SANITIZER_S = 20, 20, 30
 SIZES, TINY_SIZES = (70, 211, 24), (21, 67, 12)  # rows, vocabulary, width of the sanitizer's ops
 
 

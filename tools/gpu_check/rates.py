@@ -22,6 +22,7 @@ from socpo_fast.kernels import swiglu as gates
 from socpo_fast.kernels.rotary import rotary, rotary_write
 from socpo_fast.model import ModelConfig
 from socpo_fast.ops import row_keys
+from tools.gpu_check.adamw import adamw
 from tools.gpu_check.check import Check, Part, check_close
 from tools.gpu_check.decode_kernel import (
     DECODE,
@@ -205,6 +206,7 @@ PARTS: dict[str, Part] = {
     "decode attention": decode_attention,
     "head and draw": head_and_draw,
     "elementwise": elementwise,
+    "adamw": adamw,
     "prefill attention": prefill_attention,
     "decode variants": decode_variants,
 }

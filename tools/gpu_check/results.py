@@ -104,11 +104,11 @@ class Results:
         """Not those that the deadline cut: they lack time, not correctness."""
         return [name for name, stage in self.stages.items() if stage.status in ("failed", "killed")]
 
-    def value_of(self, key: str) -> float | None:
-        """The latest value of a figure that has one case only."""
+    def value_of(self, key: str, of: str | None = None) -> float | None:
+        """The value of a figure: of this case, or the first there is."""
         for stage in self.stages.values():
             for figure in stage.figures:
-                if figure.key == key:
+                if figure.key == key and of in (None, figure.of):
                     return figure.value
         return None
 

@@ -1,7 +1,8 @@
-"""Stage `training`: an update's forward and backward at a real shape, beside its FLOPs.
+"""Stage `training`: whole updates at real shapes, beside their FLOPs, and what their numbers are.
 
-One question's rollouts as a trainer gets them: a shared prompt, eight first answers, guidance and a
-second answer behind half of them. bf16 is what training will be in; fp32 is what it is in today.
+Rollouts as a trainer gets them: a shared prompt, eight first answers, guidance and a second answer
+behind half of them. Parameters are bf16, the high half of an fp32 master, with fp32 gradients and
+moments; fp32 stands beside it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from socpo_fast import Engine
 from socpo_fast.model import Decoder
 from socpo_fast.ops import policy_loss
-from socpo_fast.ops.tree_attention import num_pairs
 from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.packing import pack_rollouts
-from socpo_fast.train.step import compute_logprobs, policy_gradients
+from socpo_fast.train.step import compute_logprobs
 from socpo_fast.types import Rollout, Turn
 from tests.engine.tiny import generate_same
 from tools.gpu_check.check import Check, Part, check_close, relative_error
@@ -25,66 +23,8 @@ from tools.gpu_check.decoding import make_engine, params_of
 from tools.gpu_check.engines import prompts_of
 from tools.gpu_check.groups import GROUP, TINY_GROUP, make_rollouts
 from tools.gpu_check.models import CONFIGS, MODELS, make_model
-from tools.gpu_check.rooflines import num_parameters, update_flops
-from tools.gpu_check.timing import fp32_products, median_ms, peak_gib, profile_table
-
-TOKEN_BUDGET = 16384
-
-
-def flops_of(student: Decoder, rollouts: list[Rollout]) -> float:
-    """Of the update, from its packed microbatches."""
-    total = 0.0
-    for batch in pack_rollouts(rollouts, packing="tree", token_budget=TOKEN_BUDGET):
-        seen_pairs = num_pairs(batch.visible_until_T)
-        counts = batch.tokens_forwarded, batch.targets_N.numel(), seen_pairs
-        total += update_flops(student.config, *counts)
-    return total
-
-
-def gradients(student: Decoder, rollouts: list[Rollout], *, checkpointing: bool) -> None:
-    """One update's gradients, into cleared .grad."""
-    student.zero_grad(set_to_none=True)
-    policy_gradients(
-        student,
-        rollouts,
-        token_budget=TOKEN_BUDGET,
-        temperature=1.0,
-        checkpointing=checkpointing,
-    )
-
-
-def update(
-    model: str, dtype: torch.dtype, *, precision: str = "ieee", checkpointing: bool = False
-) -> Part:
-    """Time, share of the card's GEMM rate, peak memory and kernels of one update's gradients."""
-
-    def part(check: Check) -> None:
-        config = MODELS["tiny" if check.tiny else model]
-        used = dtype if check.is_cuda else torch.float32
-        student = make_model(config, device=check.device, dtype=used)
-        rollouts = make_rollouts(config.vocab_size, TINY_GROUP if check.tiny else GROUP)
-        word = str(used).removeprefix("torch.") + (" by tf32" if precision == "tf32" else "")
-        of = f"{model} in {word}" + (", layers recomputed" if checkpointing else "")
-
-        def run() -> None:
-            gradients(student, rollouts, checkpointing=checkpointing)
-
-        with fp32_products(precision):
-            peak = peak_gib(run, check.device)
-            num_flops = flops_of(student, rollouts)
-            key = "training.update_ms" if dtype == torch.bfloat16 else "training.fp32_update_ms"
-            limit = check.ceilings.bf16_ms(num_flops)
-            check.figure(key, median_ms(run, check.device), of=of, limit=limit)
-            check.figure("training.peak_gib", peak, of=of)
-            if check.is_cuda:
-                reserved = torch.cuda.max_memory_reserved(check.device) / 2**30
-                check.figure("training.reserved_gib", reserved, of=of)
-            first = student.lm_head.weight.grad
-            assert first is not None and bool(first.isfinite().all()), "the gradient is not finite"
-            run()
-            check.figure("training.repeats", torch.equal(first, student.lm_head.weight.grad), of=of)
-
-    return part
+from tools.gpu_check.timing import median_ms
+from tools.gpu_check.updates import TOKEN_BUDGET, gradients, kernels_of_an_update, update
 
 
 def mismatch(dtype: torch.dtype) -> Part:
@@ -95,29 +35,34 @@ def mismatch(dtype: torch.dtype) -> Part:
         used = dtype if check.is_cuda else torch.float32
         student = make_model(config, device=check.device, dtype=used)
         prompt, new = (12, 8) if check.tiny else (300, 100)
-        engine: Engine = make_engine(student, 4 * 8 * (prompt + new + 64))
-        prompts = prompts_of(student, 4, prompt)
-        groups = generate_same(engine, prompts, params_of(new, n=8))
-        rollouts = [
-            Rollout(
-                question_idx=q,
-                rollout_idx=attempt.rollout_idx,
-                prompt_ids=prompts[q],
-                turns=[Turn(attempt=attempt)],
-            )
-            for q, group in enumerate(groups)
-            for attempt in group
-        ]
-        logprobs = compute_logprobs(student, rollouts, token_budget=TOKEN_BUDGET, temperature=1.0)
-        differences = torch.cat([
-            (ours[0] - rollout.turns[0].attempt.logprobs).abs()
-            for ours, rollout in zip(logprobs, rollouts, strict=True)
-        ])  # fmt: skip
-        of = str(used).removeprefix("torch.")
+        differences = mismatch_of(student, prompts_of(student, 4, prompt), new)
+        of = str(dtype).removeprefix("torch.")
         check.figure("training.mismatch_mean_nats", float(differences.mean()), of=of)
         check.figure("training.mismatch_max_nats", float(differences.max()), of=of)
 
     return part
+
+
+def mismatch_of(student: Decoder, prompts: list[list[int]], num_new: int) -> Tensor:
+    """|log-prob - the sampler's| of every token of eight rollouts a prompt, nats."""
+    longest = max(map(len, prompts))
+    engine = make_engine(student, len(prompts) * 8 * (longest + num_new + 64))
+    groups = generate_same(engine, prompts, params_of(num_new, n=8))
+    rollouts = [
+        Rollout(
+            question_idx=q,
+            rollout_idx=attempt.rollout_idx,
+            prompt_ids=prompts[q],
+            turns=[Turn(attempt=attempt)],
+        )
+        for q, group in enumerate(groups)
+        for attempt in group
+    ]
+    logprobs = compute_logprobs(student, rollouts, token_budget=TOKEN_BUDGET, temperature=1.0)
+    return torch.cat([
+        (ours[0] - rollout.turns[0].attempt.logprobs).abs()
+        for ours, rollout in zip(logprobs, rollouts, strict=True)
+    ])  # fmt: skip
 
 
 def beside_cpu(check: Check) -> None:
@@ -127,7 +72,7 @@ def beside_cpu(check: Check) -> None:
     found = []
     for device in (torch.device("cpu"), check.device):
         student = make_model(config, device="cpu", dtype=torch.float32).to(device)
-        gradients(student, rollouts, checkpointing=False)
+        gradients(student, rollouts)
         found.append({name: p.grad for name, p in student.named_parameters()})
     worst = 0.0
     for name, truth in found[0].items():
@@ -145,45 +90,16 @@ def bf16_beside_fp32(check: Check) -> None:
     wide = make_model(config, device=check.device, dtype=torch.float32)
     wide.load_state_dict(narrow.state_dict())
     squares = [0.0, 0.0]
+    optimizers = [Optimizer(student, lr=1e-6) for student in (narrow, wide)]  # own the gradients
     for student in (narrow, wide):
-        gradients(student, rollouts, checkpointing=False)
+        gradients(student, rollouts)
     for p, q in zip(narrow.parameters(), wide.parameters(), strict=True):
         squares[0] += float((p.grad.double() - q.grad.double()).square().sum())
         squares[1] += float(q.grad.double().square().sum())
+        assert p.grad.dtype == torch.float32, f"a gradient must be float32, got {p.grad.dtype}"
+    del optimizers
     error = (squares[0] / squares[1]) ** 0.5
     check.figure("training.gradient_error", error, of="bf16 beside fp32")
-
-
-def kernels_of_an_update(check: Check) -> None:
-    """Kernels by time. Last: a profiler stays in the way of what follows."""
-    model = "tiny" if check.tiny else "Qwen3-0.6B"
-    student = make_model(MODELS[model], device=check.device, dtype=check.dtype)
-    rollouts = make_rollouts(MODELS[model].vocab_size, TINY_GROUP if check.tiny else GROUP)
-
-    def run() -> None:
-        gradients(student, rollouts, checkpointing=False)
-
-    run()
-    table, num_launches = profile_table(run, check.device, num_rows=25)
-    check.figure("training.launches", num_launches)
-    check.note(f"gradients of {model}, kernels by time\n{table}")
-
-
-def optimizer_step(check: Check) -> None:
-    """Clipping and AdamW over fp32 parameters: read p, g, m, v, write p, m, v."""
-    config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
-    student = make_model(config, device=check.device, dtype=torch.float32)
-    optimizer = Optimizer(student, lr=1e-6)
-    gradients_of = {p: torch.full_like(p, 1e-3) for p in student.parameters()}
-
-    def run() -> None:
-        for parameter, gradient in gradients_of.items():
-            parameter.grad = gradient  # a step takes them away
-        optimizer.step()
-
-    ms = median_ms(run, check.device)
-    limit = check.ceilings.copy_ms(28 * num_parameters(config))
-    check.figure("training.optimizer_ms", ms, of="Qwen3-0.6B in fp32", limit=limit)
 
 
 def beside_padded_rows(check: Check) -> None:
@@ -201,7 +117,12 @@ def beside_padded_rows(check: Check) -> None:
     theirs.zero_grad(set_to_none=True)
     del theirs, run
     student = make_model(MODELS[name], device=check.device, dtype=check.dtype)
-    ms = median_ms(lambda: gradients(student, rollouts, checkpointing=False), check.device)
+
+    def ours() -> None:
+        student.zero_grad(set_to_none=True)
+        gradients(student, rollouts)
+
+    ms = median_ms(ours, check.device)
     check.figure("training.padded_rows_ms", their_ms, of="transformers")
     check.figure("training.times_padded_rows", their_ms / ms)
 
@@ -235,15 +156,13 @@ def padded_update(
 
 PARTS: dict[str, Part] = {
     "gradients beside the CPU": beside_cpu,
-    "bf16, 0.6B": update("Qwen3-0.6B", torch.bfloat16),
+    "bf16, 0.6B": update("Qwen3-0.6B", torch.bfloat16, num_groups=2),
+    "bf16, 1.7B": update("Qwen3-1.7B", torch.bfloat16, num_groups=2),
     "mismatch in bf16": mismatch(torch.bfloat16),
-    "bf16, 1.7B": update("Qwen3-1.7B", torch.bfloat16),
-    "padded rows": beside_padded_rows,
     "bf16 beside fp32": bf16_beside_fp32,
-    "optimizer": optimizer_step,
-    "bf16, 4B": update("Qwen3-4B", torch.bfloat16, checkpointing=True),
+    "padded rows": beside_padded_rows,
+    "bf16, 4B": update("Qwen3-4B", torch.bfloat16, checkpointing=True, repeats=False),
     "mismatch in fp32": mismatch(torch.float32),
-    "fp32 by tf32, 0.6B": update("Qwen3-0.6B", torch.float32, precision="tf32"),
-    "fp32, 0.6B": update("Qwen3-0.6B", torch.float32),
+    "fp32, 0.6B": update("Qwen3-0.6B", torch.float32, repeats=False),
     "kernels of an update": kernels_of_an_update,
 }

@@ -1,0 +1,133 @@
+"""Updates and the optimizer's rate: other bits, skipped steps and too little memory are found."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from tools.gpu_check import adamw, updates
+from tools.gpu_check.check import Check
+from tools.gpu_check.groups import TINY_GROUP, make_rollouts
+from tools.gpu_check.results import StageResult, read_results
+from tools.gpu_check.stages import NAMES
+from tools.gpu_check.worker import run_parts
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    results = tmp_path / "results.jsonl"
+    return Check("training", device=torch.device("cpu"), tiny=True, results=results, peers=None)
+
+
+def outcome(check: Check, part: updates.Part) -> StageResult:
+    run_parts(check, {"part": part}, [])
+    return read_results(check.results, NAMES).stages["training"]
+
+
+def test_groups_have_prompts_of_their_own() -> None:
+    rollouts = make_rollouts(211, TINY_GROUP, num_groups=2)
+    assert [rollout.question_idx for rollout in rollouts] == [0] * 4 + [1] * 4
+    assert len({tuple(rollout.prompt_ids) for rollout in rollouts}) == 2
+    assert make_rollouts(211, TINY_GROUP)[0].prompt_ids == rollouts[0].prompt_ids
+
+
+def test_other_bits_of_an_update_are_named(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainees = [0]
+
+    class Restless(updates.Trainee):
+        def __init__(self, *given: object):
+            super().__init__(*given)
+            trainees[0] += 1
+            if trainees[0] > 1:
+                with torch.no_grad():
+                    self.student.lm_head.weight[3, 2] += 1e-3
+
+    monkeypatch.setattr(updates, "Trainee", Restless)
+    stage = outcome(check, updates.update("Qwen3-0.6B", BF16))
+    (failure,) = stage.failures
+    assert "Qwen3-0.6B in bfloat16, 1 group: embed.weight: " in failure["message"]
+    assert [f.value for f in stage.figures if f.key == "training.repeats"] == [0.0]
+
+
+def test_one_group_where_two_do_not_fit(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = updates.make_rollouts
+
+    def too_many(vocab_size: int, shape: object, num_groups: int) -> object:
+        if num_groups > 1:
+            raise torch.OutOfMemoryError("tried to allocate 60 GiB")
+        return make(vocab_size, shape, num_groups)
+
+    monkeypatch.setattr(updates, "make_rollouts", too_many)
+    stage = outcome(check, updates.update("Qwen3-1.7B", BF16, num_groups=2))
+    assert stage.failures == [] and "2 groups: tried to allocate 60 GiB" in stage.notes[0]
+    assert {figure.of for figure in stage.figures} == {"Qwen3-1.7B in bfloat16, 1 group"}
+
+
+def test_a_skipped_step_is_a_failure(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(updates, "gradients", lambda *_, **__: torch.nan)
+    (failure,) = outcome(check, updates.update("Qwen3-0.6B", BF16)).failures
+    assert "the gradient is not finite" in failure["message"]
+
+
+def plain_adamw(
+    param: Tensor,
+    low_bits: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    impl: str = "auto",
+) -> None:
+    """In place, the two halves of the parameter as one fp32 number."""
+    master = param.float()
+    if low_bits is not None:
+        master = ((param.view(torch.int16).int() << 16) + low_bits.int()).view(torch.float32)
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    size = (exp_avg_sq / (1 - betas[1] ** step)).sqrt() + eps
+    master = master * (1 - lr * weight_decay) - lr / (1 - betas[0] ** step) * exp_avg / size
+    if low_bits is None:
+        param.copy_(master)
+        return
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    param.view(torch.int16).copy_(high)
+    low_bits.copy_(bits - (high << 16))
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_adamw_is_held_to_the_bits_of_its_reference(
+    check: Check, monkeypatch: pytest.MonkeyPatch, is_wrong: bool
+) -> None:
+    def op(*tensors: Tensor, impl: str = "auto", **options: object) -> None:
+        if is_wrong and impl != "ref":
+            options["eps"] = 1e-6
+        plain_adamw(*tensors, **options)
+
+    module = ModuleType("socpo_fast.ops.adamw")
+    module.adamw = op
+    monkeypatch.setitem(sys.modules, "socpo_fast.ops.adamw", module)
+    rates = Check("rates", device=check.device, tiny=True, results=check.results, peers=None)
+    run_parts(rates, {"adamw": adamw.adamw}, [])
+    stage = read_results(check.results, NAMES).stages["rates"]
+    cases = [figure.of for figure in stage.figures]
+    assert cases[0] == "torch's fused, float32" and stage.skips == []
+    if is_wrong:
+        messages = [failure["message"] for failure in stage.failures]
+        names = ("param", "low_bits")  # of a master, what differs first is its low half
+        for message, name in zip(messages, names, strict=True):
+            assert f"adamw: {name} after 3 steps: " in message
+    else:
+        assert stage.failures == [] and cases[1:] == ["float32", "bfloat16 and low bits"]

@@ -1,0 +1,158 @@
+"""Attention over a tree of rows as ours and as others compute it, each in the layout it likes.
+
+A contender takes tensors of the tree's rows into its own layout, where it is timed, and gives
+outputs and gradients back. What a trainer would do in every layer belongs to its forward: to gather
+ancestors does, to copy rows does not, since such a trainer has copies from the first layer on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from socpo_fast.ops import TreeMask, tree_attention
+from tools.gpu_check.check import Check, Skipped
+from tools.gpu_check.trees import TreeShape, ancestors, copied_rows
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Layout = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How somebody computes attention of a tree.
+
+    once is 1 at the first copy of each of the tree's rows, 0 at the others and at padding: so that
+    a row is compared once, and gradients of its copies add up to the tree's.
+    """
+
+    name: str
+    forward: Attention  # all three tensors in its own layout
+    take: Layout = _as_it_is  # [T, heads, E] to its own layout
+    give: Layout = _as_it_is  # back, where copies are summed
+    once: Tensor | float = 1.0
+    has_backward: bool = True
+
+
+@contextlib.contextmanager
+def no_fault_of_ours() -> Iterator[None]:
+    """What somebody else's code cannot do here, or does wrongly, is told; nothing fails by it."""
+    try:
+        yield
+    except Skipped:
+        raise
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise Skipped(f"torch {torch.__version__}: {type(error).__name__}: {first_line}") from error
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raises TimeoutError in the main thread when the time is over."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"{what} took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def ours(tree: TreeMask, scale: float) -> Contender:
+    return Contender("ours", partial(tree_attention, tree=tree, scale=scale))
+
+
+def over_copied_rows(check: Check, shape: TreeShape, scale: float) -> Contender:
+    """SDPA's flash kernel over [rollouts, longest]; what is padded behind needs no mask."""
+    index_RL, once_RL = (x.to(check.device) for x in copied_rows(shape))
+
+    def forward(q_RHLE: Tensor, k_RKLE: Tensor, v_RKLE: Tensor) -> Tensor:
+        options: dict[str, Any] = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q_RHLE, k_RKLE, v_RKLE, **options)
+
+    def give(x_RHLE: Tensor) -> Tensor:
+        rows = x_RHLE.transpose(1, 2).flatten(0, 1).float()
+        return rows.new_zeros(shape.num_rows, *rows.shape[1:]).index_add_(
+            0, index_RL.flatten(), rows
+        )
+
+    return Contender(
+        "copied rows",
+        forward,
+        take=lambda x_THE: x_THE[index_RL].transpose(1, 2).contiguous(),
+        give=give,
+        once=once_RL[:, None, :, None],
+    )
+
+
+def varlen(check: Check, shape: TreeShape, scale: float, *, is_grouped: bool) -> Contender:
+    """torch's own, over gathered ancestors; not every version of it takes grouped heads."""
+    if not check.is_cuda:
+        raise Skipped("varlen_attn runs on a card only")
+    with no_fault_of_ours():
+        from torch.nn.attention.varlen import varlen_attn
+    index, ends_q, ends_k = (x.to(check.device) for x in ancestors(shape)[:3])
+    longest = ancestors(shape)[3]
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if is_grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+
+    def forward(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        keys, values = k_TKE.index_select(0, index), v_TKE.index_select(0, index)
+        if not is_grouped:
+            share = q_THE.shape[1] // k_TKE.shape[1]
+            keys, values = (x.repeat_interleave(share, dim=1) for x in (keys, values))
+        o = varlen_attn(q_THE, keys, values, ends_q, ends_k, *longest, **options)
+        assert isinstance(o, Tensor)
+        return o
+
+    return Contender("varlen" if is_grouped else "varlen, heads repeated", forward)
+
+
+def flex(check: Check, shape: TreeShape, until_T: Tensor, scale: float) -> Contender:
+    """FlexAttention with the tree's rule as its mask; compiled on a card, plain on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < until_T[key])
+
+    size = shape.num_rows
+    block_mask = create_block_mask(sees, None, None, size, size, device=str(check.device))
+    attend: Callable[..., Any] = flex_attention
+    if check.is_cuda:
+        torch.compiler.reset()  # else the shapes before would count against the compiler's limit
+        attend = torch.compile(flex_attention, dynamic=False)
+
+    def forward(q_1HTE: Tensor, k_1KTE: Tensor, v_1KTE: Tensor) -> Tensor:
+        o: Tensor = attend(
+            q_1HTE, k_1KTE, v_1KTE, block_mask=block_mask, scale=scale, enable_gqa=True
+        )
+        return o
+
+    return Contender(
+        "FlexAttention",
+        forward,
+        take=lambda x_THE: x_THE.transpose(0, 1)[None],
+        give=lambda x_1HTE: x_1HTE[0].transpose(0, 1),
+        has_backward=check.is_cuda,
+    )
