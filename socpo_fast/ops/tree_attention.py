@@ -56,7 +56,8 @@ class TreeMask(NamedTuple):
         return cls(visible_until_T, *extremes)
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(*(x.to(device) for x in self))
+        """Returns it on a device; the host does not wait."""
+        return type(self)(*(x.to(device, non_blocking=True) for x in self))
 
 
 def visible_until_of_sequences(lengths: Sequence[int]) -> Tensor:

@@ -272,6 +272,6 @@ def _figures(outcomes: list[PolicyLoss], sizes: list[int], device: torch.device)
     # nan, as the mean is, when all are skipped
     mismatch_max = mismatch_N.where(~is_skipped, 0.0).amax() + 0.0 * mismatch
     losses = torch.stack([policy.loss for policy in outcomes]).double()
-    clip_fractions = torch.stack([policy.clip_fraction for policy in outcomes]).double()
-    clip_fraction = (clip_fractions * clip_fractions.new_tensor(sizes)).sum() / sum(sizes)
+    clipped = [x.clip_fraction.double() * size for x, size in zip(outcomes, sizes, strict=True)]
+    clip_fraction = torch.stack(clipped).sum() / sum(sizes)
     return torch.stack((losses.sum(), entropy, ratio, clip_fraction, mismatch_max, mismatch))

@@ -16,7 +16,7 @@ from socpo_fast.model import Decoder
 from socpo_fast.ops.tree_attention import num_pairs
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
-from socpo_fast.train.step import policy_gradients
+from socpo_fast.train.step import GradientStats, policy_gradients
 from socpo_fast.types import Rollout
 from tests.error_rule import assert_bitwise_equal
 from tools.gpu_check.check import Check, Part
@@ -41,15 +41,17 @@ def flops_of(student: Decoder, rollouts: list[Rollout]) -> float:
     return total
 
 
-def gradients(student: Decoder, rollouts: list[Rollout], *, checkpointing: bool = False) -> float:
-    """Adds an update's gradients to .grad, which an optimizer's step drops; returns the loss."""
+def gradients(
+    student: Decoder, rollouts: list[Rollout], *, checkpointing: bool = False
+) -> GradientStats:
+    """Adds an update's gradients to .grad, which an optimizer's step drops."""
     return policy_gradients(
         student,
         rollouts,
         token_budget=TOKEN_BUDGET,
         temperature=1.0,
         checkpointing=checkpointing,
-    ).loss
+    )
 
 
 class Trainee:
@@ -67,17 +69,20 @@ class Trainee:
         self.rollouts = make_rollouts(config.vocab_size, shape, num_groups)
 
     def update(self) -> None:
-        loss = gradients(self.student, self.rollouts, checkpointing=self.checkpointing)
-        assert not self.optimizer.step(loss).skipped, "the gradient is not finite"
+        figures_6 = gradients(
+            self.student, self.rollouts, checkpointing=self.checkpointing
+        ).figures_6
+        result = self.optimizer.step(figures_6[0], also_read=figures_6)
+        assert not result.skipped, "the gradient is not finite"
 
     def step_ms(self) -> float:
         """Of the optimizer alone, by the clock: it ends with a host read."""
         times = []
         for _ in range(NUM_STEPS_TIMED):
-            loss = gradients(self.student, self.rollouts, checkpointing=self.checkpointing)
+            gradients(self.student, self.rollouts, checkpointing=self.checkpointing)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            times.append(wall_ms(lambda loss=loss: self.optimizer.step(loss), self.device))
+            times.append(wall_ms(self.optimizer.step, self.device))
         return statistics.median(times)
 
     def weights(self) -> dict[str, Tensor]:
