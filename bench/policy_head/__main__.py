@@ -1,254 +1,190 @@
 """The policy head, forward and backward, ours beside everybody else's.
 
-    python -m bench.bench_linear_policy_loss [--quick] [--peers] [--shapes smollm2:1024 ..] [--rows 100 25]
+    python -m bench.policy_head [--quick] [--peers] [--shapes smollm2:1024 ..] [--rows 100 25]
+    python -m bench.policy_head --device cuda --shapes 8192x151936x1024 --peer mine:loss
 
-Per shape and share of loss rows: every contender's loss, dX and dW are compared with fp64 (_head_problem.py); a wrong
-one is named and not timed. The right ones then run in rounds, with the three bare GEMMs of the loss rows between them,
-by torch.mm and by the GEMM our ops call; percentages are of the faster in its best chunking.
-Rates count useful work, 6 N V D for N loss rows: projecting other rows, or the logits a second time, earns nothing.
-A contender with several settings (chunk sizes) is first searched at 1024 rows of the same head, twice each, and runs at
-its fastest.
+Per shape and share of loss rows: every contender's loss, dX and dW are compared with fp64
+(problem.py); a wrong one is named and not timed. The right ones then run in rounds, with the three
+bare GEMMs of the loss rows between them, by torch.mm and on a CPU by the GEMM our ops call too;
+"% of GEMMs" is of the faster in its best chunking, "% of peak" of the card's largest square GEMM.
+Rates count useful work, 6 N V D for N loss rows: projecting other rows, or the logits a second
+time, earns nothing. A contender with several settings (chunk sizes) is first searched at 1024 rows
+of the same head, 8192 on a card, twice each, and runs at its fastest.
 
-With 25 % loss rows every contender but ours stands twice: projecting all rows as its users would, and given the loss
-rows only, which leaves the kernel's gain. The former does what it did at 100 %; where that took long, it is not
-repeated but marked "as at 100 %", without a ratio to what ran in other rounds. Extra MiB is the most that tensors made
-by a run took at once, dX and dW included; RSS MiB how far resident memory rose, which sees GEMM libraries' scratch and
-free heap that was not given back. The last line is one JSON object. --peers needs the environment that peers.txt
-describes.
+With 25 % loss rows every contender but ours stands twice: projecting all rows as its users would,
+and given the loss rows only, which leaves the kernel's gain. The former does what it did at 100 %;
+where that took long, it is not repeated but marked "as at 100 %", without a ratio to what ran in
+other rounds. Extra MiB is the most that tensors made by a run took at once, dX and dW included; RSS
+MiB, on a CPU, how far resident memory rose, which sees GEMM libraries' scratch and free heap that
+was not given back. The last line is one JSON object.
+
+--peers takes TRL, Liger, verl and, on a card, cut-cross-entropy in the environment that peers.txt
+describes; those that are not installed are named in the header. --peer MODULE:FUNCTION takes a
+function of your own, which the folder the bench runs in may hold:
+
+    def loss(hidden_ND, weight_VD, targets_N, old_logprobs_N, advantages_N, *,
+             weights_N, temperature):
+        logprobs_N = torch.log_softmax((hidden_ND @ weight_VD.T).float() / temperature, -1)
+        logprobs_N = logprobs_N.gather(1, targets_N[:, None])[:, 0]
+        ratio_N = (logprobs_N - old_logprobs_N).exp()
+        return -(weights_N * advantages_N * ratio_N).sum()  # no ratio is near a clip
+
+hidden [N, D] and weight [V, D] in --dtype, targets int64, the rest [N] in fp32, all on --device.
+weights are 0 outside the loss rows; the loss is their weighted sum, a tensor without dimensions,
+and its gradients with respect to hidden and weight come from autograd. It is held to fp64 as all
+others are; one that is wrong or raises is told so in its row and not timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from bench import _card as card_of
-from bench._head_problem import Errors, Problem, errors_of, make_problem, random_weight, useful_bytes, useful_flops
-from bench._policy_heads import (
+from bench import machine
+from bench import measure as measuring
+from bench.policy_head import table
+from bench.policy_head.contenders import (
     Contender,
-    Gemms,
-    bare_gemms,
-    fastest_gemms,
     ours,
     torch_contenders,
     torch_has_native_head,
+    user_contender,
 )
-
-HEADS = {"smollm2": (49152, 576), "qwen3-0.6b": (151936, 1024)}  # V, D
-SHAPES = [f"{head}:{num_tokens}" for head in HEADS for num_tokens in (256, 1024, 4096)]
-QUICK_SHAPES = ["smollm2:256", "smollm2:1024"]
-SEARCH_ROWS, LONG_S = 1024, 10.0  # rows: so many that no two settings of a contender come to the same
-OWN_SEARCH_FLOPS = 2e11  # smaller problems look for their own chunking of the bare GEMMs
-HEADINGS = ("contender", "projects", "median ms", "p20-p80", "runs", "GFLOP/s", "% of GEMMs", "extra MiB", "RSS MiB")
-HEADINGS = (*HEADINGS, "err loss", "err dX", "err dW", "ours is", "")
-WIDTHS = (-34, -9, 9, 15, 4, 7, 10, 9, 7, 8, 8, 8, 8, -11)
+from bench.policy_head.peers import peer_contenders, peer_versions
+from bench.policy_head.problem import make_problem, random_weight, useful_bytes, useful_flops
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contender on one problem; note says why there is no time, or where the time is from."""
+class Shape(NamedTuple):
+    """Of one microbatch's head."""
 
-    contender: str
-    setting: str
-    projects: str
-    note: str = ""
-    times: card_of.Spread | None = None
-    errors: Errors | None = None
-    peak: card_of.PeakMib | None = None
+    num_tokens: int
+    vocab_size: int
+    hidden_size: int
+
+
+HEADS = {"smollm2": (49152, 576), "qwen3-0.6b": (151936, 1024), "qwen3-1.7b": (151936, 2048)}
+SHAPES = {
+    "cpu": [Shape(t, *HEADS[h]) for h in ("smollm2", "qwen3-0.6b") for t in (256, 1024, 4096)],
+    "cuda": [Shape(8192, *HEADS[head]) for head in ("qwen3-0.6b", "qwen3-1.7b")],
+}
+QUICK_SHAPES = [Shape(num_tokens, *HEADS["smollm2"]) for num_tokens in (256, 1024)]
+# Rows of the search: so many that no two settings of a contender come to the same.
+SEARCH_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    card = card_of.measure_card(args.threads)
-    choices = [[ours(args.impl)], *torch_contenders()]
-    if args.peers:
-        from bench.peers_policy_heads import peer_contenders, peer_versions
-
-        choices += peer_contenders()
-        card |= peer_versions()
+    card = machine.measure_card(args.threads, args.device, args.dtype)
+    choices = [[ours(args.impl)], *torch_contenders(args.device)]
+    skipped = {}
     if not torch_has_native_head():
-        card["torch native"] = "left out: this torch has no torch.nn.LinearCrossEntropyOptions"
-    card_of.print_card(card)
+        skipped["torch native"] = "this torch has no torch.nn.LinearCrossEntropyOptions"
+    if args.peers:
+        others, absent = peer_contenders(args.device)
+        choices += others
+        skipped |= absent
+        card |= peer_versions()
+    else:
+        skipped["other projects"] = "--peers was not given"
+    choices += [[contender] for contender in args.peer]
+    card |= {name: f"skipped: {reason}" for name, reason in skipped.items()}
+    machine.print_card(card)
     results = []
-    for head in dict.fromkeys(shape.partition(":")[0] for shape in args.shapes):
-        tokens = sorted(int(shape.partition(":")[2]) for shape in args.shapes if shape.partition(":")[0] == head)
-        results += bench_head(head, tokens, choices, args)
-    line = json.dumps({"bench": "linear_policy_loss", "card": card, "results": results}, allow_nan=False)
+    for head in dict.fromkeys(shape[1:] for shape in args.shapes):
+        tokens = sorted({shape.num_tokens for shape in args.shapes if shape[1:] == head})
+        results += bench_head(head, tokens, choices, card["peak_gflop_s"], args)
+    report = {"bench": "policy_head", "card": card, "results": results}
+    line = json.dumps(report, allow_nan=False)
     if args.json:
         args.json.write_text(line + "\n", encoding="utf-8")
     print(line)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", help=f"HEAD:T, HEAD one of {', '.join(HEADS)} or VxD; default all")
-    parser.add_argument("--rows", nargs="+", type=int, default=[100, 25], help="percent of rows that carry loss")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("bench.policy_head", description=__doc__, formatter_class=form)
+    words = f"TxVxD, or HEAD:T with HEAD one of {', '.join(HEADS)}; default all on a CPU"
+    parser.add_argument("--shapes", nargs="+", type=shape_of, help=f"{words}, Qwen3's on a card")
+    words = "percent of rows that carry loss"
+    parser.add_argument("--rows", nargs="+", type=int, default=[100, 25], help=words)
+    machine.add_options(parser)
     parser.add_argument("--impl", default="auto", help="of ours")
-    parser.add_argument("--peers", action="store_true", help="TRL, Liger and verl too")
-    parser.add_argument("--quick", action="store_true", help="SmolLM2's head at T 256 and 1024 only")
+    words = "TRL, Liger, verl and cut-cross-entropy too"
+    parser.add_argument("--peers", action="store_true", help=words)
+    words = "a function of your own, may be given again; see above"
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="MODULE:FUNCTION", help=words
+    )
+    words = "SmolLM2's head at T 256 and 1024 only"
+    parser.add_argument("--quick", action="store_true", help=words)
     parser.add_argument("--repeats", type=int, default=5, help="rounds, at most")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds for the rounds of one table")
+    words = "seconds for the rounds of one table"
+    parser.add_argument("--budget", type=float, default=40.0, help=words)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the JSON line, besides")
     args = parser.parse_args(argv)
-    args.shapes = args.shapes or (QUICK_SHAPES if args.quick else SHAPES)
-    for shape in args.shapes:
-        head, _, num_tokens = shape.partition(":")
-        if not num_tokens.isdigit() or (head not in HEADS and not head.replace("x", "", 1).isdigit()):
-            parser.error(f"--shapes must be HEAD:T, HEAD one of {', '.join(HEADS)} or VxD, got {shape}")
+    machine.settle(parser, args)
+    try:
+        args.peer = [user_contender(spec) for spec in args.peer]
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    args.shapes = args.shapes or (QUICK_SHAPES if args.quick else SHAPES[args.device.type])
     return args
 
 
+def shape_of(text: str) -> Shape:
+    """The shape that a word of --shapes names."""
+    head, _, num_tokens = text.partition(":")
+    sizes = text.split("x") if not num_tokens else [num_tokens, *map(str, HEADS.get(head, ()))]
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        rule = f"TxVxD, for example 8192x151936x1024, or HEAD:T, HEAD one of {', '.join(HEADS)}"
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+    return Shape(*map(int, sizes))
+
+
 def bench_head(
-    head: str, tokens: Sequence[int], choices: Sequence[Sequence[Contender]], args: argparse.Namespace
+    head: tuple[int, int],
+    tokens: Sequence[int],
+    choices: Sequence[Sequence[Contender]],
+    peak_gflop_s: float,
+    args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """All tables of one head, printed as they come."""
-    vocab_size, hidden_size = HEADS[head] if head in HEADS else map(int, head.split("x"))
-    weight_VD = random_weight(vocab_size, hidden_size)
-    print(f"{head}: V {vocab_size}, D {hidden_size}")
-    contenders, tiles = search(make_problem(weight_VD, min(SEARCH_ROWS, max(tokens)), 100), choices)
+    vocab_size, hidden_size = head
+    names = [name for name, sizes in HEADS.items() if sizes == head]
+    name = names[0] if names else f"{vocab_size}x{hidden_size}"
+    weight_VD = random_weight(vocab_size, hidden_size, args.device, args.dtype)
+    print(f"{name}: V {vocab_size}, D {hidden_size}")
+    num_searched = min(SEARCH_ROWS[args.device.type], max(tokens))
+    contenders, tiles = table.search(make_problem(weight_VD, num_searched, 100), choices)
     results = []
     for num_tokens in tokens:
-        whole: list[Row] = []
+        whole: list[table.Row] = []
         for percent in sorted(args.rows, reverse=True):
             problem = make_problem(weight_VD, num_tokens, percent)
             num_rows = problem.rows_N.numel()
-            flops, least = (work(num_rows, vocab_size, hidden_size) for work in (useful_flops, useful_bytes))
-            rows, gemms = measure(problem, contenders, tiles, args, whole)
+            flops = useful_flops(num_rows, *head)
+            least = useful_bytes(num_rows, *head, element_size=args.dtype.itemsize)
+            rows, gemms = table.measure(problem, contenders, tiles, args, whole)
             whole = rows if percent == 100 else whole
-            limits = {f"{lib}, tile {m} x {n}": flops / t.median_s / 1e9 for (lib, m, n), t in gemms.items()}
-            table = f"{head}, T {num_tokens}, {percent} % loss rows"
-            print(f"\n{table}: {flops / 1e9:.0f} GFLOP, at least {least / 1e9:.2f} GB")
-            print("  three bare GEMMs, GFLOP/s: " + " · ".join(f"{rate:.0f} ({lib})" for lib, rate in limits.items()))
-            card_of.print_row(HEADINGS, WIDTHS)
-            where = {"shape": head, "V": vocab_size, "D": hidden_size, "T": num_tokens, "loss_percent": percent}
+            limits = {
+                f"{library}, tile {m} x {n}": flops / times.median_s / 1e9
+                for (library, m, n), times in gemms.items()
+            }
+            title = f"{name}, T {num_tokens}, {percent} % loss rows"
+            print(f"\n{title}: {flops / 1e9:.0f} GFLOP, at least {least / 1e9:.2f} GB")
+            rates = " · ".join(f"{rate:.0f} ({tile})" for tile, rate in limits.items())
+            print(f"  three bare GEMMs, GFLOP/s: {rates}")
+            measuring.print_row(table.HEADINGS, table.WIDTHS)
+            known = {"shape": name, "V": vocab_size, "D": hidden_size, "T": num_tokens}
+            known |= {"loss_percent": percent, "bare_gemms_gflop_s": limits}
             fastest_s = min(times.median_s for times in gemms.values())
-            results += [where | {"bare_gemms_gflop_s": limits} | report(row, flops, fastest_s, rows[0]) for row in rows]
+            limit = flops, fastest_s, rows[0], peak_gflop_s
+            results += [known | table.report(row, *limit) for row in rows]
     return results
-
-
-def search(problem: Problem, choices: Sequence[Sequence[Contender]]) -> tuple[list[Contender], list[Gemms]]:
-    """Of each contender the fastest setting that is right here; of each library the fastest chunking of bare GEMMs."""
-    best = []
-    for settings in choices:
-        if len(settings) > 1:
-            rounds = [[seconds_if_right(problem, contender) for contender in settings] for _ in range(2)]
-            seconds = [min(pair) for pair in zip(*rounds, strict=True)]
-            pairs = ", ".join(f"{c.setting} {s:.2f} s" for c, s in zip(settings, seconds, strict=True))
-            print(f"  {settings[0].name} at {problem.rows_N.numel()} rows: {pairs}", flush=True)
-            settings = [settings[seconds.index(min(seconds))]]
-        best += settings
-    return best, fastest_gemms(problem.hidden_TD.detach(), problem.weight_VD.detach())
-
-
-def seconds_if_right(problem: Problem, contender: Contender) -> float:
-    results, seconds = card_of.timed(lambda: contender.gradients(problem))  # not check(), whose profile costs time
-    return seconds if errors_of(problem, *results).acceptable else math.inf
-
-
-def measure(
-    problem: Problem,
-    contenders: Sequence[Contender],
-    tiles: Sequence[Gemms],
-    args: argparse.Namespace,
-    whole: Sequence[Row],
-) -> tuple[list[Row], dict[Gemms, card_of.Spread]]:
-    """Rows of one table, and times of the bare GEMMs; `whole` is the table at 100 %, if made."""
-    long_ones = {r.contender: r for r in whole if r.times is not None and r.times.median_s > LONG_S}
-    masked = problem.rows_N.numel() < problem.targets_T.numel()
-    rows, runs, firsts, indices = [], [], [], []
-    for contender in [*contenders, *(replace(c, only_loss_rows=True) for c in contenders[1:] if masked)]:
-        projects = "loss rows" if contender.only_loss_rows or not masked else "all rows"
-        row = Row(contender.name, contender.setting, projects)
-        if projects == "all rows" and contender.name in long_ones:
-            before = long_ones[contender.name]
-            rows.append(replace(before, projects=projects, note="as at 100 %"))
-            continue
-        row, seconds = check_row(problem, contender, row)
-        if not row.note:
-            indices.append(len(rows))
-            runs.append(lambda contender=contender: contender.gradients(problem))
-            firsts.append(seconds)
-        rows.append(row)
-    hidden, weight = problem.hidden_TD.detach()[problem.rows_N], problem.weight_VD.detach()
-    if useful_flops(len(hidden), *weight.shape) < OWN_SEARCH_FLOPS:
-        tiles = fastest_gemms(hidden, weight)
-    gemms = bare_gemms(hidden, weight, tiles)
-    first_gemms = [card_of.first_seconds(run) for run in gemms.values()]
-    num_rounds = min(args.repeats, int(args.budget / (sum(firsts) + sum(first_gemms))))
-    samples = card_of.time_rounds([*runs, *gemms.values()], num_rounds)
-    if num_rounds < 3:  # the checked run counts: where it is long, what is special about a first run is small
-        samples = [[first, *more] for first, more in zip([*firsts, *first_gemms], samples, strict=True)]
-    for idx, seconds in zip(indices, samples, strict=False):
-        rows[idx] = replace(rows[idx], times=card_of.spread(seconds))
-    return rows, {tile: card_of.spread(s) for tile, s in zip(gemms, samples[len(runs) :], strict=True)}
-
-
-def check(problem: Problem, contender: Contender) -> tuple[Errors, float, card_of.PeakMib]:
-    """Errors, seconds and memory of one run."""
-
-    def run() -> tuple[tuple[Tensor, Tensor, Tensor], float]:
-        return card_of.timed(lambda: contender.gradients(problem))
-
-    (results, seconds), peak = card_of.extra_peak_mib(run)
-    return errors_of(problem, *results), seconds, peak
-
-
-def check_row(problem: Problem, contender: Contender, row: Row) -> tuple[Row, float]:
-    """The row with its errors and memory, or with a note why the contender must not be timed; seconds of the run."""
-    num_rows = problem.rows_N.numel() if contender.only_loss_rows else problem.targets_T.numel()
-    need, free = contender.peak_gib(num_rows, *problem.weight_VD.shape), card_of.free_gib()
-    if need > 0.9 * free:
-        return replace(row, note=f"skipped: needs about {need:.1f} GiB, {free:.1f} are free"), 0.0
-    errors, seconds, peak = check(problem, contender)
-    row = replace(row, errors=errors, peak=peak)
-    return (
-        row if errors.acceptable else replace(row, note=f"WRONG, not timed: worst row off by {errors.row:.1g}")
-    ), seconds
-
-
-def report(row: Row, flops: float, fastest_gemms_s: float, ours_row: Row) -> dict[str, Any]:
-    """Print one aligned row; the same for the JSON line."""
-    name = f"{row.contender} ({row.setting})" if row.setting else row.contender
-    known: dict[str, Any] = {"contender": row.contender, "setting": row.setting, "projects": row.projects}
-    known |= {"note": row.note, "extra_peak_mib": None if row.peak is None else row.peak._asdict()}
-    known["errors"] = (
-        None if row.errors is None else {k: v if math.isfinite(v) else str(v) for k, v in asdict(row.errors).items()}
-    )
-    if row.times is None:
-        print(f"{name:34}  {row.projects:9}  {row.note}", flush=True)
-        return known
-    times, ratio, percent = row.times, None, None
-    if not row.note and ours_row.times:  # of the same rounds
-        ratio, percent = times.median_s / ours_row.times.median_s, 100 * fastest_gemms_s / times.median_s
-    known |= times._asdict() | {"gflop_s": flops / times.median_s / 1e9, "ours_is_times_faster": ratio}
-    known["percent_of_gemms"] = percent
-    assert row.errors is not None and row.peak is not None
-    card_of.print_row(
-        (
-            name,
-            row.projects,
-            card_of.milliseconds(times.median_s),
-            f"{card_of.milliseconds(times.p20_s)}-{card_of.milliseconds(times.p80_s)}",
-            str(times.num_samples),
-            f"{known['gflop_s']:.0f}",
-            "-" if percent is None else f"{percent:.0f} %",
-            f"{row.peak.tensors:.0f}",
-            "-" if row.peak.resident is None else f"{row.peak.resident:.0f}",
-            *(f"{error:.0e}" for error in (row.errors.loss, row.errors.hidden, row.errors.weight)),
-            "-" if ratio is None else f"{ratio:.2f} x",
-            row.note,
-        ),
-        WIDTHS,
-    )
-    return known
 
 
 if __name__ == "__main__":
