@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import _rollout_ours, bench_rollout, peers_rollout
-from bench._rollout_cases import (
+from bench.rollout import __main__ as bench
+from bench.rollout import ours as engines
+from bench.rollout import peer_worker, table
+from bench.rollout.__main__ import Own
+from bench.rollout.cases import (
     CASES,
     Case,
     Step,
@@ -25,10 +28,11 @@ from bench._rollout_cases import (
     make_work,
     prefilled_tokens,
     read_text,
+    roofline_s,
 )
-from bench._rollout_limit import Limit
-from bench._rollout_peers import Worker
-from bench.bench_rollout import Own, Row
+from bench.rollout.limit import Limit
+from bench.rollout.peers import CPU_ONLY, Worker
+from bench.rollout.table import Row
 from socpo_fast.model import load_student
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 
@@ -108,8 +112,8 @@ def test_limit_runs_every_linear_of_every_pass(folder: Path, monkeypatch: pytest
 @pytest.mark.parametrize("guidance", [0, 2])
 def test_ours_prefills_unique_tokens_and_agrees_with_transformers(folder: Path, guidance: int) -> None:
     case = replace(CASE, guidance=guidance)
-    checked = _rollout_ours.check(
-        _rollout_ours.Ours.of(load_student(folder), case), make_work(case, VOCAB, 0), str(folder)
+    checked = engines.check(
+        engines.Ours.of(load_student(folder), case), make_work(case, VOCAB, 0), str(folder)
     )
     assert checked["prefilled"] == checked["unique"] == case.unique_tokens and checked["logprobs_off"] < 1e-4
 
@@ -119,11 +123,11 @@ def test_wrong_log_probs_are_not_timed(folder: Path) -> None:
     with torch.no_grad():
         student.norm.weight[3] *= 1.1
     with pytest.raises(RuntimeError, match="log-probs must be within"):
-        _rollout_ours.check(_rollout_ours.Ours.of(student, CASE), make_work(CASE, VOCAB, 0), str(folder))
+        engines.check(engines.Ours.of(student, CASE), make_work(CASE, VOCAB, 0), str(folder))
 
 
-def greedy(peer: type[peers_rollout.Generate], folder: Path) -> peers_rollout.Generate:
-    options = {"student": str(folder), "threads": 1, "dtype": "float32", "page_size": 32, "cache_tokens": 1024}
+def greedy(peer: type[peer_worker.Generate], folder: Path) -> peer_worker.Generate:
+    options = {"student": str(folder), "threads": 1, "dtype": "float32", "device": "cpu", "page_size": 32, "cache_tokens": 1024}
     made = peer(options)
     made.sampling = lambda new, **more: made.config(  # type: ignore[method-assign]
         do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0, **more
@@ -136,9 +140,9 @@ def test_transformers_peers_give_the_same_attempts(folder: Path) -> None:
     threads, work = torch.get_num_threads(), make_work(CASE, VOCAB, 0).to_json()
     try:
         attempts = {}
-        for kind in (peers_rollout.Generate, peers_rollout.GenerateShared):
+        for kind in (peer_worker.Generate, peer_worker.GenerateShared):
             peer = greedy(kind, folder)
-            attempts[kind] = peers_rollout.rollouts(peer, work, CASE.new), peers_rollout.answer(peer, work)
+            attempts[kind] = peer_worker.rollouts(peer, work, CASE.new), peer_worker.answer(peer, work)
     finally:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(True)
@@ -150,11 +154,11 @@ def test_transformers_peers_give_the_same_attempts(folder: Path) -> None:
 
 
 def test_attempts_of_a_wrong_length_are_an_error() -> None:
-    class Short(peers_rollout.Peer):
+    class Short(peer_worker.Peer):
         def generate(self, contexts: list[list[int]], n: int, new: int) -> list[list[int]]:
             return [[0] * max(1, new - 1) for _ in contexts for _ in range(n)]
 
-    answer = peers_rollout.answer(Short(), make_work(CASE, VOCAB, 0).to_json())
+    answer = peer_worker.answer(Short(), make_work(CASE, VOCAB, 0).to_json())
     assert answer == {"error": "gave 9 attempts of lengths [3], not 9 of 4"}
 
 
@@ -171,25 +175,25 @@ def test_a_slow_peer_runs_in_the_first_round_only_and_ratios_are_paired() -> Non
 
     rows = [Row("ours"), Row("limit"), Row("slow", tried={"": 5.0}), Row("broken", error="no such file")]
     works = [Work(CASE, seed, [], []) for seed in range(3)]
-    bench_rollout.run_rounds([contender(row.name) for row in rows], rows, works, ours_s=1.0)
+    bench.run_rounds([contender(row.name) for row in rows], rows, works, ours_s=1.0)
     assert [len(row.rounds) for row in rows] == [3, 3, 1, 0]
-    known = [bench_rollout.figures(row, CASE, rows) for row in rows]
+    known = [table.figures(row, CASE, rows, {"": 0.25}) for row in rows]
     assert [k.get("ours_is_times_faster") for k in known] == [1.0, 0.5, 5.0, None]
-    assert known[0]["of_limit"] == 0.5 and known[0]["tok_s"] == 36 / 2.0
+    assert known[0]["of_limit"] == 0.5 and known[0]["of_peak"] == 0.125 and known[0]["tok_s"] == 36 / 2.0
 
 
 def test_the_fastest_setting_that_works_goes_on() -> None:
     settings = [SimpleNamespace(name="x", setting=s, run=lambda work, r=r: r) for s, r in
                 (("a", {"seconds": 3.0}), ("b", {"error": "none"}), ("c", {"seconds": 2.0}))]  # fmt: skip
-    row, best = bench_rollout.search(settings, make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
+    row, best = bench.search(settings, make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
     assert best.setting == row.setting == "c" and row.tried == {"a": 3.0, "c": 2.0}
-    row, _ = bench_rollout.search(settings[1:2], make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
+    row, _ = bench.search(settings[1:2], make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
     assert row.error == "b none"
 
 
 def test_the_script_ends_with_one_json_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--student", str(folder), "--quick", "--threads", "1", "--repeats", "2", "--bf16", "--cases", "a1", "c"]
-    bench_rollout.main([*words, "--json", str(tmp_path / "all.json")])
+    bench.main([*words, "--json", str(tmp_path / "all.json")])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (
         list(last["a1"]["tok_s"]) == ["ours", "limit", "ours, bf16", "limit, bf16"] and last["a1"]["best_peer"] is None
@@ -203,5 +207,5 @@ def test_the_script_ends_with_one_json_line(folder: Path, tmp_path: Path, capsys
 
 def test_peers_need_their_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        bench_rollout.parse(["--student", "x", "--peers", "vllm"])
+        bench.parse(["--student", "x", "--peers", "vllm"])
     assert "--peers vllm needs --vllm-python; see bench/peers.txt" in capsys.readouterr().err

@@ -43,8 +43,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import machine
-from bench import measure as measuring
+from bench import machine, measure
 from bench.policy_head import table
 from bench.policy_head.contenders import (
     Contender,
@@ -168,7 +167,7 @@ def bench_head(
             num_rows = problem.rows_N.numel()
             flops = useful_flops(num_rows, *head)
             least = useful_bytes(num_rows, *head, element_size=args.dtype.itemsize)
-            rows, gemms = table.measure(problem, contenders, tiles, args, whole)
+            rows, gemms = table.measure_rows(problem, contenders, tiles, args, whole)
             whole = rows if percent == 100 else whole
             limits = {
                 f"{library}, tile {m} x {n}": flops / times.median_s / 1e9
@@ -178,7 +177,7 @@ def bench_head(
             print(f"\n{title}: {flops / 1e9:.0f} GFLOP, at least {least / 1e9:.2f} GB")
             rates = " · ".join(f"{rate:.0f} ({tile})" for tile, rate in limits.items())
             print(f"  three bare GEMMs, GFLOP/s: {rates}")
-            measuring.print_row(table.HEADINGS, table.WIDTHS)
+            measure.print_row(table.HEADINGS, table.WIDTHS)
             known = {"shape": name, "V": vocab_size, "D": hidden_size, "T": num_tokens}
             known |= {"loss_percent": percent, "bare_gemms_gflop_s": limits}
             fastest_s = min(times.median_s for times in gemms.values())

@@ -1,4 +1,4 @@
-"""The policy head's limit: the three GEMMs of forward and backward alone, in their best chunking."""
+"""The policy head's limit: its three GEMMs alone, in their best chunking."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _CHUNK_NUMBERS = 1 << 25  # fp64 logits alive at once
 
 
 def useful_flops(num_rows: int, vocab_size: int, hidden_size: int) -> float:
-    """Of forward and backward: three GEMMs (logits, dX, dW) over the rows that carry loss; nothing recomputed."""
+    """Of forward and backward: three GEMMs (logits, dX, dW) over the loss rows, none twice."""
     return 6.0 * num_rows * vocab_size * hidden_size
 
 
@@ -49,7 +49,10 @@ def useful_bytes(num_rows: int, vocab_size: int, hidden_size: int, element_size:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs as a trainer's microbatch has them. Nothing is clipped: each loss row needs all three GEMMs."""
+    """Inputs as a trainer's microbatch has them.
+
+    Nothing is clipped: each loss row needs all three GEMMs.
+    """
 
     hidden_TD: Tensor  # requires grad, as weight_VD does
     weight_VD: Tensor

@@ -1,7 +1,7 @@
 """The rows of one table: contenders checked, searched, timed in rounds, and printed.
 
-Read measure: each contender is checked by check_row; those that are right run in rounds with the
-bare GEMMs between them. search comes before all tables of a head.
+Read measure_rows: each contender is checked by check_row; those that are right run in rounds with
+the bare GEMMs between them. search comes before all tables of a head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import measure as measuring
+from bench import measure
 from bench.policy_head.contenders import Contender
 from bench.policy_head.gemms import Gemms, bare_gemms, fastest_gemms
 from bench.policy_head.problem import Errors, Problem, errors_of, useful_flops
@@ -41,9 +41,9 @@ class Row:
     setting: str
     projects: str
     note: str = ""
-    times: measuring.Spread | None = None
+    times: measure.Spread | None = None
     errors: Errors | None = None
-    peak: measuring.PeakMib | None = None
+    peak: measure.PeakMib | None = None
 
 
 def search(
@@ -68,7 +68,7 @@ def seconds_if_right(problem: Problem, contender: Contender) -> float:
     """Not by check(), whose profile costs time; infinite where it raises, which a row will tell."""
     run = partial(contender.gradients, problem)
     try:
-        results, seconds = measuring.timed(run, problem.device)
+        results, seconds = measure.timed(run, problem.device)
     except Exception:
         if contender.is_ours:
             raise
@@ -76,13 +76,13 @@ def seconds_if_right(problem: Problem, contender: Contender) -> float:
     return seconds if problem.accepts(errors_of(problem, *results)) else math.inf
 
 
-def measure(
+def measure_rows(
     problem: Problem,
     contenders: Sequence[Contender],
     tiles: Sequence[Gemms],
     args: argparse.Namespace,
     whole: Sequence[Row],
-) -> tuple[list[Row], dict[Gemms, measuring.Spread]]:
+) -> tuple[list[Row], dict[Gemms, measure.Spread]]:
     """Rows of one table, and times of the bare GEMMs; `whole` is the table at 100 %, if made."""
     long_ones = {r.contender: r for r in whole if r.times is not None and r.times.median_s > LONG_S}
     masked = problem.rows_N.numel() < problem.targets_T.numel()
@@ -103,9 +103,9 @@ def measure(
             firsts.append(seconds)
         rows.append(row)
     gemms = gemms_of_table(problem, tiles)
-    first_gemms = [measuring.first_seconds(run, problem.device) for run in gemms.values()]
+    first_gemms = [measure.first_seconds(run, problem.device) for run in gemms.values()]
     num_rounds = min(args.repeats, int(args.budget / (sum(firsts) + sum(first_gemms))))
-    samples = measuring.time_rounds([*runs, *gemms.values()], num_rounds, problem.device)
+    samples = measure.time_rounds([*runs, *gemms.values()], num_rounds, problem.device)
     if num_rounds < 3:  # the checked run counts: long, it does not show what is special about it
         pairs = zip([*firsts, *first_gemms], samples, strict=True)
         samples = [[first, *more] for first, more in pairs]
@@ -113,9 +113,9 @@ def measure(
         if idx in faults:
             rows[idx] = replace(rows[idx], note=f"RAISED in a later run: {faults[idx]}")
         else:
-            rows[idx] = replace(rows[idx], times=measuring.spread(seconds))
+            rows[idx] = replace(rows[idx], times=measure.spread(seconds))
     of_gemms = zip(gemms, samples[len(runs) :], strict=True)
-    return rows, {tile: measuring.spread(seconds) for tile, seconds in of_gemms}
+    return rows, {tile: measure.spread(seconds) for tile, seconds in of_gemms}
 
 
 def gemms_of_table(problem: Problem, tiles: Sequence[Gemms]) -> dict[Gemms, Any]:
@@ -131,7 +131,7 @@ def check_row(problem: Problem, contender: Contender, row: Row) -> tuple[Row, fl
     """The row with its errors and memory, or with a note why it is not timed; the run's seconds."""
     num_rows = problem.rows_N.numel() if contender.only_loss_rows else problem.targets_T.numel()
     need = contender.peak_gib(num_rows, *problem.weight_VD.shape)
-    free = measuring.free_gib(problem.device)
+    free = measure.free_gib(problem.device)
     if need > 0.9 * free:
         note = f"skipped: needs about {need:.1f} GiB, {free:.1f} are free"
         return replace(row, note=note), 0.0
@@ -148,15 +148,15 @@ def check_row(problem: Problem, contender: Contender, row: Row) -> tuple[Row, fl
     return row, seconds
 
 
-def check(problem: Problem, contender: Contender) -> tuple[Errors, float, measuring.PeakMib]:
+def check(problem: Problem, contender: Contender) -> tuple[Errors, float, measure.PeakMib]:
     """Errors, seconds and memory of one run, on a card of the second one."""
 
     def run() -> tuple[tuple[Tensor, Tensor, Tensor], float]:
-        return measuring.timed(lambda: contender.gradients(problem), problem.device)
+        return measure.timed(lambda: contender.gradients(problem), problem.device)
 
     if problem.device.type == "cuda":
         run()  # compiles
-    (results, seconds), peak = measuring.extra_peak_mib(run, problem.device)
+    (results, seconds), peak = measure.extra_peak_mib(run, problem.device)
     return errors_of(problem, *results), seconds, peak
 
 
@@ -204,13 +204,13 @@ def report(
     known |= times._asdict() | {"gflop_s": gflop_s, "ours_is_times_faster": ratio}
     known |= {"percent_of_gemms": percent, "percent_of_peak": 100 * gflop_s / peak_gflop_s}
     assert row.errors is not None and row.peak is not None
-    low, median, high = map(measuring.milliseconds, (times.p20_s, times.median_s, times.p80_s))
+    low, median, high = map(measure.milliseconds, (times.p20_s, times.median_s, times.p80_s))
     cells = [name, row.projects, median, f"{low}-{high}", str(times.num_samples), f"{gflop_s:.0f}"]
     cells += [f"{known['percent_of_peak']:.0f} %", "-" if percent is None else f"{percent:.0f} %"]
     cells += [f"{row.peak.tensors:.0f}"]
     cells += ["-" if row.peak.resident is None else f"{row.peak.resident:.0f}"]
     cells += [f"{error:.0e}" for error in (row.errors.loss, row.errors.hidden, row.errors.weight)]
-    measuring.print_row([*cells, "-" if ratio is None else f"{ratio:.2f} x", row.note], WIDTHS)
+    measure.print_row([*cells, "-" if ratio is None else f"{ratio:.2f} x", row.note], WIDTHS)
     return known
 
 
