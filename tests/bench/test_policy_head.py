@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from bench.policy_head.contenders import (
     ours,
     torch_contenders,
     torch_has_native_head,
-    user_contender,
 )
 from bench.policy_head.gemms import bare_gemms, gemm_choices
 from bench.policy_head.problem import (
@@ -39,6 +35,11 @@ from socpo_fast.ops import policy_loss
 V, D, T = 131, 24, 40
 
 
+def user_loss(*inputs: Tensor, weights_N: Tensor, temperature: float) -> Tensor:
+    """What --peer names in the script's test."""
+    return naive().loss_of(*inputs, weights_N=weights_N, temperature=temperature)
+
+
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     return make_problem(random_weight(V, D), T, 25)
@@ -50,50 +51,6 @@ def naive(logits_of=lambda hidden, weight: hidden @ weight.T, scale: float = 1.0
         return scale * every.gather(1, targets[:, None])[:, 0]
 
     return Contender("naive", "", by_logprobs(logprobs), None)
-
-
-USERS_OWN = """
-import torch
-
-
-def right(hidden, weight, targets, old_logprobs, advantages, *, weights_N, temperature):
-    logits = (hidden @ weight.T).float() / temperature
-    logprobs = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-    ratio = (logprobs - old_logprobs).exp()
-    advantages.mul_(weights_N)  # its own copy, or all others would be wrong
-    return -(advantages * ratio).sum()
-
-
-def wrong(*inputs, **options):
-    return 1.001 * right(*inputs, **options)
-
-
-def raising(*inputs, weights_N, temperature):
-    raise KeyError("logits")
-
-
-def per_token(hidden, *inputs, weights_N, temperature):
-    return hidden.sum(1)
-
-
-calls = []
-
-
-def tired(*inputs, **options):
-    calls.append(1)
-    if len(calls) > 2:
-        raise RuntimeError("enough")
-    return right(*inputs, **options)
-"""
-
-
-@pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module of the user's own in a folder that is searched."""
-    (tmp_path / "mine.py").write_text(USERS_OWN, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("mine", None)
 
 
 def test_work_of_a_hand_counted_case() -> None:
@@ -196,9 +153,9 @@ def test_bare_gemms_are_the_three_gemms(problem: Problem) -> None:
         torch.testing.assert_close(grad_weight, logits.T @ hidden, rtol=1e-4, atol=1e-3)
 
 
-def test_the_script_ends_with_one_json_line(mine: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--shapes", "24x300x16", "8x300x16", "--rows", "100", "25"]
-    bench.main([*words, "--threads", "1", "--repeats", "3", "--peer", "mine:right"])
+    bench.main([*words, "--threads", "1", "--repeats", "3", "--peer", f"{__name__}:user_loss"])
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
     assert report["card"]["torch_gflop_s"] > 0 and report["card"]["git_revision"]
@@ -266,51 +223,6 @@ def test_bad_shapes_are_refused(shape: str, capsys: pytest.CaptureFixture[str]) 
     rule = "argument --shapes: must be TxVxD, for example 8192x151936x1024, or HEAD:T, HEAD one of"
     error = capsys.readouterr().err
     assert rule in error and f"got {shape}" in error
-
-
-def test_functions_of_the_users_own(mine: None, problem: Problem) -> None:
-    """The right one is timed beside ours; whoever is wrong or raises is told so, and all go on."""
-    names = ("right", "wrong", "raising", "per_token", "tired")
-    words = [word for name in names for word in ("--peer", f"mine:{name}")]
-    args = bench.parse(["--repeats", "3", *words])
-    tiles = gemm_choices(T, V, measure.CPU)[:1]
-    rows, _ = table.measure_rows(problem, [ours("auto"), *args.peer], tiles, args, whole=[])
-    notes: dict[str, list[str]] = {}
-    for row in rows:  # over all rows, then over the loss rows
-        notes.setdefault(row.contender, []).append(row.note)
-        assert (row.times is None) == (row.note != "")
-    assert notes["ours"] == [""] and notes["mine:right"] == ["", ""]
-    assert all("WRONG, not timed: loss off by" in note for note in notes["mine:wrong"])
-    assert all("dX 0.001, dW 0.001" in note for note in notes["mine:wrong"])
-    raised = "RAISED, not timed: KeyError: 'logits' (mine.py line 18)"
-    assert notes["mine:raising"] == [raised] * 2
-    scalar = "TypeError: mine:per_token must return a tensor without dimensions, got shape [40]"
-    assert scalar in notes["mine:per_token"][0]
-    assert notes["mine:tired"][0].startswith("RAISED in a later run: RuntimeError: enough")
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("mine", "bench: --peer must be \"module:function\", got 'mine'"),
-        ("mine:none", "bench: --peer must name a function of mine, got 'none'"),
-        ("no_such:f", "bench: --peer must name a module that can be imported, got 'no_such:f'"),
-    ],
-)
-def test_functions_that_are_not_there_are_refused(
-    mine: None, spec: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        bench.parse(["--peer", spec])
-    lines = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith(words)
-
-
-def test_our_own_op_fits_the_form(problem: Problem) -> None:
-    """But for its result, which holds more than the loss: that is said in words."""
-    contender = user_contender("socpo_fast.ops:linear_policy_loss")
-    with pytest.raises(TypeError, match="must return a tensor without dimensions, got PolicyLoss"):
-        contender.gradients(problem)
 
 
 def test_peers_that_cannot_run_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
