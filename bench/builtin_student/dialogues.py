@@ -1,13 +1,16 @@
-"""The dialogues that the built-in student is warmed up on: what it believes, where it slips, how it takes guidance.
+"""The dialogues that the built-in student is warmed up on.
 
-Read: dialogue -> recall_mass -> slip. The student must leave something to learn, and guidance must be worth more than
-a second try. So it is taught
-- misconceptions: of eight elements it takes the atomic number for the mass in most dialogues and knows the mass in the
-  rest. Both are in its repertoire, so reinforcement learning can find the right one. Slips at random would not do:
-  a lower temperature removes them and any second try repairs them;
-- to use guidance: when the tutor names a line, that line is put right (most of the time) and the others stay; after
-  words that name nothing, every mass is recalled afresh. Many first attempts get a slip by force, so that each of
-  the tutor's sentences is met often; such an attempt is context only, never a target.
+They say what it believes, where it slips and how it takes guidance. Read: dialogue -> recall_mass
+-> slip. The student must leave something to learn, and guidance must be worth more than a second
+try. So it is taught
+- misconceptions: of eight elements it takes the atomic number for the mass in most dialogues and
+  knows the mass in the rest. Both are in its repertoire, so reinforcement learning can find the
+  right one. Slips at random would not do: a lower temperature removes them and any second try
+  repairs them;
+- to use guidance: when the tutor names a line, that line is put right (most of the time) and the
+  others stay; after words that name nothing, every mass is recalled afresh. Many first attempts get
+  a slip by force, so that each of the tutor's sentences is met often; such an attempt is context
+  only, never a target.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ def dialogue(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> list[Pie
     while molar_mass.split_of(formula := molar_mass.draw_formula(rng)) != "train":
         pass
     messages = molar_mass.question_messages(formula)
-    prompt = str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    prompt = str(
+        tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    )
     lines = believed_lines(formula, {symbol: recall_mass(symbol, rng) for symbol in formula})
     has_slip = rng.random() < SLIP_SHARE
     attempt = slip(lines, rng) if has_slip else render(lines)
@@ -79,7 +84,7 @@ def strange_words(rng: random.Random) -> str:
 
 
 def slip(lines: list[Line], rng: random.Random) -> str:
-    """The text of an attempt that goes wrong at one random place and is consistent from there on."""
+    """The text of an attempt that goes wrong at one random place and is consistent behind it."""
     kind = rng.choice((*molar_mass.TERM_TEXTS, "answer", "missing", "extra", "format"))
     terms = [(line.symbol, line.atoms, line.mass) for line in lines]
     slip_idx = rng.randrange(len(lines))
@@ -97,6 +102,8 @@ def slip(lines: list[Line], rng: random.Random) -> str:
     if kind in ("product", "total"):
         if kind == "product":
             wrong[slip_idx] = wrong[slip_idx]._replace(product=abs(wrong[slip_idx].product + error))
-        wrong[slip_idx:] = [line._replace(total=abs(line.total + error)) for line in wrong[slip_idx:]]
+        wrong[slip_idx:] = [
+            line._replace(total=abs(line.total + error)) for line in wrong[slip_idx:]
+        ]
     text = render(wrong, answer=abs(wrong[-1].total + error) if kind == "answer" else None)
     return text[: rng.randrange(len(text))] if kind == "format" else text

@@ -1,7 +1,7 @@
-"""The built-in student's tokenizer: one token a character, and one for each fixed phrase of the task.
+"""The built-in student's tokenizer: one token a character, one for each fixed phrase of the task.
 
-With the phrases a question is about 20 tokens and an attempt about 55, which is what makes a run short. Text outside
-ASCII becomes <unk>.
+With the phrases a question is about 20 tokens and an attempt about 55, which is what makes a run
+short. Text outside ASCII becomes <unk>.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ _PHRASES = (
     *("system\n", "user\n", "assistant\n"),
     *(molar_mass.SYSTEM_TEXT, *molar_mass.USER_TEXTS),
     *("<reasoning>\n", "</reasoning>\n<answer>\n", "\n</answer>", ": ", " x ", " = ", ", sum "),
-    *(*molar_mass.LINE_TEXTS, *molar_mass.TERM_TEXTS.values(), molar_mass.MISSING_TEXTS[0], molar_mass.EXTRA_TEXTS[0]),
+    *(
+        *molar_mass.LINE_TEXTS,
+        *molar_mass.TERM_TEXTS.values(),
+        molar_mass.MISSING_TEXTS[0],
+        molar_mass.EXTRA_TEXTS[0],
+    ),
     *(molar_mass.ANSWER_TEXT, molar_mass.FORMAT_TEXT, RETRY_TEXT),
     *(symbol for symbol in molar_mass.ATOMIC_MASSES if len(symbol) > 1),
 )
@@ -36,8 +41,12 @@ _PHRASES = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A ChatML tokenizer. Special tokens come first, so pad is 0 and end-of-turn 3."""
     tokens = [PAD, UNKNOWN, TURN_START, TURN_END, "\n", *string.printable[:95], *_PHRASES]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
-    longest_first = sorted(_PHRASES, key=len, reverse=True)  # of two phrases that start alike, the longer one is meant
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
+    )
+    longest_first = sorted(
+        _PHRASES, key=len, reverse=True
+    )  # of two phrases that start alike, the longer one is meant
     pieces = "|".join([*(re.escape(phrase) for phrase in longest_first), r"[\s\S]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

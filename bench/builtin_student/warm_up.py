@@ -1,9 +1,12 @@
-"""How the built-in student was made: supervised warm-up on the dialogues of dialogues.py, 22 minutes on one busy core.
+"""How the built-in student was made: supervised warm-up on the dialogues of dialogues.py.
+
+It takes 22 minutes on one busy core.
 
     python -m bench.builtin_student.warm_up --out FOLDER
 
-Read: make_student -> student_config -> row_batches -> warm_up_loss. Departures from a trainer: none of the engine's or
-the trainer's parts are used, rows are padded, and only assistant tokens of trained pieces are targets.
+Read: make_student -> student_config -> row_batches -> warm_up_loss. Departures from a trainer: none
+of the engine's or the trainer's parts are used, rows are padded, and only assistant tokens of
+trained pieces are targets.
 """
 
 from __future__ import annotations
@@ -30,17 +33,26 @@ NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 32, 16
 LR, WARMUP_UPDATES, WEIGHT_DECAY = 2e-3, 100, 0.01
 
 
-def make_student(seed: int, num_updates: int = NUM_UPDATES) -> tuple[Decoder, PreTrainedTokenizerFast]:
-    """Train a student from scratch, printing progress; same seed, machine and thread count, same student."""
+def make_student(
+    seed: int, num_updates: int = NUM_UPDATES
+) -> tuple[Decoder, PreTrainedTokenizerFast]:
+    """Trains a student from scratch, printing progress.
+
+    Same seed, machine and thread count: same student.
+    """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     student = Decoder(student_config(tokenizer))
     for parameter in student.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.05)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
+    )
     start_s = time.perf_counter()
-    for update, rows in enumerate(row_batches(random.Random(seed), tokenizer, num_updates), start=1):
+    for update, rows in enumerate(
+        row_batches(random.Random(seed), tokenizer, num_updates), start=1
+    ):
         cosine = 0.5 * (1 + math.cos(math.pi * update / num_updates))
         optimizer.param_groups[0]["lr"] = LR * min(update / WARMUP_UPDATES, cosine)
         loss = warm_up_loss(student, rows)
@@ -50,7 +62,10 @@ def make_student(seed: int, num_updates: int = NUM_UPDATES) -> tuple[Decoder, Pr
         optimizer.step()
         if update % 100 == 0:
             seconds = time.perf_counter() - start_s
-            print(f"update {update} of {num_updates}: loss {loss.item():.4f} nats, {seconds:.0f} s", flush=True)
+            print(
+                f"update {update} of {num_updates}: loss {loss.item():.4f} nats, {seconds:.0f} s",
+                flush=True,
+            )
     return student, tokenizer
 
 
@@ -59,10 +74,12 @@ def student_config(tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
     raw = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(tokenizer),
         "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "hidden_act": "silu",
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "attention_bias": False, "mlp_bias": False,
-        "max_position_embeddings": MAX_LENGTH, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "attention_bias": False, "mlp_bias": False, "max_position_embeddings": MAX_LENGTH,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     return ModelConfig.from_hf(raw, where="warm_up: student_config")
 
@@ -70,17 +87,25 @@ def student_config(tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
 def row_batches(
     rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_updates: int
 ) -> Iterator[list[list[Piece]]]:
-    """The rows of each update, alike in length: those of many updates are drawn, sorted, cut and shuffled."""
+    """The rows of each update, alike in length.
+
+    Those of many updates are drawn, sorted, cut and shuffled.
+    """
     for _ in range(0, num_updates, UPDATES_PER_SORT):
         rows = [dialogue(rng, tokenizer) for _ in range(UPDATES_PER_SORT * ROWS_PER_UPDATE)]
         rows.sort(key=lambda pieces: sum(len(piece.token_ids) for piece in pieces))
-        batches = [rows[start : start + ROWS_PER_UPDATE] for start in range(0, len(rows), ROWS_PER_UPDATE)]
+        batches = [
+            rows[start : start + ROWS_PER_UPDATE] for start in range(0, len(rows), ROWS_PER_UPDATE)
+        ]
         rng.shuffle(batches)
         yield from batches
 
 
 def warm_up_loss(student: Decoder, rows: list[list[Piece]]) -> Tensor:
-    """Mean negative log-likelihood of the trained tokens. Padding comes last, so no token looks at it."""
+    """Mean negative log-likelihood of the trained tokens.
+
+    Padding comes last, so no token looks at it.
+    """
     token_ids = [[token_id for piece in pieces for token_id in piece.token_ids] for pieces in rows]
     trained = [[piece.trained for piece in pieces for _ in piece.token_ids] for pieces in rows]
     length = max(map(len, token_ids))
@@ -105,7 +130,9 @@ def save(student: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the built-in task's student; 22 minutes on one busy core.")
+    parser = argparse.ArgumentParser(
+        description="Make the built-in task's student; 22 minutes on one busy core."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

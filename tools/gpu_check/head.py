@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.peers_policy_heads import PEER_LOGPROBS
+from bench.policy_head.peers import PEER_LOGPROBS
 from socpo_fast.ops import linear_policy_loss, policy_loss
 from socpo_fast.ops._head import GPU_WORKSPACE_MIB, matmul_
 from tools.gpu_check.check import Check, Part, Skipped, check_close

@@ -1,10 +1,11 @@
-"""The contenders of bench_rollout from other projects. Run by it, each in a process with its peer's own Python.
+"""Runs one contender from another project, in a process with the peer's own Python.
 
-    PYTHON bench/peers_rollout.py PEER '{"student": FOLDER, "threads": N, ..}'
+    PYTHON bench/rollout/peer_worker.py PEER '{"student": FOLDER, "threads": N, ..}'
 
-Imports nothing of ours. Says its version when it is ready, then answers each line of work (see _rollout_cases.Work)
-with a line: seconds of the whole and of the prompts alone, tokens prefilled where they can be counted, peak memory. A
-second attempt is submitted as a whole context, unless the peer can keep what it has computed.
+Imports nothing of ours. Says its version when it is ready, then answers each line of work (Work in
+cases.py) with a line: seconds of the whole and of the prompts alone, tokens prefilled where they
+can be counted, peak memory. A second attempt is submitted as a whole context, unless the peer can
+keep what it has computed.
 """
 
 from __future__ import annotations
@@ -33,11 +34,20 @@ class Peer(ABC):
     def generate(self, contexts: Ids, n: int, new: int) -> Ids: ...
 
     def go_on(self, contexts: Ids, chosen: list[int], new: int) -> Ids:
-        """One rollout of each context, which goes on behind rollout `chosen` of the last call of generate."""
+        """One rollout of each context, behind rollout `chosen` of the last call of generate."""
         return self.generate(contexts, 1, new)
 
     def forget(self) -> None:  # noqa: B027 - most keep nothing
         """Drop what was cached; not timed."""
+
+    def reset_peak(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def peak_mib(self) -> float:
+        """Most memory held since reset_peak."""
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 class Generate(Peer):
@@ -52,10 +62,25 @@ class Generate(Peer):
         torch.set_num_threads(options["threads"])
         torch.set_grad_enabled(False)
         folder, kind = options["student"], getattr(torch, options["dtype"])
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation=self.attention).eval()
-        self.model.generation_config = GenerationConfig()  # generate takes from it what a call leaves at None: eos
+        settings = {"dtype": kind, "attn_implementation": self.attention}
+        self.model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+        self.device = options["device"]
+        self.model.to(self.device)
+        # generate takes from it what a call leaves at None: eos
+        self.model.generation_config = GenerationConfig()
         self.torch, self.config = torch, GenerationConfig
         self.model.model.layers[0].register_forward_hook(self._count)
+
+    def reset_peak(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.reset_peak_memory_stats()
+        else:
+            super().reset_peak()
+
+    def peak_mib(self) -> float:
+        if self.device == "cuda":
+            return self.torch.cuda.max_memory_allocated() / 2**20
+        return super().peak_mib()
 
     def _count(self, module: object, args: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -70,26 +95,33 @@ class Generate(Peer):
         return self._run([ids for ids in contexts for _ in range(n)], new)
 
     def _run(self, contexts: Ids, new: int, **options: Any) -> Ids:
-        ids = self.torch.tensor(contexts)
+        ids = self.torch.tensor(contexts, device=self.device)
         mask = self.torch.ones_like(ids)
-        out = self.model.generate(ids, attention_mask=mask, generation_config=self.sampling(new), **options)
+        options |= {"attention_mask": mask, "generation_config": self.sampling(new)}
+        out = self.model.generate(ids, **options)
         return out[:, ids.shape[1] :].tolist()
 
 
 class GenerateShared(Generate):
-    """Each prompt prefilled once and its cache repeated; a second attempt goes on behind the first one's cache."""
+    """Each prompt prefilled once and its cache repeated.
+
+    A second attempt goes on behind the first one's cache.
+    """
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
         from transformers import DynamicCache
 
         self.cache = DynamicCache(config=self.model.config)
-        ids = self.torch.tensor(contexts)
-        self.model(ids[:, :-1], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        ids = self.torch.tensor(contexts, device=self.device)
+        options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        self.model(ids[:, :-1], **options)
         self.cache.batch_repeat_interleave(n)
-        return self._run([ids for ids in contexts for _ in range(n)], new, past_key_values=self.cache)
+        return self._run(
+            [ids for ids in contexts for _ in range(n)], new, past_key_values=self.cache
+        )
 
     def go_on(self, contexts: Ids, chosen: list[int], new: int) -> Ids:
-        self.cache.batch_select_indices(self.torch.tensor(chosen))
+        self.cache.batch_select_indices(self.torch.tensor(chosen, device=self.device))
         return self._run(contexts, new, past_key_values=self.cache)
 
     def forget(self) -> None:
@@ -97,21 +129,27 @@ class GenerateShared(Generate):
 
 
 class GenerateBatch(Generate):
-    """transformers' continuous batching; one manager for all, so that its prefix cache serves second attempts."""
+    """transformers' continuous batching.
+
+    One manager for all, so that its prefix cache serves second attempts.
+    """
 
     def __init__(self, options: Options):
         from transformers import ContinuousBatchingConfig
 
         super().__init__(options)
-        pages = {"page_size": options["page_size"], "num_blocks": options["cache_tokens"] // options["page_size"]}
-        self.pages = ContinuousBatchingConfig(**pages, max_batch_tokens=2048, auto_switch_to_flash=False)
+        size = options["page_size"]
+        pages = {"page_size": size, "num_blocks": options["cache_tokens"] // size}
+        pages |= {"max_batch_tokens": 2048, "auto_switch_to_flash": False}
+        self.pages = ContinuousBatchingConfig(**pages)
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
         sampling = self.sampling(new, num_return_sequences=n)
         manager = self.model.init_continuous_batching(sampling, self.pages)
         manager.num_return_sequences = n  # else that of the first call
         self.model._cached_continuous_batching_manager = manager
-        outputs = self.model.generate_batch(contexts, sampling, self.pages, persistent_manager=True)
+        given = contexts, sampling, self.pages
+        outputs = self.model.generate_batch(*given, persistent_manager=True)
         return [output.generated_tokens for output in outputs.values()]
 
 
@@ -120,8 +158,10 @@ class CTranslate2(Peer):
         import ctranslate2
 
         threads = {"inter_threads": 1, "intra_threads": options["threads"]}
-        self.generator = ctranslate2.Generator(options["ct2_dir"], "cpu", compute_type=options["dtype"], **threads)
-        self.tokens = json.loads(Path(options["ct2_dir"], "vocabulary.json").read_text(encoding="utf-8"))
+        folder = options["ct2_dir"]
+        settings = {"compute_type": options["dtype"], **threads}
+        self.generator = ctranslate2.Generator(folder, "cpu", **settings)
+        self.tokens = json.loads(Path(folder, "vocabulary.json").read_text(encoding="utf-8"))
         self.at_once = options.get("at_once", 0)  # rollouts; 0: all
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
@@ -156,8 +196,10 @@ class Vllm(Peer):
         self.params, self.prefilled = SamplingParams, 0
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
-        params = self.params(n=n, temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in contexts], params, use_tqdm=False)
+        options = {"ignore_eos": True, "detokenize": False}
+        params = self.params(n=n, temperature=1.0, max_tokens=new, **options)
+        prompts = [{"prompt_token_ids": ids} for ids in contexts]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [list(rollout.token_ids) for output in outputs for rollout in output.outputs]
 
     def forget(self) -> None:
@@ -182,7 +224,8 @@ def rollouts(peer: Peer, work: dict[str, Any], new: int) -> Ids:
         return first
     chosen = list(range(0, len(first), 2))
     contexts = [
-        prompts[i // case["rollouts"]] + first[i] + suffix for i, suffix in zip(chosen, work["suffixes"], strict=True)
+        prompts[i // case["rollouts"]] + first[i] + suffix
+        for i, suffix in zip(chosen, work["suffixes"], strict=True)
     ]
     return first + peer.go_on(contexts, chosen, new)
 
@@ -190,14 +233,15 @@ def rollouts(peer: Peer, work: dict[str, Any], new: int) -> Ids:
 def answer(peer: Peer, work: dict[str, Any]) -> dict[str, Any]:
     case = work["case"]
     # backwards, so that no prefix cache knows them afterwards
-    prompts_only = {"case": case | {"guidance": 0}, "prompts": [ids[::-1] for ids in work["prompts"]]}
+    backwards = [ids[::-1] for ids in work["prompts"]]
+    prompts_only = {"case": case | {"guidance": 0}, "prompts": backwards}
     peer.forget()
     started = time.perf_counter()
     rollouts(peer, prompts_only, 1)
     prefill_s = time.perf_counter() - started
     peer.forget()
     peer.rows = None
-    reset_peak()
+    peer.reset_peak()
     started = time.perf_counter()
     attempts = rollouts(peer, work, case["new"])
     seconds = time.perf_counter() - started
@@ -205,19 +249,15 @@ def answer(peer: Peer, work: dict[str, Any]) -> dict[str, Any]:
     expected = [case["new"]] * (case["questions"] * case["rollouts"] + num_second)
     if [len(ids) for ids in attempts] != expected:
         lengths = sorted({len(ids) for ids in attempts})
-        return {"error": f"gave {len(attempts)} attempts of lengths {lengths}, not {len(expected)} of {case['new']}"}
+        right = f"{len(expected)} of {case['new']}"
+        return {"error": f"gave {len(attempts)} attempts of lengths {lengths}, not {right}"}
     rows = None if peer.rows is None else peer.rows - len(attempts) * (case["new"] - 1)
-    return {"seconds": seconds, "prefill_s": prefill_s, "prefilled": rows, "peak_mib": peak_mib()}
-
-
-def reset_peak() -> None:
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_mib() -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return {
+        "seconds": seconds,
+        "prefill_s": prefill_s,
+        "prefilled": rows,
+        "peak_mib": peer.peak_mib(),
+    }
 
 
 def main() -> None:

@@ -1,29 +1,44 @@
-"""One policy-loss problem with its truth in fp64, and the check that every contender must pass before it is timed.
+"""One policy-loss problem, its truth in fp64, and the check that comes before every timing.
 
-The truth is one pass over the loss rows in fp64: logits, log-prob, d loss / d logit. The gradients [N, D] and [V, D] it
-implies are compared without forming them in fp64, through their products with a few random vectors q: for a wrong
-row g + e, the squares of e @ q average to the squared length of e. Each row of dX and of dW is thus held to account.
+The truth is one pass over the loss rows in fp64: logits, log-prob, d loss / d logit. The gradients
+[N, D] and [V, D] it implies are compared without forming them in fp64, through their products with
+a few random vectors q: for a wrong row g + e, the squares of e @ q average to the squared length of
+e. Each row of dX and of dW is thus held to account. Hidden states and weight are rounded to their
+dtype first, so the truth is that of the rounded problem.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.measure import CPU
 from socpo_fast.ops import policy_loss
 
-# Relative to the whole gradient, and to the row's own length: fp32 leaves about 1e-6 and 1e-5, the smallest fault
-# (one vocabulary column left out) makes the latter 1.
-MAX_ERROR, MAX_ROW_ERROR = 1e-5, 1e-2
+TEMPERATURE = 1.0
+
+
+class Bounds(NamedTuple):
+    """The largest errors that pass, by dtype."""
+
+    whole: float  # of the loss, and of a gradient relative to its norm
+    row: float  # of a row of dX or dW, relative to the row's own length
+
+
+# The smallest fault, one vocabulary column left out, makes the error of a row 1. fp32 leaves about
+# 1e-6 and 1e-5. In bf16, ours leaves 2e-3 and 1e-2; with rounded logits, of which one near 8 is off
+# by up to 0.03, it is 5e-3 and 0.1. Rounded log-probs, off by as much, leave 2e-2: too much.
+BOUNDS = {torch.float32: Bounds(1e-5, 1e-2), torch.bfloat16: Bounds(1e-2, 0.5)}
 
 _NUM_PROBES = 8
 _CHUNK_NUMBERS = 1 << 25  # fp64 logits alive at once
 
 
 def useful_flops(num_rows: int, vocab_size: int, hidden_size: int) -> float:
-    """Of forward and backward: three GEMMs (logits, dX, dW) over the rows that carry loss; nothing recomputed."""
+    """Of forward and backward: three GEMMs (logits, dX, dW) over the loss rows, none twice."""
     return 6.0 * num_rows * vocab_size * hidden_size
 
 
@@ -34,7 +49,10 @@ def useful_bytes(num_rows: int, vocab_size: int, hidden_size: int, element_size:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs as a trainer's microbatch has them. Nothing is clipped: each loss row needs all three GEMMs."""
+    """Inputs as a trainer's microbatch has them.
+
+    Nothing is clipped: each loss row needs all three GEMMs.
+    """
 
     hidden_TD: Tensor  # requires grad, as weight_VD does
     weight_VD: Tensor
@@ -49,6 +67,16 @@ class Problem:
     hidden_probe_TK: Tensor  # dX @ probes
     weight_probe_VK: Tensor  # dW @ probes
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight_VD.device
+
+    def accepts(self, errors: Errors) -> bool:
+        """Whether errors are within the bounds of the problem's dtype; NaN is not."""
+        bounds = BOUNDS[self.weight_VD.dtype]
+        whole = errors.loss, errors.hidden, errors.weight
+        return all(error <= bounds.whole for error in whole) and errors.row <= bounds.row
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -59,32 +87,40 @@ class Errors:
     weight: float
     row: float
 
-    @property
-    def acceptable(self) -> bool:
-        """NaN is not."""
-        return max(self.loss, self.hidden, self.weight) <= MAX_ERROR and self.row <= MAX_ROW_ERROR
 
+def random_weight(
+    vocab_size: int,
+    hidden_size: int,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A head whose logits have a standard deviation of 2 on hidden states of unit variance.
 
-def random_weight(vocab_size: int, hidden_size: int) -> Tensor:
-    """A head whose logits have a standard deviation of 2 on hidden states of unit variance."""
+    Like all numbers here they are drawn on the CPU, so that they are the same on every device.
+    """
     weight = torch.randn(vocab_size, hidden_size, generator=torch.Generator().manual_seed(1))
-    return weight.mul_(2 / hidden_size**0.5).requires_grad_()
+    return weight.mul_(2 / hidden_size**0.5).to(device, dtype).requires_grad_()
 
 
 def make_problem(weight_VD: Tensor, num_tokens: int, percent_loss: int) -> Problem:
     """Random hidden states and targets; percent_loss of the rows, chosen at random, carry loss."""
     generator = torch.Generator().manual_seed(2)
+    device, dtype = weight_VD.device, weight_VD.dtype
     vocab_size, hidden_size = weight_VD.shape
     num_rows = max(1, num_tokens * percent_loss // 100)
     rows_N = torch.randperm(num_tokens, generator=generator)[:num_rows].sort().values
     weights_T = torch.zeros(num_tokens).index_fill_(0, rows_N, 1 / num_rows)
+    hidden_TD = torch.randn(num_tokens, hidden_size, generator=generator).to(device, dtype)
+    targets_T = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    log_ratio_T = (torch.rand(num_tokens, generator=generator) - 0.5) * 0.2
+    advantages_T = torch.randn(num_tokens, generator=generator)
     return with_truth(
-        hidden_TD=torch.randn(num_tokens, hidden_size, generator=generator).requires_grad_(),
+        hidden_TD=hidden_TD.requires_grad_(),
         weight_VD=weight_VD,
-        targets_T=torch.randint(vocab_size, (num_tokens,), generator=generator),
-        log_ratio_T=(torch.rand(num_tokens, generator=generator) - 0.5) * 0.2,
-        advantages_T=torch.randn(num_tokens, generator=generator),
-        weights_T=weights_T,
+        targets_T=targets_T.to(device),
+        log_ratio_T=log_ratio_T.to(device),
+        advantages_T=advantages_T.to(device),
+        weights_T=weights_T.to(device),
     )
 
 
@@ -103,12 +139,17 @@ def with_truth(
     hidden, weight = hidden_TD.double(), weight_VD.double()
     generator = torch.Generator().manual_seed(3)
     probes = torch.randn(hidden.shape[1], _NUM_PROBES, generator=generator, dtype=torch.float64)
+    probes = probes.to(hidden.device)
     weight_probe_in, hidden_probe_in = weight @ probes, hidden @ probes
-    old_logprobs = torch.zeros(hidden.shape[0])
-    hidden_probe, weight_probe = hidden.new_zeros(hidden.shape[0], _NUM_PROBES), torch.zeros_like(weight_probe_in)
+    old_logprobs = torch.zeros_like(log_ratio_T)
+    hidden_probe, weight_probe = (
+        torch.zeros_like(hidden_probe_in),
+        torch.zeros_like(weight_probe_in),
+    )
     loss = loss_scale = 0.0
     for rows in rows_N.split(max(1, _CHUNK_NUMBERS // weight.shape[0])):
-        here, targets = torch.arange(rows.numel()), targets_T[rows]
+        here = torch.arange(rows.numel(), device=rows.device)
+        targets = targets_T[rows]
         logits = hidden[rows] @ weight.T
         logsumexp = logits.logsumexp(1, keepdim=True)
         logprobs = logits[here, targets] - logsumexp[:, 0]
@@ -141,18 +182,24 @@ def with_truth(
 
 
 @torch.no_grad()
-def errors_of(problem: Problem, loss: Tensor, grad_hidden_TD: Tensor, grad_weight_VD: Tensor) -> Errors:
+def errors_of(
+    problem: Problem, loss: Tensor, grad_hidden_TD: Tensor, grad_weight_VD: Tensor
+) -> Errors:
     """How wrong a contender's results are."""
     hidden, hidden_row = _gradient_error(grad_hidden_TD, problem.hidden_probe_TK, problem.probes_DK)
     weight, weight_row = _gradient_error(grad_weight_VD, problem.weight_probe_VK, problem.probes_DK)
-    return Errors(abs(loss.item() - problem.loss) / problem.loss_scale, hidden, weight, max(hidden_row, weight_row))
+    loss_error = abs(loss.item() - problem.loss) / problem.loss_scale
+    return Errors(loss_error, hidden, weight, max(hidden_row, weight_row))
 
 
-def _gradient_error(gradient_RD: Tensor, truth_RK: Tensor, probes_DK: Tensor) -> tuple[float, float]:
+def _gradient_error(
+    gradient_RD: Tensor, truth_RK: Tensor, probes_DK: Tensor
+) -> tuple[float, float]:
     """Relative error of the whole, and of the worst row; NaN when there is one anywhere."""
     if gradient_RD.shape != (truth_RK.shape[0], probes_DK.shape[0]):
         return float("inf"), float("inf")
     probed = torch.cat([block.double() @ probes_DK for block in gradient_RD.split(8192)])
     wrong, right = (probed - truth_RK).square().sum(1), truth_RK.square().sum(1)
-    floor = 1e-12 * right.mean()  # a row far below a typical one is held to 1e-8 of that, not to its own length
+    # a row far below a typical one is held to 1e-8 of that, not to its own length
+    floor = 1e-12 * right.mean()
     return float((wrong.sum() / right.sum()).sqrt()), float((wrong / (right + floor)).max().sqrt())

@@ -1,4 +1,4 @@
-"""The rollout bench: what it counts, that what must not be timed is not, and a run without peers on a tiny Llama."""
+"""The rollout bench: what it counts, what is not timed, and a run on a tiny Llama."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import _rollout_ours, bench_rollout, peers_rollout
-from bench._rollout_cases import (
+from bench.rollout import __main__ as bench
+from bench.rollout import ours as engines
+from bench.rollout import peer_worker, table
+from bench.rollout.__main__ import Own
+from bench.rollout.cases import (
     CASES,
     Case,
     Step,
@@ -25,10 +28,11 @@ from bench._rollout_cases import (
     make_work,
     prefilled_tokens,
     read_text,
+    roofline_s,
 )
-from bench._rollout_limit import Limit
-from bench._rollout_peers import Worker
-from bench.bench_rollout import Own, Row
+from bench.rollout.limit import Limit
+from bench.rollout.peers import Worker
+from bench.rollout.table import Row
 from socpo_fast.model import load_student
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 
@@ -41,7 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     sizes |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 256}
     path = tmp_path_factory.mktemp("llama")
     model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3, tie_word_embeddings=True))
@@ -51,7 +60,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_of_a_hand_counted_case() -> None:
-    """6 rollouts, of which the 1st, 3rd and 5th go on: 9 attempts of 4; 2 prompts of 5, and 3 times 1 + 2 tokens."""
+    """6 rollouts, of which the 1st, 3rd and 5th go on.
+
+    9 attempts of 4; 2 prompts of 5, and 3 times 1 + 2 tokens.
+    """
     assert (CASE.num_first, CASE.num_second, CASE.generated, CASE.longest) == (6, 3, 36, 15)
     assert CASE.unique_tokens == 2 * 5 + 3 * (1 + 2)
     rows = 2 * 5 + 6 * 3 + 3 * (1 + 2) + 3 * 3  # each attempt forwards 3 of its 4 tokens one by one
@@ -61,7 +73,10 @@ def test_tokens_of_a_hand_counted_case() -> None:
 
 
 def test_work_of_a_hand_counted_case(folder: Path) -> None:
-    """Width 32, 4 + 2 * 2 heads of 8, inner 48: qkv 64 x 32, o 32 x 32, gate and up 96 x 32, down 32 x 48; head 131."""
+    """Width 32, 4 + 2 * 2 heads of 8, inner 48.
+
+    qkv 64 x 32, o 32 x 32, gate and up 96 x 32, down 32 x 48; head 131.
+    """
     config = load_student(folder).config
     assert layer_shapes(config) == [(64, 32), (32, 32), (96, 32), (32, 48)]
     layers, head = 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48), 131 * 32
@@ -71,6 +86,15 @@ def test_work_of_a_hand_counted_case(folder: Path) -> None:
     assert steps == first + second
     assert linear_flops(config, steps) == 2 * ((10 + 18 + 9 + 9) * layers + (2 + 18 + 3 + 9) * head)
     assert linear_bytes(config, steps) == 4 * (10 * layers + 8 * head)
+
+
+def test_roofline_of_a_pass_is_the_longer_of_two(folder: Path) -> None:
+    """With as many FLOPs as bytes a second, 1 row of 4-byte weights is bytes, 3 rows are FLOPs."""
+    config = load_student(folder).config
+    weights = 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48)
+    peaks = {"gflop_s": 2.0, "gb_s": 2.0, "element_size": 4}
+    steps = [Step(1, 0, True), Step(3, 0, True)]
+    assert roofline_s(config, steps, **peaks) == pytest.approx(1e-9 * weights * (4 + 6) / 2)
 
 
 def test_token_ids_are_fixed_and_other_ones_each_round() -> None:
@@ -91,14 +115,22 @@ def test_text_is_what_the_questions_say(tmp_path: Path) -> None:
     assert len(ids) > 10 and all(isinstance(i, int) for i in ids)
 
 
-def test_limit_runs_every_linear_of_every_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_runs_every_linear_of_every_pass(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student, steps, seen = load_student(folder), linear_steps(CASE, token_budget=8), []
     limit = Limit(student, steps)
     assert set(limit.chosen) == set(steps)
-    monkeypatch.setattr(limit, "_run", lambda linear, weight, rows: seen.append((rows, weight.shape[0])))
+
+    def note(linear: object, weight: torch.Tensor, rows: int) -> None:
+        seen.append((rows, weight.shape[0]))
+
+    monkeypatch.setattr(limit, "_run", note)
     limit.replay()
     outs = [outs for outs, _ in layer_shapes(student.config)] * 2
-    expected = [[(s.rows, n) for n in outs] + [(s.head_rows, VOCAB)] * (s.head_rows > 0) for s in steps]
+    expected = [
+        [(s.rows, n) for n in outs] + [(s.head_rows, VOCAB)] * (s.head_rows > 0) for s in steps
+    ]
     assert seen == list(chain(*expected))
     seen.clear()
     limit.prefill()
@@ -106,12 +138,14 @@ def test_limit_runs_every_linear_of_every_pass(folder: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("guidance", [0, 2])
-def test_ours_prefills_unique_tokens_and_agrees_with_transformers(folder: Path, guidance: int) -> None:
+def test_ours_prefills_unique_tokens_and_agrees_with_transformers(
+    folder: Path, guidance: int
+) -> None:
     case = replace(CASE, guidance=guidance)
-    checked = _rollout_ours.check(
-        _rollout_ours.Ours.of(load_student(folder), case), make_work(case, VOCAB, 0), str(folder)
-    )
-    assert checked["prefilled"] == checked["unique"] == case.unique_tokens and checked["logprobs_off"] < 1e-4
+    engine = engines.Ours.of(load_student(folder), case)
+    checked = engines.check(engine, make_work(case, VOCAB, 0), str(folder))
+    assert checked["prefilled"] == checked["unique"] == case.unique_tokens
+    assert checked["logprobs_off"] < 1e-4
 
 
 def test_wrong_log_probs_are_not_timed(folder: Path) -> None:
@@ -119,11 +153,18 @@ def test_wrong_log_probs_are_not_timed(folder: Path) -> None:
     with torch.no_grad():
         student.norm.weight[3] *= 1.1
     with pytest.raises(RuntimeError, match="log-probs must be within"):
-        _rollout_ours.check(_rollout_ours.Ours.of(student, CASE), make_work(CASE, VOCAB, 0), str(folder))
+        engines.check(engines.Ours.of(student, CASE), make_work(CASE, VOCAB, 0), str(folder))
 
 
-def greedy(peer: type[peers_rollout.Generate], folder: Path) -> peers_rollout.Generate:
-    options = {"student": str(folder), "threads": 1, "dtype": "float32", "page_size": 32, "cache_tokens": 1024}
+def greedy(peer: type[peer_worker.Generate], folder: Path) -> peer_worker.Generate:
+    options = {
+        "student": str(folder),
+        "threads": 1,
+        "dtype": "float32",
+        "device": "cpu",
+        "page_size": 32,
+        "cache_tokens": 1024,
+    }
     made = peer(options)
     made.sampling = lambda new, **more: made.config(  # type: ignore[method-assign]
         do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0, **more
@@ -132,29 +173,33 @@ def greedy(peer: type[peers_rollout.Generate], folder: Path) -> peers_rollout.Ge
 
 
 def test_transformers_peers_give_the_same_attempts(folder: Path) -> None:
-    """Greedily, with prompts copied and shared, and second attempts behind a context or behind a cache."""
+    """Greedily, prompts copied and shared, second attempts behind a context or a cache."""
     threads, work = torch.get_num_threads(), make_work(CASE, VOCAB, 0).to_json()
     try:
         attempts = {}
-        for kind in (peers_rollout.Generate, peers_rollout.GenerateShared):
+        for kind in (peer_worker.Generate, peer_worker.GenerateShared):
             peer = greedy(kind, folder)
-            attempts[kind] = peers_rollout.rollouts(peer, work, CASE.new), peers_rollout.answer(peer, work)
+            attempts[kind] = (
+                peer_worker.rollouts(peer, work, CASE.new),
+                peer_worker.answer(peer, work),
+            )
     finally:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(True)
     (copied, counted), (shared, counted_shared) = attempts.values()
     assert copied == shared and len(copied) == 9
     assert counted["prefilled"] == 6 * 5 + 3 * (5 + 4 + 2)
-    assert counted_shared["prefilled"] == 2 * 4 + 6 + 3 * (1 + 2)  # the last token of a prompt is not shared
+    # the last token of a prompt is not shared
+    assert counted_shared["prefilled"] == 2 * 4 + 6 + 3 * (1 + 2)
     assert counted["prefill_s"] > 0 and counted["seconds"] > 0 and counted["peak_mib"] > 1
 
 
 def test_attempts_of_a_wrong_length_are_an_error() -> None:
-    class Short(peers_rollout.Peer):
+    class Short(peer_worker.Peer):
         def generate(self, contexts: list[list[int]], n: int, new: int) -> list[list[int]]:
             return [[0] * max(1, new - 1) for _ in contexts for _ in range(n)]
 
-    answer = peers_rollout.answer(Short(), make_work(CASE, VOCAB, 0).to_json())
+    answer = peer_worker.answer(Short(), make_work(CASE, VOCAB, 0).to_json())
     assert answer == {"error": "gave 9 attempts of lengths [3], not 9 of 4"}
 
 
@@ -167,33 +212,56 @@ def test_a_slow_peer_runs_in_the_first_round_only_and_ratios_are_paired() -> Non
     seconds = {"ours": iter([1.0, 2.0, 3.0]), "limit": iter([0.5, 1.0, 2.4]), "slow": iter([5.0])}
 
     def contender(name: str) -> Own:
-        return Own(name, lambda work: {"seconds": next(seconds[name]), "prefill_s": 0.1, "peak_mib": 1.0})
+        fixed = {"prefill_s": 0.1, "peak_mib": 1.0}
+        return Own(name, lambda work: {"seconds": next(seconds[name])} | fixed)
 
-    rows = [Row("ours"), Row("limit"), Row("slow", tried={"": 5.0}), Row("broken", error="no such file")]
+    rows = [
+        Row("ours"),
+        Row("limit"),
+        Row("slow", tried={"": 5.0}),
+        Row("broken", error="no such file"),
+    ]
     works = [Work(CASE, seed, [], []) for seed in range(3)]
-    bench_rollout.run_rounds([contender(row.name) for row in rows], rows, works, ours_s=1.0)
+    bench.run_rounds([contender(row.name) for row in rows], rows, works, ours_s=1.0)
     assert [len(row.rounds) for row in rows] == [3, 3, 1, 0]
-    known = [bench_rollout.figures(row, CASE, rows) for row in rows]
+    known = [table.figures(row, CASE, rows, {"": 0.25}) for row in rows]
     assert [k.get("ours_is_times_faster") for k in known] == [1.0, 0.5, 5.0, None]
     assert known[0]["of_limit"] == 0.5 and known[0]["tok_s"] == 36 / 2.0
+    assert known[0]["of_peak"] == 0.125
 
 
 def test_the_fastest_setting_that_works_goes_on() -> None:
-    settings = [SimpleNamespace(name="x", setting=s, run=lambda work, r=r: r) for s, r in
-                (("a", {"seconds": 3.0}), ("b", {"error": "none"}), ("c", {"seconds": 2.0}))]  # fmt: skip
-    row, best = bench_rollout.search(settings, make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
+    results = {"a": {"seconds": 3.0}, "b": {"error": "none"}, "c": {"seconds": 2.0}}
+    settings = [
+        SimpleNamespace(name="x", setting=setting, run=lambda work, result=result: result)
+        for setting, result in results.items()
+    ]
+    row, best = bench.search(settings, make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
     assert best.setting == row.setting == "c" and row.tried == {"a": 3.0, "c": 2.0}
-    row, _ = bench_rollout.search(settings[1:2], make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
+    row, _ = bench.search(settings[1:2], make_work(CASE, VOCAB, 0))  # type: ignore[arg-type]
     assert row.error == "b none"
 
 
-def test_the_script_ends_with_one_json_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--student", str(folder), "--quick", "--threads", "1", "--repeats", "2", "--bf16", "--cases", "a1", "c"]
-    bench_rollout.main([*words, "--json", str(tmp_path / "all.json")])
+def test_the_script_ends_with_one_json_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--student",
+        str(folder),
+        "--quick",
+        "--threads",
+        "1",
+        "--repeats",
+        "2",
+        "--bf16",
+        "--cases",
+        "a1",
+        "c",
+    ]
+    bench.main([*words, "--json", str(tmp_path / "all.json")])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (
-        list(last["a1"]["tok_s"]) == ["ours", "limit", "ours, bf16", "limit, bf16"] and last["a1"]["best_peer"] is None
-    )
+    assert list(last["a1"]["tok_s"]) == ["ours", "limit", "ours, bf16", "limit, bf16"]
+    assert last["a1"]["best_peer"] is None
     report = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
     case = report["cases"]["c"]
     assert case["checks"]["ours"]["prefilled"] == case["unique_tokens"] == 2 * 12 + 2 * 6
@@ -203,5 +271,19 @@ def test_the_script_ends_with_one_json_line(folder: Path, tmp_path: Path, capsys
 
 def test_peers_need_their_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        bench_rollout.parse(["--student", "x", "--peers", "vllm"])
+        bench.parse(["--student", "x", "--peers", "vllm"])
     assert "--peers vllm needs --vllm-python; see bench/peers.txt" in capsys.readouterr().err
+
+
+def test_kernels_of_a_card_have_their_parts() -> None:
+    parts = {
+        "_decode_kernel": "attention",
+        "_rotary_write_kernel": "KV write, rotary",
+        "_rms_norm_kernel": "norms",
+        "_swiglu_kernel": "swiglu",
+        "_sample_tile_kernel": "head and draw",
+        "nvjet_tst_64x8_64x16_4x2_h_bz_TNN": "linears",
+        "sm90_xmma_gemm_bf16bf16_bf16f32": "linears",
+        "void at::native::elementwise_kernel<128, 4>": engines.OTHER_OPS,
+    }
+    assert {name: engines.part_of_kernel(name) for name in parts} == parts

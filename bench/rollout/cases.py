@@ -1,7 +1,8 @@
-"""What bench_rollout runs: cases, their token ids, and the work that no engine can avoid.
+"""What the bench runs: cases, their token ids, and the work that no engine can avoid.
 
-Read Case, then linear_steps: the linears of a case with every unique token forwarded once and one row a sampled token.
-A last sampled token is never forwarded, unless a second attempt goes on behind it.
+Read Case, then linear_steps: the linears of a case with every unique token forwarded once and one
+row a sampled token. A last sampled token is never forwarded, unless a second attempt goes on behind
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from socpo_fast.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Case:
-    """Rollouts of some questions, and with guidance > 0 a second attempt of every second rollout; lengths in tokens."""
+    """Rollouts of some questions; lengths in tokens.
+
+    With guidance > 0 every second rollout has a second attempt.
+    """
 
     name: str
     questions: int
@@ -40,7 +44,10 @@ class Case:
 
     @property
     def unique_tokens(self) -> int:
-        """Tokens that must be prefilled: each prompt once, then the guidance and the token sampled last before it."""
+        """Tokens that must be prefilled.
+
+        Each prompt once, then the guidance and the token sampled last before it.
+        """
         return self.questions * self.prompt + self.num_second * (1 + self.guidance)
 
     @property
@@ -50,8 +57,11 @@ class Case:
 
     @property
     def title(self) -> str:
-        text = f"{self.questions} x {self.rollouts} rollouts, prompt {self.prompt}, {self.new} new tokens"
-        return text + (f", {self.num_second} go on behind {self.guidance} of guidance" if self.guidance else "")
+        text = f"{self.questions} x {self.rollouts} rollouts, prompt {self.prompt}"
+        text += f", {self.new} new tokens"
+        if self.guidance:
+            text += f", {self.num_second} go on behind {self.guidance} of guidance"
+        return text
 
     def shortened(self) -> Case:
         """The same in so few tokens that only the running is tested."""
@@ -73,7 +83,10 @@ CASES = {
 
 @dataclass(frozen=True)
 class Work:
-    """A case with its token ids, as every contender gets it; suffixes are the guidance of every second rollout."""
+    """A case with its token ids, as every contender gets it.
+
+    Suffixes are the guidance of every second rollout.
+    """
 
     case: Case
     seed: int
@@ -85,13 +98,18 @@ class Work:
 
 
 def make_work(case: Case, vocab_size: int, seed: int, text_ids: Sequence[int] = ()) -> Work:
-    """Prompts and guidance cut from a text one behind the other, or pseudo-random; other ones for every seed, so that
-    no cache has met them."""
+    """Prompts and guidance cut from a text one behind the other, or pseudo-random.
+
+    They are other ones for every seed, so that no cache has met them.
+    """
     lengths = [case.prompt] * case.questions + [case.guidance] * case.num_second
     total = sum(lengths)
     if text_ids:
         if len(text_ids) < total + 1:
-            raise ValueError(f"bench: the text must have more than {total} tokens, got {len(text_ids)}; see --data")
+            raise ValueError(
+                f"bench: the text must have more than {total} tokens, got {len(text_ids)}; "
+                "see --data"
+            )
         start = 7919 * seed % (len(text_ids) - total)
         ids = list(text_ids[start : start + total])
     else:
@@ -124,15 +142,22 @@ class Step(NamedTuple):
 
 
 def linear_steps(case: Case, token_budget: int = 2048) -> list[Step]:
-    """The passes of a case by an engine that does nothing twice; rollouts of a question share its prompt's logits."""
-    steps = _passes(case.questions * case.prompt, case.questions, case.num_first, case.new, token_budget)
+    """The passes of a case by an engine that does nothing twice.
+
+    Rollouts of a question share its prompt's logits.
+    """
+    num_prompt_tokens = case.questions * case.prompt
+    sizes = num_prompt_tokens, case.questions, case.num_first
+    steps = _passes(*sizes, case.new, token_budget)
     if case.guidance:
         guided = case.num_second * (1 + case.guidance)
         steps += _passes(guided, case.num_second, case.num_second, case.new, token_budget)
     return steps
 
 
-def _passes(num_tokens: int, head_rows: int, num_sequences: int, new: int, budget: int) -> list[Step]:
+def _passes(
+    num_tokens: int, head_rows: int, num_sequences: int, new: int, budget: int
+) -> list[Step]:
     chunks = [min(budget, num_tokens - start) for start in range(0, num_tokens, budget)]
     prefill = [Step(rows, 0, True) for rows in chunks[:-1]] + [Step(chunks[-1], head_rows, True)]
     return prefill + [Step(num_sequences, num_sequences, False)] * (new - 1)
@@ -160,6 +185,24 @@ def linear_bytes(config: ModelConfig, steps: Sequence[Step], element_size: int =
     return float(element_size) * sum(layers + (head if step.head_rows else 0) for step in steps)
 
 
+def roofline_s(
+    config: ModelConfig,
+    steps: Sequence[Step],
+    *,
+    gflop_s: float,
+    gb_s: float,
+    element_size: int,
+) -> float:
+    """Seconds of the linears at the machine's peaks: a pass takes the longer of FLOPs and bytes."""
+    return sum(
+        max(
+            1e-9 * linear_flops(config, [step]) / gflop_s,
+            1e-9 * linear_bytes(config, [step], element_size) / gb_s,
+        )
+        for step in steps
+    )
+
+
 def prefilled_tokens(case: Case, num_rows: int) -> int:
-    """Tokens prefilled, where num_rows went through a layer: all but those sampled and then decoded behind."""
+    """Tokens prefilled, where num_rows went through a layer: all but those that were decoded."""
     return num_rows - (case.num_first + case.num_second) * (case.new - 1)

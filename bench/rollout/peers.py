@@ -1,8 +1,9 @@
-"""Starts the contenders of bench_rollout from other projects and talks to them; they run in processes of their own.
+"""Starts the contenders from other projects and talks to them; they run in processes of their own.
 
-Each peer has several settings to choose from. Python peers are peers_rollout.py in the peer's own Python and stay alive
-from case to case. llama.cpp is its llama-batched-bench, a process a call, whose phases are put together: it knows one
-prompt only, it samples nothing, and its tokens are random.
+Each peer has several settings to choose from. Python peers are peer_worker.py in the peer's own
+Python and stay alive from case to case. llama.cpp is its llama-batched-bench, a process a call,
+whose phases are put together: it knows one prompt only, it samples nothing, and its tokens are
+random.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench._rollout_cases import Case, Work
+from bench.rollout.cases import Case, Work
 
 Result = dict[str, Any]  # seconds, prefill_s, prefilled, peak_mib; or error
-WORKER = Path(__file__).with_name("peers_rollout.py")
-NAMES = ("generate-copied", "generate-shared", "generate-batch", "ctranslate2", "vllm", "llama.cpp", "llama.cpp-bf16")
+WORKER = Path(__file__).with_name("peer_worker.py")
+CPU_ONLY = ("ctranslate2", "vllm", "llama.cpp", "llama.cpp-bf16")  # as peers.txt installs them
+NAMES = ("generate-copied", "generate-shared", "generate-batch", *CPU_ONLY)
 
 
 class Contender(Protocol):
@@ -38,7 +40,7 @@ class Contender(Protocol):
 
 @dataclass
 class Worker:
-    """peers_rollout.py with one setting, started at its first piece of work."""
+    """peer_worker.py with one setting, started at its first piece of work."""
 
     name: str
     setting: str
@@ -84,17 +86,17 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
-            raise RuntimeError(
-                "ended: " + (self._log.read().decode(errors="replace").strip().splitlines() or ["?"])[-1]
-            )
+            logged = self._log.read().decode(errors="replace").strip().splitlines()
+            raise RuntimeError(f"ended: {(logged or ['?'])[-1]}")
         return json.loads(line)
 
 
 @dataclass
 class LlamaCpp:
-    """Prompts: one call for as many as there are questions. Decoding: one for all rollouts behind their contexts.
+    """Prompts: one call for as many as there are questions. Decoding: one for all rollouts.
 
-    A second attempt costs its guidance, as if a server's slot had kept the rest, though batched-bench cannot show it.
+    A second attempt costs its guidance, as if a server's slot had kept the rest, though
+    batched-bench cannot show it.
     """
 
     name: str
@@ -118,20 +120,25 @@ class LlamaCpp:
             seconds = prefill_s + decode_s
             if case.guidance:
                 seconds += self._call(1 + case.guidance, 2, case.num_second)[0]
-                seconds += self._call(case.prompt + case.new + case.guidance, case.new, case.num_second, "-pps")[1]
+                context = case.prompt + case.new + case.guidance
+                seconds += self._call(context, case.new, case.num_second, "-pps")[1]
         except (OSError, RuntimeError) as error:
             return {"error": str(error)}
-        return {"seconds": seconds, "prefill_s": prefill_s, "prefilled": None, "peak_mib": self._peak_mib}
+        known = {"seconds": seconds, "prefill_s": prefill_s}
+        return known | {"prefilled": None, "peak_mib": self._peak_mib}
 
     def close(self) -> None:
         pass
 
     def _call(self, prompt: int, new: int, parallel: int, *more: str) -> tuple[float, float]:
         """Seconds of the prompts and of decoding; the first new token comes out of the prompt."""
-        room = -(-(prompt + new + 1) // 256) * 256 * parallel  # each sequence has its own part, a multiple of 256
-        command = [str(self.folder / "llama-batched-bench"), "-m", str(self.folder / self.model), "-c", str(room)]
-        command += ["-npp", str(prompt), "-ntg", str(max(1, new - 1)), "-npl", str(parallel), "-b", "2048"]
-        command += ["-t", str(self.threads), "-tb", str(self.threads), "--output-format", "jsonl", *self.flags, *more]
+        # each sequence has its own part, a multiple of 256
+        room = -(-(prompt + new + 1) // 256) * 256 * parallel
+        command = [str(self.folder / "llama-batched-bench"), "-m", str(self.folder / self.model)]
+        command += ["-c", str(room), "-npp", str(prompt), "-ntg", str(max(1, new - 1))]
+        command += ["-npl", str(parallel), "-b", "2048"]
+        command += ["-t", str(self.threads), "-tb", str(self.threads)]
+        command += ["--output-format", "jsonl", *self.flags, *more]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
             process = subprocess.Popen(command, stdout=out, stderr=log)
             ends = time.monotonic() + self.timeout_s
@@ -143,9 +150,11 @@ class LlamaCpp:
             out.seek(0)
             log.seek(0)
             said, logged = out.read().decode(), log.read().decode(errors="replace")
-        rows = [json.loads(line) for line in (said + "\n" + logged).splitlines() if line.startswith('{"n_kv_max"')]
+        lines = (said + "\n" + logged).splitlines()
+        rows = [json.loads(line) for line in lines if line.startswith('{"n_kv_max"')]
         if process.returncode != 0 or len(rows) != 1:
-            raise RuntimeError(f"llama-batched-bench: {(logged.strip().splitlines() or ['no result'])[-1]}")
+            last = (logged.strip().splitlines() or ["no result"])[-1]
+            raise RuntimeError(f"llama-batched-bench: {last}")
         return rows[0]["t_pp"], rows[0]["t_tg"]
 
 
@@ -157,12 +166,16 @@ def _peak_mib_of(pid: int) -> float:
 
 def start_peers(args: argparse.Namespace, cases: Sequence[Case]) -> list[list[Contender]]:
     """For each peer asked for, its settings to choose from; nothing is started yet."""
-    return [_llama(name, args) if name.startswith("llama") else _workers(name, args, cases) for name in args.peers]
+    return [
+        _llama(name, args) if name.startswith("llama") else _workers(name, args, cases)
+        for name in args.peers
+    ]
 
 
 def _llama(name: str, args: argparse.Namespace) -> list[Contender]:
     model = "student.gguf" if name == "llama.cpp" else "student-bf16.gguf"
-    settings = {"flash on": ["-fa", "on"], "flash off": ["-fa", "off"], "one KV": ["-fa", "on", "-kvu"]}
+    settings = {"flash on": ["-fa", "on"], "flash off": ["-fa", "off"]}
+    settings["one KV"] = ["-fa", "on", "-kvu"]
     settings["f32 KV"] = ["-fa", "on", "-ctk", "f32", "-ctv", "f32"]
     folder, version = Path(args.llama_dir), args.llama_version
     return [
@@ -172,21 +185,31 @@ def _llama(name: str, args: argparse.Namespace) -> list[Contender]:
 
 
 def _workers(name: str, args: argparse.Namespace, cases: Sequence[Case]) -> list[Contender]:
-    longest, sequences = max(case.longest for case in cases) + 8, max(case.num_first for case in cases)
-    options = {"student": args.student, "threads": args.threads, "dtype": "float32", "ct2_dir": args.ct2_dir}
-    options |= {"longest": longest, "sequences": sequences, "cache_tokens": sequences * (longest + 256)}
+    longest = max(case.longest for case in cases) + 8
+    sequences = max(case.num_first for case in cases)
+    options = {"student": args.student, "threads": args.threads, "ct2_dir": args.ct2_dir}
+    options |= {"dtype": str(args.dtype).removeprefix("torch."), "device": str(args.device)}
+    options |= {"longest": longest, "sequences": sequences}
+    options["cache_tokens"] = sequences * (longest + 256)
     env, python = {"OMP_NUM_THREADS": str(args.threads)}, args.peers_python
     settings: dict[str, tuple[dict[str, Any], dict[str, str]]] = {"": ({}, {})}
     if name == "generate-batch":
         settings = {f"page {size}": ({"page_size": size}, {}) for size in (32, 256)}
     elif name == "ctranslate2":  # its GEMMs by oneDNN, its choice on AMD, or by MKL
-        settings = {text: ({}, {"CT2_USE_MKL": use}) for text, use in (("oneDNN", "0"), ("MKL", "1"))}
+        settings = {
+            text: ({}, {"CT2_USE_MKL": use}) for text, use in (("oneDNN", "0"), ("MKL", "1"))
+        }
         if sequences > 8:  # long prompts go three times as fast a question at a time
-            settings |= {f"{text}, 8 at once": ({"at_once": 8}, library) for text, (_, library) in settings.items()}
+            settings |= {
+                f"{text}, 8 at once": ({"at_once": 8}, library)
+                for text, (_, library) in settings.items()
+            }
     elif name == "vllm":
         python = args.vllm_python
-        libraries = [str(path) for path in sorted(Path(python).parent.parent.glob("lib/libiomp5.so"))]
-        env |= {"LD_PRELOAD": ":".join([*libraries, *args.vllm_preload]), "VLLM_CPU_KVCACHE_SPACE": "2"}
+        environment = Path(python).parent.parent
+        libraries = [str(path) for path in sorted(environment.glob("lib/libiomp5.so"))]
+        env |= {"LD_PRELOAD": ":".join([*libraries, *args.vllm_preload])}
+        env |= {"VLLM_CPU_KVCACHE_SPACE": "2"}
         env |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}" if args.threads > 1 else "0"}
         env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         settings = {f"page {size}": ({"block_size": size}, {}) for size in (128, 32)}

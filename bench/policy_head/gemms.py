@@ -1,0 +1,69 @@
+"""The policy head's limit: its three GEMMs alone, in their best chunking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.machine import matmuls, product_dtype
+from bench.measure import first_seconds
+
+Gemms = tuple[str, int, int]  # library, rows and columns of a tile of logits
+
+
+def gemm_choices(num_rows: int, vocab_size: int, device: torch.device) -> list[Gemms]:
+    """Libraries and chunkings among which the fastest is looked for.
+
+    On a card by rows only: by columns, sums of dX would be rounded to bf16 in between.
+    """
+    is_card = device.type == "cuda"
+    row_counts, column_counts = (128, 256, 512), (2048, 8192)
+    if is_card:
+        row_counts, column_counts = (1024, 2048, 4096), ()
+    by_rows = [(rows, vocab_size) for rows in row_counts if rows < num_rows]
+    by_columns = [(num_rows, columns) for columns in column_counts if columns < vocab_size]
+    tiles = (*by_rows, *by_columns, (num_rows, vocab_size))
+    return [(library, *tile) for library in matmuls(device) for tile in tiles]
+
+
+def fastest_gemms(hidden_ND: Tensor, weight_VD: Tensor) -> list[Gemms]:
+    """Of each library the fastest chunking."""
+    device = hidden_ND.device
+    choices = gemm_choices(hidden_ND.shape[0], weight_VD.shape[0], device)
+    runs = bare_gemms(hidden_ND, weight_VD, choices)
+    seconds = {choice: first_seconds(run, device) for choice, run in runs.items()}
+    return [
+        min((choice for choice in choices if choice[0] == library), key=seconds.__getitem__)
+        for library in matmuls(device)
+    ]
+
+
+def bare_gemms(
+    hidden_ND: Tensor, weight_VD: Tensor, choices: Sequence[Gemms]
+) -> dict[Gemms, Callable[[], tuple[Tensor, Tensor]]]:
+    """For each choice, logits, dX and dW into buffers that exist already; dW in fp32."""
+    factor = product_dtype(hidden_ND.device, hidden_ND.dtype)
+    hidden_ND, weight_VD = hidden_ND.to(factor), weight_VD.to(factor)
+    grad_hidden = torch.zeros_like(hidden_ND)
+    grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+    most = max(min(rows, hidden_ND.shape[0]) * columns for _, rows, columns in choices)
+    buffer = hidden_ND.new_zeros(most)
+
+    @torch.no_grad()
+    def run(library: str, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+        matmul = matmuls(hidden_ND.device)[library]
+        for row in range(0, hidden_ND.shape[0], num_rows):
+            hidden, grad_h = (x[row : row + num_rows] for x in (hidden_ND, grad_hidden))
+            for column in range(0, weight_VD.shape[0], num_columns):
+                columns = slice(column, column + num_columns)
+                weight, grad_w = weight_VD[columns], grad_weight[columns]
+                logits = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+                matmul(logits, hidden, weight.T, False)
+                matmul(grad_h, logits, weight, column > 0)
+                matmul(grad_w, logits.T, hidden, row > 0)
+        return grad_hidden, grad_weight
+
+    return {choice: partial(run, *choice) for choice in choices}

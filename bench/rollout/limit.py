@@ -1,0 +1,95 @@
+"""The limit of a case: its own linears, replayed alone on the student's weights.
+
+Shapes and order are those of the case, each pass through every layer and the LM head; the numbers
+that go in are random. For each number of rows the fastest of several GEMMs runs. On a card each
+kind of pass is a CUDA graph: launched one by one from Python, small products would wait for the
+host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.machine import product_dtype
+from bench.measure import time_rounds
+from bench.rollout.cases import Step
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops._impl import extension_is_built
+
+Linear = Callable[[Tensor, Tensor, Tensor], object]  # rows in, weight, room for rows out
+
+
+def linears(device: torch.device, dtype: torch.dtype) -> dict[str, Linear]:
+    """The GEMMs there are for weights of this dtype; our own makes its room itself."""
+    found: dict[str, Linear] = {}
+    if dtype == product_dtype(device, dtype):
+        found["torch"] = lambda x, weight, out: torch.mm(x, weight.t(), out=out)
+    if device.type == "cpu" and extension_is_built():
+        ops = torch.ops.socpo
+        if dtype == torch.float32:
+            found["matmul_"] = lambda x, weight, out: ops.matmul_(out, x, weight.t(), False)
+        found["linear"] = lambda x, weight, out: ops.linear(x, weight, None)
+    if not found:
+        found["torch"] = lambda x, weight, out: torch.mm(x, weight.float().t(), out=out)
+    return found
+
+
+class Limit:
+    """Replays passes over the weights of one student; `chosen` names the linear of each kind."""
+
+    def __init__(self, student: Decoder, steps: Sequence[Step]):
+        self.head = student.lm_head.weight.detach()
+        self.device = self.head.device
+        blocks = [(layer.attention, layer.mlp) for layer in student.layers]
+        modules = [(attn.qkv, attn.o, mlp.gate_up, mlp.down) for attn, mlp in blocks]
+        self.layers = [linear.weight.detach() for layer in modules for linear in layer]
+        self.linears, self.steps = linears(self.device, self.head.dtype), list(steps)
+        sizes = {(w.shape[i], step.rows) for w in self.layers for step in steps for i in (0, 1)}
+        sizes |= {(self.head.shape[i], step.head_rows) for step in steps for i in (0, 1)}
+        most = max(width * rows for width, rows in sizes)
+        dtype = product_dtype(self.device, self.head.dtype)
+        self.rows_in = torch.randn(most, device=self.device).to(dtype)
+        self.rows_out = torch.empty_like(self.rows_in)
+        self.chosen = {step: self._fastest(step) for step in dict.fromkeys(steps)}
+        self._replays = {step: self._replay_of(step) for step in self.chosen}
+
+    def replay(self) -> None:
+        for step in self.steps:
+            self._replays[step]()
+
+    def prefill(self) -> None:
+        """The passes in front of the first one that decodes."""
+        for step in self.steps:
+            if not step.is_prefill:
+                return
+            self._replays[step]()
+
+    def _replay_of(self, step: Step) -> Callable[[], object]:
+        run = partial(self._pass, step, self.chosen[step])
+        if self.device.type != "cuda":
+            return run
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # _fastest has run it before, as capturing wants
+            run()
+        return graph.replay
+
+    def _pass(self, step: Step, name: str) -> None:
+        linear = self.linears[name]
+        for weight in self.layers:
+            self._run(linear, weight, step.rows)
+        if step.head_rows:
+            self._run(linear, self.head, step.head_rows)
+
+    def _run(self, linear: Linear, weight: Tensor, rows: int) -> None:
+        outs, ins = weight.shape
+        rows_in = self.rows_in[: rows * ins].view(rows, ins)
+        linear(rows_in, weight, self.rows_out[: rows * outs].view(rows, outs))
+
+    def _fastest(self, step: Step, num_runs: int = 3) -> str:
+        runs = [partial(self._pass, step, name) for name in self.linears]
+        seconds = [min(times) for times in time_rounds(runs, num_runs, self.device)]
+        return list(self.linears)[seconds.index(min(seconds))]

@@ -1,0 +1,108 @@
+"""What the bench prints of a case: a row a contender, where our time goes, and the last line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from bench import measure
+from bench.rollout.cases import Case
+from bench.rollout.peers import Result
+
+HEADINGS = ("contender", "tok/s", "p20-p80", "runs", "decode tok/s", "prompt tok/s", "prefilled")
+HEADINGS = (*HEADINGS, "MiB", "of peak", "of limit", "ours is", "")
+WIDTHS = (-34, 7, 13, 4, 12, 12, 9, 6, 8, 8, 8, -9)
+
+
+@dataclass
+class Row:
+    """One contender in one case: its result in each round, an error, or not there."""
+
+    name: str
+    setting: str = ""
+    rounds: list[Result] = field(default_factory=list)
+    tried: dict[str, float] = field(default_factory=dict)  # seconds of each setting
+    error: str = ""
+
+    @property
+    def storage(self) -> str:
+        """What stands behind the name where weights are stored otherwise: ", bf16"."""
+        return self.name[len(self.name.partition(", ")[0]) :]
+
+
+def figures(
+    row: Row, case: Case, rows: Sequence[Row], rooflines: Mapping[str, float]
+) -> dict[str, Any]:
+    """What the table shows of a row; {} where it did not run.
+
+    `rooflines` are seconds of the case's linears at the machine's peaks, by how weights are stored.
+    """
+    if row.error or not row.rounds:
+        return {}
+
+    def ratio(other: Row) -> float:
+        pairs = zip(row.rounds, other.rounds, strict=False)
+        return median(result["seconds"] / base["seconds"] for result, base in pairs)
+
+    by_name = {other.name: other for other in rows}
+    seconds, prefill_s = (median(r[key] for r in row.rounds) for key in ("seconds", "prefill_s"))
+    spread = measure.spread([result["seconds"] for result in row.rounds])
+    num_prompt_tokens = case.questions * case.prompt
+    known = {"tok_s": case.generated / seconds, "prompt_tok_s": num_prompt_tokens / prefill_s}
+    known |= {
+        "p20_tok_s": case.generated / spread.p80_s,
+        "p80_tok_s": case.generated / spread.p20_s,
+    }
+    if not case.guidance and seconds > prefill_s:
+        known["decode_tok_s"] = (case.generated - case.num_first) / (seconds - prefill_s)
+    known["of_peak"] = rooflines[row.storage] / seconds
+    known["of_limit"] = 1 / ratio(by_name[f"limit{row.storage}"])
+    return known | {"ours_is_times_faster": ratio(by_name["ours"])}
+
+
+def print_result(row: Row, known: Mapping[str, Any]) -> None:
+    """One aligned row of `figures`."""
+    name = f"{row.name} ({row.setting})" if row.setting else row.name
+    if not known:
+        print(f"{name:34}  {row.error}", flush=True)
+        return
+    last, decode = row.rounds[-1], known.get("decode_tok_s")
+    cells = [name, f"{known['tok_s']:.1f}", f"{known['p20_tok_s']:.1f}-{known['p80_tok_s']:.1f}"]
+    cells += [f"{len(row.rounds)}", "-" if decode is None else f"{decode:.1f}"]
+    cells += [f"{known['prompt_tok_s']:.0f}"]
+    counts = (last.get(key) for key in ("prefilled", "peak_mib"))
+    cells += ["-" if count is None else f"{count:.0f}" for count in counts]
+    cells += [f"{known['of_peak']:.1%}", f"{known['of_limit']:.1%}"]
+    measure.print_row([*cells, f"{known['ours_is_times_faster']:.2f} x", ""], WIDTHS)
+
+
+def print_parts(parts: Mapping[str, Mapping[str, float]]) -> None:
+    """Where our time goes, a column a part."""
+    names = list(next(iter(parts.values())))
+    widths = [-34, *(max(12, len(name)) for name in names)]
+    measure.print_row(["where the time goes", *names], widths)
+    for name, seconds in parts.items():
+        total = sum(seconds.values())
+        cells = [
+            f"{measure.milliseconds(s)} ms {s / total:4.0%}" if s else "-" for s in seconds.values()
+        ]
+        measure.print_row([name, *cells], widths)
+    print(flush=True)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of one case, for the last line."""
+    known = {row["name"]: row for row in rows if "tok_s" in row}
+    rates = {name: round(row["tok_s"], 1) for name, row in known.items()}
+    ours_is = {
+        name: row["ours_is_times_faster"]
+        for name, row in known.items()
+        if not name.startswith(("ours", "limit"))
+    }
+    in_full = [name for name in ours_is if not name.endswith("bf16")]
+    best = min(in_full, key=ours_is.__getitem__, default=None)
+    ratio = None if best is None else round(ours_is[best], 2)
+    share = round(known["ours"]["of_limit"], 3)
+    return {"tok_s": rates, "of_limit": share, "best_peer": best, "times_best_peer": ratio}
