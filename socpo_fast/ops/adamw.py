@@ -94,7 +94,8 @@ def adamw_ref(
     new_avg_sq = exp_avg_sq * f.beta2 + grad * grad * f.new_in_avg_sq
     # By way of fp64: the library behind torch's sqrt rounds one number in a hundred the wrong way.
     root = new_avg_sq.double().sqrt().to(new_avg_sq.dtype)
-    denominator = root / f.root_correction + f.eps
+    # By a tensor: on a GPU torch multiplies with the reciprocal of a number instead.
+    denominator = root / root.new_full((), f.root_correction) + f.eps
     new = old * f.weight_kept - new_avg / denominator * f.step_size
     is_taken = new.to(param.dtype).isfinite()
     if low_bits is not None:

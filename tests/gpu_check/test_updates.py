@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from socpo_fast.ops import adamw as step
 from tools.gpu_check import adamw, updates
 from tools.gpu_check.check import Check
 from tools.gpu_check.groups import TINY_GROUP, make_rollouts
@@ -71,40 +71,10 @@ def test_one_group_where_two_do_not_fit(check: Check, monkeypatch: pytest.Monkey
 
 
 def test_a_skipped_step_is_a_failure(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(updates, "gradients", lambda *_, **__: torch.nan)
+    stats = SimpleNamespace(figures_6=torch.full((6,), torch.nan))
+    monkeypatch.setattr(updates, "gradients", lambda *_, **__: stats)
     (failure,) = outcome(check, updates.update("Qwen3-0.6B", BF16)).failures
     assert "the gradient is not finite" in failure["message"]
-
-
-def plain_adamw(
-    param: Tensor,
-    low_bits: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-    impl: str = "auto",
-) -> None:
-    """In place, the two halves of the parameter as one fp32 number."""
-    master = param.float()
-    if low_bits is not None:
-        master = ((param.view(torch.int16).int() << 16) + low_bits.int()).view(torch.float32)
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    size = (exp_avg_sq / (1 - betas[1] ** step)).sqrt() + eps
-    master = master * (1 - lr * weight_decay) - lr / (1 - betas[0] ** step) * exp_avg / size
-    if low_bits is None:
-        param.copy_(master)
-        return
-    bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    param.view(torch.int16).copy_(high)
-    low_bits.copy_(bits - (high << 16))
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
@@ -114,11 +84,9 @@ def test_adamw_is_held_to_the_bits_of_its_reference(
     def op(*tensors: Tensor, impl: str = "auto", **options: object) -> None:
         if is_wrong and impl != "ref":
             options["eps"] = 1e-6
-        plain_adamw(*tensors, **options)
+        step(*tensors, impl=impl, **options)
 
-    module = ModuleType("socpo_fast.ops.adamw")
-    module.adamw = op
-    monkeypatch.setitem(sys.modules, "socpo_fast.ops.adamw", module)
+    monkeypatch.setattr(adamw, "step", op)
     rates = Check("rates", device=check.device, tiny=True, results=check.results, peers=None)
     run_parts(rates, {"adamw": adamw.adamw}, [])
     stage = read_results(check.results, NAMES).stages["rates"]

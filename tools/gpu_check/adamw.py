@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from socpo_fast.ops import adamw as step
 from tests.error_rule import assert_bitwise_equal
-from tools.gpu_check.check import Check, Skipped
+from tools.gpu_check.check import Check
 from tools.gpu_check.timing import Run, median_ms
 
 NUM_NUMBERS, TINY_NUMBERS = 1 << 27, 1031
@@ -63,25 +64,21 @@ def adamw(check: Check) -> None:
         param.grad = state["grad"]
         theirs = torch.optim.AdamW([param], fused=True, **OPTIONS)
         write_down("torch's fused, float32", theirs.step)
-    try:
-        from socpo_fast.ops.adamw import adamw as op
-    except ImportError:
-        raise Skipped("this revision has no ops.adamw") from None
     for dtype in (torch.float32, torch.bfloat16):
         of = str(dtype).removeprefix("torch.") + " and low bits" * (dtype == torch.bfloat16)
         with check.case(f"adamw, {of}"):
-            compare_bits(check, op, min(num, NUM_COMPARED), dtype)
+            compare_bits(check, min(num, NUM_COMPARED), dtype)
             state = make_state(check, num, dtype)
-            write_down(of, functools.partial(op, *state.values(), step=1, **OPTIONS))
+            write_down(of, functools.partial(step, *state.values(), step=1, **OPTIONS))
 
 
-def compare_bits(check: Check, op: Any, num: int, dtype: torch.dtype) -> None:
+def compare_bits(check: Check, num: int, dtype: torch.dtype) -> None:
     """A few steps by the chosen implementation and by the reference, on the device."""
     found = []
     for impl in ("auto", "ref"):
         state = make_state(check, num, dtype)
-        for step in range(1, NUM_STEPS + 1):
-            op(*state.values(), step=step, impl=impl, **OPTIONS)
+        for step_idx in range(NUM_STEPS):
+            step(*state.values(), step=step_idx + 1, impl=impl, **OPTIONS)
         found.append(state)
     for name, ours in found[0].items():
         truth = found[1][name]
