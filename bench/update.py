@@ -143,7 +143,8 @@ def bench_case(
         gflop_s = 1e-9 * flops / spread.median_s
         pairs = zip(seconds["tree"], seconds[packing], strict=True)
         results[packing] = (
-            asdict(stats[packing])
+            counts_of(stats[packing])
+            | stats[packing].figures._asdict()
             | spread._asdict()
             | {
                 "gflop_s": gflop_s,
@@ -194,6 +195,11 @@ def make_rollouts(case: Case, student: Decoder, token_budget: int) -> list[Rollo
         for attempt, logprobs_L in zip(rollout.attempts, of_attempts, strict=True):
             attempt.logprobs = logprobs_L
     return rollouts
+
+
+def counts_of(stats: GradientStats) -> dict[str, int]:
+    """The whole numbers of a call of policy_gradients."""
+    return {name: x for name, x in vars(stats).items() if isinstance(x, int)}
 
 
 def check(
