@@ -17,10 +17,10 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.ops import CreditOptions
 from socpo_fast.ops._checks import check_rule
+from socpo_fast.report.scores import Scores
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
-from socpo_fast.socratic.evaluation import Scores
 from socpo_fast.socratic.graders import check_ground_truth, make_grader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass

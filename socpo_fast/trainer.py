@@ -23,6 +23,7 @@ from socpo_fast.report.guidance import GuidanceWatch
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import drop_rollouts, write_rollouts
 from socpo_fast.report.settings import config_text, deciding, settings_text
+from socpo_fast.report.summary import rollout_perf, sources_of, summarize
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import report_note
 from socpo_fast.run_state import (
@@ -36,7 +37,6 @@ from socpo_fast.run_state import (
 )
 from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
-from socpo_fast.socratic.summary import rollout_perf, sources_of, summarize
 from socpo_fast.stopping import StopSignals
 from socpo_fast.train.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.train.update import Updater
@@ -75,7 +75,7 @@ def rollout_only(config: Config) -> None:
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
                 factors = assign_credit(rollouts, options=credit_options(config))
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
-                metrics = summarize(rollouts, chosen, factors, sources)
+                metrics = summarize(rollouts, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
                 silence = watch.told(rollouts, metrics)
                 if silence and batch < config.run.num_batches:
@@ -209,7 +209,7 @@ class Trainer:
         questions = {q.question_idx: q for q in pick_questions(config, self.train_questions, batch)}
         rollouts, metrics = self.roll_out(questions, batch)
         factors = assign_credit(rollouts, options=self.credit, device=config.run.device)
-        metrics |= summarize(rollouts, questions, factors, self.sources)
+        metrics |= summarize(rollouts, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
         # A function of the user's may have turned gradients off.

@@ -1,0 +1,1 @@
+"""For trainers of others: rollouts as padded tensors, and their advantages."""

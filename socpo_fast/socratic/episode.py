@@ -172,9 +172,10 @@ class Episode:
             return None
         text = guidance.text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         raw_text = self.bridge.fit(text.strip())
-        shown = ShownGuidance(raw_text=raw_text, text=raw_text)
+        leaks = leaks_answer(raw_text, self.question)
+        shown = ShownGuidance(raw_text=raw_text, text=raw_text, leaks=leaks)
         self.rollout.turns[-1].guidance = shown
-        if self.options.on_leak == "drop" and leaks_answer(raw_text, self.question):
+        if self.options.on_leak == "drop" and leaks:
             self.rollout.end_reason = "leaked"
             self.notes.append(LEAKED)
             return None
