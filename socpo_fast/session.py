@@ -1,13 +1,10 @@
 """Everything that rollouts need, from a config: student, engine, bridge, teacher, grader, questions; and evaluation."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -155,15 +152,6 @@ class Session:
             max_prompt_tokens=self.max_prompt_tokens,
         )
 
-    def drawn_from(self, train: Sequence[Question], held_out: Sequence[Question]) -> dict[str, str]:
-        """What decides a run's prompts beside its settings, in words that change when it does."""
-        return {
-            "questions of data.train": _digest([*map(vars, train)]),
-            "questions of data.eval": _digest([*map(vars, held_out)]),
-            "tokens of the student": _digest(sorted(self.tokenizer.get_vocab().items())),
-            "chat template of the student": _digest(str(self.tokenizer.chat_template)),
-        }
-
     def training_rollouts(self, questions: Sequence[Question], batch_idx: int) -> Iterator[Rollout]:
         return self._rollouts(questions, self.params, batch_idx, self.options)
 
@@ -258,8 +246,3 @@ def rollout_options(config: Config) -> RolloutOptions:
 def credit_options(config: Config) -> CreditOptions:
     """What attempts earn, from the sections that say it."""
     return CreditOptions(**config.reward.model_dump(), **config.advantage.model_dump())
-
-
-def _digest(values: Sequence[Any]) -> str:
-    """How many there are, and the head of the hash of all."""
-    return f"{len(values)} with hash {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]}"

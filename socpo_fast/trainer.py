@@ -22,7 +22,7 @@ from socpo_fast.report.folder import run_folder
 from socpo_fast.report.guidance import GuidanceWatch
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import drop_rollouts, write_rollouts
-from socpo_fast.report.settings import config_text, deciding, settings_text
+from socpo_fast.report.settings import config_text, deciding, drawn_from, settings_text
 from socpo_fast.report.summary import rollout_perf, sources_of, summarize
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import report_note
@@ -108,15 +108,15 @@ class Trainer:
 
     def start_or_resume(self) -> tuple[RunState, str]:
         """Where the run begins, a checkpoint's weights loaded, and its config.toml."""
-        drawn_from = self.session.drawn_from(self.train_questions, self.eval_questions)
+        data = drawn_from(self.train_questions, self.eval_questions, self.session.tokenizer)
         if self.resumed_from is None:
-            state = RunState(drawn_from=drawn_from, eval_due=bool(self.eval_questions))
+            state = RunState(drawn_from=data, eval_due=bool(self.eval_questions))
             return state, config_text(self.config)
         record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
         state = RunState.from_record(
             record,
             checkpoint=self.resumed_from,
-            drawn_from=drawn_from,
+            drawn_from=data,
             has_eval=bool(self.eval_questions),
         )
         self.engine.policy_version = state.policy_version
@@ -127,7 +127,7 @@ class Trainer:
             run / "config.toml",
             num_updates=self.optimizer.num_updates,
             before=record,
-            data=drawn_from,
+            data=data,
             is_own=state.is_saved,
         )
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from socpo_fast.files import read_jsonl
 from socpo_fast.metrics import METRICS, meaning_of
+from socpo_fast.report.jsonl import read_jsonl
 from socpo_fast.report.progress import Progress, sparkline
 from socpo_fast.report.rollouts import rollout_record, write_rollouts
 from socpo_fast.report.summary import source_metric
