@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -115,42 +116,51 @@ class Session:
 
     def train_questions(self) -> list[Question]:
         data = self.config.data
-        if data.train == "builtin":
-            seed, number = self.config.run.seed, data.builtin_train_questions
-            questions = molar_mass.questions(seed, number, "train")
-            self._check_grader("train", questions[0])
-            return questions
-        return self._load_questions(data.train, data.train_split)
+        return self._questions(
+            "train",
+            path=data.train,
+            split=data.train_split,
+            seed=self.config.run.seed,
+            number=data.builtin_train_questions,
+        )
 
     def eval_questions(self) -> list[Question]:
         """The held-out questions, [] when the config names none."""
         data = self.config.data
         if data.eval is None:
             return []
-        if data.eval == "builtin":
-            number = data.builtin_eval_questions
-            questions = molar_mass.questions(BUILTIN_EVAL_SEED, number, "eval")
-            self._check_grader("eval", questions[0])
-        else:
-            questions = self._load_questions(data.eval, data.eval_split)
+        questions = self._questions(
+            "eval",
+            path=data.eval,
+            split=data.eval_split,
+            seed=BUILTIN_EVAL_SEED,
+            number=data.builtin_eval_questions,
+        )
         return questions[: self.config.eval.max_questions]
 
-    def _check_grader(self, part: str, question: Question) -> None:
-        """Refuse a grader under which no answer to a built-in question could be right."""
+    def _questions(
+        self, part: Literal["train", "eval"], *, path: str, split: str, seed: int, number: int
+    ) -> list[Question]:
+        """Those of a path; or `number` built-in ones, drawn by `seed`.
+
+        Built-in ones are refused under a grader for which no answer to them could be right.
+        """
+        data = self.config.data
+        if path != "builtin":
+            return load_questions(
+                path,
+                split=split,
+                subset=data.subset,
+                grader=data.grader,
+                bridge=self.bridge,
+                max_prompt_tokens=self.max_prompt_tokens,
+            )
+        questions = molar_mass.questions(seed, number, part)
         try:
-            check_ground_truth(self.config.data.grader, question)
+            check_ground_truth(data.grader, questions[0])
         except ValueError as error:
             raise ValueError(f"data: data.{part} builtin: {error}") from None
-
-    def _load_questions(self, path: str, split: str) -> list[Question]:
-        return load_questions(
-            path,
-            split=split,
-            subset=self.config.data.subset,
-            grader=self.config.data.grader,
-            bridge=self.bridge,
-            max_prompt_tokens=self.max_prompt_tokens,
-        )
+        return questions
 
     def training_rollouts(self, questions: Sequence[Question], batch_idx: int) -> Iterator[Rollout]:
         return self._rollouts(questions, self.params, batch_idx, self.options)

@@ -72,17 +72,17 @@ class RolloutOptions:
     guidance_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        where = "RolloutOptions"
-        for name in ("group_size", "attempt_limit", "guidance_limit"):
-            value = getattr(self, name)
-            check_rule(where, name, value, value >= 1, ">= 1")
-        is_right = 1 <= self.max_attempts <= MAX_ATTEMPTS
-        check_rule(where, "max_attempts", self.max_attempts, is_right, f"in [1, {MAX_ATTEMPTS}]")
-        check_word(where, "context", self.context, get_args(Context))
-        check_word(where, "on_leak", self.on_leak, get_args(OnLeak))
-        check_word(where, "view", self.view, get_args(View))
-        limit_s = self.guidance_timeout_s
-        check_rule(where, "guidance_timeout_s", limit_s, 0 < limit_s < float("inf"), "finite and > 0")
+        rules = {
+            "group_size": (self.group_size >= 1, ">= 1"),
+            "max_attempts": (1 <= self.max_attempts <= MAX_ATTEMPTS, f"in [1, {MAX_ATTEMPTS}]"),
+            "attempt_limit": (self.attempt_limit >= 1, ">= 1"),
+            "guidance_limit": (self.guidance_limit >= 1, ">= 1"),
+            "guidance_timeout_s": (0 < self.guidance_timeout_s < float("inf"), "finite and > 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            check_rule("RolloutOptions", name, getattr(self, name), holds, rule)
+        for name, words in {"context": Context, "on_leak": OnLeak, "view": View}.items():
+            check_word("RolloutOptions", name, getattr(self, name), get_args(words))
 
 
 class Limits(NamedTuple):
