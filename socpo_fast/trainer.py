@@ -71,7 +71,7 @@ def rollout_only(config: Config) -> None:
             progress.note(session.engine.kv_cache.note)
             watch = GuidanceWatch(progress)
             for batch in range(1, config.run.num_batches + 1):
-                chosen = {q.question_idx: q for q in pick_questions(config, questions, batch)}
+                chosen = pick_questions(config, questions, batch)
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
                 factors = assign_credit(rollouts, options=credit_options(config))
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
@@ -206,7 +206,7 @@ class Trainer:
         """One batch: roll out, credit, update, record; its end says what is due."""
         config, started, before = self.config, time.perf_counter(), self.optimizer.num_updates
         batch = self.state.batch + 1
-        questions = {q.question_idx: q for q in pick_questions(config, self.train_questions, batch)}
+        questions = pick_questions(config, self.train_questions, batch)
         rollouts, metrics = self.roll_out(questions, batch)
         factors = assign_credit(rollouts, options=self.credit, device=config.run.device)
         metrics |= summarize(rollouts, factors, self.sources)

@@ -108,11 +108,8 @@ def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, obj
     for name, value in (overrides or {}).items():
         section, _, key = name.rpartition(".")
         table = tables.setdefault(section, {}) if section else tables
-        if not isinstance(table, dict):
-            raise ValueError(
-                f"config: {section} must be a table, got {table!r}; write [{section}] and key = value lines"
-            )
-        table[key] = from_text(Config, name, value) if isinstance(value, str) else value
+        if isinstance(table, dict):  # what is no table is refused below
+            table[key] = from_text(Config, name, value) if isinstance(value, str) else value
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
