@@ -4,8 +4,9 @@
     episode.guided(guidance)     -> the next context to sample behind, or None: the rollout has ended
 
 Read Episode top-down. Who samples and who asks is a driver's business: rollout.py drives it with the
-paged engine, socratic_episode with anybody's generator. Every rule stands here and nowhere else:
-when a rollout ends, what the teacher sees, how much of an attempt the next one sees, leaks, overflow.
+paged engine, integrations/episode.py with anybody's generator. Every rule stands here and nowhere
+else: when a rollout ends, what the teacher sees, how much of an attempt the next one sees, leaks,
+overflow.
 """
 
 from collections.abc import Sequence
