@@ -11,6 +11,7 @@ last batch's end, and after the batch's last update otherwise (a second one does
 
 import time
 from contextlib import ExitStack, closing
+from itertools import groupby
 from typing import Literal, NoReturn
 
 import torch
@@ -168,8 +169,7 @@ class Trainer:
         """What the run writes to until the stack closes, and its first lines."""
         config = self.config
         resumed = None if self.resumed_from is None else self.optimizer.num_updates
-        writer = MetricsWriter(config.folder, resume_after_update=resumed)
-        self.writer = stack.enter_context(writer)
+        self.writer = stack.enter_context(MetricsWriter(config.folder, resume_after_update=resumed))
         replace_file(config.folder / "config.toml", self.config_text)
         drop_rollouts(config.folder, after_batch=self.state.batch)
         self.checkpoints.mkdir(exist_ok=True)
@@ -252,10 +252,9 @@ class Trainer:
 
     def update(self, rollouts: list[Rollout], batch: int) -> None:
         """The batch's updates, questions_per_update questions each, epochs times over."""
-        by_question: dict[int, list[Rollout]] = {}
-        for rollout in rollouts:
-            by_question.setdefault(rollout.question_idx, []).append(rollout)
-        groups = list(by_question.values())
+        # roll_out has put them in the order of questions.
+        by_question = groupby(rollouts, key=lambda rollout: rollout.question_idx)
+        groups = [list(group) for _, group in by_question]
         total, before = len(groups) * self.config.train.epochs, self.optimizer.num_updates
         self.progress.phase("update", batch=batch, update=before, total=total)
         order = update_order(self.config, len(groups), batch)
