@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from socpo_fast.engine import Engine
+    from socpo_fast.integrations.episode import socratic_episode
+    from socpo_fast.integrations.tensors import pad_rollouts, socratic_advantages
     from socpo_fast.model import load_student, save_student
     from socpo_fast.socratic.credit import attempt_table
     from socpo_fast.socratic.episode import Episode, RolloutOptions
-    from socpo_fast.socratic.rollout import socratic_episode, socratic_rollouts
-    from socpo_fast.socratic.tensors import pad_rollouts, socratic_advantages
+    from socpo_fast.socratic.rollout import socratic_rollouts
     from socpo_fast.train.step import policy_gradients
     from socpo_fast.types import (
         Attempt,
@@ -38,11 +39,11 @@ _HOME = {
     "Turn": "socpo_fast.types",
     "attempt_table": "socpo_fast.socratic.credit",
     "load_student": "socpo_fast.model",
-    "pad_rollouts": "socpo_fast.socratic.tensors",
+    "pad_rollouts": "socpo_fast.integrations.tensors",
     "policy_gradients": "socpo_fast.train.step",
     "save_student": "socpo_fast.model",
-    "socratic_advantages": "socpo_fast.socratic.tensors",
-    "socratic_episode": "socpo_fast.socratic.rollout",
+    "socratic_advantages": "socpo_fast.integrations.tensors",
+    "socratic_episode": "socpo_fast.integrations.episode",
     "socratic_rollouts": "socpo_fast.socratic.rollout",
 }
 __all__ = [

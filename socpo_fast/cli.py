@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
         return 0 if words else 2
     warnings.formatwarning = lambda message, *_rest, **_named: f"warning: {message}\n"
     try:
-        return command_of(words[0])(words[1:])
+        command_of(words[0])(words[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -68,16 +68,16 @@ def run(argv: Sequence[str]) -> int:
             raise
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
-
-
-def train(words: Sequence[str]) -> int:
-    """train a student, or go on where the run stopped; writes runs/NAME"""
-    config, _ = parse("train", words)
-    load_trainer().train(config)
     return 0
 
 
-def evaluate(words: Sequence[str]) -> int:
+def train(words: Sequence[str]) -> None:
+    """train a student, or go on where the run stopped; writes runs/NAME"""
+    config, _ = parse("train", words)
+    load_trainer().train(config)
+
+
+def evaluate(words: Sequence[str]) -> None:
     """unassisted and assisted accuracy of a checkpoint on data.eval: a table, then one JSON line"""
     config, checkpoint = parse("eval", words)
     metrics = load_trainer().evaluate(config, checkpoint)
@@ -85,14 +85,12 @@ def evaluate(words: Sequence[str]) -> int:
 
     print(accuracy_text(metrics))
     print(json.dumps(metrics))
-    return 0
 
 
-def rollout(words: Sequence[str]) -> int:
+def rollout(words: Sequence[str]) -> None:
     """roll out without updates; writes runs/NAME/rollouts"""
     config, _ = parse("rollout", words)
     load_trainer().rollout_only(config)
-    return 0
 
 
 def load_trainer() -> Any:
@@ -111,7 +109,7 @@ def load_trainer() -> Any:
     return trainer
 
 
-def report(words: Sequence[str]) -> int:
+def report(words: Sequence[str]) -> None:
     """write curves.png and report.html of a run folder: socpo report runs/NAME"""
     if len(words) != 1 or words[0].startswith("-"):
         raise ValueError(
@@ -120,10 +118,9 @@ def report(words: Sequence[str]) -> int:
     from socpo_fast.report.write import write_report
 
     print(write_report(Path(expand_home(words[0]))))
-    return 0
 
 
-def env(words: Sequence[str]) -> int:
+def env(words: Sequence[str]) -> None:
     """print device, versions and which implementation each op uses"""
     if words:
         raise ValueError(f"env: arguments must be none, got {list(words)}")
@@ -133,10 +130,9 @@ def env(words: Sequence[str]) -> int:
     impls = {f"op {op}": impl for op, impl in available_impls().items()}
     for name, fact in {**environment(), **impls}.items():
         print(f"{name:<24}{fact}")
-    return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "rollout": rollout,
@@ -154,7 +150,7 @@ USAGE = "\n".join(
 )
 
 
-def command_of(word: str) -> Callable[[Sequence[str]], int]:
+def command_of(word: str) -> Callable[[Sequence[str]], None]:
     if word not in COMMANDS:
         nearest = difflib.get_close_matches(word, COMMANDS, n=1)
         advice = f"did you mean {nearest[0]}?" if nearest else "known: " + ", ".join(COMMANDS)
@@ -172,16 +168,15 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
     only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
     toml_path = tyro.cli(only_file, args=words, add_help=False, return_unknown_args=True)[0].config
     toml_path = None if toml_path == "none" else toml_path
-    required = {name for name, field in fields_of(Config).items() if field.is_required()}
-    defaults = {
-        name: "none" if name in required else to_text(field.default) for name, field in fields_of(Config).items()
+    fields = fields_of(Config).items()
+    defaults = {name: to_text(field.default) for name, field in fields if not field.is_required()}
+    tables = {} if toml_path is None else read_toml(toml_path)
+    defaults |= {
+        f"{section}.{key}": to_text(value)
+        for section, table in tables.items()
+        if isinstance(table, dict)
+        for key, value in table.items()
     }
-    if toml_path is not None:
-        tables = {section: table for section, table in read_toml(toml_path).items() if isinstance(table, dict)}
-        given = {
-            f"{section}.{key}": to_text(value) for section, table in tables.items() for key, value in table.items()
-        }
-        defaults |= {name: text for name, text in given.items() if name in defaults}
     parsed, unknown = tyro.cli(
         _flags(command, defaults),
         prog=f"socpo {command}",
@@ -221,7 +216,7 @@ def _flags(command: str, defaults: dict[str, str]) -> Any:
                 name.removeprefix(f"{section}."),
                 f"{describe(Config, name)}. ({rule_of(Config, name)})",
                 "VALUE",
-                defaults[name],
+                defaults.get(name, "none"),
             )
             for name in names
         ]

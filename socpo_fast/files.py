@@ -1,20 +1,18 @@
-"""Files that survive a crash: the one way to write one here, and to read JSON and JSONL back.
+"""Files that survive a crash: the one way to write one here, and to read JSON back.
 
-A file is replaced as a whole (replace_file), a folder appears as a whole (new_folder), a row is on
-the disk when append_row returns. Whatever the machine does meanwhile, a reader meets the old state
-or the new one. Only a file that rows are appended to may end in half a line, and read_jsonl leaves
-that out. A disk that is full or fails ends the run in one line: RunFailed. What is half written has
-a name that is opened exclusively, so that a link which stands there leads nothing elsewhere.
+A file is replaced as a whole (replace_file), a folder appears as a whole (new_folder). Whatever the
+machine does meanwhile, a reader meets the old state or the new one. A disk that is full or fails
+ends the run in one line: RunFailed. What is half written has a name that is opened exclusively, so
+that a link which stands there leads nothing elsewhere. Rows are appended by report/jsonl.py.
 """
 
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 REPLACED = ".replaced"  # ends the second name of a folder that is about to go
 
@@ -46,42 +44,6 @@ def replace_file(path: Path, content: str | bytes) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)  # nothing there after the rename
-
-
-def replace_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file by one line of JSON a row."""
-    replace_file(path, "".join(map(_json_line, rows)))
-
-
-def append_row(file: TextIO, row: Mapping[str, Any]) -> None:
-    """Append a row to an open JSONL file; it is on the disk when this returns."""
-    file.write(_json_line(row))
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none when it is absent. One warning tells of torn lines."""
-    path = Path(path)
-    if not path.is_file():
-        return []
-    # Not splitlines, which would also cut at U+2028 inside a text.
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    rows = [row for line in lines if isinstance(row := _json_or_none(line), dict)]
-    if num_torn := len(lines) - len(rows):
-        message = f"{path}: {num_torn} torn lines left out; a write was interrupted there"
-        warnings.warn(message, stacklevel=2)
-    return rows
-
-
-def _json_or_none(line: bytes) -> Any:
-    """What stands in a line; None where it is torn, nested without end, or no UTF-8."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(line)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The names of what is measured; METRICS says what each means. report/tracker.py writes the rows."""
 
-import hashlib
 import re
 from typing import Literal
 
@@ -55,11 +54,3 @@ def meaning_of(name: str) -> str | None:
     head = re.sub(r"pass_at_[0-9]+", "pass_at_4", head) if "pass_at" in head else re.sub("_[0-9]+", "_1", head)
     ends = {"_low": "lower end of the 95 % interval: ", "_high": "upper end of the 95 % interval: ", None: ""}
     return ends[end] + METRICS[head] + (f"; questions of {source[1:]} only" if source else "")
-
-
-def source_metric(name: str, data_source: str) -> str:
-    """name/data_source, the source made safe for TensorBoard, files and pages; different ones stay different."""
-    safe = re.sub(r"[^\w./-]", "_", data_source, flags=re.ASCII)[:64] or "_"
-    if safe != data_source or re.search(r"-[0-9a-f]{6}$", safe):  # what looks like a made name is made as well
-        safe += "-" + hashlib.sha256(data_source.encode("utf-8", "surrogatepass")).hexdigest()[:6]
-    return f"{name}/{safe}"

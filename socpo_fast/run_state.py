@@ -161,14 +161,11 @@ def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]
     return order
 
 
-def pick_questions(config: Config, questions: list[Question], batch: int) -> list[Question]:
-    """The questions of batch 1, 2, .."""
-    return batch_questions(
-        questions,
-        config.run.seed,
-        batch - 1,
-        config.rollout.questions_per_batch,
-    )
+def pick_questions(config: Config, questions: list[Question], batch: int) -> dict[int, Question]:
+    """The questions of batch 1, 2, .. by question_idx, in the batch's order."""
+    size = config.rollout.questions_per_batch
+    picked = batch_questions(questions, config.run.seed, batch - 1, size)
+    return {question.question_idx: question for question in picked}
 
 
 def is_due(before: int, after: int, every: int) -> bool:

@@ -1,13 +1,11 @@
 """Everything that rollouts need, from a config: student, engine, bridge, teacher, grader, questions; and evaluation."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
@@ -17,10 +15,10 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.ops import CreditOptions
 from socpo_fast.ops._checks import check_rule
+from socpo_fast.report.scores import Scores
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
-from socpo_fast.socratic.evaluation import Scores
 from socpo_fast.socratic.graders import check_ground_truth, make_grader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
@@ -118,51 +116,51 @@ class Session:
 
     def train_questions(self) -> list[Question]:
         data = self.config.data
-        if data.train == "builtin":
-            seed, number = self.config.run.seed, data.builtin_train_questions
-            questions = molar_mass.questions(seed, number, "train")
-            self._check_grader("train", questions[0])
-            return questions
-        return self._load_questions(data.train, data.train_split)
+        return self._questions(
+            "train",
+            path=data.train,
+            split=data.train_split,
+            seed=self.config.run.seed,
+            number=data.builtin_train_questions,
+        )
 
     def eval_questions(self) -> list[Question]:
         """The held-out questions, [] when the config names none."""
         data = self.config.data
         if data.eval is None:
             return []
-        if data.eval == "builtin":
-            number = data.builtin_eval_questions
-            questions = molar_mass.questions(BUILTIN_EVAL_SEED, number, "eval")
-            self._check_grader("eval", questions[0])
-        else:
-            questions = self._load_questions(data.eval, data.eval_split)
+        questions = self._questions(
+            "eval",
+            path=data.eval,
+            split=data.eval_split,
+            seed=BUILTIN_EVAL_SEED,
+            number=data.builtin_eval_questions,
+        )
         return questions[: self.config.eval.max_questions]
 
-    def _check_grader(self, part: str, question: Question) -> None:
-        """Refuse a grader under which no answer to a built-in question could be right."""
+    def _questions(
+        self, part: Literal["train", "eval"], *, path: str, split: str, seed: int, number: int
+    ) -> list[Question]:
+        """Those of a path; or `number` built-in ones, drawn by `seed`.
+
+        Built-in ones are refused under a grader for which no answer to them could be right.
+        """
+        data = self.config.data
+        if path != "builtin":
+            return load_questions(
+                path,
+                split=split,
+                subset=data.subset,
+                grader=data.grader,
+                bridge=self.bridge,
+                max_prompt_tokens=self.max_prompt_tokens,
+            )
+        questions = molar_mass.questions(seed, number, part)
         try:
-            check_ground_truth(self.config.data.grader, question)
+            check_ground_truth(data.grader, questions[0])
         except ValueError as error:
             raise ValueError(f"data: data.{part} builtin: {error}") from None
-
-    def _load_questions(self, path: str, split: str) -> list[Question]:
-        return load_questions(
-            path,
-            split=split,
-            subset=self.config.data.subset,
-            grader=self.config.data.grader,
-            bridge=self.bridge,
-            max_prompt_tokens=self.max_prompt_tokens,
-        )
-
-    def drawn_from(self, train: Sequence[Question], held_out: Sequence[Question]) -> dict[str, str]:
-        """What decides a run's prompts beside its settings, in words that change when it does."""
-        return {
-            "questions of data.train": _digest([*map(vars, train)]),
-            "questions of data.eval": _digest([*map(vars, held_out)]),
-            "tokens of the student": _digest(sorted(self.tokenizer.get_vocab().items())),
-            "chat template of the student": _digest(str(self.tokenizer.chat_template)),
-        }
+        return questions
 
     def training_rollouts(self, questions: Sequence[Question], batch_idx: int) -> Iterator[Rollout]:
         return self._rollouts(questions, self.params, batch_idx, self.options)
@@ -258,8 +256,3 @@ def rollout_options(config: Config) -> RolloutOptions:
 def credit_options(config: Config) -> CreditOptions:
     """What attempts earn, from the sections that say it."""
     return CreditOptions(**config.reward.model_dump(), **config.advantage.model_dump())
-
-
-def _digest(values: Sequence[Any]) -> str:
-    """How many there are, and the head of the hash of all."""
-    return f"{len(values)} with hash {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]}"

@@ -11,6 +11,7 @@ last batch's end, and after the batch's last update otherwise (a second one does
 
 import time
 from contextlib import ExitStack, closing
+from itertools import groupby
 from typing import Literal, NoReturn
 
 import torch
@@ -22,7 +23,8 @@ from socpo_fast.report.folder import run_folder
 from socpo_fast.report.guidance import GuidanceWatch
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import drop_rollouts, write_rollouts
-from socpo_fast.report.settings import config_text, deciding, settings_text
+from socpo_fast.report.settings import config_text, deciding, drawn_from, settings_text
+from socpo_fast.report.summary import rollout_perf, sources_of, summarize
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import report_note
 from socpo_fast.run_state import (
@@ -36,7 +38,6 @@ from socpo_fast.run_state import (
 )
 from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
-from socpo_fast.socratic.summary import rollout_perf, sources_of, summarize
 from socpo_fast.stopping import StopSignals
 from socpo_fast.train.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.train.update import Updater
@@ -71,11 +72,11 @@ def rollout_only(config: Config) -> None:
             progress.note(session.engine.kv_cache.note)
             watch = GuidanceWatch(progress)
             for batch in range(1, config.run.num_batches + 1):
-                chosen = {q.question_idx: q for q in pick_questions(config, questions, batch)}
+                chosen = pick_questions(config, questions, batch)
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
                 factors = assign_credit(rollouts, options=credit_options(config))
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
-                metrics = summarize(rollouts, chosen, factors, sources)
+                metrics = summarize(rollouts, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
                 silence = watch.told(rollouts, metrics)
                 if silence and batch < config.run.num_batches:
@@ -108,15 +109,15 @@ class Trainer:
 
     def start_or_resume(self) -> tuple[RunState, str]:
         """Where the run begins, a checkpoint's weights loaded, and its config.toml."""
-        drawn_from = self.session.drawn_from(self.train_questions, self.eval_questions)
+        data = drawn_from(self.train_questions, self.eval_questions, self.session.tokenizer)
         if self.resumed_from is None:
-            state = RunState(drawn_from=drawn_from, eval_due=bool(self.eval_questions))
+            state = RunState(drawn_from=data, eval_due=bool(self.eval_questions))
             return state, config_text(self.config)
         record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
         state = RunState.from_record(
             record,
             checkpoint=self.resumed_from,
-            drawn_from=drawn_from,
+            drawn_from=data,
             has_eval=bool(self.eval_questions),
         )
         self.engine.policy_version = state.policy_version
@@ -127,7 +128,7 @@ class Trainer:
             run / "config.toml",
             num_updates=self.optimizer.num_updates,
             before=record,
-            data=drawn_from,
+            data=data,
             is_own=state.is_saved,
         )
 
@@ -168,8 +169,7 @@ class Trainer:
         """What the run writes to until the stack closes, and its first lines."""
         config = self.config
         resumed = None if self.resumed_from is None else self.optimizer.num_updates
-        writer = MetricsWriter(config.folder, resume_after_update=resumed)
-        self.writer = stack.enter_context(writer)
+        self.writer = stack.enter_context(MetricsWriter(config.folder, resume_after_update=resumed))
         replace_file(config.folder / "config.toml", self.config_text)
         drop_rollouts(config.folder, after_batch=self.state.batch)
         self.checkpoints.mkdir(exist_ok=True)
@@ -206,10 +206,10 @@ class Trainer:
         """One batch: roll out, credit, update, record; its end says what is due."""
         config, started, before = self.config, time.perf_counter(), self.optimizer.num_updates
         batch = self.state.batch + 1
-        questions = {q.question_idx: q for q in pick_questions(config, self.train_questions, batch)}
+        questions = pick_questions(config, self.train_questions, batch)
         rollouts, metrics = self.roll_out(questions, batch)
         factors = assign_credit(rollouts, options=self.credit, device=config.run.device)
-        metrics |= summarize(rollouts, questions, factors, self.sources)
+        metrics |= summarize(rollouts, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
         # A function of the user's may have turned gradients off.
@@ -252,10 +252,9 @@ class Trainer:
 
     def update(self, rollouts: list[Rollout], batch: int) -> None:
         """The batch's updates, questions_per_update questions each, epochs times over."""
-        by_question: dict[int, list[Rollout]] = {}
-        for rollout in rollouts:
-            by_question.setdefault(rollout.question_idx, []).append(rollout)
-        groups = list(by_question.values())
+        # roll_out has put them in the order of questions.
+        by_question = groupby(rollouts, key=lambda rollout: rollout.question_idx)
+        groups = [list(group) for _, group in by_question]
         total, before = len(groups) * self.config.train.epochs, self.optimizer.num_updates
         self.progress.phase("update", batch=batch, update=before, total=total)
         order = update_order(self.config, len(groups), batch)

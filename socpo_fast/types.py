@@ -144,13 +144,15 @@ EndReason = Literal["correct", "max_attempts", "guidance_failed", "leaked", "ove
 class ShownGuidance:
     """What the teacher said after an attempt, and how it leads to the next one.
 
-    raw_text is what the teacher said, as much of it as fits; text is what the student saw. The next
+    raw_text is what the teacher said, as much of it as fits, and leaks says whether that states the
+    answer, by socratic/leak.py; text is what the student saw. The next
     attempt was sampled behind the first kept_tokens tokens of the row so far and bridge_ids; both
     are None where the guidance was not shown (it leaked the answer, or the context would overflow).
     """
 
     raw_text: str
     text: str
+    leaks: bool = False
     kept_tokens: int | None = None
     bridge_ids: list[int] | None = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -14,15 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from socpo_fast import files
-from socpo_fast.files import (
-    RunFailed,
-    append_row,
-    new_folder,
-    read_json,
-    read_jsonl,
-    replace_file,
-    replace_jsonl,
-)
+from socpo_fast.files import RunFailed, new_folder, read_json, replace_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,31 +108,6 @@ def test_a_neighbour_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
     assert neighbour.is_dir()
 
 
-def test_rows_come_back_in_order_and_unescaped(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    assert read_jsonl(path) == []
-    rows = [{"text": "tés"}, {"number": 0.1}]
-    replace_jsonl(path, rows[:1])
-    with path.open("a", encoding="utf-8") as file:
-        append_row(file, rows[1])
-        assert read_jsonl(path) == rows, "a row is on the disk before close"
-    assert path.read_text(encoding="utf-8") == '{"text": "tés"}\n{"number": 0.1}\n'
-
-
-def test_a_torn_line_is_left_out_and_told(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a": ', encoding="utf-8")
-    with pytest.warns(UserWarning, match="rows.jsonl: 1 torn lines left out"):
-        assert read_jsonl(path) == [{"a": 1}]
-
-
-def test_line_separators_inside_text_do_not_tear_a_row(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    text = "a\u2028b\x85c\nd"
-    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_jsonl(path) == [{"text": text}]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "is missing"), ("{", "must be JSON, got"), ("[]", "must be a JSON object, got list")],
@@ -182,13 +148,7 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
     assert (victim / "kept").read_text() == "mine"
 
 
-DEEP = "[" * 100_000
-
-
 def test_json_nested_without_end(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(f'{{"a": 1}}\n{DEEP}\n3\n')
-    with pytest.warns(UserWarning, match="rows.jsonl: 2 torn lines left out"):
-        assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]
-    (tmp_path / "config.json").write_text(DEEP)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="config.json: must be JSON, got maximum recursion depth"):
         read_json(tmp_path / "config.json")

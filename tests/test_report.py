@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from socpo_fast.config import load_config
-from socpo_fast.metrics import source_metric
 from socpo_fast.report.accuracy import accuracy_text
 from socpo_fast.report.settings import config_text
+from socpo_fast.report.summary import source_metric
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import write_report
 

@@ -108,11 +108,8 @@ def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, obj
     for name, value in (overrides or {}).items():
         section, _, key = name.rpartition(".")
         table = tables.setdefault(section, {}) if section else tables
-        if not isinstance(table, dict):
-            raise ValueError(
-                f"config: {section} must be a table, got {table!r}; write [{section}] and key = value lines"
-            )
-        table[key] = from_text(Config, name, value) if isinstance(value, str) else value
+        if isinstance(table, dict):  # what is no table is refused below
+            table[key] = from_text(Config, name, value) if isinstance(value, str) else value
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
@@ -132,28 +129,43 @@ def read_toml(toml_path: str | Path) -> dict[str, Any]:
 
 def find_conflicts(config: Config) -> str | None:
     """The first rule between fields that is broken."""
+    data = config.data
     teacher = config.teacher
-    guided = config.rollout.max_attempts > 1
-    sources = (config.data.train, config.data.eval)
-    per_batch, per_update = config.rollout.questions_per_batch, config.train.questions_per_update
-    if per_batch % per_update:
-        return f"train.questions_per_update must divide rollout.questions_per_batch {per_batch}, got {per_update}"
-    if config.run.device == "cpu" and config.student.dtype != "float32":
-        return f"student.dtype must be float32 on run.device cpu, got {config.student.dtype}; it is emulated there"
-    is_builtin = isinstance(teacher, RuleTeacherConfig) and teacher.rule == "builtin"
-    if guided and is_builtin and not {*sources} <= {"builtin", None}:
-        return f"teacher.rule must be your own module:function for data {sources}, got builtin; set it or teacher.kind"
-    if config.data.eval == "builtin" != config.data.train:
-        own = f"data.train {config.data.train}"
-        return f"data.eval must be your own questions or none for {own}, got builtin"
-    if config.engine.page_size & (config.engine.page_size - 1):
-        return f"engine.page_size must be a power of two, got {config.engine.page_size}"
-    return None
+    dtype = config.student.dtype
+    page_size = config.engine.page_size
+    per_batch = config.rollout.questions_per_batch
+    per_update = config.train.questions_per_update
+    is_builtin_data = {data.train, data.eval} <= {"builtin", None}
+    is_builtin_rule = isinstance(teacher, RuleTeacherConfig) and teacher.rule == "builtin"
+    rules = [
+        (
+            per_batch % per_update == 0,
+            f"train.questions_per_update must divide rollout.questions_per_batch {per_batch}, got {per_update}",
+        ),
+        (
+            config.run.device != "cpu" or dtype == "float32",
+            f"student.dtype must be float32 on run.device cpu, got {dtype}; it is emulated there",
+        ),
+        (
+            is_builtin_data or not is_builtin_rule or config.rollout.max_attempts == 1,
+            f"teacher.rule must be your own module:function for data {(data.train, data.eval)}, "
+            "got builtin; set it or teacher.kind",
+        ),
+        (
+            data.train == "builtin" or data.eval != "builtin",
+            f"data.eval must be your own questions or none for data.train {data.train}, got builtin",
+        ),
+        (
+            page_size & (page_size - 1) == 0,
+            f"engine.page_size must be a power of two, got {page_size}",
+        ),
+    ]
+    return next((rule for holds, rule in rules if not holds), None)
 
 
 def find_suspicious(config: Config) -> list[str]:
     """What is allowed but seldom meant."""
-    estimator, found = config.advantage.estimator, []
-    if config.rollout.group_size == 1 and estimator != "reinforce_plus_plus":
-        found.append(f"rollout.group_size 1 leaves {estimator} little to compare; raise it or use reinforce_plus_plus")
-    return found
+    estimator = config.advantage.estimator
+    if config.rollout.group_size > 1 or estimator == "reinforce_plus_plus":
+        return []
+    return [f"rollout.group_size 1 leaves {estimator} little to compare; raise it or use reinforce_plus_plus"]

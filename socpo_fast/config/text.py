@@ -1,4 +1,4 @@
-"""Settings as text: values from words and back, TOML, the rule of a field in words, and errors.
+"""Settings as text: values from words and back, the rule of a field in words, and errors.
 
 Errors read `<key> must be <rule>, got <value>` or `unknown key <key>; did you mean <key>?`. All of
 it works on any model of sections (a pydantic model whose fields are pydantic models).
@@ -144,25 +144,6 @@ def to_text(value: object) -> str:
     if value is None:
         return "none"
     return json.dumps(value) if isinstance(value, bool | dict) else str(value)
-
-
-def to_toml(tables: Mapping[str, Any], prefix: str = "") -> str:
-    """One [section] table of key = value lines after the other; prefix begins their names."""
-    lines: list[str] = []
-    for section, table in tables.items():
-        values = (f"{key} = {toml_literal(value)}" for key, value in table.items())
-        lines += [f"[{prefix}{section}]", *values, ""]
-    return "\n".join(lines)
-
-
-def toml_literal(value: object) -> str:
-    """A TOML literal; None, which TOML lacks, is "none"."""
-    if isinstance(value, str | None):  # a JSON string is a TOML basic string, but for DEL
-        return json.dumps(to_text(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        pairs = (f"{toml_literal(key)} = {toml_literal(part)}" for key, part in value.items())
-        return f"{{ {', '.join(pairs)} }}"
-    return f"[{', '.join(map(toml_literal, value))}]" if isinstance(value, list) else to_text(value)
 
 
 def unknown_key(model: type[BaseModel], name: str) -> str:

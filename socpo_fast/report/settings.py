@@ -12,14 +12,21 @@
 Read settings_text. load_config leaves the history out.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from socpo_fast.config import Config, read_toml
-from socpo_fast.config.text import to_text, to_toml, toml_literal
+from socpo_fast.config.text import to_text
+from socpo_fast.types import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Settings that may change without consent, and why. All others decide tokens, weights or what is
 # measured.
@@ -110,9 +117,26 @@ def settings_text(
     return config_text(config, [*history, last | held])
 
 
+def drawn_from(
+    train: Sequence[Question], held_out: Sequence[Question], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """What decides a run's prompts beside its settings, in words that change when it does."""
+    return {
+        "questions of data.train": _digest([*map(vars, train)]),
+        "questions of data.eval": _digest([*map(vars, held_out)]),
+        "tokens of the student": _digest(sorted(tokenizer.get_vocab().items())),
+        "chat template of the student": _digest(str(tokenizer.chat_template)),
+    }
+
+
+def _digest(values: Sequence[Any]) -> str:
+    """How many there are, and the head of the hash of all."""
+    return f"{len(values)} with hash {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]}"
+
+
 def config_text(config: Config, history: Sequence[Mapping[str, Any]] = ()) -> str:
     """TOML that load_config reads back to an equal Config. Of a key only its variable's name."""
-    return "\n".join([to_toml(_tables(config)), *map(_entry_text, history)])
+    return "\n".join([_to_toml(_tables(config)), *map(_entry_text, history)])
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -175,7 +199,7 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 def _entry_text(entry: Mapping[str, Any]) -> str:
     """One [[history]] table."""
-    changes = ", ".join(map(toml_literal, entry.get("changes", ())))
+    changes = ", ".join(map(_toml_literal, entry.get("changes", ())))
     tables = {section: table for section, table in entry.items() if isinstance(table, dict)}
     lines = [
         "[[history]]",
@@ -183,6 +207,25 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
         f"until_update = {entry['until_update']}",
         f"changes = [{changes}]",
         "",
-        to_toml(tables, prefix="history."),
+        _to_toml(tables, prefix="history."),
     ]
     return "\n".join(lines)
+
+
+def _to_toml(tables: Mapping[str, Any], prefix: str = "") -> str:
+    """One [section] table of key = value lines after the other; prefix begins their names."""
+    lines: list[str] = []
+    for section, table in tables.items():
+        values = (f"{key} = {_toml_literal(value)}" for key, value in table.items())
+        lines += [f"[{prefix}{section}]", *values, ""]
+    return "\n".join(lines)
+
+
+def _toml_literal(value: object) -> str:
+    """A TOML literal; None, which TOML lacks, is "none"."""
+    if isinstance(value, str | None):  # a JSON string is a TOML basic string, but for DEL
+        return json.dumps(to_text(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        pairs = (f"{_toml_literal(key)} = {_toml_literal(part)}" for key, part in value.items())
+        return f"{{ {', '.join(pairs)} }}"
+    return f"[{', '.join(map(_toml_literal, value))}]" if isinstance(value, list) else to_text(value)

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from socpo_fast.files import append_row, named_failure, read_jsonl, replace_jsonl
+from socpo_fast.files import named_failure
 from socpo_fast.metrics import Kind, meaning_of
+from socpo_fast.report.jsonl import append_row, read_jsonl, replace_jsonl
 
 
 class MetricsWriter:

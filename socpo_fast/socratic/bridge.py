@@ -249,12 +249,9 @@ def dialogue(messages: Sequence[dict[str, str]], *answers: str) -> list[dict[str
 
 def _configured_eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's eos, then those of the generation_config.json in its folder, where there is one."""
-    eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     path = Path(tokenizer.name_or_path) / "generation_config.json"
-    if path.is_file():
-        configured = read_json(path).get("eos_token_id")
-        found = configured if isinstance(configured, list) else [] if configured is None else [configured]
-        if not all(type(token_id) is int for token_id in found):
-            raise ValueError(f"{path}: eos_token_id must be an id, a list of ids or null, got {configured!r}")
-        eos_ids += found
-    return eos_ids
+    configured = read_json(path).get("eos_token_id") if path.is_file() else None
+    found = configured if isinstance(configured, list) else [configured]
+    if configured is not None and not all(type(token_id) is int for token_id in found):
+        raise ValueError(f"{path}: eos_token_id must be an id, a list of ids or null, got {configured!r}")
+    return [token_id for token_id in (tokenizer.eos_token_id, *found) if token_id is not None]

@@ -4,8 +4,9 @@
     episode.guided(guidance)     -> the next context to sample behind, or None: the rollout has ended
 
 Read Episode top-down. Who samples and who asks is a driver's business: rollout.py drives it with the
-paged engine, socratic_episode with anybody's generator. Every rule stands here and nowhere else:
-when a rollout ends, what the teacher sees, how much of an attempt the next one sees, leaks, overflow.
+paged engine, integrations/episode.py with anybody's generator. Every rule stands here and nowhere
+else: when a rollout ends, what the teacher sees, how much of an attempt the next one sees, leaks,
+overflow.
 """
 
 from collections.abc import Sequence
@@ -72,17 +73,17 @@ class RolloutOptions:
     guidance_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        where = "RolloutOptions"
-        for name in ("group_size", "attempt_limit", "guidance_limit"):
-            value = getattr(self, name)
-            check_rule(where, name, value, value >= 1, ">= 1")
-        is_right = 1 <= self.max_attempts <= MAX_ATTEMPTS
-        check_rule(where, "max_attempts", self.max_attempts, is_right, f"in [1, {MAX_ATTEMPTS}]")
-        check_word(where, "context", self.context, get_args(Context))
-        check_word(where, "on_leak", self.on_leak, get_args(OnLeak))
-        check_word(where, "view", self.view, get_args(View))
-        limit_s = self.guidance_timeout_s
-        check_rule(where, "guidance_timeout_s", limit_s, 0 < limit_s < float("inf"), "finite and > 0")
+        rules = {
+            "group_size": (self.group_size >= 1, ">= 1"),
+            "max_attempts": (1 <= self.max_attempts <= MAX_ATTEMPTS, f"in [1, {MAX_ATTEMPTS}]"),
+            "attempt_limit": (self.attempt_limit >= 1, ">= 1"),
+            "guidance_limit": (self.guidance_limit >= 1, ">= 1"),
+            "guidance_timeout_s": (0 < self.guidance_timeout_s < float("inf"), "finite and > 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            check_rule("RolloutOptions", name, getattr(self, name), holds, rule)
+        for name, words in {"context": Context, "on_leak": OnLeak, "view": View}.items():
+            check_word("RolloutOptions", name, getattr(self, name), get_args(words))
 
 
 class Limits(NamedTuple):
@@ -172,9 +173,10 @@ class Episode:
             return None
         text = guidance.text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         raw_text = self.bridge.fit(text.strip())
-        shown = ShownGuidance(raw_text=raw_text, text=raw_text)
+        leaks = leaks_answer(raw_text, self.question)
+        shown = ShownGuidance(raw_text=raw_text, text=raw_text, leaks=leaks)
         self.rollout.turns[-1].guidance = shown
-        if self.options.on_leak == "drop" and leaks_answer(raw_text, self.question):
+        if self.options.on_leak == "drop" and leaks:
             self.rollout.end_reason = "leaked"
             self.notes.append(LEAKED)
             return None

@@ -1,4 +1,4 @@
-"""Episodes driven by the paged engine, or by anybody's generator. Read socratic_rollouts, then _Driver.
+"""Episodes driven by the paged engine. Read socratic_rollouts, then _Driver.
 
 The rules of an episode stand in episode.py. Here the engine and the teacher overlap: teachers are
 coroutines on one background event loop; between two engine steps the loop here collects what they
@@ -8,11 +8,10 @@ but the rollout it belongs to.
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from socpo_fast.engine import Engine, fresh_batch
@@ -27,7 +26,6 @@ from socpo_fast.types import (
     Guidance,
     Question,
     Rollout,
-    RolloutKey,
     SamplingParams,
 )
 
@@ -89,73 +87,6 @@ def socratic_rollouts(
             teacher_worked = bool(driver.waiting) and driver.teacher.step()
             driver.collect_guidance(idle=not engine.has_work and not teacher_worked)
             yield from driver.take_finished()
-
-
-def socratic_episode(
-    question: Question,
-    *,
-    generate: Callable[[list[int]], Sequence[int]],
-    teacher: Teacher | TeacherFunction,
-    grader: Grader,
-    bridge: Bridge,
-    options: RolloutOptions,
-    max_new_tokens: int,
-    max_tokens: int,
-    rollout_idx: int = 0,
-) -> Rollout:
-    """Play one episode with anybody's generator.
-
-    Args:
-        generate:       token ids of a context -> ids that were sampled behind it, the end of turn
-                        included; at least one and at most max_new_tokens.
-        bridge:         the student's chat template; its guidance_limit must be that of the options.
-        max_new_tokens: that the generator samples at most.
-        max_tokens:     that a context and its attempt may have together.
-        rollout_idx:    which of the question's rollouts; another one for each, where they are credited together.
-
-    Returns:
-        the rollout. Its attempts have no log-probs (NaN): recompute them before training.
-
-    Raises:
-        ValueError: the generator returned no token, or more than max_new_tokens; or the bridge
-            has another guidance_limit.
-    """
-    limits, guide = Limits(max_new_tokens, max_tokens), as_teacher(teacher)
-    episode = Episode(question, bridge=bridge, grader=grader, options=options, limits=limits, rollout_idx=rollout_idx)
-    rollout, key = episode.rollout, RolloutKey(fresh_batch(), question.question_idx)
-    while True:
-        turn_idx = len(rollout.turns)
-        token_ids = list(generate(rollout.context_ids(turn_idx)))
-        if not 1 <= len(token_ids) <= max_new_tokens:
-            raise ValueError(
-                f"socratic_episode: generate must return 1 to {max_new_tokens} token ids, got {len(token_ids)}"
-            )
-        unknown = torch.full((len(token_ids),), torch.nan)
-        attempt = Attempt(
-            token_ids=token_ids,
-            logprobs=unknown,
-            kept_mass=unknown,
-            finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
-            key=key,  # the generator's noise is its own, but a teacher may draw by this name
-            rollout_idx=rollout_idx,
-            attempt_idx=turn_idx,
-            policy_version=0,
-        )
-        request = episode.attempted(attempt)
-        if request is None:
-            break
-        asked, since = ask(guide, request, options.guidance_timeout_s), time.perf_counter()
-        try:
-            while not asked.done():
-                if not guide.step():
-                    wait([asked], timeout=0.02)
-        finally:
-            asked.cancel()  # nobody else would, were this left by Ctrl-C
-        rollout.teacher_wait_s += time.perf_counter() - since
-        if episode.guided(result_of(asked, guide)) is None:
-            break
-    tell(episode)
-    return rollout
 
 
 @dataclass(kw_only=True)

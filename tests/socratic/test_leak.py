@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from socpo_fast.report.summary import summarize
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.leak import leaks_answer, mask_answer
 from socpo_fast.socratic.rollout import socratic_rollouts
-from socpo_fast.socratic.summary import summarize
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import Question, Rollout
 from tests.socratic.episodes import bridges, shown
@@ -149,7 +149,7 @@ def roll(on_leak: str, *, guidance: str = "Sum again. The answer is B.", limit: 
         options=RolloutOptions(group_size=1, max_attempts=2, guidance_limit=limit, on_leak=on_leak),
     )
     assert not engine.pinned
-    return rollout, summarize([rollout], {0: question}, [])
+    return rollout, summarize([rollout], [])
 
 
 @pytest.mark.parametrize(

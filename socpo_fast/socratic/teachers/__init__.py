@@ -4,8 +4,6 @@ make_teacher looks up who makes the kind that a configuration names; the kinds a
 config/teachers.py.
 """
 
-from typing import cast
-
 from socpo_fast.config import (
     Config,
     EndpointTeacherConfig,
@@ -37,10 +35,8 @@ def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
     """
     if config.rollout.max_attempts == 1:
         return retry_teacher()
-    return cast(
-        Teacher,
-        load_function("teacher.kind", config.teacher.maker)(config.teacher, config, device),
-    )
+    make = load_function("teacher.kind", config.teacher.maker)
+    return make(config.teacher, config, device)
 
 
 def make_rule_teacher(teacher: RuleTeacherConfig, config: Config, device: str) -> RuleTeacher:

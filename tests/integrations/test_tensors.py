@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from socpo_fast import attempt_table, pad_rollouts, socratic_advantages
+from socpo_fast.integrations.tensors import PaddedRollouts
 from socpo_fast.ops import CreditOptions
 from socpo_fast.socratic.credit import assign_credit
-from socpo_fast.socratic.tensors import PaddedRollouts
 from socpo_fast.types import Rollout
 from tests.train.rollouts import contexts, make_rollout, make_rollouts
 
@@ -206,7 +206,7 @@ def test_the_tables_of_ranks_make_the_batch() -> None:
 
 RANK = """
 import sys, torch, torch.distributed as dist
-from socpo_fast.socratic.tensors import gather_rows
+from socpo_fast.integrations.tensors import gather_rows
 rank, path = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
 for shape in ((3, 2), (0, 2)), ((1,), (2,)):

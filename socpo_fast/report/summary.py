@@ -1,11 +1,11 @@
 """What a batch of rollouts amounts to, as named metrics."""
 
+import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from socpo_fast.metrics import source_metric
-from socpo_fast.socratic.leak import leaks_answer
 from socpo_fast.types import EngineStats, Question, Rollout
 
 MAX_SOURCES = 32  # more of them are not told apart: a data set may name each row's source differently
@@ -15,6 +15,14 @@ def sources_of(questions: Iterable[Question]) -> list[str]:
     """The data sources to be told apart, in order of their names; none when there is one only, or too many."""
     sources = sorted({question.data_source for question in questions})
     return sources if 1 < len(sources) <= MAX_SOURCES else []
+
+
+def source_metric(name: str, data_source: str) -> str:
+    """name/data_source, the source made safe for TensorBoard, files and pages; different ones stay different."""
+    safe = re.sub(r"[^\w./-]", "_", data_source, flags=re.ASCII)[:64] or "_"
+    if safe != data_source or re.search(r"-[0-9a-f]{6}$", safe):  # what looks like a made name is made as well
+        safe += "-" + hashlib.sha256(data_source.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    return f"{name}/{safe}"
 
 
 def success_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -30,7 +38,6 @@ def success_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 def summarize(
     rollouts: Sequence[Rollout],
-    questions: Mapping[int, Question],
     decay_factors: Sequence[float],
     sources: Sequence[str] = (),
 ) -> dict[str, float]:
@@ -39,9 +46,9 @@ def summarize(
     sources: the whole data set's, from sources_of; success is also given for each that the batch has.
     """
     guided = [rollout for rollout in rollouts if len(rollout.turns) > 1]
-    turns = [(turn, questions[rollout.question_idx]) for rollout in rollouts for turn in rollout.turns]
-    raw_texts = [(turn.guidance.raw_text, q) for turn, q in turns if turn.guidance is not None]
-    attempts = [turn.attempt for turn, _ in turns]
+    turns = [turn for rollout in rollouts for turn in rollout.turns]
+    guidances = [turn.guidance for turn in turns if turn.guidance is not None]
+    attempts = [turn.attempt for turn in turns]
     reasons = [rollout.end_reason for rollout in rollouts]
     by_source = {source: [r for r in rollouts if r.data_source == source] for source in sources}
     return {
@@ -52,11 +59,11 @@ def summarize(
             if chosen
             for name, rate in success_rates(chosen).items()
         },
-        "reward/mean": mean([turn.reward for turn, _ in turns if turn.reward is not None]),
+        "reward/mean": mean([turn.reward for turn in turns if turn.reward is not None]),
         **{f"decay/f_{n}": factor for n, factor in enumerate(decay_factors, start=1)},
         "guidance/rate": mean([float(len(rollout.turns) > 1) for rollout in rollouts]),
         "guidance/rescue_rate": mean([float(is_solved(rollout)) for rollout in guided]),
-        "guidance/leak_rate": mean([float(leaks_answer(text, q)) for text, q in raw_texts]),
+        "guidance/leak_rate": mean([float(guidance.leaks) for guidance in guidances]),
         **failures(Counter(rollout.failure for rollout in rollouts)),
         "guidance/leaked": float(reasons.count("leaked")),
         "guidance/overflow": float(reasons.count("overflow")),

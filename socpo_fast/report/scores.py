@@ -8,8 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from socpo_fast.metrics import source_metric
-from socpo_fast.socratic.summary import failures, is_solved, mean, sources_of
+from socpo_fast.report.summary import failures, is_solved, mean, source_metric, sources_of
 from socpo_fast.types import Question, Rollout
 
 PASS_AT = (4, 16, 64, 256)  # pass@k is smooth in log k; fixed k, so that runs with different eval.samples compare
@@ -83,7 +82,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     no width where all questions score the same (0 or 1 above all) and covers far less than 95 % near there or with few
     questions; an effective sample size in Wilson's formula breaks down in the same place, where s is not known. Here
     the spread between questions counts as it is measured, and what is added fades with n.
-    tests/socratic/test_evaluation.py measures the coverage.
+    tests/test_evaluation.py measures the coverage.
 
     Source: Agresti and Coull 1998, The American Statistician 52(2); by question: Miller 2024, arXiv:2411.00640.
     """

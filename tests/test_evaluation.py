@@ -20,14 +20,14 @@ from socpo_fast import session as session_module
 from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.engine.runner import Runner
-from socpo_fast.metrics import meaning_of, source_metric
+from socpo_fast.metrics import meaning_of
+from socpo_fast.report.scores import Scores, interval, pass_at_k
+from socpo_fast.report.summary import MAX_SOURCES, source_metric, sources_of, summarize
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.session import Session
-from socpo_fast.socratic.evaluation import Scores, interval, pass_at_k
-from socpo_fast.socratic.summary import MAX_SOURCES, sources_of, summarize
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, Turn
 
-CONFIG = Path(__file__).parents[2] / "configs" / "molar_mass.toml"
+CONFIG = Path(__file__).parents[1] / "configs" / "molar_mass.toml"
 SAMPLES = 4
 SMALL = {
     "data.builtin_eval_questions": 10,
@@ -127,7 +127,7 @@ def test_scores_of_a_hand_worked_case() -> None:
     assert (metrics["success/unassisted_low/chem"], metrics["success/unassisted_high/chem"]) == interval([1.0, 0.0])
     assert (metrics["rollout/attempt_tokens"], metrics["rollout/truncated"]) == (3.0, 0.0)
     assert all(meaning_of(name) for name in metrics)
-    batch = summarize(rollouts, dict(enumerate(questions)), [1.0], sources_of(questions))
+    batch = summarize(rollouts, [1.0], sources_of(questions))
     for name in ("success/unassisted/chem", "success/assisted/bio/cells"):
         assert batch[name] == metrics[name]
     alone = Scores(make_questions("chem", "chem"), samples=1, assisted=False)

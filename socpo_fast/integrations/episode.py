@@ -1,0 +1,87 @@
+"""One episode with the generator of another trainer: TRL's, verl's servers, or anybody's.
+
+The rules of an episode stand in socratic/episode.py, as for the paged engine (socratic/rollout.py).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+
+import torch
+
+from socpo_fast.engine import fresh_batch
+from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
+from socpo_fast.socratic.graders import Grader
+from socpo_fast.socratic.rollout import tell
+from socpo_fast.socratic.teachers import Teacher
+from socpo_fast.socratic.teachers.calls import ask, result_of
+from socpo_fast.socratic.teachers.simple import TeacherFunction, as_teacher
+from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
+
+
+def socratic_episode(
+    question: Question,
+    *,
+    generate: Callable[[list[int]], Sequence[int]],
+    teacher: Teacher | TeacherFunction,
+    grader: Grader,
+    bridge: Bridge,
+    options: RolloutOptions,
+    max_new_tokens: int,
+    max_tokens: int,
+    rollout_idx: int = 0,
+) -> Rollout:
+    """Play one episode with anybody's generator.
+
+    Args:
+        generate:       token ids of a context -> ids that were sampled behind it, the end of turn
+                        included; at least one and at most max_new_tokens.
+        bridge:         the student's chat template; its guidance_limit must be that of the options.
+        max_new_tokens: that the generator samples at most.
+        max_tokens:     that a context and its attempt may have together.
+        rollout_idx:    which of the question's rollouts; another one for each, where they are credited together.
+
+    Returns:
+        the rollout. Its attempts have no log-probs (NaN): recompute them before training.
+
+    Raises:
+        ValueError: the generator returned no token, or more than max_new_tokens; or the bridge
+            has another guidance_limit.
+    """
+    limits, guide = Limits(max_new_tokens, max_tokens), as_teacher(teacher)
+    episode = Episode(question, bridge=bridge, grader=grader, options=options, limits=limits, rollout_idx=rollout_idx)
+    rollout, key = episode.rollout, RolloutKey(fresh_batch(), question.question_idx)
+    while True:
+        turn_idx = len(rollout.turns)
+        token_ids = list(generate(rollout.context_ids(turn_idx)))
+        if not 1 <= len(token_ids) <= max_new_tokens:
+            raise ValueError(
+                f"socratic_episode: generate must return 1 to {max_new_tokens} token ids, got {len(token_ids)}"
+            )
+        unknown = torch.full((len(token_ids),), torch.nan)
+        attempt = Attempt(
+            token_ids=token_ids,
+            logprobs=unknown,
+            kept_mass=unknown,
+            finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
+            key=key,  # the generator's noise is its own, but a teacher may draw by this name
+            rollout_idx=rollout_idx,
+            attempt_idx=turn_idx,
+            policy_version=0,
+        )
+        request = episode.attempted(attempt)
+        if request is None:
+            break
+        asked, since = ask(guide, request, options.guidance_timeout_s), time.perf_counter()
+        try:
+            while not asked.done():
+                if not guide.step():
+                    wait([asked], timeout=0.02)
+        finally:
+            asked.cancel()  # nobody else would, were this left by Ctrl-C
+        rollout.teacher_wait_s += time.perf_counter() - since
+        if episode.guided(result_of(asked, guide)) is None:
+            break
+    tell(episode)
+    return rollout
