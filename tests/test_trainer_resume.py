@@ -161,7 +161,6 @@ def test_killed_in_bf16(tmp_path: Path) -> None:
     assert 0 < updates[0]["policy/sampler_mismatch_mean_nats"] < 0.05
 
 
-
 @pytest.mark.parametrize("num_batches", range(1, NUM_BATCHES))
 def test_killed_after_any_checkpoint(straight: Config, tmp_path: Path, num_batches: int) -> None:
     config = copy_as_killed(straight, tmp_path, num_batches)
