@@ -202,7 +202,7 @@ def compile_one(launch: Launch) -> Resources:
 
     source = ASTSource(launch.config.kernel, *arguments_of(launch))
     target = GPUTarget("cuda", launch.config.architecture, 32)
-    options = {"num_warps": launch.config.num_warps}
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     compiled = triton.compile(source, target=target, options=options)
     return read_resources(compiled.asm["cubin"], compiled.metadata.shared)
 

@@ -34,7 +34,7 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "rotary_write": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "sample": {"cpp": _ANY},
     "swiglu": {"cpp": _FP32, "triton": _FP32 + _HALVES},
-    "tree_attention": {"cpp": _FP32},
+    "tree_attention": {"cpp": _FP32, "triton": _FP32 + _HALVES},
 }
 _DEVICES = {"cpp": "cpu", "triton": "cuda", "flash": "cuda"}
 _RUNS_ON = {

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from socpo_fast.kernels._tree_plan import HEAD_DIMS, ROWS_PER_BLOCK, plan_tree
 from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
 
-ROWS_PER_BLOCK = 64  # of one pair of extremes
 REF_SCORES = 1 << 25  # entries of the mask that the reference makes at a time
 INT32 = (torch.int32,)
 
@@ -25,12 +25,15 @@ class TreeMask(NamedTuple):
     """Who sees whom in a tree of packed rows, checked once for all layers of a microbatch.
 
     A kernel skips a tile of (queries, keys) when max_until of the keys' blocks is at most the first
-    query, and needs no mask when min_until is beyond the last one and all keys come before.
+    query, and needs no mask when min_until is beyond the last one and all keys come before. Which
+    tiles are left, on a GPU's kernels, stands in the last two.
     """
 
     visible_until_T: Tensor  # int32: the first row that no longer sees row s
     min_until_N: Tensor  # int32 [ceil(T / ROWS_PER_BLOCK)], over each block of rows
     max_until_N: Tensor
+    key_blocks_NM: Tensor  # int32, as of kernels/_tree_plan.py
+    query_ranges_P7: Tensor
 
     @classmethod
     def of(cls, visible_until_T: Tensor, *, where: str = "TreeMask.of") -> Self:
@@ -53,7 +56,7 @@ class TreeMask(NamedTuple):
             padded = visible_until_T.new_full((num_blocks * ROWS_PER_BLOCK,), neutral)
             padded[:num_rows] = visible_until_T
             extremes.append(reduce(padded.view(num_blocks, ROWS_PER_BLOCK), dim=1))
-        return cls(visible_until_T, *extremes)
+        return cls(visible_until_T, *extremes, *plan_tree(visible_until_T, *extremes))
 
     def to(self, device: torch.device) -> Self:
         return type(self)(*(x.to(device) for x in self))
@@ -121,7 +124,8 @@ def tree_attention(
         tree:  visible_until_T, [T] int32 with s < visible_until[s] <= T; or TreeMask.of(it), which
                many layers share. Rows of a tree stand in depth-first order.
         scale: > 0, usually E ** -0.5.
-        impl:  "auto", "ref" or "cpp".
+        impl:  "auto", "ref", "cpp", or "triton" for E 32, 64 or 128; at any other E "auto" is "ref"
+               on a GPU.
 
     Returns:
         o_THE [T, H, E], dtype of q.
@@ -153,10 +157,14 @@ def tree_attention(
     check("visible_until_T", visible_until_T, INT32)
     if not isinstance(tree, TreeMask):
         tree = TreeMask.of(tree, where=check.where)
-    impl = pick_impl("tree_attention", impl, q_THE)
-    if impl == "ref":
+    picked = pick_impl("tree_attention", impl, q_THE)
+    if picked == "triton" and head_dim not in HEAD_DIMS:
+        rule = "32, 64 or 128 for impl='triton'"
+        check_rule(check.where, "E", head_dim, impl == "auto", rule, "use impl='ref'")
+        picked = "ref"
+    if picked == "ref":
         return tree_attention_ref(q_THE, k_TKE, v_TKE, tree.visible_until_T, scale=scale)
-    return _tree_attention(q_THE, k_TKE, v_TKE, *tree, scale, impl)[0]
+    return _tree_attention(q_THE, k_TKE, v_TKE, *tree, scale, picked)[0]
 
 
 def _kernel(
@@ -166,10 +174,13 @@ def _kernel(
     visible_until: Tensor,
     min_until: Tensor,
     max_until: Tensor,
+    key_blocks: Tensor,
+    query_ranges: Tensor,
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return kernels_of("tree_attention", impl).tree_attention(q, k, v, visible_until, scale)
+    plan = () if impl == "cpp" else (key_blocks, query_ranges)
+    return kernels_of("tree_attention", impl).tree_attention(q, k, v, visible_until, *plan, scale)
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
@@ -181,7 +192,7 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """With p = exp(score - logsumexp) and d = grad . o, a score's gradient is p (grad . v - d)."""
     grads = _tree_attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
-    return *grads, None, None, None, None, None
+    return *grads, *[None] * 7
 
 
 def _backward_kernel(
@@ -192,17 +203,21 @@ def _backward_kernel(
     visible_until: Tensor,
     min_until: Tensor,
     max_until: Tensor,
+    key_blocks: Tensor,
+    query_ranges: Tensor,
     o: Tensor,
     logsumexp: Tensor,
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    saved = () if impl == "cpp" else (key_blocks, query_ranges, o, logsumexp)
     return kernels_of("tree_attention", impl).tree_attention_backward(
         grad_o,
         q,
         k,
         v,
         visible_until,
+        *saved,
         scale,
     )
 
@@ -210,14 +225,16 @@ def _backward_kernel(
 # logsumexp [T, H] is of each row's scores: what the backward needs of the softmax.
 _tree_attention = define_op(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor min_until, "
-    "Tensor max_until, float scale, str impl) -> (Tensor o, Tensor logsumexp)",
+    "Tensor max_until, Tensor key_blocks, Tensor query_ranges, float scale, str impl) "
+    "-> (Tensor o, Tensor logsumexp)",
     _kernel,
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
     derivative=(_save, _backward),
 )
 _tree_attention_backward = define_op(
     "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor visible_until, "
-    "Tensor min_until, Tensor max_until, Tensor o, Tensor logsumexp, float scale, str impl) "
+    "Tensor min_until, Tensor max_until, Tensor key_blocks, Tensor query_ranges, Tensor o, "
+    "Tensor logsumexp, float scale, str impl) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _backward_kernel,
     fake=lambda _, *qkv: tuple(x.new_empty(x.shape) for x in qkv[:3]),
