@@ -29,8 +29,9 @@ def plan_tree(visible_until_T: Tensor, min_until_N: Tensor, max_until_N: Tensor)
     """Returns the work of each block of queries and of each part of a block of keys, longest first.
 
     Returns:
-        key_blocks_NM: int32 [N, 3 + N]: a block of queries; how many blocks of keys it visits with a mask,
-                       and how many altogether; these blocks, masked ones first.
+        key_blocks_NM: int32 [N, 4 + N]: a block of queries; how many blocks of keys it visits with a mask,
+                       and how many altogether; these blocks, masked ones first;
+                       and one number of no meaning.
         query_ranges_P7: int32 [N + NUM_EXTRA, 7], in blocks: a block of keys; the first query and the one
                        behind the last; the same of those that need no mask; the slot of the partial sum (-1:
                        there is one part); the number of parts. Left over rows have no queries.
@@ -38,7 +39,7 @@ def plan_tree(visible_until_T: Tensor, min_until_N: Tensor, max_until_N: Tensor)
     num_rows, num_blocks = visible_until_T.shape[0], min_until_N.shape[0]
     blocks_N = torch.arange(num_blocks, device=visible_until_T.device)
     if num_rows == 0:
-        return visible_until_T.new_empty((0, 3)), visible_until_T.new_zeros((NUM_EXTRA, 7))
+        return visible_until_T.new_empty((0, 4)), visible_until_T.new_zeros((NUM_EXTRA, 7))
     key_blocks_NM = _plan_queries(blocks_N, min_until_N, max_until_N)
     return key_blocks_NM, _plan_keys(blocks_N, min_until_N, max_until_N)
 
@@ -49,12 +50,12 @@ def _plan_queries(blocks_N: Tensor, min_until_N: Tensor, max_until_N: Tensor) ->
     is_full = (blocks_N < blocks_N[:, None]) & (min_until_N >= first_query + ROWS_PER_BLOCK)
     is_masked = is_seen & ~is_full
     num_masked, num_seen = is_masked.sum(1, keepdim=True), is_seen.sum(1, keepdim=True)
-    # A visited block's place in its list; all others go into one column, which is cut off.
+    # A visited block's place in its list. All others go into one column behind it, which the kernels
+    # read ahead and do not use.
     place = torch.where(is_full, num_masked + is_full.cumsum(1), is_masked.cumsum(1)) - 1
     place = place.where(is_seen, blocks_N.shape[0])
-    lists = torch.zeros_like(place, dtype=torch.int32)
-    lists = torch.cat((lists, lists[:, :1]), 1)
-    lists = lists.scatter(1, place, blocks_N.int().expand_as(place))[:, :-1]
+    lists = place.new_zeros((place.shape[0], place.shape[1] + 1), dtype=torch.int32)
+    lists = lists.scatter(1, place, blocks_N.int().expand_as(place))
     table = torch.cat((blocks_N[:, None].int(), num_masked.int(), num_seen.int(), lists), 1)
     return table[num_seen[:, 0].argsort(descending=True, stable=True)]
 

@@ -1,4 +1,4 @@
-"""What forward and backward of tree attention share: tiles, a model's constants, and rows of heads."""
+"""What forward and backward of tree attention share: tiles, what a model makes of them, and rows of heads."""
 
 from typing import Any, NamedTuple
 
@@ -7,76 +7,123 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import INTERPRETER, architecture_of
-from socpo_fast.kernels._tree_plan import HEAD_DIMS, ROWS_PER_BLOCK
+from socpo_fast.kernels._launch import INTERPRETER
+from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK
 
 BLOCK_ROWS = tl.constexpr(ROWS_PER_BLOCK)
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2, which the hardware has
 
 
-class TreeTile(NamedTuple):
+class Tile(NamedTuple):
     """What a program of one pass holds at once. Queries and keys divide ROWS_PER_BLOCK."""
 
-    queries: int
+    queries: int  # of each of its heads
     keys: int
-    num_warps: int  # a head
+    num_warps: int
     num_stages: int
 
 
 class TreeTiles(NamedTuple):
-    """Of one architecture, dtype and head dim."""
+    """The tiles of each pass."""
 
-    forward: TreeTile
-    grad_q: TreeTile
-    grad_kv: TreeTile
+    forward: Tile
+    grad_q: Tile
+    grad_kv: Tile
 
 
-_HALVES = (torch.bfloat16, torch.float16)
-_INTERPRETED = TreeTiles(*[TreeTile(64, 64, 1, 1)] * 3)
-_FP32 = dict.fromkeys(HEAD_DIMS, TreeTiles(*[TreeTile(32, 32, 4, 1)] * 3))
-_AMPERE = dict.fromkeys(HEAD_DIMS, TreeTiles(*[TreeTile(64, 64, 4, 2)] * 3))
-_HOPPER = dict.fromkeys(HEAD_DIMS, TreeTiles(*[TreeTile(64, 64, 4, 3)] * 3))
-TILES: dict[int, dict[torch.dtype, dict[int, TreeTiles]]] = {
-    INTERPRETER: dict.fromkeys((torch.float32, *_HALVES), dict.fromkeys(HEAD_DIMS, _INTERPRETED)),
-    80: {torch.float32: _FP32} | dict.fromkeys(_HALVES, _AMPERE),
-    90: {torch.float32: _FP32} | dict.fromkeys(_HALVES, _HOPPER),
-    100: {torch.float32: _FP32} | dict.fromkeys(_HALVES, _HOPPER),
+# (heads of a program, head dim) -> tiles; a head dim of 32 has those of 64. In the passes that go by
+# queries a program takes two heads that share their keys, where the table and the model have such: it
+# reads these keys once. Tiles are as large as registers allow: a thread spills 16 bytes at most (`make
+# aot`). Three stages are the least with which loads are early. dK and dV of 128 numbers fill half of
+# the registers, so few queries go with them. fp32 is multiplied as three products of tf32.
+_INTERPRETED = TreeTiles(*[Tile(64, 64, 1, 1)] * 3)
+_SMALL, _SMALLEST = Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)
+_ONE, _FEW_KEYS, _FEW_QUERIES = Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 4, 4)
+_PAIR, _PAIR_FEW_KEYS = Tile(64, 64, 8, 3), Tile(64, 32, 8, 3)
+_FP32 = {
+    (1, 64): TreeTiles(_SMALL, _SMALL, _SMALL),
+    (1, 128): TreeTiles(_SMALLEST, _SMALLEST, Tile(32, 16, 8, 1)),
+}
+_HALVES = {
+    INTERPRETER: dict.fromkeys(((1, 64), (1, 128), (2, 64), (2, 128)), _INTERPRETED),
+    80: {
+        (1, 64): TreeTiles(_ONE, _ONE, _PAIR),
+        (1, 128): TreeTiles(_FEW_KEYS, _FEW_KEYS, _PAIR),
+        (2, 64): TreeTiles(_PAIR, _PAIR, _PAIR),
+        (2, 128): TreeTiles(_PAIR_FEW_KEYS, _PAIR_FEW_KEYS, _PAIR),
+    },
+    90: {
+        (1, 64): TreeTiles(_ONE, _ONE, _ONE),
+        (1, 128): TreeTiles(_FEW_KEYS, _FEW_KEYS, _FEW_QUERIES),
+        (2, 64): TreeTiles(_PAIR, _PAIR, _ONE),
+        (2, 128): TreeTiles(_PAIR, _PAIR, _FEW_QUERIES),
+    },
+    100: {
+        (1, 64): TreeTiles(_ONE, _ONE, _ONE),
+        (1, 128): TreeTiles(_ONE, _ONE, _ONE),
+        (2, 64): TreeTiles(_PAIR, _PAIR, _ONE),
+        (2, 128): TreeTiles(_PAIR, _PAIR, _ONE),
+    },
+}
+TILES = {
+    architecture: {
+        torch.float32: tiles if architecture == INTERPRETER else _FP32,
+        torch.bfloat16: tiles,
+        torch.float16: tiles,
+    }
+    for architecture, tiles in _HALVES.items()
 }
 
 # For `make aot`, of models: query heads, KV heads, head dim. Heads in pairs, and one by one.
 MODELS = ((16, 8, 128), (8, 8, 128), (14, 2, 64), (8, 2, 64), (3, 1, 32), (4, 2, 32))
 
 
-def tiles_of(x_THE: Tensor) -> TreeTiles:
-    return TILES[architecture_of(x_THE)][x_THE.dtype][x_THE.shape[2]]
+class Launch(NamedTuple):
+    """What all passes for a model, a dtype and an architecture share."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    pack: int  # heads of a program that goes by queries
+    tiles: TreeTiles
+
+    def by_queries(self, tile: Tile) -> dict[str, Any]:
+        """Options of a pass with a program for the queries of a tile."""
+        return {
+            "HEADS": self.heads,
+            "GROUP": self.heads // self.kv_heads,
+            "PACK": self.pack,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_M": tile.queries * self.pack,
+            "BLOCK_N": tile.keys,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    def by_keys(self, tile: Tile) -> dict[str, Any]:
+        """Options of a pass with a program for the keys of a tile."""
+        return {
+            "KV_HEADS": self.kv_heads,
+            "GROUP": self.heads // self.kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_M": tile.queries,
+            "BLOCK_N": tile.keys,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    def programs_by_queries(self, tile: Tile) -> int:
+        """Programs a block of queries."""
+        return ROWS_PER_BLOCK // tile.queries * self.heads // self.pack
 
 
-def options_by_queries(tile: TreeTile, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
-    """Of a pass with a program for the queries of a tile; two heads share what it reads of the keys."""
-    pack = 2 - heads // kv_heads % 2
-    return {
-        "HEADS": heads,
-        "GROUP": heads // kv_heads,
-        "PACK": pack,
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": tile.queries * pack,
-        "BLOCK_N": tile.keys,
-        "num_warps": tile.num_warps * pack,
-        "num_stages": tile.num_stages,
-    }
-
-
-def options_by_keys(tile: TreeTile, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
-    """Of the pass with a program for the keys of a tile."""
-    return {
-        "KV_HEADS": kv_heads,
-        "GROUP": heads // kv_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": tile.queries,
-        "BLOCK_N": tile.keys,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+def launch_for(
+    architecture: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> Launch:
+    tiles = TILES[architecture][dtype]
+    has_pairs = heads // kv_heads % 2 == 0 and (2, 128) in tiles
+    pack = 2 if has_pairs else 1
+    return Launch(heads, kv_heads, head_dim, pack, tiles[pack, max(64, head_dim)])
 
 
 def rows_of_heads(x_THE: Tensor) -> Tensor:
@@ -133,6 +180,6 @@ def tile_of_queries(
     PARTS: tl.constexpr = BLOCK_ROWS * PACK // BLOCK_M
     tile = tl.program_id(0) // (HEADS // PACK)
     head = tl.program_id(0) % (HEADS // PACK) * PACK
-    key_blocks_ptr += (tile // PARTS).to(tl.int64) * (tl.cdiv(num_rows, BLOCK_ROWS) + 3)
+    key_blocks_ptr += (tile // PARTS).to(tl.int64) * (tl.cdiv(num_rows, BLOCK_ROWS) + 4)
     first = tl.load(key_blocks_ptr) * BLOCK_ROWS + tile % PARTS * (BLOCK_M // PACK)
     return head, key_blocks_ptr + 3, first, tl.load(key_blocks_ptr + 1), tl.load(key_blocks_ptr + 2)

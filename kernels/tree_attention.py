@@ -12,20 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs
-from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK
+from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs, architecture_of
 from socpo_fast.kernels._tree_tiles import (
     BLOCK_ROWS,
     LOG2_E,
     MODELS,
     TILES,
+    launch_for,
     load_rows,
-    options_by_queries,
     rows_of_heads,
     store_rows,
     stride_in_heads,
     tile_of_queries,
-    tiles_of,
 )
 from socpo_fast.kernels.tree_backward import tree_attention_backward
 
@@ -47,12 +45,11 @@ def tree_attention(
     logsumexp_TH = q_THE.new_empty((num_rows, heads), dtype=torch.float32)
     if num_rows == 0:
         return o_THE, logsumexp_TH
-    tile = tiles_of(q_THE).forward
-    options = options_by_queries(tile, heads, k_TKE.shape[1], head_dim)
+    launch = launch_for(architecture_of(q_THE), q_THE.dtype, heads, k_TKE.shape[1], head_dim)
+    tile = launch.tiles.forward
     qkv = [rows_of_heads(x) for x in (q_THE, k_TKE, v_TKE)]
-    programs = ROWS_PER_BLOCK // tile.queries * heads // options["PACK"]
     with torch.cuda.device_of(q_THE):
-        _tree_attention_kernel[key_blocks_NM.shape[0] * programs,](
+        _tree_attention_kernel[key_blocks_NM.shape[0] * launch.programs_by_queries(tile),](
             *qkv,
             visible_until_T.contiguous(),
             key_blocks_NM,
@@ -61,7 +58,7 @@ def tree_attention(
             *(stride_in_heads(x) for x in qkv),
             num_rows,
             scale,
-            **options,
+            **launch.by_queries(tile),
         )
     return o_THE, logsumexp_TH
 
@@ -70,18 +67,18 @@ def aot_configs() -> AotConfigs:
     """MODELS in every dtype."""
     tables = dict.fromkeys(("visible_until_ptr", "key_blocks_ptr"), torch.int32)
     for architecture in ARCHITECTURES:
-        for dtype, tiles in TILES[architecture].items():
+        for dtype in TILES[architecture]:
             for heads, kv_heads, head_dim in MODELS:
-                options = options_by_queries(tiles[head_dim].forward, heads, kv_heads, head_dim)
+                launch = launch_for(architecture, dtype, heads, kv_heads, head_dim)
+                options = launch.by_queries(launch.tiles.forward)
+                rows = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
                 yield AotConfig(
                     _tree_attention_kernel,
                     architecture,
                     dtype,
                     f"{heads} heads on {kv_heads} of {head_dim}",
                     options.pop("num_warps"),
-                    tables
-                    | dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
-                    | {"logsumexp_ptr": torch.float32},
+                    tables | rows | {"logsumexp_ptr": torch.float32},
                     options,
                     num_stages=options.pop("num_stages"),
                 )
@@ -140,8 +137,11 @@ def _attend(
     """Goes on with an online softmax over the blocks of keys begin .. end - 1 of a list."""
     PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
     PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N  # of a block
+    block = tl.load(list_ptr + begin)
     for part in range(begin * PARTS, end * PARTS):
-        first_key = tl.load(list_ptr + part // PARTS) * BLOCK_ROWS + part % PARTS * BLOCK_N
+        first_key = block * BLOCK_ROWS + part % PARTS * BLOCK_N
+        # A tile ahead: else the loads of a tile would wait for this one, and could not be early.
+        block = tl.load(list_ptr + (part + 1) // PARTS)
         k = load_rows(k_ptr, first_key, kv_head, stride_kt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
         v = load_rows(v_ptr, first_key, kv_head, stride_vt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)

@@ -18,21 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs
+from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs, architecture_of
 from socpo_fast.kernels._tree_plan import MIN_CHUNK, NUM_SLOTS, ROWS_PER_BLOCK
 from socpo_fast.kernels._tree_tiles import (
     BLOCK_ROWS,
     LOG2_E,
     MODELS,
     TILES,
+    launch_for,
     load_rows,
-    options_by_keys,
-    options_by_queries,
     rows_of_heads,
     store_rows,
     stride_in_heads,
     tile_of_queries,
-    tiles_of,
 )
 
 
@@ -56,17 +54,17 @@ def tree_attention_backward(
     grads = [x.new_empty(x.shape) for x in (q_THE, k_TKE, v_TKE)]
     if num_rows == 0:
         return grads[0], grads[1], grads[2]
-    tiles, model = tiles_of(q_THE), (heads, kv_heads, head_dim)
+    launch = launch_for(architecture_of(q_THE), q_THE.dtype, heads, kv_heads, head_dim)
     tensors = [rows_of_heads(x) for x in (grad_o_THE, q_THE, k_TKE, v_TKE)]
     strides = [stride_in_heads(x) for x in tensors]
     visible_until_T = visible_until_T.contiguous()
-    rows_2HT = logsumexp_TH.new_empty((2, heads, num_rows))
-    num_slots = NUM_SLOTS if key_blocks_NM.shape[0] > MIN_CHUNK else 0
+    num_blocks = key_blocks_NM.shape[0]
+    rows_2HT = logsumexp_TH.new_empty((2, heads, num_blocks * ROWS_PER_BLOCK))
+    num_slots = NUM_SLOTS if num_blocks > MIN_CHUNK else 0
     partial_SK2NE = logsumexp_TH.new_empty((num_slots, kv_heads, 2, ROWS_PER_BLOCK, head_dim))
     with torch.cuda.device_of(q_THE):
-        options = options_by_queries(tiles.grad_q, *model)
-        programs = ROWS_PER_BLOCK // tiles.grad_q.queries * heads // options["PACK"]
-        _tree_grad_q_kernel[key_blocks_NM.shape[0] * programs,](
+        tile = launch.tiles.grad_q
+        _tree_grad_q_kernel[num_blocks * launch.programs_by_queries(tile),](
             *tensors,
             o_THE,
             logsumexp_TH,
@@ -77,9 +75,10 @@ def tree_attention_backward(
             *strides,
             num_rows,
             scale,
-            **options,
+            **launch.by_queries(tile),
         )
-        programs = ROWS_PER_BLOCK // tiles.grad_kv.keys * kv_heads
+        tile = launch.tiles.grad_kv
+        programs = ROWS_PER_BLOCK // tile.keys * kv_heads
         _tree_grad_kv_kernel[query_ranges_P7.shape[0] * programs,](
             *tensors,
             rows_2HT,
@@ -91,7 +90,7 @@ def tree_attention_backward(
             *strides,
             num_rows,
             scale,
-            **options_by_keys(tiles.grad_kv, *model),
+            **launch.by_keys(tile),
         )
         if num_slots > 0:
             grid = (query_ranges_P7.shape[0], kv_heads, 2)
@@ -105,13 +104,12 @@ def aot_configs() -> AotConfigs:
     tables = dict.fromkeys(("visible_until_ptr", "key_blocks_ptr", "query_ranges_ptr"), torch.int32)
     wide = dict.fromkeys(("logsumexp_ptr", "rows_ptr", "partial_ptr"), torch.float32)
     for architecture in ARCHITECTURES:
-        for dtype, tiles in TILES[architecture].items():
+        for dtype in TILES[architecture]:
             for heads, kv_heads, head_dim in MODELS:
-                label = f"{heads} heads on {kv_heads} of {head_dim}"
-                model = heads, kv_heads, head_dim
+                launch = launch_for(architecture, dtype, heads, kv_heads, head_dim)
                 for kernel, options in (
-                    (_tree_grad_q_kernel, options_by_queries(tiles[head_dim].grad_q, *model)),
-                    (_tree_grad_kv_kernel, options_by_keys(tiles[head_dim].grad_kv, *model)),
+                    (_tree_grad_q_kernel, launch.by_queries(launch.tiles.grad_q)),
+                    (_tree_grad_kv_kernel, launch.by_keys(launch.tiles.grad_kv)),
                     (_tree_sum_kernel, {"KV_HEADS": kv_heads, "HEAD_DIM": head_dim}),
                 ):
                     names = [name for name in kernel.arg_names if name.endswith("_ptr")]
@@ -120,7 +118,7 @@ def aot_configs() -> AotConfigs:
                         kernel,
                         architecture,
                         dtype,
-                        label,
+                        f"{heads} heads on {kv_heads} of {head_dim}",
                         options.pop("num_warps", 4),
                         {name: pointers[name] for name in names},
                         options,
@@ -159,15 +157,17 @@ def _tree_grad_q_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     queries = first + offs_m // PACK
     heads = head + offs_m % PACK
-    inside = queries < num_rows
     q = load_rows(q_ptr, first, head, stride_qt, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
     grad = load_rows(grad_o_ptr, first, head, stride_dt, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
     o = load_rows(o_ptr, first, head, HEADS, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
     delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
-    logsumexp = tl.load(logsumexp_ptr + queries.to(tl.int64) * HEADS + heads, inside, other=0.0) * LOG2_E
-    places = heads.to(tl.int64) * num_rows + queries
-    tl.store(rows_ptr + places, logsumexp, inside)
-    tl.store(rows_ptr + HEADS * num_rows.to(tl.int64) + places, delta, inside)
+    places = queries.to(tl.int64) * HEADS + heads
+    logsumexp = tl.load(logsumexp_ptr + places, queries < num_rows, other=0.0) * LOG2_E
+    # Whole blocks of rows, zeros beyond the last: the second pass reads them without a mask.
+    stride_h = (tl.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS).to(tl.int64)
+    places = heads * stride_h + queries
+    tl.store(rows_ptr + places, logsumexp)
+    tl.store(rows_ptr + HEADS * stride_h + places, delta)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     acc = _add_keys(
         acc, q, grad, logsumexp, delta, k_ptr, v_ptr, visible_until_ptr, list_ptr, 0, num_masked, queries,
@@ -189,8 +189,10 @@ def _add_keys(
     """Adds to dQ what the blocks of keys begin .. end - 1 of a list give."""
     PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
     PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
+    block = tl.load(list_ptr + begin)
     for part in range(begin * PARTS, end * PARTS):
-        first_key = tl.load(list_ptr + part // PARTS) * BLOCK_ROWS + part % PARTS * BLOCK_N
+        first_key = block * BLOCK_ROWS + part % PARTS * BLOCK_N
+        block = tl.load(list_ptr + (part + 1) // PARTS)  # ahead, as in the forward
         k = load_rows(k_ptr, first_key, kv_head, stride_kt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
         v = load_rows(v_ptr, first_key, kv_head, stride_vt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -279,7 +281,8 @@ def _add_queries(
     """Adds to dK and dV what the queries of num_before blocks, and of num_behind after a gap, give."""
     PRECISION: tl.constexpr = "tf32x3" if k.dtype == tl.float32 else "ieee"
     PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_M
-    delta_ptr = rows_ptr + KV_HEADS * GROUP * num_rows.to(tl.int64)
+    stride_h = (tl.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS).to(tl.int64)
+    delta_ptr = rows_ptr + KV_HEADS * GROUP * stride_h
     for tile in range(0, (num_before + num_behind) * PARTS * GROUP):
         head = kv_head * GROUP + tile % GROUP
         part = tile // GROUP
@@ -287,15 +290,11 @@ def _add_queries(
             part += tl.where(part < num_before * PARTS, 0, num_skipped * PARTS)
         first = begin * BLOCK_ROWS + part * BLOCK_M
         queries = first + tl.arange(0, BLOCK_M)
-        places = head.to(tl.int64) * num_rows + queries
+        places = head * stride_h + queries
         q = load_rows(q_ptr, first, head, stride_qt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM)
         grad = load_rows(grad_o_ptr, first, head, stride_dt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM)
-        if IS_MASKED:
-            logsumexp = tl.load(rows_ptr + places, queries < num_rows, other=0.0)
-            delta = tl.load(delta_ptr + places, queries < num_rows, other=0.0)
-        else:
-            logsumexp = tl.load(rows_ptr + places)
-            delta = tl.load(delta_ptr + places)
+        logsumexp = tl.load(rows_ptr + places)
+        delta = tl.load(delta_ptr + places)
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(qk * scale - logsumexp[None, :])
         if IS_MASKED:
