@@ -93,3 +93,11 @@ def _plan_keys(blocks_N: Tensor, min_until_N: Tensor, max_until_N: Tensor) -> Te
         1,
     )
     return table[(begin_P - end_P).argsort(stable=True)].int()
+
+
+def program_lengths(query_ranges_P7: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiles of each program of dK and dV, longest first: as planned, and without any cut."""
+    lengths_P = query_ranges_P7[:, 2] - query_ranges_P7[:, 1]
+    keys_P = query_ranges_P7[:, 0].long()
+    whole_N = lengths_P.new_zeros(int(keys_P.max()) + 1).index_add(0, keys_P, lengths_P)
+    return lengths_P[lengths_P > 0], whole_N.sort(descending=True).values

@@ -263,7 +263,7 @@ def test_refuses() -> None:
         ((q[:, :5], k, v), {}, "H must be a multiple of K=2, got 5"),
         ((q[:, :0], k, v), {}, "H must be a multiple of K=2, got 0"),
         ((q, k, v), {"scale": 0.0}, "scale must be finite and > 0, got 0.0"),
-        ((q, k, v), {"impl": "triton"}, "impl must be one of auto, ref, cpp, got 'triton'"),
+        ((q, k, v), {"impl": "triton"}, "E must be 32, 64 or 128 for impl='triton', got 8; use impl='ref'"),
         ((q.double(), k.double(), v.double()), {"impl": "cpp"}, "impl must be one of auto, ref"),
     ):
         with pytest.raises(ValueError, match=f"^tree_attention: {message}"):
