@@ -1,5 +1,9 @@
-"""What forward and backward of tree attention share: tiles, what a model makes of them, and rows of heads."""
+"""What the passes of tree attention share: tiles, their launches, and how rows of heads are read.
 
+Read Launch -> tile_of_queries -> load_rows.
+"""
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import INTERPRETER
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    architecture_of,
+)
 from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK
 
 BLOCK_ROWS = tl.constexpr(ROWS_PER_BLOCK)
@@ -31,11 +41,11 @@ class TreeTiles(NamedTuple):
     grad_kv: Tile
 
 
-# (heads of a program, head dim) -> tiles; a head dim of 32 has those of 64. In the passes that go by
-# queries a program takes two heads that share their keys, where the table and the model have such: it
-# reads these keys once. Tiles are as large as registers allow: a thread spills 16 bytes at most (`make
-# aot`). Three stages are the least with which loads are early. dK and dV of 128 numbers fill half of
-# the registers, so few queries go with them. fp32 is multiplied as three products of tf32.
+# (heads of a program, head dim) -> tiles; a head dim of 32 has those of 64. In passes that go by
+# queries a program takes two heads that share their keys, where table and model have such: it reads
+# these keys once. Tiles are as large as registers allow: a thread spills 16 bytes at most (`make
+# aot`). Three stages are the least with which loads are early. dK and dV of 128 numbers fill half
+# of the registers, so few queries go with them. fp32 is multiplied as three products of tf32.
 _INTERPRETED = TreeTiles(*[Tile(64, 64, 1, 1)] * 3)
 _SMALL, _SMALLEST = Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)
 _ONE, _FEW_KEYS, _FEW_QUERIES = Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 4, 4)
@@ -75,7 +85,11 @@ TILES = {
 }
 
 # For `make aot`, of models: query heads, KV heads, head dim. Heads in pairs, and one by one.
-MODELS = ((16, 8, 128), (8, 8, 128), (14, 2, 64), (8, 2, 64), (3, 1, 32), (4, 2, 32))
+MODELS = ((16, 8, 128), (8, 8, 128), (14, 2, 64), (8, 2, 64), (4, 2, 32))
+
+
+_FP32_NAMES = ("logsumexp_ptr", "rows_ptr", "partial_ptr")
+_INT32_NAMES = ("visible_until_ptr", "key_blocks_ptr", "query_ranges_ptr")
 
 
 class Launch(NamedTuple):
@@ -117,8 +131,17 @@ class Launch(NamedTuple):
         return ROWS_PER_BLOCK // tile.queries * self.heads // self.pack
 
 
-def launch_for(
-    architecture: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+def launch_of(q_THE: Tensor, k_TKE: Tensor) -> Launch:
+    _, heads, head_dim = q_THE.shape
+    return _launch(architecture_of(q_THE), q_THE.dtype, heads, k_TKE.shape[1], head_dim)
+
+
+def _launch(
+    architecture: int,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
 ) -> Launch:
     tiles = TILES[architecture][dtype]
     has_pairs = heads // kv_heads % 2 == 0 and (2, 128) in tiles
@@ -126,8 +149,28 @@ def launch_for(
     return Launch(heads, kv_heads, head_dim, pack, tiles[pack, max(64, head_dim)])
 
 
+def aot_configs_of(kernel: Any, options_of: Callable[[Launch], dict[str, Any]]) -> AotConfigs:
+    """A kernel for MODELS in every dtype."""
+    names = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    known = dict.fromkeys(_FP32_NAMES, torch.float32) | dict.fromkeys(_INT32_NAMES, torch.int32)
+    for architecture in ARCHITECTURES:
+        for dtype in TILES[architecture]:
+            for heads, kv_heads, head_dim in MODELS:
+                options = options_of(_launch(architecture, dtype, heads, kv_heads, head_dim))
+                yield AotConfig(
+                    kernel,
+                    architecture,
+                    dtype,
+                    f"{heads} heads on {kv_heads} of {head_dim}",
+                    options.pop("num_warps"),
+                    {name: known.get(name, dtype) for name in names},
+                    options,
+                    num_stages=options.pop("num_stages"),
+                )
+
+
 def rows_of_heads(x_THE: Tensor) -> Tensor:
-    """x as the kernels read it: heads side by side, rows any number of heads apart; mostly x itself."""
+    """x as kernels read it: heads side by side, rows any number of heads apart. Mostly x itself."""
     stride_t, *strides = x_THE.stride()
     head_dim = x_THE.shape[2]
     is_readable = strides == [head_dim, 1] and stride_t % head_dim == 0
@@ -140,6 +183,31 @@ def stride_in_heads(x_THE: Tensor) -> int:
 
 
 @triton.jit
+def tile_of_queries(
+    key_blocks_ptr, num_rows, HEADS: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """A program's first head, list of blocks of keys, first query; how many are masked, and seen.
+
+    Heads follow one another, then parts of a block of queries, then blocks, the longest first.
+    """
+    PARTS: tl.constexpr = BLOCK_ROWS * PACK // BLOCK_M
+    tile = tl.program_id(0) // (HEADS // PACK)
+    head = tl.program_id(0) % (HEADS // PACK) * PACK
+    key_blocks_ptr += (tile // PARTS).to(tl.int64) * (tl.cdiv(num_rows, BLOCK_ROWS) + 4)
+    first = tl.load(key_blocks_ptr) * BLOCK_ROWS + tile % PARTS * (BLOCK_M // PACK)
+    num_masked, num_seen = tl.load(key_blocks_ptr + 1), tl.load(key_blocks_ptr + 2)
+    return head, key_blocks_ptr + 3, first, num_masked, num_seen
+
+
+@triton.jit
+def offsets_of_rows(stride, PACK: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[BLOCK, HEAD_DIM]: where the elements of BLOCK / PACK rows are, of PACK heads each."""
+    offs = tl.arange(0, BLOCK)
+    heads = offs // PACK * stride + offs % PACK
+    return heads[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
 def load_rows(
     x_ptr, first, head, stride, num_rows,
     IS_MASKED: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -148,38 +216,38 @@ def load_rows(
 
     IS_MASKED: there may be rows beyond the last, which are zeros.
     """
-    offs = tl.arange(0, BLOCK)
-    places = (offs // PACK * stride + offs % PACK)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     x_ptr += (first.to(tl.int64) * stride + head) * HEAD_DIM
+    x_ptr += offsets_of_rows(stride, PACK, BLOCK, HEAD_DIM)
     if IS_MASKED:
-        x = tl.load(x_ptr + places, (first + offs // PACK < num_rows)[:, None], other=0.0)
+        is_row = first + tl.arange(0, BLOCK) // PACK < num_rows
+        x = tl.load(x_ptr, is_row[:, None], other=0.0)
     else:
-        x = tl.load(x_ptr + places)
+        x = tl.load(x_ptr)
     return x
 
 
 @triton.jit
-def store_rows(
-    x_ptr, x, first, head, stride, num_rows, PACK: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+def load_keys_and_values(
+    k_ptr, v_ptr, first, kv_head, stride_kt, stride_vt, num_rows,
+    IS_MASKED: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    offs = tl.arange(0, BLOCK)
-    places = (offs // PACK * stride + offs % PACK)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    x_ptr += (first.to(tl.int64) * stride + head) * HEAD_DIM
-    mask = (first + offs // PACK < num_rows)[:, None]
-    tl.store(x_ptr + places, x.to(x_ptr.dtype.element_ty), mask)
+    k = load_rows(k_ptr, first, kv_head, stride_kt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
+    v = load_rows(v_ptr, first, kv_head, stride_vt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
+    return k, v
 
 
 @triton.jit
-def tile_of_queries(
-    key_blocks_ptr, num_rows, HEADS: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr
+def store_rows(
+    x_ptr, x, first, head, stride, num_rows,
+    PACK: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """A program's first head, its list of blocks of keys, its first query, and how many blocks are masked and seen.
+    is_row = first + tl.arange(0, BLOCK) // PACK < num_rows
+    x = x.to(x_ptr.dtype.element_ty)
+    x_ptr += (first.to(tl.int64) * stride + head) * HEAD_DIM
+    tl.store(x_ptr + offsets_of_rows(stride, PACK, BLOCK, HEAD_DIM), x, is_row[:, None])
 
-    Heads follow one another, then parts of a block of queries, then blocks, of which the longest come first.
-    """
-    PARTS: tl.constexpr = BLOCK_ROWS * PACK // BLOCK_M
-    tile = tl.program_id(0) // (HEADS // PACK)
-    head = tl.program_id(0) % (HEADS // PACK) * PACK
-    key_blocks_ptr += (tile // PARTS).to(tl.int64) * (tl.cdiv(num_rows, BLOCK_ROWS) + 4)
-    first = tl.load(key_blocks_ptr) * BLOCK_ROWS + tile % PARTS * (BLOCK_M // PACK)
-    return head, key_blocks_ptr + 3, first, tl.load(key_blocks_ptr + 1), tl.load(key_blocks_ptr + 2)
+
+@triton.jit
+def is_seen(queries, keys, until):
+    """Whether queries see keys, of shapes that broadcast."""
+    return (keys <= queries) & (queries < until)

@@ -1,10 +1,12 @@
-"""Attention of the packed rows of a tree on a GPU: tree_attention, and its backward from tree_backward.py.
+"""Attention of the packed rows of a tree on a GPU; the backward is in kernels/tree_backward.py.
 
 Read top-down: tree_attention is the launch, _tree_attention_kernel a program, _attend its loop. A
-program has the queries of a tile, of two heads where these share their keys, and the list of blocks
-of keys that they see (kernels/_tree_plan.py). Departs from flash attention as it is known: instead
-of all keys up to the diagonal it goes through two lists, one with a mask and one without; and the
-running maximum starts from a number, so that a row that sees nothing of a tile needs no exception.
+program has a tile of queries, of two heads where these share their keys, and the list of the blocks
+of keys that they see (kernels/_tree_plan.py). Departs from flash attention as it is known:
+
+- Instead of all keys up to the diagonal, a program goes through a list, first with a mask, then
+  without one.
+- The running maximum starts from a number: a row that sees nothing of a tile is no exception.
 """
 
 import torch
@@ -12,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs, architecture_of
+from socpo_fast.kernels._launch import AotConfigs
 from socpo_fast.kernels._tree_tiles import (
     BLOCK_ROWS,
     LOG2_E,
-    MODELS,
-    TILES,
-    launch_for,
+    aot_configs_of,
+    is_seen,
+    launch_of,
+    load_keys_and_values,
     load_rows,
     rows_of_heads,
     store_rows,
@@ -34,18 +37,23 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 def tree_attention(
-    q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, visible_until_T: Tensor, key_blocks_NM: Tensor, _: Tensor, scale: float
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    visible_until_T: Tensor,
+    key_blocks_NM: Tensor,
+    query_ranges_P7: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o [T, H, E] in q's dtype and logsumexp [T, H] fp32, as ops/tree_attention.py defines them.
 
-    Args: as there, head dim 32, 64 or 128; the work of plan_tree.
+    Args: as there, with a head dim of HEAD_DIMS, and the plan of the tree.
     """
-    num_rows, heads, head_dim = q_THE.shape
     o_THE = q_THE.new_empty(q_THE.shape)
-    logsumexp_TH = q_THE.new_empty((num_rows, heads), dtype=torch.float32)
-    if num_rows == 0:
+    logsumexp_TH = q_THE.new_empty(q_THE.shape[:2], dtype=torch.float32)
+    if q_THE.shape[0] == 0:
         return o_THE, logsumexp_TH
-    launch = launch_for(architecture_of(q_THE), q_THE.dtype, heads, k_TKE.shape[1], head_dim)
+    launch = launch_of(q_THE, k_TKE)
     tile = launch.tiles.forward
     qkv = [rows_of_heads(x) for x in (q_THE, k_TKE, v_TKE)]
     with torch.cuda.device_of(q_THE):
@@ -56,7 +64,7 @@ def tree_attention(
             o_THE,
             logsumexp_TH,
             *(stride_in_heads(x) for x in qkv),
-            num_rows,
+            q_THE.shape[0],
             scale,
             **launch.by_queries(tile),
         )
@@ -64,24 +72,10 @@ def tree_attention(
 
 
 def aot_configs() -> AotConfigs:
-    """MODELS in every dtype."""
-    tables = dict.fromkeys(("visible_until_ptr", "key_blocks_ptr"), torch.int32)
-    for architecture in ARCHITECTURES:
-        for dtype in TILES[architecture]:
-            for heads, kv_heads, head_dim in MODELS:
-                launch = launch_for(architecture, dtype, heads, kv_heads, head_dim)
-                options = launch.by_queries(launch.tiles.forward)
-                rows = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
-                yield AotConfig(
-                    _tree_attention_kernel,
-                    architecture,
-                    dtype,
-                    f"{heads} heads on {kv_heads} of {head_dim}",
-                    options.pop("num_warps"),
-                    tables | rows | {"logsumexp_ptr": torch.float32},
-                    options,
-                    num_stages=options.pop("num_stages"),
-                )
+    yield from aot_configs_of(
+        _tree_attention_kernel,
+        lambda launch: launch.by_queries(launch.tiles.forward),
+    )
 
 
 @triton.jit
@@ -106,50 +100,62 @@ def _tree_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     head, list_ptr, first, num_masked, num_seen = tile_of_queries(
-        key_blocks_ptr, num_rows, HEADS, PACK, BLOCK_M
+        key_blocks_ptr,
+        num_rows,
+        HEADS,
+        PACK,
+        BLOCK_M,
     )
     offs_m = tl.arange(0, BLOCK_M)
+    queries = first + offs_m // PACK
     # What stands beyond the last row sees what the last row sees.
-    queries = tl.minimum(first + offs_m // PACK, num_rows - 1)
+    queries = tl.minimum(queries, num_rows - 1)
     q = load_rows(q_ptr, first, head, stride_qt, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), _LOWEST, tl.float32)
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, visible_until_ptr, list_ptr, 0, num_masked, queries, head // GROUP,
-        stride_kt, stride_vt, num_rows, scale * LOG2_E, True, HEAD_DIM, BLOCK_N,
+        acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr, 0, num_masked,
+        head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E, True, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, visible_until_ptr, list_ptr, num_masked, num_seen, queries, head // GROUP,
-        stride_kt, stride_vt, num_rows, scale * LOG2_E, False, HEAD_DIM, BLOCK_N,
+        acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr, num_masked, num_seen,
+        head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E, False, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     store_rows(o_ptr, acc / l_i[:, None], first, head, HEADS, num_rows, PACK, BLOCK_M, HEAD_DIM)
-    tokens = first + offs_m // PACK
-    places = tokens.to(tl.int64) * HEADS + head + offs_m % PACK
-    tl.store(logsumexp_ptr + places, (m_i + tl.log2(l_i)) * _LN_2, tokens < num_rows)
+    queries = first + offs_m // PACK
+    places = queries.to(tl.int64) * HEADS + head + offs_m % PACK
+    tl.store(logsumexp_ptr + places, (m_i + tl.log2(l_i)) * _LN_2, queries < num_rows)
 
 
 @triton.jit
 def _attend(
-    acc, l_i, m_i, q, k_ptr, v_ptr, visible_until_ptr, list_ptr, begin, end, queries, kv_head,
-    stride_kt, stride_vt, num_rows, scale, IS_MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr, begin, end,
+    kv_head, stride_kt, stride_vt, num_rows, scale,
+    IS_MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with an online softmax over the blocks of keys begin .. end - 1 of a list."""
+    """Goes on with an online softmax over the blocks of keys begin .. end - 1 of a list.
+
+    m_i and scale are of powers of 2.
+    """
     PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
-    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N  # of a block
+    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
     block = tl.load(list_ptr + begin)
     for part in range(begin * PARTS, end * PARTS):
         first_key = block * BLOCK_ROWS + part % PARTS * BLOCK_N
-        # A tile ahead: else the loads of a tile would wait for this one, and could not be early.
+        # A tile ahead. The compiler would make the loads of k and v wait for this one, so that they
+        # came no earlier than they are needed.
         block = tl.load(list_ptr + (part + 1) // PARTS)
-        k = load_rows(k_ptr, first_key, kv_head, stride_kt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
-        v = load_rows(v_ptr, first_key, kv_head, stride_vt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
+        k, v = load_keys_and_values(
+            k_ptr, v_ptr, first_key, kv_head, stride_kt, stride_vt, num_rows,
+            IS_MASKED, BLOCK_N, HEAD_DIM,
+        )  # fmt: skip
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if IS_MASKED:
             keys = first_key + tl.arange(0, BLOCK_N)
             until = tl.load(visible_until_ptr + keys, keys < num_rows, other=0)
-            is_seen = (keys[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
-            qk = tl.where(is_seen, qk, float("-inf"))
+            mask = is_seen(queries[:, None], keys[None, :], until[None, :])
+            qk = tl.where(mask, qk, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
         p = tl.exp2(qk * scale - m_new[:, None])
         alpha = tl.exp2(m_i - m_new)

@@ -62,10 +62,10 @@ def tree_balances() -> list[dict[str, object]]:
         cut_P, whole_N = program_lengths(TreeMask.of(until_T).query_ranges_P7)
         cut, whole = balance_of(cut_P), balance_of(whole_N)
         rows = f"  {name} ({len(until_T)} rows)"
-        ratios = (
-            f"longest / mean {cut['longest_over_mean']:.2f} (uncut {whole['longest_over_mean']:.2f}), "
-            f"time / even {cut['time_over_even']:.2f} (uncut {whole['time_over_even']:.2f})"
+        ratios = ", ".join(
+            f"{what.replace('_over_', ' / ')} {cut[what]:.2f} (uncut {whole[what]:.2f})"
+            for what in cut
         )
-        print(f"{rows:66}{ratios}")
+        print(f"{rows:62}{ratios}")
         balances.append({"microbatch": name, "rows": len(until_T), "cut": cut, "uncut": whole})
     return balances

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from socpo_fast.kernels._tree_plan import HEAD_DIMS, ROWS_PER_BLOCK, plan_tree
+from socpo_fast.kernels._tree_plan import HEAD_DIMS, plan_tree
 from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
@@ -24,20 +24,19 @@ INT32 = (torch.int32,)
 class TreeMask(NamedTuple):
     """Who sees whom in a tree of packed rows, checked once for all layers of a microbatch.
 
-    A kernel skips a tile of (queries, keys) when max_until of the keys' blocks is at most the first
-    query, and needs no mask when min_until is beyond the last one and all keys come before. Which
-    tiles are left, on a GPU's kernels, stands in the last two.
+    The last four say which tiles of (queries, keys) the kernels of a GPU skip, and which need a
+    mask, as kernels/_tree_plan.py explains.
     """
 
     visible_until_T: Tensor  # int32: the first row that no longer sees row s
     min_until_N: Tensor  # int32 [ceil(T / ROWS_PER_BLOCK)], over each block of rows
     max_until_N: Tensor
-    key_blocks_NM: Tensor  # int32, as of kernels/_tree_plan.py
-    query_ranges_P7: Tensor
+    key_blocks_NM: Tensor  # int32: what each block of queries visits
+    query_ranges_P7: Tensor  # int32: what each block of keys is visited by
 
     @classmethod
     def of(cls, visible_until_T: Tensor, *, where: str = "TreeMask.of") -> Self:
-        """Checks visible_until_T [T] int32, each in (its row, T], and adds the extremes.
+        """Checks visible_until_T [T] int32, each in (its row, T], and adds the plan.
 
         Raises:
             ValueError: a shape, dtype or value breaks the rules above (a value on a GPU: a device
@@ -50,13 +49,7 @@ class TreeMask(NamedTuple):
             rows_T = torch.arange(num_rows, device=visible_until_T.device)
             holds = (visible_until_T > rows_T) & (visible_until_T <= num_rows)
             check.every("visible_until_T", visible_until_T, holds, f"in (its row, T={num_rows}]")
-        num_blocks = -(-num_rows // ROWS_PER_BLOCK)
-        extremes = []
-        for reduce, neutral in ((torch.amin, num_rows), (torch.amax, 0)):
-            padded = visible_until_T.new_full((num_blocks * ROWS_PER_BLOCK,), neutral)
-            padded[:num_rows] = visible_until_T
-            extremes.append(reduce(padded.view(num_blocks, ROWS_PER_BLOCK), dim=1))
-        return cls(visible_until_T, *extremes, *plan_tree(visible_until_T, *extremes))
+        return cls(visible_until_T, *plan_tree(visible_until_T))
 
     def to(self, device: torch.device) -> Self:
         return type(self)(*(x.to(device) for x in self))
@@ -135,8 +128,9 @@ def tree_attention(
                     a tree on a GPU: a device assert; under torch.compile they are not looked at).
 
     Gradient: q, k, v. Memory: q, k, v, o and one number a row and head are kept for the backward;
-    a thread holds the scores of one block of rows. Bitwise: same inputs, same bits; cpp: for any
-    number of threads.
+    cpp: a thread holds the scores of one block of rows; triton: the backward holds two numbers more
+    a row and head, and partial sums of dK and dV, for 8192 rows at most. Bitwise: same inputs, same
+    bits; cpp: for any number of threads.
     """
     q_THE, k_TKE, v_TKE = autocast(q_THE, k_TKE, v_TKE)
     check = TensorChecker("tree_attention")

@@ -1,4 +1,4 @@
-"""The tiles that tree attention's kernels visit: each that somebody sees, once; balance, by hand."""
+"""The tiles that tree attention's kernels visit: each that somebody sees, once. Balance by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TREES = {
 
 
 def tiles_of(until_T: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, N] bool, queries by keys: tiles of which somebody sees something, and of which all see all."""
+    """[N, N] bool, queries by keys: where somebody sees something, and where all see all."""
     num_blocks = -(-len(until_T) // ROWS_PER_BLOCK)
     size = num_blocks * ROWS_PER_BLOCK
     padded = torch.cat((until_T.long(), until_T.new_zeros(size - len(until_T)).long()))
@@ -70,7 +70,7 @@ def test_keys_are_visited_once_by_all_who_see_them(name: str) -> None:
     slots = ranges[ranges[:, 5] >= 0]
     slots = slots[slots[:, 1] < slots[:, 2]]
     assert sorted(slots[:, 5].tolist()) == list(range(num_slots)) and num_slots <= NUM_SLOTS
-    for part in slots.tolist():  # parts of a block of keys lie in order, the first one with the block
+    for part in slots.tolist():  # the first of a block's slots is that of the block's own queries
         first = part[5] - slots[(slots[:, 0] == part[0]) & (slots[:, 5] <= part[5])].shape[0] + 1
         assert slots[slots[:, 5] == first][0, 1] == part[0]
     assert (ranges[:, 2] - ranges[:, 1]).diff().le(0).all(), "longest first"
