@@ -140,11 +140,13 @@ def _tree_grad_q_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     acc = _add_keys(
         acc, q, grad, logsumexp, delta, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr,
-        0, num_masked, head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E, True, HEAD_DIM, BLOCK_N,
+        0, num_masked, head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E,
+        True, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     acc = _add_keys(
         acc, q, grad, logsumexp, delta, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr,
-        num_masked, num_seen, head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E, False, HEAD_DIM, BLOCK_N,
+        num_masked, num_seen, head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E,
+        False, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     store_rows(grad_q_ptr, acc * scale, first, head, HEADS, num_rows, PACK, BLOCK_M, HEAD_DIM)
 

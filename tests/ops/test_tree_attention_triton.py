@@ -1,4 +1,4 @@
-"""Tree attention on a GPU against a dense mask in fp64; bits; what it refuses. On a CPU: interpreted."""
+"""Tree attention on a GPU against a dense mask in fp64; bits; what it refuses. Interpreted on a CPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def upstream_of(o_THE: Tensor) -> Tensor:
     return torch.randn(o_THE.shape, generator=generator).bfloat16().to(o_THE)
 
 
-def run(tree: Tensor | TreeMask, qkv: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def run(
+    tree: Tensor | TreeMask,
+    qkv: list[Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
     """Output of the kernels, and the gradients of q, k and v."""
     leaves = [x.to(DEVICE, dtype, copy=True).requires_grad_() for x in qkv]
     scale = qkv[0].shape[2] ** -0.5
@@ -69,7 +73,11 @@ def assert_same(one: list[Tensor], other: list[Tensor], name: str) -> None:
 @pytest.mark.parametrize("num_rows", [1, 64, 65, 200])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_as_right_as_a_dense_mask(dtype: torch.dtype, heads: tuple[int, int, int], num_rows: int) -> None:
+def test_as_right_as_a_dense_mask(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    num_rows: int,
+) -> None:
     assert_right(random_tree(num_rows, seed=num_rows), make_qkv(num_rows, heads), dtype)
 
 
