@@ -35,7 +35,8 @@ class AotConfig(NamedTuple):
     # Triton compiles one variant for sizes and strides that are multiples of 16, and one for these.
     # tools/aot.py adds the variants for numbers that are 1 or int64.
     odd_sizes: bool = False
-    options: Mapping[str, Any] = {}  # of the launch, beside num_warps
+    num_stages: int = 3  # Triton's own
+    options: Mapping[str, Any] = {}  # of the launch, beside these two
 
 
 AotConfigs = Iterator[AotConfig]

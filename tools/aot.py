@@ -8,7 +8,8 @@ Triton compiles a kernel anew for all that it specialises on. The configurations
 absent pointers and odd sizes. `variants` adds what else a launch can make of a kernel: each number
 that is 1, each number beyond int32, and pointers that start anywhere.
 
-Prints a row a launch, with the registers, spills and shared memory it needs, and one JSON line.
+Prints how even the programs of tree attention's backward are (tools/tree_balance.py), a row a
+launch, with the registers, spills and shared memory it needs, and one JSON line.
 Exit code 1, naming the launch, when it does not compile, when registers spill beyond the allowance,
 when shared memory is over what a block of the architecture may have, or when a kernel is in no
 configuration.
@@ -28,6 +29,8 @@ import time
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tools.tree_balance import tree_balances
 
 if TYPE_CHECKING:
     from socpo_fast.kernels._launch import AotConfig
@@ -85,7 +88,7 @@ def main() -> int:
             row = (config.architecture, config.kernel.__name__, config.dtype, launch.label)
             print(*row, sep="\t")
     else:
-        faults += compile_all(launches)
+        faults += compile_all(launches, tree_balance=tree_balances())
     for fault in faults:
         print(f"aot: {fault}", file=sys.stderr)
     return 1 if faults else 0
@@ -148,8 +151,8 @@ def variants_of(config: AotConfig) -> list[Variant]:
     return found
 
 
-def compile_all(launches: list[Launch]) -> list[str]:
-    """Compile, print the table and the JSON line; returns what is wrong."""
+def compile_all(launches: list[Launch], **others: object) -> list[str]:
+    """Compile, print the table and the JSON line, others in it; returns what is wrong."""
     from triton import CompilationError
 
     started, rows, faults = time.perf_counter(), [], []
@@ -172,7 +175,7 @@ def compile_all(launches: list[Launch]) -> list[str]:
     spills = [row["spill_bytes"] for row in rows if row["spill_bytes"]]
     most = f"at most {max(spills, default=0)} bytes a thread (allowed: {SPILL_ALLOWANCE})"
     print(f"{len(rows)} launches in {seconds} s; {len(spills)} spill, {most}")
-    print(json.dumps({"bench": "aot", "launches": rows, "seconds": seconds}))
+    print(json.dumps({"bench": "aot", "launches": rows, "seconds": seconds, **others}))
     return faults
 
 
@@ -202,7 +205,11 @@ def compile_one(launch: Launch) -> Resources:
 
     source = ASTSource(launch.config.kernel, *arguments_of(launch))
     target = GPUTarget("cuda", launch.config.architecture, 32)
-    options = {"num_warps": launch.config.num_warps, **launch.config.options}
+    options = {
+        "num_warps": launch.config.num_warps,
+        "num_stages": launch.config.num_stages,
+        **launch.config.options,
+    }
     compiled = triton.compile(source, target=target, options=options)
     return read_resources(compiled.asm["cubin"], compiled.metadata.shared)
 

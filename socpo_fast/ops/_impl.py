@@ -35,7 +35,7 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "rotary_write": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "sample": {"cpp": _ANY},
     "swiglu": {"cpp": _FP32, "triton": _FP32 + _HALVES},
-    "tree_attention": {"cpp": _FP32},
+    "tree_attention": {"cpp": _FP32, "triton": _FP32 + _HALVES},
 }
 FASTEST = {"cpu": "cpp", "cuda": "triton"}  # of ours, by device: what auto means
 _DEVICES = {"cpp": "cpu", "triton": "cuda", "flash": "cuda"}

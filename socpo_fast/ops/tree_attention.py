@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from socpo_fast.kernels._tree_plan import HEAD_DIMS, plan_tree
 from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
 
-ROWS_PER_BLOCK = 64  # of one pair of extremes
 REF_SCORES = 1 << 25  # entries of the mask that the reference makes at a time
 INT32 = (torch.int32,)
 
@@ -24,17 +24,19 @@ INT32 = (torch.int32,)
 class TreeMask(NamedTuple):
     """Who sees whom in a tree of packed rows, checked once for all layers of a microbatch.
 
-    A kernel skips a tile of (queries, keys) when max_until of the keys' blocks is at most the first
-    query, and needs no mask when min_until is beyond the last one and all keys come before.
+    The last four say which tiles of (queries, keys) the kernels of a GPU skip, and which need a
+    mask, as kernels/_tree_plan.py explains.
     """
 
     visible_until_T: Tensor  # int32: the first row that no longer sees row s
     min_until_N: Tensor  # int32 [ceil(T / ROWS_PER_BLOCK)], over each block of rows
     max_until_N: Tensor
+    key_blocks_NM: Tensor  # int32: what each block of queries visits
+    query_ranges_P7: Tensor  # int32: what each block of keys is visited by
 
     @classmethod
     def of(cls, visible_until_T: Tensor, *, where: str = "TreeMask.of") -> Self:
-        """Checks visible_until_T [T] int32, each in (its row, T], and adds the extremes.
+        """Checks visible_until_T [T] int32, each in (its row, T], and adds the plan.
 
         Raises:
             ValueError: a shape, dtype or value breaks the rules above (a value on a GPU: a device
@@ -47,13 +49,7 @@ class TreeMask(NamedTuple):
             rows_T = torch.arange(num_rows, device=visible_until_T.device)
             holds = (visible_until_T > rows_T) & (visible_until_T <= num_rows)
             check.every("visible_until_T", visible_until_T, holds, f"in (its row, T={num_rows}]")
-        num_blocks = -(-num_rows // ROWS_PER_BLOCK)
-        extremes = []
-        for reduce, neutral in ((torch.amin, num_rows), (torch.amax, 0)):
-            padded = visible_until_T.new_full((num_blocks * ROWS_PER_BLOCK,), neutral)
-            padded[:num_rows] = visible_until_T
-            extremes.append(reduce(padded.view(num_blocks, ROWS_PER_BLOCK), dim=1))
-        return cls(visible_until_T, *extremes)
+        return cls(visible_until_T, *plan_tree(visible_until_T))
 
     def to(self, device: torch.device) -> Self:
         """Returns it on a device; the host does not wait."""
@@ -122,7 +118,8 @@ def tree_attention(
         tree:  visible_until_T, [T] int32 with s < visible_until[s] <= T; or TreeMask.of(it), which
                many layers share. Rows of a tree stand in depth-first order.
         scale: > 0, usually E ** -0.5.
-        impl:  "auto", "ref" or "cpp".
+        impl:  "auto", "ref", "cpp", or "triton" for E 32, 64 or 128; at any other E "auto" is "ref"
+               on a GPU.
 
     Returns:
         o_THE [T, H, E], dtype of q.
@@ -132,8 +129,9 @@ def tree_attention(
                     a tree on a GPU: a device assert; under torch.compile they are not looked at).
 
     Gradient: q, k, v. Memory: q, k, v, o and one number a row and head are kept for the backward;
-    a thread holds the scores of one block of rows. Bitwise: same inputs, same bits; cpp: for any
-    number of threads.
+    cpp: a thread holds the scores of one block of rows; triton: the backward holds two numbers more
+    a row and head, and partial sums of dK and dV, for 8192 rows at most. Bitwise: same inputs, same
+    bits; cpp: for any number of threads.
     """
     q_THE, k_TKE, v_TKE = autocast(q_THE, k_TKE, v_TKE)
     check = TensorChecker("tree_attention")
@@ -154,10 +152,14 @@ def tree_attention(
     check("visible_until_T", visible_until_T, INT32)
     if not isinstance(tree, TreeMask):
         tree = TreeMask.of(tree, where=check.where)
-    impl = pick_impl("tree_attention", impl, q_THE)
-    if impl == "ref":
+    picked = pick_impl("tree_attention", impl, q_THE)
+    if picked == "triton" and head_dim not in HEAD_DIMS:
+        rule = "32, 64 or 128 for impl='triton'"
+        check_rule(check.where, "E", head_dim, impl == "auto", rule, "use impl='ref'")
+        picked = "ref"
+    if picked == "ref":
         return tree_attention_ref(q_THE, k_TKE, v_TKE, tree.visible_until_T, scale=scale)
-    return _tree_attention(q_THE, k_TKE, v_TKE, *tree, scale, impl)[0]
+    return _tree_attention(q_THE, k_TKE, v_TKE, *tree, scale, picked)[0]
 
 
 def _kernel(
@@ -167,10 +169,13 @@ def _kernel(
     visible_until: Tensor,
     min_until: Tensor,
     max_until: Tensor,
+    key_blocks: Tensor,
+    query_ranges: Tensor,
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return kernels_of("tree_attention", impl).tree_attention(q, k, v, visible_until, scale)
+    plan = () if impl == "cpp" else (key_blocks, query_ranges)
+    return kernels_of("tree_attention", impl).tree_attention(q, k, v, visible_until, *plan, scale)
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
@@ -182,7 +187,7 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """With p = exp(score - logsumexp) and d = grad . o, a score's gradient is p (grad . v - d)."""
     grads = _tree_attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
-    return *grads, None, None, None, None, None
+    return *grads, *[None] * 7
 
 
 def _backward_kernel(
@@ -193,17 +198,21 @@ def _backward_kernel(
     visible_until: Tensor,
     min_until: Tensor,
     max_until: Tensor,
+    key_blocks: Tensor,
+    query_ranges: Tensor,
     o: Tensor,
     logsumexp: Tensor,
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    saved = () if impl == "cpp" else (key_blocks, query_ranges, o, logsumexp)
     return kernels_of("tree_attention", impl).tree_attention_backward(
         grad_o,
         q,
         k,
         v,
         visible_until,
+        *saved,
         scale,
     )
 
@@ -211,14 +220,16 @@ def _backward_kernel(
 # logsumexp [T, H] is of each row's scores: what the backward needs of the softmax.
 _tree_attention = define_op(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor min_until, "
-    "Tensor max_until, float scale, str impl) -> (Tensor o, Tensor logsumexp)",
+    "Tensor max_until, Tensor key_blocks, Tensor query_ranges, float scale, str impl) "
+    "-> (Tensor o, Tensor logsumexp)",
     _kernel,
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
     derivative=(_save, _backward),
 )
 _tree_attention_backward = define_op(
     "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor visible_until, "
-    "Tensor min_until, Tensor max_until, Tensor o, Tensor logsumexp, float scale, str impl) "
+    "Tensor min_until, Tensor max_until, Tensor key_blocks, Tensor query_ranges, Tensor o, "
+    "Tensor logsumexp, float scale, str impl) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _backward_kernel,
     fake=lambda _, *qkv: tuple(x.new_empty(x.shape) for x in qkv[:3]),

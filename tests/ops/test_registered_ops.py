@@ -65,7 +65,7 @@ def make_cases() -> dict[str, Call]:
     linear = {"x_TD": f(3, 8), "weight_ND": f(5, 8), "bias_N": f(5)}
     norm = {"x_TD": f(3, 8), "weight_D": f(8), "residual_TD": f(3, 8)}
     loss = {"num_loss_tokens": 3.0}
-    packed = {"q_THE": f(4, 2, 8), "k_TKE": f(4, 1, 8), "v_TKE": f(4, 1, 8)}
+    packed = {"q_THE": f(4, 2, 32), "k_TKE": f(4, 1, 32), "v_TKE": f(4, 1, 32)}
     packed["tree"] = ints(4, 3, 3, 4, dtype=torch.int32)
     written = {"qkv_THE": f(4, 4, 8)} | tables | PAGES | {"slots_T": ints(1, 7, -1, 3)}
 
@@ -86,7 +86,9 @@ def make_cases() -> dict[str, Call]:
         "rotary_write": Call(ops.rotary_write, written),
         "paged_attention": Call(paged, {"q_THE": f(4, 2, 8)} | PAGES | sequences),
         "tree_attention": Call(
-            lambda **x: ops.tree_attention(scale=0.3, **x), packed, ("cpp",), ("q_THE", "k_TKE", "v_TKE")
+            lambda **x: ops.tree_attention(scale=0.3, **x),
+            packed,
+            differentiable=("q_THE", "k_TKE", "v_TKE"),
         ),
         "sample": Call(ops.sample, {"logits_BV": f(3, 20), "row_keys_B": ints(1, 2, 3)} | DRAWS, ("cpp", "ref")),
         "linear_sample": Call(ops.linear_sample, head | {"row_keys_B": ints(1, 2, 3)} | DRAWS),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK
 from socpo_fast.ops import TreeMask, tree_attention, visible_until_of_sequences
-from socpo_fast.ops.tree_attention import ROWS_PER_BLOCK, num_pairs
+from socpo_fast.ops.tree_attention import num_pairs
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.ops.elementwise import needs_cpp, thread_counts
 
@@ -263,7 +264,7 @@ def test_refuses() -> None:
         ((q[:, :5], k, v), {}, "H must be a multiple of K=2, got 5"),
         ((q[:, :0], k, v), {}, "H must be a multiple of K=2, got 0"),
         ((q, k, v), {"scale": 0.0}, "scale must be finite and > 0, got 0.0"),
-        ((q, k, v), {"impl": "triton"}, "impl must be one of auto, ref, cpp, got 'triton'"),
+        ((q, k, v), {"impl": "triton"}, "E must be 32, 64 or 128 for impl='triton', got 8; use"),
         ((q.double(), k.double(), v.double()), {"impl": "cpp"}, "impl must be one of auto, ref"),
     ):
         with pytest.raises(ValueError, match=f"^tree_attention: {message}"):

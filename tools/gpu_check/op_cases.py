@@ -24,12 +24,14 @@ from socpo_fast.ops import (
     linear_sample,
     paged_attention,
     row_keys,
+    tree_attention,
 )
 from socpo_fast.ops._flash import paged_attention_flash
 from socpo_fast.ops.rms_norm import rms_norm
 from socpo_fast.ops.rotary import rotary, rotary_write
 from socpo_fast.ops.swiglu import swiglu
 from tests.error_rule import assert_error_rule
+from tools.tree_balance import visible_until_of_groups
 
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs, str], dict[str, Tensor]]  # (inputs, impl) -> what must be right
@@ -110,6 +112,15 @@ def _write(x: Inputs, impl: str) -> dict[str, Tensor]:
     k, v = (x[name].clone() for name in ("k", "v"))
     q = rotary_write(x["qkv"], x["cos"], x["sin"], k, v, x["slots"], impl=impl)
     return {"q": q, "k": k, "v": v}
+
+
+def _attend_tree(x: Inputs, impl: str) -> dict[str, Tensor]:
+    """Forward and backward."""
+    leaves = [x[name].clone().requires_grad_() for name in ("q", "k", "v")]
+    o = tree_attention(*leaves, x["until"], scale=x["q"].shape[-1] ** -0.5, impl=impl)
+    o.backward(x["grad"])
+    gradients = {f"d{name}": leaf.grad for name, leaf in zip("qkv", leaves, strict=True)}
+    return {"o": o.detach()} | gradients
 
 
 def _rotary(x: Inputs, impl: str) -> dict[str, Tensor]:
@@ -218,6 +229,16 @@ def _head_cases(
         attention_inputs(seq_lens, q_lens, heads=heads, page_size=page_size)
         for q_lens in ([1] * len(seq_lens), [1, 20, 9, 1, 30, 0, 33, 5])
     )
+    # A prompt that more rows see than a program of the backward takes.
+    groups = [(700, [100, 300, 257]), (40, [1, 33])] if num_rows >= 256 else [(40, [20, 9])]
+    until = visible_until_of_groups(groups)
+    tree = {
+        "q": randn(len(until), num_heads, head_dim),
+        "k": randn(len(until), kv_heads, head_dim, seed=1),
+        "v": randn(len(until), kv_heads, head_dim, seed=2),
+        "until": until,
+        "grad": randn(len(until), num_heads, head_dim, seed=3),
+    }
     head_norm = {
         "x": randn(num_rows, head_dim),
         "residual": randn(num_rows, head_dim, seed=1),
@@ -226,6 +247,7 @@ def _head_cases(
     return {
         "decode": (attend, decode),
         "prefill": (attend, prefill),
+        "tree": (_attend_tree, tree),
         "rotary": (_rotary, pages),
         "rotary_write": (_write, pages | {"v": torch.zeros(caches)}),
         "head norm": (_head_norm, head_norm),

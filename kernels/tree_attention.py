@@ -1,0 +1,165 @@
+"""Attention of the packed rows of a tree on a GPU; the backward is in kernels/tree_backward.py.
+
+Read top-down: tree_attention is the launch, _tree_attention_kernel a program, _attend its loop. A
+program has a tile of queries, of two heads where these share their keys, and the list of the blocks
+of keys that they see (kernels/_tree_plan.py). Departs from flash attention as it is known:
+
+- Instead of all keys up to the diagonal, a program goes through a list, first with a mask, then
+  without one.
+- The running maximum starts from a number: a row that sees nothing of a tile is no exception.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from socpo_fast.kernels._launch import AotConfigs
+from socpo_fast.kernels._tree_tiles import (
+    BLOCK_ROWS,
+    LOG2_E,
+    aot_configs_of,
+    is_seen,
+    launch_of,
+    load_keys_and_values,
+    load_rows,
+    rows_of_heads,
+    store_rows,
+    stride_in_heads,
+    tile_of_queries,
+)
+from socpo_fast.kernels.tree_backward import tree_attention_backward
+
+__all__ = ["tree_attention", "tree_attention_backward"]
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+def tree_attention(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    visible_until_T: Tensor,
+    key_blocks_NM: Tensor,
+    query_ranges_P7: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """o [T, H, E] in q's dtype and logsumexp [T, H] fp32, as ops/tree_attention.py defines them.
+
+    Args: as there, with a head dim of HEAD_DIMS, and the plan of the tree.
+    """
+    o_THE = q_THE.new_empty(q_THE.shape)
+    logsumexp_TH = q_THE.new_empty(q_THE.shape[:2], dtype=torch.float32)
+    if q_THE.shape[0] == 0:
+        return o_THE, logsumexp_TH
+    launch = launch_of(q_THE, k_TKE)
+    tile = launch.tiles.forward
+    qkv = [rows_of_heads(x) for x in (q_THE, k_TKE, v_TKE)]
+    with torch.cuda.device_of(q_THE):
+        _tree_attention_kernel[key_blocks_NM.shape[0] * launch.programs_by_queries(tile),](
+            *qkv,
+            visible_until_T.contiguous(),
+            key_blocks_NM,
+            o_THE,
+            logsumexp_TH,
+            *(stride_in_heads(x) for x in qkv),
+            q_THE.shape[0],
+            scale,
+            **launch.by_queries(tile),
+        )
+    return o_THE, logsumexp_TH
+
+
+def aot_configs() -> AotConfigs:
+    yield from aot_configs_of(
+        _tree_attention_kernel,
+        lambda launch: launch.by_queries(launch.tiles.forward),
+    )
+
+
+@triton.jit
+def _tree_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    visible_until_ptr,
+    key_blocks_ptr,
+    o_ptr,
+    logsumexp_ptr,
+    stride_qt: tl.int32,
+    stride_kt: tl.int32,
+    stride_vt: tl.int32,
+    num_rows: tl.int32,
+    scale: tl.float32,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    head, list_ptr, first, num_masked, num_seen = tile_of_queries(
+        key_blocks_ptr,
+        num_rows,
+        HEADS,
+        PACK,
+        BLOCK_M,
+    )
+    offs_m = tl.arange(0, BLOCK_M)
+    queries = first + offs_m // PACK
+    # What stands beyond the last row sees what the last row sees.
+    queries = tl.minimum(queries, num_rows - 1)
+    q = load_rows(q_ptr, first, head, stride_qt, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
+    acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    m_i = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+    acc, l_i, m_i = _attend(
+        acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr, 0, num_masked,
+        head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E, True, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
+    acc, l_i, m_i = _attend(
+        acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr, num_masked, num_seen,
+        head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E, False, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
+    store_rows(o_ptr, acc / l_i[:, None], first, head, HEADS, num_rows, PACK, BLOCK_M, HEAD_DIM)
+    queries = first + offs_m // PACK
+    places = queries.to(tl.int64) * HEADS + head + offs_m % PACK
+    tl.store(logsumexp_ptr + places, (m_i + tl.log2(l_i)) * _LN_2, queries < num_rows)
+
+
+@triton.jit
+def _attend(
+    acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr, begin, end,
+    kv_head, stride_kt, stride_vt, num_rows, scale,
+    IS_MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Goes on with an online softmax over the blocks of keys begin .. end - 1 of a list.
+
+    m_i and scale are of powers of 2.
+    """
+    PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
+    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
+    block = tl.load(list_ptr + begin)
+    for part in range(begin * PARTS, end * PARTS):
+        first_key = block * BLOCK_ROWS + part % PARTS * BLOCK_N
+        # A tile ahead. The compiler would make the loads of k and v wait for this one, so that they
+        # came no earlier than they are needed.
+        block = tl.load(list_ptr + (part + 1) // PARTS)
+        k, v = load_keys_and_values(
+            k_ptr, v_ptr, first_key, kv_head, stride_kt, stride_vt, num_rows,
+            IS_MASKED, BLOCK_N, HEAD_DIM,
+        )  # fmt: skip
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if IS_MASKED:
+            keys = first_key + tl.arange(0, BLOCK_N)
+            until = tl.load(visible_until_ptr + keys, keys < num_rows, other=0)
+            mask = is_seen(queries[:, None], keys[None, :], until[None, :])
+            qk = tl.where(mask, qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+        p = tl.exp2(qk * scale - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m_i = m_new
+    return acc, l_i, m_i

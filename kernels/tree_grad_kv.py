@@ -1,0 +1,215 @@
+"""The second pass of tree attention's backward on a GPU: dK and dV.
+
+Read top-down: grad_keys_and_values is the launch. A program of _tree_grad_kv_kernel has a tile of
+keys and a range of queries (kernels/_tree_plan.py), whose heads follow one another: all query heads
+that share the keys are summed in registers. _tree_sum_kernel adds, in order, the partial sums of
+keys that have several programs. Keys are the rows of a tile: so no sum needs transposed weights.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from socpo_fast.kernels._launch import AotConfigs
+from socpo_fast.kernels._tree_plan import MIN_CHUNK, NUM_SLOTS, ROWS_PER_BLOCK
+from socpo_fast.kernels._tree_tiles import (
+    BLOCK_ROWS,
+    LOG2_E,
+    Launch,
+    aot_configs_of,
+    is_seen,
+    load_rows,
+    store_rows,
+    stride_in_heads,
+)
+
+_SUM_OPTIONS = {"num_warps": 4, "num_stages": 3}
+
+
+def grad_keys_and_values(
+    launch: Launch,
+    tensors: list[Tensor],
+    rows_2HT: Tensor,
+    visible_until_T: Tensor,
+    query_ranges_P7: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """dK and dV; tensors are the gradient of o, q, k and v as `rows_of_heads` gives them.
+
+    Memory: NUM_SLOTS partial sums of a block of keys at most.
+    """
+    _, _, k_TKE, v_TKE = tensors
+    num_rows, kv_heads, head_dim = k_TKE.shape
+    tile = launch.tiles.grad_kv
+    grad_k_TKE, grad_v_TKE = k_TKE.new_empty(k_TKE.shape), v_TKE.new_empty(v_TKE.shape)
+    num_slots = NUM_SLOTS if num_rows > MIN_CHUNK * ROWS_PER_BLOCK else 0
+    partial_SK2NE = rows_2HT.new_empty((num_slots, kv_heads, 2, ROWS_PER_BLOCK, head_dim))
+    programs = ROWS_PER_BLOCK // tile.keys * kv_heads
+    _tree_grad_kv_kernel[query_ranges_P7.shape[0] * programs,](
+        *tensors,
+        rows_2HT,
+        visible_until_T,
+        query_ranges_P7,
+        grad_k_TKE,
+        grad_v_TKE,
+        partial_SK2NE,
+        *(stride_in_heads(x) for x in tensors),
+        num_rows,
+        scale,
+        **launch.by_keys(tile),
+    )
+    if num_slots > 0:
+        _tree_sum_kernel[query_ranges_P7.shape[0], kv_heads, 2](
+            partial_SK2NE,
+            query_ranges_P7,
+            grad_k_TKE,
+            grad_v_TKE,
+            num_rows,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            **_SUM_OPTIONS,
+        )
+    return grad_k_TKE, grad_v_TKE
+
+
+def aot_configs() -> AotConfigs:
+    yield from aot_configs_of(
+        _tree_grad_kv_kernel,
+        lambda launch: launch.by_keys(launch.tiles.grad_kv),
+    )
+    yield from aot_configs_of(
+        _tree_sum_kernel,
+        lambda launch: {"KV_HEADS": launch.kv_heads, "HEAD_DIM": launch.head_dim, **_SUM_OPTIONS},
+    )
+
+
+@triton.jit
+def _tree_grad_kv_kernel(
+    grad_o_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rows_ptr,
+    visible_until_ptr,
+    query_ranges_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    partial_ptr,
+    stride_dt: tl.int32,
+    stride_qt: tl.int32,
+    stride_kt: tl.int32,
+    stride_vt: tl.int32,
+    num_rows: tl.int32,
+    scale: tl.float32,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
+    kv_head = tl.program_id(0) % KV_HEADS
+    part = tl.program_id(0) // KV_HEADS % PARTS
+    query_ranges_ptr += (tl.program_id(0) // KV_HEADS // PARTS).to(tl.int64) * 7
+    begin, end = tl.load(query_ranges_ptr + 1), tl.load(query_ranges_ptr + 2)
+    if begin < end:
+        first_key = tl.load(query_ranges_ptr) * BLOCK_ROWS + part * BLOCK_N
+        full_begin, full_end = tl.load(query_ranges_ptr + 3), tl.load(query_ranges_ptr + 4)
+        slot = tl.load(query_ranges_ptr + 5)
+        keys = first_key + tl.arange(0, BLOCK_N)
+        until = tl.load(visible_until_ptr + keys, keys < num_rows, other=0)
+        k = load_rows(k_ptr, first_key, kv_head, stride_kt, num_rows, True, 1, BLOCK_N, HEAD_DIM)
+        v = load_rows(v_ptr, first_key, kv_head, stride_vt, num_rows, True, 1, BLOCK_N, HEAD_DIM)
+        grad_k = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+        grad_v = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+        # With a mask: the blocks of queries before the full ones, and those behind.
+        grad_k, grad_v = _add_queries(
+            grad_k, grad_v, k, v, keys, until, grad_o_ptr, q_ptr, rows_ptr,
+            begin, full_begin - begin, full_end - full_begin, end - full_end, kv_head,
+            stride_dt, stride_qt, num_rows, scale * LOG2_E,
+            True, KV_HEADS, GROUP, HEAD_DIM, BLOCK_M,
+        )  # fmt: skip
+        grad_k, grad_v = _add_queries(
+            grad_k, grad_v, k, v, keys, until, grad_o_ptr, q_ptr, rows_ptr,
+            full_begin, full_end - full_begin, 0, 0, kv_head,
+            stride_dt, stride_qt, num_rows, scale * LOG2_E,
+            False, KV_HEADS, GROUP, HEAD_DIM, BLOCK_M,
+        )  # fmt: skip
+        grad_k *= scale
+        if slot < 0:
+            store_rows(
+                grad_k_ptr, grad_k, first_key, kv_head, KV_HEADS, num_rows, 1, BLOCK_N, HEAD_DIM
+            )  # fmt: skip
+            store_rows(
+                grad_v_ptr, grad_v, first_key, kv_head, KV_HEADS, num_rows, 1, BLOCK_N, HEAD_DIM
+            )  # fmt: skip
+        else:
+            # Of a slot and a head: the rows of dK, then those of dV.
+            row = ((slot * KV_HEADS + kv_head) * 2) * BLOCK_ROWS + part * BLOCK_N
+            store_rows(partial_ptr, grad_k, row, 0, 1, row + BLOCK_N, 1, BLOCK_N, HEAD_DIM)
+            row += BLOCK_ROWS
+            store_rows(partial_ptr, grad_v, row, 0, 1, row + BLOCK_N, 1, BLOCK_N, HEAD_DIM)
+
+
+@triton.jit
+def _add_queries(
+    grad_k, grad_v, k, v, keys, until, grad_o_ptr, q_ptr, rows_ptr,
+    begin, num_before, num_skipped, num_behind, kv_head, stride_dt, stride_qt, num_rows, scale,
+    IS_MASKED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Adds to dK and dV what num_before blocks of queries give, and num_behind after a gap."""
+    PRECISION: tl.constexpr = "tf32x3" if k.dtype == tl.float32 else "ieee"
+    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_M
+    stride_h = (tl.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS).to(tl.int64)
+    delta_ptr = rows_ptr + KV_HEADS * GROUP * stride_h
+    for tile in range((num_before + num_behind) * PARTS * GROUP):
+        head = kv_head * GROUP + tile % GROUP
+        part = tile // GROUP
+        if IS_MASKED:
+            part += tl.where(part < num_before * PARTS, 0, num_skipped * PARTS)
+        first = begin * BLOCK_ROWS + part * BLOCK_M
+        queries = first + tl.arange(0, BLOCK_M)
+        places = head * stride_h + queries
+        q = load_rows(q_ptr, first, head, stride_qt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM)
+        grad = load_rows(
+            grad_o_ptr, first, head, stride_dt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM
+        )  # fmt: skip
+        logsumexp = tl.load(rows_ptr + places)
+        delta = tl.load(delta_ptr + places)
+        qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = tl.exp2(qk * scale - logsumexp[None, :])
+        if IS_MASKED:
+            p = tl.where(is_seen(queries[None, :], keys[:, None], until[:, None]), p, 0.0)
+        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+        grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        grad_qk = p * (grad_p - delta[None, :])
+        grad_k = tl.dot(grad_qk.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit
+def _tree_sum_kernel(
+    partial_ptr,
+    query_ranges_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    num_rows: tl.int32,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    query_ranges_ptr += tl.program_id(0) * 7
+    block, begin = tl.load(query_ranges_ptr), tl.load(query_ranges_ptr + 1)
+    slot = tl.load(query_ranges_ptr + 5)
+    kv_head, is_v = tl.program_id(1), tl.program_id(2)
+    # The part that begins with the keys themselves stands for all parts.
+    if (slot >= 0) & (begin == block):
+        acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
+        for part in range(tl.load(query_ranges_ptr + 6)):
+            row = (((slot + part) * KV_HEADS + kv_head) * 2 + is_v) * BLOCK_ROWS
+            acc += load_rows(partial_ptr, row, 0, 1, 0, False, 1, BLOCK_ROWS, HEAD_DIM)
+        grad_ptr = grad_k_ptr if is_v == 0 else grad_v_ptr
+        first = block * BLOCK_ROWS
+        store_rows(
+            grad_ptr, acc, first, kv_head, KV_HEADS, num_rows, 1, BLOCK_ROWS, HEAD_DIM
+        )  # fmt: skip

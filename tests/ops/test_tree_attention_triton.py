@@ -1,0 +1,196 @@
+"""Tree attention on a GPU against a dense mask in fp64; bits; what it refuses. Interpreted on a CPU."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from socpo_fast.kernels._tree_plan import MIN_CHUNK, ROWS_PER_BLOCK
+from socpo_fast.ops import TreeMask, tree_attention
+from socpo_fast.ops.tree_attention import tree_attention_ref
+from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.ops.test_tree_attention import (
+    NAMES,
+    TREE,
+    dense,
+    int32,
+    make_qkv,
+    random_tree,
+)
+from tools.tree_balance import visible_until_of_groups
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's products of bf16 are garbage.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+# H, K, E: a pair of heads a program; two pairs on a KV head; a group of three; heads of their own.
+HEADS = [(4, 2, 64), (4, 1, 32), (3, 1, 32), (2, 2, 128)]
+# A prompt that more blocks see than a chunk has, and answers whose ends are no ends of blocks.
+LONG_COLUMNS = visible_until_of_groups([(90, [130, 61, 120, 1, 160])])
+
+
+def upstream_of(o_THE: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(o_THE.shape, generator=generator).bfloat16().to(o_THE)
+
+
+def run(
+    tree: Tensor | TreeMask,
+    qkv: list[Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Output of the kernels, and the gradients of q, k and v."""
+    leaves = [x.to(DEVICE, dtype, copy=True).requires_grad_() for x in qkv]
+    scale = qkv[0].shape[2] ** -0.5
+    o_THE = tree_attention(*leaves, tree.to(torch.device(DEVICE)), scale=scale, impl="triton")
+    grads = torch.autograd.grad(o_THE, leaves, upstream_of(o_THE))
+    return [x.detach().cpu() for x in (o_THE, *grads)]
+
+
+def run_dense(until_T: Tensor, qkv: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
+    o_THE = dense(until_T)(*leaves)
+    return [o_THE.detach(), *torch.autograd.grad(o_THE, leaves, upstream_of(o_THE))]
+
+
+def assert_right(until_T: Tensor, qkv: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
+    actual = run(until_T, qkv, dtype)
+    plain, truth = (run_dense(until_T, qkv, t) for t in (dtype, torch.float64))
+    for name, a, p, t in zip(NAMES, actual, plain, truth, strict=True):
+        size = t.abs().max().clamp(min=1.0)
+        assert_error_rule(a / size, p / size, t / size, name=name, dtype=dtype)
+
+
+def assert_same(one: list[Tensor], other: list[Tensor], name: str) -> None:
+    for what, a, b in zip(NAMES, one, other, strict=True):
+        assert_bitwise_equal(a, b, name=f"{what}, {name}")
+
+
+# One row; one block of rows; a row more; several blocks, where paths are short and long.
+@pytest.mark.parametrize("num_rows", [1, 64, 65, 200])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_as_right_as_a_dense_mask(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    num_rows: int,
+) -> None:
+    assert_right(random_tree(num_rows, seed=num_rows), make_qkv(num_rows, heads), dtype)
+
+
+def test_long_columns_are_cut() -> None:
+    """Every row sees the prompt: its first block of keys has two programs."""
+    assert len(LONG_COLUMNS) > ROWS_PER_BLOCK * MIN_CHUNK
+    assert int((TreeMask.of(LONG_COLUMNS).query_ranges_P7[:, 5] >= 0).sum()) == 2
+    assert_right(LONG_COLUMNS, make_qkv(len(LONG_COLUMNS), (2, 1, 32)))
+
+
+def test_same_inputs_same_bits() -> None:
+    """A tree, and its plan, made once; partial sums included."""
+    qkv = make_qkv(len(LONG_COLUMNS), (1, 1, 32))
+    first, again = (run(tree, qkv) for tree in (LONG_COLUMNS, TreeMask.of(LONG_COLUMNS)))
+    assert_same(again, first, "again")
+
+
+def test_one_row_sees_all() -> None:
+    """A causal row without branches: most tiles need no mask."""
+    assert_right(int32([300] * 300), make_qkv(300, (2, 1, 32)))
+
+
+def test_small_trees_side_by_side() -> None:
+    """Blocks with several groups, whose rows leave at once."""
+    groups = [(20, [3, 9]), (1, [1]), (50, [30, 31, 7]), (63, [1, 1])]
+    until_T = visible_until_of_groups(groups)
+    assert_right(until_T, make_qkv(len(until_T), (2, 1, 32)))
+
+
+def test_ranges_that_do_not_nest() -> None:
+    until_T = int32([5, 3, 90, 20, *range(10, 176)]).clamp(max=90)[:90]
+    assert_right(until_T, make_qkv(90, (2, 1, 32)))
+
+
+@pytest.mark.parametrize("factor", [30.0, 0.0])
+def test_large_and_equal_scores(factor: float) -> None:
+    """Of some hundred, where a softmax without its maximum would overflow; and all equal."""
+    qkv = make_qkv(130, (2, 1, 32))
+    qkv[0] *= factor
+    assert_right(random_tree(130, seed=1), qkv)
+
+
+def test_branches_do_not_see_each_other() -> None:
+    qkv = make_qkv(len(TREE), (2, 1, 32))
+    changed = [x.clone() for x in qkv]
+    for x in changed:
+        x[16:29] += 1
+    before, after = (run(int32(TREE), x)[0] for x in (qkv, changed))
+    assert_bitwise_equal(after[:16], before[:16], name="rows before the sibling")
+    assert_bitwise_equal(after[29:], before[29:], name="rows behind the sibling")
+
+
+def test_strided_inputs() -> None:
+    """q, k and v as slices of one tensor, of rows apart; a transposed gradient; heads apart."""
+    qkv_THE, until_T = make_qkv(90, (8, 1, 32))[0], random_tree(90, seed=3).to(DEVICE)
+    slices = qkv_THE.split((4, 2, 2), dim=1)
+    whole = run(until_T, [x.contiguous() for x in slices])
+    leaf = qkv_THE.to(DEVICE, copy=True).requires_grad_()
+    o_THE = tree_attention(*leaf.split((4, 2, 2), dim=1), until_T, scale=32**-0.5, impl="triton")
+    grad = upstream_of(o_THE).transpose(0, 1).contiguous().transpose(0, 1)
+    o_THE.backward(grad)
+    grads = leaf.grad.split((4, 2, 2), dim=1)
+    assert_same([x.detach().cpu() for x in (o_THE, *grads)], whole, "slices")
+    transposed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in slices]
+    assert_same(run(until_T, transposed), whole, "heads apart")
+
+
+def test_checkpointing_changes_no_bit() -> None:
+    until_T = random_tree(90, seed=5)
+    qkv = make_qkv(90, (2, 1, 32))
+    mask = TreeMask.of(until_T).to(torch.device(DEVICE))
+    leaves = [x.to(DEVICE, copy=True).requires_grad_() for x in qkv]
+
+    def attend(*leaves: Tensor) -> Tensor:
+        return tree_attention(*leaves, mask, scale=32**-0.5, impl="triton")
+
+    o_THE = checkpoint(attend, *leaves, use_reentrant=False)
+    grads = torch.autograd.grad(o_THE, leaves, upstream_of(o_THE))
+    assert_same([x.detach().cpu() for x in (o_THE, *grads)], run(mask, qkv), "recomputed")
+
+
+def test_logsumexp() -> None:
+    """In nats, of scaled scores, as C++ has it."""
+    q, k, v = (x.to(DEVICE) for x in make_qkv(70, (2, 1, 32)))
+    mask = TreeMask.of(int32([70] * 70).to(DEVICE))
+    _, logsumexp_TH = torch.ops.socpo_fast.tree_attention(q, k, v, *mask, 0.3, "triton")
+    scores = 0.3 * torch.einsum("the,ske->ths", q.double(), k.double())
+    is_seen = torch.ones(70, 70, dtype=torch.bool, device=DEVICE).tril()[:, None]
+    expected = scores.masked_fill(~is_seen, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(logsumexp_TH.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_no_rows() -> None:
+    for x in run(int32([]), make_qkv(0, (2, 1, 32))):
+        assert x.shape[0] == 0
+
+
+def test_refuses_other_head_dims_and_dtypes() -> None:
+    until_T = int32([4] * 4).to(DEVICE)
+    q, k, v = (x.to(DEVICE) for x in make_qkv(4, (2, 1, 80)))
+    rule = "E must be 32, 64 or 128 for impl='triton', got 80; use impl='ref'"
+    with pytest.raises(ValueError, match=f"^tree_attention: {rule}$"):
+        tree_attention(q, k, v, until_T, scale=0.3, impl="triton")
+    wide = [x.double() for x in (q, k, v)]
+    rule = "impl must be one of auto, ref for float64"
+    with pytest.raises(ValueError, match=f"^tree_attention: {rule}"):
+        tree_attention(*wide, until_T, scale=0.3, impl="triton")
+
+
+def test_auto_takes_ref_at_other_head_dims(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["socpo_fast.ops.tree_attention"]  # the package names the function
+    monkeypatch.setattr(module, "pick_impl", lambda *_: "triton")  # as on a card
+    q, k, v = make_qkv(4, (2, 1, 80))
+    auto = tree_attention(q, k, v, int32([4] * 4), scale=0.3)
+    ref = tree_attention_ref(q, k, v, int32([4] * 4), scale=0.3)
+    assert_bitwise_equal(auto, ref, name="o")

@@ -1,0 +1,106 @@
+"""The tiles that tree attention's kernels visit: each that somebody sees, once. Balance by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.kernels._tree_plan import (
+    MIN_CHUNK,
+    NUM_EXTRA,
+    NUM_SLOTS,
+    ROWS_PER_BLOCK,
+    program_lengths,
+)
+from socpo_fast.ops import TreeMask
+from tests.ops.test_tree_attention import int32, random_tree
+from tools.tree_balance import balance_of, makespan, visible_until_of_groups
+
+GROUPS = [(300, [100, 150, 200, 290]), (64, [64, 128]), (1000, [300] * 3)]
+TREES = {
+    "one row": int32([1]),
+    "a block": random_tree(ROWS_PER_BLOCK, seed=0),
+    "short and long paths": random_tree(1000, seed=1),
+    "groups": visible_until_of_groups(GROUPS),
+    "one long row": int32([64 * 150] * (64 * 150)),
+}
+
+
+def tiles_of(until_T: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, N] bool, queries by keys: where somebody sees something, and where all see all."""
+    num_blocks = -(-len(until_T) // ROWS_PER_BLOCK)
+    size = num_blocks * ROWS_PER_BLOCK
+    padded = torch.cat((until_T.long(), until_T.new_zeros(size - len(until_T)).long()))
+    rows = torch.arange(size)
+    rows[len(until_T) :] = -1  # see nothing
+    is_seen = (torch.arange(size) <= rows[:, None]) & (rows[:, None] < padded)
+    tiles = is_seen.view(num_blocks, ROWS_PER_BLOCK, num_blocks, ROWS_PER_BLOCK).transpose(1, 2)
+    return tiles.flatten(2).any(-1), tiles.flatten(2).all(-1)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_queries_visit_what_they_see_once(name: str) -> None:
+    some, every = tiles_of(TREES[name])
+    table = TreeMask.of(TREES[name]).key_blocks_NM
+    assert sorted(table[:, 0].tolist()) == list(range(len(some)))
+    assert table[:, 2].diff().le(0).all(), "longest first"
+    for query, num_masked, num_seen, *keys in table.tolist():
+        masked, full = keys[:num_masked], keys[num_masked:num_seen]
+        assert sorted(masked + full) == some[query].nonzero().flatten().tolist()
+        assert all(every[query, key] for key in full)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_keys_are_visited_once_by_all_who_see_them(name: str) -> None:
+    some, every = tiles_of(TREES[name])
+    num_blocks, num_slots = len(some), 0
+    ranges = TreeMask.of(TREES[name]).query_ranges_P7
+    assert len(ranges) == num_blocks + NUM_EXTRA
+    visits = torch.zeros(some.shape, dtype=torch.int64)
+    for key, begin, end, full_begin, full_end, slot, num_parts in ranges.tolist():
+        if begin == end:
+            continue
+        assert key <= begin <= full_begin <= full_end <= end <= num_blocks
+        visits[begin:end, key] += 1
+        assert every[full_begin:full_end, key].all()
+        assert (slot >= 0) == (num_parts > 1)
+        num_slots += num_parts > 1
+    assert visits.max() == 1 and visits[some].min() == 1
+    slots = ranges[ranges[:, 5] >= 0]
+    slots = slots[slots[:, 1] < slots[:, 2]]
+    assert sorted(slots[:, 5].tolist()) == list(range(num_slots)) and num_slots <= NUM_SLOTS
+    for part in slots.tolist():  # the first of a block's slots is that of the block's own queries
+        first = part[5] - slots[(slots[:, 0] == part[0]) & (slots[:, 5] <= part[5])].shape[0] + 1
+        assert slots[slots[:, 5] == first][0, 1] == part[0]
+    assert (ranges[:, 2] - ranges[:, 1]).diff().le(0).all(), "longest first"
+
+
+def test_a_plan_by_hand() -> None:
+    """Three blocks: a prompt that all see, an answer that ends with its block, one of a row."""
+    until_T = int32([129] * 64 + [128] * 64 + [129])
+    mask = TreeMask.of(until_T)
+    lists = [(b, m, n, *keys[:n]) for b, m, n, *keys in mask.key_blocks_NM.tolist()]
+    # The last row is alone in its block: a mask, wherever it looks.
+    assert lists == [(1, 1, 2, 1, 0), (2, 2, 2, 0, 2), (0, 1, 1, 0)]
+    assert mask.query_ranges_P7[:4].tolist() == [
+        [0, 0, 3, 1, 2, -1, 1],
+        [1, 1, 2, 2, 2, -1, 1],
+        [2, 2, 3, 3, 3, -1, 1],
+        [2, 3, 3, 3, 3, -1, 1],
+    ]
+
+
+def test_balance_by_hand() -> None:
+    """A prompt of one block and 15 answers of one: 16 tiles in two parts, and 15 of one."""
+    until_T = visible_until_of_groups([(64, [64] * 15)])
+    assert MIN_CHUNK == 8
+    cut_P, whole_N = program_lengths(TreeMask.of(until_T).query_ranges_P7)
+    assert cut_P.tolist() == [8, 8, *[1] * 15]
+    assert whole_N.tolist() == [16, *[1] * 15]
+    # Eight KV heads on 132 multiprocessors: the longest programs are longer than an even share.
+    balance = balance_of(cut_P)
+    assert balance["longest_over_mean"] == pytest.approx(8 / (31 / 17))
+    assert balance["time_over_even"] == pytest.approx(8 / (8 * 31 / 132))
+    assert balance_of(whole_N)["longest_over_mean"] == pytest.approx(16 / (31 / 16))
+    assert makespan([5, 4, 3, 3], 2) == 8

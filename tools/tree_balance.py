@@ -1,0 +1,71 @@
+"""How evenly the programs of tree attention's dK and dV are long, computed from their plan alone.
+
+A length is a number of tile products: blocks of queries that a program of one KV head goes through.
+The longest over the mean says how uneven programs are; what a card with so many multiprocessors
+takes, over an even division, says whether that matters, as programs start longest first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MULTIPROCESSORS = 132  # of an H100
+KV_HEADS = 8  # of Qwen3
+_ANSWERS = [round(100 + idx * 200 / 7) for idx in range(8)]  # 100 to 300
+# Name -> groups: the prompt, and its answers.
+MICROBATCHES = {
+    "prompt 300, 8 answers of 100 to 300": [(300, _ANSWERS)],
+    "prompt 1000, 8 answers of 300": [(1000, [300] * 8)],
+    "8 groups of prompt 300, answers of 100 to 300": [(300, _ANSWERS)] * 8,
+}
+
+
+def visible_until_of_groups(groups: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+    """visible_until_T of groups behind one another, each a prompt and its answers."""
+    until: list[int] = []
+    for prompt, answers in groups:
+        until += [len(until) + prompt + sum(answers)] * prompt
+        for answer in answers:
+            until += [len(until) + answer] * answer
+    return torch.tensor(until, dtype=torch.int32)
+
+
+def makespan(lengths: Sequence[int], num_workers: int) -> int:
+    """When the last worker is done, if each takes the next program as it becomes free."""
+    busy = [0] * num_workers
+    for length in lengths:
+        heapq.heapreplace(busy, busy[0] + length)
+    return max(busy)
+
+
+def balance_of(lengths_P: Tensor) -> dict[str, float]:
+    """Of programs as they start, each once a KV head: two ratios that are 1 at best."""
+    lengths = [length for length in lengths_P.tolist() for _ in range(KV_HEADS)]
+    mean, even = sum(lengths) / len(lengths), sum(lengths) / MULTIPROCESSORS
+    time = makespan(lengths, MULTIPROCESSORS)
+    return {"longest_over_mean": max(lengths) / mean, "time_over_even": time / even}
+
+
+def tree_balances() -> list[dict[str, object]]:
+    """Prints a row a microbatch, and returns the numbers."""
+    from socpo_fast.kernels._tree_plan import program_lengths
+    from socpo_fast.ops import TreeMask
+
+    print(f"dK and dV of tree attention on {MULTIPROCESSORS} multiprocessors, {KV_HEADS} KV heads:")
+    balances: list[dict[str, object]] = []
+    for name, groups in MICROBATCHES.items():
+        until_T = visible_until_of_groups(groups)
+        cut_P, whole_N = program_lengths(TreeMask.of(until_T).query_ranges_P7)
+        cut, whole = balance_of(cut_P), balance_of(whole_N)
+        rows = f"  {name} ({len(until_T)} rows)"
+        ratios = ", ".join(
+            f"{what.replace('_over_', ' / ')} {cut[what]:.2f} (uncut {whole[what]:.2f})"
+            for what in cut
+        )
+        print(f"{rows:62}{ratios}")
+        balances.append({"microbatch": name, "rows": len(until_T), "cut": cut, "uncut": whole})
+    return balances
