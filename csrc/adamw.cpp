@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t ELEMENT_COST = 4;  // of an element, in those that for_rows counts by
 
 void adamw(const at::Tensor& param, const MaybeTensor& low_bits, const at::Tensor& exp_avg,
-           const at::Tensor& exp_avg_sq, const at::Tensor& grad, const MaybeTensor& any_scale, double weight_kept,
+           const at::Tensor& exp_avg_sq, const at::Tensor& grad, const MaybeTensor& any_scale, double decay,
            double beta1, double new_in_avg, double beta2, double new_in_avg_sq, double root_correction, double eps,
            double step_size) {
   const float scale = any_scale ? *any_scale->const_data_ptr<float>() : 1.0f;
@@ -26,7 +26,7 @@ void adamw(const at::Tensor& param, const MaybeTensor& low_bits, const at::Tenso
       exp_avg_sq.mutable_data_ptr<float>(),
       grad.const_data_ptr<float>(),
       scale,
-      (float)weight_kept,
+      (float)decay,
       (float)beta1,
       (float)new_in_avg,
       (float)beta2,

@@ -49,7 +49,7 @@ TORCH_LIBRARY(socpo, m) {
   // factors: those of StepFactors in socpo_fast/ops/adamw.py, in its order
   m.def(
       "adamw(Tensor(a!) param, Tensor(b!)? low_bits, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, "
-      "Tensor? scale, float weight_kept, float beta1, float new_in_avg, float beta2, float new_in_avg_sq, "
+      "Tensor? scale, float decay, float beta1, float new_in_avg, float beta2, float new_in_avg_sq, "
       "float root_correction, float eps, float step_size) -> ()");
   m.def("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   // grad_logits may be logits itself; then that, too, is overwritten

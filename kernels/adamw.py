@@ -90,7 +90,7 @@ def _adamw_kernel(
     grad_ptr,
     scale_ptr,
     num_elements,
-    weight_kept: tl.float32,
+    decay: tl.float32,
     beta1: tl.float32,
     new_in_avg: tl.float32,
     beta2: tl.float32,
@@ -119,7 +119,7 @@ def _adamw_kernel(
     new_avg = exp_avg * beta1 + grad * new_in_avg
     new_avg_sq = exp_avg_sq * beta2 + grad * grad * new_in_avg_sq
     denominator = tl.div_rn(tl.sqrt_rn(new_avg_sq), root_correction) + eps
-    new = old * weight_kept - tl.div_rn(new_avg, denominator) * step_size
+    new = old - (tl.div_rn(new_avg, denominator) * step_size + old * decay)
 
     # By bits, of which NaN has more than infinity. The high half of what rounds up to infinity
     # would be infinite, hence 0x8000.
@@ -129,6 +129,7 @@ def _adamw_kernel(
         is_taken = (magnitude < 0x7F800000) & (narrow < float("inf"))
     else:
         is_taken = magnitude < 0x7F800000 - 0x8000
+    is_taken = is_taken & (new_avg_sq < float("inf"))
     if scale_ptr is not None:  # both are false for NaN
         is_taken = is_taken & (scale > 0.0) & (scale < float("inf"))
     # What is not taken is written back as it was: stores whose mask is the end of the array alone

@@ -4,6 +4,7 @@ import os
 import warnings
 
 import torch
+from torch import Tensor
 
 _forks: list[int] = []  # this process, where it is a fork of one that had torch
 os.register_at_fork(after_in_child=lambda: _forks.append(os.getpid()))
@@ -30,6 +31,15 @@ def set_threads(num_threads: int) -> None:
         num_threads = 1
     if num_threads:
         torch.set_num_threads(num_threads)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Returns x on a device; the host does not wait.
+
+    Pinned first: out of memory that may be moved, a driver may copy before it lets the host go on.
+    """
+    is_moved = x.is_cpu and device.type == "cuda"
+    return (x.pin_memory() if is_moved else x).to(device, non_blocking=True)
 
 
 def bound_kernel_caches() -> None:

@@ -50,7 +50,7 @@ inline void step(const Weights weights, const AdamWStep& s, int64_t begin, int64
   float* __restrict exp_avg = s.exp_avg;
   float* __restrict exp_avg_sq = s.exp_avg_sq;
   const float* __restrict grad = s.grad;
-  const float scale = s.scale, weight_kept = s.weight_kept, eps = s.eps, step_size = s.step_size;
+  const float scale = s.scale, decay = s.decay, eps = s.eps, step_size = s.step_size;
   const float beta1 = s.beta1, new_in_avg = s.new_in_avg, beta2 = s.beta2, new_in_avg_sq = s.new_in_avg_sq;
   const float root_correction = s.root_correction;
   for (int64_t i = begin; i < end; ++i) {
@@ -58,9 +58,10 @@ inline void step(const Weights weights, const AdamWStep& s, int64_t begin, int64
     const float avg = exp_avg[i] * beta1 + g * new_in_avg;
     const float avg_sq = exp_avg_sq[i] * beta2 + g * g * new_in_avg_sq;
     const float denominator = sqrtf(avg_sq) / root_correction + eps;
-    const float new_weight = old_weight * weight_kept - avg / denominator * step_size;
+    const float new_weight = old_weight - (avg / denominator * step_size + old_weight * decay);
     // By bits, of which NaN has more than infinity.
-    const bool is_taken = (bits_of(new_weight) & MAGNITUDE) + Weights::ROOM < INFINITY_BITS;
+    const bool is_taken = (bits_of(new_weight) & MAGNITUDE) + Weights::ROOM < INFINITY_BITS &&
+                          bits_of(avg_sq) < INFINITY_BITS;
     exp_avg[i] = is_taken ? avg : exp_avg[i];
     exp_avg_sq[i] = is_taken ? avg_sq : exp_avg_sq[i];
     weights.write(i, is_taken ? new_weight : old_weight);

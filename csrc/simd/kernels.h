@@ -105,7 +105,7 @@ struct AdamWStep {
   float* exp_avg;
   float* exp_avg_sq;
   const float* grad;
-  float scale, weight_kept, beta1, new_in_avg, beta2, new_in_avg_sq, root_correction, eps, step_size;
+  float scale, decay, beta1, new_in_avg, beta2, new_in_avg_sq, root_correction, eps, step_size;
 };
 
 inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {

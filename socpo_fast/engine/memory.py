@@ -19,7 +19,7 @@ GIB = 2**30
 CPU_GIB = 1.0
 # For each parameter that is trained: gradient and two moments in fp32, and beside a bf16 one the low
 # half of its master.
-OPTIMIZER_BYTES = {torch.float32: 12, torch.bfloat16: 14, torch.float16: 12}
+OPTIMIZER_BYTES = {torch.float32: 12, torch.bfloat16: 14}
 # A quarter of the card is for the activations of a microbatch, for what rollouts allocate beside
 # the pages, and for the gaps that an allocator leaves. Of an H100 it is 19.8 GiB. By count, the
 # default of train.token_budget, 8192 tokens, saves 18.6 GiB with Qwen3-1.7B in bf16; a larger
@@ -62,7 +62,7 @@ def kv_cache_size(
     return auto_kv_cache_size(
         free_bytes + unused_bytes,
         total_bytes,
-        optimizer_bytes=OPTIMIZER_BYTES[weight.dtype] * num_trained,
+        optimizer_bytes=OPTIMIZER_BYTES.get(weight.dtype, 0) * num_trained,
         head_bytes=workspace_bytes + 4 * weight.numel() + HEAD_SLACK_BYTES,
         page_bytes=Runner.page_bytes(student, page_size),
         max_pages=max_running * -(-student.config.max_position_embeddings // page_size),

@@ -1,12 +1,13 @@
 """Weight gradients that the backward itself adds to .grad, in fp32.
 
 Departs from autograd, which would make each microbatch's gradient in the weight's dtype, as large
-as the weight, and then add it. That holds for parameters marked by accumulate_in_fp32 only, whose
-optimizer reads .grad; for all others gradients are ordinary returned ones. torch.autograd.grad and
-hooks on a marked weight see no gradient.
+as the weight, and then add it. That holds inside of `accumulating`, which the trainer opens, and
+for parameters that accumulate_in_fp32 marked, whose optimizer reads .grad; everywhere else
+gradients are ordinary returned ones.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,29 +18,43 @@ from torch.autograd.function import once_differentiable
 from socpo_fast.ops import linear
 from socpo_fast.ops._head import add_rows_, matmul_
 
-MARK = "accumulates_in_fp32"  # an attribute of the parameter itself, which copies do not inherit
+MARK = "accumulates_in_fp32"  # an attribute of the parameter itself
+_open: list[bool] = []  # one entry for each `accumulating`; autograd's threads read it, too
 
 
 def accumulate_in_fp32(params: Iterable[nn.Parameter]) -> None:
-    """Marks parameters: their .grad is fp32, and linear layers and embeddings add to it in place."""
+    """Marks parameters: their .grad is fp32, and the trainer's backward adds to it in place."""
     for param in params:
         param.grad_dtype = torch.float32
         setattr(param, MARK, True)
 
 
+@contextmanager
+def accumulating() -> Iterator[None]:
+    """Lets forwards and their backwards, within, add to .grad of marked parameters in place."""
+    _open.append(True)
+    try:
+        yield
+    finally:
+        _open.pop()
+
+
 def accumulates(param: Tensor) -> bool:
-    """Whether a gradient is about to be added to this parameter's .grad in place."""
-    return torch.is_grad_enabled() and param.requires_grad and hasattr(param, MARK)
+    """Whether a gradient of this parameter is about to be added to its .grad in place."""
+    if not _open or not torch.is_grad_enabled() or not param.requires_grad:
+        return False
+    # A pickled copy has the mark, but not the dtype.
+    return hasattr(param, MARK) and param.grad_dtype == torch.float32
 
 
 class AccumulatingLinear(torch.autograd.Function):
-    """ops.linear of x, weight and bias, both of them marked."""
+    """Computes ops.linear of x, a marked weight and a bias."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TD)
         # Not saved: what checkpointing gives back for a saved weight is another tensor.
-        ctx.weight_ND, ctx.bias_N = weight_ND, bias_N
+        ctx.weight_ND, ctx.bias_N, ctx.version = weight_ND, bias_N, weight_ND._version
         return linear(x_TD, weight_ND, bias_N)
 
     @staticmethod
@@ -48,11 +63,18 @@ class AccumulatingLinear(torch.autograd.Function):
         (x_TD,) = ctx.saved_tensors
         grad_TN = grad_TN.contiguous()
         weight_ND, bias_N = ctx.weight_ND, ctx.bias_N
-        has_grad = weight_ND.grad is not None
-        if not has_grad:
-            weight_ND.grad = torch.empty_like(weight_ND, dtype=torch.float32)
-        matmul_(weight_ND.grad, grad_TN.t(), x_TD, accumulate=has_grad)
-        if bias_N is not None:
+        if weight_ND._version != ctx.version:
+            raise RuntimeError(
+                "accumulating: a weight must stay as it was until the backward, got one that was "
+                "changed in place; run the forward again"
+            )
+        total_ND = weight_ND.grad
+        has_grad = total_ND is not None
+        if total_ND is None:
+            total_ND = torch.empty_like(weight_ND, dtype=torch.float32)
+        matmul_(total_ND, grad_TN.t(), x_TD, accumulate=has_grad)
+        weight_ND.grad = total_ND  # only now: what stops the product leaves no raw memory there
+        if bias_N is not None and bias_N.requires_grad:
             _zeros_unless_there(bias_N).add_(grad_TN.sum(0, dtype=torch.float32))
         if not ctx.needs_input_grad[0]:
             return None, None, None
@@ -63,7 +85,7 @@ class AccumulatingLinear(torch.autograd.Function):
 
 
 class AccumulatingEmbedding(torch.autograd.Function):
-    """Rows of a marked weight."""
+    """Looks rows of a marked weight up."""
 
     @staticmethod
     def forward(ctx: Any, token_ids_T: Tensor, weight_VD: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from socpo_fast.device import upload
 from socpo_fast.model.decoder import Decoder, split_qkv_and_apply_rope
 from socpo_fast.ops import TreeMask, tree_attention
 
@@ -37,7 +38,6 @@ def packed_forward(
         q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_THE, tables, config.num_kv_heads)
         return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=config.head_dim**-0.5, impl=impl)
 
-    token_ids_T = token_ids_T.to(device, non_blocking=True)
-    positions_T = positions_T.to(device, non_blocking=True)
+    token_ids_T, positions_T = upload(token_ids_T, device), upload(positions_T, device)
     hidden_TD = student(token_ids_T, positions_T, attend, checkpointing=checkpointing)
     return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU

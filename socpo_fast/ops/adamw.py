@@ -26,7 +26,7 @@ INFINITY_BITS = 0x7F800000  # of fp32; bits from here on are not finite
 class StepFactors(NamedTuple):
     """The numbers that a step multiplies by, the same for every element; each is rounded to fp32."""
 
-    weight_kept: float  # 1 - lr weight_decay
+    decay: float  # lr weight_decay
     beta1: float
     new_in_avg: float  # 1 - beta1
     beta2: float
@@ -47,7 +47,7 @@ class StepFactors(NamedTuple):
     ) -> Self:
         beta1, beta2 = betas
         return cls(
-            weight_kept=1 - lr * weight_decay,
+            decay=lr * weight_decay,
             beta1=beta1,
             new_in_avg=1 - beta1,
             beta2=beta2,
@@ -85,7 +85,10 @@ def adamw_ref(
     scale: Tensor | None,
     *factors: float,
 ) -> None:
-    """`adamw`, unchecked. One rounding an operation, in this order, which the kernels keep to."""
+    """Takes the step of `adamw`, unchecked.
+
+    One rounding an operation, in this order, which the kernels keep to.
+    """
     f = StepFactors(*factors)
     old = param.to(exp_avg.dtype) if low_bits is None else join_master(param, low_bits)
     if scale is not None:
@@ -96,11 +99,13 @@ def adamw_ref(
     root = new_avg_sq.double().sqrt().to(new_avg_sq.dtype)
     # By a tensor: on a GPU torch multiplies with the reciprocal of a number instead.
     denominator = root / root.new_full((), f.root_correction) + f.eps
-    new = old * f.weight_kept - new_avg / denominator * f.step_size
+    # Subtracted at once: by itself a decay of 1e-8 is less than fp32 can tell.
+    new = old - (new_avg / denominator * f.step_size + old * f.decay)
     is_taken = new.to(param.dtype).isfinite()
     if low_bits is not None:
         # Of what is larger the high half would be rounded up to infinity; NaN has larger bits yet.
         is_taken = new.view(torch.int32) & 0x7FFFFFFF < INFINITY_BITS - 0x8000
+    is_taken &= new_avg_sq.isfinite()
     if scale is not None:
         is_taken &= scale.isfinite() & (scale > 0)
     for moment, new_moment in ((exp_avg, new_avg), (exp_avg_sq, new_avg_sq)):
@@ -132,8 +137,8 @@ def adamw(
     """Takes one step of AdamW, in place.
 
         g = scale grad        m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
-        param = (1 - lr weight_decay) param
-                - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+        param = param - (lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+                         + lr weight_decay param)
 
     Args:
         param:       [..] fp32, bf16, fp16 or fp64, contiguous (cpp: fp32, bf16; triton: not fp64).
@@ -152,7 +157,8 @@ def adamw(
     Raises:
         ValueError: a shape, dtype or number breaks the rules above.
 
-    An element whose new value would not be finite in param's dtype stays as it was, moments too.
+    An element whose new value would not be finite in param's dtype, or whose v would not be, stays
+    as it was, moments too.
     Memory: none (cpp, triton). Bitwise: the implementations are equal to each other, and a bf16
     param with its low_bits to an fp32 param.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
@@ -165,7 +171,8 @@ def adamw(
         check.flat(name, x, wide)
     needs_low_bits = param.dtype == torch.bfloat16
     rule = f"{'a tensor' if needs_low_bits else 'None'} for a param of {param.dtype}"
-    check_rule(where, "low_bits", low_bits, (low_bits is not None) == needs_low_bits, rule)
+    kind = type(low_bits).__name__
+    check_rule(where, "low_bits", kind, (low_bits is not None) == needs_low_bits, rule)
     if low_bits is not None:
         check.flat("low_bits_N", low_bits, (torch.int16,))
     check.optional(wide, scale_=scale)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from socpo_fast.device import upload
 from socpo_fast.kernels._tree_plan import HEAD_DIMS, plan_tree
 from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
@@ -53,7 +54,7 @@ class TreeMask(NamedTuple):
 
     def to(self, device: torch.device) -> Self:
         """Returns it on a device; the host does not wait."""
-        return type(self)(*(x.to(device, non_blocking=True) for x in self))
+        return type(self)(*(upload(x, device) for x in self))
 
 
 def visible_until_of_sequences(lengths: Sequence[int]) -> Tensor:

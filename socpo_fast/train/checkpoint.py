@@ -1,7 +1,7 @@
 """Checkpoints: a complete Hugging Face folder plus what a run needs to go on bit for bit.
 
     checkpoints/update_000010/   config.json, weights, tokenizer files      model.save_student
-                                 optimizer.safetensors                      moments, by parameter name
+                                 optimizer.safetensors                      moments and low bits, by name
                                  trainer_state.json                         optimizer counts; whatever the trainer gave
                                  manifest.json                              size and SHA-256 of each; written last
 

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from socpo_fast.device import upload
 from socpo_fast.ops._checks import check_rule, check_word
 from socpo_fast.train.packing import PackedMicrobatch
 from socpo_fast.types import Rollout
@@ -80,4 +81,4 @@ def gather_tokens(
                 f"got {num_given} values"
             )
         parts.append(values[place][attempt_idx])
-    return torch.cat(parts).to(device, non_blocking=True)
+    return upload(torch.cat(parts), device)

@@ -41,8 +41,10 @@ class Optimizer:
         gradient *= min(1, max_grad_norm / norm)
 
     Args:
-        student:        its parameters, fp32 or bf16, are updated in place. From here on their .grad
-                        is fp32, and the decoder's backward adds to it (model/accumulate.py).
+        student:        its parameters that require grad, fp32 or bf16, are updated in place. From
+                        here on their .grad is fp32, and policy_gradients adds to it in place
+                        (model/accumulate.py). A master starts, and starts again where the parameter
+                        is written to by others, as the bf16 number that is there.
         lr:             > 0, after the warm-up.
         betas:          each in [0, 1).
         weight_decay:   >= 0, decoupled (times lr), on parameters of two or more dimensions.
@@ -66,12 +68,17 @@ class Optimizer:
         warmup_updates: int = 10,
         max_grad_norm: float = 1.0,
     ):
-        self.params = dict(student.named_parameters())  # tied weights once
+        named = student.named_parameters()  # tied weights once
+        self.params = {name: param for name, param in named if param.requires_grad}
         advice = "load the student with dtype='float32' or 'bfloat16'"
         for name, param in self.params.items():
             rule = "float32 or bfloat16"
             known = param.dtype in DTYPES
             check_rule("Optimizer", f"dtype of {name}", param.dtype, known, rule, advice)
+            dtype = None if param.grad is None else param.grad.dtype
+            is_wide = dtype in (None, torch.float32)
+            rule = "float32 or None"
+            check_rule("Optimizer", f"grad of {name}", dtype, is_wide, rule, "drop it first")
         rules = (
             ("lr", lr, 0 < lr < math.inf, "finite and > 0"),
             ("betas", betas, all(0 <= beta < 1 for beta in betas), "each in [0, 1)"),
@@ -89,6 +96,7 @@ class Optimizer:
         self.low_bits: dict[str, Tensor] = {}  # of bf16 parameters
         self.exp_avg: dict[str, Tensor] = {}
         self.exp_avg_sq: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}  # of parameters, behind the last step
         for name, param in self.params.items():
             self.exp_avg[name] = torch.zeros_like(param.detach(), dtype=torch.float32)
             self.exp_avg_sq[name] = torch.zeros_like(self.exp_avg[name])
@@ -124,9 +132,12 @@ class Optimizer:
         num_steps = self.num_updates - self.num_skipped
         lr = self.lr * min(1.0, (num_steps + 1) / max(1, self.warmup_updates))
         for (name, param), grad in zip(self.params.items(), grads, strict=True):
+            low_bits = self.low_bits.get(name)
+            if low_bits is not None and self._versions.get(name, param._version) != param._version:
+                low_bits.zero_()  # they are the rest of another number
             adamw(
                 param,
-                self.low_bits.get(name),
+                low_bits,
                 self.exp_avg[name],
                 self.exp_avg_sq[name],
                 grad,
@@ -137,6 +148,7 @@ class Optimizer:
                 step=num_steps + 1,
                 scale=scale,
             )
+            self._versions[name] = param._version
             param.grad = None  # between updates the memory is the rollout's
         figures = torch.stack((norm, scale)).double()
         if also_read is not None:
@@ -149,9 +161,9 @@ class Optimizer:
         return StepResult(grad_norm=grad_norm, lr=lr, skipped=skipped, also_read=tuple(others))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The moments as "exp_avg.NAME" and "exp_avg_sq.NAME", and "low_bits.NAME" of bf16 parameters.
+        """Returns the live moments, not copies, and what bf16 parameters lack of their masters.
 
-        They are the live tensors, not copies.
+        Names are "exp_avg.NAME", "exp_avg_sq.NAME" and "low_bits.NAME".
         """
         kinds = {
             "exp_avg": self.exp_avg,
@@ -187,3 +199,4 @@ class Optimizer:
             tensor.copy_(tensors[name])
         for name in COUNTS:
             setattr(self, name, counts[name])
+        self._versions.clear()  # parameters are loaded with it

@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from socpo_fast.device import upload
 from socpo_fast.model import Decoder, packed_forward
+from socpo_fast.model.accumulate import accumulating
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.policy_loss import DEFAULT_OPTIONS, PolicyLoss, PolicyLossOptions
@@ -113,29 +115,31 @@ def policy_gradients(
     Raises:
         ValueError: an unknown choice, a missing normaliser, or values that do not fit the attempts.
 
-    Memory: activations of one microbatch. Bitwise: same inputs, same bits; packings and budgets agree to rounding.
+    What ends it early leaves .grad partly filled; drop it. Memory: activations of one microbatch.
+    Bitwise: same inputs, same bits; packings and budgets agree to rounding.
     """
     check_options(loss_agg, num_loss_tokens, num_attempts, max_new_tokens, tis_clip)
     lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
     norm_tokens = sum(lengths) if num_loss_tokens is None else num_loss_tokens
     norm_attempts = len(lengths) if num_attempts is None else num_attempts
     microbatches = pack_rollouts(rollouts, packing=packing, token_budget=token_budget)
-    outcomes = [
-        _backward(
-            student,
-            microbatch,
-            rollouts,
-            attempt_weights(microbatch, loss_agg, norm_tokens, norm_attempts, max_new_tokens),
-            old_logprobs,
-            ref_logprobs,
-            tis_clip=tis_clip,
-            checkpointing=checkpointing,
-            impl=impl,
-            temperature=temperature,
-            options=options,
-        )
-        for microbatch in microbatches
-    ]
+    with accumulating():
+        outcomes = [
+            _backward(
+                student,
+                microbatch,
+                rollouts,
+                attempt_weights(microbatch, loss_agg, norm_tokens, norm_attempts, max_new_tokens),
+                old_logprobs,
+                ref_logprobs,
+                tis_clip=tis_clip,
+                checkpointing=checkpointing,
+                impl=impl,
+                temperature=temperature,
+                options=options,
+            )
+            for microbatch in microbatches
+        ]
     return _stats(outcomes, microbatches, rollouts, student.lm_head.weight.device)
 
 
@@ -157,8 +161,9 @@ def compute_logprobs(
         [rollout][attempt] -> [L] fp32 on the CPU, nats; parallel to the rollouts given.
     """
     device = student.lm_head.weight.device
-    send = partial(Tensor.to, device=device, non_blocking=True)
+    send = partial(upload, device=device)
     by_attempt: list[list[Tensor]] = [[torch.empty(0)] * len(rollout.attempts) for rollout in rollouts]
+    outcomes = []
     for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
         logprobs_N, _ = linear_logprob(
             _forward(student, microbatch, checkpointing=False, impl=impl),
@@ -168,6 +173,8 @@ def compute_logprobs(
             rows_N=send(microbatch.rows_N),
             impl=impl,
         )
+        outcomes.append((microbatch, logprobs_N))
+    for microbatch, logprobs_N in outcomes:  # the host waits when all are under way
         parts = logprobs_N.cpu().split(microbatch.attempt_of_token_N.bincount().tolist())
         for (rollout_idx, attempt_idx), logprobs_L in zip(microbatch.attempts, parts, strict=True):
             by_attempt[rollout_idx][attempt_idx] = logprobs_L.clone()
@@ -193,7 +200,7 @@ def _backward(
     The head runs backward first, so that its gradient is in .grad before the layers need memory.
     """
     device = student.lm_head.weight.device
-    send = partial(Tensor.to, device=device, non_blocking=True)  # the host does not wait
+    send = partial(upload, device=device)
     gather = partial(gather_tokens, microbatch=microbatch, rollouts=rollouts, device=device)
     sampler = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
     sampler_N = gather(sampler, "sampler logprobs")
@@ -263,7 +270,7 @@ def _figures(outcomes: list[PolicyLoss], sizes: list[int], device: torch.device)
     """[6] fp64: the values of Figures."""
     if sum(sizes) == 0:
         values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan]
-        return torch.tensor(values, dtype=torch.float64, device=device)
+        return upload(torch.tensor(values, dtype=torch.float64), device)
     by_token = [torch.stack((policy.logprobs, policy.entropy, policy.ratio)) for policy in outcomes]
     by_token_3N = torch.cat(by_token, dim=1).double()
     mismatch_N = by_token_3N[0]

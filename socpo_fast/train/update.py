@@ -1,5 +1,6 @@
 """The optimizer steps of one batch. Read Updater.updates, then one_update."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from socpo_fast.train.step import Figures, compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
 
 MISMATCH = ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats")
+LogprobsByGroup = dict[int, list[list[Tensor]]]  # [group][rollout][attempt] -> [L]
 MAX_MISMATCH_NATS = 1e-3  # above it the sampler's log-probs do not serve as old_logprobs
 
 
@@ -46,14 +48,14 @@ class Updater:
     def updates(self, groups: list[list[Rollout]], order: list[list[int]]) -> Iterator[tuple[int, dict[str, float]]]:
         """One update for each entry of `order`, the groups it is made of.
 
-        Yields (number of groups, metrics); the mismatch with the sampler is that of the first
-        update, which is made with the sampler's weights.
+        Yields (number of groups, metrics). The mismatch with the sampler is measured before the
+        weights change: on what is computed for old log-probs, else in the first update, where
+        tokens of advantage 0 have none.
         """
-        old_logprobs = self._old_logprobs(groups, order)
+        old_logprobs, mismatch = self._old_logprobs(groups, order)
         ref_logprobs = None
         if self.reference is not None:
             ref_logprobs = [self._logprobs(self.reference, group) for group in groups]
-        mismatch: dict[str, float] = {}
         for update_idx, chosen in enumerate(order):
             old: OldLogprobs = None
             if old_logprobs is not None:
@@ -113,31 +115,37 @@ class Updater:
 
     def _old_logprobs(
         self, groups: list[list[Rollout]], order: list[list[int]]
-    ) -> dict[int, list[list[Tensor]]] | None:
-        """[group][rollout][attempt] under the weights as they are; None: the sampler's own serve.
+    ) -> tuple[LogprobsByGroup | None, dict[str, float]]:
+        """Computes old log-probs under the weights as they are, and how far the sampler's are off.
 
-        Under "auto" the first update needs none: its own log-probs are the old ones.
+        None: the sampler's own serve. Under "auto" the first update needs none: its own log-probs
+        are the old ones.
         """
-        choice = self.config.loss.old_logprobs
-        found: dict[int, list[list[Tensor]]] = {}
+        choice, known = self.config.loss.old_logprobs, LogprobsByGroup()
         if choice == "auto" and self.student.lm_head.weight.dtype == torch.float32:
-            found[0] = self._logprobs(self.student, groups[0])
-        if choice == "sampler" or (found and _fits_sampler(groups[0], found[0])):
-            return None
+            known[0] = self._logprobs(self.student, groups[0])
+        mismatch = _mismatch(groups, known)
+        fits = mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS  # nan does not
+        if choice == "sampler" or fits:
+            return None, mismatch
         needed = order[1:] if choice == "auto" else order
-        for g in sorted({g for chosen in needed for g in chosen} - found.keys()):
-            found[g] = self._logprobs(self.student, groups[g])
-        return found
+        for g in sorted({g for chosen in needed for g in chosen} - known.keys()):
+            known[g] = self._logprobs(self.student, groups[g])
+        return known, _mismatch(groups, known)
 
     def _logprobs(self, student: Decoder, group: list[Rollout]) -> list[list[Tensor]]:
         return compute_logprobs(student, group, **self._forward)
 
 
-def _fits_sampler(group: list[Rollout], logprobs: list[list[Tensor]]) -> bool:
-    """Whether the sampler's log-probs hardly differ from the trainer's; nan does not fit."""
+def _mismatch(groups: list[list[Rollout]], known: LogprobsByGroup) -> dict[str, float]:
+    """Returns the largest and the mean |logprob - the sampler's|; nothing where none is known."""
     differences = [
         ours - attempt.logprobs
-        for rollout, by_attempt in zip(group, logprobs, strict=True)
+        for g, logprobs in known.items()
+        for rollout, by_attempt in zip(groups[g], logprobs, strict=True)
         for attempt, ours in zip(rollout.attempts, by_attempt, strict=True)
     ]
-    return float(torch.cat(differences).abs().max()) <= MAX_MISMATCH_NATS
+    if not differences:
+        return {}
+    sizes = torch.cat(differences).abs()
+    return dict(zip(MISMATCH, (float(sizes.max()), float(sizes.mean())), strict=True))

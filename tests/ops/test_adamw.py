@@ -184,6 +184,56 @@ def test_small_steps_are_not_lost() -> None:
     torch.testing.assert_close(state.joined()[0], torch.full((4,), 1 + 1e-4), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_decay_is_not_lost(dtype: torch.dtype) -> None:
+    """At the defaults a step decays a weight by 1e-8 of it, of which fp32 alone would keep nothing."""
+    settings = SETTINGS | {"lr": 1e-6}
+    start = 0.5 + noise(20_000).abs()
+    moved = []
+    for weight_decay in (0.0, 0.01):
+        state = State.of(start, dtype)
+        for step in range(1, 301):
+            grad = noise(20_000, seed=step)
+            options = settings | {"weight_decay": weight_decay}
+            adamw(*state, grad, step=step, **options)  # type: ignore[arg-type]
+        moved.append(state.joined()[0].double())
+    decayed = ((moved[1] - moved[0]) / start.double()).mean().item()
+    assert decayed == pytest.approx(-300 * 1e-8, rel=0.1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_rounds_up_to_infinity_stays(impl: str, sign: int) -> None:
+    """It is finite in fp32, and its high half would not be."""
+    device = DEVICE if impl == "triton" else "cpu"
+    start = sign * fp32(0x7F7F0000).expand(3).contiguous()
+    # Steps of 0.001, 0.75 and -0.75 times the distance of two bf16 numbers there, 2^120.
+    grad = torch.tensor([-sign * 1e-3, -sign * 1.0, sign * 1.0], device=device)
+    settings = SETTINGS | {"lr": 1.5 * 2.0**120, "weight_decay": 0.0, "eps": 1.0}
+    whole, halves = (State.of(start, dtype).to(device) for dtype in (torch.float32, torch.bfloat16))
+    for state in (whole, halves):
+        adamw(*state, grad, step=1, impl=impl, **settings)  # type: ignore[arg-type]
+    in_fp32, in_bf16 = (State(*state).to("cpu").joined()[0] for state in (whole, halves))
+    bits = in_fp32.view(torch.int32) & 0x7FFFFFFF
+    assert (bits >= 0x7F7F8000).tolist() == [False, True, False]
+    assert in_fp32.isfinite().all()
+    assert in_bf16[1] == start[1]
+    assert torch.equal(in_bf16[[0, 2]], in_fp32[[0, 2]])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_second_moment_is_not_taken(impl: str, dtype: torch.dtype) -> None:
+    """It would freeze its element for ever."""
+    device = DEVICE if impl == "triton" else "cpu"
+    state = State.of(torch.ones(2), dtype).to(device)
+    grad = torch.tensor([1e20, 1.0], device=device)
+    adamw(*state, grad, step=1, impl=impl, **SETTINGS)  # type: ignore[arg-type]
+    param, exp_avg, exp_avg_sq = State(*state).to("cpu").joined()
+    assert (param[0], exp_avg[0], exp_avg_sq[0]) == (1.0, 0.0, 0.0)
+    assert param[1] < 1.0
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scale_that_is_not_positive_skips(impl: str, dtype: torch.dtype) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.model.accumulate import MARK
+from socpo_fast.model import accumulate
+from socpo_fast.model.accumulate import MARK, accumulates, accumulating
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
@@ -91,17 +93,70 @@ def test_added_where_it_lies() -> None:
     assert places == {name: param.grad.data_ptr() for name, param in student.named_parameters()}
 
 
-def test_copies_and_frozen_parameters_are_not_marked() -> None:
+def test_copies_are_not_marked() -> None:
+    """A pickled copy has the mark and not the dtype; it trains as if it had neither."""
+    student = make_student(dtype=torch.bfloat16)
+    Optimizer(student, lr=1e-3)
+    assert all(hasattr(param, MARK) for param in student.parameters())
+    assert not any(hasattr(param, MARK) for param in copy.deepcopy(student).parameters())
+    for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        assert {grad.dtype for grad in gradients(other).values()} == {torch.bfloat16}
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    """They have no gradient, and the optimizer neither decays nor counts them."""
+    student = make_student(**QWEN2)
+    frozen = [student.layers[0].mlp.down.weight, student.layers[1].attention.qkv.bias]
+    for param in frozen:
+        param.requires_grad_(False)
+    before = [param.clone() for param in frozen]
+    optimizer = Optimizer(student, lr=1e-2, weight_decay=0.1, warmup_updates=0)
+    policy_gradients(student, make_rollouts(), token_budget=60, temperature=0.8)
+    assert all(param.grad is None for param in frozen)
+    assert student.layers[1].attention.qkv.weight.grad is not None
+    optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(frozen, before, strict=True))
+    assert "exp_avg.layers.0.mlp.down.weight" not in optimizer.state_tensors()
+
+
+def test_other_backwards_add_nothing() -> None:
+    """Outside of the trainer gradients are returned, and .grad is nobody's but autograd's."""
+    student = make_student(dtype=torch.bfloat16)
+    Optimizer(student, lr=1e-3)
+    x = torch.randn(3, 32, requires_grad=True)
+    linear = student.layers[0].mlp.down
+    y = student.layers[0].mlp(x)
+    (grad,) = torch.autograd.grad(y.sum(), [linear.weight], retain_graph=True)
+    assert grad.shape == linear.weight.shape
+    assert linear.weight.grad is None
+    y.sum().backward(inputs=[x], retain_graph=True)
+    assert linear.weight.grad is None
+    y.sum().backward()
+    assert linear.weight.grad.dtype == torch.float32  # autograd's, added in fp32
+
+
+def test_changed_weights_end_the_backward() -> None:
     student = make_student()
     Optimizer(student, lr=1e-3)
-    other = copy.deepcopy(student)
-    assert all(hasattr(param, MARK) for param in student.parameters())
-    assert not any(hasattr(param, MARK) for param in other.parameters())
-    for one in (student, other):
-        one.layers[0].mlp.down.weight.requires_grad_(False)
-    found = []
-    for one in (student, other):
-        policy_gradients(one, make_rollouts(), token_budget=60, temperature=0.8)
-        assert one.layers[0].mlp.down.weight.grad is None
-        found.append(one.layers[0].mlp.gate_up.weight.grad)
-    torch.testing.assert_close(*found)
+    linear = student.layers[0].mlp.down
+    with accumulating():
+        y = linear(torch.randn(3, 48, requires_grad=True))
+        with torch.no_grad():
+            linear.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="a weight must stay as it was until the backward"):
+            y.sum().backward()
+
+
+def test_interrupted_product_leaves_no_raw_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_student()
+    Optimizer(student, lr=1e-3)
+    linear = student.layers[0].mlp.down
+    monkeypatch.setattr(accumulate, "matmul_", interrupted)
+    with accumulating(), pytest.raises(KeyboardInterrupt):
+        linear(torch.randn(3, 48)).sum().backward()
+    assert linear.weight.grad is None
+    assert not accumulates(linear.weight)
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

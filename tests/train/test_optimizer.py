@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from socpo_fast.ops.adamw import join_master
 from socpo_fast.train.optimizer import Optimizer
 from tests.train.rollouts import make_student
 
@@ -129,9 +130,37 @@ def test_refusals() -> None:
             Optimizer(student, **{"lr": 1e-3} | options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dtype of embed.weight must be float32 or bfloat16, got torch.float16; load"):
         Optimizer(make_student(dtype=torch.float16), lr=1e-3)
+    narrow = make_student(dtype=torch.bfloat16)
+    narrow.norm.weight.grad = torch.ones_like(narrow.norm.weight)
+    with pytest.raises(ValueError, match="grad of norm.weight must be float32 or None, got torch.bfloat16; drop it"):
+        Optimizer(narrow, lr=1e-3)
     optimizer = Optimizer(student, lr=1e-3)
     tensors, counts = optimizer.state_tensors(), optimizer.state_counts()
+    others = {name: tensor + 1 for name, tensor in tensors.items()}
     with pytest.raises(ValueError, match=r"1 odd names, exp_avg.norm.weight first"):
-        optimizer.load_state({name: x for name, x in tensors.items() if name != "exp_avg.norm.weight"}, counts)
+        optimizer.load_state({name: x for name, x in others.items() if name != "exp_avg.norm.weight"}, counts)
     with pytest.raises(ValueError, match=r"exp_avg.norm.weight must be torch.float32 \[32\], got torch.float32 \[31\]"):
-        optimizer.load_state(tensors | {"exp_avg.norm.weight": torch.zeros(31)}, counts)
+        optimizer.load_state(others | {"exp_avg.norm.weight": torch.zeros(31)}, counts)
+    assert not any(tensor.any() for tensor in optimizer.state_tensors().values())
+
+
+def test_weights_written_from_outside_are_the_masters() -> None:
+    """What was left of the old ones does not count; at 0 it would be no number at all."""
+    student = make_student(dtype=torch.bfloat16)
+    optimizer = Optimizer(student, lr=1e-2, warmup_updates=0)
+    for seed in range(3):
+        set_gradients(student, seed)
+        optimizer.step()
+    param = student.layers[0].mlp.down.weight
+    low_bits = optimizer.low_bits["layers.0.mlp.down.weight"]
+    assert (low_bits < 0).any()
+    with torch.no_grad():
+        param.zero_()
+    set_gradients(student, seed=4)
+    optimizer.step()
+    moved = join_master(param.detach(), low_bits)
+    assert (moved != 0).all()
+    assert (moved.abs() < 2e-2).all()
+    set_gradients(student, seed=5)
+    optimizer.step()
+    assert (join_master(param.detach(), low_bits) != moved).all()

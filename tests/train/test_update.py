@@ -29,7 +29,7 @@ CHANGES: dict[str, Any] = {
 LOSSES: dict[str, dict[str, Any]] = {
     "plain": {"loss.old_logprobs": "sampler"},
     "recompute": {"loss.old_logprobs": "recompute", "loss.tis_clip": 1.1},
-    "auto": {"loss.agg": "seq_mean_token_mean", "loss.dual_clip": 1.5},
+    "auto": {"loss.agg": "seq_mean_token_mean", "loss.dual_clip": 1.5, "loss.tis_clip": 1.1},
     "k1": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k1", "loss.agg": "seq_mean_token_sum_norm"},
     "k2": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k2", "loss.old_logprobs": "recompute"},
     "k3": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k3", "loss.entropy_coef": 0.1, "loss.dual_clip": "none"},
