@@ -249,6 +249,8 @@ def add_rows_(out_TD: Tensor, rows_N: Tensor, x_ND: Tensor) -> None:
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b, summed in the dtype of out."""
+    if out.device.type == "cpu":  # whose products are in one dtype
+        a, b = a.to(out.dtype), b.to(out.dtype)
     if out.device.type == "cpu" and extension_is_built():
         torch.ops.socpo.matmul_(out, a, b, accumulate)
     elif a.dtype == out.dtype:
