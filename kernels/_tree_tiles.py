@@ -77,9 +77,9 @@ _HALVES = {
 }
 TILES = {
     architecture: {
-        torch.float32: tiles if architecture == INTERPRETER else _FP32,
         torch.bfloat16: tiles,
         torch.float16: tiles,
+        torch.float32: tiles if architecture == INTERPRETER else _FP32,
     }
     for architecture, tiles in _HALVES.items()
 }
@@ -122,6 +122,7 @@ class Launch(NamedTuple):
             "HEAD_DIM": self.head_dim,
             "BLOCK_M": tile.queries,
             "BLOCK_N": tile.keys,
+            "MASKED_STAGES": min(tile.num_stages, 3),
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
         }
@@ -174,7 +175,8 @@ def rows_of_heads(x_THE: Tensor) -> Tensor:
     stride_t, *strides = x_THE.stride()
     head_dim = x_THE.shape[2]
     is_readable = strides == [head_dim, 1] and stride_t % head_dim == 0
-    return x_THE if is_readable else x_THE.contiguous()
+    x_THE = x_THE if is_readable else x_THE.contiguous()
+    return x_THE if x_THE.data_ptr() % 16 == 0 else x_THE.clone()  # load_rows takes it for granted
 
 
 def stride_in_heads(x_THE: Tensor) -> int:
@@ -216,7 +218,7 @@ def load_rows(
 
     IS_MASKED: there may be rows beyond the last, which are zeros.
     """
-    x_ptr += (first.to(tl.int64) * stride + head) * HEAD_DIM
+    x_ptr = tl.multiple_of(x_ptr + (first.to(tl.int64) * stride + head) * HEAD_DIM, 16)
     x_ptr += offsets_of_rows(stride, PACK, BLOCK, HEAD_DIM)
     if IS_MASKED:
         is_row = first + tl.arange(0, BLOCK) // PACK < num_rows
@@ -243,7 +245,7 @@ def store_rows(
 ):  # fmt: skip
     is_row = first + tl.arange(0, BLOCK) // PACK < num_rows
     x = x.to(x_ptr.dtype.element_ty)
-    x_ptr += (first.to(tl.int64) * stride + head) * HEAD_DIM
+    x_ptr = tl.multiple_of(x_ptr + (first.to(tl.int64) * stride + head) * HEAD_DIM, 16)
     tl.store(x_ptr + offsets_of_rows(stride, PACK, BLOCK, HEAD_DIM), x, is_row[:, None])
 
 

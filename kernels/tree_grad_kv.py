@@ -106,6 +106,7 @@ def _tree_grad_kv_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
     kv_head = tl.program_id(0) % KV_HEADS
@@ -127,13 +128,13 @@ def _tree_grad_kv_kernel(
             grad_k, grad_v, k, v, keys, until, grad_o_ptr, q_ptr, rows_ptr,
             begin, full_begin - begin, full_end - full_begin, end - full_end, kv_head,
             stride_dt, stride_qt, num_rows, scale * LOG2_E,
-            True, KV_HEADS, GROUP, HEAD_DIM, BLOCK_M,
+            True, KV_HEADS, GROUP, HEAD_DIM, BLOCK_M, MASKED_STAGES,
         )  # fmt: skip
         grad_k, grad_v = _add_queries(
             grad_k, grad_v, k, v, keys, until, grad_o_ptr, q_ptr, rows_ptr,
             full_begin, full_end - full_begin, 0, 0, kv_head,
             stride_dt, stride_qt, num_rows, scale * LOG2_E,
-            False, KV_HEADS, GROUP, HEAD_DIM, BLOCK_M,
+            False, KV_HEADS, GROUP, HEAD_DIM, BLOCK_M, MASKED_STAGES,
         )  # fmt: skip
         grad_k *= scale
         if slot < 0:
@@ -156,14 +157,16 @@ def _add_queries(
     grad_k, grad_v, k, v, keys, until, grad_o_ptr, q_ptr, rows_ptr,
     begin, num_before, num_skipped, num_behind, kv_head, stride_dt, stride_qt, num_rows, scale,
     IS_MASKED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds to dK and dV what num_before blocks of queries give, and num_behind after a gap."""
     PRECISION: tl.constexpr = "tf32x3" if k.dtype == tl.float32 else "ieee"
     PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_M
     stride_h = (tl.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS).to(tl.int64)
     delta_ptr = rows_ptr + KV_HEADS * GROUP * stride_h
-    for tile in range((num_before + num_behind) * PARTS * GROUP):
+    # A mask takes registers, which a fourth stage would take too.
+    NUM_STAGES: tl.constexpr = MASKED_STAGES if IS_MASKED else None
+    for tile in tl.range((num_before + num_behind) * PARTS * GROUP, num_stages=NUM_STAGES):
         head = kv_head * GROUP + tile % GROUP
         part = tile // GROUP
         if IS_MASKED:
