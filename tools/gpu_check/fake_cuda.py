@@ -93,6 +93,7 @@ def fake_cuda() -> Iterator[Recorder]:
         (FakeTensor, "tolist", list_of),
         (_checks, "FakeTensor", ()),  # as on a card, where a door's checks are launches
         (Tensor, "backward", backward_of),
+        (Tensor, "pin_memory", lambda x: x),  # which a driver does
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in stand_ins:
