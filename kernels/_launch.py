@@ -36,6 +36,7 @@ class AotConfig(NamedTuple):
     # tools/aot.py adds the variants for numbers that are 1 or int64.
     odd_sizes: bool = False
     num_stages: int = 3  # Triton's own
+    is_aligned: bool = False  # the launcher sees to it that pointers are multiples of 16 bytes
     options: Mapping[str, Any] = {}  # of the launch, beside these two
 
 

@@ -167,6 +167,7 @@ def aot_configs_of(kernel: Any, options_of: Callable[[Launch], dict[str, Any]]) 
                     {name: known.get(name, dtype) for name in names},
                     options,
                     num_stages=options.pop("num_stages"),
+                    is_aligned=True,
                 )
 
 
@@ -175,8 +176,12 @@ def rows_of_heads(x_THE: Tensor) -> Tensor:
     stride_t, *strides = x_THE.stride()
     head_dim = x_THE.shape[2]
     is_readable = strides == [head_dim, 1] and stride_t % head_dim == 0
-    x_THE = x_THE if is_readable else x_THE.contiguous()
-    return x_THE if x_THE.data_ptr() % 16 == 0 else x_THE.clone()  # load_rows takes it for granted
+    return aligned(x_THE if is_readable else x_THE.contiguous())
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x where it starts at a multiple of 16 bytes, which load_rows takes for granted, else a copy."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def stride_in_heads(x_THE: Tensor) -> int:

@@ -18,6 +18,7 @@ from socpo_fast.kernels._launch import AotConfigs
 from socpo_fast.kernels._tree_tiles import (
     BLOCK_ROWS,
     LOG2_E,
+    aligned,
     aot_configs_of,
     is_seen,
     launch_of,
@@ -59,7 +60,7 @@ def tree_attention(
     with torch.cuda.device_of(q_THE):
         _tree_attention_kernel[key_blocks_NM.shape[0] * launch.programs_by_queries(tile),](
             *qkv,
-            visible_until_T.contiguous(),
+            aligned(visible_until_T.contiguous()),
             key_blocks_NM,
             o_THE,
             logsumexp_TH,

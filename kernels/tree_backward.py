@@ -19,6 +19,7 @@ from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK
 from socpo_fast.kernels._tree_tiles import (
     BLOCK_ROWS,
     LOG2_E,
+    aligned,
     aot_configs_of,
     is_seen,
     launch_of,
@@ -55,7 +56,7 @@ def tree_attention_backward(
     launch = launch_of(q_THE, k_TKE)
     tile = launch.tiles.grad_q
     tensors = [rows_of_heads(x) for x in (grad_o_THE, q_THE, k_TKE, v_TKE)]
-    visible_until_T = visible_until_T.contiguous()
+    visible_until_T = aligned(visible_until_T.contiguous())
     # Of each row and head what both passes need: logsumexp, in powers of 2, and delta. Rows lie in
     # the order in which the second pass reads them, whole blocks of them.
     rows_2HT = logsumexp_TH.new_empty((2, heads, num_blocks * ROWS_PER_BLOCK))

@@ -65,7 +65,9 @@ def test_every_number_of_a_kernel_has_its_variants() -> None:
         numbers = [argument for argument in arguments if not argument.endswith("_ptr")]
         exempt = re.findall(r"do_not_specialize=\[(.*?)\]", ast.unparse(function.decorator_list[0]))
         ones = [number for number in numbers if f"'{number}'" not in "".join(exempt)]
-        expected = [*(f"{n} int64" for n in numbers), *(f"{n} = 1" for n in ones), "any pointers"]
+        expected = [*(f"{n} int64" for n in numbers), *(f"{n} = 1" for n in ones)]
+        # The launchers of these align what they are given (test_tree_attention_triton.py).
+        expected += [] if name.startswith("_tree_") else ["any pointers"]
         assert sorted(labels[name]) == sorted(expected), name
 
 

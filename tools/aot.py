@@ -141,7 +141,7 @@ def variants_of(config: AotConfig) -> list[Variant]:
     A number whose type is annotated has no others. do_not_specialize keeps a number that is 1 from
     becoming a constant, but not a large one from becoming int64.
     """
-    found = [Variant("any pointers", aligned=False)]
+    found = [] if config.is_aligned else [Variant("any pointers", aligned=False)]
     for param in config.kernel.params:
         if param.annotation_type or argument_type(config, Variant(), param) != "i32":
             continue

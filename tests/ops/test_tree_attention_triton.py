@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +146,42 @@ def test_strided_inputs() -> None:
     assert_same([x.detach().cpu() for x in (o_THE, *grads)], whole, "slices")
     transposed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in slices]
     assert_same(run(until_T, transposed), whole, "heads apart")
+
+
+def test_launches_align_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that start anywhere: only for aligned ones are the kernels known not to spill."""
+    remainders: list[int] = []
+    for stem in ("tree_attention", "tree_backward", "tree_grad_kv"):
+        module = importlib.import_module(f"socpo_fast.kernels.{stem}")
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, NotedKernel(kernel, remainders))
+    whole = run(LONG_COLUMNS, qkv := make_qkv(len(LONG_COLUMNS), (2, 1, 32)))
+    until_T = torch.cat([LONG_COLUMNS[:1], LONG_COLUMNS])[1:]
+    shifted = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in qkv]
+    assert {x.data_ptr() % 16 for x in (until_T, *shifted)} == {4}
+    leaves = [x.to(DEVICE).requires_grad_() for x in shifted]
+    o_THE = tree_attention(*leaves, until_T.to(DEVICE), scale=32**-0.5, impl="triton")
+    grad_o = upstream_of(o_THE)
+    grad_o = torch.cat([grad_o.flatten()[:1], grad_o.flatten()])[1:].view(grad_o.shape)
+    grads = torch.autograd.grad(o_THE, leaves, grad_o)
+    assert_same([x.detach().cpu() for x in (o_THE, *grads)], whole, "shifted")
+    assert len(remainders) > 40
+    assert set(remainders) == {0}
+
+
+class NotedKernel:
+    """A kernel, with the place of each tensor of its launches modulo 16 bytes."""
+
+    def __init__(self, kernel: Any, remainders: list[int]):
+        self.kernel, self.remainders = kernel, remainders
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **options: Any) -> Any:
+            self.remainders += [x.data_ptr() % 16 for x in args if isinstance(x, Tensor)]
+            return self.kernel[grid](*args, **options)
+
+        return launch
 
 
 def test_checkpointing_changes_no_bit() -> None:
