@@ -119,6 +119,7 @@ class Optimizer:
             loss:      [] on any device.
             also_read: [N] figures that the host wants at the same wait for the device.
         """
+        self._drop_stale_low_bits()
         grads = []
         for param in self.params.values():
             if param.grad is None:
@@ -132,12 +133,9 @@ class Optimizer:
         num_steps = self.num_updates - self.num_skipped
         lr = self.lr * min(1.0, (num_steps + 1) / max(1, self.warmup_updates))
         for (name, param), grad in zip(self.params.items(), grads, strict=True):
-            low_bits = self.low_bits.get(name)
-            if low_bits is not None and self._versions.get(name, param._version) != param._version:
-                low_bits.zero_()  # they are the rest of another number
             adamw(
                 param,
-                low_bits,
+                self.low_bits.get(name),
                 self.exp_avg[name],
                 self.exp_avg_sq[name],
                 grad,
@@ -165,12 +163,21 @@ class Optimizer:
 
         Names are "exp_avg.NAME", "exp_avg_sq.NAME" and "low_bits.NAME".
         """
+        self._drop_stale_low_bits()
         kinds = {
             "exp_avg": self.exp_avg,
             "exp_avg_sq": self.exp_avg_sq,
             "low_bits": self.low_bits,
         }
         return {f"{kind}.{name}": x for kind, by_name in kinds.items() for name, x in by_name.items()}
+
+    def _drop_stale_low_bits(self) -> None:
+        """Zeroes what is left of masters whose parameters others wrote to since the last step."""
+        for name, low_bits in self.low_bits.items():
+            version = self.params[name]._version
+            if self._versions.setdefault(name, version) != version:
+                low_bits.zero_()
+                self._versions[name] = version
 
     def state_counts(self) -> dict[str, int]:
         """The rest of the state, for JSON."""

@@ -156,6 +156,8 @@ def test_weights_written_from_outside_are_the_masters() -> None:
     assert (low_bits < 0).any()
     with torch.no_grad():
         param.zero_()
+    assert not optimizer.state_tensors()["low_bits.layers.0.mlp.down.weight"].any()  # as a checkpoint has them
+    assert low_bits is optimizer.low_bits["layers.0.mlp.down.weight"]
     set_gradients(student, seed=4)
     optimizer.step()
     moved = join_master(param.detach(), low_bits)
