@@ -24,18 +24,17 @@ from torch import Tensor
 ROWS_PER_BLOCK = 64
 HEAD_DIMS = (32, 64, 128)  # that the kernels know
 NUM_EXTRA = 64  # parts that cuts add at most, over all columns
-NUM_SLOTS = 2 * NUM_EXTRA  # partial sums that there are at most: of two parts, one is extra
 MIN_CHUNK = 8  # blocks of queries; a partial sum of fewer costs more than it gains
 
 
-def plan_tree(visible_until_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the extremes of each block, and the work of each program, longest first.
+def plan_tree(visible_until_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the work of each program, longest first.
 
     Returns:
-        min_until_N, max_until_N: int32 [N = ceil(T / ROWS_PER_BLOCK)], over each block of rows.
-        key_blocks_NM:   int32 [N, 4 + N]: a block of queries; how many blocks of keys it visits
-                         with a mask, and how many altogether; these blocks, masked ones first;
-                         and a number without a meaning, as a kernel reads one too many.
+        key_blocks_NM:   int32 [N, 4 + N], N = ceil(T / ROWS_PER_BLOCK): a block of queries; how
+                         many blocks of keys it visits with a mask, and how many altogether; these
+                         blocks, masked ones first. The last entry means nothing: it is there for
+                         the kernels, which read the number of the next block ahead.
         query_ranges_P7: int32 [N + NUM_EXTRA, 7], in blocks: a block of keys; its first query and
                          the one behind its last; the same of those that need no mask; the slot of
                          its partial sum, -1 if there is one part; the number of parts. Rows that
@@ -44,8 +43,8 @@ def plan_tree(visible_until_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows = visible_until_T.shape[0]
     num_blocks = -(-num_rows // ROWS_PER_BLOCK)
     if num_rows == 0:
-        empty_N = visible_until_T.new_empty(0)
-        return empty_N, empty_N, empty_N.view(0, 4), empty_N.new_zeros((NUM_EXTRA, 7))
+        no_blocks = visible_until_T.new_empty((0, 4))
+        return no_blocks, visible_until_T.new_zeros((NUM_EXTRA, 7))
     extremes = []
     for reduce, neutral in ((torch.amin, num_rows), (torch.amax, 0)):
         padded = visible_until_T.new_full((num_blocks * ROWS_PER_BLOCK,), neutral)
@@ -54,8 +53,7 @@ def plan_tree(visible_until_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     min_until_N, max_until_N = extremes
     blocks_N = torch.arange(num_blocks, device=visible_until_T.device)
     key_blocks_NM = _plan_queries(blocks_N, min_until_N, max_until_N)
-    query_ranges_P7 = _plan_keys(blocks_N, min_until_N, max_until_N)
-    return min_until_N, max_until_N, key_blocks_NM, query_ranges_P7
+    return key_blocks_NM, _plan_keys(blocks_N, min_until_N, max_until_N)
 
 
 def _plan_queries(blocks_N: Tensor, min_until_N: Tensor, max_until_N: Tensor) -> Tensor:
@@ -63,12 +61,13 @@ def _plan_queries(blocks_N: Tensor, min_until_N: Tensor, max_until_N: Tensor) ->
     is_seen = (blocks_N <= blocks_N[:, None]) & (max_until_N > first_query)
     is_full = (blocks_N < blocks_N[:, None]) & (min_until_N >= first_query + ROWS_PER_BLOCK)
     is_masked = is_seen & ~is_full
-    num_masked, num_seen = is_masked.sum(1, keepdim=True), is_seen.sum(1, keepdim=True)
-    # A visited block's place in its list; all others go into the last column.
-    place = torch.where(is_full, num_masked + is_full.cumsum(1), is_masked.cumsum(1)) - 1
-    place = place.where(is_seen, blocks_N.shape[0])
-    lists = place.new_zeros((place.shape[0], place.shape[1] + 1), dtype=torch.int32)
-    lists = lists.scatter(1, place, blocks_N.int().expand_as(place))
+    num_masked = is_masked.sum(1, keepdim=True)
+    num_seen = is_seen.sum(1, keepdim=True)
+    # Where a visited block stands in its list; all others go into the last column.
+    column = torch.where(is_full, num_masked + is_full.cumsum(1), is_masked.cumsum(1)) - 1
+    column = column.where(is_seen, blocks_N.shape[0])
+    lists = column.new_zeros((column.shape[0], column.shape[1] + 1), dtype=torch.int32)
+    lists = lists.scatter(1, column, blocks_N.int().expand_as(column))
     table = torch.cat((blocks_N[:, None].int(), num_masked.int(), num_seen.int(), lists), 1)
     return table[num_seen[:, 0].argsort(descending=True, stable=True)]
 
@@ -106,6 +105,17 @@ def _plan_keys(blocks_N: Tensor, min_until_N: Tensor, max_until_N: Tensor) -> Te
         1,
     )
     return table[(begin_P - end_P).argsort(stable=True)].int()
+
+
+def max_slots(num_rows: int) -> int:
+    """Partial sums that a tree of so many rows has at most, whatever it looks like.
+
+    Column j is at most N - j blocks long, and cut only where it is longer than MIN_CHUNK. A cut
+    into two parts adds one, so that all cuts have twice as many parts as they add, at most.
+    """
+    num_blocks = -(-num_rows // ROWS_PER_BLOCK)
+    parts = (-(-length // MIN_CHUNK) for length in range(MIN_CHUNK + 1, num_blocks + 1))
+    return min(2 * NUM_EXTRA, sum(parts))
 
 
 def program_lengths(query_ranges_P7: Tensor) -> tuple[Tensor, Tensor]:

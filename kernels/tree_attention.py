@@ -125,8 +125,8 @@ def _tree_attention_kernel(
     )  # fmt: skip
     store_rows(o_ptr, acc / l_i[:, None], first, head, HEADS, num_rows, PACK, BLOCK_M, HEAD_DIM)
     queries = first + offs_m // PACK
-    places = queries.to(tl.int64) * HEADS + head + offs_m % PACK
-    tl.store(logsumexp_ptr + places, (m_i + tl.log2(l_i)) * _LN_2, queries < num_rows)
+    offs = queries.to(tl.int64) * HEADS + head + offs_m % PACK
+    tl.store(logsumexp_ptr + offs, (m_i + tl.log2(l_i)) * _LN_2, queries < num_rows)
 
 
 @triton.jit

@@ -49,7 +49,8 @@ def tree_attention_backward(
 
     Args: as there; o and logsumexp as the forward gave them, and the plan of the tree.
     """
-    (num_rows, heads, _), num_blocks = q_THE.shape, key_blocks_NM.shape[0]
+    num_rows, heads, _ = q_THE.shape
+    num_blocks = key_blocks_NM.shape[0]
     grad_q_THE = q_THE.new_empty(q_THE.shape)
     if num_rows == 0:
         return grad_q_THE, k_TKE.new_empty(k_TKE.shape), v_TKE.new_empty(v_TKE.shape)
@@ -131,13 +132,13 @@ def _tree_grad_q_kernel(
     grad = load_rows(grad_o_ptr, first, head, stride_dt, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
     o = load_rows(o_ptr, first, head, HEADS, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
     delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
-    places = queries.to(tl.int64) * HEADS + heads
-    logsumexp = tl.load(logsumexp_ptr + places, queries < num_rows, other=0.0) * LOG2_E
+    offs = queries.to(tl.int64) * HEADS + heads
+    logsumexp = tl.load(logsumexp_ptr + offs, queries < num_rows, other=0.0) * LOG2_E
     # Whole blocks of rows, zeros beyond the last: the second pass reads them without a mask.
     stride_h = (tl.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS).to(tl.int64)
-    places = heads * stride_h + queries
-    tl.store(rows_ptr + places, logsumexp)
-    tl.store(rows_ptr + HEADS * stride_h + places, delta)
+    offs = heads * stride_h + queries
+    tl.store(rows_ptr + offs, logsumexp)
+    tl.store(rows_ptr + HEADS * stride_h + offs, delta)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     acc = _add_keys(
         acc, q, grad, logsumexp, delta, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr,

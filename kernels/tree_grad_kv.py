@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from socpo_fast.kernels._launch import AotConfigs
-from socpo_fast.kernels._tree_plan import MIN_CHUNK, NUM_SLOTS, ROWS_PER_BLOCK
+from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK, max_slots
 from socpo_fast.kernels._tree_tiles import (
     BLOCK_ROWS,
     LOG2_E,
@@ -36,13 +36,14 @@ def grad_keys_and_values(
 ) -> tuple[Tensor, Tensor]:
     """dK and dV; tensors are the gradient of o, q, k and v as `rows_of_heads` gives them.
 
-    Memory: NUM_SLOTS partial sums of a block of keys at most.
+    Memory: max_slots partial sums of a block of keys.
     """
     _, _, k_TKE, v_TKE = tensors
     num_rows, kv_heads, head_dim = k_TKE.shape
     tile = launch.tiles.grad_kv
-    grad_k_TKE, grad_v_TKE = k_TKE.new_empty(k_TKE.shape), v_TKE.new_empty(v_TKE.shape)
-    num_slots = NUM_SLOTS if num_rows > MIN_CHUNK * ROWS_PER_BLOCK else 0
+    grad_k_TKE = k_TKE.new_empty(k_TKE.shape)
+    grad_v_TKE = v_TKE.new_empty(v_TKE.shape)
+    num_slots = max_slots(num_rows)
     partial_SK2NE = rows_2HT.new_empty((num_slots, kv_heads, 2, ROWS_PER_BLOCK, head_dim))
     programs = ROWS_PER_BLOCK // tile.keys * kv_heads
     _tree_grad_kv_kernel[query_ranges_P7.shape[0] * programs,](
@@ -112,10 +113,12 @@ def _tree_grad_kv_kernel(
     kv_head = tl.program_id(0) % KV_HEADS
     part = tl.program_id(0) // KV_HEADS % PARTS
     query_ranges_ptr += (tl.program_id(0) // KV_HEADS // PARTS).to(tl.int64) * 7
-    begin, end = tl.load(query_ranges_ptr + 1), tl.load(query_ranges_ptr + 2)
+    begin = tl.load(query_ranges_ptr + 1)
+    end = tl.load(query_ranges_ptr + 2)
     if begin < end:
         first_key = tl.load(query_ranges_ptr) * BLOCK_ROWS + part * BLOCK_N
-        full_begin, full_end = tl.load(query_ranges_ptr + 3), tl.load(query_ranges_ptr + 4)
+        full_begin = tl.load(query_ranges_ptr + 3)
+        full_end = tl.load(query_ranges_ptr + 4)
         slot = tl.load(query_ranges_ptr + 5)
         keys = first_key + tl.arange(0, BLOCK_N)
         until = tl.load(visible_until_ptr + keys, keys < num_rows, other=0)
@@ -173,13 +176,13 @@ def _add_queries(
             part += tl.where(part < num_before * PARTS, 0, num_skipped * PARTS)
         first = begin * BLOCK_ROWS + part * BLOCK_M
         queries = first + tl.arange(0, BLOCK_M)
-        places = head * stride_h + queries
+        offs = head * stride_h + queries
         q = load_rows(q_ptr, first, head, stride_qt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM)
         grad = load_rows(
             grad_o_ptr, first, head, stride_dt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM
         )  # fmt: skip
-        logsumexp = tl.load(rows_ptr + places)
-        delta = tl.load(delta_ptr + places)
+        logsumexp = tl.load(rows_ptr + offs)
+        delta = tl.load(delta_ptr + offs)
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(qk * scale - logsumexp[None, :])
         if IS_MASKED:
@@ -202,7 +205,8 @@ def _tree_sum_kernel(
     HEAD_DIM: tl.constexpr,
 ):
     query_ranges_ptr += tl.program_id(0) * 7
-    block, begin = tl.load(query_ranges_ptr), tl.load(query_ranges_ptr + 1)
+    block = tl.load(query_ranges_ptr)
+    begin = tl.load(query_ranges_ptr + 1)
     slot = tl.load(query_ranges_ptr + 5)
     kv_head, is_v = tl.program_id(1), tl.program_id(2)
     # The part that begins with the keys themselves stands for all parts.

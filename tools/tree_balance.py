@@ -13,6 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK, program_lengths
+from socpo_fast.ops import TreeMask
+from socpo_fast.ops.tree_attention import num_pairs
+
 MULTIPROCESSORS = 132  # of an H100
 KV_HEADS = 8  # of Qwen3
 _ANSWERS = [round(100 + idx * 200 / 7) for idx in range(8)]  # 100 to 300
@@ -50,22 +54,31 @@ def balance_of(lengths_P: Tensor) -> dict[str, float]:
     return {"longest_over_mean": max(lengths) / mean, "time_over_even": time / even}
 
 
+def tile_shares(mask: TreeMask) -> dict[str, float]:
+    """Of the tiles that are visited: those with a mask, and how many of their pairs are seen."""
+    num_masked = int(mask.key_blocks_NM[:, 1].sum())
+    num_tiles = int(mask.key_blocks_NM[:, 2].sum())
+    seen = num_pairs(mask.visible_until_T) / (num_tiles * ROWS_PER_BLOCK**2)
+    return {"masked": num_masked / num_tiles, "pairs_seen": seen}
+
+
 def tree_balances() -> list[dict[str, object]]:
     """Prints a row a microbatch, and returns the numbers."""
-    from socpo_fast.kernels._tree_plan import program_lengths
-    from socpo_fast.ops import TreeMask
-
     print(f"dK and dV of tree attention on {MULTIPROCESSORS} multiprocessors, {KV_HEADS} KV heads:")
     balances: list[dict[str, object]] = []
     for name, groups in MICROBATCHES.items():
         until_T = visible_until_of_groups(groups)
-        cut_P, whole_N = program_lengths(TreeMask.of(until_T).query_ranges_P7)
+        mask = TreeMask.of(until_T)
+        cut_P, whole_N = program_lengths(mask.query_ranges_P7)
         cut, whole = balance_of(cut_P), balance_of(whole_N)
         rows = f"  {name} ({len(until_T)} rows)"
         ratios = ", ".join(
             f"{what.replace('_over_', ' / ')} {cut[what]:.2f} (uncut {whole[what]:.2f})"
             for what in cut
         )
-        print(f"{rows:62}{ratios}")
-        balances.append({"microbatch": name, "rows": len(until_T), "cut": cut, "uncut": whole})
+        shares = tile_shares(mask)
+        tiles = f"{shares['masked']:.0%} of tiles masked, {shares['pairs_seen']:.0%} of pairs seen"
+        print(f"{rows:62}{ratios}; {tiles}")
+        numbers = {"rows": len(until_T), "cut": cut, "uncut": whole, "tiles": shares}
+        balances.append({"microbatch": name, **numbers})
     return balances

@@ -25,13 +25,12 @@ INT32 = (torch.int32,)
 class TreeMask(NamedTuple):
     """Who sees whom in a tree of packed rows, checked once for all layers of a microbatch.
 
-    The last four say which tiles of (queries, keys) the kernels of a GPU skip, and which need a
-    mask, as kernels/_tree_plan.py explains.
+    The last two say which tiles of (queries, keys) the kernels of a GPU skip, and which need a
+    mask, by the extremes of each block of rows; kernels/_tree_plan.py explains it. Make it with
+    `of` only: another visible_until_T needs another plan.
     """
 
     visible_until_T: Tensor  # int32: the first row that no longer sees row s
-    min_until_N: Tensor  # int32 [ceil(T / ROWS_PER_BLOCK)], over each block of rows
-    max_until_N: Tensor
     key_blocks_NM: Tensor  # int32: what each block of queries visits
     query_ranges_P7: Tensor  # int32: what each block of keys is visited by
 
@@ -118,7 +117,7 @@ def tree_attention(
         v_TKE: [T, K, E], same dtype.
         tree:  visible_until_T, [T] int32 with s < visible_until[s] <= T; or TreeMask.of(it), which
                many layers share. Rows of a tree stand in depth-first order.
-        scale: > 0, usually E ** -0.5.
+        scale: > 1e-37 and < 1e37, usually E ** -0.5.
         impl:  "auto", "ref", "cpp", or "triton" for E 32, 64 or 128; at any other E "auto" is "ref"
                on a GPU.
 
@@ -132,7 +131,8 @@ def tree_attention(
     Gradient: q, k, v. Memory: q, k, v, o and one number a row and head are kept for the backward;
     cpp: a thread holds the scores of one block of rows; triton: the backward holds two numbers more
     a row and head, and partial sums of dK and dV, for 8192 rows at most. Bitwise: same inputs, same
-    bits; cpp: for any number of threads.
+    bits; cpp: for any number of threads. A number that is not finite may reach rows that do not see
+    its row; in cpp it does not.
     """
     q_THE, k_TKE, v_TKE = autocast(q_THE, k_TKE, v_TKE)
     check = TensorChecker("tree_attention")
@@ -148,7 +148,8 @@ def tree_attention(
         f"a multiple of K={kv_heads}",
     )
     check_rule(check.where, "E", head_dim, head_dim > 0, ">= 1")
-    check_rule(check.where, "scale", scale, 0 < scale < float("inf"), "finite and > 0")
+    # What is 0 or infinite in fp32 would make every score nan.
+    check_rule(check.where, "scale", scale, 1e-37 < scale < 1e37, "> 1e-37 and < 1e37")
     visible_until_T = tree.visible_until_T if isinstance(tree, TreeMask) else tree
     check("visible_until_T", visible_until_T, INT32)
     if not isinstance(tree, TreeMask):
@@ -168,8 +169,6 @@ def _kernel(
     k: Tensor,
     v: Tensor,
     visible_until: Tensor,
-    min_until: Tensor,
-    max_until: Tensor,
     key_blocks: Tensor,
     query_ranges: Tensor,
     scale: float,
@@ -188,7 +187,7 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """With p = exp(score - logsumexp) and d = grad . o, a score's gradient is p (grad . v - d)."""
     grads = _tree_attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
-    return *grads, *[None] * 7
+    return *grads, *[None] * 5
 
 
 def _backward_kernel(
@@ -197,8 +196,6 @@ def _backward_kernel(
     k: Tensor,
     v: Tensor,
     visible_until: Tensor,
-    min_until: Tensor,
-    max_until: Tensor,
     key_blocks: Tensor,
     query_ranges: Tensor,
     o: Tensor,
@@ -220,8 +217,8 @@ def _backward_kernel(
 
 # logsumexp [T, H] is of each row's scores: what the backward needs of the softmax.
 _tree_attention = define_op(
-    "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor min_until, "
-    "Tensor max_until, Tensor key_blocks, Tensor query_ranges, float scale, str impl) "
+    "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor key_blocks, "
+    "Tensor query_ranges, float scale, str impl) "
     "-> (Tensor o, Tensor logsumexp)",
     _kernel,
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
@@ -229,7 +226,7 @@ _tree_attention = define_op(
 )
 _tree_attention_backward = define_op(
     "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor visible_until, "
-    "Tensor min_until, Tensor max_until, Tensor key_blocks, Tensor query_ranges, Tensor o, "
+    "Tensor key_blocks, Tensor query_ranges, Tensor o, "
     "Tensor logsumexp, float scale, str impl) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _backward_kernel,

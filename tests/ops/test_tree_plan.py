@@ -9,13 +9,13 @@ from torch import Tensor
 from socpo_fast.kernels._tree_plan import (
     MIN_CHUNK,
     NUM_EXTRA,
-    NUM_SLOTS,
     ROWS_PER_BLOCK,
+    max_slots,
     program_lengths,
 )
 from socpo_fast.ops import TreeMask
 from tests.ops.test_tree_attention import int32, random_tree
-from tools.tree_balance import balance_of, makespan, visible_until_of_groups
+from tools.tree_balance import balance_of, makespan, tile_shares, visible_until_of_groups
 
 GROUPS = [(300, [100, 150, 200, 290]), (64, [64, 128]), (1000, [300] * 3)]
 TREES = {
@@ -69,7 +69,8 @@ def test_keys_are_visited_once_by_all_who_see_them(name: str) -> None:
     assert visits.max() == 1 and visits[some].min() == 1
     slots = ranges[ranges[:, 5] >= 0]
     slots = slots[slots[:, 1] < slots[:, 2]]
-    assert sorted(slots[:, 5].tolist()) == list(range(num_slots)) and num_slots <= NUM_SLOTS
+    assert sorted(slots[:, 5].tolist()) == list(range(num_slots))
+    assert num_slots <= max_slots(len(TREES[name]))
     for part in slots.tolist():  # the first of a block's slots is that of the block's own queries
         first = part[5] - slots[(slots[:, 0] == part[0]) & (slots[:, 5] <= part[5])].shape[0] + 1
         assert slots[slots[:, 5] == first][0, 1] == part[0]
@@ -104,3 +105,18 @@ def test_balance_by_hand() -> None:
     assert balance["time_over_even"] == pytest.approx(8 / (8 * 31 / 132))
     assert balance_of(whole_N)["longest_over_mean"] == pytest.approx(16 / (31 / 16))
     assert makespan([5, 4, 3, 3], 2) == 8
+
+
+def test_slots_are_no_more_than_cuts_can_need() -> None:
+    """Of 9 blocks the prompt's column alone is longer than a chunk; of many the cuts are bounded."""
+    assert max_slots(0) == max_slots(MIN_CHUNK * ROWS_PER_BLOCK) == 0
+    assert max_slots(MIN_CHUNK * ROWS_PER_BLOCK + 1) == 2
+    assert max_slots((MIN_CHUNK + 1) * ROWS_PER_BLOCK + 1) == 4
+    assert max_slots(10**6) == 2 * NUM_EXTRA
+
+
+def test_shares_of_tiles() -> None:
+    """Two blocks of one sequence: two triangles with a mask, one tile between them without."""
+    shares = tile_shares(TreeMask.of(int32([128] * 128)))
+    assert shares["masked"] == pytest.approx(2 / 3)
+    assert shares["pairs_seen"] == pytest.approx(128 * 129 / 2 / (3 * 64 * 64))

@@ -36,6 +36,7 @@ from tools.gpu_check.results import read_results
 from tools.gpu_check.stages import NAMES
 from tools.gpu_check.timing import Run, median_ms
 from tools.gpu_check.trees import SHAPES, TINY_SHAPES, TreeShape, visible_until_of
+from tools.tree_balance import tile_shares
 
 LONG_ROW, TINY_LONG_ROW = 8192, 64
 FLOPS = {"forward": 4, "training": 14}  # times E, a head and pair; training: forward and backward
@@ -213,6 +214,11 @@ def measure_ours(check: Check) -> None:
         with check.case(shape.name):
             problem = make_problem(check, shape)
             contender = ours(problem.tree, problem.scale)
+            shares = tile_shares(problem.tree)
+            tiles = (
+                f"{shares['masked']:.0%} of tiles masked, {shares['pairs_seen']:.0%} of pairs seen"
+            )
+            check.note(f"{shape.name}: {tiles}")
             error = hold_to_truth(problem, contender, MAX_ERROR[check.dtype])
             check.figure("attention.row_error", error, of=shape.name)
             two = [answer_of(problem, contender) for _ in range(2)]
