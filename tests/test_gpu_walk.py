@@ -198,8 +198,13 @@ def test_the_walk_finds_no_fault(tmp_path: Path) -> None:
     assert num_of["aten.addmm"] == 3 * num_of["_policy_rows_kernel"]
     exact = 3 * 2 * 8192 * 151936 * 1024
     assert exact <= sum(x["count"] * x["flops"] for x in head["launches"]) < 1.001 * exact
-    backward = {x["kernel"] for x in sections["update of one group, backward"]["launches"]}
+    layers = sections["update of one group, backward of the layers"]
+    backward = {x["kernel"] for x in layers["launches"]}
     assert {"_rms_norm_backward_kernel", "_swiglu_backward_kernel"} <= backward
+    assert {"_tree_grad_q_kernel", "_tree_grad_kv_kernel"} <= backward
+    update = [section for name, section in sections.items() if name.startswith("update of")]
+    assert all(section["reads"] == [] for section in update)
+    assert len(sections["its step of AdamW"]["reads"]) == 1
     assert "| decode round, batch 256 |" in page.read_text()
 
 

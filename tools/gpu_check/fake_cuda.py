@@ -91,6 +91,7 @@ def fake_cuda() -> Iterator[Recorder]:
         (torch.cuda, "get_device_properties", lambda _device=None: CARD),
         (torch.cuda, "synchronize", lambda _device=None: recorder.read("torch.cuda.synchronize")),
         (FakeTensor, "tolist", list_of),
+        (FakeTensor, "data_ptr", lambda _: 0),  # aligned, as an allocator's memory is
         (_checks, "FakeTensor", ()),  # as on a card, where a door's checks are launches
         (Tensor, "backward", backward_of),
         (Tensor, "pin_memory", lambda x: x),  # which a driver does
