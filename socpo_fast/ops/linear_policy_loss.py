@@ -79,7 +79,8 @@ def linear_policy_loss_ref(
     )
     # a skipped row of advantage 0 counts as a loss row in which no clip held
     clip_fraction = result.clip_fraction * scored_N.sum() / has_loss_N.sum().clamp(min=1)
-    return result._replace(clip_fraction=clip_fraction)
+    # Not by _replace, which torch.compile of torch 2.11 does not trace.
+    return PolicyLoss(*result[:-1], clip_fraction)
 
 
 def linear_policy_loss(

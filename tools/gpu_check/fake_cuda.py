@@ -178,9 +178,8 @@ class Recorder(TorchDispatchMode):
         """What loss.backward() does, in a section of its own."""
         section = self.current
         assert section is not None, "a backward outside of a section"
-        name = f"{section.name}, backward"
-        if loss.dim() > 0:  # from the gradient of hidden states
-            name += " of the layers"
+        whose = " of the layers" if loss.dim() > 0 else ""  # from the gradient of hidden states
+        name = f"{section.name}, backward{whose}"
         with self.section(name, may_read=section.may_read, may_upload=section.may_upload):
             backward([loss], [torch.ones_like(loss)])
 
