@@ -79,8 +79,7 @@ class AccumulatingLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         grad_x_TD = torch.empty_like(x_TD)
-        # A CPU reads bf16 weights beside fp32 rows.
-        matmul_(grad_x_TD, grad_TN, weight_ND.detach().to(x_TD.dtype))
+        matmul_(grad_x_TD, grad_TN, weight_ND.detach())
         return grad_x_TD, None, None
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from socpo_fast.ops import TreeMask, tree_attention
+from socpo_fast.socratic import plugin
 from tools.gpu_check.check import Check, Skipped
 from tools.gpu_check.trees import TreeShape, ancestors, copied_rows
 
@@ -63,18 +62,12 @@ def no_fault_of_ours() -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises TimeoutError in the main thread when the time is over."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"{what} took more than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Raises TimeoutError when the time is over, past handlers that take every Exception."""
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        with plugin.time_limit(seconds):
+            yield
+    except plugin.TookTooLong as error:
+        raise TimeoutError(f"{what} took more than {seconds:g} s") from error
 
 
 def ours(tree: TreeMask, scale: float) -> Contender:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tools.tree_balance import visible_until_of_groups
+
 
 @dataclass(frozen=True)
 class TreeShape:
@@ -51,15 +53,7 @@ TINY_SHAPES = (TreeShape("2 x 7 behind 30", 30, (7, 7)), TreeShape("2 groups", 9
 
 def visible_until_of(shape: TreeShape) -> Tensor:
     """[T] int32: a prompt is seen to the end of its group, an answer to its own."""
-    ends: list[int] = []
-    for group in range(shape.groups):
-        start = group * shape.rows_of_a_group
-        ends += [start + shape.rows_of_a_group] * shape.prompt
-        row = start + shape.prompt
-        for length in shape.answers:
-            row += length
-            ends += [row] * length
-    return torch.tensor(ends, dtype=torch.int32)
+    return visible_until_of_groups([(shape.prompt, shape.answers)] * shape.groups)
 
 
 def segments_of(shape: TreeShape) -> list[tuple[range, range]]:
