@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tools.gpu_check import walk
-from tools.gpu_check.fake_cuda import Recorder
 from tools.gpu_check.launches import Launch, Section
+from tools.gpu_check.recorder import Recorder
 
 ROOT = Path(__file__).parent.parent
 CUDA = "cuda:0"

@@ -21,9 +21,10 @@ from socpo_fast.model.decoder import Layer, rotary_tables
 from socpo_fast.ops import linear_policy_loss, rms_norm, rotary, rotary_write, swiglu
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
-from tools.gpu_check.fake_cuda import Recorder, fake_cuda
+from tools.gpu_check.fake_cuda import fake_cuda
 from tools.gpu_check.graph import backward
 from tools.gpu_check.launches import Section
+from tools.gpu_check.recorder import Recorder
 
 DEVICE, DTYPE = "cuda:0", torch.bfloat16
 PAGE_SIZE, NUM_PAGES = 32, 64  # of a sequence: a context of 2048

@@ -1,13 +1,16 @@
 """The backward of autograd without its engine, which asks a device for its streams.
 
-`backward` calls the nodes of the graph, each after all that it waits for. Departures from the
-engine: hooks of tensors and nodes do not run, and independent nodes may come in another order.
+`backward` and `grad` call the nodes of the graph, each after all that it waits for. Departures from
+the engine: hooks of tensors and nodes do not run, independent nodes may come in another order, and
+a graph is walked once: `saved_until_read` frees what a node had saved, as the engine does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,21 +22,81 @@ def backward(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
     Hooks do not run. Gradients that nobody else holds become .grad without a copy, as there.
     """
+    _run(roots, gradients, _accumulate)
+
+
+def grad(
+    roots: Sequence[Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What torch.autograd.grad returns for leaves of the graph; .grad of none changes."""
+    if not all(leaf.is_leaf for leaf in leaves):
+        raise NotImplementedError("graph.grad: inputs must be leaves, got the result of an op")
+    found: dict[int, Tensor] = {}
+
+    def keep(variable: Tensor, gradient: Tensor) -> None:
+        found[id(variable)] = gradient
+
+    _run(roots, gradients, keep)
+    return tuple(found.get(id(leaf)) for leaf in leaves)
+
+
+def saved_until_read() -> torch.autograd.graph.saved_tensors_hooks:
+    """While entered, what is saved for a backward lives until its node has run, as in the engine.
+
+    Otherwise it would live as long as the graph, and the memory of a backward would seem larger.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_Saved, _Saved.read)
+
+
+class _Saved:
+    """A tensor that a node will need; without it once the node has run."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor: Tensor | None = tensor
+
+    def read(self) -> Tensor:
+        assert self.tensor is not None, "a graph whose tensors have been freed is walked again"
+        _read.append(self)
+        return self.tensor
+
+
+_read: list[_Saved] = []  # by the node that runs
+_tasks = itertools.count()
+
+
+def _run(
+    roots: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    at_leaf: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Calls each node after all that it waits for, and at_leaf with each leaf's whole gradient."""
     arrived: dict[Any, dict[int, Tensor]] = {}
-    with torch.no_grad():
+    task = next(_tasks)  # torch.utils.checkpoint recomputes once a task
+    with torch.no_grad(), mock.patch.object(torch._C, "_current_graph_task_id", return_value=task):
         for root, gradient in zip(roots, gradients, strict=True):
             _arrive(arrived, root.grad_fn, root.output_nr, gradient)
         for node in _in_order([root.grad_fn for root in roots]):
-            if node not in arrived:
-                continue
-            inputs = arrived.pop(node)
-            if hasattr(node, "variable"):
-                _accumulate(node.variable, inputs[0])
-                continue
-            results = _call(node, inputs)
-            for (following, index), result in zip(node.next_functions, results, strict=True):
-                if following is not None and result is not None:
-                    _arrive(arrived, following, index, result)
+            if node in arrived:
+                _visit(node, arrived, at_leaf)
+
+
+def _visit(
+    node: Any,
+    arrived: dict[Any, dict[int, Tensor]],
+    at_leaf: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Calls one node, hands on its gradients, and frees what it had saved."""
+    inputs = arrived.pop(node)
+    if hasattr(node, "variable"):
+        at_leaf(node.variable, inputs[0])
+        return
+    results = _call(node, inputs)
+    for saved in _read:
+        saved.tensor = None
+    _read.clear()
+    for (following, index), result in zip(node.next_functions, results, strict=True):
+        if following is not None and result is not None:
+            _arrive(arrived, following, index, result)
 
 
 def _arrive(arrived: dict[Any, dict[int, Tensor]], node: Any, index: int, gradient: Tensor) -> None:

@@ -30,8 +30,8 @@ import torch
 
 from socpo_fast.report.environment import installed_version
 from tools.gpu_check.code_paths import walk
-from tools.gpu_check.fake_cuda import ROOT
 from tools.gpu_check.launches import PRODUCTS, Launch, Section
+from tools.gpu_check.lines import ROOT
 from tools.gpu_check.models import MODELS
 
 BEGIN, END = "<!-- begin of the walk -->", "<!-- end of the walk -->"  # what --markdown replaces

@@ -1,0 +1,254 @@
+"""What happens on the fake device: every op of torch, every launch of Triton, every host read.
+
+Recorder writes them down in Sections, and counts the memory of tensors as they come and go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tools.gpu_check.graph import backward, grad
+from tools.gpu_check.launches import (
+    Launch,
+    Section,
+    check_launch,
+    kernel_flops,
+    kernel_traffic,
+    label,
+    op_name,
+    op_traffic,
+    product_flops,
+    tensors_of,
+    wide_product,
+)
+from tools.gpu_check.lines import our_line, our_lines
+from tools.gpu_check.memory import Memory
+
+# They make a tensor and start no kernel; views are known by themselves.
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+NO_KERNEL = (*ALLOCATIONS, "_unsafe_view")
+SYNCHRONIZE = "torch.cuda.synchronize"
+
+
+class HostRead(Exception):
+    """The host asked for a value of the device where it must not."""
+
+
+class Recorder(TorchDispatchMode):
+    """What happened on the device, section by section; outside of a section nothing is recorded."""
+
+    def __init__(self, launch_options: Collection[str] = ()):
+        super().__init__()
+        self.launch_options = launch_options  # keywords of a launch that no kernel declares
+        self.sections: list[Section] = []
+        self.current: Section | None = None
+        self.memory = Memory()
+        self.full_at = ""  # the line at which more lived than a card has
+        self.on_wait: Callable[[str], None] = lambda _what: None  # where the host waits
+
+    @contextlib.contextmanager
+    def section(
+        self,
+        name: str,
+        *,
+        may_read: bool,
+        may_upload: bool = True,
+    ) -> Iterator[Section]:
+        """Records into a new section; what is raised in the outermost one becomes its fault."""
+        outer, section = self.current, Section(name, may_read, may_upload)
+        self.sections.append(section)
+        self.current = section
+        try:
+            yield section
+        except Exception as error:
+            if outer is not None:
+                raise
+            if isinstance(error, HostRead):
+                return  # recorded where it was raised
+            message = str(error).partition("\n")[0]
+            stopped = f"stopped by {type(error).__name__} at {our_lines(error)}"
+            section.faults.append(f"{stopped}: {message}")
+        finally:
+            self.current = outer
+
+    def read(self, what: str) -> None:
+        """The host waits for the device."""
+        if self.current is None:
+            return
+        text = f"{what} at {our_line()}"
+        self.on_wait(what)
+        self.current.reads.append(text)
+        if not self.current.may_read:
+            self.current.faults.append(f"host read: {text}")
+            raise HostRead(text)
+
+    def upload(self, what: str) -> None:
+        """A tensor of the host is copied to the device, or takes part in a launch."""
+        if self.current is None:
+            return
+        text = f"{what} at {our_line()}"
+        self.on_wait(what)
+        self.current.uploads.append(text)
+        if not self.current.may_upload:
+            self.current.faults.append(f"host tensor: {text}")
+
+    def launch(
+        self,
+        name: str,
+        signature: inspect.Signature,
+        grid: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """One launch of a Triton kernel, instead of running it."""
+        if self.current is None:
+            return
+        bound, sizes, faults = check_launch(signature, grid, args, kwargs, self.launch_options)
+        self.current.faults += [f"{name} at {our_line()}: {fault}" for fault in faults]
+        tensors = {key: x for key, x in bound.items() if isinstance(x, Tensor)}
+        shapes = ", ".join(f"{key} {label(x)}" for key, x in tensors.items())
+        traffic = tuple(kernel_traffic(tensors))
+        self.current.launches.append(Launch(name, shapes, sizes, traffic, kernel_flops(tensors)))
+
+    def list_of(self, x: Tensor) -> Any:
+        """What x.tolist() returns."""
+        self.read(f"tolist of {label(x)}")
+        return torch.zeros(x.shape, dtype=x.dtype).tolist()
+
+    def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """What roots[0].backward(gradients[0]) does, in a section of its own."""
+        with self._backward_section():
+            backward(roots, _or_ones(roots, gradients))
+
+    def grad(
+        self,
+        roots: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> tuple[Tensor | None, ...]:
+        """What torch.autograd.grad returns, in a section of its own."""
+        with self._backward_section():
+            return grad(roots, leaves, _or_ones(roots, gradients))
+
+    def _backward_section(self) -> contextlib.AbstractContextManager[Section]:
+        section = self.current
+        assert section is not None, "a backward outside of a section"
+        name = f"{section.name}, backward"
+        return self.section(name, may_read=section.may_read, may_upload=section.may_upload)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs, name = kwargs or {}, op_name(func)
+        inputs = tensors_of((args, kwargs))
+        device = torch.device(kwargs.get("device") or "cpu")
+        if device.type != "cuda" and not any(isinstance(x, FakeTensor) for x in inputs):
+            with unset_fake_temporarily():  # the host's own work
+                return func(*args, **kwargs)
+        if func.namespace == "prim":  # a question about the tensor, no work
+            return func(*args, **kwargs)
+        if name in ("_local_scalar_dense", "equal"):
+            self.read(f"aten.{name} of {label(args[0])}")
+            with unset_fake_temporarily():
+                return name == "equal" or torch.zeros((), dtype=args[0].dtype).item()
+        if name in ("_to_copy", "copy_") and _target(name, args, kwargs).type == "cpu":
+            return self._download(name, args, kwargs)
+        if torch.Tag.dynamic_output_shape in func.tags or name == "index_put_":
+            args = self._without_masks(name, args)
+        self._check_operands(func, name, inputs)
+        out = wide_product(func, args, kwargs)
+        if name == "nonzero":  # as many rows as there can be
+            out = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        if out is None:
+            out = func(*args, **kwargs)
+        outputs = tensors_of(out)
+        self._count_memory(outputs)
+        self._record(func, args, kwargs, outputs)
+        return out
+
+    def _count_memory(self, outputs: list[Tensor]) -> None:
+        for x in outputs:
+            if isinstance(x, FakeTensor) and x.device.type == "cuda":
+                self.memory.add(x)
+        if self.memory.is_full and not self.full_at:
+            self.full_at = our_line()
+
+    def _record(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        outputs: list[Tensor],
+    ) -> None:
+        """One launch, unless the op makes a view, an empty tensor or nothing."""
+        name, inputs = op_name(func), tensors_of((args, kwargs))
+        has_elements = any(x.numel() for x in outputs or inputs)
+        if self.current is None or func.is_view or name in NO_KERNEL or not has_elements:
+            return
+        is_in_place = any(x.alias_info and x.alias_info.is_write for x in func._schema.returns)
+        new = [] if is_in_place else outputs
+        shapes = ", ".join(map(label, inputs))
+        if new:
+            shapes += " -> " + ", ".join(map(label, new))
+        traffic = tuple(op_traffic(func, args, kwargs, new))
+        flops = product_flops(name, [x.shape for x in tensors_of(args)])
+        self.current.launches.append(Launch(f"aten.{name}", shapes.strip(), (), traffic, flops))
+
+    def _check_operands(self, func: Any, name: str, inputs: list[Tensor]) -> None:
+        """A single number may lie on the host as operand of an element-wise op, nothing else."""
+        takes_numbers = torch.Tag.pointwise in func.tags or name == "fill_"
+        for x in inputs:
+            if x.device.type == "cpu" and (x.dim() > 0 or not takes_numbers):
+                self.upload(f"aten.{name} of {label(x)}")
+
+    def _download(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """A copy to the host; one that does not block is no read."""
+        source = args[1] if name == "copy_" else args[0]
+        if not kwargs.get("non_blocking") and args[2:] != (True,):
+            self.read(f"aten.{name} of {label(source)} to the host")
+        if name == "copy_":
+            return args[0]
+        with unset_fake_temporarily():
+            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+
+    def _without_masks(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Notes ops whose result has a size that only the device knows; masks become all true."""
+        if name not in ("index", "index_put_"):
+            self.read(f"aten.{name} of {label(args[0])}")
+            return args
+        is_fill = name == "index_put_" and args[2].numel() == 1  # that one needs no size
+        indices: list[Tensor | None] = []
+        for index in args[1]:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                indices.append(index)
+                continue
+            if not is_fill:
+                self.read(f"aten.{name} by a mask {label(index)}")
+            rows = index.new_empty(index.numel(), dtype=torch.int64)
+            indices += [rows] * index.dim()
+        return (args[0], indices, *args[2:])
+
+
+def _or_ones(roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """A loss may leave its gradient out."""
+    pairs = zip(roots, gradients, strict=True)
+    return [torch.ones_like(root) if given is None else given for root, given in pairs]
+
+
+def _target(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
+    """Where a copy goes."""
+    if name == "copy_":
+        return args[0].device
+    return torch.device(kwargs.get("device") or args[0].device)
