@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from tools.gpu_check.expectations import make_figure
+from tools.gpu_check.lines import our_lines
 from tools.gpu_check.results import append, append_figure, read_results
 from tools.gpu_check.rooflines import ASSUMED, Ceilings
 from tools.gpu_check.stages import NAMES
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Skipped(Exception):
@@ -79,12 +78,8 @@ class Check:
             self._write_case(name, "skipped", str(skipped))
         except Exception as error:  # noqa: BLE001 - what it was is the finding
             self.num_failed += 1
-            where = traceback.extract_tb(error.__traceback__)[-1]
             traceback.print_exc()
-            path = Path(where.filename)
-            if path.is_relative_to(ROOT):
-                path = path.relative_to(ROOT)
-            message = f"{type(error).__name__} at {path}:{where.lineno}: {error}"
+            message = f"{type(error).__name__} at {our_lines(error, 3)}: {error}"
             self._write_case(name, "failed", message)
             if self.is_cuda:
                 torch.cuda.empty_cache()  # after running out of memory
@@ -101,6 +96,10 @@ def check_close(what: str, actual: Tensor, truth: Tensor, bound: float = 1e-3) -
     """The norm of the difference over the norm of the truth; NaN is not close."""
     error = float((actual.double() - truth).norm() / truth.norm())
     assert error <= bound, f"{what}: relative error must be <= {bound:g}, got {error:.3g}"
+
+
+def check_finite(what: str, x: Tensor) -> None:
+    assert bool(x.isfinite().all()), f"{what} must be finite"
 
 
 def read_ceilings(results: Path) -> Ceilings:

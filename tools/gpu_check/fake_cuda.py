@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tools.gpu_check.graph import saved_until_read
@@ -38,15 +40,16 @@ CARD = SimpleNamespace(
 
 
 @contextlib.contextmanager
-def fake_cuda() -> Iterator[Recorder]:
+def fake_cuda(*, has_details: bool = True) -> Iterator[Recorder]:
     """Everything inside runs on the fake device; TRITON_INTERPRET must be off."""
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
 
-    recorder = Recorder(CUDAOptions.__dataclass_fields__)
+    signature_of = functools.cache(inspect.signature)
+    recorder = Recorder(CUDAOptions.__dataclass_fields__, has_details=has_details)
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        recorder.launch(kernel.fn.__name__, inspect.signature(kernel.fn), grid, args, kwargs)
+        recorder.launch(kernel.fn.__name__, signature_of(kernel.fn), grid, args, kwargs)
 
     def nothing(*_args: object) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -77,6 +80,9 @@ def fake_cuda() -> Iterator[Recorder]:
         (torch.cuda, "get_device_capability", lambda _device=None: (CARD.major, CARD.minor)),
         (torch.cuda, "get_device_properties", lambda _device=None: CARD),
         (torch.cuda, "synchronize", synchronize),
+        # Where a card seems to be there, FakeTensorMode would start it.
+        (fake_tensor, "init_gpu_context", nothing),
+        (FakeTensorMode, "avoid_device_init", True),
         (FakeTensor, "tolist", list_of),
         (Tensor, "backward", backward_of),
         (torch.autograd, "grad", grad_of),

@@ -18,7 +18,8 @@ import torch
 from socpo_fast.ops import paged_attention
 from socpo_fast.ops.rotary import rotary_write
 from tests.error_rule import TOLERANCE, assert_bitwise_equal
-from tools.gpu_check.check import ROOT, Check, Part, Skipped
+from tools.gpu_check.check import Check, Part, Skipped
+from tools.gpu_check.lines import ROOT
 from tools.gpu_check.op_cases import attend, attention_inputs, compare, move, op_cases
 
 # On CPU tensors by design: they have no place where kernels are compiled.
@@ -117,7 +118,8 @@ def high_pages(check: Check) -> None:
         rotary_write(qkv, angles.cos(), angles.sin(), *given, impl="triton")
     assert_bitwise_equal(high["k"][first:], low["k"], name="keys written to high pages")
     check.figure("kernels.cache_elements", high["k"].numel())
-    torch.testing.assert_close(_attend(low), _attend(high), rtol=0, atol=0)
+    outputs = [_attend(x) for x in (low, high)]
+    assert_bitwise_equal(*outputs, name="attention over what was written to high pages")
 
 
 def _attend(x: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,8 @@ import torch
 from socpo_fast.config import load_config
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 from socpo_fast.trainer import train
-from tools.gpu_check.check import ROOT, Check, Part, check_close
+from tools.gpu_check.check import Check, Part, check_close
+from tools.gpu_check.lines import ROOT
 
 CONFIG = ROOT / "configs" / "molar_mass.toml"
 NUM_BATCHES = 3

@@ -19,7 +19,8 @@ import torch
 
 from socpo_fast.kernels import linear_sample
 from socpo_fast.ops import row_keys
-from tools.gpu_check.check import ROOT, Check, Part, Skipped
+from tools.gpu_check.check import Check, Part, Skipped
+from tools.gpu_check.lines import ROOT
 from tools.gpu_check.models import MODELS
 from tools.gpu_check.op_cases import move, op_cases
 from tools.gpu_check.rates import VARIED, DecodeCall

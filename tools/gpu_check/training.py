@@ -21,7 +21,7 @@ from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey
-from tools.gpu_check.check import Check, Part
+from tools.gpu_check.check import Check, Part, check_finite
 from tools.gpu_check.decode import make_engine, params_of
 from tools.gpu_check.engines import prompts_of
 from tools.gpu_check.models import MODELS, make_model
@@ -149,7 +149,8 @@ def update(
             check.figure("training.launches", num_launches, of=of)
             check.note(f"gradients of {of}, kernels by time\n{table}")
             first = student.lm_head.weight.grad
-            assert first is not None and bool(first.isfinite().all()), "the gradient is not finite"
+            assert first is not None, "the head has no gradient"
+            check_finite("the gradient", first)
             run()
             check.figure("training.repeats", torch.equal(first, student.lm_head.weight.grad), of=of)
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from tools.gpu_check.check import ROOT, Check, Part
+from tools.gpu_check.check import Check, Part
+from tools.gpu_check.lines import ROOT
 from tools.gpu_check.stages import BY_NAME, NAMES
 
 FAULTS = ("hang", "abort", "flood")

@@ -1,0 +1,255 @@
+"""Runs every stage of gpu_check at its real sizes, on a card that is not there.
+
+    python -m tools.gpu_check.dry_run [STAGE[:PART] ..] [--markdown FILE]   (make gpu-dry-run)
+
+Needs a CUDA build of PyTorch, no driver and no card. The parts of the stages run one by one on the
+fake device (fake_cuda.py, stand_ins.py), on their CUDA branches. For each it says what it launched,
+the figures it wrote, and the most memory that its tensors took at once. Exits 1 when a part raises,
+when a launch has wrong arguments, when a capture reads or takes a tensor of the host, or when the
+memory is more than a card has.
+
+What it cannot show: time, values, whether Triton compiles a kernel, and memory that is no tensor's.
+What stands in for something, and what is skipped, is listed below with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tools.gpu_check import engines, op_cases, profilers, timing
+from tools.gpu_check.check import Check, Part
+from tools.gpu_check.fake_cuda import fake_cuda
+from tools.gpu_check.memory import CARD_GIB
+from tools.gpu_check.recorder import Recorder
+from tools.gpu_check.results import read_results
+from tools.gpu_check.stages import BY_NAME, NAMES
+from tools.gpu_check.stand_ins import stage_stand_ins
+from tools.gpu_check.walk import revision_and_versions, write_between_marks
+
+BEGIN, END = "<!-- begin of the dry run -->", "<!-- end of the dry run -->"
+COLUMNS = ("part", "launches", "Triton", "host reads", "uploads", "figures", "peak GiB", "result")
+
+
+def run_only(_name: str, run: op_cases.Run, inputs: op_cases.Inputs, *where: Any) -> float:
+    """op_cases.compare without its truth."""
+    dtype, device, impl = where
+    run(op_cases.move(inputs, dtype, device), impl)
+    return 0.0
+
+
+def student_on_card(check: Check, model: str, _device: object) -> Any:
+    return engines.make_student(check, model, check.device)
+
+
+def workload_here(tool: str, _options: list[str], name: str, check: Check, _limit_s: float) -> str:
+    """profilers.under without the tool: what it would look at, and what it would say."""
+    profilers.workload(name, check)
+    rows = f'"Kernel Name","{profilers.DRAM}","{profilers.OCCUPANCY}"\n"_decode_kernel","50","50"\n'
+    return rows if tool == "ncu" else "ERROR SUMMARY: 0 errors"
+
+
+def nothing(*_arguments: object, **_options: object) -> None:
+    return None
+
+
+# A name in a stage's module -> what stands in for it, and why.
+REPLACED: dict[str, tuple[Any, str]] = {
+    "check_finite": (nothing, "what is read of a result is 0, an answer no"),
+    "assert_changed": (nothing, "tokens are zeros before and after"),
+    "compare": (run_only, "its truth is the CPU's; the card's side runs"),
+    "make_student": (student_on_card, "the CPU's engine draws real tokens, this card's are zeros"),
+    "under": (workload_here, "its tool needs a card; what it would look at runs"),
+}
+SKIPPED = {
+    "kernels: op tests": "pytest in processes of its own; `make test` runs them interpreted",
+}
+# What would launch again what it has launched before: (module, name) -> how often it does.
+FEWER = {
+    (timing, "MIN_RUNS"): 1,
+    (timing, "MAX_RUNS"): 1,
+    (engines, "NEW_TOKENS"): 16,
+}
+
+
+@dataclass
+class Outcome:
+    """What became of one part."""
+
+    stage: str
+    part: str
+    num_triton: int = 0
+    num_torch: int = 0
+    num_reads: int = 0
+    num_uploads: int = 0
+    num_figures: int = 0
+    peak_gib: float = 0.0
+    seconds: float = 0.0
+    skips: list[str] = field(default_factory=list)  # of the part's cases, or of the whole part
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}: {self.part}"
+
+    @property
+    def result(self) -> str:
+        if self.faults:
+            return f"{len(self.faults)} faults"
+        return "; ".join(["ok", *self.skips]) if self.num_figures else "; ".join(self.skips)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    title = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check.dry_run", description=title)
+    parser.add_argument("parts", nargs="*", metavar="STAGE[:PART]", help="default: all of them")
+    parser.add_argument("--markdown", type=Path, help="write the table there, between its marks")
+    parser.add_argument("--verbose", action="store_true", help="show what the stages print")
+    options = parser.parse_args(arguments)
+    if torch.version.cuda is None:
+        needed = f"a CUDA build of torch is needed, got torch {torch.__version__}"
+        print(f"dry run: {needed}; see docs/gpu.md (no card needed)", file=sys.stderr)
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when a kernel is defined
+    try:
+        chosen = select(options.parts)
+    except ValueError as error:
+        parser.error(str(error))
+    outcomes = []
+    for outcome in run_all(chosen, is_verbose=options.verbose):
+        outcomes.append(outcome)
+        print(line_of(outcome), flush=True)
+        for fault in outcome.faults:
+            print(f"dry run: {outcome.name}: {fault}", file=sys.stderr, flush=True)
+    if options.markdown:
+        text = "\n".join([revision_and_versions() + ".", "", *table(outcomes)])
+        write_between_marks(options.markdown, text, (BEGIN, END))
+    return 1 if any(outcome.faults for outcome in outcomes) else 0
+
+
+def select(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(stage, part) of all parts, or of those that are asked for.
+
+    Raises:
+        ValueError: there is none such.
+    """
+    parts = [(stage, part) for stage in NAMES for part in module_of(stage).PARTS]
+    if not names:
+        return parts
+    chosen = []
+    for name in names:
+        stage, _, word = name.partition(":")
+        found = [(s, p) for s, p in parts if s == stage and word in p]
+        if not found:
+            raise ValueError(f"dry run: {name} must be a stage, or STAGE:PART, got neither")
+        chosen += found
+    return chosen
+
+
+def module_of(stage: str) -> ModuleType:
+    return importlib.import_module(f"tools.gpu_check.{stage}")
+
+
+def run_all(chosen: Sequence[tuple[str, str]], *, is_verbose: bool) -> Iterator[Outcome]:
+    """Each part's outcome as it comes."""
+    gc.freeze()  # what is imported is no garbage, and takes long to look through
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for (module, name), count in FEWER.items():
+            stack.enter_context(mock.patch.object(module, name, count))
+        for stage in {stage for stage, _ in chosen}:
+            module = module_of(stage)
+            for name, (stand_in, _) in REPLACED.items():
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, stand_in))
+        recorder = stack.enter_context(fake_cuda(has_details=False))
+        stack.enter_context(stage_stand_ins(recorder))
+        sums: dict[str, float] = {}
+        for stage, part in chosen:
+            outcome = run_part(recorder, stage, part, folder, is_verbose=is_verbose)
+            sums[stage] = sums.get(stage, 0) + outcome.peak_gib
+            if BY_NAME[stage].parts_at_once and sums[stage] > CARD_GIB:
+                outcome.faults.append(f"parts run at once take {sums[stage]:.1f} GiB together")
+            yield outcome
+
+
+def run_part(
+    recorder: Recorder, stage: str, part: str, folder: Path, *, is_verbose: bool
+) -> Outcome:
+    """One part on the fake device, from empty memory."""
+    outcome = Outcome(stage, part)
+    if reason := SKIPPED.get(outcome.name):
+        outcome.skips.append(reason)
+        return outcome
+    gc.collect()
+    recorder.sections.clear()
+    recorder.full_at = ""
+    recorder.memory.reset_peak()
+    results = folder / f"{stage}-{part}.jsonl"
+    check = Check(stage, device=torch.device("cuda"), tiny=False, results=results, peers=None)
+    function: Part = module_of(stage).PARTS[part]
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        if not is_verbose:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(recorder.section(part, may_read=True))
+        stack.enter_context(check.case(part))
+        function(check)
+    outcome.seconds = time.perf_counter() - started
+    add_up(outcome, recorder, results)
+    return outcome
+
+
+def add_up(outcome: Outcome, recorder: Recorder, results: Path) -> None:
+    """What the recorder saw, and what the part has written down."""
+    launches = [launch for section in recorder.sections for launch in section.launches]
+    outcome.num_torch = sum(launch.is_torch for launch in launches)
+    outcome.num_triton = len(launches) - outcome.num_torch
+    outcome.num_reads = sum(len(section.reads) for section in recorder.sections)
+    outcome.num_uploads = sum(len(section.uploads) for section in recorder.sections)
+    outcome.peak_gib = recorder.memory.peak_bytes / 2**30
+    found = read_results(results, NAMES).stages[outcome.stage]
+    outcome.num_figures = len(found.figures)
+    outcome.skips = [f"{case['case']}: {case['message']}" for case in found.skips]
+    outcome.faults = [fault for section in recorder.sections for fault in section.faults]
+    outcome.faults += [f"{case['case']}: {case['message']}" for case in found.failures]
+    if recorder.full_at:
+        need = f"{outcome.peak_gib:.1f} GiB, more than the {CARD_GIB:g} of a card"
+        outcome.faults.append(f"out of memory at {recorder.full_at}: at most {need}")
+
+
+def line_of(outcome: Outcome) -> str:
+    counts = f"{outcome.num_triton + outcome.num_torch} launches ({outcome.num_triton} of Triton)"
+    counts += f", {outcome.num_reads} host reads, {outcome.num_figures} figures"
+    memory = f"{outcome.peak_gib:.2f} GiB, {outcome.seconds:.1f} s"
+    return f"{outcome.name}: {counts}, {memory}; {outcome.result}"
+
+
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """One row a part."""
+    rows: list[tuple[object, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
+    for o in outcomes:
+        launches = o.num_triton + o.num_torch, o.num_triton
+        counts = *launches, o.num_reads, o.num_uploads, o.num_figures
+        rows.append((o.name, *counts, f"{o.peak_gib:.2f}", o.result))
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
