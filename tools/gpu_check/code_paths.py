@@ -176,7 +176,7 @@ def draws(recorder: Recorder, student: Decoder) -> None:
     rows = max(DECODE_ROWS)
     hidden_BD = _empty(rows, student.config.hidden_size)
     noise_B = torch.empty(rows, dtype=torch.int64, device=DEVICE)
-    settings_4B = torch.empty(4, rows, device=DEVICE)
+    settings_4B = torch.tensor([1.0, 0.95, 0.0, 0.0], device=DEVICE)[:, None].repeat(1, rows)
     for name, is_filtered in (("draw", False), ("draw with top-p", True)):
         with recorder.section(f"{name}, batch {rows}", may_read=is_filtered), torch.no_grad():
             draw(student, hidden_BD, noise_B, noise_B, settings_4B, is_filtered)

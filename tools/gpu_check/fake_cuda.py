@@ -40,13 +40,13 @@ CARD = SimpleNamespace(
 
 
 @contextlib.contextmanager
-def fake_cuda(*, has_details: bool = True) -> Iterator[Recorder]:
-    """Everything inside runs on the fake device; TRITON_INTERPRET must be off."""
+def fake_cuda(**options: Any) -> Iterator[Recorder]:
+    """Everything inside runs on the fake device; TRITON_INTERPRET must be off. Options: Recorder's."""
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
 
     signature_of = functools.cache(inspect.signature)
-    recorder = Recorder(CUDAOptions.__dataclass_fields__, has_details=has_details)
+    recorder = Recorder(CUDAOptions.__dataclass_fields__, **options)
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         recorder.launch(kernel.fn.__name__, signature_of(kernel.fn), grid, args, kwargs)

@@ -2,7 +2,8 @@
 
 What the host has uploaded is known, and so is what ops make of known tensors alone: lengths, block
 tables, masks. A read of them gives what a card would give, so the code behind it goes its real way.
-What depends on an unknown number, was written to, or was made in a capture is unknown.
+What depends on an unknown number, was written to, or was made in a capture is unknown; only what
+`all` finds out of unknown numbers is taken to hold, such as whether weights are finite.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ def value_of(x: Tensor) -> Tensor | None:
     return value if value is not None and version == x._version else None
 
 
-def values_or_zeros(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What a copy to the host gives."""
+def values_read(x: Tensor, unknown: int, dtype: torch.dtype | None = None) -> Tensor:
+    """What a copy to the host gives; an unknown number is `unknown`, an unknown answer no."""
     value = value_of(x)
     with unset_fake_temporarily():
         if value is None:
-            return torch.zeros(x.shape, dtype=dtype or x.dtype)
+            value = torch.full(x.shape, 0 if x.dtype == torch.bool else unknown, dtype=x.dtype)
         return value.to(dtype or x.dtype, copy=True)
 
 
-def numbers_or_zeros(x: Tensor) -> Any:
+def numbers_read(x: Tensor, unknown: int) -> Any:
     """What x.tolist() gives; of a tensor without axes that is x.item()."""
+    value = values_read(x, unknown)
     with unset_fake_temporarily():
-        return values_or_zeros(x).tolist()
+        return value.tolist()
 
 
 def forget(tensors: Iterable[Tensor]) -> None:
@@ -47,6 +49,12 @@ def forget(tensors: Iterable[Tensor]) -> None:
     for x in tensors:
         if isinstance(x, FakeTensor):
             x._host_value = _UNKNOWN  # type: ignore[attr-defined]
+
+
+def assume_true(x: Tensor) -> None:
+    """The answer to a question about unknown numbers."""
+    with unset_fake_temporarily():
+        x._host_value = x._version, torch.ones(x.shape, dtype=x.dtype)  # type: ignore[attr-defined]
 
 
 def call_on_host(

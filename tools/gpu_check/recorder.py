@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.gpu_check.graph import backward, grad
 from tools.gpu_check.host_values import (
+    assume_true,
     call_on_host,
     forget,
     keep_values,
-    numbers_or_zeros,
+    numbers_read,
     value_of,
-    values_or_zeros,
+    values_read,
 )
 from tools.gpu_check.launches import (
     Launch,
@@ -67,10 +68,17 @@ class Recorder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and to guard against it takes time
 
-    def __init__(self, launch_options: Collection[str] = (), *, has_details: bool = True):
+    def __init__(
+        self,
+        launch_options: Collection[str] = (),
+        *,
+        has_details: bool = True,
+        unknown: int = 0,
+    ):
         super().__init__()
         self.launch_options = launch_options  # keywords of a launch that no kernel declares
         self.has_details = has_details  # of launches: shapes, bytes and products
+        self.unknown = unknown  # what the host reads where it cannot know
         self.sections: list[Section] = []
         self.current: Section | None = None
         self.memory = Memory()
@@ -149,7 +157,7 @@ class Recorder(TorchDispatchMode):
     def list_of(self, x: Tensor) -> Any:
         """What x.tolist() returns."""
         self.read(f"tolist of {label(x)}")
-        return numbers_or_zeros(x)
+        return numbers_read(x, self.unknown)
 
     def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """What roots[0].backward(gradients[0]) does, in a section of its own."""
@@ -191,7 +199,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if name in ("_local_scalar_dense", "equal"):
             self.read(f"aten.{name} of {label(args[0])}")
-            return name == "equal" or numbers_or_zeros(args[0])
+            return name == "equal" or numbers_read(args[0], self.unknown)
         if name in ("_to_copy", "copy_") and _target(name, args, kwargs).type == "cpu":
             return self._download(name, args, kwargs)
         if func._schema.is_mutable:
@@ -211,6 +219,8 @@ class Recorder(TorchDispatchMode):
         outputs = tensors_of(out)
         if call is not None and name not in NO_KERNEL:
             keep_values(func, call, outputs)
+        elif name == "all" and not func._schema.is_mutable:
+            assume_true(out)
         self._count_memory(outputs)
         self._record(func, args, kwargs, inputs, outputs)
         return out
@@ -261,7 +271,7 @@ class Recorder(TorchDispatchMode):
             self.read(f"aten.{name} of {label(source)} to the host")
         if name == "copy_":
             return args[0]
-        return values_or_zeros(source, kwargs.get("dtype"))
+        return values_read(source, self.unknown, kwargs.get("dtype"))
 
     def _without_masks(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Notes ops whose result has a size that only the device knows; masks become all true."""
