@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -46,6 +46,7 @@ from tools.gpu_check.walk import revision_and_versions, write_between_marks
 BEGIN, END = "<!-- begin of the dry run -->", "<!-- end of the dry run -->"
 UNKNOWN = 7  # a number that is read of the card: it is a token, not at an end, and a count
 RUN = learning.run
+MAX_LEFT_BYTES = 2**20  # of caches that outlive a part
 COLUMNS = ("part", "launches", "Triton", "host reads", "uploads", "figures", "peak GiB", "result")
 
 
@@ -81,24 +82,33 @@ def nothing(*_arguments: object) -> None:
     return None
 
 
-# A name in a stage's module -> what stands in for it, and why.
-REPLACED: dict[str, tuple[Any, str]] = {
-    "check_close": (check_shapes, "there are no values"),
-    "assert_changed": (nothing, "tokens are the same before and after"),
-    "compare": (run_only, "its truth is the CPU's; the card's side runs"),
-    "make_student": (student_on_card, "the CPU's engine draws real tokens, this card none"),
-    "run": (run_on_card, "the trainer on a CPU takes minutes, and draws real tokens"),
-    "under": (workload_here, "its tool needs a card; what it would look at runs"),
-}
+class Replaced(NamedTuple):
+    """A name in some stages' modules, what stands in for it, and why."""
+
+    stages: str
+    name: str
+    stand_in: Any
+    reason: str
+
+
+REPLACED = (
+    Replaced("ceilings rates decode head learning", "check_close", check_shapes, "no values"),
+    Replaced("engine", "assert_changed", nothing, "tokens are the same before and after"),
+    Replaced("kernels", "compare", run_only, "the truth is the CPU's; the card's side runs"),
+    Replaced("engine", "make_student", student_on_card, "the CPU's engine draws real tokens"),
+    Replaced("learning", "run", run_on_card, "on a CPU it takes minutes, and draws real tokens"),
+    Replaced("profilers", "under", workload_here, "a card's tools; their workload runs"),
+)
 SKIPPED = {
     "kernels: op tests": "pytest in processes of its own; `make test` runs them interpreted",
 }
-# What would launch again what it has launched before: (module, name) -> how often it does.
-FEWER = {
-    (timing, "MIN_RUNS"): 1,
-    (timing, "MAX_RUNS"): 1,
-    (engines, "NEW_TOKENS"): 16,
-}
+# What would launch again what it has launched before: how often it does, here.
+FEWER = (
+    (timing, "MIN_RUNS", 1),
+    (timing, "MAX_RUNS", 1),
+    (engines, "NEW_TOKENS", 16),
+    (learning, "NUM_BATCHES", 1),
+)
 
 
 @dataclass
@@ -125,7 +135,10 @@ class Outcome:
     def result(self) -> str:
         if self.faults:
             return f"{len(self.faults)} faults"
-        return "; ".join(["ok", *self.skips]) if self.num_figures else "; ".join(self.skips)
+        whole = f"{self.part}: "
+        if self.skips and self.skips[0].startswith(whole):
+            return f"skipped: {self.skips[0].removeprefix(whole)}"
+        return f"ok, {len(self.skips)} cases skipped" if self.skips else "ok"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,13 +197,14 @@ def run_all(chosen: Sequence[tuple[str, str]], *, is_verbose: bool) -> Iterator[
     gc.freeze()  # what is imported is no garbage, and takes long to look through
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for (module, name), count in FEWER.items():
-            stack.enter_context(mock.patch.object(module, name, count))
-        for stage in {stage for stage, _ in chosen}:
-            module = module_of(stage)
-            for name, (stand_in, _) in REPLACED.items():
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, stand_in))
+        stages = {stage for stage, _ in chosen}
+        stand_ins = [
+            (module_of(stage), replaced.name, replaced.stand_in)
+            for replaced in REPLACED
+            for stage in stages.intersection(replaced.stages.split())
+        ]
+        for module, name, stand_in in (*stand_ins, *FEWER):
+            stack.enter_context(mock.patch.object(module, name, stand_in))
         recorder = stack.enter_context(fake_cuda(has_details=False, unknown=UNKNOWN))
         stack.enter_context(stage_stand_ins(recorder))
         sums: dict[str, float] = {}
@@ -208,9 +222,8 @@ def run_part(
     """One part on the fake device, from empty memory."""
     outcome = Outcome(stage, part)
     if reason := SKIPPED.get(outcome.name):
-        outcome.skips.append(reason)
+        outcome.skips.append(f"{part}: {reason}")
         return outcome
-    gc.collect()
     recorder.sections.clear()
     recorder.full_at = ""
     recorder.memory.reset_peak()
@@ -227,6 +240,10 @@ def run_part(
         function(check)
     outcome.seconds = time.perf_counter() - started
     add_up(outcome, recorder, results)
+    gc.collect()
+    if recorder.memory.held_bytes > MAX_LEFT_BYTES:
+        left = f"{recorder.memory.held_bytes / 2**20:.1f} MiB"
+        outcome.faults.append(f"{left} are still held when the part has ended")
     return outcome
 
 

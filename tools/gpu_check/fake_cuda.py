@@ -41,7 +41,10 @@ CARD = SimpleNamespace(
 
 @contextlib.contextmanager
 def fake_cuda(**options: Any) -> Iterator[Recorder]:
-    """Everything inside runs on the fake device; TRITON_INTERPRET must be off. Options: Recorder's."""
+    """Everything inside runs on the fake device; the options are those of Recorder.
+
+    TRITON_INTERPRET must be off.
+    """
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
 

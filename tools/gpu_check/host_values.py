@@ -44,6 +44,14 @@ def numbers_read(x: Tensor, unknown: int) -> Any:
         return value.tolist()
 
 
+def count_true(mask: Tensor) -> int:
+    """How many rows a mask picks: all, where the host cannot know."""
+    if (value := value_of(mask)) is None:
+        return mask.numel()
+    with unset_fake_temporarily():
+        return int(value.count_nonzero())
+
+
 def forget(tensors: Iterable[Tensor]) -> None:
     """They may have been written to."""
     for x in tensors:
@@ -54,7 +62,7 @@ def forget(tensors: Iterable[Tensor]) -> None:
 def assume_true(x: Tensor) -> None:
     """The answer to a question about unknown numbers."""
     with unset_fake_temporarily():
-        x._host_value = x._version, torch.ones(x.shape, dtype=x.dtype)  # type: ignore[attr-defined]
+        _note(x, torch.ones(x.shape, dtype=x.dtype))
 
 
 def call_on_host(
@@ -79,8 +87,12 @@ def keep_values(func: Any, call: Call, outputs: Sequence[Tensor]) -> None:
         result = func(*call[0], **call[1])
     values = [result] if isinstance(result, Tensor) else result or []
     for x, value in zip(outputs, values, strict=True):
-        if not x.is_inference():  # those have no version
-            x._host_value = x._version, value  # type: ignore[attr-defined]
+        _note(x, value)
+
+
+def _note(x: Tensor, value: Tensor) -> None:
+    if not x.is_inference():  # those have no version
+        x._host_value = x._version, value  # type: ignore[attr-defined]
 
 
 def _with_values(tree: Any) -> Any:

@@ -12,21 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    in_kernel_invocation_manager,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tools.gpu_check.fake_ops import result_of
 from tools.gpu_check.graph import backward, grad
 from tools.gpu_check.host_values import (
     assume_true,
     call_on_host,
+    count_true,
     forget,
     keep_values,
     numbers_read,
-    value_of,
     values_read,
 )
 from tools.gpu_check.launches import (
@@ -40,7 +37,6 @@ from tools.gpu_check.launches import (
     op_traffic,
     product_flops,
     tensors_of,
-    wide_product,
 )
 from tools.gpu_check.lines import our_line, our_lines
 from tools.gpu_check.memory import Memory
@@ -48,12 +44,6 @@ from tools.gpu_check.memory import Memory
 # They make a tensor and start no kernel; views are known by themselves.
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 NO_KERNEL = (*ALLOCATIONS, "_unsafe_view")
-aten = torch.ops.aten
-# Frequent ops whose shapes need nothing but their kernel for shapes.
-DIRECT = {
-    *(aten.mm.default, aten.bmm.default, aten.clone.default, aten.cat.default),
-    *(aten.add.Tensor, aten.mul.Tensor, aten.sum.dim_IntList, aten.empty_like.default),
-}
 SYNCHRONIZE = "torch.cuda.synchronize"
 
 
@@ -145,11 +135,11 @@ class Recorder(TorchDispatchMode):
             return
         bound, sizes, faults = check_launch(signature, grid, args, kwargs, self.launch_options)
         self.current.faults += [f"{name} at {our_line()}: {fault}" for fault in faults]
+        tensors = {key: x for key, x in bound.items() if isinstance(x, Tensor)}
+        forget(x for x in tensors.values() if x.is_floating_point())  # to an index none writes
         if not self.has_details:
             self.current.launches.append(Launch(name))
             return
-        tensors = {key: x for key, x in bound.items() if isinstance(x, Tensor)}
-        forget(x for x in tensors.values() if x.is_floating_point())  # to an index none writes
         shapes = ", ".join(f"{key} {label(x)}" for key, x in tensors.items())
         traffic = tuple(kernel_traffic(tensors))
         self.current.launches.append(Launch(name, shapes, sizes, traffic, kernel_flops(tensors)))
@@ -208,14 +198,7 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.dynamic_output_shape in func.tags or name == "index_put_":
             args = self._without_masks(name, args)
         self._check_operands(func, name, inputs)
-        out = wide_product(func, args, kwargs)
-        if name == "nonzero":  # as many rows as there can be
-            num_rows = _num_true(args[0])
-            out = args[0].new_empty((num_rows, args[0].dim()), dtype=torch.int64)
-        if out is None and (func.is_view or func in DIRECT):
-            out = _directly(func, args, kwargs, inputs)
-        if out is None:
-            out = func(*args, **kwargs)
+        out = result_of(func, args, kwargs, inputs)
         outputs = tensors_of(out)
         if call is not None and name not in NO_KERNEL:
             keep_values(func, call, outputs)
@@ -269,9 +252,11 @@ class Recorder(TorchDispatchMode):
         source = args[1] if name == "copy_" else args[0]
         if not kwargs.get("non_blocking") and args[2:] != (True,):
             self.read(f"aten.{name} of {label(source)} to the host")
-        if name == "copy_":
-            return args[0]
-        return values_read(source, self.unknown, kwargs.get("dtype"))
+        values = values_read(source, self.unknown, kwargs.get("dtype"))
+        if name != "copy_":
+            return values
+        with unset_fake_temporarily():
+            return args[0].copy_(values)
 
     def _without_masks(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Notes ops whose result has a size that only the device knows; masks become all true."""
@@ -286,32 +271,9 @@ class Recorder(TorchDispatchMode):
                 continue
             if not is_fill:
                 self.read(f"aten.{name} by a mask {label(index)}")
-            rows = index.new_empty(_num_true(index), dtype=torch.int64)
+            rows = index.new_empty(count_true(index), dtype=torch.int64)
             indices += [rows] * index.dim()
         return (args[0], indices, *args[2:])
-
-
-def _directly(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]
-) -> Any:
-    """What FakeTensorMode makes of a view or of a DIRECT op, in a fifth of its time; or None."""
-    on_device = [x for x in inputs if isinstance(x, FakeTensor) and x.fake_device.type == "cuda"]
-    if len(on_device) != len(inputs) or kwargs.get("device") is not None:
-        return None
-    mode, device = on_device[0].fake_mode, on_device[0].fake_device
-    with in_kernel_invocation_manager(mode):
-        out = func(*args, **kwargs)
-    if isinstance(out, Tensor):
-        return FakeTensor(mode, out, device)
-    return type(out)(FakeTensor(mode, view, device) for view in out)
-
-
-def _num_true(mask: Tensor) -> int:
-    """All, where the host cannot know."""
-    if (value := value_of(mask)) is None:
-        return mask.numel()
-    with unset_fake_temporarily():
-        return int(value.count_nonzero())
 
 
 def _or_ones(roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
