@@ -1,18 +1,22 @@
 """The backward of autograd without its engine, which asks a device for its streams.
 
 `backward` and `grad` call the nodes of the graph, each after all that it waits for. Departures from
-the engine: hooks of tensors and nodes do not run, independent nodes may come in another order, and
-a graph is walked once: `saved_until_read` frees what a node had saved, as the engine does.
+the engine: hooks of tensors and nodes do not run, and a graph is walked once: `saved_until_read`
+frees what a node had saved, as the engine does.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
@@ -56,11 +60,33 @@ class _Saved:
 
     def read(self) -> Tensor:
         assert self.tensor is not None, "a graph whose tensors have been freed is walked again"
-        _read.append(self)
+        if sys._getframe(1).f_code.co_filename != torch.utils.checkpoint.__file__:
+            _reads.by_node.append(self)
+        else:
+            _reads.by_checkpoint.append(self)
         return self.tensor
 
 
-_read: list[_Saved] = []  # by the node that runs
+class _Reads:
+    """What has been read of a graph, and may go."""
+
+    def __init__(self) -> None:
+        self.by_node: list[_Saved] = []  # by the one that runs
+        # What a layer is recomputed from stays until the next one is, as if its last node had run.
+        self.by_checkpoint: list[_Saved] = []
+        self.by_last_checkpoint: list[_Saved] = []
+
+    def free(self) -> None:
+        """A node has run."""
+        if self.by_checkpoint:
+            self.by_node += self.by_last_checkpoint
+            self.by_last_checkpoint, self.by_checkpoint = self.by_checkpoint, []
+        for saved in self.by_node:
+            saved.tensor = None
+        self.by_node = []
+
+
+_reads = _Reads()
 _tasks = itertools.count()
 
 
@@ -91,9 +117,7 @@ def _visit(
         at_leaf(node.variable, inputs[0])
         return
     results = _call(node, inputs)
-    for saved in _read:
-        saved.tensor = None
-    _read.clear()
+    _reads.free()
     for (following, index), result in zip(node.next_functions, results, strict=True):
         if following is not None and result is not None:
             _arrive(arrived, following, index, result)
@@ -111,19 +135,31 @@ def _arrive(arrived: dict[Any, dict[int, Tensor]], node: Any, index: int, gradie
 
 
 def _in_order(roots: Sequence[Any]) -> Iterator[Any]:
-    """Every node of the graph, before those that need its result."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack = [(root, False) for root in roots]
+    """Every node of the graph, after those whose gradients it gets: of those, the youngest first.
+
+    That is the engine's order. Leaves come as soon as they can.
+    """
+    num_awaited: Counter[Any] = Counter()
+    stack = list(dict.fromkeys(roots))
+    seen = set(stack)
     while stack:
-        node, is_done = stack.pop()
-        if is_done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(following, False) for following, _ in node.next_functions if following]
-    return reversed(order)
+        followers = [node for node, _ in stack.pop().next_functions if node is not None]
+        num_awaited.update(followers)
+        stack += [node for node in dict.fromkeys(followers) if node not in seen]
+        seen.update(followers)
+    ready = [(-node._sequence_nr(), idx, node) for idx, node in enumerate(dict.fromkeys(roots))]
+    ready = [entry for entry in ready if num_awaited[entry[2]] == 0]
+    heapq.heapify(ready)
+    tie = itertools.count(len(roots))
+    while ready:
+        _, _, node = heapq.heappop(ready)
+        yield node
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            num_awaited[following] -= 1
+            if num_awaited[following] == 0:
+                heapq.heappush(ready, (-following._sequence_nr(), next(tie), following))
 
 
 def _call(node: Any, inputs: Mapping[int, Tensor]) -> Sequence[Tensor | None]:
