@@ -60,30 +60,44 @@ class _Saved:
 
     def read(self) -> Tensor:
         assert self.tensor is not None, "a graph whose tensors have been freed is walked again"
-        if sys._getframe(1).f_code.co_filename != torch.utils.checkpoint.__file__:
-            _reads.by_node.append(self)
-        else:
-            _reads.by_checkpoint.append(self)
+        is_checkpoint = sys._getframe(1).f_code.co_filename == torch.utils.checkpoint.__file__
+        _reads.add(self, is_checkpoint=is_checkpoint)
         return self.tensor
 
 
 class _Reads:
-    """What has been read of a graph, and may go."""
+    """What has been read of a graph, and may go.
+
+    A node's go when it has run. What a layer is recomputed from stays until the next layer is: then
+    the layer's last node has run.
+    """
 
     def __init__(self) -> None:
-        self.by_node: list[_Saved] = []  # by the one that runs
-        # What a layer is recomputed from stays until the next one is, as if its last node had run.
+        self.by_node: list[_Saved] = []
         self.by_checkpoint: list[_Saved] = []
         self.by_last_checkpoint: list[_Saved] = []
 
-    def free(self) -> None:
-        """A node has run."""
+    def add(self, saved: _Saved, *, is_checkpoint: bool) -> None:
+        if is_checkpoint:
+            _free(self.by_last_checkpoint)
+            self.by_checkpoint.append(saved)
+        else:
+            self.by_node.append(saved)
+
+    def end_node(self) -> None:
+        _free(self.by_node)
         if self.by_checkpoint:
-            self.by_node += self.by_last_checkpoint
             self.by_last_checkpoint, self.by_checkpoint = self.by_checkpoint, []
-        for saved in self.by_node:
-            saved.tensor = None
-        self.by_node = []
+
+    def end_graph(self) -> None:
+        for reads in (self.by_node, self.by_checkpoint, self.by_last_checkpoint):
+            _free(reads)
+
+
+def _free(reads: list[_Saved]) -> None:
+    for saved in reads:
+        saved.tensor = None
+    reads.clear()
 
 
 _reads = _Reads()
@@ -101,9 +115,12 @@ def _run(
     with torch.no_grad(), mock.patch.object(torch._C, "_current_graph_task_id", return_value=task):
         for root, gradient in zip(roots, gradients, strict=True):
             _arrive(arrived, root.grad_fn, root.output_nr, gradient)
-        for node in _in_order([root.grad_fn for root in roots]):
-            if node in arrived:
-                _visit(node, arrived, at_leaf)
+        try:
+            for node in _in_order([root.grad_fn for root in roots]):
+                if node in arrived:
+                    _visit(node, arrived, at_leaf)
+        finally:
+            _reads.end_graph()
 
 
 def _visit(
@@ -117,7 +134,7 @@ def _visit(
         at_leaf(node.variable, inputs[0])
         return
     results = _call(node, inputs)
-    _reads.free()
+    _reads.end_node()
     for (following, index), result in zip(node.next_functions, results, strict=True):
         if following is not None and result is not None:
             _arrive(arrived, following, index, result)
