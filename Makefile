@@ -1,11 +1,18 @@
-# Every target but size sets up .venv first and skips what is done. PYTHON is any Python from 3.11 on; pip's own
-# settings apply, for example PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for the small CPU-only torch.
+# Every target but size and test-cuda-build sets up .venv first and skips what is done. PYTHON is
+# any Python from 3.11 on; pip's own settings apply, for example
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for the small CPU-only torch.
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-slow lint types size aot gpu-check gpu-rehearse gpu-walk clean
+CUDA_PYTHON ?= python3.12
+CUDA_VENV_PYTHON := .venv-cuda/bin/python
+CUDA_TREE := .venv-cuda/tree
+CUDA_INSTALLED := .venv-cuda/.installed
+
+.PHONY: train test test-slow test-cuda-build lint types size aot clean
+.PHONY: gpu-check gpu-rehearse gpu-walk
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -16,6 +23,14 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -m slow
+
+# The suite and the ahead-of-time gate with the versions of constraints-cuda.txt, a CUDA build of
+# torch among them, in .venv-cuda, which CUDA_PYTHON makes. It needs no card and no driver. The
+# first run downloads gigabytes.
+test-cuda-build: $(CUDA_INSTALLED)
+	$(copy_cuda_tree)
+	cd $(CUDA_TREE) && OMP_NUM_THREADS=1 ../bin/python -m pytest -q -m "not slow"
+	cd $(CUDA_TREE) && ../bin/python -m tools.aot
 
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
@@ -29,7 +44,7 @@ size:
 
 # Every Triton kernel compiled for sm_80, sm_90 and sm_100; needs no GPU.
 aot: $(INSTALLED)
-	$(VENV_PYTHON) -m bench.aot
+	$(VENV_PYTHON) -m tools.aot
 
 # What only a card can tell, in five minutes (MINUTES=8: all of it); exit status 2: no card. It installs and downloads
 # nothing: torch, Triton, transformers and pydantic must be there, in .venv or in PYTHON. Results: runs/gpu_check.
@@ -46,7 +61,7 @@ gpu-walk: $(CUDA_INSTALLED)
 	$(CUDA_VENV_PYTHON) -m tools.gpu_check.walk --markdown docs/gpu.md
 
 clean:
-	rm -rf .venv build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-cuda build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch comes first, since the extension is built against the torch that is there (hence --no-build-isolation);
 # the build looks for ninja on the PATH.
@@ -56,3 +71,24 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/sim
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+# Where both environments have one Python, the extension that is built against the torch of
+# .venv-cuda has the file name of .venv's. So it is built, and tested, in a copy of the working tree.
+# Without the empty PIP_EXTRA_INDEX_URL, an index of CPU builds would win over the CUDA build.
+CUDA_PIP := PIP_EXTRA_INDEX_URL= "$(CURDIR)/.venv-cuda/bin/python" -m pip install -q
+
+$(CUDA_INSTALLED): setup.py pyproject.toml constraints-cuda.txt $(wildcard csrc/* csrc/simd/*)
+	test -x .venv-cuda/bin/pip || $(CUDA_PYTHON) -m venv .venv-cuda
+	$(copy_cuda_tree)
+	$(CUDA_PIP) --upgrade pip
+	$(CUDA_PIP) -c constraints-cuda.txt torch numpy setuptools wheel ninja
+	.venv-cuda/bin/python -c "import torch; assert torch.version.cuda, torch.__version__"
+	cd $(CUDA_TREE) && PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" \
+		$(CUDA_PIP) -c constraints-cuda.txt --no-build-isolation -e '.[dev-triton36]'
+	touch $@
+
+define copy_cuda_tree
+	mkdir -p $(CUDA_TREE)
+	find $(CUDA_TREE) -type f ! -name '*.so' -delete
+	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C $(CUDA_TREE)
+endef

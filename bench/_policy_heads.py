@@ -1,4 +1,4 @@
-"""The contenders of bench_linear_policy_loss that need torch only: ours, and two ways plain torch offers.
+"""The contenders of bench_linear_policy_loss that need torch only: ours, and the one or two ways plain torch offers.
 
 A contender maps a problem to its scalar loss. All but ours make per-token log-probs in their own way and then take
 `policy_loss` of them, a few operations on [T] numbers.
@@ -61,14 +61,22 @@ def ours(impl: str) -> Contender:
     return Contender("ours", impl, None, 256, only_loss_rows=True)
 
 
+def torch_has_native_head() -> bool:
+    """Whether this torch has a cross entropy that projects by itself, which 2.11 has not."""
+    return hasattr(torch.nn, "LinearCrossEntropyOptions")
+
+
 def torch_contenders() -> list[list[Contender]]:
-    """For each of torch's own ways, its settings to choose from."""
+    """For each of this torch's own ways, its settings to choose from."""
+    naive = Contender("torch naive", "", _naive, None)
+    if not torch_has_native_head():
+        return [[naive]]
     options = torch.nn.LinearCrossEntropyOptions
     choices = [("unchunked", None, None)] + [
         (f"chunk {rows}", rows, options(batch_chunk_size=rows, acc_policy="compact")) for rows in (128, 256, 512)
     ]
     native = [Contender("torch native", text, _native(option), rows) for text, rows, option in choices]
-    return [[Contender("torch naive", "", _naive, None)], native]
+    return [[naive], native]
 
 
 def _naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class Ours:
         second: list[Attempt] = []
         if case.guidance:
             for attempt, suffix in zip(first[::2], work.suffixes, strict=True):
-                self.engine.resume(attempt, suffix, replace(params, n=1))
+                kept_tokens = case.prompt + attempt.num_tokens
+                self.engine.resume(attempt, suffix, replace(params, n=1), kept_tokens=kept_tokens)
             while self.engine.has_work:
                 second += self.engine.step()
             second.sort(key=lambda attempt: (attempt.key, attempt.rollout_idx))

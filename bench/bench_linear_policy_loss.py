@@ -32,7 +32,15 @@ from torch import Tensor
 
 from bench import _card as card_of
 from bench._head_problem import Errors, Problem, errors_of, make_problem, random_weight, useful_bytes, useful_flops
-from bench._policy_heads import Contender, Gemms, bare_gemms, fastest_gemms, ours, torch_contenders
+from bench._policy_heads import (
+    Contender,
+    Gemms,
+    bare_gemms,
+    fastest_gemms,
+    ours,
+    torch_contenders,
+    torch_has_native_head,
+)
 
 HEADS = {"smollm2": (49152, 576), "qwen3-0.6b": (151936, 1024)}  # V, D
 SHAPES = [f"{head}:{num_tokens}" for head in HEADS for num_tokens in (256, 1024, 4096)]
@@ -71,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         choices += peer_contenders()
         card |= peer_versions()
+    if not torch_has_native_head():
+        card["torch native"] = "left out: this torch has no torch.nn.LinearCrossEntropyOptions"
     card_of.print_card(card)
     results = []
     for head in dict.fromkeys(shape.partition(":")[0] for shape in args.shapes):

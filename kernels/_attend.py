@@ -17,7 +17,8 @@ class AttentionTile(NamedTuple):
     num_warps: int
 
 
-# No spills, mixed dtypes included (`make aot`). fp32 is multiplied outside of the tensor cores, in registers.
+# A thread spills 8 bytes at most, mixed dtypes included (`make aot`). fp32 is multiplied outside of
+# the tensor cores, in registers.
 _FP32 = {torch.float32: AttentionTile(32, 3072, 8)}
 _HALVES = (torch.float16, torch.bfloat16)
 TILES: dict[int, dict[torch.dtype, AttentionTile]] = {

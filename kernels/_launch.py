@@ -32,9 +32,9 @@ class AotConfig(NamedTuple):
     num_warps: int
     pointers: Mapping[str, torch.dtype | None]  # None: not given
     constants: Mapping[str, Any]  # constexpr arguments
-    odd_sizes: bool = (
-        False  # Triton compiles a variant for sizes and strides that are multiples of 16, and one for these
-    )
+    # Triton compiles one variant for sizes and strides that are multiples of 16, and one for these.
+    # tools/aot.py adds the variants for numbers that are 1 or int64.
+    odd_sizes: bool = False
 
 
 AotConfigs = Iterator[AotConfig]

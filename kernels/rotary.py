@@ -104,7 +104,7 @@ def aot_configs() -> AotConfigs:
                         given,
                         {"SIGN": sign, **constants},
                     )
-                for cache in {dtype, torch.bfloat16}:
+                for cache in dict.fromkeys((dtype, torch.bfloat16)):
                     given = {"qkv_ptr": dtype, "q_ptr": dtype, **tables, "slots_ptr": torch.int64}
                     given |= {"k_cache_ptr": cache, "v_cache_ptr": cache}
                     label = f"E = {head_dim}, {str(cache).removeprefix('torch.')} pages"

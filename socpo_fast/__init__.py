@@ -8,30 +8,53 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from socpo_fast.engine import Engine
     from socpo_fast.model import load_student, save_student
-    from socpo_fast.socratic.rollout import socratic_rollouts
+    from socpo_fast.socratic.episode import Episode, RolloutOptions
+    from socpo_fast.socratic.rollout import socratic_episode, socratic_rollouts
     from socpo_fast.train.step import policy_gradients
-    from socpo_fast.types import Attempt, Rollout, SamplingParams
+    from socpo_fast.types import (
+        Attempt,
+        Guidance,
+        GuidanceRequest,
+        Question,
+        Rollout,
+        SamplingParams,
+        Turn,
+    )
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Attempt": "socpo_fast.types",
     "Engine": "socpo_fast.engine",
+    "Episode": "socpo_fast.socratic.episode",
+    "Guidance": "socpo_fast.types",
+    "GuidanceRequest": "socpo_fast.types",
+    "Question": "socpo_fast.types",
     "Rollout": "socpo_fast.types",
+    "RolloutOptions": "socpo_fast.socratic.episode",
     "SamplingParams": "socpo_fast.types",
+    "Turn": "socpo_fast.types",
     "load_student": "socpo_fast.model",
     "policy_gradients": "socpo_fast.train.step",
     "save_student": "socpo_fast.model",
+    "socratic_episode": "socpo_fast.socratic.rollout",
     "socratic_rollouts": "socpo_fast.socratic.rollout",
 }
 __all__ = [
     "Attempt",
     "Engine",
+    "Episode",
+    "Guidance",
+    "GuidanceRequest",
+    "Question",
     "Rollout",
+    "RolloutOptions",
     "SamplingParams",
+    "Turn",
     "load_student",
     "policy_gradients",
     "save_student",
+    "socratic_episode",
     "socratic_rollouts",
 ]
 

@@ -101,11 +101,17 @@ class DataConfig(Section):
     eval_split: str = Field(default="test", min_length=1, description="split of a folder or hub data set held out")
     subset: str | None = Field(default=None, description="subset of a hub data set that has several; none = it has one")
     grader: str = Field(
-        default="exact", description="sciknoweval, mcq, exact, math, or module:function(text, question) -> bool"
+        default="exact", description="sciknoweval, mcq, exact, math, or module:function(text, question)"
     )
     max_prompt_tokens: int = Field(default=2048, ge=1, description="longest prompt in tokens; longer ones are left out")
     builtin_train_questions: int = Field(default=20_000, ge=1, description="built-in training questions")
     builtin_eval_questions: int = Field(default=200, ge=1, description="built-in held-out questions")
+
+
+class GraderConfig(Section):
+    """From a grader's verdict to right or wrong."""
+
+    correct_at: float = Field(default=1.0, gt=0, le=1, description="reward from which an attempt counts as correct")
 
 
 class RolloutConfig(Section):
@@ -264,6 +270,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
+    grader: GraderConfig = GraderConfig()
     rollout: RolloutConfig = RolloutConfig()
     teacher: TeacherConfig = TeacherConfig()
     reward: RewardConfig = RewardConfig()

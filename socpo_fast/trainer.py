@@ -29,6 +29,7 @@ from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prun
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Question, Rollout
 
+RECORD_VERSION = 2  # of what a run folder holds; rollouts are written turn by turn
 UPDATE_ORDER_SEED = 2**31  # keeps the order of updates apart from the order of questions; run.seed is below it
 
 
@@ -85,6 +86,11 @@ class Trainer:
         self.between_batches = True  # the weights are those of the last batch's end
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.student, self.optimizer)
+            if state.get("record_version") != RECORD_VERSION:
+                raise ValueError(
+                    f"run: {checkpoint} must be of record version {RECORD_VERSION}, got "
+                    f"{state.get('record_version', 1)}, from an earlier socpo_fast; choose another run.name"
+                )
             self.batch, self.eval_due = state["batch"], state["eval_due"] and bool(self.eval_questions)
             self.engine.policy_version = state["policy_version"]
             if state.get("drawn_from", self.drawn_from) != self.drawn_from:  # absent in checkpoints of before
@@ -182,7 +188,7 @@ class Trainer:
             "perf/decode_tokens": float(now.decode_tokens - stats.decode_tokens),
             "perf/preemptions": float(now.preemptions - stats.preemptions),
             "time/rollout_s": seconds,
-            "time/teacher_wait_s": mean([rollout.teacher_wait_s for rollout in rollouts if rollout.guidance]),
+            "time/teacher_wait_s": mean([rollout.teacher_wait_s for rollout in rollouts if len(rollout.turns) > 1]),
         }
 
     def update(self, rollouts: list[Rollout], batch: int) -> None:
@@ -221,6 +227,7 @@ class Trainer:
             student=self.student,
             optimizer=self.optimizer,
             trainer_state={
+                "record_version": RECORD_VERSION,
                 "batch": self.batch,
                 "eval_due": self.eval_due,
                 "policy_version": self.engine.policy_version,

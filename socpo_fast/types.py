@@ -139,26 +139,87 @@ EndReason = Literal["correct", "max_attempts", "guidance_failed", "leaked", "ove
 
 
 @dataclass(eq=False, kw_only=True)
-class Rollout:
-    """All attempts and guidance of one episode, in order.
+class ShownGuidance:
+    """What the teacher said after an attempt, and how it leads to the next one.
 
-    The row a model would see is prompt_ids + attempts[0] + bridges[0] + attempts[1] + ..; bridges[k] stands between
-    attempts k and k + 1; cuts[k] is how many tokens of attempt k attempt k + 1 sees, None = all of them; -m = none, and
-    the last m tokens of what attempt k had seen are gone too (a template that rewrites the prompt's end), never all.
+    raw_text is what the teacher said, as much of it as fits; text is what the student saw. The next
+    attempt was sampled behind the first kept_tokens tokens of the row so far and bridge_ids; both
+    are None where the guidance was not shown (it leaked the answer, or the context would overflow).
+    """
+
+    raw_text: str
+    text: str
+    kept_tokens: int | None = None
+    bridge_ids: list[int] | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class Turn:
+    """One attempt with all that is known of it. reward is after credit and decay; None = not yet."""
+
+    attempt: Attempt
+    text: str = ""  # decoded, for the grader and people
+    is_correct: bool = False
+    raw_reward: float = 0.0  # what the grader says, in [0, 1]
+    reward_parts: dict[str, float] = field(default_factory=dict)  # of a grader that names parts
+    reward: float | None = None
+    advantage: float | None = None
+    guidance: ShownGuidance | None = None  # what led to the next turn; None: the teacher said nothing
+
+
+@dataclass(eq=False, kw_only=True)
+class Rollout:
+    """One episode, turn by turn.
+
+    Its row is the prompt, the first attempt, the bridge around the guidance, the second attempt and
+    so on. How much of the row the next attempt sees is one absolute number, kept_tokens: an attempt
+    may be cut, and a template that rewrites history may drop tokens from before it too.
     """
 
     question_idx: int
     rollout_idx: int
     prompt_ids: list[int]
-    attempts: list[Attempt] = field(default_factory=list)
-    bridges: list[list[int]] = field(default_factory=list)
-    cuts: list[int | None] = field(default_factory=list)
-    guidance: list[str] = field(default_factory=list)  # the texts behind the bridges
-    said: list[str] = field(default_factory=list)  # what the teacher said, before on_leak; of a long text the head
-    texts: list[str] = field(default_factory=list)  # decoded attempts, for the grader and people
-    is_correct: list[bool] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)  # per attempt; after decay once the batch is complete
-    advantages: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     end_reason: EndReason | None = None
     teacher_wait_s: float = 0.0
     data_source: str = ""
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        return [turn.attempt for turn in self.turns]
+
+    def context_ids(self, turn_idx: int) -> list[int]:
+        """Token ids that attempt turn_idx was sampled behind; for the number of turns, that the next will be.
+
+        Raises:
+            ValueError: there is no such context: no such turn, or the guidance before it was not shown.
+        """
+        context = list(self.prompt_ids)
+        for idx in range(turn_idx):
+            kept_tokens, bridge_ids = self.seam(idx)
+            context = (context + self.turns[idx].attempt.token_ids)[:kept_tokens] + bridge_ids
+        return context
+
+    def context_length(self, turn_idx: int) -> int:
+        """Returns len(context_ids(turn_idx)), without making them."""
+        if turn_idx == 0:
+            return len(self.prompt_ids)
+        kept_tokens, bridge_ids = self.seam(turn_idx - 1)
+        return kept_tokens + len(bridge_ids)
+
+    def seam(self, turn_idx: int) -> tuple[int, list[int]]:
+        """(kept_tokens, bridge_ids) between an attempt and the next one.
+
+        Raises:
+            ValueError: no such turn, or no guidance was shown after it.
+        """
+        where = f"rollout {self.rollout_idx} of question {self.question_idx}"
+        if not 0 <= turn_idx < len(self.turns):
+            raise ValueError(f"{where}: turn must be in [0, {len(self.turns)}), got {turn_idx}; there is no more")
+        guidance = self.turns[turn_idx].guidance
+        if guidance is None or guidance.kept_tokens is None or guidance.bridge_ids is None:
+            raise ValueError(
+                f"{where}: turns[{turn_idx}].guidance must have been shown, got {guidance}; "
+                "set kept_tokens and bridge_ids"
+            )
+        return guidance.kept_tokens, guidance.bridge_ids

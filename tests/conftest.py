@@ -3,6 +3,29 @@
 On a machine with a GPU, TRITON_INTERPRET=0 in the environment tests the compiled kernels instead.
 """
 
+from __future__ import annotations
+
 import os
+from importlib import metadata
+
+import pytest
+
+from tests.interpreter import dead_pair
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure() -> None:
+    """Ends a run that could only fail, before anything is collected."""
+    if os.environ["TRITON_INTERPRET"] != "1":
+        return
+    refusal = dead_pair(_installed("triton"), metadata.version("numpy"))
+    if refusal is not None:
+        raise pytest.UsageError(refusal)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -61,5 +61,35 @@ def assert_bitwise_equal(a: Tensor, b: Tensor, *, name: str) -> None:
     )
 
 
+def assert_equal_across_variants(
+    a: Tensor,
+    b: Tensor,
+    *,
+    device: str,
+    name: str,
+    dtype: torch.dtype | None = None,
+    scale: float | Tensor = 1.0,
+) -> None:
+    """Hold what two variants of a Triton kernel gave to each other.
+
+    Triton compiles a kernel anew for every dtype, constexpr, absent pointer, number that is 1 and
+    alignment. Two such variants may contract other products into multiply-adds, and may lay out a
+    row, and with it the order of its sum, in another way: on a card ("cuda") they keep the error
+    rule, each the other's truth. On a "cpu" the interpreter runs the same Python for both, and our
+    C++ promises bits: there they are equal.
+
+    Args: dtype is the narrowest one the work was done in, by default that of `a`; scale is what
+    brings values near 1, where the rule's tolerance belongs.
+    """
+    if device == "cpu" or not a.is_floating_point():
+        assert_bitwise_equal(a, b, name=name)
+        return
+    assert a.dtype == b.dtype, f"{name}: {a.dtype} and {b.dtype}"
+    scale_cpu = scale.detach().cpu().double() if isinstance(scale, Tensor) else scale
+    one, other = (x.detach().cpu().double() / scale_cpu for x in (a, b))
+    where = f"{name} of two compiled variants"
+    assert_error_rule(one, other, other, name=where, dtype=dtype or a.dtype)
+
+
 def _coordinate(x: Tensor, flat_idx: int) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_idx), x.shape))

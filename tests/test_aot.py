@@ -5,18 +5,19 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from bench.aot import KERNELS
+from tools.aot import KERNELS, SPILL_ALLOWANCE, Resources, faults_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_aot(*args: str, code: str | None = None, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
     """In a process of its own: here kernels are the interpreter's, and those cannot be compiled."""
-    command = ["-c", code] if code else ["-m", "bench.aot"]
+    command = ["-c", code] if code else ["-m", "tools.aot"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)} | ({} if cache is None else {"TRITON_CACHE_DIR": str(cache)})
     return subprocess.run(
         [sys.executable, *command, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
@@ -52,10 +53,74 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
     assert len({tuple(row) for row in rows}) == len(rows)
 
 
+def test_every_number_of_a_kernel_has_its_variants() -> None:
+    """Read from the sources: numbers have no annotation and are no pointers."""
+    functions = {name: f for name, f in jit_functions().items() if name.endswith("_kernel")}
+    labels: dict[str, list[str]] = {name: [] for name in functions}
+    for line in run_aot("--list").stdout.splitlines():
+        _, name, _, label = line.split("\t")
+        labels[name] += re.findall(r"(?:, |^)(any pointers|[a-z]\w+ = 1|\w+ int64)$", label)
+    for name, function in functions.items():
+        arguments = [a.arg for a in function.args.args if a.annotation is None]
+        numbers = [argument for argument in arguments if not argument.endswith("_ptr")]
+        exempt = re.findall(r"do_not_specialize=\[(.*?)\]", ast.unparse(function.decorator_list[0]))
+        ones = [number for number in numbers if f"'{number}'" not in "".join(exempt)]
+        expected = [*(f"{n} int64" for n in numbers), *(f"{n} = 1" for n in ones), "any pointers"]
+        assert sorted(labels[name]) == sorted(expected), name
+
+
+def test_launches_are_compiled_as_triton_would() -> None:
+    """Arguments that fit each launch, given to the function by which Triton specialises."""
+    code = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from triton.backends.compiler import BaseBackend
+from triton.runtime.jit import create_function_from_signature
+from tools import aot
+
+def value_of(launch, param):
+    config, variant = launch
+    if param.name in config.constants:
+        return config.constants[param.name]
+    if param.name in config.pointers:
+        dtype = config.pointers[param.name]
+        first = 0 if variant.aligned else 1
+        return None if dtype is None else torch.empty(16, dtype=dtype)[first:]
+    if param.annotation_type:
+        return 0.5
+    number = 2**33 if param.name == variant.int64 else 32
+    return 1 if param.name == variant.one else number + config.odd_sizes
+
+configs, _ = aot.discover()
+launches = [*map(aot.Launch, configs), *aot.variants(configs)]
+for launch in launches:
+    kernel = launch.config.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, BaseBackend)
+    values, found, _ = bind(**{param.name: value_of(launch, param) for param in kernel.params})
+    signature, constants, attributes = aot.arguments_of(launch)
+    constant = [kind == "constexpr" for kind, _ in found]
+    assert list(signature.values()) == [kind for kind, _ in found], launch
+    assert constants == {n: v for (n, v), is_one in zip(values.items(), constant) if is_one}, launch
+    keys = ["" if is_one else key or "" for (_, key), is_one in zip(found, constant)]
+    assert list(attributes) == [(i,) for i, key in enumerate(keys) if "D" in key], launch
+print(len(launches))
+"""
+    done = run_aot(code=code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(run_aot("--list").stdout.splitlines())
+
+
+def test_a_few_bytes_may_spill() -> None:
+    assert faults_of(Resources(255, SPILL_ALLOWANCE, 0), 90) == []
+    [fault] = faults_of(Resources(255, SPILL_ALLOWANCE + 8, 0), 90)
+    assert fault == "spills must be <= 16 bytes a thread, got 24; take a smaller tile or more warps"
+
+
 def test_a_chunk_may_begin_at_any_row_without_another_compilation() -> None:
     """Numbers a row are slices of the caller's; logits and values are buffers of their own, and may have a variant."""
     code = """
-from bench import aot
+from tools import aot
 import os
 os.environ.pop("TRITON_INTERPRET", None)
 rows = {c.kernel.__name__: c.kernel for c in aot.discover()[0] if "rows" in c.kernel.__name__}
@@ -73,31 +138,41 @@ for name, kernel in rows.items():
 
 
 def test_resources_are_read_and_faults_are_named(tmp_path: Path) -> None:
-    """One kernel as it ships; the same with a tile that cannot but spill, and under a limit that it breaks."""
+    """A kernel as it ships; then with a tile that spills, one that is none, a limit it breaks."""
     code = """
-from bench import aot
+from tools import aot
 import json, os
 os.environ.pop("TRITON_INTERPRET", None)
 configs = [c for c in aot.discover()[0] if c.label == "all terms" and c.architecture == 90][:1]
-good = aot.compile_all(configs)
-spilling = aot.compile_all([configs[0]._replace(constants={**configs[0].constants, "BLOCK_V": 4096}, num_warps=1)])
+
+def faults(num_warps=configs[0].num_warps, **constants):
+    constants = {**configs[0].constants, **constants}
+    config = configs[0]._replace(constants=constants, num_warps=num_warps)
+    return aot.compile_all([aot.Launch(config)])
+
+all_faults = [faults(), faults(1, BLOCK_V=4096), faults(BLOCK_V=3)]
 aot.SHARED_LIMIT[90] = 1
-print(json.dumps([good, spilling, aot.compile_all(configs)]))
+print(json.dumps([*all_faults, faults()]))
 """
     done = run_aot(code=code, cache=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    good, spilling, over_limit = json.loads(lines[-1])
+    good, spilling, impossible, over_limit = json.loads(lines[-1])
     assert good == []
-    assert "spills must be 0 bytes" in spilling[0] and "policy_rows_kernel" in spilling[0] and "sm_90" in spilling[0]
-    assert "shared memory must be <= 1 bytes" in over_limit[0]
-    summary = json.loads(lines[2])
-    assert 16 < summary["launches"][0]["registers"] <= 255 and summary["launches"][0]["spill_bytes"] == 0
+    where = "policy_rows_kernel (float32, all terms) on sm_90: "
+    assert spilling[0].startswith(f"{where}spills must be <= {SPILL_ALLOWANCE} bytes a thread")
+    assert impossible[0].startswith(f"{where}must compile, got CompilationError: ")
+    assert over_limit[0].startswith(f"{where}shared memory must be <= 1 bytes")
+    assert lines[2].startswith("1 launches in ") and "0 spill, at most 0 bytes" in lines[2]
+    [launch] = json.loads(lines[3])["launches"]
+    assert 16 < launch["registers"] <= 255 and launch["spill_bytes"] == 0
+    spilled = next(line for line in lines[4:] if line.startswith("sm_90"))
+    assert int(spilled.split()[-2]) > SPILL_ALLOWANCE  # a row that fails is shown too
 
 
 def test_a_kernel_without_a_configuration_is_a_fault() -> None:
     code = """
-from bench import aot
+from tools import aot
 import os
 os.environ.pop("TRITON_INTERPRET", None)
 import socpo_fast.kernels.decay_advantage as module

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from bench import _card, bench_linear_policy_loss
 from bench._head_problem import Problem, errors_of, make_problem, random_weight, useful_bytes, useful_flops
-from bench._policy_heads import Contender, bare_gemms, gemm_choices, ours, torch_contenders
+from bench._policy_heads import (
+    Contender,
+    bare_gemms,
+    gemm_choices,
+    ours,
+    torch_contenders,
+    torch_has_native_head,
+)
 from socpo_fast.ops import policy_loss
 
 V, D, T = 131, 24, 40
@@ -52,6 +59,12 @@ def test_truth_is_the_gradient_of_the_reference_in_fp64(problem: Problem) -> Non
 def test_right_contenders_pass(problem: Problem, contender: Contender, only_loss_rows: bool) -> None:
     contender = replace(contender, only_loss_rows=only_loss_rows)
     assert errors_of(problem, *contender.gradients(problem)).acceptable
+
+
+def test_torch_without_a_native_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older ones, which a CUDA machine may have, have no LinearCrossEntropyOptions: naive stands alone."""
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    assert [[c.name for c in settings] for settings in torch_contenders()] == [["torch naive"]]
 
 
 def without_last_column_gradient(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -105,9 +118,12 @@ def test_the_script_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) 
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
     assert report["card"]["torch_gflop_s"] > 0 and report["card"]["git_revision"]
-    assert [(r["T"], r["loss_percent"]) for r in report["results"]] == (
-        [(8, 100)] * 3 + [(8, 25)] * 5 + [(24, 100)] * 3 + [(24, 25)] * 5
-    )
+    # At 25 % each of torch's ways stands twice: over all rows and over the loss rows.
+    num_torch = len(torch_contenders())
+    tables = [(8, 100, 1), (8, 25, 2), (24, 100, 1), (24, 25, 2)]
+    expected = [(tokens, loss) for tokens, loss, times in tables for _ in range(1 + times * num_torch)]
+    assert [(r["T"], r["loss_percent"]) for r in report["results"]] == expected
+    assert ("torch native" in report["card"]) == (not torch_has_native_head())
     for row in report["results"]:
         assert row["note"] == "" and row["num_samples"] == 3 and row["errors"]["weight"] < 1e-5
         assert row["p20_s"] <= row["median_s"] <= row["p80_s"]

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.error_rule import (
+    assert_bitwise_equal,
+    assert_equal_across_variants,
+    assert_error_rule,
+)
 
 TRUTH = torch.tensor([[1.0, 2.0], [3.0, torch.nan]], dtype=torch.float64)
 
@@ -32,3 +36,24 @@ def test_bitwise_equal_names_the_first_difference() -> None:
         assert_bitwise_equal(TRUTH, TRUTH + torch.tensor([[0.0, 0.0], [1.0, 0.0]]), name="x")
     with pytest.raises(AssertionError, match=r"first at \[0\]: 0.0 and -0.0"):
         assert_bitwise_equal(torch.zeros(1), -torch.zeros(1), name="zero")
+
+
+def test_variants_may_differ_in_last_bits_on_a_card_only() -> None:
+    """Another order of a sum changes a few units in the last place, here up or down by chance."""
+    values = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 1e8
+    values[0, 0] = torch.nan
+    last_bits = torch.randint(-3, 4, values.shape, generator=torch.Generator().manual_seed(1))
+    other = values * (1 + last_bits * 2.0**-23)
+    scale = values.nan_to_num().abs()
+    assert_equal_across_variants(values, other, device="cuda", name="x", scale=scale)
+    with pytest.raises(AssertionError, match="x: .* of 150 elements differ"):
+        assert_equal_across_variants(values, other, device="cpu", name="x")
+
+
+@pytest.mark.parametrize("wrong", [1.0 + 2e-5, torch.nan, torch.inf])
+def test_variants_may_differ_in_no_more_than_that(wrong: float) -> None:
+    right, ids = torch.ones(1), torch.tensor([3])
+    with pytest.raises(AssertionError, match="x of two compiled variants: 1 of 1 elements break"):
+        assert_equal_across_variants(torch.tensor([wrong]), right, device="cuda", name="x")
+    with pytest.raises(AssertionError, match="ids: 1 of 1 elements differ"):
+        assert_equal_across_variants(ids, ids + 1, device="cuda", name="ids")

@@ -63,6 +63,8 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
         commands: list[list[str]] = []
 
         def run(command: list[str], **_options: Any) -> SimpleNamespace:
+            if command[0] == "git":
+                return SimpleNamespace(returncode=0, stdout="abc123\n", stderr="")
             commands.append(command)
             package, _, version = command[-1].partition("==")
             if package == failing:
@@ -122,7 +124,7 @@ def test_a_bundle_that_is_too_large_is_refused(tmp_path: Path, pip: Pip, capsys:
     pip(num_bytes=11 * MIB)
     assert bundle.main(["--folder", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert error == "bundle: must be at most 40 MiB, got run.sh 0.0, wheels 44.0 MiB\n"
+    assert error == "bundle: must be at most 40 MiB, got revision.txt 0.0, run.sh 0.0, wheels 44.0 MiB\n"
     assert names_in(tmp_path) == before  # the older one stands, and nothing half-made beside it
     assert (folder / "wheels" / "pydantic-2.14.4-py3-none-any.whl").stat().st_size < MIB
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for folder in ("socpo_fast", "kernels", "bench") for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("socpo_fast", "kernels", "bench", "tools")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FORBIDDEN = {
     r"^\s*(import|from) kernels\b": "ours is socpo_fast.kernels; the bare name is a Hugging Face package",
     r"^\s*(import|from) pickle\b": "weights and states are safetensors and JSON",

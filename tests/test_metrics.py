@@ -9,7 +9,6 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -28,7 +27,7 @@ from socpo_fast.metrics import (
 from socpo_fast.report.progress import Progress, sparkline
 from socpo_fast.report.rollouts import rollout_record, write_rollouts
 from socpo_fast.stopping import RunFailed
-from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
+from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, ShownGuidance, Turn
 
 
 def make_attempt(attempt_idx: int) -> Attempt:
@@ -49,20 +48,24 @@ def make_question(question_idx: int) -> Question:
     return Question(question_idx=question_idx, messages=messages, ground_truth="42", data_source="test")
 
 
-def make_rollout(question_idx: int, rollout_idx: int, **more: Any) -> Rollout:
+def make_rollout(
+    question_idx: int,
+    rollout_idx: int,
+    first: dict[str, float] | None = None,
+    second: dict[str, float] | None = None,
+) -> Rollout:
     """Wrong, guided, right; cut at two tokens."""
+    text = "Look again."
+    guidance = ShownGuidance(raw_text=text, text=text, kept_tokens=3, bridge_ids=[9])
     return Rollout(
         question_idx=question_idx,
         rollout_idx=rollout_idx,
         prompt_ids=[7],
-        attempts=[make_attempt(0), make_attempt(1)],
-        bridges=[[9]],
-        cuts=[2],
-        guidance=["Look again."],
-        texts=["41", "42"],
-        is_correct=[False, True],
+        turns=[
+            Turn(attempt=make_attempt(0), text="41", guidance=guidance, **(first or {})),
+            Turn(attempt=make_attempt(1), text="42", is_correct=True, raw_reward=1.0, **(second or {})),
+        ],
         end_reason="correct",
-        **more,
     )
 
 
@@ -154,8 +157,8 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
 
 
 def test_rollout_record_is_text_and_numbers() -> None:
-    record = rollout_record(make_rollout(3, 1, rewards=[0.0, 0.2]), make_question(3), batch=5)
-    first, second = record.pop("attempts")
+    record = rollout_record(make_rollout(3, 1, {"reward": 0.0}, {"reward": 0.2}), make_question(3), batch=5)
+    first, second = record.pop("turns")
     assert record == {
         "batch": 5,
         "question_idx": 3,
@@ -163,20 +166,27 @@ def test_rollout_record_is_text_and_numbers() -> None:
         "data_source": "test",
         "question": "Question 3?",
         "ground_truth": "42",
-        "guidance": ["Look again."],
         "end_reason": "correct",
         "policy_version": 4,
     }
     assert first == {
         "text": "41",
         "is_correct": False,
+        "raw_reward": 0.0,
+        "reward_parts": {},
         "reward": 0.0,
         "advantage": None,
+        "context_tokens": 1,
         "num_tokens": 3,
         "finish_reason": "stop",
-        "cut": 2,
+        "guidance": {
+            "raw_text": "Look again.",
+            "text": "Look again.",
+            "was_shown": True,
+            "kept_tokens": 3,
+        },
     }
-    assert (second["text"], second["reward"], second["cut"]) == ("42", 0.2, None)
+    assert (second["text"], second["reward"], second["guidance"]) == ("42", 0.2, None)
 
 
 def test_rollout_file_does_not_depend_on_the_order_of_finishing(tmp_path: Path) -> None:

@@ -39,15 +39,18 @@ def parse(path: Path) -> Tags:
     return tags
 
 
-def attempt(text: str, *, is_correct: bool) -> dict[str, Any]:
+def turn(text: str, *, is_correct: bool, guidance: str | None) -> dict[str, Any]:
+    shown = {"raw_text": guidance, "text": guidance, "was_shown": True, "kept_tokens": 9}
     return {
         "text": text,
         "is_correct": is_correct,
+        "raw_reward": float(is_correct),
         "reward": float(is_correct),
         "advantage": None,
+        "context_tokens": 6,
         "num_tokens": 5,
         "finish_reason": "length",
-        "cut": 3,
+        "guidance": None if guidance is None else shown,
     }
 
 
@@ -61,13 +64,18 @@ def write_rollout_file(folder: Path, batch: int, text: str) -> Path:
         "data_source": text,
         "question": text,
         "ground_truth": text,
-        "guidance": [text],
         "end_reason": text,
         "policy_version": 1,
     }
     verdicts = {"rescued": (False, True), "never": (False, False), "alone": (True,)}
     rows = [
-        row | {"attempts": [attempt(f"{outcome} {text}", is_correct=is_correct) for is_correct in verdict]}
+        row
+        | {
+            "turns": [
+                turn(f"{outcome} {text}", is_correct=is_correct, guidance=text if k == 0 else None)
+                for k, is_correct in enumerate(verdict)
+            ]
+        }
         for outcome, verdict in verdicts.items()
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -189,7 +197,18 @@ def test_a_folder_that_is_not_there_is_the_callers_mistake(tmp_path: Path) -> No
 
 
 def test_a_cut_into_the_prompt_is_told_as_what_is_left(tmp_path: Path) -> None:
-    """Templates that rewrite the prompt's end make cuts negative, which says nothing to people."""
+    """A template that rewrites the prompt's end keeps less than the prompt."""
     path = write_rollout_file(tmp_path, 1, "text")
-    path.write_text(path.read_text().replace('"cut": 3', '"cut": -4'))
+    assert "of which the next attempt saw 3 as sampled" in parse(write_report(tmp_path)).text
+    path.write_text(path.read_text().replace('"kept_tokens": 9', '"kept_tokens": 2'))
     assert "of which the next attempt saw 0 as sampled" in parse(write_report(tmp_path)).text
+    path.write_text(path.read_text().replace('"was_shown": true', '"was_shown": false'))
+    text = parse(write_report(tmp_path)).text
+    assert "the student did not see it" in text and "as sampled" not in text
+
+
+def test_rollouts_of_an_older_layout_are_refused_in_words(tmp_path: Path) -> None:
+    path = write_rollout_file(tmp_path, 1, "text")
+    path.write_text(path.read_text().replace('"turns"', '"attempts"'))
+    with pytest.raises(ValueError, match=r"batch_000001.jsonl must hold rollouts turn by turn, got an older layout"):
+        write_report(tmp_path)

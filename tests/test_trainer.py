@@ -176,7 +176,7 @@ def test_rollout_only_changes_nothing(tmp_path: Path) -> None:
     trainer.rollout_only(config)
     assert [path.name for path in config.folder.iterdir()] == ["rollouts"]
     row = json.loads((config.folder / "rollouts" / "batch_000001.jsonl").read_text().splitlines()[0])
-    assert row["attempts"][0]["advantage"] is None
+    assert row["turns"][0]["advantage"] is None
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,17 @@ def test_a_signal_as_a_block_begins_does_not_wait_for_its_end(monkeypatch: pytes
         pytest.fail("the block ran")
 
 
+def test_a_run_of_another_layout_is_refused_in_words(
+    straight: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy_as_killed(straight, tmp_path, 2)
+    before = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(trainer, "RECORD_VERSION", trainer.RECORD_VERSION + 1)
+    with pytest.raises(ValueError, match="must be of record version 3, got 2, .* choose another run.name"):
+        trainer.train(config)
+    assert {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()} == before
+
+
 def test_resuming_with_other_questions_is_said(straight: Config, tmp_path: Path) -> None:
     config = copy_as_killed(straight, tmp_path, 1)
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": config.run.seed + 1})})

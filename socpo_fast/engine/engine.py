@@ -111,21 +111,19 @@ class Engine:
         self._scheduler.enqueue(sequence)
         return Handle(sequence.key, 0, params.n)
 
-    def resume(
-        self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, cut: int | None = None
-    ) -> Handle:
-        """Queue the next attempt of a finished one: what it saw and said, shortened by `cut`, then suffix_ids.
+    def resume(self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int) -> Handle:
+        """Queue the next attempt of a finished one, behind a prefix of its row and suffix_ids.
 
-        cut >= 0 keeps that many tokens of the attempt (None: all); cut = -m keeps none of them and drops the last m
-        tokens of what stood before it too (prompt, or an earlier attempt's bridge, and back). One rollout goes on,
-        whatever params.n says.
+        The row is what the attempt saw and what it sampled; its first kept_tokens tokens stay. One
+        rollout goes on, whatever params.n says.
 
-        The finished attempt's pages go over to the new one, which prefills 1 + len(suffix_ids) tokens, or
-        len(suffix_ids) when cut. A page that siblings hold too is copied before it is written to; everything is
-        computed again if the pages were taken or the weights changed.
+        The finished attempt's pages go over to the new one, which prefills suffix_ids, and the last
+        sampled token too where the whole row stays. A page that siblings hold too is copied before
+        it is written to; everything is computed again if the pages were taken or the weights changed.
 
         Raises:
-            ValueError: the attempt was released or resumed before, cut is out of range, or it can never fit.
+            ValueError: the attempt was released or resumed before, kept_tokens is not in
+                [1, length of the row], suffix_ids is empty, or the context can never fit.
         """
         old = self._pinned.get(attempt)
         if old is None:
@@ -137,17 +135,16 @@ class Engine:
             raise ValueError(
                 "resume: suffix_ids must be non-empty, got none; the next attempt needs a context of its own"
             )
-        lowest, highest = 1 - old.attempt_start, attempt.num_tokens
-        if not (cut is None or lowest <= cut <= highest):
+        if not 1 <= kept_tokens <= len(old.token_ids):
             raise ValueError(
-                f"resume: cut must be None or in [{lowest}, {highest}], got {cut}; at least one token must remain"
+                f"resume: kept_tokens must be in [1, {len(old.token_ids)}], got {kept_tokens}; "
+                f"the row is {old.attempt_start} tokens of context and {attempt.num_tokens} sampled ones"
             )
-        kept = old.attempt_start + (highest if cut is None else cut)
-        token_ids = old.token_ids[:kept] + list(suffix_ids)
+        token_ids = old.token_ids[:kept_tokens] + list(suffix_ids)
         self._check_fits("resume", token_ids, params)
         del self._pinned[attempt]
         self._scheduler.pinned.remove(old)
-        self._runner.copy_pages(self._scheduler.shorten(old, kept))
+        self._runner.copy_pages(self._scheduler.shorten(old, kept_tokens))
         sequence = Sequence(
             key=old.key,
             params=params,

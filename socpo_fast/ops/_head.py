@@ -215,7 +215,9 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
         torch.ops.socpo.matmul_(out, a, b, accumulate)
     elif a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=float(accumulate), out=out)
-    else:  # bf16 or fp16 factors on a GPU, with an fp32 `out` since torch 2.10
+    else:
+        # bf16 or fp16 factors on a GPU. That `out` may be fp32 while the factors are not needs
+        # torch 2.10, the first release with pytorch PR 167931: hence the floor in pyproject.toml.
         torch.addmm(out, a, b, beta=float(accumulate), out_dtype=out.dtype, out=out)
 
 

@@ -99,14 +99,18 @@ teacher's words. The reward is after decay; a positive advantage made the attemp
 {{ rollout.policy_version }}.</p>
 Question<pre>{{ rollout.question }}</pre>
 Right answer<pre>{{ rollout.ground_truth }}</pre>
-{% for attempt in rollout.attempts %}
-Attempt {{ loop.index }}: {{ "right" if attempt.is_correct else "wrong" }}, reward {{ attempt.reward | number }},
-advantage {{ attempt.advantage | number }}, {{ attempt.num_tokens }} tokens
-{%- if attempt.finish_reason == "length" %}, stopped by the length limit{% endif %}
-{%- if attempt.cut is not none %}, of which the next attempt saw {{ [attempt.cut, 0] | max }} as sampled{% endif %}
-<pre class="{{ "right" if attempt.is_correct else "wrong" }}">{{ attempt.text }}</pre>
-{% if loop.index0 < rollout.guidance | length %}
-Teacher<pre class="teacher">{{ rollout.guidance[loop.index0] }}</pre>
+{% for turn in rollout.turns %}
+Attempt {{ loop.index }}: {{ "right" if turn.is_correct else "wrong" }}, reward {{ turn.reward | number }},
+advantage {{ turn.advantage | number }}, {{ turn.num_tokens }} tokens
+{%- if turn.finish_reason == "length" %}, stopped by the length limit{% endif %}
+{%- if turn.guidance and turn.guidance.was_shown %}
+{%- set seen = [turn.guidance.kept_tokens - turn.context_tokens, 0] | max %}
+{%- if seen < turn.num_tokens %}, of which the next attempt saw {{ seen }} as sampled{% endif %}
+{%- endif %}
+<pre class="{{ "right" if turn.is_correct else "wrong" }}">{{ turn.text }}</pre>
+{% if turn.guidance %}
+Teacher{% if not turn.guidance.was_shown %} (the student did not see it){% endif %}
+<pre class="teacher">{{ turn.guidance.text }}</pre>
 {% endif %}
 {% endfor %}
 </details>

@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from socpo_fast.metrics import replace_file
-from socpo_fast.types import Question, Rollout
+from socpo_fast.types import Question, Rollout, ShownGuidance
 
 
 def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[str, Any]:
     """A rollout as a row for people: texts and numbers, no token ids. None = not known (no update, no decay yet)."""
-    attempts = [
+    turns = [
         {
-            "text": rollout.texts[k],
-            "is_correct": rollout.is_correct[k],
-            "reward": _at(rollout.rewards, k),
-            "advantage": _at(rollout.advantages, k),
-            "num_tokens": attempt.num_tokens,
-            "finish_reason": attempt.finish_reason,
-            "cut": _at(rollout.cuts, k),
+            "text": turn.text,
+            "is_correct": turn.is_correct,
+            "raw_reward": turn.raw_reward,
+            "reward_parts": turn.reward_parts,
+            "reward": turn.reward,
+            "advantage": turn.advantage,
+            "context_tokens": rollout.context_length(turn_idx),
+            "num_tokens": turn.attempt.num_tokens,
+            "finish_reason": turn.attempt.finish_reason,
+            "guidance": None if turn.guidance is None else _guidance_record(turn.guidance),
         }
-        for k, attempt in enumerate(rollout.attempts)
+        for turn_idx, turn in enumerate(rollout.turns)
     ]
     return {
         "batch": batch,
@@ -32,10 +35,9 @@ def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[
         "data_source": question.data_source,
         "question": question.text,
         "ground_truth": question.ground_truth,
-        "attempts": attempts,
-        "guidance": list(rollout.guidance),
+        "turns": turns,
         "end_reason": rollout.end_reason,
-        "policy_version": rollout.attempts[0].policy_version if rollout.attempts else None,
+        "policy_version": rollout.turns[0].attempt.policy_version if rollout.turns else None,
     }
 
 
@@ -51,5 +53,11 @@ def write_rollouts(
     return path
 
 
-def _at(values: list[Any], k: int) -> Any:
-    return values[k] if k < len(values) else None
+def _guidance_record(guidance: ShownGuidance) -> dict[str, Any]:
+    """was_shown is False where it leaked the answer or left no room."""
+    return {
+        "raw_text": guidance.raw_text,
+        "text": guidance.text,
+        "was_shown": guidance.bridge_ids is not None,
+        "kept_tokens": guidance.kept_tokens,
+    }

@@ -132,6 +132,11 @@ def sample_rollouts(folder: Path) -> list[dict[str, Any]]:
     for path in (paths[i] for i in chosen):
         by_outcome: dict[str, dict[str, Any]] = {}
         for rollout in read_jsonl(path):
+            if "turns" not in rollout:
+                raise ValueError(
+                    f"report: {path} must hold rollouts turn by turn, got an older layout; "
+                    "write it with the version that made the run"
+                )
             by_outcome.setdefault(outcome(rollout), rollout)
         samples += [{"outcome": kind, **by_outcome[kind]} for kind in OUTCOMES if kind in by_outcome]
     return samples
@@ -141,7 +146,7 @@ OUTCOMES = ("rescued by guidance", "never right", "right alone")
 
 
 def outcome(rollout: dict[str, Any]) -> str:
-    verdicts = [attempt["is_correct"] for attempt in rollout["attempts"]]
+    verdicts = [turn["is_correct"] for turn in rollout["turns"]]
     if not any(verdicts):
         return "never right"
     return "right alone" if verdicts[0] else "rescued by guidance"

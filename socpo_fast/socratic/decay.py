@@ -12,18 +12,18 @@ from socpo_fast.types import Rollout
 
 
 def assign_rewards(rollouts: Sequence[Rollout], *, schedule: Schedule, factor: float | None = None) -> list[float]:
-    """Write `rewards` of every rollout of one batch, after decay; returns f_1, f_2, .. of the attempts there are.
+    """Write every turn's reward of one batch, after decay; returns f_1, f_2, .. of the attempts there are.
 
     Every attempt is credited with its own verdict (step-wise credit): the wrong first attempt of a rescued rollout
     keeps 0. Warns when no first attempt of the batch is correct, since help then earns nothing.
     """
-    verdicts = [(float(ok), idx) for rollout in rollouts for idx, ok in enumerate(rollout.is_correct)]
-    raw_A = torch.tensor([reward for reward, _ in verdicts], dtype=torch.float32)
-    attempt_idx_A = torch.tensor([idx for _, idx in verdicts], dtype=torch.int64)
+    turns = [(turn, idx) for rollout in rollouts for idx, turn in enumerate(rollout.turns)]
+    raw_A = torch.tensor([turn.raw_reward for turn, _ in turns], dtype=torch.float32)
+    attempt_idx_A = torch.tensor([idx for _, idx in turns], dtype=torch.int64)
     factors = decay_factors(raw_A, attempt_idx_A, schedule=schedule, factor=factor)
-    rewards = iter(decay_rewards(raw_A, attempt_idx_A, schedule=schedule, factor=factor).tolist())
-    for rollout in rollouts:
-        rollout.rewards = [next(rewards) for _ in rollout.is_correct]
+    rewards_A = decay_rewards(raw_A, attempt_idx_A, schedule=schedule, factor=factor)
+    for (turn, _), reward in zip(turns, rewards_A.tolist(), strict=True):
+        turn.reward = reward
     if schedule == "batch_mean" and len(factors) > 1 and factors[1] == 0.0:
         warnings.warn(
             "reward decay: no first attempt of the batch is correct, so guided ones earn nothing", stacklevel=2

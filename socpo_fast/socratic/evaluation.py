@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from socpo_fast.metrics import source_metric
-from socpo_fast.socratic.summary import mean, sources_of
+from socpo_fast.socratic.summary import is_solved, mean, sources_of
 from socpo_fast.types import Question, Rollout
 
 PASS_AT = (4, 16, 64, 256)  # pass@k is smooth in log k; fixed k, so that runs with different eval.samples compare
@@ -33,11 +33,11 @@ class Scores:
         self.num_tokens = self.num_truncated = 0
 
     def add(self, rollout: Rollout) -> None:
-        first = rollout.attempts[0]
-        self.alone[rollout.question_idx] += rollout.is_correct[0]
-        self.helped[rollout.question_idx] += any(rollout.is_correct)
-        self.num_tokens += first.num_tokens
-        self.num_truncated += first.finish_reason == "length"
+        first = rollout.turns[0]
+        self.alone[rollout.question_idx] += first.is_correct
+        self.helped[rollout.question_idx] += is_solved(rollout)
+        self.num_tokens += first.attempt.num_tokens
+        self.num_truncated += first.attempt.finish_reason == "length"
 
     def metrics(self) -> dict[str, float]:
         """avg@k, which is success/unassisted, pass@k and success/assisted, each with its interval; avg@k by source."""

@@ -1,24 +1,94 @@
-"""Verdicts on attempts: `grader(text, question) -> is_correct`. make_grader at the end lists them.
+"""Verdicts on attempts. Read Grader and GradedBy, then make_grader at the end, which lists them.
 
-A grader sees text only and never raises for what a model wrote: an answer that cannot be read is wrong.
+A grader is a function of text and question: it says whether the text is right, or how right it is. It sees text only
+and never raises for what a model wrote: an answer that cannot be read is wrong.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from decimal import Decimal
 from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
 
 from socpo_fast.socratic import math_worker
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.types import Question
 
-Grader = Callable[[str, Question], bool]
+Verdict = bool | float | Mapping[str, float]
+Grader = Callable[[str, Question], Verdict]
+_ROUNDING = 1e-6  # parts that are meant to sum to 1 may miss it by so much
+
+
+class Grade(NamedTuple):
+    """What a grader's verdict amounts to; parts are those of a verdict that names some."""
+
+    reward: float  # in [0, 1]
+    is_correct: bool
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GradedBy:
+    """A grader under its name, held to what a verdict may be.
+
+    Args:
+        function:   text, question -> a bool, a number in [0, 1], or {part: number}, numbers >= 0 that sum to at most 1.
+        name:       what errors call it.
+        correct_at: in (0, 1]; the reward from which an attempt counts as correct.
+    """
+
+    function: Grader
+    name: str
+    correct_at: float = 1.0
+
+    def __call__(self, text: str, question: Question) -> Verdict:
+        return self.function(text, question)
+
+    def grade(self, text: str, question: Question) -> Grade:
+        """Returns the grade of an attempt.
+
+        Raises:
+            ValueError: the function returned anything else; the message names the grader.
+        """
+        verdict: object = self.function(text, question)
+        parts = {str(key): _number(part) for key, part in verdict.items()} if isinstance(verdict, Mapping) else {}
+        reward = math.fsum(parts.values()) if parts else _number(verdict)
+        is_allowed = all(part >= 0 for part in parts.values()) and 0 <= reward <= 1 + _ROUNDING
+        if not is_allowed:  # nan is not, and neither is what is no number
+            if inspect.iscoroutine(verdict):
+                verdict.close()
+                raise ValueError(f"grader: {self.name} must be a plain function, got an async one; await inside of it")
+            raise ValueError(
+                f"grader: {self.name} must return a bool, a number in [0, 1] or parts >= 0 that sum to at most 1, "
+                f"got {verdict!r:.60}"
+            )
+        reward = min(reward, 1.0)
+        return Grade(reward, reward >= self.correct_at, parts)
+
+
+def as_grader(grader: Grader) -> GradedBy:
+    """The grader itself, or a plain function under its own name."""
+    if isinstance(grader, GradedBy):
+        return grader
+    return GradedBy(grader, getattr(grader, "__name__", type(grader).__name__))
+
+
+def _number(value: object) -> float:
+    """Bools and numbers of Python and numpy; nan for anything else."""
+    is_number = isinstance(value, bool | int | float | np.bool_ | np.number)
+    return float(value) if is_number else math.nan  # type: ignore[arg-type]
+
 
 _STRICT_LETTER = re.compile(r"<answer>\r?\n([A-D])\r?\n</answer>")
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -156,25 +226,19 @@ class MathGrader:
         self.close()
 
 
-def make_grader(name: str) -> Grader:
-    """The grader of a name: sciknoweval, mcq, exact, math, or "module:function" with the same signature.
+def make_grader(name: str, *, correct_at: float = 1.0) -> GradedBy:
+    """The grader of a name: sciknoweval, mcq, exact, math, or "module:function" with the signature of Grader.
 
     Raises:
-        ValueError: an unknown name, or math without the math-verify package.
+        ValueError: an unknown name, math without the math-verify package, or correct_at not in (0, 1].
     """
+    if not 0 < correct_at <= 1:
+        raise ValueError(f"grader.correct_at must be in (0, 1], got {correct_at}")
     graders: dict[str, Grader] = {"sciknoweval": grade_sciknoweval, "mcq": grade_mcq, "exact": grade_exact}
     if name in graders:
-        return graders[name]
+        return GradedBy(graders[name], name, correct_at)
     if name == "math":
-        return MathGrader()
+        return GradedBy(MathGrader(), name, correct_at)
     if ":" in name:
-        function = load_function("data.grader", name)
-
-        def grade(text: str, question: Question) -> bool:
-            verdict = function(text, question)
-            if verdict not in (False, True):  # 0, 1 and numpy's are theirs too; None or 0.5 would be a guess
-                raise ValueError(f"data.grader: {name} must return True or False, got {verdict!r:.40}")
-            return bool(verdict)
-
-        return grade
+        return GradedBy(load_function("data.grader", name), name, correct_at)
     raise ValueError(f"data.grader must be one of {', '.join(graders)}, math or module:function, got {name!r}")

@@ -17,37 +17,25 @@ from socpo_fast.socratic.bridge import ANSWER, GUIDANCE, Bridge
 from socpo_fast.types import Rollout
 
 
-def context_ids(rollout: Rollout) -> list[int]:
-    """What the rollout's last attempt was sampled behind."""
-    path = list(rollout.prompt_ids)
-    for attempt, cut, bridge in zip(rollout.attempts, rollout.cuts, rollout.bridges, strict=False):
-        kept = len(path) + (attempt.num_tokens if cut is None else cut)
-        path = (path + attempt.token_ids)[:kept] + bridge
-    return path
-
-
-def template_bridge(
+def template_seam(
     bridge: Bridge, messages: Sequence[dict[str, str]], rollout: Rollout, guidance: str, *, attempt_limit: int
-) -> tuple[int | None, list[int]] | None:
-    """(cut, bridge) that lead from the rollout's last attempt into the template's rendering of what was said so far.
+) -> tuple[int, list[int]] | None:
+    """(kept_tokens, bridge_ids) that lead from the rollout's last attempt into the template's rendering so far.
 
-    None where rewritten_ids is, or where the rendering has no token in common with what the attempt saw.
+    None where rewritten_ids is, or where the rendering has no token in common with the row.
     """
-    answers = []
+    answers, shown = [], [turn.guidance.text for turn in rollout.turns[:-1] if turn.guidance is not None]
     for attempt in rollout.attempts:
         ended = attempt.num_tokens <= attempt_limit and attempt.token_ids[-1] == bridge.end_of_turn_id
         answers.append(attempt.token_ids[:-1] if ended else attempt.token_ids[:attempt_limit])
-    row = rewritten_ids(bridge, messages, answers, [*rollout.guidance, guidance])
+    row = rewritten_ids(bridge, messages, answers, [*shown, guidance])
     if row is None:
         return None
-    context = context_ids(rollout)
-    seen = context + rollout.attempts[-1].token_ids[:attempt_limit]
+    last = len(rollout.turns) - 1
+    seen = rollout.context_ids(last) + rollout.turns[last].attempt.token_ids[:attempt_limit]
     pairs = enumerate(zip(seen, row[:-1], strict=False))
     same = next((i for i, (one, other) in pairs if one != other), min(len(seen), len(row) - 1))
-    if same == 0:
-        return None
-    kept = same - len(context)
-    return (None if kept == rollout.attempts[-1].num_tokens else kept), row[same:]
+    return None if same == 0 else (same, row[same:])
 
 
 def rewritten_ids(

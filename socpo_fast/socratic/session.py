@@ -15,6 +15,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
+from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.evaluation import Scores
 from socpo_fast.socratic.graders import make_grader
 from socpo_fast.socratic.rollout import background, socratic_rollouts
@@ -41,7 +42,7 @@ class Session:
         device = select_device(config.run.device)
         path = config.student.path
         self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path).expanduser()
-        self.grader = make_grader(config.data.grader)
+        self.grader = make_grader(config.data.grader, correct_at=config.grader.correct_at)
         self.student = self._load_student(device).requires_grad_(for_training)
         self.tokenizer = load_tokenizer(self.student_folder)  # after the model, which reports a bad config.json better
         self.bridge = Bridge(
@@ -55,7 +56,8 @@ class Session:
             eos_ids=self.bridge.eos_ids,
             seed=config.run.seed,
         )
-        self.uses_teacher = config.rollout.max_attempts > 1
+        self.options = rollout_options(config)
+        self.uses_teacher = self.options.max_attempts > 1
         self.teacher = make_teacher(config, device=str(device))
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
@@ -122,8 +124,7 @@ class Session:
         )
 
     def training_rollouts(self, questions: Sequence[Question], batch_idx: int) -> Iterator[Rollout]:
-        rollout = self.config.rollout
-        return self._rollouts(questions, self.params, batch_idx, rollout.group_size, rollout.max_attempts)
+        return self._rollouts(questions, self.params, batch_idx, self.options)
 
     def evaluate(
         self, questions: Sequence[Question], on_rollout: Callable[[], None] = lambda: None
@@ -137,19 +138,26 @@ class Session:
         assisted = config.assisted and self.uses_teacher
         scores = Scores(questions, samples=config.samples, assisted=assisted)
         size = max(EVAL_SLICE_ROLLOUTS // config.samples, 1)
-        max_attempts = self.config.rollout.max_attempts if assisted else 1
+        options = replace(
+            self.options,
+            group_size=config.samples,
+            max_attempts=self.options.max_attempts if assisted else 1,
+        )
         params = replace(self.params, temperature=config.temperature, top_p=config.top_p)
         for start in range(0, len(questions), size):
             chosen = questions[start : start + size]
-            for rollout in self._rollouts(chosen, params, EVAL_BATCH, config.samples, max_attempts):
+            for rollout in self._rollouts(chosen, params, EVAL_BATCH, options):
                 scores.add(rollout)
                 on_rollout()
         return scores.metrics() | {"time/total_s": time.perf_counter() - started}
 
     def _rollouts(
-        self, questions: Sequence[Question], params: SamplingParams, batch_idx: int, group_size: int, max_attempts: int
+        self,
+        questions: Sequence[Question],
+        params: SamplingParams,
+        batch_idx: int,
+        options: RolloutOptions,
     ) -> Iterator[Rollout]:
-        rollout, teacher = self.config.rollout, self.config.teacher
         return socratic_rollouts(
             self.engine,
             self.tokenizer,
@@ -157,15 +165,24 @@ class Session:
             teacher=self.teacher,
             grader=self.grader,
             params=params,
-            group_size=group_size,
-            max_attempts=max_attempts,
-            bridge=self.bridge,
+            options=options,
             batch_idx=batch_idx,
-            attempt_limit=rollout.attempt_limit,
-            context=rollout.context,
-            on_leak=teacher.on_leak,
-            view=teacher.view,
-            reveal_answer=teacher.reveal_answer,
-            show_reference=teacher.show_reference,
-            timeout_s=teacher.guidance_timeout_s,
+            bridge=self.bridge,
         )
+
+
+def rollout_options(config: Config) -> RolloutOptions:
+    """Those of training, from the sections that hold them."""
+    rollout, teacher = config.rollout, config.teacher
+    return RolloutOptions(
+        group_size=rollout.group_size,
+        max_attempts=rollout.max_attempts,
+        attempt_limit=rollout.attempt_limit,
+        guidance_limit=rollout.guidance_limit,
+        context=rollout.context,
+        on_leak=teacher.on_leak,
+        view=teacher.view,
+        reveal_answer=teacher.reveal_answer,
+        show_reference=teacher.show_reference,
+        guidance_timeout_s=teacher.guidance_timeout_s,
+    )

@@ -23,8 +23,8 @@ def success_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
     success/unassisted counts the first attempt only; success/assisted whether any attempt was right.
     """
     return {
-        "success/unassisted": mean([float(rollout.is_correct[0]) for rollout in rollouts]),
-        "success/assisted": mean([float(any(rollout.is_correct)) for rollout in rollouts]),
+        "success/unassisted": mean([float(rollout.turns[0].is_correct) for rollout in rollouts]),
+        "success/assisted": mean([float(is_solved(rollout)) for rollout in rollouts]),
     }
 
 
@@ -38,9 +38,10 @@ def summarize(
 
     sources: the whole data set's, from sources_of; success is also given for each that the batch has.
     """
-    guided = [rollout for rollout in rollouts if rollout.guidance]
-    texts = [(text, questions[rollout.question_idx]) for rollout in rollouts for text in rollout.said]
-    attempts = [attempt for rollout in rollouts for attempt in rollout.attempts]
+    guided = [rollout for rollout in rollouts if len(rollout.turns) > 1]
+    turns = [(turn, questions[rollout.question_idx]) for rollout in rollouts for turn in rollout.turns]
+    raw_texts = [(turn.guidance.raw_text, q) for turn, q in turns if turn.guidance is not None]
+    attempts = [turn.attempt for turn, _ in turns]
     reasons = [rollout.end_reason for rollout in rollouts]
     by_source = {source: [r for r in rollouts if r.data_source == source] for source in sources}
     return {
@@ -51,17 +52,22 @@ def summarize(
             if chosen
             for name, rate in success_rates(chosen).items()
         },
-        "reward/mean": mean([reward for rollout in rollouts for reward in rollout.rewards]),
+        "reward/mean": mean([turn.reward for turn, _ in turns if turn.reward is not None]),
         **{f"decay/f_{n}": factor for n, factor in enumerate(decay_factors, start=1)},
-        "guidance/rate": mean([float(bool(rollout.guidance)) for rollout in rollouts]),
-        "guidance/rescue_rate": mean([float(any(rollout.is_correct)) for rollout in guided]),
-        "guidance/leak_rate": mean([float(leaks_answer(text, question)) for text, question in texts]),
+        "guidance/rate": mean([float(len(rollout.turns) > 1) for rollout in rollouts]),
+        "guidance/rescue_rate": mean([float(is_solved(rollout)) for rollout in guided]),
+        "guidance/leak_rate": mean([float(leaks_answer(text, q)) for text, q in raw_texts]),
         "guidance/failed": float(reasons.count("guidance_failed")),
         "guidance/leaked": float(reasons.count("leaked")),
         "guidance/overflow": float(reasons.count("overflow")),
         "rollout/attempt_tokens": mean([float(attempt.num_tokens) for attempt in attempts]),
         "rollout/truncated": mean([float(attempt.finish_reason == "length") for attempt in attempts]),
     }
+
+
+def is_solved(rollout: Rollout) -> bool:
+    """Whether any of its attempts was right."""
+    return any(turn.is_correct for turn in rollout.turns)
 
 
 def mean(values: Sequence[float]) -> float:

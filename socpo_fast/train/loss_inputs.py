@@ -48,14 +48,16 @@ def attempt_weights(
 
 def attempt_advantages(microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:
     """[A] fp32."""
-    for place, _ in microbatch.attempts:
-        num_attempts, num_advantages = len(rollouts[place].attempts), len(rollouts[place].advantages)
-        if num_advantages != num_attempts:
+    advantages = []
+    for place, turn_idx in microbatch.attempts:
+        advantage = rollouts[place].turns[turn_idx].advantage
+        if advantage is None:
             raise ValueError(
-                f"policy_gradients: rollouts[{place}].advantages must be one for each of its {num_attempts} attempts, "
-                f"got {num_advantages}; fill them with ops.compute_advantages"
+                f"policy_gradients: rollouts[{place}].turns[{turn_idx}].advantage must be a number, "
+                "got None; fill it with ops.compute_advantages"
             )
-    return torch.tensor([rollouts[place].advantages[attempt_idx] for place, attempt_idx in microbatch.attempts])
+        advantages.append(advantage)
+    return torch.tensor(advantages)
 
 
 def gather_tokens(
@@ -72,7 +74,7 @@ def gather_tokens(
         num_given = values[place][attempt_idx].numel() if attempt_idx < len(values[place]) else 0
         if num_given != num_tokens:
             raise ValueError(
-                f"policy_gradients: {what} of rollouts[{place}].attempts[{attempt_idx}] must be [L={num_tokens}], "
+                f"policy_gradients: {what} of rollouts[{place}].turns[{attempt_idx}] must be [L={num_tokens}], "
                 f"got {num_given} values"
             )
         parts.append(values[place][attempt_idx])

@@ -6,7 +6,7 @@ Read top-down: pack_rollouts -> _Builder.add -> _Builder._segment. Differences f
   gives every rollout its own copy of the prompt and is what the tree is tested against.
 - A rollout is one chain, attempt_0 + bridge + attempt_1 + .., not one row an attempt. Only where the next attempt does
   not see all of it does the chain fork: what it does not see ends in a leaf (it was sampled, so it is trained), and the
-  chain goes on from the cut, be that inside the attempt or, when negative, inside a bridge or the shared prompt.
+  chain goes on behind the tokens that stay, be their end inside the attempt, a bridge or the shared prompt.
 - The last token of a leaf predicts nothing and is not forwarded. Hence, within one microbatch of packing="tree",
   tokens forwarded = nodes of the tree - its leaves.
 - A loss token is known by its place in an attempt, never by its id. Several may share the row that predicts them (the
@@ -101,8 +101,8 @@ def count_unique_tokens(rollouts: Sequence[Rollout]) -> int:
     """Nodes of the rollouts' trees: each group's prompt once, every attempt, every bridge."""
     trained = [rollout for rollout in rollouts if rollout.attempts]
     prompts = {group_key(rollout): len(rollout.prompt_ids) for rollout in trained}
-    attempts = sum(attempt.num_tokens for rollout in trained for attempt in rollout.attempts)
-    return sum(prompts.values()) + attempts + sum(len(bridge) for rollout in trained for bridge in rollout.bridges)
+    chains = sum(len(_bridge_ids(rollout)) + _num_sampled(rollout) for rollout in trained)
+    return sum(prompts.values()) + chains
 
 
 class _Path(NamedTuple):
@@ -150,14 +150,15 @@ class _Builder:
             self.attempt_of_token += [len(self.attempts)] * len(ids)
             self.attempts.append((place, attempt_idx))
             run += ids[:-1]
-            if attempt_idx == len(rollout.bridges):
+            if attempt_idx == len(rollout.turns) - 1:
                 break
-            unseen = len(ids) - _num_kept(rollout, attempt_idx)
+            kept_tokens, bridge_ids = rollout.seam(attempt_idx)
+            unseen = rollout.context_length(attempt_idx) + len(ids) - kept_tokens
             if unseen == 0:
                 run += ids[-1:]
             elif unseen > 1:
                 path, run = self._segment(run, path).back(unseen - 1), []
-            run += rollout.bridges[attempt_idx]
+            run += bridge_ids
         self._segment(run, path)
 
     def _segment(self, token_ids: list[int], path: _Path) -> _Path:
@@ -183,39 +184,40 @@ class _Builder:
         return PackedMicrobatch(segments=self.segments, attempts=self.attempts, **tensors)
 
 
-def _num_kept(rollout: Rollout, attempt_idx: int) -> int:
-    """How many tokens of an attempt the next one sees; negative: none, and so many fewer of what stood before it."""
-    cut = rollout.cuts[attempt_idx]
-    return rollout.attempts[attempt_idx].num_tokens if cut is None else cut
+def _bridge_ids(rollout: Rollout) -> list[int]:
+    """All that stands between its attempts."""
+    return [i for idx in range(len(rollout.turns) - 1) for i in rollout.seam(idx)[1]]
+
+
+def _num_sampled(rollout: Rollout) -> int:
+    return sum(attempt.num_tokens for attempt in rollout.attempts)
 
 
 def _chain_tokens(rollout: Rollout) -> int:
-    """Tokens a rollout adds to a forward, prompt aside: attempts and bridges less the last token of each leaf."""
-    lengths = [attempt.num_tokens for attempt in rollout.attempts]
-    forks = sum(_num_kept(rollout, attempt_idx) < length for attempt_idx, length in enumerate(lengths[:-1]))
-    return sum(lengths) + sum(len(bridge) for bridge in rollout.bridges) - forks - 1
+    """Tokens a rollout adds to a forward, prompt aside; the last token of each leaf is left out."""
+    num_forks = 0
+    for turn_idx, attempt in enumerate(rollout.attempts[:-1]):
+        row_length = rollout.context_length(turn_idx) + attempt.num_tokens
+        num_forks += rollout.seam(turn_idx)[0] < row_length
+    return _num_sampled(rollout) + len(_bridge_ids(rollout)) - num_forks - 1
 
 
 def _check_rollout(place: int, rollout: Rollout) -> None:
-    where, num_attempts = f"pack_rollouts: rollouts[{place}]", len(rollout.attempts)
+    where = f"pack_rollouts: rollouts[{place}]"
     if not rollout.prompt_ids:
         raise ValueError(f"{where}.prompt_ids must be non-empty, got []; its last token predicts the first sampled one")
-    for name, parts in (("bridges", rollout.bridges), ("cuts", rollout.cuts)):
-        if len(parts) != num_attempts - 1:
-            raise ValueError(
-                f"{where}.{name} must be one fewer than its {num_attempts} attempts, got {len(parts)}; "
-                "each stands between two attempts"
-            )
-    seen = len(rollout.prompt_ids)  # by the attempt at hand
-    for attempt_idx, attempt in enumerate(rollout.attempts):
+    for turn_idx, attempt in enumerate(rollout.attempts):
         if attempt.num_tokens == 0:
-            raise ValueError(f"{where}.attempts[{attempt_idx}].token_ids must be non-empty, got []")
-        if attempt_idx == num_attempts - 1:
+            raise ValueError(f"{where}.turns[{turn_idx}].attempt must have tokens, got none")
+        if turn_idx == len(rollout.turns) - 1:
             break
-        kept = _num_kept(rollout, attempt_idx)
-        if not -seen < kept <= attempt.num_tokens:
+        try:
+            kept_tokens, _ = rollout.seam(turn_idx)
+        except ValueError as error:
+            raise ValueError(f"pack_rollouts: {error}") from None
+        row_length = rollout.context_length(turn_idx) + attempt.num_tokens
+        if not 1 <= kept_tokens <= row_length:
             raise ValueError(
-                f"{where}.cuts[{attempt_idx}] must be None or in [{1 - seen}, {attempt.num_tokens}], got {kept}; "
-                f"attempt {attempt_idx} has {attempt.num_tokens} tokens and stands behind {seen}; one of these stays"
+                f"{where}.turns[{turn_idx}].guidance.kept_tokens must be in [1, {row_length}], the row's "
+                f"length, got {kept_tokens}; the context and the attempt make up the row"
             )
-        seen += kept + len(rollout.bridges[attempt_idx])

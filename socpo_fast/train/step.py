@@ -84,7 +84,7 @@ def policy_gradients(
 
     Args:
         student:        the policy, on any device.
-        rollouts:       with `advantages` filled, one an attempt. Those without attempts count for nothing.
+        rollouts:       with each turn's advantage filled. Those without turns count for nothing.
         packing, token_budget: those of pack_rollouts.
         temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
         num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of these rollouts.

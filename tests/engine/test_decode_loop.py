@@ -18,7 +18,7 @@ from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
 from tests.engine.fake_cuda import FakeCuda, FakeGraph
-from tests.engine.tiny import bits, drain, make_engine, make_student, untouched
+from tests.engine.tiny import bits, drain, kept, make_engine, make_student, untouched
 from tests.engine.traces import PageBook, Trace
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
@@ -47,7 +47,9 @@ def live_through(engine: Engine, params: list[SamplingParams]) -> list[Any]:
     first = drain(engine)
     seen: list[Any] = [*map(bits, first), engine.stats]
     for attempt in first[::2]:
-        engine.resume(attempt, [8, 1, 6], params[0], cut=None if attempt.rollout_idx else attempt.num_tokens // 2)
+        cut = None if attempt.rollout_idx else attempt.num_tokens // 2
+        kept_tokens = kept(PROMPTS[attempt.key.question], attempt, cut)
+        engine.resume(attempt, [8, 1, 6], params[0], kept_tokens=kept_tokens)
     second = drain(engine)
     seen += [*map(bits, second), engine.stats]
     engine.release(first + second)

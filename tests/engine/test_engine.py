@@ -14,6 +14,7 @@ from socpo_fast.model import Decoder, load_student
 from socpo_fast.model.decoder import turned_heads
 from socpo_fast.ops import Segment, packed_attention
 from socpo_fast.types import Attempt, SamplingParams
+from tests.engine.tiny import kept
 
 PROMPTS = [[3, 5, 7], list(range(1, 41)), [9] * 32, list(range(50, 2, -1)) * 2]  # shorter, longer than, exactly a page
 SAMPLED = SamplingParams(n=3, temperature=1.0, max_new_tokens=24, eos_ids=(2,), seed=5)
@@ -123,7 +124,7 @@ def test_resume_equals_full_prefill(student: Decoder, cut: int | None, taken: st
     if taken == "pages taken":
         engine.generate([PROMPTS[3]] * 2, params, keys=[(1, 1), (1, 2)])
     before = engine.stats.prefill_tokens
-    engine.resume(first, suffix, params, cut=cut)
+    engine.resume(first, suffix, params, kept_tokens=kept(prompt, first, cut))
     done: list[Attempt] = []
     while not done:
         done = engine.step()
@@ -202,9 +203,9 @@ def test_resume_twice_is_refused(student: Decoder) -> None:
     engine = engine_of(student)
     group = engine.generate([PROMPTS[0]], SAMPLED, keep=True)[0]
     attempt = group[0]
-    engine.resume(attempt, [4], SAMPLED)
+    engine.resume(attempt, [4], SAMPLED, kept_tokens=1)
     with pytest.raises(ValueError, match="neither released nor resumed"):
-        engine.resume(attempt, [4], SAMPLED)
+        engine.resume(attempt, [4], SAMPLED, kept_tokens=1)
     engine.cancel((0, 0))
     engine.release(group)
     assert engine.stats.pages_free == engine.stats.pages_total
@@ -240,7 +241,7 @@ def test_smollm2_greedy_equals_transformers() -> None:
     for prompt, group in zip(prompts, groups, strict=True):
         first = expected(prompt)
         assert [attempt.token_ids for attempt in group] == [first, first]
-        engine.resume(group[0], suffix, params, cut=10)
+        engine.resume(group[0], suffix, params, kept_tokens=len(prompt) + 10)
         done: list[Attempt] = []
         while not done:
             done = engine.step()

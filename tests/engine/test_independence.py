@@ -13,7 +13,7 @@ from socpo_fast.model import Decoder
 from socpo_fast.model.decoder import turned_heads
 from socpo_fast.ops import row_key, sample
 from socpo_fast.types import SamplingParams
-from tests.engine.tiny import bits, drain, make_engine, make_student, untouched
+from tests.engine.tiny import bits, drain, kept, make_engine, make_student, untouched
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=12, eos_ids=(2, 17), seed=5)
@@ -94,7 +94,7 @@ def test_noise_is_keyed_as_documented(student: Decoder) -> None:
     params = replace(PARAMS, temperature=0.8, top_p=0.9, ignore_eos=True, n=2)
     engine = make_engine(student)
     group = engine.generate([PROMPTS[0]], params, keys=[(11, 22)], keep=True)[0]
-    engine.resume(group[1], [8], params, cut=5)
+    engine.resume(group[1], [8], params, kept_tokens=kept(PROMPTS[0], group[1], 5))
     first, second = group[1], drain(engine)[0]
     for attempt, context in ((first, PROMPTS[0]), (second, [*PROMPTS[0], *first.token_ids[:5], 8])):
         for position, token_id in enumerate(attempt.token_ids):

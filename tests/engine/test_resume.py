@@ -11,7 +11,7 @@ import torch
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder
 from socpo_fast.types import Attempt, SamplingParams
-from tests.engine.tiny import bits, drain, make_engine, make_student, untouched
+from tests.engine.tiny import bits, drain, kept, make_engine, make_student, untouched
 
 PROMPT = list(range(1, 15))  # three pages of 4 and a half: two full ones shared, then what a fork copies
 SUFFIX = [30, 31, 32]
@@ -40,7 +40,7 @@ def test_resume_equals_a_fresh_run_of_the_same_context(student: Decoder, cut: in
     engine = make_engine(student)
     group = first_attempts(engine)
     before = engine.stats.prefill_tokens
-    engine.resume(group[1], SUFFIX, PARAMS, cut=cut)
+    engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
     (second,) = drain(engine)
     context = context_of(group[1], cut)
     assert engine.stats.prefill_tokens - before == len(SUFFIX) + (cut in (None, 6)), "only what is new is prefilled"
@@ -56,7 +56,7 @@ def test_greedy_resume_equals_submit(student: Decoder, cut: int | None) -> None:
     params = replace(PARAMS, n=2, temperature=0.0)
     engine = make_engine(student)
     group = first_attempts(engine, params)
-    engine.resume(group[0], SUFFIX, params, cut=cut)
+    engine.resume(group[0], SUFFIX, params, kept_tokens=kept(PROMPT, group[0], cut))
     fresh = make_engine(student).generate([context_of(group[0], cut)], replace(params, n=1))[0][0]
     assert bits(drain(engine)[0]) == bits(fresh)
 
@@ -69,9 +69,10 @@ def test_siblings_do_not_see_what_is_written(student: Decoder, cut: int, num_pag
     group = first_attempts(engine)
     suffixes = [[20 + i] * 3 for i in range(3)]
     for attempt, suffix in zip(group[:2], suffixes, strict=False):
-        engine.resume(attempt, suffix, PARAMS, cut=cut)
+        engine.resume(attempt, suffix, PARAMS, kept_tokens=kept(PROMPT, attempt, cut))
     engine.step()
-    engine.resume(group[2], suffixes[2], PARAMS, cut=None)  # on all of the pages that the others left
+    all_of_it = kept(PROMPT, group[2])
+    engine.resume(group[2], suffixes[2], PARAMS, kept_tokens=all_of_it)  # on all pages that the others left
     for i, second in enumerate(drain(engine)):
         path = PROMPT[:cut] if i < 2 else PROMPT + group[2].token_ids
         assert bits(second) == untouched(student, path + suffixes[i], PARAMS, rollout_idx=i, attempt_idx=1)
@@ -85,13 +86,13 @@ def test_without_a_free_page_to_copy_to_the_part_is_computed_again(student: Deco
     engine.generate([[1] * 9], replace(params, n=1), keys=[(1, 0)], keep=True)  # the other three pages
     before = engine.stats
     assert before.pages_free == 0
-    engine.resume(group[0], SUFFIX, params, cut=-2)
-    engine.resume(group[2], SUFFIX, params)
+    engine.resume(group[0], SUFFIX, params, kept_tokens=len(prompt) - 2)
+    engine.resume(group[2], SUFFIX, params, kept_tokens=kept(prompt, group[2]))
     seconds = drain(engine)
     assert engine.stats.prefill_tokens - before.prefill_tokens == (2 + len(SUFFIX)) + (1 + len(SUFFIX))
-    for second, kept in zip(seconds, (prompt[:-2], prompt + group[2].token_ids), strict=True):
+    for second, row in zip(seconds, (prompt[:-2], prompt + group[2].token_ids), strict=True):
         names = {"rollout_idx": second.rollout_idx, "attempt_idx": 1}
-        assert bits(second) == untouched(student, kept + SUFFIX, params, **names)
+        assert bits(second) == untouched(student, row + SUFFIX, params, **names)
 
 
 def test_a_sibling_still_running_does_not_see_a_write(student: Decoder) -> None:
@@ -104,7 +105,7 @@ def test_a_sibling_still_running_does_not_see_a_write(student: Decoder) -> None:
         done = engine.step()
     early = done[0]
     assert engine.has_work, "somebody must still run"
-    engine.resume(early, SUFFIX, params, cut=-9)
+    engine.resume(early, SUFFIX, params, kept_tokens=len(PROMPT) - 9)
     for attempt in [early, *done[1:], *drain(engine)]:
         context = PROMPT if attempt.attempt_idx == 0 else PROMPT[:-9] + SUFFIX
         names = {"rollout_idx": attempt.rollout_idx, "attempt_idx": attempt.attempt_idx}
@@ -120,7 +121,7 @@ def test_preempted_and_computed_again(student: Decoder, cut: int | None, taken: 
     if taken != "while it runs":
         engine.generate([list(range(22))], other, keys=[(1, 0)])  # takes all eight pages
         assert engine.stats.preemptions >= 2
-    engine.resume(group[1], SUFFIX, PARAMS, cut=cut)
+    engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
     if taken != "before it is resumed":
         engine.step()
         engine._scheduler._give_way(engine._scheduler.running[-1])
@@ -132,9 +133,9 @@ def test_back_over_several_bridges(student: Decoder) -> None:
     """Attempt 2 keeps none of attempt 1, nothing of its bridge, and less than all of attempt 0."""
     engine = make_engine(student)
     group = first_attempts(engine)
-    engine.resume(group[0], SUFFIX, PARAMS)
+    engine.resume(group[0], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[0]))
     (second,) = drain(engine)
-    engine.resume(second, [33], PARAMS, cut=-len(SUFFIX) - 2)
+    engine.resume(second, [33], PARAMS, kept_tokens=kept(PROMPT, group[0]) - 2)
     (third,) = drain(engine)
     context = PROMPT + group[0].token_ids[:-2] + [33]
     assert third.attempt_idx == 2
@@ -156,7 +157,7 @@ def test_stale_pages_are_never_reused(cut: int | None) -> None:
     engine.bump_policy_version()
     assert engine.stats.pages_free == engine.stats.pages_total, "pages of an older version hold nothing of use"
     before = engine.stats.prefill_tokens
-    engine.resume(group[1], SUFFIX, PARAMS, cut=cut)
+    engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
     (second,) = drain(engine)
     context = context_of(group[1], cut)
     assert engine.stats.prefill_tokens - before == len(context)
@@ -169,8 +170,8 @@ def test_stale_pages_are_never_reused(cut: int | None) -> None:
     ("suffix", "cut", "message"),
     [
         ([], None, "suffix_ids must be non-empty"),
-        (SUFFIX, 7, r"cut must be None or in \[-13, 6\], got 7; at least one token must remain"),
-        (SUFFIX, -14, r"cut must be None or in \[-13, 6\], got -14"),
+        (SUFFIX, 7, r"kept_tokens must be in \[1, 20\], got 21; the row is 14 tokens of context and 6 sampled ones"),
+        (SUFFIX, -14, r"kept_tokens must be in \[1, 20\], got 0"),
         ([37], None, r"in \[0, 37\), got \[1, 2"),
         ([-1], 0, r"in \[0, 37\)"),
         ([1] * 110, 0, "128 positions, got 124 [+] 6"),
@@ -184,9 +185,11 @@ def test_a_refused_resume_leaves_everything_as_it_was(
     group = first_attempts(engine)
     before = engine.stats
     with pytest.raises(ValueError, match=f"resume: .*{message}"):
-        engine.resume(group[0], suffix, PARAMS, cut=cut)
+        engine.resume(group[0], suffix, PARAMS, kept_tokens=kept(PROMPT, group[0], cut))
     assert engine.stats == before and not engine.has_work
-    engine.resume(group[0], SUFFIX, PARAMS)  # the attempt is still there, with its pages
+    engine.resume(
+        group[0], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[0])
+    )  # the attempt is still there, with its pages
     assert bits(drain(engine)[0]) == untouched(student, context_of(group[0], None), PARAMS, attempt_idx=1)
     assert engine.stats.prefill_tokens - before.prefill_tokens == 1 + len(SUFFIX)
 
@@ -197,4 +200,4 @@ def test_released_and_foreign_attempts_are_refused(student: Decoder) -> None:
     engine.release(group[:1])
     for attempt in (group[0], first_attempts(make_engine(student))[1]):
         with pytest.raises(ValueError, match="resume: attempt must be finished, neither released nor resumed before"):
-            engine.resume(attempt, SUFFIX, PARAMS)
+            engine.resume(attempt, SUFFIX, PARAMS, kept_tokens=1)

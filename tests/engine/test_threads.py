@@ -16,8 +16,9 @@ from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, SamplingParams
+from tests.engine.tiny import kept
 from tests.error_rule import assert_bitwise_equal
-from tests.train.rollouts import make_student
+from tests.train.rollouts import make_student, turns_of
 
 BRIDGE = [5, 6, 7, 8, 9]
 
@@ -46,22 +47,20 @@ def sample_rollouts(student: Decoder) -> list[Rollout]:
     prompts = [[rng.randrange(4, 131) for _ in range(length)] for length in (67, 71, 73, 79, 83)]
     firsts = [attempt for group in engine.generate(prompts, params, keep=True) for attempt in group]
     for attempt in firsts:
-        engine.resume(attempt, BRIDGE, params)
+        engine.resume(attempt, BRIDGE, params, kept_tokens=kept(prompts[attempt.key.question], attempt))
     seconds: dict[tuple[int, int], Attempt] = {}
     while engine.has_work:
         seconds |= {(attempt.key.question, attempt.rollout_idx): attempt for attempt in engine.step()}
-    return [
-        Rollout(
-            question_idx=first.key.question,
-            rollout_idx=first.rollout_idx,
-            prompt_ids=prompts[first.key.question],
-            attempts=[first, seconds[first.key.question, first.rollout_idx]],
-            bridges=[BRIDGE],
-            cuts=[None],
-            advantages=[rng.uniform(-2, 2), rng.uniform(-2, 2)],
-        )
-        for first in firsts
-    ]
+    rollouts = []
+    for first in firsts:
+        prompt_ids = prompts[first.key.question]
+        attempts = [first, seconds[first.key.question, first.rollout_idx]]
+        turns = turns_of(prompt_ids, attempts, [BRIDGE])
+        for turn in turns:
+            turn.advantage = rng.uniform(-2, 2)
+        names = {"question_idx": first.key.question, "rollout_idx": first.rollout_idx}
+        rollouts.append(Rollout(**names, prompt_ids=prompt_ids, turns=turns))
+    return rollouts
 
 
 def everything(student: Decoder, num_threads: int) -> dict[str, Tensor]:

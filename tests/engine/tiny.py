@@ -53,6 +53,11 @@ def drain(engine: Engine) -> list[Attempt]:
     return sorted(finished, key=lambda a: (a.key, a.rollout_idx, a.attempt_idx))
 
 
+def kept(context: list[int], attempt: Attempt, cut: int | None = None) -> int:
+    """The length of the row's prefix that stays: cut tokens of the attempt, None all, -m none and m fewer before it."""
+    return len(context) + (attempt.num_tokens if cut is None else cut)
+
+
 def bits(attempt: Attempt) -> tuple:
     """Everything of an attempt that must not differ in a single bit."""
     return attempt.token_ids, attempt.logprobs.tolist(), attempt.kept_mass.tolist(), attempt.finish_reason

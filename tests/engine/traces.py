@@ -141,18 +141,19 @@ class Trace:
             return
         attempt, params = self.rng.choice(self.pinned[-4:]), self.random_params()  # the latest: chains grow long
         context = self.contexts[name_of(attempt)]
-        cut = self.rng.choice([None, self.rng.randint(1 - len(context), attempt.num_tokens)])
-        kept = (context + attempt.token_ids)[: None if cut is None else len(context) + cut]
+        row = context + attempt.token_ids
+        kept_tokens = self.rng.choice([len(row), self.rng.randint(1, len(row))])
+        kept = row[:kept_tokens]
         room = self.max_total - params.max_new_tokens - len(kept)
         if room < 1:
             with pytest.raises(ValueError, match="resume: (need|prompt [+] max_new_tokens must)"):
-                self.engine.resume(attempt, [1] * POSITIONS, params, cut=cut)
+                self.engine.resume(attempt, [1] * POSITIONS, params, kept_tokens=kept_tokens)
             return
         suffix = self.random_ids(self.rng.randint(1, min(room, 9)))
         old, page_size = self.engine._pinned[attempt], self.engine._pool.page_size
         if kept_into := len(kept) % page_size and old.pages[len(kept) // page_size :]:
             self.num_shared += self.engine._pool.holders(kept_into[0]) > 1
-        self.engine.resume(attempt, suffix, params, cut=cut)
+        self.engine.resume(attempt, suffix, params, kept_tokens=kept_tokens)
         self.pinned.remove(attempt)
         self.expect((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1), kept + suffix, params)
 

@@ -16,7 +16,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.ops import paged_attention
 from tests.ops.test_flash import FlashAttn
 from tools.gpu_check import engine as engine_stage
-from tools.gpu_check import engines, head, kernels, op_cases, profilers
+from tools.gpu_check import engines, head, kernels, op_cases, profilers, worker
 from tools.gpu_check.check import Check, Skipped, check_close
 from tools.gpu_check.results import StageResult, read_results
 from tools.gpu_check.stages import NAMES
@@ -31,7 +31,7 @@ def check(tmp_path: Path) -> Check:
 
 
 def outcome(check: Check, part: Callable[[Check], None]) -> StageResult:
-    run_parts(check, {"part": part})
+    run_parts(check, {"part": part}, [])
     return read_results(check.results, NAMES).stages["engine"]
 
 
@@ -146,7 +146,7 @@ def test_a_wrong_head_is_not_timed(check: Check, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(head, "ours", wrong)
     head_check = Check("head", device=CPU, tiny=True, results=check.results, peers=None)
-    run_parts(head_check, {"shape": head.beside_peers(0)})
+    run_parts(head_check, {"ours": head.ours_beside_gemms(0), "peers": head.peers(0)}, [])
     stage = read_results(check.results, NAMES).stages["head"]
     assert len(stage.failures) == len(head.WORKSPACES_MIB)
     assert "dW: relative error must be <= 0.01, got 0.02" in stage.failures[0]["message"]
@@ -173,6 +173,44 @@ def test_pytest_counts(tmp_path: Path) -> None:
     assert counts == {"passed": 1, "failed": 1}
     assert len(failed) == 1 and "test_b_triton.py::test_b - assert 1 == 2" in failed[0]
     assert kernels.run_pytest([tmp_path / "none.py"], environ)[1]
+
+
+def test_pytest_that_does_not_end_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "test_a_triton.py"
+    lines = ["import time", *(f"def test_{k}(): time.sleep({30 * (k == 3)})" for k in range(4))]
+    slow.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(kernels, "ALL_TESTS_S", 6)
+    monkeypatch.setattr(
+        kernels.importlib.util, "find_spec", lambda name: None
+    )  # no timeout of its own
+    counts, failed = kernels.run_pytest([slow], {"TRITON_INTERPRET": "0"})
+    assert counts == {"passed": 3}
+    assert failed == ["pytest did not end within 6 s: 3 tests had passed"]
+
+
+def test_a_part_behind_a_lost_card_runs_in_a_new_process(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    class Replaced(Exception):
+        """exec does not return."""
+
+    def execv(_path: str, command: list[str]) -> None:
+        commands.append(command)
+        raise Replaced
+
+    def broken(_check: Check) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker, "is_alive", lambda check: False)
+    monkeypatch.setattr(worker.os, "execv", execv)
+    with pytest.raises(Replaced):
+        run_parts(check, {"first": broken, "second": lambda check: None}, ["engine", "--tiny"])
+    assert commands[0][3:] == ["engine", "--tiny", "--after", "first", "--num-failed", "1"]
+    run_parts(check, {"first": broken}, [])  # nothing behind it, nothing to start
 
 
 def test_files_that_know_triton() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_every_expectation_gives_a_reason_and_a_number() -> None:
 
 def write_run(path: Path, device: str) -> None:
     append(path, {"kind": "run", "device": device, "plan": ["rates", "decode"]})
-    append(path, {"kind": "begin", "stage": "rates"})
+    append(path, {"kind": "begin", "stage": "rates", "revision": "abc123"})
     append_figure(path, "rates", figure(3.0, key="rates.decode_gb_s", limit=6.0))
     append(
         path,
@@ -113,6 +114,36 @@ def test_another_card_begins_anew(tmp_path: Path) -> None:
     assert read_results(path, NAMES).stages["rates"].status == "not run"
 
 
+def test_a_record_of_another_version_costs_itself(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_run(path, "card")
+    append(path, {"kind": "figure", "stage": "rates", "key": "rates.decode_gb_s", "value": 1.0})
+    append(path, {"kind": "note", "stage": "rates"})
+    assert len(read_results(path, NAMES).stages["rates"].figures) == 1
+
+
+def test_a_figure_that_is_no_number_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_run(path, "card")
+    for value in (math.nan, math.inf):
+        append_figure(path, "rates", figure(value, key="rates.decode_gb_s", goal=1.0))
+    found = read_results(path, NAMES)
+    assert "nan ms" in to_text(found) and "inf ms" in to_markdown(found)
+
+
+def test_a_full_disk_tears_one_line_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.jsonl"
+    write, left = os.write, [10]
+
+    def short_write(descriptor: int, data: bytes) -> int:
+        return write(descriptor, data[: left.pop()] if left else data)
+
+    monkeypatch.setattr(os, "write", short_write)
+    append(path, {"kind": "run", "device": "lost"})
+    write_run(path, "card")
+    assert read_results(path, NAMES).stages["rates"].status == "failed"
+
+
 def test_a_line_that_was_cut_costs_itself(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     write_run(path, "card")
@@ -132,7 +163,7 @@ def test_text_and_page_hold_every_figure_and_failure(tmp_path: Path) -> None:
     text, page = to_text(found), to_markdown(found)
     assert "rates: failed in 3 s: 1 failed" in text and "FAILED a|b: x < y" in text
     assert "rates.decode_gb_s: 64 x 800" in text and "200 %" in text
-    assert "| rates | failed | 3 | 1 failed |" in page and "    kernel 2 ms" in page
+    assert "| rates | failed | 3 | abc123 | 1 failed |" in page and "    kernel 2 ms" in page
     assert "| rates.decode_gb_s: 64 x 800 | 3 ms | 6 | 200 % |" in page
     assert "- device: card" in page and "decode: not run" not in text
 
@@ -146,7 +177,15 @@ def test_a_line_of_a_figure() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, ""), (3.0, "3"), (0.123456, "0.123"), (123456.7, "123457"), (2.147e9, "2.15e+09")],
+    [
+        (None, ""),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+        (3.0, "3"),
+        (0.123456, "0.123"),
+        (123456.7, "123457"),
+        (2.147e9, "2.15e+09"),
+    ],
 )
 def test_numbers_are_short(value: float | None, text: str) -> None:
     assert number(value) == text

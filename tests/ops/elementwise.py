@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from socpo_fast.ops._impl import extension_is_built
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.error_rule import (
+    assert_bitwise_equal,
+    assert_equal_across_variants,
+    assert_error_rule,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_cpp = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
@@ -54,6 +59,25 @@ def assert_as_right_as_ref(
 def assert_same_bits(one: list[Tensor], other: list[Tensor], name: str) -> None:
     for idx, (a, b) in enumerate(zip(one, other, strict=True)):
         assert_bitwise_equal(a, b, name=f"{name}, result {idx}")
+
+
+def assert_rows_alone_have_their_bits(
+    run: Function, inputs: list[Tensor], whole: list[Tensor], rows: slice, device: str
+) -> None:
+    """Rows of all inputs alone against the same rows of what all of them gave.
+
+    A copy starts at a multiple of 16 bytes, as every tensor does. A slice may start anywhere, for
+    which Triton compiles another variant.
+    """
+    across_variants = partial(assert_equal_across_variants, device=device)
+    for name, compare, part in (
+        ("a copy of rows", assert_bitwise_equal, [x[rows].clone() for x in inputs]),
+        ("rows", across_variants, [x[rows] for x in inputs]),
+    ):
+        out = run(*part)
+        outputs = list(out) if isinstance(out, tuple) else [out]
+        for idx, (alone, together) in enumerate(zip(outputs, whole, strict=True)):
+            compare(alone, together[rows], name=f"{name} {rows}, result {idx}")
 
 
 def thread_counts() -> Iterator[int]:

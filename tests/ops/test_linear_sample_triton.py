@@ -11,7 +11,11 @@ from torch import Tensor
 from socpo_fast.kernels import linear_sample as kernels
 from socpo_fast.kernels.linear_sample import TILES, linear_sample_triton
 from socpo_fast.ops.sample import noise_bits, sample_ref
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.error_rule import (
+    assert_bitwise_equal,
+    assert_equal_across_variants,
+    assert_error_rule,
+)
 from tests.ops.test_sample import keys, settings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,10 +63,21 @@ def test_draws_what_sample_draws_from_the_logits(
     rows = torch.arange(num_draws).flip(0) // 2 if gathered else None
     temperature = torch.tensor([1.0, 0.0, 0.3, 1.7]).repeat(num_draws)[:num_draws]
     actual = draw(hidden.to(dtype), weight.to(dtype), keys(num_draws), temperature, rows)
-    logits = hidden[slice(None) if rows is None else rows] @ weight.T
-    drawn, *plain, _ = expected(logits, keys(num_draws), temperature, actual[0])
-    logits = hidden[slice(None) if rows is None else rows].double() @ weight.double().T
-    _, *truth, lead = expected(logits, keys(num_draws), temperature, actual[0])
+    hidden = hidden if rows is None else hidden[rows]
+    assert_draws(actual, hidden, weight, keys(num_draws), temperature)
+
+
+def assert_draws(
+    actual: tuple,
+    hidden: Tensor,
+    weight: Tensor,
+    row_keys: Tensor,
+    temperature: Tensor,
+) -> None:
+    """Values by the error rule; tokens are the reference's where the best score leads clearly."""
+    logits, logits_64 = hidden @ weight.T, hidden.double() @ weight.double().T
+    drawn, *plain, _ = expected(logits, row_keys, temperature, actual[0])
+    _, *truth, lead = expected(logits_64, row_keys, temperature, actual[0])
     for name, *three in zip(("logprobs", "entropy"), actual[1:], plain, truth, strict=True):
         assert_error_rule(*three, name=name, dtype=torch.float32)
     clear = lead > 1e-4
@@ -71,10 +86,12 @@ def test_draws_what_sample_draws_from_the_logits(
 
 
 def test_a_head_in_16_bits_is_read_as_fp32() -> None:
+    """On a card as three products of tf32: as right as those of fp32, with other bits."""
     hidden, weight = make_head(5, 200, 40)
-    both = [draw(hidden, w, keys(5), torch.ones(5)) for w in (weight, weight.half())]
-    for name, x, y in zip(("token_ids", "logprobs", "entropy"), *both, strict=True):
-        assert_bitwise_equal(x, y, name=name)
+    wide, narrow = (draw(hidden, w, keys(5), torch.ones(5)) for w in (weight, weight.half()))
+    assert_draws(narrow, hidden, weight, keys(5), torch.ones(5))
+    for name, x, y in zip(("token_ids", "logprobs", "entropy"), narrow, wide, strict=True):
+        assert_equal_across_variants(x, y, device=DEVICE, name=name)
 
 
 @triton.jit
@@ -96,7 +113,9 @@ def test_noise_near_both_ends() -> None:
     result = torch.empty(64, device=DEVICE)
     minus_log1p_kernel[(1,)](v.to(DEVICE), result, BLOCK_V=64)
     truth = -torch.log1p(-v.double())
-    assert ((result.cpu() - truth) / truth).abs().max() < 4e-7
+    # A compiled kernel divides by div.full, which may be off by two units in the last place.
+    bound = 5e-7 if DEVICE == "cuda" else 4e-7
+    assert ((result.cpu() - truth) / truth).abs().max() < bound
 
 
 @triton.jit

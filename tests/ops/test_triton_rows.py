@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from socpo_fast.kernels.linear_policy_loss import TILES, logprob_rows, logprob_rows_backward, policy_rows
 from socpo_fast.ops.policy_loss import policy_loss_ref
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.error_rule import (
+    assert_bitwise_equal,
+    assert_equal_across_variants,
+    assert_error_rule,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = TILES[0][torch.float32].block
@@ -210,7 +215,9 @@ def test_gradient_in_a_narrow_dtype(grad_dtype: torch.dtype) -> None:
     assert_rows(rows, torch.float32, grad_dtype, **ALL_TERMS)
     if grad_dtype == torch.float16 or DEVICE != "cpu":  # the interpreter cuts bf16 off instead of rounding it
         wide, narrow = triton_rows(rows, torch.float32)[1], triton_rows(rows, torch.float32, grad_dtype)[1]
-        assert_bitwise_equal(narrow, wide.to(grad_dtype), name="rounded once")
+        scale = wide.abs().amax(-1, keepdim=True).clamp(min=1.0)
+        rounded = wide.to(grad_dtype)
+        assert_equal_across_variants(narrow, rounded, device=DEVICE, name="rounded", scale=scale)
 
 
 def test_in_place_strided_and_without_a_gradient() -> None:
@@ -222,20 +229,25 @@ def test_in_place_strided_and_without_a_gradient() -> None:
     attempts = torch.arange(12, device=DEVICE).flip(0)
     given = (rows.targets, rows.old, rows.advantages.flip(0), attempts, rows.weights, rows.inv_temperature)
     tail = (0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True)
-    assert_bitwise_equal(policy_rows(view, None, *given, *tail), values, name="no gradient")
-    assert_bitwise_equal(policy_rows(view, view, *given, *tail), values, name="in place, advantages by attempt")
-    assert_bitwise_equal(view, grad, name="gradient")
+    scale = values.abs().clamp(min=1.0)  # a ratio may be exp(20)
+    compare = partial(assert_equal_across_variants, device=DEVICE)
+    compare(policy_rows(view, None, *given, *tail), values, name="no gradient", scale=scale)
+    in_place = policy_rows(view, view, *given, *tail)
+    compare(in_place, values, name="in place, advantages by attempt", scale=scale)
+    scale = grad.abs().amax(-1, keepdim=True).clamp(min=1.0)
+    compare(view, grad, name="gradient", scale=scale)
     assert (wide[:, TILE + 3 :] == 7).all()
     no_entropy = policy_rows(rows.logits, None, *given, *tail[:-1], False)
     assert no_entropy[2].isnan().all()
-    assert_bitwise_equal(no_entropy[1], values[1], name="logprob")
+    compare(no_entropy[1], values[1], name="logprob", scale=values[1].abs().clamp(min=1.0))
 
 
 def test_a_row_alone_equals_the_row_in_a_batch() -> None:
     rows = make_rows(2 * TILE + 5)
     values, grad = triton_rows(rows, torch.float32, **ALL_TERMS)
     for n in (0, 7):
-        alone_values, alone_grad = triton_rows(Rows(*(x[n : n + 1] for x in rows)), torch.float32, **ALL_TERMS)
+        alone = Rows(*(x[n : n + 1].clone() for x in rows))  # aligned, as all rows are together
+        alone_values, alone_grad = triton_rows(alone, torch.float32, **ALL_TERMS)
         assert_bitwise_equal(alone_values[:, 0], values[:, n], name="values")
         assert_bitwise_equal(alone_grad[0], grad[n], name="gradient")
 
@@ -274,7 +286,9 @@ def test_logprob_rows_and_their_backward(kind: str, vocab: int) -> None:
         logprob_rows_backward(logits, bare, targets, scale, values[2], values[1], grads[0], None)
         zero = torch.zeros_like(grads[1])
         logprob_rows_backward(logits, grad, targets, scale, values[2], values[1], grads[0], zero)
-        assert torch.equal(bare, grad.half())
+        scale = grad.abs().amax(-1, keepdim=True).clamp(min=1.0)
+        bare, half = bare + 0, grad.half() + 0  # without an entropy to subtract, a zero may be -0
+        assert_equal_across_variants(bare, half, device=DEVICE, name="no entropy", scale=scale)
 
 
 def test_no_rows() -> None:

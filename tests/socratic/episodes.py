@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.types import Guidance, GuidanceRequest, Question, Rollout, SamplingParams
 from tests.socratic.scripted import ScriptedEngine
@@ -57,13 +58,38 @@ def play(
         teacher=ScriptedTeacher(guidance),
         grader=lambda _text, _question: False,
         params=SamplingParams(temperature=1.0, max_new_tokens=20, eos_ids=bridge.eos_ids),
-        group_size=1,
-        max_attempts=len(answers),
         bridge=bridge,
-        **options,
+        options=RolloutOptions(
+            group_size=1,
+            max_attempts=len(answers),
+            guidance_limit=bridge.guidance_limit,
+            **options,
+        ),
     )
     assert not engine.pinned
     return Episode(bridge, rollout, [engine.contexts[0, 0, k] for k in range(len(rollout.attempts))])
+
+
+def cuts(rollout: Rollout) -> list[int | None]:
+    """Of each attempt that was followed by another: how many of its tokens the next one saw.
+
+    None: all of them; -m: none, and the last m tokens of what stood before it were gone too.
+    """
+    found: list[int | None] = []
+    for k, attempt in enumerate(rollout.attempts[:-1]):
+        cut = rollout.seam(k)[0] - rollout.context_length(k)
+        found.append(None if cut == attempt.num_tokens else cut)
+    return found
+
+
+def bridges(rollout: Rollout) -> list[list[int]]:
+    return [rollout.seam(k)[1] for k in range(len(rollout.turns) - 1)]
+
+
+def shown(rollout: Rollout) -> list[str]:
+    """The guidance that the student saw."""
+    given = [turn.guidance for turn in rollout.turns if turn.guidance is not None]
+    return [guidance.text for guidance in given if guidance.bridge_ids is not None]
 
 
 def rendering(

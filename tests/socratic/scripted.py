@@ -52,14 +52,14 @@ class ScriptedEngine:
             self.contexts[key[1], r, 0] = list(prompt_ids)
             self.pending.append((RolloutKey(*key), r, 0))
 
-    def resume(self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, cut: int | None) -> None:
+    def resume(self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, kept_tokens: int) -> None:
         self.pinned.remove(attempt)
         name = (attempt.key.question, attempt.rollout_idx)
         before = self.contexts[(*name, attempt.attempt_idx)]
-        kept = len(before) + (attempt.num_tokens if cut is None else cut)
         assert suffix_ids
-        assert 1 <= kept <= len(before) + attempt.num_tokens
-        self.contexts[(*name, attempt.attempt_idx + 1)] = (before + attempt.token_ids)[:kept] + suffix_ids
+        assert 1 <= kept_tokens <= len(before) + attempt.num_tokens
+        row = before + attempt.token_ids
+        self.contexts[(*name, attempt.attempt_idx + 1)] = row[:kept_tokens] + suffix_ids
         self.pending.append((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1))
         self.steps_at_resume.append(self.num_steps)
 

@@ -24,7 +24,7 @@ from socpo_fast.socratic import session as session_module
 from socpo_fast.socratic.evaluation import Scores, interval, pass_at_k
 from socpo_fast.socratic.session import Session
 from socpo_fast.socratic.summary import MAX_SOURCES, sources_of, summarize
-from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
+from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, Turn
 
 CONFIG = Path(__file__).parents[2] / "configs" / "molar_mass.toml"
 SAMPLES = 4
@@ -88,13 +88,15 @@ def make_rollout(question_idx: int, rollout_idx: int, verdicts: list[bool], sour
         Attempt([1] * 3, torch.zeros(3), torch.ones(3), "stop", RolloutKey(0, question_idx), rollout_idx, k, 0)
         for k in range(len(verdicts))
     ]
+    turns = [
+        Turn(attempt=attempt, is_correct=verdict, raw_reward=float(verdict), reward=float(verdict))
+        for attempt, verdict in zip(attempts, verdicts, strict=True)
+    ]
     return Rollout(
         question_idx=question_idx,
         rollout_idx=rollout_idx,
         prompt_ids=[1],
-        attempts=attempts,
-        is_correct=verdicts,
-        rewards=[float(verdict) for verdict in verdicts],
+        turns=turns,
         data_source=source,
     )
 
@@ -246,6 +248,11 @@ def test_sampling_is_evaluation_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "socratic_rollouts", record)
     run(load_config(CONFIG, SMALL | {"rollout.temperature": 1.0}))
     params = seen["params"]
-    assert (params.temperature, params.top_p, seen["group_size"], seen["max_attempts"]) == (0.8, 0.9, SAMPLES, 2)
+    assert (params.temperature, params.top_p, seen["options"].group_size, seen["options"].max_attempts) == (
+        0.8,
+        0.9,
+        SAMPLES,
+        2,
+    )
     run(load_config(CONFIG, SMALL | {"eval.assisted": False, "eval.temperature": 0}))
-    assert (seen["params"].temperature, seen["max_attempts"]) == (0.0, 1)
+    assert (seen["params"].temperature, seen["options"].max_attempts) == (0.0, 1)

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from socpo_fast.socratic.graders import MathGrader, chosen_letter, make_grader
+from socpo_fast.socratic.graders import GradedBy, MathGrader, as_grader, chosen_letter, make_grader
 from socpo_fast.types import Question
 
 
@@ -181,14 +181,9 @@ def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module.grade = lambda text, question: text == "yes"  # type: ignore[attr-defined]
     module.limit = 3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_graders", module)
-    assert make_grader("my_graders:grade")("yes", question("")) is True
-    for verdict, is_correct in ((np.bool_(True), True), (0, False), (1.0, True)):
-        module.grade = lambda text, question, verdict=verdict: verdict  # type: ignore[attr-defined]
-        assert make_grader("my_graders:grade")("yes", question("")) is is_correct, "rollouts/ is JSON"
-    for verdict in (None, 0.5, "no"):
-        module.grade = lambda text, question, verdict=verdict: verdict  # type: ignore[attr-defined]
-        with pytest.raises(ValueError, match="data.grader: my_graders:grade must return True or False, got "):
-            make_grader("my_graders:grade")("yes", question(""))
+    grader = make_grader("my_graders:grade")
+    assert grader.grade("yes", question("")) == (1.0, True, {})
+    assert grader.grade("no", question("")) == (0.0, False, {})
     for name, reason in [
         ("my_graders:absent", "must name a function of my_graders, got 'absent'"),
         ("my_graders:limit", "must name a function of my_graders"),
@@ -199,6 +194,52 @@ def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="data.grader") as error:
             make_grader(name)
         assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "grade"),
+    [
+        (np.bool_(True), (1.0, True, {})),
+        (0, (0.0, False, {})),
+        (np.float32(0.5), (0.5, False, {})),
+        (0.75, (0.75, True, {})),
+        ({"answer": 0.8, "form": 0.1}, (0.9, True, {"answer": 0.8, "form": 0.1})),
+        ({"answer": 0.0, "form": True}, (1.0, True, {"answer": 0.0, "form": 1.0})),
+        (dict.fromkeys("abcdefghij", 0.1), (1.0, True, dict.fromkeys("abcdefghij", 0.1))),
+    ],
+)
+def test_a_verdict_may_be_a_share_or_parts(verdict: object, grade: tuple) -> None:
+    found = GradedBy(lambda text, question: verdict, "mine", correct_at=0.75).grade("", question(""))
+    assert found.reward == pytest.approx(grade[0]) and found[1:] == grade[1:]
+    assert type(found.reward) is float and type(found.is_correct) is bool, "rollouts/ is JSON"
+
+
+async def an_async_grader(text: str, question: object) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [None, 2, -0.1, 1.01, float("nan"), "no", [1], {"a": 0.6, "b": 0.6}, {"a": -0.1}, {"a": None}, {}],
+)
+def test_any_other_verdict_is_refused_by_name(verdict: object) -> None:
+    with pytest.raises(ValueError, match="grader: mine must return a bool, a number in .* got "):
+        GradedBy(lambda text, question: verdict, "mine").grade("", question(""))
+
+
+def test_an_async_grader_is_refused_in_words(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(ValueError, match="grader: an_async_grader must be a plain function, got an async one"):
+        as_grader(an_async_grader).grade("", question(""))
+    assert not recwarn.list, "no coroutine is left unawaited"
+
+
+def test_the_reward_that_counts_as_correct() -> None:
+    for correct_at, is_correct in ((0.5, True), (0.51, False)):
+        assert GradedBy(lambda *_: 0.5, "mine", correct_at).grade("", question(""))[1] is is_correct
+    for correct_at in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"grader.correct_at must be in \(0, 1\], got"):
+            make_grader("exact", correct_at=correct_at)
+    assert as_grader(make_grader("exact")) == make_grader("exact")
 
 
 @pytest.mark.parametrize("filler", ["_", " ", "\n", "*", "_ \n", "(", "<answer>"])

@@ -7,10 +7,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.socratic.history import context_ids
+from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.types import Question, Rollout, SamplingParams
-from tests.socratic.episodes import PROMPT, WITH_SYSTEM, ScriptedTeacher, answer_ids, play, rendering, text_of
+from tests.socratic.episodes import (
+    PROMPT,
+    WITH_SYSTEM,
+    ScriptedTeacher,
+    answer_ids,
+    bridges,
+    cuts,
+    play,
+    rendering,
+    shown,
+    text_of,
+)
 from tests.socratic.tiny_tokenizers import CHATML, FAMILIES, THINKING, family, tiny_tokenizer
 
 THOUGHT = "<think>\nhm, 1 and 1\n</think>\n\n"
@@ -33,7 +44,8 @@ def test_a_template_that_only_appends_changes_nothing(name: str) -> None:
             for context in ("tokens", "template")
         )
         assert rendered.contexts == kept.contexts
-        assert (rendered.rollout.cuts, rendered.rollout.bridges) == (kept.rollout.cuts, kept.rollout.bridges)
+        assert cuts(rendered.rollout) == cuts(kept.rollout)
+        assert bridges(rendered.rollout) == bridges(kept.rollout)
 
 
 def test_old_thoughts_are_dropped_and_the_answer_keeps_its_tokens() -> None:
@@ -45,7 +57,7 @@ def test_old_thoughts_are_dropped_and_the_answer_keeps_its_tokens() -> None:
     sampled = bridge.untrusted_ids(thought) + spelled
     episode = play(bridge, [sampled] * 3, ["no", "not yet"], context="template")
     assert [attempt.token_ids for attempt in episode.rollout.attempts] == [sampled] * 3, "trained as sampled"
-    assert episode.rollout.cuts == [0, 0]
+    assert cuts(episode.rollout) == [0, 0]
     prompt, told = bridge.prompt_ids(PROMPT), bridge.bridge_ids("no", ended=True)
     assert episode.contexts[1] == prompt + spelled + told
     assert episode.contexts[2] == prompt + spelled + told + spelled + bridge.bridge_ids("not yet", ended=True)
@@ -63,11 +75,11 @@ def test_what_the_generation_prompt_opened_goes_with_a_negative_cut(make: str, o
     sampled = answer_ids(bridge, "It is 3.")
     episode = play(bridge, [sampled] * 3, ["no", "not yet"], context="template")
     opened = len(bridge.trusted_ids(opening))
-    assert episode.rollout.cuts == [-opened, -opened]
+    assert cuts(episode.rollout) == [-opened, -opened]
     assert episode.contexts[1][: 1 - opened] != episode.rollout.prompt_ids
     assert episode.contexts[1][: len(episode.rollout.prompt_ids) - opened] == episode.rollout.prompt_ids[:-opened]
     assert text_of(bridge, episode.contexts[2]) == rendering(bridge, ["It is 3."] * 2, ["no", "not yet"])
-    assert context_ids(episode.rollout) == episode.contexts[2]
+    assert [episode.rollout.context_ids(k) for k in range(3)] == episode.contexts
 
 
 def test_a_system_message_that_moves_along() -> None:
@@ -75,7 +87,7 @@ def test_a_system_message_that_moves_along() -> None:
     bridge = Bridge(family("mistral_nemo"), guidance_limit=100)
     sampled = letters(bridge, "It is 3.")
     episode = play(bridge, [[*sampled, bridge.end_of_turn_id]] * 2, ["no"], messages=WITH_SYSTEM, context="template")
-    assert episode.rollout.cuts == [2 - len(episode.rollout.prompt_ids)]
+    assert cuts(episode.rollout) == [2 - len(episode.rollout.prompt_ids)]
     assert text_of(bridge, episode.contexts[1]) == "<s>[INST]1 + 1?[/INST]It is 3.</s>[INST]Be exact.\n\nno[/INST]"
     assert (
         sampled
@@ -111,7 +123,7 @@ def test_a_thought_cut_at_the_limit_stays() -> None:
     bridge = Bridge(family("qwen3"), guidance_limit=100)
     sampled = answer_ids(bridge, THOUGHT + "3")
     episode = play(bridge, [sampled, sampled], ["shorter"], context="template", attempt_limit=5)
-    assert episode.rollout.cuts == [5]
+    assert cuts(episode.rollout) == [5]
     assert episode.contexts[1] == bridge.prompt_ids(PROMPT) + sampled[:5] + bridge.bridge_ids("shorter", ended=False)
     assert episode.rollout.attempts[0].token_ids == sampled
 
@@ -162,7 +174,8 @@ def test_a_context_longer_than_the_model_overflows(context: str) -> None:
     over = play(bridge, [sampled, sampled], ["no"], context=context, max_tokens=needed - 1).rollout
     assert (fits.end_reason, len(fits.attempts)) == ("max_attempts", 2)
     assert (over.end_reason, len(over.attempts)) == ("overflow", 1)
-    assert over.bridges == over.cuts == over.guidance == []
+    assert bridges(over) == cuts(over) == shown(over) == []
+    assert over.turns[0].guidance.raw_text == "no", "what the teacher said stays on record"
 
 
 def test_unknown_words_are_refused() -> None:
@@ -201,18 +214,17 @@ def test_a_real_engine_goes_on_from_the_rewritten_history(tmp_path_factory: pyte
             teacher=ScriptedTeacher(["look", "again"]),
             grader=lambda _text, _question: False,
             params=params,
-            group_size=4,
-            max_attempts=3,
+            options=RolloutOptions(group_size=4, max_attempts=3, guidance_limit=100, context="template"),
             bridge=bridge,
-            context="template",
+            batch_idx=0,
         )
         return sorted(rollouts, key=lambda rollout: rollout.rollout_idx)
 
     opened = len(bridge.trusted_ids("<think>\n\n</think>\n\n"))
     params = SamplingParams(temperature=0, max_new_tokens=12, eos_ids=bridge.eos_ids)
     for rollout in roll(0):
-        assert rollout.cuts == [-opened, -opened]
-        [[fresh]] = engine.generate([context_ids(rollout)], params)
+        assert cuts(rollout) == [-opened, -opened]
+        [[fresh]] = engine.generate([rollout.context_ids(2)], params)
         assert rollout.attempts[2].token_ids == fresh.token_ids
         assert torch.allclose(rollout.attempts[2].logprobs, fresh.logprobs, atol=1e-5)
     sampled = roll(1.0)

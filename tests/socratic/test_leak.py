@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.leak import leaks_answer, mask_answer
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.summary import summarize
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import Question, Rollout
+from tests.socratic.episodes import bridges, shown
 from tests.socratic.scripted import BRIDGE, END, PARAMS, TOKENIZER, ScriptedEngine, encode
 
 OPTIONS = "How much?\n\nA: 2.92\nB: 7.36\nC: two newtons\nD: 3.35\nPlease reason step by step."
@@ -144,29 +146,26 @@ def roll(on_leak: str, *, guidance: str = "Sum again. The answer is B.", limit: 
         teacher=RuleTeacher(lambda _request: guidance),
         grader=lambda _text, _question: False,
         params=PARAMS,
-        group_size=1,
-        max_attempts=2,
-        guidance_limit=limit,
-        on_leak=on_leak,
+        options=RolloutOptions(group_size=1, max_attempts=2, guidance_limit=limit, on_leak=on_leak),
     )
     assert not engine.pinned
     return rollout, summarize([rollout], {0: question}, [])
 
 
 @pytest.mark.parametrize(
-    ("on_leak", "shown", "reason"),
+    ("on_leak", "seen", "reason"),
     [
         ("keep", ["Sum again. The answer is B."], "max_attempts"),
         ("mask", ["Sum again. The answer is [...]."], "max_attempts"),
         ("drop", [], "leaked"),
     ],
 )
-def test_on_leak(on_leak: str, shown: list[str], reason: str) -> None:
+def test_on_leak(on_leak: str, seen: list[str], reason: str) -> None:
     rollout, metrics = roll(on_leak)
-    assert (rollout.guidance, rollout.end_reason) == (shown, reason)
-    assert len(rollout.attempts) == 1 + len(shown)
-    assert rollout.bridges == [BRIDGE.bridge_ids(text, ended=True) for text in shown]
-    assert rollout.said == ["Sum again. The answer is B."]
+    assert (shown(rollout), rollout.end_reason) == (seen, reason)
+    assert len(rollout.turns) == 1 + len(seen)
+    assert bridges(rollout) == [BRIDGE.bridge_ids(text, ended=True) for text in seen]
+    assert rollout.turns[0].guidance.raw_text == "Sum again. The answer is B.", "shown or not"
     assert metrics["guidance/leak_rate"] == 1.0, "what was said counts, shown or not"
     assert metrics["guidance/leaked"] == float(on_leak == "drop")
     assert metrics["guidance/failed"] == 0.0
@@ -175,7 +174,8 @@ def test_on_leak(on_leak: str, shown: list[str], reason: str) -> None:
 @pytest.mark.parametrize("on_leak", ["keep", "mask", "drop"])
 def test_guidance_that_leaks_nothing_is_shown(on_leak: str) -> None:
     rollout, metrics = roll(on_leak, guidance="Sum again.")
-    assert (rollout.guidance, rollout.said, rollout.end_reason) == (["Sum again."], ["Sum again."], "max_attempts")
+    assert (shown(rollout), rollout.end_reason) == (["Sum again."], "max_attempts")
+    assert rollout.turns[0].guidance.raw_text == "Sum again."
     assert metrics["guidance/leak_rate"] == metrics["guidance/leaked"] == 0.0
 
 
@@ -183,16 +183,16 @@ def test_a_masked_text_that_is_cut_is_looked_at_again() -> None:
     """All four options named is no leak, but the mask is longer than the letter and pushes the last one out."""
     said = "The answer is B. Compare 2.92, 7.36, two newtons, 3.35"
     rollout, _ = roll("mask", guidance=said, limit=len(encode(said)))
-    assert "two newtons" in rollout.guidance[0]
-    assert "3.35" not in rollout.guidance[0]
-    assert "7.36" not in rollout.guidance[0]
+    assert "two newtons" in shown(rollout)[0]
+    assert "3.35" not in shown(rollout)[0]
+    assert "7.36" not in shown(rollout)[0]
 
 
 def test_a_masked_text_fits_and_a_leak_beyond_the_limit_is_none() -> None:
     limit = len(encode("Sum again. The answer is B."))
     rollout, _ = roll("mask", limit=limit)
-    assert rollout.guidance[0].startswith("Sum again. The answer is [.")
-    assert len(encode(rollout.guidance[0])) <= limit
+    assert shown(rollout)[0].startswith("Sum again. The answer is [.")
+    assert len(encode(shown(rollout)[0])) <= limit
     rollout, metrics = roll("drop", limit=len(encode("Sum again.")))
-    assert (rollout.guidance, rollout.end_reason) == (["Sum again."], "max_attempts")
+    assert (shown(rollout), rollout.end_reason) == (["Sum again."], "max_attempts")
     assert metrics["guidance/leak_rate"] == 0.0

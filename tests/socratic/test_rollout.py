@@ -12,16 +12,31 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
+from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout
+from tests.socratic.episodes import bridges, cuts, shown
 from tests.socratic.scripted import END, PARAMS, TOKENIZER, ScriptedEngine, contains, encode, question
 
 
+def options_of(**changes) -> RolloutOptions:
+    return RolloutOptions(**{"group_size": 1, "max_attempts": 2, "guidance_limit": 50} | changes)
+
+
+def verdicts(rollout: Rollout) -> list[bool]:
+    return [turn.is_correct for turn in rollout.turns]
+
+
 def roll(engine: ScriptedEngine, questions: list[Question], teacher, **options) -> dict[tuple[int, int], Rollout]:
-    settings = {"group_size": 1, "max_attempts": 2, "guidance_limit": 50} | options
     rollouts = socratic_rollouts(
-        engine, TOKENIZER, questions, teacher=teacher, grader=contains, params=PARAMS, **settings
+        engine,
+        TOKENIZER,
+        questions,
+        teacher=teacher,
+        grader=contains,
+        params=PARAMS,
+        options=options_of(**options),
     )
     return {(rollout.question_idx, rollout.rollout_idx): rollout for rollout in rollouts}
 
@@ -39,18 +54,21 @@ def test_a_rescued_rollout_token_by_token() -> None:
     bridge = encode("\n<|im_start|>user\nlook again<|im_end|>\n<|im_start|>assistant\n")
     assert engine.contexts[4, 0, 1] == prompt + wrong + bridge
     assert [a.token_ids for a in rescued.attempts] == [wrong, right]
-    assert (rescued.prompt_ids, rescued.bridges, rescued.cuts) == (prompt, [bridge], [None])
-    assert (rescued.is_correct, rescued.rewards, rescued.end_reason) == ([False, True], [0.0, 1.0], "correct")
-    assert (alone.is_correct, alone.bridges, alone.guidance, alone.end_reason) == ([True], [], [], "correct")
+    assert (rescued.prompt_ids, rescued.seam(0)) == (prompt, (len(prompt + wrong), bridge))
+    assert rescued.context_ids(1) == prompt + wrong + bridge
+    assert (verdicts(rescued), rescued.end_reason) == ([False, True], "correct")
+    assert [turn.raw_reward for turn in rescued.turns] == [0.0, 1.0]
+    assert [turn.text for turn in rescued.turns] == ["no", "yes"]
+    assert (verdicts(alone), alone.turns[0].guidance, alone.end_reason) == ([True], None, "correct")
     assert not engine.pinned
 
 
 def test_ended_by_length_gets_a_synthetic_end_of_turn() -> None:
     engine = ScriptedEngine({(0, 0): [encode("no"), [*encode("no"), END]]})
     rollout = roll(engine, [question(0)], saying("go on"))[0, 0]
-    assert rollout.bridges[0][0] == END
+    assert bridges(rollout)[0][0] == END
     assert rollout.end_reason == "max_attempts"
-    assert rollout.rewards == [0.0, 0.0]
+    assert [turn.raw_reward for turn in rollout.turns] == [0.0, 0.0]
 
 
 def test_cut_at_the_limit() -> None:
@@ -59,10 +77,10 @@ def test_cut_at_the_limit() -> None:
     seen: list[GuidanceRequest] = []
     teacher = RuleTeacher(lambda request: seen.append(request) or "shorter")
     rollout = roll(engine, [question(0)], teacher, attempt_limit=4)[0, 0]
-    assert rollout.cuts == [4]
+    assert cuts(rollout) == [4]
     assert rollout.attempts[0].token_ids == long, "the tail is kept: it is trained"
-    assert engine.contexts[0, 0, 1] == rollout.prompt_ids + long[:4] + rollout.bridges[0]
-    assert rollout.bridges[0][0] == END
+    assert engine.contexts[0, 0, 1] == rollout.prompt_ids + long[:4] + bridges(rollout)[0]
+    assert bridges(rollout)[0][0] == END
     head, tail = TOKENIZER.decode(long[:2]), TOKENIZER.decode(long[-2:], skip_special_tokens=True)
     assert seen[0].student_answer == f"{head}\n[...]\n{tail}"
 
@@ -82,11 +100,13 @@ def test_any_number_of_attempts(max_attempts: int) -> None:
     engine = ScriptedEngine({(0, 0): [[*encode(f"no {k}"), END] for k in range(5)]})
     rollout = roll(engine, [question(0)], saying("again"), max_attempts=max_attempts)[0, 0]
     assert len(rollout.attempts) == max_attempts
-    assert len(rollout.bridges) == len(rollout.cuts) == len(rollout.guidance) == max_attempts - 1
+    assert shown(rollout) == ["again"] * (max_attempts - 1)
+    assert rollout.turns[-1].guidance is None
     context = list(rollout.prompt_ids)
     for k, attempt in enumerate(rollout.attempts):
-        assert engine.contexts[0, 0, k] == context
-        context += attempt.token_ids + (rollout.bridges[k] if k < max_attempts - 1 else [])
+        assert engine.contexts[0, 0, k] == context == rollout.context_ids(k)
+        assert rollout.context_length(k) == len(context)
+        context += attempt.token_ids + (bridges(rollout)[k] if k < max_attempts - 1 else [])
 
 
 def test_no_guidance_ends_with_the_first_attempt() -> None:
@@ -108,7 +128,11 @@ def test_overflow_ends_with_the_first_attempt() -> None:
     engine = ScriptedEngine({(0, 0): [[*encode("no"), END]]}, max_tokens=60)
     rollout = roll(engine, [question(0)], saying("a message that is long enough to matter"))[0, 0]
     assert rollout.end_reason == "overflow"
-    assert (rollout.bridges, rollout.cuts, rollout.guidance) == ([], [], [])
+    guidance = rollout.turns[0].guidance
+    assert guidance.raw_text == guidance.text == "a message that is long enough to matter"
+    assert (guidance.kept_tokens, guidance.bridge_ids, shown(rollout)) == (None, None, [])
+    with pytest.raises(ValueError, match=r"turns\[0\].guidance must have been shown"):
+        rollout.context_ids(1)
 
 
 @pytest.mark.parametrize("text", ["look \ud83d", "\x00\u2028<|im_end|>" * 500])
@@ -116,8 +140,8 @@ def test_odd_guidance_costs_nothing_else(text: str) -> None:
     engine = ScriptedEngine({(0, 0): [[*encode("no"), END], [*encode("yes"), END]]})
     rollout = roll(engine, [question(0)], saying(text))[0, 0]
     assert rollout.end_reason == "correct"
-    assert rollout.bridges[0].count(END) == 1, "the user turn's own"
-    rollout.guidance[0].encode()
+    assert bridges(rollout)[0].count(END) == 1, "the user turn's own"
+    shown(rollout)[0].encode()
 
 
 def test_a_rule_that_hangs_or_is_cancelled() -> None:
@@ -129,7 +153,7 @@ def test_a_rule_that_hangs_or_is_cancelled() -> None:
 
     script = {(0, r): [[*encode("no"), END]] for r in range(2)}
     with pytest.warns(UserWarning, match=r"TimeoutError|cancelled") as told:
-        rollouts = roll(ScriptedEngine(script), [question(0)], RuleTeacher(rule), group_size=2, timeout_s=0.2)
+        rollouts = roll(ScriptedEngine(script), [question(0)], RuleTeacher(rule), group_size=2, guidance_timeout_s=0.2)
     assert [rollouts[0, r].end_reason for r in range(2)] == ["guidance_failed"] * 2
     assert {"TimeoutError" in str(w.message) for w in told} == {True, False}
 
@@ -162,7 +186,9 @@ def test_students_go_on_while_the_teacher_works() -> None:
     engine.step = slow_step
     started = time.perf_counter()
     with pytest.warns(UserWarning, match="guide.. failed with TimeoutError"):
-        rollouts = roll(engine, [question(q) for q in range(20)], SlowTeacher(0.02), group_size=2, timeout_s=0.5)
+        rollouts = roll(
+            engine, [question(q) for q in range(20)], SlowTeacher(0.02), group_size=2, guidance_timeout_s=0.5
+        )
     assert time.perf_counter() - started < 5
     assert {rollouts[q, 0].end_reason for q in range(20)} == {"guidance_failed"}
     assert {rollouts[q, 1].end_reason for q in range(20)} == {"correct"}
@@ -180,8 +206,7 @@ def test_stopping_early_leaves_nothing_behind() -> None:
         teacher=SlowTeacher(60),
         grader=contains,
         params=PARAMS,
-        group_size=2,
-        max_attempts=2,
+        options=options_of(group_size=2),
     )
     assert next(rollouts).rollout_idx == 1
     rollouts.close()
@@ -191,7 +216,7 @@ def test_stopping_early_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize("options", [{"group_size": 0}, {"max_attempts": 0}, {"attempt_limit": 0}])
 def test_numbers_out_of_range(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"must be >= 1, got .*0"):
+    with pytest.raises(ValueError, match=r"RolloutOptions: .* must be >= 1, got 0"):
         roll(ScriptedEngine({}), [question(0)], saying("x"), **options)
 
 
@@ -229,19 +254,22 @@ def test_a_real_engine(engine: Engine) -> None:
             teacher=saying("look again"),
             grader=contains,
             params=PARAMS,
-            group_size=4,
-            max_attempts=3,
-            attempt_limit=10,
+            options=options_of(group_size=4, max_attempts=3, attempt_limit=10),
+            batch_idx=0,
         )
         return sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
 
     before = engine.stats.prefill_tokens
     first = run()
-    bridges = [(len(b) + (c is None)) for rollout in first for b, c in zip(rollout.bridges, rollout.cuts, strict=True)]
+    resumed = [
+        len(bridge) + (cut is None)
+        for rollout in first
+        for bridge, cut in zip(bridges(rollout), cuts(rollout), strict=True)
+    ]
     prompts = {rollout.question_idx: len(rollout.prompt_ids) for rollout in first}
-    assert engine.stats.prefill_tokens - before == sum(prompts.values()) + sum(bridges)
+    assert engine.stats.prefill_tokens - before == sum(prompts.values()) + sum(resumed)
     assert engine.stats.pages_free == engine.stats.pages_total
-    assert {cut for rollout in first for cut in rollout.cuts} == {10, None}
+    assert {cut for rollout in first for cut in cuts(rollout)} == {10, None}
     for again, rollout in zip(run(), first, strict=True):
         assert [a.token_ids for a in again.attempts] == [a.token_ids for a in rollout.attempts]
         assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(again.attempts, rollout.attempts, strict=True))
@@ -250,7 +278,6 @@ def test_a_real_engine(engine: Engine) -> None:
 def test_a_second_context_larger_than_the_pool_overflows(engine: Engine) -> None:
     small = Engine(engine.student, kv_cache_gib=4.01 * 16 * 2 * 2 * 2 * 8 * 4 / 2**30, page_size=16)
     assert small.max_tokens == 64
-    settings = {"group_size": 2, "max_attempts": 2, "guidance_limit": 50}
     rollouts = socratic_rollouts(
         small,
         TOKENIZER,
@@ -258,7 +285,7 @@ def test_a_second_context_larger_than_the_pool_overflows(engine: Engine) -> None
         teacher=saying("a message that is long enough to matter"),
         grader=contains,
         params=PARAMS,
-        **settings,
+        options=options_of(group_size=2),
     )
     assert [rollout.end_reason for rollout in rollouts] == ["overflow"] * 2
     assert small.stats.pages_free == 4

@@ -8,7 +8,8 @@ import pytest
 from socpo_fast.config import Config, RolloutConfig, TeacherConfig
 from socpo_fast.socratic.teachers import EndpointTeacher, RuleTeacher, TeacherPrompt, make_teacher, retry_teacher
 from socpo_fast.socratic.teachers.base import clean_guidance
-from socpo_fast.types import GuidanceRequest, RolloutKey
+from socpo_fast.socratic.teachers.simple import as_teacher
+from socpo_fast.types import Guidance, GuidanceRequest, RolloutKey
 
 
 def request(
@@ -81,6 +82,29 @@ def test_rule(said: str | None, heard: str | None) -> None:
     assert (guidance.text if guidance else None) == heard
     assert teacher.immediate
     assert not teacher.step()
+
+
+def test_functions_of_every_kind_are_teachers() -> None:
+    """Plain or async, Guidance or text; a teacher stays what it is."""
+
+    async def later(request: GuidanceRequest) -> str:
+        await asyncio.sleep(0)
+        return f" Look at {request.student_answer} "
+
+    def promised(request: GuidanceRequest) -> object:
+        return later(request)
+
+    for function, immediate in ((later, False), (promised, True)):
+        teacher = as_teacher(function)
+        assert teacher.immediate is immediate
+        assert asyncio.run(teacher.guide(request("3"))) == Guidance(text="Look at 3")
+    timed = Guidance(text=" Look. ", duration_s=2.0)
+    assert asyncio.run(as_teacher(lambda _: timed).guide(request())) == Guidance(text="Look.", duration_s=2.0)
+    assert as_teacher(retry := retry_teacher()) is retry
+    with pytest.raises(TypeError, match="teacher: .* must return Guidance, str or None, got 3"):
+        asyncio.run(as_teacher(lambda _: 3).guide(request()))
+    with pytest.raises(TypeError, match="teacher: must have guide.* or be a function of it, got 'text'"):
+        as_teacher("text")
 
 
 def test_retry() -> None:

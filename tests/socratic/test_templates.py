@@ -4,7 +4,7 @@ import pytest
 
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.train.packing import pack_rollouts
-from tests.socratic.episodes import PROMPT, WITH_SYSTEM, answer_ids, play, rendering, text_of
+from tests.socratic.episodes import PROMPT, WITH_SYSTEM, answer_ids, cuts, play, rendering, text_of
 from tests.socratic.tiny_tokenizers import FAMILIES, family, tiny_tokenizer
 
 HAS_SYSTEM = sorted(set(FAMILIES) - {"mistral_v3"})
@@ -118,8 +118,8 @@ def test_context_tokens_keeps_what_was_sampled(name: str) -> None:
     row = bridge.prompt_ids(WITH_SYSTEM)
     for k, answer in enumerate(answers):
         assert episode.contexts[k] == row
-        row = row + answer + (episode.rollout.bridges[k] if k < 2 else [])
-    assert episode.rollout.cuts == [None, None]
+        row = row + answer + (episode.rollout.seam(k)[1] if k < 2 else [])
+    assert cuts(episode.rollout) == [None, None]
 
 
 def test_eos_that_is_not_the_end_of_turn() -> None:
@@ -130,7 +130,7 @@ def test_eos_that_is_not_the_end_of_turn() -> None:
         sampled = [*answer_ids(bridge, "3", ended=False), other]
         episode = play(bridge, [sampled, sampled], ["no"], context=context)
         assert episode.rollout.attempts[0].finish_reason == "stop"
-        assert episode.rollout.bridges[0][0] == bridge.end_of_turn_id
+        assert episode.rollout.seam(0)[1][0] == bridge.end_of_turn_id
         assert episode.contexts[1] == bridge.prompt_ids(PROMPT) + sampled + bridge.bridge_ids("no", ended=False)
 
 

@@ -101,7 +101,7 @@ def naive_loss(
             sampler = rollout.attempts[k].logprobs.tolist()
             olds = sampler if old is None else old[place][k].tolist()
             for t, logprob in enumerate(logprobs):
-                term, clipped = token_loss(logprob, olds[t], rollout.advantages[k], **clips)
+                term, clipped = token_loss(logprob, olds[t], rollout.turns[k].advantage, **clips)
                 num_clipped += clipped
                 term = term - entropy_coef * entropy[t]
                 if ref is not None:

@@ -8,7 +8,7 @@ import torch
 
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.types import Attempt, Rollout, RolloutKey
+from socpo_fast.types import Attempt, Rollout, RolloutKey, ShownGuidance, Turn
 
 VOCAB = 53
 
@@ -64,24 +64,37 @@ def make_rollout(
         for attempt_idx, length in enumerate(lengths)
     ]
     num_bridges = max(0, len(lengths) - 1)
-    return Rollout(
-        question_idx=question_idx,
-        rollout_idx=rollout_idx,
-        prompt_ids=prompt_ids,
-        attempts=attempts,
-        bridges=[[rng.randrange(VOCAB) for _ in range(length)] for length in bridge_lengths or [3] * num_bridges],
-        cuts=cuts or [None] * num_bridges,
-        advantages=[rng.uniform(-2.0, 2.0) for _ in lengths],
-    )
+    bridges = [[rng.randrange(VOCAB) for _ in range(length)] for length in bridge_lengths or [3] * num_bridges]
+    turns = turns_of(prompt_ids, attempts, bridges, cuts)
+    for turn in turns:
+        turn.advantage = rng.uniform(-2.0, 2.0)
+    return Rollout(question_idx=question_idx, rollout_idx=rollout_idx, prompt_ids=prompt_ids, turns=turns)
+
+
+def turns_of(
+    prompt_ids: list[int],
+    attempts: list[Attempt],
+    bridges: list[list[int]],
+    cuts: list[int | None] | None = None,
+) -> list[Turn]:
+    """Turns with a bridge between each two; cuts say how much of an attempt the next one sees.
+
+    None: all of it; -m: nothing, and the last m tokens of what stood before it are gone too.
+    """
+    turns, seen = [Turn(attempt=attempt) for attempt in attempts], len(prompt_ids)
+    for turn, bridge_ids, cut in zip(turns, bridges, cuts or [None] * len(bridges), strict=False):
+        kept_tokens = seen + (turn.attempt.num_tokens if cut is None else cut)
+        turn.guidance = ShownGuidance(raw_text="", text="", kept_tokens=kept_tokens, bridge_ids=bridge_ids)
+        seen = kept_tokens + len(bridge_ids)
+    return turns
 
 
 def contexts(rollout: Rollout) -> list[list[int]]:
-    """[attempt] -> the token ids that stood before it when it was sampled."""
+    """[attempt] -> the token ids that stood before it when it was sampled; on its own, to compare."""
     found = [list(rollout.prompt_ids)]
-    for attempt, bridge, cut in zip(rollout.attempts[:-1], rollout.bridges, rollout.cuts, strict=True):
-        seen = found[-1] + attempt.token_ids
-        kept = len(seen) if cut is None else len(found[-1]) + cut
-        found.append(seen[:kept] + bridge)
+    for turn in rollout.turns[:-1]:
+        row = found[-1] + turn.attempt.token_ids
+        found.append(row[: turn.guidance.kept_tokens] + turn.guidance.bridge_ids)
     return found
 
 

@@ -78,8 +78,8 @@ def test_any_rollouts(rollouts: list[Rollout], packing: str, token_budget: int) 
     assert_every_loss_token_sees_what_the_sampler_saw(rollouts, microbatches)
     leaves = len(rollouts)
     for rollout in rollouts:
-        for attempt, cut in zip(rollout.attempts[:-1], rollout.cuts, strict=True):
-            leaves += cut is not None and cut < attempt.num_tokens
+        for k, attempt in enumerate(rollout.attempts[:-1]):
+            leaves += rollout.seam(k)[0] < rollout.context_length(k) + attempt.num_tokens
     if packing == "tree" and token_budget == 1000:
         assert microbatches[0].tokens_forwarded == count_unique_tokens(rollouts) - leaves
 
@@ -126,14 +126,17 @@ def test_refusals() -> None:
         pack_rollouts([], packing="trie", token_budget=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="token_budget must be >= 1, got 0"):
         pack_rollouts([], packing="tree", token_budget=0)
+    not_shown = make_rollout(0, 0, [1], [2, 2])
+    not_shown.turns[0].guidance = None
     bad = {
         r"rollouts\[0\].prompt_ids must be non-empty": make_rollout(0, 0, [], [2]),
-        r"attempts\[1\].token_ids must be non-empty": make_rollout(0, 0, [1], [2, 0]),
-        r"bridges must be one fewer than its 2 attempts, got 2": make_rollout(0, 0, [1], [2, 2], [1, 1]),
-        r"cuts must be one fewer than its 2 attempts, got 2": make_rollout(0, 0, [1], [2, 2], [1], [1, 1]),
-        r"cuts\[0\] must be None or in \[-3, 2\], got 3; .* behind 4;": make_rollout(0, 0, [1] * 4, [2, 2], [1], [3]),
-        r"cuts\[0\] must be None or in \[0, 2\], got -1": make_rollout(0, 0, [1], [2, 2], [1], [-1]),
-        r"cuts\[1\] must be None or in \[-3, 2\], got -4": make_rollout(0, 0, [1, 2], [5, 2, 2], [3, 1], [-1, -4]),
+        r"turns\[1\].attempt must have tokens, got none": make_rollout(0, 0, [1], [2, 0]),
+        r"turns\[0\].guidance must have been shown, got None": not_shown,
+        r"\[0\].guidance.kept_tokens must be in \[1, 6\], .* got 7": make_rollout(0, 0, [1] * 4, [2, 2], [1], [3]),
+        r"\[0\].guidance.kept_tokens must be in \[1, 3\], .* got 0": make_rollout(0, 0, [1], [2, 2], [1], [-1]),
+        r"\[1\].guidance.kept_tokens must be in \[1, 6\], .* got 0": make_rollout(
+            0, 0, [1, 2], [5, 2, 2], [3, 1], [-1, -4]
+        ),
     }
     for message, rollout in bad.items():
         with pytest.raises(ValueError, match=message):

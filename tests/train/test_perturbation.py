@@ -19,7 +19,7 @@ from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
 from tests.error_rule import assert_bitwise_equal
 from tests.train.naive import TEMPERATURE, assert_close, naive_gradients
-from tests.train.rollouts import VOCAB, contexts, make_rollout, make_rollouts, make_student
+from tests.train.rollouts import VOCAB, contexts, make_rollout, make_rollouts, make_student, turns_of
 from tests.train.test_packing import paths
 
 ALL = {"token_budget": 10_000, "temperature": TEMPERATURE}
@@ -34,8 +34,11 @@ def graded_rollouts() -> list[Rollout]:
     rollouts = make_rollouts()
     for number, rollout in enumerate(rollouts):
         last = len(rollout.attempts) - 1
-        rollout.is_correct = [k == last and number % 3 == 0 for k in range(last + 1)]
-        rollout.guidance = [f"look again, {k}" for k in range(last)]
+        for k, turn in enumerate(rollout.turns):
+            turn.is_correct = k == last and number % 3 == 0
+            turn.raw_reward = float(turn.is_correct)
+            if turn.guidance is not None:
+                turn.guidance.text = f"look again, {k}"
     return rollouts
 
 
@@ -43,10 +46,18 @@ def with_other_surroundings(rollouts: list[Rollout]) -> list[Rollout]:
     """The same attempts behind other prompts, bridges and guidance of other lengths, and cut elsewhere."""
     changed = deepcopy(rollouts)
     for rollout in changed:
+        bridges = [[5, *turn.guidance.bridge_ids[1:], 7, 7] for turn in rollout.turns[:-1]]
+        was_whole = [
+            turn.guidance.kept_tokens == len(context + turn.attempt.token_ids)
+            for turn, context in zip(rollout.turns[:-1], contexts(rollout), strict=False)
+        ]
+        cuts = [1 if whole else None for whole in was_whole]
+        others = turns_of(rollout.prompt_ids + [0] * 3, rollout.attempts, bridges, cuts)
         rollout.prompt_ids = [VOCAB - 1 - token for token in rollout.prompt_ids] + [3, 0, 3]
-        rollout.bridges = [[5, *bridge[1:], 7, 7] for bridge in rollout.bridges]
-        rollout.guidance = [text + ", and <|im_end|> elsewhere" for text in rollout.guidance]
-        rollout.cuts = [1 if cut is None else None for cut in rollout.cuts]
+        for turn, other in zip(rollout.turns, others, strict=True):
+            turn.guidance = other.guidance
+            if turn.guidance is not None:
+                turn.guidance.text = "look, and <|im_end|> elsewhere"
     return changed
 
 
@@ -69,9 +80,9 @@ def test_advantages_and_weights_know_attempts_only(monkeypatch: Any, estimator: 
         assign_rewards(batch, schedule="batch_mean")
         assign_advantages(batch, estimator=estimator)
         policy_gradients(student, batch, old_logprobs=ref, ref_logprobs=ref, **ALL, **LOSSES[loss])
-    assert [r.rewards for r in rollouts] == [r.rewards for r in changed]
-    assert [r.advantages for r in rollouts] == [r.advantages for r in changed]
-    assert len({advantage for r in rollouts for advantage in r.advantages}) > 3
+    credit = [[(turn.reward, turn.advantage) for r in batch for turn in r.turns] for batch in (rollouts, changed)]
+    assert credit[0] == credit[1]
+    assert len({advantage for _, advantage in credit[0]}) > 3
     assert len(seen) == 2
     for name, x in seen[0].items():
         assert_bitwise_equal(seen[1][name], x, name=name)
@@ -127,7 +138,8 @@ def test_what_comes_later_leaves_earlier_attempts_alone(student_and_hidden: Any,
     student, hidden = student_and_hidden
     rollout = make_rollout(0, 0, [1, 2, 3], [5, 4, 6], [3, 3], [2, None])
     other = deepcopy(rollout)
-    other.bridges[1] = [(token + 1) % VOCAB for token in other.bridges[1]]
+    guidance = other.turns[1].guidance
+    guidance.bridge_ids = [(token + 1) % VOCAB for token in guidance.bridge_ids]
     for each in (rollout, other):
         policy_gradients(student, [each], packing=packing, **ALL)
     rows = pack_rollouts([rollout], packing=packing, token_budget=10_000)[0].rows_N
@@ -170,7 +182,8 @@ def one_id(rollouts: list[Rollout]) -> list[Rollout]:
     """Every token of prompts, attempts and bridges is the same, as where pad is eos and eos is all there is."""
     for rollout in rollouts:
         rollout.prompt_ids = [2] * len(rollout.prompt_ids)
-        rollout.bridges = [[2] * len(bridge) for bridge in rollout.bridges]
+        for turn in rollout.turns[:-1]:
+            turn.guidance.bridge_ids = [2] * len(turn.guidance.bridge_ids)
         for attempt in rollout.attempts:
             attempt.token_ids = [2] * attempt.num_tokens
     return rollouts

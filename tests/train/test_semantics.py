@@ -151,7 +151,7 @@ def test_a_ratio_of_one_everywhere_weighs_advantages_only() -> None:
     """The first update under old log-probs that are the student's own: loss = - sum of w A, for each aggregation."""
     student, rollouts = make_student(dtype=torch.float64), make_rollouts()
     old = near_policy(student, rollouts, 0.0, seed=0)
-    attempts = [(a.num_tokens, b) for r in rollouts for a, b in zip(r.attempts, r.advantages, strict=True)]
+    attempts = [(turn.attempt.num_tokens, turn.advantage) for r in rollouts for turn in r.turns]
     tokens, num = sum(length for length, _ in attempts), len(attempts)
     sums = {
         "token_mean": sum(length * advantage for length, advantage in attempts) / tokens,

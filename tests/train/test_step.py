@@ -14,7 +14,7 @@ from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, SamplingParams
 from tests.train.naive import TEMPERATURE, assert_close, decoder_forward, naive_logprobs, set_sampler_logprobs
-from tests.train.rollouts import make_rollouts, make_student
+from tests.train.rollouts import contexts, make_rollouts, make_student, turns_of
 
 ALL = 10_000  # a token budget that everything fits into
 
@@ -75,9 +75,10 @@ def test_rows_that_enter_layer_0_are_those_counted_from_the_rollouts() -> None:
     nodes = sum(len(prompt) for _, prompt in prompts)
     leaves = len(trained)
     for rollout in trained:
-        nodes += sum(len(attempt.token_ids) for attempt in rollout.attempts) + sum(map(len, rollout.bridges))
-        for cut, attempt in zip(rollout.cuts, rollout.attempts[:-1], strict=True):
-            leaves += cut is not None and cut < len(attempt.token_ids)
+        nodes += sum(len(attempt.token_ids) for attempt in rollout.attempts)
+        for turn, context in zip(rollout.turns[:-1], contexts(rollout), strict=False):
+            nodes += len(turn.guidance.bridge_ids)
+            leaves += turn.guidance.kept_tokens < len(context + turn.attempt.token_ids)
     assert entered == [stats.tokens_forwarded] == [nodes - leaves]
     assert stats.unique_tokens == nodes
     assert stats.loss_tokens == sum(len(attempt.token_ids) for rollout in trained for attempt in rollout.attempts)
@@ -86,7 +87,8 @@ def test_rows_that_enter_layer_0_are_those_counted_from_the_rollouts() -> None:
 def test_zero_advantages_give_a_zero_gradient() -> None:
     student, rollouts = make_student(), make_rollouts()
     for rollout in rollouts:
-        rollout.advantages = [0.0] * len(rollout.attempts)
+        for turn in rollout.turns:
+            turn.advantage = 0.0
     found, stats = gradients(student, rollouts, token_budget=20)
     assert all((grad == 0).all() for grad in found.values())
     assert (stats.loss, stats.clip_fraction) == (0.0, 0.0)
@@ -118,27 +120,21 @@ def test_engine_and_packing_mean_the_same_by_a_cut(packing: Any) -> None:
     first = engine.generate([prompt], params, keep=True)[0]
     cuts, rollouts = [None, 9, 8, 4, 0, -5], []
     for attempt, cut in zip(first, cuts, strict=True):
-        attempts, cuts_so_far = [attempt], [cut, -2]
-        for next_cut in cuts_so_far:
-            engine.resume(attempts[-1], bridge, replace(params, n=1), cut=next_cut)
+        attempts, context_length = [attempt], len(prompt)
+        for next_cut in (cut, -2):
+            kept_tokens = context_length + (attempts[-1].num_tokens if next_cut is None else next_cut)
+            engine.resume(attempts[-1], bridge, replace(params, n=1), kept_tokens=kept_tokens)
+            context_length = kept_tokens + len(bridge)
             while engine.has_work:
                 attempts += engine.step()
         engine.release(attempts)
-        rollouts.append(
-            Rollout(
-                question_idx=0,
-                rollout_idx=len(rollouts),
-                prompt_ids=prompt,
-                attempts=attempts,
-                bridges=[bridge, bridge],
-                cuts=cuts_so_far,
-            )
-        )
+        turns = turns_of(prompt, attempts, [bridge, bridge], [cut, -2])
+        rollouts.append(Rollout(question_idx=0, rollout_idx=len(rollouts), prompt_ids=prompt, turns=turns))
     found = compute_logprobs(student, rollouts, packing=packing, token_budget=ALL, temperature=TEMPERATURE)
     for rollout, by_attempt in zip(rollouts, found, strict=True):
         for attempt, logprobs_L in zip(rollout.attempts, by_attempt, strict=True):
             assert attempt.num_tokens == 9
-            assert (attempt.logprobs - logprobs_L).abs().max() < 1e-4, f"cut {rollout.cuts[0]}"
+            assert (attempt.logprobs - logprobs_L).abs().max() < 1e-4, f"kept {rollout.seam(0)[0]}"
 
 
 def test_nothing_to_train() -> None:
@@ -158,13 +154,13 @@ def test_refusals() -> None:
         ({"num_loss_tokens": 0}, "num_loss_tokens must be >= 1, got 0"),
         ({"tis_clip": 0.0}, "tis_clip must be > 0 or None, got 0.0"),
         ({"old_logprobs": own[1:]}, "old_logprobs must be a list for each of 17 rollouts, got 16"),
-        ({"old_logprobs": short}, r"old_logprobs of rollouts\[0\].attempts\[0\] must be \[L=4\], got 3"),
+        ({"old_logprobs": short}, r"old_logprobs of rollouts\[0\].turns\[0\] must be \[L=4\], got 3"),
         ({"kl_coef": 0.1}, "ref_logprobs"),
         ({"kl_coef": 0.1, "ref_logprobs": [[]] * 17}, r"ref_logprobs of .* must be \[L=4\], got 0"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             gradients(student, rollouts, **options)
-    rollouts[0].advantages = []
-    with pytest.raises(ValueError, match=r"rollouts\[0\].advantages must be one for each of its 1 attempts, got 0"):
+    rollouts[0].turns[0].advantage = None
+    with pytest.raises(ValueError, match=r"rollouts\[0\].turns\[0\].advantage must be a number, got None"):
         gradients(student, rollouts)

@@ -130,7 +130,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_a_run_of_them_stops() -> No
     student = make_student()
     updater = Updater(student, config, reference=None)
     before = [param.detach().clone() for param in student.parameters()]
-    rollouts[0].advantages = [float("1e38")]  # finite, and its loss is not
+    rollouts[0].turns[0].advantage = float("1e38")  # finite, and its loss is not
     groups = groups_of(rollouts)
     updates = updater.updates(groups, [[0], [0]])
     _, metrics = next(updates)

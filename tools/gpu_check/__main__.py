@@ -16,6 +16,7 @@ something did, 2 no card here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import signal
@@ -29,7 +30,8 @@ from typing import BinaryIO
 from tools.gpu_check.processes import Ending, run_limited
 from tools.gpu_check.report import figure_line, outcome_line, to_markdown, to_text
 from tools.gpu_check.results import StageResult, append, read_results
-from tools.gpu_check.stages import BY_NAME, NAMES, STAGES, Stage
+from tools.gpu_check.revision import revision
+from tools.gpu_check.stages import BY_NAME, CASES_FAILED, NAMES, STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_MINUTES = 5.0
@@ -112,23 +114,35 @@ def run_stages(chosen: list[Stage], options: argparse.Namespace, results: Path) 
     deadline = time.perf_counter() + 60 * options.minutes
     with (options.out / "output.log").open("ab") as log:
         for stage in chosen:
-            append(results, {"kind": "begin", "stage": stage.name})
             left_s = deadline - time.perf_counter()
             if left_s < stage.expected_s:
                 message = (
                     f"expected to take {stage.expected_s} s, {max(0.0, left_s):.0f} s were left"
                 )
-                end_stage(results, stage, "skipped", message, 0.0)
+                skip_stage(results, stage, message)
             else:
-                patience = REHEARSAL_PATIENCE if options.rehearse else 1
-                run_stage(stage, min(patience * stage.budget_s, left_s), options, results, log)
-            page = to_markdown(read_results(results, NAMES))
-            (options.out / "report.md").write_text(page, encoding="utf-8")
+                try:
+                    run_stage(stage, left_s, options, results, log)
+                finally:
+                    write_page(options.out, results)
+
+
+def write_page(folder: Path, results: Path) -> None:
+    """report.md; a page that cannot be made or written must not end the run."""
+    try:
+        page = to_markdown(read_results(results, NAMES))
+        (folder / "report.md").write_text(page, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"gpu_check: report.md could not be written: {error}", file=sys.stderr)
 
 
 def run_stage(
-    stage: Stage, limit_s: float, options: argparse.Namespace, results: Path, log: BinaryIO
+    stage: Stage, left_s: float, options: argparse.Namespace, results: Path, log: BinaryIO
 ) -> None:
+    """One stage in a process group of its own, within its limit and the deadline."""
+    patience = REHEARSAL_PATIENCE if options.rehearse else 1
+    limit_s = min(patience * stage.budget_s, left_s)
+    append(results, {"kind": "begin", "stage": stage.name, "revision": revision()})
     command = [sys.executable, "-m", "tools.gpu_check.worker", stage.name]
     command += ["--results", str(results.resolve())]
     command += ["--device", "cpu", "--tiny"] if options.rehearse else ["--device", "cuda"]
@@ -149,22 +163,31 @@ def run_stage(
             print(f"  {figure_line(figure)}", flush=True)
         num_printed = len(figures)
 
+    def print_quietly() -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal, a torn file
+            print_new_figures()
+
     ending = run_limited(
-        command, limit_s=limit_s, log=log, environ=environ, folder=ROOT, on_tick=print_new_figures
+        command, limit_s=limit_s, log=log, environ=environ, folder=ROOT, on_tick=print_quietly
     )
-    status, message = judge(ending, read_results(results, NAMES).stages[stage.name], limit_s)
+    found = read_results(results, NAMES).stages[stage.name]
+    status, message = judge(ending, found, limit_s, is_deadline=limit_s == left_s)
     if ending.num_survivors:
         message += f"; {ending.num_survivors} processes could not be killed"
     end_stage(results, stage, status, message, ending.seconds)
 
 
-def judge(ending: Ending, stage: StageResult, limit_s: float) -> tuple[str, str]:
-    """(status, message) of a stage whose process has ended."""
+def judge(
+    ending: Ending, stage: StageResult, limit_s: float, *, is_deadline: bool
+) -> tuple[str, str]:
+    """(status, message) of a stage whose process has ended; the deadline is nobody's fault."""
+    if ending.returncode is None and is_deadline and not stage.failures:
+        return "cut short", f"the deadline left it {limit_s:.0f} s"
     if ending.returncode is None:
         return "killed", f"no end after {limit_s:.0f} s"
     if ending.returncode == 0:
         return "passed", ""
-    if ending.returncode == 1 and stage.failures:
+    if ending.returncode == CASES_FAILED and stage.failures:
         return "failed", f"{len(stage.failures)} failed, first {stage.failures[0]['case']}"
     return "failed", f"exit status {ending.returncode}: {ending.last_lines}"
 
@@ -173,6 +196,14 @@ def end_stage(results: Path, stage: Stage, status: str, message: str, seconds: f
     record = {"kind": "stage", "stage": stage.name, "status": status, "message": message}
     append(results, {**record, "seconds": round(seconds, 1)})
     print(outcome_line(read_results(results, NAMES).stages[stage.name]), flush=True)
+
+
+def skip_stage(results: Path, stage: Stage, message: str) -> None:
+    """Told, and written down unless an earlier run on this card has something of it."""
+    if read_results(results, NAMES).stages[stage.name].status == "not run":
+        end_stage(results, stage, "skipped", message, 0.0)
+    else:
+        print(f"{stage.name}: skipped: {message}; what was found earlier stays", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -192,12 +223,17 @@ def main(arguments: list[str] | None = None) -> int:
         "device": device,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "minutes": options.minutes,
+        "revision": revision(),
         "python": platform.python_version(),
         "plan": [stage.name for stage in chosen],
     })  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
-    run_stages(chosen, options, results)
+    try:
+        run_stages(chosen, options, results)
+    except OSError as error:  # a full disk: figures went to the terminal as well
+        print(f"gpu_check: {results} could not be written: {error}", file=sys.stderr)
+        return 1
     found = read_results(results, NAMES)
     print(f"\n{to_text(found)}\n\nwritten: {results} and {options.out / 'report.md'}")
     ran = {stage.name for stage in chosen}

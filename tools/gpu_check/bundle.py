@@ -28,6 +28,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
+from tools.gpu_check.revision import revision
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_MIB = 40
 WHEELS = {
@@ -143,6 +145,7 @@ def collect(partial: Path, name: str, python: str, with_peers: bool) -> None:
     for path in extensions(python):
         (partial / "extension").mkdir(exist_ok=True)
         shutil.copy2(path, partial / "extension")
+    (partial / "revision.txt").write_text(revision() + "\n", encoding="utf-8")
     script = RUN_SH.format(name=name, minutes=MINUTES)
     (partial / "run.sh").write_text(script, encoding="utf-8")
 

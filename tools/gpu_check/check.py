@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,8 +83,14 @@ class Check:
             traceback.print_exc()
             message = f"{type(error).__name__} at {our_lines(error, 3)}: {error}"
             self._write_case(name, "failed", message)
-            if self.is_cuda:
-                torch.cuda.empty_cache()  # after running out of memory
+            self.free_memory()
+
+    def free_memory(self) -> None:
+        """Give back what a part held; captured graphs and their engines are cycles."""
+        gc.collect()
+        if self.is_cuda:
+            with contextlib.suppress(RuntimeError):  # of a card that is lost, told elsewhere
+                torch.cuda.empty_cache()
 
     def _write_case(self, name: str, status: str, message: str) -> None:
         record = {"kind": "case", "stage": self.stage, "case": name, "status": status}
@@ -103,11 +111,11 @@ def check_finite(what: str, x: Tensor) -> None:
 
 
 def read_ceilings(results: Path) -> Ceilings:
-    """The four rates of stage `ceilings`, if all of them were measured."""
+    """The rates of stage `ceilings`, if all of them were measured."""
     found = read_results(results, NAMES)
     measured = {
         name: found.value_of(f"ceilings.{name}")
-        for name in ("copy_gb_s", "bf16_tflop_s", "fp32_tflop_s", "tf32_tflop_s")
+        for name in ("copy_gb_s", "read_gb_s", "bf16_tflop_s", "fp32_tflop_s", "tf32_tflop_s")
     }
     values = {name: value for name, value in measured.items() if value is not None}
     return Ceilings(**values) if len(values) == len(measured) else ASSUMED

@@ -23,6 +23,7 @@ from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
 from tools.gpu_check.fake_cuda import fake_cuda
 from tools.gpu_check.graph import backward
+from tools.gpu_check.groups import add_turns
 from tools.gpu_check.launches import Section
 from tools.gpu_check.recorder import Recorder
 
@@ -160,15 +161,9 @@ def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:
         Attempt(list(range(ATTEMPT)), values, values, "length", key, rollout_idx, attempt_idx, 0)
         for attempt_idx in range(num_attempts)
     ]
-    return Rollout(
-        question_idx=0,
-        rollout_idx=rollout_idx,
-        prompt_ids=list(range(PROMPT)),
-        attempts=attempts,
-        bridges=[list(range(BRIDGE))] * (num_attempts - 1),
-        cuts=[None] * (num_attempts - 1),
-        advantages=[1.0] * num_attempts,
-    )
+    rollout = Rollout(question_idx=0, rollout_idx=rollout_idx, prompt_ids=list(range(PROMPT)))
+    add_turns(rollout, attempts, list(range(BRIDGE)))
+    return rollout
 
 
 def draws(recorder: Recorder, student: Decoder) -> None:

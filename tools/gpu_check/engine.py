@@ -9,7 +9,6 @@ wait. Parts run at once: each waits for its own CPU side most of the time.
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 
-from socpo_fast.model import Decoder
 from socpo_fast.train.optimizer import Optimizer
 from tools.gpu_check.check import Check, Part
 from tools.gpu_check.engines import (
@@ -78,28 +76,6 @@ def graph_replay(check: Check) -> None:
         for n in (1, 8)
     )
     assert one == eight, "one and eight tokens a host read differ"
-    time_captures(check, student, prompts)
-
-
-def time_captures(check: Check, student: Decoder, prompts: list[list[int]]) -> None:
-    """How long one more graph takes to capture, and how much memory all of them hold."""
-    engine = make_engine(student, tokens_per_sync=8)
-    engine.generate(prompts, params_of(check))  # compiles
-    loop = engine._loop
-    assert loop is not None
-    if not loop.captures:
-        return
-    num_before = len(loop._graphs)
-    before = torch.cuda.memory_reserved(check.device)
-    started = time.perf_counter()
-    with torch.no_grad():  # as in a step; else the capture would keep what a backward needs
-        for rows in (16, 32, 64):
-            loop._graph(rows, 4)
-    torch.cuda.synchronize(check.device)
-    num_made = len(loop._graphs) - num_before
-    check.figure("engine.capture_ms", 1e3 * (time.perf_counter() - started) / max(1, num_made))
-    held = torch.cuda.memory_reserved(check.device) - before
-    check.figure("engine.graph_mib", held / 2**20 / max(1, num_made))
 
 
 def weights_stay(check: Check) -> None:

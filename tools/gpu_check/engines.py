@@ -157,13 +157,13 @@ def resume_both(
     params: SamplingParams,
 ) -> None:
     """Second attempts behind the first half of equal first ones."""
-    kept = params.max_new_tokens // 2
     for a, b in pairs:
-        ours.resume(a, suffix_ids, params, cut=kept)
-        theirs.resume(b, suffix_ids, params, cut=kept)
-        contexts[b.key, b.rollout_idx] = (
-            contexts[b.key, b.rollout_idx] + b.token_ids[:kept] + suffix_ids
-        )
+        context = contexts[b.key, b.rollout_idx]
+        kept_tokens = len(context) + params.max_new_tokens // 2
+        ours.resume(a, suffix_ids, params, kept_tokens=kept_tokens)
+        theirs.resume(b, suffix_ids, params, kept_tokens=kept_tokens)
+        row = context + b.token_ids
+        contexts[b.key, b.rollout_idx] = row[:kept_tokens] + suffix_ids
 
 
 def launch_rounds(engine: Engine) -> None:

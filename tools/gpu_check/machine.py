@@ -9,9 +9,11 @@ import subprocess
 
 import torch
 
+from socpo_fast.kernels.swiglu import swiglu
 from socpo_fast.ops._impl import available_impls, extension_is_built
 from socpo_fast.report.environment import environment, installed_version
 from tools.gpu_check.check import Check, Part
+from tools.gpu_check.timing import wall_ms
 
 TOOLS = ("nvidia-smi", "gcc", "ncu", "compute-sanitizer", "nvcc")
 PACKAGES = ("numpy", "pydantic", "pytest", "pytest-xdist", "liger-kernel", "trl", "verl")
@@ -56,4 +58,14 @@ def describe_card(check: Check) -> None:
         check.note(done.stdout.strip() or done.stderr.strip())
 
 
-PARTS: dict[str, Part] = {"describe": describe, "describe card": describe_card}
+def first_kernel(check: Check) -> None:
+    """One compiled kernel: without a C compiler or a cache folder, no stage has a chance."""
+    x = check.randn(3, 8, seed=0)
+    check.figure("machine.first_kernel_s", 1e-3 * wall_ms(lambda: swiglu(x), check.device))
+
+
+PARTS: dict[str, Part] = {
+    "describe": describe,
+    "describe card": describe_card,
+    "first kernel": first_kernel,
+}

@@ -33,7 +33,7 @@ Inputs = dict[str, Tensor]
 Run = Callable[[Inputs, str], dict[str, Tensor]]  # (inputs, impl) -> what must be right
 _FLOAT_32 = ("cos", "sin", "old", "temperature", "rewards")  # in fp32 at least, whatever the dtype
 # Of an attention case: whole splits of the decode kernel are shared, on a card and interpreted.
-SEQ_LENS, FEW_SEQ_LENS = (1, 40, 300, 257, 300, 290, 64, 33), (1, 40, 70, 33, 65, 70, 64, 33)
+SEQ_LENS, FEW_SEQ_LENS = (1, 40, 300, 257, 300, 290, 64, 33), (1, 20, 40, 33, 40, 36, 35, 33)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -203,7 +203,7 @@ def _head_cases(
     seq_lens = list(SEQ_LENS if num_rows >= 64 else FEW_SEQ_LENS)
     decode, prefill = (
         attention_inputs(seq_lens, q_lens, heads=heads, page_size=page_size)
-        for q_lens in ([1] * len(seq_lens), [1, 40, 9, 1, 60, 0, 64, 5])
+        for q_lens in ([1] * len(seq_lens), [1, 20, 9, 1, 30, 0, 33, 5])
     )
     head_norm = {
         "x": randn(num_rows, head_dim),

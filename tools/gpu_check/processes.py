@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -66,7 +66,8 @@ def run_limited(
             on_tick()
         returncode = process.poll()
     finally:
-        num_survivors = _end_everything(process, not_ours)
+        with _signals_wait():
+            num_survivors = _end_everything(process, not_ours)
     seconds = time.perf_counter() - started
     on_tick()
     return Ending(returncode, seconds, output.finish(), num_survivors)
@@ -90,6 +91,21 @@ def _end_everything(process: subprocess.Popen[bytes], not_ours: set[int]) -> int
                     os.waitpid(pid, os.WNOHANG)
         time.sleep(0.02)
     return len(set(descendants(os.getpid())) - not_ours)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A second signal must not interrupt the killing; only the main thread may say so."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def adopt_orphans() -> None:
@@ -124,8 +140,9 @@ class _Output:
 
     def _copy(self) -> None:
         while chunk := os.read(self.pipe.fileno(), 65536):
-            self.log.write(chunk[: max(0, HEAD_BYTES - self.num_bytes)])
-            self.log.flush()
+            with contextlib.suppress(OSError):  # a full disk must not stop the reading
+                self.log.write(chunk[: max(0, HEAD_BYTES - self.num_bytes)])
+                self.log.flush()
             self.num_bytes += len(chunk)
             self.tail = (self.tail + chunk)[-TAIL_BYTES:]
 
@@ -133,9 +150,10 @@ class _Output:
         """The last lines of the output, once it has ended."""
         self.thread.join(GRACE_S)
         left_out = self.num_bytes - HEAD_BYTES
-        if left_out > 0:
-            kept = min(left_out, TAIL_BYTES)
-            self.log.write(f"\n[.. {left_out - kept} bytes left out ..]\n".encode())
-            self.log.write(self.tail[-kept:])
-        self.log.flush()
+        with contextlib.suppress(OSError):
+            if left_out > 0:
+                kept = min(left_out, TAIL_BYTES)
+                self.log.write(f"\n[.. {left_out - kept} bytes left out ..]\n".encode())
+                self.log.write(self.tail[-kept:])
+            self.log.flush()
         return "\n".join(self.tail.decode(errors="replace").strip().splitlines()[-15:])

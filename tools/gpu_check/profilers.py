@@ -11,6 +11,7 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +21,15 @@ import torch
 from socpo_fast.kernels import linear_sample
 from socpo_fast.ops import row_keys
 from tools.gpu_check.check import Check, Part, Skipped
+from tools.gpu_check.decode_kernel import VARIED, DecodeCall
 from tools.gpu_check.lines import ROOT
 from tools.gpu_check.models import MODELS
 from tools.gpu_check.op_cases import move, op_cases
-from tools.gpu_check.rates import VARIED, DecodeCall
 
 DRAM = "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
 OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 KERNELS = "regex:_decode_kernel|_sample_tile_kernel"
-NCU_S, SANITIZER_S = 25, 45
+WARM_UP_S, NCU_S, SANITIZER_S = 20, 25, 40
 SIZES, TINY_SIZES = (70, 211, 24), (21, 67, 12)  # rows, vocabulary, width of the sanitizer's ops
 
 
@@ -56,23 +57,42 @@ def under(tool: str, options: list[str], name: str, check: Check, limit_s: float
     path = shutil.which(tool)
     if path is None:
         raise Skipped(f"{tool} is not on the PATH")
-    command = [path, *options, sys.executable, "-m", "tools.gpu_check.profilers", name]
-    command += ["--device", str(check.device)] + ["--tiny"] * check.tiny
+    command = [path, *options, *command_of(name, check)]
+    environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
+        text, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)  # what it profiles, too
+        process.communicate()
         raise Skipped(f"{tool} took more than {limit_s:g} s") from error
-    text = done.stdout + done.stderr
     print(text[-4000:], flush=True)
     return text
+
+
+def command_of(name: str, check: Check) -> list[str]:
+    """This module in a process of its own, with one workload."""
+    command = [sys.executable, "-m", "tools.gpu_check.profilers", name]
+    return command + ["--device", str(check.device)] + ["--tiny"] * check.tiny
+
+
+def warm_up(check: Check) -> None:
+    """Compile what is profiled: under a tool that would take most of its time."""
+    if not any(map(shutil.which, ("ncu", "compute-sanitizer"))):
+        raise Skipped("neither ncu nor compute-sanitizer is on the PATH")
+    processes = [
+        subprocess.Popen(command_of(name, check), cwd=ROOT) for name in ("launches", "ops")
+    ]
+    for process in processes:
+        process.wait(timeout=WARM_UP_S)
 
 
 def ncu(check: Check) -> None:
@@ -112,7 +132,7 @@ def sanitizer(check: Check) -> None:
     assert num_errors == 0, f"compute-sanitizer found {num_errors} errors, first: {first.strip()}"
 
 
-PARTS: dict[str, Part] = {"ncu": ncu, "sanitizer": sanitizer}
+PARTS: dict[str, Part] = {"warm up": warm_up, "ncu": ncu, "sanitizer": sanitizer}
 
 
 if __name__ == "__main__":

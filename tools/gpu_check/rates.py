@@ -7,20 +7,15 @@ also tried with other tiles and pipeline depths: what later work needs to choose
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from socpo_fast.kernels import (
-    _attend,
     linear_policy_loss,
     linear_sample,
     paged_attention,
-    paged_decode,
 )
 from socpo_fast.kernels import rms_norm as norms
 from socpo_fast.kernels import swiglu as gates
@@ -28,40 +23,21 @@ from socpo_fast.kernels.rotary import rotary, rotary_write
 from socpo_fast.model import ModelConfig
 from socpo_fast.ops import row_keys
 from tools.gpu_check.check import Check, Part, check_close
-from tools.gpu_check.models import MODELS
-from tools.gpu_check.rooflines import attention_bytes, sample_bytes
-from tools.gpu_check.timing import Run, median_ms
-
-PAGE_SIZE = 32
-SHARED_PROMPT = 256  # whole splits of the decode kernel, so that siblings can share it
-
-
-@dataclass(frozen=True)
-class DecodeShape:
-    """A batch of decoding sequences; `group` neighbours share their prompt's pages."""
-
-    model: str
-    batch: int
-    context: int
-    group: int = 1
-
-
-DECODE = (
-    *(DecodeShape("Qwen3-0.6B", b, c) for c in (512, 2048) for b in (1, 16, 64, 256)),
-    DecodeShape("Qwen3-0.6B", 256, 512, group=8),
-    *(DecodeShape("Qwen3-4B", b, 1024) for b in (16, 64)),
+from tools.gpu_check.decode_kernel import (
+    DECODE,
+    PAGE_SIZE,
+    TINY_DECODE,
+    VARIANTS,
+    VARIED,
+    DecodeCall,
+    DecodeShape,
+    WithOptions,
+    decode_inputs,
+    variant,
 )
-TINY_DECODE = (DecodeShape("tiny", 3, 40), DecodeShape("tiny", 8, 70, group=8))
-# What the variants are tried on: many sequences, where bytes count, and few, where latency does.
-VARIED = (DecodeShape("Qwen3-0.6B", 256, 1024), DecodeShape("Qwen3-0.6B", 16, 1024))
-VARIANTS: dict[str, dict[str, int]] = {
-    "as shipped": {},
-    "5 stages": {"num_stages": 5},
-    "32 keys": {"keys": 32},
-    "32 keys, 5 stages": {"keys": 32, "num_stages": 5},
-    "split 512": {"split": 512},
-    "split 512, 32 keys, 5 stages": {"split": 512, "keys": 32, "num_stages": 5},
-}
+from tools.gpu_check.models import MODELS
+from tools.gpu_check.rooflines import sample_bytes
+from tools.gpu_check.timing import Run, median_ms
 
 
 def decode_attention(check: Check) -> None:
@@ -70,9 +46,10 @@ def decode_attention(check: Check) -> None:
         sharing = f", groups of {shape.group}" if shape.group > 1 else ""
         of = f"{shape.model}, {shape.batch} x {shape.context}{sharing}"
         key = "rates.decode_gb_s" if shape.batch >= 64 else "rates.decode_few_gb_s"
+        key = "rates.decode_shared_gb_s" if shape.group > 1 else key
         with check.case(f"decode {of}"):
             rate = DecodeCall(check, shape).gb_s()
-            check.figure(key, rate, of=of, limit=check.ceilings.copy_gb_s)
+            check.figure(key, rate, of=of, limit=check.ceilings.read_gb_s)
 
 
 def decode_variants(check: Check) -> None:
@@ -82,88 +59,12 @@ def decode_variants(check: Check) -> None:
         truth = call.run().double()
         for name, changes in VARIANTS.items():
             of = f"{name}, {shape.batch} x {shape.context}"
-            with check.case(f"decode variant {of}"), variant(**changes):
+            call.cascade = bool(changes.get("cascade", 1))
+            tiles = {name: value for name, value in changes.items() if name != "cascade"}
+            with check.case(f"decode variant {of}"), variant(**tiles):
                 check_close(of, call.run(), truth, bound=1e-2)
-                limit = check.ceilings.copy_gb_s
+                limit = check.ceilings.read_gb_s
                 check.figure("rates.decode_variant_gb_s", call.gb_s(), of=of, limit=limit)
-
-
-class DecodeCall:
-    """One layer's decode attention of a batch."""
-
-    def __init__(self, check: Check, shape: DecodeShape):
-        self.check, self.shape, self.config = check, shape, MODELS[shape.model]
-        self.num_shared = SHARED_PROMPT if shape.group > 1 and not check.tiny else 0
-        self.tensors = decode_inputs(check, self.config, shape, self.num_shared)
-
-    def run(self) -> Tensor:
-        longest = {"max_seqlen_q": 1, "max_seqlen_k": self.shape.context}
-        scale = self.config.head_dim**-0.5
-        return paged_attention.paged_attention_triton(*self.tensors, scale=scale, **longest)
-
-    def gb_s(self) -> float:
-        """Of the bytes that must be read if nothing is read twice."""
-        ms = median_ms(self.run, self.check.device, in_graph=True)
-        lengths = [self.shape.context] * self.shape.group
-        itemsize = self.tensors[0].itemsize
-        num_bytes = attention_bytes(self.config, lengths, self.num_shared, itemsize)
-        num_groups = self.shape.batch // self.shape.group
-        return 1e-6 * num_groups * num_bytes / ms
-
-
-def decode_inputs(
-    check: Check, config: ModelConfig, shape: DecodeShape, num_shared: int
-) -> tuple[Tensor, ...]:
-    """Pages in random order, each sequence's own but for the shared prompt of its group."""
-    width = -(-shape.context // PAGE_SIZE)
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randperm(shape.batch * width, generator=generator).view(-1, shape.group, width)
-    shared_pages = num_shared // PAGE_SIZE
-    table[:, :, :shared_pages] = table[:, :1, :shared_pages].clone()
-    heads = config.num_kv_heads, config.head_dim
-    k, v = (check.randn(shape.batch * width, PAGE_SIZE, *heads, seed=seed) for seed in (1, 2))
-    q = check.randn(shape.batch, config.num_heads, config.head_dim, seed=3)
-    seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32)
-    cu_seqlens = torch.arange(shape.batch + 1, dtype=torch.int32)
-    index = (x.to(check.device) for x in (table.flatten(0, 1).int(), seq_lens, cu_seqlens))
-    return (q, k, v, *index)
-
-
-@contextmanager
-def variant(*, keys: int = 0, split: int = 0, num_stages: int = 0) -> Iterator[None]:
-    """The decode kernel launched with other numbers than it ships with; 0 = as it ships."""
-    kernel, shipped_split, launch_for = (
-        paged_decode._decode_kernel,
-        paged_decode._SPLIT,
-        _attend.launch_for,
-    )
-
-    def other_tile(*arguments: Any) -> _attend.Launch:
-        launch = launch_for(*arguments)
-        return launch._replace(constants=launch.constants | {"BLOCK_N": keys})
-
-    try:
-        if num_stages:
-            paged_decode._decode_kernel = WithOptions(kernel, num_stages=num_stages)
-        if split:
-            paged_decode._SPLIT = split
-        if keys:
-            paged_attention.launch_for = other_tile
-        yield
-    finally:
-        paged_decode._decode_kernel, paged_decode._SPLIT = kernel, shipped_split
-        paged_attention.launch_for = launch_for
-
-
-class WithOptions:
-    """A Triton kernel whose every launch gets some more options."""
-
-    def __init__(self, kernel: Any, **options: int):
-        self.kernel, self.options = kernel, options
-
-    def __getitem__(self, grid: Any) -> Any:
-        launch = self.kernel[grid]
-        return lambda *tensors, **settings: launch(*tensors, **settings, **self.options)
 
 
 def prefill_attention(check: Check) -> None:
@@ -210,8 +111,9 @@ def head_and_draw(check: Check) -> None:
         def run(given: tuple[Any, ...] = given) -> object:
             return linear_sample.linear_sample_triton(*given)
 
-        limit = check.ceilings.copy_gb_s
         num_bytes = sample_bytes(batch, vocab, width, weight.itemsize)
+        gemm_ms = check.ceilings.bf16_ms(2 * batch * vocab * width)
+        limit = 1e-6 * num_bytes / max(check.ceilings.read_ms(num_bytes), gemm_ms)
         for name, options in (("", {}), (", 128 registers", {"maxnreg": 128})):
             if options and not check.is_cuda:
                 continue
@@ -228,7 +130,7 @@ def head_and_draw(check: Check) -> None:
 def elementwise(check: Check) -> None:
     """Norms, gate, rotary, page writes and the row pass of the policy head; forward and back."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
-    num_tokens = 7 if check.tiny else 8192
+    num_tokens = 7 if check.tiny else 65536  # so that launching a graph is a small part
     for of, (run, num_bytes) in elementwise_runs(check, config, num_tokens).items():
         with check.case(f"elementwise {of}"):
             rate = 1e-6 * num_bytes / median_ms(run, check.device, in_graph=True)
@@ -291,7 +193,15 @@ def row_pass(check: Check, num_rows: int, vocab: int) -> tuple[Run, int]:
     )
 
 
+def launch_latency(check: Check) -> None:
+    """What a graph of one kernel that does nothing takes between two events."""
+    x = torch.zeros(1, device=check.device)
+    us = 1e3 * median_ms(lambda: x.add_(0), check.device, in_graph=True)
+    check.figure("rates.empty_graph_us", us)
+
+
 PARTS: dict[str, Part] = {
+    "launch latency": launch_latency,
     "decode attention": decode_attention,
     "head and draw": head_and_draw,
     "elementwise": elementwise,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tools.gpu_check.results import Figure, Results, StageResult
 
 HEADER = ("figure", "value", "limit", "of limit", "predicted", "goal", "verdict")
@@ -11,6 +13,8 @@ def number(value: float | None) -> str:
     """Three digits that count, however large."""
     if value is None:
         return ""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     text = f"{value:.3g}"
@@ -66,10 +70,11 @@ def to_markdown(results: Results) -> str:
     lines += [
         f"- {key}: {value}" for key, value in results.run.items() if key not in ("kind", "plan")
     ]
-    lines += ["", "| stage | outcome | seconds | |", "|---|---|---|---|"]
+    lines += ["", "| stage | outcome | seconds | revision | |", "|---|---|---|---|---|"]
     for stage in results.stages.values():
         message = _escape(stage.message.splitlines()[0]) if stage.message else ""
-        lines.append(f"| {stage.name} | {stage.status} | {stage.seconds:.0f} | {message} |")
+        cells = stage.name, stage.status, f"{stage.seconds:.0f}", stage.revision, message
+        lines.append(f"| {' | '.join(cells)} |")
     for stage in results.stages.values():
         if stage.status != "not run":
             lines += _markdown_stage(stage)

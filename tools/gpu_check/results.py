@@ -13,6 +13,7 @@ theirs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -81,6 +82,7 @@ class StageResult:
     status: str = "not run"
     message: str = ""
     seconds: float = 0.0
+    revision: str = ""
     figures: list[Figure] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)  # cases that failed
     skips: list[dict[str, Any]] = field(default_factory=list)  # cases that were skipped
@@ -99,6 +101,7 @@ class Results:
         return [name for name, stage in self.stages.items() if stage.status != "passed"]
 
     def failed(self) -> list[str]:
+        """Not those that the deadline cut: they lack time, not correctness."""
         return [name for name, stage in self.stages.items() if stage.status in ("failed", "killed")]
 
     def value_of(self, key: str) -> float | None:
@@ -112,10 +115,13 @@ class Results:
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Write one record; the line is on its way to the disk when this returns."""
-    line = json.dumps(record) + "\n"
+    line = (json.dumps(record) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        if os.write(descriptor, line) < len(
+            line
+        ):  # the disk is full: let no later line join this one
+            os.write(descriptor, b"\n")
     finally:
         os.close(descriptor)
 
@@ -148,14 +154,16 @@ def read_results(path: Path, names: Iterable[str]) -> Results:
                 stages = {name: StageResult(name) for name in stages}
             run = record
         elif record.get("stage") in stages:
-            _apply(record, stages)
+            with contextlib.suppress(KeyError, TypeError):  # written by another version
+                _apply(record, stages)
     return Results(run, stages)
 
 
 def _apply(record: dict[str, Any], stages: dict[str, StageResult]) -> None:
     name, kind = record["stage"], record["kind"]
     if kind == "begin":
-        stages[name] = StageResult(name, status="cut short")
+        revision = record.get("revision", "")
+        stages[name] = StageResult(name, status="cut short", revision=revision)
         return
     stage = stages[name]
     if kind == "figure":

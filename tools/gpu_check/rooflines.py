@@ -18,13 +18,17 @@ class Ceilings:
     """What the card did in stage `ceilings`; are_measured is False for stand-ins."""
 
     copy_gb_s: float  # bytes read and bytes written both count
+    read_gb_s: float
     bf16_tflop_s: float
     fp32_tflop_s: float
     tf32_tflop_s: float
     are_measured: bool = True
 
-    def memory_ms(self, num_bytes: float) -> float:
+    def copy_ms(self, num_bytes: float) -> float:
         return 1e-6 * num_bytes / self.copy_gb_s
+
+    def read_ms(self, num_bytes: float) -> float:
+        return 1e-6 * num_bytes / self.read_gb_s
 
     def bf16_ms(self, num_flops: float) -> float:
         return 1e-9 * num_flops / self.bf16_tflop_s
@@ -32,7 +36,12 @@ class Ceilings:
 
 # An H100 SXM5 80 GB, for a stage that is run without the first one; figures then say "assumed".
 ASSUMED = Ceilings(
-    copy_gb_s=3000, bf16_tflop_s=798, fp32_tflop_s=50, tf32_tflop_s=400, are_measured=False
+    copy_gb_s=3000,
+    read_gb_s=3000,
+    bf16_tflop_s=798,
+    fp32_tflop_s=50,
+    tf32_tflop_s=400,
+    are_measured=False,
 )
 
 

@@ -28,23 +28,19 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("machine", 10, 25, "which card, which versions, how much memory is free"),
-    Stage("ceilings", 15, 40, "bytes and FLOPs a second; which attention PyTorch picks"),
+    Stage("machine", 15, 60, "which card, which versions, how much memory is free"),
+    Stage("ceilings", 20, 45, "bytes and FLOPs a second; which attention PyTorch picks"),
     Stage(
-        "kernels", 45, 80, "every Triton kernel against fp64, Qwen3's heads, 2^31 elements", True
+        "kernels", 50, 90, "every Triton kernel against fp64, Qwen3's heads, 2^31 elements", True
     ),
-    Stage("engine", 45, 80, "tokens beside the CPU's, graphs, preemption, host syncs", True),
-    Stage("rates", 70, 100, "each kernel's rate beside the card's"),
-    Stage("decode", 75, 110, "ms a decode step, Qwen3-0.6B and 4B, beside their bytes"),
-    Stage("training", 70, 110, "ms an update, MFU, where the time goes, peak memory"),
-    Stage("head", 40, 60, "the policy head beside three bare GEMMs and the peers"),
-    Stage("learning", 35, 60, "the built-in task on the card: it ends, it repeats, it learns"),
-    Stage(
-        "profilers",
-        55,
-        75,
-        "DRAM per cent and occupancy by ncu; memory errors by compute-sanitizer",
-    ),
+    Stage("engine", 35, 80, "tokens beside the CPU's, graphs, preemption, host syncs", True),
+    Stage("rates", 40, 90, "each kernel's rate beside the card's"),
+    Stage("decode", 65, 110, "ms a decode step, Qwen3-0.6B and 4B, beside their bytes"),
+    Stage("training", 75, 120, "ms an update, MFU, where the time goes, peak memory"),
+    Stage("head", 45, 80, "the policy head beside three bare GEMMs and the peers"),
+    Stage("learning", 45, 80, "the built-in task on the card: it ends, it repeats, it learns"),
+    Stage("profilers", 65, 95, "DRAM per cent and occupancy by ncu; memory errors by sanitizer"),
 )
+CASES_FAILED = 3  # exit status of a stage whose cases say what failed; 1 is Python's own
 NAMES = tuple(stage.name for stage in STAGES)
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -23,16 +23,17 @@ def median_ms(run: Run, device: torch.device, *, in_graph: bool = False) -> floa
     """The median of a few runs, after one that compiles and one that says how many to take."""
     if device.type != "cuda":
         run()
-        return statistics.median(_wall_ms(run) for _ in range(3))
+        return statistics.median(wall_ms(run) for _ in range(3))
     run()
     torch.cuda.synchronize(device)
     call = _captured(run, device) if in_graph else run
-    estimate = _wall_ms(call, device)
+    estimate = wall_ms(call, device)
     num_runs = max(MIN_RUNS, min(MAX_RUNS, int(1e3 * TIME_S / max(estimate, 1e-3))))
-    flush = torch.empty(FLUSH_MIB << 20, dtype=torch.int8, device=device)
+    flush = torch.zeros(FLUSH_MIB << 20, dtype=torch.int8, device=device).view(torch.float32)
     events = []
     for _ in range(num_runs):
         flush.zero_()
+        flush.sum()  # clean lines: dirty ones would be written back while the call is timed
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -81,10 +82,11 @@ def time_us(row: object, device: torch.device) -> float:
     return float(getattr(row, name))
 
 
-def _wall_ms(run: Run, device: torch.device | None = None) -> float:
+def wall_ms(run: Run, device: torch.device | None = None) -> float:
+    """One call by the clock, to its end on the device."""
     started = time.perf_counter()
     run()
-    if device is not None:
+    if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1e3 * (time.perf_counter() - started)
 

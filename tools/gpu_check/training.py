@@ -6,10 +6,8 @@ second answer behind half of them. bf16 is what training will be in; fp32 is wha
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,70 +18,16 @@ from socpo_fast.ops import policy_loss
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
-from socpo_fast.types import Attempt, Rollout, RolloutKey
-from tools.gpu_check.check import Check, Part, check_finite
-from tools.gpu_check.decode import make_engine, params_of
+from socpo_fast.types import Rollout, Turn
+from tools.gpu_check.check import Check, Part, check_close, check_finite
+from tools.gpu_check.decoding import make_engine, params_of
 from tools.gpu_check.engines import prompts_of
-from tools.gpu_check.models import MODELS, make_model
+from tools.gpu_check.groups import GROUP, TINY_GROUP, make_rollouts
+from tools.gpu_check.models import CONFIGS, MODELS, make_model
 from tools.gpu_check.rooflines import num_parameters, update_flops
 from tools.gpu_check.timing import median_ms, peak_gib, profile_table
 
 TOKEN_BUDGET = 16384
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """Eight rollouts of one question, in tokens."""
-
-    prompt: int
-    answer: int  # on average; lengths vary by a quarter
-    bridge: int
-    rollouts: int = 8
-
-
-GROUP, TINY_GROUP = GroupShape(300, 500, 130), GroupShape(12, 8, 3, rollouts=4)
-
-
-def make_rollouts(vocab_size: int, shape: GroupShape) -> list[Rollout]:
-    """Random tokens; every second rollout has a second attempt."""
-    rng = random.Random(0)
-    prompt_ids = _ids(rng, vocab_size, shape.prompt)
-    rollouts = []
-    for idx in range(shape.rollouts):
-        num_attempts = 1 + idx % 2
-        attempts = [_attempt(rng, vocab_size, shape, idx, k) for k in range(num_attempts)]
-        rollouts.append(
-            Rollout(
-                question_idx=0,
-                rollout_idx=idx,
-                prompt_ids=prompt_ids,
-                attempts=attempts,
-                bridges=[_ids(rng, vocab_size, shape.bridge)] * (num_attempts - 1),
-                cuts=[None] * (num_attempts - 1),
-                advantages=[rng.uniform(-1.0, 1.0) for _ in attempts],
-            )
-        )
-    return rollouts
-
-
-def _attempt(
-    rng: random.Random, vocab_size: int, shape: GroupShape, rollout_idx: int, attempt_idx: int
-) -> Attempt:
-    length = shape.answer + rng.randint(-shape.answer // 4, shape.answer // 4)
-    return Attempt(
-        token_ids=_ids(rng, vocab_size, length),
-        logprobs=torch.full((length,), -8.0),
-        kept_mass=torch.ones(length),
-        finish_reason="length",
-        key=RolloutKey(0, 0),
-        rollout_idx=rollout_idx,
-        attempt_idx=attempt_idx,
-        policy_version=0,
-    )
-
-
-def _ids(rng: random.Random, vocab_size: int, length: int) -> list[int]:
-    return [rng.randrange(vocab_size) for _ in range(length)]
 
 
 def flops_of(student: Decoder, rollouts: list[Rollout]) -> float:
@@ -145,9 +89,9 @@ def update(
             limit = check.ceilings.bf16_ms(num_flops)
             check.figure(key, median_ms(run, check.device), of=of, limit=limit)
             check.figure("training.peak_gib", peak, of=of)
-            table, num_launches = profile_table(run, check.device)
-            check.figure("training.launches", num_launches, of=of)
-            check.note(f"gradients of {of}, kernels by time\n{table}")
+            if check.is_cuda:
+                reserved = torch.cuda.max_memory_reserved(check.device) / 2**30
+                check.figure("training.reserved_gib", reserved, of=of)
             first = student.lm_head.weight.grad
             assert first is not None, "the head has no gradient"
             check_finite("the gradient", first)
@@ -173,14 +117,14 @@ def mismatch(dtype: torch.dtype) -> Part:
                 question_idx=q,
                 rollout_idx=attempt.rollout_idx,
                 prompt_ids=prompts[q],
-                attempts=[attempt],
+                turns=[Turn(attempt=attempt)],
             )
             for q, group in enumerate(groups)
             for attempt in group
         ]
         logprobs = compute_logprobs(student, rollouts, token_budget=TOKEN_BUDGET, temperature=1.0)
         differences = torch.cat([
-            (ours[0] - rollout.attempts[0].logprobs).abs()
+            (ours[0] - rollout.turns[0].attempt.logprobs).abs()
             for ours, rollout in zip(logprobs, rollouts, strict=True)
         ])  # fmt: skip
         of = str(used).removeprefix("torch.")
@@ -190,23 +134,75 @@ def mismatch(dtype: torch.dtype) -> Part:
     return part
 
 
+def beside_cpu(check: Check) -> None:
+    """Every parameter's gradient on the card is the CPU's, in fp32, for every shape of rollout."""
+    config = MODELS["tiny" if check.tiny else "small Qwen3"]
+    rollouts = make_rollouts(config.vocab_size, TINY_GROUP)
+    found = []
+    for device in (torch.device("cpu"), check.device):
+        student = make_model(config, device="cpu", dtype=torch.float32).to(device)
+        gradients(student, rollouts, checkpointing=False)
+        found.append({name: p.grad for name, p in student.named_parameters()})
+    worst = 0.0
+    for name, truth in found[0].items():
+        actual, expected = found[1][name].cpu().double(), truth.double()
+        worst = max(worst, float((actual - expected).norm() / expected.norm()))
+        check_close(f"gradient of {name}", actual, expected)
+    check.figure("training.gradient_error", worst, of="fp32 beside the CPU")
+
+
+def bf16_beside_fp32(check: Check) -> None:
+    """The whole gradient of equal weights in bf16 and in fp32, on the device."""
+    config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
+    rollouts = make_rollouts(config.vocab_size, TINY_GROUP)
+    narrow = make_model(config, device=check.device, dtype=check.dtype)
+    wide = make_model(config, device=check.device, dtype=torch.float32)
+    wide.load_state_dict(narrow.state_dict())
+    squares = [0.0, 0.0]
+    for student in (narrow, wide):
+        gradients(student, rollouts, checkpointing=False)
+    for p, q in zip(narrow.parameters(), wide.parameters(), strict=True):
+        squares[0] += float((p.grad.double() - q.grad.double()).square().sum())
+        squares[1] += float(q.grad.double().square().sum())
+    error = (squares[0] / squares[1]) ** 0.5
+    check.figure("training.gradient_error", error, of="bf16 beside fp32")
+
+
+def kernels_of_an_update(check: Check) -> None:
+    """Kernels by time. Last: a profiler stays in the way of what follows."""
+    model = "tiny" if check.tiny else "Qwen3-0.6B"
+    student = make_model(MODELS[model], device=check.device, dtype=check.dtype)
+    rollouts = make_rollouts(MODELS[model].vocab_size, TINY_GROUP if check.tiny else GROUP)
+
+    def run() -> None:
+        gradients(student, rollouts, checkpointing=False)
+
+    run()
+    table, num_launches = profile_table(run, check.device, num_rows=25)
+    check.figure("training.launches", num_launches)
+    check.note(f"gradients of {model}, kernels by time\n{table}")
+
+
 def optimizer_step(check: Check) -> None:
     """Clipping and AdamW over fp32 parameters: read p, g, m, v, write p, m, v."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     student = make_model(config, device=check.device, dtype=torch.float32)
     optimizer = Optimizer(student, lr=1e-6)
-    for parameter in student.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    ms = median_ms(optimizer.step, check.device)
-    limit = check.ceilings.memory_ms(28 * num_parameters(config))
+    gradients_of = {p: torch.full_like(p, 1e-3) for p in student.parameters()}
+
+    def run() -> None:
+        for parameter, gradient in gradients_of.items():
+            parameter.grad = gradient  # a step takes them away
+        optimizer.step()
+
+    ms = median_ms(run, check.device)
+    limit = check.ceilings.copy_ms(28 * num_parameters(config))
     check.figure("training.optimizer_ms", ms, of="Qwen3-0.6B in fp32", limit=limit)
 
 
 def beside_padded_rows(check: Check) -> None:
     """The same rollouts as padded rows through transformers, as most trainers have them."""
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tools.gpu_check.models import CONFIGS
 
     name = "tiny" if check.tiny else "Qwen3-0.6B"
     raw = {key: value for key, value in CONFIGS[name].items() if key != "architectures"}
@@ -229,10 +225,7 @@ def padded_update(
 ) -> Callable[[], None]:
     """Forward and backward over [rollouts, longest] with logits of all tokens."""
     rows = [
-        rollout.prompt_ids
-        + rollout.attempts[0].token_ids
-        + [i for bridge in rollout.bridges for i in bridge]
-        + [i for attempt in rollout.attempts[1:] for i in attempt.token_ids]
+        rollout.context_ids(len(rollout.turns) - 1) + rollout.turns[-1].attempt.token_ids
         for rollout in rollouts
     ]
     longest = max(map(len, rows))
@@ -242,7 +235,9 @@ def padded_update(
     def run() -> None:
         theirs.zero_grad(set_to_none=True)
         for row_ids, row_mask in zip(ids.split(2), mask.split(2), strict=True):
-            logits = theirs(row_ids, attention_mask=row_mask).logits[:, :-1].float()
+            logits = (
+                theirs(row_ids, attention_mask=row_mask, use_cache=False).logits[:, :-1].float()
+            )
             picked: Tensor = logits.log_softmax(-1).gather(2, row_ids[:, 1:, None])[..., 0]
             flat = picked.flatten()
             ones = torch.ones_like(flat)
@@ -253,13 +248,16 @@ def padded_update(
 
 
 PARTS: dict[str, Part] = {
+    "gradients beside the CPU": beside_cpu,
     "bf16, 0.6B": update("Qwen3-0.6B", torch.bfloat16),
-    "bf16, 1.7B": update("Qwen3-1.7B", torch.bfloat16),
-    "bf16, 4B": update("Qwen3-4B", torch.bfloat16, checkpointing=True),
     "mismatch in bf16": mismatch(torch.bfloat16),
+    "bf16, 1.7B": update("Qwen3-1.7B", torch.bfloat16),
+    "padded rows": beside_padded_rows,
+    "bf16 beside fp32": bf16_beside_fp32,
+    "optimizer": optimizer_step,
+    "bf16, 4B": update("Qwen3-4B", torch.bfloat16, checkpointing=True),
     "mismatch in fp32": mismatch(torch.float32),
     "fp32 by tf32, 0.6B": update("Qwen3-0.6B", torch.float32, precision="tf32"),
     "fp32, 0.6B": update("Qwen3-0.6B", torch.float32),
-    "optimizer": optimizer_step,
-    "padded rows": beside_padded_rows,
+    "kernels of an update": kernels_of_an_update,
 }

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -31,8 +30,8 @@ import torch
 from socpo_fast.report.environment import installed_version
 from tools.gpu_check.code_paths import walk
 from tools.gpu_check.launches import PRODUCTS, Launch, Section
-from tools.gpu_check.lines import ROOT
 from tools.gpu_check.models import MODELS
+from tools.gpu_check.revision import revision
 
 BEGIN, END = "<!-- begin of the walk -->", "<!-- end of the walk -->"  # what --markdown replaces
 MAX_SHAPES = 4  # of a kernel that are printed; --json has them all
@@ -75,11 +74,8 @@ def header_of(model: str) -> str:
 
 
 def revision_and_versions() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    revision = done.stdout.strip() or "unknown"
     versions = f"torch {torch.__version__}, triton {installed_version('triton')}"
-    return f"revision {revision}, {versions}, {date.today().isoformat()}"
+    return f"revision {revision()}, {versions}, {date.today().isoformat()}"
 
 
 def summary(sections: list[Section]) -> list[str]:

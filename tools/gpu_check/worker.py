@@ -22,35 +22,57 @@ import torch
 
 from tools.gpu_check.check import Check, Part
 from tools.gpu_check.lines import ROOT
-from tools.gpu_check.stages import BY_NAME, NAMES
+from tools.gpu_check.stages import BY_NAME, CASES_FAILED, NAMES
 
+MODULE = "tools.gpu_check.worker"
 FAULTS = ("hang", "abort", "flood")
 
 
-def run_parts(check: Check, parts: Mapping[str, Part]) -> None:
-    """One after the other; on a card each begins with the memory of the one before given back."""
+def run_parts(check: Check, parts: Mapping[str, Part], arguments: list[str]) -> None:
+    """One after the other; on a card each begins with the memory of the one before given back.
+
+    An illegal access leaves a process without its card: the parts behind it run in a new one, which
+    `arguments` start; with none there are no parts behind.
+    """
     for name, part in parts.items():
         started = time.perf_counter()
         with check.case(name):
             part(check)
-        if check.is_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+            synchronize(check)
+        check.free_memory()
         print(f"{check.stage}: {name}: {time.perf_counter() - started:.1f} s", flush=True)
+        if arguments and not is_alive(check):
+            print(f"{check.stage}: the card is lost to this process, a new one goes on", flush=True)
+            rest = ["--after", name, "--num-failed", str(check.num_failed)]
+            os.execv(sys.executable, [sys.executable, "-m", MODULE, *arguments, *rest])
+
+
+def synchronize(check: Check) -> None:
+    if check.is_cuda:
+        torch.cuda.synchronize(check.device)
+
+
+def is_alive(check: Check) -> bool:
+    """Whether this process can still use the card."""
+    try:
+        synchronize(check)
+    except RuntimeError:
+        return False
+    return True
 
 
 def run_apart(check: Check, parts: Mapping[str, Part], arguments: list[str]) -> None:
     """Each in a process of its own, all at once. They write to the same results file."""
-    command = [sys.executable, "-m", "tools.gpu_check.worker", *arguments, "--part"]
+    command = [sys.executable, "-m", MODULE, *arguments, "--part"]
     num_threads = max(1, len(os.sched_getaffinity(0)) // len(parts))
     environ = os.environ | {"OMP_NUM_THREADS": str(num_threads)}  # idle OpenMP threads spin
     processes = {name: subprocess.Popen([*command, name], cwd=ROOT, env=environ) for name in parts}
     for name, process in processes.items():
         with check.case(name):
             status = process.wait()
-            if status not in (0, 1):  # 1: its cases have said what failed
+            if status not in (0, CASES_FAILED):
                 raise RuntimeError(f"its process ended with exit status {status}")
-        check.num_failed += process.returncode == 1
+        check.num_failed += process.returncode == CASES_FAILED
 
 
 def commit_fault(fault: str) -> None:
@@ -73,6 +95,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--part")
+    parser.add_argument("--after", help="begin behind this part")
+    parser.add_argument("--num-failed", type=int, default=0, help="cases that failed before")
     parser.add_argument("--fault", choices=FAULTS)
     options = parser.parse_args()
     if options.fault:
@@ -88,15 +112,23 @@ def main() -> int:
         results=options.results,
         peers=options.peers,
     )
-    if not options.part and stage.uses_ceilings and not check.ceilings.are_measured:
+    check.num_failed = options.num_failed
+    if (
+        not (options.part or options.after)
+        and stage.uses_ceilings
+        and not check.ceilings.are_measured
+    ):
         check.note(f"limits rest on ceilings that were not measured here: {check.ceilings}")
+    arguments = sys.argv[1:]
     if options.part:
-        run_parts(check, {options.part: parts[options.part]})
+        run_parts(check, {options.part: parts[options.part]}, [])
     elif stage.parts_at_once:
-        run_apart(check, parts, sys.argv[1:])
+        run_apart(check, parts, arguments)
     else:
-        run_parts(check, parts)
-    return 1 if check.num_failed else 0
+        names = list(parts)
+        behind = names[names.index(options.after) + 1 :] if options.after else names
+        run_parts(check, {name: parts[name] for name in behind}, arguments)
+    return CASES_FAILED if check.num_failed else 0
 
 
 if __name__ == "__main__":

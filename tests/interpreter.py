@@ -1,0 +1,24 @@
+"""Which Triton and numpy can run kernels in the interpreter together."""
+
+from __future__ import annotations
+
+import re
+
+
+def dead_pair(triton: str | None, numpy: str) -> str | None:
+    """The refusal of two versions whose interpreter is dead, None for a pair that works.
+
+    Before Triton 3.7 the interpreter converts arrays of size 1 with int(), which numpy refuses from
+    2.4 on: every kernel would fail, each with the same TypeError from within Triton.
+    """
+    if triton is None or _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return None
+    minor = ".".join(map(str, _release(triton)))
+    rule = f"numpy must be < 2.4 beside triton {minor}, got {numpy}"
+    return f"tests: {rule}; pip install 'numpy<2.4'"
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor number; what stands behind them, as in 2.4.0rc1 or 3.7.1+git, does not count."""
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)

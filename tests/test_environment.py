@@ -1,0 +1,68 @@
+"""What the tests need of the machine: a Triton and a numpy that go together, and our own `tests`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.interpreter import dead_pair
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(*args: str, python_path: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(python_path), "TRITON_INTERPRET": "1"}
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy"),
+    [("3.7.1", "2.4.6"), ("4.0", "2.5.2"), ("3.6.0", "2.3.5"), ("3.5.1", "1.26.4"), (None, "2.4.6")],
+)
+def test_pairs_that_work(triton: str | None, numpy: str) -> None:
+    assert dead_pair(triton, numpy) is None
+
+
+@pytest.mark.parametrize("numpy", ["2.4.0rc1", "2.4.6", "2.10.0", "3.0"])
+def test_dead_pairs_are_refused(numpy: str) -> None:
+    expected = f"numpy must be < 2.4 beside triton 3.6, got {numpy}; pip install 'numpy<2.4'"
+    assert dead_pair("3.6.0+git1234", numpy) == f"tests: {expected}"
+
+
+def test_a_dead_pair_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    """Metadata of the two that stand first on the path are those that Python finds."""
+    for package, version in (("triton", "3.6.0"), ("numpy", "2.4.6")):
+        folder = tmp_path / f"{package}-{version}.dist-info"
+        folder.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        (folder / "METADATA").write_text(text, encoding="utf-8")
+    arguments = ("-m", "pytest", "--collect-only", "-q", "tests/test_error_rule.py")
+    done = run_python(*arguments, python_path=tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "tests: numpy must be < 2.4 beside triton 3.6, got 2.4.6" in done.stderr
+    assert "test_error_rule" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_another_package_named_tests_cannot_hide_ours(tmp_path: Path) -> None:
+    """Wheels exist that install a package of that name; ours is one too, and stands in the root."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    code = "from tests.error_rule import assert_error_rule"
+    done = run_python("-c", code, python_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    arguments = ("-m", "pytest", "--collect-only", "-q", "tests/test_error_rule.py")
+    done = run_python(*arguments, python_path=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_error_rule_names_the_worst_element" in done.stdout

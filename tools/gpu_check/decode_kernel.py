@@ -1,0 +1,141 @@
+"""The decode kernel alone: one layer's attention of a batch, as it ships and in other shapes.
+
+A variant changes numbers that the launch would take from its tables: keys a tile, split, pipeline
+depth, warps. Nothing is tuned here; later work chooses from what stage `rates` writes down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from socpo_fast.kernels import _attend, paged_attention, paged_decode
+from socpo_fast.model import ModelConfig
+from tools.gpu_check.check import Check
+from tools.gpu_check.models import MODELS
+from tools.gpu_check.rooflines import attention_bytes
+from tools.gpu_check.timing import median_ms
+
+PAGE_SIZE = 32
+SHARED_PROMPT = 256  # whole splits of the decode kernel, so that siblings can share it
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """A batch of decoding sequences; `group` neighbours share their prompt's pages."""
+
+    model: str
+    batch: int
+    context: int
+    group: int = 1
+
+
+DECODE = (
+    *(DecodeShape("Qwen3-0.6B", b, c) for c in (512, 2048) for b in (1, 16, 64, 256)),
+    DecodeShape("Qwen3-0.6B", 256, 512, group=8),
+    *(DecodeShape("Qwen3-4B", b, 1024) for b in (16, 64)),
+)
+TINY_DECODE = (DecodeShape("tiny", 3, 40), DecodeShape("tiny", 8, 70, group=8))
+# What the variants are tried on: many sequences, where bytes count, and few, where latency does.
+VARIED = (DecodeShape("Qwen3-0.6B", 256, 1024), DecodeShape("Qwen3-0.6B", 16, 1024))
+VARIANTS: dict[str, dict[str, int]] = {
+    "as shipped": {},
+    "no cascade": {"cascade": 0},
+    "split 64": {"split": 64},
+    "split 128": {"split": 128},
+    "8 warps": {"num_warps": 8},
+    "5 stages": {"num_stages": 5},
+    "32 keys": {"keys": 32},
+    "32 keys, 5 stages": {"keys": 32, "num_stages": 5},
+    "split 512": {"split": 512},
+    "split 512, 32 keys, 5 stages": {"split": 512, "keys": 32, "num_stages": 5},
+}
+
+
+class DecodeCall:
+    """One layer's decode attention of a batch."""
+
+    def __init__(self, check: Check, shape: DecodeShape):
+        self.check, self.shape, self.config = check, shape, MODELS[shape.model]
+        self.num_shared = SHARED_PROMPT if shape.group > 1 and not check.tiny else 0
+        self.cascade = True
+        self.tensors = decode_inputs(check, self.config, shape, self.num_shared)
+
+    def run(self) -> Tensor:
+        longest = {"max_seqlen_q": 1, "max_seqlen_k": self.shape.context}
+        scale = self.config.head_dim**-0.5
+        return paged_attention.paged_attention_triton(
+            *self.tensors, scale=scale, cascade=self.cascade, **longest
+        )
+
+    def gb_s(self) -> float:
+        """Of the bytes that must be read if nothing is read twice."""
+        ms = median_ms(self.run, self.check.device, in_graph=True)
+        lengths = [self.shape.context] * self.shape.group
+        itemsize = self.tensors[0].itemsize
+        num_bytes = attention_bytes(self.config, lengths, self.num_shared, itemsize)
+        num_groups = self.shape.batch // self.shape.group
+        return 1e-6 * num_groups * num_bytes / ms
+
+
+def decode_inputs(
+    check: Check, config: ModelConfig, shape: DecodeShape, num_shared: int
+) -> tuple[Tensor, ...]:
+    """Pages in random order, each sequence's own but for the shared prompt of its group."""
+    width = -(-shape.context // PAGE_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randperm(shape.batch * width, generator=generator).view(-1, shape.group, width)
+    shared_pages = num_shared // PAGE_SIZE
+    table[:, :, :shared_pages] = table[:, :1, :shared_pages].clone()
+    heads = config.num_kv_heads, config.head_dim
+    k, v = (check.randn(shape.batch * width, PAGE_SIZE, *heads, seed=seed) for seed in (1, 2))
+    q = check.randn(shape.batch, config.num_heads, config.head_dim, seed=3)
+    seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32)
+    cu_seqlens = torch.arange(shape.batch + 1, dtype=torch.int32)
+    index = (x.to(check.device) for x in (table.flatten(0, 1).int(), seq_lens, cu_seqlens))
+    return (q, k, v, *index)
+
+
+@contextmanager
+def variant(
+    *, keys: int = 0, split: int = 0, num_stages: int = 0, num_warps: int = 0
+) -> Iterator[None]:
+    """The decode kernel launched with other numbers than it ships with; 0 = as it ships."""
+    kernel, shipped_split, launch_for = (
+        paged_decode._decode_kernel,
+        paged_decode._SPLIT,
+        _attend.launch_for,
+    )
+
+    def other_tile(*arguments: Any) -> _attend.Launch:
+        launch = launch_for(*arguments)
+        constants = launch.constants | ({"BLOCK_N": keys} if keys else {})
+        return launch._replace(constants=constants, num_warps=num_warps or launch.num_warps)
+
+    try:
+        if num_stages:
+            paged_decode._decode_kernel = WithOptions(kernel, num_stages=num_stages)
+        if split:
+            paged_decode._SPLIT = split
+        if keys or num_warps:
+            paged_attention.launch_for = other_tile
+        yield
+    finally:
+        paged_decode._decode_kernel, paged_decode._SPLIT = kernel, shipped_split
+        paged_attention.launch_for = launch_for
+
+
+class WithOptions:
+    """A Triton kernel whose every launch gets some more options."""
+
+    def __init__(self, kernel: Any, **options: int):
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid: Any) -> Any:
+        launch = self.kernel[grid]
+        return lambda *tensors, **settings: launch(*tensors, **settings, **self.options)

@@ -1,0 +1,94 @@
+"""A batch that decodes as in a rollout: eight tokens a host read, rounds replayed from a graph."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from socpo_fast import Engine, SamplingParams
+from socpo_fast.engine.sequence import Sequence
+from socpo_fast.model import Decoder
+from tools.gpu_check.check import Check
+from tools.gpu_check.engines import prompts_of
+from tools.gpu_check.rooflines import kv_bytes
+from tools.gpu_check.timing import median_ms
+
+PAGE_SIZE = 32
+CONTEXT, TINY_CONTEXT = 800, 24
+TOKENS_A_READ = 8
+TIMED_READS, REPEATS = 4, 3  # of so many tokens each; the median of the repeats counts
+# Early sequences decode while late ones are prefilled: they must not end before all are timed.
+NEW_TOKENS = TOKENS_A_READ * (TIMED_READS * REPEATS + 8)
+
+
+def params_of(num_new: int = NEW_TOKENS, **changes: Any) -> SamplingParams:
+    usual = {"temperature": 1.0, "max_new_tokens": num_new, "n": 1, "eos_ids": ()}
+    return SamplingParams(**usual | {"ignore_eos": True} | changes)
+
+
+def make_engine(student: Decoder, num_tokens: int) -> Engine:
+    """With pages for so many tokens."""
+    itemsize = student.lm_head.weight.element_size()
+    gib = (num_tokens + PAGE_SIZE) * kv_bytes(student.config, itemsize) / 2**30
+    return Engine(
+        student,
+        kv_cache_gib=gib,
+        page_size=PAGE_SIZE,
+        tokens_per_sync=TOKENS_A_READ,
+        token_budget=8192,
+    )
+
+
+class Decoding:
+    """A batch that has been prefilled and decodes: `groups` prompts, `group_size` rollouts each."""
+
+    def __init__(
+        self, student: Decoder, groups: int, group_size: int, context: int, **changes: Any
+    ):
+        rows = groups * group_size
+        pages = groups * (-(-context // PAGE_SIZE)) + rows * (-(-NEW_TOKENS // PAGE_SIZE) + 2)
+        self.engine = make_engine(student, pages * PAGE_SIZE)
+        self.rows, self.context = rows, context
+        params = params_of(n=group_size, **changes)
+        for idx, prompt in enumerate(prompts_of(student, groups, context)):
+            self.engine.submit(prompt, params, key=(0, idx))
+        while len(self._running()) < rows:
+            self.engine.step()  # prefills
+        for _ in range(2):
+            self.engine.step()  # compiles and captures
+
+    def _running(self) -> list[Sequence]:
+        """Sequences that decode."""
+        return [s for s in self.engine._scheduler.running if s.num_sampled > 0]
+
+    def step_ms(self, device: torch.device) -> float:
+        """Of one token of every sequence, the host's work between two reads included."""
+        timed = [self._timed(device) for _ in range(REPEATS)]
+        self.live_tokens = int(statistics.mean(live for _, live in timed))
+        return statistics.median(ms for ms, _ in timed)
+
+    def graph_ms(self, check: Check) -> float | None:
+        """Of one replay of the captured round alone; None where nothing is captured."""
+        loop = self.engine._loop
+        if loop is None or not loop.captures:
+            return None
+        pages = max(len(sequence.pages) for sequence in self.engine._scheduler.running)
+        rows, pages = (1 << (n - 1).bit_length() for n in (self.rows, pages))
+        with torch.no_grad():
+            graph = loop._graph(rows, pages)
+        return median_ms(graph.replay, check.device)
+
+    def _timed(self, device: torch.device) -> tuple[float, int]:
+        """(Milliseconds, keys that the middle one of the steps reads, shared ones each time)."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        live_before = sum(s.num_cached for s in self._running())
+        before, started = self.engine.stats.decode_tokens, time.perf_counter()
+        for _ in range(TIMED_READS):
+            self.engine.step()
+        seconds = time.perf_counter() - started
+        num_sampled = self.engine.stats.decode_tokens - before
+        return 1e3 * seconds * self.rows / num_sampled, live_before + num_sampled // 2
