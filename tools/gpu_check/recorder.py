@@ -183,6 +183,8 @@ class Recorder(TorchDispatchMode):
         name, inputs = op_name(func), tensors_of((args, kwargs))
         device = torch.device(kwargs.get("device") or "cpu")
         if device.type != "cuda" and not any(isinstance(x, FakeTensor) for x in inputs):
+            if kwargs.get("pin_memory"):  # the driver would pin it
+                kwargs["pin_memory"] = False
             with unset_fake_temporarily():  # the host's own work
                 return func(*args, **kwargs)
         if func.namespace == "prim":  # a question about the tensor, no work
@@ -250,8 +252,10 @@ class Recorder(TorchDispatchMode):
     def _download(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """A copy to the host; one that does not block is no read."""
         source = args[1] if name == "copy_" else args[0]
-        if not kwargs.get("non_blocking") and args[2:] != (True,):
-            self.read(f"aten.{name} of {label(source)} to the host")
+        if kwargs.get("non_blocking") or args[2:] == (True,):
+            is_new = name != "copy_"  # what is copied into does not hold it yet
+            return values_read(source, self.unknown, kwargs.get("dtype")) if is_new else args[0]
+        self.read(f"aten.{name} of {label(source)} to the host")
         values = values_read(source, self.unknown, kwargs.get("dtype"))
         if name != "copy_":
             return values

@@ -22,6 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tools.gpu_check.fake_cuda import CARD
 from tools.gpu_check.recorder import SYNCHRONIZE, Recorder
 
+aten = torch.ops.aten
+_scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
+
 
 @contextlib.contextmanager
 def stage_stand_ins(recorder: Recorder) -> Iterator[None]:
@@ -31,6 +34,7 @@ def stage_stand_ins(recorder: Recorder) -> Iterator[None]:
     stand_ins: list[tuple[Any, str, Any]] = [
         (torch, "Generator", Generator),
         (torch.profiler, "profile", lambda activities=(): Profile(recorder)),
+        (torch.nn.functional, "scaled_dot_product_attention", attention),
         (FakeTensor, "data_ptr", address),
         (FakeTensor, "__deepcopy__", deep_copy),
         *((torch.cuda, name, stand_in) for name, stand_in in card.of_torch_cuda().items()),
@@ -173,6 +177,16 @@ class Profile:
             )
             for kernel, count in self.found.items()
         ]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """PyTorch takes the plain form on the fake device; one that is asked for is called by name."""
+    if torch.backends.cuda.math_sdp_enabled():
+        return _scaled_dot_product_attention(q, k, v, *rest, **options)
+    is_causal = options["is_causal"]
+    if torch.backends.cuda.flash_sdp_enabled():
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal)[0]
 
 
 def address(x: Tensor) -> int:
