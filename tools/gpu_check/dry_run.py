@@ -22,9 +22,9 @@ import io
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from tools.gpu_check import engines, learning, op_cases, profilers, timing
 from tools.gpu_check.check import Check, Part
 from tools.gpu_check.fake_cuda import fake_cuda
 from tools.gpu_check.memory import CARD_GIB
+from tools.gpu_check.outcome import Outcome, lines_of, table
 from tools.gpu_check.recorder import Recorder
 from tools.gpu_check.results import read_results
 from tools.gpu_check.stages import BY_NAME, NAMES
@@ -44,10 +45,10 @@ from tools.gpu_check.stand_ins import stage_stand_ins
 from tools.gpu_check.walk import revision_and_versions, write_between_marks
 
 BEGIN, END = "<!-- begin of the dry run -->", "<!-- end of the dry run -->"
+COMPARING = "ceilings rates decode training head learning"
 UNKNOWN = 7  # a number that is read of the card: it is a token, not at an end, and a count
 RUN = learning.run
 MAX_LEFT_BYTES = 2**20  # of caches that outlive a part
-COLUMNS = ("part", "launches", "Triton", "host reads", "uploads", "figures", "peak GiB", "result")
 
 
 def run_only(_name: str, run: op_cases.Run, inputs: op_cases.Inputs, *where: Any) -> float:
@@ -92,7 +93,7 @@ class Replaced(NamedTuple):
 
 
 REPLACED = (
-    Replaced("ceilings rates decode head learning", "check_close", check_shapes, "no values"),
+    Replaced(COMPARING, "check_close", check_shapes, "there are no values"),
     Replaced("engine", "assert_changed", nothing, "tokens are the same before and after"),
     Replaced("kernels", "compare", run_only, "the truth is the CPU's; the card's side runs"),
     Replaced("engine", "make_student", student_on_card, "the CPU's engine draws real tokens"),
@@ -100,7 +101,8 @@ REPLACED = (
     Replaced("profilers", "under", workload_here, "a card's tools; their workload runs"),
 )
 SKIPPED = {
-    "kernels: op tests": "pytest in processes of its own; `make test` runs them interpreted",
+    "kernels: op tests": "pytest in processes of its own",
+    "profilers: warm up": "processes of its own",
 }
 # What would launch again what it has launched before: how often it does, here.
 FEWER = (
@@ -109,36 +111,6 @@ FEWER = (
     (engines, "NEW_TOKENS", 16),
     (learning, "NUM_BATCHES", 1),
 )
-
-
-@dataclass
-class Outcome:
-    """What became of one part."""
-
-    stage: str
-    part: str
-    num_triton: int = 0
-    num_torch: int = 0
-    num_reads: int = 0
-    num_uploads: int = 0
-    num_figures: int = 0
-    peak_gib: float = 0.0
-    seconds: float = 0.0
-    skips: list[str] = field(default_factory=list)  # of the part's cases, or of the whole part
-    faults: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"{self.stage}: {self.part}"
-
-    @property
-    def result(self) -> str:
-        if self.faults:
-            return f"{len(self.faults)} faults"
-        whole = f"{self.part}: "
-        if self.skips and self.skips[0].startswith(whole):
-            return f"skipped: {self.skips[0].removeprefix(whole)}"
-        return f"ok, {len(self.skips)} cases skipped" if self.skips else "ok"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,11 +132,13 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes = []
     for outcome in run_all(chosen, is_verbose=options.verbose):
         outcomes.append(outcome)
-        print(line_of(outcome), flush=True)
+        print("\n".join(lines_of(outcome)), flush=True)
         for fault in outcome.faults:
             print(f"dry run: {outcome.name}: {fault}", file=sys.stderr, flush=True)
     if options.markdown:
-        text = "\n".join([revision_and_versions() + ".", "", *table(outcomes)])
+        about = f"{revision_and_versions()}. {about_stand_ins()}"
+        lines = textwrap.wrap(about, 100, break_on_hyphens=False)
+        text = "\n".join([*lines, "", *table(outcomes)])
         write_between_marks(options.markdown, text, (BEGIN, END))
     return 1 if any(outcome.faults for outcome in outcomes) else 0
 
@@ -226,7 +200,7 @@ def run_part(
         return outcome
     recorder.sections.clear()
     recorder.full_at = ""
-    recorder.memory.reset_peak()
+    recorder.memory.start()
     results = folder / f"{stage}-{part}.jsonl"
     check = Check(stage, device=torch.device("cuda"), tiny=False, results=results, peers=None)
     function: Part = module_of(stage).PARTS[part]
@@ -254,7 +228,7 @@ def add_up(outcome: Outcome, recorder: Recorder, results: Path) -> None:
     outcome.num_triton = len(launches) - outcome.num_torch
     outcome.num_reads = sum(len(section.reads) for section in recorder.sections)
     outcome.num_uploads = sum(len(section.uploads) for section in recorder.sections)
-    outcome.peak_gib = recorder.memory.peak_bytes / 2**30
+    outcome.peak_gib = recorder.memory.most_bytes / 2**30
     found = read_results(results, NAMES).stages[outcome.stage]
     outcome.num_figures = len(found.figures)
     outcome.skips = [f"{case['case']}: {case['message']}" for case in found.skips]
@@ -265,21 +239,14 @@ def add_up(outcome: Outcome, recorder: Recorder, results: Path) -> None:
         outcome.faults.append(f"out of memory at {recorder.full_at}: at most {need}")
 
 
-def line_of(outcome: Outcome) -> str:
-    counts = f"{outcome.num_triton + outcome.num_torch} launches ({outcome.num_triton} of Triton)"
-    counts += f", {outcome.num_reads} host reads, {outcome.num_figures} figures"
-    memory = f"{outcome.peak_gib:.2f} GiB, {outcome.seconds:.1f} s"
-    return f"{outcome.name}: {counts}, {memory}; {outcome.result}"
-
-
-def table(outcomes: Sequence[Outcome]) -> list[str]:
-    """One row a part."""
-    rows: list[tuple[object, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
-    for o in outcomes:
-        launches = o.num_triton + o.num_torch, o.num_triton
-        counts = *launches, o.num_reads, o.num_uploads, o.num_figures
-        rows.append((o.name, *counts, f"{o.peak_gib:.2f}", o.result))
-    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+def about_stand_ins() -> str:
+    """What is not as on a card, in sentences."""
+    texts = [
+        f"`{name}` of {stages.replace(' ', ', ')} ({reason})"
+        for stages, name, _, reason in REPLACED
+    ]
+    fewer = [f"`{name}` = {count}" for _, name, count in FEWER]
+    return f"Stood in for: {'; '.join(texts)}. Fewer repeats: {', '.join(fewer)}."
 
 
 if __name__ == "__main__":

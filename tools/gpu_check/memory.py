@@ -29,7 +29,8 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.peak_bytes = 0
+        self.peak_bytes = 0  # of tensors, since reset_peak
+        self.most_bytes = 0  # of tensors and pools, since start
         self._live: Counter[int] = Counter()  # pool -> bytes of tensors
         self._held: Counter[int] = Counter()  # pool of graphs -> bytes kept for it
         self._graphs: Counter[int] = Counter()  # pool -> graphs that live
@@ -51,7 +52,7 @@ class Memory:
     @property
     def is_full(self) -> bool:
         """Whether there was a moment at which a card would have run out."""
-        return self.peak_bytes > CARD_GIB * 2**30
+        return self.most_bytes > CARD_GIB * 2**30
 
     def add(self, x: Tensor) -> bool:
         """Counts a tensor whose storage is new; whether it was."""
@@ -64,7 +65,8 @@ class Memory:
         self._live[pool] += num_bytes
         if pool != _NO_POOL:
             self._held[pool] = max(self._held[pool], self._live[pool])
-        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.most_bytes = max(self.most_bytes, self.held_bytes)
         return True
 
     def _remove(self, key: int) -> None:
@@ -73,7 +75,13 @@ class Memory:
         self._forget(pool)
 
     def reset_peak(self) -> None:
-        self.peak_bytes = self.held_bytes
+        """What torch.cuda.reset_peak_memory_stats does."""
+        self.peak_bytes = self.live_bytes
+
+    def start(self) -> None:
+        """Forget the most there was."""
+        self.reset_peak()
+        self.most_bytes = self.held_bytes
 
     @contextlib.contextmanager
     def capture(self, graph: object, pool: int | None) -> Iterator[int]:

@@ -72,6 +72,7 @@ class Card:
             "memory_allocated": lambda _device=None: memory.live_bytes,
             "memory_reserved": lambda _device=None: memory.held_bytes,
             "max_memory_allocated": lambda _device=None: memory.peak_bytes,
+            "max_memory_reserved": lambda _device=None: memory.most_bytes,
             "reset_peak_memory_stats": lambda _device=None: memory.reset_peak(),
             "get_sync_debug_mode": lambda: self.sync_mode,
             "set_sync_debug_mode": self.set_sync_mode,
