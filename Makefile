@@ -12,7 +12,7 @@ CUDA_TREE := .venv-cuda/tree
 CUDA_INSTALLED := .venv-cuda/.installed
 
 .PHONY: train test test-slow test-cuda-build lint types size aot clean
-.PHONY: gpu-check gpu-rehearse gpu-walk
+.PHONY: gpu-check gpu-rehearse gpu-walk gpu-dry-run
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -59,6 +59,12 @@ gpu-rehearse: $(INSTALLED)
 # Every kernel that a card would be asked to run, listed without one by a CUDA build of PyTorch.
 gpu-walk: $(CUDA_INSTALLED)
 	$(CUDA_VENV_PYTHON) -m tools.gpu_check.walk --markdown docs/gpu.md
+
+# Every stage of gpu-check at its real sizes, on a card that is not there: what would fail on one, and how much memory
+# it takes. PARTS="rates decode:groups" runs some of it, and leaves the page as it is.
+PARTS ?=
+gpu-dry-run: $(CUDA_INSTALLED)
+	$(CUDA_VENV_PYTHON) -m tools.gpu_check.dry_run $(or $(PARTS),--markdown docs/gpu.md)
 
 clean:
 	rm -rf .venv .venv-cuda build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -122,9 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if torch.version.cuda is None:
         needed = f"a CUDA build of torch is needed, got torch {torch.__version__}"
-        print(f"dry run: {needed}; see docs/gpu.md (no card needed)", file=sys.stderr)
+        advice = "`make gpu-dry-run` installs one (no card needed)"
+        print(f"dry run: {needed}; {advice}", file=sys.stderr)
         return 2
-    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when a kernel is defined
+    if os.environ.get("TRITON_INTERPRET") == "1":  # kernels are defined by now, and interpreted
+        print("dry run: TRITON_INTERPRET must be unset, got 1", file=sys.stderr)
+        return 2
     try:
         chosen = select(options.parts)
     except ValueError as error:

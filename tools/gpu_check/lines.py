@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 OUR_FOLDERS = ("socpo_fast", "kernels", "bench", "tests", "tools")
 # What makes the fake card is no line to look at: who called it is.
-_NAMES = "fake_cuda fake_ops graph host_values launches lines memory recorder stand_ins"
+_NAMES = "dry_run fake_cuda fake_ops graph host_values launches memory recorder stand_ins"
 FAKE_CARD = {f"tools/gpu_check/{name}.py" for name in _NAMES.split()}
 
 
