@@ -147,7 +147,7 @@ class Generator(torch.Generator):
     """One for the fake device is the host's: nothing is drawn there."""
 
     def __new__(cls, device: object = "cpu") -> Generator:
-        return super().__new__(cls, device="cpu")
+        return super().__new__(cls, device="cpu")  # type: ignore[call-arg]
 
 
 class Profile:
