@@ -8,7 +8,8 @@ four; the backward only scales.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Unpack, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -76,8 +77,13 @@ def fused_policy_loss(
     return PolicyLoss(loss, values_6N[1], values_6N[2], values_6N[3], clip_fraction)
 
 
-class _Call(NamedTuple):
-    """A call of the fused form: its rows, all float tensors in the logits' dtype, and its options."""
+@dataclass(frozen=True)
+class _Call:
+    """A call of the fused form: its rows, all float tensors in the logits' dtype, and its options.
+
+    No NamedTuple: under torch.compile, torch 2.11 makes an empty one where the graph breaks, and
+    fails when it looks for tensors in it.
+    """
 
     rows_N: Tensor
     targets_N: Tensor
@@ -102,18 +108,24 @@ class _Call(NamedTuple):
         The packer knows the rows without loss beforehand: on a GPU it is up to rows_N to leave them out. All tensors
         come out contiguous: the row pass reads them as plain arrays.
         """
-        dense: dict[str, Any] = {name: x.contiguous() for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        call = self._replace(**dense)
+        dense: dict[str, Any] = {name: x.contiguous() for name, x in self.tensors().items()}
+        call = replace(self, **dense)
         if call.wanted_N.is_cuda:
-            return call._replace(weights_N=call.weights_N.where(call.wanted_N, 0))
+            return replace(call, weights_N=call.weights_N.where(call.wanted_N, 0))
         return call if call.wanted_N.all() else call.rows(call.wanted_N.nonzero()[:, 0])
 
     def rows(self, index: Tensor | slice) -> _Call:
         """Of the rows in `index`."""
-        names = [name for name in self._fields if name.endswith("_N") and getattr(self, name) is not None]
-        if self.attempt_of_token_N is None:
-            names.append("advantages")
-        return self._replace(**{name: getattr(self, name)[index] for name in names})
+        by_token = self.tensors()
+        if self.attempt_of_token_N is not None:
+            del by_token["advantages"]
+        changes: dict[str, Any] = {name: x[index] for name, x in by_token.items()}
+        return replace(self, **changes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are given, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
 
     def run(
         self, hidden_TD: Tensor, weight_VD: Tensor, needs_grad: tuple[bool, bool]
@@ -161,7 +173,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx.call = call
         ctx.needs_grad = tuple(needed and is_grad_enabled for needed in ctx.needs_input_grad[:2])
         # call's tensors too, so that torch notices when they are changed before a second backward
-        ctx.save_for_backward(hidden_TD, weight_VD, *(x for x in call if isinstance(x, Tensor)))
+        ctx.save_for_backward(hidden_TD, weight_VD, *call.tensors().values())
         values_6N, ctx.gradients = call.run(hidden_TD, weight_VD, ctx.needs_grad)
         ctx.mark_non_differentiable(values_6N)
         return values_6N[0].sum(), values_6N

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_without_compaction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     case = make_case(num_rows=37)._replace(rows=torch.arange(37))
     case.hidden[case.weights == 0] = torch.nan
     expected = fused(case, torch.float64)
-    masked = lambda call: call._replace(weights_N=call.weights_N.where(call.wanted_N, 0))  # noqa: E731
+    masked = lambda call: replace(call, weights_N=call.weights_N.where(call.wanted_N, 0))  # noqa: E731
     monkeypatch.setattr(_fused_policy_loss._Call, "compact", masked)
     torch.testing.assert_close(fused(case, torch.float64), expected, equal_nan=True)
 
