@@ -12,7 +12,7 @@ CUDA_TREE := .venv-cuda/tree
 CUDA_INSTALLED := .venv-cuda/.installed
 
 .PHONY: train test test-slow test-cuda-build lint types size aot clean
-.PHONY: gpu-check gpu-rehearse gpu-walk faults
+.PHONY: gpu-check gpu-rehearse gpu-walk gpu-dry-run faults
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
