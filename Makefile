@@ -12,7 +12,7 @@ CUDA_TREE := .venv-cuda/tree
 CUDA_INSTALLED := .venv-cuda/.installed
 
 .PHONY: train test test-slow test-cuda-build lint types size aot clean
-.PHONY: gpu-check gpu-rehearse gpu-walk gpu-dry-run faults
+.PHONY: gpu-check gpu-rehearse gpu-walk gpu-dry-run gpu-peak faults
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -66,6 +66,10 @@ gpu-rehearse: $(INSTALLED)
 # Every kernel that a card would be asked to run, listed without one by a CUDA build of PyTorch.
 gpu-walk: $(CUDA_INSTALLED)
 	$(CUDA_VENV_PYTHON) -m tools.gpu_check.walk --markdown docs/gpu.md
+
+# What an update and an engine take of a card's memory, counted without one.
+gpu-peak: $(CUDA_INSTALLED)
+	$(CUDA_VENV_PYTHON) -m tools.gpu_check.peak
 
 clean:
 	rm -rf .venv .venv-cuda build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

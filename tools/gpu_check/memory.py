@@ -14,10 +14,13 @@ from collections.abc import Iterator
 
 from torch import Tensor, UntypedStorage
 
+from tools.gpu_check.launches import label
+
 BLOCK_BYTES = 512  # PyTorch's allocator rounds up to so many
 # Of a card of 80 GB, 79.1 GiB by its driver: CUDA's context and the libraries take about one.
 CARD_GIB = 78.0
 _NO_POOL = 0
+Event = tuple[int, int, str]  # storage, its bytes or 0 where it ends, its first tensor
 
 
 class Memory:
@@ -38,6 +41,7 @@ class Memory:
         # storage -> what notices its end; pool; bytes
         self._storages: dict[int, tuple[weakref.ref[UntypedStorage], int, int]] = {}
         self._num_pools = 0
+        self.log: list[Event] | None = None  # of what comes and goes, for who sets a list
 
     @property
     def live_bytes(self) -> int:
@@ -63,6 +67,8 @@ class Memory:
         pool, num_bytes = self._pool, -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
         self._storages[key] = weakref.ref(storage, lambda _: self._remove(key)), pool, num_bytes
         self._live[pool] += num_bytes
+        if self.log is not None:
+            self.log.append((key, num_bytes, label(x)))
         if pool != _NO_POOL:
             self._held[pool] = max(self._held[pool], self._live[pool])
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -72,6 +78,8 @@ class Memory:
     def _remove(self, key: int) -> None:
         _, pool, num_bytes = self._storages.pop(key)
         self._live[pool] -= num_bytes
+        if self.log is not None:
+            self.log.append((key, 0, ""))
         self._forget(pool)
 
     def reset_peak(self) -> None:

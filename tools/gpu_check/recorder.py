@@ -158,7 +158,8 @@ class Recorder(TorchDispatchMode):
             return grad(roots, leaves, _or_ones(roots, gradients))
 
     def _backward_section(self, root: Tensor) -> contextlib.AbstractContextManager[Section]:
-        assert (section := self.current) is not None, "a backward outside of a section"
+        section = self.current
+        assert section is not None, "a backward outside of a section"
         whose = " of the layers" if root.dim() > 0 else ""  # from the gradient of hidden states
         name = f"{section.name}, backward{whose}"
         return self.section(name, may_read=section.may_read, may_upload=section.may_upload)
