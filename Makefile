@@ -67,6 +67,12 @@ gpu-rehearse: $(INSTALLED)
 gpu-walk: $(CUDA_INSTALLED)
 	$(CUDA_VENV_PYTHON) -m tools.gpu_check.walk --markdown docs/gpu.md
 
+# Every stage of gpu-check at its real sizes, on a card that is not there: what would fail on one, and how much memory
+# it takes. PARTS="rates decode:groups" runs some of it.
+PARTS ?=
+gpu-dry-run: $(CUDA_INSTALLED)
+	$(CUDA_VENV_PYTHON) -m tools.gpu_check.dry_run $(PARTS)
+
 # What an update and an engine take of a card's memory, counted without one.
 gpu-peak: $(CUDA_INSTALLED)
 	$(CUDA_VENV_PYTHON) -m tools.gpu_check.peak
