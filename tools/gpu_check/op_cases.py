@@ -28,7 +28,8 @@ from socpo_fast.ops import (
 )
 from socpo_fast.ops._flash import paged_attention_flash
 from socpo_fast.ops.rms_norm import rms_norm
-from socpo_fast.ops.rotary import rotary, rotary_write
+from socpo_fast.ops.rotary import rotary
+from socpo_fast.ops.rotary_write import rotary_write
 from socpo_fast.ops.swiglu import swiglu
 from tests.error_rule import assert_error_rule
 from tools.tree_balance import visible_until_of_groups

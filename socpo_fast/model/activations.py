@@ -1,0 +1,55 @@
+"""Bytes of activations that the trainer's forward and backward hold, by formula, for a plan of memory.
+
+A layer keeps the two sums that are normed, raw qkv, attention's output and log-sum-exp, gate_up.
+The rest is element-wise and computed again: inputs of products from their Source (accumulate.py),
+rotated q and k from raw qkv (packed.py). The formulas hold for kernels, not for references, and
+where every linear layer's weight is trained.
+"""
+
+import torch
+
+from socpo_fast.model.config import ModelConfig
+
+
+def kept_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, checkpointing: bool) -> int:
+    """Returns the bytes that the graph of a forward holds a token.
+
+    Beside it the caller holds the token's id and its hidden state. dtype is what the model computes
+    in: decoder.computing_dtype.
+    """
+    width = config.hidden_size * dtype.itemsize
+    by_layers = config.num_layers * layer_bytes_per_token(config, dtype)
+    if checkpointing:
+        by_layers = (2 * config.num_layers - 1) * width  # a layer's two inputs; the first has one
+    return by_layers + width + 8 * config.head_dim  # the last sum; cos and sin
+
+
+def layer_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Returns the bytes that one layer keeps a token."""
+    attended, qkv = _widths(config)
+    width = 2 * config.hidden_size + qkv + attended + 2 * config.intermediate_size
+    return width * dtype.itemsize + 4 * config.num_heads
+
+
+def backward_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, checkpointing: bool) -> int:
+    """Returns the bytes a token by which the backward of the layers exceeds what was kept before it.
+
+    Its first layer, the model's last, decides: one after the other what was kept goes. Beside it an
+    op has a workspace of its own, of which that of tree attention grows with the tokens: 8 bytes a
+    head, and partial sums of dK and dV for up to 8192 rows.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    attended, qkv = _widths(config)
+    most = max(
+        width + 3 * inner,  # gradients of the stream, of swiglu and of gate_up
+        3 * width - 2 * inner,  # in the norm before the MLP; gate_up is gone
+        attended + 2 * qkv - 2 * inner,  # rotating back; the MLP's sum is gone, too
+    )
+    recomputed = layer_bytes_per_token(config, dtype) if checkpointing else 0
+    return most * dtype.itemsize + recomputed
+
+
+def _widths(config: ModelConfig) -> tuple[int, int]:
+    """Of attention's output and of qkv."""
+    attended = config.num_heads * config.head_dim
+    return attended, attended + 2 * config.num_kv_heads * config.head_dim
