@@ -14,14 +14,14 @@ from socpo_fast.model.config import ModelConfig
 def kept_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, checkpointing: bool) -> int:
     """Returns the bytes that the graph of a forward holds a token.
 
-    Beside it the caller holds the token's id and its hidden state. dtype is what the model computes
-    in: decoder.computing_dtype.
+    Beside it the caller holds the hidden states. dtype is what the model computes in:
+    decoder.computing_dtype.
     """
     width = config.hidden_size * dtype.itemsize
     by_layers = config.num_layers * layer_bytes_per_token(config, dtype)
     if checkpointing:
         by_layers = (2 * config.num_layers - 1) * width  # a layer's two inputs; the first has one
-    return by_layers + width + 8 * config.head_dim  # the last sum; cos and sin
+    return by_layers + width + 8 * config.head_dim + 8  # the last sum; cos and sin; its id
 
 
 def layer_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -34,19 +34,18 @@ def layer_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 def backward_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, checkpointing: bool) -> int:
     """Returns the bytes a token by which the backward of the layers exceeds what was kept before it.
 
-    Its first layer, the model's last, decides: one after the other what was kept goes. Beside it an
-    op has a workspace of its own, of which that of tree attention grows with the tokens: 8 bytes a
-    head, and partial sums of dK and dV for up to 8192 rows.
+    Its first layer, the model's last, decides: what was kept goes one after the other, the last sum
+    at once. Beside it an op has a workspace of its own, of which that of tree attention grows with
+    the tokens: 8 bytes a head, and partial sums of dK and dV for up to 8192 rows.
     """
     width, inner = config.hidden_size, config.intermediate_size
     attended, qkv = _widths(config)
-    most = max(
-        width + 3 * inner,  # gradients of the stream, of swiglu and of gate_up
-        3 * width - 2 * inner,  # in the norm before the MLP; gate_up is gone
-        attended + 2 * qkv - 2 * inner,  # rotating back; the MLP's sum is gone, too
-    )
-    recomputed = layer_bytes_per_token(config, dtype) if checkpointing else 0
-    return most * dtype.itemsize + recomputed
+    rotating_back = attended + 2 * qkv - 2 * inner - width  # gate_up and the MLP's sum are gone
+    gating_back = 3 * inner  # gradients of swiglu and of gate_up; that of the stream is the last sum's size
+    if checkpointing:  # the most in a layer's second forward is at its second norm
+        most = max(rotating_back, gating_back, 3 * width - 2 * inner)
+        return layer_bytes_per_token(config, dtype) + most * dtype.itemsize
+    return max(rotating_back, gating_back, 2 * width) * dtype.itemsize  # 2: at the last norm
 
 
 def _widths(config: ModelConfig) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from socpo_fast.model import packed, packed_forward
 from socpo_fast.model.accumulate import AccumulatingLinear, accumulate_in_fp32, accumulating
 from socpo_fast.model.activations import backward_bytes_per_token, kept_bytes_per_token
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops import TreeMask
 from tests.error_rule import assert_bitwise_equal
 from tests.ops.elementwise import needs_cpp
 from tests.train.rollouts import VOCAB, make_student
@@ -37,20 +38,19 @@ TRITON = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  #
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "ref", "triton"]
 
 
-def hidden_states(student: Decoder, num_tokens: int = 13, **options: Any) -> Tensor:
-    """Of a prompt with two branches."""
-    ids = torch.arange(num_tokens) * 7 % VOCAB
+def a_tree(num_tokens: int = 13) -> tuple[Tensor, Tensor, TreeMask]:
+    """Ids, positions and mask of a prompt with two branches."""
+    ids, positions = torch.arange(num_tokens) * 7 % VOCAB, torch.arange(num_tokens)
     until = torch.full((num_tokens,), num_tokens, dtype=torch.int32)
-    half = num_tokens // 2
-    until[num_tokens // 4 : half] = half
-    return packed_forward(student, ids, torch.arange(num_tokens), until, **options)
+    until[num_tokens // 4 : num_tokens // 2] = num_tokens // 2
+    return ids, positions, TreeMask.of(until)
 
 
 def gradients(student: Decoder, *, accumulates: bool = True, **options: Any) -> dict[str, Tensor]:
     """Under a random upstream gradient."""
     student.zero_grad(set_to_none=True)
     with accumulating() if accumulates else nullcontext():
-        hidden_TD = hidden_states(student, **options)
+        hidden_TD = packed_forward(student, *a_tree(), **options)
         generator = torch.Generator().manual_seed(1)
         hidden_TD.backward(torch.randn(hidden_TD.shape, generator=generator))
     return {name: param.grad.clone() for name, param in student.named_parameters() if param.grad is not None}
@@ -141,8 +141,9 @@ class Watch(TorchDispatchMode):
 
 def measure(student: Decoder, num_tokens: int, checkpointing: bool) -> tuple[int, int]:
     """Bytes that live behind a forward, and how many more its backward needs at once."""
+    inputs = a_tree(num_tokens)
     with accumulating(), Watch() as watch:
-        hidden_TD = hidden_states(student, num_tokens, checkpointing=checkpointing)
+        hidden_TD = packed_forward(student, *inputs, checkpointing=checkpointing)
         gc.collect()
         kept = watch.live()
         grad_TD = torch.ones_like(hidden_TD)
@@ -155,21 +156,15 @@ def measure(student: Decoder, num_tokens: int, checkpointing: bool) -> tuple[int
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_a_token_are_those_of_the_formulas(model: str, checkpointing: bool) -> None:
-    """Exact: what 101 tokens need beyond what 37 do, as gradients of norms do not depend on them."""
+    """Exact: what 641 tokens need beyond what 509 do, as gradients of norms do not depend on them."""
     student = make_student(**MODELS[model], num_hidden_layers=3)
     accumulate_in_fp32(student.parameters())
     for _ in range(2):  # .grad of every parameter is there for the second one
-        few, many = (measure(student, num_tokens, checkpointing) for num_tokens in (37, 101))
-    kept, more = ((b - a) / (101 - 37) for a, b in zip(few, many, strict=True))
-    hidden, of_mask = 4 * student.config.hidden_size, kept_by_caller(101) - kept_by_caller(37)
-    options = student.config, torch.float32
-    assert kept == kept_bytes_per_token(*options, checkpointing=checkpointing) + hidden + of_mask / 64
+        few, many = (measure(student, num_tokens, checkpointing) for num_tokens in (509, 641))
+    kept, more = ((b - a) / (641 - 509) for a, b in zip(few, many, strict=True))
+    options, hidden = (student.config, torch.float32), 4 * student.config.hidden_size
+    assert kept == kept_bytes_per_token(*options, checkpointing=checkpointing) + hidden
     assert more == backward_bytes_per_token(*options, checkpointing=checkpointing)
-
-
-def kept_by_caller(num_tokens: int) -> int:
-    """Bytes of ids, positions and the tree's plan."""
-    return 0
 
 
 @needs_cpp
@@ -177,8 +172,9 @@ def kept_by_caller(num_tokens: int) -> int:
 def test_no_product_and_no_attention_twice(model: str) -> None:
     student = make_student(**MODELS[model])
     accumulate_in_fp32(student.parameters())
+    inputs = a_tree()
     with accumulating(), Watch() as watch:
-        hidden_TD = hidden_states(student)
+        hidden_TD = packed_forward(student, *inputs)
         assert watch.calls["socpo_fast::linear"] == 4 * 2
         hidden_TD.backward(torch.ones_like(hidden_TD))
     calls = watch.calls
