@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from socpo_fast.ops import linear
 from socpo_fast.ops._head import add_rows_, matmul_
+from socpo_fast.ops.rotary import Rope, rotary_qkv_backward_op, split_qkv_and_apply_rope
+from socpo_fast.ops.tree_attention import tree_attention_backward_op, tree_attention_op
 
 MARK = "accumulates_in_fp32"  # an attribute of the parameter itself
 _open: list[bool] = []  # one entry for each `accumulating`; autograd's threads read it, too
@@ -103,6 +105,35 @@ class AccumulatingLinear(torch.autograd.Function):
         grad_x_TD = kept.new_empty((grad_TN.shape[0], weight_ND.shape[1]))
         matmul_(grad_x_TD, grad_TN, weight_ND.detach())
         return grad_x_TD, None, None, None
+
+
+class RotatedTreeAttention(torch.autograd.Function):
+    """Computes tree_attention of raw qkv, by a kernel; keeps neither rotated q nor rotated k.
+
+    In its backward they are rotated again, which is element-wise. Attention is not computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TXE: Tensor, *others: Any) -> Tensor:
+        """others: those of Rope, a TreeMask, the number of KV heads, scale and impl."""
+        # Kept as they are: all layers share them, or checkpointing would give back other tensors.
+        *rope, ctx.mask, ctx.num_kv_heads, ctx.scale, ctx.impl = others
+        ctx.rope = Rope(*rope)
+        qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
+        o_THE, logsumexp_TH = tree_attention_op(*qkv, *ctx.mask, ctx.scale, ctx.impl)
+        ctx.save_for_backward(qkv_TXE, o_THE, logsumexp_TH)
+        return o_THE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_TXE, *of_attention = ctx.saved_tensors
+        qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
+        given = *ctx.mask, *of_attention, ctx.scale, ctx.impl
+        grads = tree_attention_backward_op(grad_THE, *qkv, *given)
+        del qkv  # before there is a gradient as large
+        grad_TXE, of_weights = rotary_qkv_backward_op(*grads, qkv_TXE, *ctx.rope, ctx.impl)
+        return grad_TXE, None, None, *(of_weights.unbind() or (None, None)), *[None] * 5
 
 
 class AccumulatingEmbedding(torch.autograd.Function):

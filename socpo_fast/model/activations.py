@@ -2,7 +2,7 @@
 
 A layer keeps the two sums that are normed, raw qkv, attention's output and log-sum-exp, gate_up.
 The rest is element-wise and computed again: inputs of products from their Source (accumulate.py),
-rotated q and k from raw qkv (packed.py). The formulas hold for kernels, not for references, and
+rotated q and k from raw qkv (there, too). The formulas hold for kernels, not for references, and
 where every linear layer's weight is trained.
 """
 

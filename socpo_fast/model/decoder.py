@@ -6,7 +6,7 @@ pages, the trainer reads them from the packed rows. Tokens are always packed, [T
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from socpo_fast.model.accumulate import AccumulatingEmbedding, AccumulatingLinear, Source, accumulates
 from socpo_fast.model.config import ModelConfig
-from socpo_fast.ops import linear, rms_norm, rotary_qkv, swiglu
+from socpo_fast.ops import linear, rms_norm, swiglu
+from socpo_fast.ops.rotary import Rope
 
 Tables = tuple[Tensor, Tensor]  # cos and sin, [T, E] fp32 each
-
-
-class Rope(NamedTuple):
-    """What turns raw q and k into those of attention: angles, and the norms of heads if there are any."""
-
-    cos_TE: Tensor
-    sin_TE: Tensor
-    q_weight_E: Tensor | None = None
-    k_weight_E: Tensor | None = None
-    eps: float | None = None
 
 
 class Attend(Protocol):
@@ -195,9 +186,3 @@ def rotary_tables(positions_T: Tensor, inv_freq: Tensor) -> Tables:
     """cos and sin of position x inverse frequency, [T, E] fp32 whatever the model's dtype; the halves are equal."""
     angles_TE = (positions_T[:, None].float() * inv_freq.float()).repeat(1, 2)
     return angles_TE.cos(), angles_TE.sin()
-
-
-def split_qkv_and_apply_rope(qkv_TXE: Tensor, rope: Rope, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns normed and rotated q and k, and v, a view, of the [T, H + 2 K, E] that `Attend` is given."""
-    q_THE, k_TKE = rotary_qkv(qkv_TXE, *rope[:4], num_kv_heads=num_kv_heads, eps=rope.eps)
-    return q_THE, k_TKE, qkv_TXE[:, -num_kv_heads:]

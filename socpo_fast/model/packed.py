@@ -1,17 +1,13 @@
 """The forward of training: packed tokens, a tree in depth-first order, in one pass."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from socpo_fast.device import upload
-from socpo_fast.model.accumulate import is_accumulating
-from socpo_fast.model.decoder import Decoder, Rope, split_qkv_and_apply_rope
+from socpo_fast.model.accumulate import RotatedTreeAttention, is_accumulating
+from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import TreeMask, tree_attention
-from socpo_fast.ops.rotary import rotary_qkv_backward_op
-from socpo_fast.ops.tree_attention import pick_tree_impl, tree_attention_backward_op, tree_attention_op
+from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
+from socpo_fast.ops.tree_attention import pick_tree_impl
 
 
 def packed_forward(
@@ -44,48 +40,11 @@ def packed_forward(
     def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
         picked = pick_tree_impl(impl, qkv_TXE)
         if picked != "ref" and is_accumulating():
-            weights, fixed = (rope.q_weight_E, rope.k_weight_E), (mask, config.num_kv_heads)
-            return RotatedTreeAttention.apply(qkv_TXE, *weights, rope, *fixed, scale, picked)
-        qkv = split_qkv_and_apply_rope(qkv_TXE, rope, config.num_kv_heads)
-        return tree_attention(*qkv, mask, scale=scale, impl=impl)
+            fixed = mask, config.num_kv_heads, scale, picked
+            return RotatedTreeAttention.apply(qkv_TXE, *rope, *fixed)
+        q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_TXE, rope, config.num_kv_heads)
+        return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=scale, impl=impl)
 
     token_ids_T, positions_T = upload(token_ids_T, device), upload(positions_T, device)
     hidden_TD = student(token_ids_T, positions_T, attend, checkpointing=checkpointing)
     return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU
-
-
-class RotatedTreeAttention(torch.autograd.Function):
-    """Computes tree_attention of raw qkv, by a kernel; keeps neither rotated q nor rotated k.
-
-    In its backward they are rotated again, which is element-wise. Attention is not computed twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv_TXE: Tensor,
-        q_weight_E: Tensor | None,
-        k_weight_E: Tensor | None,
-        rope: Rope,
-        mask: TreeMask,
-        num_kv_heads: int,
-        scale: float,
-        impl: str,
-    ) -> Tensor:
-        qkv = split_qkv_and_apply_rope(qkv_TXE, rope, num_kv_heads)
-        o_THE, logsumexp_TH = tree_attention_op(*qkv, *mask, scale, impl)
-        ctx.save_for_backward(qkv_TXE, o_THE, logsumexp_TH)
-        ctx.rope, ctx.mask = rope, mask  # of all layers
-        ctx.num_kv_heads, ctx.scale, ctx.impl = num_kv_heads, scale, impl
-        return o_THE
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_TXE, o_THE, logsumexp_TH = ctx.saved_tensors
-        qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
-        kept = *ctx.mask, o_THE, logsumexp_TH
-        grads = tree_attention_backward_op(grad_THE, *qkv, *kept, ctx.scale, ctx.impl)
-        del qkv  # before there is a gradient as large
-        grad_TXE, of_weights = rotary_qkv_backward_op(*grads, qkv_TXE, *ctx.rope, ctx.impl)
-        return grad_TXE, *(of_weights.unbind() or (None, None)), *[None] * 5

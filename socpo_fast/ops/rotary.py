@@ -7,7 +7,7 @@ Hugging Face's half-split layout: dimension i is rotated with i + E / 2.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
 from socpo_fast.ops.rms_norm import rms_norm
+
+
+class Rope(NamedTuple):
+    """What turns raw q and k into those of attention: angles, and the norms of heads if there are any."""
+
+    cos_TE: Tensor
+    sin_TE: Tensor
+    q_weight_E: Tensor | None = None
+    k_weight_E: Tensor | None = None
+    eps: float | None = None
 
 
 def rotary_ref(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -104,6 +114,12 @@ def rotary_qkv(
     if impl == "ref":
         return rotary_qkv_ref(*tensors, num_kv_heads=num_kv_heads, eps=eps)
     return _rotary_qkv(*tensors, eps, num_kv_heads, impl)
+
+
+def split_qkv_and_apply_rope(qkv_TXE: Tensor, rope: Rope, num_kv_heads: int) -> tuple[Tensor, ...]:
+    """Returns q and k as of rotary_qkv, and v, a view."""
+    q_and_k = rotary_qkv(qkv_TXE, *rope[:4], num_kv_heads=num_kv_heads, eps=rope.eps)
+    return *q_and_k, qkv_TXE[:, -num_kv_heads:]
 
 
 def split_qkv(qkv_TXE: Tensor, num_kv_heads: int) -> tuple[Tensor, ...]:

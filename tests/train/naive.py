@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from socpo_fast.model.decoder import Decoder, Rope, split_qkv_and_apply_rope
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
 from socpo_fast.types import Rollout
 from tests.train.rollouts import contexts
 
