@@ -168,6 +168,18 @@ def test_bytes_a_token_are_those_of_the_formulas(model: str, checkpointing: bool
 
 
 @needs_cpp
+def test_frozen_products_keep_no_input() -> None:
+    """What is kept is no more than with trained ones: what element-wise ops and attention need."""
+    student = make_student(**QWEN3)
+    for name, param in student.named_parameters():
+        param.requires_grad_("norm" in name)
+    accumulate_in_fp32(student.parameters())
+    few, many = (measure(student, num_tokens, False)[0] for num_tokens in (509, 641))
+    expected = kept_bytes_per_token(student.config, torch.float32, checkpointing=False)
+    assert (many - few) / (641 - 509) == expected + 4 * student.config.hidden_size
+
+
+@needs_cpp
 @pytest.mark.parametrize("model", MODELS)
 def test_no_product_and_no_attention_twice(model: str) -> None:
     student = make_student(**MODELS[model])
