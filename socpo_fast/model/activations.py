@@ -2,8 +2,8 @@
 
 A layer keeps the two sums that are normed, raw qkv, attention's output and log-sum-exp, gate_up.
 The rest is element-wise and computed again: inputs of products from their Source (accumulate.py),
-rotated q and k from raw qkv (there, too). The formulas hold for kernels, not for references, and
-where every linear layer's weight is trained.
+rotated q and k from raw qkv (there, too). The formulas hold for kernels, not for references, which
+keep what torch keeps.
 """
 
 import torch
@@ -41,7 +41,7 @@ def backward_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, checkpo
     width, inner = config.hidden_size, config.intermediate_size
     attended, qkv = _widths(config)
     rotating_back = attended + 2 * qkv - 2 * inner - width  # gate_up and the MLP's sum are gone
-    gating_back = 3 * inner  # gradients of swiglu and of gate_up; that of the stream is the last sum's size
+    gating_back = 3 * inner  # of swiglu and gate_up; the stream's is as large as the last sum
     if checkpointing:  # the most in a layer's second forward is at its second norm
         most = max(rotating_back, gating_back, 3 * width - 2 * inner)
         return layer_bytes_per_token(config, dtype) + most * dtype.itemsize
