@@ -14,7 +14,7 @@ from torch import Tensor
 
 from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, Tile, architecture_of
 
-ROWS_PER_SUM = 32
+ROWS_PER_SUM = 16  # 8192 rows are 512 programs, enough to fill a card; sums add a sixteenth to what is moved
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # elements at least, in as many rows as it takes: heads are narrow; wider rows take more warps, up to 16
 TILES: dict[int, dict[torch.dtype, Tile]] = {

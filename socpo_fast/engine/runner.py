@@ -14,7 +14,8 @@ from socpo_fast.engine.step import Step
 from socpo_fast.model.decoder import Decoder, Layer, computing_dtype
 from socpo_fast.ops._impl import pick_impl
 from socpo_fast.ops.paged_attention import paged_attention_op
-from socpo_fast.ops.rotary import rotary_write_op
+from socpo_fast.ops.rotary import Rope
+from socpo_fast.ops.rotary_write import rotary_write_op
 
 
 class Runner:
@@ -66,12 +67,12 @@ class Runner:
                 cascade=self.cascade,
             )
 
-        def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
             # The registered ops themselves: the step's numbers are our own, and checking them
             # would read them back from the device in every layer.
             caches = self.caches[layer_idx]
             return paged_attention_op(
-                rotary_write_op(qkv_THE, *rotary, *caches, step.slots_T, self.rotary_impl),
+                rotary_write_op(qkv_TXE, *rope, *caches, step.slots_T, self.rotary_impl),
                 *caches,
                 step.block_table_BM,
                 step.seq_lens_B,

@@ -1,14 +1,15 @@
 """Weight gradients that the backward itself adds to .grad, in fp32.
 
 Departs from autograd, which would make each microbatch's gradient in the weight's dtype, as large
-as the weight, and then add it. That holds inside of `accumulating`, which the trainer opens, and
-for parameters that accumulate_in_fp32 marked, whose optimizer reads .grad; everywhere else
-gradients are ordinary returned ones.
+as the weight, and then add it. Autograd would also keep the input of each product; here it is
+computed again from its Source, which some op before keeps anyway. That holds inside of
+`accumulating`, which the trainer opens, and for parameters that accumulate_in_fp32 marked, whose
+optimizer reads .grad; everywhere else gradients are ordinary returned ones.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,18 @@ from torch.autograd.function import once_differentiable
 
 from socpo_fast.ops import linear
 from socpo_fast.ops._head import add_rows_, matmul_
+from socpo_fast.ops.rotary import Rope, rotary_qkv_backward_op, split_qkv_and_apply_rope
+from socpo_fast.ops.tree_attention import tree_attention_backward_op, tree_attention_op
 
 MARK = "accumulates_in_fp32"  # an attribute of the parameter itself
 _open: list[bool] = []  # one entry for each `accumulating`; autograd's threads read it, too
+
+
+class Source(NamedTuple):
+    """What a linear layer's input was computed from, by an element-wise function."""
+
+    function: Callable[[Tensor], Tensor]
+    x: Tensor
 
 
 def accumulate_in_fp32(params: Iterable[nn.Parameter]) -> None:
@@ -39,28 +49,40 @@ def accumulating() -> Iterator[None]:
         _open.pop()
 
 
+def is_accumulating() -> bool:
+    """Whether a forward whose backward is the trainer's own is under way."""
+    return bool(_open) and torch.is_grad_enabled()
+
+
 def accumulates(param: Tensor) -> bool:
     """Whether a gradient of this parameter is about to be added to its .grad in place."""
-    if not _open or not torch.is_grad_enabled() or not param.requires_grad:
+    if not is_accumulating() or not param.requires_grad:
         return False
     # A pickled copy has the mark, but not the dtype.
     return hasattr(param, MARK) and param.grad_dtype == torch.float32
 
 
 class AccumulatingLinear(torch.autograd.Function):
-    """Computes ops.linear of x, a marked weight and a bias."""
+    """Computes ops.linear of x, a marked weight and a bias; keeps x, or what x comes from."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_TD)
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_ND: Tensor,
+        bias_N: Tensor | None,
+        source: Source | None,
+    ) -> Tensor:
+        ctx.function, kept = (None, x_TD) if source is None else source
+        ctx.save_for_backward(kept)
         # Not saved: what checkpointing gives back for a saved weight is another tensor.
         ctx.weight_ND, ctx.bias_N, ctx.version = weight_ND, bias_N, weight_ND._version
         return linear(x_TD, weight_ND, bias_N)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, None, None]:
-        (x_TD,) = ctx.saved_tensors
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (kept,) = ctx.saved_tensors
         grad_TN = grad_TN.contiguous()
         weight_ND, bias_N = ctx.weight_ND, ctx.bias_N
         if weight_ND._version != ctx.version:
@@ -72,15 +94,46 @@ class AccumulatingLinear(torch.autograd.Function):
         has_grad = total_ND is not None
         if total_ND is None:
             total_ND = torch.empty_like(weight_ND, dtype=torch.float32)
+        x_TD = kept if ctx.function is None else ctx.function(kept)
         matmul_(total_ND, grad_TN.t(), x_TD, accumulate=has_grad)
+        del x_TD  # before there is a gradient as large
         weight_ND.grad = total_ND  # only now: what stops the product leaves no raw memory there
         if bias_N is not None and bias_N.requires_grad:
             _zeros_unless_there(bias_N).add_(grad_TN.sum(0, dtype=torch.float32))
         if not ctx.needs_input_grad[0]:
-            return None, None, None
-        grad_x_TD = torch.empty_like(x_TD)
+            return None, None, None, None
+        grad_x_TD = kept.new_empty((grad_TN.shape[0], weight_ND.shape[1]))
         matmul_(grad_x_TD, grad_TN, weight_ND.detach())
-        return grad_x_TD, None, None
+        return grad_x_TD, None, None, None
+
+
+class RotatedTreeAttention(torch.autograd.Function):
+    """Computes tree_attention of raw qkv, by a kernel; keeps neither rotated q nor rotated k.
+
+    In its backward they are rotated again, which is element-wise. Attention is not computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TXE: Tensor, *others: Any) -> Tensor:
+        """others: those of Rope, a TreeMask, the number of KV heads, scale and impl."""
+        # Kept as they are: all layers share them, or checkpointing would give back other tensors.
+        *rope, ctx.mask, ctx.num_kv_heads, ctx.scale, ctx.impl = others
+        ctx.rope = Rope(*rope)
+        qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
+        o_THE, logsumexp_TH = tree_attention_op(*qkv, *ctx.mask, ctx.scale, ctx.impl)
+        ctx.save_for_backward(qkv_TXE, o_THE, logsumexp_TH)
+        return o_THE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_TXE, *of_attention = ctx.saved_tensors
+        qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
+        given = *ctx.mask, *of_attention, ctx.scale, ctx.impl
+        grads = tree_attention_backward_op(grad_THE, *qkv, *given)
+        del qkv  # before there is a gradient as large
+        grad_TXE, of_weights = rotary_qkv_backward_op(*grads, qkv_TXE, *ctx.rope, ctx.impl)
+        return grad_TXE, None, None, *(of_weights.unbind() or (None, None)), *[None] * 5
 
 
 class AccumulatingEmbedding(torch.autograd.Function):

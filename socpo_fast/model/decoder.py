@@ -12,18 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from socpo_fast.model.accumulate import AccumulatingEmbedding, AccumulatingLinear, accumulates
+from socpo_fast.model.accumulate import AccumulatingEmbedding, AccumulatingLinear, Source, accumulates
 from socpo_fast.model.config import ModelConfig
-from socpo_fast.ops import linear, rms_norm, rotary, swiglu
+from socpo_fast.ops import linear, rms_norm, swiglu
+from socpo_fast.ops.rotary import Rope
+
+Tables = tuple[Tensor, Tensor]  # cos and sin, [T, E] fp32 each
 
 
 class Attend(Protocol):
     """Causal attention of one layer over whatever the caller keeps.
 
-    qkv [T, H + 2 K, E], not yet rotated by rotary = (cos, sin), [T, E] each -> [T, H, E].
+    qkv [T, H + 2 K, E] as the GEMM gives it, neither normed nor rotated -> [T, H, E].
     """
 
-    def __call__(self, layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor: ...
+    def __call__(self, layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor: ...
 
 
 class Decoder(nn.Module):
@@ -67,16 +70,16 @@ class Decoder(nn.Module):
         token_ids_T [T] int64; positions_T [T] int64, place of the token in its own context; checkpointing
         recomputes each layer in the backward.
         """
-        x_TD, rotary = self.first_layer_inputs(token_ids_T, positions_T)
+        x_TD, tables = self.first_layer_inputs(token_ids_T, positions_T)
         delta_TD = None
         for layer_idx, layer in enumerate(self.layers):
             if checkpointing and torch.is_grad_enabled():
-                x_TD, delta_TD = checkpoint(layer, layer_idx, x_TD, delta_TD, rotary, attend, use_reentrant=False)
+                x_TD, delta_TD = checkpoint(layer, layer_idx, x_TD, delta_TD, tables, attend, use_reentrant=False)
             else:
-                x_TD, delta_TD = layer(layer_idx, x_TD, delta_TD, rotary, attend)
+                x_TD, delta_TD = layer(layer_idx, x_TD, delta_TD, tables, attend)
         return self.norm(delta_TD, x_TD)[0]
 
-    def first_layer_inputs(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def first_layer_inputs(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tables]:
         """The tokens' embeddings [T, D], and cos and sin [T, E] of their positions."""
         x_TD = self.embed(token_ids_T)
         return x_TD.to(computing_dtype(x_TD)), rotary_tables(positions_T, self.inv_freq)
@@ -102,33 +105,41 @@ class Layer(nn.Module):
         layer_idx: int,
         x_TD: Tensor,
         delta_TD: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
+        tables: Tables,
         attend: Attend,
     ) -> tuple[Tensor, Tensor]:
         if delta_TD is None:
             normed_TD = self.attention_norm(x_TD)
         else:
             normed_TD, x_TD = self.attention_norm(delta_TD, x_TD)
-        normed_TD, x_TD = self.mlp_norm(self.attention(layer_idx, normed_TD, rotary, attend), x_TD)
-        return x_TD, self.mlp(normed_TD)
+        source = Source(self.attention_norm, x_TD)
+        normed_TD, x_TD = self.mlp_norm(self.attention(layer_idx, normed_TD, tables, attend, source), x_TD)
+        return x_TD, self.mlp(normed_TD, Source(self.mlp_norm, x_TD))
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        heads = self.num_heads + 2 * self.num_kv_heads
+        self.head_dim = config.head_dim
+        heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
-        self.o = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
+        self.o = Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, layer_idx: int, x_TD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        qkv_THE = self.qkv(x_TD).unflatten(-1, (-1, self.head_dim))
+    def forward(
+        self,
+        layer_idx: int,
+        x_TD: Tensor,
+        tables: Tables,
+        attend: Attend,
+        source: Source | None = None,
+    ) -> Tensor:
+        rope = Rope(*tables)
         if self.q_norm is not None and self.k_norm is not None:
-            q_THE, k_TKE, v_TKE = qkv_THE.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-            qkv_THE = torch.cat((self.q_norm(q_THE), self.k_norm(k_TKE), v_TKE), dim=1)
-        return self.o(attend(layer_idx, qkv_THE, rotary).flatten(1))
+            rope = Rope(*tables, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        qkv_TXE = self.qkv(x_TD, source).unflatten(-1, (-1, self.head_dim))
+        return self.o(attend(layer_idx, qkv_TXE, rope).flatten(1))
 
 
 class MLP(nn.Module):
@@ -137,8 +148,9 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x_TD)))
+    def forward(self, x_TD: Tensor, source: Source | None = None) -> Tensor:
+        gate_up_TJ = self.gate_up(x_TD, source)
+        return self.down(swiglu(gate_up_TJ), Source(swiglu, gate_up_TJ))
 
 
 class Embedding(nn.Embedding):
@@ -151,11 +163,11 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """Rows [T, D] as ops/linear.py computes them."""
+    """Rows [T, D] as ops/linear.py computes them; source says how to compute them again."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, source: Source | None = None) -> Tensor:
         if accumulates(self.weight):
-            return AccumulatingLinear.apply(input, self.weight, self.bias)
+            return AccumulatingLinear.apply(input, self.weight, self.bias, source)
         return linear(input, self.weight, self.bias)
 
 
@@ -170,17 +182,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps, residual_TD=residual)
 
 
-def rotary_tables(positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions_T: Tensor, inv_freq: Tensor) -> Tables:
     """cos and sin of position x inverse frequency, [T, E] fp32 whatever the model's dtype; the halves are equal."""
     angles_TE = (positions_T[:, None].float() * inv_freq.float()).repeat(1, 2)
     return angles_TE.cos(), angles_TE.sin()
-
-
-def split_qkv_and_apply_rope(
-    qkv_THE: Tensor, tables: tuple[Tensor, Tensor], num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rotated q and k, and v, of the [T, H + 2 K, E] that `Attend` is given."""
-    num_rotated = qkv_THE.shape[1] - num_kv_heads
-    qk_THE, v_TKE = qkv_THE.split((num_rotated, num_kv_heads), dim=1)
-    q_THE, k_TKE = rotary(qk_THE, *tables).split((num_rotated - num_kv_heads, num_kv_heads), dim=1)
-    return q_THE, k_TKE, v_TKE

@@ -3,8 +3,11 @@
 from torch import Tensor
 
 from socpo_fast.device import upload
-from socpo_fast.model.decoder import Decoder, split_qkv_and_apply_rope
+from socpo_fast.model.accumulate import RotatedTreeAttention, is_accumulating
+from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import TreeMask, tree_attention
+from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
+from socpo_fast.ops.tree_attention import pick_tree_impl
 
 
 def packed_forward(
@@ -32,11 +35,15 @@ def packed_forward(
     """
     config, device = student.config, student.lm_head.weight.device
     mask = tree if isinstance(tree, TreeMask) else TreeMask.of(tree, where="packed_forward")
-    mask = mask.to(device)
+    mask, scale = mask.to(device), config.head_dim**-0.5
 
-    def attend(layer_idx: int, qkv_THE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_THE, tables, config.num_kv_heads)
-        return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=config.head_dim**-0.5, impl=impl)
+    def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
+        picked = pick_tree_impl(impl, qkv_TXE)
+        if picked != "ref" and is_accumulating():
+            fixed = mask, config.num_kv_heads, scale, picked
+            return RotatedTreeAttention.apply(qkv_TXE, *rope, *fixed)
+        q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_TXE, rope, config.num_kv_heads)
+        return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=scale, impl=impl)
 
     token_ids_T, positions_T = upload(token_ids_T, device), upload(positions_T, device)
     hidden_TD = student(token_ids_T, positions_T, attend, checkpointing=checkpointing)

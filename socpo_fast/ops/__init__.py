@@ -13,7 +13,8 @@ from socpo_fast.ops.next_token_rows import next_token_rows
 from socpo_fast.ops.paged_attention import paged_attention
 from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 from socpo_fast.ops.rms_norm import rms_norm
-from socpo_fast.ops.rotary import rotary, rotary_write
+from socpo_fast.ops.rotary import rotary, rotary_qkv
+from socpo_fast.ops.rotary_write import rotary_write
 from socpo_fast.ops.sample import next_keys, row_key, row_keys, sample
 from socpo_fast.ops.swiglu import swiglu
 from socpo_fast.ops.tree_attention import TreeMask, tree_attention, visible_until_of_sequences
@@ -39,6 +40,7 @@ __all__ = [
     "policy_loss",
     "rms_norm",
     "rotary",
+    "rotary_qkv",
     "rotary_write",
     "row_key",
     "row_keys",

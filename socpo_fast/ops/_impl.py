@@ -32,6 +32,7 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "paged_attention": {"cpp": _FP32, "triton": _FP32 + _HALVES, "flash": _HALVES},
     "rms_norm": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "rotary": {"cpp": _FP32, "triton": _FP32 + _HALVES},
+    "rotary_qkv": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "rotary_write": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "sample": {"cpp": _ANY},
     "swiglu": {"cpp": _FP32, "triton": _FP32 + _HALVES},

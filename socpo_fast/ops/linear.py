@@ -82,7 +82,7 @@ def check_factors(
 
 def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
     x_TD, weight_ND, _, ctx.impl = inputs
-    ctx.save_for_backward(x_TD, weight_ND)
+    ctx.save_for_backward(x_TD if ctx.needs_input_grad[1] else None, weight_ND)
 
 
 def _backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,9 +1,13 @@
-"""Rotary position embedding, and the same with the keys and values written to their pages in one pass.
+"""Rotary position embedding of any heads, and of q and k with their norms, forward and backward.
 
+Read rotary -> rotary_qkv; rotary_write.py is the engine's. Departs from the textbook: q, k and v,
+which one GEMM gives, are never copied apart, and the backward writes one gradient of all three.
 Hugging Face's half-split layout: dimension i is rotated with i + E / 2.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +15,17 @@ from torch import Tensor
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
+from socpo_fast.ops.rms_norm import rms_norm
+
+
+class Rope(NamedTuple):
+    """What turns raw q and k into those of attention: angles, and the norms of heads if there are any."""
+
+    cos_TE: Tensor
+    sin_TE: Tensor
+    q_weight_E: Tensor | None = None
+    k_weight_E: Tensor | None = None
+    eps: float | None = None
 
 
 def rotary_ref(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -38,83 +53,171 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
     Gradient: x, by the rotation back. Bitwise: a token's bits depend on that token only.
     Source: Su et al. 2021, arXiv:2104.09864.
     """
-    _check("rotary", "x_THE", x_THE, cos_TE, sin_TE)
+    check_rotary("rotary", "x_THE", x_THE, cos_TE, sin_TE)
     impl = pick_impl("rotary", impl, x_THE)
     tensors = x_THE, cos_TE, sin_TE
-    return rotary_ref(*tensors) if impl == "ref" else _rotary(*tensors, False, impl)
+    return rotary_ref(*tensors) if impl == "ref" else _rotary_qkv(*tensors, None, None, None, 0, impl)[0]
 
 
-def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
-    _, cos_TE, sin_TE, ctx.inverse, ctx.impl = inputs
-    ctx.save_for_backward(cos_TE, sin_TE)
-
-
-def _backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
-    return _rotary(grad_THE, *ctx.saved_tensors, not ctx.inverse, ctx.impl), None, None, None, None
-
-
-_rotary = define_op(
-    "rotary(Tensor x, Tensor cos, Tensor sin, bool inverse, str impl) -> Tensor",
-    lambda x, cos, sin, inverse, impl: kernels_of("rotary", impl).rotary(x, cos, sin, inverse),
-    fake=lambda x, *_: x.new_empty(x.shape),
-    derivative=(_save, _backward),
-)
-
-
-def rotary_write_ref(
-    qkv_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, k_cache_PSKE: Tensor, v_cache_PSKE: Tensor, slots_T: Tensor
-) -> Tensor:
-    kv_heads = k_cache_PSKE.shape[2]
-    q_THE, k_TKE, v_TKE = qkv_THE.split((qkv_THE.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
-    kept_T = slots_T >= 0
-    for cache, new_TKE in ((k_cache_PSKE, rotary_ref(k_TKE, cos_TE, sin_TE)), (v_cache_PSKE, v_TKE)):
-        cache.flatten(0, 1)[slots_T[kept_T]] = new_TKE[kept_T].to(cache.dtype)
-    return rotary_ref(q_THE, cos_TE, sin_TE)
-
-
-def rotary_write(
-    qkv_THE: Tensor,
+def rotary_qkv_ref(
+    qkv_TXE: Tensor,
     cos_TE: Tensor,
     sin_TE: Tensor,
-    k_cache_PSKE: Tensor,
-    v_cache_PSKE: Tensor,
-    slots_T: Tensor,
+    q_weight_E: Tensor | None = None,
+    k_weight_E: Tensor | None = None,
     *,
+    num_kv_heads: int,
+    eps: float | None = None,
+) -> tuple[Tensor, ...]:
+    normed = normed_qkv(qkv_TXE, q_weight_E, k_weight_E, eps, num_kv_heads, "ref")
+    return tuple(rotary_ref(x, cos_TE, sin_TE) for x in normed[:2])
+
+
+def rotary_qkv(
+    qkv_TXE: Tensor,
+    cos_TE: Tensor,
+    sin_TE: Tensor,
+    q_weight_E: Tensor | None = None,
+    k_weight_E: Tensor | None = None,
+    *,
+    num_kv_heads: int,
+    eps: float | None = None,
     impl: str = "auto",
-) -> Tensor:
-    """Rotates queries and keys, and writes keys and values into their pages.
+) -> tuple[Tensor, ...]:
+    """Norms the heads of q and k, where the model does, and rotates them; v is left where it is.
+
+        out = rotary(rms_norm(q, q_weight)), rotary(rms_norm(k, k_weight))     q, k, v = qkv by heads
 
     Args:
-        qkv_THE:      [T, H + 2 K, E] floating point (cpp: fp32; triton: not fp64): queries, keys, values of each token.
+        qkv_TXE:      [T, H + 2 K, E] floating point (cpp: fp32; triton: not fp64), E even.
         cos_TE:       [T, E] fp32 or qkv's dtype; sin_TE likewise.
-        k_cache_PSKE: [P, S, K, E] qkv's dtype or bf16, contiguous. Written in place; v_cache_PSKE likewise.
-        slots_T:      [T] int64, page * S + place in the page, each at most once; negative: the token is not written.
+        q_weight_E:   [E] floating point (not triton: as rms_norm's), of q's norm over each head;
+                      None: no norms. k_weight_E likewise, of k's.
+        num_kv_heads: K, > 0.
+        eps:          > 0, of both norms; None without weights.
         impl:         "auto", "ref", "cpp" or "triton".
 
     Returns:
-        q_THE [T, H, E], rotated.
+        q_THE [T, H, E] and k_TKE [T, K, E], qkv's dtype.
 
     Raises:
-        ValueError: a shape, dtype, stride or slot breaks the rules above.
+        ValueError: a shape, dtype, eps or number of heads breaks the rules above.
 
-    Gradient: none, it serves the engine. Bitwise (cpp): the bits of `rotary`, rounded to nearest even for bf16 pages.
+    Gradient: qkv, both weights (fp32 sums in a fixed order). Memory: qkv is kept for the backward,
+    q and k are not. Bitwise: a token's bits depend on that token only; cpp: those of rms_norm and
+    rotary. triton rounds once, behind the rotation.
     """
-    check = _check("rotary_write", "qkv_TXE", qkv_THE, cos_TE, sin_TE)
-    for name, cache in (("k_cache_PSKE", k_cache_PSKE), ("v_cache_PSKE", v_cache_PSKE)):
-        check(name, cache, (qkv_THE.dtype, torch.bfloat16))
-        check_rule("rotary_write", f"strides of {name}", cache.stride(), cache.is_contiguous(), "contiguous")
-    check_rule(
-        "rotary_write", "dtype of v_cache_PSKE", v_cache_PSKE.dtype, v_cache_PSKE.dtype == k_cache_PSKE.dtype, "k's"
-    )
-    heads, kv_heads = qkv_THE.shape[1], k_cache_PSKE.shape[2]
-    check_rule("rotary_write", "heads of qkv", heads, heads > 2 * kv_heads, f"> 2 K = {2 * kv_heads}")
-    check("slots_T", slots_T, (torch.int64,))
-    check.every("slots_T", slots_T, slots_T < k_cache_PSKE.shape[0] * k_cache_PSKE.shape[1], "below P * S")
-    impl = pick_impl("rotary_write", impl, qkv_THE)
-    return rotary_write_op(qkv_THE, cos_TE, sin_TE, k_cache_PSKE, v_cache_PSKE, slots_T, impl)
+    check = check_rotary("rotary_qkv", "qkv_TXE", qkv_TXE, cos_TE, sin_TE)
+    check_qkv(check, qkv_TXE, q_weight_E, k_weight_E, num_kv_heads, eps)
+    impl = pick_impl("rotary_qkv", impl, qkv_TXE)
+    tensors = qkv_TXE, cos_TE, sin_TE, q_weight_E, k_weight_E
+    if impl == "ref":
+        return rotary_qkv_ref(*tensors, num_kv_heads=num_kv_heads, eps=eps)
+    return _rotary_qkv(*tensors, eps, num_kv_heads, impl)
 
 
-def _check(where: str, name: str, x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> TensorChecker:
+def split_qkv_and_apply_rope(qkv_TXE: Tensor, rope: Rope, num_kv_heads: int) -> tuple[Tensor, ...]:
+    """Returns q and k as of rotary_qkv, and v, a view."""
+    q_and_k = rotary_qkv(qkv_TXE, *rope[:4], num_kv_heads=num_kv_heads, eps=rope.eps)
+    return *q_and_k, qkv_TXE[:, -num_kv_heads:]
+
+
+def split_qkv(qkv_TXE: Tensor, num_kv_heads: int) -> tuple[Tensor, ...]:
+    """Views of q, k and v."""
+    num_heads = qkv_TXE.shape[1] - 2 * num_kv_heads
+    return qkv_TXE.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+
+
+def normed_qkv(
+    qkv_TXE: Tensor,
+    q_weight_E: Tensor | None,
+    k_weight_E: Tensor | None,
+    eps: float | None,
+    num_kv_heads: int,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """q, k and v, the first two normed where there are weights, by rms_norm."""
+    q_THE, k_TKE, v_TKE = split_qkv(qkv_TXE, num_kv_heads)
+    if q_weight_E is None or k_weight_E is None or eps is None:
+        return q_THE, k_TKE, v_TKE
+    norm: Callable[..., Any] = partial(rms_norm, eps=eps, impl=impl)
+    return norm(q_THE, q_weight_E), norm(k_TKE, k_weight_E), v_TKE
+
+
+def _kernel(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float | None,
+    num_kv_heads: int,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    kernels = kernels_of("rotary", impl)
+    if impl != "cpp":
+        return kernels.rotary_qkv(qkv, cos, sin, q_weight, k_weight, eps, num_kv_heads)
+    normed = normed_qkv(qkv, q_weight, k_weight, eps, num_kv_heads, impl)
+    return tuple(kernels.rotary(x, cos, sin, False) for x in normed[:2])
+
+
+def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps, _, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grad_qkv, grad_weights = rotary_qkv_backward_op(grad_q, grad_k, None, *saved, ctx.eps, ctx.impl)
+    return grad_qkv, None, None, *(grad_weights.unbind() or (None, None)), None, None, None
+
+
+def _backward_kernel(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor | None,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    kernels = kernels_of("rotary_backward", impl)
+    if impl != "cpp":
+        return kernels.rotary_qkv_backward(grad_q, grad_k, grad_v, qkv, cos, sin, q_weight, k_weight, eps)
+    grads = [kernels.rotary(grad, cos, sin, True) for grad in (grad_q, grad_k)]
+    of_weights = qkv.new_empty((0, qkv.shape[2]))
+    if q_weight is not None:
+        rows = zip(split_qkv(qkv, grad_k.shape[1]), (q_weight, k_weight), grads, strict=False)
+        pairs = [kernels.rms_norm_backward(x, weight, eps, grad, None) for x, weight, grad in rows]
+        grads, of_weights = [pair[0] for pair in pairs], torch.stack([pair[1] for pair in pairs])
+    grads.append(torch.zeros_like(grad_k) if grad_v is None else grad_v)
+    return torch.cat(grads, dim=1), of_weights
+
+
+_rotary_qkv = define_op(
+    "rotary_qkv(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float? eps, "
+    "int num_kv_heads, str impl) -> (Tensor q, Tensor k)",
+    _kernel,
+    fake=lambda qkv, *others: tuple(qkv.new_empty(x.shape) for x in split_qkv(qkv, others[-2])[:2]),
+    derivative=(_save, _backward),
+)
+# The gradient of raw qkv, whose part of v is grad_v or 0, and of both weights, fp32 [2, E] or [0, E].
+rotary_qkv_backward_op = define_op(
+    "rotary_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor? grad_v, Tensor qkv, Tensor cos, Tensor sin, "
+    "Tensor? q_weight, Tensor? k_weight, float? eps, str impl) -> (Tensor grad_qkv, Tensor grad_weights)",
+    _backward_kernel,
+    fake=lambda _, __, ___, qkv, cos, sin, q_weight, *others: (
+        qkv.new_empty(qkv.shape),
+        qkv.new_empty((0 if q_weight is None else 2, qkv.shape[2]), dtype=torch.float32),
+    ),
+)
+
+
+def check_rotary(where: str, name: str, x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> TensorChecker:
+    """What every rotation relies on."""
     check = TensorChecker(where)
     check(name, x, FLOATS)
     check("cos_TE", cos_TE, (torch.float32, x.dtype))
@@ -123,27 +226,19 @@ def _check(where: str, name: str, x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> 
     return check
 
 
-def _write_kernel(
-    qkv_THE: Tensor,
-    cos_TE: Tensor,
-    sin_TE: Tensor,
-    k_cache_PSKE: Tensor,
-    v_cache_PSKE: Tensor,
-    slots_T: Tensor,
-    impl: str,
-) -> Tensor:
-    write = rotary_write_ref if impl == "ref" else kernels_of("rotary", impl).rotary_write
-    return write(qkv_THE, cos_TE, sin_TE, k_cache_PSKE, v_cache_PSKE, slots_T)
-
-
-def _write_fake(qkv_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, k_cache_PSKE: Tensor, *_: Any) -> Tensor:
-    num_tokens, heads, head_dim = qkv_THE.shape
-    return qkv_THE.new_empty((num_tokens, heads - 2 * k_cache_PSKE.shape[2], head_dim))
-
-
-rotary_write_op = define_op(
-    "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
-    "str impl) -> Tensor",
-    _write_kernel,
-    fake=_write_fake,
-)
+def check_qkv(
+    check: TensorChecker,
+    qkv_TXE: Tensor,
+    q_weight_E: Tensor | None,
+    k_weight_E: Tensor | None,
+    kv_heads: int,
+    eps: float | None,
+) -> None:
+    """What rotary_qkv and rotary_write rely on, beside check_rotary."""
+    heads = qkv_TXE.shape[1]
+    rule = f"> 2 K = {2 * kv_heads}, with K > 0"
+    check_rule(check.where, "heads of qkv", heads, heads > 2 * kv_heads > 0, rule)
+    check.optional(FLOATS, q_weight_E=q_weight_E, k_weight_E=k_weight_E)
+    is_given = [x is not None for x in (q_weight_E, k_weight_E, eps)]
+    holds = not any(is_given) if eps is None else all(is_given) and 0 < eps < torch.inf
+    check_rule(check.where, "eps", eps, holds, "finite and > 0 with both weights, None with none")

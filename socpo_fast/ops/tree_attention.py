@@ -154,14 +154,20 @@ def tree_attention(
     check("visible_until_T", visible_until_T, INT32)
     if not isinstance(tree, TreeMask):
         tree = TreeMask.of(tree, where=check.where)
-    picked = pick_impl("tree_attention", impl, q_THE)
-    if picked == "triton" and head_dim not in HEAD_DIMS:
-        rule = "32, 64 or 128 for impl='triton'"
-        check_rule(check.where, "E", head_dim, impl == "auto", rule, "use impl='ref'")
-        picked = "ref"
+    picked = pick_tree_impl(impl, q_THE)
     if picked == "ref":
         return tree_attention_ref(q_THE, k_TKE, v_TKE, tree.visible_until_T, scale=scale)
-    return _tree_attention(q_THE, k_TKE, v_TKE, *tree, scale, picked)[0]
+    return tree_attention_op(q_THE, k_TKE, v_TKE, *tree, scale, picked)[0]
+
+
+def pick_tree_impl(impl: str, q_THE: Tensor) -> str:
+    """pick_impl's answer; "auto" is "ref" where the kernels do not know the width of the heads."""
+    picked, head_dim = pick_impl("tree_attention", impl, q_THE), q_THE.shape[-1]
+    if picked == "triton" and head_dim not in HEAD_DIMS:
+        rule = "32, 64 or 128 for impl='triton'"
+        check_rule("tree_attention", "E", head_dim, impl == "auto", rule, "use impl='ref'")
+        return "ref"
+    return picked
 
 
 def _kernel(
@@ -186,7 +192,7 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
 
 def _backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """With p = exp(score - logsumexp) and d = grad . o, a score's gradient is p (grad . v - d)."""
-    grads = _tree_attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    grads = tree_attention_backward_op(grad_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
     return *grads, *[None] * 5
 
 
@@ -216,7 +222,7 @@ def _backward_kernel(
 
 
 # logsumexp [T, H] is of each row's scores: what the backward needs of the softmax.
-_tree_attention = define_op(
+tree_attention_op = define_op(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor key_blocks, "
     "Tensor query_ranges, float scale, str impl) "
     "-> (Tensor o, Tensor logsumexp)",
@@ -224,7 +230,7 @@ _tree_attention = define_op(
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
     derivative=(_save, _backward),
 )
-_tree_attention_backward = define_op(
+tree_attention_backward_op = define_op(
     "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor visible_until, "
     "Tensor key_blocks, Tensor query_ranges, Tensor o, "
     "Tensor logsumexp, float scale, str impl) "

@@ -278,7 +278,7 @@ def test_peers_need_their_options(capsys: pytest.CaptureFixture[str]) -> None:
 def test_kernels_of_a_card_have_their_parts() -> None:
     parts = {
         "_decode_kernel": "attention",
-        "_rotary_write_kernel": "KV write, rotary",
+        "_rotary_kernel": "KV write, rotary",
         "_rms_norm_kernel": "norms",
         "_swiglu_kernel": "swiglu",
         "_sample_tile_kernel": "head and draw",

@@ -67,6 +67,7 @@ def make_cases() -> dict[str, Call]:
     loss = {"num_loss_tokens": 3.0}
     packed = {"q_THE": f(4, 2, 32), "k_TKE": f(4, 1, 32), "v_TKE": f(4, 1, 32)}
     packed["tree"] = ints(4, 3, 3, 4, dtype=torch.int32)
+    head_norms = {"q_weight_E": f(8), "k_weight_E": f(8)}
     written = {"qkv_THE": f(4, 4, 8)} | tables | PAGES | {"slots_T": ints(1, 7, -1, 3)}
 
     def paged(impl: str, **tensors: Tensor) -> Tensor:
@@ -83,7 +84,12 @@ def make_cases() -> dict[str, Call]:
         "rms_norm": Call(lambda **x: ops.rms_norm(eps=1e-5, **x), norm, differentiable=tuple(norm)),
         "swiglu": Call(ops.swiglu, {"gate_up_TJ": f(3, 8)}, differentiable=("gate_up_TJ",)),
         "rotary": Call(ops.rotary, {"x_THE": f(4, 2, 8)} | tables, differentiable=("x_THE",)),
-        "rotary_write": Call(ops.rotary_write, written),
+        "rotary_qkv": Call(
+            lambda **x: ops.rotary_qkv(num_kv_heads=1, eps=1e-5, **x),
+            {"qkv_TXE": f(4, 4, 8)} | tables | head_norms,
+            differentiable=("qkv_TXE", *head_norms),
+        ),
+        "rotary_write": Call(lambda **x: ops.rotary_write(eps=1e-5, **x), written | head_norms),
         "paged_attention": Call(paged, {"q_THE": f(4, 2, 8)} | PAGES | sequences),
         "tree_attention": Call(
             lambda **x: ops.tree_attention(scale=0.3, **x),

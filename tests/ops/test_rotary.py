@@ -10,7 +10,8 @@ from torch import Tensor
 
 from socpo_fast.model.decoder import rotary_tables
 from socpo_fast.ops import rotary, rotary_write
-from socpo_fast.ops.rotary import rotary_ref, rotary_write_ref
+from socpo_fast.ops.rotary import rotary_ref
+from socpo_fast.ops.rotary_write import rotary_write_ref
 from tests.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
@@ -186,7 +187,7 @@ def test_writing_has_the_same_bits_with_any_threads() -> None:
         ({"k_cache_PSKE": torch.ones(6, 4, 4, 8).transpose(0, 1)}, "strides of k_cache_PSKE must be contiguous"),
         ({"v_cache_PSKE": torch.ones(6, 4, 2, 8).bfloat16()}, "dtype of v_cache_PSKE must be k's"),
         ({"v_cache_PSKE": torch.ones(6, 4, 1, 8)}, "v_cache_PSKE must be"),
-        ({"qkv_THE": torch.ones(6, 4, 8)}, "heads of qkv must be > 2 K = 4, got 4"),
+        ({"qkv_THE": torch.ones(6, 4, 8)}, "heads of qkv must be > 2 K = 4, with K > 0, got 4"),
     ],
 )
 def test_write_refuses(change: dict, message: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from socpo_fast.model.decoder import Decoder, split_qkv_and_apply_rope
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
 from socpo_fast.types import Rollout
 from tests.train.rollouts import contexts
 
@@ -25,8 +26,8 @@ Forward = Callable[[list[int]], Tensor]
 def decoder_forward(student: Decoder) -> Forward:
     """token ids -> [L, V] logits of one row by itself."""
 
-    def attend(layer_idx: int, qkv_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_THE, rotary, student.config.num_kv_heads)
+    def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
+        q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_TXE, rope, student.config.num_kv_heads)
         heads_per_kv = q_THE.shape[1] // k_TKE.shape[1]
         k_THE, v_THE = k_TKE.repeat_interleave(heads_per_kv, 1), v_TKE.repeat_interleave(heads_per_kv, 1)
         scores = torch.einsum("the,she->hts", q_THE, k_THE) / q_THE.shape[-1] ** 0.5

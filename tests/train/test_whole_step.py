@@ -39,6 +39,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETS, reason="Triton runs on CPU tenso
 
 # What no step calls, of the table of implementations.
 NOT_IN_A_STEP = {
+    "rotary",  # rotary_qkv and rotary_write rotate what they norm
     "decay_rewards",  # compute_advantages decays in the same launch
     "sample",  # linear_sample draws from the LM head itself
     "policy_loss",  # linear_policy_loss has it inside

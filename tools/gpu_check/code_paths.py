@@ -18,7 +18,7 @@ from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import draw
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.model.decoder import Layer, rotary_tables
-from socpo_fast.ops import linear_policy_loss, rms_norm, rotary, rotary_write, swiglu
+from socpo_fast.ops import linear_policy_loss, rms_norm, rotary_qkv, rotary_write, swiglu
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
@@ -118,7 +118,11 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
     x_TD = _empty(NUM_TOKENS, config.hidden_size).requires_grad_()
     residual_TD = _empty(NUM_TOKENS, config.hidden_size).requires_grad_()
     gate_up_TJ = _empty(NUM_TOKENS, 2 * config.intermediate_size).requires_grad_()
-    qkv_THE = _empty(NUM_TOKENS, heads + 2 * kv_heads, head_dim).requires_grad_()
+    norms: dict[str, Any] = {}
+    q_norm, k_norm = layer.attention.q_norm, layer.attention.k_norm
+    if q_norm is not None and k_norm is not None:
+        norms = {"q_weight_E": q_norm.weight, "k_weight_E": k_norm.weight, "eps": eps}
+    qkv_TXE = _empty(NUM_TOKENS, heads + 2 * kv_heads, head_dim).requires_grad_()
     positions_T = torch.empty(NUM_TOKENS, dtype=torch.int64, device=DEVICE)
     tables = rotary_tables(positions_T, student.inv_freq)
     k_cache_PSKE = _empty(NUM_TOKENS // PAGE_SIZE, PAGE_SIZE, kv_heads, head_dim)
@@ -128,12 +132,8 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
         "rms_norm": norm,
         "rms_norm with residual": partial(norm, residual_TD=residual_TD),
         "swiglu": lambda: swiglu(gate_up_TJ),
-        "rotary of q and k": lambda: rotary(qkv_THE[:, :-kv_heads], *tables),
+        "rotary_qkv": lambda: rotary_qkv(qkv_TXE, *tables, num_kv_heads=kv_heads, **norms),
     }
-    q_norm, k_norm = layer.attention.q_norm, layer.attention.k_norm
-    if q_norm is not None and k_norm is not None:
-        ops["norm of q"] = partial(q_norm, qkv_THE[:, :heads])
-        ops["norm of k"] = partial(k_norm, qkv_THE[:, heads:-kv_heads])
     for name, op in ops.items():
         outputs: Any = ()
         with recorder.section(name, may_read=False):
@@ -143,10 +143,10 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
         with recorder.section(f"{name}, backward", may_read=False):
             backward(outputs, gradients)
         student.zero_grad()
-        for leaf in (x_TD, residual_TD, gate_up_TJ, qkv_THE):
+        for leaf in (x_TD, residual_TD, gate_up_TJ, qkv_TXE):
             leaf.grad = None
     with recorder.section("rotary_write", may_read=False), torch.no_grad():
-        rotary_write(qkv_THE, *tables, k_cache_PSKE, v_cache_PSKE, positions_T)
+        rotary_write(qkv_TXE, *tables, k_cache_PSKE, v_cache_PSKE, positions_T, **norms)
 
 
 def update(recorder: Recorder, student: Decoder) -> None:

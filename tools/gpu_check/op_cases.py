@@ -28,7 +28,8 @@ from socpo_fast.ops import (
 )
 from socpo_fast.ops._flash import paged_attention_flash
 from socpo_fast.ops.rms_norm import rms_norm
-from socpo_fast.ops.rotary import rotary, rotary_write
+from socpo_fast.ops.rotary import rotary_qkv
+from socpo_fast.ops.rotary_write import rotary_write
 from socpo_fast.ops.swiglu import swiglu
 from tests.error_rule import assert_error_rule
 from tools.tree_balance import visible_until_of_groups
@@ -93,14 +94,6 @@ def _norm(x: Inputs, impl: str) -> dict[str, Tensor]:
     return {"y": y, "sum": total}
 
 
-def _head_norm(x: Inputs, impl: str) -> dict[str, Tensor]:
-    """Forward and backward of one head's norm, as q and k of Qwen3 have it."""
-    values = x["x"].clone().requires_grad_()
-    y = rms_norm(values, x["weight"], eps=1e-6, impl=impl)
-    y.backward(x["residual"])
-    return {"y": y.detach(), "dx": values.grad}
-
-
 def _swiglu(x: Inputs, impl: str) -> dict[str, Tensor]:
     gate_up = x["x"].clone().requires_grad_()
     y = swiglu(gate_up, impl=impl)
@@ -108,9 +101,16 @@ def _swiglu(x: Inputs, impl: str) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": gate_up.grad}
 
 
+def _norms(x: Inputs) -> dict[str, Any]:
+    """Of the heads of q and k, where the model has them."""
+    if "q_weight" not in x:
+        return {}
+    return {"q_weight_E": x["q_weight"], "k_weight_E": x["k_weight"], "eps": 1e-6}
+
+
 def _write(x: Inputs, impl: str) -> dict[str, Tensor]:
     k, v = (x[name].clone() for name in ("k", "v"))
-    q = rotary_write(x["qkv"], x["cos"], x["sin"], k, v, x["slots"], impl=impl)
+    q = rotary_write(x["qkv"], x["cos"], x["sin"], k, v, x["slots"], **_norms(x), impl=impl)
     return {"q": q, "k": k, "v": v}
 
 
@@ -123,8 +123,21 @@ def _attend_tree(x: Inputs, impl: str) -> dict[str, Tensor]:
     return {"o": o.detach()} | gradients
 
 
-def _rotary(x: Inputs, impl: str) -> dict[str, Tensor]:
-    return {"x": rotary(x["qkv"], x["cos"], x["sin"], impl=impl)}
+def _rotary_qkv(x: Inputs, impl: str) -> dict[str, Tensor]:
+    """Forward and backward, of the norms' weights too; their sums are over tokens and heads."""
+    kv_heads = x["k"].shape[2]
+    leaves = {
+        name: x[name].clone().requires_grad_()
+        for name in ("qkv", "q_weight", "k_weight")
+        if name in x
+    }
+    q, k = rotary_qkv(
+        leaves["qkv"], x["cos"], x["sin"], num_kv_heads=kv_heads, impl=impl, **_norms(x | leaves)
+    )
+    torch.autograd.backward((q, k), (x["qkv"][:, : -2 * kv_heads], x["qkv"][:, -kv_heads:]))
+    return {"q": q.detach(), "k": k.detach()} | {
+        f"d{name}": leaf.grad for name, leaf in leaves.items()
+    }
 
 
 def _sample(x: Inputs, impl: str) -> dict[str, Tensor]:
@@ -207,15 +220,15 @@ def op_cases(num_rows: int, vocab: int, width: int) -> dict[str, tuple[Run, Inpu
         "decay and advantages": (_credit, credit),
     }
     for model, heads, page_size in (("SmolLM2", (6, 2, 64), 16), ("Qwen3", (16, 8, 128), 32)):
-        for name, case in _head_cases(num_rows, heads, page_size).items():
+        for name, case in _head_cases(num_rows, heads, page_size, model == "Qwen3").items():
             cases[f"{name} of {model}"] = case
     return cases
 
 
 def _head_cases(
-    num_rows: int, heads: tuple[int, int, int], page_size: int
+    num_rows: int, heads: tuple[int, int, int], page_size: int, has_norms: bool
 ) -> dict[str, tuple[Run, Inputs]]:
-    """What depends on a model's heads: attention, rotary, the norm of a head."""
+    """What depends on a model's heads: attention, rotary, their norms."""
     num_heads, kv_heads, head_dim = heads
     frequencies = torch.linspace(1.0, 0.01, head_dim // 2)
     angles = torch.outer(torch.arange(num_rows), frequencies).repeat(1, 2)
@@ -224,6 +237,9 @@ def _head_cases(
     slots = torch.arange(num_rows).flip(0)
     caches = (num_rows // page_size + 1, page_size, kv_heads, head_dim)
     pages = {"qkv": qkv, "slots": slots, **turns, "k": torch.zeros(caches)}
+    if has_norms:
+        weights = (1 + 0.5 * randn(head_dim, seed=seed) for seed in (1, 2))
+        pages |= dict(zip(("q_weight", "k_weight"), weights, strict=True))
     seq_lens = list(SEQ_LENS if num_rows >= 64 else FEW_SEQ_LENS)
     decode, prefill = (
         attention_inputs(seq_lens, q_lens, heads=heads, page_size=page_size)
@@ -239,18 +255,12 @@ def _head_cases(
         "until": until,
         "grad": randn(len(until), num_heads, head_dim, seed=3),
     }
-    head_norm = {
-        "x": randn(num_rows, head_dim),
-        "residual": randn(num_rows, head_dim, seed=1),
-        "weight": randn(head_dim),
-    }
     return {
         "decode": (attend, decode),
         "prefill": (attend, prefill),
         "tree": (_attend_tree, tree),
-        "rotary": (_rotary, pages),
+        "rotary_qkv": (_rotary_qkv, pages),
         "rotary_write": (_write, pages | {"v": torch.zeros(caches)}),
-        "head norm": (_head_norm, head_norm),
     }
 
 

@@ -19,9 +19,11 @@ from socpo_fast.kernels import (
 )
 from socpo_fast.kernels import rms_norm as norms
 from socpo_fast.kernels import swiglu as gates
-from socpo_fast.kernels.rotary import rotary, rotary_write
+from socpo_fast.kernels.rotary import rotary_qkv, rotary_write
+from socpo_fast.kernels.rotary_backward import rotary_qkv_backward
 from socpo_fast.model import ModelConfig
 from socpo_fast.ops import row_keys
+from socpo_fast.ops.rotary import split_qkv
 from tools.gpu_check.adamw import adamw
 from tools.gpu_check.check import Check, Part, check_close
 from tools.gpu_check.decode_kernel import (
@@ -150,13 +152,15 @@ def elementwise_runs(
     grad_gate = check.randn(num_tokens, inner, seed=6)
     num_heads = config.num_heads + 2 * config.num_kv_heads
     qkv = check.randn(num_tokens, num_heads, head_dim, seed=7)
-    q = qkv[:, : config.num_heads].contiguous()
+    grads = [x.contiguous() for x in split_qkv(qkv, config.num_kv_heads)]
     angles = check.randn(num_tokens, head_dim, seed=8, dtype=torch.float32)
     num_pages = -(-num_tokens // PAGE_SIZE)
     cache = torch.zeros(
         num_pages, PAGE_SIZE, config.num_kv_heads, head_dim, dtype=x.dtype, device=check.device
     )
     slots = torch.arange(num_tokens, device=check.device)
+    rope = angles, angles, head_weight, head_weight, 1e-6
+    qk_bytes = grads[0].nbytes + grads[1].nbytes
     token, tables = x.itemsize * width, 2 * angles.nbytes
     num_rows = 3 if check.tiny else 1024
     return {
@@ -165,15 +169,21 @@ def elementwise_runs(
             lambda: norms.rms_norm_backward(x, weight, 1e-6, grad, residual),
             4 * num_tokens * token,
         ),
-        "norm of heads": (lambda: norms.rms_norm(q, head_weight, 1e-6, None), 2 * q.nbytes),
         "swiglu": (lambda: gates.swiglu(gate_up), 3 * grad_gate.nbytes),
         "swiglu, backward": (
             lambda: gates.swiglu_backward(gate_up, grad_gate),
             5 * grad_gate.nbytes,
         ),
-        "rotary": (lambda: rotary(q, angles, angles, False), 2 * q.nbytes + tables),
-        "rotary and page write": (
-            lambda: rotary_write(qkv, angles, angles, cache, cache, slots),
+        "norms of q and k, rotary": (
+            lambda: rotary_qkv(qkv, *rope, config.num_kv_heads),
+            2 * qk_bytes + tables,
+        ),
+        "norms of q and k, rotary, backward": (
+            lambda: rotary_qkv_backward(*grads, qkv, *rope),
+            qk_bytes + 2 * qkv.nbytes + tables,
+        ),
+        "norms of q and k, rotary, page write": (
+            lambda: rotary_write(qkv, *rope, cache, cache, slots),
             2 * qkv.nbytes + tables,
         ),
         "policy rows": row_pass(check, num_rows, config.vocab_size),

@@ -1,0 +1,197 @@
+"""What the trainer's forward keeps, what its backward computes again, and that no bit depends on it."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from socpo_fast.model import packed, packed_forward
+from socpo_fast.model.accumulate import AccumulatingLinear, accumulate_in_fp32, accumulating
+from socpo_fast.model.activations import backward_bytes_per_token, kept_bytes_per_token
+from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops import TreeMask
+from tests.error_rule import assert_bitwise_equal
+from tests.ops.elementwise import needs_cpp
+from tests.train.rollouts import VOCAB, make_student
+from tests.train.test_accumulate import QWEN2, QWEN3
+from tests.train.whole_step import auto_means
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "biases": QWEN2 | {"attention_bias": True},
+    "norms of heads": QWEN3,
+    # Where rotating back needs more than the MLP.
+    "many heads": QWEN3 | {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 8},
+    # Where a norm does.
+    "wide": {"hidden_size": 256, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
+TRITON = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # the narrowest its attention takes
+IMPLS = [pytest.param("cpp", marks=needs_cpp), "ref", "triton"]
+
+
+def a_tree(num_tokens: int = 13) -> tuple[Tensor, Tensor, TreeMask]:
+    """Ids, positions and mask of a prompt with two branches."""
+    ids, positions = torch.arange(num_tokens) * 7 % VOCAB, torch.arange(num_tokens)
+    until = torch.full((num_tokens,), num_tokens, dtype=torch.int32)
+    until[num_tokens // 4 : num_tokens // 2] = num_tokens // 2
+    return ids, positions, TreeMask.of(until)
+
+
+def gradients(student: Decoder, *, accumulates: bool = True, **options: Any) -> dict[str, Tensor]:
+    """Under a random upstream gradient."""
+    student.zero_grad(set_to_none=True)
+    with accumulating() if accumulates else nullcontext():
+        hidden_TD = packed_forward(student, *a_tree(), **options)
+        generator = torch.Generator().manual_seed(1)
+        hidden_TD.backward(torch.randn(hidden_TD.shape, generator=generator))
+    return {name: param.grad.clone() for name, param in student.named_parameters() if param.grad is not None}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, grad in one.items():
+        assert_bitwise_equal(grad, other[name], name=name)
+
+
+def without_recomputation(patch: pytest.MonkeyPatch) -> None:
+    """Products keep their inputs, and attention is the ordinary ops."""
+    apply: Callable[..., Tensor] = AccumulatingLinear.apply
+    patch.setattr(AccumulatingLinear, "apply", lambda x, weight, bias, _: apply(x, weight, bias, None))
+    patch.setattr(packed, "is_accumulating", lambda: False)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_recomputing_changes_no_bit(impl: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_student(**MODELS[model] | (TRITON if impl == "triton" else {}))
+    accumulate_in_fp32(student.parameters())
+    with auto_means(impl):
+        recomputed = gradients(student)
+        assert_same(recomputed, gradients(student, checkpointing=True))
+        without_recomputation(monkeypatch)
+        assert_same(recomputed, gradients(student))
+
+
+@needs_cpp
+@pytest.mark.parametrize("model", MODELS)
+def test_equals_ordinary_autograd(model: str) -> None:
+    """Of a student that nobody marked, outside of the trainer; biases are summed by another kernel."""
+    student = make_student(**MODELS[model])
+    expected = gradients(student, accumulates=False)
+    accumulate_in_fp32(student.parameters())
+    assert_same(gradients(student), expected)
+
+
+FROZEN: dict[str, Callable[[str], bool]] = {
+    "a layer": lambda name: name.startswith("layers.1."),
+    "norms": lambda name: "norm" in name,
+    "norms of heads": lambda name: name.endswith(("q_norm.weight", "k_norm.weight")),
+    "products": lambda name: "norm" not in name and "embed" not in name,
+    "qkv": lambda name: "qkv" in name,
+    "embedding and first layer": lambda name: name.startswith(("embed", "layers.0.", "lm_head")),
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_parameters_change_no_other(frozen: str, checkpointing: bool) -> None:
+    student = make_student(**QWEN3)
+    accumulate_in_fp32(student.parameters())
+    expected = gradients(student)
+    for name, param in student.named_parameters():
+        param.requires_grad_(not FROZEN[frozen](name))
+    found = gradients(student, checkpointing=checkpointing)
+    is_frozen = FROZEN[frozen]
+    assert_same(found, {name: grad for name, grad in expected.items() if not is_frozen(name)})
+
+
+class Watch(TorchDispatchMode):
+    """Counts calls of ops, and the bytes of tensors made within that still live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.peak = 0
+        self._sizes: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        self.calls[func._schema.name] += 1
+        for x in outputs if isinstance(outputs, tuple | list) else (outputs,):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self._sizes[StorageWeakRef(storage)] = storage.nbytes()
+        self.peak = max(self.peak, self.live())
+        return outputs
+
+    def live(self) -> int:
+        self._sizes = {ref: size for ref, size in self._sizes.items() if not ref.expired()}
+        return sum(self._sizes.values())
+
+
+def measure(student: Decoder, num_tokens: int, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that live behind a forward, and how many more its backward needs at once."""
+    inputs = a_tree(num_tokens)
+    with accumulating(), Watch() as watch:
+        hidden_TD = packed_forward(student, *inputs, checkpointing=checkpointing)
+        gc.collect()
+        kept = watch.live()
+        grad_TD = torch.ones_like(hidden_TD)
+        watch.peak = before = watch.live()
+        hidden_TD.backward(grad_TD)
+        return kept, watch.peak - before
+
+
+@needs_cpp
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_bytes_a_token_are_those_of_the_formulas(model: str, checkpointing: bool) -> None:
+    """Exact: what 641 tokens need beyond what 509 do, as gradients of norms do not depend on them."""
+    student = make_student(**MODELS[model], num_hidden_layers=3)
+    accumulate_in_fp32(student.parameters())
+    for _ in range(2):  # .grad of every parameter is there for the second one
+        few, many = (measure(student, num_tokens, checkpointing) for num_tokens in (509, 641))
+    kept, more = ((b - a) / (641 - 509) for a, b in zip(few, many, strict=True))
+    options, hidden = (student.config, torch.float32), 4 * student.config.hidden_size
+    assert kept == kept_bytes_per_token(*options, checkpointing=checkpointing) + hidden
+    assert more == backward_bytes_per_token(*options, checkpointing=checkpointing)
+
+
+@needs_cpp
+def test_frozen_products_keep_no_input() -> None:
+    """What is kept is no more than with trained ones: what element-wise ops and attention need."""
+    student = make_student(**QWEN3)
+    for name, param in student.named_parameters():
+        param.requires_grad_("norm" in name)
+    accumulate_in_fp32(student.parameters())
+    few, many = (measure(student, num_tokens, False)[0] for num_tokens in (509, 641))
+    expected = kept_bytes_per_token(student.config, torch.float32, checkpointing=False)
+    assert (many - few) / (641 - 509) == expected + 4 * student.config.hidden_size
+
+
+@needs_cpp
+@pytest.mark.parametrize("model", MODELS)
+def test_no_product_and_no_attention_twice(model: str) -> None:
+    student = make_student(**MODELS[model])
+    accumulate_in_fp32(student.parameters())
+    inputs = a_tree()
+    with accumulating(), Watch() as watch:
+        hidden_TD = packed_forward(student, *inputs)
+        assert watch.calls["socpo_fast::linear"] == 4 * 2
+        hidden_TD.backward(torch.ones_like(hidden_TD))
+    calls = watch.calls
+    assert calls["socpo_fast::linear"] == 4 * 2  # of two layers
+    assert calls["socpo::matmul_"] == 2 * 4 * 2  # gradients of inputs and of weights
+    assert sum(calls[f"aten::{name}"] for name in ("mm", "addmm", "matmul", "bmm", "linear")) == 0
+    assert calls["socpo_fast::tree_attention"] == calls["socpo_fast::tree_attention_backward"] == 2
+    assert calls["socpo_fast::rotary_qkv"] == 2 * calls["socpo_fast::rotary_qkv_backward"] == 4
