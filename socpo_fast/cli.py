@@ -1,4 +1,4 @@
-"""The command line: `socpo train|eval|rollout|report|env`. Read main, then parse.
+"""The command line: `socpo train|eval|rollout|plan|report|env`. Read main, then parse.
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
@@ -79,7 +79,8 @@ def train(words: Sequence[str]) -> None:
 
 def evaluate(words: Sequence[str]) -> None:
     """unassisted and assisted accuracy of a checkpoint on data.eval: a table, then one JSON line"""
-    config, checkpoint = parse("eval", words)
+    config, options = parse("eval", words)
+    checkpoint = expand_home(options["checkpoint"]) if "checkpoint" in options else None
     metrics = load_trainer().evaluate(config, checkpoint)
     from socpo_fast.report.accuracy import accuracy_text
 
@@ -91,6 +92,15 @@ def rollout(words: Sequence[str]) -> None:
     """roll out without updates; writes runs/NAME/rollouts"""
     config, _ = parse("rollout", words)
     load_trainer().rollout_only(config)
+
+
+def plan(words: Sequence[str]) -> None:
+    """what a run takes of a card's memory, and the least time of a batch; no card needed"""
+    config, options = parse("plan", words)
+    from socpo_fast.report.plan import plan_text
+    from socpo_fast.session import find_student
+
+    print(plan_text(config, find_student(config), options))
 
 
 def load_trainer() -> Any:
@@ -136,6 +146,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "rollout": rollout,
+    "plan": plan,
     "report": report,
     "env": env,
 }
@@ -158,11 +169,15 @@ def command_of(word: str) -> Callable[[Sequence[str]], None]:
     return COMMANDS[word]
 
 
-def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
-    """The configuration that words describe, and --checkpoint of `eval`. Prints --help and exits when that is asked."""
+def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
+    """The configuration that words describe, and the command's own options that are given.
+
+    Prints --help and exits when that is asked.
+    """
+    own = OPTIONS.get(command, {})
     for word, following in pairwise([*words, "--"]):
         name = word.removeprefix("--").replace("-", "_")
-        is_ours = name in {"config", "checkpoint", *fields_of(Config)}
+        is_ours = name in {"config", *own, *fields_of(Config)}
         if word.startswith("--") and following.startswith("--") and is_ours:
             raise ValueError(f"socpo {command}: --{name} must be followed by its value, got nothing; none is a word")
     only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
@@ -171,12 +186,13 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
     fields = fields_of(Config).items()
     defaults = {name: to_text(field.default) for name, field in fields if not field.is_required()}
     tables = {} if toml_path is None else read_toml(toml_path)
-    defaults |= {
+    in_file = {
         f"{section}.{key}": to_text(value)
         for section, table in tables.items()
         if isinstance(table, dict)
         for key, value in table.items()
     }
+    defaults |= in_file
     parsed, unknown = tyro.cli(
         _flags(command, defaults),
         prog=f"socpo {command}",
@@ -194,20 +210,32 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
     # What is given counts, even where it is the default: a file, or data.train, may have another.
     flags = (word for word in words if word.startswith("--"))
     named = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags}
-    config = load_config(toml_path, {name: text for name, text in texts.items() if name in named})
-    has_checkpoint = command == "eval" and parsed.checkpoint != "none"
-    return config, expand_home(parsed.checkpoint) if has_checkpoint else None
+    given = {name: text for name, text in texts.items() if name in named}
+    if command == "plan" and "run.device" not in in_file:  # there is something to plan on a card only
+        given = {"run.device": "cuda"} | given
+    config = load_config(toml_path, given)
+    return config, {name: text for name in own if (text := getattr(parsed, name)) != "none"}
 
 
 CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"
-CHECKPOINT_HELP = "checkpoint folder to evaluate. (none = the run's last one, or student.path)"
+# Of one command: option -> its help and what its value is called.
+OPTIONS = {
+    "eval": {
+        "checkpoint": ("checkpoint folder to evaluate. (none = the run's last one, or student.path)", "FOLDER"),
+    },
+    "plan": {
+        "card": ("kind of card, such as h100. (none = this machine's)", "NAME"),
+        "prompt_tokens": ("of an ordinary prompt, for the time. (none = 300)", "TOKENS"),
+        "answer_tokens": ("of an ordinary answer. (none = rollout.max_new_tokens)", "TOKENS"),
+        "guidance_tokens": ("of ordinary guidance. (none = 130)", "TOKENS"),
+    },
+}
 
 
 def _flags(command: str, defaults: dict[str, str]) -> Any:
     """A dataclass of dataclasses of text: what tyro needs to know of Config to read words and to print help."""
     flags = [_flag("config", CONFIG_HELP, "FILE.toml", "none")]
-    if command == "eval":
-        flags.append(_flag("checkpoint", CHECKPOINT_HELP, "FOLDER", "none"))
+    flags += [_flag(name, *words, "none") for name, words in OPTIONS.get(command, {}).items()]
     fields = fields_of(Config)
     for section, (tag, models) in sections_of(Config).items():
         names = [name for name in fields if name.startswith(f"{section}.")]
