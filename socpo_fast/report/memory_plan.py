@@ -99,21 +99,20 @@ class Plan(NamedTuple):
 
     @property
     def temporaries(self) -> dict[str, int]:
-        """What an update or a rollout makes, whichever is more."""
-        config, model, num_tokens = self.config, self.model, self.config.engine.token_budget
-        rollouts = {"rollouts: a step": sizes.step_bytes(model, self.itemsize, num_tokens)}
-        if config.data.eval is not None and config.eval.top_p < 1:
-            draws = sizes.FILTERED_BYTES * config.engine.max_running * model.vocab_size
-            rollouts["evaluation: draws with top-p"] = draws + 4 * sizes.head_parameters(model)
+        """What an update makes, or an engine's step, whichever is more."""
+        config, model = self.config, self.model
+        step = sizes.step_bytes(model, self.itemsize, config.engine.token_budget)
+        step += sizes.filtered_draw_bytes(model, config.engine.max_running)
+        steps = {"rollouts: a step, draws with top-p": step}
         if not self.is_training:
-            return rollouts
+            return steps
         num_tokens, options = self.num_tokens, {"checkpointing": bool(config.train.checkpointing)}
         kept = num_tokens * sizes.activation_bytes(model, self.itemsize, **options)
         layer = num_tokens * sizes.backward_bytes(model, self.itemsize, **options)
         head = sizes.head_bytes(model, self.itemsize, num_tokens, int(GPU_WORKSPACE_MIB * 2**20))
         name = "LM head: workspace, dW, dx" if head > layer else "one layer's backward"
         updates = {f"update: activations, {num_tokens} tokens": kept, f"update: {name}": max(head, layer)}
-        return max(updates, rollouts, key=lambda parts: sum(parts.values()))
+        return updates if sum(updates.values()) >= step else steps
 
     @property
     def gaps(self) -> int:

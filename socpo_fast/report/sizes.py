@@ -83,6 +83,11 @@ def head_bytes(config: ModelConfig, itemsize: int, num_tokens: int, workspace_by
     return min(workspace_bytes, num_tokens * row_bytes) + 4 * head_parameters(config) + dx_bytes
 
 
+def filtered_draw_bytes(config: ModelConfig, num_rows: int) -> int:
+    """What draws with top-p, those of an evaluation, make: the head in fp32, logits and their sort."""
+    return 4 * head_parameters(config) + FILTERED_BYTES * num_rows * config.vocab_size
+
+
 def step_bytes(config: ModelConfig, itemsize: int, num_tokens: int) -> int:
     """What one layer of an engine step makes at once."""
     attention = 2 * qkv_width(config) + config.num_heads * config.head_dim
