@@ -105,7 +105,7 @@ def test_a_local_teacher_beside_4b_is_refused(planner: Planner) -> None:
     with pytest.raises(ValueError, match="^plan: ") as refused:
         planner("Qwen3-4B", **teacher)
     assert str(refused.value) == TOO_MANY.format("79.1", "H100", "84.4", "5.3") + (
-        f"lower rollout.max_new_tokens, put the teacher behind an endpoint, {LARGER}"
+        f"put the teacher behind an endpoint, {LARGER}"
     )
 
 
@@ -128,7 +128,8 @@ REFUSED = {
     "fp32 of 4B as it is": (
         ["--train.checkpointing", "false"],
         TOO_MANY.format("79.1", "H100", "96.2", "17.1")
-        + f"set train.checkpointing true, lower rollout.max_new_tokens, set student.dtype bfloat16, {LARGER}",
+        + "set train.checkpointing true, lower rollout.max_new_tokens or rollout.guidance_limit, "
+        + f"set student.dtype bfloat16, {LARGER}",
     ),
     "card": (
         ["--card", "h10"],
@@ -269,3 +270,12 @@ def test_a_wrong_plan_is_told_once(planner: Planner, monkeypatch: pytest.MonkeyP
         line = f"memory: the first batch took {card.peak_gib:.1f} GiB, {planned_gib:.1f} were planned"
         assert told == [line] * is_wrong
         told.clear()
+
+
+def test_the_docs_show_what_is_printed(planner: Planner) -> None:
+    docs = (CONFIG.parent.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+    printed = plan_table(planner("Qwen3-4B")).splitlines()
+    assert "\n".join(f"    {line}" for line in printed) in docs
+    for name, card in CARDS.items():
+        rates = f"{card.tb_s:g} | {card.bf16_tflop_s:g} | {card.fp32_tflop_s:g}"
+        assert f"| {name} | {card.total_gib:g} | {rates} |" in docs

@@ -226,12 +226,13 @@ def refusal(plan: Plan) -> str:
     is_shared = card.others_gib > 1
     others = f", {card.others_gib:.1f} of them held by others (a card in use by others)" * is_shared
     is_budget, least = plan.num_tokens > plan.longest[1], max(plan.gradients, plan.kv_of(1))
-    is_short = plan.room + sum(plan.temporaries.values()) > least  # the rest alone would fit
+    kept = next(iter(plan.temporaries.values()))
+    is_short = plan.room + kept > least  # all but the activations would fit
     levers = {
         "use a free card": is_shared,
         "set train.checkpointing true": trains and is_short and not config.train.checkpointing,
         "lower train.token_budget": trains and is_short and is_budget,
-        "lower rollout.max_new_tokens": trains and is_short and not is_budget,
+        "lower rollout.max_new_tokens or rollout.guidance_limit": trains and is_short and not is_budget,
         "lower engine.kv_cache_gib": plan.shared > least,
         "put the teacher behind an endpoint": plan.teacher is not None,
         "set loss.kl_coef 0": trains and config.loss.kl_coef > 0,
