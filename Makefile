@@ -12,7 +12,7 @@ CUDA_TREE := .venv-cuda/tree
 CUDA_INSTALLED := .venv-cuda/.installed
 
 .PHONY: train test test-slow test-cuda-build lint types size aot clean
-.PHONY: gpu-check gpu-rehearse gpu-walk faults
+.PHONY: gpu-check gpu-rehearse gpu-walk kernels-doc faults
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -52,6 +52,10 @@ faults: $(INSTALLED)
 # Every Triton kernel compiled for sm_80, sm_90 and sm_100; needs no GPU.
 aot: $(INSTALLED)
 	$(VENV_PYTHON) -m tools.aot
+
+# docs/kernels.md: what kernels need of a card, and their least time on paper; needs no GPU.
+kernels-doc: $(INSTALLED)
+	$(VENV_PYTHON) -m tools.kernels_doc
 
 # What only a card can tell, in five minutes (MINUTES=8: all of it); exit status 2: no card. It installs and downloads
 # nothing: torch, Triton, transformers and pydantic must be there, in .venv or in PYTHON. Results: runs/gpu_check.

@@ -2,13 +2,13 @@
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
-tyro reads the words and writes --help; config validates values, so a mistake in a file and one on the command line
-read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
+argparse reads the words and writes --help; config validates values, so a mistake in a file and one on the command
+line read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
 Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows
 where), 128 and the signal's number (130 Ctrl-C) for what was stopped.
 """
 
-import dataclasses
+import argparse
 import difflib
 import json
 import os
@@ -17,11 +17,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any, NoReturn
 
 from socpo_fast.config import Config, load_config, read_toml
 from socpo_fast.config.text import describe, expand_home, fields_of, rule_of, sections_of, to_text, unknown_key
@@ -96,7 +93,8 @@ def rollout(words: Sequence[str]) -> None:
 
 def plan(words: Sequence[str]) -> None:
     """what a run takes of a card's memory, and the least time of a batch; no card needed"""
-    config, options = parse("plan", words)
+    # A file may be of a run on a CPU; only who says so here is refused.
+    config, options = parse("plan", ["--run.device", "cuda", *words])
     from socpo_fast.report.plan import plan_text
     from socpo_fast.session import find_student
 
@@ -175,89 +173,79 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
     Prints --help and exits when that is asked.
     """
     own = OPTIONS.get(command, {})
-    for word, following in pairwise([*words, "--"]):
-        name = word.removeprefix("--").replace("-", "_")
-        is_ours = name in {"config", *own, *fields_of(Config)}
-        if word.startswith("--") and following.startswith("--") and is_ours:
-            raise ValueError(f"socpo {command}: --{name} must be followed by its value, got nothing; none is a word")
-    only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
-    toml_path = tyro.cli(only_file, args=words, add_help=False, return_unknown_args=True)[0].config
+    ours = {f"--{name}" for name in ("config", *own, *fields_of(Config))}
+    rest, joined = iter(words), []
+    for word in rest:
+        name, equals, value = word.partition("=")
+        name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
+        if name in ours and not equals:
+            # As one word: a value may begin with a minus.
+            equals, value = "=", next(rest, "--")
+            if value.startswith("--"):
+                raise ValueError(f"socpo {command}: {name} must be followed by its value, got nothing; none is a word")
+        joined.append(name + equals + value)
+    only_file = Reader(add_help=False, allow_abbrev=False)
+    only_file.add_argument("--config", default="none")
+    toml_path = only_file.parse_known_args(joined)[0].config
     toml_path = None if toml_path == "none" else toml_path
-    fields = fields_of(Config).items()
-    defaults = {name: to_text(field.default) for name, field in fields if not field.is_required()}
-    tables = {} if toml_path is None else read_toml(toml_path)
-    in_file = {
-        f"{section}.{key}": to_text(value)
-        for section, table in tables.items()
-        if isinstance(table, dict)
-        for key, value in table.items()
-    }
-    defaults |= in_file
-    parsed, unknown = tyro.cli(
-        _flags(command, defaults),
-        prog=f"socpo {command}",
-        description=f"Command: {COMMANDS[command].__doc__}.",
-        args=words,
-        use_underscores=True,
-        return_unknown_args=True,
-    )
+    # What is given counts, even where it is the default: a file, or data.train, may have another.
+    given, unknown = reader(command, {} if toml_path is None else read_toml(toml_path)).parse_known_args(joined)
     if unknown:
-        name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
         if not unknown[0].startswith("--"):
             raise ValueError(f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key value")
-        raise ValueError(unknown_key(Config, name))
-    texts = {f"{s}.{key}": text for s in sections_of(Config) for key, text in vars(getattr(parsed, s)).items()}
-    # What is given counts, even where it is the default: a file, or data.train, may have another.
-    flags = (word for word in words if word.startswith("--"))
-    named = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags}
-    given = {name: text for name, text in texts.items() if name in named}
-    if command == "plan" and "run.device" not in in_file:  # there is something to plan on a card only
-        given = {"run.device": "cuda"} | given
-    config = load_config(toml_path, given)
-    return config, {name: text for name in own if (text := getattr(parsed, name)) != "none"}
+        raise ValueError(unknown_key(Config, unknown[0].partition("=")[0].removeprefix("--")))
+    texts = vars(given)
+    del texts["config"]
+    options = {name: text for name in own if (text := texts.pop(name, "none")) != "none"}
+    return load_config(toml_path, texts), options
+
+
+class Reader(argparse.ArgumentParser):
+    """Reads words; what it cannot read is refused in one line, as everything else is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}")
+
+
+def reader(command: str, tables: dict[str, Any]) -> Reader:
+    """A reader of every setting as text, with the defaults of a file's tables in its --help."""
+    found = Reader(
+        prog=f"socpo {command}",
+        usage="%(prog)s [--config FILE.toml] [--section.key VALUE ...]",
+        description=f"{COMMANDS[command].__doc__}.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    found.add_argument("--config", metavar="FILE.toml", default="none", help=CONFIG_HELP)
+    for name, (metavar, meaning) in OPTIONS.get(command, {}).items():
+        found.add_argument(f"--{name}", metavar=metavar, help=meaning)
+    fields = fields_of(Config)
+    for section, (tag, models) in sections_of(Config).items():
+        first = next(iter(models.values()))
+        group = found.add_argument_group(section, first.__mro__[1 if tag else 0].__doc__)
+        table = tables.get(section)
+        for name in (name for name in fields if name.startswith(f"{section}.")):
+            default = None if fields[name].is_required() else fields[name].default
+            if isinstance(table, dict):
+                default = table.get(name.removeprefix(f"{section}."), default)
+            meaning = f"{describe(Config, name)}. ({rule_of(Config, name)}) (default: {to_text(default)})"
+            group.add_argument(f"--{name}", metavar="VALUE", help=meaning.replace("%", "%%"))
+    return found
 
 
 CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"
-# Of one command: option -> its help and what its value is called.
+# Of one command: option -> what its value is called, and its help.
 OPTIONS = {
     "eval": {
-        "checkpoint": ("checkpoint folder to evaluate. (none = the run's last one, or student.path)", "FOLDER"),
+        "checkpoint": ("FOLDER", "checkpoint folder to evaluate. (none = the run's last one, or student.path)"),
     },
     "plan": {
-        "card": ("kind of card, such as h100. (none = this machine's)", "NAME"),
-        "prompt_tokens": ("of an ordinary prompt, for the time. (none = 300)", "TOKENS"),
-        "answer_tokens": ("of an ordinary answer. (none = rollout.max_new_tokens)", "TOKENS"),
-        "guidance_tokens": ("of ordinary guidance. (none = 130)", "TOKENS"),
+        "card": ("NAME", "kind of card, such as h100. (none = this machine's)"),
+        "prompt_tokens": ("TOKENS", "of an ordinary prompt, for the time. (none = 300)"),
+        "answer_tokens": ("TOKENS", "of an ordinary answer. (none = rollout.max_new_tokens)"),
+        "guidance_tokens": ("TOKENS", "of ordinary guidance. (none = 130)"),
     },
 }
-
-
-def _flags(command: str, defaults: dict[str, str]) -> Any:
-    """A dataclass of dataclasses of text: what tyro needs to know of Config to read words and to print help."""
-    flags = [_flag("config", CONFIG_HELP, "FILE.toml", "none")]
-    flags += [_flag(name, *words, "none") for name, words in OPTIONS.get(command, {}).items()]
-    fields = fields_of(Config)
-    for section, (tag, models) in sections_of(Config).items():
-        names = [name for name in fields if name.startswith(f"{section}.")]
-        keys = [
-            _flag(
-                name.removeprefix(f"{section}."),
-                f"{describe(Config, name)}. ({rule_of(Config, name)})",
-                "VALUE",
-                defaults.get(name, "none"),
-            )
-            for name in names
-        ]
-        first = next(iter(models.values()))
-        table = dataclasses.make_dataclass(section, keys)
-        table.__doc__ = first.__mro__[1 if tag else 0].__doc__
-        flags.append((section, table, dataclasses.field(default_factory=table)))
-    return dataclasses.make_dataclass(command, flags)
-
-
-def _flag(name: str, help_text: str, metavar: str, default: str) -> tuple[str, Any, Any]:
-    annotation = Annotated[str, tyro.conf.arg(help=help_text, metavar=metavar)]
-    return name, annotation, dataclasses.field(default=default)
 
 
 if __name__ == "__main__":
