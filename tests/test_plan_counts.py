@@ -9,7 +9,7 @@ import torch
 
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.report import sizes
-from socpo_fast.report.batch_time import Assumed, batch_seconds
+from socpo_fast.report.batch_time import batch_seconds
 from socpo_fast.report.memory_plan import Plan
 from tests.plans import RAW, Planner, planner
 
@@ -135,14 +135,14 @@ def test_the_longest_rollout(planner: Planner) -> None:
     assert cut.longest == (40960, 40960 + 36000 - 1024)
 
 
-ORDINARY = Assumed(prompt=300, answer=1000, guidance=130)
+ORDINARY = {"prompt": 300, "answer": 1000, "guidance": 130}
 
 
 def test_seconds_counted_by_hand(planner: Planner) -> None:
     """Qwen3-0.6B in bf16 on an H100: 3.0 TB/s, 798 TFLOP/s. 256 first attempts, 128 second ones."""
     plan = planner("Qwen3-0.6B", train__token_budget=8192)
     assert 256 * 1300 < plan.kv_pages * 32 > 128 * 2430, "all run at once"
-    seconds = batch_seconds(plan, ORDINARY)
+    seconds = batch_seconds(plan, **ORDINARY)
     # Both rounds read the weights 1000 times; a token sees its context and half of its attempt,
     # but of the prompt, which 32 groups share, only one rollout's part is read.
     seen = 256 * 800 + 128 * 1930 - (256 - 32) * 300 - (128 - 32) * 300
@@ -168,7 +168,7 @@ def test_seconds_counted_by_hand(planner: Planner) -> None:
 
 
 def took(plan: Plan, phase: str) -> float:
-    return batch_seconds(plan, ORDINARY)[phase]
+    return batch_seconds(plan, **ORDINARY)[phase]
 
 
 def test_what_settings_change_about_seconds(planner: Planner) -> None:
@@ -203,4 +203,4 @@ def test_seconds_of_a_local_teacher(planner: Planner) -> None:
     assert took(plan, "rollouts: local teacher") == pytest.approx(expected)
     alone = planner("Qwen3-0.6B", **teacher, rollout__max_attempts=1)
     assert alone.teacher is None
-    assert not [name for name in batch_seconds(alone, ORDINARY) if "teacher" in name]
+    assert not [name for name in batch_seconds(alone, **ORDINARY) if "teacher" in name]

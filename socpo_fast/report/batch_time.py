@@ -27,14 +27,6 @@ STREAM_PASSES, QKV_PASSES, SWIGLU_PASSES = 20, 6, 9
 ADAMW_BYTES, SUM_BYTES = 32, 8
 
 
-class Assumed(NamedTuple):
-    """Lengths of an ordinary rollout, tokens."""
-
-    prompt: int
-    answer: int
-    guidance: int
-
-
 class Spans(NamedTuple):
     """So many texts of one length, each behind a context."""
 
@@ -52,16 +44,20 @@ class Spans(NamedTuple):
         return self.tokens * (self.context + self.length / 2)
 
 
-def batch_seconds(plan: Plan, assumed: Assumed) -> dict[str, float]:
-    """Seconds of each phase of a batch, at least, on a card whose rates are known."""
-    rollout, turn = plan.config.rollout, assumed.answer + assumed.guidance
+def batch_seconds(plan: Plan, *, prompt: int, answer: int, guidance: int) -> dict[str, float]:
+    """Seconds of each phase of a batch, at least, on a card whose rates are known.
+
+    Args:
+        prompt, answer, guidance: tokens of ordinary ones.
+    """
+    rollout = plan.config.rollout
     num_rollouts = rollout.questions_per_batch * rollout.group_size
     attempts = [
-        Spans(num_rollouts * RESUMED**k, assumed.prompt + k * turn, assumed.answer) for k in range(rollout.max_attempts)
+        Spans(num_rollouts * RESUMED**k, prompt + k * (answer + guidance), answer) for k in range(rollout.max_attempts)
     ]
     # Guidance stands before the attempt that sees it.
-    seams = [Spans(x.num_texts, x.context - assumed.guidance, assumed.guidance) for x in attempts[1:]]
-    prompts = Spans(rollout.questions_per_batch, 0, assumed.prompt)
+    seams = [Spans(x.num_texts, x.context - guidance, guidance) for x in attempts[1:]]
+    prompts = Spans(rollout.questions_per_batch, 0, prompt)
     seconds = rollout_seconds(plan, prompts, attempts, seams)
     if plan.is_training:
         seconds |= update_seconds(plan, attempts, [prompts, *attempts, *seams])
@@ -75,9 +71,8 @@ def flops_a_second(plan: Plan, itemsize: int) -> float:
 def rollout_seconds(plan: Plan, prompts: Spans, attempts: list[Spans], seams: list[Spans]) -> dict[str, float]:
     """Decode, prefill and a local teacher's both: memory bounds all of it, so they add up."""
     model, itemsize, byte_s = plan.model, plan.itemsize, 1e12 * plan.card.tb_s
-    room = plan.kv_pages * plan.config.engine.page_size
-    running = plan.config.engine.max_running
-    decode = sum(decode_bytes(model, itemsize, x, running, room) for x in attempts)
+    capacity = plan.config.engine.max_running, plan.kv_pages * plan.config.engine.page_size
+    decode = sum(decode_bytes(model, itemsize, x, *capacity) for x in attempts)
     # A prompt is read once for the rollouts of its group.
     shared = sum(max(x.num_texts - prompts.num_texts, 0) * x.length * prompts.length for x in attempts)
     read = prompts.tokens + sum(x.tokens for x in seams)
@@ -94,8 +89,7 @@ def rollout_seconds(plan: Plan, prompts: Spans, attempts: list[Spans], seams: li
         asked = Spans(sum(x.num_texts for x in seams), seen, seams[0].length)
         decode = decode_bytes(plan.teacher, itemsize, asked, TEACHER_RUNNING, room)
         flops = 2 * sizes.layer_parameters(plan.teacher) * asked.num_texts * seen
-        took = decode / byte_s + flops / flops_a_second(plan, itemsize)
-        seconds["rollouts: local teacher"] = took
+        seconds["rollouts: local teacher"] = decode / byte_s + flops / flops_a_second(plan, itemsize)
     return seconds
 
 
@@ -108,7 +102,7 @@ def decode_bytes(model: ModelConfig, itemsize: int, texts: Spans, max_running: i
 
 def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict[str, float]:
     """Log-probs that are computed before the updates, and the updates of all epochs."""
-    config, model = plan.config, plan.model
+    config, model, epochs = plan.config, plan.model, plan.config.train.epochs
     byte_s, flop_s = 1e12 * plan.card.tb_s, flops_a_second(plan, plan.itemsize)
     num_tokens = sum(x.tokens for x in tree)
     layers = 2 * num_tokens * sizes.layer_parameters(model)
@@ -123,14 +117,13 @@ def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict
     traffic = num_tokens * model.num_layers * passes * plan.itemsize
     num_updates = config.rollout.questions_per_batch / config.train.questions_per_update
     optimizer = ADAMW_BYTES * num_updates + SUM_BYTES * max(num_tokens / plan.num_tokens, num_updates)
-    seconds = {
+    optimizer *= sizes.num_parameters(model)
+    return {
         "log-probs before": forward * num_forwards(plan, num_updates) / flop_s,
-        "updates: products": update / flop_s,
-        "updates: elementwise": traffic / byte_s,
-        "updates: optimizer, sums of gradients": optimizer * sizes.num_parameters(model) / byte_s,
+        "updates: products": epochs * update / flop_s,
+        "updates: elementwise": epochs * traffic / byte_s,
+        "updates: optimizer, sums of gradients": epochs * optimizer / byte_s,
     }
-    epochs = config.train.epochs
-    return {name: took * (epochs if "updates" in name else 1) for name, took in seconds.items()}
 
 
 def num_forwards(plan: Plan, num_updates: float) -> float:

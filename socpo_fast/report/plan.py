@@ -8,13 +8,14 @@ from pathlib import Path
 from socpo_fast.config import Config
 from socpo_fast.config.text import to_text
 from socpo_fast.ops._checks import check_rule
-from socpo_fast.report.batch_time import RESUMED, Assumed, batch_seconds
+from socpo_fast.report.batch_time import RESUMED, batch_seconds
 from socpo_fast.report.cards import GIB, card_named
 from socpo_fast.report.memory_plan import Plan, make_plan
 from socpo_fast.report.sizes import activation_bytes, num_parameters
 
 # Of lengths that no setting tells: an ordinary prompt and ordinary guidance.
 PROMPT_TOKENS, GUIDANCE_TOKENS = 300, 130
+LENGTHS = ("prompt", "answer", "guidance")
 CHOSEN = ("engine.kv_cache_gib", "train.token_budget", "train.checkpointing")
 
 
@@ -27,7 +28,7 @@ def plan_text(config: Config, student_folder: Path, options: Mapping[str, str]) 
     device = config.run.device
     rule = "cuda, or left out: on a CPU there is nothing to plan"
     check_rule("plan", "run.device", device, device != "cpu", rule)
-    lengths = {name: text for name in Assumed._fields if (text := options.get(f"{name}_tokens"))}
+    lengths = {name: text for name in LENGTHS if (text := options.get(f"{name}_tokens"))}
     for name, text in lengths.items():
         is_count = text.isdecimal() and int(text) > 0
         check_rule("plan", f"--{name}-tokens", text, is_count, "an integer >= 1")
@@ -52,21 +53,20 @@ def plan_table(plan: Plan, **lengths: int) -> str:
     ]
     if not card.tb_s:
         return "\n".join([*lines, f"no times: the rates of {card.name} are not known"])
-    known = {
+    ordinary = {
         "prompt": min(PROMPT_TOKENS, asked.data.max_prompt_tokens),
         "answer": asked.rollout.max_new_tokens,
         "guidance": min(GUIDANCE_TOKENS, asked.rollout.guidance_limit),
     }
-    assumed = Assumed(**{**known, **lengths})
-    seconds = batch_seconds(plan, assumed)
+    seconds = batch_seconds(plan, **(ordinary | lengths))
+    seconds["together"] = sum(seconds.values())
+    words = ", ".join(f"{name} {length}" for name, length in (ordinary | lengths).items())
     rates = f"{card.tb_s:g} TB/s, {card.bf16_tflop_s:g} TFLOP/s in bf16, {card.fp32_tflop_s:g} in fp32"
-    words = ", ".join(f"{name} {length}" for name, length in assumed._asdict().items())
     return "\n".join(
         [
             *lines,
             f"time of a batch, seconds, at least: {words} tokens, {RESUMED:.0%} resumed",
             *(f"  {name:<42}{took:8.2f}" for name, took in seconds.items()),
-            f"  {'together':<42}{sum(seconds.values()):8.2f}",
             f"  at {rates} ({card.source})",
         ]
     )
