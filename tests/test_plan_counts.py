@@ -185,6 +185,10 @@ def test_what_settings_change_about_seconds(planner: Planner) -> None:
     assert took(single, before) == pytest.approx(took(plan, before) * slower)
     recomputing = planner("Qwen3-0.6B", train__checkpointing=True)
     assert 1.2 < took(recomputing, products) / took(plan, products) < 1.4
+    tight = planner("Qwen3-0.6B", engine__kv_cache_gib=7.0)  # 65,536 tokens
+    waves = 256 / (65536 / 800) + 128 / (65536 / 1930)  # at their mean lengths
+    more = took(tight, "rollouts: decode") - took(plan, "rollouts: decode")
+    assert more == pytest.approx((waves - 2) * 1000 * 2 * 596_049_920 / 3.0e12)
     few = planner("Qwen3-0.6B", engine__max_running=64)
     weights = 3 * 2000 * 2 * 596_049_920 / 3.0e12  # 3 x 64 more at once before
     more = took(few, "rollouts: decode") - took(plan, "rollouts: decode")

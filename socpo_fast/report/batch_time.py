@@ -95,7 +95,8 @@ def rollout_seconds(plan: Plan, prompts: Spans, attempts: list[Spans], seams: li
 
 def decode_bytes(model: ModelConfig, itemsize: int, texts: Spans, max_running: int, room: int) -> float:
     """Weights once a step, and at each step the keys and values of what was there before."""
-    at_once = min(max_running, texts.num_texts, max(room // (texts.context + texts.length), 1))
+    mean_length = texts.context + texts.length / 2
+    at_once = min(max_running, texts.num_texts, max(room / mean_length, 1))
     weights = itemsize * (sizes.layer_parameters(model) + sizes.head_parameters(model))
     return texts.tokens / at_once * weights + texts.pairs * sizes.kv_bytes(model, itemsize)
 
