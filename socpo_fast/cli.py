@@ -1,4 +1,4 @@
-"""The command line: `socpo train|eval|rollout|report|env`. Read main, then parse.
+"""The command line: `socpo train|eval|rollout|plan|report|env`. Read main, then parse.
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
@@ -76,7 +76,8 @@ def train(words: Sequence[str]) -> None:
 
 def evaluate(words: Sequence[str]) -> None:
     """unassisted and assisted accuracy of a checkpoint on data.eval: a table, then one JSON line"""
-    config, checkpoint = parse("eval", words)
+    config, options = parse("eval", words)
+    checkpoint = expand_home(options["checkpoint"]) if "checkpoint" in options else None
     metrics = load_trainer().evaluate(config, checkpoint)
     from socpo_fast.report.accuracy import accuracy_text
 
@@ -88,6 +89,16 @@ def rollout(words: Sequence[str]) -> None:
     """roll out without updates; writes runs/NAME/rollouts"""
     config, _ = parse("rollout", words)
     load_trainer().rollout_only(config)
+
+
+def plan(words: Sequence[str]) -> None:
+    """what a run takes of a card's memory, and the least time of a batch; no card needed"""
+    # A file may be of a run on a CPU; only who says so here is refused.
+    config, options = parse("plan", ["--run.device", "cuda", *words])
+    from socpo_fast.report.plan import plan_text
+    from socpo_fast.session import find_student
+
+    print(plan_text(config, find_student(config), options))
 
 
 def load_trainer() -> Any:
@@ -133,6 +144,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "rollout": rollout,
+    "plan": plan,
     "report": report,
     "env": env,
 }
@@ -155,9 +167,13 @@ def command_of(word: str) -> Callable[[Sequence[str]], None]:
     return COMMANDS[word]
 
 
-def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
-    """The configuration that words describe, and --checkpoint of `eval`. Prints --help and exits when that is asked."""
-    ours = {f"--{name}" for name in ("config", "checkpoint", *fields_of(Config))}
+def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
+    """The configuration that words describe, and the command's own options that are given.
+
+    Prints --help and exits when that is asked.
+    """
+    own = OPTIONS.get(command, {})
+    ours = {f"--{name}" for name in ("config", *own, *fields_of(Config))}
     rest, joined = iter(words), []
     for word in rest:
         name, equals, value = word.partition("=")
@@ -179,9 +195,9 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
             raise ValueError(f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key value")
         raise ValueError(unknown_key(Config, unknown[0].partition("=")[0].removeprefix("--")))
     texts = vars(given)
-    checkpoint = texts.pop("checkpoint", "none")
     del texts["config"]
-    return load_config(toml_path, texts), None if checkpoint == "none" else expand_home(checkpoint)
+    options = {name: text for name in own if (text := texts.pop(name, "none")) != "none"}
+    return load_config(toml_path, texts), options
 
 
 class Reader(argparse.ArgumentParser):
@@ -201,8 +217,8 @@ def reader(command: str, tables: dict[str, Any]) -> Reader:
         argument_default=argparse.SUPPRESS,
     )
     found.add_argument("--config", metavar="FILE.toml", default="none", help=CONFIG_HELP)
-    if command == "eval":
-        found.add_argument("--checkpoint", metavar="FOLDER", help=CHECKPOINT_HELP)
+    for name, (metavar, meaning) in OPTIONS.get(command, {}).items():
+        found.add_argument(f"--{name}", metavar=metavar, help=meaning)
     fields = fields_of(Config)
     for section, (tag, models) in sections_of(Config).items():
         first = next(iter(models.values()))
@@ -218,7 +234,18 @@ def reader(command: str, tables: dict[str, Any]) -> Reader:
 
 
 CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"
-CHECKPOINT_HELP = "checkpoint folder to evaluate. (none = the run's last one, or student.path)"
+# Of one command: option -> what its value is called, and its help.
+OPTIONS = {
+    "eval": {
+        "checkpoint": ("FOLDER", "checkpoint folder to evaluate. (none = the run's last one, or student.path)"),
+    },
+    "plan": {
+        "card": ("NAME", "kind of card, such as h100. (none = this machine's)"),
+        "prompt_tokens": ("TOKENS", "of an ordinary prompt, for the time. (none = 300)"),
+        "answer_tokens": ("TOKENS", "of an ordinary answer. (none = rollout.max_new_tokens)"),
+        "guidance_tokens": ("TOKENS", "of ordinary guidance. (none = 130)"),
+    },
+}
 
 
 if __name__ == "__main__":

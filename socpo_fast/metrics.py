@@ -33,6 +33,7 @@ METRICS: dict[str, str] = {
     "perf/preemptions": "sequences that gave up their pages and were recomputed, count",
     "perf/tokens_forwarded": "tokens that passed the layers in the update, count",
     "perf/unique_tokens": "nodes of the rollout trees of the update (prompt once a group), tokens",
+    "perf/peak_memory_gib": "most memory of tensors on the card since the run started, GiB",
     "perf/microbatches": "forward-backward passes of the update, count",
     "time/rollout_s": "rollout, guidance included, s",
     "time/teacher_wait_s": "mean wait of a guided rollout for its teacher, s",

@@ -15,6 +15,9 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.ops import CreditOptions
 from socpo_fast.ops._checks import check_rule
+from socpo_fast.report.cards import GIB
+from socpo_fast.report.memory_plan import settle
+from socpo_fast.report.plan import plan_table
 from socpo_fast.report.scores import Scores
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
@@ -44,18 +47,19 @@ class Session:
     """The student and those around it.
 
     student_folder is where weights and tokenizer were read. for_training leaves the student
-    trainable and loads `reference`, the frozen start, where loss.kl_coef asks for one. The engine
-    is made last: under engine.kv_cache_gib auto it takes what the others leave of a card.
+    trainable and loads `reference`, the frozen start, where loss.kl_coef asks for one. config has
+    nothing at "auto" that decides memory: on a card `plan` has decided it before anything is made
+    there. The engine is made last, as it takes what the others leave.
     """
 
     def __init__(self, config: Config, *, for_training: bool = False):
-        self.config = config
         set_threads(config.run.threads)
         bound_kernel_caches()
         device = select_device(config.run.device)
-        path = config.student.path
-        self.student_folder = molar_mass.STUDENT_DIR if path == "builtin" else Path(path)
+        self.student_folder = find_student(config)
         check_whole(self.student_folder)
+        self.config, self.plan = settle(config, self.student_folder, device, is_training=for_training)
+        config = self.config
         self.grader = make_grader(config.data.grader, **config.grader.model_dump())
         self.student = self._load_student(device).requires_grad_(for_training)
         self.tokenizer = load_tokenizer(self.student_folder)  # after the model, which reports a bad config.json better
@@ -73,12 +77,28 @@ class Session:
         self.options = rollout_options(config)
         self.uses_teacher = self.options.max_attempts > 1
         self.teacher = make_teacher(config, device=str(device))
-        self._is_teacher_tried = False
+        self._is_teacher_tried = self._is_peak_told = False
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
             self.reference = self._load_student(device).requires_grad_(False)
         self.engine = Engine(self.student, **config.engine.model_dump())
         self._check_room()
+
+    @property
+    def memory_note(self) -> str:
+        """How memory is used, for people: one line, and on a card the plan."""
+        return self.engine.kv_cache.note if self.plan is None else plan_table(self.plan)
+
+    def peak_memory(self, tell: Callable[[str], None]) -> dict[str, float]:
+        """The most memory of tensors on a card until now; tells once where the plan was wrong."""
+        if self.plan is None:
+            return {}
+        peak_gib = torch.cuda.max_memory_allocated(self.config.run.device) / GIB
+        planned_gib = self.plan.peak_bytes / GIB
+        if not self._is_peak_told and abs(peak_gib - planned_gib) > 0.1 * planned_gib:
+            tell(f"memory: the first batch took {peak_gib:.1f} GiB, {planned_gib:.1f} were planned")
+        self._is_peak_told = True
+        return {"perf/peak_memory_gib": peak_gib}
 
     def close(self) -> None:
         wait([background(self.teacher.aclose())], timeout=CLOSE_S)
@@ -234,6 +254,12 @@ class Session:
         """Ends the run with a line that says how the teacher is silent, unless that is allowed."""
         if self.config.teacher.on_silence == "stop":
             raise ValueError(f"{line}; mend it, or set teacher.on_silence continue")
+
+
+def find_student(config: Config) -> Path:
+    """The folder that student.path names."""
+    path = config.student.path
+    return molar_mass.STUDENT_DIR if path == "builtin" else Path(path)
 
 
 def rollout_options(config: Config) -> RolloutOptions:

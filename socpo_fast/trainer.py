@@ -69,7 +69,7 @@ def rollout_only(config: Config) -> None:
         questions = session.train_questions()
         sources = sources_of(questions)
         with Progress(num_batches=config.run.num_batches, live=config.run.live) as progress:
-            progress.note(session.engine.kv_cache.note)
+            progress.note(session.memory_note)
             watch = GuidanceWatch(progress)
             for batch in range(1, config.run.num_batches + 1):
                 chosen = pick_questions(config, questions, batch)
@@ -102,7 +102,7 @@ class Trainer:
         # Too few questions are refused here, before anything is written.
         pick_questions(config, self.train_questions, 1)
         self.credit = credit_options(config)
-        self.updater = Updater(self.student, config, reference=self.session.reference)
+        self.updater = Updater(self.student, self.session.config, reference=self.session.reference)
         self.optimizer = self.updater.optimizer
         self.state, self.config_text = self.start_or_resume()
         self.signals = StopSignals()
@@ -126,6 +126,7 @@ class Trainer:
         return state, settings_text(
             self.config,
             run / "config.toml",
+            now=deciding(self.session.config),
             num_updates=self.optimizer.num_updates,
             before=record,
             data=data,
@@ -185,7 +186,7 @@ class Trainer:
         self.progress = stack.enter_context(progress)
         self.guidance_watch = GuidanceWatch(progress)
         first = first_line(config.run, self.student, self.resumed_from)
-        for note in (first, self.engine.kv_cache.note, *self.session.bridge.notes):
+        for note in (first, self.session.memory_note, *self.session.bridge.notes):
             progress.note(note)
         if self.state.batch >= config.run.num_batches:
             progress.note(f"finished at batch {self.state.batch}; raise run.num_batches to go on")
@@ -226,7 +227,7 @@ class Trainer:
         )
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
-        self.record(metrics, kind="batch")
+        self.record(metrics | self.session.peak_memory(self.progress.note), kind="batch")
         silence = self.guidance_watch.told(rollouts, metrics)
         if silence and not is_last:  # there is nothing to stop after the last one
             self.session.refuse_silence(silence)
@@ -285,7 +286,7 @@ class Trainer:
             self.checkpoints,
             student=self.student,
             optimizer=self.optimizer,
-            trainer_state=self.state.to_record() | {"settings": deciding(self.config)},
+            trainer_state=self.state.to_record() | {"settings": deciding(self.session.config)},
             tokenizer_from=self.session.student_folder,
         )
         (self.checkpoints / NONE_YET).unlink(missing_ok=True)

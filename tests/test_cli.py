@@ -54,8 +54,8 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     ids=["spaces", "equals signs, file last", "last one counts"],
 )
 def test_words_override_the_file_in_any_order(words: list[str], toml_path: str) -> None:
-    config, checkpoint = parse("train", [word.replace("FILE", toml_path) for word in words])
-    assert (config.run.name, config.train.lr, config.run.live, checkpoint) == ("from_file", 0.5, False, None)
+    config, options = parse("train", [word.replace("FILE", toml_path) for word in words])
+    assert (config.run.name, config.train.lr, config.run.live, options) == ("from_file", 0.5, False, {})
 
 
 def test_a_word_equal_to_the_default_still_overrides_the_file(toml_path: str) -> None:

@@ -91,6 +91,18 @@ def test_free_settings_need_no_consent(run_dir: Path) -> None:
     assert load_config(run_dir / "run" / "config.toml").engine.max_running == 3
 
 
+def test_what_auto_stood_for_is_on_record(run_dir: Path, capsys: Capture) -> None:
+    """The run's microbatches of 8192 tokens stay so, whatever word asks for them."""
+    assert load_config(run_dir / "run" / "config.toml").train.token_budget == "auto"
+    words = {"run.num_batches": 2, "train.token_budget": 8192, "train.checkpointing": "true"}
+    assert main(words_of("train", run_dir, words)) == 0
+    assert history_of(run_dir) == []
+    assert load_config(run_dir / "run" / "config.toml").train.token_budget == 8192
+    smaller = {"run.num_batches": 3, "train.token_budget": 4096}
+    assert main(words_of("train", run_dir, smaller)) == 2
+    assert_refused(capsys.readouterr().err, f"{MUST}train.token_budget: 8192 -> 4096; ")
+
+
 def test_free_settings_are_settings() -> None:
     assert set(FREE) <= set(fields_of(Config))
 

@@ -9,7 +9,7 @@ import tomllib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
@@ -83,6 +83,21 @@ class Config(Section):
         """The run folder, run.dir/run.name."""
         return Path(self.run.dir) / self.run.name
 
+    def settled(
+        self,
+        *,
+        token_budget: int = 8192,
+        checkpointing: bool = False,
+        kv_cache_gib: float | Literal["auto"] = "auto",
+    ) -> Self:
+        """The config with these in place of "auto", by default a CPU's; what was fixed stays.
+
+        "auto" for the KV cache leaves that to the engine.
+        """
+        train = _without_auto(self.train, token_budget=token_budget, checkpointing=checkpointing)
+        engine = _without_auto(self.engine, kv_cache_gib=kv_cache_gib)
+        return self.model_copy(update={"train": train, "engine": engine})
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if conflict := find_conflicts(self):
@@ -90,6 +105,11 @@ class Config(Section):
         for suspicion in find_suspicious(self):
             warnings.warn(f"config: {suspicion}", stacklevel=2)
         return self
+
+
+def _without_auto(section: Section, **chosen: object) -> Section:
+    is_auto = (name for name in chosen if getattr(section, name) == "auto")
+    return section.model_copy(update={name: chosen[name] for name in is_auto})
 
 
 def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:

@@ -188,11 +188,17 @@ class TrainConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the gradient's mean")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the squared gradient's mean")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
-    token_budget: int = Field(default=8192, ge=1, description="tokens of a microbatch; a longer group is taken alone")
+    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="tokens of a microbatch, a longer rollout alone; auto = 8192 on a CPU, what fits a card",
+    )
     packing: Literal["tree", "rows"] = Field(
         default="tree", description="tree = every shared token forwarded once; rows = one row a rollout"
     )
-    checkpointing: bool = Field(default=False, description="recompute layers in the backward: less memory, more time")
+    checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="recompute layers in the backward: less memory, more time; auto = where it must be, on a card",
+    )
     max_bad_updates: int = Field(default=5, ge=1, description="stop after so many non-finite updates in a row")
 
 

@@ -2,7 +2,8 @@
 
 Departure from a serving engine: the cache is no share of the card, since the trainer lives there
 too. It is made once, before the first update, so all that an update will need is left free: a cache
-too large by that much would end the run at its first update, not at its start.
+too large by that much would end the run at its first update, not at its start. A run counts more
+closely, with its own lengths (report/memory_plan.py); this rule is the one of an Engine used alone.
 """
 
 from math import inf
@@ -13,19 +14,15 @@ import torch
 from socpo_fast.engine.runner import Runner
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops._checks import check_rule
-from socpo_fast.ops._head import default_workspace_mib
 
 GIB = 2**30
 CPU_GIB = 1.0
 # For each parameter that is trained: gradient and two moments in fp32, and beside a bf16 one the low
 # half of its master.
 OPTIMIZER_BYTES = {torch.float32: 12, torch.bfloat16: 14}
-# A quarter of the card is for the activations of a microbatch, for what rollouts allocate beside
-# the pages, and for the gaps that an allocator leaves. Of an H100 it is 19.8 GiB. By count, the
-# default of train.token_budget, 8192 tokens, saves 18.6 GiB with Qwen3-1.7B in bf16; a larger
-# student, or fp32, needs fewer tokens or train.checkpointing.
-ACTIVATION_SHARE = 0.25
-HEAD_SLACK_BYTES = 256 * 2**20  # what the policy head takes beside its workspace and dW
+# For the activations of a microbatch, the policy head, what rollouts allocate beside the pages, and
+# the gaps that an allocator leaves. Of an H100 it is 23.7 GiB.
+ACTIVATION_SHARE = 0.3
 
 
 class KVCacheSize(NamedTuple):
@@ -58,12 +55,10 @@ def kv_cache_size(
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    workspace_bytes = int(default_workspace_mib(device) * 2**20)
     return auto_kv_cache_size(
         free_bytes + unused_bytes,
         total_bytes,
         optimizer_bytes=OPTIMIZER_BYTES.get(weight.dtype, 0) * num_trained,
-        head_bytes=workspace_bytes + 4 * weight.numel() + HEAD_SLACK_BYTES,
         page_bytes=Runner.page_bytes(student, page_size),
         max_pages=max_running * -(-student.config.max_position_embeddings // page_size),
     )
@@ -74,23 +69,21 @@ def auto_kv_cache_size(
     total_bytes: int,
     *,
     optimizer_bytes: int,
-    head_bytes: int,
     page_bytes: int,
     max_pages: int,
 ) -> KVCacheSize:
     """What a card can give to the KV cache, out of what is free on it with the weights in place.
 
-        min(free - optimizer - (ACTIVATION_SHARE * total + head), max_pages * page)
+        min(free - optimizer - ACTIVATION_SHARE * total, max_pages * page)
 
     Args:
         optimizer_bytes: gradients and moments that updates will make.
-        head_bytes:      most that the policy head takes at once, dW included.
         max_pages:       pages that max_running sequences of the model's longest context fill.
 
     Raises:
         ValueError: less than a page is left.
     """
-    reserve_bytes = int(ACTIVATION_SHARE * total_bytes) + head_bytes
+    reserve_bytes = int(ACTIVATION_SHARE * total_bytes)
     left_bytes = free_bytes - optimizer_bytes - reserve_bytes
     parts = (
         f"{free_bytes / GIB:.1f} free, {optimizer_bytes / GIB:.1f} for gradients and moments, "

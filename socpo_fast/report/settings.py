@@ -53,6 +53,7 @@ FREE = {
     "engine.kv_cache_gib": "speed; tokens do not depend on scheduling",
     "engine.max_running": "speed; tokens do not depend on scheduling",
     "engine.token_budget": "speed; tokens do not depend on scheduling",
+    "train.checkpointing": "memory and speed; the same bits either way",
     "teacher.url": "where the teacher runs; teacher.model is compared",
     "teacher.api_key_env": "where the key stands",
     "teacher.max_concurrency": "how fast the teacher is asked",
@@ -68,6 +69,7 @@ def settings_text(
     config: Config,
     path: Path,
     *,
+    now: Mapping[str, Any],
     num_updates: int,
     before: Mapping[str, Any],
     data: Mapping[str, str],
@@ -76,7 +78,8 @@ def settings_text(
     """The config.toml of a run that goes on after num_updates updates; tells of what has changed.
 
     Args:
-        config:      the settings from now on.
+        config:      the settings from now on, as they are asked for.
+        now:         those of them that decide results, with what stands for "auto" here.
         path:        config.toml of the run that made the checkpoint; only its history is read, as
                      people edit the rest.
         before:      the checkpoint's own record: "settings", and "drawn_from", what that run drew
@@ -90,7 +93,7 @@ def settings_text(
     """
     tables = read_toml(path) if path.is_file() else {}
     history, agreed = _history(path, tables, num_updates)
-    now = json.loads(json.dumps(deciding(config)))  # as it is read back
+    now = json.loads(json.dumps(now))  # as it is read back
     changes = _list_changes(before["settings"], now)
     if is_own and not tables:
         changes.append(f"{path}: the history -> missing")

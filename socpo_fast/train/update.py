@@ -26,6 +26,7 @@ class Updater:
     """A student, its optimizer, and with loss.kl_coef > 0 the frozen reference that it is held to."""
 
     def __init__(self, student: Decoder, config: Config, *, reference: Decoder | None):
+        config = config.settled()  # a session has done it, an updater used alone has not
         options = config.train
         self.student, self.config, self.reference = student, config, reference
         self.loss_options = PolicyLossOptions(
@@ -88,7 +89,7 @@ class Updater:
             loss_agg=loss.agg,
             options=self.loss_options,
             tis_clip=loss.tis_clip,
-            checkpointing=self.config.train.checkpointing,
+            checkpointing=bool(self.config.train.checkpointing),
         )
         result = self.optimizer.step(stats.figures_6[0], also_read=stats.figures_6)
         figures = Figures(*result.also_read)

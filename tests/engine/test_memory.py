@@ -16,24 +16,23 @@ from tests.engine.tiny import make_student
 
 GIB = 2**30
 MIB = 2**20
-# An 80 GiB card: a quarter is 20, of which the head's 3 make 23 GiB that are kept.
+# An 80 GiB card: three tenths are 24 GiB that are kept.
 CARD = {
     "total_bytes": 80 * GIB,
     "optimizer_bytes": 7 * GIB,
-    "head_bytes": 3 * GIB,
     "page_bytes": 4 * MIB,
     "max_pages": 10**6,
 }
-PARTS = "72.0 free, 7.0 for gradients and moments, 23.0 kept for activations"
+PARTS = "72.0 free, 7.0 for gradients and moments, 24.0 kept for activations"
 
 
 def test_what_is_left_of_a_card() -> None:
     size = auto_kv_cache_size(72 * GIB, **CARD)
-    assert size == (42.0, f"KV cache 42 GiB (auto): {PARTS}")
+    assert size == (41.0, f"KV cache 41 GiB (auto): {PARTS}")
     frozen = auto_kv_cache_size(72 * GIB, **CARD | {"optimizer_bytes": 0})
-    assert frozen.gib == 49.0
+    assert frozen.gib == 48.0
     assert "0.0 for gradients" in frozen.note
-    assert auto_kv_cache_size(40 * GIB + 5, **CARD).gib == (10 * GIB + 5) / GIB
+    assert auto_kv_cache_size(40 * GIB + 5, **CARD).gib == (9 * GIB + 5) / GIB
 
 
 def test_no_more_than_its_sequences_can_fill() -> None:
@@ -41,11 +40,11 @@ def test_no_more_than_its_sequences_can_fill() -> None:
     assert size.gib == 1.0
     cap = "no more than max_running contexts can fill"
     assert size.note == f"KV cache 1 GiB (auto): {PARTS}, {cap}"
-    assert auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 10752}).gib == 42.0
-    assert auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 10751}).gib == 42.0 - 1 / 256
+    assert auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 10496}).gib == 41.0
+    assert auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 10495}).gib == 41.0 - 1 / 256
 
 
-@pytest.mark.parametrize(("free_gib", "left_gib"), [(30, 0), (12, -18)])
+@pytest.mark.parametrize(("free_gib", "left_gib"), [(31, 0), (13, -18)])
 def test_too_little_is_refused_with_its_parts(free_gib: int, left_gib: int) -> None:
     with pytest.raises(ValueError, match="^Engine: kv_cache_gib auto") as refused:
         auto_kv_cache_size(free_gib * GIB, **CARD)
@@ -54,7 +53,7 @@ def test_too_little_is_refused_with_its_parts(free_gib: int, left_gib: int) -> N
         f"{PARTS.replace('72', str(free_gib))}; "
         "set engine.kv_cache_gib, or use a smaller model, bfloat16 or a larger card"
     )
-    assert auto_kv_cache_size(30 * GIB + 4 * MIB, **CARD).gib == 4 / 1024  # one page is enough
+    assert auto_kv_cache_size(31 * GIB + 4 * MIB, **CARD).gib == 4 / 1024  # one page is enough
 
 
 class Card:
@@ -100,18 +99,18 @@ class Card:
 
 
 def test_a_card_is_asked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 free + 2 unused; 14 bytes for 2^30 parameters; 20 + 2 (workspace) + 1 (dW) + 0.25 kept."""
+    """60 free + 2 unused; 14 bytes for 2^30 parameters; 24 of 80 kept."""
     card = Card(monkeypatch)
     student = card.student(trained=2**30, frozen=2**31)
     assert Runner.page_bytes(student, 32) == 2**16
     size = kv_cache_size(student, "auto", 32, 256)
     assert size.gib == 256 * 1280 / 2**14 == 20.0  # 1280 pages a context, 2^14 of 64 KiB a GiB
     size = kv_cache_size(student, "auto", 32, 1024)
-    assert size.gib == 60 + 2 - 14 - 23.25 == 24.75
-    parts = "62.0 free, 14.0 for gradients and moments, 23.2 kept for activations"
-    assert size.note == f"KV cache 24.8 GiB (auto): {parts}"
+    assert size.gib == 60 + 2 - 14 - 24
+    parts = "62.0 free, 14.0 for gradients and moments, 24.0 kept for activations"
+    assert size.note == f"KV cache 24 GiB (auto): {parts}"
     frozen = card.student(trained=0, frozen=2**31)
-    assert kv_cache_size(frozen, "auto", 32, 1024).gib == 26.75 + 12
+    assert kv_cache_size(frozen, "auto", 32, 1024).gib == 60 + 2 - 24
     assert kv_cache_size(student, 2.5, 32, 256) == (2.5, "KV cache 2.5 GiB")
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from socpo_fast.report.sizes import kv_bytes, layer_parameters, num_parameters
 from tools.gpu_check.models import MODELS, make_model
 from tools.gpu_check.rooflines import (
     ASSUMED,
     attention_bytes,
     decode_bytes,
     head_flops,
-    kv_bytes,
-    matrix_parameters,
-    num_parameters,
     sample_bytes,
     update_flops,
 )
@@ -36,12 +34,13 @@ def test_parameters_are_those_of_the_module() -> None:
     assert num_parameters(TINY) == sum(parameter.numel() for parameter in student.parameters())
     # qkv, o, gate_up and down, four norms, twice; the last norm; the head
     layer = 32 * 128 + 64 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 16
-    assert matrix_parameters(TINY) == 2 * layer + 32 + 211 * 32
+    assert layer_parameters(TINY) + 211 * 32 == 2 * layer + 32 + 211 * 32
 
 
 def test_a_decode_step_reads_weights_and_live_keys() -> None:
     assert kv_bytes(TINY, 4) == 2 * 2 * 2 * 16 * 4
-    assert decode_bytes(TINY, 10, 4) == 4 * matrix_parameters(TINY) + 10 * kv_bytes(TINY, 4)
+    weights = layer_parameters(TINY) + 211 * 32
+    assert decode_bytes(TINY, 10, 4) == 4 * weights + 10 * kv_bytes(TINY, 4)
     assert ASSUMED.copy_ms(3e9) == ASSUMED.read_ms(3e9) == pytest.approx(1.0)
     assert ASSUMED.bf16_ms(798e9) == pytest.approx(1.0)
 
@@ -54,7 +53,7 @@ def test_attention_reads_shared_keys_once() -> None:
 
 
 def test_flops_of_an_update_and_of_the_head() -> None:
-    layers = 6 * 7 * (matrix_parameters(TINY) - 211 * 32)
+    layers = 6 * 7 * layer_parameters(TINY)
     attention = 14 * 28 * 2 * 4 * 16
     assert update_flops(TINY, 7, 5, 28) == layers + 6 * 5 * 211 * 32 + attention
     assert head_flops(5, 211, 32) == 6 * 5 * 211 * 32

@@ -16,6 +16,7 @@ import torch
 
 from socpo_fast.engine.memory import kv_cache_size
 from socpo_fast.model import Decoder, load_student, save_student
+from socpo_fast.report.sizes import num_parameters
 from tests.engine.tiny import generate_same
 from tools.gpu_check.check import Check, Part, Skipped, check_close, relative_error
 from tools.gpu_check.decoding import (
@@ -28,7 +29,7 @@ from tools.gpu_check.decoding import (
 )
 from tools.gpu_check.engines import drain, launch_rounds, logits_of, prompts_of
 from tools.gpu_check.models import MODELS, make_model
-from tools.gpu_check.rooflines import decode_bytes, num_parameters
+from tools.gpu_check.rooflines import decode_bytes
 from tools.gpu_check.timing import median_ms, profile_table
 
 

@@ -11,9 +11,9 @@ import torch
 from socpo_fast import Engine, SamplingParams
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model import Decoder
+from socpo_fast.report.sizes import kv_bytes
 from tools.gpu_check.check import Check
 from tools.gpu_check.engines import prompts_of
-from tools.gpu_check.rooflines import kv_bytes
 from tools.gpu_check.timing import median_ms
 
 PAGE_SIZE = 32

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from socpo_fast.model import ModelConfig
+from socpo_fast.report.sizes import head_parameters, kv_bytes, layer_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,31 +46,10 @@ ASSUMED = Ceilings(
 )
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Numbers in a model; a head tied to the embedding counts once."""
-    return matrix_parameters(config) + config.vocab_size * config.hidden_size * (
-        not config.tie_word_embeddings
-    )
-
-
-def matrix_parameters(config: ModelConfig) -> int:
-    """Numbers that a decoded token meets: all layers and the LM head, not the embedding."""
-    width, head_dim = config.hidden_size, config.head_dim
-    heads = config.num_heads + 2 * config.num_kv_heads
-    attention = width * heads * head_dim + config.num_heads * head_dim * width
-    norms = 2 * width + (2 * head_dim if config.qk_norm else 0)
-    layer = attention + 3 * width * config.intermediate_size + norms
-    return config.num_layers * layer + width + config.vocab_size * width
-
-
-def kv_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Of one token's keys and values in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-
-
 def decode_bytes(config: ModelConfig, live_tokens: int, itemsize: int) -> int:
     """Read by one decode step: the weights once, and the keys and values of all live tokens."""
-    return itemsize * matrix_parameters(config) + live_tokens * kv_bytes(config, itemsize)
+    weights = layer_parameters(config) + head_parameters(config)
+    return itemsize * weights + live_tokens * kv_bytes(config, itemsize)
 
 
 def update_flops(config: ModelConfig, num_tokens: int, loss_tokens: int, seen_pairs: int) -> float:
@@ -79,8 +59,8 @@ def update_flops(config: ModelConfig, num_tokens: int, loss_tokens: int, seen_pa
     seen_pairs: (query, key) pairs with key <= query, over all rows; each costs two products in the
     forward and five in the backward (scores again, dV, dP, dQ, dK).
     """
-    head = config.vocab_size * config.hidden_size
-    layers = 6.0 * num_tokens * (matrix_parameters(config) - head)
+    head = head_parameters(config)
+    layers = 6.0 * num_tokens * layer_parameters(config)
     attention = 14.0 * seen_pairs * config.num_layers * config.num_heads * config.head_dim
     return layers + 6.0 * loss_tokens * head + attention
 

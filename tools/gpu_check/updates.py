@@ -14,6 +14,7 @@ from torch import Tensor
 
 from socpo_fast.model import Decoder
 from socpo_fast.ops.tree_attention import num_pairs
+from socpo_fast.report.sizes import num_parameters
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import GradientStats, policy_gradients
@@ -23,7 +24,7 @@ from tools.gpu_check.check import Check, Part
 from tools.gpu_check.engine import host_waits
 from tools.gpu_check.groups import GROUP, TINY_GROUP, make_rollouts
 from tools.gpu_check.models import MODELS, make_model
-from tools.gpu_check.rooflines import num_parameters, update_flops
+from tools.gpu_check.rooflines import update_flops
 from tools.gpu_check.timing import median_ms, peak_gib, profile_table, wall_ms
 
 TOKEN_BUDGET = 16384

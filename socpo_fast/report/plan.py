@@ -1,0 +1,95 @@
+"""The memory and time plan of a run in words: what `socpo plan` prints, and a run on a card first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from socpo_fast.config import Config
+from socpo_fast.config.text import to_text
+from socpo_fast.ops._checks import check_rule
+from socpo_fast.report.batch_time import RESUMED, batch_seconds
+from socpo_fast.report.cards import GIB, card_named
+from socpo_fast.report.memory_plan import Plan, make_plan
+from socpo_fast.report.sizes import activation_bytes, num_parameters
+
+# Of lengths that no setting tells: an ordinary prompt and ordinary guidance.
+PROMPT_TOKENS, GUIDANCE_TOKENS = 300, 130
+LENGTHS = ("prompt", "answer", "guidance")
+CHOSEN = ("engine.kv_cache_gib", "train.token_budget", "train.checkpointing")
+
+
+def plan_text(config: Config, student_folder: Path, options: Mapping[str, str]) -> str:
+    """What `socpo plan` prints, given its own options.
+
+    Raises:
+        ValueError: an option is not what it must be, or the run does not fit.
+    """
+    device = config.run.device
+    rule = "cuda, or left out: on a CPU there is nothing to plan"
+    check_rule("plan", "run.device", device, device != "cpu", rule)
+    lengths = {name: text for name in LENGTHS if (text := options.get(f"{name}_tokens"))}
+    for name, text in lengths.items():
+        is_count = text.isdecimal() and int(text) > 0
+        check_rule("plan", f"--{name}-tokens", text, is_count, "an integer >= 1")
+    card = card_named(options.get("card"))
+    plan = make_plan(config, student_folder, card, is_training=True)
+    return plan_table(plan, **{name: int(text) for name, text in lengths.items()})
+
+
+def plan_table(plan: Plan, **lengths: int) -> str:
+    """What takes how much, what was chosen, and the least time of a batch.
+
+    Args:
+        lengths: tokens of an ordinary prompt, answer and guidance, where they are known.
+    """
+    card, asked = plan.card, plan.asked
+    billions = num_parameters(plan.model) / 1e9
+    kind = asked.student.dtype + ", trained" * plan.is_training
+    lines = [
+        f"memory plan, GiB: {billions:.3g}B parameters, {kind}, on {card.name} with {card.total_gib:.1f}",
+        *(f"  {name:<42}{size / GIB:8.2f}" for name, size in memory_rows(plan).items()),
+        *(chosen_line(plan, name) for name in CHOSEN[: 3 if plan.is_training else 1]),
+    ]
+    if not card.tb_s:
+        return "\n".join([*lines, f"no times: the rates of {card.name} are not known"])
+    ordinary = {
+        "prompt": min(PROMPT_TOKENS, asked.data.max_prompt_tokens),
+        "answer": asked.rollout.max_new_tokens,
+        "guidance": min(GUIDANCE_TOKENS, asked.rollout.guidance_limit),
+    }
+    seconds = batch_seconds(plan, **(ordinary | lengths))
+    seconds["together"] = sum(seconds.values())
+    words = ", ".join(f"{name} {length}" for name, length in (ordinary | lengths).items())
+    rates = f"{card.tb_s:g} TB/s, {card.bf16_tflop_s:g} TFLOP/s in bf16, {card.fp32_tflop_s:g} in fp32"
+    return "\n".join(
+        [
+            *lines,
+            f"time of a batch, seconds, at least: {words} tokens, {RESUMED:.0%} resumed",
+            *(f"  {name:<42}{took:8.2f}" for name, took in seconds.items()),
+            f"  at {rates} ({card.source})",
+        ]
+    )
+
+
+def memory_rows(plan: Plan) -> dict[str, int]:
+    """All parts, which add up to the card, and what the longest rollout keeps, which is among them."""
+    tensor = f"KV{f', gradients ({plan.gradients / GIB:.2f}): one tensor' * plan.is_training}"
+    rows = plan.residents | {tensor: plan.shared} | plan.temporaries
+    if plan.card.others_gib:
+        rows["held by others"] = int(plan.card.others_gib * GIB)
+    rows |= {"gaps of the allocator (estimate)": plan.gaps, "left": plan.left}
+    if plan.is_training:
+        checkpointing = bool(plan.config.train.checkpointing)
+        kept = activation_bytes(plan.model, plan.itemsize, checkpointing=checkpointing)
+        rows[f"(longest rollout alone: {plan.longest[1]} tokens)"] = plan.longest[1] * kept
+    return rows
+
+
+def chosen_line(plan: Plan, name: str) -> str:
+    """A setting as it is from here on, and whether it was chosen or fixed."""
+    section, key = name.split(".")
+    value, asked = (getattr(getattr(config, section), key) for config in (plan.config, plan.asked))
+    shown = f"{value:.2f}" if isinstance(value, float) else to_text(value)
+    tokens = f", {plan.kv_pages * plan.config.engine.page_size} tokens" * (name == CHOSEN[0])
+    return f"  {name} = {shown} ({'auto' if asked == 'auto' else 'fixed'}{tokens})"

@@ -1,0 +1,95 @@
+"""Bytes and counts of a model's parts: pure functions of its config, counted by hand in the tests.
+
+What updates keep is that of the decoder's fused layers: residual sums, raw qkv, attention's output
+and its log-sum-exp, and gate_up. Norms, rotary embeddings and SwiGLU are computed again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from socpo_fast.model import ModelConfig
+
+# int64 ids, positions, targets, rows, attempts; fp32 log-probs, advantages, weights, six outputs.
+TOKEN_BYTES = 5 * 8 + 12 * 4
+FILTERED_BYTES = 64  # a logit of a draw with top-p: fp64 and int64 arrays of its sort and noise
+
+
+def qkv_width(config: ModelConfig) -> int:
+    """Of q, k and v together."""
+    return (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+
+
+def head_parameters(config: ModelConfig) -> int:
+    """Of the LM head, or of the embedding."""
+    return config.vocab_size * config.hidden_size
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Of all layers and the last norm."""
+    width, inner = config.hidden_size, config.intermediate_size
+    matrices = qkv_width(config) + config.num_heads * config.head_dim + 3 * inner
+    norms = 2 * width + 2 * config.head_dim * config.qk_norm
+    biases = config.qkv_bias * qkv_width(config) + config.o_bias * width
+    biases += config.mlp_bias * (2 * inner + width)
+    return config.num_layers * (matrices * width + norms + biases) + width
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Numbers in a model; a head tied to the embedding counts once."""
+    return layer_parameters(config) + (2 - config.tie_word_embeddings) * head_parameters(config)
+
+
+def kv_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Of one token's keys and values in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+
+
+def kept_bytes(config: ModelConfig, itemsize: int) -> int:
+    """What one layer keeps of a token for its backward."""
+    values = 2 * config.hidden_size + qkv_width(config) + 2 * config.intermediate_size
+    return (values + config.num_heads * config.head_dim) * itemsize + 4 * config.num_heads
+
+
+def activation_bytes(config: ModelConfig, itemsize: int, *, checkpointing: bool) -> int:
+    """What a token of a microbatch keeps until the backward of the first layer.
+
+    All layers, the hidden states behind the last one, and the token's cos, sin and numbers.
+    """
+    stream = config.hidden_size * itemsize
+    layer = 2 * stream if checkpointing else kept_bytes(config, itemsize)
+    return config.num_layers * layer + 3 * stream + 8 * config.head_dim + TOKEN_BYTES
+
+
+def backward_bytes(config: ModelConfig, itemsize: int, *, checkpointing: bool) -> int:
+    """What one layer takes of a token during its backward, on top of what is kept.
+
+    The half that needs more: the MLP's (swiglu's output, its gradient, that of gate_up) or the
+    attention's (rotated q, k, v, their gradients, those of the raw ones and of o); in both the
+    gradients of the two residual inputs, and a norm's output with its gradient.
+    """
+    attention = 3 * qkv_width(config) + config.num_heads * config.head_dim
+    values = 4 * config.hidden_size + max(4 * config.intermediate_size, attention)
+    return values * itemsize + checkpointing * kept_bytes(config, itemsize)
+
+
+def head_bytes(config: ModelConfig, itemsize: int, num_tokens: int, workspace_bytes: int) -> int:
+    """Most that the policy head takes at once: workspace, dW, dx of loss tokens and of all, in fp32."""
+    # Below fp32 the gradient of the logits has a buffer of its own.
+    logit_bytes = 4 if itemsize == 4 else 4 + itemsize
+    row_bytes = config.vocab_size * logit_bytes + 8 * config.hidden_size
+    dx_bytes = 8 * num_tokens * config.hidden_size
+    return min(workspace_bytes, num_tokens * row_bytes) + 4 * head_parameters(config) + dx_bytes
+
+
+def filtered_draw_bytes(config: ModelConfig, num_rows: int) -> int:
+    """What draws with top-p, those of an evaluation, make: the head in fp32, logits and their sort."""
+    return 4 * head_parameters(config) + FILTERED_BYTES * num_rows * config.vocab_size
+
+
+def step_bytes(config: ModelConfig, itemsize: int, num_tokens: int) -> int:
+    """What one layer of an engine step makes at once."""
+    attention = 2 * qkv_width(config) + config.num_heads * config.head_dim
+    values = 4 * config.hidden_size + max(3 * config.intermediate_size, attention)
+    return num_tokens * values * itemsize

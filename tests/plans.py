@@ -1,0 +1,58 @@
+"""What tests of the plan share: config.json of released models, and plans for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from socpo_fast.config import load_config
+from socpo_fast.report.cards import CARDS, Card
+from socpo_fast.report.memory_plan import Plan, make_plan
+from tools.gpu_check.models import CONFIGS
+
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "tie_word_embeddings": False,
+}
+RAW = CONFIGS | {"Qwen3-8B": CONFIGS["Qwen3-4B"] | QWEN3_8B}
+
+
+class Planner:
+    """Plans of models that are config.json files in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def model(self, name: str) -> Path:
+        """The model's folder, without weights."""
+        path = self.folder / name / "config.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(RAW[name]), encoding="utf-8")
+        return path.parent
+
+    def words(self, name: str, *words: str) -> list[str]:
+        """The command line of a plan for an H100."""
+        return ["plan", "--student.path", str(self.model(name)), "--card", "h100", *words]
+
+    def __call__(
+        self,
+        name: str,
+        card: str | Card = "h100",
+        *,
+        is_training: bool = True,
+        **settings: Any,
+    ) -> Plan:
+        """settings: section__key; in bf16 unless they say otherwise."""
+        changes = {key.replace("__", "."): value for key, value in settings.items()}
+        config = load_config(None, {"run.device": "cuda", "student.dtype": "bfloat16"} | changes)
+        known = CARDS[card] if isinstance(card, str) else card
+        return make_plan(config, self.model(name), known, is_training=is_training)
+
+
+@pytest.fixture
+def planner(tmp_path: Path) -> Planner:
+    return Planner(tmp_path)
