@@ -4,6 +4,7 @@ An entry says what it is in plain data, so that this module imports nothing and 
 list every choice before torch is loaded. The ops and the Triton kernel read the same entries.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -62,6 +63,29 @@ SCHEDULES: dict[str, Schedule] = {
     "batch_mean": Schedule(meaning="times the mean decayed reward of earlier attempts", factor_of=None),
     "constant": Schedule(meaning="times factor ** attempt", factor_of=lambda n, f: f**n, takes_factor=True),
     "none": Schedule(meaning="as it is (the ablation)", factor_of=lambda n, f: 1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrSchedule:
+    """How the learning rate falls behind the warm-up.
+
+    Args:
+        meaning:      for --help.
+        fall_at:      the part of the way down that lies behind a point of it: 0 at the warm-up's
+                      end, 1 where the run is over -> 0 (train.lr) to 1 (train.min_lr_ratio of it).
+        reads_length: whether it depends on how long the run is.
+    """
+
+    meaning: str
+    fall_at: Callable[[float], float]
+    reads_length: bool = True
+
+
+LR_SCHEDULES: dict[str, LrSchedule] = {
+    "constant": LrSchedule(meaning="it does not", fall_at=lambda point: 0.0, reads_length=False),
+    "linear": LrSchedule(meaning="by the same amount an update", fall_at=lambda point: point),
+    "cosine": LrSchedule(meaning="along half a cosine", fall_at=lambda point: (1 - math.cos(math.pi * point)) / 2),
 }
 
 # name -> "module:function" of (text, question), or a class whose instances are called so

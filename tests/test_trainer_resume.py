@@ -64,6 +64,8 @@ def config_of(folder: Path, **changes: Any) -> Config:
             "train.epochs": 2,
             "train.lr": 3e-4,
             "train.warmup_updates": 6,
+            "train.lr_schedule": "cosine",
+            "train.min_lr_ratio": 0.1,
             "engine.kv_cache_gib": 0.02,
             "eval.every_updates": 8,
             "eval.samples": 2,
@@ -129,6 +131,9 @@ def test_the_run_is_worth_comparing(straight: Config) -> None:
     rows = rows_of(straight)
     updates = [row for row in rows if row["kind"] == "update"]
     assert len(updates) == NUM_BATCHES * UPDATES_A_BATCH
+    rates = [row["policy/lr"] for row in updates]
+    assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[5] == 3e-4 and len({*rates[5:]}) == len(rates[5:]) and 3e-5 < rates[-1] < 4e-5
     assert sum(row["policy/grad_norm"] > 1e-3 for row in updates) > len(updates) / 2
     assert sum(abs(row["policy/ratio_mean"] - 1) > 1e-6 for row in updates) > len(updates) / 2
     assert 0 < sum(row["guidance/rate"] for row in rows if row["kind"] == "batch") < NUM_BATCHES

@@ -38,6 +38,7 @@ from socpo_fast.config.teachers import (
     TeacherConfig,
 )
 from socpo_fast.config.text import choose_kinds, expand_home, explain, from_text
+from socpo_fast.registries import LR_SCHEDULES
 
 __all__ = [
     "AdvantageConfig",
@@ -82,6 +83,12 @@ class Config(Section):
     def folder(self) -> Path:
         """The run folder, run.dir/run.name."""
         return Path(self.run.dir) / self.run.name
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        by_epoch = self.rollout.questions_per_batch // self.train.questions_per_update
+        return self.run.num_batches * self.train.epochs * by_epoch
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -137,6 +144,8 @@ def find_conflicts(config: Config) -> str | None:
     per_update = config.train.questions_per_update
     is_builtin_data = {data.train, data.eval} <= {"builtin", None}
     is_builtin_rule = isinstance(teacher, RuleTeacherConfig) and teacher.rule == "builtin"
+    is_falling = LR_SCHEDULES[config.train.lr_schedule].reads_length
+    warmup = config.train.warmup_updates
     rules = [
         (
             per_batch % per_update == 0,
@@ -158,6 +167,16 @@ def find_conflicts(config: Config) -> str | None:
         (
             page_size & (page_size - 1) == 0,
             f"engine.page_size must be a power of two, got {page_size}",
+        ),
+        (
+            not is_falling or warmup < config.num_updates,
+            f"train.warmup_updates must be below the run's {config.num_updates} updates "
+            f"for train.lr_schedule {config.train.lr_schedule}, got {warmup}",
+        ),
+        (
+            is_falling or config.train.min_lr_ratio == 0,
+            f"train.min_lr_ratio must be 0 for train.lr_schedule {config.train.lr_schedule}, "
+            f"got {config.train.min_lr_ratio}",
         ),
     ]
     return next((rule for holds, rule in rules if not holds), None)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from socpo_fast.config import Config, read_toml
 from socpo_fast.config.text import to_text
+from socpo_fast.registries import LR_SCHEDULES
 from socpo_fast.types import Question
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ FREE = {
     "run.dir": "where the run lies",
     "run.resume": "where it goes on from",
     "run.accept_changes": "the consent itself; it is for one start and never kept",
-    "run.num_batches": "how long it goes on; a batch depends on no later one",
+    "run.num_batches": "how long it goes on; a batch depends on no later one, see deciding",
     "run.checkpoint_every_updates": "what is kept",
     "run.keep_checkpoints": "what is kept",
     "run.threads": "speed; docs/numerics.md says where bits do not depend on it",
@@ -146,9 +147,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """The settings that decide tokens, weights or what is measured, for a checkpoint's record."""
+    """The settings that decide tokens, weights or what is measured, for a checkpoint's record.
+
+    The length of the run is one of them where the learning rate depends on it.
+    """
+    reads_length = LR_SCHEDULES[config.train.lr_schedule].reads_length
+    free = FREE.keys() - {"run.num_batches"} if reads_length else FREE.keys()
     return {
-        section: {key: value for key, value in table.items() if f"{section}.{key}" not in FREE}
+        section: {key: value for key, value in table.items() if f"{section}.{key}" not in free}
         for section, table in _tables(config).items()
     }
 

@@ -37,6 +37,9 @@ class Updater:
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
             warmup_updates=options.warmup_updates,
+            lr_schedule=options.lr_schedule,
+            min_lr_ratio=options.min_lr_ratio,
+            total_updates=config.num_updates,
             max_grad_norm=options.max_grad_norm,
         )
         self._forward: dict[str, Any] = {
