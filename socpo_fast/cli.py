@@ -200,7 +200,9 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
 
 
 CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"
-CHECKPOINT_HELP = "checkpoint folder to evaluate. (none = the run's last one, or student.path)"
+CHECKPOINT_HELP = (
+    "checkpoint folder to evaluate; best = of the run's best evaluation. (none = its last, or student.path)"
+)
 
 
 def _flags(command: str, defaults: dict[str, str]) -> Any:

@@ -65,27 +65,13 @@ SCHEDULES: dict[str, Schedule] = {
     "none": Schedule(meaning="as it is (the ablation)", factor_of=lambda n, f: 1.0),
 }
 
-
-@dataclass(frozen=True, kw_only=True)
-class LrSchedule:
-    """How the learning rate falls behind the warm-up.
-
-    Args:
-        meaning:      for --help.
-        fall_at:      the part of the way down that lies behind a point of it: 0 at the warm-up's
-                      end, 1 where the run is over -> 0 (train.lr) to 1 (train.min_lr_ratio of it).
-        reads_length: whether it depends on how long the run is.
-    """
-
-    meaning: str
-    fall_at: Callable[[float], float]
-    reads_length: bool = True
-
-
-LR_SCHEDULES: dict[str, LrSchedule] = {
-    "constant": LrSchedule(meaning="it does not", fall_at=lambda point: 0.0, reads_length=False),
-    "linear": LrSchedule(meaning="by the same amount an update", fall_at=lambda point: point),
-    "cosine": LrSchedule(meaning="along half a cosine", fall_at=lambda point: (1 - math.cos(math.pi * point)) / 2),
+# How the learning rate falls from the end of the warm-up (point 0) to the end of the run (1): the part
+# of the way down, from train.lr to train.min_lr_ratio of it, that is behind. None: it does not, and the
+# length of the run is not read.
+LR_SCHEDULES: dict[str, Callable[[float], float] | None] = {
+    "constant": None,
+    "linear": lambda point: point,
+    "cosine": lambda point: (1 - math.cos(math.pi * point)) / 2,
 }
 
 # name -> "module:function" of (text, question), or a class whose instances are called so

@@ -87,8 +87,8 @@ class Config(Section):
     @property
     def num_updates(self) -> int:
         """Optimizer steps of the whole run."""
-        by_epoch = self.rollout.questions_per_batch // self.train.questions_per_update
-        return self.run.num_batches * self.train.epochs * by_epoch
+        num_epochs = self.run.num_batches * self.train.epochs
+        return num_epochs * (self.rollout.questions_per_batch // self.train.questions_per_update)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -137,15 +137,15 @@ def read_toml(toml_path: str | Path) -> dict[str, Any]:
 def find_conflicts(config: Config) -> str | None:
     """The first rule between fields that is broken."""
     data = config.data
+    train = config.train
     teacher = config.teacher
     dtype = config.student.dtype
     page_size = config.engine.page_size
     per_batch = config.rollout.questions_per_batch
-    per_update = config.train.questions_per_update
     is_builtin_data = {data.train, data.eval} <= {"builtin", None}
     is_builtin_rule = isinstance(teacher, RuleTeacherConfig) and teacher.rule == "builtin"
-    is_falling = LR_SCHEDULES[config.train.lr_schedule].reads_length
-    warmup = config.train.warmup_updates
+    per_update = train.questions_per_update
+    is_falling = LR_SCHEDULES[train.lr_schedule] is not None
     rules = [
         (
             per_batch % per_update == 0,
@@ -169,14 +169,13 @@ def find_conflicts(config: Config) -> str | None:
             f"engine.page_size must be a power of two, got {page_size}",
         ),
         (
-            not is_falling or warmup < config.num_updates,
+            not is_falling or train.warmup_updates < config.num_updates,
             f"train.warmup_updates must be below the run's {config.num_updates} updates "
-            f"for train.lr_schedule {config.train.lr_schedule}, got {warmup}",
+            f"for train.lr_schedule {train.lr_schedule}, got {train.warmup_updates}",
         ),
         (
-            is_falling or config.train.min_lr_ratio == 0,
-            f"train.min_lr_ratio must be 0 for train.lr_schedule {config.train.lr_schedule}, "
-            f"got {config.train.min_lr_ratio}",
+            is_falling or train.min_lr_ratio == 0,
+            f"train.min_lr_ratio must be 0 for train.lr_schedule {train.lr_schedule}, got {train.min_lr_ratio}",
         ),
     ]
     return next((rule for holds, rule in rules if not holds), None)

@@ -130,6 +130,15 @@ def drawn_from(
     }
 
 
+def measured_by(config: Config, drawn: Mapping[str, str]) -> str:
+    """What success/unassisted depends on beside the weights, in words; "": nothing is held out."""
+    limits = f"{config.eval.samples} samples of {config.rollout.max_new_tokens} tokens"
+    sampling = f"temperature {config.eval.temperature}, top_p {config.eval.top_p}"
+    grader = f"grader {config.data.grader} at {config.grader.correct_at}"
+    words = f"{drawn['questions of data.eval']}, {limits}, {sampling}, {grader}"
+    return "" if config.data.eval is None else words
+
+
 def _digest(values: Sequence[Any]) -> str:
     """How many there are, and the head of the hash of all."""
     return f"{len(values)} with hash {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]}"
@@ -151,8 +160,8 @@ def deciding(config: Config) -> dict[str, Any]:
 
     The length of the run is one of them where the learning rate depends on it.
     """
-    reads_length = LR_SCHEDULES[config.train.lr_schedule].reads_length
-    free = FREE.keys() - {"run.num_batches"} if reads_length else FREE.keys()
+    is_constant = LR_SCHEDULES[config.train.lr_schedule] is None
+    free = FREE.keys() if is_constant else FREE.keys() - {"run.num_batches"}
     return {
         section: {key: value for key, value in table.items() if f"{section}.{key}" not in free}
         for section, table in _tables(config).items()

@@ -62,7 +62,7 @@ def save_checkpoint(
     folder = Path(folder)
     state = {"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}
     state_text = json.dumps(state, indent=1)  # before anything is written: what is not JSON fails here
-    target = folder / f"update_{optimizer.num_updates:06d}"
+    target = checkpoint_path(folder, optimizer.num_updates)
     try:
         _remove_leftovers(folder)  # an interrupted process may have filled the disk
         with new_folder(target) as partial:
@@ -80,6 +80,11 @@ def save_checkpoint(
             "older checkpoints are intact"
         ) from error
     return target
+
+
+def checkpoint_path(folder: Path, num_updates: int) -> Path:
+    """Where the checkpoint after so many updates lies."""
+    return folder / f"update_{num_updates:06d}"
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -170,11 +175,11 @@ def load_checkpoint(
     return state["trainer"]
 
 
-def prune_checkpoints(newest: Path, keep: int) -> None:
+def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
     """Remove what is older than the `keep` whole checkpoints up to `newest`, which was just saved.
 
-    Damaged ones among them stay, and so does whatever is newer. What interrupted writes left behind
-    goes.
+    Damaged ones among them stay, and so do the one of update `best` and whatever is newer. What
+    interrupted writes left behind goes.
     """
     if keep < 1:
         raise ValueError(f"checkpoint: keep must be >= 1, got {keep}; the latest checkpoint is never removed")
@@ -182,7 +187,8 @@ def prune_checkpoints(newest: Path, keep: int) -> None:
     until_newest = checkpoints[: checkpoints.index(newest) + 1]
     kept = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
     for path in until_newest[: until_newest.index(kept[0])]:
-        remove(path)
+        if best is None or path != checkpoint_path(newest.parent, best):
+            remove(path)
     _remove_leftovers(newest.parent)
 
 

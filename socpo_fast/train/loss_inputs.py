@@ -42,10 +42,11 @@ def check_options(
 
 def drop_idle(rollouts: Sequence[Rollout], options: PolicyLossOptions) -> list[Rollout]:
     """The rollouts in their places, without turns where the loss skips every row of theirs."""
-    if options.entropy_coef != 0 or options.kl_coef != 0:
-        return list(rollouts)
-    is_idle = (all(turn.advantage == 0 for turn in rollout.turns) for rollout in rollouts)
-    return [replace(x, turns=[]) if idle else x for x, idle in zip(rollouts, is_idle, strict=True)]
+    reads_all = options.entropy_coef != 0 or options.kl_coef != 0
+    return [
+        rollout if reads_all or any(turn.advantage != 0 for turn in rollout.turns) else replace(rollout, turns=[])
+        for rollout in rollouts
+    ]
 
 
 def attempt_weights(

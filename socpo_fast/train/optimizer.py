@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from socpo_fast.model.accumulate import accumulate_in_fp32
 from socpo_fast.ops import adamw
-from socpo_fast.ops._checks import check_rule, check_word
+from socpo_fast.ops._checks import check_rule
 from socpo_fast.registries import LR_SCHEDULES
 
 COUNTS = ("num_updates", "num_skipped", "num_skipped_in_a_row")
@@ -91,10 +91,10 @@ class Optimizer:
             is_wide = dtype in (None, torch.float32)
             rule = "float32 or None"
             check_rule("Optimizer", f"grad of {name}", dtype, is_wide, rule, "drop it first")
-        check_word("Optimizer", "lr_schedule", lr_schedule, tuple(LR_SCHEDULES))
-        self.schedule, self.min_lr_ratio = LR_SCHEDULES[lr_schedule], min_lr_ratio
-        last = (total_updates or 0) if self.schedule.reads_length else math.inf
+        self.fall_at = LR_SCHEDULES.get(lr_schedule)
+        self.last_update = math.inf if self.fall_at is None else (total_updates or 0)
         rules = (
+            ("lr_schedule", lr_schedule, lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}"),
             ("lr", lr, 0 < lr < math.inf, "finite and > 0"),
             ("betas", betas, all(0 <= beta < 1 for beta in betas), "each in [0, 1)"),
             ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "finite and >= 0"),
@@ -103,15 +103,16 @@ class Optimizer:
             (
                 "total_updates",
                 total_updates,
-                last > warmup_updates,
+                self.last_update > warmup_updates,
                 f"> warmup_updates {warmup_updates} for lr_schedule {lr_schedule!r}",
             ),
             ("max_grad_norm", max_grad_norm, max_grad_norm > 0, "> 0"),
         )
         for rule_of_value in rules:
             check_rule("Optimizer", *rule_of_value)
-        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
-        self.warmup_updates, self.last, self.max_grad_norm = warmup_updates, last, max_grad_norm
+        self.lr, self.min_lr_ratio = lr, min_lr_ratio
+        self.betas, self.weight_decay = betas, weight_decay
+        self.warmup_updates, self.max_grad_norm = warmup_updates, max_grad_norm
         self.num_updates = 0  # skipped ones included
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
@@ -183,9 +184,9 @@ class Optimizer:
     def lr_of(self, n: int) -> float:
         """The learning rate of step 1, 2, .."""
         peak = max(1, self.warmup_updates)
-        point = min(1.0, max(0.0, (n - peak) / (self.last + 1 - peak)))
-        fall = (1 - self.min_lr_ratio) * self.schedule.fall_at(point)
-        return self.lr * min(1.0, n / peak) * (1 - fall)
+        point = min(1.0, max(0.0, (n - peak) / (self.last_update + 1 - peak)))
+        fall = 0.0 if self.fall_at is None else self.fall_at(point)
+        return self.lr * min(1.0, n / peak) * (1 - (1 - self.min_lr_ratio) * fall)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns the live moments, not copies, and what bf16 parameters lack of their masters.

@@ -130,8 +130,7 @@ class Updater:
         whole, groups = groups, [drop_idle(group, self.loss_options) for group in groups]
         busy = [g for g, group in enumerate(groups) if any(rollout.turns for rollout in group)]
         first = busy[0] if busy else order[-1][0]
-        if not busy:
-            groups[first] = whole[first]
+        groups[first] = groups[first] if busy else whole[first]
         if choice == "auto" and self.student.lm_head.weight.dtype == torch.float32:
             known[first] = self._logprobs(self.student, groups[first])
         mismatch = _mismatch(groups, known)
