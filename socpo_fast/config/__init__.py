@@ -87,8 +87,11 @@ class Config(Section):
     @property
     def num_updates(self) -> int:
         """Optimizer steps of the whole run."""
-        num_epochs = self.run.num_batches * self.train.epochs
-        return num_epochs * (self.rollout.questions_per_batch // self.train.questions_per_update)
+        return (
+            self.run.num_batches
+            * self.train.epochs
+            * (self.rollout.questions_per_batch // self.train.questions_per_update)
+        )
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

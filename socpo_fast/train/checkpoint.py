@@ -67,8 +67,10 @@ def save_checkpoint(
         _remove_leftovers(folder)  # an interrupted process may have filled the disk
         with new_folder(target) as partial:
             save_student(student, partial, tokenizer_from=tokenizer_from)
-            moments = {name: tensor.contiguous() for name, tensor in optimizer.state_tensors().items()}
-            save_file(moments, partial / OPTIMIZER)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in optimizer.state_tensors().items()},
+                partial / OPTIMIZER,
+            )
             (partial / STATE).write_text(state_text, encoding="utf-8")
             manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -101,8 +103,10 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
             damages.append(damage)
             continue
         if damages:
-            message = f"checkpoint: {damages[0]}; passed over for {path.name}, which is whole"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(
+                f"checkpoint: {damages[0]}; passed over for {path.name}, which is whole",
+                stacklevel=2,
+            )
         return path
     if damages:
         raise ValueError(

@@ -82,15 +82,24 @@ class Optimizer:
     ):
         named = student.named_parameters()  # tied weights once
         self.params = {name: param for name, param in named if param.requires_grad}
-        advice = "load the student with dtype='float32' or 'bfloat16'"
         for name, param in self.params.items():
-            rule = "float32 or bfloat16"
-            known = param.dtype in DTYPES
-            check_rule("Optimizer", f"dtype of {name}", param.dtype, known, rule, advice)
+            check_rule(
+                "Optimizer",
+                f"dtype of {name}",
+                param.dtype,
+                param.dtype in DTYPES,
+                "float32 or bfloat16",
+                "load the student with dtype='float32' or 'bfloat16'",
+            )
             dtype = None if param.grad is None else param.grad.dtype
-            is_wide = dtype in (None, torch.float32)
-            rule = "float32 or None"
-            check_rule("Optimizer", f"grad of {name}", dtype, is_wide, rule, "drop it first")
+            check_rule(
+                "Optimizer",
+                f"grad of {name}",
+                dtype,
+                dtype in (None, torch.float32),
+                "float32 or None",
+                "drop it first",
+            )
         self.fall_at = LR_SCHEDULES.get(lr_schedule)
         self.last_update = math.inf if self.fall_at is None else (total_updates or 0)
         rules = (
@@ -110,9 +119,8 @@ class Optimizer:
         )
         for rule_of_value in rules:
             check_rule("Optimizer", *rule_of_value)
-        self.lr, self.min_lr_ratio = lr, min_lr_ratio
-        self.betas, self.weight_decay = betas, weight_decay
-        self.warmup_updates, self.max_grad_norm = warmup_updates, max_grad_norm
+        self.lr, self.min_lr_ratio, self.warmup_updates = lr, min_lr_ratio, warmup_updates
+        self.betas, self.weight_decay, self.max_grad_norm = betas, weight_decay, max_grad_norm
         self.num_updates = 0  # skipped ones included
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0

@@ -3,9 +3,9 @@
 Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differences from the textbook trainer:
 
 - The normaliser is the update's, never a microbatch's: packing and splitting change speed, not the gradient.
-- Only rows that predict a loss token meet the LM head, and nothing is padded. A rollout whose
-  advantages are exactly 0, as in a group that was all right or all wrong, adds nothing to the
-  gradient; it counts in the normalisers and is not forwarded at all (loss_inputs.drop_idle).
+- Only rows that predict a loss token meet the LM head, and nothing is padded. A rollout is idle
+  where its advantages are exactly 0, as in a group all right or all wrong under an estimator that
+  does not whiten. It counts in the normalisers and is not forwarded (loss_inputs.drop_idle).
 - The advantage is one number an attempt; it is spread over the attempt's tokens inside the loss.
 """
 
