@@ -237,7 +237,10 @@ CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (no
 # Of one command: option -> what its value is called, and its help.
 OPTIONS = {
     "eval": {
-        "checkpoint": ("FOLDER", "checkpoint folder to evaluate. (none = the run's last one, or student.path)"),
+        "checkpoint": (
+            "FOLDER",
+            "checkpoint folder to evaluate; best = of the run's best evaluation. (none = its last, or student.path)",
+        ),
     },
     "plan": {
         "card": ("NAME", "kind of card, such as h100. (none = this machine's)"),

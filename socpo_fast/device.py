@@ -1,6 +1,8 @@
 """The machine: which device a run uses, and how many of its threads."""
 
+import importlib.metadata
 import os
+import re
 import warnings
 
 import torch
@@ -10,14 +12,52 @@ _forks: list[int] = []  # this process, where it is a fork of one that had torch
 os.register_at_fork(after_in_child=lambda: _forks.append(os.getpid()))
 
 
+TRITON = (3, 6), (4,)  # from, and below: as pyproject.toml says
+# What torch says of a card that it cannot use -> what to do about it.
+ADVICE = {
+    "compiled with CUDA": "install a build of torch with CUDA",
+    "driver": "install a driver that fits this torch, or a torch that fits the driver",
+    "busy or unavailable": "it is in use by others, whom nvidia-smi names: wait for them, or name another card",
+    "out of memory": "it is in use by others, whom nvidia-smi names: wait for them, or name another card",
+    "": "nvidia-smi tells its state",
+}
+
+
 def select_device(name: str) -> torch.device:
-    """The torch device of "cpu", "cuda" or "cuda:INDEX"; refused when this machine has none such."""
+    """The torch device of "cpu", "cuda" or "cuda:INDEX", tried out where it is a card.
+
+    Raises:
+        ValueError: this machine has none such; or its torch, driver or Triton, the card itself, or
+            others who use it, keep this process from it.
+    """
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cpu":
+        return device
+    try:
+        torch.cuda.init()  # needs a driver
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"run.device: {name} must be a device of this machine, which has {torch.cuda.device_count()} "
+                "CUDA devices; name one of them, or use cpu"
+            )
+        torch.cuda.mem_get_info(device)  # needs a context on the card
+    except (AssertionError, RuntimeError) as error:
+        reason = re.split(r"\. |\n", str(error))[0]
+        advice = next(advice for words, advice in ADVICE.items() if words in reason)
         raise ValueError(
-            f"run.device: {name} must be a device of this machine, which has {torch.cuda.device_count()} CUDA devices; "
-            "use cpu, or a torch build and driver that see the card"
-        )
+            f"run.device: {name} must be a card that torch {torch.__version__} can use, got {reason!r}; "
+            f"{advice}, or use cpu"
+        ) from None
+    major, minor = torch.cuda.get_device_capability(device)
+    triton = next((found.version for found in importlib.metadata.distributions(name="triton")), "none")
+    is_known = TRITON[0] <= tuple(map(int, re.findall(r"\d+", triton)[:2])) < TRITON[1]
+    rules = (
+        (major >= 8, f"of compute capability 8.0 or newer, got {major}.{minor}; name a newer card"),
+        (is_known, f"one beside Triton >=3.6,<4, got {triton}; pip install 'triton>=3.6,<4'"),
+    )
+    for holds, rule in rules:
+        if not holds:
+            raise ValueError(f"run.device: {name} must be {rule}, or use cpu")
     return device
 
 

@@ -4,6 +4,7 @@ An entry says what it is in plain data, so that this module imports nothing and 
 list every choice before torch is loaded. The ops and the Triton kernel read the same entries.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -62,6 +63,15 @@ SCHEDULES: dict[str, Schedule] = {
     "batch_mean": Schedule(meaning="times the mean decayed reward of earlier attempts", factor_of=None),
     "constant": Schedule(meaning="times factor ** attempt", factor_of=lambda n, f: f**n, takes_factor=True),
     "none": Schedule(meaning="as it is (the ablation)", factor_of=lambda n, f: 1.0),
+}
+
+# How the learning rate falls from the end of the warm-up (point 0) to the end of the run (1): the part
+# of the way down, from train.lr to train.min_lr_ratio of it, that is behind. None: it does not, and the
+# length of the run is not read.
+LR_SCHEDULES: dict[str, Callable[[float], float] | None] = {
+    "constant": None,
+    "linear": lambda point: point,
+    "cosine": lambda point: (1 - math.cos(math.pi * point)) / 2,
 }
 
 # name -> "module:function" of (text, question), or a class whose instances are called so

@@ -1,14 +1,16 @@
 """Where a run stands, what a checkpoint keeps of it, where a run goes on, what comes next."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from socpo_fast.config import Config
+from socpo_fast.files import read_json, replace_file
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.socratic.data import batch_questions, question_order
-from socpo_fast.train.checkpoint import damage_of, latest_checkpoint
+from socpo_fast.train.checkpoint import STATE, checkpoint_path, damage_of, latest_checkpoint
 from socpo_fast.types import Question
 
 # In checkpoints/ until the first one is whole: a run that ended before begins anew, and loses none.
@@ -21,7 +23,7 @@ RECORD_VERSION = 3  # of what a run folder holds; checkpoints keep the settings 
 class RunState:
     """The state of a run. The trainer tells it what happens and asks it what comes next.
 
-    A checkpoint keeps the first four fields. The others need no keeping: a checkpoint is made
+    A checkpoint keeps the first five fields. The others need no keeping: a checkpoint is made
     between two batches, and where a run goes on from one, nothing is to be saved yet.
 
     Fields:
@@ -29,6 +31,8 @@ class RunState:
         eval_due:        an evaluation comes before the next batch.
         batch:           finished batches.
         policy_version:  the engine's at the end of the last batch.
+        best:            the best evaluation behind an update, whose checkpoint stays: "update",
+                         "success", and "measured_by", what that depends on beside the weights.
         save_due:        a checkpoint comes before the next batch, and after the evaluation.
         between_batches: the weights are those of the last batch's end, so that they can be saved.
         is_saved:        the last checkpoint is of this very state.
@@ -38,6 +42,7 @@ class RunState:
     eval_due: bool
     batch: int = 0
     policy_version: int = 0
+    best: dict[str, Any] | None = None
     save_due: bool = False
     between_batches: bool = True
     is_saved: bool = False
@@ -55,10 +60,19 @@ class RunState:
         self.between_batches = True
         self.is_saved = False
 
-    def end_evaluation(self) -> None:
-        """The evaluation that was due is made. A checkpoint from before it still owes one."""
+    def end_evaluation(self, *, update: int, success: float, measured_by: str) -> bool:
+        """The evaluation that was due is made. A checkpoint from before it still owes one.
+
+        Returns whether it is better than all before, which makes a checkpoint due. That of the
+        start, update 0, has none and does not count.
+        """
         self.eval_due = False
         self.is_saved = False
+        if update == 0 or (self.best is not None and success <= self.best["success"]):
+            return False
+        self.best = {"update": update, "success": success, "measured_by": measured_by}
+        self.save_due = True
+        return True
 
     def end_save(self) -> None:
         """A checkpoint of this state is on the disk."""
@@ -73,6 +87,7 @@ class RunState:
             "eval_due": self.eval_due,
             "policy_version": self.policy_version,
             "drawn_from": self.drawn_from,
+            "best": self.best,
         }
 
     @classmethod
@@ -82,15 +97,18 @@ class RunState:
         *,
         checkpoint: Path,
         drawn_from: dict[str, str],
-        has_eval: bool,
+        measured_by: str,
+        is_own: bool,
     ) -> Self:
         """The state that a checkpoint kept, for a run of the present settings.
 
         Args:
-            record:     what to_record returned when the checkpoint was made.
-            checkpoint: its folder, for messages.
-            drawn_from: of the present data; report/settings.py tells of other data.
-            has_eval:   the present settings name held-out questions; without, nothing is due.
+            record:      what to_record returned when the checkpoint was made.
+            checkpoint:  its folder.
+            drawn_from:  of the present data; report/settings.py tells of other data.
+            measured_by: what evaluations depend on beside the weights, in words; "": there are
+                         no held-out questions, and nothing is due.
+            is_own:      the checkpoint is this run's and not another's.
 
         Raises:
             ValueError: the checkpoint is of another record version.
@@ -101,12 +119,40 @@ class RunState:
                 f"run: {checkpoint} must be of record version {RECORD_VERSION}, got {version}, "
                 "from an earlier socpo_fast; choose another run.name"
             )
+        best = record.get("best")  # earlier versions kept none
         return cls(
             drawn_from=drawn_from,
-            eval_due=record["eval_due"] and has_eval,
+            eval_due=record["eval_due"] and measured_by != "",
             batch=record["batch"],
             policy_version=record["policy_version"],
+            best=best and recall_best(best, checkpoint, measured_by=measured_by, is_own=is_own),
+            is_saved=is_own,
         )
+
+
+def recall_best(best: dict[str, Any], checkpoint: Path, *, measured_by: str, is_own: bool) -> dict[str, Any] | None:
+    """The best evaluation that a checkpoint knows of, if it still counts; a warning says why not.
+
+    It does not where evaluations measure something else by now ("": there are none), or where its
+    own checkpoint is damaged or gone. A run that begins from another's has its best one only where
+    it begins from that.
+    """
+    path = checkpoint_path(checkpoint.parent, best["update"])
+    reason = damage_of(path, thorough=False) if is_own or path == checkpoint else "it is another run's"
+    if measured_by not in (best["measured_by"], ""):
+        reason = f"{best['measured_by']} -> {measured_by}"
+    if reason:
+        warnings.warn(f"run: {path.name} counts no more as the best checkpoint: {reason}", stacklevel=2)
+    return None if reason else best
+
+
+def mark_none_yet(checkpoints: Path) -> None:
+    """Make the folder and keep its mark true: NONE_YET stands there until the first checkpoint does."""
+    checkpoints.mkdir(exist_ok=True)
+    if any(checkpoints.glob("update_*")):
+        (checkpoints / NONE_YET).unlink(missing_ok=True)
+    else:
+        replace_file(checkpoints / NONE_YET, "")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -124,6 +170,18 @@ def last_checkpoint(folder: Path) -> Path | None:
             f"tells of update {updates}, got none; bring it back, or remove {folder} to start again"
         )
     return None
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint of a run's best evaluation, as its last one tells."""
+    latest = last_checkpoint(folder)
+    best = None if latest is None else read_json(latest / STATE)["trainer"].get("best")
+    if best is None:
+        raise ValueError(
+            f"eval: --checkpoint best must be in {folder / 'checkpoints'}, got no evaluation behind an update; "
+            "name a folder, or train with data.eval"
+        )
+    return checkpoint_path(folder / "checkpoints", best["update"])
 
 
 def find_checkpoint(config: Config) -> Path | None:

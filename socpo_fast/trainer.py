@@ -23,16 +23,17 @@ from socpo_fast.report.folder import run_folder
 from socpo_fast.report.guidance import GuidanceWatch
 from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import drop_rollouts, write_rollouts
-from socpo_fast.report.settings import config_text, deciding, drawn_from, settings_text
+from socpo_fast.report.settings import config_text, deciding, drawn_from, measured_by, settings_text
 from socpo_fast.report.summary import rollout_perf, sources_of, summarize
 from socpo_fast.report.tracker import MetricsWriter
 from socpo_fast.report.write import report_note
 from socpo_fast.run_state import (
-    NONE_YET,
     RunState,
+    best_checkpoint,
     find_checkpoint,
     is_due,
     last_checkpoint,
+    mark_none_yet,
     pick_questions,
     update_order,
 )
@@ -51,8 +52,9 @@ def train(config: Config) -> None:
 
 
 def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
-    """Accuracy on data.eval of a checkpoint folder; None: the run's last one, or student.path when it has none."""
-    path = checkpoint or last_checkpoint(config.folder) or config.student.path
+    """Accuracy on data.eval of a checkpoint: a folder, "best", or None, the run's last one, else student.path."""
+    named = best_checkpoint(config.folder) if checkpoint == "best" else checkpoint
+    path = named or last_checkpoint(config.folder) or config.student.path
     student = config.student.model_copy(update={"path": str(path)})
     with closing(Session(config.model_copy(update={"student": student}))) as session:
         questions = session.eval_questions()
@@ -110,19 +112,20 @@ class Trainer:
     def start_or_resume(self) -> tuple[RunState, str]:
         """Where the run begins, a checkpoint's weights loaded, and its config.toml."""
         data = drawn_from(self.train_questions, self.eval_questions, self.session.tokenizer)
+        self.measured_by = measured_by(self.config, data)
         if self.resumed_from is None:
             state = RunState(drawn_from=data, eval_due=bool(self.eval_questions))
             return state, config_text(self.config)
         record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
+        run = self.resumed_from.absolute().parent.parent
         state = RunState.from_record(
             record,
             checkpoint=self.resumed_from,
             drawn_from=data,
-            has_eval=bool(self.eval_questions),
+            measured_by=self.measured_by,
+            is_own=run == self.config.folder.absolute(),
         )
         self.engine.policy_version = state.policy_version
-        run = self.resumed_from.absolute().parent.parent
-        state.is_saved = run == self.config.folder.absolute()
         return state, settings_text(
             self.config,
             run / "config.toml",
@@ -173,11 +176,7 @@ class Trainer:
         self.writer = stack.enter_context(MetricsWriter(config.folder, resume_after_update=resumed))
         replace_file(config.folder / "config.toml", self.config_text)
         drop_rollouts(config.folder, after_batch=self.state.batch)
-        self.checkpoints.mkdir(exist_ok=True)
-        if any(self.checkpoints.glob("update_*")):
-            (self.checkpoints / NONE_YET).unlink(missing_ok=True)
-        else:
-            replace_file(self.checkpoints / NONE_YET, "")
+        mark_none_yet(self.checkpoints)
         progress = Progress(
             num_batches=config.run.num_batches,
             first_batch=self.state.batch + 1,
@@ -276,7 +275,9 @@ class Trainer:
         with self.signals.stop_at(1):
             metrics = self.session.evaluate(self.eval_questions, self.progress.advance)
         self.record(metrics, kind="eval")
-        self.state.end_evaluation()
+        success, update = metrics["success/unassisted"], self.optimizer.num_updates
+        if self.state.end_evaluation(update=update, success=success, measured_by=self.measured_by):
+            self.progress.note(f"best evaluation so far: {success:.1%} unassisted; update {update} is kept")
 
     def save(self) -> None:
         """A checkpoint of the present state, unless there is one, or there is nothing to keep yet."""
@@ -289,8 +290,8 @@ class Trainer:
             trainer_state=self.state.to_record() | {"settings": deciding(self.session.config)},
             tokenizer_from=self.session.student_folder,
         )
-        (self.checkpoints / NONE_YET).unlink(missing_ok=True)
-        prune_checkpoints(newest, self.config.run.keep_checkpoints)
+        mark_none_yet(self.checkpoints)
+        prune_checkpoints(newest, self.config.run.keep_checkpoints, (self.state.best or {}).get("update"))
         self.state.end_save()
 
     def record(self, metrics: dict[str, float], *, kind: Literal["batch", "eval"]) -> None:

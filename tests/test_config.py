@@ -42,14 +42,8 @@ REFUSED = {
         "config: train.questions_per_update must divide rollout.questions_per_batch 32, got 5",
     ),
     "bf16 on a CPU": ({"student.dtype": "bfloat16"}, "config: student.dtype must be float32 on run.device cpu"),
-    "local teacher nowhere": (
-        {"teacher.kind": "local"},
-        "config: teacher.path must be text of length >= 1, got nothing; set",
-    ),
-    "local teacher without a name": (
-        {"teacher.kind": "local", "teacher.path": ""},
-        "config: teacher.path must be text of length >= 1",
-    ),
+    "local teacher nowhere": ({"teacher.kind": "local"}, "config: teacher.path must be text of length >= 1, got no"),
+    "local teacher without a name": (LOCAL | {"teacher.path": ""}, "config: teacher.path must be text of length >= 1"),
     "endpoint teacher nowhere": ({"teacher.kind": "endpoint"}, "config: teacher.url must be text matching ^https"),
     "endpoint teacher without a model": (
         {"teacher.kind": "endpoint", "teacher.url": "http://h"},
@@ -80,10 +74,7 @@ REFUSED = {
         "config: advantage.estimator must be one of reinforce_plus_plus_baseline, reinforce_plus_plus, grpo, dr_grpo,",
     ),
     "the built-in tutor on other data": ({"data.train": "x.parquet"}, "config: teacher.rule must be your own"),
-    "constant decay without factor": (
-        {"reward.schedule": "constant"},
-        "config: reward.factor must be a number >= 0 and <= 1, got nothing",
-    ),
+    "constant decay alone": ({"reward.schedule": "constant"}, "config: reward.factor must be a number >= 0 and <= 1,"),
     "a factor without use": ({"reward.factor": 0.5}, "config: reward.schedule must be constant for reward.factor, got"),
     "a word for a size": (
         {"engine.kv_cache_gib": "all"},
@@ -100,6 +91,14 @@ REFUSED = {
     "a teacher in halves": (
         LOCAL | {"teacher.dtype": "float16"},
         "config: teacher.dtype must be one of auto, float32, bfloat16, got 'float16'",
+    ),
+    "a rate that falls from where the run ends": (
+        {"train.lr_schedule": "linear", "run.num_batches": 2},
+        "config: train.warmup_updates must be below the run's 8 updates for train.lr_schedule linear, got 10",
+    ),
+    "an end for a rate that does not fall": (
+        {"train.min_lr_ratio": 0.1},
+        "config: train.min_lr_ratio must be 0 for train.lr_schedule constant, got 0.1",
     ),
     "pages of three": ({"engine.page_size": 3}, "config: engine.page_size must be a power of two, got 3"),
 }

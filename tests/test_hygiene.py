@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,11 @@ def test_kernels_folder_is_not_a_package() -> None:
 
 def test_configuration_needs_no_torch() -> None:
     assert run_python("import socpo_fast.config, sys; print('torch' in sys.modules)").strip() == "False"
+
+
+def test_what_has_no_wheel_has_an_extra_of_its_own() -> None:
+    """flash-attn is compiled where it is installed: no other extra may ask for that."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {"": project["dependencies"], **project["optional-dependencies"]}
+    asking = [name for name, needs in extras.items() if any("flash" in need for need in needs)]
+    assert asking == ["flash"] and len(extras["flash"]) == 1

@@ -18,6 +18,7 @@ from socpo_fast.cli import main
 from socpo_fast.config import Config, load_config
 from socpo_fast.config.text import fields_of
 from socpo_fast.report.settings import FREE
+from socpo_fast.report.tracker import read_metrics
 from tests.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
 from tests.socratic.conftest import server
 from tests.socratic.faulty_server import Server
@@ -101,6 +102,25 @@ def test_what_auto_stood_for_is_on_record(run_dir: Path, capsys: Capture) -> Non
     smaller = {"run.num_batches": 3, "train.token_budget": 4096}
     assert main(words_of("train", run_dir, smaller)) == 2
     assert_refused(capsys.readouterr().err, f"{MUST}train.token_budget: 8192 -> 4096; ")
+
+
+def test_the_length_decides_where_the_learning_rate_ends(tmp_path: Path, capsys: Capture) -> None:
+    """Only there: under a constant rate more batches are no change, and a rate that falls is one."""
+    linear = {"train.lr_schedule": "linear", "train.warmup_updates": 0}
+    assert main(words_of("train", tmp_path, linear | {"run.num_batches": 1})) == 0
+    capsys.readouterr()
+    longer = linear | {"run.num_batches": 2}
+    assert main(words_of("train", tmp_path, longer)) == 2
+    assert_refused(capsys.readouterr().err, f"{MUST}run.num_batches: 1 -> 2; set them back")
+    with pytest.warns(UserWarning, match="changed from update 1 on: run.num_batches: 1 -> 2$"):
+        assert main(words_of("train", tmp_path, longer | {"run.accept_changes": "true"})) == 0
+    rates = [row["policy/lr"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "policy/lr" in row]
+    lr = load_config(tmp_path / "run" / "config.toml").train.lr
+    assert rates == [lr, pytest.approx(lr / 2)]
+    capsys.readouterr()
+    constant = {"train.warmup_updates": 0, "run.num_batches": 3}
+    assert main(words_of("train", tmp_path, constant)) == 2
+    assert_refused(capsys.readouterr().err, f"{MUST}train.lr_schedule: linear -> constant; set them back")
 
 
 def test_free_settings_are_settings() -> None:

@@ -64,6 +64,8 @@ def config_of(folder: Path, **changes: Any) -> Config:
             "train.epochs": 2,
             "train.lr": 3e-4,
             "train.warmup_updates": 6,
+            "train.lr_schedule": "cosine",
+            "train.min_lr_ratio": 0.1,
             "engine.kv_cache_gib": 0.02,
             "eval.every_updates": 8,
             "eval.samples": 2,
@@ -129,6 +131,9 @@ def test_the_run_is_worth_comparing(straight: Config) -> None:
     rows = rows_of(straight)
     updates = [row for row in rows if row["kind"] == "update"]
     assert len(updates) == NUM_BATCHES * UPDATES_A_BATCH
+    rates = [row["policy/lr"] for row in updates]
+    assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[5] == 3e-4 and len({*rates[5:]}) == len(rates[5:]) and 3e-5 < rates[-1] < 4e-5
     assert sum(row["policy/grad_norm"] > 1e-3 for row in updates) > len(updates) / 2
     assert sum(abs(row["policy/ratio_mean"] - 1) > 1e-6 for row in updates) > len(updates) / 2
     assert 0 < sum(row["guidance/rate"] for row in rows if row["kind"] == "batch") < NUM_BATCHES
@@ -194,7 +199,10 @@ def test_stopped_in_any_evaluation(straight: Config, tmp_path: Path, nth: int) -
     assert saved is not None
     assert json.loads((saved / "trainer_state.json").read_text())["trainer"]["eval_due"]
     trainer.train(stopped.config)
-    assert_same(stopped.config, straight, owed="" if nth == 3 else saved.name)  # the last one is saved again
+    state = json.loads((straight.folder / "checkpoints" / saved.name / "trainer_state.json").read_text())
+    is_best = saved.name == f"update_{state['trainer']['best']['update']:06d}"
+    is_saved_again = is_best or nth == 3  # the last one is, too
+    assert_same(stopped.config, straight, owed="" if is_saved_again else saved.name)
 
 
 @pytest.mark.parametrize("where", [checkpoint, weights], ids=["moments", "weights"])

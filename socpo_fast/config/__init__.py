@@ -38,6 +38,7 @@ from socpo_fast.config.teachers import (
     TeacherConfig,
 )
 from socpo_fast.config.text import choose_kinds, expand_home, explain, from_text
+from socpo_fast.registries import LR_SCHEDULES
 
 __all__ = [
     "AdvantageConfig",
@@ -98,6 +99,15 @@ class Config(Section):
         engine = _without_auto(self.engine, kv_cache_gib=kv_cache_gib)
         return self.model_copy(update={"train": train, "engine": engine})
 
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return (
+            self.run.num_batches
+            * self.train.epochs
+            * (self.rollout.questions_per_batch // self.train.questions_per_update)
+        )
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if conflict := find_conflicts(self):
@@ -150,13 +160,15 @@ def read_toml(toml_path: str | Path) -> dict[str, Any]:
 def find_conflicts(config: Config) -> str | None:
     """The first rule between fields that is broken."""
     data = config.data
+    train = config.train
     teacher = config.teacher
     dtype = config.student.dtype
     page_size = config.engine.page_size
     per_batch = config.rollout.questions_per_batch
-    per_update = config.train.questions_per_update
     is_builtin_data = {data.train, data.eval} <= {"builtin", None}
     is_builtin_rule = isinstance(teacher, RuleTeacherConfig) and teacher.rule == "builtin"
+    per_update = train.questions_per_update
+    is_falling = LR_SCHEDULES[train.lr_schedule] is not None
     rules = [
         (
             per_batch % per_update == 0,
@@ -178,6 +190,15 @@ def find_conflicts(config: Config) -> str | None:
         (
             page_size & (page_size - 1) == 0,
             f"engine.page_size must be a power of two, got {page_size}",
+        ),
+        (
+            not is_falling or train.warmup_updates < config.num_updates,
+            f"train.warmup_updates must be below the run's {config.num_updates} updates "
+            f"for train.lr_schedule {train.lr_schedule}, got {train.warmup_updates}",
+        ),
+        (
+            is_falling or train.min_lr_ratio == 0,
+            f"train.min_lr_ratio must be 0 for train.lr_schedule {train.lr_schedule}, got {train.min_lr_ratio}",
         ),
     ]
     return next((rule for holds, rule in rules if not holds), None)

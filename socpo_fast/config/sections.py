@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from socpo_fast.config.text import LocalPath, one_of
-from socpo_fast.registries import ESTIMATORS, GRADERS, SCHEDULES, Schedule
+from socpo_fast.registries import ESTIMATORS, GRADERS, LR_SCHEDULES, SCHEDULES, Schedule
 
 
 class Section(BaseModel):
@@ -42,7 +42,7 @@ class RunConfig(Section):
     )
     num_batches: int = Field(default=100, ge=1, description="batches to train on")
     checkpoint_every_updates: int = Field(default=20, ge=0, description="updates between saves, 0 = at the end only")
-    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept, beside the best one")
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="cpu, cuda or cuda:INDEX")
     threads: int = Field(default=0, ge=0, le=4096, description="CPU threads, 0 = all cores (or OMP_NUM_THREADS)")
     live: bool = Field(default=True, description="live progress display on a terminal; otherwise one line a batch")
@@ -184,6 +184,11 @@ class TrainConfig(Section):
     epochs: int = Field(default=1, ge=1, le=100, description="passes over a batch")
     lr: float = Field(default=1e-6, gt=0, le=1, description="AdamW learning rate after warm-up")
     warmup_updates: int = Field(default=10, ge=0, description="updates of linear warm-up")
+    lr_schedule: Annotated[str, *one_of(LR_SCHEDULES)] = Field(
+        default="constant",
+        description="how the learning rate falls from the end of the warm-up to that of the run",
+    )
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1, description="where it falls to, as a share of lr")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="decoupled weight decay, times lr an update")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the gradient's mean")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the squared gradient's mean")

@@ -147,10 +147,13 @@ def to_text(value: object) -> str:
 
 
 def unknown_key(model: type[BaseModel], name: str) -> str:
-    """The message for a key that no section has, with the nearest known one: the same key elsewhere, a similar name."""
-    names = list(fields_of(model))
-    same_key = [known for known in names if known.rpartition(".")[2] == name.rpartition(".")[2]]
-    nearest = difflib.get_close_matches(name, same_key or names, n=1, cutoff=0.0 if same_key else 0.7)
+    """The message for a key that no section has, with the nearest known one.
+
+    That is the same key elsewhere, one that this one only adds a word to, or a similar name.
+    """
+    names, key = list(fields_of(model)), name.rpartition(".")[2]
+    akin = [known for known in names if known.rpartition(".")[2] == key or name.startswith(f"{known}_")]
+    nearest = difflib.get_close_matches(name, akin or names, n=1, cutoff=0.0 if akin else 0.7)
     return f"config: unknown key {name}; " + (
         f"did you mean {nearest[0]}?" if nearest else "socpo train --help lists all"
     )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from socpo_fast.config import Config, read_toml
 from socpo_fast.config.text import to_text
+from socpo_fast.registries import LR_SCHEDULES
 from socpo_fast.types import Question
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ FREE = {
     "run.dir": "where the run lies",
     "run.resume": "where it goes on from",
     "run.accept_changes": "the consent itself; it is for one start and never kept",
-    "run.num_batches": "how long it goes on; a batch depends on no later one",
+    "run.num_batches": "how long it goes on; a batch depends on no later one, see deciding",
     "run.checkpoint_every_updates": "what is kept",
     "run.keep_checkpoints": "what is kept",
     "run.threads": "speed; docs/numerics.md says where bits do not depend on it",
@@ -132,6 +133,15 @@ def drawn_from(
     }
 
 
+def measured_by(config: Config, drawn: Mapping[str, str]) -> str:
+    """What success/unassisted depends on beside the weights, in words; "": nothing is held out."""
+    limits = f"{config.eval.samples} samples of {config.rollout.max_new_tokens} tokens"
+    sampling = f"temperature {config.eval.temperature}, top_p {config.eval.top_p}"
+    grader = f"grader {config.data.grader} at {config.grader.correct_at}"
+    words = f"{drawn['questions of data.eval']}, {limits}, {sampling}, {grader}"
+    return "" if config.data.eval is None else words
+
+
 def _digest(values: Sequence[Any]) -> str:
     """How many there are, and the head of the hash of all."""
     return f"{len(values)} with hash {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]}"
@@ -149,9 +159,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """The settings that decide tokens, weights or what is measured, for a checkpoint's record."""
+    """The settings that decide tokens, weights or what is measured, for a checkpoint's record.
+
+    The length of the run is one of them where the learning rate depends on it.
+    """
+    is_constant = LR_SCHEDULES[config.train.lr_schedule] is None
+    free = FREE.keys() if is_constant else FREE.keys() - {"run.num_batches"}
     return {
-        section: {key: value for key, value in table.items() if f"{section}.{key}" not in FREE}
+        section: {key: value for key, value in table.items() if f"{section}.{key}" not in free}
         for section, table in _tables(config).items()
     }
 

@@ -62,13 +62,15 @@ def save_checkpoint(
     folder = Path(folder)
     state = {"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}
     state_text = json.dumps(state, indent=1)  # before anything is written: what is not JSON fails here
-    target = folder / f"update_{optimizer.num_updates:06d}"
+    target = checkpoint_path(folder, optimizer.num_updates)
     try:
         _remove_leftovers(folder)  # an interrupted process may have filled the disk
         with new_folder(target) as partial:
             save_student(student, partial, tokenizer_from=tokenizer_from)
-            moments = {name: tensor.contiguous() for name, tensor in optimizer.state_tensors().items()}
-            save_file(moments, partial / OPTIMIZER)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in optimizer.state_tensors().items()},
+                partial / OPTIMIZER,
+            )
             (partial / STATE).write_text(state_text, encoding="utf-8")
             manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -80,6 +82,11 @@ def save_checkpoint(
             "older checkpoints are intact"
         ) from error
     return target
+
+
+def checkpoint_path(folder: Path, num_updates: int) -> Path:
+    """Where the checkpoint after so many updates lies."""
+    return folder / f"update_{num_updates:06d}"
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -96,8 +103,10 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
             damages.append(damage)
             continue
         if damages:
-            message = f"checkpoint: {damages[0]}; passed over for {path.name}, which is whole"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(
+                f"checkpoint: {damages[0]}; passed over for {path.name}, which is whole",
+                stacklevel=2,
+            )
         return path
     if damages:
         raise ValueError(
@@ -170,11 +179,11 @@ def load_checkpoint(
     return state["trainer"]
 
 
-def prune_checkpoints(newest: Path, keep: int) -> None:
+def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
     """Remove what is older than the `keep` whole checkpoints up to `newest`, which was just saved.
 
-    Damaged ones among them stay, and so does whatever is newer. What interrupted writes left behind
-    goes.
+    Damaged ones among them stay, and so do the one of update `best` and whatever is newer. What
+    interrupted writes left behind goes.
     """
     if keep < 1:
         raise ValueError(f"checkpoint: keep must be >= 1, got {keep}; the latest checkpoint is never removed")
@@ -182,7 +191,8 @@ def prune_checkpoints(newest: Path, keep: int) -> None:
     until_newest = checkpoints[: checkpoints.index(newest) + 1]
     kept = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
     for path in until_newest[: until_newest.index(kept[0])]:
-        remove(path)
+        if best is None or path != checkpoint_path(newest.parent, best):
+            remove(path)
     _remove_leftovers(newest.parent)
 
 

@@ -1,6 +1,7 @@
 """What loss tokens bring to the loss: weight, advantage, log-probs; and the checks of policy_gradients' options."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from socpo_fast.device import upload
 from socpo_fast.ops._checks import check_rule, check_word
+from socpo_fast.ops.policy_loss import PolicyLossOptions
 from socpo_fast.train.packing import PackedMicrobatch
 from socpo_fast.types import Rollout
 
@@ -36,6 +38,15 @@ def check_options(
         f"the sampler's for loss_agg={loss_agg!r}",
     )
     check_rule(where, "tis_clip", tis_clip, tis_clip is None or tis_clip > 0, "> 0 or None")
+
+
+def drop_idle(rollouts: Sequence[Rollout], options: PolicyLossOptions) -> list[Rollout]:
+    """The rollouts in their places, without turns where the loss skips every row of theirs."""
+    reads_all = options.entropy_coef != 0 or options.kl_coef != 0
+    return [
+        rollout if reads_all or any(turn.advantage != 0 for turn in rollout.turns) else replace(rollout, turns=[])
+        for rollout in rollouts
+    ]
 
 
 def attempt_weights(

@@ -4,7 +4,7 @@ Departures from torch.optim.AdamW used bare: bf16 parameters are the high halves
 masters (ops/adamw.py); state is made at construction, so that storage never moves, and it is a flat
 dict of named tensors (safetensors, no pickle); weight decay falls on matrices only (ndim >= 2),
 never on norms and biases; a bad gradient costs one update, not the run. num_updates counts that
-update too, so that a number names one update; warm-up and AdamW count the steps that were taken.
+update too, so that a number names one update; learning rate and AdamW count the steps that were taken.
 Whether one is taken is decided on the device: the host waits once, at the end.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from socpo_fast.model.accumulate import accumulate_in_fp32
 from socpo_fast.ops import adamw
 from socpo_fast.ops._checks import check_rule
+from socpo_fast.registries import LR_SCHEDULES
 
 COUNTS = ("num_updates", "num_skipped", "num_skipped_in_a_row")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,20 +36,28 @@ class StepResult:
 
 
 class Optimizer:
-    """AdamW with linear warm-up and clipping of the global norm.
+    """AdamW with linear warm-up, a schedule of the learning rate, and clipping of the global norm.
 
-        lr_n = lr * min(1, n / warmup_updates)    n = 1, 2, ..: this update, skipped ones not counted
+        n         = 1, 2, ..: this update, skipped ones not counted;  peak = max(1, warmup_updates)
+        point     = (n - peak) / (total_updates + 1 - peak), in [0, 1]
+        lr_n      = lr * min(1, n / peak) * (1 - (1 - min_lr_ratio) * fall_at(point))
         gradient *= min(1, max_grad_norm / norm)
+
+    fall_at is the schedule's, from 0 to 1. The last update's rate is not yet the least one, so that
+    with min_lr_ratio 0 it counts as well; beyond it the rate is lr * min_lr_ratio.
 
     Args:
         student:        its parameters that require grad, fp32 or bf16, are updated in place. From
                         here on their .grad is fp32, and policy_gradients adds to it in place
                         (model/accumulate.py). A master starts, and starts again where the parameter
                         is written to by others, as the bf16 number that is there.
-        lr:             > 0, after the warm-up.
+        lr:             > 0, at the end of the warm-up.
         betas:          each in [0, 1).
         weight_decay:   >= 0, decoupled (times lr), on parameters of two or more dimensions.
         warmup_updates: >= 0.
+        lr_schedule:    a name in registries.LR_SCHEDULES.
+        min_lr_ratio:   in [0, 1), what is left of lr in the end.
+        total_updates:  > warmup_updates, for schedules that end with the run; they need it.
         max_grad_norm:  > 0; inf turns clipping off.
 
     Raises:
@@ -66,30 +75,52 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         warmup_updates: int = 10,
+        lr_schedule: str = "constant",
+        min_lr_ratio: float = 0.0,
+        total_updates: int | None = None,
         max_grad_norm: float = 1.0,
     ):
         named = student.named_parameters()  # tied weights once
         self.params = {name: param for name, param in named if param.requires_grad}
-        advice = "load the student with dtype='float32' or 'bfloat16'"
         for name, param in self.params.items():
-            rule = "float32 or bfloat16"
-            known = param.dtype in DTYPES
-            check_rule("Optimizer", f"dtype of {name}", param.dtype, known, rule, advice)
+            check_rule(
+                "Optimizer",
+                f"dtype of {name}",
+                param.dtype,
+                param.dtype in DTYPES,
+                "float32 or bfloat16",
+                "load the student with dtype='float32' or 'bfloat16'",
+            )
             dtype = None if param.grad is None else param.grad.dtype
-            is_wide = dtype in (None, torch.float32)
-            rule = "float32 or None"
-            check_rule("Optimizer", f"grad of {name}", dtype, is_wide, rule, "drop it first")
+            check_rule(
+                "Optimizer",
+                f"grad of {name}",
+                dtype,
+                dtype in (None, torch.float32),
+                "float32 or None",
+                "drop it first",
+            )
+        self.fall_at = LR_SCHEDULES.get(lr_schedule)
+        self.last_update = math.inf if self.fall_at is None else (total_updates or 0)
         rules = (
+            ("lr_schedule", lr_schedule, lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}"),
             ("lr", lr, 0 < lr < math.inf, "finite and > 0"),
             ("betas", betas, all(0 <= beta < 1 for beta in betas), "each in [0, 1)"),
             ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "finite and >= 0"),
             ("warmup_updates", warmup_updates, warmup_updates >= 0, ">= 0"),
+            ("min_lr_ratio", min_lr_ratio, 0 <= min_lr_ratio < 1, "in [0, 1)"),
+            (
+                "total_updates",
+                total_updates,
+                self.last_update > warmup_updates,
+                f"> warmup_updates {warmup_updates} for lr_schedule {lr_schedule!r}",
+            ),
             ("max_grad_norm", max_grad_norm, max_grad_norm > 0, "> 0"),
         )
         for rule_of_value in rules:
             check_rule("Optimizer", *rule_of_value)
-        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
-        self.warmup_updates, self.max_grad_norm = warmup_updates, max_grad_norm
+        self.lr, self.min_lr_ratio, self.warmup_updates = lr, min_lr_ratio, warmup_updates
+        self.betas, self.weight_decay, self.max_grad_norm = betas, weight_decay, max_grad_norm
         self.num_updates = 0  # skipped ones included
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
@@ -131,7 +162,7 @@ class Optimizer:
         loss = loss if isinstance(loss, Tensor) else norm.new_full((), loss)
         scale = scale.where(loss.isfinite(), math.nan)
         num_steps = self.num_updates - self.num_skipped
-        lr = self.lr * min(1.0, (num_steps + 1) / max(1, self.warmup_updates))
+        lr = self.lr_of(num_steps + 1)
         for (name, param), grad in zip(self.params.items(), grads, strict=True):
             adamw(
                 param,
@@ -157,6 +188,13 @@ class Optimizer:
         self.num_skipped += skipped
         self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if skipped else 0
         return StepResult(grad_norm=grad_norm, lr=lr, skipped=skipped, also_read=tuple(others))
+
+    def lr_of(self, n: int) -> float:
+        """The learning rate of step 1, 2, .."""
+        peak = max(1, self.warmup_updates)
+        point = min(1.0, max(0.0, (n - peak) / (self.last_update + 1 - peak)))
+        fall = 0.0 if self.fall_at is None else self.fall_at(point)
+        return self.lr * min(1.0, n / peak) * (1 - (1 - self.min_lr_ratio) * fall)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns the live moments, not copies, and what bf16 parameters lack of their masters.

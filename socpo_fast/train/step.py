@@ -3,7 +3,9 @@
 Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differences from the textbook trainer:
 
 - The normaliser is the update's, never a microbatch's: packing and splitting change speed, not the gradient.
-- Only rows that predict a loss token meet the LM head, and nothing is padded.
+- Only rows that predict a loss token meet the LM head, and nothing is padded. A rollout is idle
+  where its advantages are exactly 0, as in a group all right or all wrong under an estimator that
+  does not whiten. It counts in the normalisers and is not forwarded (loss_inputs.drop_idle).
 - The advantage is one number an attempt; it is spread over the attempt's tokens inside the loss.
 """
 
@@ -29,6 +31,7 @@ from socpo_fast.train.loss_inputs import (
     attempt_advantages,
     attempt_weights,
     check_options,
+    drop_idle,
     gather_tokens,
 )
 from socpo_fast.train.packing import PackedMicrobatch, Packing, count_unique_tokens, pack_rollouts
@@ -57,9 +60,10 @@ class GradientStats:
 
     figures_6: Tensor  # fp64, on the student's device: those of Figures, in its order
     tokens_forwarded: int
-    unique_tokens: int  # nodes of the groups' trees: prompt once, attempts, bridges
-    loss_tokens: int
+    unique_tokens: int  # nodes of the groups' trees: prompt once, attempts, bridges; idle ones too
+    loss_tokens: int  # sampled tokens, idle rollouts' too
     num_microbatches: int
+    idle_rollouts: int  # whose advantages are all 0, so that they were not forwarded
 
     @cached_property
     def figures(self) -> Figures:
@@ -99,7 +103,9 @@ def policy_gradients(
 
     Args:
         student:        the policy, on any device.
-        rollouts:       with each turn's advantage filled. Those without turns count for nothing.
+        rollouts:       with each turn's advantage filled. Those without turns count for nothing;
+                        those whose advantages are all exactly 0 need no forward, where there is
+                        neither an entropy bonus nor a KL.
         packing, token_budget: those of pack_rollouts.
         temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
         num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of these rollouts.
@@ -122,7 +128,8 @@ def policy_gradients(
     lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
     norm_tokens = sum(lengths) if num_loss_tokens is None else num_loss_tokens
     norm_attempts = len(lengths) if num_attempts is None else num_attempts
-    microbatches = pack_rollouts(rollouts, packing=packing, token_budget=token_budget)
+    forwarded = drop_idle(rollouts, options)
+    microbatches = pack_rollouts(forwarded, packing=packing, token_budget=token_budget)
     with accumulating():
         outcomes = [
             _backward(
@@ -140,7 +147,14 @@ def policy_gradients(
             )
             for microbatch in microbatches
         ]
-    return _stats(outcomes, microbatches, rollouts, student.lm_head.weight.device)
+    return GradientStats(
+        figures_6=_figures(outcomes, microbatches, sum(lengths), student.lm_head.weight.device),
+        tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
+        unique_tokens=count_unique_tokens(rollouts),
+        loss_tokens=sum(lengths),
+        num_microbatches=len(microbatches),
+        idle_rollouts=sum(len(x.turns) > len(y.turns) for x, y in zip(rollouts, forwarded, strict=True)),
+    )
 
 
 @torch.no_grad()
@@ -249,26 +263,14 @@ def _forward(student: Decoder, microbatch: PackedMicrobatch, *, checkpointing: b
     )
 
 
-def _stats(
+def _figures(
     outcomes: list[PolicyLoss],
     microbatches: list[PackedMicrobatch],
-    rollouts: Sequence[Rollout],
+    num_loss_tokens: int,
     device: torch.device,
-) -> GradientStats:
-    """Puts microbatches together, `outcomes` being those of _backward, without a host sync."""
-    sizes = [microbatch.targets_N.numel() for microbatch in microbatches]
-    return GradientStats(
-        figures_6=_figures(outcomes, sizes, device),
-        tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
-        unique_tokens=count_unique_tokens(rollouts),
-        loss_tokens=sum(sizes),
-        num_microbatches=len(microbatches),
-    )
-
-
-def _figures(outcomes: list[PolicyLoss], sizes: list[int], device: torch.device) -> Tensor:
-    """[6] fp64: the values of Figures."""
-    if sum(sizes) == 0:
+) -> Tensor:
+    """[6] fp64: the values of Figures, from what _backward returned, without a host sync."""
+    if not outcomes:
         values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan]
         return upload(torch.tensor(values, dtype=torch.float64), device)
     by_token = [torch.stack((policy.logprobs, policy.entropy, policy.ratio)) for policy in outcomes]
@@ -279,6 +281,7 @@ def _figures(outcomes: list[PolicyLoss], sizes: list[int], device: torch.device)
     # nan, as the mean is, when all are skipped
     mismatch_max = mismatch_N.where(~is_skipped, 0.0).amax() + 0.0 * mismatch
     losses = torch.stack([policy.loss for policy in outcomes]).double()
+    sizes = [microbatch.targets_N.numel() for microbatch in microbatches]
     clipped = [x.clip_fraction.double() * size for x, size in zip(outcomes, sizes, strict=True)]
-    clip_fraction = torch.stack(clipped).sum() / sum(sizes)
+    clip_fraction = torch.stack(clipped).sum() / num_loss_tokens
     return torch.stack((losses.sum(), entropy, ratio, clip_fraction, mismatch_max, mismatch))

@@ -12,7 +12,7 @@ from socpo_fast.config import Config
 from socpo_fast.files import RunFailed
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import PolicyLossOptions
-from socpo_fast.train.loss_inputs import OldLogprobs, PerToken
+from socpo_fast.train.loss_inputs import OldLogprobs, PerToken, drop_idle
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import Figures, compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
@@ -38,6 +38,9 @@ class Updater:
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
             warmup_updates=options.warmup_updates,
+            lr_schedule=options.lr_schedule,
+            min_lr_ratio=options.min_lr_ratio,
+            total_updates=config.num_updates,
             max_grad_norm=options.max_grad_norm,
         )
         self._forward: dict[str, Any] = {
@@ -111,6 +114,7 @@ class Updater:
             "perf/tokens_forwarded": float(stats.tokens_forwarded),
             "perf/unique_tokens": float(stats.unique_tokens),
             "perf/microbatches": float(stats.num_microbatches),
+            "perf/idle_rollouts": float(stats.idle_rollouts),
             "perf/train_tok_s": stats.tokens_forwarded / (time.perf_counter() - started),
         }
 
@@ -120,11 +124,16 @@ class Updater:
         """Computes old log-probs under the weights as they are, and how far the sampler's are off.
 
         None: the sampler's own serve. Under "auto" the first update needs none: its own log-probs
-        are the old ones.
+        are the old ones. No update needs those of idle rollouts. Where there are no others, one
+        group is forwarded all the same, to measure it: of the last update, which any choice reads.
         """
         choice, known = self.config.loss.old_logprobs, LogprobsByGroup()
+        whole, groups = groups, [drop_idle(group, self.loss_options) for group in groups]
+        busy = [g for g, group in enumerate(groups) if any(rollout.turns for rollout in group)]
+        first = busy[0] if busy else order[-1][0]
+        groups[first] = groups[first] if busy else whole[first]
         if choice == "auto" and self.student.lm_head.weight.dtype == torch.float32:
-            known[0] = self._logprobs(self.student, groups[0])
+            known[first] = self._logprobs(self.student, groups[first])
         mismatch = _mismatch(groups, known)
         fits = mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS  # nan does not
         if choice == "sampler" or fits:

@@ -98,6 +98,19 @@ def contexts(rollout: Rollout) -> list[list[int]]:
     return found
 
 
+def count_nodes(rollouts: list[Rollout]) -> tuple[int, int]:
+    """(tokens of the groups' trees, leaves among them), from the rollouts alone."""
+    trained = [rollout for rollout in rollouts if rollout.attempts]
+    prompts = {(rollout.question_idx, tuple(rollout.prompt_ids)) for rollout in trained}
+    nodes, leaves = sum(len(prompt) for _, prompt in prompts), len(trained)
+    for rollout in trained:
+        nodes += sum(len(attempt.token_ids) for attempt in rollout.attempts)
+        for turn, context in zip(rollout.turns[:-1], contexts(rollout), strict=False):
+            nodes += len(turn.guidance.bridge_ids)
+            leaves += turn.guidance.kept_tokens < len(context + turn.attempt.token_ids)
+    return nodes, leaves
+
+
 def make_rollouts() -> list[Rollout]:
     """Every shape a rollout can have, out of order: two groups, a singleton, one question with two prompts."""
     first, second, third = [1, 2, 3, 4, 5], [7], [9, 8]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from socpo_fast.ops.adamw import join_master
+from socpo_fast.registries import LR_SCHEDULES
 from socpo_fast.train.optimizer import Optimizer
 from tests.train.rollouts import make_student
 
@@ -47,6 +48,43 @@ def test_steps_are_adamw_with_warmup_clipping_and_decay_of_matrices() -> None:
     for name, param in student.named_parameters():
         torch.testing.assert_close(param.detach().double(), expected[name], atol=1e-5, rtol=1e-4)
         assert param.grad is None
+
+
+# lr 8, 4 updates of warm-up, 11 in all, down to a quarter: what falls, 6, does so in 8 parts.
+RATES = {
+    "constant": {1: 2.0, 4: 8.0, 8: 8.0, 11: 8.0, 12: 8.0, 99: 8.0},
+    "linear": {1: 2.0, 4: 8.0, 8: 5.0, 11: 2.75, 12: 2.0, 99: 2.0},
+    "cosine": {1: 2.0, 4: 8.0, 8: 5.0, 11: 5 - 3 * math.cos(math.pi / 8), 12: 2.0, 99: 2.0},
+}
+
+
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+def test_learning_rates_by_hand(schedule: str) -> None:
+    """First, end of the warm-up, middle, last, and beyond the last."""
+    options = {"lr": 8.0, "warmup_updates": 4, "total_updates": 11, "min_lr_ratio": 0.25}
+    optimizer = Optimizer(make_student(), lr_schedule=schedule, **options)  # type: ignore[arg-type]
+    for n, rate in RATES[schedule].items():
+        assert optimizer.lr_of(n) == pytest.approx(rate, rel=1e-14), n
+    bare = Optimizer(make_student(), lr_schedule=schedule, **options | {"warmup_updates": 0, "total_updates": 1})  # type: ignore[arg-type]
+    assert bare.lr_of(1) == 8.0  # the first of those without a warm-up is a full one
+
+
+def test_a_constant_rate_has_the_bits_of_no_schedule() -> None:
+    optimizer = Optimizer(make_student(), lr=3e-4, warmup_updates=7)
+    assert all(optimizer.lr_of(n) == 3e-4 * min(1.0, n / 7) for n in range(1, 20))
+
+
+def test_skipped_updates_are_no_steps_of_the_schedule() -> None:
+    student = make_student()
+    options = {"lr": 1e-2, "warmup_updates": 2, "lr_schedule": "linear", "total_updates": 5}
+    optimizer, rates = Optimizer(student, **options), []  # type: ignore[arg-type]
+    for n in range(1, 8):
+        set_gradients(student, seed=n)
+        result = optimizer.step(loss=math.nan if n in (2, 5) else 0.0)
+        assert result.skipped == (n in (2, 5))
+        rates += [] if result.skipped else [result.lr]
+    assert rates == [optimizer.lr_of(n) for n in range(1, 6)]
+    assert rates == pytest.approx([0.005, 0.01, 0.0075, 0.005, 0.0025])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -124,6 +162,10 @@ def test_refusals() -> None:
         ({"betas": (0.9, 1.0)}, r"betas must be each in \[0, 1\)"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and >= 0"),
         ({"warmup_updates": -1}, "warmup_updates must be >= 0"),
+        ({"lr_schedule": "step"}, "lr_schedule must be one of constant, linear, cosine, got 'step'"),
+        ({"min_lr_ratio": 1.0}, r"min_lr_ratio must be in \[0, 1\), got 1.0"),
+        ({"lr_schedule": "linear"}, "total_updates must be > warmup_updates 10 for lr_schedule 'linear', got None"),
+        ({"lr_schedule": "linear", "total_updates": 10}, "total_updates must be > warmup_updates 10 .* got 10"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be > 0, got nan"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,194 @@
+"""The checkpoint of the best evaluation stays, whatever comes after it, and can be named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from socpo_fast import trainer
+from socpo_fast.cli import main
+from socpo_fast.config import Config
+from socpo_fast.run_state import best_checkpoint
+from socpo_fast.session import Session
+from tests.test_trainer_resume import config_of
+
+# success/unassisted after so many updates: the start's counts for nothing, the first 0.5 is the best
+SUCCESS = {0: 0.9, 1: 0.25, 2: 0.5, 3: 0.5, 4: 0.125, 5: 0.25, 6: 0.25}
+TOLD = "best evaluation so far: {:.1%} unassisted; update {} is kept"
+NO_MORE = "run: update_000002 counts no more as the best checkpoint: "
+
+
+def small(folder: Path, **changes: Any) -> Config:
+    """One update a batch, evaluated each time; only the last one's checkpoint would be kept."""
+    settings = {
+        "run__num_batches": 5,
+        "run__checkpoint_every_updates": 0,
+        "run__keep_checkpoints": 1,
+        "rollout__max_attempts": 1,
+        "loss__kl_coef": 0.0,
+        "loss__old_logprobs": "sampler",
+        "train__questions_per_update": 2,
+        "train__epochs": 1,
+        "train__lr_schedule": "constant",
+        "train__min_lr_ratio": 0.0,
+        "eval__every_updates": 1,
+    }
+    return config_of(folder, **settings | changes)
+
+
+def evaluate(self: Session, questions: Any, on_rollout: Any = None) -> dict[str, float]:
+    return {"success/unassisted": SUCCESS[self.engine.policy_version], "time/total_s": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripted() -> Iterator[None]:
+    """No report, and evaluations that say what SUCCESS does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "report_note", str)
+        patch.setattr(Session, "evaluate", evaluate)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = small(tmp_path_factory.mktemp("finished"))
+    trainer.train(config)
+    return config
+
+
+@pytest.fixture
+def copied(finished: Config, tmp_path: Path) -> Path:
+    """The folder of a copy of the finished run."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return tmp_path
+
+
+def checkpoints_of(config: Config) -> dict[str, dict[str, Any]]:
+    """Name -> its files by their hashes."""
+    folders = sorted((config.folder / "checkpoints").iterdir())
+    return {path.name: json.loads((path / "manifest.json").read_text()) for path in folders}
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No save was due when it was made; of equal ones it is the first."""
+    config = small(tmp_path)
+    trainer.train(config)
+    assert [*checkpoints_of(config)] == ["update_000002", "update_000005"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "best evaluation" in line]
+    assert lines == [TOLD.format(0.25, 1), TOLD.format(0.5, 2)]
+    assert best_checkpoint(config.folder) == config.folder / "checkpoints" / "update_000002"
+
+
+def test_best_can_be_named(finished: Config, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    folders: list[Path] = []
+    read: Callable[..., Any] = Session.eval_questions
+    monkeypatch.setattr(Session, "eval_questions", lambda self: folders.append(self.student_folder) or read(self))
+    words = ["eval", "--config", str(finished.folder / "config.toml"), "--checkpoint"]
+    assert main([*words, "best"]) == 0
+    assert main([*words, "none"]) == 0
+    assert [folder.name for folder in folders] == ["update_000002", "update_000005"]
+
+
+def test_there_is_none_without_an_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="^eval: --checkpoint best must be in .*, got no evaluation behind an update; "
+    ):
+        trainer.evaluate(small(tmp_path), "best")
+    config = small(tmp_path, data__eval="none", run__num_batches=2)
+    trainer.train(config)
+    assert [*checkpoints_of(config)] == ["update_000002"]
+    with pytest.raises(ValueError, match="name a folder, or train with data.eval$"):
+        trainer.evaluate(config, "best")
+
+
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_resume_is_bitwise(finished: Config, tmp_path: Path, num_batches: int) -> None:
+    trainer.train(small(tmp_path, run__num_batches=num_batches))
+    config = small(tmp_path)
+    trainer.train(config)
+    assert checkpoints_of(config) == checkpoints_of(finished)
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("where", ["save_checkpoint", "prune_checkpoints"])
+def test_killed_between_evaluation_and_save(
+    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Before the save the evaluation is made again; behind it the older best one goes with the next."""
+    config, calls = small(tmp_path), []
+    original = getattr(trainer, where)
+
+    def killed(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return original(*args, **options)
+
+    monkeypatch.setattr(trainer, where, killed)
+    with pytest.raises(Killed):
+        trainer.train(config)
+    left = ["update_000001"] if where == "save_checkpoint" else ["update_000001", "update_000002"]
+    assert [*checkpoints_of(config)] == left
+    trainer.train(config)
+    assert checkpoints_of(config) == checkpoints_of(finished)
+
+
+def remove(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return r".*/manifest.json is missing or damaged"
+
+
+def shorten(folder: Path) -> str:
+    (folder / "model.safetensors").write_bytes(b"")
+    return r".*/model.safetensors is missing or not of its \d+ bytes"
+
+
+@pytest.mark.parametrize("damage", [remove, shorten])
+def test_a_damaged_best_one_is_told_and_replaced(copied: Path, damage: Callable[[Path], str]) -> None:
+    config = small(copied, run__num_batches=6)
+    reason = damage(config.folder / "checkpoints" / "update_000002")
+    with pytest.raises(ValueError, match="update_000002"):
+        trainer.evaluate(config, "best")
+    with pytest.warns(UserWarning, match=NO_MORE + reason):
+        trainer.train(config)
+    assert best_checkpoint(config.folder).name == "update_000006"
+
+
+def test_a_run_begins_from_the_best_of_another(finished: Config, tmp_path: Path) -> None:
+    start = finished.folder / "checkpoints"
+    config = small(tmp_path, run__resume=str(start / "update_000002"), run__num_batches=4)
+    trainer.train(config)
+    assert [*checkpoints_of(config)] == ["update_000002", "update_000004"]
+    assert best_checkpoint(config.folder) == config.folder / "checkpoints" / "update_000002"
+    other = small(tmp_path, run__name="other", run__resume=str(start / "update_000005"), run__num_batches=6)
+    with pytest.warns(UserWarning, match=f"{NO_MORE}it is another run's"):
+        trainer.train(other)
+    assert best_checkpoint(other.folder).name == "update_000006"
+
+
+def test_without_evaluation_the_best_stays(copied: Path) -> None:
+    changes = {"data__eval": "none", "run__num_batches": 6, "run__accept_changes": True}
+    config = small(copied, **changes)
+    with pytest.warns(UserWarning, match="changed from update 5 on: questions of data.eval"):
+        trainer.train(config)
+    assert [*checkpoints_of(config)] == ["update_000002", "update_000006"]
+
+
+@pytest.mark.parametrize("change", [{"data__builtin_eval_questions": 3}, {"eval__samples": 3}])
+def test_what_is_measured_otherwise_is_not_compared(copied: Path, change: dict[str, int]) -> None:
+    """Other questions, or other sampling: the next evaluation is the best of its kind."""
+    config = small(copied, run__num_batches=6, run__accept_changes=True, **change)
+    words = "temperature 2.0, top_p 0.95, grader tests.test_trainer_resume:grade at 1.0"
+    old = f"2 with hash [0-9a-f]{{12}}, 2 samples of 8 tokens, {words}"
+    with pytest.warns(UserWarning, match=f"{NO_MORE}{old} -> . with hash"):
+        trainer.train(config)
+    assert [*checkpoints_of(config)] == ["update_000006"]
+    assert best_checkpoint(config.folder).name == "update_000006"
