@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     """
     is_moved = x.is_cpu and device.type == "cuda"
     return (x.pin_memory() if is_moved else x).to(device, non_blocking=True)
+
+
+def upload_together(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Returns tensors [..] of one dtype on a device, all by one upload."""
+    return upload(torch.cat(list(tensors)), device).split([x.numel() for x in tensors])
 
 
 def bound_kernel_caches() -> None:

@@ -25,6 +25,7 @@ from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import make_teacher
 from socpo_fast.socratic.teachers.calls import ask, background, result_of
 from socpo_fast.train.checkpoint import check_whole
+from socpo_fast.train.optimizer import gradient_bytes
 from socpo_fast.types import (
     GuidanceFailed,
     GuidanceRequest,
@@ -45,7 +46,8 @@ class Session:
 
     student_folder is where weights and tokenizer were read. for_training leaves the student
     trainable and loads `reference`, the frozen start, where loss.kl_coef asks for one. The engine
-    is made last: under engine.kv_cache_gib auto it takes what the others leave of a card.
+    is made last: under engine.kv_cache_gib auto it takes what the others leave of a card. Where the
+    student is trainable, its memory is as large as the gradients, to which updates lend it.
     """
 
     def __init__(self, config: Config, *, for_training: bool = False):
@@ -77,7 +79,9 @@ class Session:
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
             self.reference = self._load_student(device).requires_grad_(False)
-        self.engine = Engine(self.student, **config.engine.model_dump())
+        # Updates borrow the engine's memory for their gradients.
+        needed = sum(gradient_bytes(self.student.parameters()))
+        self.engine = Engine(self.student, **config.engine.model_dump(), min_memory_bytes=needed)
         self._check_room()
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """From the grades of a finished batch to rewards and advantages: attempt_table, then assign_credit.
 
 The rewards of a batch go to the device of the loss once, as one table, and come back once, for the
-record; everything in between is one call of ops.credit_attempts.
+record; everything in between is one call of ops.credit_attempts. Advantages stay there, too: the
+loss reads them where they are.
 """
 
 import warnings
@@ -49,10 +50,17 @@ def attempt_table(rollouts: Sequence[Rollout]) -> AttemptTable:
     return AttemptTable(rewards_A, *counts_4A.unbind())
 
 
+class AssignedCredit(NamedTuple):
+    """What a batch's turns do not hold."""
+
+    factors: list[float]  # f_1, f_2, .. of the attempts there are
+    advantages_A: Tensor  # [A] fp32 on the device, rollout by rollout: those of the turns
+
+
 def assign_credit(
     rollouts: Sequence[Rollout], *, options: CreditOptions, device: torch.device | str = "cpu"
-) -> list[float]:
-    """Writes every turn's reward and advantage of one batch; returns f_1, f_2, .. of the attempts there are.
+) -> AssignedCredit:
+    """Writes every turn's reward and advantage of one batch, and returns the rest.
 
     Warns when no first attempt of the batch is correct, since help then earns nothing.
     """
@@ -70,4 +78,4 @@ def assign_credit(
             "reward decay: no first attempt of the batch is correct, so guided ones earn nothing",
             stacklevel=2,
         )
-    return factors
+    return AssignedCredit(factors, credit.advantages_A)

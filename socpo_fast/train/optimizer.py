@@ -9,7 +9,8 @@ Whether one is taken is decided on the device: the host waits once, at the end.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from socpo_fast.ops._checks import check_rule
 COUNTS = ("num_updates", "num_skipped", "num_skipped_in_a_row")
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-8
+GRADIENT_ALIGNMENT = 256  # bytes, where kernels and cuBLAS read fastest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,12 @@ class StepResult:
     lr: float
     skipped: bool
     also_read: tuple[float, ...] = ()
+
+
+def gradient_bytes(params: Iterable[Tensor]) -> list[int]:
+    """Returns what the fp32 gradient of each of those that require grad takes within gradients_in."""
+    sizes = [4 * param.numel() for param in params if param.requires_grad]
+    return [-(-size // GRADIENT_ALIGNMENT) * GRADIENT_ALIGNMENT for size in sizes]
 
 
 class Optimizer:
@@ -97,12 +105,38 @@ class Optimizer:
         self.exp_avg: dict[str, Tensor] = {}
         self.exp_avg_sq: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}  # of parameters, behind the last step
+        self._gradients: Tensor | None = None  # what .grad are views of within gradients_in
         for name, param in self.params.items():
             self.exp_avg[name] = torch.zeros_like(param.detach(), dtype=torch.float32)
             self.exp_avg_sq[name] = torch.zeros_like(self.exp_avg[name])
             if param.dtype == torch.bfloat16:
                 self.low_bits[name] = torch.zeros_like(param.detach(), dtype=torch.int16)
         accumulate_in_fp32(self.params.values())
+
+    @contextmanager
+    def gradients_in(self, memory: Tensor) -> Iterator[None]:
+        """Makes every .grad a zeroed view of memory for the block of a `with`, and drops them behind it.
+
+        Args:
+            memory: [N] uint8 on the parameters' device, N >= the sum of their gradient_bytes.
+
+        Raises:
+            ValueError: memory of another dtype or too small.
+        """
+        params = self.params.values()
+        sizes = gradient_bytes(params)
+        is_right = memory.dtype == torch.uint8 and memory.numel() >= sum(sizes)
+        got = f"{memory.dtype} {list(memory.shape)}"
+        check_rule("Optimizer", "memory of gradients", got, is_right, f"uint8 [>= {sum(sizes)}]")
+        try:
+            self._gradients = memory[: sum(sizes)].zero_()
+            for param, part in zip(params, self._gradients.split(sizes), strict=True):
+                param.grad = part.view(torch.float32)[: param.numel()].view(param.shape)
+            yield
+        finally:
+            self._gradients = None
+            for param in params:
+                param.grad = None
 
     @torch.no_grad()
     def step(
@@ -111,7 +145,7 @@ class Optimizer:
         *,
         also_read: Tensor | None = None,
     ) -> StepResult:
-        """Applies the accumulated gradient and drops it.
+        """Applies the accumulated gradient and drops it, or zeroes it within gradients_in.
 
         If it or the loss is not finite, it is dropped only, and that is counted.
 
@@ -147,7 +181,10 @@ class Optimizer:
                 scale=scale,
             )
             self._versions[name] = param._version
-            param.grad = None  # between updates the memory is the rollout's
+            if self._gradients is None:
+                param.grad = None
+        if self._gradients is not None:
+            self._gradients.zero_()
         figures = torch.stack((norm, scale)).double()
         if also_read is not None:
             figures = torch.cat((figures, also_read.double()))
