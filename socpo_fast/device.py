@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,9 +42,9 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if is_moved else x).to(device, non_blocking=True)
 
 
-def upload_together(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+def upload_together(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Returns tensors [..] of one dtype on a device, all by one upload."""
-    return upload(torch.cat(list(tensors)), device).split([x.numel() for x in tensors])
+    return upload(torch.cat(tensors), device).split([x.numel() for x in tensors])
 
 
 def bound_kernel_caches() -> None:

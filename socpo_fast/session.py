@@ -79,9 +79,11 @@ class Session:
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
             self.reference = self._load_student(device).requires_grad_(False)
-        # Updates borrow the engine's memory for their gradients.
-        needed = sum(gradient_bytes(self.student.parameters()))
-        self.engine = Engine(self.student, **config.engine.model_dump(), min_memory_bytes=needed)
+        self.engine = Engine(
+            self.student,
+            **config.engine.model_dump(),
+            min_memory_bytes=sum(gradient_bytes(self.student.parameters())),
+        )
         self._check_room()
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ def rollout_only(config: Config) -> None:
             for batch in range(1, config.run.num_batches + 1):
                 chosen = pick_questions(config, questions, batch)
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
-                factors = assign_credit(rollouts, options=credit_options(config)).factors
+                factors, _ = assign_credit(rollouts, options=credit_options(config))
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
@@ -208,14 +208,14 @@ class Trainer:
         batch = self.state.batch + 1
         questions = pick_questions(config, self.train_questions, batch)
         rollouts, metrics = self.roll_out(questions, batch)
-        credit = assign_credit(rollouts, options=self.credit, device=config.run.device)
-        metrics |= summarize(rollouts, credit.factors, self.sources)
+        factors, advantages_A = assign_credit(rollouts, options=self.credit, device=config.run.device)
+        metrics |= summarize(rollouts, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
         # A function of the user's may have turned gradients off.
         with self.signals.stop_at(2), torch.enable_grad():
             self.state.begin_updates()
-            self.update(rollouts, batch, credit.advantages_A)
+            self.update(rollouts, batch, advantages_A)
         after = self.optimizer.num_updates
         is_last = batch == config.run.num_batches
         eval_due = is_last or is_due(before, after, config.eval.every_updates)

@@ -208,8 +208,7 @@ class Engine:
             raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
         for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
             check_fits("generate", list(prompt_ids), params, self.student.config, self._pool)
-        names = [check_key("generate", key, self._in_flight) for key in keys]
-        groups: dict[RolloutKey, list[Attempt]] = {name: [] for name in names}
+        groups: dict[RolloutKey, list[Attempt]] = {check_key("generate", key, self._in_flight): [] for key in keys}
         try:
             for prompt_ids, key in zip(prompts, groups, strict=True):
                 self.submit(prompt_ids, params, key=key)
@@ -255,11 +254,10 @@ class Engine:
         Raises:
             ValueError: a sequence is queued, running or pinned.
         """
-        num_live = len(self._scheduler.waiting) + len(self._scheduler.running)
-        live = f"{num_live} queued or running, {len(self._scheduler.pinned)} pinned"
-        is_idle = num_live + len(self._scheduler.pinned) == 0
-        advice = "release what is finished, or reset the engine"
-        check_rule("lend_memory", "sequences in the engine", live, is_idle, "none", advice)
+        lists = self._scheduler.waiting, self._scheduler.running, self._scheduler.pinned
+        counts = [len(sequences) for sequences in lists]
+        rule, advice = "[0, 0, 0]", "release what is finished, or reset the engine"
+        check_rule("lend_memory", "sequences waiting, running, pinned", counts, not any(counts), rule, advice)
         return self._runner.memory
 
     def bump_policy_version(self) -> None:

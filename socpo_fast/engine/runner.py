@@ -39,8 +39,9 @@ class Runner:
         try:
             self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # torch's, over several lines
-            gib = num_bytes / 2**30
-            raise ValueError(f"Engine: kv_cache_gib must fit into memory, got {gib:.4g}; lower it") from error
+            raise ValueError(
+                f"Engine: kv_cache_gib must fit into memory, got {num_bytes / 2**30:.4g}; lower it"
+            ) from error
         # Views for good: captured CUDA graphs know their addresses.
         self.k_cache_LPSKE, self.v_cache_LPSKE = self.memory[:kv_bytes].view(weight.dtype).view(shape)
         self.caches = list(zip(self.k_cache_LPSKE, self.v_cache_LPSKE, strict=True))

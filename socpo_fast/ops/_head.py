@@ -19,7 +19,7 @@ from socpo_fast.ops._checks import has_no_values
 from socpo_fast.ops._impl import extension_is_built, kernels_of
 
 # MiB of logits and picked rows. With the rest (dx, GEMM scratch) an op stays below dweight + 256
-# MiB on a CPU and below dweight + GPU_WORKSPACE_MIB + 256 MiB on a card. A card gets ten times as
+# MiB on a CPU and below dweight + GPU_WORKSPACE_MIB + 256 MiB on a card, dx of all rows apart. A card gets ten times as
 # much: weight and dweight cross its memory once a chunk, and with 208 MiB, which is 237 rows of
 # Qwen3's vocabulary in bf16, that would take longer than the GEMMs.
 CPU_WORKSPACE_MIB = 208.0
@@ -158,9 +158,8 @@ class ChunkedHead:
         self.moves_rows_up = moves_rows_up
         buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()))
         self.logits = hidden_TD.new_empty((buffer_rows, vocab), dtype=self.wide)
-        self.grad_logits = self.logits
-        if (self.factor_dtype != self.wide or is_capped) and any(needs_grad):
-            self.grad_logits = torch.empty_like(self.logits, dtype=self.factor_dtype)
+        is_apart = (self.factor_dtype != self.wide or is_capped) and any(needs_grad)
+        self.grad_logits = torch.empty_like(self.logits, dtype=self.factor_dtype) if is_apart else self.logits
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_grad
         self.needs_any = any(needs_grad)
         shapes = shapes_of_gradients(hidden_TD, weight_VD, needs_grad)
@@ -181,9 +180,8 @@ class ChunkedHead:
 
     def project(self, part: slice) -> Tensor:
         """Logits of the chunk's rows; they stand in self.logits until the next one."""
-        rows = self.rows_N[part]
-        num_rows = rows.numel()
-        self.x = self.hidden_TD.index_select(0, rows).to(self.factor_dtype)
+        self.x = self.hidden_TD.index_select(0, self.rows_N[part]).to(self.factor_dtype)
+        num_rows = self.x.shape[0]
         if num_rows < MIN_ROWS:
             self.x = torch.nn.functional.pad(self.x, (0, 0, 0, MIN_ROWS - num_rows))
         logits = self.logits[: self.x.shape[0]]

@@ -50,17 +50,14 @@ def attempt_table(rollouts: Sequence[Rollout]) -> AttemptTable:
     return AttemptTable(rewards_A, *counts_4A.unbind())
 
 
-class AssignedCredit(NamedTuple):
-    """What a batch's turns do not hold."""
-
-    factors: list[float]  # f_1, f_2, .. of the attempts there are
-    advantages_A: Tensor  # [A] fp32 on the device, rollout by rollout: those of the turns
-
-
 def assign_credit(
     rollouts: Sequence[Rollout], *, options: CreditOptions, device: torch.device | str = "cpu"
-) -> AssignedCredit:
-    """Writes every turn's reward and advantage of one batch, and returns the rest.
+) -> tuple[list[float], Tensor]:
+    """Writes every turn's reward and advantage of one batch.
+
+    Returns:
+        f_1, f_2, .. of the attempts there are; advantages [A] fp32 on the device, those of the turns
+        rollout by rollout.
 
     Warns when no first attempt of the batch is correct, since help then earns nothing.
     """
@@ -78,4 +75,4 @@ def assign_credit(
             "reward decay: no first attempt of the batch is correct, so guided ones earn nothing",
             stacklevel=2,
         )
-    return AssignedCredit(factors, credit.advantages_A)
+    return factors, credit.advantages_A

@@ -60,8 +60,8 @@ def attempt_advantages(rollouts: Sequence[Rollout], advantages_A: Tensor | None,
     """[A]: those given, or fp32 of the turns'."""
     places = attempt_places(rollouts)
     if advantages_A is not None:
-        shape = list(advantages_A.shape)
-        check_rule("policy_gradients", "shape of advantages_A", shape, shape == [len(places)], f"[A={len(places)}]")
+        shape, expected = list(advantages_A.shape), [len(places)]
+        check_rule("policy_gradients", "shape of advantages_A", shape, shape == expected, f"[A={len(places)}]")
         return advantages_A
     advantages = [rollouts[r].turns[t].advantage for r, t in places]
     if None in advantages:
@@ -82,30 +82,29 @@ def upload_tokens(
     device: torch.device,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Two uploads: token ids, positions, and by their names what linear_policy_loss takes a token."""
-    order = {place: idx for idx, place in enumerate(attempt_places(rollouts))}
-    attempts = torch.tensor([order[place] for place in microbatch.attempts])
-    indices = {
-        "targets_N": microbatch.targets_N,
-        "rows_N": microbatch.rows_N,
-        "attempt_of_token_N": attempts[microbatch.attempt_of_token_N],
-    }
-    forwarded = microbatch.token_ids_T, microbatch.positions_T
-    token_ids_T, positions_T, *uploaded = upload_together([*forwarded, *indices.values()], device)
-    given: dict[str, PerToken | None] = {
-        "sampler_logprobs": [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts],
-        "old_logprobs": None if old_logprobs == "current" else old_logprobs,
+    sampler: PerToken = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
+    given = {
+        "sampler_logprobs": sampler,
+        "old_logprobs": sampler if old_logprobs is None else old_logprobs,
         "ref_logprobs": ref_logprobs,
     }
     values = {"weights_N": weights_A[microbatch.attempt_of_token_N]} | {
         f"{what}_N": gather_tokens(by_attempt, what, microbatch=microbatch, rollouts=rollouts)
         for what, by_attempt in given.items()
-        if by_attempt is not None
+        if by_attempt is not None and by_attempt != "current"
     }
-    names = [*indices, *values]
-    tokens = dict(zip(names, [*uploaded, *upload_together([*values.values()], device)], strict=True))
-    if old_logprobs is None:
-        tokens["old_logprobs_N"] = tokens["sampler_logprobs_N"]
-    return token_ids_T, positions_T, {"old_logprobs_N": None} | tokens
+    order = {place: idx for idx, place in enumerate(attempt_places(rollouts))}
+    attempts = torch.tensor([order[place] for place in microbatch.attempts])
+    indices = {
+        "token_ids_T": microbatch.token_ids_T,
+        "positions_T": microbatch.positions_T,
+        "targets_N": microbatch.targets_N,
+        "rows_N": microbatch.rows_N,
+        "attempt_of_token_N": attempts[microbatch.attempt_of_token_N],
+    }
+    uploaded = *upload_together([*indices.values()], device), *upload_together([*values.values()], device)
+    tokens: dict[str, Any] = {"old_logprobs_N": None} | dict(zip([*indices, *values], uploaded, strict=True))
+    return tokens.pop("token_ids_T"), tokens.pop("positions_T"), tokens
 
 
 def gather_tokens(values: PerToken, what: str, *, microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:

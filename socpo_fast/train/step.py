@@ -171,7 +171,7 @@ def compute_logprobs(
     outcomes = []
     for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
         token_ids_T, positions_T, targets_N, rows_N = upload_together(
-            (microbatch.token_ids_T, microbatch.positions_T, microbatch.targets_N, microbatch.rows_N),
+            [microbatch.token_ids_T, microbatch.positions_T, microbatch.targets_N, microbatch.rows_N],
             device,
         )
         until_T = microbatch.visible_until_T

@@ -58,10 +58,8 @@ class Updater:
         weights change: on what is computed for old log-probs, else in the first update, where
         tokens of advantage 0 have none.
         """
-        advantages = None
-        if advantages_A is not None:
-            sizes = [sum(len(rollout.turns) for rollout in group) for group in groups]
-            advantages = advantages_A.split(sizes)
+        sizes = [sum(len(rollout.turns) for rollout in group) for group in groups]
+        advantages = None if advantages_A is None else advantages_A.split(sizes)
         old_logprobs, mismatch = self._old_logprobs(groups, order)
         ref_logprobs = None
         if self.reference is not None:

@@ -144,13 +144,13 @@ def test_lending_is_refused_while_pages_are_held() -> None:
     while not (finished := engine.step()):
         pass
     refused = (
-        "lend_memory: sequences in the engine must be none, got '0 queued or running, 3 pinned'; "
+        "lend_memory: sequences waiting, running, pinned must be [0, 0, 0], got [0, 0, 3]; "
         "release what is finished, or reset the engine"
     )
     refuses_to_lend(engine, refused)
     engine.release(finished)
     engine.submit(PROMPTS[0], PARAMS, key=(0, 0))
-    refuses_to_lend(engine, refused.replace("0 queued or running, 3", "1 queued or running, 0"))
+    refuses_to_lend(engine, refused.replace("[0, 0, 3]", "[1, 0, 0]"))
     engine.reset()
     engine.lend_memory()
 
@@ -169,8 +169,8 @@ def test_memory_that_cannot_hold_gradients(memory: Tensor) -> None:
     student = make_student()
     needed = sum(gradient_bytes(student.parameters()))
     optimizer = Optimizer(student, lr=1e-2)
-    size = f"{memory.dtype} {list(memory.shape)}"
-    message = f"Optimizer: memory of gradients must be uint8 [>= {needed}], got '{size}'"
+    got = [memory.dtype, memory.numel()]
+    message = f"Optimizer: memory of gradients must be [torch.uint8, >= {needed}], got {got}"
     with pytest.raises(ValueError, match=exactly(message)), optimizer.gradients_in(memory):
         pass
 
