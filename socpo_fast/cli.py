@@ -2,13 +2,13 @@
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
-tyro reads the words and writes --help; config validates values, so a mistake in a file and one on the command line
-read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
+argparse reads the words and writes --help; config validates values, so a mistake in a file and one on the command
+line read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
 Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows
 where), 128 and the signal's number (130 Ctrl-C) for what was stopped.
 """
 
-import dataclasses
+import argparse
 import difflib
 import json
 import os
@@ -17,11 +17,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any, NoReturn
 
 from socpo_fast.config import Config, load_config, read_toml
 from socpo_fast.config.text import describe, expand_home, fields_of, rule_of, sections_of, to_text, unknown_key
@@ -160,76 +157,68 @@ def command_of(word: str) -> Callable[[Sequence[str]], None]:
 
 def parse(command: str, words: Sequence[str]) -> tuple[Config, str | None]:
     """The configuration that words describe, and --checkpoint of `eval`. Prints --help and exits when that is asked."""
-    for word, following in pairwise([*words, "--"]):
-        name = word.removeprefix("--").replace("-", "_")
-        is_ours = name in {"config", "checkpoint", *fields_of(Config)}
-        if word.startswith("--") and following.startswith("--") and is_ours:
-            raise ValueError(f"socpo {command}: --{name} must be followed by its value, got nothing; none is a word")
-    only_file: Any = dataclasses.make_dataclass("File", [_flag("config", CONFIG_HELP, "FILE.toml", "none")])
-    toml_path = tyro.cli(only_file, args=words, add_help=False, return_unknown_args=True)[0].config
+    ours = {f"--{name}" for name in ("config", "checkpoint", *fields_of(Config))}
+    rest, joined = iter(words), []
+    for word in rest:
+        name, equals, value = word.partition("=")
+        name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
+        if name in ours and not equals:
+            # As one word: a value may begin with a minus.
+            equals, value = "=", next(rest, "--")
+            if value.startswith("--"):
+                raise ValueError(f"socpo {command}: {name} must be followed by its value, got nothing; none is a word")
+        joined.append(name + equals + value)
+    only_file = Reader(add_help=False, allow_abbrev=False)
+    only_file.add_argument("--config", default="none")
+    toml_path = only_file.parse_known_args(joined)[0].config
     toml_path = None if toml_path == "none" else toml_path
-    fields = fields_of(Config).items()
-    defaults = {name: to_text(field.default) for name, field in fields if not field.is_required()}
-    tables = {} if toml_path is None else read_toml(toml_path)
-    defaults |= {
-        f"{section}.{key}": to_text(value)
-        for section, table in tables.items()
-        if isinstance(table, dict)
-        for key, value in table.items()
-    }
-    parsed, unknown = tyro.cli(
-        _flags(command, defaults),
-        prog=f"socpo {command}",
-        description=f"Command: {COMMANDS[command].__doc__}.",
-        args=words,
-        use_underscores=True,
-        return_unknown_args=True,
-    )
+    # What is given counts, even where it is the default: a file, or data.train, may have another.
+    given, unknown = reader(command, {} if toml_path is None else read_toml(toml_path)).parse_known_args(joined)
     if unknown:
-        name = unknown[0].partition("=")[0].removeprefix("--").replace("-", "_")
         if not unknown[0].startswith("--"):
             raise ValueError(f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key value")
-        raise ValueError(unknown_key(Config, name))
-    texts = {f"{s}.{key}": text for s in sections_of(Config) for key, text in vars(getattr(parsed, s)).items()}
-    # What is given counts, even where it is the default: a file, or data.train, may have another.
-    flags = (word for word in words if word.startswith("--"))
-    named = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags}
-    config = load_config(toml_path, {name: text for name, text in texts.items() if name in named})
-    has_checkpoint = command == "eval" and parsed.checkpoint != "none"
-    return config, expand_home(parsed.checkpoint) if has_checkpoint else None
+        raise ValueError(unknown_key(Config, unknown[0].partition("=")[0].removeprefix("--")))
+    texts = vars(given)
+    checkpoint = texts.pop("checkpoint", "none")
+    del texts["config"]
+    return load_config(toml_path, texts), None if checkpoint == "none" else expand_home(checkpoint)
+
+
+class Reader(argparse.ArgumentParser):
+    """Reads words; what it cannot read is refused in one line, as everything else is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}")
+
+
+def reader(command: str, tables: dict[str, Any]) -> Reader:
+    """A reader of every setting as text, with the defaults of a file's tables in its --help."""
+    found = Reader(
+        prog=f"socpo {command}",
+        usage="%(prog)s [--config FILE.toml] [--section.key VALUE ...]",
+        description=f"{COMMANDS[command].__doc__}.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    found.add_argument("--config", metavar="FILE.toml", default="none", help=CONFIG_HELP)
+    if command == "eval":
+        found.add_argument("--checkpoint", metavar="FOLDER", help=CHECKPOINT_HELP)
+    fields = fields_of(Config)
+    for section, (tag, models) in sections_of(Config).items():
+        first = next(iter(models.values()))
+        group = found.add_argument_group(section, first.__mro__[1 if tag else 0].__doc__)
+        table = tables.get(section)
+        for name in (name for name in fields if name.startswith(f"{section}.")):
+            default = None if fields[name].is_required() else fields[name].default
+            if isinstance(table, dict):
+                default = table.get(name.removeprefix(f"{section}."), default)
+            meaning = f"{describe(Config, name)}. ({rule_of(Config, name)}) (default: {to_text(default)})"
+            group.add_argument(f"--{name}", metavar="VALUE", help=meaning.replace("%", "%%"))
+    return found
 
 
 CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"
 CHECKPOINT_HELP = "checkpoint folder to evaluate. (none = the run's last one, or student.path)"
-
-
-def _flags(command: str, defaults: dict[str, str]) -> Any:
-    """A dataclass of dataclasses of text: what tyro needs to know of Config to read words and to print help."""
-    flags = [_flag("config", CONFIG_HELP, "FILE.toml", "none")]
-    if command == "eval":
-        flags.append(_flag("checkpoint", CHECKPOINT_HELP, "FOLDER", "none"))
-    fields = fields_of(Config)
-    for section, (tag, models) in sections_of(Config).items():
-        names = [name for name in fields if name.startswith(f"{section}.")]
-        keys = [
-            _flag(
-                name.removeprefix(f"{section}."),
-                f"{describe(Config, name)}. ({rule_of(Config, name)})",
-                "VALUE",
-                defaults.get(name, "none"),
-            )
-            for name in names
-        ]
-        first = next(iter(models.values()))
-        table = dataclasses.make_dataclass(section, keys)
-        table.__doc__ = first.__mro__[1 if tag else 0].__doc__
-        flags.append((section, table, dataclasses.field(default_factory=table)))
-    return dataclasses.make_dataclass(command, flags)
-
-
-def _flag(name: str, help_text: str, metavar: str, default: str) -> tuple[str, Any, Any]:
-    annotation = Annotated[str, tyro.conf.arg(help=help_text, metavar=metavar)]
-    return name, annotation, dataclasses.field(default=default)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def compile_all(launches: list[Launch], **others: object) -> list[str]:
         dtype = str(config.dtype).removeprefix("torch.")
         where = f"{name} ({dtype}, {label}) on sm_{config.architecture}"
         try:
-            used = compile_one(launch)
+            used = resources_of(compile_of(launch))
         except (CompilationError, RuntimeError) as error:  # the latter from passes and from ptxas
             faults.append(f"{where}: must compile, got {type(error).__name__}: {error}")
             continue
@@ -197,8 +197,8 @@ def faults_of(used: Resources, architecture: int) -> list[str]:
     return faults
 
 
-def compile_one(launch: Launch) -> Resources:
-    """Compile a launch, and read what the result needs."""
+def compile_of(launch: Launch) -> Any:
+    """Returns Triton's compiled kernel, which no device has loaded."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -210,8 +210,7 @@ def compile_one(launch: Launch) -> Resources:
         "num_stages": launch.config.num_stages,
         **launch.config.options,
     }
-    compiled = triton.compile(source, target=target, options=options)
-    return read_resources(compiled.asm["cubin"], compiled.metadata.shared)
+    return triton.compile(source, target=target, options=options)
 
 
 def arguments_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
@@ -256,20 +255,20 @@ def argument_type(config: AotConfig, variant: Variant, param: Any) -> str:
     return param.annotation_type or "i32"
 
 
-def read_resources(cubin: bytes, dynamic_shared_bytes: int) -> Resources:
+def resources_of(compiled: Any) -> Resources:
     """Registers, stack and shared memory, as the cuobjdump that comes with Triton tells them."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         command = [str(cuobjdump), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pairs = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)
     used = {name: int(value) for name, value in pairs}
     spill_bytes = used["STACK"] + used["LOCAL"]
-    return Resources(used["REG"], spill_bytes, used["SHARED"] + dynamic_shared_bytes)
+    return Resources(used["REG"], spill_bytes, used["SHARED"] + compiled.metadata.shared)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ CARD_ONLY = {
     "profilers.dram_share", "profilers.occupancy_share", "profilers.memory_errors",
 }  # fmt: skip
 # Not on a card's usual image, and not brought along: a stage that imports one would fail there.
-ABSENT = ("tyro", "datasets", "math_verify", "typeguard", "docstring_parser", "socpo_fast._C")
+ABSENT = ("datasets", "math_verify", "socpo_fast._C")
 BLOCK = f"""
 import sys
 class Absent:

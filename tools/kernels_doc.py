@@ -1,0 +1,143 @@
+"""Writes docs/kernels.md: what each Triton kernel needs of a card, and its least time on paper.
+
+Usage: python -m tools.kernels_doc [FILE] (`make kernels-doc`). No GPU is needed: kernels are
+compiled for sm_80 and sm_90 as `make aot` does. Nothing in the file was measured on a card.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tools import aot
+from tools.kernel_work import CARDS, STUDENT, works
+
+FILE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+BEGIN, END = "<!-- begin of the tables -->", "<!-- end of the tables -->"
+ARCHITECTURES = (80, 90)
+# CUDA C++ programming guide, appendix on compute capabilities
+SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024}
+# Of each block, by CUDA; on sm_90 cuobjdump counts it among the kernel's own.
+RESERVED_SHARED = {80: 1024, 90: 0}
+REGISTERS_OF_SM, WARPS_OF_SM, BLOCKS_OF_SM = 65536, 64, 32
+REGISTERS_AT_ONCE = 256  # a warp gets multiples of so many
+
+
+class Compiled(NamedTuple):
+    """One launch on one architecture."""
+
+    used: aot.Resources
+    num_ctas: int
+    buffers: str
+
+
+def main(arguments: list[str]) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when a kernel is defined
+    file = Path(arguments[0]) if arguments else FILE
+    text = "\n".join([*resources_table(), "", *work_table()])
+    old = file.read_text(encoding="utf-8")
+    before, _, rest = old.partition(BEGIN)
+    after = rest.partition(END)[2]
+    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    return 0
+
+
+def resources_table() -> Iterator[str]:
+    """A row a launch; numbers of sm_80 and sm_90, one where they agree. fp16 is as bf16."""
+    import triton
+
+    about = "sm_80 / sm_90, one number where both agree; fp16 is as bf16"
+    yield f"Triton {triton.__version__}; {about}."
+    yield ""
+    yield from header(
+        "kernel", "dtype", "launch", "warps", "registers", "shared KiB", "CTAs an SM", "buffers"
+    )
+    launches: dict[tuple[str, str, str], dict[int, Compiled]] = {}
+    warps: dict[tuple[str, str, str], dict[int, int]] = {}
+    for config in aot.discover()[0]:
+        if config.architecture not in ARCHITECTURES or config.dtype == torch.float16:
+            continue
+        dtype = str(config.dtype).removeprefix("torch.")
+        key = (config.kernel.__name__, dtype, config.label)
+        launches.setdefault(key, {})[config.architecture] = compiled_of(aot.Launch(config))
+        warps.setdefault(key, {})[config.architecture] = config.num_warps
+    for (kernel, dtype, label), found in launches.items():
+        numbers = [
+            by_architecture({a: str(c.used.registers) for a, c in found.items()}),
+            by_architecture({a: f"{c.used.shared_bytes / 1024:.3g}" for a, c in found.items()}),
+            by_architecture({a: str(c.num_ctas) for a, c in found.items()}),
+            by_architecture({a: c.buffers for a, c in found.items()}),
+        ]
+        num_warps = by_architecture({a: str(n) for a, n in warps[kernel, dtype, label].items()})
+        yield row(f"`{kernel.strip('_')}`", dtype, label, num_warps, *numbers)
+
+
+def work_table() -> Iterator[str]:
+    """A row a kernel: bytes, FLOPs, and the least time on each card."""
+    cards = ", ".join(f"{c.name} {c.tb_s:g} TB/s and {c.bf16_tflop_s:g} TFLOP/s" for c in CARDS)
+    yield f"{STUDENT} in bf16; {cards}."
+    yield ""
+    yield from header("kernel", "launch", "MB", "GFLOP", *(f"{card.name} us" for card in CARDS))
+    for kernel, work in works().items():
+        times = (f"{card.us(work):.3g}" for card in CARDS)
+        flops = f"{work.num_flops / 1e9:.3g}" if work.num_flops else ""
+        megabytes = f"{work.num_bytes / 1e6:.3g}"
+        yield row(f"`{kernel.strip('_')}`", work.of, megabytes, flops, *times)
+
+
+def compiled_of(launch: aot.Launch) -> Compiled:
+    compiled = aot.compile_of(launch)
+    used = aot.resources_of(compiled)
+    num_ctas = ctas_of_sm(used, launch.config.num_warps, launch.config.architecture)
+    return Compiled(used, num_ctas, buffers_of(compiled.asm["ttgir"]))
+
+
+def ctas_of_sm(used: aot.Resources, num_warps: int, architecture: int) -> int:
+    """How many blocks of a kernel a multiprocessor holds at once."""
+    by_warp = -(-32 * used.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+    return min(
+        REGISTERS_OF_SM // by_warp // num_warps,
+        WARPS_OF_SM // num_warps,
+        SHARED_OF_SM[architecture] // max(1, used.shared_bytes + RESERVED_SHARED[architecture]),
+        BLOCKS_OF_SM,
+    )
+
+
+def buffers_of(ttgir: str) -> str:
+    """Tiles that loads in flight have in shared memory: how many, and of what size.
+
+    A single one means that a load and what is computed from it do not overlap.
+    """
+    allocated = (
+        r"ttg\.local_alloc\s*(?:\{[^}]*\}\s*)?: \(\) -> !ttg\.memdesc<(\d+)x((?:\d+x)*)(\w+)"
+    )
+    found = re.findall(allocated, ttgir)
+    tiles = [
+        (int(number), f"{sizes.removesuffix('x') or 1} {kind}") for number, sizes, kind in found
+    ]
+    return ", ".join(f"{number} of {tile}" for number, tile in dict.fromkeys(tiles))
+
+
+def by_architecture(values: dict[int, str]) -> str:
+    """One value where all agree, else each."""
+    different = dict.fromkeys(values.values())
+    return next(iter(different)) if len(different) == 1 else " / ".join(values.values())
+
+
+def header(*names: str) -> Iterator[str]:
+    yield row(*names)
+    yield row(*("---" for _ in names))
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
