@@ -25,6 +25,7 @@ TILES: dict[int, dict[torch.dtype, Tile]] = {
     100: {torch.float32: Tile(2048, 8), torch.float64: Tile(1024, 8)},
 }
 
+_LOWEST_EXPONENT = tl.constexpr(-1e4)  # exp is 0 there, in fp64 too
 _LOWEST_LOGPROB = tl.constexpr(-60.0)  # expm1 is -1 from there on, in fp64 too
 _INV_LN2 = tl.constexpr(1.4426950408889634)
 _LN2_HIGH = tl.constexpr(0.693359375)  # nine bits: its product with a small integer is exact
@@ -179,22 +180,30 @@ def row_sums(row_ptr, num_cols, inv_temperature, WEIGHTED: tl.constexpr, BLOCK_V
     """
     dtype = row_ptr.dtype.element_ty
     columns = tl.arange(0, BLOCK_V)
-    highest = tl.full((), float("-inf"), dtype)
+    # A maximum and sums for each lane: one for all of them would be a barrier a tile.
+    highest = tl.full((BLOCK_V,), float("-inf"), dtype)
     sums, weighted = tl.zeros((BLOCK_V,), dtype), tl.zeros((BLOCK_V,), dtype)
     for start in range(0, num_cols, BLOCK_V):
         inside = start + columns < num_cols
         logits = tl.load(row_ptr + start + columns, mask=inside, other=float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(logits, 0))
-        shift = _or_zero(new_highest)  # -inf: nothing else so far
-        step = _or_zero(highest - shift) * inv_temperature  # -inf: there are no sums yet, so any factor does
-        decay = tl.exp(step)
-        below = (logits - shift) * inv_temperature
-        terms = tl.exp(below)
+        new_highest = tl.maximum(highest, logits)
+        step, decay = _rescaling(highest, new_highest, inv_temperature)
+        below, terms = _rescaling(logits, new_highest, inv_temperature)
         if WEIGHTED:
-            weighted = decay * (weighted + step * sums) + terms * _or_zero(below)
+            weighted = decay * (weighted + step * sums) + terms * below
         sums = decay * sums + terms
         highest = new_highest
-    return highest, tl.sum(sums, 0), tl.sum(weighted, 0)
+    row_highest = tl.max(highest, 0)
+    step, decay = _rescaling(highest, row_highest, inv_temperature)
+    return row_highest, tl.sum(decay * sums, 0), tl.sum(decay * (weighted + step * sums), 0)
+
+
+@triton.jit
+def _rescaling(x, highest, inv_temperature):
+    """d = (x - highest) / temperature and exp(d), for x at most highest; d is finite where x is -inf."""
+    d = (x - _or_zero(highest)) * inv_temperature
+    d = tl.where(d < _LOWEST_EXPONENT, _LOWEST_EXPONENT, d)  # a factor of 0, and 0 times it is 0; NaN stays
+    return d, tl.exp(d)
 
 
 @triton.jit

@@ -82,6 +82,11 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if is_moved else x).to(device, non_blocking=True)
 
 
+def upload_together(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Returns tensors [..] of one dtype on a device, all by one upload."""
+    return upload(torch.cat(tensors), device).split([x.numel() for x in tensors])
+
+
 def bound_kernel_caches() -> None:
     """Let oneDNN, where it computes products, keep what it prepares for 128 shapes, not for 1024.
 

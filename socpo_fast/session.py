@@ -28,6 +28,7 @@ from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import make_teacher
 from socpo_fast.socratic.teachers.calls import ask, background, result_of
 from socpo_fast.train.checkpoint import check_whole
+from socpo_fast.train.optimizer import gradient_bytes
 from socpo_fast.types import (
     GuidanceFailed,
     GuidanceRequest,
@@ -49,7 +50,8 @@ class Session:
     student_folder is where weights and tokenizer were read. for_training leaves the student
     trainable and loads `reference`, the frozen start, where loss.kl_coef asks for one. config has
     nothing at "auto" that decides memory: on a card `plan` has decided it before anything is made
-    there. The engine is made last, as it takes what the others leave.
+    there. The engine is made last, as it takes what the others leave. Where the student is
+    trainable, its memory is as large as the gradients, to which updates lend it.
     """
 
     def __init__(self, config: Config, *, for_training: bool = False):
@@ -81,7 +83,11 @@ class Session:
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
             self.reference = self._load_student(device).requires_grad_(False)
-        self.engine = Engine(self.student, **config.engine.model_dump())
+        self.engine = Engine(
+            self.student,
+            **config.engine.model_dump(),
+            min_memory_bytes=sum(gradient_bytes(self.student.parameters())),
+        )
         self._check_room()
 
     @property

@@ -76,7 +76,7 @@ def rollout_only(config: Config) -> None:
             for batch in range(1, config.run.num_batches + 1):
                 chosen = pick_questions(config, questions, batch)
                 rollouts = list(session.training_rollouts(list(chosen.values()), batch))
-                factors = assign_credit(rollouts, options=credit_options(config))
+                factors, _ = assign_credit(rollouts, options=credit_options(config))
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
@@ -208,14 +208,14 @@ class Trainer:
         batch = self.state.batch + 1
         questions = pick_questions(config, self.train_questions, batch)
         rollouts, metrics = self.roll_out(questions, batch)
-        factors = assign_credit(rollouts, options=self.credit, device=config.run.device)
+        factors, advantages_A = assign_credit(rollouts, options=self.credit, device=config.run.device)
         metrics |= summarize(rollouts, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
         # A function of the user's may have turned gradients off.
         with self.signals.stop_at(2), torch.enable_grad():
             self.state.begin_updates()
-            self.update(rollouts, batch)
+            self.update(rollouts, batch, advantages_A)
         after = self.optimizer.num_updates
         is_last = batch == config.run.num_batches
         eval_due = is_last or is_due(before, after, config.eval.every_updates)
@@ -250,7 +250,7 @@ class Trainer:
         rollouts.sort(key=lambda rollout: (order[rollout.question_idx], rollout.rollout_idx))
         return rollouts, perf
 
-    def update(self, rollouts: list[Rollout], batch: int) -> None:
+    def update(self, rollouts: list[Rollout], batch: int, advantages_A: torch.Tensor) -> None:
         """The batch's updates, questions_per_update questions each, epochs times over."""
         # roll_out has put them in the order of questions.
         by_question = groupby(rollouts, key=lambda rollout: rollout.question_idx)
@@ -258,11 +258,12 @@ class Trainer:
         total, before = len(groups) * self.config.train.epochs, self.optimizer.num_updates
         self.progress.phase("update", batch=batch, update=before, total=total)
         order = update_order(self.config, len(groups), batch)
-        for num_groups, metrics in self.updater.updates(groups, order):
-            self.engine.bump_policy_version()
-            num_updates = self.optimizer.num_updates
-            self.writer.write(metrics, kind="update", batch=batch, update=num_updates)
-            self.progress.advance(num_groups)
+        with self.optimizer.gradients_in(self.engine.lend_memory()):
+            for num_groups, metrics in self.updater.updates(groups, order, advantages_A):
+                self.engine.bump_policy_version()
+                num_updates = self.optimizer.num_updates
+                self.writer.write(metrics, kind="update", batch=batch, update=num_updates)
+                self.progress.advance(num_groups)
 
     def evaluate(self) -> None:
         """The evaluation of the student as it is."""

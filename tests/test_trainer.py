@@ -114,8 +114,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(straight: Config, tmp_pat
     killed = trainer.Trainer(config)
     update = killed.update
 
-    def die_in_batch_3(rollouts, batch: int) -> None:
-        update(rollouts, batch)
+    def die_in_batch_3(rollouts, batch: int, advantages_A) -> None:
+        update(rollouts, batch, advantages_A)
         if batch == 3:
             raise KeyboardInterrupt
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence as Seq
 from itertools import count
 from typing import Literal
 
+from torch import Tensor
+
 from socpo_fast.engine.checks import check_fits, check_key, check_resume, check_settings
 from socpo_fast.engine.decode import DecodeLoop
 from socpo_fast.engine.keys import fresh_batch
@@ -21,6 +23,7 @@ from socpo_fast.engine.sampler import sample_tokens
 from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import Attempt, EngineStats, RolloutKey, SamplingParams
 
 
@@ -37,6 +40,7 @@ class Engine:
                       tokens are the same; those sampled behind an eos id are wasted.
         attention:    implementation of paged_attention, "auto" or a name; "flash" needs page_size 256 and flash-attn.
         cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
+        min_memory_bytes: of what lend_memory lends, which holds the pages in any case.
 
     Raises:
         ValueError: a number out of range, a card with too little left, or a pool without a page.
@@ -53,6 +57,7 @@ class Engine:
         tokens_per_sync: int | None = None,
         cascade: bool = True,
         attention: str = "auto",
+        min_memory_bytes: int = 0,
     ):
         check_settings(page_size, max_running, token_budget, tokens_per_sync)
         self.kv_cache = kv_cache_size(student, kv_cache_gib, page_size, max_running)
@@ -69,6 +74,7 @@ class Engine:
             page_size=page_size,
             cascade=cascade,
             attention=attention,
+            min_memory_bytes=min_memory_bytes,
         )
         rounds = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
         self.tokens_per_sync = rounds
@@ -158,11 +164,8 @@ class Engine:
             assert not self.has_work, "work is queued but nothing can be scheduled"
             return []
         sequences = [sequence for sequence, _ in plan]
-        if (
-            self._loop
-            and not self._scheduler.waiting
-            and all(s.num_sampled > 0 and s.num_pending == 1 for s in sequences)
-        ):
+        is_decoding = all(s.num_sampled > 0 and s.num_pending == 1 for s in sequences)
+        if self._loop and is_decoding and not self._scheduler.waiting:
             return self._decode(self._loop, sequences)
         hidden_BD = self._runner.forward(plan)
         rows: list[tuple[int, Sequence]] = []  # who samples a token, and from which row
@@ -174,13 +177,9 @@ class Engine:
             sequence.num_cached += num_tokens
             if sequence.num_pending == 0:
                 rows += [(row, child) for child in self._fork(sequence)]
-        finished = []
-        for (_, sequence), drawn in zip(
-            rows, sample_tokens(self.student, hidden_BD, rows) if rows else [], strict=True
-        ):
-            if attempt := self._append(sequence, drawn):
-                finished.append(attempt)
-        return finished
+        drawn = sample_tokens(self.student, hidden_BD, rows) if rows else []
+        attempts = [self._scheduler.append(child, values) for (_, child), values in zip(rows, drawn, strict=True)]
+        return [attempt for attempt in attempts if attempt]
 
     def generate(
         self,
@@ -209,8 +208,7 @@ class Engine:
             raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
         for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
             check_fits("generate", list(prompt_ids), params, self.student.config, self._pool)
-        names = [check_key("generate", key, self._in_flight) for key in keys]
-        groups: dict[RolloutKey, list[Attempt]] = {name: [] for name in names}
+        groups: dict[RolloutKey, list[Attempt]] = {check_key("generate", key, self._in_flight): [] for key in keys}
         try:
             for prompt_ids, key in zip(prompts, groups, strict=True):
                 self.submit(prompt_ids, params, key=key)
@@ -248,6 +246,20 @@ class Engine:
         self._scheduler.reset()
         self._in_flight.clear()
 
+    def lend_memory(self) -> Tensor:
+        """Returns the tensor that KV pages are views of, [N] uint8, for use until the next submit.
+
+        Whatever is written there, no page is read before a sequence wrote to it. It never moves.
+
+        Raises:
+            ValueError: a sequence is queued, running or pinned.
+        """
+        lists = self._scheduler.waiting, self._scheduler.running, self._scheduler.pinned
+        counts = [len(sequences) for sequences in lists]
+        rule, advice = "[0, 0, 0]", "release what is finished, or reset the engine"
+        check_rule("lend_memory", "sequences waiting, running, pinned", counts, not any(counts), rule, advice)
+        return self._runner.memory
+
     def bump_policy_version(self) -> None:
         """The weights changed: no page computed before is used again (running sequences are computed anew).
 
@@ -255,10 +267,7 @@ class Engine:
         """
         self.policy_version += 1
         self._runner.bind_weights()
-        self._scheduler.drop_all_pages()
-        for sequence in self._scheduler.waiting:  # that is everyone now
-            if sequence.num_sampled == 0:
-                sequence.policy_version = self.policy_version
+        self._scheduler.drop_all_pages(self.policy_version)
 
     def _decode(self, loop: DecodeLoop, sequences: list[Sequence]) -> list[Attempt]:
         """Several tokens of each sequence at once; those behind a sequence's end are dropped."""
@@ -269,7 +278,7 @@ class Engine:
                 if sequence not in finished:
                     sequence.num_cached += 1
                     self._decode_tokens += 1
-                    if attempt := self._append(sequence, values):
+                    if attempt := self._scheduler.append(sequence, values):
                         finished[sequence] = attempt
         for sequence in finished:
             sequence.shorten(self._pool, sequence.num_cached)
@@ -281,13 +290,6 @@ class Engine:
         children = root.children(self._arrivals)
         self._runner.copy_pages(self._scheduler.fork(root, children))
         return children
-
-    def _append(self, sequence: Sequence, drawn: list[float]) -> Attempt | None:
-        """Append what was drawn; where that ends the attempt, pin the sequence and return it."""
-        sequence.append(*drawn)
-        if attempt := sequence.attempt():
-            self._scheduler.pin(attempt, sequence)
-        return attempt
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back the pages and the key of a sequence that is in no list any more."""

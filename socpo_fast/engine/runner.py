@@ -19,19 +19,32 @@ from socpo_fast.ops.rotary_write import rotary_write_op
 
 
 class Runner:
-    def __init__(self, student: Decoder, *, num_pages: int, page_size: int, cascade: bool, attention: str):
+    def __init__(
+        self,
+        student: Decoder,
+        *,
+        num_pages: int,
+        page_size: int,
+        cascade: bool,
+        attention: str,
+        min_memory_bytes: int = 0,
+    ):
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
         queries = weight.new_empty(0, dtype=computing_dtype(weight))
         self.attention_impl = pick_impl("paged_attention", attention, queries)
         self.rotary_impl = pick_impl("rotary_write", "auto", queries)
-        shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
+        shape = (2, config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
+        kv_bytes = num_pages * self.page_bytes(student, page_size)
+        num_bytes = max(kv_bytes, min_memory_bytes)
         try:
-            self.k_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
-            self.v_cache_LPSKE = torch.zeros(shape, dtype=weight.dtype, device=self.device)
+            self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # torch's, over several lines
-            gib = num_pages * self.page_bytes(student, page_size) / 2**30
-            raise ValueError(f"Engine: kv_cache_gib must fit into memory, got {gib:.4g}; lower it") from error
+            raise ValueError(
+                f"Engine: kv_cache_gib must fit into memory, got {num_bytes / 2**30:.4g}; lower it"
+            ) from error
+        # Views for good: captured CUDA graphs know their addresses.
+        self.k_cache_LPSKE, self.v_cache_LPSKE = self.memory[:kv_bytes].view(weight.dtype).view(shape)
         self.caches = list(zip(self.k_cache_LPSKE, self.v_cache_LPSKE, strict=True))
 
         self.bind_weights()

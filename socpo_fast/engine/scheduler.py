@@ -83,16 +83,23 @@ class Scheduler:
                 self.enqueue(child)
         return copies
 
-    def pin(self, attempt: Attempt, sequence: Sequence) -> None:
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self.pinned[attempt] = sequence
+    def append(self, sequence: Sequence, drawn: list[float]) -> Attempt | None:
+        """Append what was drawn; where that ends the attempt, pin the sequence and return it."""
+        sequence.append(*drawn)
+        if attempt := sequence.attempt():
+            (self.running if sequence in self.running else self.waiting).remove(sequence)
+            self.pinned[attempt] = sequence
+        return attempt
 
-    def drop_all_pages(self) -> None:
+    def drop_all_pages(self, policy_version: int) -> None:
         """The weights changed: whatever was computed with the old ones is computed again."""
         self.waiting = sorted([*self.waiting, *self.running], key=lambda s: s.priority)
         self.running = []
         for sequence in (*self.waiting, *self.pinned.values()):
             sequence.drop_pages(self.pool)
+        for sequence in self.waiting:  # that is all of them but the pinned ones
+            if sequence.num_sampled == 0:
+                sequence.policy_version = policy_version
 
     def remove(self, key: RolloutKey) -> list[Sequence]:
         """Take the unfinished sequences of a key out of their lists; returns them."""

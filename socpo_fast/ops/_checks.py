@@ -72,10 +72,9 @@ class TensorChecker:
 
     def finite(self, name: str, x: Tensor, *, at_least: float | None = None) -> None:
         """Every entry finite and, where asked, not below `at_least`."""
-        if at_least is None:
-            self.every(name, x, x.isfinite(), "finite")
-        else:
-            self.every(name, x, x.isfinite() & (x >= at_least), f"finite and >= {at_least:g}")
+        # x - x == 0 has half the launches of isfinite.
+        holds = x - x == 0 if at_least is None else (x - x == 0) & (x >= at_least)
+        self.every(name, x, holds, "finite" if at_least is None else f"finite and >= {at_least:g}")
 
     def every(self, name: str, x: Tensor, holds: Tensor, rule: str) -> None:
         """`holds` in every row.

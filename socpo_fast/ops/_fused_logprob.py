@@ -35,12 +35,11 @@ def _kernel(
     impl: str,
 ) -> tuple[Tensor, ...]:
     has_target_N = targets_N != NO_TARGET
-    rows, targets, inv_temperature, wanted = keep_wanted(
+    rows, targets, inv_temperature = keep_wanted(
         has_target_N,
         row_indices(rows_N, targets_N),
         targets_N.clamp(min=0),
         inv_temperature_N,
-        has_target_N,
     )
     head = ChunkedHead(
         hidden_TD,
@@ -49,7 +48,7 @@ def _kernel(
         bias_V=bias_V,
         tanh_scale=tanh_scale,
         workspace_mib=workspace_mib,
-        wanted_N=wanted,
+        moves_rows_up=impl == "cpp",
     )
     values_3N = head.logits.new_empty((3, rows.numel()))
     for part in head.chunks():
@@ -124,7 +123,7 @@ def _backward_kernel(
     # rows without a gradient need no logits either
     kept = keep_wanted(
         has_grad_N,
-        has_grad_N,
+        ~has_grad_N,
         row_indices(rows_N, targets_N),
         targets_N.clamp(min=0),
         inv_temperature_N,
@@ -133,7 +132,7 @@ def _backward_kernel(
         grad_logprobs_N,
         grad_entropy_N,
     )
-    has_grad, rows, targets, inv_temperature, logsumexp, entropy, grad_logprobs, grad_entropy = kept
+    no_grad, rows, targets, inv_temperature, logsumexp, entropy, grad_logprobs, grad_entropy = kept
     head = ChunkedHead(
         hidden_TD,
         weight_VD,
@@ -142,7 +141,7 @@ def _backward_kernel(
         tanh_scale=tanh_scale,
         workspace_mib=workspace_mib,
         needs_grad=(needs_hidden, needs_weight, needs_bias),
-        wanted_N=has_grad,
+        moves_rows_up=impl == "cpp",
     )
     for part in head.chunks():
         logits = head.project(part)
@@ -156,7 +155,7 @@ def _backward_kernel(
             grad_logprobs[part],
             None if grad_entropy is None else grad_entropy[part],
         )
-        head.backward(part, has_grad[part])
+        head.backward(part, no_grad[part])
     return tuple(x.to(hidden_TD.dtype) for x in head.gradients())
 
 

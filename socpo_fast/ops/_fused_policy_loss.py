@@ -75,7 +75,6 @@ class _Rows(NamedTuple):
     targets_N: Tensor
     weights_N: Tensor
     inv_temperature_N: Tensor
-    wanted_N: Tensor  # bool; a row that is not wanted has neither loss nor outputs
     advantages_N: Tensor
     old_logprobs_N: Tensor | None
     ref_logprobs_N: Tensor | None
@@ -128,7 +127,7 @@ def _kernel(
     weights_N = weights_N.where(scored_N, 0)
     by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), weights_N, inv_temperature_N
     logprobs = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
-    rows = _Rows(*keep_wanted(wanted_N, *by_row, wanted_N, advantages_N, *logprobs))
+    rows = _Rows(*keep_wanted(wanted_N, *by_row, advantages_N, *logprobs))
     clips = clip_low, clip_high, dual_clip
     if old_logprobs_N is None:  # a ratio of 1 is clipped nowhere, and its rounding must not be
         clips = 1.0, float("inf"), float("inf")
@@ -140,17 +139,17 @@ def _kernel(
         tanh_scale=tanh_scale,
         workspace_mib=workspace_mib,
         needs_grad=(needs_hidden, needs_weight, needs_bias),
-        wanted_N=rows.wanted_N,
+        moves_rows_up=impl == "cpp",
     )
     run = kernels_of("linear_policy_loss", impl)
-    values_6N = head.logits.new_empty((6, rows.rows_N.numel()))
+    values = [head.logits.new_empty((6, 0))]
     for part in head.chunks():
         logits, chunk = head.project(part), rows.of(part)
         if old_logprobs_N is None:
             old = run.logprob_rows(logits, chunk.targets_N, chunk.inv_temperature_N)[0]
             chunk = chunk._replace(old_logprobs_N=old)
         chunk = chunk.weighted(tis_clip)
-        values_6N[:, part] = run.policy_rows(
+        values_6n = run.policy_rows(
             logits,
             head.grad_logits[: logits.shape[0]] if head.needs_any else None,
             chunk.targets_N,
@@ -166,11 +165,10 @@ def _kernel(
             kl_estimator,
             True,  # the entropy is a by-product: measured, 3 % of the row pass
         )
+        values.append(values_6n)
         if head.needs_any:
-            head.backward(
-                part,
-                chunk.weights_N != 0 if entropy_coef != 0 else values_6N[5, part] != 0,
-            )
+            head.backward(part, (chunk.weights_N if entropy_coef != 0 else values_6n[5]) == 0)
+    values_6N = torch.cat(values, 1)
     clip_fraction = values_6N[4].sum() / has_loss_N.sum().clamp(min=1)
     return values_6N[0].sum(), clip_fraction, spread(values_6N[1:4], wanted_N), *head.gradients()
 

@@ -4,8 +4,9 @@
 
 Departures from the textbook. A chunk's rows are picked and padded to MIN_ROWS: below a few rows GEMM libraries sum in
 another order, and a row's bits would depend on its company. On a CPU, rows whose gradient turned out 0 are left out of
-the two gradient GEMMs; on a GPU the host would have to wait for their number, so they stay as zeros. dweight is summed
-in fp32 in one buffer. Whatever scales a logit is one number a row, its inverse temperature.
+the two gradient GEMMs; on a GPU the host would have to wait for their number, so they stay as zeros, and the dx of all
+chunks is kept and added up once, behind the last one. dweight is summed in fp32 in one buffer. Whatever scales a logit
+is one number a row, its inverse temperature.
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import has_no_values
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops._impl import extension_is_built, kernels_of
 
 # MiB of logits and picked rows. With the rest (dx, GEMM scratch) an op stays below dweight + 256
-# MiB on a CPU and below dweight + GPU_WORKSPACE_MIB + 256 MiB on a card. A card gets ten times as
+# MiB on a CPU and below dweight + GPU_WORKSPACE_MIB + 256 MiB on a card, dx of all rows apart. A card gets ten times as
 # much: weight and dweight cross its memory once a chunk, and with 208 MiB, which is 237 rows of
 # Qwen3's vocabulary in bf16, that would take longer than the GEMMs.
 CPU_WORKSPACE_MIB = 208.0
@@ -123,7 +124,8 @@ class ChunkedHead:
     for part in head.chunks():
         logits = head.project(part);  row pass from logits into head.grad_logits;  head.backward(part, ..)
 
-    With tanh_scale the logits are tanh(tanh_scale (..)).
+    With tanh_scale the logits are tanh(tanh_scale (..)). Without moves_rows_up rows keep their places,
+    as they must on a card. A row without a gradient may hold anything.
     """
 
     def __init__(
@@ -136,10 +138,9 @@ class ChunkedHead:
         tanh_scale: float | None = None,
         workspace_mib: float | None,
         needs_grad: Needs = (False, False, False),
-        wanted_N: Tensor | None = None,
+        moves_rows_up: bool,
     ):
-        self.hidden_TD, self.rows_N = hidden_TD, rows_N
-        self.wanted_N, self.tanh_scale = wanted_N, tanh_scale
+        self.hidden_TD, self.rows_N, self.tanh_scale = hidden_TD, rows_N, tanh_scale
         self.wide, (vocab, width) = wide_dtype(hidden_TD), weight_VD.shape
         # a CPU has no fast bf16 arithmetic, so there everything is wide
         self.factor_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.wide
@@ -154,16 +155,18 @@ class ChunkedHead:
             workspace_mib,
             is_capped,
         )
-        self.moves_rows_up = hidden_TD.device.type == "cpu"  # on a card rows keep their places
+        self.moves_rows_up = moves_rows_up
         buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()))
         self.logits = hidden_TD.new_empty((buffer_rows, vocab), dtype=self.wide)
-        self.grad_logits = self.logits
-        if (self.factor_dtype != self.wide or is_capped) and any(needs_grad):
-            self.grad_logits = torch.empty_like(self.logits, dtype=self.factor_dtype)
+        is_apart = (self.factor_dtype != self.wide or is_capped) and any(needs_grad)
+        self.grad_logits = torch.empty_like(self.logits, dtype=self.factor_dtype) if is_apart else self.logits
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_grad
         self.needs_any = any(needs_grad)
         shapes = shapes_of_gradients(hidden_TD, weight_VD, needs_grad)
-        self.grad_hidden_TD = self.logits.new_zeros(shapes[0])
+        # Where rows keep their places, dx of all of them; behind, room for what pads the last chunk.
+        num_dx_rows = 0 if moves_rows_up else rows_N.numel() + MIN_ROWS
+        self.dx_ND = self.logits.new_empty((num_dx_rows, width if self.needs_hidden else 0))
+        self.grad_hidden_TD = self.logits.new_zeros(shapes[0] if moves_rows_up else 0)
         self.grad_weight_VD = self.logits.new_empty(shapes[1])  # the first product fills it
         self.grad_bias_V = self.logits.new_zeros(shapes[2])
         self.has_products = False
@@ -177,14 +180,11 @@ class ChunkedHead:
 
     def project(self, part: slice) -> Tensor:
         """Logits of the chunk's rows; they stand in self.logits until the next one."""
-        rows = self.rows_N[part]
-        num_rows = rows.numel()
-        size = max(num_rows, MIN_ROWS)
-        self.x = self.hidden_TD.new_zeros((size, self.hidden_TD.shape[1]), dtype=self.factor_dtype)
-        self.x[:num_rows] = self.hidden_TD.index_select(0, rows)
-        if self.wanted_N is not None:  # a row that is not wanted may hold anything, and 0 * nan is not 0
-            self.x[:num_rows].masked_fill_(~self.wanted_N[part, None], 0)
-        logits = self.logits[:size]
+        self.x = self.hidden_TD.index_select(0, self.rows_N[part]).to(self.factor_dtype)
+        num_rows = self.x.shape[0]
+        if num_rows < MIN_ROWS:
+            self.x = torch.nn.functional.pad(self.x, (0, 0, 0, MIN_ROWS - num_rows))
+        logits = self.logits[: self.x.shape[0]]
         matmul_(logits, self.x, self.weight_VD.T)
         if self.bias_V is not None:
             logits += self.bias_V
@@ -192,18 +192,17 @@ class ChunkedHead:
             logits.mul_(self.tanh_scale).tanh_()
         return logits[:num_rows]
 
-    def backward(self, part: slice, has_grad: Tensor) -> None:
-        """Adds the chunk's part to the gradients, from self.grad_logits; has_grad [n] is False where those are 0."""
-        num_rows, rows, by_index = has_grad.numel(), self.rows_N[part], None
+    def backward(self, part: slice, no_grad: Tensor) -> None:
+        """Adds the chunk's part to the gradients, from self.grad_logits; no_grad [n] is True where those are 0."""
+        num_rows, has_grad = no_grad.numel(), ~no_grad if self.moves_rows_up else None
         if self.tanh_scale is not None:  # d tanh(s u) / du = s - s tanh^2; the logits are done with
             slope = self.logits[:num_rows].square_().mul_(-self.tanh_scale).add_(self.tanh_scale)
-            self.grad_logits[:num_rows] *= slope
-        if self.moves_rows_up:
-            order = torch.arange(num_rows, device=has_grad.device)
+            self.grad_logits[:num_rows] *= slope.masked_fill_(no_grad[:, None], 0)  # 0 * nan is not 0
+        if has_grad is None:
+            self.x[:num_rows].masked_fill_(no_grad[:, None], 0)
+        else:
+            order = torch.arange(num_rows, device=no_grad.device)
             num_rows = self._move_up(has_grad, order)
-            rows, by_index = self.rows_N[part][has_grad], order[:num_rows].argsort()
-        else:  # 0 * nan is not 0
-            self.x[:num_rows].masked_fill_(~has_grad[:, None], 0)
         if num_rows == 0:
             return
         size = max(num_rows, MIN_ROWS)
@@ -216,16 +215,22 @@ class ChunkedHead:
             self.grad_bias_V += grad.sum(0, dtype=self.wide)
         if not self.needs_hidden:
             return
+        if has_grad is None:  # what pads a chunk is overwritten by the next one
+            matmul_(self.dx_ND[part.start : part.start + size], grad, self.weight_VD)
+            return
         dx = torch.empty_like(x, dtype=self.wide)
         matmul_(dx, grad, self.weight_VD)
         # Rows that were moved up are added in the order in which they came.
-        dx = dx[:num_rows] if by_index is None else dx.index_select(0, by_index)
-        add_rows_(self.grad_hidden_TD, rows, dx)
+        dx = dx.index_select(0, order[:num_rows].argsort())
+        add_rows_(self.grad_hidden_TD, self.rows_N[part][has_grad], dx)
 
     def gradients(self) -> list[Tensor]:
         """Of hidden, weight and bias, wide; zeros where no row had one, empty where not needed."""
         if not self.has_products:
             self.grad_weight_VD.zero_()
+        if self.needs_hidden and not self.moves_rows_up:
+            sum_rows, num_rows = kernels_of("sum_rows", "triton").sum_rows, self.rows_N.numel()
+            self.grad_hidden_TD = sum_rows(self.dx_ND[:num_rows], self.rows_N, self.hidden_TD.shape[0])
         return [self.grad_hidden_TD, self.grad_weight_VD, self.grad_bias_V]
 
     def _move_up(self, has_grad: Tensor, order: Tensor) -> int:
@@ -241,7 +246,7 @@ class ChunkedHead:
 
 def add_rows_(out_TD: Tensor, rows_N: Tensor, x_ND: Tensor) -> None:
     """out[rows[n]] += x[n], rows that repeat in index order."""
-    if x_ND.is_cuda:  # there index_add_ would use atomics, and index_put_ sorts
+    if x_ND.is_cuda:  # there index_add_ would use atomics; index_put_ sorts instead
         out_TD.index_put_((rows_N,), x_ND, accumulate=True)
     else:
         out_TD.index_add_(0, rows_N, x_ND)

@@ -131,7 +131,8 @@ def linear_policy_loss(
     Gradient: hidden (repeated rows summed in index order), weight, bias; fp32 accumulation; a
     second backward computes it again, create_graph gives it no graph.
     Memory: one chunk of logits, and from the forward on the gradients; beside dX by default at most
-    dW + 256 MiB on a CPU and dW + 2048 MiB + 256 MiB on a card. Bitwise: same inputs, same bits; on
+    dW + 256 MiB on a CPU and dW + 2048 MiB + 256 MiB on a card, where N wide rows of D are held
+    until the end of the forward. Bitwise: same inputs, same bits; on
     the CPU a row's log-prob, entropy, ratio and dX are those it would have alone.
     Source: those of `linear_logprob` and `policy_loss`.
     """

@@ -1,7 +1,8 @@
 """From the grades of a finished batch to rewards and advantages: attempt_table, then assign_credit.
 
 The rewards of a batch go to the device of the loss once, as one table, and come back once, for the
-record; everything in between is one call of ops.credit_attempts.
+record; everything in between is one call of ops.credit_attempts. Advantages stay there, too: the
+loss reads them where they are.
 """
 
 import warnings
@@ -51,8 +52,12 @@ def attempt_table(rollouts: Sequence[Rollout]) -> AttemptTable:
 
 def assign_credit(
     rollouts: Sequence[Rollout], *, options: CreditOptions, device: torch.device | str = "cpu"
-) -> list[float]:
-    """Writes every turn's reward and advantage of one batch; returns f_1, f_2, .. of the attempts there are.
+) -> tuple[list[float], Tensor]:
+    """Writes every turn's reward and advantage of one batch.
+
+    Returns:
+        f_1, f_2, .. of the attempts there are; advantages [A] fp32 on the device, those of the turns
+        rollout by rollout.
 
     Warns when no first attempt of the batch is correct, since help then earns nothing.
     """
@@ -70,4 +75,4 @@ def assign_credit(
             "reward decay: no first attempt of the batch is correct, so guided ones earn nothing",
             stacklevel=2,
         )
-    return factors
+    return factors, credit.advantages_A

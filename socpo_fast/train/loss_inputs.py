@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from socpo_fast.device import upload
+from socpo_fast.device import upload, upload_together
 from socpo_fast.ops._checks import check_rule, check_word
 from socpo_fast.ops.policy_loss import PolicyLossOptions
 from socpo_fast.train.packing import PackedMicrobatch
@@ -62,21 +62,63 @@ def attempt_weights(
     return torch.full(lengths_A.shape, 1 / (num_attempts * max_new_tokens))
 
 
-def attempt_advantages(microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:
-    """[A] fp32."""
-    advantages = [rollouts[r].turns[t].advantage for r, t in microbatch.attempts]
+def attempt_places(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:
+    """(rollout, attempt) of all attempts: the order of advantages_A."""
+    return [(r, t) for r, rollout in enumerate(rollouts) for t in range(len(rollout.turns))]
+
+
+def attempt_advantages(rollouts: Sequence[Rollout], advantages_A: Tensor | None, device: torch.device) -> Tensor:
+    """[A]: those given, or fp32 of the turns'."""
+    places = attempt_places(rollouts)
+    if advantages_A is not None:
+        shape, expected = list(advantages_A.shape), [len(places)]
+        check_rule("policy_gradients", "shape of advantages_A", shape, shape == expected, f"[A={len(places)}]")
+        return advantages_A
+    advantages = [rollouts[r].turns[t].advantage for r, t in places]
     if None in advantages:
-        place, turn_idx = microbatch.attempts[advantages.index(None)]
+        place, turn_idx = places[advantages.index(None)]
         raise ValueError(
             f"policy_gradients: rollouts[{place}].turns[{turn_idx}].advantage must be a number, "
             "got None; fill it with ops.compute_advantages"
         )
-    return torch.tensor(advantages)
+    return upload(torch.tensor(advantages, dtype=torch.float32), device)
 
 
-def gather_tokens(
-    values: PerToken, what: str, *, microbatch: PackedMicrobatch, rollouts: Sequence[Rollout], device: torch.device
-) -> Tensor:
+def upload_tokens(
+    microbatch: PackedMicrobatch,
+    rollouts: Sequence[Rollout],
+    weights_A: Tensor,
+    old_logprobs: OldLogprobs,
+    ref_logprobs: PerToken | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Two uploads: token ids, positions, and by their names what linear_policy_loss takes a token."""
+    sampler: PerToken = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
+    given = {
+        "sampler_logprobs": sampler,
+        "old_logprobs": sampler if old_logprobs is None else old_logprobs,
+        "ref_logprobs": ref_logprobs,
+    }
+    values = {"weights_N": weights_A[microbatch.attempt_of_token_N]} | {
+        f"{what}_N": gather_tokens(by_attempt, what, microbatch=microbatch, rollouts=rollouts)
+        for what, by_attempt in given.items()
+        if by_attempt is not None and by_attempt != "current"
+    }
+    order = {place: idx for idx, place in enumerate(attempt_places(rollouts))}
+    attempts = torch.tensor([order[place] for place in microbatch.attempts])
+    indices = {
+        "token_ids_T": microbatch.token_ids_T,
+        "positions_T": microbatch.positions_T,
+        "targets_N": microbatch.targets_N,
+        "rows_N": microbatch.rows_N,
+        "attempt_of_token_N": attempts[microbatch.attempt_of_token_N],
+    }
+    uploaded = *upload_together([*indices.values()], device), *upload_together([*values.values()], device)
+    tokens: dict[str, Any] = {"old_logprobs_N": None} | dict(zip([*indices, *values], uploaded, strict=True))
+    return tokens.pop("token_ids_T"), tokens.pop("positions_T"), tokens
+
+
+def gather_tokens(values: PerToken, what: str, *, microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:
     """[N]: per-token values in the order of the microbatch's loss tokens."""
     if len(values) != len(rollouts):
         raise ValueError(
@@ -92,4 +134,4 @@ def gather_tokens(
                 f"got {num_given} values"
             )
         parts.append(values[place][attempt_idx])
-    return upload(torch.cat(parts), device)
+    return torch.cat(parts).cpu()

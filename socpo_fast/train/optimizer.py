@@ -9,7 +9,8 @@ Whether one is taken is decided on the device: the host waits once, at the end.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,12 @@ class StepResult:
     lr: float
     skipped: bool
     also_read: tuple[float, ...] = ()
+
+
+def gradient_bytes(params: Iterable[Tensor]) -> list[int]:
+    """Returns what the fp32 gradient of each of those that require grad takes within gradients_in."""
+    sizes = [4 * param.numel() for param in params if param.requires_grad]
+    return [-(-size // 256) * 256 for size in sizes]  # so aligned, kernels and cuBLAS read fastest
 
 
 class Optimizer:
@@ -128,12 +135,42 @@ class Optimizer:
         self.exp_avg: dict[str, Tensor] = {}
         self.exp_avg_sq: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}  # of parameters, behind the last step
+        self._gradients: Tensor | None = None  # what .grad are views of within gradients_in
         for name, param in self.params.items():
             self.exp_avg[name] = torch.zeros_like(param.detach(), dtype=torch.float32)
             self.exp_avg_sq[name] = torch.zeros_like(self.exp_avg[name])
             if param.dtype == torch.bfloat16:
                 self.low_bits[name] = torch.zeros_like(param.detach(), dtype=torch.int16)
         accumulate_in_fp32(self.params.values())
+
+    @contextmanager
+    def gradients_in(self, memory: Tensor) -> Iterator[None]:
+        """Makes every .grad a zeroed view of memory for the block of a `with`, and drops them behind it.
+
+        Args:
+            memory: [N] uint8 on the parameters' device, N >= the sum of their gradient_bytes.
+
+        Raises:
+            ValueError: memory of another dtype or too small.
+        """
+        params = self.params.values()
+        sizes = gradient_bytes(params)
+        check_rule(
+            "Optimizer",
+            "memory of gradients",
+            [memory.dtype, memory.numel()],
+            memory.dtype == torch.uint8 and memory.numel() >= sum(sizes),
+            f"[torch.uint8, >= {sum(sizes)}]",
+        )
+        try:
+            self._gradients = memory[: sum(sizes)].zero_()
+            for param, part in zip(params, self._gradients.split(sizes), strict=True):
+                param.grad = part.view(torch.float32)[: param.numel()].view(param.shape)
+            yield
+        finally:
+            self._gradients = None
+            for param in params:
+                param.grad = None
 
     @torch.no_grad()
     def step(
@@ -142,7 +179,7 @@ class Optimizer:
         *,
         also_read: Tensor | None = None,
     ) -> StepResult:
-        """Applies the accumulated gradient and drops it.
+        """Applies the accumulated gradient and drops it, or zeroes it within gradients_in.
 
         If it or the loss is not finite, it is dropped only, and that is counted.
 
@@ -151,11 +188,10 @@ class Optimizer:
             also_read: [N] figures that the host wants at the same wait for the device.
         """
         self._drop_stale_low_bits()
-        grads = []
-        for param in self.params.values():
-            if param.grad is None:
-                param.grad = torch.zeros_like(param, dtype=torch.float32)
-            grads.append(param.grad.contiguous())
+        grads = [
+            torch.zeros_like(param, dtype=torch.float32) if param.grad is None else param.grad.contiguous()
+            for param in self.params.values()
+        ]
         norm = nn.utils.get_total_norm(grads)
         # Not finite or 0 where nothing may be changed: adamw then leaves everything as it is.
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -178,7 +214,10 @@ class Optimizer:
                 scale=scale,
             )
             self._versions[name] = param._version
-            param.grad = None  # between updates the memory is the rollout's
+            if self._gradients is None:
+                param.grad = None
+        if self._gradients is not None:
+            self._gradients.zero_()
         figures = torch.stack((norm, scale)).double()
         if also_read is not None:
             figures = torch.cat((figures, also_read.double()))

@@ -12,13 +12,13 @@ Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differ
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from socpo_fast.device import upload
+from socpo_fast.device import upload, upload_together
 from socpo_fast.model import Decoder, packed_forward
 from socpo_fast.model.accumulate import accumulating
 from socpo_fast.ops.linear_logprob import linear_logprob
@@ -32,7 +32,7 @@ from socpo_fast.train.loss_inputs import (
     attempt_weights,
     check_options,
     drop_idle,
-    gather_tokens,
+    upload_tokens,
 )
 from socpo_fast.train.packing import PackedMicrobatch, Packing, count_unique_tokens, pack_rollouts
 from socpo_fast.types import Rollout
@@ -85,6 +85,7 @@ def policy_gradients(
     num_loss_tokens: int | None = None,
     num_attempts: int | None = None,
     max_new_tokens: int | None = None,
+    advantages_A: Tensor | None = None,
     old_logprobs: OldLogprobs = None,
     loss_agg: LossAgg = "token_mean",
     ref_logprobs: PerToken | None = None,
@@ -103,13 +104,14 @@ def policy_gradients(
 
     Args:
         student:        the policy, on any device.
-        rollouts:       with each turn's advantage filled. Those without turns count for nothing;
-                        those whose advantages are all exactly 0 need no forward, where there is
-                        neither an entropy bonus nor a KL.
+        rollouts:       with each turn's advantage filled, unless advantages_A is given. Those without
+                        turns count for nothing; those whose advantages are all exactly 0 in their
+                        turns need no forward, where there is neither an entropy bonus nor a KL.
         packing, token_budget: those of pack_rollouts.
         temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
         num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of these rollouts.
         max_new_tokens: the sampler's, for loss_agg="seq_mean_token_sum_norm" only, which needs it.
+        advantages_A:   [A] fp32 on the student's device: of all attempts, rollout by rollout.
         old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's; "current": those
                         of the student as it is, whose ratio is 1.
         ref_logprobs:   the same under the frozen reference; for kl_coef > 0.
@@ -130,6 +132,8 @@ def policy_gradients(
     norm_attempts = len(lengths) if num_attempts is None else num_attempts
     forwarded = drop_idle(rollouts, options)
     microbatches = pack_rollouts(forwarded, packing=packing, token_budget=token_budget)
+    device = student.lm_head.weight.device
+    advantages_A = attempt_advantages(rollouts, advantages_A, device)
     with accumulating():
         outcomes = [
             _backward(
@@ -137,6 +141,7 @@ def policy_gradients(
                 microbatch,
                 rollouts,
                 attempt_weights(microbatch, loss_agg, norm_tokens, norm_attempts, max_new_tokens),
+                advantages_A,
                 old_logprobs,
                 ref_logprobs,
                 tis_clip=tis_clip,
@@ -148,7 +153,7 @@ def policy_gradients(
             for microbatch in microbatches
         ]
     return GradientStats(
-        figures_6=_figures(outcomes, microbatches, sum(lengths), student.lm_head.weight.device),
+        figures_6=_figures(outcomes, microbatches, sum(lengths), device),
         tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
         unique_tokens=count_unique_tokens(rollouts),
         loss_tokens=sum(lengths),
@@ -175,16 +180,20 @@ def compute_logprobs(
         [rollout][attempt] -> [L] fp32 on the CPU, nats; parallel to the rollouts given.
     """
     device = student.lm_head.weight.device
-    send = partial(upload, device=device)
     by_attempt: list[list[Tensor]] = [[torch.empty(0)] * len(rollout.attempts) for rollout in rollouts]
     outcomes = []
     for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
+        token_ids_T, positions_T, targets_N, rows_N = upload_together(
+            [microbatch.token_ids_T, microbatch.positions_T, microbatch.targets_N, microbatch.rows_N],
+            device,
+        )
+        until_T = microbatch.visible_until_T
         logprobs_N, _ = linear_logprob(
-            _forward(student, microbatch, checkpointing=False, impl=impl),
+            _forward(student, token_ids_T, positions_T, until_T, checkpointing=False, impl=impl),
             student.lm_head.weight,
-            send(microbatch.targets_N),
+            targets_N,
             temperature=temperature,
-            rows_N=send(microbatch.rows_N),
+            rows_N=rows_N,
             impl=impl,
         )
         outcomes.append((microbatch, logprobs_N))
@@ -200,6 +209,7 @@ def _backward(
     microbatch: PackedMicrobatch,
     rollouts: Sequence[Rollout],
     weights_A: Tensor,
+    advantages_A: Tensor,
     old_logprobs: OldLogprobs,
     ref_logprobs: PerToken | None,
     *,
@@ -214,33 +224,24 @@ def _backward(
     The head runs backward first, so that its gradient is in .grad before the layers need memory.
     """
     device = student.lm_head.weight.device
-    send = partial(upload, device=device)
-    gather = partial(gather_tokens, microbatch=microbatch, rollouts=rollouts, device=device)
-    sampler = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
-    sampler_N = gather(sampler, "sampler logprobs")
-    if old_logprobs is None:
-        old_N = sampler_N
-    elif old_logprobs == "current":
-        old_N = None
-    else:
-        old_N = gather(old_logprobs, "old_logprobs")
-    weights_N = weights_A[microbatch.attempt_of_token_N]
-    advantages_A = attempt_advantages(microbatch, rollouts)
-    ref_N = None if ref_logprobs is None else gather(ref_logprobs, "ref_logprobs")
-    hidden_TD = _forward(student, microbatch, checkpointing=checkpointing, impl=impl)
+    token_ids_T, positions_T, tokens = upload_tokens(
+        microbatch, rollouts, weights_A, old_logprobs, ref_logprobs, device
+    )
+    hidden_TD = _forward(
+        student,
+        token_ids_T,
+        positions_T,
+        microbatch.visible_until_T,
+        checkpointing=checkpointing,
+        impl=impl,
+    )
     head_input_TD = hidden_TD.detach().requires_grad_(hidden_TD.requires_grad)
     policy = linear_policy_loss(
         head_input_TD,
         student.lm_head.weight,
-        send(microbatch.targets_N),
-        old_N,
-        send(advantages_A),
-        send(microbatch.attempt_of_token_N),
-        rows_N=send(microbatch.rows_N),
-        weights_N=send(weights_N),
-        sampler_logprobs_N=sampler_N,
+        advantages=advantages_A,
+        **tokens,
         tis_clip=tis_clip,
-        ref_logprobs_N=ref_N,
         temperature=temperature,
         options=options,
         impl=impl,
@@ -248,16 +249,24 @@ def _backward(
     policy.loss.backward()
     if head_input_TD.grad is not None:
         hidden_TD.backward(head_input_TD.grad)
-    return policy._replace(loss=policy.loss.detach(), logprobs=(policy.logprobs - sampler_N).abs())
+    return policy._replace(loss=policy.loss.detach(), logprobs=(policy.logprobs - tokens["sampler_logprobs_N"]).abs())
 
 
-def _forward(student: Decoder, microbatch: PackedMicrobatch, *, checkpointing: bool, impl: str) -> Tensor:
+def _forward(
+    student: Decoder,
+    token_ids_T: Tensor,
+    positions_T: Tensor,
+    visible_until_T: Tensor,
+    *,
+    checkpointing: bool,
+    impl: str,
+) -> Tensor:
     """Hidden states of the packed tokens."""
     return packed_forward(
         student,
-        microbatch.token_ids_T,
-        microbatch.positions_T,
-        microbatch.visible_until_T,
+        token_ids_T,
+        positions_T,
+        visible_until_T,
         checkpointing=checkpointing,
         impl="ref" if impl == "ref" else "auto",  # "cpp" and "triton" name the head's
     )

@@ -49,13 +49,21 @@ class Updater:
             "temperature": config.rollout.temperature,
         }
 
-    def updates(self, groups: list[list[Rollout]], order: list[list[int]]) -> Iterator[tuple[int, dict[str, float]]]:
+    def updates(
+        self,
+        groups: list[list[Rollout]],
+        order: list[list[int]],
+        advantages_A: Tensor | None = None,
+    ) -> Iterator[tuple[int, dict[str, float]]]:
         """One update for each entry of `order`, the groups it is made of.
 
+        advantages_A is of all attempts, group by group; None: those of the turns.
         Yields (number of groups, metrics). The mismatch with the sampler is measured before the
         weights change: on what is computed for old log-probs, else in the first update, where
         tokens of advantage 0 have none.
         """
+        sizes = [sum(len(rollout.turns) for rollout in group) for group in groups]
+        advantages = None if advantages_A is None else advantages_A.split(sizes)
         old_logprobs, mismatch = self._old_logprobs(groups, order)
         ref_logprobs = None
         if self.reference is not None:
@@ -69,12 +77,17 @@ class Updater:
                 [rollout for g in chosen for rollout in groups[g]],
                 old,
                 None if ref_logprobs is None else [x for g in chosen for x in ref_logprobs[g]],
+                None if advantages is None else torch.cat([advantages[g] for g in chosen]),
             )
             mismatch = mismatch or {name: metrics[name] for name in MISMATCH}
             yield len(chosen), metrics | mismatch
 
     def one_update(
-        self, rollouts: list[Rollout], old_logprobs: OldLogprobs, ref_logprobs: PerToken | None
+        self,
+        rollouts: list[Rollout],
+        old_logprobs: OldLogprobs,
+        ref_logprobs: PerToken | None,
+        advantages_A: Tensor | None = None,
     ) -> dict[str, float]:
         """Gradients of these rollouts and one optimizer step.
 
@@ -87,6 +100,7 @@ class Updater:
             rollouts,
             **self._forward,
             max_new_tokens=self.config.rollout.max_new_tokens,
+            advantages_A=advantages_A,
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             loss_agg=loss.agg,

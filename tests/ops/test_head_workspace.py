@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.ops import _head, linear_logprob, linear_policy_loss
+from socpo_fast.ops import (
+    PolicyLossOptions,
+    _fused_logprob,
+    _fused_policy_loss,
+    _head,
+    linear_logprob,
+    linear_policy_loss,
+)
 from socpo_fast.ops._head import ChunkedHead, default_workspace_mib, rows_per_chunk
 from socpo_fast.ops._impl import extension_is_built
 from tests.error_rule import assert_error_rule
@@ -77,14 +84,13 @@ def run_backward(
     torch.manual_seed(1)
     hidden, weight = torch.randn(9, 8), torch.randn(50, 8)
     rows, has_grad = torch.arange(40) * 5 % 9, torch.arange(40) % 3 != 1
-    head = ChunkedHead(hidden, weight, rows, workspace_mib=1e-6, needs_grad=needs_grad)
-    assert head.moves_rows_up
-    head.moves_rows_up = not as_on_a_card
+    options: dict[str, Any] = {"workspace_mib": 1e-6, "needs_grad": needs_grad}
+    head = ChunkedHead(hidden, weight, rows, moves_rows_up=not as_on_a_card, **options)
     for part in head.chunks():
         head.project(part)
         num_rows = part.stop - part.start
         head.grad_logits[:num_rows] = torch.randn(num_rows, 50) * has_grad[part, None]
-        head.backward(part, has_grad[part])
+        head.backward(part, ~has_grad[part])
     return head.gradients()
 
 
@@ -102,3 +108,43 @@ def test_a_card_moves_and_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert run_backward(as_on_a_card=True, needs_grad=(False, True, True))[0].shape == (0,)
     with pytest.raises(AssertionError, match="never moved"):
         run_backward(as_on_a_card=False)
+
+
+def keep_all(_: Tensor, *by_row: Tensor | None) -> list[Tensor | None]:
+    """keep_wanted on a card: the host cannot know how many are wanted."""
+    return [x if x is None else x.contiguous() for x in by_row]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("op", ["policy", "policy with entropy", "policy, all values", "logprob"])
+def test_rows_that_stay_may_hold_anything(op: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card rows without a gradient stay among the factors: 0 * nan is not 0."""
+    torch.manual_seed(2)
+    hidden, weight, targets = torch.randn(40, 8), torch.randn(50, 8), torch.arange(40)
+    targets[::4] = _head.NO_TARGET
+    weights = torch.ones(40)
+    weights[1::4] = 0
+    if op == "logprob":
+        targets[1::4] = _head.NO_TARGET
+    grads = []
+    for is_on_a_card in (False, True):
+        if is_on_a_card:
+            for module in (_fused_logprob, _fused_policy_loss):
+                monkeypatch.setattr(module, "keep_wanted", keep_all)
+            hidden[::4], hidden[1::4] = torch.nan, torch.inf
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, torch.zeros(50))]
+        options: dict[str, Any] = {"workspace_mib": 1e-6, "impl": "triton", "temperature": 1.0}
+        options |= {"softcap": softcap, "bias_V": leaves[2]}
+        if op == "logprob":
+            linear_logprob(*leaves[:2], targets, **options)[0].nansum().backward()
+        else:
+            entropy_coef = 0.1 if op == "policy with entropy" else 0.0
+            options |= {"metrics": "all" if op == "policy, all values" else "loss_rows"}
+            options |= {"weights_N": weights, "options": PolicyLossOptions(entropy_coef=entropy_coef)}
+            old = torch.full((40,), -4.0)
+            linear_policy_loss(*leaves[:2], targets, old, torch.ones(40), **options).loss.backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for clean, dirty in zip(*grads, strict=True):
+        assert_error_rule(dirty, clean, clean.double(), name="gradient", dtype=torch.float32)
+    assert not grads[1][0][::4].any()
+    assert not grads[1][0][1::4].any()

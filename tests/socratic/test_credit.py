@@ -41,14 +41,15 @@ def worked_example() -> list[Rollout]:
 
 def test_the_papers_worked_example() -> None:
     rollouts = worked_example()
-    factors = assign_credit(rollouts, options=CreditOptions())
+    factors, advantages_A = assign_credit(rollouts, options=CreditOptions())
+    assert advantages_A.tolist() == [turn.advantage for r in rollouts for turn in r.turns]
     assert factors == pytest.approx([1 / 4, 1.25 / 7])
     assert [rewards(r) for r in rollouts] == [[1.0], [0.0, 0.25], [0.0, 0.0, pytest.approx(1.25 / 7)], [0.0] * 3]
 
 
 def test_a_trajectory_earns_its_last_reward() -> None:
     rollouts = worked_example()
-    assert assign_credit(rollouts, options=CreditOptions(credit="trajectory")) == pytest.approx([1 / 4, 1.25 / 7])
+    assert assign_credit(rollouts, options=CreditOptions(credit="trajectory"))[0] == pytest.approx([1 / 4, 1.25 / 7])
     f_2 = pytest.approx(1.25 / 7)
     assert [rewards(r) for r in rollouts] == [[1.0], [0.25, 0.25], [f_2] * 3, [0.0] * 3]
     for r in rollouts:
@@ -58,18 +59,18 @@ def test_a_trajectory_earns_its_last_reward() -> None:
 def test_other_schedules() -> None:
     rollouts = worked_example()
     constant = CreditOptions(schedule="constant", factor=0.5)
-    assert assign_credit(rollouts, options=constant) == [0.5, 0.25]
+    assert assign_credit(rollouts, options=constant)[0] == [0.5, 0.25]
     assert rewards(rollouts[2]) == [0.0, 0.0, 0.25]
-    assert assign_credit(rollouts, options=CreditOptions(schedule="none")) == [1.0, 1.0]
+    assert assign_credit(rollouts, options=CreditOptions(schedule="none"))[0] == [1.0, 1.0]
     assert rewards(rollouts[2]) == [0.0, 0.0, 1.0]
-    assert assign_credit([rollout(0, 0, [True])], options=CreditOptions()) == []
+    assert assign_credit([rollout(0, 0, [True])], options=CreditOptions())[0] == []
     with pytest.warns(UserWarning, match="no loss tokens"):
-        assert assign_credit([], options=CreditOptions()) == []
+        assert assign_credit([], options=CreditOptions())[0] == []
 
 
 def test_a_batch_without_a_right_first_attempt_warns() -> None:
     with pytest.warns(UserWarning, match="no first attempt of the batch is correct"):
-        assert assign_credit([rollout(0, 0, [False, True])], options=CreditOptions()) == [0.0]
+        assert assign_credit([rollout(0, 0, [False, True])], options=CreditOptions())[0] == [0.0]
 
 
 @pytest.mark.parametrize("credit", ["attempt", "trajectory"])

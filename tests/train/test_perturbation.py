@@ -67,10 +67,10 @@ def test_advantages_and_weights_know_attempts_only(monkeypatch: Any, estimator: 
     """Rewards, whitening, normalisers and targets are bit for bit the same whatever stands around the attempts."""
     student, seen = make_student(), []
 
-    def spy(hidden_TD: Tensor, weight_VD: Tensor, *args: Tensor, **options: Any) -> Any:
-        names = ("targets_N", "old_logprobs_N", "advantages_A", "attempt_of_token_N")
-        seen.append(dict(zip(names, args, strict=True)) | {"weights_N": options["weights_N"]})
-        return linear_policy_loss(hidden_TD, weight_VD, *args, **options)
+    def spy(*head: Tensor, **options: Any) -> Any:
+        names = ("targets_N", "old_logprobs_N", "advantages", "attempt_of_token_N", "weights_N")
+        seen.append({name: options[name] for name in names})
+        return linear_policy_loss(*head, **options)
 
     monkeypatch.setattr(step, "linear_policy_loss", spy)
     rollouts = graded_rollouts()

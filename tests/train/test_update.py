@@ -11,7 +11,7 @@ from torch import Tensor
 
 from socpo_fast.config import Config, load_config
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.train.step import compute_logprobs
+from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Rollout
 from tests.train.naive import distance, naive_gradients, near_policy, norm, set_sampler_logprobs
@@ -141,9 +141,9 @@ def test_old_logprobs_in_bf16(choice: str) -> None:
     given: list[Any] = []
     original = updater.one_update
 
-    def one_update(rollouts: Any, old: Any, ref: Any) -> dict[str, float]:
+    def one_update(rollouts: Any, old: Any, *others: Any) -> dict[str, float]:
         given.append(old)
-        return original(rollouts, old, ref)
+        return original(rollouts, old, *others)
 
     updater.one_update = one_update
     metrics = [metrics for _, metrics in updater.updates(groups, [[0, 2], [1]])]
@@ -178,3 +178,31 @@ def test_an_update_that_is_not_finite_is_skipped_and_a_run_of_them_stops() -> No
     assert all(torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True))
     with pytest.raises(RuntimeError, match="must be finite, got 2 updates in a row that were not; lower train.lr"):
         next(updates)
+
+
+def test_advantages_of_the_batch_are_read_where_they_are() -> None:
+    """Not those of the turns, which are only the record: the same bits, update by update."""
+    outcomes = []
+    for is_given in (False, True):
+        rollouts, student = make_rollouts(), make_student()
+        groups = groups_of(rollouts)
+        turns = [turn for group in groups for rollout in group for turn in rollout.turns]
+        advantages_A = torch.tensor([turn.advantage for turn in turns])
+        if is_given:
+            for turn in turns:
+                turn.advantage = None
+        updater = Updater(student, load_config(None, CHANGES | LOSSES["plain"]), reference=None)
+        metrics = [x for _, x in updater.updates(groups, ORDER, advantages_A if is_given else None)]
+        policy = [{k: v for k, v in x.items() if k.startswith("policy")} for x in metrics]
+        outcomes.append((policy, [param.tolist() for param in student.parameters()]))
+    assert outcomes[0] == outcomes[1]
+    assert len(outcomes[0][0]) == len(ORDER)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (5, 1)])
+def test_advantages_are_one_for_each_attempt(shape: tuple[int, ...]) -> None:
+    rollouts = make_rollouts()
+    num_attempts = sum(len(rollout.turns) for rollout in rollouts)
+    message = rf"^policy_gradients: shape of advantages_A must be \[A={num_attempts}\], got \[.*\]$"
+    with pytest.raises(ValueError, match=message):
+        policy_gradients(make_student(), rollouts, token_budget=60, temperature=1.0, advantages_A=torch.zeros(shape))

@@ -1,0 +1,235 @@
+"""One tensor holds KV pages during rollouts and fp32 gradients during updates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from socpo_fast.config import Config, load_config
+from socpo_fast.engine import Engine
+from socpo_fast.session import Session
+from socpo_fast.train.optimizer import Optimizer, gradient_bytes
+from socpo_fast.train.step import policy_gradients
+from socpo_fast.train.update import Updater
+from socpo_fast.trainer import Trainer
+from socpo_fast.types import SamplingParams
+from tests.engine.test_storage import storage_of
+from tests.engine.tiny import bits, drain, make_engine
+from tests.error_rule import assert_bitwise_equal
+from tests.train.rollouts import make_rollouts, make_student
+from tests.train.test_accumulate import MODELS
+
+PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=9, eos_ids=(), ignore_eos=True, seed=2)
+PROMPTS = [list(range(1, 12)), [5, 3, 2]]
+KEYS = [(0, 0), (0, 1)]
+SMALL: dict[str, Any] = {
+    "run.num_batches": 2,
+    "rollout.questions_per_batch": 2,
+    "rollout.group_size": 2,
+    "rollout.max_new_tokens": 16,
+    "train.questions_per_update": 1,
+    "data.builtin_train_questions": 4,
+    "data.eval": "none",
+    "engine.kv_cache_gib": 0.01,
+}
+
+
+def draws(engine: Engine) -> list[tuple]:
+    groups = engine.generate(PROMPTS, PARAMS, keys=KEYS, keep=True)
+    for group in groups:
+        engine.resume(group[0], [8, 9], PARAMS, kept_tokens=4)
+    attempts = [*groups[0], *groups[1], *drain(engine)]
+    engine.release(attempts)
+    return [bits(attempt) for attempt in attempts]
+
+
+def holds(memory: Tensor, part: Tensor) -> bool:
+    """Whether part lies in memory, where kernels read fastest."""
+    start = part.data_ptr() - memory.data_ptr()
+    return 0 <= start <= memory.nbytes - part.nbytes and start % 256 == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens_per_sync": 4}, {"cascade": False}, {"attention": "ref"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_written_is_never_read(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Not in a page that is partly filled, nor behind the pages of a shorter sequence."""
+    student = make_student(dtype=dtype)
+    engine = make_engine(student, **options)
+    places = storage_of(engine)
+    for _ in range(2):
+        engine.lend_memory().fill_(0xFF)  # NaN in fp32 and bf16
+        assert engine._runner.k_cache_LPSKE.isnan().all()
+        assert draws(engine) == draws(make_engine(student, **options))
+    assert storage_of(engine) == places
+
+
+def test_triton_never_reads_what_was_written() -> None:
+    engines = [make_engine(make_student(), num_pages=60, attention="triton") for _ in range(2)]
+    engines[0].lend_memory().fill_(0xFF)
+    assert draws(engines[0]) == draws(engines[1])
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_stay_where_they_are_put(dtype: torch.dtype, model: str) -> None:
+    """Those that autograd adds, too: of norms, of biases and of the LM head, tied or not."""
+    student, other = (make_student(dtype=dtype, **MODELS[model]) for _ in range(2))
+    optimizers = [Optimizer(x, lr=1e-2, warmup_updates=0) for x in (student, other)]
+    memory = torch.full((sum(gradient_bytes(student.parameters())),), 0xFF, dtype=torch.uint8)
+    with optimizers[0].gradients_in(memory):
+        places = {name: param.grad.data_ptr() for name, param in student.named_parameters()}
+        for _ in range(2):
+            for decoder in (student, other):
+                policy_gradients(decoder, make_rollouts(), token_budget=60, temperature=1.0)
+            for (name, param), plain in zip(student.named_parameters(), other.parameters(), strict=True):
+                assert param.grad.data_ptr() == places[name] and holds(memory, param.grad), name
+                assert_bitwise_equal(param.grad, plain.grad, name=name)
+            assert not any(optimizer.step().skipped for optimizer in optimizers)
+    assert all(param.grad is None for param in student.parameters())
+    for param, plain in zip(student.parameters(), other.parameters(), strict=True):
+        assert torch.equal(param, plain)
+
+
+def test_a_skipped_update_leaves_nothing() -> None:
+    student = make_student()
+    optimizer = Optimizer(student, lr=1e-2)
+    memory = torch.zeros(sum(gradient_bytes(student.parameters())) + 8, dtype=torch.uint8)
+    with optimizer.gradients_in(memory):
+        for param in student.parameters():
+            param.grad.fill_(torch.nan)
+        assert optimizer.step().skipped
+        assert not any(param.grad.any() for param in student.parameters())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_an_update_that_ends_early_leaves_no_gradient(error: BaseException) -> None:
+    """Rollouts write their KV where it had them."""
+    student = make_student()
+    engine = make_engine(student, min_memory_bytes=sum(gradient_bytes(student.parameters())))
+    optimizer, expected = Optimizer(student, lr=1e-2), draws(engine)
+
+    def update() -> None:
+        with optimizer.gradients_in(engine.lend_memory()):
+            policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
+            raise error
+
+    with pytest.raises(type(error)):
+        update()
+    assert all(param.grad is None for param in student.parameters())
+    assert draws(engine) == expected
+
+
+def test_memory_is_as_large_as_the_larger() -> None:
+    student = make_student()
+    needed = sum(gradient_bytes(student.parameters()))
+    assert needed >= 4 * sum(param.numel() for param in student.parameters())
+    for num_pages in (1, 2000):
+        engine = make_engine(student, num_pages=num_pages, min_memory_bytes=needed)
+        kv_bytes = 2 * engine._runner.k_cache_LPSKE.nbytes
+        assert engine.lend_memory().nbytes == max(kv_bytes, needed)
+        assert engine.stats.pages_total == num_pages
+    student.requires_grad_(False)
+    assert gradient_bytes(student.parameters()) == []
+
+
+def test_lending_is_refused_while_pages_are_held() -> None:
+    engine = make_engine(make_student())
+    engine.submit(PROMPTS[0], PARAMS, key=(0, 0))
+    while not (finished := engine.step()):
+        pass
+    refused = (
+        "lend_memory: sequences waiting, running, pinned must be [0, 0, 0], got [0, 0, 3]; "
+        "release what is finished, or reset the engine"
+    )
+    refuses_to_lend(engine, refused)
+    engine.release(finished)
+    engine.submit(PROMPTS[0], PARAMS, key=(0, 0))
+    refuses_to_lend(engine, refused.replace("[0, 0, 3]", "[1, 0, 0]"))
+    engine.reset()
+    engine.lend_memory()
+
+
+def refuses_to_lend(engine: Engine, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        engine.lend_memory()
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+@pytest.mark.parametrize("memory", [torch.zeros(9, dtype=torch.uint8), torch.zeros(10**6)])
+def test_memory_that_cannot_hold_gradients(memory: Tensor) -> None:
+    student = make_student()
+    needed = sum(gradient_bytes(student.parameters()))
+    optimizer = Optimizer(student, lr=1e-2)
+    got = [memory.dtype, memory.numel()]
+    message = f"Optimizer: memory of gradients must be [torch.uint8, >= {needed}], got {got}"
+    with pytest.raises(ValueError, match=exactly(message)), optimizer.gradients_in(memory):
+        pass
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(None, SMALL | {"run.dir": str(tmp_path)})
+
+
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each update of a run, whether every gradient lay in the engine's memory."""
+    seen: list[bool] = []
+    engines: list[Engine] = []
+    original_session, original_step = Session.__init__, Optimizer.step
+
+    def session(self: Session, *given: Any, **options: Any) -> None:
+        original_session(self, *given, **options)
+        engines.append(self.engine)
+
+    def step(self: Optimizer, *given: Any, **options: Any) -> Any:
+        memory = engines[-1]._runner.memory
+        seen.append(all(holds(memory, param.grad) for param in self.params.values()))
+        return original_step(self, *given, **options)
+
+    monkeypatch.setattr(Session, "__init__", session)
+    monkeypatch.setattr(Optimizer, "step", step)
+    return seen
+
+
+def test_a_run_lends_its_memory(config: Config, updates: list[bool]) -> None:
+    trainer = Trainer(config)
+    trainer.run()
+    assert updates == [True] * 4
+    assert all(param.grad is None for param in trainer.student.parameters())
+    trainer.engine.lend_memory()
+
+
+def test_a_failed_update_gives_the_memory_back(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config)
+
+    def fail(self: Updater, *given: Any) -> None:
+        policy_gradients(self.student, given[0], token_budget=4096, temperature=1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Updater, "one_update", fail)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert all(param.grad is None for param in trainer.student.parameters())
+    questions = trainer.train_questions[:2]
+    other = Session(config)
+    again, fresh = (
+        sorted(
+            (rollout.question_idx, rollout.rollout_idx, turn.text)
+            for rollout in session.training_rollouts(questions, 7)
+            for turn in rollout.turns
+        )
+        for session in (trainer.session, other)
+    )
+    assert again == fresh
+    for session in (trainer.session, other):
+        session.close()
