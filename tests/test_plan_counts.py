@@ -66,7 +66,7 @@ def test_one_plan_counted_by_hand(planner: Planner) -> None:
     # A token and layer: (2 x 1024 + 4096 + 2048 + 2 x 3072) x 2 + 16 x 4 bytes. At the ends three
     # hidden states, cos and sin of 128 in fp32, 17 numbers of 88 bytes.
     kept = 28 * 28_736 + 3 * 2_048 + 1_024 + 88
-    # The head: 2 GiB of workspace, dW in fp32, two dx in fp32; a layer's backward has 36,864 bytes
+    # The head: 2 GiB of workspace, dW in fp32, two dx in fp32; a layer's backward has 18,432 bytes
     # a token, which is less.
     head = 2 * GIB + 4 * 155_582_464 + 2 * 4 * 8192 * 1024
     assert plan.temporaries == {
@@ -116,9 +116,9 @@ def test_checkpointing_and_long_texts_by_hand(planner: Planner) -> None:
     assert sizes.kept_bytes(config, 4) == kept
     by_layer = sizes.activation_bytes(config, 4, checkpointing=False)
     inputs = sizes.activation_bytes(config, 4, checkpointing=True)
-    assert by_layer - inputs == 28 * (kept - 2 * 2048 * 4)
-    assert sizes.backward_bytes(config, 4, checkpointing=False) == (4 * 2048 + 4 * 6144) * 4
-    assert sizes.backward_bytes(config, 4, checkpointing=True) == (4 * 2048 + 4 * 6144) * 4 + kept
+    assert by_layer - inputs == 28 * kept - (2 * 28 - 1) * 2048 * 4
+    assert sizes.backward_bytes(config, 4, checkpointing=False) == 3 * 6144 * 4
+    assert sizes.backward_bytes(config, 4, checkpointing=True) == 3 * 6144 * 4 + kept
     # Few tokens fill no workspace, and in fp32 logits become their own gradient.
     logits = 100 * 4 * (151936 + 2 * 2048)
     assert sizes.head_bytes(config, 4, 100, 2 * GIB) == logits + 4 * 151936 * 2048 + 8 * 100 * 2048

@@ -47,7 +47,11 @@ def kv_bytes(config: ModelConfig, itemsize: int) -> int:
 
 
 def kept_bytes(config: ModelConfig, itemsize: int) -> int:
-    """What one layer keeps of a token for its backward."""
+    """What one layer keeps of a token for its backward.
+
+    That holds for kernels, not for references, and where the weights of all linear layers are
+    trained: their inputs are computed again (model/accumulate.py).
+    """
     values = 2 * config.hidden_size + qkv_width(config) + 2 * config.intermediate_size
     return (values + config.num_heads * config.head_dim) * itemsize + 4 * config.num_heads
 
@@ -55,23 +59,32 @@ def kept_bytes(config: ModelConfig, itemsize: int) -> int:
 def activation_bytes(config: ModelConfig, itemsize: int, *, checkpointing: bool) -> int:
     """What a token of a microbatch keeps until the backward of the first layer.
 
-    All layers, the hidden states behind the last one, and the token's cos, sin and numbers.
+    All layers, the last sum, the hidden states and their gradient, and the token's cos, sin and
+    numbers. A layer that is computed again keeps its two inputs, of which the first has one.
     """
     stream = config.hidden_size * itemsize
-    layer = 2 * stream if checkpointing else kept_bytes(config, itemsize)
-    return config.num_layers * layer + 3 * stream + 8 * config.head_dim + TOKEN_BYTES
+    layers = config.num_layers * kept_bytes(config, itemsize)
+    if checkpointing:
+        layers = (2 * config.num_layers - 1) * stream
+    return layers + 3 * stream + 8 * config.head_dim + TOKEN_BYTES
 
 
 def backward_bytes(config: ModelConfig, itemsize: int, *, checkpointing: bool) -> int:
-    """What one layer takes of a token during its backward, on top of what is kept.
+    """What the backward of the layers takes of a token at once, on top of what is kept.
 
-    The half that needs more: the MLP's (swiglu's output, its gradient, that of gate_up) or the
-    attention's (rotated q, k, v, their gradients, those of the raw ones and of o); in both the
-    gradients of the two residual inputs, and a norm's output with its gradient.
+    Its first layer, the model's last, decides: what was kept goes one after the other, the last sum
+    at once. Beside it tree attention has a workspace that grows with the tokens: 8 bytes a head,
+    and partial sums of dK and dV for up to 8192 rows.
     """
-    attention = 3 * qkv_width(config) + config.num_heads * config.head_dim
-    values = 4 * config.hidden_size + max(4 * config.intermediate_size, attention)
-    return values * itemsize + checkpointing * kept_bytes(config, itemsize)
+    width, inner = config.hidden_size, config.intermediate_size
+    attended = config.num_heads * config.head_dim
+    # gate_up and the MLP's sum are gone.
+    rotating_back = attended + 2 * qkv_width(config) - 2 * inner - width
+    gating_back = 3 * inner  # of swiglu and gate_up; the stream's is as large as the last sum
+    if checkpointing:  # the most in a layer's second forward is at its second norm
+        most = max(rotating_back, gating_back, 3 * width - 2 * inner)
+        return kept_bytes(config, itemsize) + most * itemsize
+    return max(rotating_back, gating_back, 2 * width) * itemsize  # 2: at the last norm
 
 
 def head_bytes(config: ModelConfig, itemsize: int, num_tokens: int, workspace_bytes: int) -> int:

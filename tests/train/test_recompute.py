@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from socpo_fast.model import packed, packed_forward
 from socpo_fast.model.accumulate import AccumulatingLinear, accumulate_in_fp32, accumulating
-from socpo_fast.model.activations import backward_bytes_per_token, kept_bytes_per_token
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import TreeMask
+from socpo_fast.report import sizes
 from tests.error_rule import assert_bitwise_equal
 from tests.ops.elementwise import needs_cpp
 from tests.train.rollouts import VOCAB, make_student
@@ -152,6 +152,12 @@ def measure(student: Decoder, num_tokens: int, checkpointing: bool) -> tuple[int
         return kept, watch.peak - before
 
 
+def bytes_behind_forward(student: Decoder, checkpointing: bool) -> int:
+    """Of a token: without the gradient of hidden states, and of its numbers the id alone."""
+    not_yet = 4 * student.config.hidden_size + sizes.TOKEN_BYTES - 8
+    return sizes.activation_bytes(student.config, 4, checkpointing=checkpointing) - not_yet
+
+
 @needs_cpp
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model", MODELS)
@@ -162,9 +168,8 @@ def test_bytes_a_token_are_those_of_the_formulas(model: str, checkpointing: bool
     for _ in range(2):  # .grad of every parameter is there for the second one
         few, many = (measure(student, num_tokens, checkpointing) for num_tokens in (509, 641))
     kept, more = ((b - a) / (641 - 509) for a, b in zip(few, many, strict=True))
-    options, hidden = (student.config, torch.float32), 4 * student.config.hidden_size
-    assert kept == kept_bytes_per_token(*options, checkpointing=checkpointing) + hidden
-    assert more == backward_bytes_per_token(*options, checkpointing=checkpointing)
+    assert kept == bytes_behind_forward(student, checkpointing)
+    assert more == sizes.backward_bytes(student.config, 4, checkpointing=checkpointing)
 
 
 @needs_cpp
@@ -175,8 +180,7 @@ def test_frozen_products_keep_no_input() -> None:
         param.requires_grad_("norm" in name)
     accumulate_in_fp32(student.parameters())
     few, many = (measure(student, num_tokens, False)[0] for num_tokens in (509, 641))
-    expected = kept_bytes_per_token(student.config, torch.float32, checkpointing=False)
-    assert (many - few) / (641 - 509) == expected + 4 * student.config.hidden_size
+    assert (many - few) / (641 - 509) == bytes_behind_forward(student, checkpointing=False)
 
 
 @needs_cpp
