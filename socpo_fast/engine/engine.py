@@ -257,12 +257,7 @@ class Engine:
         scheduler = self._scheduler
         counts = [len(scheduler.waiting), len(scheduler.running), len(scheduler.pinned)]
         check_rule(
-            "lend_memory",
-            "sequences waiting, running, pinned",
-            counts,
-            not any(counts),
-            "[0, 0, 0]",
-            "release or reset",
+            "lend_memory", "requests waiting, running, pinned", counts, not any(counts), "[0, 0, 0]", "release or reset"
         )
         return self._runner.memory
 
