@@ -135,7 +135,9 @@ for name, kernel in rows.items():
     assert sorted(done.stdout.splitlines()) == [
         "_logprob_rows_backward_kernel logits_ptr grad_ptr",
         "_logprob_rows_kernel logits_ptr values_ptr",
+        "_mark_rows_kernel bounds_ptr",
         "_policy_rows_kernel logits_ptr grad_ptr values_ptr",
+        "_sum_rows_kernel x_ptr bounds_ptr out_ptr",
     ]
 
 

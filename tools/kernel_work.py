@@ -82,13 +82,16 @@ def elementwise(config: ModelConfig) -> dict[str, Work]:
 
 
 def head(config: ModelConfig) -> dict[str, Work]:
-    """Row passes over fp32 logits, between products of cuBLAS."""
+    """Row passes over fp32 logits, between products of cuBLAS; behind them the rows of dX."""
     logits = WIDE * HEAD_ROWS * config.vocab_size
+    row = WIDE * config.hidden_size
     of = f"{HEAD_ROWS} rows of fp32 logits"
     return {
         "_logprob_rows_kernel": Work(of, logits),
         "_logprob_rows_backward_kernel": Work(f"{of}, gradient in bf16", 1.5 * logits),
         "_policy_rows_kernel": Work(f"{of}, gradient in bf16", 1.5 * logits),
+        "_mark_rows_kernel": Work(f"{ROWS} rows", (8 + 2 * 4) * ROWS),
+        "_sum_rows_kernel": Work(f"{ROWS} rows, all different", (2 * row + 8 + 2 * 4) * ROWS),
     }
 
 

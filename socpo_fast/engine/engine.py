@@ -254,10 +254,11 @@ class Engine:
         Raises:
             ValueError: a sequence is queued, running or pinned.
         """
-        lists = self._scheduler.waiting, self._scheduler.running, self._scheduler.pinned
-        counts = [len(sequences) for sequences in lists]
-        rule, advice = "[0, 0, 0]", "release what is finished, or reset the engine"
-        check_rule("lend_memory", "sequences waiting, running, pinned", counts, not any(counts), rule, advice)
+        scheduler = self._scheduler
+        counts = [len(scheduler.waiting), len(scheduler.running), len(scheduler.pinned)]
+        check_rule(
+            "lend_memory", "requests waiting, running, pinned", counts, not any(counts), "[0, 0, 0]", "release or reset"
+        )
         return self._runner.memory
 
     def bump_policy_version(self) -> None:

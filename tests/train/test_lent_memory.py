@@ -143,10 +143,7 @@ def test_lending_is_refused_while_pages_are_held() -> None:
     engine.submit(PROMPTS[0], PARAMS, key=(0, 0))
     while not (finished := engine.step()):
         pass
-    refused = (
-        "lend_memory: sequences waiting, running, pinned must be [0, 0, 0], got [0, 0, 3]; "
-        "release what is finished, or reset the engine"
-    )
+    refused = "lend_memory: requests waiting, running, pinned must be [0, 0, 0], got [0, 0, 3]; release or reset"
     refuses_to_lend(engine, refused)
     engine.release(finished)
     engine.submit(PROMPTS[0], PARAMS, key=(0, 0))
