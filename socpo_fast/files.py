@@ -120,5 +120,4 @@ def named_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"could not be written ({error.strerror}); free disk space, start again"
-        raise RunFailed(f"run: {path} {reason}") from error
+        raise RunFailed(f"run: {path} could not be written ({error.strerror}); free disk space, start again") from error

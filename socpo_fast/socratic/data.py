@@ -86,8 +86,10 @@ def _drop_overlong(questions: list[Question], name: str, bridge: Bridge | None, 
     if not kept:
         raise ValueError(f"data: {name}: every prompt is longer than {limit} tokens; raise data.max_prompt_tokens")
     if len(kept) < len(questions):
-        dropped = f"{len(questions) - len(kept)} of {len(questions)} prompts over {limit} tokens"
-        warnings.warn(f"data: {name}: left out {dropped}", stacklevel=3)
+        warnings.warn(
+            f"data: {name}: left out {len(questions) - len(kept)} of {len(questions)} prompts over {limit} tokens",
+            stacklevel=3,
+        )
     return [replace(question, question_idx=idx) for idx, question in enumerate(kept)]
 
 

@@ -225,10 +225,14 @@ class MathGrader:
         request = json.dumps([text, truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"])
         if self._worker is None or self._process != os.getpid():  # a fork starts its own
             self._process = os.getpid()
-            # -P: the worker's folder, which has modules of ours, is not searched for imports
-            command = [sys.executable, "-P", math_worker.__file__]
-            pipe = subprocess.PIPE
-            self._worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            self._worker = subprocess.Popen(
+                # -P: the worker's folder, which has modules of ours, is not searched for imports
+                [sys.executable, "-P", math_worker.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
             assert self._worker.stdout is not None
             if self._worker.stdout.readline() != "ready\n":
                 raise RuntimeError("data.grader: math-verify must be importable on its own; try `import math_verify`")

@@ -25,8 +25,9 @@ def load_function(where: str, spec: str) -> Callable[..., Any]:
     try:
         function = vars(import_module(module_name)).get(function_name)
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where} must name a module that can be imported, got {spec!r} ({reason})") from error
+        raise ValueError(
+            f"{where} must name a module that can be imported, got {spec!r} ({type(error).__name__}: {error})"
+        ) from error
     if not callable(function):
         raise ValueError(f"{where} must name a function of {module_name}, got {function_name!r}")
     return function

@@ -68,10 +68,9 @@ def socratic_rollouts(
         raise ValueError("socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it")
     if engine.has_work:
         raise ValueError("socratic_rollouts: the engine must be idle, got unfinished requests; step until it is done")
-    bridge = bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit)
     driver = _Driver(
         engine=engine,
-        bridge=bridge,
+        bridge=bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit),
         teacher=as_teacher(teacher),
         grader=grader,
         params=replace(params, n=1),
@@ -86,7 +85,8 @@ def socratic_rollouts(
             driver.take_arrived()
             teacher_worked = bool(driver.waiting) and driver.teacher.step()
             driver.collect_guidance(idle=not engine.has_work and not teacher_worked)
-            yield from driver.take_finished()
+            yield from driver.finished
+            driver.finished.clear()
 
 
 @dataclass(kw_only=True)
@@ -110,21 +110,23 @@ class _Driver:
 
     def start(self, question: Question) -> None:
         prompt_ids = self.bridge.prompt_ids(question.messages)
-        limits = Limits(self.params.max_new_tokens, self.engine.max_tokens)
         episodes = [
             Episode(
                 question,
                 bridge=self.bridge,
                 grader=self.grader,
                 options=self.options,
-                limits=limits,
+                limits=Limits(self.params.max_new_tokens, self.engine.max_tokens),
                 rollout_idx=idx,
                 prompt_ids=prompt_ids,
             )
             for idx in range(self.options.group_size)
         ]
-        params = replace(self.params, n=len(episodes))
-        self.engine.submit(prompt_ids, params, key=(self.batch_idx, question.question_idx))
+        self.engine.submit(
+            prompt_ids,
+            replace(self.params, n=len(episodes)),
+            key=(self.batch_idx, question.question_idx),
+        )
         for episode in episodes:
             self.in_flight[question.question_idx, episode.rollout.rollout_idx] = episode
 
@@ -164,10 +166,9 @@ class _Driver:
             context = episode.guided(result_of(future, self.teacher))
             if context is None:
                 self.end(episode)
-                continue
-            attempt = episode.rollout.turns[-1].attempt
-            kept_tokens, suffix_ids = context
-            self.engine.resume(attempt, suffix_ids, self.params, kept_tokens=kept_tokens)
+            else:
+                attempt = episode.rollout.attempts[-1]
+                self.engine.resume(attempt, context.suffix_ids, self.params, kept_tokens=context.kept_tokens)
 
     def end(self, episode: Episode) -> None:
         rollout = episode.rollout
@@ -175,10 +176,6 @@ class _Driver:
         self.engine.release(rollout.attempts[-1:])
         del self.in_flight[rollout.question_idx, rollout.rollout_idx]
         self.finished.append(rollout)
-
-    def take_finished(self) -> list[Rollout]:
-        finished, self.finished = self.finished, []
-        return finished
 
     def __enter__(self) -> None:
         """Nothing is taken; __exit__ gives back."""

@@ -77,8 +77,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
     dtype: str = teacher.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    model = load_student(teacher.path, dtype=dtype, device=device)
-    model.requires_grad_(False)
+    model = load_student(teacher.path, dtype=dtype, device=device).requires_grad_(False)
     params = SamplingParams(
         temperature=teacher.temperature,
         max_new_tokens=teacher.max_new_tokens,

@@ -50,8 +50,7 @@ class RuleTeacher(Teacher):
         guidance = Guidance(text=answer) if isinstance(answer, str) else answer
         if not (isinstance(guidance, Guidance) and isinstance(guidance.text, str)):
             name = getattr(self.rule, "__name__", type(self.rule).__name__)
-            reason = f"{name} must return Guidance, str or None, got {text_of(answer)}"
-            raise GuidanceFailed("exception", reason)
+            raise GuidanceFailed("exception", f"{name} must return Guidance, str or None, got {text_of(answer)}")
         text = str.strip(guidance.text)  # the function of str, whatever class of text it is
         return replace(guidance, text=text) if text else None
 
