@@ -35,8 +35,7 @@ def accuracy_text(metrics: Mapping[str, Any]) -> str:
         share, low, high = (100 * row[name] for name in ("share", "low", "high"))
         lines.append(f"{row['what']:{width}} {share:5.1f} %   {low:.1f} to {high:.1f} %")
     if metrics.get("guidance/failed") and "success/assisted" not in metrics:
-        reason = f"not known, as all guidance failed: {failures_text(metrics)}"
-        lines.append(f"{_NAMES['assisted']}: {reason}")
+        lines.append(f"{_NAMES['assisted']}: not known, as all guidance failed: {failures_text(metrics)}")
     return "\n".join(lines)
 
 

@@ -1,19 +1,14 @@
 """The machine in words, for `socpo env` and the card of a bench."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from socpo_fast.config import RunConfig
 from socpo_fast.ops import available_impls
-
-if TYPE_CHECKING:
-    from socpo_fast.config import RunConfig
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "safetensors", "tokenizers")
 

@@ -7,7 +7,7 @@ append_row returns. Only such a file may end in half a line, and read_jsonl leav
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,8 +31,11 @@ def _json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none when it is absent. One warning tells of torn lines."""
+def read_jsonl(path: str | Path, is_whole: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none when it is absent.
+
+    One warning tells of torn lines, another one of rows that are not whole: both are left out.
+    """
     path = Path(path)
     if not path.is_file():
         return []
@@ -40,9 +43,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     rows = [row for line in lines if isinstance(row := _json_or_none(line), dict)]
     if num_torn := len(lines) - len(rows):
-        message = f"{path}: {num_torn} torn lines left out; a write was interrupted there"
-        warnings.warn(message, stacklevel=2)
-    return rows
+        warnings.warn(f"{path}: {num_torn} torn lines left out; a write was interrupted there", stacklevel=2)
+    whole = [row for row in rows if is_whole(row)]
+    if num_damaged := len(rows) - len(whole):
+        warnings.warn(f"{path}: {num_damaged} damaged rows left out", stacklevel=2)
+    return whole
 
 
 def _json_or_none(line: bytes) -> Any:

@@ -1,17 +1,17 @@
 """A run for people: a live display on a terminal, elsewhere one plain line a batch or evaluation."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from socpo_fast.metrics import Kind
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 class Progress:
@@ -24,9 +24,6 @@ class Progress:
     """
 
     def __init__(self, *, num_batches: int, first_batch: int = 1, live: bool = True, file: TextIO | None = None):
-        from rich.console import Console
-        from rich.live import Live
-
         self._console = Console(file=file, highlight=False, markup=False, emoji=False)
         self.num_batches, self._first_batch, self._batches_done = num_batches, first_batch, first_batch - 1
         self._started = self._phase_started = time.monotonic()
@@ -77,9 +74,10 @@ class Progress:
         ]
         if metrics.get("guidance/failed"):
             shares.append(f"guidance failed {metrics['guidance/failed']:.0f}")
-        rates = [f"{metrics[name]:.0f} tok/s" for name in ("perf/rollout_tok_s",) if name in metrics]
-        place = f"batch {batch}/{self.num_batches} update {update}"
-        return "  ".join([f"{'train' if kind == 'batch' else kind:<5} {place}", *shares, *rates, f"left {self._eta()}"])
+        if "perf/rollout_tok_s" in metrics:
+            shares.append(f"{metrics['perf/rollout_tok_s']:.0f} tok/s")
+        place = f"{'train' if kind == 'batch' else kind:<5} batch {batch}/{self.num_batches} update {update}"
+        return "  ".join([place, *shares, f"left {self._eta()}"])
 
     def _eta(self) -> str:
         """Time left at the mean pace of this process."""
@@ -91,9 +89,6 @@ class Progress:
 
     def _display(self) -> Table:
         """The live picture, drawn anew at every refresh."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
         elapsed_s = max(time.monotonic() - self._phase_started, 1e-9)
         pace = f"{self._tokens / elapsed_s:.0f} tok/s" if self._tokens else ""
         table = Table.grid(padding=(0, 2))

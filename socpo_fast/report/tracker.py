@@ -38,14 +38,12 @@ class MetricsWriter:
         reached = max((row["update"] for row in kept), default=0)
         is_own = (self.path.parent / "checkpoints" / f"update_{last:06d}").exists()
         if is_own and reached < last:
-            message = f"{self.path}: rows of updates {reached + 1} to {last} are missing"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(f"{self.path}: rows of updates {reached + 1} to {last} are missing", stacklevel=2)
         replace_jsonl(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
-        tb = str(self.path.parent / "tb")
         self._tensorboard: SummaryWriter | None = None
         with self._helping():
-            self._tensorboard = SummaryWriter(tb, purge_step=last + 1, flush_secs=30)
+            self._tensorboard = SummaryWriter(str(self.path.parent / "tb"), purge_step=last + 1, flush_secs=30)
 
     def write(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
         """Write one row. batch counts from 1; update is the number of updates made so far."""
@@ -73,8 +71,7 @@ class MetricsWriter:
             yield
         except Exception as error:  # noqa: BLE001 - its own, from its own thread
             self._tensorboard = None
-            where = self.path.parent / "tb"
-            warnings.warn(f"{where}: TensorBoard stops here ({error}); the run goes on", stacklevel=3)
+            warnings.warn(f"{self.path.parent / 'tb'}: TensorBoard stops here ({error}); the run goes on", stacklevel=3)
 
     def __enter__(self) -> Self:
         return self
@@ -88,11 +85,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Of rows of one (kind, batch, update) it is the last one that counts.
     """
-    rows = read_jsonl(path)
-    whole = {(row["kind"], row["batch"], row["update"]): row for row in rows if _is_whole(row)}
-    if num_damaged := sum(not _is_whole(row) for row in rows):
-        warnings.warn(f"{path}: {num_damaged} damaged rows left out", stacklevel=2)
-    return list(whole.values())
+    last = {(row["kind"], row["batch"], row["update"]): row for row in read_jsonl(path, _is_whole)}
+    return list(last.values())
 
 
 def _is_whole(row: Mapping[str, Any]) -> bool:

@@ -159,7 +159,6 @@ def outcome(rollout: dict[str, Any]) -> str:
 
 def draw_curves(rows: Rows) -> bytes:
     """One panel for each of PANELS, over updates, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(13, 7), layout="constrained")
@@ -180,7 +179,7 @@ def draw_curves(rows: Rows) -> bytes:
         if axes.get_legend_handles_labels()[0] and len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
     png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
+    figure.savefig(png, format="png")
     return png.getvalue()
 
 
