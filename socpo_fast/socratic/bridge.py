@@ -248,6 +248,11 @@ def _configured_eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     path = Path(tokenizer.name_or_path) / "generation_config.json"
     configured = read_json(path).get("eos_token_id") if path.is_file() else None
     found = configured if isinstance(configured, list) else [configured]
-    if configured is not None and not all(type(token_id) is int for token_id in found):
-        raise ValueError(f"{path}: eos_token_id must be an id, a list of ids or null, got {configured!r}")
+    check_rule(
+        str(path),
+        "eos_token_id",
+        configured,
+        configured is None or all(type(token_id) is int for token_id in found),
+        "an id, a list of ids or null",
+    )
     return [token_id for token_id in (tokenizer.eos_token_id, *found) if token_id is not None]

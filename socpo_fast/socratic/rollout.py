@@ -19,8 +19,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
 from socpo_fast.socratic.teachers import Teacher
-from socpo_fast.socratic.teachers.calls import ask, result_of
-from socpo_fast.socratic.teachers.simple import TeacherFunction, as_teacher
+from socpo_fast.socratic.teachers.calls import TeacherFunction, as_teacher, ask, result_of
 from socpo_fast.types import (
     Attempt,
     Guidance,

@@ -1,4 +1,4 @@
-"""The frozen guides: one protocol (base), four kinds (simple, local, endpoint).
+"""The frozen guides: one protocol (base), four kinds (functions and a fixed sentence in calls, local, endpoint).
 
 make_teacher looks up who makes the kind that a configuration names; the kinds are listed in
 config/teachers.py.
@@ -17,9 +17,9 @@ from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.teachers.base import SYSTEM_PROMPT, USER_TEMPLATE, Teacher, TeacherPrompt
+from socpo_fast.socratic.teachers.calls import RETRY_TEXT, RuleTeacher, retry_teacher
 from socpo_fast.socratic.teachers.endpoint import EndpointTeacher
 from socpo_fast.socratic.teachers.local import LocalTeacher
-from socpo_fast.socratic.teachers.simple import RETRY_TEXT, RuleTeacher, retry_teacher
 from socpo_fast.types import SamplingParams
 
 _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
