@@ -33,12 +33,11 @@ class StopRequested(BaseException):
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write beside and rename, so that a reader or a crash meets the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
-    data = content.encode() if isinstance(content, str) else content
     with named_failure(path):
         beside.unlink(missing_ok=True)  # of an earlier, killed process
         try:
             with beside.open("xb") as file:  # exclusive: never by way of a link
-                file.write(data)
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)

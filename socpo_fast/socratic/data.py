@@ -210,8 +210,8 @@ def _check(holds: bool, rule: str, value: object) -> None:
 
 def question_order(seed: int, epoch: int, n: int) -> list[int]:
     """The order of n questions in an epoch: a permutation that depends on (seed, epoch, n) alone, on any machine."""
-    words = np.random.Philox(key=[seed, epoch]).random_raw(n)  # raw words: their stream is fixed across numpy versions
-    return np.argsort(words, kind="stable").tolist()
+    # Raw words: their stream is fixed across numpy versions.
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable").tolist()
 
 
 def batch_questions(questions: Sequence[Question], seed: int, batch_idx: int, size: int) -> list[Question]:

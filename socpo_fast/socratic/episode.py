@@ -30,9 +30,6 @@ from socpo_fast.types import (
     Turn,
 )
 
-ELISION = "\n[...]\n"
-# The same words each time, so that Python tells them once.
-LEAKED = "teacher: guidance that states the answer is dropped, and counted in guidance/leaked"
 Context = Literal["tokens", "template"]
 OnLeak = Literal["keep", "drop", "mask"]
 View = Literal["head_tail", "head"]
@@ -170,14 +167,15 @@ class Episode:
             self.rollout.end_reason = "guidance_failed"
             self.rollout.failure = "none" if guidance is None else guidance.kind
             return None
-        text = guidance.text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-        raw_text = self.bridge.fit(text.strip())
+        # Half a surrogate pair is no text.
+        raw_text = self.bridge.fit(guidance.text.encode("utf-8", "replace").decode().strip())
         leaks = leaks_answer(raw_text, self.question)
         shown = ShownGuidance(raw_text=raw_text, text=raw_text, leaks=leaks)
         self.rollout.turns[-1].guidance = shown
         if self.options.on_leak == "drop" and leaks:
             self.rollout.end_reason = "leaked"
-            self.notes.append(LEAKED)
+            # The same words each time, so that Python tells them once.
+            self.notes.append("teacher: guidance that states the answer is dropped, and counted in guidance/leaked")
             return None
         if self.options.on_leak == "mask":
             # Again and again, since a shorter text may state what a longer one did not.
@@ -203,8 +201,10 @@ class Episode:
             )
         token_ids = self.rollout.turns[-1].attempt.token_ids
         ended = len(token_ids) <= limit and token_ids[-1] == self.bridge.end_of_turn_id
-        kept_tokens = self.rollout.context_length(turn_idx) + min(len(token_ids), limit)
-        return NextContext(kept_tokens, self.bridge.bridge_ids(text, ended=ended))
+        return NextContext(
+            kept_tokens=self.rollout.context_length(turn_idx) + min(len(token_ids), limit),
+            suffix_ids=self.bridge.bridge_ids(text, ended=ended),
+        )
 
     def _visible_text(self, token_ids: Sequence[int]) -> str:
         """All of it, or of a long attempt its head (and its tail, where the final answer is)."""
@@ -215,4 +215,4 @@ class Episode:
             return self.bridge.decode(token_ids[:limit])
         tail = limit // 2
         head_ids, tail_ids = token_ids[: limit - tail], token_ids[len(token_ids) - tail :]
-        return self.bridge.decode(head_ids) + ELISION + self.bridge.decode(tail_ids)
+        return self.bridge.decode(head_ids) + "\n[...]\n" + self.bridge.decode(tail_ids)

@@ -41,8 +41,7 @@ def blame(function: object, error: BaseException) -> str:
     named: Any = function if hasattr(function, "__qualname__") else type(function)
     frame = traceback.extract_tb(error.__traceback__)[:2][-1]
     what = " ".join(f"{type(error).__name__}: {text_of(error, str)}".split())
-    where = f"{Path(frame.filename).name} line {frame.lineno}"
-    return f"{named.__module__}:{named.__qualname__} raised {what} ({where})"
+    return f"{named.__module__}:{named.__qualname__} raised {what} ({Path(frame.filename).name} line {frame.lineno})"
 
 
 def text_of(value: object, to_text: Callable[[object], str] = repr) -> str:

@@ -81,7 +81,6 @@ def socratic_rollouts(
             driver.start(question)
         while engine.has_work or driver.waiting:
             driver.step()
-            driver.take_arrived()
             teacher_worked = bool(driver.waiting) and driver.teacher.step()
             driver.collect_guidance(idle=not engine.has_work and not teacher_worked)
             yield from driver.finished
@@ -130,17 +129,15 @@ class _Driver:
             self.in_flight[question.question_idx, episode.rollout.rollout_idx] = episode
 
     def step(self) -> None:
-        self.is_stepping = True
-        self.arrived += self.engine.step()
-        self.is_stepping = False
-
-    def take_arrived(self) -> None:
-        """Hand attempts to their episodes; their pages stay pinned while the teacher works.
+        """One step of the engine; attempts go to their episodes, whose pages stay pinned while the teacher works.
 
         An immediate teacher has answered before anything else goes on, one call at a time, which is
         repeatable. One that takes long has others asked meanwhile: however many of its calls hang,
         together they cost one time limit.
         """
+        self.is_stepping = True
+        self.arrived += self.engine.step()
+        self.is_stepping = False
         while self.arrived:
             attempt = self.arrived[0]
             episode = self.in_flight[attempt.key.question, attempt.rollout_idx]
@@ -166,8 +163,12 @@ class _Driver:
             if context is None:
                 self.end(episode)
             else:
-                attempt = episode.rollout.attempts[-1]
-                self.engine.resume(attempt, context.suffix_ids, self.params, kept_tokens=context.kept_tokens)
+                self.engine.resume(
+                    episode.rollout.attempts[-1],
+                    context.suffix_ids,
+                    self.params,
+                    kept_tokens=context.kept_tokens,
+                )
 
     def end(self, episode: Episode) -> None:
         rollout = episode.rollout

@@ -11,7 +11,6 @@ from socpo_fast.config import (
     RetryTeacherConfig,
     RuleTeacherConfig,
 )
-from socpo_fast.config.teachers import ModelTeacherConfig
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
@@ -74,20 +73,26 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         guidance_limit=teacher.max_new_tokens,
         enable_thinking=teacher.enable_thinking,
     )
-    dtype: str = teacher.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    model = load_student(teacher.path, dtype=dtype, device=device).requires_grad_(False)
-    params = SamplingParams(
-        temperature=teacher.temperature,
-        max_new_tokens=teacher.max_new_tokens,
-        eos_ids=bridge.eos_ids,
-        seed=config.run.seed,
+    auto_dtype = "float32" if device == "cpu" else "bfloat16"
+    model = load_student(
+        teacher.path,
+        dtype=auto_dtype if teacher.dtype == "auto" else teacher.dtype,
+        device=device,
     )
-    return LocalTeacher(Engine(model, kv_cache_gib=teacher.kv_cache_gib), bridge=bridge, prompt=prompt, params=params)
+    return LocalTeacher(
+        Engine(model.requires_grad_(False), kv_cache_gib=teacher.kv_cache_gib),
+        bridge=bridge,
+        prompt=prompt,
+        params=SamplingParams(
+            temperature=teacher.temperature,
+            max_new_tokens=teacher.max_new_tokens,
+            eos_ids=bridge.eos_ids,
+            seed=config.run.seed,
+        ),
+    )
 
 
-def _prompt(teacher: ModelTeacherConfig) -> TeacherPrompt:
+def _prompt(teacher: EndpointTeacherConfig | LocalTeacherConfig) -> TeacherPrompt:
     return TeacherPrompt(
         SYSTEM_PROMPT if teacher.system_prompt is None else teacher.system_prompt,
         USER_TEMPLATE if teacher.user_template is None else teacher.user_template,

@@ -175,11 +175,13 @@ class EndpointTeacher(Teacher):
                         if len(payload) > self._max_response_bytes:
                             raise _Failure("too_large", f"the reply is longer than {self._max_response_bytes} bytes")
         except (TimeoutError, httpx.TimeoutException) as error:
-            reason = f"no reply within teacher.timeout_s {self._timeout_s:g}"
-            raise _Failure("timeout", reason, 0.0, is_servers=True) from error
+            raise _Failure(
+                "timeout", f"no reply within teacher.timeout_s {self._timeout_s:g}", 0.0, is_servers=True
+            ) from error
         except httpx.TransportError as error:  # a reply that breaks off may be its request's fault
-            reason = f"{type(error).__name__} {error}".strip()
-            raise _Failure("connection", reason, 0.0, is_servers=not is_answered) from error
+            raise _Failure(
+                "connection", f"{type(error).__name__} {error}".strip(), 0.0, is_servers=not is_answered
+            ) from error
         if not is_answered:
             raise _refusal(response, payload)
         return payload

@@ -17,7 +17,6 @@ from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutK
 
 class _Pending(NamedTuple):
     request: GuidanceRequest
-    loop: asyncio.AbstractEventLoop
     started: asyncio.Event  # its clock, when the engine takes it
     answer: asyncio.Future[str | GuidanceFailed]
 
@@ -47,8 +46,7 @@ class LocalTeacher(Teacher):
         self._running: dict[RolloutKey, _Pending] = {}
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
-        loop = asyncio.get_running_loop()
-        pending = _Pending(request, loop, asyncio.Event(), loop.create_future())
+        pending = _Pending(request, asyncio.Event(), asyncio.get_running_loop().create_future())
         self._arrived.put(pending)
         try:
             await pending.started.wait()
@@ -110,7 +108,7 @@ class LocalTeacher(Teacher):
                 continue
             self._running[key] = pending
             self._engine.submit(prompt_ids, self._params, key=key)
-            pending.loop.call_soon_threadsafe(pending.started.set)
+            pending.answer.get_loop().call_soon_threadsafe(pending.started.set)
 
     def _message(self, token_ids: list[int]) -> str | GuidanceFailed:
         """Special tokens are dropped last: the marks of thoughts are among them in some models."""
@@ -142,4 +140,4 @@ def _resolve(pending: _Pending, outcome: str | GuidanceFailed) -> None:
         if not pending.answer.done():
             pending.answer.set_result(outcome)
 
-    pending.loop.call_soon_threadsafe(set_answer)
+    pending.answer.get_loop().call_soon_threadsafe(set_answer)
