@@ -15,7 +15,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.ops import CreditOptions
 from socpo_fast.ops._checks import check_rule
-from socpo_fast.report.scores import Scores
+from socpo_fast.report.summary import Scores
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions

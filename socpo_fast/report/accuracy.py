@@ -41,5 +41,5 @@ def accuracy_text(metrics: Mapping[str, Any]) -> str:
 
 def failures_text(metrics: Mapping[str, Any]) -> str:
     """How often guidance failed, by kind: "timeout 3, cut 1"."""
-    kinds = {key: n for key, n in metrics.items() if key.startswith("guidance/failed_")}
-    return ", ".join(f"{key.removeprefix('guidance/failed_')} {n:.0f}" for key, n in kinds.items())
+    prefix = "guidance/failed_"
+    return ", ".join(f"{key.removeprefix(prefix)} {n:.0f}" for key, n in metrics.items() if key.startswith(prefix))

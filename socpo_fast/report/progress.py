@@ -1,8 +1,8 @@
-"""A run for people: a live display on a terminal, elsewhere one plain line a batch or evaluation."""
+"""A run for people: Progress shows how far it is, GuidanceWatch tells when the teacher is of no help."""
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Self, TextIO
 
@@ -12,6 +12,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from socpo_fast.metrics import Kind
+from socpo_fast.report.accuracy import failures_text
+from socpo_fast.types import Rollout
+
+# Failures in a row that are silence where the teacher has answered before. A student that is nearly
+# always right asks once or twice a batch, and one late answer is no reason to stop.
+SILENCE = 8
 
 
 class Progress:
@@ -29,8 +35,8 @@ class Progress:
         self._started = self._phase_started = time.monotonic()
         self._phase, self._batch, self._update, self._done, self._total, self._tokens = "start", 0, 0, 0, 0, 0
         self._unassisted: dict[Kind, list[float]] = {"batch": [], "update": [], "eval": []}
-        shown = live and self._console.is_terminal
-        self._live = Live(get_renderable=self._display, console=self._console) if shown else None
+        is_live = live and self._console.is_terminal
+        self._live = Live(get_renderable=self._display, console=self._console) if is_live else None
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -93,11 +99,13 @@ class Progress:
         pace = f"{self._tokens / elapsed_s:.0f} tok/s" if self._tokens else ""
         table = Table.grid(padding=(0, 2))
         table.add_row(f"batch {self._batch}/{self.num_batches}", f"update {self._update}", f"left {self._eta()}")
-        bar = ProgressBar(total=max(self._total, 1), completed=self._done, width=30)
-        table.add_row(f"{self._phase} {self._done}/{self._total}", bar, pace)
-        curves = {"unassisted, training": self._unassisted["batch"], "unassisted, held out": self._unassisted["eval"]}
-        for label, values in curves.items():
-            if values:
+        table.add_row(
+            f"{self._phase} {self._done}/{self._total}",
+            ProgressBar(total=max(self._total, 1), completed=self._done, width=30),
+            pace,
+        )
+        for label, kind in ("unassisted, training", "batch"), ("unassisted, held out", "eval"):
+            if values := self._unassisted[kind]:
                 table.add_row(label, sparkline(values[-30:]), f"{100 * values[-1]:.1f}%")
         return table
 
@@ -105,3 +113,55 @@ class Progress:
 def sparkline(shares: list[float]) -> str:
     """Shares in [0, 1] as one block character each."""
     return "".join("▁▂▃▄▅▆▇█"[min(int(share * 8), 7)] for share in shares)
+
+
+class GuidanceWatch:
+    """What the guidance of one batch after the other amounts to. Tell it of each: told."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._has_answered = False
+        self._failed_in_a_row: float = 0  # since the last batch with an answer
+
+    def told(self, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
+        """Shows what is wrong with a batch; returns the line if the teacher has fallen silent.
+
+        That is from the first batch without any answer on, or, where there were answers before,
+        after SILENCE failures without one.
+        """
+        line = unanswered(rollouts, metrics)
+        for warning in (overflow(rollouts), line):
+            if warning is not None:
+                self._progress.note(f"warning: {warning}")
+        if any(map(has_guidance, rollouts)):
+            self._has_answered = True
+            self._failed_in_a_row = 0
+        else:
+            self._failed_in_a_row += metrics["guidance/failed"]
+        is_silent = not self._has_answered or self._failed_in_a_row >= SILENCE
+        return line if is_silent else None
+
+
+def unanswered(rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
+    """Says that no rollout got the guidance it asked for; None if one did, or none asked."""
+    num_failed = metrics["guidance/failed"]
+    if any(map(has_guidance, rollouts)) or not num_failed:
+        return None
+    return f"teacher: all {num_failed:.0f} guidances of a batch failed ({failures_text(metrics)})"
+
+
+def has_guidance(rollout: Rollout) -> bool:
+    """The teacher answered once at least, whether or not it was shown."""
+    return any(turn.guidance is not None for turn in rollout.turns)
+
+
+def overflow(rollouts: Sequence[Rollout]) -> str | None:
+    """Says that guidance never led to another attempt, since the context has no room for one."""
+    guided = [rollout for rollout in rollouts if has_guidance(rollout)]
+    if not guided or any(rollout.end_reason != "overflow" for rollout in guided):
+        return None
+    return (
+        f"guidance: all {len(guided)} rollouts with guidance ended there, as a next attempt would "
+        "exceed the student's context; lower rollout.attempt_limit, rollout.guidance_limit or "
+        "rollout.max_new_tokens"
+    )

@@ -91,11 +91,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _is_whole(row: Mapping[str, Any]) -> bool:
     """Whether it says what it measures, in numbers."""
-    counts = (row.get("batch"), row.get("update"))
     values = [value for name, value in row.items() if name not in ("kind", "batch", "update")]
     return (
         row.get("kind") in get_args(Kind)
-        and all(isinstance(count, int) and 0 <= count < 2**63 for count in counts)
+        and all(isinstance(count, int) and 0 <= count < 2**63 for count in (row.get("batch"), row.get("update")))
         and all(isinstance(value, int | float | None) for value in values)
         and not any(abs(value or 0) > 1e308 for value in values)  # an integer that is no float
     )
