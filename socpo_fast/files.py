@@ -3,7 +3,7 @@
 A file is replaced as a whole (replace_file), a folder appears as a whole (new_folder). Whatever the
 machine does meanwhile, a reader meets the old state or the new one. A disk that is full or fails
 ends the run in one line: RunFailed. What is half written has a name that is opened exclusively, so
-that a link which stands there leads nothing elsewhere. Rows are appended by report/jsonl.py.
+that a link which stands there leads nothing elsewhere. Rows are appended by report/tracker.py.
 """
 
 import json

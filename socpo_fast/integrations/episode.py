@@ -59,17 +59,18 @@ def socratic_episode(
                 f"socratic_episode: generate must return 1 to {max_new_tokens} token ids, got {len(token_ids)}"
             )
         unknown = torch.full((len(token_ids),), torch.nan)
-        attempt = Attempt(
-            token_ids=token_ids,
-            logprobs=unknown,
-            kept_mass=unknown,
-            finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
-            key=key,  # the generator's noise is its own, but a teacher may draw by this name
-            rollout_idx=rollout_idx,
-            attempt_idx=turn_idx,
-            policy_version=0,
+        request = episode.attempted(
+            Attempt(
+                token_ids=token_ids,
+                logprobs=unknown,
+                kept_mass=unknown,
+                finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
+                key=key,  # the generator's noise is its own, but a teacher may draw by this name
+                rollout_idx=rollout_idx,
+                attempt_idx=turn_idx,
+                policy_version=0,
+            )
         )
-        request = episode.attempted(attempt)
         if request is None:
             break
         asked, since = ask(guide, request, options.guidance_timeout_s), time.perf_counter()

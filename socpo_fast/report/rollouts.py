@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from socpo_fast.report.jsonl import read_jsonl, replace_jsonl
+from socpo_fast.report.tracker import read_jsonl, replace_jsonl
 from socpo_fast.types import Question, Rollout, ShownGuidance
 
 

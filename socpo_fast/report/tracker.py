@@ -1,21 +1,26 @@
 """What a run writes down while it runs: metrics.jsonl and TensorBoard (rollouts/: rollouts.py).
 
+Read MetricsWriter. Below it stand the rows of any record, one JSON object a line: a file of rows is
+replaced as a whole (replace_jsonl), or grows row by row, each on the disk when append_row returns.
+Only such a file may end in half a line, and read_jsonl leaves that out.
+
 A row of metrics.jsonl is {"kind": "batch" | "update" | "eval", "batch": 3, "update": 12,
 "success/unassisted": 0.41, ..}; nan becomes null. The names are those of METRICS. After a crash a
 file may end in half a line: readers skip it, and a resumed run rewrites what came after its
 checkpoint.
 """
 
+import json
 import math
+import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TextIO, get_args
 
-from socpo_fast.files import named_failure
+from socpo_fast.files import named_failure, replace_file
 from socpo_fast.metrics import Kind, meaning_of
-from socpo_fast.report.jsonl import append_row, read_jsonl, replace_jsonl
 
 
 class MetricsWriter:
@@ -98,3 +103,44 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
         and all(isinstance(value, int | float | None) for value in values)
         and not any(abs(value or 0) > 1e308 for value in values)  # an integer that is no float
     )
+
+
+def replace_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file by one line of JSON a row."""
+    replace_file(path, "".join(map(_json_line, rows)))
+
+
+def append_row(file: TextIO, row: Mapping[str, Any]) -> None:
+    """Append a row to an open JSONL file; it is on the disk when this returns."""
+    file.write(_json_line(row))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_jsonl(path: str | Path, is_whole: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none when it is absent.
+
+    One warning tells of torn lines, another one of rows that are not whole: both are left out.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    # Not splitlines, which would also cut at U+2028 inside a text.
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    rows = [row for line in lines if isinstance(row := _json_or_none(line), dict)]
+    if num_torn := len(lines) - len(rows):
+        warnings.warn(f"{path}: {num_torn} torn lines left out; a write was interrupted there", stacklevel=2)
+    whole = [row for row in rows if is_whole(row)]
+    if num_damaged := len(rows) - len(whole):
+        warnings.warn(f"{path}: {num_damaged} damaged rows left out", stacklevel=2)
+    return whole
+
+
+def _json_or_none(line: bytes) -> Any:
+    """What stands in a line; None where it is torn, nested without end, or no UTF-8."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(line)

@@ -109,8 +109,11 @@ def headline(rows: Rows) -> dict[str, Any]:
     _, unassisted = series(rows, source, "success/unassisted")
     _, assisted = series(rows, source, "success/assisted")
     ends = {"start": unassisted[0], "end": unassisted[-1]} if unassisted else {"start": None, "end": None}
-    where = "held-out questions" if source == "eval" else "training batches"
-    return {"source": where, "helped_end": assisted[-1] if assisted else None, **ends}
+    return {
+        "source": "held-out questions" if source == "eval" else "training batches",
+        "helped_end": assisted[-1] if assisted else None,
+        **ends,
+    }
 
 
 def first_and_last(rows: Rows) -> list[dict[str, Any]]:
