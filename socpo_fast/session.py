@@ -22,8 +22,7 @@ from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.graders import check_ground_truth, make_grader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
-from socpo_fast.socratic.teachers import make_teacher
-from socpo_fast.socratic.teachers.calls import ask, background, result_of
+from socpo_fast.socratic.teachers import ask, background, make_teacher, result_of
 from socpo_fast.train.checkpoint import check_whole
 from socpo_fast.types import (
     GuidanceFailed,

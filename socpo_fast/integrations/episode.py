@@ -14,8 +14,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
 from socpo_fast.socratic.rollout import tell
-from socpo_fast.socratic.teachers import Teacher
-from socpo_fast.socratic.teachers.calls import TeacherFunction, as_teacher, ask, result_of
+from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
 
 

@@ -104,8 +104,9 @@ class Progress:
             ProgressBar(total=max(self._total, 1), completed=self._done, width=30),
             pace,
         )
-        for label, kind in ("unassisted, training", "batch"), ("unassisted, held out", "eval"):
-            if values := self._unassisted[kind]:
+        curves = {"unassisted, training": self._unassisted["batch"], "unassisted, held out": self._unassisted["eval"]}
+        for label, values in curves.items():
+            if values:
                 table.add_row(label, sparkline(values[-30:]), f"{100 * values[-1]:.1f}%")
         return table
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from socpo_fast.files import read_json
 from socpo_fast.ops._checks import check_rule
@@ -34,8 +34,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: the folder or its tokenizer files are missing or unreadable.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"tokenizer: must be a Hugging Face folder on this machine, got '{folder}'; download it first")
@@ -160,10 +158,11 @@ class Bridge:
         from jinja2 import TemplateError
 
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **self._template_kwargs
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True, **self._template_kwargs
+                )
             )
-            return str(text)
         except (TemplateError, TypeError, LookupError) as error:  # the template's own raise, or a fault in it
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(

@@ -18,8 +18,7 @@ from socpo_fast.engine import Engine, fresh_batch
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
-from socpo_fast.socratic.teachers import Teacher
-from socpo_fast.socratic.teachers.calls import TeacherFunction, as_teacher, ask, result_of
+from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
 from socpo_fast.types import (
     Attempt,
     Guidance,

@@ -90,12 +90,13 @@ def parse_formula(question_text: str) -> Formula:
     before, after = USER_TEXTS
     text = question_text.removeprefix(before).removesuffix(after)
     formula = {symbol: int(atoms or 1) for symbol, atoms in re.findall(r"([A-Z][a-z]?)([1-9]?)", text)}
-    is_whole = question_text == before + text + after and format_formula(formula) == text
     check_rule(
         "molar_mass",
         "question",
         question_text,
-        len(formula) > 0 and is_whole and formula.keys() <= ATOMIC_MASSES.keys(),
+        len(formula) > 0
+        and format_formula(formula).join(USER_TEXTS) == question_text
+        and formula.keys() <= ATOMIC_MASSES.keys(),
         f"{before!r} + formula + {after!r}",
         "use this tutor with the built-in questions only",
     )

@@ -16,10 +16,35 @@ from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.teachers.base import SYSTEM_PROMPT, USER_TEMPLATE, Teacher, TeacherPrompt
-from socpo_fast.socratic.teachers.calls import RETRY_TEXT, RuleTeacher, retry_teacher
+from socpo_fast.socratic.teachers.calls import (
+    RETRY_TEXT,
+    RuleTeacher,
+    TeacherFunction,
+    as_teacher,
+    ask,
+    background,
+    result_of,
+    retry_teacher,
+)
 from socpo_fast.socratic.teachers.endpoint import EndpointTeacher
 from socpo_fast.socratic.teachers.local import LocalTeacher
 from socpo_fast.types import SamplingParams
+
+__all__ = [
+    "RETRY_TEXT",
+    "EndpointTeacher",
+    "LocalTeacher",
+    "RuleTeacher",
+    "Teacher",
+    "TeacherFunction",
+    "TeacherPrompt",
+    "as_teacher",
+    "ask",
+    "background",
+    "make_teacher",
+    "result_of",
+    "retry_teacher",
+]
 
 _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 

@@ -133,10 +133,9 @@ class EndpointTeacher(Teacher):
         self._jitter = random.SystemRandom()  # not a generator that a run is seeded with
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
-        body = self._body | {"messages": self._prompt.messages(request)}
         try:
             async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
-                payload = await self._call_with_retries(body)
+                payload = await self._call_with_retries(self._body | {"messages": self._prompt.messages(request)})
             return Guidance(text=_message_text(payload, keep_cut=self._keep_cut))
         except GuidanceFailed as failure:
             raise GuidanceFailed(failure.kind, self._public(str(failure))) from None
