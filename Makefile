@@ -12,7 +12,7 @@ CUDA_TREE := .venv-cuda/tree
 CUDA_INSTALLED := .venv-cuda/.installed
 
 .PHONY: train test test-slow test-cuda-build lint types size aot clean
-.PHONY: gpu-check gpu-rehearse gpu-walk kernels-doc faults
+.PHONY: gpu-check gpu-rehearse gpu-walk gpu-dry-run gpu-peak kernels-doc faults
 
 train: $(INSTALLED)
 	.venv/bin/socpo train --config configs/molar_mass.toml
@@ -70,6 +70,16 @@ gpu-rehearse: $(INSTALLED)
 # Every kernel that a card would be asked to run, listed without one by a CUDA build of PyTorch.
 gpu-walk: $(CUDA_INSTALLED)
 	$(CUDA_VENV_PYTHON) -m tools.gpu_check.walk --markdown docs/gpu.md
+
+# Every stage of gpu-check at its real sizes, on a card that is not there: what would fail on one, and how much memory
+# it takes. PARTS="rates decode:groups" runs some of it.
+PARTS ?=
+gpu-dry-run: $(CUDA_INSTALLED)
+	$(CUDA_VENV_PYTHON) -m tools.gpu_check.dry_run $(PARTS)
+
+# What an update and an engine take of a card's memory, counted without one.
+gpu-peak: $(CUDA_INSTALLED)
+	$(CUDA_VENV_PYTHON) -m tools.gpu_check.peak
 
 clean:
 	rm -rf .venv .venv-cuda build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

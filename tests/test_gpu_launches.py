@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from socpo_fast.ops import rms_norm, swiglu
 from tools.gpu_check import graph, launches
-from tools.gpu_check.fake_cuda import Recorder
 from tools.gpu_check.launches import Launch
+from tools.gpu_check.recorder import Recorder
 
 CUDA = "cuda:0"
 aten = torch.ops.aten

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tools.gpu_check import walk
-from tools.gpu_check.fake_cuda import Recorder
 from tools.gpu_check.launches import Launch, Section
+from tools.gpu_check.recorder import Recorder
 
 ROOT = Path(__file__).parent.parent
 CUDA = "cuda:0"
+MARKS = walk.BEGIN, walk.END
 aten = torch.ops.aten
 AT_THIS_FILE = re.compile(r" at tests/test_gpu_walk\.py:\d+")
 needs_cuda_build = pytest.mark.skipif(
@@ -157,13 +158,13 @@ def test_the_summary_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_only_what_stands_between_the_marks_changes(tmp_path: Path) -> None:
     page = tmp_path / "gpu.md"
     page.write_text(f"before\n{walk.BEGIN}\nold\n{walk.END}\nafter\n")
-    walk.write_between_marks(page, "new")
+    walk.write_between_marks(page, "new", MARKS)
     assert page.read_text() == f"before\n{walk.BEGIN}\nnew\n{walk.END}\nafter\n"
-    walk.write_between_marks(tmp_path / "other.md", "new")
+    walk.write_between_marks(tmp_path / "other.md", "new", MARKS)
     assert (tmp_path / "other.md").read_text() == f"{walk.BEGIN}\nnew\n{walk.END}\n"
     page.write_text("no marks")
     with pytest.raises(ValueError, match="must have the lines"):
-        walk.write_between_marks(page, "new")
+        walk.write_between_marks(page, "new", MARKS)
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tools.gpu_check.expectations import make_figure
+from tools.gpu_check.lines import our_lines
 from tools.gpu_check.results import append, append_figure, read_results
-from tools.gpu_check.revision import ROOT
+from tools.gpu_check.revision import ROOT as ROOT
 from tools.gpu_check.rooflines import ASSUMED, Ceilings
 from tools.gpu_check.stages import NAMES
 
@@ -81,12 +82,8 @@ class Check:
             self._write_case(name, "skipped", str(skipped))
         except Exception as error:  # noqa: BLE001 - what it was is the finding
             self.num_failed += 1
-            where = traceback.extract_tb(error.__traceback__)[-1]
             traceback.print_exc()
-            path = Path(where.filename)
-            if path.is_relative_to(ROOT):
-                path = path.relative_to(ROOT)
-            message = f"{type(error).__name__} at {path}:{where.lineno}: {error}"
+            message = f"{type(error).__name__} at {our_lines(error, 3)}: {error}"
             self._write_case(name, "failed", message)
             self.free_memory()
 

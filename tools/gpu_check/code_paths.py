@@ -22,10 +22,11 @@ from socpo_fast.ops import linear_policy_loss, rms_norm, rotary, rotary_write, s
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
-from tools.gpu_check.fake_cuda import Recorder, fake_cuda
+from tools.gpu_check.fake_cuda import fake_cuda
 from tools.gpu_check.graph import backward
 from tools.gpu_check.groups import add_turns
 from tools.gpu_check.launches import Section
+from tools.gpu_check.recorder import Recorder
 
 DEVICE, DTYPE = "cuda:0", torch.bfloat16
 PAGE_SIZE, NUM_PAGES = 32, 64  # of a sequence: a context of 2048
@@ -174,7 +175,7 @@ def draws(recorder: Recorder, student: Decoder) -> None:
     rows = max(DECODE_ROWS)
     hidden_BD = _empty(rows, student.config.hidden_size)
     noise_B = torch.empty(rows, dtype=torch.int64, device=DEVICE)
-    settings_4B = torch.empty(4, rows, device=DEVICE)
+    settings_4B = torch.tensor([1.0, 0.95, 0.0, 0.0], device=DEVICE)[:, None].repeat(1, rows)
     for name, is_filtered in (("draw", False), ("draw with top-p", True)):
         with recorder.section(f"{name}, batch {rows}", may_read=is_filtered), torch.no_grad():
             draw(student, hidden_BD, noise_B, noise_B, settings_4B, is_filtered)

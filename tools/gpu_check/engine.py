@@ -99,7 +99,11 @@ def weights_stay(check: Check) -> None:
         assert now == pointers, "storage moved"
         fresh = make_engine(copy.deepcopy(student), tokens_per_sync=8)
         assert seen[-1] == exact(generate_same(fresh, prompts, params)), "old weights in the engine"
-        assert seen[-1] != seen[-2], "an update changed no token"
+        assert_changed(seen[-2], seen[-1])
+
+
+def assert_changed(before: object, after: object) -> None:
+    assert before != after, "an update changed no token"
 
 
 def host_syncs(check: Check) -> None:

@@ -1,15 +1,22 @@
 """The backward of autograd without its engine, which asks a device for its streams.
 
-`backward` calls the nodes of the graph, each after all that it waits for. Departures from the
-engine: hooks of tensors and nodes do not run, and independent nodes may come in another order.
+`backward` and `grad` call the nodes of the graph, each after all that it waits for. Departures from
+the engine: hooks of tensors and nodes do not run, and a graph is walked once: `saved_until_read`
+frees what a node had saved, as the engine does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import heapq
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
@@ -19,21 +26,119 @@ def backward(roots: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
     Hooks do not run. Gradients that nobody else holds become .grad without a copy, as there.
     """
+    _run(roots, gradients, _accumulate)
+
+
+def grad(
+    roots: Sequence[Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What torch.autograd.grad returns for leaves of the graph; .grad of none changes."""
+    if not all(leaf.is_leaf for leaf in leaves):
+        raise NotImplementedError("graph.grad: inputs must be leaves, got the result of an op")
+    found: dict[int, Tensor] = {}
+
+    def keep(variable: Tensor, gradient: Tensor) -> None:
+        found[id(variable)] = gradient
+
+    _run(roots, gradients, keep)
+    return tuple(found.get(id(leaf)) for leaf in leaves)
+
+
+def saved_until_read() -> torch.autograd.graph.saved_tensors_hooks:
+    """While entered, what is saved for a backward lives until its node has run, as in the engine.
+
+    Otherwise it would live as long as the graph, and the memory of a backward would seem larger.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_Saved, _Saved.read)
+
+
+class _Saved:
+    """A tensor that a node will need; without it once the node has run."""
+
+    def __init__(self, tensor: Tensor):
+        # Without its node, which may be the one that saves it: nothing would ever free the two.
+        is_leaf = tensor.grad_fn is None
+        self.tensor: Tensor | None = tensor if is_leaf else tensor.detach()
+
+    def read(self) -> Tensor:
+        assert self.tensor is not None, "a graph whose tensors have been freed is walked again"
+        is_checkpoint = sys._getframe(1).f_code.co_filename == torch.utils.checkpoint.__file__
+        _reads.add(self, is_checkpoint=is_checkpoint)
+        return self.tensor
+
+
+class _Reads:
+    """What has been read of a graph, and may go.
+
+    A node's go when it has run. What a layer is recomputed from stays until the next layer is: then
+    the layer's last node has run.
+    """
+
+    def __init__(self) -> None:
+        self.by_node: list[_Saved] = []
+        self.by_checkpoint: list[_Saved] = []
+        self.by_last_checkpoint: list[_Saved] = []
+
+    def add(self, saved: _Saved, *, is_checkpoint: bool) -> None:
+        if is_checkpoint:
+            _free(self.by_last_checkpoint)
+            self.by_checkpoint.append(saved)
+        else:
+            self.by_node.append(saved)
+
+    def end_node(self) -> None:
+        _free(self.by_node)
+        if self.by_checkpoint:
+            self.by_last_checkpoint, self.by_checkpoint = self.by_checkpoint, []
+
+    def end_graph(self) -> None:
+        for reads in (self.by_node, self.by_checkpoint, self.by_last_checkpoint):
+            _free(reads)
+
+
+def _free(reads: list[_Saved]) -> None:
+    for saved in reads:
+        saved.tensor = None
+    reads.clear()
+
+
+_reads = _Reads()
+_tasks = itertools.count()
+
+
+def _run(
+    roots: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    at_leaf: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Calls each node after all that it waits for, and at_leaf with each leaf's whole gradient."""
     arrived: dict[Any, dict[int, Tensor]] = {}
-    with torch.no_grad():
+    task = next(_tasks)  # torch.utils.checkpoint recomputes once a task
+    with torch.no_grad(), mock.patch.object(torch._C, "_current_graph_task_id", return_value=task):
         for root, gradient in zip(roots, gradients, strict=True):
             _arrive(arrived, root.grad_fn, root.output_nr, gradient)
-        for node in _in_order([root.grad_fn for root in roots]):
-            if node not in arrived:
-                continue
-            inputs = arrived.pop(node)
-            if hasattr(node, "variable"):
-                _accumulate(node.variable, inputs[0])
-                continue
-            results = _call(node, inputs)
-            for (following, index), result in zip(node.next_functions, results, strict=True):
-                if following is not None and result is not None:
-                    _arrive(arrived, following, index, result)
+        try:
+            for node in _in_order([root.grad_fn for root in roots]):
+                if node in arrived:
+                    _visit(node, arrived, at_leaf)
+        finally:
+            _reads.end_graph()
+
+
+def _visit(
+    node: Any,
+    arrived: dict[Any, dict[int, Tensor]],
+    at_leaf: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Calls one node, hands on its gradients, and frees what it had saved."""
+    if hasattr(node, "variable"):
+        at_leaf(node.variable, arrived.pop(node)[0])
+        return
+    results = _call(node, arrived.pop(node))  # which nothing holds any longer
+    _reads.end_node()
+    for (following, index), result in zip(node.next_functions, results, strict=True):
+        if following is not None and result is not None:
+            _arrive(arrived, following, index, result)
 
 
 def _arrive(arrived: dict[Any, dict[int, Tensor]], node: Any, index: int, gradient: Tensor) -> None:
@@ -49,19 +154,31 @@ def _arrive(arrived: dict[Any, dict[int, Tensor]], node: Any, index: int, gradie
 
 
 def _in_order(roots: Sequence[Any]) -> Iterator[Any]:
-    """Every node of the graph, before those that need its result."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack = [(root, False) for root in roots]
+    """Every node of the graph, after those whose gradients it gets: of those, the youngest first.
+
+    That is the engine's order. Leaves come as soon as they can.
+    """
+    num_awaited: Counter[Any] = Counter()
+    stack = list(dict.fromkeys(roots))
+    seen = set(stack)
     while stack:
-        node, is_done = stack.pop()
-        if is_done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(following, False) for following, _ in node.next_functions if following]
-    return reversed(order)
+        followers = [node for node, _ in stack.pop().next_functions if node is not None]
+        num_awaited.update(followers)
+        stack += [node for node in dict.fromkeys(followers) if node not in seen]
+        seen.update(followers)
+    ready = [(-node._sequence_nr(), idx, node) for idx, node in enumerate(dict.fromkeys(roots))]
+    ready = [entry for entry in ready if num_awaited[entry[2]] == 0]
+    heapq.heapify(ready)
+    tie = itertools.count(len(roots))
+    while ready:
+        _, _, node = heapq.heappop(ready)
+        yield node
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            num_awaited[following] -= 1
+            if num_awaited[following] == 0:
+                heapq.heappush(ready, (-following._sequence_nr(), next(tie), following))
 
 
 def _call(node: Any, inputs: Mapping[int, Tensor]) -> Sequence[Tensor | None]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 Traffic = list[tuple[str, int]]  # tensor, as it lies in memory -> bytes read and written
 
@@ -31,10 +30,10 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)
 @dataclass(frozen=True)
 class Launch:
     kernel: str  # a Triton kernel's name, or aten.mm
-    shapes: str  # of its tensors
-    grid: tuple[int, ...]  # empty for an op of torch
-    traffic: tuple[tuple[str, int], ...]
-    flops: int
+    shapes: str = ""  # of its tensors
+    grid: tuple[int, ...] = ()  # empty for an op of torch
+    traffic: tuple[tuple[str, int], ...] = ()
+    flops: int = 0
 
     @property
     def is_torch(self) -> bool:
@@ -220,7 +219,21 @@ def op_name(func: Any) -> str:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    """Those in arguments or results of an op: nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, tuple | list):
+        for branch in tree:
+            _collect(branch, found)
+    elif isinstance(tree, dict):
+        for branch in tree.values():
+            _collect(branch, found)
 
 
 def tensor_bytes(x: Tensor) -> int:

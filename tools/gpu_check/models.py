@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": _qwen3(1024, 3072, 28, 16),
     "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16),
     "Qwen3-4B": _qwen3(2560, 9728, 36, 32),
+    "Qwen3-8B": {**_qwen3(4096, 12288, 36, 32), "tie_word_embeddings": False},
     "SmolLM2-135M": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

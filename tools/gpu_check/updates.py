@@ -132,8 +132,7 @@ def measure(
     trainee.update()  # the second reads what the first left in moments and low bits
     if repeats:
         before, first = first, trainee.weights()
-        moved = sum(not torch.equal(before[name], first[name]) for name in first)
-        assert moved > len(first) // 2, f"two updates moved {moved} of {len(first)} weights"
+        assert_moved(before, first)
         del before
     limit = check.ceilings.bf16_ms(flops_of(trainee.student, trainee.rollouts))
     key = "training.update_ms" if dtype == torch.bfloat16 else "training.fp32_update_ms"
@@ -160,6 +159,11 @@ def measure(
     check.figure("training.repeats", float(not differing), of=of)
     for name in differing[:1]:
         assert_bitwise_equal(trainee.weights()[name], first[name], name=f"{of}: {name}")
+
+
+def assert_moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    moved = sum(not torch.equal(before[name], after[name]) for name in after)
+    assert moved > len(after) // 2, f"two updates moved {moved} of {len(after)} weights"
 
 
 def counted(places: list[str]) -> str:

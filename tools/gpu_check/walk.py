@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join([header, "", *summary(sections), "", *details(sections)]))
     if options.markdown:
         text = "\n".join([header, "", *summary(sections), "", *kernels(sections)])
-        write_between_marks(options.markdown, text)
+        write_between_marks(options.markdown, text, (BEGIN, END))
     if options.json:
         report = {"walk": header, "sections": [report_of(section) for section in sections]}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -70,8 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def header_of(model: str) -> str:
     """What was walked, on what, when."""
+    return f"{model}, bf16, sm_90; {revision_and_versions()}."
+
+
+def revision_and_versions() -> str:
     versions = f"torch {torch.__version__}, triton {installed_version('triton')}"
-    return f"{model}, bf16, sm_90; revision {revision()}, {versions}, {date.today().isoformat()}."
+    return f"revision {revision()}, {versions}, {date.today().isoformat()}"
 
 
 def summary(sections: list[Section]) -> list[str]:
@@ -168,14 +172,15 @@ def report_of(section: Section) -> dict[str, Any]:
     return {"section": section.name, "launches": launches, "traffic": traffic(section), **texts}
 
 
-def write_between_marks(path: Path, text: str) -> None:
+def write_between_marks(path: Path, text: str, marks: tuple[str, str]) -> None:
     """Replaces what stands between the marks of a file, or writes a new file with them."""
-    old = path.read_text(encoding="utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"walk: {path} must have the lines {BEGIN} and {END}, got a file without")
-    before, _, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    begin, end = marks
+    old = path.read_text(encoding="utf-8") if path.is_file() else f"{begin}\n{end}\n"
+    if begin not in old or end not in old:
+        raise ValueError(f"{path} must have the lines {begin} and {end}, got a file without")
+    before, _, rest = old.partition(begin)
+    after = rest.partition(end)[2]
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

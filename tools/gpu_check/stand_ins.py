@@ -1,0 +1,201 @@
+"""What stages ask of torch.cuda beside kernels: graphs, events, memory, on the fake device.
+
+`stage_stand_ins` puts everything in its place. A capture is held to what a card allows: no host
+read, no tensor of the host, no wait. A replay starts nothing, since the capture has shown what it
+would be. Times mean nothing; bytes are those of memory.py, and launches those of the recorder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tools.gpu_check.fake_cuda import CARD
+from tools.gpu_check.recorder import SYNCHRONIZE, Recorder
+
+aten = torch.ops.aten
+_scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
+
+
+@contextlib.contextmanager
+def stage_stand_ins(recorder: Recorder) -> Iterator[None]:
+    """Inside of fake_cuda: what a stage finds in torch beside tensors and kernels."""
+    card = Card(recorder)
+    recorder.on_wait = card.on_wait
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (torch, "Generator", Generator),
+        (torch.profiler, "profile", lambda activities=(): Profile(recorder)),
+        (torch.nn.functional, "scaled_dot_product_attention", attention),
+        (FakeTensor, "data_ptr", address),
+        (FakeTensor, "__deepcopy__", deep_copy),
+        *((torch.cuda, name, stand_in) for name, stand_in in card.of_torch_cuda().items()),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, stand_in in stand_ins:
+            stack.enter_context(mock.patch.object(owner, name, stand_in, create=True))
+        yield
+
+
+class Card:
+    """The state of the card that torch.cuda answers for."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder, self.memory = recorder, recorder.memory
+        self.is_capturing, self.sync_mode = False, "default"
+
+    def of_torch_cuda(self) -> dict[str, Any]:
+        """Name in torch.cuda -> stand-in."""
+        memory = self.memory
+        return {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "get_device_name": lambda _device=None: CARD.name,
+            "is_current_stream_capturing": lambda: self.is_capturing,
+            "CUDAGraph": Graph,
+            "graph": self.capture,
+            "Event": Event,
+            "Stream": Stream,
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda _device=None: (
+                CARD.total_memory - memory.held_bytes,
+                CARD.total_memory,
+            ),
+            "memory_allocated": lambda _device=None: memory.live_bytes,
+            "memory_reserved": lambda _device=None: memory.held_bytes,
+            "max_memory_allocated": lambda _device=None: memory.peak_bytes,
+            "max_memory_reserved": lambda _device=None: memory.most_bytes,
+            "reset_peak_memory_stats": lambda _device=None: memory.reset_peak(),
+            "get_sync_debug_mode": lambda: self.sync_mode,
+            "set_sync_debug_mode": self.set_sync_mode,
+        }
+
+    @contextlib.contextmanager
+    def capture(
+        self, graph: Graph, pool: int | None = None, stream: object = None
+    ) -> Iterator[None]:
+        """torch.cuda.graph: a read or a tensor of the host is a fault."""
+        section = self.recorder.current
+        assert section is not None, "a capture outside of a section"
+        before = section.may_read, section.may_upload
+        section.may_read = section.may_upload = False
+        self.is_capturing, self.recorder.knows_values = True, False  # a replay changes them
+        try:
+            with self.memory.capture(graph, pool) as graph.pool_idx:
+                yield
+        finally:
+            self.is_capturing, self.recorder.knows_values = False, True
+            section.may_read, section.may_upload = before
+        graph.is_captured = True
+
+    def set_sync_mode(self, mode: str) -> None:
+        assert mode in ("default", "warn", "error"), mode
+        self.sync_mode = mode
+
+    def on_wait(self, what: str) -> None:
+        """What the debug mode does with a call that makes the host wait; not with synchronize."""
+        if what == SYNCHRONIZE or self.sync_mode == "default":
+            return
+        if self.sync_mode == "error":
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
+        warnings.warn(f"called a synchronizing CUDA operation: {what}", stacklevel=3)
+
+
+class Graph:
+    """torch.cuda.CUDAGraph."""
+
+    is_captured = False
+    pool_idx: int | None = None
+
+    def replay(self) -> None:
+        assert self.is_captured, "a graph is replayed that was not captured"
+
+    def pool(self) -> int | None:
+        return self.pool_idx
+
+
+class Stream:
+    """torch.cuda.Stream."""
+
+    def __init__(self, device: object = None, priority: int = 0):
+        self.device, self.priority = device, priority
+
+
+class Event:
+    """torch.cuda.Event; a millisecond lies between any two."""
+
+    def __init__(self, enable_timing: bool = False):
+        self.enable_timing, self.is_recorded = enable_timing, False
+
+    def record(self, stream: object = None) -> None:
+        self.is_recorded = True
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.enable_timing and self.is_recorded and end.is_recorded
+        return 1.0
+
+
+class Generator(torch.Generator):
+    """One for the fake device is the host's: nothing is drawn there."""
+
+    def __new__(cls, device: object = "cpu") -> Generator:
+        return super().__new__(cls, device="cpu")  # type: ignore[call-arg]
+
+
+class Profile:
+    """torch.profiler.profile: the launches that the recorder saw, a microsecond each."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+
+    def _counts(self) -> Counter[str]:
+        sections = self.recorder.sections
+        return Counter(launch.kernel for section in sections for launch in section.launches)
+
+    def __enter__(self) -> Profile:
+        self.before = self._counts()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.found = self._counts() - self.before
+
+    def key_averages(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(
+                key=kernel,
+                count=count,
+                device_type="DeviceType.CUDA",
+                device_time_total=float(count),
+                self_device_time_total=float(count),
+            )
+            for kernel, count in self.found.items()
+        ]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """PyTorch takes the plain form on the fake device; one that is asked for is called by name."""
+    if torch.backends.cuda.math_sdp_enabled():
+        return _scaled_dot_product_attention(q, k, v, *rest, **options)
+    is_causal = options["is_causal"]
+    if torch.backends.cuda.flash_sdp_enabled():
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal)[0]
+
+
+def address(x: Tensor) -> int:
+    """Other for other storages, as long as they live; that a stage can see whether one moved."""
+    return x.untyped_storage()._cdata + x.storage_offset() * x.element_size()
+
+
+def deep_copy(x: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    """Tensor.__deepcopy__ would copy the storage byte by byte."""
+    memo[id(x)] = copied = x.detach().clone().requires_grad_(x.requires_grad)
+    return copied
