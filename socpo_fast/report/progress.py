@@ -1,17 +1,21 @@
-"""A run for people: Progress shows how far it is, GuidanceWatch tells when the teacher is of no help."""
+"""A run for people: first_line says which it is, Progress how far, GuidanceWatch when the teacher is of no help."""
 
 import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Self, TextIO
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from socpo_fast.config import RunConfig
 from socpo_fast.metrics import Kind
+from socpo_fast.ops import available_impls
 from socpo_fast.report.accuracy import failures_text
 from socpo_fast.types import Rollout
 
@@ -114,6 +118,14 @@ class Progress:
 def sparkline(shares: list[float]) -> str:
     """Shares in [0, 1] as one block character each."""
     return "".join("▁▂▃▄▅▆▇█"[min(int(share * 8), 7)] for share in shares)
+
+
+def first_line(run: RunConfig, student: torch.nn.Module, resumed_from: Path | None) -> str:
+    """Which run, which model, and which implementation each op uses."""
+    millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
+    start = "from the start" if resumed_from is None else f"from {resumed_from.name}"
+    impls = ", ".join(f"{op}={impl}" for op, impl in available_impls(run.device).items())
+    return f"run {run.name} {start}: {millions:.1f}M parameters, {run.device}; ops: {impls}"
 
 
 class GuidanceWatch:

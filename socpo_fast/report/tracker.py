@@ -15,15 +15,15 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self, TextIO, get_args
+from typing import Any, TextIO, get_args
 
 from socpo_fast.files import named_failure, replace_file
 from socpo_fast.metrics import Kind, meaning_of
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends rows to metrics.jsonl and TensorBoard; each row is on the disk when write returns.
 
     Args:
@@ -77,9 +77,6 @@ class MetricsWriter:
         except Exception as error:  # noqa: BLE001 - its own, from its own thread
             self._tensorboard = None
             warnings.warn(f"{self.path.parent / 'tb'}: TensorBoard stops here ({error}); the run goes on", stacklevel=3)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
