@@ -3,7 +3,7 @@
 A file is replaced as a whole (replace_file), a folder appears as a whole (new_folder). Whatever the
 machine does meanwhile, a reader meets the old state or the new one. A disk that is full or fails
 ends the run in one line: RunFailed. What is half written has a name that is opened exclusively, so
-that a link which stands there leads nothing elsewhere. Rows are appended by report/jsonl.py.
+that a link which stands there leads nothing elsewhere. Rows are appended by report/tracker.py.
 """
 
 import json
@@ -33,12 +33,11 @@ class StopRequested(BaseException):
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write beside and rename, so that a reader or a crash meets the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
-    data = content.encode() if isinstance(content, str) else content
     with named_failure(path):
         beside.unlink(missing_ok=True)  # of an earlier, killed process
         try:
             with beside.open("xb") as file:  # exclusive: never by way of a link
-                file.write(data)
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
@@ -120,5 +119,4 @@ def named_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"could not be written ({error.strerror}); free disk space, start again"
-        raise RunFailed(f"run: {path} {reason}") from error
+        raise RunFailed(f"run: {path} could not be written ({error.strerror}); free disk space, start again") from error

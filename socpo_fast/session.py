@@ -18,15 +18,14 @@ from socpo_fast.ops._checks import check_rule
 from socpo_fast.report.cards import GIB
 from socpo_fast.report.memory_plan import settle
 from socpo_fast.report.plan import plan_table
-from socpo_fast.report.scores import Scores
+from socpo_fast.report.summary import Scores
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.graders import check_ground_truth, make_grader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
-from socpo_fast.socratic.teachers import make_teacher
-from socpo_fast.socratic.teachers.calls import ask, background, result_of
+from socpo_fast.socratic.teachers import ask, background, make_teacher, result_of
 from socpo_fast.train.checkpoint import check_whole
 from socpo_fast.train.optimizer import gradient_bytes
 from socpo_fast.types import (

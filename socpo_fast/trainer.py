@@ -18,10 +18,8 @@ import torch
 
 from socpo_fast.config import Config
 from socpo_fast.files import RunFailed, StopRequested, replace_file
-from socpo_fast.report.environment import first_line
 from socpo_fast.report.folder import run_folder
-from socpo_fast.report.guidance import GuidanceWatch
-from socpo_fast.report.progress import Progress
+from socpo_fast.report.progress import GuidanceWatch, Progress, first_line
 from socpo_fast.report.rollouts import drop_rollouts, write_rollouts
 from socpo_fast.report.settings import config_text, deciding, drawn_from, measured_by, settings_text
 from socpo_fast.report.summary import rollout_perf, sources_of, summarize

@@ -137,9 +137,6 @@ class GuidanceFailed(Exception):
         self.kind = re.sub(r"\W+", "_", kind.lower(), flags=re.ASCII)  # part of a metric's name
 
 
-EndReason = Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"]
-
-
 @dataclass(eq=False, kw_only=True)
 class ShownGuidance:
     """What the teacher said after an attempt, and how it leads to the next one.
@@ -184,7 +181,7 @@ class Rollout:
     rollout_idx: int
     prompt_ids: list[int]
     turns: list[Turn] = field(default_factory=list)
-    end_reason: EndReason | None = None
+    end_reason: Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"] | None = None
     failure: str = ""  # where end_reason is guidance_failed: the kind, from GuidanceFailed
     teacher_wait_s: float = 0.0
     data_source: str = ""

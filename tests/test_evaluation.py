@@ -21,8 +21,7 @@ from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.engine.runner import Runner
 from socpo_fast.metrics import meaning_of
-from socpo_fast.report.scores import Scores, interval, pass_at_k
-from socpo_fast.report.summary import MAX_SOURCES, source_metric, sources_of, summarize
+from socpo_fast.report.summary import MAX_SOURCES, Scores, interval, pass_at_k, source_metric, sources_of, summarize
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.session import Session
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, Turn

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from socpo_fast.report.jsonl import append_row, read_jsonl, replace_jsonl
+from socpo_fast.report.tracker import append_row, read_jsonl, replace_jsonl
 
 
 def test_rows_come_back_in_order_and_unescaped(tmp_path: Path) -> None:

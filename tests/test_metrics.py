@@ -12,11 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from socpo_fast.metrics import METRICS, meaning_of
-from socpo_fast.report.jsonl import read_jsonl
 from socpo_fast.report.progress import Progress, sparkline
 from socpo_fast.report.rollouts import rollout_record, write_rollouts
 from socpo_fast.report.summary import source_metric
-from socpo_fast.report.tracker import MetricsWriter, read_metrics
+from socpo_fast.report.tracker import MetricsWriter, read_jsonl, read_metrics
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, ShownGuidance, Turn
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from bench.builtin_student.tokenizer import TURN_END, TURN_START
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.tasks.molar_mass import ATOMIC_MASSES, Formula, Line, render, work_out
-from socpo_fast.socratic.teachers.simple import RETRY_TEXT
+from socpo_fast.socratic.teachers.calls import RETRY_TEXT
 
 ATOMIC_NUMBERS = {"Na": 11, "Mg": 12, "P": 15, "S": 16, "Cl": 17, "K": 19, "Ca": 20, "Fe": 26}
 RIGHT_SHARE = 0.1  # of the recalls in which such an element gets its mass all the same

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from socpo_fast.socratic.tasks import molar_mass
-from socpo_fast.socratic.teachers.simple import RETRY_TEXT
+from socpo_fast.socratic.teachers.calls import RETRY_TEXT
 
 PAD, UNKNOWN, TURN_START, TURN_END = "<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>"
 MAX_LENGTH = 512

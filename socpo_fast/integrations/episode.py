@@ -14,9 +14,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
 from socpo_fast.socratic.rollout import tell
-from socpo_fast.socratic.teachers import Teacher
-from socpo_fast.socratic.teachers.calls import ask, result_of
-from socpo_fast.socratic.teachers.simple import TeacherFunction, as_teacher
+from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
 
 
@@ -60,17 +58,18 @@ def socratic_episode(
                 f"socratic_episode: generate must return 1 to {max_new_tokens} token ids, got {len(token_ids)}"
             )
         unknown = torch.full((len(token_ids),), torch.nan)
-        attempt = Attempt(
-            token_ids=token_ids,
-            logprobs=unknown,
-            kept_mass=unknown,
-            finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
-            key=key,  # the generator's noise is its own, but a teacher may draw by this name
-            rollout_idx=rollout_idx,
-            attempt_idx=turn_idx,
-            policy_version=0,
+        request = episode.attempted(
+            Attempt(
+                token_ids=token_ids,
+                logprobs=unknown,
+                kept_mass=unknown,
+                finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
+                key=key,  # the generator's noise is its own, but a teacher may draw by this name
+                rollout_idx=rollout_idx,
+                attempt_idx=turn_idx,
+                policy_version=0,
+            )
         )
-        request = episode.attempted(attempt)
         if request is None:
             break
         asked, since = ask(guide, request, options.guidance_timeout_s), time.perf_counter()

@@ -170,8 +170,8 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tens
     padded[: x.shape[0]] = x
     parts = [torch.empty_like(padded) for _ in range(num_ranks)]
     dist.all_gather(parts, padded, group=group)
-    rows = [part[:size] for part, size in zip(parts, num_rows, strict=True)]
-    return torch.cat(rows), sum(num_rows[:rank])
+    rows = torch.cat([part[:size] for part, size in zip(parts, num_rows, strict=True)])
+    return rows, sum(num_rows[:rank])
 
 
 class _Row(NamedTuple):

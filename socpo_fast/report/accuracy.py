@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 _NAMES = {"unassisted": "unassisted (avg@k)", "assisted": "assisted, with the teacher's help"}
-_ENDS = ("_low", "_high")
 
 
 def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -14,7 +13,9 @@ def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     by_source: list[dict[str, Any]] = []
     for key, share in metrics.items():
         match = re.fullmatch(r"success/(unassisted|assisted|pass_at_(\d+))(?:/(.+))?", key, re.ASCII)
-        low, high = (metrics.get(key.replace(match[1], match[1] + end, 1)) if match else None for end in _ENDS)
+        low, high = (
+            metrics.get(key.replace(match[1], match[1] + end, 1)) if match else None for end in ("_low", "_high")
+        )
         if match and None not in (share, low, high):
             name = f"pass@{match[2]}, unassisted" if match[2] else _NAMES[match[1]]
             row = {"what": f"{match[3]}: {name}" if match[3] else name, "share": share, "low": low, "high": high}
@@ -35,12 +36,11 @@ def accuracy_text(metrics: Mapping[str, Any]) -> str:
         share, low, high = (100 * row[name] for name in ("share", "low", "high"))
         lines.append(f"{row['what']:{width}} {share:5.1f} %   {low:.1f} to {high:.1f} %")
     if metrics.get("guidance/failed") and "success/assisted" not in metrics:
-        reason = f"not known, as all guidance failed: {failures_text(metrics)}"
-        lines.append(f"{_NAMES['assisted']}: {reason}")
+        lines.append(f"{_NAMES['assisted']}: not known, as all guidance failed: {failures_text(metrics)}")
     return "\n".join(lines)
 
 
 def failures_text(metrics: Mapping[str, Any]) -> str:
     """How often guidance failed, by kind: "timeout 3, cut 1"."""
-    kinds = {key: n for key, n in metrics.items() if key.startswith("guidance/failed_")}
-    return ", ".join(f"{key.removeprefix('guidance/failed_')} {n:.0f}" for key, n in kinds.items())
+    prefix = "guidance/failed_"
+    return ", ".join(f"{key.removeprefix(prefix)} {n:.0f}" for key, n in metrics.items() if key.startswith(prefix))

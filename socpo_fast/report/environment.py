@@ -1,19 +1,11 @@
 """The machine in words, for `socpo env` and the card of a bench."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-
-from socpo_fast.ops import available_impls
-
-if TYPE_CHECKING:
-    from socpo_fast.config import RunConfig
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "safetensors", "tokenizers")
 
@@ -32,14 +24,6 @@ def environment() -> dict[str, str]:
     if torch.version.cuda is not None:
         facts["cuda"] = torch.version.cuda
     return facts | {"socpo_fast": installed_version("socpo_fast"), "git_revision": git_revision() or "unknown"}
-
-
-def first_line(run: RunConfig, student: torch.nn.Module, resumed_from: Path | None) -> str:
-    """Which run, which model, and which implementation each op uses."""
-    millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
-    start = "from the start" if resumed_from is None else f"from {resumed_from.name}"
-    impls = ", ".join(f"{op}={impl}" for op, impl in available_impls(run.device).items())
-    return f"run {run.name} {start}: {millions:.1f}M parameters, {run.device}; ops: {impls}"
 
 
 def num_cores() -> int:

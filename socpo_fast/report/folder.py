@@ -31,8 +31,7 @@ def run_folder(folder: Path) -> Iterator[None]:
         path, kind = folder / name, "folder" if name in FOLDERS else "file"
         is_right = path.is_dir() if kind == "folder" else path.is_file() or path.is_symlink()
         if os.path.lexists(path) and not is_right:
-            reason = f"must be a {kind}, got something else; move it, or set run.name"
-            raise ValueError(f"run: {path} {reason}")
+            raise ValueError(f"run: {path} must be a {kind}, got something else; move it, or set run.name")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = _open(folder)
     _locks.add(lock)
@@ -69,8 +68,9 @@ def _open(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        reason = f"must be a writable folder, got {error.strerror}: {error.filename}; set run.dir"
-        raise ValueError(f"run: {folder} {reason}") from None
+        raise ValueError(
+            f"run: {folder} must be a writable folder, got {error.strerror}: {error.filename}; set run.dir"
+        ) from None
 
 
 def _close_in_fork() -> None:
@@ -90,8 +90,7 @@ def _take(lock: int, folder: Path) -> None:
             raise BlockingIOError  # removed in between by a start that was refused, and perhaps made anew
     except BlockingIOError:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
-        reason = f"is in use by process {holder}; wait for its end, or set run.name"
-        raise ValueError(f"run: {folder} {reason}") from None
+        raise ValueError(f"run: {folder} is in use by process {holder}; wait for its end, or set run.name") from None
     except OSError as error:  # not every network disk can
         warnings.warn(f"run: {folder} could not be locked ({error.strerror})", stacklevel=5)
     with suppress(OSError):  # a full disk: who holds it cannot be told then

@@ -1,17 +1,27 @@
-"""A run for people: a live display on a terminal, elsewhere one plain line a batch or evaluation."""
-
-from __future__ import annotations
+"""A run for people: first_line says which it is, Progress how far, GuidanceWatch when the teacher is of no help."""
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self, TextIO
+from pathlib import Path
+from typing import Self, TextIO
 
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from socpo_fast.config import RunConfig
 from socpo_fast.metrics import Kind
+from socpo_fast.ops import available_impls
+from socpo_fast.report.accuracy import failures_text
+from socpo_fast.types import Rollout
 
-if TYPE_CHECKING:
-    from rich.table import Table
+# Failures in a row that are silence where the teacher has answered before. A student that is nearly
+# always right asks once or twice a batch, and one late answer is no reason to stop.
+SILENCE = 8
 
 
 class Progress:
@@ -24,16 +34,13 @@ class Progress:
     """
 
     def __init__(self, *, num_batches: int, first_batch: int = 1, live: bool = True, file: TextIO | None = None):
-        from rich.console import Console
-        from rich.live import Live
-
         self._console = Console(file=file, highlight=False, markup=False, emoji=False)
         self.num_batches, self._first_batch, self._batches_done = num_batches, first_batch, first_batch - 1
         self._started = self._phase_started = time.monotonic()
         self._phase, self._batch, self._update, self._done, self._total, self._tokens = "start", 0, 0, 0, 0, 0
         self._unassisted: dict[Kind, list[float]] = {"batch": [], "update": [], "eval": []}
-        shown = live and self._console.is_terminal
-        self._live = Live(get_renderable=self._display, console=self._console) if shown else None
+        is_live = live and self._console.is_terminal
+        self._live = Live(get_renderable=self._display, console=self._console) if is_live else None
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -77,9 +84,10 @@ class Progress:
         ]
         if metrics.get("guidance/failed"):
             shares.append(f"guidance failed {metrics['guidance/failed']:.0f}")
-        rates = [f"{metrics[name]:.0f} tok/s" for name in ("perf/rollout_tok_s",) if name in metrics]
-        place = f"batch {batch}/{self.num_batches} update {update}"
-        return "  ".join([f"{'train' if kind == 'batch' else kind:<5} {place}", *shares, *rates, f"left {self._eta()}"])
+        if "perf/rollout_tok_s" in metrics:
+            shares.append(f"{metrics['perf/rollout_tok_s']:.0f} tok/s")
+        place = f"{'train' if kind == 'batch' else kind:<5} batch {batch}/{self.num_batches} update {update}"
+        return "  ".join([place, *shares, f"left {self._eta()}"])
 
     def _eta(self) -> str:
         """Time left at the mean pace of this process."""
@@ -91,15 +99,15 @@ class Progress:
 
     def _display(self) -> Table:
         """The live picture, drawn anew at every refresh."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
         elapsed_s = max(time.monotonic() - self._phase_started, 1e-9)
         pace = f"{self._tokens / elapsed_s:.0f} tok/s" if self._tokens else ""
         table = Table.grid(padding=(0, 2))
         table.add_row(f"batch {self._batch}/{self.num_batches}", f"update {self._update}", f"left {self._eta()}")
-        bar = ProgressBar(total=max(self._total, 1), completed=self._done, width=30)
-        table.add_row(f"{self._phase} {self._done}/{self._total}", bar, pace)
+        table.add_row(
+            f"{self._phase} {self._done}/{self._total}",
+            ProgressBar(total=max(self._total, 1), completed=self._done, width=30),
+            pace,
+        )
         curves = {"unassisted, training": self._unassisted["batch"], "unassisted, held out": self._unassisted["eval"]}
         for label, values in curves.items():
             if values:
@@ -110,3 +118,63 @@ class Progress:
 def sparkline(shares: list[float]) -> str:
     """Shares in [0, 1] as one block character each."""
     return "".join("▁▂▃▄▅▆▇█"[min(int(share * 8), 7)] for share in shares)
+
+
+def first_line(run: RunConfig, student: torch.nn.Module, resumed_from: Path | None) -> str:
+    """Which run, which model, and which implementation each op uses."""
+    millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
+    start = "from the start" if resumed_from is None else f"from {resumed_from.name}"
+    impls = ", ".join(f"{op}={impl}" for op, impl in available_impls(run.device).items())
+    return f"run {run.name} {start}: {millions:.1f}M parameters, {run.device}; ops: {impls}"
+
+
+class GuidanceWatch:
+    """What the guidance of one batch after the other amounts to. Tell it of each: told."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._has_answered = False
+        self._failed_in_a_row: float = 0  # since the last batch with an answer
+
+    def told(self, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
+        """Shows what is wrong with a batch; returns the line if the teacher has fallen silent.
+
+        That is from the first batch without any answer on, or, where there were answers before,
+        after SILENCE failures without one.
+        """
+        line = unanswered(rollouts, metrics)
+        for warning in (overflow(rollouts), line):
+            if warning is not None:
+                self._progress.note(f"warning: {warning}")
+        if any(map(has_guidance, rollouts)):
+            self._has_answered = True
+            self._failed_in_a_row = 0
+        else:
+            self._failed_in_a_row += metrics["guidance/failed"]
+        is_silent = not self._has_answered or self._failed_in_a_row >= SILENCE
+        return line if is_silent else None
+
+
+def unanswered(rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
+    """Says that no rollout got the guidance it asked for; None if one did, or none asked."""
+    num_failed = metrics["guidance/failed"]
+    if any(map(has_guidance, rollouts)) or not num_failed:
+        return None
+    return f"teacher: all {num_failed:.0f} guidances of a batch failed ({failures_text(metrics)})"
+
+
+def has_guidance(rollout: Rollout) -> bool:
+    """The teacher answered once at least, whether or not it was shown."""
+    return any(turn.guidance is not None for turn in rollout.turns)
+
+
+def overflow(rollouts: Sequence[Rollout]) -> str | None:
+    """Says that guidance never led to another attempt, since the context has no room for one."""
+    guided = [rollout for rollout in rollouts if has_guidance(rollout)]
+    if not guided or any(rollout.end_reason != "overflow" for rollout in guided):
+        return None
+    return (
+        f"guidance: all {len(guided)} rollouts with guidance ended there, as a next attempt would "
+        "exceed the student's context; lower rollout.attempt_limit, rollout.guidance_limit or "
+        "rollout.max_new_tokens"
+    )

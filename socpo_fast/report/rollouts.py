@@ -1,11 +1,10 @@
 """Rollouts as rows for people: RUN/rollouts/batch_000001.jsonl, read by the page and by anybody else."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from socpo_fast.report.jsonl import read_jsonl, replace_jsonl
+from socpo_fast.report.tracker import read_jsonl, replace_jsonl
 from socpo_fast.types import Question, Rollout, ShownGuidance
 
 
@@ -46,8 +45,7 @@ def write_rollouts(
     path = Path(run_folder) / "rollouts" / f"batch_{batch:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     in_order = sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
-    rows = [rollout_record(rollout, questions[rollout.question_idx], batch=batch) for rollout in in_order]
-    replace_jsonl(path, rows)
+    replace_jsonl(path, (rollout_record(rollout, questions[rollout.question_idx], batch=batch) for rollout in in_order))
     return path
 
 
@@ -61,11 +59,7 @@ def drop_rollouts(run_folder: Path, *, after_batch: int) -> None:
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of rollouts; one warning tells of those that are damaged and left out."""
-    rows = read_jsonl(path)
-    whole = [row for row in rows if _is_whole(row)]
-    if num_damaged := len(rows) - len(whole):
-        warnings.warn(f"{path}: {num_damaged} damaged rows left out", stacklevel=2)
-    return whole
+    return read_jsonl(path, _is_whole)
 
 
 def _is_whole(row: dict[str, Any]) -> bool:

@@ -109,8 +109,11 @@ def headline(rows: Rows) -> dict[str, Any]:
     _, unassisted = series(rows, source, "success/unassisted")
     _, assisted = series(rows, source, "success/assisted")
     ends = {"start": unassisted[0], "end": unassisted[-1]} if unassisted else {"start": None, "end": None}
-    where = "held-out questions" if source == "eval" else "training batches"
-    return {"source": where, "helped_end": assisted[-1] if assisted else None, **ends}
+    return {
+        "source": "held-out questions" if source == "eval" else "training batches",
+        "helped_end": assisted[-1] if assisted else None,
+        **ends,
+    }
 
 
 def first_and_last(rows: Rows) -> list[dict[str, Any]]:
@@ -159,7 +162,6 @@ def outcome(rollout: dict[str, Any]) -> str:
 
 def draw_curves(rows: Rows) -> bytes:
     """One panel for each of PANELS, over updates, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(13, 7), layout="constrained")
@@ -180,7 +182,7 @@ def draw_curves(rows: Rows) -> bytes:
         if axes.get_legend_handles_labels()[0] and len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
     png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
+    figure.savefig(png, format="png")
     return png.getvalue()
 
 

@@ -11,9 +11,9 @@ The row keeps what was sampled; `Bridge.notes` says where the two differ, and hi
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from socpo_fast.files import read_json
 from socpo_fast.ops._checks import check_rule
@@ -34,8 +34,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: the folder or its tokenizer files are missing or unreadable.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"tokenizer: must be a Hugging Face folder on this machine, got '{folder}'; download it first")
@@ -89,8 +87,7 @@ class Bridge:
         self.tokenizer = tokenizer
         self.guidance_limit = guidance_limit
         self._template_kwargs: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        added = tokenizer.added_tokens_decoder.items()
-        special = [(token.content, idx) for idx, token in added if token.special]
+        special = [(token.content, idx) for idx, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))  # longest match first
         _, _, behind_answer = self.render(dialogue(_PROMPT, ANSWER)).rpartition(ANSWER)
         self.before, _, self.after = behind_answer.partition(GUIDANCE)
@@ -102,7 +99,7 @@ class Bridge:
                 f"user's, got {self.before!r} and {self.after!r}; guidance could forge turns, use a newer model"
             )
         self.end_of_turn_id = head_ids[0]
-        self.end_of_turn = cast(str, tokenizer.convert_ids_to_tokens(head_ids[0]))
+        self.end_of_turn = str(tokenizer.convert_ids_to_tokens(head_ids[0]))
         self.eos_ids = tuple(dict.fromkeys([self.end_of_turn_id, *_configured_eos_ids(tokenizer)]))
         # Sentencepiece puts a space before a text's first word, which is not the first word in a row.
         is_same_anywhere = self.trusted_ids(f"{self.end_of_turn}x")[1:] == self.trusted_ids("x")
@@ -149,21 +146,22 @@ class Bridge:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text for the grader and the teacher, without special tokens."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def exact_text(self, token_ids: Sequence[int]) -> str:
         """The text that these ids are inside a row: with special tokens and the space before a first word."""
         text = self.tokenizer.decode([self.end_of_turn_id, *token_ids], clean_up_tokenization_spaces=False)
-        return cast(str, text).removeprefix(self.end_of_turn)
+        return str(text).removeprefix(self.end_of_turn)
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """The chat template's text of a dialogue, up to where the assistant's text begins."""
         from jinja2 import TemplateError
 
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **self._template_kwargs
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True, **self._template_kwargs
+                )
             )
         except (TemplateError, TypeError, LookupError) as error:  # the template's own raise, or a fault in it
             roles = ", ".join(message["role"] for message in messages)
@@ -171,7 +169,6 @@ class Bridge:
                 f"chat template: must take messages of the roles {roles}, got '{error}'; "
                 "change the roles in the data, or the template"
             ) from error
-        return cast(str, text)
 
     def frame(self, before: str, guidance: str, after: str) -> list[int]:
         """Ids of guidance, as it is, between two texts of the template."""
@@ -185,17 +182,15 @@ class Bridge:
 
     def untrusted_ids(self, text: str) -> list[int]:
         """Ids of a text in the middle of a row, in which a special token spelled out stays ordinary text."""
-        anchor = self._anchor
-        ids = self.tokenizer.encode(anchor + text, add_special_tokens=False, split_special_tokens=True)
-        return ids[len(self.trusted_ids(anchor)) :] if text else []
+        ids = self.tokenizer.encode(self._anchor + text, add_special_tokens=False, split_special_tokens=True)
+        return ids[len(self.trusted_ids(self._anchor)) :] if text else []
 
     def _split(self, text: str, *, first: bool = False) -> tuple[str, str]:
         """A text of the template, parted behind its last special token, or before its first one."""
         if first:
             place = min((text.find(special) for special in self._special if special in text), default=len(text))
         else:
-            ends = (text.rfind(special) + len(special) for special in self._special if special in text)
-            place = max(ends, default=0)
+            place = max((text.rfind(special) + len(special) for special in self._special if special in text), default=0)
         return text[:place], text[place:]
 
     def fit(self, text: str) -> str:
@@ -252,6 +247,11 @@ def _configured_eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     path = Path(tokenizer.name_or_path) / "generation_config.json"
     configured = read_json(path).get("eos_token_id") if path.is_file() else None
     found = configured if isinstance(configured, list) else [configured]
-    if configured is not None and not all(type(token_id) is int for token_id in found):
-        raise ValueError(f"{path}: eos_token_id must be an id, a list of ids or null, got {configured!r}")
+    check_rule(
+        str(path),
+        "eos_token_id",
+        configured,
+        configured is None or all(type(token_id) is int for token_id in found),
+        "an id, a list of ids or null",
+    )
     return [token_id for token_id in (tokenizer.eos_token_id, *found) if token_id is not None]

@@ -86,8 +86,10 @@ def _drop_overlong(questions: list[Question], name: str, bridge: Bridge | None, 
     if not kept:
         raise ValueError(f"data: {name}: every prompt is longer than {limit} tokens; raise data.max_prompt_tokens")
     if len(kept) < len(questions):
-        dropped = f"{len(questions) - len(kept)} of {len(questions)} prompts over {limit} tokens"
-        warnings.warn(f"data: {name}: left out {dropped}", stacklevel=3)
+        warnings.warn(
+            f"data: {name}: left out {len(questions) - len(kept)} of {len(questions)} prompts over {limit} tokens",
+            stacklevel=3,
+        )
     return [replace(question, question_idx=idx) for idx, question in enumerate(kept)]
 
 
@@ -208,8 +210,8 @@ def _check(holds: bool, rule: str, value: object) -> None:
 
 def question_order(seed: int, epoch: int, n: int) -> list[int]:
     """The order of n questions in an epoch: a permutation that depends on (seed, epoch, n) alone, on any machine."""
-    words = np.random.Philox(key=[seed, epoch]).random_raw(n)  # raw words: their stream is fixed across numpy versions
-    return np.argsort(words, kind="stable").tolist()
+    # Raw words: their stream is fixed across numpy versions.
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable").tolist()
 
 
 def batch_questions(questions: Sequence[Question], seed: int, batch_idx: int, size: int) -> list[Question]:

@@ -30,9 +30,6 @@ from socpo_fast.types import (
     Turn,
 )
 
-ELISION = "\n[...]\n"
-# The same words each time, so that Python tells them once.
-LEAKED = "teacher: guidance that states the answer is dropped, and counted in guidance/leaked"
 Context = Literal["tokens", "template"]
 OnLeak = Literal["keep", "drop", "mask"]
 View = Literal["head_tail", "head"]
@@ -153,12 +150,11 @@ class Episode:
         if turn.is_correct or len(self.rollout.turns) == self.options.max_attempts:
             self.rollout.end_reason = "correct" if turn.is_correct else "max_attempts"
             return None
-        question, options = self.question, self.options
         return GuidanceRequest(
-            question=question.text,
+            question=self.question.text,
             student_answer=self._visible_text(attempt.token_ids),
-            ground_truth=question.ground_truth if options.reveal_answer else None,
-            reference_solution=question.reference_solution if options.show_reference else None,
+            ground_truth=self.question.ground_truth if self.options.reveal_answer else None,
+            reference_solution=self.question.reference_solution if self.options.show_reference else None,
             key=attempt.key,
             rollout_idx=attempt.rollout_idx,
             attempt_idx=attempt.attempt_idx,
@@ -171,17 +167,20 @@ class Episode:
             self.rollout.end_reason = "guidance_failed"
             self.rollout.failure = "none" if guidance is None else guidance.kind
             return None
-        text = guidance.text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-        raw_text = self.bridge.fit(text.strip())
+        # Half a surrogate pair is no text.
+        raw_text = self.bridge.fit(guidance.text.encode("utf-8", "replace").decode().strip())
         leaks = leaks_answer(raw_text, self.question)
         shown = ShownGuidance(raw_text=raw_text, text=raw_text, leaks=leaks)
         self.rollout.turns[-1].guidance = shown
         if self.options.on_leak == "drop" and leaks:
             self.rollout.end_reason = "leaked"
-            self.notes.append(LEAKED)
+            # The same words each time, so that Python tells them once.
+            self.notes.append("teacher: guidance that states the answer is dropped, and counted in guidance/leaked")
             return None
         if self.options.on_leak == "mask":
-            shown.text = self._without_answer(raw_text)
+            # Again and again, since a shorter text may state what a longer one did not.
+            while leaks_answer(shown.text, self.question):
+                shown.text = self.bridge.fit(mask_answer(shown.text, self.question))
         kept_tokens, bridge_ids = self._seam(shown.text)
         if kept_tokens + len(bridge_ids) + self.limits.max_new_tokens > self.limits.max_tokens:
             self.rollout.end_reason = "overflow"
@@ -189,18 +188,11 @@ class Episode:
         shown.kept_tokens, shown.bridge_ids = kept_tokens, bridge_ids
         return NextContext(kept_tokens, bridge_ids)
 
-    def _without_answer(self, text: str) -> str:
-        """Masked again and again, since a shorter text may state what a longer one did not."""
-        while leaks_answer(text, self.question):
-            text = self.bridge.fit(mask_answer(text, self.question))
-        return text
-
     def _seam(self, text: str) -> NextContext:
         """How much of the row stays, and what stands between it and the next attempt."""
         turn_idx, limit = len(self.rollout.turns) - 1, self.options.attempt_limit
         if self.options.context == "template":
-            messages = self.question.messages
-            seam = template_seam(self.bridge, messages, self.rollout, text, attempt_limit=limit)
+            seam = template_seam(self.bridge, self.question.messages, self.rollout, text, attempt_limit=limit)
             if seam is not None:
                 return NextContext(*seam)
             self.notes.append(
@@ -208,10 +200,11 @@ class Episode:
                 f"{self.rollout.question_idx} rollout {self.rollout.rollout_idx}; it stays as sampled"
             )
         token_ids = self.rollout.turns[-1].attempt.token_ids
-        is_whole = len(token_ids) <= limit
-        ended = is_whole and token_ids[-1] == self.bridge.end_of_turn_id
-        kept_tokens = self.rollout.context_length(turn_idx) + min(len(token_ids), limit)
-        return NextContext(kept_tokens, self.bridge.bridge_ids(text, ended=ended))
+        ended = len(token_ids) <= limit and token_ids[-1] == self.bridge.end_of_turn_id
+        return NextContext(
+            kept_tokens=self.rollout.context_length(turn_idx) + min(len(token_ids), limit),
+            suffix_ids=self.bridge.bridge_ids(text, ended=ended),
+        )
 
     def _visible_text(self, token_ids: Sequence[int]) -> str:
         """All of it, or of a long attempt its head (and its tail, where the final answer is)."""
@@ -222,4 +215,4 @@ class Episode:
             return self.bridge.decode(token_ids[:limit])
         tail = limit // 2
         head_ids, tail_ids = token_ids[: limit - tail], token_ids[len(token_ids) - tail :]
-        return self.bridge.decode(head_ids) + ELISION + self.bridge.decode(tail_ids)
+        return self.bridge.decode(head_ids) + "\n[...]\n" + self.bridge.decode(tail_ids)

@@ -97,8 +97,7 @@ class GradedBy:
                 f"grader: {self.name} must return a bool, a number in [0, 1] or parts >= 0 that sum to at most 1, "
                 f"got {text_of(verdict)}"
             )
-        reward = min(reward, 1.0)
-        return Grade(reward, reward >= self.correct_at, parts)
+        return Grade(min(reward, 1.0), reward >= self.correct_at, parts)
 
 
 def as_grader(grader: Grader) -> GradedBy:
@@ -199,9 +198,8 @@ def grade_exact(text: str, question: Question) -> bool:
 
 def same_value(answer: str, truth: str) -> bool:
     """Equal as strings, or equal as plain decimal numbers."""
-    if answer == truth:
-        return True
-    return bool(_NUMBER.fullmatch(answer) and _NUMBER.fullmatch(truth)) and Decimal(answer) == Decimal(truth)
+    are_numbers = _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(truth)
+    return answer == truth or (are_numbers is not None and Decimal(answer) == Decimal(truth))
 
 
 class MathGrader:
@@ -218,30 +216,34 @@ class MathGrader:
             )
 
     def __call__(self, text: str, question: Question) -> bool:
-        with self._one_at_a_time:
-            return self._grade(text, question.ground_truth)
-
-    def _grade(self, text: str, truth: str) -> bool:
+        truth = question.ground_truth
         request = json.dumps([text, truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"])
-        if self._worker is None or self._process != os.getpid():  # a fork starts its own
-            self._process = os.getpid()
-            # -P: the worker's folder, which has modules of ours, is not searched for imports
-            command = [sys.executable, "-P", math_worker.__file__]
-            pipe = subprocess.PIPE
-            self._worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-            assert self._worker.stdout is not None
-            if self._worker.stdout.readline() != "ready\n":
-                raise RuntimeError("data.grader: math-verify must be importable on its own; try `import math_verify`")
-        assert self._worker.stdin is not None and self._worker.stdout is not None
-        verdict = ""
-        try:
-            with suppress(BrokenPipeError, TookTooLong):
-                self._worker.stdin.write(request + "\n")
-                self._worker.stdin.flush()
-                verdict = self._worker.stdout.readline()
-        finally:
-            if not verdict:  # out of time or memory, or we are interrupted: a late verdict is not the next answer's
-                self.close()
+        with self._one_at_a_time:
+            if self._worker is None or self._process != os.getpid():  # a fork starts its own
+                self._process = os.getpid()
+                self._worker = subprocess.Popen(
+                    # -P: the worker's folder, which has modules of ours, is not searched for imports
+                    [sys.executable, "-P", math_worker.__file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+                assert self._worker.stdout is not None
+                if self._worker.stdout.readline() != "ready\n":
+                    raise RuntimeError(
+                        "data.grader: math-verify must be importable on its own; try `import math_verify`"
+                    )
+            assert self._worker.stdin is not None and self._worker.stdout is not None
+            verdict = ""
+            try:
+                with suppress(BrokenPipeError, TookTooLong):
+                    self._worker.stdin.write(request + "\n")
+                    self._worker.stdin.flush()
+                    verdict = self._worker.stdout.readline()
+            finally:
+                if not verdict:  # out of time or memory, or we are interrupted: a late verdict is not the next answer's
+                    self.close()
         return verdict == "1\n"
 
     def close(self) -> None:

@@ -29,8 +29,7 @@ def template_seam(
     row = rewritten_ids(bridge, messages, answers, [*shown, guidance])
     if row is None:
         return None
-    last = len(rollout.turns) - 1
-    seen = rollout.context_ids(last) + rollout.turns[last].attempt.token_ids[:attempt_limit]
+    seen = rollout.context_ids(len(rollout.turns) - 1) + rollout.attempts[-1].token_ids[:attempt_limit]
     same = next(
         (i for i, (one, other) in enumerate(zip(seen, row[:-1], strict=False)) if one != other),
         min(len(seen), len(row) - 1),

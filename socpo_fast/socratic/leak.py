@@ -12,7 +12,6 @@ _PICK = re.compile(
     r"\b(?i:choose|pick|select|mark|correct|right)(?i:\s+(?:is|the|option|choice|answer|one))*[\s:*_(\"]+"
     rf"({OPTION_LETTER})"
 )
-_MASK = "[...]"
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?![\w]|\.\d)", re.ASCII)
 
 
@@ -31,7 +30,7 @@ def mask_answer(guidance_text: str, question: Question) -> str:
     options = dict(OPTION_LINE.findall(question.text))
     stated = (question.ground_truth, options.get(question.ground_truth.strip().upper(), "a letter is a word"))
     # the mask itself might state an answer without a word, such as ".", over and over
-    mask = _MASK if all(any(char.isalnum() for char in value) for value in stated) else ""
+    mask = "[...]" if all(any(char.isalnum() for char in value) for value in stated) else ""
     while spans := sorted(_answer_spans(guidance_text, question), reverse=True):
         until = len(guidance_text)
         for start, end in spans:  # from the last to the first; one that reaches into a masked one is part of it

@@ -25,8 +25,9 @@ def load_function(where: str, spec: str) -> Callable[..., Any]:
     try:
         function = vars(import_module(module_name)).get(function_name)
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where} must name a module that can be imported, got {spec!r} ({reason})") from error
+        raise ValueError(
+            f"{where} must name a module that can be imported, got {spec!r} ({type(error).__name__}: {error})"
+        ) from error
     if not callable(function):
         raise ValueError(f"{where} must name a function of {module_name}, got {function_name!r}")
     return function
@@ -40,8 +41,7 @@ def blame(function: object, error: BaseException) -> str:
     named: Any = function if hasattr(function, "__qualname__") else type(function)
     frame = traceback.extract_tb(error.__traceback__)[:2][-1]
     what = " ".join(f"{type(error).__name__}: {text_of(error, str)}".split())
-    where = f"{Path(frame.filename).name} line {frame.lineno}"
-    return f"{named.__module__}:{named.__qualname__} raised {what} ({where})"
+    return f"{named.__module__}:{named.__qualname__} raised {what} ({Path(frame.filename).name} line {frame.lineno})"
 
 
 def text_of(value: object, to_text: Callable[[object], str] = repr) -> str:

@@ -18,9 +18,7 @@ from socpo_fast.engine import Engine, fresh_batch
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
-from socpo_fast.socratic.teachers import Teacher
-from socpo_fast.socratic.teachers.calls import ask, result_of
-from socpo_fast.socratic.teachers.simple import TeacherFunction, as_teacher
+from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
 from socpo_fast.types import (
     Attempt,
     Guidance,
@@ -68,10 +66,9 @@ def socratic_rollouts(
         raise ValueError("socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it")
     if engine.has_work:
         raise ValueError("socratic_rollouts: the engine must be idle, got unfinished requests; step until it is done")
-    bridge = bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit)
     driver = _Driver(
         engine=engine,
-        bridge=bridge,
+        bridge=bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit),
         teacher=as_teacher(teacher),
         grader=grader,
         params=replace(params, n=1),
@@ -83,10 +80,10 @@ def socratic_rollouts(
             driver.start(question)
         while engine.has_work or driver.waiting:
             driver.step()
-            driver.take_arrived()
             teacher_worked = bool(driver.waiting) and driver.teacher.step()
             driver.collect_guidance(idle=not engine.has_work and not teacher_worked)
-            yield from driver.take_finished()
+            yield from driver.finished
+            driver.finished.clear()
 
 
 @dataclass(kw_only=True)
@@ -110,36 +107,36 @@ class _Driver:
 
     def start(self, question: Question) -> None:
         prompt_ids = self.bridge.prompt_ids(question.messages)
-        limits = Limits(self.params.max_new_tokens, self.engine.max_tokens)
         episodes = [
             Episode(
                 question,
                 bridge=self.bridge,
                 grader=self.grader,
                 options=self.options,
-                limits=limits,
+                limits=Limits(self.params.max_new_tokens, self.engine.max_tokens),
                 rollout_idx=idx,
                 prompt_ids=prompt_ids,
             )
             for idx in range(self.options.group_size)
         ]
-        params = replace(self.params, n=len(episodes))
-        self.engine.submit(prompt_ids, params, key=(self.batch_idx, question.question_idx))
+        self.engine.submit(
+            prompt_ids,
+            replace(self.params, n=len(episodes)),
+            key=(self.batch_idx, question.question_idx),
+        )
         for episode in episodes:
             self.in_flight[question.question_idx, episode.rollout.rollout_idx] = episode
 
     def step(self) -> None:
-        self.is_stepping = True
-        self.arrived += self.engine.step()
-        self.is_stepping = False
-
-    def take_arrived(self) -> None:
-        """Hand attempts to their episodes; their pages stay pinned while the teacher works.
+        """One step of the engine; attempts go to their episodes, whose pages stay pinned while the teacher works.
 
         An immediate teacher has answered before anything else goes on, one call at a time, which is
         repeatable. One that takes long has others asked meanwhile: however many of its calls hang,
         together they cost one time limit.
         """
+        self.is_stepping = True
+        self.arrived += self.engine.step()
+        self.is_stepping = False
         while self.arrived:
             attempt = self.arrived[0]
             episode = self.in_flight[attempt.key.question, attempt.rollout_idx]
@@ -164,10 +161,13 @@ class _Driver:
             context = episode.guided(result_of(future, self.teacher))
             if context is None:
                 self.end(episode)
-                continue
-            attempt = episode.rollout.turns[-1].attempt
-            kept_tokens, suffix_ids = context
-            self.engine.resume(attempt, suffix_ids, self.params, kept_tokens=kept_tokens)
+            else:
+                self.engine.resume(
+                    episode.rollout.attempts[-1],
+                    context.suffix_ids,
+                    self.params,
+                    kept_tokens=context.kept_tokens,
+                )
 
     def end(self, episode: Episode) -> None:
         rollout = episode.rollout
@@ -175,10 +175,6 @@ class _Driver:
         self.engine.release(rollout.attempts[-1:])
         del self.in_flight[rollout.question_idx, rollout.rollout_idx]
         self.finished.append(rollout)
-
-    def take_finished(self) -> list[Rollout]:
-        finished, self.finished = self.finished, []
-        return finished
 
     def __enter__(self) -> None:
         """Nothing is taken; __exit__ gives back."""

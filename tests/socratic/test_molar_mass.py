@@ -18,7 +18,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.graders import make_grader
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.tasks.molar_mass import render, work_out
-from socpo_fast.socratic.teachers.simple import RETRY_TEXT
+from socpo_fast.socratic.teachers.calls import RETRY_TEXT
 from socpo_fast.types import GuidanceRequest, RolloutKey
 
 FORMULA = {"H": 3, "Na": 1, "S": 2}

@@ -10,8 +10,7 @@ import pytest
 from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.report.accuracy import accuracy_rows, accuracy_text
-from socpo_fast.report.guidance import SILENCE, GuidanceWatch
-from socpo_fast.report.progress import Progress
+from socpo_fast.report.progress import SILENCE, GuidanceWatch, Progress
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.train.checkpoint import latest_checkpoint
 from socpo_fast.types import Attempt, GuidanceRequest, Rollout, ShownGuidance, Turn

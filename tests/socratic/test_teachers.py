@@ -15,7 +15,7 @@ from socpo_fast.config import (
 )
 from socpo_fast.socratic.teachers import EndpointTeacher, RuleTeacher, TeacherPrompt, make_teacher, retry_teacher
 from socpo_fast.socratic.teachers.base import Teacher, clean_guidance
-from socpo_fast.socratic.teachers.simple import as_teacher
+from socpo_fast.socratic.teachers.calls import as_teacher
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey
 
 

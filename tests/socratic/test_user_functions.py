@@ -18,8 +18,7 @@ import pytest
 
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.rollout import socratic_rollouts
-from socpo_fast.socratic.teachers.calls import ask, background, result_of
-from socpo_fast.socratic.teachers.simple import as_teacher
+from socpo_fast.socratic.teachers.calls import as_teacher, ask, background, result_of
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, Rollout, RolloutKey
 from tests.socratic.scripted import END, PARAMS, TOKENIZER, ScriptedEngine, contains, encode, question
 from tests.socratic.test_rollout import options_of
@@ -201,8 +200,7 @@ def test_quick_functions_are_called_one_at_a_time() -> None:
 
 HANGING = """
 import asyncio, time
-from socpo_fast.socratic.teachers.calls import ask
-from socpo_fast.socratic.teachers.simple import as_teacher
+from socpo_fast.socratic.teachers.calls import as_teacher, ask
 from tests.socratic.test_user_functions import request
 
 async def blocks(_):

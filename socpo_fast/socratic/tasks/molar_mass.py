@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import GuidanceRequest, Question
 
 DATA_SOURCE = "builtin/molar_mass"
@@ -89,12 +90,16 @@ def parse_formula(question_text: str) -> Formula:
     before, after = USER_TEXTS
     text = question_text.removeprefix(before).removesuffix(after)
     formula = {symbol: int(atoms or 1) for symbol, atoms in re.findall(r"([A-Z][a-z]?)([1-9]?)", text)}
-    is_whole = question_text == before + text + after and format_formula(formula) == text
-    if not (formula and is_whole and formula.keys() <= ATOMIC_MASSES.keys()):
-        raise ValueError(
-            f"molar_mass: question must be {before!r} + formula + {after!r}, got {question_text!r}; "
-            "use this tutor with the built-in questions only"
-        )
+    check_rule(
+        "molar_mass",
+        "question",
+        question_text,
+        len(formula) > 0
+        and format_formula(formula).join(USER_TEXTS) == question_text
+        and formula.keys() <= ATOMIC_MASSES.keys(),
+        f"{before!r} + formula + {after!r}",
+        "use this tutor with the built-in questions only",
+    )
     return formula
 
 
@@ -133,10 +138,10 @@ def questions(seed: int, n: int, split: Literal["train", "eval"] = "train") -> l
     Raises:
         ValueError: n or split breaks the rules above.
     """
-    if split not in ("train", "eval"):
-        raise ValueError(f"molar_mass.questions: split must be 'train' or 'eval', got {split!r}")
-    if not 0 <= n <= MAX_QUESTIONS:
-        raise ValueError(f"molar_mass.questions: n must be in [0, {MAX_QUESTIONS}], got {n}; ask for fewer questions")
+    check_rule("molar_mass.questions", "split", split, split in ("train", "eval"), "'train' or 'eval'")
+    check_rule(
+        "molar_mass.questions", "n", n, 0 <= n <= MAX_QUESTIONS, f"in [0, {MAX_QUESTIONS}]", "ask for fewer questions"
+    )
     rng = random.Random(f"{split}/{seed}")
     drawn: dict[str, Formula] = {}
     while len(drawn) < n:

@@ -1,4 +1,4 @@
-"""The frozen guides: one protocol (base), four kinds (simple, local, endpoint).
+"""The frozen guides: one protocol (base), four kinds (functions and a fixed sentence in calls, local, endpoint).
 
 make_teacher looks up who makes the kind that a configuration names; the kinds are listed in
 config/teachers.py.
@@ -11,16 +11,40 @@ from socpo_fast.config import (
     RetryTeacherConfig,
     RuleTeacherConfig,
 )
-from socpo_fast.config.teachers import ModelTeacherConfig
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.teachers.base import SYSTEM_PROMPT, USER_TEMPLATE, Teacher, TeacherPrompt
+from socpo_fast.socratic.teachers.calls import (
+    RETRY_TEXT,
+    RuleTeacher,
+    TeacherFunction,
+    as_teacher,
+    ask,
+    background,
+    result_of,
+    retry_teacher,
+)
 from socpo_fast.socratic.teachers.endpoint import EndpointTeacher
 from socpo_fast.socratic.teachers.local import LocalTeacher
-from socpo_fast.socratic.teachers.simple import RETRY_TEXT, RuleTeacher, retry_teacher
 from socpo_fast.types import SamplingParams
+
+__all__ = [
+    "RETRY_TEXT",
+    "EndpointTeacher",
+    "LocalTeacher",
+    "RuleTeacher",
+    "Teacher",
+    "TeacherFunction",
+    "TeacherPrompt",
+    "as_teacher",
+    "ask",
+    "background",
+    "make_teacher",
+    "result_of",
+    "retry_teacher",
+]
 
 _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 
@@ -74,21 +98,26 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         guidance_limit=teacher.max_new_tokens,
         enable_thinking=teacher.enable_thinking,
     )
-    dtype: str = teacher.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    model = load_student(teacher.path, dtype=dtype, device=device)
-    model.requires_grad_(False)
-    params = SamplingParams(
-        temperature=teacher.temperature,
-        max_new_tokens=teacher.max_new_tokens,
-        eos_ids=bridge.eos_ids,
-        seed=config.run.seed,
+    auto_dtype = "float32" if device == "cpu" else "bfloat16"
+    model = load_student(
+        teacher.path,
+        dtype=auto_dtype if teacher.dtype == "auto" else teacher.dtype,
+        device=device,
     )
-    return LocalTeacher(Engine(model, kv_cache_gib=teacher.kv_cache_gib), bridge=bridge, prompt=prompt, params=params)
+    return LocalTeacher(
+        Engine(model.requires_grad_(False), kv_cache_gib=teacher.kv_cache_gib),
+        bridge=bridge,
+        prompt=prompt,
+        params=SamplingParams(
+            temperature=teacher.temperature,
+            max_new_tokens=teacher.max_new_tokens,
+            eos_ids=bridge.eos_ids,
+            seed=config.run.seed,
+        ),
+    )
 
 
-def _prompt(teacher: ModelTeacherConfig) -> TeacherPrompt:
+def _prompt(teacher: EndpointTeacherConfig | LocalTeacherConfig) -> TeacherPrompt:
     return TeacherPrompt(
         SYSTEM_PROMPT if teacher.system_prompt is None else teacher.system_prompt,
         USER_TEMPLATE if teacher.user_template is None else teacher.user_template,

@@ -126,7 +126,6 @@ THOUGHTS = tuple(
         (r"<\|channel\|>analysis", r"<\|channel\|>final<\|message\|>"),
     )
 )
-CUT_ADVICE = "raise teacher.max_new_tokens or turn thinking off"
 
 
 def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
@@ -145,7 +144,10 @@ def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
         in_thoughts = in_thoughts and not ends
         is_open = is_open or opening.search(text) is not None  # what closes another kind does not close it
     if in_thoughts or is_open:
-        raise GuidanceFailed("cut", "the message was cut, and may be thoughts alone; " + CUT_ADVICE)
+        raise GuidanceFailed(
+            "cut",
+            "the message was cut, and may be thoughts alone; raise teacher.max_new_tokens or turn thinking off",
+        )
     if not text.strip():
         raise GuidanceFailed("none", "the message was empty")
     return text.strip()

@@ -109,14 +109,20 @@ class EndpointTeacher(Teacher):
                     "more than ASCII (not shown here, as it may be a pasted key); export it"
                 )
             headers["Authorization"] = f"Bearer {self._key}"
-        limits = httpx.Limits(
-            max_connections=max_concurrency,
-            max_keepalive_connections=max_concurrency,
+        self._client = _client(
+            self._url,
+            headers=headers,
+            timeout=timeout_s,
+            limits=httpx.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency),
         )
-        self._client = _client(self._url, headers=headers, timeout=timeout_s, limits=limits)
         self._prompt = prompt
-        body = {"model": model, "temperature": temperature, "max_tokens": max_new_tokens}
-        fields = body | {"stream": False} | dict(extra_body or {})
+        fields = {
+            "model": model,
+            "temperature": temperature,
+            "max_tokens": max_new_tokens,
+            "stream": False,
+            **(extra_body or {}),
+        }
         self._body = {key: field for key, field in fields.items() if field not in (None, "none")}
         self._keep_cut = keep_cut
         self._timeout_s, self._max_retries = timeout_s, max_retries
@@ -127,10 +133,9 @@ class EndpointTeacher(Teacher):
         self._jitter = random.SystemRandom()  # not a generator that a run is seeded with
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
-        body = self._body | {"messages": self._prompt.messages(request)}
         try:
             async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
-                payload = await self._call_with_retries(body)
+                payload = await self._call_with_retries(self._body | {"messages": self._prompt.messages(request)})
             return Guidance(text=_message_text(payload, keep_cut=self._keep_cut))
         except GuidanceFailed as failure:
             raise GuidanceFailed(failure.kind, self._public(str(failure))) from None
@@ -167,28 +172,18 @@ class EndpointTeacher(Teacher):
                     async for chunk in response.aiter_raw():
                         payload += chunk
                         if len(payload) > self._max_response_bytes:
-                            reason = f"the reply is longer than {self._max_response_bytes} bytes"
-                            raise _Failure("too_large", reason)
-                    self._check_status(response, payload)
+                            raise _Failure("too_large", f"the reply is longer than {self._max_response_bytes} bytes")
         except (TimeoutError, httpx.TimeoutException) as error:
-            reason = f"no reply within teacher.timeout_s {self._timeout_s:g}"
-            raise _Failure("timeout", reason, 0.0, is_servers=True) from error
+            raise _Failure(
+                "timeout", f"no reply within teacher.timeout_s {self._timeout_s:g}", 0.0, is_servers=True
+            ) from error
         except httpx.TransportError as error:  # a reply that breaks off may be its request's fault
-            reason = f"{type(error).__name__} {error}".strip()
-            raise _Failure("connection", reason, 0.0, is_servers=not is_answered) from error
+            raise _Failure(
+                "connection", f"{type(error).__name__} {error}".strip(), 0.0, is_servers=not is_answered
+            ) from error
+        if not is_answered:
+            raise _refusal(response, payload)
         return payload
-
-    def _check_status(self, response: httpx.Response, payload: bytearray) -> None:
-        status = response.status_code
-        if status == 200:
-            return
-        kind = "redirect" if 300 <= status < 400 else f"status_{status}"
-        words = payload.decode("utf-8", "replace")
-        if status not in _RETRIED_STATUS:
-            raise _Failure(kind, f"status {status}: {words}")
-        wish = response.headers.get("Retry-After", "")
-        wish_s = float(wish) if wish.isascii() and wish.isdigit() else 0.0
-        raise _Failure(kind, f"status {status}: {words}", wish_s, is_servers=True)
 
 
 class _Breaker:
@@ -197,42 +192,52 @@ class _Breaker:
     def __init__(self, max_failures: int, pause_s: float):
         self._max_failures, self._pause_s = max_failures, pause_s
         self._failures_in_a_row = 0
-        self._open_until = 0.0  # monotonic seconds; 0: closed
+        self._open_until = 0.0  # monotonic seconds, while there are max_failures in a row
         self._trial_running = False
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[None]:
         """One call. It counts for what it says of the server: at fault, there, or nothing."""
-        is_trial = self._open_until > 0
+        is_trial = self._failures_in_a_row >= self._max_failures
         if is_trial and (self._trial_running or time.monotonic() < self._open_until):
-            reason = "the server failed several times in a row and is left alone for a while"
-            raise GuidanceFailed("circuit_open", reason)
+            raise GuidanceFailed(
+                "circuit_open", "the server failed several times in a row and is left alone for a while"
+            )
         self._trial_running |= is_trial
         try:
             yield
             self._failures_in_a_row = 0
         except (_Failure, TimeoutError) as failure:
-            is_servers = not isinstance(failure, _Failure) or failure.is_servers
-            self._failures_in_a_row = self._failures_in_a_row + 1 if is_servers else 0
-            if self._failures_in_a_row >= self._max_failures:
+            if isinstance(failure, _Failure) and not failure.is_servers:
+                self._failures_in_a_row = 0
+            else:
+                self._failures_in_a_row += 1
                 self._open_until = time.monotonic() + self._pause_s
             raise
         finally:
-            if self._failures_in_a_row == 0:
-                self._open_until = 0.0
             if is_trial:
                 self._trial_running = False
 
 
+def _refusal(response: httpx.Response, payload: bytearray) -> _Failure:
+    """Why a reply is no answer, by its status."""
+    status = response.status_code
+    kind = "redirect" if 300 <= status < 400 else f"status_{status}"
+    reason = f"status {status}: {payload.decode('utf-8', 'replace')}"
+    if status not in _RETRIED_STATUS:
+        return _Failure(kind, reason)
+    wish = response.headers.get("Retry-After", "")
+    wish_s = float(wish) if wish.isascii() and wish.isdigit() else 0.0
+    return _Failure(kind, reason, wish_s, is_servers=True)
+
+
 def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:
     """A client without cookies; loopback is never proxied."""
-    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
     try:
-        verify: Any = httpx.create_ssl_context() if url.scheme == "https" else False
         return httpx.AsyncClient(
-            verify=verify,
+            verify=httpx.create_ssl_context() if url.scheme == "https" else False,
             trust_env=not _LOOPBACK.fullmatch(url.host),
-            cookies=no_cookies,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             follow_redirects=False,
             **options,
         )
@@ -271,8 +276,9 @@ def _message_text(payload: bytearray, *, keep_cut: bool) -> str:
         if not isinstance(content, str | None):
             raise TypeError("content must be text")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"the reply is no chat completion: {payload.decode('utf-8', 'replace')}"
-        raise GuidanceFailed("not_json", reason) from error
+        raise GuidanceFailed(
+            "not_json", f"the reply is no chat completion: {payload.decode('utf-8', 'replace')}"
+        ) from error
     # Behind a cut that may lie in thoughts whose mark stood in the prompt, nothing is guidance.
     in_thoughts = is_cut and not (content and (keep_cut or thinks_apart))
     return clean_guidance(content or "", in_thoughts=in_thoughts)

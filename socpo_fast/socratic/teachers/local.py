@@ -17,7 +17,6 @@ from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutK
 
 class _Pending(NamedTuple):
     request: GuidanceRequest
-    loop: asyncio.AbstractEventLoop
     started: asyncio.Event  # its clock, when the engine takes it
     answer: asyncio.Future[str | GuidanceFailed]
 
@@ -47,8 +46,7 @@ class LocalTeacher(Teacher):
         self._running: dict[RolloutKey, _Pending] = {}
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
-        loop = asyncio.get_running_loop()
-        pending = _Pending(request, loop, asyncio.Event(), loop.create_future())
+        pending = _Pending(request, asyncio.Event(), asyncio.get_running_loop().create_future())
         self._arrived.put(pending)
         try:
             await pending.started.wait()
@@ -62,7 +60,16 @@ class LocalTeacher(Teacher):
 
     def step(self) -> bool:
         try:
-            return self._step()
+            for key in [key for key, pending in self._running.items() if pending.answer.done()]:
+                self._engine.cancel(key)  # whoever asked has given up
+                del self._running[key]
+            self._submit_arrived()
+            if not self._running:
+                return False
+            for attempt in self._engine.step():
+                self._engine.release([attempt])
+                _resolve(self._running.pop(attempt.key), self._message(attempt.token_ids))
+            return True
         except BaseException:  # the engine may have stopped in the middle of something
             self._drop_requests()
             raise
@@ -70,18 +77,6 @@ class LocalTeacher(Teacher):
     async def aclose(self) -> None:
         """Drop what is queued or under way; nobody may be in step() meanwhile."""
         self._drop_requests()
-
-    def _step(self) -> bool:
-        for key in [key for key, pending in self._running.items() if pending.answer.done()]:
-            self._engine.cancel(key)  # whoever asked has given up
-            del self._running[key]
-        self._submit_arrived()
-        if not self._running:
-            return False
-        for attempt in self._engine.step():
-            self._engine.release([attempt])
-            _resolve(self._running.pop(attempt.key), self._message(attempt.token_ids))
-        return True
 
     def _drop_requests(self) -> None:
         """Nobody who asked gets guidance, and the engine is as new."""
@@ -108,19 +103,18 @@ class LocalTeacher(Teacher):
                 _resolve(pending, GuidanceFailed("exception", f"chat template: {error}"))
                 continue
             if len(prompt_ids) > self._prompt_limit:
-                room = f"the teacher's context has room for {self._prompt_limit}"
-                _resolve(pending, GuidanceFailed("too_long", f"{len(prompt_ids)} tokens, {room}"))
+                reason = f"{len(prompt_ids)} tokens, the teacher's context has room for {self._prompt_limit}"
+                _resolve(pending, GuidanceFailed("too_long", reason))
                 continue
             self._running[key] = pending
             self._engine.submit(prompt_ids, self._params, key=key)
-            pending.loop.call_soon_threadsafe(pending.started.set)
+            pending.answer.get_loop().call_soon_threadsafe(pending.started.set)
 
     def _message(self, token_ids: list[int]) -> str | GuidanceFailed:
         """Special tokens are dropped last: the marks of thoughts are among them in some models."""
-        bridge = self._bridge
         try:
-            message = clean_guidance(bridge.exact_text(token_ids), in_thoughts=self._in_thoughts)
-            return clean_guidance(bridge.decode(bridge.trusted_ids(message)))
+            message = clean_guidance(self._bridge.exact_text(token_ids), in_thoughts=self._in_thoughts)
+            return clean_guidance(self._bridge.decode(self._bridge.trusted_ids(message)))
         except GuidanceFailed as failure:
             return failure
 
@@ -146,4 +140,4 @@ def _resolve(pending: _Pending, outcome: str | GuidanceFailed) -> None:
         if not pending.answer.done():
             pending.answer.set_result(outcome)
 
-    pending.loop.call_soon_threadsafe(set_answer)
+    pending.answer.get_loop().call_soon_threadsafe(set_answer)
