@@ -157,8 +157,7 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
         if header.get_dtype() not in STORED_DTYPES:
             raise ValueError(f"{folder}: tensor {name} must be of {'|'.join(STORED_DTYPES)}, got {header.get_dtype()}")
     if has_tied_head:
-        names = "model.embed_tokens.weight", "lm_head.weight"
-        embed_VD, head_VD = (stored[name].get_tensor(name) for name in names)
+        embed_VD, head_VD = (stored[name].get_tensor(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
         if not torch.equal(head_VD.to(embed_VD.dtype), embed_VD):
             raise ValueError(
                 f"{folder}: tensor lm_head.weight must equal model.embed_tokens.weight under tie_word_embeddings, got "

@@ -131,8 +131,9 @@ def credit_attempts(
         )
     keys = (question_idx_A, attempt_idx_A) if options.baseline_group == "question_attempt" else (question_idx_A,)
     keys_GA = None if estimator.baseline == "none" else torch.stack(keys)
-    table = rewards_A, attempt_idx_A, num_tokens_A, keys_GA, rollouts_2A
-    credit = _run(where, impl, options, num_factors, estimator, *table)
+    credit = _run(
+        where, impl, options, num_factors, estimator, rewards_A, attempt_idx_A, num_tokens_A, keys_GA, rollouts_2A
+    )
     if has_tokens:
         return credit
     return credit._replace(advantages_A=torch.zeros_like(credit.rewards_A))

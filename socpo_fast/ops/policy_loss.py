@@ -229,11 +229,11 @@ def check_loss_inputs(
     Returns: [N] advantages and [N] weights, without a gradient. Weights made here are like the old
     log-probs, or like `like` where there are none.
     """
-    has_reference = options.kl_coef == 0 or ref_logprobs_N is not None
-    check_rule(check.where, "ref_logprobs_N", None, has_reference, "given when kl_coef is not 0")
-    has_sampler = tis_clip is None or sampler_logprobs_N is not None
-    check_rule(check.where, "sampler_logprobs_N", None, has_sampler, "given with tis_clip")
-    check_rule(check.where, "tis_clip", tis_clip, tis_clip is None or tis_clip > 0, "> 0, or None")
+    if options.kl_coef != 0:
+        check_rule(check.where, "ref_logprobs_N", None, ref_logprobs_N is not None, "given when kl_coef is not 0")
+    if tis_clip is not None:
+        check_rule(check.where, "sampler_logprobs_N", None, sampler_logprobs_N is not None, "given with tis_clip")
+        check_rule(check.where, "tis_clip", tis_clip, tis_clip > 0, "> 0, or None")
     check.optional(
         WIDE_FLOATS,
         old_logprobs_N=old_logprobs_N,

@@ -138,8 +138,7 @@ def tree_attention(
     check = TensorChecker("tree_attention")
     check("q_THE", q_THE, FLOATS)
     check.each((q_THE.dtype,), k_TKE=k_TKE, v_TKE=v_TKE)
-    _, heads, head_dim = q_THE.shape
-    kv_heads = k_TKE.shape[1]
+    heads, kv_heads, head_dim = (check.sizes[letter] for letter in "HKE")
     check_rule(
         check.where,
         "H",
@@ -156,8 +155,7 @@ def tree_attention(
         tree = TreeMask.of(tree, where=check.where)
     picked = pick_impl("tree_attention", impl, q_THE)
     if picked == "triton" and head_dim not in HEAD_DIMS:
-        rule = "32, 64 or 128 for impl='triton'"
-        check_rule(check.where, "E", head_dim, impl == "auto", rule, "use impl='ref'")
+        check_rule(check.where, "E", head_dim, impl == "auto", "32, 64 or 128 for impl='triton'", "use impl='ref'")
         picked = "ref"
     if picked == "ref":
         return tree_attention_ref(q_THE, k_TKE, v_TKE, tree.visible_until_T, scale=scale)
