@@ -160,8 +160,7 @@ class _Builder:
                 elif num_unseen > 1:  # the last token of those is not in the branch
                     branch = branch.fork(kept_tokens)
                 branch.token_ids += bridge_ids
-            position = rollout.context_length(attempt_idx)
-            self.spans[rollout_idx, attempt_idx] = branch, position, attempt.token_ids
+            self.spans[rollout_idx, attempt_idx] = branch, rollout.context_length(attempt_idx), attempt.token_ids
             branch.token_ids += attempt.token_ids[:-1]
         self.num_tokens += _chain_tokens(rollout)
 
