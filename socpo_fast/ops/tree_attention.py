@@ -155,7 +155,8 @@ def tree_attention(
         tree = TreeMask.of(tree, where=check.where)
     picked = pick_impl("tree_attention", impl, q_THE)
     if picked == "triton" and head_dim not in HEAD_DIMS:
-        check_rule(check.where, "E", head_dim, impl == "auto", "32, 64 or 128 for impl='triton'", "use impl='ref'")
+        rule = "32, 64 or 128 for impl='triton'"
+        check_rule(check.where, "E", head_dim, impl == "auto", rule, "use impl='ref'")
         picked = "ref"
     if picked == "ref":
         return tree_attention_ref(q_THE, k_TKE, v_TKE, tree.visible_until_T, scale=scale)
