@@ -1,6 +1,6 @@
 """The sections of the teacher, one a kind, told apart by teacher.kind."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,9 +10,6 @@ from socpo_fast.config.text import LocalPath
 
 class TeacherConfig(Section):
     """Who guides after a wrong attempt (unused when rollout.max_attempts is 1)."""
-
-    # "module:function" of (its section, config, device) -> Teacher, where the teacher is made
-    maker: ClassVar[str]
 
     kind: str
     guidance_timeout_s: float = Field(
@@ -39,16 +36,12 @@ class TeacherConfig(Section):
 class RuleTeacherConfig(TeacherConfig):
     """A Python function."""
 
-    maker = "socpo_fast.socratic.teachers:make_rule_teacher"
-
     kind: Literal["rule"] = Field(default="rule", description="a Python function")
     rule: str = Field(default="builtin", description="module:function(request) -> text, or builtin (molar masses)")
 
 
 class RetryTeacherConfig(TeacherConfig):
     """A fixed sentence, the ablation."""
-
-    maker = "socpo_fast.socratic.teachers:make_retry_teacher"
 
     kind: Literal["retry"] = Field(default="retry", description="a fixed sentence")
     retry_text: str | None = Field(default=None, description="the sentence; none = our wording")
@@ -69,8 +62,6 @@ class ModelTeacherConfig(TeacherConfig):
 class LocalTeacherConfig(ModelTeacherConfig):
     """A Hugging Face folder, run in this process."""
 
-    maker = "socpo_fast.socratic.teachers:make_local_teacher"
-
     kind: Literal["local"] = Field(default="local", description="a Hugging Face folder")
     path: LocalPath = Field(min_length=1, description="Hugging Face folder")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -84,8 +75,6 @@ class LocalTeacherConfig(ModelTeacherConfig):
 
 class EndpointTeacherConfig(ModelTeacherConfig):
     """An OpenAI-compatible server."""
-
-    maker = "socpo_fast.socratic.teachers:make_endpoint_teacher"
 
     kind: Literal["endpoint"] = Field(default="endpoint", description="an OpenAI-compatible server")
     url: str = Field(pattern=r"^https?://[^@?#\s]+$", repr=False, description="base URL, such as HOST/v1")
@@ -106,7 +95,7 @@ class EndpointTeacherConfig(ModelTeacherConfig):
     )
 
 
-# A kind of teacher is one class and its place here; the first is the default.
+# A kind of teacher is one class, its place here and its maker in socratic/teachers; the first is the default.
 AnyTeacher = Annotated[
     RuleTeacherConfig | LocalTeacherConfig | EndpointTeacherConfig | RetryTeacherConfig,
     Field(discriminator="kind"),

@@ -47,8 +47,7 @@ def sections_of(model: type[BaseModel]) -> dict[str, Kinds]:
     for name, field in model.model_fields.items():
         tag = field.discriminator if isinstance(field.discriminator, str) else ""
         models = get_args(field.annotation) if tag else (cast(Any, field.annotation),)
-        by_tag = {kind.model_fields[tag].default if tag else "": kind for kind in models}
-        sections[name] = Kinds(tag, by_tag)
+        sections[name] = Kinds(tag, {kind.model_fields[tag].default if tag else "": kind for kind in models})
     return sections
 
 

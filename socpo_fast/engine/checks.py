@@ -20,9 +20,8 @@ def check_settings(page_size: int, max_running: int, token_budget: int, tokens_p
 
 def check_fits(where: str, token_ids: Seq[int], params: SamplingParams, config: ModelConfig, pool: PagePool) -> None:
     """A context that the vocabulary lacks, or that model or pool can never hold with its new tokens."""
-    if not token_ids or min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
-        rule = f"non-empty and in [0, {config.vocab_size})"
-        raise ValueError(f"{where}: token ids must be {rule}, got {list(token_ids[:8])}")
+    is_known = len(token_ids) > 0 and min(token_ids) >= 0 and max(token_ids) < config.vocab_size
+    check_rule(where, "token ids", list(token_ids[:8]), is_known, f"non-empty and in [0, {config.vocab_size})")
     total = len(token_ids) + params.max_new_tokens
     if total > config.max_position_embeddings:
         raise ValueError(

@@ -11,8 +11,7 @@ import torch
 
 from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import draw, settings_of
-from socpo_fast.engine.sequence import Sequence
-from socpo_fast.engine.step import Step
+from socpo_fast.engine.sequence import Sequence, Step
 
 
 class DecodeLoop:
@@ -43,7 +42,9 @@ class DecodeLoop:
         rows, pages = len(sequences), max(len(sequence.pages) for sequence in sequences)
         is_filtered, graph = any(s.params.is_filtered for s in sequences), None
         if self.captures:
-            rows, pages = self._padded(rows, pages)
+            # the size that is captured: powers of two, as far as there is room
+            rows = min(1 << (rows - 1).bit_length(), self.table_RM.shape[0])
+            pages = min(1 << (pages - 1).bit_length(), self.table_RM.shape[1])
             graph = None if is_filtered else self._graph(rows, pages)  # filtered draws need shapes that depend on data
         self._fill(sequences, rows, pages)
         for round_idx in range(num_rounds):
@@ -88,11 +89,6 @@ class DecodeLoop:
         token_ids_R.copy_(self.drawn_3R[0, :rows])
         positions_R.add_(is_live_R)
         num_sampled_R.add_(1)
-
-    def _padded(self, rows: int, pages: int) -> tuple[int, int]:
-        """The size that is captured for so many rows and pages: powers of two, as far as there is room."""
-        most = self.table_RM.shape
-        return min(1 << (rows - 1).bit_length(), most[0]), min(1 << (pages - 1).bit_length(), most[1])
 
     def _graph(self, rows: int, pages: int) -> torch.cuda.CUDAGraph:
         """The captured round, made at its first use: with no live sequence a round writes no KV."""

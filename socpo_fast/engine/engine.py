@@ -15,13 +15,12 @@ from torch import Tensor
 
 from socpo_fast.engine.checks import check_fits, check_key, check_resume, check_settings
 from socpo_fast.engine.decode import DecodeLoop
-from socpo_fast.engine.keys import fresh_batch
 from socpo_fast.engine.memory import kv_cache_size
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import sample_tokens
 from socpo_fast.engine.scheduler import Scheduler
-from socpo_fast.engine.sequence import Sequence
+from socpo_fast.engine.sequence import Sequence, fresh_batch
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import Attempt, EngineStats, RolloutKey, SamplingParams

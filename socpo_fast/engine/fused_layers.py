@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from socpo_fast.engine.step import Step
+from socpo_fast.engine.sequence import Step
 from socpo_fast.model.decoder import Decoder, Layer
 
 

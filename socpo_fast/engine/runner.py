@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.engine.fused_layers import fused_weights, has_hooks, run_fused_layers
-from socpo_fast.engine.sequence import Sequence
-from socpo_fast.engine.step import Step
+from socpo_fast.engine.sequence import Sequence, Step
 from socpo_fast.model.decoder import Decoder, Layer, computing_dtype
 from socpo_fast.ops._impl import pick_impl
 from socpo_fast.ops.paged_attention import paged_attention_op

@@ -1,19 +1,38 @@
-"""One rollout as the engine sees it: its tokens so far, the pages that hold their KV, and what was sampled."""
+"""What the engine computes on: Sequence, one rollout under way, and Step, one step of many as tensors.
+
+fresh_batch names a batch whose rollouts share their sampling noise with nobody else's.
+"""
 
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
+from torch import Tensor
 
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.ops import row_key
 from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 
+_fresh_batches = count(2**40)  # far from any batch that a trainer numbers
+
+
+def fresh_batch() -> int:
+    """Returns a batch number for a key that no other call in this process gets.
+
+    Two attempts under one key would be drawn with the same noise, so an engine takes a key only
+    once at a time. Used again later it draws the same tokens, which is what evaluations want.
+    It is a count, not a random number: a program that is run twice gets the same ones.
+    """
+    return next(_fresh_batches)
+
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """`token_ids[:num_cached]` have KV in `pages`; `token_ids[attempt_start:]` are the running attempt's own.
+    """One rollout: its tokens so far, the pages that hold their KV, and what was sampled.
+
+    `token_ids[:num_cached]` have KV in `pages`; `token_ids[attempt_start:]` are the running attempt's own.
 
     num_rollouts > 1 marks a group's prompt, which is prefilled once and then forked. `priority` orders the queue:
     (0, ..) resumed, forked or preempted, (1, ..) new; the second entry is the order of arrival.
@@ -109,3 +128,20 @@ class Sequence:
     def drop_pages(self, pool: PagePool) -> None:
         """Give back every page; the tokens are kept, so the KV can be computed again."""
         self.shorten(pool, 0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where one step's tokens are and what they see; all tensors on the device.
+
+    The runner packs it, and the decode loop keeps it up to date.
+    """
+
+    token_ids_T: Tensor  # [T] int64
+    positions_T: Tensor  # [T] int64
+    slots_T: Tensor  # [T] int64, page * page_size + place in it
+    block_table_BM: Tensor  # int32
+    seq_lens_B: Tensor  # int32, this step's tokens included
+    cu_seqlens_q: Tensor  # [B + 1] int32
+    max_seqlen_q: int
+    max_seqlen_k: int

@@ -9,11 +9,11 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -157,8 +157,7 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
         if header.get_dtype() not in STORED_DTYPES:
             raise ValueError(f"{folder}: tensor {name} must be of {'|'.join(STORED_DTYPES)}, got {header.get_dtype()}")
     if has_tied_head:
-        names = "model.embed_tokens.weight", "lm_head.weight"
-        embed_VD, head_VD = (stored[name].get_tensor(name) for name in names)
+        embed_VD, head_VD = (stored[name].get_tensor(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
         if not torch.equal(head_VD.to(embed_VD.dtype), embed_VD):
             raise ValueError(
                 f"{folder}: tensor lm_head.weight must equal model.embed_tokens.weight under tie_word_embeddings, got "
@@ -193,22 +192,17 @@ def _write_shards(student: Decoder, folder: Path) -> None:
 
     A tied head is left out, as transformers does.
     """
-    shards: list[dict[str, Tensor]] = [{}]  # Hugging Face's names -> views of the fused parameters
-    room = SHARD_BYTES
-    for part, view in _views(student):
-        if view.nbytes > room and shards[-1]:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][part] = view
-        room -= view.nbytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(shard, file)
-        save_file({part: view.cpu() for part, view in shard.items()}, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total_size = sum(view.nbytes for shard in shards for view in shard.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    views = dict(_views(student))
+    plan = split_state_dict_into_shards_factory(
+        views,
+        get_storage_size=lambda view: view.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, parts in plan.filename_to_tensors.items():
+        save_file({part: views[part].cpu() for part in parts}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
 _MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking order
@@ -227,28 +221,21 @@ _MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking
 
 
 def _views(student: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face tensor, the rows of our parameter that are it)."""
+    """(Hugging Face tensor, the rows of our parameter that are it), for example of layers.3.attention.qkv.weight."""
+    config = student.config
     for name, parameter in student.named_parameters():
-        for part, rows in _parts(name, parameter, student.config):
-            yield part, parameter.detach()[rows]
-
-
-def _parts(name: str, parameter: Tensor, config: ModelConfig) -> list[tuple[str, slice]]:
-    """(Hugging Face tensor, its rows) of one of our parameters, for example layers.3.attention.qkv.weight."""
-    module, _, leaf = name.rpartition(".")
-    prefix = ""
-    if module.startswith("layers."):
-        _, layer, module = module.split(".", maxsplit=2)
-        prefix = f"model.layers.{layer}."
-    shares: tuple[int, ...] = (1,) * len(_MODULES[module])
-    if module == "attention.qkv":
-        shares = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    unit = parameter.shape[0] // sum(shares)
-    ends = (total * unit for total in accumulate(shares))
-    return [
-        (f"{prefix}{theirs}.{leaf}", slice(end - share * unit, end))
-        for theirs, share, end in zip(_MODULES[module], shares, ends, strict=True)
-    ]
+        module, _, leaf = name.rpartition(".")
+        prefix = ""
+        if module.startswith("layers."):
+            _, layer, module = module.split(".", maxsplit=2)
+            prefix = f"model.layers.{layer}."
+        shares = [1] * len(_MODULES[module])
+        if module == "attention.qkv":
+            shares = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        unit = parameter.shape[0] // sum(shares)
+        views = parameter.detach().split([share * unit for share in shares])
+        for theirs, view in zip(_MODULES[module], views, strict=True):
+            yield f"{prefix}{theirs}.{leaf}", view
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

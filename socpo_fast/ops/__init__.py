@@ -6,10 +6,9 @@ from socpo_fast.ops.compute_advantages import compute_advantages
 from socpo_fast.ops.credit_options import CreditOptions
 from socpo_fast.ops.decay_advantage import Credit, credit_attempts, decay_rewards
 from socpo_fast.ops.linear import linear
-from socpo_fast.ops.linear_logprob import linear_logprob
+from socpo_fast.ops.linear_logprob import linear_logprob, next_token_rows
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.linear_sample import linear_sample
-from socpo_fast.ops.next_token_rows import next_token_rows
 from socpo_fast.ops.paged_attention import paged_attention
 from socpo_fast.ops.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 from socpo_fast.ops.rms_norm import rms_norm

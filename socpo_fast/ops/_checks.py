@@ -31,18 +31,14 @@ class TensorChecker:
                 f"{self.where}: {name} must be a whole tensor, got a DTensor, which may be a shard of "
                 "one; call its full_tensor()"
             )
-        letters, shape, num_known = name.rpartition("_")[2], x.shape, len(self.sizes)
-        fits = len(shape) == len(letters) and x.dtype in dtypes
-        if fits:
-            for letter, size in zip(letters, shape, strict=True):
-                if self.sizes.setdefault(letter, size) != size:
-                    fits = False
-        if not fits:
-            known = dict(list(self.sizes.items())[:num_known])
+        letters, sizes = name.rpartition("_")[2], dict(self.sizes)
+        fits = x.dtype in dtypes and len(x.shape) == len(letters)
+        if not fits or any(sizes.setdefault(c, size) != size for c, size in zip(letters, x.shape, strict=True)):
             rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
-            shapes = ", ".join(f"{c}={known[c]}" if c in known else c for c in letters)
-            got = f"{_dtype_name(x.dtype)} {list(shape)}"
+            shapes = ", ".join(f"{c}={self.sizes[c]}" if c in self.sizes else c for c in letters)
+            got = f"{_dtype_name(x.dtype)} {list(x.shape)}"
             raise ValueError(f"{self.where}: {name} must be {rule} [{shapes}], got {got}")
+        self.sizes = sizes
         if self.device is None:
             self.device = x.device
         elif x.device != self.device:
@@ -60,8 +56,7 @@ class TensorChecker:
     def flat(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         """One that is contiguous, of any shape, by its numbers in a row."""
         if isinstance(x, Tensor):
-            is_flat = x.is_contiguous()
-            check_rule(self.where, f"strides of {name}", x.stride(), is_flat, "contiguous")
+            check_rule(self.where, f"strides of {name}", x.stride(), x.is_contiguous(), "contiguous")
             x = x.view(-1)
         self(name, x, dtypes)
 
@@ -129,12 +124,11 @@ def is_autocasting(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in torch.autocast's dtype where it is on, as torch's own matrix products take them."""
-    tensors = x, *others
-    if not is_autocasting(x):
+    if not is_autocasting(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 

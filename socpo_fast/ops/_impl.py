@@ -57,18 +57,17 @@ def pick_impl(op: str, impl: str, x: Tensor) -> str:
     device, dtypes = x.device.type, IMPLS[op]
     if impl == "auto":
         fastest = FASTEST.get(device, "ref")
-        fits = x.dtype in dtypes.get(fastest, ())
-        return fastest if fits and _IS_THERE[fastest] else "ref"
+        return fastest if x.dtype in dtypes.get(fastest, ()) and _IS_THERE[fastest] else "ref"
     if impl == "ref":
         return impl
     if x.dtype not in dtypes.get(impl, ()):
         known = ["auto", "ref", *(name for name, able in dtypes.items() if x.dtype in able)]
-        rule = f"one of {', '.join(known)}"
-        rule += f" for {str(x.dtype).removeprefix('torch.')}" if impl in dtypes else ""
-        raise ValueError(f"{op}: impl must be {rule}, got {impl!r}")
+        for_dtype = f" for {str(x.dtype).removeprefix('torch.')}" if impl in dtypes else ""
+        raise ValueError(f"{op}: impl must be one of {', '.join(known)}{for_dtype}, got {impl!r}")
     if device != _DEVICES[impl] and not (impl == "triton" and device == "cpu" and INTERPRETS):
-        rule = f"auto or ref for tensors on {x.device}"
-        raise ValueError(f"{op}: impl must be {rule}, got {impl!r}, which runs on {_RUNS_ON[impl]}")
+        raise ValueError(
+            f"{op}: impl must be auto or ref for tensors on {x.device}, got {impl!r}, which runs on {_RUNS_ON[impl]}"
+        )
     if impl in _IS_THERE and not _IS_THERE[impl]:
         raise RuntimeError(f"{op}: impl {impl!r} needs {_HOW_TO_GET[impl]}, or use impl='ref'")
     return impl

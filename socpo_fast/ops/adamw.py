@@ -163,16 +163,14 @@ def adamw(
     param with its low_bits to an fp32 param.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
-    where = "adamw"
-    check = TensorChecker(where)
+    check = TensorChecker("adamw")
     check.flat("param_N", param, FLOATS)
     wide = (torch.promote_types(param.dtype, torch.float32),)
     for name, x in (("exp_avg_N", exp_avg), ("exp_avg_sq_N", exp_avg_sq), ("grad_N", grad)):
         check.flat(name, x, wide)
     needs_low_bits = param.dtype == torch.bfloat16
     rule = f"{'a tensor' if needs_low_bits else 'None'} for a param of {param.dtype}"
-    kind = type(low_bits).__name__
-    check_rule(where, "low_bits", kind, (low_bits is not None) == needs_low_bits, rule)
+    check_rule("adamw", "low_bits", type(low_bits).__name__, (low_bits is not None) == needs_low_bits, rule)
     if low_bits is not None:
         check.flat("low_bits_N", low_bits, (torch.int16,))
     check.optional(wide, scale_=scale)
@@ -184,10 +182,9 @@ def adamw(
         ("step", step, step >= 1, ">= 1"),
     )
     for name, value, holds, rule in rules:
-        check_rule(where, name, value, holds, rule)
+        check_rule("adamw", name, value, holds, rule)
     factors = StepFactors.of(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step)
-    impl = pick_impl(where, impl, param)
-    _adamw(param, low_bits, exp_avg, exp_avg_sq, grad, scale, list(factors), impl)
+    _adamw(param, low_bits, exp_avg, exp_avg_sq, grad, scale, list(factors), pick_impl("adamw", impl, param))
 
 
 def _kernel(

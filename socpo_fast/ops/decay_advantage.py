@@ -65,11 +65,11 @@ def credit_attempts_ref(
     if keys_GA is not None:
         group_A = keys_GA.unique(dim=1, return_inverse=True)[1]
         count_A = group_A.bincount()[group_A].double()
-        sum_A, others_A = _segment_sum(x_A, group_A)[group_A], (count_A - 1).clamp(min=1)
+        sum_A, others_A = group_A.bincount(x_A)[group_A], (count_A - 1).clamp(min=1)
         baseline_A = (sum_A - x_A) / others_A if estimator.baseline == "others" else sum_A / count_A
         x_A = torch.where(count_A == 1, x_A, x_A - baseline_A)
         if estimator.divides_by_std:
-            variance_A = _segment_sum(x_A.square(), group_A)[group_A] / others_A
+            variance_A = group_A.bincount(x_A.square())[group_A] / others_A
             x_A = x_A / (torch.where(count_A == 1, 1.0, variance_A.sqrt()) + eps)
     if estimator.whitens:
         assert num_tokens_A is not None, "only rewards are asked for without it"
@@ -131,8 +131,9 @@ def credit_attempts(
         )
     keys = (question_idx_A, attempt_idx_A) if options.baseline_group == "question_attempt" else (question_idx_A,)
     keys_GA = None if estimator.baseline == "none" else torch.stack(keys)
-    table = rewards_A, attempt_idx_A, num_tokens_A, keys_GA, rollouts_2A
-    credit = _run(where, impl, options, num_factors, estimator, *table)
+    credit = _run(
+        where, impl, options, num_factors, estimator, rewards_A, attempt_idx_A, num_tokens_A, keys_GA, rollouts_2A
+    )
     if has_tokens:
         return credit
     return credit._replace(advantages_A=torch.zeros_like(credit.rewards_A))
@@ -160,8 +161,7 @@ def decay_rewards(
     """
     where, options = "decay_rewards", CreditOptions(schedule=schedule, factor=factor)
     num_factors = _check_rewards(TensorChecker(where), rewards_A, attempt_idx_A, options)
-    credit = _run(where, impl, options, num_factors, _REWARDS_ONLY, rewards_A, attempt_idx_A)
-    return credit.rewards_A
+    return _run(where, impl, options, num_factors, _REWARDS_ONLY, rewards_A, attempt_idx_A).rewards_A
 
 
 def _run(
@@ -217,9 +217,9 @@ def _kernel(
     last_A = None if rollouts_2A is None else _last_of_rollout(rollouts_2A, attempt_idx_A)
     tensors = num_tokens_A, keys_GA, last_A
     if impl != "ref":
-        launch = kernels_of("decay_advantage", impl).decay_advantage
-        compare = baseline, divides_by_std, whitens, eps
-        return launch(raw_A, attempt_idx_A, *tensors, factors, num_factors, *compare)
+        return kernels_of("decay_advantage", impl).decay_advantage(
+            raw_A, attempt_idx_A, *tensors, factors, num_factors, baseline, divides_by_std, whitens, eps
+        )
     credit = credit_attempts_ref(
         raw_A.cpu(),
         attempt_idx_A.cpu(),
@@ -257,8 +257,8 @@ def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tenso
     if rewards_A.numel() == 0:
         return 0
     first, last = (int(idx) for idx in attempt_idx_A.aminmax())
-    holds = options.schedule != "batch_mean" or first == 0
-    check_rule(check.where, "attempt_idx_A", first, holds, "0 for at least one attempt")
+    if options.schedule == "batch_mean":
+        check_rule(check.where, "attempt_idx_A", first, first == 0, "0 for at least one attempt")
     check_rule(check.where, "attempt_idx_A", last, last < MAX_ATTEMPTS, f"below {MAX_ATTEMPTS}")
     return last + 1
 
@@ -275,7 +275,7 @@ def _last_of_rollout(rollouts_2A: Tensor, attempt_idx_A: Tensor) -> Tensor:
 
 def _batch_means(raw_A: Tensor, attempt_idx_A: Tensor, num_factors: int) -> list[float]:
     """f_n needs f_1 .. f_(n - 1): a recurrence over the few attempt indices."""
-    sums = _segment_sum(raw_A, attempt_idx_A, num_factors).tolist()
+    sums = attempt_idx_A.bincount(raw_A, num_factors).tolist()
     counts = attempt_idx_A.bincount(minlength=num_factors).tolist()
     factors: list[float] = []
     decayed_sum, count = 0.0, 0
@@ -284,9 +284,3 @@ def _batch_means(raw_A: Tensor, attempt_idx_A: Tensor, num_factors: int) -> list
         decayed_sum += factors[n] * sums[n]
         count += counts[n]
     return factors
-
-
-def _segment_sum(x_A: Tensor, segment_A: Tensor, num_segments: int | None = None) -> Tensor:
-    """Sum of x over each segment, added in index order."""
-    size = int(segment_A.max()) + 1 if num_segments is None else num_segments
-    return x_A.new_zeros(size).index_add_(0, segment_A, x_A)

@@ -1,6 +1,6 @@
 """LM head and log-softmax of single targets: linear_logprob_ref is the formula by chunks, linear_logprob the op.
 
-The fused form is in _fused_logprob.py.
+The fused form is in _fused_logprob.py. next_token_rows leads there from a padded batch, as Hugging Face models take it.
 """
 
 import torch
@@ -15,7 +15,6 @@ from socpo_fast.ops._checks import (
     TensorChecker,
     autocast,
     check_rule,
-    has_no_values,
     is_autocasting,
     whole,
     without_autocast,
@@ -52,8 +51,9 @@ def linear_logprob_ref(
     bias_V = None if bias_V is None else bias_V.to(dtype)
     has_target_N = targets_N != NO_TARGET
     scale_N = temperature.detach() if isinstance(temperature, Tensor) else None
-    by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), scale_N, has_target_N
-    rows_N, targets_N, scale_N, is_kept_N = keep_wanted(has_target_N, *by_row)
+    rows_N, targets_N, scale_N, is_kept_N = keep_wanted(
+        has_target_N, row_indices(rows_N, targets_N), targets_N.clamp(min=0), scale_N, has_target_N
+    )
     # index_select, not indexing: its backward adds repeated rows in index order, whatever the
     # number of threads; a row without a target may hold anything
     hidden_ND = hidden_TD.index_select(0, rows_N).to(dtype).where(is_kept_N[:, None], 0)
@@ -159,6 +159,36 @@ def linear_logprob(
     return outputs[:2]
 
 
+def next_token_rows(hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Flattens a batch so that position l predicts label l + 1, with -100 for rows without loss.
+
+        hidden_BLD = model.model(input_ids, attention_mask).last_hidden_state
+        hidden_TD, targets_N, rows_N = next_token_rows(hidden_BLD, labels)
+        logprobs_N, _ = linear_logprob(
+            hidden_TD, model.lm_head.weight, targets_N, rows_N=rows_N, temperature=1.0,
+        )
+        loss = -logprobs_N.nanmean()       # the model's own: cross entropy of the shifted labels
+
+    Args:
+        hidden_BLD: [B, L, D] fp32, fp64, bf16 or fp16. The last hidden states.
+        labels_BL:  [B, L] int64, each in [0, V), or -100 (prompt, padding).
+
+    Returns:
+        hidden_TD [T = B L, D];  targets_N, rows_N [N = B (L - 1)] int64. The shapes do not depend
+        on the labels; the ops leave rows of target -100 out.
+
+    Raises:
+        ValueError: a shape or dtype breaks the rules above.
+
+    Gradient: hidden.
+    """
+    check = TensorChecker("next_token_rows")
+    check("hidden_BLD", hidden_BLD, FLOATS)
+    check("labels_BL", labels_BL, INDEX)
+    rows_BL = torch.arange(labels_BL.numel(), device=labels_BL.device).view(labels_BL.shape)
+    return hidden_BLD.flatten(0, 1), labels_BL[:, 1:].flatten(), rows_BL[:, :-1].flatten()
+
+
 def check_head(
     check: TensorChecker,
     hidden_TD: Tensor,
@@ -206,10 +236,8 @@ def check_head(
         check.index_range("rows_N", rows_N, hidden_TD.shape[0])
     check("targets_N", targets_N, INDEX)
     vocab = weight_VD.shape[0]
-    fits_N = (targets_N >= 0) & (targets_N < vocab)
-    if has_no_values(targets_N) or targets_N.is_cuda or not fits_N.all():
-        fits_N = fits_N | (targets_N == NO_TARGET)
-        check.every("targets_N", targets_N, fits_N, f"in [0, {vocab})")
+    fits_N = ((targets_N >= 0) & (targets_N < vocab)) | (targets_N == NO_TARGET)
+    check.every("targets_N", targets_N, fits_N, f"in [0, {vocab})")
     if isinstance(temperature, Tensor):
         check("temperature_N", temperature, WIDE_FLOATS)
         check.every(
@@ -227,8 +255,7 @@ def check_head(
             "finite and > 0",
         )
     for name, value in (("workspace_mib", workspace_mib), ("softcap", softcap)):
-        holds = value is None or 0 < value < torch.inf
-        check_rule(check.where, name, value, holds, "finite and > 0")
+        check_rule(check.where, name, value, value is None or 0 < value < torch.inf, "finite and > 0")
     check_rule(
         check.where,
         "logit_scale",

@@ -30,8 +30,7 @@ def linear_sample_ref(
     """`linear_sample`, unchecked."""
     hidden_BD = hidden_TD if rows_B is None else hidden_TD[rows_B]
     logits_BV = linear_ref(hidden_BD.to(torch.promote_types(hidden_TD.dtype, torch.float32)), weight_VD)
-    settings = temperature_B, top_k_B, top_p_B, min_p_B
-    token_ids_B, logprobs_B, kept_mass_B = sample_ref(logits_BV, row_keys_B, *settings)
+    token_ids_B, logprobs_B, kept_mass_B = sample_ref(logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
     temperature_B = temperature_B.masked_fill(temperature_B == 0, 1.0)
     probs_BV = (logits_BV.double() / temperature_B[:, None]).softmax(-1)
     return token_ids_B, logprobs_B, torch.special.entr(probs_BV).sum(-1).float(), kept_mass_B
@@ -84,7 +83,6 @@ def linear_sample(
         check.index_range("rows_B", rows_B, hidden_TD.shape[0])
     else:
         check_rule("linear_sample", "B without rows_B", len(row_keys_B), len(row_keys_B) == len(hidden_TD), "T")
-    impl = pick_impl("linear_sample", impl, hidden_TD)
     return linear_sample_op(
         hidden_TD,
         weight_VD,
@@ -95,7 +93,7 @@ def linear_sample(
         min_p_B,
         rows_B,
         None,
-        impl,
+        pick_impl("linear_sample", impl, hidden_TD),
     )
 
 

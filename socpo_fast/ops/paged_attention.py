@@ -3,14 +3,16 @@
 Read paged_attention_ref for the mathematics. Departs from the textbook: there is one entry for a prompt and for a
 single token, and both give the same bits, since a query row's arithmetic sees its own position and keys only. Keys are
 attended in fixed splits, merged in order; siblings whose pages are the same over a split have it read once for all of
-them (cascade), which changes no bit either.
+them (cascade), which changes no bit either. The package flash-attn is an implementation, too, if asked for by name.
 """
 
+import importlib
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, has_no_values
-from socpo_fast.ops._flash import paged_attention_flash
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
 
@@ -105,18 +107,22 @@ def _check(
     cu_seqlens_q: Tensor,
 ) -> None:
     """Everything the C++ relies on: it reads and writes by these numbers without looking again."""
-    where = "paged_attention"
-    check = TensorChecker(where)
+    check = TensorChecker("paged_attention")
     check("q_THE", q_THE, FLOATS)
     stored = (torch.float32, torch.bfloat16) if q_THE.dtype == torch.float32 else (q_THE.dtype,)
     check("k_cache_PSKE", k_cache_PSKE, stored)
     check("v_cache_PSKE", v_cache_PSKE, (k_cache_PSKE.dtype,))
     check.each((torch.int32,), block_table_BM=block_table_BM, seq_lens_B=seq_lens_B)
     num_tokens, heads, head_dim, pages, page_size, kv_heads, num_seqs, width = (check.sizes[c] for c in "THEPSKBM")
-    is_whole = k_cache_PSKE.is_contiguous() and v_cache_PSKE.is_contiguous()
-    check_rule(where, "strides of the caches", (k_cache_PSKE.stride(), v_cache_PSKE.stride()), is_whole, "contiguous")
-    check_rule(where, "H", heads, heads % kv_heads == 0, f"a multiple of K={kv_heads}")
-    check_rule(where, "E", head_dim, head_dim % 4 == 0 and 0 < head_dim <= 256, "a multiple of 4 in [4, 256]")
+    check_rule(
+        check.where,
+        "strides of the caches",
+        (k_cache_PSKE.stride(), v_cache_PSKE.stride()),
+        k_cache_PSKE.is_contiguous() and v_cache_PSKE.is_contiguous(),
+        "contiguous",
+    )
+    check_rule(check.where, "H", heads, heads % kv_heads == 0, f"a multiple of K={kv_heads}")
+    check_rule(check.where, "E", head_dim, head_dim % 4 == 0 and 0 < head_dim <= 256, "a multiple of 4 in [4, 256]")
 
     if has_no_values(q_THE):
         return
@@ -129,20 +135,67 @@ def _check(
         and cu_seqlens_q[-1].item() == num_tokens
     )
     check_rule(
-        where, "cu_seqlens_q", cu_seqlens_q, is_rising, f"int32 [B + 1 = {num_seqs + 1}] rising from 0 to {num_tokens}"
+        check.where,
+        "cu_seqlens_q",
+        cu_seqlens_q,
+        is_rising,
+        f"int32 [B + 1 = {num_seqs + 1}] rising from 0 to {num_tokens}",
     )
-    fits = bool(((seq_lens_B >= q_lens_B) & (seq_lens_B <= width * page_size)).all())
     check_rule(
-        where,
+        check.where,
         "seq_lens_B",
         seq_lens_B.tolist(),
-        fits,
+        bool(((seq_lens_B >= q_lens_B) & (seq_lens_B <= width * page_size)).all()),
         f"in [query tokens, M * S = {width * page_size}] with query tokens {q_lens_B.tolist()}",
     )
     used_pages = block_table_BM[
         torch.arange(0, width * page_size, page_size, device=seq_lens_B.device) < seq_lens_B[:, None]
     ]
     check.index_range("block_table_BM", used_pages, pages)
+
+
+def paged_attention_flash(
+    q_THE: Tensor,
+    k_cache_PSKE: Tensor,
+    v_cache_PSKE: Tensor,
+    block_table_BM: Tensor,
+    seq_lens_B: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    """`paged_attention` by the package flash-attn, its tensors unchecked; nothing is read back from the device.
+
+    It is asked for by name, never chosen by itself. Departs from our kernels: pages of 256 tokens or a multiple, fp16
+    and bf16 only, no sharing among siblings, and prefill and decode differ in their bits. Decode takes one split, so
+    that a row's bits do not depend on its company.
+
+    Raises:
+        ValueError: pages or a dtype that flash-attn cannot do.
+        RuntimeError: it is not installed.
+    """
+    where, size = "paged_attention", k_cache_PSKE.shape[1]
+    check_rule(where, "page_size", size, size % 256 == 0, "a multiple of 256 for impl='flash'")
+    if q_THE.dtype not in (torch.float16, torch.bfloat16) or k_cache_PSKE.dtype != q_THE.dtype:
+        raise ValueError(
+            f"{where}: queries and pages must be both fp16 or both bf16 for impl='flash', got "
+            f"{q_THE.dtype} and pages in {k_cache_PSKE.dtype}"
+        )
+    try:
+        flash = importlib.import_module("flash_attn")
+    except ModuleNotFoundError as error:
+        advice = "pip install --no-build-isolation socpo_fast[flash], or take another impl"
+        raise RuntimeError(f"{where}: impl 'flash' needs flash-attn; {advice}") from error
+    options = {"softmax_scale": scale, "causal": True, "block_table": block_table_BM}
+    if max_seqlen_q == 1 and len(q_THE) == len(seq_lens_B):
+        options |= {"cache_seqlens": seq_lens_B, "num_splits": 1}
+        return flash.flash_attn_with_kvcache(q_THE[:, None], k_cache_PSKE, v_cache_PSKE, **options).squeeze(1)
+    cu_seqlens_k = F.pad(seq_lens_B.cumsum(0, dtype=torch.int32), (1, 0))
+    return flash.flash_attn_varlen_func(
+        q_THE, k_cache_PSKE, v_cache_PSKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
+    )
 
 
 def _kernel(

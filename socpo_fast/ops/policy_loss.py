@@ -5,6 +5,7 @@ microbatches changes nothing; a row of weight 0 is never touched, whatever it ho
 bound, the gradient passes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -44,26 +45,16 @@ class PolicyLossOptions:
     kl_estimator: KLEstimator = "k3"
 
     def __post_init__(self) -> None:
-        where, infinity, dual_clip = "PolicyLossOptions", float("inf"), self.dual_clip
-        check_rule(where, "clip_low", self.clip_low, 0 <= self.clip_low <= 1, "in [0, 1]")
-        check_rule(
-            where,
-            "clip_high",
-            self.clip_high,
-            0 <= self.clip_high < infinity,
-            "finite and >= 0",
-        )
-        is_right = dual_clip is None or 1 < dual_clip < infinity
-        check_rule(where, "dual_clip", dual_clip, is_right, "finite and > 1, or None")
-        check_rule(
-            where,
-            "entropy_coef",
-            self.entropy_coef,
-            abs(self.entropy_coef) < infinity,
-            "finite",
-        )
-        check_rule(where, "kl_coef", self.kl_coef, 0 <= self.kl_coef < infinity, "finite and >= 0")
-        check_word(where, "kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        rules = {
+            "clip_low": (0 <= self.clip_low <= 1, "in [0, 1]"),
+            "clip_high": (0 <= self.clip_high < math.inf, "finite and >= 0"),
+            "dual_clip": (self.dual_clip is None or 1 < self.dual_clip < math.inf, "finite and > 1, or None"),
+            "entropy_coef": (abs(self.entropy_coef) < math.inf, "finite"),
+            "kl_coef": (0 <= self.kl_coef < math.inf, "finite and >= 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            check_rule("PolicyLossOptions", name, getattr(self, name), holds, rule)
+        check_word("PolicyLossOptions", "kl_estimator", self.kl_estimator, KL_ESTIMATORS)
 
     @property
     def needs_advantage(self) -> bool:
@@ -72,9 +63,9 @@ class PolicyLossOptions:
 
     def flat(self) -> tuple[float, float, float, float, float, int]:
         """As row passes take them: a dual clip of inf is off, KL estimators are numbers from 1."""
-        dual_clip = float("inf") if self.dual_clip is None else self.dual_clip
-        clips = self.clip_low, self.clip_high, dual_clip
-        return *clips, self.entropy_coef, self.kl_coef, KL_ESTIMATORS.index(self.kl_estimator) + 1
+        dual_clip = math.inf if self.dual_clip is None else self.dual_clip
+        kl_estimator = KL_ESTIMATORS.index(self.kl_estimator) + 1
+        return self.clip_low, self.clip_high, dual_clip, self.entropy_coef, self.kl_coef, kl_estimator
 
 
 DEFAULT_OPTIONS = PolicyLossOptions()
@@ -104,8 +95,7 @@ def policy_loss_ref(
 ) -> PolicyLoss:
     """`policy_loss` with one advantage and one weight a token, unchecked; logprobs in fp32 or fp64."""
     has_loss_N = weights_N != 0
-    old_logprobs_N = logprobs_N if old_logprobs_N is None else old_logprobs_N.to(logprobs_N.dtype)
-    old_logprobs_N = old_logprobs_N.detach()
+    old_logprobs_N = (logprobs_N if old_logprobs_N is None else old_logprobs_N).detach().to(logprobs_N.dtype)
 
     def only_loss_rows(x_N: Tensor) -> Tensor:
         """Zeros elsewhere, whatever stands there, and no gradient."""
@@ -239,11 +229,11 @@ def check_loss_inputs(
     Returns: [N] advantages and [N] weights, without a gradient. Weights made here are like the old
     log-probs, or like `like` where there are none.
     """
-    has_reference = options.kl_coef == 0 or ref_logprobs_N is not None
-    check_rule(check.where, "ref_logprobs_N", None, has_reference, "given when kl_coef is not 0")
-    has_sampler = tis_clip is None or sampler_logprobs_N is not None
-    check_rule(check.where, "sampler_logprobs_N", None, has_sampler, "given with tis_clip")
-    check_rule(check.where, "tis_clip", tis_clip, tis_clip is None or tis_clip > 0, "> 0, or None")
+    if options.kl_coef != 0:
+        check_rule(check.where, "ref_logprobs_N", None, ref_logprobs_N is not None, "given when kl_coef is not 0")
+    if tis_clip is not None:
+        check_rule(check.where, "sampler_logprobs_N", None, sampler_logprobs_N is not None, "given with tis_clip")
+        check_rule(check.where, "tis_clip", tis_clip, tis_clip > 0, "> 0, or None")
     check.optional(
         WIDE_FLOATS,
         old_logprobs_N=old_logprobs_N,
@@ -271,7 +261,7 @@ def check_loss_inputs(
         check.where,
         "num_loss_tokens",
         num_loss_tokens,
-        0 < num_loss_tokens < float("inf"),
+        0 < num_loss_tokens < math.inf,
         "finite and > 0",
     )
     like = like if old_logprobs_N is None else old_logprobs_N

@@ -77,8 +77,9 @@ def sample(
     check = TensorChecker("sample")
     check("logits_BV", logits_BV, FLOATS)
     check_draws(check, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
-    impl = pick_impl("sample", impl, logits_BV)
-    return _sample(logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B, impl)
+    return _sample(
+        logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B, pick_impl("sample", impl, logits_BV)
+    )
 
 
 def _kernel(

@@ -138,8 +138,7 @@ def tree_attention(
     check = TensorChecker("tree_attention")
     check("q_THE", q_THE, FLOATS)
     check.each((q_THE.dtype,), k_TKE=k_TKE, v_TKE=v_TKE)
-    _, heads, head_dim = q_THE.shape
-    kv_heads = k_TKE.shape[1]
+    heads, kv_heads, head_dim = (check.sizes[letter] for letter in "HKE")
     check_rule(
         check.where,
         "H",

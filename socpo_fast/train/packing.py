@@ -160,8 +160,7 @@ class _Builder:
                 elif num_unseen > 1:  # the last token of those is not in the branch
                     branch = branch.fork(kept_tokens)
                 branch.token_ids += bridge_ids
-            position = rollout.context_length(attempt_idx)
-            self.spans[rollout_idx, attempt_idx] = branch, position, attempt.token_ids
+            self.spans[rollout_idx, attempt_idx] = branch, rollout.context_length(attempt_idx), attempt.token_ids
             branch.token_ids += attempt.token_ids[:-1]
         self.num_tokens += _chain_tokens(rollout)
 
@@ -222,21 +221,25 @@ def _chain_tokens(rollout: Rollout) -> int:
 
 
 def _check_rollout(rollout_idx: int, rollout: Rollout) -> None:
-    where = f"pack_rollouts: rollouts[{rollout_idx}]"
+    name = f"rollouts[{rollout_idx}]"
     if not rollout.prompt_ids:
-        raise ValueError(f"{where}.prompt_ids must be non-empty, got []; its last token predicts the first sampled one")
+        raise ValueError(
+            f"pack_rollouts: {name}.prompt_ids must be non-empty, got []; its last token predicts the first sampled one"
+        )
     for turn_idx, attempt in enumerate(rollout.attempts):
         if attempt.num_tokens == 0:
-            raise ValueError(f"{where}.turns[{turn_idx}].attempt must have tokens, got none")
-        if turn_idx == len(rollout.turns) - 1:
-            break
+            raise ValueError(f"pack_rollouts: {name}.turns[{turn_idx}].attempt must have tokens, got none")
+    for turn_idx in range(len(rollout.turns) - 1):
         try:
             kept_tokens, _ = rollout.seam(turn_idx)
         except ValueError as error:
             raise ValueError(f"pack_rollouts: {error}") from None
         row_length = _row_length(rollout, turn_idx)
-        if not 1 <= kept_tokens <= row_length:
-            raise ValueError(
-                f"{where}.turns[{turn_idx}].guidance.kept_tokens must be in [1, {row_length}], the row's "
-                f"length, got {kept_tokens}; the context and the attempt make up the row"
-            )
+        check_rule(
+            "pack_rollouts",
+            f"{name}.turns[{turn_idx}].guidance.kept_tokens",
+            kept_tokens,
+            1 <= kept_tokens <= row_length,
+            f"in [1, {row_length}], the row's length",
+            "the context and the attempt make up the row",
+        )

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._flash import paged_attention_flash
-from socpo_fast.ops.paged_attention import paged_attention_ref
+from socpo_fast.ops.paged_attention import paged_attention_flash, paged_attention_ref
 
 SIZE, HEADS, KV_HEADS, HEAD_DIM = 256, 6, 2, 16
 SCALE = 0.3  # none that a forgotten argument would give

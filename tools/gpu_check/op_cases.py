@@ -26,7 +26,7 @@ from socpo_fast.ops import (
     row_keys,
     tree_attention,
 )
-from socpo_fast.ops._flash import paged_attention_flash
+from socpo_fast.ops.paged_attention import paged_attention_flash
 from socpo_fast.ops.rms_norm import rms_norm
 from socpo_fast.ops.rotary import rotary_qkv
 from socpo_fast.ops.rotary_write import rotary_write

@@ -4,6 +4,8 @@ make_teacher looks up who makes the kind that a configuration names; the kinds a
 config/teachers.py.
 """
 
+from collections.abc import Callable
+
 from socpo_fast.config import (
     Config,
     EndpointTeacherConfig,
@@ -59,8 +61,13 @@ def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
     """
     if config.rollout.max_attempts == 1:
         return retry_teacher()
-    make = load_function("teacher.kind", config.teacher.maker)
-    return make(config.teacher, config, device)
+    makers: dict[str, Callable[..., Teacher]] = {
+        "rule": make_rule_teacher,
+        "retry": make_retry_teacher,
+        "local": make_local_teacher,
+        "endpoint": make_endpoint_teacher,
+    }
+    return makers[config.teacher.kind](config.teacher, config, device)
 
 
 def make_rule_teacher(teacher: RuleTeacherConfig, config: Config, device: str) -> RuleTeacher:
