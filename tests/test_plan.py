@@ -31,13 +31,13 @@ FITS: dict[tuple[str, str], list[tuple[int, bool, int] | None]] = {
     ("rtx4090", "float32"): [(7168, True, 49), None, None, None],
     ("a6000", "bfloat16"): [(12288, False, 246), (6144, False, 142), None, None],
     ("a6000", "float32"): [(6144, False, 123), (10240, True, 84), None, None],
-    ("h100", "bfloat16"): [(24576, False, 450), (12288, False, 366), (16384, True, 160), None],
-    ("h100", "float32"): [(12288, False, 226), (6144, False, 183), (8192, True, 80), None],
+    ("h100", "bfloat16"): [(24576, False, 450), (12288, False, 366), (16384, True, 161), None],
+    ("h100", "float32"): [(12288, False, 226), (6144, False, 183), (8192, True, 81), None],
     ("h200", "bfloat16"): [
         (32768, False, 957),
         (27648, False, 753),
         (10240, False, 464),
-        (16384, True, 228),
+        (16384, True, 229),
     ],
     ("h200", "float32"): [
         (24576, False, 418),

@@ -100,23 +100,19 @@ def policy_gradients(
         token_mean               w_t = 1 / num_loss_tokens
         seq_mean_token_mean      w_t = 1 / (num_attempts * L)            L: tokens of t's attempt
         seq_mean_token_sum_norm  w_t = 1 / (num_attempts * max_new_tokens)
-        with tis_clip            w_t *= min(exp(old_logprob - sampler_logprob), tis_clip)
 
     Args:
         student:        the policy, on any device.
-        rollouts:       with each turn's advantage filled, unless advantages_A is given. Those without
-                        turns count for nothing; those whose advantages are all exactly 0 in their
-                        turns need no forward, where there is neither an entropy bonus nor a KL.
-        packing, token_budget: those of pack_rollouts.
+        rollouts:       with each turn's advantage filled, unless advantages_A is given. Those without turns count for
+                        nothing; with advantages of 0 alone, no entropy bonus and no KL, they are not forwarded.
+        packing, token_budget: those of pack_rollouts. options: clips, entropy bonus and KL, as of ops.policy_loss.
         temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
         num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of these rollouts.
         max_new_tokens: the sampler's, for loss_agg="seq_mean_token_sum_norm" only, which needs it.
         advantages_A:   [A] fp32 on the student's device: of all attempts, rollout by rollout.
-        old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's; "current": those
-                        of the student as it is, whose ratio is 1.
+        old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's; "current": the student's, ratio 1.
         ref_logprobs:   the same under the frozen reference; for kl_coef > 0.
-        options:        clips, entropy bonus and KL, as of ops.policy_loss.
-        tis_clip:       > 0, upper bound of the truncated importance weight; None: no such weight.
+        tis_clip:       > 0: w_t *= min(exp(old_logprob - sampler_logprob), tis_clip); None: no such weight.
         checkpointing:  recompute each layer in the backward: less memory, a third more compute.
         impl:           of the LM head, as of ops.linear_policy_loss; "ref" is attention's as well.
 
@@ -132,8 +128,7 @@ def policy_gradients(
     norm_attempts = len(lengths) if num_attempts is None else num_attempts
     forwarded = drop_idle(rollouts, options)
     microbatches = pack_rollouts(forwarded, packing=packing, token_budget=token_budget)
-    device = student.lm_head.weight.device
-    advantages_A = attempt_advantages(rollouts, advantages_A, device)
+    advantages_A = attempt_advantages(rollouts, advantages_A, student.lm_head.weight.device)
     with accumulating():
         outcomes = [
             _backward(
@@ -153,7 +148,7 @@ def policy_gradients(
             for microbatch in microbatches
         ]
     return GradientStats(
-        figures_6=_figures(outcomes, microbatches, sum(lengths), device),
+        figures_6=_figures(outcomes, microbatches, sum(lengths), student.lm_head.weight.device),
         tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
         unique_tokens=count_unique_tokens(rollouts),
         loss_tokens=sum(lengths),
