@@ -57,7 +57,7 @@ aot: $(INSTALLED)
 kernels-doc: $(INSTALLED)
 	$(VENV_PYTHON) -m tools.kernels_doc
 
-# What only a card can tell, in five minutes (MINUTES=8: all of it); exit status 2: no card. It installs and downloads
+# What only a card can tell, in five minutes (MINUTES=9: all of it); exit status 2: no card. It installs and downloads
 # nothing: torch, Triton, transformers and pydantic must be there, in .venv or in PYTHON. Results: runs/gpu_check.
 MINUTES ?= 5
 gpu-check:

@@ -20,7 +20,8 @@ CARD_ONLY = {
     "ceilings.link_gb_s", "attention.varlen_ms", "attention.times_varlen",
     "rates.decode_gb_s",
     "decode.step_ms", "decode.graph_ms", "decode.capture_ms", "decode.graph_mib",
-    "decode.kv_cache_gib", "decode.driver_gib",
+    "decode.driver_gib",
+    "batch.peak_gib", "batch.reserved_gib",
     "training.reserved_gib",
     "profilers.dram_share", "profilers.occupancy_share", "profilers.memory_errors",
 }  # fmt: skip

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from socpo_fast.engine.memory import kv_cache_size
 from socpo_fast.model import Decoder, load_student, save_student
 from socpo_fast.report.sizes import num_parameters
 from tests.engine.tiny import generate_same
@@ -204,21 +203,10 @@ def time_generate(
     check.figure("decode.times_generate", their_ms / decoding.step_ms(check.device), of=of)
 
 
-def memory_plan(check: Check) -> None:
-    """What engine.kv_cache_gib = "auto" gives with each model on this card."""
+def driver_memory(check: Check) -> None:
+    """What a process holds of the card beside PyTorch's memory."""
     if not check.is_cuda:
-        raise Skipped("on a CPU it is a constant")
-    for model in ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B"):
-        with check.case(f"memory plan of {model}"):
-            student = make_model(MODELS[model], device=check.device, dtype=check.dtype)
-            try:
-                size = kv_cache_size(student, "auto", PAGE_SIZE, 256)
-            except ValueError as error:  # too large a model for this card
-                raise Skipped(str(error)) from error
-            check.figure("decode.kv_cache_gib", size.gib, of=model)
-            check.note(f"{model} in bf16: {size.note}")
-            del student
-            check.free_memory()
+        raise Skipped("a CPU has no context")
     free, total = torch.cuda.mem_get_info(check.device)
     beside = (total - free - torch.cuda.memory_reserved(check.device)) / 2**30
     check.figure("decode.driver_gib", beside)
@@ -232,6 +220,6 @@ PARTS: dict[str, Part] = {
     "captures": captures,
     "eager": eager_step,
     "evaluation": evaluation_step,
-    "memory plan": memory_plan,
+    "driver": driver_memory,
     "kernels of a round": kernels_of_a_round,
 }
