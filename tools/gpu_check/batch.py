@@ -43,7 +43,8 @@ SETTINGS: dict[str, Any] = {"data.eval": None, "train.lr": 1e-6}
 WHOLE: dict[str, Any] = {"rollout.questions_per_batch": 16, "rollout.max_new_tokens": 256}
 # Updates as large as the plan lets them be.
 LARGE: dict[str, Any] = {"rollout.questions_per_batch": 4, "train.questions_per_update": 4}
-GROUP, TINY_GROUP = GroupShape(300, 800, 130), GroupShape(12, 4, 3, rollouts=2)
+# Two groups fill a microbatch of 16,384 tokens.
+GROUP, TINY_GROUP = GroupShape(300, 590, 130), GroupShape(12, 4, 3, rollouts=2)
 TINY: dict[str, Any] = {
     "rollout.questions_per_batch": 2,
     "rollout.group_size": 2,
