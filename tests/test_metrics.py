@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from socpo_fast.metrics import METRICS, meaning_of
 from socpo_fast.report.progress import Progress, sparkline
@@ -120,7 +121,9 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     assert updates_in(tmp_path) == [1, 2], "without resume_after_update a run starts afresh"
 
 
-def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
+def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It reads files by their names; in those of one second the tenth comes before the ninth.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
     write_updates(tmp_path, range(1, 6))
     write_updates(tmp_path, range(4, 8), resume_after_update=3)
     with MetricsWriter(tmp_path, resume_after_update=7) as writer:

@@ -114,7 +114,7 @@ def test_a_card_in_use_by_others_is_named(planner: Planner) -> None:
     with pytest.raises(ValueError, match="^plan: ") as refused:
         planner("Qwen3-4B", card)
     others = "H100, 12.2 of them held by others (a card in use by others)"
-    assert str(refused.value) == TOO_MANY.format("79.1", others, "72.0", "5.2") + (
+    assert str(refused.value) == TOO_MANY.format("79.1", others, "71.9", "5.1") + (
         f"use a free card, lower train.token_budget, {LARGER}"
     )
     plan = planner("Qwen3-1.7B", card)
@@ -162,7 +162,7 @@ REFUSED = {
     ),
     "a large cache": (
         ["--engine.kv_cache_gib", "40", "--loss.kl_coef", "0.1", "--train.token_budget", "8192"],
-        TOO_MANY.format("79.1", "H100", "111.9", "32.8") + f"lower engine.kv_cache_gib, set loss.kl_coef 0, {LARGER}",
+        TOO_MANY.format("79.1", "H100", "111.8", "32.7") + f"lower engine.kv_cache_gib, set loss.kl_coef 0, {LARGER}",
     ),
 }
 

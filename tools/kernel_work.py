@@ -76,8 +76,8 @@ def elementwise(config: ModelConfig) -> dict[str, Work]:
         "_rms_norm_backward_kernel": Work(f"{of}, with the residual", 4 * row),
         "_swiglu_kernel": Work(of, 3 * gate),
         "_swiglu_backward_kernel": Work(of, 5 * gate),
-        "_rotary_kernel": Work(of, 2 * rotated + tables),
-        "_rotary_write_kernel": Work(of, 2 * qkv + tables),
+        "_rotary_kernel": Work(f"{of}, q and k", 2 * rotated + tables),
+        "_rotary_backward_kernel": Work(f"{of}, all of qkv", rotated + 2 * qkv + tables),
     }
 
 

@@ -167,7 +167,7 @@ def test_a_backward_takes_what_it_takes_in_the_engine(
         traces.append(allocations(log))
         gradients.append([p.grad for p in student.parameters()])
     peaks = [max(used for _, used in trace) for trace in traces]
-    assert peaks[1] == pytest.approx(peaks[0], rel=2e-3)
+    assert peaks[1] == pytest.approx(peaks[0], rel=5e-3)
     for (what, used), (name, our_used) in zip(*traces, strict=True):
         assert name == what and our_used == pytest.approx(used, abs=0.07 * peaks[0]), what
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))

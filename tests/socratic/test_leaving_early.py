@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from socpo_fast.engine import Engine
+from socpo_fast.engine import sequence as sequences
 from socpo_fast.engine.runner import Runner
-from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.files import StopRequested
 from socpo_fast.model import Decoder
@@ -112,13 +112,13 @@ def test_a_grader_that_raises(engine: Engine, number: int, error: BaseException)
         (Runner, "forward", 1),
         (Runner, "forward", 20),
         (Runner, "copy_pages", 1),  # while a prompt is forked
-        (Scheduler, "pin", 5),  # others of this step have been pinned, and nobody has heard of them
+        (sequences, "Attempt", 5),  # others of this step have been pinned, and nobody has heard of them
         (Sequence, "append", 30),
     ],
 )
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), Stopped()], ids=["error", "signal"])
 def test_a_step_that_raises(
-    engine: Engine, owner: type, name: str, number: int, error: BaseException, monkeypatch: Any
+    engine: Engine, owner: Any, name: str, number: int, error: BaseException, monkeypatch: Any
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing_at(number, getattr(owner, name), error))
