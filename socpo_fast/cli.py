@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def run(argv: Sequence[str]) -> int:
+def run(words: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
-    words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -107,12 +106,12 @@ def load_trainer() -> Any:
     So Ctrl-C ends the process meanwhile, as the system does; nothing is begun yet.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_main and is_usual:
+    is_ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_ours:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from socpo_fast import trainer
 
-    if is_main and is_usual:
+    if is_ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return trainer
 
@@ -184,10 +183,8 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
             if value.startswith("--"):
                 raise ValueError(f"socpo {command}: {name} must be followed by its value, got nothing; none is a word")
         joined.append(name + equals + value)
-    only_file = Reader(add_help=False, allow_abbrev=False)
-    only_file.add_argument("--config", default="none")
-    toml_path = only_file.parse_known_args(joined)[0].config
-    toml_path = None if toml_path == "none" else toml_path
+    paths = [word.removeprefix("--config=") for word in joined if word.startswith("--config=")]
+    toml_path = paths[-1] if paths and paths[-1] != "none" else None
     # What is given counts, even where it is the default: a file, or data.train, may have another.
     given, unknown = reader(command, {} if toml_path is None else read_toml(toml_path)).parse_known_args(joined)
     if unknown:

@@ -221,8 +221,7 @@ def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]
 
 def pick_questions(config: Config, questions: list[Question], batch: int) -> dict[int, Question]:
     """The questions of batch 1, 2, .. by question_idx, in the batch's order."""
-    size = config.rollout.questions_per_batch
-    picked = batch_questions(questions, config.run.seed, batch - 1, size)
+    picked = batch_questions(questions, config.run.seed, batch - 1, config.rollout.questions_per_batch)
     return {question.question_idx: question for question in picked}
 
 

@@ -128,8 +128,11 @@ class Session:
             f"below the model's {positions} positions",
             "lower it",
         )
-        seen = min(rollout.attempt_limit, rollout.max_new_tokens) + rollout.guidance_limit
-        seen += len(self.bridge.bridge_ids("", ended=False))
+        seen = (
+            min(rollout.attempt_limit, rollout.max_new_tokens)
+            + rollout.guidance_limit
+            + len(self.bridge.bridge_ids("", ended=False))
+        )
         longest = self.max_prompt_tokens + (rollout.max_attempts - 1) * seen + rollout.max_new_tokens
         needed, room = min(longest, positions), self.engine.max_tokens
         if needed > room:
@@ -209,8 +212,7 @@ class Session:
         )
         params = replace(self.params, temperature=config.temperature, top_p=config.top_p)
         for start in range(0, len(questions), size):
-            chosen = questions[start : start + size]
-            for rollout in self._rollouts(chosen, params, EVAL_BATCH, options):
+            for rollout in self._rollouts(questions[start : start + size], params, EVAL_BATCH, options):
                 scores.add(rollout)
                 on_rollout()
         return scores.metrics() | {"time/total_s": time.perf_counter() - started}
@@ -252,8 +254,7 @@ class Session:
         wait([asked])
         outcome = result_of(asked, self.teacher)
         if isinstance(outcome, GuidanceFailed) and outcome.kind not in ("cut", "none"):
-            reason = f"{outcome.kind}: {outcome}"
-            self.refuse_silence(f"teacher: the first call got no guidance, {reason}")
+            self.refuse_silence(f"teacher: the first call got no guidance, {outcome.kind}: {outcome}")
 
     def refuse_silence(self, line: str) -> None:
         """Ends the run with a line that says how the teacher is silent, unless that is allowed."""

@@ -175,18 +175,18 @@ class Trainer:
         replace_file(config.folder / "config.toml", self.config_text)
         drop_rollouts(config.folder, after_batch=self.state.batch)
         mark_none_yet(self.checkpoints)
-        progress = Progress(
+        self.progress = Progress(
             num_batches=config.run.num_batches,
             first_batch=self.state.batch + 1,
             live=config.run.live,
         )
-        self.progress = stack.enter_context(progress)
-        self.guidance_watch = GuidanceWatch(progress)
+        stack.enter_context(self.progress)
+        self.guidance_watch = GuidanceWatch(self.progress)
         first = first_line(config.run, self.student, self.resumed_from)
         for note in (first, self.session.memory_note, *self.session.bridge.notes):
-            progress.note(note)
+            self.progress.note(note)
         if self.state.batch >= config.run.num_batches:
-            progress.note(f"finished at batch {self.state.batch}; raise run.num_batches to go on")
+            self.progress.note(f"finished at batch {self.state.batch}; raise run.num_batches to go on")
 
     def run_batches(self) -> None:
         """Whatever is due, then the next batch, until there are run.num_batches."""
@@ -216,10 +216,9 @@ class Trainer:
             self.update(rollouts, batch, advantages_A)
         after = self.optimizer.num_updates
         is_last = batch == config.run.num_batches
-        eval_due = is_last or is_due(before, after, config.eval.every_updates)
         self.state.end_batch(
             policy_version=self.engine.policy_version,
-            eval_due=eval_due and bool(self.eval_questions),
+            eval_due=bool(self.eval_questions) and (is_last or is_due(before, after, config.eval.every_updates)),
             save_due=is_due(before, after, config.run.checkpoint_every_updates),
         )
         metrics["time/update_s"] = time.perf_counter() - update_started
@@ -251,16 +250,18 @@ class Trainer:
     def update(self, rollouts: list[Rollout], batch: int, advantages_A: torch.Tensor) -> None:
         """The batch's updates, questions_per_update questions each, epochs times over."""
         # roll_out has put them in the order of questions.
-        by_question = groupby(rollouts, key=lambda rollout: rollout.question_idx)
-        groups = [list(group) for _, group in by_question]
-        total, before = len(groups) * self.config.train.epochs, self.optimizer.num_updates
-        self.progress.phase("update", batch=batch, update=before, total=total)
+        groups = [list(group) for _, group in groupby(rollouts, key=lambda rollout: rollout.question_idx)]
+        self.progress.phase(
+            "update",
+            batch=batch,
+            update=self.optimizer.num_updates,
+            total=len(groups) * self.config.train.epochs,
+        )
         order = update_order(self.config, len(groups), batch)
         with self.optimizer.gradients_in(self.engine.lend_memory()):
             for num_groups, metrics in self.updater.updates(groups, order, advantages_A):
                 self.engine.bump_policy_version()
-                num_updates = self.optimizer.num_updates
-                self.writer.write(metrics, kind="update", batch=batch, update=num_updates)
+                self.writer.write(metrics, kind="update", batch=batch, update=self.optimizer.num_updates)
                 self.progress.advance(num_groups)
 
     def evaluate(self) -> None:

@@ -95,9 +95,12 @@ class Config(Section):
 
         "auto" for the KV cache leaves that to the engine.
         """
-        train = _without_auto(self.train, token_budget=token_budget, checkpointing=checkpointing)
-        engine = _without_auto(self.engine, kv_cache_gib=kv_cache_gib)
-        return self.model_copy(update={"train": train, "engine": engine})
+        return self.model_copy(
+            update={
+                "train": _without_auto(self.train, token_budget=token_budget, checkpointing=checkpointing),
+                "engine": _without_auto(self.engine, kv_cache_gib=kv_cache_gib),
+            }
+        )
 
     @property
     def num_updates(self) -> int:
@@ -118,8 +121,7 @@ class Config(Section):
 
 
 def _without_auto(section: Section, **chosen: object) -> Section:
-    is_auto = (name for name in chosen if getattr(section, name) == "auto")
-    return section.model_copy(update={name: chosen[name] for name in is_auto})
+    return section.model_copy(update={name: x for name, x in chosen.items() if getattr(section, name) == "auto"})
 
 
 def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
@@ -161,25 +163,22 @@ def find_conflicts(config: Config) -> str | None:
     """The first rule between fields that is broken."""
     data = config.data
     train = config.train
-    teacher = config.teacher
-    dtype = config.student.dtype
-    page_size = config.engine.page_size
-    per_batch = config.rollout.questions_per_batch
+    rollout = config.rollout
     is_builtin_data = {data.train, data.eval} <= {"builtin", None}
-    is_builtin_rule = isinstance(teacher, RuleTeacherConfig) and teacher.rule == "builtin"
-    per_update = train.questions_per_update
+    is_builtin_rule = isinstance(config.teacher, RuleTeacherConfig) and config.teacher.rule == "builtin"
     is_falling = LR_SCHEDULES[train.lr_schedule] is not None
     rules = [
         (
-            per_batch % per_update == 0,
-            f"train.questions_per_update must divide rollout.questions_per_batch {per_batch}, got {per_update}",
+            rollout.questions_per_batch % train.questions_per_update == 0,
+            f"train.questions_per_update must divide rollout.questions_per_batch {rollout.questions_per_batch}, "
+            f"got {train.questions_per_update}",
         ),
         (
-            config.run.device != "cpu" or dtype == "float32",
-            f"student.dtype must be float32 on run.device cpu, got {dtype}; it is emulated there",
+            config.run.device != "cpu" or config.student.dtype == "float32",
+            f"student.dtype must be float32 on run.device cpu, got {config.student.dtype}; it is emulated there",
         ),
         (
-            is_builtin_data or not is_builtin_rule or config.rollout.max_attempts == 1,
+            is_builtin_data or not is_builtin_rule or rollout.max_attempts == 1,
             f"teacher.rule must be your own module:function for data {(data.train, data.eval)}, "
             "got builtin; set it or teacher.kind",
         ),
@@ -188,8 +187,8 @@ def find_conflicts(config: Config) -> str | None:
             f"data.eval must be your own questions or none for data.train {data.train}, got builtin",
         ),
         (
-            page_size & (page_size - 1) == 0,
-            f"engine.page_size must be a power of two, got {page_size}",
+            config.engine.page_size.bit_count() == 1,
+            f"engine.page_size must be a power of two, got {config.engine.page_size}",
         ),
         (
             not is_falling or train.warmup_updates < config.num_updates,

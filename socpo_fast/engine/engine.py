@@ -253,8 +253,7 @@ class Engine:
         Raises:
             ValueError: a sequence is queued, running or pinned.
         """
-        scheduler = self._scheduler
-        counts = [len(scheduler.waiting), len(scheduler.running), len(scheduler.pinned)]
+        counts = [len(self._scheduler.waiting), len(self._scheduler.running), len(self._scheduler.pinned)]
         check_rule(
             "lend_memory", "requests waiting, running, pinned", counts, not any(counts), "[0, 0, 0]", "release or reset"
         )

@@ -45,8 +45,13 @@ def kv_cache_size(
         ValueError: kv_cache_gib is neither a number > 0 nor "auto", or the card has too little.
     """
     if kv_cache_gib != "auto":
-        is_size = not isinstance(kv_cache_gib, str) and 0 < kv_cache_gib < inf
-        check_rule("Engine", "kv_cache_gib", kv_cache_gib, is_size, 'GiB > 0 or "auto"')
+        check_rule(
+            "Engine",
+            "kv_cache_gib",
+            kv_cache_gib,
+            not isinstance(kv_cache_gib, str) and 0 < kv_cache_gib < inf,
+            'GiB > 0 or "auto"',
+        )
         return KVCacheSize(kv_cache_gib, f"KV cache {kv_cache_gib:.3g} GiB")
     weight = student.lm_head.weight
     device = weight.device

@@ -1,14 +1,14 @@
 """Runs one planned step: packs the pending tokens, writes their KV into pages, attends over the pages.
 
 The weights are the trainer's own parameters, read where they are. What a step costs in Python is per sequence: token
-ids and page numbers are copied whole, positions and slots are computed for all at once.
+ids and page numbers are copied whole, positions and slots are computed for all at once. On a CPU a whole layer is a
+single call of the C++: at one token a step Python would take a quarter of the time to call a layer's ops one by one.
 """
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from socpo_fast.engine.fused_layers import fused_weights, has_hooks, run_fused_layers
 from socpo_fast.engine.sequence import Sequence, Step
 from socpo_fast.model.decoder import Decoder, Layer, computing_dtype
 from socpo_fast.ops._impl import pick_impl
@@ -50,8 +50,7 @@ class Runner:
 
     def bind_weights(self) -> None:
         """Look up the student's parameters, for layers that run in one call: empty where only op by op is possible."""
-        is_cpp = self.attention_impl == self.rotary_impl == "cpp"
-        is_fused = is_cpp and self.k_cache_LPSKE.dtype in (torch.float32, torch.bfloat16)
+        is_fused = self.attention_impl == self.rotary_impl == "cpp"
         layers = [layer for layer in self.student.layers if isinstance(layer, Layer)]
         self.layer_weights = [fused_weights(layer) for layer in layers] if is_fused else []
         self.layer_modules = list(self.student.layers.modules())
@@ -71,13 +70,7 @@ class Runner:
     def hidden(self, step: Step) -> Tensor:
         """Write the tokens' KV and return their hidden states, [T, D]."""
         if self.layer_weights and not has_hooks(self.layer_modules):
-            return run_fused_layers(
-                self.student,
-                self.layer_weights,
-                self.caches,
-                step,
-                cascade=self.cascade,
-            )
+            return self._hidden_by_layer(step)
 
         def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
             # The registered ops themselves: the step's numbers are our own, and checking them
@@ -97,6 +90,31 @@ class Runner:
             )
 
         return self.student(step.token_ids_T, step.positions_T, attend)
+
+    def _hidden_by_layer(self, step: Step) -> Tensor:
+        """The same by one call a layer, without gradients.
+
+        The order of the ops is that of model/decoder.py's Layer; csrc/decoder_layer.cpp repeats it.
+        """
+        student = self.student
+        x_TD, rotary = student.first_layer_inputs(step.token_ids_T, step.positions_T)
+        delta_TD = None
+        for weights, caches in zip(self.layer_weights, self.caches, strict=True):
+            x_TD, delta_TD = torch.ops.socpo.decoder_layer(
+                x_TD,
+                delta_TD,
+                weights,
+                student.config.rms_norm_eps,
+                *rotary,
+                *caches,
+                step.slots_T,
+                step.block_table_BM,
+                step.seq_lens_B,
+                step.cu_seqlens_q,
+                student.config.head_dim**-0.5,
+                self.cascade,
+            )
+        return student.norm(delta_TD, x_TD)[0]
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""
@@ -127,3 +145,23 @@ class Runner:
             max_seqlen_q=int(counts_B.max()),
             max_seqlen_k=int((starts_B + counts_B).max()),
         )
+
+
+def fused_weights(layer: Layer) -> list[Tensor | None]:
+    """A layer's parameters in the order of torch.ops.socpo.decoder_layer."""
+    attention, mlp = layer.attention, layer.mlp
+    norms = [norm if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
+    qkv, o, gate_up, down = (
+        [linear.weight, linear.bias] for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down)
+    )
+    return [layer.attention_norm.weight, *qkv, *norms, *o, layer.mlp_norm.weight, *gate_up, *down]
+
+
+def has_hooks(modules: list[nn.Module]) -> bool:
+    """Whether somebody listens to one of these modules, which a fused layer would not call."""
+    hooks = torch.nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+    )

@@ -56,10 +56,12 @@ def is_accumulating() -> bool:
 
 def accumulates(param: Tensor) -> bool:
     """Whether a gradient of this parameter is about to be added to its .grad in place."""
-    if not is_accumulating() or not param.requires_grad:
-        return False
-    # A pickled copy has the mark, but not the dtype.
-    return hasattr(param, MARK) and param.grad_dtype == torch.float32
+    return (
+        is_accumulating()
+        and param.requires_grad
+        and hasattr(param, MARK)
+        and param.grad_dtype == torch.float32  # which a pickled copy lacks, though it has the mark
+    )
 
 
 class AccumulatingLinear(torch.autograd.Function):
@@ -90,10 +92,8 @@ class AccumulatingLinear(torch.autograd.Function):
                 "accumulating: a weight must stay as it was until the backward, got one that was "
                 "changed in place; run the forward again"
             )
-        total_ND = weight_ND.grad
-        has_grad = total_ND is not None
-        if total_ND is None:
-            total_ND = torch.empty_like(weight_ND, dtype=torch.float32)
+        has_grad = weight_ND.grad is not None
+        total_ND = weight_ND.grad if has_grad else torch.empty_like(weight_ND, dtype=torch.float32)
         x_TD = kept if ctx.function is None else ctx.function(kept)
         matmul_(total_ND, grad_TN.t(), x_TD, accumulate=has_grad)
         del x_TD  # before there is a gradient as large
@@ -129,8 +129,7 @@ class RotatedTreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
         qkv_TXE, *of_attention = ctx.saved_tensors
         qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
-        given = *ctx.mask, *of_attention, ctx.scale, ctx.impl
-        grads = tree_attention_backward_op(grad_THE, *qkv, *given)
+        grads = tree_attention_backward_op(grad_THE, *qkv, *ctx.mask, *of_attention, ctx.scale, ctx.impl)
         del qkv  # before there is a gradient as large
         grad_TXE, of_weights = rotary_qkv_backward_op(*grads, qkv_TXE, *ctx.rope, ctx.impl)
         return grad_TXE, None, None, *(of_weights.unbind() or (None, None)), *[None] * 5

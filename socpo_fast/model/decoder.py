@@ -1,32 +1,35 @@
 """The decoder: one set of fused weights for packed training and paged decoding.
 
-Read top-down: Decoder -> Layer -> Attention, MLP -> Linear, RMSNorm. Attention itself is handed in as `attend`,
-because where keys come from is the only thing in which rollout and training differ: the engine writes them to
-pages, the trainer reads them from the packed rows. Tokens are always packed, [T, ..], never padded [B, L, ..].
+Read top-down: Decoder -> packed_forward -> Layer -> Attention, MLP -> Linear, RMSNorm. Attention itself is handed in
+as `attend`, because where keys come from is the only thing in which rollout and training differ: the engine writes
+them to pages, training reads them from the packed rows. Tokens are always packed, [T, ..], never padded [B, L, ..].
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from socpo_fast.model.accumulate import AccumulatingEmbedding, AccumulatingLinear, Source, accumulates
+from socpo_fast.device import upload
+from socpo_fast.model.accumulate import (
+    AccumulatingEmbedding,
+    AccumulatingLinear,
+    RotatedTreeAttention,
+    Source,
+    accumulates,
+    is_accumulating,
+)
 from socpo_fast.model.config import ModelConfig
-from socpo_fast.ops import linear, rms_norm, swiglu
-from socpo_fast.ops.rotary import Rope
+from socpo_fast.ops import TreeMask, linear, rms_norm, swiglu, tree_attention
+from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
+from socpo_fast.ops.tree_attention import pick_tree_impl
 
 Tables = tuple[Tensor, Tensor]  # cos and sin, [T, E] fp32 each
-
-
-class Attend(Protocol):
-    """Causal attention of one layer over whatever the caller keeps.
-
-    qkv [T, H + 2 K, E] as the GEMM gives it, neither normed nor rotated -> [T, H, E].
-    """
-
-    def __call__(self, layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor: ...
+# Causal attention of one layer over whatever the caller keeps: layer_idx, qkv [T, H + 2 K, E] as the GEMM gives it,
+# neither normed nor rotated, and rope -> [T, H, E].
+Attend = Callable[[int, Tensor, Rope], Tensor]
 
 
 class Decoder(nn.Module):
@@ -83,6 +86,44 @@ class Decoder(nn.Module):
         """The tokens' embeddings [T, D], and cos and sin [T, E] of their positions."""
         x_TD = self.embed(token_ids_T)
         return x_TD.to(computing_dtype(x_TD)), rotary_tables(positions_T, self.inv_freq)
+
+
+def packed_forward(
+    student: Decoder,
+    token_ids_T: Tensor,
+    positions_T: Tensor,
+    tree: Tensor | TreeMask,
+    *,
+    checkpointing: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Computes the hidden states of packed tokens, each of which sees its ancestors and itself: training's forward.
+
+    Args:
+        token_ids_T, positions_T: [T] int64 on any device; a position is a depth along a path.
+        tree:            visible_until_T [T] int32 or a TreeMask, as of ops.tree_attention.
+        checkpointing:   recompute each layer in the backward.
+        impl:            of the attention.
+
+    Returns:
+        hidden_TD [T, D] behind the last norm, on the student's device, in the parameters' dtype.
+
+    Raises:
+        ValueError: the tree breaks the rules of ops.TreeMask.
+    """
+    config, device = student.config, student.lm_head.weight.device
+    mask = tree if isinstance(tree, TreeMask) else TreeMask.of(tree, where="packed_forward")
+    mask, scale = mask.to(device), config.head_dim**-0.5
+
+    def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
+        picked = pick_tree_impl(impl, qkv_TXE)
+        if picked != "ref" and is_accumulating():
+            return RotatedTreeAttention.apply(qkv_TXE, *rope, mask, config.num_kv_heads, scale, picked)
+        q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_TXE, rope, config.num_kv_heads)
+        return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=scale, impl=impl)
+
+    hidden_TD = student(upload(token_ids_T, device), upload(positions_T, device), attend, checkpointing=checkpointing)
+    return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU
 
 
 def computing_dtype(weight: Tensor) -> torch.dtype:

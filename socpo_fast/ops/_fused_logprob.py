@@ -66,8 +66,7 @@ def _fake(
     targets_N: Tensor,
     *_: Any,
 ) -> Any:
-    dtype = wide_dtype(hidden_TD)
-    return tuple(hidden_TD.new_empty(targets_N.shape, dtype=dtype) for _ in range(3))
+    return tuple(hidden_TD.new_empty(targets_N.shape, dtype=wide_dtype(hidden_TD)) for _ in range(3))
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
@@ -166,8 +165,7 @@ def _backward_fake(
     weight_VD: Tensor,
     *rest: Any,
 ) -> Any:
-    shapes = shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
-    return tuple(hidden_TD.new_empty(shape) for shape in shapes)
+    return tuple(hidden_TD.new_empty(shape) for shape in shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1]))
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets"

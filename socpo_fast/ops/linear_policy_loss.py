@@ -58,8 +58,7 @@ def linear_policy_loss_ref(
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
-    scored = targets_N.where(scored_N, NO_TARGET)
-    logprobs_N, entropy_N = linear_logprob_ref(hidden_TD, weight_VD, scored, **head)
+    logprobs_N, entropy_N = linear_logprob_ref(hidden_TD, weight_VD, targets_N.where(scored_N, NO_TARGET), **head)
     if metrics == "all":  # what has no loss has values, and no gradient whatever stands in it
         with torch.no_grad():
             values = linear_logprob_ref(hidden_TD, weight_VD, targets_N, **head)
@@ -143,10 +142,8 @@ def linear_policy_loss(
     head = check_head(check, hidden_TD, weight_VD, bias_V, *by_row, workspace_mib, *scaling)
     check_word(where, "metrics", metrics, _METRICS)
     scale_N, tanh_scale = scales_of_logits(check.sizes["N"], head[0], *scaling)
-    weights = attempt_of_token_N, weights_N, num_loss_tokens
-    logprobs = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
-    terms: Any = *logprobs, tis_clip, options
-    weighting = check_loss_inputs(check, scale_N, advantages, *weights, *terms)
+    terms: Any = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N, tis_clip, options
+    weighting = check_loss_inputs(check, scale_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, *terms)
     impl = pick_impl(where, impl, head[0])
     if impl == "ref":
         return linear_policy_loss_ref(*head, *by_row, metrics, *weighting, *terms, *scaling)

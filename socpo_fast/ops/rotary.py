@@ -5,8 +5,6 @@ which one GEMM gives, are never copied apart, and the backward writes one gradie
 Hugging Face's half-split layout: dimension i is rotated with i + E / 2.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +53,9 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
     """
     check_rotary("rotary", "x_THE", x_THE, cos_TE, sin_TE)
     impl = pick_impl("rotary", impl, x_THE)
-    tensors = x_THE, cos_TE, sin_TE
-    return rotary_ref(*tensors) if impl == "ref" else _rotary_qkv(*tensors, None, None, None, 0, impl)[0]
+    if impl == "ref":
+        return rotary_ref(x_THE, cos_TE, sin_TE)
+    return _rotary_qkv(x_THE, cos_TE, sin_TE, None, None, None, 0, impl)[0]
 
 
 def rotary_qkv_ref(
@@ -69,8 +68,8 @@ def rotary_qkv_ref(
     num_kv_heads: int,
     eps: float | None = None,
 ) -> tuple[Tensor, ...]:
-    normed = normed_qkv(qkv_TXE, q_weight_E, k_weight_E, eps, num_kv_heads, "ref")
-    return tuple(rotary_ref(x, cos_TE, sin_TE) for x in normed[:2])
+    q_THE, k_TKE, _ = normed_qkv(qkv_TXE, q_weight_E, k_weight_E, eps, num_kv_heads, "ref")
+    return rotary_ref(q_THE, cos_TE, sin_TE), rotary_ref(k_TKE, cos_TE, sin_TE)
 
 
 def rotary_qkv(
@@ -118,8 +117,8 @@ def rotary_qkv(
 
 def split_qkv_and_apply_rope(qkv_TXE: Tensor, rope: Rope, num_kv_heads: int) -> tuple[Tensor, ...]:
     """Returns q and k as of rotary_qkv, and v, a view."""
-    q_and_k = rotary_qkv(qkv_TXE, *rope[:4], num_kv_heads=num_kv_heads, eps=rope.eps)
-    return *q_and_k, qkv_TXE[:, -num_kv_heads:]
+    q_THE, k_TKE = rotary_qkv(qkv_TXE, *rope[:4], num_kv_heads=num_kv_heads, eps=rope.eps)
+    return q_THE, k_TKE, qkv_TXE[:, -num_kv_heads:]
 
 
 def split_qkv(qkv_TXE: Tensor, num_kv_heads: int) -> tuple[Tensor, ...]:
@@ -135,13 +134,12 @@ def normed_qkv(
     eps: float | None,
     num_kv_heads: int,
     impl: str,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """q, k and v, the first two normed where there are weights, by rms_norm."""
     q_THE, k_TKE, v_TKE = split_qkv(qkv_TXE, num_kv_heads)
     if q_weight_E is None or k_weight_E is None or eps is None:
         return q_THE, k_TKE, v_TKE
-    norm: Callable[..., Any] = partial(rms_norm, eps=eps, impl=impl)
-    return norm(q_THE, q_weight_E), norm(k_TKE, k_weight_E), v_TKE
+    return rms_norm(q_THE, q_weight_E, eps=eps, impl=impl), rms_norm(k_TKE, k_weight_E, eps=eps, impl=impl), v_TKE
 
 
 def _kernel(
@@ -157,8 +155,8 @@ def _kernel(
     kernels = kernels_of("rotary", impl)
     if impl != "cpp":
         return kernels.rotary_qkv(qkv, cos, sin, q_weight, k_weight, eps, num_kv_heads)
-    normed = normed_qkv(qkv, q_weight, k_weight, eps, num_kv_heads, impl)
-    return tuple(kernels.rotary(x, cos, sin, False) for x in normed[:2])
+    q, k, _ = normed_qkv(qkv, q_weight, k_weight, eps, num_kv_heads, impl)
+    return kernels.rotary(q, cos, sin, False), kernels.rotary(k, cos, sin, False)
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
@@ -167,8 +165,7 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grad_qkv, grad_weights = rotary_qkv_backward_op(grad_q, grad_k, None, *saved, ctx.eps, ctx.impl)
+    grad_qkv, grad_weights = rotary_qkv_backward_op(grad_q, grad_k, None, *ctx.saved_tensors, ctx.eps, ctx.impl)
     return grad_qkv, None, None, *(grad_weights.unbind() or (None, None)), None, None, None
 
 
@@ -236,8 +233,7 @@ def check_qkv(
 ) -> None:
     """What rotary_qkv and rotary_write rely on, beside check_rotary."""
     heads = qkv_TXE.shape[1]
-    rule = f"> 2 K = {2 * kv_heads}, with K > 0"
-    check_rule(check.where, "heads of qkv", heads, heads > 2 * kv_heads > 0, rule)
+    check_rule(check.where, "heads of qkv", heads, heads > 2 * kv_heads > 0, f"> 2 K = {2 * kv_heads}, with K > 0")
     check.optional(FLOATS, q_weight_E=q_weight_E, k_weight_E=k_weight_E)
     is_given = [x is not None for x in (q_weight_E, k_weight_E, eps)]
     holds = not any(is_given) if eps is None else all(is_given) and 0 < eps < torch.inf

@@ -72,8 +72,9 @@ def rotary_write(
     check("slots_T", slots_T, (torch.int64,))
     check.every("slots_T", slots_T, slots_T < k_cache_PSKE.shape[0] * k_cache_PSKE.shape[1], "below P * S")
     impl = pick_impl("rotary_write", impl, qkv_THE)
-    rope = cos_TE, sin_TE, q_weight_E, k_weight_E, eps
-    return rotary_write_op(qkv_THE, *rope, k_cache_PSKE, v_cache_PSKE, slots_T, impl)
+    return rotary_write_op(
+        qkv_THE, cos_TE, sin_TE, q_weight_E, k_weight_E, eps, k_cache_PSKE, v_cache_PSKE, slots_T, impl
+    )
 
 
 def _kernel(

@@ -60,8 +60,8 @@ def save_checkpoint(
     Memory: on a CPU none beyond the parameters. Bitwise: loading it gives back the same bits.
     """
     folder = Path(folder)
-    state = {"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}
-    state_text = json.dumps(state, indent=1)  # before anything is written: what is not JSON fails here
+    # Before anything is written: what is not JSON fails here.
+    state_text = json.dumps({"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}, indent=1)
     target = checkpoint_path(folder, optimizer.num_updates)
     try:
         _remove_leftovers(folder)  # an interrupted process may have filled the disk
@@ -163,8 +163,7 @@ def load_checkpoint(
     if damage := damage_of(path, thorough=thorough):
         raise ValueError(f"checkpoint: {damage}; use an older one")
     state = json.loads((path / STATE).read_text())
-    dtype = str(student.lm_head.weight.dtype).removeprefix("torch.")
-    stored = load_student(path, dtype=dtype, device="cpu")
+    stored = load_student(path, dtype=str(student.lm_head.weight.dtype).removeprefix("torch."), device="cpu")
     for field in fields(student.config):
         own, other = getattr(student.config, field.name), getattr(stored.config, field.name)
         if field.compare and own != other:

@@ -27,8 +27,11 @@ def check_options(
 ) -> None:
     where = "policy_gradients"
     check_word(where, "loss_agg", loss_agg, get_args(LossAgg))
-    normalisers = {"num_loss_tokens": num_loss_tokens, "num_attempts": num_attempts, "max_new_tokens": max_new_tokens}
-    for name, value in normalisers.items():
+    for name, value in (
+        ("num_loss_tokens", num_loss_tokens),
+        ("num_attempts", num_attempts),
+        ("max_new_tokens", max_new_tokens),
+    ):
         check_rule(where, name, value, value is None or value >= 1, ">= 1")
     check_rule(
         where,
@@ -71,8 +74,8 @@ def attempt_advantages(rollouts: Sequence[Rollout], advantages_A: Tensor | None,
     """[A]: those given, or fp32 of the turns'."""
     places = attempt_places(rollouts)
     if advantages_A is not None:
-        shape, expected = list(advantages_A.shape), [len(places)]
-        check_rule("policy_gradients", "shape of advantages_A", shape, shape == expected, f"[A={len(places)}]")
+        shape = list(advantages_A.shape)
+        check_rule("policy_gradients", "shape of advantages_A", shape, shape == [len(places)], f"[A={len(places)}]")
         return advantages_A
     advantages = [rollouts[r].turns[t].advantage for r, t in places]
     if None in advantages:

@@ -22,7 +22,6 @@ from socpo_fast.ops._checks import check_rule
 from socpo_fast.registries import LR_SCHEDULES
 
 COUNTS = ("num_updates", "num_skipped", "num_skipped_in_a_row")
-DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-8
 
 
@@ -87,14 +86,14 @@ class Optimizer:
         total_updates: int | None = None,
         max_grad_norm: float = 1.0,
     ):
-        named = student.named_parameters()  # tied weights once
-        self.params = {name: param for name, param in named if param.requires_grad}
+        # By names, tied weights once.
+        self.params = {name: param for name, param in student.named_parameters() if param.requires_grad}
         for name, param in self.params.items():
             check_rule(
                 "Optimizer",
                 f"dtype of {name}",
                 param.dtype,
-                param.dtype in DTYPES,
+                param.dtype in (torch.float32, torch.bfloat16),
                 "float32 or bfloat16",
                 "load the student with dtype='float32' or 'bfloat16'",
             )

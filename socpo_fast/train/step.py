@@ -174,17 +174,15 @@ def compute_logprobs(
     Returns:
         [rollout][attempt] -> [L] fp32 on the CPU, nats; parallel to the rollouts given.
     """
-    device = student.lm_head.weight.device
     by_attempt: list[list[Tensor]] = [[torch.empty(0)] * len(rollout.attempts) for rollout in rollouts]
     outcomes = []
     for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
         token_ids_T, positions_T, targets_N, rows_N = upload_together(
             [microbatch.token_ids_T, microbatch.positions_T, microbatch.targets_N, microbatch.rows_N],
-            device,
+            student.lm_head.weight.device,
         )
-        until_T = microbatch.visible_until_T
         logprobs_N, _ = linear_logprob(
-            _forward(student, token_ids_T, positions_T, until_T, checkpointing=False, impl=impl),
+            _forward(student, token_ids_T, positions_T, microbatch, checkpointing=False, impl=impl),
             student.lm_head.weight,
             targets_N,
             temperature=temperature,
@@ -218,18 +216,10 @@ def _backward(
 
     The head runs backward first, so that its gradient is in .grad before the layers need memory.
     """
-    device = student.lm_head.weight.device
     token_ids_T, positions_T, tokens = upload_tokens(
-        microbatch, rollouts, weights_A, old_logprobs, ref_logprobs, device
+        microbatch, rollouts, weights_A, old_logprobs, ref_logprobs, student.lm_head.weight.device
     )
-    hidden_TD = _forward(
-        student,
-        token_ids_T,
-        positions_T,
-        microbatch.visible_until_T,
-        checkpointing=checkpointing,
-        impl=impl,
-    )
+    hidden_TD = _forward(student, token_ids_T, positions_T, microbatch, checkpointing=checkpointing, impl=impl)
     head_input_TD = hidden_TD.detach().requires_grad_(hidden_TD.requires_grad)
     policy = linear_policy_loss(
         head_input_TD,
@@ -251,7 +241,7 @@ def _forward(
     student: Decoder,
     token_ids_T: Tensor,
     positions_T: Tensor,
-    visible_until_T: Tensor,
+    microbatch: PackedMicrobatch,
     *,
     checkpointing: bool,
     impl: str,
@@ -261,7 +251,7 @@ def _forward(
         student,
         token_ids_T,
         positions_T,
-        visible_until_T,
+        microbatch.visible_until_T,
         checkpointing=checkpointing,
         impl="ref" if impl == "ref" else "auto",  # "cpp" and "triton" name the head's
     )
@@ -277,15 +267,12 @@ def _figures(
     if not outcomes:
         values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan]
         return upload(torch.tensor(values, dtype=torch.float64), device)
-    by_token = [torch.stack((policy.logprobs, policy.entropy, policy.ratio)) for policy in outcomes]
-    by_token_3N = torch.cat(by_token, dim=1).double()
+    by_token_3N = torch.cat([torch.stack((x.logprobs, x.entropy, x.ratio)) for x in outcomes], dim=1).double()
     mismatch_N = by_token_3N[0]
-    is_skipped = mismatch_N.isnan()
     mismatch, entropy, ratio = by_token_3N.nanmean(dim=1)
     # nan, as the mean is, when all are skipped
-    mismatch_max = mismatch_N.where(~is_skipped, 0.0).amax() + 0.0 * mismatch
+    mismatch_max = mismatch_N.where(~mismatch_N.isnan(), 0.0).amax() + 0.0 * mismatch
     losses = torch.stack([policy.loss for policy in outcomes]).double()
-    sizes = [microbatch.targets_N.numel() for microbatch in microbatches]
-    clipped = [x.clip_fraction.double() * size for x, size in zip(outcomes, sizes, strict=True)]
+    clipped = [x.clip_fraction.double() * y.targets_N.numel() for x, y in zip(outcomes, microbatches, strict=True)]
     clip_fraction = torch.stack(clipped).sum() / num_loss_tokens
     return torch.stack((losses.sum(), entropy, ratio, clip_fraction, mismatch_max, mismatch))

@@ -65,9 +65,7 @@ class Updater:
         sizes = [sum(len(rollout.turns) for rollout in group) for group in groups]
         advantages = None if advantages_A is None else advantages_A.split(sizes)
         old_logprobs, mismatch = self._old_logprobs(groups, order)
-        ref_logprobs = None
-        if self.reference is not None:
-            ref_logprobs = [self._logprobs(self.reference, group) for group in groups]
+        ref_logprobs = None if self.reference is None else [self._logprobs(self.reference, group) for group in groups]
         for update_idx, chosen in enumerate(order):
             old: OldLogprobs = None
             if old_logprobs is not None:
@@ -149,8 +147,7 @@ class Updater:
         if choice == "auto" and self.student.lm_head.weight.dtype == torch.float32:
             known[first] = self._logprobs(self.student, groups[first])
         mismatch = _mismatch(groups, known)
-        fits = mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS  # nan does not
-        if choice == "sampler" or fits:
+        if choice == "sampler" or mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS:  # nan is not
             return None, mismatch
         needed = order[1:] if choice == "auto" else order
         for g in sorted({g for chosen in needed for g in chosen} - known.keys()):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from socpo_fast import Engine, SamplingParams
-from socpo_fast.engine.fused_layers import fused_weights
+from socpo_fast.engine.runner import fused_weights
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.ops._impl import extension_is_built
 from tests.engine.tiny import generate_same, make_student
