@@ -176,9 +176,7 @@ class Trainer:
         drop_rollouts(config.folder, after_batch=self.state.batch)
         mark_none_yet(self.checkpoints)
         self.progress = Progress(
-            num_batches=config.run.num_batches,
-            first_batch=self.state.batch + 1,
-            live=config.run.live,
+            num_batches=config.run.num_batches, first_batch=self.state.batch + 1, live=config.run.live
         )
         stack.enter_context(self.progress)
         self.guidance_watch = GuidanceWatch(self.progress)

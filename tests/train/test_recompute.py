@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from socpo_fast.model import packed, packed_forward
+from socpo_fast.model import decoder, packed_forward
 from socpo_fast.model.accumulate import AccumulatingLinear, accumulate_in_fp32, accumulating
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import TreeMask
@@ -66,7 +66,7 @@ def without_recomputation(patch: pytest.MonkeyPatch) -> None:
     """Products keep their inputs, and attention is the ordinary ops."""
     apply: Callable[..., Tensor] = AccumulatingLinear.apply
     patch.setattr(AccumulatingLinear, "apply", lambda x, weight, bias, _: apply(x, weight, bias, None))
-    patch.setattr(packed, "is_accumulating", lambda: False)
+    patch.setattr(decoder, "is_accumulating", lambda: False)
 
 
 @pytest.mark.parametrize("model", MODELS)
