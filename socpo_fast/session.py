@@ -85,7 +85,7 @@ class Session:
         self.engine = Engine(
             self.student,
             **config.engine.model_dump(),
-            min_memory_bytes=sum(gradient_bytes(self.student.parameters())),
+            min_memory_bytes=sum(gradient_bytes(p for p in self.student.parameters() if p.requires_grad)),
         )
         self._check_room()
 

@@ -256,7 +256,7 @@ class Trainer:
             total=len(groups) * self.config.train.epochs,
         )
         order = update_order(self.config, len(groups), batch)
-        with self.optimizer.gradients_in(self.engine.lend_memory()):
+        with self.engine.lend_memory() as memory, self.optimizer.gradients_in(memory):
             for num_groups, metrics in self.updater.updates(groups, order, advantages_A):
                 self.engine.bump_policy_version()
                 self.writer.write(metrics, kind="update", batch=batch, update=self.optimizer.num_updates)

@@ -6,8 +6,9 @@ prefix hashing; a finished attempt keeps its pages until it is resumed or releas
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from itertools import count
 from typing import Literal
 
@@ -35,8 +36,7 @@ class Engine:
         page_size:    tokens a page, a power of two.
         max_running:  sequences in one step at most.
         token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
-        tokens_per_sync: decoded between two reads by the host when nobody waits; default 1 on the CPU, 8 on a GPU. The
-                      tokens are the same; those sampled behind an eos id are wasted.
+        tokens_per_sync: decoded between two reads by the host when nobody waits; default 1 on the CPU, 8 on a GPU.
         attention:    implementation of paged_attention, "auto" or a name; "flash" needs page_size 256 and flash-attn.
         cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
         min_memory_bytes: of what lend_memory lends, which holds the pages in any case.
@@ -79,6 +79,7 @@ class Engine:
         self.tokens_per_sync = rounds
         self._loop = DecodeLoop(self._runner, max_running=max_running, max_rounds=rounds) if rounds > 1 else None
         self._in_flight: Counter[RolloutKey] = Counter()  # how many rollouts each has
+        self._is_lent = False
         self._arrivals = count()
         self._prefill_tokens = self._decode_tokens = 0
 
@@ -109,8 +110,9 @@ class Engine:
 
         Raises:
             ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or in
-                flight, or a request that can never fit.
+                flight, a request that can never fit, or a block of lend_memory.
         """
+        check_rule("submit", "memory of the engine", "lent", not self._is_lent, "at hand", "leave lend_memory first")
         name = check_key("submit", key, self._in_flight)
         token_ids = list(prompt_ids)
         check_fits("submit", token_ids, params, self.student.config, self._pool)
@@ -190,13 +192,11 @@ class Engine:
     ) -> list[list[Attempt]]:
         """Submit every prompt and step until all are done: groups[q][r]. keep leaves the pages pinned for resume.
 
-        keys: one (batch, question) a prompt, under which the same tokens are drawn every time; None:
-        fresh ones, so that no two calls of a process share their noise; ranks need a seed each.
-        An exception on the way resets the engine.
+        keys: one (batch, question) a prompt, under which the same tokens are drawn every time; None: fresh ones, so
+        that no two calls of a process share their noise; ranks need a seed each. An exception resets the engine.
 
         Raises:
-            ValueError: an engine with work, not one different key a prompt, or what submit refuses;
-                nothing has been queued then.
+            ValueError: an engine with work, not one different key a prompt, or what submit refuses.
         """
         if self.has_work:
             raise ValueError("generate: the engine must be idle, got unfinished requests; step until they are done")
@@ -239,25 +239,27 @@ class Engine:
 
         For when a step ended half way, by Ctrl-C or for lack of memory, and nobody can say which
         sequence holds which page. Weights, policy_version and the counts of `stats` stay, and the
-        pages keep their place in memory, which captured CUDA graphs read. Attempts that were pinned
-        remain as data, but cannot be resumed.
+        pages keep their place in memory, which captured CUDA graphs read. Pinned attempts remain as data.
         """
         self._scheduler.reset()
         self._in_flight.clear()
 
-    def lend_memory(self) -> Tensor:
-        """Returns the tensor that KV pages are views of, [N] uint8, for use until the next submit.
+    @contextmanager
+    def lend_memory(self) -> Iterator[Tensor]:
+        """Lends the tensor that KV pages are views of, [N] uint8, for a `with` block in which nothing is submitted.
 
-        Whatever is written there, no page is read before a sequence wrote to it. It never moves.
+        Nothing that is written there reaches a result of the engine. It never moves.
 
         Raises:
             ValueError: a sequence is queued, running or pinned.
         """
-        counts = [len(self._scheduler.waiting), len(self._scheduler.running), len(self._scheduler.pinned)]
-        check_rule(
-            "lend_memory", "requests waiting, running, pinned", counts, not any(counts), "[0, 0, 0]", "release or reset"
-        )
-        return self._runner.memory
+        num_live = len(self._scheduler.waiting) + len(self._scheduler.running) + len(self._scheduler.pinned)
+        check_rule("lend_memory", "sequences in the engine", num_live, num_live == 0, "none", "release or reset them")
+        self._is_lent = True
+        try:
+            yield self._runner.memory
+        finally:
+            self._is_lent = False
 
     def bump_policy_version(self) -> None:
         """The weights changed: no page computed before is used again (running sequences are computed anew).

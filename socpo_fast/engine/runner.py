@@ -7,10 +7,10 @@ single call of the C++: at one token a step Python would take a quarter of the t
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from socpo_fast.engine.sequence import Sequence, Step
-from socpo_fast.model.decoder import Decoder, Layer, computing_dtype
+from socpo_fast.model.decoder import Decoder, Layer, computing_dtype, has_hooks
 from socpo_fast.ops._impl import pick_impl
 from socpo_fast.ops.paged_attention import paged_attention_op
 from socpo_fast.ops.rotary import Rope
@@ -39,9 +39,8 @@ class Runner:
         try:
             self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # torch's, over several lines
-            raise ValueError(
-                f"Engine: kv_cache_gib must fit into memory, got {num_bytes / 2**30:.4g}; lower it"
-            ) from error
+            name = "kv_cache_gib" if kv_bytes >= min_memory_bytes else "GiB of min_memory_bytes"
+            raise ValueError(f"Engine: {name} must fit into memory, got {num_bytes / 2**30:.4g}; lower it") from error
         # Views for good: captured CUDA graphs know their addresses.
         self.k_cache_LPSKE, self.v_cache_LPSKE = self.memory[:kv_bytes].view(weight.dtype).view(shape)
         self.caches = list(zip(self.k_cache_LPSKE, self.v_cache_LPSKE, strict=True))
@@ -155,13 +154,3 @@ def fused_weights(layer: Layer) -> list[Tensor | None]:
         [linear.weight, linear.bias] for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down)
     )
     return [layer.attention_norm.weight, *qkv, *norms, *o, layer.mlp_norm.weight, *gate_up, *down]
-
-
-def has_hooks(modules: list[nn.Module]) -> bool:
-    """Whether somebody listens to one of these modules, which a fused layer would not call."""
-    hooks = torch.nn.modules.module
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or any(m._forward_pre_hooks or m._forward_hooks for m in modules)
-    )

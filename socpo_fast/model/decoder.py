@@ -153,12 +153,14 @@ class Layer(nn.Module):
             normed_TD = self.attention_norm(x_TD)
         else:
             normed_TD, x_TD = self.attention_norm(delta_TD, x_TD)
-        source = Source(self.attention_norm, x_TD)
+        source = self.attention_norm.source_of(x_TD)
         normed_TD, x_TD = self.mlp_norm(self.attention(layer_idx, normed_TD, tables, attend, source), x_TD)
-        return x_TD, self.mlp(normed_TD, Source(self.mlp_norm, x_TD))
+        return x_TD, self.mlp(normed_TD, self.mlp_norm.source_of(x_TD))
 
 
 class Attention(nn.Module):
+    """q_norm and k_norm only hold weights and eps, which attend applies: they are never called."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
@@ -221,6 +223,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         return rms_norm(x, self.weight, eps=self.eps, residual_TD=residual)
+
+    def source_of(self, x: Tensor) -> Source | None:
+        """How a backward norms x once more; None where somebody listens, who would be called twice."""
+        return None if has_hooks([self]) else Source(self, x)
+
+
+def has_hooks(modules: list[nn.Module]) -> bool:
+    """Whether somebody listens to one of these modules, whom other ways of computing it would not call."""
+    hooks = torch.nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+    )
 
 
 def rotary_tables(positions_T: Tensor, inv_freq: Tensor) -> Tables:

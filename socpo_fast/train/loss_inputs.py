@@ -45,9 +45,10 @@ def check_options(
 
 def drop_idle(rollouts: Sequence[Rollout], options: PolicyLossOptions) -> list[Rollout]:
     """The rollouts in their places, without turns where the loss skips every row of theirs."""
-    reads_all = options.entropy_coef != 0 or options.kl_coef != 0
     return [
-        rollout if reads_all or any(turn.advantage != 0 for turn in rollout.turns) else replace(rollout, turns=[])
+        replace(rollout, turns=[])
+        if options.needs_advantage and all(turn.advantage == 0 for turn in rollout.turns)
+        else rollout
         for rollout in rollouts
     ]
 

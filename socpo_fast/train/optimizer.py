@@ -36,9 +36,8 @@ class StepResult:
 
 
 def gradient_bytes(params: Iterable[Tensor]) -> list[int]:
-    """Returns what the fp32 gradient of each of those that require grad takes within gradients_in."""
-    sizes = [4 * param.numel() for param in params if param.requires_grad]
-    return [-(-size // 256) * 256 for size in sizes]  # so aligned, kernels and cuBLAS read fastest
+    """Returns what the fp32 gradient of each parameter takes within gradients_in."""
+    return [-(-4 * param.numel() // 256) * 256 for param in params]  # so aligned, kernels and cuBLAS read fastest
 
 
 class Optimizer:
@@ -134,7 +133,8 @@ class Optimizer:
         self.exp_avg: dict[str, Tensor] = {}
         self.exp_avg_sq: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}  # of parameters, behind the last step
-        self._gradients: Tensor | None = None  # what .grad are views of within gradients_in
+        self._gradients: Tensor | None = None  # within gradients_in
+        self._views: dict[str, Tensor] = {}  # of that, what each .grad is
         for name, param in self.params.items():
             self.exp_avg[name] = torch.zeros_like(param.detach(), dtype=torch.float32)
             self.exp_avg_sq[name] = torch.zeros_like(self.exp_avg[name])
@@ -152,8 +152,7 @@ class Optimizer:
         Raises:
             ValueError: memory of another dtype or too small.
         """
-        params = self.params.values()
-        sizes = gradient_bytes(params)
+        sizes = gradient_bytes(self.params.values())
         check_rule(
             "Optimizer",
             "memory of gradients",
@@ -163,12 +162,14 @@ class Optimizer:
         )
         try:
             self._gradients = memory[: sum(sizes)].zero_()
-            for param, part in zip(params, self._gradients.split(sizes), strict=True):
-                param.grad = part.view(torch.float32)[: param.numel()].view(param.shape)
+            for (name, param), part in zip(self.params.items(), self._gradients.split(sizes), strict=True):
+                self._views[name] = part.view(torch.float32)[: param.numel()].view(param.shape)
+                param.grad = self._views[name]
             yield
         finally:
             self._gradients = None
-            for param in params:
+            self._views = {}
+            for param in self.params.values():
                 param.grad = None
 
     @torch.no_grad()
@@ -213,8 +214,7 @@ class Optimizer:
                 scale=scale,
             )
             self._versions[name] = param._version
-            if self._gradients is None:
-                param.grad = None
+            param.grad = self._views.get(name)  # whatever others put in its place
         if self._gradients is not None:
             self._gradients.zero_()
         figures = torch.stack((norm, scale)).double()

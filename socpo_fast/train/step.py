@@ -109,7 +109,7 @@ def policy_gradients(
         temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
         num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of these rollouts.
         max_new_tokens: the sampler's, for loss_agg="seq_mean_token_sum_norm" only, which needs it.
-        advantages_A:   [A] fp32 on the student's device: of all attempts, rollout by rollout.
+        advantages_A:   [A] fp32 on the student's device, rollout by rollout; a turn's own 0 still means: not forwarded.
         old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's; "current": the student's, ratio 1.
         ref_logprobs:   the same under the frozen reference; for kl_coef > 0.
         tis_clip:       > 0: w_t *= min(exp(old_logprob - sampler_logprob), tis_clip); None: no such weight.

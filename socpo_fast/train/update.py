@@ -59,8 +59,8 @@ class Updater:
 
         advantages_A is of all attempts, group by group; None: those of the turns.
         Yields (number of groups, metrics). The mismatch with the sampler is measured before the
-        weights change: on what is computed for old log-probs, else in the first update, where
-        tokens of advantage 0 have none.
+        weights change: on what is computed for old log-probs, else in the first update that
+        forwards something, where tokens of advantage 0 have none.
         """
         sizes = [sum(len(rollout.turns) for rollout in group) for group in groups]
         advantages = None if advantages_A is None else advantages_A.split(sizes)
@@ -77,7 +77,8 @@ class Updater:
                 None if ref_logprobs is None else [x for g in chosen for x in ref_logprobs[g]],
                 None if advantages is None else torch.cat([advantages[g] for g in chosen]),
             )
-            mismatch = mismatch or {name: metrics[name] for name in MISMATCH}
+            if math.isnan(mismatch.get(MISMATCH[0], math.nan)):
+                mismatch = {name: metrics[name] for name in MISMATCH}
             yield len(chosen), metrics | mismatch
 
     def one_update(

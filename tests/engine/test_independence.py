@@ -196,3 +196,6 @@ def test_a_pool_larger_than_the_memory_is_refused_in_one_line(
     monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("[enforce fail at alloc_cpu.cpp:127]\n..")))
     with pytest.raises(ValueError, match=r"^Engine: kv_cache_gib must fit into memory, got 0\.0\d*; lower it$"):
         Engine(student, kv_cache_gib=0.05)
+    refused = r"^Engine: GiB of min_memory_bytes must fit into memory, got 1; lower it$"
+    with pytest.raises(ValueError, match=refused):
+        Engine(student, kv_cache_gib=0.05, min_memory_bytes=2**30)

@@ -143,6 +143,16 @@ def test_an_update_without_signal_is_a_step_of_zero_gradient(choice: str) -> Non
         assert math.isnan(mismatch) if choice == "sampler" else 0 < mismatch < 1e-4
 
 
+def test_the_mismatch_is_of_the_first_update_with_one() -> None:
+    rollouts = idle(make_rollouts(), 0)
+    student = make_student()
+    set_sampler_logprobs(rollouts, near_policy(make_student(), rollouts, 0.3, seed=5))
+    config = load_config(None, CHANGES | {"loss.old_logprobs": "sampler", "train.token_budget": 10_000})
+    updater = Updater(student, config, reference=None)
+    mismatches = [m["policy/sampler_mismatch_nats"] for _, m in updater.updates(groups_of(rollouts), [[0], [1], [2]])]
+    assert math.isnan(mismatches[0]) and mismatches[1] == mismatches[2] > 0.1
+
+
 @pytest.mark.parametrize(("dtype", "choice"), [("float32", "auto"), ("float32", "recompute"), ("bfloat16", "auto")])
 def test_old_logprobs_are_computed_where_they_are_read(dtype: str, choice: str) -> None:
     """The first group is idle, and so is one of the last update's two; the mismatch is another's."""

@@ -63,7 +63,8 @@ def test_what_was_written_is_never_read(dtype: torch.dtype, options: dict[str, A
     engine = make_engine(student, **options)
     places = storage_of(engine)
     for _ in range(2):
-        engine.lend_memory().fill_(0xFF)  # NaN in fp32 and bf16
+        with engine.lend_memory() as memory:
+            memory.fill_(0xFF)  # NaN in fp32 and bf16
         assert engine._runner.k_cache_LPSKE.isnan().all()
         assert draws(engine) == draws(make_engine(student, **options))
     assert storage_of(engine) == places
@@ -71,7 +72,8 @@ def test_what_was_written_is_never_read(dtype: torch.dtype, options: dict[str, A
 
 def test_triton_never_reads_what_was_written() -> None:
     engines = [make_engine(make_student(), num_pages=60, attention="triton") for _ in range(2)]
-    engines[0].lend_memory().fill_(0xFF)
+    with engines[0].lend_memory() as memory:
+        memory.fill_(0xFF)
     assert draws(engines[0]) == draws(engines[1])
 
 
@@ -107,6 +109,29 @@ def test_a_skipped_update_leaves_nothing() -> None:
         assert not any(param.grad.any() for param in student.parameters())
 
 
+def test_a_gradient_that_others_replaced_is_dropped() -> None:
+    """By zero_grad or a scaled one: the next update begins with zeros in the lent memory."""
+    student = make_student()
+    optimizer = Optimizer(student, lr=1e-2)
+    memory = torch.zeros(sum(gradient_bytes(student.parameters())), dtype=torch.uint8)
+    with optimizer.gradients_in(memory):
+        student.zero_grad()
+        policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
+        student.norm.weight.grad = student.norm.weight.grad * 0.5
+        optimizer.step()
+        for param in student.parameters():
+            assert holds(memory, param.grad) and not param.grad.any()
+
+
+def test_a_parameter_frozen_later_keeps_its_place() -> None:
+    student = make_student()
+    optimizer = Optimizer(student, lr=1e-2)
+    memory = torch.zeros(sum(gradient_bytes(student.parameters())), dtype=torch.uint8)
+    student.layers[0].requires_grad_(False)
+    with optimizer.gradients_in(memory):
+        assert all(holds(memory, param.grad) for param in student.parameters())
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
 def test_an_update_that_ends_early_leaves_no_gradient(error: BaseException) -> None:
     """Rollouts write their KV where it had them."""
@@ -115,7 +140,7 @@ def test_an_update_that_ends_early_leaves_no_gradient(error: BaseException) -> N
     optimizer, expected = Optimizer(student, lr=1e-2), draws(engine)
 
     def update() -> None:
-        with optimizer.gradients_in(engine.lend_memory()):
+        with engine.lend_memory() as memory, optimizer.gradients_in(memory):
             policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
             raise error
 
@@ -132,10 +157,9 @@ def test_memory_is_as_large_as_the_larger() -> None:
     for num_pages in (1, 2000):
         engine = make_engine(student, num_pages=num_pages, min_memory_bytes=needed)
         kv_bytes = 2 * engine._runner.k_cache_LPSKE.nbytes
-        assert engine.lend_memory().nbytes == max(kv_bytes, needed)
+        with engine.lend_memory() as memory:
+            assert memory.nbytes == max(kv_bytes, needed)
         assert engine.stats.pages_total == num_pages
-    student.requires_grad_(False)
-    assert gradient_bytes(student.parameters()) == []
 
 
 def test_lending_is_refused_while_pages_are_held() -> None:
@@ -143,18 +167,22 @@ def test_lending_is_refused_while_pages_are_held() -> None:
     engine.submit(PROMPTS[0], PARAMS, key=(0, 0))
     while not (finished := engine.step()):
         pass
-    refused = "lend_memory: requests waiting, running, pinned must be [0, 0, 0], got [0, 0, 3]; release or reset"
+    refused = "lend_memory: sequences in the engine must be none, got 3; release or reset them"
     refuses_to_lend(engine, refused)
     engine.release(finished)
     engine.submit(PROMPTS[0], PARAMS, key=(0, 0))
-    refuses_to_lend(engine, refused.replace("[0, 0, 3]", "[1, 0, 0]"))
+    refuses_to_lend(engine, refused.replace("got 3", "got 1"))
     engine.reset()
-    engine.lend_memory()
+    with engine.lend_memory():
+        lent = "submit: memory of the engine must be at hand, got 'lent'; leave lend_memory first"
+        with pytest.raises(ValueError, match=exactly(lent)):
+            engine.submit(PROMPTS[0], PARAMS, key=(0, 0))
+    assert draws(engine) == draws(make_engine(make_student()))
 
 
 def refuses_to_lend(engine: Engine, message: str) -> None:
-    with pytest.raises(ValueError, match=exactly(message)):
-        engine.lend_memory()
+    with pytest.raises(ValueError, match=exactly(message)), engine.lend_memory():
+        pass
 
 
 def exactly(message: str) -> str:
@@ -203,7 +231,8 @@ def test_a_run_lends_its_memory(config: Config, updates: list[bool]) -> None:
     trainer.run()
     assert updates == [True] * 4
     assert all(param.grad is None for param in trainer.student.parameters())
-    trainer.engine.lend_memory()
+    with trainer.engine.lend_memory():
+        pass
 
 
 def test_a_failed_update_gives_the_memory_back(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

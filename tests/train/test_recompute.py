@@ -115,6 +115,29 @@ def test_frozen_parameters_change_no_other(frozen: str, checkpointing: bool) -> 
     assert_same(found, {name: grad for name, grad in expected.items() if not is_frozen(name)})
 
 
+@needs_cpp
+def test_a_hook_on_a_norm_is_called_once() -> None:
+    """What it makes of the norm is what the products see, in the backward, too."""
+    student = make_student()
+    accumulate_in_fp32(student.parameters())
+    calls: list[int] = []
+
+    def scale(_norm: torch.nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        normed_TD, sum_TD = output
+        return normed_TD * (1 + len(calls)), sum_TD
+
+    student.layers[1].mlp_norm.register_forward_hook(scale)
+    found = gradients(student)
+    assert len(calls) == 1
+    calls.clear()
+    assert_same(found, gradients(student, checkpointing=False))
+    plain = make_student()
+    plain.layers[1].mlp_norm.register_forward_hook(scale)
+    calls.clear()
+    assert_same(found, gradients(plain, accumulates=False))
+
+
 class Watch(TorchDispatchMode):
     """Counts calls of ops, and the bytes of tensors made within that still live."""
 

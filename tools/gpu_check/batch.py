@@ -139,7 +139,8 @@ class Run:
         size = self.config.train.questions_per_update
         indices = list(range(len(groups)))
         order = [indices[start : start + size] for start in range(0, len(groups), size)]
-        with self.updater.optimizer.gradients_in(self.engine.lend_memory()):
+        optimizer = self.updater.optimizer
+        with self.engine.lend_memory() as memory, optimizer.gradients_in(memory):
             for _ in self.updater.updates(groups, order, advantages_A):
                 self.engine.bump_policy_version()
 
