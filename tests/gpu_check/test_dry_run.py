@@ -28,8 +28,9 @@ needs_cuda_build = pytest.mark.skipif(
 )
 # Together they are every part of every stage; those of QUICK take a quarter of a minute.
 QUICK = ["machine", "ceilings", "kernels", "rates", "head", "profilers", "engine:beside"]
-QUICK += ["attention", "decode:steps of 4B", "decode:memory", "training:gradients"]
-SLOW = ["engine", "decode", "training", "learning"]
+QUICK += ["attention", "decode:steps of 4B", "decode:driver", "training:gradients"]
+QUICK += ["batch:memory of 4B"]
+SLOW = ["engine", "decode", "training", "batch", "learning"]
 
 
 @contextlib.contextmanager
