@@ -71,14 +71,11 @@ class Decoding:
         return statistics.median(ms for ms, _ in timed)
 
     def graph_ms(self, check: Check) -> float | None:
-        """Of one replay of the captured round alone; None where nothing is captured."""
+        """Of one replay of the largest captured round alone; None where nothing is captured."""
         loop = self.engine._loop
         if loop is None or not loop.captures:
             return None
-        pages = max(len(sequence.pages) for sequence in self.engine._scheduler.running)
-        with torch.no_grad():
-            graph = loop._graph(*loop._padded(self.rows, pages))
-        return median_ms(graph.replay, check.device)
+        return median_ms(loop._graphs[max(loop._graphs)].replay, check.device)
 
     def _timed(self, device: torch.device) -> tuple[float, int]:
         """(Milliseconds, keys that the middle one of the steps reads, shared ones each time)."""

@@ -134,7 +134,7 @@ def _rotary_qkv(x: Inputs, impl: str) -> dict[str, Tensor]:
     q, k = rotary_qkv(
         leaves["qkv"], x["cos"], x["sin"], num_kv_heads=kv_heads, impl=impl, **_norms(x | leaves)
     )
-    torch.autograd.backward((q, k), (x["qkv"][:, : -2 * kv_heads], x["qkv"][:, -kv_heads:]))
+    torch.cat((q, k), dim=1).backward(x["qkv"][:, :-kv_heads])
     return {"q": q.detach(), "k": k.detach()} | {
         f"d{name}": leaf.grad for name, leaf in leaves.items()
     }
