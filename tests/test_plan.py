@@ -114,9 +114,7 @@ def test_a_card_in_use_by_others_is_named(planner: Planner) -> None:
     with pytest.raises(ValueError, match="^plan: ") as refused:
         planner("Qwen3-4B", card)
     others = "H100, 12.2 of them held by others (a card in use by others)"
-    assert str(refused.value) == TOO_MANY.format("79.1", others, "71.9", "5.1") + (
-        f"use a free card, lower train.token_budget, {LARGER}"
-    )
+    assert str(refused.value) == TOO_MANY.format("79.1", others, "71.9", "5.1") + (f"use a free card, {LARGER}")
     plan = planner("Qwen3-1.7B", card)
     alone = planner("Qwen3-1.7B")
     assert plan.config.train == alone.config.train, "bits do not depend on what others hold"
@@ -128,20 +126,23 @@ REFUSED = {
     "fp32 of 4B as it is": (
         ["--train.checkpointing", "false"],
         TOO_MANY.format("79.1", "H100", "96.2", "17.1")
-        + "set train.checkpointing true, lower rollout.max_new_tokens or rollout.guidance_limit, "
-        + f"set student.dtype bfloat16, {LARGER}",
+        + f"set train.checkpointing true, lower rollout.max_new_tokens or rollout.guidance_limit, {LARGER}",
     ),
     "card": (
         ["--card", "h10"],
         f"plan: --card must be one of {', '.join(CARDS)}, got h10; did you mean h100?",
     ),
+    "cards that begin so": (
+        ["--card", "A100"],
+        f"plan: --card must be one of {', '.join(CARDS)}, got A100; did you mean a100-80 or a100-40?",
+    ),
     "no such card": (
         ["--card", "tpu"],
-        f"plan: --card must be one of {', '.join(CARDS)}, got tpu; leave it out on a machine that has one",
+        f"plan: --card must be one of {', '.join(CARDS)}, got tpu; name one; without it, this machine's own is asked",
     ),
     "no card here": (
         ["--card", "none"],
-        f"plan: --card must be one of {', '.join(CARDS)}, got none; leave it out on a machine that has one",
+        f"plan: --card must be one of {', '.join(CARDS)}, got none; name one; without it, this machine's own is asked",
     ),
     "CPU": (
         ["--run.device", "cpu"],
@@ -162,7 +163,16 @@ REFUSED = {
     ),
     "a large cache": (
         ["--engine.kv_cache_gib", "40", "--loss.kl_coef", "0.1", "--train.token_budget", "8192"],
-        TOO_MANY.format("79.1", "H100", "111.8", "32.7") + f"lower engine.kv_cache_gib, set loss.kl_coef 0, {LARGER}",
+        TOO_MANY.format("79.1", "H100", "111.8", "32.7") + "lower engine.kv_cache_gib and set loss.kl_coef 0, "
+        f"lower engine.kv_cache_gib and set student.dtype bfloat16, {LARGER}",
+    ),
+    "a large budget": (
+        ["--student.dtype", "bfloat16", "--train.token_budget", "300000"],
+        TOO_MANY.format("79.1", "H100", "211.0", "131.9") + f"lower train.token_budget, {LARGER}",
+    ),
+    "longer answers than the model": (
+        ["--rollout.max_new_tokens", "40960"],
+        "rollout: rollout.max_new_tokens must be below the model's 40960 positions, got 40960; lower it",
     ),
 }
 

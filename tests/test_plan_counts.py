@@ -107,6 +107,45 @@ def test_within_a_hundredth_of_the_counted_peak(planner: Planner, case: tuple[st
     assert planned / GIB == pytest.approx(COUNTED[case], rel=0.01)
 
 
+def test_a_second_attempt_sees_the_head_of_the_first(planner: Planner) -> None:
+    """Decode, by hand: 2 bytes of KV a number, and the weights once a step; 8 rollouts, half resumed."""
+    batch = {"rollout__questions_per_batch": 1, "train__questions_per_update": 1}
+    plan = planner("Qwen3-0.6B", rollout__max_new_tokens=4096, rollout__attempt_limit=1000, **batch)
+    took = batch_seconds(plan, prompt=300, answer=4096, guidance=130)["rollouts: decode"]
+    kv, weights = 2 * 28 * 8 * 128 * 2, 2 * (plan_parameters(plan))
+    pairs = 8 * 4096 * (300 + 2048) + 4 * 4096 * (300 + 1000 + 130 + 2048)
+    # The prompt is read once for the rollouts of the group: 7 of the first, 3 of the second attempts.
+    shared = (7 + 3) * 4096 * 300
+    assert took == pytest.approx(((pairs - shared) * kv + 2 * 4096 * weights) / 3e12, rel=1e-6)
+
+
+def plan_parameters(plan: Plan) -> int:
+    """Of a tied head: each number is read once a step."""
+    return sizes.num_parameters(plan.model)
+
+
+def test_no_attempt_behind_the_last_position(planner: Planner) -> None:
+    batch = {"rollout__questions_per_batch": 1, "train__questions_per_update": 1}
+    long = {"rollout__max_new_tokens": 30000, "rollout__attempt_limit": 30000}
+    two, nine = (
+        batch_seconds(
+            planner("Qwen3-0.6B", "h200", rollout__max_attempts=k, **long, **batch),
+            prompt=300,
+            answer=30000,
+            guidance=130,
+        )
+        for k in (2, 9)
+    )
+    assert two == nine
+
+
+def test_a_template_s_context_counts_whole_attempts(planner: Planner) -> None:
+    long = {"rollout__max_attempts": 3, "rollout__max_new_tokens": 4096, "rollout__attempt_limit": 4096}
+    context, packed = planner("Qwen3-0.6B", rollout__context="template", **long).longest
+    assert context == planner("Qwen3-0.6B", **long).longest[0]
+    assert packed == context + 2 * 4096
+
+
 def test_checkpointing_and_long_texts_by_hand(planner: Planner) -> None:
     """Qwen3-1.7B, fp32: D 2048, I 6144; the MLP's half of a backward is the larger here."""
     plan = planner("Qwen3-1.7B", "h200", student__dtype="float32", train__checkpointing=True)

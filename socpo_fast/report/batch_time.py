@@ -50,10 +50,15 @@ def batch_seconds(plan: Plan, *, prompt: int, answer: int, guidance: int) -> dic
     Args:
         prompt, answer, guidance: tokens of ordinary ones.
     """
-    rollout = plan.config.rollout
+    rollout, positions = plan.config.rollout, plan.model.max_position_embeddings
     num_rollouts = rollout.questions_per_batch * rollout.group_size
+    # Of an attempt the next one sees attempt_limit tokens; behind the model's positions there is none.
+    seen = min(answer, rollout.attempt_limit) + guidance
+    contexts = [prompt + k * seen for k in range(rollout.max_attempts)]
     attempts = [
-        Spans(num_rollouts * RESUMED**k, prompt + k * (answer + guidance), answer) for k in range(rollout.max_attempts)
+        Spans(num_rollouts * RESUMED**k, context, min(answer, positions - context))
+        for k, context in enumerate(contexts)
+        if context < positions
     ]
     # Guidance stands before the attempt that sees it.
     seams = [Spans(x.num_texts, x.context - guidance, guidance) for x in attempts[1:]]
@@ -81,7 +86,7 @@ def rollout_seconds(plan: Plan, prompts: Spans, attempts: list[Spans], seams: li
         "rollouts: prefill": 2 * sizes.layer_parameters(model) * read / flops_a_second(plan, itemsize),
     }
     teacher = plan.config.teacher
-    if plan.teacher is not None and isinstance(teacher, LocalTeacherConfig):
+    if plan.teacher is not None and seams and isinstance(teacher, LocalTeacherConfig):
         itemsize = ITEMSIZES[teacher.dtype]
         room = int(teacher.kv_cache_gib * GIB) // sizes.kv_bytes(plan.teacher, itemsize)
         seen = min(attempts[0].length, plan.config.rollout.attempt_limit)

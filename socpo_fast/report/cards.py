@@ -9,6 +9,7 @@ is asked.
 from __future__ import annotations
 
 import difflib
+import re
 from typing import NamedTuple
 
 import torch
@@ -45,18 +46,20 @@ CARDS = {
 }
 
 
-def card_named(name: str | None) -> Card:
-    """A card of CARDS; None: that of this machine.
+def card_named(name: str | None, device: str) -> Card:
+    """A card of CARDS; None: that of this machine which run.device names.
 
     Raises:
         ValueError: there is none of that name.
     """
-    if name in CARDS:
-        return CARDS[name]
     if name is None and torch.cuda.is_available():
-        return card_of(select_device("cuda"))
-    nearest = difflib.get_close_matches((name or "").lower(), CARDS, n=1)
-    advice = f"did you mean {nearest[0]}?" if nearest else "leave it out on a machine that has one"
+        return card_of(select_device(device))
+    wanted = (name or "none").lower()
+    if wanted in CARDS:
+        return CARDS[wanted]
+    nearest = [known for known in CARDS if known.startswith(wanted)]
+    nearest = nearest or difflib.get_close_matches(wanted, CARDS, n=1)
+    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "name one; without it, this machine's own is asked"
     raise ValueError(f"plan: --card must be one of {', '.join(CARDS)}, got {name or 'none'}; {advice}")
 
 
@@ -68,7 +71,7 @@ def card_of(device: torch.device, context_gib: float = 0) -> Card:
     name = torch.cuda.get_device_name(device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    alike = [card for card in CARDS.values() if card.name in name]
+    alike = [card for card in CARDS.values() if re.search(rf"\b{card.name}\b", name)]
     total_gib, unknown = total_bytes / GIB, Card(name, total_bytes / GIB)
     known = min(alike, key=lambda card: abs(card.total_gib - total_gib), default=unknown)
     others_gib = max(total_gib - free_bytes / GIB - context_gib, 0.0)

@@ -13,12 +13,15 @@ the rest. The first two depend on the kind of card and on settings, never on wha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from socpo_fast.config import Config, LocalTeacherConfig
 from socpo_fast.files import read_json
 from socpo_fast.model import ModelConfig
+from socpo_fast.ops._checks import check_rule
 from socpo_fast.ops._head import GPU_WORKSPACE_MIB
 from socpo_fast.report import sizes
 from socpo_fast.report.cards import GIB, Card, card_of
@@ -55,15 +58,16 @@ class Plan(NamedTuple):
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest rollout that settings allow: of its last context, and packed.
 
-        Packed are the unseen ends of cut attempts as well. A context that the chat template writes
-        anew (rollout.context) counts as one of tokens.
+        Packed are the unseen ends of cut attempts as well; of contexts that the chat template writes
+        anew (rollout.context) whole attempts, since what stands before them may have changed.
         """
         rollout, positions = self.config.rollout, self.model.max_position_embeddings
         prompt = max(min(self.config.data.max_prompt_tokens, positions - rollout.max_new_tokens), 1)
         kept, num_seams = min(rollout.attempt_limit, rollout.max_new_tokens), rollout.max_attempts - 1
         seams = num_seams * (kept + rollout.guidance_limit + BRIDGE_TOKENS)
         context = min(prompt + seams + rollout.max_new_tokens, positions)
-        return context, context + num_seams * (rollout.max_new_tokens - kept)
+        unseen = rollout.max_new_tokens - (kept if rollout.context == "tokens" else 0)
+        return context, context + num_seams * unseen
 
     @property
     def num_tokens(self) -> int:
@@ -137,6 +141,11 @@ class Plan(NamedTuple):
         return int(float(self.config.engine.kv_cache_gib) * GIB) // self.page_bytes
 
     @property
+    def holds_longest(self) -> bool:
+        """Whether the KV cache holds the longest context."""
+        return self.kv_pages * self.page_bytes >= self.kv_of(1)
+
+    @property
     def shared(self) -> int:
         """KV and gradients, one tensor."""
         return max(self.kv_pages * self.page_bytes, self.gradients)
@@ -177,33 +186,11 @@ def make_plan(config: Config, student_folder: Path, card: Card, *, is_training: 
     if isinstance(config.teacher, LocalTeacherConfig) and config.rollout.max_attempts > 1:
         teacher = read_model(Path(config.teacher.path))
     plan = Plan(config, config, read_model(student_folder), teacher, card, is_training)
-
-    def settled(token_budget: int, checkpointing: bool, kv: int = 0) -> Plan:
-        chosen = config.settled(
-            token_budget=token_budget,
-            checkpointing=checkpointing,
-            kv_cache_gib=kv / GIB,
-        )
-        return plan._replace(config=chosen)
-
-    comfortable = max(plan.gradients, plan.kv_of(config.rollout.group_size))
-    most = max(plan.gradients, plan.kv_of(config.engine.max_running))
-    wanted = KV_SHARE * (card.total_gib * GIB - sum(plan.residents.values()))
-    wanted = max(comfortable, min(most, wanted))
-    if config.engine.kv_cache_gib != "auto":
-        comfortable = wanted = max(plan.gradients, int(config.engine.kv_cache_gib * GIB))
-    checkpointing = settled(1, False).room < comfortable
-    # A microbatch may hold as much as the longest rollout, whatever the budget.
-    packed = plan.longest[1]
-    least = max(packed // BUDGET_STEP, 1) * BUDGET_STEP
-    budgets = range(MAX_TOKEN_BUDGET, packed, -BUDGET_STEP)
-    fitting = (budget for budget in budgets if settled(budget, checkpointing).room >= wanted)
-    token_budget = next(fitting, least)
-    room = settled(token_budget, checkpointing).room - int(card.others_gib * GIB)
-    kv = min(max(room, plan.gradients), plan.kv_of(config.engine.max_running))
-    kv = max(kv, plan.kv_of(1)) // plan.page_bytes * plan.page_bytes
-    plan = settled(token_budget, checkpointing, kv)
-    if plan.kv_pages * plan.page_bytes < plan.kv_of(1):
+    length, positions = config.rollout.max_new_tokens, plan.model.max_position_embeddings
+    rule = f"below the model's {positions} positions"
+    check_rule("rollout", "rollout.max_new_tokens", length, length < positions, rule, "lower it")
+    plan = decide(plan)
+    if not plan.holds_longest:
         raise ValueError(
             f"plan: engine.kv_cache_gib must be >= {plan.kv_of(1) / GIB:.3g}, the longest context of "
             f"{plan.longest[0]} tokens, got {plan.config.engine.kv_cache_gib:.3g}; raise it, or lower "
@@ -214,34 +201,90 @@ def make_plan(config: Config, student_folder: Path, card: Card, *, is_training: 
     return plan
 
 
+def decide(plan: Plan) -> Plan:
+    """The plan with what is "auto" chosen, whether it fits or not."""
+    asked, card = plan.asked, plan.card
+
+    def settled(token_budget: int, checkpointing: bool, kv: int = 0) -> Plan:
+        chosen = asked.settled(
+            token_budget=token_budget,
+            checkpointing=checkpointing,
+            kv_cache_gib=kv / GIB,
+        )
+        return plan._replace(config=chosen)
+
+    comfortable = max(plan.gradients, plan.kv_of(asked.rollout.group_size))
+    most = max(plan.gradients, plan.kv_of(asked.engine.max_running))
+    wanted = KV_SHARE * (card.total_gib * GIB - sum(plan.residents.values()))
+    wanted = max(comfortable, min(most, wanted))
+    if asked.engine.kv_cache_gib != "auto":
+        comfortable = wanted = max(plan.gradients, int(asked.engine.kv_cache_gib * GIB))
+    checkpointing = settled(1, False).room < comfortable
+    # A microbatch may hold as much as the longest rollout, whatever the budget.
+    packed = plan.longest[1]
+    least = max(packed // BUDGET_STEP, 1) * BUDGET_STEP
+    budgets = range(MAX_TOKEN_BUDGET, packed, -BUDGET_STEP)
+    fitting = (budget for budget in budgets if settled(budget, checkpointing).room >= wanted)
+    token_budget = next(fitting, least)
+    room = settled(token_budget, checkpointing).room - int(card.others_gib * GIB)
+    kv = min(max(room, plan.gradients), plan.kv_of(asked.engine.max_running))
+    kv = max(kv, plan.kv_of(1)) // plan.page_bytes * plan.page_bytes
+    return settled(token_budget, checkpointing, kv)
+
+
 def read_model(folder: Path) -> ModelConfig:
     """The config of a model whose weights are not read."""
     path = folder / "config.json"
     return ModelConfig.from_hf(read_json(path), where=str(path))
 
 
+# What may help a run that does not fit, and the most that it can do.
+LEVERS: dict[str, dict[str, dict[str, Any]]] = {
+    "use a free card": {},
+    "put the teacher behind an endpoint": {},
+    "set train.checkpointing true": {"train": {"checkpointing": True}},
+    "lower train.token_budget": {"train": {"token_budget": 1}},
+    "lower rollout.max_new_tokens or rollout.guidance_limit": {"rollout": {"max_new_tokens": 1, "guidance_limit": 1}},
+    "lower engine.max_running": {"engine": {"max_running": 1}},
+    "lower engine.kv_cache_gib": {"engine": {"kv_cache_gib": "auto"}},
+    "set loss.kl_coef 0": {"loss": {"kl_coef": 0.0}},
+    "set student.dtype bfloat16": {"student": {"dtype": "bfloat16"}},
+}
+
+
 def refusal(plan: Plan) -> str:
     """Why the run does not fit, and what would help, in one line."""
-    config, card, trains = plan.config, plan.card, plan.is_training
-    is_shared = card.others_gib > 1
-    others = f", {card.others_gib:.1f} of them held by others (a card in use by others)" * is_shared
-    is_budget, least = plan.num_tokens > plan.longest[1], max(plan.gradients, plan.kv_of(1))
-    kept = next(iter(plan.temporaries.values()))
-    is_short = plan.room + kept > least  # all but the activations would fit
-    levers = {
-        "use a free card": is_shared,
-        "set train.checkpointing true": trains and is_short and not config.train.checkpointing,
-        "lower train.token_budget": trains and is_short and is_budget,
-        "lower rollout.max_new_tokens or rollout.guidance_limit": trains and is_short and not is_budget,
-        "lower engine.kv_cache_gib": plan.shared > least,
-        "put the teacher behind an endpoint": plan.teacher is not None,
-        "set loss.kl_coef 0": trains and config.loss.kl_coef > 0,
-        "set student.dtype bfloat16": is_short and plan.itemsize == 4,
-        "use a smaller model or a larger card": True,
-    }
+    card = plan.card
+    others = f", {card.others_gib:.1f} of them held by others (a card in use by others)" * (card.others_gib > 1)
     used_gib = card.total_gib - card.others_gib - plan.left / GIB
     return (
         f"plan: the run must fit into the {card.total_gib:.1f} GiB of {card.name}{others}, got "
         f"{used_gib:.1f} GiB, {-plan.left / GIB:.1f} too many; "
-        f"{', '.join(lever for lever, holds in levers.items() if holds)}"
+        f"{', '.join([*helpful_levers(plan), 'use a smaller model or a larger card'])}"
     )
+
+
+def helpful_levers(plan: Plan) -> list[str]:
+    """Those that make the run fit by themselves, or where none does, two of them together."""
+    for number in (1, 2):
+        chosen = [levers for levers in combinations(LEVERS, number) if fits(decide(pulled(plan, levers)))]
+        if chosen:
+            return [" and ".join(levers) for levers in chosen]
+    return []
+
+
+def fits(plan: Plan) -> bool:
+    return plan.left >= 0 and plan.holds_longest
+
+
+def pulled(plan: Plan, levers: Iterable[str]) -> Plan:
+    """The plan as it is asked for once these levers are pulled, with nothing chosen yet."""
+    for lever in levers:
+        sections = {name: getattr(plan.asked, name).model_copy(update=values) for name, values in LEVERS[lever].items()}
+        asked = plan.asked.model_copy(update=sections)
+        plan = plan._replace(asked=asked, config=asked)
+        if lever == "use a free card":
+            plan = plan._replace(card=plan.card._replace(others_gib=0.0))
+        if lever == "put the teacher behind an endpoint":
+            plan = plan._replace(teacher=None)
+    return plan

@@ -32,7 +32,7 @@ def plan_text(config: Config, student_folder: Path, options: Mapping[str, str]) 
     for name, text in lengths.items():
         is_count = text.isdecimal() and int(text) > 0
         check_rule("plan", f"--{name}-tokens", text, is_count, "an integer >= 1")
-    card = card_named(options.get("card"))
+    card = card_named(options.get("card"), device)
     plan = make_plan(config, student_folder, card, is_training=True)
     return plan_table(plan, **{name: int(text) for name, text in lengths.items()})
 

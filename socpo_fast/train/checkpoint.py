@@ -181,15 +181,15 @@ def load_checkpoint(
 def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
     """Remove what is older than the `keep` whole checkpoints up to `newest`, which was just saved.
 
-    Damaged ones among them stay, and so do the one of update `best` and whatever is newer. What
-    interrupted writes left behind goes.
+    Damaged ones stay, and so do the one of update `best` and whatever is newer. What interrupted
+    writes left behind goes.
     """
     if keep < 1:
         raise ValueError(f"checkpoint: keep must be >= 1, got {keep}; the latest checkpoint is never removed")
     checkpoints = _checkpoints(newest.parent)
     until_newest = checkpoints[: checkpoints.index(newest) + 1]
-    kept = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
-    for path in until_newest[: until_newest.index(kept[0])]:
+    whole = [path for path in until_newest if damage_of(path, thorough=False) is None]
+    for path in whole[:-keep]:
         if best is None or path != checkpoint_path(newest.parent, best):
             remove(path)
     _remove_leftovers(newest.parent)
