@@ -232,8 +232,9 @@ def test_a_card_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert card_of(device, 1.25) == own
     FakeCard(monkeypatch, "NVIDIA A100-SXM4-80GB", 78, 79.25)
     assert card_of(device, 1.25)[1:4] == (79.25, 2.04, 312)
-    FakeCard(monkeypatch, "Nobody's X1", 39, 40)
-    assert card_of(device) == Card("Nobody's X1", 40)
+    for name in ("Nobody's X1", "NVIDIA L40"):  # which is no L4
+        FakeCard(monkeypatch, name, 39, 40)
+        assert card_of(device) == Card(name, 40)
 
 
 def test_an_unknown_card_has_no_times(planner: Planner) -> None:

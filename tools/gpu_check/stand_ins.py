@@ -56,6 +56,7 @@ class Card:
         """Name in torch.cuda -> stand-in."""
         memory = self.memory
         return {
+            "init": lambda: None,
             "is_available": lambda: True,
             "device_count": lambda: 1,
             "get_device_name": lambda _device=None: CARD.name,
