@@ -166,13 +166,13 @@ def test_prune_keeps_the_latest_whole_ones(tmp_path: Path) -> None:
     for _ in range(6):
         paths.append(save(tmp_path, student, optimizer))
         train(student, optimizer, 1)
-    (tmp_path / ".update_000007.partial").mkdir()
+    (tmp_path / "update_000001.replaced").mkdir()  # half a removal
     (tmp_path / "notes.txt").write_text("mine")
     (paths[2] / "trainer_state.json").unlink()
     flip(paths[5] / "model.safetensors")  # the run went on from an older one
     prune_checkpoints(paths[4], keep=2)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"notes.txt", "update_000004", "update_000005", "update_000006"}
+    assert left == {"notes.txt", "update_000003", "update_000004", "update_000005", "update_000006"}
     prune_checkpoints(paths[4], keep=1)
     assert {path.name for path in tmp_path.iterdir()} == left - {"update_000004"}
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
