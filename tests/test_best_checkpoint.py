@@ -142,6 +142,23 @@ def test_killed_between_evaluation_and_save(
     assert checkpoints_of(config) == checkpoints_of(finished)
 
 
+def test_half_a_removal_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed while it removed a checkpoint removes the rest at the next save."""
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:  # not what a write clears away first
+            (folder / "config.json").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            trainer.train(small(copied, run__num_batches=6))
+    config = small(copied, run__num_batches=7)
+    trainer.train(config)
+    assert [*checkpoints_of(config)] == ["update_000002", "update_000007"]
+
+
 def remove(folder: Path) -> str:
     shutil.rmtree(folder)
     return r".*/manifest.json is missing or damaged"
