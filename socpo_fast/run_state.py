@@ -63,12 +63,12 @@ class RunState:
     def end_evaluation(self, *, update: int, success: float, measured_by: str) -> bool:
         """The evaluation that was due is made. A checkpoint from before it still owes one.
 
-        Returns whether it is better than all before, which makes a checkpoint due. That of the
-        start, update 0, has none and does not count.
+        Returns whether it is better than all before and than 0, which makes a checkpoint due. That
+        of the start, update 0, has none and does not count.
         """
         self.eval_due = False
         self.is_saved = False
-        if update == 0 or (self.best is not None and success <= self.best["success"]):
+        if update == 0 or success <= (0.0 if self.best is None else self.best["success"]):
             return False
         self.best = {"update": update, "success": success, "measured_by": measured_by}
         self.save_due = True
@@ -135,14 +135,20 @@ def recall_best(best: dict[str, Any], checkpoint: Path, *, measured_by: str, is_
 
     It does not where evaluations measure something else by now ("": there are none), or where its
     own checkpoint is damaged or gone. A run that begins from another's has its best one only where
-    it begins from that.
+    it begins from that. The checkpoint itself is read already, and not again.
     """
     path = checkpoint_path(checkpoint.parent, best["update"])
-    reason = damage_of(path, thorough=False) if is_own or path == checkpoint else "it is another run's"
+    reason = damage_of(path, thorough=path != checkpoint) if is_own or path == checkpoint else "it is another run's"
     if measured_by not in (best["measured_by"], ""):
         reason = f"{best['measured_by']} -> {measured_by}"
     if reason:
-        warnings.warn(f"run: {path.name} counts no more as the best checkpoint: {reason}", stacklevel=2)
+        # prune_checkpoints leaves one that lacks something where it is.
+        fate = (
+            "; it goes at the next save unless it is one of the newest run.keep_checkpoints, copy it to keep it"
+            if is_own and damage_of(path, thorough=False) is None
+            else ""
+        )
+        warnings.warn(f"run: {path.name} counts no more as the best checkpoint: {reason}{fate}", stacklevel=2)
     return None if reason else best
 
 
@@ -173,15 +179,21 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """The checkpoint of a run's best evaluation, as its last one tells."""
+    """The checkpoint of a run's best evaluation, as its last one tells, whole to the byte."""
     latest = last_checkpoint(folder)
     best = None if latest is None else read_json(latest / STATE)["trainer"].get("best")
     if best is None:
         raise ValueError(
-            f"eval: --checkpoint best must be in {folder / 'checkpoints'}, got no evaluation behind an update; "
-            "name a folder, or train with data.eval"
+            f"eval: --checkpoint best must be in {folder / 'checkpoints'}, got no evaluation with a success "
+            "behind an update; name a folder, or train with data.eval"
         )
-    return checkpoint_path(folder / "checkpoints", best["update"])
+    path = checkpoint_path(folder / "checkpoints", best["update"])
+    if damage := damage_of(path):
+        raise ValueError(
+            f"eval: --checkpoint best must be whole, got {damage}; "
+            f"bring it back, or name another checkpoint of {path.parent}"
+        )
+    return path
 
 
 def find_checkpoint(config: Config) -> Path | None:

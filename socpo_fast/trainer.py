@@ -112,8 +112,7 @@ class Trainer:
         data = drawn_from(self.train_questions, self.eval_questions, self.session.tokenizer)
         self.measured_by = measured_by(self.config, data)
         if self.resumed_from is None:
-            state = RunState(drawn_from=data, eval_due=bool(self.eval_questions))
-            return state, config_text(self.config)
+            return RunState(drawn_from=data, eval_due=bool(self.eval_questions)), config_text(self.config)
         record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
         run = self.resumed_from.absolute().parent.parent
         state = RunState.from_record(

@@ -18,9 +18,10 @@ from socpo_fast.session import Session
 from tests.test_trainer_resume import config_of
 
 # success/unassisted after so many updates: the start's counts for nothing, the first 0.5 is the best
-SUCCESS = {0: 0.9, 1: 0.25, 2: 0.5, 3: 0.5, 4: 0.125, 5: 0.25, 6: 0.25}
+SUCCESS = {0: 0.9, 1: 0.25, 2: 0.5, 3: 0.5, 4: 0.125, 5: 0.25, 6: 0.25, 7: 0.5}
 TOLD = "best evaluation so far: {:.1%} unassisted; update {} is kept"
 NO_MORE = "run: update_000002 counts no more as the best checkpoint: "
+GOES = "; it goes at the next save unless it is one of the newest run.keep_checkpoints, copy it to keep it"
 
 
 def small(folder: Path, **changes: Any) -> Config:
@@ -96,7 +97,7 @@ def test_best_can_be_named(finished: Config, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_there_is_none_without_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="^eval: --checkpoint best must be in .*, got no evaluation behind an update; "
+        ValueError, match="^eval: --checkpoint best must be in .*, got no evaluation with a success behind an update; "
     ):
         trainer.evaluate(small(tmp_path), "best")
     config = small(tmp_path, data__eval="none", run__num_batches=2)
@@ -141,6 +142,23 @@ def test_killed_between_evaluation_and_save(
     assert checkpoints_of(config) == checkpoints_of(finished)
 
 
+def test_half_a_removal_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed while it removed a checkpoint removes the rest at the next save."""
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:  # not what a write clears away first
+            (folder / "config.json").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            trainer.train(small(copied, run__num_batches=6))
+    config = small(copied, run__num_batches=7)
+    trainer.train(config)
+    assert [*checkpoints_of(config)] == ["update_000002", "update_000007"]
+
+
 def remove(folder: Path) -> str:
     shutil.rmtree(folder)
     return r".*/manifest.json is missing or damaged"
@@ -151,15 +169,38 @@ def shorten(folder: Path) -> str:
     return r".*/model.safetensors is missing or not of its \d+ bytes"
 
 
-@pytest.mark.parametrize("damage", [remove, shorten])
+def lose_one_file(folder: Path) -> str:
+    (folder / "tokenizer.json").unlink()
+    return r".*/tokenizer.json is missing or not of its \d+ bytes"
+
+
+def flip(folder: Path) -> str:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    return r".*/model.safetensors has other bytes than were written"
+
+
+@pytest.mark.parametrize("damage", [remove, shorten, lose_one_file, flip])
 def test_a_damaged_best_one_is_told_and_replaced(copied: Path, damage: Callable[[Path], str]) -> None:
+    """What lacks something stays where it is, file for file; where all sizes are right it goes, and that is told."""
     config = small(copied, run__num_batches=6)
-    reason = damage(config.folder / "checkpoints" / "update_000002")
-    with pytest.raises(ValueError, match="update_000002"):
+    best = config.folder / "checkpoints" / "update_000002"
+    reason = damage(best)
+    advice = f"bring it back, or name another checkpoint of {best.parent}"
+    with pytest.raises(ValueError, match=f"^eval: --checkpoint best must be whole, got {reason}; {advice}$"):
         trainer.evaluate(config, "best")
-    with pytest.warns(UserWarning, match=NO_MORE + reason):
+    left = files_of(best)
+    with pytest.warns(UserWarning, match=f"^{NO_MORE}{reason}{GOES if damage is flip else ''}$"):
         trainer.train(config)
     assert best_checkpoint(config.folder).name == "update_000006"
+    assert files_of(best) == ({} if damage is flip else left)
+    trainer.train(small(copied, run__num_batches=7))  # whose best is another one by now
+    assert files_of(best) == ({} if damage is flip else left)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*")}
 
 
 def test_a_run_begins_from_the_best_of_another(finished: Config, tmp_path: Path) -> None:
@@ -169,7 +210,7 @@ def test_a_run_begins_from_the_best_of_another(finished: Config, tmp_path: Path)
     assert [*checkpoints_of(config)] == ["update_000002", "update_000004"]
     assert best_checkpoint(config.folder) == config.folder / "checkpoints" / "update_000002"
     other = small(tmp_path, run__name="other", run__resume=str(start / "update_000005"), run__num_batches=6)
-    with pytest.warns(UserWarning, match=f"{NO_MORE}it is another run's"):
+    with pytest.warns(UserWarning, match=f"^{NO_MORE}it is another run's$"):
         trainer.train(other)
     assert best_checkpoint(other.folder).name == "update_000006"
 
@@ -188,7 +229,7 @@ def test_what_is_measured_otherwise_is_not_compared(copied: Path, change: dict[s
     config = small(copied, run__num_batches=6, run__accept_changes=True, **change)
     words = "temperature 2.0, top_p 0.95, grader tests.test_trainer_resume:grade at 1.0"
     old = f"2 with hash [0-9a-f]{{12}}, 2 samples of 8 tokens, {words}"
-    with pytest.warns(UserWarning, match=f"{NO_MORE}{old} -> . with hash"):
+    with pytest.warns(UserWarning, match=f"^{NO_MORE}{old} -> . with hash .*{GOES}$"):
         trainer.train(config)
     assert [*checkpoints_of(config)] == ["update_000006"]
     assert best_checkpoint(config.folder).name == "update_000006"

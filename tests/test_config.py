@@ -94,11 +94,12 @@ REFUSED = {
     ),
     "a rate that falls from where the run ends": (
         {"train.lr_schedule": "linear", "run.num_batches": 2},
-        "config: train.warmup_updates must be below the run's 8 updates for train.lr_schedule linear, got 10",
+        "config: train.warmup_updates must be below the run's 8 updates for train.lr_schedule linear, got 10; lower "
+        "train.warmup_updates or raise run.num_batches",
     ),
     "an end for a rate that does not fall": (
         {"train.min_lr_ratio": 0.1},
-        "config: train.min_lr_ratio must be 0 for train.lr_schedule constant, got 0.1",
+        "config: train.min_lr_ratio must be 0 for train.lr_schedule constant, got 0.1; leave train.min_lr_ratio out",
     ),
     "pages of three": ({"engine.page_size": 3}, "config: engine.page_size must be a power of two, got 3"),
 }

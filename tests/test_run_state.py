@@ -89,11 +89,11 @@ def test_a_state_is_saved_once_and_again_when_it_changes(fresh: RunState) -> Non
 
 
 def test_the_first_of_the_best_evaluations_counts(fresh: RunState) -> None:
-    """That of the start has no checkpoint; a better one makes one due, an equal one does not."""
+    """That of the start has no checkpoint, 0 is no success; a better one makes one due, an equal one does not."""
     told = []
     for update, success in ((0, 0.9), (4, 0.0), (8, 0.25), (12, 0.25), (16, 0.125), (20, 0.5)):
         fresh.save_due = False
         told.append(fresh.end_evaluation(update=update, success=success, measured_by="two questions"))
         assert fresh.save_due == told[-1]
-    assert told == [False, True, True, False, False, True]
+    assert told == [False, False, True, False, False, True]
     assert fresh.to_record()["best"] == {"update": 20, "success": 0.5, "measured_by": "two questions"}

@@ -193,11 +193,13 @@ def find_conflicts(config: Config) -> str | None:
         (
             not is_falling or train.warmup_updates < config.num_updates,
             f"train.warmup_updates must be below the run's {config.num_updates} updates "
-            f"for train.lr_schedule {train.lr_schedule}, got {train.warmup_updates}",
+            f"for train.lr_schedule {train.lr_schedule}, got {train.warmup_updates}; "
+            "lower train.warmup_updates or raise run.num_batches",
         ),
         (
             is_falling or train.min_lr_ratio == 0,
-            f"train.min_lr_ratio must be 0 for train.lr_schedule {train.lr_schedule}, got {train.min_lr_ratio}",
+            f"train.min_lr_ratio must be 0 for train.lr_schedule {train.lr_schedule}, got {train.min_lr_ratio}; "
+            "leave train.min_lr_ratio out",
         ),
     ]
     return next((rule for holds, rule in rules if not holds), None)

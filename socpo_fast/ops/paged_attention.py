@@ -186,7 +186,7 @@ def paged_attention_flash(
     try:
         flash = importlib.import_module("flash_attn")
     except ModuleNotFoundError as error:
-        advice = "pip install --no-build-isolation socpo_fast[flash], or take another impl"
+        advice = "pip install --no-build-isolation '.[flash]' in a checkout, or take another impl"
         raise RuntimeError(f"{where}: impl 'flash' needs flash-attn; {advice}") from error
     options = {"softmax_scale": scale, "causal": True, "block_table": block_table_BM}
     if max_seqlen_q == 1 and len(q_THE) == len(seq_lens_B):

@@ -212,7 +212,7 @@ class MathGrader:
         self._one_at_a_time = threading.Lock()  # an answer belongs to the last question
         if find_spec("math_verify") is None:
             raise ValueError(
-                "data.grader: math needs math-verify, which is not installed; pip install 'socpo_fast[math]'"
+                "data.grader: math needs math-verify, which is not installed; pip install '.[math]' in a checkout"
             )
 
     def __call__(self, text: str, question: Question) -> bool:

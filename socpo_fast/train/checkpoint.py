@@ -64,7 +64,8 @@ def save_checkpoint(
     state_text = json.dumps({"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}, indent=1)
     target = checkpoint_path(folder, optimizer.num_updates)
     try:
-        _remove_leftovers(folder)  # an interrupted process may have filled the disk
+        for leftover in folder.glob(".*update_*"):  # an interrupted process may have filled the disk
+            shutil.rmtree(leftover, ignore_errors=True)
         with new_folder(target) as partial:
             save_student(student, partial, tokenizer_from=tokenizer_from)
             save_file(
@@ -181,18 +182,20 @@ def load_checkpoint(
 def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
     """Remove what is older than the `keep` whole checkpoints up to `newest`, which was just saved.
 
-    Damaged ones stay, and so do the one of update `best` and whatever is newer. What interrupted
-    writes left behind goes.
+    Damaged ones stay, and so do the one of update `best` and whatever is newer. Whole means here
+    that every file has its size: nothing is read.
     """
     if keep < 1:
         raise ValueError(f"checkpoint: keep must be >= 1, got {keep}; the latest checkpoint is never removed")
     checkpoints = _checkpoints(newest.parent)
     until_newest = checkpoints[: checkpoints.index(newest) + 1]
-    whole = [path for path in until_newest if damage_of(path, thorough=False) is None]
-    for path in whole[:-keep]:
-        if best is None or path != checkpoint_path(newest.parent, best):
-            remove(path)
-    _remove_leftovers(newest.parent)
+    kept = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
+    stays = None if best is None else checkpoint_path(newest.parent, best)
+    for path in until_newest[: until_newest.index(kept[0])]:
+        # A replaced one that lacks something is no damage: a process stopped while it removed that.
+        if path != stays and (path.name.endswith(REPLACED) or damage_of(path, thorough=False) is None):
+            # Hidden first, so that half a removal is not taken for damage; the next save removes the rest.
+            remove(path.rename(path.with_name(f".{path.name}")))
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
@@ -203,12 +206,6 @@ def _checkpoints(folder: str | Path) -> list[Path]:
     paths = [*folder.iterdir()] if folder.is_dir() else []
     found = [(match, path) for path in paths if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), not pair[0][2]))]
-
-
-def _remove_leftovers(folder: str | Path) -> None:
-    """Hidden siblings of writes that were interrupted."""
-    for path in Path(folder).glob(".*update_*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:

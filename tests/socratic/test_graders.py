@@ -120,7 +120,7 @@ def test_exact(text: str, truth: str, is_correct: bool) -> None:
 
 def test_math_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ValueError, match=r"pip install 'socpo_fast\[math\]'"):
+    with pytest.raises(ValueError, match=r"; pip install '\.\[math\]' in a checkout$"):
         make_grader("math")
 
 

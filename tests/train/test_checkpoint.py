@@ -166,7 +166,7 @@ def test_prune_keeps_the_latest_whole_ones(tmp_path: Path) -> None:
     for _ in range(6):
         paths.append(save(tmp_path, student, optimizer))
         train(student, optimizer, 1)
-    (tmp_path / ".update_000007.partial").mkdir()
+    (tmp_path / "update_000001.replaced").mkdir()  # half a removal
     (tmp_path / "notes.txt").write_text("mine")
     (paths[2] / "trainer_state.json").unlink()
     flip(paths[5] / "model.safetensors")  # the run went on from an older one
