@@ -92,8 +92,7 @@ def rollout(words: Sequence[str]) -> None:
 
 def plan(words: Sequence[str]) -> None:
     """what a run takes of a card's memory, and the least time of a batch; no card needed"""
-    # A file may be of a run on a CPU; only who says so here is refused.
-    config, options = parse("plan", ["--run.device", "cuda", *words])
+    config, options = parse("plan", words)
     from socpo_fast.report.plan import plan_text
     from socpo_fast.session import find_student
 
@@ -227,6 +226,10 @@ def reader(command: str, tables: dict[str, Any]) -> Reader:
                 default = table.get(name.removeprefix(f"{section}."), default)
             meaning = f"{describe(Config, name)}. ({rule_of(Config, name)}) (default: {to_text(default)})"
             group.add_argument(f"--{name}", metavar="VALUE", help=meaning.replace("%", "%%"))
+    # A plan is of a card, though a file may be of a run on a CPU; only whoever says so in words is refused.
+    found.set_defaults(
+        **{"run.device": "cuda"} if command == "plan" and "'device': 'cuda" not in str(tables.get("run")) else {}
+    )
     return found
 
 
