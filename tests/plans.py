@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from socpo_fast.config import load_config
 from socpo_fast.report.cards import CARDS, Card
@@ -18,6 +19,7 @@ QWEN3_8B = {
     "intermediate_size": 12288,
     "tie_word_embeddings": False,
 }
+GIB = 2**30
 RAW = CONFIGS | {"Qwen3-8B": CONFIGS["Qwen3-4B"] | QWEN3_8B}
 
 
@@ -51,6 +53,22 @@ class Planner:
         config = load_config(None, {"run.device": "cuda", "student.dtype": "bfloat16"} | changes)
         known = CARDS[card] if isinstance(card, str) else card
         return make_plan(config, self.model(name), known, is_training=is_training)
+
+
+class FakeCard:
+    """A card of this machine, as far as a plan asks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, free_gib: float, total_gib: float):
+        self.peak_gib = 0.0
+        answers: dict[str, Any] = {
+            "get_device_name": lambda _device: name,
+            "mem_get_info": lambda _device: (int(free_gib * GIB), int(total_gib * GIB)),
+            "memory_reserved": lambda _device: 3 * GIB,
+            "memory_allocated": lambda _device: 2 * GIB,
+            "max_memory_allocated": lambda _device: int(self.peak_gib * GIB),
+        }
+        for function, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, function, answer)
 
 
 @pytest.fixture

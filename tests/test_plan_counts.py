@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 
+from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.report import sizes
 from socpo_fast.report.batch_time import batch_seconds
-from socpo_fast.report.memory_plan import Plan
+from socpo_fast.report.memory_plan import TEACHER_PAGE_SIZE, Plan
+from socpo_fast.train.packing import pack_rollouts
 from tests.plans import RAW, Planner, planner
+from tests.train.rollouts import make_rollout
 
 __all__ = ["planner"]  # a fixture
 
@@ -137,6 +141,10 @@ def test_no_attempt_behind_the_last_position(planner: Planner) -> None:
         for k in (2, 9)
     )
     assert two == nine
+    # The second attempt ends at position 40,960; a token moves so many numbers in each of 28 layers.
+    num_tokens = 300 + 8 * 30_000 + 4 * 130 + 4 * (40_960 - 30_430)
+    moved = 2 * 28 * num_tokens * (20 * 1024 + 6 * 4096 + 9 * 3072)
+    assert two["updates: elementwise"] == pytest.approx(moved / 4.8e12)
 
 
 def test_a_template_s_context_counts_whole_attempts(planner: Planner) -> None:
@@ -144,6 +152,18 @@ def test_a_template_s_context_counts_whole_attempts(planner: Planner) -> None:
     context, packed = planner("Qwen3-0.6B", rollout__context="template", **long).longest
     assert context == planner("Qwen3-0.6B", **long).longest[0]
     assert packed == context + 2 * 4096
+
+
+def test_a_template_s_rollout_is_packed_as_planned(planner: Planner) -> None:
+    """Each attempt stays a leaf, and its head is written anew in the bridge behind it."""
+    lengths = {"rollout__max_attempts": 3, "rollout__max_new_tokens": 50, "rollout__attempt_limit": 40}
+    limits = {"data__max_prompt_tokens": 20, "rollout__guidance_limit": 10}
+    plan = planner("Qwen3-0.6B", rollout__context="template", **lengths, **limits)
+    bridges = [40 + 10 + 32] * 2
+    rollout = make_rollout(0, 0, [1] * 20, [50] * 3, bridges, cuts=[0, 0])
+    [packed] = pack_rollouts([rollout], packing="tree", token_budget=1)
+    # The last token of a leaf predicts nothing and is not forwarded.
+    assert plan.longest == (rollout.context_length(2) + 50, packed.tokens_forwarded + 3)
 
 
 def test_checkpointing_and_long_texts_by_hand(planner: Planner) -> None:
@@ -232,6 +252,24 @@ def test_what_settings_change_about_seconds(planner: Planner) -> None:
     weights = 3 * 2000 * 2 * 596_049_920 / 3.0e12  # 3 x 64 more at once before
     more = took(few, "rollouts: decode") - took(plan, "rollouts: decode")
     assert more == pytest.approx(weights - 2000 * 596_049_920 * 2 / 3.0e12, rel=1e-3)
+
+
+def test_a_local_teacher_has_its_engine_s_defaults(planner: Planner) -> None:
+    teacher = {"teacher__kind": "local", "teacher__path": str(planner.model("Qwen3-1.7B"))}
+    plan = planner("Qwen3-0.6B", **teacher, engine__token_budget=512)
+    defaults = inspect.signature(Engine).parameters
+    assert defaults["page_size"].default == TEACHER_PAGE_SIZE
+    # Of one layer: (4 x 2048 + 3 x 6144) x 2 bytes a token.
+    step = plan.residents["local teacher: a step (estimate)"]
+    assert step == defaults["token_budget"].default * (4 * 2048 + 3 * 6144) * 2
+
+
+def test_a_local_teacher_says_no_more_than_it_may(planner: Planner) -> None:
+    teacher = {"teacher__kind": "local", "teacher__path": str(planner.model("Qwen3-1.7B"))}
+    cut = planner("Qwen3-0.6B", **teacher, teacher__kv_cache_gib=28.0, teacher__max_new_tokens=65)
+    num_bytes = 65 * 2 * 1_720_574_976 + 128 * 65 * (1500 + 32.5) * 114_688
+    flops = 2 * (1_720_574_976 - 151936 * 2048) * 128 * 1500
+    assert took(cut, "rollouts: local teacher") == pytest.approx(num_bytes / 3.0e12 + flops / 798e12)
 
 
 def test_seconds_of_a_local_teacher(planner: Planner) -> None:

@@ -91,7 +91,7 @@ def rollout_seconds(plan: Plan, prompts: Spans, attempts: list[Spans], seams: li
         room = int(teacher.kv_cache_gib * GIB) // sizes.kv_bytes(plan.teacher, itemsize)
         seen = min(attempts[0].length, plan.config.rollout.attempt_limit)
         seen += prompts.length + TEACHER_PROMPT_TOKENS
-        asked = Spans(sum(x.num_texts for x in seams), seen, seams[0].length)
+        asked = Spans(sum(x.num_texts for x in seams), seen, min(seams[0].length, teacher.max_new_tokens))
         decode = decode_bytes(plan.teacher, itemsize, asked, TEACHER_RUNNING, room)
         flops = 2 * sizes.layer_parameters(plan.teacher) * asked.num_texts * seen
         seconds["rollouts: local teacher"] = decode / byte_s + flops / flops_a_second(plan, itemsize)

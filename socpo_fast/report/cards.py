@@ -44,23 +44,29 @@ CARDS = {
     "rtx3090": Card("RTX 3090", 23.7, 0.936, 71, 35.6, SHEET),
     "l4": Card("NVIDIA L4", 22.0, 0.3, 121, 30.3, SHEET),
 }
+# Kinds that have a known card's name and other rates.
+OTHER_KINDS = re.compile(r"\b(MIG|NVL|Laptop|Max-Q|4090 D|H100 PCIe)\b")
 
 
 def card_named(name: str | None, device: str) -> Card:
     """A card of CARDS; None: that of this machine which run.device names.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or this machine's cannot be used.
     """
-    if name is None and torch.cuda.is_available():
-        return card_of(select_device(device))
-    wanted = (name or "none").lower()
+    if name is None:
+        try:
+            return card_of(select_device(device))
+        except ValueError as error:
+            reason = str(error).removesuffix("use cpu")
+            raise ValueError(f"plan: {reason}name a kind of card with --card: {', '.join(CARDS)}") from None
+    wanted = name.lower()
     if wanted in CARDS:
         return CARDS[wanted]
-    nearest = [known for known in CARDS if known.startswith(wanted)]
-    nearest = nearest or difflib.get_close_matches(wanted, CARDS, n=1)
+    begun = [known for known in CARDS if known.startswith(wanted)]
+    nearest = begun or difflib.get_close_matches(wanted, CARDS, n=1)
     advice = f"did you mean {' or '.join(nearest)}?" if nearest else "name one; without it, this machine's own is asked"
-    raise ValueError(f"plan: --card must be one of {', '.join(CARDS)}, got {name or 'none'}; {advice}")
+    raise ValueError(f"plan: --card must be one of {', '.join(CARDS)}, got {name}; {advice}")
 
 
 def card_of(device: torch.device, context_gib: float = 0) -> Card:
@@ -71,7 +77,7 @@ def card_of(device: torch.device, context_gib: float = 0) -> Card:
     name = torch.cuda.get_device_name(device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    alike = [card for card in CARDS.values() if re.search(rf"\b{card.name}\b", name)]
+    alike = [card for card in CARDS.values() if re.search(rf"\b{card.name}\b", name) and not OTHER_KINDS.search(name)]
     total_gib, unknown = total_bytes / GIB, Card(name, total_bytes / GIB)
     known = min(alike, key=lambda card: abs(card.total_gib - total_gib), default=unknown)
     others_gib = max(total_gib - free_bytes / GIB - context_gib, 0.0)

@@ -13,7 +13,7 @@ the rest. The first two depend on the kind of card and on settings, never on wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +38,8 @@ CONTEXT_BYTES = 5 * GIB // 4
 GAP_BYTES, GAP_SHARE = GIB // 2, 0.05
 BRIDGE_TOKENS = 32
 DECODE_SPLIT = 256  # keys of one partial sum of the decode kernel
+# Of a local teacher's engine, which has its defaults: tokens of a step, and of a page.
+TEACHER_TOKEN_BUDGET, TEACHER_PAGE_SIZE = 2048, 32
 
 
 class Plan(NamedTuple):
@@ -97,7 +99,7 @@ class Plan(NamedTuple):
             itemsize = ITEMSIZES[config.teacher.dtype]
             parts["local teacher: weights"] = sizes.num_parameters(self.teacher) * itemsize
             parts["local teacher: KV"] = int(config.teacher.kv_cache_gib * GIB)
-            pool = sizes.step_bytes(self.teacher, itemsize, config.engine.token_budget)
+            pool = sizes.step_bytes(self.teacher, itemsize, TEACHER_TOKEN_BUDGET)
             parts["local teacher: a step (estimate)"] = pool
         return {name: size for name, size in parts.items() if size}
 
@@ -185,20 +187,26 @@ def make_plan(config: Config, student_folder: Path, card: Card, *, is_training: 
     teacher = None
     if isinstance(config.teacher, LocalTeacherConfig) and config.rollout.max_attempts > 1:
         teacher = read_model(Path(config.teacher.path))
+        check_teacher(config.teacher, teacher)
     plan = Plan(config, config, read_model(student_folder), teacher, card, is_training)
     length, positions = config.rollout.max_new_tokens, plan.model.max_position_embeddings
     rule = f"below the model's {positions} positions"
     check_rule("rollout", "rollout.max_new_tokens", length, length < positions, rule, "lower it")
     plan = decide(plan)
-    if not plan.holds_longest:
-        raise ValueError(
-            f"plan: engine.kv_cache_gib must be >= {plan.kv_of(1) / GIB:.3g}, the longest context of "
-            f"{plan.longest[0]} tokens, got {plan.config.engine.kv_cache_gib:.3g}; raise it, or lower "
-            "data.max_prompt_tokens, rollout.max_new_tokens or rollout.guidance_limit"
-        )
-    if plan.left < 0:
+    if not fits(plan):
         raise ValueError(refusal(plan))
     return plan
+
+
+def check_teacher(config: LocalTeacherConfig, teacher: ModelConfig) -> None:
+    """The same as LocalTeacher says once it is made."""
+    num_pages = int(config.kv_cache_gib * GIB) // (TEACHER_PAGE_SIZE * sizes.kv_bytes(teacher, ITEMSIZES[config.dtype]))
+    num_tokens = min(num_pages * TEACHER_PAGE_SIZE, teacher.max_position_embeddings)
+    if config.max_new_tokens >= num_tokens:
+        raise ValueError(
+            f"teacher.max_new_tokens must be < the teacher's context of {num_tokens} tokens, "
+            f"got {config.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
+        )
 
 
 def decide(plan: Plan) -> Plan:
@@ -238,17 +246,27 @@ def read_model(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(read_json(path), where=str(path))
 
 
-# What may help a run that does not fit, and the most that it can do.
-LEVERS: dict[str, dict[str, dict[str, Any]]] = {
-    "use a free card": {},
-    "put the teacher behind an endpoint": {},
-    "set train.checkpointing true": {"train": {"checkpointing": True}},
-    "lower train.token_budget": {"train": {"token_budget": 1}},
-    "lower rollout.max_new_tokens or rollout.guidance_limit": {"rollout": {"max_new_tokens": 1, "guidance_limit": 1}},
-    "lower engine.max_running": {"engine": {"max_running": 1}},
-    "lower engine.kv_cache_gib": {"engine": {"kv_cache_gib": "auto"}},
-    "set loss.kl_coef 0": {"loss": {"kl_coef": 0.0}},
-    "set student.dtype bfloat16": {"student": {"dtype": "bfloat16"}},
+def changed(plan: Plan, section: str, **values: Any) -> Plan:
+    """The plan as it is asked for with other values in a section, with nothing chosen yet."""
+    sections = {section: getattr(plan.asked, section).model_copy(update=values)}
+    asked = plan.asked.model_copy(update=sections)
+    return plan._replace(asked=asked, config=asked)
+
+
+# What may help a run that does not fit, with numbers below which a run is not worth its time. Where
+# less was asked for, more does not help and is not named.
+LEVERS: dict[str, Callable[[Plan], Plan]] = {
+    "use a free card": lambda plan: plan._replace(card=plan.card._replace(others_gib=0.0)),
+    "put the teacher behind an endpoint": lambda plan: plan._replace(teacher=None),
+    "set train.checkpointing true": lambda plan: changed(plan, "train", checkpointing=True),
+    "lower train.token_budget": lambda plan: changed(plan, "train", token_budget=1),
+    "lower data.max_prompt_tokens": lambda plan: changed(plan, "data", max_prompt_tokens=256),
+    "lower rollout.max_new_tokens": lambda plan: changed(plan, "rollout", max_new_tokens=256),
+    "lower rollout.guidance_limit": lambda plan: changed(plan, "rollout", guidance_limit=128),
+    "lower engine.max_running": lambda plan: changed(plan, "engine", max_running=8),
+    "set engine.kv_cache_gib auto": lambda plan: changed(plan, "engine", kv_cache_gib="auto"),
+    "set loss.kl_coef 0": lambda plan: changed(plan, "loss", kl_coef=0.0),
+    "set student.dtype bfloat16": lambda plan: changed(plan, "student", dtype="bfloat16"),
 }
 
 
@@ -257,34 +275,26 @@ def refusal(plan: Plan) -> str:
     card = plan.card
     others = f", {card.others_gib:.1f} of them held by others (a card in use by others)" * (card.others_gib > 1)
     used_gib = card.total_gib - card.others_gib - plan.left / GIB
-    return (
-        f"plan: the run must fit into the {card.total_gib:.1f} GiB of {card.name}{others}, got "
-        f"{used_gib:.1f} GiB, {-plan.left / GIB:.1f} too many; "
-        f"{', '.join([*helpful_levers(plan), 'use a smaller model or a larger card'])}"
+    reason = (
+        f"the run must fit into the {card.total_gib:.1f} GiB of {card.name}{others}, got "
+        f"{used_gib:.1f} GiB, {-plan.left / GIB:.1f} too many"
     )
+    if not plan.holds_longest:
+        reason = (
+            f"engine.kv_cache_gib must be >= {plan.kv_of(1) / GIB:.3g}, the longest context of "
+            f"{plan.longest[0]} tokens, got {plan.config.engine.kv_cache_gib:.3g}"
+        )
+    return f"plan: {reason}; {', '.join([*helpful_levers(plan), 'use a smaller model or a larger card'])}"
 
 
 def helpful_levers(plan: Plan) -> list[str]:
     """Those that make the run fit by themselves, or where none does, two of them together."""
-    for number in (1, 2):
-        chosen = [levers for levers in combinations(LEVERS, number) if fits(decide(pulled(plan, levers)))]
-        if chosen:
-            return [" and ".join(levers) for levers in chosen]
-    return []
+    pulled = {lever: pull(plan) for lever, pull in LEVERS.items()}
+    alone = [lever for lever, asked in pulled.items() if fits(decide(asked))]
+    pairs = combinations(LEVERS, 2)
+    together = (" and ".join(pair) for pair in pairs if fits(decide(LEVERS[pair[1]](pulled[pair[0]]))))
+    return alone or list(together)
 
 
 def fits(plan: Plan) -> bool:
     return plan.left >= 0 and plan.holds_longest
-
-
-def pulled(plan: Plan, levers: Iterable[str]) -> Plan:
-    """The plan as it is asked for once these levers are pulled, with nothing chosen yet."""
-    for lever in levers:
-        sections = {name: getattr(plan.asked, name).model_copy(update=values) for name, values in LEVERS[lever].items()}
-        asked = plan.asked.model_copy(update=sections)
-        plan = plan._replace(asked=asked, config=asked)
-        if lever == "use a free card":
-            plan = plan._replace(card=plan.card._replace(others_gib=0.0))
-        if lever == "put the teacher behind an endpoint":
-            plan = plan._replace(teacher=None)
-    return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,7 @@ from socpo_fast.report.cards import GIB, card_named
 from socpo_fast.report.memory_plan import Plan, make_plan
 from socpo_fast.report.sizes import activation_bytes, num_parameters
 
-# Of lengths that no setting tells: an ordinary prompt and ordinary guidance.
-PROMPT_TOKENS, GUIDANCE_TOKENS = 300, 130
-LENGTHS = ("prompt", "answer", "guidance")
+ORDINARY = {"prompt": 300, "guidance": 130}  # tokens that no setting tells
 CHOSEN = ("engine.kv_cache_gib", "train.token_budget", "train.checkpointing")
 
 
@@ -26,15 +25,31 @@ def plan_text(config: Config, student_folder: Path, options: Mapping[str, str]) 
         ValueError: an option is not what it must be, or the run does not fit.
     """
     device = config.run.device
-    rule = "cuda, or left out: on a CPU there is nothing to plan"
-    check_rule("plan", "run.device", device, device != "cpu", rule)
-    lengths = {name: text for name in LENGTHS if (text := options.get(f"{name}_tokens"))}
+    check_rule("plan", "run.device", device, device != "cpu", "cuda, or left out: on a CPU there is nothing to plan")
+    lengths = {name: text for name in limits(config) if (text := options.get(f"{name}_tokens"))}
     for name, text in lengths.items():
-        is_count = text.isdecimal() and int(text) > 0
-        check_rule("plan", f"--{name}-tokens", text, is_count, "an integer >= 1")
+        setting, limit = limits(config)[name]
+        is_count = re.fullmatch("0*[1-9][0-9]{0,8}", text) is not None and int(text) <= limit
+        check_rule(
+            "plan",
+            f"--{name}-tokens",
+            text,
+            is_count,
+            f"an integer from 1 to {setting}, {limit}",
+            "name one, or leave it out",
+        )
     card = card_named(options.get("card"), device)
     plan = make_plan(config, student_folder, card, is_training=True)
     return plan_table(plan, **{name: int(text) for name, text in lengths.items()})
+
+
+def limits(config: Config) -> dict[str, tuple[str, int]]:
+    """The setting that limits each length, with its value."""
+    return {
+        "prompt": ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+        "answer": ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+        "guidance": ("rollout.guidance_limit", config.rollout.guidance_limit),
+    }
 
 
 def plan_table(plan: Plan, **lengths: int) -> str:
@@ -53,14 +68,10 @@ def plan_table(plan: Plan, **lengths: int) -> str:
     ]
     if not card.tb_s:
         return "\n".join([*lines, f"no times: the rates of {card.name} are not known"])
-    ordinary = {
-        "prompt": min(PROMPT_TOKENS, asked.data.max_prompt_tokens),
-        "answer": asked.rollout.max_new_tokens,
-        "guidance": min(GUIDANCE_TOKENS, asked.rollout.guidance_limit),
-    }
-    seconds = batch_seconds(plan, **(ordinary | lengths))
+    lengths = {name: min(ORDINARY.get(name, limit), limit) for name, (_, limit) in limits(asked).items()} | lengths
+    seconds = batch_seconds(plan, **lengths)
     seconds["together"] = sum(seconds.values())
-    words = ", ".join(f"{name} {length}" for name, length in (ordinary | lengths).items())
+    words = ", ".join(f"{name} {length}" for name, length in lengths.items())
     rates = f"{card.tb_s:g} TB/s, {card.bf16_tflop_s:g} TFLOP/s in bf16, {card.fp32_tflop_s:g} in fp32"
     return "\n".join(
         [
