@@ -95,8 +95,8 @@ REFUSED = {
         LENGTH.format("prompt", "data.max_prompt_tokens, 2048", "2049"),
     ),
     "digits of another script": (
-        ["--guidance-tokens", "\u0663"],
-        LENGTH.format("guidance", "rollout.guidance_limit, 2048", "\u0663"),
+        ["--guidance-tokens", "1\u0663"],
+        LENGTH.format("guidance", "rollout.guidance_limit, 2048", "1\u0663"),
     ),
     "a small cache": (
         ["--engine.kv_cache_gib", "0.5"],
