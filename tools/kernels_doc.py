@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tools import aot
+from tools.gpu_check.walk import write_between_marks
 from tools.kernel_work import CARDS, STUDENT, works
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
@@ -41,10 +42,7 @@ def main(arguments: list[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when a kernel is defined
     file = Path(arguments[0]) if arguments else FILE
     text = "\n".join([*resources_table(), "", *work_table()])
-    old = file.read_text(encoding="utf-8")
-    before, _, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2]
-    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    write_between_marks(file, text, (BEGIN, END))
     return 0
 
 

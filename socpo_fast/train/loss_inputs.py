@@ -75,8 +75,13 @@ def attempt_advantages(rollouts: Sequence[Rollout], advantages_A: Tensor | None,
     """[A]: those given, or fp32 of the turns'."""
     places = attempt_places(rollouts)
     if advantages_A is not None:
-        shape = list(advantages_A.shape)
-        check_rule("policy_gradients", "shape of advantages_A", shape, shape == [len(places)], f"[A={len(places)}]")
+        check_rule(
+            "policy_gradients",
+            "shape of advantages_A",
+            list(advantages_A.shape),
+            advantages_A.shape == (len(places),),
+            f"[A={len(places)}]",
+        )
         return advantages_A
     advantages = [rollouts[r].turns[t].advantage for r, t in places]
     if None in advantages:
@@ -98,11 +103,7 @@ def upload_tokens(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Two uploads: token ids, positions, and by their names what linear_policy_loss takes a token."""
     sampler: PerToken = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
-    given = {
-        "sampler_logprobs": sampler,
-        "old_logprobs": sampler if old_logprobs is None else old_logprobs,
-        "ref_logprobs": ref_logprobs,
-    }
+    given = {"sampler_logprobs": sampler, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     values = {"weights_N": weights_A[microbatch.attempt_of_token_N]} | {
         f"{what}_N": gather_tokens(by_attempt, what, microbatch=microbatch, rollouts=rollouts)
         for what, by_attempt in given.items()
@@ -118,7 +119,9 @@ def upload_tokens(
         "attempt_of_token_N": attempts[microbatch.attempt_of_token_N],
     }
     uploaded = *upload_together([*indices.values()], device), *upload_together([*values.values()], device)
-    tokens: dict[str, Any] = {"old_logprobs_N": None} | dict(zip([*indices, *values], uploaded, strict=True))
+    tokens: dict[str, Any] = dict(zip([*indices, *values], uploaded, strict=True))
+    # The sampler's are sent once, whichever part they play.
+    tokens.setdefault("old_logprobs_N", tokens["sampler_logprobs_N"] if old_logprobs is None else None)
     return tokens.pop("token_ids_T"), tokens.pop("positions_T"), tokens
 
 
