@@ -3,14 +3,16 @@
 They say what it believes, where it slips and how it takes guidance. Read: dialogue -> recall_mass
 -> slip. The student must leave something to learn, and guidance must be worth more than a second
 try. So it is taught
-- misconceptions: of eight elements it takes the atomic number for the mass in most dialogues and
-  knows the mass in the rest. Both are in its repertoire, so reinforcement learning can find the
+- misconceptions: of four elements it takes the atomic number for the mass in nearly all dialogues
+  and knows the mass in the rest. Both are in its repertoire, so reinforcement learning can find the
   right one. Slips at random would not do: a lower temperature removes them and any second try
   repairs them;
-- to use guidance: when the tutor names a line, that line is put right (most of the time) and the
-  others stay; after words that name nothing, every mass is recalled afresh. Many first attempts get
-  a slip by force, so that each of the tutor's sentences is met often; such an attempt is context
-  only, never a target.
+- to use guidance: when the tutor names a line, that line is put right half of the time and the
+  others stay. What is certain with help has no gradient left, and it is the gradient that carries
+  over to answers without help. After words that name nothing, every mass is recalled afresh; after
+  words that give the answer away, the answer is copied and the lines above it stay wrong.
+Many first attempts get a slip by force, so that each of the tutor's sentences is met often; such an
+attempt is context only, never a target.
 """
 
 from __future__ import annotations
@@ -20,16 +22,26 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from bench.builtin_student.tokenizer import TURN_END, TURN_START
+from bench.builtin_student.tokenizer import LEAK_TEXTS, TURN_END, TURN_START
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.tasks.molar_mass import ATOMIC_MASSES, Formula, Line, render, work_out
 from socpo_fast.socratic.teachers.calls import RETRY_TEXT
 
-ATOMIC_NUMBERS = {"Na": 11, "Mg": 12, "P": 15, "S": 16, "Cl": 17, "K": 19, "Ca": 20, "Fe": 26}
-RIGHT_SHARE = 0.1  # of the recalls in which such an element gets its mass all the same
+ATOMIC_NUMBERS = {"Na": 11, "Cl": 17, "Ca": 20, "Fe": 26}
 SLIP_SHARE = 0.35  # of the first attempts
-HEED_SHARE = 0.85  # of the second attempts in which a mass that the tutor named becomes right
-GUIDANCE_SHARES = {"tutor": 0.70, "retry": 0.22, "noise": 0.08}
+THIRD_SHARE = 0.3  # of the dialogues with two wrong attempts get a third one
+GUIDANCE_SHARES = {"tutor": 0.65, "retry": 0.20, "answer": 0.08, "noise": 0.07}
+
+
+class Shares(NamedTuple):
+    """How often what the student holds wrong becomes right.
+
+    right: of the recalls in which such an element gets its mass all the same.
+    heed:  of the attempts in which a mass that the tutor has just named becomes right.
+    """
+
+    right: float
+    heed: float
 
 
 class Piece(NamedTuple):
@@ -39,37 +51,44 @@ class Piece(NamedTuple):
     trained: bool
 
 
-def dialogue(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> list[Piece]:
-    """One question with one attempt or, when that is wrong, guidance and a second one."""
+def dialogue(rng: random.Random, tokenizer: PreTrainedTokenizerFast, shares: Shares) -> list[Piece]:
+    """One question with one attempt or, while they are wrong, guidance and up to two more."""
     while molar_mass.split_of(formula := molar_mass.draw_formula(rng)) != "train":
         pass
     messages = molar_mass.question_messages(formula)
     prompt = str(
         tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     )
-    lines = believed_lines(formula, {symbol: recall_mass(symbol, rng) for symbol in formula})
+    masses = {symbol: recall_mass(symbol, rng, shares.right) for symbol in formula}
     has_slip = rng.random() < SLIP_SHARE
+    lines = believed_lines(formula, masses)
     attempt = slip(lines, rng) if has_slip else render(lines)
     texts = [(prompt, False), (attempt + TURN_END, not has_slip)]
-    advice = molar_mass.diagnose(messages[-1]["content"], attempt)
-    if advice is not None:
+    for share in (1.0, THIRD_SHARE):
+        advice = molar_mass.diagnose(messages[-1]["content"], attempt)
+        if advice is None or rng.random() >= share:
+            break
         kind = rng.choices(list(GUIDANCE_SHARES), list(GUIDANCE_SHARES.values()))[0]
+        answer = None
         if kind == "tutor":
-            masses = {line.symbol: line.mass for line in lines}
             for symbol in formula:
-                if advice == molar_mass.line_advice(symbol, "mass") and rng.random() < HEED_SHARE:
+                if advice == molar_mass.line_advice(symbol, "mass") and rng.random() < shares.heed:
                     masses[symbol] = ATOMIC_MASSES[symbol]
         else:
+            masses = {symbol: recall_mass(symbol, rng, shares.right) for symbol in formula}
             advice = RETRY_TEXT if kind == "retry" else strange_words(rng)
-            masses = {symbol: recall_mass(symbol, rng) for symbol in formula}
+            if kind == "answer":
+                answer = molar_mass.reference_lines(formula)[-1].total
+                advice = str(answer).join(LEAK_TEXTS)
+        attempt = render(believed_lines(formula, masses), answer=answer)
         bridge = f"\n{TURN_START}user\n{advice}{TURN_END}\n{TURN_START}assistant\n"
-        texts += [(bridge, False), (render(believed_lines(formula, masses)) + TURN_END, True)]
+        texts += [(bridge, False), (attempt + TURN_END, True)]
     return [Piece(tokenizer(text)["input_ids"], trained) for text, trained in texts]
 
 
-def recall_mass(symbol: str, rng: random.Random) -> int:
+def recall_mass(symbol: str, rng: random.Random, right_share: float) -> int:
     """The atomic mass as this student has it, this time."""
-    if symbol in ATOMIC_NUMBERS and rng.random() >= RIGHT_SHARE:
+    if symbol in ATOMIC_NUMBERS and rng.random() >= right_share:
         return ATOMIC_NUMBERS[symbol]
     return ATOMIC_MASSES[symbol]
 

@@ -17,6 +17,7 @@ from socpo_fast.socratic.teachers.calls import RETRY_TEXT
 
 PAD, UNKNOWN, TURN_START, TURN_END = "<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>"
 MAX_LENGTH = 512
+LEAK_TEXTS = ("The answer is ", ".")  # what a teacher says who gives the answer away
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -33,7 +34,7 @@ _PHRASES = (
         molar_mass.MISSING_TEXTS[0],
         molar_mass.EXTRA_TEXTS[0],
     ),
-    *(molar_mass.ANSWER_TEXT, molar_mass.FORMAT_TEXT, RETRY_TEXT),
+    *(molar_mass.ANSWER_TEXT, molar_mass.FORMAT_TEXT, RETRY_TEXT, LEAK_TEXTS[0]),
     *(symbol for symbol in molar_mass.ATOMIC_MASSES if len(symbol) > 1),
 )
 

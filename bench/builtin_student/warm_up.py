@@ -4,7 +4,7 @@ It takes 22 minutes on one busy core.
 
     python -m bench.builtin_student.warm_up --out FOLDER
 
-Read: make_student -> student_config -> row_batches -> warm_up_loss. Departures from a trainer: none
+Read: make_student -> calibrate -> updates -> warm_up_loss. Departures from a trainer: none
 of the engine's or the trainer's parts are used, rows are padded, and only assistant tokens of
 trained pieces are targets.
 """
@@ -16,7 +16,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,17 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from bench.builtin_student.dialogues import Piece, dialogue
+from bench.builtin_student.dialogues import Piece, Shares, dialogue
 from bench.builtin_student.tokenizer import MAX_LENGTH, build_tokenizer
 from socpo_fast.model import Decoder, ModelConfig, packed_forward, save_student
 from socpo_fast.ops import visible_until_of_sequences
 
 NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 32, 16
 LR, WARMUP_UPDATES, WEIGHT_DECAY = 2e-3, 100, 0.01
+NUM_CALIBRATING, CALIBRATION_LR = 500, 1e-3
+LEARNT, CALIBRATED = Shares(right=0.005, heed=0.5), Shares(right=0.004, heed=0.45)
 
 
 def make_student(
-    seed: int, num_updates: int = NUM_UPDATES
+    seed: int, num_updates: int = NUM_UPDATES, num_calibrating: int = NUM_CALIBRATING
 ) -> tuple[Decoder, PreTrainedTokenizerFast]:
     """Trains a student from scratch, printing progress.
 
@@ -46,27 +48,71 @@ def make_student(
     for parameter in student.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.05)
+
+    def lr_of(update: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * update / num_updates))
+        return LR * min(update / WARMUP_UPDATES, cosine)
+
+    for _ in updates(student, tokenizer, seed, num_updates, lr_of, LEARNT):
+        pass
+    calibrate(student, tokenizer, seed=seed + 1, shares=CALIBRATED, num_updates=num_calibrating)
+    return student, tokenizer
+
+
+def calibrate(
+    student: Decoder,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    shares: Shares,
+    num_updates: int = NUM_CALIBRATING,
+) -> None:
+    """Brings how often the student is right to `shares`, alone and after the tutor's word.
+
+    An element is right alone once in hundreds of dialogues, so after any one update its share is
+    off by what the last few happened to hold. The mean of the weights over many updates at a small
+    constant learning rate is not.
+    """
+    means = [torch.zeros_like(parameter) for parameter in student.parameters()]
+    skipped = num_updates // 4
+    rate = CALIBRATION_LR
+    for update in updates(student, tokenizer, seed, num_updates, lambda update: rate, shares):
+        if update > skipped:
+            for average, parameter in zip(means, student.parameters(), strict=True):
+                average.lerp_(parameter.detach(), 1 / (update - skipped))
+    with torch.no_grad():
+        for average, parameter in zip(means, student.parameters(), strict=True):
+            parameter.copy_(average)
+
+
+def updates(
+    student: Decoder,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    num_updates: int,
+    lr_of: Callable[[int], float],
+    shares: Shares,
+) -> Iterator[int]:
+    """Makes updates on dialogues, printing progress; yields each one's number, from 1 on."""
     optimizer = torch.optim.AdamW(
-        student.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
+        student.parameters(), betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
     )
     start_s = time.perf_counter()
-    for update, rows in enumerate(
-        row_batches(random.Random(seed), tokenizer, num_updates), start=1
-    ):
-        cosine = 0.5 * (1 + math.cos(math.pi * update / num_updates))
-        optimizer.param_groups[0]["lr"] = LR * min(update / WARMUP_UPDATES, cosine)
+    batches = row_batches(random.Random(seed), tokenizer, num_updates, shares)
+    for update, rows in enumerate(batches, start=1):
+        optimizer.param_groups[0]["lr"] = lr_of(update)
         loss = warm_up_loss(student, rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
+        yield update
         if update % 100 == 0:
             seconds = time.perf_counter() - start_s
             print(
                 f"update {update} of {num_updates}: loss {loss.item():.4f} nats, {seconds:.0f} s",
                 flush=True,
             )
-    return student, tokenizer
 
 
 def student_config(tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
@@ -85,14 +131,15 @@ def student_config(tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
 
 
 def row_batches(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_updates: int
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_updates: int, shares: Shares
 ) -> Iterator[list[list[Piece]]]:
     """The rows of each update, alike in length.
 
     Those of many updates are drawn, sorted, cut and shuffled.
     """
     for _ in range(0, num_updates, UPDATES_PER_SORT):
-        rows = [dialogue(rng, tokenizer) for _ in range(UPDATES_PER_SORT * ROWS_PER_UPDATE)]
+        num_rows = UPDATES_PER_SORT * ROWS_PER_UPDATE
+        rows = [dialogue(rng, tokenizer, shares) for _ in range(num_rows)]
         rows.sort(key=lambda pieces: sum(len(piece.token_ids) for piece in pieces))
         batches = [
             rows[start : start + ROWS_PER_UPDATE] for start in range(0, len(rows), ROWS_PER_UPDATE)

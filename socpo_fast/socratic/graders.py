@@ -190,7 +190,7 @@ def grade_exact(text: str, question: Question) -> bool:
     """The last <answer> block, or the whole text without one, is ground_truth but for white space around it.
 
     Two plain decimal numbers are compared as such, so 18.0 is 18.00. A number with leading zeros is a string: 018 is
-    not 18, since digits may be written in an order of the task's own.
+    not 18, since it may be a code.
     """
     blocks = _ANSWER_BLOCK.findall(text)
     return same_value((blocks[-1] if blocks else text).strip(), question.ground_truth.strip())

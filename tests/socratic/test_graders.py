@@ -104,7 +104,7 @@ def test_mcq_is_lenient_but_no_guess(text: str, letter: str | None) -> None:
         ("  42\n", "42", True),
         ("-3.50", "-3.5", True),
         ("it is 42", "42", False),
-        ("018", "18", False),  # digits may stand in an order of the task's own
+        ("018", "18", False),  # it may be a code
         ("810", "810", True),
         ("8100", "810", False),
         ("Water", "water", False),

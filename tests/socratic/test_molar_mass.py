@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from statistics import mean
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.builtin_student import dialogues, warm_up
+from bench.builtin_student import dialogues, probe, warm_up
 from socpo_fast.model import load_student, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
-from socpo_fast.socratic.bridge import Bridge
+from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.graders import make_grader
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.tasks.molar_mass import render, work_out
@@ -61,14 +62,14 @@ def test_reference_solution_is_graded_correct() -> None:
             molar_mass.ATOMIC_MASSES[symbol] * atoms
             for symbol, atoms in molar_mass.parse_formula(question.text).items()
         )
-        assert int(question.ground_truth[::-1]) == mass < 1000
+        assert int(question.ground_truth) == mass < 1000
 
 
 def test_known_molar_mass() -> None:
     lines = work_out([("C", 2, 12), ("H", 6, 1), ("O", 1, 16)])  # ethanol, 46 g/mol
     assert render(lines) == (
-        "<reasoning>\nC: 2 x 210 = 420, sum 420\nH: 6 x 100 = 600, sum 030\nO: 1 x 610 = 610, sum 640\n"
-        "</reasoning>\n<answer>\n640\n</answer>"
+        "<reasoning>\nC: 2 x 12 = 24, sum 24\nH: 6 x 1 = 6, sum 30\nO: 1 x 16 = 16, sum 46\n"
+        "</reasoning>\n<answer>\n46\n</answer>"
     )
 
 
@@ -97,7 +98,8 @@ MISTAKES = {
     "extra": (render(work_out([*TERMS, ("O", 1, 16)])), "S".join(molar_mass.EXTRA_TEXTS)),
     "unreadable line": (render(work_out(TERMS)).replace(" x ", " * ", 1), molar_mass.FORMAT_TEXT),
     "cut": (render(work_out(TERMS))[:-12], molar_mass.FORMAT_TEXT),
-    "two answers": (render(work_out(TERMS)) + "\n<answer>\n000\n</answer>", molar_mass.FORMAT_TEXT),
+    "two answers": (render(work_out(TERMS)) + "\n<answer>\n0\n</answer>", molar_mass.FORMAT_TEXT),
+    "leading zero": (render(work_out(TERMS)).replace("<answer>\n", "<answer>\n0"), molar_mass.FORMAT_TEXT),
     "empty": ("", molar_mass.FORMAT_TEXT),
 }
 
@@ -158,10 +160,21 @@ def test_warm_up_is_seeded() -> None:
     rng = random.Random(0)
     for _ in range(50):
         pieces = dialogues.dialogue(rng, tokenizer)
-        assert len(pieces) in (2, 4) and not any(piece.trained for piece in pieces[::2])
-        assert sum(len(piece.token_ids) for piece in pieces) < 250
+        assert len(pieces) in (2, 4, 6) and not any(piece.trained for piece in pieces[::2])
+        assert sum(len(piece.token_ids) for piece in pieces) < 350
         assert all(piece.token_ids[-1] == tokenizer.eos_token_id for piece in pieces[1::2])
         assert all(tokenizer.unk_token_id not in piece.token_ids for piece in pieces)
+
+
+def test_shipped_student_is_sparse() -> None:
+    """Alone it almost never has right what it holds wrong; after the tutor's word about half of the
+    time, after a fixed sentence as seldom as before."""
+    student, tokenizer = load_student(molar_mass.STUDENT_DIR), load_tokenizer(molar_mass.STUDENT_DIR)
+    for symbol in dialogues.ATOMIC_NUMBERS:
+        shares = {name: mean(values) for name, values in probe.right_shares(student, tokenizer, symbol).items()}
+        assert 0.002 <= shares["alone"] <= 0.007, (symbol, shares)
+        assert 0.4 <= shares["tutor"] <= 0.5, (symbol, shares)
+        assert shares["sentence"] <= 0.01, (symbol, shares)
 
 
 def test_shipped_student() -> None:

@@ -1,9 +1,6 @@
 """The built-in task: molar masses of small formulas, in the shape of SciKnowEval's prompts.
 
 Read: the chemistry -> questions -> reference -> tutor. Formulas are drawn at random and need not be real compounds.
-One departure from a textbook is in the notation: every number has three digits and is written ones first (18 is
-"810"). A model of under a million parameters writes a sum left to right, and carries run from the ones upwards, so
-only in this order is each digit known when it is its turn. The prompt says so; nothing else is made easier.
 """
 
 import hashlib
@@ -38,14 +35,13 @@ Given a chemical formula, please work out its molar mass in whole g/mol. Respond
 </answer>
 
 Reason in one line per element, in the order of the formula: the count times the atomic mass, and the sum so far. \
-Write every number with three digits, ones first: 18 is written 810. For the answer, only output the molar mass. \
-For example, for H2O the whole response is:
+For the answer, only output the molar mass. For example, for H2O the whole response is:
 <reasoning>
-H: 2 x 100 = 200, sum 200
-O: 1 x 610 = 610, sum 810
+H: 2 x 1 = 2, sum 2
+O: 1 x 16 = 16, sum 18
 </reasoning>
 <answer>
-810
+18
 </answer>
 """
 USER_TEXTS = ("What is the molar mass of ", " in g/mol?\nPlease reason step by step.")  # around the formula
@@ -74,11 +70,6 @@ class Line(NamedTuple):
     mass: int
     product: int
     total: int
-
-
-def digits(number: int) -> str:
-    """Three digits, ones first: 18 -> "810"."""
-    return f"{number:03d}"[::-1]
 
 
 def format_formula(formula: Formula) -> str:
@@ -133,7 +124,7 @@ def questions(seed: int, n: int, split: Literal["train", "eval"] = "train") -> l
         split: "train" or "eval"; their formulas are disjoint whatever the seeds.
 
     Returns:
-        Question with ground_truth the molar mass as `digits` writes it, and the reference solution.
+        Question with ground_truth the molar mass, such as "18", and the reference solution.
 
     Raises:
         ValueError: n or split breaks the rules above.
@@ -152,7 +143,7 @@ def questions(seed: int, n: int, split: Literal["train", "eval"] = "train") -> l
         Question(
             question_idx=question_idx,
             messages=question_messages(formula),
-            ground_truth=digits(reference_lines(formula)[-1].total),
+            ground_truth=str(reference_lines(formula)[-1].total),
             data_source=DATA_SOURCE,
             reference_solution=render(reference_lines(formula)),
         )
@@ -181,16 +172,14 @@ def work_out(terms: Iterable[tuple[str, int, int]]) -> list[Line]:
 
 def render(lines: Sequence[Line], answer: int | None = None) -> str:
     """The text of an attempt; its answer is the last sum unless given."""
-    body = "".join(
-        f"{line.symbol}: {line.atoms} x {digits(line.mass)} = {digits(line.product)}, sum {digits(line.total)}\n"
-        for line in lines
-    )
-    answer_digits = digits(lines[-1].total if answer is None else answer)
-    return f"<reasoning>\n{body}</reasoning>\n<answer>\n{answer_digits}\n</answer>"
+    body = "".join(f"{line.symbol}: {line.atoms} x {line.mass} = {line.product}, sum {line.total}\n" for line in lines)
+    stated = lines[-1].total if answer is None else answer
+    return f"<reasoning>\n{body}</reasoning>\n<answer>\n{stated}\n</answer>"
 
 
-_ATTEMPT = re.compile(r"\s*<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(\d{3})\n</answer>\s*", re.DOTALL | re.ASCII)
-_LINE = re.compile(r"([A-Z][a-z]?): (\d) x (\d{3}) = (\d{3}), sum (\d{3})", re.ASCII)
+_NUMBER = "(0|[1-9][0-9]{0,2})"  # in one way only, as the grader compares texts
+_ATTEMPT = re.compile(rf"\s*<reasoning>\n(.*?)\n</reasoning>\n<answer>\n{_NUMBER}\n</answer>\s*", re.DOTALL)
+_LINE = re.compile(rf"([A-Z][a-z]?): ([0-9]) x {_NUMBER} = {_NUMBER}, sum {_NUMBER}")
 
 
 def tutor(request: GuidanceRequest) -> str | None:
@@ -219,7 +208,7 @@ def diagnose(question_text: str, student_answer: str) -> str | None:
         if expected is None:
             return list(formula)[-1].join(EXTRA_TEXTS)
         symbol, atoms, *numbers = match.groups()
-        line = Line(symbol, int(atoms), *(int(number[::-1]) for number in numbers))
+        line = Line(symbol, int(atoms), *map(int, numbers))
         if symbol != expected:
             return expected.join(MISSING_TEXTS)
         is_right = {
@@ -231,7 +220,7 @@ def diagnose(question_text: str, student_answer: str) -> str | None:
         if wrong := [term for term, right in is_right.items() if not right]:
             return line_advice(symbol, wrong[0])
         total = line.total
-    return None if answer == digits(total) else ANSWER_TEXT
+    return None if answer == str(total) else ANSWER_TEXT
 
 
 def line_advice(symbol: str, term: str) -> str:
