@@ -1,0 +1,1 @@
+"""A study of what the teacher is good for: plan (start here), run, results, tables, figures."""

@@ -1,0 +1,109 @@
+"""Does the tutor teach? Trains the built-in student in every way of plan.py, with and without one.
+
+    python -m bench.learning                 makes the runs that results.jsonl lacks: hours
+    python -m bench.learning --list          what is planned, what is there
+    python -m bench.learning.tables          what came out, as in docs/learning.md
+    python -m bench.learning.figures         its figures, and the curves that `make train` shows
+
+A process a core, a run at a time each. Stop it with Ctrl-C and start it again: finished runs are
+kept, those under way are made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.learning.plan import ARMS, Run, compared_runs, rate_runs
+from bench.learning.results import Record, append_result, best_rates, finished, missing, read_all
+from bench.learning.students import CACHE, student_folder
+from socpo_fast.report.environment import num_cores
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("bench.learning", description=__doc__, formatter_class=form)
+    parser.add_argument("--jobs", type=int, default=num_cores(), help="processes; default: cores")
+    words = "begin no run after so many minutes"
+    parser.add_argument("--minutes", type=float, default=float("inf"), help=words)
+    parser.add_argument("--list", action="store_true", help="show the plan and make no run")
+    words = "where students are kept that are not shipped"
+    parser.add_argument("--students", type=Path, default=CACHE, help=words)
+    args = parser.parse_args(argv)
+    if args.list:
+        print_plan()
+        return
+    deadline = time.monotonic() + 60 * args.minutes
+    make(missing(rate_runs(), made()), args.jobs, args.students, deadline)
+    rates = best_rates(read_all())
+    if len(rates) < len(ARMS):
+        print("learning rates are not known yet: runs of `rates` are missing")
+        return
+    runs = list(compared_runs(rates))
+    make(missing(runs, made()), args.jobs, args.students, deadline)
+    print(f"{len(missing(runs, made()))} of {len(runs)} runs are still to be made")
+
+
+def made() -> dict[str, Record]:
+    return finished(read_all())
+
+
+def print_plan() -> None:
+    """Every planned run and whether it is there, as far as learning rates are known."""
+    records = made()
+    rates = best_rates(records.values())
+    runs = rate_runs() + (list(compared_runs(rates)) if len(rates) == len(ARMS) else [])
+    for run in runs:
+        print(f"{'there  ' if run.name in records else 'missing'}  {run.name}")
+    print(json.dumps({"rates": rates, "missing": len(missing(runs, records)), "of": len(runs)}))
+
+
+def make(runs: Sequence[Run], jobs: int, cache: Path, deadline: float) -> None:
+    """Makes runs in their order, `jobs` at a time, and appends what they give as they end."""
+    waiting = list(runs)
+    done = 0
+    under_way: dict[Future[Record], Run] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or under_way:
+            while waiting and len(under_way) < jobs and time.monotonic() < deadline:
+                run = waiting.pop(0)
+                folder = student_folder(run.student, cache)
+                under_way[pool.submit(make_one, run, folder)] = run
+            if not under_way:
+                return
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run, record = under_way.pop(future), future.result()
+                append_result(record)
+                done += 1
+                print(f"{done}/{len(runs)} {run.name}: {summary(record)}", flush=True)
+
+
+def make_one(run: Run, student: Path) -> Record:
+    """The record of one run, made by a process of its own; what it died of where it did."""
+    words = [sys.executable, "-m", "bench.learning.run", json.dumps(asdict(run)), str(student)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    if ended.returncode == 0:
+        return dict(json.loads(ended.stdout.splitlines()[-1]))
+    last_lines = ended.stderr.strip().splitlines()[-5:]
+    return {"run": asdict(run), "error": f"exit code {ended.returncode}: " + "; ".join(last_lines)}
+
+
+def summary(record: Record) -> str:
+    if "error" in record:
+        return str(record["error"])
+    curve = " ".join(f"{100 * share:.0f}" for share in record["evals"]["unassisted"])
+    num_tokens = sum(record["batches"]["tokens"])
+    return f"unassisted {curve} %, {num_tokens / 1e3:.0f}k tokens, {record['wall_s']} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The study's figures, as SVG, and the recorded curves that `make train` shows beside its own.
+
+    python -m bench.learning.figures [--out docs/learning]
+
+Thin lines are runs, one a seed; a thick one is their mean, as far as all of them go. The same
+records give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.learning.analysis import Axis, costs, curve, right_alone_by_rescues, runs_of
+from bench.learning.plan import ARMS, MAIN_ARMS, STUDENTS
+from bench.learning.results import Record, read_all
+from bench.learning.tables import DENSITIES, RESCUE_EDGES
+from socpo_fast.report.comparison import RECORDED
+
+COLOURS = {"tutor": "#1f5fa8", "alone": "#c0392b", "sentence": "#d9730d", "grpo": "#7d5ba6"}
+COLOURS |= {"undecayed": "#8fb8de", "trajectory": "#2e8b57", "trajectory_undecayed": "#9ccfb0"}
+COLOURS |= {"answer": "#5b6675"}
+AXIS_LABELS: dict[Axis, str] = {"batches": "batches", "tokens": "sampled tokens", "cpu_s": "s"}
+RECORDED_ARMS = ("alone", "sentence")
+RECORDED_STEP = 10_000  # tokens
+
+
+def main() -> None:
+    words = "Draw the study's figures and write the curves that `make train` shows."
+    parser = argparse.ArgumentParser("bench.learning.figures", description=words)
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/learning"), help="folder of the SVGs"
+    )
+    out = parser.parse_args().out
+    records = read_all()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        save(draw(records), out / f"{name}.svg")
+    RECORDED.write_text(json.dumps(recorded_curves(records), indent=1) + "\n", encoding="utf-8")
+
+
+def curves_figure(records: Sequence[Record]) -> Figure:
+    """The main arms on the shipped student, by what they cost."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, axis in zip(figure.subplots(1, 3, sharey=True), AXIS_LABELS, strict=True):
+        for arm in MAIN_ARMS:
+            draw_arm(axes, runs_of(records, "main", "shipped", arm), axis, arm)
+        finish(axes, xlabel=AXIS_LABELS[axis], title="")
+    return labelled(figure)
+
+
+def phases_figure(records: Sequence[Record]) -> Figure:
+    """Right alone and right in the end, in training batches."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    arms = ("tutor", "sentence", "answer")
+    for axes, arm in zip(figure.subplots(1, len(arms), sharey=True), arms, strict=True):
+        runs = runs_of(records, "main", "shipped", arm)
+        for name, style in (("assisted", "--"), ("unassisted", "-")):
+            values = [record["batches"][name] for record in runs.values()]
+            draw_runs(axes, [(range(1, len(v) + 1), v) for v in values], COLOURS[arm], name, style)
+        finish(axes, xlabel="batches", title=ARMS[arm].title)
+        axes.legend(frameon=False, fontsize=9)
+    figure.axes[0].set_ylabel("share of training rollouts")
+    return figure
+
+
+def credit_figure(records: Sequence[Record]) -> Figure:
+    """Credit by decay: held out and unassisted; assisted in training batches."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for arm in ("tutor", "undecayed", "trajectory", "trajectory_undecayed"):
+        runs = runs_of(records, "main", "shipped", arm)
+        draw_arm(left, runs, "batches", arm)
+        values = [record["batches"]["assisted"] for record in runs.values()]
+        draw_runs(right, [(range(1, len(v) + 1), v) for v in values], COLOURS[arm], "", "--")
+    finish(left, xlabel="batches", title="unassisted, held out")
+    finish(right, xlabel="batches", title="assisted, training")
+    return labelled(figure)
+
+
+def densities_figure(records: Sequence[Record]) -> Figure:
+    """The main arms on each student."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, len(DENSITIES), sharey=True)
+    for axes, (student, stage) in zip(panels, DENSITIES.items(), strict=True):
+        for arm in MAIN_ARMS:
+            draw_arm(axes, runs_of(records, stage, student, arm), "tokens", arm)
+        finish(axes, xlabel="sampled tokens", title=STUDENTS[student].title)
+    return labelled(figure)
+
+
+def facts_figure(records: Sequence[Record]) -> Figure:
+    """Right alone after so many rescues of the same fact."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for arm in ("tutor", "sentence", "answer"):
+        bins = right_alone_by_rescues(
+            runs_of(records, "main", "shipped", arm).values(), RESCUE_EDGES
+        )
+        axes.plot([share for share, _ in bins], "o-", color=COLOURS[arm], label=ARMS[arm].title)
+    axes.set_xticks(
+        range(len(RESCUE_EDGES)), [f"{edge}+" if edge else "0" for edge in RESCUE_EDGES]
+    )
+    finish(axes, xlabel="rescues of the same fact before, in the same run", title="")
+    axes.set_ylabel("right alone")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
+    "curves": curves_figure,
+    "phases": phases_figure,
+    "credit": credit_figure,
+    "densities": densities_figure,
+    "facts": facts_figure,
+}
+
+
+def draw_arm(axes: Axes, runs: Mapping[int, Record], axis: Axis, arm: str) -> None:
+    lines = [curve(record, axis) for record in runs.values()]
+    draw_runs(axes, lines, COLOURS[arm], ARMS[arm].title, "-")
+
+
+def draw_runs(
+    axes: Axes,
+    lines: Sequence[tuple[Sequence[float], Sequence[float]]],
+    colour: str,
+    label: str,
+    style: str,
+) -> None:
+    """One thin line a run, and their mean over the costs that all of them reach."""
+    if not lines:
+        return
+    for xs, ys in lines:
+        axes.plot(xs, ys, style, color=colour, linewidth=0.8, alpha=0.35)
+    grid = np.linspace(max(xs[0] for xs, _ in lines), min(xs[-1] for xs, _ in lines), 60)
+    means = np.mean([np.interp(grid, xs, ys) for xs, ys in lines], axis=0)
+    axes.plot(grid, means, style, color=colour, linewidth=2.4, label=label)
+
+
+def finish(axes: Axes, *, xlabel: str, title: str) -> None:
+    axes.set(xlabel=xlabel, ylim=(-0.02, 1.02), xlim=(0, None))
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def labelled(figure: Figure) -> Figure:
+    """With the first panel's legend for all, and what its axis shows."""
+    first = figure.axes[0]
+    first.set_ylabel("unassisted accuracy, held out")
+    if first.get_legend_handles_labels()[0]:
+        first.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As SVG without a date and with fixed ids; text stays text."""
+    with mpl.rc_context({"svg.hashsalt": "socpo_fast", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def recorded_curves(records: Sequence[Record]) -> dict[str, Any]:
+    """Mean accuracy over seeds at equal sampled tokens, of arms without a teacher's help."""
+    curves = []
+    for arm in RECORDED_ARMS:
+        runs = list(runs_of(records, "main", "shipped", arm).values())
+        last = min(costs(record, "tokens")[record["evals"]["batch"][-1]] for record in runs)
+        grid = np.arange(0, last, RECORDED_STEP)
+        values = [np.interp(grid, *curve(record, "tokens")) for record in runs]
+        curves.append(
+            {
+                "title": f"{ARMS[arm].title}, mean of {len(runs)}",
+                "tokens": [int(tokens) for tokens in grid],
+                "accuracy": [round(mean(column), 4) for column in zip(*values, strict=True)],
+            }
+        )
+    (student,) = {
+        record["student"]
+        for arm in RECORDED_ARMS
+        for record in runs_of(records, "main", "shipped", arm).values()
+    }
+    return {"source": "docs/learning.md", "student": student, "curves": curves}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The students of the study: the shipped one, and some that are right more or less often alone."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from bench.builtin_student.warm_up import calibrate, save
+from bench.learning.plan import STUDENTS
+from socpo_fast.model import load_student
+from socpo_fast.socratic.bridge import load_tokenizer
+from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
+
+CACHE = Path("runs/learning")
+
+
+def student_folder(name: str, cache: Path) -> Path:
+    """The folder of a student of the plan; one that is not there is made first, in minutes."""
+    variant = STUDENTS[name]
+    if variant.shares is None:
+        return STUDENT_DIR
+    folder = cache / name
+    if not folder.exists():
+        print(f"student {name}: {variant.num_updates} updates of warm-up", flush=True)
+        student, tokenizer = load_student(STUDENT_DIR), load_tokenizer(STUDENT_DIR)
+        calibrate(
+            student.requires_grad_(True),
+            tokenizer,
+            seed=variant.seed,
+            shares=variant.shares,
+            num_updates=variant.num_updates,
+        )
+        partial = cache / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        save(student, tokenizer, partial)
+        partial.rename(folder)
+    return folder
+
+
+def main() -> None:
+    """Makes them all, in `runs/learning` or the folder named."""
+    cache = Path(sys.argv[1] if len(sys.argv) > 1 else CACHE)
+    for name in STUDENTS:
+        print(name, student_folder(name, cache))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The learning study: its plan, what is kept of a run, and the arithmetic of its tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.learning import __main__ as bench
+from bench.learning.analysis import (
+    at_cost,
+    at_end,
+    cost_until,
+    costs,
+    difference,
+    estimate,
+    right_alone_by_rescues,
+    runs_of,
+)
+from bench.learning.plan import ARMS, RATES, SEEDS, Run, compared_runs, rate_runs
+from bench.learning.results import append_result, best_rates, finished, read_all
+from bench.learning.run import facts_of, train
+from bench.learning.tables import TABLES, interval, markdown, with_tables
+from bench.learning.teachers import give_answer
+from socpo_fast.socratic.leak import leaks_answer
+from socpo_fast.socratic.tasks import molar_mass
+from socpo_fast.types import GuidanceRequest, RolloutKey
+
+TUTOR = Run("main", "shipped", "tutor", 0, 2e-4, 8)
+
+
+def record(
+    run: Run, unassisted: Sequence[float], *, tokens: int = 100, seconds: float = 2.0
+) -> dict[str, Any]:
+    """Of a run with an evaluation every fourth batch, all its batches alike."""
+    num_batches = 4 * (len(unassisted) - 1)
+    flat = {name: [0.5] * num_batches for name in ("unassisted", "assisted", "rescued", "decay_1")}
+    return {
+        "run": asdict(run),
+        "student": "abc",
+        "evals": {"batch": list(range(0, num_batches + 1, 4)), "unassisted": list(unassisted)},
+        "batches": flat | {"tokens": [tokens] * num_batches, "cpu_s": [seconds] * num_batches},
+        "facts": [{"Na": [4, 0, 4, 2]}, {"Na": [4, 2, 2, 1]}, {"Na": [4, 4, 0, 0]}],
+        "wall_s": 1.0,
+    }
+
+
+def arm(name: str, curves: Sequence[Sequence[float]], **cost: Any) -> list[dict[str, Any]]:
+    return [
+        record(Run("main", "shipped", name, seed, 2e-4, 8), curve, **cost)
+        for seed, curve in enumerate(curves)
+    ]
+
+
+def test_plan_is_whole() -> None:
+    """Every arm has each rate once; run names differ; the seed of rates is theirs alone."""
+    rates = rate_runs()
+    assert [(run.arm, run.lr) for run in rates] == [(arm, lr) for arm in ARMS for lr in RATES]
+    runs = list(compared_runs(dict.fromkeys(ARMS, 2e-4)))
+    assert len({run.name for run in rates + runs}) == len(rates) + len(runs) == 140
+    assert {run.seed for run in rates}.isdisjoint(SEEDS)
+    assert {run.seed for run in runs} == set(SEEDS)
+
+
+def test_at_cost_is_between_evaluations() -> None:
+    tutor = record(TUTOR, [0.4, 0.5, 0.9], tokens=100, seconds=3.0)
+    assert costs(tutor, "tokens")[8] == 800 and costs(tutor, "batches")[:3] == [0, 1, 2]
+    assert at_cost(tutor, "batches", 4) == 0.5
+    assert at_cost(tutor, "tokens", 600) == pytest.approx(0.7)
+    assert at_cost(tutor, "cpu_s", 3.0) == pytest.approx(0.425)
+    assert at_cost(tutor, "batches", 0) == 0.4 and at_cost(tutor, "batches", 8) == 0.9
+    assert math.isnan(at_cost(tutor, "batches", 8.1))
+    assert at_end(tutor) == pytest.approx(0.7)
+    assert cost_until(tutor, "tokens", 0.7) == pytest.approx(600)
+    assert cost_until(tutor, "tokens", 0.95) == math.inf
+
+
+def test_differences_are_paired() -> None:
+    """Seeds that one arm lacks do not count; the interval is Student's."""
+    ours = runs_of(arm("tutor", [[0.4, 0.8], [0.4, 0.9], [0.4, 1.0]]), "main", "shipped", "tutor")
+    theirs = runs_of(arm("alone", [[0.4, 0.6], [0.4, 0.8]]), "main", "shipped", "alone")
+    found = difference(ours, theirs, "batches", 4)
+    assert found.values == pytest.approx((0.2, 0.1)) and found.mean == pytest.approx(0.15)
+    # stdev .0707, over sqrt(2) .05, times 12.706
+    assert found.high - found.mean == pytest.approx(0.6353, abs=1e-4)
+    assert interval(found) == "+15.0 (-48.5 to +78.5), 2 of 2"
+    assert math.isnan(estimate([0.5]).low)
+
+
+def test_facts_of_planted_rollouts() -> None:
+    formula = {"H": 1, "Na": 2}
+    wrong = molar_mass.render(molar_mass.work_out([("H", 1, 1), ("Na", 2, 11)]))
+    right = molar_mass.render(molar_mass.reference_lines(formula))
+    texts = [[wrong, right], [wrong, wrong], [right], ["Na: gibberish"], [wrong, wrong, right]]
+    rollouts = [{"turns": [{"text": text} for text in attempts]} for attempts in texts]
+    facts = facts_of(rollouts)
+    assert facts["Na"] == [4, 1, 4, 2] and facts["Fe"] == [0, 0, 0, 0]
+
+
+def test_right_alone_by_rescues() -> None:
+    """Batch 1 begins without a rescue, batch 2 with two, batch 3 with three."""
+    shares = right_alone_by_rescues([record(TUTOR, [0.4, 0.5])], (0, 1, 3, 10))
+    assert shares[:3] == [(0.0, 4), (0.5, 4), (1.0, 4)]
+    assert math.isnan(shares[3][0]) and shares[3][1] == 0
+
+
+def test_best_rates_by_the_rule() -> None:
+    """The mean of the last two evaluations; of equal ones the least; none while one is missing."""
+    curves = {1e-4: [0.4, 0.6, 0.6], 2e-4: [0.9, 0.7, 0.5], 4e-4: [0.4, 0.1, 0.9]}
+    runs = [record(Run("rates", "shipped", "tutor", 100, lr, 8), c) for lr, c in curves.items()]
+    assert best_rates(runs) == {"tutor": 1e-4}
+    assert best_rates(runs[:2]) == {}
+
+
+def test_results_go_on(tmp_path: Path) -> None:
+    """Failed runs are listed and made again; of two finished ones the first counts."""
+    path = tmp_path / "results.jsonl"
+    assert read_all(path) == []
+    append_result({"run": asdict(TUTOR), "error": "exit code 1"}, path)
+    assert finished(read_all(path)) == {}
+    append_result(record(TUTOR, [0.4, 0.5]), path)
+    append_result(record(TUTOR, [0.4, 0.9]), path)
+    assert len(read_all(path)) == 3
+    assert at_end(finished(read_all(path))[TUTOR.name]) == pytest.approx(0.45)
+
+
+def test_tables_hold_what_there_is() -> None:
+    """Every table is made of some arms as of none, and stands between its marks."""
+    records = arm("tutor", [[0.4] * 6 + [0.9] * 5] * 2) + arm("alone", [[0.4] * 15] * 2, tokens=70)
+    for name, table in TABLES.items():
+        for some in (records, []):
+            rows = table(some)
+            assert len({len(row) for row in rows}) == 1, name
+    text = "before\n<!-- table main -->\nold\n<!-- end -->\nafter\n"
+    made = with_tables(text, records)
+    assert markdown(TABLES["main"](records)) in made and "old" not in made
+    assert made.startswith("before\n") and made.endswith("after\n")
+    assert with_tables(made, records) == made
+
+
+def test_give_answer_leaks() -> None:
+    (question,) = molar_mass.questions(0, 1)
+    request = GuidanceRequest(
+        question=question.text,
+        student_answer="",
+        ground_truth=question.ground_truth,
+        reference_solution=None,
+        key=RolloutKey(0, 0),
+        rollout_idx=0,
+        attempt_idx=0,
+    )
+    assert leaks_answer(give_answer(request), question)
+
+
+def test_failed_run_is_a_record(tmp_path: Path) -> None:
+    """What a process died of is kept, and the study goes on."""
+    found = bench.make_one(TUTOR, tmp_path / "no_such_student")
+    assert "no_such_student" in found["error"] and found["run"] == asdict(TUTOR)
+
+
+@pytest.mark.slow
+def test_record_of_a_run(tmp_path: Path) -> None:
+    """A short run through the trainer: curves of every batch, evaluations at start and end."""
+    run = Run("main", "shipped", "tutor", 0, 2e-4, 1)
+    found = train(run, molar_mass.STUDENT_DIR, tmp_path)
+    assert found["evals"]["batch"] == [0, 1]
+    assert all(len(values) == 1 for values in found["batches"].values())
+    assert found["batches"]["tokens"][0] > 128 and found["batches"]["cpu_s"][0] > 0
+    assert found["facts"][0]["Na"][0] > 0 and found["settings"]["train.lr"] == 2e-4
