@@ -1,6 +1,6 @@
 """How the built-in student was made: supervised warm-up on the dialogues of dialogues.py.
 
-It takes 22 minutes on one busy core.
+It takes 25 minutes on one core.
 
     python -m bench.builtin_student.warm_up --out FOLDER
 
@@ -75,8 +75,7 @@ def calibrate(
     """
     means = [torch.zeros_like(parameter) for parameter in student.parameters()]
     skipped = num_updates // 4
-    rate = CALIBRATION_LR
-    for update in updates(student, tokenizer, seed, num_updates, lambda update: rate, shares):
+    for update in updates(student, tokenizer, seed, num_updates, lambda _: CALIBRATION_LR, shares):
         if update > skipped:
             for average, parameter in zip(means, student.parameters(), strict=True):
                 average.lerp_(parameter.detach(), 1 / (update - skipped))
@@ -135,7 +134,8 @@ def row_batches(
 ) -> Iterator[list[list[Piece]]]:
     """The rows of each update, alike in length.
 
-    Those of many updates are drawn, sorted, cut and shuffled.
+    Those of UPDATES_PER_SORT updates are drawn, sorted, cut and shuffled together, and all of them
+    are used: up to so many updates less one come on top of num_updates.
     """
     for _ in range(0, num_updates, UPDATES_PER_SORT):
         num_rows = UPDATES_PER_SORT * ROWS_PER_UPDATE
@@ -178,7 +178,7 @@ def save(student: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Make the built-in task's student; 22 minutes on one busy core."
+        description="Make the built-in task's student; 25 minutes on one core."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,8 @@
 """The plan of the study: what is run, decided before the first run and not changed since.
 
-Read STUDENTS and ARMS, then rate_runs and compared_runs. Asked: does a tutor teach the student to answer
-*alone*, faster than no teacher and than a second try without one; what is decay for; how sparse
-must right answers be for any of it to matter.
+Read STUDENTS and ARMS, then rate_runs and compared_runs. Asked: does a tutor teach the student to
+answer *alone*, faster than no teacher and than a second try without one; what is decay for; how
+sparse must right answers be for any of it to matter.
 
     rates       each arm with three learning rates and one seed, which is used nowhere else
     main        each arm with its best rate and five seeds

@@ -123,7 +123,9 @@ def test_tutor_says_no_number() -> None:
     said = {advice for attempt, advice in MISTAKES.values()}
     for _ in range(500):
         formula = molar_mass.draw_formula(rng)
-        lines = dialogues.believed_lines(formula, {symbol: dialogues.recall_mass(symbol, rng) for symbol in formula})
+        lines = dialogues.believed_lines(
+            formula, {symbol: dialogues.recall_mass(symbol, rng, 0.1) for symbol in formula}
+        )
         said.add(ask(dialogues.slip(lines, rng), molar_mass.question_messages(formula)[-1]["content"]) or "")
     assert len(said) > 50
     assert not any(re.search(r"\d", advice) for advice in said)
@@ -153,13 +155,13 @@ def test_tutor_refuses_other_questions(question: str) -> None:
 @pytest.mark.slow
 def test_warm_up_is_seeded() -> None:
     """Two tiny runs give the same weights, and only assistant tokens are targets."""
-    first, tokenizer = warm_up.make_student(seed=5, num_updates=2)
-    second, _ = warm_up.make_student(seed=5, num_updates=2)
+    first, tokenizer = warm_up.make_student(seed=5, num_updates=2, num_calibrating=4)
+    second, _ = warm_up.make_student(seed=5, num_updates=2, num_calibrating=4)
     for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     rng = random.Random(0)
     for _ in range(50):
-        pieces = dialogues.dialogue(rng, tokenizer)
+        pieces = dialogues.dialogue(rng, tokenizer, warm_up.LEARNT)
         assert len(pieces) in (2, 4, 6) and not any(piece.trained for piece in pieces[::2])
         assert sum(len(piece.token_ids) for piece in pieces) < 350
         assert all(piece.token_ids[-1] == tokenizer.eos_token_id for piece in pieces[1::2])
