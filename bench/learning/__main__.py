@@ -17,12 +17,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.learning.plan import ARMS, Run, compared_runs, rate_runs
+import torch
+
+from bench.learning.plan import ARMS, STUDENTS, Run, compared_runs, rate_runs
 from bench.learning.results import Record, append_result, best_rates, finished, missing, read_all
 from bench.learning.students import CACHE, student_folder
 from socpo_fast.report.environment import num_cores
@@ -41,14 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.list:
         print_plan()
         return
+    torch.set_num_threads(1)  # students repeat with as many threads only
+    students = {name: student_folder(name, args.students) for name in STUDENTS}
     deadline = time.monotonic() + 60 * args.minutes
-    make(missing(rate_runs(), made()), args.jobs, args.students, deadline)
+    make(missing(rate_runs(), made()), args.jobs, students, deadline)
     rates = best_rates(read_all())
     if len(rates) < len(ARMS):
         print("learning rates are not known yet: runs of `rates` are missing")
         return
     runs = list(compared_runs(rates))
-    make(missing(runs, made()), args.jobs, args.students, deadline)
+    make(missing(runs, made()), args.jobs, students, deadline)
     print(f"{len(missing(runs, made()))} of {len(runs)} runs are still to be made")
 
 
@@ -66,7 +70,7 @@ def print_plan() -> None:
     print(json.dumps({"rates": rates, "missing": len(missing(runs, records)), "of": len(runs)}))
 
 
-def make(runs: Sequence[Run], jobs: int, cache: Path, deadline: float) -> None:
+def make(runs: Sequence[Run], jobs: int, students: Mapping[str, Path], deadline: float) -> None:
     """Makes runs in their order, `jobs` at a time, and appends what they give as they end."""
     waiting = list(runs)
     done = 0
@@ -75,8 +79,7 @@ def make(runs: Sequence[Run], jobs: int, cache: Path, deadline: float) -> None:
         while waiting or under_way:
             while waiting and len(under_way) < jobs and time.monotonic() < deadline:
                 run = waiting.pop(0)
-                folder = student_folder(run.student, cache)
-                under_way[pool.submit(make_one, run, folder)] = run
+                under_way[pool.submit(make_one, run, students[run.student])] = run
             if not under_way:
                 return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
@@ -92,7 +95,7 @@ def make_one(run: Run, student: Path) -> Record:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     if ended.returncode == 0:
-        return dict(json.loads(ended.stdout.splitlines()[-1]))
+        return dict(json.loads(ended.stdout))
     last_lines = ended.stderr.strip().splitlines()[-5:]
     return {"run": asdict(run), "error": f"exit code {ended.returncode}: " + "; ".join(last_lines)}
 

@@ -6,13 +6,13 @@ results.jsonl lists every run that was ever begun with the committed plan and en
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from bench.learning.plan import ARMS, RATES, Run
+from socpo_fast.report.tracker import append_row, read_jsonl
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 Record = dict[str, Any]
@@ -20,9 +20,7 @@ Record = dict[str, Any]
 
 def read_all(path: Path = RESULTS) -> list[Record]:
     """All records, in the order in which the runs ended."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_jsonl(path, lambda record: "run" in record)
 
 
 def finished(records: Iterable[Record]) -> dict[str, Record]:
@@ -35,8 +33,12 @@ def finished(records: Iterable[Record]) -> dict[str, Record]:
 
 
 def append_result(record: Mapping[str, Any], path: Path = RESULTS) -> None:
+    """Adds a line, behind what a machine that went down may have left half written."""
+    is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        if is_torn:
+            file.write("\n")
+        append_row(file, record)
 
 
 def run_of(record: Mapping[str, Any]) -> Run:

@@ -2,8 +2,9 @@
 
     python -m bench.learning.run '{"stage": "main", ..}'       prints the record as one line of JSON
 
-Read main -> train -> record_of. The run's folder is temporary; the record holds its settings, its
-curves, the student's checksum and the versions.
+Read main -> train -> curves_of. The run's folder is temporary; the record holds what the run was
+told beyond configs/molar_mass.toml, its curves, the student's checksum, the versions, and which
+files of code differed from the revision.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,8 +24,6 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench.builtin_student.dialogues import ATOMIC_NUMBERS
 from bench.learning.plan import ARMS, EVAL_EVERY_BATCHES, Run
@@ -54,7 +53,6 @@ CURVES = {
     "assisted": "success/assisted",
     "rescued": "guidance/rescue_rate",
     "decay_1": "decay/f_1",
-    "tokens": "perf/decode_tokens",
 }
 LINE = re.compile(r"^([A-Z][a-z]?): [0-9] x ([0-9]{1,3}) = ", re.MULTILINE)
 
@@ -96,6 +94,7 @@ def train(run: Run, student: Path, folder: Path) -> dict[str, Any]:
         "settings": settings,
         "student": hashlib.sha256((student / "model.safetensors").read_bytes()).hexdigest()[:16],
         "environment": environment(),
+        "uncommitted": uncommitted(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "wall_s": round(time.perf_counter() - started, 1),
         **curves_of(folder / run.name, trainer.batch_cpu_s),
@@ -110,38 +109,49 @@ def curves_of(folder: Path, batch_cpu_s: Iterable[float]) -> dict[str, Any]:
     curves = {
         name: [rounded(row.get(metric)) for row in batches] for name, metric in CURVES.items()
     }
+    rollouts = [read_rollouts(path) for path in sorted(folder.glob("rollouts/*.jsonl"))]
     return {
         "evals": {
             "batch": [row["batch"] for row in evals],
             "unassisted": [rounded(row["success/unassisted"]) for row in evals],
         },
-        "batches": curves | {"cpu_s": [round(seconds, 3) for seconds in batch_cpu_s]},
-        "facts": [
-            facts_of(read_rollouts(path)) for path in sorted(folder.glob("rollouts/*.jsonl"))
-        ],
+        "batches": curves
+        | {
+            "tokens": [sampled_tokens(batch) for batch in rollouts],
+            "cpu_s": [round(seconds, 3) for seconds in batch_cpu_s],
+        },
+        "facts": [facts_of(batch) for batch in rollouts],
     }
 
 
+def sampled_tokens(rollouts: Iterable[Mapping[str, Any]]) -> int:
+    """The student's tokens of all attempts; prompts and guidance are not sampled."""
+    return sum(turn["num_tokens"] for rollout in rollouts for turn in rollout["turns"])
+
+
 def facts_of(rollouts: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Of one batch, by element that the student holds wrong: [first attempts that use its mass,
-    those that have it right, wrong ones followed by another attempt, those put right there]."""
+    """Of one batch, by element that the student holds wrong: [first attempts that state its mass,
+    those that have it right, attempts that have it wrong and are followed by one that states it,
+    those of them after which it is right]."""
     counts: Counter[tuple[str, int]] = Counter()
     for rollout in rollouts:
         attempts = [dict(LINE.findall(turn["text"])) for turn in rollout["turns"]]
         for symbol in ATOMIC_NUMBERS:
-            right = [
-                attempt.get(symbol) == str(ATOMIC_MASSES[symbol])
-                for attempt in attempts
-                if symbol in attempt
-            ]
-            if not right:
-                continue
-            counts[symbol, 0] += 1
-            counts[symbol, 1] += right[0]
-            for before, after in pairwise(right):
-                counts[symbol, 2] += not before
-                counts[symbol, 3] += not before and after
+            mass = str(ATOMIC_MASSES[symbol])
+            counts[symbol, 0] += symbol in attempts[0]
+            counts[symbol, 1] += attempts[0].get(symbol) == mass
+            for before, after in pairwise(attempts):
+                is_repeated = before.get(symbol, mass) != mass and symbol in after
+                counts[symbol, 2] += is_repeated
+                counts[symbol, 3] += is_repeated and after[symbol] == mass
     return {symbol: [counts[symbol, i] for i in range(4)] for symbol in ATOMIC_NUMBERS}
+
+
+def uncommitted() -> list[str]:
+    """Files of code and settings that differ from the revision, by git; [] outside a checkout."""
+    words = ["git", "status", "--porcelain", "--", "*.py", "*.toml", "*.cpp", "*.h"]
+    shown = subprocess.run(words, cwd=CONFIG.parent, capture_output=True, text=True, check=False)
+    return [line[3:] for line in shown.stdout.splitlines()]
 
 
 def rounded(value: float | None) -> float | None:
@@ -149,6 +159,4 @@ def rounded(value: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

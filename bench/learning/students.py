@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from bench.builtin_student.warm_up import calibrate, save
 from bench.learning.plan import STUDENTS
 from socpo_fast.model import load_student
@@ -40,6 +42,7 @@ def student_folder(name: str, cache: Path) -> Path:
 
 def main() -> None:
     """Makes them all, in `runs/learning` or the folder named."""
+    torch.set_num_threads(1)
     cache = Path(sys.argv[1] if len(sys.argv) > 1 else CACHE)
     for name in STUDENTS:
         print(name, student_folder(name, cache))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from bench.learning.analysis import (
 )
 from bench.learning.plan import ARMS, RATES, SEEDS, Run, compared_runs, rate_runs
 from bench.learning.results import append_result, best_rates, finished, read_all
-from bench.learning.run import facts_of, train
+from bench.learning.run import facts_of, sampled_tokens, train
 from bench.learning.tables import TABLES, interval, markdown, with_tables
 from bench.learning.teachers import give_answer
 from socpo_fast.socratic.leak import leaks_answer
@@ -96,9 +96,14 @@ def test_facts_of_planted_rollouts() -> None:
     wrong = molar_mass.render(molar_mass.work_out([("H", 1, 1), ("Na", 2, 11)]))
     right = molar_mass.render(molar_mass.reference_lines(formula))
     texts = [[wrong, right], [wrong, wrong], [right], ["Na: gibberish"], [wrong, wrong, right]]
-    rollouts = [{"turns": [{"text": text} for text in attempts]} for attempts in texts]
+    # A second attempt is never a first one, and a rescue is of the attempt right before it.
+    texts += [["gibberish", right], [wrong, "gibberish", right]]
+    rollouts = [
+        {"turns": [{"text": text, "num_tokens": 10} for text in attempts]} for attempts in texts
+    ]
     facts = facts_of(rollouts)
-    assert facts["Na"] == [4, 1, 4, 2] and facts["Fe"] == [0, 0, 0, 0]
+    assert facts["Na"] == [5, 1, 4, 2] and facts["Fe"] == [0, 0, 0, 0]
+    assert sampled_tokens(rollouts) == 10 * 14
 
 
 def test_right_alone_by_rescues() -> None:
@@ -124,7 +129,11 @@ def test_results_go_on(tmp_path: Path) -> None:
     assert finished(read_all(path)) == {}
     append_result(record(TUTOR, [0.4, 0.5]), path)
     append_result(record(TUTOR, [0.4, 0.9]), path)
-    assert len(read_all(path)) == 3
+    with path.open("a") as file:
+        file.write('{"run": {"stage": "ma')  # a machine that went down
+    append_result(record(replace(TUTOR, seed=1), [0.4, 0.5]), path)
+    with pytest.warns(UserWarning, match="results.jsonl"):
+        assert [len(each) for each in (read_all(path), finished(read_all(path)))] == [4, 2]
     assert at_end(finished(read_all(path))[TUTOR.name]) == pytest.approx(0.45)
 
 
