@@ -35,7 +35,7 @@ NUM_FORMULAS = 12
 def right_shares(
     student: Decoder, tokenizer: PreTrainedTokenizerFast, symbol: str, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Probability of `symbol`'s right mass, one for each formula, by what came before:
+    """Returns the probability of `symbol`'s right mass for each formula, by what came before:
     "alone", "tutor" or "sentence" (the last two after an attempt that had it wrong)."""
     shares: dict[str, list[float]] = {"alone": [], "tutor": [], "sentence": []}
     for formula in formulas_with(symbol, random.Random(seed)):
@@ -63,7 +63,7 @@ def right_shares(
 
 
 def formulas_with(symbol: str, rng: random.Random) -> Iterator[Formula]:
-    """Formulas of `symbol` and one or two elements that the student has right."""
+    """Draws formulas of `symbol` and one or two elements that the student has right."""
     known = [other for other in ATOMIC_MASSES if other not in ATOMIC_NUMBERS]
     for _ in range(NUM_FORMULAS):
         symbols = [symbol, *rng.sample(known, rng.randint(1, 2))]
@@ -74,7 +74,7 @@ def formulas_with(symbol: str, rng: random.Random) -> Iterator[Formula]:
 def probability(
     student: Decoder, tokenizer: PreTrainedTokenizerFast, context: str, text: str
 ) -> float:
-    """That the student goes on from `context` with `text`, at temperature 1."""
+    """Returns how likely the student goes on from `context` with `text`, at temperature 1."""
     context_ids, text_ids = tokenizer(context)["input_ids"], tokenizer(text)["input_ids"]
     token_ids = torch.tensor(context_ids + text_ids)
     length = len(token_ids)

@@ -61,7 +61,7 @@ def made() -> dict[str, Record]:
 
 
 def print_plan() -> None:
-    """Every planned run and whether it is there, as far as learning rates are known."""
+    """Prints every planned run and whether it is there, as far as learning rates are known."""
     records = made()
     rates = best_rates(records.values())
     runs = rate_runs() + (list(compared_runs(rates)) if len(rates) == len(ARMS) else [])
@@ -90,7 +90,7 @@ def make(runs: Sequence[Run], jobs: int, students: Mapping[str, Path], deadline:
 
 
 def make_one(run: Run, student: Path) -> Record:
-    """The record of one run, made by a process of its own; what it died of where it did."""
+    """Makes one run in a process of its own; returns its record, or what it died of."""
     words = [sys.executable, "-m", "bench.learning.run", json.dumps(asdict(run)), str(student)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)

@@ -30,8 +30,26 @@ class Estimate(NamedTuple):
     values: tuple[float, ...]
 
 
+def check_alike(records: Iterable[Record]) -> None:
+    """Refuses records that must not be compared.
+
+    Raises:
+        ValueError: runs on one student of the plan had different weights.
+    """
+    weights: dict[tuple[str, str], set[str]] = {}
+    for record in finished(records).values():
+        run = run_of(record)
+        weights.setdefault((run.stage, run.student), set()).add(record["student"])
+    for (stage, student), checksums in weights.items():
+        if len(checksums) > 1:
+            raise ValueError(
+                f"learning: all runs of stage {stage} on student {student} must have had the same "
+                f"weights, got {sorted(checksums)}; make those of one machine only"
+            )
+
+
 def runs_of(records: Iterable[Record], stage: Stage, student: str, arm: str) -> dict[int, Record]:
-    """The records of one arm's finished runs on one student, by seed."""
+    """Picks the records of one arm's finished runs on one student, by seed."""
     chosen: dict[int, Record] = {}
     for record in finished(records).values():
         run = run_of(record)
@@ -41,21 +59,21 @@ def runs_of(records: Iterable[Record], stage: Stage, student: str, arm: str) -> 
 
 
 def costs(record: Record, axis: Axis) -> list[float]:
-    """What training had taken by the end of batch 0, 1, ..: batches, sampled tokens or seconds."""
+    """Sums what training had taken by the end of batch 0, 1, ..: batches, tokens or seconds."""
     batches = record["batches"]
     each = [1] * len(batches["tokens"]) if axis == "batches" else batches[axis]
     return list(accumulate(each, initial=0))
 
 
 def curve(record: Record, axis: Axis) -> tuple[list[float], list[float]]:
-    """(costs, unassisted held-out accuracies) at the evaluations of a run."""
+    """Returns (costs, unassisted held-out accuracies) at the evaluations of a run."""
     by_batch = costs(record, axis)
     evals = record["evals"]
     return [by_batch[batch] for batch in evals["batch"]], list(evals["unassisted"])
 
 
 def at_cost(record: Record, axis: Axis, cost: float) -> float:
-    """Accuracy at a cost, on the line between the two evaluations around it.
+    """Reads the accuracy at a cost off the line between the two evaluations around it.
 
     nan beyond the last one.
     """
@@ -68,12 +86,12 @@ def at_cost(record: Record, axis: Axis, cost: float) -> float:
 
 
 def at_end(record: Record) -> float:
-    """Mean of the last two evaluations."""
+    """Averages the last two evaluations."""
     return mean(record["evals"]["unassisted"][-2:])
 
 
 def cost_until(record: Record, axis: Axis, accuracy: float) -> float:
-    """What it took to reach an accuracy, by the same lines; inf where it was not reached."""
+    """Returns what it took to reach an accuracy, by the same lines; inf where it never did."""
     xs, ys = curve(record, axis)
     for i, y in enumerate(ys):
         if y >= accuracy:
@@ -85,12 +103,18 @@ def cost_until(record: Record, axis: Axis, accuracy: float) -> float:
 
 
 def tutor_cost(tutor_runs: Mapping[int, Record], axis: Axis, batch: int) -> float:
-    """What the tutor's runs had taken by the end of a batch, mean over seeds."""
+    """Averages what the tutor's runs had taken by the end of a batch."""
     return mean(costs(record, axis)[batch] for record in tutor_runs.values())
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % interval of Student's t; no width is known of one value."""
+    """Estimates a mean with its 95 % interval of Student's t; one value has no width.
+
+    nan where there are no values, or where one is nan: a mean over the seeds that came so far would
+    be one over the fast ones.
+    """
+    if not values or any(map(math.isnan, values)):
+        return Estimate(math.nan, math.nan, math.nan, tuple(values))
     center = mean(values)
     half = math.nan
     if len(values) > 1:
@@ -101,25 +125,36 @@ def estimate(values: Sequence[float]) -> Estimate:
 def difference(
     ours: Mapping[int, Record], theirs: Mapping[int, Record], axis: Axis, cost: float
 ) -> Estimate:
-    """Accuracy of `ours` less that of `theirs` at a cost, paired by the seeds that both have."""
+    """Subtracts the accuracy of `theirs` at a cost from that of `ours`, paired by common seeds."""
     return paired(ours, theirs, lambda record: at_cost(record, axis, cost))
 
 
 def paired(
     ours: Mapping[int, Record], theirs: Mapping[int, Record], value: Callable[[Record], float]
 ) -> Estimate:
-    """A value of `ours` less that of `theirs`, paired by the seeds that both have."""
+    """Subtracts a value of `theirs` from that of `ours`, paired by common seeds."""
     seeds = [seed for seed in ours if seed in theirs]
     return estimate([value(ours[seed]) - value(theirs[seed]) for seed in seeds])
 
 
 def shares(runs: Mapping[int, Record], name: str, batches: slice) -> list[float]:
-    """A curve of training batches (unassisted, assisted, rescued), mean of a slice, by seed."""
+    """Averages a slice of a curve of training batches (unassisted, assisted), by seed."""
     return [mean(record["batches"][name][batches]) for record in runs.values()]
 
 
+def rescued_share(runs: Mapping[int, Record], batches: slice) -> float:
+    """Returns the share of rollouts that ended right of those that began wrong, over a slice.
+
+    Every wrong first attempt counts, guided or not; nan where there is none.
+    """
+    if not runs:
+        return math.nan
+    alone, in_the_end = (mean(shares(runs, name, batches)) for name in ("unassisted", "assisted"))
+    return (in_the_end - alone) / (1 - alone) if alone < 1 else math.nan
+
+
 def right_alone_by_rescues(runs: Iterable[Record], edges: Sequence[int]) -> list[tuple[float, int]]:
-    """How often a fact is right alone after it has been rescued so often in the same run.
+    """Counts how often a fact is right alone after it has been rescued so often in the same run.
 
     A fact is one element's mass; a rescue is a wrong one that the next attempt puts right. Counts
     before a batch decide where its first attempts fall: in bin i if at least edges[i] and less than

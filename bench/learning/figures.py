@@ -12,7 +12,6 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
@@ -20,10 +19,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.learning.analysis import Axis, costs, curve, right_alone_by_rescues, runs_of
+from bench.learning.analysis import Axis, check_alike, curve, right_alone_by_rescues, runs_of
 from bench.learning.plan import ARMS, MAIN_ARMS, STUDENTS
 from bench.learning.results import Record, read_all
-from bench.learning.tables import DENSITIES, RESCUE_EDGES
+from bench.learning.tables import DENSITIES, GUIDED_ARMS, RESCUE_EDGES
 from socpo_fast.report.comparison import RECORDED
 
 COLOURS = {"tutor": "#1f5fa8", "alone": "#c0392b", "sentence": "#d9730d", "grpo": "#7d5ba6"}
@@ -32,6 +31,14 @@ COLOURS |= {"answer": "#5b6675"}
 AXIS_LABELS: dict[Axis, str] = {"batches": "batches", "tokens": "sampled tokens", "cpu_s": "s"}
 RECORDED_ARMS = ("alone", "sentence")
 RECORDED_STEP = 10_000  # tokens
+# What a run must have in common with the recorded ones to stand beside them.
+COMPARABLE: dict[str, dict[str, Any]] = {
+    "student": {"path": "builtin"},
+    "data": {"train": "builtin", "eval": "builtin", "grader": "exact"},
+    "rollout": {"max_attempts": 2},
+    "teacher": {"kind": "rule", "rule": "builtin"},
+    "eval": {"temperature": 1.0, "top_p": 1.0},
+}
 
 
 def main() -> None:
@@ -42,6 +49,7 @@ def main() -> None:
     )
     out = parser.parse_args().out
     records = read_all()
+    check_alike(records)
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         save(draw(records), out / f"{name}.svg")
@@ -49,7 +57,7 @@ def main() -> None:
 
 
 def curves_figure(records: Sequence[Record]) -> Figure:
-    """The main arms on the shipped student, by what they cost."""
+    """Draws the main arms on the shipped student, by what they cost."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, axis in zip(figure.subplots(1, 3, sharey=True), AXIS_LABELS, strict=True):
         for arm in MAIN_ARMS:
@@ -59,10 +67,10 @@ def curves_figure(records: Sequence[Record]) -> Figure:
 
 
 def phases_figure(records: Sequence[Record]) -> Figure:
-    """Right alone and right in the end, in training batches."""
+    """Draws right alone and right in the end, in training batches."""
     figure = Figure(figsize=(13, 4), layout="constrained")
-    arms = ("tutor", "sentence", "answer")
-    for axes, arm in zip(figure.subplots(1, len(arms), sharey=True), arms, strict=True):
+    panels = figure.subplots(1, len(GUIDED_ARMS), sharey=True)
+    for axes, arm in zip(panels, GUIDED_ARMS, strict=True):
         runs = runs_of(records, "main", "shipped", arm)
         for name, style in (("assisted", "--"), ("unassisted", "-")):
             values = [record["batches"][name] for record in runs.values()]
@@ -74,7 +82,7 @@ def phases_figure(records: Sequence[Record]) -> Figure:
 
 
 def credit_figure(records: Sequence[Record]) -> Figure:
-    """Credit by decay: held out and unassisted; assisted in training batches."""
+    """Draws credit by decay: held out and unassisted; assisted in training batches."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for arm in ("tutor", "undecayed", "trajectory", "trajectory_undecayed"):
@@ -88,7 +96,7 @@ def credit_figure(records: Sequence[Record]) -> Figure:
 
 
 def densities_figure(records: Sequence[Record]) -> Figure:
-    """The main arms on each student."""
+    """Draws the main arms on each student."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = figure.subplots(1, len(DENSITIES), sharey=True)
     for axes, (student, stage) in zip(panels, DENSITIES.items(), strict=True):
@@ -99,10 +107,10 @@ def densities_figure(records: Sequence[Record]) -> Figure:
 
 
 def facts_figure(records: Sequence[Record]) -> Figure:
-    """Right alone after so many rescues of the same fact."""
+    """Draws right alone after so many rescues of the same fact."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for arm in ("tutor", "sentence", "answer"):
+    for arm in GUIDED_ARMS:
         bins = right_alone_by_rescues(
             runs_of(records, "main", "shipped", arm).values(), RESCUE_EDGES
         )
@@ -137,7 +145,7 @@ def draw_runs(
     label: str,
     style: str,
 ) -> None:
-    """One thin line a run, and their mean over the costs that all of them reach."""
+    """Draws a thin line a run, and their mean over the costs that all of them reach."""
     if not lines:
         return
     for xs, ys in lines:
@@ -155,7 +163,7 @@ def finish(axes: Axes, *, xlabel: str, title: str) -> None:
 
 
 def labelled(figure: Figure) -> Figure:
-    """With the first panel's legend for all, and what its axis shows."""
+    """Gives the first panel the legend of all, and its axis a name."""
     first = figure.axes[0]
     first.set_ylabel("unassisted accuracy, held out")
     if first.get_legend_handles_labels()[0]:
@@ -164,32 +172,36 @@ def labelled(figure: Figure) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As SVG without a date and with fixed ids; text stays text."""
+    """Writes an SVG without a date and with fixed ids; text stays text."""
     with mpl.rc_context({"svg.hashsalt": "socpo_fast", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def recorded_curves(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean accuracy over seeds at equal sampled tokens, of arms without a teacher's help."""
-    curves = []
+    """Returns accuracy at equal sampled tokens of the arms without help: mean, least and greatest
+    of seeds; with the settings under which a run may be shown beside them."""
+    curves: list[dict[str, Any]] = []
+    students: set[str] = set()
     for arm in RECORDED_ARMS:
         runs = list(runs_of(records, "main", "shipped", arm).values())
-        last = min(costs(record, "tokens")[record["evals"]["batch"][-1]] for record in runs)
+        if not runs:
+            raise ValueError(f"learning: arm {arm} must have runs in results.jsonl, got none")
+        last = min(curve(record, "tokens")[0][-1] for record in runs)
         grid = np.arange(0, last, RECORDED_STEP)
-        values = [np.interp(grid, *curve(record, "tokens")) for record in runs]
+        values = np.array([np.interp(grid, *curve(record, "tokens")) for record in runs])
+        columns = {"accuracy": values.mean(0), "low": values.min(0), "high": values.max(0)}
         curves.append(
-            {
-                "title": f"{ARMS[arm].title}, mean of {len(runs)}",
-                "tokens": [int(tokens) for tokens in grid],
-                "accuracy": [round(mean(column), 4) for column in zip(*values, strict=True)],
-            }
+            {"title": f"{ARMS[arm].title}, mean of {len(runs)} runs", "tokens": grid.tolist()}
+            | {name: [round(share, 4) for share in column] for name, column in columns.items()}
         )
-    (student,) = {
-        record["student"]
-        for arm in RECORDED_ARMS
-        for record in runs_of(records, "main", "shipped", arm).values()
+        students |= {record["student"] for record in runs}
+    (student,) = students
+    return {
+        "source": "docs/learning.md",
+        "student": student,
+        "settings": COMPARABLE,
+        "curves": curves,
     }
-    return {"source": "docs/learning.md", "student": student, "curves": curves}
 
 
 if __name__ == "__main__":

@@ -113,14 +113,14 @@ MAIN_ARMS = ("tutor", "alone", "sentence", "grpo")
 
 
 def rate_runs() -> list[Run]:
-    """Those that decide learning rates."""
+    """Lists the runs that decide learning rates."""
     return [
         Run("rates", "shipped", arm, RATE_SEED, lr, RATE_BATCHES) for arm in ARMS for lr in RATES
     ]
 
 
 def compared_runs(rates: Mapping[str, float]) -> Iterator[Run]:
-    """Those that are compared, the main arms first, with each arm's learning rate."""
+    """Lists the runs that are compared, the main arms first, with each arm's learning rate."""
     others = [arm for arm in ARMS if arm not in MAIN_ARMS]
     parts: list[tuple[Stage, str, list[str]]] = [
         ("main", "shipped", list(MAIN_ARMS)),

@@ -19,12 +19,12 @@ Record = dict[str, Any]
 
 
 def read_all(path: Path = RESULTS) -> list[Record]:
-    """All records, in the order in which the runs ended."""
+    """Reads all records, in the order in which the runs ended."""
     return read_jsonl(path, lambda record: "run" in record)
 
 
 def finished(records: Iterable[Record]) -> dict[str, Record]:
-    """Records of finished runs by the run's name; of runs made twice, the first."""
+    """Keeps records of finished runs, by the run's name; of runs made twice, the first."""
     found: dict[str, Record] = {}
     for record in records:
         if "error" not in record:
@@ -50,7 +50,7 @@ def missing(runs: Iterable[Run], records: Mapping[str, Record]) -> list[Run]:
 
 
 def rate_scores(records: Iterable[Record]) -> dict[str, dict[float, float]]:
-    """What the plan compares learning rates by: arm -> rate -> mean of the last two evaluations."""
+    """Returns what the plan compares rates by: arm -> rate -> mean of the last two evaluations."""
     scores: dict[str, dict[float, float]] = {arm: {} for arm in ARMS}
     for record in finished(records).values():
         run = run_of(record)
@@ -60,8 +60,8 @@ def rate_scores(records: Iterable[Record]) -> dict[str, dict[float, float]]:
 
 
 def best_rates(records: Iterable[Record]) -> dict[str, float]:
-    """Each arm's learning rate by the plan's rule (of equal ones the least), of arms for which all
-    have been tried."""
+    """Chooses each arm's learning rate by the plan's rule (of equal ones the least), of arms for
+    which all have been tried."""
     return {
         arm: max(scores, key=lambda lr: (scores[lr], -lr))
         for arm, scores in rate_scores(records).items()

@@ -102,7 +102,7 @@ def train(run: Run, student: Path, folder: Path) -> dict[str, Any]:
 
 
 def curves_of(folder: Path, batch_cpu_s: Iterable[float]) -> dict[str, Any]:
-    """Evaluations, batches and facts of a finished run."""
+    """Reads evaluations, batches and facts of a finished run."""
     rows = read_metrics(folder / "metrics.jsonl")
     batches = [row for row in rows if row["kind"] == "batch"]
     evals = [row for row in rows if row["kind"] == "eval"]
@@ -125,14 +125,16 @@ def curves_of(folder: Path, batch_cpu_s: Iterable[float]) -> dict[str, Any]:
 
 
 def sampled_tokens(rollouts: Iterable[Mapping[str, Any]]) -> int:
-    """The student's tokens of all attempts; prompts and guidance are not sampled."""
+    """Counts the student's tokens of all attempts; prompts and guidance are not sampled."""
     return sum(turn["num_tokens"] for rollout in rollouts for turn in rollout["turns"])
 
 
 def facts_of(rollouts: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Of one batch, by element that the student holds wrong: [first attempts that state its mass,
-    those that have it right, attempts that have it wrong and are followed by one that states it,
-    those of them after which it is right]."""
+    """Counts facts of one batch, by element that the student holds wrong.
+
+    [first attempts that state its mass, those that have it right, attempts that have it wrong and
+    are followed by one that states it, those of them after which it is right]
+    """
     counts: Counter[tuple[str, int]] = Counter()
     for rollout in rollouts:
         attempts = [dict(LINE.findall(turn["text"])) for turn in rollout["turns"]]
@@ -148,7 +150,7 @@ def facts_of(rollouts: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
 
 
 def uncommitted() -> list[str]:
-    """Files of code and settings that differ from the revision, by git; [] outside a checkout."""
+    """Lists files of code and settings that differ from the revision; [] outside a checkout."""
     words = ["git", "status", "--porcelain", "--", "*.py", "*.toml", "*.cpp", "*.h"]
     shown = subprocess.run(words, cwd=CONFIG.parent, capture_output=True, text=True, check=False)
     return [line[3:] for line in shown.stdout.splitlines()]

@@ -18,7 +18,7 @@ CACHE = Path("runs/learning")
 
 
 def student_folder(name: str, cache: Path) -> Path:
-    """The folder of a student of the plan; one that is not there is made first, in minutes."""
+    """Returns the folder of a student of the plan; makes one that is not there, in minutes."""
     variant = STUDENTS[name]
     if variant.shares is None:
         return STUDENT_DIR

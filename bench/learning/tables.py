@@ -2,40 +2,44 @@
 
     python -m bench.learning.tables [--write docs/learning.md]
 
-Read TABLES, then the function of one. Accuracies are unassisted, held out, in per cent, mean over
-seeds with the values of the seeds behind it; differences have 95 % intervals and are paired.
+Read TABLES, then the function of one. Accuracies are unassisted, held out, in per cent: means over
+seeds, ± half the width of the 95 % interval. Differences are paired by seed, with 95 % intervals.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from bench.learning.analysis import (
     Axis,
-    Estimate,
     at_cost,
     at_end,
+    check_alike,
     cost_until,
     difference,
-    estimate,
     paired,
+    rescued_share,
     right_alone_by_rescues,
     runs_of,
     shares,
     tutor_cost,
 )
+from bench.learning.cells import by_seed, interval, markdown, percent, with_spread
 from bench.learning.plan import ARMS, COMPARED_AT, MAIN_ARMS, PRIMARY, RATES, STUDENTS, Stage
 from bench.learning.results import Record, best_rates, rate_scores, read_all, run_of
 
+Table = list[list[str]]
+
 LAST_BATCHES = slice(-4, None)
+GUIDED_ARMS = ("tutor", "sentence", "answer")
 RESCUE_EDGES = (0, 1, 10, 30, 100, 300)
+GOAL = 0.9
 AXES: dict[Axis, str] = {"batches": "batches", "tokens": "sampled tokens", "cpu_s": "seconds"}
 DENSITIES: dict[str, Stage] = {
     "sparse": "densities",
@@ -45,12 +49,136 @@ DENSITIES: dict[str, Stage] = {
 }
 
 
-def rates_table(records: Sequence[Record]) -> list[list[str]]:
-    """Mean of the last two evaluations by learning rate; the chosen one in bold."""
+def main_table(records: Sequence[Record]) -> Table:
+    """Every arm at the primary batch, at the tutor's tokens and seconds by then, and at its end."""
+    columns = [f"equal {words}" for words in AXES.values()]
+    rows = [["arm", *columns, "the same tokens, by seed", "its end", "at batch"]]
+    tutor = runs_of(records, "main", "shipped", "tutor")
+    for arm in ARMS if tutor else ():
+        runs = runs_of(records, "main", "shipped", arm).values()
+        by_axis = {
+            axis: [at_cost(r, axis, tutor_cost(tutor, axis, PRIMARY)) for r in runs]
+            for axis in AXES
+        }
+        cells = [with_spread(values) for values in by_axis.values()]
+        end = with_spread([at_end(record) for record in runs])
+        seeds = by_seed(by_axis["tokens"])
+        rows.append([ARMS[arm].title, *cells, seeds, end, str(ARMS[arm].num_batches)])
+    return rows
+
+
+def differences_table(records: Sequence[Record]) -> Table:
+    """The tutor less each other arm, at equal batches and at what the tutor had taken by then."""
+    tutor = runs_of(records, "main", "shipped", "tutor")
+    rows = [["tutor less", "at batch", *(f"equal {words}" for words in AXES.values())]]
+    for arm in ARMS if tutor else ():
+        others = runs_of(records, "main", "shipped", arm)
+        for batch in COMPARED_AT if arm != "tutor" else ():
+            cells = [
+                interval(difference(tutor, others, axis, tutor_cost(tutor, axis, batch)))
+                for axis in AXES
+            ]
+            rows.append([ARMS[arm].title, str(batch), *cells])
+    return rows
+
+
+def reach_table(records: Sequence[Record]) -> Table:
+    """What it took to 90 % unassisted: median over seeds, where most of them came so far."""
+    rows = [["arm", f"runs that reached {GOAL:.0%}", *AXES.values(), "batches by seed"]]
+    for arm in ARMS:
+        runs = runs_of(records, "main", "shipped", arm).values()
+        taken = {axis: [cost_until(r, axis, GOAL) for r in runs] for axis in AXES}
+        num_reached = sum(cost < float("inf") for cost in taken["batches"])
+        is_known = 2 * num_reached > len(runs)
+        cells = [f"{median(costs):,.0f}" if is_known else "-" for costs in taken.values()]
+        seeds = " ".join(f"{c:.0f}" if c < float("inf") else "-" for c in taken["batches"])
+        rows.append([ARMS[arm].title, f"{num_reached} of {len(runs)}", *cells, seeds])
+    return rows
+
+
+def credit_table(records: Sequence[Record]) -> Table:
+    """Credit by decay, two by two: unassisted held out, and assisted in training at the end."""
+    arms = {"attempt": ("tutor", "undecayed"), "trajectory": ("trajectory", "trajectory_undecayed")}
+    columns = [f"unassisted, batch {PRIMARY}", "unassisted, batch 40", "assisted, batches 37 to 40"]
+    rows = [["credit by", "decay", *columns]]
+    for credit, (decayed, undecayed) in arms.items():
+        runs = [runs_of(records, "main", "shipped", arm) for arm in (decayed, undecayed)]
+        for words, by_seed_ in zip(("yes", "no"), runs, strict=True):
+            cells = [
+                with_spread([at_cost(r, "batches", PRIMARY) for r in by_seed_.values()]),
+                with_spread([at_end(r) for r in by_seed_.values()]),
+                with_spread(shares(by_seed_, "assisted", LAST_BATCHES)),
+            ]
+            rows.append([credit, words, *cells])
+        gains = [interval(difference(*runs, "batches", PRIMARY)), interval(paired(*runs, at_end))]
+        rows.append([credit, "yes less no", *gains, ""])
+    return rows
+
+
+def densities_table(records: Sequence[Record]) -> Table:
+    """The main arms by how often the student is right alone on what it holds wrong."""
+    columns = ["start", f"batch {PRIMARY}", "equal tokens", "tutor less it, equal tokens"]
+    rows = [["student", "arm", *columns, "its end", "at batch"]]
+    for student, stage in DENSITIES.items():
+        tutor = runs_of(records, stage, student, "tutor")
+        for arm in MAIN_ARMS if tutor else ():
+            runs = runs_of(records, stage, student, arm)
+            tokens = tutor_cost(tutor, "tokens", PRIMARY)
+            gain = "" if arm == "tutor" else interval(difference(tutor, runs, "tokens", tokens))
+            cells = [
+                with_spread([at_cost(r, "batches", 0) for r in runs.values()]),
+                with_spread([at_cost(r, "batches", PRIMARY) for r in runs.values()]),
+                with_spread([at_cost(r, "tokens", tokens) for r in runs.values()]),
+                gain,
+                with_spread([at_end(r) for r in runs.values()]),
+            ]
+            title, length = ARMS[arm].title, str(ARMS[arm].num_batches)
+            rows.append([STUDENTS[student].title, title, *cells, length])
+    return rows
+
+
+def phases_table(records: Sequence[Record]) -> Table:
+    """Training batches four by four: right alone, right in the end, and of wrong ones rescued."""
+    columns = [
+        f"{ARMS[arm].title}: {what}"
+        for arm in GUIDED_ARMS
+        for what in ("alone", "in the end", "rescued")
+    ]
+    rows = [["batches", *columns]]
+    for start in range(0, 28, 4):
+        block = slice(start, start + 4)
+        cells = []
+        for arm in GUIDED_ARMS:
+            runs = runs_of(records, "main", "shipped", arm)
+            cells += [
+                percent(mean(shares(runs, "unassisted", block))) if runs else "-",
+                percent(mean(shares(runs, "assisted", block))) if runs else "-",
+                percent(rescued_share(runs, block)),
+            ]
+        rows.append([f"{start + 1} to {start + 4}", *cells])
+    return rows
+
+
+def facts_table(records: Sequence[Record]) -> Table:
+    """A mass right alone, by how often it has been put right after guidance before in that run."""
+    labels = [
+        "never" if high == 1 else f"{low} to {high - 1} times"
+        for low, high in pairwise(RESCUE_EDGES)
+    ]
+    rows = [["put right before", *labels, f"{RESCUE_EDGES[-1]} times and more"]]
+    for arm in GUIDED_ARMS:
+        runs = runs_of(records, "main", "shipped", arm).values()
+        bins = right_alone_by_rescues(runs, RESCUE_EDGES)
+        rows.append([ARMS[arm].title, *(f"{percent(share)} of {n:,}" for share, n in bins)])
+    return rows
+
+
+def rates_table(records: Sequence[Record]) -> Table:
+    """The mean of the last two evaluations by learning rate; the chosen one in bold."""
     scores, best = rate_scores(records), best_rates(records)
     rows = [["arm", *(f"{lr:g}" for lr in RATES)]]
     for arm in ARMS:
-        cells = [f"{100 * scores[arm][lr]:.1f}" if lr in scores[arm] else "-" for lr in RATES]
+        cells = [percent(scores[arm][lr]) if lr in scores[arm] else "-" for lr in RATES]
         if arm in best:
             chosen = RATES.index(best[arm])
             cells[chosen] = f"**{cells[chosen]}**"
@@ -58,183 +186,7 @@ def rates_table(records: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
-def main_table(records: Sequence[Record]) -> list[list[str]]:
-    """Every arm at the primary batch, at the tutor's tokens and seconds by then, and at its end."""
-    rows = [
-        [
-            "arm",
-            *(f"at equal {words}" for words in AXES.values()),
-            "by seed, equal tokens",
-            "at the end (batch)",
-        ]
-    ]
-    tutor = runs_of(records, "main", "shipped", "tutor")
-    for arm in ARMS:
-        runs = runs_of(records, "main", "shipped", arm)
-        if not runs or not tutor:
-            continue
-        by_axis = {
-            axis: [at_cost(r, axis, tutor_cost(tutor, axis, PRIMARY)) for r in runs.values()]
-            for axis in AXES
-        }
-        rows.append(
-            [
-                ARMS[arm].title,
-                *(with_spread(values) for values in by_axis.values()),
-                by_seed(by_axis["tokens"]),
-                f"{with_spread([at_end(r) for r in runs.values()])} ({ARMS[arm].num_batches})",
-            ]
-        )
-    return rows
-
-
-def differences_table(records: Sequence[Record]) -> list[list[str]]:
-    """The tutor less each other arm, at equal batches and at what the tutor had taken by then."""
-    tutor = runs_of(records, "main", "shipped", "tutor")
-    rows = [["tutor less", "at", *(f"equal {words}" for words in AXES.values())]]
-    for arm in ARMS:
-        others = runs_of(records, "main", "shipped", arm)
-        if arm == "tutor" or not others:
-            continue
-        for batch in COMPARED_AT:
-            cells = [
-                interval(difference(tutor, others, axis, tutor_cost(tutor, axis, batch)))
-                for axis in AXES
-            ]
-            rows.append([ARMS[arm].title, f"batch {batch}", *cells])
-    return rows
-
-
-def credit_table(records: Sequence[Record]) -> list[list[str]]:
-    """Credit by decay, the 2 x 2: unassisted at the end, assisted in the last training batches."""
-    names = {
-        ("attempt", "decay"): "tutor",
-        ("attempt", "no decay"): "undecayed",
-        ("trajectory", "decay"): "trajectory",
-        ("trajectory", "no decay"): "trajectory_undecayed",
-    }
-    rows = [
-        [
-            "credit by",
-            "",
-            f"unassisted, batch {PRIMARY}",
-            "unassisted at the end",
-            "assisted, last 4 batches",
-        ]
-    ]
-    cells = {key: runs_of(records, "main", "shipped", arm) for key, arm in names.items()}
-    for (credit, decay), runs in cells.items():
-        if runs:
-            rows.append(
-                [
-                    credit,
-                    decay,
-                    with_spread([at_cost(r, "batches", PRIMARY) for r in runs.values()]),
-                    with_spread([at_end(r) for r in runs.values()]),
-                    with_spread(shares(runs, "assisted", LAST_BATCHES)),
-                ]
-            )
-    for credit in ("attempt", "trajectory"):
-        with_decay, without = cells[credit, "decay"], cells[credit, "no decay"]
-        if with_decay and without:
-            rows.append(
-                [
-                    credit,
-                    "decay less none",
-                    interval(difference(with_decay, without, "batches", PRIMARY)),
-                    interval(paired(with_decay, without, at_end)),
-                    "",
-                ]
-            )
-    return rows
-
-
-def densities_table(records: Sequence[Record]) -> list[list[str]]:
-    """The main arms by how often the student is right alone on what it holds wrong."""
-    rows = [
-        [
-            "student",
-            "arm",
-            "start",
-            f"batch {PRIMARY}",
-            "equal tokens",
-            "end",
-            "tutor less it, equal tokens",
-            "the same at the end",
-        ]
-    ]
-    for student, stage in DENSITIES.items():
-        tutor = runs_of(records, stage, student, "tutor")
-        for arm in MAIN_ARMS:
-            runs = runs_of(records, stage, student, arm)
-            if not runs or not tutor:
-                continue
-            tokens = tutor_cost(tutor, "tokens", PRIMARY)
-            is_tutor = arm == "tutor"
-            rows.append(
-                [
-                    STUDENTS[student].title,
-                    ARMS[arm].title,
-                    percent(mean(at_cost(r, "batches", 0) for r in runs.values())),
-                    with_spread([at_cost(r, "batches", PRIMARY) for r in runs.values()]),
-                    with_spread([at_cost(r, "tokens", tokens) for r in runs.values()]),
-                    with_spread([at_end(r) for r in runs.values()]),
-                    "" if is_tutor else interval(difference(tutor, runs, "tokens", tokens)),
-                    "" if is_tutor else interval(paired(tutor, runs, at_end)),
-                ]
-            )
-    return rows
-
-
-def phases_table(records: Sequence[Record]) -> list[list[str]]:
-    """Training batches four by four: right alone, right in the end, wrong ones rescued."""
-    rows = [["batches", "arm", "right alone", "right in the end", "rescued"]]
-    for start in range(0, 28, 4):
-        for arm in ("tutor", "sentence", "answer"):
-            runs = runs_of(records, "main", "shipped", arm)
-            if runs:
-                block = slice(start, start + 4)
-                cells = [
-                    percent(mean(shares(runs, name, block)))
-                    for name in ("unassisted", "assisted", "rescued")
-                ]
-                rows.append([f"{start + 1} to {start + 4}", ARMS[arm].title, *cells])
-    return rows
-
-
-def facts_table(records: Sequence[Record]) -> list[list[str]]:
-    """Right alone after so many rescues of the same fact in the same run."""
-    labels = [
-        "none" if high == 1 else f"{low} to {high - 1}" for low, high in pairwise(RESCUE_EDGES)
-    ] + [f"{RESCUE_EDGES[-1]} and more"]
-    rows = [["rescues before", *labels]]
-    for arm in ("tutor", "sentence", "answer"):
-        runs = runs_of(records, "main", "shipped", arm)
-        if runs:
-            bins = right_alone_by_rescues(runs.values(), RESCUE_EDGES)
-            rows.append(
-                [ARMS[arm].title, *(f"{percent(share)} of {n}" if n else "-" for share, n in bins)]
-            )
-    return rows
-
-
-def reach_table(records: Sequence[Record]) -> list[list[str]]:
-    """What it took to 90 % unassisted."""
-    rows = [["arm", "runs that reached 90 %", "batches", "sampled tokens", "seconds"]]
-    for arm in ARMS:
-        runs = runs_of(records, "main", "shipped", arm)
-        if not runs:
-            continue
-        reached = [r for r in runs.values() if math.isfinite(cost_until(r, "batches", 0.9))]
-        cells = []
-        for axis in AXES:
-            values = [cost_until(record, axis, 0.9) for record in reached]
-            cells.append(f"{mean(values):,.0f}" if values else "-")
-        rows.append([ARMS[arm].title, f"{len(reached)} of {len(runs)}", *cells])
-    return rows
-
-
-def runs_table(records: Sequence[Record]) -> list[list[str]]:
+def runs_table(records: Sequence[Record]) -> Table:
     """Every run that was made: how many, by stage and student, and how many of them failed."""
     made: Counter[tuple[str, str]] = Counter()
     failed: Counter[tuple[str, str]] = Counter()
@@ -249,48 +201,17 @@ def runs_table(records: Sequence[Record]) -> list[list[str]]:
     ]
 
 
-TABLES: dict[str, Callable[[Sequence[Record]], list[list[str]]]] = {
+TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "main": main_table,
     "differences": differences_table,
-    "credit": credit_table,
-    "densities": densities_table,
+    "reach": reach_table,
     "phases": phases_table,
     "facts": facts_table,
-    "reach": reach_table,
+    "credit": credit_table,
+    "densities": densities_table,
     "rates": rates_table,
     "runs": runs_table,
 }
-
-
-def percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.1f}"
-
-
-def by_seed(values: Iterable[float]) -> str:
-    return " ".join(percent(value) for value in values)
-
-
-def with_spread(values: Sequence[float]) -> str:
-    """Mean and the half width of its 95 % interval."""
-    center, low, *_ = estimate(values)
-    return (
-        percent(center) if math.isnan(low) else f"{100 * center:.1f} ± {100 * (center - low):.1f}"
-    )
-
-
-def interval(found: Estimate) -> str:
-    """A difference in points: mean, its interval, and how many seeds are on the mean's side."""
-    if math.isnan(found.mean):
-        return "-"
-    same_side = sum(value * found.mean > 0 for value in found.values)
-    points = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-    return f"{points}, {same_side} of {len(found.values)}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def with_tables(text: str, records: Sequence[Record]) -> str:
@@ -307,6 +228,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="document to put them into, between their marks")
     path = parser.parse_args().write
     records = read_all()
+    check_alike(records)
     if path is None:
         for name, table in TABLES.items():
             print(

@@ -14,17 +14,20 @@ from bench.learning import __main__ as bench
 from bench.learning.analysis import (
     at_cost,
     at_end,
+    check_alike,
     cost_until,
     costs,
     difference,
     estimate,
+    rescued_share,
     right_alone_by_rescues,
     runs_of,
 )
+from bench.learning.cells import interval, markdown, with_spread
 from bench.learning.plan import ARMS, RATES, SEEDS, Run, compared_runs, rate_runs
 from bench.learning.results import append_result, best_rates, finished, read_all
 from bench.learning.run import facts_of, sampled_tokens, train
-from bench.learning.tables import TABLES, interval, markdown, with_tables
+from bench.learning.tables import TABLES, with_tables
 from bench.learning.teachers import give_answer
 from socpo_fast.socratic.leak import leaks_answer
 from socpo_fast.socratic.tasks import molar_mass
@@ -91,6 +94,34 @@ def test_differences_are_paired() -> None:
     assert math.isnan(estimate([0.5]).low)
 
 
+def test_what_was_not_reached_is_said() -> None:
+    """A run that ended earlier is not left out of a mean: the fast ones would be what is left."""
+    tutor = runs_of(arm("tutor", [[0.4, 0.8, 0.9]] * 2), "main", "shipped", "tutor")
+    short = arm("three", [[0.4, 0.8, 0.9], [0.4, 0.6]])
+    others = runs_of(short, "main", "shipped", "three")
+    found = difference(tutor, others, "batches", 8)
+    assert math.isnan(found.mean) and interval(found) == "not reached"
+    assert with_spread([0.5, math.nan]) == "not reached" and with_spread([]) == "-"
+    assert interval(difference(tutor, {}, "batches", 4)) == "-"
+
+
+def test_rescued_share_is_pooled() -> None:
+    """A batch without a guided rollout has no rescue rate, and costs nothing."""
+    run = record(TUTOR, [0.4, 0.5])
+    run["batches"] |= {"unassisted": [0.5, 1.0], "assisted": [0.75, 1.0], "rescued": [0.5, None]}
+    assert rescued_share({0: run}, slice(0, 2)) == pytest.approx(0.5)
+    assert math.isnan(rescued_share({0: run}, slice(1, 2))) and math.isnan(
+        rescued_share({}, slice(0, 2))
+    )
+
+
+def test_mixed_students_are_refused() -> None:
+    other = record(replace(TUTOR, seed=1), [0.4, 0.5]) | {"student": "def"}
+    with pytest.raises(ValueError, match="must have had the same weights, got"):
+        check_alike([record(TUTOR, [0.4, 0.5]), other])
+    check_alike([record(TUTOR, [0.4, 0.5]), other | {"error": "exit code 1"}])
+
+
 def test_facts_of_planted_rollouts() -> None:
     formula = {"H": 1, "Na": 2}
     wrong = molar_mass.render(molar_mass.work_out([("H", 1, 1), ("Na", 2, 11)]))
@@ -141,7 +172,7 @@ def test_tables_hold_what_there_is() -> None:
     """Every table is made of some arms as of none, and stands between its marks."""
     records = arm("tutor", [[0.4] * 6 + [0.9] * 5] * 2) + arm("alone", [[0.4] * 15] * 2, tokens=70)
     for name, table in TABLES.items():
-        for some in (records, []):
+        for some in (records, arm("alone", [[0.4] * 3]), []):
             rows = table(some)
             assert len({len(row) for row in rows}) == 1, name
     text = "before\n<!-- table main -->\nold\n<!-- end -->\nafter\n"

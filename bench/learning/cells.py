@@ -1,0 +1,43 @@
+"""What stands in a cell of the study's tables: shares in per cent, means with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from bench.learning.analysis import Estimate, estimate
+
+NOT_REACHED = "not reached"  # by all runs of the arm
+
+
+def percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def by_seed(values: Iterable[float]) -> str:
+    return " ".join(percent(value) for value in values)
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """Writes the mean and half the width of its 95 % interval."""
+    center, low, *_ = estimate(values)
+    if math.isnan(center):
+        return NOT_REACHED if values else "-"
+    if math.isnan(low):
+        return percent(center)
+    return f"{100 * center:.1f} ± {100 * (center - low):.1f}"
+
+
+def interval(found: Estimate) -> str:
+    """Writes a difference in points: mean, its interval, how many seeds are on the mean's side."""
+    if math.isnan(found.mean):
+        return NOT_REACHED if found.values else "-"
+    same_side = sum(value * found.mean > 0 for value in found.values)
+    points = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return f"{points}, {same_side} of {len(found.values)}"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
