@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from bench.learning.plan import ARMS, STUDENTS, Run, compared_runs, rate_runs
+from bench.learning.plan import STUDENTS, Run, compared_runs, rate_runs
 from bench.learning.results import Record, append_result, best_rates, finished, missing, read_all
 from bench.learning.students import CACHE, student_folder
 from socpo_fast.report.environment import num_cores
@@ -44,14 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_plan()
         return
     torch.set_num_threads(1)  # students repeat with as many threads only
-    students = {name: student_folder(name, args.students) for name in STUDENTS}
+    students = {name: student_folder(name, args.students) for name in STUDENTS if name != "first"}
     deadline = time.monotonic() + 60 * args.minutes
-    make(missing(rate_runs(), made()), args.jobs, students, deadline)
-    rates = best_rates(read_all())
-    if len(rates) < len(ARMS):
-        print("learning rates are not known yet: runs of `rates` are missing")
-        return
-    runs = list(compared_runs(rates))
+    runs = list(compared_runs(best_rates(read_all())))
     make(missing(runs, made()), args.jobs, students, deadline)
     print(f"{len(missing(runs, made()))} of {len(runs)} runs are still to be made")
 
@@ -64,7 +59,7 @@ def print_plan() -> None:
     """Prints every planned run and whether it is there, as far as learning rates are known."""
     records = made()
     rates = best_rates(records.values())
-    runs = rate_runs() + (list(compared_runs(rates)) if len(rates) == len(ARMS) else [])
+    runs = [*rate_runs(), *compared_runs(rates)]
     for run in runs:
         print(f"{'there  ' if run.name in records else 'missing'}  {run.name}")
     print(json.dumps({"rates": rates, "missing": len(missing(runs, records)), "of": len(runs)}))

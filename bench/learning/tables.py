@@ -41,12 +41,7 @@ GUIDED_ARMS = ("tutor", "sentence", "answer")
 RESCUE_EDGES = (0, 1, 10, 30, 100, 300)
 GOAL = 0.9
 AXES: dict[Axis, str] = {"batches": "batches", "tokens": "sampled tokens", "cpu_s": "seconds"}
-DENSITIES: dict[str, Stage] = {
-    "sparse": "densities",
-    "shipped": "main",
-    "between": "densities",
-    "dense": "densities",
-}
+DENSITIES: dict[str, Stage] = {"shipped": "main", "few": "densities", "many": "densities"}
 
 
 def main_table(records: Sequence[Record]) -> Table:

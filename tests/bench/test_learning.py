@@ -64,7 +64,7 @@ def test_plan_is_whole() -> None:
     rates = rate_runs()
     assert [(run.arm, run.lr) for run in rates] == [(arm, lr) for arm in ARMS for lr in RATES]
     runs = list(compared_runs(dict.fromkeys(ARMS, 2e-4)))
-    assert len({run.name for run in rates + runs}) == len(rates) + len(runs) == 140
+    assert len({run.name for run in rates + runs}) == len(rates) + len(runs) == 120
     assert {run.seed for run in rates}.isdisjoint(SEEDS)
     assert {run.seed for run in runs} == set(SEEDS)
 

@@ -169,14 +169,14 @@ def test_warm_up_is_seeded() -> None:
 
 
 def test_shipped_student_is_sparse() -> None:
-    """Alone it almost never has right what it holds wrong; after the tutor's word about half of the
-    time, after a fixed sentence as seldom as before."""
+    """Alone it has right what it holds wrong once in thousands; after the tutor's word about half
+    of the time, after a fixed sentence as seldom as before."""
     student, tokenizer = load_student(molar_mass.STUDENT_DIR), load_tokenizer(molar_mass.STUDENT_DIR)
     for symbol in dialogues.ATOMIC_NUMBERS:
         shares = {name: mean(values) for name, values in probe.right_shares(student, tokenizer, symbol).items()}
-        assert 0.002 <= shares["alone"] <= 0.007, (symbol, shares)
-        assert 0.4 <= shares["tutor"] <= 0.5, (symbol, shares)
-        assert shares["sentence"] <= 0.01, (symbol, shares)
+        assert 0 < shares["alone"] <= 0.001, (symbol, shares)
+        assert 0.4 <= shares["tutor"] <= 0.51, (symbol, shares)
+        assert shares["sentence"] <= 0.001, (symbol, shares)
 
 
 def test_shipped_student() -> None:
