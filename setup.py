@@ -64,6 +64,9 @@ if BUILD not in ("auto", "none"):
 
 setup(
     packages=[*find_packages(include=["socpo_fast", "socpo_fast.*"]), "socpo_fast.kernels"],
-    package_data={"socpo_fast.socratic.tasks": ["*/*.json", "*/*.safetensors", "*/*.jinja"]},
+    package_data={
+        "socpo_fast.socratic.tasks": ["*/*.json", "*/*.safetensors", "*/*.jinja"],
+        "socpo_fast.report": ["*.json"],
+    },
     **(extension_options() if BUILD != "none" else {}),
 )

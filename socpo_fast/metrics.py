@@ -29,7 +29,7 @@ METRICS: dict[str, str] = {
     "perf/rollout_tok_s": "sampled tokens a second of rollout, tok/s",
     "perf/train_tok_s": "tokens forwarded a second of update, tok/s",
     "perf/prefill_tokens": "prompt, bridge and recomputed tokens the engine read, count",
-    "perf/decode_tokens": "tokens the engine sampled, count",
+    "perf/decode_tokens": "tokens sampled in decode rounds (an attempt's first one comes with its prefill), count",
     "perf/preemptions": "sequences that gave up their pages and were recomputed, count",
     "perf/tokens_forwarded": "tokens that passed the layers in the update, count",
     "perf/unique_tokens": "nodes of the rollout trees of the update (prompt once a group), idle ones too, tokens",

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from socpo_fast.metrics import METRICS, meaning_of
-from socpo_fast.report.progress import Progress, sparkline
+from socpo_fast.report.accuracy import sparkline
+from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import rollout_record, write_rollouts
 from socpo_fast.report.summary import source_metric
 from socpo_fast.report.tracker import MetricsWriter, read_jsonl, read_metrics

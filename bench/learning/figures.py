@@ -76,7 +76,8 @@ def phases_figure(records: Sequence[Record]) -> Figure:
             values = [record["batches"][name] for record in runs.values()]
             draw_runs(axes, [(range(1, len(v) + 1), v) for v in values], COLOURS[arm], name, style)
         finish(axes, xlabel="batches", title=ARMS[arm].title)
-        axes.legend(frameon=False, fontsize=9)
+        if runs:
+            axes.legend(frameon=False, fontsize=9)
     figure.axes[0].set_ylabel("share of training rollouts")
     return figure
 

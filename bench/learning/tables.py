@@ -68,7 +68,7 @@ def differences_table(records: Sequence[Record]) -> Table:
     rows = [["tutor less", "at batch", *(f"equal {words}" for words in AXES.values())]]
     for arm in ARMS if tutor else ():
         others = runs_of(records, "main", "shipped", arm)
-        for batch in COMPARED_AT if arm != "tutor" else ():
+        for batch in COMPARED_AT if others and arm != "tutor" else ():
             cells = [
                 interval(difference(tutor, others, axis, tutor_cost(tutor, axis, batch)))
                 for axis in AXES
@@ -82,6 +82,8 @@ def reach_table(records: Sequence[Record]) -> Table:
     rows = [["arm", f"runs that reached {GOAL:.0%}", *AXES.values(), "batches by seed"]]
     for arm in ARMS:
         runs = runs_of(records, "main", "shipped", arm).values()
+        if not runs:
+            continue
         taken = {axis: [cost_until(r, axis, GOAL) for r in runs] for axis in AXES}
         num_reached = sum(cost < float("inf") for cost in taken["batches"])
         is_known = 2 * num_reached > len(runs)

@@ -1,7 +1,8 @@
-"""The accuracy of one evaluation as a table: rows for the page, text for `socpo eval`."""
+"""Accuracy for people: of one evaluation as a table, rows for the page and text for `socpo eval`;
+of many as a row of blocks."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _NAMES = {"unassisted": "unassisted (avg@k)", "assisted": "assisted, with the teacher's help"}
@@ -44,3 +45,8 @@ def failures_text(metrics: Mapping[str, Any]) -> str:
     """How often guidance failed, by kind: "timeout 3, cut 1"."""
     prefix = "guidance/failed_"
     return ", ".join(f"{key.removeprefix(prefix)} {n:.0f}" for key, n in metrics.items() if key.startswith(prefix))
+
+
+def sparkline(shares: Iterable[float]) -> str:
+    """Shares in [0, 1] as one block character each."""
+    return "".join("▁▂▃▄▅▆▇█"[min(int(share * 8), 7)] for share in shares)

@@ -54,6 +54,18 @@ help; it is shown apart, because a student that leans on help has not learned.</
 <p>No accuracy has been recorded yet: the run stopped before its first batch or evaluation ended.</p>
 {% endif %}
 
+{% if comparison %}
+<h2>What the teacher bought</h2>
+<img src="{{ comparison | inline }}"
+ alt="Unassisted accuracy over sampled tokens: this run, and recorded ones without a teacher">
+<p>The same student beside recorded trainings of it without a tutor, at equal sampled tokens: one answer and no teacher
+(K = 1), and a second answer after a fixed sentence that says nothing about the mistake. Lines are means of several
+runs, shades their least and greatest. The student is almost never right alone on what it holds wrong, so without help
+there is little to reward. The tutor's word makes some of its second answers right, these are rewarded, and what it
+learns there it soon knows without the word: assisted accuracy rises first and unassisted accuracy follows. Where a
+student finds right answers by itself, expect no such gain.</p>
+{% endif %}
+
 <h2>What happened here</h2>
 <p>The student answers a question several times over. A wrong answer goes to a teacher, who sends back a short message
 about what went wrong, and the student tries again with that message in view. An answer that is right at once earns a
@@ -64,7 +76,7 @@ average are made more likely, worse ones less.</p>
 
 {% if curves %}
 <h2>Curves</h2>
-<img src="data:image/png;base64,{{ curves }}"
+<img src="{{ curves | inline }}"
  alt="Accuracy, reward, guidance, entropy, gradient norm and time over updates">
 <ul>
 <li><b>Accuracy</b> should rise. Typically assisted accuracy rises first and the unassisted one follows.</li>

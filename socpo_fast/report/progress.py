@@ -16,7 +16,7 @@ from rich.table import Table
 from socpo_fast.config import RunConfig
 from socpo_fast.metrics import Kind
 from socpo_fast.ops import available_impls
-from socpo_fast.report.accuracy import failures_text
+from socpo_fast.report.accuracy import failures_text, sparkline
 from socpo_fast.types import Rollout
 
 # Failures in a row that are silence where the teacher has answered before. A student that is nearly
@@ -113,11 +113,6 @@ class Progress:
             if values:
                 table.add_row(label, sparkline(values[-30:]), f"{100 * values[-1]:.1f}%")
         return table
-
-
-def sparkline(shares: list[float]) -> str:
-    """Shares in [0, 1] as one block character each."""
-    return "".join("▁▂▃▄▅▆▇█"[min(int(share * 8), 7)] for share in shares)
 
 
 def first_line(run: RunConfig, student: torch.nn.Module, resumed_from: Path | None) -> str:

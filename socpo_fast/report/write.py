@@ -14,6 +14,7 @@ from socpo_fast.config.text import to_text
 from socpo_fast.files import replace_file
 from socpo_fast.metrics import meaning_of
 from socpo_fast.report.accuracy import accuracy_rows
+from socpo_fast.report.comparison import Curve, card, compare
 from socpo_fast.report.page import PAGE
 from socpo_fast.report.rollouts import read_rollouts
 from socpo_fast.report.settings import read_settings
@@ -69,9 +70,14 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def report_note(run_folder: Path) -> str:
-    """Write the report of a finished run, and say so in a line; a page never costs the run."""
+    """Write the report of a finished run; returns a line that says so, behind the card of the built-in task.
+
+    A page never costs the run.
+    """
     try:
-        return f"report: {write_report(run_folder)}"
+        path, rows = write_report(run_folder), read_metrics(run_folder / "metrics.jsonl")
+        curves = compare(read_settings(run_folder), rows)
+        return (card(curves, rows) + "\n" if curves else "") + f"report: {path}"
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told
         return f"report: {run_folder / 'report.html'} was not written ({error})"
 
@@ -81,18 +87,25 @@ def render(folder: Path, rows: Rows, curves: bytes) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "number": _number, "text": to_text}
+    environment.filters |= {
+        "percent": lambda share: "unknown" if share is None else f"{100 * share:.1f} %",
+        "number": lambda value: "" if value is None else f"{value:.4g}",
+        "text": to_text,
+        "inline": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
+    }
+    settings = read_settings(folder)
     return environment.from_string(PAGE).render(
         name=folder.resolve().name,
         num_updates=max((row["update"] for row in rows), default=0),
         num_batches=max((row["batch"] for row in rows), default=0),
         headline=headline(rows),
         accuracy=accuracy_rows(next((row for row in reversed(rows) if row["kind"] == "eval"), {})),
-        curves=base64.b64encode(curves).decode(),
+        comparison=draw_comparison(compare(settings, rows)),
+        curves=curves,
         changes=first_and_last(rows),
         times=time_split(rows),
         samples=sample_rollouts(folder),
-        config=read_settings(folder),
+        config=settings,
     )
 
 
@@ -174,21 +187,34 @@ def draw_curves(rows: Rows) -> bytes:
             if low and len(low) == len(high):
                 axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-        axes.set_xlabel("update")
-        axes.set_ylabel(unit)
+        axes.set(xlabel="update", ylabel=unit)
+    return _png(figure)
+
+
+def draw_comparison(curves: Sequence[Curve]) -> bytes:
+    """This run's accuracy and the recorded ones over sampled tokens, as a PNG file; b"" for none."""
+    from matplotlib.figure import Figure
+
+    if not curves:
+        return b""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for colour, curve in zip((COLOURS[0], COLOURS[1], "#5b6675"), curves, strict=False):
+        axes.plot(curve.tokens, curve.accuracy, label=curve.title, color=colour, marker=".")
+        if curve.low:
+            axes.fill_between(curve.tokens, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlim=(0, curves[0].tokens[-1]), xlabel="tokens sampled in training", ylabel="share")
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    """The file of a figure, its panels with frame, scale and legend as all of the page have them."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        axes.set_ylim((-0.02, 1.02) if unit == "share" else (0, None))
-        if axes.get_legend_handles_labels()[0] and len(lines) > 1:
+        axes.set_ylim((-0.02, 1.02) if axes.get_ylabel() == "share" else (0, None))
+        if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
-
-
-def _percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{100 * share:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
