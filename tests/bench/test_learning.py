@@ -24,15 +24,19 @@ from bench.learning.analysis import (
     runs_of,
 )
 from bench.learning.cells import interval, markdown, with_spread
+from bench.learning.figures import FIGURES, recorded_curves, save
 from bench.learning.plan import ARMS, RATES, SEEDS, Run, compared_runs, rate_runs
 from bench.learning.results import append_result, best_rates, finished, read_all
 from bench.learning.run import facts_of, sampled_tokens, train
 from bench.learning.tables import TABLES, with_tables
 from bench.learning.teachers import give_answer
+from socpo_fast.files import read_json
+from socpo_fast.report.comparison import RECORDED
 from socpo_fast.socratic.leak import leaks_answer
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.types import GuidanceRequest, RolloutKey
 
+ROOT = Path(__file__).parents[2]
 TUTOR = Run("main", "shipped", "tutor", 0, 2e-4, 8)
 
 
@@ -180,6 +184,21 @@ def test_tables_hold_what_there_is() -> None:
     assert markdown(TABLES["main"](records)) in made and "old" not in made
     assert made.startswith("before\n") and made.endswith("after\n")
     assert with_tables(made, records) == made
+
+
+def test_document_and_curves_are_those_of_the_results() -> None:
+    """Whoever adds runs writes both anew: bench.learning.tables --write, bench.learning.figures."""
+    text = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+    records = read_all()
+    assert with_tables(text, records) == text
+    assert read_json(RECORDED) == recorded_curves(records)
+    assert {path.stem for path in (ROOT / "docs" / "learning").iterdir()} == set(FIGURES)
+
+
+def test_figures_are_the_same_when_drawn_again(tmp_path: Path) -> None:
+    for path in (tmp_path / "a.svg", tmp_path / "b.svg"):
+        save(FIGURES["facts"](arm("tutor", [[0.4, 0.5]])), path)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_give_answer_leaks() -> None:
