@@ -36,10 +36,10 @@ def history_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def test_changed_settings_need_consent(run_dir: Path, capsys: Capture) -> None:
-    words = {"run.num_batches": 2, "train.lr": 2e-4, "rollout.temperature": 0.9}
+    words = {"run.num_batches": 2, "train.lr": 1.5e-4, "rollout.temperature": 0.9}
     before, first = snapshot(run_dir), load_config(run_dir / "run" / "config.toml")
     assert main(words_of("train", run_dir, words)) == 2
-    listed = f"rollout.temperature: 1.0 -> 0.9; train.lr: {first.train.lr} -> 0.0002"
+    listed = f"rollout.temperature: 1.0 -> 0.9; train.lr: {first.train.lr} -> 0.00015"
     message = f"{MUST}{listed}; set them back, or set run.accept_changes true"
     assert_refused(capsys.readouterr().err, message)
     assert snapshot(run_dir) == before
@@ -51,12 +51,12 @@ def test_changed_settings_need_consent(run_dir: Path, capsys: Capture) -> None:
     assert entry["changes"] == listed.split("; ")
     assert entry["train"]["lr"] == first.train.lr
     now = load_config(run_dir / "run" / "config.toml")
-    assert (now.train.lr, now.run.accept_changes) == (2e-4, False)
+    assert (now.train.lr, now.run.accept_changes) == (1.5e-4, False)
     # It is on record now: the same again needs nothing, another change is another entry.
     assert main(words_of("train", run_dir, words | {"run.num_batches": 3})) == 0
     assert history_of(run_dir) == [entry]
     third = consent | {"run.num_batches": 4, "train.lr": 3e-4}
-    with pytest.warns(UserWarning, match=r"changed from update 3 on: train.lr: 0.0002 -> 0.0003$"):
+    with pytest.warns(UserWarning, match=r"changed from update 3 on: train.lr: 0.00015 -> 0.0003$"):
         assert main(words_of("train", run_dir, third)) == 0
     spans = [(entry["from_update"], entry["until_update"]) for entry in history_of(run_dir)]
     assert spans == [(0, 1), (1, 3)]
@@ -65,7 +65,7 @@ def test_changed_settings_need_consent(run_dir: Path, capsys: Capture) -> None:
 
 def test_what_was_lost_leaves_the_record(run_dir: Path) -> None:
     """Where a run goes on from a checkpoint before a change, that change did not take place."""
-    words = {"run.num_batches": 2, "train.lr": 2e-4, "run.accept_changes": "true"}
+    words = {"run.num_batches": 2, "train.lr": 1.5e-4, "run.accept_changes": "true"}
     with pytest.warns(UserWarning, match="changed from update 1 on"):
         assert main(words_of("train", run_dir, words)) == 0
     shutil.rmtree(run_dir / "run" / "checkpoints" / "update_000002")
@@ -180,8 +180,8 @@ def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
     """Who names it means it: what differs is told, and what held before is on record."""
     start = run_dir / "run" / "checkpoints" / "update_000001"
     words = {"run.dir": run_dir / "other", "run.resume": start}
-    words |= {"run.num_batches": 2, "train.lr": 2e-4}
-    with pytest.warns(UserWarning, match="changed from update 1 on: train.lr: .* -> 0.0002"):
+    words |= {"run.num_batches": 2, "train.lr": 1.5e-4}
+    with pytest.warns(UserWarning, match="changed from update 1 on: train.lr: .* -> 0.00015"):
         assert main(words_of("train", run_dir, words)) == 0
     [entry] = history_of(run_dir / "other")
     assert (entry["from_update"], entry["until_update"]) == (0, 1)
@@ -192,7 +192,7 @@ def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
 
 def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
     """Also where the run was stopped before it made a checkpoint under what was agreed to."""
-    words = {"run.num_batches": 2, "train.lr": 2e-4}
+    words = {"run.num_batches": 2, "train.lr": 1.5e-4}
     with pytest.warns(UserWarning, match="changed from update 1 on"):
         assert main(words_of("train", run_dir, words | {"run.num_batches": 1, "run.accept_changes": "true"})) == 0
     assert [path.name for path in (run_dir / "run" / "checkpoints").iterdir()] == ["update_000001"]
@@ -201,7 +201,7 @@ def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
     assert [entry["until_update"] for entry in history_of(run_dir)] == [1]
     capsys.readouterr()
     assert main(words_of("train", run_dir, words | {"run.num_batches": 3, "train.lr": 3e-4})) == 2
-    assert_refused(capsys.readouterr().err, f"{MUST}train.lr: 0.0002 -> 0.0003")
+    assert_refused(capsys.readouterr().err, f"{MUST}train.lr: 0.00015 -> 0.0003")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
         lambda text: "",
         lambda text: text.replace("[train]", "[treiben]"),
         lambda text: "student = 5\n" + text.replace("[student]", "[was_student]"),
-        lambda text: re.sub("lr = .*", "lr = 0.0002", text),  # by hand
+        lambda text: re.sub("lr = .*", "lr = 0.00015", text),  # by hand
     ],
 )
 def test_what_held_stands_in_the_checkpoint(damage: Callable[[str], str], run_dir: Path, capsys: Capture) -> None:
@@ -219,9 +219,9 @@ def test_what_held_stands_in_the_checkpoint(damage: Callable[[str], str], run_di
     first = load_config(path)
     path.write_text(damage(path.read_text()))
     before = snapshot(run_dir)
-    words = {"run.num_batches": 2, "train.lr": 2e-4}
+    words = {"run.num_batches": 2, "train.lr": 1.5e-4}
     assert main(words_of("train", run_dir, words)) == 2
-    assert_refused(capsys.readouterr().err, f"{MUST}train.lr: {first.train.lr} -> 0.0002; ")
+    assert_refused(capsys.readouterr().err, f"{MUST}train.lr: {first.train.lr} -> 0.00015; ")
     assert snapshot(run_dir) == before
     with pytest.warns(UserWarning, match="changed from update 1 on: train.lr"):
         assert main(words_of("train", run_dir, words | {"run.accept_changes": "true"})) == 0
