@@ -28,7 +28,11 @@ from socpo_fast.report.comparison import RECORDED
 COLOURS = {"tutor": "#1f5fa8", "alone": "#c0392b", "sentence": "#d9730d", "grpo": "#7d5ba6"}
 COLOURS |= {"undecayed": "#8fb8de", "trajectory": "#2e8b57", "trajectory_undecayed": "#9ccfb0"}
 COLOURS |= {"answer": "#5b6675"}
-AXIS_LABELS: dict[Axis, str] = {"batches": "batches", "tokens": "sampled tokens", "cpu_s": "seconds"}
+AXIS_LABELS: dict[Axis, str] = {
+    "batches": "batches",
+    "tokens": "sampled tokens",
+    "cpu_s": "seconds",
+}
 RECORDED_ARMS = ("alone", "sentence")
 RECORDED_STEP = 10_000  # tokens
 # What a run must have in common with the recorded ones to stand beside them.

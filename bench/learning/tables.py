@@ -55,7 +55,7 @@ def main_table(records: Sequence[Record]) -> Table:
             axis: [at_cost(r, axis, tutor_cost(tutor, axis, PRIMARY)) for r in runs]
             for axis in AXES
         }
-        cells = [with_spread(values) for values in by_axis.values()]
+        cells = [seconds_apart(arm, axis, with_spread(by_axis[axis])) for axis in AXES]
         end = with_spread([at_end(record) for record in runs])
         seeds = by_seed(by_axis["tokens"])
         rows.append([ARMS[arm].title, *cells, seeds, end, str(ARMS[arm].num_batches)])
@@ -69,10 +69,11 @@ def differences_table(records: Sequence[Record]) -> Table:
     for arm in ARMS if tutor else ():
         others = runs_of(records, "main", "shipped", arm)
         for batch in COMPARED_AT if others and arm != "tutor" else ():
-            cells = [
-                interval(difference(tutor, others, axis, tutor_cost(tutor, axis, batch)))
+            by_axis = {
+                axis: interval(difference(tutor, others, axis, tutor_cost(tutor, axis, batch)))
                 for axis in AXES
-            ]
+            }
+            cells = [seconds_apart(arm, axis, cell) for axis, cell in by_axis.items()]
             rows.append([ARMS[arm].title, str(batch), *cells])
     return rows
 
@@ -87,7 +88,10 @@ def reach_table(records: Sequence[Record]) -> Table:
         taken = {axis: [cost_until(r, axis, GOAL) for r in runs] for axis in AXES}
         num_reached = sum(cost < float("inf") for cost in taken["batches"])
         is_known = 2 * num_reached > len(runs)
-        cells = [f"{median(costs):,.0f}" if is_known else "-" for costs in taken.values()]
+        cells = [
+            seconds_apart(arm, axis, f"{median(costs):,.0f}" if is_known else "-")
+            for axis, costs in taken.items()
+        ]
         seeds = " ".join(f"{c:.0f}" if c < float("inf") else "-" for c in taken["batches"])
         rows.append([ARMS[arm].title, f"{num_reached} of {len(runs)}", *cells, seeds])
     return rows
@@ -209,6 +213,12 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "rates": rates_table,
     "runs": runs_table,
 }
+
+
+def seconds_apart(arm: str, axis: Axis, cell: str) -> str:
+    """Leaves out the seconds of arms that are no main ones: other work ran beside theirs, and took
+    from caches and cores what processor seconds do not show."""
+    return "-" if axis == "cpu_s" and arm not in MAIN_ARMS else cell
 
 
 def with_tables(text: str, records: Sequence[Record]) -> str:
