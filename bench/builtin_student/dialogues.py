@@ -81,9 +81,13 @@ def dialogue(rng: random.Random, tokenizer: PreTrainedTokenizerFast, shares: Sha
                 answer = molar_mass.reference_lines(formula)[-1].total
                 advice = str(answer).join(LEAK_TEXTS)
         attempt = render(believed_lines(formula, masses), answer=answer)
-        bridge = f"\n{TURN_START}user\n{advice}{TURN_END}\n{TURN_START}assistant\n"
-        texts += [(bridge, False), (attempt + TURN_END, True)]
+        texts += [(bridge_text(advice), False), (attempt + TURN_END, True)]
     return [Piece(tokenizer(text)["input_ids"], trained) for text, trained in texts]
+
+
+def bridge_text(advice: str) -> str:
+    """What stands between an attempt's end-of-turn and the next attempt."""
+    return f"\n{TURN_START}user\n{advice}{TURN_END}\n{TURN_START}assistant\n"
 
 
 def recall_mass(symbol: str, rng: random.Random, right_share: float) -> int:

@@ -20,8 +20,8 @@ from statistics import mean
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bench.builtin_student.dialogues import ATOMIC_NUMBERS, believed_lines
-from bench.builtin_student.tokenizer import TURN_END, TURN_START
+from bench.builtin_student.dialogues import ATOMIC_NUMBERS, believed_lines, bridge_text
+from bench.builtin_student.tokenizer import TURN_END
 from socpo_fast.model import Decoder, load_student, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.socratic.bridge import load_tokenizer
@@ -56,8 +56,7 @@ def right_shares(
             ("tutor", molar_mass.line_advice(symbol, "mass")),
             ("sentence", RETRY_TEXT),
         ):
-            bridge = f"{TURN_END}\n{TURN_START}user\n{words}{TURN_END}\n{TURN_START}assistant\n"
-            context = prompt + wrong + bridge + before
+            context = prompt + wrong + TURN_END + bridge_text(words) + before
             shares[name].append(probability(student, tokenizer, context, mass))
     return shares
 

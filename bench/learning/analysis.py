@@ -85,11 +85,6 @@ def at_cost(record: Record, axis: Axis, cost: float) -> float:
     return ys[after - 1] + share * (ys[after] - ys[after - 1])
 
 
-def at_end(record: Record) -> float:
-    """Averages the last two evaluations."""
-    return mean(record["evals"]["unassisted"][-2:])
-
-
 def cost_until(record: Record, axis: Axis, accuracy: float) -> float:
     """Returns what it took to reach an accuracy, by the same lines; inf where it never did."""
     xs, ys = curve(record, axis)

@@ -49,13 +49,18 @@ def missing(runs: Iterable[Run], records: Mapping[str, Record]) -> list[Run]:
     return [run for run in runs if run.name not in records]
 
 
+def at_end(record: Record) -> float:
+    """Averages the last two evaluations."""
+    return mean(record["evals"]["unassisted"][-2:])
+
+
 def rate_scores(records: Iterable[Record]) -> dict[str, dict[float, float]]:
     """Returns what the plan compares rates by: arm -> rate -> mean of the last two evaluations."""
     scores: dict[str, dict[float, float]] = {arm: {} for arm in ARMS}
     for record in finished(records).values():
         run = run_of(record)
         if run.stage == "rates":
-            scores[run.arm][run.lr] = mean(record["evals"]["unassisted"][-2:])
+            scores[run.arm][run.lr] = at_end(record)
     return scores
 
 

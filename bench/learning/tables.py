@@ -19,7 +19,6 @@ from statistics import mean, median
 from bench.learning.analysis import (
     Axis,
     at_cost,
-    at_end,
     check_alike,
     cost_until,
     difference,
@@ -32,7 +31,7 @@ from bench.learning.analysis import (
 )
 from bench.learning.cells import by_seed, interval, markdown, percent, with_spread
 from bench.learning.plan import ARMS, COMPARED_AT, MAIN_ARMS, PRIMARY, RATES, STUDENTS, Stage
-from bench.learning.results import Record, best_rates, rate_scores, read_all, run_of
+from bench.learning.results import Record, at_end, best_rates, rate_scores, read_all, run_of
 
 Table = list[list[str]]
 

@@ -13,7 +13,6 @@ import pytest
 from bench.learning import __main__ as bench
 from bench.learning.analysis import (
     at_cost,
-    at_end,
     check_alike,
     cost_until,
     costs,
@@ -26,7 +25,7 @@ from bench.learning.analysis import (
 from bench.learning.cells import interval, markdown, with_spread
 from bench.learning.figures import FIGURES, recorded_curves, save
 from bench.learning.plan import ARMS, RATES, SEEDS, Run, compared_runs, rate_runs
-from bench.learning.results import append_result, best_rates, finished, read_all
+from bench.learning.results import append_result, at_end, best_rates, finished, read_all
 from bench.learning.run import facts_of, sampled_tokens, train
 from bench.learning.tables import TABLES, with_tables
 from bench.learning.teachers import give_answer
