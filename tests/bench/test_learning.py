@@ -24,7 +24,16 @@ from bench.learning.analysis import (
 )
 from bench.learning.cells import interval, markdown, with_spread
 from bench.learning.figures import FIGURES, recorded_curves, save
-from bench.learning.plan import ARMS, RATES, SEEDS, Run, compared_runs, rate_runs
+from bench.learning.plan import (
+    ARMS,
+    RATE_SEED,
+    RATES,
+    SEEDS,
+    SEEDS_AGAIN,
+    Run,
+    compared_runs,
+    rate_runs,
+)
 from bench.learning.results import append_result, at_end, best_rates, finished, read_all
 from bench.learning.run import facts_of, sampled_tokens, train
 from bench.learning.tables import TABLES, with_tables
@@ -66,10 +75,13 @@ def test_plan_is_whole() -> None:
     """Every arm has each rate once; run names differ; the seed of rates is theirs alone."""
     rates = rate_runs()
     assert [(run.arm, run.lr) for run in rates] == [(arm, lr) for arm in ARMS for lr in RATES]
-    runs = list(compared_runs(dict.fromkeys(ARMS, 2e-4)))
-    assert len({run.name for run in rates + runs}) == len(rates) + len(runs) == 120
-    assert {run.seed for run in rates}.isdisjoint(SEEDS)
-    assert {run.seed for run in runs} == set(SEEDS)
+    runs = list(compared_runs(dict.fromkeys(ARMS, 4e-4) | {"tutor": 2e-4}))
+    assert len({run.name for run in rates + runs}) == len(rates) + len(runs) == 155
+    planned, added = runs[:90], runs[90:]
+    assert {run.seed for run in planned} == set(SEEDS)
+    assert {run.seed for run in added if run.stage == "again"} == set(SEEDS_AGAIN)
+    assert len({RATE_SEED, *SEEDS, *SEEDS_AGAIN}) == 11, "no seed serves twice"
+    assert all(run.lr == 2e-4 for run in added if run.stage == "slower")
 
 
 def test_at_cost_is_between_evaluations() -> None:
