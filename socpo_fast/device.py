@@ -87,6 +87,32 @@ def upload_together(tensors: list[Tensor], device: torch.device) -> tuple[Tensor
     return upload(torch.cat(tensors), device).split([x.numel() for x in tensors])
 
 
+class Readback:
+    """A tensor on its way to the host, behind what the current stream was given before.
+
+    On a CPU it is the tensor itself: whoever writes to it again has read it before.
+    """
+
+    def __init__(self, x: Tensor):
+        self._host, self._copied = x, None
+        if x.is_cuda:
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(x.device))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether wait would return at once."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> Tensor:
+        """Returns the tensor on the host; waits for its stream alone, no other one."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
+
+
 def bound_kernel_caches() -> None:
     """Let oneDNN, where it computes products, keep what it prepares for 128 shapes, not for 1024.
 

@@ -5,10 +5,14 @@ ids and page numbers are copied whole, positions and slots are computed for all 
 single call of the C++: at one token a step Python would take a quarter of the time to call a layer's ops one by one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from socpo_fast.device import upload
 from socpo_fast.engine.sequence import Sequence, Step
 from socpo_fast.model.decoder import Decoder, Layer, computing_dtype, has_hooks
 from socpo_fast.ops._impl import pick_impl
@@ -27,10 +31,12 @@ class Runner:
         cascade: bool,
         attention: str,
         min_memory_bytes: int = 0,
+        stream: torch.cuda.Stream | None = None,
     ):
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
         queries = weight.new_empty(0, dtype=computing_dtype(weight))
+        self.stream = stream
         self.attention_impl = pick_impl("paged_attention", attention, queries)
         self.rotary_impl = pick_impl("rotary_write", "auto", queries)
         shape = (2, config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
@@ -59,6 +65,19 @@ class Runner:
         config = student.config
         per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return per_token * page_size * student.lm_head.weight.element_size()
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Makes the engine's own stream the current one, behind what the caller's was given before."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
 
     @torch.no_grad()
     def forward(self, plan: list[tuple[Sequence, int]]) -> Tensor:
@@ -117,8 +136,10 @@ class Runner:
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""
-        if copies:
-            source, target = torch.tensor(copies, device=self.device).unbind(1)
+        if not copies:
+            return
+        with self.on_stream():
+            source, target = upload(torch.tensor(copies), self.device).unbind(1)
             self.k_cache_LPSKE[:, target] = self.k_cache_LPSKE[:, source]
             self.v_cache_LPSKE[:, target] = self.v_cache_LPSKE[:, source]
 
@@ -134,15 +155,21 @@ class Runner:
         rows_T = np.arange(len(plan)).repeat(counts_B)
         positions_T = np.arange(len(token_ids)) + (starts_B - ends_B + counts_B)[rows_T]
         slots_T = table_BM[rows_T, positions_T // self.page_size].astype(np.int64) * self.page_size
+        longs_3T = np.stack((token_ids, positions_T, slots_T + positions_T % self.page_size))
+        seq_lens_B, cu_seqlens_q = starts_B + counts_B, np.insert(ends_B, 0, 0)
+        ints = np.concatenate((table_BM.ravel(), seq_lens_B, cu_seqlens_q)).astype(np.int32)
+        token_ids_T, positions_T, slots_T = upload(torch.from_numpy(longs_3T), self.device)
+        sizes = [table_BM.size, len(plan), len(plan) + 1]
+        table, lens, starts = upload(torch.from_numpy(ints), self.device).split(sizes)
         return Step(
-            token_ids_T=torch.tensor(token_ids, device=self.device),
-            positions_T=torch.from_numpy(positions_T).to(self.device),
-            slots_T=torch.from_numpy(slots_T + positions_T % self.page_size).to(self.device),
-            block_table_BM=torch.from_numpy(table_BM).to(self.device),
-            seq_lens_B=torch.from_numpy((starts_B + counts_B).astype(np.int32)).to(self.device),
-            cu_seqlens_q=torch.from_numpy(np.insert(ends_B, 0, 0).astype(np.int32)).to(self.device),
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
+            block_table_BM=table.view(table_BM.shape),
+            seq_lens_B=lens,
+            cu_seqlens_q=starts,
             max_seqlen_q=int(counts_B.max()),
-            max_seqlen_k=int((starts_B + counts_B).max()),
+            max_seqlen_k=int(seq_lens_B.max()),
         )
 
 

@@ -7,6 +7,7 @@ when or beside whom.
 import torch
 from torch import Tensor
 
+from socpo_fast.device import upload
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import next_keys
@@ -15,19 +16,12 @@ from socpo_fast.ops.linear_sample import linear_sample_op
 
 
 @torch.no_grad()
-def sample_tokens(
-    student: Decoder,
-    hidden_BD: Tensor,
-    rows: list[tuple[int, Sequence]],
-) -> list[list[float]]:
-    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass.
-
-    One host read for all.
-    """
+def launch_draw(student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]) -> Tensor:
+    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass; [3, len(rows)] fp64."""
     device, sequences = hidden_BD.device, [sequence for _, sequence in rows]
     indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
-    rows_B, noise_B, position_B = torch.tensor(indices, device=device).t().contiguous()
-    drawn_3B = draw(
+    rows_B, noise_B, position_B = upload(torch.tensor(indices).t().contiguous(), device)
+    return draw(
         student,
         hidden_BD,
         noise_B,
@@ -36,7 +30,6 @@ def sample_tokens(
         any(s.params.is_filtered for s in sequences),
         rows_B,
     )
-    return drawn_3B.t().tolist()
 
 
 def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
@@ -45,7 +38,7 @@ def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
         (p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0)
         for p in (sequence.params for sequence in sequences)
     ]
-    return torch.tensor(settings, dtype=torch.float32, device=device).reshape(-1, 4).t().contiguous()
+    return upload(torch.tensor(settings, dtype=torch.float32).t().contiguous(), device)
 
 
 def draw(

@@ -65,6 +65,12 @@ class Scheduler:
             self._allocate(sequence, num_tokens)
         return num_tokens
 
+    def release_lookahead(self, attempts: list[Attempt]) -> None:
+        """Give back the pages that finished attempts were to go on in."""
+        for attempt in attempts:
+            sequence = self.pinned[attempt]
+            sequence.shorten(self.pool, sequence.num_cached)
+
     def fork(self, root: Sequence, children: list[Sequence]) -> list[tuple[int, int]]:
         """Give each child the prompt's KV: full pages shared, the partial page its own. Returns (from, to) page copies.
 
@@ -87,6 +93,7 @@ class Scheduler:
         """Append what was drawn; where that ends the attempt, pin the sequence and return it."""
         sequence.append(*drawn)
         if attempt := sequence.attempt():
+            sequence.is_live = False
             (self.running if sequence in self.running else self.waiting).remove(sequence)
             self.pinned[attempt] = sequence
         return attempt
@@ -104,6 +111,8 @@ class Scheduler:
     def remove(self, key: RolloutKey) -> list[Sequence]:
         """Take the unfinished sequences of a key out of their lists; returns them."""
         removed = [sequence for sequence in (*self.waiting, *self.running) if sequence.key == key]
+        for sequence in removed:
+            sequence.is_live = False
         self.waiting = [sequence for sequence in self.waiting if sequence.key != key]
         self.running = [sequence for sequence in self.running if sequence.key != key]
         return removed

@@ -35,7 +35,8 @@ class Sequence:
     `token_ids[:num_cached]` have KV in `pages`; `token_ids[attempt_start:]` are the running attempt's own.
 
     num_rollouts > 1 marks a group's prompt, which is prefilled once and then forked. `priority` orders the queue:
-    (0, ..) resumed, forked or preempted, (1, ..) new; the second entry is the order of arrival.
+    (0, ..) resumed, forked or preempted, (1, ..) new; the second entry is the order of arrival. is_live: neither
+    finished nor cancelled, so what is drawn for it counts.
     """
 
     key: RolloutKey
@@ -51,6 +52,7 @@ class Sequence:
     num_cached: int = 0
     logprobs: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
+    is_live: bool = True
 
     def __post_init__(self) -> None:
         """noise_key: the key of this attempt's noise, still without the position."""

@@ -67,7 +67,7 @@ def eager_step(check: Check) -> None:
 def captures(check: Check) -> None:
     """How long a graph takes to capture, how much memory it holds, how long its linears take."""
     decoding = small_batch(check)
-    loop = decoding.engine._loop
+    loop = decoding.engine._steps.loop
     assert loop is not None
     for rows in (2,) if check.tiny else (1, 64, 256):
         of = f"{rows} rows"
@@ -111,7 +111,7 @@ def kernels_of_a_round(check: Check) -> None:
     """Kernels by time, few rows and many. Last: a profiler stays in the way of what follows."""
     for batch in (16, 256):
         decoding = small_batch(check, batch)
-        loop = decoding.engine._loop
+        loop = decoding.engine._steps.loop
         assert loop is not None
         of = f"{decoding.rows} x {decoding.context}"
         pages = 1 + max(len(s.pages) for s in decoding.engine._scheduler.running)

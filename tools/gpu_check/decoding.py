@@ -72,7 +72,7 @@ class Decoding:
 
     def graph_ms(self, check: Check) -> float | None:
         """Of one replay of the largest captured round alone; None where nothing is captured."""
-        loop = self.engine._loop
+        loop = self.engine._steps.loop
         if loop is None or not loop.captures:
             return None
         return median_ms(loop._graphs[max(loop._graphs)].replay, check.device)

@@ -112,7 +112,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         device=device,
     )
     return LocalTeacher(
-        Engine(model.requires_grad_(False), kv_cache_gib=teacher.kv_cache_gib),
+        Engine(model.requires_grad_(False), kv_cache_gib=teacher.kv_cache_gib, stream_priority=0),
         bridge=bridge,
         prompt=prompt,
         params=SamplingParams(
