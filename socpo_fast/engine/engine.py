@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from socpo_fast.engine.checks import check_fits, check_key, check_resume, check_settings
@@ -42,6 +41,7 @@ class Engine:
         min_memory_bytes: of what lend_memory lends, which holds the pages in any case.
         stream_priority: on a GPU, all its work goes to a stream of its own with this priority (a lower number is more
             urgent: -1 the student, 0 a teacher beside it); None: to the caller's stream.
+        name: of its track in a trace.
 
     Raises:
         ValueError: a number out of range, a card with too little left, or a pool without a page.
@@ -60,6 +60,7 @@ class Engine:
         attention: str = "auto",
         min_memory_bytes: int = 0,
         stream_priority: int | None = None,
+        name: str = "student",
     ):
         check_settings(page_size, max_running, token_budget, tokens_per_sync)
         self.kv_cache = kv_cache_size(student, kv_cache_gib, page_size, max_running)
@@ -70,10 +71,6 @@ class Engine:
         self.policy_version = 0
         self._pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
-        device = student.lm_head.weight.device
-        stream = None
-        if stream_priority is not None and device.type == "cuda":
-            stream = torch.cuda.Stream(device, priority=stream_priority)
         self._runner = Runner(
             student,
             num_pages=num_pages,
@@ -81,11 +78,12 @@ class Engine:
             cascade=cascade,
             attention=attention,
             min_memory_bytes=min_memory_bytes,
-            stream=stream,
+            stream_priority=stream_priority,
         )
         self._arrivals = count()
-        rounds = tokens_per_sync or (8 if device.type == "cuda" else 1)
-        self._steps = StepQueue(self._scheduler, self._runner, self._arrivals, tokens_per_sync=rounds)
+        rounds = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
+        self._steps = StepQueue(self._scheduler, self._runner, self._arrivals, tokens_per_sync=rounds, name=name)
+        self._prefix: Attempt | None = None  # of which the pages are kept
         self._in_flight: Counter[RolloutKey] = Counter()  # how many rollouts each has
         self._is_lent = False
 
@@ -105,14 +103,13 @@ class Engine:
 
     @property
     def max_tokens(self) -> int:
-        """The longest context, prompt and new tokens together, that the model and the page pool can hold."""
+        """The longest context, new tokens included, that the model and the page pool can hold."""
         return min(self.student.config.max_position_embeddings, self._pool.num_pages * self._pool.page_size)
 
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
         """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
 
-        A key is in flight until every rollout under it was released or cancelled. Then it may be
-        used again, and draws the same tokens.
+        A key is in flight until every rollout under it was released or cancelled; used again it draws the same tokens.
 
         Raises:
             ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or in
@@ -132,7 +129,25 @@ class Engine:
             policy_version=self.policy_version,
         )
         self._in_flight[name] += params.n
+        if kept := self._kept_prefix():
+            self._scheduler.share_prefix(sequence, kept)
         self._scheduler.enqueue(sequence)
+
+    def keep_prefix(self, token_ids: Seq[int]) -> None:
+        """Prefill what many prompts begin with; those that are submitted later share its whole pages.
+
+        They are kept until a sequence needs the room, the weights change or `reset`. The engine must be idle.
+        """
+        if (kept := self._kept_prefix()) and kept.token_ids[: kept.attempt_start] == list(token_ids):
+            return
+        params = SamplingParams(n=1, temperature=0.0, max_new_tokens=1, eos_ids=(), ignore_eos=True)
+        if self._prefix:
+            self.release([self._prefix])
+        ((self._prefix,),) = self.generate([token_ids], params, keep=True)
+
+    def _kept_prefix(self) -> Sequence | None:
+        sequence = self._scheduler.pinned.get(self._prefix) if self._prefix else None
+        return sequence if sequence and sequence.pages else None
 
     def resume(self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int) -> None:
         """Queue the next attempt of a finished one, behind a prefix of its row and suffix_ids.
@@ -170,10 +185,7 @@ class Engine:
         return self.collect()
 
     def launch(self) -> None:
-        """The first half of a step: what is to be computed next is under way on the device; waits for nothing.
-
-        Where only decoding goes on, the rounds after it are launched as well. On a CPU it computes.
-        """
+        """The first half of a step: has the device compute what is next, and waits for nothing."""
         self._steps.launch()
 
     @property
@@ -182,14 +194,11 @@ class Engine:
         return self._steps.is_ready
 
     def collect(self) -> list[Attempt]:
-        """The second half: waits for what was launched first; returns the attempts that finished in it."""
+        """The second half: waits for what was launched first, and returns the attempts that finished."""
         return self._steps.collect()
 
     def prepare(self, max_tokens: int) -> None:
-        """On a GPU, capture the decode rounds of all batch sizes, for contexts of up to max_tokens.
-
-        What is not captured here is when it is needed first, and rollouts wait for it.
-        """
+        """On a GPU, capture decoding of all batch sizes up to max_tokens of context, lest rollouts wait for it."""
         if self._steps.loop:
             self._steps.loop.prepare(min(max_tokens, self.max_tokens))
 
@@ -261,13 +270,11 @@ class Engine:
     def lend_memory(self) -> Iterator[Tensor]:
         """Lends the tensor that KV pages are views of, [N] uint8, for a `with` block in which nothing is submitted.
 
-        Nothing that is written there reaches a result of the engine. It never moves.
-
-        Raises:
-            ValueError: a sequence is queued, running or pinned.
+        Nothing that is written there reaches a result of the engine. It never moves. Raises ValueError where a sequence is queued, running or pinned.
         """
         num_live = len(self._scheduler.waiting) + len(self._scheduler.running) + len(self._scheduler.pinned)
         check_rule("lend_memory", "sequences in the engine", num_live, num_live == 0, "none", "release or reset them")
+        self._steps.drop()
         self._is_lent = True
         try:
             yield self._runner.memory

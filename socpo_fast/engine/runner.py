@@ -31,12 +31,14 @@ class Runner:
         cascade: bool,
         attention: str,
         min_memory_bytes: int = 0,
-        stream: torch.cuda.Stream | None = None,
+        stream_priority: int | None = None,
     ):
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
         queries = weight.new_empty(0, dtype=computing_dtype(weight))
-        self.stream = stream
+        self.stream: torch.cuda.Stream | None = None
+        if stream_priority is not None and self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device, priority=stream_priority)
         self.attention_impl = pick_impl("paged_attention", attention, queries)
         self.rotary_impl = pick_impl("rotary_write", "auto", queries)
         shape = (2, config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)

@@ -30,6 +30,15 @@ class Scheduler:
     def enqueue(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda s: s.priority)
 
+    def share_prefix(self, sequence: Sequence, prefix: Sequence) -> None:
+        """Give a new sequence the whole pages of what it begins with, at least a token of it left to forward."""
+        num_tokens = prefix.attempt_start // self.pool.page_size * self.pool.page_size
+        begins_so = sequence.token_ids[:num_tokens] == prefix.token_ids[:num_tokens]
+        if begins_so and num_tokens < len(sequence.token_ids):
+            shared = prefix.pages[: self.pool.pages_for(num_tokens)]
+            sequence.pages = array("i", map(self.pool.share, shared))
+            sequence.num_cached = num_tokens
+
     def plan(self) -> list[tuple[Sequence, int]]:
         """The next step: (sequence, number of its pending tokens to forward), pages allocated; [] when idle."""
         step: list[tuple[Sequence, int]] = []

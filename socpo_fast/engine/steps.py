@@ -14,6 +14,7 @@ them is dropped. Everything an engine launches goes to one stream, in order. So 
 back while a launched step still writes to them: whoever gets them writes later.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import launch_draw
 from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence
+from socpo_fast.trace import note_span
 from socpo_fast.types import Attempt
 
 
@@ -35,6 +37,7 @@ class LaunchedStep:
     num_rounds: int
     drawn: Readback
     is_decode: bool
+    launched_s: float  # when its launch began, time.perf_counter
 
     @property
     def is_live(self) -> bool:
@@ -52,13 +55,16 @@ class StepQueue:
         arrivals: Iterator[int],
         *,
         tokens_per_sync: int,
+        name: str,
     ):
+        self.name, self._collected_s = name, 0.0
         self._scheduler, self._runner, self._arrivals = scheduler, runner, arrivals
         self.tokens_per_sync = tokens_per_sync
         self.loop: DecodeLoop | None = None
         if tokens_per_sync > 1:
             self.loop = DecodeLoop(runner, max_running=scheduler.max_running, max_rounds=tokens_per_sync)
         self._launched: deque[LaunchedStep] = deque()
+        self._forgotten: Readback | None = None  # the last one that was, perhaps still under way
         self.prefill_tokens = self.decode_tokens = 0
 
     @property
@@ -85,7 +91,9 @@ class StepQueue:
             return []
         step = self._launched.popleft()
         attempts = []
-        for drawn_3B in step.drawn.wait().tolist():
+        rounds_N3B = step.drawn.wait().tolist()
+        self._note(step)
+        for drawn_3B in rounds_N3B:
             for sequence, *values in zip(step.sequences, *drawn_3B, strict=True):
                 if sequence.is_live:
                     if step.is_decode:
@@ -97,15 +105,28 @@ class StepQueue:
         self.drop_dead()
         return attempts
 
+    def _note(self, step: LaunchedStep) -> None:
+        """For a trace: the device turned to a step when it was launched or the one before it ended."""
+        name = f"{step.num_rounds} decode rounds" if step.is_decode else "forward"
+        since = max(step.launched_s, self._collected_s)
+        note_span(self.name, name, since=since, sequences=len(step.sequences))
+        self._collected_s = time.perf_counter()
+
     def drop_dead(self) -> None:
-        """Forgets launched steps that nobody waits for any more, once the device is through with them."""
+        """Forgets launched steps that nobody waits for any more; whatever is launched next runs behind them."""
         while self._launched and not self._launched[-1].is_live:
-            self._launched.pop().drawn.wait()
+            self._forgotten = self._launched.pop().drawn
 
     def drop(self) -> None:
-        """Forgets every launched step: its sequences draw the same tokens again, where they go on."""
-        while self._launched:
-            self._launched.pop().drawn.wait()
+        """Forgets every launched step, once the device is through with them.
+
+        Their sequences draw the same tokens again, where they go on.
+        """
+        if self._launched:
+            self._forgotten = self._launched[-1].drawn
+        if self._forgotten is not None:
+            self._forgotten.wait()
+        self._launched.clear()
 
     def _may_go_ahead(self, loop: DecodeLoop) -> bool:
         """Nobody waits for a place, and those that still decode would not fit into a smaller round."""
@@ -121,11 +142,13 @@ class StepQueue:
         live = [sequence for sequence in sequences if sequence.is_live]
         num_rounds = self._scheduler.look_ahead(live, num_ahead + self.tokens_per_sync) - num_ahead
         if num_rounds > 0:
+            started = time.perf_counter()
             drawn = loop.launch(sequences, num_rounds, is_ahead=num_ahead > 0)
-            self._launched.append(LaunchedStep(sequences, num_rounds, drawn, is_decode=True))
+            self._launched.append(LaunchedStep(sequences, num_rounds, drawn, is_decode=True, launched_s=started))
 
     def _launch_forward(self, plan: list[tuple[Sequence, int]]) -> None:
         """Forwards planned tokens, forks prompts that are through, draws where nothing is pending."""
+        started = time.perf_counter()
         hidden_BD = self._runner.forward(plan)
         rows: list[tuple[int, Sequence]] = []  # who samples a token, and from which row
         for row, (sequence, num_tokens) in enumerate(plan):
@@ -140,7 +163,7 @@ class StepQueue:
             drawn_3B = launch_draw(self._runner.student, hidden_BD, rows)
             sequences = [sequence for _, sequence in rows]
             drawn = Readback(drawn_3B[None])
-            self._launched.append(LaunchedStep(sequences, 1, drawn, is_decode=False))
+            self._launched.append(LaunchedStep(sequences, 1, drawn, is_decode=False, launched_s=started))
 
     def _fork(self, root: Sequence) -> list[Sequence]:
         if root.num_rollouts == 1:

@@ -260,7 +260,7 @@ class LoopTrace(Trace):
         scheduler.max_running = self.rng.choice([3, 64])  # fewer would mostly have somebody wait
         vars(engine._runner).pop("forward", None), vars(engine._runner).pop("copy_pages", None)
         rounds = self.rng.choice([2, 3, 8])
-        engine._steps = StepQueue(scheduler, engine._runner, engine._arrivals, tokens_per_sync=rounds)
+        engine._steps = StepQueue(scheduler, engine._runner, engine._arrivals, tokens_per_sync=rounds, name="student")
         self.book = LoopBook(engine)
         self.num_late = 0
 

@@ -68,8 +68,11 @@ class Teacher:
         """
         raise NotImplementedError
 
-    def step(self) -> bool:
-        """Do a little of the teacher's work on the caller's thread; False when there is none."""
+    def step(self, *, student_is_idle: bool = True) -> bool:
+        """Do a little of the teacher's work on the caller's thread; False when there is nothing to do now.
+
+        It waits for a device only when the student has nothing to do.
+        """
         return False
 
     async def aclose(self) -> None:
