@@ -270,7 +270,7 @@ class Engine:
     def lend_memory(self) -> Iterator[Tensor]:
         """Lends the tensor that KV pages are views of, [N] uint8, for a `with` block in which nothing is submitted.
 
-        Nothing that is written there reaches a result of the engine. It never moves. Raises ValueError where a sequence is queued, running or pinned.
+        Nothing that is written there reaches a result of the engine. It never moves. ValueError: a sequence is in it.
         """
         num_live = len(self._scheduler.waiting) + len(self._scheduler.running) + len(self._scheduler.pinned)
         check_rule("lend_memory", "sequences in the engine", num_live, num_live == 0, "none", "release or reset them")
