@@ -5,8 +5,8 @@
 local       a model in this process. The limit is the time of the student with ready guidance plus
             that of the teacher with all requests at once: both need the same cores, or memory bus.
 elsewhere   a server that answers after a while, played by an async function that sleeps. The limit
-            is the longest of the student's time, the teacher's, and one rollout's own chain: its
-            first attempt alone, its wait, its second attempt alone.
+            is the longest of the student's time, the teacher's, and one rollout's own chain: until
+            its first attempt ends among the others, its wait, its second attempt alone.
 
 The same rollouts each time, token by token, which is checked before anything is timed; all of them
 are told that they are wrong. Rounds are interleaved. The last line is one JSON object.
@@ -21,7 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -80,9 +80,12 @@ class Recorded:
 
     requests: list[GuidanceRequest]
     texts: dict[Name, str | None]
+    asked_s: dict[Name, float] = field(default_factory=dict)  # when, last
 
     def say(self, request: GuidanceRequest) -> str | None:
-        return self.texts[request.key.question, request.rollout_idx]
+        name = request.key.question, request.rollout_idx
+        self.asked_s[name] = time.perf_counter()
+        return self.texts[name]
 
 
 def record(scene: Scene, teacher: Teacher) -> tuple[Recorded, list[Rollout]]:
@@ -130,6 +133,19 @@ def token_s(scene: Scene) -> float:
     return (time.perf_counter() - started) / rollout.num_sampled
 
 
+def longest_chain_s(scene: Scene, recorded: Recorded, delays_s: dict[Name, float]) -> float:
+    """Until a rollout's first attempt has ended, then its wait, then its second attempt alone."""
+    one_token_s, started = token_s(scene), time.perf_counter()
+    rollouts = scene.rollouts(recorded.say)
+    return max(
+        recorded.asked_s[name_of(rollout)]
+        - started
+        + delays_s[name_of(rollout)]
+        + rollout.attempts[-1].num_tokens * one_token_s
+        for rollout in rollouts
+    )
+
+
 def main() -> None:
     args = parse()
     machine.print_card(machine.measure_card(args.threads, args.device))
@@ -151,8 +167,7 @@ def main() -> None:
         args,
     )
     medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    one_token_s = token_s(scene)
-    chain_s = max(delays_s[name_of(r)] + r.num_sampled * one_token_s for r in expected)
+    chain_s = longest_chain_s(scene, recorded, delays_s)
     limits_s = {
         "with a local teacher": medians["student alone"] + medians["teacher alone"],
         "with one elsewhere": max(medians["student alone"], max(delays_s.values()), chain_s),
@@ -172,7 +187,7 @@ def parse() -> argparse.Namespace:
     machine.add_options(parser, with_dtype=False)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--group", type=int, default=4, help="rollouts of a question")
-    parser.add_argument("--new", type=int, default=48, help="tokens of an attempt")
+    parser.add_argument("--new", type=int, default=48, help="tokens of an attempt, at most")
     parser.add_argument("--guidance", type=int, default=32, help="tokens of the teacher")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -189,9 +204,7 @@ def make_scene(args: argparse.Namespace) -> tuple[Scene, Teacher]:
     scene = Scene(
         Engine(student, kv_cache_gib=2.0, stream_priority=-1),
         bridge,
-        SamplingParams(
-            temperature=1.0, max_new_tokens=args.new, eos_ids=bridge.eos_ids, ignore_eos=True
-        ),
+        SamplingParams(temperature=1.0, max_new_tokens=args.new, eos_ids=bridge.eos_ids),
         RolloutOptions(group_size=args.group, max_attempts=2, guidance_limit=guidance_limit),
         args.questions,
     )

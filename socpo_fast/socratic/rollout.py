@@ -81,9 +81,9 @@ def socratic_rollouts(
         for question in questions:
             driver.start(question)
         while engine.has_work or driver.waiting:
-            driver.launch()
             teacher_works = bool(driver.waiting) and driver.teacher.step(student_is_idle=not engine.has_work)
-            driver.collect(may_wait=not teacher_works)
+            if not (teacher_works and driver.teacher.occupies_host):
+                driver.step(may_wait=not teacher_works)
             driver.collect_guidance(idle=not engine.has_work and not teacher_works)
             yield from driver.finished
             driver.finished.clear()
@@ -130,27 +130,22 @@ class _Driver:
         for episode in episodes:
             self.in_flight[question.question_idx, episode.rollout.rollout_idx] = episode
 
-    def launch(self) -> None:
-        """The student's next tokens are under way; on a CPU they are there."""
-        self.is_stepping = True
-        self.engine.launch()
-        self.is_stepping = False
+    def step(self, *, may_wait: bool) -> None:
+        """The student's next tokens are under way; attempts that finished go to their episodes.
 
-    def collect(self, *, may_wait: bool) -> None:
-        """Attempts that finished go to their episodes, whose pages stay pinned while the teacher works.
-
-        may_wait: for the device. A teacher that works beside the student must be looked at too,
-        so then whoever is not ready is looked at again a little later.
+        Their pages stay pinned while the teacher works. may_wait: for the device; otherwise a teacher works beside
+        the student, and whoever is not ready is looked at again a little later.
 
         An immediate teacher has answered before anything else goes on, one call at a time, which is
         repeatable. One that takes long has others asked meanwhile: however many of its calls hang,
         together they cost one time limit.
         """
-        if not may_wait and not self.engine.is_ready:
-            time.sleep(POLL_S)
-            return
         self.is_stepping = True
-        self.arrived += self.engine.collect()
+        self.engine.launch()
+        if may_wait or self.engine.is_ready:
+            self.arrived += self.engine.collect()
+        else:
+            time.sleep(POLL_S)
         self.is_stepping = False
         while self.arrived:
             attempt = self.arrived[0]

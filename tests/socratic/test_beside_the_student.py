@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ OPTIONS = RolloutOptions(group_size=6, max_attempts=2, guidance_limit=12)
 def make_engine(folder: Path, tokens_per_sync: int) -> Engine:
     student = load_student(folder)
     return Engine(student, kv_cache_gib=0.02, page_size=16, max_running=9, tokens_per_sync=tokens_per_sync)
+
+
+def teacher_on_a_card(folder: Path) -> LocalTeacher:
+    """One that works while the student does, as on a stream of its own."""
+    teacher = local_teacher(folder)
+    teacher.occupies_host = False
+    return teacher
 
 
 def roll(engine: Engine, teacher: LocalTeacher) -> list[Rollout]:
@@ -59,7 +67,7 @@ def test_when_numbers_come_changes_none(
     assert any(len(turns) == 2 for turns in expected)
     for seed in range(8):
         make_reads_late(monkeypatch, seed)
-        engine, teacher = make_engine(teacher_folder, tokens_per_sync), local_teacher(teacher_folder)
+        engine, teacher = make_engine(teacher_folder, tokens_per_sync), teacher_on_a_card(teacher_folder)
         assert list(map(outcome, roll(engine, teacher))) == expected
         assert engine.stats.pages_free == engine.stats.pages_total
 
@@ -67,7 +75,7 @@ def test_when_numbers_come_changes_none(
 def test_nobody_waits_for_a_device_while_both_work(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that is not ready is waited for only when the other one has nothing to do."""
     make_reads_late(monkeypatch, seed=3)
-    engine, teacher = make_engine(teacher_folder, 4), local_teacher(teacher_folder)
+    engine, teacher = make_engine(teacher_folder, 4), teacher_on_a_card(teacher_folder)
     teacher._engine.keep_prefix(teacher._prefix_ids)  # once a run
     waits = []
     wait = LateReadback.wait
@@ -82,9 +90,21 @@ def test_nobody_waits_for_a_device_while_both_work(teacher_folder: Path, monkeyp
     assert not waits
 
 
+def test_on_a_cpu_they_take_turns(teacher_folder: Path, tmp_path: Path) -> None:
+    """While the teacher has requests under way the student takes no step."""
+    engine, teacher = make_engine(teacher_folder, 1), local_teacher(teacher_folder)
+    assert teacher.occupies_host
+    with recording(tmp_path / "trace.json"):
+        roll(engine, teacher)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = [event for event in events if event["ph"] == "X"]
+    turns = [pid for pid, _ in groupby(steps, key=lambda event: event["pid"])]
+    assert turns == ["student", "teacher", "student"] and len(steps) > 20
+
+
 def test_it_starts_when_enough_wait(teacher_folder: Path) -> None:
     """Or when the student has nothing to do; requests join a teacher that runs at once."""
-    teacher = local_teacher(teacher_folder)
+    teacher = teacher_on_a_card(teacher_folder)
     asked = [background(teacher.guide_in_time(request(i), None)) for i in range(ENOUGH_REQUESTS - 1)]
     wait_until(lambda: teacher._arrived.qsize() == len(asked))
     assert not teacher.step(student_is_idle=False) and not teacher._engine.has_work
@@ -117,7 +137,7 @@ def test_the_prompts_prefix_is_prefilled_once(teacher_folder: Path) -> None:
 def test_a_trace_shows_who_worked_when(teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_reads_late(monkeypatch, seed=0)
     with recording(tmp_path / "trace.json"):
-        rollouts = roll(make_engine(teacher_folder, 4), local_teacher(teacher_folder))
+        rollouts = roll(make_engine(teacher_folder, 4), teacher_on_a_card(teacher_folder))
     roll(make_engine(teacher_folder, 4), local_teacher(teacher_folder))  # recorded no more
     spans = defaultdict(list)
     for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]:

@@ -3,10 +3,11 @@
 guide() runs on the event loop's thread and only queues; step() runs on the engine's thread, takes what is queued,
 advances the engine and hands finished texts back to the loop.
 
-A step of a model reads all of its weights, however few requests it advances, and on a GPU student and teacher share
-one memory bus. So the teacher starts when ENOUGH_REQUESTS wait for it, or when the student has nothing to do; once it
-runs, requests join it at once. On a GPU its steps are under way on a stream of its own while the student decodes: they
-are launched, and looked at again when the student's next tokens are launched.
+A step of a model reads all of its weights, however few requests it advances. So the teacher waits for company: on a GPU
+until ENOUGH_REQUESTS are there or the student has nothing to do; from then on requests join it at once. Its steps are
+under way on a stream of its own while the student decodes: they are launched, and looked at again when the student's
+next tokens are launched. On a CPU both need the same cores, so they take turns, each until it has nothing to do: that
+makes the fewest and fullest steps.
 """
 
 import asyncio
@@ -50,6 +51,7 @@ class LocalTeacher(Teacher):
                 f"teacher.max_new_tokens must be < the teacher's context of {engine.max_tokens} tokens, "
                 f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
             )
+        self.occupies_host = engine.student.lm_head.weight.is_cpu
         self._prefix_ids = self._common_prefix()
         self._arrived: SimpleQueue[_Pending] = SimpleQueue()
         self._running: dict[RolloutKey, _Pending] = {}
@@ -72,7 +74,8 @@ class LocalTeacher(Teacher):
             for key in [key for key, pending in self._running.items() if pending.answer.done()]:
                 self._engine.cancel(key)  # whoever asked has given up
                 del self._running[key]
-            if self._running or student_is_idle or self._arrived.qsize() >= ENOUGH_REQUESTS:
+            has_enough = self._arrived.qsize() >= ENOUGH_REQUESTS and not self.occupies_host
+            if self._running or student_is_idle or has_enough:
                 self._submit_arrived()
             if not self._running:
                 return False
