@@ -113,6 +113,16 @@ class Readback:
         return self._host
 
 
+def choose_vector_functions() -> None:
+    """Have MKL choose the functions behind torch's cos, exp, log, .. for this CPU, from one thread.
+
+    It chooses at a process's first call. Where two threads make that one together, as in any tensor
+    of some size, one of them may compute its half with errors of 1e-4 (torch 2.13 on Intel: in half
+    of all processes), and a run's first step has other bits than its repetition.
+    """
+    torch.ones(1).cos()
+
+
 def bound_kernel_caches() -> None:
     """Let oneDNN, where it computes products, keep what it prepares for 128 shapes, not for 1024.
 

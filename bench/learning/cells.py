@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.learning.analysis import Estimate, estimate
 
+Table = list[list[str]]
 NOT_REACHED = "not reached"  # by all runs of the arm
 
 
@@ -41,3 +42,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def batches_cell(taken: Sequence[float]) -> str:
+    """What it took, by seed; - for a run that never came so far."""
+    return " ".join(f"{batches:.0f}" if batches < float("inf") else "-" for batches in taken)

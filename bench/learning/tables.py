@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
+from bench.learning.added import GOAL, again_table, slower_table
 from bench.learning.analysis import (
     Axis,
     at_cost,
@@ -29,16 +30,21 @@ from bench.learning.analysis import (
     shares,
     tutor_cost,
 )
-from bench.learning.cells import by_seed, interval, markdown, percent, with_spread
+from bench.learning.cells import (
+    Table,
+    batches_cell,
+    by_seed,
+    interval,
+    markdown,
+    percent,
+    with_spread,
+)
 from bench.learning.plan import ARMS, COMPARED_AT, MAIN_ARMS, PRIMARY, RATES, STUDENTS, Stage
 from bench.learning.results import Record, at_end, best_rates, rate_scores, read_all, run_of
-
-Table = list[list[str]]
 
 LAST_BATCHES = slice(-4, None)
 GUIDED_ARMS = ("tutor", "sentence", "answer")
 RESCUE_EDGES = (0, 1, 10, 30, 100, 300)
-GOAL = 0.9
 AXES: dict[Axis, str] = {"batches": "batches", "tokens": "sampled tokens", "cpu_s": "seconds"}
 DENSITIES: dict[str, Stage] = {"shipped": "main", "few": "densities", "many": "densities"}
 
@@ -91,8 +97,8 @@ def reach_table(records: Sequence[Record]) -> Table:
             seconds_apart(arm, axis, f"{median(costs):,.0f}" if is_known else "-")
             for axis, costs in taken.items()
         ]
-        seeds = " ".join(f"{c:.0f}" if c < float("inf") else "-" for c in taken["batches"])
-        rows.append([ARMS[arm].title, f"{num_reached} of {len(runs)}", *cells, seeds])
+        reached = f"{num_reached} of {len(runs)}"
+        rows.append([ARMS[arm].title, reached, *cells, batches_cell(taken["batches"])])
     return rows
 
 
@@ -205,6 +211,8 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "main": main_table,
     "differences": differences_table,
     "reach": reach_table,
+    "again": again_table,
+    "slower": slower_table,
     "phases": phases_table,
     "facts": facts_table,
     "credit": credit_table,

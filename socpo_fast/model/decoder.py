@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from socpo_fast.device import upload
+from socpo_fast.device import choose_vector_functions, upload
 from socpo_fast.model.accumulate import (
     AccumulatingEmbedding,
     AccumulatingLinear,
@@ -39,6 +39,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        choose_vector_functions()
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.learning import __main__ as bench
+from bench.learning.added import again_table, slower_table
 from bench.learning.analysis import (
     at_cost,
     check_alike,
@@ -31,6 +32,7 @@ from bench.learning.plan import (
     SEEDS,
     SEEDS_AGAIN,
     Run,
+    Stage,
     compared_runs,
     rate_runs,
 )
@@ -241,3 +243,25 @@ def test_record_of_a_run(tmp_path: Path) -> None:
     assert all(len(values) == 1 for values in found["batches"].values())
     assert found["batches"]["tokens"][0] > 128 and found["batches"]["cpu_s"][0] > 0
     assert found["facts"][0]["Na"][0] > 0 and found["settings"]["train.lr"] == 2e-4
+
+
+def test_fresh_seeds_stand_beside_the_planned_ones() -> None:
+    """Tokens are those of the planned tutor's runs; a lower rate meets the same tutor."""
+    stages: list[tuple[Stage, int, float]] = [("main", 0, 0.5), ("again", 5, 0.7)]
+    made = [
+        record(
+            Run(stage, "shipped", name, first + seed, 2e-4, 24),
+            [0.4] * 5 + [high + 0.01 * seed] * 2,
+        )
+        for stage, first, lead in stages
+        for name, high in (("tutor", 0.95), ("alone", 0.95 - lead))
+        for seed in range(2)
+    ]
+    _, tutor, alone, *_ = again_table(made)
+    assert tutor[0] == "tutor" and tutor[-1] == "4 of 4"
+    assert [cell.partition(" ")[0] for cell in alone[1:4]] == ["+50.0", "+70.0", "+60.0"]
+    assert alone[3].endswith("4 of 4") and alone[-1] == "0 of 4"
+    slower = record(Run("slower", "shipped", "alone", 0, 1e-4, 24), [0.4] * 5 + [0.93, 0.93])
+    _, own, lower, *_ = slower_table([*made, slower])
+    assert own[1] == "0.0002" and lower[1] == "0.0001"
+    assert lower[3].startswith("+2.0") and lower[-2:] == ["1 of 1", "20"]
