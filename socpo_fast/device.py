@@ -94,10 +94,9 @@ class Readback:
     """
 
     def __init__(self, x: Tensor):
-        self._host, self._copied = x, None
+        self._host = x.to("cpu", non_blocking=True)  # pinned, where it was on a card
+        self._copied: torch.cuda.Event | None = None
         if x.is_cuda:
-            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            self._host.copy_(x, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(x.device))
 

@@ -2,9 +2,9 @@
 
 The state stands in tensors of fixed place. A round reads the tokens sampled last, writes their KV, samples the next
 ones and moves the state on; rounds follow each other on the device and the host reads them all at once. On a GPU a
-round is captured as a CUDA graph for each number of sequences, rounded up to a power of two, and for the longest
-context that these may come to. A round is made of the ops of an ordinary step and draws the same tokens; what a
-sequence samples behind its end is thrown away.
+round is captured as a CUDA graph for each number of sequences, rounded up to a power of two, for the longest context
+that these may come to, and with filters or without. A round is made of the ops of an ordinary step and draws the same
+tokens; what a sequence samples behind its end is thrown away.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ class DecodeLoop:
         self.max_running, self.max_pages = max_running, runner.pages_for(runner.student.config.max_position_embeddings)
         self.captures = device.type == "cuda"
         self._tables: dict[int, Tensor] = {}  # by pages a row, so that the rows in use lie densely
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._stream: torch.cuda.Stream | None = None  # of captures
         self._window = 0
 
@@ -47,10 +47,8 @@ class DecodeLoop:
         """
         longest = max(s.attempt_start + s.params.max_new_tokens for s in sequences)
         rows, pages = self.num_rows(len(sequences)), self._num_pages(longest)
-        is_filtered = any(s.params.is_filtered for s in sequences)
-        graph = None
-        if self.captures and not is_filtered:  # filtered draws need shapes that depend on data
-            graph = self._graph(rows, pages)
+        size = rows, pages, any(s.params.is_filtered for s in sequences)
+        graph = self._graph(*size) if self.captures else None
         if is_ahead:
             self._end_rows([row for row, s in enumerate(sequences) if not s.is_live])
         else:
@@ -59,7 +57,7 @@ class DecodeLoop:
         self._window = 1 - self._window
         rounds_N3R = self.rounds_WN3R[self._window]
         for round_idx in range(num_rounds):
-            graph.replay() if graph is not None else self._round(rows, pages, is_filtered)
+            graph.replay() if graph is not None else self._round(*size)
             rounds_N3R[round_idx].copy_(self.drawn_3R)
         return Readback(rounds_N3R[:num_rounds, :, : len(sequences)])
 
@@ -68,7 +66,8 @@ class DecodeLoop:
         """Captures the rounds of every number of sequences for contexts of up to max_tokens."""
         rows = 1
         while self.captures and rows < 2 * self.max_running:
-            self._graph(self.num_rows(rows), self._num_pages(max_tokens))
+            for is_filtered in (False, True):  # training, and evaluations
+                self._graph(self.num_rows(rows), self._num_pages(max_tokens), is_filtered)
             rows *= 2
 
     def num_rows(self, num_sequences: int) -> int:
@@ -106,7 +105,7 @@ class DecodeLoop:
             self._tables[pages] = self.ints_4R.new_zeros((self.max_running, pages), dtype=torch.int32)
         return self._tables[pages]
 
-    def _round(self, rows: int, pages: int, is_filtered: bool = False) -> None:
+    def _round(self, rows: int, pages: int, is_filtered: bool) -> None:
         size, device = self.runner.page_size, self.runner.device
         token_ids_R, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :rows]
         table_RM, is_live_R = self._table(pages)[:rows], positions_R >= 0
@@ -134,28 +133,29 @@ class DecodeLoop:
         positions_R.add_(is_live_R)
         num_sampled_R.add_(1)
 
-    def _graph(self, rows: int, pages: int) -> torch.cuda.CUDAGraph:
+    def _graph(self, rows: int, pages: int, is_filtered: bool) -> torch.cuda.CUDAGraph:
         """The captured round, made at its first use: with no live sequence a round writes no KV.
 
         Captured on the engine's own stream where it has one, whose priority the graph keeps.
         torch.cuda.graph would stop the whole card, the teacher's steps too.
         """
-        if (rows, pages) not in self._graphs:
+        size = rows, pages, is_filtered
+        if size not in self._graphs:
             device = self.runner.device
             with torch.cuda.device(device):  # a capture belongs to the current device
                 self._stream = self._stream or self.runner.stream or torch.cuda.Stream(device)
                 self._stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(self._stream):
                     self._fill_state([], rows)
-                    self._round(rows, pages)  # compiles and fills caches, which a capture may not
+                    self._round(*size)  # compiles and fills caches, which a capture may not
                     # One pool for all graphs, since no two rounds run at once.
                     pool = next((graph.pool() for graph in self._graphs.values()), None)
                     graph = torch.cuda.CUDAGraph()
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
-                        self._round(rows, pages)
+                        self._round(*size)
                     finally:
                         graph.capture_end()
                 torch.cuda.current_stream(device).wait_stream(self._stream)
-            self._graphs[rows, pages] = graph
-        return self._graphs[rows, pages]
+            self._graphs[size] = graph
+        return self._graphs[size]

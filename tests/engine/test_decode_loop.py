@@ -23,6 +23,7 @@ from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, mak
 from tests.engine.traces import PageBook, Trace
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
+Size = tuple[int, int, bool]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=23, eos_ids=(2, 17), seed=5)
 
 
@@ -62,20 +63,20 @@ def live_through(engine: Engine, params: list[SamplingParams]) -> list[Any]:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], FakeGraph]:
-    """Every loop pads and captures; the graphs by (rows, pages)."""
-    captured: dict[tuple[int, int], FakeGraph] = {}
+def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[Size, FakeGraph]:
+    """Every loop pads and captures; the graphs by (rows, pages, is_filtered)."""
+    captured: dict[Size, FakeGraph] = {}
     init, make = DecodeLoop.__init__, DecodeLoop._graph
 
     def init_as_on_a_gpu(self: DecodeLoop, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
         self.captures = True
 
-    def graph_of(self: DecodeLoop, rows: int, pages: int) -> FakeGraph:
+    def graph_of(self: DecodeLoop, *size: Any) -> FakeGraph:
         before = [cache.clone() for cache in (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)]
-        graph = captured[rows, pages] = make(self, rows, pages)
+        graph = captured[size] = make(self, *size)
         assert all(map(torch.equal, before, (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)))
-        graph.round = lambda: self._round(rows, pages)
+        graph.round = lambda: self._round(*size)
         return graph
 
     FakeCuda().install(monkeypatch)
@@ -114,21 +115,20 @@ def test_attempts_and_counts_are_those_of_one_token_a_step(student: Decoder, cas
     assert engine.stats.pages_free == engine.stats.pages_total
 
 
-def test_padded_and_replayed_rounds_draw_the_same(student: Decoder, graphs: dict[tuple[int, int], FakeGraph]) -> None:
-    for params, options in (CASES["groups, eos in the middle"], CASES["few pages"]):
+def test_padded_and_replayed_rounds_draw_the_same(student: Decoder, graphs: dict[Size, FakeGraph]) -> None:
+    captured: set[Size] = set()
+    for params, options in CASES.values():
+        graphs.clear()
         engine = make_engine(student, **options, tokens_per_sync=8)
         expected = live_through(make_engine(student, **options, tokens_per_sync=1), params)
         assert live_through(engine, params) == expected
         loop = engine._steps.loop
-        for sizes in graphs:
-            for n, most in zip(sizes, (loop.max_running, loop.max_pages), strict=True):
-                assert n == most or n & (n - 1) == 0, sizes
-    assert len({rows for rows, _ in graphs}) > 2
-
-    graphs.clear()  # filtered draws need shapes that depend on data
-    params, _ = CASES["all filtered"]
-    assert live_through(make_engine(student, tokens_per_sync=8), params) == live_through(make_engine(student), params)
-    assert not graphs
+        for size in graphs:
+            for n, most in zip(size[:2], (loop.max_running, loop.max_pages), strict=True):
+                assert n == most or n & (n - 1) == 0, size
+        captured |= set(graphs)
+    assert len({rows for rows, *_ in captured}) > 2
+    assert {is_filtered for *_, is_filtered in captured} == {False, True}
 
 
 def test_the_host_reads_once_a_few_tokens(student: Decoder) -> None:

@@ -78,7 +78,7 @@ def captures(check: Check) -> None:
         check.free_memory()
         before, started = torch.cuda.memory_reserved(check.device), time.perf_counter()
         with torch.no_grad():
-            loop._graph(rows, 32)
+            loop._graph(rows, 32, False)
         torch.cuda.synchronize(check.device)
         of = f"{rows} rows"
         check.figure("decode.capture_ms", 1e3 * (time.perf_counter() - started), of=of)
@@ -117,7 +117,7 @@ def kernels_of_a_round(check: Check) -> None:
         pages = 1 + max(len(s.pages) for s in decoding.engine._scheduler.running)
         with torch.no_grad():
             table, num_launches = profile_table(
-                lambda loop=loop, rows=decoding.rows, pages=pages: loop._round(rows, pages),
+                lambda loop=loop, size=(decoding.rows, pages, False): loop._round(*size),
                 check.device,
             )
         check.figure("decode.launches", num_launches, of=of)
@@ -151,7 +151,7 @@ def groups_and_second_attempts(check: Check) -> None:
 
 
 def evaluation_step(check: Check) -> None:
-    """A step with top-p, as evaluations take it: outside of the graph, by sorting."""
+    """A step with top-p, as evaluations take it."""
     decoding = small_batch(check, 64, top_p=0.95, temperature=0.6)
     of = f"top-p, {decoding.rows} x {decoding.context}"
     check.figure("decode.filtered_step_ms", decoding.step_ms(check.device), of=of)
