@@ -139,7 +139,8 @@ def _filtered_draw_kernel(
         row_key = tl.full((1,), 0, tl.int64) + tl.load(row_keys_ptr + draw)
         is_greedy = tl.load(temperature_ptr + draw) == 0
         best, best_z, kept_mass = float("-inf"), float("-inf"), 0.0
-        best_id, num_seen = vocab, tl.full((), 0, tl.int64)
+        best_id = tl.full((), 0, tl.int64)
+        num_seen = tl.full((), 0, tl.int64)
         for block in range(num_blocks):
             if _key(tl.load(block_max_ptr + block)) >= threshold:
                 z, token_ids = _load_block(z_ptr, block, vocab, BLOCK_V)
@@ -157,9 +158,9 @@ def _filtered_draw_kernel(
                 id_here = tl.min(tl.where(is_kept & (scores == here), token_ids, vocab), 0)
                 z_here = tl.max(tl.where(token_ids == id_here, z, float("-inf")), 0)
                 best_z = tl.where(here > best, z_here, best_z)
-                best_id = tl.where(here > best, id_here, best_id)
+                best_id = tl.where(here > best, id_here.to(tl.int64), best_id)
                 best = tl.maximum(best, here)
-        tl.store(token_ids_ptr + draw, best_id.to(tl.int64))
+        tl.store(token_ids_ptr + draw, best_id)
         tl.store(logprobs_ptr + draw, (best_z - highest) - log_total)
         tl.store(kept_mass_ptr + draw, kept_mass * tl.exp(-log_total))
 

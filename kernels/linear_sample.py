@@ -66,9 +66,8 @@ def linear_sample_triton(
     draws = token_ids_B, logprobs_B, entropy_B, kept_mass_B
     if num_draws == 0:
         return draws
-    z_BV = sums_2B = None
-    if filters is not None:
-        z_BV, sums_2B = values_5BN.new_empty((num_draws, vocab)), values_5BN.new_empty((2, num_draws))
+    z_BV = None if filters is None else values_5BN.new_empty((num_draws, vocab))
+    sums_2B = None if filters is None else values_5BN.new_empty((2, num_draws))
     row_keys_B, temperature_B = row_keys_B.contiguous(), temperature_B.contiguous()
     with torch.cuda.device_of(hidden_TD):
         _sample_tile_kernel[triton.cdiv(num_draws, tile.rows), num_tiles](
@@ -103,7 +102,7 @@ def linear_sample_triton(
             BLOCK_N=triton.next_power_of_2(num_tiles),
             num_warps=_MERGE_WARPS,
         )
-        if filters is not None:
+        if filters is not None and z_BV is not None and sums_2B is not None:
             filtered_draw(z_BV, sums_2B, row_keys_B, temperature_B, filters, (token_ids_B, logprobs_B, kept_mass_B))
     return draws
 

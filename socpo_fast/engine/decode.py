@@ -15,6 +15,7 @@ from socpo_fast.device import Readback, upload
 from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import draw, settings_of
 from socpo_fast.engine.sequence import Sequence, Step
+from socpo_fast.ops.prefix_groups import GROUP_WIDTH, prefix_groups
 
 
 class DecodeLoop:
@@ -28,6 +29,7 @@ class DecodeLoop:
     def __init__(self, runner: Runner, *, max_running: int, max_rounds: int):
         self.runner, device = runner, runner.device
         self.ints_4R = torch.zeros(4, max_running, dtype=torch.int64, device=device)
+        self.groups_RG = torch.zeros(max_running, GROUP_WIDTH, dtype=torch.int32, device=device)
         self.settings_4R = torch.zeros(4, max_running, device=device)
         self.drawn_3R = torch.zeros(3, max_running, dtype=torch.float64, device=device)
         self.rounds_WN3R = torch.zeros(2, max_rounds, 3, max_running, dtype=torch.float64, device=device)
@@ -99,6 +101,12 @@ class DecodeLoop:
         for row, sequence in enumerate(sequences):
             table_RM[row, : len(sequence.pages)] = sequence.pages
         self._table(pages)[:rows] = upload(torch.from_numpy(table_RM), self.runner.device)
+        if self.runner.names_groups:
+            # Rows without a sequence share nothing. Whole pages stay whole in all rounds.
+            lengths = [s.num_cached if s.is_live else 0 for s in sequences]
+            seq_lens_R = np.array(lengths + [0] * (rows - len(lengths)))
+            groups_RG = prefix_groups(table_RM, seq_lens_R, self.runner.page_size)
+            self.groups_RG[:rows] = upload(torch.from_numpy(groups_RG), self.runner.device)
 
     def _table(self, pages: int) -> Tensor:
         if pages not in self._tables:
@@ -120,6 +128,7 @@ class DecodeLoop:
             cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32, device=device),
             max_seqlen_q=1,
             max_seqlen_k=pages * size,
+            groups_BG=self.groups_RG[:rows] if self.runner.names_groups else None,
         )
         self.drawn_3R[:, :rows] = draw(
             self.runner.student,
@@ -147,6 +156,7 @@ class DecodeLoop:
                 self._stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(self._stream):
                     self._fill_state([], rows)
+                    self._fill_table([], rows, pages)
                     self._round(*size)  # compiles and fills caches, which a capture may not
                     # One pool for all graphs, since no two rounds run at once.
                     pool = next((graph.pool() for graph in self._graphs.values()), None)

@@ -17,6 +17,7 @@ from socpo_fast.engine.sequence import Sequence, Step
 from socpo_fast.model.decoder import Decoder, Layer, computing_dtype, has_hooks
 from socpo_fast.ops._impl import pick_impl
 from socpo_fast.ops.paged_attention import paged_attention_op
+from socpo_fast.ops.prefix_groups import prefix_groups
 from socpo_fast.ops.rotary import Rope
 from socpo_fast.ops.rotary_write import rotary_write_op
 
@@ -68,6 +69,11 @@ class Runner:
         per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return per_token * page_size * student.lm_head.weight.element_size()
 
+    @property
+    def names_groups(self) -> bool:
+        """Whether decode steps say which sequences share pages."""
+        return self.cascade and self.attention_impl == "triton"
+
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
@@ -104,6 +110,7 @@ class Runner:
                 step.cu_seqlens_q,
                 step.max_seqlen_q,
                 step.max_seqlen_k,
+                step.groups_BG,
                 self.student.config.head_dim**-0.5,
                 self.cascade,
                 self.attention_impl,
@@ -163,6 +170,9 @@ class Runner:
         token_ids_T, positions_T, slots_T = upload(torch.from_numpy(longs_3T), self.device)
         sizes = [table_BM.size, len(plan), len(plan) + 1]
         table, lens, starts = upload(torch.from_numpy(ints), self.device).split(sizes)
+        groups_BG = None
+        if self.names_groups and counts_B.max() == 1:
+            groups_BG = upload(torch.from_numpy(prefix_groups(table_BM, seq_lens_B, self.page_size)), self.device)
         return Step(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
@@ -172,6 +182,7 @@ class Runner:
             cu_seqlens_q=starts,
             max_seqlen_q=int(counts_B.max()),
             max_seqlen_k=int(seq_lens_B.max()),
+            groups_BG=groups_BG,
         )
 
 

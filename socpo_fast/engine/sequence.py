@@ -147,3 +147,4 @@ class Step:
     cu_seqlens_q: Tensor  # [B + 1] int32
     max_seqlen_q: int
     max_seqlen_k: int
+    groups_BG: Tensor | None = None  # int32, of ops/prefix_groups.py: who reads shared pages for whom
