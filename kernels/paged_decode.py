@@ -26,16 +26,18 @@ from socpo_fast.ops.prefix_groups import MAX_MEMBERS
 class DecodeTile(NamedTuple):
     """How a program goes through its keys."""
 
+    rows: int  # query heads of a KV head times siblings, at most, unless one token's are more
     split: int  # keys of a program
     keys: int  # that it holds at once, at most
     num_stages: int
 
 
-# Two buffers each for keys and values take five stages: the table's, the pages', and one of each.
-_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), DecodeTile(256, 32, 5))
-_FP32 = {torch.float32: DecodeTile(256, 64, 3)}
+# In 16 bits five stages give two buffers each to keys and values, 32 of which leave room for four
+# programs on an H100's SM (Triton 3.7; three with 3.6).
+_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), DecodeTile(32, 256, 32, 5))
+_FP32 = {torch.float32: DecodeTile(32, 256, 64, 3)}
 DECODE_TILES: dict[int, dict[torch.dtype, DecodeTile]] = {
-    INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), DecodeTile(32, 32, 1)),
+    INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), DecodeTile(32, 32, 32, 1)),
     **dict.fromkeys(ARCHITECTURES, _FP32 | _HALVES),
 }
 _MERGED_AT_ONCE = 16  # splits
@@ -81,7 +83,7 @@ def paged_decode(
 def _constants(launch: Launch, tile: DecodeTile) -> dict[str, int]:
     """Of _decode_kernel. The rows of a tile depend on the model only, neither on the batch nor on groups."""
     block_seqs = MAX_MEMBERS
-    while block_seqs > 1 and block_seqs * launch.constants["GROUP"] > launch.rows:
+    while block_seqs > 1 and block_seqs * launch.constants["GROUP"] > min(tile.rows, launch.rows):
         block_seqs //= 2
     return launch.constants | {
         "BLOCK_N": min(launch.constants["BLOCK_N"], tile.keys, tile.split),

@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict[str, int]] = {
     "split 64": {"split": 64},
     "split 128": {"split": 128},
     "8 warps": {"num_warps": 8},
+    "16 rows": {"rows": 16},
+    "64 rows": {"rows": 64},
     "3 stages": {"num_stages": 3},
     "64 keys": {"keys": 64},
     "64 keys, 3 stages": {"keys": 64, "num_stages": 3},
@@ -110,11 +112,11 @@ def decode_inputs(
 
 @contextmanager
 def variant(
-    *, keys: int = 0, split: int = 0, num_stages: int = 0, num_warps: int = 0
+    *, rows: int = 0, keys: int = 0, split: int = 0, num_stages: int = 0, num_warps: int = 0
 ) -> Iterator[None]:
     """The decode kernel launched with other numbers than it ships with; 0 = as it ships."""
     tiles, launch_for = paged_decode.DECODE_TILES, _attend.launch_for
-    numbers = {"keys": keys, "split": split, "num_stages": num_stages}
+    numbers = {"rows": rows, "keys": keys, "split": split, "num_stages": num_stages}
     changes = {name: number for name, number in numbers.items() if number}
 
     def other_warps(*arguments: Any) -> _attend.Launch:
