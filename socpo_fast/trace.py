@@ -1,6 +1,6 @@
 """What happened when, as a file that ui.perfetto.dev and chrome://tracing open.
 
-    with recording(path):        whatever note_span is told meanwhile ends up in the file
+    with recording(folder, batch, num_batches):    what note_span is told meanwhile, to a file
     note_span("student", "decode", since=start_s)
 
 Tracks of a run: trainer (phases), student and teacher (steps of their engines, one after the other,
@@ -21,10 +21,10 @@ _events: list[dict[str, Any]] | None = None
 
 
 @contextmanager
-def recording(path: Path | None) -> Iterator[None]:
-    """Records to a file, written when the block ends; None records nothing."""
+def recording(folder: Path, batch: int, num_batches: int) -> Iterator[None]:
+    """Records the first num_batches batches, each to a file that is written when its block ends."""
     global _events
-    if path is None:
+    if batch > num_batches:
         yield
         return
     _events = []
@@ -32,19 +32,18 @@ def recording(path: Path | None) -> Iterator[None]:
         yield
     finally:
         content, _events = json.dumps({"traceEvents": _events}), None
-        replace_file(path, content)
+        replace_file(folder / f"trace_{batch:06}.json", content)
 
 
 def note_span(track: str, name: str, *, since: float, overlaps: bool = False, **details: Any) -> None:
     """Notes what ends now and began at `since`; overlaps: while others of its track are under way."""
     if _events is None:
         return
-    now = time.perf_counter()
-    common: dict[str, Any] = {"pid": track, "cat": track, "name": name}
+    begin_us, now_us = 1e6 * since, 1e6 * time.perf_counter()
+    event: dict[str, Any] = {"pid": track, "tid": track, "cat": track, "name": name, "ts": begin_us}
     if overlaps:
-        common["id"] = len(_events)
-        _events.append(common | {"ph": "b", "ts": 1e6 * since, "args": details})
-        _events.append(common | {"ph": "e", "ts": 1e6 * now})
+        event["id"] = len(_events)
+        _events.append(event | {"ph": "b", "args": details})
+        _events.append(event | {"ph": "e", "ts": now_us})
     else:
-        timing = {"ph": "X", "tid": track, "ts": 1e6 * since, "dur": 1e6 * (now - since)}
-        _events.append(common | timing | {"args": details})
+        _events.append(event | {"ph": "X", "dur": now_us - begin_us, "args": details})

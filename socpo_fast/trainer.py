@@ -12,7 +12,6 @@ last batch's end, and after the batch's last update otherwise (a second one does
 import time
 from contextlib import ExitStack, closing
 from itertools import groupby
-from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
@@ -175,13 +174,12 @@ class Trainer:
         replace_file(config.folder / "config.toml", self.config_text)
         drop_rollouts(config.folder, after_batch=self.state.batch)
         mark_none_yet(self.checkpoints)
-        first_batch, num_batches = self.state.batch + 1, config.run.num_batches
-        self.progress = stack.enter_context(
-            Progress(num_batches=num_batches, first_batch=first_batch, live=config.run.live)
-        )
+        first, run = self.state.batch + 1, config.run
+        self.progress = Progress(num_batches=run.num_batches, first_batch=first, live=run.live)
+        stack.enter_context(self.progress)
         self.guidance_watch = GuidanceWatch(self.progress)
-        first = first_line(config.run, self.student, self.resumed_from)
-        for note in (first, self.session.memory_note, *self.session.bridge.notes):
+        first_note = first_line(run, self.student, self.resumed_from)
+        for note in (first_note, self.session.memory_note, *self.session.bridge.notes):
             self.progress.note(note)
         if self.state.batch >= config.run.num_batches:
             self.progress.note(f"finished at batch {self.state.batch}; raise run.num_batches to go on")
@@ -195,7 +193,7 @@ class Trainer:
                 self.save()
             if self.state.batch >= self.config.run.num_batches:
                 return
-            with recording(self.trace_path):
+            with recording(self.config.folder, self.state.batch + 1, self.config.run.trace_batches):
                 self.run_batch()
             self.signals.check()
 
@@ -294,12 +292,6 @@ class Trainer:
         mark_none_yet(self.checkpoints)
         prune_checkpoints(newest, self.config.run.keep_checkpoints, (self.state.best or {}).get("update"))
         self.state.end_save()
-
-    @property
-    def trace_path(self) -> Path | None:
-        """Where the next batch is traced to, if it is."""
-        batch = self.state.batch + 1
-        return self.config.folder / f"trace_{batch:06}.json" if batch <= self.config.run.trace_batches else None
 
     def record(self, metrics: dict[str, float], *, kind: Literal["batch", "eval"]) -> None:
         """Metrics of the finished batch, or of the evaluation after it, to files and people."""

@@ -15,6 +15,7 @@ from socpo_fast.device import Readback, upload
 from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sampler import draw, settings_of
 from socpo_fast.engine.sequence import Sequence, Step
+from socpo_fast.ops import next_keys
 from socpo_fast.ops.prefix_groups import GROUP_WIDTH, prefix_groups
 
 
@@ -22,8 +23,10 @@ class DecodeLoop:
     """Room for max_running sequences and max_rounds rounds.
 
     ints_4R [4, R] int64: token id, its position (-1: no sequence here), noise key, number sampled.
-    drawn_3R [3, R] fp64: token id, log-prob, kept mass of the last round. rounds_WN3R: those of all
-    rounds of a launch, for two launches in turn: one is read while the other is under way.
+    place_3R [3, R] int64: of the tokens of a round, position, slot and the key of what is drawn behind
+    them; places_N3R: of all rounds of a launch. drawn_3R [3, R] fp64: token id, log-prob, kept mass of
+    the last round; rounds_WN3R: those of all rounds, for two launches in turn: one is read while the
+    other is under way.
     """
 
     def __init__(self, runner: Runner, *, max_running: int, max_rounds: int):
@@ -31,6 +34,10 @@ class DecodeLoop:
         self.ints_4R = torch.zeros(4, max_running, dtype=torch.int64, device=device)
         self.groups_RG = torch.zeros(max_running, GROUP_WIDTH, dtype=torch.int32, device=device)
         self.settings_4R = torch.zeros(4, max_running, device=device)
+        self.place_3R = torch.zeros(3, max_running, dtype=torch.int64, device=device)
+        self.places_N3R = torch.zeros(max_rounds, 3, max_running, dtype=torch.int64, device=device)
+        self.count_N1 = torch.arange(max_rounds, device=device)[:, None]
+        self.cu_seqlens = torch.arange(max_running + 1, dtype=torch.int32, device=device)
         self.drawn_3R = torch.zeros(3, max_running, dtype=torch.float64, device=device)
         self.rounds_WN3R = torch.zeros(2, max_rounds, 3, max_running, dtype=torch.float64, device=device)
         self.max_running, self.max_pages = max_running, runner.pages_for(runner.student.config.max_position_embeddings)
@@ -58,7 +65,9 @@ class DecodeLoop:
         self._fill_table(sequences, rows, pages)
         self._window = 1 - self._window
         rounds_N3R = self.rounds_WN3R[self._window]
+        self._set_places(rows, pages, num_rounds)
         for round_idx in range(num_rounds):
+            self.place_3R[:, :rows] = self.places_N3R[round_idx, :, :rows]
             graph.replay() if graph is not None else self._round(*size)
             rounds_N3R[round_idx].copy_(self.drawn_3R)
         return Readback(rounds_N3R[:num_rounds, :, : len(sequences)])
@@ -66,11 +75,9 @@ class DecodeLoop:
     @torch.no_grad()
     def prepare(self, max_tokens: int) -> None:
         """Captures the rounds of every number of sequences for contexts of up to max_tokens."""
-        rows = 1
-        while self.captures and rows < 2 * self.max_running:
+        for power in range((self.max_running - 1).bit_length() + 1 if self.captures else 0):
             for is_filtered in (False, True):  # training, and evaluations
-                self._graph(self.num_rows(rows), self._num_pages(max_tokens), is_filtered)
-            rows *= 2
+                self._graph(self.num_rows(1 << power), self._num_pages(max_tokens), is_filtered)
 
     def num_rows(self, num_sequences: int) -> int:
         """Rows of a round for so many sequences: a power of two where rounds are captured."""
@@ -113,34 +120,36 @@ class DecodeLoop:
             self._tables[pages] = self.ints_4R.new_zeros((self.max_running, pages), dtype=torch.int32)
         return self._tables[pages]
 
+    def _set_places(self, rows: int, pages: int, num_rounds: int) -> None:
+        """What the next rounds read beside the tokens themselves, and the state that they leave."""
+        size, table_RM = self.runner.page_size, self._table(pages)[:rows]
+        _, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :rows]
+        count_N1, is_live_R = self.count_N1[:num_rounds], positions_R >= 0
+        at_NR = torch.where(is_live_R, positions_R + count_N1, 0)
+        page_NR = table_RM.gather(1, (at_NR // size).t()).t()
+        slots_NR = torch.where(is_live_R, page_NR.long() * size + at_NR % size, -1)
+        keys_NR = next_keys(noise_R, num_sampled_R + count_N1)
+        self.places_N3R[:num_rounds, :, :rows] = torch.stack((at_NR, slots_NR, keys_NR), 1)
+        positions_R.add_(is_live_R * num_rounds)
+        num_sampled_R.add_(num_rounds)
+
     def _round(self, rows: int, pages: int, is_filtered: bool) -> None:
-        size, device = self.runner.page_size, self.runner.device
-        token_ids_R, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :rows]
-        table_RM, is_live_R = self._table(pages)[:rows], positions_R >= 0
-        at_R = positions_R.clamp(min=0)
-        slots_R = table_RM.gather(1, (at_R // size)[:, None])[:, 0].long() * size + at_R % size
+        token_ids_R = self.ints_4R[0, :rows]
+        positions_R, slots_R, keys_R = self.place_3R[:, :rows]
         step = Step(
             token_ids_T=token_ids_R,
-            positions_T=at_R,
-            slots_T=torch.where(is_live_R, slots_R, -1),
-            block_table_BM=table_RM,
-            seq_lens_B=(at_R + 1).int(),
-            cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            positions_T=positions_R,
+            slots_T=slots_R,
+            block_table_BM=self._table(pages)[:rows],
+            seq_lens_B=(positions_R + 1).int(),
+            cu_seqlens_q=self.cu_seqlens[: rows + 1],
             max_seqlen_q=1,
-            max_seqlen_k=pages * size,
+            max_seqlen_k=pages * self.runner.page_size,
             groups_BG=self.groups_RG[:rows] if self.runner.names_groups else None,
         )
-        self.drawn_3R[:, :rows] = draw(
-            self.runner.student,
-            self.runner.hidden(step),
-            noise_R,
-            num_sampled_R,
-            self.settings_4R[:, :rows],
-            is_filtered,
-        )
+        hidden_RD, settings_4R = self.runner.hidden(step), self.settings_4R[:, :rows]
+        self.drawn_3R[:, :rows] = draw(self.runner.student, hidden_RD, keys_R, settings_4R, is_filtered)
         token_ids_R.copy_(self.drawn_3R[0, :rows])
-        positions_R.add_(is_live_R)
-        num_sampled_R.add_(1)
 
     def _graph(self, rows: int, pages: int, is_filtered: bool) -> torch.cuda.CUDAGraph:
         """The captured round, made at its first use: with no live sequence a round writes no KV.
@@ -157,6 +166,8 @@ class DecodeLoop:
                 with torch.cuda.stream(self._stream):
                     self._fill_state([], rows)
                     self._fill_table([], rows, pages)
+                    self._set_places(rows, pages, 1)
+                    self.place_3R[:, :rows] = self.places_N3R[0, :, :rows]
                     self._round(*size)  # compiles and fills caches, which a capture may not
                     # One pool for all graphs, since no two rounds run at once.
                     pool = next((graph.pool() for graph in self._graphs.values()), None)

@@ -42,6 +42,8 @@ class Runner:
             self.stream = torch.cuda.Stream(self.device, priority=stream_priority)
         self.attention_impl = pick_impl("paged_attention", attention, queries)
         self.rotary_impl = pick_impl("rotary_write", "auto", queries)
+        # Whether decode steps say which sequences share pages.
+        self.names_groups = cascade and self.attention_impl == "triton"
         shape = (2, config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         kv_bytes = num_pages * self.page_bytes(student, page_size)
         num_bytes = max(kv_bytes, min_memory_bytes)
@@ -68,11 +70,6 @@ class Runner:
         config = student.config
         per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return per_token * page_size * student.lm_head.weight.element_size()
-
-    @property
-    def names_groups(self) -> bool:
-        """Whether decode steps say which sequences share pages."""
-        return self.cascade and self.attention_impl == "triton"
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)

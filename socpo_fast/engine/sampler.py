@@ -24,8 +24,7 @@ def launch_draw(student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Seque
     return draw(
         student,
         hidden_BD,
-        noise_B,
-        position_B,
+        next_keys(noise_B, position_B),
         settings_of(sequences, device),
         any(s.params.is_filtered for s in sequences),
         rows_B,
@@ -44,18 +43,17 @@ def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
 def draw(
     student: Decoder,
     hidden_TD: Tensor,
-    noise_B: Tensor,
-    position_B: Tensor,
+    row_keys_B: Tensor,
     settings_4B: Tensor,
     is_filtered: bool,
     rows_B: Tensor | None = None,
 ) -> Tensor:
-    """[3, B] fp64: token id, log-prob, kept mass; noise_B are noise keys still without the position."""
+    """[3, B] fp64: token id, log-prob, kept mass."""
     temperature_B, top_p_B, min_p_B, top_k_B = settings_4B
     token_ids_B, logprobs_B, _, kept_mass_B = linear_sample_op(
         hidden_TD,
         student.lm_head.weight,
-        next_keys(noise_B, position_B),
+        row_keys_B,
         temperature_B,
         top_k_B.long(),
         top_p_B,

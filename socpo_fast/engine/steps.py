@@ -108,8 +108,8 @@ class StepQueue:
     def _note(self, step: LaunchedStep) -> None:
         """For a trace: the device turned to a step when it was launched or the one before it ended."""
         name = f"{step.num_rounds} decode rounds" if step.is_decode else "forward"
-        since = max(step.launched_s, self._collected_s)
-        note_span(self.name, name, since=since, sequences=len(step.sequences))
+        begin_s = max(step.launched_s, self._collected_s)
+        note_span(self.name, name, since=begin_s, sequences=len(step.sequences))
         self._collected_s = time.perf_counter()
 
     def drop_dead(self) -> None:
@@ -122,8 +122,8 @@ class StepQueue:
 
         Their sequences draw the same tokens again, where they go on.
         """
-        if self._launched:
-            self._forgotten = self._launched[-1].drawn
+        for step in self._launched:
+            self._forgotten = step.drawn
         if self._forgotten is not None:
             self._forgotten.wait()
         self._launched.clear()
@@ -132,9 +132,8 @@ class StepQueue:
         """Nobody waits for a place, and those that still decode would not fit into a smaller round."""
         if len(self._launched) != 1 or not self._launched[0].is_decode or self._scheduler.waiting:
             return False
-        sequences = self._launched[0].sequences
-        num_live = sum(sequence.is_live for sequence in sequences)
-        return loop.num_rows(num_live) == loop.num_rows(len(sequences))
+        is_live = [sequence.is_live for sequence in self._launched[0].sequences]
+        return loop.num_rows(sum(is_live)) == loop.num_rows(len(is_live))
 
     def _launch_rounds(self, loop: DecodeLoop, sequences: list[Sequence]) -> None:
         """As many decode rounds as pages and lengths allow, behind those that are launched already."""
@@ -144,7 +143,7 @@ class StepQueue:
         if num_rounds > 0:
             started = time.perf_counter()
             drawn = loop.launch(sequences, num_rounds, is_ahead=num_ahead > 0)
-            self._launched.append(LaunchedStep(sequences, num_rounds, drawn, is_decode=True, launched_s=started))
+            self._launched.append(LaunchedStep(sequences, num_rounds, drawn, True, started))
 
     def _launch_forward(self, plan: list[tuple[Sequence, int]]) -> None:
         """Forwards planned tokens, forks prompts that are through, draws where nothing is pending."""
@@ -160,10 +159,8 @@ class StepQueue:
             if sequence.num_pending == 0:
                 rows += [(row, child) for child in self._fork(sequence)]
         if rows:
-            drawn_3B = launch_draw(self._runner.student, hidden_BD, rows)
-            sequences = [sequence for _, sequence in rows]
-            drawn = Readback(drawn_3B[None])
-            self._launched.append(LaunchedStep(sequences, 1, drawn, is_decode=False, launched_s=started))
+            drawn = Readback(launch_draw(self._runner.student, hidden_BD, rows)[None])
+            self._launched.append(LaunchedStep([s for _, s in rows], 1, drawn, False, started))
 
     def _fork(self, root: Sequence) -> list[Sequence]:
         if root.num_rollouts == 1:

@@ -33,7 +33,7 @@ def make_engine(folder: Path, tokens_per_sync: int) -> Engine:
 def teacher_on_a_card(folder: Path) -> LocalTeacher:
     """One that works while the student does, as on a stream of its own."""
     teacher = local_teacher(folder)
-    teacher.occupies_host = False
+    teacher.occupies_host, teacher._enough = False, ENOUGH_REQUESTS
     return teacher
 
 
@@ -94,9 +94,9 @@ def test_on_a_cpu_they_take_turns(teacher_folder: Path, tmp_path: Path) -> None:
     """While the teacher has requests under way the student takes no step."""
     engine, teacher = make_engine(teacher_folder, 1), local_teacher(teacher_folder)
     assert teacher.occupies_host
-    with recording(tmp_path / "trace.json"):
+    with recording(tmp_path, 1, 1):
         roll(engine, teacher)
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "trace_000001.json").read_text())["traceEvents"]
     steps = [event for event in events if event["ph"] == "X"]
     turns = [pid for pid, _ in groupby(steps, key=lambda event: event["pid"])]
     assert turns == ["student", "teacher", "student"] and len(steps) > 20
@@ -136,11 +136,11 @@ def test_the_prompts_prefix_is_prefilled_once(teacher_folder: Path) -> None:
 
 def test_a_trace_shows_who_worked_when(teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_reads_late(monkeypatch, seed=0)
-    with recording(tmp_path / "trace.json"):
+    with recording(tmp_path, 1, 1):
         rollouts = roll(make_engine(teacher_folder, 4), teacher_on_a_card(teacher_folder))
     roll(make_engine(teacher_folder, 4), local_teacher(teacher_folder))  # recorded no more
     spans = defaultdict(list)
-    for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]:
+    for event in json.loads((tmp_path / "trace_000001.json").read_text())["traceEvents"]:
         spans[event["pid"], event["ph"]].append(event)
     assert set(spans) == {("student", "X"), ("teacher", "X"), ("guidance", "b"), ("guidance", "e")}
     for name in ("student", "teacher"):

@@ -174,11 +174,11 @@ def draws(recorder: Recorder, student: Decoder) -> None:
     """The LM head and the draw, without a filter and with top-p."""
     rows = 256
     hidden_BD = _empty(rows, student.config.hidden_size)
-    noise_B = torch.empty(rows, dtype=torch.int64, device=DEVICE)
+    row_keys_B = torch.empty(rows, dtype=torch.int64, device=DEVICE)
     settings_4B = torch.tensor([1.0, 0.95, 0.0, 0.0], device=DEVICE)[:, None].repeat(1, rows)
     for name, is_filtered in (("draw", False), ("draw with top-p", True)):
         with recorder.section(f"{name}, batch {rows}", may_read=False), torch.no_grad():
-            draw(student, hidden_BD, noise_B, noise_B, settings_4B, is_filtered)
+            draw(student, hidden_BD, row_keys_B, settings_4B, is_filtered)
 
 
 def _empty(*shape: int) -> Tensor:

@@ -13,6 +13,7 @@ makes the fewest and fullest steps.
 import asyncio
 import re
 from itertools import takewhile
+from math import inf
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class LocalTeacher(Teacher):
                 f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
             )
         self.occupies_host = engine.student.lm_head.weight.is_cpu
+        self._enough = inf if self.occupies_host else ENOUGH_REQUESTS
         self._prefix_ids = self._common_prefix()
         self._arrived: SimpleQueue[_Pending] = SimpleQueue()
         self._running: dict[RolloutKey, _Pending] = {}
@@ -74,8 +76,7 @@ class LocalTeacher(Teacher):
             for key in [key for key, pending in self._running.items() if pending.answer.done()]:
                 self._engine.cancel(key)  # whoever asked has given up
                 del self._running[key]
-            has_enough = self._arrived.qsize() >= ENOUGH_REQUESTS and not self.occupies_host
-            if self._running or student_is_idle or has_enough:
+            if self._running or student_is_idle or self._arrived.qsize() >= self._enough:
                 self._submit_arrived()
             if not self._running:
                 return False
