@@ -11,7 +11,7 @@ from torch import Tensor
 from socpo_fast.kernels import paged_decode
 from socpo_fast.kernels.paged_attention import paged_attention_triton
 from socpo_fast.ops.paged_attention import paged_attention_ref
-from socpo_fast.ops.prefix_groups import MAX_MEMBERS, alone, prefix_groups
+from socpo_fast.ops.prefix_groups import prefix_groups
 from tests.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
@@ -213,30 +213,6 @@ def test_groups_of_any_rows_change_no_bit(heads: int) -> None:
             torch.arange(len(order) + 1).int(),
         )
         assert_bitwise_equal(run(some), own[order], name=f"order {seed}")
-
-
-def test_who_is_grouped() -> None:
-    """By the first page; 16 at most; as many pages as are whole and the same in all of them."""
-    table = torch.randperm(400).view(20, 20).int().numpy()
-    siblings_ = [1, 3, 4, 7, 19]
-    table[siblings_, :5] = table[1, :5]
-    table[7, 3] = 399
-    lens = torch.full((20,), 200).numpy()
-    groups = prefix_groups(table, lens, 16)
-    assert groups[siblings_, 0].tolist() == [1] * 5 and groups[siblings_, 1].tolist() == [0, 1, 2, 3, 4]
-    assert groups[siblings_, 2].tolist() == [3 * 16] * 5
-    assert groups[1, 3:9].tolist() == [*siblings_, -1]
-    others = [row for row in range(20) if row not in siblings_]
-    assert (groups[others] == alone(20)[others]).all()
-    lens[4] = 47  # two whole pages
-    assert prefix_groups(table, lens, 16)[siblings_, 2].tolist() == [32] * 5
-    lens[4] = 15
-    assert prefix_groups(table, lens, 16)[[4, 1], 2].tolist() == [0, 3 * 16]
-    table[:, 0] = 7
-    by_leader = prefix_groups(table, lens, 16)
-    assert (by_leader[:, 3:] >= 0).sum(1).max() == MAX_MEMBERS == 16
-    assert sorted(row for group in by_leader for row in group[3:] if row >= 0 and group[1] == 0)[-1] == 19
-    assert len(prefix_groups(table[:0], lens[:0], 16)) == 0
 
 
 def test_no_tokens_and_strided_arguments() -> None:
