@@ -14,7 +14,6 @@ from torch import Tensor
 from socpo_fast.kernels._attend import MODELS, TILES, Launch, attend, launch_for
 from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs, architecture_of
 from socpo_fast.kernels.paged_decode import paged_decode
-from socpo_fast.ops.prefix_groups import alone
 
 
 def paged_attention_triton(
@@ -34,7 +33,7 @@ def paged_attention_triton(
 
     Args: q fp32, bf16 or fp16; contiguous caches of the same dtype or of another of these, converted after they are
     read; max_seqlen_q and max_seqlen_k bound the query tokens and the tokens of any sequence, and choose decode when
-    max_seqlen_q is 1; groups_BG int32, of ops/prefix_groups.py, None: nobody shares. A sequence may have no query
+    max_seqlen_q is 1; groups_BG int32, of ops/prefix_groups.py, needed for decode alone. A sequence may have no query
     token. One of no tokens at all (a place kept free in a captured graph) gets zeros from decode.
     """
     q_THE = q_THE.contiguous()
@@ -46,8 +45,7 @@ def paged_attention_triton(
     tensors = (q_THE, k_cache_PSKE, v_cache_PSKE, *(x.contiguous() for x in (block_table_BM, seq_lens_B, cu_seqlens_q)))
     with torch.cuda.device_of(q_THE):
         if max_seqlen_q == 1:
-            if groups_BG is None:
-                groups_BG = torch.from_numpy(alone(len(seq_lens_B))).to(q_THE.device)
+            assert groups_BG is not None, "decode needs groups"
             paged_decode(launch, tensors, groups_BG.contiguous(), o_THE, scale, max_seqlen_k)
             return o_THE
         block_m = _block_rows(launch)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from socpo_fast.kernels._attend import MODELS, TILES, Launch, attend, launch_for
 from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, architecture_of
-from socpo_fast.ops.prefix_groups import MAX_MEMBERS
 
 
 class DecodeTile(NamedTuple):
@@ -40,6 +39,7 @@ DECODE_TILES: dict[int, dict[torch.dtype, DecodeTile]] = {
     INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), DecodeTile(32, 32, 32, 1)),
     **dict.fromkeys(ARCHITECTURES, _FP32 | _HALVES),
 }
+_MEMBERS = 16  # of a group, at most, as ops/prefix_groups.py makes them
 _MERGED_AT_ONCE = 16  # splits
 _MERGE_WARPS = 4
 
@@ -82,13 +82,13 @@ def paged_decode(
 
 def _constants(launch: Launch, tile: DecodeTile) -> dict[str, int]:
     """Of _decode_kernel. The rows of a tile depend on the model only, neither on the batch nor on groups."""
-    block_seqs = MAX_MEMBERS
+    block_seqs = _MEMBERS
     while block_seqs > 1 and block_seqs * launch.constants["GROUP"] > min(tile.rows, launch.rows):
         block_seqs //= 2
     return launch.constants | {
         "BLOCK_N": min(launch.constants["BLOCK_N"], tile.keys, tile.split),
         "SPLIT": tile.split,
-        "MEMBERS": MAX_MEMBERS,
+        "MEMBERS": _MEMBERS,
         "BLOCK_B": block_seqs,
         "BLOCK_M": max(16, triton.next_power_of_2(block_seqs * launch.constants["GROUP"])),
     }

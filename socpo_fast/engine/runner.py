@@ -142,12 +142,11 @@ class Runner:
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""
-        if not copies:
-            return
-        with self.on_stream():
-            source, target = upload(torch.tensor(copies), self.device).unbind(1)
-            self.k_cache_LPSKE[:, target] = self.k_cache_LPSKE[:, source]
-            self.v_cache_LPSKE[:, target] = self.v_cache_LPSKE[:, source]
+        if copies:
+            with self.on_stream():
+                source, target = upload(torch.tensor(copies), self.device).unbind(1)
+                self.k_cache_LPSKE[:, target] = self.k_cache_LPSKE[:, source]
+                self.v_cache_LPSKE[:, target] = self.v_cache_LPSKE[:, source]
 
     def _pack(self, plan: list[tuple[Sequence, int]]) -> Step:
         token_ids: list[int] = []

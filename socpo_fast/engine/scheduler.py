@@ -76,8 +76,7 @@ class Scheduler:
 
     def release_lookahead(self, attempts: list[Attempt]) -> None:
         """Give back the pages that finished attempts were to go on in."""
-        for attempt in attempts:
-            sequence = self.pinned[attempt]
+        for sequence in [self.pinned[attempt] for attempt in attempts]:
             sequence.shorten(self.pool, sequence.num_cached)
 
     def fork(self, root: Sequence, children: list[Sequence]) -> list[tuple[int, int]]:

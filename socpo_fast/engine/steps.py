@@ -108,8 +108,8 @@ class StepQueue:
     def _note(self, step: LaunchedStep) -> None:
         """For a trace: the device turned to a step when it was launched or the one before it ended."""
         name = f"{step.num_rounds} decode rounds" if step.is_decode else "forward"
-        begin_s = max(step.launched_s, self._collected_s)
-        note_span(self.name, name, since=begin_s, sequences=len(step.sequences))
+        since = max(step.launched_s, self._collected_s)
+        note_span(self.name, name, since=since, sequences=len(step.sequences))
         self._collected_s = time.perf_counter()
 
     def drop_dead(self) -> None:

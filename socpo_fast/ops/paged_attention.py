@@ -16,7 +16,7 @@ from torch import Tensor
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
-from socpo_fast.ops.prefix_groups import prefix_groups
+from socpo_fast.ops.prefix_groups import alone, prefix_groups
 
 
 def paged_attention_ref(
@@ -223,6 +223,8 @@ def _kernel(
         return torch.ops.socpo.paged_attention(*tensors, scale, cascade)
     if impl == "ref" or len(q_THE) == 0:
         return paged_attention_ref(*tensors, scale=scale)
+    if max_seqlen_q == 1 and groups_BG is None:  # nobody shares
+        groups_BG = torch.from_numpy(alone(len(seq_lens_B))).to(q_THE.device)
     longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale}
     if impl == "flash":
         return paged_attention_flash(*tensors, **longest)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import Tensor
 from socpo_fast.kernels import paged_decode
 from socpo_fast.kernels.paged_attention import paged_attention_triton
 from socpo_fast.ops.paged_attention import paged_attention_ref
-from socpo_fast.ops.prefix_groups import prefix_groups
+from socpo_fast.ops.prefix_groups import alone, prefix_groups
 from tests.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
@@ -25,9 +25,10 @@ SPLIT = 32 if DEVICE == "cpu" else 256
 
 def run(case: Case, *, cascade: bool = True, **options: Any) -> Tensor:
     """max_seqlen_k is that of the table, as in a captured graph, unless given."""
+    groups = alone(len(case.seq_lens_B))
     if cascade:
         groups = prefix_groups(case.block_table_BM.numpy(), case.seq_lens_B.numpy(), case.k_cache_PSKE.shape[1])
-        options |= {"groups_BG": torch.from_numpy(groups).to(DEVICE)}
+    options |= {"groups_BG": torch.from_numpy(groups).to(DEVICE)}
     options = {"max_seqlen_k": case.block_table_BM.shape[1] * case.k_cache_PSKE.shape[1]} | options
     options = {"max_seqlen_q": int(case.cu_seqlens_q.diff().max()), "scale": case.q_THE.shape[-1] ** -0.5} | options
     return paged_attention_triton(*(x.to(DEVICE) for x in case), **options).cpu()

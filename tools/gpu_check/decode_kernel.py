@@ -132,3 +132,14 @@ def variant(
         yield
     finally:
         paged_decode.DECODE_TILES, paged_attention.launch_for = tiles, launch_for
+
+
+class WithOptions:
+    """A Triton kernel whose every launch gets some more options."""
+
+    def __init__(self, kernel: Any, **options: int):
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid: Any) -> Any:
+        launch = self.kernel[grid]
+        return lambda *tensors, **settings: launch(*tensors, **settings, **self.options)
