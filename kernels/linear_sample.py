@@ -1,8 +1,9 @@
 """LM head and draw in one pass on a GPU: the [N, V] logits exist only as tiles.
 
 Read top-down: linear_sample_triton launches _sample_tile_kernel, where a program multiplies a tile of rows by a tile of
-the vocabulary and reduces each row of it to six numbers, and _merge_tiles_kernel, which reduces those; _noise and
-_minus_log1p are the draw's noise. ops/sample.py says what is drawn, and with which noise.
+the vocabulary and reduces each row of it to six numbers, and _merge_tiles_kernel, which reduces those; where there are
+filters the logits are kept, and filtered_draw.py draws again. _noise.py has the draw's noise, ops/sample.py says what
+is drawn.
 
 Departures from the textbook. The noise is a hash of row key and token id, bit for bit that of ops/sample.py. A tile of
 the vocabulary is a split of its own, so nothing runs on from tile to tile; tiles are merged in order and the lowest of
@@ -17,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, architecture_of
+from socpo_fast.kernels._noise import gumbel
+from socpo_fast.kernels.filtered_draw import Filters, filtered_draw
 
 
 class SampleTile(NamedTuple):
@@ -37,21 +40,20 @@ TILES: dict[int, dict[torch.dtype, SampleTile]] = {
 }
 _MERGE_WARPS = 8
 
-_GOLDEN = tl.constexpr(0x9E3779B1)
-_MIX_1 = tl.constexpr(0x7FEB352D)
-_MIX_2 = tl.constexpr(0x846CA68B)
-_INV_2_32 = tl.constexpr(2.0**-32)
-_BELOW_1 = tl.constexpr(1 - 2.0**-24)
-
 
 def linear_sample_triton(
-    hidden_TD: Tensor, weight_VD: Tensor, row_keys_B: Tensor, temperature_B: Tensor, rows_B: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [B] int64, log-probs [B] and entropies [B] fp32, nats, of unfiltered draws from the LM head.
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    row_keys_B: Tensor,
+    temperature_B: Tensor,
+    rows_B: Tensor | None,
+    filters: Filters | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids [B] int64; log-probs, entropies and kept mass [B] fp32, of draws from the LM head.
 
     Args: hidden fp32, bf16 or fp16 [T, D]; weight [V, D], the same or another of these, converted after it is read; the
     last stride of both is 1; temperature fp32, 0 is greedy; rows int64, each draw's row of hidden (None: its own
-    number).
+    number); filters as of filtered_draw, None: no draw has one. Rows whose filters are off draw the same either way.
     """
     num_draws, (vocab, width) = row_keys_B.numel(), weight_VD.shape
     tile = TILES[architecture_of(hidden_TD)][hidden_TD.dtype]
@@ -60,17 +62,23 @@ def linear_sample_triton(
     values_5BN = row_keys_B.new_empty((5, num_draws, num_tiles), dtype=torch.float32)
     token_ids_B = row_keys_B.new_empty(num_draws)
     logprobs_B, entropy_B = values_5BN.new_empty(num_draws), values_5BN.new_empty(num_draws)
+    kept_mass_B = torch.ones_like(logprobs_B)
+    draws = token_ids_B, logprobs_B, entropy_B, kept_mass_B
     if num_draws == 0:
-        return token_ids_B, logprobs_B, entropy_B
+        return draws
+    z_BV = None if filters is None else values_5BN.new_empty((num_draws, vocab))
+    sums_2B = None if filters is None else values_5BN.new_empty((2, num_draws))
+    row_keys_B, temperature_B = row_keys_B.contiguous(), temperature_B.contiguous()
     with torch.cuda.device_of(hidden_TD):
         _sample_tile_kernel[triton.cdiv(num_draws, tile.rows), num_tiles](
             hidden_TD,
             weight_VD,
-            row_keys_B.contiguous(),
-            temperature_B.contiguous(),
+            row_keys_B,
+            temperature_B,
             None if rows_B is None else rows_B.contiguous(),
             ids_BN,
             values_5BN,
+            z_BV,
             num_draws,
             vocab,
             width,
@@ -87,13 +95,16 @@ def linear_sample_triton(
             token_ids_B,
             logprobs_B,
             entropy_B,
+            sums_2B,
             num_draws,
             num_tiles,
             BLOCK_B=tile.merged_rows,
             BLOCK_N=triton.next_power_of_2(num_tiles),
             num_warps=_MERGE_WARPS,
         )
-    return token_ids_B, logprobs_B, entropy_B
+        if filters is not None and z_BV is not None and sums_2B is not None:
+            filtered_draw(z_BV, sums_2B, row_keys_B, temperature_B, filters, (token_ids_B, logprobs_B, kept_mass_B))
+    return draws
 
 
 def aot_configs() -> AotConfigs:
@@ -102,13 +113,14 @@ def aot_configs() -> AotConfigs:
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
             low = torch.bfloat16 if dtype == torch.float32 else dtype
-            for label, weight, rows, odd in (
-                ("even sizes", dtype, None, False),
-                ("rows, even sizes", dtype, torch.int64, False),
-                ("rows, 16-bit head", low, torch.int64, False),
-                ("odd sizes", dtype, None, True),
+            for label, weight, rows, odd, kept in (
+                ("even sizes", dtype, None, False, None),
+                ("even sizes, filters", dtype, None, False, torch.float32),
+                ("rows, even sizes", dtype, torch.int64, False, None),
+                ("rows, 16-bit head", low, torch.int64, False, None),
+                ("odd sizes", dtype, None, True, None),
             ):
-                pointers = results | {"hidden_ptr": dtype, "weight_ptr": weight, "rows_ptr": rows}
+                pointers = results | {"hidden_ptr": dtype, "weight_ptr": weight, "rows_ptr": rows, "z_ptr": kept}
                 yield AotConfig(
                     _sample_tile_kernel,
                     architecture,
@@ -128,7 +140,9 @@ def aot_configs() -> AotConfigs:
                 "BLOCK_B": tile.merged_rows,
                 "BLOCK_N": triton.next_power_of_2(triton.cdiv(262144, tile.tokens)),
             }
-            yield AotConfig(_merge_tiles_kernel, architecture, dtype, "V = 262144", _MERGE_WARPS, pointers, constants)
+            of = (_merge_tiles_kernel, architecture, dtype)
+            for label, kept in (("V = 262144", None), ("V = 262144, filters", torch.float32)):
+                yield AotConfig(*of, label, _MERGE_WARPS, pointers | {"sums_ptr": kept}, constants)
 
 
 @triton.jit(
@@ -143,6 +157,7 @@ def _sample_tile_kernel(
     rows_ptr,
     ids_ptr,
     values_ptr,
+    z_ptr,
     num_draws,
     vocab,
     width,
@@ -173,15 +188,17 @@ def _sample_tile_kernel(
     temperature = tl.load(temperature_ptr + draws, is_draw, other=1.0)
     is_greedy = temperature == 0
     z = tl.where(is_token[None, :], z * tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))[:, None], float("-inf"))
+    if z_ptr is not None:
+        z_ptrs = z_ptr + draws.to(tl.int64)[:, None] * vocab + token_ids[None, :]
+        tl.store(z_ptrs, z, is_draw[:, None] & is_token[None, :])
     highest = tl.max(z, 1)
     below = z - tl.where(highest == float("-inf"), 0.0, highest)[:, None]
     terms = tl.exp(below)
     total = tl.sum(terms, 1)
     weighted = tl.sum(terms * tl.where(below == float("-inf"), 0.0, below), 1)
 
-    noise = _noise(tl.load(row_keys_ptr + draws, is_draw, other=0), token_ids)
-    v = tl.minimum((noise.to(tl.float32) + 0.5) * _INV_2_32, _BELOW_1)
-    scores = z + tl.where(is_greedy[:, None], 0.0, -tl.log(_minus_log1p(v)))
+    noise = gumbel(tl.load(row_keys_ptr + draws, is_draw, other=0), token_ids)
+    scores = z + tl.where(is_greedy[:, None], 0.0, noise)
     best = tl.max(scores, 1)
     none = (tl.program_id(1) + 1) * BLOCK_V
     best_id = tl.min(tl.where(is_token[None, :] & (scores == best[:, None]), token_ids[None, :], none), 1)
@@ -205,6 +222,7 @@ def _merge_tiles_kernel(
     token_ids_ptr,
     logprobs_ptr,
     entropy_ptr,
+    sums_ptr,
     num_draws,
     num_tiles,
     BLOCK_B: tl.constexpr,
@@ -233,25 +251,6 @@ def _merge_tiles_kernel(
     tl.store(token_ids_ptr + draws, tl.load(ids_ptr + place).to(tl.int64), is_draw)
     tl.store(logprobs_ptr + draws, (tl.load(values_ptr + place + 4 * step) - highest) - log_total, is_draw)
     tl.store(entropy_ptr + draws, entropy, is_draw)
-
-
-@triton.jit
-def _noise(row_keys, token_ids):
-    """noise_bits of ops/sample.py, [rows, tokens] uint32."""
-    low, high = row_keys.to(tl.uint32), (row_keys >> 32).to(tl.uint32)
-    return _mix_32(_mix_32((token_ids.to(tl.uint32) * _GOLDEN)[None, :] ^ low[:, None]) ^ high[:, None])
-
-
-@triton.jit
-def _mix_32(x):
-    x = (x ^ (x >> 16)) * _MIX_1
-    x = (x ^ (x >> 15)) * _MIX_2
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _minus_log1p(v):
-    """-log(1 - v) for 2^-33 <= v < 1, within a few units in the last place: the rounding of 1 - v is made up for."""
-    rest = 1.0 - v
-    lost = 1.0 - rest
-    return tl.where(lost == 0, v, -tl.log(rest) * (v / tl.where(lost == 0, 1.0, lost)))
+    if sums_ptr is not None:
+        tl.store(sums_ptr + draws, highest, is_draw)
+        tl.store(sums_ptr + num_draws + draws, log_total, is_draw)

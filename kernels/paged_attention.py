@@ -27,14 +27,14 @@ def paged_attention_triton(
     scale: float,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    cascade: bool = True,
+    groups_BG: Tensor | None = None,
 ) -> Tensor:
     """o [T, H, E] in q's dtype, as `paged_attention` of ops/ defines it; nothing is read back from the device.
 
     Args: q fp32, bf16 or fp16; contiguous caches of the same dtype or of another of these, converted after they are
     read; max_seqlen_q and max_seqlen_k bound the query tokens and the tokens of any sequence, and choose decode when
-    max_seqlen_q is 1. A sequence may have no query token. One of no tokens at all (a place kept free in a captured
-    graph) gets zeros from decode.
+    max_seqlen_q is 1; groups_BG int32, of ops/prefix_groups.py, needed for decode alone. A sequence may have no query
+    token. One of no tokens at all (a place kept free in a captured graph) gets zeros from decode.
     """
     q_THE = q_THE.contiguous()
     o_THE = torch.empty_like(q_THE)
@@ -45,7 +45,8 @@ def paged_attention_triton(
     tensors = (q_THE, k_cache_PSKE, v_cache_PSKE, *(x.contiguous() for x in (block_table_BM, seq_lens_B, cu_seqlens_q)))
     with torch.cuda.device_of(q_THE):
         if max_seqlen_q == 1:
-            paged_decode(launch, tensors, o_THE, scale, max_seqlen_k, cascade)
+            assert groups_BG is not None, "decode needs groups"
+            paged_decode(launch, tensors, groups_BG.contiguous(), o_THE, scale, max_seqlen_k)
             return o_THE
         block_m = _block_rows(launch)
         grid = (block_table_BM.shape[0], kv_heads, triton.cdiv(max_seqlen_q, block_m // launch.constants["GROUP"]))

@@ -1,14 +1,17 @@
 """Paged attention of one new token a sequence: keys in fixed splits, a prefix shared by siblings read once.
 
 Read top-down: paged_decode launches _decode_kernel, which leaves a partial result (largest score, sum, output) for
-each split of _SPLIT keys, and _merge_splits_kernel, which adds them up. Nothing is decided on the host, so that a
-decode step can be captured in a CUDA graph and replayed at other lengths.
+each split of keys, and _merge_splits_kernel, which adds them up. Nothing is decided on the host, so that a decode step
+can be captured in a CUDA graph and replayed at other lengths.
 
 Departures from the textbook. All query heads of a KV head are rows of one tile, so that each key is read once for them.
-Cascade: sequences stand in aligned blocks of BLOCK_B; where all of a block have the same pages over a whole split, the
-program of the first takes the rows of all of them and the others leave. Each program finds that out from the table. A
-sequence's rows stand at the same places of the tile either way, so cascade changes no bit.
+Cascade: ops/prefix_groups.py names groups of sequences that begin with the same pages. Of a split that lies within
+these, the program of every BLOCK_B-th member takes the rows of BLOCK_B members, and the others' programs leave. Groups
+are data: a sequence's rows go through the same instructions alone, in a group, and in another one, so cascade changes
+no bit.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,25 +21,43 @@ from torch import Tensor
 from socpo_fast.kernels._attend import MODELS, TILES, Launch, attend, launch_for
 from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, architecture_of
 
-_SPLIT = 256
-_SPLIT_INTERPRETED = 32
-_BLOCK_SEQS = 8  # at most, sequences of a block
+
+class DecodeTile(NamedTuple):
+    """How a program goes through its keys."""
+
+    rows: int  # query heads of a KV head times siblings, at most, unless one token's are more
+    split: int  # keys of a program
+    keys: int  # that it holds at once, at most
+    num_stages: int
+
+
+# In 16 bits five stages give two buffers each to keys and values, 32 of which leave room for four
+# programs on an H100's SM (Triton 3.7; three with 3.6).
+_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), DecodeTile(32, 256, 32, 5))
+_FP32 = {torch.float32: DecodeTile(32, 256, 64, 3)}
+DECODE_TILES: dict[int, dict[torch.dtype, DecodeTile]] = {
+    INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), DecodeTile(32, 32, 32, 1)),
+    **dict.fromkeys(ARCHITECTURES, _FP32 | _HALVES),
+}
+_MEMBERS = 16  # of a group, at most, as ops/prefix_groups.py makes them
 _MERGED_AT_ONCE = 16  # splits
 _MERGE_WARPS = 4
 
 
 def paged_decode(
-    launch: Launch, tensors: tuple[Tensor, ...], o_THE: Tensor, scale: float, max_seqlen_k: int, cascade: bool
+    launch: Launch, tensors: tuple[Tensor, ...], groups_BG: Tensor, o_THE: Tensor, scale: float, max_seqlen_k: int
 ) -> None:
-    """Into o_THE; `tensors` are the first six arguments of paged_attention_triton, contiguous."""
+    """Into o_THE; `tensors` are the first six arguments of paged_attention_triton, contiguous, as groups_BG is."""
     q_THE, _, _, block_table_BM, seq_lens_B, cu_seqlens_q = tensors
     (num_seqs, table_width), heads, kv_heads = block_table_BM.shape, q_THE.shape[1], launch.constants["NUM_KV_HEADS"]
-    constants = _constants(launch, _SPLIT if architecture_of(q_THE) != INTERPRETER else _SPLIT_INTERPRETED, cascade)
-    num_splits = triton.cdiv(max_seqlen_k, constants["SPLIT"])
+    tile = DECODE_TILES[architecture_of(q_THE)][q_THE.dtype]
+    constants = _constants(launch, tile)
+    num_splits = triton.cdiv(max_seqlen_k, tile.split)
     partial_BHNE = q_THE.new_empty((num_seqs, heads, num_splits, q_THE.shape[2]), dtype=torch.float32)
     sums_2BHN = q_THE.new_empty((2, num_seqs, heads, num_splits), dtype=torch.float32)
     _decode_kernel[num_seqs, kv_heads, num_splits](
         *tensors,
+        groups_BG,
         partial_BHNE,
         sums_2BHN,
         num_seqs,
@@ -45,6 +66,7 @@ def paged_decode(
         scale,
         **constants,
         num_warps=launch.num_warps,
+        num_stages=tile.num_stages,
     )
     _merge_splits_kernel[num_seqs, heads](
         seq_lens_B,
@@ -58,17 +80,16 @@ def paged_decode(
     )
 
 
-def _constants(launch: Launch, split: int, cascade: bool) -> dict[str, int]:
-    """Of _decode_kernel. The rows of a tile depend on the model only, neither on the batch nor on cascade."""
-    block_seqs = _BLOCK_SEQS
-    while block_seqs > 1 and block_seqs * launch.constants["GROUP"] > launch.rows:
+def _constants(launch: Launch, tile: DecodeTile) -> dict[str, int]:
+    """Of _decode_kernel. The rows of a tile depend on the model only, neither on the batch nor on groups."""
+    block_seqs = _MEMBERS
+    while block_seqs > 1 and block_seqs * launch.constants["GROUP"] > min(tile.rows, launch.rows):
         block_seqs //= 2
     return launch.constants | {
-        "BLOCK_N": min(launch.constants["BLOCK_N"], split),
-        "CASCADE": cascade and block_seqs > 1,
-        "SPLIT": split,
+        "BLOCK_N": min(launch.constants["BLOCK_N"], tile.keys, tile.split),
+        "SPLIT": tile.split,
+        "MEMBERS": _MEMBERS,
         "BLOCK_B": block_seqs,
-        "BLOCK_P": triton.next_power_of_2(split // launch.constants["PAGE_SIZE"] + 2),  # pages that a split may touch
         "BLOCK_M": max(16, triton.next_power_of_2(block_seqs * launch.constants["GROUP"])),
     }
 
@@ -85,18 +106,20 @@ def aot_configs() -> AotConfigs:
         for dtype in TILES[architecture]:
             for heads, kv_heads, head_dim, page_size in MODELS:
                 launch = launch_for(architecture, dtype, heads, kv_heads, head_dim, page_size)
-                constants = _constants(launch, _SPLIT, cascade=True)
+                tile = DECODE_TILES[architecture][dtype]
+                constants = _constants(launch, tile)
                 pages = torch.bfloat16 if dtype == torch.float32 and head_dim == 128 else dtype
                 of = (architecture, dtype, f"{heads} heads on {kv_heads} of {head_dim}, page {page_size}")
-                pointers = {"q_ptr": dtype, "k_ptr": pages, "v_ptr": pages, "block_table_ptr": torch.int32}
-                yield AotConfig(_decode_kernel, *of, launch.num_warps, pointers | lengths | partial, constants)
+                pointers = {"q_ptr": dtype, "k_ptr": pages, "v_ptr": pages} | lengths | partial
+                pointers |= dict.fromkeys(("block_table_ptr", "groups_ptr"), torch.int32)
+                yield AotConfig(_decode_kernel, *of, launch.num_warps, pointers, constants, num_stages=tile.num_stages)
                 pointers = {"o_ptr": dtype} | lengths | partial
                 yield AotConfig(_merge_splits_kernel, *of, _MERGE_WARPS, pointers, _merge_constants(constants))
 
 
 @triton.jit(
     do_not_specialize=["num_seqs", "table_width", "num_splits"],
-    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "cu_seqlens_q_ptr"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "cu_seqlens_q_ptr", "groups_ptr"],
 )
 def _decode_kernel(
     q_ptr,
@@ -105,6 +128,7 @@ def _decode_kernel(
     block_table_ptr,
     seq_lens_ptr,
     cu_seqlens_q_ptr,
+    groups_ptr,
     partial_ptr,
     sums_ptr,
     num_seqs,
@@ -115,31 +139,29 @@ def _decode_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    CASCADE: tl.constexpr,
     SPLIT: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    begin, first = split * SPLIT, seq - seq % BLOCK_B
+    begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, tl.load(seq_lens_ptr + seq))
-    pages_ptr = block_table_ptr + seq.to(tl.int64) * table_width
-    shared = seq < 0  # False
-    if CASCADE:
-        shared = _block_shares_pages(
-            block_table_ptr, seq_lens_ptr, pages_ptr, first, begin, num_seqs, table_width,
-            PAGE_SIZE, SPLIT, BLOCK_B, BLOCK_P,
-        )  # fmt: skip
-    leaves = shared & (seq != first)
+    group_ptr = groups_ptr + seq * (3 + MEMBERS)
+    leader, place, num_shared = tl.load(group_ptr), tl.load(group_ptr + 1), tl.load(group_ptr + 2)
+    is_shared = begin + SPLIT <= num_shared
+    leaves = is_shared & (place % BLOCK_B != 0)
     if (begin < end) & (leaves == 0):
+        pages_ptr = block_table_ptr + seq.to(tl.int64) * table_width
         rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
-        seqs = first + rows // GROUP
-        exists = (rows < BLOCK_B * GROUP) & (seqs < num_seqs)
+        members_ptr = groups_ptr + leader * (3 + MEMBERS) + 3 + (place - place % BLOCK_B)
+        seqs = tl.load(members_ptr + rows // GROUP, rows < BLOCK_B * GROUP, other=-1)
+        exists = seqs >= 0
         tokens = tl.load(cu_seqlens_q_ptr + seqs, exists, other=0)
-        is_row = exists & (tokens < tl.load(cu_seqlens_q_ptr + seqs + 1, exists, other=0)) & ((seqs == seq) | shared)
+        is_row = exists & (tokens < tl.load(cu_seqlens_q_ptr + seqs + 1, exists, other=0))
+        is_row = is_row & ((seqs == seq) | is_shared)
         heads = kv_head * GROUP + rows % GROUP
         inside = (columns < HEAD_DIM)[None, :]
         places = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
@@ -152,34 +174,6 @@ def _decode_kernel(
         tl.store(sums_ptr + places, highest, is_row)
         tl.store(sums_ptr + tl.cast(num_seqs, tl.int64) * (NUM_KV_HEADS * GROUP) * num_splits + places, total, is_row)
         tl.store(partial_ptr + places[:, None] * HEAD_DIM + columns[None, :], out, is_row[:, None] & inside)
-
-
-@triton.jit
-def _block_shares_pages(
-    block_table_ptr,
-    seq_lens_ptr,
-    pages_ptr,
-    first,
-    begin,
-    num_seqs,
-    table_width,
-    PAGE_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Whether all sequences of the block from `first` on fill the split at `begin`, and with the pages at pages_ptr."""
-    seqs = first + tl.arange(0, BLOCK_B)
-    seq_lens = tl.load(seq_lens_ptr + seqs, seqs < num_seqs, other=2147483647)
-    full = tl.min(seq_lens, 0) >= begin + SPLIT
-    idx = begin // PAGE_SIZE + tl.arange(0, BLOCK_P)
-    wanted = full & (idx <= (begin + SPLIT - 1) // PAGE_SIZE)
-    own = tl.load(pages_ptr + idx, wanted, other=0)
-    all_wanted = (seqs < num_seqs)[:, None] & wanted[None, :]
-    table_rows_ptr = block_table_ptr + seqs.to(tl.int64) * table_width
-    pages = tl.load(table_rows_ptr[:, None] + idx[None, :], all_wanted, other=0)
-    differ = all_wanted & (pages != own[None, :])
-    return full & (tl.max(tl.max(differ.to(tl.int32), 1), 0) == 0)
 
 
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["seq_lens_ptr", "cu_seqlens_q_ptr"])

@@ -87,6 +87,31 @@ def upload_together(tensors: list[Tensor], device: torch.device) -> tuple[Tensor
     return upload(torch.cat(tensors), device).split([x.numel() for x in tensors])
 
 
+class Readback:
+    """A tensor on its way to the host, behind what the current stream was given before.
+
+    On a CPU it is the tensor itself: whoever writes to it again has read it before.
+    """
+
+    def __init__(self, x: Tensor):
+        self._host = x.to("cpu", non_blocking=True)  # pinned, where it was on a card
+        self._copied: torch.cuda.Event | None = None
+        if x.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(x.device))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether wait would return at once."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> Tensor:
+        """Returns the tensor on the host; waits for its stream alone, no other one."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
+
+
 def choose_vector_functions() -> None:
     """Have MKL choose the functions behind torch's cos, exp, log, .. for this CPU, from one thread.
 

@@ -86,8 +86,9 @@ class Session:
             self.student,
             **config.engine.model_dump(),
             min_memory_bytes=sum(gradient_bytes(p for p in self.student.parameters() if p.requires_grad)),
+            stream_priority=-1,
         )
-        self._check_room()
+        self.engine.prepare(self._longest_context())
 
     @property
     def memory_note(self) -> str:
@@ -117,8 +118,8 @@ class Session:
         positions = self.student.config.max_position_embeddings
         return min(self.config.data.max_prompt_tokens, positions - self.config.rollout.max_new_tokens)
 
-    def _check_room(self) -> None:
-        """The KV cache holds the longest context there can be, so its size decides nothing that is measured."""
+    def _longest_context(self) -> int:
+        """Tokens of the longest context there can be. The KV cache must hold it, so that its size changes no result."""
         rollout, positions = self.config.rollout, self.student.config.max_position_embeddings
         check_rule(
             "rollout",
@@ -141,6 +142,7 @@ class Session:
                 f"got room for {room} ({self.engine.kv_cache.note}); "
                 "raise it, or lower data.max_prompt_tokens, rollout.max_new_tokens or rollout.guidance_limit"
             )
+        return needed
 
     def train_questions(self) -> list[Question]:
         data = self.config.data

@@ -38,6 +38,7 @@ from socpo_fast.run_state import (
 from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.stopping import StopSignals
+from socpo_fast.trace import note_span, recording
 from socpo_fast.train.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Question, Rollout
@@ -86,8 +87,7 @@ def rollout_only(config: Config) -> None:
 class Trainer:
     """One run: its session, its optimizer, which counts updates, and its state. Read run first.
 
-    The run's folder is the caller's to hold (run_folder), and nothing is written to it before run.
-    """
+    The run's folder is the caller's to hold (run_folder), and nothing is written to it before run."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -174,13 +174,12 @@ class Trainer:
         replace_file(config.folder / "config.toml", self.config_text)
         drop_rollouts(config.folder, after_batch=self.state.batch)
         mark_none_yet(self.checkpoints)
-        self.progress = Progress(
-            num_batches=config.run.num_batches, first_batch=self.state.batch + 1, live=config.run.live
-        )
+        first, run = self.state.batch + 1, config.run
+        self.progress = Progress(num_batches=run.num_batches, first_batch=first, live=run.live)
         stack.enter_context(self.progress)
         self.guidance_watch = GuidanceWatch(self.progress)
-        first = first_line(config.run, self.student, self.resumed_from)
-        for note in (first, self.session.memory_note, *self.session.bridge.notes):
+        first_note = first_line(run, self.student, self.resumed_from)
+        for note in (first_note, self.session.memory_note, *self.session.bridge.notes):
             self.progress.note(note)
         if self.state.batch >= config.run.num_batches:
             self.progress.note(f"finished at batch {self.state.batch}; raise run.num_batches to go on")
@@ -194,7 +193,8 @@ class Trainer:
                 self.save()
             if self.state.batch >= self.config.run.num_batches:
                 return
-            self.run_batch()
+            with recording(self.config.folder, self.state.batch + 1, self.config.run.trace_batches):
+                self.run_batch()
             self.signals.check()
 
     def run_batch(self) -> None:
@@ -203,6 +203,7 @@ class Trainer:
         batch = self.state.batch + 1
         questions = pick_questions(config, self.train_questions, batch)
         rollouts, metrics = self.roll_out(questions, batch)
+        note_span("trainer", "rollout", since=started)
         factors, advantages_A = assign_credit(rollouts, options=self.credit, device=config.run.device)
         metrics |= summarize(rollouts, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
@@ -218,6 +219,7 @@ class Trainer:
             eval_due=bool(self.eval_questions) and (is_last or is_due(before, after, config.eval.every_updates)),
             save_due=is_due(before, after, config.run.checkpoint_every_updates),
         )
+        note_span("trainer", "update", since=update_started)
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
         self.record(metrics | self.session.peak_memory(self.progress.note), kind="batch")

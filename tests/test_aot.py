@@ -188,3 +188,24 @@ print(*aot.discover()[1])
     assert done.stdout.strip() == (
         "kernels/decay_advantage.py: aot_configs must yield every kernel, got none for _decay_advantage_kernel"
     )
+
+
+DECODE = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from tools import aot, kernels_doc
+from socpo_fast.kernels import paged_decode
+for config in paged_decode.aot_configs():
+    if config.kernel is paged_decode._decode_kernel and config.dtype == torch.bfloat16:
+        if config.architecture == 90 and config.label.startswith("32 heads on 8 of 128"):
+            print(kernels_doc.compiled_of(aot.Launch(config)))
+"""
+
+
+def test_decode_loads_keys_ahead() -> None:
+    """Two buffers of keys and two of values, and three programs at once, in the TTGIR for an H100."""
+    done = run_aot(code=DECODE)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 32x128 bf16" in done.stdout, done.stdout
+    assert int(re.search(r"num_ctas=(\d+)", done.stdout)[1]) >= 3, done.stdout

@@ -36,6 +36,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "metrics": (),
     "device": (),
     "files": (),
+    "trace": ("files",),
 }
 
 

@@ -90,7 +90,7 @@ def test_no_more_kv_than_its_rollouts_fill(planner: Planner) -> None:
 def test_a_run_without_updates(planner: Planner) -> None:
     plan = planner("Qwen3-8B", is_training=False)
     assert list(plan.residents) == ["weights", "context, graph pools (estimate)"]
-    draws = 64 * 256 * 151936 + 4 * 151936 * 4096  # arrays of the sort; the head in fp32
+    draws = 4 * 256 * 151936  # logits
     step = 2048 * (4 * 4096 + 3 * 12288) * 2
     assert plan.temporaries == {"rollouts: a step, draws with top-p": draws + step}
     assert plan.gradients == 0

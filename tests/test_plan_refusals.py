@@ -144,7 +144,7 @@ LEVERS: dict[str, tuple[str, Card, dict[str, Any], list[str]]] = {
     "graph pools, draws": (
         "Qwen3-0.6B",
         CARDS["rtx4090"],
-        {"engine__max_running": 4096},
+        {"engine__max_running": 16384},
         ["lower engine.max_running"],
     ),
     "a fixed cache": (

@@ -99,7 +99,8 @@ def decoding(config: ModelConfig) -> dict[str, Work]:
     """One layer's attention of rollouts, and the draw of one token each."""
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     vocab, width = config.vocab_size, config.hidden_size
-    partial = WIDE * SEQUENCES * heads * head_dim * -(-CONTEXT // paged_decode._SPLIT)
+    split = paged_decode.DECODE_TILES[90][torch.bfloat16].split
+    partial = WIDE * SEQUENCES * heads * head_dim * -(-CONTEXT // split)
     seen = PROMPTS * PROMPT * (PROMPT + 1) / 2
     prompt = HALF * PROMPTS * PROMPT * (2 * heads + 2 * kv_heads) * head_dim
     tile = linear_sample.TILES[90][torch.bfloat16]
@@ -119,6 +120,7 @@ def decoding(config: ModelConfig) -> dict[str, Work]:
             2 * SEQUENCES * vocab * width,
         ),
         "_merge_tiles_kernel": Work(f"{SEQUENCES} draws", tiles),
+        "_filtered_draw_kernel": Work(f"{SEQUENCES} filtered draws", WIDE * SEQUENCES * vocab),
     }
 
 

@@ -45,6 +45,9 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept, beside the best one")
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="cpu, cuda or cuda:INDEX")
     threads: int = Field(default=0, ge=0, le=4096, description="CPU threads, 0 = all cores (or OMP_NUM_THREADS)")
+    trace_batches: int = Field(
+        default=0, ge=0, description="first batches whose student, teacher and phases are traced for ui.perfetto.dev"
+    )
     live: bool = Field(default=True, description="live progress display on a terminal; otherwise one line a batch")
 
 

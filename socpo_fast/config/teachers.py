@@ -68,6 +68,11 @@ class LocalTeacherConfig(ModelTeacherConfig):
         default="auto", description="parameter type; auto = bfloat16 on a card, float32 on a CPU"
     )
     kv_cache_gib: float = Field(default=1.0, gt=0, le=4096, description="KV cache, GiB")
+    device: str | None = Field(
+        default=None,
+        pattern=r"^(cpu|cuda(:[0-9]+)?)$",
+        description="cpu, cuda or cuda:INDEX, a card of its own; none = run.device",
+    )
     enable_thinking: bool | None = Field(
         default=None, description="for chat templates that ask, as student.enable_thinking"
     )

@@ -15,13 +15,12 @@ from typing import Literal
 from torch import Tensor
 
 from socpo_fast.engine.checks import check_fits, check_key, check_resume, check_settings
-from socpo_fast.engine.decode import DecodeLoop
 from socpo_fast.engine.memory import kv_cache_size
 from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.runner import Runner
-from socpo_fast.engine.sampler import sample_tokens
 from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence, fresh_batch
+from socpo_fast.engine.steps import StepQueue
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import Attempt, EngineStats, RolloutKey, SamplingParams
@@ -40,6 +39,9 @@ class Engine:
         attention:    implementation of paged_attention, "auto" or a name; "flash" needs page_size 256 and flash-attn.
         cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
         min_memory_bytes: of what lend_memory lends, which holds the pages in any case.
+        stream_priority: on a GPU, all its work goes to a stream of its own with this priority (a lower number is more
+            urgent: -1 the student, 0 a teacher beside it); None: to the caller's stream.
+        name: of its track in a trace.
 
     Raises:
         ValueError: a number out of range, a card with too little left, or a pool without a page.
@@ -57,6 +59,8 @@ class Engine:
         cascade: bool = True,
         attention: str = "auto",
         min_memory_bytes: int = 0,
+        stream_priority: int | None = None,
+        name: str = "student",
     ):
         check_settings(page_size, max_running, token_budget, tokens_per_sync)
         self.kv_cache = kv_cache_size(student, kv_cache_gib, page_size, max_running)
@@ -74,20 +78,20 @@ class Engine:
             cascade=cascade,
             attention=attention,
             min_memory_bytes=min_memory_bytes,
+            stream_priority=stream_priority,
         )
+        self._arrivals = count()
         rounds = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
-        self.tokens_per_sync = rounds
-        self._loop = DecodeLoop(self._runner, max_running=max_running, max_rounds=rounds) if rounds > 1 else None
+        self._steps = StepQueue(self._scheduler, self._runner, self._arrivals, tokens_per_sync=rounds, name=name)
+        self._prefix: Attempt | None = None  # of which the pages are kept
         self._in_flight: Counter[RolloutKey] = Counter()  # how many rollouts each has
         self._is_lent = False
-        self._arrivals = count()
-        self._prefill_tokens = self._decode_tokens = 0
 
     @property
     def stats(self) -> EngineStats:
         return EngineStats(
-            prefill_tokens=self._prefill_tokens,
-            decode_tokens=self._decode_tokens,
+            prefill_tokens=self._steps.prefill_tokens,
+            decode_tokens=self._steps.decode_tokens,
             preemptions=self._scheduler.num_preemptions,
             pages_free=self._pool.num_free,
             pages_total=self._pool.num_pages,
@@ -99,14 +103,13 @@ class Engine:
 
     @property
     def max_tokens(self) -> int:
-        """The longest context, prompt and new tokens together, that the model and the page pool can hold."""
+        """The longest context, new tokens included, that the model and the page pool can hold."""
         return min(self.student.config.max_position_embeddings, self._pool.num_pages * self._pool.page_size)
 
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
         """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
 
-        A key is in flight until every rollout under it was released or cancelled. Then it may be
-        used again, and draws the same tokens.
+        A key is in flight until every rollout under it was released or cancelled; used again it draws the same tokens.
 
         Raises:
             ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or in
@@ -126,7 +129,25 @@ class Engine:
             policy_version=self.policy_version,
         )
         self._in_flight[name] += params.n
+        if kept := self._kept_prefix():
+            self._scheduler.share_prefix(sequence, kept)
         self._scheduler.enqueue(sequence)
+
+    def keep_prefix(self, token_ids: Seq[int]) -> None:
+        """Prefill what many prompts begin with; those that are submitted later share its whole pages.
+
+        They are kept until a sequence needs the room, the weights change or `reset`. The engine must be idle.
+        """
+        if (kept := self._kept_prefix()) and kept.token_ids[: kept.attempt_start] == list(token_ids):
+            return
+        params = SamplingParams(n=1, temperature=0.0, max_new_tokens=1, eos_ids=(), ignore_eos=True)
+        if self._prefix:
+            self.release([self._prefix])
+        ((self._prefix,),) = self.generate([token_ids], params, keep=True)
+
+    def _kept_prefix(self) -> Sequence | None:
+        sequence = self._scheduler.pinned.get(self._prefix) if self._prefix else None
+        return sequence if sequence and sequence.pages else None
 
     def resume(self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int) -> None:
         """Queue the next attempt of a finished one, behind a prefix of its row and suffix_ids.
@@ -160,27 +181,26 @@ class Engine:
 
         An exception in its middle leaves sequences half moved: `reset` before the next step.
         """
-        plan = self._scheduler.plan()
-        if not plan:
-            assert not self.has_work, "work is queued but nothing can be scheduled"
-            return []
-        sequences = [sequence for sequence, _ in plan]
-        is_decoding = all(s.num_sampled > 0 and s.num_pending == 1 for s in sequences)
-        if self._loop and is_decoding and not self._scheduler.waiting:
-            return self._decode(self._loop, sequences)
-        hidden_BD = self._runner.forward(plan)
-        rows: list[tuple[int, Sequence]] = []  # who samples a token, and from which row
-        for row, (sequence, num_tokens) in enumerate(plan):
-            if sequence.num_sampled > 0 and num_tokens == 1:
-                self._decode_tokens += 1
-            else:
-                self._prefill_tokens += num_tokens
-            sequence.num_cached += num_tokens
-            if sequence.num_pending == 0:
-                rows += [(row, child) for child in self._fork(sequence)]
-        drawn = sample_tokens(self.student, hidden_BD, rows) if rows else []
-        attempts = [self._scheduler.append(child, values) for (_, child), values in zip(rows, drawn, strict=True)]
-        return [attempt for attempt in attempts if attempt]
+        self.launch()
+        return self.collect()
+
+    def launch(self) -> None:
+        """The first half of a step: has the device compute what is next, and waits for nothing."""
+        self._steps.launch()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether collect would not wait for the device."""
+        return self._steps.is_ready
+
+    def collect(self) -> list[Attempt]:
+        """The second half: waits for what was launched first, and returns the attempts that finished."""
+        return self._steps.collect()
+
+    def prepare(self, max_tokens: int) -> None:
+        """On a GPU, capture decoding of all batch sizes up to max_tokens of context, lest rollouts wait for it."""
+        if self._steps.loop:
+            self._steps.loop.prepare(min(max_tokens, self.max_tokens))
 
     def generate(
         self,
@@ -233,6 +253,7 @@ class Engine:
         """Forget what is queued or running under this key; finished attempts stay until they are released."""
         for sequence in self._scheduler.remove(RolloutKey(*key)):
             self._forget(sequence)
+        self._steps.drop_dead()
 
     def reset(self) -> None:
         """Forget all that is queued, running or pinned, and take back every page; all keys may be used again.
@@ -241,6 +262,7 @@ class Engine:
         sequence holds which page. Weights, policy_version and the counts of `stats` stay, and the
         pages keep their place in memory, which captured CUDA graphs read. Pinned attempts remain as data.
         """
+        self._steps.drop()
         self._scheduler.reset()
         self._in_flight.clear()
 
@@ -248,13 +270,11 @@ class Engine:
     def lend_memory(self) -> Iterator[Tensor]:
         """Lends the tensor that KV pages are views of, [N] uint8, for a `with` block in which nothing is submitted.
 
-        Nothing that is written there reaches a result of the engine. It never moves.
-
-        Raises:
-            ValueError: a sequence is queued, running or pinned.
+        Nothing that is written there reaches a result of the engine. It never moves. ValueError: a sequence is in it.
         """
         num_live = len(self._scheduler.waiting) + len(self._scheduler.running) + len(self._scheduler.pinned)
         check_rule("lend_memory", "sequences in the engine", num_live, num_live == 0, "none", "release or reset them")
+        self._steps.drop()
         self._is_lent = True
         try:
             yield self._runner.memory
@@ -266,31 +286,10 @@ class Engine:
 
         An attempt under way keeps the version that sampled its first token.
         """
+        self._steps.drop()
         self.policy_version += 1
         self._runner.bind_weights()
         self._scheduler.drop_all_pages(self.policy_version)
-
-    def _decode(self, loop: DecodeLoop, sequences: list[Sequence]) -> list[Attempt]:
-        """Several tokens of each sequence at once; those behind a sequence's end are dropped."""
-        finished: dict[Sequence, Attempt] = {}
-        num_rounds = self._scheduler.look_ahead(sequences, self.tokens_per_sync)
-        for drawn in loop.run(sequences, num_rounds):
-            for sequence, values in zip(sequences, drawn, strict=True):
-                if sequence not in finished:
-                    sequence.num_cached += 1
-                    self._decode_tokens += 1
-                    if attempt := self._scheduler.append(sequence, values):
-                        finished[sequence] = attempt
-        for sequence in finished:
-            sequence.shorten(self._pool, sequence.num_cached)
-        return list(finished.values())
-
-    def _fork(self, root: Sequence) -> list[Sequence]:
-        if root.num_rollouts == 1:
-            return [root]
-        children = root.children(self._arrivals)
-        self._runner.copy_pages(self._scheduler.fork(root, children))
-        return children
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back the pages and the key of a sequence that is in no list any more."""

@@ -5,14 +5,19 @@ ids and page numbers are copied whole, positions and slots are computed for all 
 single call of the C++: at one token a step Python would take a quarter of the time to call a layer's ops one by one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from socpo_fast.device import upload
 from socpo_fast.engine.sequence import Sequence, Step
 from socpo_fast.model.decoder import Decoder, Layer, computing_dtype, has_hooks
 from socpo_fast.ops._impl import pick_impl
 from socpo_fast.ops.paged_attention import paged_attention_op
+from socpo_fast.ops.prefix_groups import prefix_groups
 from socpo_fast.ops.rotary import Rope
 from socpo_fast.ops.rotary_write import rotary_write_op
 
@@ -27,12 +32,18 @@ class Runner:
         cascade: bool,
         attention: str,
         min_memory_bytes: int = 0,
+        stream_priority: int | None = None,
     ):
         config, weight = student.config, student.lm_head.weight
         self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
         queries = weight.new_empty(0, dtype=computing_dtype(weight))
+        self.stream: torch.cuda.Stream | None = None
+        if stream_priority is not None and self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device, priority=stream_priority)
         self.attention_impl = pick_impl("paged_attention", attention, queries)
         self.rotary_impl = pick_impl("rotary_write", "auto", queries)
+        # Whether decode steps say which sequences share pages.
+        self.names_groups = cascade and self.attention_impl == "triton"
         shape = (2, config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         kv_bytes = num_pages * self.page_bytes(student, page_size)
         num_bytes = max(kv_bytes, min_memory_bytes)
@@ -60,6 +71,19 @@ class Runner:
         per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return per_token * page_size * student.lm_head.weight.element_size()
 
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Makes the engine's own stream the current one, behind what the caller's was given before."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
     @torch.no_grad()
     def forward(self, plan: list[tuple[Sequence, int]]) -> Tensor:
         """Forward the planned tokens; returns the last one's hidden state of each sequence, [B, D]."""
@@ -83,6 +107,7 @@ class Runner:
                 step.cu_seqlens_q,
                 step.max_seqlen_q,
                 step.max_seqlen_k,
+                step.groups_BG,
                 self.student.config.head_dim**-0.5,
                 self.cascade,
                 self.attention_impl,
@@ -118,9 +143,10 @@ class Runner:
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer."""
         if copies:
-            source, target = torch.tensor(copies, device=self.device).unbind(1)
-            self.k_cache_LPSKE[:, target] = self.k_cache_LPSKE[:, source]
-            self.v_cache_LPSKE[:, target] = self.v_cache_LPSKE[:, source]
+            with self.on_stream():
+                source, target = upload(torch.tensor(copies), self.device).unbind(1)
+                self.k_cache_LPSKE[:, target] = self.k_cache_LPSKE[:, source]
+                self.v_cache_LPSKE[:, target] = self.v_cache_LPSKE[:, source]
 
     def _pack(self, plan: list[tuple[Sequence, int]]) -> Step:
         token_ids: list[int] = []
@@ -134,15 +160,25 @@ class Runner:
         rows_T = np.arange(len(plan)).repeat(counts_B)
         positions_T = np.arange(len(token_ids)) + (starts_B - ends_B + counts_B)[rows_T]
         slots_T = table_BM[rows_T, positions_T // self.page_size].astype(np.int64) * self.page_size
+        longs_3T = np.stack((token_ids, positions_T, slots_T + positions_T % self.page_size))
+        seq_lens_B, cu_seqlens_q = starts_B + counts_B, np.insert(ends_B, 0, 0)
+        ints = np.concatenate((table_BM.ravel(), seq_lens_B, cu_seqlens_q)).astype(np.int32)
+        token_ids_T, positions_T, slots_T = upload(torch.from_numpy(longs_3T), self.device)
+        sizes = [table_BM.size, len(plan), len(plan) + 1]
+        table, lens, starts = upload(torch.from_numpy(ints), self.device).split(sizes)
+        groups_BG = None
+        if self.names_groups and counts_B.max() == 1:
+            groups_BG = upload(torch.from_numpy(prefix_groups(table_BM, seq_lens_B, self.page_size)), self.device)
         return Step(
-            token_ids_T=torch.tensor(token_ids, device=self.device),
-            positions_T=torch.from_numpy(positions_T).to(self.device),
-            slots_T=torch.from_numpy(slots_T + positions_T % self.page_size).to(self.device),
-            block_table_BM=torch.from_numpy(table_BM).to(self.device),
-            seq_lens_B=torch.from_numpy((starts_B + counts_B).astype(np.int32)).to(self.device),
-            cu_seqlens_q=torch.from_numpy(np.insert(ends_B, 0, 0).astype(np.int32)).to(self.device),
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
+            block_table_BM=table.view(table_BM.shape),
+            seq_lens_B=lens,
+            cu_seqlens_q=starts,
             max_seqlen_q=int(counts_B.max()),
-            max_seqlen_k=int((starts_B + counts_B).max()),
+            max_seqlen_k=int(seq_lens_B.max()),
+            groups_BG=groups_BG,
         )
 
 

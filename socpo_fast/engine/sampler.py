@@ -7,6 +7,7 @@ when or beside whom.
 import torch
 from torch import Tensor
 
+from socpo_fast.device import upload
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import next_keys
@@ -15,28 +16,19 @@ from socpo_fast.ops.linear_sample import linear_sample_op
 
 
 @torch.no_grad()
-def sample_tokens(
-    student: Decoder,
-    hidden_BD: Tensor,
-    rows: list[tuple[int, Sequence]],
-) -> list[list[float]]:
-    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass.
-
-    One host read for all.
-    """
+def launch_draw(student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]) -> Tensor:
+    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass; [3, len(rows)] fp64."""
     device, sequences = hidden_BD.device, [sequence for _, sequence in rows]
     indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
-    rows_B, noise_B, position_B = torch.tensor(indices, device=device).t().contiguous()
-    drawn_3B = draw(
+    rows_B, noise_B, position_B = upload(torch.tensor(indices).t().contiguous(), device)
+    return draw(
         student,
         hidden_BD,
-        noise_B,
-        position_B,
+        next_keys(noise_B, position_B),
         settings_of(sequences, device),
         any(s.params.is_filtered for s in sequences),
         rows_B,
     )
-    return drawn_3B.t().tolist()
 
 
 def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
@@ -45,24 +37,23 @@ def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
         (p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0)
         for p in (sequence.params for sequence in sequences)
     ]
-    return torch.tensor(settings, dtype=torch.float32, device=device).reshape(-1, 4).t().contiguous()
+    return upload(torch.tensor(settings, dtype=torch.float32).t().contiguous(), device)
 
 
 def draw(
     student: Decoder,
     hidden_TD: Tensor,
-    noise_B: Tensor,
-    position_B: Tensor,
+    row_keys_B: Tensor,
     settings_4B: Tensor,
     is_filtered: bool,
     rows_B: Tensor | None = None,
 ) -> Tensor:
-    """[3, B] fp64: token id, log-prob, kept mass; noise_B are noise keys still without the position."""
+    """[3, B] fp64: token id, log-prob, kept mass."""
     temperature_B, top_p_B, min_p_B, top_k_B = settings_4B
     token_ids_B, logprobs_B, _, kept_mass_B = linear_sample_op(
         hidden_TD,
         student.lm_head.weight,
-        next_keys(noise_B, position_B),
+        row_keys_B,
         temperature_B,
         top_k_B.long(),
         top_p_B,

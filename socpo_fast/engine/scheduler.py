@@ -30,6 +30,15 @@ class Scheduler:
     def enqueue(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda s: s.priority)
 
+    def share_prefix(self, sequence: Sequence, prefix: Sequence) -> None:
+        """Give a new sequence the whole pages of what it begins with, at least a token of it left to forward."""
+        num_tokens = prefix.attempt_start // self.pool.page_size * self.pool.page_size
+        begins_so = sequence.token_ids[:num_tokens] == prefix.token_ids[:num_tokens]
+        if begins_so and num_tokens < len(sequence.token_ids):
+            shared = prefix.pages[: self.pool.pages_for(num_tokens)]
+            sequence.pages = array("i", map(self.pool.share, shared))
+            sequence.num_cached = num_tokens
+
     def plan(self) -> list[tuple[Sequence, int]]:
         """The next step: (sequence, number of its pending tokens to forward), pages allocated; [] when idle."""
         step: list[tuple[Sequence, int]] = []
@@ -65,6 +74,11 @@ class Scheduler:
             self._allocate(sequence, num_tokens)
         return num_tokens
 
+    def release_lookahead(self, attempts: list[Attempt]) -> None:
+        """Give back the pages that finished attempts were to go on in."""
+        for sequence in [self.pinned[attempt] for attempt in attempts]:
+            sequence.shorten(self.pool, sequence.num_cached)
+
     def fork(self, root: Sequence, children: list[Sequence]) -> list[tuple[int, int]]:
         """Give each child the prompt's KV: full pages shared, the partial page its own. Returns (from, to) page copies.
 
@@ -87,6 +101,7 @@ class Scheduler:
         """Append what was drawn; where that ends the attempt, pin the sequence and return it."""
         sequence.append(*drawn)
         if attempt := sequence.attempt():
+            sequence.is_live = False
             (self.running if sequence in self.running else self.waiting).remove(sequence)
             self.pinned[attempt] = sequence
         return attempt
@@ -104,6 +119,8 @@ class Scheduler:
     def remove(self, key: RolloutKey) -> list[Sequence]:
         """Take the unfinished sequences of a key out of their lists; returns them."""
         removed = [sequence for sequence in (*self.waiting, *self.running) if sequence.key == key]
+        for sequence in removed:
+            sequence.is_live = False
         self.waiting = [sequence for sequence in self.waiting if sequence.key != key]
         self.running = [sequence for sequence in self.running if sequence.key != key]
         return removed

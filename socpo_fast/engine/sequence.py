@@ -35,7 +35,8 @@ class Sequence:
     `token_ids[:num_cached]` have KV in `pages`; `token_ids[attempt_start:]` are the running attempt's own.
 
     num_rollouts > 1 marks a group's prompt, which is prefilled once and then forked. `priority` orders the queue:
-    (0, ..) resumed, forked or preempted, (1, ..) new; the second entry is the order of arrival.
+    (0, ..) resumed, forked or preempted, (1, ..) new; the second entry is the order of arrival. is_live: neither
+    finished nor cancelled, so what is drawn for it counts.
     """
 
     key: RolloutKey
@@ -51,6 +52,7 @@ class Sequence:
     num_cached: int = 0
     logprobs: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
+    is_live: bool = True
 
     def __post_init__(self) -> None:
         """noise_key: the key of this attempt's noise, still without the position."""
@@ -145,3 +147,4 @@ class Step:
     cu_seqlens_q: Tensor  # [B + 1] int32
     max_seqlen_q: int
     max_seqlen_k: int
+    groups_BG: Tensor | None = None  # int32, of ops/prefix_groups.py: who reads shared pages for whom

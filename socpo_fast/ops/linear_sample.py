@@ -115,11 +115,9 @@ def _kernel(
     if impl == "triton":
         if is_filtered is None:  # the host waits for a GPU to know
             is_filtered = bool(((top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)).any())
-        if not is_filtered:
-            draws = kernels_of("linear_sample", impl).linear_sample_triton(
-                hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B
-            )
-            return *draws, torch.ones_like(temperature_B)
+        return kernels_of("linear_sample", impl).linear_sample_triton(
+            hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B, settings[1:] if is_filtered else None
+        )
     return linear_sample_ref(hidden_TD, weight_VD, row_keys_B, *settings, rows_B)
 
 

@@ -3,7 +3,8 @@
 Read paged_attention_ref for the mathematics. Departs from the textbook: there is one entry for a prompt and for a
 single token, and both give the same bits, since a query row's arithmetic sees its own position and keys only. Keys are
 attended in fixed splits, merged in order; siblings whose pages are the same over a split have it read once for all of
-them (cascade), which changes no bit either. The package flash-attn is an implementation, too, if asked for by name.
+them (cascade), which changes no bit either: on a GPU the host names them (prefix_groups.py). The package flash-attn is
+an implementation, too, if asked for by name.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from torch import Tensor
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
+from socpo_fast.ops.prefix_groups import alone, prefix_groups
 
 
 def paged_attention_ref(
@@ -72,8 +74,8 @@ def paged_attention(
         seq_lens_B:     [B] int32, tokens in sequence b with the query tokens, which are the last ones; <= M * S.
         cu_seqlens_q:   [B + 1] int32, query tokens before sequence b; from 0 to T. A sequence may have none.
         scale:          usually E ** -0.5; no default, since a wrong one is silent.
-        cascade:        consecutive sequences with one query token each and the same pages over a split share its keys
-                        (cpp). Same bits with and without; off only to compare.
+        cascade:        sequences with one query token each and the same pages over a split share its keys (cpp:
+                        consecutive ones; triton: those that begin with the same pages). Same bits with and without.
         impl:           "auto", "ref", "cpp", "triton" or "flash" (flash-attn: pages of 256, fp16 or bf16).
 
     Returns:
@@ -94,8 +96,12 @@ def paged_attention(
     max_seqlens = len(q_THE), block_table_BM.shape[1] * k_cache_PSKE.shape[1]
     if not has_no_values(q_THE) and len(q_THE):
         max_seqlens = int(cu_seqlens_q.diff().max()), int(seq_lens_B.max())
+    groups_BG = None
+    if impl == "triton" and cascade and max_seqlens[0] == 1 and not has_no_values(q_THE):
+        groups = prefix_groups(block_table_BM.cpu().numpy(), seq_lens_B.cpu().numpy(), k_cache_PSKE.shape[1])
+        groups_BG = torch.from_numpy(groups).to(q_THE.device)
     given = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
-    return paged_attention_op(*(x.contiguous() for x in given), *max_seqlens, scale, cascade, impl)
+    return paged_attention_op(*(x.contiguous() for x in given), *max_seqlens, groups_BG, scale, cascade, impl)
 
 
 def _check(
@@ -207,6 +213,7 @@ def _kernel(
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    groups_BG: Tensor | None,
     scale: float,
     cascade: bool,
     impl: str,
@@ -216,20 +223,23 @@ def _kernel(
         return torch.ops.socpo.paged_attention(*tensors, scale, cascade)
     if impl == "ref" or len(q_THE) == 0:
         return paged_attention_ref(*tensors, scale=scale)
+    if max_seqlen_q == 1 and groups_BG is None:  # nobody shares
+        groups_BG = torch.from_numpy(alone(len(seq_lens_B))).to(q_THE.device)
     longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale}
     if impl == "flash":
         return paged_attention_flash(*tensors, **longest)  # type: ignore[arg-type]
     return kernels_of("paged_attention", impl).paged_attention_triton(
         *tensors,
-        cascade=cascade,
+        groups_BG=groups_BG,
         **longest,
     )
 
 
-# max_seqlen_*: the longest query and context, or more.
+# max_seqlen_*: the longest query and context, or more. groups: of prefix_groups, for decode on a GPU.
 paged_attention_op = define_op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool cascade, str impl) -> Tensor",
+    "Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? groups, float scale, bool cascade, "
+    "str impl) -> Tensor",
     _kernel,
     fake=lambda q, *_: q.new_empty(q.shape),
 )

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 # int64 ids, positions, targets, rows, attempts; fp32 log-probs, advantages, weights, six outputs.
 TOKEN_BYTES = 5 * 8 + 12 * 4
-FILTERED_BYTES = 64  # a logit of a draw with top-p: fp64 and int64 arrays of its sort and noise
 
 
 def qkv_width(config: ModelConfig) -> int:
@@ -97,8 +96,8 @@ def head_bytes(config: ModelConfig, itemsize: int, num_tokens: int, workspace_by
 
 
 def filtered_draw_bytes(config: ModelConfig, num_rows: int) -> int:
-    """What draws with top-p, those of an evaluation, make: the head in fp32, logits and their sort."""
-    return 4 * head_parameters(config) + FILTERED_BYTES * num_rows * config.vocab_size
+    """What draws with top-p, those of an evaluation, make: their logits in fp32."""
+    return 4 * num_rows * config.vocab_size
 
 
 def step_bytes(config: ModelConfig, itemsize: int, num_tokens: int) -> int:

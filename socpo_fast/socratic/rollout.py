@@ -19,6 +19,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
 from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
+from socpo_fast.trace import note_span
 from socpo_fast.types import (
     Attempt,
     Guidance,
@@ -27,6 +28,7 @@ from socpo_fast.types import (
     SamplingParams,
 )
 
+POLL_S = 2e-4  # between two looks at a device that student and teacher work on
 PATIENCE_S = 0.1  # how long an immediate teacher is waited for on the spot
 
 
@@ -79,9 +81,10 @@ def socratic_rollouts(
         for question in questions:
             driver.start(question)
         while engine.has_work or driver.waiting:
-            driver.step()
-            teacher_worked = bool(driver.waiting) and driver.teacher.step()
-            driver.collect_guidance(idle=not engine.has_work and not teacher_worked)
+            teacher_works = bool(driver.waiting) and driver.teacher.step(student_is_idle=not engine.has_work)
+            if not (teacher_works and driver.teacher.occupies_host):
+                driver.step(may_wait=not teacher_works)
+            driver.collect_guidance(idle=not engine.has_work and not teacher_works)
             yield from driver.finished
             driver.finished.clear()
 
@@ -127,15 +130,22 @@ class _Driver:
         for episode in episodes:
             self.in_flight[question.question_idx, episode.rollout.rollout_idx] = episode
 
-    def step(self) -> None:
-        """One step of the engine; attempts go to their episodes, whose pages stay pinned while the teacher works.
+    def step(self, *, may_wait: bool) -> None:
+        """The student's next tokens are under way; attempts that finished go to their episodes.
+
+        Their pages stay pinned while the teacher works. may_wait: for the device; otherwise a teacher works beside
+        the student, and whoever is not ready is looked at again a little later.
 
         An immediate teacher has answered before anything else goes on, one call at a time, which is
         repeatable. One that takes long has others asked meanwhile: however many of its calls hang,
         together they cost one time limit.
         """
         self.is_stepping = True
-        self.arrived += self.engine.step()
+        self.engine.launch()
+        if may_wait or self.engine.is_ready:
+            self.arrived += self.engine.collect()
+        else:
+            time.sleep(POLL_S)
         self.is_stepping = False
         while self.arrived:
             attempt = self.arrived[0]
@@ -158,6 +168,7 @@ class _Driver:
         for future in [future for future in self.waiting if future.done()]:
             episode, since = self.waiting.pop(future)
             episode.rollout.teacher_wait_s += time.perf_counter() - since
+            note_span("guidance", "guidance", since=since, overlaps=True, **name_of(episode.rollout))
             context = episode.guided(result_of(future, self.teacher))
             if context is None:
                 self.end(episode)
@@ -197,6 +208,10 @@ class _Driver:
             self.engine.cancel((self.batch_idx, episode.rollout.question_idx))
             self.engine.release(episode.rollout.attempts)
         self.engine.release(self.arrived)
+
+
+def name_of(rollout: Rollout) -> dict[str, int]:
+    return {"question": rollout.question_idx, "rollout": rollout.rollout_idx, "attempts": len(rollout.turns)}
 
 
 def tell(episode: Episode) -> None:

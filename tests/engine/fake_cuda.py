@@ -1,7 +1,8 @@
-"""Stand-ins for the parts of torch.cuda around a capture, which need no card."""
+"""Stand-ins for the parts of torch.cuda around a capture and a read, which need no card."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,17 +11,25 @@ from typing import Any
 import pytest
 import torch
 
+from socpo_fast.engine import decode, steps
+
 
 class FakeGraph:
-    """What a CUDA graph does here: the round that was captured, once a replay.
+    """What a CUDA graph does here: the round that was captured, once a replay."""
 
-    device and stream are those of the capture, device None when no card was chosen.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, cuda: FakeCuda) -> None:
         self.round: Callable[[], None] | None = None
-        self.device: Any = None
+        self.cuda = cuda
+        self.device: Any = None  # of the capture
         self.stream: Any = None
+
+    def capture_begin(self, *, pool: None, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local", "other threads may use the card meanwhile"
+        self.device, self.stream = self.cuda.chosen[-1], self.cuda.streams[-1]
+        self.cuda.note("capture")
+
+    def capture_end(self) -> None:
+        self.cuda.note("end of capture")
 
     def replay(self) -> None:
         assert self.round is not None
@@ -30,11 +39,23 @@ class FakeGraph:
         return None
 
 
+class FakeStream:
+    """A stream of a device, which notes whom it waits for."""
+
+    def __init__(self, device: Any, cuda: FakeCuda) -> None:
+        self.device, self.cuda = device, cuda
+
+    def wait_stream(self, other: Any) -> None:
+        assert other is not self
+        self.cuda.note("the capture's stream waits")
+
+
 class FakeCuda:
     """torch.cuda around a capture; notes on which device each of its steps ran."""
 
     def __init__(self) -> None:
         self.chosen: list[Any] = []  # the devices of the `with torch.cuda.device(..)` that are open
+        self.streams: list[Any] = []  # and the streams
         self.steps: list[tuple[str, Any]] = []  # (step, current device)
 
     def note(self, step: str) -> None:
@@ -47,18 +68,41 @@ class FakeCuda:
         self.chosen.pop()
 
     @contextmanager
-    def graph(self, graph: FakeGraph, *, pool: None, stream: SimpleNamespace) -> Iterator[None]:
-        graph.device, graph.stream = self.chosen[-1] if self.chosen else None, stream
-        self.note("capture")
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        self.streams.append(stream)
         yield
-        self.note("end of capture")
+        self.streams.pop()
 
-    def synchronize(self, device: torch.device) -> None:
-        assert self.chosen[-1] == device
-        self.note("synchronize")
+    def current_stream(self, _device: torch.device) -> Any:
+        default = SimpleNamespace(wait_stream=lambda _other: self.note("the caller's stream waits"))
+        return self.streams[-1] if self.streams else default
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("device", "graph", "synchronize"):
+        for name in ("device", "stream", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(device, self))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
+
+
+class LateReadback:
+    """Numbers that are on their way for a random number of looks."""
+
+    rng = random.Random(0)
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._host, self._looks_left = x.clone(), self.rng.randrange(4)
+
+    @property
+    def is_ready(self) -> bool:
+        self._looks_left -= 1
+        return self._looks_left < 0
+
+    def wait(self) -> torch.Tensor:
+        return self._host
+
+
+def make_reads_late(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Every engine's numbers come late from now on."""
+    monkeypatch.setattr(LateReadback, "rng", random.Random(seed))
+    for module in (decode, steps):
+        monkeypatch.setattr(module, "Readback", LateReadback)

@@ -5,25 +5,26 @@ The loop as a GPU runs it, rows and pages padded and rounds replayed, is run her
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from socpo_fast.device import Readback
 from socpo_fast.engine import Engine
 from socpo_fast.engine.decode import DecodeLoop
 from socpo_fast.engine.sequence import Sequence
+from socpo_fast.engine.steps import StepQueue
 from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
-from tests.engine.fake_cuda import FakeCuda, FakeGraph
+from tests.engine.fake_cuda import FakeCuda, FakeGraph, make_reads_late
 from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
 from tests.engine.traces import PageBook, Trace
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
+Size = tuple[int, int, bool]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=23, eos_ids=(2, 17), seed=5)
-Run = Callable[[list[Sequence], int], list[list[list[float]]]]
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,16 @@ def student() -> Decoder:
 
 
 def rounds_of(engine: Engine) -> list[int]:
-    """Notes the number of rounds of each time the loop runs."""
+    """Notes the number of rounds of each launch of the loop."""
     counts: list[int] = []
-    if engine._loop is not None:
-        run = engine._loop.run
-        engine._loop.run = lambda sequences, num_rounds: counts.append(num_rounds) or run(sequences, num_rounds)
+    if (loop := engine._steps.loop) is not None:
+        launch = loop.launch
+
+        def note(sequences: list[Sequence], num_rounds: int, *, is_ahead: bool) -> Readback:
+            counts.append(num_rounds)
+            return launch(sequences, num_rounds, is_ahead=is_ahead)
+
+        loop.launch = note
     return counts
 
 
@@ -57,20 +63,20 @@ def live_through(engine: Engine, params: list[SamplingParams]) -> list[Any]:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], FakeGraph]:
-    """Every loop pads and captures; the graphs by (rows, pages)."""
-    captured: dict[tuple[int, int], FakeGraph] = {}
+def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[Size, FakeGraph]:
+    """Every loop pads and captures; the graphs by (rows, pages, is_filtered)."""
+    captured: dict[Size, FakeGraph] = {}
     init, make = DecodeLoop.__init__, DecodeLoop._graph
 
     def init_as_on_a_gpu(self: DecodeLoop, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
         self.captures = True
 
-    def graph_of(self: DecodeLoop, rows: int, pages: int) -> FakeGraph:
+    def graph_of(self: DecodeLoop, *size: Any) -> FakeGraph:
         before = [cache.clone() for cache in (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)]
-        graph = captured[rows, pages] = make(self, rows, pages)
+        graph = captured[size] = make(self, *size)
         assert all(map(torch.equal, before, (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)))
-        graph.round = lambda: self._round(rows, pages)
+        graph.round = lambda: self._round(*size)
         return graph
 
     FakeCuda().install(monkeypatch)
@@ -109,20 +115,20 @@ def test_attempts_and_counts_are_those_of_one_token_a_step(student: Decoder, cas
     assert engine.stats.pages_free == engine.stats.pages_total
 
 
-def test_padded_and_replayed_rounds_draw_the_same(student: Decoder, graphs: dict[tuple[int, int], FakeGraph]) -> None:
-    for params, options in (CASES["groups, eos in the middle"], CASES["few pages"]):
+def test_padded_and_replayed_rounds_draw_the_same(student: Decoder, graphs: dict[Size, FakeGraph]) -> None:
+    captured: set[Size] = set()
+    for params, options in CASES.values():
+        graphs.clear()
         engine = make_engine(student, **options, tokens_per_sync=8)
         expected = live_through(make_engine(student, **options, tokens_per_sync=1), params)
         assert live_through(engine, params) == expected
-        most = engine._loop.table_RM.shape
-        for sizes in graphs:
-            assert all(n == top or n & (n - 1) == 0 for n, top in zip(sizes, most, strict=True)), sizes
-    assert len({rows for rows, _ in graphs}) > 2
-
-    graphs.clear()  # filtered draws need shapes that depend on data
-    params, _ = CASES["all filtered"]
-    assert live_through(make_engine(student, tokens_per_sync=8), params) == live_through(make_engine(student), params)
-    assert not graphs
+        loop = engine._steps.loop
+        for size in graphs:
+            for n, most in zip(size[:2], (loop.max_running, loop.max_pages), strict=True):
+                assert n == most or n & (n - 1) == 0, size
+        captured |= set(graphs)
+    assert len({rows for rows, *_ in captured}) > 2
+    assert {is_filtered for *_, is_filtered in captured} == {False, True}
 
 
 def test_the_host_reads_once_a_few_tokens(student: Decoder) -> None:
@@ -130,6 +136,35 @@ def test_the_host_reads_once_a_few_tokens(student: Decoder) -> None:
     counts = rounds_of(engine)
     generate_same(engine, [[3, 5, 7]], replace(PARAMS, ignore_eos=True))
     assert counts == [8, 8, 6]  # 23 tokens, the first of them by the prefill
+
+
+def test_a_full_queue_does_not_end_the_rounds(student: Decoder) -> None:
+    """As in an evaluation: 12 prompts for 4 places. A step forwards prompts; all else is rounds."""
+    engine = make_engine(student, max_running=4, tokens_per_sync=8)
+    counts, forwards = rounds_of(engine), []
+    forward = engine._runner.forward
+    engine._runner.forward = lambda plan: forwards.append([n for _, n in plan]) or forward(plan)
+    params = replace(PARAMS, n=1, ignore_eos=True, max_new_tokens=17)
+    groups = generate_same(engine, [[3, 5, 7]] * 12, params)
+    assert all(attempt.num_tokens == 17 for (attempt,) in groups)
+    assert forwards == [[3] * 4] * 3 and counts == [8, 8] * 3
+
+
+def test_rounds_go_ahead_of_the_host(student: Decoder) -> None:
+    """Two launches are under way as long as nobody waits for a place; with somebody waiting, one."""
+    engine = make_engine(student, max_running=4, tokens_per_sync=4)
+    engine.submit([3, 5, 7], replace(PARAMS, n=4, ignore_eos=True, max_new_tokens=40), key=(0, 0))
+    engine.step()
+    engine.launch()
+    assert [step.num_rounds for step in engine._steps._launched] == [4, 4]
+    engine.submit([4], PARAMS, key=(0, 1))
+    assert engine.collect() == []
+    engine.launch()
+    assert [step.num_rounds for step in engine._steps._launched] == [4]
+    with pytest.raises(ValueError, match="lend_memory"), engine.lend_memory():
+        pass
+    engine.reset()
+    assert not engine._steps._launched and engine.collect() == [] and engine.is_ready
 
 
 def test_looking_ahead_takes_free_pages_only(student: Decoder) -> None:
@@ -163,6 +198,7 @@ def test_cancel_between_steps(student: Decoder) -> None:
     while len(counts) < 2:
         assert not engine.step()
     engine.cancel((0, 0))
+    assert engine.step() == [], "what is under way for the other question goes on"
     done = drain(engine)
     assert [(a.key.question, a.rollout_idx) for a in done] == [(1, 0), (1, 1), (1, 2)]
     for attempt in done:
@@ -172,57 +208,68 @@ def test_cancel_between_steps(student: Decoder) -> None:
 
 
 def test_new_weights_between_steps(student: Decoder) -> None:
+    """Tokens that are under way when the weights change are drawn again, with the new ones."""
     params, own = replace(PARAMS, ignore_eos=True), make_student()
     engine = make_engine(own, tokens_per_sync=4)
     engine.submit(PROMPTS[1], params, key=(0, 0))
-    counts = rounds_of(engine)
-    while len(counts) < 2:
+    for _ in range(3):
         engine.step()
+    sampled = {sequence.num_sampled for sequence in engine._scheduler.running}
+    assert sampled == {9}, "one by the prefill, four by each launch that was read"
     own.load_state_dict(make_student(1).state_dict())
     engine.bump_policy_version()
-    sampled = 1 + sum(counts)
     for attempt in drain(engine):
         context = {"context": PROMPTS[1], "params": params, "rollout_idx": attempt.rollout_idx}
-        before = untouched(student, **context, max_sampled=sampled)
+        before = untouched(student, **context, max_sampled=9)
         after = untouched(make_student(1), **context, sampled=before[0])
         assert bits(attempt)[:3] == tuple(a + b for a, b in zip(before[:3], after[:3], strict=True))
         assert attempt.policy_version == 0
 
 
 class LoopBook(PageBook):
-    """Also knows what the loop writes."""
+    """Also knows what the loop writes, of which the host has read a part only."""
 
     def __init__(self, engine: Engine):
         super().__init__(engine)
-        self.run: Run = engine._loop.run
-        engine._loop.run = self.note_rounds
+        self.launch = engine._steps.loop.launch
+        engine._steps.loop.launch = self.note_rounds
+        self.row_ids: dict[Sequence, list[int]] = {}  # with what is under way
 
-    def note_rounds(self, sequences: list[Sequence], num_rounds: int) -> list[list[list[float]]]:
-        rounds = self.run(sequences, num_rounds)
+    def note_rounds(self, sequences: list[Sequence], num_rounds: int, *, is_ahead: bool) -> Any:
+        drawn = self.launch(sequences, num_rounds, is_ahead=is_ahead)
         size, version = self.pool.page_size, self.engine.policy_version
-        for sequence, *drawn in zip(sequences, *rounds, strict=True):
-            ids = [*sequence.token_ids, *(token_id for token_id, *_ in drawn)]
-            for place in range(sequence.num_cached, sequence.num_cached + num_rounds):
-                page = sequence.pages[place // size]
+        for row, sequence in enumerate(sequences):
+            if not sequence.is_live:
+                continue
+            ids = self.row_ids[sequence] if is_ahead else list(sequence.token_ids)
+            for token_id in drawn.wait()[:, 0, row].tolist():
+                page, slot = sequence.pages[(len(ids) - 1) // size], (len(ids) - 1) % size
                 assert self.pool.ref_count[page] == 1, "a page is written to while others hold it"
-                self.computed[page, place % size] = (version, tuple(ids[: place + 1]))
-        return rounds
+                self.computed[page, slot] = (version, tuple(ids))
+                ids.append(int(token_id))
+            self.row_ids[sequence] = ids
+        return drawn
 
 
 class LoopTrace(Trace):
-    """A random life with several tokens a step."""
+    """A random life with several tokens a step, launched and read apart."""
 
     def __init__(self, seed: int, student: Decoder):
         super().__init__(seed, student)
         engine, scheduler = self.engine, self.engine._scheduler
         scheduler.max_running = self.rng.choice([3, 64])  # fewer would mostly have somebody wait
-        engine.tokens_per_sync = self.rng.choice([2, 3, 8])
-        rooms = {"max_running": scheduler.max_running, "max_rounds": engine.tokens_per_sync}
-        engine._loop = DecodeLoop(engine._runner, **rooms)
         vars(engine._runner).pop("forward", None), vars(engine._runner).pop("copy_pages", None)
+        rounds = self.rng.choice([2, 3, 8])
+        engine._steps = StepQueue(scheduler, engine._runner, engine._arrivals, tokens_per_sync=rounds, name="student")
         self.book = LoopBook(engine)
+        self.num_late = 0
 
     def step(self) -> None:
+        if self.rng.random() < 0.5:
+            self.engine.launch()
+            if not self.engine.is_ready:  # look again after another move
+                self.num_late += 1
+                return
         done = self.engine.step()
         assert len(self.engine._scheduler.running) <= self.engine._scheduler.max_running
         self.pinned += done
@@ -230,11 +277,12 @@ class LoopTrace(Trace):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_traces(padded: bool, request: pytest.FixtureRequest) -> None:
+def test_traces(padded: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if padded:
         request.getfixturevalue("graphs")
+    make_reads_late(monkeypatch, seed=1)
     student = make_student()
-    num_rounds = 0
+    num_rounds = num_late = 0
     for seed in range(60):
         trace = LoopTrace(seed, student)
         counts = rounds_of(trace.engine)
@@ -245,4 +293,5 @@ def test_traces(padded: bool, request: pytest.FixtureRequest) -> None:
             error.add_note(f"in the trace of seed {seed}")
             raise
         num_rounds += sum(counts)
-    assert num_rounds > 400
+        num_late += trace.num_late
+    assert num_rounds > 400 and num_late > 100

@@ -27,11 +27,12 @@ def test_every_step_of_a_capture_is_on_the_engines_card(monkeypatch: pytest.Monk
         engine = make_engine(make_student(), tokens_per_sync=4)
         device = engine._runner.device = torch.device("cpu", index)  # stands for cuda:index
         cuda.steps.clear()
-        first, second = (engine._loop._graph(rows, 2) for rows in (2, 4))
-        steps = ["round", "synchronize", "capture", "round", "end of capture"]
+        first, second = (engine._steps.loop._graph(rows, 2, False) for rows in (2, 4))
+        steps = ["the capture's stream waits", "round", "capture", "round", "end of capture"]
+        steps += ["the caller's stream waits"]
         assert cuda.steps == [(step, device) for step in steps * 2]
-        assert first is not second and engine._loop._graph(2, 2) is first
+        assert first is not second and engine._steps.loop._graph(2, 2, False) is first
         assert first.device == second.device == first.stream.device == device
         assert first.stream is second.stream, "graphs that share a pool share a stream"
         streams.append(first.stream)
-    assert streams[0] is not streams[1] and not cuda.chosen
+    assert streams[0] is not streams[1] and not cuda.chosen and not cuda.streams

@@ -24,8 +24,8 @@ def storage_of(engine: Engine) -> dict[str, int]:
     """Where everything is that a captured CUDA graph would read or write."""
     tensors = {**dict(engine.student.named_parameters()), **dict(engine.student.named_buffers())}
     tensors |= {name: value for name, value in vars(engine._runner).items() if isinstance(value, torch.Tensor)}
-    if engine._loop is not None:
-        tensors |= {name: value for name, value in vars(engine._loop).items() if isinstance(value, torch.Tensor)}
+    if engine._steps.loop is not None:
+        tensors |= {name: value for name, value in vars(engine._steps.loop).items() if isinstance(value, torch.Tensor)}
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 

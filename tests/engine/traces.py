@@ -56,13 +56,16 @@ class PageBook:
     def check(self) -> None:
         scheduler, pages = self.engine._scheduler, range(self.pool.num_pages)
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
+        under_way = {s for step in self.engine._steps._launched for s in step.sequences}
         held, free = Counter(page for sequence in live for page in sequence.pages), Counter(self.pool._free)
         assert all(free[page] + (held[page] > 0) == 1 for page in pages), "a page must be free once, or held"
         assert self.pool.ref_count == [held[page] for page in pages], "references must be holders"
         assert len(held) + self.pool.num_free == self.pool.num_pages
         assert len(set(live)) == len(live)
         for sequence in live:
-            assert len(set(sequence.pages)) == len(sequence.pages) == self.pool.pages_for(sequence.num_cached)
+            assert len(set(sequence.pages)) == len(sequence.pages)
+            num_spare = len(sequence.pages) - self.pool.pages_for(sequence.num_cached)
+            assert num_spare == 0 or (num_spare > 0 and sequence in under_way), "a page too many"
             assert all(
                 self.computed[place] == content for place, content in self.slots(sequence, 0, sequence.num_cached)
             )
@@ -173,7 +176,9 @@ class Trace:
     def take_pages(self) -> None:
         """What the scheduler does when pages run out, here at any moment and to anybody."""
         scheduler = self.engine._scheduler
+        under_way = {s for step in self.engine._steps._launched for s in step.sequences}
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
+        live = [sequence for sequence in live if sequence not in under_way]
         if live and (victim := self.rng.choice(live)) in scheduler.running:
             scheduler._give_way(victim)
         elif live:

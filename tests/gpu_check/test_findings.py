@@ -8,10 +8,12 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from socpo_fast.device import Readback
 from socpo_fast.engine import Engine
 from socpo_fast.ops import paged_attention
 from tests.engine.tiny import generate_same
@@ -128,10 +130,12 @@ def test_moved_storage_is_found(check: Check, monkeypatch: pytest.MonkeyPatch) -
 
 def test_other_bits_of_rounds_are_found(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     def a_little_off(engine: Engine) -> None:
-        run = engine._loop.run
-        engine._loop.run = lambda *args: [
-            [(i, x - 1e-6, mass) for i, x, mass in drawn] for drawn in run(*args)
-        ]
+        launch = engine._steps.loop.launch
+
+        def launch_off(*args: Any, **options: Any) -> Readback:
+            return Readback(launch(*args, **options).wait() - torch.tensor([0, 1e-6, 0])[:, None])
+
+        engine._steps.loop.launch = launch_off
 
     monkeypatch.setattr(engine_stage, "launch_rounds", a_little_off)
     (failure,) = outcome(check, engine_stage.graph_replay).failures

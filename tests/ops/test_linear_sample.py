@@ -163,13 +163,15 @@ def test_a_broken_row_leaves_the_others_alone(impl: str) -> None:
 
 
 def test_filtered_draws_of_triton_are_those_of_ref() -> None:
+    """Through the door, which finds out that there are filters."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = [x.to(device) for x in (*problem(5, 700), keys(5))]
     options = {name: x.to(device) for name, x in settings(5, top_k=9).items()}
-    results = [linear_sample(*given, **options, impl=impl) for impl in ("triton", "ref")]
-    for name, x, y in zip(NAMES, *results, strict=True):
-        assert_bitwise_equal(x, y, name=name)
+    drawn, plain = (linear_sample(*given, **options, impl=impl) for impl in ("triton", "ref"))
+    assert_bitwise_equal(drawn[0], plain[0], name="token_ids")
+    for name, x, y in zip(NAMES[1:], drawn[1:], plain[1:], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels import linear_sample as kernels
+from socpo_fast.kernels import _noise
 from socpo_fast.kernels.linear_sample import TILES, linear_sample_triton
 from socpo_fast.ops.sample import noise_bits, sample_ref
 from tests.error_rule import (
@@ -31,7 +31,9 @@ def make_head(num_rows: int, vocab: int, width: int, scale: float = 3.0) -> tupl
 
 def draw(hidden: Tensor, weight: Tensor, row_keys: Tensor, temperature: Tensor, rows: Tensor | None = None) -> tuple:
     tensors = (hidden, weight, row_keys, temperature, rows)
-    return tuple(x.cpu() for x in linear_sample_triton(*(None if x is None else x.to(DEVICE) for x in tensors)))
+    *drawn, kept_mass = linear_sample_triton(*(None if x is None else x.to(DEVICE) for x in tensors))
+    assert (kept_mass == 1).all()
+    return tuple(x.cpu() for x in drawn)
 
 
 def expected(
@@ -97,7 +99,7 @@ def test_a_head_in_16_bits_is_read_as_fp32() -> None:
 @triton.jit
 def noise_kernel(keys_ptr, noise_ptr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr):
     rows, token_ids = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
-    noise = kernels._noise(tl.load(keys_ptr + rows), token_ids + 151000)
+    noise = _noise._noise_bits(tl.load(keys_ptr + rows), token_ids + 151000)
     tl.store(noise_ptr + rows[:, None] * BLOCK_V + token_ids[None, :], noise.to(tl.int64))
 
 
@@ -121,7 +123,7 @@ def test_noise_near_both_ends() -> None:
 @triton.jit
 def minus_log1p_kernel(v_ptr, result_ptr, BLOCK_V: tl.constexpr):
     lanes = tl.arange(0, BLOCK_V)
-    tl.store(result_ptr + lanes, kernels._minus_log1p(tl.load(v_ptr + lanes)))
+    tl.store(result_ptr + lanes, _noise._minus_log1p(tl.load(v_ptr + lanes)))
 
 
 @pytest.mark.slow

@@ -38,13 +38,13 @@ for heads, kv_heads, head_dim, dtype in CASES:
     k, v = (at_the_end(torch.randn(4, 16, kv_heads, head_dim).to(dtype)) for _ in range(2))
     table, lens, cu = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1, 2, 3]], [64], [0, 1]))
     q = at_the_end(torch.randn(1, heads, head_dim))
-    paged_attention_op(q, k, v, table, lens, cu, 1, 64, 0.3, True, "cpp")
+    paged_attention_op(q, k, v, table, lens, cu, 1, 64, None, 0.3, True, "cpp")
     for page_size in (1, 16, 256):  # many sequences: a thread asks for the next one's pages, which end here too
         k, v = (at_the_end(torch.randn(256 // page_size, page_size, kv_heads, head_dim).to(dtype)) for _ in range(2))
         table = torch.arange(256 // page_size, dtype=torch.int32).expand(17, -1).contiguous()
         lens = torch.tensor([256, 200, 130, 16, 1] * 3 + [256, 256], dtype=torch.int32)
         q, cu = at_the_end(torch.randn(17, heads, head_dim)), torch.arange(18, dtype=torch.int32)
-        paged_attention_op(q, k, v, table, lens, cu, 1, 256, 0.3, False, "cpp")
+        paged_attention_op(q, k, v, table, lens, cu, 1, 256, None, 0.3, False, "cpp")
 for rows in (1, 2, 5, 24, 25, 66):
     for outs, width in ((1, 1), (49, 17), (97, 785)):
         x, weight, bias = (at_the_end(torch.randn(size)) for size in ((rows, width), (outs, width), (outs,)))

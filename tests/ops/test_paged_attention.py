@@ -134,7 +134,7 @@ def test_registered_op_is_the_same_unchecked(dtype: torch.dtype) -> None:
     case = make_case([10, 3], [2, 1], heads=4, kv_heads=2, head_dim=8, page_size=8)
     case = case._replace(q_THE=case.q_THE.to(dtype), k_cache_PSKE=case[1].to(dtype), v_cache_PSKE=case[2].to(dtype))
     impl = pick_impl("paged_attention", "auto", case.q_THE)
-    unchecked_THE = paged_attention_op(*case, 2, 10, 8**-0.5, False, impl)
+    unchecked_THE = paged_attention_op(*case, 2, 10, None, 8**-0.5, False, impl)
     assert_bitwise_equal(unchecked_THE, run(case, "auto"), name="output")
 
 

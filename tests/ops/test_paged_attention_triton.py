@@ -11,6 +11,7 @@ from torch import Tensor
 from socpo_fast.kernels import paged_decode
 from socpo_fast.kernels.paged_attention import paged_attention_triton
 from socpo_fast.ops.paged_attention import paged_attention_ref
+from socpo_fast.ops.prefix_groups import alone, prefix_groups
 from tests.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
@@ -22,8 +23,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPLIT = 32 if DEVICE == "cpu" else 256
 
 
-def run(case: Case, **options: Any) -> Tensor:
+def run(case: Case, *, cascade: bool = True, **options: Any) -> Tensor:
     """max_seqlen_k is that of the table, as in a captured graph, unless given."""
+    groups = alone(len(case.seq_lens_B))
+    if cascade:
+        groups = prefix_groups(case.block_table_BM.numpy(), case.seq_lens_B.numpy(), case.k_cache_PSKE.shape[1])
+    options |= {"groups_BG": torch.from_numpy(groups).to(DEVICE)}
     options = {"max_seqlen_k": case.block_table_BM.shape[1] * case.k_cache_PSKE.shape[1]} | options
     options = {"max_seqlen_q": int(case.cu_seqlens_q.diff().max()), "scale": case.q_THE.shape[-1] ** -0.5} | options
     return paged_attention_triton(*(x.to(DEVICE) for x in case), **options).cpu()
@@ -191,6 +196,24 @@ def test_cascade_without_a_query_of_the_first() -> None:
     without = run(case, cascade=False)
     assert_equal_across_variants(run(case), without, device=DEVICE, name="o_THE without cascade")
     assert_right(case)
+
+
+@pytest.mark.parametrize("heads", [2, 4, 6, 16])
+def test_groups_of_any_rows_change_no_bit(heads: int) -> None:
+    """Nine siblings and three others, shuffled, some ended: rows of a group stand anywhere; more than a tile holds."""
+    shared, seq_lens = [96] * 9 + [0] * 3, [97, 130, 96, 111, 128, 99, 140, 97, 100, 120, 64, 33]
+    case = siblings(shared, seq_lens, heads=heads)
+    own = run(apart(case), cascade=False)
+    for seed in range(3):
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))[: 12 - 2 * seed]
+        some = Case(
+            case.q_THE[order],
+            *case[1:3],
+            case.block_table_BM[order],
+            case.seq_lens_B[order],
+            torch.arange(len(order) + 1).int(),
+        )
+        assert_bitwise_equal(run(some), own[order], name=f"order {seed}")
 
 
 def test_no_tokens_and_strided_arguments() -> None:

@@ -63,7 +63,12 @@ class ScriptedEngine:
         self.pending.append((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1))
         self.steps_at_resume.append(self.num_steps)
 
-    def step(self) -> list[Attempt]:
+    is_ready = True
+
+    def launch(self) -> None:
+        """All is done in collect."""
+
+    def collect(self) -> list[Attempt]:
         self.num_steps += bool(self.pending)
         now, self.pending = self.pending[: self.per_step], self.pending[self.per_step :]
         done = []

@@ -170,20 +170,20 @@ class SlowTeacher:
         await asyncio.sleep(60 if request.rollout_idx == 0 else self.delay_s)
         return Guidance(text="look")
 
-    def step(self) -> bool:
+    def step(self, *, student_is_idle: bool = True) -> bool:
         return False
 
 
 def test_students_go_on_while_the_teacher_works() -> None:
     script = {(q, r): [[*encode("no"), END], [*encode("yes"), END]] for q in range(20) for r in (0, 1)}
     engine = ScriptedEngine(script, per_step=1)
-    original = engine.step
+    collect = engine.collect
 
-    def slow_step() -> list[Attempt]:
+    def collect_slowly() -> list[Attempt]:
         time.sleep(0.005)
-        return original()
+        return collect()
 
-    engine.step = slow_step
+    engine.collect = collect_slowly
     started = time.perf_counter()
     with pytest.warns(UserWarning, match="no guidance, timeout: no answer within"):
         rollouts = roll(

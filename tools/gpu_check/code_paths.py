@@ -30,7 +30,6 @@ from tools.gpu_check.recorder import Recorder
 
 DEVICE, DTYPE = "cuda:0", torch.bfloat16
 PAGE_SIZE, NUM_PAGES = 32, 64  # of a sequence: a context of 2048
-DECODE_ROWS = (256, 16, 1)
 NUM_TOKENS = 8192  # of the policy head and of the element-wise ops
 PROMPT, GROUP_SIZE, ATTEMPT, BRIDGE = 300, 8, 1000, 130  # tokens; half have two attempts
 
@@ -64,14 +63,15 @@ def fake_model(config: ModelConfig) -> Decoder:
 
 def decode_rounds(recorder: Recorder, student: Decoder) -> None:
     """What a CUDA graph captures: no read, and nothing of the host."""
-    for rows in DECODE_ROWS:
+    for rows, is_filtered in ((256, False), (256, True), (16, False), (1, False)):
         num_pages = rows * NUM_PAGES
         options = {"num_pages": num_pages, "page_size": PAGE_SIZE}
         runner = Runner(student, **options, cascade=True, attention="auto")
         loop = DecodeLoop(runner, max_running=rows, max_rounds=8)
-        name = f"decode round, batch {rows}"
+        loop._table(NUM_PAGES)  # as before a capture
+        name = f"decode round, batch {rows}{', top-p' if is_filtered else ''}"
         with recorder.section(name, may_read=False, may_upload=False), torch.no_grad():
-            loop._round(rows, NUM_PAGES)
+            loop._round(rows, NUM_PAGES, is_filtered)
 
 
 def prefill_step(recorder: Recorder, student: Decoder) -> None:
@@ -172,13 +172,13 @@ def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:
 
 def draws(recorder: Recorder, student: Decoder) -> None:
     """The LM head and the draw, without a filter and with top-p."""
-    rows = max(DECODE_ROWS)
+    rows = 256
     hidden_BD = _empty(rows, student.config.hidden_size)
-    noise_B = torch.empty(rows, dtype=torch.int64, device=DEVICE)
+    row_keys_B = torch.empty(rows, dtype=torch.int64, device=DEVICE)
     settings_4B = torch.tensor([1.0, 0.95, 0.0, 0.0], device=DEVICE)[:, None].repeat(1, rows)
     for name, is_filtered in (("draw", False), ("draw with top-p", True)):
-        with recorder.section(f"{name}, batch {rows}", may_read=is_filtered), torch.no_grad():
-            draw(student, hidden_BD, noise_B, noise_B, settings_4B, is_filtered)
+        with recorder.section(f"{name}, batch {rows}", may_read=False), torch.no_grad():
+            draw(student, hidden_BD, row_keys_B, settings_4B, is_filtered)
 
 
 def _empty(*shape: int) -> Tensor:

@@ -67,7 +67,7 @@ def eager_step(check: Check) -> None:
 def captures(check: Check) -> None:
     """How long a graph takes to capture, how much memory it holds, how long its linears take."""
     decoding = small_batch(check)
-    loop = decoding.engine._loop
+    loop = decoding.engine._steps.loop
     assert loop is not None
     for rows in (2,) if check.tiny else (1, 64, 256):
         of = f"{rows} rows"
@@ -78,12 +78,47 @@ def captures(check: Check) -> None:
         check.free_memory()
         before, started = torch.cuda.memory_reserved(check.device), time.perf_counter()
         with torch.no_grad():
-            loop._graph(rows, 32)
+            loop._graph(rows, 32, False)
         torch.cuda.synchronize(check.device)
         of = f"{rows} rows"
         check.figure("decode.capture_ms", 1e3 * (time.perf_counter() - started), of=of)
         held = torch.cuda.memory_reserved(check.device) - before
         check.figure("decode.graph_mib", max(0, held) / 2**20, of=of)
+
+
+def all_captures(check: Check) -> None:
+    """What a run captures at its start: every number of sequences, with filters and without."""
+    engine = small_batch(check).engine
+    engine.reset()
+    check.free_memory()
+    held = torch.cuda.memory_reserved(check.device) if check.is_cuda else 0
+    started = time.perf_counter()
+    engine.prepare(TINY_CONTEXT if check.tiny else CONTEXT)
+    if check.is_cuda:
+        torch.cuda.synchronize(check.device)
+        held = torch.cuda.memory_reserved(check.device) - held
+    of = "max_running 256"
+    check.figure("decode.prepare_s", time.perf_counter() - started, of=of)
+    check.figure("decode.prepare_mib", max(0, held) / 2**20, of=of)
+
+
+def beside_a_teacher(check: Check) -> None:
+    """Two engines, each on a stream of its own: the time of both over the sum of each alone."""
+    batches = (2, 2) if check.tiny else (64, 16)
+
+    def seconds(which: tuple[int, ...]) -> float:
+        engines = [small_batch(check, batches[i], stream_priority=i - 1).engine for i in which]
+        started = time.perf_counter()
+        while any(engine.has_work for engine in engines):
+            for engine in engines:
+                engine.launch()
+                if engine.is_ready:
+                    engine.release(engine.collect())
+        return time.perf_counter() - started
+
+    alone = seconds((0,)) + seconds((1,))
+    of = f"{batches[0]} and {batches[1]} sequences"
+    check.figure("decode.beside_a_teacher", seconds((0, 1)) / alone, of=of)
 
 
 def linears_ms(check: Check, student: Decoder, rows: int) -> float:
@@ -99,25 +134,28 @@ def linears_ms(check: Check, student: Decoder, rows: int) -> float:
         return median_ms(run, check.device, in_graph=True)
 
 
-def small_batch(check: Check, batch: int = 16, **changes: float) -> Decoding:
+def small_batch(
+    check: Check, batch: int = 16, *, stream_priority: int | None = None, **changes: float
+) -> Decoding:
     """Some sequences of Qwen3-0.6B, decoding; changes are of the sampling."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     student = make_model(config, device=check.device, dtype=check.dtype)
     context = TINY_CONTEXT if check.tiny else CONTEXT
-    return Decoding(student, 2 if check.tiny else batch, 1, context, **changes)
+    rows = 2 if check.tiny else batch
+    return Decoding(student, rows, 1, context, stream_priority=stream_priority, **changes)
 
 
 def kernels_of_a_round(check: Check) -> None:
     """Kernels by time, few rows and many. Last: a profiler stays in the way of what follows."""
     for batch in (16, 256):
         decoding = small_batch(check, batch)
-        loop = decoding.engine._loop
+        loop = decoding.engine._steps.loop
         assert loop is not None
         of = f"{decoding.rows} x {decoding.context}"
         pages = 1 + max(len(s.pages) for s in decoding.engine._scheduler.running)
         with torch.no_grad():
             table, num_launches = profile_table(
-                lambda loop=loop, rows=decoding.rows, pages=pages: loop._round(rows, pages),
+                lambda loop=loop, size=(decoding.rows, pages, False): loop._round(*size),
                 check.device,
             )
         check.figure("decode.launches", num_launches, of=of)
@@ -151,7 +189,7 @@ def groups_and_second_attempts(check: Check) -> None:
 
 
 def evaluation_step(check: Check) -> None:
-    """A step with top-p, as evaluations take it: outside of the graph, by sorting."""
+    """A step with top-p, as evaluations take it."""
     decoding = small_batch(check, 64, top_p=0.95, temperature=0.6)
     of = f"top-p, {decoding.rows} x {decoding.context}"
     check.figure("decode.filtered_step_ms", decoding.step_ms(check.device), of=of)
@@ -218,6 +256,8 @@ PARTS: dict[str, Part] = {
     "transformers": beside_transformers,
     "groups": groups_and_second_attempts,
     "captures": captures,
+    "all captures": all_captures,
+    "teacher": beside_a_teacher,
     "eager": eager_step,
     "evaluation": evaluation_step,
     "driver": driver_memory,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from socpo_fast.kernels import _attend, paged_attention, paged_decode
 from socpo_fast.model import ModelConfig
+from socpo_fast.ops.prefix_groups import alone, prefix_groups
 from tools.gpu_check.check import Check
 from tools.gpu_check.models import MODELS
 from tools.gpu_check.rooflines import attention_bytes
@@ -49,11 +50,13 @@ VARIANTS: dict[str, dict[str, int]] = {
     "split 64": {"split": 64},
     "split 128": {"split": 128},
     "8 warps": {"num_warps": 8},
-    "5 stages": {"num_stages": 5},
-    "32 keys": {"keys": 32},
-    "32 keys, 5 stages": {"keys": 32, "num_stages": 5},
+    "16 rows": {"rows": 16},
+    "64 rows": {"rows": 64},
+    "3 stages": {"num_stages": 3},
+    "64 keys": {"keys": 64},
+    "64 keys, 3 stages": {"keys": 64, "num_stages": 3},
     "split 512": {"split": 512},
-    "split 512, 32 keys, 5 stages": {"split": 512, "keys": 32, "num_stages": 5},
+    "split 512, 64 keys": {"split": 512, "keys": 64},
 }
 
 
@@ -65,12 +68,18 @@ class DecodeCall:
         self.num_shared = SHARED_PROMPT if shape.group > 1 and not check.tiny else 0
         self.cascade = True
         self.tensors = decode_inputs(check, self.config, shape, self.num_shared)
+        table, seq_lens, _ = (x.cpu().numpy() for x in self.tensors[3:])
+        groups = prefix_groups(table, seq_lens, PAGE_SIZE)
+        self.groups = torch.from_numpy(groups).to(check.device)
+        self.alone = torch.from_numpy(alone(len(groups))).to(check.device)
 
     def run(self) -> Tensor:
-        longest = {"max_seqlen_q": 1, "max_seqlen_k": self.shape.context}
-        scale = self.config.head_dim**-0.5
         return paged_attention.paged_attention_triton(
-            *self.tensors, scale=scale, cascade=self.cascade, **longest
+            *self.tensors,
+            scale=self.config.head_dim**-0.5,
+            max_seqlen_q=1,
+            max_seqlen_k=self.shape.context,
+            groups_BG=self.groups if self.cascade else self.alone,
         )
 
     def gb_s(self) -> float:
@@ -103,31 +112,26 @@ def decode_inputs(
 
 @contextmanager
 def variant(
-    *, keys: int = 0, split: int = 0, num_stages: int = 0, num_warps: int = 0
+    *, rows: int = 0, keys: int = 0, split: int = 0, num_stages: int = 0, num_warps: int = 0
 ) -> Iterator[None]:
     """The decode kernel launched with other numbers than it ships with; 0 = as it ships."""
-    kernel, shipped_split, launch_for = (
-        paged_decode._decode_kernel,
-        paged_decode._SPLIT,
-        _attend.launch_for,
-    )
+    tiles, launch_for = paged_decode.DECODE_TILES, _attend.launch_for
+    numbers = {"rows": rows, "keys": keys, "split": split, "num_stages": num_stages}
+    changes = {name: number for name, number in numbers.items() if number}
 
-    def other_tile(*arguments: Any) -> _attend.Launch:
+    def other_warps(*arguments: Any) -> _attend.Launch:
         launch = launch_for(*arguments)
-        constants = launch.constants | ({"BLOCK_N": keys} if keys else {})
-        return launch._replace(constants=constants, num_warps=num_warps or launch.num_warps)
+        return launch._replace(num_warps=num_warps or launch.num_warps)
 
     try:
-        if num_stages:
-            paged_decode._decode_kernel = WithOptions(kernel, num_stages=num_stages)
-        if split:
-            paged_decode._SPLIT = split
-        if keys or num_warps:
-            paged_attention.launch_for = other_tile
+        paged_decode.DECODE_TILES = {
+            architecture: {dtype: tile._replace(**changes) for dtype, tile in by_dtype.items()}
+            for architecture, by_dtype in tiles.items()
+        }
+        paged_attention.launch_for = other_warps
         yield
     finally:
-        paged_decode._decode_kernel, paged_decode._SPLIT = kernel, shipped_split
-        paged_attention.launch_for = launch_for
+        paged_decode.DECODE_TILES, paged_attention.launch_for = tiles, launch_for
 
 
 class WithOptions:

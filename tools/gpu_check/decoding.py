@@ -29,7 +29,7 @@ def params_of(num_new: int = NEW_TOKENS, **changes: Any) -> SamplingParams:
     return SamplingParams(**usual | {"ignore_eos": True} | changes)
 
 
-def make_engine(student: Decoder, num_tokens: int) -> Engine:
+def make_engine(student: Decoder, num_tokens: int, *, stream_priority: int | None = None) -> Engine:
     """With pages for so many tokens."""
     itemsize = student.lm_head.weight.element_size()
     gib = (num_tokens + PAGE_SIZE) * kv_bytes(student.config, itemsize) / 2**30
@@ -39,6 +39,7 @@ def make_engine(student: Decoder, num_tokens: int) -> Engine:
         page_size=PAGE_SIZE,
         tokens_per_sync=TOKENS_A_READ,
         token_budget=8192,
+        stream_priority=stream_priority,
     )
 
 
@@ -46,11 +47,18 @@ class Decoding:
     """A batch that has been prefilled and decodes: `groups` prompts, `group_size` rollouts each."""
 
     def __init__(
-        self, student: Decoder, groups: int, group_size: int, context: int, **changes: Any
+        self,
+        student: Decoder,
+        groups: int,
+        group_size: int,
+        context: int,
+        *,
+        stream_priority: int | None = None,
+        **changes: Any,
     ):
         rows = groups * group_size
         pages = groups * (-(-context // PAGE_SIZE)) + rows * (-(-NEW_TOKENS // PAGE_SIZE) + 2)
-        self.engine = make_engine(student, pages * PAGE_SIZE)
+        self.engine = make_engine(student, pages * PAGE_SIZE, stream_priority=stream_priority)
         self.rows, self.context = rows, context
         params = params_of(n=group_size, **changes)
         for idx, prompt in enumerate(prompts_of(student, groups, context)):
@@ -72,7 +80,7 @@ class Decoding:
 
     def graph_ms(self, check: Check) -> float | None:
         """Of one replay of the largest captured round alone; None where nothing is captured."""
-        loop = self.engine._loop
+        loop = self.engine._steps.loop
         if loop is None or not loop.captures:
             return None
         return median_ms(loop._graphs[max(loop._graphs)].replay, check.device)

@@ -114,7 +114,7 @@ def host_syncs(check: Check) -> None:
     for count in (1, 8):
         engine = make_engine(student, tokens_per_sync=count)
         generate_same(engine, [prompt], params)  # compiles, captures
-        if (loop := engine._loop) is not None:
+        if (loop := engine._steps.loop) is not None:
             graph, rounds = loop._graph, loop._round
             loop._graph = lambda *size, graph=graph: SimpleNamespace(
                 replay=unwatched(check.device, graph(*size).replay)

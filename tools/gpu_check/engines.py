@@ -168,6 +168,6 @@ def resume_both(
 
 def launch_rounds(engine: Engine) -> None:
     """No graphs: the same rounds, padded alike, launched op by op."""
-    loop = engine._loop
+    loop = engine._steps.loop
     assert loop is not None
-    loop._graph = lambda rows, pages: SimpleNamespace(replay=lambda: loop._round(rows, pages))
+    loop._graph = lambda *size: SimpleNamespace(replay=lambda: loop._round(*size))

@@ -64,6 +64,11 @@ def fake_cuda(**options: Any) -> Iterator[Recorder]:
     def synchronize(_device: object = None) -> None:
         recorder.read(SYNCHRONIZE)
 
+    def event() -> SimpleNamespace:
+        """What is copied to the host is there at once, but the host has waited for it."""
+        wait = functools.partial(recorder.read, "Event.synchronize")
+        return SimpleNamespace(record=nothing, query=lambda: True, synchronize=wait)
+
     def backward_of(root: Tensor, gradient: Tensor | None = None) -> None:
         recorder.backward([root], [gradient])
 
@@ -81,6 +86,8 @@ def fake_cuda(**options: Any) -> Iterator[Recorder]:
         (torch.cuda, "device", nothing),
         (torch.cuda, "device_of", nothing),
         (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "current_stream", lambda _device=None: None),
+        (torch.cuda, "Event", event),
         (torch.cuda, "get_device_capability", lambda _device=None: (CARD.major, CARD.minor)),
         (torch.cuda, "get_device_properties", lambda _device=None: CARD),
         (torch.cuda, "synchronize", synchronize),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -61,10 +61,12 @@ class Card:
             "device_count": lambda: 1,
             "get_device_name": lambda _device=None: CARD.name,
             "is_current_stream_capturing": lambda: self.is_capturing,
-            "CUDAGraph": Graph,
+            "CUDAGraph": lambda: Graph(self),
             "graph": self.capture,
-            "Event": Event,
+            "Event": self.event,
             "Stream": Stream,
+            "stream": contextlib.nullcontext,
+            "current_stream": Stream,
             "empty_cache": lambda: None,
             "mem_get_info": lambda _device=None: (
                 CARD.total_memory - memory.held_bytes,
@@ -97,6 +99,10 @@ class Card:
             section.may_read, section.may_upload = before
         graph.is_captured = True
 
+    def event(self, enable_timing: bool = False) -> Event:
+        """torch.cuda.Event: who waits for one reads."""
+        return Event(enable_timing, lambda: self.recorder.read("Event.synchronize"))
+
     def set_sync_mode(self, mode: str) -> None:
         assert mode in ("default", "warn", "error"), mode
         self.sync_mode = mode
@@ -116,6 +122,16 @@ class Graph:
     is_captured = False
     pool_idx: int | None = None
 
+    def __init__(self, card: Card | None = None):
+        self.card, self._capture = card, contextlib.ExitStack()
+
+    def capture_begin(self, pool: int | None = None, capture_error_mode: str = "global") -> None:
+        assert self.card is not None and capture_error_mode in ("global", "thread_local")
+        self._capture.enter_context(self.card.capture(self, pool))
+
+    def capture_end(self) -> None:
+        self._capture.close()
+
     def replay(self) -> None:
         assert self.is_captured, "a graph is replayed that was not captured"
 
@@ -129,15 +145,22 @@ class Stream:
     def __init__(self, device: object = None, priority: int = 0):
         self.device, self.priority = device, priority
 
+    def wait_stream(self, other: Stream) -> None:
+        """All is done in order here."""
+
 
 class Event:
     """torch.cuda.Event; a millisecond lies between any two."""
 
-    def __init__(self, enable_timing: bool = False):
+    def __init__(self, enable_timing: bool = False, on_wait: Callable[[], None] = lambda: None):
         self.enable_timing, self.is_recorded = enable_timing, False
+        self.synchronize = on_wait
 
     def record(self, stream: object = None) -> None:
         self.is_recorded = True
+
+    def query(self) -> bool:
+        return self.is_recorded
 
     def elapsed_time(self, end: Event) -> float:
         assert self.enable_timing and self.is_recorded and end.is_recorded

@@ -105,6 +105,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         guidance_limit=teacher.max_new_tokens,
         enable_thinking=teacher.enable_thinking,
     )
+    device = teacher.device or device
     auto_dtype = "float32" if device == "cpu" else "bfloat16"
     model = load_student(
         teacher.path,
@@ -112,7 +113,12 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         device=device,
     )
     return LocalTeacher(
-        Engine(model.requires_grad_(False), kv_cache_gib=teacher.kv_cache_gib),
+        Engine(
+            model.requires_grad_(False),
+            kv_cache_gib=teacher.kv_cache_gib,
+            stream_priority=0,
+            name="teacher",
+        ),
         bridge=bridge,
         prompt=prompt,
         params=SamplingParams(

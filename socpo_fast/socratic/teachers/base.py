@@ -36,11 +36,13 @@ class Teacher:
 
     immediate: guide() waits for nobody else, so the caller may wait for it on the spot.
     is_remote: a server that may be down or refuse us; one call is tried before a run begins.
+    occupies_host: its step() takes the cores that the student needs, so they take turns.
     failures:  calls without guidance so far, by the kind of GuidanceFailed.
     """
 
     immediate = False
     is_remote = False
+    occupies_host = False
 
     @cached_property
     def failures(self) -> Counter[str]:
@@ -68,8 +70,11 @@ class Teacher:
         """
         raise NotImplementedError
 
-    def step(self) -> bool:
-        """Do a little of the teacher's work on the caller's thread; False when there is none."""
+    def step(self, *, student_is_idle: bool = True) -> bool:
+        """Do a little of the teacher's work on the caller's thread; False when there is nothing to do now.
+
+        It waits for a device only when the student has nothing to do.
+        """
         return False
 
     async def aclose(self) -> None:

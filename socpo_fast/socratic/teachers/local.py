@@ -1,11 +1,19 @@
 """A teacher that is a Hugging Face folder, run by a second engine in this process.
 
 guide() runs on the event loop's thread and only queues; step() runs on the engine's thread, takes what is queued,
-advances the engine by one step and hands finished texts back to the loop.
+advances the engine and hands finished texts back to the loop.
+
+A step of a model reads all of its weights, however few requests it advances. So the teacher waits for company: on a GPU
+until ENOUGH_REQUESTS are there or the student has nothing to do; from then on requests join it at once. Its steps are
+under way on a stream of its own while the student decodes: they are launched, and looked at again when the student's
+next tokens are launched. On a CPU both need the same cores, so they take turns, each until it has nothing to do: that
+makes the fewest and fullest steps.
 """
 
 import asyncio
 import re
+from itertools import takewhile
+from math import inf
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -13,6 +21,8 @@ from socpo_fast.engine import Engine
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.teachers.base import THOUGHTS, Teacher, TeacherPrompt, clean_guidance
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey, SamplingParams
+
+ENOUGH_REQUESTS = 16
 
 
 class _Pending(NamedTuple):
@@ -42,6 +52,9 @@ class LocalTeacher(Teacher):
                 f"teacher.max_new_tokens must be < the teacher's context of {engine.max_tokens} tokens, "
                 f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
             )
+        self.occupies_host = engine.student.lm_head.weight.is_cpu
+        self._enough = inf if self.occupies_host else ENOUGH_REQUESTS
+        self._prefix_ids = self._common_prefix()
         self._arrived: SimpleQueue[_Pending] = SimpleQueue()
         self._running: dict[RolloutKey, _Pending] = {}
 
@@ -58,17 +71,20 @@ class LocalTeacher(Teacher):
             raise outcome
         return Guidance(text=outcome)
 
-    def step(self) -> bool:
+    def step(self, *, student_is_idle: bool = True) -> bool:
         try:
             for key in [key for key, pending in self._running.items() if pending.answer.done()]:
                 self._engine.cancel(key)  # whoever asked has given up
                 del self._running[key]
-            self._submit_arrived()
+            if self._running or student_is_idle or self._arrived.qsize() >= self._enough:
+                self._submit_arrived()
             if not self._running:
                 return False
-            for attempt in self._engine.step():
-                self._engine.release([attempt])
-                _resolve(self._running.pop(attempt.key), self._message(attempt.token_ids))
+            self._engine.launch()
+            if student_is_idle or self._engine.is_ready:
+                for attempt in self._engine.collect():
+                    self._engine.release([attempt])
+                    _resolve(self._running.pop(attempt.key), self._message(attempt.token_ids))
             return True
         except BaseException:  # the engine may have stopped in the middle of something
             self._drop_requests()
@@ -89,6 +105,8 @@ class LocalTeacher(Teacher):
         self._engine.reset()
 
     def _submit_arrived(self) -> None:
+        if self._prefix_ids and not self._running and not self._arrived.empty():
+            self._engine.keep_prefix(self._prefix_ids)
         for _ in range(self._arrived.qsize()):
             pending = self._arrived.get_nowait()
             key = _noise_key(pending.request)
@@ -117,6 +135,24 @@ class LocalTeacher(Teacher):
             return clean_guidance(self._bridge.decode(self._bridge.trusted_ids(message)))
         except GuidanceFailed as failure:
             return failure
+
+    def _common_prefix(self) -> list[int]:
+        """What all prompts begin with: the system prompt and what opens the user's message."""
+        texts = ("0", "x")
+        requests = [
+            GuidanceRequest(
+                question=text,
+                student_answer=text,
+                ground_truth=text,
+                reference_solution=text,
+                key=RolloutKey(0, 0),
+                rollout_idx=0,
+                attempt_idx=0,
+            )
+            for text in texts
+        ]
+        pairs = zip(*map(self._prompt_ids, requests), strict=False)
+        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
     def _prompt_ids(self, request: GuidanceRequest) -> list[int]:
         messages = self._prompt.messages(request)

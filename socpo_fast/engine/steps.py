@@ -1,0 +1,170 @@
+"""Steps on their way through the device: launched without waiting, read in the order of launching.
+
+    launch    plan -> forward and draw, or several decode rounds -> the numbers start for the host
+    collect   wait for the oldest launched step -> append what it drew -> finished attempts
+
+While only decoding goes on and nobody waits for a place, the next rounds are launched before the
+last are read, so the device never waits for the host:
+
+    host    launch 1, launch 2, collect 1, launch 3, collect 2, ..
+    device  [----- 1 -----][----- 2 -----][----- 3 -----] ..
+
+Rounds that are launched ahead know nothing of sequences that end in those before: what they draw for
+them is dropped. Everything an engine launches goes to one stream, in order. So pages may be given
+back while a launched step still writes to them: whoever gets them writes later.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from socpo_fast.device import Readback
+from socpo_fast.engine.decode import DecodeLoop
+from socpo_fast.engine.runner import Runner
+from socpo_fast.engine.sampler import launch_draw
+from socpo_fast.engine.scheduler import Scheduler
+from socpo_fast.engine.sequence import Sequence
+from socpo_fast.trace import note_span
+from socpo_fast.types import Attempt
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step under way: who draws in it, and the numbers [num_rounds, 3, len(sequences)]."""
+
+    sequences: list[Sequence]
+    num_rounds: int
+    drawn: Readback
+    is_decode: bool
+    launched_s: float  # when its launch began, time.perf_counter
+
+    @property
+    def is_live(self) -> bool:
+        """Whether anybody still waits for what it draws."""
+        return any(sequence.is_live for sequence in self.sequences)
+
+
+class StepQueue:
+    """At most two launched steps; the second one is always decode rounds behind decode rounds."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        arrivals: Iterator[int],
+        *,
+        tokens_per_sync: int,
+        name: str,
+    ):
+        self.name, self._collected_s = name, 0.0
+        self._scheduler, self._runner, self._arrivals = scheduler, runner, arrivals
+        self.tokens_per_sync = tokens_per_sync
+        self.loop: DecodeLoop | None = None
+        if tokens_per_sync > 1:
+            self.loop = DecodeLoop(runner, max_running=scheduler.max_running, max_rounds=tokens_per_sync)
+        self._launched: deque[LaunchedStep] = deque()
+        self._forgotten: Readback | None = None  # the last one that was, perhaps still under way
+        self.prefill_tokens = self.decode_tokens = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether collect would not wait."""
+        return not self._launched or self._launched[0].drawn.is_ready
+
+    def launch(self) -> None:
+        """Launches the next step, and rounds ahead of it where that is possible; waits for nothing."""
+        with self._runner.on_stream():
+            if not self._launched and (plan := self._scheduler.plan()):
+                sequences = [sequence for sequence, _ in plan]
+                is_decode = all(s.num_sampled > 0 and s.num_pending == 1 for s in sequences)
+                if self.loop and is_decode:
+                    self._launch_rounds(self.loop, sequences)
+                else:
+                    self._launch_forward(plan)
+            if self.loop and self._may_go_ahead(self.loop):
+                self._launch_rounds(self.loop, self._launched[0].sequences)
+
+    def collect(self) -> list[Attempt]:
+        """Reads the oldest launched step and returns the attempts that end in it; [] where there is none."""
+        if not self._launched:
+            return []
+        step = self._launched.popleft()
+        attempts = []
+        rounds_N3B = step.drawn.wait().tolist()
+        self._note(step)
+        for drawn_3B in rounds_N3B:
+            for sequence, *values in zip(step.sequences, *drawn_3B, strict=True):
+                if sequence.is_live:
+                    if step.is_decode:
+                        sequence.num_cached += 1
+                        self.decode_tokens += 1
+                    if attempt := self._scheduler.append(sequence, values):
+                        attempts.append(attempt)
+        self._scheduler.release_lookahead(attempts)
+        self.drop_dead()
+        return attempts
+
+    def _note(self, step: LaunchedStep) -> None:
+        """For a trace: the device turned to a step when it was launched or the one before it ended."""
+        name = f"{step.num_rounds} decode rounds" if step.is_decode else "forward"
+        since = max(step.launched_s, self._collected_s)
+        note_span(self.name, name, since=since, sequences=len(step.sequences))
+        self._collected_s = time.perf_counter()
+
+    def drop_dead(self) -> None:
+        """Forgets launched steps that nobody waits for any more; whatever is launched next runs behind them."""
+        while self._launched and not self._launched[-1].is_live:
+            self._forgotten = self._launched.pop().drawn
+
+    def drop(self) -> None:
+        """Forgets every launched step, once the device is through with them.
+
+        Their sequences draw the same tokens again, where they go on.
+        """
+        for step in self._launched:
+            self._forgotten = step.drawn
+        if self._forgotten is not None:
+            self._forgotten.wait()
+        self._launched.clear()
+
+    def _may_go_ahead(self, loop: DecodeLoop) -> bool:
+        """Nobody waits for a place, and those that still decode would not fit into a smaller round."""
+        if len(self._launched) != 1 or not self._launched[0].is_decode or self._scheduler.waiting:
+            return False
+        is_live = [sequence.is_live for sequence in self._launched[0].sequences]
+        return loop.num_rows(sum(is_live)) == loop.num_rows(len(is_live))
+
+    def _launch_rounds(self, loop: DecodeLoop, sequences: list[Sequence]) -> None:
+        """As many decode rounds as pages and lengths allow, behind those that are launched already."""
+        num_ahead = sum(step.num_rounds for step in self._launched)
+        live = [sequence for sequence in sequences if sequence.is_live]
+        num_rounds = self._scheduler.look_ahead(live, num_ahead + self.tokens_per_sync) - num_ahead
+        if num_rounds > 0:
+            started = time.perf_counter()
+            drawn = loop.launch(sequences, num_rounds, is_ahead=num_ahead > 0)
+            self._launched.append(LaunchedStep(sequences, num_rounds, drawn, True, started))
+
+    def _launch_forward(self, plan: list[tuple[Sequence, int]]) -> None:
+        """Forwards planned tokens, forks prompts that are through, draws where nothing is pending."""
+        started = time.perf_counter()
+        hidden_BD = self._runner.forward(plan)
+        rows: list[tuple[int, Sequence]] = []  # who samples a token, and from which row
+        for row, (sequence, num_tokens) in enumerate(plan):
+            if sequence.num_sampled > 0 and num_tokens == 1:
+                self.decode_tokens += 1
+            else:
+                self.prefill_tokens += num_tokens
+            sequence.num_cached += num_tokens
+            if sequence.num_pending == 0:
+                rows += [(row, child) for child in self._fork(sequence)]
+        if rows:
+            drawn = Readback(launch_draw(self._runner.student, hidden_BD, rows)[None])
+            self._launched.append(LaunchedStep([s for _, s in rows], 1, drawn, False, started))
+
+    def _fork(self, root: Sequence) -> list[Sequence]:
+        if root.num_rollouts == 1:
+            return [root]
+        children = root.children(self._arrivals)
+        self._runner.copy_pages(self._scheduler.fork(root, children))
+        return children
