@@ -88,7 +88,9 @@ class Session:
             min_memory_bytes=sum(gradient_bytes(p for p in self.student.parameters() if p.requires_grad)),
             stream_priority=-1,
         )
-        self.engine.prepare(self._longest_context())
+        # The contexts of first attempts, and of all.
+        for num_tokens in (self.max_prompt_tokens + self.params.max_new_tokens, self._longest_context()):
+            self.engine.prepare(num_tokens)
 
     @property
     def memory_note(self) -> str:

@@ -74,16 +74,17 @@ class StepQueue:
 
     def launch(self) -> None:
         """Launches the next step, and rounds ahead of it where that is possible; waits for nothing."""
+        started_s = time.perf_counter()
         with self._runner.on_stream():
             if not self._launched and (plan := self._scheduler.plan()):
                 sequences = [sequence for sequence, _ in plan]
                 is_decode = all(s.num_sampled > 0 and s.num_pending == 1 for s in sequences)
                 if self.loop and is_decode:
-                    self._launch_rounds(self.loop, sequences)
+                    self._launch_rounds(self.loop, sequences, started_s)
                 else:
-                    self._launch_forward(plan)
+                    self._launch_forward(plan, started_s)
             if self.loop and self._may_go_ahead(self.loop):
-                self._launch_rounds(self.loop, self._launched[0].sequences)
+                self._launch_rounds(self.loop, self._launched[0].sequences, started_s)
 
     def collect(self) -> list[Attempt]:
         """Reads the oldest launched step and returns the attempts that end in it; [] where there is none."""
@@ -135,19 +136,17 @@ class StepQueue:
         is_live = [sequence.is_live for sequence in self._launched[0].sequences]
         return loop.num_rows(sum(is_live)) == loop.num_rows(len(is_live))
 
-    def _launch_rounds(self, loop: DecodeLoop, sequences: list[Sequence]) -> None:
+    def _launch_rounds(self, loop: DecodeLoop, sequences: list[Sequence], started_s: float) -> None:
         """As many decode rounds as pages and lengths allow, behind those that are launched already."""
         num_ahead = sum(step.num_rounds for step in self._launched)
         live = [sequence for sequence in sequences if sequence.is_live]
         num_rounds = self._scheduler.look_ahead(live, num_ahead + self.tokens_per_sync) - num_ahead
         if num_rounds > 0:
-            started = time.perf_counter()
             drawn = loop.launch(sequences, num_rounds, is_ahead=num_ahead > 0)
-            self._launched.append(LaunchedStep(sequences, num_rounds, drawn, True, started))
+            self._launched.append(LaunchedStep(sequences, num_rounds, drawn, True, started_s))
 
-    def _launch_forward(self, plan: list[tuple[Sequence, int]]) -> None:
+    def _launch_forward(self, plan: list[tuple[Sequence, int]], started_s: float) -> None:
         """Forwards planned tokens, forks prompts that are through, draws where nothing is pending."""
-        started = time.perf_counter()
         hidden_BD = self._runner.forward(plan)
         rows: list[tuple[int, Sequence]] = []  # who samples a token, and from which row
         for row, (sequence, num_tokens) in enumerate(plan):
@@ -160,7 +159,7 @@ class StepQueue:
                 rows += [(row, child) for child in self._fork(sequence)]
         if rows:
             drawn = Readback(launch_draw(self._runner.student, hidden_BD, rows)[None])
-            self._launched.append(LaunchedStep([s for _, s in rows], 1, drawn, False, started))
+            self._launched.append(LaunchedStep([s for _, s in rows], 1, drawn, False, started_s))
 
     def _fork(self, root: Sequence) -> list[Sequence]:
         if root.num_rollouts == 1:

@@ -141,6 +141,12 @@ def test_no_room_for_a_prompt_is_refused_at_the_start(teacher_folder: Path) -> N
         local_teacher(teacher_folder, max_new_tokens=512)
 
 
+def test_a_system_prompt_beyond_the_context_costs_guidance_only(teacher_folder: Path) -> None:
+    teacher = local_teacher(teacher_folder, system_prompt="Be kind. " * 200)
+    assert ask(teacher, [request(0), request(1)]) == ["[too_long]"] * 2
+    assert_empty(teacher)
+
+
 def test_a_text_that_the_template_refuses_costs_one_guidance(
     teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ class LocalTeacher(Teacher):
             )
         self.occupies_host = engine.student.lm_head.weight.is_cpu
         self._enough = inf if self.occupies_host else ENOUGH_REQUESTS
-        self._prefix_ids = self._common_prefix()
+        self._prefix_ids = self._common_prefix()[: self._prompt_limit]
         self._arrived: SimpleQueue[_Pending] = SimpleQueue()
         self._running: dict[RolloutKey, _Pending] = {}
 
