@@ -30,10 +30,12 @@ class SampleTile(NamedTuple):
     width: int
     num_warps: int
     merged_rows: int = 1  # of one program that merges tiles; the interpreter is slow by the program
+    max_registers: int | None = None  # of a thread; None: as many as it likes
 
 
 _FP32 = {torch.float32: SampleTile(32, 64, 32, 4)}
-_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), SampleTile(64, 128, 64, 8))
+# With 128 registers two programs share an SM, so that one multiplies while the other draws.
+_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), SampleTile(64, 128, 64, 8, max_registers=128))
 TILES: dict[int, dict[torch.dtype, SampleTile]] = {
     INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), SampleTile(128, 64, 32, 1, merged_rows=128)),
     **dict.fromkeys(ARCHITECTURES, _FP32 | _HALVES),
@@ -88,6 +90,7 @@ def linear_sample_triton(
             BLOCK_V=tile.tokens,
             BLOCK_D=tile.width,
             num_warps=tile.num_warps,
+            maxnreg=tile.max_registers,
         )
         _merge_tiles_kernel[(triton.cdiv(num_draws, tile.merged_rows),)](
             ids_BN,
@@ -130,6 +133,7 @@ def aot_configs() -> AotConfigs:
                     pointers | {"row_keys_ptr": torch.int64, "temperature_ptr": torch.float32},
                     {"BLOCK_B": tile.rows, "BLOCK_V": tile.tokens, "BLOCK_D": tile.width},
                     odd,
+                    options={"maxnreg": tile.max_registers},
                 )
             pointers = results | {
                 "token_ids_ptr": torch.int64,

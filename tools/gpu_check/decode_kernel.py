@@ -137,9 +137,9 @@ def variant(
 class WithOptions:
     """A Triton kernel whose every launch gets some more options."""
 
-    def __init__(self, kernel: Any, **options: int):
+    def __init__(self, kernel: Any, **options: int | None):
         self.kernel, self.options = kernel, options
 
     def __getitem__(self, grid: Any) -> Any:
         launch = self.kernel[grid]
-        return lambda *tensors, **settings: launch(*tensors, **settings, **self.options)
+        return lambda *tensors, **settings: launch(*tensors, **settings | self.options)

@@ -7,7 +7,7 @@ also tried with other tiles and pipeline depths: what later work needs to choose
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from socpo_fast.kernels import (
 )
 from socpo_fast.kernels import rms_norm as norms
 from socpo_fast.kernels import swiglu as gates
+from socpo_fast.kernels.filtered_draw import Filters
 from socpo_fast.kernels.rotary import rotary_qkv, rotary_write
 from socpo_fast.kernels.rotary_backward import rotary_qkv_backward
 from socpo_fast.model import ModelConfig
@@ -109,17 +110,22 @@ def head_and_draw(check: Check) -> None:
         hidden = check.randn(batch, width, seed=2)
         keys = row_keys(torch.arange(batch).repeat(6, 1).t()).to(check.device)
         temperature = torch.ones(batch, device=check.device)
-        given = hidden, weight, keys, temperature, None
-
-        def run(given: tuple[Any, ...] = given) -> object:
-            return linear_sample.linear_sample_triton(*given)
+        top_p = torch.full((batch,), 0.95, device=check.device)
+        filters = Filters(torch.zeros_like(keys), top_p, torch.zeros_like(top_p))
 
         num_bytes = sample_bytes(batch, vocab, width, weight.itemsize)
         gemm_ms = check.ceilings.bf16_ms(2 * batch * vocab * width)
         limit = 1e-6 * num_bytes / max(check.ceilings.read_ms(num_bytes), gemm_ms)
-        for name, options in (("", {}), (", 128 registers", {"maxnreg": 128})):
+        for name, options, given in (
+            ("", {}, None),
+            (", any registers", {"maxnreg": None}, None),
+            (", top-p", {}, filters),
+        ):
             if options and not check.is_cuda:
                 continue
+            run = partial(
+                linear_sample.linear_sample_triton, hidden, weight, keys, temperature, None, given
+            )
             linear_sample._sample_tile_kernel = (
                 WithOptions(kernel, **options) if options else kernel
             )
