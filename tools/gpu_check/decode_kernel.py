@@ -28,20 +28,31 @@ SHARED_PROMPT = 256  # whole splits of the decode kernel, so that siblings can s
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """A batch of decoding sequences; `group` neighbours share their prompt's pages."""
+    """Decoding sequences; a group shares its prompt's pages, as neighbours or scattered."""
 
     model: str
     batch: int
     context: int
     group: int = 1
+    is_scattered: bool = False
+
+    @property
+    def sharing(self) -> str:
+        if self.group == 1:
+            return ""
+        return f", {'scattered ' if self.is_scattered else ''}groups of {self.group}"
 
 
 DECODE = (
     *(DecodeShape("Qwen3-0.6B", b, c) for c in (512, 2048) for b in (1, 16, 64, 256)),
-    DecodeShape("Qwen3-0.6B", 256, 512, group=8),
+    *(DecodeShape("Qwen3-0.6B", 256, 512, group=8, is_scattered=s) for s in (False, True)),
     *(DecodeShape("Qwen3-4B", b, 1024) for b in (16, 64)),
 )
-TINY_DECODE = (DecodeShape("tiny", 3, 40), DecodeShape("tiny", 8, 70, group=8))
+TINY_DECODE = (
+    DecodeShape("tiny", 3, 40),
+    DecodeShape("tiny", 8, 70, group=8),
+    DecodeShape("tiny", 16, 70, group=8, is_scattered=True),
+)
 # What the variants are tried on: many sequences, where bytes count, and few, where latency does.
 VARIED = (DecodeShape("Qwen3-0.6B", 256, 1024), DecodeShape("Qwen3-0.6B", 16, 1024))
 VARIANTS: dict[str, dict[str, int]] = {
@@ -106,7 +117,10 @@ def decode_inputs(
     q = check.randn(shape.batch, config.num_heads, config.head_dim, seed=3)
     seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32)
     cu_seqlens = torch.arange(shape.batch + 1, dtype=torch.int32)
-    index = (x.to(check.device) for x in (table.flatten(0, 1).int(), seq_lens, cu_seqlens))
+    table = table.flatten(0, 1).int()
+    if shape.is_scattered:
+        table = table[torch.randperm(shape.batch, generator=generator)]
+    index = (x.to(check.device) for x in (table, seq_lens, cu_seqlens))
     return (q, k, v, *index)
 
 

@@ -47,8 +47,7 @@ from tools.gpu_check.timing import Run, median_ms
 def decode_attention(check: Check) -> None:
     """One layer's decode attention at several batches and contexts."""
     for shape in TINY_DECODE if check.tiny else DECODE:
-        sharing = f", groups of {shape.group}" if shape.group > 1 else ""
-        of = f"{shape.model}, {shape.batch} x {shape.context}{sharing}"
+        of = f"{shape.model}, {shape.batch} x {shape.context}{shape.sharing}"
         key = "rates.decode_gb_s" if shape.batch >= 64 else "rates.decode_few_gb_s"
         key = "rates.decode_shared_gb_s" if shape.group > 1 else key
         with check.case(f"decode {of}"):
