@@ -30,7 +30,7 @@ class SampleTile(NamedTuple):
     width: int
     num_warps: int
     merged_rows: int = 1  # of one program that merges tiles; the interpreter is slow by the program
-    max_registers: int | None = None  # of a thread; None: as many as it likes
+    max_registers: int | None = None  # of a thread, at sizes that are multiples of 16; None: any
 
 
 _FP32 = {torch.float32: SampleTile(32, 64, 32, 4)}
@@ -60,6 +60,8 @@ def linear_sample_triton(
     num_draws, (vocab, width) = row_keys_B.numel(), weight_VD.shape
     tile = TILES[architecture_of(hidden_TD)][hidden_TD.dtype]
     num_tiles = triton.cdiv(vocab, tile.tokens)
+    # At other sizes addresses take more registers, and a bound would spill them.
+    is_even = all(n % 16 == 0 for n in (vocab, width, hidden_TD.stride(0), weight_VD.stride(0)))
     ids_BN = row_keys_B.new_empty((num_draws, num_tiles), dtype=torch.int32)
     values_5BN = row_keys_B.new_empty((5, num_draws, num_tiles), dtype=torch.float32)
     token_ids_B = row_keys_B.new_empty(num_draws)
@@ -90,7 +92,7 @@ def linear_sample_triton(
             BLOCK_V=tile.tokens,
             BLOCK_D=tile.width,
             num_warps=tile.num_warps,
-            maxnreg=tile.max_registers,
+            maxnreg=tile.max_registers if is_even else None,
         )
         _merge_tiles_kernel[(triton.cdiv(num_draws, tile.merged_rows),)](
             ids_BN,
@@ -133,7 +135,7 @@ def aot_configs() -> AotConfigs:
                     pointers | {"row_keys_ptr": torch.int64, "temperature_ptr": torch.float32},
                     {"BLOCK_B": tile.rows, "BLOCK_V": tile.tokens, "BLOCK_D": tile.width},
                     odd,
-                    options={"maxnreg": tile.max_registers},
+                    options={"maxnreg": None if odd else tile.max_registers},
                 )
             pointers = results | {
                 "token_ids_ptr": torch.int64,
