@@ -34,11 +34,13 @@ class SampleTile(NamedTuple):
 
 
 _FP32 = {torch.float32: SampleTile(32, 64, 32, 4)}
+_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), SampleTile(64, 128, 64, 8))
 # With 128 registers two programs share an SM, so that one multiplies while the other draws.
-_HALVES = dict.fromkeys((torch.float16, torch.bfloat16), SampleTile(64, 128, 64, 8, max_registers=128))
+_HALVES_90 = {dtype: tile._replace(max_registers=128) for dtype, tile in _HALVES.items()}
 TILES: dict[int, dict[torch.dtype, SampleTile]] = {
     INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), SampleTile(128, 64, 32, 1, merged_rows=128)),
     **dict.fromkeys(ARCHITECTURES, _FP32 | _HALVES),
+    90: _FP32 | _HALVES_90,
 }
 _MERGE_WARPS = 8
 
