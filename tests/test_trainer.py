@@ -83,9 +83,16 @@ def test_a_run_leaves_everything(straight: Config) -> None:
 
 
 def test_the_same_run_again_is_bitwise_the_same(straight: Config, tmp_path: Path) -> None:
-    again = config_of(tmp_path)
+    """A trace of its first two batches changes nothing, and shows student, guidance and phases."""
+    again = config_of(tmp_path, run__trace_batches=2)
     trainer.train(again)
-    assert_same_end(again, straight)
+    assert_same_end(straight, again)
+    traces = sorted(again.folder.glob("trace_*.json"))
+    assert [path.name for path in traces] == ["trace_000001.json", "trace_000002.json"]
+    for path in traces:
+        events = json.loads(path.read_text())["traceEvents"]
+        assert {event["pid"] for event in events} == {"student", "guidance", "trainer"}
+        assert [e["name"] for e in events if e["pid"] == "trainer"] == ["rollout", "update"]
 
 
 @pytest.mark.parametrize("stops", [(1, 3), (2,)])
