@@ -65,8 +65,8 @@ def rollouts_of(folder: Path, batch: int) -> list[dict[str, Any]]:
 
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics without what may differ between two equal runs."""
-    timed = ("time", "perf/rollout_tok_s", "perf/train_tok_s")
+    """Metrics without what may differ between two equal runs; the most memory is the process's."""
+    timed = ("time", "perf/rollout_tok_s", "perf/train_tok_s", "perf/peak_memory_gib")
     return [{key: x for key, x in row.items() if not key.startswith(timed)} for row in rows]
 
 
