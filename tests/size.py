@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Core Python had 5,500 until steps were launched and collected apart (engine/steps.py), the local
-# teacher got a stream of its own and runs a trace: cutting as much elsewhere would have cost clarity.
+# teacher got a stream of its own and runs a trace.
 BUDGETS = {"core Python": 5800, "kernels": 1800, "csrc": 2000, "integrations and report": 1200}
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 300, 80, 120
 
