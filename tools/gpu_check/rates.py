@@ -112,9 +112,7 @@ def head_and_draw(check: Check) -> None:
         top_p = torch.full((batch,), 0.95, device=check.device)
         filters = Filters(torch.zeros_like(keys), top_p, torch.zeros_like(top_p))
 
-        num_bytes = sample_bytes(batch, vocab, width, weight.itemsize)
         gemm_ms = check.ceilings.bf16_ms(2 * batch * vocab * width)
-        limit = 1e-6 * num_bytes / max(check.ceilings.read_ms(num_bytes), gemm_ms)
         for name, options, given in (
             ("", {}, None),
             (", any registers", {"maxnreg": None}, None),
@@ -122,6 +120,10 @@ def head_and_draw(check: Check) -> None:
         ):
             if options and not check.is_cuda:
                 continue
+            num_bytes = sample_bytes(batch, vocab, width, weight.itemsize)
+            if given is not None:  # logits, written and read once at least
+                num_bytes += 8 * batch * vocab
+            limit = 1e-6 * num_bytes / max(check.ceilings.read_ms(num_bytes), gemm_ms)
             run = partial(
                 linear_sample.linear_sample_triton, hidden, weight, keys, temperature, None, given
             )
