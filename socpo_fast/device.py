@@ -23,8 +23,8 @@ ADVICE = {
 }
 
 
-def select_device(name: str) -> torch.device:
-    """The torch device of "cpu", "cuda" or "cuda:INDEX", tried out where it is a card.
+def select_device(name: str, where: str = "run.device") -> torch.device:
+    """The torch device of "cpu", "cuda" or "cuda:INDEX", tried out where it is a card; `where` is the setting.
 
     Raises:
         ValueError: this machine has none such; or its torch, driver or Triton, the card itself, or
@@ -37,7 +37,7 @@ def select_device(name: str) -> torch.device:
         torch.cuda.init()  # needs a driver
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
-                f"run.device: {name} must be a device of this machine, which has {torch.cuda.device_count()} "
+                f"{where}: {name} must be a device of this machine, which has {torch.cuda.device_count()} "
                 "CUDA devices; name one of them, or use cpu"
             )
         torch.cuda.mem_get_info(device)  # needs a context on the card
@@ -45,7 +45,7 @@ def select_device(name: str) -> torch.device:
         reason = re.split(r"\. |\n", str(error))[0]
         advice = next(advice for words, advice in ADVICE.items() if words in reason)
         raise ValueError(
-            f"run.device: {name} must be a card that torch {torch.__version__} can use, got {reason!r}; "
+            f"{where}: {name} must be a card that torch {torch.__version__} can use, got {reason!r}; "
             f"{advice}, or use cpu"
         ) from None
     major, minor = torch.cuda.get_device_capability(device)
@@ -57,7 +57,7 @@ def select_device(name: str) -> torch.device:
     )
     for holds, rule in rules:
         if not holds:
-            raise ValueError(f"run.device: {name} must be {rule}, or use cpu")
+            raise ValueError(f"{where}: {name} must be {rule}, or use cpu")
     return device
 
 

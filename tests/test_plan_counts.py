@@ -277,6 +277,8 @@ def test_seconds_of_a_local_teacher(planner: Planner) -> None:
     plan = planner("Qwen3-0.6B", **teacher, teacher__kv_cache_gib=28.0)
     assert plan.residents["local teacher: weights"] == 2 * 1_720_574_976
     assert plan.residents["local teacher: KV"] == 28 * GIB
+    elsewhere = planner("Qwen3-0.6B", **teacher, teacher__device="cuda:1")
+    assert not any(name.startswith("local teacher") for name in elsewhere.residents)
     # 128 requests behind 200 + 300 + 1000 tokens, all at once: 130 steps.
     num_bytes = 130 * 2 * 1_720_574_976 + 128 * 130 * (1500 + 65) * 114_688
     flops = 2 * (1_720_574_976 - 151936 * 2048) * 128 * 1500

@@ -123,11 +123,10 @@ class StepQueue:
 
         Their sequences draw the same tokens again, where they go on.
         """
-        for step in self._launched:
-            self._forgotten = step.drawn
+        while self._launched:
+            self._forgotten = self._launched.popleft().drawn
         if self._forgotten is not None:
             self._forgotten.wait()
-        self._launched.clear()
 
     def _may_go_ahead(self, loop: DecodeLoop) -> bool:
         """Nobody waits for a place, and those that still decode would not fit into a smaller round."""

@@ -95,12 +95,12 @@ class Plan(NamedTuple):
             "reference": num_parameters * self.itemsize * (config.loss.kl_coef > 0) * self.is_training,
             "context, graph pools (estimate)": CONTEXT_BYTES + pools,
         }
-        if self.teacher is not None and isinstance(config.teacher, LocalTeacherConfig):
-            itemsize = ITEMSIZES[config.teacher.dtype]
+        local = config.teacher if isinstance(config.teacher, LocalTeacherConfig) else None
+        if local and self.teacher and local.device in (None, config.run.device):
+            itemsize = ITEMSIZES[local.dtype]
             parts["local teacher: weights"] = sizes.num_parameters(self.teacher) * itemsize
-            parts["local teacher: KV"] = int(config.teacher.kv_cache_gib * GIB)
-            pool = sizes.step_bytes(self.teacher, itemsize, TEACHER_TOKEN_BUDGET)
-            parts["local teacher: a step (estimate)"] = pool
+            parts["local teacher: KV"] = int(local.kv_cache_gib * GIB)
+            parts["local teacher: a step (estimate)"] = sizes.step_bytes(self.teacher, itemsize, TEACHER_TOKEN_BUDGET)
         return {name: size for name, size in parts.items() if size}
 
     @property

@@ -4,11 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from socpo_fast.config import Config, LocalTeacherConfig
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.socratic import teachers
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt
+from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt, make_teacher
 from socpo_fast.socratic.teachers.base import clean_guidance
 from socpo_fast.socratic.teachers.calls import background
 from socpo_fast.types import SamplingParams
@@ -48,6 +50,13 @@ def test_its_dtype_is_its_own(
     assert {str(weight.dtype) for weight in weights} == {f"torch.{loaded}"}
     assert not any(weight.requires_grad for weight in weights), "it is never trained"
     assert ask(teacher, [request()])[0]
+
+
+def test_a_card_of_its_own_that_is_not_there(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="^teacher.device: cuda:3 must be a device of this machine, which has 1"):
+        make_teacher(Config(teacher=LocalTeacherConfig(path=str(teacher_folder), device="cuda:3")), device="cpu")
 
 
 def test_text_is_the_engines(teacher: LocalTeacher) -> None:

@@ -13,6 +13,7 @@ from socpo_fast.config import (
     RetryTeacherConfig,
     RuleTeacherConfig,
 )
+from socpo_fast.device import select_device
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
@@ -105,7 +106,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         guidance_limit=teacher.max_new_tokens,
         enable_thinking=teacher.enable_thinking,
     )
-    device = teacher.device or device
+    device = str(select_device(teacher.device, "teacher.device")) if teacher.device else device
     auto_dtype = "float32" if device == "cpu" else "bfloat16"
     model = load_student(
         teacher.path,
