@@ -170,8 +170,9 @@ print(json.dumps([*all_faults, faults()]))
     assert lines[2].startswith("1 launches in ") and "0 spill, at most 0 bytes" in lines[2]
     [launch] = json.loads(lines[3])["launches"]
     assert 16 < launch["registers"] <= 255 and launch["spill_bytes"] == 0
+    assert 1 <= launch["ctas_of_sm"] <= 32
     spilled = next(line for line in lines[4:] if line.startswith("sm_90"))
-    assert int(spilled.split()[-2]) > SPILL_ALLOWANCE  # a row that fails is shown too
+    assert int(spilled.split()[-3]) > SPILL_ALLOWANCE  # a row that fails is shown too
 
 
 def test_a_kernel_without_a_configuration_is_a_fault() -> None:

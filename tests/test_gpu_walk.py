@@ -190,8 +190,13 @@ def test_the_walk_finds_no_fault(tmp_path: Path) -> None:
     report = json.loads(results.read_text())
     sections = {section["section"]: section for section in report["sections"]}
     captured = [section for name, section in sections.items() if name.startswith("decode round")]
-    assert len(captured) == 3
+    assert len(captured) == 4
     assert all(section["reads"] == section["uploads"] == [] for section in captured)
+    assert sum("top-p" in section["section"] for section in captured) == 1
+    for launch in (launch for section in captured for launch in section["launches"]):
+        assert not re.search("sort|topk|cumsum", launch["kernel"]), launch
+        # What is a number a row may be fp64, scores of the vocabulary never.
+        assert not re.search(r"f64\[[^]]*151936", launch["shapes"]), launch
     head = sections["policy head, 8192 rows"]
     num_of = Counter({x["kernel"]: 0 for x in head["launches"]})
     for launch in head["launches"]:
@@ -230,6 +235,6 @@ sys.exit(walk.main(["--model", "SmolLM2-135M"]))
     done = run_python("-c", code)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     read = r"host read: aten\._local_scalar_dense of f64\[\] at socpo_fast/engine/decode\.py:\d+"
     assert re.fullmatch(f"walk: decode round, batch 256: 1 x {read}", lines[0])

@@ -6,9 +6,9 @@ import pytest
 
 from tests.test_aot import jit_functions
 from tools import kernels_doc
-from tools.aot import Resources
+from tools.aot import Resources, ctas_of_sm
 from tools.kernel_work import CARDS, Card, Work, works
-from tools.kernels_doc import FILE, buffers_of, by_architecture, ctas_of_sm
+from tools.kernels_doc import FILE, buffers_of, by_architecture
 
 TTGIR = """
 %0 = ttg.local_alloc {allocation.offset = 0 : i32} : () -> !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>

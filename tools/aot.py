@@ -9,7 +9,8 @@ absent pointers and odd sizes. `variants` adds what else a launch can make of a 
 that is 1, each number beyond int32, and pointers that start anywhere.
 
 Prints how even the programs of tree attention's backward are (tools/tree_balance.py), a row a
-launch, with the registers, spills and shared memory it needs, and one JSON line.
+launch, with the registers, spills and shared memory it needs and how many of its blocks (CTAs) a
+multiprocessor holds, and one JSON line.
 Exit code 1, naming the launch, when it does not compile, when registers spill beyond the allowance,
 when shared memory is over what a block of the architecture may have, or when a kernel is in no
 configuration.
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 # CUDA C++ programming guide, appendix on compute capabilities: bytes a block
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# and a multiprocessor
+SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+# Of each block, by CUDA; from sm_90 on cuobjdump counts it among the kernel's own.
+RESERVED_SHARED = {80: 1024, 90: 0, 100: 0}
+REGISTERS_OF_SM, WARPS_OF_SM, BLOCKS_OF_SM = 65536, 64, 32
+REGISTERS_AT_ONCE = 256  # a warp gets multiples of so many
 # Bytes a thread may spill. Two versions of ptxas differ by a register or two where a tile just
 # fits: one of them keeps on the stack, in cached memory, what the other keeps in a register. Such a
 # spill is 8 bytes; that of a tile which is too large is hundreds, and costs more than it gains.
@@ -156,20 +163,24 @@ def compile_all(launches: list[Launch], **others: object) -> list[str]:
     from triton import CompilationError
 
     started, rows, faults = time.perf_counter(), [], []
-    print_row("arch", "kernel", "dtype", "launch", "warps", "registers", "spills B", "shared B")
+    numbers = ("warps", "registers", "spills B", "shared B", "CTAs an SM")
+    print_row("arch", "kernel", "dtype", "launch", *numbers)
     for launch in launches:
-        config, label = launch.config, launch.label
+        config = launch.config
+        label = launch.label
+        architecture = f"sm_{config.architecture}"
         name = config.kernel.__name__.strip("_")
         dtype = str(config.dtype).removeprefix("torch.")
-        where = f"{name} ({dtype}, {label}) on sm_{config.architecture}"
+        where = f"{name} ({dtype}, {label}) on {architecture}"
         try:
             used = resources_of(compile_of(launch))
         except (CompilationError, RuntimeError) as error:  # the latter from passes and from ptxas
             faults.append(f"{where}: must compile, got {type(error).__name__}: {error}")
             continue
-        print_row(f"sm_{config.architecture}", name, dtype, label, config.num_warps, *used)
+        num_ctas = ctas_of_sm(used, config.num_warps, config.architecture)
+        print_row(architecture, name, dtype, label, config.num_warps, *used, num_ctas)
         case = {"arch": config.architecture, "kernel": name, "dtype": dtype, "launch": label}
-        rows.append({**case, "warps": config.num_warps, **used._asdict()})
+        rows.append({**case, "warps": config.num_warps, **used._asdict(), "ctas_of_sm": num_ctas})
         faults += [f"{where}: {fault}" for fault in faults_of(used, config.architecture)]
     seconds = round(time.perf_counter() - started, 1)
     spills = [row["spill_bytes"] for row in rows if row["spill_bytes"]]
@@ -180,7 +191,7 @@ def compile_all(launches: list[Launch], **others: object) -> list[str]:
 
 
 def print_row(arch: str, kernel: str, dtype: str, label: str, *numbers: object) -> None:
-    widths = (5, 11, 10, 10)
+    widths = (5, 11, 10, 10, 12)
     cells = [f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True)]
     print(f"{arch:8}{kernel:32}{dtype:9}{label:50}", *cells, sep="")
 
@@ -195,6 +206,17 @@ def faults_of(used: Resources, architecture: int) -> list[str]:
         rule = f"shared memory must be <= {limit} bytes, got {used.shared_bytes}"
         faults.append(f"{rule}; take a smaller tile")
     return faults
+
+
+def ctas_of_sm(used: Resources, num_warps: int, architecture: int) -> int:
+    """How many blocks of a kernel a multiprocessor holds at once."""
+    by_warp = -(-32 * used.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+    return min(
+        REGISTERS_OF_SM // by_warp // num_warps,
+        WARPS_OF_SM // num_warps,
+        SHARED_OF_SM[architecture] // max(1, used.shared_bytes + RESERVED_SHARED[architecture]),
+        BLOCKS_OF_SM,
+    )
 
 
 def compile_of(launch: Launch) -> Any:

@@ -22,12 +22,6 @@ from tools.kernel_work import CARDS, STUDENT, works
 FILE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 BEGIN, END = "<!-- begin of the tables -->", "<!-- end of the tables -->"
 ARCHITECTURES = (80, 90)
-# CUDA C++ programming guide, appendix on compute capabilities
-SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024}
-# Of each block, by CUDA; on sm_90 cuobjdump counts it among the kernel's own.
-RESERVED_SHARED = {80: 1024, 90: 0}
-REGISTERS_OF_SM, WARPS_OF_SM, BLOCKS_OF_SM = 65536, 64, 32
-REGISTERS_AT_ONCE = 256  # a warp gets multiples of so many
 
 
 class Compiled(NamedTuple):
@@ -92,19 +86,8 @@ def work_table() -> Iterator[str]:
 def compiled_of(launch: aot.Launch) -> Compiled:
     compiled = aot.compile_of(launch)
     used = aot.resources_of(compiled)
-    num_ctas = ctas_of_sm(used, launch.config.num_warps, launch.config.architecture)
+    num_ctas = aot.ctas_of_sm(used, launch.config.num_warps, launch.config.architecture)
     return Compiled(used, num_ctas, buffers_of(compiled.asm["ttgir"]))
-
-
-def ctas_of_sm(used: aot.Resources, num_warps: int, architecture: int) -> int:
-    """How many blocks of a kernel a multiprocessor holds at once."""
-    by_warp = -(-32 * used.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
-    return min(
-        REGISTERS_OF_SM // by_warp // num_warps,
-        WARPS_OF_SM // num_warps,
-        SHARED_OF_SM[architecture] // max(1, used.shared_bytes + RESERVED_SHARED[architecture]),
-        BLOCKS_OF_SM,
-    )
 
 
 def buffers_of(ttgir: str) -> str:

@@ -12,6 +12,7 @@ from tools.gpu_check.rooflines import (
     attention_bytes,
     decode_bytes,
     head_flops,
+    rollout_bytes,
     sample_bytes,
     update_flops,
 )
@@ -43,6 +44,12 @@ def test_a_decode_step_reads_weights_and_live_keys() -> None:
     assert decode_bytes(TINY, 10, 4) == 4 * weights + 10 * kv_bytes(TINY, 4)
     assert ASSUMED.copy_ms(3e9) == ASSUMED.read_ms(3e9) == pytest.approx(1.0)
     assert ASSUMED.bf16_ms(798e9) == pytest.approx(1.0)
+
+
+def test_a_rollout_reads_what_its_steps_read() -> None:
+    """Three tokens for each of 4 sequences on 10 tokens: 10, 14 and 18 keys are read."""
+    steps = [decode_bytes(TINY, live, 4) for live in (10, 14, 18)]
+    assert rollout_bytes(TINY, rows=4, num_new=3, unique=10, itemsize=4) == sum(steps)
 
 
 def test_attention_reads_shared_keys_once() -> None:

@@ -28,7 +28,7 @@ from tools.gpu_check.decoding import (
 )
 from tools.gpu_check.engines import drain, launch_rounds, logits_of, prompts_of
 from tools.gpu_check.models import MODELS, make_model
-from tools.gpu_check.rooflines import decode_bytes
+from tools.gpu_check.rooflines import decode_bytes, rollout_bytes
 from tools.gpu_check.timing import median_ms, profile_table
 
 
@@ -184,8 +184,14 @@ def groups_and_second_attempts(check: Check) -> None:
     unique = groups * prompt + len(resumed) * (1 + suffix)
     assert prefilled == unique, f"prefilled {prefilled} tokens, {unique} are unique"
     sampled = (len(attempts) + len(resumed)) * new
+    itemsize = student.lm_head.weight.element_size()
+    rollout = partial(rollout_bytes, config, num_new=new, itemsize=itemsize)
+    num_bytes = rollout(rows=len(attempts), unique=groups * prompt)
+    resumed_own = len(resumed) * (new + suffix)
+    num_bytes += rollout(rows=len(resumed), unique=groups * prompt + resumed_own)
     of = f"{groups} x {size}, {new} new, half resumed"
-    check.figure("decode.rollout_tok_s", sampled / seconds, of=of)
+    limit = 1e3 * sampled / check.ceilings.read_ms(num_bytes)
+    check.figure("decode.rollout_tok_s", sampled / seconds, of=of, limit=limit)
 
 
 def evaluation_step(check: Check) -> None:

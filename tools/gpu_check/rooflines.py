@@ -52,6 +52,18 @@ def decode_bytes(config: ModelConfig, live_tokens: int, itemsize: int) -> int:
     return itemsize * weights + live_tokens * kv_bytes(config, itemsize)
 
 
+def rollout_bytes(
+    config: ModelConfig, *, rows: int, num_new: int, unique: int, itemsize: int
+) -> int:
+    """Read by the steps in which each of `rows` sequences decodes `num_new` tokens.
+
+    unique: tokens they begin with, all together; those that siblings share are read once a step.
+    """
+    first = decode_bytes(config, unique, itemsize)
+    last = decode_bytes(config, unique + rows * (num_new - 1), itemsize)
+    return num_new * (first + last) // 2
+
+
 def update_flops(config: ModelConfig, num_tokens: int, loss_tokens: int, seen_pairs: int) -> float:
     """Forward and backward: 6 a parameter and token, the head over loss tokens only, attention's
     seven products.
