@@ -27,7 +27,9 @@ FLAGS = [
 # Of adamw.cpp, whose bits are promised: a product and a sum stay two roundings. Without errno and
 # traps square roots and comparisons run in vectors, and give the same.
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere at::parallel_for runs on the calling thread
+OPENMP = (
+    ["-fopenmp"] if sys.platform == "linux" else []
+)  # elsewhere at::parallel_for runs on the calling thread
 
 
 def extension_options() -> dict:

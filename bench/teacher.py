@@ -135,7 +135,8 @@ def token_s(scene: Scene) -> float:
 
 def longest_chain_s(scene: Scene, recorded: Recorded, delays_s: dict[Name, float]) -> float:
     """Until a rollout's first attempt has ended, then its wait, then its second attempt alone."""
-    one_token_s, started = token_s(scene), time.perf_counter()
+    one_token_s = token_s(scene)
+    started = time.perf_counter()
     rollouts = scene.rollouts(recorded.say)
     return max(
         recorded.asked_s[name_of(rollout)]

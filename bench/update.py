@@ -120,7 +120,9 @@ def bench_case(
         options = {"packing": packing, "token_budget": args.token_budget}
         return policy_gradients(student, rollouts, temperature=1.0, **options)
 
-    stats, gradients, peaks_mib = {}, {}, {}
+    stats = {}
+    gradients = {}
+    peaks_mib = {}
     for packing in PACKINGS:
         student.zero_grad(set_to_none=True)
         run = partial(update, packing)
@@ -165,7 +167,8 @@ def make_rollouts(case: Case, student: Decoder, token_budget: int) -> list[Rollo
     def tokens(count: int) -> list[int]:
         return torch.randint(student.config.vocab_size, (count,), generator=generator).tolist()
 
-    prompt_ids, rollouts = tokens(case.prompt), []
+    prompt_ids = tokens(case.prompt)
+    rollouts = []
     for rollout_idx in range(case.group_size):
         rollout = Rollout(question_idx=0, rollout_idx=rollout_idx, prompt_ids=prompt_ids)
         num_attempts = 2 if case.guidance and rollout_idx % 2 else 1
@@ -221,7 +224,8 @@ def check(
             "bench: gradients of tree and rows must be equal within rounding, "
             f"got {apart / norm:.2g} of their norm, which is above {bound:g}"
         )
-    tree, unique = stats["tree"], count_unique_tokens(rollouts)
+    tree = stats["tree"]
+    unique = count_unique_tokens(rollouts)
     if tree.num_microbatches == 1 and tree.tokens_forwarded != unique - len(rollouts):
         raise RuntimeError(
             f"bench: the tree must forward {unique} nodes but {len(rollouts)} leaves, got "

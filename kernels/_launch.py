@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-INTERPRETER = 0  # the "architecture" of TRITON_INTERPRET=1, whose programs run one after the other on the CPU
+INTERPRETER = (
+    0  # the "architecture" of TRITON_INTERPRET=1, whose programs run one after the other on the CPU
+)
 ARCHITECTURES = (80, 90, 100)  # compute capabilities that `make aot` compiles for
 
 

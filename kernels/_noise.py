@@ -20,8 +20,11 @@ def gumbel(row_keys, token_ids):
 @triton.jit
 def _noise_bits(row_keys, token_ids):
     """noise_bits of ops/sample.py, [rows, tokens] uint32."""
-    low, high = row_keys.to(tl.uint32), (row_keys >> 32).to(tl.uint32)
-    return _mix_32(_mix_32((token_ids.to(tl.uint32) * _GOLDEN)[None, :] ^ low[:, None]) ^ high[:, None])
+    low = row_keys.to(tl.uint32)
+    high = (row_keys >> 32).to(tl.uint32)
+    return _mix_32(
+        _mix_32((token_ids.to(tl.uint32) * _GOLDEN)[None, :] ^ low[:, None]) ^ high[:, None]
+    )
 
 
 @triton.jit

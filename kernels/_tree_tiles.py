@@ -47,9 +47,13 @@ class TreeTiles(NamedTuple):
 # aot`). Three stages are the least with which loads are early. dK and dV of 128 numbers fill half
 # of the registers, so few queries go with them. fp32 is multiplied as three products of tf32.
 _INTERPRETED = TreeTiles(*[Tile(64, 64, 1, 1)] * 3)
-_SMALL, _SMALLEST = Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)
-_ONE, _FEW_KEYS, _FEW_QUERIES = Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 4, 4)
-_PAIR, _PAIR_FEW_KEYS = Tile(64, 64, 8, 3), Tile(64, 32, 8, 3)
+_SMALL = Tile(32, 32, 4, 1)
+_SMALLEST = Tile(16, 32, 4, 1)
+_ONE = Tile(64, 64, 4, 3)
+_FEW_KEYS = Tile(64, 32, 4, 3)
+_FEW_QUERIES = Tile(32, 64, 4, 4)
+_PAIR = Tile(64, 64, 8, 3)
+_PAIR_FEW_KEYS = Tile(64, 32, 8, 3)
 _FP32 = {
     (1, 64): TreeTiles(_SMALL, _SMALL, _SMALL),
     (1, 128): TreeTiles(_SMALLEST, _SMALLEST, Tile(32, 16, 8, 1)),
@@ -202,7 +206,8 @@ def tile_of_queries(
     head = tl.program_id(0) % (HEADS // PACK) * PACK
     key_blocks_ptr += (tile // PARTS).to(tl.int64) * (tl.cdiv(num_rows, BLOCK_ROWS) + 4)
     first = tl.load(key_blocks_ptr) * BLOCK_ROWS + tile % PARTS * (BLOCK_M // PACK)
-    num_masked, num_seen = tl.load(key_blocks_ptr + 1), tl.load(key_blocks_ptr + 2)
+    num_masked = tl.load(key_blocks_ptr + 1)
+    num_seen = tl.load(key_blocks_ptr + 2)
     return head, key_blocks_ptr + 3, first, num_masked, num_seen
 
 

@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, Tile, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    Tile,
+    architecture_of,
+)
 
 TILES: dict[int, dict[torch.dtype, Tile]] = {
     INTERPRETER: {torch.float64: Tile(64, 1)},
@@ -44,7 +51,9 @@ def decay_advantage(
     the fields of an estimator.
     """
     num_attempts = rewards_A.numel()
-    earned_A = torch.empty_like(rewards_A, dtype=torch.float32, memory_format=torch.contiguous_format)
+    earned_A = torch.empty_like(
+        rewards_A, dtype=torch.float32, memory_format=torch.contiguous_format
+    )
     advantages_A = torch.empty_like(earned_A)
     factors_K = rewards_A.new_zeros(num_factors)
     if num_attempts == 0:
@@ -85,7 +94,11 @@ def _group_order(keys_GA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     changes_A = torch.zeros_like(order_A, dtype=torch.bool)
     changes_A[1:] = (keys_GA[:, order_A].diff(dim=1) != 0).any(dim=0)
     group_A = changes_A.cumsum(0)  # ascending
-    return order_A, torch.searchsorted(group_A, group_A), torch.searchsorted(group_A, group_A, right=True)
+    return (
+        order_A,
+        torch.searchsorted(group_A, group_A),
+        torch.searchsorted(group_A, group_A, right=True),
+    )
 
 
 def aot_configs() -> AotConfigs:
@@ -113,8 +126,15 @@ def aot_configs() -> AotConfigs:
                     **dict.fromkeys(("earned_ptr", "advantages_ptr"), torch.float32),
                     "factors_ptr": dtype,
                 }
-                words = [f"baseline {baseline}", *["by std"] * divides_by_std, *["whitened"] * whitens]
-                words += ["batch means" if is_batch_mean else "given factors", *["trajectory"] * by_trajectory]
+                words = [
+                    f"baseline {baseline}",
+                    *["by std"] * divides_by_std,
+                    *["whitened"] * whitens,
+                ]
+                words += [
+                    "batch means" if is_batch_mean else "given factors",
+                    *["trajectory"] * by_trajectory,
+                ]
                 yield AotConfig(
                     _decay_advantage_kernel,
                     architecture,
@@ -131,7 +151,9 @@ def aot_configs() -> AotConfigs:
                 )
 
 
-@triton.jit(do_not_specialize=["num_attempts", "num_factors"])  # they differ from batch to batch: one compiled kernel
+@triton.jit(
+    do_not_specialize=["num_attempts", "num_factors"]
+)  # they differ from batch to batch: one compiled kernel
 def _decay_advantage_kernel(
     rewards_ptr,
     attempt_ptr,
@@ -156,12 +178,16 @@ def _decay_advantage_kernel(
     grouped: tl.constexpr = BASELINE != "none"
     lanes = tl.arange(0, BLOCK_A)
     zero = tl.zeros((), tl.float64)
-    value_ptr, sum_ptr, square_sum_ptr = scratch_ptr, scratch_ptr + num_attempts, scratch_ptr + 2 * num_attempts
+    value_ptr = scratch_ptr
+    sum_ptr = scratch_ptr + num_attempts
+    square_sum_ptr = scratch_ptr + 2 * num_attempts
     if given_factors_ptr is not None:
         for n in range(num_factors):
             tl.store(factors_ptr + n, tl.load(given_factors_ptr + n))
     else:
-        _store_batch_means(factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A)
+        _store_batch_means(
+            factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A
+        )
     tl.debug_barrier()
 
     # What each attempt earns, and its sums along each group. From here on, place i is the i-th attempt in group order.
@@ -170,10 +196,18 @@ def _decay_advantage_kernel(
         i = start + lanes
         inside = i < num_attempts
         attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
-        source = attempt_of_place if last_ptr is None else tl.load(last_ptr + attempt_of_place, inside, other=0)
+        source = (
+            attempt_of_place
+            if last_ptr is None
+            else tl.load(last_ptr + attempt_of_place, inside, other=0)
+        )
         attempt_idx = tl.load(attempt_ptr + source, inside, other=0)
-        value = tl.load(rewards_ptr + source, inside, other=0.0) * tl.load(factors_ptr + attempt_idx, inside, other=0.0)
-        value = value.to(tl.float32).to(tl.float64)  # what decay_rewards hands to compute_advantages
+        value = tl.load(rewards_ptr + source, inside, other=0.0) * tl.load(
+            factors_ptr + attempt_idx, inside, other=0.0
+        )
+        value = value.to(tl.float32).to(
+            tl.float64
+        )  # what decay_rewards hands to compute_advantages
         tl.store(earned_ptr + attempt_of_place, value.to(tl.float32), inside)
         tl.store(value_ptr + i, value, inside)
         if grouped:
@@ -183,17 +217,23 @@ def _decay_advantage_kernel(
     tl.debug_barrier()
 
     # Less the group's baseline; the sum over loss tokens.
-    token_sums, tokens = tl.zeros((BLOCK_A,), tl.float64), tl.zeros((BLOCK_A,), tl.float64)
+    token_sums = tl.zeros((BLOCK_A,), tl.float64)
+    tokens = tl.zeros((BLOCK_A,), tl.float64)
     carry = zero
     for start in range(0, num_attempts, BLOCK_A):
         i = start + lanes
         inside = i < num_attempts
         value = tl.load(value_ptr + i, inside, other=0.0)
         if grouped:
-            begin, end = tl.load(begin_ptr + i, inside, other=0), tl.load(end_ptr + i, inside, other=1)
+            begin = tl.load(begin_ptr + i, inside, other=0)
+            end = tl.load(end_ptr + i, inside, other=1)
             count = (end - begin).to(tl.float64)
             total = tl.load(sum_ptr + end - 1, inside, other=0.0)
-            baseline = (total - value) / tl.maximum(count - 1, 1.0) if BASELINE == "others" else total / count
+            baseline = (
+                (total - value) / tl.maximum(count - 1, 1.0)
+                if BASELINE == "others"
+                else total / count
+            )
             value = tl.where(count == 1, value, value - baseline)
             tl.store(value_ptr + i, value, inside)
             if DIVIDE_BY_STD:
@@ -206,7 +246,8 @@ def _decay_advantage_kernel(
             tokens += num_tokens
     tl.debug_barrier()
 
-    shift, scale = zero, tl.full((), 1.0, tl.float64)
+    shift = zero
+    scale = tl.full((), 1.0, tl.float64)
     if WHITEN:
         num_loss_tokens = tl.sum(tokens, 0)
         shift = tl.sum(token_sums, 0) / num_loss_tokens
@@ -225,7 +266,8 @@ def _decay_advantage_kernel(
         attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
         value = (tl.load(value_ptr + i, inside, other=0.0) - shift) / scale
         if DIVIDE_BY_STD:
-            begin, end = tl.load(begin_ptr + i, inside, other=0), tl.load(end_ptr + i, inside, other=1)
+            begin = tl.load(begin_ptr + i, inside, other=0)
+            end = tl.load(end_ptr + i, inside, other=1)
             count = (end - begin).to(tl.float64)
             square_sum = tl.load(square_sum_ptr + end - 1, inside, other=0.0)
             std = tl.where(count == 1, 1.0, tl.sqrt(square_sum / tl.maximum(count - 1, 1.0)))
@@ -234,9 +276,12 @@ def _decay_advantage_kernel(
 
 
 @triton.jit
-def _store_batch_means(factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A: tl.constexpr):
+def _store_batch_means(
+    factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A: tl.constexpr
+):
     """Factors by the recurrence of _batch_means in ops/decay_advantage.py, one attempt index at a time."""
-    decayed_sum, count = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
+    decayed_sum = tl.zeros((), tl.float64)
+    count = tl.zeros((), tl.float64)
     factor = tl.full((), 1.0, tl.float64)
     for n in range(num_factors):
         if n > 0:
@@ -258,7 +303,9 @@ def _sums_along_groups(value, begin, start, carry, BLOCK_A: tl.constexpr):
     begin is where the group of each place begins, carry the sum so far of the group open at `start`, the first place.
     """
     lanes = tl.arange(0, BLOCK_A)
-    _, sums = tl.associative_scan(((begin == start + lanes).to(tl.int32), value), 0, _add_within_group)
+    _, sums = tl.associative_scan(
+        ((begin == start + lanes).to(tl.int32), value), 0, _add_within_group
+    )
     sums += tl.where(begin < start, carry, 0.0)
     return sums, tl.sum(tl.where(lanes == BLOCK_A - 1, sums, 0.0), 0)
 

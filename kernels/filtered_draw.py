@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, Tile, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    Tile,
+    architecture_of,
+)
 from socpo_fast.kernels._noise import gumbel
 
 # block: logits of a row that a program holds at once
@@ -72,7 +79,15 @@ def filtered_draw(
 
 def aot_configs() -> AotConfigs:
     pointers = dict.fromkeys(("row_keys_ptr", "top_k_ptr", "token_ids_ptr"), torch.int64)
-    names = ("z_ptr", "sums_ptr", "temperature_ptr", "top_p_ptr", "min_p_ptr", "block_max_ptr", "logprobs_ptr")
+    names = (
+        "z_ptr",
+        "sums_ptr",
+        "temperature_ptr",
+        "top_p_ptr",
+        "min_p_ptr",
+        "block_max_ptr",
+        "logprobs_ptr",
+    )
     pointers |= dict.fromkeys((*names, "kept_mass_ptr"), torch.float32)
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
@@ -83,7 +98,13 @@ def aot_configs() -> AotConfigs:
 
 @triton.jit(
     do_not_specialize=["num_draws", "num_blocks"],
-    do_not_specialize_on_alignment=["row_keys_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"],
+    do_not_specialize_on_alignment=[
+        "row_keys_ptr",
+        "temperature_ptr",
+        "top_k_ptr",
+        "top_p_ptr",
+        "min_p_ptr",
+    ],
 )
 def _filtered_draw_kernel(
     z_ptr,
@@ -104,8 +125,10 @@ def _filtered_draw_kernel(
 ):
     draw = tl.program_id(0)
     top_k = tl.load(top_k_ptr + draw)
-    top_p, min_p = tl.load(top_p_ptr + draw), tl.load(min_p_ptr + draw)
-    highest, log_total = tl.load(sums_ptr + draw), tl.load(sums_ptr + num_draws + draw)
+    top_p = tl.load(top_p_ptr + draw)
+    min_p = tl.load(min_p_ptr + draw)
+    highest = tl.load(sums_ptr + draw)
+    log_total = tl.load(sums_ptr + num_draws + draw)
     is_filtered = ((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0)
     if is_filtered & (tl.abs(log_total) < float("inf")):
         z_ptr += draw.to(tl.int64) * vocab
@@ -121,7 +144,15 @@ def _filtered_draw_kernel(
         total = tl.exp(log_total)
         if (top_k > 0) & (top_k < vocab):
             threshold, above = _find_threshold(
-                z_ptr, block_max_ptr, highest, threshold, top_k.to(tl.float32), vocab, num_blocks, True, BLOCK_V
+                z_ptr,
+                block_max_ptr,
+                highest,
+                threshold,
+                top_k.to(tl.float32),
+                vocab,
+                num_blocks,
+                True,
+                BLOCK_V,
             )
             num_ties = top_k - above.to(tl.int64)
             mass = _mass_above(z_ptr, block_max_ptr, highest, threshold, vocab, num_blocks, BLOCK_V)
@@ -129,7 +160,15 @@ def _filtered_draw_kernel(
         if top_p < 1:
             at_least = threshold
             threshold, above = _find_threshold(
-                z_ptr, block_max_ptr, highest, at_least, top_p * total, vocab, num_blocks, False, BLOCK_V
+                z_ptr,
+                block_max_ptr,
+                highest,
+                at_least,
+                top_p * total,
+                vocab,
+                num_blocks,
+                False,
+                BLOCK_V,
             )
             share = _share_at(threshold, highest)
             reached = tl.ceil((top_p * total - above) / tl.maximum(share, 1e-38))
@@ -138,7 +177,9 @@ def _filtered_draw_kernel(
 
         row_key = tl.full((1,), 0, tl.int64) + tl.load(row_keys_ptr + draw)
         is_greedy = tl.load(temperature_ptr + draw) == 0
-        best, best_z, kept_mass = float("-inf"), float("-inf"), 0.0
+        best = float("-inf")
+        best_z = float("-inf")
+        kept_mass = 0.0
         best_id = tl.full((), 0, tl.int64)
         num_seen = tl.full((), 0, tl.int64)
         for block in range(num_blocks):
@@ -167,16 +208,28 @@ def _filtered_draw_kernel(
 
 @triton.jit
 def _find_threshold(
-    z_ptr, block_max_ptr, highest, at_least, target, vocab, num_blocks, BY_COUNT: tl.constexpr, BLOCK_V: tl.constexpr
+    z_ptr,
+    block_max_ptr,
+    highest,
+    at_least,
+    target,
+    vocab,
+    num_blocks,
+    BY_COUNT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """The lowest key, no less than at_least, above which there is less than the target; and how much that is.
 
     A count of logits, or a sum of exp(z - highest).
     """
-    low, high = at_least, _key(highest).to(tl.int64)  # above the highest one there is nothing
+    # above the highest one there is nothing
+    low = at_least
+    high = _key(highest).to(tl.int64)
     above = 0.0
     while low < high:
-        tried = low + (high - low) * tl.arange(0, _TRIED).to(tl.int64) // _TRIED  # low is among them, high is not
+        tried = (
+            low + (high - low) * tl.arange(0, _TRIED).to(tl.int64) // _TRIED
+        )  # low is among them, high is not
         amounts = tl.zeros((_TRIED,), tl.float32)
         for block in range(num_blocks):
             if _key(tl.load(block_max_ptr + block)) > low:

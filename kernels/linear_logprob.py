@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, Tile, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    Tile,
+    architecture_of,
+)
 
 # 8 logits a thread: no spills even where an odd vocabulary forbids vector loads, and few registers (`make aot`).
 # fp64 is there for gradient checks.
@@ -97,7 +104,14 @@ def aot_configs() -> AotConfigs:
             for label, odd in (("even V", False), ("odd V", True)):
                 pointers = row | {"values_ptr": dtype}
                 yield AotConfig(
-                    _logprob_rows_kernel, architecture, dtype, label, num_warps, pointers, {"BLOCK_V": block}, odd
+                    _logprob_rows_kernel,
+                    architecture,
+                    dtype,
+                    label,
+                    num_warps,
+                    pointers,
+                    {"BLOCK_V": block},
+                    odd,
                 )
             for label, grad, grad_entropy, odd in (
                 ("in place", dtype, None, False),
@@ -117,9 +131,19 @@ def aot_configs() -> AotConfigs:
 
 
 # The number of rows and where their numbers begin differ from chunk to chunk: one compiled kernel for all.
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets_ptr", "inv_temperature_ptr"])
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["targets_ptr", "inv_temperature_ptr"],
+)
 def _logprob_rows_kernel(
-    logits_ptr, values_ptr, targets_ptr, inv_temperature_ptr, num_rows, num_cols, stride_ln, BLOCK_V: tl.constexpr
+    logits_ptr,
+    values_ptr,
+    targets_ptr,
+    inv_temperature_ptr,
+    num_rows,
+    num_cols,
+    stride_ln,
+    BLOCK_V: tl.constexpr,
 ):
     # In 64 bits, and every offset with it: a large workspace holds more than 2^31 logits.
     row = tl.program_id(0).to(tl.int64)
@@ -182,7 +206,8 @@ def row_sums(row_ptr, num_cols, inv_temperature, WEIGHTED: tl.constexpr, BLOCK_V
     columns = tl.arange(0, BLOCK_V)
     # A maximum and sums for each lane: one for all of them would be a barrier a tile.
     highest = tl.full((BLOCK_V,), float("-inf"), dtype)
-    sums, weighted = tl.zeros((BLOCK_V,), dtype), tl.zeros((BLOCK_V,), dtype)
+    sums = tl.zeros((BLOCK_V,), dtype)
+    weighted = tl.zeros((BLOCK_V,), dtype)
     for start in range(0, num_cols, BLOCK_V):
         inside = start + columns < num_cols
         logits = tl.load(row_ptr + start + columns, mask=inside, other=float("-inf"))
@@ -202,7 +227,9 @@ def row_sums(row_ptr, num_cols, inv_temperature, WEIGHTED: tl.constexpr, BLOCK_V
 def _rescaling(x, highest, inv_temperature):
     """d = (x - highest) / temperature and exp(d), for x at most highest; d is finite where x is -inf."""
     d = (x - _or_zero(highest)) * inv_temperature
-    d = tl.where(d < _LOWEST_EXPONENT, _LOWEST_EXPONENT, d)  # a factor of 0, and 0 times it is 0; NaN stays
+    d = tl.where(
+        d < _LOWEST_EXPONENT, _LOWEST_EXPONENT, d
+    )  # a factor of 0, and 0 times it is 0; NaN stays
     return d, tl.exp(d)
 
 
@@ -242,7 +269,11 @@ def write_row_gradient(
     zero = tl.zeros((BLOCK_V,), logits_row_ptr.dtype.element_ty)
     if (grad_logprob == 0) & (grad_entropy == 0):  # whatever the logits hold
         for start in range(0, num_cols, BLOCK_V):
-            tl.store(grad_row_ptr + start + columns, zero.to(grad_row_ptr.dtype.element_ty), start + columns < num_cols)
+            tl.store(
+                grad_row_ptr + start + columns,
+                zero.to(grad_row_ptr.dtype.element_ty),
+                start + columns < num_cols,
+            )
     else:
         p_less_1, _ = expm1_and_exp(tl.where(logprob < _LOWEST_LOGPROB, _LOWEST_LOGPROB, logprob))
         target_grad = -grad_logprob * p_less_1

@@ -96,7 +96,14 @@ def aot_configs() -> AotConfigs:
     """The launch above for `make aot`: plain and with every term, in place and into bf16, even and odd vocabulary."""
     for architecture in ARCHITECTURES:
         for dtype, (block, num_warps) in TILES[architecture].items():
-            names = ("logits_ptr", "values_ptr", "old_ptr", "advantages_ptr", "weights_ptr", "inv_temperature_ptr")
+            names = (
+                "logits_ptr",
+                "values_ptr",
+                "old_ptr",
+                "advantages_ptr",
+                "weights_ptr",
+                "inv_temperature_ptr",
+            )
             low = torch.bfloat16 if dtype == torch.float32 else dtype
             for label, grad, need_entropy, terms, odd in (
                 ("bare, no gradient", None, False, False, False),
@@ -105,7 +112,8 @@ def aot_configs() -> AotConfigs:
                 ("all terms", low, True, True, False),
                 ("all terms, odd V", dtype, True, True, True),
             ):
-                attempt, ref = torch.int64 if need_entropy else None, dtype if terms else None
+                attempt = torch.int64 if need_entropy else None
+                ref = dtype if terms else None
                 pointers = dict.fromkeys(names, dtype) | {"grad_ptr": grad, "ref_ptr": ref}
                 yield AotConfig(
                     _policy_rows_kernel,
@@ -114,7 +122,12 @@ def aot_configs() -> AotConfigs:
                     label,
                     num_warps,
                     pointers | {"targets_ptr": torch.int64, "attempt_ptr": attempt},
-                    {"KL_ESTIMATOR": 3, "NEED_ENTROPY": need_entropy, "ENTROPY_GRAD": terms, "BLOCK_V": block},
+                    {
+                        "KL_ESTIMATOR": 3,
+                        "NEED_ENTROPY": need_entropy,
+                        "ENTROPY_GRAD": terms,
+                        "BLOCK_V": block,
+                    },
                     odd,
                 )
 
@@ -157,14 +170,20 @@ def _policy_rows_kernel(
     logits_row_ptr = logits_ptr + row * stride_ln
     target = tl.load(targets_ptr + row)
     inv_temperature = tl.load(inv_temperature_ptr + row)
-    target_logit = tl.load(logits_row_ptr + target)  # before anything is written: grad may be logits
-    highest, total, weighted = row_sums(logits_row_ptr, num_cols, inv_temperature, NEED_ENTROPY, BLOCK_V)
+    target_logit = tl.load(
+        logits_row_ptr + target
+    )  # before anything is written: grad may be logits
+    highest, total, weighted = row_sums(
+        logits_row_ptr, num_cols, inv_temperature, NEED_ENTROPY, BLOCK_V
+    )
     log_sum = tl.log(total)
     logprob = (target_logit - highest) * inv_temperature - log_sum
     entropy = log_sum - weighted / total if NEED_ENTROPY else tl.full((), float("nan"), dtype)
 
     weight = tl.load(weights_ptr + row)
-    advantage = tl.load(advantages_ptr + (row if attempt_ptr is None else tl.load(attempt_ptr + row)))
+    advantage = tl.load(
+        advantages_ptr + (row if attempt_ptr is None else tl.load(attempt_ptr + row))
+    )
     term, ratio, clipped, derivative = _policy_term(
         logprob,
         tl.load(old_ptr + row),
@@ -190,7 +209,9 @@ def _policy_rows_kernel(
     tl.store(values_row_ptr + 4 * num_rows, (has_loss & clipped).to(dtype))
     tl.store(values_row_ptr + 5 * num_rows, coefficient)
     if grad_ptr is not None:
-        entropy_grad = -weight * tl.full((), entropy_coef, dtype) if ENTROPY_GRAD else tl.zeros((), dtype)
+        entropy_grad = (
+            -weight * tl.full((), entropy_coef, dtype) if ENTROPY_GRAD else tl.zeros((), dtype)
+        )
         write_row_gradient(
             logits_row_ptr, grad_ptr + row * stride_gn, num_cols, inv_temperature, target, highest, log_sum, logprob,
             entropy, coefficient, entropy_grad, ENTROPY_GRAD, BLOCK_V,
@@ -218,12 +239,15 @@ def _kl_term(logprob, ref_logprob, KL_ESTIMATOR: tl.constexpr):
     difference = ref_logprob - logprob
     d = _clamp(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     if KL_ESTIMATOR == 1:
-        value, derivative = -d, tl.full((), 1.0, d.dtype)
+        value = -d
+        derivative = tl.full((), 1.0, d.dtype)
     elif KL_ESTIMATOR == 2:
-        value, derivative = 0.5 * d * d, -d
+        value = 0.5 * d * d
+        derivative = -d
     else:
         expm1, _ = expm1_and_exp(d)
-        value, derivative = expm1 - d, -expm1
+        value = expm1 - d
+        derivative = -expm1
     return value, tl.where(tl.abs(difference) > _MAX_LOG_RATIO, 0.0, derivative)
 
 

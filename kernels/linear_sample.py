@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    architecture_of,
+)
 from socpo_fast.kernels._noise import gumbel
 from socpo_fast.kernels.filtered_draw import Filters, filtered_draw
 
@@ -59,7 +65,8 @@ def linear_sample_triton(
     last stride of both is 1; temperature fp32, 0 is greedy; rows int64, each draw's row of hidden (None: its own
     number); filters as of filtered_draw, None: no draw has one. Rows whose filters are off draw the same either way.
     """
-    num_draws, (vocab, width) = row_keys_B.numel(), weight_VD.shape
+    num_draws = row_keys_B.numel()
+    (vocab, width) = weight_VD.shape
     tile = TILES[architecture_of(hidden_TD)][hidden_TD.dtype]
     num_tiles = triton.cdiv(vocab, tile.tokens)
     # At other sizes addresses take more registers, and a bound would spill them.
@@ -67,14 +74,16 @@ def linear_sample_triton(
     ids_BN = row_keys_B.new_empty((num_draws, num_tiles), dtype=torch.int32)
     values_5BN = row_keys_B.new_empty((5, num_draws, num_tiles), dtype=torch.float32)
     token_ids_B = row_keys_B.new_empty(num_draws)
-    logprobs_B, entropy_B = values_5BN.new_empty(num_draws), values_5BN.new_empty(num_draws)
+    logprobs_B = values_5BN.new_empty(num_draws)
+    entropy_B = values_5BN.new_empty(num_draws)
     kept_mass_B = torch.ones_like(logprobs_B)
     draws = token_ids_B, logprobs_B, entropy_B, kept_mass_B
     if num_draws == 0:
         return draws
     z_BV = None if filters is None else values_5BN.new_empty((num_draws, vocab))
     sums_2B = None if filters is None else values_5BN.new_empty((2, num_draws))
-    row_keys_B, temperature_B = row_keys_B.contiguous(), temperature_B.contiguous()
+    row_keys_B = row_keys_B.contiguous()
+    temperature_B = temperature_B.contiguous()
     with torch.cuda.device_of(hidden_TD):
         _sample_tile_kernel[triton.cdiv(num_draws, tile.rows), num_tiles](
             hidden_TD,
@@ -110,7 +119,14 @@ def linear_sample_triton(
             num_warps=_MERGE_WARPS,
         )
         if filters is not None and z_BV is not None and sums_2B is not None:
-            filtered_draw(z_BV, sums_2B, row_keys_B, temperature_B, filters, (token_ids_B, logprobs_B, kept_mass_B))
+            filtered_draw(
+                z_BV,
+                sums_2B,
+                row_keys_B,
+                temperature_B,
+                filters,
+                (token_ids_B, logprobs_B, kept_mass_B),
+            )
     return draws
 
 
@@ -127,7 +143,12 @@ def aot_configs() -> AotConfigs:
                 ("rows, 16-bit head", low, torch.int64, False, None),
                 ("odd sizes", dtype, None, True, None),
             ):
-                pointers = results | {"hidden_ptr": dtype, "weight_ptr": weight, "rows_ptr": rows, "z_ptr": kept}
+                pointers = results | {
+                    "hidden_ptr": dtype,
+                    "weight_ptr": weight,
+                    "rows_ptr": rows,
+                    "z_ptr": kept,
+                }
                 yield AotConfig(
                     _sample_tile_kernel,
                     architecture,
@@ -185,17 +206,25 @@ def _sample_tile_kernel(
     hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hb + units[None, :]
     weight_ptrs = weight_ptr + token_ids.to(tl.int64)[:, None] * stride_wv + units[None, :]
     # As in kernels/_attend.py: only fp32 minds, and a weight in 16 bits is exact in tf32.
-    PRECISION: tl.constexpr = "tf32x3" if weight_ptr.dtype.element_ty != hidden_ptr.dtype.element_ty else "ieee"
+    PRECISION: tl.constexpr = (
+        "tf32x3" if weight_ptr.dtype.element_ty != hidden_ptr.dtype.element_ty else "ieee"
+    )
     z = tl.zeros((BLOCK_B, BLOCK_V), tl.float32)
     for start in range(0, width, BLOCK_D):
         inside = (start + units < width)[None, :]
         hidden = tl.load(hidden_ptrs + start, is_draw[:, None] & inside, other=0.0)
-        weight = tl.load(weight_ptrs + start, is_token[:, None] & inside, other=0.0).to(hidden.dtype)
+        weight = tl.load(weight_ptrs + start, is_token[:, None] & inside, other=0.0).to(
+            hidden.dtype
+        )
         z = tl.dot(hidden, tl.trans(weight), z, input_precision=PRECISION)
 
     temperature = tl.load(temperature_ptr + draws, is_draw, other=1.0)
     is_greedy = temperature == 0
-    z = tl.where(is_token[None, :], z * tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))[:, None], float("-inf"))
+    z = tl.where(
+        is_token[None, :],
+        z * tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))[:, None],
+        float("-inf"),
+    )
     if z_ptr is not None:
         z_ptrs = z_ptr + draws.to(tl.int64)[:, None] * vocab + token_ids[None, :]
         tl.store(z_ptrs, z, is_draw[:, None] & is_token[None, :])
@@ -209,7 +238,9 @@ def _sample_tile_kernel(
     scores = z + tl.where(is_greedy[:, None], 0.0, noise)
     best = tl.max(scores, 1)
     none = (tl.program_id(1) + 1) * BLOCK_V
-    best_id = tl.min(tl.where(is_token[None, :] & (scores == best[:, None]), token_ids[None, :], none), 1)
+    best_id = tl.min(
+        tl.where(is_token[None, :] & (scores == best[:, None]), token_ids[None, :], none), 1
+    )
     best_id = tl.where(best_id == none, none - BLOCK_V, best_id)  # NaN: some token
     best_z = tl.max(tl.where(token_ids[None, :] == best_id[:, None], z, float("-inf")), 1)
 
@@ -236,10 +267,12 @@ def _merge_tiles_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    draws, tiles = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_N)
+    draws = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    tiles = tl.arange(0, BLOCK_N)
     is_draw = draws < num_draws
     begins = tl.minimum(draws, num_draws - 1).to(tl.int64) * num_tiles
-    places, wanted = begins[:, None] + tiles[None, :], (tiles < num_tiles)[None, :]
+    places = begins[:, None] + tiles[None, :]
+    wanted = (tiles < num_tiles)[None, :]
     step = tl.cast(num_tiles, tl.int64) * num_draws
     highest_of_tile = tl.load(values_ptr + places, wanted, other=float("-inf"))
     total_of_tile = tl.load(values_ptr + places + step, wanted, other=0.0)
@@ -257,7 +290,11 @@ def _merge_tiles_kernel(
     winner = tl.min(tl.where(is_best, tiles[None, :], num_tiles), 1)
     place = begins + tl.where(winner == num_tiles, 0, winner)  # NaN: some token
     tl.store(token_ids_ptr + draws, tl.load(ids_ptr + place).to(tl.int64), is_draw)
-    tl.store(logprobs_ptr + draws, (tl.load(values_ptr + place + 4 * step) - highest) - log_total, is_draw)
+    tl.store(
+        logprobs_ptr + draws,
+        (tl.load(values_ptr + place + 4 * step) - highest) - log_total,
+        is_draw,
+    )
     tl.store(entropy_ptr + draws, entropy, is_draw)
     if sums_ptr is not None:
         tl.store(sums_ptr + draws, highest, is_draw)

@@ -40,16 +40,26 @@ def paged_attention_triton(
     o_THE = torch.empty_like(q_THE)
     if q_THE.numel() == 0:
         return o_THE
-    heads, (page_size, kv_heads, head_dim) = q_THE.shape[1], k_cache_PSKE.shape[1:]
+    heads = q_THE.shape[1]
+    (page_size, kv_heads, head_dim) = k_cache_PSKE.shape[1:]
     launch = launch_for(architecture_of(q_THE), q_THE.dtype, heads, kv_heads, head_dim, page_size)
-    tensors = (q_THE, k_cache_PSKE, v_cache_PSKE, *(x.contiguous() for x in (block_table_BM, seq_lens_B, cu_seqlens_q)))
+    tensors = (
+        q_THE,
+        k_cache_PSKE,
+        v_cache_PSKE,
+        *(x.contiguous() for x in (block_table_BM, seq_lens_B, cu_seqlens_q)),
+    )
     with torch.cuda.device_of(q_THE):
         if max_seqlen_q == 1:
             assert groups_BG is not None, "decode needs groups"
             paged_decode(launch, tensors, groups_BG.contiguous(), o_THE, scale, max_seqlen_k)
             return o_THE
         block_m = _block_rows(launch)
-        grid = (block_table_BM.shape[0], kv_heads, triton.cdiv(max_seqlen_q, block_m // launch.constants["GROUP"]))
+        grid = (
+            block_table_BM.shape[0],
+            kv_heads,
+            triton.cdiv(max_seqlen_q, block_m // launch.constants["GROUP"]),
+        )
         _prefill_kernel[grid](
             *tensors,
             o_THE,
@@ -109,13 +119,15 @@ def _prefill_kernel(
     BLOCK_E: tl.constexpr,
 ):
     tokens_per_tile: tl.constexpr = BLOCK_M // GROUP
-    seq, kv_head = tl.program_id(0), tl.program_id(1)
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
     tile = tl.num_programs(2) - 1 - tl.program_id(2)  # those with the most keys start first
     q_end = tl.load(cu_seqlens_q_ptr + seq + 1)
     first = tl.load(cu_seqlens_q_ptr + seq) + tile * tokens_per_tile
     if first < q_end:
         shift = tl.load(seq_lens_ptr + seq) - q_end  # from a token's number to its position
-        rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+        rows = tl.arange(0, BLOCK_M)
+        columns = tl.arange(0, BLOCK_E)
         tokens = first + rows // GROUP
         is_row = (rows < tokens_per_tile * GROUP) & (tokens < q_end)
         heads = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + rows % GROUP

@@ -19,7 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from socpo_fast.kernels._attend import MODELS, TILES, Launch, attend, launch_for
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    architecture_of,
+)
 
 
 class DecodeTile(NamedTuple):
@@ -45,15 +51,26 @@ _MERGE_WARPS = 4
 
 
 def paged_decode(
-    launch: Launch, tensors: tuple[Tensor, ...], groups_BG: Tensor, o_THE: Tensor, scale: float, max_seqlen_k: int
+    launch: Launch,
+    tensors: tuple[Tensor, ...],
+    groups_BG: Tensor,
+    o_THE: Tensor,
+    scale: float,
+    max_seqlen_k: int,
 ) -> None:
     """Into o_THE; `tensors` are the first six arguments of paged_attention_triton, contiguous, as groups_BG is."""
     q_THE, _, _, block_table_BM, seq_lens_B, cu_seqlens_q = tensors
-    (num_seqs, table_width), heads, kv_heads = block_table_BM.shape, q_THE.shape[1], launch.constants["NUM_KV_HEADS"]
+    (num_seqs, table_width), heads, kv_heads = (
+        block_table_BM.shape,
+        q_THE.shape[1],
+        launch.constants["NUM_KV_HEADS"],
+    )
     tile = DECODE_TILES[architecture_of(q_THE)][q_THE.dtype]
     constants = _constants(launch, tile)
     num_splits = triton.cdiv(max_seqlen_k, tile.split)
-    partial_BHNE = q_THE.new_empty((num_seqs, heads, num_splits, q_THE.shape[2]), dtype=torch.float32)
+    partial_BHNE = q_THE.new_empty(
+        (num_seqs, heads, num_splits, q_THE.shape[2]), dtype=torch.float32
+    )
     sums_2BHN = q_THE.new_empty((2, num_seqs, heads, num_splits), dtype=torch.float32)
     _decode_kernel[num_seqs, kv_heads, num_splits](
         *tensors,
@@ -95,7 +112,9 @@ def _constants(launch: Launch, tile: DecodeTile) -> dict[str, int]:
 
 
 def _merge_constants(constants: dict[str, int]) -> dict[str, int]:
-    return {name: constants[name] for name in ("HEAD_DIM", "SPLIT", "BLOCK_E")} | {"BLOCK_N": _MERGED_AT_ONCE}
+    return {name: constants[name] for name in ("HEAD_DIM", "SPLIT", "BLOCK_E")} | {
+        "BLOCK_N": _MERGED_AT_ONCE
+    }
 
 
 def aot_configs() -> AotConfigs:
@@ -109,17 +128,35 @@ def aot_configs() -> AotConfigs:
                 tile = DECODE_TILES[architecture][dtype]
                 constants = _constants(launch, tile)
                 pages = torch.bfloat16 if dtype == torch.float32 and head_dim == 128 else dtype
-                of = (architecture, dtype, f"{heads} heads on {kv_heads} of {head_dim}, page {page_size}")
+                of = (
+                    architecture,
+                    dtype,
+                    f"{heads} heads on {kv_heads} of {head_dim}, page {page_size}",
+                )
                 pointers = {"q_ptr": dtype, "k_ptr": pages, "v_ptr": pages} | lengths | partial
                 pointers |= dict.fromkeys(("block_table_ptr", "groups_ptr"), torch.int32)
-                yield AotConfig(_decode_kernel, *of, launch.num_warps, pointers, constants, num_stages=tile.num_stages)
+                yield AotConfig(
+                    _decode_kernel,
+                    *of,
+                    launch.num_warps,
+                    pointers,
+                    constants,
+                    num_stages=tile.num_stages,
+                )
                 pointers = {"o_ptr": dtype} | lengths | partial
-                yield AotConfig(_merge_splits_kernel, *of, _MERGE_WARPS, pointers, _merge_constants(constants))
+                yield AotConfig(
+                    _merge_splits_kernel, *of, _MERGE_WARPS, pointers, _merge_constants(constants)
+                )
 
 
 @triton.jit(
     do_not_specialize=["num_seqs", "table_width", "num_splits"],
-    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "cu_seqlens_q_ptr", "groups_ptr"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "cu_seqlens_q_ptr",
+        "groups_ptr",
+    ],
 )
 def _decode_kernel(
     q_ptr,
@@ -146,16 +183,21 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, tl.load(seq_lens_ptr + seq))
     group_ptr = groups_ptr + seq * (3 + MEMBERS)
-    leader, place, num_shared = tl.load(group_ptr), tl.load(group_ptr + 1), tl.load(group_ptr + 2)
+    leader = tl.load(group_ptr)
+    place = tl.load(group_ptr + 1)
+    num_shared = tl.load(group_ptr + 2)
     is_shared = begin + SPLIT <= num_shared
     leaves = is_shared & (place % BLOCK_B != 0)
     if (begin < end) & (leaves == 0):
         pages_ptr = block_table_ptr + seq.to(tl.int64) * table_width
-        rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+        rows = tl.arange(0, BLOCK_M)
+        columns = tl.arange(0, BLOCK_E)
         members_ptr = groups_ptr + leader * (3 + MEMBERS) + 3 + (place - place % BLOCK_B)
         seqs = tl.load(members_ptr + rows // GROUP, rows < BLOCK_B * GROUP, other=-1)
         exists = seqs >= 0
@@ -165,18 +207,33 @@ def _decode_kernel(
         heads = kv_head * GROUP + rows % GROUP
         inside = (columns < HEAD_DIM)[None, :]
         places = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
-        q = tl.load(q_ptr + places[:, None] * HEAD_DIM + columns[None, :], is_row[:, None] & inside, other=0.0)
+        q = tl.load(
+            q_ptr + places[:, None] * HEAD_DIM + columns[None, :],
+            is_row[:, None] & inside,
+            other=0.0,
+        )
         highest, total, out = attend(
             q, k_ptr, v_ptr, pages_ptr, begin, end, rows * 0 + (end - 1), kv_head, scale,
             NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_E,
         )  # fmt: skip
         places = (seqs.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads) * num_splits + split
         tl.store(sums_ptr + places, highest, is_row)
-        tl.store(sums_ptr + tl.cast(num_seqs, tl.int64) * (NUM_KV_HEADS * GROUP) * num_splits + places, total, is_row)
-        tl.store(partial_ptr + places[:, None] * HEAD_DIM + columns[None, :], out, is_row[:, None] & inside)
+        tl.store(
+            sums_ptr + tl.cast(num_seqs, tl.int64) * (NUM_KV_HEADS * GROUP) * num_splits + places,
+            total,
+            is_row,
+        )
+        tl.store(
+            partial_ptr + places[:, None] * HEAD_DIM + columns[None, :],
+            out,
+            is_row[:, None] & inside,
+        )
 
 
-@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["seq_lens_ptr", "cu_seqlens_q_ptr"])
+@triton.jit(
+    do_not_specialize=["num_splits"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "cu_seqlens_q_ptr"],
+)
 def _merge_splits_kernel(
     seq_lens_ptr,
     cu_seqlens_q_ptr,
@@ -189,7 +246,9 @@ def _merge_splits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    seq, head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    seq = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    num_heads = tl.num_programs(1)
     token = tl.load(cu_seqlens_q_ptr + seq)
     if token < tl.load(cu_seqlens_q_ptr + seq + 1):
         used = tl.cdiv(tl.load(seq_lens_ptr + seq), SPLIT)
@@ -197,13 +256,15 @@ def _merge_splits_kernel(
         highest_ptr = sums_ptr + row * num_splits
         total_ptr = highest_ptr + tl.num_programs(0).to(tl.int64) * num_heads * num_splits
         partial_ptr += row * num_splits * HEAD_DIM
-        lanes, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
+        lanes = tl.arange(0, BLOCK_N)
+        columns = tl.arange(0, BLOCK_E)
         inside = columns < HEAD_DIM
         highest = tl.full((), float("-inf"), tl.float32)
         for start in range(0, used, BLOCK_N):
             scores = tl.load(highest_ptr + start + lanes, start + lanes < used, other=float("-inf"))
             highest = tl.maximum(highest, tl.max(scores, 0))
-        total, out = tl.zeros((), tl.float32), tl.zeros((BLOCK_E,), tl.float32)
+        total = tl.zeros((), tl.float32)
+        out = tl.zeros((BLOCK_E,), tl.float32)
         for start in range(0, used, BLOCK_N):
             splits = start + lanes
             is_used = splits < used

@@ -12,9 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, Tile, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    Tile,
+    architecture_of,
+)
 
-ROWS_PER_SUM = 16  # 8192 rows are 512 programs, enough to fill a card; sums add a sixteenth to what is moved
+ROWS_PER_SUM = (
+    16  # 8192 rows are 512 programs, enough to fill a card; sums add a sixteenth to what is moved
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # elements at least, in as many rows as it takes: heads are narrow; wider rows take more warps, up to 16
 TILES: dict[int, dict[torch.dtype, Tile]] = {
@@ -25,14 +34,17 @@ TILES: dict[int, dict[torch.dtype, Tile]] = {
 }
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(norm of x + residual, x + residual); without a residual (norm of x, an empty tensor). Rows are x's last axis."""
     x = x.contiguous()
     y = torch.empty_like(x)
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
     if x.numel() == 0:
         return y, total
-    num_rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    num_rows = x.numel() // x.shape[-1]
+    width = x.shape[-1]
     tile, constants = _tile(TILES[architecture_of(x)][x.dtype], width)
     with torch.cuda.device_of(x):
         _rms_norm_kernel[(triton.cdiv(num_rows, constants["BLOCK_T"]),)](
@@ -58,7 +70,8 @@ def rms_norm_backward(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out, torch.zeros_like(weight_D, dtype=torch.float32)
-    num_rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    num_rows = x.numel() // x.shape[-1]
+    width = x.shape[-1]
     tile, constants = _tile(TILES[architecture_of(x)][x.dtype], width)
     num_sums = triton.cdiv(num_rows, ROWS_PER_SUM)
     sums = x.new_empty((num_sums, width), dtype=torch.float32)
@@ -100,10 +113,21 @@ def aot_configs() -> AotConfigs:
                 ("D = 8192", 8192, dtype, dtype),
             ):
                 (_, num_warps), constants = _tile(tile, width)
-                given: dict[str, torch.dtype | None] = {"x_ptr": dtype, "weight_ptr": weight, "y_ptr": dtype}
+                given: dict[str, torch.dtype | None] = {
+                    "x_ptr": dtype,
+                    "weight_ptr": weight,
+                    "y_ptr": dtype,
+                }
                 given |= {"residual_ptr": residual, "sum_ptr": residual}
-                yield AotConfig(_rms_norm_kernel, architecture, dtype, label, num_warps, given, constants)
-                given = {"x_ptr": dtype, "weight_ptr": weight, "grad_y_ptr": dtype, "grad_x_ptr": residual}
+                yield AotConfig(
+                    _rms_norm_kernel, architecture, dtype, label, num_warps, given, constants
+                )
+                given = {
+                    "x_ptr": dtype,
+                    "weight_ptr": weight,
+                    "grad_y_ptr": dtype,
+                    "grad_x_ptr": residual,
+                }
                 given |= {"out_ptr": dtype, "sums_ptr": torch.float32}
                 yield AotConfig(
                     _rms_norm_backward_kernel,
@@ -136,12 +160,16 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + places, inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         # rounded first: what is normalised is what the next layer and the backward read
-        rounded = (x + tl.load(residual_ptr + places, inside, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        rounded = (x + tl.load(residual_ptr + places, inside, other=0.0).to(tl.float32)).to(
+            sum_ptr.dtype.element_ty
+        )
         tl.store(sum_ptr + places, rounded, inside)
         x = rounded.to(tl.float32)
     weight = tl.load(weight_ptr + columns, columns < width, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps)
-    tl.store(y_ptr + places, (x * scale[:, None] * weight[None, :]).to(y_ptr.dtype.element_ty), inside)
+    tl.store(
+        y_ptr + places, (x * scale[:, None] * weight[None, :]).to(y_ptr.dtype.element_ty), inside
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -176,4 +204,6 @@ def _rms_norm_backward_kernel(
             out += tl.load(grad_x_ptr + places, inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), inside)
         sums += grad_y * (x * scale[:, None])
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * width + columns, tl.sum(sums, 0), columns < width)
+    tl.store(
+        sums_ptr + tl.program_id(0).to(tl.int64) * width + columns, tl.sum(sums, 0), columns < width
+    )

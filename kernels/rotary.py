@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, Tile, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    Tile,
+    architecture_of,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # block: pairs that a program rotates at once, in as many heads as that makes
@@ -66,7 +73,8 @@ def _launch(x_TXE: Tensor, rope: tuple, outputs: tuple) -> None:
     x_TXE = whole_tokens(x_TXE)
     *tensors, eps = rope
     q_THE, k, v, _ = outputs
-    num_heads, num_kv_heads = q_THE.shape[1], k.shape[-2]
+    num_heads = q_THE.shape[1]
+    num_kv_heads = k.shape[-2]
     num_outputs = num_heads + num_kv_heads * (1 if v is None else 2)
     tile, constants = tile_of(TILES[architecture_of(x_TXE)][x_TXE.dtype], x_TXE.shape[2])
     with torch.cuda.device_of(x_TXE):
@@ -103,7 +111,9 @@ def aot_configs() -> AotConfigs:
     """Heads of 64, 96 and 128, with and without norms; alone, and into pages of the dtype and of bf16."""
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
-            outputs: list[tuple[str, torch.dtype, torch.dtype | None, torch.dtype | None]] = [("", dtype, None, None)]
+            outputs: list[tuple[str, torch.dtype, torch.dtype | None, torch.dtype | None]] = [
+                ("", dtype, None, None)
+            ]
             outputs += [
                 (f", {str(cache).removeprefix('torch.')} pages", cache, cache, torch.int64)
                 for cache in dict.fromkeys((dtype, torch.bfloat16))
@@ -121,7 +131,9 @@ def aot_configs() -> AotConfigs:
                         given |= {"q_weight_ptr": weight, "k_weight_ptr": weight}
                         given |= {"k_ptr": k, "v_ptr": v, "slots_ptr": slots}
                         label = f"E = {head_dim}, {norms}{pages}"
-                        yield AotConfig(_rotary_kernel, architecture, dtype, label, num_warps, given, constants)
+                        yield AotConfig(
+                            _rotary_kernel, architecture, dtype, label, num_warps, given, constants
+                        )
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_kv_heads"])
@@ -159,8 +171,12 @@ def _rotary_kernel(
         scale = inverse_rms(low, high, half, eps)
         low = low * scale * tl.where(is_q, q_low[None, :], k_low[None, :])
         high = high * scale * tl.where(is_q, q_high[None, :], k_high[None, :])
-    cos = tl.load(cos_ptr + token * 2 * half + pairs, pairs < half, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + token * 2 * half + pairs, pairs < half, other=0.0).to(tl.float32)[None, :]
+    cos = tl.load(cos_ptr + token * 2 * half + pairs, pairs < half, other=0.0).to(tl.float32)[
+        None, :
+    ]
+    sin = tl.load(sin_ptr + token * 2 * half + pairs, pairs < half, other=0.0).to(tl.float32)[
+        None, :
+    ]
     rotated_low = low * cos - high * sin
     rotated_high = high * cos + low * sin
     q_ptrs = q_ptr + (token * num_heads + head) * (2 * half) + pairs[None, :]

@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from socpo_fast.kernels._launch import ARCHITECTURES, AotConfig, AotConfigs, architecture_of
-from socpo_fast.kernels.rotary import TILES, contiguous, halves, inverse_rms, store_halves, tile_of, whole_tokens
+from socpo_fast.kernels.rotary import (
+    TILES,
+    contiguous,
+    halves,
+    inverse_rms,
+    store_halves,
+    tile_of,
+    whole_tokens,
+)
 
 TOKENS_PER_SUM = 4
 
@@ -39,7 +47,10 @@ def rotary_qkv_backward(
         with torch.cuda.device_of(qkv_TXE):
             _rotary_backward_kernel[(num_sums,)](
                 qkv_TXE,
-                *map(contiguous, (cos_TE, sin_TE, q_weight_E, k_weight_E, grad_q_THE, grad_k_TKE, grad_v_TKE)),
+                *map(
+                    contiguous,
+                    (cos_TE, sin_TE, q_weight_E, k_weight_E, grad_q_THE, grad_k_TKE, grad_v_TKE),
+                ),
                 out_TXE,
                 None if q_weight_E is None else sums,
                 num_tokens,
@@ -67,7 +78,11 @@ def aot_configs() -> AotConfigs:
                             ("x_ptr", "grad_q_ptr", "grad_k_ptr", "out_ptr"), dtype
                         )
                         given |= dict.fromkeys(("cos_ptr", "sin_ptr"), torch.float32)
-                        given |= {"q_weight_ptr": weight, "k_weight_ptr": weight, "grad_v_ptr": grad_v}
+                        given |= {
+                            "q_weight_ptr": weight,
+                            "k_weight_ptr": weight,
+                            "grad_v_ptr": grad_v,
+                        }
                         given |= {"sums_ptr": None if weight is None else torch.float32}
                         yield AotConfig(
                             _rotary_backward_kernel,
@@ -132,7 +147,9 @@ def _rotary_backward_kernel(
         low = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
         high = low
         if grad_v_ptr is not None:
-            low, high = halves(grad_v_ptr + rows[:, None] * (2 * half) + pairs[None, :], half, inside)
+            low, high = halves(
+                grad_v_ptr + rows[:, None] * (2 * half) + pairs[None, :], half, inside
+            )
         place = rows // num_kv_heads * stride_ot + (num_kv_heads + rows % num_kv_heads) * (2 * half)
         store_halves(out_ptr + place[:, None] + pairs[None, :], half, low, high, inside)
 
@@ -166,9 +183,16 @@ def _backward_of_heads(
             sum_high += grad_high * (x_high * scale)
             grad_low = grad_low * weight_low[None, :]
             grad_high = grad_high * weight_high[None, :]
-            slope = tl.sum(x_low * grad_low + x_high * grad_high, 1)[:, None] * scale * scale / (2 * half)
+            slope = (
+                tl.sum(x_low * grad_low + x_high * grad_high, 1)[:, None]
+                * scale
+                * scale
+                / (2 * half)
+            )
             grad_low = (grad_low - x_low * slope) * scale
             grad_high = (grad_high - x_high * slope) * scale
-        store_halves(out_ptr + (tokens * stride_ot)[:, None] + place, half, grad_low, grad_high, inside)
+        store_halves(
+            out_ptr + (tokens * stride_ot)[:, None] + place, half, grad_low, grad_high, inside
+        )
     if weight_ptr is not None:
         store_halves(sums_ptr + pairs, half, tl.sum(sum_low, 0), tl.sum(sum_high, 0), pairs < half)

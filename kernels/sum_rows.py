@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, Tile, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    Tile,
+    architecture_of,
+)
 
 # Columns of a row that a program adds up.
 TILES: dict[int, dict[torch.dtype, Tile]] = {
@@ -60,14 +67,20 @@ def aot_configs() -> AotConfigs:
             rows = {"rows_ptr": torch.int64, "bounds_ptr": torch.int32}
             for label, odd in (("even D", False), ("odd D", True)):
                 blocks = {"BLOCK_N": _BLOCK_N}
-                yield AotConfig(_mark_rows_kernel, architecture, dtype, label, num_warps, rows, blocks, odd)
+                yield AotConfig(
+                    _mark_rows_kernel, architecture, dtype, label, num_warps, rows, blocks, odd
+                )
                 pointers = rows | {"x_ptr": dtype, "out_ptr": dtype}
                 blocks = {"BLOCK_N": _BLOCK_N, "BLOCK_D": block}
-                yield AotConfig(_sum_rows_kernel, architecture, dtype, label, num_warps, pointers, blocks, odd)
+                yield AotConfig(
+                    _sum_rows_kernel, architecture, dtype, label, num_warps, pointers, blocks, odd
+                )
 
 
 # How many rows there are differs from microbatch to microbatch, and so does where they begin: one kernel for all.
-@triton.jit(do_not_specialize=["num_values", "num_rows"], do_not_specialize_on_alignment=["rows_ptr"])
+@triton.jit(
+    do_not_specialize=["num_values", "num_rows"], do_not_specialize_on_alignment=["rows_ptr"]
+)
 def _mark_rows_kernel(rows_ptr, bounds_ptr, num_values, num_rows, BLOCK_N: tl.constexpr):
     """bounds [2, num_rows], zeros before: num_values - first, and last + 1."""
     idx = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -77,20 +90,35 @@ def _mark_rows_kernel(rows_ptr, bounds_ptr, num_values, num_rows, BLOCK_N: tl.co
     tl.atomic_max(first_ptr + num_rows, idx + 1, inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_values", "num_rows"], do_not_specialize_on_alignment=["rows_ptr"])
+@triton.jit(
+    do_not_specialize=["num_values", "num_rows"], do_not_specialize_on_alignment=["rows_ptr"]
+)
 def _sum_rows_kernel(
-    x_ptr, rows_ptr, bounds_ptr, out_ptr, num_values, num_rows, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr,
+    rows_ptr,
+    bounds_ptr,
+    out_ptr,
+    num_values,
+    num_rows,
+    width,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_N)
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     idx = num_values - tl.load(bounds_ptr + row)
     end = tl.load(bounds_ptr + num_rows + row)
     total = tl.zeros((BLOCK_D,), x_ptr.dtype.element_ty)
     while idx < end:
         others = tl.load(rows_ptr + idx + lanes, idx + lanes < end, other=-1)
-        steps = tl.min(tl.where(others == row, lanes, BLOCK_N), 0)  # to the next one; BLOCK_N: not among these
+        steps = tl.min(
+            tl.where(others == row, lanes, BLOCK_N), 0
+        )  # to the next one; BLOCK_N: not among these
         idx += steps
         end_column = tl.where(steps < BLOCK_N, width, 0)
-        total += tl.load(x_ptr + idx.to(tl.int64) * width + columns, columns < end_column, other=0.0)
+        total += tl.load(
+            x_ptr + idx.to(tl.int64) * width + columns, columns < end_column, other=0.0
+        )
         idx += (steps < BLOCK_N).to(tl.int32)
     tl.store(out_ptr + row * width + columns, total, columns < width)

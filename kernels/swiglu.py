@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from socpo_fast.kernels._launch import ARCHITECTURES, INTERPRETER, AotConfig, AotConfigs, Tile, architecture_of
+from socpo_fast.kernels._launch import (
+    ARCHITECTURES,
+    INTERPRETER,
+    AotConfig,
+    AotConfigs,
+    Tile,
+    architecture_of,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILES: dict[int, dict[torch.dtype, Tile]] = {
@@ -55,21 +62,36 @@ def aot_configs() -> AotConfigs:
             ):
                 for label, odd in (("even I", False), ("odd I", True)):
                     given: dict[str, torch.dtype | None] = dict.fromkeys(names, dtype)
-                    yield AotConfig(kernel, architecture, dtype, label, num_warps, given, {"BLOCK_I": block}, odd)
+                    yield AotConfig(
+                        kernel,
+                        architecture,
+                        dtype,
+                        label,
+                        num_warps,
+                        given,
+                        {"BLOCK_I": block},
+                        odd,
+                    )
 
 
 @triton.jit
 def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK_I: tl.constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = columns < width
     gate = tl.load(gate_up_ptr + row * 2 * width + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + (row * 2 + 1) * width + columns, inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width + columns, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), inside)
+    tl.store(
+        out_ptr + row * width + columns,
+        (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty),
+        inside,
+    )
 
 
 @triton.jit
 def _swiglu_backward_kernel(gate_up_ptr, grad_ptr, out_ptr, width, BLOCK_I: tl.constexpr):
-    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = columns < width
     gate = tl.load(gate_up_ptr + row * 2 * width + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + (row * 2 + 1) * width + columns, inside, other=0.0).to(tl.float32)
@@ -78,4 +100,6 @@ def _swiglu_backward_kernel(gate_up_ptr, grad_ptr, out_ptr, width, BLOCK_I: tl.c
     grad_gate = grad * up * (sigmoid * (gate * (1.0 - sigmoid) + 1.0))
     tl.store(out_ptr + row * 2 * width + columns, grad_gate.to(out_ptr.dtype.element_ty), inside)
     grad_up = grad * (gate * sigmoid)
-    tl.store(out_ptr + (row * 2 + 1) * width + columns, grad_up.to(out_ptr.dtype.element_ty), inside)
+    tl.store(
+        out_ptr + (row * 2 + 1) * width + columns, grad_up.to(out_ptr.dtype.element_ty), inside
+    )

@@ -208,7 +208,8 @@ def _tree_sum_kernel(
     block = tl.load(query_ranges_ptr)
     begin = tl.load(query_ranges_ptr + 1)
     slot = tl.load(query_ranges_ptr + 5)
-    kv_head, is_v = tl.program_id(1), tl.program_id(2)
+    kv_head = tl.program_id(1)
+    is_v = tl.program_id(2)
     # The part that begins with the keys themselves stands for all parts.
     if (slot >= 0) & (begin == block):
         acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)

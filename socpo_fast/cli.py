@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from socpo_fast.config import Config, load_config, read_toml
-from socpo_fast.config.text import describe, expand_home, fields_of, rule_of, sections_of, to_text, unknown_key
+from socpo_fast.config.text import (
+    describe,
+    expand_home,
+    fields_of,
+    rule_of,
+    sections_of,
+    to_text,
+    unknown_key,
+)
 from socpo_fast.files import RunFailed
 
 
@@ -173,23 +181,31 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
     """
     own = OPTIONS.get(command, {})
     ours = {f"--{name}" for name in ("config", *own, *fields_of(Config))}
-    rest, joined = iter(words), []
+    rest = iter(words)
+    joined = []
     for word in rest:
         name, equals, value = word.partition("=")
         name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
         if name in ours and not equals:
             # As one word: a value may begin with a minus.
-            equals, value = "=", next(rest, "--")
+            equals = "="
+            value = next(rest, "--")
             if value.startswith("--"):
-                raise ValueError(f"socpo {command}: {name} must be followed by its value, got nothing; none is a word")
+                raise ValueError(
+                    f"socpo {command}: {name} must be followed by its value, got nothing; none is a word"
+                )
         joined.append(name + equals + value)
     paths = [word.removeprefix("--config=") for word in joined if word.startswith("--config=")]
     toml_path = paths[-1] if paths and paths[-1] != "none" else None
     # What is given counts, even where it is the default: a file, or data.train, may have another.
-    given, unknown = reader(command, {} if toml_path is None else read_toml(toml_path)).parse_known_args(joined)
+    given, unknown = reader(
+        command, {} if toml_path is None else read_toml(toml_path)
+    ).parse_known_args(joined)
     if unknown:
         if not unknown[0].startswith("--"):
-            raise ValueError(f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key value")
+            raise ValueError(
+                f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key value"
+            )
         raise ValueError(unknown_key(Config, unknown[0].partition("=")[0].removeprefix("--")))
     texts = vars(given)
     del texts["config"]
@@ -225,7 +241,9 @@ def reader(command: str, tables: dict[str, Any]) -> Reader:
             default = None if fields[name].is_required() else fields[name].default
             if isinstance(table, dict):
                 default = table.get(name.removeprefix(f"{section}."), default)
-            meaning = f"{describe(Config, name)}. ({rule_of(Config, name)}) (default: {to_text(default)})"
+            meaning = (
+                f"{describe(Config, name)}. ({rule_of(Config, name)}) (default: {to_text(default)})"
+            )
             group.add_argument(f"--{name}", metavar="VALUE", help=meaning.replace("%", "%%"))
     return found
 

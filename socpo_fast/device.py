@@ -49,7 +49,9 @@ def select_device(name: str, where: str = "run.device") -> torch.device:
             f"{advice}, or use cpu"
         ) from None
     major, minor = torch.cuda.get_device_capability(device)
-    triton = next((found.version for found in importlib.metadata.distributions(name="triton")), "none")
+    triton = next(
+        (found.version for found in importlib.metadata.distributions(name="triton")), "none"
+    )
     is_known = TRITON[0] <= tuple(map(int, re.findall(r"\d+", triton)[:2])) < TRITON[1]
     rules = (
         (major >= 8, f"of compute capability 8.0 or newer, got {major}.{minor}; name a newer card"),

@@ -119,4 +119,6 @@ def named_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunFailed(f"run: {path} could not be written ({error.strerror}); free disk space, start again") from error
+        raise RunFailed(
+            f"run: {path} could not be written ({error.strerror}); free disk space, start again"
+        ) from error

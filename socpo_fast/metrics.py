@@ -43,7 +43,8 @@ METRICS: dict[str, str] = {
 }
 Kind = Literal["batch", "update", "eval"]
 _FAMILY = re.compile(
-    r"(success/(?:unassisted|assisted|pass_at_[0-9]+)|decay/f_[0-9]+)(_low|_high)?(/[\w./-]+)?", re.ASCII
+    r"(success/(?:unassisted|assisted|pass_at_[0-9]+)|decay/f_[0-9]+)(_low|_high)?(/[\w./-]+)?",
+    re.ASCII,
 )
 
 
@@ -53,6 +54,14 @@ def meaning_of(name: str) -> str | None:
     if name in METRICS or (match := _FAMILY.fullmatch(name)) is None:
         return METRICS.get(name)
     head, end, source = match.groups()
-    head = re.sub(r"pass_at_[0-9]+", "pass_at_4", head) if "pass_at" in head else re.sub("_[0-9]+", "_1", head)
-    ends = {"_low": "lower end of the 95 % interval: ", "_high": "upper end of the 95 % interval: ", None: ""}
+    head = (
+        re.sub(r"pass_at_[0-9]+", "pass_at_4", head)
+        if "pass_at" in head
+        else re.sub("_[0-9]+", "_1", head)
+    )
+    ends = {
+        "_low": "lower end of the 95 % interval: ",
+        "_high": "upper end of the 95 % interval: ",
+        None: "",
+    }
     return ends[end] + METRICS[head] + (f"; questions of {source[1:]} only" if source else "")

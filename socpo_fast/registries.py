@@ -60,8 +60,12 @@ class Schedule:
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "batch_mean": Schedule(meaning="times the mean decayed reward of earlier attempts", factor_of=None),
-    "constant": Schedule(meaning="times factor ** attempt", factor_of=lambda n, f: f**n, takes_factor=True),
+    "batch_mean": Schedule(
+        meaning="times the mean decayed reward of earlier attempts", factor_of=None
+    ),
+    "constant": Schedule(
+        meaning="times factor ** attempt", factor_of=lambda n, f: f**n, takes_factor=True
+    ),
     "none": Schedule(meaning="as it is (the ablation)", factor_of=lambda n, f: 1.0),
 }
 

@@ -130,7 +130,9 @@ class RunState:
         )
 
 
-def recall_best(best: dict[str, Any], checkpoint: Path, *, measured_by: str, is_own: bool) -> dict[str, Any] | None:
+def recall_best(
+    best: dict[str, Any], checkpoint: Path, *, measured_by: str, is_own: bool
+) -> dict[str, Any] | None:
     """The best evaluation that a checkpoint knows of, if it still counts; a warning says why not.
 
     It does not where evaluations measure something else by now ("": there are none), or where its
@@ -138,7 +140,11 @@ def recall_best(best: dict[str, Any], checkpoint: Path, *, measured_by: str, is_
     it begins from that. The checkpoint itself is read already, and not again.
     """
     path = checkpoint_path(checkpoint.parent, best["update"])
-    reason = damage_of(path, thorough=path != checkpoint) if is_own or path == checkpoint else "it is another run's"
+    reason = (
+        damage_of(path, thorough=path != checkpoint)
+        if is_own or path == checkpoint
+        else "it is another run's"
+    )
     if measured_by not in (best["measured_by"], ""):
         reason = f"{best['measured_by']} -> {measured_by}"
     if reason:
@@ -148,7 +154,9 @@ def recall_best(best: dict[str, Any], checkpoint: Path, *, measured_by: str, is_
             if is_own and damage_of(path, thorough=False) is None
             else ""
         )
-        warnings.warn(f"run: {path.name} counts no more as the best checkpoint: {reason}{fate}", stacklevel=2)
+        warnings.warn(
+            f"run: {path.name} counts no more as the best checkpoint: {reason}{fate}", stacklevel=2
+        )
     return None if reason else best
 
 
@@ -203,7 +211,10 @@ def find_checkpoint(config: Config) -> Path | None:
         return latest
     if config.run.resume != "never":
         named = Path(config.run.resume)
-        is_earlier = latest is not None and (len(named.name), named.name) < (len(latest.name), latest.name)
+        is_earlier = latest is not None and (len(named.name), named.name) < (
+            len(latest.name),
+            latest.name,
+        )
         if latest is not None and is_earlier and named.resolve().parent == latest.resolve().parent:
             raise ValueError(
                 f"run: run.resume must be the run's last checkpoint {latest.name} "
@@ -223,7 +234,8 @@ def find_checkpoint(config: Config) -> Path | None:
 
 def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]:
     """The groups of each update of batch 1, 2, ..; every epoch has a seeded order of its own."""
-    size, epochs = config.train.questions_per_update, config.train.epochs
+    size = config.train.questions_per_update
+    epochs = config.train.epochs
     order = []
     for epoch in range((batch - 1) * epochs, batch * epochs):
         shuffled = question_order(UPDATE_ORDER_SEED + config.run.seed, epoch, num_groups)
@@ -233,7 +245,9 @@ def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]
 
 def pick_questions(config: Config, questions: list[Question], batch: int) -> dict[int, Question]:
     """The questions of batch 1, 2, .. by question_idx, in the batch's order."""
-    picked = batch_questions(questions, config.run.seed, batch - 1, config.rollout.questions_per_batch)
+    picked = batch_questions(
+        questions, config.run.seed, batch - 1, config.rollout.questions_per_batch
+    )
     return {question.question_idx: question for question in picked}
 
 

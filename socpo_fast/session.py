@@ -37,8 +37,12 @@ from socpo_fast.types import (
     SamplingParams,
 )
 
-EVAL_BATCH = -1  # names the noise of evaluations: the same draws every time, none of them training's
-EVAL_SLICE_ROLLOUTS = 4096  # in flight together: many times max_running, so that a slice's end costs little
+EVAL_BATCH = (
+    -1
+)  # names the noise of evaluations: the same draws every time, none of them training's
+EVAL_SLICE_ROLLOUTS = (
+    4096  # in flight together: many times max_running, so that a slice's end costs little
+)
 CLOSE_S = 5.0  # for a teacher to give back connections; a hung one is left behind
 BUILTIN_EVAL_SEED = 0  # the held-out questions are the same for every run
 
@@ -59,11 +63,15 @@ class Session:
         device = select_device(config.run.device)
         self.student_folder = find_student(config)
         check_whole(self.student_folder)
-        self.config, self.plan = settle(config, self.student_folder, device, is_training=for_training)
+        self.config, self.plan = settle(
+            config, self.student_folder, device, is_training=for_training
+        )
         config = self.config
         self.grader = make_grader(config.data.grader, **config.grader.model_dump())
         self.student = self._load_student(device).requires_grad_(for_training)
-        self.tokenizer = load_tokenizer(self.student_folder)  # after the model, which reports a bad config.json better
+        self.tokenizer = load_tokenizer(
+            self.student_folder
+        )  # after the model, which reports a bad config.json better
         self.bridge = Bridge(
             self.tokenizer,
             guidance_limit=config.rollout.guidance_limit,
@@ -85,11 +93,16 @@ class Session:
         self.engine = Engine(
             self.student,
             **config.engine.model_dump(),
-            min_memory_bytes=sum(gradient_bytes(p for p in self.student.parameters() if p.requires_grad)),
+            min_memory_bytes=sum(
+                gradient_bytes(p for p in self.student.parameters() if p.requires_grad)
+            ),
             stream_priority=-1,
         )
         # The contexts of first attempts, and of all.
-        for num_tokens in (self.max_prompt_tokens + self.params.max_new_tokens, self._longest_context()):
+        for num_tokens in (
+            self.max_prompt_tokens + self.params.max_new_tokens,
+            self._longest_context(),
+        ):
             self.engine.prepare(num_tokens)
 
     @property
@@ -118,11 +131,14 @@ class Session:
     def max_prompt_tokens(self) -> int:
         """Prompts that can be rolled out: data.max_prompt_tokens, or less where the model holds less."""
         positions = self.student.config.max_position_embeddings
-        return min(self.config.data.max_prompt_tokens, positions - self.config.rollout.max_new_tokens)
+        return min(
+            self.config.data.max_prompt_tokens, positions - self.config.rollout.max_new_tokens
+        )
 
     def _longest_context(self) -> int:
         """Tokens of the longest context there can be. The KV cache must hold it, so that its size changes no result."""
-        rollout, positions = self.config.rollout, self.student.config.max_position_embeddings
+        rollout = self.config.rollout
+        positions = self.student.config.max_position_embeddings
         check_rule(
             "rollout",
             "rollout.max_new_tokens",
@@ -136,8 +152,11 @@ class Session:
             + rollout.guidance_limit
             + len(self.bridge.bridge_ids("", ended=False))
         )
-        longest = self.max_prompt_tokens + (rollout.max_attempts - 1) * seen + rollout.max_new_tokens
-        needed, room = min(longest, positions), self.engine.max_tokens
+        longest = (
+            self.max_prompt_tokens + (rollout.max_attempts - 1) * seen + rollout.max_new_tokens
+        )
+        needed = min(longest, positions)
+        room = self.engine.max_tokens
         if needed > room:
             raise ValueError(
                 f"engine: engine.kv_cache_gib must hold the longest context, {needed} tokens, "
@@ -205,7 +224,8 @@ class Session:
         The same noise every time, and the first attempts of the assisted episodes are the unassisted ones. Questions
         go through the engine a slice at a time and leave counts only; how they are sliced changes no number.
         """
-        config, started = self.config.eval, time.perf_counter()
+        config = self.config.eval
+        started = time.perf_counter()
         assisted = config.assisted and self.uses_teacher
         scores = Scores(questions, samples=config.samples, assisted=assisted)
         size = max(EVAL_SLICE_ROLLOUTS // config.samples, 1)
@@ -216,7 +236,9 @@ class Session:
         )
         params = replace(self.params, temperature=config.temperature, top_p=config.top_p)
         for start in range(0, len(questions), size):
-            for rollout in self._rollouts(questions[start : start + size], params, EVAL_BATCH, options):
+            for rollout in self._rollouts(
+                questions[start : start + size], params, EVAL_BATCH, options
+            ):
                 scores.add(rollout)
                 on_rollout()
         return scores.metrics() | {"time/total_s": time.perf_counter() - started}
@@ -258,7 +280,9 @@ class Session:
         wait([asked])
         outcome = result_of(asked, self.teacher)
         if isinstance(outcome, GuidanceFailed) and outcome.kind not in ("cut", "none"):
-            self.refuse_silence(f"teacher: the first call got no guidance, {outcome.kind}: {outcome}")
+            self.refuse_silence(
+                f"teacher: the first call got no guidance, {outcome.kind}: {outcome}"
+            )
 
     def refuse_silence(self, line: str) -> None:
         """Ends the run with a line that says how the teacher is silent, unless that is allowed."""
@@ -274,7 +298,8 @@ def find_student(config: Config) -> Path:
 
 def rollout_options(config: Config) -> RolloutOptions:
     """Those of training, from the sections that hold them."""
-    rollout, teacher = config.rollout, config.teacher
+    rollout = config.rollout
+    teacher = config.teacher
     return RolloutOptions(
         group_size=rollout.group_size,
         max_attempts=rollout.max_attempts,

@@ -24,7 +24,8 @@ ANSWERS = {
 }
 # A function of the user's may swallow StopRequested: after so many further signals the process ends
 # at once, unsaved.
-INSISTS, GONE = 2, "gone, without saving; the last checkpoint stays"
+INSISTS = 2
+GONE = "gone, without saving; the last checkpoint stays"
 
 
 class StopSignals:

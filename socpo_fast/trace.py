@@ -31,15 +31,19 @@ def recording(folder: Path, batch: int, num_batches: int) -> Iterator[None]:
     try:
         yield
     finally:
-        content, _events = json.dumps({"traceEvents": _events}), None
+        content = json.dumps({"traceEvents": _events})
+        _events = None
         replace_file(folder / f"trace_{batch:06}.json", content)
 
 
-def note_span(track: str, name: str, *, since: float, overlaps: bool = False, **details: Any) -> None:
+def note_span(
+    track: str, name: str, *, since: float, overlaps: bool = False, **details: Any
+) -> None:
     """Notes what ends now and began at `since`; overlaps: while others of its track are under way."""
     if _events is None:
         return
-    begin_us, now_us = 1e6 * since, 1e6 * time.perf_counter()
+    begin_us = 1e6 * since
+    now_us = 1e6 * time.perf_counter()
     event: dict[str, Any] = {"pid": track, "tid": track, "cat": track, "name": name, "ts": begin_us}
     if overlaps:
         event["id"] = len(_events)

@@ -58,14 +58,18 @@ def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
     with closing(Session(config.model_copy(update={"student": student}))) as session:
         questions = session.eval_questions()
         if not questions:
-            raise ValueError("eval: data.eval must name held-out questions, got none; set data.eval")
+            raise ValueError(
+                "eval: data.eval must name held-out questions, got none; set data.eval"
+            )
         return session.evaluate(questions)
 
 
 def rollout_only(config: Config) -> None:
     """Roll out run.num_batches batches without any update; writes RUN/rollouts and prints what they amount to."""
     if (config.folder / "metrics.jsonl").exists():
-        raise ValueError(f"run: {config.folder} must hold no training run, whose rollouts stay; set run.name")
+        raise ValueError(
+            f"run: {config.folder} must hold no training run, whose rollouts stay; set run.name"
+        )
     with run_folder(config.folder), closing(Session(config)) as session:
         questions = session.train_questions()
         sources = sources_of(questions)
@@ -112,7 +116,9 @@ class Trainer:
         data = drawn_from(self.train_questions, self.eval_questions, self.session.tokenizer)
         self.measured_by = measured_by(self.config, data)
         if self.resumed_from is None:
-            return RunState(drawn_from=data, eval_due=bool(self.eval_questions)), config_text(self.config)
+            return RunState(drawn_from=data, eval_due=bool(self.eval_questions)), config_text(
+                self.config
+            )
         record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
         run = self.resumed_from.absolute().parent.parent
         state = RunState.from_record(
@@ -174,7 +180,8 @@ class Trainer:
         replace_file(config.folder / "config.toml", self.config_text)
         drop_rollouts(config.folder, after_batch=self.state.batch)
         mark_none_yet(self.checkpoints)
-        first, run = self.state.batch + 1, config.run
+        first = self.state.batch + 1
+        run = config.run
         self.progress = Progress(num_batches=run.num_batches, first_batch=first, live=run.live)
         stack.enter_context(self.progress)
         self.guidance_watch = GuidanceWatch(self.progress)
@@ -182,7 +189,9 @@ class Trainer:
         for note in (first_note, self.session.memory_note, *self.session.bridge.notes):
             self.progress.note(note)
         if self.state.batch >= config.run.num_batches:
-            self.progress.note(f"finished at batch {self.state.batch}; raise run.num_batches to go on")
+            self.progress.note(
+                f"finished at batch {self.state.batch}; raise run.num_batches to go on"
+            )
 
     def run_batches(self) -> None:
         """Whatever is due, then the next batch, until there are run.num_batches."""
@@ -199,12 +208,16 @@ class Trainer:
 
     def run_batch(self) -> None:
         """One batch: roll out, credit, update, record; its end says what is due."""
-        config, started, before = self.config, time.perf_counter(), self.optimizer.num_updates
+        config = self.config
+        started = time.perf_counter()
+        before = self.optimizer.num_updates
         batch = self.state.batch + 1
         questions = pick_questions(config, self.train_questions, batch)
         rollouts, metrics = self.roll_out(questions, batch)
         note_span("trainer", "rollout", since=started)
-        factors, advantages_A = assign_credit(rollouts, options=self.credit, device=config.run.device)
+        factors, advantages_A = assign_credit(
+            rollouts, options=self.credit, device=config.run.device
+        )
         metrics |= summarize(rollouts, factors, self.sources)
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
@@ -216,7 +229,8 @@ class Trainer:
         is_last = batch == config.run.num_batches
         self.state.end_batch(
             policy_version=self.engine.policy_version,
-            eval_due=bool(self.eval_questions) and (is_last or is_due(before, after, config.eval.every_updates)),
+            eval_due=bool(self.eval_questions)
+            and (is_last or is_due(before, after, config.eval.every_updates)),
             save_due=is_due(before, after, config.run.checkpoint_every_updates),
         )
         note_span("trainer", "update", since=update_started)
@@ -227,9 +241,12 @@ class Trainer:
         if silence and not is_last:  # there is nothing to stop after the last one
             self.session.refuse_silence(silence)
 
-    def roll_out(self, questions: dict[int, Question], batch: int) -> tuple[list[Rollout], dict[str, float]]:
+    def roll_out(
+        self, questions: dict[int, Question], batch: int
+    ) -> tuple[list[Rollout], dict[str, float]]:
         """All rollouts of a batch and what they took, however they finished in question order."""
-        started, before = time.perf_counter(), self.engine.stats
+        started = time.perf_counter()
+        before = self.engine.stats
         self.progress.phase(
             "rollout",
             batch=batch,
@@ -249,7 +266,9 @@ class Trainer:
     def update(self, rollouts: list[Rollout], batch: int, advantages_A: torch.Tensor) -> None:
         """The batch's updates, questions_per_update questions each, epochs times over."""
         # roll_out has put them in the order of questions.
-        groups = [list(group) for _, group in groupby(rollouts, key=lambda rollout: rollout.question_idx)]
+        groups = [
+            list(group) for _, group in groupby(rollouts, key=lambda rollout: rollout.question_idx)
+        ]
         self.progress.phase(
             "update",
             batch=batch,
@@ -260,7 +279,9 @@ class Trainer:
         with self.engine.lend_memory() as memory, self.optimizer.gradients_in(memory):
             for num_groups, metrics in self.updater.updates(groups, order, advantages_A):
                 self.engine.bump_policy_version()
-                self.writer.write(metrics, kind="update", batch=batch, update=self.optimizer.num_updates)
+                self.writer.write(
+                    metrics, kind="update", batch=batch, update=self.optimizer.num_updates
+                )
                 self.progress.advance(num_groups)
 
     def evaluate(self) -> None:
@@ -274,9 +295,12 @@ class Trainer:
         with self.signals.stop_at(1):
             metrics = self.session.evaluate(self.eval_questions, self.progress.advance)
         self.record(metrics, kind="eval")
-        success, update = metrics["success/unassisted"], self.optimizer.num_updates
+        success = metrics["success/unassisted"]
+        update = self.optimizer.num_updates
         if self.state.end_evaluation(update=update, success=success, measured_by=self.measured_by):
-            self.progress.note(f"best evaluation so far: {success:.1%} unassisted; update {update} is kept")
+            self.progress.note(
+                f"best evaluation so far: {success:.1%} unassisted; update {update} is kept"
+            )
 
     def save(self) -> None:
         """A checkpoint of the present state, unless there is one, or there is nothing to keep yet."""
@@ -290,11 +314,14 @@ class Trainer:
             tokenizer_from=self.session.student_folder,
         )
         mark_none_yet(self.checkpoints)
-        prune_checkpoints(newest, self.config.run.keep_checkpoints, (self.state.best or {}).get("update"))
+        prune_checkpoints(
+            newest, self.config.run.keep_checkpoints, (self.state.best or {}).get("update")
+        )
         self.state.end_save()
 
     def record(self, metrics: dict[str, float], *, kind: Literal["batch", "eval"]) -> None:
         """Metrics of the finished batch, or of the evaluation after it, to files and people."""
-        batch, update = self.state.batch, self.optimizer.num_updates
+        batch = self.state.batch
+        update = self.optimizer.num_updates
         self.writer.write(metrics, kind=kind, batch=batch, update=update)
         self.progress.report(metrics, kind=kind, batch=batch, update=update)

@@ -24,7 +24,9 @@ class Question:
     @property
     def text(self) -> str:
         """The last user message: what the teacher sees as the question."""
-        return next(message["content"] for message in reversed(self.messages) if message["role"] == "user")
+        return next(
+            message["content"] for message in reversed(self.messages) if message["role"] == "user"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (self.temperature == 0 or 1e-4 <= self.temperature <= 1e6, "0 (greedy) or in [1e-4, 1e6]"),
+            "temperature": (
+                self.temperature == 0 or 1e-4 <= self.temperature <= 1e6,
+                "0 (greedy) or in [1e-4, 1e6]",
+            ),
             "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
             "n": (self.n >= 1, ">= 1"),
             "top_p": (1e-6 <= self.top_p <= 1.0, "in [1e-6, 1]"),
@@ -65,7 +70,9 @@ class SamplingParams:
         }
         for name, (holds, rule) in rules.items():
             if not holds:
-                raise ValueError(f"SamplingParams: {name} must be {rule}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"SamplingParams: {name} must be {rule}, got {getattr(self, name)!r}"
+                )
 
 
 class RolloutKey(NamedTuple):
@@ -91,8 +98,12 @@ class Attempt:
     """One answer of the student, exactly as sampled (the end-of-turn token included when finish_reason is "stop")."""
 
     token_ids: list[int]
-    logprobs: Tensor  # [L] fp32, nats: the sampler's, under temperature only, over the full vocabulary
-    kept_mass: Tensor  # [L] fp32, probability mass that top-k, top-p and min-p kept; 1 when they are off
+    logprobs: (
+        Tensor  # [L] fp32, nats: the sampler's, under temperature only, over the full vocabulary
+    )
+    kept_mass: (
+        Tensor  # [L] fp32, probability mass that top-k, top-p and min-p kept; 1 when they are off
+    )
     finish_reason: Literal["stop", "length"]
     key: RolloutKey
     rollout_idx: int
@@ -165,7 +176,9 @@ class Turn:
     reward_parts: dict[str, float] = field(default_factory=dict)  # of a grader that names parts
     reward: float | None = None
     advantage: float | None = None
-    guidance: ShownGuidance | None = None  # what led to the next turn; None: the teacher said nothing
+    guidance: ShownGuidance | None = (
+        None  # what led to the next turn; None: the teacher said nothing
+    )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -181,7 +194,9 @@ class Rollout:
     rollout_idx: int
     prompt_ids: list[int]
     turns: list[Turn] = field(default_factory=list)
-    end_reason: Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"] | None = None
+    end_reason: (
+        Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"] | None
+    ) = None
     failure: str = ""  # where end_reason is guidance_failed: the kind, from GuidanceFailed
     teacher_wait_s: float = 0.0
     data_source: str = ""
@@ -222,7 +237,9 @@ class Rollout:
         """
         where = f"rollout {self.rollout_idx} of question {self.question_idx}"
         if not 0 <= turn_idx < len(self.turns):
-            raise ValueError(f"{where}: turn must be in [0, {len(self.turns)}), got {turn_idx}; there is no more")
+            raise ValueError(
+                f"{where}: turn must be in [0, {len(self.turns)}), got {turn_idx}; there is no more"
+            )
         guidance = self.turns[turn_idx].guidance
         if guidance is None or guidance.kept_tokens is None or guidance.bridge_ids is None:
             raise ValueError(

@@ -35,7 +35,10 @@ Words = dict[str, Any]
 def words_of(command: str, run_dir: Path, words: Words) -> list[str]:
     """The command line: small settings, then those of the case. A key may be a bare word, with value None."""
     settings = {**SMALL, "run.dir": run_dir, **words}
-    pairs = [[f"--{name}", str(value)] if value is not None else [name] for name, value in settings.items()]
+    pairs = [
+        [f"--{name}", str(value)] if value is not None else [name]
+        for name, value in settings.items()
+    ]
     return [command, *(word for pair in pairs for word in pair)]
 
 
@@ -55,7 +58,11 @@ def run_dir(finished_run: Path, tmp_path: Path) -> Path:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below, to the bit."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def assert_refused(shown: str, message: str) -> None:
@@ -67,11 +74,15 @@ def assert_refused(shown: str, message: str) -> None:
 
 
 def assert_train_refuses(
-    case: tuple[Callable[[Path], Words], str], run_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    case: tuple[Callable[[Path], Words], str],
+    run_dir: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """`socpo train` with the words of a case: exit code 2, its message, and the finished run as it was."""
     make, message = case
-    words, before = make(folder), snapshot(run_dir)
+    words = make(folder)
+    before = snapshot(run_dir)
     assert main(words_of("train", run_dir, words)) == 2
     assert_refused(capsys.readouterr().err, message)
     assert snapshot(run_dir) == before

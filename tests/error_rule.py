@@ -27,14 +27,22 @@ def assert_error_rule(
 
     NaN and infinities must stand at the same places in actual and truth, infinities with the same sign.
     """
-    assert actual.shape == plain.shape == truth.shape, f"{name}: {actual.shape}, {plain.shape}, {truth.shape} differ"
+    assert actual.shape == plain.shape == truth.shape, (
+        f"{name}: {actual.shape}, {plain.shape}, {truth.shape} differ"
+    )
     assert truth.dtype == torch.float64, f"{name}: truth must be fp64, got {truth.dtype}"
     tolerance = TOLERANCE[dtype or actual.dtype]
     actual_64, plain_64, truth_64 = (x.detach().cpu().double() for x in (actual, plain, truth))
     finite = truth_64.isfinite()
-    excess = (actual_64 - truth_64).abs() - 2 * (plain_64 - truth_64).abs().nan_to_num(nan=0.0, posinf=0.0) - tolerance
+    excess = (
+        (actual_64 - truth_64).abs()
+        - 2 * (plain_64 - truth_64).abs().nan_to_num(nan=0.0, posinf=0.0)
+        - tolerance
+    )
     same = (actual_64 == truth_64) | (actual_64.isnan() & truth_64.isnan())
-    excess = torch.where(finite, excess.nan_to_num(nan=torch.inf), torch.where(same, -1.0, torch.inf))
+    excess = torch.where(
+        finite, excess.nan_to_num(nan=torch.inf), torch.where(same, -1.0, torch.inf)
+    )
     if excess.numel() == 0 or excess.max() <= 0:
         return
     worst = _coordinate(excess, int(excess.argmax()))
@@ -47,8 +55,11 @@ def assert_error_rule(
 
 def assert_bitwise_equal(a: Tensor, b: Tensor, *, name: str) -> None:
     """Same shape, dtype and bits; NaN equals NaN, 0.0 differs from -0.0."""
-    assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{name}: {a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}"
-    a_cpu, b_cpu = a.detach().cpu(), b.detach().cpu()
+    assert (a.shape, a.dtype) == (b.shape, b.dtype), (
+        f"{name}: {a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}"
+    )
+    a_cpu = a.detach().cpu()
+    b_cpu = b.detach().cpu()
     equal = a_cpu == b_cpu
     if a.dtype.is_floating_point:
         equal = (equal & (a_cpu.signbit() == b_cpu.signbit())) | (a_cpu.isnan() & b_cpu.isnan())

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-ENGINE = tuple(f"socpo_fast/engine/{name}.py" for name in ("engine", "scheduler", "sequence", "pages", "keys"))
+ENGINE = tuple(
+    f"socpo_fast/engine/{name}.py" for name in ("engine", "scheduler", "sequence", "pages", "keys")
+)
 ROLLOUT = (*ENGINE, "socpo_fast/socratic/rollout.py", "socpo_fast/socratic/teachers/calls.py")
 
 

@@ -58,7 +58,9 @@ class Planner:
 class FakeCard:
     """A card of this machine, as far as a plan asks."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, free_gib: float, total_gib: float):
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, free_gib: float, total_gib: float
+    ):
         self.peak_gib = 0.0
         answers: dict[str, Any] = {
             "get_device_name": lambda _device: name,

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Core Python had 5,500 until steps were launched and collected apart (engine/steps.py), the local
 # teacher got a stream of its own and runs a trace.
 BUDGETS = {"core Python": 5800, "kernels": 1800, "csrc": 2000, "integrations and report": 1200}
-MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 300, 80, 120
+MAX_FILE = 300
+MAX_FUNCTION = 80
+MAX_KERNEL = 120
 
 
 def source_files() -> list[Path]:
@@ -23,7 +25,9 @@ def source_files() -> list[Path]:
     found = []
     for top in ("setup.py", "socpo_fast", "kernels", "csrc", "tests", "bench", "tools"):
         walked = os.walk(ROOT / top) if (ROOT / top).is_dir() else [(ROOT, [], [top])]
-        found += [Path(folder, name).relative_to(ROOT) for folder, _, names in walked for name in names]
+        found += [
+            Path(folder, name).relative_to(ROOT) for folder, _, names in walked for name in names
+        ]
     return sorted(path for path in found if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
 
 
@@ -33,7 +37,11 @@ def budget_of(path: Path) -> str | None:
         return path.parts[0]
     if path.parts[0] != "socpo_fast":
         return None
-    return "integrations and report" if path.parts[1].startswith(("integrations", "report")) else "core Python"
+    return (
+        "integrations and report"
+        if path.parts[1].startswith(("integrations", "report"))
+        else "core Python"
+    )
 
 
 def num_statements(path: Path, source: str) -> int:
@@ -44,20 +52,31 @@ def num_statements(path: Path, source: str) -> int:
     docstrings = [
         node
         for node in nodes
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
     ]
     return len(nodes) - len(docstrings)
 
 
 def long_functions(path: Path, source: str) -> list[str]:
     limit = MAX_KERNEL if path.parts[0] == "kernels" else MAX_FUNCTION
-    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    sizes = {f"{path}:{f.lineno} {f.name}": (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions}
-    return [f"{where} has {size} lines, limit {limit}" for where, size in sizes.items() if size > limit]
+    functions = [
+        n
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    sizes = {
+        f"{path}:{f.lineno} {f.name}": (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions
+    }
+    return [
+        f"{where} has {size} lines, limit {limit}" for where, size in sizes.items() if size > limit
+    ]
 
 
 def main() -> int:
-    totals, faults = dict.fromkeys(BUDGETS, 0), []
+    totals = dict.fromkeys(BUDGETS, 0)
+    faults = []
     for path in source_files():
         source = (ROOT / path).read_text(encoding="utf-8")
         num_lines = len(source.splitlines())

@@ -15,12 +15,22 @@ from tools.aot import KERNELS, SPILL_ALLOWANCE, Resources, faults_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_aot(*args: str, code: str | None = None, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_aot(
+    *args: str, code: str | None = None, cache: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """In a process of its own: here kernels are the interpreter's, and those cannot be compiled."""
     command = ["-c", code] if code else ["-m", "tools.aot"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)} | ({} if cache is None else {"TRITON_CACHE_DIR": str(cache)})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)} | (
+        {} if cache is None else {"TRITON_CACHE_DIR": str(cache)}
+    )
     return subprocess.run(
-        [sys.executable, *command, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *command, *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -30,7 +40,8 @@ def jit_functions() -> dict[str, ast.FunctionDef]:
         node
         for path in KERNELS.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
     ]
     assert len({function.name for function in functions}) == len(functions)
     return {function.name: function for function in functions}
@@ -38,10 +49,15 @@ def jit_functions() -> dict[str, ast.FunctionDef]:
 
 def test_every_jit_function_is_a_kernel_or_a_part_of_one() -> None:
     functions = jit_functions()
-    bodies = {name: {n.id for n in ast.walk(f) if isinstance(n, ast.Name)} - {name} for name, f in functions.items()}
+    bodies = {
+        name: {n.id for n in ast.walk(f) if isinstance(n, ast.Name)} - {name}
+        for name, f in functions.items()
+    }
     for name in functions:
         used = any(name in body for body in bodies.values())
-        assert name.endswith("_kernel") != used, f"{name}: a kernel is named *_kernel, a part of one is used by another"
+        assert name.endswith("_kernel") != used, (
+            f"{name}: a kernel is named *_kernel, a part of one is used by another"
+        )
 
 
 def test_every_kernel_is_compiled_for_every_architecture() -> None:
@@ -49,7 +65,9 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     kernels = {name for name in jit_functions() if name.endswith("_kernel")}
-    assert {(row[0], row[1]) for row in rows} == {(a, name) for a in ("80", "90", "100") for name in kernels}
+    assert {(row[0], row[1]) for row in rows} == {
+        (a, name) for a in ("80", "90", "100") for name in kernels
+    }
     assert len({tuple(row) for row in rows}) == len(rows)
 
 

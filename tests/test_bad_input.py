@@ -16,7 +16,15 @@ import pytest
 from pyarrow import Table
 
 from socpo_fast.cli import main
-from tests.bad_input import Words, assert_refused, assert_train_refuses, finished_run, run_dir, snapshot, words_of
+from tests.bad_input import (
+    Words,
+    assert_refused,
+    assert_train_refuses,
+    finished_run,
+    run_dir,
+    snapshot,
+    words_of,
+)
 
 __all__ = ["finished_run", "run_dir"]  # fixtures
 
@@ -52,7 +60,9 @@ def folder_named(name: str) -> Callable[[Path], Words]:
 
 
 def settings(**words: Any) -> Callable[[Path], Words]:
-    return lambda folder: {name.replace("__", "."): str(value).format(folder=folder) for name, value in words.items()}
+    return lambda folder: {
+        name.replace("__", "."): str(value).format(folder=folder) for name, value in words.items()
+    }
 
 
 def bare(*words: str) -> Callable[[Path], Words]:
@@ -86,21 +96,38 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         "data: path must be an existing file, got '.*no.parquet'",
     ),
     "empty data file": (data(), "data: rows.jsonl must hold at least one question, got none"),
-    "blank lines only": (data(b"", b" "), "data: rows.jsonl must hold at least one question, got none"),
-    "empty parquet file": (data(name="rows.parquet"), "data: .*rows.parquet must be readable as parquet "),
-    "a directory named like a file": (folder_named("rows.jsonl"), "data: path must be an existing file, got '.*jsonl'"),
-    "a directory without data": (folder_named("rows"), "data: .*rows must be readable as a data set with a split"),
+    "blank lines only": (
+        data(b"", b" "),
+        "data: rows.jsonl must hold at least one question, got none",
+    ),
+    "empty parquet file": (
+        data(name="rows.parquet"),
+        "data: .*rows.parquet must be readable as parquet ",
+    ),
+    "a directory named like a file": (
+        folder_named("rows.jsonl"),
+        "data: path must be an existing file, got '.*jsonl'",
+    ),
+    "a directory without data": (
+        folder_named("rows"),
+        "data: .*rows must be readable as a data set with a split",
+    ),
     "wrong column": (
         data(GOOD, {"query": "?", "ground_truth": "2"}),
         "data: rows.jsonl row 2: must have prompt or question, got ground_truth, query",
     ),
-    "wrong column in parquet": (parquet({"text": "?"}), "data: rows.parquet row 1: must have prompt or question, got"),
+    "wrong column in parquet": (
+        parquet({"text": "?"}),
+        "data: rows.parquet row 1: must have prompt or question, got",
+    ),
     "content that is no text": (
         data(GOOD, {"question": 3, "ground_truth": "2"}),
         "data: rows.jsonl row 2: the user message must have text, got 3",
     ),
     "message content that is no text": (
-        data({"prompt": [{"role": "user", "content": ["?"]}], "reward_model": {"ground_truth": "2"}}),
+        data(
+            {"prompt": [{"role": "user", "content": ["?"]}], "reward_model": {"ground_truth": "2"}}
+        ),
         r"data: rows.jsonl row 1: the user message must have text, got \['\?'\]",
     ),
     "ground truth outside the options": (
@@ -111,8 +138,14 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         data(GOOD, GOOD, **{"data.max_prompt_tokens": 3}),
         "data: rows.jsonl: every prompt is longer than 3 tokens; raise data.max_prompt_tokens",
     ),
-    "a line that is not UTF-8": (data(GOOD, b'{"question": "\xff"}'), "data: .*rows.jsonl must be readable as text "),
-    "a line that is not JSON": (data(GOOD, b"{bad"), "data: rows.jsonl row 2: must be a JSON object, got '{bad'"),
+    "a line that is not UTF-8": (
+        data(GOOD, b'{"question": "\xff"}'),
+        "data: .*rows.jsonl must be readable as text ",
+    ),
+    "a line that is not JSON": (
+        data(GOOD, b"{bad"),
+        "data: rows.jsonl row 2: must be a JSON object, got '{bad'",
+    ),
     "half a surrogate pair": (
         data({"question": "?", "ground_truth": "\ud800"}),
         "data: rows.jsonl row 1: .*surrogates not allowed",
@@ -129,29 +162,56 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         data(GOOD),
         r"data: rollout.questions_per_batch must be in \[1, 1 questions\], got 2; lower it",
     ),
-    "unknown grader": (settings(data__grader="regex"), "config: data.grader must be one of sciknoweval, mcq"),
-    "grader of no module": (settings(data__grader="no_such:thing"), "data.grader must name a module that can be"),
+    "unknown grader": (
+        settings(data__grader="regex"),
+        "config: data.grader must be one of sciknoweval, mcq",
+    ),
+    "grader of no module": (
+        settings(data__grader="no_such:thing"),
+        "data.grader must name a module that can be",
+    ),
     # settings
     "K of 0": (
         settings(rollout__max_attempts=0),
         "config: rollout.max_attempts must be an integer >= 1 and <= 256, got 0",
     ),
-    "unknown key": (settings(train__lr_rate=3), "config: unknown key train.lr_rate; did you mean train.lr?"),
+    "unknown key": (
+        settings(train__lr_rate=3),
+        "config: unknown key train.lr_rate; did you mean train.lr?",
+    ),
     "unknown key in TOML": (
         toml("[train]\nlr_rate = 3\n"),
         "config: unknown key train.lr_rate; did you mean train.lr?",
     ),
-    "unknown table in TOML": (toml("[trian]\nlr = 3\n"), "config: unknown key trian.lr; did you mean train.lr?"),
-    "value out of range": (settings(train__lr=7), "config: train.lr must be a number > 0 and <= 1, got 7.0"),
-    "value of another kind": (settings(run__num_batches="two"), "config: run.num_batches must be an integer >= 1, got"),
+    "unknown table in TOML": (
+        toml("[trian]\nlr = 3\n"),
+        "config: unknown key trian.lr; did you mean train.lr?",
+    ),
+    "value out of range": (
+        settings(train__lr=7),
+        "config: train.lr must be a number > 0 and <= 1, got 7.0",
+    ),
+    "value of another kind": (
+        settings(run__num_batches="two"),
+        "config: run.num_batches must be an integer >= 1, got",
+    ),
     "value of another kind in TOML": (
         toml('[train]\nepochs = "2"\n'),
         "config: train.epochs must be an integer >= 1 and <= 100, got '2'",
     ),
-    "NaN in TOML": (toml("[train]\nlr = nan\n"), "config: train.lr must be a number > 0 and <= 1, got nan"),
-    "infinity": (settings(loss__kl_coef="inf"), "config: loss.kl_coef must be a number >= 0, got inf"),
+    "NaN in TOML": (
+        toml("[train]\nlr = nan\n"),
+        "config: train.lr must be a number > 0 and <= 1, got nan",
+    ),
+    "infinity": (
+        settings(loss__kl_coef="inf"),
+        "config: loss.kl_coef must be a number >= 0, got inf",
+    ),
     "TOML that is none": (toml("[train\n"), "config: .*bad.toml must be TOML: "),
-    "a flag without its value": (bare("--train.lr"), "socpo train: --train.lr must be followed by its value"),
+    "a flag without its value": (
+        bare("--train.lr"),
+        "socpo train: --train.lr must be followed by its value",
+    ),
     "a stray word": (bare("fast"), "socpo train: unexpected 'fast'"),
     "attempts longer than the model": (
         settings(rollout__max_new_tokens=512),
@@ -161,7 +221,10 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         settings(engine__kv_cache_gib=0.0005),
         "engine: engine.kv_cache_gib must hold the longest context, 512 tokens, got room for",
     ),
-    "a KV cache of no page": (settings(engine__kv_cache_gib=1e-9), "Engine: kv_cache_gib must hold at least one page"),
+    "a KV cache of no page": (
+        settings(engine__kv_cache_gib=1e-9),
+        "Engine: kv_cache_gib must hold at least one page",
+    ),
     # folders
     "a run folder that is a file": (
         as_file("taken", run__dir="{folder}", run__name="taken"),
@@ -183,16 +246,21 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_train_refuses(case: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_refuses(
+    case: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert_train_refuses(CASES[case], run_dir, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
     "case", ["missing evaluation file", "unknown key", "value out of range", "a KV cache too small"]
 )
-def test_eval_and_rollout_refuse(case: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_and_rollout_refuse(
+    case: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, message = CASES[case]
-    words, before = make(tmp_path), snapshot(run_dir)
+    words = make(tmp_path)
+    before = snapshot(run_dir)
     assert main(words_of("eval", run_dir, words)) == 2
     assert_refused(capsys.readouterr().err, message)
     if case != "missing evaluation file":  # rollout reads no evaluation data
@@ -203,19 +271,30 @@ def test_eval_and_rollout_refuse(case: str, run_dir: Path, tmp_path: Path, capsy
 
 def test_eval_without_questions(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words_of("eval", run_dir, {"data.eval": "none"})) == 2
-    assert_refused(capsys.readouterr().err, "eval: data.eval must name held-out questions, got none")
+    assert_refused(
+        capsys.readouterr().err, "eval: data.eval must name held-out questions, got none"
+    )
 
 
-def test_rollouts_of_a_training_run_are_not_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rollouts_of_a_training_run_are_not_overwritten(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = snapshot(run_dir)
     assert main(words_of("rollout", run_dir, {})) == 2
     assert_refused(capsys.readouterr().err, "run: .*run must hold no training run")
     assert snapshot(run_dir) == before
 
 
-def test_a_group_of_one_is_allowed_and_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.warns(UserWarning, match="rollout.group_size 1 leaves reinforce_plus_plus_baseline little to compare"):
-        assert main(words_of("train", tmp_path, {"rollout.group_size": 1, "data.eval": "none"})) == 0
+def test_a_group_of_one_is_allowed_and_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(
+        UserWarning,
+        match="rollout.group_size 1 leaves reinforce_plus_plus_baseline little to compare",
+    ):
+        assert (
+            main(words_of("train", tmp_path, {"rollout.group_size": 1, "data.eval": "none"})) == 0
+        )
     assert "report: " in capsys.readouterr().out
 
 
@@ -237,24 +316,34 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
 ) -> None:
     """The disk fills while metrics, rollouts or a checkpoint are written; what was there before is still there."""
     before = snapshot(run_dir / "run" / "checkpoints")
-    write_to = {"metrics.jsonl": "fsync", "batch_000002.jsonl.tmp": "fsync", "trainer_state.json": "write_text"}[full]
+    write_to = {
+        "metrics.jsonl": "fsync",
+        "batch_000002.jsonl.tmp": "fsync",
+        "trainer_state.json": "write_text",
+    }[full]
     fail_when_writing(full, write_to, monkeypatch)
     more = {"run.num_batches": 2, "eval.every_updates": 0}
     assert main(words_of("train", run_dir, more)) == 2
     shown = capsys.readouterr()
-    assert_refused(shown.err, f"(run|checkpoint): .*{full.removesuffix('.tmp') if 'batch' in full else ''}.* could not")
+    assert_refused(
+        shown.err,
+        f"(run|checkpoint): .*{full.removesuffix('.tmp') if 'batch' in full else ''}.* could not",
+    )
     assert "No space left on device" in shown.err
     after = snapshot(run_dir / "run" / "checkpoints")
     assert after == before, "the checkpoint is whole, and nothing half-written lies beside it"
     monkeypatch.undo()
     assert main(words_of("train", run_dir, more)) == 0
-    rows = [json.loads(line) for line in (run_dir / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (run_dir / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["batch"] for row in rows if row["kind"] == "batch"] == [1, 2]
 
 
 def fail_when_writing(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    fsync, write_text = os.fsync, Path.write_text
+    fsync = os.fsync
+    write_text = Path.write_text
 
     def fsync_or_fail(descriptor: int) -> None:
         if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == name:

@@ -42,22 +42,39 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
-    "no such folder": (lambda folder: {"student.path": folder / "none"}, "load_student: folder must be a local"),
+    "no such folder": (
+        lambda folder: {"student.path": folder / "none"},
+        "load_student: folder must be a local",
+    ),
     "an empty folder": (lambda folder: {"student.path": folder}, ".*config.json: is missing"),
     "a file": (
         lambda folder: {"student.path": __file__},
         "load_student: folder must be a local Hugging Face folder, got",
     ),
     "unsupported architecture": (
-        damaged_student(edit_json("config.json", architectures=["GPT2LMHeadModel"], model_type="gpt2")),
+        damaged_student(
+            edit_json("config.json", architectures=["GPT2LMHeadModel"], model_type="gpt2")
+        ),
         ".*config.json: architectures must be one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
         r"Qwen3ForCausalLM, got \['GPT2LMHeadModel'\]",
     ),
-    "no tokenizer": (damaged_student(remove("tokenizer.json")), "tokenizer: .*student must hold a tokenizer.json that"),
+    "no tokenizer": (
+        damaged_student(remove("tokenizer.json")),
+        "tokenizer: .*student must hold a tokenizer.json that",
+    ),
     "missing config": (damaged_student(remove("config.json")), ".*config.json: is missing"),
-    "broken config": (damaged_student(write("config.json", "{")), ".*config.json: must be JSON, got "),
-    "config that is a list": (damaged_student(write("config.json", "[]")), ".*config.json: must be a JSON object"),
-    "config in Latin-1": (damaged_student(write("config.json", b'{"a": "\xe9"}')), ".*config.json: must be JSON, got"),
+    "broken config": (
+        damaged_student(write("config.json", "{")),
+        ".*config.json: must be JSON, got ",
+    ),
+    "config that is a list": (
+        damaged_student(write("config.json", "[]")),
+        ".*config.json: must be a JSON object",
+    ),
+    "config in Latin-1": (
+        damaged_student(write("config.json", b'{"a": "\xe9"}')),
+        ".*config.json: must be JSON, got",
+    ),
     "missing config field": (
         damaged_student(edit_json("config.json", rms_norm_eps=None)),
         ".*: rms_norm_eps is missing",
@@ -66,9 +83,18 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         damaged_student(edit_json("config.json", num_hidden_layers="two")),
         ".*config.json: num_hidden_layers must be an integer >= 1, got 'two'",
     ),
-    "missing weights": (damaged_student(remove("model.safetensors")), ".*: model.safetensors is missing"),
-    "truncated weights": (damaged_student(truncate), ".*model.safetensors: must be a safetensors file, got "),
-    "weights that are text": (damaged_student(write("model.safetensors", "x")), ".*: must be a safetensors file, got"),
+    "missing weights": (
+        damaged_student(remove("model.safetensors")),
+        ".*: model.safetensors is missing",
+    ),
+    "truncated weights": (
+        damaged_student(truncate),
+        ".*model.safetensors: must be a safetensors file, got ",
+    ),
+    "weights that are text": (
+        damaged_student(write("model.safetensors", "x")),
+        ".*: must be a safetensors file, got",
+    ),
     "missing tensor": (
         damaged_student(edit_tensors(lambda tensors: tensors.pop(NORM))),
         f".*: tensor {NORM} is missing",
@@ -97,7 +123,10 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         damaged_student(write("chat_template.jinja", "{% if %}")),
         "chat template: must ",
     ),
-    "a chat template without turns": (damaged_student(write("chat_template.jinja", ROUGH)), "bridge: the "),
+    "a chat template without turns": (
+        damaged_student(write("chat_template.jinja", ROUGH)),
+        "bridge: the ",
+    ),
     "broken generation_config": (
         damaged_student(write("generation_config.json", "{")),
         ".*generation_config.json: must be JSON, got ",
@@ -110,7 +139,10 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         damaged_student(write("generation_config.json", '{"eos_token_id": "</s>"}')),
         ".*generation_config.json: eos_token_id must be an id, a list of ids or null, got '</s>'",
     ),
-    "broken tokenizer": (damaged_student(write("tokenizer.json", '{"model": 3}')), "tokenizer: .*student must hold a"),
+    "broken tokenizer": (
+        damaged_student(write("tokenizer.json", '{"model": 3}')),
+        "tokenizer: .*student must hold a",
+    ),
     "a local teacher that is none": (
         lambda folder: {"teacher.kind": "local", "teacher.path": folder / "none"},
         "tokenizer: must be a Hugging Face folder on this machine, got '.*none'",
@@ -119,7 +151,9 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_train_refuses(case: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_refuses(
+    case: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert_train_refuses(CASES[case], run_dir, tmp_path, capsys)
 
 
@@ -133,8 +167,12 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "config.json"])
-def test_a_flipped_byte_in_a_checkpoint(name: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "config.json"]
+)
+def test_a_flipped_byte_in_a_checkpoint(
+    name: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip_last_byte(checkpoint_of(run_dir) / name)
     before = snapshot(run_dir)
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
@@ -143,8 +181,12 @@ def test_a_flipped_byte_in_a_checkpoint(name: str, run_dir: Path, capsys: pytest
     assert snapshot(run_dir) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config.json": 3}', '{"config.json": {"bytes": 3}}', "\x00"])
-def test_a_damaged_manifest_makes_no_checkpoint(text: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"config.json": 3}', '{"config.json": {"bytes": 3}}', "\x00"]
+)
+def test_a_damaged_manifest_makes_no_checkpoint(
+    text: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = checkpoint_of(run_dir)
     (checkpoint / "manifest.json").write_text(text)
     words = {"run.resume": checkpoint, "run.name": "other"}
@@ -155,11 +197,17 @@ def test_a_damaged_manifest_makes_no_checkpoint(text: str, run_dir: Path, capsys
     )
 
 
-def test_a_checkpoint_of_another_model(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_model(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One layer less: as a start, as the run's own, and for the optimizer's moments."""
     make = damaged_student(drop_last_layer)
-    words, before = make(tmp_path), snapshot(run_dir)
-    for more in ({"run.num_batches": 2}, {"run.name": "other", "run.resume": checkpoint_of(run_dir)}):
+    words = make(tmp_path)
+    before = snapshot(run_dir)
+    for more in (
+        {"run.num_batches": 2},
+        {"run.name": "other", "run.resume": checkpoint_of(run_dir)},
+    ):
         assert main(words_of("train", run_dir, words | more)) == 2
         assert_refused(
             capsys.readouterr().err,
@@ -172,13 +220,18 @@ def drop_last_layer(folder: Path) -> None:
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     edit_json("config.json", num_hidden_layers=layers - 1, layer_types=None)(folder)
     prefix = f"model.layers.{layers - 1}."
-    edit_tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(prefix)])(folder)
+    edit_tensors(
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(prefix)]
+    )(folder)
 
 
 def test_eval_of_what_is_no_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(run_dir)
     assert main(words_of("eval", run_dir, {"checkpoint": run_dir / "none"})) == 2
-    assert_refused(capsys.readouterr().err, "load_student: folder must be a local Hugging Face folder, got '.*none'")
+    assert_refused(
+        capsys.readouterr().err,
+        "load_student: folder must be a local Hugging Face folder, got '.*none'",
+    )
     assert snapshot(run_dir) == before
 
 

@@ -75,7 +75,9 @@ def checkpoints_of(config: Config) -> dict[str, dict[str, Any]]:
     return {path.name: json.loads((path / "manifest.json").read_text()) for path in folders}
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_is_kept_beside_the_newest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No save was due when it was made; of equal ones it is the first."""
     config = small(tmp_path)
     trainer.train(config)
@@ -88,7 +90,9 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, capsys: pytest.Captu
 def test_best_can_be_named(finished: Config, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     folders: list[Path] = []
     read: Callable[..., Any] = Session.eval_questions
-    monkeypatch.setattr(Session, "eval_questions", lambda self: folders.append(self.student_folder) or read(self))
+    monkeypatch.setattr(
+        Session, "eval_questions", lambda self: folders.append(self.student_folder) or read(self)
+    )
     words = ["eval", "--config", str(finished.folder / "config.toml"), "--checkpoint"]
     assert main([*words, "best"]) == 0
     assert main([*words, "none"]) == 0
@@ -97,7 +101,8 @@ def test_best_can_be_named(finished: Config, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_there_is_none_without_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="^eval: --checkpoint best must be in .*, got no evaluation with a success behind an update; "
+        ValueError,
+        match="^eval: --checkpoint best must be in .*, got no evaluation with a success behind an update; ",
     ):
         trainer.evaluate(small(tmp_path), "best")
     config = small(tmp_path, data__eval="none", run__num_batches=2)
@@ -124,7 +129,8 @@ def test_killed_between_evaluation_and_save(
     finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Before the save the evaluation is made again; behind it the older best one goes with the next."""
-    config, calls = small(tmp_path), []
+    config = small(tmp_path)
+    calls = []
     original = getattr(trainer, where)
 
     def killed(*args: Any, **options: Any) -> Any:
@@ -182,13 +188,17 @@ def flip(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [remove, shorten, lose_one_file, flip])
-def test_a_damaged_best_one_is_told_and_replaced(copied: Path, damage: Callable[[Path], str]) -> None:
+def test_a_damaged_best_one_is_told_and_replaced(
+    copied: Path, damage: Callable[[Path], str]
+) -> None:
     """What lacks something stays where it is, file for file; where all sizes are right it goes, and that is told."""
     config = small(copied, run__num_batches=6)
     best = config.folder / "checkpoints" / "update_000002"
     reason = damage(best)
     advice = f"bring it back, or name another checkpoint of {best.parent}"
-    with pytest.raises(ValueError, match=f"^eval: --checkpoint best must be whole, got {reason}; {advice}$"):
+    with pytest.raises(
+        ValueError, match=f"^eval: --checkpoint best must be whole, got {reason}; {advice}$"
+    ):
         trainer.evaluate(config, "best")
     left = files_of(best)
     with pytest.warns(UserWarning, match=f"^{NO_MORE}{reason}{GOES if damage is flip else ''}$"):
@@ -209,7 +219,9 @@ def test_a_run_begins_from_the_best_of_another(finished: Config, tmp_path: Path)
     trainer.train(config)
     assert [*checkpoints_of(config)] == ["update_000002", "update_000004"]
     assert best_checkpoint(config.folder) == config.folder / "checkpoints" / "update_000002"
-    other = small(tmp_path, run__name="other", run__resume=str(start / "update_000005"), run__num_batches=6)
+    other = small(
+        tmp_path, run__name="other", run__resume=str(start / "update_000005"), run__num_batches=6
+    )
     with pytest.warns(UserWarning, match=f"^{NO_MORE}it is another run's$"):
         trainer.train(other)
     assert best_checkpoint(other.folder).name == "update_000006"

@@ -30,7 +30,11 @@ def toml_path(tmp_path: Path) -> str:
 def trainer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for socpo_fast.trainer and keeps what it was called with."""
     fake = SimpleNamespace(calls=[], error=None)
-    fake.metrics = {"success/unassisted": 0.5, "success/unassisted_low": 0.25, "success/unassisted_high": 0.75}
+    fake.metrics = {
+        "success/unassisted": 0.5,
+        "success/unassisted_low": 0.25,
+        "success/unassisted_high": 0.75,
+    }
 
     def record(*arguments: object) -> dict[str, float]:
         fake.calls.append(arguments)
@@ -55,7 +59,12 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 )
 def test_words_override_the_file_in_any_order(words: list[str], toml_path: str) -> None:
     config, options = parse("train", [word.replace("FILE", toml_path) for word in words])
-    assert (config.run.name, config.train.lr, config.run.live, options) == ("from_file", 0.5, False, {})
+    assert (config.run.name, config.train.lr, config.run.live, options) == (
+        "from_file",
+        0.5,
+        False,
+        {},
+    )
 
 
 def test_a_word_equal_to_the_default_still_overrides_the_file(toml_path: str) -> None:
@@ -66,18 +75,42 @@ def test_hyphens_and_negative_numbers(capsys: pytest.CaptureFixture[str]) -> Non
     assert parse("train", ["--rollout.max-new-tokens", "7"])[0].rollout.max_new_tokens == 7
     for words in (["--train.max-grad-norm", "-1"], ["--train.max-grad-norm=-1"]):
         assert main(["train", *words]) == 2
-        assert capsys.readouterr().err == "config: train.max_grad_norm must be a number > 0, got -1.0\n"
+        assert (
+            capsys.readouterr().err
+            == "config: train.max_grad_norm must be a number > 0, got -1.0\n"
+        )
     assert parse("train", ["--loss.entropy-coef", "-1e-3"])[0].loss.entropy_coef == -1e-3
 
 
 REFUSED = {
-    "unknown key": (["train", "--train.lr_rate", "3"], "config: unknown key train.lr_rate; did you mean train.lr?"),
-    "with equals sign": (["train", "--trian.lr=3"], "config: unknown key trian.lr; did you mean train.lr?"),
-    "no value": (["train", "--train.lr"], "socpo train: --train.lr must be followed by its value, got nothing"),
-    "a flag for a value": (["train", "--run.max-x", "--train.lr"], "socpo train: --train.lr must be followed by"),
-    "no file name": (["eval", "--config", "--checkpoint", "x"], "socpo eval: --config must be followed by its value"),
-    "out of range": (["train", "--train.lr", "7"], "config: train.lr must be a number > 0 and <= 1, got 7.0"),
-    "stray word": (["train", "foo"], "socpo train: unexpected 'foo'; settings are given as --section.key value"),
+    "unknown key": (
+        ["train", "--train.lr_rate", "3"],
+        "config: unknown key train.lr_rate; did you mean train.lr?",
+    ),
+    "with equals sign": (
+        ["train", "--trian.lr=3"],
+        "config: unknown key trian.lr; did you mean train.lr?",
+    ),
+    "no value": (
+        ["train", "--train.lr"],
+        "socpo train: --train.lr must be followed by its value, got nothing",
+    ),
+    "a flag for a value": (
+        ["train", "--run.max-x", "--train.lr"],
+        "socpo train: --train.lr must be followed by",
+    ),
+    "no file name": (
+        ["eval", "--config", "--checkpoint", "x"],
+        "socpo eval: --config must be followed by its value",
+    ),
+    "out of range": (
+        ["train", "--train.lr", "7"],
+        "config: train.lr must be a number > 0 and <= 1, got 7.0",
+    ),
+    "stray word": (
+        ["train", "foo"],
+        "socpo train: unexpected 'foo'; settings are given as --section.key value",
+    ),
     "checkpoint of train": (["train", "--checkpoint", "x"], "config: unknown key checkpoint; "),
     "command": (["trian"], "socpo: unknown command trian; did you mean train?"),
     "no file": (["train", "--config", "none.toml"], "config: none.toml must be a readable file: "),
@@ -102,13 +135,18 @@ def test_bad_key_is_refused_within_two_cpu_seconds_without_torch() -> None:
         "code = main(['train', '--train.lr_rate', '3'])\n"
         "print(code, [m for m in ('torch', 'transformers') if m in sys.modules], time.process_time() < 2)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "2 [] True\n"
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "rollout"])
 def test_help_shows_every_field_with_range_and_default(
-    command: str, toml_path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    toml_path: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
@@ -127,7 +165,9 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
 
 
-def test_commands_reach_the_trainer(trainer: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_reach_the_trainer(
+    trainer: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "--run.seed", "5"]) == 0
     assert main(["rollout"]) == 0
     assert main(["eval", "--checkpoint", "runs/x/checkpoints/update_000010"]) == 0
@@ -159,7 +199,11 @@ def test_errors_of_a_command(
 
 def test_env_names_machine_versions_and_ops(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
-    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if not line.startswith("op "))
+    facts = dict(
+        line.split(maxsplit=1)
+        for line in capsys.readouterr().out.splitlines()
+        if not line.startswith("op ")
+    )
     # A CUDA build calls itself 2.11.0+cu130, while its metadata may say 2.11.0.
     assert facts["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert int(facts["cores"]) >= 1

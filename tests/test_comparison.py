@@ -22,7 +22,11 @@ EVALS = (0.4, 0.5, 0.9)
 
 def write_run(folder: Path, *, tokens: float = 5000.0, **changes: Any) -> None:
     """Three evaluations with two batches of `tokens` each between them."""
-    overrides: dict[str, Any] = {"run.name": folder.name, "eval.temperature": 1.0, "eval.top_p": 1.0}
+    overrides: dict[str, Any] = {
+        "run.name": folder.name,
+        "eval.temperature": 1.0,
+        "eval.top_p": 1.0,
+    }
     overrides |= {key.replace("__", "."): x for key, x in changes.items()}
     (folder / "config.toml").write_text(config_text(load_config(None, overrides)), encoding="utf-8")
     with MetricsWriter(folder) as writer:
@@ -42,12 +46,18 @@ def test_own_curve_is_over_sampled_tokens(tmp_path: Path) -> None:
     write_run(tmp_path)
     own, *recorded = curves_of(tmp_path)
     assert (own.title, own.tokens, own.accuracy) == ("this run", (0, 10_000, 20_000), EVALS)
-    assert [curve.title for curve in recorded] == [curve["title"] for curve in read_json(RECORDED)["curves"]]
+    assert [curve.title for curve in recorded] == [
+        curve["title"] for curve in read_json(RECORDED)["curves"]
+    ]
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"student__path": "elsewhere"}, {"data__train": "own.jsonl", "teacher__kind": "retry"}, {"tokens": 0.0}],
+    [
+        {"student__path": "elsewhere"},
+        {"data__train": "own.jsonl", "teacher__kind": "retry"},
+        {"tokens": 0.0},
+    ],
 )
 def test_other_runs_have_no_comparison(tmp_path: Path, changes: dict[str, Any]) -> None:
     write_run(tmp_path, **changes)

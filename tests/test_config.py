@@ -21,17 +21,41 @@ from socpo_fast.socratic.episode import RolloutOptions
 ROOT = Path(__file__).parent.parent
 LOCAL = {"teacher.kind": "local", "teacher.path": "models/x"}
 REFUSED = {
-    "unknown key, similar name": ({"train.lr_rate": "3"}, "config: unknown key train.lr_rate; did you mean train.lr?"),
-    "unknown section, known key": ({"trian.lr": "3"}, "config: unknown key trian.lr; did you mean train.lr?"),
+    "unknown key, similar name": (
+        {"train.lr_rate": "3"},
+        "config: unknown key train.lr_rate; did you mean train.lr?",
+    ),
+    "unknown section, known key": (
+        {"trian.lr": "3"},
+        "config: unknown key trian.lr; did you mean train.lr?",
+    ),
     "key without a section": ({"lr": "3"}, "config: unknown key lr; did you mean train.lr?"),
     "nothing near": ({"zz.qq": 1}, "config: unknown key zz.qq; socpo train --help lists all"),
-    "above the range": ({"train.lr": "7"}, "config: train.lr must be a number > 0 and <= 1, got 7.0"),
-    "not a number": ({"train.lr": "abc"}, "config: train.lr must be a number > 0 and <= 1, got 'abc'"),
+    "above the range": (
+        {"train.lr": "7"},
+        "config: train.lr must be a number > 0 and <= 1, got 7.0",
+    ),
+    "not a number": (
+        {"train.lr": "abc"},
+        "config: train.lr must be a number > 0 and <= 1, got 'abc'",
+    ),
     "nan": ({"train.lr": "nan"}, "config: train.lr must be a number > 0 and <= 1, got nan"),
-    "a bool is no number": ({"train.lr": True}, "config: train.lr must be a number > 0 and <= 1, got True"),
-    "a float is no count": ({"run.num_batches": 1.5}, "config: run.num_batches must be an integer >= 1, got 1.5"),
-    "not a choice": ({"train.packing": "tre"}, "config: train.packing must be one of tree, rows, got 'tre'"),
-    "K of 0": ({"rollout.max_attempts": "0"}, "config: rollout.max_attempts must be an integer >= 1 and <= 256, got 0"),
+    "a bool is no number": (
+        {"train.lr": True},
+        "config: train.lr must be a number > 0 and <= 1, got True",
+    ),
+    "a float is no count": (
+        {"run.num_batches": 1.5},
+        "config: run.num_batches must be an integer >= 1, got 1.5",
+    ),
+    "not a choice": (
+        {"train.packing": "tre"},
+        "config: train.packing must be one of tree, rows, got 'tre'",
+    ),
+    "K of 0": (
+        {"rollout.max_attempts": "0"},
+        "config: rollout.max_attempts must be an integer >= 1 and <= 256, got 0",
+    ),
     "a section that is no table": (
         {"train": 3},
         "config: train must be a table, got int; write [train] and key = value lines",
@@ -41,10 +65,22 @@ REFUSED = {
         {"train.questions_per_update": 5},
         "config: train.questions_per_update must divide rollout.questions_per_batch 32, got 5",
     ),
-    "bf16 on a CPU": ({"student.dtype": "bfloat16"}, "config: student.dtype must be float32 on run.device cpu"),
-    "local teacher nowhere": ({"teacher.kind": "local"}, "config: teacher.path must be text of length >= 1, got no"),
-    "local teacher without a name": (LOCAL | {"teacher.path": ""}, "config: teacher.path must be text of length >= 1"),
-    "endpoint teacher nowhere": ({"teacher.kind": "endpoint"}, "config: teacher.url must be text matching ^https"),
+    "bf16 on a CPU": (
+        {"student.dtype": "bfloat16"},
+        "config: student.dtype must be float32 on run.device cpu",
+    ),
+    "local teacher nowhere": (
+        {"teacher.kind": "local"},
+        "config: teacher.path must be text of length >= 1, got no",
+    ),
+    "local teacher without a name": (
+        LOCAL | {"teacher.path": ""},
+        "config: teacher.path must be text of length >= 1",
+    ),
+    "endpoint teacher nowhere": (
+        {"teacher.kind": "endpoint"},
+        "config: teacher.url must be text matching ^https",
+    ),
     "endpoint teacher without a model": (
         {"teacher.kind": "endpoint", "teacher.url": "http://h"},
         "config: teacher.model must be text of length >= 1, got nothing; set teacher.model",
@@ -73,9 +109,18 @@ REFUSED = {
         {"advantage.estimator": "gae"},
         "config: advantage.estimator must be one of reinforce_plus_plus_baseline, reinforce_plus_plus, grpo, dr_grpo,",
     ),
-    "the built-in tutor on other data": ({"data.train": "x.parquet"}, "config: teacher.rule must be your own"),
-    "constant decay alone": ({"reward.schedule": "constant"}, "config: reward.factor must be a number >= 0 and <= 1,"),
-    "a factor without use": ({"reward.factor": 0.5}, "config: reward.schedule must be constant for reward.factor, got"),
+    "the built-in tutor on other data": (
+        {"data.train": "x.parquet"},
+        "config: teacher.rule must be your own",
+    ),
+    "constant decay alone": (
+        {"reward.schedule": "constant"},
+        "config: reward.factor must be a number >= 0 and <= 1,",
+    ),
+    "a factor without use": (
+        {"reward.factor": 0.5},
+        "config: reward.schedule must be constant for reward.factor, got",
+    ),
     "a word for a size": (
         {"engine.kv_cache_gib": "all"},
         "config: engine.kv_cache_gib must be a number > 0 and <= 4096 or auto, got 'all'",
@@ -101,7 +146,10 @@ REFUSED = {
         {"train.min_lr_ratio": 0.1},
         "config: train.min_lr_ratio must be 0 for train.lr_schedule constant, got 0.1; leave train.min_lr_ratio out",
     ),
-    "pages of three": ({"engine.page_size": 3}, "config: engine.page_size must be a power of two, got 3"),
+    "pages of three": (
+        {"engine.page_size": 3},
+        "config: engine.page_size must be a power of two, got 3",
+    ),
 }
 
 
@@ -131,7 +179,13 @@ def test_a_pasted_secret_is_refused_and_not_shown(name: str, secret: str) -> Non
 
 def test_text_is_read_as_the_field_and_none_is_a_word() -> None:
     config = load_config(
-        None, {"train.lr": "3e-4", "run.live": "false", "loss.dual_clip": "none", "reward.schedule": "none"}
+        None,
+        {
+            "train.lr": "3e-4",
+            "run.live": "false",
+            "loss.dual_clip": "none",
+            "reward.schedule": "none",
+        },
     )
     assert (config.train.lr, config.run.live, config.loss.dual_clip) == (3e-4, False, None)
     assert config.reward.schedule == "none"
@@ -170,13 +224,18 @@ def test_group_of_one_warns() -> None:
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text("[train\n", encoding="utf-8")
-    for path, message in ((broken, "must be TOML"), (tmp_path / "none.toml", "must be a readable file")):
+    for path, message in (
+        (broken, "must be TOML"),
+        (tmp_path / "none.toml", "must be a readable file"),
+    ):
         with pytest.raises(ValueError, match=message) as refused:
             load_config(path)
         assert str(path) in str(refused.value)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem
+)
 def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     written = tmp_path / "config.toml"
@@ -185,8 +244,13 @@ def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None
 
 
 @settings(max_examples=50, deadline=None)
-@given(text=st.text(st.characters(codec="utf-8"), min_size=1), number=st.floats(min_value=1e-300, max_value=1.0))
-def test_round_trip_of_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
+@given(
+    text=st.text(st.characters(codec="utf-8"), min_size=1),
+    number=st.floats(min_value=1e-300, max_value=1.0),
+)
+def test_round_trip_of_any_text_and_number(
+    tmp_path_factory: pytest.TempPathFactory, text: str, number: float
+) -> None:
     words = {"student.path": f"models/{text}", "teacher.system_prompt": text, "train.lr": number}
     config = load_config(None, LOCAL | words)
     path = tmp_path_factory.mktemp("config") / "config.toml"
@@ -204,7 +268,11 @@ def test_every_field_has_a_description_and_a_rule_that_its_default_keeps() -> No
 
 def test_fields_of_a_request_are_a_table(tmp_path: Path) -> None:
     """JSON on the command line, a table in TOML, where it is written as it was read."""
-    fields = {"stop": ["a", "\U0001f600"], "\U0001f600": {"deep": [{"c": [1, True]}, []], "": 0}, "n": 1.5}
+    fields = {
+        "stop": ["a", "\U0001f600"],
+        "\U0001f600": {"deep": [{"c": [1, True]}, []], "": 0},
+        "n": 1.5,
+    }
     fields |= {"chat_template_kwargs": {"enable_thinking": False}, "temperature": "none"}
     endpoint = {"teacher.kind": "endpoint", "teacher.url": "http://h", "teacher.model": "m"}
     config = load_config(None, endpoint | {"teacher.extra_body": json.dumps(fields)})
@@ -221,11 +289,15 @@ def test_own_data_are_evaluated_on_own_data_or_none(tmp_path: Path) -> None:
     own = {"data.train": "x.jsonl", "teacher.kind": "retry"}
     assert load_config(None, own).data.eval is None
     assert load_config(None, own | {"data.eval": "y.jsonl"}).data.eval == "y.jsonl"
-    assert load_config(None, {"data.eval": "y.jsonl", "teacher.kind": "retry"}).data.train == "builtin"
+    assert (
+        load_config(None, {"data.eval": "y.jsonl", "teacher.kind": "retry"}).data.train == "builtin"
+    )
     assert load_config(None, {}).data.eval == "builtin"
     path = tmp_path / "config.toml"
     path.write_text('[data]\ntrain = "builtin"\neval = "builtin"\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="data.eval must be your own questions or none for data.train x.jsonl"):
+    with pytest.raises(
+        ValueError, match="data.eval must be your own questions or none for data.train x.jsonl"
+    ):
         load_config(path, own)
 
 
@@ -263,7 +335,8 @@ PROBES = (-1e9, -1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-9, 3.0, 1e9, float("i
 
 @pytest.mark.filterwarnings("ignore:compute_advantages", "ignore:config. rollout.group_size")
 @pytest.mark.parametrize(
-    ("options", "section"), [(PolicyLossOptions, "loss"), (CreditOptions, "advantage"), (RolloutOptions, "rollout")]
+    ("options", "section"),
+    [(PolicyLossOptions, "loss"), (CreditOptions, "advantage"), (RolloutOptions, "rollout")],
 )
 def test_settings_and_options_allow_the_same(options: type[Any], section: str) -> None:
     """A number that a file may give is one that the options take, and the other way round."""
@@ -293,7 +366,10 @@ def is_taken(make: Callable[..., object], *given: Any, **named: Any) -> bool:
 
 def test_a_section_of_another_shape_shows_no_secret() -> None:
     url = {"url": "https://sk-abc123@host/v1"}
-    for section, message in (([url], "must be a table, got list"), (url, "teacher.kind must be one of rule, local")):
+    for section, message in (
+        ([url], "must be a table, got list"),
+        (url, "teacher.kind must be one of rule, local"),
+    ):
         with pytest.raises(ValueError, match=message) as refused:
             load_config(None, {"teacher": section})
         assert "sk-abc123" not in str(refused.value)

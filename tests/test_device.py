@@ -32,7 +32,9 @@ NO_DRIVER = (
 BUSY = f"CUDA error: CUDA-capable device(s) is/are busy or unavailable{CUDA_HINT}"
 FULL = f"CUDA error: out of memory{CUDA_HINT}"
 SICK = f"CUDA error: uncorrectable ECC error encountered{CUDA_HINT}"
-OTHERS = "it is in use by others, whom nvidia-smi names: wait for them, or name another card, or use cpu"
+OTHERS = (
+    "it is in use by others, whom nvidia-smi names: wait for them, or name another card, or use cpu"
+)
 TORCH = re.escape(torch.__version__)
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a torch without CUDA": (
@@ -79,7 +81,9 @@ def put_card(patch: pytest.MonkeyPatch, *, triton: str | None = "3.6.0", **chang
 
     for name, value in answers.items():
         patch.setattr(torch.cuda, name, lambda *_args, value=value: answer(value))
-    patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 1 else (9, 0))
+    patch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 1 else (9, 0)
+    )
     found = [] if triton is None else [SimpleNamespace(version=triton)]
     patch.setattr(importlib.metadata, "distributions", lambda *, name: found)
 
@@ -115,12 +119,14 @@ def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         select_device("cuda:1")
 
 
-@pytest.mark.parametrize(("triton", "shown"), [(None, "none"), ("3.5.1", "3.5.1"), ("4.0.0", "4.0.0")])
-def test_a_triton_that_does_not_fit(triton: str | None, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("triton", "shown"), [(None, "none"), ("3.5.1", "3.5.1"), ("4.0.0", "4.0.0")]
+)
+def test_a_triton_that_does_not_fit(
+    triton: str | None, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_card(monkeypatch, triton=triton)
-    message = (
-        f"run.device: cuda must be one beside Triton >=3.6,<4, got {shown}; pip install 'triton>=3.6,<4', or use cpu"
-    )
+    message = f"run.device: cuda must be one beside Triton >=3.6,<4, got {shown}; pip install 'triton>=3.6,<4', or use cpu"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         select_device("cuda")
 
@@ -131,11 +137,14 @@ def test_triton_s_range_is_that_of_the_package() -> None:
     assert f'gpu = ["triton>={low},<{high}"]' in text
 
 
-def test_nothing_is_written_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_nothing_is_written_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     put_card(monkeypatch, mem_get_info=torch.AcceleratorError(BUSY))
     for command in ("train", "rollout", "eval"):
         assert main(words_of(command, tmp_path / "runs", {"run.device": "cuda"})) == 2
         assert_refused(
-            capsys.readouterr().err, f"run.device: cuda must be a card that torch {TORCH} can use, got 'CUDA"
+            capsys.readouterr().err,
+            f"run.device: cuda must be a card that torch {TORCH} can use, got 'CUDA",
         )
         assert not (tmp_path / "runs").exists()

@@ -29,7 +29,13 @@ def run_python(*args: str, python_path: Path) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize(
     ("triton", "numpy"),
-    [("3.7.1", "2.4.6"), ("4.0", "2.5.2"), ("3.6.0", "2.3.5"), ("3.5.1", "1.26.4"), (None, "2.4.6")],
+    [
+        ("3.7.1", "2.4.6"),
+        ("4.0", "2.5.2"),
+        ("3.6.0", "2.3.5"),
+        ("3.5.1", "1.26.4"),
+        (None, "2.4.6"),
+    ],
 )
 def test_pairs_that_work(triton: str | None, numpy: str) -> None:
     assert dead_pair(triton, numpy) is None

@@ -20,19 +20,24 @@ def test_error_rule_allows_twice_the_error_of_plain_and_the_tolerance() -> None:
         assert_error_rule(TRUTH - 1.01, plain, TRUTH, name="more than twice")
 
 
-@pytest.mark.parametrize(("place", "value"), [((1, 0), 4.0), ((0, 1), torch.nan), ((0, 0), torch.inf), ((1, 1), 0.0)])
+@pytest.mark.parametrize(
+    ("place", "value"), [((1, 0), 4.0), ((0, 1), torch.nan), ((0, 0), torch.inf), ((1, 1), 0.0)]
+)
 def test_error_rule_names_the_worst_element(place: tuple[int, int], value: float) -> None:
     wrong = TRUTH.clone()
     wrong[place] = value
     with pytest.raises(
-        AssertionError, match=rf"x: 1 of 4 .* worst at \[{place[0]}, {place[1]}\]: actual {value:g}, plain"
+        AssertionError,
+        match=rf"x: 1 of 4 .* worst at \[{place[0]}, {place[1]}\]: actual {value:g}, plain",
     ):
         assert_error_rule(wrong, TRUTH, TRUTH, name="x")
 
 
 def test_bitwise_equal_names_the_first_difference() -> None:
     assert_bitwise_equal(TRUTH, TRUTH.clone(), name="x")
-    with pytest.raises(AssertionError, match=r"x: 1 of 4 elements differ; first at \[1, 0\]: 3.0 and 4.0"):
+    with pytest.raises(
+        AssertionError, match=r"x: 1 of 4 elements differ; first at \[1, 0\]: 3.0 and 4.0"
+    ):
         assert_bitwise_equal(TRUTH, TRUTH + torch.tensor([[0.0, 0.0], [1.0, 0.0]]), name="x")
     with pytest.raises(AssertionError, match=r"first at \[0\]: 0.0 and -0.0"):
         assert_bitwise_equal(torch.zeros(1), -torch.zeros(1), name="zero")
@@ -52,7 +57,8 @@ def test_variants_may_differ_in_last_bits_on_a_card_only() -> None:
 
 @pytest.mark.parametrize("wrong", [1.0 + 2e-5, torch.nan, torch.inf])
 def test_variants_may_differ_in_no_more_than_that(wrong: float) -> None:
-    right, ids = torch.ones(1), torch.tensor([3])
+    right = torch.ones(1)
+    ids = torch.tensor([3])
     with pytest.raises(AssertionError, match="x of two compiled variants: 1 of 1 elements break"):
         assert_equal_across_variants(torch.tensor([wrong]), right, device="cuda", name="x")
     with pytest.raises(AssertionError, match="ids: 1 of 1 elements differ"):

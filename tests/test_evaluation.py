@@ -21,7 +21,15 @@ from socpo_fast import trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.engine.runner import Runner
 from socpo_fast.metrics import meaning_of
-from socpo_fast.report.summary import MAX_SOURCES, Scores, interval, pass_at_k, source_metric, sources_of, summarize
+from socpo_fast.report.summary import (
+    MAX_SOURCES,
+    Scores,
+    interval,
+    pass_at_k,
+    source_metric,
+    sources_of,
+    summarize,
+)
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.session import Session
 from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, Turn
@@ -41,7 +49,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one() -> None:
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations(range(n), k))
-            share = sum(min(subset) < c for subset in subsets) / len(subsets)  # samples below c are the right ones
+            share = sum(min(subset) < c for subset in subsets) / len(
+                subsets
+            )  # samples below c are the right ones
             assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
 
 
@@ -57,7 +67,10 @@ def test_pass_at_k_is_unbiased(p: float) -> None:
 def test_interval_of_a_hand_worked_case() -> None:
     """Agresti and Coull's for 0 of 10: n' = 13.8415, m = 0.13877, half = 1.96 sqrt(m (1 - m) / n')."""
     low, high = interval([0.0] * 10)
-    assert (low, high) == (0.0, pytest.approx(0.13877 + 1.959964 * math.sqrt(0.13877 * 0.86123 / 13.84146), abs=1e-4))
+    assert (low, high) == (
+        0.0,
+        pytest.approx(0.13877 + 1.959964 * math.sqrt(0.13877 * 0.86123 / 13.84146), abs=1e-4),
+    )
 
 
 @given(st.lists(st.integers(0, 16), min_size=1, max_size=60))
@@ -66,26 +79,49 @@ def test_interval_holds_its_mean_lies_in_0_1_and_is_fair_to_both_ends(counts: li
     low, high = interval(values)
     assert 0 <= low <= sum(values) / len(values) <= high <= 1
     assert high - low > 0, "never certain"
-    assert interval([1 - value for value in values]) == (pytest.approx(1 - high), pytest.approx(1 - low))
+    assert interval([1 - value for value in values]) == (
+        pytest.approx(1 - high),
+        pytest.approx(1 - low),
+    )
 
 
-@pytest.mark.parametrize("spread", [0.2, 2.0, 50.0], ids=["questions are easy or hopeless", "mixed", "much alike"])
+@pytest.mark.parametrize(
+    "spread", [0.2, 2.0, 50.0], ids=["questions are easy or hopeless", "mixed", "much alike"]
+)
 @pytest.mark.parametrize("samples", [1, 4, 16])
 def test_interval_covers_the_truth_in_95_of_100_evaluations(samples: int, spread: float) -> None:
     """Each question has its own rate, drawn from a beta distribution of the true mean; its samples follow it."""
     random = np.random.default_rng(int(samples * 1000 + spread))
     for num_questions, least in ((5, 0.90), (20, 0.93), (200, 0.935)):
         for truth in (0.0, 0.02, 0.3, 0.5, 0.9):
-            rates = random.beta(max(truth * spread, 1e-9), (1 - truth) * spread, (1000, num_questions)) * (truth > 0)
+            rates = random.beta(
+                max(truth * spread, 1e-9), (1 - truth) * spread, (1000, num_questions)
+            ) * (truth > 0)
             values = random.binomial(samples, rates) / samples
-            covered = sum(low <= truth <= high for low, high in map(interval, values.tolist())) / 1000
+            covered = (
+                sum(low <= truth <= high for low, high in map(interval, values.tolist())) / 1000
+            )
             # three standard errors of a share of 1000
-            assert covered > least - 3 * math.sqrt(least * (1 - least) / 1000), (num_questions, truth)
+            assert covered > least - 3 * math.sqrt(least * (1 - least) / 1000), (
+                num_questions,
+                truth,
+            )
 
 
-def make_rollout(question_idx: int, rollout_idx: int, verdicts: list[bool], source: str = "") -> Rollout:
+def make_rollout(
+    question_idx: int, rollout_idx: int, verdicts: list[bool], source: str = ""
+) -> Rollout:
     attempts = [
-        Attempt([1] * 3, torch.zeros(3), torch.ones(3), "stop", RolloutKey(0, question_idx), rollout_idx, k, 0)
+        Attempt(
+            [1] * 3,
+            torch.zeros(3),
+            torch.ones(3),
+            "stop",
+            RolloutKey(0, question_idx),
+            rollout_idx,
+            k,
+            0,
+        )
         for k in range(len(verdicts))
     ]
     turns = [
@@ -103,12 +139,19 @@ def make_rollout(question_idx: int, rollout_idx: int, verdicts: list[bool], sour
 
 def make_questions(*sources: str) -> list[Question]:
     messages = ({"role": "user", "content": "?"},)
-    return [Question(question_idx=i, messages=messages, ground_truth="1", data_source=s) for i, s in enumerate(sources)]
+    return [
+        Question(question_idx=i, messages=messages, ground_truth="1", data_source=s)
+        for i, s in enumerate(sources)
+    ]
 
 
 def test_scores_of_a_hand_worked_case() -> None:
     questions = make_questions("chem", "chem", "bio/cells")
-    verdicts = {0: [[True], [True], [True], [True]], 1: [[False, True]] * 4, 2: [[True], *[[False, False]] * 3]}
+    verdicts = {
+        0: [[True], [True], [True], [True]],
+        1: [[False, True]] * 4,
+        2: [[True], *[[False, False]] * 3],
+    }
     rollouts = [
         make_rollout(q, r, verdict, questions[q].data_source)
         for q, rows in verdicts.items()
@@ -123,7 +166,10 @@ def test_scores_of_a_hand_worked_case() -> None:
     assert metrics["success/pass_at_4"] == pytest.approx((1 + 0 + 1) / 3)
     assert metrics["success/unassisted/chem"] == 0.5
     assert metrics["success/assisted/bio/cells"] == 0.25
-    assert (metrics["success/unassisted_low/chem"], metrics["success/unassisted_high/chem"]) == interval([1.0, 0.0])
+    assert (
+        metrics["success/unassisted_low/chem"],
+        metrics["success/unassisted_high/chem"],
+    ) == interval([1.0, 0.0])
     assert (metrics["rollout/attempt_tokens"], metrics["rollout/truncated"]) == (3.0, 0.0)
     assert all(meaning_of(name) for name in metrics)
     batch = summarize(rollouts, [1.0], sources_of(questions))
@@ -133,7 +179,9 @@ def test_scores_of_a_hand_worked_case() -> None:
     alone.add(rollouts[0])
     alone.add(rollouts[4])
     names = {"success/unassisted", "success/unassisted_low", "success/unassisted_high"}
-    assert alone.metrics().keys() == names | {"rollout/attempt_tokens", "rollout/truncated"}, "one source, no help, k=1"
+    assert alone.metrics().keys() == names | {"rollout/attempt_tokens", "rollout/truncated"}, (
+        "one source, no help, k=1"
+    )
 
 
 def test_names_of_sources_are_safe_and_stay_apart() -> None:
@@ -143,21 +191,43 @@ def test_names_of_sources_are_safe_and_stay_apart() -> None:
     odd.append(source_metric("", odd[0])[1:])  # named as another one is written
     names = [source_metric("success/unassisted", source) for source in odd]
     assert len(set(names)) == len(odd)
-    assert all(name.isascii() and len(name) < 100 and "<" not in name and " " not in name for name in names)
+    assert all(
+        name.isascii() and len(name) < 100 and "<" not in name and " " not in name for name in names
+    )
     assert all(meaning_of(name) for name in names)
     assert sources_of(make_questions("a", "b", "a")) == ["a", "b"]
     assert sources_of(make_questions("a", "a")) == []
-    assert sources_of(make_questions(*map(str, range(MAX_SOURCES + 1)))) == [], "one number for each row says nothing"
+    assert sources_of(make_questions(*map(str, range(MAX_SOURCES + 1)))) == [], (
+        "one number for each row says nothing"
+    )
 
 
 def test_a_run_on_two_sources_tells_them_apart_in_batches_and_evaluations(tmp_path: Path) -> None:
     """Batches of one question have one source each; the names are the data set's all the same."""
     path = tmp_path / "rows.jsonl"
-    rows = [{"question": f"{i} + 1?", "ground_truth": str(i + 1), "data_source": "ab"[i % 2]} for i in range(4)]
+    rows = [
+        {"question": f"{i} + 1?", "ground_truth": str(i + 1), "data_source": "ab"[i % 2]}
+        for i in range(4)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = {"data.train": path, "data.eval": path, "teacher.kind": "retry", "run.dir": tmp_path, "run.num_batches": 4}
-    words |= {"rollout.questions_per_batch": 1, "train.questions_per_update": 1, "rollout.group_size": 2}
-    words |= {"rollout.max_new_tokens": 8, "engine.kv_cache_gib": 0.05, "eval.samples": 1, "eval.every_updates": 0}
+    words = {
+        "data.train": path,
+        "data.eval": path,
+        "teacher.kind": "retry",
+        "run.dir": tmp_path,
+        "run.num_batches": 4,
+    }
+    words |= {
+        "rollout.questions_per_batch": 1,
+        "train.questions_per_update": 1,
+        "rollout.group_size": 2,
+    }
+    words |= {
+        "rollout.max_new_tokens": 8,
+        "engine.kv_cache_gib": 0.05,
+        "eval.samples": 1,
+        "eval.every_updates": 0,
+    }
     config = load_config(CONFIG, {name: str(value) for name, value in words.items()})
     trainer.train(config)
     written = read_metrics(config.folder / "metrics.jsonl")
@@ -201,12 +271,16 @@ def test_no_engine_setting_and_no_slice_changes_a_number(
     settings = {name: value for name, value in changes.items() if "." in name}
     if "slice" in changes:
         monkeypatch.setattr(session_module, "EVAL_SLICE_ROLLOUTS", changes["slice"])
-    if "small pool" in changes:  # one context of the model's length, so that sequences push each other out
+    if (
+        "small pool" in changes
+    ):  # one context of the model's length, so that sequences push each other out
         session = Session(load_config(CONFIG, SMALL))
         pages = session.student.config.max_position_embeddings / 32 + 0.5
         settings["engine.kv_cache_gib"] = pages * Runner.page_bytes(session.student, 32) / 2**30
         session.close()
-    assert 0 < whole["success/unassisted"] < whole["success/assisted"] < 1, "a result that could differ"
+    assert 0 < whole["success/unassisted"] < whole["success/assisted"] < 1, (
+        "a result that could differ"
+    )
     assert run(load_config(CONFIG, SMALL | settings)) == whole
 
 
@@ -214,8 +288,15 @@ def test_questions_one_by_one_give_the_same(whole: dict[str, float]) -> None:
     session = Session(load_config(CONFIG, SMALL))
     alone = [session.evaluate([question]) for question in session.eval_questions()]
     session.close()
-    for name in ("success/unassisted", "success/assisted", "success/pass_at_4", "rollout/attempt_tokens"):
-        assert sum(metrics[name] for metrics in alone) / len(alone) == pytest.approx(whole[name], abs=1e-12)
+    for name in (
+        "success/unassisted",
+        "success/assisted",
+        "success/pass_at_4",
+        "rollout/attempt_tokens",
+    ):
+        assert sum(metrics[name] for metrics in alone) / len(alone) == pytest.approx(
+            whole[name], abs=1e-12
+        )
 
 
 def test_a_slice_is_all_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +304,10 @@ def test_a_slice_is_all_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
     gc.collect()
     before = num_rollouts()  # of other tests, say in the traceback of a run that was to fail
-    run(load_config(CONFIG, SMALL | {"eval.assisted": False}), on_rollout=lambda: held.append(num_rollouts() - before))
+    run(
+        load_config(CONFIG, SMALL | {"eval.assisted": False}),
+        on_rollout=lambda: held.append(num_rollouts() - before),
+    )
     assert len(held) == 10 * SAMPLES
     assert max(held) <= 2 * SAMPLES + 1  # the slice, and the last rollout of the one before
 
@@ -234,7 +318,9 @@ def num_rollouts() -> int:
 
 
 def test_a_kv_cache_that_would_decide_the_result_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"engine.kv_cache_gib must hold the longest context, 512 tokens, got room"):
+    with pytest.raises(
+        ValueError, match=r"engine.kv_cache_gib must hold the longest context, 512 tokens, got room"
+    ):
         Session(load_config(CONFIG, SMALL | {"engine.kv_cache_gib": 0.0005}))
 
 
@@ -248,7 +334,12 @@ def test_sampling_is_evaluation_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "socratic_rollouts", record)
     run(load_config(CONFIG, SMALL | {"rollout.temperature": 1.0}))
     params = seen["params"]
-    assert (params.temperature, params.top_p, seen["options"].group_size, seen["options"].max_attempts) == (
+    assert (
+        params.temperature,
+        params.top_p,
+        seen["options"].group_size,
+        seen["options"].max_attempts,
+    ) == (
         0.8,
         0.9,
         SAMPLES,

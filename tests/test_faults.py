@@ -85,7 +85,10 @@ def test_what_is_lost_or_misrewarded_is_found(case: str) -> None:
 
 def test_growth_is_found() -> None:
     flat = [{"threads": 3.0, "pages": 9.0, "resident MB": 800.0} for _ in range(40)]
-    grown = [{"threads": 3.0 + i // 20, "pages": 9.0 + i // 20, "resident MB": 800.0 + 2 * i} for i in range(40)]
+    grown = [
+        {"threads": 3.0 + i // 20, "pages": 9.0 + i // 20, "resident MB": 800.0 + 2 * i}
+        for i in range(40)
+    ]
     assert [growth(flat, name) for name in flat[0]] == [None, None, None]
     assert [growth(grown, name) for name in flat[0]] == [
         "threads 3 -> 4",

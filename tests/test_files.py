@@ -123,7 +123,8 @@ def test_json_that_is_none_is_named(tmp_path: Path, content: str | None, message
 @pytest.mark.parametrize("planted", ["link", "folder"])
 def test_a_planted_name_leads_nowhere(planted: str, tmp_path: Path) -> None:
     """What stands under the name of the half-written file is never written through."""
-    victim, beside = tmp_path / "victim", tmp_path / "file.tmp"
+    victim = tmp_path / "victim"
+    beside = tmp_path / "file.tmp"
     victim.write_text("mine")
     if planted == "link":
         beside.symlink_to(victim)

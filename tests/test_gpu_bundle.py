@@ -87,7 +87,8 @@ def names_in(folder: Path) -> list[str]:
 
 
 def test_wheels_peers_and_script_are_there(tmp_path: Path, pip: Pip, capsys: Capture) -> None:
-    commands, folder = pip(), tmp_path / "gpu_bundle"
+    commands = pip()
+    folder = tmp_path / "gpu_bundle"
     assert bundle.main(["--python", "3.13", "--peers", "--folder", str(folder)]) == 0
     assert [command[-1] for command in commands] == [f"{name}=={v}" for name, v in PINS.items()]
     for command in commands:
@@ -125,7 +126,10 @@ def test_a_bundle_that_is_too_large_is_refused(tmp_path: Path, pip: Pip, capsys:
     pip(num_bytes=11 * MIB)
     assert bundle.main(["--folder", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert error == "bundle: must be at most 40 MiB, got revision.txt 0.0, run.sh 0.0, wheels 44.0 MiB\n"
+    assert (
+        error
+        == "bundle: must be at most 40 MiB, got revision.txt 0.0, run.sh 0.0, wheels 44.0 MiB\n"
+    )
     assert names_in(tmp_path) == before  # the older one stands, and nothing half-made beside it
     assert (folder / "wheels" / "pydantic-2.14.4-py3-none-any.whl").stat().st_size < MIB
 
@@ -133,7 +137,8 @@ def test_a_bundle_that_is_too_large_is_refused(tmp_path: Path, pip: Pip, capsys:
 def test_a_failing_pip_is_told(tmp_path: Path, pip: Pip, capsys: Capture) -> None:
     pip(failing="pydantic-core")
     assert bundle.main(["--folder", str(tmp_path / "gpu_bundle")]) == 1
-    what, why = "pydantic-core==2.50.5 for Python 3.12", "ERROR: No matching distribution found"
+    what = "pydantic-core==2.50.5 for Python 3.12"
+    why = "ERROR: No matching distribution found"
     assert capsys.readouterr().err == f"bundle: {what}: pip failed: {why}\n"
     assert os.listdir(tmp_path) == []
 
@@ -246,7 +251,8 @@ def test_the_script_installs_checks_and_cleans_up(tmp_path: Path, checkout: Path
     tools.mkdir()
     (tools / "timeout").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/limit\nshift 3\nexec "$@"\n')
     (tools / "timeout").chmod(0o755)
-    before, out = set(names_in(checkout)), tmp_path / "out"
+    before = set(names_in(checkout))
+    out = tmp_path / "out"
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     arguments = ["--out", str(out), "--minutes", "8"]
     done = run_script(checkout, *arguments, PATH=path, PYTHONPATH="/elsewhere")

@@ -45,8 +45,11 @@ def test_bytes_of_a_tensor_are_those_of_its_memory() -> None:
 
 
 def test_bytes_of_an_op_are_read_and_written() -> None:
-    a, b = torch.empty(4, 6), torch.empty(4, 6)  # 96 bytes each
-    index, table = torch.zeros(2, dtype=torch.int64), torch.empty(1000, 6)
+    # 96 bytes each
+    a = torch.empty(4, 6)
+    b = torch.empty(4, 6)
+    index = torch.zeros(2, dtype=torch.int64)
+    table = torch.empty(1000, 6)
 
     def moved(func: Any, args: tuple[Any, ...], *new: Tensor, **kwargs: Any) -> int:
         return sum(size for _, size in launches.op_traffic(func, args, kwargs, new))
@@ -60,7 +63,9 @@ def test_bytes_of_an_op_are_read_and_written() -> None:
     assert moved(aten.embedding.default, (table, index), picked) == 2 * 48 + 16
     added = moved(aten.index_put_.default, (table, [index], picked, True))
     assert added == 2 * 48 + 16 + 48
-    x, y = torch.empty(4, 3), torch.empty(3, 6)  # 48 and 72 bytes
+    # 48 and 72 bytes
+    x = torch.empty(4, 3)
+    y = torch.empty(3, 6)
     product = (aten.addmm.out, (a, x, y))
     assert moved(*product, beta=0.0, out=a) == 48 + 72 + 96
     assert moved(*product, beta=1.0, out=a) == 48 + 72 + 2 * 96
@@ -68,7 +73,8 @@ def test_bytes_of_an_op_are_read_and_written() -> None:
 
 def test_of_a_page_pool_only_what_is_named_counts() -> None:
     pool = torch.empty(1000, 16, 2, 8)  # 64 bytes a token
-    table, slots = torch.empty(3, 5, dtype=torch.int32), torch.empty(7, dtype=torch.int64)
+    table = torch.empty(3, 5, dtype=torch.int32)
+    slots = torch.empty(7, dtype=torch.int64)
     traffic = dict(launches.kernel_traffic({"k_ptr": pool, "block_table_ptr": table}))
     assert traffic == {"f32[1000, 16, 2, 8]": 3 * 5 * 16 * 64, "i32[3, 5]": 60}
     traffic = dict(launches.kernel_traffic({"k_cache_ptr": pool, "slots_ptr": slots}))
@@ -117,7 +123,8 @@ def test_a_launch_with_wrong_arguments_is_a_fault(name: str) -> None:
 
 def test_a_pointer_is_a_dense_tensor_of_the_card() -> None:
     with FakeTensorMode():
-        x, on_host = torch.empty(4, 8, device=CUDA), torch.empty(4, 8)
+        x = torch.empty(4, 8, device=CUDA)
+        on_host = torch.empty(4, 8)
         rows = torch.empty_strided((4, 8), (16, 1), device=CUDA)
         columns = torch.empty_strided((4, 8), (1, 4), device=CUDA)
         assert faults_of({}, (1,), x, 5) == ["out_ptr must be a tensor or None, got int"]
@@ -160,7 +167,8 @@ def test_backward_is_that_of_autograd() -> None:
         backward([halves[0].sum() + halves[1].square().mean()], [torch.tensor(2.0)])
         return [leaf.grad for leaf in (x, norm_weight, weight, unused)]
 
-    ours, theirs = run(graph.backward), run(torch.autograd.backward)
+    ours = run(graph.backward)
+    theirs = run(torch.autograd.backward)
     for gradient, expected in zip(ours[:3], theirs[:3], strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
     assert ours[3] is theirs[3] is None

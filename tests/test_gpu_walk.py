@@ -110,7 +110,8 @@ def test_a_tensor_of_the_host_is_noticed() -> None:
 
 def test_launches_are_ops_that_compute() -> None:
     with recording() as section:
-        x, w = torch.empty(4, 8, device=CUDA), torch.empty(16, 8, device=CUDA)
+        x = torch.empty(4, 8, device=CUDA)
+        w = torch.empty(16, 8, device=CUDA)
         torch.empty(0, 8, device=CUDA).zero_()
         (x @ w.T).view(-1).reshape(4, 16).add_(1.0)
     assert [launch.kernel for launch in section.launches] == ["aten.mm", "aten.add_"]
@@ -183,7 +184,8 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @needs_cuda_build
 def test_the_walk_finds_no_fault(tmp_path: Path) -> None:
-    page, results = tmp_path / "page.md", tmp_path / "walk.json"
+    page = tmp_path / "page.md"
+    results = tmp_path / "walk.json"
     options = ["--markdown", str(page), "--json", str(results)]
     done = run_python("-m", "tools.gpu_check.walk", *options)
     assert done.returncode == 0 and done.stderr == "", done.stderr

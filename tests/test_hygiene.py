@@ -25,7 +25,12 @@ FORBIDDEN = {
 
 def run_python(code: str, cwd: Path = ROOT) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -33,7 +38,11 @@ def run_python(code: str, cwd: Path = ROOT) -> str:
 
 @pytest.mark.parametrize("pattern", FORBIDDEN)
 def test_sources_are_free_of(pattern: str) -> None:
-    found = [path.name for path in SOURCES if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)]
+    found = [
+        path.name
+        for path in SOURCES
+        if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
     assert not found, f"{found}: {FORBIDDEN[pattern]}"
 
 
@@ -46,12 +55,19 @@ def test_transformers_loads_behind_us_from_the_root() -> None:
 def test_kernels_folder_is_not_a_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "socpo_fast" / "kernels").is_symlink()
-    assert not [path for path in (ROOT / "kernels").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert not [
+        path
+        for path in (ROOT / "kernels").iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    ]
     assert run_python("import socpo_fast.kernels as k; print(k.__file__)").strip() == "None"
 
 
 def test_configuration_needs_no_torch() -> None:
-    assert run_python("import socpo_fast.config, sys; print('torch' in sys.modules)").strip() == "False"
+    assert (
+        run_python("import socpo_fast.config, sys; print('torch' in sys.modules)").strip()
+        == "False"
+    )
 
 
 def test_what_has_no_wheel_has_an_extra_of_its_own() -> None:

@@ -53,7 +53,9 @@ def test_no_import_circles() -> None:
     graph = import_graph(PACKAGE, inside_functions=False)
     assert find_circles(graph) == []
     parts = {f"{module}.".split(".")[1] for module in graph}
-    assert parts - {""} == {*LAYERS, *BESIDE} - {"_C"}, "every part has a row, and every row its part"
+    assert parts - {""} == {*LAYERS, *BESIDE} - {"_C"}, (
+        "every part has a row, and every row its part"
+    )
 
 
 def plant(folder: Path, sources: Mapping[str, str]) -> Path:

@@ -35,8 +35,13 @@ def make_attempt(attempt_idx: int) -> Attempt:
 
 
 def make_question(question_idx: int) -> Question:
-    messages = ({"role": "system", "content": "Be exact."}, {"role": "user", "content": f"Question {question_idx}?"})
-    return Question(question_idx=question_idx, messages=messages, ground_truth="42", data_source="test")
+    messages = (
+        {"role": "system", "content": "Be exact."},
+        {"role": "user", "content": f"Question {question_idx}?"},
+    )
+    return Question(
+        question_idx=question_idx, messages=messages, ground_truth="42", data_source="test"
+    )
 
 
 def make_rollout(
@@ -54,7 +59,13 @@ def make_rollout(
         prompt_ids=[7],
         turns=[
             Turn(attempt=make_attempt(0), text="41", guidance=guidance, **(first or {})),
-            Turn(attempt=make_attempt(1), text="42", is_correct=True, raw_reward=1.0, **(second or {})),
+            Turn(
+                attempt=make_attempt(1),
+                text="42",
+                is_correct=True,
+                raw_reward=1.0,
+                **(second or {}),
+            ),
         ],
         end_reason="correct",
     )
@@ -72,9 +83,17 @@ def updates_in(folder: Path) -> list[int]:
 
 def test_rows_come_back_and_nan_becomes_null(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
-        writer.write({"success/unassisted": 0.25, "decay/f_2": math.nan}, kind="eval", batch=0, update=0)
+        writer.write(
+            {"success/unassisted": 0.25, "decay/f_2": math.nan}, kind="eval", batch=0, update=0
+        )
         path = tmp_path / "metrics.jsonl"
-        row = {"kind": "eval", "batch": 0, "update": 0, "success/unassisted": 0.25, "decay/f_2": None}
+        row = {
+            "kind": "eval",
+            "batch": 0,
+            "update": 0,
+            "success/unassisted": 0.25,
+            "decay/f_2": None,
+        }
         assert read_metrics(path) == [row], "a row is on the disk before close"
         assert "NaN" not in path.read_text(encoding="utf-8")
 
@@ -90,8 +109,14 @@ def test_undescribed_metric_is_our_own_mistake(tmp_path: Path) -> None:
         ("decay/f_3", "factor on the reward of second attempts"),
         ("success/pass_at_16", "chance that one of 4 first attempts"),
         ("success/pass_at_4_low", "lower end of the 95 % interval: chance"),
-        ("success/unassisted/openai/gsm8k", r"share of .*: the headline; questions of openai/gsm8k only"),
-        ("success/assisted_high/x", "upper end of the 95 % interval: share of .*; questions of x only"),
+        (
+            "success/unassisted/openai/gsm8k",
+            r"share of .*: the headline; questions of openai/gsm8k only",
+        ),
+        (
+            "success/assisted_high/x",
+            "upper end of the 95 % interval: share of .*; questions of x only",
+        ),
         ("success/unassisted_mid", None),
         ("success/unassisted/a b", None),
         ("success/unassisted/", None),
@@ -122,9 +147,13 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     assert updates_in(tmp_path) == [1, 2], "without resume_after_update a run starts afresh"
 
 
-def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_shows_a_resumed_run_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # It reads files by their names; in those of one second the tenth comes before the ninth.
-    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
+    monkeypatch.setattr(
+        "tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0)
+    )
     write_updates(tmp_path, range(1, 6))
     write_updates(tmp_path, range(4, 8), resume_after_update=3)
     with MetricsWriter(tmp_path, resume_after_update=7) as writer:
@@ -135,7 +164,9 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path, monkeypatch: pytes
 
 
 def test_rollout_record_is_text_and_numbers() -> None:
-    record = rollout_record(make_rollout(3, 1, {"reward": 0.0}, {"reward": 0.2}), make_question(3), batch=5)
+    record = rollout_record(
+        make_rollout(3, 1, {"reward": 0.0}, {"reward": 0.2}), make_question(3), batch=5
+    )
     first, second = record.pop("turns")
     assert record == {
         "batch": 5,
@@ -174,7 +205,11 @@ def test_rollout_file_does_not_depend_on_the_order_of_finishing(tmp_path: Path) 
     assert path == tmp_path / "rollouts" / "batch_000012.jsonl"
     first = path.read_bytes()
     assert write_rollouts(tmp_path, rollouts[::-1], questions, batch=12).read_bytes() == first
-    assert [(row["question_idx"], row["rollout_idx"]) for row in read_jsonl(path)] == [(0, 0), (0, 1), (1, 0)]
+    assert [(row["question_idx"], row["rollout_idx"]) for row in read_jsonl(path)] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+    ]
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file stays"
 
 
@@ -190,7 +225,9 @@ def test_plain_progress_is_one_line_a_batch() -> None:
         progress.report({"success/unassisted": math.nan}, kind="eval", batch=1, update=2)
     lines = file.getvalue().splitlines()
     assert lines[0] == "run [bold]x[/bold]"
-    assert lines[1].startswith("train batch 1/4 update 2  unassisted 25.0%  assisted 50.0%  800 tok/s  left 0:00:0")
+    assert lines[1].startswith(
+        "train batch 1/4 update 2  unassisted 25.0%  assisted 50.0%  800 tok/s  left 0:00:0"
+    )
     assert lines[2].startswith("eval  batch 1/4 update 2  unassisted nan%")
     assert len(lines) == 3
 
@@ -214,5 +251,10 @@ def test_sparkline_spans_zero_to_one() -> None:
 
 
 def test_metric_names_of_the_readme_are_described() -> None:
-    assert {"success/unassisted", "success/assisted", "decay/f_1", "policy/sampler_mismatch_nats"} <= METRICS.keys()
+    assert {
+        "success/unassisted",
+        "success/assisted",
+        "decay/f_1",
+        "policy/sampler_mismatch_nats",
+    } <= METRICS.keys()
     assert all(METRICS.values())

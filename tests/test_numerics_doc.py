@@ -32,6 +32,15 @@ def test_every_promise_names_its_test() -> None:
 
 
 def test_tolerances_are_those_in_use() -> None:
-    header, _, values = (line.strip("| ").split(" | ") for line in TEXT.splitlines() if line.count("|") == 5)
-    dtypes = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    assert {dtypes[name]: float(value) for name, value in zip(header, values, strict=True)} == TOLERANCE
+    header, _, values = (
+        line.strip("| ").split(" | ") for line in TEXT.splitlines() if line.count("|") == 5
+    )
+    dtypes = {
+        "fp64": torch.float64,
+        "fp32": torch.float32,
+        "fp16": torch.float16,
+        "bf16": torch.bfloat16,
+    }
+    assert {
+        dtypes[name]: float(value) for name, value in zip(header, values, strict=True)
+    } == TOLERANCE

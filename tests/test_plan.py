@@ -53,12 +53,14 @@ def test_what_fits_where(planner: Planner, card: str, dtype: str) -> None:
     for name, expected in zip(MODELS, FITS[card, dtype], strict=True):
         if expected is None:
             with pytest.raises(
-                ValueError, match="^plan: the run must .* too many; .*use a smaller model or a larger card$"
+                ValueError,
+                match="^plan: the run must .* too many; .*use a smaller model or a larger card$",
             ):
                 planner(name, card, student__dtype=dtype)
             continue
         plan = planner(name, card, student__dtype=dtype)
-        train, tokens = plan.config.train, plan.kv_pages * plan.config.engine.page_size
+        train = plan.config.train
+        tokens = plan.kv_pages * plan.config.engine.page_size
         assert (train.token_budget, train.checkpointing, tokens // 1000) == expected
         assert 0 <= plan.left < plan.page_bytes
         assert plan.kv_pages * plan.page_bytes >= plan.kv_of(8), "a group at its longest"
@@ -69,7 +71,11 @@ def test_4b_leaves_kv_for_a_batch_on_80_gb(planner: Planner) -> None:
 
 
 def test_what_is_fixed_stays(planner: Planner) -> None:
-    fixed = {"train__token_budget": 5000, "train__checkpointing": False, "engine__kv_cache_gib": 3.0}
+    fixed = {
+        "train__token_budget": 5000,
+        "train__checkpointing": False,
+        "engine__kv_cache_gib": 3.0,
+    }
     plan = planner("Qwen3-0.6B", **fixed)
     assert plan.config == plan.asked
     assert plan.num_tokens == 6176, "a longer rollout is taken alone"
@@ -105,7 +111,9 @@ def test_the_command_needs_no_card(planner: Planner, capsys: pytest.CaptureFixtu
     assert lines[1] == "  weights                                       1.11"
     assert "  train.token_budget = 24576 (auto)" in lines
     assert "prompt 77, answer 1024, guidance 130 tokens, 50% resumed" in lines[14]
-    assert lines[-1] == "  at 3 TB/s, 798 TFLOP/s in bf16, 66.9 in fp32 (measured; fp32: data sheet)"
+    assert (
+        lines[-1] == "  at 3 TB/s, 798 TFLOP/s in bf16, 66.9 in fp32 (measured; fp32: data sheet)"
+    )
     sizes = [float(line.split()[-1]) for line in lines[1:10]]
     assert sum(sizes) == pytest.approx(79.1, abs=0.05)
 
@@ -153,7 +161,11 @@ def test_a_card_of_another_kind(monkeypatch: pytest.MonkeyPatch, name: str) -> N
 @pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA L4", "NVIDIA GeForce RTX 4090"])
 def test_a_card_of_a_known_kind(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     FakeCard(monkeypatch, name, 39, 40)
-    [known] = [card for card in CARDS.values() if card.name.removeprefix("NVIDIA ") in name.split(" ", 1)[1]]
+    [known] = [
+        card
+        for card in CARDS.values()
+        if card.name.removeprefix("NVIDIA ") in name.split(" ", 1)[1]
+    ]
     assert card_of(torch.device("cuda")) == known._replace(name=name, total_gib=40)
 
 
@@ -163,7 +175,9 @@ def test_a_file_may_be_of_a_run_on_a_cpu(
     """Which card is asked, words say."""
     FakeCard(monkeypatch, "NVIDIA L4", 22, 22)
     asked: list[str] = []
-    monkeypatch.setattr(cards, "select_device", lambda name: asked.append(name) or torch.device(name))
+    monkeypatch.setattr(
+        cards, "select_device", lambda name: asked.append(name) or torch.device(name)
+    )
     path = tmp_path / "run.toml"
     text = CONFIG.read_text(encoding="utf-8").replace("[run]\n", '[run]\ndevice = "cpu"\n')
     path.write_text(text, encoding="utf-8")
@@ -178,12 +192,16 @@ def test_an_unknown_card_has_no_times(planner: Planner) -> None:
     assert text.endswith("\nno times: the rates of X1 are not known")
 
 
-def test_a_run_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_is_refused_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     FakeCard(monkeypatch, "NVIDIA L4", 0, 22)
     monkeypatch.setattr(session_module, "select_device", torch.device)
     monkeypatch.setattr(session_module, "load_student", lambda *_, **__: pytest.fail("loaded"))
     config = load_config(CONFIG, {"run.device": "cuda", "run.dir": str(tmp_path)})
-    with pytest.raises(ValueError, match=r"of NVIDIA L4, 19\.8 of them held by others \(a card in use"):
+    with pytest.raises(
+        ValueError, match=r"of NVIDIA L4, 19\.8 of them held by others \(a card in use"
+    ):
         train(config)
     assert not list(tmp_path.rglob("*.toml"))
 
@@ -216,7 +234,9 @@ def test_a_wrong_plan_is_told_once(planner: Planner, monkeypatch: pytest.MonkeyP
         for _ in range(2):
             [value] = session.peak_memory(told.append).values()
             assert value == pytest.approx(card.peak_gib)
-        line = f"memory: the first batch took {card.peak_gib:.1f} GiB, {planned_gib:.1f} were planned"
+        line = (
+            f"memory: the first batch took {card.peak_gib:.1f} GiB, {planned_gib:.1f} were planned"
+        )
         assert told == [line] * is_wrong
         told.clear()
 

@@ -81,7 +81,13 @@ def test_one_plan_counted_by_hand(planner: Planner) -> None:
     assert plan.gradients == 4 * num_parameters
     assert plan.page_bytes == 32 * 28 * 2 * 8 * 128 * 2
     assert plan.shared == 7 * GIB == 2048 * plan.page_bytes
-    parts = [*plan.residents.values(), *plan.temporaries.values(), plan.gaps, plan.shared, plan.left]
+    parts = [
+        *plan.residents.values(),
+        *plan.temporaries.values(),
+        plan.gaps,
+        plan.shared,
+        plan.left,
+    ]
     assert sum(parts) == int(79.1 * GIB)
     assert plan.peak_bytes == 12 * num_parameters + pools + 7 * GIB + 8192 * kept + head
 
@@ -99,7 +105,9 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("case", COUNTED, ids=str)
-def test_within_a_hundredth_of_the_counted_peak(planner: Planner, case: tuple[str, int, bool]) -> None:
+def test_within_a_hundredth_of_the_counted_peak(
+    planner: Planner, case: tuple[str, int, bool]
+) -> None:
     name, token_budget, checkpointing = case
     fixed = {"train__token_budget": token_budget, "train__checkpointing": checkpointing}
     lengths = {"rollout__guidance_limit": 1024, "engine__kv_cache_gib": 1.0}
@@ -116,7 +124,8 @@ def test_a_second_attempt_sees_the_head_of_the_first(planner: Planner) -> None:
     batch = {"rollout__questions_per_batch": 1, "train__questions_per_update": 1}
     plan = planner("Qwen3-0.6B", rollout__max_new_tokens=4096, rollout__attempt_limit=1000, **batch)
     took = batch_seconds(plan, prompt=300, answer=4096, guidance=130)["rollouts: decode"]
-    kv, weights = 2 * 28 * 8 * 128 * 2, 2 * (plan_parameters(plan))
+    kv = 2 * 28 * 8 * 128 * 2
+    weights = 2 * (plan_parameters(plan))
     pairs = 8 * 4096 * (300 + 2048) + 4 * 4096 * (300 + 1000 + 130 + 2048)
     # The prompt is read once for the rollouts of the group: 7 of the first, 3 of the second attempts.
     shared = (7 + 3) * 4096 * 300
@@ -148,7 +157,11 @@ def test_no_attempt_behind_the_last_position(planner: Planner) -> None:
 
 
 def test_a_template_s_context_counts_whole_attempts(planner: Planner) -> None:
-    long = {"rollout__max_attempts": 3, "rollout__max_new_tokens": 4096, "rollout__attempt_limit": 4096}
+    long = {
+        "rollout__max_attempts": 3,
+        "rollout__max_new_tokens": 4096,
+        "rollout__attempt_limit": 4096,
+    }
     context, packed = planner("Qwen3-0.6B", rollout__context="template", **long).longest
     assert context == planner("Qwen3-0.6B", **long).longest[0]
     assert packed == context + 2 * 4096
@@ -156,7 +169,11 @@ def test_a_template_s_context_counts_whole_attempts(planner: Planner) -> None:
 
 def test_a_template_s_rollout_is_packed_as_planned(planner: Planner) -> None:
     """Each attempt stays a leaf, and its head is written anew in the bridge behind it."""
-    lengths = {"rollout__max_attempts": 3, "rollout__max_new_tokens": 50, "rollout__attempt_limit": 40}
+    lengths = {
+        "rollout__max_attempts": 3,
+        "rollout__max_new_tokens": 50,
+        "rollout__attempt_limit": 40,
+    }
     limits = {"data__max_prompt_tokens": 20, "rollout__guidance_limit": 10}
     plan = planner("Qwen3-0.6B", rollout__context="template", **lengths, **limits)
     bridges = [40 + 10 + 32] * 2
@@ -185,7 +202,11 @@ def test_checkpointing_and_long_texts_by_hand(planner: Planner) -> None:
 
 def test_the_longest_rollout(planner: Planner) -> None:
     lengths = {"data__max_prompt_tokens": 100, "rollout__guidance_limit": 50}
-    three = {"rollout__max_attempts": 3, "rollout__max_new_tokens": 1000, "rollout__attempt_limit": 600}
+    three = {
+        "rollout__max_attempts": 3,
+        "rollout__max_new_tokens": 1000,
+        "rollout__attempt_limit": 600,
+    }
     plan = planner("Qwen3-0.6B", **lengths, **three)
     context = 100 + 2 * (600 + 50 + 32) + 1000
     assert plan.longest == (context, context + 2 * 400)  # the unseen ends of two cut attempts
@@ -207,10 +228,12 @@ def test_seconds_counted_by_hand(planner: Planner) -> None:
     seen = 256 * 800 + 128 * 1930 - (256 - 32) * 300 - (128 - 32) * 300
     num_bytes = 2000 * 2 * 596_049_920 + 1000 * seen * 114_688
     assert seconds["rollouts: decode"] == pytest.approx(num_bytes / 3.0e12)
-    layers, head = 596_049_920 - 155_582_464, 155_582_464
+    layers = 596_049_920 - 155_582_464
+    head = 155_582_464
     read = 32 * 300 + 128 * 130
     assert seconds["rollouts: prefill"] == pytest.approx(2 * layers * read / 798e12)
-    num_tokens, loss_tokens = read + 384 * 1000, 384 * 1000
+    num_tokens = read + 384 * 1000
+    loss_tokens = 384 * 1000
     pairs = 32 * 300 * 150 + 1000 * (256 * 800 + 128 * 1930) + 128 * 130 * (1300 + 65)
     attention = 2 * pairs * 28 * 16 * 128
     flops = 6 * (layers * num_tokens + head * loss_tokens) + 7 * attention
@@ -269,7 +292,9 @@ def test_a_local_teacher_says_no_more_than_it_may(planner: Planner) -> None:
     cut = planner("Qwen3-0.6B", **teacher, teacher__kv_cache_gib=28.0, teacher__max_new_tokens=65)
     num_bytes = 65 * 2 * 1_720_574_976 + 128 * 65 * (1500 + 32.5) * 114_688
     flops = 2 * (1_720_574_976 - 151936 * 2048) * 128 * 1500
-    assert took(cut, "rollouts: local teacher") == pytest.approx(num_bytes / 3.0e12 + flops / 798e12)
+    assert took(cut, "rollouts: local teacher") == pytest.approx(
+        num_bytes / 3.0e12 + flops / 798e12
+    )
 
 
 def test_seconds_of_a_local_teacher(planner: Planner) -> None:

@@ -43,7 +43,9 @@ def test_a_card_in_use_by_others_is_named(planner: Planner) -> None:
     with pytest.raises(ValueError, match="^plan: ") as refused:
         planner("Qwen3-4B", card)
     others = "H100, 12.2 of them held by others (a card in use by others)"
-    assert str(refused.value) == TOO_MANY.format("79.1", others, "71.9", "5.1") + (f"use a free card, {LARGER}")
+    assert str(refused.value) == TOO_MANY.format("79.1", others, "71.9", "5.1") + (
+        f"use a free card, {LARGER}"
+    )
     plan = planner("Qwen3-1.7B", card)
     alone = planner("Qwen3-1.7B")
     assert plan.config.train == alone.config.train, "bits do not depend on what others hold"
@@ -105,7 +107,8 @@ REFUSED = {
     ),
     "a large cache": (
         ["--engine.kv_cache_gib", "40", "--loss.kl_coef", "0.1", "--train.token_budget", "8192"],
-        TOO_MANY.format("79.1", "H100", "111.8", "32.7") + "set engine.kv_cache_gib auto and set loss.kl_coef 0, "
+        TOO_MANY.format("79.1", "H100", "111.8", "32.7")
+        + "set engine.kv_cache_gib auto and set loss.kl_coef 0, "
         f"set engine.kv_cache_gib auto and set student.dtype bfloat16, {LARGER}",
     ),
     "a large budget": (
@@ -120,7 +123,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(planner: Planner, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_in_one_line(
+    planner: Planner, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words, message = REFUSED[case]
     words = [word.replace("FOLDER", str(tmp_path)) for word in words]
     assert main(planner.words("Qwen3-4B", *words)) == 2
@@ -182,9 +187,19 @@ LEVERS: dict[str, tuple[str, Card, dict[str, Any], list[str]]] = {
         {"loss__kl_coef": 0.1, "student__dtype": "float32"},
         ["set loss.kl_coef 0", "set student.dtype bfloat16"],
     ),
-    "in use by others": ("Qwen3-4B", CARDS["h100"]._replace(others_gib=12.0), {}, ["use a free card"]),
+    "in use by others": (
+        "Qwen3-4B",
+        CARDS["h100"]._replace(others_gib=12.0),
+        {},
+        ["use a free card"],
+    ),
     "in use, but too small": ("Qwen3-8B", CARDS["rtx4090"]._replace(others_gib=9.0), {}, []),
-    "far too small": ("Qwen3-8B", CARDS["l4"], {"engine__kv_cache_gib": 12.0, "loss__kl_coef": 0.1}, []),
+    "far too small": (
+        "Qwen3-8B",
+        CARDS["l4"],
+        {"engine__kv_cache_gib": 12.0, "loss__kl_coef": 0.1},
+        [],
+    ),
 }
 
 
@@ -211,7 +226,9 @@ def test_a_teacher_without_room_is_refused(planner: Planner) -> None:
     # 1 GiB are 292 pages of 32 tokens of 28 layers, 8 heads of 128, in bf16.
     for max_new_tokens, gib, num_tokens in ((9344, 1.0, 9344), (40960, 8.0, 40960)):
         engine = cast(Engine, SimpleNamespace(max_tokens=num_tokens))
-        params = SamplingParams(temperature=1.0, max_new_tokens=max_new_tokens, eos_ids=(0,), seed=0)
+        params = SamplingParams(
+            temperature=1.0, max_new_tokens=max_new_tokens, eos_ids=(0,), seed=0
+        )
         bridge = cast(Bridge, SimpleNamespace(after=""))
         with pytest.raises(ValueError, match=f"context of {num_tokens} tokens") as said:
             LocalTeacher(engine, bridge=bridge, prompt=cast(TeacherPrompt, None), params=params)
@@ -219,4 +236,6 @@ def test_a_teacher_without_room_is_refused(planner: Planner) -> None:
         with pytest.raises(ValueError, match=r"^teacher\.max_new_tokens") as refused:
             planner("Qwen3-0.6B", **teacher, **lengths)
         assert str(refused.value) == str(said.value)
-        planner("Qwen3-0.6B", **teacher, **lengths | {"teacher__max_new_tokens": max_new_tokens - 1})
+        planner(
+            "Qwen3-0.6B", **teacher, **lengths | {"teacher__max_new_tokens": max_new_tokens - 1}
+        )

@@ -96,12 +96,18 @@ def write_metrics(folder: Path) -> None:
 def test_everything_a_model_wrote_is_escaped(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     write_rollout_file(tmp_path, 1, EVIL)
-    config = load_config(None, {"run.name": "demo", "teacher.kind": "retry", "teacher.retry_text": EVIL})
+    config = load_config(
+        None, {"run.name": "demo", "teacher.kind": "retry", "teacher.retry_text": EVIL}
+    )
     (tmp_path / "config.toml").write_text(config_text(config), encoding="utf-8")
     page = parse(write_report(tmp_path))
-    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "link", "object", "form")]
+    assert not [
+        tag for tag, _ in page.tags if tag in ("script", "iframe", "link", "object", "form")
+    ]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert page.text.count(EVIL) == 3 * 5 + 5 + 1, "3 rollouts with 5 texts each, their 5 attempts, 1 setting; in full"
+    assert page.text.count(EVIL) == 3 * 5 + 5 + 1, (
+        "3 rollouts with 5 texts each, their 5 attempts, 1 setting; in full"
+    )
     images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert [str(source).split(",")[0] for source in images] == ["data:image/png;base64"]
 
@@ -109,7 +115,11 @@ def test_everything_a_model_wrote_is_escaped(tmp_path: Path) -> None:
 def test_the_page_may_load_nothing(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     page = parse(write_report(tmp_path))
-    policies = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    policies = [
+        a["content"]
+        for t, a in page.tags
+        if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert str(policies[0]).startswith("default-src 'none'; img-src data:;")
     assert "http:" not in (text := (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "https:" not in text
@@ -133,8 +143,14 @@ def test_the_last_evaluation_as_a_table_with_intervals_and_sources(tmp_path: Pat
     odd = "<b>odd</b>"
     with MetricsWriter(tmp_path) as writer:
         for share in (0.1, 0.5):
-            metrics = {"success/unassisted": share, "success/unassisted_low": 0.3, "success/unassisted_high": 0.625}
-            metrics |= {name.replace("unassisted", "pass_at_16"): value for name, value in metrics.items()}
+            metrics = {
+                "success/unassisted": share,
+                "success/unassisted_low": 0.3,
+                "success/unassisted_high": 0.625,
+            }
+            metrics |= {
+                name.replace("unassisted", "pass_at_16"): value for name, value in metrics.items()
+            }
             for source in ("openai/gsm8k", odd):
                 for end in ("", "_low", "_high"):
                     metrics[source_metric(f"success/assisted{end}", source)] = 0.25
@@ -150,13 +166,18 @@ def test_the_last_evaluation_as_a_table_with_intervals_and_sources(tmp_path: Pat
     lines = accuracy_text(metrics).splitlines()
     assert lines[1].startswith("unassisted (avg@k)")
     assert lines[1].endswith(" 50.0 %   30.0 to 62.5 %")
-    assert [line.partition(":")[0] for line in lines[3:]] == ["openai/gsm8k", source_metric("x", odd)[2:]]
+    assert [line.partition(":")[0] for line in lines[3:]] == [
+        "openai/gsm8k",
+        source_metric("x", odd)[2:],
+    ]
 
 
 def test_first_middle_and_last_batch_with_each_outcome(tmp_path: Path) -> None:
     for batch in range(1, 8):
         write_rollout_file(tmp_path, batch, "text")
-    summaries = re.findall(r"Batch (\d), question 0: ([a-z ]+) ", parse(write_report(tmp_path)).text)
+    summaries = re.findall(
+        r"Batch (\d), question 0: ([a-z ]+) ", parse(write_report(tmp_path)).text
+    )
     outcomes = ("rescued by guidance", "never right", "right alone")
     assert summaries == [(batch, outcome) for batch in "147" for outcome in outcomes]
 

@@ -37,7 +37,8 @@ def history_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_changed_settings_need_consent(run_dir: Path, capsys: Capture) -> None:
     words = {"run.num_batches": 2, "train.lr": 1.5e-4, "rollout.temperature": 0.9}
-    before, first = snapshot(run_dir), load_config(run_dir / "run" / "config.toml")
+    before = snapshot(run_dir)
+    first = load_config(run_dir / "run" / "config.toml")
     assert main(words_of("train", run_dir, words)) == 2
     listed = f"rollout.temperature: 1.0 -> 0.9; train.lr: {first.train.lr} -> 0.00015"
     message = f"{MUST}{listed}; set them back, or set run.accept_changes true"
@@ -114,13 +115,19 @@ def test_the_length_decides_where_the_learning_rate_ends(tmp_path: Path, capsys:
     assert_refused(capsys.readouterr().err, f"{MUST}run.num_batches: 1 -> 2; set them back")
     with pytest.warns(UserWarning, match="changed from update 1 on: run.num_batches: 1 -> 2$"):
         assert main(words_of("train", tmp_path, longer | {"run.accept_changes": "true"})) == 0
-    rates = [row["policy/lr"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "policy/lr" in row]
+    rates = [
+        row["policy/lr"]
+        for row in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "policy/lr" in row
+    ]
     lr = load_config(tmp_path / "run" / "config.toml").train.lr
     assert rates == [lr, pytest.approx(lr / 2)]
     capsys.readouterr()
     constant = {"train.warmup_updates": 0, "run.num_batches": 3}
     assert main(words_of("train", tmp_path, constant)) == 2
-    assert_refused(capsys.readouterr().err, f"{MUST}train.lr_schedule: linear -> constant; set them back")
+    assert_refused(
+        capsys.readouterr().err, f"{MUST}train.lr_schedule: linear -> constant; set them back"
+    )
 
 
 def test_free_settings_are_settings() -> None:
@@ -165,8 +172,16 @@ def test_consent_to_other_data_is_given_once(tmp_path: Path) -> None:
     def train(text: str, **more: object) -> int:
         rows = ({"question": f"{text} {i}", "ground_truth": "1"} for i in range(8))
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        words = {"data.train": tmp_path / "rows.jsonl", "data.eval": "none", "teacher.kind": "retry"}
-        return main(words_of("train", tmp_path, words | {f"run.{key}": value for key, value in more.items()}))
+        words = {
+            "data.train": tmp_path / "rows.jsonl",
+            "data.eval": "none",
+            "teacher.kind": "retry",
+        }
+        return main(
+            words_of(
+                "train", tmp_path, words | {f"run.{key}": value for key, value in more.items()}
+            )
+        )
 
     assert train("first") == 0
     with pytest.warns(UserWarning, match="changed from update 1 on: questions"):
@@ -194,7 +209,14 @@ def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
     """Also where the run was stopped before it made a checkpoint under what was agreed to."""
     words = {"run.num_batches": 2, "train.lr": 1.5e-4}
     with pytest.warns(UserWarning, match="changed from update 1 on"):
-        assert main(words_of("train", run_dir, words | {"run.num_batches": 1, "run.accept_changes": "true"})) == 0
+        assert (
+            main(
+                words_of(
+                    "train", run_dir, words | {"run.num_batches": 1, "run.accept_changes": "true"}
+                )
+            )
+            == 0
+        )
     assert [path.name for path in (run_dir / "run" / "checkpoints").iterdir()] == ["update_000001"]
     with pytest.warns(UserWarning, match="changed from update 1 on"):
         assert main(words_of("train", run_dir, words)) == 0
@@ -213,7 +235,9 @@ def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
         lambda text: re.sub("lr = .*", "lr = 0.00015", text),  # by hand
     ],
 )
-def test_what_held_stands_in_the_checkpoint(damage: Callable[[str], str], run_dir: Path, capsys: Capture) -> None:
+def test_what_held_stands_in_the_checkpoint(
+    damage: Callable[[str], str], run_dir: Path, capsys: Capture
+) -> None:
     """Whatever happens to config.toml, which people edit."""
     path = run_dir / "run" / "config.toml"
     first = load_config(path)
@@ -231,7 +255,11 @@ def test_what_held_stands_in_the_checkpoint(damage: Callable[[str], str], run_di
 
 def test_fields_of_a_request_are_no_change_of_themselves(tmp_path: Path, server: Server) -> None:
     """None, which TOML lacks, nested lists, and letters beyond 16 bits."""
-    fields = {"seed": None, "stop": ["\U0001f600", None, True], "deep": {"l": [{"c": 1}], "n": None}}
+    fields = {
+        "seed": None,
+        "stop": ["\U0001f600", None, True],
+        "deep": {"l": [{"c": 1}], "n": None},
+    }
     words = {"teacher.kind": "endpoint", "teacher.url": server.url, "teacher.model": "m"}
     words |= {"data.eval": "none", "teacher.extra_body": json.dumps(fields)}
     assert main(words_of("train", tmp_path, words)) == 0
@@ -240,7 +268,9 @@ def test_fields_of_a_request_are_no_change_of_themselves(tmp_path: Path, server:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_a_run_begun_from_another_s_checkpoint_has_its_own_at_once(run_dir: Path, capsys: Capture) -> None:
+def test_a_run_begun_from_another_s_checkpoint_has_its_own_at_once(
+    run_dir: Path, capsys: Capture
+) -> None:
     """So that the next start, which names nothing, goes on from there however this one ended."""
     program = """
 import os, sys
@@ -251,7 +281,12 @@ sys.exit(main())
 """
     start = run_dir / "run" / "checkpoints" / "update_000001"
     words = {"run.name": "run2", "run.num_batches": 2}
-    command = [sys.executable, "-c", program, *words_of("train", run_dir, words | {"run.resume": start})]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *words_of("train", run_dir, words | {"run.resume": start}),
+    ]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
     assert [path.name for path in (run_dir / "run2" / "checkpoints").iterdir()] == ["update_000001"]
     capsys.readouterr()

@@ -140,7 +140,8 @@ def test_damaged_rows_cost_themselves(run_dir: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["x = " + "[" * 100_000, "[run", "\xff", "history = 3", "[[history]]\nuntil_update = 0"]
+    "content",
+    ["x = " + "[" * 100_000, "[run", "\xff", "history = 3", "[[history]]\nuntil_update = 0"],
 )
 def test_a_damaged_config_toml_is_named(content: str, run_dir: Path, capsys: Capture) -> None:
     (run_dir / "run" / "config.toml").write_text(content, encoding="latin-1")
@@ -152,7 +153,9 @@ def test_a_damaged_config_toml_is_named(content: str, run_dir: Path, capsys: Cap
 
 def test_links_lead_nothing_elsewhere(run_dir: Path, tmp_path: Path) -> None:
     """Files of a run that are links are replaced; folders that are links are used."""
-    run, victim, disk = run_dir / "run", tmp_path / "victim", tmp_path / "disk"
+    run = run_dir / "run"
+    victim = tmp_path / "victim"
+    disk = tmp_path / "disk"
     for name in ("curves.png", "report.html", "metrics.jsonl.tmp", "config.toml.tmp"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(victim)
@@ -234,7 +237,8 @@ def test_home_is_written_out_in_every_path(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "c.toml").write_text("\n".join(lines))
     config = load_config("~/c.toml")
     assert config.folder == tmp_path / "runs" / "run"
-    data, others = config.data, (config.run.resume, config.student.path, config.teacher.path)
+    data = config.data
+    others = (config.run.resume, config.student.path, config.teacher.path)
     paths = (*others, data.train, data.eval)
     assert paths == tuple(f"{tmp_path}/{name}" for name in "xstde")
     message = "config: ~ must be a known user's home, got '~nobody-here/x'"
@@ -249,11 +253,15 @@ def test_nobodys_home_is_told_everywhere(tmp_path: Path, capsys: Capture) -> Non
         words_of("eval", tmp_path, {"checkpoint": "~nobody-here/x"}),
     ):
         assert main(words) == 2
-        assert_refused(capsys.readouterr().err, "config: ~ must be a known user's home, got '~nobody-here/")
+        assert_refused(
+            capsys.readouterr().err, "config: ~ must be a known user's home, got '~nobody-here/"
+        )
 
 
 @pytest.mark.parametrize("method", ["__init__", "add_scalar", "close"])
-def test_tensorboard_never_ends_a_run(method: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_never_ends_a_run(
+    method: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -101,7 +101,9 @@ def test_a_fork_that_goes_on_closes_nothing_of_its_own(tmp_path: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_lock_that_went_in_between_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_went_in_between_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A start that is refused removes what it made; who had opened that must not lock thin air."""
     open_lock = folder_module._open
 

@@ -24,7 +24,12 @@ RECORD = {
 
 
 def read(record: dict[str, Any], **changes: Any) -> RunState:
-    settings = {"checkpoint": CHECKPOINT, "drawn_from": DRAWN_FROM, "measured_by": "two questions", "is_own": True}
+    settings = {
+        "checkpoint": CHECKPOINT,
+        "drawn_from": DRAWN_FROM,
+        "measured_by": "two questions",
+        "is_own": True,
+    }
     return RunState.from_record(record, **(settings | changes))
 
 
@@ -93,7 +98,13 @@ def test_the_first_of_the_best_evaluations_counts(fresh: RunState) -> None:
     told = []
     for update, success in ((0, 0.9), (4, 0.0), (8, 0.25), (12, 0.25), (16, 0.125), (20, 0.5)):
         fresh.save_due = False
-        told.append(fresh.end_evaluation(update=update, success=success, measured_by="two questions"))
+        told.append(
+            fresh.end_evaluation(update=update, success=success, measured_by="two questions")
+        )
         assert fresh.save_due == told[-1]
     assert told == [False, False, True, False, False, True]
-    assert fresh.to_record()["best"] == {"update": 20, "success": 0.5, "measured_by": "two questions"}
+    assert fresh.to_record()["best"] == {
+        "update": 20,
+        "success": 0.5,
+        "measured_by": "two questions",
+    }

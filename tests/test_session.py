@@ -69,8 +69,12 @@ def test_no_reference_without_a_kl_term() -> None:
 @pytest.mark.parametrize("part", ["train", "eval"])
 def test_builtin_questions_need_a_grader_that_reads_them(part: str) -> None:
     """Under a grader of letters no answer could be right, and the headline would say 0 %."""
-    session = Session(load_config(CONFIG, SETTINGS | {"data.eval": "builtin", "data.grader": "mcq"}))
-    with pytest.raises(ValueError, match=f"data.{part} builtin: ground_truth must be one of A, B, .* grader mcq"):
+    session = Session(
+        load_config(CONFIG, SETTINGS | {"data.eval": "builtin", "data.grader": "mcq"})
+    )
+    with pytest.raises(
+        ValueError, match=f"data.{part} builtin: ground_truth must be one of A, B, .* grader mcq"
+    ):
         getattr(session, f"{part}_questions")()
 
 
@@ -96,5 +100,7 @@ from socpo_fast.session import Session
 Session(load_config(sys.argv[1]))
 print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"])
 """
-    done = subprocess.run([sys.executable, "-c", program, str(CONFIG)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(CONFIG)], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "128 64\n"

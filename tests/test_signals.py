@@ -229,7 +229,9 @@ from socpo_fast.cli import main
 trainer.save_checkpoint = lambda *_, **__: os._exit(9)
 sys.exit(main())
 """
-    done = subprocess.run([sys.executable, "-c", killed, *words_of("train", tmp_path, words)], cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", killed, *words_of("train", tmp_path, words)], cwd=ROOT, check=False
+    )
     assert done.returncode == 9
     assert '"update": 1' in (tmp_path / "run2" / "metrics.jsonl").read_text()
     assert main(words_of("train", tmp_path, words)) == 0
@@ -258,7 +260,9 @@ def take_your_time(_text: str, _question: Any) -> bool:
 
 def test_a_grader_that_swallows_the_stop(tmp_path: Path) -> None:
     """It is stopped behind that question, not behind all of them."""
-    process = start("", tmp_path, {"data.grader": f"{__name__}:take_your_time", "rollout.group_size": 8})
+    process = start(
+        "", tmp_path, {"data.grader": f"{__name__}:take_your_time", "rollout.group_size": 8}
+    )
     answer(process, signal.SIGTERM, AT_ONCE)
     assert "stopped before the first update" in gone(process, 128 + signal.SIGTERM)
 

@@ -25,7 +25,11 @@ def test_an_output_that_takes_nothing(run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "\u00fc"
     words = words_of("train", folder, WORDS | {"run.num_batches": 1})
     done = subprocess.run(
-        [*run, sys.executable, "-m", "socpo_fast.cli", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        [*run, sys.executable, "-m", "socpo_fast.cli", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     assert (folder / "run" / "report.html").is_file()

@@ -43,7 +43,9 @@ def rows_of(config: Config) -> list[dict]:
     """The metrics that must repeat: all but clocks and speeds."""
     timed = ("time/", "perf/")
     rows = read_metrics(config.folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(timed)} for row in rows
+    ]
 
 
 def assert_same_end(config: Config, other: Config) -> None:
@@ -51,10 +53,13 @@ def assert_same_end(config: Config, other: Config) -> None:
     assert paths[0] is not None
     assert paths[1] is not None
     for name in ("model.safetensors", "optimizer.safetensors"):
-        ours, theirs = load_file(paths[0] / name), load_file(paths[1] / name)
+        ours = load_file(paths[0] / name)
+        theirs = load_file(paths[1] / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    assert (paths[0] / "trainer_state.json").read_text() == (paths[1] / "trainer_state.json").read_text()
+    assert (paths[0] / "trainer_state.json").read_text() == (
+        paths[1] / "trainer_state.json"
+    ).read_text()
     assert rows_of(config) == rows_of(other)
 
 
@@ -74,12 +79,20 @@ def test_a_run_leaves_everything(straight: Config) -> None:
     kinds = [(row["kind"], row["batch"], row["update"]) for row in rows_of(straight)]
     expected = [("eval", 0, 0)]
     for batch in range(1, 5):
-        expected += [("update", batch, 2 * batch - 1), ("update", batch, 2 * batch), ("batch", batch, 2 * batch)]
+        expected += [
+            ("update", batch, 2 * batch - 1),
+            ("update", batch, 2 * batch),
+            ("batch", batch, 2 * batch),
+        ]
         expected += [("eval", batch, 2 * batch)] if batch % 2 == 0 else []
     assert kinds == expected
     lines = (straight.folder / "rollouts" / "batch_000004.jsonl").read_text().splitlines()
     assert len(lines) == 16
-    assert all(row["policy/sampler_mismatch_nats"] < 1e-4 for row in rows_of(straight) if row["kind"] == "update")
+    assert all(
+        row["policy/sampler_mismatch_nats"] < 1e-4
+        for row in rows_of(straight)
+        if row["kind"] == "update"
+    )
 
 
 def test_the_same_run_again_is_bitwise_the_same(straight: Config, tmp_path: Path) -> None:
@@ -96,7 +109,9 @@ def test_the_same_run_again_is_bitwise_the_same(straight: Config, tmp_path: Path
 
 
 @pytest.mark.parametrize("stops", [(1, 3), (2,)])
-def test_resume_is_bitwise_a_run_without_stop(straight: Config, tmp_path: Path, stops: tuple[int, ...]) -> None:
+def test_resume_is_bitwise_a_run_without_stop(
+    straight: Config, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
     for num_batches in stops:
         stopped = trainer.Trainer(config_of(tmp_path))
         run_batch = stopped.run_batch
@@ -171,20 +186,28 @@ def test_eval_of_a_checkpoint_is_the_run_s_own(straight: Config) -> None:
     }
 
 
-@pytest.mark.parametrize("changes", [{"rollout__max_attempts": 1}, {"train__epochs": 2, "loss__kl_coef": 0.1}])
+@pytest.mark.parametrize(
+    "changes", [{"rollout__max_attempts": 1}, {"train__epochs": 2, "loss__kl_coef": 0.1}]
+)
 def test_other_settings_run(tmp_path: Path, changes: dict[str, object]) -> None:
     config = config_of(tmp_path, run__num_batches=1, data__eval="none", **changes)
     trainer.train(config)
     rows = rows_of(config)
     assert [row["kind"] for row in rows].count("update") == 2 * config.train.epochs
-    assert rows[-1]["guidance/rate"] == 0 if "rollout__max_attempts" in changes else rows[-1]["guidance/rate"] > 0
+    assert (
+        rows[-1]["guidance/rate"] == 0
+        if "rollout__max_attempts" in changes
+        else rows[-1]["guidance/rate"] > 0
+    )
 
 
 def test_rollout_only_changes_nothing(tmp_path: Path) -> None:
     config = config_of(tmp_path, run__num_batches=1)
     trainer.rollout_only(config)
     assert sorted(path.name for path in config.folder.iterdir()) == [".lock", "rollouts"]
-    row = json.loads((config.folder / "rollouts" / "batch_000001.jsonl").read_text().splitlines()[0])
+    row = json.loads(
+        (config.folder / "rollouts" / "batch_000001.jsonl").read_text().splitlines()[0]
+    )
     assert isinstance(row["turns"][0]["advantage"], float)  # what an update would have used
 
 
@@ -197,19 +220,28 @@ def test_rollout_only_changes_nothing(tmp_path: Path) -> None:
             {"data__train": "{folder}/none.jsonl", "data__eval": "none", "teacher__kind": "retry"},
             "must be an existing file",
         ),
-        ({"rollout__questions_per_batch": 14}, r"questions_per_batch must be in \[1, 13 questions\], got 14"),
+        (
+            {"rollout__questions_per_batch": 14},
+            r"questions_per_batch must be in \[1, 13 questions\], got 14",
+        ),
         ({"run__resume": "{folder}/nothing"}, "must be a whole checkpoint, got .*manifest"),
     ],
 )
-def test_bad_input_is_refused_before_a_run_begins(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_bad_input_is_refused_before_a_run_begins(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     (tmp_path / "file").touch()
-    changes = {k: v.format(folder=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
+    changes = {
+        k: v.format(folder=tmp_path) if isinstance(v, str) else v for k, v in changes.items()
+    }
     with pytest.raises(ValueError, match=message):
         trainer.train(config_of(tmp_path, **changes))
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_a_run_begins_from_another_s_checkpoint_and_then_goes_on_from_its_own(straight: Config, tmp_path: Path) -> None:
+def test_a_run_begins_from_another_s_checkpoint_and_then_goes_on_from_its_own(
+    straight: Config, tmp_path: Path
+) -> None:
     start = latest_checkpoint(straight.folder / "checkpoints")
     config = config_of(tmp_path, run__resume=str(start), run__num_batches=5)
     trainer.train(config)
@@ -232,7 +264,10 @@ def test_a_new_run_never_overwrites_an_old_one(straight: Config) -> None:
 @pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     """Unassisted accuracy on held-out questions rises by far more than 15 points; the shipped settings, shortened."""
-    config = load_config(CONFIG, {"run.dir": str(tmp_path), "run.num_batches": 10, "data.builtin_eval_questions": 100})
+    config = load_config(
+        CONFIG,
+        {"run.dir": str(tmp_path), "run.num_batches": 10, "data.builtin_eval_questions": 100},
+    )
     trainer.train(config)
     evals = [row["success/unassisted"] for row in rows_of(config) if row["kind"] == "eval"]
     assert evals[0] < 0.4

@@ -28,7 +28,9 @@ from socpo_fast.train import checkpoint
 from socpo_fast.train.checkpoint import latest_checkpoint
 from socpo_fast.types import Question
 
-NUM_BATCHES = 5  # of 2 questions; 7 questions make epochs of 3 batches, so the run ends inside the second
+NUM_BATCHES = (
+    5  # of 2 questions; 7 questions make epochs of 3 batches, so the run ends inside the second
+)
 UPDATES_A_BATCH = 4  # 2 questions, one an update, 2 epochs
 
 
@@ -178,7 +180,8 @@ def test_killed_after_any_checkpoint(straight: Config, tmp_path: Path, num_batch
 def test_stopped_in_any_evaluation(straight: Config, tmp_path: Path, nth: int) -> None:
     """SIGTERM while it evaluates: the checkpoint owes it, and the next start makes it first."""
     stopped = trainer.Trainer(config_of(tmp_path))
-    evaluate, calls = stopped.session.evaluate, []
+    evaluate = stopped.session.evaluate
+    calls = []
 
     def stop(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -199,7 +202,9 @@ def test_stopped_in_any_evaluation(straight: Config, tmp_path: Path, nth: int) -
     assert saved is not None
     assert json.loads((saved / "trainer_state.json").read_text())["trainer"]["eval_due"]
     trainer.train(stopped.config)
-    state = json.loads((straight.folder / "checkpoints" / saved.name / "trainer_state.json").read_text())
+    state = json.loads(
+        (straight.folder / "checkpoints" / saved.name / "trainer_state.json").read_text()
+    )
     best = state["trainer"]["best"]
     is_best = best is not None and saved.name == f"update_{best['update']:06d}"
     is_saved_again = is_best or nth == 3  # the last one is, too
@@ -207,9 +212,13 @@ def test_stopped_in_any_evaluation(straight: Config, tmp_path: Path, nth: int) -
 
 
 @pytest.mark.parametrize("where", [checkpoint, weights], ids=["moments", "weights"])
-def test_full_disk(straight: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType) -> None:
+def test_full_disk(
+    straight: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType
+) -> None:
     """The third save finds no room: it says so, what was there before is whole, and with room again the run goes on."""
-    config, save_file, calls = config_of(tmp_path), where.save_file, []
+    config = config_of(tmp_path)
+    save_file = where.save_file
+    calls = []
 
     def full(tensors: Any, path: Any, **options: Any) -> None:
         calls.append(1)
@@ -241,7 +250,9 @@ def test_a_grader_that_raises_costs_its_own_batch_only(straight: Config, tmp_pat
         return grade(text, question)
 
     run.session.grader = break_in_batch_3
-    with pytest.raises(ValueError, match=r"break_in_batch_3 raised KeyError: .* \(test_trainer_resume.py line"):
+    with pytest.raises(
+        ValueError, match=r"break_in_batch_3 raised KeyError: .* \(test_trainer_resume.py line"
+    ):
         run.run()
     [saved] = (config.folder / "checkpoints").iterdir()
     there = straight.folder / "checkpoints" / "update_000008" / "manifest.json"
@@ -250,9 +261,13 @@ def test_a_grader_that_raises_costs_its_own_batch_only(straight: Config, tmp_pat
     assert rows_of(config) == rows_of(straight)
 
 
-def test_a_signal_as_a_block_begins_does_not_wait_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_as_a_block_begins_does_not_wait_for_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     signals = StopSignals()
-    monkeypatch.setattr(signals, "check", lambda: signals._handle(signal.SIGTERM, None))  # comes just after the check
+    monkeypatch.setattr(
+        signals, "check", lambda: signals._handle(signal.SIGTERM, None)
+    )  # comes just after the check
     with pytest.raises(StopRequested), signals.stop_at(1):
         pytest.fail("the block ran")
 
@@ -263,6 +278,10 @@ def test_a_run_of_another_layout_is_refused_in_words(
     config = copy_as_killed(straight, tmp_path, 2)
     before = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(run_state, "RECORD_VERSION", run_state.RECORD_VERSION + 1)
-    with pytest.raises(ValueError, match="must be of record version 4, got 3, .* choose another run.name"):
+    with pytest.raises(
+        ValueError, match="must be of record version 4, got 3, .* choose another run.name"
+    ):
         trainer.train(config)
-    assert {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()
+    } == before

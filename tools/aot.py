@@ -43,7 +43,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 # Of each block, by CUDA; from sm_90 on cuobjdump counts it among the kernel's own.
 RESERVED_SHARED = {80: 1024, 90: 0, 100: 0}
-REGISTERS_OF_SM, WARPS_OF_SM, BLOCKS_OF_SM = 65536, 64, 32
+REGISTERS_OF_SM = 65536
+WARPS_OF_SM = 64
+BLOCKS_OF_SM = 32
 REGISTERS_AT_ONCE = 256  # a warp gets multiples of so many
 # Bytes a thread may spill. Two versions of ptxas differ by a register or two where a tile just
 # fits: one of them keeps on the stack, in cached memory, what the other keeps in a register. Such a
@@ -103,7 +105,8 @@ def main() -> int:
 
 def discover() -> tuple[list[AotConfig], list[str]]:
     """The configurations of all modules of kernels/, and what is missing from them."""
-    configs, faults = [], []
+    configs = []
+    faults = []
     for path in sorted(KERNELS.glob("*.py")):
         module = importlib.import_module(f"socpo_fast.kernels.{path.stem}")
         kernels = kernels_of(module)
@@ -162,7 +165,9 @@ def compile_all(launches: list[Launch], **others: object) -> list[str]:
     """Compile, print the table and the JSON line, others in it; returns what is wrong."""
     from triton import CompilationError
 
-    started, rows, faults = time.perf_counter(), [], []
+    started = time.perf_counter()
+    rows = []
+    faults = []
     numbers = ("warps", "registers", "spills B", "shared B", "CTAs an SM")
     print_row("arch", "kernel", "dtype", "launch", *numbers)
     for launch in launches:
@@ -198,7 +203,8 @@ def print_row(arch: str, kernel: str, dtype: str, label: str, *numbers: object) 
 
 def faults_of(used: Resources, architecture: int) -> list[str]:
     """What keeps a kernel with these needs from being shipped."""
-    faults, limit = [], SHARED_LIMIT[architecture]
+    faults = []
+    limit = SHARED_LIMIT[architecture]
     if used.spill_bytes > SPILL_ALLOWANCE:
         rule = f"spills must be <= {SPILL_ALLOWANCE} bytes a thread, got {used.spill_bytes}"
         faults.append(f"{rule}; take a smaller tile or more warps")

@@ -23,11 +23,18 @@ from tools.tree_balance import visible_until_of_groups
 STUDENT = "Qwen3-1.7B"
 ROWS = 8192  # of a microbatch
 HEAD_ROWS = 2048  # of a chunk of the LM head
-SEQUENCES, CONTEXT = 256, 1024  # decoded together
-PROMPTS, PROMPT = 8, 1000
-ANSWERS, ANSWER = 8, 300  # of a tree behind one prompt
+# decoded together
+SEQUENCES = 256
+CONTEXT = 1024
+PROMPTS = 8
+PROMPT = 1000
+# of a tree behind one prompt
+ANSWERS = 8
+ANSWER = 300
 ATTEMPTS = 384  # of a batch
-HALF, WIDE = 2, 4  # bytes of bf16 and fp32
+# bytes of bf16 and fp32
+HALF = 2
+WIDE = 4
 
 
 class Card(NamedTuple):
@@ -97,8 +104,11 @@ def head(config: ModelConfig) -> dict[str, Work]:
 
 def decoding(config: ModelConfig) -> dict[str, Work]:
     """One layer's attention of rollouts, and the draw of one token each."""
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    vocab, width = config.vocab_size, config.hidden_size
+    heads = config.num_heads
+    kv_heads = config.num_kv_heads
+    head_dim = config.head_dim
+    vocab = config.vocab_size
+    width = config.hidden_size
     split = paged_decode.DECODE_TILES[90][torch.bfloat16].split
     partial = WIDE * SEQUENCES * heads * head_dim * -(-CONTEXT // split)
     seen = PROMPTS * PROMPT * (PROMPT + 1) / 2
@@ -126,13 +136,16 @@ def decoding(config: ModelConfig) -> dict[str, Work]:
 
 def training_attention(config: ModelConfig) -> dict[str, Work]:
     """One layer's attention over a tree: a prompt and its answers. FLOPs are the kernel's own."""
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    heads = config.num_heads
+    kv_heads = config.num_kv_heads
+    head_dim = config.head_dim
     until_T = visible_until_of_groups([(PROMPT, [ANSWER] * ANSWERS)])
     rows = len(until_T)
     num_slots = int((TreeMask.of(until_T).query_ranges_P7[:, 5] >= 0).sum())
     partial = WIDE * num_slots * 2 * ROWS_PER_BLOCK * kv_heads * head_dim
     product = 2 * head_dim * heads * num_pairs(until_T)
-    queries, keys = HALF * rows * heads * head_dim, HALF * rows * kv_heads * head_dim
+    queries = HALF * rows * heads * head_dim
+    keys = HALF * rows * kv_heads * head_dim
     sums = WIDE * rows * heads
     of = f"prompt of {PROMPT}, {ANSWERS} answers of {ANSWER}"
     return {

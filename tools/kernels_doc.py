@@ -20,7 +20,8 @@ from tools.gpu_check.walk import write_between_marks
 from tools.kernel_work import CARDS, STUDENT, works
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
-BEGIN, END = "<!-- begin of the tables -->", "<!-- end of the tables -->"
+BEGIN = "<!-- begin of the tables -->"
+END = "<!-- end of the tables -->"
 ARCHITECTURES = (80, 90)
 
 

@@ -17,7 +17,11 @@ import torch
 from socpo_fast.kernels.paged_decode import DECODE_TILES
 from socpo_fast.ops.prefix_groups import prefix_groups
 
-QUESTIONS, GROUP_SIZE, PROMPT, PAGE_SIZE, GUIDANCE = 32, 8, 300, 32, 130
+QUESTIONS = 32
+GROUP_SIZE = 8
+PROMPT = 300
+PAGE_SIZE = 32
+GUIDANCE = 130
 EVERY = 16  # steps
 Lengths = Literal["equal", "uniform", "exponential"]
 CASES: tuple[tuple[Lengths, bool], ...] = (

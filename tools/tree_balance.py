@@ -49,7 +49,8 @@ def makespan(lengths: Sequence[int], num_workers: int) -> int:
 def balance_of(lengths_P: Tensor) -> dict[str, float]:
     """Of programs as they start, each once a KV head: two ratios that are 1 at best."""
     lengths = [length for length in lengths_P.tolist() for _ in range(KV_HEADS)]
-    mean, even = sum(lengths) / len(lengths), sum(lengths) / MULTIPROCESSORS
+    mean = sum(lengths) / len(lengths)
+    even = sum(lengths) / MULTIPROCESSORS
     time = makespan(lengths, MULTIPROCESSORS)
     return {"longest_over_mean": max(lengths) / mean, "time_over_even": time / even}
 
@@ -70,7 +71,8 @@ def tree_balances() -> list[dict[str, object]]:
         until_T = visible_until_of_groups(groups)
         mask = TreeMask.of(until_T)
         cut_P, whole_N = program_lengths(mask.query_ranges_P7)
-        cut, whole = balance_of(cut_P), balance_of(whole_N)
+        cut = balance_of(cut_P)
+        whole = balance_of(whole_N)
         rows = f"  {name} ({len(until_T)} rows)"
         ratios = ", ".join(
             f"{what.replace('_over_', ' / ')} {cut[what]:.2f} (uncut {whole[what]:.2f})"

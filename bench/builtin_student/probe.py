@@ -74,7 +74,8 @@ def probability(
     student: Decoder, tokenizer: PreTrainedTokenizerFast, context: str, text: str
 ) -> float:
     """Returns how likely the student goes on from `context` with `text`, at temperature 1."""
-    context_ids, text_ids = tokenizer(context)["input_ids"], tokenizer(text)["input_ids"]
+    context_ids = tokenizer(context)["input_ids"]
+    text_ids = tokenizer(text)["input_ids"]
     token_ids = torch.tensor(context_ids + text_ids)
     length = len(token_ids)
     until = visible_until_of_sequences([length])
@@ -90,7 +91,8 @@ def main() -> None:
     )
     parser.add_argument("--student", type=Path, default=STUDENT_DIR, help="default: the shipped")
     folder = parser.parse_args().student
-    student, tokenizer = load_student(folder), load_tokenizer(folder)
+    student = load_student(folder)
+    tokenizer = load_tokenizer(folder)
     for symbol in ATOMIC_NUMBERS:
         shares = right_shares(student, tokenizer, symbol)
         cells = [

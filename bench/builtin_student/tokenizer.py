@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers.calls import RETRY_TEXT
 
-PAD, UNKNOWN, TURN_START, TURN_END = "<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>"
+PAD = "<|endoftext|>"
+UNKNOWN = "<unk>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
 MAX_LENGTH = 512
 LEAK_TEXTS = ("The answer is ", ".")  # what a teacher says who gives the answer away
 CHAT_TEMPLATE = (

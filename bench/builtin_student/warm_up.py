@@ -29,11 +29,17 @@ from bench.builtin_student.tokenizer import MAX_LENGTH, build_tokenizer
 from socpo_fast.model import Decoder, ModelConfig, packed_forward, save_student
 from socpo_fast.ops import visible_until_of_sequences
 
-NUM_UPDATES, ROWS_PER_UPDATE, UPDATES_PER_SORT = 4000, 32, 16
-LR, WARMUP_UPDATES, WEIGHT_DECAY = 2e-3, 100, 0.01
-NUM_CALIBRATING, CALIBRATION_LR = 500, 1e-3
+NUM_UPDATES = 4000
+ROWS_PER_UPDATE = 32
+UPDATES_PER_SORT = 16
+LR = 2e-3
+WARMUP_UPDATES = 100
+WEIGHT_DECAY = 0.01
+NUM_CALIBRATING = 500
+CALIBRATION_LR = 1e-3
 # The calibration has no right recalls; what was learnt of them before does not go away at once.
-LEARNT, CALIBRATED = Shares(right=0.005, heed=0.5), Shares(right=0.0, heed=0.45)
+LEARNT = Shares(right=0.005, heed=0.5)
+CALIBRATED = Shares(right=0.0, heed=0.45)
 
 
 def make_student(

@@ -78,7 +78,8 @@ def make(runs: Sequence[Run], jobs: int, students: Mapping[str, Path], deadline:
             if not under_way:
                 return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                run, record = under_way.pop(future), future.result()
+                run = under_way.pop(future)
+                record = future.result()
                 append_result(record)
                 done += 1
                 print(f"{done}/{len(runs)} {run.name}: {summary(record)}", flush=True)

@@ -158,7 +158,8 @@ def right_alone_by_rescues(runs: Iterable[Record], edges: Sequence[int]) -> list
     Returns:
         (share of first attempts with the mass right, their number) for each bin; nan for none.
     """
-    right, seen = [0] * len(edges), [0] * len(edges)
+    right = [0] * len(edges)
+    seen = [0] * len(edges)
     for record in runs:
         rescues: dict[str, int] = {}
         for facts in record["facts"]:

@@ -74,7 +74,8 @@ class TimedTrainer(Trainer):
 
 
 def main() -> None:
-    run, student = Run(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    run = Run(**json.loads(sys.argv[1]))
+    student = Path(sys.argv[2])
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         record = train(run, student, Path(folder))

@@ -25,7 +25,8 @@ def student_folder(name: str, cache: Path) -> Path:
     folder = cache / name
     if not folder.exists():
         print(f"student {name}: {variant.num_updates} updates of warm-up", flush=True)
-        student, tokenizer = load_student(STUDENT_DIR), load_tokenizer(STUDENT_DIR)
+        student = load_student(STUDENT_DIR)
+        tokenizer = load_tokenizer(STUDENT_DIR)
         calibrate(
             student.requires_grad_(True),
             tokenizer,

@@ -138,7 +138,8 @@ def densities_table(records: Sequence[Record]) -> Table:
                 gain,
                 with_spread([at_end(r) for r in runs.values()]),
             ]
-            title, length = ARMS[arm].title, str(ARMS[arm].num_batches)
+            title = ARMS[arm].title
+            length = str(ARMS[arm].num_batches)
             rows.append([STUDENTS[student].title, title, *cells, length])
     return rows
 
@@ -181,7 +182,8 @@ def facts_table(records: Sequence[Record]) -> Table:
 
 def rates_table(records: Sequence[Record]) -> Table:
     """The mean of the last two evaluations by learning rate; the chosen one in bold."""
-    scores, best = rate_scores(records), best_rates(records)
+    scores = rate_scores(records)
+    best = best_rates(records)
     rows = [["arm", *(f"{lr:g}" for lr in RATES)]]
     for arm in ARMS:
         cells = [percent(scores[arm][lr]) if lr in scores[arm] else "-" for lr in RATES]

@@ -20,9 +20,11 @@ def gemm_choices(num_rows: int, vocab_size: int, device: torch.device) -> list[G
     On a card by rows only: by columns, sums of dX would be rounded to bf16 in between.
     """
     is_card = device.type == "cuda"
-    row_counts, column_counts = (128, 256, 512), (2048, 8192)
+    row_counts = (128, 256, 512)
+    column_counts = (2048, 8192)
     if is_card:
-        row_counts, column_counts = (1024, 2048, 4096), ()
+        row_counts = (1024, 2048, 4096)
+        column_counts = ()
     by_rows = [(rows, vocab_size) for rows in row_counts if rows < num_rows]
     by_columns = [(num_rows, columns) for columns in column_counts if columns < vocab_size]
     tiles = (*by_rows, *by_columns, (num_rows, vocab_size))
@@ -46,7 +48,8 @@ def bare_gemms(
 ) -> dict[Gemms, Callable[[], tuple[Tensor, Tensor]]]:
     """For each choice, logits, dX and dW into buffers that exist already; dW in fp32."""
     factor = product_dtype(hidden_ND.device, hidden_ND.dtype)
-    hidden_ND, weight_VD = hidden_ND.to(factor), weight_VD.to(factor)
+    hidden_ND = hidden_ND.to(factor)
+    weight_VD = weight_VD.to(factor)
     grad_hidden = torch.zeros_like(hidden_ND)
     grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
     most = max(min(rows, hidden_ND.shape[0]) * columns for _, rows, columns in choices)
@@ -59,7 +62,8 @@ def bare_gemms(
             hidden, grad_h = (x[row : row + num_rows] for x in (hidden_ND, grad_hidden))
             for column in range(0, weight_VD.shape[0], num_columns):
                 columns = slice(column, column + num_columns)
-                weight, grad_w = weight_VD[columns], grad_weight[columns]
+                weight = weight_VD[columns]
+                grad_w = grad_weight[columns]
                 logits = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
                 matmul(logits, hidden, weight.T, False)
                 matmul(grad_h, logits, weight, column > 0)

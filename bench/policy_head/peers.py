@@ -31,7 +31,8 @@ TRL_TILES = ((4096, 32768), (4096, 2048), (512, 2048), (512, 8192))
 LIGER_TILES = ((2048, 4096), (2048, 1024), (512, 1024), (512, 4096))
 VERL_ROWS = (512, 2048, 128)
 # Those a card is given besides.
-CARD_TILES, CARD_VERL_ROWS = ((8192, 32768),), (8192,)
+CARD_TILES = ((8192, 32768),)
+CARD_VERL_ROWS = (8192,)
 
 
 def peer_contenders(device: torch.device) -> tuple[list[list[Contender]], dict[str, str]]:
@@ -39,7 +40,8 @@ def peer_contenders(device: torch.device) -> tuple[list[list[Contender]], dict[s
 
     The first setting is the peer's own default.
     """
-    found, skipped = [], {}
+    found = []
+    skipped = {}
     for name in DISTRIBUTIONS:
         if name in NEED_A_CARD and device.type != "cuda":
             skipped[name] = "it runs on a card only"

@@ -105,7 +105,8 @@ def random_weight(
 def make_problem(weight_VD: Tensor, num_tokens: int, percent_loss: int) -> Problem:
     """Random hidden states and targets; percent_loss of the rows, chosen at random, carry loss."""
     generator = torch.Generator().manual_seed(2)
-    device, dtype = weight_VD.device, weight_VD.dtype
+    device = weight_VD.device
+    dtype = weight_VD.dtype
     vocab_size, hidden_size = weight_VD.shape
     num_rows = max(1, num_tokens * percent_loss // 100)
     rows_N = torch.randperm(num_tokens, generator=generator)[:num_rows].sort().values
@@ -136,16 +137,16 @@ def with_truth(
 ) -> Problem:
     """The problem in which row t's ratio is exp(log_ratio_T[t]), and its truth."""
     rows_N = weights_T.nonzero()[:, 0]
-    hidden, weight = hidden_TD.double(), weight_VD.double()
+    hidden = hidden_TD.double()
+    weight = weight_VD.double()
     generator = torch.Generator().manual_seed(3)
     probes = torch.randn(hidden.shape[1], _NUM_PROBES, generator=generator, dtype=torch.float64)
     probes = probes.to(hidden.device)
-    weight_probe_in, hidden_probe_in = weight @ probes, hidden @ probes
+    weight_probe_in = weight @ probes
+    hidden_probe_in = hidden @ probes
     old_logprobs = torch.zeros_like(log_ratio_T)
-    hidden_probe, weight_probe = (
-        torch.zeros_like(hidden_probe_in),
-        torch.zeros_like(weight_probe_in),
-    )
+    hidden_probe = torch.zeros_like(hidden_probe_in)
+    weight_probe = torch.zeros_like(weight_probe_in)
     loss = loss_scale = 0.0
     for rows in rows_N.split(max(1, _CHUNK_NUMBERS // weight.shape[0])):
         here = torch.arange(rows.numel(), device=rows.device)
@@ -156,7 +157,8 @@ def with_truth(
         old_logprobs[rows] = (logprobs - log_ratio_T[rows]).float()
         with torch.enable_grad():
             logprobs.requires_grad_()
-            advantages, weights = advantages_T[rows].double(), weights_T[rows].double()
+            advantages = advantages_T[rows].double()
+            weights = weights_T[rows].double()
             part = policy_loss(logprobs, old_logprobs[rows].double(), advantages, weights_N=weights)
             (coefficients,) = torch.autograd.grad(part.loss, logprobs)
         loss += part.loss.item()
@@ -199,7 +201,8 @@ def _gradient_error(
     if gradient_RD.shape != (truth_RK.shape[0], probes_DK.shape[0]):
         return float("inf"), float("inf")
     probed = torch.cat([block.double() @ probes_DK for block in gradient_RD.split(8192)])
-    wrong, right = (probed - truth_RK).square().sum(1), truth_RK.square().sum(1)
+    wrong = (probed - truth_RK).square().sum(1)
+    right = truth_RK.square().sum(1)
     # a row far below a typical one is held to 1e-8 of that, not to its own length
     floor = 1e-12 * right.mean()
     return float((wrong.sum() / right.sum()).sqrt()), float((wrong / (right + floor)).max().sqrt())

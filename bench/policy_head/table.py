@@ -57,7 +57,8 @@ def search(
             seconds = [min(pair) for pair in zip(*rounds, strict=True)]
             pairs = zip(settings, seconds, strict=True)
             found = ", ".join(f"{c.setting} {s:.2f} s" for c, s in pairs)
-            name, num_rows = settings[0].name, problem.rows_N.numel()
+            name = settings[0].name
+            num_rows = problem.rows_N.numel()
             print(f"  {name} at {num_rows} rows: {found}", flush=True)
             settings = [settings[seconds.index(min(seconds))]]
         best += settings
@@ -87,7 +88,10 @@ def measure_rows(
     long_ones = {r.contender: r for r in whole if r.times is not None and r.times.median_s > LONG_S}
     masked = problem.rows_N.numel() < problem.targets_T.numel()
     others = [replace(c, only_loss_rows=True) for c in contenders if not c.is_ours and masked]
-    rows, runs, firsts, indices = [], [], [], []
+    rows = []
+    runs = []
+    firsts = []
+    indices = []
     faults: dict[int, str] = {}  # by row
     for contender in [*contenders, *others]:
         projects = "loss rows" if contender.only_loss_rows or not masked else "all rows"
@@ -120,7 +124,8 @@ def measure_rows(
 
 def gemms_of_table(problem: Problem, tiles: Sequence[Gemms]) -> dict[Gemms, Any]:
     """Bare GEMMs of the loss rows by these tiles, or by the best for this table if it is small."""
-    hidden, weight = problem.hidden_TD.detach()[problem.rows_N], problem.weight_VD.detach()
+    hidden = problem.hidden_TD.detach()[problem.rows_N]
+    weight = problem.weight_VD.detach()
     flops = useful_flops(len(hidden), *weight.shape)
     if flops < OWN_SEARCH_FLOPS or problem.device.type == "cuda":
         tiles = fastest_gemms(hidden, weight)
@@ -196,7 +201,9 @@ def report(
     if row.times is None:
         print(f"{name:34}  {row.projects:9}  {row.note}", flush=True)
         return known
-    times, ratio, percent = row.times, None, None
+    times = row.times
+    ratio = None
+    percent = None
     if not row.note and ours_row.times:  # of the same rounds
         ratio = times.median_s / ours_row.times.median_s
         percent = 100 * fastest_gemms_s / times.median_s

@@ -153,19 +153,25 @@ def bench_case(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Check, search, rounds, parts of a step; printed as they come."""
-    steps, config = linear_steps(case), students[""].config
+    steps = linear_steps(case)
+    config = students[""].config
     sizes = {suffix: s.lm_head.weight.element_size() for suffix, s in students.items()}
-    flops, least = linear_flops(config, steps), linear_bytes(config, steps, sizes[""])
+    flops = linear_flops(config, steps)
+    least = linear_bytes(config, steps, sizes[""])
     print(f"{case.name}: {case.title}")
     print(f"  linears {flops / 1e9:.0f} GFLOP, at least {least / 1e9:.0f} GB of weights")
     seeds = range(args.repeats + 1)
     works = [make_work(case, config.vocab_size, seed, text_ids) for seed in seeds]
     contenders: list[Own | Contender] = []
-    ours, checks, chosen, rooflines = {}, {}, {}, {}
+    ours = {}
+    checks = {}
+    chosen = {}
+    rooflines = {}
     for suffix, student in students.items():
         if suffix and case.num_first > 1:
             continue
-        name, cascade = f"ours{suffix}", not args.no_cascade
+        name = f"ours{suffix}"
+        cascade = not args.no_cascade
         engine = engines.Ours.of(student, case, page_size=args.page_size, cascade=cascade)
         checks[name] = engines.check(engine, works[0], args.student)
         print(f"  {name}: {checks[name]['logprobs_off']:.1e} nats off transformers", flush=True)

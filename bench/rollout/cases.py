@@ -115,7 +115,8 @@ def make_work(case: Case, vocab_size: int, seed: int, text_ids: Sequence[int] = 
     else:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(vocab_size, (total,), generator=generator).tolist()
-    pieces, place = [], 0
+    pieces = []
+    place = 0
     for length in lengths:
         pieces.append(ids[place : place + length])
         place += length
@@ -167,7 +168,8 @@ def layer_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """(outputs, inputs) of one layer's linears, in order of use."""
     heads = config.num_heads * config.head_dim
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = config.intermediate_size
     return [(qkv, width), (width, heads), (2 * inner, width), (width, inner)]
 
 

@@ -47,7 +47,8 @@ class Limit:
         blocks = [(layer.attention, layer.mlp) for layer in student.layers]
         modules = [(attn.qkv, attn.o, mlp.gate_up, mlp.down) for attn, mlp in blocks]
         self.layers = [linear.weight.detach() for layer in modules for linear in layer]
-        self.linears, self.steps = linears(self.device, self.head.dtype), list(steps)
+        self.linears = linears(self.device, self.head.dtype)
+        self.steps = list(steps)
         sizes = {(w.shape[i], step.rows) for w in self.layers for step in steps for i in (0, 1)}
         sizes |= {(self.head.shape[i], step.head_rows) for step in steps for i in (0, 1)}
         most = max(width * rows for width, rows in sizes)

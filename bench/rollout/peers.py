@@ -110,7 +110,8 @@ class LlamaCpp:
     _peak_mib: float = 0.0
 
     def run(self, work: Work) -> Result:
-        case, self._peak_mib = work.case, 0.0
+        case = work.case
+        self._peak_mib = 0.0
         try:
             if case.rollouts == 1:
                 prefill_s, decode_s = self._call(case.prompt, case.new, case.questions)
@@ -149,7 +150,8 @@ class LlamaCpp:
                 time.sleep(0.1)
             out.seek(0)
             log.seek(0)
-            said, logged = out.read().decode(), log.read().decode(errors="replace")
+            said = out.read().decode()
+            logged = log.read().decode(errors="replace")
         lines = (said + "\n" + logged).splitlines()
         rows = [json.loads(line) for line in lines if line.startswith('{"n_kv_max"')]
         if process.returncode != 0 or len(rows) != 1:
@@ -177,7 +179,8 @@ def _llama(name: str, args: argparse.Namespace) -> list[Contender]:
     settings = {"flash on": ["-fa", "on"], "flash off": ["-fa", "off"]}
     settings["one KV"] = ["-fa", "on", "-kvu"]
     settings["f32 KV"] = ["-fa", "on", "-ctk", "f32", "-ctv", "f32"]
-    folder, version = Path(args.llama_dir), args.llama_version
+    folder = Path(args.llama_dir)
+    version = args.llama_version
     return [
         LlamaCpp(name, text, folder, model, args.threads, flags, args.timeout_s, version)
         for text, flags in settings.items()
@@ -191,7 +194,8 @@ def _workers(name: str, args: argparse.Namespace, cases: Sequence[Case]) -> list
     options |= {"dtype": str(args.dtype).removeprefix("torch."), "device": str(args.device)}
     options |= {"longest": longest, "sequences": sequences}
     options["cache_tokens"] = sequences * (longest + 256)
-    env, python = {"OMP_NUM_THREADS": str(args.threads)}, args.peers_python
+    env = {"OMP_NUM_THREADS": str(args.threads)}
+    python = args.peers_python
     settings: dict[str, tuple[dict[str, Any], dict[str, str]]] = {"": ({}, {})}
     if name == "generate-batch":
         settings = {f"page {size}": ({"page_size": size}, {}) for size in (32, 256)}

@@ -68,7 +68,8 @@ def print_result(row: Row, known: Mapping[str, Any]) -> None:
     if not known:
         print(f"{name:34}  {row.error}", flush=True)
         return
-    last, decode = row.rounds[-1], known.get("decode_tok_s")
+    last = row.rounds[-1]
+    decode = known.get("decode_tok_s")
     cells = [name, f"{known['tok_s']:.1f}", f"{known['p20_tok_s']:.1f}-{known['p80_tok_s']:.1f}"]
     cells += [f"{len(row.rounds)}", "-" if decode is None else f"{decode:.1f}"]
     cells += [f"{known['prompt_tok_s']:.0f}"]

@@ -97,7 +97,9 @@ class Config(Section):
         """
         return self.model_copy(
             update={
-                "train": _without_auto(self.train, token_budget=token_budget, checkpointing=checkpointing),
+                "train": _without_auto(
+                    self.train, token_budget=token_budget, checkpointing=checkpointing
+                ),
                 "engine": _without_auto(self.engine, kv_cache_gib=kv_cache_gib),
             }
         )
@@ -121,10 +123,14 @@ class Config(Section):
 
 
 def _without_auto(section: Section, **chosen: object) -> Section:
-    return section.model_copy(update={name: x for name, x in chosen.items() if getattr(section, name) == "auto"})
+    return section.model_copy(
+        update={name: x for name, x in chosen.items() if getattr(section, name) == "auto"}
+    )
 
 
-def load_config(toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
+def load_config(
+    toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None
+) -> Config:
     """The configuration of a TOML file with overrides on top; what neither names keeps its default.
 
     Args:
@@ -165,7 +171,9 @@ def find_conflicts(config: Config) -> str | None:
     train = config.train
     rollout = config.rollout
     is_builtin_data = {data.train, data.eval} <= {"builtin", None}
-    is_builtin_rule = isinstance(config.teacher, RuleTeacherConfig) and config.teacher.rule == "builtin"
+    is_builtin_rule = (
+        isinstance(config.teacher, RuleTeacherConfig) and config.teacher.rule == "builtin"
+    )
     is_falling = LR_SCHEDULES[train.lr_schedule] is not None
     rules = [
         (
@@ -210,4 +218,6 @@ def find_suspicious(config: Config) -> list[str]:
     estimator = config.advantage.estimator
     if config.rollout.group_size > 1 or estimator == "reinforce_plus_plus":
         return []
-    return [f"rollout.group_size 1 leaves {estimator} little to compare; raise it or use reinforce_plus_plus"]
+    return [
+        f"rollout.group_size 1 leaves {estimator} little to compare; raise it or use reinforce_plus_plus"
+    ]

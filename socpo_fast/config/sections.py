@@ -23,32 +23,59 @@ class Section(BaseModel):
     def _none_is_a_word(cls, table: object) -> object:
         if not isinstance(table, dict):
             return table
-        nullable = {key for key, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
-        return {key: None if key in nullable and value == "none" else value for key, value in table.items()}
+        nullable = {
+            key
+            for key, field in cls.model_fields.items()
+            if type(None) in get_args(field.annotation)
+        }
+        return {
+            key: None if key in nullable and value == "none" else value
+            for key, value in table.items()
+        }
 
 
 class RunConfig(Section):
     """The run: its name, folder, seed, length and machine."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name under run.dir")
+    name: str = Field(
+        default="run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="folder name under run.dir",
+    )
     dir: LocalPath = Field(default="runs", min_length=1, description="folder that holds all runs")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of data order and sampling noise")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="seed of data order and sampling noise"
+    )
     resume: LocalPath = Field(
-        default="auto", min_length=1, description="auto = the run's last checkpoint; never; a checkpoint to begin from"
+        default="auto",
+        min_length=1,
+        description="auto = the run's last checkpoint; never; a checkpoint to begin from",
     )
     accept_changes: bool = Field(
         default=False,
         description="go on although settings or data that decide results have changed, once",
     )
     num_batches: int = Field(default=100, ge=1, description="batches to train on")
-    checkpoint_every_updates: int = Field(default=20, ge=0, description="updates between saves, 0 = at the end only")
-    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept, beside the best one")
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="cpu, cuda or cuda:INDEX")
-    threads: int = Field(default=0, ge=0, le=4096, description="CPU threads, 0 = all cores (or OMP_NUM_THREADS)")
-    trace_batches: int = Field(
-        default=0, ge=0, description="first batches whose student, teacher and phases are traced for ui.perfetto.dev"
+    checkpoint_every_updates: int = Field(
+        default=20, ge=0, description="updates between saves, 0 = at the end only"
     )
-    live: bool = Field(default=True, description="live progress display on a terminal; otherwise one line a batch")
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="newest checkpoints kept, beside the best one"
+    )
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="cpu, cuda or cuda:INDEX"
+    )
+    threads: int = Field(
+        default=0, ge=0, le=4096, description="CPU threads, 0 = all cores (or OMP_NUM_THREADS)"
+    )
+    trace_batches: int = Field(
+        default=0,
+        ge=0,
+        description="first batches whose student, teacher and phases are traced for ui.perfetto.dev",
+    )
+    live: bool = Field(
+        default=True, description="live progress display on a terminal; otherwise one line a batch"
+    )
 
 
 class StudentConfig(Section):
@@ -64,7 +91,8 @@ class StudentConfig(Section):
         description="parameter type; bfloat16 (on a card): the high half of an exact fp32 master",
     )
     enable_thinking: bool | None = Field(
-        default=None, description="for chat templates that ask (Qwen3: false = no thinking); none = the template's own"
+        default=None,
+        description="for chat templates that ask (Qwen3: false = no thinking); none = the template's own",
     )
 
 
@@ -80,15 +108,28 @@ class DataConfig(Section):
         default="builtin",
         description="held-out questions, the same kinds; none = no evaluation (default with own data.train)",
     )
-    train_split: str = Field(default="train", min_length=1, description="split of a folder or hub data set to train on")
-    eval_split: str = Field(default="test", min_length=1, description="split of a folder or hub data set held out")
-    subset: str | None = Field(default=None, description="subset of a hub data set that has several; none = it has one")
-    grader: Annotated[str, *one_of(GRADERS, or_function=True)] = Field(
-        default="exact", description="who grades an answer; module:function(text, question) is your own"
+    train_split: str = Field(
+        default="train", min_length=1, description="split of a folder or hub data set to train on"
     )
-    max_prompt_tokens: int = Field(default=2048, ge=1, description="longest prompt in tokens; longer ones are left out")
-    builtin_train_questions: int = Field(default=20_000, ge=1, description="built-in training questions")
-    builtin_eval_questions: int = Field(default=200, ge=1, description="built-in held-out questions")
+    eval_split: str = Field(
+        default="test", min_length=1, description="split of a folder or hub data set held out"
+    )
+    subset: str | None = Field(
+        default=None, description="subset of a hub data set that has several; none = it has one"
+    )
+    grader: Annotated[str, *one_of(GRADERS, or_function=True)] = Field(
+        default="exact",
+        description="who grades an answer; module:function(text, question) is your own",
+    )
+    max_prompt_tokens: int = Field(
+        default=2048, ge=1, description="longest prompt in tokens; longer ones are left out"
+    )
+    builtin_train_questions: int = Field(
+        default=20_000, ge=1, description="built-in training questions"
+    )
+    builtin_eval_questions: int = Field(
+        default=200, ge=1, description="built-in held-out questions"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -101,9 +142,14 @@ class DataConfig(Section):
 class GraderConfig(Section):
     """From a grader's verdict to right or wrong."""
 
-    correct_at: float = Field(default=1.0, gt=0, le=1, description="reward from which an attempt counts as correct")
+    correct_at: float = Field(
+        default=1.0, gt=0, le=1, description="reward from which an attempt counts as correct"
+    )
     timeout_s: float = Field(
-        default=60.0, gt=0, le=86400, description="limit of one verdict, seconds; longer stops the run"
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="limit of one verdict, seconds; longer stops the run",
     )
 
 
@@ -112,10 +158,16 @@ class RolloutConfig(Section):
 
     questions_per_batch: int = Field(default=32, ge=1, description="questions rolled out together")
     group_size: int = Field(default=8, ge=1, description="rollouts a question")
-    max_attempts: int = Field(default=2, ge=1, le=256, description="K, attempts a rollout; 1 = REINFORCE++, no teacher")
-    temperature: float = Field(default=1.0, gt=0, le=10, description="sampling temperature, also that of the loss")
+    max_attempts: int = Field(
+        default=2, ge=1, le=256, description="K, attempts a rollout; 1 = REINFORCE++, no teacher"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, le=10, description="sampling temperature, also that of the loss"
+    )
     max_new_tokens: int = Field(default=1024, ge=1, description="longest attempt, tokens")
-    attempt_limit: int = Field(default=1024, ge=1, description="tokens of an attempt that the next one sees (its head)")
+    attempt_limit: int = Field(
+        default=1024, ge=1, description="tokens of an attempt that the next one sees (its head)"
+    )
     guidance_limit: int = Field(default=2048, ge=1, description="longest guidance, student tokens")
     context: Literal["tokens", "template"] = Field(
         default="tokens",
@@ -128,16 +180,21 @@ class RewardConfig(Section):
 
     schedule: str = next(iter(SCHEDULES))
     credit: Literal["attempt", "trajectory"] = Field(
-        default="attempt", description="an attempt earns its own reward, or that of its rollout's last attempt"
+        default="attempt",
+        description="an attempt earns its own reward, or that of its rollout's last attempt",
     )
 
 
 def reward_section(name: str, schedule: Schedule) -> type[RewardConfig]:
     """The settings that a reward schedule has."""
-    fields: dict[str, Any] = {"schedule": (Literal[name], Field(default=name, description=schedule.meaning))}
+    fields: dict[str, Any] = {
+        "schedule": (Literal[name], Field(default=name, description=schedule.meaning))
+    }
     if schedule.takes_factor:
         fields["factor"] = (float, Field(ge=0, le=1, description="factor of one attempt more"))
-    return create_model(f"RewardConfig_{name}", __base__=RewardConfig, __doc__=RewardConfig.__doc__, **fields)
+    return create_model(
+        f"RewardConfig_{name}", __base__=RewardConfig, __doc__=RewardConfig.__doc__, **fields
+    )
 
 
 REWARDS = tuple(reward_section(name, schedule) for name, schedule in SCHEDULES.items())
@@ -152,12 +209,15 @@ class AdvantageConfig(Section):
     """From rewards to advantages, over one batch."""
 
     estimator: Annotated[str, *one_of(ESTIMATORS)] = Field(
-        default="reinforce_plus_plus_baseline", description="baseline and scale; the first two whiten over tokens"
+        default="reinforce_plus_plus_baseline",
+        description="baseline and scale; the first two whiten over tokens",
     )
     baseline_group: Literal["question", "question_attempt"] = Field(
         default="question", description="attempts that share a baseline; the second cancels decay"
     )
-    eps: float = Field(default=1e-6, gt=0, description="grpo: added to the group's standard deviation")
+    eps: float = Field(
+        default=1e-6, gt=0, description="grpo: added to the group's standard deviation"
+    )
 
 
 class LossConfig(Section):
@@ -166,13 +226,25 @@ class LossConfig(Section):
     agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"] = Field(
         default="token_mean", description="weight of each loss token"
     )
-    clip_low: float = Field(default=0.2, ge=0, le=1, description="ratios below 1 - clip_low are clipped")
-    clip_high: float = Field(default=0.2, ge=0, description="ratios above 1 + clip_high are clipped")
-    dual_clip: float | None = Field(default=3.0, gt=1, description="cap on the loss at negative advantage, x |A|")
+    clip_low: float = Field(
+        default=0.2, ge=0, le=1, description="ratios below 1 - clip_low are clipped"
+    )
+    clip_high: float = Field(
+        default=0.2, ge=0, description="ratios above 1 + clip_high are clipped"
+    )
+    dual_clip: float | None = Field(
+        default=3.0, gt=1, description="cap on the loss at negative advantage, x |A|"
+    )
     entropy_coef: float = Field(default=0.0, description="entropy bonus, per nat")
-    kl_coef: float = Field(default=0.0, ge=0, description="KL to the frozen start, in the loss, per nat; 0 = none")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of that KL")
-    tis_clip: float | None = Field(default=None, gt=0, description="truncated importance sampling: cap of the weight")
+    kl_coef: float = Field(
+        default=0.0, ge=0, description="KL to the frozen start, in the loss, per nat; 0 = none"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="estimator of that KL"
+    )
+    tis_clip: float | None = Field(
+        default=None, gt=0, description="truncated importance sampling: cap of the weight"
+    )
     old_logprobs: Literal["auto", "sampler", "recompute"] = Field(
         default="auto",
         description="auto = the sampler's if within 1e-3 nats in fp32; "
@@ -183,7 +255,9 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """Updates."""
 
-    questions_per_update: int = Field(default=8, ge=1, description="questions of an optimizer step, all their rollouts")
+    questions_per_update: int = Field(
+        default=8, ge=1, description="questions of an optimizer step, all their rollouts"
+    )
     epochs: int = Field(default=1, ge=1, le=100, description="passes over a batch")
     lr: float = Field(default=1e-6, gt=0, le=1, description="AdamW learning rate after warm-up")
     warmup_updates: int = Field(default=10, ge=0, description="updates of linear warm-up")
@@ -191,23 +265,34 @@ class TrainConfig(Section):
         default="constant",
         description="how the learning rate falls from the end of the warm-up to that of the run",
     )
-    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1, description="where it falls to, as a share of lr")
-    weight_decay: float = Field(default=0.01, ge=0, le=1, description="decoupled weight decay, times lr an update")
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, lt=1, description="where it falls to, as a share of lr"
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, le=1, description="decoupled weight decay, times lr an update"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the gradient's mean")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the squared gradient's mean")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="AdamW: decay of the squared gradient's mean"
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="gradients are scaled down to this norm"
+    )
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="tokens of a microbatch, a longer rollout alone; auto = 8192 on a CPU, what fits a card",
     )
     packing: Literal["tree", "rows"] = Field(
-        default="tree", description="tree = every shared token forwarded once; rows = one row a rollout"
+        default="tree",
+        description="tree = every shared token forwarded once; rows = one row a rollout",
     )
     checkpointing: bool | Literal["auto"] = Field(
         default="auto",
         description="recompute layers in the backward: less memory, more time; auto = where it must be, on a card",
     )
-    max_bad_updates: int = Field(default=5, ge=1, description="stop after so many non-finite updates in a row")
+    max_bad_updates: int = Field(
+        default=5, ge=1, description="stop after so many non-finite updates in a row"
+    )
 
 
 class EngineConfig(Section):
@@ -219,16 +304,28 @@ class EngineConfig(Section):
     )
     page_size: int = Field(default=32, ge=1, le=1024, description="tokens of a KV page")
     max_running: int = Field(default=256, ge=1, le=65536, description="attempts decoded together")
-    token_budget: int = Field(default=2048, ge=1, description="tokens of one engine step, prefill and decode")
-    attention: Literal["auto", "flash"] = Field(default="auto", description="flash: flash-attn, page_size 256, a GPU")
+    token_budget: int = Field(
+        default=2048, ge=1, description="tokens of one engine step, prefill and decode"
+    )
+    attention: Literal["auto", "flash"] = Field(
+        default="auto", description="flash: flash-attn, page_size 256, a GPU"
+    )
 
 
 class EvalConfig(Section):
     """Evaluation on data.eval: unassisted accuracy, the headline, and assisted."""
 
-    every_updates: int = Field(default=20, ge=0, description="updates between evaluations, 0 = start and end only")
-    temperature: float = Field(default=0.6, ge=0, le=10, description="sampling temperature, 0 = greedy")
+    every_updates: int = Field(
+        default=20, ge=0, description="updates between evaluations, 0 = start and end only"
+    )
+    temperature: float = Field(
+        default=0.6, ge=0, le=10, description="sampling temperature, 0 = greedy"
+    )
     top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus mass, 1 = off")
     samples: int = Field(default=16, ge=1, description="samples a question (the k of avg@k)")
-    max_questions: int | None = Field(default=None, ge=1, description="first questions of data.eval; none = all")
-    assisted: bool = Field(default=True, description="also let the teacher help, and report that apart")
+    max_questions: int | None = Field(
+        default=None, ge=1, description="first questions of data.eval; none = all"
+    )
+    assisted: bool = Field(
+        default=True, description="also let the teacher help, and report that apart"
+    )

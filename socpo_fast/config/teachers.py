@@ -25,7 +25,8 @@ class TeacherConfig(Section):
     reveal_answer: bool = Field(default=False, description="the teacher sees ground_truth")
     show_reference: bool = Field(default=False, description="the teacher sees reference_solution")
     view: Literal["head_tail", "head"] = Field(
-        default="head_tail", description="what the teacher sees of an attempt over rollout.attempt_limit"
+        default="head_tail",
+        description="what the teacher sees of an attempt over rollout.attempt_limit",
     )
     on_leak: Literal["keep", "drop", "mask"] = Field(
         default="keep",
@@ -37,7 +38,9 @@ class RuleTeacherConfig(TeacherConfig):
     """A Python function."""
 
     kind: Literal["rule"] = Field(default="rule", description="a Python function")
-    rule: str = Field(default="builtin", description="module:function(request) -> text, or builtin (molar masses)")
+    rule: str = Field(
+        default="builtin", description="module:function(request) -> text, or builtin (molar masses)"
+    )
 
 
 class RetryTeacherConfig(TeacherConfig):
@@ -50,9 +53,13 @@ class RetryTeacherConfig(TeacherConfig):
 class ModelTeacherConfig(TeacherConfig):
     """What teachers with a language model share."""
 
-    temperature: float = Field(default=0.2, ge=0, le=10, description="sampling temperature, 0 = greedy")
+    temperature: float = Field(
+        default=0.2, ge=0, le=10, description="sampling temperature, 0 = greedy"
+    )
     max_new_tokens: int = Field(default=1024, ge=1, description="longest guidance, teacher tokens")
-    system_prompt: str | None = Field(default=None, description="system message; none = our wording")
+    system_prompt: str | None = Field(
+        default=None, description="system message; none = our wording"
+    )
     user_template: str | None = Field(
         default=None,
         description="with {question} {student_answer} {reference_solution} {ground_truth}; none = our wording",
@@ -82,12 +89,19 @@ class EndpointTeacherConfig(ModelTeacherConfig):
     """An OpenAI-compatible server."""
 
     kind: Literal["endpoint"] = Field(default="endpoint", description="an OpenAI-compatible server")
-    url: str = Field(pattern=r"^https?://[^@?#\s]+$", repr=False, description="base URL, such as HOST/v1")
+    url: str = Field(
+        pattern=r"^https?://[^@?#\s]+$", repr=False, description="base URL, such as HOST/v1"
+    )
     model: str = Field(min_length=1, description="model name sent to the server")
     api_key_env: str | None = Field(
-        default=None, pattern=r"^[A-Z_][A-Z0-9_]*$", repr=False, description="NAME of the variable with the key"
+        default=None,
+        pattern=r"^[A-Z_][A-Z0-9_]*$",
+        repr=False,
+        description="NAME of the variable with the key",
     )
-    timeout_s: float = Field(default=60.0, gt=0, le=3600, description="time limit of one call, seconds")
+    timeout_s: float = Field(
+        default=60.0, gt=0, le=3600, description="time limit of one call, seconds"
+    )
     max_retries: int = Field(default=2, ge=0, le=20, description="repeats of a failed call")
     max_concurrency: int = Field(default=16, ge=1, le=4096, description="calls in flight")
     keep_cut: bool = Field(

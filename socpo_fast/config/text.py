@@ -47,7 +47,9 @@ def sections_of(model: type[BaseModel]) -> dict[str, Kinds]:
     for name, field in model.model_fields.items():
         tag = field.discriminator if isinstance(field.discriminator, str) else ""
         models = get_args(field.annotation) if tag else (cast(Any, field.annotation),)
-        sections[name] = Kinds(tag, {kind.model_fields[tag].default if tag else "": kind for kind in models})
+        sections[name] = Kinds(
+            tag, {kind.model_fields[tag].default if tag else "": kind for kind in models}
+        )
     return sections
 
 
@@ -94,7 +96,9 @@ def rule_of(model: type[BaseModel], name: str) -> str:
     words = []
     for option in schema.get("anyOf", [schema]):
         choices = option.get("enum") or ([option["const"]] if "const" in option else None)
-        limits = " and ".join(f"{word} {option[limit]}" for limit, word in LIMITS.items() if limit in option)
+        limits = " and ".join(
+            f"{word} {option[limit]}" for limit, word in LIMITS.items() if limit in option
+        )
         if choices:
             words.append("one of " + ", ".join(choices) if len(choices) > 1 else choices[0])
         else:
@@ -107,7 +111,9 @@ def _properties(section: type[BaseModel]) -> dict[str, Any]:
     return section.model_json_schema()["properties"]
 
 
-def choose_kinds(model: type[BaseModel], tables: dict[str, Any], overrides: Mapping[str, object]) -> None:
+def choose_kinds(
+    model: type[BaseModel], tables: dict[str, Any], overrides: Mapping[str, object]
+) -> None:
     """Fill in the kind of each section that has some, where a file does not say it.
 
     An override that chooses another kind than the file leaves out what only the file's kind has, so
@@ -121,7 +127,9 @@ def choose_kinds(model: type[BaseModel], tables: dict[str, Any], overrides: Mapp
         chosen = overrides.get(f"{section}.{tag}", in_file)
         if chosen != in_file and chosen in models:
             known = models[str(chosen)].model_fields
-            for key in [key for key in table if key not in known and owners_of(model, f"{section}.{key}")]:
+            for key in [
+                key for key in table if key not in known and owners_of(model, f"{section}.{key}")
+            ]:
                 del table[key]
         table[tag] = chosen
 
@@ -133,7 +141,11 @@ def from_text(model: type[BaseModel], name: str, text: str) -> object:
         return text
     kind: Any = fields[name].annotation
     try:
-        return json.loads(text) if get_origin(kind) is dict else TypeAdapter(kind).validate_strings(text)
+        return (
+            json.loads(text)
+            if get_origin(kind) is dict
+            else TypeAdapter(kind).validate_strings(text)
+        )
     except (ValueError, RecursionError):  # ValidationError is one
         return text
 
@@ -150,8 +162,11 @@ def unknown_key(model: type[BaseModel], name: str) -> str:
 
     That is the same key elsewhere, one that this one only adds a word to, or a similar name.
     """
-    names, key = list(fields_of(model)), name.rpartition(".")[2]
-    akin = [known for known in names if known.rpartition(".")[2] == key or name.startswith(f"{known}_")]
+    names = list(fields_of(model))
+    key = name.rpartition(".")[2]
+    akin = [
+        known for known in names if known.rpartition(".")[2] == key or name.startswith(f"{known}_")
+    ]
     nearest = difflib.get_close_matches(name, akin or names, n=1, cutoff=0.0 if akin else 0.7)
     return f"config: unknown key {name}; " + (
         f"did you mean {nearest[0]}?" if nearest else "socpo train --help lists all"
@@ -169,13 +184,17 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     path = path[1:] if tag else path  # of a section with kinds the kind stands first
     name = ".".join([section, *path[:1]])
     if first["type"].startswith("union_tag"):
-        name, value = f"{section}.{tag}", value.get(tag)
+        name = f"{section}.{tag}"
+        value = value.get(tag)
     if first["type"] == "extra_forbidden":
         if name in fields_of(model):
-            tag, owners = f"{section}.{tag}", " or ".join(owners_of(model, name))
+            tag = f"{section}.{tag}"
+            owners = " or ".join(owners_of(model, name))
             return f"config: {tag} must be {owners} for {name}, got {first['loc'][1]}; set {tag} or leave {name} out"
         # of an unknown table the first key says more: trian -> trian.lr
-        return unknown_key(model, f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name)
+        return unknown_key(
+            model, f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
+        )
     if "." not in name:
         # Not the value itself: what stands in it may be a pasted key or password.
         return f"config: {name} must be a table, got {type(value).__name__}; write [{name}] and key = value lines"

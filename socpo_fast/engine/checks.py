@@ -10,18 +10,30 @@ from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 
 
-def check_settings(page_size: int, max_running: int, token_budget: int, tokens_per_sync: int | None) -> None:
+def check_settings(
+    page_size: int, max_running: int, token_budget: int, tokens_per_sync: int | None
+) -> None:
     """Numbers that an engine could never run with."""
     is_power = page_size >= 1 and page_size.bit_count() == 1
     check_rule("Engine", "page_size", page_size, is_power, "a power of two")
     if min(limits := (max_running, token_budget, tokens_per_sync or 1)) < 1:
-        raise ValueError(f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}")
+        raise ValueError(
+            f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}"
+        )
 
 
-def check_fits(where: str, token_ids: Seq[int], params: SamplingParams, config: ModelConfig, pool: PagePool) -> None:
+def check_fits(
+    where: str, token_ids: Seq[int], params: SamplingParams, config: ModelConfig, pool: PagePool
+) -> None:
     """A context that the vocabulary lacks, or that model or pool can never hold with its new tokens."""
     is_known = len(token_ids) > 0 and min(token_ids) >= 0 and max(token_ids) < config.vocab_size
-    check_rule(where, "token ids", list(token_ids[:8]), is_known, f"non-empty and in [0, {config.vocab_size})")
+    check_rule(
+        where,
+        "token ids",
+        list(token_ids[:8]),
+        is_known,
+        f"non-empty and in [0, {config.vocab_size})",
+    )
     total = len(token_ids) + params.max_new_tokens
     if total > config.max_position_embeddings:
         raise ValueError(
@@ -48,7 +60,9 @@ def check_key(where: str, key: tuple[int, int], in_flight: Counter[RolloutKey]) 
     return name
 
 
-def check_resume(attempt: Attempt, old: Sequence | None, suffix_ids: Seq[int], kept_tokens: int) -> Sequence:
+def check_resume(
+    attempt: Attempt, old: Sequence | None, suffix_ids: Seq[int], kept_tokens: int
+) -> Sequence:
     """Returns the pinned sequence of an attempt that can go on so."""
     if old is None:
         raise ValueError(
@@ -56,7 +70,9 @@ def check_resume(attempt: Attempt, old: Sequence | None, suffix_ids: Seq[int], k
             f"{attempt.rollout_idx} attempt {attempt.attempt_idx}; submit the whole context instead"
         )
     if not suffix_ids:
-        raise ValueError("resume: suffix_ids must be non-empty, got none; the next attempt needs a context of its own")
+        raise ValueError(
+            "resume: suffix_ids must be non-empty, got none; the next attempt needs a context of its own"
+        )
     check_rule(
         "resume",
         "kept_tokens",

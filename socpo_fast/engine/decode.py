@@ -30,7 +30,8 @@ class DecodeLoop:
     """
 
     def __init__(self, runner: Runner, *, max_running: int, max_rounds: int):
-        self.runner, device = runner, runner.device
+        self.runner = runner
+        device = runner.device
         self.ints_4R = torch.zeros(4, max_running, dtype=torch.int64, device=device)
         self.groups_RG = torch.zeros(max_running, GROUP_WIDTH, dtype=torch.int32, device=device)
         self.settings_4R = torch.zeros(4, max_running, device=device)
@@ -39,8 +40,11 @@ class DecodeLoop:
         self.count_N1 = torch.arange(max_rounds, device=device)[:, None]
         self.cu_seqlens = torch.arange(max_running + 1, dtype=torch.int32, device=device)
         self.drawn_3R = torch.zeros(3, max_running, dtype=torch.float64, device=device)
-        self.rounds_WN3R = torch.zeros(2, max_rounds, 3, max_running, dtype=torch.float64, device=device)
-        self.max_running, self.max_pages = max_running, runner.pages_for(runner.student.config.max_position_embeddings)
+        self.rounds_WN3R = torch.zeros(
+            2, max_rounds, 3, max_running, dtype=torch.float64, device=device
+        )
+        self.max_running = max_running
+        self.max_pages = runner.pages_for(runner.student.config.max_position_embeddings)
         self.captures = device.type == "cuda"
         self._tables: dict[int, Tensor] = {}  # by pages a row, so that the rows in use lie densely
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
@@ -55,7 +59,8 @@ class DecodeLoop:
         sequences and has not been read, so the state that it leaves is the one to go on from.
         """
         longest = max(s.attempt_start + s.params.max_new_tokens for s in sequences)
-        rows, pages = self.num_rows(len(sequences)), self._num_pages(longest)
+        rows = self.num_rows(len(sequences))
+        pages = self._num_pages(longest)
         size = rows, pages, any(s.params.is_filtered for s in sequences)
         graph = self._graph(*size) if self.captures else None
         if is_ahead:
@@ -90,7 +95,8 @@ class DecodeLoop:
         return min(pages, self.max_pages)
 
     def _fill_state(self, sequences: list[Sequence], rows: int) -> None:
-        device, ints_4R = self.runner.device, torch.zeros(4, rows, dtype=torch.int64)
+        device = self.runner.device
+        ints_4R = torch.zeros(4, rows, dtype=torch.int64)
         ints_4R[1] = -1
         if sequences:
             state = [(s.token_ids[-1], s.num_cached, s.noise_key, s.num_sampled) for s in sequences]
@@ -117,14 +123,18 @@ class DecodeLoop:
 
     def _table(self, pages: int) -> Tensor:
         if pages not in self._tables:
-            self._tables[pages] = self.ints_4R.new_zeros((self.max_running, pages), dtype=torch.int32)
+            self._tables[pages] = self.ints_4R.new_zeros(
+                (self.max_running, pages), dtype=torch.int32
+            )
         return self._tables[pages]
 
     def _set_places(self, rows: int, pages: int, num_rounds: int) -> None:
         """What the next rounds read beside the tokens themselves, and the state that they leave."""
-        size, table_RM = self.runner.page_size, self._table(pages)[:rows]
+        size = self.runner.page_size
+        table_RM = self._table(pages)[:rows]
         _, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :rows]
-        count_N1, is_live_R = self.count_N1[:num_rounds], positions_R >= 0
+        count_N1 = self.count_N1[:num_rounds]
+        is_live_R = positions_R >= 0
         at_NR = torch.where(is_live_R, positions_R + count_N1, 0)
         page_NR = table_RM.gather(1, (at_NR // size).t()).t()
         slots_NR = torch.where(is_live_R, page_NR.long() * size + at_NR % size, -1)
@@ -147,8 +157,11 @@ class DecodeLoop:
             max_seqlen_k=pages * self.runner.page_size,
             groups_BG=self.groups_RG[:rows] if self.runner.names_groups else None,
         )
-        hidden_RD, settings_4R = self.runner.hidden(step), self.settings_4R[:, :rows]
-        self.drawn_3R[:, :rows] = draw(self.runner.student, hidden_RD, keys_R, settings_4R, is_filtered)
+        hidden_RD = self.runner.hidden(step)
+        settings_4R = self.settings_4R[:, :rows]
+        self.drawn_3R[:, :rows] = draw(
+            self.runner.student, hidden_RD, keys_R, settings_4R, is_filtered
+        )
         token_ids_R.copy_(self.drawn_3R[0, :rows])
 
     def _graph(self, rows: int, pages: int, is_filtered: bool) -> torch.cuda.CUDAGraph:

@@ -66,7 +66,9 @@ class Engine:
         self.kv_cache = kv_cache_size(student, kv_cache_gib, page_size, max_running)
         num_pages = int(self.kv_cache.gib * 2**30) // Runner.page_bytes(student, page_size)
         if num_pages < 1:
-            raise ValueError(f"Engine: kv_cache_gib must hold at least one page, got {kv_cache_gib}; raise it")
+            raise ValueError(
+                f"Engine: kv_cache_gib must hold at least one page, got {kv_cache_gib}; raise it"
+            )
         self.student = student
         self.policy_version = 0
         self._pool = PagePool(num_pages, page_size)
@@ -82,7 +84,9 @@ class Engine:
         )
         self._arrivals = count()
         rounds = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
-        self._steps = StepQueue(self._scheduler, self._runner, self._arrivals, tokens_per_sync=rounds, name=name)
+        self._steps = StepQueue(
+            self._scheduler, self._runner, self._arrivals, tokens_per_sync=rounds, name=name
+        )
         self._prefix: Attempt | None = None  # of which the pages are kept
         self._in_flight: Counter[RolloutKey] = Counter()  # how many rollouts each has
         self._is_lent = False
@@ -104,7 +108,9 @@ class Engine:
     @property
     def max_tokens(self) -> int:
         """The longest context, new tokens included, that the model and the page pool can hold."""
-        return min(self.student.config.max_position_embeddings, self._pool.num_pages * self._pool.page_size)
+        return min(
+            self.student.config.max_position_embeddings, self._pool.num_pages * self._pool.page_size
+        )
 
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
         """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
@@ -115,7 +121,14 @@ class Engine:
             ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or in
                 flight, a request that can never fit, or a block of lend_memory.
         """
-        check_rule("submit", "memory of the engine", "lent", not self._is_lent, "at hand", "leave lend_memory first")
+        check_rule(
+            "submit",
+            "memory of the engine",
+            "lent",
+            not self._is_lent,
+            "at hand",
+            "leave lend_memory first",
+        )
         name = check_key("submit", key, self._in_flight)
         token_ids = list(prompt_ids)
         check_fits("submit", token_ids, params, self.student.config, self._pool)
@@ -138,7 +151,9 @@ class Engine:
 
         They are kept until a sequence needs the room, the weights change or `reset`. The engine must be idle.
         """
-        if (kept := self._kept_prefix()) and kept.token_ids[: kept.attempt_start] == list(token_ids):
+        if (kept := self._kept_prefix()) and kept.token_ids[: kept.attempt_start] == list(
+            token_ids
+        ):
             return
         params = SamplingParams(n=1, temperature=0.0, max_new_tokens=1, eos_ids=(), ignore_eos=True)
         if self._prefix:
@@ -149,7 +164,9 @@ class Engine:
         sequence = self._scheduler.pinned.get(self._prefix) if self._prefix else None
         return sequence if sequence and sequence.pages else None
 
-    def resume(self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int) -> None:
+    def resume(
+        self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int
+    ) -> None:
         """Queue the next attempt of a finished one, behind a prefix of its row and suffix_ids.
 
         The row is what the attempt saw and what it sampled; its first kept_tokens tokens stay. One
@@ -219,15 +236,21 @@ class Engine:
             ValueError: an engine with work, not one different key a prompt, or what submit refuses.
         """
         if self.has_work:
-            raise ValueError("generate: the engine must be idle, got unfinished requests; step until they are done")
+            raise ValueError(
+                "generate: the engine must be idle, got unfinished requests; step until they are done"
+            )
         if keys is None:
             batch = fresh_batch()
             keys = [(batch, q) for q in range(len(prompts))]
         if len(keys) != len(prompts) or len({tuple(key) for key in keys}) != len(keys):
-            raise ValueError(f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}")
+            raise ValueError(
+                f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}"
+            )
         for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
             check_fits("generate", list(prompt_ids), params, self.student.config, self._pool)
-        groups: dict[RolloutKey, list[Attempt]] = {check_key("generate", key, self._in_flight): [] for key in keys}
+        groups: dict[RolloutKey, list[Attempt]] = {
+            check_key("generate", key, self._in_flight): [] for key in keys
+        }
         try:
             for prompt_ids, key in zip(prompts, groups, strict=True):
                 self.submit(prompt_ids, params, key=key)
@@ -272,8 +295,19 @@ class Engine:
 
         Nothing that is written there reaches a result of the engine. It never moves. ValueError: a sequence is in it.
         """
-        num_live = len(self._scheduler.waiting) + len(self._scheduler.running) + len(self._scheduler.pinned)
-        check_rule("lend_memory", "sequences in the engine", num_live, num_live == 0, "none", "release or reset them")
+        num_live = (
+            len(self._scheduler.waiting)
+            + len(self._scheduler.running)
+            + len(self._scheduler.pinned)
+        )
+        check_rule(
+            "lend_memory",
+            "sequences in the engine",
+            num_live,
+            num_live == 0,
+            "none",
+            "release or reset them",
+        )
         self._steps.drop()
         self._is_lent = True
         try:

@@ -5,12 +5,15 @@ class PagePool:
     """`num_pages` pages of `page_size` tokens. A page is free, or held by one or more sequences."""
 
     def __init__(self, num_pages: int, page_size: int):
-        self.num_pages, self.page_size = num_pages, page_size
+        self.num_pages = num_pages
+        self.page_size = page_size
         self.reset()
 
     def reset(self) -> None:
         """Every page is free, whoever held it."""
-        self._free = list(range(self.num_pages - 1, -1, -1))  # a stack: the page freed last is still in cache
+        self._free = list(
+            range(self.num_pages - 1, -1, -1)
+        )  # a stack: the page freed last is still in cache
         self.ref_count = [0] * self.num_pages
 
     @property

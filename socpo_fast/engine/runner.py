@@ -34,8 +34,12 @@ class Runner:
         min_memory_bytes: int = 0,
         stream_priority: int | None = None,
     ):
-        config, weight = student.config, student.lm_head.weight
-        self.student, self.page_size, self.device, self.cascade = student, page_size, weight.device, cascade
+        config = student.config
+        weight = student.lm_head.weight
+        self.student = student
+        self.page_size = page_size
+        self.device = weight.device
+        self.cascade = cascade
         queries = weight.new_empty(0, dtype=computing_dtype(weight))
         self.stream: torch.cuda.Stream | None = None
         if stream_priority is not None and self.device.type == "cuda":
@@ -51,9 +55,13 @@ class Runner:
             self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # torch's, over several lines
             name = "kv_cache_gib" if kv_bytes >= min_memory_bytes else "GiB of min_memory_bytes"
-            raise ValueError(f"Engine: {name} must fit into memory, got {num_bytes / 2**30:.4g}; lower it") from error
+            raise ValueError(
+                f"Engine: {name} must fit into memory, got {num_bytes / 2**30:.4g}; lower it"
+            ) from error
         # Views for good: captured CUDA graphs know their addresses.
-        self.k_cache_LPSKE, self.v_cache_LPSKE = self.memory[:kv_bytes].view(weight.dtype).view(shape)
+        self.k_cache_LPSKE, self.v_cache_LPSKE = (
+            self.memory[:kv_bytes].view(weight.dtype).view(shape)
+        )
         self.caches = list(zip(self.k_cache_LPSKE, self.v_cache_LPSKE, strict=True))
 
         self.bind_weights()
@@ -151,7 +159,9 @@ class Runner:
     def _pack(self, plan: list[tuple[Sequence, int]]) -> Step:
         token_ids: list[int] = []
         lengths_B = np.array([(sequence.num_cached, num_tokens) for sequence, num_tokens in plan])
-        table_BM = np.zeros((len(plan), max(len(sequence.pages) for sequence, _ in plan)), dtype=np.int32)
+        table_BM = np.zeros(
+            (len(plan), max(len(sequence.pages) for sequence, _ in plan)), dtype=np.int32
+        )
         for row, (sequence, num_tokens) in enumerate(plan):
             token_ids += sequence.token_ids[sequence.num_cached : sequence.num_cached + num_tokens]
             table_BM[row, : len(sequence.pages)] = sequence.pages
@@ -161,14 +171,17 @@ class Runner:
         positions_T = np.arange(len(token_ids)) + (starts_B - ends_B + counts_B)[rows_T]
         slots_T = table_BM[rows_T, positions_T // self.page_size].astype(np.int64) * self.page_size
         longs_3T = np.stack((token_ids, positions_T, slots_T + positions_T % self.page_size))
-        seq_lens_B, cu_seqlens_q = starts_B + counts_B, np.insert(ends_B, 0, 0)
+        seq_lens_B = starts_B + counts_B
+        cu_seqlens_q = np.insert(ends_B, 0, 0)
         ints = np.concatenate((table_BM.ravel(), seq_lens_B, cu_seqlens_q)).astype(np.int32)
         token_ids_T, positions_T, slots_T = upload(torch.from_numpy(longs_3T), self.device)
         sizes = [table_BM.size, len(plan), len(plan) + 1]
         table, lens, starts = upload(torch.from_numpy(ints), self.device).split(sizes)
         groups_BG = None
         if self.names_groups and counts_B.max() == 1:
-            groups_BG = upload(torch.from_numpy(prefix_groups(table_BM, seq_lens_B, self.page_size)), self.device)
+            groups_BG = upload(
+                torch.from_numpy(prefix_groups(table_BM, seq_lens_B, self.page_size)), self.device
+            )
         return Step(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
@@ -184,9 +197,11 @@ class Runner:
 
 def fused_weights(layer: Layer) -> list[Tensor | None]:
     """A layer's parameters in the order of torch.ops.socpo.decoder_layer."""
-    attention, mlp = layer.attention, layer.mlp
+    attention = layer.attention
+    mlp = layer.mlp
     norms = [norm if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
     qkv, o, gate_up, down = (
-        [linear.weight, linear.bias] for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down)
+        [linear.weight, linear.bias]
+        for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down)
     )
     return [layer.attention_norm.weight, *qkv, *norms, *o, layer.mlp_norm.weight, *gate_up, *down]

@@ -18,7 +18,8 @@ from socpo_fast.ops.linear_sample import linear_sample_op
 @torch.no_grad()
 def launch_draw(student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]) -> Tensor:
     """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass; [3, len(rows)] fp64."""
-    device, sequences = hidden_BD.device, [sequence for _, sequence in rows]
+    device = hidden_BD.device
+    sequences = [sequence for _, sequence in rows]
     indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
     rows_B, noise_B, position_B = upload(torch.tensor(indices).t().contiguous(), device)
     return draw(

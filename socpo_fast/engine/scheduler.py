@@ -16,7 +16,9 @@ from socpo_fast.types import Attempt, RolloutKey
 
 class Scheduler:
     def __init__(self, pool: PagePool, *, max_running: int, token_budget: int):
-        self.pool, self.max_running, self.token_budget = pool, max_running, token_budget
+        self.pool = pool
+        self.max_running = max_running
+        self.token_budget = token_budget
         self.num_preemptions = 0
         self.reset()
 
@@ -48,7 +50,9 @@ class Scheduler:
             if budget == 0:
                 break
             num_decoding -= sequence.num_pending == 1
-            num_tokens = 1 if sequence.num_pending == 1 else min(sequence.num_pending, budget - num_decoding)
+            num_tokens = (
+                1 if sequence.num_pending == 1 else min(sequence.num_pending, budget - num_decoding)
+            )
             if num_tokens > 0 and self._make_room(sequence, num_tokens):
                 step.append((sequence, num_tokens))
                 budget -= num_tokens
@@ -87,9 +91,11 @@ class Scheduler:
         self.running.remove(root)
         copies = []
         for child in children[1:]:
-            child.pages, child.num_cached = array("i", map(self.pool.share, root.pages)), root.num_cached
+            child.pages = array("i", map(self.pool.share, root.pages))
+            child.num_cached = root.num_cached
             copies += self.own_last_page(child)
-        children[0].pages, children[0].num_cached = root.pages, root.num_cached
+        children[0].pages = root.pages
+        children[0].num_cached = root.num_cached
         for child in children:
             if len(self.running) < self.max_running:
                 insort(self.running, child, key=lambda s: s.priority)

@@ -48,7 +48,9 @@ class Sequence:
     num_rollouts: int = 1
     attempt_idx: int = 0
     policy_version: int = 0
-    pages: "array[int]" = field(default_factory=lambda: array("i"))  # int32: copied into the block table as it is
+    pages: "array[int]" = field(
+        default_factory=lambda: array("i")
+    )  # int32: copied into the block table as it is
     num_cached: int = 0
     logprobs: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
@@ -147,4 +149,6 @@ class Step:
     cu_seqlens_q: Tensor  # [B + 1] int32
     max_seqlen_q: int
     max_seqlen_k: int
-    groups_BG: Tensor | None = None  # int32, of ops/prefix_groups.py: who reads shared pages for whom
+    groups_BG: Tensor | None = (
+        None  # int32, of ops/prefix_groups.py: who reads shared pages for whom
+    )

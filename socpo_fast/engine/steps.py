@@ -57,12 +57,17 @@ class StepQueue:
         tokens_per_sync: int,
         name: str,
     ):
-        self.name, self._collected_s = name, 0.0
-        self._scheduler, self._runner, self._arrivals = scheduler, runner, arrivals
+        self.name = name
+        self._collected_s = 0.0
+        self._scheduler = scheduler
+        self._runner = runner
+        self._arrivals = arrivals
         self.tokens_per_sync = tokens_per_sync
         self.loop: DecodeLoop | None = None
         if tokens_per_sync > 1:
-            self.loop = DecodeLoop(runner, max_running=scheduler.max_running, max_rounds=tokens_per_sync)
+            self.loop = DecodeLoop(
+                runner, max_running=scheduler.max_running, max_rounds=tokens_per_sync
+            )
         self._launched: deque[LaunchedStep] = deque()
         self._forgotten: Readback | None = None  # the last one that was, perhaps still under way
         self.prefill_tokens = self.decode_tokens = 0

@@ -47,9 +47,18 @@ def socratic_episode(
         ValueError: the generator returned no token, or more than max_new_tokens; or the bridge
             has another guidance_limit.
     """
-    limits, guide = Limits(max_new_tokens, max_tokens), as_teacher(teacher)
-    episode = Episode(question, bridge=bridge, grader=grader, options=options, limits=limits, rollout_idx=rollout_idx)
-    rollout, key = episode.rollout, RolloutKey(fresh_batch(), question.question_idx)
+    limits = Limits(max_new_tokens, max_tokens)
+    guide = as_teacher(teacher)
+    episode = Episode(
+        question,
+        bridge=bridge,
+        grader=grader,
+        options=options,
+        limits=limits,
+        rollout_idx=rollout_idx,
+    )
+    rollout = episode.rollout
+    key = RolloutKey(fresh_batch(), question.question_idx)
     while True:
         turn_idx = len(rollout.turns)
         token_ids = list(generate(rollout.context_ids(turn_idx)))
@@ -72,7 +81,8 @@ def socratic_episode(
         )
         if request is None:
             break
-        asked, since = ask(guide, request, options.guidance_timeout_s), time.perf_counter()
+        asked = ask(guide, request, options.guidance_timeout_s)
+        since = time.perf_counter()
         try:
             while not asked.done():
                 if not guide.step():

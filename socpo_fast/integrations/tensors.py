@@ -32,12 +32,16 @@ class PaddedRollouts(NamedTuple):
     loss_mask_BL: Tensor  # bool; True on sampled tokens, each of them in one row only
     logprobs_BL: Tensor  # fp32, nats; the sampler's of the token that stands there, 0 elsewhere
     rewards_BL: Tensor  # fp32; the raw reward of an attempt on its last token, 0 elsewhere
-    advantages_BL: Tensor  # fp32; the attempt's on each of its tokens, 0 elsewhere; NaN: not yet known
+    advantages_BL: (
+        Tensor  # fp32; the attempt's on each of its tokens, 0 elsewhere; NaN: not yet known
+    )
     group_B: Tensor  # int64; question_idx of the row
     attempt_BL: Tensor  # int64; attempt_idx on sampled tokens, -1 elsewhere
 
 
-def pad_rollouts(rollouts: Sequence[Rollout], *, rows: Rows, pad_id: int, on_cut: OnCut = "refuse") -> PaddedRollouts:
+def pad_rollouts(
+    rollouts: Sequence[Rollout], *, rows: Rows, pad_id: int, on_cut: OnCut = "refuse"
+) -> PaddedRollouts:
     """Returns rollouts as rows of [B, L] tensors on the CPU.
 
     Args:
@@ -113,7 +117,9 @@ def socratic_advantages(
     Raises:
         ValueError: an argument breaks the rules above, or those of `ops.credit_attempts`.
     """
-    options = CreditOptions(schedule=schedule, factor=factor, credit=credit, estimator=estimator, eps=eps)
+    options = CreditOptions(
+        schedule=schedule, factor=factor, credit=credit, estimator=estimator, eps=eps
+    )
     check = TensorChecker("socratic_advantages")
     check("token_rewards_BT", token_rewards_BT, WIDE_FLOATS)
     check("mask_BT", mask_BT, (torch.bool, torch.int32, torch.int64))
@@ -125,7 +131,12 @@ def socratic_advantages(
     begins_BT[:, 1:] &= ~is_sampled_BT[:, :-1]
     attempt_idx_BT = begins_BT.cumsum(1) - 1
     early_BT = token_rewards_BT.where(attempt_idx_BT < 0, 0)
-    check.every("token_rewards_BT", early_BT.flatten(), early_BT.flatten() == 0, "0 before a row's first attempt")
+    check.every(
+        "token_rewards_BT",
+        early_BT.flatten(),
+        early_BT.flatten() == 0,
+        "0 before a row's first attempt",
+    )
     attempt_of_token_N = begins_BT.flatten().cumsum(0) - 1
     num_attempts = int(begins_BT.sum())
     rewards_N = token_rewards_BT.flatten().double()
@@ -142,7 +153,9 @@ def socratic_advantages(
         rewards_A, start = gather(rewards_A)
         counts_A3, _ = gather(counts_A3)
     num_tokens_A, group_A, attempt_idx_A = counts_A3.t().contiguous()
-    rollout_idx_A = (attempt_idx_A == 0).cumsum(0)  # attempts stand rollout by rollout, each from 0 on
+    rollout_idx_A = (attempt_idx_A == 0).cumsum(
+        0
+    )  # attempts stand rollout by rollout, each from 0 on
     credited = credit_attempts(
         rewards_A,
         num_tokens_A,
@@ -161,7 +174,8 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tens
     Args:
         x: [A, ..], on a device that the process group's backend can send from; A may differ by rank.
     """
-    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    num_ranks = dist.get_world_size(group)
+    rank = dist.get_rank(group)
     own = torch.tensor([x.shape[0]], device=x.device)
     sizes = [torch.empty_like(own) for _ in range(num_ranks)]
     dist.all_gather(sizes, own, group=group)

@@ -78,7 +78,9 @@ class AccumulatingLinear(torch.autograd.Function):
         ctx.function, kept = (None, x_TD) if source is None else source
         ctx.save_for_backward(kept)
         # Not saved: what checkpointing gives back for a saved weight is another tensor.
-        ctx.weight_ND, ctx.bias_N, ctx.version = weight_ND, bias_N, weight_ND._version
+        ctx.weight_ND = weight_ND
+        ctx.bias_N = bias_N
+        ctx.version = weight_ND._version
         return linear(x_TD, weight_ND, bias_N)
 
     @staticmethod
@@ -86,7 +88,8 @@ class AccumulatingLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, None, None, None]:
         (kept,) = ctx.saved_tensors
         grad_TN = grad_TN.contiguous()
-        weight_ND, bias_N = ctx.weight_ND, ctx.bias_N
+        weight_ND = ctx.weight_ND
+        bias_N = ctx.bias_N
         if weight_ND._version != ctx.version:
             raise RuntimeError(
                 "accumulating: a weight must stay as it was until the backward, got one that was "
@@ -129,7 +132,9 @@ class RotatedTreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
         qkv_TXE, *of_attention = ctx.saved_tensors
         qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
-        grads = tree_attention_backward_op(grad_THE, *qkv, *ctx.mask, *of_attention, ctx.scale, ctx.impl)
+        grads = tree_attention_backward_op(
+            grad_THE, *qkv, *ctx.mask, *of_attention, ctx.scale, ctx.impl
+        )
         del qkv  # before there is a gradient as large
         grad_TXE, of_weights = rotary_qkv_backward_op(*grads, qkv_TXE, *ctx.rope, ctx.impl)
         return grad_TXE, None, None, *(of_weights.unbind() or (None, None)), *[None] * 5

@@ -54,7 +54,9 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     llama3_rope: Llama3Rope | None = None
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as read, for saving
+    raw: Mapping[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # config.json as read, for saving
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], *, where: str) -> Self:
@@ -74,7 +76,9 @@ class ModelConfig:
         """
         architecture = _architecture(raw, where)
         _refuse_unsupported(raw, architecture, where)
-        is_llama, is_qwen2, is_qwen3 = (architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3"))
+        is_llama, is_qwen2, is_qwen3 = (
+            architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3")
+        )
         fields = _set_fields(raw)
         hidden_size = _read(fields, "hidden_size", int, where)
         num_heads = _read(fields, "num_attention_heads", int, where)
@@ -115,13 +119,18 @@ class ModelConfig:
 
     def inverse_frequencies(self) -> Tensor:
         """[E / 2] fp32: theta ** (-2 i / E), stretched by llama3_rope. Made on the CPU: all devices share it."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float() / self.head_dim
+        exponents = (
+            torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float()
+            / self.head_dim
+        )
         inv_freq = 1.0 / self.rope_theta**exponents
         if self.llama3_rope is None:
             return inv_freq
         factor, low, high, original_length = self.llama3_rope
         turns = original_length * inv_freq / (2 * math.pi)  # full turns within the original context
-        blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, divided by factor; 1: fast, kept
+        blend = ((turns - low) / (high - low)).clamp(
+            0, 1
+        )  # 0: slow, divided by factor; 1: fast, kept
         return inv_freq * (blend + (1 - blend) / factor)
 
 
@@ -229,7 +238,9 @@ def _read(raw: Mapping[str, Any], name: str, kind: type[_Kind], where: str) -> _
 
 def _present(raw: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in raw:
-        raise ValueError(f"{where}: {name} is missing; add it with the value the model was trained with")
+        raise ValueError(
+            f"{where}: {name} is missing; add it with the value the model was trained with"
+        )
     return raw[name]
 
 

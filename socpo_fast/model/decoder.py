@@ -78,7 +78,9 @@ class Decoder(nn.Module):
         delta_TD = None
         for layer_idx, layer in enumerate(self.layers):
             if checkpointing and torch.is_grad_enabled():
-                x_TD, delta_TD = checkpoint(layer, layer_idx, x_TD, delta_TD, tables, attend, use_reentrant=False)
+                x_TD, delta_TD = checkpoint(
+                    layer, layer_idx, x_TD, delta_TD, tables, attend, use_reentrant=False
+                )
             else:
                 x_TD, delta_TD = layer(layer_idx, x_TD, delta_TD, tables, attend)
         return self.norm(delta_TD, x_TD)[0]
@@ -112,18 +114,27 @@ def packed_forward(
     Raises:
         ValueError: the tree breaks the rules of ops.TreeMask.
     """
-    config, device = student.config, student.lm_head.weight.device
+    config = student.config
+    device = student.lm_head.weight.device
     mask = tree if isinstance(tree, TreeMask) else TreeMask.of(tree, where="packed_forward")
-    mask, scale = mask.to(device), config.head_dim**-0.5
+    mask = mask.to(device)
+    scale = config.head_dim**-0.5
 
     def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
         picked = pick_tree_impl(impl, qkv_TXE)
         if picked != "ref" and is_accumulating():
-            return RotatedTreeAttention.apply(qkv_TXE, *rope, mask, config.num_kv_heads, scale, picked)
+            return RotatedTreeAttention.apply(
+                qkv_TXE, *rope, mask, config.num_kv_heads, scale, picked
+            )
         q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_TXE, rope, config.num_kv_heads)
         return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=scale, impl=impl)
 
-    hidden_TD = student(upload(token_ids_T, device), upload(positions_T, device), attend, checkpointing=checkpointing)
+    hidden_TD = student(
+        upload(token_ids_T, device),
+        upload(positions_T, device),
+        attend,
+        checkpointing=checkpointing,
+    )
     return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU
 
 
@@ -155,7 +166,9 @@ class Layer(nn.Module):
         else:
             normed_TD, x_TD = self.attention_norm(delta_TD, x_TD)
         source = self.attention_norm.source_of(x_TD)
-        normed_TD, x_TD = self.mlp_norm(self.attention(layer_idx, normed_TD, tables, attend, source), x_TD)
+        normed_TD, x_TD = self.mlp_norm(
+            self.attention(layer_idx, normed_TD, tables, attend, source), x_TD
+        )
         return x_TD, self.mlp(normed_TD, self.mlp_norm.source_of(x_TD))
 
 
@@ -189,7 +202,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.gate_up = Linear(
+            config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias
+        )
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor, source: Source | None = None) -> Tensor:
@@ -220,7 +235,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         return rms_norm(x, self.weight, eps=self.eps, residual_TD=residual)

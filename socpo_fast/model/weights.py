@@ -25,15 +25,36 @@ from socpo_fast.ops._checks import check_rule, check_word
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; anything else is a quantised or foreign format
-INDEX, SINGLE, PICKLES = "model.safetensors.index.json", "model.safetensors", ("*.bin", "*.pt", "*.pth")
+STORED_DTYPES = (
+    "F64",
+    "F32",
+    "BF16",
+    "F16",
+)  # safetensors' names; anything else is a quantised or foreign format
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ),
+    *(
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+    ),
 )
 
 
-def load_student(folder: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Decoder:
+def load_student(
+    folder: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> Decoder:
     """The decoder in a Hugging Face folder, ready for training or rollout.
 
     Args:
@@ -57,7 +78,9 @@ def load_student(folder: str | Path, *, dtype: str = "float32", device: str | to
         "a local Hugging Face folder",
         "download it first",
     )
-    config = ModelConfig.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    config = ModelConfig.from_hf(
+        read_json(folder / "config.json"), where=str(folder / "config.json")
+    )
     with torch.device("meta"):  # shapes only: no storage, no random initialisation
         student = Decoder(config).to(DTYPES[dtype])
     with ExitStack() as stack:
@@ -75,7 +98,9 @@ def load_student(folder: str | Path, *, dtype: str = "float32", device: str | to
     return student
 
 
-def save_student(student: Decoder, folder: str | Path, *, tokenizer_from: str | Path | None = None) -> None:
+def save_student(
+    student: Decoder, folder: str | Path, *, tokenizer_from: str | Path | None = None
+) -> None:
     """Write a Hugging Face folder that transformers' `from_pretrained` and `load_student` read.
 
     Args:
@@ -112,11 +137,17 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
         files = [folder / SINGLE]
     elif (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(Path(str(file)).name == file for file in weight_map.values()):
-            raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names of this folder")
+        if not isinstance(weight_map, dict) or not all(
+            Path(str(file)).name == file for file in weight_map.values()
+        ):
+            raise ValueError(
+                f"{folder / INDEX}: weight_map must map tensor names to file names of this folder"
+            )
         files = [folder / file for file in sorted(set(weight_map.values()))]
     elif any(any(folder.glob(pattern)) for pattern in PICKLES):
-        raise ValueError(f"{folder}: weights must be safetensors, got pickle files; convert them with save_pretrained")
+        raise ValueError(
+            f"{folder}: weights must be safetensors, got pickle files; convert them with save_pretrained"
+        )
     else:
         raise ValueError(f"{folder}: {SINGLE} is missing, and so is {INDEX}")
     stored: dict[str, Any] = {}
@@ -126,7 +157,9 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
         try:
             handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
         except SafetensorError as error:
-            raise ValueError(f"{file}: must be a safetensors file, got {error}; download it again") from error
+            raise ValueError(
+                f"{file}: must be a safetensors file, got {error}; download it again"
+            ) from error
         for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping, it cannot be iterated
             if name in stored:
                 raise ValueError(f"{file}: {name} must be stored once, got it in a second file")
@@ -145,19 +178,31 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
     has_tied_head = student.config.tie_word_embeddings and "lm_head.weight" in stored
     if has_tied_head:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    missing = sorted(expected.keys() - stored.keys())
+    extra = sorted(stored.keys() - expected.keys())
     if missing:
-        raise ValueError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); config.json asks for it")
+        raise ValueError(
+            f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); config.json asks for it"
+        )
     if extra:
-        raise ValueError(f"{folder}: tensor {extra[0]} is extra ({len(extra)} in all); config.json names no such one")
+        raise ValueError(
+            f"{folder}: tensor {extra[0]} is extra ({len(extra)} in all); config.json names no such one"
+        )
     for name, shape in expected.items():
         header = stored[name].get_slice(name)
         if header.get_shape() != shape:
-            raise ValueError(f"{folder}: tensor {name} must be {shape} by config.json, got {header.get_shape()}")
+            raise ValueError(
+                f"{folder}: tensor {name} must be {shape} by config.json, got {header.get_shape()}"
+            )
         if header.get_dtype() not in STORED_DTYPES:
-            raise ValueError(f"{folder}: tensor {name} must be of {'|'.join(STORED_DTYPES)}, got {header.get_dtype()}")
+            raise ValueError(
+                f"{folder}: tensor {name} must be of {'|'.join(STORED_DTYPES)}, got {header.get_dtype()}"
+            )
     if has_tied_head:
-        embed_VD, head_VD = (stored[name].get_tensor(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        embed_VD, head_VD = (
+            stored[name].get_tensor(name)
+            for name in ("model.embed_tokens.weight", "lm_head.weight")
+        )
         if not torch.equal(head_VD.to(embed_VD.dtype), embed_VD):
             raise ValueError(
                 f"{folder}: tensor lm_head.weight must equal model.embed_tokens.weight under tie_word_embeddings, got "
@@ -168,11 +213,18 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
 def _raw_config(student: Decoder) -> tuple[dict[str, Any], torch.dtype]:
     """The config.json to write back, without a dtype, and the parameters' dtype."""
     raw = dict(student.config.raw)
-    if not raw or ModelConfig.from_hf(raw, where="save_student: student.config.raw") != student.config:
-        raise ValueError("save_student: student.config must agree with its .raw; build it with ModelConfig.from_hf")
+    if (
+        not raw
+        or ModelConfig.from_hf(raw, where="save_student: student.config.raw") != student.config
+    ):
+        raise ValueError(
+            "save_student: student.config must agree with its .raw; build it with ModelConfig.from_hf"
+        )
     dtypes = {parameter.dtype for parameter in student.parameters()}
     if len(dtypes) != 1:
-        raise ValueError(f"save_student: parameters must share one dtype, got {sorted(map(str, dtypes))}")
+        raise ValueError(
+            f"save_student: parameters must share one dtype, got {sorted(map(str, dtypes))}"
+        )
     raw.pop("torch_dtype", None)  # the older name of dtype
     return raw, dtypes.pop()
 
@@ -200,9 +252,13 @@ def _write_shards(student: Decoder, folder: Path) -> None:
         max_shard_size=SHARD_BYTES,
     )
     for file, parts in plan.filename_to_tensors.items():
-        save_file({part: views[part].cpu() for part in parts}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {part: views[part].cpu() for part in parts}, folder / file, metadata={"format": "pt"}
+        )
     if plan.is_sharded:
-        _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        _write_json(
+            folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        )
 
 
 _MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking order

@@ -31,9 +31,12 @@ class TensorChecker:
                 f"{self.where}: {name} must be a whole tensor, got a DTensor, which may be a shard of "
                 "one; call its full_tensor()"
             )
-        letters, sizes = name.rpartition("_")[2], dict(self.sizes)
+        letters = name.rpartition("_")[2]
+        sizes = dict(self.sizes)
         fits = x.dtype in dtypes and len(x.shape) == len(letters)
-        if not fits or any(sizes.setdefault(c, size) != size for c, size in zip(letters, x.shape, strict=True)):
+        if not fits or any(
+            sizes.setdefault(c, size) != size for c, size in zip(letters, x.shape, strict=True)
+        ):
             rule = "/".join(_dtype_name(dtype) for dtype in dtypes)
             shapes = ", ".join(f"{c}={self.sizes[c]}" if c in self.sizes else c for c in letters)
             got = f"{_dtype_name(x.dtype)} {list(x.shape)}"
@@ -42,7 +45,9 @@ class TensorChecker:
         if self.device is None:
             self.device = x.device
         elif x.device != self.device:
-            raise ValueError(f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there first")
+            raise ValueError(
+                f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there first"
+            )
 
     def each(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
         """Several of the same dtypes, by their names."""
@@ -56,13 +61,17 @@ class TensorChecker:
     def flat(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         """One that is contiguous, of any shape, by its numbers in a row."""
         if isinstance(x, Tensor):
-            check_rule(self.where, f"strides of {name}", x.stride(), x.is_contiguous(), "contiguous")
+            check_rule(
+                self.where, f"strides of {name}", x.stride(), x.is_contiguous(), "contiguous"
+            )
             x = x.view(-1)
         self(name, x, dtypes)
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
         """Every entry in [0, size)."""
-        if not has_no_values(index):  # under torch.compile a written-out size would become a constant
+        if not has_no_values(
+            index
+        ):  # under torch.compile a written-out size would become a constant
             self.every(name, index, (index >= 0) & (index < size), f"in [0, {size})")
 
     def finite(self, name: str, x: Tensor, *, at_least: float | None = None) -> None:
@@ -83,7 +92,9 @@ class TensorChecker:
             torch._assert_async(holds.all(), f"{self.where}: {name} must be {rule}")
         elif not holds.all():
             place = int((~holds).int().argmax())
-            raise ValueError(f"{self.where}: {name} must be {rule}, got {x[place].item()} at {place}")
+            raise ValueError(
+                f"{self.where}: {name} must be {rule}, got {x[place].item()} at {place}"
+            )
 
 
 def has_no_values(x: Tensor) -> bool:
@@ -129,7 +140,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not is_autocasting(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+    return tuple(
+        tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+    )
 
 
 def check_rule(

@@ -66,7 +66,9 @@ def _fake(
     targets_N: Tensor,
     *_: Any,
 ) -> Any:
-    return tuple(hidden_TD.new_empty(targets_N.shape, dtype=wide_dtype(hidden_TD)) for _ in range(3))
+    return tuple(
+        hidden_TD.new_empty(targets_N.shape, dtype=wide_dtype(hidden_TD)) for _ in range(3)
+    )
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
@@ -165,7 +167,10 @@ def _backward_fake(
     weight_VD: Tensor,
     *rest: Any,
 ) -> Any:
-    return tuple(hidden_TD.new_empty(shape) for shape in shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1]))
+    return tuple(
+        hidden_TD.new_empty(shape)
+        for shape in shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
+    )
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets"

@@ -124,7 +124,12 @@ def _kernel(
     needs_advantage = not all_rows and entropy_coef == 0 and kl_coef == 0
     scored_N = has_loss_N & (advantages_N != 0) if needs_advantage else has_loss_N
     wanted_N = has_target_N if all_rows else scored_N
-    by_row = row_indices(rows_N, targets_N), targets_N.clamp(min=0), weights_N.where(scored_N, 0), inv_temperature_N
+    by_row = (
+        row_indices(rows_N, targets_N),
+        targets_N.clamp(min=0),
+        weights_N.where(scored_N, 0),
+        inv_temperature_N,
+    )
     logprobs = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
     rows = _Rows(*keep_wanted(wanted_N, *by_row, advantages_N, *logprobs))
     clips = clip_low, clip_high, dual_clip
@@ -143,7 +148,8 @@ def _kernel(
     run = kernels_of("linear_policy_loss", impl)
     values = [head.logits.new_empty((6, 0))]
     for part in head.chunks():
-        logits, chunk = head.project(part), rows.of(part)
+        logits = head.project(part)
+        chunk = rows.of(part)
         if old_logprobs_N is None:
             old = run.logprob_rows(logits, chunk.targets_N, chunk.inv_temperature_N)[0]
             chunk = chunk._replace(old_logprobs_N=old)
@@ -180,7 +186,12 @@ def _fake(
     targets_N: Tensor,
     *rest: Any,
 ) -> Any:
-    shapes = (), (), (3, targets_N.shape[0]), *shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
+    shapes = (
+        (),
+        (),
+        (3, targets_N.shape[0]),
+        *shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1]),
+    )
     return tuple(hidden_TD.new_empty(shape, dtype=wide_dtype(hidden_TD)) for shape in shapes)
 
 

@@ -26,7 +26,9 @@ CPU_WORKSPACE_MIB = 208.0
 GPU_WORKSPACE_MIB = 2048.0
 MIN_ROWS = 16
 NO_TARGET = -100  # stands among the targets for a row without loss, as in torch's cross_entropy
-_CPU_CHUNK_ROWS = 512  # measured: with fewer, dweight goes by too often; with more, fresh memory costs as much
+_CPU_CHUNK_ROWS = (
+    512  # measured: with fewer, dweight goes by too often; with more, fresh memory costs as much
+)
 Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias need a gradient
 
 
@@ -140,13 +142,17 @@ class ChunkedHead:
         needs_grad: Needs = (False, False, False),
         moves_rows_up: bool,
     ):
-        self.hidden_TD, self.rows_N, self.tanh_scale = hidden_TD, rows_N, tanh_scale
-        self.wide, (vocab, width) = wide_dtype(hidden_TD), weight_VD.shape
+        self.hidden_TD = hidden_TD
+        self.rows_N = rows_N
+        self.tanh_scale = tanh_scale
+        self.wide = wide_dtype(hidden_TD)
+        (vocab, width) = weight_VD.shape
         # a CPU has no fast bf16 arithmetic, so there everything is wide
         self.factor_dtype = hidden_TD.dtype if hidden_TD.is_cuda else self.wide
         self.weight_VD = weight_VD.to(self.factor_dtype)
         self.bias_V = None if bias_V is None else bias_V.to(self.wide)
-        dtypes, is_capped = (self.wide, self.factor_dtype), tanh_scale is not None
+        dtypes = (self.wide, self.factor_dtype)
+        is_capped = tanh_scale is not None
         self.chunk_rows = rows_per_chunk(
             vocab,
             width,
@@ -159,7 +165,9 @@ class ChunkedHead:
         buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()))
         self.logits = hidden_TD.new_empty((buffer_rows, vocab), dtype=self.wide)
         is_apart = (self.factor_dtype != self.wide or is_capped) and any(needs_grad)
-        self.grad_logits = torch.empty_like(self.logits, dtype=self.factor_dtype) if is_apart else self.logits
+        self.grad_logits = (
+            torch.empty_like(self.logits, dtype=self.factor_dtype) if is_apart else self.logits
+        )
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_grad
         self.needs_any = any(needs_grad)
         shapes = shapes_of_gradients(hidden_TD, weight_VD, needs_grad)
@@ -194,10 +202,13 @@ class ChunkedHead:
 
     def backward(self, part: slice, no_grad: Tensor) -> None:
         """Adds the chunk's part to the gradients, from self.grad_logits; no_grad [n] is True where those are 0."""
-        num_rows, has_grad = no_grad.numel(), ~no_grad if self.moves_rows_up else None
+        num_rows = no_grad.numel()
+        has_grad = ~no_grad if self.moves_rows_up else None
         if self.tanh_scale is not None:  # d tanh(s u) / du = s - s tanh^2; the logits are done with
             slope = self.logits[:num_rows].square_().mul_(-self.tanh_scale).add_(self.tanh_scale)
-            self.grad_logits[:num_rows] *= slope.masked_fill_(no_grad[:, None], 0)  # 0 * nan is not 0
+            self.grad_logits[:num_rows] *= slope.masked_fill_(
+                no_grad[:, None], 0
+            )  # 0 * nan is not 0
         if has_grad is None:
             self.x[:num_rows].masked_fill_(no_grad[:, None], 0)
         else:
@@ -206,8 +217,10 @@ class ChunkedHead:
         if num_rows == 0:
             return
         size = max(num_rows, MIN_ROWS)
-        self.grad_logits[num_rows:size], self.x[num_rows:size] = 0, 0
-        grad, x = self.grad_logits[:size], self.x[:size]
+        self.grad_logits[num_rows:size] = 0
+        self.x[num_rows:size] = 0
+        grad = self.grad_logits[:size]
+        x = self.x[:size]
         if self.needs_weight:
             matmul_(self.grad_weight_VD, grad.T, x, accumulate=self.has_products)
             self.has_products = True
@@ -229,8 +242,11 @@ class ChunkedHead:
         if not self.has_products:
             self.grad_weight_VD.zero_()
         if self.needs_hidden and not self.moves_rows_up:
-            sum_rows, num_rows = kernels_of("sum_rows", "triton").sum_rows, self.rows_N.numel()
-            self.grad_hidden_TD = sum_rows(self.dx_ND[:num_rows], self.rows_N, self.hidden_TD.shape[0])
+            sum_rows = kernels_of("sum_rows", "triton").sum_rows
+            num_rows = self.rows_N.numel()
+            self.grad_hidden_TD = sum_rows(
+                self.dx_ND[:num_rows], self.rows_N, self.hidden_TD.shape[0]
+            )
         return [self.grad_hidden_TD, self.grad_weight_VD, self.grad_bias_V]
 
     def _move_up(self, has_grad: Tensor, order: Tensor) -> int:
@@ -239,8 +255,11 @@ class ChunkedHead:
         holes = (~has_grad[:count]).nonzero()[:, 0]
         movers = has_grad[count:].nonzero()[:, 0] + count
         for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
-            self.grad_logits[hole] = self.grad_logits[mover]  # one by one: together they would need a second chunk
-        self.x[holes], order[holes] = self.x[movers], movers
+            self.grad_logits[hole] = self.grad_logits[
+                mover
+            ]  # one by one: together they would need a second chunk
+        self.x[holes] = self.x[movers]
+        order[holes] = movers
         return count
 
 
@@ -255,7 +274,8 @@ def add_rows_(out_TD: Tensor, rows_N: Tensor, x_ND: Tensor) -> None:
 def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b, summed in the dtype of out."""
     if out.device.type == "cpu":  # whose products are in one dtype
-        a, b = a.to(out.dtype), b.to(out.dtype)
+        a = a.to(out.dtype)
+        b = b.to(out.dtype)
     if out.device.type == "cpu" and extension_is_built():
         torch.ops.socpo.matmul_(out, a, b, accumulate)
     elif a.dtype == out.dtype:

@@ -54,7 +54,8 @@ def pick_impl(op: str, impl: str, x: Tensor) -> str:
         ValueError: `impl` does not exist for this op and dtype, or does not run on this device.
         RuntimeError: the extension is not built, or triton not installed.
     """
-    device, dtypes = x.device.type, IMPLS[op]
+    device = x.device.type
+    dtypes = IMPLS[op]
     if impl == "auto":
         fastest = FASTEST.get(device, "ref")
         return fastest if x.dtype in dtypes.get(fastest, ()) and _IS_THERE[fastest] else "ref"

@@ -57,7 +57,11 @@ def define_op(
     LIBRARY.impl(name, kernel_alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"socpo_fast::{name}", fake, lib=LIBRARY)
     # Without a derivative the dispatcher passes autograd by, which is a call of Python less.
-    autograd_kernel = torch.library.fallthrough_kernel if derivative is None else _autograd_kernel(op, *derivative)
+    autograd_kernel = (
+        torch.library.fallthrough_kernel
+        if derivative is None
+        else _autograd_kernel(op, *derivative)
+    )
     LIBRARY.impl(name, autograd_kernel, "Autograd")
     return op
 
@@ -82,7 +86,9 @@ def _autograd_kernel(op: Any, save: Callable, backward: Callable) -> Callable:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return Differentiable.apply(*inputs)
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        if forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(x).tangent is not None for x in tensors
+        ):
             raise NotImplementedError(f"{op}: has no derivative in forward mode; use impl='ref'")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)

@@ -170,7 +170,9 @@ def adamw(
         check.flat(name, x, wide)
     needs_low_bits = param.dtype == torch.bfloat16
     rule = f"{'a tensor' if needs_low_bits else 'None'} for a param of {param.dtype}"
-    check_rule("adamw", "low_bits", type(low_bits).__name__, (low_bits is not None) == needs_low_bits, rule)
+    check_rule(
+        "adamw", "low_bits", type(low_bits).__name__, (low_bits is not None) == needs_low_bits, rule
+    )
     if low_bits is not None:
         check.flat("low_bits_N", low_bits, (torch.int16,))
     check.optional(wide, scale_=scale)
@@ -184,7 +186,16 @@ def adamw(
     for name, value, holds, rule in rules:
         check_rule("adamw", name, value, holds, rule)
     factors = StepFactors.of(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step)
-    _adamw(param, low_bits, exp_avg, exp_avg_sq, grad, scale, list(factors), pick_impl("adamw", impl, param))
+    _adamw(
+        param,
+        low_bits,
+        exp_avg,
+        exp_avg_sq,
+        grad,
+        scale,
+        list(factors),
+        pick_impl("adamw", impl, param),
+    )
 
 
 def _kernel(

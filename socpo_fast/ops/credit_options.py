@@ -55,7 +55,8 @@ class CreditOptions:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        where, factor = "CreditOptions", self.factor
+        where = "CreditOptions"
+        factor = self.factor
         check_word(where, "schedule", self.schedule, tuple(SCHEDULES))
         check_word(where, "credit", self.credit, get_args(CreditTo))
         check_word(where, "estimator", self.estimator, tuple(ESTIMATORS))
@@ -70,7 +71,9 @@ class CreditOptions:
                 f"in [0, 1] with schedule {self.schedule}",
             )
         else:
-            check_rule(where, "factor", factor, factor is None, f"None with schedule {self.schedule}")
+            check_rule(
+                where, "factor", factor, factor is None, f"None with schedule {self.schedule}"
+            )
         if self.baseline_group == "question_attempt":
             warnings.warn(
                 "compute_advantages: baseline_group question_attempt compares guided attempts with guided "
@@ -83,4 +86,6 @@ class CreditOptions:
         factor_of = SCHEDULES[self.schedule].factor_of
         if factor_of is None:
             return None
-        return [factor_of(n, 1.0 if self.factor is None else self.factor) for n in range(num_factors)]
+        return [
+            factor_of(n, 1.0 if self.factor is None else self.factor) for n in range(num_factors)
+        ]

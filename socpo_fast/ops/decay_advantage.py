@@ -28,7 +28,9 @@ from socpo_fast.ops.credit_options import CreditOptions
 from socpo_fast.registries import ESTIMATORS, Baseline, Estimator
 
 WHITEN_EPS = 1e-8
-MAX_ATTEMPTS = 256  # of a rollout: an index of another kind given by mistake would be a table of its size
+MAX_ATTEMPTS = (
+    256  # of a rollout: an index of another kind given by mistake would be a table of its size
+)
 _REWARDS_ONLY = Estimator(baseline="none")
 
 
@@ -65,7 +67,8 @@ def credit_attempts_ref(
     if keys_GA is not None:
         group_A = keys_GA.unique(dim=1, return_inverse=True)[1]
         count_A = group_A.bincount()[group_A].double()
-        sum_A, others_A = group_A.bincount(x_A)[group_A], (count_A - 1).clamp(min=1)
+        sum_A = group_A.bincount(x_A)[group_A]
+        others_A = (count_A - 1).clamp(min=1)
         baseline_A = (sum_A - x_A) / others_A if estimator.baseline == "others" else sum_A / count_A
         x_A = torch.where(count_A == 1, x_A, x_A - baseline_A)
         if estimator.divides_by_std:
@@ -109,14 +112,17 @@ def credit_attempts(
 
     Gradient: none. Bitwise: same inputs, same bits. No [A, length] tensor.
     """
-    where, estimator = "compute_advantages", ESTIMATORS[options.estimator]
+    where = "compute_advantages"
+    estimator = ESTIMATORS[options.estimator]
     check = TensorChecker(where)
     num_factors = _check_rewards(check, rewards_A, attempt_idx_A, options)
     check.each(INDEX, num_tokens_A=num_tokens_A, question_idx_A=question_idx_A)
     check.finite("num_tokens_A", num_tokens_A, at_least=0)
     rollouts_2A = None
     if options.credit == "trajectory":
-        check_rule(where, "rollout_idx_A", None, rollout_idx_A is not None, "given with credit trajectory")
+        check_rule(
+            where, "rollout_idx_A", None, rollout_idx_A is not None, "given with credit trajectory"
+        )
         assert rollout_idx_A is not None
         check("rollout_idx_A", rollout_idx_A, INDEX)
         rollouts_2A = torch.stack((question_idx_A, rollout_idx_A))
@@ -129,10 +135,23 @@ def credit_attempts(
             f"{where}: num_tokens_A must sum to at least 2 to be whitened "
             f"({options.estimator}), got 1; use a larger batch"
         )
-    keys = (question_idx_A, attempt_idx_A) if options.baseline_group == "question_attempt" else (question_idx_A,)
+    keys = (
+        (question_idx_A, attempt_idx_A)
+        if options.baseline_group == "question_attempt"
+        else (question_idx_A,)
+    )
     keys_GA = None if estimator.baseline == "none" else torch.stack(keys)
     credit = _run(
-        where, impl, options, num_factors, estimator, rewards_A, attempt_idx_A, num_tokens_A, keys_GA, rollouts_2A
+        where,
+        impl,
+        options,
+        num_factors,
+        estimator,
+        rewards_A,
+        attempt_idx_A,
+        num_tokens_A,
+        keys_GA,
+        rollouts_2A,
     )
     if has_tokens:
         return credit
@@ -159,9 +178,12 @@ def decay_rewards(
 
     Gradient: none. Bitwise: same inputs, same bits.
     """
-    where, options = "decay_rewards", CreditOptions(schedule=schedule, factor=factor)
+    where = "decay_rewards"
+    options = CreditOptions(schedule=schedule, factor=factor)
     num_factors = _check_rewards(TensorChecker(where), rewards_A, attempt_idx_A, options)
-    return _run(where, impl, options, num_factors, _REWARDS_ONLY, rewards_A, attempt_idx_A).rewards_A
+    return _run(
+        where, impl, options, num_factors, _REWARDS_ONLY, rewards_A, attempt_idx_A
+    ).rewards_A
 
 
 def _run(
@@ -218,7 +240,15 @@ def _kernel(
     tensors = num_tokens_A, keys_GA, last_A
     if impl != "ref":
         return kernels_of("decay_advantage", impl).decay_advantage(
-            raw_A, attempt_idx_A, *tensors, factors, num_factors, baseline, divides_by_std, whitens, eps
+            raw_A,
+            attempt_idx_A,
+            *tensors,
+            factors,
+            num_factors,
+            baseline,
+            divides_by_std,
+            whitens,
+            eps,
         )
     credit = credit_attempts_ref(
         raw_A.cpu(),
@@ -246,7 +276,9 @@ _credit_attempts = define_op(
 )
 
 
-def _check_rewards(check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tensor, options: CreditOptions) -> int:
+def _check_rewards(
+    check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tensor, options: CreditOptions
+) -> int:
     """The number of attempt indices up to the largest; 0 for an empty batch."""
     check("rewards_A", rewards_A, WIDE_FLOATS)
     check("attempt_idx_A", attempt_idx_A, INDEX)
@@ -278,7 +310,8 @@ def _batch_means(raw_A: Tensor, attempt_idx_A: Tensor, num_factors: int) -> list
     sums = attempt_idx_A.bincount(raw_A, num_factors).tolist()
     counts = attempt_idx_A.bincount(minlength=num_factors).tolist()
     factors: list[float] = []
-    decayed_sum, count = 0.0, 0
+    decayed_sum = 0.0
+    count = 0
     for n in range(num_factors):
         factors.append(decayed_sum / count if n > 0 else 1.0)
         decayed_sum += factors[n] * sums[n]

@@ -17,13 +17,17 @@ from socpo_fast.ops._register import define_op
 
 
 def linear_ref(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    missing = MIN_ROWS - x_TD.shape[0] if x_TD.is_cpu else 0  # below it a library GEMM's bits depend on the rows
+    missing = (
+        MIN_ROWS - x_TD.shape[0] if x_TD.is_cpu else 0
+    )  # below it a library GEMM's bits depend on the rows
     padded_TD = F.pad(x_TD, (0, 0, 0, missing)) if missing > 0 else x_TD
     bias_N = bias_N if bias_N is None else bias_N.to(x_TD.dtype)
     return F.linear(padded_TD, weight_ND.to(x_TD.dtype), bias_N)[: x_TD.shape[0]]
 
 
-def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+def linear(
+    x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor:
     """One linear layer.
 
         out[t, n] = sum_d x[t, d] weight[n, d] + bias[n]

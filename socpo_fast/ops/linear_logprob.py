@@ -255,7 +255,9 @@ def check_head(
             "finite and > 0",
         )
     for name, value in (("workspace_mib", workspace_mib), ("softcap", softcap)):
-        check_rule(check.where, name, value, value is None or 0 < value < torch.inf, "finite and > 0")
+        check_rule(
+            check.where, name, value, value is None or 0 < value < torch.inf, "finite and > 0"
+        )
     check_rule(
         check.where,
         "logit_scale",

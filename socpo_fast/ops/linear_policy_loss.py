@@ -58,12 +58,15 @@ def linear_policy_loss_ref(
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
-    logprobs_N, entropy_N = linear_logprob_ref(hidden_TD, weight_VD, targets_N.where(scored_N, NO_TARGET), **head)
+    logprobs_N, entropy_N = linear_logprob_ref(
+        hidden_TD, weight_VD, targets_N.where(scored_N, NO_TARGET), **head
+    )
     if metrics == "all":  # what has no loss has values, and no gradient whatever stands in it
         with torch.no_grad():
             values = linear_logprob_ref(hidden_TD, weight_VD, targets_N, **head)
         logprobs_N, entropy_N = (
-            x_N.where(scored_N, value_N) for x_N, value_N in zip((logprobs_N, entropy_N), values, strict=True)
+            x_N.where(scored_N, value_N)
+            for x_N, value_N in zip((logprobs_N, entropy_N), values, strict=True)
         )
     result = policy_loss_ref(
         logprobs_N,
@@ -143,7 +146,9 @@ def linear_policy_loss(
     check_word(where, "metrics", metrics, _METRICS)
     scale_N, tanh_scale = scales_of_logits(check.sizes["N"], head[0], *scaling)
     terms: Any = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N, tis_clip, options
-    weighting = check_loss_inputs(check, scale_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, *terms)
+    weighting = check_loss_inputs(
+        check, scale_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, *terms
+    )
     impl = pick_impl(where, impl, head[0])
     if impl == "ref":
         return linear_policy_loss_ref(*head, *by_row, metrics, *weighting, *terms, *scaling)

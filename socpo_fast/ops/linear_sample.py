@@ -29,8 +29,12 @@ def linear_sample_ref(
 ) -> Draws:
     """`linear_sample`, unchecked."""
     hidden_BD = hidden_TD if rows_B is None else hidden_TD[rows_B]
-    logits_BV = linear_ref(hidden_BD.to(torch.promote_types(hidden_TD.dtype, torch.float32)), weight_VD)
-    token_ids_B, logprobs_B, kept_mass_B = sample_ref(logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
+    logits_BV = linear_ref(
+        hidden_BD.to(torch.promote_types(hidden_TD.dtype, torch.float32)), weight_VD
+    )
+    token_ids_B, logprobs_B, kept_mass_B = sample_ref(
+        logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B
+    )
     temperature_B = temperature_B.masked_fill(temperature_B == 0, 1.0)
     probs_BV = (logits_BV.double() / temperature_B[:, None]).softmax(-1)
     return token_ids_B, logprobs_B, torch.special.entr(probs_BV).sum(-1).float(), kept_mass_B
@@ -82,7 +86,13 @@ def linear_sample(
         check("rows_B", rows_B, INDEX)
         check.index_range("rows_B", rows_B, hidden_TD.shape[0])
     else:
-        check_rule("linear_sample", "B without rows_B", len(row_keys_B), len(row_keys_B) == len(hidden_TD), "T")
+        check_rule(
+            "linear_sample",
+            "B without rows_B",
+            len(row_keys_B),
+            len(row_keys_B) == len(hidden_TD),
+            "T",
+        )
     return linear_sample_op(
         hidden_TD,
         weight_VD,
@@ -116,7 +126,12 @@ def _kernel(
         if is_filtered is None:  # the host waits for a GPU to know
             is_filtered = bool(((top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)).any())
         return kernels_of("linear_sample", impl).linear_sample_triton(
-            hidden_TD, weight_VD, row_keys_B, temperature_B, rows_B, settings[1:] if is_filtered else None
+            hidden_TD,
+            weight_VD,
+            row_keys_B,
+            temperature_B,
+            rows_B,
+            settings[1:] if is_filtered else None,
         )
     return linear_sample_ref(hidden_TD, weight_VD, row_keys_B, *settings, rows_B)
 

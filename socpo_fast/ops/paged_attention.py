@@ -33,7 +33,11 @@ def paged_attention_ref(
     group = q_THE.shape[1] // k_cache_PSKE.shape[2]
     o_THE = torch.empty_like(q_THE)
     for pages_M, seq_len, begin, end in zip(
-        block_table_BM, seq_lens_B.tolist(), cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True
+        block_table_BM,
+        seq_lens_B.tolist(),
+        cu_seqlens_q[:-1].tolist(),
+        cu_seqlens_q[1:].tolist(),
+        strict=True,
     ):
         pages_M = pages_M[: -(-seq_len // k_cache_PSKE.shape[1])]
         k_LHE, v_LHE = (
@@ -41,7 +45,9 @@ def paged_attention_ref(
             for cache in (k_cache_PSKE, v_cache_PSKE)
         )
         scores_HQL = torch.einsum("qhe,lhe->hql", q_THE[begin:end].to(dtype), k_LHE) * scale
-        future_QL = torch.ones_like(scores_HQL[0], dtype=torch.bool).triu(seq_len - (end - begin) + 1)
+        future_QL = torch.ones_like(scores_HQL[0], dtype=torch.bool).triu(
+            seq_len - (end - begin) + 1
+        )
         probs_HQL = scores_HQL.masked_fill(future_QL, -torch.inf).softmax(-1)
         o_THE[begin:end] = torch.einsum("hql,lhe->qhe", probs_HQL, v_LHE).to(o_THE.dtype)
     return o_THE
@@ -98,10 +104,14 @@ def paged_attention(
         max_seqlens = int(cu_seqlens_q.diff().max()), int(seq_lens_B.max())
     groups_BG = None
     if impl == "triton" and cascade and max_seqlens[0] == 1 and not has_no_values(q_THE):
-        groups = prefix_groups(block_table_BM.cpu().numpy(), seq_lens_B.cpu().numpy(), k_cache_PSKE.shape[1])
+        groups = prefix_groups(
+            block_table_BM.cpu().numpy(), seq_lens_B.cpu().numpy(), k_cache_PSKE.shape[1]
+        )
         groups_BG = torch.from_numpy(groups).to(q_THE.device)
     given = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
-    return paged_attention_op(*(x.contiguous() for x in given), *max_seqlens, groups_BG, scale, cascade, impl)
+    return paged_attention_op(
+        *(x.contiguous() for x in given), *max_seqlens, groups_BG, scale, cascade, impl
+    )
 
 
 def _check(
@@ -119,7 +129,9 @@ def _check(
     check("k_cache_PSKE", k_cache_PSKE, stored)
     check("v_cache_PSKE", v_cache_PSKE, (k_cache_PSKE.dtype,))
     check.each((torch.int32,), block_table_BM=block_table_BM, seq_lens_B=seq_lens_B)
-    num_tokens, heads, head_dim, pages, page_size, kv_heads, num_seqs, width = (check.sizes[c] for c in "THEPSKBM")
+    num_tokens, heads, head_dim, pages, page_size, kv_heads, num_seqs, width = (
+        check.sizes[c] for c in "THEPSKBM"
+    )
     check_rule(
         check.where,
         "strides of the caches",
@@ -128,7 +140,13 @@ def _check(
         "contiguous",
     )
     check_rule(check.where, "H", heads, heads % kv_heads == 0, f"a multiple of K={kv_heads}")
-    check_rule(check.where, "E", head_dim, head_dim % 4 == 0 and 0 < head_dim <= 256, "a multiple of 4 in [4, 256]")
+    check_rule(
+        check.where,
+        "E",
+        head_dim,
+        head_dim % 4 == 0 and 0 < head_dim <= 256,
+        "a multiple of 4 in [4, 256]",
+    )
 
     if has_no_values(q_THE):
         return
@@ -155,7 +173,8 @@ def _check(
         f"in [query tokens, M * S = {width * page_size}] with query tokens {q_lens_B.tolist()}",
     )
     used_pages = block_table_BM[
-        torch.arange(0, width * page_size, page_size, device=seq_lens_B.device) < seq_lens_B[:, None]
+        torch.arange(0, width * page_size, page_size, device=seq_lens_B.device)
+        < seq_lens_B[:, None]
     ]
     check.index_range("block_table_BM", used_pages, pages)
 
@@ -182,7 +201,8 @@ def paged_attention_flash(
         ValueError: pages or a dtype that flash-attn cannot do.
         RuntimeError: it is not installed.
     """
-    where, size = "paged_attention", k_cache_PSKE.shape[1]
+    where = "paged_attention"
+    size = k_cache_PSKE.shape[1]
     check_rule(where, "page_size", size, size % 256 == 0, "a multiple of 256 for impl='flash'")
     if q_THE.dtype not in (torch.float16, torch.bfloat16) or k_cache_PSKE.dtype != q_THE.dtype:
         raise ValueError(
@@ -197,10 +217,19 @@ def paged_attention_flash(
     options = {"softmax_scale": scale, "causal": True, "block_table": block_table_BM}
     if max_seqlen_q == 1 and len(q_THE) == len(seq_lens_B):
         options |= {"cache_seqlens": seq_lens_B, "num_splits": 1}
-        return flash.flash_attn_with_kvcache(q_THE[:, None], k_cache_PSKE, v_cache_PSKE, **options).squeeze(1)
+        return flash.flash_attn_with_kvcache(
+            q_THE[:, None], k_cache_PSKE, v_cache_PSKE, **options
+        ).squeeze(1)
     cu_seqlens_k = F.pad(seq_lens_B.cumsum(0, dtype=torch.int32), (1, 0))
     return flash.flash_attn_varlen_func(
-        q_THE, k_cache_PSKE, v_cache_PSKE, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
+        q_THE,
+        k_cache_PSKE,
+        v_cache_PSKE,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        **options,
     )
 
 

@@ -48,7 +48,10 @@ class PolicyLossOptions:
         rules = {
             "clip_low": (0 <= self.clip_low <= 1, "in [0, 1]"),
             "clip_high": (0 <= self.clip_high < math.inf, "finite and >= 0"),
-            "dual_clip": (self.dual_clip is None or 1 < self.dual_clip < math.inf, "finite and > 1, or None"),
+            "dual_clip": (
+                self.dual_clip is None or 1 < self.dual_clip < math.inf,
+                "finite and > 1, or None",
+            ),
             "entropy_coef": (abs(self.entropy_coef) < math.inf, "finite"),
             "kl_coef": (0 <= self.kl_coef < math.inf, "finite and >= 0"),
         }
@@ -65,7 +68,14 @@ class PolicyLossOptions:
         """As row passes take them: a dual clip of inf is off, KL estimators are numbers from 1."""
         dual_clip = math.inf if self.dual_clip is None else self.dual_clip
         kl_estimator = KL_ESTIMATORS.index(self.kl_estimator) + 1
-        return self.clip_low, self.clip_high, dual_clip, self.entropy_coef, self.kl_coef, kl_estimator
+        return (
+            self.clip_low,
+            self.clip_high,
+            dual_clip,
+            self.entropy_coef,
+            self.kl_coef,
+            kl_estimator,
+        )
 
 
 DEFAULT_OPTIONS = PolicyLossOptions()
@@ -78,7 +88,9 @@ class PolicyLoss(NamedTuple):
     logprobs: Tensor  # [N], nats
     entropy: Tensor  # [N], nats
     ratio: Tensor  # [N], exp(logprob - old_logprob)
-    clip_fraction: Tensor  # scalar, share of the rows of non-zero weight in which a clip replaced the ratio
+    clip_fraction: (
+        Tensor  # scalar, share of the rows of non-zero weight in which a clip replaced the ratio
+    )
 
 
 def policy_loss_ref(
@@ -95,13 +107,16 @@ def policy_loss_ref(
 ) -> PolicyLoss:
     """`policy_loss` with one advantage and one weight a token, unchecked; logprobs in fp32 or fp64."""
     has_loss_N = weights_N != 0
-    old_logprobs_N = (logprobs_N if old_logprobs_N is None else old_logprobs_N).detach().to(logprobs_N.dtype)
+    old_logprobs_N = (
+        (logprobs_N if old_logprobs_N is None else old_logprobs_N).detach().to(logprobs_N.dtype)
+    )
 
     def only_loss_rows(x_N: Tensor) -> Tensor:
         """Zeros elsewhere, whatever stands there, and no gradient."""
         return x_N.where(has_loss_N, 0)
 
-    logprobs, old = only_loss_rows(logprobs_N), only_loss_rows(old_logprobs_N)
+    logprobs = only_loss_rows(logprobs_N)
+    old = only_loss_rows(old_logprobs_N)
     a, w = (only_loss_rows(x).to(logprobs.dtype) for x in (advantages_N, weights_N))
     if sampler_logprobs_N is not None and tis_clip is not None:
         sampler = only_loss_rows(sampler_logprobs_N.detach()).to(logprobs.dtype)
@@ -182,7 +197,9 @@ def policy_loss(
     check.optional(WIDE_FLOATS, entropy_N=entropy_N)
     if options.entropy_coef != 0:
         detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
-        rule = "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
+        rule = (
+            "given with its gradient (linear_logprob: entropy_grad=True) when entropy_coef is not 0"
+        )
         got = entropy_N if entropy_N is None else "a detached one"
         check_rule("policy_loss", "entropy_N", got, not detached, rule)
     advantages_N, weights_N = check_loss_inputs(
@@ -230,9 +247,21 @@ def check_loss_inputs(
     log-probs, or like `like` where there are none.
     """
     if options.kl_coef != 0:
-        check_rule(check.where, "ref_logprobs_N", None, ref_logprobs_N is not None, "given when kl_coef is not 0")
+        check_rule(
+            check.where,
+            "ref_logprobs_N",
+            None,
+            ref_logprobs_N is not None,
+            "given when kl_coef is not 0",
+        )
     if tis_clip is not None:
-        check_rule(check.where, "sampler_logprobs_N", None, sampler_logprobs_N is not None, "given with tis_clip")
+        check_rule(
+            check.where,
+            "sampler_logprobs_N",
+            None,
+            sampler_logprobs_N is not None,
+            "given with tis_clip",
+        )
         check_rule(check.where, "tis_clip", tis_clip, tis_clip > 0, "> 0, or None")
     check.optional(
         WIDE_FLOATS,

@@ -17,15 +17,24 @@ Pair = tuple[Tensor, Tensor]
 Norm = Tensor | Pair
 
 
-def rms_norm_ref(x_TD: Tensor, weight_D: Tensor, *, eps: float, residual_TD: Tensor | None = None) -> Norm:
+def rms_norm_ref(
+    x_TD: Tensor, weight_D: Tensor, *, eps: float, residual_TD: Tensor | None = None
+) -> Norm:
     sum_TD = x_TD if residual_TD is None else x_TD + residual_TD
     wide = sum_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    y_TD = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D).to(x_TD.dtype)
+    y_TD = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D).to(
+        x_TD.dtype
+    )
     return y_TD if residual_TD is None else (y_TD, sum_TD)
 
 
 def rms_norm(
-    x_TD: Tensor, weight_D: Tensor, *, eps: float, residual_TD: Tensor | None = None, impl: str = "auto"
+    x_TD: Tensor,
+    weight_D: Tensor,
+    *,
+    eps: float,
+    residual_TD: Tensor | None = None,
+    impl: str = "auto",
 ) -> Norm:
     """Root mean square norm of x, or of x + residual.
 
@@ -50,12 +59,19 @@ def rms_norm(
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     weight_D = whole("rms_norm", "weight_D", weight_D)
-    if is_autocasting(x_TD) and x_TD.dtype != torch.float64:  # like torch's own norms, in the widest dtype there is
-        x_TD, weight_D = x_TD.to(torch.float32), weight_D.to(torch.float32)
+    if (
+        is_autocasting(x_TD) and x_TD.dtype != torch.float64
+    ):  # like torch's own norms, in the widest dtype there is
+        x_TD = x_TD.to(torch.float32)
+        weight_D = weight_D.to(torch.float32)
         residual_TD = None if residual_TD is None else residual_TD.to(torch.float32)
     check = TensorChecker("rms_norm")
     check("x_TD" if x_TD.dim() == 2 else "x_THD", x_TD, FLOATS)
-    check("weight_D", weight_D, (x_TD.dtype, torch.bfloat16) if x_TD.dtype == torch.float32 else (x_TD.dtype,))
+    check(
+        "weight_D",
+        weight_D,
+        (x_TD.dtype, torch.bfloat16) if x_TD.dtype == torch.float32 else (x_TD.dtype,),
+    )
     check.optional((x_TD.dtype,), residual_TD=residual_TD)
     check_rule("rms_norm", "D", x_TD.shape[-1], x_TD.shape[-1] > 0, ">= 1")
     check_rule("rms_norm", "eps", eps, 0 < eps < torch.inf, "a finite number > 0")
@@ -86,7 +102,9 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
 # sum is empty without a residual: an output must not be an input.
 _rms_norm = define_op(
     "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps, str impl) -> (Tensor y, Tensor sum)",
-    lambda x, weight, residual, eps, impl: kernels_of("rms_norm", impl).rms_norm(x, weight, eps, residual),
+    lambda x, weight, residual, eps, impl: kernels_of("rms_norm", impl).rms_norm(
+        x, weight, eps, residual
+    ),
     fake=lambda x, weight, residual, *_: (
         x.new_empty(x.shape),
         x.new_empty((0,) if residual is None else x.shape),

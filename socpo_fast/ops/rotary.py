@@ -28,7 +28,9 @@ class Rope(NamedTuple):
 
 def rotary_ref(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     low, high = x_THE.chunk(2, dim=-1)
-    return (x_THE * cos_TE[:, None] + torch.cat((-high, low), dim=-1) * sin_TE[:, None]).to(x_THE.dtype)
+    return (x_THE * cos_TE[:, None] + torch.cat((-high, low), dim=-1) * sin_TE[:, None]).to(
+        x_THE.dtype
+    )
 
 
 def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto") -> Tensor:
@@ -139,7 +141,11 @@ def normed_qkv(
     q_THE, k_TKE, v_TKE = split_qkv(qkv_TXE, num_kv_heads)
     if q_weight_E is None or k_weight_E is None or eps is None:
         return q_THE, k_TKE, v_TKE
-    return rms_norm(q_THE, q_weight_E, eps=eps, impl=impl), rms_norm(k_TKE, k_weight_E, eps=eps, impl=impl), v_TKE
+    return (
+        rms_norm(q_THE, q_weight_E, eps=eps, impl=impl),
+        rms_norm(k_TKE, k_weight_E, eps=eps, impl=impl),
+        v_TKE,
+    )
 
 
 def _kernel(
@@ -165,7 +171,9 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    grad_qkv, grad_weights = rotary_qkv_backward_op(grad_q, grad_k, None, *ctx.saved_tensors, ctx.eps, ctx.impl)
+    grad_qkv, grad_weights = rotary_qkv_backward_op(
+        grad_q, grad_k, None, *ctx.saved_tensors, ctx.eps, ctx.impl
+    )
     return grad_qkv, None, None, *(grad_weights.unbind() or (None, None)), None, None, None
 
 
@@ -183,13 +191,16 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor]:
     kernels = kernels_of("rotary_backward", impl)
     if impl != "cpp":
-        return kernels.rotary_qkv_backward(grad_q, grad_k, grad_v, qkv, cos, sin, q_weight, k_weight, eps)
+        return kernels.rotary_qkv_backward(
+            grad_q, grad_k, grad_v, qkv, cos, sin, q_weight, k_weight, eps
+        )
     grads = [kernels.rotary(grad, cos, sin, True) for grad in (grad_q, grad_k)]
     of_weights = qkv.new_empty((0, qkv.shape[2]))
     if q_weight is not None:
         rows = zip(split_qkv(qkv, grad_k.shape[1]), (q_weight, k_weight), grads, strict=False)
         pairs = [kernels.rms_norm_backward(x, weight, eps, grad, None) for x, weight, grad in rows]
-        grads, of_weights = [pair[0] for pair in pairs], torch.stack([pair[1] for pair in pairs])
+        grads = [pair[0] for pair in pairs]
+        of_weights = torch.stack([pair[1] for pair in pairs])
     grads.append(torch.zeros_like(grad_k) if grad_v is None else grad_v)
     return torch.cat(grads, dim=1), of_weights
 
@@ -233,7 +244,13 @@ def check_qkv(
 ) -> None:
     """What rotary_qkv and rotary_write rely on, beside check_rotary."""
     heads = qkv_TXE.shape[1]
-    check_rule(check.where, "heads of qkv", heads, heads > 2 * kv_heads > 0, f"> 2 K = {2 * kv_heads}, with K > 0")
+    check_rule(
+        check.where,
+        "heads of qkv",
+        heads,
+        heads > 2 * kv_heads > 0,
+        f"> 2 K = {2 * kv_heads}, with K > 0",
+    )
     check.optional(FLOATS, q_weight_E=q_weight_E, k_weight_E=k_weight_E)
     is_given = [x is not None for x in (q_weight_E, k_weight_E, eps)]
     holds = not any(is_given) if eps is None else all(is_given) and 0 < eps < torch.inf

@@ -21,7 +21,8 @@ def rotary_write_ref(
     k_weight_E: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    rope, kv_heads = (cos_TE, sin_TE, q_weight_E, k_weight_E), k_cache_PSKE.shape[2]
+    rope = (cos_TE, sin_TE, q_weight_E, k_weight_E)
+    kv_heads = k_cache_PSKE.shape[2]
     q_THE, k_TKE = rotary_qkv_ref(qkv_THE, *rope, num_kv_heads=kv_heads, eps=eps)
     kept_T = slots_T >= 0
     for cache, new_TKE in ((k_cache_PSKE, k_TKE), (v_cache_PSKE, qkv_THE[:, -kv_heads:])):
@@ -64,16 +65,37 @@ def rotary_write(
     check = check_rotary("rotary_write", "qkv_TXE", qkv_THE, cos_TE, sin_TE)
     for name, cache in (("k_cache_PSKE", k_cache_PSKE), ("v_cache_PSKE", v_cache_PSKE)):
         check(name, cache, (qkv_THE.dtype, torch.bfloat16))
-        check_rule("rotary_write", f"strides of {name}", cache.stride(), cache.is_contiguous(), "contiguous")
+        check_rule(
+            "rotary_write",
+            f"strides of {name}",
+            cache.stride(),
+            cache.is_contiguous(),
+            "contiguous",
+        )
     check_rule(
-        "rotary_write", "dtype of v_cache_PSKE", v_cache_PSKE.dtype, v_cache_PSKE.dtype == k_cache_PSKE.dtype, "k's"
+        "rotary_write",
+        "dtype of v_cache_PSKE",
+        v_cache_PSKE.dtype,
+        v_cache_PSKE.dtype == k_cache_PSKE.dtype,
+        "k's",
     )
     check_qkv(check, qkv_THE, q_weight_E, k_weight_E, k_cache_PSKE.shape[2], eps)
     check("slots_T", slots_T, (torch.int64,))
-    check.every("slots_T", slots_T, slots_T < k_cache_PSKE.shape[0] * k_cache_PSKE.shape[1], "below P * S")
+    check.every(
+        "slots_T", slots_T, slots_T < k_cache_PSKE.shape[0] * k_cache_PSKE.shape[1], "below P * S"
+    )
     impl = pick_impl("rotary_write", impl, qkv_THE)
     return rotary_write_op(
-        qkv_THE, cos_TE, sin_TE, q_weight_E, k_weight_E, eps, k_cache_PSKE, v_cache_PSKE, slots_T, impl
+        qkv_THE,
+        cos_TE,
+        sin_TE,
+        q_weight_E,
+        k_weight_E,
+        eps,
+        k_cache_PSKE,
+        v_cache_PSKE,
+        slots_T,
+        impl,
     )
 
 
@@ -91,9 +113,13 @@ def _kernel(
 ) -> Tensor:
     pages = k_cache, v_cache, slots
     if impl == "triton":
-        return kernels_of("rotary", impl).rotary_write(qkv, cos, sin, q_weight, k_weight, eps, *pages)
+        return kernels_of("rotary", impl).rotary_write(
+            qkv, cos, sin, q_weight, k_weight, eps, *pages
+        )
     if impl == "ref":
-        return rotary_write_ref(qkv, cos, sin, *pages, q_weight_E=q_weight, k_weight_E=k_weight, eps=eps)
+        return rotary_write_ref(
+            qkv, cos, sin, *pages, q_weight_E=q_weight, k_weight_E=k_weight, eps=eps
+        )
     if q_weight is not None:
         qkv = torch.cat(normed_qkv(qkv, q_weight, k_weight, eps, k_cache.shape[2], impl), dim=1)
     return kernels_of("rotary", impl).rotary_write(qkv, cos, sin, *pages)

@@ -27,7 +27,9 @@ def sample_ref(
     z_BV = logits_BV.float() * torch.where(greedy_B1, 1.0, 1.0 / temperature_B[:, None])
     logprobs_BV = z_BV.double().log_softmax(-1)
     keep_BV = kept_tokens(logprobs_BV.exp(), top_k_B, top_p_B, min_p_B)
-    v_BV = ((noise_bits(row_keys_B, logits_BV.shape[1]).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    v_BV = ((noise_bits(row_keys_B, logits_BV.shape[1]).float() + 0.5) * 2.0**-32).clamp(
+        max=1 - 2.0**-24
+    )
     gumbel_BV = torch.where(greedy_B1, 0.0, -torch.log(-torch.log1p(-v_BV)))
     token_ids_B = (z_BV + gumbel_BV).masked_fill(~keep_BV, -torch.inf).argmax(-1)
     logprobs_B = logprobs_BV.gather(-1, token_ids_B[:, None])[:, 0].float()
@@ -78,7 +80,13 @@ def sample(
     check("logits_BV", logits_BV, FLOATS)
     check_draws(check, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B)
     return _sample(
-        logits_BV, row_keys_B, temperature_B, top_k_B, top_p_B, min_p_B, pick_impl("sample", impl, logits_BV)
+        logits_BV,
+        row_keys_B,
+        temperature_B,
+        top_k_B,
+        top_p_B,
+        min_p_B,
+        pick_impl("sample", impl, logits_BV),
     )
 
 
@@ -125,7 +133,8 @@ def kept_tokens(probs_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Ten
 def noise_bits(row_keys_B: Tensor, vocab_size: int) -> Tensor:
     """[B, V] int64 in [0, 2^32), distinct within a row: a 32-bit mixer twice, once for each half of the key."""
     token_ids_V = torch.arange(vocab_size, device=row_keys_B.device)
-    low_B1, high_B1 = (row_keys_B & _MASK_32)[:, None], ((row_keys_B >> 32) & _MASK_32)[:, None]
+    low_B1 = (row_keys_B & _MASK_32)[:, None]
+    high_B1 = ((row_keys_B >> 32) & _MASK_32)[:, None]
     return _mix_32(_mix_32(((token_ids_V * 0x9E3779B1) & _MASK_32) ^ low_B1) ^ high_B1)
 
 
@@ -179,7 +188,12 @@ def _signed(x: int) -> int:
 
 
 def check_draws(
-    check: TensorChecker, row_keys_B: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
+    check: TensorChecker,
+    row_keys_B: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
 ) -> None:
     """The vocabulary that `check` has met, and the settings of the draws from it."""
     check_rule(check.where, "V", check.sizes["V"], 0 < check.sizes["V"] < 2**31, "in [1, 2^31)")

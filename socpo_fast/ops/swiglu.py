@@ -12,7 +12,9 @@ from socpo_fast.ops._register import define_op
 
 
 def swiglu_ref(gate_up_TJ: Tensor) -> Tensor:
-    gate_TI, up_TI = gate_up_TJ.to(torch.promote_types(gate_up_TJ.dtype, torch.float32)).chunk(2, dim=-1)
+    gate_TI, up_TI = gate_up_TJ.to(torch.promote_types(gate_up_TJ.dtype, torch.float32)).chunk(
+        2, dim=-1
+    )
     return (F.silu(gate_TI) * up_TI).to(gate_up_TJ.dtype)
 
 

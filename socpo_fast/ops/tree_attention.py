@@ -161,7 +161,8 @@ def tree_attention(
 
 def pick_tree_impl(impl: str, q_THE: Tensor) -> str:
     """pick_impl's answer; "auto" is "ref" where the kernels do not know the width of the heads."""
-    picked, head_dim = pick_impl("tree_attention", impl, q_THE), q_THE.shape[-1]
+    picked = pick_impl("tree_attention", impl, q_THE)
+    head_dim = q_THE.shape[-1]
     if picked == "triton" and head_dim not in HEAD_DIMS:
         rule = "32, 64 or 128 for impl='triton'"
         check_rule("tree_attention", "E", head_dim, impl == "auto", rule, "use impl='ref'")

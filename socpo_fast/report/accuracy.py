@@ -13,13 +13,21 @@ def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     by_source: list[dict[str, Any]] = []
     for key, share in metrics.items():
-        match = re.fullmatch(r"success/(unassisted|assisted|pass_at_(\d+))(?:/(.+))?", key, re.ASCII)
+        match = re.fullmatch(
+            r"success/(unassisted|assisted|pass_at_(\d+))(?:/(.+))?", key, re.ASCII
+        )
         low, high = (
-            metrics.get(key.replace(match[1], match[1] + end, 1)) if match else None for end in ("_low", "_high")
+            metrics.get(key.replace(match[1], match[1] + end, 1)) if match else None
+            for end in ("_low", "_high")
         )
         if match and None not in (share, low, high):
             name = f"pass@{match[2]}, unassisted" if match[2] else _NAMES[match[1]]
-            row = {"what": f"{match[3]}: {name}" if match[3] else name, "share": share, "low": low, "high": high}
+            row = {
+                "what": f"{match[3]}: {name}" if match[3] else name,
+                "share": share,
+                "low": low,
+                "high": high,
+            }
             (by_source if match[3] else rows).append(row)
     if failed := metrics.get("guidance/failed"):
         for row in rows + by_source:
@@ -37,14 +45,20 @@ def accuracy_text(metrics: Mapping[str, Any]) -> str:
         share, low, high = (100 * row[name] for name in ("share", "low", "high"))
         lines.append(f"{row['what']:{width}} {share:5.1f} %   {low:.1f} to {high:.1f} %")
     if metrics.get("guidance/failed") and "success/assisted" not in metrics:
-        lines.append(f"{_NAMES['assisted']}: not known, as all guidance failed: {failures_text(metrics)}")
+        lines.append(
+            f"{_NAMES['assisted']}: not known, as all guidance failed: {failures_text(metrics)}"
+        )
     return "\n".join(lines)
 
 
 def failures_text(metrics: Mapping[str, Any]) -> str:
     """How often guidance failed, by kind: "timeout 3, cut 1"."""
     prefix = "guidance/failed_"
-    return ", ".join(f"{key.removeprefix(prefix)} {n:.0f}" for key, n in metrics.items() if key.startswith(prefix))
+    return ", ".join(
+        f"{key.removeprefix(prefix)} {n:.0f}"
+        for key, n in metrics.items()
+        if key.startswith(prefix)
+    )
 
 
 def sparkline(shares: Iterable[float]) -> str:

@@ -21,10 +21,13 @@ TEACHER_RUNNING = 256  # at once, of its engine
 RESUMED = 0.5  # of the rollouts that made an attempt, those that make the next one
 # Numbers that elementwise kernels read and write a token and layer, forward and backward: of the
 # residual stream, of raw qkv, and of one half of gate_up.
-STREAM_PASSES, QKV_PASSES, SWIGLU_PASSES = 20, 6, 9
+STREAM_PASSES = 20
+QKV_PASSES = 6
+SWIGLU_PASSES = 9
 # Of a parameter: gradient twice, master and moments read and written; and for each microbatch the
 # sum of gradients read and written.
-ADAMW_BYTES, SUM_BYTES = 32, 8
+ADAMW_BYTES = 32
+SUM_BYTES = 8
 
 
 class Spans(NamedTuple):
@@ -50,7 +53,8 @@ def batch_seconds(plan: Plan, *, prompt: int, answer: int, guidance: int) -> dic
     Args:
         prompt, answer, guidance: tokens of ordinary ones.
     """
-    rollout, positions = plan.config.rollout, plan.model.max_position_embeddings
+    rollout = plan.config.rollout
+    positions = plan.model.max_position_embeddings
     num_rollouts = rollout.questions_per_batch * rollout.group_size
     # Of an attempt the next one sees attempt_limit tokens; behind the model's positions there is none.
     seen = min(answer, rollout.attempt_limit) + guidance
@@ -73,17 +77,26 @@ def flops_a_second(plan: Plan, itemsize: int) -> float:
     return 1e12 * (plan.card.fp32_tflop_s if itemsize == 4 else plan.card.bf16_tflop_s)
 
 
-def rollout_seconds(plan: Plan, prompts: Spans, attempts: list[Spans], seams: list[Spans]) -> dict[str, float]:
+def rollout_seconds(
+    plan: Plan, prompts: Spans, attempts: list[Spans], seams: list[Spans]
+) -> dict[str, float]:
     """Decode, prefill and a local teacher's both: memory bounds all of it, so they add up."""
-    model, itemsize, byte_s = plan.model, plan.itemsize, 1e12 * plan.card.tb_s
+    model = plan.model
+    itemsize = plan.itemsize
+    byte_s = 1e12 * plan.card.tb_s
     capacity = plan.config.engine.max_running, plan.kv_pages * plan.config.engine.page_size
     decode = sum(decode_bytes(model, itemsize, x, *capacity) for x in attempts)
     # A prompt is read once for the rollouts of its group.
-    shared = sum(max(x.num_texts - prompts.num_texts, 0) * x.length * prompts.length for x in attempts)
+    shared = sum(
+        max(x.num_texts - prompts.num_texts, 0) * x.length * prompts.length for x in attempts
+    )
     read = prompts.tokens + sum(x.tokens for x in seams)
     seconds = {
         "rollouts: decode": (decode - shared * sizes.kv_bytes(model, itemsize)) / byte_s,
-        "rollouts: prefill": 2 * sizes.layer_parameters(model) * read / flops_a_second(plan, itemsize),
+        "rollouts: prefill": 2
+        * sizes.layer_parameters(model)
+        * read
+        / flops_a_second(plan, itemsize),
     }
     teacher = plan.config.teacher
     if plan.teacher is not None and seams and isinstance(teacher, LocalTeacherConfig):
@@ -91,14 +104,20 @@ def rollout_seconds(plan: Plan, prompts: Spans, attempts: list[Spans], seams: li
         room = int(teacher.kv_cache_gib * GIB) // sizes.kv_bytes(plan.teacher, itemsize)
         seen = min(attempts[0].length, plan.config.rollout.attempt_limit)
         seen += prompts.length + TEACHER_PROMPT_TOKENS
-        asked = Spans(sum(x.num_texts for x in seams), seen, min(seams[0].length, teacher.max_new_tokens))
+        asked = Spans(
+            sum(x.num_texts for x in seams), seen, min(seams[0].length, teacher.max_new_tokens)
+        )
         decode = decode_bytes(plan.teacher, itemsize, asked, TEACHER_RUNNING, room)
         flops = 2 * sizes.layer_parameters(plan.teacher) * asked.num_texts * seen
-        seconds["rollouts: local teacher"] = decode / byte_s + flops / flops_a_second(plan, itemsize)
+        seconds["rollouts: local teacher"] = decode / byte_s + flops / flops_a_second(
+            plan, itemsize
+        )
     return seconds
 
 
-def decode_bytes(model: ModelConfig, itemsize: int, texts: Spans, max_running: int, room: int) -> float:
+def decode_bytes(
+    model: ModelConfig, itemsize: int, texts: Spans, max_running: int, room: int
+) -> float:
     """Weights once a step, and at each step the keys and values of what was there before."""
     mean_length = texts.context + texts.length / 2
     at_once = min(max_running, texts.num_texts, max(room / mean_length, 1))
@@ -108,8 +127,11 @@ def decode_bytes(model: ModelConfig, itemsize: int, texts: Spans, max_running: i
 
 def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict[str, float]:
     """Log-probs that are computed before the updates, and the updates of all epochs."""
-    config, model, epochs = plan.config, plan.model, plan.config.train.epochs
-    byte_s, flop_s = 1e12 * plan.card.tb_s, flops_a_second(plan, plan.itemsize)
+    config = plan.config
+    model = plan.model
+    epochs = plan.config.train.epochs
+    byte_s = 1e12 * plan.card.tb_s
+    flop_s = flops_a_second(plan, plan.itemsize)
     num_tokens = sum(x.tokens for x in tree)
     layers = 2 * num_tokens * sizes.layer_parameters(model)
     head = 2 * sum(x.tokens for x in attempts) * sizes.head_parameters(model)
@@ -122,7 +144,9 @@ def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict
     passes += SWIGLU_PASSES * model.intermediate_size
     traffic = num_tokens * model.num_layers * passes * plan.itemsize
     num_updates = config.rollout.questions_per_batch / config.train.questions_per_update
-    optimizer = ADAMW_BYTES * num_updates + SUM_BYTES * max(num_tokens / plan.num_tokens, num_updates)
+    optimizer = ADAMW_BYTES * num_updates + SUM_BYTES * max(
+        num_tokens / plan.num_tokens, num_updates
+    )
     optimizer *= sizes.num_parameters(model)
     return {
         "log-probs before": forward * num_forwards(plan, num_updates) / flop_s,
@@ -134,7 +158,8 @@ def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict
 
 def num_forwards(plan: Plan, num_updates: float) -> float:
     """Of the batch, before its updates: for old log-probs (train/update.py), and by the reference."""
-    loss, num_questions = plan.config.loss, plan.config.rollout.questions_per_batch
+    loss = plan.config.loss
+    num_questions = plan.config.rollout.questions_per_batch
     # auto: in fp32 the first question, to measure the mismatch; in bf16 all but the first update's,
     # which a second epoch meets again.
     in_bf16 = 1.0 if plan.config.train.epochs > 1 else 1 - 1 / num_updates

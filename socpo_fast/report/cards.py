@@ -59,13 +59,19 @@ def card_named(name: str | None, device: str) -> Card:
             return card_of(select_device(device))
         except ValueError as error:
             reason = str(error).removesuffix("use cpu")
-            raise ValueError(f"plan: {reason}name a kind of card with --card: {', '.join(CARDS)}") from None
+            raise ValueError(
+                f"plan: {reason}name a kind of card with --card: {', '.join(CARDS)}"
+            ) from None
     wanted = name.lower()
     if wanted in CARDS:
         return CARDS[wanted]
     begun = [known for known in CARDS if known.startswith(wanted)]
     nearest = begun or difflib.get_close_matches(wanted, CARDS, n=1)
-    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "name one; without it, this machine's own is asked"
+    advice = (
+        f"did you mean {' or '.join(nearest)}?"
+        if nearest
+        else "name one; without it, this machine's own is asked"
+    )
     raise ValueError(f"plan: --card must be one of {', '.join(CARDS)}, got {name}; {advice}")
 
 
@@ -77,8 +83,13 @@ def card_of(device: torch.device, context_gib: float = 0) -> Card:
     name = torch.cuda.get_device_name(device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    alike = [card for card in CARDS.values() if re.search(rf"\b{card.name}\b", name) and not OTHER_KINDS.search(name)]
-    total_gib, unknown = total_bytes / GIB, Card(name, total_bytes / GIB)
+    alike = [
+        card
+        for card in CARDS.values()
+        if re.search(rf"\b{card.name}\b", name) and not OTHER_KINDS.search(name)
+    ]
+    total_gib = total_bytes / GIB
+    unknown = Card(name, total_bytes / GIB)
     known = min(alike, key=lambda card: abs(card.total_gib - total_gib), default=unknown)
     others_gib = max(total_gib - free_bytes / GIB - context_gib, 0.0)
     return known._replace(name=name, total_gib=total_gib, others_gib=others_gib)

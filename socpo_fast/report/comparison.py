@@ -49,7 +49,10 @@ def compare(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
     )
     if len(points) < 2 or points[0][0] or not tokens or not is_comparable:
         return []
-    return [Curve("this run", *zip(*points, strict=True)), *(Curve(**curve) for curve in recorded["curves"])]
+    return [
+        Curve("this run", *zip(*points, strict=True)),
+        *(Curve(**curve) for curve in recorded["curves"]),
+    ]
 
 
 def card(curves: Sequence[Curve], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -64,7 +67,8 @@ def card(curves: Sequence[Curve], rows: Sequence[Mapping[str, Any]]) -> str:
         "What the teacher bought: held-out questions right alone, at the first attempt, after so many sampled tokens",
         " " * width + "".join(f"{tokens / 1000:7.0f}k" for tokens in columns),
         *(
-            f"{curve.title:{width}}" + "".join(f"{share:>8}" for share in _shares_at(columns, curve))
+            f"{curve.title:{width}}"
+            + "".join(f"{share:>8}" for share in _shares_at(columns, curve))
             for curve in curves
         ),
         "Training batches of this run: assisted answers come first, and unassisted ones follow",

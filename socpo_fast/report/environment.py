@@ -13,7 +13,9 @@ PACKAGES = ("torch", "triton", "transformers", "flash-attn", "safetensors", "tok
 def environment() -> dict[str, str]:
     """Device, cores, threads and versions, as text to print. Nothing in it identifies a person or holds a key."""
     facts = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {cpu_name()}",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU {cpu_name()}",
         "cores": str(num_cores()),
         "threads": str(torch.get_num_threads()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -23,7 +25,10 @@ def environment() -> dict[str, str]:
     facts |= {package: installed_version(package) for package in PACKAGES}
     if torch.version.cuda is not None:
         facts["cuda"] = torch.version.cuda
-    return facts | {"socpo_fast": installed_version("socpo_fast"), "git_revision": git_revision() or "unknown"}
+    return facts | {
+        "socpo_fast": installed_version("socpo_fast"),
+        "git_revision": git_revision() or "unknown",
+    }
 
 
 def num_cores() -> int:
@@ -34,7 +39,11 @@ def num_cores() -> int:
 def cpu_name() -> str:
     """The CPU's model name where Linux tells it, else the instruction set's."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    lines = (
+        cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        if cpuinfo.is_file()
+        else []
+    )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 

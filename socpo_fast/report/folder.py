@@ -28,10 +28,13 @@ def run_folder(folder: Path) -> Iterator[None]:
             names that a run writes to is of another kind. Better now than after the first batch.
     """
     for name in (*FOLDERS, *FILES):
-        path, kind = folder / name, "folder" if name in FOLDERS else "file"
+        path = folder / name
+        kind = "folder" if name in FOLDERS else "file"
         is_right = path.is_dir() if kind == "folder" else path.is_file() or path.is_symlink()
         if os.path.lexists(path) and not is_right:
-            raise ValueError(f"run: {path} must be a {kind}, got something else; move it, or set run.name")
+            raise ValueError(
+                f"run: {path} must be a {kind}, got something else; move it, or set run.name"
+            )
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = _open(folder)
     _locks.add(lock)
@@ -86,11 +89,15 @@ def _take(lock: int, folder: Path) -> None:
     """Lock the open file, and write into it whose it is."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not (folder / LOCK).exists() or not os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+        if not (folder / LOCK).exists() or not os.path.samestat(
+            os.fstat(lock), os.stat(folder / LOCK)
+        ):
             raise BlockingIOError  # removed in between by a start that was refused, and perhaps made anew
     except BlockingIOError:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
-        raise ValueError(f"run: {folder} is in use by process {holder}; wait for its end, or set run.name") from None
+        raise ValueError(
+            f"run: {folder} is in use by process {holder}; wait for its end, or set run.name"
+        ) from None
     except OSError as error:  # not every network disk can
         warnings.warn(f"run: {folder} could not be locked ({error.strerror})", stacklevel=5)
     with suppress(OSError):  # a full disk: who holds it cannot be told then

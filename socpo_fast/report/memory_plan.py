@@ -30,16 +30,19 @@ if TYPE_CHECKING:
     import torch
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "auto": 2}  # "auto" is a local teacher's
-MAX_TOKEN_BUDGET, BUDGET_STEP = 32 * 1024, 1024
+MAX_TOKEN_BUDGET = 32 * 1024
+BUDGET_STEP = 1024
 KV_SHARE = 2 / 3  # of what residents leave, before microbatches grow
 # Estimates: the driver's context with code, libraries and captured graphs; what the allocator holds
 # and cannot give, fixed and of temporaries; a chat template around one message of guidance.
 CONTEXT_BYTES = 5 * GIB // 4
-GAP_BYTES, GAP_SHARE = GIB // 2, 0.05
+GAP_BYTES = GIB // 2
+GAP_SHARE = 0.05
 BRIDGE_TOKENS = 32
 DECODE_SPLIT = 256  # keys of one partial sum of the decode kernel
 # Of a local teacher's engine, which has its defaults: tokens of a step, and of a page.
-TEACHER_TOKEN_BUDGET, TEACHER_PAGE_SIZE = 2048, 32
+TEACHER_TOKEN_BUDGET = 2048
+TEACHER_PAGE_SIZE = 32
 
 
 class Plan(NamedTuple):
@@ -63,9 +66,11 @@ class Plan(NamedTuple):
         Packed are the unseen ends of cut attempts as well; of contexts that the chat template writes
         anew (rollout.context) whole attempts, since what stands before them may have changed.
         """
-        rollout, positions = self.config.rollout, self.model.max_position_embeddings
+        rollout = self.config.rollout
+        positions = self.model.max_position_embeddings
         prompt = max(min(self.config.data.max_prompt_tokens, positions - rollout.max_new_tokens), 1)
-        kept, num_seams = min(rollout.attempt_limit, rollout.max_new_tokens), rollout.max_attempts - 1
+        kept = min(rollout.attempt_limit, rollout.max_new_tokens)
+        num_seams = rollout.max_attempts - 1
         seams = num_seams * (kept + rollout.guidance_limit + BRIDGE_TOKENS)
         context = min(prompt + seams + rollout.max_new_tokens, positions)
         unseen = rollout.max_new_tokens - (kept if rollout.context == "tokens" else 0)
@@ -83,16 +88,24 @@ class Plan(NamedTuple):
     @property
     def residents(self) -> dict[str, int]:
         """What is there from start to end, but for KV and gradients."""
-        config, num_parameters = self.config, sizes.num_parameters(self.model)
+        config = self.config
+        num_parameters = sizes.num_parameters(self.model)
         # A captured round's tensors; the keys of a round are rounded up to a power of two.
-        rows, num_splits = config.engine.max_running, -(-2 * self.longest[0] // DECODE_SPLIT)
+        rows = config.engine.max_running
+        num_splits = -(-2 * self.longest[0] // DECODE_SPLIT)
         partial = 4 * num_splits * self.model.num_heads * (self.model.head_dim + 2)
         pools = sizes.step_bytes(self.model, self.itemsize, rows) + rows * partial
         parts = {
             "weights": num_parameters * self.itemsize,
-            "low halves of the masters": num_parameters * 2 * (self.itemsize == 2) * self.is_training,
+            "low halves of the masters": num_parameters
+            * 2
+            * (self.itemsize == 2)
+            * self.is_training,
             "moments": num_parameters * 8 * self.is_training,
-            "reference": num_parameters * self.itemsize * (config.loss.kl_coef > 0) * self.is_training,
+            "reference": num_parameters
+            * self.itemsize
+            * (config.loss.kl_coef > 0)
+            * self.is_training,
             "context, graph pools (estimate)": CONTEXT_BYTES + pools,
         }
         local = config.teacher if isinstance(config.teacher, LocalTeacherConfig) else None
@@ -100,24 +113,31 @@ class Plan(NamedTuple):
             itemsize = ITEMSIZES[local.dtype]
             parts["local teacher: weights"] = sizes.num_parameters(self.teacher) * itemsize
             parts["local teacher: KV"] = int(local.kv_cache_gib * GIB)
-            parts["local teacher: a step (estimate)"] = sizes.step_bytes(self.teacher, itemsize, TEACHER_TOKEN_BUDGET)
+            parts["local teacher: a step (estimate)"] = sizes.step_bytes(
+                self.teacher, itemsize, TEACHER_TOKEN_BUDGET
+            )
         return {name: size for name, size in parts.items() if size}
 
     @property
     def temporaries(self) -> dict[str, int]:
         """What an update makes, or an engine's step, whichever is more."""
-        config, model = self.config, self.model
+        config = self.config
+        model = self.model
         step = sizes.step_bytes(model, self.itemsize, config.engine.token_budget)
         step += sizes.filtered_draw_bytes(model, config.engine.max_running)
         steps = {"rollouts: a step, draws with top-p": step}
         if not self.is_training:
             return steps
-        num_tokens, options = self.num_tokens, {"checkpointing": bool(config.train.checkpointing)}
+        num_tokens = self.num_tokens
+        options = {"checkpointing": bool(config.train.checkpointing)}
         kept = num_tokens * sizes.activation_bytes(model, self.itemsize, **options)
         layer = num_tokens * sizes.backward_bytes(model, self.itemsize, **options)
         head = sizes.head_bytes(model, self.itemsize, num_tokens, int(GPU_WORKSPACE_MIB * 2**20))
         name = "LM head: workspace, dW, dx" if head > layer else "one layer's backward"
-        updates = {f"update: activations, {num_tokens} tokens": kept, f"update: {name}": max(head, layer)}
+        updates = {
+            f"update: activations, {num_tokens} tokens": kept,
+            f"update: {name}": max(head, layer),
+        }
         return updates if sum(updates.values()) >= step else steps
 
     @property
@@ -189,7 +209,8 @@ def make_plan(config: Config, student_folder: Path, card: Card, *, is_training: 
         teacher = read_model(Path(config.teacher.path))
         check_teacher(config.teacher, teacher)
     plan = Plan(config, config, read_model(student_folder), teacher, card, is_training)
-    length, positions = config.rollout.max_new_tokens, plan.model.max_position_embeddings
+    length = config.rollout.max_new_tokens
+    positions = plan.model.max_position_embeddings
     rule = f"below the model's {positions} positions"
     check_rule("rollout", "rollout.max_new_tokens", length, length < positions, rule, "lower it")
     plan = decide(plan)
@@ -200,7 +221,9 @@ def make_plan(config: Config, student_folder: Path, card: Card, *, is_training: 
 
 def check_teacher(config: LocalTeacherConfig, teacher: ModelConfig) -> None:
     """The same as LocalTeacher says once it is made."""
-    num_pages = int(config.kv_cache_gib * GIB) // (TEACHER_PAGE_SIZE * sizes.kv_bytes(teacher, ITEMSIZES[config.dtype]))
+    num_pages = int(config.kv_cache_gib * GIB) // (
+        TEACHER_PAGE_SIZE * sizes.kv_bytes(teacher, ITEMSIZES[config.dtype])
+    )
     num_tokens = min(num_pages * TEACHER_PAGE_SIZE, teacher.max_position_embeddings)
     if config.max_new_tokens >= num_tokens:
         raise ValueError(
@@ -211,7 +234,8 @@ def check_teacher(config: LocalTeacherConfig, teacher: ModelConfig) -> None:
 
 def decide(plan: Plan) -> Plan:
     """The plan with what is "auto" chosen, whether it fits or not."""
-    asked, card = plan.asked, plan.card
+    asked = plan.asked
+    card = plan.card
 
     def settled(token_budget: int, checkpointing: bool, kv: int = 0) -> Plan:
         chosen = asked.settled(
@@ -273,7 +297,9 @@ LEVERS: dict[str, Callable[[Plan], Plan]] = {
 def refusal(plan: Plan) -> str:
     """Why the run does not fit, and what would help, in one line."""
     card = plan.card
-    others = f", {card.others_gib:.1f} of them held by others (a card in use by others)" * (card.others_gib > 1)
+    others = f", {card.others_gib:.1f} of them held by others (a card in use by others)" * (
+        card.others_gib > 1
+    )
     used_gib = card.total_gib - card.others_gib - plan.left / GIB
     reason = (
         f"the run must fit into the {card.total_gib:.1f} GiB of {card.name}{others}, got "
@@ -292,7 +318,9 @@ def helpful_levers(plan: Plan) -> list[str]:
     pulled = {lever: pull(plan) for lever, pull in LEVERS.items()}
     alone = [lever for lever, asked in pulled.items() if fits(decide(asked))]
     pairs = combinations(LEVERS, 2)
-    together = (" and ".join(pair) for pair in pairs if fits(decide(LEVERS[pair[1]](pulled[pair[0]]))))
+    together = (
+        " and ".join(pair) for pair in pairs if fits(decide(LEVERS[pair[1]](pulled[pair[0]])))
+    )
     return alone or list(together)
 
 

@@ -25,7 +25,13 @@ def plan_text(config: Config, student_folder: Path, options: Mapping[str, str]) 
         ValueError: an option is not what it must be, or the run does not fit.
     """
     device = config.run.device
-    check_rule("plan", "run.device", device, device != "cpu", "cuda, or left out: on a CPU there is nothing to plan")
+    check_rule(
+        "plan",
+        "run.device",
+        device,
+        device != "cpu",
+        "cuda, or left out: on a CPU there is nothing to plan",
+    )
     lengths = {name: text for name in limits(config) if (text := options.get(f"{name}_tokens"))}
     for name, text in lengths.items():
         setting, limit = limits(config)[name]
@@ -58,7 +64,8 @@ def plan_table(plan: Plan, **lengths: int) -> str:
     Args:
         lengths: tokens of an ordinary prompt, answer and guidance, where they are known.
     """
-    card, asked = plan.card, plan.asked
+    card = plan.card
+    asked = plan.asked
     billions = num_parameters(plan.model) / 1e9
     kind = asked.student.dtype + ", trained" * plan.is_training
     lines = [
@@ -68,11 +75,15 @@ def plan_table(plan: Plan, **lengths: int) -> str:
     ]
     if not card.tb_s:
         return "\n".join([*lines, f"no times: the rates of {card.name} are not known"])
-    lengths = {name: min(ORDINARY.get(name, limit), limit) for name, (_, limit) in limits(asked).items()} | lengths
+    lengths = {
+        name: min(ORDINARY.get(name, limit), limit) for name, (_, limit) in limits(asked).items()
+    } | lengths
     seconds = batch_seconds(plan, **lengths)
     seconds["together"] = sum(seconds.values())
     words = ", ".join(f"{name} {length}" for name, length in lengths.items())
-    rates = f"{card.tb_s:g} TB/s, {card.bf16_tflop_s:g} TFLOP/s in bf16, {card.fp32_tflop_s:g} in fp32"
+    rates = (
+        f"{card.tb_s:g} TB/s, {card.bf16_tflop_s:g} TFLOP/s in bf16, {card.fp32_tflop_s:g} in fp32"
+    )
     return "\n".join(
         [
             *lines,

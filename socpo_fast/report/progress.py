@@ -33,11 +33,25 @@ class Progress:
         progress.report(metrics, kind="batch", batch=1, update=2)
     """
 
-    def __init__(self, *, num_batches: int, first_batch: int = 1, live: bool = True, file: TextIO | None = None):
+    def __init__(
+        self,
+        *,
+        num_batches: int,
+        first_batch: int = 1,
+        live: bool = True,
+        file: TextIO | None = None,
+    ):
         self._console = Console(file=file, highlight=False, markup=False, emoji=False)
-        self.num_batches, self._first_batch, self._batches_done = num_batches, first_batch, first_batch - 1
+        self.num_batches = num_batches
+        self._first_batch = first_batch
+        self._batches_done = first_batch - 1
         self._started = self._phase_started = time.monotonic()
-        self._phase, self._batch, self._update, self._done, self._total, self._tokens = "start", 0, 0, 0, 0, 0
+        self._phase = "start"
+        self._batch = 0
+        self._update = 0
+        self._done = 0
+        self._total = 0
+        self._tokens = 0
         self._unassisted: dict[Kind, list[float]] = {"batch": [], "update": [], "eval": []}
         is_live = live and self._console.is_terminal
         self._live = Live(get_renderable=self._display, console=self._console) if is_live else None
@@ -60,8 +74,13 @@ class Progress:
 
     def phase(self, name: str, *, batch: int, update: int, total: int) -> None:
         """Begin a phase (rollout, update, eval) of `total` units of work."""
-        self._phase, self._batch, self._update, self._total = name, batch, update, total
-        self._done, self._tokens, self._phase_started = 0, 0, time.monotonic()
+        self._phase = name
+        self._batch = batch
+        self._update = update
+        self._total = total
+        self._done = 0
+        self._tokens = 0
+        self._phase_started = time.monotonic()
 
     def advance(self, units: int = 1, *, num_tokens: int = 0) -> None:
         self._done += units
@@ -79,7 +98,10 @@ class Progress:
     def _line(self, metrics: Mapping[str, float], kind: Kind, batch: int, update: int) -> str:
         shares = [
             f"{label} {100 * metrics[name]:.1f}%"
-            for name, label in (("success/unassisted", "unassisted"), ("success/assisted", "assisted"))
+            for name, label in (
+                ("success/unassisted", "unassisted"),
+                ("success/assisted", "assisted"),
+            )
             if name in metrics
         ]
         if metrics.get("guidance/failed"):
@@ -102,13 +124,20 @@ class Progress:
         elapsed_s = max(time.monotonic() - self._phase_started, 1e-9)
         pace = f"{self._tokens / elapsed_s:.0f} tok/s" if self._tokens else ""
         table = Table.grid(padding=(0, 2))
-        table.add_row(f"batch {self._batch}/{self.num_batches}", f"update {self._update}", f"left {self._eta()}")
+        table.add_row(
+            f"batch {self._batch}/{self.num_batches}",
+            f"update {self._update}",
+            f"left {self._eta()}",
+        )
         table.add_row(
             f"{self._phase} {self._done}/{self._total}",
             ProgressBar(total=max(self._total, 1), completed=self._done, width=30),
             pace,
         )
-        curves = {"unassisted, training": self._unassisted["batch"], "unassisted, held out": self._unassisted["eval"]}
+        curves = {
+            "unassisted, training": self._unassisted["batch"],
+            "unassisted, held out": self._unassisted["eval"],
+        }
         for label, values in curves.items():
             if values:
                 table.add_row(label, sparkline(values[-30:]), f"{100 * values[-1]:.1f}%")

@@ -39,13 +39,23 @@ def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[
 
 
 def write_rollouts(
-    run_folder: str | Path, rollouts: Iterable[Rollout], questions: Mapping[int, Question], *, batch: int
+    run_folder: str | Path,
+    rollouts: Iterable[Rollout],
+    questions: Mapping[int, Question],
+    *,
+    batch: int,
 ) -> Path:
     """Write rollouts/batch_000001.jsonl, in the order of questions however they finished; questions by question_idx."""
     path = Path(run_folder) / "rollouts" / f"batch_{batch:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     in_order = sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
-    replace_jsonl(path, (rollout_record(rollout, questions[rollout.question_idx], batch=batch) for rollout in in_order))
+    replace_jsonl(
+        path,
+        (
+            rollout_record(rollout, questions[rollout.question_idx], batch=batch)
+            for rollout in in_order
+        ),
+    )
     return path
 
 
@@ -76,7 +86,9 @@ def _is_whole(row: dict[str, Any]) -> bool:
     except (KeyError, TypeError):
         return False
     # Beyond 1e308 an integer is no float, and cannot be drawn.
-    return bool(turns) and all(isinstance(number, int | float) and not abs(number) > 1e308 for number in numbers)
+    return bool(turns) and all(
+        isinstance(number, int | float) and not abs(number) > 1e308 for number in numbers
+    )
 
 
 def _guidance_record(guidance: ShownGuidance) -> dict[str, Any]:

@@ -179,13 +179,18 @@ def _tables(config: Config) -> dict[str, Any]:
     return tables
 
 
-def _history(path: Path, tables: Mapping[str, Any], num_updates: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _history(
+    path: Path, tables: Mapping[str, Any], num_updates: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What held until before num_updates updates, oldest first, and what was agreed to change there.
 
     A run that goes on from an older checkpoint loses the entries of what came after it.
     """
     try:
-        entries = [entry | {"from_update": int(entry["from_update"])} for entry in tables.get("history", [])]
+        entries = [
+            entry | {"from_update": int(entry["from_update"])}
+            for entry in tables.get("history", [])
+        ]
         history = [entry for entry in entries if entry["until_update"] < num_updates]
         agreed = [entry for entry in entries if entry["until_update"] == num_updates]
     except (TypeError, ValueError, KeyError):
@@ -209,7 +214,8 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     for section, table in now.items():
         old_table = _table(before, section)
         for key in table:
-            name, new = f"{section}.{key}", to_text(table[key])
+            name = f"{section}.{key}"
+            new = to_text(table[key])
             old = to_text(old_table.get(key, table[key]))
             if old != new:
                 changes.append(f"{name}: {old:.100} -> {new:.100}")
@@ -247,4 +253,6 @@ def _toml_literal(value: object) -> str:
     if isinstance(value, dict):
         pairs = (f"{_toml_literal(key)} = {_toml_literal(part)}" for key, part in value.items())
         return f"{{ {', '.join(pairs)} }}"
-    return f"[{', '.join(map(_toml_literal, value))}]" if isinstance(value, list) else to_text(value)
+    return (
+        f"[{', '.join(map(_toml_literal, value))}]" if isinstance(value, list) else to_text(value)
+    )

@@ -27,7 +27,8 @@ def head_parameters(config: ModelConfig) -> int:
 
 def layer_parameters(config: ModelConfig) -> int:
     """Of all layers and the last norm."""
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = config.intermediate_size
     matrices = qkv_width(config) + config.num_heads * config.head_dim + 3 * inner
     norms = 2 * width + 2 * config.head_dim * config.qk_norm
     biases = config.qkv_bias * qkv_width(config) + config.o_bias * width
@@ -75,7 +76,8 @@ def backward_bytes(config: ModelConfig, itemsize: int, *, checkpointing: bool) -
     at once. Beside it tree attention has a workspace that grows with the tokens: 8 bytes a head,
     and partial sums of dK and dV for up to 8192 rows.
     """
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = config.intermediate_size
     attended = config.num_heads * config.head_dim
     # gate_up and the MLP's sum are gone.
     rotating_back = attended + 2 * qkv_width(config) - 2 * inner - width

@@ -12,9 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from socpo_fast.types import EngineStats, Question, Rollout
 
-PASS_AT = (4, 16, 64, 256)  # pass@k is smooth in log k; fixed k, so that runs with different eval.samples compare
+PASS_AT = (
+    4,
+    16,
+    64,
+    256,
+)  # pass@k is smooth in log k; fixed k, so that runs with different eval.samples compare
 Z95 = 1.959964  # two-sided normal quantile
-MAX_SOURCES = 32  # more of them are not told apart: a data set may name each row's source differently
+MAX_SOURCES = (
+    32  # more of them are not told apart: a data set may name each row's source differently
+)
 
 
 def sources_of(questions: Iterable[Question]) -> list[str]:
@@ -26,7 +33,9 @@ def sources_of(questions: Iterable[Question]) -> list[str]:
 def source_metric(name: str, data_source: str) -> str:
     """name/data_source, the source made safe for TensorBoard, files and pages; different ones stay different."""
     safe = re.sub(r"[^\w./-]", "_", data_source, flags=re.ASCII)[:64] or "_"
-    if safe != data_source or re.search(r"-[0-9a-f]{6}$", safe):  # what looks like a made name is made as well
+    if safe != data_source or re.search(
+        r"-[0-9a-f]{6}$", safe
+    ):  # what looks like a made name is made as well
         safe += "-" + hashlib.sha256(data_source.encode("utf-8", "surrogatepass")).hexdigest()[:6]
     return f"{name}/{safe}"
 
@@ -74,7 +83,9 @@ def summarize(
         "guidance/leaked": float(reasons.count("leaked")),
         "guidance/overflow": float(reasons.count("overflow")),
         "rollout/attempt_tokens": mean([float(attempt.num_tokens) for attempt in attempts]),
-        "rollout/truncated": mean([float(attempt.finish_reason == "length") for attempt in attempts]),
+        "rollout/truncated": mean(
+            [float(attempt.finish_reason == "length") for attempt in attempts]
+        ),
     }
 
 
@@ -102,7 +113,9 @@ class Scores:
     """
 
     def __init__(self, questions: Sequence[Question], *, samples: int, assisted: bool):
-        self.samples, self.assisted, self.sources = samples, assisted, sources_of(questions)
+        self.samples = samples
+        self.assisted = assisted
+        self.sources = sources_of(questions)
         self.source_of = {question.question_idx: question.data_source for question in questions}
         self.alone = dict.fromkeys(self.source_of, 0)
         self.helped = dict.fromkeys(self.source_of, 0)
@@ -124,17 +137,25 @@ class Scores:
         unassisted one under another name."""
         failed = failures(self.failures)
         is_known = self.assisted and bool(self.num_guidances or not failed["guidance/failed"])
-        n, total = self.samples, self.samples * len(self.alone)
+        n = self.samples
+        total = self.samples * len(self.alone)
         found: dict[str, float] = {}
-        kinds = {"success/unassisted": self.alone} | ({"success/assisted": self.helped} if is_known else {})
+        kinds = {"success/unassisted": self.alone} | (
+            {"success/assisted": self.helped} if is_known else {}
+        )
         for name, correct in kinds.items():
             found |= with_interval(name, [c / n for c in correct.values()])
             for source in self.sources:
                 shares = [c / n for idx, c in correct.items() if self.source_of[idx] == source]
-                found |= {source_metric(key, source): value for key, value in with_interval(name, shares).items()}
+                found |= {
+                    source_metric(key, source): value
+                    for key, value in with_interval(name, shares).items()
+                }
         for k in PASS_AT:
             if k <= n:
-                found |= with_interval(f"success/pass_at_{k}", [pass_at_k(n, c, k) for c in self.alone.values()])
+                found |= with_interval(
+                    f"success/pass_at_{k}", [pass_at_k(n, c, k) for c in self.alone.values()]
+                )
         return (
             found
             | (failed if self.assisted else {})

@@ -43,12 +43,16 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         reached = max((row["update"] for row in kept), default=0)
         is_own = (self.path.parent / "checkpoints" / f"update_{last:06d}").exists()
         if is_own and reached < last:
-            warnings.warn(f"{self.path}: rows of updates {reached + 1} to {last} are missing", stacklevel=2)
+            warnings.warn(
+                f"{self.path}: rows of updates {reached + 1} to {last} are missing", stacklevel=2
+            )
         replace_jsonl(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard: SummaryWriter | None = None
         with self._helping():
-            self._tensorboard = SummaryWriter(str(self.path.parent / "tb"), purge_step=last + 1, flush_secs=30)
+            self._tensorboard = SummaryWriter(
+                str(self.path.parent / "tb"), purge_step=last + 1, flush_secs=30
+            )
 
     def write(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
         """Write one row. batch counts from 1; update is the number of updates made so far."""
@@ -76,7 +80,10 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             yield
         except Exception as error:  # noqa: BLE001 - its own, from its own thread
             self._tensorboard = None
-            warnings.warn(f"{self.path.parent / 'tb'}: TensorBoard stops here ({error}); the run goes on", stacklevel=3)
+            warnings.warn(
+                f"{self.path.parent / 'tb'}: TensorBoard stops here ({error}); the run goes on",
+                stacklevel=3,
+            )
 
     def __exit__(self, *_error: object) -> None:
         self.close()
@@ -96,7 +103,10 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
     values = [value for name, value in row.items() if name not in ("kind", "batch", "update")]
     return (
         row.get("kind") in get_args(Kind)
-        and all(isinstance(count, int) and 0 <= count < 2**63 for count in (row.get("batch"), row.get("update")))
+        and all(
+            isinstance(count, int) and 0 <= count < 2**63
+            for count in (row.get("batch"), row.get("update"))
+        )
         and all(isinstance(value, int | float | None) for value in values)
         and not any(abs(value or 0) > 1e308 for value in values)  # an integer that is no float
     )
@@ -118,7 +128,9 @@ def _json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def read_jsonl(path: str | Path, is_whole: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: str | Path, is_whole: Callable[[dict[str, Any]], bool] = lambda row: True
+) -> list[dict[str, Any]]:
     """The objects of a JSONL file; none when it is absent.
 
     One warning tells of torn lines, another one of rows that are not whole: both are left out.
@@ -130,7 +142,9 @@ def read_jsonl(path: str | Path, is_whole: Callable[[dict[str, Any]], bool] = la
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     rows = [row for line in lines if isinstance(row := _json_or_none(line), dict)]
     if num_torn := len(lines) - len(rows):
-        warnings.warn(f"{path}: {num_torn} torn lines left out; a write was interrupted there", stacklevel=2)
+        warnings.warn(
+            f"{path}: {num_torn} torn lines left out; a write was interrupted there", stacklevel=2
+        )
     whole = [row for row in rows if is_whole(row)]
     if num_damaged := len(rows) - len(whole):
         warnings.warn(f"{path}: {num_damaged} damaged rows left out", stacklevel=2)

@@ -34,7 +34,11 @@ PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
             "assisted, training": ("train", "success/assisted"),
         },
     ),
-    ("Reward and decay", "reward", {"mean reward": ("train", "reward/mean"), "decay f_1": ("train", "decay/f_1")}),
+    (
+        "Reward and decay",
+        "reward",
+        {"mean reward": ("train", "reward/mean"), "decay f_1": ("train", "decay/f_1")},
+    ),
     (
         "Guidance",
         "share",
@@ -46,7 +50,11 @@ PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
     ),
     ("Entropy", "nats", {"entropy": ("train", "policy/entropy")}),
     ("Gradient norm", "before clipping", {"gradient norm": ("train", "policy/grad_norm")}),
-    ("Time", "seconds a batch", {"rollout": ("batch", "time/rollout_s"), "update": ("batch", "time/update_s")}),
+    (
+        "Time",
+        "seconds a batch",
+        {"rollout": ("batch", "time/rollout_s"), "update": ("batch", "time/update_s")},
+    ),
 )
 COLOURS = ("#1f5fa8", "#d9730d", "#8fb8de", "#f2c39b")
 
@@ -59,7 +67,9 @@ def write_report(run_folder: str | Path) -> Path:
     """
     folder = Path(run_folder).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"report: {folder} must be a run folder, got none there; train first, or check the name")
+        raise ValueError(
+            f"report: {folder} must be a run folder, got none there; train first, or check the name"
+        )
     rows = read_metrics(folder / "metrics.jsonl")
     curves = draw_curves(rows) if rows else b""
     if rows:
@@ -75,7 +85,8 @@ def report_note(run_folder: Path) -> str:
     A page never costs the run.
     """
     try:
-        path, rows = write_report(run_folder), read_metrics(run_folder / "metrics.jsonl")
+        path = write_report(run_folder)
+        rows = read_metrics(run_folder / "metrics.jsonl")
         curves = compare(read_settings(run_folder), rows)
         return (card(curves, rows) + "\n" if curves else "") + f"report: {path}"
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told
@@ -86,7 +97,9 @@ def render(folder: Path, rows: Rows, curves: bytes) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {
         "percent": lambda share: "unknown" if share is None else f"{100 * share:.1f} %",
         "number": lambda value: "" if value is None else f"{value:.4g}",
@@ -121,7 +134,11 @@ def headline(rows: Rows) -> dict[str, Any]:
     source = "eval" if series(rows, "eval", "success/unassisted")[1] else "train"
     _, unassisted = series(rows, source, "success/unassisted")
     _, assisted = series(rows, source, "success/assisted")
-    ends = {"start": unassisted[0], "end": unassisted[-1]} if unassisted else {"start": None, "end": None}
+    ends = (
+        {"start": unassisted[0], "end": unassisted[-1]}
+        if unassisted
+        else {"start": None, "end": None}
+    )
     return {
         "source": "held-out questions" if source == "eval" else "training batches",
         "helped_end": assisted[-1] if assisted else None,
@@ -136,7 +153,15 @@ def first_and_last(rows: Rows) -> list[dict[str, Any]]:
         for name in dict.fromkeys(name for row in rows if row["kind"] == kind for name in row):
             _, values = series(rows, kind, name)
             if values and (meaning := meaning_of(name)):
-                found.append({"kind": kind, "name": name, "meaning": meaning, "first": values[0], "last": values[-1]})
+                found.append(
+                    {
+                        "kind": kind,
+                        "name": name,
+                        "meaning": meaning,
+                        "first": values[0],
+                        "last": values[-1],
+                    }
+                )
     return found
 
 
@@ -144,7 +169,8 @@ def time_split(rows: Rows) -> dict[str, float]:
     """Seconds in all by phase, from the batch rows."""
     batches = [row for row in rows if row["kind"] == "batch"]
     totals = {
-        phase: sum(row.get(f"time/{phase}_s") or 0.0 for row in batches) for phase in ("rollout", "update", "total")
+        phase: sum(row.get(f"time/{phase}_s") or 0.0 for row in batches)
+        for phase in ("rollout", "update", "total")
     }
     rest = totals["total"] - totals["rollout"] - totals["update"]
     return {"rollout": totals["rollout"], "update": totals["update"], "the rest": max(rest, 0.0)}
@@ -159,7 +185,9 @@ def sample_rollouts(folder: Path) -> list[dict[str, Any]]:
         by_outcome: dict[str, dict[str, Any]] = {}
         for rollout in read_rollouts(path):
             by_outcome.setdefault(outcome(rollout), rollout)
-        samples += [{"outcome": kind, **by_outcome[kind]} for kind in OUTCOMES if kind in by_outcome]
+        samples += [
+            {"outcome": kind, **by_outcome[kind]} for kind in OUTCOMES if kind in by_outcome
+        ]
     return samples
 
 
@@ -182,8 +210,16 @@ def draw_curves(rows: Rows) -> bytes:
         for colour, (label, (source, name)) in zip(COLOURS, lines.items(), strict=False):
             updates, values = series(rows, source, name)
             if values:
-                axes.plot(updates, values, label=label, color=colour, marker="o" if source == "eval" else ".")
-            (at, low), (_, high) = (series(rows, source, f"{name}{end}") for end in ("_low", "_high"))
+                axes.plot(
+                    updates,
+                    values,
+                    label=label,
+                    color=colour,
+                    marker="o" if source == "eval" else ".",
+                )
+            (at, low), (_, high) = (
+                series(rows, source, f"{name}{end}") for end in ("_low", "_high")
+            )
             if low and len(low) == len(high):
                 axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
@@ -202,7 +238,9 @@ def draw_comparison(curves: Sequence[Curve]) -> bytes:
     for colour, curve in zip((COLOURS[0], COLOURS[1], "#5b6675"), curves, strict=False):
         axes.plot(curve.tokens, curve.accuracy, label=curve.title, color=colour, marker=".")
         if curve.low:
-            axes.fill_between(curve.tokens, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                curve.tokens, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0
+            )
     axes.set(xlim=(0, curves[0].tokens[-1]), xlabel="tokens sampled in training", ylabel="share")
     return _png(figure)
 

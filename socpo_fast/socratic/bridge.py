@@ -18,7 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from socpo_fast.files import read_json
 from socpo_fast.ops._checks import check_rule
 
-ANSWER, GUIDANCE = "SocpoAnswer", "SocpoGuidance"  # stand in for texts
+# stand in for texts
+ANSWER = "SocpoAnswer"
+GUIDANCE = "SocpoGuidance"
 _PROMPT = [{"role": "user", "content": "SocpoQuestion"}]
 _NOTE = "the chat template rewrites {} once it is history; rollout.context tokens does not"
 _PROBES = {
@@ -36,11 +38,19 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"tokenizer: must be a Hugging Face folder on this machine, got '{folder}'; download it first")
+        raise ValueError(
+            f"tokenizer: must be a Hugging Face folder on this machine, got '{folder}'; download it first"
+        )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for what it cannot read
-        raise ValueError(f"tokenizer: {folder} must hold a tokenizer.json that transformers reads ({error})") from error
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises bare Exception for what it cannot read
+        raise ValueError(
+            f"tokenizer: {folder} must hold a tokenizer.json that transformers reads ({error})"
+        ) from error
 
 
 class Bridge:
@@ -66,10 +76,18 @@ class Bridge:
             that are not the template's own rendering.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, guidance_limit: int, enable_thinking: bool | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        guidance_limit: int,
+        enable_thinking: bool | None = None,
+    ):
         check_rule("bridge", "guidance_limit", guidance_limit, guidance_limit >= 1, ">= 1")
         if not tokenizer.is_fast:
-            raise ValueError(f"bridge: tokenizer must be a fast one, got {type(tokenizer).__name__}")
+            raise ValueError(
+                f"bridge: tokenizer must be a fast one, got {type(tokenizer).__name__}"
+            )
         if not tokenizer.chat_template:
             raise ValueError(
                 f"bridge: tokenizer must have a chat template, got none in '{tokenizer.name_or_path}'; "
@@ -86,8 +104,14 @@ class Bridge:
         )
         self.tokenizer = tokenizer
         self.guidance_limit = guidance_limit
-        self._template_kwargs: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        special = [(token.content, idx) for idx, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._template_kwargs: dict[str, Any] = (
+            {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        )
+        special = [
+            (token.content, idx)
+            for idx, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        ]
         self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))  # longest match first
         _, _, behind_answer = self.render(dialogue(_PROMPT, ANSWER)).rpartition(ANSWER)
         self.before, _, self.after = behind_answer.partition(GUIDANCE)
@@ -106,7 +130,9 @@ class Bridge:
         self._anchor = "" if is_same_anywhere else "\n"
         self.notes = self._check()
         if "strftime_now" in template:
-            self.notes += ("the chat template writes today's date into prompts; resumed on another day they differ",)
+            self.notes += (
+                "the chat template writes today's date into prompts; resumed on another day they differ",
+            )
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a dialogue up to where the assistant's text begins; a BOS only where the template has one.
@@ -142,15 +168,23 @@ class Bridge:
         dropped, which templates that trim would do as well. ended: the attempt's last kept token is end_of_turn_id
         itself; otherwise a synthetic one comes first.
         """
-        return self.frame(self.before, self.fit(guidance_text.strip()), self.after)[1 if ended else 0 :]
+        return self.frame(self.before, self.fit(guidance_text.strip()), self.after)[
+            1 if ended else 0 :
+        ]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text for the grader and the teacher, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
     def exact_text(self, token_ids: Sequence[int]) -> str:
         """The text that these ids are inside a row: with special tokens and the space before a first word."""
-        text = self.tokenizer.decode([self.end_of_turn_id, *token_ids], clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(
+            [self.end_of_turn_id, *token_ids], clean_up_tokenization_spaces=False
+        )
         return str(text).removeprefix(self.end_of_turn)
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
@@ -160,10 +194,17 @@ class Bridge:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True, **self._template_kwargs
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **self._template_kwargs,
                 )
             )
-        except (TemplateError, TypeError, LookupError) as error:  # the template's own raise, or a fault in it
+        except (
+            TemplateError,
+            TypeError,
+            LookupError,
+        ) as error:  # the template's own raise, or a fault in it
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
                 f"chat template: must take messages of the roles {roles}, got '{error}'; "
@@ -174,7 +215,11 @@ class Bridge:
         """Ids of guidance, as it is, between two texts of the template."""
         (head, prefix), (suffix, tail) = self._split(before), self._split(after, first=True)
         # Ordinary text of the template beside the guidance ("user\n") is encoded with it, as one span.
-        return self.trusted_ids(head) + self.untrusted_ids(prefix + guidance + suffix) + self.trusted_ids(tail)
+        return (
+            self.trusted_ids(head)
+            + self.untrusted_ids(prefix + guidance + suffix)
+            + self.trusted_ids(tail)
+        )
 
     def trusted_ids(self, text: str) -> list[int]:
         """Ids of the template's text, which may spell out special tokens."""
@@ -182,15 +227,27 @@ class Bridge:
 
     def untrusted_ids(self, text: str) -> list[int]:
         """Ids of a text in the middle of a row, in which a special token spelled out stays ordinary text."""
-        ids = self.tokenizer.encode(self._anchor + text, add_special_tokens=False, split_special_tokens=True)
+        ids = self.tokenizer.encode(
+            self._anchor + text, add_special_tokens=False, split_special_tokens=True
+        )
         return ids[len(self.trusted_ids(self._anchor)) :] if text else []
 
     def _split(self, text: str, *, first: bool = False) -> tuple[str, str]:
         """A text of the template, parted behind its last special token, or before its first one."""
         if first:
-            place = min((text.find(special) for special in self._special if special in text), default=len(text))
+            place = min(
+                (text.find(special) for special in self._special if special in text),
+                default=len(text),
+            )
         else:
-            place = max((text.rfind(special) + len(special) for special in self._special if special in text), default=0)
+            place = max(
+                (
+                    text.rfind(special) + len(special)
+                    for special in self._special
+                    if special in text
+                ),
+                default=0,
+            )
         return text[:place], text[place:]
 
     def fit(self, text: str) -> str:
@@ -199,9 +256,18 @@ class Bridge:
         Cut by characters first: a token rarely has 32 of them, and a megabyte takes long to encode.
         """
         text = text[: 32 * self.guidance_limit].rstrip()
-        options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-        while len(places := self.tokenizer(text, verbose=False, **options)["offset_mapping"]) > self.guidance_limit:
-            text = text[: places[self.guidance_limit][0]].rstrip()  # a head by itself may take more tokens, hence while
+        options = {
+            "add_special_tokens": False,
+            "split_special_tokens": True,
+            "return_offsets_mapping": True,
+        }
+        while (
+            len(places := self.tokenizer(text, verbose=False, **options)["offset_mapping"])
+            > self.guidance_limit
+        ):
+            text = text[
+                : places[self.guidance_limit][0]
+            ].rstrip()  # a head by itself may take more tokens, hence while
         return text
 
     def _check(self) -> tuple[str, ...]:
@@ -213,7 +279,8 @@ class Bridge:
                 "bridge: special tokens spelled out in guidance must stay ordinary text, got ids "
                 f"{sorted(spelled_out)}; this tokenizer does not honour split_special_tokens"
             )
-        notes, bridge_ids = [], self.frame(self.before, GUIDANCE, self.after)
+        notes = []
+        bridge_ids = self.frame(self.before, GUIDANCE, self.after)
         for what, answer in _PROBES.items():
             rendered_ids = self.prompt_ids(dialogue(_PROMPT, answer))
             if rendered_ids[-len(bridge_ids) :] != bridge_ids:
@@ -221,8 +288,11 @@ class Bridge:
                     f"bridge: the pieces must be the chat template's own rendering behind {what}, got {bridge_ids} "
                     f"where the template has {rendered_ids[-len(bridge_ids) :]}"
                 )
-            prompt, rendered = self.render(_PROMPT), self.render(dialogue(_PROMPT, answer))
-            if not rendered.startswith((prompt + answer, f"{prompt} {answer}")):  # sentencepiece samples that space
+            prompt = self.render(_PROMPT)
+            rendered = self.render(dialogue(_PROMPT, answer))
+            if not rendered.startswith(
+                (prompt + answer, f"{prompt} {answer}")
+            ):  # sentencepiece samples that space
                 notes.append(_NOTE.format(what))
         with_system = [{"role": "system", "content": "SocpoSystem"}, *dialogue(_PROMPT, ANSWER)]
         self.takes_system = False
@@ -238,7 +308,10 @@ class Bridge:
 
 def dialogue(messages: Sequence[dict[str, str]], *answers: str) -> list[dict[str, str]]:
     """The messages, then each answer with GUIDANCE behind it."""
-    behind = [({"role": "assistant", "content": answer}, {"role": "user", "content": GUIDANCE}) for answer in answers]
+    behind = [
+        ({"role": "assistant", "content": answer}, {"role": "user", "content": GUIDANCE})
+        for answer in answers
+    ]
     return [*messages, *(message for turn in behind for message in turn)]
 
 

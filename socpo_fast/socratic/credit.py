@@ -42,7 +42,12 @@ def attempt_table(rollouts: Sequence[Rollout]) -> AttemptTable:
             )
     turns = [(rollout, turn) for rollout in rollouts for turn in rollout.turns]
     counts = [
-        (turn.attempt.num_tokens, rollout.question_idx, turn.attempt.attempt_idx, rollout.rollout_idx)
+        (
+            turn.attempt.num_tokens,
+            rollout.question_idx,
+            turn.attempt.attempt_idx,
+            rollout.rollout_idx,
+        )
         for rollout, turn in turns
     ]
     rewards_A = torch.tensor([turn.raw_reward for _, turn in turns], dtype=torch.float32)
@@ -68,7 +73,8 @@ def assign_credit(
     earned = torch.stack((credit.rewards_A, credit.advantages_A), dim=1).tolist()
     turns = (turn for rollout in rollouts for turn in rollout.turns)
     for turn, (reward, advantage) in zip(turns, earned, strict=True):
-        turn.reward, turn.advantage = reward, advantage
+        turn.reward = reward
+        turn.advantage = advantage
     factors: list[float] = credit.factors_K[1:].tolist()
     if options.schedule == "batch_mean" and factors and factors[0] == 0.0:
         warnings.warn(

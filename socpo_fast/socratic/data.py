@@ -66,14 +66,24 @@ def load_questions(
         except ValueError as error:
             errors.append(f"data: {name} row {row_number}: {error}")
     if errors:
-        more = f"\n.. and {len(errors) - _SHOWN_ERRORS} more bad rows" if len(errors) > _SHOWN_ERRORS else ""
+        more = (
+            f"\n.. and {len(errors) - _SHOWN_ERRORS} more bad rows"
+            if len(errors) > _SHOWN_ERRORS
+            else ""
+        )
         raise ValueError("\n".join(errors[:_SHOWN_ERRORS]) + more)
     if not questions:
         raise ValueError(f"data: {name} must hold at least one question, got none")
-    return questions if max_prompt_tokens is None else _drop_overlong(questions, name, bridge, max_prompt_tokens)
+    return (
+        questions
+        if max_prompt_tokens is None
+        else _drop_overlong(questions, name, bridge, max_prompt_tokens)
+    )
 
 
-def _drop_overlong(questions: list[Question], name: str, bridge: Bridge | None, limit: int) -> list[Question]:
+def _drop_overlong(
+    questions: list[Question], name: str, bridge: Bridge | None, limit: int
+) -> list[Question]:
     if bridge is None:
         raise ValueError("load_questions: max_prompt_tokens needs bridge, got None")
     kept = []
@@ -82,9 +92,13 @@ def _drop_overlong(questions: list[Question], name: str, bridge: Bridge | None, 
             if len(bridge.prompt_ids(question.messages)) <= limit:
                 kept.append(question)
         except ValueError as error:  # some chat templates know no system message
-            raise ValueError(f"data: {name} question {question.question_idx + 1}: {error}") from error
+            raise ValueError(
+                f"data: {name} question {question.question_idx + 1}: {error}"
+            ) from error
     if not kept:
-        raise ValueError(f"data: {name}: every prompt is longer than {limit} tokens; raise data.max_prompt_tokens")
+        raise ValueError(
+            f"data: {name}: every prompt is longer than {limit} tokens; raise data.max_prompt_tokens"
+        )
     if len(kept) < len(questions):
         warnings.warn(
             f"data: {name}: left out {len(questions) - len(kept)} of {len(questions)} prompts over {limit} tokens",
@@ -98,7 +112,9 @@ def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] 
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it logs the errors that it raises
+    logging.getLogger("datasets.packaged_modules").setLevel(
+        logging.CRITICAL
+    )  # it logs the errors that it raises
     place = Path(path).expanduser()
     kind = {".parquet": "parquet", ".jsonl": "text"}.get(place.suffix)
     if kind and not place.is_file():
@@ -107,10 +123,14 @@ def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] 
         raise ValueError(
             f"data: path must be a .parquet or .jsonl file, a folder, or owner/name of the hub, got '{path}'"
         )
-    with tempfile.TemporaryDirectory(prefix="socpo_data_") as cache:  # streaming leaves nothing but lock files there
+    with tempfile.TemporaryDirectory(
+        prefix="socpo_data_"
+    ) as cache:  # streaming leaves nothing but lock files there
         try:
             if kind:
-                rows = load_dataset(kind, data_files=str(place), split="train", streaming=True, cache_dir=cache)
+                rows = load_dataset(
+                    kind, data_files=str(place), split="train", streaming=True, cache_dir=cache
+                )
             else:
                 rows = load_dataset(
                     str(place) if place.is_dir() else path,
@@ -120,7 +140,12 @@ def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] 
                     cache_dir=cache,
                 )
             yield from (row["text"] for row in rows) if kind == "text" else rows
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: its code, which never runs
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            DatasetsError,
+        ) as error:  # RuntimeError: its code, which never runs
             what = kind or f"a data set with a split {split!r}"
             raise ValueError(f"data: {path} must be readable as {what} ({error})") from error
 
@@ -128,7 +153,10 @@ def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] 
 def _parse_line(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # broken, a number of thousands of digits, thousands of brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # broken, a number of thousands of digits, thousands of brackets
         raise ValueError(f"must be a JSON object, got {line[:40]!r} ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {line[:40]!r}")
@@ -144,18 +172,28 @@ def _to_question(row: dict[str, Any], *, question_idx: int, default_source: str)
         for key, value in (("extra_info", extra), ("reward_model", reward_model)):
             _check(isinstance(value, dict), f"{key} must be an object", value)
         ground_truth = _ground_truth("reward_model.ground_truth", reward_model.get("ground_truth"))
-        reference = extra.get("reference_solution") or extra.get("answer")  # verl's gsm8k keeps its solution in answer
+        reference = extra.get("reference_solution") or extra.get(
+            "answer"
+        )  # verl's gsm8k keeps its solution in answer
     elif "question" in row:
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         messages = _messages([*system, {"role": "user", "content": row["question"]}])
         ground_truth = _ground_truth("ground_truth", row.get("ground_truth"))
         reference = row.get("reference_solution")
     else:
-        raise ValueError(f"must have prompt or question, got {', '.join(sorted(row)) or 'no fields'}")
+        raise ValueError(
+            f"must have prompt or question, got {', '.join(sorted(row)) or 'no fields'}"
+        )
     source = row.get("data_source")
-    for name, value in (("reference_solution", reference), ("data_source", source), ("ground_truth", ground_truth)):
+    for name, value in (
+        ("reference_solution", reference),
+        ("data_source", source),
+        ("ground_truth", ground_truth),
+    ):
         _check(isinstance(value, str | None), f"{name} must be text", value)
-        (value or "").encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
+        (
+            value or ""
+        ).encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
     return Question(
         question_idx=question_idx,
         messages=messages,
@@ -214,7 +252,9 @@ def question_order(seed: int, epoch: int, n: int) -> list[int]:
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable").tolist()
 
 
-def batch_questions(questions: Sequence[Question], seed: int, batch_idx: int, size: int) -> list[Question]:
+def batch_questions(
+    questions: Sequence[Question], seed: int, batch_idx: int, size: int
+) -> list[Question]:
     """The questions of batch `batch_idx` (from 0), a function of its arguments alone, so a run resumes from the index.
 
     Batches cut a stream of epochs, each a permutation, so every question comes once an epoch. A batch across the border
@@ -225,7 +265,9 @@ def batch_questions(questions: Sequence[Question], seed: int, batch_idx: int, si
     """
     n = len(questions)
     if not 1 <= size <= n:
-        raise ValueError(f"data: rollout.questions_per_batch must be in [1, {n} questions], got {size}; lower it")
+        raise ValueError(
+            f"data: rollout.questions_per_batch must be in [1, {n} questions], got {size}; lower it"
+        )
     epoch, place = divmod(batch_idx * size, n)
     order: list[int] = []
     for e in range(epoch + 1):
@@ -236,7 +278,8 @@ def batch_questions(questions: Sequence[Question], seed: int, batch_idx: int, si
 
 def _next_epoch(before: list[int], seed: int, epoch: int, n: int, size: int) -> list[int]:
     """The epoch's permutation; those that stand in a batch with the end of the one before are new to that batch."""
-    order, begun = question_order(seed, epoch, n), set(before[n - epoch * n % size :])
+    order = question_order(seed, epoch, n)
+    begun = set(before[n - epoch * n % size :])
     first = [i for i in order if i not in begun][: size - len(begun)]
     chosen = set(first)
     return first + [i for i in order if i not in chosen]

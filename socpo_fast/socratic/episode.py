@@ -132,8 +132,11 @@ class Episode:
             f"options.guidance_limit {options.guidance_limit}",
             "make both from one number",
         )
-        self.question, self.options, self.limits = question, options, limits
-        self.bridge, self.grader = bridge, as_grader(grader)
+        self.question = question
+        self.options = options
+        self.limits = limits
+        self.bridge = bridge
+        self.grader = as_grader(grader)
         self.notes: list[str] = []  # what a person should be told
         self.rollout = Rollout(
             question_idx=question.question_idx,
@@ -146,7 +149,9 @@ class Episode:
         """Adds an attempt and grades it; returns what to ask the teacher, None at the end."""
         turn = Turn(attempt=attempt, text=self.bridge.decode(attempt.token_ids))
         self.rollout.turns.append(turn)  # before the grader, which may raise
-        turn.raw_reward, turn.is_correct, turn.reward_parts = self.grader.grade(turn.text, self.question)
+        turn.raw_reward, turn.is_correct, turn.reward_parts = self.grader.grade(
+            turn.text, self.question
+        )
         if turn.is_correct or len(self.rollout.turns) == self.options.max_attempts:
             self.rollout.end_reason = "correct" if turn.is_correct else "max_attempts"
             return None
@@ -154,7 +159,9 @@ class Episode:
             question=self.question.text,
             student_answer=self._visible_text(attempt.token_ids),
             ground_truth=self.question.ground_truth if self.options.reveal_answer else None,
-            reference_solution=self.question.reference_solution if self.options.show_reference else None,
+            reference_solution=self.question.reference_solution
+            if self.options.show_reference
+            else None,
             key=attempt.key,
             rollout_idx=attempt.rollout_idx,
             attempt_idx=attempt.attempt_idx,
@@ -175,7 +182,9 @@ class Episode:
         if self.options.on_leak == "drop" and leaks:
             self.rollout.end_reason = "leaked"
             # The same words each time, so that Python tells them once.
-            self.notes.append("teacher: guidance that states the answer is dropped, and counted in guidance/leaked")
+            self.notes.append(
+                "teacher: guidance that states the answer is dropped, and counted in guidance/leaked"
+            )
             return None
         if self.options.on_leak == "mask":
             # Again and again, since a shorter text may state what a longer one did not.
@@ -185,14 +194,18 @@ class Episode:
         if kept_tokens + len(bridge_ids) + self.limits.max_new_tokens > self.limits.max_tokens:
             self.rollout.end_reason = "overflow"
             return None
-        shown.kept_tokens, shown.bridge_ids = kept_tokens, bridge_ids
+        shown.kept_tokens = kept_tokens
+        shown.bridge_ids = bridge_ids
         return NextContext(kept_tokens, bridge_ids)
 
     def _seam(self, text: str) -> NextContext:
         """How much of the row stays, and what stands between it and the next attempt."""
-        turn_idx, limit = len(self.rollout.turns) - 1, self.options.attempt_limit
+        turn_idx = len(self.rollout.turns) - 1
+        limit = self.options.attempt_limit
         if self.options.context == "template":
-            seam = template_seam(self.bridge, self.question.messages, self.rollout, text, attempt_limit=limit)
+            seam = template_seam(
+                self.bridge, self.question.messages, self.rollout, text, attempt_limit=limit
+            )
             if seam is not None:
                 return NextContext(*seam)
             self.notes.append(
@@ -214,5 +227,6 @@ class Episode:
         if self.options.view == "head":
             return self.bridge.decode(token_ids[:limit])
         tail = limit // 2
-        head_ids, tail_ids = token_ids[: limit - tail], token_ids[len(token_ids) - tail :]
+        head_ids = token_ids[: limit - tail]
+        tail_ids = token_ids[len(token_ids) - tail :]
         return self.bridge.decode(head_ids) + "\n[...]\n" + self.bridge.decode(tail_ids)

@@ -78,7 +78,11 @@ class GradedBy:
                 verdict: object = self.function(text, question)
             if StopRequested.was_raised:
                 raise StopRequested
-            parts = {str(key): _number(part) for key, part in verdict.items()} if isinstance(verdict, Mapping) else {}
+            parts = (
+                {str(key): _number(part) for key, part in verdict.items()}
+                if isinstance(verdict, Mapping)
+                else {}
+            )
             reward = math.fsum(parts.values()) if parts else _number(verdict)
         except BaseException as error:
             if is_ours(error):
@@ -92,7 +96,9 @@ class GradedBy:
         if not is_allowed:  # nan is not, and neither is what is no number
             if inspect.iscoroutine(verdict):
                 verdict.close()
-                raise ValueError(f"grader: {self.name} must be a plain function, got an async one; await inside of it")
+                raise ValueError(
+                    f"grader: {self.name} must be a plain function, got an async one; await inside of it"
+                )
             raise ValueError(
                 f"grader: {self.name} must return a bool, a number in [0, 1] or parts >= 0 that sum to at most 1, "
                 f"got {text_of(verdict)}"
@@ -127,13 +133,20 @@ STATED_LETTER = (  # ways to name a letter as the answer
         rf"\b(?i:answer|choice)\b[^.\n:]{{0,40}}?(?::|\b(?i:is)\b:?)"
         rf"[\s*_]*+(?i:(?:the )?(?:option|choice)\b)?+{_MARKED}"
     ),
-    re.compile(rf"\b(?i:option|choice)\s+[*_(]*({OPTION_LETTER})[*_)]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))"),
+    re.compile(
+        rf"\b(?i:option|choice)\s+[*_(]*({OPTION_LETTER})[*_)]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))"
+    ),
 )
 _LINE_ALONE = re.compile(rf"^[ \t*_(\[]*({OPTION_LETTER})[ \t*_)\].:]*\r?$", re.MULTILINE)
-_MENTIONS = (re.compile(rf"\(({OPTION_LETTER})\)"), re.compile(rf"^[ \t*_]*({OPTION_LETTER})[*_]*[):.]", re.MULTILINE))
+_MENTIONS = (
+    re.compile(rf"\(({OPTION_LETTER})\)"),
+    re.compile(rf"^[ \t*_]*({OPTION_LETTER})[*_]*[):.]", re.MULTILINE),
+)
 
 
-OPTION_LINE = re.compile(r"^\s*\(?([A-J])[):.]\s+(.+?)\s*$", re.MULTILINE)  # (letter, text) of a listed option
+OPTION_LINE = re.compile(
+    r"^\s*\(?([A-J])[):.]\s+(.+?)\s*$", re.MULTILINE
+)  # (letter, text) of a listed option
 _LETTERS = {"sciknoweval": "ABCD", "mcq": "ABCDEFGHIJ"}
 
 
@@ -151,7 +164,9 @@ def check_ground_truth(grader: str, question: Question) -> None:
     if len(listed) > 1 and letters.startswith(listed):  # otherwise it is no list of options
         letters = listed
     if (truth.upper() if grader == "mcq" else truth) not in tuple(letters):
-        raise ValueError(f"ground_truth must be one of {', '.join(letters)} for grader {grader}, got {truth[:40]!r}")
+        raise ValueError(
+            f"ground_truth must be one of {', '.join(letters)} for grader {grader}, got {truth[:40]!r}"
+        )
 
 
 def grade_sciknoweval(text: str, question: Question) -> bool:
@@ -267,7 +282,9 @@ def make_grader(name: str, *, correct_at: float = 1.0, timeout_s: float = 60.0) 
     if not 0 < correct_at <= 1:
         raise ValueError(f"grader.correct_at must be in (0, 1], got {correct_at}")
     if name not in GRADERS and ":" not in name:
-        raise ValueError(f"data.grader must be one of {', '.join(GRADERS)} or module:function, got {name!r}")
+        raise ValueError(
+            f"data.grader must be one of {', '.join(GRADERS)} or module:function, got {name!r}"
+        )
     found: Any = load_function("data.grader", GRADERS.get(name, name))
     grader: Grader = found() if isinstance(found, type) and name in GRADERS else found
     return GradedBy(grader, name, correct_at, timeout_s)

@@ -16,20 +16,30 @@ from socpo_fast.types import Rollout
 
 
 def template_seam(
-    bridge: Bridge, messages: Sequence[dict[str, str]], rollout: Rollout, guidance: str, *, attempt_limit: int
+    bridge: Bridge,
+    messages: Sequence[dict[str, str]],
+    rollout: Rollout,
+    guidance: str,
+    *,
+    attempt_limit: int,
 ) -> tuple[int, list[int]] | None:
     """(kept_tokens, bridge_ids) that lead from the rollout's last attempt into the template's rendering so far.
 
     None where rewritten_ids is, or where the rendering has no token in common with the row.
     """
-    answers, shown = [], [turn.guidance.text for turn in rollout.turns[:-1] if turn.guidance is not None]
+    answers = []
+    shown = [turn.guidance.text for turn in rollout.turns[:-1] if turn.guidance is not None]
     for attempt in rollout.attempts:
-        ended = attempt.num_tokens <= attempt_limit and attempt.token_ids[-1] == bridge.end_of_turn_id
+        ended = (
+            attempt.num_tokens <= attempt_limit and attempt.token_ids[-1] == bridge.end_of_turn_id
+        )
         answers.append(attempt.token_ids[:-1] if ended else attempt.token_ids[:attempt_limit])
     row = rewritten_ids(bridge, messages, answers, [*shown, guidance])
     if row is None:
         return None
-    seen = rollout.context_ids(len(rollout.turns) - 1) + rollout.attempts[-1].token_ids[:attempt_limit]
+    seen = (
+        rollout.context_ids(len(rollout.turns) - 1) + rollout.attempts[-1].token_ids[:attempt_limit]
+    )
     same = next(
         (i for i, (one, other) in enumerate(zip(seen, row[:-1], strict=False)) if one != other),
         min(len(seen), len(row) - 1),
@@ -38,7 +48,10 @@ def template_seam(
 
 
 def rewritten_ids(
-    bridge: Bridge, messages: Sequence[dict[str, str]], answers: Sequence[Sequence[int]], guidance: Sequence[str]
+    bridge: Bridge,
+    messages: Sequence[dict[str, str]],
+    answers: Sequence[Sequence[int]],
+    guidance: Sequence[str],
 ) -> list[int] | None:
     """Ids of a dialogue whose answers are all history, up to where the next answer begins.
 
@@ -51,7 +64,10 @@ def rewritten_ids(
         ids; None when the template refuses these texts, or renders them so that student's and template's text cannot
         be told apart.
     """
-    texts = [str(bridge.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) for ids in answers]
+    texts = [
+        str(bridge.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        for ids in answers
+    ]
     try:
         prompt = bridge.render(messages)
         frames = bridge.render(dialogue(messages, *[ANSWER] * len(answers))).split(GUIDANCE)
@@ -81,16 +97,24 @@ class _Turn(NamedTuple):
     close: str  # the template's text between an answer and the guidance
 
 
-def _turn(bridge: Bridge, sampled_lead: str, ids: Sequence[int], frame: str, part: str) -> _Turn | None:
+def _turn(
+    bridge: Bridge, sampled_lead: str, ids: Sequence[int], frame: str, part: str
+) -> _Turn | None:
     """Find an answer in its part of the rendering; the frame is that part around an answer that says ANSWER."""
     lead, marker, close = frame.partition(ANSWER)
     if not (
-        marker and close.startswith(bridge.end_of_turn) and part.startswith(lead) and part[len(lead) :].endswith(close)
+        marker
+        and close.startswith(bridge.end_of_turn)
+        and part.startswith(lead)
+        and part[len(lead) :].endswith(close)
     ):
         return None
-    kept, text = part[len(lead) : len(part) - len(close)], bridge.exact_text(ids)
+    kept = part[len(lead) : len(part) - len(close)]
+    text = bridge.exact_text(ids)
     if (sampled_lead + text).startswith(lead + kept) and len(lead + kept) >= len(sampled_lead):
-        return _Turn(sampled_lead, _slice(bridge, ids, text, 0, len(lead + kept) - len(sampled_lead)), close)
+        return _Turn(
+            sampled_lead, _slice(bridge, ids, text, 0, len(lead + kept) - len(sampled_lead)), close
+        )
     start = text.rfind(kept)
     if start < 0:
         return _Turn(lead, bridge.untrusted_ids(kept), close)
@@ -107,8 +131,12 @@ def _slice(bridge: Bridge, ids: Sequence[int], text: str, start: int, end: int) 
         return list(ids)
     first = bisect_left(range(len(ids) + 1), start, key=size)
     last = bisect_right(range(len(ids) + 1), end, key=size) - 1
-    before, until = bridge.exact_text(ids[:first]), bridge.exact_text(ids[: max(first, last)])
-    if last < first or not (text.startswith(before) and text.startswith(until)):  # within a token, or half a character
+    before = bridge.exact_text(ids[:first])
+    until = bridge.exact_text(ids[: max(first, last)])
+    if last < first or not (
+        text.startswith(before) and text.startswith(until)
+    ):  # within a token, or half a character
         return bridge.untrusted_ids(text[start:end])
-    head, tail = text[start : len(before)], text[len(until) : end]
+    head = text[start : len(before)]
+    tail = text[len(until) : end]
     return bridge.untrusted_ids(head) + list(ids[first:last]) + bridge.untrusted_ids(tail)

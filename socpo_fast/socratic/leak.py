@@ -28,12 +28,18 @@ def leaks_answer(guidance_text: str, question: Question) -> bool:
 def mask_answer(guidance_text: str, question: Question) -> str:
     """The guidance with "[...]" in place of every letter, option text or value for which leaks_answer holds."""
     options = dict(OPTION_LINE.findall(question.text))
-    stated = (question.ground_truth, options.get(question.ground_truth.strip().upper(), "a letter is a word"))
+    stated = (
+        question.ground_truth,
+        options.get(question.ground_truth.strip().upper(), "a letter is a word"),
+    )
     # the mask itself might state an answer without a word, such as ".", over and over
     mask = "[...]" if all(any(char.isalnum() for char in value) for value in stated) else ""
     while spans := sorted(_answer_spans(guidance_text, question), reverse=True):
         until = len(guidance_text)
-        for start, end in spans:  # from the last to the first; one that reaches into a masked one is part of it
+        for (
+            start,
+            end,
+        ) in spans:  # from the last to the first; one that reaches into a masked one is part of it
             if end <= until:
                 guidance_text = f"{guidance_text[:start]}{mask}{guidance_text[end:]}"
                 until = start
@@ -42,7 +48,8 @@ def mask_answer(guidance_text: str, question: Question) -> str:
 
 def _answer_spans(text: str, question: Question) -> list[tuple[int, int]]:
     """Where the answer is stated, from and to."""
-    truth, options = question.ground_truth.strip(), dict(OPTION_LINE.findall(question.text))
+    truth = question.ground_truth.strip()
+    options = dict(OPTION_LINE.findall(question.text))
     letter = truth.upper()  # as the mcq grader reads it
     if letter in options:
         stated = [found for pattern in (*STATED_LETTER, _PICK) for found in pattern.finditer(text)]
@@ -60,5 +67,7 @@ def _places(value: str, text: str) -> list[tuple[int, int]]:
     """Where value occurs in text on word borders, whatever the case and spacing; numbers as numbers."""
     places = [number.span() for number in _NUMBER.finditer(text) if same_value(number[0], value)]
     if words := r"\s+".join(re.escape(word) for word in value.split()):
-        places += [found.span() for found in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE)]
+        places += [
+            found.span() for found in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE)
+        ]
     return places

@@ -19,8 +19,12 @@ _MEMORY_BYTES = 4 << 30
 def main() -> None:
     from math_verify import parse, verify
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; this process ends with its input
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs what it could not read, in full
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the trainer's; this process ends with its input
+    logging.getLogger("math_verify").setLevel(
+        logging.CRITICAL
+    )  # it logs what it could not read, in full
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     print("ready", flush=True)  # from here on, only an answer can end this process
     for line in sys.stdin:

@@ -55,7 +55,8 @@ def text_of(value: object, to_text: Callable[[object], str] = repr) -> str:
 def is_ours(error: BaseException) -> bool:
     """Whether it is no function's mistake: a signal of a run's, or Ctrl-C where nobody else answers it."""
     return isinstance(error, StopRequested) or (
-        isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        isinstance(error, KeyboardInterrupt)
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
 
 
@@ -77,7 +78,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    left, previous = signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)
+    left = signal.getitimer(signal.ITIMER_REAL)
+    previous = signal.getsignal(signal.SIGALRM)
     try:
         try:
             signal.signal(signal.SIGALRM, stop)

@@ -65,9 +65,13 @@ def socratic_rollouts(
             a busy engine, a bridge of another guidance_limit.
     """
     if len({question.question_idx for question in questions}) != len(questions):
-        raise ValueError("socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it")
+        raise ValueError(
+            "socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it"
+        )
     if engine.has_work:
-        raise ValueError("socratic_rollouts: the engine must be idle, got unfinished requests; step until it is done")
+        raise ValueError(
+            "socratic_rollouts: the engine must be idle, got unfinished requests; step until it is done"
+        )
     driver = _Driver(
         engine=engine,
         bridge=bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit),
@@ -81,7 +85,9 @@ def socratic_rollouts(
         for question in questions:
             driver.start(question)
         while engine.has_work or driver.waiting:
-            teacher_works = bool(driver.waiting) and driver.teacher.step(student_is_idle=not engine.has_work)
+            teacher_works = bool(driver.waiting) and driver.teacher.step(
+                student_is_idle=not engine.has_work
+            )
             if not (teacher_works and driver.teacher.occupies_host):
                 driver.step(may_wait=not teacher_works)
             driver.collect_guidance(idle=not engine.has_work and not teacher_works)
@@ -168,7 +174,9 @@ class _Driver:
         for future in [future for future in self.waiting if future.done()]:
             episode, since = self.waiting.pop(future)
             episode.rollout.teacher_wait_s += time.perf_counter() - since
-            note_span("guidance", "guidance", since=since, overlaps=True, **name_of(episode.rollout))
+            note_span(
+                "guidance", "guidance", since=since, overlaps=True, **name_of(episode.rollout)
+            )
             context = episode.guided(result_of(future, self.teacher))
             if context is None:
                 self.end(episode)
@@ -211,7 +219,11 @@ class _Driver:
 
 
 def name_of(rollout: Rollout) -> dict[str, int]:
-    return {"question": rollout.question_idx, "rollout": rollout.rollout_idx, "attempts": len(rollout.turns)}
+    return {
+        "question": rollout.question_idx,
+        "rollout": rollout.rollout_idx,
+        "attempts": len(rollout.turns),
+    }
 
 
 def tell(episode: Episode) -> None:

@@ -31,8 +31,12 @@ from socpo_fast.model.decoder import Decoder
 from socpo_fast.model.weights import load_student, save_student
 from socpo_fast.train.optimizer import Optimizer
 
-OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
-NAME = re.compile(r"update_(\d{6,})(\.replaced)?")  # .replaced: an older one of the same update, about to go
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+MANIFEST = "manifest.json"
+NAME = re.compile(
+    r"update_(\d{6,})(\.replaced)?"
+)  # .replaced: an older one of the same update, about to go
 
 
 def save_checkpoint(
@@ -61,10 +65,14 @@ def save_checkpoint(
     """
     folder = Path(folder)
     # Before anything is written: what is not JSON fails here.
-    state_text = json.dumps({"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}, indent=1)
+    state_text = json.dumps(
+        {"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}, indent=1
+    )
     target = checkpoint_path(folder, optimizer.num_updates)
     try:
-        for leftover in folder.glob(".*update_*"):  # an interrupted process may have filled the disk
+        for leftover in folder.glob(
+            ".*update_*"
+        ):  # an interrupted process may have filled the disk
             shutil.rmtree(leftover, ignore_errors=True)
         with new_folder(target) as partial:
             save_student(student, partial, tokenizer_from=tokenizer_from)
@@ -164,9 +172,12 @@ def load_checkpoint(
     if damage := damage_of(path, thorough=thorough):
         raise ValueError(f"checkpoint: {damage}; use an older one")
     state = json.loads((path / STATE).read_text())
-    stored = load_student(path, dtype=str(student.lm_head.weight.dtype).removeprefix("torch."), device="cpu")
+    stored = load_student(
+        path, dtype=str(student.lm_head.weight.dtype).removeprefix("torch."), device="cpu"
+    )
     for field in fields(student.config):
-        own, other = getattr(student.config, field.name), getattr(stored.config, field.name)
+        own = getattr(student.config, field.name)
+        other = getattr(stored.config, field.name)
         if field.compare and own != other:
             raise ValueError(
                 f"checkpoint: {path} must be of this student's model, got {field.name} {other} instead of {own}; "
@@ -186,14 +197,18 @@ def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
     that every file has its size: nothing is read.
     """
     if keep < 1:
-        raise ValueError(f"checkpoint: keep must be >= 1, got {keep}; the latest checkpoint is never removed")
+        raise ValueError(
+            f"checkpoint: keep must be >= 1, got {keep}; the latest checkpoint is never removed"
+        )
     checkpoints = _checkpoints(newest.parent)
     until_newest = checkpoints[: checkpoints.index(newest) + 1]
     kept = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
     stays = None if best is None else checkpoint_path(newest.parent, best)
     for path in until_newest[: until_newest.index(kept[0])]:
         # A replaced one that lacks something is no damage: a process stopped while it removed that.
-        if path != stays and (path.name.endswith(REPLACED) or damage_of(path, thorough=False) is None):
+        if path != stays and (
+            path.name.endswith(REPLACED) or damage_of(path, thorough=False) is None
+        ):
             # Hidden first, so that half a removal is not taken for damage; the next save removes the rest.
             remove(path.rename(path.with_name(f".{path.name}")))
 
@@ -212,11 +227,17 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     """File name -> {"bytes", "sha256"}; empty when it is missing or damaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return {name: {"bytes": saved["bytes"], "sha256": saved["sha256"]} for name, saved in manifest.items()}
+        return {
+            name: {"bytes": saved["bytes"], "sha256": saved["sha256"]}
+            for name, saved in manifest.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }

@@ -54,7 +54,11 @@ def drop_idle(rollouts: Sequence[Rollout], options: PolicyLossOptions) -> list[R
 
 
 def attempt_weights(
-    microbatch: PackedMicrobatch, loss_agg: LossAgg, num_loss_tokens: int, num_attempts: int, max_new_tokens: int | None
+    microbatch: PackedMicrobatch,
+    loss_agg: LossAgg,
+    num_loss_tokens: int,
+    num_attempts: int,
+    max_new_tokens: int | None,
 ) -> Tensor:
     """[A] fp32: what each loss token of an attempt weighs."""
     lengths_A = microbatch.attempt_of_token_N.bincount()
@@ -71,7 +75,9 @@ def attempt_places(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:
     return [(r, t) for r, rollout in enumerate(rollouts) for t in range(len(rollout.turns))]
 
 
-def attempt_advantages(rollouts: Sequence[Rollout], advantages_A: Tensor | None, device: torch.device) -> Tensor:
+def attempt_advantages(
+    rollouts: Sequence[Rollout], advantages_A: Tensor | None, device: torch.device
+) -> Tensor:
     """[A]: those given, or fp32 of the turns'."""
     places = attempt_places(rollouts)
     if advantages_A is not None:
@@ -103,7 +109,11 @@ def upload_tokens(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Two uploads: token ids, positions, and by their names what linear_policy_loss takes a token."""
     sampler: PerToken = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
-    given = {"sampler_logprobs": sampler, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+    given = {
+        "sampler_logprobs": sampler,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+    }
     values = {"weights_N": weights_A[microbatch.attempt_of_token_N]} | {
         f"{what}_N": gather_tokens(by_attempt, what, microbatch=microbatch, rollouts=rollouts)
         for what, by_attempt in given.items()
@@ -118,14 +128,21 @@ def upload_tokens(
         "rows_N": microbatch.rows_N,
         "attempt_of_token_N": attempts[microbatch.attempt_of_token_N],
     }
-    uploaded = *upload_together([*indices.values()], device), *upload_together([*values.values()], device)
+    uploaded = (
+        *upload_together([*indices.values()], device),
+        *upload_together([*values.values()], device),
+    )
     tokens: dict[str, Any] = dict(zip([*indices, *values], uploaded, strict=True))
     # The sampler's are sent once, whichever part they play.
-    tokens.setdefault("old_logprobs_N", tokens["sampler_logprobs_N"] if old_logprobs is None else None)
+    tokens.setdefault(
+        "old_logprobs_N", tokens["sampler_logprobs_N"] if old_logprobs is None else None
+    )
     return tokens.pop("token_ids_T"), tokens.pop("positions_T"), tokens
 
 
-def gather_tokens(values: PerToken, what: str, *, microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]) -> Tensor:
+def gather_tokens(
+    values: PerToken, what: str, *, microbatch: PackedMicrobatch, rollouts: Sequence[Rollout]
+) -> Tensor:
     """[N]: per-token values in the order of the microbatch's loss tokens."""
     if len(values) != len(rollouts):
         raise ValueError(

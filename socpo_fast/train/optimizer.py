@@ -37,7 +37,9 @@ class StepResult:
 
 def gradient_bytes(params: Iterable[Tensor]) -> list[int]:
     """Returns what the fp32 gradient of each parameter takes within gradients_in."""
-    return [-(-4 * param.numel() // 256) * 256 for param in params]  # so aligned, kernels and cuBLAS read fastest
+    return [
+        -(-4 * param.numel() // 256) * 256 for param in params
+    ]  # so aligned, kernels and cuBLAS read fastest
 
 
 class Optimizer:
@@ -86,7 +88,9 @@ class Optimizer:
         max_grad_norm: float = 1.0,
     ):
         # By names, tied weights once.
-        self.params = {name: param for name, param in student.named_parameters() if param.requires_grad}
+        self.params = {
+            name: param for name, param in student.named_parameters() if param.requires_grad
+        }
         for name, param in self.params.items():
             check_rule(
                 "Optimizer",
@@ -108,7 +112,12 @@ class Optimizer:
         self.fall_at = LR_SCHEDULES.get(lr_schedule)
         self.last_update = math.inf if self.fall_at is None else (total_updates or 0)
         rules = (
-            ("lr_schedule", lr_schedule, lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}"),
+            (
+                "lr_schedule",
+                lr_schedule,
+                lr_schedule in LR_SCHEDULES,
+                f"one of {', '.join(LR_SCHEDULES)}",
+            ),
             ("lr", lr, 0 < lr < math.inf, "finite and > 0"),
             ("betas", betas, all(0 <= beta < 1 for beta in betas), "each in [0, 1)"),
             ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "finite and >= 0"),
@@ -124,8 +133,12 @@ class Optimizer:
         )
         for rule_of_value in rules:
             check_rule("Optimizer", *rule_of_value)
-        self.lr, self.min_lr_ratio, self.warmup_updates = lr, min_lr_ratio, warmup_updates
-        self.betas, self.weight_decay, self.max_grad_norm = betas, weight_decay, max_grad_norm
+        self.lr = lr
+        self.min_lr_ratio = min_lr_ratio
+        self.warmup_updates = warmup_updates
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.max_grad_norm = max_grad_norm
         self.num_updates = 0  # skipped ones included
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
@@ -162,7 +175,9 @@ class Optimizer:
         )
         try:
             self._gradients = memory[: sum(sizes)].zero_()
-            for (name, param), part in zip(self.params.items(), self._gradients.split(sizes), strict=True):
+            for (name, param), part in zip(
+                self.params.items(), self._gradients.split(sizes), strict=True
+            ):
                 self._views[name] = part.view(torch.float32)[: param.numel()].view(param.shape)
                 param.grad = self._views[name]
             yield
@@ -189,7 +204,9 @@ class Optimizer:
         """
         self._drop_stale_low_bits()
         grads = [
-            torch.zeros_like(param, dtype=torch.float32) if param.grad is None else param.grad.contiguous()
+            torch.zeros_like(param, dtype=torch.float32)
+            if param.grad is None
+            else param.grad.contiguous()
             for param in self.params.values()
         ]
         norm = nn.utils.get_total_norm(grads)
@@ -245,7 +262,9 @@ class Optimizer:
             "exp_avg_sq": self.exp_avg_sq,
             "low_bits": self.low_bits,
         }
-        return {f"{kind}.{name}": x for kind, by_name in kinds.items() for name, x in by_name.items()}
+        return {
+            f"{kind}.{name}": x for kind, by_name in kinds.items() for name, x in by_name.items()
+        }
 
     def _drop_stale_low_bits(self) -> None:
         """Zeroes what is left of masters whose parameters others wrote to since the last step."""

@@ -59,7 +59,9 @@ class PackedMicrobatch:
         return self.token_ids_T.numel()
 
 
-def pack_rollouts(rollouts: Sequence[Rollout], *, packing: Packing, token_budget: int) -> list[PackedMicrobatch]:
+def pack_rollouts(
+    rollouts: Sequence[Rollout], *, packing: Packing, token_budget: int
+) -> list[PackedMicrobatch]:
     """Pack rollouts into microbatches of at most token_budget forwarded tokens.
 
     Args:
@@ -160,7 +162,11 @@ class _Builder:
                 elif num_unseen > 1:  # the last token of those is not in the branch
                     branch = branch.fork(kept_tokens)
                 branch.token_ids += bridge_ids
-            self.spans[rollout_idx, attempt_idx] = branch, rollout.context_length(attempt_idx), attempt.token_ids
+            self.spans[rollout_idx, attempt_idx] = (
+                branch,
+                rollout.context_length(attempt_idx),
+                attempt.token_ids,
+            )
             branch.token_ids += attempt.token_ids[:-1]
         self.num_tokens += _chain_tokens(rollout)
 
@@ -228,7 +234,9 @@ def _check_rollout(rollout_idx: int, rollout: Rollout) -> None:
         )
     for turn_idx, attempt in enumerate(rollout.attempts):
         if attempt.num_tokens == 0:
-            raise ValueError(f"pack_rollouts: {name}.turns[{turn_idx}].attempt must have tokens, got none")
+            raise ValueError(
+                f"pack_rollouts: {name}.turns[{turn_idx}].attempt must have tokens, got none"
+            )
     for turn_idx in range(len(rollout.turns) - 1):
         try:
             kept_tokens, _ = rollout.seam(turn_idx)

@@ -153,7 +153,9 @@ def policy_gradients(
         unique_tokens=count_unique_tokens(rollouts),
         loss_tokens=sum(lengths),
         num_microbatches=len(microbatches),
-        idle_rollouts=sum(len(x.turns) > len(y.turns) for x, y in zip(rollouts, forwarded, strict=True)),
+        idle_rollouts=sum(
+            len(x.turns) > len(y.turns) for x, y in zip(rollouts, forwarded, strict=True)
+        ),
     )
 
 
@@ -174,11 +176,18 @@ def compute_logprobs(
     Returns:
         [rollout][attempt] -> [L] fp32 on the CPU, nats; parallel to the rollouts given.
     """
-    by_attempt: list[list[Tensor]] = [[torch.empty(0)] * len(rollout.attempts) for rollout in rollouts]
+    by_attempt: list[list[Tensor]] = [
+        [torch.empty(0)] * len(rollout.attempts) for rollout in rollouts
+    ]
     outcomes = []
     for microbatch in pack_rollouts(rollouts, packing=packing, token_budget=token_budget):
         token_ids_T, positions_T, targets_N, rows_N = upload_together(
-            [microbatch.token_ids_T, microbatch.positions_T, microbatch.targets_N, microbatch.rows_N],
+            [
+                microbatch.token_ids_T,
+                microbatch.positions_T,
+                microbatch.targets_N,
+                microbatch.rows_N,
+            ],
             student.lm_head.weight.device,
         )
         logprobs_N, _ = linear_logprob(
@@ -219,7 +228,9 @@ def _backward(
     token_ids_T, positions_T, tokens = upload_tokens(
         microbatch, rollouts, weights_A, old_logprobs, ref_logprobs, student.lm_head.weight.device
     )
-    hidden_TD = _forward(student, token_ids_T, positions_T, microbatch, checkpointing=checkpointing, impl=impl)
+    hidden_TD = _forward(
+        student, token_ids_T, positions_T, microbatch, checkpointing=checkpointing, impl=impl
+    )
     head_input_TD = hidden_TD.detach().requires_grad_(hidden_TD.requires_grad)
     policy = linear_policy_loss(
         head_input_TD,
@@ -234,7 +245,9 @@ def _backward(
     policy.loss.backward()
     if head_input_TD.grad is not None:
         hidden_TD.backward(head_input_TD.grad)
-    return policy._replace(loss=policy.loss.detach(), logprobs=(policy.logprobs - tokens["sampler_logprobs_N"]).abs())
+    return policy._replace(
+        loss=policy.loss.detach(), logprobs=(policy.logprobs - tokens["sampler_logprobs_N"]).abs()
+    )
 
 
 def _forward(
@@ -267,12 +280,17 @@ def _figures(
     if not outcomes:
         values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan]
         return upload(torch.tensor(values, dtype=torch.float64), device)
-    by_token_3N = torch.cat([torch.stack((x.logprobs, x.entropy, x.ratio)) for x in outcomes], dim=1).double()
+    by_token_3N = torch.cat(
+        [torch.stack((x.logprobs, x.entropy, x.ratio)) for x in outcomes], dim=1
+    ).double()
     mismatch_N = by_token_3N[0]
     mismatch, entropy, ratio = by_token_3N.nanmean(dim=1)
     # nan, as the mean is, when all are skipped
     mismatch_max = mismatch_N.where(~mismatch_N.isnan(), 0.0).amax() + 0.0 * mismatch
     losses = torch.stack([policy.loss for policy in outcomes]).double()
-    clipped = [x.clip_fraction.double() * y.targets_N.numel() for x, y in zip(outcomes, microbatches, strict=True)]
+    clipped = [
+        x.clip_fraction.double() * y.targets_N.numel()
+        for x, y in zip(outcomes, microbatches, strict=True)
+    ]
     clip_fraction = torch.stack(clipped).sum() / num_loss_tokens
     return torch.stack((losses.sum(), entropy, ratio, clip_fraction, mismatch_max, mismatch))

@@ -28,7 +28,9 @@ class Updater:
     def __init__(self, student: Decoder, config: Config, *, reference: Decoder | None):
         config = config.settled()  # a session has done it, an updater used alone has not
         options = config.train
-        self.student, self.config, self.reference = student, config, reference
+        self.student = student
+        self.config = config
+        self.reference = reference
         self.loss_options = PolicyLossOptions(
             **config.loss.model_dump(exclude={"agg", "old_logprobs", "tis_clip"}),
         )
@@ -65,7 +67,11 @@ class Updater:
         sizes = [sum(len(rollout.turns) for rollout in group) for group in groups]
         advantages = None if advantages_A is None else advantages_A.split(sizes)
         old_logprobs, mismatch = self._old_logprobs(groups, order)
-        ref_logprobs = None if self.reference is None else [self._logprobs(self.reference, group) for group in groups]
+        ref_logprobs = (
+            None
+            if self.reference is None
+            else [self._logprobs(self.reference, group) for group in groups]
+        )
         for update_idx, chosen in enumerate(order):
             old: OldLogprobs = None
             if old_logprobs is not None:
@@ -93,7 +99,8 @@ class Updater:
         Raises:
             RunFailed: train.max_bad_updates in a row were not finite.
         """
-        loss, started = self.config.loss, time.perf_counter()
+        loss = self.config.loss
+        started = time.perf_counter()
         stats = policy_gradients(
             self.student,
             rollouts,
@@ -140,7 +147,8 @@ class Updater:
         are the old ones. No update needs those of idle rollouts. Where there are no others, one
         group is forwarded all the same, to measure it: of the last update, which any choice reads.
         """
-        choice, known = self.config.loss.old_logprobs, LogprobsByGroup()
+        choice = self.config.loss.old_logprobs
+        known = LogprobsByGroup()
         whole, groups = groups, [drop_idle(group, self.loss_options) for group in groups]
         busy = [g for g, group in enumerate(groups) if any(rollout.turns for rollout in group)]
         first = busy[0] if busy else order[-1][0]
@@ -148,7 +156,9 @@ class Updater:
         if choice == "auto" and self.student.lm_head.weight.dtype == torch.float32:
             known[first] = self._logprobs(self.student, groups[first])
         mismatch = _mismatch(groups, known)
-        if choice == "sampler" or mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS:  # nan is not
+        if (
+            choice == "sampler" or mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS
+        ):  # nan is not
             return None, mismatch
         needed = order[1:] if choice == "auto" else order
         for g in sorted({g for chosen in needed for g in chosen} - known.keys()):

@@ -79,7 +79,8 @@ def test_plan_is_whole() -> None:
     assert [(run.arm, run.lr) for run in rates] == [(arm, lr) for arm in ARMS for lr in RATES]
     runs = list(compared_runs(dict.fromkeys(ARMS, 4e-4) | {"tutor": 2e-4}))
     assert len({run.name for run in rates + runs}) == len(rates) + len(runs) == 155
-    planned, added = runs[:90], runs[90:]
+    planned = runs[:90]
+    added = runs[90:]
     assert {run.seed for run in planned} == set(SEEDS)
     assert {run.seed for run in added if run.stage == "again"} == set(SEEDS_AGAIN)
     assert len({RATE_SEED, *SEEDS, *SEEDS_AGAIN}) == 11, "no seed serves twice"

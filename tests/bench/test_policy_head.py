@@ -32,7 +32,9 @@ from bench.policy_head.problem import (
 )
 from socpo_fast.ops import policy_loss
 
-V, D, T = 131, 24, 40
+V = 131
+D = 24
+T = 40
 
 
 def user_loss(*inputs: Tensor, weights_N: Tensor, temperature: float) -> Tensor:
@@ -141,7 +143,8 @@ def test_too_large_a_contender_is_skipped_with_the_reason(
 
 def test_bare_gemms_are_the_three_gemms(problem: Problem) -> None:
     """Logits, dX = logits W and dW = logits^T X, whatever the library and the chunking."""
-    hidden, weight = problem.hidden_TD.detach(), problem.weight_VD.detach()
+    hidden = problem.hidden_TD.detach()
+    weight = problem.weight_VD.detach()
     logits = hidden @ weight.T
     for library, rows, columns in [
         (lib, r, c) for lib in matmuls() for r, c in ((T, V), (16, V), (T, 50), (16, 50))
@@ -181,7 +184,8 @@ def test_long_runs_over_all_rows_are_not_repeated(
 ) -> None:
     """With a limit of 0 s everything is long: all-row times are those at 100 %, and say so."""
     monkeypatch.setattr(table, "LONG_S", 0.0)
-    args, contenders = bench.parse(["--repeats", "3"]), [ours("auto"), naive()]
+    args = bench.parse(["--repeats", "3"])
+    contenders = [ours("auto"), naive()]
     tiles = gemm_choices(T, V, measure.CPU)[:1]
     in_full = make_problem(random_weight(V, D), T, 100)
     whole, _ = table.measure_rows(in_full, contenders, tiles, args, [])
@@ -191,7 +195,8 @@ def test_long_runs_over_all_rows_are_not_repeated(
 
 
 def test_a_time_of_other_rounds_makes_no_ratio(problem: Problem) -> None:
-    times, errors = measure.spread([2.0]), errors_of(problem, *naive().gradients(problem))
+    times = measure.spread([2.0])
+    errors = errors_of(problem, *naive().gradients(problem))
     peak = measure.PeakMib(0, None)
     row = table.Row("naive", "", "all rows", times=times, errors=errors, peak=peak)
     fast = replace(row, contender="ours", times=measure.spread([1.0]))

@@ -79,7 +79,8 @@ def test_work_of_a_hand_counted_case(folder: Path) -> None:
     """
     config = load_student(folder).config
     assert layer_shapes(config) == [(64, 32), (32, 32), (96, 32), (32, 48)]
-    layers, head = 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48), 131 * 32
+    layers = 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48)
+    head = 131 * 32
     steps = linear_steps(CASE, token_budget=8)
     first = [Step(8, 0, True), Step(2, 2, True), *[Step(6, 6, False)] * 3]
     second = [Step(8, 0, True), Step(1, 3, True), *[Step(3, 3, False)] * 3]
@@ -118,7 +119,9 @@ def test_text_is_what_the_questions_say(tmp_path: Path) -> None:
 def test_limit_runs_every_linear_of_every_pass(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, steps, seen = load_student(folder), linear_steps(CASE, token_budget=8), []
+    student = load_student(folder)
+    steps = linear_steps(CASE, token_budget=8)
+    seen = []
     limit = Limit(student, steps)
     assert set(limit.chosen) == set(steps)
 
@@ -174,7 +177,8 @@ def greedy(peer: type[peer_worker.Generate], folder: Path) -> peer_worker.Genera
 
 def test_transformers_peers_give_the_same_attempts(folder: Path) -> None:
     """Greedily, prompts copied and shared, second attempts behind a context or a cache."""
-    threads, work = torch.get_num_threads(), make_work(CASE, VOCAB, 0).to_json()
+    threads = torch.get_num_threads()
+    work = make_work(CASE, VOCAB, 0).to_json()
     try:
         attempts = {}
         for kind in (peer_worker.Generate, peer_worker.GenerateShared):

@@ -45,7 +45,8 @@ def test_gradients_that_differ_get_no_time(student: Decoder) -> None:
     rollouts = [make_rollout(0, 0, [1, 2], [2])]
     stats = policy_gradients(student, rollouts, token_budget=100, temperature=1.0)
     both = {"tree": stats, "rows": stats}
-    ones, bound = [torch.ones(3)], bench.MOST_ERROR[torch.float32]
+    ones = [torch.ones(3)]
+    bound = bench.MOST_ERROR[torch.float32]
     assert bench.check(both, {"tree": ones, "rows": ones}, rollouts, bound) == 0
     for wrong in (torch.ones(3) * 1.001, torch.full((3,), torch.nan)):
         with pytest.raises(RuntimeError, match=r"^bench: gradients of tree and rows must be equal"):
@@ -56,7 +57,8 @@ def test_gradients_that_differ_get_no_time(student: Decoder) -> None:
 
 def test_quick_run(student: Decoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_student(student, tmp_path / "student")
-    file, num_threads = tmp_path / "report.json", torch.get_num_threads()
+    file = tmp_path / "report.json"
+    num_threads = torch.get_num_threads()
     options = ["--quick", "--rounds", "1", "--threads", str(num_threads), "--json", str(file)]
     bench.main(["--student", str(tmp_path / "student"), *options])
     *_, last = capsys.readouterr().out.splitlines()

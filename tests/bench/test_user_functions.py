@@ -15,7 +15,9 @@ from bench.policy_head.contenders import ours, user_contender
 from bench.policy_head.gemms import gemm_choices
 from bench.policy_head.problem import Problem, make_problem, random_weight
 
-V, D, T = 131, 24, 40
+V = 131
+D = 24
+T = 40
 
 USERS_OWN = """
 import torch

@@ -43,7 +43,8 @@ class FakeStream:
     """A stream of a device, which notes whom it waits for."""
 
     def __init__(self, device: Any, cuda: FakeCuda) -> None:
-        self.device, self.cuda = device, cuda
+        self.device = device
+        self.cuda = cuda
 
     def wait_stream(self, other: Any) -> None:
         assert other is not self

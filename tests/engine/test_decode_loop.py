@@ -66,7 +66,8 @@ def live_through(engine: Engine, params: list[SamplingParams]) -> list[Any]:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[Size, FakeGraph]:
     """Every loop pads and captures; the graphs by (rows, pages, is_filtered)."""
     captured: dict[Size, FakeGraph] = {}
-    init, make = DecodeLoop.__init__, DecodeLoop._graph
+    init = DecodeLoop.__init__
+    make = DecodeLoop._graph
 
     def init_as_on_a_gpu(self: DecodeLoop, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
@@ -104,7 +105,9 @@ CASES = {
 
 @pytest.mark.parametrize("tokens_per_sync", [2, 4, 8])
 @pytest.mark.parametrize("case", CASES)
-def test_attempts_and_counts_are_those_of_one_token_a_step(student: Decoder, case: str, tokens_per_sync: int) -> None:
+def test_attempts_and_counts_are_those_of_one_token_a_step(
+    student: Decoder, case: str, tokens_per_sync: int
+) -> None:
     params, options = CASES[case]
     engine = make_engine(student, **options, tokens_per_sync=tokens_per_sync)
     counts = rounds_of(engine)
@@ -115,7 +118,9 @@ def test_attempts_and_counts_are_those_of_one_token_a_step(student: Decoder, cas
     assert engine.stats.pages_free == engine.stats.pages_total
 
 
-def test_padded_and_replayed_rounds_draw_the_same(student: Decoder, graphs: dict[Size, FakeGraph]) -> None:
+def test_padded_and_replayed_rounds_draw_the_same(
+    student: Decoder, graphs: dict[Size, FakeGraph]
+) -> None:
     captured: set[Size] = set()
     for params, options in CASES.values():
         graphs.clear()
@@ -141,7 +146,8 @@ def test_the_host_reads_once_a_few_tokens(student: Decoder) -> None:
 def test_a_full_queue_does_not_end_the_rounds(student: Decoder) -> None:
     """As in an evaluation: 12 prompts for 4 places. A step forwards prompts; all else is rounds."""
     engine = make_engine(student, max_running=4, tokens_per_sync=8)
-    counts, forwards = rounds_of(engine), []
+    counts = rounds_of(engine)
+    forwards = []
     forward = engine._runner.forward
     engine._runner.forward = lambda plan: forwards.append([n for _, n in plan]) or forward(plan)
     params = replace(PARAMS, n=1, ignore_eos=True, max_new_tokens=17)
@@ -173,7 +179,9 @@ def test_looking_ahead_takes_free_pages_only(student: Decoder) -> None:
     counts = rounds_of(engine)
     params = replace(PARAMS, n=2, ignore_eos=True, max_new_tokens=17)
     expected = generate_same(make_engine(student), [[3, 5, 7]], params)
-    pinned = engine.generate([[1] * 4], replace(PARAMS, n=1, max_new_tokens=1), keys=[(9, 9)], keep=True)[0]
+    pinned = engine.generate(
+        [[1] * 4], replace(PARAMS, n=1, max_new_tokens=1), keys=[(9, 9)], keep=True
+    )[0]
     assert [list(map(bits, g)) for g in generate_same(engine, [[3, 5, 7]], params)] == [
         list(map(bits, g)) for g in expected
     ]
@@ -202,14 +210,17 @@ def test_cancel_between_steps(student: Decoder) -> None:
     done = drain(engine)
     assert [(a.key.question, a.rollout_idx) for a in done] == [(1, 0), (1, 1), (1, 2)]
     for attempt in done:
-        assert bits(attempt) == untouched(student, PROMPTS[1], params, key=(0, 1), rollout_idx=attempt.rollout_idx)
+        assert bits(attempt) == untouched(
+            student, PROMPTS[1], params, key=(0, 1), rollout_idx=attempt.rollout_idx
+        )
     engine.release(done)
     assert engine.stats.pages_free == engine.stats.pages_total
 
 
 def test_new_weights_between_steps(student: Decoder) -> None:
     """Tokens that are under way when the weights change are drawn again, with the new ones."""
-    params, own = replace(PARAMS, ignore_eos=True), make_student()
+    params = replace(PARAMS, ignore_eos=True)
+    own = make_student()
     engine = make_engine(own, tokens_per_sync=4)
     engine.submit(PROMPTS[1], params, key=(0, 0))
     for _ in range(3):
@@ -237,13 +248,15 @@ class LoopBook(PageBook):
 
     def note_rounds(self, sequences: list[Sequence], num_rounds: int, *, is_ahead: bool) -> Any:
         drawn = self.launch(sequences, num_rounds, is_ahead=is_ahead)
-        size, version = self.pool.page_size, self.engine.policy_version
+        size = self.pool.page_size
+        version = self.engine.policy_version
         for row, sequence in enumerate(sequences):
             if not sequence.is_live:
                 continue
             ids = self.row_ids[sequence] if is_ahead else list(sequence.token_ids)
             for token_id in drawn.wait()[:, 0, row].tolist():
-                page, slot = sequence.pages[(len(ids) - 1) // size], (len(ids) - 1) % size
+                page = sequence.pages[(len(ids) - 1) // size]
+                slot = (len(ids) - 1) % size
                 assert self.pool.ref_count[page] == 1, "a page is written to while others hold it"
                 self.computed[page, slot] = (version, tuple(ids))
                 ids.append(int(token_id))
@@ -256,11 +269,14 @@ class LoopTrace(Trace):
 
     def __init__(self, seed: int, student: Decoder):
         super().__init__(seed, student)
-        engine, scheduler = self.engine, self.engine._scheduler
+        engine = self.engine
+        scheduler = self.engine._scheduler
         scheduler.max_running = self.rng.choice([3, 64])  # fewer would mostly have somebody wait
         vars(engine._runner).pop("forward", None), vars(engine._runner).pop("copy_pages", None)
         rounds = self.rng.choice([2, 3, 8])
-        engine._steps = StepQueue(scheduler, engine._runner, engine._arrivals, tokens_per_sync=rounds, name="student")
+        engine._steps = StepQueue(
+            scheduler, engine._runner, engine._arrivals, tokens_per_sync=rounds, name="student"
+        )
         self.book = LoopBook(engine)
         self.num_late = 0
 
@@ -277,7 +293,9 @@ class LoopTrace(Trace):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_traces(padded: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces(
+    padded: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if padded:
         request.getfixturevalue("graphs")
     make_reads_late(monkeypatch, seed=1)

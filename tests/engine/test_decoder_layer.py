@@ -20,11 +20,15 @@ FAMILIES = {
 def student_of(family: str, dtype: torch.dtype) -> Decoder:
     plain = make_student().config
     student = Decoder(
-        ModelConfig(**{name: getattr(plain, name) for name in plain.__dataclass_fields__} | FAMILIES[family])
+        ModelConfig(
+            **{name: getattr(plain, name) for name in plain.__dataclass_fields__} | FAMILIES[family]
+        )
     )
     generator = torch.Generator().manual_seed(1)
     for parameter in student.parameters():
-        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1)
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator) + (
+            parameter.ndim == 1
+        )
     return student.to(dtype)
 
 
@@ -43,14 +47,17 @@ def generate(student: Decoder, *, whole_layers: bool) -> list[tuple[list[int], t
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_in_one_call_is_the_layer_op_by_op(family: str, dtype: torch.dtype) -> None:
     student = student_of(family, dtype)
-    for one, other in zip(*(generate(student, whole_layers=whole) for whole in (True, False)), strict=True):
+    for one, other in zip(
+        *(generate(student, whole_layers=whole) for whole in (True, False)), strict=True
+    ):
         assert one[0] == other[0]
         assert_bitwise_equal(one[1], other[1], name=family)
 
 
 @pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 def test_hooks_on_layers_and_replaced_parameters_are_heard() -> None:
-    student, rows = student_of("llama", torch.float32), []
+    student = student_of("llama", torch.float32)
+    rows = []
     engine = Engine(student, kv_cache_gib=0.001, page_size=4)
     student.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[1])))
     params = SamplingParams(temperature=0.0, max_new_tokens=4, eos_ids=(), ignore_eos=True)
@@ -61,18 +68,26 @@ def test_hooks_on_layers_and_replaced_parameters_are_heard() -> None:
     engine.bump_policy_version()
     after = generate_same(engine, [[1, 2, 3]], params)[0][0]
     assert not torch.equal(before.logprobs, after.logprobs)
-    fresh = generate_same(Engine(student, kv_cache_gib=0.001, page_size=4), [[1, 2, 3]], params)[0][0]
+    fresh = generate_same(Engine(student, kv_cache_gib=0.001, page_size=4), [[1, 2, 3]], params)[0][
+        0
+    ]
     assert after.token_ids == fresh.token_ids and torch.equal(after.logprobs, fresh.logprobs)
 
 
 @pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 def test_opcheck() -> None:
     student = student_of("qwen3", torch.float32)
-    config, f = student.config, torch.randn
+    config = student.config
+    f = torch.randn
     caches = [torch.zeros(3, 4, config.num_kv_heads, config.head_dim) for _ in range(2)]
-    places = torch.arange(4), torch.arange(3, dtype=torch.int32)[None], torch.tensor([4], dtype=torch.int32)
+    places = (
+        torch.arange(4),
+        torch.arange(3, dtype=torch.int32)[None],
+        torch.tensor([4], dtype=torch.int32),
+    )
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
     weights = [x if x is None else x.detach() for x in fused_weights(student.layers[0])]
-    x, rotary = f(4, config.hidden_size), (f(4, config.head_dim), f(4, config.head_dim))
+    x = f(4, config.hidden_size)
+    rotary = (f(4, config.head_dim), f(4, config.head_dim))
     given = (x, x.clone(), weights, 1e-6, *rotary, *caches, *places, cu_seqlens, 0.3, True)
     torch.library.opcheck(torch.ops.socpo.decoder_layer, given)

@@ -15,7 +15,12 @@ from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.types import Attempt, SamplingParams
 from tests.engine.tiny import generate_same, kept
 
-PROMPTS = [[3, 5, 7], list(range(1, 41)), [9] * 32, list(range(50, 2, -1)) * 2]  # shorter, longer than, exactly a page
+PROMPTS = [
+    [3, 5, 7],
+    list(range(1, 41)),
+    [9] * 32,
+    list(range(50, 2, -1)) * 2,
+]  # shorter, longer than, exactly a page
 SAMPLED = SamplingParams(n=3, temperature=1.0, max_new_tokens=24, eos_ids=(2,), seed=5)
 
 
@@ -48,12 +53,15 @@ def engine_of(student: Decoder, *, num_pages: int = 64, **options: int) -> Engin
 
 
 def exact(groups: list[list[Attempt]]) -> list[list[tuple]]:
-    return [[(a.token_ids, a.logprobs.tolist(), a.finish_reason) for a in group] for group in groups]
+    return [
+        [(a.token_ids, a.logprobs.tolist(), a.finish_reason) for a in group] for group in groups
+    ]
 
 
 def trainer_logprobs(student: Decoder, token_ids: list[int]) -> torch.Tensor:
     """[L - 1] log-prob of every token but the first, by one packed forward."""
-    ids, until = torch.tensor(token_ids), visible_until_of_sequences([len(token_ids)])
+    ids = torch.tensor(token_ids)
+    until = visible_until_of_sequences([len(token_ids)])
     with torch.no_grad():
         hidden = packed_forward(student, ids, torch.arange(len(ids)), until)
         logprobs = student.lm_head(hidden).log_softmax(-1)
@@ -66,13 +74,19 @@ def test_greedy_equals_transformers(folder: str, student: Decoder) -> None:
     reference = LlamaForCausalLM.from_pretrained(folder)
     for prompt, (attempt,) in zip(PROMPTS, groups, strict=True):
         expected = reference.generate(
-            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=0
+            torch.tensor([prompt]),
+            max_new_tokens=40,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=0,
         )
         assert attempt.token_ids == expected[0, len(prompt) :].tolist()
 
 
 def test_logprobs_are_the_trainers(student: Decoder) -> None:
-    for prompt, group in zip(PROMPTS, generate_same(engine_of(student), PROMPTS, SAMPLED), strict=True):
+    for prompt, group in zip(
+        PROMPTS, generate_same(engine_of(student), PROMPTS, SAMPLED), strict=True
+    ):
         for attempt in group:
             expected = trainer_logprobs(student, prompt + attempt.token_ids)[len(prompt) - 1 :]
             assert (attempt.logprobs - expected).abs().max() < 1e-4
@@ -89,8 +103,11 @@ def test_logprobs_are_the_trainers(student: Decoder) -> None:
     ],
 )
 def test_tokens_do_not_depend_on_scheduling(student: Decoder, options: dict[str, int]) -> None:
-    free, tight = engine_of(student), engine_of(student, **options)
-    assert exact(generate_same(tight, PROMPTS, SAMPLED)) == exact(generate_same(free, PROMPTS, SAMPLED))
+    free = engine_of(student)
+    tight = engine_of(student, **options)
+    assert exact(generate_same(tight, PROMPTS, SAMPLED)) == exact(
+        generate_same(free, PROMPTS, SAMPLED)
+    )
     assert tight.stats.pages_free == tight.stats.pages_total
     if options.get("num_pages") == 9:
         assert tight.stats.preemptions > 0
@@ -99,7 +116,9 @@ def test_tokens_do_not_depend_on_scheduling(student: Decoder, options: dict[str,
 def test_group_equals_separate_runs(student: Decoder) -> None:
     together = generate_same(engine_of(student), PROMPTS, SAMPLED)
     for q, prompt in enumerate(PROMPTS):
-        assert exact(engine_of(student).generate([prompt], SAMPLED, keys=[(0, q)])) == exact(together[q : q + 1])
+        assert exact(engine_of(student).generate([prompt], SAMPLED, keys=[(0, q)])) == exact(
+            together[q : q + 1]
+        )
     assert len({tuple(a.token_ids) for group in together for a in group}) == 3 * len(PROMPTS), (
         "siblings draw their own noise"
     )
@@ -108,7 +127,8 @@ def test_group_equals_separate_runs(student: Decoder) -> None:
 @pytest.mark.parametrize("cut", [None, 0, 5, 24])
 @pytest.mark.parametrize("taken", ["pages kept", "pages taken", "weights changed"])
 def test_resume_equals_full_prefill(student: Decoder, cut: int | None, taken: str) -> None:
-    engine, suffix = engine_of(student, num_pages=12 if taken == "pages taken" else 64), [7, 8, 9]
+    engine = engine_of(student, num_pages=12 if taken == "pages taken" else 64)
+    suffix = [7, 8, 9]
     params = SamplingParams(temperature=1.0, max_new_tokens=24, eos_ids=(), seed=1, ignore_eos=True)
     prompt = PROMPTS[1]
     (first,) = generate_same(engine, [prompt], params, keep=True)[0]
@@ -137,19 +157,26 @@ def test_resume_equals_full_prefill(student: Decoder, cut: int | None, taken: st
 
 def test_a_prompt_is_prefilled_once(student: Decoder) -> None:
     rows: list[int] = []
-    hook = student.layers[0].register_forward_hook(lambda _module, args, _out: rows.append(args[1].shape[0]))
+    hook = student.layers[0].register_forward_hook(
+        lambda _module, args, _out: rows.append(args[1].shape[0])
+    )
     engine = engine_of(student)
     params = SamplingParams(n=8, temperature=1.0, max_new_tokens=4, eos_ids=(), ignore_eos=True)
     generate_same(engine, PROMPTS, params)
     hook.remove()
     assert engine.stats.prefill_tokens == sum(map(len, PROMPTS))
-    assert engine.stats.decode_tokens == 8 * len(PROMPTS) * 3  # the last sampled token is never forwarded
-    assert sum(rows) == engine.stats.prefill_tokens + engine.stats.decode_tokens  # no padding: 16 rows or more a step
+    assert (
+        engine.stats.decode_tokens == 8 * len(PROMPTS) * 3
+    )  # the last sampled token is never forwarded
+    assert (
+        sum(rows) == engine.stats.prefill_tokens + engine.stats.decode_tokens
+    )  # no padding: 16 rows or more a step
 
 
 def test_weights_are_read_where_they_are(folder: str) -> None:
     student = load_student(folder)
-    engine, pointers = engine_of(student), {n: p.data_ptr() for n, p in student.named_parameters()}
+    engine = engine_of(student)
+    pointers = {n: p.data_ptr() for n, p in student.named_parameters()}
     before = exact(generate_same(engine, PROMPTS, SAMPLED))
     with torch.no_grad():
         for parameter in student.parameters():
@@ -161,7 +188,9 @@ def test_weights_are_read_where_they_are(folder: str) -> None:
 
 def test_stop_and_length(student: Decoder) -> None:
     groups = generate_same(
-        engine_of(student), PROMPTS, SamplingParams(n=8, temperature=1.5, max_new_tokens=60, eos_ids=(2, 11))
+        engine_of(student),
+        PROMPTS,
+        SamplingParams(n=8, temperature=1.5, max_new_tokens=60, eos_ids=(2, 11)),
     )
     attempts = [attempt for group in groups for attempt in group]
     assert {attempt.finish_reason for attempt in attempts} == {"stop", "length"}
@@ -208,7 +237,9 @@ def test_resume_twice_is_refused(student: Decoder) -> None:
 @pytest.mark.smollm2
 def test_smollm2_greedy_equals_transformers() -> None:
     """The real model: greedy tokens of a group, and of a second attempt on the first one's pages."""
-    folder = Path(os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")).expanduser()
+    folder = Path(
+        os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")
+    ).expanduser()
     if not (folder / "model.safetensors").exists():
         pytest.skip(f"no SmolLM2-135M-Instruct in {folder}; set SOCPO_SMOLLM2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -230,7 +261,9 @@ def test_smollm2_greedy_equals_transformers() -> None:
     engine = Engine(load_student(folder), kv_cache_gib=0.2)
     params = SamplingParams(n=2, temperature=0.0, max_new_tokens=24, eos_ids=(2,))
     groups = generate_same(engine, prompts, params, keep=True)
-    suffix = tokenizer("<|im_end|>\n<|im_start|>user\nShorter.<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    suffix = tokenizer("<|im_end|>\n<|im_start|>user\nShorter.<|im_end|>\n<|im_start|>assistant\n")[
+        "input_ids"
+    ]
     for prompt, group in zip(prompts, groups, strict=True):
         first = expected(prompt)
         assert [attempt.token_ids for attempt in group] == [first, first]

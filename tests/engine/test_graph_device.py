@@ -14,7 +14,8 @@ from tests.engine.tiny import make_engine, make_student
 
 def test_every_step_of_a_capture_is_on_the_engines_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two engines, as student and local teacher are, each on a card of its own."""
-    cuda, rounds = FakeCuda(), DecodeLoop._round
+    cuda = FakeCuda()
+    rounds = DecodeLoop._round
     cuda.install(monkeypatch)
 
     def note_round(self: DecodeLoop, *given: Any) -> None:

@@ -26,7 +26,9 @@ def student() -> Decoder:
 def chi_square_tail(counts: torch.Tensor, expected: torch.Tensor) -> float:
     """The probability of a fit as bad as this one or worse, were the expectation true."""
     statistic = ((counts - expected).double() ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2))
+    return float(
+        torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2)
+    )
 
 
 def next_token_logits(student: Decoder, token_ids: list[int]) -> torch.Tensor:
@@ -34,7 +36,8 @@ def next_token_logits(student: Decoder, token_ids: list[int]) -> torch.Tensor:
     wide = make_student().double()
     wide.load_state_dict({name: value.double() for name, value in student.state_dict().items()})
 
-    positions, until = torch.arange(len(token_ids)), visible_until_of_sequences([len(token_ids)])
+    positions = torch.arange(len(token_ids))
+    until = visible_until_of_sequences([len(token_ids)])
     with torch.no_grad():
         hidden = packed_forward(wide, torch.tensor(token_ids), positions, until, impl="ref")
         return wide.lm_head(hidden)[-1]
@@ -46,7 +49,9 @@ def test_a_fork_of_n_equals_n_separate_runs(student: Decoder, prompt: list[int],
     (group,) = make_engine(student).generate([prompt], replace(PARAMS, n=n), keys=[(4, 6)])
     assert [attempt.rollout_idx for attempt in group] == list(range(n))
     for rollout_idx, attempt in enumerate(group):
-        assert bits(attempt) == untouched(student, prompt, PARAMS, key=(4, 6), rollout_idx=rollout_idx)
+        assert bits(attempt) == untouched(
+            student, prompt, PARAMS, key=(4, 6), rollout_idx=rollout_idx
+        )
 
 
 def test_company_does_not_matter(student: Decoder) -> None:
@@ -62,16 +67,24 @@ def test_company_does_not_matter(student: Decoder) -> None:
         engine.submit(prompt, params, key=(0, q))
     for attempt in drain(engine):
         q = attempt.key.question
-        expected = untouched(student, PROMPTS[q], others[q], key=attempt.key, rollout_idx=attempt.rollout_idx)
+        expected = untouched(
+            student, PROMPTS[q], others[q], key=attempt.key, rollout_idx=attempt.rollout_idx
+        )
         assert bits(attempt) == expected
 
 
 def test_calls_do_not_matter(student: Decoder) -> None:
     """One generate, one a prompt on one engine, and requests that arrive between steps in another order."""
     keys = [(0, q) for q in range(len(PROMPTS))]
-    once = [bits(a) for group in generate_same(make_engine(student), PROMPTS, PARAMS) for a in group]
+    once = [
+        bits(a) for group in generate_same(make_engine(student), PROMPTS, PARAMS) for a in group
+    ]
     engine = make_engine(student)
-    apart = [bits(a) for p, key in zip(PROMPTS, keys, strict=True) for a in engine.generate([p], PARAMS, keys=[key])[0]]
+    apart = [
+        bits(a)
+        for p, key in zip(PROMPTS, keys, strict=True)
+        for a in engine.generate([p], PARAMS, keys=[key])[0]
+    ]
     assert apart == once
     stepwise = make_engine(student, token_budget=9)
     done = []
@@ -89,40 +102,64 @@ def test_noise_is_keyed_as_documented(student: Decoder) -> None:
     engine = make_engine(student)
     group = engine.generate([PROMPTS[0]], params, keys=[(11, 22)], keep=True)[0]
     engine.resume(group[1], [8], params, kept_tokens=kept(PROMPTS[0], group[1], 5))
-    first, second = group[1], drain(engine)[0]
+    first = group[1]
+    second = drain(engine)[0]
     for attempt, context in ((first, PROMPTS[0]), (second, [*PROMPTS[0], *first.token_ids[:5], 8])):
         for position, token_id in enumerate(attempt.token_ids):
-            logits = next_token_logits(student, context + attempt.token_ids[:position]).float()[None]
+            logits = next_token_logits(student, context + attempt.token_ids[:position]).float()[
+                None
+            ]
             key = torch.tensor([row_key(5, 11, 22, 1, attempt.attempt_idx, position)])
             knobs = {"temperature_B": torch.tensor([0.8]), "top_k_B": torch.tensor([0])}
             knobs |= {"top_p_B": torch.tensor([0.9]), "min_p_B": torch.tensor([0.0])}
             expected, logprob, mass = sample(logits, key, **knobs)
-            assert token_id == expected.item(), f"attempt {attempt.attempt_idx}, position {position}"
+            assert token_id == expected.item(), (
+                f"attempt {attempt.attempt_idx}, position {position}"
+            )
             assert abs(attempt.logprobs[position] - logprob.item()) < 1e-4
             assert abs(attempt.kept_mass[position] - mass.item()) < 1e-5
 
 
 def test_siblings_follow_the_softmax_and_not_each_other(student: Decoder) -> None:
     """100,000 first tokens of 250 groups of 400: the law of one, and of neighbours in a group as pairs."""
-    params = SamplingParams(n=400, temperature=0.8, max_new_tokens=1, eos_ids=(), ignore_eos=True, seed=1)
+    params = SamplingParams(
+        n=400, temperature=0.8, max_new_tokens=1, eos_ids=(), ignore_eos=True, seed=1
+    )
     prompt = [3, 5, 7, 9]  # a whole page: nothing to copy 400 times
-    groups = generate_same(make_engine(student, num_pages=1000, max_running=1000), [prompt] * 250, params)
+    groups = generate_same(
+        make_engine(student, num_pages=1000, max_running=1000), [prompt] * 250, params
+    )
     draws = torch.tensor([[attempt.token_ids[0] for attempt in group] for group in groups])
     probs = (next_token_logits(student, prompt) / 0.8).softmax(-1)
     assert probs.min() * draws.numel() > 5, "every cell must be filled"
-    assert chi_square_tail(draws.flatten().bincount(minlength=len(probs)), probs * draws.numel()) > 1e-4
+    assert (
+        chi_square_tail(draws.flatten().bincount(minlength=len(probs)), probs * draws.numel())
+        > 1e-4
+    )
 
-    bins = torch.cumsum(probs, 0).mul(3).long().clamp(max=2)[draws]  # three classes of about a third each
-    shares = torch.stack([probs[torch.cumsum(probs, 0).mul(3).long().clamp(max=2) == i].sum() for i in range(3)])
-    for a, b, what in ((bins[:, ::2], bins[:, 1::2], "siblings"), (bins[::2], bins[1::2], "questions")):
+    bins = (
+        torch.cumsum(probs, 0).mul(3).long().clamp(max=2)[draws]
+    )  # three classes of about a third each
+    shares = torch.stack(
+        [probs[torch.cumsum(probs, 0).mul(3).long().clamp(max=2) == i].sum() for i in range(3)]
+    )
+    for a, b, what in (
+        (bins[:, ::2], bins[:, 1::2], "siblings"),
+        (bins[::2], bins[1::2], "questions"),
+    ):
         pairs = (a * 3 + b).flatten().bincount(minlength=9)
-        assert chi_square_tail(pairs, torch.outer(shares, shares).flatten() * pairs.sum()) > 1e-4, what
+        assert chi_square_tail(pairs, torch.outer(shares, shares).flatten() * pairs.sum()) > 1e-4, (
+            what
+        )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda e: e.generate([[1], [1] * 100], PARAMS), "generate: need 28 pages of 4 tokens, the pool has 12"),
+        (
+            lambda e: e.generate([[1], [1] * 100], PARAMS),
+            "generate: need 28 pages of 4 tokens, the pool has 12",
+        ),
         (lambda e: e.generate([[1], []], PARAMS), "generate: token ids must be non-empty"),
         (lambda e: e.generate([[1], [1]], PARAMS, keys=[(0, 0)]), "keys must be 2 different pairs"),
         (lambda e: e.submit([1] * 128, PARAMS, key=(0, 0)), "128 positions, got 128 [+] 12"),
@@ -131,13 +168,17 @@ def test_siblings_follow_the_softmax_and_not_each_other(student: Decoder) -> Non
         (lambda e: e.submit([1] * 37, PARAMS, key=(0, 0)), "need 13 pages"),
     ],
 )
-def test_what_can_never_run_is_refused_with_nothing_left_behind(student: Decoder, call, message: str) -> None:
+def test_what_can_never_run_is_refused_with_nothing_left_behind(
+    student: Decoder, call, message: str
+) -> None:
     engine = make_engine(student, num_pages=12)
     fresh = engine.stats
     with pytest.raises(ValueError, match=message):
         call(engine)
     assert engine.stats == fresh and not engine.has_work and not engine._scheduler.pinned
-    assert bits(generate_same(engine, [[1] * 36], PARAMS)[0][2]) == untouched(student, [1] * 36, PARAMS, rollout_idx=2)
+    assert bits(generate_same(engine, [[1] * 36], PARAMS)[0][2]) == untouched(
+        student, [1] * 36, PARAMS, rollout_idx=2
+    )
 
 
 def test_what_just_fits_runs(student: Decoder) -> None:
@@ -161,12 +202,20 @@ def test_generate_needs_an_idle_engine(student: Decoder) -> None:
     ("options", "message"),
     [
         ({"page_size": 3}, "page_size must be a power of two, got 3"),
-        ({"max_running": 0}, r"max_running, token_budget and tokens_per_sync must be >= 1, got \(0, 2048, 1\)"),
-        ({"token_budget": 0}, r"max_running, token_budget and tokens_per_sync must be >= 1, got \(256, 0, 1\)"),
+        (
+            {"max_running": 0},
+            r"max_running, token_budget and tokens_per_sync must be >= 1, got \(0, 2048, 1\)",
+        ),
+        (
+            {"token_budget": 0},
+            r"max_running, token_budget and tokens_per_sync must be >= 1, got \(256, 0, 1\)",
+        ),
         ({"kv_cache_gib": 1e-9}, "kv_cache_gib must hold at least one page, got 1e-09"),
     ],
 )
-def test_an_engine_that_could_never_run_is_refused(student: Decoder, options: dict, message: str) -> None:
+def test_an_engine_that_could_never_run_is_refused(
+    student: Decoder, options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=f"Engine: {message}"):
         Engine(student, **options)
 
@@ -185,7 +234,9 @@ def test_an_engine_that_could_never_run_is_refused(student: Decoder, options: di
         {"eos_ids": ()},
     ],
 )
-def test_parameters_that_the_sampler_would_refuse_in_the_middle_are_refused_at_the_door(change: dict) -> None:
+def test_parameters_that_the_sampler_would_refuse_in_the_middle_are_refused_at_the_door(
+    change: dict,
+) -> None:
     with pytest.raises(ValueError, match=f"SamplingParams: {next(iter(change))} must be"):
         replace(PARAMS, **change)
 
@@ -193,8 +244,12 @@ def test_parameters_that_the_sampler_would_refuse_in_the_middle_are_refused_at_t
 def test_a_pool_larger_than_the_memory_is_refused_in_one_line(
     student: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("[enforce fail at alloc_cpu.cpp:127]\n..")))
-    with pytest.raises(ValueError, match=r"^Engine: kv_cache_gib must fit into memory, got 0\.0\d*; lower it$"):
+    monkeypatch.setattr(
+        torch, "zeros", Mock(side_effect=RuntimeError("[enforce fail at alloc_cpu.cpp:127]\n.."))
+    )
+    with pytest.raises(
+        ValueError, match=r"^Engine: kv_cache_gib must fit into memory, got 0\.0\d*; lower it$"
+    ):
         Engine(student, kv_cache_gib=0.05)
     refused = r"^Engine: GiB of min_memory_bytes must fit into memory, got 1; lower it$"
     with pytest.raises(ValueError, match=refused):

@@ -69,7 +69,9 @@ def test_new_weights_and_a_reset_end_it(student: Decoder) -> None:
     engine.keep_prefix(PREFIX)
     own.load_state_dict(make_student(1).state_dict())
     engine.bump_policy_version()
-    expected = [list(map(bits, g)) for g in generate_same(make_engine(make_student(1)), PROMPTS, PARAMS)]
+    expected = [
+        list(map(bits, g)) for g in generate_same(make_engine(make_student(1)), PROMPTS, PARAMS)
+    ]
     assert prefilled(engine, PROMPTS) == (5 * 16, expected)
     engine.keep_prefix(PREFIX)
     assert prefilled(engine, PROMPTS) == (5 * 4, expected)

@@ -12,7 +12,9 @@ from tests.engine.tiny import bits, drain, make_engine, make_student
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=6, eos_ids=(3,), seed=5)
 PROMPT = [5, 7, 9, 11, 13]
 KEY = (4, 2)
-REFUSED = r"submit: key must have no rollout in flight, got \(4, 2\) with 3; release or cancel them first"
+REFUSED = (
+    r"submit: key must have no rollout in flight, got \(4, 2\) with 3; release or cancel them first"
+)
 
 
 def test_a_key_in_flight_is_refused() -> None:
@@ -56,7 +58,9 @@ def test_a_cancelled_key_is_free(num_steps: int) -> None:
 def test_generate_refuses_a_key_in_flight_as_a_whole() -> None:
     engine = make_engine(make_student())
     [kept] = engine.generate([PROMPT], PARAMS, keys=[KEY], keep=True)
-    with pytest.raises(ValueError, match=r"generate: key must have no rollout in flight, got \(4, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"generate: key must have no rollout in flight, got \(4, 2\)"
+    ):
         engine.generate([[1], [2]], PARAMS, keys=[(9, 9), KEY])
     assert not engine.has_work
     engine.release(kept)
@@ -67,11 +71,14 @@ def test_calls_without_keys_draw_fresh_noise() -> None:
     """No two calls share it; under a key of one's own the tokens come again."""
     engine = make_engine(make_student())
     params = replace(PARAMS, max_new_tokens=12, ignore_eos=True)
-    first, second = engine.generate([PROMPT], params), engine.generate([PROMPT], params)
+    first = engine.generate([PROMPT], params)
+    second = engine.generate([PROMPT], params)
     drawn = [tuple(attempt.token_ids) for [group] in (first, second) for attempt in group]
     assert len(set(drawn)) == 6
     keys = [attempt.key for [group] in (first, second) for attempt in group]
-    assert keys[3].batch == keys[0].batch + 1 > 2**40  # a count, so a program run twice draws the same
+    assert (
+        keys[3].batch == keys[0].batch + 1 > 2**40
+    )  # a count, so a program run twice draws the same
     [again] = engine.generate([PROMPT], params, keys=[tuple(keys[0])])
     assert [bits(a) for a in again] == [bits(a) for a in first[0]]
 

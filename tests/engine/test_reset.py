@@ -26,7 +26,9 @@ def student() -> Decoder:
 
 
 def draws(engine: Engine) -> list[tuple]:
-    return [bits(attempt) for group in engine.generate(PROMPTS, PARAMS, keys=KEYS) for attempt in group]
+    return [
+        bits(attempt) for group in engine.generate(PROMPTS, PARAMS, keys=KEYS) for attempt in group
+    ]
 
 
 @contextmanager
@@ -105,7 +107,9 @@ def test_generate_that_is_interrupted_leaves_nothing(student: Decoder) -> None:
     assert draws(engine) == expected
 
 
-def test_a_failed_copy_leaves_the_attempt(student: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_copy_leaves_the_attempt(
+    student: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A resume that runs out of memory may be tried again, and reads no page that was not copied."""
     expected = resumed(make_engine(student))
     engine = make_engine(student)

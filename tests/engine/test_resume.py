@@ -13,7 +13,9 @@ from socpo_fast.model import Decoder
 from socpo_fast.types import Attempt, SamplingParams
 from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
 
-PROMPT = list(range(1, 15))  # three pages of 4 and a half: two full ones shared, then what a fork copies
+PROMPT = list(
+    range(1, 15)
+)  # three pages of 4 and a half: two full ones shared, then what a fork copies
 SUFFIX = [30, 31, 32]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=6, eos_ids=(), ignore_eos=True, seed=3)
 # All; a part; none, up to the shared prompt's end; into the copied page; its border; into, and to the border of, shared
@@ -43,7 +45,9 @@ def test_resume_equals_a_fresh_run_of_the_same_context(student: Decoder, cut: in
     engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
     (second,) = drain(engine)
     context = context_of(group[1], cut)
-    assert engine.stats.prefill_tokens - before == len(SUFFIX) + (cut in (None, 6)), "only what is new is prefilled"
+    assert engine.stats.prefill_tokens - before == len(SUFFIX) + (cut in (None, 6)), (
+        "only what is new is prefilled"
+    )
     assert bits(second) == untouched(student, context, PARAMS, rollout_idx=1, attempt_idx=1)
     assert (second.key, second.rollout_idx, second.attempt_idx) == (group[1].key, 1, 1)
     engine.release([*group, second])
@@ -57,12 +61,16 @@ def test_greedy_resume_equals_submit(student: Decoder, cut: int | None) -> None:
     engine = make_engine(student)
     group = first_attempts(engine, params)
     engine.resume(group[0], SUFFIX, params, kept_tokens=kept(PROMPT, group[0], cut))
-    fresh = generate_same(make_engine(student), [context_of(group[0], cut)], replace(params, n=1))[0][0]
+    fresh = generate_same(make_engine(student), [context_of(group[0], cut)], replace(params, n=1))[
+        0
+    ][0]
     assert bits(drain(engine)[0]) == bits(fresh)
 
 
 @pytest.mark.parametrize("cut", [-1, -3, -6, -10, -13])
-@pytest.mark.parametrize("num_pages", [200, 9])  # 9: the group just fits, so the pages of a pinned one are taken
+@pytest.mark.parametrize(
+    "num_pages", [200, 9]
+)  # 9: the group just fits, so the pages of a pinned one are taken
 def test_siblings_do_not_see_what_is_written(student: Decoder, cut: int, num_pages: int) -> None:
     """Two go back into the prompt's shared pages at once, each with another suffix; then the third goes on."""
     engine = make_engine(student, num_pages=num_pages)
@@ -72,24 +80,34 @@ def test_siblings_do_not_see_what_is_written(student: Decoder, cut: int, num_pag
         engine.resume(attempt, suffix, PARAMS, kept_tokens=kept(PROMPT, attempt, cut))
     engine.step()
     all_of_it = kept(PROMPT, group[2])
-    engine.resume(group[2], suffixes[2], PARAMS, kept_tokens=all_of_it)  # on all pages that the others left
+    engine.resume(
+        group[2], suffixes[2], PARAMS, kept_tokens=all_of_it
+    )  # on all pages that the others left
     for i, second in enumerate(drain(engine)):
         path = PROMPT[:cut] if i < 2 else PROMPT + group[2].token_ids
-        assert bits(second) == untouched(student, path + suffixes[i], PARAMS, rollout_idx=i, attempt_idx=1)
+        assert bits(second) == untouched(
+            student, path + suffixes[i], PARAMS, rollout_idx=i, attempt_idx=1
+        )
 
 
 def test_without_a_free_page_to_copy_to_the_part_is_computed_again(student: Decoder) -> None:
     params = replace(PARAMS, max_new_tokens=1)
     engine = make_engine(student, num_pages=6)
-    prompt = PROMPT[:12]  # whole pages, and a single token sampled: siblings hold nothing but shared pages
+    prompt = PROMPT[
+        :12
+    ]  # whole pages, and a single token sampled: siblings hold nothing but shared pages
     group = generate_same(engine, [prompt], params, keep=True)[0]
-    engine.generate([[1] * 9], replace(params, n=1), keys=[(1, 0)], keep=True)  # the other three pages
+    engine.generate(
+        [[1] * 9], replace(params, n=1), keys=[(1, 0)], keep=True
+    )  # the other three pages
     before = engine.stats
     assert before.pages_free == 0
     engine.resume(group[0], SUFFIX, params, kept_tokens=len(prompt) - 2)
     engine.resume(group[2], SUFFIX, params, kept_tokens=kept(prompt, group[2]))
     seconds = drain(engine)
-    assert engine.stats.prefill_tokens - before.prefill_tokens == (2 + len(SUFFIX)) + (1 + len(SUFFIX))
+    assert engine.stats.prefill_tokens - before.prefill_tokens == (2 + len(SUFFIX)) + (
+        1 + len(SUFFIX)
+    )
     for second, row in zip(seconds, (prompt[:-2], prompt + group[2].token_ids), strict=True):
         names = {"rollout_idx": second.rollout_idx, "attempt_idx": 1}
         assert bits(second) == untouched(student, row + SUFFIX, params, **names)
@@ -97,7 +115,9 @@ def test_without_a_free_page_to_copy_to_the_part_is_computed_again(student: Deco
 
 def test_a_sibling_still_running_does_not_see_a_write(student: Decoder) -> None:
     """Rollout 0 ends early and goes back into the prompt while the others still decode on the shared pages."""
-    params = replace(PARAMS, temperature=1.5, max_new_tokens=30, ignore_eos=False, eos_ids=tuple(range(0, 37, 5)))
+    params = replace(
+        PARAMS, temperature=1.5, max_new_tokens=30, ignore_eos=False, eos_ids=tuple(range(0, 37, 5))
+    )
     engine = make_engine(student)
     engine.submit(PROMPT, params, key=(0, 0))
     done: list[Attempt] = []
@@ -126,7 +146,9 @@ def test_preempted_and_computed_again(student: Decoder, cut: int | None, taken: 
         engine.step()
         engine._scheduler._give_way(engine._scheduler.running[-1])
     second = drain(engine)[0]
-    assert bits(second) == untouched(student, context_of(group[1], cut), PARAMS, rollout_idx=1, attempt_idx=1)
+    assert bits(second) == untouched(
+        student, context_of(group[1], cut), PARAMS, rollout_idx=1, attempt_idx=1
+    )
 
 
 def test_back_over_several_bridges(student: Decoder) -> None:
@@ -149,13 +171,16 @@ def weights(student: Decoder) -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize("cut", [None, 3, 0, -1, -6, -13])
 def test_stale_pages_are_never_reused(cut: int | None) -> None:
     """Weights change between the attempts: everything is computed again, as in a fresh run under the new ones."""
-    student, new = make_student(0), make_student(1)
+    student = make_student(0)
+    new = make_student(1)
     engine = make_engine(student)
     group = first_attempts(engine)
     for parameter, value in zip(weights(student), weights(new), strict=True):
         parameter.copy_(value)
     engine.bump_policy_version()
-    assert engine.stats.pages_free == engine.stats.pages_total, "pages of an older version hold nothing of use"
+    assert engine.stats.pages_free == engine.stats.pages_total, (
+        "pages of an older version hold nothing of use"
+    )
     before = engine.stats.prefill_tokens
     engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
     (second,) = drain(engine)
@@ -170,7 +195,11 @@ def test_stale_pages_are_never_reused(cut: int | None) -> None:
     ("suffix", "cut", "message"),
     [
         ([], None, "suffix_ids must be non-empty"),
-        (SUFFIX, 7, r"kept_tokens must be in \[1, 20\], got 21; the row is 14 tokens of context and 6 sampled ones"),
+        (
+            SUFFIX,
+            7,
+            r"kept_tokens must be in \[1, 20\], got 21; the row is 14 tokens of context and 6 sampled ones",
+        ),
         (SUFFIX, -14, r"kept_tokens must be in \[1, 20\], got 0"),
         ([37], None, r"in \[0, 37\), got \[1, 2"),
         ([-1], 0, r"in \[0, 37\)"),
@@ -190,7 +219,9 @@ def test_a_refused_resume_leaves_everything_as_it_was(
     engine.resume(
         group[0], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[0])
     )  # the attempt is still there, with its pages
-    assert bits(drain(engine)[0]) == untouched(student, context_of(group[0], None), PARAMS, attempt_idx=1)
+    assert bits(drain(engine)[0]) == untouched(
+        student, context_of(group[0], None), PARAMS, attempt_idx=1
+    )
     assert engine.stats.prefill_tokens - before.prefill_tokens == 1 + len(SUFFIX)
 
 
@@ -199,5 +230,8 @@ def test_released_and_foreign_attempts_are_refused(student: Decoder) -> None:
     group = first_attempts(engine)
     engine.release(group[:1])
     for attempt in (group[0], first_attempts(make_engine(student))[1]):
-        with pytest.raises(ValueError, match="resume: attempt must be finished, neither released nor resumed before"):
+        with pytest.raises(
+            ValueError,
+            match="resume: attempt must be finished, neither released nor resumed before",
+        ):
             engine.resume(attempt, SUFFIX, PARAMS, kept_tokens=1)

@@ -16,22 +16,33 @@ from socpo_fast.types import SamplingParams
 from tests.engine.tiny import bits, drain, generate_same, make_engine
 from tests.train.rollouts import make_rollouts, make_student
 
-PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=20, eos_ids=(), ignore_eos=True, seed=2)
+PARAMS = SamplingParams(
+    n=3, temperature=1.0, max_new_tokens=20, eos_ids=(), ignore_eos=True, seed=2
+)
 PROMPT = list(range(1, 12))
 
 
 def storage_of(engine: Engine) -> dict[str, int]:
     """Where everything is that a captured CUDA graph would read or write."""
     tensors = {**dict(engine.student.named_parameters()), **dict(engine.student.named_buffers())}
-    tensors |= {name: value for name, value in vars(engine._runner).items() if isinstance(value, torch.Tensor)}
+    tensors |= {
+        name: value
+        for name, value in vars(engine._runner).items()
+        if isinstance(value, torch.Tensor)
+    }
     if engine._steps.loop is not None:
-        tensors |= {name: value for name, value in vars(engine._steps.loop).items() if isinstance(value, torch.Tensor)}
+        tensors |= {
+            name: value
+            for name, value in vars(engine._steps.loop).items()
+            if isinstance(value, torch.Tensor)
+        }
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def trainer_logprobs(student: Decoder, token_ids: list[int], num_sampled: int) -> torch.Tensor:
     """Of the last num_sampled tokens, by the trainer's packed forward."""
-    ids, until = torch.tensor(token_ids), visible_until_of_sequences([len(token_ids)])
+    ids = torch.tensor(token_ids)
+    until = visible_until_of_sequences([len(token_ids)])
     with torch.no_grad():
         hidden = packed_forward(student, ids, torch.arange(len(ids)), until)
         logprobs = student.lm_head(hidden).log_softmax(-1)

@@ -42,15 +42,22 @@ def awkward_student() -> Decoder:
 
 def sample_rollouts(student: Decoder) -> list[Rollout]:
     """Two attempts each of pairs. 373 prompt tokens in a step: two threads share the work in the middle of a row."""
-    rng, engine = random.Random(0), Engine(student, kv_cache_gib=0.05, page_size=16)
+    rng = random.Random(0)
+    engine = Engine(student, kv_cache_gib=0.05, page_size=16)
     params = SamplingParams(n=2, temperature=1.0, max_new_tokens=5, eos_ids=(3,))
     prompts = [[rng.randrange(4, 131) for _ in range(length)] for length in (67, 71, 73, 79, 83)]
-    firsts = [attempt for group in generate_same(engine, prompts, params, keep=True) for attempt in group]
+    firsts = [
+        attempt for group in generate_same(engine, prompts, params, keep=True) for attempt in group
+    ]
     for attempt in firsts:
-        engine.resume(attempt, BRIDGE, params, kept_tokens=kept(prompts[attempt.key.question], attempt))
+        engine.resume(
+            attempt, BRIDGE, params, kept_tokens=kept(prompts[attempt.key.question], attempt)
+        )
     seconds: dict[tuple[int, int], Attempt] = {}
     while engine.has_work:
-        seconds |= {(attempt.key.question, attempt.rollout_idx): attempt for attempt in engine.step()}
+        seconds |= {
+            (attempt.key.question, attempt.rollout_idx): attempt for attempt in engine.step()
+        }
     rollouts = []
     for first in firsts:
         prompt_ids = prompts[first.key.question]
@@ -66,17 +73,32 @@ def sample_rollouts(student: Decoder) -> list[Rollout]:
 def everything(student: Decoder, num_threads: int) -> dict[str, Tensor]:
     """Tokens, log-probs, gradients of both packings, the statistics and the weights after an update."""
     torch.set_num_threads(num_threads)
-    rollouts, found = sample_rollouts(student), {}
+    rollouts = sample_rollouts(student)
+    found = {}
     attempts = [attempt for rollout in rollouts for attempt in rollout.attempts]
-    found["token_ids"] = torch.tensor([token_id for attempt in attempts for token_id in attempt.token_ids])
+    found["token_ids"] = torch.tensor(
+        [token_id for attempt in attempts for token_id in attempt.token_ids]
+    )
     found["logprobs"] = torch.cat([attempt.logprobs for attempt in attempts])
     for packing in ("tree", "rows"):
         student.zero_grad()
-        stats = policy_gradients(student, rollouts, packing=packing, token_budget=1024, temperature=1.0)
-        numbers = stats.loss, stats.figures.entropy, stats.figures.ratio_mean, stats.figures.sampler_mismatch_max_nats
+        stats = policy_gradients(
+            student, rollouts, packing=packing, token_budget=1024, temperature=1.0
+        )
+        numbers = (
+            stats.loss,
+            stats.figures.entropy,
+            stats.figures.ratio_mean,
+            stats.figures.sampler_mismatch_max_nats,
+        )
         found[f"{packing} statistics"] = torch.tensor(numbers, dtype=torch.float64)
-        found |= {f"{packing} gradient of {name}": param.grad.clone() for name, param in student.named_parameters()}
-    found["gradient norm"] = torch.tensor(Optimizer(student, lr=1e-3, warmup_updates=0).step().grad_norm)
+        found |= {
+            f"{packing} gradient of {name}": param.grad.clone()
+            for name, param in student.named_parameters()
+        }
+    found["gradient norm"] = torch.tensor(
+        Optimizer(student, lr=1e-3, warmup_updates=0).step().grad_norm
+    )
     return found | {f"updated {name}": param.detach() for name, param in student.named_parameters()}
 
 
@@ -85,8 +107,10 @@ def library_sums_in_one_order() -> bool:
 
     oneDNN has, at these sizes; MKL, which runs on Intel processors, splits long sums among threads.
     """
-    generator, products = torch.Generator().manual_seed(0), []
-    grad_TN, x_TD = torch.randn(950, 120, generator=generator), torch.randn(950, 72, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    products = []
+    grad_TN = torch.randn(950, 120, generator=generator)
+    x_TD = torch.randn(950, 72, generator=generator)
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
         product = torch.empty(120, 72)
@@ -95,15 +119,20 @@ def library_sums_in_one_order() -> bool:
     return all(torch.equal(product, products[0]) for product in products)
 
 
-@pytest.mark.parametrize("make", [awkward_student, pytest.param(built_in_student, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make", [awkward_student, pytest.param(built_in_student, marks=pytest.mark.slow)]
+)
 def test_one_two_and_three_threads_give_the_same_bits(make) -> None:
     """What our own kernels compute, always; sums over tokens where the library keeps their order, else to rounding."""
-    one, is_exact = everything(make(), 1), library_sums_in_one_order()
+    one = everything(make(), 1)
+    is_exact = library_sums_in_one_order()
     for num_threads in (2, 3):
         for name, value in everything(make(), num_threads).items():
             if is_exact or name in ("token_ids", "logprobs"):
                 assert_bitwise_equal(value, one[name], name=f"{name}, {num_threads} threads")
             else:
                 bound = 1e-3 if name.startswith("updated") else 1e-5
-                error = float((value.double() - one[name].double()).norm() / one[name].double().norm())
+                error = float(
+                    (value.double() - one[name].double()).norm() / one[name].double().norm()
+                )
                 assert error <= bound, f"{name}, {num_threads} threads: relative error {error:.2g}"

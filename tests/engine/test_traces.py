@@ -12,7 +12,8 @@ from tests.engine.traces import Trace
 
 def run_traces(seeds: range) -> Counter:
     """What happened in them, so that a test can see that nothing was missed."""
-    student, seen = make_student(), Counter()
+    student = make_student()
+    seen = Counter()
     for seed in seeds:
         trace = Trace(seed, student)
         try:
@@ -25,7 +26,9 @@ def run_traces(seeds: range) -> Counter:
         seen["weights"] += trace.engine.policy_version
         seen["attempts"] += len(trace.finished)
         seen["third attempts"] += sum(attempt.attempt_idx >= 2 for attempt in trace.finished)
-        seen["under two weights"] += sum(len(dict(starts)) > 1 for starts in trace.versions.values())
+        seen["under two weights"] += sum(
+            len(dict(starts)) > 1 for starts in trace.versions.values()
+        )
         seen["into a shared page"] += trace.num_shared
         seen["interrupts"] += trace.num_interrupts
         seen["refused keys"] += trace.num_refused_keys

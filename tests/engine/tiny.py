@@ -40,7 +40,9 @@ def make_student(seed: int = 0, *, num_layers: int = 2) -> Decoder:
     return student
 
 
-def make_engine(student: Decoder, *, num_pages: int = 200, page_size: int = 4, **options: int) -> Engine:
+def make_engine(
+    student: Decoder, *, num_pages: int = 200, page_size: int = 4, **options: int
+) -> Engine:
     gib = (num_pages + 0.5) * Runner.page_bytes(student, page_size) / 2**30
     return Engine(student, kv_cache_gib=gib, page_size=page_size, **options)
 
@@ -72,7 +74,12 @@ def kept(context: list[int], attempt: Attempt, cut: int | None = None) -> int:
 
 def bits(attempt: Attempt) -> tuple:
     """Everything of an attempt that must not differ in a single bit."""
-    return attempt.token_ids, attempt.logprobs.tolist(), attempt.kept_mass.tolist(), attempt.finish_reason
+    return (
+        attempt.token_ids,
+        attempt.logprobs.tolist(),
+        attempt.kept_mass.tolist(),
+        attempt.finish_reason,
+    )
 
 
 def untouched(
@@ -106,5 +113,8 @@ def untouched(
     attempt = sequence.attempt()
     reason = attempt.finish_reason if attempt else None
     new = sequence.token_ids[len(context) + len(sampled or []) :]
-    floats = (torch.tensor(values, dtype=torch.float32).tolist() for values in (sequence.logprobs, sequence.kept_mass))
+    floats = (
+        torch.tensor(values, dtype=torch.float32).tolist()
+        for values in (sequence.logprobs, sequence.kept_mass)
+    )
     return new, *floats, reason

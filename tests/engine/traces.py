@@ -31,18 +31,26 @@ class PageBook:
     """The model: a dictionary from a slot to the (policy_version, tokens up to it) that its KV was computed from."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.pool, self.computed = engine, engine._pool, {}
+        self.engine = engine
+        self.pool = engine._pool
+        self.computed = {}
         self.forward, engine._runner.forward = engine._runner.forward, self.note_forward
         self.copy, engine._runner.copy_pages = engine._runner.copy_pages, self.note_copies
 
     def slots(self, sequence: Sequence, start: int, stop: int) -> list[tuple]:
-        size, version = self.pool.page_size, self.engine.policy_version
+        size = self.pool.page_size
+        version = self.engine.policy_version
         places = [(sequence.pages[p // size], p % size) for p in range(start, stop)]
-        return [(place, (version, tuple(sequence.token_ids[: start + i + 1]))) for i, place in enumerate(places)]
+        return [
+            (place, (version, tuple(sequence.token_ids[: start + i + 1])))
+            for i, place in enumerate(places)
+        ]
 
     def note_forward(self, plan: list[tuple[Sequence, int]]) -> torch.Tensor:
         for sequence, num_tokens in plan:
-            for place, content in self.slots(sequence, sequence.num_cached, sequence.num_cached + num_tokens):
+            for place, content in self.slots(
+                sequence, sequence.num_cached, sequence.num_cached + num_tokens
+            ):
                 assert self.pool.ref_count[place[0]] == 1, "a page is written that others hold"
                 self.computed[place] = content
         return self.forward(plan)
@@ -54,11 +62,15 @@ class PageBook:
         self.copy(copies)
 
     def check(self) -> None:
-        scheduler, pages = self.engine._scheduler, range(self.pool.num_pages)
+        scheduler = self.engine._scheduler
+        pages = range(self.pool.num_pages)
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
         under_way = {s for step in self.engine._steps._launched for s in step.sequences}
-        held, free = Counter(page for sequence in live for page in sequence.pages), Counter(self.pool._free)
-        assert all(free[page] + (held[page] > 0) == 1 for page in pages), "a page must be free once, or held"
+        held = Counter(page for sequence in live for page in sequence.pages)
+        free = Counter(self.pool._free)
+        assert all(free[page] + (held[page] > 0) == 1 for page in pages), (
+            "a page must be free once, or held"
+        )
         assert self.pool.ref_count == [held[page] for page in pages], "references must be holders"
         assert len(held) + self.pool.num_free == self.pool.num_pages
         assert len(set(live)) == len(live)
@@ -67,13 +79,15 @@ class PageBook:
             num_spare = len(sequence.pages) - self.pool.pages_for(sequence.num_cached)
             assert num_spare == 0 or (num_spare > 0 and sequence in under_way), "a page too many"
             assert all(
-                self.computed[place] == content for place, content in self.slots(sequence, 0, sequence.num_cached)
+                self.computed[place] == content
+                for place, content in self.slots(sequence, 0, sequence.num_cached)
             )
 
 
 class Trace:
     def __init__(self, seed: int, student: Decoder):
-        self.rng, self.student = random.Random(seed), student
+        self.rng = random.Random(seed)
+        self.student = student
         page_size = self.rng.choice([1, 2, 4, 8, 16])
         self.load_weights(0)
         self.max_total = self.rng.randint(16, 48)
@@ -85,11 +99,15 @@ class Trace:
             max_running=self.rng.choice([1, 2, 3, 64]),
         )
         self.book = PageBook(self.engine)
-        self.num_questions = self.num_shared = 0  # num_shared: resumed into a page that others hold too
+        self.num_questions = self.num_shared = (
+            0  # num_shared: resumed into a page that others hold too
+        )
         self.num_interrupts = self.num_refused_keys = 0
         self.contexts: dict[Name, list[int]] = {}
         self.params: dict[Name, SamplingParams] = {}
-        self.versions: dict[Name, list[tuple[int, int]]] = {}  # (tokens sampled before, policy_version from there on)
+        self.versions: dict[
+            Name, list[tuple[int, int]]
+        ] = {}  # (tokens sampled before, policy_version from there on)
         self.pinned: list[Attempt] = []
         self.finished: list[Attempt] = []
 
@@ -137,7 +155,12 @@ class Trace:
         before = self.engine.stats
         done = self.engine.step()
         after = self.engine.stats
-        tokens = after.prefill_tokens + after.decode_tokens - before.prefill_tokens - before.decode_tokens
+        tokens = (
+            after.prefill_tokens
+            + after.decode_tokens
+            - before.prefill_tokens
+            - before.decode_tokens
+        )
         assert tokens <= self.engine._scheduler.token_budget
         assert len(self.engine._scheduler.running) <= self.engine._scheduler.max_running
         self.pinned += done
@@ -146,7 +169,9 @@ class Trace:
     def resume(self) -> None:
         if not self.pinned:
             return
-        attempt, params = self.rng.choice(self.pinned[-4:]), self.random_params()  # the latest: chains grow long
+        # the latest: chains grow long
+        attempt = self.rng.choice(self.pinned[-4:])
+        params = self.random_params()
         context = self.contexts[name_of(attempt)]
         row = context + attempt.token_ids
         kept_tokens = self.rng.choice([len(row), self.rng.randint(1, len(row))])
@@ -157,12 +182,15 @@ class Trace:
                 self.engine.resume(attempt, [1] * POSITIONS, params, kept_tokens=kept_tokens)
             return
         suffix = self.random_ids(self.rng.randint(1, min(room, 9)))
-        old, page_size = self.engine._scheduler.pinned[attempt], self.engine._pool.page_size
+        old = self.engine._scheduler.pinned[attempt]
+        page_size = self.engine._pool.page_size
         if kept_into := len(kept) % page_size and old.pages[len(kept) // page_size :]:
             self.num_shared += self.engine._pool.ref_count[kept_into[0]] > 1
         self.engine.resume(attempt, suffix, params, kept_tokens=kept_tokens)
         self.pinned.remove(attempt)
-        self.expect((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1), kept + suffix, params)
+        self.expect(
+            (attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1), kept + suffix, params
+        )
 
     def release(self) -> None:
         self.rng.shuffle(self.pinned)
@@ -196,7 +224,9 @@ class Trace:
     def ask_for_too_much(self) -> None:
         before = self.engine.stats, self.engine._scheduler.waiting.copy()
         for prompt in ([], [VOCAB], [1] * self.engine.max_tokens):
-            with pytest.raises(ValueError, match="submit: (token ids must|need|prompt [+] max_new_tokens must)"):
+            with pytest.raises(
+                ValueError, match="submit: (token ids must|need|prompt [+] max_new_tokens must)"
+            ):
                 self.engine.submit(prompt, self.random_params(), key=(8, 0))
         assert (self.engine.stats, self.engine._scheduler.waiting) == before
 
@@ -205,7 +235,8 @@ class Trace:
         if self.num_questions == 0:
             return
         key = RolloutKey(7, self.rng.randrange(self.num_questions))
-        scheduler, params = self.engine._scheduler, self.random_params()
+        scheduler = self.engine._scheduler
+        params = self.random_params()
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
         if any(sequence.key == key for sequence in live):
             self.num_refused_keys += 1
@@ -238,7 +269,11 @@ class Trace:
         for attempt in self.finished:
             name = name_of(attempt)
             starts = [*self.versions[name], (attempt.num_tokens, -1)]
-            first_version, token_ids, logprobs, kept_mass, reason = None, [], [], [], None
+            first_version = None
+            token_ids = []
+            logprobs = []
+            kept_mass = []
+            reason = None
             for (start, version), (stop, _) in pairwise(starts):
                 if start < stop:
                     first_version = version if start == 0 else first_version
@@ -254,15 +289,20 @@ class Trace:
                     )
                     for whole, values in zip((token_ids, logprobs, kept_mass), part, strict=True):
                         whole += values
-            assert bits(attempt) == (token_ids, logprobs, kept_mass, reason), f"attempt {name} of the trace"
+            assert bits(attempt) == (token_ids, logprobs, kept_mass, reason), (
+                f"attempt {name} of the trace"
+            )
             assert attempt.policy_version == first_version
 
     def expect(self, name: Name, context: list[int], params: SamplingParams) -> None:
-        self.contexts[name], self.params[name] = context, params
+        self.contexts[name] = context
+        self.params[name] = params
         self.versions[name] = [(0, self.engine.policy_version)]
 
     def load_weights(self, idx: int) -> None:
-        for parameter, value in zip(self.student.parameters(), STUDENTS[idx].parameters(), strict=True):
+        for parameter, value in zip(
+            self.student.parameters(), STUDENTS[idx].parameters(), strict=True
+        ):
             parameter.data.copy_(value.data)
 
     def random_ids(self, length: int) -> list[int]:

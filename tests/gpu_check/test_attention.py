@@ -50,7 +50,8 @@ def test_a_shape_says_who_sees_whom(shape: TreeShape) -> None:
 @pytest.mark.parametrize("shape", SHAPES_HERE, ids=lambda shape: shape.name)
 def test_contenders_compute_the_same_tree(check: Check, shape: TreeShape) -> None:
     problem = attention.make_problem(check, shape)
-    tree, scale = problem.tree, problem.scale
+    tree = problem.tree
+    scale = problem.scale
     for contender in (
         contenders.ours(tree, scale),
         contenders.over_copied_rows(check, shape, scale),
@@ -78,7 +79,8 @@ def varlen_of_a_cpu(
     for i in range(len(cu_seq_q) - 1):
         q = query[cu_seq_q[i] : cu_seq_q[i + 1]].transpose(0, 1)[None]
         k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]].transpose(0, 1)[None] for x in (key, value))
-        rows, keys = q.shape[2], k.shape[2]
+        rows = q.shape[2]
+        keys = k.shape[2]
         assert rows <= max_q and keys <= max_k
         mask = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
         o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)

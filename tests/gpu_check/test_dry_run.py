@@ -95,7 +95,9 @@ def test_outcomes_are_told_in_a_line_and_a_row() -> None:
 
 def test_a_capture_is_held_to_what_a_card_allows() -> None:
     with recording() as recorder:
-        card, graph, section = Card(recorder), Graph(), recorder.current
+        card = Card(recorder)
+        graph = Graph()
+        section = recorder.current
         assert section is not None
         x = torch.ones(2).to(CUDA)
         with pytest.raises(AssertionError, match="was not captured"):

@@ -71,7 +71,8 @@ def allocations(log: list[Event]) -> list[tuple[str, int]]:
 
 def test_views_share_and_what_is_freed_is_subtracted() -> None:
     memory = Memory()
-    x, y = mib(3), mib(2)
+    x = mib(3)
+    y = mib(2)
     assert memory.add(x) and memory.add(y) and not memory.add(x)
     view = x[5:].view(torch.uint8)
     assert not memory.add(view) and memory.live_bytes == 5 * MIB
@@ -91,7 +92,8 @@ def test_views_share_and_what_is_freed_is_subtracted() -> None:
 
 def test_a_parameter_counts_once_however_it_is_tied() -> None:
     with Tracker() as tracker:
-        embed, head = nn.Embedding(256, 1024), nn.Linear(1024, 256, bias=False)
+        embed = nn.Embedding(256, 1024)
+        head = nn.Linear(1024, 256, bias=False)
         assert tracker.memory.live_bytes == 2 * MIB
         head.weight = embed.weight
         head.weight.data.zero_()

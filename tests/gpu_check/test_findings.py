@@ -81,7 +81,8 @@ def test_flash_is_compared_where_it_is(check: Check, monkeypatch: pytest.MonkeyP
 
 
 def test_another_token_must_be_a_near_tie(check: Check) -> None:
-    student, params = engines.make_student(check, "tiny", CPU), engines.params_of(check)
+    student = engines.make_student(check, "tiny", CPU)
+    params = engines.params_of(check)
     (prompt,) = engines.prompts_of(student, 1, 20)
     group = generate_same(engines.make_engine(student), [prompt], params)[0]
     assert engines.same_attempt(student, prompt, params, group[0], group[0]) == (True, 0.0)
@@ -169,7 +170,8 @@ def test_closeness_refuses_nan() -> None:
 
 
 def test_pytest_counts(tmp_path: Path) -> None:
-    passing, failing = tmp_path / "test_a_triton.py", tmp_path / "test_b_triton.py"
+    passing = tmp_path / "test_a_triton.py"
+    failing = tmp_path / "test_b_triton.py"
     passing.write_text("import os\ndef test_a(): assert os.environ['TRITON_INTERPRET'] == '0'\n")
     failing.write_text("def test_b(): assert 1 == 2\n")
     environ = {"TRITON_INTERPRET": "0"}

@@ -137,7 +137,8 @@ def test_a_figure_that_is_no_number_is_shown(tmp_path: Path) -> None:
 
 def test_a_full_disk_tears_one_line_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.jsonl"
-    write, left = os.write, [10]
+    write = os.write
+    left = [10]
 
     def short_write(descriptor: int, data: bytes) -> int:
         return write(descriptor, data[: left.pop()] if left else data)
@@ -164,7 +165,8 @@ def test_text_and_page_hold_every_figure_and_failure(tmp_path: Path) -> None:
     write_run(path, "card")
     append(path, {"kind": "note", "stage": "rates", "text": "kernel 1 ms\nkernel 2 ms"})
     found = read_results(path, NAMES)
-    text, page = to_text(found), to_markdown(found)
+    text = to_text(found)
+    page = to_markdown(found)
     assert "rates: failed in 3 s: 1 failed" in text and "FAILED a|b: x < y" in text
     assert "rates.decode_gb_s: 64 x 800" in text and "200 %" in text
     assert "| rates | failed | 3 | abc123 | 1 failed |" in page and "    kernel 2 ms" in page

@@ -24,7 +24,8 @@ PAD = 52
 
 def random_batch(seed: int, *, num_questions: int = 5, group_size: int = 4) -> list[Rollout]:
     """Rollouts of one to three attempts whose contexts are whole rows; rewards of 0, 1 and between."""
-    rng, rollouts = random.Random(seed), []
+    rng = random.Random(seed)
+    rollouts = []
     for question in range(num_questions):
         for idx in range(group_size):
             lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 3))]
@@ -50,7 +51,9 @@ def sampled(rollouts: list[Rollout]) -> list[tuple[int, int, int, float]]:
         (rollout.question_idx, turn.attempt.attempt_idx, token_id, logprob)
         for rollout in rollouts
         for turn in rollout.turns
-        for token_id, logprob in zip(turn.attempt.token_ids, turn.attempt.logprobs.tolist(), strict=True)
+        for token_id, logprob in zip(
+            turn.attempt.token_ids, turn.attempt.logprobs.tolist(), strict=True
+        )
     ]
 
 
@@ -90,13 +93,19 @@ def test_advantages_stand_on_their_tokens() -> None:
     rollouts = random_batch(2)
     assign_credit(rollouts, options=CreditOptions())
     padded = pad_rollouts(rollouts, rows="rollout", pad_id=PAD)
-    spread = [turn.advantage for rollout in rollouts for turn in rollout.turns for _ in range(turn.attempt.num_tokens)]
+    spread = [
+        turn.advantage
+        for rollout in rollouts
+        for turn in rollout.turns
+        for _ in range(turn.attempt.num_tokens)
+    ]
     assert padded.advantages_BL[padded.loss_mask_BL].tolist() == spread
     assert (padded.advantages_BL[~padded.loss_mask_BL] == 0).all()
 
 
 def test_a_cut_is_refused_or_begins_a_row() -> None:
-    whole, cut = make_rollout(0, 0, [5, 6], [3, 2]), make_rollout(0, 1, [5, 6], [6, 3, 2], [4, 1], [2, None])
+    whole = make_rollout(0, 0, [5, 6], [3, 2])
+    cut = make_rollout(0, 1, [5, 6], [6, 3, 2], [4, 1], [2, None])
     message = (
         r"^pad_rollouts: rollout 1 of question 0 must be one row, got attempt 1 behind 4 of 8 tokens; "
         r'use rows="attempt" or on_cut="split"$'
@@ -104,7 +113,10 @@ def test_a_cut_is_refused_or_begins_a_row() -> None:
     with pytest.raises(ValueError, match=message):
         pad_rollouts([whole, cut], rows="rollout", pad_id=PAD)
     padded = pad_rollouts([whole, cut], rows="rollout", pad_id=PAD, on_cut="split")
-    rows = [row[mask].tolist() for row, mask in zip(padded.ids_BL, padded.attention_mask_BL, strict=True)]
+    rows = [
+        row[mask].tolist()
+        for row, mask in zip(padded.ids_BL, padded.attention_mask_BL, strict=True)
+    ]
     first, _, third = contexts(cut)
     assert rows[1:] == [first + cut.attempts[0].token_ids, third + cut.attempts[2].token_ids]
     assert tokens_of(padded) == sampled([whole, cut])
@@ -116,14 +128,21 @@ def test_every_cut_of_a_tree_splits_losslessly() -> None:
     assert tokens_of(padded) == sampled(rollouts)
     num_attempts = sum(len(rollout.turns) for rollout in rollouts)
     assert sum(bool(rollout.turns) for rollout in rollouts) < len(padded.ids_BL) < num_attempts
-    for row, position in padded.loss_mask_BL.nonzero().tolist():  # each token behind the context it was sampled behind
+    for (
+        row,
+        position,
+    ) in (
+        padded.loss_mask_BL.nonzero().tolist()
+    ):  # each token behind the context it was sampled behind
         assert padded.attention_mask_BL[row, :position].all()
 
 
 def test_no_rollouts_give_no_rows() -> None:
     padded = pad_rollouts([make_rollout(0, 0, [1], [])], rows="attempt", pad_id=PAD)
     assert padded.ids_BL.shape == (0, 0) and padded.group_B.shape == (0,)
-    with pytest.raises(ValueError, match="^pad_rollouts: rows must be one of attempt, rollout, got 'batch'"):
+    with pytest.raises(
+        ValueError, match="^pad_rollouts: rows must be one of attempt, rollout, got 'batch'"
+    ):
         pad_rollouts([], rows="batch", pad_id=PAD)  # type: ignore[arg-type]
 
 
@@ -132,7 +151,8 @@ class Ranks:
 
     def __init__(self, shares: list[list[Rollout]], **options: Any):
         self.padded = [pad_rollouts(share, rows="rollout", pad_id=PAD) for share in shares]
-        self.options, self.sent = options, []
+        self.options = options
+        self.sent = []
 
     def run(self) -> list[Tensor]:
         sent: list[list[Tensor]] = [[] for _ in self.padded]
@@ -159,7 +179,9 @@ class Ranks:
 @pytest.mark.filterwarnings("ignore:compute_advantages. the batch has no loss tokens")
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("credit", ["attempt", "trajectory"])
-@pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "rloo"])
+@pytest.mark.parametrize(
+    "estimator", ["reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "rloo"]
+)
 def test_ranks_have_the_trainers_numbers(num_ranks: int, credit: Any, estimator: str) -> None:
     """Contiguous shares, questions torn apart, and a rank with nothing."""
     for seed in range(3):
@@ -167,7 +189,11 @@ def test_ranks_have_the_trainers_numbers(num_ranks: int, credit: Any, estimator:
         assign_credit(rollouts, options=CreditOptions(credit=credit, estimator=estimator))
         size = -(-len(rollouts) // num_ranks)
         contiguous = [rollouts[rank * size : (rank + 1) * size] for rank in range(num_ranks)]
-        for shares in (contiguous, [rollouts[rank::num_ranks] for rank in range(num_ranks)], [*contiguous, []]):
+        for shares in (
+            contiguous,
+            [rollouts[rank::num_ranks] for rank in range(num_ranks)],
+            [*contiguous, []],
+        ):
             ranks = Ranks(shares, credit=credit, estimator=estimator)
             for padded, advantages in zip(ranks.padded, ranks.run(), strict=True):
                 torch.testing.assert_close(advantages, padded.advantages_BL, rtol=1e-6, atol=1e-7)
@@ -188,11 +214,15 @@ def test_rewards_may_stand_anywhere_in_an_attempt() -> None:
     spread = torch.tensor([[0, 0.1, 0.2, 0.1, 0, 0.5, 0.25], [0.5, 0, 0.5, 0, 0, 0, 0]])
     group_B = torch.tensor([4, 4])
     advantages = socratic_advantages(spread, mask_BT, group_B, schedule="none", estimator="dr_grpo")
-    a, b, c = 0.4, 0.75, 1.0
+    a = 0.4
+    b = 0.75
+    c = 1.0
     mean = (a + b + c) / 3
     expected = [[0, a - mean, a - mean, 0, 0, b - mean, 0], [c - mean, c - mean, 0, 0, 0, 0, 0]]
     torch.testing.assert_close(advantages, torch.tensor(expected))
-    with pytest.raises(ValueError, match="token_rewards_BT must be 0 before a row's first attempt, got 0.5 at 0"):
+    with pytest.raises(
+        ValueError, match="token_rewards_BT must be 0 before a row's first attempt, got 0.5 at 0"
+    ):
         socratic_advantages(spread.flip(1) + 0.25, mask_BT, group_B)
 
 
@@ -222,7 +252,9 @@ def test_gather_rows_between_processes(tmp_path: Path) -> None:
     """Two processes, unequal and empty shares."""
     command = [sys.executable, "-c", RANK]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     printed = [rank.communicate(timeout=120)[0] for rank in ranks]
@@ -244,12 +276,19 @@ def test_nothing_sampled_is_nothing_earned() -> None:
 
 
 def test_odd_rows_are_refused_in_words() -> None:
-    group_B, rewards_BT = torch.tensor([0]), torch.zeros(1, 3)
-    with pytest.raises(ValueError, match="socratic_advantages: mask_BT must be 0 or 1, got -100 at 2"):
+    group_B = torch.tensor([0])
+    rewards_BT = torch.zeros(1, 3)
+    with pytest.raises(
+        ValueError, match="socratic_advantages: mask_BT must be 0 or 1, got -100 at 2"
+    ):
         socratic_advantages(rewards_BT, torch.tensor([[1, 0, -100]]), group_B)
-    with pytest.raises(ValueError, match="socratic_advantages: token_rewards_BT must be finite, got nan at 1"):
+    with pytest.raises(
+        ValueError, match="socratic_advantages: token_rewards_BT must be finite, got nan at 1"
+    ):
         socratic_advantages(torch.tensor([[0, torch.nan, 0]]), torch.tensor([[1, 1, 0]]), group_B)
     empty = make_rollout(3, 1, [5], [2])
     empty.turns[0].attempt.token_ids = []
-    with pytest.raises(ValueError, match="attempts must have a token, got none in attempt 0 of rollout 1"):
+    with pytest.raises(
+        ValueError, match="attempts must have a token, got none in attempt 0 of rollout 1"
+    ):
         pad_rollouts([empty], rows="attempt", pad_id=PAD)

@@ -33,13 +33,28 @@ LLAMA3_ROPE = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama_untied": {"model_type": "llama", "tie_word_embeddings": False},
-    "llama_biases": {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    "llama3_rope": {"model_type": "llama", "head_dim": 16, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+    "llama_biases": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama3_rope": {
+        "model_type": "llama",
+        "head_dim": 16,
+        "rope_parameters": LLAMA3_ROPE,
+        "tie_word_embeddings": True,
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": False},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_untied": {"model_type": "qwen2", "tie_word_embeddings": False},
     "qwen3_tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
-    "qwen3_untied": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "tie_word_embeddings": False},
+    "qwen3_untied": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -47,9 +62,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def make_hf(tmp_path: Path) -> Callable[..., tuple[PreTrainedModel, Path]]:
     """make_hf(family, **save_pretrained's keywords) -> (transformers' model, the folder it wrote)."""
 
-    def make(family: str, *, dtype: torch.dtype = torch.float32, **save: Any) -> tuple[PreTrainedModel, Path]:
+    def make(
+        family: str, *, dtype: torch.dtype = torch.float32, **save: Any
+    ) -> tuple[PreTrainedModel, Path]:
         generator = torch.Generator().manual_seed(0)
-        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | FAMILIES[family])).to(dtype).eval()
+        reference = (
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES | FAMILIES[family]))
+            .to(dtype)
+            .eval()
+        )
         with torch.no_grad():
             for parameter in reference.parameters():  # so that no bias is 0 and no norm weight 1
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(dtype))

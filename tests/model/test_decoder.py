@@ -66,7 +66,8 @@ def test_llama3_frequencies_equal_transformers(make_hf: Callable) -> None:
     torch.testing.assert_close(inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
     plain = 1 / 500.0 ** (torch.arange(0, 16, 2) / 16)
     stretch = plain / inv_freq
-    kept, divided = torch.isclose(stretch, torch.ones(8)), torch.isclose(stretch, torch.full((8,), 8.0))
+    kept = torch.isclose(stretch, torch.ones(8))
+    divided = torch.isclose(stretch, torch.full((8,), 8.0))
     assert kept.any() and divided.any() and (~kept & ~divided).any()
 
 
@@ -89,7 +90,8 @@ def test_bf16_weights_on_a_cpu_are_read_and_not_computed_in(make_hf: Callable, f
     folder = make_hf(family)[1]
     student, wide = (load_student(folder, dtype="bfloat16") for _ in range(2))
     wide.float()
-    ids, attend = torch.arange(17), lambda _, qkv_THE, __: qkv_THE[:, :4]
+    ids = torch.arange(17)
+    attend = lambda _, qkv_THE, __: qkv_THE[:, :4]
     with torch.no_grad():
         without_grad, expected = (model(ids, ids, attend) for model in (student, wide))
     with_grad = student(ids, ids, attend)
@@ -97,7 +99,10 @@ def test_bf16_weights_on_a_cpu_are_read_and_not_computed_in(make_hf: Callable, f
     torch.testing.assert_close(without_grad, expected)
     torch.testing.assert_close(with_grad, expected)
     with_grad.sum().backward()
-    assert student.layers[0].attention_norm.weight.grad.dtype == student.layers[0].mlp.down.weight.grad.dtype
+    assert (
+        student.layers[0].attention_norm.weight.grad.dtype
+        == student.layers[0].mlp.down.weight.grad.dtype
+    )
     assert student.layers[0].mlp.down.weight.grad.dtype == torch.bfloat16
 
 
@@ -143,7 +148,9 @@ def test_a_conversion_that_changes_nothing_keeps_the_buffer(make_hf: Callable) -
 
 
 @pytest.mark.smollm2
-@pytest.mark.skipif(not SMOLLM2.exists(), reason=f"{SMOLLM2} is not there; SOCPO_SMOLLM2 names another place")
+@pytest.mark.skipif(
+    not SMOLLM2.exists(), reason=f"{SMOLLM2} is not there; SOCPO_SMOLLM2 names another place"
+)
 @torch.no_grad()
 def test_smollm2_logits_equal_transformers() -> None:
     """transformers in fp64: in fp32 its own rounding is as large as the limit."""
@@ -151,4 +158,6 @@ def test_smollm2_logits_equal_transformers() -> None:
     student = load_student(SMOLLM2)
     sequences = random_sequences(student.config.vocab_size)
     expected_TV = reference_logits(reference, sequences)
-    torch.testing.assert_close(packed_logits(student, sequences).double(), expected_TV, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        packed_logits(student, sequences).double(), expected_TV, rtol=0, atol=1e-4
+    )

@@ -26,5 +26,7 @@ assert all(map(torch.equal, first, second)), [(a - b).abs().max() for a, b in zi
 @pytest.mark.slow
 def test_first_call_equals_second() -> None:
     for _ in range(NUM_PROCESSES):
-        done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from socpo_fast.model import Decoder, ModelConfig, load_student, save_student, weights
 
-EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
 IDS = torch.arange(12)[None]
 
 
@@ -35,9 +37,15 @@ def edit_tensors(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 6000], ids=["single", "sharded"])
-@pytest.mark.parametrize("family", ["llama_biases", "llama3_rope", "mistral", "qwen2_untied", "qwen3_tied"])
+@pytest.mark.parametrize(
+    "family", ["llama_biases", "llama3_rope", "mistral", "qwen2_untied", "qwen3_tied"]
+)
 def test_saved_student_loads_in_transformers(
-    make_hf: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, shard_bytes: int
+    make_hf: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    shard_bytes: int,
 ) -> None:
     monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
     reference, folder = make_hf(family)
@@ -47,14 +55,20 @@ def test_saved_student_loads_in_transformers(
     result: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     loaded, report = result
     assert loaded.dtype == torch.float32
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert not any(
+        report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    ), report
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, reference(IDS).logits)
     again = load_student(tmp_path / "saved")
     assert again.config == student.config
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True)
+    )
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 1 or shard_bytes == 6000
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([family, "saved"])  # nothing half-written
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [family, "saved"]
+    )  # nothing half-written
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -71,7 +85,9 @@ def test_dtype_is_the_one_asked_for(make_hf: Callable, tmp_path: Path, dtype: st
 def test_tied_head_is_one_parameter_and_trainable(make_hf: Callable) -> None:
     student = load_student(make_hf("llama_tied")[1])
     assert student.lm_head.weight is student.embed.weight
-    assert all(parameter.requires_grad and not parameter.is_meta for parameter in student.parameters())
+    assert all(
+        parameter.requires_grad and not parameter.is_meta for parameter in student.parameters()
+    )
 
 
 def test_redundant_tensors_are_accepted(make_hf: Callable) -> None:
@@ -87,13 +103,20 @@ def test_redundant_tensors_are_accepted(make_hf: Callable) -> None:
 
 def test_save_copies_the_tokenizer(make_hf: Callable, tmp_path: Path) -> None:
     folder = make_hf("llama_tied")[1]
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         (folder / name).write_text(f"the source's {name}")
     (tmp_path / "saved").mkdir()  # an empty folder may be there
     save_student(load_student(folder), tmp_path / "saved", tokenizer_from=folder)
     copied = {path.name for path in (tmp_path / "saved").iterdir()}
     assert copied == {path.name for path in folder.iterdir()}
-    assert (tmp_path / "saved/chat_template.jinja").read_text() == "the source's chat_template.jinja"
+    assert (
+        tmp_path / "saved/chat_template.jinja"
+    ).read_text() == "the source's chat_template.jinja"
 
 
 def test_save_refuses(make_hf: Callable, tmp_path: Path) -> None:
@@ -112,7 +135,9 @@ def test_save_refuses(make_hf: Callable, tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
-def test_interrupted_save_leaves_nothing(make_hf: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_save_leaves_nothing(
+    make_hf: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = load_student(make_hf("llama_tied")[1])
 
     def interrupt(*_: object) -> None:
@@ -131,11 +156,31 @@ def test_interrupted_save_leaves_nothing(make_hf: Callable, tmp_path: Path, monk
     ("name", "value", "message"),
     [
         (NORM, ..., "tensor model.norm.weight is missing (1 in all)"),
-        ("model.layers.2.mlp.up_proj.weight", torch.ones(2), "model.layers.2.mlp.up_proj.weight is extra (1 in all)"),
-        ("model.layers.0.self_attn.q_proj.bias", torch.ones(24), "model.layers.0.self_attn.q_proj.bias is extra"),
-        ("model.layers.1.self_attn.k_proj.weight", torch.ones(13, 24), "must be [12, 24] by config.json, got [13, 24]"),
-        (NORM, torch.ones(24, dtype=torch.int8), "model.norm.weight must be of F64|F32|BF16|F16, got I8"),
-        (HEAD, torch.zeros(53, 24), "lm_head.weight must equal model.embed_tokens.weight under tie_word_embeddings"),
+        (
+            "model.layers.2.mlp.up_proj.weight",
+            torch.ones(2),
+            "model.layers.2.mlp.up_proj.weight is extra (1 in all)",
+        ),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            torch.ones(24),
+            "model.layers.0.self_attn.q_proj.bias is extra",
+        ),
+        (
+            "model.layers.1.self_attn.k_proj.weight",
+            torch.ones(13, 24),
+            "must be [12, 24] by config.json, got [13, 24]",
+        ),
+        (
+            NORM,
+            torch.ones(24, dtype=torch.int8),
+            "model.norm.weight must be of F64|F32|BF16|F16, got I8",
+        ),
+        (
+            HEAD,
+            torch.zeros(53, 24),
+            "lm_head.weight must equal model.embed_tokens.weight under tie_word_embeddings",
+        ),
     ],
 )
 def test_wrong_tensor(make_hf: Callable, name: str, value: Any, message: str) -> None:
@@ -154,7 +199,9 @@ def test_wrong_folder(make_hf: Callable, tmp_path: Path) -> None:
     assert_refused(tmp_path / "nowhere", "must be a local Hugging Face folder, got", "nowhere")
     assert_refused(tmp_path, "config.json: is missing")
     folder = make_hf("llama_tied")[1]
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'fp32'"):
+    with pytest.raises(
+        ValueError, match="dtype must be one of float32, bfloat16, float16, got 'fp32'"
+    ):
         load_student(folder, dtype="fp32")
 
     (folder / "model.safetensors").write_bytes(b"not a safetensors file")
@@ -183,7 +230,9 @@ def test_wrong_shards(make_hf: Callable) -> None:
     assert_refused(folder, "must be stored once, got it in a second file")
     edit_json(index, weight_map=weight_map)
     shards[0].unlink()
-    assert_refused(folder, f"{shards[0].name}: is missing, but model.safetensors.index.json names it")
+    assert_refused(
+        folder, f"{shards[0].name}: is missing, but model.safetensors.index.json names it"
+    )
 
 
 def assert_refused(folder: Path, *parts: str) -> None:
@@ -199,28 +248,68 @@ def assert_refused(folder: Path, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama_tied", {"architectures": ["GemmaForCausalLM"]}, "architectures must be one of LlamaForCausalLM, "),
+        (
+            "llama_tied",
+            {"architectures": ["GemmaForCausalLM"]},
+            "architectures must be one of LlamaForCausalLM, ",
+        ),
         ("llama_tied", {"architectures": ...}, "architectures is missing"),
-        ("llama_tied", {"model_type": "mistral"}, "model_type must be 'llama' for LlamaForCausalLM, got 'mistral'"),
+        (
+            "llama_tied",
+            {"model_type": "mistral"},
+            "model_type must be 'llama' for LlamaForCausalLM, got 'mistral'",
+        ),
         ("llama_tied", {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ("llama_tied", {"quantization_config": {"bits": 4}}, "quantization_config must be absent, got {'bits': 4}"),
-        ("llama_tied", {"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of num_attention_heads=4"),
+        (
+            "llama_tied",
+            {"quantization_config": {"bits": 4}},
+            "quantization_config must be absent, got {'bits': 4}",
+        ),
+        (
+            "llama_tied",
+            {"num_key_value_heads": 3},
+            "num_key_value_heads must be a divisor of num_attention_heads=4",
+        ),
         ("llama_tied", {"head_dim": 5}, "head_dim must be even, for rotary embeddings, got 5"),
         ("llama_tied", {"hidden_size": ...}, "hidden_size is missing"),
         ("llama_tied", {"vocab_size": 53.0}, "vocab_size must be an integer >= 1, got 53.0"),
         ("llama_tied", {"rms_norm_eps": 0}, "rms_norm_eps must be a finite number > 0, got 0"),
         ("llama_tied", {"tie_word_embeddings": ...}, "tie_word_embeddings is missing"),
-        ("llama_tied", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
-        ("mistral", {"sliding_window": 127}, "sliding_window must be null or >= max_position_embeddings=128, got 127"),
+        (
+            "llama_tied",
+            {"tie_word_embeddings": "yes"},
+            "tie_word_embeddings must be true or false, got 'yes'",
+        ),
+        (
+            "mistral",
+            {"sliding_window": 127},
+            "sliding_window must be null or >= max_position_embeddings=128, got 127",
+        ),
         ("mistral", {"sliding_window": ...}, "sliding_window is missing"),
         ("qwen2_tied", {"use_sliding_window": True}, "use_sliding_window must be false, got True"),
-        ("qwen2_tied", {"layer_types": ["full_attention", "sliding"]}, "layer_types must be 'full_attention' once a "),
+        (
+            "qwen2_tied",
+            {"layer_types": ["full_attention", "sliding"]},
+            "layer_types must be 'full_attention' once a ",
+        ),
         ("qwen3_tied", {"head_dim": ...}, "head_dim is missing"),
         ("llama_tied", {"rope_parameters": ...}, "rope_theta is missing"),
-        ("llama_tied", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.rope_type is missing"),
+        (
+            "llama_tied",
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "rope_parameters.rope_type is missing",
+        ),
         ("llama_tied", {"rope_parameters": 3}, "rope_parameters must be an object or null, got 3"),
-        ("llama_tied", {"rope_scaling": {"type": "linear"}}, "rope_scaling must be absent beside rope_parameters"),
-        ("llama_tied", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1 or absent, got 0.5"),
+        (
+            "llama_tied",
+            {"rope_scaling": {"type": "linear"}},
+            "rope_scaling must be absent beside rope_parameters",
+        ),
+        (
+            "llama_tied",
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor must be 1 or absent, got 0.5",
+        ),
         (
             "llama_tied",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
@@ -228,12 +317,21 @@ def assert_refused(folder: Path, *parts: str) -> None:
         ),
         (
             "llama_tied",
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 9, "low_freq_factor": 4, "high_freq_factor": 4}},
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 9,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
             "high_freq_factor must be > low_freq_factor=4.0, got 4.0",
         ),
     ],
 )
-def test_wrong_config(make_hf: Callable, family: str, changes: dict[str, Any], message: str) -> None:
+def test_wrong_config(
+    make_hf: Callable, family: str, changes: dict[str, Any], message: str
+) -> None:
     folder = make_hf(family)[1]
     edit_json(folder / "config.json", **changes)
     assert_refused(folder, f"{folder}/config.json: {message}")
@@ -244,9 +342,14 @@ def test_older_config_reads_the_same(make_hf: Callable) -> None:
     for family in ("llama_tied", "llama3_rope"):
         folder = make_hf(family)[1]
         raw = json.loads((folder / "config.json").read_text())
-        older = {name: value for name, value in raw.items() if name not in ("attention_bias", "mlp_bias")}
+        older = {
+            name: value for name, value in raw.items() if name not in ("attention_bias", "mlp_bias")
+        }
         rope = older.pop("rope_parameters").copy()
-        older |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if family == "llama3_rope" else None}
+        older |= {
+            "rope_theta": rope.pop("rope_theta"),
+            "rope_scaling": rope if family == "llama3_rope" else None,
+        }
         if family == "llama_tied":
             del older["head_dim"]
         assert ModelConfig.from_hf(older, where="older") == ModelConfig.from_hf(raw, where="newer")

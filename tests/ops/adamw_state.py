@@ -69,5 +69,7 @@ def run_steps(
 
 
 def assert_same_state(one: State, other: State, name: str) -> None:
-    for what, a, b in zip(("param", "exp_avg", "exp_avg_sq"), one.joined(), other.joined(), strict=True):
+    for what, a, b in zip(
+        ("param", "exp_avg", "exp_avg_sq"), one.joined(), other.joined(), strict=True
+    ):
         assert_bitwise_equal(a, b, name=f"{name}: {what}")

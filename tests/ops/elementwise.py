@@ -35,7 +35,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return values.to(torch.bfloat16).float()
 
 
-def values_and_gradients(function: Function, inputs: list[Tensor], dtype: torch.dtype, device: str) -> list[Tensor]:
+def values_and_gradients(
+    function: Function, inputs: list[Tensor], dtype: torch.dtype, device: str
+) -> list[Tensor]:
     """Outputs of function(*inputs), then the gradient of each input under a random upstream gradient."""
     moved = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
     out = function(*moved)
@@ -46,7 +48,13 @@ def values_and_gradients(function: Function, inputs: list[Tensor], dtype: torch.
 
 
 def assert_as_right_as_ref(
-    run: Function, ref: Function, inputs: list[Tensor], dtype: torch.dtype, device: str, *, scales: list[float]
+    run: Function,
+    ref: Function,
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    scales: list[float],
 ) -> None:
     """Outputs and gradients under the error rule, each divided by its scale, so that it is near 1."""
     actual = values_and_gradients(run, inputs, dtype, device)

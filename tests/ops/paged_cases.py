@@ -49,7 +49,10 @@ def make_case(
     generator = torch.Generator().manual_seed(sum(seq_lens) + head_dim)
     width = -(-max(seq_lens) // page_size) + 1
     num_pages = len(seq_lens) * width
-    caches = [torch.full((num_pages, page_size, kv_heads, head_dim), torch.nan, dtype=dtype) for _ in range(2)]
+    caches = [
+        torch.full((num_pages, page_size, kv_heads, head_dim), torch.nan, dtype=dtype)
+        for _ in range(2)
+    ]
     table_BM = torch.randperm(num_pages, generator=generator).view(len(seq_lens), width)
     table_BM[:, : shared // page_size] = table_BM[0, : shared // page_size].clone()
     for pages_M, seq_len in zip(table_BM, seq_lens, strict=True):

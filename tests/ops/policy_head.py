@@ -44,15 +44,24 @@ class Case(NamedTuple):
     ref: Tensor
 
 
-def make_case(num_tokens: int = 37, num_rows: int = 53, vocab: int = 97, width: int = 16, peak: float = 4.0) -> Case:
+def make_case(
+    num_tokens: int = 37, num_rows: int = 53, vocab: int = 97, width: int = 16, peak: float = 4.0
+) -> Case:
     """Prime sizes; peaked logits, some log-probs near 0 and some far below; ratios on both sides of the clips."""
     rng = torch.Generator().manual_seed(num_tokens * 1000 + num_rows)
-    hidden, weight = torch.randn(num_tokens, width, generator=rng), torch.randn(vocab, width, generator=rng)
-    rows = torch.randint(num_tokens, (num_rows,), generator=rng) if num_tokens else torch.zeros(0, dtype=torch.int64)
+    hidden = torch.randn(num_tokens, width, generator=rng)
+    weight = torch.randn(vocab, width, generator=rng)
+    rows = (
+        torch.randint(num_tokens, (num_rows,), generator=rng)
+        if num_tokens
+        else torch.zeros(0, dtype=torch.int64)
+    )
     logits = hidden[rows] @ weight.T * (peak / width**0.5)
     best = logits.argmax(-1)
     targets = torch.where(
-        torch.rand(num_rows, generator=rng) < 0.5, best, torch.randint(vocab, (num_rows,), generator=rng)
+        torch.rand(num_rows, generator=rng) < 0.5,
+        best,
+        torch.randint(vocab, (num_rows,), generator=rng),
     )
     temperature = 0.5 + torch.rand(num_rows, generator=rng)
     logprobs = (logits / temperature[:, None]).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -65,7 +74,9 @@ def make_case(num_tokens: int = 37, num_rows: int = 53, vocab: int = 97, width: 
         old=logprobs + 0.5 * torch.randn(num_rows, generator=rng),
         advantages=torch.tensor([1.5, -0.7, -2.0, 0.0]),
         attempt_of_token=torch.arange(num_rows) % 4,
-        weights=torch.rand(num_rows, generator=rng) * (torch.rand(num_rows, generator=rng) < 0.75) / max(1, num_rows),
+        weights=torch.rand(num_rows, generator=rng)
+        * (torch.rand(num_rows, generator=rng) < 0.75)
+        / max(1, num_rows),
         ref=logprobs + 0.5 * torch.randn(num_rows, generator=rng),
     )
     return Case(*(x.double() if x.is_floating_point() else x for x in case))
@@ -75,7 +86,9 @@ def materialised(case: Case, dtype: torch.dtype, **options: Any) -> Solution:
     """All logits at once, then policy_loss; the gradients of hidden and weight beside it."""
     hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (case.hidden, case.weight))
     wide = torch.promote_types(dtype, torch.float32)
-    log_softmax = ((hidden[case.rows] @ weight.T).to(wide) / case.temperature.to(wide)[:, None]).log_softmax(-1)
+    log_softmax = (
+        (hidden[case.rows] @ weight.T).to(wide) / case.temperature.to(wide)[:, None]
+    ).log_softmax(-1)
     finite = log_softmax.masked_fill(log_softmax == -torch.inf, 0.0)
     result = policy_loss(
         log_softmax.gather(1, case.targets[:, None])[:, 0],
@@ -121,7 +134,8 @@ def assert_as_right_as_plain(
     case: Case, dtype: torch.dtype, impl: str, workspace_mib: float = 256.0, **options: Any
 ) -> Solution:
     """The error rule for every output and both gradients, each of them scaled to at most 1."""
-    truth, plain = materialised(case, torch.float64, **options), materialised(case, dtype, **options)
+    truth = materialised(case, torch.float64, **options)
+    plain = materialised(case, dtype, **options)
     actual = fused(case, dtype, metrics="all", impl=impl, workspace_mib=workspace_mib, **options)
     for name in (*PolicyLoss._fields, "hidden.grad", "weight.grad"):
         values = [output(solution, name) for solution in (actual, plain, truth)]
@@ -193,8 +207,10 @@ def solve(
     **options: Any,
 ) -> dict[str, Tensor]:
     """Outputs and gradients of the loss by an implementation, by the plain formula for None."""
-    leaves, arguments = leaves_of(case, dtype), loss_arguments(case, dtype) | gathered(options)
-    head, wide = head_of(head, leaves), arguments["weights_N"].dtype
+    leaves = leaves_of(case, dtype)
+    arguments = loss_arguments(case, dtype) | gathered(options)
+    head = head_of(head, leaves)
+    wide = arguments["weights_N"].dtype
     if impl is None:
         logprobs, entropy = plain_logprob(case, leaves, **head)
         result = policy_loss(logprobs, entropy_N=entropy, **arguments)

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from socpo_fast.ops import adamw
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
-from tests.ops.adamw_state import DEVICE, IMPLS, SETTINGS, State, assert_same_state, noise, run_steps
+from tests.ops.adamw_state import (
+    DEVICE,
+    IMPLS,
+    SETTINGS,
+    State,
+    assert_same_state,
+    noise,
+    run_steps,
+)
 from tests.ops.elementwise import needs_cpp, thread_counts
 
 
@@ -142,15 +150,26 @@ def test_refusals() -> None:
         given = torch.ones_like(state.exp_avg) if grad is None else grad
         adamw(*state, given, **SETTINGS | {"step": 1} | changes)  # type: ignore[arg-type]
 
-    state, half = State.of(noise(3, 2)), State.of(noise(3, 2), torch.bfloat16)
+    state = State.of(noise(3, 2))
+    half = State.of(noise(3, 2), torch.bfloat16)
     for given, grad, changes, message in (
         (state, None, {"lr": -1.0}, "adamw: lr must be finite and >= 0, got -1.0"),
         (state, None, {"betas": (0.9, 1.0)}, r"betas must be each in \[0, 1\)"),
         (state, None, {"eps": 0.0}, "eps must be finite and > 0"),
         (state, None, {"step": 0}, "step must be >= 1, got 0"),
         (state, None, {"weight_decay": math.nan}, "weight_decay must be finite and >= 0"),
-        (half._replace(low_bits=None), None, {}, "low_bits must be a tensor for a param of torch.bfloat16"),
-        (state._replace(low_bits=half.low_bits), None, {}, "low_bits must be None for a param of torch.float32"),
+        (
+            half._replace(low_bits=None),
+            None,
+            {},
+            "low_bits must be a tensor for a param of torch.bfloat16",
+        ),
+        (
+            state._replace(low_bits=half.low_bits),
+            None,
+            {},
+            "low_bits must be None for a param of torch.float32",
+        ),
         (state, torch.ones(5), {}, r"grad_N must be float32 \[N=6\], got float32 \[5\]"),
         (half, torch.ones(3, 2).bfloat16(), {}, "grad_N must be float32"),
         (state, torch.ones(2, 3).t(), {}, r"strides of grad_N must be contiguous"),
@@ -183,7 +202,9 @@ for config in aot_configs():
     env = {**os.environ, "PYTHONPATH": str(root)}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3

@@ -15,7 +15,9 @@ from tests.ops.adamw_state import DEVICE, IMPLS, SETTINGS, State, assert_same_st
 
 
 def fp32(bits: int) -> Tensor:
-    return torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32)
+    return torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(
+        torch.float32
+    )
 
 
 # Where rounding is awkward: bits of the master, of its high half, and the remainder.
@@ -58,13 +60,16 @@ def test_halves_give_back_every_number() -> None:
     distance = (master.double() - param.double()).abs()
     for step in (-1, 1):
         neighbour = (param.view(torch.int16) + step).view(torch.bfloat16).double()
-        assert (distance <= (master.double() - neighbour).abs().nan_to_num(math.inf, math.inf)).all()
+        assert (
+            distance <= (master.double() - neighbour).abs().nan_to_num(math.inf, math.inf)
+        ).all()
 
 
 def test_1000_steps_of_a_split_master() -> None:
     """Its halves, joined, are the fp32 parameter, step after step."""
     start = noise(513)
-    split, whole = State.of(start, torch.bfloat16), State.of(start)
+    split = State.of(start, torch.bfloat16)
+    whole = State.of(start)
     low_bits = split.low_bits
     assert low_bits is not None
     for step in range(1, 1001):

@@ -14,17 +14,25 @@ from tests.ops.test_registered_ops import DRAWS, f
 
 
 @needs_cpp
-@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_sample", "tree_attention", "compute_advantages"])
+@pytest.mark.parametrize(
+    "name", ["linear_policy_loss", "linear_sample", "tree_attention", "compute_advantages"]
+)
 def test_other_lengths_need_no_other_graph(name: str) -> None:
     """A microbatch has another number of tokens each time."""
-    graphs, weight = [], f(20, 8)
+    graphs = []
+    weight = f(20, 8)
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
     def loss(h: Tensor, rows: Tensor) -> Tensor:
-        tokens = {"targets_N": rows, "rows_N": rows, "old_logprobs_N": h[rows, 0], "advantages": h[rows, 1]}
+        tokens = {
+            "targets_N": rows,
+            "rows_N": rows,
+            "old_logprobs_N": h[rows, 0],
+            "advantages": h[rows, 1],
+        }
         return ops.linear_policy_loss(h, weight, **tokens, temperature=1.0, num_loss_tokens=3).loss
 
     def sample(h: Tensor, rows: Tensor) -> Tensor:
@@ -33,7 +41,9 @@ def test_other_lengths_need_no_other_graph(name: str) -> None:
 
     def attend(h: Tensor, rows: Tensor) -> Tensor:
         heads = h[:, None]
-        return ops.tree_attention(heads, heads, heads, torch.full_like(h[:, 0], len(h)).int(), scale=1.0)
+        return ops.tree_attention(
+            heads, heads, heads, torch.full_like(h[:, 0], len(h)).int(), scale=1.0
+        )
 
     def advantages(h: Tensor, rows: Tensor) -> Tensor:
         return ops.compute_advantages(h[:, 0].contiguous(), rows, rows, rows * 0)
@@ -48,5 +58,7 @@ def test_other_lengths_need_no_other_graph(name: str) -> None:
     compiled = torch.compile(functions[name], fullgraph=True, dynamic=True, backend=count)
     for length in range(5, 17):
         rows = torch.arange(length)
-        torch.testing.assert_close(compiled(f(length, 8), rows), functions[name](f(length, 8), rows))
+        torch.testing.assert_close(
+            compiled(f(length, 8), rows), functions[name](f(length, 8), rows)
+        )
     assert len(graphs) <= 2

@@ -25,11 +25,15 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_war
     env = {**os.environ, "PYTHONPATH": str(root)}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     labels = {line.partition(":")[0]: i for i, line in enumerate(lines) if line.startswith("$L")}
-    jumps = [(i, match[0]) for i, line in enumerate(lines) if (match := re.search(r"\$L\w+(?=;)", line))]
+    jumps = [
+        (i, match[0]) for i, line in enumerate(lines) if (match := re.search(r"\$L\w+(?=;)", line))
+    ]
     loops = [lines[labels[label] : i] for i, label in jumps if labels[label] < i]
     assert sum(any("ex2" in line for line in loop) for loop in loops) == 2  # the sums, the gradient
     assert not any("bar.sync" in line for loop in loops for line in loop)

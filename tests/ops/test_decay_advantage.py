@@ -74,7 +74,8 @@ def naive_advantages(
     if not estimator.startswith("reinforce"):
         return values
     tokens = [value for value, count in zip(values, num_tokens, strict=True) for _ in range(count)]
-    mean, variance = statistics.fmean(tokens), statistics.variance(tokens)
+    mean = statistics.fmean(tokens)
+    variance = statistics.variance(tokens)
     return [(value - mean) / math.sqrt(variance + 1e-8) for value in values]
 
 
@@ -83,7 +84,9 @@ def test_worked_example_of_the_paper(impl: str) -> None:
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 1, 0])
     attempt_idx = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
     indices = torch.arange(9)
-    credit = credit_attempts(rewards, indices, indices, attempt_idx, options=CreditOptions(), impl=impl)
+    credit = credit_attempts(
+        rewards, indices, indices, attempt_idx, options=CreditOptions(), impl=impl
+    )
     assert credit.factors_K.tolist() == [1.0, 1 / 4, 1.25 / 7]
     assert decay_rewards(rewards, attempt_idx, impl=impl).tolist() == pytest.approx(
         [1, 0, 0, 0, 0.25, 0, 0, 1.25 / 7, 0]
@@ -91,30 +94,47 @@ def test_worked_example_of_the_paper(impl: str) -> None:
 
 
 def test_other_schedules(impl: str) -> None:
-    rewards, attempt_idx = torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0, 2, 1])
-    assert decay_rewards(rewards, attempt_idx, schedule="constant", factor=0.5, impl=impl).tolist() == [1.0, 0.25, 0.25]
-    assert decay_rewards(rewards, attempt_idx, schedule="constant", factor=0.0, impl=impl).tolist() == [1.0, 0.0, 0.0]
-    assert decay_rewards(rewards, attempt_idx, schedule="none", impl=impl).tolist() == [1.0, 1.0, 0.5]
+    rewards = torch.tensor([1.0, 1.0, 0.5])
+    attempt_idx = torch.tensor([0, 2, 1])
+    assert decay_rewards(
+        rewards, attempt_idx, schedule="constant", factor=0.5, impl=impl
+    ).tolist() == [1.0, 0.25, 0.25]
+    assert decay_rewards(
+        rewards, attempt_idx, schedule="constant", factor=0.0, impl=impl
+    ).tolist() == [1.0, 0.0, 0.0]
+    assert decay_rewards(rewards, attempt_idx, schedule="none", impl=impl).tolist() == [
+        1.0,
+        1.0,
+        0.5,
+    ]
 
 
 def test_help_earns_nothing_when_no_first_attempt_is_right(impl: str) -> None:
-    assert decay_rewards(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 1, 2]), impl=impl).tolist() == [0.0, 0.0, 0.0]
+    assert decay_rewards(
+        torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 1, 2]), impl=impl
+    ).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_empty_batch(impl: str) -> None:
-    empty, indices = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    empty = torch.zeros(0)
+    indices = torch.zeros(0, dtype=torch.int64)
     assert decay_rewards(empty, indices, impl=impl).shape == (0,)
     with pytest.warns(UserWarning, match="no loss tokens"):
-        credit = credit_attempts(empty, indices, indices, indices, options=CreditOptions(), impl=impl)
+        credit = credit_attempts(
+            empty, indices, indices, indices, options=CreditOptions(), impl=impl
+        )
     assert [x.shape for x in credit] == [(0,)] * 3
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 4, 9])
 def test_decay_equals_the_loop(max_attempts: int, impl: str) -> None:
     batch = random_batch(max_attempts, max_attempts=max_attempts)
-    rewards, attempt_idx = batch["rewards_A"], batch["attempt_idx_A"]
+    rewards = batch["rewards_A"]
+    attempt_idx = batch["attempt_idx_A"]
     expected = naive_decay(rewards.tolist(), attempt_idx.tolist())
-    assert decay_rewards(rewards, attempt_idx, impl=impl).tolist() == pytest.approx(expected, rel=1e-6)
+    assert decay_rewards(rewards, attempt_idx, impl=impl).tolist() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 4])
@@ -123,21 +143,35 @@ def test_advantages_equal_the_loop(estimator: str, max_attempts: int, impl: str)
     batch = random_batch(10 + max_attempts, max_attempts=max_attempts)
     batch["rewards_A"] = decay_rewards(batch["rewards_A"], batch["attempt_idx_A"])
     expected = naive_advantages(
-        batch["rewards_A"].tolist(), batch["num_tokens_A"].tolist(), batch["question_idx_A"].tolist(), estimator, 1e-6
+        batch["rewards_A"].tolist(),
+        batch["num_tokens_A"].tolist(),
+        batch["question_idx_A"].tolist(),
+        estimator,
+        1e-6,
     )
     actual = compute_advantages(**batch, estimator=estimator, impl=impl)
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo"])
 def test_grouping_by_attempt_warns_and_equals_the_loop(estimator: str, impl: str) -> None:
     batch = random_batch(20)
-    groups = list(zip(batch["question_idx_A"].tolist(), batch["attempt_idx_A"].tolist(), strict=True))
-    expected = naive_advantages(batch["rewards_A"].tolist(), batch["num_tokens_A"].tolist(), groups, estimator, 1e-6)
+    groups = list(
+        zip(batch["question_idx_A"].tolist(), batch["attempt_idx_A"].tolist(), strict=True)
+    )
+    expected = naive_advantages(
+        batch["rewards_A"].tolist(), batch["num_tokens_A"].tolist(), groups, estimator, 1e-6
+    )
     with pytest.warns(UserWarning, match="cancels reward decay"):
-        actual = compute_advantages(**batch, estimator=estimator, baseline_group="question_attempt", impl=impl)
-    torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+        actual = compute_advantages(
+            **batch, estimator=estimator, baseline_group="question_attempt", impl=impl
+        )
+    torch.testing.assert_close(
+        actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -150,7 +184,8 @@ def test_order_of_attempts_does_not_matter(estimator: str) -> None:
         decay_rewards(batch["rewards_A"], batch["attempt_idx_A"])[order],
     )
     torch.testing.assert_close(
-        compute_advantages(**shuffled, estimator=estimator), compute_advantages(**batch, estimator=estimator)[order]
+        compute_advantages(**shuffled, estimator=estimator),
+        compute_advantages(**batch, estimator=estimator)[order],
     )
     assert_bitwise_equal(
         compute_advantages(**batch, estimator=estimator),
@@ -177,23 +212,34 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens() -> No
 
 
 def test_no_loss_tokens_warns_and_one_is_an_error(impl: str) -> None:
-    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    one = torch.ones(1)
+    zero = torch.zeros(1, dtype=torch.int64)
     with pytest.warns(UserWarning, match="no loss tokens"):
         assert compute_advantages(one, zero, zero, zero, impl=impl).tolist() == [0.0]
     with pytest.raises(ValueError, match="sum to at least 2"):
         compute_advantages(one, zero + 1, zero, zero, impl=impl)
-    assert compute_advantages(one, zero + 1, zero, zero, estimator="dr_grpo", impl=impl).tolist() == [1.0]
+    assert compute_advantages(
+        one, zero + 1, zero, zero, estimator="dr_grpo", impl=impl
+    ).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("schedule", ["batch_mean", "constant"])
-def test_decay_within_advantages_is_decay_before_them(estimator: str, schedule: str, impl: str) -> None:
+def test_decay_within_advantages_is_decay_before_them(
+    estimator: str, schedule: str, impl: str
+) -> None:
     batch = random_batch(50)
     options = {"schedule": schedule, "factor": 0.5 if schedule == "constant" else None}
     fused = compute_advantages(**batch, estimator=estimator, impl=impl, **options)
-    batch["rewards_A"] = decay_rewards(batch["rewards_A"], batch["attempt_idx_A"], impl="ref", **options)
-    assert_bitwise_equal(fused, compute_advantages(**batch, estimator=estimator, impl=impl), name=estimator)
-    torch.testing.assert_close(fused, compute_advantages(**batch, estimator=estimator, impl="ref"), rtol=1e-6, atol=0)
+    batch["rewards_A"] = decay_rewards(
+        batch["rewards_A"], batch["attempt_idx_A"], impl="ref", **options
+    )
+    assert_bitwise_equal(
+        fused, compute_advantages(**batch, estimator=estimator, impl=impl), name=estimator
+    )
+    torch.testing.assert_close(
+        fused, compute_advantages(**batch, estimator=estimator, impl="ref"), rtol=1e-6, atol=0
+    )
 
 
 # The kernel walks over attempts in tiles of 64 here: groups that end with a tile, that cross one, that fill several.
@@ -206,12 +252,15 @@ def test_groups_across_the_kernels_tiles(estimator: str, sizes: tuple[int, ...])
     batch = {
         "rewards_A": torch.rand(sum(sizes), generator=rng),
         "num_tokens_A": torch.randint(0, 2000, (sum(sizes),), generator=rng),
-        "question_idx_A": torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[order] - 2,
+        "question_idx_A": torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[order]
+        - 2,
         "attempt_idx_A": torch.randint(0, 4, (sum(sizes),), generator=rng),
     }
     for baseline_group in ("question", "question_attempt"):
         actual, again, expected = (
-            compute_advantages(**batch, estimator=estimator, baseline_group=baseline_group, impl=impl)
+            compute_advantages(
+                **batch, estimator=estimator, baseline_group=baseline_group, impl=impl
+            )
             for impl in ("triton", "triton", "ref")
         )
         assert_bitwise_equal(actual, again, name="two runs")
@@ -222,16 +271,36 @@ def test_groups_across_the_kernels_tiles(estimator: str, sizes: tuple[int, ...])
     ("change", "message"),
     [
         ({"credit": "trajectory"}, "rollout_idx_A must be given with credit trajectory, got None"),
-        ({"credit": "trajectory", "rollout_idx_A": torch.tensor([0])}, r"rollout_idx_A must be int64 \[A=2\]"),
-        ({"rewards_A": torch.tensor([0.0, torch.nan])}, "rewards_A must be finite in fp32, got nan at 1"),
-        ({"num_tokens_A": torch.tensor([3, -1])}, "num_tokens_A must be finite and >= 0, got -1 at 1"),
-        ({"question_idx_A": torch.tensor([0])}, r"question_idx_A must be int64 \[A=2\], got int64 \[1\]"),
-        ({"attempt_idx_A": torch.tensor([0.0, 1.0])}, r"attempt_idx_A must be int64 \[A=2\], got float32 \[2\]"),
+        (
+            {"credit": "trajectory", "rollout_idx_A": torch.tensor([0])},
+            r"rollout_idx_A must be int64 \[A=2\]",
+        ),
+        (
+            {"rewards_A": torch.tensor([0.0, torch.nan])},
+            "rewards_A must be finite in fp32, got nan at 1",
+        ),
+        (
+            {"num_tokens_A": torch.tensor([3, -1])},
+            "num_tokens_A must be finite and >= 0, got -1 at 1",
+        ),
+        (
+            {"question_idx_A": torch.tensor([0])},
+            r"question_idx_A must be int64 \[A=2\], got int64 \[1\]",
+        ),
+        (
+            {"attempt_idx_A": torch.tensor([0.0, 1.0])},
+            r"attempt_idx_A must be int64 \[A=2\], got float32 \[2\]",
+        ),
     ],
 )
 def test_bad_advantage_inputs(change: dict[str, object], message: str, impl: str) -> None:
     indices = torch.tensor([0, 1])
-    good = {"rewards_A": torch.ones(2), "num_tokens_A": indices, "question_idx_A": indices, "attempt_idx_A": indices}
+    good = {
+        "rewards_A": torch.ones(2),
+        "num_tokens_A": indices,
+        "question_idx_A": indices,
+        "attempt_idx_A": indices,
+    }
     with pytest.raises(ValueError, match=f"^compute_advantages: {message}"):
         compute_advantages(**(good | change), impl=impl)
 
@@ -239,13 +308,25 @@ def test_bad_advantage_inputs(change: dict[str, object], message: str, impl: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "gae"}, r"estimator must be one of reinforce_plus_plus_baseline, .*, got 'gae'"),
-        ({"baseline_group": "batch"}, "baseline_group must be one of question, question_attempt, got 'batch'"),
+        (
+            {"estimator": "gae"},
+            r"estimator must be one of reinforce_plus_plus_baseline, .*, got 'gae'",
+        ),
+        (
+            {"baseline_group": "batch"},
+            "baseline_group must be one of question, question_attempt, got 'batch'",
+        ),
         ({"credit": "rollout"}, "credit must be one of attempt, trajectory, got 'rollout'"),
         ({"eps": 0.0}, "eps must be finite and > 0, got 0.0"),
-        ({"schedule": "linear"}, "schedule must be one of batch_mean, constant, none, got 'linear'"),
+        (
+            {"schedule": "linear"},
+            "schedule must be one of batch_mean, constant, none, got 'linear'",
+        ),
         ({"schedule": "constant"}, r"factor must be in \[0, 1\] with schedule constant, got None"),
-        ({"schedule": "constant", "factor": 1.5}, r"factor must be in \[0, 1\] with schedule constant, got 1.5"),
+        (
+            {"schedule": "constant", "factor": 1.5},
+            r"factor must be in \[0, 1\] with schedule constant, got 1.5",
+        ),
         ({"factor": 0.5}, "factor must be None with schedule batch_mean, got 0.5"),
     ],
 )
@@ -256,10 +337,14 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 
 def test_an_index_of_another_kind_is_refused(impl: str) -> None:
     """It would be a table of its size."""
-    with pytest.raises(ValueError, match="^decay_rewards: attempt_idx_A must be below 256, got 1099511627776"):
+    with pytest.raises(
+        ValueError, match="^decay_rewards: attempt_idx_A must be below 256, got 1099511627776"
+    ):
         decay_rewards(torch.ones(2), torch.tensor([0, 2**40]), impl=impl)
 
 
 def test_help_without_first_attempts_has_no_mean(impl: str) -> None:
-    with pytest.raises(ValueError, match="^decay_rewards: attempt_idx_A must be 0 for at least one attempt, got 1"):
+    with pytest.raises(
+        ValueError, match="^decay_rewards: attempt_idx_A must be 0 for at least one attempt, got 1"
+    ):
         decay_rewards(torch.ones(2), torch.tensor([1, 2]), impl=impl)

@@ -67,7 +67,9 @@ def test_draws_what_sample_draws(vocab: int, filters: dict) -> None:
     assert_as_sample(logits_BV, settings(6, **filters))
 
 
-@pytest.mark.parametrize("filters", [{"top_k": 7}, {"top_p": 0.6}, {"top_k": BLOCK + 40, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 7}, {"top_p": 0.6}, {"top_k": BLOCK + 40, "top_p": 0.9}], ids=str
+)
 def test_of_equal_logits_the_lowest_ids_are_kept(filters: dict) -> None:
     """All equal; three values, whose ties lie across blocks; zeros of both signs."""
     vocab = 2 * BLOCK + 5
@@ -115,7 +117,8 @@ def test_a_row_that_is_no_distribution(bad: float) -> None:
 
 def test_chi_square() -> None:
     """Draws of one row by three filters; failed by one seed in 10,000. The interpreter is slow by the row."""
-    num_draws, vocab = 200, 60
+    num_draws = 200
+    vocab = 60
     logits_V = 0.9 * torch.randn(vocab, generator=torch.Generator().manual_seed(4))
     filters = {"top_k": 12, "top_p": 0.9, "min_p": 0.2}
     rows = torch.zeros(num_draws, dtype=torch.int64)

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from socpo_fast.ops.paged_attention import paged_attention_flash, paged_attention_ref
 
-SIZE, HEADS, KV_HEADS, HEAD_DIM = 256, 6, 2, 16
+SIZE = 256
+HEADS = 6
+KV_HEADS = 2
+HEAD_DIM = 16
 SCALE = 0.3  # none that a forgotten argument would give
 
 
@@ -21,7 +24,11 @@ def attend(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, *, scale: float) -> Tens
     mask_QL = torch.ones(len(q_QHE), len(k_LKE), dtype=torch.bool).tril(len(k_LKE) - len(q_QHE))
     q_HQE, k_KLE, v_KLE = (x.transpose(0, 1).float() for x in (q_QHE, k_LKE, v_LKE))
     attention = torch.nn.functional.scaled_dot_product_attention
-    return attention(q_HQE, k_KLE, v_KLE, mask_QL, scale=scale, enable_gqa=True).transpose(0, 1).to(q_QHE.dtype)
+    return (
+        attention(q_HQE, k_KLE, v_KLE, mask_QL, scale=scale, enable_gqa=True)
+        .transpose(0, 1)
+        .to(q_QHE.dtype)
+    )
 
 
 def in_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
@@ -50,7 +57,10 @@ class FlashAttn(SimpleNamespace):
         self.called = "decode"
         rows = zip(q, block_table, cache_seqlens.tolist(), strict=True)
         return torch.stack(
-            [attend(x, *(in_pages(c, t, n) for c in (k_cache, v_cache)), scale=softmax_scale) for x, t, n in rows]
+            [
+                attend(x, *(in_pages(c, t, n) for c in (k_cache, v_cache)), scale=softmax_scale)
+                for x, t, n in rows
+            ]
         )
 
     def flash_attn_varlen_func(
@@ -70,10 +80,16 @@ class FlashAttn(SimpleNamespace):
         assert causal and dropout_p == 0 and block_table is not None and softmax_scale is not None
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == block_table.dtype == torch.int32
         self.called = "prefill"
-        lengths, parts = cu_seqlens_k.diff().tolist(), q.split(cu_seqlens_q.diff().tolist())
+        lengths = cu_seqlens_k.diff().tolist()
+        parts = q.split(cu_seqlens_q.diff().tolist())
         assert max(lengths) <= max_seqlen_k and max(len(part) for part in parts) <= max_seqlen_q
         rows = zip(parts, block_table, lengths, strict=True)
-        return torch.cat([attend(x, *(in_pages(c, t, n) for c in (k, v)), scale=softmax_scale) for x, t, n in rows])
+        return torch.cat(
+            [
+                attend(x, *(in_pages(c, t, n) for c in (k, v)), scale=softmax_scale)
+                for x, t, n in rows
+            ]
+        )
 
 
 @pytest.fixture
@@ -83,11 +99,16 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
     return module
 
 
-def make_case(seq_lens: list[int], q_lens: list[int], dtype: torch.dtype = torch.bfloat16, size: int = SIZE) -> Any:
+def make_case(
+    seq_lens: list[int], q_lens: list[int], dtype: torch.dtype = torch.bfloat16, size: int = SIZE
+) -> Any:
     generator = torch.Generator().manual_seed(0)
     width = -(-max(seq_lens) // size)
     pages = torch.randperm(len(seq_lens) * width, generator=generator).view(-1, width).int()
-    caches = [torch.randn(pages.numel(), size, KV_HEADS, HEAD_DIM, generator=generator).to(dtype) for _ in range(2)]
+    caches = [
+        torch.randn(pages.numel(), size, KV_HEADS, HEAD_DIM, generator=generator).to(dtype)
+        for _ in range(2)
+    ]
     q_THE = torch.randn(sum(q_lens), HEADS, HEAD_DIM, generator=generator).to(dtype)
     cu_seqlens_q = torch.tensor([0, *q_lens]).cumsum(0).int()
     return q_THE, *caches, pages, torch.tensor(seq_lens).int(), cu_seqlens_q
@@ -117,15 +138,24 @@ def test_flash_equals_the_reference(
     ("options", "message"),
     [
         ({"size": 128}, "page_size must be a multiple of 256 for impl='flash', got 128"),
-        ({"dtype": torch.float32}, "must be both fp16 or both bf16 for impl='flash', got torch.float32"),
+        (
+            {"dtype": torch.float32},
+            "must be both fp16 or both bf16 for impl='flash', got torch.float32",
+        ),
     ],
 )
-def test_what_flash_attn_cannot_do_is_refused(flash: FlashAttn, options: dict[str, Any], message: str) -> None:
+def test_what_flash_attn_cannot_do_is_refused(
+    flash: FlashAttn, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        paged_attention_flash(*make_case([3], [1], **options), scale=SCALE, max_seqlen_q=1, max_seqlen_k=3)
+        paged_attention_flash(
+            *make_case([3], [1], **options), scale=SCALE, max_seqlen_q=1, max_seqlen_k=3
+        )
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
-    with pytest.raises(RuntimeError, match=r"impl 'flash' needs flash-attn; pip install .* '.\[flash\]' in a"):
+    with pytest.raises(
+        RuntimeError, match=r"impl 'flash' needs flash-attn; pip install .* '.\[flash\]' in a"
+    ):
         paged_attention_flash(*make_case([3], [1]), scale=SCALE, max_seqlen_q=1, max_seqlen_k=3)

@@ -43,7 +43,8 @@ def assert_as_right(
 # what a CPU multiplies, and what a card does
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loss_equals_all_logits(dtype: torch.dtype, head: dict[str, Any], impl: str) -> None:
-    case, options = make_case(), {"entropy_coef": 0.05, "kl_coef": 0.1}
+    case = make_case()
+    options = {"entropy_coef": 0.05, "kl_coef": 0.1}
     actual = solve(case, dtype, head, impl, **options)
     plain = solve(case, dtype, head, None, **options)
     assert_as_right(actual, plain, solve(case, torch.float64, head, None, **options))
@@ -93,7 +94,8 @@ def test_gradcheck(head: dict[str, Any], impl: str) -> None:
 @pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logprobs_equal_all_logits(dtype: torch.dtype, impl: str) -> None:
-    case, results = make_case(), []
+    case = make_case()
+    results = []
     for key, kind in ((impl, dtype), (None, dtype), (None, torch.float64)):
         leaves = leaves_of(case, kind)
         head = head_of(HEADS["all"], leaves)

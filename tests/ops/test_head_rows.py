@@ -82,7 +82,8 @@ def test_rows_without_a_target_have_no_logprob(
 @pytest.mark.parametrize("tis_clip", [None, 1.2])
 def test_old_logprobs_none_are_the_current_ones(tis_clip: float | None, impl: str) -> None:
     """Even where the clips leave no room for a rounded ratio."""
-    case, options = make_case(), gathered({"clip_low": 0.0, "clip_high": 0.0, "dual_clip": 1.01})
+    case = make_case()
+    options = gathered({"clip_low": 0.0, "clip_high": 0.0, "dual_clip": 1.01})
     results = []
     for is_given in (False, True):
         leaves = leaves_of(case, torch.float64)

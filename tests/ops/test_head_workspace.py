@@ -20,7 +20,8 @@ from socpo_fast.ops._head import ChunkedHead, default_workspace_mib, rows_per_ch
 from socpo_fast.ops._impl import extension_is_built
 from tests.error_rule import assert_error_rule
 
-CPU, CARD = torch.device("cpu"), torch.device("cuda", 1)
+CPU = torch.device("cpu")
+CARD = torch.device("cuda", 1)
 QWEN3_VOCAB = 151_936
 
 
@@ -82,8 +83,10 @@ def run_backward(
 ) -> list[Tensor]:
     """Gradients of 40 rows in chunks of 16; every third has none, and rows of hidden repeat."""
     torch.manual_seed(1)
-    hidden, weight = torch.randn(9, 8), torch.randn(50, 8)
-    rows, has_grad = torch.arange(40) * 5 % 9, torch.arange(40) % 3 != 1
+    hidden = torch.randn(9, 8)
+    weight = torch.randn(50, 8)
+    rows = torch.arange(40) * 5 % 9
+    has_grad = torch.arange(40) % 3 != 1
     options: dict[str, Any] = {"workspace_mib": 1e-6, "needs_grad": needs_grad}
     head = ChunkedHead(hidden, weight, rows, moves_rows_up=not as_on_a_card, **options)
     for part in head.chunks():
@@ -117,10 +120,14 @@ def keep_all(_: Tensor, *by_row: Tensor | None) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("op", ["policy", "policy with entropy", "policy, all values", "logprob"])
-def test_rows_that_stay_may_hold_anything(op: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_stay_may_hold_anything(
+    op: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a card rows without a gradient stay among the factors: 0 * nan is not 0."""
     torch.manual_seed(2)
-    hidden, weight, targets = torch.randn(40, 8), torch.randn(50, 8), torch.arange(40)
+    hidden = torch.randn(40, 8)
+    weight = torch.randn(50, 8)
+    targets = torch.arange(40)
     targets[::4] = _head.NO_TARGET
     weights = torch.ones(40)
     weights[1::4] = 0
@@ -131,7 +138,8 @@ def test_rows_that_stay_may_hold_anything(op: str, softcap: float | None, monkey
         if is_on_a_card:
             for module in (_fused_logprob, _fused_policy_loss):
                 monkeypatch.setattr(module, "keep_wanted", keep_all)
-            hidden[::4], hidden[1::4] = torch.nan, torch.inf
+            hidden[::4] = torch.nan
+            hidden[1::4] = torch.inf
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, torch.zeros(50))]
         options: dict[str, Any] = {"workspace_mib": 1e-6, "impl": "triton", "temperature": 1.0}
         options |= {"softcap": softcap, "bias_V": leaves[2]}
@@ -140,7 +148,10 @@ def test_rows_that_stay_may_hold_anything(op: str, softcap: float | None, monkey
         else:
             entropy_coef = 0.1 if op == "policy with entropy" else 0.0
             options |= {"metrics": "all" if op == "policy, all values" else "loss_rows"}
-            options |= {"weights_N": weights, "options": PolicyLossOptions(entropy_coef=entropy_coef)}
+            options |= {
+                "weights_N": weights,
+                "options": PolicyLossOptions(entropy_coef=entropy_coef),
+            }
             old = torch.full((40,), -4.0)
             linear_policy_loss(*leaves[:2], targets, old, torch.ones(40), **options).loss.backward()
         grads.append([leaf.grad for leaf in leaves])

@@ -19,7 +19,13 @@ NATIVE = torch.backends.cpu.get_cpu_capability()
 @pytest.mark.parametrize("instruction_set", SETS[: SETS.index(NATIVE)] if NATIVE in SETS else [])
 def test_lower_instruction_sets_pass_the_tests_of_the_ops(instruction_set: str) -> None:
     """The machine's own set is what all other tests run with."""
-    names = ["sample", "paged_attention", "linear_policy_loss_rows", "linear_policy_loss_fused", "linear_logprob"]
+    names = [
+        "sample",
+        "paged_attention",
+        "linear_policy_loss_rows",
+        "linear_policy_loss_fused",
+        "linear_logprob",
+    ]
     names += ["linear", "linear_sample", "rms_norm", "swiglu", "rotary", "paged_attention_cascade"]
     names += ["tree_attention"]
     files = [str(TESTS / f"test_{name}.py") for name in names]

@@ -8,28 +8,50 @@ from socpo_fast.ops._impl import extension_is_built
 from socpo_fast.ops.linear import linear_ref
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
 
-IMPLS = ["ref", pytest.param("cpp", marks=pytest.mark.skipif(not extension_is_built(), reason="extension not built"))]
+IMPLS = [
+    "ref",
+    pytest.param(
+        "cpp", marks=pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+    ),
+]
 
 # (rows, outputs, width): one of each; fewer and more than a vector, tile, item and part of the C++, and one beyond;
 # primes; no rows; SmolLM2's down projection; just enough rows for a panel.
-SHAPES = [(1, 1, 1), (2, 7, 15), (3, 16, 17), (4, 6, 16), (5, 25, 33), (13, 97, 768), (7, 49, 769), (0, 8, 8)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 7, 15),
+    (3, 16, 17),
+    (4, 6, 16),
+    (5, 25, 33),
+    (13, 97, 768),
+    (7, 49, 769),
+    (0, 8, 8),
+]
 SHAPES += [(97, 53, 1537), (200, 12, 64), (33, 576, 1536), (25, 49, 799)]
 
 
-def problem(rows: int, outs: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def problem(
+    rows: int, outs: int, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(rows + outs + width)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, width), (outs, width), (outs,)))
+    x, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((rows, width), (outs, width), (outs,))
+    )
     return x, (weight / width**0.5).to(dtype), bias.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_cpp_is_as_right_as_torch(impl: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_cpp_is_as_right_as_torch(
+    impl: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     x, weight, bias = problem(*shape, dtype)
     for b in (None, bias):
         plain = torch.nn.functional.linear(x, weight.float(), b if b is None else b.float())
-        truth = torch.nn.functional.linear(x.double(), weight.double(), b if b is None else b.double())
+        truth = torch.nn.functional.linear(
+            x.double(), weight.double(), b if b is None else b.double()
+        )
         assert_error_rule(linear(x, weight, b, impl=impl), plain, truth, name=f"linear {shape}")
 
 
@@ -41,14 +63,27 @@ def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype, width: int
     """Alone, in every tile, in a long prompt that is cut into blocks, behind other rows, with 1, 2 and 3 threads."""
     x, weight, bias = problem(1200, 101, width, dtype)
     whole = linear(x, weight, bias, impl=impl)
-    for begin, end in ((0, 1), (5, 6), (3, 5), (2, 5), (9, 13), (1, 17), (7, 32), (40, 107), (1199, 1200), (600, 1200)):
+    for begin, end in (
+        (0, 1),
+        (5, 6),
+        (3, 5),
+        (2, 5),
+        (9, 13),
+        (1, 17),
+        (7, 32),
+        (40, 107),
+        (1199, 1200),
+        (600, 1200),
+    ):
         part = linear(x[begin:end], weight, bias, impl=impl)
         assert_bitwise_equal(part, whole[begin:end], name=f"rows {begin} to {end}")
     before = torch.get_num_threads()
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
-            assert_bitwise_equal(linear(x, weight, bias, impl=impl), whole, name=f"{num_threads} threads")
+            assert_bitwise_equal(
+                linear(x, weight, bias, impl=impl), whole, name=f"{num_threads} threads"
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -57,17 +92,23 @@ def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype, width: int
 def test_both_forms_give_a_zero_the_same_sign(impl: str) -> None:
     """Products that underflow are -0, which the zeros behind a row's end must turn into 0 in both."""
     for width in (9, 16, 17, 785):
-        x, weight = torch.full((25, width), 1e-30), torch.full((5, width), -1e-30)
-        many, few = linear(x, weight, impl=impl), linear(x[:1], weight, impl=impl)
+        x = torch.full((25, width), 1e-30)
+        weight = torch.full((5, width), -1e-30)
+        many = linear(x, weight, impl=impl)
+        few = linear(x[:1], weight, impl=impl)
         assert_bitwise_equal(many[:1], few, name=f"width {width}")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_rows_and_values_that_are_no_numbers(impl: str) -> None:
     x, weight, _ = problem(6, 5, 40)
-    assert_bitwise_equal(linear(x[::2], weight, impl=impl), linear(x[::2].clone(), weight, impl=impl), name="strided")
+    assert_bitwise_equal(
+        linear(x[::2], weight, impl=impl), linear(x[::2].clone(), weight, impl=impl), name="strided"
+    )
     columns = x.t().contiguous().t()
-    assert_bitwise_equal(linear(columns, weight, impl=impl), linear(x, weight, impl=impl), name="by columns")
+    assert_bitwise_equal(
+        linear(columns, weight, impl=impl), linear(x, weight, impl=impl), name="by columns"
+    )
     x[3, 39] = torch.nan
     out = linear(x, weight, impl=impl)
     assert out[3].isnan().all() and not out[[0, 1, 2, 4, 5]].isnan().any()

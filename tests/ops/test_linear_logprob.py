@@ -35,22 +35,33 @@ def materialised(
 
 
 def outputs_and_gradients(
-    op: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any
+    op: Callable[..., tuple[Tensor, Tensor]],
+    inputs: dict[str, Tensor],
+    dtype: torch.dtype,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Log-probs, entropies and the gradients of hidden and weight for one fixed random upstream gradient each."""
-    hidden, weight = (inputs[name].to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD"))
+    hidden, weight = (
+        inputs[name].to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD")
+    )
     logprobs, entropy = op(**(inputs | {"hidden_TD": hidden, "weight_VD": weight}), **options)
     rng = torch.Generator().manual_seed(1)
     upstream = [torch.randn(x.shape, generator=rng).to(x.dtype) for x in (logprobs, entropy)]
     torch.autograd.backward((logprobs, entropy), upstream)
-    return {"logprobs": logprobs, "entropy": entropy, "hidden.grad": hidden.grad, "weight.grad": weight.grad}
+    return {
+        "logprobs": logprobs,
+        "entropy": entropy,
+        "hidden.grad": hidden.grad,
+        "weight.grad": weight.grad,
+    }
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 # one row, no row, a prime number of them with repeats, a single word
 @pytest.mark.parametrize(
-    ("num_tokens", "num_rows", "vocab"), [(1, 1, 97), (3, 0, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)]
+    ("num_tokens", "num_rows", "vocab"),
+    [(1, 1, 97), (3, 0, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)],
 )
 def test_equals_log_softmax_of_all_logits(
     num_tokens: int, num_rows: int, vocab: int, dtype: torch.dtype, impl: str
@@ -63,11 +74,18 @@ def test_equals_log_softmax_of_all_logits(
         assert_error_rule(actual[name], plain[name], truth[name], name=name, dtype=dtype)
 
 
-@pytest.mark.parametrize("impl", IMPLS[1:])  # the reference's entropy over so many words is less exact than that
+@pytest.mark.parametrize(
+    "impl", IMPLS[1:]
+)  # the reference's entropy over so many words is less exact than that
 def test_a_real_vocabulary(impl: str) -> None:
     inputs = make_inputs(num_tokens=5, num_rows=7, vocab=50257)
-    actual = outputs_and_gradients(linear_logprob, inputs, torch.float32, entropy_grad=True, impl=impl)
-    plain, truth = (outputs_and_gradients(materialised, inputs, dtype) for dtype in (torch.float32, torch.float64))
+    actual = outputs_and_gradients(
+        linear_logprob, inputs, torch.float32, entropy_grad=True, impl=impl
+    )
+    plain, truth = (
+        outputs_and_gradients(materialised, inputs, dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
     for name in truth:
         assert_error_rule(actual[name], plain[name], truth[name], name=name)
 
@@ -86,16 +104,28 @@ def test_upstream_gradients_of_any_kind(impl: str) -> None:
     """Strided, expanded, zero in some rows or in one output: each as its contiguous copy."""
     inputs = make_inputs(num_tokens=37, num_rows=53, vocab=97)
     leaves = inputs["hidden_TD"].requires_grad_(), inputs["weight_VD"].requires_grad_()
-    outputs = linear_logprob(**inputs, entropy_grad=True, impl=impl, workspace_mib=1e-6)  # chunks of 16 rows
-    strided = torch.randn(53, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[:, 1]
+    outputs = linear_logprob(
+        **inputs, entropy_grad=True, impl=impl, workspace_mib=1e-6
+    )  # chunks of 16 rows
+    strided = torch.randn(53, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[
+        :, 1
+    ]
     expanded = torch.tensor(0.3, dtype=torch.float64).expand(53)
     some = strided * (torch.arange(53) % 3 == 0)
-    for upstream in ((strided, expanded), (expanded, torch.zeros(53).double()), (some, some.roll(1))):
-        expected = torch.autograd.grad(materialised(**inputs), leaves, [x.contiguous() for x in upstream])
+    for upstream in (
+        (strided, expanded),
+        (expanded, torch.zeros(53).double()),
+        (some, some.roll(1)),
+    ):
+        expected = torch.autograd.grad(
+            materialised(**inputs), leaves, [x.contiguous() for x in upstream]
+        )
         actual = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     only_entropy = torch.autograd.grad(outputs[1].sum(), leaves[1], retain_graph=True)
-    torch.testing.assert_close(only_entropy, torch.autograd.grad(materialised(**inputs)[1].sum(), leaves[1]))
+    torch.testing.assert_close(
+        only_entropy, torch.autograd.grad(materialised(**inputs)[1].sum(), leaves[1])
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -109,7 +139,8 @@ def test_same_bits_twice_and_alone(impl: str) -> None:
         assert_bitwise_equal(first[name], second[name], name=name)
     if impl == "ref":
         return
-    hidden, weight = inputs["hidden_TD"].float(), inputs["weight_VD"].float()
+    hidden = inputs["hidden_TD"].float()
+    weight = inputs["weight_VD"].float()
     for n in (0, 17, 52):
         given = {name: inputs[name][n : n + 1] for name in ("targets_N", "temperature")}
         for name, alone in zip(
@@ -131,9 +162,15 @@ def test_defaults_equal_what_they_stand_for() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_inputs_equal_their_copies(impl: str) -> None:
     inputs = make_inputs(num_tokens=5, num_rows=7, vocab=11)
-    strided = {name: torch.stack([x, x.roll(1)], 1)[:, 0] for name, x in inputs.items() if x.dim() == 1}
+    strided = {
+        name: torch.stack([x, x.roll(1)], 1)[:, 0] for name, x in inputs.items() if x.dim() == 1
+    }
     assert not any(x.is_contiguous() for x in strided.values())
-    for a, b in zip(linear_logprob(**(inputs | strided), impl=impl), linear_logprob(**inputs, impl=impl), strict=True):
+    for a, b in zip(
+        linear_logprob(**(inputs | strided), impl=impl),
+        linear_logprob(**inputs, impl=impl),
+        strict=True,
+    ):
         assert_bitwise_equal(a, b, name=impl)
 
 
@@ -146,9 +183,15 @@ def test_entropy_has_no_gradient_unless_asked() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_minus_infinity_is_probability_zero(impl: str) -> None:
-    hidden, weight = torch.ones(1, 1), torch.tensor([[-torch.inf], [0.0], [0.0]])
+    hidden = torch.ones(1, 1)
+    weight = torch.tensor([[-torch.inf], [0.0], [0.0]])
     logprobs, entropy = linear_logprob(
-        hidden, weight, torch.arange(3), temperature=2.0, rows_N=torch.zeros(3, dtype=torch.int64), impl=impl
+        hidden,
+        weight,
+        torch.arange(3),
+        temperature=2.0,
+        rows_N=torch.zeros(3, dtype=torch.int64),
+        impl=impl,
     )
     log_2 = torch.tensor(2.0).log()
     torch.testing.assert_close(logprobs, torch.stack((-torch.tensor(torch.inf), -log_2, -log_2)))
@@ -162,20 +205,44 @@ GOOD = {
     "temperature": 1.0,
 }
 BAD = [
-    ({"hidden_TD": torch.zeros(3, 2, dtype=torch.int32)}, r"hidden_TD must be float32/.* \[T, D\], got int32 \[3, 2\]"),
-    ({"hidden_TD": torch.zeros(2, 3).T}, r"hidden_TD strides must be \(\*, 1\), got \(1, 3\); call .contiguous\(\)"),
-    ({"weight_VD": torch.zeros(5, 4)}, r"weight_VD must be float32 \[V, D=2\], got float32 \[5, 4\]"),
-    ({"weight_VD": torch.zeros(5, 2).half()}, r"weight_VD must be float32 \[V, D=2\], got float16 \[5, 2\]"),
+    (
+        {"hidden_TD": torch.zeros(3, 2, dtype=torch.int32)},
+        r"hidden_TD must be float32/.* \[T, D\], got int32 \[3, 2\]",
+    ),
+    (
+        {"hidden_TD": torch.zeros(2, 3).T},
+        r"hidden_TD strides must be \(\*, 1\), got \(1, 3\); call .contiguous\(\)",
+    ),
+    (
+        {"weight_VD": torch.zeros(5, 4)},
+        r"weight_VD must be float32 \[V, D=2\], got float32 \[5, 4\]",
+    ),
+    (
+        {"weight_VD": torch.zeros(5, 2).half()},
+        r"weight_VD must be float32 \[V, D=2\], got float16 \[5, 2\]",
+    ),
     ({"weight_VD": torch.zeros(5, 2, device="meta")}, "weight_VD must be on cpu, got meta"),
     ({"weight_VD": torch.zeros(0, 2)}, r"weight_VD must be \[V, D\] with V > 0, got \[0, 2\]"),
-    ({"targets_N": torch.zeros(4, dtype=torch.int64)}, r"targets_N must be int64 \[N=3\], got int64 \[4\]"),
-    ({"targets_N": torch.zeros(3, dtype=torch.int32)}, r"targets_N must be int64 \[N=3\], got int32 \[3\]"),
+    (
+        {"targets_N": torch.zeros(4, dtype=torch.int64)},
+        r"targets_N must be int64 \[N=3\], got int64 \[4\]",
+    ),
+    (
+        {"targets_N": torch.zeros(3, dtype=torch.int32)},
+        r"targets_N must be int64 \[N=3\], got int32 \[3\]",
+    ),
     ({"targets_N": torch.tensor([0, 4, 5])}, r"targets_N must be in \[0, 5\), got 5 at 2"),
     ({"targets_N": torch.tensor([0, -1, 5])}, r"targets_N must be in \[0, 5\), got -1 at 1"),
     ({"rows_N": torch.tensor([0, 3, 1])}, r"rows_N must be in \[0, 3\), got 3 at 1"),
     ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
-    ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature_N must be finite and > 0, got 0.0 at 1"),
-    ({"temperature": torch.ones(2)}, r"temperature_N must be float32/float64 \[N=3\], got float32 \[2\]"),
+    (
+        {"temperature": torch.tensor([1.0, 0.0, 1.0])},
+        "temperature_N must be finite and > 0, got 0.0 at 1",
+    ),
+    (
+        {"temperature": torch.ones(2)},
+        r"temperature_N must be float32/float64 \[N=3\], got float32 \[2\]",
+    ),
     ({"temperature": float("nan")}, "temperature must be finite and > 0, got nan"),
     ({"workspace_mib": -1.0}, "workspace_mib must be finite and > 0, got -1.0"),
     ({"impl": "cuda"}, "impl must be one of auto, ref, cpp, triton, got 'cuda'"),

@@ -21,16 +21,25 @@ from tests.ops.policy_head import (
     shapes_inside,
 )
 
-linear_logprob_module = importlib.import_module("socpo_fast.ops.linear_logprob")  # as an attribute, the op
+linear_logprob_module = importlib.import_module(
+    "socpo_fast.ops.linear_logprob"
+)  # as an attribute, the op
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 # one row, a prime number of them with repeats; a prime vocabulary, one a word longer than 1024, a single word
-@pytest.mark.parametrize(("num_tokens", "num_rows", "vocab"), [(1, 1, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "vocab"), [(1, 1, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)]
+)
 def test_equals_log_softmax_of_all_logits(
-    num_tokens: int, num_rows: int, vocab: int, dtype: torch.dtype, options: dict[str, Any], impl: str
+    num_tokens: int,
+    num_rows: int,
+    vocab: int,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    impl: str,
 ) -> None:
     assert_as_right_as_plain(make_case(num_tokens, num_rows, vocab), dtype, impl, **options)
 
@@ -42,8 +51,12 @@ def test_gradcheck(kl_estimator: str, impl: str) -> None:
     case = make_case(num_tokens=5, num_rows=7, vocab=11, width=3)
     options = {"entropy_coef": 0.3, "kl_coef": 0.2, "kl_estimator": kl_estimator, "impl": impl}
     leaves = case.hidden.requires_grad_(), case.weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda hidden, weight: call(case, hidden, weight, **options).loss, leaves)
-    assert torch.autograd.gradcheck(lambda hidden, weight: call(case, hidden, weight, impl=impl).loss, leaves)
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight: call(case, hidden, weight, **options).loss, leaves
+    )
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight: call(case, hidden, weight, impl=impl).loss, leaves
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -81,7 +94,8 @@ def test_full_logits_never_exist(impl: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_same_inputs_same_bits(impl: str) -> None:
     case = make_case()
-    first, second = fused(case, torch.float32, impl=impl), fused(case, torch.float32, impl=impl)
+    first = fused(case, torch.float32, impl=impl)
+    second = fused(case, torch.float32, impl=impl)
     for name, a, b in zip(PolicyLoss._fields, first[0], second[0], strict=True):
         assert_bitwise_equal(a, b, name=name)
     assert_bitwise_equal(first[1], second[1], name="hidden.grad")
@@ -110,15 +124,19 @@ def test_microbatches_add_up_to_the_update(impl: str) -> None:
             ).loss.backward()
         return hidden.grad, weight.grad
 
-    whole, split = gradients([slice(None)]), gradients([slice(0, 10), slice(10, 11), slice(11, None)])
+    whole = gradients([slice(None)])
+    split = gradients([slice(0, 10), slice(10, 11), slice(11, None)])
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_prompt_row_predicts_eight_first_tokens(impl: str) -> None:
     case = make_case(num_tokens=1, num_rows=8)
-    shared, copied = case, case._replace(hidden=case.hidden.repeat(8, 1), rows=torch.arange(8))
-    (one, one_dx, one_dw), (eight, eight_dx, eight_dw) = (fused(x, torch.float64, impl=impl) for x in (shared, copied))
+    shared = case
+    copied = case._replace(hidden=case.hidden.repeat(8, 1), rows=torch.arange(8))
+    (one, one_dx, one_dw), (eight, eight_dx, eight_dw) = (
+        fused(x, torch.float64, impl=impl) for x in (shared, copied)
+    )
     torch.testing.assert_close(one, eight, equal_nan=True)
     torch.testing.assert_close(one_dx, eight_dx.sum(0, keepdim=True))
     torch.testing.assert_close(one_dw, eight_dw)
@@ -133,11 +151,17 @@ def test_skipped_rows_are_nan_and_change_nothing(impl: str) -> None:
     everything, all_dx, all_dw = fused(case, torch.float64, metrics="all", impl=impl)
     for field in ("logprobs", "entropy", "ratio"):
         assert torch.equal(getattr(some, field).isnan(), skipped)
-        torch.testing.assert_close(getattr(some, field)[~skipped], getattr(everything, field)[~skipped])
-    torch.testing.assert_close((some.loss, some.clip_fraction), (everything.loss, everything.clip_fraction))
+        torch.testing.assert_close(
+            getattr(some, field)[~skipped], getattr(everything, field)[~skipped]
+        )
+    torch.testing.assert_close(
+        (some.loss, some.clip_fraction), (everything.loss, everything.clip_fraction)
+    )
     torch.testing.assert_close((some_dx, some_dw), (all_dx, all_dw))
     # with an entropy or KL term only a weight of 0 skips a row
-    assert torch.equal(fused(case, torch.float64, kl_coef=0.1, impl=impl)[0].ratio.isnan(), case.weights == 0)
+    assert torch.equal(
+        fused(case, torch.float64, kl_coef=0.1, impl=impl)[0].ratio.isnan(), case.weights == 0
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -153,17 +177,25 @@ def test_rows_without_loss_may_hold_anything(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_and_expanded_inputs_equal_their_copies(impl: str) -> None:
     """In fp64 with no row skipped: converted or picked, they would be copies already."""
-    case = make_case()._replace(weights=torch.tensor(0.1).double().expand(53), advantages=torch.ones(4).double())
+    case = make_case()._replace(
+        weights=torch.tensor(0.1).double().expand(53), advantages=torch.ones(4).double()
+    )
     names = ("targets", "rows", "temperature", "old", "attempt_of_token", "ref", "advantages")
-    strided = {name: torch.stack([x, x.roll(1)], 1)[:, 0] for name in names for x in [getattr(case, name)]}
+    strided = {
+        name: torch.stack([x, x.roll(1)], 1)[:, 0] for name in names for x in [getattr(case, name)]
+    }
     copies = case._replace(weights=case.weights.contiguous())
-    actual, expected = (fused(x, torch.float64, kl_coef=0.1, impl=impl) for x in (case._replace(**strided), copies))
+    actual, expected = (
+        fused(x, torch.float64, kl_coef=0.1, impl=impl) for x in (case._replace(**strided), copies)
+    )
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
-    "case", [make_case()._replace(weights=torch.zeros(53)), make_case(0, 0)], ids=["masked", "empty"]
+    "case",
+    [make_case()._replace(weights=torch.zeros(53)), make_case(0, 0)],
+    ids=["masked", "empty"],
 )
 def test_nothing_to_train_gives_zero_gradients(case: Case, impl: str) -> None:
     result, hidden_grad, weight_grad = fused(case, torch.float32, impl=impl)
@@ -177,13 +209,25 @@ def test_nothing_to_train_gives_zero_gradients(case: Case, impl: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"old_logprobs_N": torch.zeros(2)}, r"old_logprobs_N must be float32/float64 \[N=3\], got float32 \[2\]"),
-        ({"advantages": torch.tensor([1.0, 1.0, torch.inf])}, "advantages_N must be finite, got inf at 2"),
+        (
+            {"old_logprobs_N": torch.zeros(2)},
+            r"old_logprobs_N must be float32/float64 \[N=3\], got float32 \[2\]",
+        ),
+        (
+            {"advantages": torch.tensor([1.0, 1.0, torch.inf])},
+            "advantages_N must be finite, got inf at 2",
+        ),
         ({"num_loss_tokens": -1}, "num_loss_tokens must be finite and > 0, got -1"),
-        ({"weights_N": torch.ones(3)}, "exactly one of weights_N and num_loss_tokens must be given, got both"),
+        (
+            {"weights_N": torch.ones(3)},
+            "exactly one of weights_N and num_loss_tokens must be given, got both",
+        ),
         ({"workspace_mib": 0}, "workspace_mib must be finite and > 0, got 0"),
         ({"num_loss_tokens": float("nan")}, "num_loss_tokens must be finite and > 0, got nan"),
-        ({"old_logprobs_N": torch.zeros(3, device="meta")}, "old_logprobs_N must be on cpu, got meta"),
+        (
+            {"old_logprobs_N": torch.zeros(3, device="meta")},
+            "old_logprobs_N must be on cpu, got meta",
+        ),
         ({"metrics": "none"}, "metrics must be one of loss_rows, all, got 'none'"),
     ],
 )

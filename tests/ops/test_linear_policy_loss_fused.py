@@ -37,7 +37,9 @@ def products(run: Callable[[], object]) -> list[tuple[int, int, int]]:
 # a width that is no multiple of 8; peaked: half of the targets carry nearly all probability
 @pytest.mark.parametrize("peak", [2.0, 9.0])
 def test_real_vocabularies(vocab: int, peak: float) -> None:
-    assert_as_right_as_plain(make_case(5, 7, vocab, width=13, peak=peak), torch.float32, "cpp", entropy_coef=0.05)
+    assert_as_right_as_plain(
+        make_case(5, 7, vocab, width=13, peak=peak), torch.float32, "cpp", entropy_coef=0.05
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -49,30 +51,42 @@ def test_awkward_logits(kind: str, dtype: torch.dtype) -> None:
     if kind == "large":
         hidden = hidden * 128
     else:
-        hidden, weight = (
-            torch.cat([hidden, hidden.new_full((37, 1), 100)], 1),
-            torch.cat([weight, weight.new_full((97, 1), 100)], 1),
-        )
-    case = case._replace(hidden=hidden, weight=weight, temperature=case.temperature.round().clamp(min=1))
+        hidden = torch.cat([hidden, hidden.new_full((37, 1), 100)], 1)
+        weight = torch.cat([weight, weight.new_full((97, 1), 100)], 1)
+    case = case._replace(
+        hidden=hidden, weight=weight, temperature=case.temperature.round().clamp(min=1)
+    )
     logits = hidden[case.rows] @ weight.T
     assert logits.max() > 1e3
-    logprobs = (logits / case.temperature[:, None]).log_softmax(1).gather(1, case.targets[:, None])[:, 0]
+    logprobs = (
+        (logits / case.temperature[:, None]).log_softmax(1).gather(1, case.targets[:, None])[:, 0]
+    )
     noise = 0.5 * torch.randn(53, generator=torch.Generator().manual_seed(0))
-    assert_as_right_as_plain(case._replace(old=logprobs + noise, ref=logprobs - noise), dtype, "cpp", entropy_coef=0.05)
+    assert_as_right_as_plain(
+        case._replace(old=logprobs + noise, ref=logprobs - noise), dtype, "cpp", entropy_coef=0.05
+    )
 
 
 def test_three_products_for_a_gradient_and_only_those_needed() -> None:
     case = make_case(num_rows=37)._replace(weights=torch.ones(37), advantages=torch.ones(4))
-    case = case._replace(old=fused(case, torch.float32, metrics="all", impl="cpp")[0].logprobs)  # nothing is clipped
-    hidden, weight = case.hidden.float(), case.weight.float()
-    logits, dw, dx = (37, 16, 97), (97, 37, 16), (37, 97, 16)
+    case = case._replace(
+        old=fused(case, torch.float32, metrics="all", impl="cpp")[0].logprobs
+    )  # nothing is clipped
+    hidden = case.hidden.float()
+    weight = case.weight.float()
+    logits = (37, 16, 97)
+    dw = (97, 37, 16)
+    dx = (37, 97, 16)
     for needs_hidden, needs_weight, expected in (
         (True, True, [logits, dw, dx]),
         (True, False, [logits, dx]),
         (False, True, [logits, dw]),
         (False, False, [logits]),
     ):
-        leaves = hidden.clone().requires_grad_(needs_hidden), weight.clone().requires_grad_(needs_weight)
+        leaves = (
+            hidden.clone().requires_grad_(needs_hidden),
+            weight.clone().requires_grad_(needs_weight),
+        )
         assert products(lambda leaves=leaves: call(case, *leaves)) == expected
         with torch.no_grad():
             assert products(lambda leaves=leaves: call(case, *leaves)) == [logits]
@@ -85,48 +99,82 @@ def test_clipped_rows_are_left_out_of_the_gradient_products() -> None:
     case = make_case(num_rows=61)._replace(weights=torch.ones(61), advantages=torch.ones(4))
     logprobs = fused(case, torch.float32, metrics="all")[0].logprobs.double()
     clipped = torch.rand(61, generator=torch.Generator().manual_seed(0)) < 0.5
-    case = case._replace(old=logprobs - torch.where(clipped, 1.0, 0.0))  # A > 0 and ratio e: beyond the upper clip
+    case = case._replace(
+        old=logprobs - torch.where(clipped, 1.0, 0.0)
+    )  # A > 0 and ratio e: beyond the upper clip
     num_kept = int((~clipped).sum())
     leaves = case.hidden.float().requires_grad_(), case.weight.float().requires_grad_()
-    assert products(lambda: call(case, *leaves)) == [(61, 16, 97), (97, num_kept, 16), (num_kept, 97, 16)]
+    assert products(lambda: call(case, *leaves)) == [
+        (61, 16, 97),
+        (97, num_kept, 16),
+        (num_kept, 97, 16),
+    ]
     assert_as_right_as_plain(case, torch.float32, "cpp")
     kept = case._replace(
         **{
             name: getattr(case, name)[~clipped]
-            for name in ("targets", "rows", "temperature", "old", "attempt_of_token", "weights", "ref")
+            for name in (
+                "targets",
+                "rows",
+                "temperature",
+                "old",
+                "attempt_of_token",
+                "weights",
+                "ref",
+            )
         }
     )
-    for a, b, name in zip(fused(case, torch.float32)[1:], fused(kept, torch.float32)[1:], ("dX", "dW"), strict=True):
+    for a, b, name in zip(
+        fused(case, torch.float32)[1:], fused(kept, torch.float32)[1:], ("dX", "dW"), strict=True
+    ):
         torch.testing.assert_close(a, b, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_row_has_the_bits_it_would_have_alone(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_row_has_the_bits_it_would_have_alone(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
     case = make_case(num_tokens=53, width=24, vocab=1031)._replace(rows=torch.arange(53))
-    result, dx, _ = fused(case, dtype, metrics="all", workspace_mib=0.1, **options)  # chunks of 24 rows
+    result, dx, _ = fused(
+        case, dtype, metrics="all", workspace_mib=0.1, **options
+    )  # chunks of 24 rows
     for n in (0, 1, 17, 18, 40, 52):
         one = case._replace(
             **{
                 name: getattr(case, name)[n : n + 1]
-                for name in ("hidden", "targets", "temperature", "old", "attempt_of_token", "weights", "ref")
+                for name in (
+                    "hidden",
+                    "targets",
+                    "temperature",
+                    "old",
+                    "attempt_of_token",
+                    "weights",
+                    "ref",
+                )
             },
             rows=torch.zeros(1, dtype=torch.int64),
         )
         alone, alone_dx, _ = fused(one, dtype, metrics="all", **options)
         for name in ("logprobs", "entropy", "ratio"):
-            assert_bitwise_equal(getattr(alone, name), getattr(result, name)[n : n + 1], name=f"{name} {n}")
+            assert_bitwise_equal(
+                getattr(alone, name), getattr(result, name)[n : n + 1], name=f"{name} {n}"
+            )
         assert_bitwise_equal(alone_dx, dx[n : n + 1], name=f"dX {n}")
 
 
 def test_a_row_has_the_bits_it_would_have_alone_at_real_size() -> None:
     """GEMM libraries choose by size, so once at that of SmolLM2's head."""
     rng = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(40, 576, generator=rng), torch.randn(49152, 576, generator=rng) / 24
+    hidden = torch.randn(40, 576, generator=rng)
+    weight = torch.randn(49152, 576, generator=rng) / 24
 
     def run(rows: slice) -> tuple[PolicyLoss, Tensor]:
-        x, row = hidden[rows].clone().requires_grad_(), torch.ones(40)[rows]
-        result = linear_policy_loss(x, weight, torch.arange(40)[rows], -11 * row, row, temperature=1.0, weights_N=row)
+        x = hidden[rows].clone().requires_grad_()
+        row = torch.ones(40)[rows]
+        result = linear_policy_loss(
+            x, weight, torch.arange(40)[rows], -11 * row, row, temperature=1.0, weights_N=row
+        )
         result.loss.backward()
         return result, x.grad
 
@@ -140,24 +188,34 @@ def test_a_row_has_the_bits_it_would_have_alone_at_real_size() -> None:
 def test_upstream_gradient_second_backward_and_tied_head() -> None:
     case = make_case()
     _, dx, dw = fused(case, torch.float64)
-    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    hidden = case.hidden.clone().requires_grad_()
+    weight = case.weight.clone().requires_grad_()
     loss = call(case, hidden, weight).loss
     for upstream in (-3.0, 0.5):  # the second one recomputes, as the first took the buffers along
-        got_dx, got_dw = torch.autograd.grad(loss, (hidden, weight), torch.tensor(upstream).double(), retain_graph=True)
-        torch.testing.assert_close((got_dx, got_dw), (dx * upstream, dw * upstream), rtol=1e-14, atol=0)
+        got_dx, got_dw = torch.autograd.grad(
+            loss, (hidden, weight), torch.tensor(upstream).double(), retain_graph=True
+        )
+        torch.testing.assert_close(
+            (got_dx, got_dw), (dx * upstream, dw * upstream), rtol=1e-14, atol=0
+        )
     token_ids = torch.arange(37) % 97
     tied = case.weight.clone().requires_grad_()
     call(case, tied[token_ids], tied).loss.backward()
-    x, head = case.weight[token_ids].requires_grad_(), case.weight.clone().requires_grad_()
+    x = case.weight[token_ids].requires_grad_()
+    head = case.weight.clone().requires_grad_()
     call(case, x, head).loss.backward()
     torch.testing.assert_close(tied.grad, head.grad.index_add(0, token_ids, x.grad))
 
 
 def test_inputs_changed_before_a_second_backward_are_noticed() -> None:
     """It starts from them again: other targets would give another loss's gradient."""
-    hidden, weight, row = torch.ones(3, 2, requires_grad=True), torch.rand(5, 2), torch.ones(3)
+    hidden = torch.ones(3, 2, requires_grad=True)
+    weight = torch.rand(5, 2)
+    row = torch.ones(3)
     for changed in (targets := torch.zeros(3, dtype=torch.int64), old := -row.clone()):
-        loss = linear_policy_loss(hidden, weight, targets, old, row, temperature=1.0, num_loss_tokens=3).loss
+        loss = linear_policy_loss(
+            hidden, weight, targets, old, row, temperature=1.0, num_loss_tokens=3
+        ).loss
         loss.backward(retain_graph=True)
         changed.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -14,7 +14,14 @@ from tests.loss_options import gathered
 
 pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 
-OPTIONS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0, "entropy_coef": 0.0, "kl_coef": 0.0, "kl_estimator": 3}
+OPTIONS = {
+    "clip_low": 0.2,
+    "clip_high": 0.3,
+    "dual_clip": 3.0,
+    "entropy_coef": 0.0,
+    "kl_coef": 0.0,
+    "kl_estimator": 3,
+}
 Inputs = dict[str, Tensor]
 
 
@@ -33,10 +40,14 @@ def make_rows(kind: str, num_rows: int, vocab: int) -> Inputs:
         logits[torch.rand(num_rows, vocab, generator=rng) < 0.7] = -torch.inf
         logits[:, : min(1100, vocab - 1)] = -torch.inf  # more than a block of the row pass
         likely = logits.argmax(1)
-    targets = torch.where(torch.arange(num_rows) % 2 == 0, likely, torch.randint(vocab, (num_rows,), generator=rng))
+    targets = torch.where(
+        torch.arange(num_rows) % 2 == 0, likely, torch.randint(vocab, (num_rows,), generator=rng)
+    )
     inv_temperature = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)[torch.arange(num_rows) % 3]
     logprobs = (logits * inv_temperature[:, None]).log_softmax(1).gather(1, targets[:, None])[:, 0]
-    old = torch.where(logprobs.isfinite(), logprobs, -1.0) + 0.5 * torch.randn(num_rows, generator=rng)
+    old = torch.where(logprobs.isfinite(), logprobs, -1.0) + 0.5 * torch.randn(
+        num_rows, generator=rng
+    )
     return {
         "logits": logits,
         "targets": targets,
@@ -48,7 +59,9 @@ def make_rows(kind: str, num_rows: int, vocab: int) -> Inputs:
     }
 
 
-def run_rows(rows: Inputs, dtype: torch.dtype, grad_logits: Tensor | None, **options: Any) -> Tensor:
+def run_rows(
+    rows: Inputs, dtype: torch.dtype, grad_logits: Tensor | None, **options: Any
+) -> Tensor:
     given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in rows.items()}
     options = OPTIONS | options
     return torch.ops.socpo.policy_rows(
@@ -89,7 +102,13 @@ def plain_rows(rows: Inputs, dtype: torch.dtype, **options: Any) -> dict[str, Te
         **gathered(options | {"kl_estimator": f"k{options['kl_estimator']}"}),
     )
     grad = torch.autograd.grad(result.loss, logits)[0]
-    return {"loss": result.loss.detach(), "logprob": logprobs, "entropy": entropy, "ratio": result.ratio, "grad": grad}
+    return {
+        "loss": result.loss.detach(),
+        "logprob": logprobs,
+        "entropy": entropy,
+        "ratio": result.ratio,
+        "grad": grad,
+    }
 
 
 TERMS: dict[str, dict[str, Any]] = {
@@ -107,11 +126,20 @@ def test_rows_equal_autograd(kind: str, dtype: torch.dtype, terms: dict[str, Any
     rows = make_rows(kind, 30, 2053)
     grad = rows["logits"].to(dtype, copy=True)
     values = run_rows(rows, dtype, grad, **terms)
-    actual = {"loss": values[0].sum(), "logprob": values[1], "entropy": values[2], "ratio": values[3], "grad": grad}
-    plain, truth = plain_rows(rows, dtype, **terms), plain_rows(rows, torch.float64, **terms)
+    actual = {
+        "loss": values[0].sum(),
+        "logprob": values[1],
+        "entropy": values[2],
+        "ratio": values[3],
+        "grad": grad,
+    }
+    plain = plain_rows(rows, dtype, **terms)
+    truth = plain_rows(rows, torch.float64, **terms)
     for name, x in truth.items():
         size = max(1.0, x[x.isfinite()].abs().max().item())
-        assert_error_rule(*(y[name].double() / size for y in (actual, plain, truth)), name=name, dtype=dtype)
+        assert_error_rule(
+            *(y[name].double() / size for y in (actual, plain, truth)), name=name, dtype=dtype
+        )
     if kind == "peaked":
         assert (truth["logprob"] > math.log(0.9995)).sum() > 5
 
@@ -121,22 +149,32 @@ def test_real_vocabularies(vocab: int) -> None:
     rows = make_rows("noise", 4, vocab)
     grad = rows["logits"].float()
     values = run_rows(rows, torch.float32, grad, entropy_coef=0.1)
-    plain, truth = plain_rows(rows, torch.float32, entropy_coef=0.1), plain_rows(rows, torch.float64, entropy_coef=0.1)
+    plain = plain_rows(rows, torch.float32, entropy_coef=0.1)
+    truth = plain_rows(rows, torch.float64, entropy_coef=0.1)
     for name, x in {"logprob": values[1], "entropy": values[2], "grad": grad}.items():
         assert_error_rule(x, plain[name], truth[name], name=name)
 
 
-def one_row(advantage: float, log_ratio: float, **options: Any) -> tuple[float, float, float, float]:
+def one_row(
+    advantage: float, log_ratio: float, **options: Any
+) -> tuple[float, float, float, float]:
     """Loss, ratio, clipped and coefficient of a row of weight 1 in fp64."""
     rows = {name: x[:1] for name, x in make_rows("noise", 1, 11).items()}
     logprob = run_rows(rows, torch.float64, None)[1]
-    rows |= {"old": logprob - log_ratio, "advantages": torch.tensor([advantage]), "weights": torch.ones(1)}
-    loss, _, _, ratio, clipped, coefficient = run_rows(rows, torch.float64, None, **options)[:, 0].tolist()
+    rows |= {
+        "old": logprob - log_ratio,
+        "advantages": torch.tensor([advantage]),
+        "weights": torch.ones(1),
+    }
+    loss, _, _, ratio, clipped, coefficient = run_rows(rows, torch.float64, None, **options)[
+        :, 0
+    ].tolist()
     return loss, ratio, clipped, coefficient
 
 
 @pytest.mark.parametrize(
-    ("advantage", "log_ratio", "bound"), [(2.0, 0.25, "clip_high"), (-2.0, -0.25, "clip_low"), (-2.0, 1.0, "dual_clip")]
+    ("advantage", "log_ratio", "bound"),
+    [(2.0, 0.25, "clip_high"), (-2.0, -0.25, "clip_low"), (-2.0, 1.0, "dual_clip")],
 )
 def test_gradient_passes_exactly_on_a_bound(advantage: float, log_ratio: float, bound: str) -> None:
     ratio = one_row(advantage, log_ratio, clip_low=1.0, clip_high=9.0)[1]
@@ -148,7 +186,9 @@ def test_gradient_passes_exactly_on_a_bound(advantage: float, log_ratio: float, 
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
-@pytest.mark.parametrize("log_ratio", [-25.0, -20.0, -1.0, -0.1, 0.0, 0.1, 0.5, 1.0, 1.2, 20.0, 25.0])
+@pytest.mark.parametrize(
+    "log_ratio", [-25.0, -20.0, -1.0, -0.1, 0.0, 0.1, 0.5, 1.0, 1.2, 20.0, 25.0]
+)
 def test_every_side_of_every_clip(advantage: float, log_ratio: float) -> None:
     """Against policy_loss at the same log-ratio, in fp64."""
     loss, ratio, clipped, coefficient = one_row(advantage, log_ratio)
@@ -165,7 +205,9 @@ def test_every_side_of_every_clip(advantage: float, log_ratio: float) -> None:
 
 def test_rows_of_weight_zero_are_exact_zeros() -> None:
     rows = make_rows("noise", 6, 1031)
-    rows["logits"][0], rows["old"][1], rows["weights"] = torch.nan, torch.nan, torch.zeros(6)
+    rows["logits"][0] = torch.nan
+    rows["old"][1] = torch.nan
+    rows["weights"] = torch.zeros(6)
     for dtype in (torch.float32, torch.float64):
         grad = rows["logits"].to(dtype, copy=True)
         values = run_rows(rows, dtype, grad, kl_coef=0.1, entropy_coef=0.1)
@@ -176,7 +218,9 @@ def test_rows_of_weight_zero_are_exact_zeros() -> None:
 
 def test_nan_is_not_hidden() -> None:
     rows = make_rows("noise", 3, 1031)
-    rows["logits"][0, 7], rows["logits"][1], rows["weights"] = torch.nan, -torch.inf, torch.ones(3)
+    rows["logits"][0, 7] = torch.nan
+    rows["logits"][1] = -torch.inf
+    rows["weights"] = torch.ones(3)
     grad = rows["logits"].float()
     values = run_rows(rows, torch.float32, grad)
     assert values[0].isnan().tolist() == [True, True, False]
@@ -192,7 +236,9 @@ def test_a_row_has_the_same_bits_alone_in_place_and_strided() -> None:
         wide = torch.zeros(1, 1500)
         wide[:, :1031] = alone["logits"]
         assert_bitwise_equal(
-            run_rows(alone, torch.float32, wide[:, :1031], entropy_coef=0.1), values[:, n : n + 1], name="values"
+            run_rows(alone, torch.float32, wide[:, :1031], entropy_coef=0.1),
+            values[:, n : n + 1],
+            name="values",
         )
         assert_bitwise_equal(wide[:, :1031], grad[n : n + 1], name="grad")
         assert not wide[:, 1031:].any()
@@ -200,8 +246,11 @@ def test_a_row_has_the_same_bits_alone_in_place_and_strided() -> None:
 
 def test_registration() -> None:
     """Schemas, mutation, fake tensors and tracing, as torch sees them, of every op of the extension."""
-    ops, f = torch.ops.socpo, torch.randn
-    targets, row, logits = torch.tensor([1, 0, 4]), f(3), f(3, 5)
+    ops = torch.ops.socpo
+    f = torch.randn
+    targets = torch.tensor([1, 0, 4])
+    row = f(3)
+    logits = f(3, 5)
     head = (targets, row, f(2), torch.tensor([0, 1, 1]), row.abs(), row.abs() + 0.1, 0.2, 0.2, 3.0)
     for grad in (None, torch.empty(3, 5)):
         torch.library.opcheck(ops.policy_rows, (logits, grad, *head, 0.1, row, 0.1, 3, True))
@@ -211,7 +260,10 @@ def test_registration() -> None:
         torch.library.opcheck(ops.logprob_rows_backward, (*given, grad_entropy))
     torch.library.opcheck(ops.matmul_, (f(3, 5), f(3, 4), f(4, 5), True))
     token_row = torch.ones(3)
-    torch.library.opcheck(ops.sample, (logits, targets, token_row, targets * 0, token_row, token_row * 0))
-    cache, index = f(2, 4, 1, 8), torch.tensor([[1, 0]], dtype=torch.int32)
+    torch.library.opcheck(
+        ops.sample, (logits, targets, token_row, targets * 0, token_row, token_row * 0)
+    )
+    cache = f(2, 4, 1, 8)
+    index = torch.tensor([[1, 0]], dtype=torch.int32)
     seq = (torch.tensor([5], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32))
     torch.library.opcheck(ops.paged_attention, (f(3, 2, 8), cache, cache, index, *seq, 0.3))

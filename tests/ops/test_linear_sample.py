@@ -23,9 +23,13 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-def problem(num_rows: int, vocab: int, width: int = 24, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def problem(
+    num_rows: int, vocab: int, width: int = 24, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(vocab + num_rows)
-    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((num_rows, width), (vocab, width)))
+    hidden, weight = (
+        torch.randn(shape, generator=generator) for shape in ((num_rows, width), (vocab, width))
+    )
     return hidden, (weight * 3 / width**0.5).to(dtype)
 
 
@@ -53,9 +57,15 @@ def pick(knobs: dict[str, Tensor], draws: Tensor | slice) -> dict[str, Tensor]:
 def test_cpp_draws_what_sample_draws(vocab: int, filters: dict, impl: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = problem(40, vocab, dtype=dtype)
-        token_ids, logprobs, _, mass = linear_sample(hidden, weight, keys(40), **settings(40, **filters), impl=impl)
-        expected = sample(linear(hidden, weight, impl=impl), keys(40), **settings(40, **filters), impl=impl)
-        for name, x, y in zip(("token_ids", "logprobs", "mass"), (token_ids, logprobs, mass), expected, strict=True):
+        token_ids, logprobs, _, mass = linear_sample(
+            hidden, weight, keys(40), **settings(40, **filters), impl=impl
+        )
+        expected = sample(
+            linear(hidden, weight, impl=impl), keys(40), **settings(40, **filters), impl=impl
+        )
+        for name, x, y in zip(
+            ("token_ids", "logprobs", "mass"), (token_ids, logprobs, mass), expected, strict=True
+        ):
             assert_bitwise_equal(x, y, name=name)
 
 
@@ -73,7 +83,9 @@ def test_cpp_is_as_right_as_torch(vocab: int, filters: dict, impl: str) -> None:
         logprobs = z.log_softmax(-1)
         keep = kept_tokens(logprobs.exp(), knobs["top_k_B"], knobs["top_p_B"], knobs["min_p_B"])
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        exact.append((logprobs.gather(1, token_ids[:, None])[:, 0], entropy, (logprobs.exp() * keep).sum(-1)))
+        exact.append(
+            (logprobs.gather(1, token_ids[:, None])[:, 0], entropy, (logprobs.exp() * keep).sum(-1))
+        )
     for name, *three in zip(NAMES[1:], actual, *exact, strict=True):
         assert_error_rule(*three, name=name, dtype=torch.float32)
 
@@ -85,12 +97,20 @@ def test_the_bits_of_a_draw_are_its_own(impl: str, dtype: torch.dtype) -> None:
     hidden, weight = problem(300, 1031, dtype=dtype)
     rows = torch.cat([torch.arange(300), torch.arange(0, 300, 2), torch.full((70,), 4)])
     num_draws = len(rows)
-    knobs, row_keys = mixed_settings(num_draws), keys(num_draws)
+    knobs = mixed_settings(num_draws)
+    row_keys = keys(num_draws)
     whole = linear_sample(hidden, weight, row_keys, **knobs, rows_B=rows, impl=impl)
     shuffled = torch.randperm(num_draws, generator=torch.Generator().manual_seed(0))
-    parts = [shuffled, shuffled[:17], torch.arange(300, 520), *torch.arange(0, num_draws, 40).split(1)]
+    parts = [
+        shuffled,
+        shuffled[:17],
+        torch.arange(300, 520),
+        *torch.arange(0, num_draws, 40).split(1),
+    ]
     for part in parts:
-        result = linear_sample(hidden, weight, row_keys[part], **pick(knobs, part), rows_B=rows[part], impl=impl)
+        result = linear_sample(
+            hidden, weight, row_keys[part], **pick(knobs, part), rows_B=rows[part], impl=impl
+        )
         for name, x, y in zip(NAMES, result, whole, strict=True):
             assert_bitwise_equal(x, y[part], name=f"{name} of {len(part)} draws")
     first = linear_sample(hidden, weight, row_keys[:300], **pick(knobs, slice(300)), impl=impl)
@@ -119,7 +139,9 @@ def test_ties_and_tokens_that_cannot_be(impl: str) -> None:
     rows = torch.zeros(200, dtype=torch.int64)
     drawn = linear_sample(*from_logits(logits), keys(200), **settings(200), rows_B=rows, impl=impl)
     assert drawn[0].unique().tolist() == [900, 1700, 2500] and drawn[1].isfinite().all()
-    kept = linear_sample(*from_logits(logits), keys(200), **settings(200, top_k=1), rows_B=rows, impl=impl)
+    kept = linear_sample(
+        *from_logits(logits), keys(200), **settings(200, top_k=1), rows_B=rows, impl=impl
+    )
     assert kept[0].unique().tolist() == [1700]
     torch.testing.assert_close(kept[3], truth[1].exp().float().expand(200))
 
@@ -132,7 +154,9 @@ def test_cold_rows(impl: str, temperature: float) -> None:
     for filters in ({}, {"top_k": 3, "top_p": 0.9}):
         knobs = settings(8, temperature=temperature, **filters)
         rows = torch.zeros(8, dtype=torch.int64)
-        token_ids, *numbers = linear_sample(*from_logits(logits), keys(8), **knobs, rows_B=rows, impl=impl)
+        token_ids, *numbers = linear_sample(
+            *from_logits(logits), keys(8), **knobs, rows_B=rows, impl=impl
+        )
         assert token_ids.tolist() == [1507] * 8
         assert [x.unique().tolist() for x in numbers] == [[0.0], [0.0], [1.0]]
 
@@ -146,7 +170,9 @@ def test_a_broken_row_reports_nan(impl: str, bad: float | None) -> None:
     else:
         logits[950] = bad
     for filters in FILTERS:
-        token_ids, *numbers = linear_sample(*from_logits(logits), keys(1), **settings(1, **filters), impl=impl)
+        token_ids, *numbers = linear_sample(
+            *from_logits(logits), keys(1), **settings(1, **filters), impl=impl
+        )
         assert all(x.isnan().all() for x in numbers) and 0 <= token_ids.item() < 1000
 
 
@@ -171,7 +197,9 @@ def test_filtered_draws_of_triton_are_those_of_ref() -> None:
     drawn, plain = (linear_sample(*given, **options, impl=impl) for impl in ("triton", "ref"))
     assert_bitwise_equal(drawn[0], plain[0], name="token_ids")
     for name, x, y in zip(NAMES[1:], drawn[1:], plain[1:], strict=True):
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            x, y, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -195,13 +223,21 @@ def test_no_draws_and_strided_rows(impl: str) -> None:
         ({"weight_VD": torch.zeros(8, 9).t()}, "contiguous"),
         ({"row_keys_B": keys(2)}, "B without rows_B must be T, got 2"),
         ({"rows_B": torch.tensor([0, 1, 3])}, r"rows_B must be in \[0, 3\), got 3 at 2"),
-        ({"temperature_B": torch.tensor([1.0, -1.0, 1.0])}, "temperature_B must be finite and >= 0, got -1.0 at 1"),
+        (
+            {"temperature_B": torch.tensor([1.0, -1.0, 1.0])},
+            "temperature_B must be finite and >= 0, got -1.0 at 1",
+        ),
         ({"top_p_B": torch.tensor([1.0, 0.0, 1.0])}, r"top_p_B must be in \(0, 1\], got 0.0 at 1"),
         ({"impl": "fast"}, "impl must be one of auto, ref, cpp, triton, got 'fast'"),
     ],
 )
 def test_bad_input_is_named(change: dict, rule: str) -> None:
-    good = {"hidden_TD": torch.zeros(3, 8), "weight_VD": torch.zeros(9, 8), "row_keys_B": keys(3), **settings(3)}
+    good = {
+        "hidden_TD": torch.zeros(3, 8),
+        "weight_VD": torch.zeros(9, 8),
+        "row_keys_B": keys(3),
+        **settings(3),
+    }
     if "row_keys_B" in change:
         good |= settings(2)
     with pytest.raises(ValueError, match=f"linear_sample: .*{rule}"):

@@ -17,22 +17,30 @@ def chance(statistic: Tensor, freedom: int) -> float:
 
 # One tile, and three of which the last is not whole; the reference stores all logits, so it draws the small one only.
 @pytest.mark.parametrize(
-    ("impl", "vocab"), [("ref", 24), *[pytest.param("cpp", v, marks=IMPLS[1].marks) for v in (24, 1700)]]
+    ("impl", "vocab"),
+    [("ref", 24), *[pytest.param("cpp", v, marks=IMPLS[1].marks) for v in (24, 1700)]],
 )
-@pytest.mark.parametrize("filters", [{}, {"temperature": 1.7}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 1.7}, {"temperature": 0.8, "top_p": 0.9}], ids=str
+)
 def test_chi_square(vocab: int, filters: dict, impl: str) -> None:
     """120,000 draws of one row, or 20,000 where each is filtered alone; failed by one seed in 10,000."""
     num_draws = 20_000 if filters.get("top_p") and vocab > 100 else 120_000
     logits_V = 0.6 * torch.randn(vocab, generator=torch.Generator().manual_seed(4))
-    hidden, weight = torch.ones(1, 1), logits_V[:, None].contiguous()
+    hidden = torch.ones(1, 1)
+    weight = logits_V[:, None].contiguous()
     rows = torch.zeros(num_draws, dtype=torch.int64)
     knobs = settings(num_draws, **filters)
-    token_ids, _, _, mass = linear_sample(hidden, weight, keys(num_draws, seed=3), **knobs, rows_B=rows, impl=impl)
+    token_ids, _, _, mass = linear_sample(
+        hidden, weight, keys(num_draws, seed=3), **knobs, rows_B=rows, impl=impl
+    )
     kept = kept_by_hand(logits_V.double().tolist(), **filters)
     counts = token_ids.bincount(minlength=vocab).double()
     tokens = torch.tensor(sorted(kept))
     share = torch.tensor([kept[token] for token in sorted(kept)], dtype=torch.float64)
-    assert counts.sum() == counts[tokens].sum() == num_draws, "nothing that was filtered out is drawn"
+    assert counts.sum() == counts[tokens].sum() == num_draws, (
+        "nothing that was filtered out is drawn"
+    )
     assert (mass - share.sum()).abs().max() < 1e-6
     expected = num_draws * share / share.sum()
     assert expected.min() > 3
@@ -42,14 +50,17 @@ def test_chi_square(vocab: int, filters: dict, impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_siblings_of_a_row_are_not_correlated(impl: str) -> None:
     """Pairs that share their row and differ in the rollout: all pairs of tokens as often as the product says."""
-    num_pairs, vocab = 60_000, 16
+    num_pairs = 60_000
+    vocab = 16
     logits_V = torch.randn(vocab, generator=torch.Generator().manual_seed(5))
     fields = torch.zeros(2 * num_pairs, 6, dtype=torch.int64)
     fields[:, 5] = torch.arange(num_pairs).repeat_interleave(2)
     fields[1::2, 3] = 1
     rows = torch.zeros(2 * num_pairs, dtype=torch.int64)
     head = (torch.ones(1, 1), logits_V[:, None].contiguous())
-    token_ids = linear_sample(*head, row_keys(fields), **settings(2 * num_pairs), rows_B=rows, impl=impl)[0]
+    token_ids = linear_sample(
+        *head, row_keys(fields), **settings(2 * num_pairs), rows_B=rows, impl=impl
+    )[0]
     pairs = (token_ids[0::2] * vocab + token_ids[1::2]).bincount(minlength=vocab**2).double()
     probs = logits_V.double().softmax(0)
     expected = num_pairs * (probs[:, None] * probs).flatten()

@@ -29,9 +29,17 @@ def make_head(num_rows: int, vocab: int, width: int, scale: float = 3.0) -> tupl
     return hidden.half().float(), torch.randn(vocab, width, generator=rng).half().float()
 
 
-def draw(hidden: Tensor, weight: Tensor, row_keys: Tensor, temperature: Tensor, rows: Tensor | None = None) -> tuple:
+def draw(
+    hidden: Tensor,
+    weight: Tensor,
+    row_keys: Tensor,
+    temperature: Tensor,
+    rows: Tensor | None = None,
+) -> tuple:
     tensors = (hidden, weight, row_keys, temperature, rows)
-    *drawn, kept_mass = linear_sample_triton(*(None if x is None else x.to(DEVICE) for x in tensors))
+    *drawn, kept_mass = linear_sample_triton(
+        *(None if x is None else x.to(DEVICE) for x in tensors)
+    )
     assert (kept_mass == 1).all()
     return tuple(x.cpu() for x in drawn)
 
@@ -47,14 +55,25 @@ def expected(
     v = ((noise_bits(row_keys, logits.shape[1]).double() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     scores = z - torch.where((temperature == 0)[:, None], 0.0, torch.log(-torch.log1p(-v)))
     best = torch.cat([scores, torch.full_like(scores[:, :1], -torch.inf)], 1).topk(2, dim=1).values
-    return drawn, logp.gather(1, token_ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1), best[:, 0] - best[:, 1]
+    return (
+        drawn,
+        logp.gather(1, token_ids[:, None])[:, 0],
+        -(logp.exp() * logp).sum(-1),
+        best[:, 0] - best[:, 1],
+    )
 
 
 # Rows: one, a tile, a tile + 1. Vocabularies: one token, a tile, a tile + 1, a prime of many. Widths: one, odd, a tile,
 # a tile + 1. Temperatures of each: 0, small, 1, large; hidden rows repeat and are out of order.
 @pytest.mark.parametrize(
     ("num_draws", "vocab", "width"),
-    [(1, 1, 1), (ROWS, TOKENS, WIDTH), (ROWS + 1, TOKENS + 1, WIDTH + 1), (9, 1031, 67), (3, 2 * TOKENS, 5)],
+    [
+        (1, 1, 1),
+        (ROWS, TOKENS, WIDTH),
+        (ROWS + 1, TOKENS + 1, WIDTH + 1),
+        (9, 1031, 67),
+        (3, 2 * TOKENS, 5),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("gathered", [False, True])
@@ -77,7 +96,8 @@ def assert_draws(
     temperature: Tensor,
 ) -> None:
     """Values by the error rule; tokens are the reference's where the best score leads clearly."""
-    logits, logits_64 = hidden @ weight.T, hidden.double() @ weight.double().T
+    logits = hidden @ weight.T
+    logits_64 = hidden.double() @ weight.double().T
     drawn, *plain, _ = expected(logits, row_keys, temperature, actual[0])
     _, *truth, lead = expected(logits_64, row_keys, temperature, actual[0])
     for name, *three in zip(("logprobs", "entropy"), actual[1:], plain, truth, strict=True):
@@ -98,7 +118,8 @@ def test_a_head_in_16_bits_is_read_as_fp32() -> None:
 
 @triton.jit
 def noise_kernel(keys_ptr, noise_ptr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr):
-    rows, token_ids = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
+    rows = tl.arange(0, BLOCK_B)
+    token_ids = tl.arange(0, BLOCK_V)
     noise = _noise._noise_bits(tl.load(keys_ptr + rows), token_ids + 151000)
     tl.store(noise_ptr + rows[:, None] * BLOCK_V + token_ids[None, :], noise.to(tl.int64))
 
@@ -111,7 +132,9 @@ def test_noise_is_that_of_sample() -> None:
 
 def test_noise_near_both_ends() -> None:
     """Between the smallest noise, 2^-33, and the largest below 1 no digit is lost: E against fp64, relatively."""
-    v = torch.cat([2.0 ** -torch.arange(1.0, 34.0), 1 - 2.0 ** -torch.arange(2.0, 25.0), torch.rand(8)])
+    v = torch.cat(
+        [2.0 ** -torch.arange(1.0, 34.0), 1 - 2.0 ** -torch.arange(2.0, 25.0), torch.rand(8)]
+    )
     result = torch.empty(64, device=DEVICE)
     minus_log1p_kernel[(1,)](v.to(DEVICE), result, BLOCK_V=64)
     truth = -torch.log1p(-v.double())
@@ -129,10 +152,13 @@ def minus_log1p_kernel(v_ptr, result_ptr, BLOCK_V: tl.constexpr):
 @pytest.mark.slow
 def test_chi_square() -> None:
     """102,400 draws of 24 tokens from one row of hidden; failed by one seed in 10,000."""
-    num_draws, temperature = 102_400, 0.7
+    num_draws = 102_400
+    temperature = 0.7
     hidden, weight = make_head(3, 24, 16, scale=1.0)
     rows = torch.full((num_draws,), 2)
-    token_ids, logprobs, _ = draw(hidden, weight, keys(num_draws, seed=3), torch.full((num_draws,), temperature), rows)
+    token_ids, logprobs, _ = draw(
+        hidden, weight, keys(num_draws, seed=3), torch.full((num_draws,), temperature), rows
+    )
     logp = (hidden[2].double() @ weight.double().T / temperature).log_softmax(-1)
     assert (logprobs - logp[token_ids]).abs().max() < 1e-5
     share = num_draws * logp.exp()
@@ -142,7 +168,8 @@ def test_chi_square() -> None:
 
 
 def test_greedy_takes_the_lowest_of_equal_logits() -> None:
-    hidden, weight = torch.ones(2, 1), torch.zeros(5 * TOKENS, 1)
+    hidden = torch.ones(2, 1)
+    weight = torch.zeros(5 * TOKENS, 1)
     weight[[TOKENS + 3, TOKENS + 7, 4 * TOKENS]] = 2.0
     token_ids, logprobs, _ = draw(hidden, weight, keys(2), torch.zeros(2))
     assert token_ids.tolist() == [TOKENS + 3] * 2
@@ -164,7 +191,8 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(at: int) -> None:
 def test_tokens_of_probability_0_are_not_drawn_and_hide_nothing() -> None:
     """All of the first tile, and much of the others, at -inf."""
     hidden, weight = make_head(8, 4 * TOKENS, 8)
-    hidden[:, 0], weight[:, 0] = 1.0, 0.0
+    hidden[:, 0] = 1.0
+    weight[:, 0] = 0.0
     weight[: TOKENS + 9, 0] = -torch.inf
     token_ids, logprobs, entropy = draw(hidden, weight, keys(8), torch.ones(8))
     logits = hidden.double() @ weight[TOKENS + 9 :].double().T
@@ -177,7 +205,8 @@ def test_tokens_of_probability_0_are_not_drawn_and_hide_nothing() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_has_logprob_nan_and_some_token(bad: float) -> None:
     hidden, weight = make_head(3, 130, 8)
-    hidden[1, 0], weight[:, 0] = bad, 1.0
+    hidden[1, 0] = bad
+    weight[:, 0] = 1.0
     token_ids, logprobs, _ = draw(hidden, weight, keys(3), torch.tensor([1.0, 1.0, 0.0]))
     assert logprobs.isnan().tolist() == [False, True, False]
     assert ((token_ids >= 0) & (token_ids < 130)).all()
@@ -185,4 +214,6 @@ def test_a_row_that_is_not_finite_has_logprob_nan_and_some_token(bad: float) -> 
 
 def test_no_draws() -> None:
     hidden, weight = make_head(3, 10, 8)
-    assert [x.shape for x in draw(hidden, weight, keys(0), torch.ones(0), torch.arange(0))] == [(0,)] * 3
+    assert [x.shape for x in draw(hidden, weight, keys(0), torch.ones(0), torch.arange(0))] == [
+        (0,)
+    ] * 3

@@ -59,6 +59,12 @@ CASES = "[(2, 1, 4, torch.float32), (4, 1, 80, torch.bfloat16), (6, 3, 40, torch
 
 def test_ops_read_nothing_behind_their_inputs() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CHILD.replace("CASES", CASES)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", CHILD.replace("CASES", CASES)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
-    assert done.returncode == 0 and done.stdout == "done\n", f"exit {done.returncode}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0 and done.stdout == "done\n", (
+        f"exit {done.returncode}\n{done.stdout}{done.stderr}"
+    )

@@ -38,7 +38,8 @@ def test_equals_shifted_cross_entropy(batch: int, length: int) -> None:
 
 
 def test_shapes_do_not_depend_on_the_labels() -> None:
-    hidden, labels = torch.zeros(2, 4, 3), torch.full((2, 4), -100)
+    hidden = torch.zeros(2, 4, 3)
+    labels = torch.full((2, 4), -100)
     hidden_TD, targets_N, rows_N = next_token_rows(hidden, labels)
     assert hidden_TD.shape == (8, 3)
     assert targets_N.tolist() == [-100] * 6

@@ -19,15 +19,28 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 @needs_cpp
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(4, 4, 32), (9, 3, 64), (7, 1, 4), (6, 2, 12), (8, 1, 80), (5, 1, 96), (16, 2, 128), (8, 2, 256), (49, 1, 36)],
+    [
+        (4, 4, 32),
+        (9, 3, 64),
+        (7, 1, 4),
+        (6, 2, 12),
+        (8, 1, 80),
+        (5, 1, 96),
+        (16, 2, 128),
+        (8, 2, 256),
+        (49, 1, 36),
+    ],
 )
 # Pages: one token a page, one tile of keys, more than a split, not a power of two.
 # Lengths: one token, a tile, a tile + 1, a chunk of a longer one, nothing queried, several pages, two splits.
-@pytest.mark.parametrize(("page_size", "dtype"), [(1, torch.float32), (32, torch.bfloat16), (7, torch.float32)])
+@pytest.mark.parametrize(
+    ("page_size", "dtype"), [(1, torch.float32), (32, torch.bfloat16), (7, torch.float32)]
+)
 def test_cpp_is_as_right_as_plain_torch(
     heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
 ) -> None:
-    seq_lens, q_lens = [1, 32, 33, 100, 70, 5, 150], [1, 32, 1, 37, 0, 5, 40]
+    seq_lens = [1, 32, 33, 100, 70, 5, 150]
+    q_lens = [1, 32, 1, 37, 0, 5, 40]
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     assert_cpp_is_right(make_case(seq_lens, q_lens, page_size=page_size, dtype=dtype, **shape))
 
@@ -39,25 +52,41 @@ def test_cpp_is_as_right_as_plain_torch(
 def test_cpp_is_as_right_about_the_edges_of_splits(page_size: int, dtype: torch.dtype) -> None:
     lengths = [SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT - 1, 2 * SPLIT, 2 * SPLIT + 1]
     q_lens = [1] * 6 + [SPLIT - 1, 2, 2, 2 * SPLIT - 1, SPLIT, SPLIT + 2]
-    case = make_case(lengths * 2, q_lens, heads=6, kv_heads=2, head_dim=64, page_size=page_size, dtype=dtype)
+    case = make_case(
+        lengths * 2, q_lens, heads=6, kv_heads=2, head_dim=64, page_size=page_size, dtype=dtype
+    )
     assert_cpp_is_right(case)
 
 
 # Weights of a few keys, and of one: scores of about 30 and 1e4 (where fp32 is 1e-3 off, so that near ties are luck).
 @needs_cpp
-@pytest.mark.parametrize(("factor", "dtype"), [(30.0, torch.float32), (30.0, torch.bfloat16), (1e4, torch.float32)])
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(30.0, torch.float32), (30.0, torch.bfloat16), (1e4, torch.float32)]
+)
 def test_cpp_is_as_right_with_peaked_scores(factor: float, dtype: torch.dtype) -> None:
-    case = make_case([70, 40, 400, 140], [70, 1, 1, 20], heads=3, kv_heads=1, head_dim=32, page_size=16, dtype=dtype)
+    case = make_case(
+        [70, 40, 400, 140],
+        [70, 1, 1, 20],
+        heads=3,
+        kv_heads=1,
+        head_dim=32,
+        page_size=16,
+        dtype=dtype,
+    )
     assert_cpp_is_right(case._replace(q_THE=case.q_THE * factor))
 
 
 def test_ref_is_causal_attention_of_the_last_tokens() -> None:
     case = make_case([40], [13], heads=6, kv_heads=2, head_dim=16, page_size=8)
     slots = torch.arange(40)
-    k_KLE, v_KLE = (c[case.block_table_BM[0].long()[slots // 8], slots % 8].transpose(0, 1) for c in case[1:3])
+    k_KLE, v_KLE = (
+        c[case.block_table_BM[0].long()[slots // 8], slots % 8].transpose(0, 1) for c in case[1:3]
+    )
     mask_TL = torch.arange(40) <= torch.arange(27, 40)[:, None]
     q_HTE = case.q_THE.transpose(0, 1)
-    expected_HTE = torch.nn.functional.scaled_dot_product_attention(q_HTE, k_KLE, v_KLE, mask_TL, enable_gqa=True)
+    expected_HTE = torch.nn.functional.scaled_dot_product_attention(
+        q_HTE, k_KLE, v_KLE, mask_TL, enable_gqa=True
+    )
     torch.testing.assert_close(run(case, "ref").transpose(0, 1), expected_HTE)
 
 
@@ -68,10 +97,28 @@ def test_prefill_chunks_and_decode_give_the_same_bits(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     length = 2 * SPLIT + 45
-    case = make_case([length], [length], heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=16, dtype=dtype)
+    case = make_case(
+        [length],
+        [length],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=16,
+        dtype=dtype,
+    )
     whole_THE = run(case)
-    chunks = [(0, 1), (0, 33), (33, 64), (64, 2 * SPLIT + 1), (SPLIT - 1, SPLIT + 1), (SPLIT, 2 * SPLIT)]
-    for begin, end in [*chunks, *((t, t + 1) for t in (*range(0, length, 9), SPLIT - 1, SPLIT, length - 1))]:
+    chunks = [
+        (0, 1),
+        (0, 33),
+        (33, 64),
+        (64, 2 * SPLIT + 1),
+        (SPLIT - 1, SPLIT + 1),
+        (SPLIT, 2 * SPLIT),
+    ]
+    for begin, end in [
+        *chunks,
+        *((t, t + 1) for t in (*range(0, length, 9), SPLIT - 1, SPLIT, length - 1)),
+    ]:
         part_THE = run(case.part(0, begin, end, end))
         assert_bitwise_equal(part_THE, whole_THE[begin:end], name=f"tokens {begin}:{end}")
 
@@ -89,7 +136,8 @@ def test_what_comes_later_changes_no_bits() -> None:
 
 @needs_cpp
 def test_a_sequence_alone_has_the_bits_of_the_sequence_in_a_batch_with_any_threads() -> None:
-    seq_lens, q_lens = [1, 90, 33, 164, 47, 300], [1, 1, 33, 20, 1, 1]
+    seq_lens = [1, 90, 33, 164, 47, 300]
+    q_lens = [1, 1, 33, 20, 1, 1]
     case = make_case(seq_lens, q_lens, heads=9, kv_heads=3, head_dim=64, page_size=32)
     num_threads = torch.get_num_threads()
     results = []
@@ -99,7 +147,9 @@ def test_a_sequence_alone_has_the_bits_of_the_sequence_in_a_batch_with_any_threa
     torch.set_num_threads(num_threads)
     for threads, result in zip((2, 3, 16), results[1:], strict=True):
         assert_bitwise_equal(result, results[0], name=f"{threads} threads")
-    for b, (begin, end) in enumerate(zip(case.cu_seqlens_q[:-1].tolist(), case.cu_seqlens_q[1:].tolist(), strict=True)):
+    for b, (begin, end) in enumerate(
+        zip(case.cu_seqlens_q[:-1].tolist(), case.cu_seqlens_q[1:].tolist(), strict=True)
+    ):
         alone_THE = run(case.part(b, begin, end, seq_lens[b]))
         assert_bitwise_equal(alone_THE, results[0][begin:end], name=f"sequence {b}")
 
@@ -132,7 +182,9 @@ def test_no_query_tokens_no_rows() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registered_op_is_the_same_unchecked(dtype: torch.dtype) -> None:
     case = make_case([10, 3], [2, 1], heads=4, kv_heads=2, head_dim=8, page_size=8)
-    case = case._replace(q_THE=case.q_THE.to(dtype), k_cache_PSKE=case[1].to(dtype), v_cache_PSKE=case[2].to(dtype))
+    case = case._replace(
+        q_THE=case.q_THE.to(dtype), k_cache_PSKE=case[1].to(dtype), v_cache_PSKE=case[2].to(dtype)
+    )
     impl = pick_impl("paged_attention", "auto", case.q_THE)
     unchecked_THE = paged_attention_op(*case, 2, 10, None, 8**-0.5, False, impl)
     assert_bitwise_equal(unchecked_THE, run(case, "auto"), name="output")
@@ -141,15 +193,30 @@ def test_registered_op_is_the_same_unchecked(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_table_BM": torch.full((2, 3), 99, dtype=torch.int32)}, "block_table_BM must be in"),
+        (
+            {"block_table_BM": torch.full((2, 3), 99, dtype=torch.int32)},
+            "block_table_BM must be in",
+        ),
         ({"seq_lens_B": torch.tensor([25, 3], dtype=torch.int32)}, "seq_lens_B must be in"),
         ({"seq_lens_B": torch.tensor([1, 3], dtype=torch.int32)}, "seq_lens_B must be in"),
-        ({"cu_seqlens_q": torch.tensor([0, 2, 4], dtype=torch.int32)}, "cu_seqlens_q must be int32"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 2, 4], dtype=torch.int32)},
+            "cu_seqlens_q must be int32",
+        ),
         ({"cu_seqlens_q": torch.tensor([0, 2, 3])}, "cu_seqlens_q must be int32"),
         ({"q_THE": torch.zeros(3, 3, 8)}, "H must be a multiple of K=2"),
-        ({"q_THE": torch.zeros(3, 4, 16)}, r"k_cache_PSKE must be float32/bfloat16 \[P, S, K, E=16\]"),
-        ({"q_THE": torch.zeros(3, 4, 8).double()}, r"k_cache_PSKE must be float64 \[P, S, K, E=8\]"),
-        ({"v_cache_PSKE": torch.zeros(6, 8, 2, 8).bfloat16()}, r"v_cache_PSKE must be float32 \[P=6, S=8, K=2, E=8\]"),
+        (
+            {"q_THE": torch.zeros(3, 4, 16)},
+            r"k_cache_PSKE must be float32/bfloat16 \[P, S, K, E=16\]",
+        ),
+        (
+            {"q_THE": torch.zeros(3, 4, 8).double()},
+            r"k_cache_PSKE must be float64 \[P, S, K, E=8\]",
+        ),
+        (
+            {"v_cache_PSKE": torch.zeros(6, 8, 2, 8).bfloat16()},
+            r"v_cache_PSKE must be float32 \[P=6, S=8, K=2, E=8\]",
+        ),
     ],
 )
 def test_what_would_read_out_of_bounds_is_refused(change: dict, message: str) -> None:
@@ -163,7 +230,8 @@ def test_other_dtypes_are_refused_by_cpp() -> None:
     halves = Case(*(x.bfloat16() if x.is_floating_point() else x for x in case))
     assert run(halves, "auto").dtype == torch.bfloat16
     with pytest.raises(
-        ValueError, match="paged_attention: impl must be one of auto, ref, triton, flash for bfloat16, got 'cpp'"
+        ValueError,
+        match="paged_attention: impl must be one of auto, ref, triton, flash for bfloat16, got 'cpp'",
     ):
         run(halves, "cpp")
 

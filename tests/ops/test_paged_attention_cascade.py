@@ -21,11 +21,24 @@ def num_items(case: Case, *, cascade: bool) -> int:
 
 
 def siblings(
-    lengths: list[int], *, shared: int, heads: int = 9, kv_heads: int = 3, page_size: int = 32, **options
+    lengths: list[int],
+    *,
+    shared: int,
+    heads: int = 9,
+    kv_heads: int = 3,
+    page_size: int = 32,
+    **options,
 ) -> Case:
     q_lens = [1] * len(lengths)
     return make_case(
-        lengths, q_lens, heads=heads, kv_heads=kv_heads, head_dim=64, page_size=page_size, shared=shared, **options
+        lengths,
+        q_lens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=64,
+        page_size=page_size,
+        shared=shared,
+        **options,
     )
 
 
@@ -46,7 +59,9 @@ def test_shared_splits_become_one_item_each() -> None:
         ([SPLIT + 80] * 3, SPLIT + 64, 1 + 3),
     ],
 )
-def test_only_whole_splits_that_all_see_are_shared(lengths: list[int], shared: int, expected: int) -> None:
+def test_only_whole_splits_that_all_see_are_shared(
+    lengths: list[int], shared: int, expected: int
+) -> None:
     case = siblings(lengths, shared=shared)
     if SPLIT - 1 in lengths:  # pages in common do not help where a sibling's keys end
         case = case._replace(block_table_BM=case.block_table_BM[:1].repeat(len(lengths), 1))
@@ -65,23 +80,30 @@ def test_an_item_takes_no_more_rows_than_its_scratch_is_made_for() -> None:
 
 # Group sizes: plain multi-head, SmolLM2, one full register tile, eight. Pages: smaller and larger than a split.
 @DTYPES
-@pytest.mark.parametrize(("heads", "kv_heads", "page_size"), [(2, 2, 16), (9, 3, 32), (6, 1, 1), (16, 2, 256)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "page_size"), [(2, 2, 16), (9, 3, 32), (6, 1, 1), (16, 2, 256)]
+)
 def test_cpp_is_as_right_and_has_the_same_bits_with_siblings(
     heads: int, kv_heads: int, page_size: int, dtype: torch.dtype
 ) -> None:
     shared = -(-2 * SPLIT // page_size) * page_size
     lengths = [shared + own for own in (0, 1, 5, 100, SPLIT, 7, SPLIT + 3)]
-    case = siblings(lengths, shared=shared, heads=heads, kv_heads=kv_heads, page_size=page_size, dtype=dtype)
+    case = siblings(
+        lengths, shared=shared, heads=heads, kv_heads=kv_heads, page_size=page_size, dtype=dtype
+    )
     assert num_items(case, cascade=True) < num_items(case, cascade=False)
     assert_cpp_is_right(case)
     together_THE = run(case)
     assert_bitwise_equal(together_THE, run(case, cascade=False), name="cascade")
     for b, length in enumerate(lengths):
-        assert_bitwise_equal(run(case.part(b, b, b + 1, length)), together_THE[b : b + 1], name=f"sibling {b} alone")
+        assert_bitwise_equal(
+            run(case.part(b, b, b + 1, length)), together_THE[b : b + 1], name=f"sibling {b} alone"
+        )
 
 
 def test_siblings_between_other_sequences_have_the_same_bits_with_any_threads() -> None:
-    lengths, q_lens = [300, 290, 200, 310, 320, 290, 299], [1, 1, 30, 1, 1, 0, 1]
+    lengths = [300, 290, 200, 310, 320, 290, 299]
+    q_lens = [1, 1, 30, 1, 1, 0, 1]
     case = make_case(lengths, q_lens, heads=9, kv_heads=3, head_dim=64, page_size=32, shared=288)
     apart_THE = run(case, cascade=False)
     num_threads = torch.get_num_threads()

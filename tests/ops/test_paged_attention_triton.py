@@ -27,10 +27,15 @@ def run(case: Case, *, cascade: bool = True, **options: Any) -> Tensor:
     """max_seqlen_k is that of the table, as in a captured graph, unless given."""
     groups = alone(len(case.seq_lens_B))
     if cascade:
-        groups = prefix_groups(case.block_table_BM.numpy(), case.seq_lens_B.numpy(), case.k_cache_PSKE.shape[1])
+        groups = prefix_groups(
+            case.block_table_BM.numpy(), case.seq_lens_B.numpy(), case.k_cache_PSKE.shape[1]
+        )
     options |= {"groups_BG": torch.from_numpy(groups).to(DEVICE)}
     options = {"max_seqlen_k": case.block_table_BM.shape[1] * case.k_cache_PSKE.shape[1]} | options
-    options = {"max_seqlen_q": int(case.cu_seqlens_q.diff().max()), "scale": case.q_THE.shape[-1] ** -0.5} | options
+    options = {
+        "max_seqlen_q": int(case.cu_seqlens_q.diff().max()),
+        "scale": case.q_THE.shape[-1] ** -0.5,
+    } | options
     return paged_attention_triton(*(x.to(DEVICE) for x in case), **options).cpu()
 
 
@@ -40,7 +45,8 @@ def convert(case: Case, dtype: torch.dtype, cache_dtype: torch.dtype | None = No
 
 
 def assert_right(case: Case, **options: Any) -> None:
-    dtype, scale = case.q_THE.dtype, case.q_THE.shape[-1] ** -0.5
+    dtype = case.q_THE.dtype
+    scale = case.q_THE.shape[-1] ** -0.5
     plain = paged_attention_ref(*convert(case, dtype), scale=scale)
     truth = paged_attention_ref(*convert(case, torch.float64), scale=scale)
     assert_error_rule(run(case, **options), plain, truth, name="o_THE", dtype=dtype)
@@ -49,11 +55,9 @@ def assert_right(case: Case, **options: Any) -> None:
 def sequence(case: Case, b: int) -> Case:
     """Sequence b of a case, alone."""
     begin, end = case.cu_seqlens_q[b : b + 2].tolist()
-    table, seq_len, cu_seqlens = (
-        case.block_table_BM[b : b + 1],
-        case.seq_lens_B[b : b + 1],
-        torch.tensor([0, end - begin]).int(),
-    )
+    table = case.block_table_BM[b : b + 1]
+    seq_len = case.seq_lens_B[b : b + 1]
+    cu_seqlens = torch.tensor([0, end - begin]).int()
     return Case(case.q_THE[begin:end], *case[1:3], table, seq_len, cu_seqlens)
 
 
@@ -82,7 +86,9 @@ def test_decode_is_as_right_as_plain_torch(
 ) -> None:
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
     seq_lens = [1, SPLIT - 1, SPLIT, SPLIT + 1, 3 * SPLIT, 5, 4 * SPLIT + 7]
-    assert_right(convert(make_case(seq_lens, [1, 1, 1, 1, 1, 0, 1], **sizes), dtype), max_seqlen_q=1)
+    assert_right(
+        convert(make_case(seq_lens, [1, 1, 1, 1, 1, 0, 1], **sizes), dtype), max_seqlen_q=1
+    )
 
 
 @pytest.mark.parametrize("q_lens", [[20, 1, 33], [1, 1, 1]])
@@ -104,23 +110,41 @@ def test_large_scores_stay_finite(q_lens: list[int]) -> None:
 
 def test_a_prefill_alone_has_the_bits_of_the_prefill_in_a_batch() -> None:
     q_lens = [1, 17, 1, 33, 1, 20, 2, 1, 5, 1]
-    case = make_case([1, 90, 33, 64, 47, 20, 2, 100, 40, 32], q_lens, heads=9, kv_heads=3, head_dim=64, page_size=16)
+    case = make_case(
+        [1, 90, 33, 64, 47, 20, 2, 100, 40, 32],
+        q_lens,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        page_size=16,
+    )
     together = run(case)
-    for b, (begin, end) in enumerate(zip(case.cu_seqlens_q[:-1].tolist(), case.cu_seqlens_q[1:].tolist(), strict=True)):
+    for b, (begin, end) in enumerate(
+        zip(case.cu_seqlens_q[:-1].tolist(), case.cu_seqlens_q[1:].tolist(), strict=True)
+    ):
         alone = run(sequence(case, b), max_seqlen_q=33)
         assert_bitwise_equal(alone, together[begin:end], name=f"sequence {b}")
 
 
 def test_a_decoded_token_has_the_same_bits_in_any_company() -> None:
     """At the same place, since numpy's bits under the interpreter depend on the row of a tile; alone at the first."""
-    case = make_case([90, 33, 64, 47, 20, 2, 100, 40, 32, 70], [1] * 10, heads=9, kv_heads=3, head_dim=64, page_size=16)
+    case = make_case(
+        [90, 33, 64, 47, 20, 2, 100, 40, 32, 70],
+        [1] * 10,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        page_size=16,
+    )
     together = run(case)
     for b in range(10):
         others = torch.arange(10) != b
         short = case._replace(seq_lens_B=case.seq_lens_B.masked_fill(others, 1))
         assert_bitwise_equal(run(short)[b], together[b], name=f"sequence {b} among short ones")
         if DEVICE == "cuda" or b in (0, 8):
-            assert_bitwise_equal(run(sequence(case, b), max_seqlen_q=1)[0], together[b], name=f"sequence {b} alone")
+            assert_bitwise_equal(
+                run(sequence(case, b), max_seqlen_q=1)[0], together[b], name=f"sequence {b} alone"
+            )
 
 
 def test_a_bound_above_the_lengths_changes_no_bit_and_empty_places_give_zeros() -> None:
@@ -134,12 +158,23 @@ def test_a_bound_above_the_lengths_changes_no_bit_and_empty_places_give_zeros() 
         seq_lens_B=torch.tensor([90, 33, 64, 0]).int(),
         cu_seqlens_q=torch.arange(5).int(),
     )
-    assert_bitwise_equal(run(case), torch.cat([tight, torch.zeros(1, 4, 64)]), name="with an empty place")
+    assert_bitwise_equal(
+        run(case), torch.cat([tight, torch.zeros(1, 4, 64)]), name="with an empty place"
+    )
 
 
-def siblings(shared: list[int], seq_lens: list[int], heads: int = 8, kv_heads: int = 2, page_size: int = 16) -> Case:
+def siblings(
+    shared: list[int], seq_lens: list[int], heads: int = 8, kv_heads: int = 2, page_size: int = 16
+) -> Case:
     """Decode of sequences whose first `shared` tokens, in whole pages, are in the pages of the first sequence."""
-    case = make_case(seq_lens, [1] * len(seq_lens), heads=heads, kv_heads=kv_heads, head_dim=64, page_size=page_size)
+    case = make_case(
+        seq_lens,
+        [1] * len(seq_lens),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=64,
+        page_size=page_size,
+    )
     table_BM = case.block_table_BM.clone()
     for b, num_tokens in enumerate(shared):
         table_BM[b, : num_tokens // page_size] = table_BM[0, : num_tokens // page_size]
@@ -173,13 +208,21 @@ def apart(case: Case) -> Case:
 )
 @pytest.mark.parametrize("page_size", [16, 32])
 def test_cascade_reads_once_and_changes_no_bit(
-    shared: list[int], seq_lens: list[int], programs: int, page_size: int, monkeypatch: pytest.MonkeyPatch
+    shared: list[int],
+    seq_lens: list[int],
+    programs: int,
+    page_size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = siblings(shared, seq_lens, page_size=page_size)
-    without, unshared = run(case, cascade=False), run(apart(case))
+    without = run(case, cascade=False)
+    unshared = run(apart(case))
     if DEVICE == "cpu":
-        calls, attend = [], paged_decode.attend
-        monkeypatch.setattr(paged_decode, "attend", lambda *args: [calls.append(1), attend(*args)][1])
+        calls = []
+        attend = paged_decode.attend
+        monkeypatch.setattr(
+            paged_decode, "attend", lambda *args: [calls.append(1), attend(*args)][1]
+        )
     shared_o = run(case)
     assert_right(case)
     if DEVICE == "cpu":
@@ -191,7 +234,9 @@ def test_cascade_reads_once_and_changes_no_bit(
 def test_cascade_without_a_query_of_the_first() -> None:
     """The first of a block takes the rows of the others though it has none of its own."""
     case = siblings([64] * 8, [70] * 8)
-    case = case._replace(q_THE=case.q_THE[2:], cu_seqlens_q=torch.tensor([0, 0, 1, 2, 2, 3, 4, 5, 6]).int())
+    case = case._replace(
+        q_THE=case.q_THE[2:], cu_seqlens_q=torch.tensor([0, 0, 1, 2, 2, 3, 4, 5, 6]).int()
+    )
     assert_bitwise_equal(run(case), run(apart(case)), name="o_THE beside pages that are not shared")
     without = run(case, cascade=False)
     assert_equal_across_variants(run(case), without, device=DEVICE, name="o_THE without cascade")
@@ -201,7 +246,8 @@ def test_cascade_without_a_query_of_the_first() -> None:
 @pytest.mark.parametrize("heads", [2, 4, 6, 16])
 def test_groups_of_any_rows_change_no_bit(heads: int) -> None:
     """Nine siblings and three others, shuffled, some ended: rows of a group stand anywhere; more than a tile holds."""
-    shared, seq_lens = [96] * 9 + [0] * 3, [97, 130, 96, 111, 128, 99, 140, 97, 100, 120, 64, 33]
+    shared = [96] * 9 + [0] * 3
+    seq_lens = [97, 130, 96, 111, 128, 99, 140, 97, 100, 120, 64, 33]
     case = siblings(shared, seq_lens, heads=heads)
     own = run(apart(case), cascade=False)
     for seed in range(3):
@@ -218,7 +264,10 @@ def test_groups_of_any_rows_change_no_bit(heads: int) -> None:
 
 def test_no_tokens_and_strided_arguments() -> None:
     case = make_case([5, 9, 7], [2, 1, 7], heads=2, kv_heads=1, head_dim=64, page_size=16)
-    q, lens, cu = (torch.stack([x, x.roll(1, 0)], 1)[:, 0] for x in (case.q_THE, case.seq_lens_B, case.cu_seqlens_q))
+    q, lens, cu = (
+        torch.stack([x, x.roll(1, 0)], 1)[:, 0]
+        for x in (case.q_THE, case.seq_lens_B, case.cu_seqlens_q)
+    )
     strided = run(case._replace(q_THE=q, seq_lens_B=lens, cu_seqlens_q=cu))
     assert_bitwise_equal(strided, run(case), name="strided")
     empty = case._replace(q_THE=case.q_THE[:0], cu_seqlens_q=torch.zeros(4).int())

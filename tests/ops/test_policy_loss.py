@@ -28,14 +28,16 @@ HAND_COMPUTED = [
     (-2.0, math.exp(25), 6.0, 0.0),
     (0.0, 1.7, 0.0, 0.0),
 ]
-WITH_KL, WITH_ENTROPY = PolicyLossOptions(kl_coef=1.0), PolicyLossOptions(entropy_coef=0.1)
+WITH_KL = PolicyLossOptions(kl_coef=1.0)
+WITH_ENTROPY = PolicyLossOptions(entropy_coef=0.1)
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
 
 
 def one_token(advantage: float, log_ratio: float, **options: object) -> tuple[float, float]:
     """Loss and gradient of a single token, in fp64; the old log-prob is 0."""
     logprobs = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
-    old, advantages = torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    old = torch.zeros(1, dtype=torch.float64)
+    advantages = torch.tensor([advantage], dtype=torch.float64)
     result = policy_loss(logprobs, old, advantages, num_loss_tokens=1, **gathered(options))
     result.loss.backward()
     return result.loss.item(), logprobs.grad.item()
@@ -43,16 +45,24 @@ def one_token(advantage: float, log_ratio: float, **options: object) -> tuple[fl
 
 @pytest.mark.parametrize(("advantage", "ratio", "loss", "grad"), HAND_COMPUTED)
 def test_hand_computed_tokens(advantage: float, ratio: float, loss: float, grad: float) -> None:
-    assert one_token(advantage, math.log(ratio), **CLIPS) == pytest.approx((loss, grad), rel=1e-12, abs=1e-12)
+    assert one_token(advantage, math.log(ratio), **CLIPS) == pytest.approx(
+        (loss, grad), rel=1e-12, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
-    ("advantage", "log_ratio", "bound"), [(2.0, 0.25, "clip_high"), (-2.0, -0.25, "clip_low"), (-2.0, 1.0, "dual_clip")]
+    ("advantage", "log_ratio", "bound"),
+    [(2.0, 0.25, "clip_high"), (-2.0, -0.25, "clip_low"), (-2.0, 1.0, "dual_clip")],
 )
 def test_gradient_passes_exactly_on_a_bound(advantage: float, log_ratio: float, bound: str) -> None:
-    ratio = torch.tensor(log_ratio, dtype=torch.float64).exp().item()  # 1 - ratio and ratio - 1 are exact near 1
+    ratio = (
+        torch.tensor(log_ratio, dtype=torch.float64).exp().item()
+    )  # 1 - ratio and ratio - 1 are exact near 1
     at_bound = {"clip_high": ratio - 1, "clip_low": 1 - ratio, "dual_clip": ratio}[bound]
-    assert one_token(advantage, log_ratio, **(CLIPS | {bound: at_bound})) == (-advantage * ratio, -advantage * ratio)
+    assert one_token(advantage, log_ratio, **(CLIPS | {bound: at_bound})) == (
+        -advantage * ratio,
+        -advantage * ratio,
+    )
     assert one_token(advantage, log_ratio, **(CLIPS | {bound: at_bound - 1e-9}))[1] == 0.0
 
 
@@ -61,9 +71,15 @@ def test_dual_clip_can_be_off() -> None:
 
 
 def test_ratio_and_clip_fraction() -> None:
-    advantage, ratio, loss, _ = (torch.tensor(x, dtype=torch.float64) for x in zip(*HAND_COMPUTED, strict=True))
+    advantage, ratio, loss, _ = (
+        torch.tensor(x, dtype=torch.float64) for x in zip(*HAND_COMPUTED, strict=True)
+    )
     result = policy_loss(
-        ratio.log(), torch.zeros_like(ratio), advantage, weights_N=torch.ones_like(ratio), **gathered(CLIPS)
+        ratio.log(),
+        torch.zeros_like(ratio),
+        advantage,
+        weights_N=torch.ones_like(ratio),
+        **gathered(CLIPS),
     )
     assert result.loss.item() == pytest.approx(loss.sum().item())
     torch.testing.assert_close(result.ratio, ratio.clamp(math.exp(-20), math.exp(20)))
@@ -96,16 +112,21 @@ def test_kl_estimators(estimator: str, value: float, grad: float) -> None:
 def test_kl_stays_finite_far_from_the_reference() -> None:
     logprobs = torch.tensor([-500.0], requires_grad=True)
     zero = torch.zeros(1)
-    loss = policy_loss(logprobs, logprobs.detach(), zero, num_loss_tokens=1, ref_logprobs_N=zero, options=WITH_KL).loss
+    loss = policy_loss(
+        logprobs, logprobs.detach(), zero, num_loss_tokens=1, ref_logprobs_N=zero, options=WITH_KL
+    ).loss
     loss.backward()
     assert loss.isfinite()
     assert logprobs.grad.item() == 0.0
 
 
 def test_entropy_bonus_and_its_gradient() -> None:
-    zero, entropy = torch.zeros(2), torch.tensor([1.0, 3.0], requires_grad=True)
+    zero = torch.zeros(2)
+    entropy = torch.tensor([1.0, 3.0], requires_grad=True)
     weights = torch.tensor([0.5, 0.25])
-    loss = policy_loss(zero, zero, zero, weights_N=weights, entropy_N=entropy, options=WITH_ENTROPY).loss
+    loss = policy_loss(
+        zero, zero, zero, weights_N=weights, entropy_N=entropy, options=WITH_ENTROPY
+    ).loss
     loss.backward()
     assert loss.item() == pytest.approx(-0.1 * (0.5 + 0.75))
     torch.testing.assert_close(entropy.grad, -0.1 * weights)
@@ -113,8 +134,10 @@ def test_entropy_bonus_and_its_gradient() -> None:
 
 def test_aggregations_are_weights() -> None:
     """Two attempts of 3 and 5 tokens at ratio 1: the three aggregations, worked out by hand."""
-    zero, attempt_of_token = torch.zeros(8), torch.tensor([0] * 3 + [1] * 5)
-    advantages, lengths = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 5.0])
+    zero = torch.zeros(8)
+    attempt_of_token = torch.tensor([0] * 3 + [1] * 5)
+    advantages = torch.tensor([1.0, -2.0])
+    lengths = torch.tensor([3.0, 5.0])
     token_mean = policy_loss(zero, zero, advantages, attempt_of_token, num_loss_tokens=8)
     seq_mean_token_mean = policy_loss(
         zero, zero, advantages, attempt_of_token, weights_N=(1 / (2 * lengths))[attempt_of_token]
@@ -139,7 +162,12 @@ def test_rows_of_weight_zero_are_never_touched() -> None:
 def test_old_and_reference_logprobs_carry_no_gradient() -> None:
     logprobs = torch.tensor([-1.0], requires_grad=True)
     policy_loss(
-        logprobs, logprobs, torch.ones(1), num_loss_tokens=1, ref_logprobs_N=logprobs, options=WITH_KL
+        logprobs,
+        logprobs,
+        torch.ones(1),
+        num_loss_tokens=1,
+        ref_logprobs_N=logprobs,
+        options=WITH_KL,
     ).loss.backward()
     assert logprobs.grad.item() == -1.0
 
@@ -148,7 +176,11 @@ def test_no_tokens() -> None:
     logprobs = torch.zeros(0, requires_grad=True)
     result = policy_loss(logprobs, torch.zeros(0), torch.zeros(0), num_loss_tokens=5)
     result.loss.backward()
-    assert (result.loss.item(), result.clip_fraction.item(), logprobs.grad.shape) == (0.0, 0.0, (0,))
+    assert (result.loss.item(), result.clip_fraction.item(), logprobs.grad.shape) == (
+        0.0,
+        0.0,
+        (0,),
+    )
 
 
 GOOD = {
@@ -166,16 +198,31 @@ GOOD = {
             {"logprobs_N": torch.zeros(2, dtype=torch.float16)},
             r"logprobs_N must be float32/float64 \[N\], got float16 \[2\]",
         ),
-        ({"old_logprobs_N": torch.zeros(3)}, r"old_logprobs_N must be float32/float64 \[N=2\], got float32 \[3\]"),
+        (
+            {"old_logprobs_N": torch.zeros(3)},
+            r"old_logprobs_N must be float32/float64 \[N=2\], got float32 \[3\]",
+        ),
         (
             {"old_logprobs_N": torch.zeros(2, device="meta")},
             "old_logprobs_N must be on cpu, got meta; move it there first",
         ),
-        ({"advantages": torch.tensor([1.0, torch.nan])}, "advantages_N must be finite, got nan at 1"),
-        ({"attempt_of_token_N": torch.tensor([0, 2])}, r"attempt_of_token_N must be in \[0, 2\), got 2 at 1"),
+        (
+            {"advantages": torch.tensor([1.0, torch.nan])},
+            "advantages_N must be finite, got nan at 1",
+        ),
+        (
+            {"attempt_of_token_N": torch.tensor([0, 2])},
+            r"attempt_of_token_N must be in \[0, 2\), got 2 at 1",
+        ),
         ({"num_loss_tokens": 0}, "num_loss_tokens must be finite and > 0, got 0"),
-        ({"num_loss_tokens": None}, "exactly one of weights_N and num_loss_tokens must be given, got neither"),
-        ({"weights_N": torch.ones(2)}, "exactly one of weights_N and num_loss_tokens must be given, got both"),
+        (
+            {"num_loss_tokens": None},
+            "exactly one of weights_N and num_loss_tokens must be given, got neither",
+        ),
+        (
+            {"weights_N": torch.ones(2)},
+            "exactly one of weights_N and num_loss_tokens must be given, got both",
+        ),
         (
             {"num_loss_tokens": None, "weights_N": torch.tensor([1.0, -1.0])},
             "weights_N must be finite and >= 0, got -1.0 at 1",
@@ -219,5 +266,7 @@ def test_options_do_not_change() -> None:
 
 
 def test_not_a_tensor() -> None:
-    with pytest.raises(TypeError, match=r"^policy_loss: advantages_N must be a torch.Tensor, got list"):
+    with pytest.raises(
+        TypeError, match=r"^policy_loss: advantages_N must be a torch.Tensor, got list"
+    ):
         policy_loss(**(GOOD | {"advantages": [1.0, 1.0]}))

@@ -17,7 +17,13 @@ def test_who_is_grouped() -> None:
     table[7, 3] = 399
     lens = torch.full((20,), 200).numpy()
     groups = prefix_groups(table, lens, 16)
-    assert groups[siblings_, 0].tolist() == [1] * 5 and groups[siblings_, 1].tolist() == [0, 1, 2, 3, 4]
+    assert groups[siblings_, 0].tolist() == [1] * 5 and groups[siblings_, 1].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert groups[siblings_, 2].tolist() == [3 * 16] * 5
     assert groups[1, 3:9].tolist() == [*siblings_, -1]
     others = [row for row in range(20) if row not in siblings_]
@@ -29,7 +35,10 @@ def test_who_is_grouped() -> None:
     table[:, 0] = 7
     by_leader = prefix_groups(table, lens, 16)
     assert (by_leader[:, 3:] >= 0).sum(1).max() == MAX_MEMBERS == 16
-    assert sorted(row for group in by_leader for row in group[3:] if row >= 0 and group[1] == 0)[-1] == 19
+    assert (
+        sorted(row for group in by_leader for row in group[3:] if row >= 0 and group[1] == 0)[-1]
+        == 19
+    )
     assert len(prefix_groups(table[:0], lens[:0], 16)) == 0
 
 

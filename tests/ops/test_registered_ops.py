@@ -79,7 +79,9 @@ def make_cases() -> dict[str, Call]:
     factors = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "step": 2}
 
     return {
-        "adamw": Call(lambda **x: ops.adamw(**factors, **x) or [], step | {"scale": torch.tensor(0.5)}),
+        "adamw": Call(
+            lambda **x: ops.adamw(**factors, **x) or [], step | {"scale": torch.tensor(0.5)}
+        ),
         "linear": Call(ops.linear, linear, ("cpp",), tuple(linear)),
         "rms_norm": Call(lambda **x: ops.rms_norm(eps=1e-5, **x), norm, differentiable=tuple(norm)),
         "swiglu": Call(ops.swiglu, {"gate_up_TJ": f(3, 8)}, differentiable=("gate_up_TJ",)),
@@ -96,9 +98,13 @@ def make_cases() -> dict[str, Call]:
             packed,
             differentiable=("q_THE", "k_TKE", "v_TKE"),
         ),
-        "sample": Call(ops.sample, {"logits_BV": f(3, 20), "row_keys_B": ints(1, 2, 3)} | DRAWS, ("cpp", "ref")),
+        "sample": Call(
+            ops.sample, {"logits_BV": f(3, 20), "row_keys_B": ints(1, 2, 3)} | DRAWS, ("cpp", "ref")
+        ),
         "linear_sample": Call(ops.linear_sample, head | {"row_keys_B": ints(1, 2, 3)} | DRAWS),
-        "compute_advantages": Call(lambda **x: ops.compute_advantages(schedule="batch_mean", **x), batch),
+        "compute_advantages": Call(
+            lambda **x: ops.compute_advantages(schedule="batch_mean", **x), batch
+        ),
         "decay_rewards": Call(ops.decay_rewards, ATTEMPTS),
         "linear_logprob": Call(
             lambda **x: ops.linear_logprob(temperature=0.9, **x),
@@ -146,7 +152,9 @@ def run(name: str, impl: str, tensors: dict[str, Tensor]) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
 
-def values_and_gradients(name: str, impl: str, function: Callable[..., list[Tensor]]) -> list[Tensor]:
+def values_and_gradients(
+    name: str, impl: str, function: Callable[..., list[Tensor]]
+) -> list[Tensor]:
     tensors = tensors_of(CASES[name])
     outputs = function(name, impl, tensors)
     leaves = [tensors[key] for key in CASES[name].differentiable]
@@ -162,7 +170,9 @@ class Caught(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, tuple]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         if func.namespace == "socpo_fast":
             copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
             self.calls.append((func, copies))
@@ -177,7 +187,9 @@ def caught(name: str, impl: str) -> list[tuple[Any, tuple]]:
 
 def test_every_op_has_a_case() -> None:
     assert set(CASES) == set(IMPLS)
-    seen = {func._schema.name for name, call in CASES.items() for func, _ in caught(name, call.impls[0])}
+    seen = {
+        func._schema.name for name, call in CASES.items() for func, _ in caught(name, call.impls[0])
+    }
     assert seen == {f"socpo_fast::{name.split('::')[1].split('.')[0]}" for name in LIBRARY._op_defs}
 
 
@@ -186,7 +198,10 @@ def test_opcheck(name: str, impl: str) -> None:
     for func, args in caught(name, impl):
         torch.library.opcheck(func, args)
         if CASES[name].differentiable and not func._schema.name.endswith(("_backward", "matmul")):
-            asking = tuple(x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+            asking = tuple(
+                x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in args
+            )
             torch.library.opcheck(func, asking)
 
 
@@ -195,7 +210,9 @@ def test_opcheck(name: str, impl: str) -> None:
 def test_compiles_without_a_graph_break(name: str, impl: str, backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend=backend)
-    for one, other in zip(*(values_and_gradients(name, impl, way) for way in (run, compiled)), strict=True):
+    for one, other in zip(
+        *(values_and_gradients(name, impl, way) for way in (run, compiled)), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
@@ -204,7 +221,9 @@ def test_shapes_are_known_without_values(name: str, impl: str) -> None:
     """Fake tensors, and those of the meta device, for which "auto" has to do."""
     real = run(name, impl, tensors_of(CASES[name]))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = run(name, impl, {key: mode.from_tensor(x) for key, x in tensors_of(CASES[name]).items()})
+        fake = run(
+            name, impl, {key: mode.from_tensor(x) for key, x in tensors_of(CASES[name]).items()}
+        )
     meta = run(name, "auto", {key: x.to("meta") for key, x in tensors_of(CASES[name]).items()})
     for ways in zip(real, fake, meta, strict=True):
         assert len({(x.shape, x.dtype) for x in ways}) == 1
@@ -219,7 +238,11 @@ def test_under_autocast(name: str) -> None:
     tensors = tensors_of(call)
     first = call.differentiable[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = run(name, "auto", tensors | {first: tensors[first].bfloat16()} if name != "policy_loss" else tensors)
+        outputs = run(
+            name,
+            "auto",
+            tensors | {first: tensors[first].bfloat16()} if name != "policy_loss" else tensors,
+        )
     scalar = sum(x.float().sum() for x in outputs if x.requires_grad)
     gradients = torch.autograd.grad(scalar, [tensors[key] for key in call.differentiable])
     for one, other in zip((*outputs, *gradients), expected, strict=True):
@@ -229,13 +252,16 @@ def test_under_autocast(name: str) -> None:
 @pytest.mark.parametrize("impl", ["ref", pytest.param("cpp", marks=needs_cpp)])
 def test_autocast_halves_what_is_given_only(impl: str) -> None:
     """Within an op fp32 stays fp32: log-probs of sampler and trainer must agree."""
-    hidden, weight = 3 * f(40, 64).bfloat16(), f(200, 64).bfloat16()
+    hidden = 3 * f(40, 64).bfloat16()
+    weight = f(200, 64).bfloat16()
     draws = {key: x[:1].expand(40).contiguous() for key, x in DRAWS.items()}
     heads = 3 * f(30, 3, 64).bfloat16()
     until = torch.full((30,), 30, dtype=torch.int32)
 
     def outputs(dtype: torch.dtype, impl: str) -> list[Tensor]:
-        x, w, h = hidden.to(dtype), weight.to(dtype), heads.to(dtype)
+        x = hidden.to(dtype)
+        w = weight.to(dtype)
+        h = heads.to(dtype)
         sampled = ops.linear_sample(x, w, torch.arange(40), **draws, impl="auto")
         logprobs = ops.linear_logprob(x, w, sampled[0], temperature=1.0, impl=impl)[0]
         attended = ops.tree_attention(h, h[:, :1], h[:, 1:2], until, scale=0.125, impl="auto")
@@ -264,7 +290,9 @@ def test_outputs_are_their_own(name: str, impl: str) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("name", ["linear", "rms_norm", "swiglu", "linear_policy_loss", "tree_attention"])
+@pytest.mark.parametrize(
+    "name", ["linear", "rms_norm", "swiglu", "linear_policy_loss", "tree_attention"]
+)
 def test_forward_mode_is_refused(name: str) -> None:
     tensors = tensors_of(CASES[name])
     key = CASES[name].differentiable[0]

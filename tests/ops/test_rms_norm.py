@@ -34,19 +34,29 @@ SHAPES = [(97, 1), (33, 7), (65, 101), (1, 576), (0, 576), (97, 576), (2, 4096)]
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("impl", "dtype"), KERNELS)
-def test_as_right_as_ref(impl: str, dtype: torch.dtype, shape: tuple[int, int], has_residual: bool) -> None:
+def test_as_right_as_ref(
+    impl: str, dtype: torch.dtype, shape: tuple[int, int], has_residual: bool
+) -> None:
     rows, width = shape
-    inputs = [randn(rows, width), 1 + 0.5 * randn(width, seed=1), 2 * randn(rows, width, seed=2)][: 2 + has_residual]
+    inputs = [randn(rows, width), 1 + 0.5 * randn(width, seed=1), 2 * randn(rows, width, seed=2)][
+        : 2 + has_residual
+    ]
     of_weight = max(1.0, rows**0.5)  # a sum over rows
 
-    def run(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def run(
+        x: Tensor, weight: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return rms_norm(x, weight, eps=EPS, residual_TD=residual, impl=impl)
 
-    def ref(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def ref(
+        x: Tensor, weight: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return rms_norm_ref(x, weight, eps=EPS, residual_TD=residual)
 
     scales = [4.0] * (1 + has_residual) + [4.0, 4 * of_weight, 4.0][: 2 + has_residual]
-    assert_as_right_as_ref(run, ref, inputs, dtype, DEVICE if impl == "triton" else "cpu", scales=scales)
+    assert_as_right_as_ref(
+        run, ref, inputs, dtype, DEVICE if impl == "triton" else "cpu", scales=scales
+    )
 
 
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
@@ -63,14 +73,17 @@ def test_rows_far_from_one(impl: str) -> None:
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_bf16_weight_under_fp32(impl: str) -> None:
     device = DEVICE if impl == "triton" else "cpu"
-    x, weight = randn(70, 101).to(device), randn(101, seed=1).bfloat16().to(device).requires_grad_()
+    x = randn(70, 101).to(device)
+    weight = randn(101, seed=1).bfloat16().to(device).requires_grad_()
     y = rms_norm(x, weight, eps=EPS, impl=impl)
     y_wide = rms_norm(x, weight.float(), eps=EPS, impl=impl)
     assert_equal_across_variants(y, y_wide, device=device, name="y", scale=4.0)
     y.backward(torch.ones_like(y))
     wide = weight.detach().float().requires_grad_()
     rms_norm(x, wide, eps=EPS, impl=impl).sum().backward()
-    grad, scale = wide.grad.bfloat16(), wide.grad.abs().max()  # a sum over rows
+    # a sum over rows
+    grad = wide.grad.bfloat16()
+    scale = wide.grad.abs().max()
     assert_equal_across_variants(weight.grad, grad, device=device, name="gradient", scale=scale)
 
 
@@ -98,25 +111,38 @@ def test_a_row_has_the_bits_it_has_alone_with_any_threads(impl: str, width: int)
             lambda x, residual: run(x, weight, residual), [x, residual], whole[:2], rows, device
         )
     for num_threads in thread_counts() if impl == "cpp" else ():
-        assert_same_bits(values_and_gradients(run, inputs, torch.float32, device), whole, f"{num_threads} threads")
+        assert_same_bits(
+            values_and_gradients(run, inputs, torch.float32, device),
+            whole,
+            f"{num_threads} threads",
+        )
 
 
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_strided_inputs_and_heads(impl: str) -> None:
     """Every other row and column, and q's heads as a slice of qkv, whose rows are not in one piece."""
     device = DEVICE if impl == "triton" else "cpu"
-    x, weight, residual = randn(20, 60)[::2, ::2].to(device), randn(60)[::2].to(device), randn(30, 10).T.to(device)
+    x = randn(20, 60)[::2, ::2].to(device)
+    weight = randn(60)[::2].to(device)
+    residual = randn(30, 10).T.to(device)
     strided = rms_norm(x, weight, eps=EPS, residual_TD=residual, impl=impl)
-    whole = rms_norm(*(t.contiguous() for t in (x, weight)), eps=EPS, residual_TD=residual.contiguous(), impl=impl)
+    whole = rms_norm(
+        *(t.contiguous() for t in (x, weight)),
+        eps=EPS,
+        residual_TD=residual.contiguous(),
+        impl=impl,
+    )
     assert_same_bits(list(strided), list(whole), "strided")
-    heads, head_weight = randn(6, 7, 16)[:, 2:5], randn(16)
+    heads = randn(6, 7, 16)[:, 2:5]
+    head_weight = randn(16)
     expected = rms_norm(heads.reshape(-1, 16), head_weight, eps=EPS).view(6, 3, 16)
     assert_bitwise_equal(rms_norm(heads, head_weight, eps=EPS), expected, name="heads")
 
 
 def test_gradient_of_what_is_used_only() -> None:
     """The last layer's sum goes nowhere, a frozen weight asks for nothing."""
-    x, residual = randn(5, 8).requires_grad_(), randn(5, 8, seed=1)
+    x = randn(5, 8).requires_grad_()
+    residual = randn(5, 8, seed=1)
     y, _ = rms_norm(x, randn(8), eps=EPS, residual_TD=residual)
     (grad,) = torch.autograd.grad(y.sum(), x)
     expected, _ = rms_norm_ref(x, randn(8), eps=EPS, residual_TD=residual)
@@ -129,7 +155,10 @@ def test_gradient_of_what_is_used_only() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight_D": torch.ones(3)}, r"weight_D must be float32/bfloat16 \[D=4\], got float32 \[3\]"),
+        (
+            {"weight_D": torch.ones(3)},
+            r"weight_D must be float32/bfloat16 \[D=4\], got float32 \[3\]",
+        ),
         ({"weight_D": torch.ones(4, dtype=torch.float16)}, "weight_D must be float32/bfloat16"),
         ({"residual_TD": torch.ones(2, 4)}, r"residual_TD must be float32 \[T=3, D=4\]"),
         ({"residual_TD": torch.ones(3, 4).double()}, "residual_TD must be float32"),
@@ -152,7 +181,10 @@ def test_refuses(change: dict, message: str) -> None:
 
 @needs_cpp
 def test_opcheck() -> None:
-    x, weight = randn(5, 6), randn(6)
+    x = randn(5, 6)
+    weight = randn(6)
     for residual in (None, randn(5, 6, seed=1)):
         torch.library.opcheck(torch.ops.socpo.rms_norm.default, (x, weight, EPS, residual))
-        torch.library.opcheck(torch.ops.socpo.rms_norm_backward.default, (x, weight.bfloat16(), EPS, x, residual))
+        torch.library.opcheck(
+            torch.ops.socpo.rms_norm_backward.default, (x, weight.bfloat16(), EPS, x, residual)
+        )

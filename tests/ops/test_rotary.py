@@ -37,7 +37,9 @@ SHAPES = [(5, 1, 2), (9, 3, 6), (97, 9, 64), (7, 37, 36), (0, 4, 64), (3, 2, 128
 
 def tables(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Of shuffled, far positions."""
-    positions = torch.randperm(4 * num_tokens, generator=torch.Generator().manual_seed(0))[:num_tokens] * 7
+    positions = (
+        torch.randperm(4 * num_tokens, generator=torch.Generator().manual_seed(0))[:num_tokens] * 7
+    )
     return rotary_tables(positions, 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim))
 
 
@@ -66,9 +68,13 @@ def test_ref_gradcheck_and_a_turn_by_hand() -> None:
     assert torch.autograd.gradcheck(lambda x: rotary(x, cos, sin), x)
     out = rotary_ref(x, cos, sin)
     for pair in range(3):  # Hugging Face's halves: number i turns with number i + E / 2
-        turn = torch.polar(torch.ones(3).double(), torch.atan2(sin[:, pair].double(), cos[:, pair].double()))
+        turn = torch.polar(
+            torch.ones(3).double(), torch.atan2(sin[:, pair].double(), cos[:, pair].double())
+        )
         expected = torch.complex(x[:, :, pair], x[:, :, pair + 3]) * turn[:, None]
-        torch.testing.assert_close(torch.complex(out[:, :, pair], out[:, :, pair + 3]), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            torch.complex(out[:, :, pair], out[:, :, pair + 3]), expected, rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -80,7 +86,8 @@ def test_a_token_has_the_bits_it_has_alone_with_any_threads(impl: str) -> None:
     def run(x: Tensor) -> Tensor | tuple[Tensor, ...]:
         return rotary(x, cos, sin, impl=impl)
 
-    device, rotate = device_of(impl), partial(rotary, impl=impl)
+    device = device_of(impl)
+    rotate = partial(rotary, impl=impl)
     whole = values_and_gradients(run, [x], torch.float32, device)
     inputs = [x.to(device), cos, sin]
     for rows in (slice(0, 1), slice(num_tokens - 1, None), slice(3, 20), slice(1, None)):
@@ -94,17 +101,36 @@ def test_a_token_has_the_bits_it_has_alone_with_any_threads(impl: str) -> None:
 def test_slices_of_heads_and_other_strides(impl: str) -> None:
     cos, sin = (x.to(device_of(impl)) for x in tables(10, 12))
     qkv = randn(10, 7, 12).to(device_of(impl))
-    for x in (qkv[:, :5], qkv[:, 2:4], qkv[:, 6:], qkv[:, ::2], qkv.transpose(0, 1).contiguous().transpose(0, 1)):
-        assert_same_bits([rotary(x, cos, sin, impl=impl)], [rotary(x.contiguous(), cos, sin, impl=impl)], "strided")
+    for x in (
+        qkv[:, :5],
+        qkv[:, 2:4],
+        qkv[:, 6:],
+        qkv[:, ::2],
+        qkv.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        assert_same_bits(
+            [rotary(x, cos, sin, impl=impl)],
+            [rotary(x.contiguous(), cos, sin, impl=impl)],
+            "strided",
+        )
 
 
-def write_case(num_tokens: int, heads: int, kv_heads: int, head_dim: int, page_size: int) -> tuple[Tensor, ...]:
+def write_case(
+    num_tokens: int, heads: int, kv_heads: int, head_dim: int, page_size: int
+) -> tuple[Tensor, ...]:
     """qkv, tables, caches full of NaN, and shuffled slots of which every third is negative."""
     num_pages = 2 * num_tokens // page_size + 1
     caches = [torch.full((num_pages, page_size, kv_heads, head_dim), torch.nan) for _ in range(2)]
-    slots = torch.randperm(num_pages * page_size, generator=torch.Generator().manual_seed(1))[:num_tokens]
+    slots = torch.randperm(num_pages * page_size, generator=torch.Generator().manual_seed(1))[
+        :num_tokens
+    ]
     slots[::3] = -1
-    return randn(num_tokens, heads + 2 * kv_heads, head_dim), *tables(num_tokens, head_dim), *caches, slots
+    return (
+        randn(num_tokens, heads + 2 * kv_heads, head_dim),
+        *tables(num_tokens, head_dim),
+        *caches,
+        slots,
+    )
 
 
 # Heads: SmolLM2; one group; a prime group of odd pairs. Pages: one token, not a power of two, usual.
@@ -112,19 +138,27 @@ def write_case(num_tokens: int, heads: int, kv_heads: int, head_dim: int, page_s
 @pytest.mark.parametrize("heads", [(9, 3, 64, 16), (4, 4, 6, 7), (7, 1, 22, 1)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 97])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_write(impl: str, num_tokens: int, heads: tuple[int, int, int, int], cache_dtype: torch.dtype) -> None:
+def test_write(
+    impl: str, num_tokens: int, heads: tuple[int, int, int, int], cache_dtype: torch.dtype
+) -> None:
     qkv, cos, sin, k_cache, v_cache, slots = write_case(num_tokens, *heads)
     device = device_of(impl)
     caches = (k_cache.to(cache_dtype), v_cache.to(cache_dtype))
     moved = [x.to(device) for x in (qkv, cos, sin, *caches, slots)]
     q = rotary_write(*moved, impl=impl)
-    num_heads, kv_heads = heads[0], heads[1]
-    q_new, k_new = rotary(moved[0][:, :-kv_heads], *moved[1:3], impl=impl).split((num_heads, kv_heads), dim=1)
+    num_heads = heads[0]
+    kv_heads = heads[1]
+    q_new, k_new = rotary(moved[0][:, :-kv_heads], *moved[1:3], impl=impl).split(
+        (num_heads, kv_heads), dim=1
+    )
     v_new = qkv[:, num_heads + kv_heads :]
     # Two kernels, though with one formula.
     assert_turned_alike = partial(assert_equal_across_variants, device=device, scale=4.0)
     assert_turned_alike(q, q_new, name="q")
-    for name, before, after, new in (("k", k_cache, moved[3], k_new), ("v", v_cache, moved[4], v_new)):
+    for name, before, after, new in (
+        ("k", k_cache, moved[3], k_new),
+        ("v", v_cache, moved[4], v_new),
+    ):
         expected = before.clone()
         expected.flatten(0, 1)[slots[slots >= 0]] = new.cpu()[slots >= 0]
         if impl == "triton" and cache_dtype == torch.bfloat16 and DEVICE == "cpu":
@@ -138,10 +172,21 @@ def test_write(impl: str, num_tokens: int, heads: tuple[int, int, int, int], cac
 def test_ref_and_halves_write_too() -> None:
     """Half precision, pages of the same dtype and bf16 ones; the reference in fp64."""
     qkv, cos, sin, k_cache, v_cache, slots = write_case(20, 4, 2, 8, 4)
-    truth = rotary_write_ref(*(x.double() for x in (qkv, cos, sin)), k_cache.double(), v_cache.double(), slots)
-    for impl, dtype in (("ref", torch.float16), ("triton", torch.float16), ("ref", torch.bfloat16), ("auto", None)):
-        device, dtype = device_of(impl), dtype or torch.float64
-        moved = [x.to(device) for x in (qkv.to(dtype), cos, sin, k_cache.to(dtype), v_cache.to(dtype), slots)]
+    truth = rotary_write_ref(
+        *(x.double() for x in (qkv, cos, sin)), k_cache.double(), v_cache.double(), slots
+    )
+    for impl, dtype in (
+        ("ref", torch.float16),
+        ("triton", torch.float16),
+        ("ref", torch.bfloat16),
+        ("auto", None),
+    ):
+        device = device_of(impl)
+        dtype = dtype or torch.float64
+        moved = [
+            x.to(device)
+            for x in (qkv.to(dtype), cos, sin, k_cache.to(dtype), v_cache.to(dtype), slots)
+        ]
         q = rotary_write(*moved, impl=impl)
         assert_error_rule(q, truth.to(dtype), truth, name=f"q {impl}")
         assert moved[3].isfinite().flatten(0, 1).all(-1).all(-1).sum() == (slots >= 0).sum()
@@ -162,7 +207,9 @@ def test_bf16_pages_round_to_nearest_even_and_keep_what_is_no_number() -> None:
         1e-40,
     ]
     v = torch.tensor([values])
-    qkv, cos, sin = torch.cat([torch.zeros(1, 2, 10), v[:, None]], dim=1), torch.ones(1, 10), torch.zeros(1, 10)
+    qkv = torch.cat([torch.zeros(1, 2, 10), v[:, None]], dim=1)
+    cos = torch.ones(1, 10)
+    sin = torch.zeros(1, 10)
     k_cache, v_cache = (torch.zeros(1, 1, 1, 10, dtype=torch.bfloat16) for _ in range(2))
     rotary_write(qkv, cos, sin, k_cache, v_cache, torch.tensor([0]), impl="cpp")
     assert_bitwise_equal(v_cache.flatten(), v[0].bfloat16(), name="v")
@@ -184,7 +231,10 @@ def test_writing_has_the_same_bits_with_any_threads() -> None:
         ({"slots_T": torch.full((6,), 24)}, "slots_T must be below P [*] S, got 24 at 0"),
         ({"slots_T": torch.zeros(6, dtype=torch.int32)}, r"slots_T must be int64 \[T=6\]"),
         ({"cos_TE": torch.ones(6, 4)}, r"cos_TE must be .* \[T=6, E=8\]"),
-        ({"k_cache_PSKE": torch.ones(6, 4, 4, 8).transpose(0, 1)}, "strides of k_cache_PSKE must be contiguous"),
+        (
+            {"k_cache_PSKE": torch.ones(6, 4, 4, 8).transpose(0, 1)},
+            "strides of k_cache_PSKE must be contiguous",
+        ),
         ({"v_cache_PSKE": torch.ones(6, 4, 2, 8).bfloat16()}, "dtype of v_cache_PSKE must be k's"),
         ({"v_cache_PSKE": torch.ones(6, 4, 1, 8)}, "v_cache_PSKE must be"),
         ({"qkv_THE": torch.ones(6, 4, 8)}, "heads of qkv must be > 2 K = 4, with K > 0, got 4"),
@@ -204,7 +254,9 @@ def test_write_refuses(change: dict, message: str) -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="rotary: E must be even, got 3"):
         rotary(torch.ones(2, 1, 3), torch.ones(2, 3), torch.ones(2, 3))
-    with pytest.raises(ValueError, match="rotary: impl must be one of auto, ref for float64, got 'cpp'"):
+    with pytest.raises(
+        ValueError, match="rotary: impl must be one of auto, ref for float64, got 'cpp'"
+    ):
         rotary(torch.ones(2, 1, 4).double(), torch.ones(2, 4), torch.ones(2, 4), impl="cpp")
 
 

@@ -52,19 +52,28 @@ class Case(NamedTuple):
     @classmethod
     def of(cls, num_tokens: int, heads: int, kv_heads: int, head_dim: int) -> Case:
         weights = (1 + 0.5 * randn(head_dim, seed=seed) for seed in (1, 2))
-        return cls(randn(num_tokens, heads + 2 * kv_heads, head_dim), *weights, *tables(num_tokens, head_dim))
+        return cls(
+            randn(num_tokens, heads + 2 * kv_heads, head_dim),
+            *weights,
+            *tables(num_tokens, head_dim),
+        )
 
 
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("impl", "dtype"), KERNELS)
-def test_as_right_as_ref(impl: str, dtype: torch.dtype, shape: tuple[int, ...], has_norms: bool) -> None:
-    case, kv_heads = Case.of(*shape), shape[2]
+def test_as_right_as_ref(
+    impl: str, dtype: torch.dtype, shape: tuple[int, ...], has_norms: bool
+) -> None:
+    case = Case.of(*shape)
+    kv_heads = shape[2]
     device = device_of(impl)
     options: dict[str, Any] = {"num_kv_heads": kv_heads, "eps": EPS if has_norms else None}
 
     def run(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        return rotary_qkv(qkv, case.cos.to(device), case.sin.to(device), *weights, **options, impl=impl)
+        return rotary_qkv(
+            qkv, case.cos.to(device), case.sin.to(device), *weights, **options, impl=impl
+        )
 
     def ref(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return rotary_qkv_ref(qkv, case.cos, case.sin, *weights, **options)
@@ -80,13 +89,16 @@ def test_ref_gradcheck(has_norms: bool) -> None:
     case = Case.of(3, 2, 1, 4)
     inputs = [x.double().requires_grad_() for x in (case[:3] if has_norms else case[:1])]
     run = partial(rotary_qkv, num_kv_heads=1, eps=EPS if has_norms else None)
-    assert torch.autograd.gradcheck(lambda qkv, *weights: run(qkv, case.cos, case.sin, *weights), inputs)
+    assert torch.autograd.gradcheck(
+        lambda qkv, *weights: run(qkv, case.cos, case.sin, *weights), inputs
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_token_has_the_bits_it_has_alone(impl: str) -> None:
     """And of the backward; with any number of threads."""
-    num_tokens, device = 31, device_of(impl)
+    num_tokens = 31
+    device = device_of(impl)
     case = Case.of(num_tokens, 5, 2, 36)
     weights = [x.to(device) for x in case[1:3]]
     upstream = [randn(num_tokens, heads, 36, seed=heads).to(device) for heads in (5, 2, 2)]
@@ -116,10 +128,17 @@ def test_strides(impl: str) -> None:
         cos, sin = rest[2:]
         inputs = [qkv.detach().requires_grad_(), *(x.clone().requires_grad_() for x in rest[:2])]
         q, k = rotary_qkv(inputs[0], cos, sin, *inputs[1:], num_kv_heads=2, eps=EPS, impl=impl)
-        upstream = [randn(*x.shape, seed=9).to(device).transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k)]
+        upstream = [
+            randn(*x.shape, seed=9).to(device).transpose(0, 1).contiguous().transpose(0, 1)
+            for x in (q, k)
+        ]
         return [q.detach(), k.detach(), *torch.autograd.grad((q, k), inputs, upstream)]
 
-    for qkv in (wide[:, 2:9], wide[:, :7], wide[:, 1:8].transpose(0, 1).contiguous().transpose(0, 1)):
+    for qkv in (
+        wide[:, 2:9],
+        wide[:, :7],
+        wide[:, 1:8].transpose(0, 1).contiguous().transpose(0, 1),
+    ):
         assert_same_bits(run(qkv), run(qkv.contiguous()), "strided")
 
 
@@ -135,7 +154,9 @@ def test_one_gradient_of_qkv(impl: str) -> None:
     (with_v, weights), (without, again) = (op(*grads, x, *tail) for x in (grad_v, None))
     assert_bitwise_equal(with_v[:, 6:], grad_v, name="v")
     assert_bitwise_equal(without[:, 6:], torch.zeros_like(grad_v), name="no v")
-    assert_equal_across_variants(with_v[:, :6], without[:, :6], device=device, name="q and k", scale=8.0)
+    assert_equal_across_variants(
+        with_v[:, :6], without[:, :6], device=device, name="q and k", scale=8.0
+    )
     assert_equal_across_variants(weights, again, device=device, name="weights", scale=16.0)
 
 
@@ -153,7 +174,9 @@ def test_cpp_has_the_bits_of_its_parts() -> None:
     def fused(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return rotary_qkv(qkv, case.cos, case.sin, *weights, num_kv_heads=2, eps=EPS, impl="cpp")
 
-    both = (values_and_gradients(run, list(case[:3]), torch.float32, "cpu") for run in (fused, parts))
+    both = (
+        values_and_gradients(run, list(case[:3]), torch.float32, "cpu") for run in (fused, parts)
+    )
     assert_same_bits(*both, "fused and parts")
 
 
@@ -174,7 +197,9 @@ def test_write_norms(impl: str, cache_dtype: torch.dtype) -> None:
     for name, cache, rows in (("k", k_cache, expected_k), ("v", v_cache, qkv[:, -2:])):
         written = cache.flatten(0, 1)[slots[is_kept]]
         if impl == "triton" and device == "cpu" and cache_dtype == torch.bfloat16:
-            rows = (rows.view(torch.int32) >> 16 << 16).view(torch.float32)  # the interpreter cuts off
+            rows = (rows.view(torch.int32) >> 16 << 16).view(
+                torch.float32
+            )  # the interpreter cuts off
         compare(written, rows[is_kept].to(cache_dtype), name=name)
         assert cache.flatten(0, 1).isfinite().all(-1).all(-1).sum() == is_kept.sum()
 
@@ -187,13 +212,24 @@ def test_write_norms(impl: str, cache_dtype: torch.dtype) -> None:
         ({"q_weight_E": torch.ones(4)}, r"q_weight_E must be .* \[E=8\], got float32 \[4\]"),
         ({"eps": None}, "eps must be finite and > 0 with both weights, None with none, got None"),
         ({"eps": 0.0}, "eps must be finite and > 0 with both weights, None with none, got 0.0"),
-        ({"k_weight_E": None}, "eps must be finite and > 0 with both weights, None with none, got 1e-05"),
+        (
+            {"k_weight_E": None},
+            "eps must be finite and > 0 with both weights, None with none, got 1e-05",
+        ),
         ({"cos_TE": torch.ones(6, 4)}, r"cos_TE must be .* \[T=6, E=8\]"),
-        ({"qkv_TXE": torch.ones(6, 7, 8).double(), "impl": "cpp"}, "impl must be one of auto, ref for float64"),
+        (
+            {"qkv_TXE": torch.ones(6, 7, 8).double(), "impl": "cpp"},
+            "impl must be one of auto, ref for float64",
+        ),
     ],
 )
 def test_refuses(change: dict, message: str) -> None:
     given = {"qkv_TXE": torch.ones(6, 7, 8), "cos_TE": torch.ones(6, 8), "sin_TE": torch.ones(6, 8)}
-    given |= {"q_weight_E": torch.ones(8), "k_weight_E": torch.ones(8), "num_kv_heads": 2, "eps": EPS}
+    given |= {
+        "q_weight_E": torch.ones(8),
+        "k_weight_E": torch.ones(8),
+        "num_kv_heads": 2,
+        "eps": EPS,
+    }
     with pytest.raises(ValueError, match=f"rotary_qkv: {message}"):
         rotary_qkv(**(given | change))

@@ -11,17 +11,28 @@ from socpo_fast.ops._impl import extension_is_built
 from socpo_fast.ops.sample import kept_tokens, noise_bits
 from tests.error_rule import assert_bitwise_equal, assert_error_rule
 
-IMPLS = ["ref", pytest.param("cpp", marks=pytest.mark.skipif(not extension_is_built(), reason="extension not built"))]
+IMPLS = [
+    "ref",
+    pytest.param(
+        "cpp", marks=pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+    ),
+]
 
 
 def keys(num_rows: int, seed: int = 0) -> Tensor:
     fields = torch.zeros(num_rows, 6, dtype=torch.int64)
-    fields[:, 0], fields[:, 5] = seed, torch.arange(num_rows)
+    fields[:, 0] = seed
+    fields[:, 5] = torch.arange(num_rows)
     return row_keys(fields)
 
 
 def settings(
-    num_rows: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    num_rows: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> dict:
     return {
         "temperature_B": torch.full((num_rows,), temperature),
@@ -35,7 +46,12 @@ def settings(
 @pytest.mark.parametrize("vocab", [1, 7, 509, 1031, 4096, 151936])
 @pytest.mark.parametrize(
     "filters",
-    [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.95}, {"top_k": 20, "top_p": 0.8, "min_p": 0.02}],
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.6, "top_p": 0.95},
+        {"top_k": 20, "top_p": 0.8, "min_p": 0.02},
+    ],
 )
 @pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 def test_cpp_draws_what_ref_draws(vocab: int, filters: dict) -> None:
@@ -73,7 +89,9 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(impl: str, filters: dict
     logits_BV = torch.randn(9, 1031, generator=torch.Generator().manual_seed(1))
     together = sample(logits_BV, keys(9), **settings(9, **filters), impl=impl)
     for b in range(9):
-        alone = sample(logits_BV[b : b + 1], keys(9)[b : b + 1], **settings(1, **filters), impl=impl)
+        alone = sample(
+            logits_BV[b : b + 1], keys(9)[b : b + 1], **settings(1, **filters), impl=impl
+        )
         for name, x, y in zip(("token_ids", "logprobs", "kept_mass"), alone, together, strict=True):
             assert_bitwise_equal(x, y[b : b + 1], name=f"{name} of row {b}")
 
@@ -98,7 +116,11 @@ def test_threads_do_not_change_bits(impl: str) -> None:
     [
         ([0.1, 0.4, 0.2, 0.3], {"top_k": 2}, [1, 3]),
         ([0.1, 0.4, 0.2, 0.3], {"top_p": 0.65}, [1, 3]),  # .4 < .65, .7 reaches it
-        ([0.1, 0.4, 0.2, 0.3], {"top_k": 2, "top_p": 0.55}, [1]),  # of .4 + .3, .4 has a share of .57
+        (
+            [0.1, 0.4, 0.2, 0.3],
+            {"top_k": 2, "top_p": 0.55},
+            [1],
+        ),  # of .4 + .3, .4 has a share of .57
         ([0.1, 0.4, 0.2, 0.3], {"min_p": 0.45}, [1, 2, 3]),  # at least .18
         ([0.1, 0.4, 0.2, 0.3], {"top_k": 3, "top_p": 0.99, "min_p": 0.6}, [1, 3]),
         ([0.1, 0.4, 0.2, 0.3], {"top_k": 9}, [0, 1, 2, 3]),
@@ -106,23 +128,32 @@ def test_threads_do_not_change_bits(impl: str) -> None:
     ],
 )
 @pytest.mark.parametrize("impl", IMPLS)
-def test_filters_keep_the_right_tokens(probs: list[float], filters: dict, kept: list[int], impl: str) -> None:
+def test_filters_keep_the_right_tokens(
+    probs: list[float], filters: dict, kept: list[int], impl: str
+) -> None:
     mask_1V = kept_tokens(
-        torch.tensor([probs]), *[settings(1, **filters)[name] for name in ("top_k_B", "top_p_B", "min_p_B")]
+        torch.tensor([probs]),
+        *[settings(1, **filters)[name] for name in ("top_k_B", "top_p_B", "min_p_B")],
     )
     assert mask_1V.nonzero()[:, 1].tolist() == kept
     num_draws = 2_000
     logits_BV = torch.tensor(probs).log().expand(num_draws, -1)
-    token_ids_B, logprobs_B, mass_B = sample(logits_BV, keys(num_draws), **settings(num_draws, **filters), impl=impl)
+    token_ids_B, logprobs_B, mass_B = sample(
+        logits_BV, keys(num_draws), **settings(num_draws, **filters), impl=impl
+    )
     assert token_ids_B.unique().tolist() == kept
     torch.testing.assert_close(mass_B, torch.full((num_draws,), sum(probs[i] for i in kept)))
-    torch.testing.assert_close(logprobs_B, torch.tensor(probs).log()[token_ids_B])  # the filters leave them alone
+    torch.testing.assert_close(
+        logprobs_B, torch.tensor(probs).log()[token_ids_B]
+    )  # the filters leave them alone
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_greedy_takes_the_first_largest_and_reports_temperature_one(impl: str) -> None:
     logits_BV = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
-    token_ids_B, logprobs_B, mass_B = sample(logits_BV, keys(1), **settings(1, temperature=0.0), impl=impl)
+    token_ids_B, logprobs_B, mass_B = sample(
+        logits_BV, keys(1), **settings(1, temperature=0.0), impl=impl
+    )
     assert token_ids_B.item() == 1 and mass_B.item() == 1
     torch.testing.assert_close(logprobs_B, logits_BV.log_softmax(-1)[:, 1])
 
@@ -172,7 +203,9 @@ def test_parameters_out_of_range_are_refused(change: dict, message: str) -> None
 
 
 def test_unknown_and_absent_implementations_are_refused() -> None:
-    with pytest.raises(ValueError, match="sample: impl must be one of auto, ref, cpp, got 'triton'"):
+    with pytest.raises(
+        ValueError, match="sample: impl must be one of auto, ref, cpp, got 'triton'"
+    ):
         sample(torch.zeros(2, 5), keys(2), **settings(2), impl="triton")
     with pytest.raises(ValueError, match="row_keys_B must be int64"):
         sample(torch.zeros(2, 5), keys(2).int(), **settings(2))

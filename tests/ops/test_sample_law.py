@@ -25,15 +25,23 @@ FILTERS = [
 
 
 def kept_by_hand(
-    logits: list[float], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    logits: list[float],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> dict[int, float]:
     """{kept token: its probability over the whole vocabulary}, by the docstring's words."""
     largest = max(logits)
     weights = [math.exp((z - largest) / temperature) for z in logits]
     total = math.fsum(weights)
-    ranked = sorted(((weight / total, -token) for token, weight in enumerate(weights)), reverse=True)
+    ranked = sorted(
+        ((weight / total, -token) for token, weight in enumerate(weights)), reverse=True
+    )
     ranked = ranked[: top_k or None]
-    whole, nucleus, so_far = math.fsum(prob for prob, _ in ranked), [], 0.0
+    whole = math.fsum(prob for prob, _ in ranked)
+    nucleus = []
+    so_far = 0.0
     for prob, token in ranked:
         if top_p < 1 and so_far >= top_p * whole:
             break
@@ -57,7 +65,9 @@ def test_chi_square(filters: dict, impl: str) -> None:
     )[0]
     counts = token_ids_B.bincount(minlength=24).double()
     tokens = torch.tensor(sorted(kept))
-    assert counts.sum() == counts[tokens].sum() == num_draws, "nothing that was filtered out is drawn"
+    assert counts.sum() == counts[tokens].sum() == num_draws, (
+        "nothing that was filtered out is drawn"
+    )
     share = torch.tensor([kept[token] for token in sorted(kept)], dtype=torch.float64)
     expected = num_draws * share / share.sum()
     assert expected.min() > 5
@@ -68,19 +78,30 @@ def test_chi_square(filters: dict, impl: str) -> None:
 # Vocabularies: less than a vector, a prime above a chunk of 512, several chunks; flat and peaked rows.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("vocab", [7, 1031, 5000])
-@pytest.mark.parametrize("filters", [*FILTERS, {"top_p": 1e-6}, {"min_p": 0.999}, {"top_k": 1}], ids=str)
+@pytest.mark.parametrize(
+    "filters", [*FILTERS, {"top_p": 1e-6}, {"min_p": 0.999}, {"top_k": 1}], ids=str
+)
 def test_kept_mass_is_that_of_fp64(filters: dict, vocab: int, impl: str) -> None:
-    logits_BV = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab)) * torch.arange(1.0, 7.0)[:, None]
-    token_ids_B, logprobs_B, mass_B = sample(logits_BV, keys(6), **settings(6, **filters), impl=impl)
+    logits_BV = (
+        torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))
+        * torch.arange(1.0, 7.0)[:, None]
+    )
+    token_ids_B, logprobs_B, mass_B = sample(
+        logits_BV, keys(6), **settings(6, **filters), impl=impl
+    )
     for b, logits in enumerate(logits_BV.double().tolist()):
         kept = kept_by_hand(logits, **filters)
         assert int(token_ids_B[b]) in kept
         assert abs(float(mass_B[b]) - math.fsum(kept.values())) < 1e-6
-        assert abs(float(logprobs_B[b]) - math.log(kept[int(token_ids_B[b])])) < 1e-5  # of the whole vocabulary
+        assert (
+            abs(float(logprobs_B[b]) - math.log(kept[int(token_ids_B[b])])) < 1e-5
+        )  # of the whole vocabulary
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("off", [{"top_k": 50}, {"top_k": 2**31 - 1}, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}])
+@pytest.mark.parametrize(
+    "off", [{"top_k": 50}, {"top_k": 2**31 - 1}, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}]
+)
 def test_a_filter_that_keeps_everything_changes_no_bit(off: dict, impl: str) -> None:
     logits_BV = torch.randn(20, 50, generator=torch.Generator().manual_seed(6))
     plain = sample(logits_BV, keys(20), **settings(20), impl=impl)
@@ -97,6 +118,8 @@ def test_rows_of_a_batch_keep_their_own_filters(impl: str) -> None:
     mixed = {name: torch.cat([row[name] for row in each]) for name in each[0]}
     together = sample(logits_BV, keys(len(FILTERS)), **mixed, impl=impl)
     for b, row in enumerate(each):
-        alone: tuple[Tensor, ...] = sample(logits_BV[b : b + 1], keys(len(FILTERS))[b : b + 1], **row, impl=impl)
+        alone: tuple[Tensor, ...] = sample(
+            logits_BV[b : b + 1], keys(len(FILTERS))[b : b + 1], **row, impl=impl
+        )
         for name, x, y in zip(("token_ids", "logprobs", "kept_mass"), alone, together, strict=True):
             assert_bitwise_equal(x, y[b : b + 1], name=f"{name} of {FILTERS[b]}")

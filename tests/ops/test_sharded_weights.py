@@ -43,7 +43,9 @@ def test_sharded_weights_are_gathered(name: str, weight: str, mesh: Any) -> None
     leaves = [tensors[key] for key in CASES[name].differentiable]
     gradients = torch.autograd.grad(sum(x.sum() for x in outputs if x.requires_grad), leaves)
     for one, other in zip((*outputs, *gradients), expected, strict=True):
-        torch.testing.assert_close(one.full_tensor() if hasattr(one, "full_tensor") else one, other, equal_nan=True)
+        torch.testing.assert_close(
+            one.full_tensor() if hasattr(one, "full_tensor") else one, other, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -73,7 +75,9 @@ def test_a_gradient_over_several_ranks_is_refused() -> None:
         mesh = init_device_mesh("cpu", (2,))
         weight = DTensor.from_local(f(10, 8), mesh, [Shard(0)])
         head = f(3, 8), weight.requires_grad_(), TOKENS["targets_N"]
-        with pytest.raises(ValueError, match=r"weight_VD must be whole or need no .*on 2 ranks.*Partial"):
+        with pytest.raises(
+            ValueError, match=r"weight_VD must be whole or need no .*on 2 ranks.*Partial"
+        ):
             ops.linear_logprob(*head, temperature=1.0)
     finally:
         dist.destroy_process_group()

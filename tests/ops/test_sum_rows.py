@@ -30,12 +30,16 @@ def test_sums_are_in_index_order(sizes: tuple[int, int, int], dtype: torch.dtype
     rows = torch.randint(num_rows, (num_values,), generator=rng)
     rows[-1] = rows[0]
     for rows_N in (rows.to(DEVICE), rows.sort().values.to(DEVICE)):
-        assert_bitwise_equal(sum_rows(x, rows_N, num_rows), in_order(x, rows_N, num_rows), name="sums")
+        assert_bitwise_equal(
+            sum_rows(x, rows_N, num_rows), in_order(x, rows_N, num_rows), name="sums"
+        )
 
 
 def test_a_group_whose_attempts_share_a_prompt() -> None:
     """The packer's rows: all ascending, but that each attempt begins at the prompt's last row."""
-    rows = torch.cat([torch.tensor([9, *range(start, start + 600)]) for start in (10, 610, 1210, 1810)])
+    rows = torch.cat(
+        [torch.tensor([9, *range(start, start + 600)]) for start in (10, 610, 1210, 1810)]
+    )
     x = torch.randn(rows.numel(), 5)
     out = sum_rows(x.to(DEVICE), rows.to(DEVICE), 2410)
     assert_bitwise_equal(out, in_order(x, rows, 2410).to(DEVICE), name="sums")
@@ -45,6 +49,8 @@ def test_a_group_whose_attempts_share_a_prompt() -> None:
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (0, 0, 4), (3, 3, 0)])
 def test_nothing_to_add(sizes: tuple[int, int, int]) -> None:
     num_values, num_rows, width = sizes
-    out = sum_rows(torch.ones(num_values, width), torch.zeros(num_values, dtype=torch.int64), num_rows)
+    out = sum_rows(
+        torch.ones(num_values, width), torch.zeros(num_values, dtype=torch.int64), num_rows
+    )
     assert out.shape == (num_rows, width)
     assert not out.any()

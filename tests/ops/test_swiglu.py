@@ -31,7 +31,9 @@ COMPILED_TAIL = 5e-6  # relative error of silu from -80 on, in a compiled kernel
 def test_as_right_as_ref(impl: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     device = DEVICE if impl == "triton" else "cpu"
     gate_up = 2 * randn(shape[0], 2 * shape[1])
-    assert_as_right_as_ref(lambda x: swiglu(x, impl=impl), swiglu_ref, [gate_up], dtype, device, scales=[8.0, 8.0])
+    assert_as_right_as_ref(
+        lambda x: swiglu(x, impl=impl), swiglu_ref, [gate_up], dtype, device, scales=[8.0, 8.0]
+    )
 
 
 def tails() -> Tensor:
@@ -47,17 +49,24 @@ def test_what_a_card_loses_in_the_tail() -> None:
     """
     gate = tails()
     exp = torch.exp2((-gate * 1.4426950408889634).double()).float()
-    silu, truth = gate * (1 / (1 + exp)), gate.double() * torch.sigmoid(gate.double())
+    silu = gate * (1 / (1 + exp))
+    truth = gate.double() * torch.sigmoid(gate.double())
     error = ((silu.double() - truth).abs() / truth.abs()).nan_to_num().max()
     assert 3e-6 < error < COMPILED_TAIL - 3 * 2.0**-22  # the rest is for ex2.approx and div.full
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, in Triton's interpreter
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered in exp"
+)  # numpy's, in Triton's interpreter
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_silu_is_right_in_both_tails(impl: str) -> None:
     """Relative to silu itself, in every lane; below -80, where exp is nearly 0, absolutely."""
-    gate, is_compiled = tails(), impl == "triton" and DEVICE == "cuda"
-    out = swiglu(torch.cat([gate, torch.ones_like(gate)])[None].to(DEVICE if impl == "triton" else "cpu"), impl=impl)
+    gate = tails()
+    is_compiled = impl == "triton" and DEVICE == "cuda"
+    out = swiglu(
+        torch.cat([gate, torch.ones_like(gate)])[None].to(DEVICE if impl == "triton" else "cpu"),
+        impl=impl,
+    )
     truth = gate.double() * torch.sigmoid(gate.double())
     bound = COMPILED_TAIL if is_compiled else 6e-7
     assert ((out[0].cpu().double() - truth).abs() <= bound * truth.abs()).all()
@@ -73,7 +82,9 @@ def test_ref_gradcheck() -> None:
 # Widths: less than a vector, with a rest behind whole ones, one in use. Enough rows for several threads.
 @pytest.mark.parametrize(("num_rows", "width"), [(5001, 7), (521, 126), (173, 384)])
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
-def test_a_row_has_the_bits_it_has_alone_with_any_threads(impl: str, num_rows: int, width: int) -> None:
+def test_a_row_has_the_bits_it_has_alone_with_any_threads(
+    impl: str, num_rows: int, width: int
+) -> None:
     device, num_rows = (DEVICE, min(num_rows, 40)) if impl == "triton" else ("cpu", num_rows)
     x = randn(num_rows, 2 * width)
 
@@ -81,10 +92,18 @@ def test_a_row_has_the_bits_it_has_alone_with_any_threads(impl: str, num_rows: i
         return swiglu(x, impl=impl)
 
     whole = values_and_gradients(run, [x], torch.float32, device)
-    for rows in (slice(0, 1), slice(num_rows - 1, None), slice(3, 20), slice(0, num_rows // 2), slice(1, None)):
+    for rows in (
+        slice(0, 1),
+        slice(num_rows - 1, None),
+        slice(3, 20),
+        slice(0, num_rows // 2),
+        slice(1, None),
+    ):
         assert_rows_alone_have_their_bits(run, [x.to(device)], whole[:1], rows, device)
     for num_threads in thread_counts() if impl == "cpp" else ():
-        assert_same_bits(values_and_gradients(run, [x], torch.float32, device), whole, f"{num_threads} threads")
+        assert_same_bits(
+            values_and_gradients(run, [x], torch.float32, device), whole, f"{num_threads} threads"
+        )
 
 
 @needs_cpp
@@ -108,8 +127,16 @@ def test_strided_input(impl: str) -> None:
         (torch.ones(2, 3), "auto", "J must be even, got 3"),
         (torch.ones(2, 4, dtype=torch.int32), "auto", "gate_up_TJ must be float32"),
         (torch.ones(4), "auto", r"gate_up_TJ must be .* \[T, J\], got float32 \[4\]"),
-        (torch.ones(2, 4).double(), "triton", "impl must be one of auto, ref for float64, got 'triton'"),
-        (torch.ones(2, 4).bfloat16(), "cpp", "impl must be one of auto, ref, triton for bfloat16, got 'cpp'"),
+        (
+            torch.ones(2, 4).double(),
+            "triton",
+            "impl must be one of auto, ref for float64, got 'triton'",
+        ),
+        (
+            torch.ones(2, 4).bfloat16(),
+            "cpp",
+            "impl must be one of auto, ref, triton for bfloat16, got 'cpp'",
+        ),
     ],
 )
 def test_refuses(x: Tensor, impl: str, message: str) -> None:

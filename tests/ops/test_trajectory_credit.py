@@ -27,12 +27,15 @@ def rescued_and_not() -> dict[str, torch.Tensor]:
         (0.0, 5, 1, 2, 1),
     ]
     names = ("rewards_A", "num_tokens_A", "question_idx_A", "attempt_idx_A", "rollout_idx_A")
-    return {name: torch.tensor(x) for name, x in zip(names, zip(*columns, strict=True), strict=True)}
+    return {
+        name: torch.tensor(x) for name, x in zip(names, zip(*columns, strict=True), strict=True)
+    }
 
 
 def test_a_trajectory_earns_its_last_reward(impl: str) -> None:
     """By hand: f_1 = 1 / 4 of four first attempts, f_2 = (1 + 1 / 4) / 7 of those and three second ones."""
-    f_1, f_2 = 1 / 4, 1.25 / 7
+    f_1 = 1 / 4
+    f_2 = 1.25 / 7
     options = CreditOptions(credit="trajectory", estimator="dr_grpo")
     credit = credit_attempts(**rescued_and_not(), options=options, impl=impl)
     earned = [1, f_1, f_1, f_2, f_2, f_2, 0, 0, 0]
@@ -48,7 +51,9 @@ def test_without_decay_help_pays_like_knowing(impl: str) -> None:
     plain = CreditOptions(credit="trajectory", schedule="none", estimator="dr_grpo")
     credit = credit_attempts(**batch, options=plain, impl=impl)
     assert credit.advantages_A[:3].tolist() == [0.0, 0.0, 0.0]
-    by_attempt = credit_attempts(**batch, options=CreditOptions(schedule="none", estimator="dr_grpo"), impl=impl)
+    by_attempt = credit_attempts(
+        **batch, options=CreditOptions(schedule="none", estimator="dr_grpo"), impl=impl
+    )
     assert by_attempt.rewards_A.tolist() == batch["rewards_A"].tolist()
     assert by_attempt.advantages_A[1] < 0 < by_attempt.advantages_A[2]
 
@@ -56,9 +61,16 @@ def test_without_decay_help_pays_like_knowing(impl: str) -> None:
 def random_credit(seed: int) -> dict[str, torch.Tensor]:
     """Rewards between 0 and 1, attempts in any order, indices neither small nor consecutive."""
     rng = torch.Generator().manual_seed(seed)
-    table = [(1000 - 37 * q, 5 * r - 9, k) for q in range(7) for r in range(5) for k in range(1 + (q + 3 * r) % 4)]
+    table = [
+        (1000 - 37 * q, 5 * r - 9, k)
+        for q in range(7)
+        for r in range(5)
+        for k in range(1 + (q + 3 * r) % 4)
+    ]
     order = torch.randperm(len(table), generator=rng).tolist()
-    question_idx_A, rollout_idx_A, attempt_idx_A = torch.tensor([table[i] for i in order]).t().contiguous()
+    question_idx_A, rollout_idx_A, attempt_idx_A = (
+        torch.tensor([table[i] for i in order]).t().contiguous()
+    )
     return {
         "rewards_A": torch.rand(len(table), generator=rng),
         "num_tokens_A": torch.randint(0, 50, (len(table),), generator=rng),
@@ -70,11 +82,20 @@ def random_credit(seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("schedule", [{}, {"schedule": "constant", "factor": 0.5}])
-def test_trajectory_credit_equals_the_loop(estimator: str, schedule: dict[str, object], impl: str) -> None:
+def test_trajectory_credit_equals_the_loop(
+    estimator: str, schedule: dict[str, object], impl: str
+) -> None:
     batch = random_credit(3)
     options = CreditOptions(credit="trajectory", estimator=estimator, **schedule)
-    rows = list(zip(*(batch[f"{name}_idx_A"].tolist() for name in ("question", "rollout", "attempt")), strict=True))
-    decayed = decay_rewards(batch["rewards_A"], batch["attempt_idx_A"], impl="ref", **schedule).tolist()
+    rows = list(
+        zip(
+            *(batch[f"{name}_idx_A"].tolist() for name in ("question", "rollout", "attempt")),
+            strict=True,
+        )
+    )
+    decayed = decay_rewards(
+        batch["rewards_A"], batch["attempt_idx_A"], impl="ref", **schedule
+    ).tolist()
     last = {}
     for (question, rollout, _), reward in sorted(zip(rows, decayed, strict=True)):
         last[question, rollout] = reward
@@ -83,7 +104,9 @@ def test_trajectory_credit_equals_the_loop(estimator: str, schedule: dict[str, o
     expected = naive_advantages(earned, batch["num_tokens_A"].tolist(), groups, estimator, 1e-6)
     credit = credit_attempts(**batch, options=options, impl=impl)
     torch.testing.assert_close(credit.rewards_A, torch.tensor(earned), rtol=1e-6, atol=0)
-    torch.testing.assert_close(credit.advantages_A.double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        credit.advantages_A.double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-7
+    )
     again = credit_attempts(**batch, options=options, impl=impl)
     assert_bitwise_equal(again.advantages_A, credit.advantages_A, name="two runs")
 
@@ -92,7 +115,10 @@ def test_trajectory_credit_equals_the_loop(estimator: str, schedule: dict[str, o
 @pytest.mark.parametrize("credit", ["attempt", "trajectory"])
 def test_cpp_has_the_references_bits(estimator: str, credit: str) -> None:
     """Where nothing is whitened, both add in index order."""
-    batch, options = random_credit(4), CreditOptions(estimator=estimator, credit=credit)
-    expected, actual = (credit_attempts(**batch, options=options, impl=impl) for impl in ("ref", "cpp"))
+    batch = random_credit(4)
+    options = CreditOptions(estimator=estimator, credit=credit)
+    expected, actual = (
+        credit_attempts(**batch, options=options, impl=impl) for impl in ("ref", "cpp")
+    )
     for name, x in expected._asdict().items():
         assert_bitwise_equal(getattr(actual, name), x, name=name)

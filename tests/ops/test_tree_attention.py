@@ -39,7 +39,8 @@ def int32(values: list[int]) -> Tensor:
 def random_tree(num_rows: int, seed: int) -> Tensor:
     """Any tree in depth-first order: each row hangs below one of the path to the row before it."""
     rng = random.Random(seed)
-    until, path = [num_rows] * num_rows, []
+    until = [num_rows] * num_rows
+    path = []
     for row in range(num_rows):
         if path and rng.random() < 0.1:
             num_kept = rng.randrange(len(path) + 1)
@@ -52,7 +53,8 @@ def random_tree(num_rows: int, seed: int) -> Tensor:
 
 def make_qkv(num_rows: int, heads: tuple[int, int, int] = (6, 2, 64)) -> list[Tensor]:
     """fp32 numbers that all fit into bf16."""
-    rng, (num_heads, num_kv_heads, head_dim) = torch.Generator().manual_seed(0), heads
+    rng = torch.Generator().manual_seed(0)
+    (num_heads, num_kv_heads, head_dim) = heads
     shapes = [(num_rows, n, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads)]
     return [torch.randn(shape, generator=rng).bfloat16().float() for shape in shapes]
 
@@ -82,7 +84,8 @@ def dense(until_T: Tensor) -> Callable[..., Tensor]:
 
 def separate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each path as a sequence of its own; a packed row is read off the first path it is on."""
-    out, is_done = torch.zeros_like(q), torch.zeros(q.shape[0], dtype=torch.bool)
+    out = torch.zeros_like(q)
+    is_done = torch.zeros(q.shape[0], dtype=torch.bool)
     for path in PATHS:
         rows = dense(int32([len(path)] * len(path)))(q[path], k[path], v[path])
         out = out.index_copy(0, path[~is_done[path]], rows[~is_done[path]])
@@ -98,7 +101,8 @@ def tree(until_T: Tensor | TreeMask, impl: str) -> Callable[..., Tensor]:
 def test_tree_equals_separate_rows(impl: str, dtype: torch.dtype) -> None:
     qkv = make_qkv(len(TREE))
     actual = run(tree(int32(TREE), impl), qkv, dtype)
-    plain, truth = run(separate, qkv, dtype), run(separate, qkv, torch.float64)
+    plain = run(separate, qkv, dtype)
+    truth = run(separate, qkv, torch.float64)
     for name, a, p, t in zip(NAMES, actual, plain, truth, strict=True):
         assert_error_rule(a, p, t, name=name)
 
@@ -117,9 +121,11 @@ def test_as_right_as_a_dense_mask(
 ) -> None:
     module = sys.modules["socpo_fast.ops.tree_attention"]  # the package names the function
     monkeypatch.setattr(module, "REF_SCORES", 1 << 16)
-    qkv, until_T = make_qkv(num_rows, heads), random_tree(num_rows, seed=num_rows)
+    qkv = make_qkv(num_rows, heads)
+    until_T = random_tree(num_rows, seed=num_rows)
     actual = run(tree(until_T, impl), qkv, dtype)
-    plain, truth = run(dense(until_T), qkv, dtype), run(dense(until_T), qkv, torch.float64)
+    plain = run(dense(until_T), qkv, dtype)
+    truth = run(dense(until_T), qkv, torch.float64)
     for name, a, p, t in zip(NAMES, actual, plain, truth, strict=True):
         assert_error_rule(a, p, t, name=name)
 
@@ -144,7 +150,8 @@ def test_gradcheck() -> None:
 def test_large_and_small_scores() -> None:
     """Scores of some hundred, where a softmax without its maximum would overflow; and all equal."""
     for factor in (30.0, 0.0):
-        qkv, until_T = make_qkv(70), random_tree(70, seed=1)
+        qkv = make_qkv(70)
+        until_T = random_tree(70, seed=1)
         qkv[0] *= factor
         actual = run(tree(until_T, "cpp"), qkv, torch.float32)
         plain, truth = (run(dense(until_T), qkv, t) for t in (torch.float32, torch.float64))
@@ -179,7 +186,8 @@ def test_same_bits_with_any_threads(heads: tuple[int, int, int]) -> None:
 @needs_cpp
 def test_strided_inputs() -> None:
     """q, k and v as slices of one tensor, whose rows are not in one piece; so is the gradient."""
-    qkv_THE, until_T = make_qkv(50, (10, 1, 64))[0], random_tree(50, seed=3)
+    qkv_THE = make_qkv(50, (10, 1, 64))[0]
+    until_T = random_tree(50, seed=3)
     slices = qkv_THE.split((6, 2, 2), dim=1)
     whole = run(tree(until_T, "cpp"), [x.contiguous() for x in slices], torch.float32)
     leaf = qkv_THE.clone().requires_grad_()

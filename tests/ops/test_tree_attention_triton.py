@@ -135,7 +135,8 @@ def test_branches_do_not_see_each_other() -> None:
 
 def test_strided_inputs() -> None:
     """q, k and v as slices of one tensor, of rows apart; a transposed gradient; heads apart."""
-    qkv_THE, until_T = make_qkv(90, (8, 1, 32))[0], random_tree(90, seed=3).to(DEVICE)
+    qkv_THE = make_qkv(90, (8, 1, 32))[0]
+    until_T = random_tree(90, seed=3).to(DEVICE)
     slices = qkv_THE.split((4, 2, 2), dim=1)
     whole = run(until_T, [x.contiguous() for x in slices])
     leaf = qkv_THE.to(DEVICE, copy=True).requires_grad_()
@@ -174,7 +175,8 @@ class NotedKernel:
     """A kernel, with the place of each tensor of its launches modulo 16 bytes."""
 
     def __init__(self, kernel: Any, remainders: list[int]):
-        self.kernel, self.remainders = kernel, remainders
+        self.kernel = kernel
+        self.remainders = remainders
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def launch(*args: Any, **options: Any) -> Any:

@@ -46,7 +46,8 @@ def test_queries_visit_what_they_see_once(name: str) -> None:
     assert sorted(table[:, 0].tolist()) == list(range(len(some)))
     assert table[:, 2].diff().le(0).all(), "longest first"
     for query, num_masked, num_seen, *keys in table.tolist():
-        masked, full = keys[:num_masked], keys[num_masked:num_seen]
+        masked = keys[:num_masked]
+        full = keys[num_masked:num_seen]
         assert sorted(masked + full) == some[query].nonzero().flatten().tolist()
         assert all(every[query, key] for key in full)
 
@@ -54,7 +55,8 @@ def test_queries_visit_what_they_see_once(name: str) -> None:
 @pytest.mark.parametrize("name", TREES)
 def test_keys_are_visited_once_by_all_who_see_them(name: str) -> None:
     some, every = tiles_of(TREES[name])
-    num_blocks, num_slots = len(some), 0
+    num_blocks = len(some)
+    num_slots = 0
     ranges = TreeMask.of(TREES[name]).query_ranges_P7
     assert len(ranges) == num_blocks + NUM_EXTRA
     visits = torch.zeros(some.shape, dtype=torch.int64)

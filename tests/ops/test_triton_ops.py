@@ -20,7 +20,9 @@ ALL_TERMS = {"entropy_coef": 0.1, "kl_coef": 0.2}
 Inputs = dict[str, Tensor]
 
 
-def make_inputs(num_tokens: int = 9, num_rows: int = 19, vocab: int = 1031, width: int = 12) -> Inputs:
+def make_inputs(
+    num_tokens: int = 9, num_rows: int = 19, vocab: int = 1031, width: int = 12
+) -> Inputs:
     """Repeated rows, some of weight or advantage 0, ratios on both sides of the clips; width is no multiple of 8."""
     rng = torch.Generator().manual_seed(num_rows)
     # bf16 holds these exactly, so every dtype computes on the same numbers
@@ -38,18 +40,25 @@ def make_inputs(num_tokens: int = 9, num_rows: int = 19, vocab: int = 1031, widt
         "old_logprobs_N": logprobs + 0.4 * torch.randn(num_rows, generator=rng),
         "advantages": torch.tensor([1.5, -0.7, -2.0, 0.0]),
         "attempt_of_token_N": torch.arange(num_rows) % 4,
-        "weights_N": torch.rand(num_rows, generator=rng) * (torch.rand(num_rows, generator=rng) < 0.8),
+        "weights_N": torch.rand(num_rows, generator=rng)
+        * (torch.rand(num_rows, generator=rng) < 0.8),
         "ref_logprobs_N": logprobs + 0.4 * torch.randn(num_rows, generator=rng),
         "rows_N": rows,
         "temperature": temperature,
     }
 
 
-def run_loss(inputs: Inputs, dtype: torch.dtype, impl: str, **options: Any) -> tuple[PolicyLoss, Tensor, Tensor]:
+def run_loss(
+    inputs: Inputs, dtype: torch.dtype, impl: str, **options: Any
+) -> tuple[PolicyLoss, Tensor, Tensor]:
     """hidden and weight in `dtype`, what stands by token in what their logits are held in."""
     wide = torch.promote_types(dtype, torch.float32)
-    moved = {name: x.to(DEVICE, wide if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
-    hidden, weight = (moved.pop(name).to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD"))
+    moved = {
+        name: x.to(DEVICE, wide if x.is_floating_point() else x.dtype) for name, x in inputs.items()
+    }
+    hidden, weight = (
+        moved.pop(name).to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD")
+    )
     result = linear_policy_loss(hidden, weight, **moved, impl=impl, **gathered(options))
     (3 * result.loss).backward()  # an upstream gradient that is not 1
     return result, hidden.grad, weight.grad
@@ -59,7 +68,8 @@ def run_loss(inputs: Inputs, dtype: torch.dtype, impl: str, **options: Any) -> t
 @pytest.mark.parametrize("options", [{}, ALL_TERMS], ids=["bare", "all terms"])
 def test_linear_policy_loss(dtype: torch.dtype, options: dict[str, float]) -> None:
     inputs = make_inputs()
-    actual, plain = run_loss(inputs, dtype, "triton", **options), run_loss(inputs, dtype, "ref", **options)
+    actual = run_loss(inputs, dtype, "triton", **options)
+    plain = run_loss(inputs, dtype, "ref", **options)
     truth = run_loss(inputs, torch.float64, "ref", **options)
     for name in ("loss", "logprobs", "entropy", "ratio", "clip_fraction"):
         results = (getattr(result[0], name) for result in (actual, plain, truth))
@@ -80,7 +90,11 @@ def test_make_aot_compiles_what_the_op_launches(monkeypatch: pytest.MonkeyPatch)
             )
 
     compiled = {
-        (config.pointers["grad_ptr"] is not None, config.constants["NEED_ENTROPY"], config.constants["ENTROPY_GRAD"])
+        (
+            config.pointers["grad_ptr"] is not None,
+            config.constants["NEED_ENTROPY"],
+            config.constants["ENTROPY_GRAD"],
+        )
         for config in kernels.aot_configs()
     }
     monkeypatch.setattr(kernels, "_policy_rows_kernel", Recorder())
@@ -92,7 +106,9 @@ def test_make_aot_compiles_what_the_op_launches(monkeypatch: pytest.MonkeyPatch)
 def test_two_runs_have_the_same_bits_and_chunks_only_round() -> None:
     inputs = make_inputs(num_rows=70)
     first, second = (run_loss(inputs, torch.float32, "triton", **ALL_TERMS) for _ in range(2))
-    chunked = run_loss(inputs, torch.float32, "triton", workspace_mib=0.1, **ALL_TERMS)  # 16 rows a chunk
+    chunked = run_loss(
+        inputs, torch.float32, "triton", workspace_mib=0.1, **ALL_TERMS
+    )  # 16 rows a chunk
     for name, a, b, c in zip(
         ("loss", "dX", "dW"),
         *((result[0].loss.detach(), *result[1:]) for result in (first, second, chunked)),
@@ -106,7 +122,8 @@ def test_two_runs_have_the_same_bits_and_chunks_only_round() -> None:
 def test_few_rows(num_rows: int) -> None:
     inputs = make_inputs(num_rows=num_rows)
     inputs["weights_N"] = torch.ones(num_rows)
-    actual, expected = run_loss(inputs, torch.float32, "triton"), run_loss(inputs, torch.float32, "ref")
+    actual = run_loss(inputs, torch.float32, "triton")
+    expected = run_loss(inputs, torch.float32, "ref")
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
@@ -122,13 +139,26 @@ def test_all_rows_masked_give_zero_gradients() -> None:
 def test_linear_logprob(dtype: torch.dtype, entropy_grad: bool) -> None:
     inputs = make_inputs()
     results = {}
-    for key, impl, in_dtype in (("actual", "triton", dtype), ("plain", "ref", dtype), ("truth", "ref", torch.float64)):
+    for key, impl, in_dtype in (
+        ("actual", "triton", dtype),
+        ("plain", "ref", dtype),
+        ("truth", "ref", torch.float64),
+    ):
         hidden, weight = (
-            inputs[name].to(DEVICE, in_dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD")
+            inputs[name].to(DEVICE, in_dtype, copy=True).requires_grad_()
+            for name in ("hidden_TD", "weight_VD")
         )
-        targets, rows, temperature = (inputs[name].to(DEVICE) for name in ("targets_N", "rows_N", "temperature"))
+        targets, rows, temperature = (
+            inputs[name].to(DEVICE) for name in ("targets_N", "rows_N", "temperature")
+        )
         logprobs, entropy = linear_logprob(
-            hidden, weight, targets, temperature=temperature, rows_N=rows, entropy_grad=entropy_grad, impl=impl
+            hidden,
+            weight,
+            targets,
+            temperature=temperature,
+            rows_N=rows,
+            entropy_grad=entropy_grad,
+            impl=impl,
         )
         loss = logprobs.cos().sum() + (entropy.square().sum() if entropy_grad else 0.0)
         loss.backward()
@@ -139,8 +169,10 @@ def test_linear_logprob(dtype: torch.dtype, entropy_grad: bool) -> None:
 
 def test_a_whole_training_step() -> None:
     """Packed tree, model, head and loss: the kernels' gradient of every parameter against the reference's."""
-    rollouts, options = make_rollouts(), {"token_budget": 60, "temperature": 0.8, "entropy_coef": 0.01}
-    gradients, stats = {}, {}
+    rollouts = make_rollouts()
+    options = {"token_budget": 60, "temperature": 0.8, "entropy_coef": 0.01}
+    gradients = {}
+    stats = {}
     for impl, dtype in (("triton", torch.float32), ("ref", torch.float32), ("ref", torch.float64)):
         student = make_student(dtype=dtype).to(DEVICE)
         stats[impl, dtype] = policy_gradients(student, rollouts, impl=impl, **gathered(options))
@@ -150,16 +182,21 @@ def test_a_whole_training_step() -> None:
     for name in truth:
         scale = truth[name].abs().max()
         assert_error_rule(actual[name] / scale, plain[name] / scale, truth[name] / scale, name=name)
-    assert stats["triton", torch.float32].loss == pytest.approx(stats["ref", torch.float64].loss, rel=1e-5)
+    assert stats["triton", torch.float32].loss == pytest.approx(
+        stats["ref", torch.float64].loss, rel=1e-5
+    )
 
     student = make_student().to(DEVICE)
     per_impl = [
-        compute_logprobs(student, rollouts, token_budget=60, temperature=0.8, impl=impl) for impl in ("triton", "ref")
+        compute_logprobs(student, rollouts, token_budget=60, temperature=0.8, impl=impl)
+        for impl in ("triton", "ref")
     ]
     torch.testing.assert_close(*per_impl)
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_impl, "INTERPRETS", False)
-    with pytest.raises(ValueError, match="which runs on a GPU, and on the CPU under TRITON_INTERPRET=1"):
+    with pytest.raises(
+        ValueError, match="which runs on a GPU, and on the CPU under TRITON_INTERPRET=1"
+    ):
         _impl.pick_impl("linear_policy_loss", "triton", torch.empty(0))

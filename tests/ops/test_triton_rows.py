@@ -9,14 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.kernels.linear_policy_loss import TILES, logprob_rows, logprob_rows_backward, policy_rows
+from socpo_fast.kernels.linear_policy_loss import (
+    TILES,
+    logprob_rows,
+    logprob_rows_backward,
+    policy_rows,
+)
 from socpo_fast.ops.policy_loss import policy_loss_ref
 from tests.error_rule import assert_bitwise_equal, assert_equal_across_variants, assert_error_rule
 from tests.loss_options import gathered
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = TILES[0][torch.float32].block
-DEFAULTS = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "entropy_coef": 0.0, "kl_coef": 0.0}
+DEFAULTS = {
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": 3.0,
+    "entropy_coef": 0.0,
+    "kl_coef": 0.0,
+}
 ALL_TERMS = {"entropy_coef": 0.3, "kl_coef": 0.5, "kl_estimator": 3}
 
 
@@ -39,7 +50,9 @@ def make_rows(vocab: int, num_rows: int = 12, kind: str = "noise") -> Rows:
     rows = torch.arange(num_rows)
     if kind == "peaked":  # p > 0.9995 of the target in even rows, of another token in odd ones
         logits[rows, torch.where(rows % 2 == 0, targets, (targets + 1) % vocab)] = 30.0
-    elif kind == "large":  # targets near the top: far below it, one unit in the last place is most of a ratio
+    elif (
+        kind == "large"
+    ):  # targets near the top: far below it, one unit in the last place is most of a ratio
         logits *= 1000 / 3
         logits[rows, targets] = logits.amax(-1) - rows / 4
     elif kind == "offset":
@@ -51,7 +64,9 @@ def make_rows(vocab: int, num_rows: int = 12, kind: str = "noise") -> Rows:
     inv_temperature = 0.5 + torch.rand(num_rows, generator=rng)
     logprobs, _ = logprobs_and_entropy(logits.double(), targets, inv_temperature.double())
     # inside both clips, beyond each, beyond the dual clip, beyond what a log-ratio is clamped to; both signs of A
-    log_ratio = torch.tensor([0.05, -0.05, 0.3, -0.3, 1.5, -1.5, 25.0, -25.0, 0.1, -0.1, 0.3, 3.0])[:num_rows]
+    log_ratio = torch.tensor([0.05, -0.05, 0.3, -0.3, 1.5, -1.5, 25.0, -25.0, 0.1, -0.1, 0.3, 3.0])[
+        :num_rows
+    ]
     sign = torch.tensor([1.0, -1, 1, 1, -1, -1, 1, -1, -1, 1, -1, 1])[:num_rows]
     old = (logprobs.nan_to_num(neginf=-50.0) - log_ratio).float()
     return Rows(
@@ -65,7 +80,9 @@ def make_rows(vocab: int, num_rows: int = 12, kind: str = "noise") -> Rows:
     )
 
 
-def logprobs_and_entropy(logits: Tensor, targets: Tensor, inv_temperature: Tensor) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropy(
+    logits: Tensor, targets: Tensor, inv_temperature: Tensor
+) -> tuple[Tensor, Tensor]:
     logp = (logits * inv_temperature[:, None]).log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
     return logp.gather(1, targets[:, None])[:, 0], entropy
@@ -89,7 +106,11 @@ def expected_rows(rows: Rows, dtype: torch.dtype, **options: float) -> tuple[Ten
         (coefficient,) = torch.autograd.grad(result.loss, logprobs, retain_graph=True)
         result.loss.backward(retain_graph=True)
         clipped = result.clip_fraction
-        values.append(torch.stack([result.loss, logprobs[n], entropy[n], result.ratio[0], clipped, coefficient[n]]))
+        values.append(
+            torch.stack(
+                [result.loss, logprobs[n], entropy[n], result.ratio[0], clipped, coefficient[n]]
+            )
+        )
     return torch.stack(values, dim=1).detach(), logits.grad
 
 
@@ -106,12 +127,12 @@ def triton_rows(
     return values.cpu(), grad.cpu()
 
 
-def assert_rows(rows: Rows, dtype: torch.dtype, grad_dtype: torch.dtype | None = None, **options: float) -> None:
-    actual, plain, truth = (
-        triton_rows(rows, dtype, grad_dtype, **options),
-        expected_rows(rows, dtype, **options),
-        expected_rows(rows, torch.float64, **options),
-    )
+def assert_rows(
+    rows: Rows, dtype: torch.dtype, grad_dtype: torch.dtype | None = None, **options: float
+) -> None:
+    actual = triton_rows(rows, dtype, grad_dtype, **options)
+    plain = expected_rows(rows, dtype, **options)
+    truth = expected_rows(rows, torch.float64, **options)
     for i, name in enumerate(("loss", "logprob", "entropy", "ratio", "clipped", "coefficient")):
         assert_scaled(actual[0][i], plain[0][i], truth[0][i], name=name, dtype=dtype)
     scale = truth[1].abs().amax(-1, keepdim=True)
@@ -119,7 +140,13 @@ def assert_rows(rows: Rows, dtype: torch.dtype, grad_dtype: torch.dtype | None =
 
 
 def assert_scaled(
-    actual: Tensor, plain: Tensor, truth: Tensor, scale: Tensor | None = None, *, name: str, dtype: torch.dtype
+    actual: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    scale: Tensor | None = None,
+    *,
+    name: str,
+    dtype: torch.dtype,
 ) -> None:
     """The error rule for what is above 1, a ratio of exp(20) or a log-prob of -1000, as a multiple of what it is."""
     scale = (truth if scale is None else scale).abs().clamp(min=1.0).nan_to_num(posinf=1.0)
@@ -188,20 +215,26 @@ def test_a_ratio_on_a_bound_passes_its_gradient() -> None:
 def test_rows_without_a_coefficient_get_exact_zeros_whatever_they_hold() -> None:
     rows = make_rows(131)
     rows.weights[:3] = 0.0
-    rows.old[0], rows.ref[1], rows.logits[2] = torch.nan, torch.inf, torch.nan
+    rows.old[0] = torch.nan
+    rows.ref[1] = torch.inf
+    rows.logits[2] = torch.nan
     rows.advantages[3] = 0.0
     values, grad = triton_rows(rows, torch.float32)
     assert_bitwise_equal(grad[:4], torch.zeros(4, 131), name="gradient")
     assert (grad[8] != 0).all()  # inside both clips
     for i in (0, 4, 5):
         assert (values[i, :4] == 0).all(), i
-    assert (triton_rows(rows, torch.float32, entropy_coef=0.1)[1][3] != 0).any()  # entropy has no advantage
+    assert (
+        triton_rows(rows, torch.float32, entropy_coef=0.1)[1][3] != 0
+    ).any()  # entropy has no advantage
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the interpreter's, of NaN
 def test_nan_comes_out_where_it_goes_in() -> None:
     rows = make_rows(TILE + 3, num_rows=4)
-    rows.logits[0, 7], rows.old[1], rows.ref[2] = torch.nan, torch.nan, torch.nan
+    rows.logits[0, 7] = torch.nan
+    rows.old[1] = torch.nan
+    rows.ref[2] = torch.nan
     values, grad = triton_rows(rows, torch.float32, kl_coef=0.1)
     assert values[0].isnan().tolist() == [True, True, True, False]
     assert grad.isnan().any(-1).tolist() == [True, True, True, False]
@@ -211,8 +244,11 @@ def test_nan_comes_out_where_it_goes_in() -> None:
 def test_gradient_in_a_narrow_dtype(grad_dtype: torch.dtype) -> None:
     rows = make_rows(131)
     assert_rows(rows, torch.float32, grad_dtype, **ALL_TERMS)
-    if grad_dtype == torch.float16 or DEVICE != "cpu":  # the interpreter cuts bf16 off instead of rounding it
-        wide, narrow = triton_rows(rows, torch.float32)[1], triton_rows(rows, torch.float32, grad_dtype)[1]
+    if (
+        grad_dtype == torch.float16 or DEVICE != "cpu"
+    ):  # the interpreter cuts bf16 off instead of rounding it
+        wide = triton_rows(rows, torch.float32)[1]
+        narrow = triton_rows(rows, torch.float32, grad_dtype)[1]
         scale = wide.abs().amax(-1, keepdim=True).clamp(min=1.0)
         rounded = wide.to(grad_dtype)
         assert_equal_across_variants(narrow, rounded, device=DEVICE, name="rounded", scale=scale)
@@ -225,7 +261,14 @@ def test_in_place_strided_and_without_a_gradient() -> None:
     wide[:, : TILE + 3] = rows.logits
     view = wide[:, : TILE + 3]
     attempts = torch.arange(12, device=DEVICE).flip(0)
-    given = (rows.targets, rows.old, rows.advantages.flip(0), attempts, rows.weights, rows.inv_temperature)
+    given = (
+        rows.targets,
+        rows.old,
+        rows.advantages.flip(0),
+        attempts,
+        rows.weights,
+        rows.inv_temperature,
+    )
     tail = (0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True)
     scale = values.abs().clamp(min=1.0)  # a ratio may be exp(20)
     compare = partial(assert_equal_across_variants, device=DEVICE)
@@ -262,13 +305,16 @@ def test_logprob_rows_and_their_backward(kind: str, vocab: int) -> None:
         upstream[0, 0] = 0.0  # its log-prob is -inf
     results = {}
     for dtype in (torch.float32, torch.float64):
-        logits, scale = rows.logits.to(dtype, copy=True).requires_grad_(), rows.inv_temperature.to(dtype)
+        logits = rows.logits.to(dtype, copy=True).requires_grad_()
+        scale = rows.inv_temperature.to(dtype)
         logprobs, entropy = logprobs_and_entropy(logits, rows.targets, scale)
         (grad,) = torch.autograd.grad([logprobs, entropy], logits, list(upstream.to(dtype)))
         logsumexp = (logits * scale[:, None]).logsumexp(-1)
         results[dtype] = (*(x.detach() for x in (logprobs, entropy, logsumexp)), grad)
     for dtype in results:
-        logits, targets, scale = (x.to(DEVICE) for x in (rows.logits.to(dtype), rows.targets, rows.inv_temperature))
+        logits, targets, scale = (
+            x.to(DEVICE) for x in (rows.logits.to(dtype), rows.targets, rows.inv_temperature)
+        )
         scale = scale.to(dtype)
         values = logprob_rows(logits, targets, scale)
         grads = upstream.to(DEVICE, dtype)
@@ -285,14 +331,19 @@ def test_logprob_rows_and_their_backward(kind: str, vocab: int) -> None:
         zero = torch.zeros_like(grads[1])
         logprob_rows_backward(logits, grad, targets, scale, values[2], values[1], grads[0], zero)
         scale = grad.abs().amax(-1, keepdim=True).clamp(min=1.0)
-        bare, half = bare + 0, grad.half() + 0  # without an entropy to subtract, a zero may be -0
+        # without an entropy to subtract, a zero may be -0
+        bare = bare + 0
+        half = grad.half() + 0
         assert_equal_across_variants(bare, half, device=DEVICE, name="no entropy", scale=scale)
 
 
 def test_no_rows() -> None:
-    empty, index = torch.empty(0, 7, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    empty = torch.empty(0, 7, device=DEVICE)
+    index = torch.empty(0, dtype=torch.int64, device=DEVICE)
     row = empty[:, 0]
-    values = policy_rows(empty, empty, index, row, row, None, row, row, 0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True)
+    values = policy_rows(
+        empty, empty, index, row, row, None, row, row, 0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True
+    )
     assert values.shape == (6, 0)
     assert logprob_rows(empty, index, row).shape == (3, 0)
     logprob_rows_backward(empty, empty, index, row, row, row, row, None)

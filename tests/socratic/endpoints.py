@@ -41,10 +41,17 @@ def ask(
 ) -> list[str]:
     """What is heard of num_calls calls, one after the other unless at_once, with short limits."""
     server.script = script
-    defaults = {"timeout_s": 0.3, "max_retries": 2, "backoff_s": 0.01, "api_key_env": "SOCPO_TEST_KEY"}
+    defaults = {
+        "timeout_s": 0.3,
+        "max_retries": 2,
+        "backoff_s": 0.01,
+        "api_key_env": "SOCPO_TEST_KEY",
+    }
 
     async def run() -> list[str]:
-        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), **(defaults | settings))
+        teacher = EndpointTeacher(
+            server.url, model="m", prompt=TeacherPrompt(), **(defaults | settings)
+        )
         if at_once:
             answers = await asyncio.gather(*(hear(teacher, i) for i in range(num_calls)))
         else:

@@ -48,7 +48,9 @@ def play(
     """Every answer is wrong; answer k is followed by guidance[k], the last one by nothing."""
     script = {(0, 0): [list(ids) for ids in answers]}
     engine = ScriptedEngine(script, max_tokens=max_tokens, eos_ids=bridge.eos_ids)
-    question = Question(question_idx=0, messages=tuple(messages), ground_truth="two", data_source="test")
+    question = Question(
+        question_idx=0, messages=tuple(messages), ground_truth="two", data_source="test"
+    )
     (rollout,) = socratic_rollouts(
         engine,
         bridge.tokenizer,
@@ -65,7 +67,9 @@ def play(
         ),
     )
     assert not engine.pinned
-    return Episode(bridge, rollout, [engine.contexts[0, 0, k] for k in range(len(rollout.attempts))])
+    return Episode(
+        bridge, rollout, [engine.contexts[0, 0, k] for k in range(len(rollout.attempts))]
+    )
 
 
 def cuts(rollout: Rollout) -> list[int | None]:
@@ -91,7 +95,10 @@ def shown(rollout: Rollout) -> list[str]:
 
 
 def rendering(
-    bridge: Bridge, texts: Sequence[str], guidance: Sequence[str], messages: Sequence[dict[str, str]] = PROMPT
+    bridge: Bridge,
+    texts: Sequence[str],
+    guidance: Sequence[str],
+    messages: Sequence[dict[str, str]] = PROMPT,
 ) -> str:
     """The chat template's own text of the dialogue up to the next answer."""
     dialogue = list(messages)
@@ -101,11 +108,17 @@ def rendering(
 
 
 def text_of(bridge: Bridge, token_ids: Sequence[int]) -> str:
-    return str(bridge.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        bridge.tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+    )
 
 
 def answer_ids(bridge: Bridge, text: str, *, ended: bool = True) -> list[int]:
     """An answer as a student would sample it: behind the generation prompt, the end of turn included when ended."""
     first_word = bridge.exact_text(bridge.untrusted_ids("x"))
-    space = " " if bridge.before.endswith(" ") and first_word == "x" else ""  # the template's, before sentencepiece's
+    space = (
+        " " if bridge.before.endswith(" ") and first_word == "x" else ""
+    )  # the template's, before sentencepiece's
     return bridge.untrusted_ids(space + text) + ([bridge.end_of_turn_id] if ended else [])

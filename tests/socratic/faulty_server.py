@@ -36,7 +36,9 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             act = self.server.script[min(len(self.server.seen), len(self.server.script) - 1)]
-            self.server.seen.append({"path": self.path, "headers": dict(self.headers), "body": body})
+            self.server.seen.append(
+                {"path": self.path, "headers": dict(self.headers), "body": body}
+            )
             self.server.in_flight += 1
             self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
         try:
@@ -51,7 +53,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def raw(status: int, payload: bytes, headers: dict[str, str] | None = None) -> Callable[[Handler], None]:
+def raw(
+    status: int, payload: bytes, headers: dict[str, str] | None = None
+) -> Callable[[Handler], None]:
     def act(handler: Handler) -> None:
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(payload)), **(headers or {})}.items():
@@ -63,7 +67,10 @@ def raw(status: int, payload: bytes, headers: dict[str, str] | None = None) -> C
 
 
 def reply(content: Any = "Check the sum.", delay_s: float = 0.0) -> Callable[[Handler], None]:
-    answer = raw(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode())
+    answer = raw(
+        200,
+        json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode(),
+    )
 
     def act(handler: Handler) -> None:
         time.sleep(delay_s)

@@ -40,14 +40,19 @@ def save_teacher(path: Path) -> Path:
 
 
 def local_teacher(folder: Path, device: str = "cpu", **settings: object) -> LocalTeacher:
-    config = Config(run=RunConfig(seed=7), teacher=LocalTeacherConfig(path=str(folder), **{**SETTINGS, **settings}))  # type: ignore[arg-type]
+    config = Config(
+        run=RunConfig(seed=7),
+        teacher=LocalTeacherConfig(path=str(folder), **{**SETTINGS, **settings}),
+    )  # type: ignore[arg-type]
     made = make_teacher(config, device=device)
     assert isinstance(made, LocalTeacher)
     assert not made.immediate
     return made
 
 
-def request(rollout_idx: int = 0, *, question: int = 0, answer: str = "It is 3.") -> GuidanceRequest:
+def request(
+    rollout_idx: int = 0, *, question: int = 0, answer: str = "It is 3."
+) -> GuidanceRequest:
     return GuidanceRequest(
         question="1 + 1?",
         student_answer=answer,

@@ -47,12 +47,16 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return bool(self.pending)
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, *, key: tuple[int, int]
+    ) -> None:
         for r in range(params.n):
             self.contexts[key[1], r, 0] = list(prompt_ids)
             self.pending.append((RolloutKey(*key), r, 0))
 
-    def resume(self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, kept_tokens: int) -> None:
+    def resume(
+        self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, kept_tokens: int
+    ) -> None:
         self.pinned.remove(attempt)
         name = (attempt.key.question, attempt.rollout_idx)
         before = self.contexts[(*name, attempt.attempt_idx)]
@@ -70,7 +74,8 @@ class ScriptedEngine:
 
     def collect(self) -> list[Attempt]:
         self.num_steps += bool(self.pending)
-        now, self.pending = self.pending[: self.per_step], self.pending[self.per_step :]
+        now = self.pending[: self.per_step]
+        self.pending = self.pending[self.per_step :]
         done = []
         for key, r, k in now:
             ids = self.script[key.question, r][k]

@@ -27,13 +27,16 @@ OPTIONS = RolloutOptions(group_size=6, max_attempts=2, guidance_limit=12)
 
 def make_engine(folder: Path, tokens_per_sync: int) -> Engine:
     student = load_student(folder)
-    return Engine(student, kv_cache_gib=0.02, page_size=16, max_running=9, tokens_per_sync=tokens_per_sync)
+    return Engine(
+        student, kv_cache_gib=0.02, page_size=16, max_running=9, tokens_per_sync=tokens_per_sync
+    )
 
 
 def teacher_on_a_card(folder: Path) -> LocalTeacher:
     """One that works while the student does, as on a stream of its own."""
     teacher = local_teacher(folder)
-    teacher.occupies_host, teacher._enough = False, ENOUGH_REQUESTS
+    teacher.occupies_host = False
+    teacher._enough = ENOUGH_REQUESTS
     return teacher
 
 
@@ -53,7 +56,11 @@ def roll(engine: Engine, teacher: LocalTeacher) -> list[Rollout]:
 
 def outcome(rollout: Rollout) -> list[tuple]:
     return [
-        (turn.attempt.token_ids, turn.attempt.logprobs.tolist(), turn.guidance and turn.guidance.text)
+        (
+            turn.attempt.token_ids,
+            turn.attempt.logprobs.tolist(),
+            turn.guidance and turn.guidance.text,
+        )
         for turn in rollout.turns
     ]
 
@@ -63,19 +70,25 @@ def test_when_numbers_come_changes_none(
     teacher_folder: Path, tokens_per_sync: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Student and teacher finish their steps in any order; what they say is the same."""
-    expected = list(map(outcome, roll(make_engine(teacher_folder, 1), local_teacher(teacher_folder))))
+    expected = list(
+        map(outcome, roll(make_engine(teacher_folder, 1), local_teacher(teacher_folder)))
+    )
     assert any(len(turns) == 2 for turns in expected)
     for seed in range(8):
         make_reads_late(monkeypatch, seed)
-        engine, teacher = make_engine(teacher_folder, tokens_per_sync), teacher_on_a_card(teacher_folder)
+        engine = make_engine(teacher_folder, tokens_per_sync)
+        teacher = teacher_on_a_card(teacher_folder)
         assert list(map(outcome, roll(engine, teacher))) == expected
         assert engine.stats.pages_free == engine.stats.pages_total
 
 
-def test_nobody_waits_for_a_device_while_both_work(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_a_device_while_both_work(
+    teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step that is not ready is waited for only when the other one has nothing to do."""
     make_reads_late(monkeypatch, seed=3)
-    engine, teacher = make_engine(teacher_folder, 4), teacher_on_a_card(teacher_folder)
+    engine = make_engine(teacher_folder, 4)
+    teacher = teacher_on_a_card(teacher_folder)
     teacher._engine.keep_prefix(teacher._prefix_ids)  # once a run
     waits = []
     wait = LateReadback.wait
@@ -92,7 +105,8 @@ def test_nobody_waits_for_a_device_while_both_work(teacher_folder: Path, monkeyp
 
 def test_on_a_cpu_they_take_turns(teacher_folder: Path, tmp_path: Path) -> None:
     """While the teacher has requests under way the student takes no step."""
-    engine, teacher = make_engine(teacher_folder, 1), local_teacher(teacher_folder)
+    engine = make_engine(teacher_folder, 1)
+    teacher = local_teacher(teacher_folder)
     assert teacher.occupies_host
     with recording(tmp_path, 1, 1):
         roll(engine, teacher)
@@ -105,14 +119,18 @@ def test_on_a_cpu_they_take_turns(teacher_folder: Path, tmp_path: Path) -> None:
 def test_it_starts_when_enough_wait(teacher_folder: Path) -> None:
     """Or when the student has nothing to do; requests join a teacher that runs at once."""
     teacher = teacher_on_a_card(teacher_folder)
-    asked = [background(teacher.guide_in_time(request(i), None)) for i in range(ENOUGH_REQUESTS - 1)]
+    asked = [
+        background(teacher.guide_in_time(request(i), None)) for i in range(ENOUGH_REQUESTS - 1)
+    ]
     wait_until(lambda: teacher._arrived.qsize() == len(asked))
     assert not teacher.step(student_is_idle=False) and not teacher._engine.has_work
     asked.append(background(teacher.guide_in_time(request(99), None)))
     wait_until(lambda: teacher._arrived.qsize() == len(asked))
     assert teacher.step(student_is_idle=False) and teacher._engine.has_work
     asked.append(background(teacher.guide_in_time(request(100), None)))
-    wait_until(lambda: teacher.step(student_is_idle=False) and len(teacher._running) > ENOUGH_REQUESTS)
+    wait_until(
+        lambda: teacher.step(student_is_idle=False) and len(teacher._running) > ENOUGH_REQUESTS
+    )
     wait_until(lambda: not teacher.step(student_is_idle=False))
     assert all(map(heard, asked))
     late = background(teacher.guide_in_time(request(1), None))
@@ -128,13 +146,18 @@ def test_the_prompts_prefix_is_prefilled_once(teacher_folder: Path) -> None:
     assert whole > 0 and all(prompt[:whole] == teacher._prefix_ids[:whole] for prompt in prompts)
     for _ in range(2):
         before = teacher._engine.stats.prefill_tokens
-        futures = [background(teacher.guide_in_time(request(i, answer=f"It is {i}."), None)) for i in range(3)]
+        futures = [
+            background(teacher.guide_in_time(request(i, answer=f"It is {i}."), None))
+            for i in range(3)
+        ]
         wait_until(lambda futures=futures: not teacher.step() and all(f.done() for f in futures))
         prefilled = teacher._engine.stats.prefill_tokens - before
     assert prefilled == sum(len(prompt) - whole for prompt in prompts), "the second time"
 
 
-def test_a_trace_shows_who_worked_when(teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_shows_who_worked_when(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_reads_late(monkeypatch, seed=0)
     with recording(tmp_path, 1, 1):
         rollouts = roll(make_engine(teacher_folder, 4), teacher_on_a_card(teacher_folder))

@@ -8,7 +8,9 @@ from socpo_fast.socratic.credit import assign_credit, attempt_table
 from socpo_fast.types import Attempt, Rollout, RolloutKey, Turn
 
 
-def rollout(question_idx: int, rollout_idx: int, verdicts: list[bool], num_tokens: int = 3) -> Rollout:
+def rollout(
+    question_idx: int, rollout_idx: int, verdicts: list[bool], num_tokens: int = 3
+) -> Rollout:
     attempts = [
         Attempt(
             token_ids=[5] * (num_tokens + attempt_idx),
@@ -44,12 +46,19 @@ def test_the_papers_worked_example() -> None:
     factors, advantages_A = assign_credit(rollouts, options=CreditOptions())
     assert advantages_A.tolist() == [turn.advantage for r in rollouts for turn in r.turns]
     assert factors == pytest.approx([1 / 4, 1.25 / 7])
-    assert [rewards(r) for r in rollouts] == [[1.0], [0.0, 0.25], [0.0, 0.0, pytest.approx(1.25 / 7)], [0.0] * 3]
+    assert [rewards(r) for r in rollouts] == [
+        [1.0],
+        [0.0, 0.25],
+        [0.0, 0.0, pytest.approx(1.25 / 7)],
+        [0.0] * 3,
+    ]
 
 
 def test_a_trajectory_earns_its_last_reward() -> None:
     rollouts = worked_example()
-    assert assign_credit(rollouts, options=CreditOptions(credit="trajectory"))[0] == pytest.approx([1 / 4, 1.25 / 7])
+    assert assign_credit(rollouts, options=CreditOptions(credit="trajectory"))[0] == pytest.approx(
+        [1 / 4, 1.25 / 7]
+    )
     f_2 = pytest.approx(1.25 / 7)
     assert [rewards(r) for r in rollouts] == [[1.0], [0.25, 0.25], [f_2] * 3, [0.0] * 3]
     for r in rollouts:
@@ -93,5 +102,7 @@ def test_the_table_has_a_row_an_attempt() -> None:
 def test_rollouts_of_one_name_are_refused() -> None:
     """They would be credited as one trajectory."""
     twins = [rollout(3, 0, [True]), rollout(4, 0, [True]), rollout(3, 0, [False])]
-    with pytest.raises(ValueError, match="rollout_idx must be unique in a question, got 0 of question 3"):
+    with pytest.raises(
+        ValueError, match="rollout_idx must be unique in a question, got 0 of question 3"
+    ):
         attempt_table(twins)

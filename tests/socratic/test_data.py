@@ -26,7 +26,8 @@ VERL_ROW: dict[str, Any] = {
 
 def write_jsonl(path: Path, rows: list[Any]) -> str:
     path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8",
     )
     return str(path)
 
@@ -40,9 +41,20 @@ def test_verl_parquet(tmp_path: Path) -> None:
         {"role": "system", "content": "Be exact."},
         {"role": "user", "content": "1 + 1?"},
     )
-    assert (first.question_idx, first.text, first.ground_truth, first.data_source) == (0, "1 + 1?", "2", "sums")
-    assert (first.reference_solution, second.reference_solution, second.question_idx) == (None, "1 + 1 = 2", 1)
-    assert [question.text for question in load_questions(str(tmp_path), split="train")] == ["1 + 1?"] * 2
+    assert (first.question_idx, first.text, first.ground_truth, first.data_source) == (
+        0,
+        "1 + 1?",
+        "2",
+        "sums",
+    )
+    assert (first.reference_solution, second.reference_solution, second.question_idx) == (
+        None,
+        "1 + 1 = 2",
+        1,
+    )
+    assert [question.text for question in load_questions(str(tmp_path), split="train")] == [
+        "1 + 1?"
+    ] * 2
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -69,22 +81,37 @@ def test_jsonl(tmp_path: Path) -> None:
         ({"text": "?"}, "must have prompt or question, got text"),
         ({"question": "?"}, "ground_truth is missing"),
         ({"question": "?", "ground_truth": ""}, "ground_truth is missing"),
-        ('{"question": "?", "ground_truth": NaN}', "ground_truth must be text or a number, got nan"),
+        (
+            '{"question": "?", "ground_truth": NaN}',
+            "ground_truth must be text or a number, got nan",
+        ),
         ('{"question": "?", "ground_truth": ' + "1" * 5000 + "}", "must be a JSON object, got"),
         ("[" * 100_000, "must be a JSON object, got"),
-        ({"question": "?", "ground_truth": "1", "data_source": 3}, "data_source must be text, got 3"),
+        (
+            {"question": "?", "ground_truth": "1", "data_source": 3},
+            "data_source must be text, got 3",
+        ),
         ({"question": 3, "ground_truth": "1"}, "the user message must have text, got 3"),
         ({"question": "\ud800", "ground_truth": "1"}, "surrogates not allowed"),
-        ({"question": "?", "ground_truth": True}, "ground_truth must be text or a number, got True"),
+        (
+            {"question": "?", "ground_truth": True},
+            "ground_truth must be text or a number, got True",
+        ),
         ({"question": " ", "ground_truth": "1"}, "the user message must have text, got ' '"),
-        ({"question": "?", "ground_truth": "1", "reference_solution": 3}, "reference_solution must be text, got 3"),
+        (
+            {"question": "?", "ground_truth": "1", "reference_solution": 3},
+            "reference_solution must be text, got 3",
+        ),
         ({**VERL_ROW, "prompt": "text"}, "prompt must be a non-empty list of messages, got 'text'"),
         ({**VERL_ROW, "prompt": []}, "prompt must be a non-empty list of messages, got []"),
         (
             {**VERL_ROW, "prompt": [{"role": "tool", "content": "x"}]},
             "a message must have a role of system, user, assi",
         ),
-        ({**VERL_ROW, "prompt": VERL_ROW["prompt"][:1]}, "the last message must be the user's, got system"),
+        (
+            {**VERL_ROW, "prompt": VERL_ROW["prompt"][:1]},
+            "the last message must be the user's, got system",
+        ),
         ({**VERL_ROW, "reward_model": {"style": "rule"}}, "reward_model.ground_truth is missing"),
         ({**VERL_ROW, "reward_model": None}, "reward_model.ground_truth is missing"),
         ({**VERL_ROW, "reward_model": "rule"}, "reward_model must be an object, got 'rule'"),
@@ -135,14 +162,20 @@ OPTIONS = "Which?\n\nA: 1\nB: 2\nC: 3\n"
         ("exact", OPTIONS, "D", None),
     ],
 )
-def test_a_ground_truth_outside_the_options(tmp_path: Path, grader: str, text: str, truth: Any, rule: str) -> None:
-    path = write_jsonl(tmp_path / "train.jsonl", [VERL_ROW | {"reward_model": {"ground_truth": "A"}}])
+def test_a_ground_truth_outside_the_options(
+    tmp_path: Path, grader: str, text: str, truth: Any, rule: str
+) -> None:
+    path = write_jsonl(
+        tmp_path / "train.jsonl", [VERL_ROW | {"reward_model": {"ground_truth": "A"}}]
+    )
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"question": text, "ground_truth": truth}) + "\n")
     if rule is None:
         assert len(load_questions(path, grader=grader)) == 2
         return
-    with pytest.raises(ValueError, match=r"data: train.jsonl row 2: ground_truth must be ") as error:
+    with pytest.raises(
+        ValueError, match=r"data: train.jsonl row 2: ground_truth must be "
+    ) as error:
         load_questions(path, grader=grader)
     assert rule in str(error.value)
 
@@ -152,7 +185,9 @@ def test_a_folder_is_a_data_set_with_splits_and_subsets(tmp_path: Path) -> None:
     for name, truth in (("train", "1"), ("validation", "2"), ("hard", "3")):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"question": "?", "ground_truth": truth}])
     assert load_questions(str(tmp_path), split="validation")[0].ground_truth == "2"
-    with pytest.raises(ValueError, match=r"with a split 'test' \(Bad split: test. Available splits: .*validation"):
+    with pytest.raises(
+        ValueError, match=r"with a split 'test' \(Bad split: test. Available splits: .*validation"
+    ):
         load_questions(str(tmp_path), split="test")
     configs = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("train", "hard")]
     (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
@@ -166,7 +201,9 @@ def test_code_in_a_data_set_is_never_run(tmp_path: Path) -> None:
     folder = tmp_path / "scripted"
     folder.mkdir()
     (folder / "scripted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ValueError, match="data: .*scripted must be readable as a data set with a split 'train'"):
+    with pytest.raises(
+        ValueError, match="data: .*scripted must be readable as a data set with a split 'train'"
+    ):
         load_questions(str(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -177,16 +214,24 @@ def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_dataset(*given: Any, **named: Any) -> list[dict[str, Any]]:
         asked.append((*given, named["split"], named["streaming"]))
-        return [VERL_ROW, {"question": "?", "ground_truth": None}] if given[1] == "bad" else [VERL_ROW]
+        return (
+            [VERL_ROW, {"question": "?", "ground_truth": None}] if given[1] == "bad" else [VERL_ROW]
+        )
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert load_questions("owner/name", split="test", subset="main")[0].text == "1 + 1?"
     assert asked == [("owner/name", "main", "test", True)]
     with pytest.raises(ValueError, match="data: name row 2: ground_truth is missing"):
         load_questions("owner/name", subset="bad")
-    for error in (DatasetNotFoundError("no such data set"), ConnectionError("offline"), DatasetGenerationError("x")):
+    for error in (
+        DatasetNotFoundError("no such data set"),
+        ConnectionError("offline"),
+        DatasetGenerationError("x"),
+    ):
         monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
-        with pytest.raises(ValueError, match="data: owner/name must be readable as a data set with a split 'train'"):
+        with pytest.raises(
+            ValueError, match="data: owner/name must be readable as a data set with a split 'train'"
+        ):
             load_questions("owner/name")
 
 
@@ -202,7 +247,10 @@ def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", rows)
     with pytest.warns(UserWarning, match="left out 1 of 3 prompts over 6 tokens"):
         questions = load_questions(path, bridge=WordBridge(), max_prompt_tokens=6)  # type: ignore[arg-type]
-    assert [(question.question_idx, question.ground_truth) for question in questions] == [(0, "5"), (1, "6")]
+    assert [(question.question_idx, question.ground_truth) for question in questions] == [
+        (0, "5"),
+        (1, "6"),
+    ]
     with pytest.raises(ValueError, match="every prompt is longer than 4 tokens"):
         load_questions(path, bridge=WordBridge(), max_prompt_tokens=4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs bridge"):
@@ -229,11 +277,17 @@ def test_order_is_fixed_for_all_time() -> None:
 
 
 @given(n=st.integers(1, 12), data=st.data(), seed=st.integers(0, 99))
-def test_every_question_comes_once_an_epoch_and_never_twice_a_batch(n: int, data: st.DataObject, seed: int) -> None:
+def test_every_question_comes_once_an_epoch_and_never_twice_a_batch(
+    n: int, data: st.DataObject, seed: int
+) -> None:
     size = data.draw(st.integers(1, n))
-    questions, epochs = make_questions(n), 4
+    questions = make_questions(n)
+    epochs = 4
     num_batches = -(-epochs * n // size)
-    batches = [[q.question_idx for q in batch_questions(questions, seed, b, size)] for b in range(num_batches)]
+    batches = [
+        [q.question_idx for q in batch_questions(questions, seed, b, size)]
+        for b in range(num_batches)
+    ]
     assert all(len(set(batch)) == size for batch in batches)
     stream = [idx for batch in batches for idx in batch]
     for epoch in range(epochs):
@@ -247,15 +301,21 @@ def test_epochs_differ_in_order_and_the_first_is_the_permutation() -> None:
     batches = [[q.question_idx for q in batch_questions(questions, 5, b, 5)] for b in range(4)]
     assert batches[0] + batches[1] == question_order(5, 0, 10)
     assert batches[2] + batches[3] == question_order(5, 1, 10) != question_order(5, 0, 10)
-    with pytest.raises(ValueError, match=r"questions_per_batch must be in \[1, 10 questions\], got 11"):
+    with pytest.raises(
+        ValueError, match=r"questions_per_batch must be in \[1, 10 questions\], got 11"
+    ):
         batch_questions(questions, 5, 0, 11)
 
 
-@pytest.mark.skipif("SOCPO_SCIKNOWEVAL" not in os.environ, reason="SOCPO_SCIKNOWEVAL names no folder")
+@pytest.mark.skipif(
+    "SOCPO_SCIKNOWEVAL" not in os.environ, reason="SOCPO_SCIKNOWEVAL names no folder"
+)
 def test_real_sciknoweval() -> None:
     files = sorted(Path(os.environ["SOCPO_SCIKNOWEVAL"]).glob("*/*.parquet"))
     assert files
     for path in files:
         questions = load_questions(str(path), grader="sciknoweval")
         assert {question.ground_truth for question in questions} == set("ABCD")
-        assert {question.data_source for question in questions} == {f"sciknoweval/{path.parent.name}"}
+        assert {question.data_source for question in questions} == {
+            f"sciknoweval/{path.parent.name}"
+        }

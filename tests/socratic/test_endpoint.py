@@ -14,7 +14,18 @@ import pytest
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
 from socpo_fast.types import Guidance, GuidanceFailed
 from tests.socratic.endpoints import KEY, ask, hear, request
-from tests.socratic.faulty_server import Handler, Server, close, drip, flood, half, hang, raw, reply, running_server
+from tests.socratic.faulty_server import (
+    Handler,
+    Server,
+    close,
+    drip,
+    flood,
+    half,
+    hang,
+    raw,
+    reply,
+    running_server,
+)
 
 
 def test_a_good_answer(server: Server) -> None:
@@ -37,7 +48,13 @@ def test_fields_of_the_request_are_settings(server: Server) -> None:
     }
     ask(server, [reply()], extra_body=extra)
     ((body),) = (seen["body"] for seen in server.seen)
-    assert body.keys() == {"model", "stream", "messages", "max_completion_tokens", "chat_template_kwargs"}
+    assert body.keys() == {
+        "model",
+        "stream",
+        "messages",
+        "max_completion_tokens",
+        "chat_template_kwargs",
+    }
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
 
 
@@ -83,7 +100,11 @@ def test_thoughts_are_not_guidance(
         (raw(200, b"[" * 100_000), 1, "not_json"),
         (raw(200, b'{"choices": []}'), 1, "not_json"),
         (raw(200, b"[1]"), 1, "not_json"),
-        (raw(200, b'{"choices": [{"message": {"content": "x"}}]}', {"Content-Length": "7"}), 1, "not_json"),
+        (
+            raw(200, b'{"choices": [{"message": {"content": "x"}}]}', {"Content-Length": "7"}),
+            1,
+            "not_json",
+        ),
         (reply(["x"]), 1, "not_json"),
         (reply(None), 1, "none"),
         (reply("  "), 1, "none"),
@@ -91,7 +112,11 @@ def test_thoughts_are_not_guidance(
     ],
 )
 def test_a_fault_costs_one_guidance(
-    server: Server, fault: Callable[[Handler], None], num_requests: int, reason: str, caplog: pytest.LogCaptureFixture
+    server: Server,
+    fault: Callable[[Handler], None],
+    num_requests: int,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
     since = time.perf_counter()
@@ -142,7 +167,9 @@ def test_one_bad_call_does_not_harm_its_neighbours(server: Server) -> None:
 def test_the_reason_names_status_and_words_but_no_key(server: Server) -> None:
     async def run() -> None:
         server.script = [raw(404, f"no model m\nfor {KEY}".encode())]
-        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY")
+        teacher = EndpointTeacher(
+            server.url, model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY"
+        )
         with pytest.raises(GuidanceFailed, match=r"^status 404: no model m for \[\.\.\.\]$"):
             await teacher.guide_in_time(request(), None)
 
@@ -164,11 +191,16 @@ def echo_badly(handler: Handler) -> None:
         echo_badly,
     ],
 )
-def test_no_reason_shows_the_key_or_clears_a_screen(server: Server, fault: Callable[[Handler], None]) -> None:
+def test_no_reason_shows_the_key_or_clears_a_screen(
+    server: Server, fault: Callable[[Handler], None]
+) -> None:
     async def run() -> str:
         server.script = [fault]
-        prompt, env = TeacherPrompt(), "SOCPO_TEST_KEY"
-        teacher = EndpointTeacher(server.url, model="m", prompt=prompt, api_key_env=env, max_retries=0)
+        prompt = TeacherPrompt()
+        env = "SOCPO_TEST_KEY"
+        teacher = EndpointTeacher(
+            server.url, model="m", prompt=prompt, api_key_env=env, max_retries=0
+        )
         with pytest.raises(GuidanceFailed) as failed:
             await teacher.guide_in_time(request(), 5)
         return str(failed.value)
@@ -189,14 +221,19 @@ def test_a_reason_is_one_printable_line(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["sk/ab\u200b+c-SECRET", "sk\\/ab+c-SECRET", "no key provided", "x" * 290 + "sk/ab+c-SECRET"]
+    "said",
+    ["sk/ab\u200b+c-SECRET", "sk\\/ab+c-SECRET", "no key provided", "x" * 290 + "sk/ab+c-SECRET"],
 )
-def test_a_key_is_hidden_however_it_is_spelled(said: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_hidden_however_it_is_spelled(
+    said: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SOCPO_TEST_KEY", "sk/ab+c-SECRET")
 
     async def run() -> GuidanceFailed:
         server.script = [raw(404, said.encode())]
-        teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY")
+        teacher = EndpointTeacher(
+            server.url, model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY"
+        )
         with pytest.raises(GuidanceFailed) as failed:
             await teacher.guide_in_time(request(), 5)
         return failed.value
@@ -207,7 +244,9 @@ def test_a_key_is_hidden_however_it_is_spelled(said: str, server: Server, monkey
 
 
 @pytest.mark.parametrize("key", ["sk-\nsecond", "sk-\u2019", "sk-\x7f"])
-def test_a_key_that_no_header_takes_is_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_no_header_takes_is_refused_unseen(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SOCPO_TEST_KEY", key)
     with pytest.raises(ValueError, match="teacher.api_key_env must name a variable") as refused:
         EndpointTeacher("http://h", model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY")

@@ -45,19 +45,30 @@ def teacher_with_breaker(server: Server, **settings: Any) -> EndpointTeacher:
         reply("<think>on and on"),
     ],
 )
-def test_a_request_s_own_fault_opens_no_circuit(server: Server, fault: Callable[[Handler], None]) -> None:
+def test_a_request_s_own_fault_opens_no_circuit(
+    server: Server, fault: Callable[[Handler], None]
+) -> None:
     """Nor does it stand between a server's fault and the next one."""
 
     async def run() -> list[str]:
         teacher = teacher_with_breaker(server, max_response_bytes=2**18)
-        server.script = [raw(500, b""), raw(500, b""), *[fault] * 6, raw(500, b""), raw(500, b""), reply()]
+        server.script = [
+            raw(500, b""),
+            raw(500, b""),
+            *[fault] * 6,
+            raw(500, b""),
+            raw(500, b""),
+            reply(),
+        ]
         return [await hear(teacher) for _ in range(11)]
 
     assert asyncio.run(run())[-1] == "Check the sum."
 
 
 @pytest.mark.parametrize("end", ["cancelled", "raised"])
-def test_a_trial_that_ends_anyhow_is_over(server: Server, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_ends_anyhow_is_over(
+    server: Server, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def run() -> None:
         teacher = teacher_with_breaker(server)
         server.script = [*[raw(500, b"")] * 3, *[hang] * (end == "cancelled"), reply()]

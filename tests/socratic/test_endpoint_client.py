@@ -35,7 +35,9 @@ BAD_SHELL = [
 
 
 @pytest.mark.parametrize("shell", [*BAD_SHELL, {"HTTP_PROXY": "http://127.0.0.1:9"}])
-def test_loopback_is_never_proxied(server: Server, shell: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loopback_is_never_proxied(
+    server: Server, shell: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("NO_PROXY")
     for name, value in {"SSL_CERT_FILE": "/no/such.pem", **shell}.items():
         monkeypatch.setenv(name, value)
@@ -43,10 +45,14 @@ def test_loopback_is_never_proxied(server: Server, shell: dict[str, str], monkey
 
 
 @pytest.mark.parametrize("shell", [*BAD_SHELL, {"SSL_CERT_FILE": "/no/such.pem"}])
-def test_a_shell_that_suits_no_client_is_refused(shell: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shell_that_suits_no_client_is_refused(
+    shell: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in shell.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="teacher.url: the shell's .* must suit an HTTP client") as refused:
+    with pytest.raises(
+        ValueError, match="teacher.url: the shell's .* must suit an HTTP client"
+    ) as refused:
         EndpointTeacher("https://teacher.invalid/v1", model="m", prompt=TeacherPrompt())
     assert all(name in str(refused.value) for name in shell)
 

@@ -26,7 +26,8 @@ from tests.socratic.scripted import (
 )
 
 LIMITS = Limits(max_new_tokens=20, max_tokens=500)
-WRONG, RIGHT = [*encode("no"), END], [*encode("yes"), END]
+WRONG = [*encode("no"), END]
+RIGHT = [*encode("yes"), END]
 
 
 def options_of(**changes) -> RolloutOptions:
@@ -34,7 +35,9 @@ def options_of(**changes) -> RolloutOptions:
 
 
 def episode_of(**changes) -> Episode:
-    return Episode(question(4), bridge=BRIDGE, grader=contains, options=options_of(**changes), limits=LIMITS)
+    return Episode(
+        question(4), bridge=BRIDGE, grader=contains, options=options_of(**changes), limits=LIMITS
+    )
 
 
 def rollouts_of(engine: ScriptedEngine, **changes) -> Iterator[Rollout]:
@@ -52,7 +55,11 @@ def test_an_episode_step_by_step() -> None:
     episode = episode_of(max_attempts=3)
     rollout = episode.rollout
     request = episode.attempted(sampled(WRONG, 0))
-    assert (request.question, request.student_answer, request.attempt_idx) == ("question 4", "no", 0)
+    assert (request.question, request.student_answer, request.attempt_idx) == (
+        "question 4",
+        "no",
+        0,
+    )
     context = episode.guided(Guidance(text="look again"))
     bridge = BRIDGE.bridge_ids("look again", ended=True)
     assert context == (len(rollout.prompt_ids + WRONG), bridge)
@@ -72,7 +79,9 @@ def test_an_episode_step_by_step() -> None:
         ({}, "x " * 400, None),
     ],
 )
-def test_how_guidance_ends_an_episode(changes: dict, guidance: str | None, reason: str | None) -> None:
+def test_how_guidance_ends_an_episode(
+    changes: dict, guidance: str | None, reason: str | None
+) -> None:
     episode = episode_of(**changes)
     episode.attempted(sampled(WRONG, 0))
     context = episode.guided(None if guidance is None else Guidance(text=guidance))
@@ -87,7 +96,9 @@ def test_overflow_is_by_the_token() -> None:
     needed = kept_tokens + len(suffix_ids) + 20
     for room, reason in ((needed, None), (needed - 1, "overflow")):
         limits = Limits(20, room)
-        episode = Episode(question(4), bridge=BRIDGE, grader=contains, options=options_of(), limits=limits)
+        episode = Episode(
+            question(4), bridge=BRIDGE, grader=contains, options=options_of(), limits=limits
+        )
         episode.attempted(sampled(WRONG, 0))
         episode.guided(Guidance(text="look"))
         assert episode.rollout.end_reason == reason
@@ -107,7 +118,13 @@ def script_of(answers: list[list[int]]) -> tuple[Callable[[list[int]], list[int]
 def record(rollout: Rollout) -> list:
     """Everything of a rollout but log-probs, keys and waiting."""
     turns = [
-        (turn.attempt.token_ids, turn.attempt.finish_reason, turn.text, turn.is_correct, turn.guidance)
+        (
+            turn.attempt.token_ids,
+            turn.attempt.finish_reason,
+            turn.text,
+            turn.is_correct,
+            turn.guidance,
+        )
         for turn in rollout.turns
     ]
     shown = [(g.raw_text, g.text, g.kept_tokens, g.bridge_ids) if g else None for *_, g in turns]
@@ -130,7 +147,9 @@ def test_both_drivers_play_the_same_episode(answers: list[list[int]], context: s
     given = {"teacher": RuleTeacher(rule), "grader": contains}
     options = options_of(max_attempts=3, attempt_limit=4, context=context)
     engine = ScriptedEngine({(4, 0): answers})
-    [ours] = socratic_rollouts(engine, TOKENIZER, [question(4)], params=PARAMS, options=options, bridge=BRIDGE, **given)
+    [ours] = socratic_rollouts(
+        engine, TOKENIZER, [question(4)], params=PARAMS, options=options, bridge=BRIDGE, **given
+    )
     generate, contexts = script_of(answers)
     limits = {"max_new_tokens": PARAMS.max_new_tokens, "max_tokens": engine.max_tokens}
     drive = {"generate": generate, "bridge": BRIDGE, "options": options, **given, **limits}
@@ -168,15 +187,27 @@ def test_a_generator_is_held_to_its_limit() -> None:
     limits = {"max_new_tokens": 3, "max_tokens": 100}
     for ids, got in (([], 0), ([1] * 4, 4)):
         with pytest.raises(ValueError, match=f"generate must return 1 to 3 token ids, got {got}"):
-            socratic_episode(question(4), generate=lambda _, ids=ids: ids, options=options_of(), **given, **limits)
+            socratic_episode(
+                question(4),
+                generate=lambda _, ids=ids: ids,
+                options=options_of(),
+                **given,
+                **limits,
+            )
 
 
 def test_a_bridge_with_another_limit_is_refused() -> None:
     """By both drivers, before anything is sampled."""
-    options, message = options_of(guidance_limit=7), "bridge.guidance_limit must be options.guidance_limit 7, got 50"
+    options = options_of(guidance_limit=7)
+    message = "bridge.guidance_limit must be options.guidance_limit 7, got 50"
     with pytest.raises(ValueError, match=message):
         next(rollouts_of(ScriptedEngine({}), options=options, bridge=BRIDGE))
-    given = {"teacher": lambda request: "x", "grader": contains, "max_new_tokens": 9, "max_tokens": 99}
+    given = {
+        "teacher": lambda request: "x",
+        "grader": contains,
+        "max_new_tokens": 9,
+        "max_tokens": 99,
+    }
     with pytest.raises(ValueError, match=message):
         socratic_episode(question(4), generate=list, bridge=BRIDGE, options=options, **given)
 

@@ -30,7 +30,10 @@ def question(ground_truth: str) -> Question:
         ("<answer>\r\nB\r\n</answer>\r\n", True),
         ("<answer>\nA\n</answer> no, <answer>\nB\n</answer>", True),
         ("<answer>\nB\n</answer> no, <answer>\nA\n</answer>", False),
-        ("<answer>\nB\n</answer> then <answer>\nnone\n</answer>", True),  # the last strict block, not the last block
+        (
+            "<answer>\nB\n</answer> then <answer>\nnone\n</answer>",
+            True,
+        ),  # the last strict block, not the last block
         ("<answer>\r\nA\r\n</answer>\n<answer>\nB\r\n</answer>", True),
         ("<answer>\rB\r</answer>", False),
         ("<answer>\n\nB\n</answer>", False),
@@ -144,11 +147,25 @@ def test_math_bounds_hostile_answers(capfd: pytest.CaptureFixture[str]) -> None:
     """Wrong within the time limit, nothing of it printed, and the next answer is graded as ever."""
     pytest.importorskip("math_verify")
     grade = make_grader("math")
-    towers = ("9^{9^{9^{9}}}", "9^{9^{9^{9}}}-9^{9^{9^{9}}}")  # ages, and all of it inside one C call
-    for text in (*towers, "{" * 20_000, "1" * 10_000, "\x00", "\ud800", "\\sqrt{" * 50, "x=1+" * 1000, "4\n5"):
+    towers = (
+        "9^{9^{9^{9}}}",
+        "9^{9^{9^{9}}}-9^{9^{9^{9}}}",
+    )  # ages, and all of it inside one C call
+    for text in (
+        *towers,
+        "{" * 20_000,
+        "1" * 10_000,
+        "\x00",
+        "\ud800",
+        "\\sqrt{" * 50,
+        "x=1+" * 1000,
+        "4\n5",
+    ):
         started = time.perf_counter()
         assert grade("\\boxed{" + text + "}", question("4")) is False
-        assert time.perf_counter() - started < 60  # limit 5 s, start of a worker about 1 s; on a busy machine
+        assert (
+            time.perf_counter() - started < 60
+        )  # limit 5 s, start of a worker about 1 s; on a busy machine
         assert grade("so \\boxed{8/2}", question("4")) is True
     assert capfd.readouterr() == ("", "")
 
@@ -192,7 +209,8 @@ def test_math_interrupted_leaves_no_verdict_for_the_next_answer() -> None:
     grade = MathGrader()
     assert grade("\\boxed{4}", question("4")) is True
     assert grade._worker is not None
-    worker, stdout = grade._worker, grade._worker.stdout
+    worker = grade._worker
+    stdout = grade._worker.stdout
     worker.stdout = Mock(readline=Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         grade("\\boxed{5}", question("4"))
@@ -233,7 +251,9 @@ def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_verdict_may_be_a_share_or_parts(verdict: object, grade: tuple) -> None:
-    found = GradedBy(lambda text, question: verdict, "mine", correct_at=0.75).grade("", question(""))
+    found = GradedBy(lambda text, question: verdict, "mine", correct_at=0.75).grade(
+        "", question("")
+    )
     assert found.reward == pytest.approx(grade[0]) and found[1:] == grade[1:]
     assert type(found.reward) is float and type(found.is_correct) is bool, "rollouts/ is JSON"
 
@@ -244,7 +264,19 @@ async def an_async_grader(text: str, question: object) -> bool:
 
 @pytest.mark.parametrize(
     "verdict",
-    [None, 2, -0.1, 1.01, float("nan"), "no", [1], {"a": 0.6, "b": 0.6}, {"a": -0.1}, {"a": None}, {}],
+    [
+        None,
+        2,
+        -0.1,
+        1.01,
+        float("nan"),
+        "no",
+        [1],
+        {"a": 0.6, "b": 0.6},
+        {"a": -0.1},
+        {"a": None},
+        {},
+    ],
 )
 def test_any_other_verdict_is_refused_by_name(verdict: object) -> None:
     with pytest.raises(ValueError, match="grader: mine must return a bool, a number in .* got "):
@@ -252,7 +284,9 @@ def test_any_other_verdict_is_refused_by_name(verdict: object) -> None:
 
 
 def test_an_async_grader_is_refused_in_words(recwarn: pytest.WarningsRecorder) -> None:
-    with pytest.raises(ValueError, match="grader: an_async_grader must be a plain function, got an async one"):
+    with pytest.raises(
+        ValueError, match="grader: an_async_grader must be a plain function, got an async one"
+    ):
         as_grader(an_async_grader).grade("", question(""))
     assert not recwarn.list, "no coroutine is left unawaited"
 

@@ -37,11 +37,20 @@ def letters(bridge: Bridge, text: str) -> list[int]:
 def test_a_template_that_only_appends_changes_nothing(name: str) -> None:
     """Not an id, and not where attempt and bridge part, whether the attempts ended, were too long or were cut."""
     bridge = Bridge(family(name), guidance_limit=100)
-    answers = [answer_ids(bridge, text, ended=k != 1) for k, text in enumerate(["It is 3.", "It is 4.", "5", "6"])]
+    answers = [
+        answer_ids(bridge, text, ended=k != 1)
+        for k, text in enumerate(["It is 3.", "It is 4.", "5", "6"])
+    ]
     trims = name in ("llama3", "mistral_v3")  # also what a cut leaves, so that is a test of its own
     for limit in (100,) if trims else (1, 3, len(answers[0]) - 1, len(answers[0]), 100):
         kept, rendered = (
-            play(bridge, answers, ["no <|im_end|></s>", "", "two\nlines"], context=context, attempt_limit=limit)
+            play(
+                bridge,
+                answers,
+                ["no <|im_end|></s>", "", "two\nlines"],
+                context=context,
+                attempt_limit=limit,
+            )
             for context in ("tokens", "template")
         )
         assert rendered.contexts == kept.contexts
@@ -57,16 +66,27 @@ def test_old_thoughts_are_dropped_and_the_answer_keeps_its_tokens() -> None:
     thought = f"<think>\n{answer}?\n</think>\n\n"  # the same words, in other tokens
     sampled = bridge.untrusted_ids(thought) + spelled
     episode = play(bridge, [sampled] * 3, ["no", "not yet"], context="template")
-    assert [attempt.token_ids for attempt in episode.rollout.attempts] == [sampled] * 3, "trained as sampled"
+    assert [attempt.token_ids for attempt in episode.rollout.attempts] == [sampled] * 3, (
+        "trained as sampled"
+    )
     assert cuts(episode.rollout) == [0, 0]
-    prompt, told = bridge.prompt_ids(PROMPT), bridge.bridge_ids("no", ended=True)
+    prompt = bridge.prompt_ids(PROMPT)
+    told = bridge.bridge_ids("no", ended=True)
     assert episode.contexts[1] == prompt + spelled + told
-    assert episode.contexts[2] == prompt + spelled + told + spelled + bridge.bridge_ids("not yet", ended=True)
-    assert text_of(bridge, episode.contexts[2]) == rendering(bridge, [thought + answer] * 2, ["no", "not yet"])
+    assert episode.contexts[2] == prompt + spelled + told + spelled + bridge.bridge_ids(
+        "not yet", ended=True
+    )
+    assert text_of(bridge, episode.contexts[2]) == rendering(
+        bridge, [thought + answer] * 2, ["no", "not yet"]
+    )
 
 
-@pytest.mark.parametrize(("make", "opening"), [("qwen3", "<think>\n\n</think>\n\n"), ("thinking", "<think>\n")])
-def test_what_the_generation_prompt_opened_goes_with_a_negative_cut(make: str, opening: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "opening"), [("qwen3", "<think>\n\n</think>\n\n"), ("thinking", "<think>\n")]
+)
+def test_what_the_generation_prompt_opened_goes_with_a_negative_cut(
+    make: str, opening: str
+) -> None:
     """Qwen3 without thinking, and templates that open the block themselves, as R1's do."""
     bridge = (
         Bridge(tiny_tokenizer(THINKING), guidance_limit=100)
@@ -78,8 +98,13 @@ def test_what_the_generation_prompt_opened_goes_with_a_negative_cut(make: str, o
     opened = len(bridge.trusted_ids(opening))
     assert cuts(episode.rollout) == [-opened, -opened]
     assert episode.contexts[1][: 1 - opened] != episode.rollout.prompt_ids
-    assert episode.contexts[1][: len(episode.rollout.prompt_ids) - opened] == episode.rollout.prompt_ids[:-opened]
-    assert text_of(bridge, episode.contexts[2]) == rendering(bridge, ["It is 3."] * 2, ["no", "not yet"])
+    assert (
+        episode.contexts[1][: len(episode.rollout.prompt_ids) - opened]
+        == episode.rollout.prompt_ids[:-opened]
+    )
+    assert text_of(bridge, episode.contexts[2]) == rendering(
+        bridge, ["It is 3."] * 2, ["no", "not yet"]
+    )
     assert [episode.rollout.context_ids(k) for k in range(3)] == episode.contexts
 
 
@@ -87,19 +112,30 @@ def test_a_system_message_that_moves_along() -> None:
     """Mistral writes it before the last question: all but the prompt's first two tokens is read again."""
     bridge = Bridge(family("mistral_nemo"), guidance_limit=100)
     sampled = letters(bridge, "It is 3.")
-    episode = play(bridge, [[*sampled, bridge.end_of_turn_id]] * 2, ["no"], messages=WITH_SYSTEM, context="template")
+    episode = play(
+        bridge,
+        [[*sampled, bridge.end_of_turn_id]] * 2,
+        ["no"],
+        messages=WITH_SYSTEM,
+        context="template",
+    )
     assert cuts(episode.rollout) == [2 - len(episode.rollout.prompt_ids)]
-    assert text_of(bridge, episode.contexts[1]) == "<s>[INST]1 + 1?[/INST]It is 3.</s>[INST]Be exact.\n\nno[/INST]"
+    assert (
+        text_of(bridge, episode.contexts[1])
+        == "<s>[INST]1 + 1?[/INST]It is 3.</s>[INST]Be exact.\n\nno[/INST]"
+    )
     assert (
         sampled
-        == episode.contexts[1][-len(bridge.trusted_ids("</s>[INST]Be exact.\n\nno[/INST]")) - len(sampled) :][
-            : len(sampled)
-        ]
+        == episode.contexts[1][
+            -len(bridge.trusted_ids("</s>[INST]Be exact.\n\nno[/INST]")) - len(sampled) :
+        ][: len(sampled)]
     )
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral_v3"])
-@pytest.mark.parametrize("text", ["It is 3. \n", "\n\n It is 3.", " \n", "It is 3.\n\n\n", "né \u00a0"])
+@pytest.mark.parametrize(
+    "text", ["It is 3. \n", "\n\n It is 3.", " \n", "It is 3.\n\n\n", "né \u00a0"]
+)
 def test_white_space_is_trimmed_with_the_template(name: str, text: str) -> None:
     bridge = Bridge(family(name), guidance_limit=100)
     for sampled in (answer_ids(bridge, text), [*letters(bridge, text), bridge.end_of_turn_id]):
@@ -125,7 +161,9 @@ def test_a_thought_cut_at_the_limit_stays() -> None:
     sampled = answer_ids(bridge, THOUGHT + "3")
     episode = play(bridge, [sampled, sampled], ["shorter"], context="template", attempt_limit=5)
     assert cuts(episode.rollout) == [5]
-    assert episode.contexts[1] == bridge.prompt_ids(PROMPT) + sampled[:5] + bridge.bridge_ids("shorter", ended=False)
+    assert episode.contexts[1] == bridge.prompt_ids(PROMPT) + sampled[:5] + bridge.bridge_ids(
+        "shorter", ended=False
+    )
     assert episode.rollout.attempts[0].token_ids == sampled
 
 
@@ -157,10 +195,15 @@ def test_a_history_that_the_template_refuses_stays_as_sampled() -> None:
         "{% for message in messages %}",
         "{% for message in messages %}{% if not message['content'] %}{{ raise_exception('empty') }}{% endif %}",
     )
-    for template, text in ((refuses_empty, ""), (CHATML, "SocpoGuidance")):  # the second cannot be told apart
+    for template, text in (
+        (refuses_empty, ""),
+        (CHATML, "SocpoGuidance"),
+    ):  # the second cannot be told apart
         bridge = Bridge(tiny_tokenizer(template), guidance_limit=100)
         sampled = answer_ids(bridge, text)
-        with pytest.warns(UserWarning, match="chat template: cannot render the history of question 0 rollout 0"):
+        with pytest.warns(
+            UserWarning, match="chat template: cannot render the history of question 0 rollout 0"
+        ):
             episode = play(bridge, [sampled, sampled], ["no"], context="template")
         assert episode.contexts == play(bridge, [sampled, sampled], ["no"]).contexts
 
@@ -187,7 +230,9 @@ def test_unknown_words_are_refused() -> None:
         play(bridge, [[1]], [], on_leak="hide")
 
 
-def test_a_real_engine_goes_on_from_the_rewritten_history(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_real_engine_goes_on_from_the_rewritten_history(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """Greedy third attempts equal those of a fresh prompt, although siblings share the pages that are rewritten."""
     torch.manual_seed(0)
     bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
@@ -215,7 +260,9 @@ def test_a_real_engine_goes_on_from_the_rewritten_history(tmp_path_factory: pyte
             teacher=ScriptedTeacher(["look", "again"]),
             grader=lambda _text, _question: False,
             params=params,
-            options=RolloutOptions(group_size=4, max_attempts=3, guidance_limit=100, context="template"),
+            options=RolloutOptions(
+                group_size=4, max_attempts=3, guidance_limit=100, context="template"
+            ),
             bridge=bridge,
             batch_idx=0,
         )

@@ -18,7 +18,9 @@ OPTIONS = "How much?\n\nA: 2.92\nB: 7.36\nC: two newtons\nD: 3.35\nPlease reason
 
 def asked(ground_truth: str, text: str = OPTIONS) -> Question:
     messages = ({"role": "user", "content": text},)
-    return Question(question_idx=0, messages=messages, ground_truth=ground_truth, data_source="test")
+    return Question(
+        question_idx=0, messages=messages, ground_truth=ground_truth, data_source="test"
+    )
 
 
 def leaks(guidance: str, ground_truth: str, text: str = OPTIONS) -> bool:
@@ -80,7 +82,11 @@ def test_a_small_letter_is_the_letter_too() -> None:
         ("The answer is B.", "B", "The answer is [...]."),
         ("Choose option B: 7.36 N, not 2.92.", "B", "Choose option [...]: [...] N, not 2.92."),
         ("It comes to Two  Newtons. two newtons!", "C", "It comes to [...]. [...]!"),
-        ("Compare 2.92, 7.36, two newtons and 3.35.", "B", "Compare 2.92, 7.36, two newtons and 3.35."),
+        (
+            "Compare 2.92, 7.36, two newtons and 3.35.",
+            "B",
+            "Compare 2.92, 7.36, two newtons and 3.35.",
+        ),
         ("Add 7.36 and 1.", "D", "Add 7.36 and 1."),
         ("Sum it: 18.020 g, so 18.02.", "18.02", "Sum it: [...] g, so [...]."),
         ("Use ... here", "...", "Use  here"),
@@ -92,7 +98,10 @@ def test_masking(guidance: str, truth: str, masked: str) -> None:
 
 def test_masking_leaves_what_the_question_gives() -> None:
     question = asked("4", "How many of the 4 apples are red?")
-    assert mask_answer("Of 4 apples: the answer is 4.", question) == "Of 4 apples: the answer is [...]."
+    assert (
+        mask_answer("Of 4 apples: the answer is 4.", question)
+        == "Of 4 apples: the answer is [...]."
+    )
 
 
 @pytest.mark.parametrize("symbol", [".", "...", "[", "]", "*"])
@@ -135,7 +144,9 @@ def test_what_is_masked_leaks_no_more(guidance: str, truth: str, text: str) -> N
     assert (masked == guidance) == (not leaks_answer(guidance, question))
 
 
-def roll(on_leak: str, *, guidance: str = "Sum again. The answer is B.", limit: int = 50) -> tuple[Rollout, dict]:
+def roll(
+    on_leak: str, *, guidance: str = "Sum again. The answer is B.", limit: int = 50
+) -> tuple[Rollout, dict]:
     """One rollout whose answers are wrong; and the metrics of that batch."""
     engine = ScriptedEngine({(0, 0): [[*encode("no"), END]] * 2})
     question = asked("B")

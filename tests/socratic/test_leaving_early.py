@@ -67,7 +67,9 @@ def say(_request: GuidanceRequest) -> str:
     return "look again"
 
 
-def failing_at(number: int, function: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+def failing_at(
+    number: int, function: Callable[..., Any], error: BaseException
+) -> Callable[..., Any]:
     """The function, but for its call `number`."""
     calls = count(1)
 
@@ -86,7 +88,9 @@ def start(engine: Engine, **changes: Any) -> Iterator[Rollout]:
 
 def outcome(rollouts: Iterator[Rollout]) -> list[Any]:
     in_order = sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
-    return [(r.end_reason, [(a.token_ids, a.logprobs.tolist()) for a in r.attempts]) for r in in_order]
+    return [
+        (r.end_reason, [(a.token_ids, a.logprobs.tolist()) for a in r.attempts]) for r in in_order
+    ]
 
 
 def assert_nothing_stays(engine: Engine) -> None:
@@ -112,11 +116,17 @@ def test_a_grader_that_raises(engine: Engine, number: int, error: BaseException)
         (Runner, "forward", 1),
         (Runner, "forward", 20),
         (Runner, "copy_pages", 1),  # while a prompt is forked
-        (sequences, "Attempt", 5),  # others of this step have been pinned, and nobody has heard of them
+        (
+            sequences,
+            "Attempt",
+            5,
+        ),  # others of this step have been pinned, and nobody has heard of them
         (Sequence, "append", 30),
     ],
 )
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), Stopped()], ids=["error", "signal"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), Stopped()], ids=["error", "signal"]
+)
 def test_a_step_that_raises(
     engine: Engine, owner: Any, name: str, number: int, error: BaseException, monkeypatch: Any
 ) -> None:
@@ -190,7 +200,9 @@ def test_a_call_to_the_teacher_is_given_up(engine: Engine) -> None:
 
 
 def test_a_teacher_that_raises_costs_its_rollout_only(engine: Engine) -> None:
-    with pytest.warns(UserWarning, match=r"wrapped raised ZeroDivisionError: \(test_leaving_early.py"):
+    with pytest.warns(
+        UserWarning, match=r"wrapped raised ZeroDivisionError: \(test_leaving_early.py"
+    ):
         rollouts = list(start(engine, teacher=failing_at(2, say, ZeroDivisionError())))
     assert [rollout.end_reason for rollout in rollouts].count("guidance_failed") == 1
     assert_nothing_stays(engine)
@@ -199,7 +211,9 @@ def test_a_teacher_that_raises_costs_its_rollout_only(engine: Engine) -> None:
 def test_attempts_that_others_keep_stay(engine: Engine) -> None:
     """A grader's error gives back what is the call's own, and nothing else."""
     [[kept]] = engine.generate([[5, 6, 7]], PARAMS, keys=[(1, 1)], keep=True)
-    with pytest.raises(ValueError, match=r"on question \d: .*wrapped raised KeyError: \(test_leaving"):
+    with pytest.raises(
+        ValueError, match=r"on question \d: .*wrapped raised KeyError: \(test_leaving"
+    ):
         list(start(engine, grader=failing_at(5, never, KeyError())))
     engine.resume(kept, [8], PARAMS, kept_tokens=2)
     while engine.has_work:
@@ -209,7 +223,9 @@ def test_attempts_that_others_keep_stay(engine: Engine) -> None:
 
 def test_a_batch_in_flight_is_refused(engine: Engine) -> None:
     [[kept]] = engine.generate([[5, 6, 7]], PARAMS, keys=[(7, 2)], keep=True)
-    with pytest.raises(ValueError, match=r"submit: key must have no rollout in flight, got \(7, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"submit: key must have no rollout in flight, got \(7, 2\)"
+    ):
         list(start(engine))
     engine.release([kept])
     assert_nothing_stays(engine)

@@ -52,27 +52,41 @@ def test_its_dtype_is_its_own(
     assert ask(teacher, [request()])[0]
 
 
-def test_a_card_of_its_own_that_is_not_there(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_of_its_own_that_is_not_there(
+    teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="^teacher.device: cuda:3 must be a device of this machine, which has 1"):
-        make_teacher(Config(teacher=LocalTeacherConfig(path=str(teacher_folder), device="cuda:3")), device="cpu")
+    with pytest.raises(
+        ValueError, match="^teacher.device: cuda:3 must be a device of this machine, which has 1"
+    ):
+        make_teacher(
+            Config(teacher=LocalTeacherConfig(path=str(teacher_folder), device="cuda:3")),
+            device="cpu",
+        )
 
 
 def test_text_is_the_engines(teacher: LocalTeacher) -> None:
     (text,) = ask(teacher, [request(3, question=2)])
-    engine, bridge = teacher._engine, teacher._bridge
-    prompt_ids = bridge.prompt_ids(TeacherPrompt(user_template="{student_answer}").messages(request()))
+    engine = teacher._engine
+    bridge = teacher._bridge
+    prompt_ids = bridge.prompt_ids(
+        TeacherPrompt(user_template="{student_answer}").messages(request())
+    )
     params = SamplingParams(temperature=1.0, max_new_tokens=12, eos_ids=bridge.eos_ids, seed=7)
     ((attempt,),) = engine.generate([prompt_ids], params, keys=[(-1, 2 << 24 | 3 << 8)])
     assert text == clean_guidance(bridge.decode(attempt.token_ids))
     assert text
 
 
-def test_guidance_does_not_depend_on_company_or_order(teacher: LocalTeacher, teacher_folder: Path) -> None:
+def test_guidance_does_not_depend_on_company_or_order(
+    teacher: LocalTeacher, teacher_folder: Path
+) -> None:
     requests = [request(i, question=q) for q in range(2) for i in range(4)]
     together = ask(teacher, requests)
-    assert len(set(together)) == len(requests)  # the same prompt, yet noise of its own for each request
+    assert len(set(together)) == len(
+        requests
+    )  # the same prompt, yet noise of its own for each request
     backwards = ask(local_teacher(teacher_folder), requests[::-1])
     assert backwards[::-1] == together
     assert [ask(teacher, [alone])[0] for alone in requests] == together
@@ -146,7 +160,9 @@ def num_pages_held(teacher: LocalTeacher) -> int:
 
 
 def test_no_room_for_a_prompt_is_refused_at_the_start(teacher_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"teacher.max_new_tokens must be < the teacher's context of 512 tokens"):
+    with pytest.raises(
+        ValueError, match=r"teacher.max_new_tokens must be < the teacher's context of 512 tokens"
+    ):
         local_teacher(teacher_folder, max_new_tokens=512)
 
 

@@ -22,14 +22,23 @@ def saved(teacher_folder: Path, to: Path, template: str, special: tuple[str, ...
     return to
 
 
-REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
-IGNORES_SYSTEM = CHATML.replace("in messages %}", "in messages if message['role'] != 'system' %}", 1)
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    + CHATML
+)
+IGNORES_SYSTEM = CHATML.replace(
+    "in messages %}", "in messages if message['role'] != 'system' %}", 1
+)
 
 
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM], ids=["refuses", "ignores"])
-def test_a_template_without_system_messages(teacher_folder: Path, tmp_path: Path, template: str) -> None:
+def test_a_template_without_system_messages(
+    teacher_folder: Path, tmp_path: Path, template: str
+) -> None:
     """The system prompt opens the user's message."""
-    teacher = local_teacher(saved(teacher_folder, tmp_path / "t", template), system_prompt="Be short.")
+    teacher = local_teacher(
+        saved(teacher_folder, tmp_path / "t", template), system_prompt="Be short."
+    )
     text = teacher._bridge.exact_text(teacher._prompt_ids(request(answer="It is 3.")))
     assert text == "<|im_start|>user\nBe short.\n\nIt is 3.<|im_end|>\n<|im_start|>assistant\n"
     assert ask(teacher, [request()])[0]
@@ -44,11 +53,15 @@ def test_an_attempt_forges_no_turn(name: str) -> None:
     bridge = Bridge(tiny_tokenizer(CHATML) if name == "tiny" else family(name), guidance_limit=64)
     specials = list(bridge._special)
     forged = FORGED + "".join(specials)
-    messages = TeacherPrompt(user_template="{student_answer} so far").messages(request(answer=forged))
+    messages = TeacherPrompt(user_template="{student_answer} so far").messages(
+        request(answer=forged)
+    )
     harmless = TeacherPrompt(user_template="{student_answer} so far").messages(request(answer="3"))
     if not bridge.takes_system:
-        messages, harmless = messages[1:], harmless[1:]
-    ids, plain_ids = bridge.untrusted_prompt_ids(messages), bridge.prompt_ids(harmless)
+        messages = messages[1:]
+        harmless = harmless[1:]
+    ids = bridge.untrusted_prompt_ids(messages)
+    plain_ids = bridge.prompt_ids(harmless)
     special_ids = set(bridge._special.values())
     assert [i for i in ids if i in special_ids] == [i for i in plain_ids if i in special_ids]
     assert forged.strip() in bridge.exact_text(ids)
@@ -67,11 +80,19 @@ def test_stand_ins_render_as_the_texts_would() -> None:
 
 
 @pytest.mark.parametrize("opens", [True, False])
-def test_thoughts_that_never_close_are_not_guidance(teacher_folder: Path, tmp_path: Path, opens: bool) -> None:
+def test_thoughts_that_never_close_are_not_guidance(
+    teacher_folder: Path, tmp_path: Path, opens: bool
+) -> None:
     """The prompt opened them; or they were sampled, in marks that are special tokens."""
-    template = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif") if opens else CHATML
+    template = (
+        CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+        if opens
+        else CHATML
+    )
     teacher = local_teacher(saved(teacher_folder, tmp_path / "t", template))
-    assert ask(teacher, [request()]) == (["[cut]"] if opens else ask(local_teacher(teacher_folder), [request()]))
+    assert ask(teacher, [request()]) == (
+        ["[cut]"] if opens else ask(local_teacher(teacher_folder), [request()])
+    )
 
 
 def test_marks_that_are_special_tokens_are_seen(teacher_folder: Path) -> None:

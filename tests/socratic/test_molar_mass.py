@@ -41,8 +41,12 @@ def test_questions_are_seeded_and_distinct() -> None:
 
 
 def test_splits_share_no_formula() -> None:
-    train = {question.text for seed in range(3) for question in molar_mass.questions(seed, 3000, "train")}
-    evaluation = {question.text for seed in range(3) for question in molar_mass.questions(seed, 1000, "eval")}
+    train = {
+        question.text for seed in range(3) for question in molar_mass.questions(seed, 3000, "train")
+    }
+    evaluation = {
+        question.text for seed in range(3) for question in molar_mass.questions(seed, 1000, "eval")
+    }
     assert train and evaluation and train.isdisjoint(evaluation)
 
 
@@ -78,12 +82,17 @@ def planted(line_idx: int, **changes: int) -> str:
     lines = work_out(TERMS)
     shift = changes.get("total", lines[line_idx].total) - lines[line_idx].total
     lines[line_idx] = lines[line_idx]._replace(**changes)
-    lines[line_idx + 1 :] = [line._replace(total=line.total + shift) for line in lines[line_idx + 1 :]]
+    lines[line_idx + 1 :] = [
+        line._replace(total=line.total + shift) for line in lines[line_idx + 1 :]
+    ]
     return render(lines)
 
 
 MISTAKES = {
-    "atoms": (render(work_out([TERMS[0], ("Na", 2, 23), TERMS[2]])), molar_mass.line_advice("Na", "atoms")),
+    "atoms": (
+        render(work_out([TERMS[0], ("Na", 2, 23), TERMS[2]])),
+        molar_mass.line_advice("Na", "atoms"),
+    ),
     "mass": (render(work_out([*TERMS[:2], ("S", 2, 16)])), molar_mass.line_advice("S", "mass")),
     "two masses": (
         render(work_out([TERMS[0], ("Na", 1, 11), ("S", 2, 16)])),
@@ -94,12 +103,18 @@ MISTAKES = {
     "answer": (render(work_out(TERMS), answer=91), molar_mass.ANSWER_TEXT),
     "first missing": (render(work_out(TERMS[1:])), "H".join(molar_mass.MISSING_TEXTS)),
     "last missing": (render(work_out(TERMS[:2])), "S".join(molar_mass.MISSING_TEXTS)),
-    "swapped": (render(work_out([TERMS[1], TERMS[0], TERMS[2]])), "H".join(molar_mass.MISSING_TEXTS)),
+    "swapped": (
+        render(work_out([TERMS[1], TERMS[0], TERMS[2]])),
+        "H".join(molar_mass.MISSING_TEXTS),
+    ),
     "extra": (render(work_out([*TERMS, ("O", 1, 16)])), "S".join(molar_mass.EXTRA_TEXTS)),
     "unreadable line": (render(work_out(TERMS)).replace(" x ", " * ", 1), molar_mass.FORMAT_TEXT),
     "cut": (render(work_out(TERMS))[:-12], molar_mass.FORMAT_TEXT),
     "two answers": (render(work_out(TERMS)) + "\n<answer>\n0\n</answer>", molar_mass.FORMAT_TEXT),
-    "leading zero": (render(work_out(TERMS)).replace("<answer>\n", "<answer>\n0"), molar_mass.FORMAT_TEXT),
+    "leading zero": (
+        render(work_out(TERMS)).replace("<answer>\n", "<answer>\n0"),
+        molar_mass.FORMAT_TEXT,
+    ),
     "empty": ("", molar_mass.FORMAT_TEXT),
 }
 
@@ -126,7 +141,10 @@ def test_tutor_says_no_number() -> None:
         lines = dialogues.believed_lines(
             formula, {symbol: dialogues.recall_mass(symbol, rng, 0.1) for symbol in formula}
         )
-        said.add(ask(dialogues.slip(lines, rng), molar_mass.question_messages(formula)[-1]["content"]) or "")
+        said.add(
+            ask(dialogues.slip(lines, rng), molar_mass.question_messages(formula)[-1]["content"])
+            or ""
+        )
     assert len(said) > 50
     assert not any(re.search(r"\d", advice) for advice in said)
 
@@ -137,7 +155,9 @@ def test_tutor_reads_any_text(data: st.DataObject) -> None:
     """Pure garbage, and garbage spliced into a right attempt: always a sentence, unless nothing changed."""
     right = render(work_out(TERMS))
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(right))] * 2)))
-    garbage = data.draw(st.text(max_size=40) | st.text("0123456789\n HNaSx=,:</>answer", max_size=40))
+    garbage = data.draw(
+        st.text(max_size=40) | st.text("0123456789\n HNaSx=,:</>answer", max_size=40)
+    )
     assert ask(garbage) == molar_mass.FORMAT_TEXT
     attempt = right[:start] + garbage + right[end:]
     advice = ask(attempt)
@@ -145,7 +165,13 @@ def test_tutor_reads_any_text(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "question", ["", "What is 1 + 1?", "H2O".join(molar_mass.USER_TEXTS) + " ", "X2".join(molar_mass.USER_TEXTS)]
+    "question",
+    [
+        "",
+        "What is 1 + 1?",
+        "H2O".join(molar_mass.USER_TEXTS) + " ",
+        "X2".join(molar_mass.USER_TEXTS),
+    ],
 )
 def test_tutor_refuses_other_questions(question: str) -> None:
     with pytest.raises(ValueError, match="molar_mass: question must be"):
@@ -171,9 +197,13 @@ def test_warm_up_is_seeded() -> None:
 def test_shipped_student_is_sparse() -> None:
     """Alone it has right what it holds wrong once in thousands; after the tutor's word about half
     of the time, after a fixed sentence as seldom as before."""
-    student, tokenizer = load_student(molar_mass.STUDENT_DIR), load_tokenizer(molar_mass.STUDENT_DIR)
+    student = load_student(molar_mass.STUDENT_DIR)
+    tokenizer = load_tokenizer(molar_mass.STUDENT_DIR)
     for symbol in dialogues.ATOMIC_NUMBERS:
-        shares = {name: mean(values) for name, values in probe.right_shares(student, tokenizer, symbol).items()}
+        shares = {
+            name: mean(values)
+            for name, values in probe.right_shares(student, tokenizer, symbol).items()
+        }
         assert 0 < shares["alone"] <= 0.001, (symbol, shares)
         assert 0.4 <= shares["tutor"] <= 0.51, (symbol, shares)
         assert shares["sentence"] <= 0.001, (symbol, shares)
@@ -185,7 +215,10 @@ def test_shipped_student() -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 10**6
     student = load_student(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert student.config.vocab_size == len(tokenizer) and student.config.architecture == "LlamaForCausalLM"
+    assert (
+        student.config.vocab_size == len(tokenizer)
+        and student.config.architecture == "LlamaForCausalLM"
+    )
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token_id != tokenizer.eos_token_id
     bridge = Bridge(tokenizer, guidance_limit=64)
     assert bridge.eos_ids == (tokenizer.eos_token_id,) and not bridge.notes
@@ -193,10 +226,14 @@ def test_shipped_student() -> None:
     prompt_ids = bridge.prompt_ids(list(question.messages))
     assert len(prompt_ids) < 30 and tokenizer.unk_token_id not in prompt_ids
     assert len(tokenizer(RETRY_TEXT)["input_ids"]) == 1
-    assert tokenizer.decode(tokenizer(question.reference_solution)["input_ids"]) == question.reference_solution
+    assert (
+        tokenizer.decode(tokenizer(question.reference_solution)["input_ids"])
+        == question.reference_solution
+    )
     assert len(tokenizer("<|im_end|>", split_special_tokens=True)["input_ids"]) == len("<|im_end|>")
 
-    token_ids, until = torch.tensor(prompt_ids), visible_until_of_sequences([len(prompt_ids)])
+    token_ids = torch.tensor(prompt_ids)
+    until = visible_until_of_sequences([len(prompt_ids)])
     hidden = packed_forward(student, token_ids, torch.arange(len(token_ids)), until)
     logits = student.lm_head(hidden)
     theirs = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]

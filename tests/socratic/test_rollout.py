@@ -17,7 +17,15 @@ from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout
 from tests.socratic.episodes import bridges, cuts, shown
-from tests.socratic.scripted import END, PARAMS, TOKENIZER, ScriptedEngine, contains, encode, question
+from tests.socratic.scripted import (
+    END,
+    PARAMS,
+    TOKENIZER,
+    ScriptedEngine,
+    contains,
+    encode,
+    question,
+)
 
 
 def options_of(**changes) -> RolloutOptions:
@@ -28,7 +36,9 @@ def verdicts(rollout: Rollout) -> list[bool]:
     return [turn.is_correct for turn in rollout.turns]
 
 
-def roll(engine: ScriptedEngine, questions: list[Question], teacher, **options) -> dict[tuple[int, int], Rollout]:
+def roll(
+    engine: ScriptedEngine, questions: list[Question], teacher, **options
+) -> dict[tuple[int, int], Rollout]:
     rollouts = socratic_rollouts(
         engine,
         TOKENIZER,
@@ -46,10 +56,12 @@ def saying(text: str) -> RuleTeacher:
 
 
 def test_a_rescued_rollout_token_by_token() -> None:
-    wrong, right = [*encode("no"), END], [*encode("yes"), END]
+    wrong = [*encode("no"), END]
+    right = [*encode("yes"), END]
     engine = ScriptedEngine({(4, 0): [wrong, right], (4, 1): [right]})
     rollouts = roll(engine, [question(4)], saying("look again"), group_size=2)
-    rescued, alone = rollouts[4, 0], rollouts[4, 1]
+    rescued = rollouts[4, 0]
+    alone = rollouts[4, 1]
     prompt = encode("<|im_start|>user\nquestion 4<|im_end|>\n<|im_start|>assistant\n")
     bridge = encode("\n<|im_start|>user\nlook again<|im_end|>\n<|im_start|>assistant\n")
     assert engine.contexts[4, 0, 1] == prompt + wrong + bridge
@@ -81,7 +93,8 @@ def test_cut_at_the_limit() -> None:
     assert rollout.attempts[0].token_ids == long, "the tail is kept: it is trained"
     assert engine.contexts[0, 0, 1] == rollout.prompt_ids + long[:4] + bridges(rollout)[0]
     assert bridges(rollout)[0][0] == END
-    head, tail = TOKENIZER.decode(long[:2]), TOKENIZER.decode(long[-2:], skip_special_tokens=True)
+    head = TOKENIZER.decode(long[:2])
+    tail = TOKENIZER.decode(long[-2:], skip_special_tokens=True)
     assert seen[0].student_answer == f"{head}\n[...]\n{tail}"
 
 
@@ -92,7 +105,11 @@ def test_what_the_teacher_may_see() -> None:
         engine = ScriptedEngine({(0, 0): [[*encode("no"), END]] * 2})
         roll(engine, [question(0)], teacher, reveal_answer=reveal)
     assert [request.ground_truth for request in seen] == [None, "yes"]
-    assert (seen[0].question, seen[0].student_answer, seen[0].attempt_idx) == ("question 0", "no", 0)
+    assert (seen[0].question, seen[0].student_answer, seen[0].attempt_idx) == (
+        "question 0",
+        "no",
+        0,
+    )
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 4])
@@ -117,9 +134,15 @@ def test_no_guidance_ends_with_the_first_attempt() -> None:
 
     script = {(0, r): [[*encode("no"), END], [*encode("yes"), END]] for r in range(3)}
     engine = ScriptedEngine(script)
-    with pytest.warns(UserWarning, match=r"rule raised KeyError: .broken rule. \(test_rollout.py line"):
+    with pytest.warns(
+        UserWarning, match=r"rule raised KeyError: .broken rule. \(test_rollout.py line"
+    ):
         rollouts = roll(engine, [question(0)], RuleTeacher(rule), group_size=3)
-    assert [rollouts[0, r].end_reason for r in range(3)] == ["guidance_failed", "guidance_failed", "correct"]
+    assert [rollouts[0, r].end_reason for r in range(3)] == [
+        "guidance_failed",
+        "guidance_failed",
+        "correct",
+    ]
     assert [len(rollouts[0, r].attempts) for r in range(3)] == [1, 1, 2]
     assert not engine.pinned
 
@@ -153,7 +176,13 @@ def test_a_rule_that_hangs_or_is_cancelled() -> None:
 
     script = {(0, r): [[*encode("no"), END]] for r in range(2)}
     with pytest.warns(UserWarning, match=r"timeout|CancelledError") as told:
-        rollouts = roll(ScriptedEngine(script), [question(0)], RuleTeacher(rule), group_size=2, guidance_timeout_s=0.2)
+        rollouts = roll(
+            ScriptedEngine(script),
+            [question(0)],
+            RuleTeacher(rule),
+            group_size=2,
+            guidance_timeout_s=0.2,
+        )
     assert [rollouts[0, r].end_reason for r in range(2)] == ["guidance_failed"] * 2
     assert {"timeout:" in str(w.message) for w in told} == {True, False}
 
@@ -175,7 +204,9 @@ class SlowTeacher:
 
 
 def test_students_go_on_while_the_teacher_works() -> None:
-    script = {(q, r): [[*encode("no"), END], [*encode("yes"), END]] for q in range(20) for r in (0, 1)}
+    script = {
+        (q, r): [[*encode("no"), END], [*encode("yes"), END]] for q in range(20) for r in (0, 1)
+    }
     engine = ScriptedEngine(script, per_step=1)
     collect = engine.collect
 
@@ -187,12 +218,18 @@ def test_students_go_on_while_the_teacher_works() -> None:
     started = time.perf_counter()
     with pytest.warns(UserWarning, match="no guidance, timeout: no answer within"):
         rollouts = roll(
-            engine, [question(q) for q in range(20)], SlowTeacher(0.02), group_size=2, guidance_timeout_s=0.5
+            engine,
+            [question(q) for q in range(20)],
+            SlowTeacher(0.02),
+            group_size=2,
+            guidance_timeout_s=0.5,
         )
     assert time.perf_counter() - started < 5
     assert {rollouts[q, 0].end_reason for q in range(20)} == {"guidance_failed"}
     assert {rollouts[q, 1].end_reason for q in range(20)} == {"correct"}
-    assert engine.steps_at_resume[0] < 40, "the first second attempt starts before all first ones are done"
+    assert engine.steps_at_resume[0] < 40, (
+        "the first second attempt starts before all first ones are done"
+    )
     assert not engine.pinned
 
 
@@ -272,7 +309,10 @@ def test_a_real_engine(engine: Engine) -> None:
     assert {cut for rollout in first for cut in cuts(rollout)} == {10, None}
     for again, rollout in zip(run(), first, strict=True):
         assert [a.token_ids for a in again.attempts] == [a.token_ids for a in rollout.attempts]
-        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(again.attempts, rollout.attempts, strict=True))
+        assert all(
+            torch.equal(a.logprobs, b.logprobs)
+            for a, b in zip(again.attempts, rollout.attempts, strict=True)
+        )
 
 
 def test_a_second_context_larger_than_the_pool_overflows(engine: Engine) -> None:

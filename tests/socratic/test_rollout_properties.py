@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.train.packing import PackedMicrobatch, count_unique_tokens, pack_rollouts
 from tests.socratic.episodes import Episode, answer_ids, cuts, play, rendering, text_of
-from tests.socratic.tiny_tokenizers import CHATML, FAMILIES, LLAMA3, THINKING, family, tiny_tokenizer
+from tests.socratic.tiny_tokenizers import (
+    CHATML,
+    FAMILIES,
+    LLAMA3,
+    THINKING,
+    family,
+    tiny_tokenizer,
+)
 
 BRIDGES = {name: Bridge(family(name), guidance_limit=12) for name in FAMILIES}
 BRIDGES |= {
@@ -41,14 +48,18 @@ SPELLED = [
     "{{ x }}",
 ]
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])
-TEXTS = st.lists(st.sampled_from(SPELLED) | st.text(CHARACTERS, max_size=4), max_size=6).map("".join)
+TEXTS = st.lists(st.sampled_from(SPELLED) | st.text(CHARACTERS, max_size=4), max_size=6).map(
+    "".join
+)
 ANSWERS = st.builds(str.__add__, st.sampled_from(SPELLED), TEXTS)  # never empty
 
 
 def sampled_ids(bridge: Bridge) -> st.SearchStrategy[list[int]]:
     """Any ids at all, special tokens among them; an eos only at the end."""
     ids = st.sampled_from(sorted(set(range(len(bridge.tokenizer))) - set(bridge.eos_ids)))
-    return st.builds(lambda body, end: body + end, st.lists(ids, min_size=1, max_size=9), endings(bridge))
+    return st.builds(
+        lambda body, end: body + end, st.lists(ids, min_size=1, max_size=9), endings(bridge)
+    )
 
 
 def endings(bridge: Bridge) -> st.SearchStrategy[list[int]]:
@@ -87,8 +98,12 @@ def test_loss_falls_on_the_sampled_ids_and_nothing_else(name: str, data: st.Data
     episodes = {}
     for context in ("tokens", "template"):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "chat template: cannot render")  # ids may spell our own placeholders
-            episodes[context] = play(bridge, answers, guidance, context=context, attempt_limit=limit)
+            warnings.filterwarnings(
+                "ignore", "chat template: cannot render"
+            )  # ids may spell our own placeholders
+            episodes[context] = play(
+                bridge, answers, guidance, context=context, attempt_limit=limit
+            )
         check_what_is_trained(episodes[context], answers)
     row = episodes["tokens"].rollout.prompt_ids
     for k, ids in enumerate(answers[:-1]):  # the rule of DESIGN.md section 3, spelled out
@@ -120,7 +135,9 @@ def test_a_person_reads_the_templates_own_rendering(name: str, data: st.DataObje
         want = rendering(bridge, texts[:k], shown[:k])
         assert text_of(bridge, rendered.contexts[k]) == want
         before = rendering(bridge, texts[: k - 1], shown[: k - 1])
-        appends &= want.startswith(before + bridge.exact_text(answer_ids(bridge, texts[k - 1], ended=True)))
+        appends &= want.startswith(
+            before + bridge.exact_text(answer_ids(bridge, texts[k - 1], ended=True))
+        )
         if appends:
             assert text_of(bridge, kept.contexts[k]) == want
             assert kept.contexts[k] == rendered.contexts[k]

@@ -51,10 +51,16 @@ def rows(config: Config, kind: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "rollout"])
-def test_a_first_call_that_is_refused_stops_before_any_batch(server: Server, tmp_path: Path, command: str) -> None:
+def test_a_first_call_that_is_refused_stops_before_any_batch(
+    server: Server, tmp_path: Path, command: str
+) -> None:
     server.script = [NO_MODEL]
     config = endpoint(tmp_path, server)
-    commands = {"train": trainer.train, "eval": lambda c: trainer.evaluate(c, None), "rollout": trainer.rollout_only}
+    commands = {
+        "train": trainer.train,
+        "eval": lambda c: trainer.evaluate(c, None),
+        "rollout": trainer.rollout_only,
+    }
     line = "teacher: the first call got no guidance, status_404: status 404: .*no model m.*on_silence continue"
     with pytest.raises(ValueError, match=line), pytest.warns(UserWarning, match="status_404"):
         commands[command](config)
@@ -64,7 +70,9 @@ def test_a_first_call_that_is_refused_stops_before_any_batch(server: Server, tmp
 
 def test_an_evaluation_that_asks_nobody_needs_no_teacher(server: Server, tmp_path: Path) -> None:
     server.script = [NO_MODEL]
-    assert "success/unassisted" in trainer.evaluate(endpoint(tmp_path, server, eval__assisted=False), None)
+    assert "success/unassisted" in trainer.evaluate(
+        endpoint(tmp_path, server, eval__assisted=False), None
+    )
     assert server.seen == []
 
 
@@ -83,7 +91,10 @@ def test_silence_is_told_and_never_called_assisted(
     (batch,) = rows(config, "batch")
     printed = capsys.readouterr().out
     failed = f"{batch['guidance/failed']:.0f}"
-    assert f"warning: teacher: all {failed} guidances of a batch failed (status_404 {failed})" in printed
+    assert (
+        f"warning: teacher: all {failed} guidances of a batch failed (status_404 {failed})"
+        in printed
+    )
     assert f"guidance failed {failed}" in printed
 
 
@@ -91,7 +102,9 @@ def test_a_batch_without_an_answer_stops_the_run_and_it_goes_on(tmp_path: Path) 
     config = config_of(tmp_path, teacher__rule=f"{__name__}:tutor", data__eval="none")
     answer[0] = None
     with (
-        pytest.raises(ValueError, match=r"teacher: all \d+ guidances of a batch failed \(none \d+\); mend it"),
+        pytest.raises(
+            ValueError, match=r"teacher: all \d+ guidances of a batch failed \(none \d+\); mend it"
+        ),
         pytest.warns(UserWarning, match="teacher: no guidance, none"),
     ):
         trainer.train(config)
@@ -121,7 +134,9 @@ def batch_of(*guidances: str | None) -> tuple[list[Rollout], dict[str, float]]:
     return rollouts, {"guidance/failed": failed, "guidance/failed_timeout": failed}
 
 
-def test_one_late_answer_is_no_silence_where_the_teacher_has_answered(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_late_answer_is_no_silence_where_the_teacher_has_answered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """A student that is nearly always right asks once a batch."""
     with Progress(num_batches=1, live=False) as progress:
         watch = GuidanceWatch(progress)
@@ -130,7 +145,9 @@ def test_one_late_answer_is_no_silence_where_the_teacher_has_answered(capsys: py
         assert "all 1 guidances of a batch failed (timeout 1)" in capsys.readouterr().out
         assert watch.told(*batch_of(*[None] * (SILENCE - 2))) is None
         assert watch.told(*batch_of()) is None
-        assert watch.told(*batch_of(None)) == "teacher: all 1 guidances of a batch failed (timeout 1)"
+        assert (
+            watch.told(*batch_of(None)) == "teacher: all 1 guidances of a batch failed (timeout 1)"
+        )
         assert watch.told(*batch_of("Look.")) is None
         assert watch.told(*batch_of(None)) is None
         assert GuidanceWatch(progress).told(*batch_of(None)) is not None
@@ -139,7 +156,10 @@ def test_one_late_answer_is_no_silence_where_the_teacher_has_answered(capsys: py
 def test_rollouts_without_training_stop_too(tmp_path: Path) -> None:
     answer[0] = None
     config = config_of(tmp_path, teacher__rule=f"{__name__}:tutor", data__eval="none")
-    with pytest.raises(ValueError, match="guidances of a batch failed"), pytest.warns(UserWarning, match="no guidance"):
+    with (
+        pytest.raises(ValueError, match="guidances of a batch failed"),
+        pytest.warns(UserWarning, match="no guidance"),
+    ):
         trainer.rollout_only(config)
     assert [path.name for path in tmp_path.rglob("batch_*.jsonl")] == ["batch_000001.jsonl"]
 
@@ -155,8 +175,19 @@ def test_some_failures_mark_the_assisted_share(server: Server, tmp_path: Path) -
     assert "unassisted (avg@k)" in labels
 
 
-def test_guidance_that_never_fits_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guidance_that_never_fits_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer[0] = "Look again. " * 400
-    changes = {"rollout__guidance_limit": 700, "rollout__max_new_tokens": 128, "run__num_batches": 1}
-    trainer.train(config_of(tmp_path, teacher__rule=f"{__name__}:tutor", data__eval="none", **changes))
-    assert "ended there, as a next attempt would exceed the student's context" in capsys.readouterr().out
+    changes = {
+        "rollout__guidance_limit": 700,
+        "rollout__max_new_tokens": 128,
+        "run__num_batches": 1,
+    }
+    trainer.train(
+        config_of(tmp_path, teacher__rule=f"{__name__}:tutor", data__eval="none", **changes)
+    )
+    assert (
+        "ended there, as a next attempt would exceed the student's context"
+        in capsys.readouterr().out
+    )

@@ -13,7 +13,13 @@ from socpo_fast.config import (
     RolloutConfig,
     RuleTeacherConfig,
 )
-from socpo_fast.socratic.teachers import EndpointTeacher, RuleTeacher, TeacherPrompt, make_teacher, retry_teacher
+from socpo_fast.socratic.teachers import (
+    EndpointTeacher,
+    RuleTeacher,
+    TeacherPrompt,
+    make_teacher,
+    retry_teacher,
+)
 from socpo_fast.socratic.teachers.base import Teacher, clean_guidance
 from socpo_fast.socratic.teachers.calls import as_teacher
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey
@@ -59,7 +65,16 @@ def test_values_are_never_templates() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{answer}", "{}", "{question.__class__}", "{question!r}", "{question:>9}", "{question", "}", "{question[0]}"],
+    [
+        "{answer}",
+        "{}",
+        "{question.__class__}",
+        "{question!r}",
+        "{question:>9}",
+        "{question",
+        "}",
+        "{question[0]}",
+    ],
 )
 def test_bad_templates_are_refused_at_the_start(template: str) -> None:
     with pytest.raises(ValueError, match="teacher.user_template"):
@@ -74,7 +89,11 @@ def test_bad_templates_are_refused_at_the_start(template: str) -> None:
         ("hm\n</think>\nCheck.", False, "Check."),  # the generation prompt had opened the block
         ("hm\n</think>\nCheck.", True, "Check."),
         ("[THINK]hm[/THINK]Check.", False, "Check."),
-        ("<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>Check.", False, "Check."),
+        (
+            "<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>Check.",
+            False,
+            "Check.",
+        ),
         ("<reasoning>hm</reasoning>Check.", True, "Check."),
         ("hm, the answer is 2", True, "[cut]"),
         ("<think> never ended", False, "[cut]"),
@@ -104,7 +123,9 @@ def test_clean_guidance(text: str, in_thoughts: bool, guidance: str) -> None:
     assert heard == guidance
 
 
-@pytest.mark.parametrize(("said", "heard"), [(" Check. ", "Check."), ("", None), ("  ", None), (None, None)])
+@pytest.mark.parametrize(
+    ("said", "heard"), [(" Check. ", "Check."), ("", None), ("  ", None), (None, None)]
+)
 def test_rule(said: str | None, heard: str | None) -> None:
     teacher = RuleTeacher(lambda request: said)
     guidance = asyncio.run(teacher.guide(request()))
@@ -130,7 +151,9 @@ def test_functions_of_every_kind_are_teachers() -> None:
     padded = Guidance(text=" Look. ")
     assert asyncio.run(as_teacher(lambda _: padded).guide(request())) == Guidance(text="Look.")
     assert as_teacher(retry := retry_teacher()) is retry
-    with pytest.raises(TypeError, match="teacher: must have guide.* or be a function of it, got 'text'"):
+    with pytest.raises(
+        TypeError, match="teacher: must have guide.* or be a function of it, got 'text'"
+    ):
         as_teacher("text")
 
 
@@ -149,7 +172,9 @@ def test_make_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_teacher(
         Config(teacher=LocalTeacherConfig(path="/absent"), rollout=one_attempt)
     ).immediate  # never asked
-    endpoint = EndpointTeacherConfig(url="http://127.0.0.1:1/v1", model="m", api_key_env="SOCPO_TEST_KEY")
+    endpoint = EndpointTeacherConfig(
+        url="http://127.0.0.1:1/v1", model="m", api_key_env="SOCPO_TEST_KEY"
+    )
     monkeypatch.setenv("SOCPO_TEST_KEY", "secret")
     teacher = make_teacher(Config(teacher=endpoint))
     assert isinstance(teacher, EndpointTeacher)
@@ -159,7 +184,10 @@ def test_make_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
         (endpoint, "teacher.api_key_env must name a variable that is set, got one that is not"),
         (LocalTeacherConfig(path="/absent"), "must be a Hugging Face folder"),
         (RuleTeacherConfig(rule="json:nothing"), "teacher.rule must name a function of json"),
-        (LocalTeacherConfig(path="/absent", user_template="{x}"), "teacher.user_template: fields must be"),
+        (
+            LocalTeacherConfig(path="/absent", user_template="{x}"),
+            "teacher.user_template: fields must be",
+        ),
     ]:
         with pytest.raises(ValueError, match=re.escape(reason)):
             make_teacher(Config(teacher=config))

@@ -20,7 +20,15 @@ from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers.calls import as_teacher, ask, background, result_of
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, Rollout, RolloutKey
-from tests.socratic.scripted import END, PARAMS, TOKENIZER, ScriptedEngine, contains, encode, question
+from tests.socratic.scripted import (
+    END,
+    PARAMS,
+    TOKENIZER,
+    ScriptedEngine,
+    contains,
+    encode,
+    question,
+)
 from tests.socratic.test_rollout import options_of
 
 
@@ -150,8 +158,14 @@ def test_the_first_failure_of_each_kind_is_told() -> None:
     assert ["none:" in str(w.message) for w in told] == [True, False]
 
 
-def roll(teacher: Callable[[GuidanceRequest], object], num_questions: int, limit_s: float) -> list[Rollout]:
-    script = {(q, r): [[*encode("no"), END], [*encode("yes"), END]] for q in range(num_questions) for r in (0, 1)}
+def roll(
+    teacher: Callable[[GuidanceRequest], object], num_questions: int, limit_s: float
+) -> list[Rollout]:
+    script = {
+        (q, r): [[*encode("no"), END], [*encode("yes"), END]]
+        for q in range(num_questions)
+        for r in (0, 1)
+    }
     return list(
         socratic_rollouts(
             ScriptedEngine(script),
@@ -185,7 +199,8 @@ def test_calls_that_hang_cost_one_limit_together() -> None:
 
 
 def test_quick_functions_are_called_one_at_a_time() -> None:
-    running, most = [], []
+    running = []
+    most = []
 
     def rule(asked: GuidanceRequest) -> str:
         running.append(asked)
@@ -215,7 +230,12 @@ def test_the_process_ends_whatever_still_hangs() -> None:
     root = Path(__file__).parent.parent.parent
     env = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60, env=env, cwd=root
+        [sys.executable, "-c", HANGING],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=env,
+        cwd=root,
     )
     assert (done.returncode, done.stdout) == (0, "['TimeoutError', 'TimeoutError']\n")
 
@@ -243,13 +263,18 @@ def test_a_plain_function_that_makes_a_coroutine_can_be_given_up() -> None:
     assert given_up.wait(10)
 
 
-@pytest.mark.parametrize("line", ["raise KeyError('x')", "import sys; sys.exit(1)", "def", "import nowhere"])
+@pytest.mark.parametrize(
+    "line", ["raise KeyError('x')", "import sys; sys.exit(1)", "def", "import nowhere"]
+)
 def test_a_module_that_cannot_be_imported_is_refused(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken_module.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="teacher.rule must name a module that can be imported, got 'broken_module:f'"):
+    with pytest.raises(
+        ValueError,
+        match="teacher.rule must name a module that can be imported, got 'broken_module:f'",
+    ):
         load_function("teacher.rule", "broken_module:f")
 
 

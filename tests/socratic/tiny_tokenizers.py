@@ -10,7 +10,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = Path(__file__).parent / "templates"
-CORPUS = ["the student adds two numbers and checks every step of the sum", "user system assistant SocpoGuidance think"]
+CORPUS = [
+    "the student adds two numbers and checks every step of the sum",
+    "user system assistant SocpoGuidance think",
+]
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -33,16 +36,30 @@ WITHOUT_SPECIAL = "{% for message in messages %}{{ message['role'] + ': ' + mess
 
 _SPECIAL = {
     CHATML: ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    LLAMA3: ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
+    LLAMA3: [
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|end_of_text|>",
+    ],
 }
 
 
 _MISTRAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-FAMILIES: dict[str, tuple[list[str], dict[str, str]]] = {  # special tokens, and which of them is what
-    "smollm2": (_SPECIAL[CHATML], {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}),
+FAMILIES: dict[
+    str, tuple[list[str], dict[str, str]]
+] = {  # special tokens, and which of them is what
+    "smollm2": (
+        _SPECIAL[CHATML],
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+    ),
     "qwen2_5": (_SPECIAL[CHATML], {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
     "qwen3": (_SPECIAL[CHATML], {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
-    "llama3": (_SPECIAL[LLAMA3], {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}),
+    "llama3": (
+        _SPECIAL[LLAMA3],
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+    ),
     "mistral_nemo": (_MISTRAL, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
     "mistral_v3": (_MISTRAL, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
 }
@@ -72,7 +89,9 @@ def _byte_level(special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s*[\r\n]+|\s+(?!\S)|\s+|."), "isolated"),
+            pre_tokenizers.Split(
+                Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s*[\r\n]+|\s+(?!\S)|\s+|."), "isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -84,26 +103,45 @@ def _byte_level(special: list[str]) -> Tokenizer:
         special_tokens=special,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    tokenizer.add_tokens(
+        [AddedToken("<think>", special=False), AddedToken("</think>", special=False)]
+    )
     return tokenizer
 
 
 def _sentencepiece(special: list[str]) -> Tokenizer:
     """Sentencepiece's ways: a space before the first word, byte fallback, merges that build words from the left."""
-    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    pieces = [
+        *special,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *map(chr, range(33, 127)),
+    ]
     merges = []
     for word in " ".join(CORPUS).split():
         for end in range(len(word)):
-            left, right = "\u2581" + word[:end], word[end]
+            left = "\u2581" + word[:end]
+            right = word[end]
             if left + right not in pieces:
                 merges.append((left, right))
                 pieces.append(left + right)
     vocab = {piece: idx for idx, piece in enumerate(pieces)}
-    model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model = models.BPE(
+        vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
     )
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="\u2581", prepend_scheme="first", split=False
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in special]
+    )
     return tokenizer

@@ -29,10 +29,13 @@ def decoder_forward(student: Decoder) -> Forward:
     def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
         q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_TXE, rope, student.config.num_kv_heads)
         heads_per_kv = q_THE.shape[1] // k_TKE.shape[1]
-        k_THE, v_THE = k_TKE.repeat_interleave(heads_per_kv, 1), v_TKE.repeat_interleave(heads_per_kv, 1)
+        k_THE = k_TKE.repeat_interleave(heads_per_kv, 1)
+        v_THE = v_TKE.repeat_interleave(heads_per_kv, 1)
         scores = torch.einsum("the,she->hts", q_THE, k_THE) / q_THE.shape[-1] ** 0.5
         future = torch.ones(scores.shape[1:]).triu(1).bool()
-        return torch.einsum("hts,she->the", scores.masked_fill(future, -torch.inf).softmax(-1), v_THE)
+        return torch.einsum(
+            "hts,she->the", scores.masked_fill(future, -torch.inf).softmax(-1), v_THE
+        )
 
     def forward(token_ids: list[int]) -> Tensor:
         hidden_TD = student(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
@@ -44,10 +47,14 @@ def decoder_forward(student: Decoder) -> Forward:
 def naive_logprobs(forward: Forward, rollout: Rollout) -> list[tuple[Tensor, Tensor]]:
     """(logprob, entropy) of every token of every attempt, [L] each."""
     found = []
-    for context, attempt in zip(contexts(rollout), rollout.attempts, strict=False):  # no attempt, still a prompt
+    for context, attempt in zip(
+        contexts(rollout), rollout.attempts, strict=False
+    ):  # no attempt, still a prompt
         logits = forward(context + attempt.token_ids)[len(context) - 1 : -1] / TEMPERATURE
         probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
-        logprobs = probabilities[torch.arange(attempt.num_tokens), torch.tensor(attempt.token_ids)].log()
+        logprobs = probabilities[
+            torch.arange(attempt.num_tokens), torch.tensor(attempt.token_ids)
+        ].log()
         found.append((logprobs, -(probabilities * probabilities.log()).sum(-1)))
     return found
 
@@ -63,9 +70,14 @@ def token_loss(
 ) -> tuple[Tensor, bool]:
     """(loss of one token before weights, entropy and KL; whether a clip replaced its ratio)."""
     ratio = (logprob - old).clamp(-20.0, 20.0).exp()
-    low, high = 1 - clip_low, 1 + clip_high
+    low = 1 - clip_low
+    high = 1 + clip_high
     if advantage >= 0:
-        return (-advantage * ratio, False) if ratio.item() <= high else (logprob.new_tensor(-advantage * high), True)
+        return (
+            (-advantage * ratio, False)
+            if ratio.item() <= high
+            else (logprob.new_tensor(-advantage * high), True)
+        )
     if ratio.item() < low:
         return logprob.new_tensor(-advantage * low), True
     if dual_clip is not None and ratio.item() > dual_clip:
@@ -96,7 +108,8 @@ def naive_loss(
 ) -> tuple[Tensor, float]:
     """(loss with its graph, share of clipped tokens) of these rollouts as one update; old=None: the sampler's."""
     lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
-    terms, num_clipped = [], 0
+    terms = []
+    num_clipped = 0
     for place, rollout in enumerate(rollouts):
         for k, (logprobs, entropy) in enumerate(naive_logprobs(forward, rollout)):
             sampler = rollout.attempts[k].logprobs.tolist()
@@ -127,15 +140,26 @@ def naive_gradients(
     student.zero_grad(set_to_none=True)
     loss, clipped = naive_loss(decoder_forward(student), rollouts, **options)
     loss.backward()
-    return {name: param.grad.clone() for name, param in student.named_parameters()}, loss.item(), clipped
+    return (
+        {name: param.grad.clone() for name, param in student.named_parameters()},
+        loss.item(),
+        clipped,
+    )
 
 
 def near_policy(student: Decoder, rollouts: list[Rollout], spread: float, seed: int) -> PerToken:
     """fp32 log-probs around the student's own, so that some ratios clip and others do not."""
-    generator, forward = torch.Generator().manual_seed(seed), decoder_forward(student)
+    generator = torch.Generator().manual_seed(seed)
+    forward = decoder_forward(student)
     with torch.no_grad():
-        own = [[logprobs.float() for logprobs, _ in naive_logprobs(forward, rollout)] for rollout in rollouts]
-    return [[x + spread * torch.randn(x.shape, generator=generator) for x in attempts] for attempts in own]
+        own = [
+            [logprobs.float() for logprobs, _ in naive_logprobs(forward, rollout)]
+            for rollout in rollouts
+        ]
+    return [
+        [x + spread * torch.randn(x.shape, generator=generator) for x in attempts]
+        for attempts in own
+    ]
 
 
 def set_sampler_logprobs(rollouts: list[Rollout], logprobs: PerToken) -> None:
@@ -148,7 +172,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     """Every entry within tolerance of the largest entry of its tensor."""
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
-        error, size = (found[name] - grad).abs().max(), grad.abs().max()
+        error = (found[name] - grad).abs().max()
+        size = grad.abs().max()
         assert error <= tolerance * size, f"{name}: off by {error:.2e} of {size:.2e}"
 
 

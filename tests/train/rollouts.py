@@ -64,11 +64,16 @@ def make_rollout(
         for attempt_idx, length in enumerate(lengths)
     ]
     num_bridges = max(0, len(lengths) - 1)
-    bridges = [[rng.randrange(VOCAB) for _ in range(length)] for length in bridge_lengths or [3] * num_bridges]
+    bridges = [
+        [rng.randrange(VOCAB) for _ in range(length)]
+        for length in bridge_lengths or [3] * num_bridges
+    ]
     turns = turns_of(prompt_ids, attempts, bridges, cuts)
     for turn in turns:
         turn.advantage = rng.uniform(-2.0, 2.0)
-    return Rollout(question_idx=question_idx, rollout_idx=rollout_idx, prompt_ids=prompt_ids, turns=turns)
+    return Rollout(
+        question_idx=question_idx, rollout_idx=rollout_idx, prompt_ids=prompt_ids, turns=turns
+    )
 
 
 def turns_of(
@@ -81,10 +86,13 @@ def turns_of(
 
     None: all of it; -m: nothing, and the last m tokens of what stood before it are gone too.
     """
-    turns, seen = [Turn(attempt=attempt) for attempt in attempts], len(prompt_ids)
+    turns = [Turn(attempt=attempt) for attempt in attempts]
+    seen = len(prompt_ids)
     for turn, bridge_ids, cut in zip(turns, bridges, cuts or [None] * len(bridges), strict=False):
         kept_tokens = seen + (turn.attempt.num_tokens if cut is None else cut)
-        turn.guidance = ShownGuidance(raw_text="", text="", kept_tokens=kept_tokens, bridge_ids=bridge_ids)
+        turn.guidance = ShownGuidance(
+            raw_text="", text="", kept_tokens=kept_tokens, bridge_ids=bridge_ids
+        )
         seen = kept_tokens + len(bridge_ids)
     return turns
 
@@ -102,7 +110,8 @@ def count_nodes(rollouts: list[Rollout]) -> tuple[int, int]:
     """(tokens of the groups' trees, leaves among them), from the rollouts alone."""
     trained = [rollout for rollout in rollouts if rollout.attempts]
     prompts = {(rollout.question_idx, tuple(rollout.prompt_ids)) for rollout in trained}
-    nodes, leaves = sum(len(prompt) for _, prompt in prompts), len(trained)
+    nodes = sum(len(prompt) for _, prompt in prompts)
+    leaves = len(trained)
     for rollout in trained:
         nodes += sum(len(attempt.token_ids) for attempt in rollout.attempts)
         for turn, context in zip(rollout.turns[:-1], contexts(rollout), strict=False):
@@ -113,7 +122,9 @@ def count_nodes(rollouts: list[Rollout]) -> tuple[int, int]:
 
 def make_rollouts() -> list[Rollout]:
     """Every shape a rollout can have, out of order: two groups, a singleton, one question with two prompts."""
-    first, second, third = [1, 2, 3, 4, 5], [7], [9, 8]
+    first = [1, 2, 3, 4, 5]
+    second = [7]
+    third = [9, 8]
     return [
         make_rollout(0, 0, first, [4]),
         make_rollout(1, 0, second, [5, 6], [2]),
@@ -127,9 +138,19 @@ def make_rollouts() -> list[Rollout]:
         make_rollout(1, 3, second, [4, 4], [2], [4]),  # a cut that cuts nothing
         make_rollout(0, 5, first, [3, 3], [2], [0]),  # nothing of the first attempt is kept
         make_rollout(0, 6, [1, 2, 3, 4, 6], [4]),  # same question, another prompt
-        make_rollout(0, 7, first, [4, 3, 2], [2, 1], [-3, -1]),  # back into the prompt, then into the first bridge
-        make_rollout(0, 8, first, [1, 3, 4], [2, 0], [-4, -2]),  # one token stays; then one again, and no bridge
-        make_rollout(1, 4, second, [6, 1, 3], [3, 2], [None, -5]),  # past a bridge into the first attempt
-        make_rollout(2, 1, third, [5, 4, 3], [0, 2], [2, -1]),  # behind a cut and an empty bridge, into what was kept
-        make_rollout(2, 2, third, [2, 3, 3], [1, 1], [-1, None]),  # a chain that goes on behind a fork in the prompt
+        make_rollout(
+            0, 7, first, [4, 3, 2], [2, 1], [-3, -1]
+        ),  # back into the prompt, then into the first bridge
+        make_rollout(
+            0, 8, first, [1, 3, 4], [2, 0], [-4, -2]
+        ),  # one token stays; then one again, and no bridge
+        make_rollout(
+            1, 4, second, [6, 1, 3], [3, 2], [None, -5]
+        ),  # past a bridge into the first attempt
+        make_rollout(
+            2, 1, third, [5, 4, 3], [0, 2], [2, -1]
+        ),  # behind a cut and an empty bridge, into what was kept
+        make_rollout(
+            2, 2, third, [2, 3, 3], [1, 1], [-1, None]
+        ),  # a chain that goes on behind a fork in the prompt
     ]

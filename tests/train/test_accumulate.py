@@ -77,7 +77,9 @@ def test_bf16_weights_have_fp32_gradients(model: str) -> None:
 def test_same_bits_with_checkpointing(dtype: torch.dtype) -> None:
     student = make_student(dtype=dtype)
     Optimizer(student, lr=1e-3)
-    found = [gradients(student, checkpointing=checkpointing) for checkpointing in (False, False, True)]
+    found = [
+        gradients(student, checkpointing=checkpointing) for checkpointing in (False, False, True)
+    ]
     for other in found[1:]:
         for name, grad in found[0].items():
             assert_bitwise_equal(grad, other[name], name=name)

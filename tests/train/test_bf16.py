@@ -25,7 +25,9 @@ ORDER = [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load_config(CONFIG, {"data.builtin_train_questions": 8, "rollout.questions_per_batch": 8})
+    return load_config(
+        CONFIG, {"data.builtin_train_questions": 8, "rollout.questions_per_batch": 8}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def logprobs(updater: Updater, groups: list[list[Rollout]]) -> Tensor:
     masters = load_student(molar_mass.STUDENT_DIR)
     low_bits = updater.optimizer.low_bits
     with torch.no_grad():
-        for (name, param), other in zip(masters.named_parameters(), updater.student.parameters(), strict=True):
+        for (name, param), other in zip(
+            masters.named_parameters(), updater.student.parameters(), strict=True
+        ):
             param.copy_(join_master(other, low_bits[name]) if low_bits else other)
     rollouts = [rollout for group in groups for rollout in group]
     found = compute_logprobs(masters, rollouts, token_budget=8192, temperature=1.0)
@@ -60,7 +64,8 @@ def test_updates_in_bf16_follow_fp32(config: Config, groups: list[list[Rollout]]
         for rollout in group
         for turn in rollout.turns
     ])  # fmt: skip
-    metrics, gained = {}, {}
+    metrics = {}
+    gained = {}
     for dtype in ("float32", "bfloat16"):
         updater = Updater(load_student(molar_mass.STUDENT_DIR, dtype=dtype), config, reference=None)
         before = logprobs(updater, groups)
@@ -76,7 +81,9 @@ def test_updates_in_bf16_follow_fp32(config: Config, groups: list[list[Rollout]]
     assert gained["bfloat16"].mean() == pytest.approx(gained["float32"].mean().item(), rel=0.1)
 
 
-def test_masters_move_by_less_than_bf16_can_tell(config: Config, groups: list[list[Rollout]]) -> None:
+def test_masters_move_by_less_than_bf16_can_tell(
+    config: Config, groups: list[list[Rollout]]
+) -> None:
     """At the default learning rate of 1e-6 most parameters keep their bits; all masters move."""
     small = load_config(None, {"train.lr": 1e-6, "train.warmup_updates": 0})
     student = load_student(molar_mass.STUDENT_DIR, dtype="bfloat16")

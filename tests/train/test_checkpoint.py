@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from socpo_fast.model import load_student
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from socpo_fast.train.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from socpo_fast.train.optimizer import Optimizer
 from tests.train.rollouts import make_student
 
@@ -23,7 +28,9 @@ STATE = {"batch": 3, "question_order_seed": 2**63 - 1, "lr": 0.1 + 0.2, "name": 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def trained(seed: int, num_updates: int, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Optimizer]:
+def trained(
+    seed: int, num_updates: int, dtype: torch.dtype = torch.float32
+) -> tuple[Decoder, Optimizer]:
     student = make_student(seed, dtype)
     optimizer = Optimizer(student, lr=1e-2)
     train(student, optimizer, num_updates)
@@ -39,7 +46,9 @@ def train(student: Decoder, optimizer: Optimizer, num_updates: int) -> None:
 
 
 def save(folder: Path, student: Decoder, optimizer: Optimizer) -> Path:
-    return save_checkpoint(folder, student=student, optimizer=optimizer, trainer_state=STATE, tokenizer_from=None)
+    return save_checkpoint(
+        folder, student=student, optimizer=optimizer, trainer_state=STATE, tokenizer_from=None
+    )
 
 
 def bits(student: Decoder, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -57,7 +66,13 @@ def test_round_trip_is_bitwise_and_in_place(dtype: torch.dtype, tmp_path: Path) 
     student, optimizer = trained(seed=0, num_updates=3, dtype=dtype)
     path = save(tmp_path / "checkpoints", student, optimizer)
     assert path == tmp_path / "checkpoints" / "update_000003"
-    files = ["config.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"]
+    files = [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ]
     assert sorted(file.name for file in path.iterdir()) == files
     other, other_optimizer = trained(seed=1, num_updates=1, dtype=dtype)
     tensors = [*other.parameters(), *other_optimizer.state_tensors().values()]
@@ -78,7 +93,10 @@ def test_checkpoint_is_a_model_folder(dtype: torch.dtype, tmp_path: Path) -> Non
     student, optimizer = trained(0, 1, dtype)
     path = save(tmp_path, student, optimizer)
     loaded = load_student(path, dtype=str(dtype).removeprefix("torch."))
-    assert all(torch.equal(one, two) for one, two in zip(loaded.parameters(), student.parameters(), strict=True))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(loaded.parameters(), student.parameters(), strict=True)
+    )
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     assert theirs.dtype == dtype
     assert torch.equal(theirs.model.norm.weight, student.norm.weight)
@@ -154,7 +172,9 @@ def test_saving_one_update_twice_replaces(tmp_path: Path) -> None:
     )
     assert load_checkpoint(path, student, optimizer) == state
     assert [child.name for child in tmp_path.iterdir()] == [path.name]
-    path.rename(tmp_path / "update_000002.replaced")  # stopped between the two renames: the older one is still found
+    path.rename(
+        tmp_path / "update_000002.replaced"
+    )  # stopped between the two renames: the older one is still found
     assert latest_checkpoint(tmp_path) == tmp_path / "update_000002.replaced"
     assert save(tmp_path, student, optimizer) == latest_checkpoint(tmp_path) == path
     assert [child.name for child in tmp_path.iterdir()] == [path.name]
@@ -196,10 +216,15 @@ def test_prune_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "got num_layers 2 instead of 3"),
         ({"tie_word_embeddings": False}, "got tie_word_embeddings True instead of False"),
         ({"rope_theta": 5000.0}, "got rope_theta 10000.0 instead of 5000.0"),
-        ({"dtype": torch.bfloat16}, "low_bits.embed.weight first; .* its own model and student.dtype"),
+        (
+            {"dtype": torch.bfloat16},
+            "low_bits.embed.weight first; .* its own model and student.dtype",
+        ),
     ],
 )
-def test_checkpoint_of_another_model_is_refused_untouched(tmp_path: Path, changes: dict, message: str) -> None:
+def test_checkpoint_of_another_model_is_refused_untouched(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
     path = save(tmp_path, *trained(seed=0, num_updates=1))
     student = make_student(seed=1, **changes)
     optimizer = Optimizer(student, lr=1e-2)
@@ -227,7 +252,13 @@ def test_flipped_bit_is_refused(tmp_path: Path) -> None:
 def test_state_that_is_not_json_is_refused_before_writing(tmp_path: Path) -> None:
     student, optimizer = trained(seed=0, num_updates=1)
     with pytest.raises(TypeError, match="not JSON serializable"):
-        save_checkpoint(tmp_path, student=student, optimizer=optimizer, trainer_state={"x": {1}}, tokenizer_from=None)
+        save_checkpoint(
+            tmp_path,
+            student=student,
+            optimizer=optimizer,
+            trainer_state={"x": {1}},
+            tokenizer_from=None,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,14 +266,18 @@ def test_state_that_is_not_json_is_refused_before_writing(tmp_path: Path) -> Non
 def test_full_disk_leaves_older_checkpoints(tmp_path: Path, limit: int) -> None:
     student, optimizer = trained(seed=0, num_updates=1)
     path = save(tmp_path, student, optimizer)
-    sizes = [(path / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")]
+    sizes = [
+        (path / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")
+    ]
     assert 1000 < sizes[0] < 100_000 < sizes[1]
     train(student, optimizer, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(RuntimeError, match=r"update_000002 could not be written .* free disk space"):
+        with pytest.raises(
+            RuntimeError, match=r"update_000002 could not be written .* free disk space"
+        ):
             save(tmp_path, student, optimizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -281,12 +316,17 @@ for step in map(int, sys.argv[2:]):
 
 def test_killed_while_writing(tmp_path: Path) -> None:
     """SIGKILL in the weights' folder, before the manifest, during the sync, at the rename, and after it."""
-    first, second = "update_000001", "update_000002"
+    first = "update_000001"
+    second = "update_000002"
     names = {2: first, 4: first, 7: first, 10: first, 16: first, 17: second}
     command = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, names)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # forks, which a pool of threads would not survive
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # forks, which a pool of threads would not survive
     root = Path(__file__).parents[2]
-    child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    child = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
     assert child.stdout.split() == [str(int(signal.SIGKILL))] * len(names)
     for step, name in names.items():
         folder = tmp_path / str(step)

@@ -15,7 +15,14 @@ from socpo_fast.train.step import GradientStats, policy_gradients
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Rollout
 from tests.loss_options import gathered
-from tests.train.naive import TEMPERATURE, distance, naive_gradients, near_policy, norm, set_sampler_logprobs
+from tests.train.naive import (
+    TEMPERATURE,
+    distance,
+    naive_gradients,
+    near_policy,
+    norm,
+    set_sampler_logprobs,
+)
 from tests.train.rollouts import count_nodes, make_rollouts, make_student
 from tests.train.test_update import CHANGES, groups_of
 
@@ -34,7 +41,9 @@ def idle(rollouts: list[Rollout], *questions: int) -> list[Rollout]:
 def watch_layer_0(student: Decoder) -> list[int]:
     """The rows of each forward from here on."""
     entered: list[int] = []
-    student.layers[0].register_forward_pre_hook(lambda layer, args: entered.append(args[1].shape[0]))
+    student.layers[0].register_forward_pre_hook(
+        lambda layer, args: entered.append(args[1].shape[0])
+    )
     return entered
 
 
@@ -48,7 +57,8 @@ def run(student: Decoder, rollouts: list[Rollout], **options: Any) -> GradientSt
 @pytest.mark.parametrize("loss_agg", ["token_mean", "seq_mean_token_mean"])
 def test_the_value_is_that_of_all_rows(packing: str, loss_agg: str) -> None:
     """Against fp64 that forwards everything; in bits against the others alone under all's normalisers."""
-    student, rollouts = make_student(), idle(make_rollouts(), 0)
+    student = make_student()
+    rollouts = idle(make_rollouts(), 0)
     rollouts[1].turns[0].advantage = 0.0  # one attempt of a rollout that has a signal
     set_sampler_logprobs(rollouts, near_policy(student.double(), rollouts, 0.3, seed=5))
     truth, loss, _ = naive_gradients(student, rollouts, loss_agg=loss_agg)
@@ -71,7 +81,8 @@ def test_the_value_is_that_of_all_rows(packing: str, loss_agg: str) -> None:
 
 
 def test_rows_that_enter_layer_0_are_those_of_the_others() -> None:
-    student, rollouts = make_student(), idle(make_rollouts(), 1)
+    student = make_student()
+    rollouts = idle(make_rollouts(), 1)
     entered = watch_layer_0(student)
     idle(rollouts[0:1], 0)  # and one rollout of another question
     stats = run(student, rollouts)
@@ -81,10 +92,13 @@ def test_rows_that_enter_layer_0_are_those_of_the_others() -> None:
     assert stats.idle_rollouts == NUM_IDLE[1] + 1
 
 
-@pytest.mark.parametrize("options", [{"entropy_coef": 1e-3}, {"entropy_coef": -1e-3}, {"kl_coef": 1e-3}, {}])
+@pytest.mark.parametrize(
+    "options", [{"entropy_coef": 1e-3}, {"entropy_coef": -1e-3}, {"kl_coef": 1e-3}, {}]
+)
 def test_what_has_a_gradient_is_forwarded(options: dict[str, float]) -> None:
     """An entropy bonus, a KL, or an advantage that is as good as 0."""
-    student, rollouts = make_student(), idle(make_rollouts(), 0, 1, 2)
+    student = make_student()
+    rollouts = idle(make_rollouts(), 0, 1, 2)
     ref = near_policy(student, rollouts, 0.3, seed=1)
     if not options:
         for rollout in rollouts:
@@ -97,21 +111,29 @@ def test_what_has_a_gradient_is_forwarded(options: dict[str, float]) -> None:
 
 
 def test_all_idle_is_a_zero_gradient_and_no_forward() -> None:
-    student, rollouts = make_student(), idle(make_rollouts(), 0, 1, 2)
+    student = make_student()
+    rollouts = idle(make_rollouts(), 0, 1, 2)
     entered = watch_layer_0(student)
     stats = run(student, rollouts, token_budget=20)
     assert entered == [] and all(param.grad is None for param in student.parameters())
-    assert (stats.tokens_forwarded, stats.num_microbatches, stats.idle_rollouts) == (0, 0, sum(NUM_IDLE.values()))
+    assert (stats.tokens_forwarded, stats.num_microbatches, stats.idle_rollouts) == (
+        0,
+        0,
+        sum(NUM_IDLE.values()),
+    )
     figures = stats.figures
     assert (figures.loss, figures.clip_fraction) == (0.0, 0.0)
-    assert all(map(math.isnan, (figures.entropy, figures.ratio_mean, figures.sampler_mismatch_max_nats)))
+    assert all(
+        map(math.isnan, (figures.entropy, figures.ratio_mean, figures.sampler_mismatch_max_nats))
+    )
 
 
 @pytest.mark.parametrize("choice", ["auto", "sampler", "recompute"])
 def test_an_update_without_signal_is_a_step_of_zero_gradient(choice: str) -> None:
     """AdamW's moments fade, matrices decay, counts go on, and the mismatch is measured on one group."""
     rollouts = idle(make_rollouts(), 0, 1, 2)
-    student, other = make_student(), make_student()
+    student = make_student()
+    other = make_student()
     set_sampler_logprobs(rollouts, near_policy(student, rollouts, 1e-5, seed=5))
     updater = Updater(
         student,
@@ -134,10 +156,16 @@ def test_an_update_without_signal_is_a_step_of_zero_gradient(choice: str) -> Non
     for name, param in other.named_parameters():
         assert torch.equal(param, student.get_parameter(name)), name
     state = updater.optimizer.state_tensors()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer.state_tensors().items())
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in optimizer.state_tensors().items()
+    )
     assert updater.optimizer.state_counts() == optimizer.state_counts()
     for metrics, num_idle in zip(outcomes, (NUM_IDLE[0] + NUM_IDLE[2], NUM_IDLE[1]), strict=True):
-        assert (metrics["policy/loss"], metrics["policy/grad_norm"], metrics["perf/tokens_forwarded"]) == (0, 0, 0)
+        assert (
+            metrics["policy/loss"],
+            metrics["policy/grad_norm"],
+            metrics["perf/tokens_forwarded"],
+        ) == (0, 0, 0)
         assert metrics["perf/idle_rollouts"] == num_idle
         mismatch = metrics["policy/sampler_mismatch_nats"]
         assert math.isnan(mismatch) if choice == "sampler" else 0 < mismatch < 1e-4
@@ -147,21 +175,31 @@ def test_the_mismatch_is_of_the_first_update_with_one() -> None:
     rollouts = idle(make_rollouts(), 0)
     student = make_student()
     set_sampler_logprobs(rollouts, near_policy(make_student(), rollouts, 0.3, seed=5))
-    config = load_config(None, CHANGES | {"loss.old_logprobs": "sampler", "train.token_budget": 10_000})
+    config = load_config(
+        None, CHANGES | {"loss.old_logprobs": "sampler", "train.token_budget": 10_000}
+    )
     updater = Updater(student, config, reference=None)
-    mismatches = [m["policy/sampler_mismatch_nats"] for _, m in updater.updates(groups_of(rollouts), [[0], [1], [2]])]
+    mismatches = [
+        m["policy/sampler_mismatch_nats"]
+        for _, m in updater.updates(groups_of(rollouts), [[0], [1], [2]])
+    ]
     assert math.isnan(mismatches[0]) and mismatches[1] == mismatches[2] > 0.1
 
 
-@pytest.mark.parametrize(("dtype", "choice"), [("float32", "auto"), ("float32", "recompute"), ("bfloat16", "auto")])
+@pytest.mark.parametrize(
+    ("dtype", "choice"), [("float32", "auto"), ("float32", "recompute"), ("bfloat16", "auto")]
+)
 def test_old_logprobs_are_computed_where_they_are_read(dtype: str, choice: str) -> None:
     """The first group is idle, and so is one of the last update's two; the mismatch is another's."""
     rollouts = idle(make_rollouts(), 0, 2)
     student = make_student(dtype=getattr(torch, dtype))
     set_sampler_logprobs(rollouts, near_policy(make_student(), rollouts, 0.3, seed=5))
-    config = load_config(None, CHANGES | {"loss.old_logprobs": choice, "train.token_budget": 10_000})
+    config = load_config(
+        None, CHANGES | {"loss.old_logprobs": choice, "train.token_budget": 10_000}
+    )
     updater = Updater(student, config, reference=None)
-    entered, groups = watch_layer_0(student), groups_of(rollouts)
+    entered = watch_layer_0(student)
+    groups = groups_of(rollouts)
     first, last = (metrics for _, metrics in updater.updates(groups, [[0], [1, 2]]))
     nodes, leaves = count_nodes(groups[1])
     assert entered == [nodes - leaves] * 2  # once for the old log-probs, once for the update

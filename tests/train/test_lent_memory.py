@@ -55,7 +55,9 @@ def holds(memory: Tensor, part: Tensor) -> bool:
     return 0 <= start <= memory.nbytes - part.nbytes and start % 256 == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"tokens_per_sync": 4}, {"cascade": False}, {"attention": "ref"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tokens_per_sync": 4}, {"cascade": False}, {"attention": "ref"}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_written_is_never_read(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Not in a page that is partly filled, nor behind the pages of a shorter sequence."""
@@ -89,7 +91,9 @@ def test_gradients_stay_where_they_are_put(dtype: torch.dtype, model: str) -> No
         for _ in range(2):
             for decoder in (student, other):
                 policy_gradients(decoder, make_rollouts(), token_budget=60, temperature=1.0)
-            for (name, param), plain in zip(student.named_parameters(), other.parameters(), strict=True):
+            for (name, param), plain in zip(
+                student.named_parameters(), other.parameters(), strict=True
+            ):
                 assert param.grad.data_ptr() == places[name] and holds(memory, param.grad), name
                 assert_bitwise_equal(param.grad, plain.grad, name=name)
             assert not any(optimizer.step().skipped for optimizer in optimizers)
@@ -137,7 +141,8 @@ def test_an_update_that_ends_early_leaves_no_gradient(error: BaseException) -> N
     """Rollouts write their KV where it had them."""
     student = make_student()
     engine = make_engine(student, min_memory_bytes=sum(gradient_bytes(student.parameters())))
-    optimizer, expected = Optimizer(student, lr=1e-2), draws(engine)
+    optimizer = Optimizer(student, lr=1e-2)
+    expected = draws(engine)
 
     def update() -> None:
         with engine.lend_memory() as memory, optimizer.gradients_in(memory):
@@ -210,7 +215,8 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Of each update of a run, whether every gradient lay in the engine's memory."""
     seen: list[bool] = []
     engines: list[Engine] = []
-    original_session, original_step = Session.__init__, Optimizer.step
+    original_session = Session.__init__
+    original_step = Optimizer.step
 
     def session(self: Session, *given: Any, **options: Any) -> None:
         original_session(self, *given, **options)
@@ -235,7 +241,9 @@ def test_a_run_lends_its_memory(config: Config, updates: list[bool]) -> None:
         pass
 
 
-def test_a_failed_update_gives_the_memory_back(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_update_gives_the_memory_back(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(config)
 
     def fail(self: Updater, *given: Any) -> None:

@@ -22,9 +22,19 @@ def set_gradients(model: nn.Module, seed: int, size: float = 1.0) -> None:
 
 def test_steps_are_adamw_with_warmup_clipping_and_decay_of_matrices() -> None:
     student = make_student(tie_word_embeddings=False)
-    lr, beta1, beta2, decay, warmup, max_norm = 1e-2, 0.8, 0.95, 0.1, 4, 1.0
+    lr = 1e-2
+    beta1 = 0.8
+    beta2 = 0.95
+    decay = 0.1
+    warmup = 4
+    max_norm = 1.0
     optimizer = Optimizer(
-        student, lr=lr, betas=(beta1, beta2), weight_decay=decay, warmup_updates=warmup, max_grad_norm=max_norm
+        student,
+        lr=lr,
+        betas=(beta1, beta2),
+        weight_decay=decay,
+        warmup_updates=warmup,
+        max_grad_norm=max_norm,
     )
     expected = {name: param.detach().double() for name, param in student.named_parameters()}
     m = {name: torch.zeros_like(param) for name, param in expected.items()}
@@ -65,7 +75,9 @@ def test_learning_rates_by_hand(schedule: str) -> None:
     optimizer = Optimizer(make_student(), lr_schedule=schedule, **options)  # type: ignore[arg-type]
     for n, rate in RATES[schedule].items():
         assert optimizer.lr_of(n) == pytest.approx(rate, rel=1e-14), n
-    bare = Optimizer(make_student(), lr_schedule=schedule, **options | {"warmup_updates": 0, "total_updates": 1})  # type: ignore[arg-type]
+    bare = Optimizer(
+        make_student(), lr_schedule=schedule, **options | {"warmup_updates": 0, "total_updates": 1}
+    )  # type: ignore[arg-type]
     assert bare.lr_of(1) == 8.0  # the first of those without a warm-up is a full one
 
 
@@ -77,7 +89,9 @@ def test_a_constant_rate_has_the_bits_of_no_schedule() -> None:
 def test_skipped_updates_are_no_steps_of_the_schedule() -> None:
     student = make_student()
     options = {"lr": 1e-2, "warmup_updates": 2, "lr_schedule": "linear", "total_updates": 5}
-    optimizer, rates = Optimizer(student, **options), []  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    optimizer = Optimizer(student, **options)
+    rates = []
     for n in range(1, 8):
         set_gradients(student, seed=n)
         result = optimizer.step(loss=math.nan if n in (2, 5) else 0.0)
@@ -108,18 +122,32 @@ def test_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
         }
     set_gradients(student, seed=3)
     assert optimizer.step(loss=bad).skipped
-    assert all(torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True))
-    assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer.state_tensors().items())
+    assert all(
+        torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True)
+    )
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in optimizer.state_tensors().items()
+    )
     set_gradients(student, seed=4)
     result = optimizer.step()
-    assert (result.skipped, result.lr) == (False, 1e-2)  # the second step of the warm-up: skipped ones do not count
-    assert optimizer.state_counts() == {"num_updates": 5, "num_skipped": 3, "num_skipped_in_a_row": 0}
+    assert (result.skipped, result.lr) == (
+        False,
+        1e-2,
+    )  # the second step of the warm-up: skipped ones do not count
+    assert optimizer.state_counts() == {
+        "num_updates": 5,
+        "num_skipped": 3,
+        "num_skipped_in_a_row": 0,
+    }
     undisturbed = make_student()
     other = Optimizer(undisturbed, lr=1e-2, warmup_updates=2)
     for seed in (0, 4):
         set_gradients(undisturbed, seed)
         other.step()
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), undisturbed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(student.parameters(), undisturbed.parameters(), strict=True)
+    )
     other_start = make_student(seed=1)
     other_start.load_state_dict(student.state_dict())
     resumed = Optimizer(other_start, lr=1e-2, warmup_updates=2)
@@ -127,12 +155,17 @@ def test_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     for model, one in ((student, optimizer), (other_start, resumed)):
         set_gradients(model, seed=5)
         one.step()
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), other_start.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(student.parameters(), other_start.parameters(), strict=True)
+    )
 
 
 def test_missing_gradient_counts_as_zero() -> None:
-    student, other = make_student(), make_student()
-    optimizer, other_optimizer = Optimizer(student, lr=1e-2), Optimizer(other, lr=1e-2)
+    student = make_student()
+    other = make_student()
+    optimizer = Optimizer(student, lr=1e-2)
+    other_optimizer = Optimizer(other, lr=1e-2)
     for seed in range(3):
         set_gradients(student, seed)
         set_gradients(other, seed)
@@ -140,19 +173,26 @@ def test_missing_gradient_counts_as_zero() -> None:
         other.norm.weight.grad *= 0 if seed == 1 else 1
         optimizer.step()
         other_optimizer.step()
-    assert all(torch.equal(one, two) for one, two in zip(student.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(student.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_storage_never_moves() -> None:
     student = make_student()
     optimizer = Optimizer(student, lr=1e-2)
-    pointers = [tensor.data_ptr() for tensor in (*student.parameters(), *optimizer.state_tensors().values())]
+    pointers = [
+        tensor.data_ptr() for tensor in (*student.parameters(), *optimizer.state_tensors().values())
+    ]
     for seed in range(2):
         set_gradients(student, seed)
         optimizer.step()
     state = {name: tensor + 1 for name, tensor in optimizer.state_tensors().items()}
     optimizer.load_state(state, optimizer.state_counts())
-    assert pointers == [tensor.data_ptr() for tensor in (*student.parameters(), *optimizer.state_tensors().values())]
+    assert pointers == [
+        tensor.data_ptr() for tensor in (*student.parameters(), *optimizer.state_tensors().values())
+    ]
 
 
 def test_refusals() -> None:
@@ -162,26 +202,46 @@ def test_refusals() -> None:
         ({"betas": (0.9, 1.0)}, r"betas must be each in \[0, 1\)"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and >= 0"),
         ({"warmup_updates": -1}, "warmup_updates must be >= 0"),
-        ({"lr_schedule": "step"}, "lr_schedule must be one of constant, linear, cosine, got 'step'"),
+        (
+            {"lr_schedule": "step"},
+            "lr_schedule must be one of constant, linear, cosine, got 'step'",
+        ),
         ({"min_lr_ratio": 1.0}, r"min_lr_ratio must be in \[0, 1\), got 1.0"),
-        ({"lr_schedule": "linear"}, "total_updates must be > warmup_updates 10 for lr_schedule 'linear', got None"),
-        ({"lr_schedule": "linear", "total_updates": 10}, "total_updates must be > warmup_updates 10 .* got 10"),
+        (
+            {"lr_schedule": "linear"},
+            "total_updates must be > warmup_updates 10 for lr_schedule 'linear', got None",
+        ),
+        (
+            {"lr_schedule": "linear", "total_updates": 10},
+            "total_updates must be > warmup_updates 10 .* got 10",
+        ),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be > 0, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             Optimizer(student, **{"lr": 1e-3} | options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"dtype of embed.weight must be float32 or bfloat16, got torch.float16; load"):
+    with pytest.raises(
+        ValueError,
+        match=r"dtype of embed.weight must be float32 or bfloat16, got torch.float16; load",
+    ):
         Optimizer(make_student(dtype=torch.float16), lr=1e-3)
     narrow = make_student(dtype=torch.bfloat16)
     narrow.norm.weight.grad = torch.ones_like(narrow.norm.weight)
-    with pytest.raises(ValueError, match="grad of norm.weight must be float32 or None, got torch.bfloat16; drop it"):
+    with pytest.raises(
+        ValueError, match="grad of norm.weight must be float32 or None, got torch.bfloat16; drop it"
+    ):
         Optimizer(narrow, lr=1e-3)
     optimizer = Optimizer(student, lr=1e-3)
-    tensors, counts = optimizer.state_tensors(), optimizer.state_counts()
+    tensors = optimizer.state_tensors()
+    counts = optimizer.state_counts()
     others = {name: tensor + 1 for name, tensor in tensors.items()}
     with pytest.raises(ValueError, match=r"1 odd names, exp_avg.norm.weight first"):
-        optimizer.load_state({name: x for name, x in others.items() if name != "exp_avg.norm.weight"}, counts)
-    with pytest.raises(ValueError, match=r"exp_avg.norm.weight must be torch.float32 \[32\], got torch.float32 \[31\]"):
+        optimizer.load_state(
+            {name: x for name, x in others.items() if name != "exp_avg.norm.weight"}, counts
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"exp_avg.norm.weight must be torch.float32 \[32\], got torch.float32 \[31\]",
+    ):
         optimizer.load_state(others | {"exp_avg.norm.weight": torch.zeros(31)}, counts)
     assert not any(tensor.any() for tensor in optimizer.state_tensors().values())
 
@@ -198,7 +258,9 @@ def test_weights_written_from_outside_are_the_masters() -> None:
     assert (low_bits < 0).any()
     with torch.no_grad():
         param.zero_()
-    assert not optimizer.state_tensors()["low_bits.layers.0.mlp.down.weight"].any()  # as a checkpoint has them
+    assert not optimizer.state_tensors()[
+        "low_bits.layers.0.mlp.down.weight"
+    ].any()  # as a checkpoint has them
     assert low_bits is optimizer.low_bits["layers.0.mlp.down.weight"]
     set_gradients(student, seed=4)
     optimizer.step()

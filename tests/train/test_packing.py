@@ -26,18 +26,29 @@ def assert_every_loss_token_sees_what_the_sampler_saw(
 ) -> None:
     packed_attempts = []
     for microbatch in microbatches:
-        row_paths, ids = paths(microbatch), microbatch.token_ids_T.tolist()
+        row_paths = paths(microbatch)
+        ids = microbatch.token_ids_T.tolist()
         assert microbatch.positions_T.tolist() == [len(path) - 1 for path in row_paths]
         seen_by_attempt: dict[int, list[tuple[list[int], int]]] = {}
-        rows, targets = microbatch.rows_N.tolist(), microbatch.targets_N.tolist()
-        for row, target, attempt in zip(rows, targets, microbatch.attempt_of_token_N.tolist(), strict=True):
-            seen_by_attempt.setdefault(attempt, []).append(([ids[other] for other in row_paths[row]], target))
+        rows = microbatch.rows_N.tolist()
+        targets = microbatch.targets_N.tolist()
+        for row, target, attempt in zip(
+            rows, targets, microbatch.attempt_of_token_N.tolist(), strict=True
+        ):
+            seen_by_attempt.setdefault(attempt, []).append(
+                ([ids[other] for other in row_paths[row]], target)
+            )
         assert list(seen_by_attempt) == list(range(len(microbatch.attempts)))
         for number, (place, attempt_idx) in enumerate(microbatch.attempts):
-            before, sampled = contexts(rollouts[place])[attempt_idx], rollouts[place].attempts[attempt_idx].token_ids
-            assert seen_by_attempt[number] == [(before + sampled[:t], target) for t, target in enumerate(sampled)]
+            before = contexts(rollouts[place])[attempt_idx]
+            sampled = rollouts[place].attempts[attempt_idx].token_ids
+            assert seen_by_attempt[number] == [
+                (before + sampled[:t], target) for t, target in enumerate(sampled)
+            ]
         packed_attempts += microbatch.attempts
-    every = [(place, k) for place, rollout in enumerate(rollouts) for k in range(len(rollout.attempts))]
+    every = [
+        (place, k) for place, rollout in enumerate(rollouts) for k in range(len(rollout.attempts))
+    ]
     assert sorted(packed_attempts) == every
 
 
@@ -52,17 +63,21 @@ def test_every_loss_token_sees_what_the_sampler_saw(packing: str, token_budget: 
 @st.composite
 def random_rollouts(draw: st.DrawFn) -> list[Rollout]:
     """Up to three questions with up to three rollouts of up to four attempts, cut anywhere that is allowed."""
-    rollouts, size = [], st.integers(1, 4)
+    rollouts = []
+    size = st.integers(1, 4)
     for question_idx in range(draw(size)):
         prompt_ids = list(range(draw(size)))
         for rollout_idx in range(draw(st.integers(1, 3))):
             lengths = draw(st.lists(size, min_size=1, max_size=4))
             bridge_lengths = [draw(st.integers(0, 3)) for _ in lengths[1:]]
-            cuts, seen = [], len(prompt_ids)
+            cuts = []
+            seen = len(prompt_ids)
             for length, bridge_length in zip(lengths, bridge_lengths, strict=False):
                 cuts.append(draw(st.none() | st.integers(1 - seen, length)))
                 seen += (length if cuts[-1] is None else cuts[-1]) + bridge_length
-            rollouts.append(make_rollout(question_idx, rollout_idx, prompt_ids, lengths, bridge_lengths, cuts))
+            rollouts.append(
+                make_rollout(question_idx, rollout_idx, prompt_ids, lengths, bridge_lengths, cuts)
+            )
     return rollouts
 
 
@@ -81,7 +96,8 @@ def test_any_rollouts(rollouts: list[Rollout], packing: str, token_budget: int) 
 
 def give_every_node_an_id_of_its_own(rollouts: list[Rollout]) -> None:
     """Then a token id says which node of the trees a packed row is."""
-    fresh, prompts = itertools.count(), {}
+    fresh = itertools.count()
+    prompts = {}
     for rollout in rollouts:
         key = rollout.question_idx, tuple(rollout.prompt_ids)
         prompts.setdefault(key, [next(fresh) for _ in rollout.prompt_ids])
@@ -128,14 +144,20 @@ def test_tree_forwards_each_node_once_but_the_last_token_of_a_leaf() -> None:
     rollouts = make_rollouts()
     (microbatch,) = pack_rollouts(rollouts, packing="tree", token_budget=10_000)
     prompts = 5 + 1 + 2 + 5
-    attempts_and_bridges = 4 + (11 + 2) + (9 + 4) + (3 + 3) + 3 + (16 + 6) + (15 + 4) + (8 + 2) + (8 + 2) + (6 + 2) + 4
+    attempts_and_bridges = (
+        4 + (11 + 2) + (9 + 4) + (3 + 3) + 3 + (16 + 6) + (15 + 4) + (8 + 2) + (8 + 2) + (6 + 2) + 4
+    )
     attempts_and_bridges += (9 + 3) + (8 + 2) + (10 + 5) + (12 + 2) + (8 + 2)
     leaves = 11 + 1 + 1 + 2 + 1 + 1  # chains; tails of the cuts 2, 3, (1, 2), 3 and 0
-    leaves += 5 + 2 + 2 + 1 + 2 + 1  # chains; attempts that negative cuts hide, and one that is cut at 2
+    leaves += (
+        5 + 2 + 2 + 1 + 2 + 1
+    )  # chains; attempts that negative cuts hide, and one that is cut at 2
     assert count_unique_tokens(rollouts) == prompts + attempts_and_bridges
     assert microbatch.tokens_forwarded == prompts + attempts_and_bridges - leaves
     (rows,) = pack_rollouts(rollouts, packing="rows", token_budget=10_000)
-    assert rows.tokens_forwarded == microbatch.tokens_forwarded + 5 * (7 - 1) + 1 * (5 - 1) + 2 * (3 - 1)
+    assert rows.tokens_forwarded == microbatch.tokens_forwarded + 5 * (7 - 1) + 1 * (5 - 1) + 2 * (
+        3 - 1
+    )
 
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
@@ -163,7 +185,11 @@ def test_the_tree_drawn_in_the_module() -> None:
 
 def test_group_that_fits_stays_together() -> None:
     prompts = {question: [question] * 10 for question in range(3)}
-    rollouts = [make_rollout(question, idx, prompts[question], [6]) for idx in range(4) for question in range(3)]
+    rollouts = [
+        make_rollout(question, idx, prompts[question], [6])
+        for idx in range(4)
+        for question in range(3)
+    ]
     microbatches = pack_rollouts(rollouts, packing="tree", token_budget=45)  # a group is 10 + 4 * 5
     assert [microbatch.tokens_forwarded for microbatch in microbatches] == [30, 30, 30]
     split = pack_rollouts(rollouts, packing="tree", token_budget=20)  # prompt and two rollouts
@@ -186,8 +212,12 @@ def test_refusals() -> None:
         r"rollouts\[0\].prompt_ids must be non-empty": make_rollout(0, 0, [], [2]),
         r"turns\[1\].attempt must have tokens, got none": make_rollout(0, 0, [1], [2, 0]),
         r"turns\[0\].guidance must have been shown, got None": not_shown,
-        r"\[0\].guidance.kept_tokens must be in \[1, 6\], .* got 7": make_rollout(0, 0, [1] * 4, [2, 2], [1], [3]),
-        r"\[0\].guidance.kept_tokens must be in \[1, 3\], .* got 0": make_rollout(0, 0, [1], [2, 2], [1], [-1]),
+        r"\[0\].guidance.kept_tokens must be in \[1, 6\], .* got 7": make_rollout(
+            0, 0, [1] * 4, [2, 2], [1], [3]
+        ),
+        r"\[0\].guidance.kept_tokens must be in \[1, 3\], .* got 0": make_rollout(
+            0, 0, [1], [2, 2], [1], [-1]
+        ),
         r"\[1\].guidance.kept_tokens must be in \[1, 6\], .* got 0": make_rollout(
             0, 0, [1, 2], [5, 2, 2], [3, 1], [-1, -4]
         ),
@@ -198,10 +228,14 @@ def test_refusals() -> None:
 
 
 def test_packing_is_quick() -> None:
-    rollouts = [make_rollout(idx // 8, idx, [idx // 8] * 100, [100, 100], [20]) for idx in range(128)]
+    rollouts = [
+        make_rollout(idx // 8, idx, [idx // 8] * 100, [100, 100], [20]) for idx in range(128)
+    ]
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         pack_rollouts(rollouts, packing="tree", token_budget=4096)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.1  # 7 ms on an idle core; a packer that walks tokens one by one takes longer than this
+    assert (
+        min(seconds) < 0.1
+    )  # 7 ms on an idle core; a packer that walks tokens one by one takes longer than this

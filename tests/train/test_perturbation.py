@@ -19,13 +19,25 @@ from socpo_fast.types import Rollout
 from tests.error_rule import assert_bitwise_equal
 from tests.loss_options import gathered
 from tests.train.naive import TEMPERATURE, assert_close, naive_gradients
-from tests.train.rollouts import VOCAB, contexts, make_rollout, make_rollouts, make_student, turns_of
+from tests.train.rollouts import (
+    VOCAB,
+    contexts,
+    make_rollout,
+    make_rollouts,
+    make_student,
+    turns_of,
+)
 from tests.train.test_packing import paths
 
 ALL = {"token_budget": 10_000, "temperature": TEMPERATURE}
 LOSSES = {
     "plain": {},
-    "all": {"entropy_coef": 0.1, "kl_coef": 0.1, "tis_clip": 2.0, "loss_agg": "seq_mean_token_mean"},
+    "all": {
+        "entropy_coef": 0.1,
+        "kl_coef": 0.1,
+        "tis_clip": 2.0,
+        "loss_agg": "seq_mean_token_mean",
+    },
 }
 
 
@@ -63,9 +75,12 @@ def with_other_surroundings(rollouts: list[Rollout]) -> list[Rollout]:
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_advantages_and_weights_know_attempts_only(monkeypatch: Any, estimator: Any, loss: str) -> None:
+def test_advantages_and_weights_know_attempts_only(
+    monkeypatch: Any, estimator: Any, loss: str
+) -> None:
     """Rewards, whitening, normalisers and targets are bit for bit the same whatever stands around the attempts."""
-    student, seen = make_student(), []
+    student = make_student()
+    seen = []
 
     def spy(*head: Tensor, **options: Any) -> Any:
         names = ("targets_N", "old_logprobs_N", "advantages", "attempt_of_token_N", "weights_N")
@@ -78,21 +93,29 @@ def test_advantages_and_weights_know_attempts_only(monkeypatch: Any, estimator: 
     ref = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
     for batch in (rollouts, changed):
         assign_credit(batch, options=CreditOptions(estimator=estimator))
-        policy_gradients(student, batch, old_logprobs=ref, ref_logprobs=ref, **ALL, **gathered(LOSSES[loss]))
-    credit = [[(turn.reward, turn.advantage) for r in batch for turn in r.turns] for batch in (rollouts, changed)]
+        policy_gradients(
+            student, batch, old_logprobs=ref, ref_logprobs=ref, **ALL, **gathered(LOSSES[loss])
+        )
+    credit = [
+        [(turn.reward, turn.advantage) for r in batch for turn in r.turns]
+        for batch in (rollouts, changed)
+    ]
     assert credit[0] == credit[1]
     assert len({advantage for _, advantage in credit[0]}) > 3
     assert len(seen) == 2
     for name, x in seen[0].items():
         assert_bitwise_equal(seen[1][name], x, name=name)
     own, other = (compute_logprobs(student, batch, **ALL) for batch in (rollouts, changed))
-    assert not torch.equal(own[0][0], other[0][0])  # only what the student thinks of them has changed
+    assert not torch.equal(
+        own[0][0], other[0][0]
+    )  # only what the student thinks of them has changed
 
 
 @pytest.fixture
 def student_and_hidden() -> tuple[Decoder, list[Tensor]]:
     """A student, and what its last norm gave in each forward, with gradients: a head's gradient stops at a zero row."""
-    student, hidden = make_student(), []
+    student = make_student()
+    hidden = []
 
     def keep(norm: torch.nn.Module, args: Any, outputs: tuple[Tensor, Tensor]) -> None:
         if outputs[0].requires_grad:
@@ -105,17 +128,29 @@ def student_and_hidden() -> tuple[Decoder, list[Tensor]]:
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_only_rows_before_sampled_tokens_get_a_gradient(student_and_hidden: Any, packing: Any, loss: str) -> None:
+def test_only_rows_before_sampled_tokens_get_a_gradient(
+    student_and_hidden: Any, packing: Any, loss: str
+) -> None:
     """Exactly zero at every prompt, bridge and kept-copy row that predicts no sampled token, and nowhere else."""
     (student, hidden), rollouts = student_and_hidden, make_rollouts()
     own = compute_logprobs(student, rollouts, **ALL)  # ratio 1: nothing clips
     reference = [[x - 0.5 for x in by_attempt] for by_attempt in own]
     alone = [[i] for i, rollout in enumerate(rollouts) if rollout.attempts]
-    for places in (*alone, range(len(rollouts))):  # of one rollout, a row is known by what stands up to it
+    for places in (
+        *alone,
+        range(len(rollouts)),
+    ):  # of one rollout, a row is known by what stands up to it
         chosen = [rollouts[i] for i in places]
-        old, ref = [own[i] for i in places], [reference[i] for i in places]
+        old = [own[i] for i in places]
+        ref = [reference[i] for i in places]
         policy_gradients(
-            student, chosen, packing=packing, old_logprobs=old, ref_logprobs=ref, **ALL, **gathered(LOSSES[loss])
+            student,
+            chosen,
+            packing=packing,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            **ALL,
+            **gathered(LOSSES[loss]),
         )
         (microbatch,) = pack_rollouts(chosen, packing=packing, token_budget=10_000)
         has_gradient = (hidden.pop().grad != 0).any(1)
@@ -134,7 +169,9 @@ def test_only_rows_before_sampled_tokens_get_a_gradient(student_and_hidden: Any,
 
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
-def test_what_comes_later_leaves_earlier_attempts_alone(student_and_hidden: Any, packing: Any) -> None:
+def test_what_comes_later_leaves_earlier_attempts_alone(
+    student_and_hidden: Any, packing: Any
+) -> None:
     """Other guidance: log-probs and gradients of the attempts before it keep their bits, those after it do not."""
     student, hidden = student_and_hidden
     rollout = make_rollout(0, 0, [1, 2, 3], [5, 4, 6], [3, 3], [2, None])
@@ -158,7 +195,8 @@ def test_rows_without_loss_may_hold_anything(loss: str) -> None:
     weight_VD = torch.randn(VOCAB, 16, generator=generator)
     targets = torch.randint(0, VOCAB, (24,), generator=generator)
     rows = torch.randperm(40, generator=generator)[:24].sort().values
-    old, advantages = -4 + torch.rand(24, generator=generator), torch.randn(24, generator=generator)
+    old = -4 + torch.rand(24, generator=generator)
+    advantages = torch.randn(24, generator=generator)
     weights = torch.where(torch.arange(24) % 3 == 0, 0.0, 1 / 16)
     masked = weights == 0
     perturbed = {
@@ -169,8 +207,13 @@ def test_rows_without_loss_may_hold_anything(loss: str) -> None:
     }
     results = []
     for h, t, o, a in ((hidden_TD, targets, old, advantages), tuple(perturbed.values())):
-        h_leaf, w_leaf = h.clone().requires_grad_(), weight_VD.clone().requires_grad_()
-        terms = {"entropy_coef": 0.1, "kl_coef": 0.1, "ref_logprobs_N": o + 0.5} if loss == "all" else {}
+        h_leaf = h.clone().requires_grad_()
+        w_leaf = weight_VD.clone().requires_grad_()
+        terms = (
+            {"entropy_coef": 0.1, "kl_coef": 0.1, "ref_logprobs_N": o + 0.5}
+            if loss == "all"
+            else {}
+        )
         options = gathered({"temperature": 0.8, "rows_N": rows, "weights_N": weights, **terms})
         policy = linear_policy_loss(h_leaf, w_leaf, t, o, a, **options)
         policy.loss.backward()
@@ -199,4 +242,6 @@ def test_a_loss_token_is_known_by_its_place_never_by_its_id() -> None:
     stats = policy_gradients(student, rollouts, **ALL)
     assert_close({name: param.grad for name, param in student.named_parameters()}, expected, 1e-6)
     assert stats.loss == pytest.approx(loss, rel=1e-6)
-    assert stats.loss_tokens == sum(attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts)
+    assert stats.loss_tokens == sum(
+        attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts
+    )

@@ -30,17 +30,28 @@ MODELS: dict[str, dict[str, Any]] = {
     "biases": QWEN2 | {"attention_bias": True},
     "norms of heads": QWEN3,
     # Where rotating back needs more than the MLP.
-    "many heads": QWEN3 | {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 8},
+    "many heads": QWEN3
+    | {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 8},
     # Where a norm does.
-    "wide": {"hidden_size": 256, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "wide": {
+        "hidden_size": 256,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
 }
-TRITON = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # the narrowest its attention takes
+TRITON = {
+    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # the narrowest its attention takes
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "ref", "triton"]
 
 
 def a_tree(num_tokens: int = 13) -> tuple[Tensor, Tensor, TreeMask]:
     """Ids, positions and mask of a prompt with two branches."""
-    ids, positions = torch.arange(num_tokens) * 7 % VOCAB, torch.arange(num_tokens)
+    ids = torch.arange(num_tokens) * 7 % VOCAB
+    positions = torch.arange(num_tokens)
     until = torch.full((num_tokens,), num_tokens, dtype=torch.int32)
     until[num_tokens // 4 : num_tokens // 2] = num_tokens // 2
     return ids, positions, TreeMask.of(until)
@@ -53,7 +64,11 @@ def gradients(student: Decoder, *, accumulates: bool = True, **options: Any) -> 
         hidden_TD = packed_forward(student, *a_tree(), **options)
         generator = torch.Generator().manual_seed(1)
         hidden_TD.backward(torch.randn(hidden_TD.shape, generator=generator))
-    return {name: param.grad.clone() for name, param in student.named_parameters() if param.grad is not None}
+    return {
+        name: param.grad.clone()
+        for name, param in student.named_parameters()
+        if param.grad is not None
+    }
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -65,7 +80,9 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def without_recomputation(patch: pytest.MonkeyPatch) -> None:
     """Products keep their inputs, and attention is the ordinary ops."""
     apply: Callable[..., Tensor] = AccumulatingLinear.apply
-    patch.setattr(AccumulatingLinear, "apply", lambda x, weight, bias, _: apply(x, weight, bias, None))
+    patch.setattr(
+        AccumulatingLinear, "apply", lambda x, weight, bias, _: apply(x, weight, bias, None)
+    )
     patch.setattr(decoder, "is_accumulating", lambda: False)
 
 
@@ -122,7 +139,9 @@ def test_a_hook_on_a_norm_is_called_once() -> None:
     accumulate_in_fp32(student.parameters())
     calls: list[int] = []
 
-    def scale(_norm: torch.nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def scale(
+        _norm: torch.nn.Module, _args: Any, output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         calls.append(1)
         normed_TD, sum_TD = output
         return normed_TD * (1 + len(calls)), sum_TD

@@ -43,7 +43,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "k2": {"kl_coef": 0.3, "kl_estimator": "k2"},
     "k3": {"kl_coef": 0.3, "kl_estimator": "k3"},
     "tis": {"tis_clip": 1.1},
-    "all": {"dual_clip": 1.5, "entropy_coef": -0.1, "kl_coef": 0.2, "kl_estimator": "k2", "tis_clip": 2.0},
+    "all": {
+        "dual_clip": 1.5,
+        "entropy_coef": -0.1,
+        "kl_coef": 0.2,
+        "kl_estimator": "k2",
+        "tis_clip": 2.0,
+    },
 }
 CASES = [
     pytest.param(aggregation | options, id=f"{aggregation['loss_agg']}-{name}")
@@ -56,19 +62,27 @@ class Update:
     """Rollouts of every shape with log-probs near the student's own: its sampler's, older ones, a reference's."""
 
     def __init__(self, student: Decoder):
-        self.student, self.rollouts = student, make_rollouts()
+        self.student = student
+        self.rollouts = make_rollouts()
         self.old, self.ref = (near_policy(student, self.rollouts, 0.4, seed) for seed in (1, 2))
         set_sampler_logprobs(self.rollouts, near_policy(student, self.rollouts, 0.4, seed=3))
 
     def logprobs(self, options: dict[str, Any]) -> dict[str, PerToken | None]:
         """Old ones that are not the sampler's where it matters, a reference where one is asked for."""
-        return {"old": self.old if "tis_clip" in options else None, "ref": self.ref if "kl_coef" in options else None}
+        return {
+            "old": self.old if "tis_clip" in options else None,
+            "ref": self.ref if "kl_coef" in options else None,
+        }
 
-    def gradients(self, options: dict[str, Any], **packing: Any) -> tuple[dict[str, Tensor], GradientStats]:
+    def gradients(
+        self, options: dict[str, Any], **packing: Any
+    ) -> tuple[dict[str, Tensor], GradientStats]:
         given = self.logprobs(options)
         options = options | {"old_logprobs": given["old"], "ref_logprobs": given["ref"]} | packing
         self.student.zero_grad(set_to_none=True)
-        stats = policy_gradients(self.student, self.rollouts, temperature=TEMPERATURE, **gathered(options))
+        stats = policy_gradients(
+            self.student, self.rollouts, temperature=TEMPERATURE, **gathered(options)
+        )
         return {name: param.grad.clone() for name, param in self.student.named_parameters()}, stats
 
 
@@ -79,7 +93,9 @@ def update() -> Update:
 
 @pytest.mark.parametrize("options", CASES)
 def test_gradient_equals_one_token_at_a_time(update: Update, options: dict[str, Any]) -> None:
-    expected, loss, clipped = naive_gradients(update.student, update.rollouts, **options, **update.logprobs(options))
+    expected, loss, clipped = naive_gradients(
+        update.student, update.rollouts, **options, **update.logprobs(options)
+    )
     found, stats = update.gradients(options, token_budget=10_000)
     assert_close(found, expected, 1e-6)  # weights and advantages are fp32
     assert stats.loss == pytest.approx(loss, rel=1e-6)
@@ -90,22 +106,37 @@ def test_gradient_equals_one_token_at_a_time(update: Update, options: dict[str, 
 @pytest.mark.parametrize("options", CASES)
 def test_gradient_does_not_depend_on_microbatches(update: Update, options: dict[str, Any]) -> None:
     whole, whole_stats = update.gradients(options, token_budget=10_000)
-    for packing, token_budget in (("tree", 1), ("tree", 45), ("rows", 30)):  # alone, parts of groups, several a split
+    for packing, token_budget in (
+        ("tree", 1),
+        ("tree", 45),
+        ("rows", 30),
+    ):  # alone, parts of groups, several a split
         split, stats = update.gradients(options, packing=packing, token_budget=token_budget)
         assert stats.num_microbatches > 2
         assert_close(split, whole, 1e-6)
-        for name in ("loss", "entropy", "ratio_mean", "clip_fraction", "sampler_mismatch_mean_nats"):
+        for name in (
+            "loss",
+            "entropy",
+            "ratio_mean",
+            "clip_fraction",
+            "sampler_mismatch_mean_nats",
+        ):
             values = (getattr(x.figures, name) for x in (stats, whole_stats))
             assert next(values) == pytest.approx(next(values), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [AGGREGATIONS[0] | OPTIONS["plain"], AGGREGATIONS[1] | OPTIONS["all"]])
+@pytest.mark.parametrize(
+    "options", [AGGREGATIONS[0] | OPTIONS["plain"], AGGREGATIONS[1] | OPTIONS["all"]]
+)
 def test_in_fp32_packings_differ_by_rounding_only(update: Update, options: dict[str, Any]) -> None:
     """Bounds on the norm of the whole gradient's error, since single entries may cancel to nothing."""
     truth, _ = update.gradients(options, token_budget=10_000)
     single = Update(make_student())
-    single.old, single.ref = update.old, update.ref
-    set_sampler_logprobs(single.rollouts, [[a.logprobs for a in rollout.attempts] for rollout in update.rollouts])
+    single.old = update.old
+    single.ref = update.ref
+    set_sampler_logprobs(
+        single.rollouts, [[a.logprobs for a in rollout.attempts] for rollout in update.rollouts]
+    )
     whole, _ = single.gradients(options, token_budget=10_000)
     for packing, token_budget in (("tree", 45), ("rows", 10_000), ("rows", 1)):
         found, _ = single.gradients(options, packing=packing, token_budget=token_budget)
@@ -131,7 +162,9 @@ def test_gradient_equals_transformers(tmp_path: Path, tied: bool) -> None:
     loss.backward()
     found, stats = update.gradients(options, token_budget=60)
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
-    with torch.no_grad():  # saving unfuses: parameters that hold their gradients come out under transformers' names
+    with (
+        torch.no_grad()
+    ):  # saving unfuses: parameters that hold their gradients come out under transformers' names
         for name, param in update.student.named_parameters():
             param.copy_(found[name])
     save_student(update.student, tmp_path / "gradients")
@@ -145,20 +178,26 @@ def test_old_logprobs_are_the_sampler_s_unless_given(update: Update) -> None:
     found = []
     for old in (None, own, update.old):
         update.student.zero_grad(set_to_none=True)
-        found.append(policy_gradients(update.student, update.rollouts, old_logprobs=old, **options).loss)
+        found.append(
+            policy_gradients(update.student, update.rollouts, old_logprobs=old, **options).loss
+        )
     assert found[0] == found[1] != found[2]
 
 
 def test_a_ratio_of_one_everywhere_weighs_advantages_only() -> None:
     """The first update under old log-probs that are the student's own: loss = - sum of w A, for each aggregation."""
-    student, rollouts = make_student(dtype=torch.float64), make_rollouts()
+    student = make_student(dtype=torch.float64)
+    rollouts = make_rollouts()
     old = near_policy(student, rollouts, 0.0, seed=0)
     attempts = [(turn.attempt.num_tokens, turn.advantage) for r in rollouts for turn in r.turns]
-    tokens, num = sum(length for length, _ in attempts), len(attempts)
+    tokens = sum(length for length, _ in attempts)
+    num = len(attempts)
     sums = {
         "token_mean": sum(length * advantage for length, advantage in attempts) / tokens,
         "seq_mean_token_mean": sum(advantage for _, advantage in attempts) / num,
-        "seq_mean_token_sum_norm": sum(length * advantage for length, advantage in attempts) / num / 7,
+        "seq_mean_token_sum_norm": sum(length * advantage for length, advantage in attempts)
+        / num
+        / 7,
     }
     for aggregation in AGGREGATIONS:
         loss = one_loss(student, rollouts, old, **aggregation)
@@ -168,5 +207,10 @@ def test_a_ratio_of_one_everywhere_weighs_advantages_only() -> None:
 def one_loss(student: Decoder, rollouts: list[Rollout], old: PerToken, **options: Any) -> float:
     student.zero_grad(set_to_none=True)
     return policy_gradients(
-        student, rollouts, old_logprobs=old, temperature=TEMPERATURE, token_budget=10_000, **gathered(options)
+        student,
+        rollouts,
+        old_logprobs=old,
+        temperature=TEMPERATURE,
+        token_budget=10_000,
+        **gathered(options),
     ).loss

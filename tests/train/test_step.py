@@ -15,15 +15,25 @@ from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, SamplingParams
 from tests.engine.tiny import generate_same
 from tests.loss_options import gathered
-from tests.train.naive import TEMPERATURE, assert_close, decoder_forward, naive_logprobs, set_sampler_logprobs
+from tests.train.naive import (
+    TEMPERATURE,
+    assert_close,
+    decoder_forward,
+    naive_logprobs,
+    set_sampler_logprobs,
+)
 from tests.train.rollouts import count_nodes, make_rollouts, make_student, turns_of
 
 ALL = 10_000  # a token budget that everything fits into
 
 
-def gradients(student: Decoder, rollouts: list[Rollout], **options: Any) -> tuple[dict[str, Tensor], Any]:
+def gradients(
+    student: Decoder, rollouts: list[Rollout], **options: Any
+) -> tuple[dict[str, Tensor], Any]:
     student.zero_grad(set_to_none=True)
-    stats = policy_gradients(student, rollouts, temperature=TEMPERATURE, **gathered({"token_budget": ALL} | options))
+    stats = policy_gradients(
+        student, rollouts, temperature=TEMPERATURE, **gathered({"token_budget": ALL} | options)
+    )
     return {name: param.grad.clone() for name, param in student.named_parameters()}, stats
 
 
@@ -39,7 +49,11 @@ def test_tree_equals_rows(student_64: Decoder) -> None:
     assert_close(tree, rows, 1e-9)
     assert tree_stats.loss == pytest.approx(rows_stats.loss, rel=1e-9)
     student = make_student()
-    assert_close(gradients(student, rollouts, packing="tree")[0], gradients(student, rollouts, packing="rows")[0], 1e-5)
+    assert_close(
+        gradients(student, rollouts, packing="tree")[0],
+        gradients(student, rollouts, packing="rows")[0],
+        1e-5,
+    )
 
 
 def test_calls_add_up_under_the_updates_normaliser(student_64: Decoder) -> None:
@@ -60,7 +74,8 @@ def test_calls_add_up_under_the_updates_normaliser(student_64: Decoder) -> None:
 
 
 def test_same_inputs_same_bits_and_checkpointing_changes_none() -> None:
-    student, rollouts = make_student(), make_rollouts()
+    student = make_student()
+    rollouts = make_rollouts()
     first, _ = gradients(student, rollouts)
     for options in ({}, {"checkpointing": True}):
         again, _ = gradients(student, rollouts, **options)
@@ -68,29 +83,41 @@ def test_same_inputs_same_bits_and_checkpointing_changes_none() -> None:
 
 
 def test_rows_that_enter_layer_0_are_those_counted_from_the_rollouts() -> None:
-    student, rollouts, entered = make_student(), make_rollouts(), []
-    hook = student.layers[0].register_forward_pre_hook(lambda layer, args: entered.append(args[1].shape[0]))
+    student = make_student()
+    rollouts = make_rollouts()
+    entered = []
+    hook = student.layers[0].register_forward_pre_hook(
+        lambda layer, args: entered.append(args[1].shape[0])
+    )
     _, stats = gradients(student, rollouts)
     hook.remove()
     nodes, leaves = count_nodes(rollouts)
     assert entered == [stats.tokens_forwarded] == [nodes - leaves]
     assert stats.unique_tokens == nodes
-    assert stats.loss_tokens == sum(len(attempt.token_ids) for rollout in rollouts for attempt in rollout.attempts)
+    assert stats.loss_tokens == sum(
+        len(attempt.token_ids) for rollout in rollouts for attempt in rollout.attempts
+    )
     assert stats.idle_rollouts == 0
 
 
 def test_compute_logprobs(student_64: Decoder) -> None:
     rollouts = make_rollouts()
     for packing, budget in (("tree", ALL), ("rows", ALL), ("tree", 20)):
-        found = compute_logprobs(student_64, rollouts, packing=packing, token_budget=budget, temperature=TEMPERATURE)
+        found = compute_logprobs(
+            student_64, rollouts, packing=packing, token_budget=budget, temperature=TEMPERATURE
+        )
         for rollout, logprobs in zip(rollouts, found, strict=True):
-            expected = [logprobs for logprobs, _ in naive_logprobs(decoder_forward(student_64), rollout)]
+            expected = [
+                logprobs for logprobs, _ in naive_logprobs(decoder_forward(student_64), rollout)
+            ]
             assert [x.shape for x in logprobs] == [x.shape for x in expected]
             for one, other in zip(logprobs, expected, strict=True):
                 torch.testing.assert_close(one.double(), other.detach(), atol=1e-6, rtol=0)
     set_sampler_logprobs(rollouts, found)  # the sampler's own log-probs leave no mismatch
     _, stats = gradients(student_64, rollouts)
-    assert stats.figures.sampler_mismatch_mean_nats <= stats.figures.sampler_mismatch_max_nats < 1e-5
+    assert (
+        stats.figures.sampler_mismatch_mean_nats <= stats.figures.sampler_mismatch_max_nats < 1e-5
+    )
     assert stats.figures.ratio_mean == pytest.approx(1.0, abs=1e-6)
 
 
@@ -99,22 +126,33 @@ def test_engine_and_packing_mean_the_same_by_a_cut(packing: Any) -> None:
     """Rollouts sampled by the engine with every kind of cut: the trainer's log-probs are the sampler's."""
     student = make_student()
     engine = Engine(student, kv_cache_gib=0.01, page_size=4)
-    params = SamplingParams(n=6, temperature=TEMPERATURE, max_new_tokens=9, eos_ids=(), ignore_eos=True)
-    prompt, bridge = [1, 2, 3, 4, 5, 6], [7, 8, 9]
+    params = SamplingParams(
+        n=6, temperature=TEMPERATURE, max_new_tokens=9, eos_ids=(), ignore_eos=True
+    )
+    prompt = [1, 2, 3, 4, 5, 6]
+    bridge = [7, 8, 9]
     first = generate_same(engine, [prompt], params, keep=True)[0]
-    cuts, rollouts = [None, 9, 8, 4, 0, -5], []
+    cuts = [None, 9, 8, 4, 0, -5]
+    rollouts = []
     for attempt, cut in zip(first, cuts, strict=True):
-        attempts, context_length = [attempt], len(prompt)
+        attempts = [attempt]
+        context_length = len(prompt)
         for next_cut in (cut, -2):
-            kept_tokens = context_length + (attempts[-1].num_tokens if next_cut is None else next_cut)
+            kept_tokens = context_length + (
+                attempts[-1].num_tokens if next_cut is None else next_cut
+            )
             engine.resume(attempts[-1], bridge, replace(params, n=1), kept_tokens=kept_tokens)
             context_length = kept_tokens + len(bridge)
             while engine.has_work:
                 attempts += engine.step()
         engine.release(attempts)
         turns = turns_of(prompt, attempts, [bridge, bridge], [cut, -2])
-        rollouts.append(Rollout(question_idx=0, rollout_idx=len(rollouts), prompt_ids=prompt, turns=turns))
-    found = compute_logprobs(student, rollouts, packing=packing, token_budget=ALL, temperature=TEMPERATURE)
+        rollouts.append(
+            Rollout(question_idx=0, rollout_idx=len(rollouts), prompt_ids=prompt, turns=turns)
+        )
+    found = compute_logprobs(
+        student, rollouts, packing=packing, token_budget=ALL, temperature=TEMPERATURE
+    )
     for rollout, by_attempt in zip(rollouts, found, strict=True):
         for attempt, logprobs_L in zip(rollout.attempts, by_attempt, strict=True):
             assert attempt.num_tokens == 9
@@ -124,21 +162,33 @@ def test_engine_and_packing_mean_the_same_by_a_cut(packing: Any) -> None:
 def test_nothing_to_train() -> None:
     student = make_student()
     stats = policy_gradients(student, [], token_budget=ALL, temperature=1.0)
-    assert (stats.loss, stats.loss_tokens, stats.tokens_forwarded, stats.num_microbatches) == (0.0, 0, 0, 0)
+    assert (stats.loss, stats.loss_tokens, stats.tokens_forwarded, stats.num_microbatches) == (
+        0.0,
+        0,
+        0,
+        0,
+    )
     assert all(param.grad is None for param in student.parameters())
 
 
 def test_refusals() -> None:
-    student, rollouts = make_student(), make_rollouts()
+    student = make_student()
+    rollouts = make_rollouts()
     own = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
     short = [[x[1:] for x in attempts] for attempts in own]
     cases: list[tuple[dict[str, Any], str]] = [
         ({"loss_agg": "mean"}, "loss_agg must be one of token_mean, .* got 'mean'"),
-        ({"loss_agg": "seq_mean_token_sum_norm"}, "max_new_tokens must be the sampler's .* got None"),
+        (
+            {"loss_agg": "seq_mean_token_sum_norm"},
+            "max_new_tokens must be the sampler's .* got None",
+        ),
         ({"num_loss_tokens": 0}, "num_loss_tokens must be >= 1, got 0"),
         ({"tis_clip": 0.0}, "tis_clip must be > 0 or None, got 0.0"),
         ({"old_logprobs": own[1:]}, "old_logprobs must be a list for each of 17 rollouts, got 16"),
-        ({"old_logprobs": short}, r"old_logprobs of rollouts\[0\].turns\[0\] must be \[L=4\], got 3"),
+        (
+            {"old_logprobs": short},
+            r"old_logprobs of rollouts\[0\].turns\[0\] must be \[L=4\], got 3",
+        ),
         ({"kl_coef": 0.1}, "ref_logprobs"),
         ({"kl_coef": 0.1, "ref_logprobs": [[]] * 17}, r"ref_logprobs of .* must be \[L=4\], got 0"),
     ]
@@ -146,5 +196,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=message):
             gradients(student, rollouts, **options)
     rollouts[0].turns[0].advantage = None
-    with pytest.raises(ValueError, match=r"rollouts\[0\].turns\[0\].advantage must be a number, got None"):
+    with pytest.raises(
+        ValueError, match=r"rollouts\[0\].turns\[0\].advantage must be a number, got None"
+    ):
         gradients(student, rollouts)

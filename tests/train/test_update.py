@@ -32,12 +32,20 @@ LOSSES: dict[str, dict[str, Any]] = {
     "auto": {"loss.agg": "seq_mean_token_mean", "loss.dual_clip": 1.5, "loss.tis_clip": 1.1},
     "k1": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k1", "loss.agg": "seq_mean_token_sum_norm"},
     "k2": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k2", "loss.old_logprobs": "recompute"},
-    "k3": {"loss.kl_coef": 0.3, "loss.kl_estimator": "k3", "loss.entropy_coef": 0.1, "loss.dual_clip": "none"},
+    "k3": {
+        "loss.kl_coef": 0.3,
+        "loss.kl_estimator": "k3",
+        "loss.entropy_coef": 0.1,
+        "loss.dual_clip": "none",
+    },
 }
 
 
 def groups_of(rollouts: list[Rollout]) -> list[list[Rollout]]:
-    return [[rollout for rollout in rollouts if rollout.question_idx == question] for question in range(3)]
+    return [
+        [rollout for rollout in rollouts if rollout.question_idx == question]
+        for question in range(3)
+    ]
 
 
 def naive_options(config: Config) -> dict[str, Any]:
@@ -57,12 +65,16 @@ def naive_options(config: Config) -> dict[str, Any]:
 
 def spy_on_steps(updater: Updater) -> list[tuple[Decoder, dict[str, Tensor]]]:
     """[update] -> (an fp64 copy of the student before it, the gradient it is given)."""
-    steps, original, config = [], updater.optimizer.step, updater.student.config
+    steps = []
+    original = updater.optimizer.step
+    config = updater.student.config
 
     def step(loss: Tensor, **options: Any) -> Any:
         before = Decoder(config).double()
         before.load_state_dict(updater.student.state_dict())
-        grads = {name: param.grad.clone().double() for name, param in updater.student.named_parameters()}
+        grads = {
+            name: param.grad.clone().double() for name, param in updater.student.named_parameters()
+        }
         steps.append((before, grads))
         return original(loss, **options)
 
@@ -73,48 +85,68 @@ def spy_on_steps(updater: Updater) -> list[tuple[Decoder, dict[str, Tensor]]]:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_update_equals_fp64_while_old_and_reference_stay(loss: str) -> None:
     config = load_config(None, CHANGES | LOSSES[loss])
-    start, reference, rollouts = make_student(dtype=torch.float64), make_student(), make_rollouts()
+    start = make_student(dtype=torch.float64)
+    reference = make_student()
+    rollouts = make_rollouts()
     with torch.no_grad():
         for param in reference.parameters():
             param.mul_(0.95)
     set_sampler_logprobs(rollouts, near_policy(start, rollouts, 0.3, seed=5))
-    old = near_policy(start, rollouts, 0.0, seed=0)  # those of the batch's first weights, for all its updates
+    old = near_policy(
+        start, rollouts, 0.0, seed=0
+    )  # those of the batch's first weights, for all its updates
     ref = near_policy(reference.double(), rollouts, 0.0, seed=0)
     groups = groups_of(rollouts)
-    updater = Updater(make_student(), config, reference=reference.float() if config.loss.kl_coef else None)
+    updater = Updater(
+        make_student(), config, reference=reference.float() if config.loss.kl_coef else None
+    )
     steps = spy_on_steps(updater)
     outcomes = list(updater.updates(groups, ORDER))
     assert [num_groups for num_groups, _ in outcomes] == [len(chosen) for chosen in ORDER]
 
     for (before, grads), chosen, (_, metrics) in zip(steps, ORDER, outcomes, strict=True):
-        places = [place for g in chosen for place in range(len(rollouts)) if rollouts[place].question_idx == g]
+        places = [
+            place
+            for g in chosen
+            for place in range(len(rollouts))
+            if rollouts[place].question_idx == g
+        ]
         options = naive_options(config) | {
-            "old": None if config.loss.old_logprobs == "sampler" else [old[place] for place in places],
+            "old": None
+            if config.loss.old_logprobs == "sampler"
+            else [old[place] for place in places],
             "ref": [ref[place] for place in places] if config.loss.kl_coef else None,
         }
         chosen_rollouts = [rollouts[place] for place in places]
         truth, value, clipped = naive_gradients(before, chosen_rollouts, **options)
         plain, _, _ = naive_gradients(before.float(), chosen_rollouts, **options)
         size = norm(truth)
-        assert distance(grads, truth) <= 2 * distance(plain, truth) + 1e-5 * size  # the error rule, on the whole
+        assert (
+            distance(grads, truth) <= 2 * distance(plain, truth) + 1e-5 * size
+        )  # the error rule, on the whole
         assert metrics["policy/loss"] == pytest.approx(value, rel=1e-5)
         assert metrics["policy/grad_norm"] == pytest.approx(size, rel=1e-4)
         assert metrics["policy/clip_fraction"] == pytest.approx(clipped, abs=1e-6)
     assert outcomes[-1][1]["policy/clip_fraction"] > 0.1
     assert all(
-        not torch.equal(one, two) for one, two in zip(*(list(s[0].parameters()) for s in steps[:2]), strict=True)
+        not torch.equal(one, two)
+        for one, two in zip(*(list(s[0].parameters()) for s in steps[:2]), strict=True)
     )
 
 
 def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
     """auto: within 1e-3 nats of the first group's own they serve, and no other group is forwarded for them."""
-    start, rollouts = make_student(dtype=torch.float64), make_rollouts()
+    start = make_student(dtype=torch.float64)
+    rollouts = make_rollouts()
     config = load_config(None, CHANGES | {"train.token_budget": 10_000})  # one forward a group
     outcomes = []
     for spread, forwards in ((1e-5, 1), (0.3, 3)):
         set_sampler_logprobs(rollouts, near_policy(start, rollouts, spread, seed=5))
-        student, forwarded = make_student(), []
-        student.norm.register_forward_hook(lambda norm, args, out, seen=forwarded: seen.append(out[0].requires_grad))
+        student = make_student()
+        forwarded = []
+        student.norm.register_forward_hook(
+            lambda norm, args, out, seen=forwarded: seen.append(out[0].requires_grad)
+        )
         updater = Updater(student, config, reference=None)
         (_, metrics) = next(updater.updates(groups_of(rollouts), ORDER))
         assert forwarded.count(False) == forwards
@@ -130,11 +162,15 @@ def test_old_logprobs_in_bf16(choice: str) -> None:
     """auto: none for the first update, whose ratio is 1; for the others those of the first weights."""
     rollouts = make_rollouts()
     start = make_student(dtype=torch.bfloat16)
-    set_sampler_logprobs(rollouts, near_policy(make_student(dtype=torch.float64), rollouts, 0.3, seed=5))
+    set_sampler_logprobs(
+        rollouts, near_policy(make_student(dtype=torch.float64), rollouts, 0.3, seed=5)
+    )
     options = CHANGES | {"train.token_budget": 10_000, "loss.old_logprobs": choice}
     config = load_config(None, options | {"loss.tis_clip": 1.5})
     groups = groups_of(rollouts)
-    before = [compute_logprobs(start, group, token_budget=10_000, temperature=0.8) for group in groups]
+    before = [
+        compute_logprobs(start, group, token_budget=10_000, temperature=0.8) for group in groups
+    ]
     forwarded: list[bool] = []
     start.norm.register_forward_hook(lambda norm, args, out: forwarded.append(out[0].requires_grad))
     updater = Updater(start, config, reference=None)
@@ -160,12 +196,19 @@ def test_old_logprobs_in_bf16(choice: str) -> None:
     # 0.3 nats and bf16's rounding; that of the first update, for all.
     for name in ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats"):
         assert metrics[0][name] == metrics[1][name]
-    assert 0.05 < metrics[0]["policy/sampler_mismatch_mean_nats"] < metrics[0]["policy/sampler_mismatch_nats"] < 3
+    assert (
+        0.05
+        < metrics[0]["policy/sampler_mismatch_mean_nats"]
+        < metrics[0]["policy/sampler_mismatch_nats"]
+        < 3
+    )
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_a_run_of_them_stops() -> None:
     rollouts = make_rollouts()
-    config = load_config(None, CHANGES | {"loss.old_logprobs": "sampler", "train.max_bad_updates": 2})
+    config = load_config(
+        None, CHANGES | {"loss.old_logprobs": "sampler", "train.max_bad_updates": 2}
+    )
     student = make_student()
     updater = Updater(student, config, reference=None)
     before = [param.detach().clone() for param in student.parameters()]
@@ -175,8 +218,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_a_run_of_them_stops() -> No
     _, metrics = next(updates)
     assert metrics["policy/bad_updates"] == 1
     assert not math.isfinite(metrics["policy/grad_norm"])
-    assert all(torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True))
-    with pytest.raises(RuntimeError, match="must be finite, got 2 updates in a row that were not; lower train.lr"):
+    assert all(
+        torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True)
+    )
+    with pytest.raises(
+        RuntimeError, match="must be finite, got 2 updates in a row that were not; lower train.lr"
+    ):
         next(updates)
 
 
@@ -184,7 +231,8 @@ def test_advantages_of_the_batch_are_read_where_they_are() -> None:
     """Not those of the turns, which are only the record: the same bits, update by update."""
     outcomes = []
     for is_given in (False, True):
-        rollouts, student = make_rollouts(), make_student()
+        rollouts = make_rollouts()
+        student = make_student()
         groups = groups_of(rollouts)
         turns = [turn for group in groups for rollout in group for turn in rollout.turns]
         advantages_A = torch.tensor([turn.advantage for turn in turns])
@@ -205,4 +253,10 @@ def test_advantages_are_one_for_each_attempt(shape: tuple[int, ...]) -> None:
     num_attempts = sum(len(rollout.turns) for rollout in rollouts)
     message = rf"^policy_gradients: shape of advantages_A must be \[A={num_attempts}\], got \[.*\]$"
     with pytest.raises(ValueError, match=message):
-        policy_gradients(make_student(), rollouts, token_budget=60, temperature=1.0, advantages_A=torch.zeros(shape))
+        policy_gradients(
+            make_student(),
+            rollouts,
+            token_budget=60,
+            temperature=1.0,
+            advantages_A=torch.zeros(shape),
+        )

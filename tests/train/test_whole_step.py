@@ -107,7 +107,8 @@ def assert_near(
     dtype: torch.dtype,
 ) -> None:
     """Hold a whole tensor to the error rule, by its norm."""
-    error, size = (actual.double() - truth).norm(), truth.norm()
+    error = (actual.double() - truth).norm()
+    size = truth.norm()
     allowed = 2 * (plain.double() - truth).norm() + TOLERANCE[dtype] * size
     assert error <= allowed, f"{name}: off by {error:.3e} of {size:.3e}, {allowed:.3e} allowed"
 
@@ -126,7 +127,8 @@ def test_every_op_that_can_runs_in_triton(step: Step) -> None:
 
 
 def test_the_reference_runs_no_kernel(step: Step) -> None:
-    picked, ran = step.plain_record.picked, step.plain_record.ran
+    picked = step.plain_record.picked
+    ran = step.plain_record.ran
     assert picked.keys() == step.record.picked.keys()
     assert set.union(*picked.values()) == {"ref"}
     assert {impl for name, impl in ran if name != PRODUCT} == {"ref"}
@@ -185,7 +187,8 @@ def test_parameters_are_as_right_as_ref(step: Step) -> None:
     AdamW moves an entry by about lr, however small its gradient is. Where that is next to nothing,
     rounding decides the way, in the reference too; there only the length of the way is bounded.
     """
-    lr, tolerance = LR[step.dtype], TOLERANCE[step.dtype]
+    lr = LR[step.dtype]
+    tolerance = TOLERANCE[step.dtype]
     num_held = 0
     for name, param in step.start.named_parameters():
         is_held = torch.ones_like(param, dtype=torch.bool)
@@ -202,7 +205,8 @@ def test_parameters_are_as_right_as_ref(step: Step) -> None:
 
 def test_same_bits_again() -> None:
     model, dtype = CASES[-1]
-    one, (rollouts, two) = run_step(model, dtype), triton_step(make_start(model, dtype), dtype)
+    one = run_step(model, dtype)
+    (rollouts, two) = triton_step(make_start(model, dtype), dtype)
     for rollout, other in zip(one.rollouts, rollouts, strict=True):
         for turn, again in zip(rollout.turns, other.turns, strict=True):
             assert turn.attempt.token_ids == again.attempt.token_ids

@@ -185,7 +185,8 @@ def updates_by_updater(
     config: Config,
 ) -> list[Tensors]:
     updater = Updater(student, config, reference=None)
-    gradients, original = [], updater.optimizer.step
+    gradients = []
+    original = updater.optimizer.step
 
     def step(loss: Tensor, **options: Any) -> Any:
         gradients.append({name: x.grad for name, x in updater.optimizer.params.items()})
@@ -212,7 +213,8 @@ def updates_by_hand(
     old: list[Any] = [None, None]
     if recomputes:
         old = ["current", logprobs_of(student, groups[1])]
-    params, options = dict(student.named_parameters()), config.train
+    params = dict(student.named_parameters())
+    options = config.train
     wide = torch.promote_types(student.lm_head.weight.dtype, torch.float32)
     if wide == torch.float32:
         accumulate_in_fp32(params.values())

@@ -118,7 +118,8 @@ def in_use(faults: Faults) -> Promise:
         "tests/test_run_folder.py",
     )
     for idx in range(1 if faults.short else 3):
-        run, changes = f"in_use_{idx}", {"run__num_batches": 200}
+        run = f"in_use_{idx}"
+        changes = {"run__num_batches": 200}
         holder, _ = faults.start_and_see(run, **changes)
         ended = faults.train(run, **changes)
         said = f"is in use by process {holder.pid}"

@@ -181,7 +181,8 @@ def rules(faults: Faults) -> Promise:
     )
     names = list(RULES)
     for rule in faults.random.sample(names, 3) if faults.short else names:
-        run, kind = f"rule_{rule.__name__}", RULES[rule]
+        run = f"rule_{rule.__name__}"
+        kind = RULES[rule]
         changes = {
             "teacher__rule": f"{__name__}:{rule.__name__}",
             "teacher__guidance_timeout_s": 0.5,

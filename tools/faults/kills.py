@@ -22,7 +22,8 @@ def kills(faults: Faults) -> list[Promise]:
     assert straight.returncode == 0, said
     seconds = time.monotonic() - since
     for idx in range(3 if faults.short else 20):
-        name, moments = f"killed_{idx}", []
+        name = f"killed_{idx}"
+        moments = []
         # One to three kills, each in the time of a whole run but for the first third of it.
         for _ in range(faults.random.choice((1, 1, 2, 3))):
             after_s = faults.random.uniform(0.3, 1.0) * seconds
@@ -54,7 +55,8 @@ def signals(faults: Faults) -> Promise:
             since = time.monotonic()
             process.send_signal(signal.Signals[name])
             said = output.read()
-            code, took_s = process.wait(), time.monotonic() - since
+            code = process.wait()
+            took_s = time.monotonic() - since
             slowest_s = max(slowest_s, took_s)
             num_batches = said.count("train batch") + 2
             length = LENGTH | {"run__num_batches": num_batches}

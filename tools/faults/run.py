@@ -93,7 +93,8 @@ class Faults:
     def train(self, name: str, **changes: Any) -> Outcome:
         """`socpo train` in this process, and what it said."""
         self.num_runs += 1
-        out, err = io.StringIO(), io.StringIO()
+        out = io.StringIO()
+        err = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), told() as lines:
             code = main(self.words(name, **changes))
         return Outcome(code, out.getvalue(), err.getvalue() + "".join(lines))

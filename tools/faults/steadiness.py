@@ -65,7 +65,8 @@ def steadiness(faults: Faults) -> list[Promise]:
     failed = sum(row["guidance/failed"] for row in batch_rows(faults.folder / "steady"))
     lost = faults.audit("steady", **changes)
     promise.check(f"{failed:.0f} failed guidances", lost, *grown)
-    first, last = seen[len(seen) // 4], seen[-1]
+    first = seen[len(seen) // 4]
+    last = seen[-1]
     promise.figure = ", ".join(f"{name} {first[name]:.0f} -> {last[name]:.0f}" for name in first)
     return [promise]
 

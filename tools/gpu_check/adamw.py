@@ -17,7 +17,8 @@ from tests.error_rule import assert_bitwise_equal
 from tools.gpu_check.check import Check
 from tools.gpu_check.timing import Run, median_ms
 
-NUM_NUMBERS, TINY_NUMBERS = 1 << 27, 1031
+NUM_NUMBERS = 1 << 27
+TINY_NUMBERS = 1031
 NUM_COMPARED = 1 << 20  # of which bits are compared
 BYTES = 28
 NUM_STEPS = 3  # of which the last is compared: the moments have what the first ones left

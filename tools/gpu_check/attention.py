@@ -38,7 +38,8 @@ from tools.gpu_check.timing import Run, median_ms
 from tools.gpu_check.trees import SHAPES, TINY_SHAPES, TreeShape, visible_until_of
 from tools.tree_balance import tile_shares
 
-LONG_ROW, TINY_LONG_ROW = 8192, 64
+LONG_ROW = 8192
+TINY_LONG_ROW = 64
 FLOPS = {"forward": 4, "training": 14}  # times E, a head and pair; training: forward and backward
 # Of a row of o, dQ, dK or dV: the norm of its error over its own norm or that of the middle row.
 MAX_ERROR = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
@@ -67,8 +68,11 @@ class Problem:
 def make_problem(check: Check, shape: TreeShape) -> Problem:
     """Random rows, and the reference's answer in fp32, group by group."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    num_rows, scale = shape.num_rows, head_dim**-0.5
+    heads = config.num_heads
+    kv_heads = config.num_kv_heads
+    head_dim = config.head_dim
+    num_rows = shape.num_rows
+    scale = head_dim**-0.5
     q, k, v, grad = (
         check.randn(num_rows, n, head_dim, seed=seed)
         for seed, n in enumerate((heads, kv_heads, kv_heads, heads))
@@ -164,7 +168,8 @@ def ms_at_limit(check: Check, problem: Problem, way: str) -> float | None:
 def long_row(check: Check) -> None:
     """SDPA over one long causal row, with grouped heads and with a key head for each: the limit."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
-    heads, head_dim = config.num_heads, config.head_dim
+    heads = config.num_heads
+    head_dim = config.head_dim
     length = TINY_LONG_ROW if check.tiny else LONG_ROW
     best = dict.fromkeys(FLOPS, 0.0)
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
@@ -190,7 +195,8 @@ def long_row_runs(
     check: Check, backend: SDPBackend, kv_heads: int, length: int
 ) -> dict[str, Callable[[], object]]:
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
-    heads, head_dim = config.num_heads, config.head_dim
+    heads = config.num_heads
+    head_dim = config.head_dim
     leaves = [
         check.randn(1, n, length, head_dim, seed=seed).requires_grad_()
         for seed, n in enumerate((heads, kv_heads, kv_heads))
@@ -225,9 +231,11 @@ def measure_ours(check: Check) -> None:
             for what, a, b in zip(("o", "dQ", "dK", "dV"), *two, strict=True):
                 assert_bitwise_equal(a, b, name=f"{shape.name}: {what} of two runs")
             for way, run in runs_of(problem, contender).items():
-                ms, limit_ms = device_ms(check, run), ms_at_limit(check, problem, way)
+                ms = device_ms(check, run)
+                limit_ms = ms_at_limit(check, problem, way)
                 check.figure(f"attention.{way}_ms", ms, of=shape.name, limit=limit_ms)
-                rate, limit = 1e-9 * problem.flops(way) / ms, limit_of(check, way)
+                rate = 1e-9 * problem.flops(way) / ms
+                limit = limit_of(check, way)
                 check.figure(f"attention.{way}_tflop_s", rate, of=shape.name, limit=limit)
 
 
@@ -245,7 +253,8 @@ def measure_peer(
             contender = make(problem)
             hold_to_truth(problem, contender, MAX_ERROR[check.dtype])
             for way, run in runs_of(problem, contender).items():
-                ms, of = device_ms(check, run), f"{way}, {contender.name}, {shape.name}"
+                ms = device_ms(check, run)
+                of = f"{way}, {contender.name}, {shape.name}"
                 limit_ms = ms_at_limit(check, problem, way)
                 check.figure(f"attention.{key}_ms", ms, of=of, limit=limit_ms)
                 our_ms = value_of(check, f"attention.{way}_ms", shape.name)

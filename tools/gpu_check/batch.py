@@ -44,7 +44,8 @@ WHOLE: dict[str, Any] = {"rollout.questions_per_batch": 16, "rollout.max_new_tok
 # Updates as large as the plan lets them be.
 LARGE: dict[str, Any] = {"rollout.questions_per_batch": 4, "train.questions_per_update": 4}
 # Two groups fill a microbatch of 16,384 tokens.
-GROUP, TINY_GROUP = GroupShape(300, 590, 130), GroupShape(12, 4, 3, rollouts=2)
+GROUP = GroupShape(300, 590, 130)
+TINY_GROUP = GroupShape(12, 4, 3, rollouts=2)
 TINY: dict[str, Any] = {
     "rollout.questions_per_batch": 2,
     "rollout.group_size": 2,
@@ -90,7 +91,8 @@ class Run:
     """What a trainer has, in the sizes of a plan."""
 
     def __init__(self, check: Check, plan: Plan):
-        self.config, self.device = plan.config, check.device
+        self.config = plan.config
+        self.device = check.device
         student = make_model(plan.model, device=check.device, dtype=check.dtype)
         self.updater = Updater(student, plan.config, reference=None)
         self.engine = Engine(

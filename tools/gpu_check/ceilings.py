@@ -16,8 +16,10 @@ from tools.gpu_check.check import Check, Part, Skipped, check_close, query_drive
 from tools.gpu_check.models import MODELS
 from tools.gpu_check.timing import fp32_products, median_ms
 
-GEMM, TINY_GEMM = 8192, 64
-COPY_BYTES, TINY_COPY_BYTES = 4 << 30, 1 << 20
+GEMM = 8192
+TINY_GEMM = 64
+COPY_BYTES = 4 << 30
+TINY_COPY_BYTES = 1 << 20
 
 
 def copy_rate(check: Check) -> None:
@@ -82,7 +84,8 @@ def linears(check: Check) -> None:
     for model in ("tiny",) if check.tiny else ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B"):
         config = MODELS[model]
         heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        width, inner = config.hidden_size, config.intermediate_size
+        width = config.hidden_size
+        inner = config.intermediate_size
         total_ms = total_flops = 0.0
         for columns, rows in (
             (width, heads),

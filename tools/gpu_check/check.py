@@ -35,13 +35,11 @@ class Check:
     def __init__(
         self, stage: str, *, device: torch.device, tiny: bool, results: Path, peers: Path | None
     ):
-        self.stage, self.device, self.tiny, self.results, self.peers = (
-            stage,
-            device,
-            tiny,
-            results,
-            peers,
-        )
+        self.stage = stage
+        self.device = device
+        self.tiny = tiny
+        self.results = results
+        self.peers = peers
         self.num_failed = 0
 
     @property

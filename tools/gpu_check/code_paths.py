@@ -28,10 +28,17 @@ from tools.gpu_check.groups import add_turns
 from tools.gpu_check.launches import Section
 from tools.gpu_check.recorder import Recorder
 
-DEVICE, DTYPE = "cuda:0", torch.bfloat16
-PAGE_SIZE, NUM_PAGES = 32, 64  # of a sequence: a context of 2048
+DEVICE = "cuda:0"
+DTYPE = torch.bfloat16
+# of a sequence: a context of 2048
+PAGE_SIZE = 32
+NUM_PAGES = 64
 NUM_TOKENS = 8192  # of the policy head and of the element-wise ops
-PROMPT, GROUP_SIZE, ATTEMPT, BRIDGE = 300, 8, 1000, 130  # tokens; half have two attempts
+# tokens; half have two attempts
+PROMPT = 300
+GROUP_SIZE = 8
+ATTEMPT = 1000
+BRIDGE = 130
 
 
 def walk(config: ModelConfig) -> list[Section]:
@@ -111,15 +118,20 @@ def policy_head(recorder: Recorder, student: Decoder) -> None:
 
 def element_wise(recorder: Recorder, student: Decoder) -> None:
     """Each op forward and backward, and the engine's write of keys and values."""
-    config, layer = student.config, student.layers[0]
+    config = student.config
+    layer = student.layers[0]
     assert isinstance(layer, Layer)
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    weight_D, eps = layer.attention_norm.weight, config.rms_norm_eps
+    heads = config.num_heads
+    kv_heads = config.num_kv_heads
+    head_dim = config.head_dim
+    weight_D = layer.attention_norm.weight
+    eps = config.rms_norm_eps
     x_TD = _empty(NUM_TOKENS, config.hidden_size).requires_grad_()
     residual_TD = _empty(NUM_TOKENS, config.hidden_size).requires_grad_()
     gate_up_TJ = _empty(NUM_TOKENS, 2 * config.intermediate_size).requires_grad_()
     norms: dict[str, Any] = {}
-    q_norm, k_norm = layer.attention.q_norm, layer.attention.k_norm
+    q_norm = layer.attention.q_norm
+    k_norm = layer.attention.k_norm
     if q_norm is not None and k_norm is not None:
         norms = {"q_weight_E": q_norm.weight, "k_weight_E": k_norm.weight, "eps": eps}
     qkv_TXE = _empty(NUM_TOKENS, heads + 2 * kv_heads, head_dim).requires_grad_()
@@ -160,7 +172,8 @@ def update(recorder: Recorder, student: Decoder) -> None:
 
 
 def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:
-    key, values = RolloutKey(0, 0), torch.zeros(ATTEMPT)
+    key = RolloutKey(0, 0)
+    values = torch.zeros(ATTEMPT)
     attempts = [
         Attempt(list(range(ATTEMPT)), values, values, "length", key, rollout_idx, attempt_idx, 0)
         for attempt_idx in range(num_attempts)

@@ -111,7 +111,8 @@ def varlen(check: Check, shape: TreeShape, scale: float, *, is_grouped: bool) ->
         options["enable_gqa"] = True
 
     def forward(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        keys, values = k_TKE.index_select(0, index), v_TKE.index_select(0, index)
+        keys = k_TKE.index_select(0, index)
+        values = v_TKE.index_select(0, index)
         if not is_grouped:
             share = q_THE.shape[1] // k_TKE.shape[1]
             keys, values = (x.repeat_interleave(share, dim=1) for x in (keys, values))

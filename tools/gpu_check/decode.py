@@ -76,7 +76,8 @@ def captures(check: Check) -> None:
         raise Skipped("graphs are a card's")
     for rows in (32, 64, 128):
         check.free_memory()
-        before, started = torch.cuda.memory_reserved(check.device), time.perf_counter()
+        before = torch.cuda.memory_reserved(check.device)
+        started = time.perf_counter()
         with torch.no_grad():
             loop._graph(rows, 32, False)
         torch.cuda.synchronize(check.device)
@@ -170,9 +171,11 @@ def groups_and_second_attempts(check: Check) -> None:
     student = make_model(config, device=check.device, dtype=check.dtype)
     groups, size, prompt, new, suffix = (2, 2, 20, 9, 5) if check.tiny else (8, 8, 300, 100, 60)
     engine = make_engine(student, groups * size * (prompt + 2 * new + suffix + 3 * PAGE_SIZE))
-    prompts, params = prompts_of(student, groups, prompt), params_of(new, n=size)
+    prompts = prompts_of(student, groups, prompt)
+    params = params_of(new, n=size)
     for _ in range(2):  # the first compiles and captures
-        started, stats = time.perf_counter(), engine.stats
+        started = time.perf_counter()
+        stats = engine.stats
         attempts = [a for group in generate_same(engine, prompts, params, keep=True) for a in group]
         resumed = attempts[::2]
         engine.release(attempts[1::2])
@@ -209,7 +212,8 @@ def beside_transformers(check: Check) -> None:
         raise Skipped("transformers is not installed") from None
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     student = make_model(config, device=check.device, dtype=check.dtype)
-    memory, needed = Path("/dev/shm"), 4 * num_parameters(config)
+    memory = Path("/dev/shm")
+    needed = 4 * num_parameters(config)
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > needed
     with tempfile.TemporaryDirectory(dir=memory if has_room else None) as name:
         folder = Path(name) / "student"

@@ -75,7 +75,9 @@ class DecodeCall:
     """One layer's decode attention of a batch."""
 
     def __init__(self, check: Check, shape: DecodeShape):
-        self.check, self.shape, self.config = check, shape, MODELS[shape.model]
+        self.check = check
+        self.shape = shape
+        self.config = MODELS[shape.model]
         self.num_shared = SHARED_PROMPT if shape.group > 1 and not check.tiny else 0
         self.cascade = True
         self.tensors = decode_inputs(check, self.config, shape, self.num_shared)
@@ -129,7 +131,8 @@ def variant(
     *, rows: int = 0, keys: int = 0, split: int = 0, num_stages: int = 0, num_warps: int = 0
 ) -> Iterator[None]:
     """The decode kernel launched with other numbers than it ships with; 0 = as it ships."""
-    tiles, launch_for = paged_decode.DECODE_TILES, _attend.launch_for
+    tiles = paged_decode.DECODE_TILES
+    launch_for = _attend.launch_for
     numbers = {"rows": rows, "keys": keys, "split": split, "num_stages": num_stages}
     changes = {name: number for name, number in numbers.items() if number}
 
@@ -145,14 +148,16 @@ def variant(
         paged_attention.launch_for = other_warps
         yield
     finally:
-        paged_decode.DECODE_TILES, paged_attention.launch_for = tiles, launch_for
+        paged_decode.DECODE_TILES = tiles
+        paged_attention.launch_for = launch_for
 
 
 class WithOptions:
     """A Triton kernel whose every launch gets some more options."""
 
     def __init__(self, kernel: Any, **options: int | None):
-        self.kernel, self.options = kernel, options
+        self.kernel = kernel
+        self.options = options
 
     def __getitem__(self, grid: Any) -> Any:
         launch = self.kernel[grid]

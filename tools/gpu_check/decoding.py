@@ -17,9 +17,12 @@ from tools.gpu_check.engines import prompts_of
 from tools.gpu_check.timing import median_ms
 
 PAGE_SIZE = 32
-CONTEXT, TINY_CONTEXT = 800, 24
+CONTEXT = 800
+TINY_CONTEXT = 24
 TOKENS_A_READ = 8
-TIMED_READS, REPEATS = 4, 3  # of so many tokens each; the median of the repeats counts
+# of so many tokens each; the median of the repeats counts
+TIMED_READS = 4
+REPEATS = 3
 # Early sequences decode while late ones are prefilled: they must not end before all are timed.
 NEW_TOKENS = TOKENS_A_READ * (TIMED_READS * REPEATS + 8)
 
@@ -59,7 +62,8 @@ class Decoding:
         rows = groups * group_size
         pages = groups * (-(-context // PAGE_SIZE)) + rows * (-(-NEW_TOKENS // PAGE_SIZE) + 2)
         self.engine = make_engine(student, pages * PAGE_SIZE, stream_priority=stream_priority)
-        self.rows, self.context = rows, context
+        self.rows = rows
+        self.context = context
         params = params_of(n=group_size, **changes)
         for idx, prompt in enumerate(prompts_of(student, groups, context)):
             self.engine.submit(prompt, params, key=(0, idx))
@@ -90,7 +94,8 @@ class Decoding:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         live_before = sum(s.num_cached for s in self._running())
-        before, started = self.engine.stats.decode_tokens, time.perf_counter()
+        before = self.engine.stats.decode_tokens
+        started = time.perf_counter()
         for _ in range(TIMED_READS):
             self.engine.step()
         seconds = time.perf_counter() - started

@@ -45,7 +45,8 @@ from tools.gpu_check.stages import BY_NAME, NAMES
 from tools.gpu_check.stand_ins import stage_stand_ins
 from tools.gpu_check.walk import revision_and_versions, write_between_marks
 
-BEGIN, END = "<!-- begin of the dry run -->", "<!-- end of the dry run -->"
+BEGIN = "<!-- begin of the dry run -->"
+END = "<!-- end of the dry run -->"
 COMPARING = "ceilings rates decode training head learning"
 UNKNOWN = 7  # a number that is read of the card: it is a token, not at an end, and a count
 RUN = learning.run

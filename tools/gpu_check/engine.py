@@ -82,7 +82,8 @@ def graph_replay(check: Check) -> None:
 def weights_stay(check: Check) -> None:
     """Three updates: no pointer changes, and graphs captured before draw from new weights."""
     student = make_student(check, "small Qwen3", check.device)
-    prompts, params = prompts_of(student, 2, 21), params_of(check)
+    prompts = prompts_of(student, 2, 21)
+    params = params_of(check)
     engine = make_engine(student, tokens_per_sync=8)
     optimizer = Optimizer(student, lr=1e-3, warmup_updates=0)
     seen = [exact(generate_same(engine, prompts, params))]
@@ -115,7 +116,8 @@ def host_syncs(check: Check) -> None:
         engine = make_engine(student, tokens_per_sync=count)
         generate_same(engine, [prompt], params)  # compiles, captures
         if (loop := engine._steps.loop) is not None:
-            graph, rounds = loop._graph, loop._round
+            graph = loop._graph
+            rounds = loop._round
             loop._graph = lambda *size, graph=graph: SimpleNamespace(
                 replay=unwatched(check.device, graph(*size).replay)
             )

@@ -24,7 +24,8 @@ from tools.gpu_check.models import MODELS, make_model
 MAX_NATS = 1e-3  # between a card's log-probs and a CPU's, both fp32
 NEAR_TIE = 1e-2  # a lead below it may change hands by rounding
 PAGE_SIZE = 16
-NEW_TOKENS, TINY_NEW_TOKENS = 48, 12
+NEW_TOKENS = 48
+TINY_NEW_TOKENS = 12
 PROMPTS = ((3, 37), (1, 70))  # how many of which length
 SUFFIX = 9  # tokens of guidance before a second attempt
 
@@ -66,7 +67,8 @@ def exact(groups: list[list[Attempt]]) -> list[tuple[list[int], list[float]]]:
 
 def logits_of(student: Decoder, token_ids_T: torch.Tensor, num_last: int = 0) -> torch.Tensor:
     """[T, V], or of the last rows only, by a plain forward; fp64."""
-    weight, device = student.lm_head.weight, token_ids_T.device
+    weight = student.lm_head.weight
+    device = token_ids_T.device
     positions_T = torch.arange(len(token_ids_T), device=device)
     until_T = visible_until_of_sequences([len(token_ids_T)])
     with torch.no_grad():
@@ -128,14 +130,16 @@ def compare_engines(check: Check, ours: Engine, theirs: Engine, *, of: str) -> N
         }
         first = [[attempt for group in found for attempt in group] for found in groups]
         for attempt_idx in range(2):
-            equal, differences = [], [0.0]
+            equal = []
+            differences = [0.0]
             for a, b in zip(*first, strict=True):
                 is_equal, difference = same_attempt(
                     theirs.student, contexts[b.key, b.rollout_idx], params, a, b
                 )
                 equal += [(a, b)] if is_equal else []
                 differences.append(difference)
-            num_equal, num_all = num_equal + len(equal), num_all + len(first[0])
+            num_equal = num_equal + len(equal)
+            num_all = num_all + len(first[0])
             worst = max(worst, *differences)
             if attempt_idx == 0:
                 resume_both(ours, theirs, equal, contexts, prompts[0][:SUFFIX], params)

@@ -48,7 +48,8 @@ def _directly(
     on_device = [x for x in inputs if isinstance(x, FakeTensor) and x.fake_device.type == "cuda"]
     if len(on_device) != len(inputs) or kwargs.get("device") is not None:
         return None
-    mode, device = on_device[0].fake_mode, on_device[0].fake_device
+    mode = on_device[0].fake_mode
+    device = on_device[0].fake_device
     with in_kernel_invocation_manager(mode):
         out = func(*args, **kwargs)
     if isinstance(out, Tensor):

@@ -23,7 +23,8 @@ class GroupShape:
     rollouts: int = 8
 
 
-GROUP, TINY_GROUP = GroupShape(300, 500, 130), GroupShape(12, 8, 3, rollouts=4)
+GROUP = GroupShape(300, 500, 130)
+TINY_GROUP = GroupShape(12, 8, 3, rollouts=4)
 
 
 def make_rollouts(vocab_size: int, shape: GroupShape, num_groups: int = 1) -> list[Rollout]:

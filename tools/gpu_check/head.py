@@ -54,7 +54,8 @@ def make_problem(check: Check, shape: tuple[int, int, int]) -> tuple[Problem, Gr
     targets = torch.arange(num_rows, device=check.device) * 7 % vocab
     advantages = check.randn(num_rows, seed=3, dtype=torch.float32)
     old = torch.empty(num_rows, device=check.device)
-    wide, dx = weight.double(), torch.empty(num_rows, width, dtype=torch.float64, device=old.device)
+    wide = weight.double()
+    dx = torch.empty(num_rows, width, dtype=torch.float64, device=old.device)
     dw = torch.zeros_like(wide)
     for rows in torch.arange(num_rows, device=check.device).split(TRUTH_ROWS):
         x = hidden[rows].double()

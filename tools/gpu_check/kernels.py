@@ -23,8 +23,11 @@ from tools.gpu_check.processes import output_of
 # On CPU tensors by design: they have no place where kernels are compiled.
 CPU_TESTS = ("test_instruction_sets.py",)
 TINY_TESTS = ("test_swiglu.py",)
-SIZES, TINY_SIZES = (300, 5003, 136), (21, 67, 12)  # rows, vocabulary, width
-TEST_S, ALL_TESTS_S = 20, 70
+# rows, vocabulary, width
+SIZES = (300, 5003, 136)
+TINY_SIZES = (21, 67, 12)
+TEST_S = 20
+ALL_TESTS_S = 70
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -87,7 +90,8 @@ def ops_beside_fp64(check: Check) -> None:
     dtypes = (torch.float32, *HALVES) if check.is_cuda else (torch.float32,)
     cases = op_cases(*sizes)
     for dtype in dtypes:
-        word, worst = str(dtype).removeprefix("torch."), 0.0
+        word = str(dtype).removeprefix("torch.")
+        worst = 0.0
         for name, (run, inputs) in cases.items():
             with check.case(f"{name} {word}"):
                 error = compare(name, run, inputs, dtype, check.device, "triton")
@@ -97,7 +101,8 @@ def ops_beside_fp64(check: Check) -> None:
 
 def high_pages(check: Check) -> None:
     """Pages beyond 2^31 elements hold and give back what low ones do, to the bit."""
-    heads, page_size = (16, 8, 128), 32
+    heads = (16, 8, 128)
+    page_size = 32
     seq_lens = [70, 33, 64] if check.tiny else [300, 257, 64]
     inputs = attention_inputs(seq_lens, [1, 1, 1], heads=heads, page_size=page_size)
     page_elements = page_size * heads[1] * heads[2]

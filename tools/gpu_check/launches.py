@@ -78,7 +78,8 @@ def check_launch(
     bound.apply_defaults()
     may_have_strides = any(name.startswith("stride") for name in signature.parameters)
     for name, parameter in signature.parameters.items():
-        value, is_constant = bound.arguments[name], "constexpr" in str(parameter.annotation)
+        value = bound.arguments[name]
+        is_constant = "constexpr" in str(parameter.annotation)
         faults += _argument_faults(name, value, is_constant, may_have_strides)
     if callable(grid):
         grid = grid(bound.arguments)
@@ -161,7 +162,8 @@ def op_traffic(
     new: Sequence[Tensor],
 ) -> Traffic:
     """Of an op of torch that returns `new` tensors: what its schema says is read and written."""
-    name, arguments = op_name(func), func._schema.arguments
+    name = op_name(func)
+    arguments = func._schema.arguments
     values = list(zip(arguments, args, strict=False))
     values += [(a, kwargs[a.name]) for a in arguments[len(args) :] if a.name in kwargs]
     picked = sum(map(tensor_bytes, new))

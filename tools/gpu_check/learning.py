@@ -76,7 +76,8 @@ def in_dtype(check: Check, dtype: str) -> Path:
     holder = tempfile.TemporaryDirectory()
     atexit.register(holder.cleanup)
     folder = run(check, Path(holder.name), dtype, str(check.device), **{"student.dtype": dtype})
-    evals, batches = metrics_of(folder, "eval"), metrics_of(folder, "batch")
+    evals = metrics_of(folder, "eval")
+    batches = metrics_of(folder, "batch")
     check.figure("learning.rollout_s", batches[-1]["time/rollout_s"], of=dtype)
     check.figure("learning.update_s", batches[-1]["time/update_s"], of=dtype)
     check.figure("learning.unassisted_start", evals[0]["success/unassisted"], of=dtype)
@@ -128,7 +129,8 @@ def bf16_beside_fp32(check: Check) -> None:
     Rollouts part at the first near tie that rounding decides, so updates are of other tokens: a
     difference says whether bf16 learns alike, not how large its rounding is (stage `training`).
     """
-    wide, thin = in_dtype(check, "float32"), in_dtype(check, narrow(check))
+    wide = in_dtype(check, "float32")
+    thin = in_dtype(check, narrow(check))
     check.figure("learning.equal_rollouts", share_equal(thin, wide), of="bf16 beside fp32")
     pairs = list(zip(*(metrics_of(folder, "update") for folder in (thin, wide)), strict=True))
     lines = ["update: loss and gradient norm in bf16, in fp32"]

@@ -64,7 +64,8 @@ class Memory:
         key = storage._cdata
         if key in self._storages or storage.nbytes() == 0:
             return False
-        pool, num_bytes = self._pool, -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+        pool = self._pool
+        num_bytes = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
         self._storages[key] = weakref.ref(storage, lambda _: self._remove(key)), pool, num_bytes
         self._live[pool] += num_bytes
         if self.log is not None:

@@ -38,7 +38,8 @@ Inputs = dict[str, Tensor]
 Run = Callable[[Inputs, str], dict[str, Tensor]]  # (inputs, impl) -> what must be right
 _FLOAT_32 = ("cos", "sin", "old", "temperature", "rewards")  # in fp32 at least, whatever the dtype
 # Of an attention case: whole splits of the decode kernel are shared, on a card and interpreted.
-SEQ_LENS, FEW_SEQ_LENS = (1, 40, 300, 257, 300, 290, 64, 33), (1, 20, 40, 33, 40, 36, 35, 33)
+SEQ_LENS = (1, 40, 300, 257, 300, 290, 64, 33)
+FEW_SEQ_LENS = (1, 20, 40, 33, 40, 36, 35, 33)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -159,13 +160,15 @@ def _head(op: Callable[..., Any]) -> Run:
         hidden, head = (x[name].clone().requires_grad_() for name in ("hidden", "head"))
         if op is linear_logprob:
             logprobs, entropy = op(hidden, head, x["targets"], temperature=0.8, impl=impl)
-            values, loss = {"logprobs": logprobs, "entropy": entropy}, logprobs.cos().sum()
+            values = {"logprobs": logprobs, "entropy": entropy}
+            loss = logprobs.cos().sum()
         else:
             given = hidden, head, x["targets"], x["old"], x["rewards"]
             options = {"temperature": 0.8, "num_loss_tokens": len(x["old"])}
             options["options"] = PolicyLossOptions(entropy_coef=0.1)
             result = op(*given, **options, impl=impl)
-            values, loss = {"logprobs": result.logprobs, "loss": result.loss}, result.loss
+            values = {"logprobs": result.logprobs, "loss": result.loss}
+            loss = result.loss
         loss.backward()
         gradients = {"dX": hidden.grad, "dW": head.grad}
         return {name: value.detach() for name, value in values.items()} | gradients

@@ -38,10 +38,16 @@ from tools.gpu_check.models import MODELS, make_model
 from tools.gpu_check.recorder import Recorder
 from tools.gpu_check.stand_ins import stage_stand_ins
 
-DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
-NUM_ROLLOUTS, MIN_PROMPT = 16, 64  # of a microbatch, one group: nearly all tokens are answers
+DEVICE = torch.device("cuda")
+DTYPE = torch.bfloat16
+# of a microbatch, one group: nearly all tokens are answers
+NUM_ROLLOUTS = 16
+MIN_PROMPT = 64
 NUM_MICROBATCHES = 2  # the gradients of the first are there while the second is computed
-PAGE_SIZE, PROMPT, GROUP_SIZE = 32, 300, 8  # of the engine
+# of the engine
+PAGE_SIZE = 32
+PROMPT = 300
+GROUP_SIZE = 8
 NUM_STEPS = 8  # of it: prefills of all prompts, and decode rounds, captured
 UNKNOWN_TOKEN = 7  # what a draw on the fake device gives
 PHASES = ("forward", "head", "backward", "step")
@@ -170,7 +176,8 @@ def on_fake_card() -> Iterator[Recorder]:
 def peaks_of(log: Sequence[Event], resident: int) -> dict[str, Peak]:
     """The peak of each phase that is marked in the log; between phases nothing is asked."""
     live: dict[int, tuple[int, str]] = {}
-    total, phase = resident, ""
+    total = resident
+    phase = ""
     most: dict[str, tuple[int, list[tuple[int, str]]]] = {}
     for key, num_bytes, what in log:
         if key == _MARK:
@@ -210,7 +217,8 @@ def _by_label(tensors: list[tuple[int, str]]) -> tuple[tuple[str, int, int], ...
 @contextlib.contextmanager
 def _phases(log: list[Event]) -> Iterator[None]:
     """Marks where a forward, the head and the backward of the layers begin."""
-    head, backward = step.linear_policy_loss, Tensor.backward
+    head = step.linear_policy_loss
+    backward = Tensor.backward
 
     def marked_head(*arguments: Any, **options: Any) -> Any:
         log.append(_mark("head"))

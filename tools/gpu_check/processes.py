@@ -133,7 +133,8 @@ def descendants(pid: int) -> list[int]:
             text = stat.read_text(encoding="utf-8", errors="replace")
             parent = int(text.rpartition(")")[2].split()[1])  # a name may hold spaces and brackets
             children.setdefault(parent, []).append(int(stat.parent.name))
-    found, queue = [], deque([pid])
+    found = []
+    queue = deque([pid])
     while queue:
         below = children.get(queue.popleft(), [])
         found += below
@@ -145,7 +146,10 @@ class _Output:
     """Copies a pipe into the log: HEAD_BYTES from its start and TAIL_BYTES from its end."""
 
     def __init__(self, pipe: BinaryIO, log: BinaryIO):
-        self.pipe, self.log, self.num_bytes, self.tail = pipe, log, 0, b""
+        self.pipe = pipe
+        self.log = log
+        self.num_bytes = 0
+        self.tail = b""
         self.thread = threading.Thread(target=self._copy, daemon=True)
         self.thread.start()
 

@@ -28,8 +28,12 @@ from tools.gpu_check.processes import output_of
 DRAM = "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
 OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 KERNELS = "regex:_decode_kernel|_sample_tile_kernel"
-WARM_UP_S, NCU_S, SANITIZER_S = 20, 20, 30
-SIZES, TINY_SIZES = (70, 211, 24), (21, 67, 12)  # rows, vocabulary, width of the sanitizer's ops
+WARM_UP_S = 20
+NCU_S = 20
+SANITIZER_S = 30
+# rows, vocabulary, width of the sanitizer's ops
+SIZES = (70, 211, 24)
+TINY_SIZES = (21, 67, 12)
 
 
 def workload(name: str, check: Check) -> None:

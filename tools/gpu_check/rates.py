@@ -102,7 +102,8 @@ def prefill_attention(check: Check) -> None:
 def head_and_draw(check: Check) -> None:
     """The LM head with its draw in one pass; with fewer registers a second block fits beside."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
-    vocab, width = config.vocab_size, config.hidden_size
+    vocab = config.vocab_size
+    width = config.hidden_size
     weight = check.randn(vocab, width, seed=1) * width**-0.5
     kernel = linear_sample._sample_tile_kernel
     for batch in (2,) if check.tiny else (1, 64, 256):
@@ -152,9 +153,12 @@ def elementwise_runs(
     check: Check, config: ModelConfig, num_tokens: int
 ) -> dict[str, tuple[Run, int]]:
     """(The call, bytes of its tensors, each once)."""
-    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    width = config.hidden_size
+    inner = config.intermediate_size
+    head_dim = config.head_dim
     x, residual, grad = (check.randn(num_tokens, width, seed=seed) for seed in (1, 2, 3))
-    weight, head_weight = check.randn(width, seed=4), check.randn(head_dim, seed=4)
+    weight = check.randn(width, seed=4)
+    head_weight = check.randn(head_dim, seed=4)
     gate_up = check.randn(num_tokens, 2 * inner, seed=5)
     grad_gate = check.randn(num_tokens, inner, seed=6)
     num_heads = config.num_heads + 2 * config.num_kv_heads
@@ -168,7 +172,8 @@ def elementwise_runs(
     slots = torch.arange(num_tokens, device=check.device)
     rope = angles, angles, head_weight, head_weight, 1e-6
     qk_bytes = grads[0].nbytes + grads[1].nbytes
-    token, tables = x.itemsize * width, 2 * angles.nbytes
+    token = x.itemsize * width
+    tables = 2 * angles.nbytes
     num_rows = 3 if check.tiny else 1024
     return {
         "norm with residual": (lambda: norms.rms_norm(x, weight, 1e-6, residual), 4 * x.nbytes),

@@ -79,7 +79,8 @@ class Recorder(TorchDispatchMode):
     @contextlib.contextmanager
     def section(self, name: str, *, may_read: bool, may_upload: bool = True) -> Iterator[Section]:
         """Records into a new section; what is raised in the outermost one becomes its fault."""
-        outer, section = self.current, Section(name, may_read, may_upload)
+        outer = self.current
+        section = Section(name, may_read, may_upload)
         self.sections.append(section)
         self.current = section
         try:
@@ -174,7 +175,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # most questions are this one
-        name, inputs = op_name(func), tensors_of((args, kwargs))
+        name = op_name(func)
+        inputs = tensors_of((args, kwargs))
         device = torch.device(kwargs.get("device") or "cpu")
         if device.type != "cuda" and not any(isinstance(x, FakeTensor) for x in inputs):
             if kwargs.get("pin_memory"):  # the driver would pin it

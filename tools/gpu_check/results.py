@@ -159,7 +159,8 @@ def read_results(path: Path, names: Iterable[str]) -> Results:
 
 
 def _apply(record: dict[str, Any], stages: dict[str, StageResult]) -> None:
-    name, kind = record["stage"], record["kind"]
+    name = record["stage"]
+    kind = record["kind"]
     if kind == "begin":
         revision = record.get("revision", "")
         stages[name] = StageResult(name, status="cut short", revision=revision)
@@ -173,5 +174,6 @@ def _apply(record: dict[str, Any], stages: dict[str, StageResult]) -> None:
     elif kind == "note":
         stage.notes.append(record["text"])
     elif kind == "stage":
-        stage.status, stage.message = record["status"], record["message"]
+        stage.status = record["status"]
+        stage.message = record["message"]
         stage.seconds = record["seconds"]

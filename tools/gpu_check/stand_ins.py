@@ -49,8 +49,10 @@ class Card:
     """The state of the card that torch.cuda answers for."""
 
     def __init__(self, recorder: Recorder):
-        self.recorder, self.memory = recorder, recorder.memory
-        self.is_capturing, self.sync_mode = False, "default"
+        self.recorder = recorder
+        self.memory = recorder.memory
+        self.is_capturing = False
+        self.sync_mode = "default"
 
     def of_torch_cuda(self) -> dict[str, Any]:
         """Name in torch.cuda -> stand-in."""
@@ -90,12 +92,15 @@ class Card:
         assert section is not None, "a capture outside of a section"
         before = section.may_read, section.may_upload
         section.may_read = section.may_upload = False
-        self.is_capturing, self.recorder.knows_values = True, False  # a replay changes them
+        # a replay changes them
+        self.is_capturing = True
+        self.recorder.knows_values = False
         try:
             with self.memory.capture(graph, pool) as graph.pool_idx:
                 yield
         finally:
-            self.is_capturing, self.recorder.knows_values = False, True
+            self.is_capturing = False
+            self.recorder.knows_values = True
             section.may_read, section.may_upload = before
         graph.is_captured = True
 
@@ -123,7 +128,8 @@ class Graph:
     pool_idx: int | None = None
 
     def __init__(self, card: Card | None = None):
-        self.card, self._capture = card, contextlib.ExitStack()
+        self.card = card
+        self._capture = contextlib.ExitStack()
 
     def capture_begin(self, pool: int | None = None, capture_error_mode: str = "global") -> None:
         assert self.card is not None and capture_error_mode in ("global", "thread_local")
@@ -143,7 +149,8 @@ class Stream:
     """torch.cuda.Stream."""
 
     def __init__(self, device: object = None, priority: int = 0):
-        self.device, self.priority = device, priority
+        self.device = device
+        self.priority = priority
 
     def wait_stream(self, other: Stream) -> None:
         """All is done in order here."""
@@ -153,7 +160,8 @@ class Event:
     """torch.cuda.Event; a millisecond lies between any two."""
 
     def __init__(self, enable_timing: bool = False, on_wait: Callable[[], None] = lambda: None):
-        self.enable_timing, self.is_recorded = enable_timing, False
+        self.enable_timing = enable_timing
+        self.is_recorded = False
         self.synchronize = on_wait
 
     def record(self, stream: object = None) -> None:

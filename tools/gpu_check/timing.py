@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 
 FLUSH_MIB = 256  # more than any card's L2, and long enough for the host to get ahead
-MIN_RUNS, MAX_RUNS = 3, 50
+MIN_RUNS = 3
+MAX_RUNS = 50
 TIME_S = 0.25  # of runs that are timed, as far as MIN_RUNS allows
 
 Run = Callable[[], object]

@@ -76,7 +76,8 @@ def beside_cpu(check: Check) -> None:
         found.append({name: p.grad for name, p in student.named_parameters()})
     worst = 0.0
     for name, truth in found[0].items():
-        actual, expected = found[1][name].cpu(), truth.double()
+        actual = found[1][name].cpu()
+        expected = truth.double()
         worst = max(worst, relative_error(actual, expected))
         check_close(f"gradient of {name}", actual, expected)
     check.figure("training.gradient_error", worst, of="fp32 beside the CPU")

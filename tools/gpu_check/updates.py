@@ -63,7 +63,8 @@ class Trainee:
     ):
         config = MODELS["tiny" if check.tiny else model]
         used = dtype if check.is_cuda else torch.float32
-        self.device, self.checkpointing = check.device, checkpointing
+        self.device = check.device
+        self.checkpointing = checkpointing
         self.student = make_model(config, device=check.device, dtype=used)
         self.optimizer = Optimizer(self.student, lr=LEARNING_RATE, warmup_updates=0)
         shape = TINY_GROUP if check.tiny else GROUP

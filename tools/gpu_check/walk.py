@@ -33,7 +33,9 @@ from tools.gpu_check.launches import PRODUCTS, Launch, Section
 from tools.gpu_check.models import MODELS
 from tools.gpu_check.revision import revision
 
-BEGIN, END = "<!-- begin of the walk -->", "<!-- end of the walk -->"  # what --markdown replaces
+# what --markdown replaces
+BEGIN = "<!-- begin of the walk -->"
+END = "<!-- end of the walk -->"
 MAX_SHAPES = 4  # of a kernel that are printed; --json has them all
 COUNTS = ("launches", "Triton", "torch", "products", "TFLOP", "GB", "host reads", "uploads")
 COLUMNS = ("code path", *COUNTS)

@@ -15,15 +15,21 @@ from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import GuidanceRequest, Question
 
 DATA_SOURCE = "builtin/molar_mass"
-STUDENT_DIR = Path(__file__).parent / "molar_mass_student"  # the warmed-up checkpoint, made by bench/builtin_student
+STUDENT_DIR = (
+    Path(__file__).parent / "molar_mass_student"
+)  # the warmed-up checkpoint, made by bench/builtin_student
 
 # Whole g/mol. With at most 4 elements and 4 atoms of each, no molar mass reaches 1000.
 ATOMIC_MASSES = {
     "H": 1, "C": 12, "N": 14, "O": 16, "F": 19, "Na": 23, "Mg": 24, "Al": 27,
     "Si": 28, "P": 31, "S": 32, "Cl": 35, "K": 39, "Ca": 40, "Fe": 56, "Zn": 65,
 }  # fmt: skip
-MIN_ELEMENTS, MAX_ELEMENTS, MAX_ATOMS = 2, 4, 4
-MAX_QUESTIONS = 20_000  # of one call; the eval split has about 50,000 formulas and none is drawn twice
+MIN_ELEMENTS = 2
+MAX_ELEMENTS = 4
+MAX_ATOMS = 4
+MAX_QUESTIONS = (
+    20_000  # of one call; the eval split has about 50,000 formulas and none is drawn twice
+)
 
 SYSTEM_TEXT = """
 Given a chemical formula, please work out its molar mass in whole g/mol. Respond in the following format:
@@ -44,7 +50,10 @@ O: 1 x 16 = 16, sum 18
 18
 </answer>
 """
-USER_TEXTS = ("What is the molar mass of ", " in g/mol?\nPlease reason step by step.")  # around the formula
+USER_TEXTS = (
+    "What is the molar mass of ",
+    " in g/mol?\nPlease reason step by step.",
+)  # around the formula
 
 # The tutor's sentences, around the symbol of the element concerned. None holds a number.
 LINE_TEXTS = ("There is a mistake in the line of ", ". Recheck ")
@@ -57,7 +66,9 @@ TERM_TEXTS = {
 MISSING_TEXTS = ("Recheck the elements of the formula: there the next line must be that of ", ".")
 EXTRA_TEXTS = ("Recheck the elements of the formula: no line may follow that of ", ".")
 ANSWER_TEXT = "The lines are right. Recheck the answer: it repeats the last sum."
-FORMAT_TEXT = "Keep to the format: one line per element in the reasoning block, then the answer block."
+FORMAT_TEXT = (
+    "Keep to the format: one line per element in the reasoning block, then the answer block."
+)
 
 Formula = dict[str, int]  # atoms of each element, in the order in which the formula is written
 
@@ -80,7 +91,9 @@ def parse_formula(question_text: str) -> Formula:
     """The formula in a user message of this task; ValueError for any other text."""
     before, after = USER_TEXTS
     text = question_text.removeprefix(before).removesuffix(after)
-    formula = {symbol: int(atoms or 1) for symbol, atoms in re.findall(r"([A-Z][a-z]?)([1-9]?)", text)}
+    formula = {
+        symbol: int(atoms or 1) for symbol, atoms in re.findall(r"([A-Z][a-z]?)([1-9]?)", text)
+    }
     check_rule(
         "molar_mass",
         "question",
@@ -105,7 +118,11 @@ def draw_formula(rng: random.Random) -> Formula:
 
 def split_of(formula: Formula) -> Literal["train", "eval"]:
     """One formula in ten is for evaluation, by its hash, so whatever the seeds the splits share none."""
-    return "eval" if hashlib.sha256(format_formula(formula).encode()).digest()[0] % 10 == 0 else "train"
+    return (
+        "eval"
+        if hashlib.sha256(format_formula(formula).encode()).digest()[0] % 10 == 0
+        else "train"
+    )
 
 
 def question_messages(formula: Formula) -> tuple[dict[str, str], ...]:
@@ -129,9 +146,16 @@ def questions(seed: int, n: int, split: Literal["train", "eval"] = "train") -> l
     Raises:
         ValueError: n or split breaks the rules above.
     """
-    check_rule("molar_mass.questions", "split", split, split in ("train", "eval"), "'train' or 'eval'")
     check_rule(
-        "molar_mass.questions", "n", n, 0 <= n <= MAX_QUESTIONS, f"in [0, {MAX_QUESTIONS}]", "ask for fewer questions"
+        "molar_mass.questions", "split", split, split in ("train", "eval"), "'train' or 'eval'"
+    )
+    check_rule(
+        "molar_mass.questions",
+        "n",
+        n,
+        0 <= n <= MAX_QUESTIONS,
+        f"in [0, {MAX_QUESTIONS}]",
+        "ask for fewer questions",
     )
     rng = random.Random(f"{split}/{seed}")
     drawn: dict[str, Formula] = {}
@@ -172,13 +196,18 @@ def work_out(terms: Iterable[tuple[str, int, int]]) -> list[Line]:
 
 def render(lines: Sequence[Line], answer: int | None = None) -> str:
     """The text of an attempt; its answer is the last sum unless given."""
-    body = "".join(f"{line.symbol}: {line.atoms} x {line.mass} = {line.product}, sum {line.total}\n" for line in lines)
+    body = "".join(
+        f"{line.symbol}: {line.atoms} x {line.mass} = {line.product}, sum {line.total}\n"
+        for line in lines
+    )
     stated = lines[-1].total if answer is None else answer
     return f"<reasoning>\n{body}</reasoning>\n<answer>\n{stated}\n</answer>"
 
 
 _NUMBER = "(0|[1-9][0-9]{0,2})"  # in one way only, as the grader compares texts
-_ATTEMPT = re.compile(rf"\s*<reasoning>\n(.*?)\n</reasoning>\n<answer>\n{_NUMBER}\n</answer>\s*", re.DOTALL)
+_ATTEMPT = re.compile(
+    rf"\s*<reasoning>\n(.*?)\n</reasoning>\n<answer>\n{_NUMBER}\n</answer>\s*", re.DOTALL
+)
 _LINE = re.compile(rf"([A-Z][a-z]?): ([0-9]) x {_NUMBER} = {_NUMBER}, sum {_NUMBER}")
 
 

@@ -73,7 +73,9 @@ def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
 
 def make_rule_teacher(teacher: RuleTeacherConfig, config: Config, device: str) -> RuleTeacher:
     """Returns the user's function, or the built-in task's tutor, as a teacher."""
-    return RuleTeacher(load_function("teacher.rule", _BUILTIN_RULE if teacher.rule == "builtin" else teacher.rule))
+    return RuleTeacher(
+        load_function("teacher.rule", _BUILTIN_RULE if teacher.rule == "builtin" else teacher.rule)
+    )
 
 
 def make_retry_teacher(teacher: RetryTeacherConfig, config: Config, device: str) -> RuleTeacher:
@@ -81,7 +83,9 @@ def make_retry_teacher(teacher: RetryTeacherConfig, config: Config, device: str)
     return retry_teacher(RETRY_TEXT if teacher.retry_text is None else teacher.retry_text)
 
 
-def make_endpoint_teacher(teacher: EndpointTeacherConfig, config: Config, device: str) -> EndpointTeacher:
+def make_endpoint_teacher(
+    teacher: EndpointTeacherConfig, config: Config, device: str
+) -> EndpointTeacher:
     """Returns a teacher behind an OpenAI-compatible server."""
     return EndpointTeacher(
         teacher.url,

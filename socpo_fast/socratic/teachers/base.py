@@ -99,7 +99,9 @@ class TeacherPrompt:
         try:
             parts = list(Formatter().parse(self.user_template))
         except ValueError as error:
-            raise ValueError(f"teacher.user_template must be a format string, got an error: {error}") from error
+            raise ValueError(
+                f"teacher.user_template must be a format string, got an error: {error}"
+            ) from error
         for _, name, spec, conversion in parts:
             if name is not None and (name not in FIELDS or spec or conversion):
                 raise ValueError(
@@ -112,7 +114,10 @@ class TeacherPrompt:
         paragraphs = [
             paragraph.format(**values)
             for paragraph in self.user_template.split("\n\n")
-            if all(name is None or values[name] is not None for _, name, _, _ in Formatter().parse(paragraph))
+            if all(
+                name is None or values[name] is not None
+                for _, name, _, _ in Formatter().parse(paragraph)
+            )
         ]
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": "\n\n".join(paragraphs)}]
@@ -147,7 +152,9 @@ def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
         ends = [found.end() for found in closing.finditer(text)]
         text = text[max(ends, default=0) :]
         in_thoughts = in_thoughts and not ends
-        is_open = is_open or opening.search(text) is not None  # what closes another kind does not close it
+        is_open = (
+            is_open or opening.search(text) is not None
+        )  # what closes another kind does not close it
     if in_thoughts or is_open:
         raise GuidanceFailed(
             "cut",

@@ -21,7 +21,9 @@ from socpo_fast.socratic.plugin import blame, text_of
 from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
-RETRY_TEXT = "Your answer is not correct. Read the question again, check every step and try once more."
+RETRY_TEXT = (
+    "Your answer is not correct. Read the question again, check every step and try once more."
+)
 FUNCTIONS = "socpo-functions"  # the event loop of async functions
 
 Answer = Guidance | str | None
@@ -86,7 +88,9 @@ class RuleTeacher(Teacher):
         guidance = Guidance(text=answer) if isinstance(answer, str) else answer
         if not (isinstance(guidance, Guidance) and isinstance(guidance.text, str)):
             name = getattr(self.rule, "__name__", type(self.rule).__name__)
-            raise GuidanceFailed("exception", f"{name} must return Guidance, str or None, got {text_of(answer)}")
+            raise GuidanceFailed(
+                "exception", f"{name} must return Guidance, str or None, got {text_of(answer)}"
+            )
         text = str.strip(guidance.text)  # the function of str, whatever class of text it is
         return replace(guidance, text=text) if text else None
 
@@ -123,7 +127,9 @@ def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
         return teacher
     guide = getattr(teacher, "guide", teacher)
     if not callable(guide):
-        raise TypeError(f"teacher: must have guide(request) or be a function of it, got {teacher!r:.60}")
+        raise TypeError(
+            f"teacher: must have guide(request) or be a function of it, got {teacher!r:.60}"
+        )
     return RuleTeacher(guide)
 
 
@@ -158,7 +164,9 @@ def _event_loop(name: str) -> asyncio.AbstractEventLoop:
     with _lock:
         if key not in _loops:
             _loops[key] = asyncio.new_event_loop()
-            threading.Thread(target=_run_forever, args=(_loops[key],), name=name, daemon=True).start()
+            threading.Thread(
+                target=_run_forever, args=(_loops[key],), name=name, daemon=True
+            ).start()
         return _loops[key]
 
 

@@ -41,7 +41,8 @@ class _Failure(GuidanceFailed):
         is_servers: bool = False,
     ):
         super().__init__(kind, reason)
-        self.retry_after_s, self.is_servers = retry_after_s, is_servers
+        self.retry_after_s = retry_after_s
+        self.is_servers = is_servers
 
 
 class EndpointTeacher(Teacher):
@@ -113,7 +114,9 @@ class EndpointTeacher(Teacher):
             self._url,
             headers=headers,
             timeout=timeout_s,
-            limits=httpx.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency),
+            limits=httpx.Limits(
+                max_connections=max_concurrency, max_keepalive_connections=max_concurrency
+            ),
         )
         self._prompt = prompt
         fields = {
@@ -125,7 +128,8 @@ class EndpointTeacher(Teacher):
         }
         self._body = {key: field for key, field in fields.items() if field not in (None, "none")}
         self._keep_cut = keep_cut
-        self._timeout_s, self._max_retries = timeout_s, max_retries
+        self._timeout_s = timeout_s
+        self._max_retries = max_retries
         self._backoff_s = backoff_s
         self._max_response_bytes = max_response_bytes
         self._slots = asyncio.Semaphore(max_concurrency)
@@ -135,7 +139,9 @@ class EndpointTeacher(Teacher):
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         try:
             async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
-                payload = await self._call_with_retries(self._body | {"messages": self._prompt.messages(request)})
+                payload = await self._call_with_retries(
+                    self._body | {"messages": self._prompt.messages(request)}
+                )
             return Guidance(text=_message_text(payload, keep_cut=self._keep_cut))
         except GuidanceFailed as failure:
             raise GuidanceFailed(failure.kind, self._public(str(failure))) from None
@@ -143,7 +149,9 @@ class EndpointTeacher(Teacher):
     def _public(self, reason: str) -> str:
         """A reason for people: one line, without the key, which some servers repeat."""
         line = "".join(letter for letter in " ".join(reason.split()) if letter.isprintable())
-        for spelling in {self._key, json.dumps(self._key)[1:-1], self._key.replace("/", "\\/")} - {""}:
+        for spelling in {self._key, json.dumps(self._key)[1:-1], self._key.replace("/", "\\/")} - {
+            ""
+        }:
             line = line.replace(spelling, "[...]")
         return line[:300]
 
@@ -163,7 +171,8 @@ class EndpointTeacher(Teacher):
         raise AssertionError("the last repeat returns or raises")
 
     async def _call(self, body: dict[str, object]) -> bytearray:
-        payload, is_answered = bytearray(), False
+        payload = bytearray()
+        is_answered = False
         try:
             # Of the whole call; httpx's limits start anew at each byte.
             async with asyncio.timeout(self._timeout_s):
@@ -172,14 +181,23 @@ class EndpointTeacher(Teacher):
                     async for chunk in response.aiter_raw():
                         payload += chunk
                         if len(payload) > self._max_response_bytes:
-                            raise _Failure("too_large", f"the reply is longer than {self._max_response_bytes} bytes")
+                            raise _Failure(
+                                "too_large",
+                                f"the reply is longer than {self._max_response_bytes} bytes",
+                            )
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _Failure(
-                "timeout", f"no reply within teacher.timeout_s {self._timeout_s:g}", 0.0, is_servers=True
+                "timeout",
+                f"no reply within teacher.timeout_s {self._timeout_s:g}",
+                0.0,
+                is_servers=True,
             ) from error
         except httpx.TransportError as error:  # a reply that breaks off may be its request's fault
             raise _Failure(
-                "connection", f"{type(error).__name__} {error}".strip(), 0.0, is_servers=not is_answered
+                "connection",
+                f"{type(error).__name__} {error}".strip(),
+                0.0,
+                is_servers=not is_answered,
             ) from error
         if not is_answered:
             raise _refusal(response, payload)
@@ -190,7 +208,8 @@ class _Breaker:
     """Closed; open for a pause after too many failures in a row; then a trial call decides."""
 
     def __init__(self, max_failures: int, pause_s: float):
-        self._max_failures, self._pause_s = max_failures, pause_s
+        self._max_failures = max_failures
+        self._pause_s = pause_s
         self._failures_in_a_row = 0
         self._open_until = 0.0  # monotonic seconds, while there are max_failures in a row
         self._trial_running = False
@@ -201,7 +220,8 @@ class _Breaker:
         is_trial = self._failures_in_a_row >= self._max_failures
         if is_trial and (self._trial_running or time.monotonic() < self._open_until):
             raise GuidanceFailed(
-                "circuit_open", "the server failed several times in a row and is left alone for a while"
+                "circuit_open",
+                "the server failed several times in a row and is left alone for a while",
             )
         self._trial_running |= is_trial
         try:
@@ -269,7 +289,8 @@ def _message_text(payload: bytearray, *, keep_cut: bool) -> str:
     try:
         choice = json.loads(payload)["choices"][0]
         message = choice["message"]
-        content, is_cut = message["content"], choice.get("finish_reason") in ("length", "max_tokens")
+        content = message["content"]
+        is_cut = choice.get("finish_reason") in ("length", "max_tokens")
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part["type"] == "text")
         thinks_apart = any(message.get(name) for name in ("reasoning_content", "reasoning"))

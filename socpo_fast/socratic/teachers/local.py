@@ -43,9 +43,16 @@ class LocalTeacher(Teacher):
         params: sampling; n is 1.
     """
 
-    def __init__(self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams):
-        self._engine, self._bridge, self._prompt, self._params = engine, bridge, prompt, params
-        self._in_thoughts = any(re.search(rf"{opening.pattern}\s*$", bridge.after) for opening, _ in THOUGHTS)
+    def __init__(
+        self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams
+    ):
+        self._engine = engine
+        self._bridge = bridge
+        self._prompt = prompt
+        self._params = params
+        self._in_thoughts = any(
+            re.search(rf"{opening.pattern}\s*$", bridge.after) for opening, _ in THOUGHTS
+        )
         self._prompt_limit = engine.max_tokens - params.max_new_tokens
         if self._prompt_limit < 1:
             raise ValueError(
@@ -112,7 +119,9 @@ class LocalTeacher(Teacher):
             key = _noise_key(pending.request)
             if pending.answer.done():  # given up before it was started
                 continue
-            if key in self._running:  # an earlier asker gave up and asks again: wait for the one under way to end
+            if (
+                key in self._running
+            ):  # an earlier asker gave up and asks again: wait for the one under way to end
                 self._arrived.put(pending)
                 continue
             try:
@@ -131,7 +140,9 @@ class LocalTeacher(Teacher):
     def _message(self, token_ids: list[int]) -> str | GuidanceFailed:
         """Special tokens are dropped last: the marks of thoughts are among them in some models."""
         try:
-            message = clean_guidance(self._bridge.exact_text(token_ids), in_thoughts=self._in_thoughts)
+            message = clean_guidance(
+                self._bridge.exact_text(token_ids), in_thoughts=self._in_thoughts
+            )
             return clean_guidance(self._bridge.decode(self._bridge.trusted_ids(message)))
         except GuidanceFailed as failure:
             return failure
@@ -165,7 +176,10 @@ def _noise_key(request: GuidanceRequest) -> RolloutKey:
     """A key of its own for each request, since engine keys name prompts only: (batch, question, rollout, attempt)."""
     assert request.rollout_idx < 2**16, request.rollout_idx
     assert request.attempt_idx < 2**8, request.attempt_idx
-    return RolloutKey(request.key.batch, request.key.question << 24 | request.rollout_idx << 8 | request.attempt_idx)
+    return RolloutKey(
+        request.key.batch,
+        request.key.question << 24 | request.rollout_idx << 8 | request.attempt_idx,
+    )
 
 
 def _resolve(pending: _Pending, outcome: str | GuidanceFailed) -> None:
