@@ -43,7 +43,7 @@ types: $(INSTALLED)
 	$(VENV_PYTHON) -m mypy
 
 size:
-	$(PYTHON) tests/size.py
+	$(PYTHON) tools/size.py
 
 # 175 runs with a fault in each: killed, damaged, a server or function that misbehaves. Ten minutes.
 faults: $(INSTALLED)

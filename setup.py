@@ -1,7 +1,8 @@
 """Builds socpo_fast._C from csrc/. Project metadata is in pyproject.toml.
 
-SOCPO_BUILD = auto (default): the C++ of csrc/; none: pure Python, where every op runs its plain torch reference on a
-CPU. The kernels of a GPU are Triton's, which compiles them when they are first used.
+SOCPO_BUILD = auto (default): the C++ of csrc/; none: pure Python, where every op runs its plain
+torch reference on a CPU. The kernels of a GPU are Triton's, which compiles them when they are first
+used.
 """
 
 import os
@@ -37,7 +38,9 @@ def extension_options() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildPerIsa(BuildExtension):
-        """Compiles csrc/simd once per instruction set; which copy runs is chosen at run time (csrc/cpu.cpp)."""
+        """Compiles csrc/simd once per instruction set; which copy runs is chosen at run time
+        (csrc/cpu.cpp).
+        """
 
         def build_extension(self, ext):
             for isa, isa_flags in ISA_FLAGS.items():
@@ -68,7 +71,7 @@ setup(
     packages=[*find_packages(include=["socpo_fast", "socpo_fast.*"]), "socpo_fast.kernels"],
     package_data={
         "socpo_fast.socratic.tasks": ["*/*.json", "*/*.safetensors", "*/*.jinja"],
-        "socpo_fast.report": ["*.json"],
+        "socpo_fast.report": ["*.json", "*.html"],
     },
     **(extension_options() if BUILD != "none" else {}),
 )

@@ -1,4 +1,6 @@
-"""What prefill and decode of paged attention share: tiles, a model's constants, and the online softmax."""
+"""What prefill and decode of paged attention share: tiles, a model's constants, and the online
+softmax.
+"""
 
 from typing import NamedTuple
 
@@ -28,8 +30,8 @@ TILES: dict[int, dict[torch.dtype, AttentionTile]] = {
     100: _FP32 | dict.fromkeys(_HALVES, AttentionTile(64, 8192, 4)),
 }
 
-# For `make aot`, of models: query heads, KV heads, head dim, page size. A group of 3; groups of 1, and a head dim that
-# is masked; a group of 4; the widest.
+# For `make aot`, of models: query heads, KV heads, head dim, page size. A group of 3; groups of 1,
+# and a head dim that is masked; a group of 4; the widest.
 MODELS = ((9, 3, 64, 32), (32, 32, 96, 16), (32, 8, 128, 16), (8, 1, 256, 256))
 
 
@@ -76,12 +78,13 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Of each row of q: largest score, sum of exp, sum of exp times v, over keys begin .. end - 1 up to its position.
+    """Of each row of q: largest score, sum of exp, sum of exp times v, over keys begin .. end - 1
+    up to its position.
 
     pages_ptr is the sequence's row of the table. Every row must see a key of the first tile.
     """
-    # Only fp32 minds. A key or value in 16 bits is exact in tf32, and an operand that was converted would not fit the
-    # registers outside of the tensor cores.
+    # Only fp32 minds. A key or value in 16 bits is exact in tf32, and an operand that was converted
+    # would not fit the registers outside of the tensor cores.
     PRECISION: tl.constexpr = "tf32x3" if k_ptr.dtype.element_ty != q.dtype else "ieee"
     columns = tl.arange(0, BLOCK_E)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)

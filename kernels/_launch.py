@@ -1,8 +1,10 @@
-"""What the kernels of this folder share: tiles keyed by architecture, and how `make aot` gets to know a kernel.
+"""What the kernels of this folder share: tiles keyed by architecture, and how `make aot` gets to
+know a kernel.
 
-A module with kernels has a tile table, {architecture: {dtype: Tile}}, and a function `aot_configs` that yields an
-AotConfig for each way in which it launches one of them, for every entry of the table. Tiles are chosen here and never
-tuned at run time: the order of every sum, and with it every bit, depends on the architecture only.
+A module with kernels has a tile table, {architecture: {dtype: Tile}}, and a function `aot_configs`
+that yields an AotConfig for each way in which it launches one of them, for every entry of the
+table. Tiles are chosen here and never tuned at run time: the order of every sum, and with it every
+bit, depends on the architecture only.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +27,9 @@ class Tile(NamedTuple):
 
 
 class AotConfig(NamedTuple):
-    """One launch, for `make aot`. Arguments named nowhere here are numbers: int32, or as the kernel annotates them."""
+    """One launch, for `make aot`. Arguments named nowhere here are numbers: int32, or as the kernel
+    annotates them.
+    """
 
     kernel: Any  # what @triton.jit made
     architecture: int
@@ -46,14 +50,17 @@ AotConfigs = Iterator[AotConfig]
 
 
 def architecture_of(x: Tensor) -> int:
-    """The newest architecture of the tile tables that the device of `x` can run; INTERPRETER for a CPU tensor."""
+    """The newest architecture of the tile tables that the device of `x` can run; INTERPRETER for a
+    CPU tensor.
+    """
     if x.device.type == "cpu":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(x.device)
     known = [architecture for architecture in ARCHITECTURES if architecture <= 10 * major + minor]
     if not known:
         raise RuntimeError(
-            f"kernels: the GPU must have compute capability {ARCHITECTURES[0] / 10} or more, got {major}.{minor}; "
+            f"kernels: the GPU must have compute capability {ARCHITECTURES[0] / 10} or more, got "
+            f"{major}.{minor}; "
             "use impl='ref'"
         )
     return known[-1]

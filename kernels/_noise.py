@@ -36,7 +36,9 @@ def _mix_32(x):
 
 @triton.jit
 def _minus_log1p(v):
-    """-log(1 - v) for 2^-33 <= v < 1, within a few units in the last place: the rounding of 1 - v is made up for."""
+    """-log(1 - v) for 2^-33 <= v < 1, within a few units in the last place: the rounding of 1 - v
+    is made up for.
+    """
     rest = 1.0 - v
     lost = 1.0 - rest
     return tl.where(lost == 0, v, -tl.log(rest) * (v / tl.where(lost == 0, 1.0, lost)))

@@ -184,7 +184,7 @@ def rows_of_heads(x_THE: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x where it starts at a multiple of 16 bytes, which load_rows takes for granted, else a copy."""
+    """Returns x if it starts at a multiple of 16 bytes, as load_rows needs, else a copy."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 

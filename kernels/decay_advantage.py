@@ -1,11 +1,14 @@
-"""From raw rewards to advantages in one launch: decay, group baseline and whitening of a whole batch.
+"""From raw rewards to advantages in one launch: decay, group baseline and whitening of a whole
+batch.
 
-Read top-down: decay_advantage sorts attempts into groups and launches _decay_advantage_kernel, a single program that
-walks over the attempts in tiles: the factors, then sums along the groups, then whitening. A batch has hundreds of
-attempts; one program needs no grid-wide barrier, and its cost grows with A alone, however they are grouped.
+Read top-down: decay_advantage sorts attempts into groups and launches _decay_advantage_kernel, a
+single program that walks over the attempts in tiles: the factors, then sums along the groups, then
+whitening. A batch has hundreds of attempts; one program needs no grid-wide barrier, and its cost
+grows with A alone, however they are grouped.
 
-Everything is in fp64, like the reference in ops/decay_advantage.py: sums of fp32 rewards are then exact, so equal
-rewards centre to exactly 0. Sums along a group are a segmented scan, whose order depends on A and the tile only.
+Everything is in fp64, like the reference in ops/decay_advantage.py: sums of fp32 rewards are then
+exact, so equal rewards centre to exactly 0. Sums along a group are a segmented scan, whose order
+depends on A and the tile only.
 """
 
 import torch
@@ -87,7 +90,9 @@ def decay_advantage(
 
 
 def _group_order(keys_GA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attempts group after group, in index order within each; where the group of each place begins and ends."""
+    """Attempts group after group, in index order within each; where the group of each place begins
+    and ends.
+    """
     order_A = torch.arange(keys_GA.shape[1], device=keys_GA.device)
     for key_A in reversed(keys_GA.unbind()):  # stable: the last sort is by the first key
         order_A = order_A[key_A[order_A].argsort(stable=True)]
@@ -190,7 +195,8 @@ def _decay_advantage_kernel(
         )
     tl.debug_barrier()
 
-    # What each attempt earns, and its sums along each group. From here on, place i is the i-th attempt in group order.
+    # What each attempt earns, and its sums along each group. From here on, place i is the i-th
+    # attempt in group order.
     carry = zero
     for start in range(0, num_attempts, BLOCK_A):
         i = start + lanes
@@ -279,7 +285,9 @@ def _decay_advantage_kernel(
 def _store_batch_means(
     factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A: tl.constexpr
 ):
-    """Factors by the recurrence of _batch_means in ops/decay_advantage.py, one attempt index at a time."""
+    """Factors by the recurrence of _batch_means in ops/decay_advantage.py, one attempt index at a
+    time.
+    """
     decayed_sum = tl.zeros((), tl.float64)
     count = tl.zeros((), tl.float64)
     factor = tl.full((), 1.0, tl.float64)
@@ -298,9 +306,11 @@ def _store_batch_means(
 
 @triton.jit
 def _sums_along_groups(value, begin, start, carry, BLOCK_A: tl.constexpr):
-    """Of each place the sum over its group up to it, and the last one, which the next tile's first group may continue.
+    """Of each place the sum over its group up to it, and the last one, which the next tile's first
+    group may continue.
 
-    begin is where the group of each place begins, carry the sum so far of the group open at `start`, the first place.
+    begin is where the group of each place begins, carry the sum so far of the group open at
+    `start`, the first place.
     """
     lanes = tl.arange(0, BLOCK_A)
     _, sums = tl.associative_scan(

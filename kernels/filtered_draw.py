@@ -1,14 +1,16 @@
 """Draws restricted by top-k, top-p and min-p on a GPU, without a sort.
 
-Read top-down: filtered_draw launches _filtered_draw_kernel, a program a row. It looks for two thresholds, for top-k by
-counting and for top-p by adding up, and then draws among what is left. _find_threshold is a bisection over the bits of
-the logits, in which order is that of integers: each pass over the row tries eight thresholds at once and leaves an
-eighth of what could be one, so eleven passes find any of 2^32 floats. Blocks without a logit above the lower bound are
-not read again, which after a pass or two is nearly all of them.
+Read top-down: filtered_draw launches _filtered_draw_kernel, a program a row. It looks for two
+thresholds, for top-k by counting and for top-p by adding up, and then draws among what is left.
+_find_threshold is a bisection over the bits of the logits, in which order is that of integers: each
+pass over the row tries eight thresholds at once and leaves an eighth of what could be one, so
+eleven passes find any of 2^32 floats. Blocks without a logit above the lower bound are not read
+again, which after a pass or two is nearly all of them.
 
-Departures from the textbook. Nothing is sorted, counted with atomics or read by the host, and the grid depends on the
-batch alone. Of equal logits at the threshold those with the lowest ids are kept, as a stable sort would. Sums are fp32,
-in a fixed order; where a boundary is within their rounding the kept set may differ from that of an exact sum.
+Departures from the textbook. Nothing is sorted, counted with atomics or read by the host, and the
+grid depends on the batch alone. Of equal logits at the threshold those with the lowest ids are
+kept, as a stable sort would. Sums are fp32, in a fixed order; where a boundary is within their
+rounding the kept set may differ from that of an exact sum.
 """
 
 from typing import NamedTuple
@@ -55,8 +57,8 @@ def filtered_draw(
 ) -> None:
     """Replaces what rows with a filter have drawn: token ids, log-probs, kept mass, in place.
 
-    Args: z fp32, contiguous, logits over temperature; sums: the largest z of each row, and the log of the sum of
-    exp(z - largest). A row whose sum is not finite keeps its draw.
+    Args: z fp32, contiguous, logits over temperature; sums: the largest z of each row, and the log
+    of the sum of exp(z - largest). A row whose sum is not finite keeps its draw.
     """
     num_draws, vocab = z_BV.shape
     tile = TILES[architecture_of(z_BV)][torch.float32]
@@ -218,7 +220,8 @@ def _find_threshold(
     BY_COUNT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The lowest key, no less than at_least, above which there is less than the target; and how much that is.
+    """The lowest key, no less than at_least, above which there is less than the target; and how
+    much that is.
 
     A count of logits, or a sum of exp(z - highest).
     """

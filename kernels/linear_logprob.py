@@ -1,12 +1,14 @@
-"""Row passes of `linear_logprob` on a GPU: one program a row, from logits to log-prob, entropy and, later, gradient.
+"""Row passes of `linear_logprob` on a GPU: one program a row, from logits to log-prob, entropy and,
+later, gradient.
 
-Read top-down: logprob_rows and logprob_rows_backward launch a kernel each; row_sums reads a row once, tile after tile;
-write_row_gradient writes the row of d loss / d logits. GEMMs are not here: ops/linear_logprob.py calls these on a chunk
-of logits, between cuBLAS calls. kernels/linear_policy_loss.py uses the same parts; csrc/ has the same passes on a CPU.
+Read top-down: logprob_rows and logprob_rows_backward launch a kernel each; row_sums reads a row
+once, tile after tile; write_row_gradient writes the row of d loss / d logits. GEMMs are not here:
+ops/linear_logprob.py calls these on a chunk of logits, between cuBLAS calls.
+kernels/linear_policy_loss.py uses the same parts; csrc/ has the same passes on a CPU.
 
-Departures from the textbook. The target entry of the gradient goes through expm1, and logits are taken relative to the
-row's largest before anything else, so that neither a probability near 1 nor large logits cancel. A NaN comes out where
-one comes in.
+Departures from the textbook. The target entry of the gradient goes through expm1, and logits are
+taken relative to the row's largest before anything else, so that neither a probability near 1 nor
+large logits cancel. A NaN comes out where one comes in.
 """
 
 import torch
@@ -23,8 +25,8 @@ from socpo_fast.kernels._launch import (
     architecture_of,
 )
 
-# 8 logits a thread: no spills even where an odd vocabulary forbids vector loads, and few registers (`make aot`).
-# fp64 is there for gradient checks.
+# 8 logits a thread: no spills even where an odd vocabulary forbids vector loads, and few registers
+# (`make aot`). fp64 is there for gradient checks.
 TILES: dict[int, dict[torch.dtype, Tile]] = {
     INTERPRETER: {torch.float32: Tile(1024, 1), torch.float64: Tile(1024, 1)},
     80: {torch.float32: Tile(2048, 8), torch.float64: Tile(1024, 8)},
@@ -40,7 +42,9 @@ _LN2_LOW = tl.constexpr(-2.1219444005469058e-4)
 
 
 def logprob_rows(logits_NV: Tensor, targets_N: Tensor, inv_temperature_N: Tensor) -> Tensor:
-    """values [3, N]: log-prob of the target, entropy and logsumexp of z = logits * inv_temperature, nats."""
+    """values [3, N]: log-prob of the target, entropy and logsumexp of z = logits * inv_temperature,
+    nats.
+    """
     num_rows, num_cols = logits_NV.shape
     values_3N = logits_NV.new_empty((3, num_rows))
     if num_rows == 0:
@@ -71,7 +75,9 @@ def logprob_rows_backward(
     grad_logprobs_N: Tensor,
     grad_entropy_N: Tensor | None,
 ) -> None:
-    """The gradient of `logprob_rows` for any upstream gradient, into grad_logits_NV (logits_NV itself, if wanted)."""
+    """The gradient of `logprob_rows` for any upstream gradient, into grad_logits_NV (logits_NV
+    itself, if wanted).
+    """
     num_rows, num_cols = logits_NV.shape
     if num_rows == 0:
         return
@@ -95,7 +101,9 @@ def logprob_rows_backward(
 
 
 def aot_configs() -> AotConfigs:
-    """The launches above for `make aot`: with and without entropy, in place and into bf16, even and odd vocabulary."""
+    """The launches above for `make aot`: with and without entropy, in place and into bf16, even and
+    odd vocabulary.
+    """
     for architecture in ARCHITECTURES:
         for dtype, (block, num_warps) in TILES[architecture].items():
             row = {"logits_ptr": dtype, "inv_temperature_ptr": dtype, "targets_ptr": torch.int64}
@@ -130,7 +138,8 @@ def aot_configs() -> AotConfigs:
                 )
 
 
-# The number of rows and where their numbers begin differ from chunk to chunk: one compiled kernel for all.
+# The number of rows and where their numbers begin differ from chunk to chunk: one compiled kernel
+# for all.
 @triton.jit(
     do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=["targets_ptr", "inv_temperature_ptr"],
@@ -160,7 +169,8 @@ def _logprob_rows_kernel(
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "targets_ptr", "inv_temperature_ptr", "logsumexp_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr"
+        "targets_ptr", "inv_temperature_ptr", "logsumexp_ptr", "entropy_ptr", "grad_logprobs_ptr",
+        "grad_entropy_ptr"
     ]
 )  # fmt: skip
 def _logprob_rows_backward_kernel(
@@ -183,24 +193,28 @@ def _logprob_rows_backward_kernel(
     target = tl.load(targets_ptr + row)
     inv_temperature = tl.load(inv_temperature_ptr + row)
     target_logit = tl.load(logits_row_ptr + target)
-    # At an offset of 1e4 an fp32 logsumexp is off by 5e-4. As a shift it is as good as the maximum; what is missing is
-    # the logarithm of a sum near 1.
+    # At an offset of 1e4 an fp32 logsumexp is off by 5e-4. As a shift it is as good as the maximum;
+    # what is missing is the logarithm of a sum near 1.
     shift = tl.load(logsumexp_ptr + row) / inv_temperature
     log_sum = tl.log(_shifted_sum(logits_row_ptr, num_cols, inv_temperature, shift, BLOCK_V))
     has_entropy: tl.constexpr = grad_entropy_ptr is not None
     grad_entropy = tl.load(grad_entropy_ptr + row) if has_entropy else tl.zeros_like(shift)
     logprob = (target_logit - shift) * inv_temperature - log_sum
     write_row_gradient(
-        logits_row_ptr, grad_ptr + row * stride_gn, num_cols, inv_temperature, target, shift, log_sum, logprob,
-        tl.load(entropy_ptr + row), tl.load(grad_logprobs_ptr + row), grad_entropy, has_entropy, BLOCK_V,
+        logits_row_ptr, grad_ptr + row * stride_gn, num_cols, inv_temperature, target, shift,
+        log_sum, logprob,
+        tl.load(entropy_ptr + row), tl.load(grad_logprobs_ptr + row), grad_entropy, has_entropy,
+        BLOCK_V,
     )  # fmt: skip
 
 
 @triton.jit
 def row_sums(row_ptr, num_cols, inv_temperature, WEIGHTED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Of one row, read once: the largest logit; sum of exp(d) and of d exp(d), d = (logit - largest) / temperature.
+    """Of one row, read once: the largest logit; sum of exp(d) and of d exp(d), d = (logit -
+    largest) / temperature.
 
-    Subtracted before it is scaled, a large common offset costs no digits. A logit of -inf counts as nothing.
+    Subtracted before it is scaled, a large common offset costs no digits. A logit of -inf counts as
+    nothing.
     """
     dtype = row_ptr.dtype.element_ty
     columns = tl.arange(0, BLOCK_V)
@@ -225,7 +239,9 @@ def row_sums(row_ptr, num_cols, inv_temperature, WEIGHTED: tl.constexpr, BLOCK_V
 
 @triton.jit
 def _rescaling(x, highest, inv_temperature):
-    """d = (x - highest) / temperature and exp(d), for x at most highest; d is finite where x is -inf."""
+    """d = (x - highest) / temperature and exp(d), for x at most highest; d is finite where x is
+    -inf.
+    """
     d = (x - _or_zero(highest)) * inv_temperature
     d = tl.where(
         d < _LOWEST_EXPONENT, _LOWEST_EXPONENT, d
@@ -261,7 +277,8 @@ def write_row_gradient(
     HAS_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """grad_logprob d logprob / d logits + grad_entropy d entropy / d logits, exactly 0 where both factors are.
+    """grad_logprob d logprob / d logits + grad_entropy d entropy / d logits, exactly 0 where both
+    factors are.
 
     log p = (logits - shift) / temperature - log_sum.
     """
@@ -306,7 +323,8 @@ def _or_zero(x):
 def expm1_and_exp(x):
     """exp(x) - 1 and exp(x) for -60 <= x <= 20, within a few units in the last place, also near 0.
 
-    x = n ln 2 + r and a series in r, since the GPU's own exp loses 1e-6 at 20 and there is no expm1 in Triton.
+    x = n ln 2 + r and a series in r, since the GPU's own exp loses 1e-6 at 20 and there is no expm1
+    in Triton.
     """
     n = tl.floor(x * _INV_LN2 + 0.5)
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW

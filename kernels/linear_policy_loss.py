@@ -1,12 +1,14 @@
-"""The row pass of `linear_policy_loss` on a GPU: one program a row, from logits to log-prob, loss and gradient.
+"""The row pass of `linear_policy_loss` on a GPU: one program a row, from logits to log-prob, loss
+and gradient.
 
-Read top-down: policy_rows launches _policy_rows_kernel; _policy_term and _kl_term are the loss of one token; the sums
-over a row and its gradient are those of kernels/linear_logprob.py. GEMMs are not here: ops/linear_policy_loss.py calls
-this on a chunk of logits, between cuBLAS calls. csrc/ has the same pass on a CPU.
+Read top-down: policy_rows launches _policy_rows_kernel; _policy_term and _kl_term are the loss of
+one token; the sums over a row and its gradient are those of kernels/linear_logprob.py. GEMMs are
+not here: ops/linear_policy_loss.py calls this on a chunk of logits, between cuBLAS calls. csrc/ has
+the same pass on a CPU.
 
-Departures from the textbook. The gradient is formed in the forward, since the coefficient of a policy loss depends on
-nothing but the row's own log-prob; it may overwrite the logits. Where a NaN comes in, a NaN goes out: comparisons are
-written so that none is clamped away.
+Departures from the textbook. The gradient is formed in the forward, since the coefficient of a
+policy loss depends on nothing but the row's own log-prob; it may overwrite the logits. Where a NaN
+comes in, a NaN goes out: comparisons are written so that none is clamped away.
 """
 
 import torch
@@ -49,13 +51,15 @@ def policy_rows(
 ) -> Tensor:
     """Loss, its parts and its gradient for a chunk of rows; z = logits * inv_temperature.
 
-        values rows: loss w l, logprob, entropy, ratio, clipped (0 or 1), d loss / d logprob without entropy's part
+        values rows: loss w l, logprob, entropy, ratio, clipped (0 or 1), d loss / d logprob without
+        entropy's part
 
-    Args: per-row tensors in the logits' dtype (fp32 or fp64); grad_logits_NV receives d loss / d logits and may be
-    logits_NV itself, or of another dtype, or None; dual_clip inf is off; kl_estimator 1, 2 or 3.
+    Args: per-row tensors in the logits' dtype (fp32 or fp64); grad_logits_NV receives d loss / d
+    logits and may be logits_NV itself, or of another dtype, or None; dual_clip inf is off;
+    kl_estimator 1, 2 or 3.
 
-    Returns: values [6, N]; entropy is NaN unless need_entropy, or entropy_coef is not 0. A row of weight 0 has loss,
-    clipped, coefficient and gradient exactly 0, whatever else stands in it.
+    Returns: values [6, N]; entropy is NaN unless need_entropy, or entropy_coef is not 0. A row of
+    weight 0 has loss, clipped, coefficient and gradient exactly 0, whatever else stands in it.
     """
     num_rows, num_cols = logits_NV.shape
     values_6N = logits_NV.new_empty((6, num_rows))
@@ -93,7 +97,9 @@ def policy_rows(
 
 
 def aot_configs() -> AotConfigs:
-    """The launch above for `make aot`: plain and with every term, in place and into bf16, even and odd vocabulary."""
+    """The launch above for `make aot`: plain and with every term, in place and into bf16, even and
+    odd vocabulary.
+    """
     for architecture in ARCHITECTURES:
         for dtype, (block, num_warps) in TILES[architecture].items():
             names = (
@@ -132,11 +138,13 @@ def aot_configs() -> AotConfigs:
                 )
 
 
-# The number of rows and where their numbers begin differ from chunk to chunk: one compiled kernel for all.
+# The number of rows and where their numbers begin differ from chunk to chunk: one compiled kernel
+# for all.
 @triton.jit(
     do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=[
-        "targets_ptr", "old_ptr", "advantages_ptr", "attempt_ptr", "weights_ptr", "inv_temperature_ptr", "ref_ptr"
+        "targets_ptr", "old_ptr", "advantages_ptr", "attempt_ptr", "weights_ptr",
+        "inv_temperature_ptr", "ref_ptr"
     ],
 )  # fmt: skip
 def _policy_rows_kernel(
@@ -213,14 +221,17 @@ def _policy_rows_kernel(
             -weight * tl.full((), entropy_coef, dtype) if ENTROPY_GRAD else tl.zeros((), dtype)
         )
         write_row_gradient(
-            logits_row_ptr, grad_ptr + row * stride_gn, num_cols, inv_temperature, target, highest, log_sum, logprob,
+            logits_row_ptr, grad_ptr + row * stride_gn, num_cols, inv_temperature, target, highest,
+            log_sum, logprob,
             entropy, coefficient, entropy_grad, ENTROPY_GRAD, BLOCK_V,
         )  # fmt: skip
 
 
 @triton.jit
 def _policy_term(logprob, old_logprob, advantage, ratio_min, ratio_max, dual_clip):
-    """One token's clipped loss, its ratio, whether a clip replaced the ratio, and d loss / d logprob."""
+    """One token's clipped loss, its ratio, whether a clip replaced the ratio, and d loss / d
+    logprob.
+    """
     difference = logprob - old_logprob
     _, ratio = expm1_and_exp(_clamp(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     unclipped = -advantage * ratio

@@ -1,13 +1,14 @@
 """LM head and draw in one pass on a GPU: the [N, V] logits exist only as tiles.
 
-Read top-down: linear_sample_triton launches _sample_tile_kernel, where a program multiplies a tile of rows by a tile of
-the vocabulary and reduces each row of it to six numbers, and _merge_tiles_kernel, which reduces those; where there are
-filters the logits are kept, and filtered_draw.py draws again. _noise.py has the draw's noise, ops/sample.py says what
-is drawn.
+Read top-down: linear_sample_triton launches _sample_tile_kernel, where a program multiplies a tile
+of rows by a tile of the vocabulary and reduces each row of it to six numbers, and
+_merge_tiles_kernel, which reduces those; where there are filters the logits are kept, and
+filtered_draw.py draws again. _noise.py has the draw's noise, ops/sample.py says what is drawn.
 
-Departures from the textbook. The noise is a hash of row key and token id, bit for bit that of ops/sample.py. A tile of
-the vocabulary is a split of its own, so nothing runs on from tile to tile; tiles are merged in order and the lowest of
-equal scores wins. What a row gives depends on that row alone.
+Departures from the textbook. The noise is a hash of row key and token id, bit for bit that of
+ops/sample.py. A tile of the vocabulary is a split of its own, so nothing runs on from tile to tile;
+tiles are merged in order and the lowest of equal scores wins. What a row gives depends on that row
+alone.
 """
 
 from typing import NamedTuple
@@ -61,9 +62,10 @@ def linear_sample_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token ids [B] int64; log-probs, entropies and kept mass [B] fp32, of draws from the LM head.
 
-    Args: hidden fp32, bf16 or fp16 [T, D]; weight [V, D], the same or another of these, converted after it is read; the
-    last stride of both is 1; temperature fp32, 0 is greedy; rows int64, each draw's row of hidden (None: its own
-    number); filters as of filtered_draw, None: no draw has one. Rows whose filters are off draw the same either way.
+    Args: hidden fp32, bf16 or fp16 [T, D]; weight [V, D], the same or another of these, converted
+    after it is read; the last stride of both is 1; temperature fp32, 0 is greedy; rows int64, each
+    draw's row of hidden (None: its own number); filters as of filtered_draw, None: no draw has one.
+    Rows whose filters are off draw the same either way.
     """
     num_draws = row_keys_B.numel()
     (vocab, width) = weight_VD.shape
@@ -131,7 +133,9 @@ def linear_sample_triton(
 
 
 def aot_configs() -> AotConfigs:
-    """Both kernels: with and without rows, even and odd sizes, fp32 over a head in bf16; merging at V = 262144."""
+    """Both kernels: with and without rows, even and odd sizes, fp32 over a head in bf16; merging at
+    V = 262144.
+    """
     results: dict[str, torch.dtype | None] = {"ids_ptr": torch.int32, "values_ptr": torch.float32}
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
@@ -196,7 +200,9 @@ def _sample_tile_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Values of a row of the tile: largest z, sum of exp(d), sum of d exp(d) for d = z - largest; best score, its z."""
+    """Values of a row of the tile: largest z, sum of exp(d), sum of d exp(d) for d = z - largest;
+    best score, its z.
+    """
     draws = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     is_draw = draws < num_draws
     rows = draws if rows_ptr is None else tl.load(rows_ptr + draws, is_draw, other=0)

@@ -1,9 +1,9 @@
 """Attention of new tokens over keys and values in pages, on a GPU.
 
-Read top-down: paged_attention_triton is the launch; _prefill_kernel has a tile of a sequence's query tokens times the
-heads of a KV head as its rows; one new token a sequence goes to kernels/paged_decode.py. The online softmax of both is
-in kernels/_attend.py. Grids depend on the batch size and on the longest lengths as the caller states them, never on
-what the tensors hold.
+Read top-down: paged_attention_triton is the launch; _prefill_kernel has a tile of a sequence's
+query tokens times the heads of a KV head as its rows; one new token a sequence goes to
+kernels/paged_decode.py. The online softmax of both is in kernels/_attend.py. Grids depend on the
+batch size and on the longest lengths as the caller states them, never on what the tensors hold.
 """
 
 import torch
@@ -29,12 +29,14 @@ def paged_attention_triton(
     max_seqlen_k: int,
     groups_BG: Tensor | None = None,
 ) -> Tensor:
-    """o [T, H, E] in q's dtype, as `paged_attention` of ops/ defines it; nothing is read back from the device.
+    """o [T, H, E] in q's dtype, as `paged_attention` of ops/ defines it; nothing is read back from
+    the device.
 
-    Args: q fp32, bf16 or fp16; contiguous caches of the same dtype or of another of these, converted after they are
-    read; max_seqlen_q and max_seqlen_k bound the query tokens and the tokens of any sequence, and choose decode when
-    max_seqlen_q is 1; groups_BG int32, of ops/prefix_groups.py, needed for decode alone. A sequence may have no query
-    token. One of no tokens at all (a place kept free in a captured graph) gets zeros from decode.
+    Args: q fp32, bf16 or fp16; contiguous caches of the same dtype or of another of these,
+    converted after they are read; max_seqlen_q and max_seqlen_k bound the query tokens and the
+    tokens of any sequence, and choose decode when max_seqlen_q is 1; groups_BG int32, of
+    ops/prefix_groups.py, needed for decode alone. A sequence may have no query token. One of no
+    tokens at all (a place kept free in a captured graph) gets zeros from decode.
     """
     q_THE = q_THE.contiguous()
     o_THE = torch.empty_like(q_THE)

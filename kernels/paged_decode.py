@@ -1,14 +1,17 @@
-"""Paged attention of one new token a sequence: keys in fixed splits, a prefix shared by siblings read once.
+"""Paged attention of one new token a sequence: keys in fixed splits, a prefix shared by siblings
+read once.
 
-Read top-down: paged_decode launches _decode_kernel, which leaves a partial result (largest score, sum, output) for
-each split of keys, and _merge_splits_kernel, which adds them up. Nothing is decided on the host, so that a decode step
-can be captured in a CUDA graph and replayed at other lengths.
+Read top-down: paged_decode launches _decode_kernel, which leaves a partial result (largest score,
+sum, output) for each split of keys, and _merge_splits_kernel, which adds them up. Nothing is
+decided on the host, so that a decode step can be captured in a CUDA graph and replayed at other
+lengths.
 
-Departures from the textbook. All query heads of a KV head are rows of one tile, so that each key is read once for them.
-Cascade: ops/prefix_groups.py names groups of sequences that begin with the same pages. Of a split that lies within
-these, the program of every BLOCK_B-th member takes the rows of BLOCK_B members, and the others' programs leave. Groups
-are data: a sequence's rows go through the same instructions alone, in a group, and in another one, so cascade changes
-no bit.
+Departures from the textbook. All query heads of a KV head are rows of one tile, so that each key is
+read once for them.
+Cascade: ops/prefix_groups.py names groups of sequences that begin with the same pages. Of a split
+that lies within these, the program of every BLOCK_B-th member takes the rows of BLOCK_B members,
+and the others' programs leave. Groups are data: a sequence's rows go through the same instructions
+alone, in a group, and in another one, so cascade changes no bit.
 """
 
 from typing import NamedTuple
@@ -58,7 +61,9 @@ def paged_decode(
     scale: float,
     max_seqlen_k: int,
 ) -> None:
-    """Into o_THE; `tensors` are the first six arguments of paged_attention_triton, contiguous, as groups_BG is."""
+    """Into o_THE; `tensors` are the first six arguments of paged_attention_triton, contiguous, as
+    groups_BG is.
+    """
     q_THE, _, _, block_table_BM, seq_lens_B, cu_seqlens_q = tensors
     (num_seqs, table_width), heads, kv_heads = (
         block_table_BM.shape,
@@ -98,7 +103,9 @@ def paged_decode(
 
 
 def _constants(launch: Launch, tile: DecodeTile) -> dict[str, int]:
-    """Of _decode_kernel. The rows of a tile depend on the model only, neither on the batch nor on groups."""
+    """Of _decode_kernel. The rows of a tile depend on the model only, neither on the batch nor on
+    groups.
+    """
     block_seqs = _MEMBERS
     while block_seqs > 1 and block_seqs * launch.constants["GROUP"] > min(tile.rows, launch.rows):
         block_seqs //= 2

@@ -1,10 +1,11 @@
 """RMSNorm on a GPU, the residual connection's addition in the same pass, and its backward.
 
-Read top-down: rms_norm and rms_norm_backward launch a kernel each; a program holds whole rows at once, so
-a row is read from memory once. The formulas stand in ops/rms_norm.py.
+Read top-down: rms_norm and rms_norm_backward launch a kernel each; a program holds whole rows at
+once, so a row is read from memory once. The formulas stand in ops/rms_norm.py.
 
-The gradient of the weight is a sum over rows: each program adds up ROWS_PER_SUM of them, in order, whatever their
-number, and one torch sum puts the programs together. Statistics and sums are fp32 for every dtype.
+The gradient of the weight is a sum over rows: each program adds up ROWS_PER_SUM of them, in order,
+whatever their number, and one torch sum puts the programs together. Statistics and sums are fp32
+for every dtype.
 """
 
 import torch
@@ -25,7 +26,8 @@ ROWS_PER_SUM = (
     16  # 8192 rows are 512 programs, enough to fill a card; sums add a sixteenth to what is moved
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# elements at least, in as many rows as it takes: heads are narrow; wider rows take more warps, up to 16
+# elements at least, in as many rows as it takes: heads are narrow; wider rows take more warps, up
+# to 16
 TILES: dict[int, dict[torch.dtype, Tile]] = {
     INTERPRETER: dict.fromkeys(_DTYPES, Tile(1024, 1)),
     80: dict.fromkeys(_DTYPES, Tile(1024, 4)),
@@ -37,7 +39,9 @@ TILES: dict[int, dict[torch.dtype, Tile]] = {
 def rms_norm(
     x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(norm of x + residual, x + residual); without a residual (norm of x, an empty tensor). Rows are x's last axis."""
+    """(norm of x + residual, x + residual); without a residual (norm of x, an empty tensor). Rows
+    are x's last axis.
+    """
     x = x.contiguous()
     y = torch.empty_like(x)
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
@@ -65,7 +69,9 @@ def rms_norm(
 def rms_norm_backward(
     x: Tensor, weight_D: Tensor, eps: float, grad_y: Tensor, grad_x: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x, of the weight); x is what was normalised, grad_x what came to it by other ways, and is added."""
+    """(gradient of x, of the weight); x is what was normalised, grad_x what came to it by other
+    ways, and is added.
+    """
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel() == 0:
@@ -102,7 +108,9 @@ def _tile(tile: Tile, width: int) -> tuple[Tile, dict[str, int]]:
 
 
 def aot_configs() -> AotConfigs:
-    """Heads, SmolLM2, Llama 8B and 70B (at twice its width the backward spills); with and without a residual."""
+    """Heads, SmolLM2, Llama 8B and 70B (at twice its width the backward spills); with and without a
+    residual.
+    """
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
             for label, width, weight, residual in (

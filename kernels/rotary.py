@@ -1,9 +1,10 @@
-"""Rotary embedding on a GPU, with the norms of q's and k's heads and the writes to pages in the same pass.
+"""Rotary embedding on a GPU, with the norms of q's and k's heads and the writes to pages in the
+same pass.
 
-Read top-down: rotary_qkv and rotary_write launch _rotary_kernel, whose programs take a few heads of one token each, all
-of them rotated by the same angles. The backward is in rotary_backward.py; the formulas stand in ops/rotary.py.
-The first half of a table is read, the second repeats it. fp32 inside for every dtype: what is normed is not rounded
-before it is rotated.
+Read top-down: rotary_qkv and rotary_write launch _rotary_kernel, whose programs take a few heads of
+one token each, all of them rotated by the same angles. The backward is in rotary_backward.py; the
+formulas stand in ops/rotary.py. The first half of a table is read, the second repeats it. fp32
+inside for every dtype: what is normed is not rounded before it is rotated.
 """
 
 import torch
@@ -67,7 +68,9 @@ def rotary_write(
 
 
 def _launch(x_TXE: Tensor, rope: tuple, outputs: tuple) -> None:
-    """rope: cos, sin, the norms' weights and eps; outputs: q, k or its cache, the cache of v, slots."""
+    """rope: cos, sin, the norms' weights and eps; outputs: q, k or its cache, the cache of v,
+    slots.
+    """
     if x_TXE.numel() == 0:
         return
     x_TXE = whole_tokens(x_TXE)
@@ -97,7 +100,9 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def whole_tokens(x_THE: Tensor) -> Tensor:
-    """x itself where each token's heads lie side by side, as those of a slice of the heads do; else a copy."""
+    """x itself where each token's heads lie side by side, as those of a slice of the heads do; else
+    a copy.
+    """
     return x_THE if x_THE.stride()[1:] == (x_THE.shape[2], 1) else x_THE.contiguous()
 
 
@@ -108,7 +113,9 @@ def tile_of(tile: Tile, head_dim: int) -> tuple[Tile, dict[str, int]]:
 
 
 def aot_configs() -> AotConfigs:
-    """Heads of 64, 96 and 128, with and without norms; alone, and into pages of the dtype and of bf16."""
+    """Heads of 64, 96 and 128, with and without norms; alone, and into pages of the dtype and of
+    bf16.
+    """
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
             outputs: list[tuple[str, torch.dtype, torch.dtype | None, torch.dtype | None]] = [

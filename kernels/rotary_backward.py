@@ -1,8 +1,9 @@
 """The backward of rotary embedding and of the norms of q's and k's heads on a GPU, in one pass.
 
-Read top-down: rotary_qkv_backward launches _rotary_backward_kernel, whose programs take a few whole tokens each, since
-the gradients of the norms' weights are sums over tokens: a program adds up its own in order, and one torch sum puts the
-programs together. x is normed again, from raw qkv; without norms it is not read.
+Read top-down: rotary_qkv_backward launches _rotary_backward_kernel, whose programs take a few whole
+tokens each, since the gradients of the norms' weights are sums over tokens: a program adds up its
+own in order, and one torch sum puts the programs together. x is normed again, from raw qkv; without
+norms it is not read.
 """
 
 import torch
@@ -35,7 +36,9 @@ def rotary_qkv_backward(
     k_weight_E: Tensor | None,
     eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of raw qkv, whose part of v is grad_v or 0, and of the norms' weights, [2, E] or [0, E]."""
+    """The gradient of raw qkv, whose part of v is grad_v or 0, and of the norms' weights, [2, E] or
+    [0, E].
+    """
     qkv_TXE = whole_tokens(qkv_TXE)
     num_tokens, num_all, head_dim = qkv_TXE.shape
     out_TXE = qkv_TXE.new_empty((num_tokens, num_all, head_dim))
@@ -127,7 +130,8 @@ def _rotary_backward_kernel(
     if sums_ptr is not None:
         sums_ptr += tl.program_id(0).to(tl.int64) * 4 * half
     _backward_of_heads(
-        x_ptr, cos_ptr, sin_ptr, q_weight_ptr, grad_q_ptr + first * num_heads * 2 * half, out_ptr, sums_ptr,
+        x_ptr, cos_ptr, sin_ptr, q_weight_ptr, grad_q_ptr + first * num_heads * 2 * half, out_ptr,
+        sums_ptr,
         count, num_heads, half, stride_xt, stride_ot, eps, BLOCK_H, BLOCK_E,
     )  # fmt: skip
     x_ptr += num_heads * 2 * half
@@ -135,7 +139,8 @@ def _rotary_backward_kernel(
     if sums_ptr is not None:
         sums_ptr += 2 * half
     _backward_of_heads(
-        x_ptr, cos_ptr, sin_ptr, k_weight_ptr, grad_k_ptr + first * num_kv_heads * 2 * half, out_ptr, sums_ptr,
+        x_ptr, cos_ptr, sin_ptr, k_weight_ptr, grad_k_ptr + first * num_kv_heads * 2 * half,
+        out_ptr, sums_ptr,
         count, num_kv_heads, half, stride_xt, stride_ot, eps, BLOCK_H, BLOCK_E,
     )  # fmt: skip
     if grad_v_ptr is not None:
@@ -159,7 +164,9 @@ def _backward_of_heads(
     x_ptr, cos_ptr, sin_ptr, weight_ptr, grad_ptr, out_ptr, sums_ptr,
     count, num_heads, half, stride_xt, stride_ot, eps, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of num_heads heads of `count` tokens, and what these add to that of the norm's weight."""
+    """The gradient of num_heads heads of `count` tokens, and what these add to that of the norm's
+    weight.
+    """
     pairs = tl.arange(0, BLOCK_E)
     sum_low = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
     sum_high = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)

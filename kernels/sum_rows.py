@@ -1,11 +1,12 @@
 """Adds rows up by where they belong, on a GPU: what the LM head's dX is made of.
 
-Read top-down: sum_rows launches _mark_rows_kernel, which finds the first and the last row of each destination, and
-_sum_rows_kernel, where one program a destination adds its rows in index order.
+Read top-down: sum_rows launches _mark_rows_kernel, which finds the first and the last row of each
+destination, and _sum_rows_kernel, where one program a destination adds its rows in index order.
 
-Departures from the textbook. No float atomics: a maximum of integers is the same in any order. No sort: rows of a
-destination are looked for between its first and its last one, which in a packed microbatch is one row nearly always,
-and the group's rows once a prompt. That is right for any rows, and slow where many destinations repeat far apart.
+Departures from the textbook. No float atomics: a maximum of integers is the same in any order. No
+sort: rows of a destination are looked for between its first and its last one, which in a packed
+microbatch is one row nearly always, and the group's rows once a prompt. That is right for any rows,
+and slow where many destinations repeat far apart.
 """
 
 import torch
@@ -33,7 +34,9 @@ _BLOCK_N = 1024  # rows that are looked at together
 
 
 def sum_rows(x_ND: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
-    """out [num_rows, D]: out[r] is the sum of x[n] where rows_N[n] is r, in index order; 0 where there is none."""
+    """out [num_rows, D]: out[r] is the sum of x[n] where rows_N[n] is r, in index order; 0 where
+    there is none.
+    """
     num_values, width = x_ND.shape
     out = x_ND.new_empty((num_rows, width))
     if num_values == 0 or out.numel() == 0:
@@ -77,7 +80,8 @@ def aot_configs() -> AotConfigs:
                 )
 
 
-# How many rows there are differs from microbatch to microbatch, and so does where they begin: one kernel for all.
+# How many rows there are differs from microbatch to microbatch, and so does where they begin: one
+# kernel for all.
 @triton.jit(
     do_not_specialize=["num_values", "num_rows"], do_not_specialize_on_alignment=["rows_ptr"]
 )

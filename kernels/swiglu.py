@@ -1,6 +1,7 @@
 """The gated activation of an MLP on a GPU, forward and backward: swiglu, swiglu_backward.
 
-A program takes a tile of one row of both halves; the formulas stand in ops/swiglu.py. fp32 inside for every dtype.
+A program takes a tile of one row of both halves; the formulas stand in ops/swiglu.py. fp32 inside
+for every dtype.
 """
 
 import torch

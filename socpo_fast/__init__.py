@@ -1,4 +1,6 @@
-"""SocraticPO on one node: rollouts with a tutor in the loop and REINFORCE++ in one process, one copy of the weights."""
+"""SocraticPO on one node: rollouts with a tutor in the loop and REINFORCE++ in one process, one
+copy of the weights.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load on first use, so that a wrong command line is refused before torch is imported."""
+    """Public names load on first use, so that a wrong command line is refused before torch is
+    imported.
+    """
     if name not in _HOME:
         raise AttributeError(f"module 'socpo_fast' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

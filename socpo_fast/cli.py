@@ -2,10 +2,10 @@
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
-argparse reads the words and writes --help; config validates values, so a mistake in a file and one on the command
-line read the same. Torch is imported by the command that needs it, after the configuration has been accepted.
-Exit codes: 0 done, 2 the caller's or the disk's fault in one line (SOCPO_TRACEBACK=1 shows
-where), 128 and the signal's number (130 Ctrl-C) for what was stopped.
+argparse reads the words and writes --help; config validates values, so a mistake in a file and one
+on the command line read the same. Torch is imported by the command that needs it, after the
+configuration has been accepted. Exit codes: 0 done, 2 the caller's or the disk's fault in one line
+(SOCPO_TRACEBACK=1 shows where), 128 and the signal's number (130 Ctrl-C) for what was stopped.
 """
 
 import argparse
@@ -128,7 +128,8 @@ def report(words: Sequence[str]) -> None:
     """write curves.png and report.html of a run folder: socpo report runs/NAME"""
     if len(words) != 1 or words[0].startswith("-"):
         raise ValueError(
-            f"report: arguments must be one run folder, got {list(words)}; for example socpo report runs/run"
+            f"report: arguments must be one run folder, got {list(words)}; for example socpo "
+            "report runs/run"
         )
     from socpo_fast.report.write import write_report
 
@@ -192,7 +193,8 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
             value = next(rest, "--")
             if value.startswith("--"):
                 raise ValueError(
-                    f"socpo {command}: {name} must be followed by its value, got nothing; none is a word"
+                    f"socpo {command}: {name} must be followed by its value, got nothing; none is "
+                    "a word"
                 )
         joined.append(name + equals + value)
     paths = [word.removeprefix("--config=") for word in joined if word.startswith("--config=")]
@@ -204,7 +206,8 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
     if unknown:
         if not unknown[0].startswith("--"):
             raise ValueError(
-                f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key value"
+                f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key "
+                "value"
             )
         raise ValueError(unknown_key(Config, unknown[0].partition("=")[0].removeprefix("--")))
     texts = vars(given)
@@ -254,7 +257,8 @@ OPTIONS = {
     "eval": {
         "checkpoint": (
             "FOLDER",
-            "checkpoint folder to evaluate; best = of the run's best evaluation. (none = its last, or student.path)",
+            "checkpoint folder to evaluate; best = of the run's best evaluation. (none = its "
+            "last, or student.path)",
         ),
     },
     "plan": {

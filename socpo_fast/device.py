@@ -17,14 +17,17 @@ TRITON = (3, 6), (4,)  # from, and below: as pyproject.toml says
 ADVICE = {
     "compiled with CUDA": "install a build of torch with CUDA",
     "driver": "install a driver that fits this torch, or a torch that fits the driver",
-    "busy or unavailable": "it is in use by others, whom nvidia-smi names: wait for them, or name another card",
-    "out of memory": "it is in use by others, whom nvidia-smi names: wait for them, or name another card",
+    "busy or unavailable": "it is in use by others, whom nvidia-smi names: wait for them, or name "
+    "another card",
+    "out of memory": "it is in use by others, whom nvidia-smi names: wait for them, or name "
+    "another card",
     "": "nvidia-smi tells its state",
 }
 
 
 def select_device(name: str, where: str = "run.device") -> torch.device:
-    """The torch device of "cpu", "cuda" or "cuda:INDEX", tried out where it is a card; `where` is the setting.
+    """The torch device of "cpu", "cuda" or "cuda:INDEX", tried out where it is a card; `where` is
+    the setting.
 
     Raises:
         ValueError: this machine has none such; or its torch, driver or Triton, the card itself, or
@@ -37,7 +40,8 @@ def select_device(name: str, where: str = "run.device") -> torch.device:
         torch.cuda.init()  # needs a driver
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
-                f"{where}: {name} must be a device of this machine, which has {torch.cuda.device_count()} "
+                f"{where}: {name} must be a device of this machine, which has "
+                f"{torch.cuda.device_count()} "
                 "CUDA devices; name one of them, or use cpu"
             )
         torch.cuda.mem_get_info(device)  # needs a context on the card
@@ -45,7 +49,8 @@ def select_device(name: str, where: str = "run.device") -> torch.device:
         reason = re.split(r"\. |\n", str(error))[0]
         advice = next(advice for words, advice in ADVICE.items() if words in reason)
         raise ValueError(
-            f"{where}: {name} must be a card that torch {torch.__version__} can use, got {reason!r}; "
+            f"{where}: {name} must be a card that torch {torch.__version__} can use, got "
+            f"{reason!r}; "
             f"{advice}, or use cpu"
         ) from None
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,20 +1,28 @@
-"""The names of what is measured; METRICS says what each means. report/tracker.py writes the rows."""
+"""Names the metrics and says what each means (METRICS). report/tracker.py writes the rows."""
 
 import re
 from typing import Literal
 
 METRICS: dict[str, str] = {
-    "success/unassisted": "share of rollouts whose first attempt, made alone, is correct: the headline",
-    "success/assisted": "share of rollouts correct in any attempt, guided ones included; never the headline",
-    "success/pass_at_4": "chance that one of 4 first attempts is correct, unbiased (pass_at_16 for 16, ..)",
+    "success/unassisted": "share of rollouts whose first attempt, made alone, is correct: the "
+    "headline",
+    "success/assisted": "share of rollouts correct in any attempt, guided ones included; never "
+    "the headline",
+    "success/pass_at_4": "chance that one of 4 first attempts is correct, unbiased (pass_at_16 "
+    "for 16, ..)",
     "reward/mean": "mean reward of an attempt, after decay",
-    "decay/f_1": "factor on the reward of second attempts, the first ones' mean reward (f_2 for third ones, ..)",
+    "decay/f_1": "factor on the reward of second attempts, the first ones' mean reward (f_2 for "
+    "third ones, ..)",
     "guidance/rate": "share of rollouts in which the student was shown guidance",
     "guidance/rescue_rate": "share of guided rollouts that end correct",
-    "guidance/leak_rate": "share of what the teacher said that states the answer, whether it was shown or not",
-    "guidance/failed": "rollouts that ended because the teacher failed, count (_timeout, _cut, ..: for that reason)",
-    "guidance/leaked": "rollouts that ended because the guidance leaked and teacher.on_leak is drop, count",
-    "guidance/overflow": "rollouts that ended because the next context would exceed the model's length, count",
+    "guidance/leak_rate": "share of what the teacher said that states the answer, whether it was "
+    "shown or not",
+    "guidance/failed": "rollouts that ended because the teacher failed, count (_timeout, _cut, "
+    "..: for that reason)",
+    "guidance/leaked": "rollouts that ended because the guidance leaked and teacher.on_leak is "
+    "drop, count",
+    "guidance/overflow": "rollouts that ended because the next context would exceed the model's "
+    "length, count",
     "rollout/attempt_tokens": "mean length of an attempt, tokens",
     "rollout/truncated": "share of attempts that hit the length limit",
     "policy/loss": "clipped policy loss of the update",
@@ -24,18 +32,23 @@ METRICS: dict[str, str] = {
     "policy/grad_norm": "norm of the gradient before clipping",
     "policy/lr": "learning rate of the update",
     "policy/bad_updates": "updates skipped so far because loss or gradient was not finite, count",
-    "policy/sampler_mismatch_nats": "largest |trainer's - sampler's| log-prob of a sampled token, nats",
-    "policy/sampler_mismatch_mean_nats": "mean of |trainer's - sampler's| log-prob of the sampled tokens, nats",
+    "policy/sampler_mismatch_nats": "largest |trainer's - sampler's| log-prob of a sampled token, "
+    "nats",
+    "policy/sampler_mismatch_mean_nats": "mean of |trainer's - sampler's| log-prob of the sampled "
+    "tokens, nats",
     "perf/rollout_tok_s": "sampled tokens a second of rollout, tok/s",
     "perf/train_tok_s": "tokens forwarded a second of update, tok/s",
     "perf/prefill_tokens": "prompt, bridge and recomputed tokens the engine read, count",
-    "perf/decode_tokens": "tokens sampled in decode rounds (an attempt's first one comes with its prefill), count",
+    "perf/decode_tokens": "tokens sampled in decode rounds (an attempt's first one comes with its "
+    "prefill), count",
     "perf/preemptions": "sequences that gave up their pages and were recomputed, count",
     "perf/tokens_forwarded": "tokens that passed the layers in the update, count",
-    "perf/unique_tokens": "nodes of the rollout trees of the update (prompt once a group), idle ones too, tokens",
+    "perf/unique_tokens": "nodes of the rollout trees of the update (prompt once a group), idle "
+    "ones too, tokens",
     "perf/peak_memory_gib": "most memory of tensors on the card since the run started, GiB",
     "perf/microbatches": "forward-backward passes of the update, count",
-    "perf/idle_rollouts": "rollouts of the update whose advantages are all 0, so that they pass no layer, count",
+    "perf/idle_rollouts": "rollouts of the update whose advantages are all 0, so that they pass "
+    "no layer, count",
     "time/rollout_s": "rollout, guidance included, s",
     "time/teacher_wait_s": "mean wait of a guided rollout for its teacher, s",
     "time/update_s": "all updates of the batch, s",
@@ -49,7 +62,9 @@ _FAMILY = re.compile(
 
 
 def meaning_of(name: str) -> str | None:
-    """What a metric is, from METRICS; one of a family (other numbers, ends of intervals, data sources) by its head."""
+    """What a metric is, from METRICS; one of a family (other numbers, ends of intervals, data
+    sources) by its head.
+    """
     name = re.sub("^guidance/failed_[a-z0-9_]+$", "guidance/failed", name)
     if name in METRICS or (match := _FAMILY.fullmatch(name)) is None:
         return METRICS.get(name)

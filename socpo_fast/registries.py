@@ -1,4 +1,5 @@
-"""What a setting may choose from: one entry in one table makes a choice, its check and its line of --help.
+"""What a setting may choose from: one entry in one table makes a choice, its check and its line of
+--help.
 
 An entry says what it is in plain data, so that this module imports nothing and the command line can
 list every choice before torch is loaded. The ops and the Triton kernel read the same entries.
@@ -69,9 +70,9 @@ SCHEDULES: dict[str, Schedule] = {
     "none": Schedule(meaning="as it is (the ablation)", factor_of=lambda n, f: 1.0),
 }
 
-# How the learning rate falls from the end of the warm-up (point 0) to the end of the run (1): the part
-# of the way down, from train.lr to train.min_lr_ratio of it, that is behind. None: it does not, and the
-# length of the run is not read.
+# How the learning rate falls from the end of the warm-up (point 0) to the end of the run (1): the
+# part of the way down, from train.lr to train.min_lr_ratio of it, that is behind. None: it does
+# not, and the length of the run is not read.
 LR_SCHEDULES: dict[str, Callable[[float], float] | None] = {
     "constant": None,
     "linear": lambda point: point,

@@ -150,7 +150,8 @@ def recall_best(
     if reason:
         # prune_checkpoints leaves one that lacks something where it is.
         fate = (
-            "; it goes at the next save unless it is one of the newest run.keep_checkpoints, copy it to keep it"
+            "; it goes at the next save unless it is one of the newest run.keep_checkpoints, copy "
+            "it to keep it"
             if is_own and damage_of(path, thorough=False) is None
             else ""
         )
@@ -161,7 +162,9 @@ def recall_best(
 
 
 def mark_none_yet(checkpoints: Path) -> None:
-    """Make the folder and keep its mark true: NONE_YET stands there until the first checkpoint does."""
+    """Make the folder and keep its mark true: NONE_YET stands there until the first checkpoint
+    does.
+    """
     checkpoints.mkdir(exist_ok=True)
     if any(checkpoints.glob("update_*")):
         (checkpoints / NONE_YET).unlink(missing_ok=True)
@@ -192,7 +195,8 @@ def best_checkpoint(folder: Path) -> Path:
     best = None if latest is None else read_json(latest / STATE)["trainer"].get("best")
     if best is None:
         raise ValueError(
-            f"eval: --checkpoint best must be in {folder / 'checkpoints'}, got no evaluation with a success "
+            f"eval: --checkpoint best must be in {folder / 'checkpoints'}, got no evaluation with "
+            "a success "
             "behind an update; name a folder, or train with data.eval"
         )
     path = checkpoint_path(folder / "checkpoints", best["update"])

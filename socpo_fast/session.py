@@ -1,4 +1,6 @@
-"""Everything that rollouts need, from a config: student, engine, bridge, teacher, grader, questions; and evaluation."""
+"""Everything that rollouts need, from a config: student, engine, bridge, teacher, grader,
+questions; and evaluation.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -129,14 +131,18 @@ class Session:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Prompts that can be rolled out: data.max_prompt_tokens, or less where the model holds less."""
+        """Prompts that can be rolled out: data.max_prompt_tokens, or less where the model holds
+        less.
+        """
         positions = self.student.config.max_position_embeddings
         return min(
             self.config.data.max_prompt_tokens, positions - self.config.rollout.max_new_tokens
         )
 
     def _longest_context(self) -> int:
-        """Tokens of the longest context there can be. The KV cache must hold it, so that its size changes no result."""
+        """Tokens of the longest context there can be. The KV cache must hold it, so that its size
+        changes no result.
+        """
         rollout = self.config.rollout
         positions = self.student.config.max_position_embeddings
         check_rule(
@@ -161,7 +167,8 @@ class Session:
             raise ValueError(
                 f"engine: engine.kv_cache_gib must hold the longest context, {needed} tokens, "
                 f"got room for {room} ({self.engine.kv_cache.note}); "
-                "raise it, or lower data.max_prompt_tokens, rollout.max_new_tokens or rollout.guidance_limit"
+                "raise it, or lower data.max_prompt_tokens, rollout.max_new_tokens or "
+                "rollout.guidance_limit"
             )
         return needed
 
@@ -219,10 +226,12 @@ class Session:
     def evaluate(
         self, questions: Sequence[Question], on_rollout: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """Unassisted success of the student as it is, and with eval.assisted the teacher's help on top, told apart.
+        """Unassisted success of the student as it is, and with eval.assisted the teacher's help on
+        top, told apart.
 
-        The same noise every time, and the first attempts of the assisted episodes are the unassisted ones. Questions
-        go through the engine a slice at a time and leave counts only; how they are sliced changes no number.
+        The same noise every time, and the first attempts of the assisted episodes are the
+        unassisted ones. Questions go through the engine a slice at a time and leave counts only;
+        how they are sliced changes no number.
         """
         config = self.config.eval
         started = time.perf_counter()

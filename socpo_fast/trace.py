@@ -4,8 +4,8 @@
     note_span("student", "decode", since=start_s)
 
 Tracks of a run: trainer (phases), student and teacher (steps of their engines, one after the other,
-as the host sees them end), guidance (every request, from asked to answered; many at once). Times are
-those of time.perf_counter, seconds. Only one recording at a time, on the trainer's thread.
+as the host sees them end), guidance (every request, from asked to answered; many at once). Times
+are those of time.perf_counter, seconds. Only one recording at a time, on the trainer's thread.
 """
 
 import json
@@ -39,7 +39,7 @@ def recording(folder: Path, batch: int, num_batches: int) -> Iterator[None]:
 def note_span(
     track: str, name: str, *, since: float, overlaps: bool = False, **details: Any
 ) -> None:
-    """Notes what ends now and began at `since`; overlaps: while others of its track are under way."""
+    """Records a span from `since` to now; overlaps: whether spans of its track may overlap."""
     if _events is None:
         return
     begin_us = 1e6 * since

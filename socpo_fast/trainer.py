@@ -45,13 +45,17 @@ from socpo_fast.types import Question, Rollout
 
 
 def train(config: Config) -> None:
-    """Train, or go on where the run stopped; writes the run folder. Source: Liu et al. 2026, arXiv:2606.09887."""
+    """Train, or go on where the run stopped; writes the run folder. Source: Liu et al. 2026,
+    arXiv:2606.09887.
+    """
     with run_folder(config.folder):
         Trainer(config).run()
 
 
 def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
-    """Accuracy on data.eval of a checkpoint: a folder, "best", or None, the run's last one, else student.path."""
+    """Accuracy on data.eval of a checkpoint: a folder, "best", or None, the run's last one, else
+    student.path.
+    """
     named = best_checkpoint(config.folder) if checkpoint == "best" else checkpoint
     path = named or last_checkpoint(config.folder) or config.student.path
     student = config.student.model_copy(update={"path": str(path)})
@@ -65,7 +69,9 @@ def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
 
 
 def rollout_only(config: Config) -> None:
-    """Roll out run.num_batches batches without any update; writes RUN/rollouts and prints what they amount to."""
+    """Roll out run.num_batches batches without any update; writes RUN/rollouts and prints what they
+    amount to.
+    """
     if (config.folder / "metrics.jsonl").exists():
         raise ValueError(
             f"run: {config.folder} must hold no training run, whose rollouts stay; set run.name"
@@ -91,7 +97,8 @@ def rollout_only(config: Config) -> None:
 class Trainer:
     """One run: its session, its optimizer, which counts updates, and its state. Read run first.
 
-    The run's folder is the caller's to hold (run_folder), and nothing is written to it before run."""
+    The run's folder is the caller's to hold (run_folder), and nothing is written to it before run.
+    """
 
     def __init__(self, config: Config):
         self.config = config
@@ -303,7 +310,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """A checkpoint of the present state, unless there is one, or there is nothing to keep yet."""
+        """Saves a checkpoint of the present state unless one exists or nothing was learned yet."""
         if self.state.is_saved or self.optimizer.num_updates == 0:
             return
         newest = save_checkpoint(

@@ -1,7 +1,8 @@
 """The nouns that cross module borders, in the order an episode meets them.
 
-Question -> SamplingParams -> Attempt -> GuidanceRequest -> Guidance -> Rollout. Plain data, no behaviour beyond
-checks at the door; everything here is on the host, tensors are CPU tensors. Imports nothing of ours.
+Question -> SamplingParams -> Attempt -> GuidanceRequest -> Guidance -> Rollout. Plain data, no
+behaviour beyond checks at the door; everything here is on the host, tensors are CPU tensors.
+Imports nothing of ours.
 """
 
 import re
@@ -13,7 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One data set item. `messages` is the chat up to the student's turn: ({"role", "content"}, ..)."""
+    """One data set item. `messages` is the chat up to the student's turn: ({"role", "content"},
+    ..).
+    """
 
     question_idx: int
     messages: tuple[dict[str, str], ...]
@@ -33,10 +36,11 @@ class Question:
 class SamplingParams:
     """How the engine samples one request.
 
-    n rollouts of the same prompt; temperature 0 (greedy) or >= 1e-4; top_p in (0, 1], 1 is off; top_k >= 0, 0 is off;
-    min_p in [0, 1), 0 is off; max_new_tokens >= 1 an attempt; an id of eos_ids ends an attempt unless ignore_eos.
-    Temperature, length and eos have no default: a wrong value there is silent. The exact bounds are those that fp32 and
-    64-bit keys can hold, so that the sampler never has to refuse in the middle of a step.
+    n rollouts of the same prompt; temperature 0 (greedy) or >= 1e-4; top_p in (0, 1], 1 is off;
+    top_k >= 0, 0 is off; min_p in [0, 1), 0 is off; max_new_tokens >= 1 an attempt; an id of
+    eos_ids ends an attempt unless ignore_eos. Temperature, length and eos have no default: a wrong
+    value there is silent. The exact bounds are those that fp32 and 64-bit keys can hold, so that
+    the sampler never has to refuse in the middle of a step.
     """
 
     temperature: float
@@ -76,7 +80,9 @@ class SamplingParams:
 
 
 class RolloutKey(NamedTuple):
-    """Names a prompt: a token's sampling noise depends on (seed, this, rollout, attempt, position, token id) only."""
+    """Names a prompt: a token's sampling noise depends on (seed, this, rollout, attempt, position,
+    token id) only.
+    """
 
     batch: int
     question: int
@@ -95,7 +101,9 @@ class EngineStats:
 
 @dataclass(eq=False)
 class Attempt:
-    """One answer of the student, exactly as sampled (the end-of-turn token included when finish_reason is "stop")."""
+    """One answer of the student, exactly as sampled (the end-of-turn token included when
+    finish_reason is "stop").
+    """
 
     token_ids: list[int]
     logprobs: (
@@ -136,11 +144,12 @@ class Guidance:
 
 
 class GuidanceFailed(Exception):
-    """Why there is no guidance: kind is a word that metrics count by, the text a reason for a person.
+    """Why there is no guidance: kind is a word that metrics count by, the text a reason for a
+    person.
 
-    Kinds: timeout, connection, status_NNN, redirect, too_large, not_json, circuit_open (a server's);
-    cut (it ended inside the teacher's thoughts), none (nothing was said), exception (a function's,
-    or a teacher's own), too_long (for a local teacher's context).
+    Kinds: timeout, connection, status_NNN, redirect, too_large, not_json, circuit_open (a
+    server's); cut (it ended inside the teacher's thoughts), none (nothing was said), exception (a
+    function's, or a teacher's own), too_long (for a local teacher's context).
     """
 
     def __init__(self, kind: str, reason: str):
@@ -167,7 +176,7 @@ class ShownGuidance:
 
 @dataclass(eq=False, kw_only=True)
 class Turn:
-    """One attempt with all that is known of it. reward is after credit and decay; None = not yet."""
+    """One attempt and all known of it. reward is after credit and decay; None = not yet."""
 
     attempt: Attempt
     text: str = ""  # decoded, for the grader and people
@@ -211,10 +220,12 @@ class Rollout:
         return sum(attempt.num_tokens for attempt in self.attempts)
 
     def context_ids(self, turn_idx: int) -> list[int]:
-        """Token ids that attempt turn_idx was sampled behind; for the number of turns, that the next will be.
+        """Token ids that attempt turn_idx was sampled behind; for the number of turns, that the
+        next will be.
 
         Raises:
-            ValueError: there is no such context: no such turn, or the guidance before it was not shown.
+            ValueError: there is no such context: no such turn, or the guidance before it was not
+                        shown.
         """
         context = list(self.prompt_ids)
         for idx in range(turn_idx):

@@ -1,4 +1,5 @@
-"""Triton kernels run on the CPU here: the interpreter has to be asked for before anything imports triton.
+"""Triton kernels run on the CPU here: the interpreter has to be asked for before anything imports
+triton.
 
 On a machine with a GPU, TRITON_INTERPRET=0 in the environment tests the compiled kernels instead.
 """
@@ -10,7 +11,7 @@ from importlib import metadata
 
 import pytest
 
-from tests.interpreter import dead_pair
+from tests.helpers.interpreter import dead_pair
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,4 +1,6 @@
-"""`make aot`: it finds every kernel, compiles for every architecture, and fails on what must not be shipped."""
+"""`make aot`: it finds every kernel, compiles for every architecture, and fails on what must not be
+shipped.
+"""
 
 from __future__ import annotations
 
@@ -138,14 +140,17 @@ def test_a_few_bytes_may_spill() -> None:
 
 
 def test_a_chunk_may_begin_at_any_row_without_another_compilation() -> None:
-    """Numbers a row are slices of the caller's; logits and values are buffers of their own, and may have a variant."""
+    """Numbers a row are slices of the caller's; logits and values are buffers of their own, and may
+    have a variant.
+    """
     code = """
 from tools import aot
 import os
 os.environ.pop("TRITON_INTERPRET", None)
 rows = {c.kernel.__name__: c.kernel for c in aot.discover()[0] if "rows" in c.kernel.__name__}
 for name, kernel in rows.items():
-    aligned = [p.name for p in kernel.params if p.name.endswith("_ptr") and not p.do_not_specialize_on_alignment]
+    pointers = [p for p in kernel.params if p.name.endswith("_ptr")]
+    aligned = [p.name for p in pointers if not p.do_not_specialize_on_alignment]
     print(name, *aligned)
 """
     done = run_aot(code=code)
@@ -205,7 +210,8 @@ print(*aot.discover()[1])
     done = run_aot(code=code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (
-        "kernels/decay_advantage.py: aot_configs must yield every kernel, got none for _decay_advantage_kernel"
+        "kernels/decay_advantage.py: aot_configs must yield every kernel, got none for "
+        "_decay_advantage_kernel"
     )
 
 
@@ -223,7 +229,7 @@ for config in paged_decode.aot_configs():
 
 
 def test_decode_loads_keys_ahead() -> None:
-    """Two buffers of keys and two of values, and three programs at once, in the TTGIR for an H100."""
+    """The TTGIR for an H100 has two buffers of keys and of values, and three programs an SM."""
     done = run_aot(code=DECODE)
     assert done.returncode == 0, done.stderr
     assert "2 of 32x128 bf16" in done.stdout, done.stdout

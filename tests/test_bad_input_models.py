@@ -1,4 +1,6 @@
-"""Student folders and checkpoints that cannot work: one line, exit code 2, and an old run stays as it was."""
+"""Student folders and checkpoints that cannot work: one line, exit code 2, and an old run stays as
+it was.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 
 from socpo_fast.cli import main
 from socpo_fast.report.tracker import read_metrics
-from tests.bad_input import (
+from tests.helpers.bad_input import (
     Words,
     assert_refused,
     assert_train_refuses,
@@ -55,7 +57,8 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
         damaged_student(
             edit_json("config.json", architectures=["GPT2LMHeadModel"], model_type="gpt2")
         ),
-        ".*config.json: architectures must be one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
+        ".*config.json: architectures must be one of LlamaForCausalLM, MistralForCausalLM, "
+        "Qwen2ForCausalLM, "
         r"Qwen3ForCausalLM, got \['GPT2LMHeadModel'\]",
     ),
     "no tokenizer": (
@@ -117,7 +120,8 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     ),
     "no chat template": (
         damaged_student(remove("chat_template.jinja")),
-        "bridge: tokenizer must have a chat template, got none in '.*student'; use the instruct version",
+        "bridge: tokenizer must have a chat template, got none in '.*student'; use the instruct "
+        "version",
     ),
     "a chat template that is broken": (
         damaged_student(write("chat_template.jinja", "{% if %}")),
@@ -211,7 +215,8 @@ def test_a_checkpoint_of_another_model(
         assert main(words_of("train", run_dir, words | more)) == 2
         assert_refused(
             capsys.readouterr().err,
-            "checkpoint: .*update_000001 must be of this student's model, got num_layers [0-9]+ instead of [0-9]+; ",
+            "checkpoint: .*update_000001 must be of this student's model, got num_layers [0-9]+ "
+            "instead of [0-9]+; ",
         )
     assert snapshot(run_dir) == before
 

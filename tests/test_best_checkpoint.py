@@ -17,11 +17,15 @@ from socpo_fast.run_state import best_checkpoint
 from socpo_fast.session import Session
 from tests.test_trainer_resume import config_of
 
-# success/unassisted after so many updates: the start's counts for nothing, the first 0.5 is the best
+# success/unassisted after so many updates: the start's counts for nothing, the first 0.5 is the
+# best
 SUCCESS = {0: 0.9, 1: 0.25, 2: 0.5, 3: 0.5, 4: 0.125, 5: 0.25, 6: 0.25, 7: 0.5}
 TOLD = "best evaluation so far: {:.1%} unassisted; update {} is kept"
 NO_MORE = "run: update_000002 counts no more as the best checkpoint: "
-GOES = "; it goes at the next save unless it is one of the newest run.keep_checkpoints, copy it to keep it"
+GOES = (
+    "; it goes at the next save unless it is one of the newest run.keep_checkpoints, copy it "
+    "to keep it"
+)
 
 
 def small(folder: Path, **changes: Any) -> Config:
@@ -102,7 +106,8 @@ def test_best_can_be_named(finished: Config, monkeypatch: pytest.MonkeyPatch, ca
 def test_there_is_none_without_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match="^eval: --checkpoint best must be in .*, got no evaluation with a success behind an update; ",
+        match="^eval: --checkpoint best must be in .*, got no evaluation with a success behind an "
+        "update; ",
     ):
         trainer.evaluate(small(tmp_path), "best")
     config = small(tmp_path, data__eval="none", run__num_batches=2)
@@ -128,7 +133,9 @@ class Killed(BaseException):
 def test_killed_between_evaluation_and_save(
     finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Before the save the evaluation is made again; behind it the older best one goes with the next."""
+    """Before the save the evaluation is made again; behind it the older best one goes with the
+    next.
+    """
     config = small(tmp_path)
     calls = []
     original = getattr(trainer, where)
@@ -191,7 +198,9 @@ def flip(folder: Path) -> str:
 def test_a_damaged_best_one_is_told_and_replaced(
     copied: Path, damage: Callable[[Path], str]
 ) -> None:
-    """What lacks something stays where it is, file for file; where all sizes are right it goes, and that is told."""
+    """What lacks something stays where it is, file for file; where all sizes are right it goes, and
+    that is told.
+    """
     config = small(copied, run__num_batches=6)
     best = config.folder / "checkpoints" / "update_000002"
     reason = damage(best)

@@ -1,4 +1,6 @@
-"""The command line: words to Config, one-line errors with exit code 2, no torch before the configuration stands."""
+"""The command line: words to Config, one-line errors with exit code 2, no torch before the
+configuration stands.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,8 @@ def test_bad_key_is_refused_within_two_cpu_seconds_without_torch() -> None:
     code = (
         "import sys, time; from socpo_fast.cli import main\n"
         "code = main(['train', '--train.lr_rate', '3'])\n"
-        "print(code, [m for m in ('torch', 'transformers') if m in sys.modules], time.process_time() < 2)"
+        "print(code, [m for m in ('torch', 'transformers') if m in sys.modules], "
+        "time.process_time() < 2)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -210,7 +213,7 @@ def test_env_names_machine_versions_and_ops(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_default_that_is_given_is_given() -> None:
-    """Own data are evaluated on none by default, and the built-in questions said aloud are refused."""
+    """Own data are evaluated on none by default; the built-in questions named aloud are refused."""
     own = ["--data.train", "x.jsonl", "--teacher.kind", "retry"]
     assert parse("train", own)[0].data.eval is None
     with pytest.raises(ValueError, match="data.eval must be your own questions or none"):

@@ -1,4 +1,4 @@
-"""The built-in task's card and picture: a run beside the recorded curves, at equal sampled tokens."""
+"""The built-in task's card and plot: a run beside the recorded curves at equal tokens."""
 
 from __future__ import annotations
 

@@ -1,22 +1,19 @@
-"""Configuration: what is accepted, what is refused and in which words, and that it survives a round trip."""
+"""Configuration: what is accepted, what is refused and in which words, and that it survives a round
+trip.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socpo_fast.config import Config, RetryTeacherConfig, load_config, read_toml
+from socpo_fast.config import Config, load_config
 from socpo_fast.config.text import describe, fields_of, owners_of, rule_of
-from socpo_fast.ops import CreditOptions, PolicyLossOptions
 from socpo_fast.report.settings import config_text
-from socpo_fast.socratic.episode import RolloutOptions
 
 ROOT = Path(__file__).parent.parent
 LOCAL = {"teacher.kind": "local", "teacher.path": "models/x"}
@@ -91,7 +88,8 @@ REFUSED = {
     ),
     "a setting of another kind": (
         {"teacher.url": "http://h"},
-        "config: teacher.kind must be endpoint for teacher.url, got rule; set teacher.kind or leave teacher.url out",
+        "config: teacher.kind must be endpoint for teacher.url, got rule; set teacher.kind or "
+        "leave teacher.url out",
     ),
     "a setting of two other kinds": (
         {"teacher.temperature": 0.5},
@@ -103,11 +101,13 @@ REFUSED = {
     ),
     "no grader": (
         {"data.grader": "regex"},
-        "config: data.grader must be one of sciknoweval, mcq, exact, math, module:function, got 'regex'",
+        "config: data.grader must be one of sciknoweval, mcq, exact, math, module:function, got "
+        "'regex'",
     ),
     "no estimator": (
         {"advantage.estimator": "gae"},
-        "config: advantage.estimator must be one of reinforce_plus_plus_baseline, reinforce_plus_plus, grpo, dr_grpo,",
+        "config: advantage.estimator must be one of reinforce_plus_plus_baseline, "
+        "reinforce_plus_plus, grpo, dr_grpo,",
     ),
     "the built-in tutor on other data": (
         {"data.train": "x.parquet"},
@@ -139,12 +139,14 @@ REFUSED = {
     ),
     "a rate that falls from where the run ends": (
         {"train.lr_schedule": "linear", "run.num_batches": 2},
-        "config: train.warmup_updates must be below the run's 8 updates for train.lr_schedule linear, got 10; lower "
+        "config: train.warmup_updates must be below the run's 8 updates for train.lr_schedule "
+        "linear, got 10; lower "
         "train.warmup_updates or raise run.num_batches",
     ),
     "an end for a rate that does not fall": (
         {"train.min_lr_ratio": 0.1},
-        "config: train.min_lr_ratio must be 0 for train.lr_schedule constant, got 0.1; leave train.min_lr_ratio out",
+        "config: train.min_lr_ratio must be 0 for train.lr_schedule constant, got 0.1; leave "
+        "train.min_lr_ratio out",
     ),
     "pages of three": (
         {"engine.page_size": 3},
@@ -283,93 +285,3 @@ def test_fields_of_a_request_are_a_table(tmp_path: Path) -> None:
     for text in ("{", "max_tokens=1", "[1]"):
         with pytest.raises(ValueError, match="config: teacher.extra_body must be a table, got"):
             load_config(None, endpoint | {"teacher.extra_body": text})
-
-
-def test_own_data_are_evaluated_on_own_data_or_none(tmp_path: Path) -> None:
-    own = {"data.train": "x.jsonl", "teacher.kind": "retry"}
-    assert load_config(None, own).data.eval is None
-    assert load_config(None, own | {"data.eval": "y.jsonl"}).data.eval == "y.jsonl"
-    assert (
-        load_config(None, {"data.eval": "y.jsonl", "teacher.kind": "retry"}).data.train == "builtin"
-    )
-    assert load_config(None, {}).data.eval == "builtin"
-    path = tmp_path / "config.toml"
-    path.write_text('[data]\ntrain = "builtin"\neval = "builtin"\n', encoding="utf-8")
-    with pytest.raises(
-        ValueError, match="data.eval must be your own questions or none for data.train x.jsonl"
-    ):
-        load_config(path, own)
-
-
-def test_kinds_of_teacher_round_trip(tmp_path: Path) -> None:
-    """Each kind with its own settings only, in the file that a run writes as well."""
-    path = tmp_path / "config.toml"
-    for kind, settings_of_it in {
-        "rule": {"teacher.rule": "json:dumps"},
-        "retry": {"teacher.retry_text": "Again."},
-        "local": {"teacher.path": "models/x"},
-        "endpoint": {"teacher.url": "http://h/v1", "teacher.model": "m"},
-    }.items():
-        config = load_config(None, {"teacher.kind": kind, **settings_of_it})
-        path.write_text(config_text(config), encoding="utf-8")
-        assert load_config(path) == config
-        assert config.teacher.kind == kind
-        assert ("url = " in path.read_text(encoding="utf-8")) == (kind == "endpoint")
-
-
-def test_another_kind_leaves_the_files_own_settings_out() -> None:
-    """One word on the command line is enough for the ablation of a run with a server."""
-    path = ROOT / "configs" / "smollm2_sciknoweval_endpoint.toml"
-    config = load_config(path, {"teacher.kind": "retry"})
-    assert config.teacher == RetryTeacherConfig(
-        **{key: value for key, value in read_toml(path)["teacher"].items() if key in SHARED}
-    )
-    assert load_config(path).teacher.kind == "endpoint"
-    with pytest.raises(ValueError, match="teacher.kind must be endpoint for teacher.url"):
-        load_config(path, {"teacher.kind": "retry", "teacher.url": "http://h"})
-
-
-SHARED = {"guidance_timeout_s", "on_silence", "reveal_answer", "show_reference", "view", "on_leak"}
-PROBES = (-1e9, -1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-9, 3.0, 1e9, float("inf"), float("nan"))
-
-
-@pytest.mark.filterwarnings("ignore:compute_advantages", "ignore:config. rollout.group_size")
-@pytest.mark.parametrize(
-    ("options", "section"),
-    [(PolicyLossOptions, "loss"), (CreditOptions, "advantage"), (RolloutOptions, "rollout")],
-)
-def test_settings_and_options_allow_the_same(options: type[Any], section: str) -> None:
-    """A number that a file may give is one that the options take, and the other way round."""
-    names = [f.name for f in fields(options) if f"{section}.{f.name}" in fields_of(Config)]
-    assert len(names) >= 2
-    for name in names:
-        default = getattr(options(), name)
-        if isinstance(default, str):
-            words = rule_of(Config, f"{section}.{name}").removeprefix("one of ").split(", ")
-            assert all(options(**{name: word}) for word in words)
-            continue
-        for probe in PROBES:
-            value = int(probe) if isinstance(default, int) and abs(probe) <= 1e9 else probe
-            if isinstance(default, int) and not isinstance(value, int):
-                continue
-            in_a_file = is_taken(load_config, None, {f"{section}.{name}": value})
-            assert in_a_file == is_taken(options, **{name: value}), (name, value)
-
-
-def is_taken(make: Callable[..., object], *given: Any, **named: Any) -> bool:
-    try:
-        make(*given, **named)
-    except ValueError:
-        return False
-    return True
-
-
-def test_a_section_of_another_shape_shows_no_secret() -> None:
-    url = {"url": "https://sk-abc123@host/v1"}
-    for section, message in (
-        ([url], "must be a table, got list"),
-        (url, "teacher.kind must be one of rule, local"),
-    ):
-        with pytest.raises(ValueError, match=message) as refused:
-            load_config(None, {"teacher": section})
-        assert "sk-abc123" not in str(refused.value)

@@ -13,20 +13,25 @@ import torch
 
 from socpo_fast.cli import main
 from socpo_fast.device import TRITON, select_device
-from tests.bad_input import assert_refused, words_of
+from tests.helpers.bad_input import assert_refused, words_of
 
 CUDA_HINT = (
-    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might "
+    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the "
+    "stacktrace below might "
     "be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1"
 )
 NO_CUDA = "Torch not compiled with CUDA enabled"
 OLD_DRIVER = (
-    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
-    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx Alternatively, go to: "
-    "https://pytorch.org to install a PyTorch version that has been compiled with your version of the CUDA driver."
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+    "driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx "
+    "Alternatively, go to: "
+    "https://pytorch.org to install a PyTorch version that has been compiled with your version of "
+    "the CUDA driver."
 )
 NO_DRIVER = (
-    "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
+    "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and "
+    "installed a driver from "
     "http://www.nvidia.com/Download/index.aspx"
 )
 BUSY = f"CUDA error: CUDA-capable device(s) is/are busy or unavailable{CUDA_HINT}"
@@ -65,7 +70,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a broken card": (
         {"mem_get_info": RuntimeError(SICK)},
-        "got 'CUDA error: uncorrectable ECC error encountered'; nvidia-smi tells its state, or use cpu",
+        "got 'CUDA error: uncorrectable ECC error encountered'; nvidia-smi tells its state, or "
+        "use cpu",
     ),
 }
 
@@ -107,14 +113,20 @@ def test_a_card_that_torch_cannot_use(case: str, monkeypatch: pytest.MonkeyPatch
 
 def test_a_card_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     put_card(monkeypatch)
-    message = "^run.device: cuda:2 must be a device of this machine, which has 2 CUDA devices; name one of them, or"
+    message = (
+        "^run.device: cuda:2 must be a device of this machine, which has 2 CUDA devices; "
+        "name one of them, or"
+    )
     with pytest.raises(ValueError, match=message):
         select_device("cuda:2")
 
 
 def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     put_card(monkeypatch)
-    message = "^run.device: cuda:1 must be of compute capability 8.0 or newer, got 7.5; name a newer card, or use cpu$"
+    message = (
+        "^run.device: cuda:1 must be of compute capability 8.0 or newer, got 7.5; name a "
+        "newer card, or use cpu$"
+    )
     with pytest.raises(ValueError, match=message):
         select_device("cuda:1")
 
@@ -126,7 +138,10 @@ def test_a_triton_that_does_not_fit(
     triton: str | None, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_card(monkeypatch, triton=triton)
-    message = f"run.device: cuda must be one beside Triton >=3.6,<4, got {shown}; pip install 'triton>=3.6,<4', or use cpu"
+    message = (
+        f"run.device: cuda must be one beside Triton >=3.6,<4, got {shown}; pip install "
+        "'triton>=3.6,<4', or use cpu"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         select_device("cuda")
 

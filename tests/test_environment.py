@@ -1,4 +1,4 @@
-"""What the tests need of the machine: a Triton and a numpy that go together, and our own `tests`."""
+"""What tests need of the machine: a Triton and a numpy that go together, our own `tests`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interpreter import dead_pair
+from tests.helpers.interpreter import dead_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,7 +65,7 @@ def test_another_package_named_tests_cannot_hide_ours(tmp_path: Path) -> None:
     """Wheels exist that install a package of that name; ours is one too, and stands in the root."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").touch()
-    code = "from tests.error_rule import assert_error_rule"
+    code = "from tests.helpers.error_rule import assert_error_rule"
     done = run_python("-c", code, python_path=tmp_path)
     assert done.returncode == 0, done.stderr
     arguments = ("-m", "pytest", "--collect-only", "-q", "tests/test_error_rule.py")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.error_rule import (
+from tests.helpers.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
     assert_error_rule,

@@ -1,4 +1,6 @@
-"""Evaluation: estimators against enumeration and simulation; no engine setting and no slice changes a number."""
+"""Evaluation: estimators against enumeration and simulation; no engine setting and no slice changes
+a number.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def test_pass_at_k_is_unbiased(p: float) -> None:
 
 
 def test_interval_of_a_hand_worked_case() -> None:
-    """Agresti and Coull's for 0 of 10: n' = 13.8415, m = 0.13877, half = 1.96 sqrt(m (1 - m) / n')."""
+    """Agresti-Coull for 0 of 10: n' = 13.8415, m = 0.13877, half = 1.96 sqrt(m (1 - m) / n')."""
     low, high = interval([0.0] * 10)
     assert (low, high) == (
         0.0,
@@ -90,7 +92,9 @@ def test_interval_holds_its_mean_lies_in_0_1_and_is_fair_to_both_ends(counts: li
 )
 @pytest.mark.parametrize("samples", [1, 4, 16])
 def test_interval_covers_the_truth_in_95_of_100_evaluations(samples: int, spread: float) -> None:
-    """Each question has its own rate, drawn from a beta distribution of the true mean; its samples follow it."""
+    """Each question has its own rate, drawn from a beta distribution of the true mean; its samples
+    follow it.
+    """
     random = np.random.default_rng(int(samples * 1000 + spread))
     for num_questions, least in ((5, 0.90), (20, 0.93), (200, 0.935)):
         for truth in (0.0, 0.02, 0.3, 0.5, 0.9):

@@ -65,12 +65,17 @@ def add_guidance(rows: list[dict[str, Any]]) -> None:
 DAMAGES: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
     "one is lost": (lambda rows: rows.pop(), "has 2 rollouts of 3"),
     "one is there twice": (lambda rows: rows.__setitem__(2, rows[0]), "has 2 rollouts of 3"),
-    "help is worth as much as none": (give(1, 1.0), "question 7 rollout 1 attempt 1: reward 1.0 instead of 0.333"),
-    "a right answer earns nothing": (give(0, 0.0), "question 7 rollout 0 attempt 0: reward 0.0 instead of 1.0"),
-    "a failed guidance earns": (give(2, 1.0), "question 7 rollout 2 attempt 0: reward 1.0 instead of 0.0"),
-    "another text was graded": (reword, "question 7 rollout 0 attempt 0: reward 1.0 instead of 0.0"),
+    "help is worth as much as none": (give(1, 1.0), "question 7 rollout 1 attempt 1: reward 1.0 "
+"instead of 0.333"),
+    "a right answer earns nothing": (give(0, 0.0), "question 7 rollout 0 attempt 0: reward 0.0 "
+"instead of 1.0"),
+    "a failed guidance earns": (give(2, 1.0), "question 7 rollout 2 attempt 0: reward 1.0 instead "
+"of 0.0"),
+    "another text was graded": (reword, "question 7 rollout 0 attempt 0: reward 1.0 instead of "
+"0.0"),
     "nobody guided": (take_guidance, "question 7 rollout 1: attempt 1 follows without guidance"),
-    "it did not fail": (add_guidance, "question 7 rollout 2: ended for want of guidance, and has one"),
+    "it did not fail": (add_guidance, "question 7 rollout 2: ended for want of guidance, and has "
+"one"),
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
-    """Replaces pip; returns the commands that it was given. No extension is built in this checkout."""
+    """Replaces pip; returns the commands it was called with. Builds nothing in this checkout."""
     monkeypatch.setattr(bundle, "ROOT", tmp_path / "checkout")
 
     def install(

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("socpo_fast", "kernels", "bench", "tools")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FORBIDDEN = {
-    r"^\s*(import|from) kernels\b": "ours is socpo_fast.kernels; the bare name is a Hugging Face package",
+    r"^\s*(import|from) kernels\b": "ours is socpo_fast.kernels; the bare name is a Hugging Face "
+    "package",
     r"^\s*(import|from) pickle\b": "weights and states are safetensors and JSON",
     r"\btorch\.load\(": "it reads pickles",
     r"(?<![\w.])(eval|exec)\(": "nothing that was read is ever run",
@@ -47,8 +48,13 @@ def test_sources_are_free_of(pattern: str) -> None:
 
 
 def test_transformers_loads_behind_us_from_the_root() -> None:
-    """transformers looks for a package named kernels; from the root it finds our folder, which has no __init__.py."""
-    code = "import socpo_fast, transformers; from transformers import AutoModelForCausalLM, AutoTokenizer"
+    """transformers looks for a package named kernels; from the root it finds our folder, which has
+    no __init__.py.
+    """
+    code = (
+        "import socpo_fast, transformers; from transformers import AutoModelForCausalLM, "
+        "AutoTokenizer"
+    )
     run_python(code)
 
 

@@ -1,4 +1,6 @@
-"""docs/kernels.md: every kernel is in it, and its numbers are those of the functions that make them."""
+"""docs/kernels.md: every kernel is in it, and its numbers are those of the functions that make
+them.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from tools.kernel_work import CARDS, Card, Work, works
 from tools.kernels_doc import FILE, buffers_of, by_architecture
 
 TTGIR = """
-%0 = ttg.local_alloc {allocation.offset = 0 : i32} : () -> !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>
-%1 = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>
-%2 = ttg.local_alloc : () -> !ttg.memdesc<2x64xi32, #shared1, #smem, mutable>
-%3 = ttg.local_alloc %q : (tensor<128x128xbf16, #blocked>) -> !ttg.memdesc<128x128xbf16, #shared, #smem>
+%0 = ttg.local_alloc {offset = 0 : i32} : () -> !ttg.memdesc<3x64x128xbf16, #shared, mutable>
+%1 = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #shared, mutable>
+%2 = ttg.local_alloc : () -> !ttg.memdesc<2x64xi32, #shared, mutable>
+%3 = ttg.local_alloc %q : (tensor<128x128xbf16, #blocked>) -> !ttg.memdesc<128x128xbf16, #shared>
 """
 
 

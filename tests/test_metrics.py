@@ -1,4 +1,6 @@
-"""What a run writes: rows, truncation on resume, rollout files, TensorBoard, and the display for people."""
+"""What a run writes: rows, truncation on resume, rollout files, TensorBoard, and the display for
+people.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""docs/numerics.md promises what a test holds: those it names exist, and its tolerances are the ones in use."""
+"""docs/numerics.md promises what a test holds: those it names exist, and its tolerances are the
+ones in use.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.error_rule import TOLERANCE
+from tests.helpers.error_rule import TOLERANCE
 
 TESTS = Path(__file__).parent
 TEXT = (TESTS.parent / "docs" / "numerics.md").read_text(encoding="utf-8")

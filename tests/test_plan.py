@@ -15,7 +15,7 @@ from socpo_fast.report.cards import CARDS, Card, card_of
 from socpo_fast.report.plan import plan_table
 from socpo_fast.session import Session
 from socpo_fast.trainer import train
-from tests.plans import FakeCard, Planner, planner
+from tests.helpers.plans import FakeCard, Planner, planner
 
 __all__ = ["planner"]  # a fixture
 

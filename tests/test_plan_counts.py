@@ -14,8 +14,8 @@ from socpo_fast.report import sizes
 from socpo_fast.report.batch_time import batch_seconds
 from socpo_fast.report.memory_plan import TEACHER_PAGE_SIZE, Plan
 from socpo_fast.train.packing import pack_rollouts
-from tests.plans import RAW, Planner, planner
-from tests.train.rollouts import make_rollout
+from tests.helpers.made_rollouts import make_rollout
+from tests.helpers.plans import RAW, Planner, planner
 
 __all__ = ["planner"]  # a fixture
 
@@ -120,14 +120,17 @@ def test_within_a_hundredth_of_the_counted_peak(
 
 
 def test_a_second_attempt_sees_the_head_of_the_first(planner: Planner) -> None:
-    """Decode, by hand: 2 bytes of KV a number, and the weights once a step; 8 rollouts, half resumed."""
+    """Decode, by hand: 2 bytes of KV a number, and the weights once a step; 8 rollouts, half
+    resumed.
+    """
     batch = {"rollout__questions_per_batch": 1, "train__questions_per_update": 1}
     plan = planner("Qwen3-0.6B", rollout__max_new_tokens=4096, rollout__attempt_limit=1000, **batch)
     took = batch_seconds(plan, prompt=300, answer=4096, guidance=130)["rollouts: decode"]
     kv = 2 * 28 * 8 * 128 * 2
     weights = 2 * (plan_parameters(plan))
     pairs = 8 * 4096 * (300 + 2048) + 4 * 4096 * (300 + 1000 + 130 + 2048)
-    # The prompt is read once for the rollouts of the group: 7 of the first, 3 of the second attempts.
+    # The prompt is read once for the rollouts of the group: 7 of the first, 3 of the second
+    # attempts.
     shared = (7 + 3) * 4096 * 300
     assert took == pytest.approx(((pairs - shared) * kv + 2 * 4096 * weights) / 3e12, rel=1e-6)
 
@@ -150,7 +153,8 @@ def test_no_attempt_behind_the_last_position(planner: Planner) -> None:
         for k in (2, 9)
     )
     assert two == nine
-    # The second attempt ends at position 40,960; a token moves so many numbers in each of 28 layers.
+    # The second attempt ends at position 40,960; a token moves so many numbers in each of 28
+    # layers.
     num_tokens = 300 + 8 * 30_000 + 4 * 130 + 4 * (40_960 - 30_430)
     moved = 2 * 28 * num_tokens * (20 * 1024 + 6 * 4096 + 9 * 3072)
     assert two["updates: elementwise"] == pytest.approx(moved / 4.8e12)

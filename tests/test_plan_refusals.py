@@ -17,7 +17,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.teachers.base import TeacherPrompt
 from socpo_fast.socratic.teachers.local import LocalTeacher
 from socpo_fast.types import SamplingParams
-from tests.plans import Planner, planner
+from tests.helpers.plans import Planner, planner
 
 __all__ = ["planner"]  # a fixture
 
@@ -64,16 +64,20 @@ REFUSED = {
     ),
     "cards that begin so": (
         ["--card", "A100"],
-        f"plan: --card must be one of {', '.join(CARDS)}, got A100; did you mean a100-80 or a100-40?",
+        f"plan: --card must be one of {', '.join(CARDS)}, got A100; did you mean a100-80 or "
+        "a100-40?",
     ),
     "no such card": (
         ["--card", "tpu"],
-        f"plan: --card must be one of {', '.join(CARDS)}, got tpu; name one; without it, this machine's own is asked",
+        f"plan: --card must be one of {', '.join(CARDS)}, got tpu; name one; without it, this "
+        "machine's own is asked",
     ),
     "no card here": (
         ["--card", "none"],
-        f"plan: run.device: cuda must be a card that torch {torch.__version__} can use, got 'Torch not compiled "
-        "with CUDA enabled'; install a build of torch with CUDA, or name a kind of card with --card: "
+        f"plan: run.device: cuda must be a card that torch {torch.__version__} can use, got "
+        "'Torch not compiled "
+        "with CUDA enabled'; install a build of torch with CUDA, or name a kind of card with "
+        "--card: "
         f"{', '.join(CARDS)}",
     ),
     "CPU": (
@@ -117,7 +121,8 @@ REFUSED = {
     ),
     "longer answers than the model": (
         ["--rollout.max_new_tokens", "40960"],
-        "rollout: rollout.max_new_tokens must be below the model's 40960 positions, got 40960; lower it",
+        "rollout: rollout.max_new_tokens must be below the model's 40960 positions, got 40960; "
+        "lower it",
     ),
 }
 
@@ -132,7 +137,8 @@ def test_refused_in_one_line(
     assert capsys.readouterr().err == message.replace("FOLDER", str(tmp_path)) + "\n"
 
 
-# What a lever of a refusal says -> the settings of who follows it. Of numbers, the least that is of use.
+# What a lever of a refusal says -> the settings of who follows it. Of numbers, the least that is of
+# use.
 FOLLOWED: dict[str, dict[str, Any]] = {
     "set train.checkpointing true": {"train__checkpointing": True},
     "lower train.token_budget": {"train__token_budget": 1},

@@ -1,4 +1,4 @@
-"""The report: escapes what models wrote, loads nothing, and copes with runs that stopped anywhere."""
+"""The report escapes what models wrote, loads nothing, and copes with runs that stopped."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_run_that_stopped_at_once(tmp_path: Path) -> None:
 
 
 def test_training_only_and_unknown_values(tmp_path: Path) -> None:
-    """No evaluation, one batch, a metric that is nan: the headline falls back to training batches."""
+    """No evaluation, one batch, a NaN metric: the headline falls back to training batches."""
     with MetricsWriter(tmp_path) as writer:
         metrics = {"success/unassisted": 0.4, "decay/f_1": float("nan"), "guidance/rate": 0.0}
         writer.write(metrics, kind="batch", batch=1, update=1)

@@ -19,9 +19,9 @@ from socpo_fast.config import Config, load_config
 from socpo_fast.config.text import fields_of
 from socpo_fast.report.settings import FREE
 from socpo_fast.report.tracker import read_metrics
-from tests.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
+from tests.helpers.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
+from tests.helpers.faulty_server import Server
 from tests.socratic.conftest import server
-from tests.socratic.faulty_server import Server
 
 __all__ = ["finished_run", "run_dir", "server"]  # fixtures
 Capture = pytest.CaptureFixture[str]
@@ -106,7 +106,7 @@ def test_what_auto_stood_for_is_on_record(run_dir: Path, capsys: Capture) -> Non
 
 
 def test_the_length_decides_where_the_learning_rate_ends(tmp_path: Path, capsys: Capture) -> None:
-    """Only there: under a constant rate more batches are no change, and a rate that falls is one."""
+    """Under a constant rate more batches are no change; under a falling rate they are one."""
     linear = {"train.lr_schedule": "linear", "train.warmup_updates": 0}
     assert main(words_of("train", tmp_path, linear | {"run.num_batches": 1})) == 0
     capsys.readouterr()
@@ -295,7 +295,7 @@ sys.exit(main())
 
 
 def test_what_another_start_rolled_out_goes(run_dir: Path) -> None:
-    """Where a run begins anew or goes on from earlier, nothing of later batches stays to be read."""
+    """A run that begins anew, or resumes earlier, leaves nothing of later batches to be read."""
     rollouts = run_dir / "run" / "rollouts"
     for name in ("batch_000002.jsonl", "batch_1000000.jsonl", "notes.txt"):
         (rollouts / name).write_text("")

@@ -13,7 +13,7 @@ import pytest
 
 from socpo_fast.cli import main
 from socpo_fast.config import load_config
-from tests.bad_input import Words, assert_refused, finished_run, run_dir, snapshot, words_of
+from tests.helpers.bad_input import Words, assert_refused, finished_run, run_dir, snapshot, words_of
 
 __all__ = ["finished_run", "run_dir"]  # fixtures
 Capture = pytest.CaptureFixture[str]

@@ -11,7 +11,7 @@ import pytest
 from socpo_fast.cli import main
 from socpo_fast.report import folder as folder_module
 from socpo_fast.report.folder import LOCK, run_folder
-from tests.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
+from tests.helpers.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
 
 __all__ = ["finished_run", "run_dir"]  # fixtures
 Capture = pytest.CaptureFixture[str]

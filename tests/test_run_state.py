@@ -49,7 +49,9 @@ def test_round_trip_through_a_checkpoint(fresh: RunState, eval_due: bool) -> Non
 
 
 def test_the_record_is_as_it_was(fresh: RunState) -> None:
-    """A checkpoint of before is read, and written again it only says that no evaluation was the best."""
+    """A checkpoint of before is read, and written again it only says that no evaluation was the
+    best.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         state = read(RECORD)
@@ -94,7 +96,9 @@ def test_a_state_is_saved_once_and_again_when_it_changes(fresh: RunState) -> Non
 
 
 def test_the_first_of_the_best_evaluations_counts(fresh: RunState) -> None:
-    """That of the start has no checkpoint, 0 is no success; a better one makes one due, an equal one does not."""
+    """That of the start has no checkpoint, 0 is no success; a better one makes one due, an equal
+    one does not.
+    """
     told = []
     for update, success in ((0, 0.9), (4, 0.0), (8, 0.25), (12, 0.25), (16, 0.125), (20, 0.5)):
         fresh.save_due = False

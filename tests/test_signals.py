@@ -18,7 +18,7 @@ import pytest
 
 from socpo_fast.cli import main
 from socpo_fast.stopping import ANSWERS
-from tests.bad_input import assert_refused, words_of
+from tests.helpers.bad_input import assert_refused, words_of
 
 ROOT = Path(__file__).parent.parent
 GONE_S = 8.0  # two seconds, where nothing else runs; tests share their machine

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_input import words_of
+from tests.helpers.bad_input import words_of
 
 ROOT = Path(__file__).parent.parent
 WORDS = {"run.num_batches": 1, "data.eval": "none"}

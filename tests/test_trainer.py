@@ -131,7 +131,9 @@ def test_resume_is_bitwise_a_run_without_stop(
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(straight: Config, tmp_path: Path) -> None:
-    """SIGKILL in the middle of a batch: what came after the checkpoint is done again, and no row is there twice."""
+    """SIGKILL in the middle of a batch: what came after the checkpoint is done again, and no row is
+    there twice.
+    """
     config = config_of(tmp_path, run__checkpoint_every_updates=2)
     killed = trainer.Trainer(config)
     update = killed.update
@@ -263,7 +265,9 @@ def test_a_new_run_never_overwrites_an_old_one(straight: Config) -> None:
 
 @pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
-    """Unassisted accuracy on held-out questions rises by far more than 15 points; the shipped settings, shortened."""
+    """Unassisted accuracy on held-out questions rises by far more than 15 points; the shipped
+    settings, shortened.
+    """
     config = load_config(
         CONFIG,
         {"run.dir": str(tmp_path), "run.num_batches": 10, "data.builtin_eval_questions": 100},

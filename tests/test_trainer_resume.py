@@ -1,7 +1,9 @@
-"""From every checkpoint of a run the rest is bit for bit the same; kills and full disks on the way lose nothing.
+"""From every checkpoint of a run the rest is bit for bit the same; kills and full disks on the way
+lose nothing.
 
-A small run with everything on that could come back wrong: epochs of three batches and a question left over, two
-attempts, two epochs an update order, a frozen reference, recomputed log-probs, evaluations that are due or owed.
+A small run with everything on that could come back wrong: epochs of three batches and a question
+left over, two attempts, two epochs an update order, a frozen reference, recomputed log-probs,
+evaluations that are due or owed.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ UPDATES_A_BATCH = 4  # 2 questions, one an update, 2 epochs
 
 
 def grade(text: str, question: Question) -> bool:
-    """About one answer in three, by its bytes: an untrained student that stops early still earns something."""
+    """About one answer in three, by its bytes: an untrained student that stops early still earns
+    something.
+    """
     return zlib.crc32(text.encode()) % 3 == 0
 
 
@@ -100,7 +104,9 @@ def rows_of(config: Config) -> list[dict]:
 
 
 def assert_same(config: Config, straight: Config, *, owed: str = "") -> None:
-    """Every checkpoint, metric and rollout is the undisturbed run's, but that `owed` still owes its evaluation."""
+    """Every checkpoint, metric and rollout is the undisturbed run's, but that `owed` still owes its
+    evaluation.
+    """
     for path in sorted((straight.folder / "checkpoints").iterdir()):
         other = config.folder / "checkpoints" / path.name
         one, two = (json.loads((folder / "manifest.json").read_text()) for folder in (path, other))
@@ -113,7 +119,9 @@ def assert_same(config: Config, straight: Config, *, owed: str = "") -> None:
 
 
 def copy_as_killed(straight: Config, folder: Path, num_batches: int) -> Config:
-    """The run as SIGKILL left it: its last checkpoint, rows of later updates, half a checkpoint, half a row."""
+    """The run as SIGKILL left it: its last checkpoint, rows of later updates, half a checkpoint,
+    half a row.
+    """
     config = config_of(folder)
     shutil.copytree(straight.folder, config.folder)
     checkpoints = config.folder / "checkpoints"
@@ -215,7 +223,9 @@ def test_stopped_in_any_evaluation(straight: Config, tmp_path: Path, nth: int) -
 def test_full_disk(
     straight: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType
 ) -> None:
-    """The third save finds no room: it says so, what was there before is whole, and with room again the run goes on."""
+    """The third save finds no room: it says so, what was there before is whole, and with room again
+    the run goes on.
+    """
     config = config_of(tmp_path)
     save_file = where.save_file
     calls = []
@@ -240,7 +250,9 @@ def test_full_disk(
 
 
 def test_a_grader_that_raises_costs_its_own_batch_only(straight: Config, tmp_path: Path) -> None:
-    """No checkpoint was due yet: what was trained before is saved all the same, and the run goes on from there."""
+    """No checkpoint was due yet: what was trained before is saved all the same, and the run goes on
+    from there.
+    """
     config = config_of(tmp_path, run__checkpoint_every_updates=0)
     run = trainer.Trainer(config)
 

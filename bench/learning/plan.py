@@ -41,7 +41,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bench.builtin_student.dialogues import Shares
+from tools.builtin_student.dialogues import Shares
 
 Stage = Literal["rates", "main", "densities", "again", "slower"]
 

@@ -25,7 +25,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.builtin_student.dialogues import ATOMIC_NUMBERS
 from bench.learning.plan import ARMS, EVAL_EVERY_BATCHES, Run
 from socpo_fast.config import load_config
 from socpo_fast.report.environment import environment
@@ -33,6 +32,7 @@ from socpo_fast.report.rollouts import read_rollouts
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.socratic.tasks.molar_mass import ATOMIC_MASSES
 from socpo_fast.trainer import Trainer
+from tools.builtin_student.dialogues import ATOMIC_NUMBERS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "molar_mass.toml"
 UPDATES_A_BATCH = 2

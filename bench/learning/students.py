@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from bench.builtin_student.warm_up import calibrate, save
 from bench.learning.plan import STUDENTS
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import load_tokenizer
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
+from tools.builtin_student.warm_up import calibrate, save
 
 CACHE = Path("runs/learning")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.builtin_student.tokenizer import LEAK_TEXTS
 from socpo_fast.types import GuidanceRequest
+from tools.builtin_student.tokenizer import LEAK_TEXTS
 
 
 def give_answer(request: GuidanceRequest) -> str:

@@ -135,10 +135,12 @@ def load_config(
 
     Args:
         toml_path: file of `[section]` tables; None = defaults only.
-        overrides: "section.key" -> value. Text is read as the field's type, as from the command line.
+        overrides: "section.key" -> value. Text is read as the field's type, as from the command
+                   line.
 
     Raises:
-        ValueError: no such file, broken TOML, an unknown key, a value outside its range, values that contradict.
+        ValueError: no such file, broken TOML, an unknown key, a value outside its range, values
+                    that contradict.
     """
     tables = {} if toml_path is None else read_toml(toml_path)
     tables.pop("history", None)  # a run's config.toml: what held before
@@ -178,12 +180,14 @@ def find_conflicts(config: Config) -> str | None:
     rules = [
         (
             rollout.questions_per_batch % train.questions_per_update == 0,
-            f"train.questions_per_update must divide rollout.questions_per_batch {rollout.questions_per_batch}, "
+            "train.questions_per_update must divide rollout.questions_per_batch "
+            f"{rollout.questions_per_batch}, "
             f"got {train.questions_per_update}",
         ),
         (
             config.run.device != "cpu" or config.student.dtype == "float32",
-            f"student.dtype must be float32 on run.device cpu, got {config.student.dtype}; it is emulated there",
+            f"student.dtype must be float32 on run.device cpu, got {config.student.dtype}; it is "
+            "emulated there",
         ),
         (
             is_builtin_data or not is_builtin_rule or rollout.max_attempts == 1,
@@ -192,7 +196,8 @@ def find_conflicts(config: Config) -> str | None:
         ),
         (
             data.train == "builtin" or data.eval != "builtin",
-            f"data.eval must be your own questions or none for data.train {data.train}, got builtin",
+            f"data.eval must be your own questions or none for data.train {data.train}, got "
+            "builtin",
         ),
         (
             config.engine.page_size.bit_count() == 1,
@@ -206,7 +211,8 @@ def find_conflicts(config: Config) -> str | None:
         ),
         (
             is_falling or train.min_lr_ratio == 0,
-            f"train.min_lr_ratio must be 0 for train.lr_schedule {train.lr_schedule}, got {train.min_lr_ratio}; "
+            f"train.min_lr_ratio must be 0 for train.lr_schedule {train.lr_schedule}, got "
+            f"{train.min_lr_ratio}; "
             "leave train.min_lr_ratio out",
         ),
     ]
@@ -219,5 +225,6 @@ def find_suspicious(config: Config) -> list[str]:
     if config.rollout.group_size > 1 or estimator == "reinforce_plus_plus":
         return []
     return [
-        f"rollout.group_size 1 leaves {estimator} little to compare; raise it or use reinforce_plus_plus"
+        f"rollout.group_size 1 leaves {estimator} little to compare; raise it or use "
+        "reinforce_plus_plus"
     ]

@@ -1,10 +1,10 @@
 """The sections of a configuration, in the order of a batch, the teacher's apart (teachers.py);
 config/__init__.py puts them together.
 
-A section is a frozen pydantic model. Each field carries its range and a description with unit, which
-`socpo train --help` shows and error messages quote. "none" is the word for an absent value, in TOML
-and on the command line. Relative paths are relative to the working directory; "builtin" stands for
-what the package ships.
+A section is a frozen pydantic model. Each field carries its range and a description with unit,
+which `socpo train --help` shows and error messages quote. "none" is the word for an absent value,
+in TOML and on the command line. Relative paths are relative to the working directory; "builtin"
+stands for what the package ships.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
@@ -71,7 +71,8 @@ class RunConfig(Section):
     trace_batches: int = Field(
         default=0,
         ge=0,
-        description="first batches whose student, teacher and phases are traced for ui.perfetto.dev",
+        description="first batches whose student, teacher and phases are traced for "
+        "ui.perfetto.dev",
     )
     live: bool = Field(
         default=True, description="live progress display on a terminal; otherwise one line a batch"
@@ -92,7 +93,8 @@ class StudentConfig(Section):
     )
     enable_thinking: bool | None = Field(
         default=None,
-        description="for chat templates that ask (Qwen3: false = no thinking); none = the template's own",
+        description="for chat templates that ask (Qwen3: false = no thinking); none = the "
+        "template's own",
     )
 
 
@@ -106,7 +108,8 @@ class DataConfig(Section):
     )
     eval: LocalPath | None = Field(
         default="builtin",
-        description="held-out questions, the same kinds; none = no evaluation (default with own data.train)",
+        description="held-out questions, the same kinds; none = no evaluation (default with own "
+        "data.train)",
     )
     train_split: str = Field(
         default="train", min_length=1, description="split of a folder or hub data set to train on"
@@ -171,7 +174,8 @@ class RolloutConfig(Section):
     guidance_limit: int = Field(default=2048, ge=1, description="longest guidance, student tokens")
     context: Literal["tokens", "template"] = Field(
         default="tokens",
-        description="the next attempt sees what was sampled, or what the chat template makes of it (no old <think>)",
+        description="the next attempt sees what was sampled, or what the chat template makes of "
+        "it (no old <think>)",
     )
 
 
@@ -280,7 +284,8 @@ class TrainConfig(Section):
     )
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description="tokens of a microbatch, a longer rollout alone; auto = 8192 on a CPU, what fits a card",
+        description="tokens of a microbatch, a longer rollout alone; auto = 8192 on a CPU, what "
+        "fits a card",
     )
     packing: Literal["tree", "rows"] = Field(
         default="tree",
@@ -288,7 +293,8 @@ class TrainConfig(Section):
     )
     checkpointing: bool | Literal["auto"] = Field(
         default="auto",
-        description="recompute layers in the backward: less memory, more time; auto = where it must be, on a card",
+        description="recompute layers in the backward: less memory, more time; auto = where it "
+        "must be, on a card",
     )
     max_bad_updates: int = Field(
         default=5, ge=1, description="stop after so many non-finite updates in a row"

@@ -30,7 +30,8 @@ class TeacherConfig(Section):
     )
     on_leak: Literal["keep", "drop", "mask"] = Field(
         default="keep",
-        description="guidance that states the answer: shown; not shown and the rollout ends; shown with [...] instead",
+        description="guidance that states the answer: shown; not shown and the rollout ends; "
+        "shown with [...] instead",
     )
 
 
@@ -62,7 +63,8 @@ class ModelTeacherConfig(TeacherConfig):
     )
     user_template: str | None = Field(
         default=None,
-        description="with {question} {student_answer} {reference_solution} {ground_truth}; none = our wording",
+        description="with {question} {student_answer} {reference_solution} {ground_truth}; none = "
+        "our wording",
     )
 
 
@@ -114,7 +116,8 @@ class EndpointTeacherConfig(ModelTeacherConfig):
     )
 
 
-# A kind of teacher is one class, its place here and its maker in socratic/teachers; the first is the default.
+# A kind of teacher is one class, its place here and its maker in socratic/teachers; the first is
+# the default.
 AnyTeacher = Annotated[
     RuleTeacherConfig | LocalTeacherConfig | EndpointTeacherConfig | RetryTeacherConfig,
     Field(discriminator="kind"),

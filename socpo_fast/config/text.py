@@ -135,7 +135,9 @@ def choose_kinds(
 
 
 def from_text(model: type[BaseModel], name: str, text: str) -> object:
-    """Text of the command line as a value of the field's type; what cannot be read stays text, to be refused."""
+    """Text of the command line as a value of the field's type; what cannot be read stays text, to
+    be refused.
+    """
     fields = fields_of(model)
     if text == "none" or name not in fields:
         return text
@@ -190,14 +192,20 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
         if name in fields_of(model):
             tag = f"{section}.{tag}"
             owners = " or ".join(owners_of(model, name))
-            return f"config: {tag} must be {owners} for {name}, got {first['loc'][1]}; set {tag} or leave {name} out"
+            return (
+                f"config: {tag} must be {owners} for {name}, got {first['loc'][1]}; set {tag} "
+                f"or leave {name} out"
+            )
         # of an unknown table the first key says more: trian -> trian.lr
         return unknown_key(
             model, f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
         )
     if "." not in name:
         # Not the value itself: what stands in it may be a pasted key or password.
-        return f"config: {name} must be a table, got {type(value).__name__}; write [{name}] and key = value lines"
+        return (
+            f"config: {name} must be a table, got {type(value).__name__}; write [{name}] and "
+            "key = value lines"
+        )
     if first["type"] == "missing":
         return f"config: {name} must be {rule_of(model, name)}, got nothing; set {name}"
     # What stands in a field with repr=False may be a pasted key or password, so it is not shown.

@@ -25,7 +25,9 @@ def check_settings(
 def check_fits(
     where: str, token_ids: Seq[int], params: SamplingParams, config: ModelConfig, pool: PagePool
 ) -> None:
-    """A context that the vocabulary lacks, or that model or pool can never hold with its new tokens."""
+    """A context that the vocabulary lacks, or that model or pool can never hold with its new
+    tokens.
+    """
     is_known = len(token_ids) > 0 and min(token_ids) >= 0 and max(token_ids) < config.vocab_size
     check_rule(
         where,
@@ -37,12 +39,15 @@ def check_fits(
     total = len(token_ids) + params.max_new_tokens
     if total > config.max_position_embeddings:
         raise ValueError(
-            f"{where}: prompt + max_new_tokens must be <= the model's {config.max_position_embeddings} positions, "
-            f"got {len(token_ids)} + {params.max_new_tokens}; shorten the prompt or lower max_new_tokens"
+            f"{where}: prompt + max_new_tokens must be <= the model's "
+            f"{config.max_position_embeddings} positions, "
+            f"got {len(token_ids)} + {params.max_new_tokens}; shorten the prompt or lower "
+            "max_new_tokens"
         )
     if (needed := pool.pages_for(total)) > pool.num_pages:
         raise ValueError(
-            f"{where}: need {needed} pages of {pool.page_size} tokens, the pool has {pool.num_pages}; "
+            f"{where}: need {needed} pages of {pool.page_size} tokens, the pool has "
+            f"{pool.num_pages}; "
             "raise engine.kv_cache_gib or lower max_new_tokens"
         )
 
@@ -66,12 +71,14 @@ def check_resume(
     """Returns the pinned sequence of an attempt that can go on so."""
     if old is None:
         raise ValueError(
-            f"resume: attempt must be finished, neither released nor resumed before, got {attempt.key} rollout "
+            "resume: attempt must be finished, neither released nor resumed before, got "
+            f"{attempt.key} rollout "
             f"{attempt.rollout_idx} attempt {attempt.attempt_idx}; submit the whole context instead"
         )
     if not suffix_ids:
         raise ValueError(
-            "resume: suffix_ids must be non-empty, got none; the next attempt needs a context of its own"
+            "resume: suffix_ids must be non-empty, got none; the next attempt needs a context of "
+            "its own"
         )
     check_rule(
         "resume",

@@ -1,10 +1,12 @@
-"""Several tokens of every running sequence without a word from the host: what a GPU needs to decode at full speed.
+"""Several tokens of every running sequence without a word from the host: what a GPU needs to decode
+at full speed.
 
-The state stands in tensors of fixed place. A round reads the tokens sampled last, writes their KV, samples the next
-ones and moves the state on; rounds follow each other on the device and the host reads them all at once. On a GPU a
-round is captured as a CUDA graph for each number of sequences, rounded up to a power of two, for the longest context
-that these may come to, and with filters or without. A round is made of the ops of an ordinary step and draws the same
-tokens; what a sequence samples behind its end is thrown away.
+The state stands in tensors of fixed place. A round reads the tokens sampled last, writes their KV,
+samples the next ones and moves the state on; rounds follow each other on the device and the host
+reads them all at once. On a GPU a round is captured as a CUDA graph for each number of sequences,
+rounded up to a power of two, for the longest context that these may come to, and with filters or
+without. A round is made of the ops of an ordinary step and draws the same tokens; what a sequence
+samples behind its end is thrown away.
 """
 
 import numpy as np
@@ -23,10 +25,10 @@ class DecodeLoop:
     """Room for max_running sequences and max_rounds rounds.
 
     ints_4R [4, R] int64: token id, its position (-1: no sequence here), noise key, number sampled.
-    place_3R [3, R] int64: of the tokens of a round, position, slot and the key of what is drawn behind
-    them; places_N3R: of all rounds of a launch. drawn_3R [3, R] fp64: token id, log-prob, kept mass of
-    the last round; rounds_WN3R: those of all rounds, for two launches in turn: one is read while the
-    other is under way.
+    place_3R [3, R] int64: of the tokens of a round, position, slot and the key of what is drawn
+    behind them; places_N3R: of all rounds of a launch. drawn_3R [3, R] fp64: token id, log-prob,
+    kept mass of the last round; rounds_WN3R: those of all rounds, for two launches in turn: one is
+    read while the other is under way.
     """
 
     def __init__(self, runner: Runner, *, max_running: int, max_rounds: int):
@@ -53,7 +55,8 @@ class DecodeLoop:
 
     @torch.no_grad()
     def launch(self, sequences: list[Sequence], num_rounds: int, *, is_ahead: bool) -> Readback:
-        """Launches rounds; what they draw, [num_rounds, 3, len(sequences)]: token_id, logprob, kept_mass.
+        """Launches rounds; what they draw, [num_rounds, 3, len(sequences)]: token_id, logprob,
+        kept_mass.
 
         The sequences' pages have room for all rounds. is_ahead: the launch before was of the same
         sequences and has not been read, so the state that it leaves is the one to go on from.

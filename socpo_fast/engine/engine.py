@@ -1,8 +1,10 @@
-"""Rollouts with a paged KV cache that both attempts share. Read: Engine.step, then submit and resume.
+"""Rollouts with a paged KV cache that both attempts share. Read: Engine.step, then submit and
+resume.
 
-Departures from a serving engine: a prompt is prefilled once and forked group_size times by page reference, with no
-prefix hashing; a finished attempt keeps its pages until it is resumed or released, so the second attempt prefills only
-[last token] + bridge; the weights are the trainer's, and a policy_version guards pages computed with older ones.
+Departures from a serving engine: a prompt is prefilled once and forked group_size times by page
+reference, with no prefix hashing; a finished attempt keeps its pages until it is resumed or
+released, so the second attempt prefills only [last token] + bridge; the weights are the trainer's,
+and a policy_version guards pages computed with older ones.
 """
 
 from collections import Counter
@@ -35,11 +37,15 @@ class Engine:
         page_size:    tokens a page, a power of two.
         max_running:  sequences in one step at most.
         token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
-        tokens_per_sync: decoded between two reads by the host when nobody waits; default 1 on the CPU, 8 on a GPU.
-        attention:    implementation of paged_attention, "auto" or a name; "flash" needs page_size 256 and flash-attn.
-        cascade:      read the pages that rollouts of a group share once for all of them; the same bits either way.
+        tokens_per_sync: decoded between two reads by the host when nobody waits; default 1 on the
+                         CPU, 8 on a GPU.
+        attention:    implementation of paged_attention, "auto" or a name; "flash" needs page_size
+                      256 and flash-attn.
+        cascade:      read the pages that rollouts of a group share once for all of them; the same
+                      bits either way.
         min_memory_bytes: of what lend_memory lends, which holds the pages in any case.
-        stream_priority: on a GPU, all its work goes to a stream of its own with this priority (a lower number is more
+        stream_priority: on a GPU, all its work goes to a stream of its own with this priority (a
+                         lower number is more
             urgent: -1 the student, 0 a teacher beside it); None: to the caller's stream.
         name: of its track in a trace.
 
@@ -113,13 +119,15 @@ class Engine:
         )
 
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
-        """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names the noise.
+        """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names
+        the noise.
 
-        A key is in flight until every rollout under it was released or cancelled; used again it draws the same tokens.
+        A key is in flight until every rollout under it was released or cancelled; used again it
+        draws the same tokens.
 
         Raises:
-            ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or in
-                flight, a request that can never fit, or a block of lend_memory.
+            ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or
+                in flight, a request that can never fit, or a block of lend_memory.
         """
         check_rule(
             "submit",
@@ -147,9 +155,11 @@ class Engine:
         self._scheduler.enqueue(sequence)
 
     def keep_prefix(self, token_ids: Seq[int]) -> None:
-        """Prefill what many prompts begin with; those that are submitted later share its whole pages.
+        """Prefill what many prompts begin with; those that are submitted later share its whole
+        pages.
 
-        They are kept until a sequence needs the room, the weights change or `reset`. The engine must be idle.
+        They are kept until a sequence needs the room, the weights change or `reset`. The engine
+        must be idle.
         """
         if (kept := self._kept_prefix()) and kept.token_ids[: kept.attempt_start] == list(
             token_ids
@@ -174,7 +184,8 @@ class Engine:
 
         The finished attempt's pages go over to the new one, which prefills suffix_ids, and the last
         sampled token too where the whole row stays. A page that siblings hold too is copied before
-        it is written to; everything is computed again if the pages were taken or the weights changed.
+        it is written to; everything is computed again if the pages were taken or the weights
+        changed.
 
         Raises:
             ValueError: the attempt was released or resumed before, kept_tokens is not in
@@ -194,7 +205,8 @@ class Engine:
         self._scheduler.enqueue(sequence)
 
     def step(self) -> list[Attempt]:
-        """One scheduler step: forward, sample, and return the attempts that finished, their pages still pinned.
+        """One scheduler step: forward, sample, and return the attempts that finished, their pages
+        still pinned.
 
         An exception in its middle leaves sequences half moved: `reset` before the next step.
         """
@@ -211,11 +223,15 @@ class Engine:
         return self._steps.is_ready
 
     def collect(self) -> list[Attempt]:
-        """The second half: waits for what was launched first, and returns the attempts that finished."""
+        """The second half: waits for what was launched first, and returns the attempts that
+        finished.
+        """
         return self._steps.collect()
 
     def prepare(self, max_tokens: int) -> None:
-        """On a GPU, capture decoding of all batch sizes up to max_tokens of context, lest rollouts wait for it."""
+        """On a GPU, capture decoding of all batch sizes up to max_tokens of context, lest rollouts
+        wait for it.
+        """
         if self._steps.loop:
             self._steps.loop.prepare(min(max_tokens, self.max_tokens))
 
@@ -227,17 +243,21 @@ class Engine:
         keys: Seq[tuple[int, int]] | None = None,
         keep: bool = False,
     ) -> list[list[Attempt]]:
-        """Submit every prompt and step until all are done: groups[q][r]. keep leaves the pages pinned for resume.
+        """Submit every prompt and step until all are done: groups[q][r]. keep leaves the pages
+        pinned for resume.
 
-        keys: one (batch, question) a prompt, under which the same tokens are drawn every time; None: fresh ones, so
-        that no two calls of a process share their noise; ranks need a seed each. An exception resets the engine.
+        keys: one (batch, question) a prompt, under which the same tokens are drawn every time;
+              None: fresh ones, so
+        that no two calls of a process share their noise; ranks need a seed each. An exception
+        resets the engine.
 
         Raises:
             ValueError: an engine with work, not one different key a prompt, or what submit refuses.
         """
         if self.has_work:
             raise ValueError(
-                "generate: the engine must be idle, got unfinished requests; step until they are done"
+                "generate: the engine must be idle, got unfinished requests; step until they are "
+                "done"
             )
         if keys is None:
             batch = fresh_batch()
@@ -267,23 +287,29 @@ class Engine:
             raise
 
     def release(self, attempts: Iterable[Attempt]) -> None:
-        """Give back the pages of finished attempts; one that was resumed or released before is passed over."""
+        """Give back the pages of finished attempts; one that was resumed or released before is
+        passed over.
+        """
         for attempt in attempts:
             if sequence := self._scheduler.pinned.pop(attempt, None):
                 self._forget(sequence)
 
     def cancel(self, key: tuple[int, int]) -> None:
-        """Forget what is queued or running under this key; finished attempts stay until they are released."""
+        """Forget what is queued or running under this key; finished attempts stay until they are
+        released.
+        """
         for sequence in self._scheduler.remove(RolloutKey(*key)):
             self._forget(sequence)
         self._steps.drop_dead()
 
     def reset(self) -> None:
-        """Forget all that is queued, running or pinned, and take back every page; all keys may be used again.
+        """Forget all that is queued, running or pinned, and take back every page; all keys may be
+        used again.
 
         For when a step ended half way, by Ctrl-C or for lack of memory, and nobody can say which
         sequence holds which page. Weights, policy_version and the counts of `stats` stay, and the
-        pages keep their place in memory, which captured CUDA graphs read. Pinned attempts remain as data.
+        pages keep their place in memory, which captured CUDA graphs read. Pinned attempts remain as
+        data.
         """
         self._steps.drop()
         self._scheduler.reset()
@@ -291,9 +317,11 @@ class Engine:
 
     @contextmanager
     def lend_memory(self) -> Iterator[Tensor]:
-        """Lends the tensor that KV pages are views of, [N] uint8, for a `with` block in which nothing is submitted.
+        """Lends the tensor that KV pages are views of, [N] uint8, for a `with` block in which
+        nothing is submitted.
 
-        Nothing that is written there reaches a result of the engine. It never moves. ValueError: a sequence is in it.
+        Nothing that is written there reaches a result of the engine. It never moves. ValueError: a
+        sequence is in it.
         """
         num_live = (
             len(self._scheduler.waiting)
@@ -316,7 +344,8 @@ class Engine:
             self._is_lent = False
 
     def bump_policy_version(self) -> None:
-        """The weights changed: no page computed before is used again (running sequences are computed anew).
+        """The weights changed: no page computed before is used again (running sequences are
+        computed anew).
 
         An attempt under way keeps the version that sampled its first token.
         """

@@ -17,8 +17,8 @@ from socpo_fast.ops._checks import check_rule
 
 GIB = 2**30
 CPU_GIB = 1.0
-# For each parameter that is trained: gradient and two moments in fp32, and beside a bf16 one the low
-# half of its master.
+# For each parameter that is trained: gradient and two moments in fp32, and beside a bf16 one the
+# low half of its master.
 OPTIMIZER_BYTES = {torch.float32: 12, torch.bfloat16: 14}
 # For the activations of a microbatch, the policy head, what rollouts allocate beside the pages, and
 # the gaps that an allocator leaves. Of an H100 it is 23.7 GiB.

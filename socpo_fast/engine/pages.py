@@ -1,4 +1,6 @@
-"""The page pool: who holds which page of KV, by reference count. Knows nothing of tensors or tokens."""
+"""The page pool: who holds which page of KV, by reference count. Knows nothing of tensors or
+tokens.
+"""
 
 
 class PagePool:

@@ -1,8 +1,10 @@
-"""Runs one planned step: packs the pending tokens, writes their KV into pages, attends over the pages.
+"""Runs one planned step: packs the pending tokens, writes their KV into pages, attends over the
+pages.
 
-The weights are the trainer's own parameters, read where they are. What a step costs in Python is per sequence: token
-ids and page numbers are copied whole, positions and slots are computed for all at once. On a CPU a whole layer is a
-single call of the C++: at one token a step Python would take a quarter of the time to call a layer's ops one by one.
+The weights are the trainer's own parameters, read where they are. What a step costs in Python is
+per sequence: token ids and page numbers are copied whole, positions and slots are computed for all
+at once. On a CPU a whole layer is a single call of the C++: at one token a step Python would take a
+quarter of the time to call a layer's ops one by one.
 """
 
 from collections.abc import Iterator
@@ -67,7 +69,9 @@ class Runner:
         self.bind_weights()
 
     def bind_weights(self) -> None:
-        """Look up the student's parameters, for layers that run in one call: empty where only op by op is possible."""
+        """Look up the student's parameters, for layers that run in one call: empty where only op by
+        op is possible.
+        """
         is_fused = self.attention_impl == self.rotary_impl == "cpp"
         layers = [layer for layer in self.student.layers if isinstance(layer, Layer)]
         self.layer_weights = [fused_weights(layer) for layer in layers] if is_fused else []
@@ -84,7 +88,7 @@ class Runner:
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """Makes the engine's own stream the current one, behind what the caller's was given before."""
+        """Makes the engine's own stream current, ordered after the caller's work so far."""
         if self.stream is None:
             yield
             return
@@ -94,7 +98,7 @@ class Runner:
 
     @torch.no_grad()
     def forward(self, plan: list[tuple[Sequence, int]]) -> Tensor:
-        """Forward the planned tokens; returns the last one's hidden state of each sequence, [B, D]."""
+        """Forwards the planned tokens; returns each sequence's last hidden state, [B, D]."""
         step = self._pack(plan)
         return self.hidden(step)[step.cu_seqlens_q[1:].long() - 1]
 

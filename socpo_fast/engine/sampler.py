@@ -1,7 +1,7 @@
 """From hidden states to sampled tokens: LM head and draw in one op, on the rows that need it.
 
-The noise is keyed by (seed, batch, question, rollout, attempt, position, token id), so what is drawn does not depend on
-when or beside whom.
+The noise is keyed by (seed, batch, question, rollout, attempt, position, token id), so what is
+drawn does not depend on when or beside whom.
 """
 
 import torch
@@ -17,7 +17,9 @@ from socpo_fast.ops.linear_sample import linear_sample_op
 
 @torch.no_grad()
 def launch_draw(student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]) -> Tensor:
-    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass; [3, len(rows)] fp64."""
+    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass; [3, len(rows)]
+    fp64.
+    """
     device = hidden_BD.device
     sequences = [sequence for _, sequence in rows]
     indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
@@ -33,7 +35,9 @@ def launch_draw(student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Seque
 
 
 def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
-    """[4, B] fp32: temperature, top_p, min_p, top_k. Above 2^24 no vocabulary is that large: top_k is off."""
+    """[4, B] fp32: temperature, top_p, min_p, top_k. Above 2^24 no vocabulary is that large: top_k
+    is off.
+    """
     settings = [
         (p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0)
         for p in (sequence.params for sequence in sequences)

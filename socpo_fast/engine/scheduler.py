@@ -1,9 +1,10 @@
 """Which sequence computes how many tokens in the next step, and who gives way when pages run out.
 
-One token budget a step, spent in this order: sequences that decode, then resumed attempts, then new prompts (long
-ones in chunks). A sequence is `waiting` (in the queue, perhaps with pages), `running` (has one of max_running
-places) or `pinned` (finished, its pages kept for a second attempt). When pages run out, pinned ones lose theirs
-first, then waiting ones, then the youngest running; their tokens stay, so they are computed again and nothing fails.
+One token budget a step, spent in this order: sequences that decode, then resumed attempts, then new
+prompts (long ones in chunks). A sequence is `waiting` (in the queue, perhaps with pages), `running`
+(has one of max_running places) or `pinned` (finished, its pages kept for a second attempt). When
+pages run out, pinned ones lose theirs first, then waiting ones, then the youngest running; their
+tokens stay, so they are computed again and nothing fails.
 """
 
 from array import array
@@ -23,7 +24,7 @@ class Scheduler:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every sequence, and free every page: also those of a sequence that is in no list."""
+        """Forgets every sequence and frees every page, also of a sequence that is in no list."""
         self.waiting: list[Sequence] = []  # by priority
         self.running: list[Sequence] = []  # by priority: the youngest is last
         self.pinned: dict[Attempt, Sequence] = {}  # by time of finishing
@@ -33,7 +34,9 @@ class Scheduler:
         insort(self.waiting, sequence, key=lambda s: s.priority)
 
     def share_prefix(self, sequence: Sequence, prefix: Sequence) -> None:
-        """Give a new sequence the whole pages of what it begins with, at least a token of it left to forward."""
+        """Give a new sequence the whole pages of what it begins with, at least a token of it left
+        to forward.
+        """
         num_tokens = prefix.attempt_start // self.pool.page_size * self.pool.page_size
         begins_so = sequence.token_ids[:num_tokens] == prefix.token_ids[:num_tokens]
         if begins_so and num_tokens < len(sequence.token_ids):
@@ -42,7 +45,9 @@ class Scheduler:
             sequence.num_cached = num_tokens
 
     def plan(self) -> list[tuple[Sequence, int]]:
-        """The next step: (sequence, number of its pending tokens to forward), pages allocated; [] when idle."""
+        """The next step: (sequence, number of its pending tokens to forward), pages allocated; []
+        when idle.
+        """
         step: list[tuple[Sequence, int]] = []
         budget = self.token_budget
         num_decoding = sum(sequence.num_pending == 1 for sequence in self.running)
@@ -60,7 +65,9 @@ class Scheduler:
             sequence = self.waiting[0]
             num_tokens = min(sequence.num_pending, budget)
             if self.running and self._pages_missing(sequence, num_tokens) > self.pool.num_free:
-                break  # a newcomer waits for pages; only when nobody runs it takes those of pinned and waiting ones
+                # a newcomer waits for pages; only when nobody runs it takes those of pinned and
+                # waiting ones
+                break
             self.waiting.pop(0)
             made_room = self._make_room(sequence, num_tokens)
             assert made_room, "a single sequence was checked to fit at the door"
@@ -70,7 +77,9 @@ class Scheduler:
         return step
 
     def look_ahead(self, sequences: list[Sequence], most: int) -> int:
-        """How many tokens, at most `most`, these decoding sequences may all take in a row; allocates their pages."""
+        """How many tokens, at most `most`, these decoding sequences may all take in a row;
+        allocates their pages.
+        """
         num_tokens = min(most, *(s.params.max_new_tokens - s.num_sampled for s in sequences))
         while sum(self._pages_missing(s, num_tokens) for s in sequences) > self.pool.num_free:
             num_tokens -= 1  # ends at 1 or before: that one's pages are there
@@ -84,7 +93,8 @@ class Scheduler:
             sequence.shorten(self.pool, sequence.num_cached)
 
     def fork(self, root: Sequence, children: list[Sequence]) -> list[tuple[int, int]]:
-        """Give each child the prompt's KV: full pages shared, the partial page its own. Returns (from, to) page copies.
+        """Give each child the prompt's KV: full pages shared, the partial page its own. Returns
+        (from, to) page copies.
 
         Child 0 takes over the root's own pages.
         """
@@ -155,7 +165,7 @@ class Scheduler:
             sequence.pages.append(self.pool.allocate())
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Allocate the pages for num_tokens more; False when the sequence itself had to give way."""
+        """Allocates pages for num_tokens more; False when the sequence itself was preempted."""
         while self._pages_missing(sequence, num_tokens) > self.pool.num_free:
             idle = (*self.pinned.values(), *reversed(self.waiting))
             if victim := next((s for s in idle if s.pages), None):

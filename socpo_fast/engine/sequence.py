@@ -1,4 +1,5 @@
-"""What the engine computes on: Sequence, one rollout under way, and Step, one step of many as tensors.
+"""What the engine computes on: Sequence, one rollout under way, and Step, one step of many as
+tensors.
 
 fresh_batch names a batch whose rollouts share their sampling noise with nobody else's.
 """
@@ -32,11 +33,12 @@ def fresh_batch() -> int:
 class Sequence:
     """One rollout: its tokens so far, the pages that hold their KV, and what was sampled.
 
-    `token_ids[:num_cached]` have KV in `pages`; `token_ids[attempt_start:]` are the running attempt's own.
+    `token_ids[:num_cached]` have KV in `pages`; `token_ids[attempt_start:]` are the running
+    attempt's own.
 
-    num_rollouts > 1 marks a group's prompt, which is prefilled once and then forked. `priority` orders the queue:
-    (0, ..) resumed, forked or preempted, (1, ..) new; the second entry is the order of arrival. is_live: neither
-    finished nor cancelled, so what is drawn for it counts.
+    num_rollouts > 1 marks a group's prompt, which is prefilled once and then forked. `priority`
+    orders the queue: (0, ..) resumed, forked or preempted, (1, ..) new; the second entry is the
+    order of arrival. is_live: neither finished nor cancelled, so what is drawn for it counts.
     """
 
     key: RolloutKey
@@ -109,7 +111,9 @@ class Sequence:
     def next_attempt(
         self, token_ids: list[int], params: SamplingParams, arrival: int, policy_version: int
     ) -> "Sequence":
-        """The same rollout goes on behind token_ids; the KV that this attempt still has goes over to it."""
+        """The same rollout goes on behind token_ids; the KV that this attempt still has goes over
+        to it.
+        """
         return Sequence(
             key=self.key,
             params=params,
@@ -124,7 +128,9 @@ class Sequence:
         )
 
     def shorten(self, pool: PagePool, num_tokens: int) -> None:
-        """Forget the KV of every token from num_tokens on and give back the pages that held nothing else."""
+        """Forget the KV of every token from num_tokens on and give back the pages that held nothing
+        else.
+        """
         self.num_cached = min(self.num_cached, num_tokens)
         while len(self.pages) > pool.pages_for(self.num_cached):
             pool.release(self.pages.pop())

@@ -9,9 +9,9 @@ last are read, so the device never waits for the host:
     host    launch 1, launch 2, collect 1, launch 3, collect 2, ..
     device  [----- 1 -----][----- 2 -----][----- 3 -----] ..
 
-Rounds that are launched ahead know nothing of sequences that end in those before: what they draw for
-them is dropped. Everything an engine launches goes to one stream, in order. So pages may be given
-back while a launched step still writes to them: whoever gets them writes later.
+Rounds that are launched ahead know nothing of sequences that end in those before: what they draw
+for them is dropped. Everything an engine launches goes to one stream, in order. So pages may be
+given back while a launched step still writes to them: whoever gets them writes later.
 """
 
 import time
@@ -78,7 +78,7 @@ class StepQueue:
         return not self._launched or self._launched[0].drawn.is_ready
 
     def launch(self) -> None:
-        """Launches the next step, and rounds ahead of it where that is possible; waits for nothing."""
+        """Launches the next step, and rounds ahead of it where possible; never waits."""
         started_s = time.perf_counter()
         with self._runner.on_stream():
             if not self._launched and (plan := self._scheduler.plan()):
@@ -92,7 +92,9 @@ class StepQueue:
                 self._launch_rounds(self.loop, self._launched[0].sequences, started_s)
 
     def collect(self) -> list[Attempt]:
-        """Reads the oldest launched step and returns the attempts that end in it; [] where there is none."""
+        """Reads the oldest launched step and returns the attempts that end in it; [] where there is
+        none.
+        """
         if not self._launched:
             return []
         step = self._launched.popleft()
@@ -112,14 +114,16 @@ class StepQueue:
         return attempts
 
     def _note(self, step: LaunchedStep) -> None:
-        """For a trace: the device turned to a step when it was launched or the one before it ended."""
+        """Records a step's span for the trace: from its launch or the end of the one before."""
         name = f"{step.num_rounds} decode rounds" if step.is_decode else "forward"
         since = max(step.launched_s, self._collected_s)
         note_span(self.name, name, since=since, sequences=len(step.sequences))
         self._collected_s = time.perf_counter()
 
     def drop_dead(self) -> None:
-        """Forgets launched steps that nobody waits for any more; whatever is launched next runs behind them."""
+        """Forgets launched steps that nobody waits for any more; whatever is launched next runs
+        behind them.
+        """
         while self._launched and not self._launched[-1].is_live:
             self._forgotten = self._launched.pop().drawn
 
@@ -134,14 +138,14 @@ class StepQueue:
             self._forgotten.wait()
 
     def _may_go_ahead(self, loop: DecodeLoop) -> bool:
-        """Nobody waits for a place, and those that still decode would not fit into a smaller round."""
+        """Whether nobody waits to be admitted and the decoding rows need a round of this size."""
         if len(self._launched) != 1 or not self._launched[0].is_decode or self._scheduler.waiting:
             return False
         is_live = [sequence.is_live for sequence in self._launched[0].sequences]
         return loop.num_rows(sum(is_live)) == loop.num_rows(len(is_live))
 
     def _launch_rounds(self, loop: DecodeLoop, sequences: list[Sequence], started_s: float) -> None:
-        """As many decode rounds as pages and lengths allow, behind those that are launched already."""
+        """Launches as many decode rounds as pages and lengths allow, after those in flight."""
         num_ahead = sum(step.num_rounds for step in self._launched)
         live = [sequence for sequence in sequences if sequence.is_live]
         num_rounds = self._scheduler.look_ahead(live, num_ahead + self.tokens_per_sync) - num_ahead
@@ -150,7 +154,7 @@ class StepQueue:
             self._launched.append(LaunchedStep(sequences, num_rounds, drawn, True, started_s))
 
     def _launch_forward(self, plan: list[tuple[Sequence, int]], started_s: float) -> None:
-        """Forwards planned tokens, forks prompts that are through, draws where nothing is pending."""
+        """Forwards planned tokens, forks prefilled prompts, samples where nothing is pending."""
         hidden_BD = self._runner.forward(plan)
         rows: list[tuple[int, Sequence]] = []  # who samples a token, and from which row
         for row, (sequence, num_tokens) in enumerate(plan):

@@ -1,1 +1,3 @@
-"""For trainers of others: an episode with any generator, rollouts as padded tensors and their advantages."""
+"""For trainers of others: an episode with any generator, rollouts as padded tensors and their
+advantages.
+"""

@@ -38,7 +38,8 @@ def socratic_episode(
         bridge:         the student's chat template; its guidance_limit must be that of the options.
         max_new_tokens: that the generator samples at most.
         max_tokens:     that a context and its attempt may have together.
-        rollout_idx:    which of the question's rollouts; another one for each, where they are credited together.
+        rollout_idx:    which of the question's rollouts; another one for each, where they are
+                        credited together.
 
     Returns:
         the rollout. Its attempts have no log-probs (NaN): recompute them before training.
@@ -64,7 +65,8 @@ def socratic_episode(
         token_ids = list(generate(rollout.context_ids(turn_idx)))
         if not 1 <= len(token_ids) <= max_new_tokens:
             raise ValueError(
-                f"socratic_episode: generate must return 1 to {max_new_tokens} token ids, got {len(token_ids)}"
+                f"socratic_episode: generate must return 1 to {max_new_tokens} token ids, got "
+                f"{len(token_ids)}"
             )
         unknown = torch.full((len(token_ids),), torch.nan)
         request = episode.attempted(

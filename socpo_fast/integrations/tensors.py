@@ -1,4 +1,5 @@
-"""Rollouts as padded tensors, and their advantages, for anybody's trainer: pad_rollouts, then socratic_advantages.
+"""Rollouts as padded tensors, and their advantages, for anybody's trainer: pad_rollouts, then
+socratic_advantages.
 
 Our own trainer needs neither: it packs a group's tree without padding. Here a row is what other
 trainers know, one attempt with its context or one whole rollout, and an attempt is a run of ones in
@@ -20,7 +21,8 @@ from socpo_fast.types import Rollout, Turn
 
 Rows = Literal["attempt", "rollout"]
 OnCut = Literal["refuse", "split"]
-# [A, ..] of this rank -> [A of all ranks, ..] in the order of ranks, and where this rank's rows begin
+# [A, ..] of this rank -> [A of all ranks, ..] in the order of ranks, and where this rank's rows
+# begin
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
@@ -51,7 +53,8 @@ def pad_rollouts(
         pad_id:   any token id; masks say what is padding.
         on_cut:   with rows "rollout", for an attempt that saw less than the whole row before it
                   (attempt_limit, or context "template"): "refuse", or "split": it begins a row of
-                  its own, behind the context it saw. Runs in the mask then no longer count attempts.
+                  its own, behind the context it saw. Runs in the mask then no longer count
+                  attempts.
 
     Raises:
         ValueError: an unknown word, or a cut with on_cut "refuse".
@@ -64,8 +67,10 @@ def pad_rollouts(
         for turn_idx, turn in enumerate(rollout.turns):
             if turn.attempt.num_tokens == 0:
                 raise ValueError(
-                    f"{where}: attempts must have a token, got none in attempt {turn_idx} of rollout "
-                    f"{rollout.rollout_idx} of question {rollout.question_idx}; leave that rollout out"
+                    f"{where}: attempts must have a token, got none in attempt {turn_idx} of "
+                    "rollout "
+                    f"{rollout.rollout_idx} of question {rollout.question_idx}; leave that "
+                    "rollout out"
                 )
             context = rollout.context_ids(turn_idx)
             row = padded[-1] if turn_idx > 0 and rows == "rollout" else None
@@ -73,8 +78,10 @@ def pad_rollouts(
             is_continued = row is not None and context[: len(row.ids)] == row.ids != context
             if row is not None and not is_continued and on_cut == "refuse":
                 raise ValueError(
-                    f"{where}: rollout {rollout.rollout_idx} of question {rollout.question_idx} must be one row, "
-                    f"got attempt {turn_idx} behind {rollout.seam(turn_idx - 1)[0]} of {len(row.ids)} tokens; "
+                    f"{where}: rollout {rollout.rollout_idx} of question {rollout.question_idx} "
+                    "must be one row, "
+                    f"got attempt {turn_idx} behind {rollout.seam(turn_idx - 1)[0]} of "
+                    f"{len(row.ids)} tokens; "
                     'use rows="attempt" or on_cut="split"'
                 )
             if row is None or not is_continued:
@@ -108,8 +115,8 @@ def socratic_advantages(
         mask_BT:          [B, T] bool or integers of 0 and 1: the student's tokens.
         group_B:          [B] int64; rows that agree are rollouts of one question, on any rank.
         schedule, factor, credit, estimator, eps: those of `ops.CreditOptions`.
-        gather:           of a batch that is spread over ranks, for example `gather_rows`; every rank
-                          calls it as often. None: the batch is here.
+        gather:           of a batch that is spread over ranks, for example `gather_rows`; every
+                          rank calls it as often. None: the batch is here.
 
     Returns:
         [B, T] fp32, on the device of the mask: the attempt's advantage on its tokens, 0 elsewhere.
@@ -169,10 +176,12 @@ def socratic_advantages(
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
-    """Returns the rows of all ranks, in their order, and where this rank's begin; by torch.distributed.
+    """Returns the rows of all ranks, in their order, and where this rank's begin; by
+    torch.distributed.
 
     Args:
-        x: [A, ..], on a device that the process group's backend can send from; A may differ by rank.
+        x: [A, ..], on a device that the process group's backend can send from; A may differ by
+           rank.
     """
     num_ranks = dist.get_world_size(group)
     rank = dist.get_rank(group)

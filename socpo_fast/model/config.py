@@ -1,9 +1,10 @@
 """What a decoder must know of a Hugging Face `config.json`, every field read by name.
 
-Read top-down: ModelConfig -> from_hf -> the refusals -> the fields. A field may be absent only where the weights
-themselves would contradict a wrong guess (a bias, the number of KV heads, the head width: their tensors would be
-extra, missing or misshapen); where a wrong value would be silent it is asked for, even if transformers has a default.
-Dropout fields are not read: nothing here drops.
+Read top-down: ModelConfig -> from_hf -> the refusals -> the fields. A field may be absent only
+where the weights themselves would contradict a wrong guess (a bias, the number of KV heads, the
+head width: their tensors would be extra, missing or misshapen); where a wrong value would be silent
+it is asked for, even if transformers has a default. Dropout fields are not read: nothing here
+drops.
 """
 
 import math
@@ -27,7 +28,7 @@ _Kind = TypeVar("_Kind", int, float, bool)
 
 
 class Llama3Rope(NamedTuple):
-    """Rope scaling of Llama 3.1: long wavelengths are divided by `factor`, the middle is blended."""
+    """RoPE scaling of Llama 3.1: divides long wavelengths by `factor`, blends the middle."""
 
     factor: float
     low_freq_factor: float
@@ -63,16 +64,18 @@ class ModelConfig:
         """The config of one of ARCHITECTURES, checked.
 
         Args:
-            raw:   config.json as parsed, written by any transformers (`rope_parameters`, or the older `rope_theta` with
-                   `rope_scaling`).
+            raw:   config.json as parsed, written by any transformers (`rope_parameters`, or the
+                   older `rope_theta` with `rope_scaling`).
             where: what errors call it, for example its path.
 
         Raises:
-            ValueError: a field is missing, breaks its rule, or asks for something this decoder does not do.
+            ValueError: a field is missing, breaks its rule, or asks for something this decoder does
+                        not do.
 
-        Derived when absent or null, as transformers does: head_dim = hidden_size / num_attention_heads (not Qwen3's,
-        which is 128 there), num_key_value_heads = num_attention_heads, attention_bias and mlp_bias = false. Mistral and
-        Qwen2 know no bias fields: no bias at all, and one on q, k, v.
+        Derived when absent or null, as transformers does: head_dim = hidden_size /
+        num_attention_heads (not Qwen3's, which is 128 there), num_key_value_heads =
+        num_attention_heads, attention_bias and mlp_bias = false. Mistral and Qwen2 know no bias
+        fields: no bias at all, and one on q, k, v.
         """
         architecture = _architecture(raw, where)
         _refuse_unsupported(raw, architecture, where)
@@ -118,7 +121,9 @@ class ModelConfig:
         )
 
     def inverse_frequencies(self) -> Tensor:
-        """[E / 2] fp32: theta ** (-2 i / E), stretched by llama3_rope. Made on the CPU: all devices share it."""
+        """[E / 2] fp32: theta ** (-2 i / E), stretched by llama3_rope. Made on the CPU: all devices
+        share it.
+        """
         exponents = (
             torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float()
             / self.head_dim
@@ -190,7 +195,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, where: str) -
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]:
-    """(theta, scaling) from `rope_parameters`, or from the older `rope_scaling` beside `rope_theta`."""
+    """(theta, scaling) from `rope_parameters`, or from the older `rope_scaling` beside
+    `rope_theta`.
+    """
     name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
     scaling = raw.get("rope_scaling")
     _require(
@@ -203,7 +210,8 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]
     )
     rope = raw.get(name) or {}
     _require(where, name, rope, isinstance(rope, Mapping), "an object or null")
-    # Fields stand in the object, or (older files, some writers) beside it; inside wins, as in transformers.
+    # Fields stand in the object, or (older files, some writers) beside it; inside wins, as in
+    # transformers.
     fields = _set_fields(raw) | _set_fields(rope)
     theta = _read(fields, "rope_theta", float, where)
     partial = fields.get("partial_rotary_factor", 1.0)

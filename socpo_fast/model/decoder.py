@@ -1,8 +1,9 @@
 """The decoder: one set of fused weights for packed training and paged decoding.
 
-Read top-down: Decoder -> packed_forward -> Layer -> Attention, MLP -> Linear, RMSNorm. Attention itself is handed in
-as `attend`, because where keys come from is the only thing in which rollout and training differ: the engine writes
-them to pages, training reads them from the packed rows. Tokens are always packed, [T, ..], never padded [B, L, ..].
+Read top-down: Decoder -> packed_forward -> Layer -> Attention, MLP -> Linear, RMSNorm. Attention
+itself is handed in as `attend`, because where keys come from is the only thing in which rollout and
+training differ: the engine writes them to pages, training reads them from the packed rows. Tokens
+are always packed, [T, ..], never padded [B, L, ..].
 """
 
 from collections.abc import Callable
@@ -27,13 +28,15 @@ from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
 from socpo_fast.ops.tree_attention import pick_tree_impl
 
 Tables = tuple[Tensor, Tensor]  # cos and sin, [T, E] fp32 each
-# Causal attention of one layer over whatever the caller keeps: layer_idx, qkv [T, H + 2 K, E] as the GEMM gives it,
-# neither normed nor rotated, and rope -> [T, H, E].
+# Causal attention of one layer over whatever the caller keeps: layer_idx, qkv [T, H + 2 K, E] as
+# the GEMM gives it, neither normed nor rotated, and rope -> [T, H, E].
 Attend = Callable[[int, Tensor, Rope], Tensor]
 
 
 class Decoder(nn.Module):
-    """Llama, Qwen2 and Qwen3 decoders; which one is a matter of three config fields (qkv_bias, qk_norm, head_dim)."""
+    """Llama, Qwen2 and Qwen3 decoders; which one is a matter of three config fields (qkv_bias,
+    qk_norm, head_dim).
+    """
 
     inv_freq: Tensor  # [E / 2] fp32, whatever the parameters' dtype
 
@@ -69,10 +72,11 @@ class Decoder(nn.Module):
         *,
         checkpointing: bool = False,
     ) -> Tensor:
-        """Hidden states behind the last norm, [T, D]; the LM head is left to the caller, which needs few rows of it.
+        """Hidden states behind the last norm, [T, D]; the LM head is left to the caller, which
+        needs few rows of it.
 
-        token_ids_T [T] int64; positions_T [T] int64, place of the token in its own context; checkpointing
-        recomputes each layer in the backward.
+        token_ids_T [T] int64; positions_T [T] int64, place of the token in its own context;
+        checkpointing recomputes each layer in the backward.
         """
         x_TD, tables = self.first_layer_inputs(token_ids_T, positions_T)
         delta_TD = None
@@ -100,7 +104,8 @@ def packed_forward(
     checkpointing: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Computes the hidden states of packed tokens, each of which sees its ancestors and itself: training's forward.
+    """Computes the hidden states of packed tokens, each of which sees its ancestors and itself:
+    training's forward.
 
     Args:
         token_ids_T, positions_T: [T] int64 on any device; a position is a depth along a path.
@@ -139,7 +144,9 @@ def packed_forward(
 
 
 def computing_dtype(weight: Tensor) -> torch.dtype:
-    """What a model computes in: bf16 weights on a CPU, which has no arithmetic for them, are only read."""
+    """What a model computes in: bf16 weights on a CPU, which has no arithmetic for them, are only
+    read.
+    """
     return torch.float32 if weight.is_cpu and weight.dtype == torch.bfloat16 else weight.dtype
 
 
@@ -242,12 +249,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps, residual_TD=residual)
 
     def source_of(self, x: Tensor) -> Source | None:
-        """How a backward norms x once more; None where somebody listens, who would be called twice."""
+        """Returns how a backward recomputes norm(x); None for a hooked norm: it would run twice."""
         return None if has_hooks([self]) else Source(self, x)
 
 
 def has_hooks(modules: list[nn.Module]) -> bool:
-    """Whether somebody listens to one of these modules, whom other ways of computing it would not call."""
+    """Whether somebody listens to one of these modules, whom other ways of computing it would not
+    call.
+    """
     hooks = torch.nn.modules.module
     return bool(
         hooks._global_forward_hooks
@@ -257,6 +266,8 @@ def has_hooks(modules: list[nn.Module]) -> bool:
 
 
 def rotary_tables(positions_T: Tensor, inv_freq: Tensor) -> Tables:
-    """cos and sin of position x inverse frequency, [T, E] fp32 whatever the model's dtype; the halves are equal."""
+    """cos and sin of position x inverse frequency, [T, E] fp32 whatever the model's dtype; the
+    halves are equal.
+    """
     angles_TE = (positions_T[:, None].float() * inv_freq.float()).repeat(1, 2)
     return angles_TE.cos(), angles_TE.sin()

@@ -1,8 +1,9 @@
 """Weights in and out: ordinary Hugging Face folders to and from a Decoder.
 
-Read top-down: load_student -> its checks, save_student -> its shards, then the table of names that both share.
-Tensors are streamed: loading copies each into its place in a fused parameter (q, k, v stacked into qkv; gate, up into
-gate_up), saving writes slices of the fused ones. Only safetensors are read, never pickle.
+Read top-down: load_student -> its checks, save_student -> its shards, then the table of names that
+both share. Tensors are streamed: loading copies each into its place in a fused parameter (q, k, v
+stacked into qkv; gate, up into gate_up), saving writes slices of the fused ones. Only safetensors
+are read, never pickle.
 """
 
 import json
@@ -58,13 +59,15 @@ def load_student(
     """The decoder in a Hugging Face folder, ready for training or rollout.
 
     Args:
-        folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json.
-        dtype:  "float32", "bfloat16" or "float16", of the parameters; the stored dtype may be another.
+        folder: holds config.json and model.safetensors, or shards with
+                model.safetensors.index.json.
+        dtype:  "float32", "bfloat16" or "float16", of the parameters; the stored dtype may be
+                another.
         device: where the parameters go.
 
     Raises:
-        ValueError: folder, config or a tensor is missing, extra, misshapen or of a kind that this decoder does not
-            have; one line naming file and tensor.
+        ValueError: folder, config or a tensor is missing, extra, misshapen or of a kind that this
+            decoder does not have; one line naming file and tensor.
 
     Memory: the parameters, and one stored tensor at a time.
     """
@@ -104,12 +107,16 @@ def save_student(
     """Write a Hugging Face folder that transformers' `from_pretrained` and `load_student` read.
 
     Args:
-        student:        its config must come from ModelConfig.from_hf; that config.json is written, with this dtype.
-        folder:         new, or empty; appears whole or not at all (written beside it, synced to disk, renamed).
-        tokenizer_from: a folder whose tokenizer, chat template and generation_config files are copied along.
+        student:        its config must come from ModelConfig.from_hf; that config.json is written,
+                        with this dtype.
+        folder:         new, or empty; appears whole or not at all (written beside it, synced to
+                        disk, renamed).
+        tokenizer_from: a folder whose tokenizer, chat template and generation_config files are
+                        copied along.
 
     Raises:
-        ValueError: folder holds something, tokenizer_from holds no tokenizer, or the config is not from_hf's.
+        ValueError: folder holds something, tokenizer_from holds no tokenizer, or the config is not
+                    from_hf's.
 
     Memory: on a CPU none beyond the parameters, else one shard (SHARD_BYTES).
     """
@@ -132,7 +139,9 @@ def save_student(
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open file that holds it; the files themselves are the authority, not the index."""
+    """Tensor name -> the open file that holds it; the files themselves are the authority, not the
+    index.
+    """
     if (folder / SINGLE).exists():
         files = [folder / SINGLE]
     elif (folder / INDEX).exists():
@@ -146,7 +155,8 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
         files = [folder / file for file in sorted(set(weight_map.values()))]
     elif any(any(folder.glob(pattern)) for pattern in PICKLES):
         raise ValueError(
-            f"{folder}: weights must be safetensors, got pickle files; convert them with save_pretrained"
+            f"{folder}: weights must be safetensors, got pickle files; convert them with "
+            "save_pretrained"
         )
     else:
         raise ValueError(f"{folder}: {SINGLE} is missing, and so is {INDEX}")
@@ -163,7 +173,8 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
         for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping, it cannot be iterated
             if name in stored:
                 raise ValueError(f"{file}: {name} must be stored once, got it in a second file")
-            # Old Llama files carry the rotary table; config.json says the same, and transformers skips it as well.
+            # Old Llama files carry the rotary table; config.json says the same, and transformers
+            # skips it as well.
             if not name.endswith(".rotary_emb.inv_freq"):
                 stored[name] = handle
     return stored
@@ -182,11 +193,13 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
     extra = sorted(stored.keys() - expected.keys())
     if missing:
         raise ValueError(
-            f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); config.json asks for it"
+            f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); config.json asks "
+            "for it"
         )
     if extra:
         raise ValueError(
-            f"{folder}: tensor {extra[0]} is extra ({len(extra)} in all); config.json names no such one"
+            f"{folder}: tensor {extra[0]} is extra ({len(extra)} in all); config.json names no "
+            "such one"
         )
     for name, shape in expected.items():
         header = stored[name].get_slice(name)
@@ -196,7 +209,8 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
             )
         if header.get_dtype() not in STORED_DTYPES:
             raise ValueError(
-                f"{folder}: tensor {name} must be of {'|'.join(STORED_DTYPES)}, got {header.get_dtype()}"
+                f"{folder}: tensor {name} must be of {'|'.join(STORED_DTYPES)}, got "
+                f"{header.get_dtype()}"
             )
     if has_tied_head:
         embed_VD, head_VD = (
@@ -205,7 +219,8 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
         )
         if not torch.equal(head_VD.to(embed_VD.dtype), embed_VD):
             raise ValueError(
-                f"{folder}: tensor lm_head.weight must equal model.embed_tokens.weight under tie_word_embeddings, got "
+                f"{folder}: tensor lm_head.weight must equal model.embed_tokens.weight under "
+                "tie_word_embeddings, got "
                 "another matrix; set tie_word_embeddings to false in config.json"
             )
 
@@ -218,7 +233,8 @@ def _raw_config(student: Decoder) -> tuple[dict[str, Any], torch.dtype]:
         or ModelConfig.from_hf(raw, where="save_student: student.config.raw") != student.config
     ):
         raise ValueError(
-            "save_student: student.config must agree with its .raw; build it with ModelConfig.from_hf"
+            "save_student: student.config must agree with its .raw; build it with "
+            "ModelConfig.from_hf"
         )
     dtypes = {parameter.dtype for parameter in student.parameters()}
     if len(dtypes) != 1:
@@ -240,7 +256,8 @@ def _tokenizer_files(tokenizer_from: str | Path | None) -> list[Path]:
 
 
 def _write_shards(student: Decoder, folder: Path) -> None:
-    """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor gets its own) and their index.
+    """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor gets its own) and their
+    index.
 
     A tied head is left out, as transformers does.
     """
@@ -277,7 +294,9 @@ _MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking
 
 
 def _views(student: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face tensor, the rows of our parameter that are it), for example of layers.3.attention.qkv.weight."""
+    """(Hugging Face tensor, the rows of our parameter that are it), for example of
+    layers.3.attention.qkv.weight.
+    """
     config = student.config
     for name, parameter in student.named_parameters():
         module, _, leaf = name.rpartition(".")

@@ -1,4 +1,6 @@
-"""Public ops, each in its own file: checks, then the choice of an implementation, with the reference right above."""
+"""Public ops, each in its own file: checks, then the choice of an implementation, with the
+reference right above.
+"""
 
 from socpo_fast.ops._impl import available_impls
 from socpo_fast.ops.adamw import adamw

@@ -1,4 +1,6 @@
-"""Checks at the door of an op: dtype, shape and device of tensors, ranges of numbers, one line an error."""
+"""Checks at the door of an op: dtype, shape and device of tensors, ranges of numbers, one line an
+error.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,9 +15,11 @@ INDEX = (torch.int64,)
 
 
 class TensorChecker:
-    """Checks tensors against the shape letters of their names; a letter means the size it met first.
+    """Checks tensors against the shape letters of their names; a letter means the size it met
+    first.
 
-    check = TensorChecker("linear_logprob"); check("hidden_TD", hidden_TD, FLOATS); check("targets_N", targets_N, INDEX)
+    check = TensorChecker("linear_logprob"); check("hidden_TD", hidden_TD, FLOATS);
+    check("targets_N", targets_N, INDEX)
     """
 
     def __init__(self, where: str):
@@ -28,7 +32,8 @@ class TensorChecker:
             raise TypeError(f"{self.where}: {name} must be a torch.Tensor, got {type(x).__name__}")
         if is_sharded(x):
             raise ValueError(
-                f"{self.where}: {name} must be a whole tensor, got a DTensor, which may be a shard of "
+                f"{self.where}: {name} must be a whole tensor, got a DTensor, which may be a "
+                "shard of "
                 "one; call its full_tensor()"
             )
         letters = name.rpartition("_")[2]
@@ -46,7 +51,8 @@ class TensorChecker:
             self.device = x.device
         elif x.device != self.device:
             raise ValueError(
-                f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there first"
+                f"{self.where}: {name} must be on {self.device}, got {x.device}; move it there "
+                "first"
             )
 
     def each(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
@@ -98,7 +104,7 @@ class TensorChecker:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Whether x stands for a tensor: under torch.compile, in FakeTensorMode or on the meta device."""
+    """Whether x has no values: under torch.compile, in FakeTensorMode or on the meta device."""
     return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
 
 
@@ -136,7 +142,9 @@ def is_autocasting(x: Tensor) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in torch.autocast's dtype where it is on, as torch's own matrix products take them."""
+    """The tensors in torch.autocast's dtype where it is on, as torch's own matrix products take
+    them.
+    """
     if not is_autocasting(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)

@@ -1,12 +1,15 @@
-"""What the two LM-head ops share: rows in chunks, three GEMMs a chunk, and the row passes that run in between.
+"""What the two LM-head ops share: rows in chunks, three GEMMs a chunk, and the row passes that run
+in between.
 
-    logits = x @ weight.T;   row pass: logits -> dlogits, in place;   dx = dlogits @ weight;   dweight += dlogits.T @ x
+    logits = x @ weight.T;   row pass: logits -> dlogits, in place;   dx = dlogits @ weight;
+    dweight += dlogits.T @ x
 
-Departures from the textbook. A chunk's rows are picked and padded to MIN_ROWS: below a few rows GEMM libraries sum in
-another order, and a row's bits would depend on its company. On a CPU, rows whose gradient turned out 0 are left out of
-the two gradient GEMMs; on a GPU the host would have to wait for their number, so they stay as zeros, and the dx of all
-chunks is kept and added up once, behind the last one. dweight is summed in fp32 in one buffer. Whatever scales a logit
-is one number a row, its inverse temperature.
+Departures from the textbook. A chunk's rows are picked and padded to MIN_ROWS: below a few rows
+GEMM libraries sum in another order, and a row's bits would depend on its company. On a CPU, rows
+whose gradient turned out 0 are left out of the two gradient GEMMs; on a GPU the host would have to
+wait for their number, so they stay as zeros, and the dx of all chunks is kept and added up once,
+behind the last one. dweight is summed in fp32 in one buffer. Whatever scales a logit is one number
+a row, its inverse temperature.
 """
 
 from collections.abc import Iterator
@@ -19,9 +22,9 @@ from socpo_fast.ops._checks import has_no_values
 from socpo_fast.ops._impl import extension_is_built, kernels_of
 
 # MiB of logits and picked rows. With the rest (dx, GEMM scratch) an op stays below dweight + 256
-# MiB on a CPU and below dweight + GPU_WORKSPACE_MIB + 256 MiB on a card, dx of all rows apart. A card gets ten times as
-# much: weight and dweight cross its memory once a chunk, and with 208 MiB, which is 237 rows of
-# Qwen3's vocabulary in bf16, that would take longer than the GEMMs.
+# MiB on a CPU and below dweight + GPU_WORKSPACE_MIB + 256 MiB on a card, dx of all rows apart. A
+# card gets ten times as much: weight and dweight cross its memory once a chunk, and with 208 MiB,
+# which is 237 rows of Qwen3's vocabulary in bf16, that would take longer than the GEMMs.
 CPU_WORKSPACE_MIB = 208.0
 GPU_WORKSPACE_MIB = 2048.0
 MIN_ROWS = 16
@@ -124,10 +127,11 @@ class ChunkedHead:
     """hidden_TD[rows] @ weight_VD.T + bias_V by chunks of rows, with the gradients of all three.
 
     for part in head.chunks():
-        logits = head.project(part);  row pass from logits into head.grad_logits;  head.backward(part, ..)
+        logits = head.project(part);  row pass from logits into head.grad_logits;
+        head.backward(part, ..)
 
-    With tanh_scale the logits are tanh(tanh_scale (..)). Without moves_rows_up rows keep their places,
-    as they must on a card. A row without a gradient may hold anything.
+    With tanh_scale the logits are tanh(tanh_scale (..)). Without moves_rows_up rows keep their
+    places, as they must on a card. A row without a gradient may hold anything.
     """
 
     def __init__(
@@ -171,7 +175,8 @@ class ChunkedHead:
         self.needs_hidden, self.needs_weight, self.needs_bias = needs_grad
         self.needs_any = any(needs_grad)
         shapes = shapes_of_gradients(hidden_TD, weight_VD, needs_grad)
-        # Where rows keep their places, dx of all of them; behind, room for what pads the last chunk.
+        # Where rows keep their places, dx of all of them; behind, room for what pads the last
+        # chunk.
         num_dx_rows = 0 if moves_rows_up else rows_N.numel() + MIN_ROWS
         self.dx_ND = self.logits.new_empty((num_dx_rows, width if self.needs_hidden else 0))
         self.grad_hidden_TD = self.logits.new_zeros(shapes[0] if moves_rows_up else 0)
@@ -201,7 +206,9 @@ class ChunkedHead:
         return logits[:num_rows]
 
     def backward(self, part: slice, no_grad: Tensor) -> None:
-        """Adds the chunk's part to the gradients, from self.grad_logits; no_grad [n] is True where those are 0."""
+        """Adds the chunk's part to the gradients, from self.grad_logits; no_grad [n] is True where
+        those are 0.
+        """
         num_rows = no_grad.numel()
         has_grad = ~no_grad if self.moves_rows_up else None
         if self.tanh_scale is not None:  # d tanh(s u) / du = s - s tanh^2; the logits are done with
@@ -250,7 +257,9 @@ class ChunkedHead:
         return [self.grad_hidden_TD, self.grad_weight_VD, self.grad_bias_V]
 
     def _move_up(self, has_grad: Tensor, order: Tensor) -> int:
-        """Moves rows with a gradient into the places of rows without; returns how many; `order` follows."""
+        """Moves rows with a gradient into the places of rows without; returns how many; `order`
+        follows.
+        """
         count = int(has_grad.sum())
         holes = (~has_grad[:count]).nonzero()[:, 0]
         movers = has_grad[count:].nonzero()[:, 0] + count

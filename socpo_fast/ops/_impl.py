@@ -48,7 +48,8 @@ _RUNS_ON = {
 
 
 def pick_impl(op: str, impl: str, x: Tensor) -> str:
-    """Returns the implementation that runs for `impl`, which is "auto" or a name, and a tensor like x.
+    """Returns the implementation that runs for `impl`, which is "auto" or a name, and a tensor like
+    x.
 
     Raises:
         ValueError: `impl` does not exist for this op and dtype, or does not run on this device.
@@ -67,7 +68,8 @@ def pick_impl(op: str, impl: str, x: Tensor) -> str:
         raise ValueError(f"{op}: impl must be one of {', '.join(known)}{for_dtype}, got {impl!r}")
     if device != _DEVICES[impl] and not (impl == "triton" and device == "cpu" and INTERPRETS):
         raise ValueError(
-            f"{op}: impl must be auto or ref for tensors on {x.device}, got {impl!r}, which runs on {_RUNS_ON[impl]}"
+            f"{op}: impl must be auto or ref for tensors on {x.device}, got {impl!r}, which runs "
+            f"on {_RUNS_ON[impl]}"
         )
     if impl in _IS_THERE and not _IS_THERE[impl]:
         raise RuntimeError(f"{op}: impl {impl!r} needs {_HOW_TO_GET[impl]}, or use impl='ref'")
@@ -76,7 +78,7 @@ def pick_impl(op: str, impl: str, x: Tensor) -> str:
 
 @functools.cache
 def kernels_of(stem: str, impl: str) -> Any:
-    """Where an op's launches are, under the same names: torch.ops.socpo, or the module of kernels/."""
+    """Returns where an op's launches live: torch.ops.socpo, or a module of kernels/."""
     if impl == "cpp":
         return torch.ops.socpo
     return importlib.import_module(f"socpo_fast.kernels.{stem}")
@@ -90,7 +92,9 @@ def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
 
 @functools.cache
 def extension_is_built() -> bool:
-    """True when `socpo_fast._C` imports, which registers `torch.ops.socpo.*`; a broken build raises."""
+    """True when `socpo_fast._C` imports, which registers `torch.ops.socpo.*`; a broken build
+    raises.
+    """
     try:
         importlib.import_module("socpo_fast._C")
     except ModuleNotFoundError:

@@ -67,7 +67,7 @@ def define_op(
 
 
 def _autograd_kernel(op: Any, save: Callable, backward: Callable) -> Callable:
-    """What runs at the Autograd key; torch.library.register_autograd's would take 8 us more a call."""
+    """Runs at the Autograd key; torch.library.register_autograd takes 8 us more a call."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod

@@ -24,7 +24,7 @@ INFINITY_BITS = 0x7F800000  # of fp32; bits from here on are not finite
 
 
 class StepFactors(NamedTuple):
-    """The numbers that a step multiplies by, the same for every element; each is rounded to fp32."""
+    """The factors of a step, the same for every element, each rounded to fp32."""
 
     decay: float  # lr weight_decay
     beta1: float

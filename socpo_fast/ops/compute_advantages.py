@@ -1,4 +1,4 @@
-"""One advantage an attempt, with the options spelled out: a shorter way to call decay_advantage.py."""
+"""`compute_advantages`: one advantage an attempt, a shorter way to call decay_advantage.py."""
 
 from torch import Tensor
 

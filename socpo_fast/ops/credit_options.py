@@ -1,4 +1,6 @@
-"""How the rewards of a batch become advantages: the options of ops/decay_advantage.py and their formulas."""
+"""How the rewards of a batch become advantages: the options of ops/decay_advantage.py and their
+formulas.
+"""
 
 import warnings
 from dataclasses import dataclass
@@ -33,8 +35,9 @@ class CreditOptions:
     Args:
         schedule:       "batch_mean" (the paper's), "constant" or "none" (the ablation).
         factor:         in [0, 1], for "constant" only.
-        credit:         "attempt": an attempt earns its own decayed reward, so the wrong first one of
-                        a rescued rollout keeps 0. "trajectory": all of a rollout earn the last one's.
+        credit:         "attempt": an attempt earns its own decayed reward, so the wrong first one
+                        of a rescued rollout keeps 0. "trajectory": all of a rollout earn the last
+                        one's.
         estimator:      one of the five above.
         baseline_group: "question", or "question_attempt" to group by attempt index as well (warns).
         eps:            finite and > 0, added to the std in grpo.
@@ -76,7 +79,8 @@ class CreditOptions:
             )
         if self.baseline_group == "question_attempt":
             warnings.warn(
-                "compute_advantages: baseline_group question_attempt compares guided attempts with guided "
+                "compute_advantages: baseline_group question_attempt compares guided attempts "
+                "with guided "
                 "attempts only, which cancels reward decay; use question",
                 stacklevel=3,
             )

@@ -1,4 +1,5 @@
-"""From the raw rewards of a batch to one advantage an attempt, in one call: decay, credit, baseline, whitening.
+"""From the raw rewards of a batch to one advantage an attempt, in one call: decay, credit,
+baseline, whitening.
 
 Read credit_attempts_ref, which is the formula, then credit_attempts; decay_rewards, and
 compute_advantages in a file of its own, return parts of its result.
@@ -93,13 +94,15 @@ def credit_attempts(
     options: CreditOptions,
     impl: str = "auto",
 ) -> Credit:
-    """Decays, credits and compares the rewards of a whole batch; see CreditOptions for the formulas.
+    """Decays, credits and compares the rewards of a whole batch; see CreditOptions for the
+    formulas.
 
     Args:
         rewards_A:      [A] fp32 or fp64, finite. Raw rewards of all attempts of the batch.
         num_tokens_A:   [A] int64, >= 0. Loss tokens of each attempt.
         question_idx_A: [A] int64, any values; equal values are one question of the batch.
-        attempt_idx_A:  [A] int64, in [0, 256). 0 is an answer without help; batch_mean needs one of them.
+        attempt_idx_A:  [A] int64, in [0, 256). 0 is an answer without help; batch_mean needs one of
+                        them.
         rollout_idx_A:  [A] int64, any values; attempts that agree in question and rollout are one
                         rollout. Needed where options.credit is "trajectory".
         impl:           "auto", "ref", "cpp" or "triton".
@@ -268,8 +271,10 @@ def _fake(raw_A: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 
 _credit_attempts = define_op(
-    "credit_attempts(Tensor raw, Tensor attempt_idx, Tensor? num_tokens, Tensor? keys, Tensor? rollouts, "
-    "float[]? factors, SymInt num_factors, str baseline, bool divides_by_std, bool whitens, float eps, str impl) "
+    "credit_attempts(Tensor raw, Tensor attempt_idx, Tensor? num_tokens, Tensor? keys, Tensor? "
+    "rollouts, "
+    "float[]? factors, SymInt num_factors, str baseline, bool divides_by_std, bool whitens, float "
+    "eps, str impl) "
     "-> (Tensor earned, Tensor advantages, Tensor factors)",
     _kernel,
     fake=_fake,

@@ -1,7 +1,9 @@
-"""A linear layer whose rows do not know of each other: prompt, batch and single token give equal bits.
+"""A linear layer whose rows do not know of each other: prompt, batch and single token give equal
+bits.
 
-On the CPU it runs a kernel of our own over the weights as they are stored (fp32 or bf16, no packed copy). Departs from
-torch's linear, whose GEMM libraries sum in another order for few rows, and which wants both factors in one dtype.
+On the CPU it runs a kernel of our own over the weights as they are stored (fp32 or bf16, no packed
+copy). Departs from torch's linear, whose GEMM libraries sum in another order for few rows, and
+which wants both factors in one dtype.
 """
 
 from typing import Any

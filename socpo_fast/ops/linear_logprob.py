@@ -1,6 +1,8 @@
-"""LM head and log-softmax of single targets: linear_logprob_ref is the formula by chunks, linear_logprob the op.
+"""LM head and log-softmax of single targets: linear_logprob_ref is the formula by chunks,
+linear_logprob the op.
 
-The fused form is in _fused_logprob.py. next_token_rows leads there from a padded batch, as Hugging Face models take it.
+The fused form is in _fused_logprob.py. next_token_rows leads there from a padded batch, as Hugging
+Face models take it.
 """
 
 import torch
@@ -96,11 +98,13 @@ def linear_logprob(
     workspace_mib: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and the entropy of its row, without storing the [N, V] logits.
+    """Log-probability of each target token and the entropy of its row, without storing the [N, V]
+    logits.
 
         u[n] = logit_scale (hidden[rows[n]] @ weight.T + bias)
         z[n] = u[n] / temperature[n], with a softcap softcap tanh(u[n] / softcap) / temperature[n]
-        logprob[n] = z[n, targets[n]] - logsumexp(z[n])        entropy[n] = -sum over v of p[n, v] log p[n, v]
+        logprob[n] = z[n, targets[n]] - logsumexp(z[n])        entropy[n] = -sum over v of p[n, v]
+        log p[n, v]
 
     Args:
         hidden_TD:    [T, D] fp32, fp64, bf16 or fp16, row-contiguous. Packed tokens, no padding.
@@ -119,8 +123,9 @@ def linear_logprob(
         impl:         "auto", "ref", "cpp" or "triton".
 
     Returns:
-        logprobs_N [N] fp32 (fp64 for fp64 inputs), nats, <= 0;  entropy_N [N], same dtype, nats, >= 0.
-        Both are NaN where the target is -100, whatever the hidden state holds; an upstream gradient
+        logprobs_N [N] fp32 (fp64 for fp64 inputs), nats, <= 0;  entropy_N [N], same dtype, nats, >=
+        0. Both are NaN where the target is -100, whatever the hidden state holds; an upstream
+           gradient
         of such a row is ignored.
 
     Raises:
@@ -130,8 +135,8 @@ def linear_logprob(
     Gradient: hidden (repeated rows summed in index order), weight and bias, for any upstream
     gradient; fp32 accumulation; with create_graph it has no graph. Under torch.autocast hidden,
     weight and bias are taken in its dtype.
-    Memory: one chunk of logits. Bitwise: same inputs, same bits; on the CPU a row's outputs and its dX are those it
-    would have alone.
+    Memory: one chunk of logits. Bitwise: same inputs, same bits; on the CPU a row's outputs and its
+    dX are those it would have alone.
     Source: Wijmans et al. 2024, arXiv:2411.09009, section 4.
     """
     check = TensorChecker("linear_logprob")
@@ -278,7 +283,9 @@ def _chunk_logprob(
     logit_scale: float,
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets and entropies of one chunk of rows; -inf logits are outcomes of probability 0."""
+    """Log-probs of the targets and entropies of one chunk of rows; -inf logits are outcomes of
+    probability 0.
+    """
     with without_autocast(hidden):
         logits = F.linear(hidden, weight_VD, bias_V)
     logits = logits if logit_scale == 1 else logits * logit_scale

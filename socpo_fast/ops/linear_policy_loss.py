@@ -1,4 +1,5 @@
-"""The policy head: LM head, log-softmax and clipped policy loss in one op, over the rows that carry loss only.
+"""The policy head: LM head, log-softmax and clipped policy loss in one op, over the rows that carry
+loss only.
 
 linear_policy_loss_ref is `linear_logprob_ref`, then `policy_loss_ref`; linear_policy_loss checks
 and chooses; the fused form is in _fused_policy_loss.py. Departure from the textbook: rows are
@@ -108,7 +109,8 @@ def linear_policy_loss(
     workspace_mib: float | None = None,
     impl: str = "auto",
 ) -> PolicyLoss:
-    """The policy loss of packed tokens straight from hidden states, projecting only the rows that carry loss.
+    """The policy loss of packed tokens straight from hidden states, projecting only the rows that
+    carry loss.
 
         logprob, entropy = linear_logprob(hidden, weight, targets, temperature, rows, bias, ..)
         loss             = policy_loss(logprob, old_logprobs, advantages, .., entropy)

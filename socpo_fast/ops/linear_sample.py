@@ -1,8 +1,9 @@
 """The head of the engine: hidden states to drawn tokens, without storing the [B, V] logits.
 
-Read linear_sample_ref for the mathematics; distribution and noise are those of `sample`. Departs from the textbook: the
-LM head goes by in tiles of the vocabulary, and each draw keeps a few numbers of a tile (largest logit, sum and weighted
-sum of exps, best token by score), merged in the order of the tiles. Only rows with top-k, top-p or min-p keep logits.
+Read linear_sample_ref for the mathematics; distribution and noise are those of `sample`. Departs
+from the textbook: the LM head goes by in tiles of the vocabulary, and each draw keeps a few numbers
+of a tile (largest logit, sum and weighted sum of exps, best token by score), merged in the order of
+the tiles. Only rows with top-k, top-p or min-p keep logits.
 """
 
 import torch
@@ -52,30 +53,35 @@ def linear_sample(
     rows_B: Tensor | None = None,
     impl: str = "auto",
 ) -> Draws:
-    """One token a draw from the LM head's softmax; the same token that `sample` takes from equal logits.
+    """One token a draw from the LM head's softmax; the same token that `sample` takes from equal
+    logits.
 
-        logits[b] = hidden[rows[b]] @ weight.T           token, logprob, kept mass: `sample` of logits
-        entropy[b] = -sum over v of p[v] log p[v]        p = softmax(logits[b] / temperature[b]), greedy: of the logits
+        logits[b] = hidden[rows[b]] @ weight.T           token, logprob, kept mass: `sample` of
+        logits entropy[b] = -sum over v of p[v] log p[v]        p = softmax(logits[b] /
+        temperature[b]), greedy: of the logits
 
     Args:
         hidden_TD:     [T, D] floating point (cpp: fp32), row-contiguous.
-        weight_VD:     [V, D], hidden's dtype, or bf16 with fp32 hidden; row-contiguous, V < 2^31. The LM head.
+        weight_VD:     [V, D], hidden's dtype, or bf16 with fp32 hidden; row-contiguous, V < 2^31.
+                       The LM head.
         row_keys_B:    [B] int64, a token to be drawn each, from `row_keys`.
         temperature_B, top_k_B, top_p_B, min_p_B: [B], as in `sample`.
-        rows_B:        [B] int64, each in [0, T): the row of hidden of a draw; may repeat. None is row b, with B = T.
+        rows_B:        [B] int64, each in [0, T): the row of hidden of a draw; may repeat. None is
+                       row b, with B = T.
         impl:          "auto", "ref", "cpp" or "triton".
 
     Returns:
-        token_ids_B [B] int64;  logprobs_B, entropy_B [B] fp32, nats, under the temperature only, over the whole
-        vocabulary;  kept_mass_B [B] fp32, probability of the tokens that the filters keep, 1 when all are off.
-        A row whose logits have NaN, +inf or nothing finite has log-prob NaN and some token.
+        token_ids_B [B] int64;  logprobs_B, entropy_B [B] fp32, nats, under the temperature only,
+        over the whole vocabulary;  kept_mass_B [B] fp32, probability of the tokens that the filters
+        keep, 1 when all are off. A row whose logits have NaN, +inf or nothing finite has log-prob
+        NaN and some token.
 
     Raises:
         ValueError: a shape, dtype, stride or parameter breaks the rules above.
 
     Gradient: none. Memory (cpp): logits of a tile, and of the rows with a filter.
-    Bitwise (cpp): a draw's bits depend on its row, its key and its settings only, whatever the other draws and the
-    number of threads.
+    Bitwise (cpp): a draw's bits depend on its row, its key and its settings only, whatever the
+    other draws and the number of threads.
     Source: Gumbel-max (Gumbel 1954); the tiles' maxima and sums as in Milakov and Gimelshein 2018.
     """
     hidden_TD, weight_VD = autocast(hidden_TD, whole("linear_sample", "weight_VD", weight_VD))
@@ -138,7 +144,8 @@ def _kernel(
 
 # is_filtered: whether any draw has a filter on; None leaves it to be found out.
 linear_sample_op = define_op(
-    "linear_sample(Tensor hidden, Tensor weight, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
+    "linear_sample(Tensor hidden, Tensor weight, Tensor row_keys, Tensor temperature, Tensor "
+    "top_k, Tensor top_p, "
     "Tensor min_p, Tensor? rows, bool? is_filtered, str impl) "
     "-> (Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor kept_mass)",
     _kernel,

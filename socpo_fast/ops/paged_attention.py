@@ -1,10 +1,12 @@
-"""Causal attention of new tokens over keys and values in pages: prefill, chunked prefill and decode in one op.
+"""Causal attention of new tokens over keys and values in pages: prefill, chunked prefill and decode
+in one op.
 
-Read paged_attention_ref for the mathematics. Departs from the textbook: there is one entry for a prompt and for a
-single token, and both give the same bits, since a query row's arithmetic sees its own position and keys only. Keys are
-attended in fixed splits, merged in order; siblings whose pages are the same over a split have it read once for all of
-them (cascade), which changes no bit either: on a GPU the host names them (prefix_groups.py). The package flash-attn is
-an implementation, too, if asked for by name.
+Read paged_attention_ref for the mathematics. Departs from the textbook: there is one entry for a
+prompt and for a single token, and both give the same bits, since a query row's arithmetic sees its
+own position and keys only. Keys are attended in fixed splits, merged in order; siblings whose pages
+are the same over a split have it read once for all of them (cascade), which changes no bit either:
+on a GPU the host names them (prefix_groups.py). The package flash-attn is an implementation, too,
+if asked for by name.
 """
 
 import importlib
@@ -67,22 +69,28 @@ def paged_attention(
 ) -> Tensor:
     """Attention of each sequence's last tokens over all of its tokens so far, read from pages.
 
-        o[t, h] = sum_j p[j] v[j, h']   p = softmax over j <= position(t) of scale q[t, h] . k[j, h']  h' = h // (H / K)
-        position(t) = seq_lens[b] - cu_seqlens_q[b + 1] + t for cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]
+        o[t, h] = sum_j p[j] v[j, h']   p = softmax over j <= position(t) of scale q[t, h] . k[j,
+        h']  h' = h // (H / K) position(t) = seq_lens[b] - cu_seqlens_q[b + 1] + t for
+        cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]
 
     Args:
         q_THE:          [T, H, E] floating point (cpp: fp32), packed by sequence. H a multiple of K.
-        k_cache_PSKE:   [P, S, K, E], q's dtype, or bf16 with fp32 queries; contiguous; E a multiple of 4, at most
+        k_cache_PSKE:   [P, S, K, E], q's dtype, or bf16 with fp32 queries; contiguous; E a multiple
+                        of 4, at most
                         256. The keys of the query tokens themselves are already in it.
         v_cache_PSKE:   like k_cache_PSKE.
-        block_table_BM: [B, M] int32. Token j of sequence b is in page block_table[b, j // S], slot j % S; entries
-                        behind the last token's page are never read.
-        seq_lens_B:     [B] int32, tokens in sequence b with the query tokens, which are the last ones; <= M * S.
-        cu_seqlens_q:   [B + 1] int32, query tokens before sequence b; from 0 to T. A sequence may have none.
+        block_table_BM: [B, M] int32. Token j of sequence b is in page block_table[b, j // S], slot
+                        j % S; entries behind the last token's page are never read.
+        seq_lens_B:     [B] int32, tokens in sequence b with the query tokens, which are the last
+                        ones; <= M * S.
+        cu_seqlens_q:   [B + 1] int32, query tokens before sequence b; from 0 to T. A sequence may
+                        have none.
         scale:          usually E ** -0.5; no default, since a wrong one is silent.
-        cascade:        sequences with one query token each and the same pages over a split share its keys (cpp:
-                        consecutive ones; triton: those that begin with the same pages). Same bits with and without.
-        impl:           "auto", "ref", "cpp", "triton" or "flash" (flash-attn: pages of 256, fp16 or bf16).
+        cascade:        sequences with one query token each and the same pages over a split share
+                        its keys (cpp: consecutive ones; triton: those that begin with the same
+                        pages). Same bits with and without.
+        impl:           "auto", "ref", "cpp", "triton" or "flash" (flash-attn: pages of 256, fp16 or
+                        bf16).
 
     Returns:
         o_THE [T, H, E], q's dtype. Softmax and sums in fp32.
@@ -90,12 +98,12 @@ def paged_attention(
     Raises:
         ValueError: a shape, dtype, stride, length or page number breaks the rules above.
 
-    Gradient: none, it serves the engine. Memory: ref gathers one sequence's keys and scores; cpp has E + 2 floats for
-    each head and split of 128 keys of a single query token, and about 100 KiB a thread.
-    Bitwise (cpp): a row's bits do not depend on the other rows, on how many tokens are queried at once, on which pages
-    hold the keys, on cascade, or on the number of threads.
-    Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018); cascade: Hydragen
-    (Juravsky et al. 2024).
+    Gradient: none, it serves the engine. Memory: ref gathers one sequence's keys and scores; cpp
+    has E + 2 floats for each head and split of 128 keys of a single query token, and about 100 KiB
+    a thread. Bitwise (cpp): a row's bits do not depend on the other rows, on how many tokens are
+    queried at once, on which pages hold the keys, on cascade, or on the number of threads.
+    Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018);
+    cascade: Hydragen (Juravsky et al. 2024).
     """
     _check(q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q)
     impl = pick_impl("paged_attention", impl, q_THE)
@@ -191,11 +199,12 @@ def paged_attention_flash(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> Tensor:
-    """`paged_attention` by the package flash-attn, its tensors unchecked; nothing is read back from the device.
+    """`paged_attention` by the package flash-attn, its tensors unchecked; nothing is read back from
+    the device.
 
-    It is asked for by name, never chosen by itself. Departs from our kernels: pages of 256 tokens or a multiple, fp16
-    and bf16 only, no sharing among siblings, and prefill and decode differ in their bits. Decode takes one split, so
-    that a row's bits do not depend on its company.
+    It is asked for by name, never chosen by itself. Departs from our kernels: pages of 256 tokens
+    or a multiple, fp16 and bf16 only, no sharing among siblings, and prefill and decode differ in
+    their bits. Decode takes one split, so that a row's bits do not depend on its company.
 
     Raises:
         ValueError: pages or a dtype that flash-attn cannot do.
@@ -264,10 +273,13 @@ def _kernel(
     )
 
 
-# max_seqlen_*: the longest query and context, or more. groups: of prefix_groups, for decode on a GPU.
+# max_seqlen_*: the longest query and context, or more. groups: of prefix_groups, for decode on a
+# GPU.
 paged_attention_op = define_op(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? groups, float scale, bool cascade, "
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
+    "seq_lens, "
+    "Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? groups, float scale, "
+    "bool cascade, "
     "str impl) -> Tensor",
     _kernel,
     fake=lambda q, *_: q.new_empty(q.shape),

@@ -1,8 +1,9 @@
-"""The clipped policy loss from log-probs that exist already: policy_loss_ref is the formula, policy_loss the op.
+"""The clipped policy loss from log-probs that exist already: policy_loss_ref is the formula,
+policy_loss the op.
 
-Departures from the textbook: the normaliser is in the weights and belongs to the update, so splitting an update into
-microbatches changes nothing; a row of weight 0 is never touched, whatever it holds; where the ratio lies exactly on a
-bound, the gradient passes.
+Departures from the textbook: the normaliser is in the weights and belongs to the update, so
+splitting an update into microbatches changes nothing; a row of weight 0 is never touched, whatever
+it holds; where the ratio lies exactly on a bound, the gradient passes.
 """
 
 import math
@@ -105,7 +106,7 @@ def policy_loss_ref(
     sampler_logprobs_N: Tensor | None = None,
     tis_clip: float | None = None,
 ) -> PolicyLoss:
-    """`policy_loss` with one advantage and one weight a token, unchecked; logprobs in fp32 or fp64."""
+    """`policy_loss`, unchecked, one advantage and weight a token; logprobs in fp32 or fp64."""
     has_loss_N = weights_N != 0
     old_logprobs_N = (
         (logprobs_N if old_logprobs_N is None else old_logprobs_N).detach().to(logprobs_N.dtype)
@@ -158,26 +159,34 @@ def policy_loss(
     tis_clip: float | None = None,
     options: PolicyLossOptions = DEFAULT_OPTIONS,
 ) -> PolicyLoss:
-    """PPO's clipped loss with dual clip, optional entropy bonus and KL to a reference, as one weighted sum over tokens.
+    """PPO's clipped loss with dual clip, optional entropy bonus and KL to a reference, as one
+    weighted sum over tokens.
 
         ratio = exp(clamp(logprob - old_logprob, -20, 20))
-        l     = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high));   where A < 0: l = min(l, -A dual_clip)
-        loss  = sum of w (l - entropy_coef entropy + kl_coef KL)              over rows of weight w != 0
+        l     = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high));   where A < 0: l =
+        min(l, -A dual_clip) loss  = sum of w (l - entropy_coef entropy + kl_coef KL)
+        over rows of weight w != 0
 
-        d = clamp(ref_logprob - logprob, -20, 20);   KL: k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - 1 - d
-        with tis_clip: w times min(exp(old_logprob - sampler_logprob), tis_clip), without a gradient
+        d = clamp(ref_logprob - logprob, -20, 20);   KL: k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - 1 -
+        d with tis_clip: w times min(exp(old_logprob - sampler_logprob), tis_clip), without a
+        gradient
 
     Args:
-        logprobs_N:         [N] fp32 or fp64, nats. The only argument with a gradient besides entropy_N.
+        logprobs_N:         [N] fp32 or fp64, nats. The only argument with a gradient besides
+                            entropy_N.
         old_logprobs_N:     [N] fp32 or fp64, nats, of the policy before the batch's first update.
                             None: logprobs_N without its gradient, so that every ratio is 1.
-        advantages:         [N] fp32 or fp64, finite; or [A], one an attempt, when attempt_of_token_N is given.
+        advantages:         [N] fp32 or fp64, finite; or [A], one an attempt, when
+                            attempt_of_token_N is given.
         attempt_of_token_N: [N] int64, each in [0, A).
-        weights_N:          [N] fp32 or fp64, finite, >= 0: normaliser, importance weights and mask in one. 0 leaves the
-                            row out, whatever stands in it.
-        num_loss_tokens:    > 0, the update's, not a microbatch's; instead of weights_N: each weight is 1 / that.
-        entropy_N:          [N] fp32 or fp64, nats; needed, with a gradient, when entropy_coef is not 0.
-        ref_logprobs_N:     [N] fp32 or fp64, nats, of a frozen reference; needed when kl_coef is not 0.
+        weights_N:          [N] fp32 or fp64, finite, >= 0: normaliser, importance weights and mask
+                            in one. 0 leaves the row out, whatever stands in it.
+        num_loss_tokens:    > 0, the update's, not a microbatch's; instead of weights_N: each weight
+                            is 1 / that.
+        entropy_N:          [N] fp32 or fp64, nats; needed, with a gradient, when entropy_coef is
+                            not 0.
+        ref_logprobs_N:     [N] fp32 or fp64, nats, of a frozen reference; needed when kl_coef is
+                            not 0.
         sampler_logprobs_N: [N] fp32 or fp64, nats, of what sampled; needed with tis_clip.
         tis_clip:           > 0, bound of the truncated importance weight; None: no such weight.
         options:            clips, entropy bonus and KL.
@@ -186,7 +195,8 @@ def policy_loss(
         PolicyLoss; per-token values for all N rows, entropy NaN when entropy_N is None.
 
     Raises:
-        ValueError: an argument breaks the rules above, or not exactly one of weights_N and num_loss_tokens is given.
+        ValueError: an argument breaks the rules above, or not exactly one of weights_N and
+                    num_loss_tokens is given.
 
     Gradient: logprobs, entropy; zero where a clip holds. Bitwise: same inputs, same bits.
     Source: Schulman et al. 2017, arXiv:1707.06347; Ye et al. 2020, arXiv:1912.09729 (dual clip);

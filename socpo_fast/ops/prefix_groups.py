@@ -1,10 +1,12 @@
-"""Which sequences of a decode step read the same pages first: groups that the host names, for kernels on a GPU.
+"""Which sequences of a decode step read the same pages first: groups that the host names, for
+kernels on a GPU.
 
-    row of a sequence:  leader | place | shared tokens | member 0, member 1, .. of the group, -1 behind the last
+    row of a sequence:  leader | place | shared tokens | member 0, member 1, .. of the group, -1
+    behind the last
 
-A group has the rows of up to MAX_MEMBERS sequences, wherever they stand in the batch, whose block tables begin with
-the same pages; leader is its first row, place the sequence's own among the members. A kernel reads the keys of shared
-tokens once for all of them.
+A group has the rows of up to MAX_MEMBERS sequences, wherever they stand in the batch, whose block
+tables begin with the same pages; leader is its first row, place the sequence's own among the
+members. A kernel reads the keys of shared tokens once for all of them.
 """
 
 import numpy as np
@@ -14,11 +16,13 @@ GROUP_WIDTH = 3 + MAX_MEMBERS
 
 
 def prefix_groups(table_BM: np.ndarray, seq_lens_B: np.ndarray, page_size: int) -> np.ndarray:
-    """Returns int32 [B, GROUP_WIDTH]: each sequence with those that share whole pages with it from the start on.
+    """Returns int32 [B, GROUP_WIDTH]: each sequence with those that share whole pages with it from
+    the start on.
 
     Args:
         table_BM:   [B, M] integers, pages in order.
-        seq_lens_B: [B] integers, tokens that are in them; a page that is not full is nobody's to share.
+        seq_lens_B: [B] integers, tokens that are in them; a page that is not full is nobody's to
+                    share.
     """
     groups_BG = alone(len(table_BM))
     num_whole_B = seq_lens_B // page_size

@@ -1,7 +1,7 @@
 """RMSNorm with the residual connection's addition in the same pass, forward and backward.
 
-Departs from the textbook: a layer hands on (sum, norm of the sum), so the stream of residuals is read and written once
-a norm instead of three times.
+Departs from the textbook: a layer hands on (sum, norm of the sum), so the stream of residuals is
+read and written once a norm instead of three times.
 """
 
 from typing import Any
@@ -53,9 +53,10 @@ def rms_norm(
     Raises:
         ValueError: a shape, dtype or eps breaks the rules above.
 
-    Gradient: x, weight, residual, without a graph of its own; the weight's summed in a fixed order, in fp32.
-    Memory: sum is kept for the backward, y is not. Bitwise: a row's bits depend on that row only; gradients do not
-    depend on the number of threads.
+    Gradient: x, weight, residual, without a graph of its own; the weight's summed in a fixed order,
+    in fp32.
+    Memory: sum is kept for the backward, y is not. Bitwise: a row's bits depend on that row only;
+    gradients do not depend on the number of threads.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     weight_D = whole("rms_norm", "weight_D", weight_D)
@@ -91,7 +92,9 @@ def _save(ctx: Any, inputs: tuple, outputs: Pair) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-    """With r = 1 / rms and g = grad * weight: dsum = r (g - sum r^2 mean(g sum)), dweight = sum of grad sum r."""
+    """With r = 1 / rms and g = grad * weight: dsum = r (g - sum r^2 mean(g sum)), dweight = sum of
+    grad sum r.
+    """
     sum_, weight_D = ctx.saved_tensors
     grad, grad_weight_D = _rms_norm_backward(
         sum_, weight_D, grad_y, grad_sum if ctx.has_residual else None, ctx.eps, ctx.impl
@@ -101,7 +104,8 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
 
 # sum is empty without a residual: an output must not be an input.
 _rms_norm = define_op(
-    "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps, str impl) -> (Tensor y, Tensor sum)",
+    "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps, str impl) -> (Tensor y, "
+    "Tensor sum)",
     lambda x, weight, residual, eps, impl: kernels_of("rms_norm", impl).rms_norm(
         x, weight, eps, residual
     ),
@@ -114,7 +118,8 @@ _rms_norm = define_op(
 # grad_sum: what reaches x by other ways, added. grad_weight is fp32; autograd makes it what the
 # weight's .grad is.
 _rms_norm_backward = define_op(
-    "rms_norm_backward(Tensor x, Tensor weight, Tensor grad_y, Tensor? grad_sum, float eps, str impl) "
+    "rms_norm_backward(Tensor x, Tensor weight, Tensor grad_y, Tensor? grad_sum, float eps, str "
+    "impl) "
     "-> (Tensor grad_x, Tensor grad_weight)",
     lambda x, weight, grad_y, grad_sum, eps, impl: kernels_of("rms_norm", impl).rms_norm_backward(
         x, weight, eps, grad_y, grad_sum

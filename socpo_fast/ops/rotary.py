@@ -17,7 +17,9 @@ from socpo_fast.ops.rms_norm import rms_norm
 
 
 class Rope(NamedTuple):
-    """What turns raw q and k into those of attention: angles, and the norms of heads if there are any."""
+    """What turns raw q and k into those of attention: angles, and the norms of heads if there are
+    any.
+    """
 
     cos_TE: Tensor
     sin_TE: Tensor
@@ -39,7 +41,8 @@ def rotary(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, *, impl: str = "auto")
         out[t, h] = x[t, h] * cos[t] + (-high, low of x[t, h]) * sin[t]
 
     Args:
-        x_THE:  [T, H, E] floating point (cpp: fp32; triton: not fp64), E even. A slice of the heads is not copied.
+        x_THE:  [T, H, E] floating point (cpp: fp32; triton: not fp64), E even. A slice of the heads
+                is not copied.
         cos_TE: [T, E] fp32 or x's dtype, from `rotary_tables`: the second half repeats the first.
         sin_TE: like cos_TE.
         impl:   "auto", "ref", "cpp" or "triton".
@@ -87,7 +90,8 @@ def rotary_qkv(
 ) -> tuple[Tensor, ...]:
     """Norms the heads of q and k, where the model does, and rotates them; v is left where it is.
 
-        out = rotary(rms_norm(q, q_weight)), rotary(rms_norm(k, k_weight))     q, k, v = qkv by heads
+        out = rotary(rms_norm(q, q_weight)), rotary(rms_norm(k, k_weight))     q, k, v = qkv by
+        heads
 
     Args:
         qkv_TXE:      [T, H + 2 K, E] floating point (cpp: fp32; triton: not fp64), E even.
@@ -206,16 +210,20 @@ def _backward_kernel(
 
 
 _rotary_qkv = define_op(
-    "rotary_qkv(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float? eps, "
+    "rotary_qkv(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float? "
+    "eps, "
     "int num_kv_heads, str impl) -> (Tensor q, Tensor k)",
     _kernel,
     fake=lambda qkv, *others: tuple(qkv.new_empty(x.shape) for x in split_qkv(qkv, others[-2])[:2]),
     derivative=(_save, _backward),
 )
-# The gradient of raw qkv, whose part of v is grad_v or 0, and of both weights, fp32 [2, E] or [0, E].
+# The gradient of raw qkv, whose part of v is grad_v or 0, and of both weights, fp32 [2, E] or [0,
+# E].
 rotary_qkv_backward_op = define_op(
-    "rotary_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor? grad_v, Tensor qkv, Tensor cos, Tensor sin, "
-    "Tensor? q_weight, Tensor? k_weight, float? eps, str impl) -> (Tensor grad_qkv, Tensor grad_weights)",
+    "rotary_qkv_backward(Tensor grad_q, Tensor grad_k, Tensor? grad_v, Tensor qkv, Tensor cos, "
+    "Tensor sin, "
+    "Tensor? q_weight, Tensor? k_weight, float? eps, str impl) -> (Tensor grad_qkv, Tensor "
+    "grad_weights)",
     _backward_kernel,
     fake=lambda _, __, ___, qkv, cos, sin, q_weight, *others: (
         qkv.new_empty(qkv.shape),

@@ -43,13 +43,17 @@ def rotary_write(
     eps: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Norms and rotates queries and keys as rotary_qkv does, and writes keys and values into their pages.
+    """Norms and rotates queries and keys as rotary_qkv does, and writes keys and values into their
+    pages.
 
     Args:
-        qkv_THE:      [T, H + 2 K, E] floating point (cpp: fp32; triton: not fp64): queries, keys, values of each token.
+        qkv_THE:      [T, H + 2 K, E] floating point (cpp: fp32; triton: not fp64): queries, keys,
+                      values of each token.
         cos_TE:       [T, E] fp32 or qkv's dtype; sin_TE likewise.
-        k_cache_PSKE: [P, S, K, E] qkv's dtype or bf16, contiguous. Written in place; v_cache_PSKE likewise.
-        slots_T:      [T] int64, page * S + place in the page, each at most once; negative: the token is not written.
+        k_cache_PSKE: [P, S, K, E] qkv's dtype or bf16, contiguous. Written in place; v_cache_PSKE
+                      likewise.
+        slots_T:      [T] int64, page * S + place in the page, each at most once; negative: the
+                      token is not written.
         q_weight_E, k_weight_E, eps: of the norms, as in rotary_qkv; None: no norms.
         impl:         "auto", "ref", "cpp" or "triton".
 
@@ -59,8 +63,8 @@ def rotary_write(
     Raises:
         ValueError: a shape, dtype, stride, eps or slot breaks the rules above.
 
-    Gradient: none, it serves the engine. Bitwise (cpp): the bits of `rotary_qkv`, rounded to nearest even for bf16
-    pages.
+    Gradient: none, it serves the engine. Bitwise (cpp): the bits of `rotary_qkv`, rounded to
+    nearest even for bf16 pages.
     """
     check = check_rotary("rotary_write", "qkv_TXE", qkv_THE, cos_TE, sin_TE)
     for name, cache in (("k_cache_PSKE", k_cache_PSKE), ("v_cache_PSKE", v_cache_PSKE)):
@@ -126,7 +130,8 @@ def _kernel(
 
 
 rotary_write_op = define_op(
-    "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float? eps, "
+    "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float? "
+    "eps, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, str impl) -> Tensor",
     _kernel,
     fake=lambda qkv, *others: qkv.new_empty(split_qkv(qkv, others[5].shape[2])[0].shape),

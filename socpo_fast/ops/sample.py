@@ -1,8 +1,9 @@
-"""Sampling with noise from a counter: what a row draws depends on its logits and its key, never on its neighbours.
+"""Sampling with noise from a counter: what a row draws depends on its logits and its key, never on
+its neighbours.
 
-Read sample_ref for the mathematics, then noise_bits and row_keys. Departs from the textbook: no random generator and
-no state. Gumbel noise is a hash of (row key, token id), so a rollout replays bit for bit alone, in another batch,
-after preemption, and after a resumed run.
+Read sample_ref for the mathematics, then noise_bits and row_keys. Departs from the textbook: no
+random generator and no state. Gumbel noise is a hash of (row key, token id), so a rollout replays
+bit for bit alone, in another batch, after preemption, and after a resumed run.
 """
 
 import torch
@@ -47,33 +48,37 @@ def sample(
     min_p_B: Tensor,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row, drawn from softmax(logits / temperature) restricted by top-k, top-p and min-p.
+    """One token a row, drawn from softmax(logits / temperature) restricted by top-k, top-p and
+    min-p.
 
-        z = logits / temperature    token = argmax over kept i of z[i] - log(E[i])    logprob = z[token] - logsumexp(z)
-        E[i] = -log1p(-v), exponential     v = (32 bits hashed from row key and i, + 0.5) / 2^32, below 1
+        z = logits / temperature    token = argmax over kept i of z[i] - log(E[i])    logprob =
+        z[token] - logsumexp(z) E[i] = -log1p(-v), exponential     v = (32 bits hashed from row key
+        and i, + 0.5) / 2^32, below 1
 
-    Kept tokens: the top_k most likely (ties: the lower id), of those the fewest most likely whose share reaches top_p,
-    of those the ones at least min_p times as likely as the likeliest.
+    Kept tokens: the top_k most likely (ties: the lower id), of those the fewest most likely whose
+    share reaches top_p, of those the ones at least min_p times as likely as the likeliest.
 
     Args:
         logits_BV:     [B, V] floating point, V < 2^31. Read as fp32.
-        row_keys_B:    [B] int64, a token to be drawn each, from `row_keys`. Equal keys share their noise.
-        temperature_B: [B] fp32, >= 0. 0 is greedy: the first of the largest logits; z is then the logits themselves.
+        row_keys_B:    [B] int64, a token to be drawn each, from `row_keys`. Equal keys share their
+                       noise.
+        temperature_B: [B] fp32, >= 0. 0 is greedy: the first of the largest logits; z is then the
+                       logits themselves.
         top_k_B:       [B] int64, >= 0; 0 is off.
         top_p_B:       [B] fp32, in (0, 1]; 1 is off.
         min_p_B:       [B] fp32, in [0, 1); 0 is off.
         impl:          "auto", "ref" or "cpp".
 
     Returns:
-        token_ids_B [B] int64;  logprobs_B [B] fp32, nats, under the temperature only, over the whole vocabulary;
-        kept_mass_B [B] fp32, probability of the kept tokens, 1 when all filters are off.
-        A row with NaN, +inf or no finite logit has log-prob NaN and some token.
+        token_ids_B [B] int64;  logprobs_B [B] fp32, nats, under the temperature only, over the
+        whole vocabulary; kept_mass_B [B] fp32, probability of the kept tokens, 1 when all filters
+        are off. A row with NaN, +inf or no finite logit has log-prob NaN and some token.
 
     Raises:
         ValueError: a shape, dtype or parameter breaks the rules above.
 
-    Bitwise: same inputs, same bits, whatever the other rows and the number of threads. Implementations agree on the
-    token unless the two best scores are within rounding of each other.
+    Bitwise: same inputs, same bits, whatever the other rows and the number of threads.
+    Implementations agree on the token unless the two best scores are within rounding of each other.
     Source: Gumbel-max (Gumbel 1954); counter-based noise as in Salmon et al. 2011.
     """
     check = TensorChecker("sample")
@@ -106,7 +111,8 @@ def _kernel(
 
 
 _sample = define_op(
-    "sample(Tensor logits, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+    "sample(Tensor logits, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
+    "Tensor min_p, "
     "str impl) -> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)",
     _kernel,
     fake=lambda _logits, row_keys, temperature, *_: (
@@ -131,7 +137,9 @@ def kept_tokens(probs_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Ten
 
 
 def noise_bits(row_keys_B: Tensor, vocab_size: int) -> Tensor:
-    """[B, V] int64 in [0, 2^32), distinct within a row: a 32-bit mixer twice, once for each half of the key."""
+    """[B, V] int64 in [0, 2^32), distinct within a row: a 32-bit mixer twice, once for each half of
+    the key.
+    """
     token_ids_V = torch.arange(vocab_size, device=row_keys_B.device)
     low_B1 = (row_keys_B & _MASK_32)[:, None]
     high_B1 = ((row_keys_B >> 32) & _MASK_32)[:, None]
@@ -139,7 +147,8 @@ def noise_bits(row_keys_B: Tensor, vocab_size: int) -> Tensor:
 
 
 def row_key(*fields: int) -> int:
-    """The noise key of (seed, batch, question, rollout, attempt, position); of fewer fields the state before the rest.
+    """The noise key of (seed, batch, question, rollout, attempt, position); of fewer fields the
+    state before the rest.
 
     `row_keys` of a single row, without tensors: `next_keys` adds one more field to many states.
     """
@@ -155,7 +164,8 @@ def row_key(*fields: int) -> int:
 def row_keys(fields: Tensor) -> Tensor:
     """[B] int64 keys of int64 [B, 6] rows (seed, batch, question, rollout, attempt, position).
 
-    Each field is added to a running state that SplitMix64's finaliser scrambles (Steele et al. 2014).
+    Each field is added to a running state that SplitMix64's finaliser scrambles (Steele et al.
+    2014).
     """
     state_B = torch.zeros_like(fields[:, 0])
     for field_B in fields.unbind(1):

@@ -21,7 +21,8 @@ def swiglu_ref(gate_up_TJ: Tensor) -> Tensor:
 def swiglu(gate_up_TJ: Tensor, *, impl: str = "auto") -> Tensor:
     """silu(gate) * up.
 
-        out[t, i] = gate[t, i] sigmoid(gate[t, i]) up[t, i]     gate = gate_up[:, :J / 2], up = gate_up[:, J / 2:]
+        out[t, i] = gate[t, i] sigmoid(gate[t, i]) up[t, i]     gate = gate_up[:, :J / 2], up =
+        gate_up[:, J / 2:]
 
     Args:
         gate_up_TJ: [T, J] floating point (cpp: fp32; triton: not fp64), J even.
@@ -33,9 +34,9 @@ def swiglu(gate_up_TJ: Tensor, *, impl: str = "auto") -> Tensor:
     Raises:
         ValueError: J is odd, or a dtype breaks the rules above.
 
-    Gradient: gate_up, without a graph of its own. Memory: the input is kept for the backward. Bitwise (not ref):
-    element by element the same bits, wherever it stands and however many threads work (torch's silu finishes a
-    thread's share with other instructions).
+    Gradient: gate_up, without a graph of its own. Memory: the input is kept for the backward.
+    Bitwise (not ref): element by element the same bits, wherever it stands and however many threads
+    work (torch's silu finishes a thread's share with other instructions).
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     TensorChecker("swiglu")("gate_up_TJ", gate_up_TJ, FLOATS)

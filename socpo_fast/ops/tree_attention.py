@@ -79,7 +79,7 @@ def tree_attention_ref(
     *,
     scale: float,
 ) -> Tensor:
-    """`tree_attention`, unchecked: torch's attention with a mask, some rows of queries at a time."""
+    """`tree_attention`, unchecked: torch's masked attention, some rows of queries at a time."""
     group = q_THE.shape[1] // k_TKE.shape[1]
     # Every query head gets keys of its own: torch's kernels that take a mask know no shared ones.
     k_HTE, v_HTE = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k_TKE, v_TKE))

@@ -9,7 +9,9 @@ _NAMES = {"unassisted": "unassisted (avg@k)", "assisted": "assisted, with the te
 
 
 def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{"what", "share", "low", "high"} of every share that has an interval; all questions first, then by source."""
+    """{"what", "share", "low", "high"} of every share that has an interval; all questions first,
+    then by source.
+    """
     rows: list[dict[str, Any]] = []
     by_source: list[dict[str, Any]] = []
     for key, share in metrics.items():

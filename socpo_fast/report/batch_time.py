@@ -56,7 +56,8 @@ def batch_seconds(plan: Plan, *, prompt: int, answer: int, guidance: int) -> dic
     rollout = plan.config.rollout
     positions = plan.model.max_position_embeddings
     num_rollouts = rollout.questions_per_batch * rollout.group_size
-    # Of an attempt the next one sees attempt_limit tokens; behind the model's positions there is none.
+    # Of an attempt the next one sees attempt_limit tokens; behind the model's positions there is
+    # none.
     seen = min(answer, rollout.attempt_limit) + guidance
     contexts = [prompt + k * seen for k in range(rollout.max_attempts)]
     attempts = [
@@ -157,7 +158,7 @@ def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict
 
 
 def num_forwards(plan: Plan, num_updates: float) -> float:
-    """Of the batch, before its updates: for old log-probs (train/update.py), and by the reference."""
+    """Counts forward passes before the updates: old log-probs (train/update.py), the reference."""
     loss = plan.config.loss
     num_questions = plan.config.rollout.questions_per_batch
     # auto: in fp32 the first question, to measure the mismatch; in bf16 all but the first update's,

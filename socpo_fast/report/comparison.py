@@ -64,7 +64,8 @@ def card(curves: Sequence[Curve], rows: Sequence[Mapping[str, Any]]) -> str:
         for name, key in (("assisted", "success/assisted"), ("unassisted", "success/unassisted"))
     }
     lines = [
-        "What the teacher bought: held-out questions right alone, at the first attempt, after so many sampled tokens",
+        "What the teacher bought: held-out questions right alone, at the first attempt, after so "
+        "many sampled tokens",
         " " * width + "".join(f"{tokens / 1000:7.0f}k" for tokens in columns),
         *(
             f"{curve.title:{width}}"

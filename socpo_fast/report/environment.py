@@ -11,7 +11,9 @@ PACKAGES = ("torch", "triton", "transformers", "flash-attn", "safetensors", "tok
 
 
 def environment() -> dict[str, str]:
-    """Device, cores, threads and versions, as text to print. Nothing in it identifies a person or holds a key."""
+    """Device, cores, threads and versions, as text to print. Nothing in it identifies a person or
+    holds a key.
+    """
     facts = {
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -56,7 +58,9 @@ def installed_version(package: str) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit this package's checkout stands on, read from the files of .git; None outside a checkout."""
+    """The commit this package's checkout stands on, read from the files of .git; None outside a
+    checkout.
+    """
     git = Path(__file__).resolve().parents[2] / ".git"
     head = git / "HEAD"
     if not head.is_file():

@@ -72,7 +72,8 @@ def _open(folder: Path) -> int:
         return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise ValueError(
-            f"run: {folder} must be a writable folder, got {error.strerror}: {error.filename}; set run.dir"
+            f"run: {folder} must be a writable folder, got {error.strerror}: {error.filename}; "
+            "set run.dir"
         ) from None
 
 
@@ -92,7 +93,8 @@ def _take(lock: int, folder: Path) -> None:
         if not (folder / LOCK).exists() or not os.path.samestat(
             os.fstat(lock), os.stat(folder / LOCK)
         ):
-            raise BlockingIOError  # removed in between by a start that was refused, and perhaps made anew
+            # removed in between by a start that was refused, and perhaps made anew
+            raise BlockingIOError
     except BlockingIOError:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
         raise ValueError(

@@ -7,8 +7,9 @@ One tensor serves rollouts as KV pages and updates as fp32 gradients, so that
 The plan decides what is left at "auto", in this order. train.checkpointing: only where the longest
 rollout, which is never split, would otherwise leave a group of such rollouts no room for their KV.
 train.token_budget: as large as leaves KV and gradients two thirds of what residents leave, since a
-microbatch of 8,000 tokens keeps a card busy and more KV lets more rollouts run. engine.kv_cache_gib:
-the rest. The first two depend on the kind of card and on settings, never on what others hold.
+microbatch of 8,000 tokens keeps a card busy and more KV lets more rollouts run.
+engine.kv_cache_gib: the rest. The first two depend on the kind of card and on settings, never on
+what others hold.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class Plan(NamedTuple):
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest rollout that settings allow: of its last context, and packed.
 
-        Packed are the unseen ends of cut attempts as well; of contexts that the chat template writes
-        anew (rollout.context) whole attempts, since what stands before them may have changed.
+        Packed are the unseen ends of cut attempts as well; of contexts that the chat template
+        writes anew (rollout.context) whole attempts, since what stands before them may have
+        changed.
         """
         rollout = self.config.rollout
         positions = self.model.max_position_embeddings
@@ -310,7 +312,10 @@ def refusal(plan: Plan) -> str:
             f"engine.kv_cache_gib must be >= {plan.kv_of(1) / GIB:.3g}, the longest context of "
             f"{plan.longest[0]} tokens, got {plan.config.engine.kv_cache_gib:.3g}"
         )
-    return f"plan: {reason}; {', '.join([*helpful_levers(plan), 'use a smaller model or a larger card'])}"
+    return (
+        f"plan: {reason}; "
+        f"{', '.join([*helpful_levers(plan), 'use a smaller model or a larger card'])}"
+    )
 
 
 def helpful_levers(plan: Plan) -> list[str]:

@@ -1,4 +1,4 @@
-"""The memory and time plan of a run in words: what `socpo plan` prints, and a run on a card first."""
+"""Writes the memory and time plan of a run: what `socpo plan` and a run on a card print."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def plan_table(plan: Plan, **lengths: int) -> str:
     billions = num_parameters(plan.model) / 1e9
     kind = asked.student.dtype + ", trained" * plan.is_training
     lines = [
-        f"memory plan, GiB: {billions:.3g}B parameters, {kind}, on {card.name} with {card.total_gib:.1f}",
+        f"memory plan, GiB: {billions:.3g}B parameters, {kind}, on {card.name} with "
+        f"{card.total_gib:.1f}",
         *(f"  {name:<42}{size / GIB:8.2f}" for name, size in memory_rows(plan).items()),
         *(chosen_line(plan, name) for name in CHOSEN[: 3 if plan.is_training else 1]),
     ]
@@ -95,7 +96,7 @@ def plan_table(plan: Plan, **lengths: int) -> str:
 
 
 def memory_rows(plan: Plan) -> dict[str, int]:
-    """All parts, which add up to the card, and what the longest rollout keeps, which is among them."""
+    """Lists all parts, which add up to the card, and what the longest rollout keeps of them."""
     tensor = f"KV{f', gradients ({plan.gradients / GIB:.2f}): one tensor' * plan.is_training}"
     rows = plan.residents | {tensor: plan.shared} | plan.temporaries
     if plan.card.others_gib:

@@ -1,4 +1,6 @@
-"""A run for people: first_line says which it is, Progress how far, GuidanceWatch when the teacher is of no help."""
+"""A run for people: first_line says which it is, Progress how far, GuidanceWatch when the teacher
+is of no help.
+"""
 
 import math
 import time
@@ -25,7 +27,8 @@ SILENCE = 8
 
 
 class Progress:
-    """A run for people: a live display on a terminal, elsewhere one plain line a batch or evaluation.
+    """A run for people: a live display on a terminal, elsewhere one plain line a batch or
+    evaluation.
 
     with Progress(num_batches=100) as progress:
         progress.phase("rollout", batch=1, update=0, total=128)
@@ -108,7 +111,10 @@ class Progress:
             shares.append(f"guidance failed {metrics['guidance/failed']:.0f}")
         if "perf/rollout_tok_s" in metrics:
             shares.append(f"{metrics['perf/rollout_tok_s']:.0f} tok/s")
-        place = f"{'train' if kind == 'batch' else kind:<5} batch {batch}/{self.num_batches} update {update}"
+        place = (
+            f"{'train' if kind == 'batch' else kind:<5} batch {batch}/{self.num_batches} "
+            f"update {update}"
+        )
         return "  ".join([place, *shares, f"left {self._eta()}"])
 
     def _eta(self) -> str:

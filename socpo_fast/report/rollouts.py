@@ -1,4 +1,6 @@
-"""Rollouts as rows for people: RUN/rollouts/batch_000001.jsonl, read by the page and by anybody else."""
+"""Rollouts as rows for people: RUN/rollouts/batch_000001.jsonl, read by the page and by anybody
+else.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +11,9 @@ from socpo_fast.types import Question, Rollout, ShownGuidance
 
 
 def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[str, Any]:
-    """A rollout as a row for people: texts and numbers, no token ids. None = not known (no update, no decay yet)."""
+    """A rollout as a row for people: texts and numbers, no token ids. None = not known (no update,
+    no decay yet).
+    """
     turns = [
         {
             "text": turn.text,
@@ -45,7 +49,9 @@ def write_rollouts(
     *,
     batch: int,
 ) -> Path:
-    """Write rollouts/batch_000001.jsonl, in the order of questions however they finished; questions by question_idx."""
+    """Write rollouts/batch_000001.jsonl, in the order of questions however they finished; questions
+    by question_idx.
+    """
     path = Path(run_folder) / "rollouts" / f"batch_{batch:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     in_order = sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
@@ -60,7 +66,7 @@ def write_rollouts(
 
 
 def drop_rollouts(run_folder: Path, *, after_batch: int) -> None:
-    """Remove the files of batches that will be made anew, or that another start of this run made."""
+    """Removes files of batches that will be made anew or that another start of this run made."""
     last = run_folder / "rollouts" / f"batch_{after_batch:06d}.jsonl"
     for path in (run_folder / "rollouts").glob("batch_*.jsonl"):
         if (len(path.name), path.name) > (len(last.name), last.name):

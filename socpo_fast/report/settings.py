@@ -182,7 +182,8 @@ def _tables(config: Config) -> dict[str, Any]:
 def _history(
     path: Path, tables: Mapping[str, Any], num_updates: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What held until before num_updates updates, oldest first, and what was agreed to change there.
+    """What held until before num_updates updates, oldest first, and what was agreed to change
+    there.
 
     A run that goes on from an older checkpoint loses the entries of what came after it.
     """

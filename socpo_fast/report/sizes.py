@@ -89,7 +89,9 @@ def backward_bytes(config: ModelConfig, itemsize: int, *, checkpointing: bool) -
 
 
 def head_bytes(config: ModelConfig, itemsize: int, num_tokens: int, workspace_bytes: int) -> int:
-    """Most that the policy head takes at once: workspace, dW, dx of loss tokens and of all, in fp32."""
+    """Most that the policy head takes at once: workspace, dW, dx of loss tokens and of all, in
+    fp32.
+    """
     # Below fp32 the gradient of the logits has a buffer of its own.
     logit_bytes = 4 if itemsize == 4 else 4 + itemsize
     row_bytes = config.vocab_size * logit_bytes + 8 * config.hidden_size

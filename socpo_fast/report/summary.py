@@ -1,7 +1,8 @@
 """What rollouts amount to, as named metrics: summarize for a batch, Scores for an evaluation.
 
-Departure from the usual practice: error bars are by question (interval). Samples of one question are not independent
-draws of "a question the student may meet", so a hundred questions with sixteen samples each are a hundred data points.
+Departure from the usual practice: error bars are by question (interval). Samples of one question
+are not independent draws of "a question the student may meet", so a hundred questions with sixteen
+samples each are a hundred data points.
 """
 
 import hashlib
@@ -25,13 +26,17 @@ MAX_SOURCES = (
 
 
 def sources_of(questions: Iterable[Question]) -> list[str]:
-    """The data sources to be told apart, in order of their names; none when there is one only, or too many."""
+    """The data sources to be told apart, in order of their names; none when there is one only, or
+    too many.
+    """
     sources = sorted({question.data_source for question in questions})
     return sources if 1 < len(sources) <= MAX_SOURCES else []
 
 
 def source_metric(name: str, data_source: str) -> str:
-    """name/data_source, the source made safe for TensorBoard, files and pages; different ones stay different."""
+    """name/data_source, the source made safe for TensorBoard, files and pages; different ones stay
+    different.
+    """
     safe = re.sub(r"[^\w./-]", "_", data_source, flags=re.ASCII)[:64] or "_"
     if safe != data_source or re.search(
         r"-[0-9a-f]{6}$", safe
@@ -43,7 +48,8 @@ def source_metric(name: str, data_source: str) -> str:
 def success_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Shares of rollouts; the headline is the unassisted one.
 
-    success/unassisted counts the first attempt only; success/assisted whether any attempt was right.
+    success/unassisted counts the first attempt only; success/assisted whether any attempt was
+    right.
     """
     return {
         "success/unassisted": mean([float(rollout.turns[0].is_correct) for rollout in rollouts]),
@@ -56,9 +62,11 @@ def summarize(
     decay_factors: Sequence[float],
     sources: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Metrics of one batch. Rates are per rollout; rescue_rate per guided one, leak_rate per guidance, shown or not.
+    """Metrics of one batch. Rates are per rollout; rescue_rate per guided one, leak_rate per
+    guidance, shown or not.
 
-    sources: the whole data set's, from sources_of; success is also given for each that the batch has.
+    sources: the whole data set's, from sources_of; success is also given for each that the batch
+    has.
     """
     guided = [rollout for rollout in rollouts if len(rollout.turns) > 1]
     turns = [turn for rollout in rollouts for turn in rollout.turns]
@@ -105,7 +113,8 @@ def rollout_perf(
 
 
 class Scores:
-    """An evaluation's counts by question, added rollout by rollout in any order; it holds no rollout.
+    """An evaluation's counts by question, added rollout by rollout in any order; it holds no
+    rollout.
 
     Args:
         questions: all that are evaluated, each `samples` times.
@@ -174,16 +183,19 @@ def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of a question's value, from one value in [0, 1] of each question.
 
-        n' = n + z^2    m = (sum x + z^2 / 2) / n'    v = (sum x^2 + z^2 / 2) / n' - m^2    m -+ z sqrt(v / n')
+        n' = n + z^2    m = (sum x + z^2 / 2) / n'    v = (sum x^2 + z^2 / 2) / n' - m^2    m -+ z
+        sqrt(v / n')
 
-    That is the normal interval after z^2 / 2 questions always right and as many always wrong have been added. For one
-    sample a question (x is 0 or 1) it is Agresti and Coull's, close to Wilson's. The usual mean -+ z s / sqrt(n) has
-    no width where all questions score the same (0 or 1 above all) and covers far less than 95 % near there or with few
-    questions; an effective sample size in Wilson's formula breaks down in the same place, where s is not known. Here
-    the spread between questions counts as it is measured, and what is added fades with n.
+    That is the normal interval after z^2 / 2 questions always right and as many always wrong have
+    been added. For one sample a question (x is 0 or 1) it is Agresti and Coull's, close to
+    Wilson's. The usual mean -+ z s / sqrt(n) has no width where all questions score the same (0 or
+    1 above all) and covers far less than 95 % near there or with few questions; an effective sample
+    size in Wilson's formula breaks down in the same place, where s is not known. Here the spread
+    between questions counts as it is measured, and what is added fades with n.
     tests/test_evaluation.py measures the coverage.
 
-    Source: Agresti and Coull 1998, The American Statistician 52(2); by question: Miller 2024, arXiv:2411.00640.
+    Source: Agresti and Coull 1998, The American Statistician 52(2); by question: Miller 2024,
+    arXiv:2411.00640.
     """
     n = len(values) + Z95**2
     center = (math.fsum(values) + Z95**2 / 2) / n

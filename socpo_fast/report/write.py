@@ -1,7 +1,8 @@
 """A run folder as one page for people: curves.png and report.html. Read write_report.
 
-The page is one file with everything inline, no script, and a policy that lets the browser load nothing. Whatever a
-model wrote goes through jinja2's autoescape. Missing or torn files leave their part of the page out.
+The page is one file with everything inline, no script, and a policy that lets the browser load
+nothing. Whatever a model wrote goes through jinja2's autoescape. Missing or torn files leave their
+part of the page out.
 """
 
 import base64
@@ -15,12 +16,13 @@ from socpo_fast.files import replace_file
 from socpo_fast.metrics import meaning_of
 from socpo_fast.report.accuracy import accuracy_rows
 from socpo_fast.report.comparison import Curve, card, compare
-from socpo_fast.report.page import PAGE
 from socpo_fast.report.rollouts import read_rollouts
 from socpo_fast.report.settings import read_settings
 from socpo_fast.report.tracker import read_metrics
 
 Rows = Sequence[dict[str, Any]]
+
+_PAGE = Path(__file__).parent / "page.html"  # a jinja2 template
 
 # title, unit, {label: (kind of row, metric)}; "train" is any but an evaluation
 PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
@@ -60,7 +62,8 @@ COLOURS = ("#1f5fa8", "#d9730d", "#8fb8de", "#f2c39b")
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write curves.png and report.html into the run folder from what lies there; returns the page's path.
+    """Write curves.png and report.html into the run folder from what lies there; returns the page's
+    path.
 
     Raises:
         ValueError: no such folder.
@@ -80,7 +83,8 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def report_note(run_folder: Path) -> str:
-    """Write the report of a finished run; returns a line that says so, behind the card of the built-in task.
+    """Write the report of a finished run; returns a line that says so, behind the card of the
+    built-in task.
 
     A page never costs the run.
     """
@@ -107,7 +111,7 @@ def render(folder: Path, rows: Rows, curves: bytes) -> str:
         "inline": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
     }
     settings = read_settings(folder)
-    return environment.from_string(PAGE).render(
+    return environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
         name=folder.resolve().name,
         num_updates=max((row["update"] for row in rows), default=0),
         num_batches=max((row["batch"] for row in rows), default=0),
@@ -123,14 +127,18 @@ def render(folder: Path, rows: Rows, curves: bytes) -> str:
 
 
 def series(rows: Rows, source: str, name: str) -> tuple[list[int], list[float]]:
-    """(updates, values) of a metric where it is known, in rows of one kind ("train": of batches and updates)."""
+    """(updates, values) of a metric where it is known, in rows of one kind ("train": of batches and
+    updates).
+    """
     kinds = ("batch", "update") if source == "train" else (source,)
     chosen = [row for row in rows if row["kind"] in kinds and row.get(name) is not None]
     return [row["update"] for row in chosen], [row[name] for row in chosen]
 
 
 def headline(rows: Rows) -> dict[str, Any]:
-    """Unassisted and assisted accuracy at start and end, held out if there were evaluations, else in training."""
+    """Unassisted and assisted accuracy at start and end, held out if there were evaluations, else
+    in training.
+    """
     source = "eval" if series(rows, "eval", "success/unassisted")[1] else "train"
     _, unassisted = series(rows, source, "success/unassisted")
     _, assisted = series(rows, source, "success/assisted")
@@ -147,7 +155,7 @@ def headline(rows: Rows) -> dict[str, Any]:
 
 
 def first_and_last(rows: Rows) -> list[dict[str, Any]]:
-    """Every metric the run has and we can explain, by kind of row, with its first and last value."""
+    """Lists every metric of the run that METRICS explains, with its first and last value."""
     found = []
     for kind in ("eval", "batch", "update"):
         for name in dict.fromkeys(name for row in rows if row["kind"] == kind for name in row):
@@ -177,7 +185,9 @@ def time_split(rows: Rows) -> dict[str, float]:
 
 
 def sample_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Of the first, middle and last batch one rollout of each outcome: rescued, never right, right at once."""
+    """Of the first, middle and last batch one rollout of each outcome: rescued, never right, right
+    at once.
+    """
     paths = sorted(folder.glob("rollouts/batch_*.jsonl"))
     chosen = sorted({0, len(paths) // 2, len(paths) - 1}) if paths else []
     samples = []
@@ -228,7 +238,7 @@ def draw_curves(rows: Rows) -> bytes:
 
 
 def draw_comparison(curves: Sequence[Curve]) -> bytes:
-    """This run's accuracy and the recorded ones over sampled tokens, as a PNG file; b"" for none."""
+    """Draws this run's and the recorded accuracies over sampled tokens as PNG; b"" for none."""
     from matplotlib.figure import Figure
 
     if not curves:
@@ -246,7 +256,7 @@ def draw_comparison(curves: Sequence[Curve]) -> bytes:
 
 
 def _png(figure: Any) -> bytes:
-    """The file of a figure, its panels with frame, scale and legend as all of the page have them."""
+    """Returns a figure as a file, its panels with the frame, scale and legend of the page."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -1,11 +1,13 @@
 """From messages to token ids, and from guidance to the ids that lead into the next attempt.
 
-Read Bridge: __init__ takes the pieces from the tokenizer's own chat template, bridge_ids puts them together, _check
-holds them against the template's rendering. What was sampled is never decoded and encoded again: a row is
-prompt_ids + attempt + bridge + attempt + .., and every seam lies at a special token, so nothing merges across it.
+Read Bridge: __init__ takes the pieces from the tokenizer's own chat template, bridge_ids puts them
+together, _check holds them against the template's rendering. What was sampled is never decoded and
+encoded again: a row is prompt_ids + attempt + bridge + attempt + .., and every seam lies at a
+special token, so nothing merges across it.
 
-Departure from the template: it may rewrite earlier turns (Qwen3 drops their <think> blocks, others trim white space).
-The row keeps what was sampled; `Bridge.notes` says where the two differ, and history.py does as the template does.
+Departure from the template: it may rewrite earlier turns (Qwen3 drops their <think> blocks, others
+trim white space). The row keeps what was sampled; `Bridge.notes` says where the two differ, and
+history.py does as the template does.
 """
 
 import re
@@ -39,7 +41,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"tokenizer: must be a Hugging Face folder on this machine, got '{folder}'; download it first"
+            f"tokenizer: must be a Hugging Face folder on this machine, got '{folder}'; download "
+            "it first"
         )
     try:
         return AutoTokenizer.from_pretrained(
@@ -59,21 +62,25 @@ class Bridge:
     Args:
         tokenizer:      a fast tokenizer with a chat template.
         guidance_limit: tokens of guidance at most, >= 1; the head is kept.
-        enable_thinking: handed to the chat template (Qwen3: False = no thinking); None = the template's own default.
+        enable_thinking: handed to the chat template (Qwen3: False = no thinking); None = the
+                         template's own default.
 
     Attributes:
-        end_of_turn_id: what the template puts right behind an assistant's text; end_of_turn is its text.
-        eos_ids:        the ids that end an attempt: end_of_turn_id, the tokenizer's eos and those of the
-                        generation_config.json beside the tokenizer.
-        before, after:  the template's text from an answer's end to the guidance, and from there to the next answer.
+        end_of_turn_id: what the template puts right behind an assistant's text; end_of_turn is its
+                        text.
+        eos_ids:        the ids that end an attempt: end_of_turn_id, the tokenizer's eos and those
+                        of the generation_config.json beside the tokenizer.
+        before, after:  the template's text from an answer's end to the guidance, and from there to
+                        the next answer.
         takes_system:   the template has system messages; others refuse them or leave them out.
-        notes:          one sentence for each kind of dialogue that the template renders differently once it is
-                        history, or on another day; empty when the template only ever appends.
+        notes:          one sentence for each kind of dialogue that the template renders differently
+                        once it is history, or on another day; empty when the template only ever
+                        appends.
 
     Raises:
-        ValueError: no chat template, a template that refuses a dialogue, whose turns do not end with a special token
-            (Llama 2, Mistral v1 and v2: there guidance could forge turns) or that knows no enable_thinking, or pieces
-            that are not the template's own rendering.
+        ValueError: no chat template, a template that refuses a dialogue, whose turns do not end
+            with a special token (Llama 2, Mistral v1 and v2: there guidance could forge turns) or
+            that knows no enable_thinking, or pieces that are not the template's own rendering.
     """
 
     def __init__(
@@ -90,7 +97,8 @@ class Bridge:
             )
         if not tokenizer.chat_template:
             raise ValueError(
-                f"bridge: tokenizer must have a chat template, got none in '{tokenizer.name_or_path}'; "
+                "bridge: tokenizer must have a chat template, got none in "
+                f"'{tokenizer.name_or_path}'; "
                 "use the instruct version of the model"
             )
         template = tokenizer.get_chat_template()
@@ -119,23 +127,28 @@ class Bridge:
         tail_ids = self.trusted_ids(self._split(self.after, first=True)[1])
         if not head_ids or head_ids[0] not in self._special.values() or not tail_ids:
             raise ValueError(
-                "bridge: the chat template must put a special token right behind an assistant's text and behind a "
-                f"user's, got {self.before!r} and {self.after!r}; guidance could forge turns, use a newer model"
+                "bridge: the chat template must put a special token right behind an assistant's "
+                "text and behind a "
+                f"user's, got {self.before!r} and {self.after!r}; guidance could forge turns, use "
+                "a newer model"
             )
         self.end_of_turn_id = head_ids[0]
         self.end_of_turn = str(tokenizer.convert_ids_to_tokens(head_ids[0]))
         self.eos_ids = tuple(dict.fromkeys([self.end_of_turn_id, *_configured_eos_ids(tokenizer)]))
-        # Sentencepiece puts a space before a text's first word, which is not the first word in a row.
+        # Sentencepiece puts a space before a text's first word, which is not the first word in a
+        # row.
         is_same_anywhere = self.trusted_ids(f"{self.end_of_turn}x")[1:] == self.trusted_ids("x")
         self._anchor = "" if is_same_anywhere else "\n"
         self.notes = self._check()
         if "strftime_now" in template:
             self.notes += (
-                "the chat template writes today's date into prompts; resumed on another day they differ",
+                "the chat template writes today's date into prompts; resumed on another day they "
+                "differ",
             )
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a dialogue up to where the assistant's text begins; a BOS only where the template has one.
+        """The ids of a dialogue up to where the assistant's text begins; a BOS only where the
+        template has one.
 
         Raises:
             ValueError: the template refuses these roles.
@@ -162,11 +175,12 @@ class Bridge:
         return ids
 
     def bridge_ids(self, guidance_text: str, *, ended: bool) -> list[int]:
-        """What stands between an attempt and the next one: end of turn, guidance as a user message, generation prompt.
+        """What stands between an attempt and the next one: end of turn, guidance as a user message,
+        generation prompt.
 
-        guidance_text is untrusted: a special token spelled out in it stays ordinary text. White space around it is
-        dropped, which templates that trim would do as well. ended: the attempt's last kept token is end_of_turn_id
-        itself; otherwise a synthetic one comes first.
+        guidance_text is untrusted: a special token spelled out in it stays ordinary text. White
+        space around it is dropped, which templates that trim would do as well. ended: the attempt's
+        last kept token is end_of_turn_id itself; otherwise a synthetic one comes first.
         """
         return self.frame(self.before, self.fit(guidance_text.strip()), self.after)[
             1 if ended else 0 :
@@ -181,7 +195,9 @@ class Bridge:
         )
 
     def exact_text(self, token_ids: Sequence[int]) -> str:
-        """The text that these ids are inside a row: with special tokens and the space before a first word."""
+        """The text that these ids are inside a row: with special tokens and the space before a
+        first word.
+        """
         text = self.tokenizer.decode(
             [self.end_of_turn_id, *token_ids], clean_up_tokenization_spaces=False
         )
@@ -214,7 +230,8 @@ class Bridge:
     def frame(self, before: str, guidance: str, after: str) -> list[int]:
         """Ids of guidance, as it is, between two texts of the template."""
         (head, prefix), (suffix, tail) = self._split(before), self._split(after, first=True)
-        # Ordinary text of the template beside the guidance ("user\n") is encoded with it, as one span.
+        # Ordinary text of the template beside the guidance ("user\n") is encoded with it, as one
+        # span.
         return (
             self.trusted_ids(head)
             + self.untrusted_ids(prefix + guidance + suffix)
@@ -226,7 +243,9 @@ class Bridge:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def untrusted_ids(self, text: str) -> list[int]:
-        """Ids of a text in the middle of a row, in which a special token spelled out stays ordinary text."""
+        """Ids of a text in the middle of a row, in which a special token spelled out stays ordinary
+        text.
+        """
         ids = self.tokenizer.encode(
             self._anchor + text, add_special_tokens=False, split_special_tokens=True
         )
@@ -285,7 +304,8 @@ class Bridge:
             rendered_ids = self.prompt_ids(dialogue(_PROMPT, answer))
             if rendered_ids[-len(bridge_ids) :] != bridge_ids:
                 raise ValueError(
-                    f"bridge: the pieces must be the chat template's own rendering behind {what}, got {bridge_ids} "
+                    f"bridge: the pieces must be the chat template's own rendering behind {what}, "
+                    f"got {bridge_ids} "
                     f"where the template has {rendered_ids[-len(bridge_ids) :]}"
                 )
             prompt = self.render(_PROMPT)
@@ -316,7 +336,9 @@ def dialogue(messages: Sequence[dict[str, str]], *answers: str) -> list[dict[str
 
 
 def _configured_eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's eos, then those of the generation_config.json in its folder, where there is one."""
+    """The tokenizer's eos, then those of the generation_config.json in its folder, where there is
+    one.
+    """
     path = Path(tokenizer.name_or_path) / "generation_config.json"
     configured = read_json(path).get("eos_token_id") if path.is_file() else None
     found = configured if isinstance(configured, list) else [configured]

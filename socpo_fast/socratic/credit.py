@@ -37,7 +37,8 @@ def attempt_table(rollouts: Sequence[Rollout]) -> AttemptTable:
     for (question_idx, rollout_idx), times in names.items():
         if times > 1:
             raise ValueError(
-                f"attempt_table: rollout_idx must be unique in a question, got {rollout_idx} of question "
+                f"attempt_table: rollout_idx must be unique in a question, got {rollout_idx} of "
+                "question "
                 f"{question_idx} {times} times; give each rollout its own"
             )
     turns = [(rollout, turn) for rollout in rollouts for turn in rollout.turns]
@@ -61,8 +62,8 @@ def assign_credit(
     """Writes every turn's reward and advantage of one batch.
 
     Returns:
-        f_1, f_2, .. of the attempts there are; advantages [A] fp32 on the device, those of the turns
-        rollout by rollout.
+        f_1, f_2, .. of the attempts there are; advantages [A] fp32 on the device, those of the
+        turns rollout by rollout.
 
     Warns when no first attempt of the batch is correct, since help then earns nothing.
     """

@@ -1,9 +1,11 @@
-"""Questions from files, and which of them make up batch b. Read load_questions, _to_question, batch_questions.
+"""Questions from files, and which of them make up batch b. Read load_questions, _to_question,
+batch_questions.
 
-Two layouts, told apart row by row: verl's (`prompt` messages, `reward_model.ground_truth`, `data_source`, `extra_info`)
-and a flat one (`question`, `ground_truth`, optional `system`, `reference_solution`, `data_source`). Files are streamed
-by the `datasets` library, so nothing is copied to its cache; JSONL goes through its line reader, since its JSON reader
-casts whole columns and cannot say which row was bad.
+Two layouts, told apart row by row: verl's (`prompt` messages, `reward_model.ground_truth`,
+`data_source`, `extra_info`) and a flat one (`question`, `ground_truth`, optional `system`,
+`reference_solution`, `data_source`). Files are streamed by the `datasets` library, so nothing is
+copied to its cache; JSONL goes through its line reader, since its JSON reader casts whole columns
+and cannot say which row was bad.
 """
 
 import json
@@ -38,16 +40,20 @@ def load_questions(
     """All questions of a data set; `questions[i].question_idx` is i.
 
     Args:
-        path:              a .parquet or .jsonl file, a folder of them, or the name of a hub data set.
+        path:              a .parquet or .jsonl file, a folder of them, or the name of a hub data
+                           set.
         split:             of a folder or hub data set; a file is its own split.
-        subset:            of a folder or hub data set that has several (its "config"); None: it has one.
-        grader:            name of the grader; a ground_truth under which no answer could be right is a bad row.
+        subset:            of a folder or hub data set that has several (its "config"); None: it has
+                           one.
+        grader:            name of the grader; a ground_truth under which no answer could be right
+                           is a bad row.
         bridge:            the student's, to count prompt tokens.
-        max_prompt_tokens: questions with longer prompts are left out, with a warning that counts them; None keeps all.
+        max_prompt_tokens: questions with longer prompts are left out, with a warning that counts
+                           them; None keeps all.
 
     Raises:
-        ValueError: the file is missing or unreadable, rows are bad (the first few are listed as file, row counted
-            from 1, and reason), or no question is left.
+        ValueError: the file is missing or unreadable, rows are bad (the first few are listed as
+            file, row counted from 1, and reason), or no question is left.
     """
     name = Path(path).name
     questions: list[Question] = []
@@ -97,11 +103,13 @@ def _drop_overlong(
             ) from error
     if not kept:
         raise ValueError(
-            f"data: {name}: every prompt is longer than {limit} tokens; raise data.max_prompt_tokens"
+            f"data: {name}: every prompt is longer than {limit} tokens; raise "
+            "data.max_prompt_tokens"
         )
     if len(kept) < len(questions):
         warnings.warn(
-            f"data: {name}: left out {len(questions) - len(kept)} of {len(questions)} prompts over {limit} tokens",
+            f"data: {name}: left out {len(questions) - len(kept)} of {len(questions)} prompts "
+            f"over {limit} tokens",
             stacklevel=3,
         )
     return [replace(question, question_idx=idx) for idx, question in enumerate(kept)]
@@ -121,7 +129,8 @@ def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] 
         raise ValueError(f"data: path must be an existing file, got '{path}'")
     if kind is None and (place.is_file() or (path.count("/") != 1 and not place.is_dir())):
         raise ValueError(
-            f"data: path must be a .parquet or .jsonl file, a folder, or owner/name of the hub, got '{path}'"
+            "data: path must be a .parquet or .jsonl file, a folder, or owner/name of the hub, "
+            f"got '{path}'"
         )
     with tempfile.TemporaryDirectory(
         prefix="socpo_data_"
@@ -247,7 +256,9 @@ def _check(holds: bool, rule: str, value: object) -> None:
 
 
 def question_order(seed: int, epoch: int, n: int) -> list[int]:
-    """The order of n questions in an epoch: a permutation that depends on (seed, epoch, n) alone, on any machine."""
+    """The order of n questions in an epoch: a permutation that depends on (seed, epoch, n) alone,
+    on any machine.
+    """
     # Raw words: their stream is fixed across numpy versions.
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable").tolist()
 
@@ -255,10 +266,12 @@ def question_order(seed: int, epoch: int, n: int) -> list[int]:
 def batch_questions(
     questions: Sequence[Question], seed: int, batch_idx: int, size: int
 ) -> list[Question]:
-    """The questions of batch `batch_idx` (from 0), a function of its arguments alone, so a run resumes from the index.
+    """The questions of batch `batch_idx` (from 0), a function of its arguments alone, so a run
+    resumes from the index.
 
-    Batches cut a stream of epochs, each a permutation, so every question comes once an epoch. A batch across the border
-    of two epochs takes from the new one the first questions that it does not have yet: none is twice in a batch.
+    Batches cut a stream of epochs, each a permutation, so every question comes once an epoch. A
+    batch across the border of two epochs takes from the new one the first questions that it does
+    not have yet: none is twice in a batch.
 
     Raises:
         ValueError: size is not in [1, n].
@@ -277,7 +290,9 @@ def batch_questions(
 
 
 def _next_epoch(before: list[int], seed: int, epoch: int, n: int, size: int) -> list[int]:
-    """The epoch's permutation; those that stand in a batch with the end of the one before are new to that batch."""
+    """The epoch's permutation; those that stand in a batch with the end of the one before are new
+    to that batch.
+    """
     order = question_order(seed, epoch, n)
     begun = set(before[n - epoch * n % size :])
     first = [i for i in order if i not in begun][: size - len(begun)]

@@ -1,10 +1,12 @@
 """The rules of one rollout, as a state machine: no engine, no teacher, no clock, no printing.
 
     episode.attempted(attempt)   -> the next request to the teacher, or None: the rollout has ended
-    episode.guided(guidance)     -> the next context to sample behind, or None: the rollout has ended
+    episode.guided(guidance)     -> the next context to sample behind, or None: the rollout has
+    ended
 
-Read Episode top-down. Who samples and who asks is a driver's business: rollout.py drives it with the
-paged engine, integrations/episode.py with anybody's generator. Every rule stands here and nowhere
+Read Episode top-down. Who samples and who asks is a driver's business: rollout.py drives it with
+the paged engine, integrations/episode.py with anybody's generator. Every rule stands here and
+nowhere
 else: when a rollout ends, what the teacher sees, how much of an attempt the next one sees, leaks,
 overflow.
 """
@@ -42,13 +44,13 @@ class RolloutOptions:
     Args:
         group_size:     rollouts of a question, >= 1.
         max_attempts:   K, in [1, 256]; 1 never asks the teacher.
-        attempt_limit:  tokens of a wrong attempt that the next one sees, >= 1; the rest stays in the
-                        rollout and is trained.
+        attempt_limit:  tokens of a wrong attempt that the next one sees, >= 1; the rest stays in
+                        the rollout and is trained.
         guidance_limit: tokens of the teacher's message that the student sees, >= 1.
         context:        "tokens": the next attempt sees what was sampled; "template": what the chat
                         template makes of it once it is history. What was sampled is trained anyway.
-        on_leak:        guidance that states the answer (leak.py) is kept, ends the rollout ("drop"),
-                        or is shown with [...] in place of the answer ("mask").
+        on_leak:        guidance that states the answer (leak.py) is kept, ends the rollout
+                        ("drop"), or is shown with [...] in place of the answer ("mask").
         view:           what the teacher sees of an attempt longer than attempt_limit.
         reveal_answer:  the teacher sees ground_truth.
         show_reference: the teacher sees reference_solution.
@@ -183,7 +185,8 @@ class Episode:
             self.rollout.end_reason = "leaked"
             # The same words each time, so that Python tells them once.
             self.notes.append(
-                "teacher: guidance that states the answer is dropped, and counted in guidance/leaked"
+                "teacher: guidance that states the answer is dropped, and counted in "
+                "guidance/leaked"
             )
             return None
         if self.options.on_leak == "mask":
@@ -210,7 +213,8 @@ class Episode:
                 return NextContext(*seam)
             self.notes.append(
                 "chat template: cannot render the history of question "
-                f"{self.rollout.question_idx} rollout {self.rollout.rollout_idx}; it stays as sampled"
+                f"{self.rollout.question_idx} rollout {self.rollout.rollout_idx}; it stays as "
+                "sampled"
             )
         token_ids = self.rollout.turns[-1].attempt.token_ids
         ended = len(token_ids) <= limit and token_ids[-1] == self.bridge.end_of_turn_id

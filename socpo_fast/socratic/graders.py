@@ -1,7 +1,7 @@
 """Verdicts on attempts. Read Grader and GradedBy, then make_grader at the end, which lists them.
 
-A grader is a function of text and question: it says whether the text is right, or how right it is. It sees text only
-and never raises for what a model wrote: an answer that cannot be read is wrong.
+A grader is a function of text and question: it says whether the text is right, or how right it is.
+It sees text only and never raises for what a model wrote: an answer that cannot be read is wrong.
 """
 
 import inspect
@@ -52,7 +52,8 @@ class GradedBy:
     """A grader under its name, held to what a verdict may be.
 
     Args:
-        function:   text, question -> a bool, a number in [0, 1], or {part: number}, numbers >= 0 that sum to at most 1.
+        function:   text, question -> a bool, a number in [0, 1], or {part: number}, numbers >= 0
+                    that sum to at most 1.
         name:       what errors call it.
         correct_at: in (0, 1]; the reward from which an attempt counts as correct.
         timeout_s:  > 0, for one verdict on the main thread; elsewhere none can be stopped.
@@ -97,10 +98,12 @@ class GradedBy:
             if inspect.iscoroutine(verdict):
                 verdict.close()
                 raise ValueError(
-                    f"grader: {self.name} must be a plain function, got an async one; await inside of it"
+                    f"grader: {self.name} must be a plain function, got an async one; await "
+                    "inside of it"
                 )
             raise ValueError(
-                f"grader: {self.name} must return a bool, a number in [0, 1] or parts >= 0 that sum to at most 1, "
+                f"grader: {self.name} must return a bool, a number in [0, 1] or parts >= 0 that "
+                "sum to at most 1, "
                 f"got {text_of(verdict)}"
             )
         return Grade(min(reward, 1.0), reward >= self.correct_at, parts)
@@ -123,10 +126,12 @@ _STRICT_LETTER = re.compile(r"<answer>\r?\n([A-D])\r?\n</answer>")
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?", re.ASCII)
 
-# An option letter standing alone. A and I are words too, so before a small letter they count in few places only.
+# An option letter standing alone. A and I are words too, so before a small letter they count in few
+# places only.
 OPTION_LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|which\b)[a-z]))(?![\w'\u2019])"
 _BOX = r"\\boxed\{\s*(?:\\(?:text|mathbf|mathrm)\{)?"
-_MARKED = rf"[\s*_(\[$]*+(?:{_BOX})?+[\s*_(]*+({OPTION_LETTER})"  # possessive: a run of marks is read once
+# possessive: a run of marks is read once
+_MARKED = rf"[\s*_(\[$]*+(?:{_BOX})?+[\s*_(]*+({OPTION_LETTER})"
 STATED_LETTER = (  # ways to name a letter as the answer
     re.compile(rf"{_BOX}\(?({OPTION_LETTER})"),
     re.compile(
@@ -151,7 +156,8 @@ _LETTERS = {"sciknoweval": "ABCD", "mcq": "ABCDEFGHIJ"}
 
 
 def check_ground_truth(grader: str, question: Question) -> None:
-    """Refuse a ground_truth under which no answer could be right: no letter, or none of the options A, B, .. listed.
+    """Refuse a ground_truth under which no answer could be right: no letter, or none of the options
+    A, B, .. listed.
 
     Raises:
         ValueError: with the reason alone.
@@ -165,12 +171,15 @@ def check_ground_truth(grader: str, question: Question) -> None:
         letters = listed
     if (truth.upper() if grader == "mcq" else truth) not in tuple(letters):
         raise ValueError(
-            f"ground_truth must be one of {', '.join(letters)} for grader {grader}, got {truth[:40]!r}"
+            f"ground_truth must be one of {', '.join(letters)} for grader {grader}, got "
+            f"{truth[:40]!r}"
         )
 
 
 def grade_sciknoweval(text: str, question: Question) -> bool:
-    """The last strict block, <answer>, one of A-D and </answer> on a line each, names the right letter."""
+    """The last strict block, <answer>, one of A-D and </answer> on a line each, names the right
+    letter.
+    """
     letters = _STRICT_LETTER.findall(text)
     return bool(letters) and letters[-1] == question.ground_truth.strip()
 
@@ -183,15 +192,17 @@ def grade_mcq(text: str, question: Question) -> bool:
 def chosen_letter(text: str) -> str | None:
     r"""The option letter (A to J, in capitals) a free text settles on, or None.
 
-    The first of these that names a letter, in its last place: an <answer> block; \boxed{B}; "the answer is B" or
-    "Answer: B"; "option B is correct"; a line that is a letter alone. Failing all, "(B)" or a letter that opens lines
-    ("B: 7.36 N"), if all of that kind are the same letter, so that a repeated list of options settles nothing.
+    The first of these that names a letter, in its last place: an <answer> block; \boxed{B}; "the
+    answer is B" or "Answer: B"; "option B is correct"; a line that is a letter alone. Failing all,
+    "(B)" or a letter that opens lines ("B: 7.36 N"), if all of that kind are the same letter, so
+    that a repeated list of options settles nothing.
     """
     for block in reversed(_ANSWER_BLOCK.findall(text)):
         content = block.strip()
         if found := re.match(_MARKED, content.upper() if len(content) == 1 else content):
             return found[1]
-        text = f"{text}\n{content}"  # a block that is a sentence is read like one, as the last of the text
+        # a block that is a sentence is read like one, as the last of the text
+        text = f"{text}\n{content}"
     for pattern in (*STATED_LETTER, _LINE_ALONE):
         if letters := pattern.findall(text):
             return letters[-1]
@@ -202,10 +213,11 @@ def chosen_letter(text: str) -> str | None:
 
 
 def grade_exact(text: str, question: Question) -> bool:
-    """The last <answer> block, or the whole text without one, is ground_truth but for white space around it.
+    """The last <answer> block, or the whole text without one, is ground_truth but for white space
+    around it.
 
-    Two plain decimal numbers are compared as such, so 18.0 is 18.00. A number with leading zeros is a string: 018 is
-    not 18, since it may be a code.
+    Two plain decimal numbers are compared as such, so 18.0 is 18.00. A number with leading zeros is
+    a string: 018 is not 18, since it may be a code.
     """
     blocks = _ANSWER_BLOCK.findall(text)
     return same_value((blocks[-1] if blocks else text).strip(), question.ground_truth.strip())
@@ -218,7 +230,9 @@ def same_value(answer: str, truth: str) -> bool:
 
 
 class MathGrader:
-    """The last formula of the text equals ground_truth, by math-verify in a process that ends when it takes long."""
+    """The last formula of the text equals ground_truth, by math-verify in a process that ends when
+    it takes long.
+    """
 
     _worker: subprocess.Popen[str] | None = None
     _process = 0  # whose worker it is
@@ -227,7 +241,8 @@ class MathGrader:
         self._one_at_a_time = threading.Lock()  # an answer belongs to the last question
         if find_spec("math_verify") is None:
             raise ValueError(
-                "data.grader: math needs math-verify, which is not installed; pip install '.[math]' in a checkout"
+                "data.grader: math needs math-verify, which is not installed; pip install "
+                "'.[math]' in a checkout"
             )
 
     def __call__(self, text: str, question: Question) -> bool:
@@ -237,7 +252,7 @@ class MathGrader:
             if self._worker is None or self._process != os.getpid():  # a fork starts its own
                 self._process = os.getpid()
                 self._worker = subprocess.Popen(
-                    # -P: the worker's folder, which has modules of ours, is not searched for imports
+                    # With -P the worker's folder, which has modules of ours, is not on sys.path.
                     [sys.executable, "-P", math_worker.__file__],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -247,7 +262,8 @@ class MathGrader:
                 assert self._worker.stdout is not None
                 if self._worker.stdout.readline() != "ready\n":
                     raise RuntimeError(
-                        "data.grader: math-verify must be importable on its own; try `import math_verify`"
+                        "data.grader: math-verify must be importable on its own; try `import "
+                        "math_verify`"
                     )
             assert self._worker.stdin is not None and self._worker.stdout is not None
             verdict = ""
@@ -257,7 +273,9 @@ class MathGrader:
                     self._worker.stdin.flush()
                     verdict = self._worker.stdout.readline()
             finally:
-                if not verdict:  # out of time or memory, or we are interrupted: a late verdict is not the next answer's
+                # out of time or memory, or we are interrupted: a late verdict is not the next
+                # answer's
+                if not verdict:
                     self.close()
         return verdict == "1\n"
 
@@ -274,10 +292,12 @@ class MathGrader:
 
 
 def make_grader(name: str, *, correct_at: float = 1.0, timeout_s: float = 60.0) -> GradedBy:
-    """Returns the grader of a name in registries.GRADERS, or of a "module:function" with the signature of Grader.
+    """Returns the grader of a name in registries.GRADERS, or of a "module:function" with the
+    signature of Grader.
 
     Raises:
-        ValueError: an unknown name, math without the math-verify package, or correct_at not in (0, 1].
+        ValueError: an unknown name, math without the math-verify package, or correct_at not in (0,
+                    1].
     """
     if not 0 < correct_at <= 1:
         raise ValueError(f"grader.correct_at must be in (0, 1], got {correct_at}")

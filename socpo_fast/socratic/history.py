@@ -1,10 +1,12 @@
-"""The history as the chat template renders it, for rollout.context = "template". Read rewritten_ids, then _turn.
+"""The history as the chat template renders it, for rollout.context = "template". Read
+rewritten_ids, then _turn.
 
-Templates may change what is no longer the last answer: drop its <think> block, trim it, leave out what the generation
-prompt opened. The row is then the template's, with two departures that its text does not show: the student's tokens
-stay as sampled wherever their text stays, and what students and teachers spelled out never becomes a special token.
-Where the template only appends, the ids are those of Bridge.bridge_ids. Guidance is a placeholder while the
-template renders, so one that reads its user messages (Qwen3 looks for <tool_response>) takes nothing from a teacher.
+Templates may change what is no longer the last answer: drop its <think> block, trim it, leave out
+what the generation prompt opened. The row is then the template's, with two departures that its text
+does not show: the student's tokens stay as sampled wherever their text stays, and what students and
+teachers spelled out never becomes a special token. Where the template only appends, the ids are
+those of Bridge.bridge_ids. Guidance is a placeholder while the template renders, so one that reads
+its user messages (Qwen3 looks for <tool_response>) takes nothing from a teacher.
 """
 
 from bisect import bisect_left, bisect_right
@@ -23,7 +25,8 @@ def template_seam(
     *,
     attempt_limit: int,
 ) -> tuple[int, list[int]] | None:
-    """(kept_tokens, bridge_ids) that lead from the rollout's last attempt into the template's rendering so far.
+    """(kept_tokens, bridge_ids) that lead from the rollout's last attempt into the template's
+    rendering so far.
 
     None where rewritten_ids is, or where the rendering has no token in common with the row.
     """
@@ -57,12 +60,13 @@ def rewritten_ids(
 
     Args:
         messages: the prompt's.
-        answers:  ids of every answer so far, as far as the next one may see them, without the end of turn.
+        answers:  ids of every answer so far, as far as the next one may see them, without the end
+                  of turn.
         guidance: what followed each answer, as it is shown.
 
     Returns:
-        ids; None when the template refuses these texts, or renders them so that student's and template's text cannot
-        be told apart.
+        ids; None when the template refuses these texts, or renders them so that student's and
+        template's text cannot be told apart.
     """
     texts = [
         str(bridge.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
@@ -100,7 +104,9 @@ class _Turn(NamedTuple):
 def _turn(
     bridge: Bridge, sampled_lead: str, ids: Sequence[int], frame: str, part: str
 ) -> _Turn | None:
-    """Find an answer in its part of the rendering; the frame is that part around an answer that says ANSWER."""
+    """Find an answer in its part of the rendering; the frame is that part around an answer that
+    says ANSWER.
+    """
     lead, marker, close = frame.partition(ANSWER)
     if not (
         marker
@@ -122,7 +128,9 @@ def _turn(
 
 
 def _slice(bridge: Bridge, ids: Sequence[int], text: str, start: int, end: int) -> list[int]:
-    """Ids of text[start:end], where text is that of ids: the sampled ones, but for tokens that reach over an end."""
+    """Ids of text[start:end], where text is that of ids: the sampled ones, but for tokens that
+    reach over an end.
+    """
 
     def size(count: int) -> int:
         return len(bridge.exact_text(ids[:count]))

@@ -18,15 +18,18 @@ _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?![\w]|\.\d)", re.ASCII)
 def leaks_answer(guidance_text: str, question: Question) -> bool:
     """Whether the guidance states the answer: its letter, the text of its option, or its value.
 
-    A letter counts when it is named as the answer, not when an option is merely mentioned. The text of the right option
-    counts unless the guidance repeats every option. A value counts wherever it stands on its own, unless the question
-    gives that value itself; then only when called the answer.
+    A letter counts when it is named as the answer, not when an option is merely mentioned. The text
+    of the right option counts unless the guidance repeats every option. A value counts wherever it
+    stands on its own, unless the question gives that value itself; then only when called the
+    answer.
     """
     return bool(_answer_spans(guidance_text, question))
 
 
 def mask_answer(guidance_text: str, question: Question) -> str:
-    """The guidance with "[...]" in place of every letter, option text or value for which leaks_answer holds."""
+    """The guidance with "[...]" in place of every letter, option text or value for which
+    leaks_answer holds.
+    """
     options = dict(OPTION_LINE.findall(question.text))
     stated = (
         question.ground_truth,
@@ -64,7 +67,9 @@ def _answer_spans(text: str, question: Question) -> list[tuple[int, int]]:
 
 
 def _places(value: str, text: str) -> list[tuple[int, int]]:
-    """Where value occurs in text on word borders, whatever the case and spacing; numbers as numbers."""
+    """Where value occurs in text on word borders, whatever the case and spacing; numbers as
+    numbers.
+    """
     places = [number.span() for number in _NUMBER.finditer(text) if same_value(number[0], value)]
     if words := r"\s+".join(re.escape(word) for word in value.split()):
         places += [

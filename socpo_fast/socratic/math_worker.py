@@ -1,9 +1,10 @@
-"""The process that compares formulas for the grader `math`: JSON lines [text, truth] in, 1 or 0 out.
+"""The process that compares formulas for the grader `math`: JSON lines [text, truth] in, 1 or 0
+out.
 
-math-verify's own time limits raise from a signal handler, which a library in between may swallow; then a power tower
-that a model wrote stops the run. Here the limit is the process: SIGALRM's default action ends it whatever it is doing,
-and the grader, which finds the pipe closed, calls the answer wrong and starts another one. Run by its path, so that it
-imports nothing of the package.
+math-verify's own time limits raise from a signal handler, which a library in between may swallow;
+then a power tower that a model wrote stops the run. Here the limit is the process: SIGALRM's
+default action ends it whatever it is doing, and the grader, which finds the pipe closed, calls the
+answer wrong and starts another one. Run by its path, so that it imports nothing of the package.
 """
 
 import json

@@ -26,7 +26,8 @@ def load_function(where: str, spec: str) -> Callable[..., Any]:
         function = vars(import_module(module_name)).get(function_name)
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"{where} must name a module that can be imported, got {spec!r} ({type(error).__name__}: {error})"
+            f"{where} must name a module that can be imported, got {spec!r} "
+            f"({type(error).__name__}: {error})"
         ) from error
     if not callable(function):
         raise ValueError(f"{where} must name a function of {module_name}, got {function_name!r}")
@@ -41,7 +42,10 @@ def blame(function: object, error: BaseException) -> str:
     named: Any = function if hasattr(function, "__qualname__") else type(function)
     frame = traceback.extract_tb(error.__traceback__)[:2][-1]
     what = " ".join(f"{type(error).__name__}: {text_of(error, str)}".split())
-    return f"{named.__module__}:{named.__qualname__} raised {what} ({Path(frame.filename).name} line {frame.lineno})"
+    return (
+        f"{named.__module__}:{named.__qualname__} raised {what} ({Path(frame.filename).name} "
+        f"line {frame.lineno})"
+    )
 
 
 def text_of(value: object, to_text: Callable[[object], str] = repr) -> str:
@@ -53,7 +57,9 @@ def text_of(value: object, to_text: Callable[[object], str] = repr) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether it is no function's mistake: a signal of a run's, or Ctrl-C where nobody else answers it."""
+    """Whether it is no function's mistake: a signal of a run's, or Ctrl-C where nobody else answers
+    it.
+    """
     return isinstance(error, StopRequested) or (
         isinstance(error, KeyboardInterrupt)
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler

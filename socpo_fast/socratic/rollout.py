@@ -57,8 +57,8 @@ def socratic_rollouts(
         options:   the rules of an episode.
         batch_idx: with question_idx the name of the sampling noise: the same one gives the same
                    tokens. None: one that no other call has.
-        bridge:    the tokenizer's, where the caller has one already; its guidance_limit must be that
-                   of the options.
+        bridge:    the tokenizer's, where the caller has one already; its guidance_limit must be
+                   that of the options.
 
     Raises:
         ValueError: a question twice or in flight under this batch_idx, a prompt that can never fit,
@@ -70,7 +70,8 @@ def socratic_rollouts(
         )
     if engine.has_work:
         raise ValueError(
-            "socratic_rollouts: the engine must be idle, got unfinished requests; step until it is done"
+            "socratic_rollouts: the engine must be idle, got unfinished requests; step until it "
+            "is done"
         )
     driver = _Driver(
         engine=engine,
@@ -139,8 +140,9 @@ class _Driver:
     def step(self, *, may_wait: bool) -> None:
         """The student's next tokens are under way; attempts that finished go to their episodes.
 
-        Their pages stay pinned while the teacher works. may_wait: for the device; otherwise a teacher works beside
-        the student, and whoever is not ready is looked at again a little later.
+        Their pages stay pinned while the teacher works. may_wait: for the device; otherwise a
+        teacher works beside the student, and whoever is not ready is looked at again a little
+        later.
 
         An immediate teacher has answered before anything else goes on, one call at a time, which is
         repeatable. One that takes long has others asked meanwhile: however many of its calls hang,
@@ -168,7 +170,9 @@ class _Driver:
                     wait([asked], timeout=PATIENCE_S)
 
     def collect_guidance(self, *, idle: bool) -> None:
-        """Resume the rollouts whose teacher has answered; when idle, wait for one (at most 20 ms, then look again)."""
+        """Resume the rollouts whose teacher has answered; when idle, wait for one (at most 20 ms,
+        then look again).
+        """
         if idle and self.waiting:
             wait(self.waiting, timeout=0.02, return_when=FIRST_COMPLETED)
         for future in [future for future in self.waiting if future.done()]:
@@ -201,8 +205,9 @@ class _Driver:
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         """Leave nothing behind: no call in flight, no sequence, no page.
 
-        Closed by the caller, or after an error of grader, teacher or bridge, the engine is in order:
-        what is ours is given back, and attempts that others keep pinned stay. Ctrl-C, StopRequested
+        Closed by the caller, or after an error of grader, teacher or bridge, the engine is in
+        order: what is ours is given back, and attempts that others keep pinned stay. Ctrl-C,
+               StopRequested
         and the like may have come between any two statements of the engine, an error of a step in
         the middle of it: then only a reset gives everything back.
         """

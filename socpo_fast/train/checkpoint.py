@@ -1,9 +1,10 @@
 """Checkpoints: a complete Hugging Face folder plus what a run needs to go on bit for bit.
 
     checkpoints/update_000010/   config.json, weights, tokenizer files      model.save_student
-                                 optimizer.safetensors                      moments and low bits, by name
-                                 trainer_state.json                         optimizer counts; whatever the trainer gave
-                                 manifest.json                              size and SHA-256 of each; written last
+                                 optimizer.safetensors                      moments and low bits, by
+                                 name trainer_state.json                         optimizer counts;
+                                 whatever the trainer gave manifest.json
+                                 size and SHA-256 of each; written last
 
 Read top-down: save_checkpoint, latest_checkpoint, damage_of, load_checkpoint, prune_checkpoints. A
 checkpoint is made in a hidden sibling, synced to disk and renamed, so that a folder of its name is
@@ -47,7 +48,8 @@ def save_checkpoint(
     trainer_state: Mapping[str, Any],
     tokenizer_from: str | Path | None,
 ) -> Path:
-    """Write folder/update_NNNNNN, N the optimizer's updates so far; one that is there already is replaced.
+    """Write folder/update_NNNNNN, N the optimizer's updates so far; one that is there already is
+    replaced.
 
     Args:
         folder:         the run's checkpoints folder; made if missing.
@@ -87,7 +89,8 @@ def save_checkpoint(
         remove(target.with_name(target.name + REPLACED))
     except (OSError, SafetensorError) as error:
         raise RunFailed(
-            f"checkpoint: {target} could not be written ({error}); free disk space or lower run.keep_checkpoints, "
+            f"checkpoint: {target} could not be written ({error}); free disk space or lower "
+            "run.keep_checkpoints, "
             "older checkpoints are intact"
         ) from error
     return target
@@ -180,7 +183,8 @@ def load_checkpoint(
         other = getattr(stored.config, field.name)
         if field.compare and own != other:
             raise ValueError(
-                f"checkpoint: {path} must be of this student's model, got {field.name} {other} instead of {own}; "
+                f"checkpoint: {path} must be of this student's model, got {field.name} {other} "
+                f"instead of {own}; "
                 "start a new run or give the student it was made from"
             )
     optimizer.load_state(load_file(path / OPTIMIZER), state["optimizer"])
@@ -209,7 +213,8 @@ def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
         if path != stays and (
             path.name.endswith(REPLACED) or damage_of(path, thorough=False) is None
         ):
-            # Hidden first, so that half a removal is not taken for damage; the next save removes the rest.
+            # Hidden first, so that half a removal is not taken for damage; the next save removes
+            # the rest.
             remove(path.rename(path.with_name(f".{path.name}")))
 
 

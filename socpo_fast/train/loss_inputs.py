@@ -1,4 +1,6 @@
-"""What loss tokens bring to the loss: weight, advantage, log-probs; and the checks of policy_gradients' options."""
+"""What loss tokens bring to the loss: weight, advantage, log-probs; and the checks of
+policy_gradients' options.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,7 +109,7 @@ def upload_tokens(
     ref_logprobs: PerToken | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Two uploads: token ids, positions, and by their names what linear_policy_loss takes a token."""
+    """Uploads, in two copies, token ids, positions and the per-token inputs of the loss by name."""
     sampler: PerToken = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
     given = {
         "sampler_logprobs": sampler,
@@ -146,7 +148,8 @@ def gather_tokens(
     """[N]: per-token values in the order of the microbatch's loss tokens."""
     if len(values) != len(rollouts):
         raise ValueError(
-            f"policy_gradients: {what} must be a list for each of {len(rollouts)} rollouts, got {len(values)}"
+            f"policy_gradients: {what} must be a list for each of {len(rollouts)} rollouts, got "
+            f"{len(values)}"
         )
     parts = []
     for place, attempt_idx in microbatch.attempts:
@@ -154,7 +157,8 @@ def gather_tokens(
         num_given = values[place][attempt_idx].numel() if attempt_idx < len(values[place]) else 0
         if num_given != num_tokens:
             raise ValueError(
-                f"policy_gradients: {what} of rollouts[{place}].turns[{attempt_idx}] must be [L={num_tokens}], "
+                f"policy_gradients: {what} of rollouts[{place}].turns[{attempt_idx}] must be "
+                f"[L={num_tokens}], "
                 f"got {num_given} values"
             )
         parts.append(values[place][attempt_idx])

@@ -4,8 +4,8 @@ Departures from torch.optim.AdamW used bare: bf16 parameters are the high halves
 masters (ops/adamw.py); state is made at construction, so that storage never moves, and it is a flat
 dict of named tensors (safetensors, no pickle); weight decay falls on matrices only (ndim >= 2),
 never on norms and biases; a bad gradient costs one update, not the run. num_updates counts that
-update too, so that a number names one update; learning rate and AdamW count the steps that were taken.
-Whether one is taken is decided on the device: the host waits once, at the end.
+update too, so that a number names one update; learning rate and AdamW count the steps that were
+taken. Whether one is taken is decided on the device: the host waits once, at the end.
 """
 
 import math
@@ -157,7 +157,8 @@ class Optimizer:
 
     @contextmanager
     def gradients_in(self, memory: Tensor) -> Iterator[None]:
-        """Makes every .grad a zeroed view of memory for the block of a `with`, and drops them behind it.
+        """Makes every .grad a zeroed view of memory for the block of a `with`, and drops them
+        behind it.
 
         Args:
             memory: [N] uint8 on the parameters' device, N >= the sum of their gradient_bytes.

@@ -44,7 +44,7 @@ Packing = Literal["tree", "rows"]
 
 @dataclass(frozen=True, kw_only=True)
 class PackedMicrobatch:
-    """One forward-backward: T packed tokens, N loss tokens. Tensors are on the CPU, int64 but one."""
+    """One forward-backward: T packed tokens, N loss tokens. CPU tensors, all but one int64."""
 
     token_ids_T: Tensor
     positions_T: Tensor  # [T] depth along the token's own path
@@ -66,15 +66,18 @@ def pack_rollouts(
 
     Args:
         rollouts:     any number, any order; those without attempts are left out.
-        packing:      "tree": rollouts of one question with equal prompt_ids share the prompt's rows; "rows": none do.
-        token_budget: >= 1, tokens forwarded in one microbatch. A rollout is never split: one that is larger by itself
-                      gets a microbatch alone. A group stays together where it fits, so its prompt is forwarded once.
+        packing:      "tree": rollouts of one question with equal prompt_ids share the prompt's
+                      rows; "rows": none do.
+        token_budget: >= 1, tokens forwarded in one microbatch. A rollout is never split: one that
+                      is larger by itself gets a microbatch alone. A group stays together where it
+                      fits, so its prompt is forwarded once.
 
     Returns:
         microbatches, each with at least one rollout; together they hold every attempt exactly once.
 
     Raises:
-        ValueError: an unknown packing, token_budget < 1, or a rollout whose parts do not fit together.
+        ValueError: an unknown packing, token_budget < 1, or a rollout whose parts do not fit
+                    together.
 
     Memory: int64 lists of the packed tokens. Bitwise: same inputs, same microbatches.
     """
@@ -230,7 +233,8 @@ def _check_rollout(rollout_idx: int, rollout: Rollout) -> None:
     name = f"rollouts[{rollout_idx}]"
     if not rollout.prompt_ids:
         raise ValueError(
-            f"pack_rollouts: {name}.prompt_ids must be non-empty, got []; its last token predicts the first sampled one"
+            f"pack_rollouts: {name}.prompt_ids must be non-empty, got []; its last token predicts "
+            "the first sampled one"
         )
     for turn_idx, attempt in enumerate(rollout.attempts):
         if attempt.num_tokens == 0:

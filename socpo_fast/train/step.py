@@ -1,8 +1,10 @@
 """The gradient of one update, and log-probabilities under the model as it is.
 
-Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differences from the textbook trainer:
+Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differences from the
+textbook trainer:
 
-- The normaliser is the update's, never a microbatch's: packing and splitting change speed, not the gradient.
+- The normaliser is the update's, never a microbatch's: packing and splitting change speed, not the
+  gradient.
 - Only rows that predict a loss token meet the LM head, and nothing is padded. A rollout is idle
   where its advantages are exactly 0, as in a group all right or all wrong under an estimator that
   does not whiten. It counts in the normalisers and is not forwarded (loss_inputs.drop_idle).
@@ -94,25 +96,32 @@ def policy_gradients(
     checkpointing: bool = False,
     impl: str = "auto",
 ) -> GradientStats:
-    """Accumulate into .grad the gradient of the policy loss of these rollouts; takes no optimizer step.
+    """Accumulate into .grad the gradient of the policy loss of these rollouts; takes no optimizer
+    step.
 
-        loss = sum over loss tokens t of w_t * l_t        l_t: ops.policy_loss, A = the attempt's advantage
-        token_mean               w_t = 1 / num_loss_tokens
+        loss = sum over loss tokens t of w_t * l_t        l_t: ops.policy_loss, A = the attempt's
+        advantage token_mean               w_t = 1 / num_loss_tokens
         seq_mean_token_mean      w_t = 1 / (num_attempts * L)            L: tokens of t's attempt
         seq_mean_token_sum_norm  w_t = 1 / (num_attempts * max_new_tokens)
 
     Args:
         student:        the policy, on any device.
-        rollouts:       with each turn's advantage filled, unless advantages_A is given. Those without turns count for
-                        nothing; with advantages of 0 alone, no entropy bonus and no KL, they are not forwarded.
-        packing, token_budget: those of pack_rollouts. options: clips, entropy bonus and KL, as of ops.policy_loss.
+        rollouts:       with each turn's advantage filled, unless advantages_A is given. Those
+                        without turns count for nothing; with advantages of 0 alone, no entropy
+                        bonus and no KL, they are not forwarded.
+        packing, token_budget: those of pack_rollouts. options: clips, entropy bonus and KL, as of
+                               ops.policy_loss.
         temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
-        num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of these rollouts.
+        num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of
+                                       these rollouts.
         max_new_tokens: the sampler's, for loss_agg="seq_mean_token_sum_norm" only, which needs it.
-        advantages_A:   [A] fp32 on the student's device, rollout by rollout; a turn's own 0 still means: not forwarded.
-        old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's; "current": the student's, ratio 1.
+        advantages_A:   [A] fp32 on the student's device, rollout by rollout; a turn's own 0 still
+                        means: not forwarded.
+        old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's; "current": the
+                        student's, ratio 1.
         ref_logprobs:   the same under the frozen reference; for kl_coef > 0.
-        tis_clip:       > 0: w_t *= min(exp(old_logprob - sampler_logprob), tis_clip); None: no such weight.
+        tis_clip:       > 0: w_t *= min(exp(old_logprob - sampler_logprob), tis_clip); None: no such
+                        weight.
         checkpointing:  recompute each layer in the backward: less memory, a third more compute.
         impl:           of the LM head, as of ops.linear_policy_loss; "ref" is attention's as well.
 
@@ -171,7 +180,8 @@ def compute_logprobs(
 ) -> list[list[Tensor]]:
     """Log-probs of every sampled token under the student as it is now, without gradient.
 
-    For recomputed old_logprobs, a reference model, and the mismatch with the sampler. Arguments as in policy_gradients.
+    For recomputed old_logprobs, a reference model, and the mismatch with the sampler. Arguments as
+    in policy_gradients.
 
     Returns:
         [rollout][attempt] -> [L] fp32 on the CPU, nats; parallel to the rollouts given.
@@ -221,7 +231,8 @@ def _backward(
     temperature: float,
     options: PolicyLossOptions,
 ) -> PolicyLoss:
-    """Forward and backward of one microbatch; returns |logprob - sampler's| in place of the log-probs.
+    """Forward and backward of one microbatch; returns |logprob - sampler's| in place of the
+    log-probs.
 
     The head runs backward first, so that its gradient is in .grad before the layers need memory.
     """

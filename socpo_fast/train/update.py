@@ -23,7 +23,7 @@ MAX_MISMATCH_NATS = 1e-3  # above it the sampler's log-probs do not serve as old
 
 
 class Updater:
-    """A student, its optimizer, and with loss.kl_coef > 0 the frozen reference that it is held to."""
+    """Updates a student with its optimizer and, for loss.kl_coef > 0, a frozen reference."""
 
     def __init__(self, student: Decoder, config: Config, *, reference: Decoder | None):
         config = config.settled()  # a session has done it, an updater used alone has not
@@ -118,8 +118,10 @@ class Updater:
         figures = Figures(*result.also_read)
         if self.optimizer.num_skipped_in_a_row >= self.config.train.max_bad_updates:
             raise RunFailed(
-                f"train: loss and gradient must be finite, got {self.optimizer.num_skipped_in_a_row} updates in a row "
-                "that were not; lower train.lr and start again, which goes on from the last checkpoint"
+                "train: loss and gradient must be finite, got "
+                f"{self.optimizer.num_skipped_in_a_row} updates in a row "
+                "that were not; lower train.lr and start again, which goes on from the last "
+                "checkpoint"
             )
         return {
             "policy/loss": figures.loss,

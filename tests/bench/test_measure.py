@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import machine, measure, real_run, update
+from bench import machine, measure, update
 from bench.policy_head import __main__ as policy_head
 from bench.rollout import __main__ as rollout
+from tools import real_run
 
 CARD = torch.device("cuda")
 

@@ -11,7 +11,7 @@ import torch
 from bench import update as bench
 from socpo_fast.model import Decoder, save_student
 from socpo_fast.train.step import policy_gradients
-from tests.train.rollouts import make_rollout, make_student
+from tests.helpers.made_rollouts import make_rollout, make_student
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
-"""Several tokens between two reads by the host: the same attempts, bit for bit, as one token a step.
+"""Several tokens between two reads by the host: the same attempts, bit for bit, as one token a
+step.
 
-The loop as a GPU runs it, rows and pages padded and rounds replayed, is run here with a stand-in for the CUDA graph.
+The loop as a GPU runs it, rows and pages padded and rounds replayed, is run here with a stand-in
+for the CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,9 +20,17 @@ from socpo_fast.engine.sequence import Sequence
 from socpo_fast.engine.steps import StepQueue
 from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
-from tests.engine.fake_cuda import FakeCuda, FakeGraph, make_reads_late
-from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
-from tests.engine.traces import PageBook, Trace
+from tests.helpers.late_devices import FakeCuda, FakeGraph, make_reads_late
+from tests.helpers.tiny import (
+    bits,
+    drain,
+    generate_same,
+    kept,
+    make_engine,
+    make_student,
+    untouched,
+)
+from tests.helpers.traces import PageBook, Trace
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
 Size = tuple[int, int, bool]
@@ -157,7 +167,7 @@ def test_a_full_queue_does_not_end_the_rounds(student: Decoder) -> None:
 
 
 def test_rounds_go_ahead_of_the_host(student: Decoder) -> None:
-    """Two launches are under way as long as nobody waits for a place; with somebody waiting, one."""
+    """Two launches are in flight while nobody waits to be admitted; with somebody waiting, one."""
     engine = make_engine(student, max_running=4, tokens_per_sync=4)
     engine.submit([3, 5, 7], replace(PARAMS, n=4, ignore_eos=True, max_new_tokens=40), key=(0, 0))
     engine.step()
@@ -174,7 +184,9 @@ def test_rounds_go_ahead_of_the_host(student: Decoder) -> None:
 
 
 def test_looking_ahead_takes_free_pages_only(student: Decoder) -> None:
-    """Eleven pages of four tokens for two sequences of 3 + 17: no page is taken away. Seven: one has to give way."""
+    """Eleven pages of four tokens for two sequences of 3 + 17: no page is taken away. Seven: one
+    has to give way.
+    """
     engine = make_engine(student, num_pages=11, tokens_per_sync=8)
     counts = rounds_of(engine)
     params = replace(PARAMS, n=2, ignore_eos=True, max_new_tokens=17)

@@ -1,4 +1,6 @@
-"""A layer in one call (torch.ops.socpo.decoder_layer) is the layer op by op, bit for bit, in every family."""
+"""A layer in one call (torch.ops.socpo.decoder_layer) is the layer op by op, bit for bit, in every
+family.
+"""
 
 import pytest
 import torch
@@ -7,8 +9,8 @@ from socpo_fast import Engine, SamplingParams
 from socpo_fast.engine.runner import fused_weights
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.ops._impl import extension_is_built
-from tests.engine.tiny import generate_same, make_student
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.tiny import generate_same, make_student
 
 FAMILIES = {
     "llama": {},

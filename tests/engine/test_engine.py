@@ -1,4 +1,6 @@
-"""The engine against transformers, against itself run another way, and against the trainer's forward."""
+"""The engine against transformers, against itself run another way, and against the trainer's
+forward.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.types import Attempt, SamplingParams
-from tests.engine.tiny import generate_same, kept
+from tests.helpers.tiny import generate_same, kept
 
 PROMPTS = [
     [3, 5, 7],
@@ -236,7 +238,7 @@ def test_resume_twice_is_refused(student: Decoder) -> None:
 
 @pytest.mark.smollm2
 def test_smollm2_greedy_equals_transformers() -> None:
-    """The real model: greedy tokens of a group, and of a second attempt on the first one's pages."""
+    """The real model: greedy tokens of a group, and of a second attempt on its first's pages."""
     folder = Path(
         os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")
     ).expanduser()

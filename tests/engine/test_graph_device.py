@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from socpo_fast.engine.decode import DecodeLoop
-from tests.engine.fake_cuda import FakeCuda
-from tests.engine.tiny import make_engine, make_student
+from tests.helpers.late_devices import FakeCuda
+from tests.helpers.tiny import make_engine, make_student
 
 
 def test_every_step_of_a_capture_is_on_the_engines_card(monkeypatch: pytest.MonkeyPatch) -> None:

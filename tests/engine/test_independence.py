@@ -1,4 +1,6 @@
-"""What is sampled follows the model's law and its own key, and nothing else: not company, not calls, not place."""
+"""What is sampled follows the model's law and its own key, and nothing else: not company, not
+calls, not place.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, packed_forward
 from socpo_fast.ops import row_key, sample, visible_until_of_sequences
 from socpo_fast.types import SamplingParams
-from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
+from tests.helpers.tiny import (
+    bits,
+    drain,
+    generate_same,
+    kept,
+    make_engine,
+    make_student,
+    untouched,
+)
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=12, eos_ids=(2, 17), seed=5)
@@ -74,7 +84,9 @@ def test_company_does_not_matter(student: Decoder) -> None:
 
 
 def test_calls_do_not_matter(student: Decoder) -> None:
-    """One generate, one a prompt on one engine, and requests that arrive between steps in another order."""
+    """One generate, one a prompt on one engine, and requests that arrive between steps in another
+    order.
+    """
     keys = [(0, q) for q in range(len(PROMPTS))]
     once = [
         bits(a) for group in generate_same(make_engine(student), PROMPTS, PARAMS) for a in group
@@ -97,7 +109,9 @@ def test_calls_do_not_matter(student: Decoder) -> None:
 
 
 def test_noise_is_keyed_as_documented(student: Decoder) -> None:
-    """Each token by ops.sample from fp64 logits under the key (seed, batch, question, rollout, attempt, position)."""
+    """Each token by ops.sample from fp64 logits under the key (seed, batch, question, rollout,
+    attempt, position).
+    """
     params = replace(PARAMS, temperature=0.8, top_p=0.9, ignore_eos=True, n=2)
     engine = make_engine(student)
     group = engine.generate([PROMPTS[0]], params, keys=[(11, 22)], keep=True)[0]
@@ -121,7 +135,9 @@ def test_noise_is_keyed_as_documented(student: Decoder) -> None:
 
 
 def test_siblings_follow_the_softmax_and_not_each_other(student: Decoder) -> None:
-    """100,000 first tokens of 250 groups of 400: the law of one, and of neighbours in a group as pairs."""
+    """100,000 first tokens of 250 groups of 400: the law of one, and of neighbours in a group as
+    pairs.
+    """
     params = SamplingParams(
         n=400, temperature=0.8, max_new_tokens=1, eos_ids=(), ignore_eos=True, seed=1
     )

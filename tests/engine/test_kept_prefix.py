@@ -9,7 +9,7 @@ import pytest
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
-from tests.engine.tiny import bits, drain, generate_same, make_engine, make_student
+from tests.helpers.tiny import bits, drain, generate_same, make_engine, make_student
 
 PREFIX = list(range(1, 15))  # three pages of four tokens and a half
 PROMPTS = [[*PREFIX, 20 + q, 3] for q in range(5)]
@@ -81,7 +81,9 @@ def test_new_weights_and_a_reset_end_it(student: Decoder) -> None:
 
 
 def test_a_group_is_forked_behind_it(student: Decoder) -> None:
-    """The partial page of the prompt is copied for each of eight rollouts, the prefix's pages are not."""
+    """The partial page of the prompt is copied for each of eight rollouts, the prefix's pages are
+    not.
+    """
     engine = make_engine(student)
     engine.keep_prefix(PREFIX)
     engine.submit(PROMPTS[0], replace(PARAMS, n=8), key=(0, 0))

@@ -1,4 +1,6 @@
-"""Keys name noise: one is taken once at a time, a call without keys gets fresh ones, and reset frees them all."""
+"""Keys name noise: one is taken once at a time, a call without keys gets fresh ones, and reset
+frees them all.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from socpo_fast.types import SamplingParams
-from tests.engine.tiny import bits, drain, make_engine, make_student
+from tests.helpers.tiny import bits, drain, make_engine, make_student
 
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=6, eos_ids=(3,), seed=5)
 PROMPT = [5, 7, 9, 11, 13]

@@ -12,7 +12,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.engine.memory import OPTIMIZER_BYTES, auto_kv_cache_size, kv_cache_size
 from socpo_fast.engine.runner import Runner
 from socpo_fast.train.optimizer import Optimizer
-from tests.engine.tiny import make_student
+from tests.helpers.tiny import make_student
 
 GIB = 2**30
 MIB = 2**20

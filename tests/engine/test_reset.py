@@ -12,8 +12,8 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
 from tests.engine.test_storage import storage_of
-from tests.engine.tiny import bits, drain, keys_of, make_engine, make_student
-from tests.interrupts import interrupted_at
+from tests.helpers.interrupts import interrupted_at
+from tests.helpers.tiny import bits, drain, keys_of, make_engine, make_student
 
 PROMPTS = [[3, 5, 7], list(range(1, 20)), [9] * 8]
 KEYS = keys_of(PROMPTS)
@@ -50,7 +50,9 @@ def failing(student: Decoder, error: BaseException, *, at_call: int) -> Iterator
 
 @pytest.mark.parametrize("tokens_per_sync", [1, 4])
 def test_reset_in_the_middle_of_everything(student: Decoder, tokens_per_sync: int) -> None:
-    """Waiting, running, pinned and resumed sequences at once; weights' version, counts and storage stay."""
+    """Waiting, running, pinned and resumed sequences at once; weights' version, counts and storage
+    stay.
+    """
     engine = make_engine(student, max_running=4, tokens_per_sync=tokens_per_sync)
     engine.policy_version = 7
     storage = storage_of(engine)
@@ -110,7 +112,7 @@ def test_generate_that_is_interrupted_leaves_nothing(student: Decoder) -> None:
 def test_a_failed_copy_leaves_the_attempt(
     student: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resume that runs out of memory may be tried again, and reads no page that was not copied."""
+    """A resume that runs out of memory may be retried, and reads no page that was not copied."""
     expected = resumed(make_engine(student))
     engine = make_engine(student)
     group = engine.generate([PROMPTS[1]], PARAMS, keys=[(0, 0)], keep=True)[0]

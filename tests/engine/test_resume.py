@@ -1,4 +1,6 @@
-"""Second attempts on the pages of the first: every cut, into pages that siblings hold too, and what is refused."""
+"""Second attempts on the pages of the first: every cut, into pages that siblings hold too, and what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,23 @@ import torch
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder
 from socpo_fast.types import Attempt, SamplingParams
-from tests.engine.tiny import bits, drain, generate_same, kept, make_engine, make_student, untouched
+from tests.helpers.tiny import (
+    bits,
+    drain,
+    generate_same,
+    kept,
+    make_engine,
+    make_student,
+    untouched,
+)
 
 PROMPT = list(
     range(1, 15)
 )  # three pages of 4 and a half: two full ones shared, then what a fork copies
 SUFFIX = [30, 31, 32]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=6, eos_ids=(), ignore_eos=True, seed=3)
-# All; a part; none, up to the shared prompt's end; into the copied page; its border; into, and to the border of, shared
-# pages; a single token left.
+# All; a part; none, up to the shared prompt's end; into the copied page; its border; into, and to
+# the border of, shared pages; a single token left.
 CUTS = [None, 6, 4, 0, -1, -2, -3, -6, -10, -13]
 
 
@@ -72,7 +82,9 @@ def test_greedy_resume_equals_submit(student: Decoder, cut: int | None) -> None:
     "num_pages", [200, 9]
 )  # 9: the group just fits, so the pages of a pinned one are taken
 def test_siblings_do_not_see_what_is_written(student: Decoder, cut: int, num_pages: int) -> None:
-    """Two go back into the prompt's shared pages at once, each with another suffix; then the third goes on."""
+    """Two go back into the prompt's shared pages at once, each with another suffix; then the third
+    goes on.
+    """
     engine = make_engine(student, num_pages=num_pages)
     group = first_attempts(engine)
     suffixes = [[20 + i] * 3 for i in range(3)]
@@ -114,7 +126,9 @@ def test_without_a_free_page_to_copy_to_the_part_is_computed_again(student: Deco
 
 
 def test_a_sibling_still_running_does_not_see_a_write(student: Decoder) -> None:
-    """Rollout 0 ends early and goes back into the prompt while the others still decode on the shared pages."""
+    """Rollout 0 ends early and goes back into the prompt while the others still decode on the
+    shared pages.
+    """
     params = replace(
         PARAMS, temperature=1.5, max_new_tokens=30, ignore_eos=False, eos_ids=tuple(range(0, 37, 5))
     )
@@ -170,7 +184,9 @@ def weights(student: Decoder) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("cut", [None, 3, 0, -1, -6, -13])
 def test_stale_pages_are_never_reused(cut: int | None) -> None:
-    """Weights change between the attempts: everything is computed again, as in a fresh run under the new ones."""
+    """Weights change between the attempts: everything is computed again, as in a fresh run under
+    the new ones.
+    """
     student = make_student(0)
     new = make_student(1)
     engine = make_engine(student)
@@ -198,7 +214,8 @@ def test_stale_pages_are_never_reused(cut: int | None) -> None:
         (
             SUFFIX,
             7,
-            r"kept_tokens must be in \[1, 20\], got 21; the row is 14 tokens of context and 6 sampled ones",
+            r"kept_tokens must be in \[1, 20\], got 21; the row is 14 tokens of context and 6 "
+            r"sampled ones",
         ),
         (SUFFIX, -14, r"kept_tokens must be in \[1, 20\], got 0"),
         ([37], None, r"in \[0, 37\), got \[1, 2"),

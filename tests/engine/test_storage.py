@@ -1,4 +1,4 @@
-"""The engine reads the trainer's parameters: an update moves nothing, and the next token sees it."""
+"""The engine reads the trainer's parameters: an update copies nothing; the next token sees it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import SamplingParams
-from tests.engine.tiny import bits, drain, generate_same, make_engine
-from tests.train.rollouts import make_rollouts, make_student
+from tests.helpers.made_rollouts import make_rollouts, make_student
+from tests.helpers.tiny import bits, drain, generate_same, make_engine
 
 PARAMS = SamplingParams(
     n=3, temperature=1.0, max_new_tokens=20, eos_ids=(), ignore_eos=True, seed=2

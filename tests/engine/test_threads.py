@@ -1,4 +1,6 @@
-"""The number of threads changes no bit: neither of what is sampled, nor of a gradient, nor of an update."""
+"""The number of threads changes no bit: neither of what is sampled, nor of a gradient, nor of an
+update.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, SamplingParams
-from tests.engine.tiny import generate_same, kept
-from tests.error_rule import assert_bitwise_equal
-from tests.train.rollouts import make_student, turns_of
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.made_rollouts import make_student, turns_of
+from tests.helpers.tiny import generate_same, kept
 
 BRIDGE = [5, 6, 7, 8, 9]
 
@@ -41,7 +43,9 @@ def awkward_student() -> Decoder:
 
 
 def sample_rollouts(student: Decoder) -> list[Rollout]:
-    """Two attempts each of pairs. 373 prompt tokens in a step: two threads share the work in the middle of a row."""
+    """Two attempts each of pairs. 373 prompt tokens in a step: two threads share the work in the
+    middle of a row.
+    """
     rng = random.Random(0)
     engine = Engine(student, kv_cache_gib=0.05, page_size=16)
     params = SamplingParams(n=2, temperature=1.0, max_new_tokens=5, eos_ids=(3,))
@@ -71,7 +75,9 @@ def sample_rollouts(student: Decoder) -> list[Rollout]:
 
 
 def everything(student: Decoder, num_threads: int) -> dict[str, Tensor]:
-    """Tokens, log-probs, gradients of both packings, the statistics and the weights after an update."""
+    """Tokens, log-probs, gradients of both packings, the statistics and the weights after an
+    update.
+    """
     torch.set_num_threads(num_threads)
     rollouts = sample_rollouts(student)
     found = {}
@@ -123,7 +129,9 @@ def library_sums_in_one_order() -> bool:
     "make", [awkward_student, pytest.param(built_in_student, marks=pytest.mark.slow)]
 )
 def test_one_two_and_three_threads_give_the_same_bits(make) -> None:
-    """What our own kernels compute, always; sums over tokens where the library keeps their order, else to rounding."""
+    """What our own kernels compute, always; sums over tokens where the library keeps their order,
+    else to rounding.
+    """
     one = everything(make(), 1)
     is_exact = library_sums_in_one_order()
     for num_threads in (2, 3):

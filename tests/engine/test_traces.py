@@ -1,4 +1,6 @@
-"""Random traces: whatever is done to an engine, its pages are in order and every attempt is its own untouched run."""
+"""Random traces: whatever is done to an engine, its pages are in order and every attempt is its own
+untouched run.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from tests.engine.tiny import make_student
-from tests.engine.traces import Trace
+from tests.helpers.tiny import make_student
+from tests.helpers.traces import Trace
 
 
 def run_traces(seeds: range) -> Counter:

@@ -16,7 +16,7 @@ import torch
 from socpo_fast.device import Readback
 from socpo_fast.engine import Engine
 from socpo_fast.ops import paged_attention
-from tests.engine.tiny import generate_same
+from tests.helpers.tiny import generate_same
 from tests.ops.test_flash import FlashAttn
 from tools.gpu_check import engine as engine_stage
 from tools.gpu_check import engines, head, kernels, op_cases, profilers, worker

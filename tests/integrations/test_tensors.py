@@ -1,4 +1,6 @@
-"""Rollouts as padded rows, and advantages from rows: the trainer's own numbers, however rows are spread over ranks."""
+"""Rollouts as padded rows, and advantages from rows: the trainer's own numbers, however rows are
+spread over ranks.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from socpo_fast.integrations.tensors import PaddedRollouts
 from socpo_fast.ops import CreditOptions
 from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.types import Rollout
-from tests.train.rollouts import contexts, make_rollout, make_rollouts
+from tests.helpers.made_rollouts import contexts, make_rollout, make_rollouts
 
 PAD = 52
 
 
 def random_batch(seed: int, *, num_questions: int = 5, group_size: int = 4) -> list[Rollout]:
-    """Rollouts of one to three attempts whose contexts are whole rows; rewards of 0, 1 and between."""
+    """Makes rollouts of one to three attempts whose contexts are whole rows; rewards in [0, 1]."""
     rng = random.Random(seed)
     rollouts = []
     for question in range(num_questions):
@@ -58,7 +60,7 @@ def sampled(rollouts: list[Rollout]) -> list[tuple[int, int, int, float]]:
 
 
 def test_a_row_an_attempt_behind_its_context() -> None:
-    """Whatever was cut, every sampled token has its loss once, behind what it was sampled behind."""
+    """Whatever was cut, every sampled token has its loss once, in the context it was sampled in."""
     rollouts = make_rollouts()
     padded = pad_rollouts(rollouts, rows="attempt", pad_id=PAD)
     expected = [
@@ -107,7 +109,8 @@ def test_a_cut_is_refused_or_begins_a_row() -> None:
     whole = make_rollout(0, 0, [5, 6], [3, 2])
     cut = make_rollout(0, 1, [5, 6], [6, 3, 2], [4, 1], [2, None])
     message = (
-        r"^pad_rollouts: rollout 1 of question 0 must be one row, got attempt 1 behind 4 of 8 tokens; "
+        r"^pad_rollouts: rollout 1 of question 0 must be one row, got attempt 1 behind 4 of 8 "
+        r"tokens; "
         r'use rows="attempt" or on_cut="split"$'
     )
     with pytest.raises(ValueError, match=message):
@@ -147,7 +150,9 @@ def test_no_rollouts_give_no_rows() -> None:
 
 
 class Ranks:
-    """A batch's rows on several ranks, run one after the other: what each one sends is known beforehand."""
+    """A batch's rows on several ranks, run one after the other: what each one sends is known
+    beforehand.
+    """
 
     def __init__(self, shares: list[list[Rollout]], **options: Any):
         self.padded = [pad_rollouts(share, rows="rollout", pad_id=PAD) for share in shares]
@@ -209,7 +214,9 @@ def test_ranks_on_their_own_are_wrong() -> None:
 
 
 def test_rewards_may_stand_anywhere_in_an_attempt() -> None:
-    """Token rewards are summed over an attempt and what follows it, as of trainers that add a penalty a token."""
+    """Token rewards are summed over an attempt and what follows it, as of trainers that add a
+    penalty a token.
+    """
     mask_BT = torch.tensor([[0, 1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0, 0]])
     spread = torch.tensor([[0, 0.1, 0.2, 0.1, 0, 0.5, 0.25], [0.5, 0, 0.5, 0, 0, 0, 0]])
     group_B = torch.tensor([4, 4])

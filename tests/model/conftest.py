@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-# Head width 24 / 4 = 6 is no power of two, and Qwen3's 16 is not hidden_size / heads; the vocabulary, 53, is prime.
+# Head width 24 / 4 = 6 is no power of two, and Qwen3's 16 is not hidden_size / heads; the
+# vocabulary, 53, is prime.
 SIZES = {
     "vocab_size": 53,
     "hidden_size": 24,
@@ -60,7 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def make_hf(tmp_path: Path) -> Callable[..., tuple[PreTrainedModel, Path]]:
-    """make_hf(family, **save_pretrained's keywords) -> (transformers' model, the folder it wrote)."""
+    """Returns make_hf(family, **keywords of save_pretrained) -> (transformers' model, folder)."""
 
     def make(
         family: str, *, dtype: torch.dtype = torch.float32, **save: Any

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from socpo_fast.model import Decoder, load_student, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
 
 LENGTHS = (1, 5, 64, 17)  # one token alone; a long one, so that slow rotary frequencies turn
 SMOLLM2 = Path(os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")).expanduser()
@@ -91,7 +91,10 @@ def test_bf16_weights_on_a_cpu_are_read_and_not_computed_in(make_hf: Callable, f
     student, wide = (load_student(folder, dtype="bfloat16") for _ in range(2))
     wide.float()
     ids = torch.arange(17)
-    attend = lambda _, qkv_THE, __: qkv_THE[:, :4]
+
+    def attend(_layer: int, qkv_THE: Tensor, _scale: float) -> Tensor:
+        return qkv_THE[:, :4]
+
     with torch.no_grad():
         without_grad, expected = (model(ids, ids, attend) for model in (student, wide))
     with_grad = student(ids, ids, attend)

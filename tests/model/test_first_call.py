@@ -11,7 +11,7 @@ NUM_PROCESSES = 10  # torch alone fails in about half of them on an Intel proces
 CODE = """
 import torch
 from socpo_fast.model.decoder import rotary_tables
-from tests.engine.tiny import make_student
+from tests.helpers.tiny import make_student
 
 torch.set_num_threads(2)
 make_student()

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops import adamw
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
-from tests.ops.adamw_state import (
+from tests.helpers.adamw_state import (
     DEVICE,
     IMPLS,
     SETTINGS,
@@ -24,7 +23,8 @@ from tests.ops.adamw_state import (
     noise,
     run_steps,
 )
-from tests.ops.elementwise import needs_cpp, thread_counts
+from tests.helpers.elementwise import needs_cpp, thread_counts
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -59,7 +59,7 @@ def test_same_bits_as_ref(impl: str, dtype: torch.dtype, num_elements: int) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_decay_is_not_lost(dtype: torch.dtype) -> None:
-    """At the defaults a step decays a weight by 1e-8 of it, of which fp32 alone would keep nothing."""
+    """At the defaults a step decays a weight by 1e-8 of it: fp32 alone would keep nothing."""
     settings = SETTINGS | {"lr": 1e-6}
     start = 0.5 + noise(20_000).abs()
     moved = []
@@ -195,7 +195,8 @@ for config in aot_configs():
         source = ASTSource(config.kernel, *arguments_of(Launch(config)))
         options = {"num_warps": config.num_warps, **config.options}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        used = re.findall(r"\\b(?:mul|add|sub|div|sqrt|fma|rsqrt|rcp)\\.\\S*f32", compiled.asm["ptx"])
+        arithmetic = r"\\b(?:mul|add|sub|div|sqrt|fma|rsqrt|rcp)\\.\\S*f32"
+        used = re.findall(arithmetic, compiled.asm["ptx"])
         print(*sorted(set(used)))
 """
     root = Path(__file__).resolve().parent.parent.parent

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from socpo_fast.ops import adamw
 from socpo_fast.ops.adamw import join_master, split_master
-from tests.error_rule import assert_bitwise_equal
-from tests.ops.adamw_state import DEVICE, IMPLS, SETTINGS, State, assert_same_state, noise
+from tests.helpers.adamw_state import DEVICE, IMPLS, SETTINGS, State, assert_same_state, noise
+from tests.helpers.error_rule import assert_bitwise_equal
 
 
 def fp32(bits: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast import ops
-from tests.ops.elementwise import needs_cpp
+from tests.helpers.elementwise import needs_cpp
 from tests.ops.test_registered_ops import DRAWS, f
 
 

@@ -17,9 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from socpo_fast.kernels.linear_policy_loss import aot_configs
 from tools.aot import Launch, arguments_of
-(config,) = [x for x in aot_configs() if (x.architecture, x.label, x.dtype.itemsize) == (90, "all terms", 4)]
+wanted = (90, "all terms", 4)
+(config,) = [x for x in aot_configs() if (x.architecture, x.label, x.dtype.itemsize) == wanted]
 source = ASTSource(config.kernel, *arguments_of(Launch(config)))
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.num_warps}).asm["ptx"])
+options = {"num_warps": config.num_warps}
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 """
     root = Path(__file__).resolve().parent.parent.parent
     env = {**os.environ, "PYTHONPATH": str(root)}

@@ -1,4 +1,6 @@
-"""Decay and advantages, plain and fused, against the published worked example and a loop over attempts in fp64."""
+"""Decay and advantages, plain and fused, against the published worked example and a loop over
+attempts in fp64.
+"""
 
 import math
 import os
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from socpo_fast.ops import CreditOptions, compute_advantages, credit_attempts, decay_rewards
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
 
 ESTIMATORS = ("reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "dr_grpo", "rloo")
 
@@ -23,8 +25,10 @@ def impl(request: pytest.FixtureRequest) -> str:
 def random_batch(
     seed: int, *, max_attempts: int = 4, num_questions: int = 6, group_size: int = 3
 ) -> dict[str, torch.Tensor]:
-    """Attempts of a batch as rollouts make them: a rollout ends with its first success. Question 0 is a single attempt,
-    question 1 always right, question 2 always wrong; question ids are neither small nor consecutive."""
+    """Attempts of a batch as rollouts make them: a rollout ends with its first success. Question 0
+    is a single attempt, question 1 always right, question 2 always wrong; question ids are neither
+    small nor consecutive.
+    """
     rng = torch.Generator().manual_seed(seed)
     attempts = []
     for question in range(num_questions):
@@ -196,7 +200,8 @@ def test_order_of_attempts_does_not_matter(estimator: str) -> None:
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo", "dr_grpo", "rloo"])
 def test_equal_rewards_give_exactly_zero(estimator: str, impl: str) -> None:
-    # 0.1 has no exact fp32 form, so a mean of seven of them is a test of the summation; exact 0 lets the loss skip rows
+    # 0.1 has no exact fp32 form, so a mean of seven of them is a test of the summation; exact 0
+    # lets the loss skip rows
     seven = torch.arange(7) + 3
     advantages = compute_advantages(
         torch.full((7,), 0.1), seven, torch.zeros_like(seven), seven, estimator=estimator, impl=impl
@@ -242,7 +247,8 @@ def test_decay_within_advantages_is_decay_before_them(
     )
 
 
-# The kernel walks over attempts in tiles of 64 here: groups that end with a tile, that cross one, that fill several.
+# The kernel walks over attempts in tiles of 64 here: groups that end with a tile, that cross one,
+# that fill several.
 @pytest.mark.filterwarnings("ignore:compute_advantages. baseline_group question_attempt")
 @pytest.mark.parametrize("sizes", [(64, 64), (1, 64, 63, 1, 2), (40, 200, 3), (65,), (1,) * 130])
 @pytest.mark.parametrize("estimator", ESTIMATORS)

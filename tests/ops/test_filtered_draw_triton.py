@@ -1,4 +1,4 @@
-"""Filtered draws without a sort against `sample` over the same logits; on a CPU in the interpreter."""
+"""Filtered draws without a sort, held to `sample` on the same logits; interpreted on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from socpo_fast.kernels.filtered_draw import TILES
 from socpo_fast.kernels.linear_sample import linear_sample_triton
 from socpo_fast.ops import linear_sample
 from socpo_fast.ops.sample import kept_tokens, sample_ref
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.ops.test_linear_sample_law import chance
 from tests.ops.test_sample import keys, settings
 from tests.ops.test_sample_law import kept_by_hand
@@ -45,7 +45,8 @@ def assert_as_sample(logits_BV: Tensor, knobs: dict[str, Tensor], seed: int = 0)
     assert_error_rule(actual[3], mass_B, mass_B.double(), name="kept_mass", dtype=torch.float32)
 
 
-# One token, less than a block, a block and one, a prime of several blocks. top_k beyond the vocabulary is off.
+# One token, less than a block, a block and one, a prime of several blocks. top_k beyond the
+# vocabulary is off.
 @pytest.mark.parametrize("vocab", [1, 7, BLOCK + 1, 5 * BLOCK + 11])
 @pytest.mark.parametrize(
     "filters",
@@ -87,7 +88,7 @@ def test_of_equal_logits_the_lowest_ids_are_kept(filters: dict) -> None:
 
 
 def test_batch_invariant_beside_any_filters() -> None:
-    """A row's draw is its own; rows without a filter have the bits of the kernel without filters."""
+    """Draws are batch-invariant; unfiltered rows equal the kernel without filters bitwise."""
     logits_BV = 2 * torch.randn(8, BLOCK + 300, generator=torch.Generator().manual_seed(1))
     knobs = settings(8)
     knobs["top_k_B"] = torch.tensor([0, 5, 0, 9, 0, 0, 3, 0])
@@ -116,7 +117,9 @@ def test_a_row_that_is_no_distribution(bad: float) -> None:
 
 
 def test_chi_square() -> None:
-    """Draws of one row by three filters; failed by one seed in 10,000. The interpreter is slow by the row."""
+    """Draws of one row by three filters; failed by one seed in 10,000. The interpreter is slow by
+    the row.
+    """
     num_draws = 200
     vocab = 60
     logits_V = 0.9 * torch.randn(vocab, generator=torch.Generator().manual_seed(4))

@@ -1,4 +1,6 @@
-"""What is handed to flash-attn, by a stand-in of its two functions in plain torch. No card, no package."""
+"""What is handed to flash-attn, by a stand-in of its two functions in plain torch. No card, no
+package.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def in_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
 
 
 class FlashAttn(SimpleNamespace):
-    """The two functions with the names, order and layouts of flash-attn 2.7; notes which was called."""
+    """The two functions with the names, order and layouts of flash-attn 2.7; notes which was
+    called.
+    """
 
     def flash_attn_with_kvcache(
         self,
@@ -114,7 +118,8 @@ def make_case(
     return q_THE, *caches, pages, torch.tensor(seq_lens).int(), cu_seqlens_q
 
 
-# One page and one token of the next; nothing queried; prefill from the start, in a chunk, and beside one that decodes.
+# One page and one token of the next; nothing queried; prefill from the start, in a chunk, and
+# beside one that decodes.
 @pytest.mark.parametrize(
     ("seq_lens", "q_lens", "called"),
     [

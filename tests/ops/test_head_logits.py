@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops import linear_logprob, linear_policy_loss
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
-from tests.loss_options import gathered
-from tests.ops.policy_head import (
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.loss_options import gathered
+from tests.helpers.policy_head import (
     ALL_IMPLS,
     HEADS,
     IMPLS,

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from socpo_fast.ops import PolicyLoss, linear_logprob, linear_policy_loss, policy_loss
 from socpo_fast.ops._impl import extension_is_built
-from tests.loss_options import gathered
+from tests.helpers.loss_options import gathered
 
 pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from socpo_fast.ops import _fused_logprob, linear_logprob, linear_policy_loss, policy_loss
-from tests.loss_options import gathered
-from tests.ops.policy_head import (
+from tests.helpers.loss_options import gathered
+from tests.helpers.policy_head import (
     ALL_IMPLS,
     HEADS,
     keep_all,

@@ -18,7 +18,7 @@ from socpo_fast.ops import (
 )
 from socpo_fast.ops._head import ChunkedHead, default_workspace_mib, rows_per_chunk
 from socpo_fast.ops._impl import extension_is_built
-from tests.error_rule import assert_error_rule
+from tests.helpers.error_rule import assert_error_rule
 
 CPU = torch.device("cpu")
 CARD = torch.device("cuda", 1)

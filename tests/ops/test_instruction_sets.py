@@ -1,4 +1,6 @@
-"""The extension carries its hot code once per instruction set; each copy this machine can run must be right."""
+"""The extension carries its hot code once per instruction set; each copy this machine can run must
+be right.
+"""
 
 import os
 import subprocess
@@ -39,7 +41,8 @@ def test_lower_instruction_sets_pass_the_tests_of_the_ops(instruction_set: str) 
             "no:cacheprovider",
             *files,
             "-k",
-            "cpp_draws or cpp_is_as_right or autograd or vocabular or log_softmax or (bits or as_right) and not triton",
+            "cpp_draws or cpp_is_as_right or autograd or vocabular or log_softmax or (bits or "
+            "as_right) and not triton",
         ],
         env=os.environ | {"ATEN_CPU_CAPABILITY": instruction_set.lower(), "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent.parent,

@@ -1,4 +1,4 @@
-"""The linear layer of the engine: as right as torch's, and a row's bits a matter of that row alone."""
+"""The linear layer of the engine: as exact as torch's, and batch-invariant."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from socpo_fast.ops import linear
 from socpo_fast.ops._impl import extension_is_built
 from socpo_fast.ops.linear import linear_ref
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 
 IMPLS = [
     "ref",
@@ -15,8 +15,8 @@ IMPLS = [
     ),
 ]
 
-# (rows, outputs, width): one of each; fewer and more than a vector, tile, item and part of the C++, and one beyond;
-# primes; no rows; SmolLM2's down projection; just enough rows for a panel.
+# (rows, outputs, width): one of each; fewer and more than a vector, tile, item and part of the C++,
+# and one beyond; primes; no rows; SmolLM2's down projection; just enough rows for a panel.
 SHAPES = [
     (1, 1, 1),
     (2, 7, 15),
@@ -60,7 +60,9 @@ def test_cpp_is_as_right_as_torch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype, width: int) -> None:
-    """Alone, in every tile, in a long prompt that is cut into blocks, behind other rows, with 1, 2 and 3 threads."""
+    """Alone, in every tile, in a long prompt that is cut into blocks, behind other rows, with 1, 2
+    and 3 threads.
+    """
     x, weight, bias = problem(1200, 101, width, dtype)
     whole = linear(x, weight, bias, impl=impl)
     for begin, end in (
@@ -90,7 +92,7 @@ def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype, width: int
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_both_forms_give_a_zero_the_same_sign(impl: str) -> None:
-    """Products that underflow are -0, which the zeros behind a row's end must turn into 0 in both."""
+    """Products that underflow are -0; the zeros past a row's end must make them 0 in both."""
     for width in (9, 16, 17, 785):
         x = torch.full((25, width), 1e-30)
         weight = torch.full((5, width), -1e-30)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops import linear_logprob, linear_policy_loss
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
-from tests.ops.policy_head import IMPLS
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.policy_head import IMPLS
 
 
 def make_inputs(num_tokens: int, num_rows: int, vocab: int, width: int = 16) -> dict[str, Tensor]:
-    """Peaked logits; rows repeat; hidden and weight fit into bf16, so every dtype computes on the same numbers."""
+    """Peaked logits; rows repeat; hidden and weight fit into bf16, so every dtype computes on the
+    same numbers.
+    """
     rng = torch.Generator().manual_seed(vocab)
     return {
         "hidden_TD": torch.randn(num_tokens, width, generator=rng).bfloat16().double(),
@@ -40,7 +42,9 @@ def outputs_and_gradients(
     dtype: torch.dtype,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Log-probs, entropies and the gradients of hidden and weight for one fixed random upstream gradient each."""
+    """Log-probs, entropies and the gradients of hidden and weight for one fixed random upstream
+    gradient each.
+    """
     hidden, weight = (
         inputs[name].to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD")
     )

@@ -1,4 +1,6 @@
-"""linear_policy_loss against log-softmax over all logits and policy_loss, and what it promises about rows."""
+"""linear_policy_loss against log-softmax over all logits and policy_loss, and what it promises
+about rows.
+"""
 
 import importlib
 import math
@@ -9,8 +11,8 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops import PolicyLoss, linear_policy_loss
-from tests.error_rule import assert_bitwise_equal
-from tests.ops.policy_head import (
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.policy_head import (
     IMPLS,
     OPTIONS,
     Case,
@@ -29,7 +31,8 @@ linear_logprob_module = importlib.import_module(
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-# one row, a prime number of them with repeats; a prime vocabulary, one a word longer than 1024, a single word
+# one row, a prime number of them with repeats; a prime vocabulary, one a word longer than 1024, a
+# single word
 @pytest.mark.parametrize(
     ("num_tokens", "num_rows", "vocab"), [(1, 1, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)]
 )
@@ -74,7 +77,8 @@ def test_chunks_change_nothing_but_rounding(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-# chunks of 16 rows: none, one, one less than a chunk, one chunk, one more, balanced pieces of a prime number
+# chunks of 16 rows: none, one, one less than a chunk, one chunk, one more, balanced pieces of a
+# prime number
 @pytest.mark.parametrize("num_rows", [0, 1, 15, 16, 17, 53])
 def test_any_number_of_rows(num_rows: int, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_logprob_module, "_CHUNK_LOGITS", 97 * 16)

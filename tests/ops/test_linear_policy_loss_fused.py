@@ -1,4 +1,6 @@
-"""What the fused form of linear_policy_loss adds: which GEMMs run, on how many rows, with which bits and errors."""
+"""What the fused form of linear_policy_loss adds: which GEMMs run, on how many rows, with which
+bits and errors.
+"""
 
 import os
 import subprocess
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from socpo_fast.ops import PolicyLoss, _fused_policy_loss, linear_policy_loss
 from socpo_fast.ops._impl import extension_is_built
-from tests.error_rule import assert_bitwise_equal
-from tests.ops.policy_head import (
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.policy_head import (
     OPTIONS,
     assert_as_right_as_plain,
     call,
@@ -45,7 +47,9 @@ def test_real_vocabularies(vocab: int, peak: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["large", "offset"])
 def test_awkward_logits(kind: str, dtype: torch.dtype) -> None:
-    """Logits of magnitude 1e3, and all of them 1e4 higher; on a grid on which fp32 GEMMs round nothing."""
+    """Logits of magnitude 1e3, and all of them 1e4 higher; on a grid on which fp32 GEMMs round
+    nothing.
+    """
     case = make_case()
     hidden, weight = ((x * 4).round() / 4 for x in (case.hidden, case.weight))
     if kind == "large":
@@ -223,7 +227,9 @@ def test_inputs_changed_before_a_second_backward_are_noticed() -> None:
 
 
 def test_without_compaction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the host must not wait for the number of rows: they stay, with weight 0 and hidden states of 0."""
+    """There the host must not wait for the number of rows: they stay, with weight 0 and hidden
+    states of 0.
+    """
     case = make_case(num_rows=37)._replace(rows=torch.arange(37))
     case.hidden[case.weights == 0] = torch.nan
     expected = fused(case, torch.float64)
@@ -235,14 +241,17 @@ MEMORY = """
 import torch
 from socpo_fast.ops import linear_policy_loss
 def mib(name):
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 torch.set_num_threads(1)
 x, w = torch.randn(4096, 576).requires_grad_(), (torch.randn(49152, 576) / 24).requires_grad_()
 row, targets = torch.ones(4096), torch.arange(4096)
-linear_policy_loss(x[:16], w[:64], targets[:16], row[:16], row[:16], temperature=1.0, num_loss_tokens=1).loss.backward()
+small = (x[:16], w[:64], targets[:16], row[:16], row[:16])
+linear_policy_loss(*small, temperature=1.0, num_loss_tokens=1).loss.backward()
 x.grad = w.grad = None
 before = mib("VmRSS")
-linear_policy_loss(x, w, targets, row * -11, row, temperature=1.0, num_loss_tokens=4096).loss.backward()
+large = (x, w, targets, row * -11, row)
+linear_policy_loss(*large, temperature=1.0, num_loss_tokens=4096).loss.backward()
 print(mib("VmHWM") - before)
 """
 

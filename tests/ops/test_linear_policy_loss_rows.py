@@ -1,4 +1,6 @@
-"""The C++ row passes on given logits: values and gradients, awkward logits, every clip, bits, registration."""
+"""The C++ row passes on given logits: values and gradients, awkward logits, every clip, bits,
+registration.
+"""
 
 import math
 from typing import Any
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from socpo_fast.ops import policy_loss
 from socpo_fast.ops._impl import extension_is_built
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
-from tests.loss_options import gathered
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.loss_options import gathered
 
 pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 
@@ -26,7 +28,9 @@ Inputs = dict[str, Tensor]
 
 
 def make_rows(kind: str, num_rows: int, vocab: int) -> Inputs:
-    """Rows of logits in fp64 that fp32 holds exactly; ratios on both sides of the clips, every other target likely."""
+    """Rows of logits in fp64 that fp32 holds exactly; ratios on both sides of the clips, every
+    other target likely.
+    """
     rng = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(num_rows, vocab, generator=rng, dtype=torch.float64) * 96).round() / 32
     likely = torch.randint(vocab, (num_rows,), generator=rng)
@@ -245,7 +249,9 @@ def test_a_row_has_the_same_bits_alone_in_place_and_strided() -> None:
 
 
 def test_registration() -> None:
-    """Schemas, mutation, fake tensors and tracing, as torch sees them, of every op of the extension."""
+    """Schemas, mutation, fake tensors and tracing, as torch sees them, of every op of the
+    extension.
+    """
     ops = torch.ops.socpo
     f = torch.randn
     targets = torch.tensor([1, 0, 4])

@@ -1,4 +1,6 @@
-"""linear_sample: what `sample` draws from the same logits, whatever is drawn beside it, without storing them."""
+"""linear_sample: what `sample` draws from the same logits, whatever is drawn beside it, without
+storing them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from socpo_fast.ops import linear, linear_sample, sample
 from socpo_fast.ops._impl import extension_is_built
 from socpo_fast.ops.sample import kept_tokens
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.ops.test_sample import IMPLS, keys, settings
 
 NAMES = ("token_ids", "logprobs", "entropy", "kept_mass")
@@ -50,7 +52,8 @@ def pick(knobs: dict[str, Tensor], draws: Tensor | slice) -> dict[str, Tensor]:
     return {name: knob[draws] for name, knob in knobs.items()}
 
 
-# Vocabularies: one token, less than a vector, one less than a tile of 768, a tile, one more, a prime, several tiles.
+# Vocabularies: one token, less than a vector, one less than a tile of 768, a tile, one more, a
+# prime, several tiles.
 @pytest.mark.parametrize("vocab", [1, 7, 767, 768, 769, 1031, 4096])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -93,7 +96,9 @@ def test_cpp_is_as_right_as_torch(vocab: int, filters: dict, impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_the_bits_of_a_draw_are_its_own(impl: str, dtype: torch.dtype) -> None:
-    """Alone, in another order, beside others of its row, in several blocks of rows, with 1, 2 and 3 threads."""
+    """Alone, in another order, beside others of its row, in several blocks of rows, with 1, 2 and 3
+    threads.
+    """
     hidden, weight = problem(300, 1031, dtype=dtype)
     rows = torch.cat([torch.arange(300), torch.arange(0, 300, 2), torch.full((70,), 4)])
     num_draws = len(rows)
@@ -128,7 +133,7 @@ def test_the_bits_of_a_draw_are_its_own(impl: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_and_tokens_that_cannot_be(impl: str) -> None:
-    """Greedy takes the first of equal logits over all tiles; whole tiles of -inf count for nothing."""
+    """Greedy takes the first of equal logits over all tiles; tiles of -inf do not matter."""
     logits = torch.full((3000,), -torch.inf)
     logits[[900, 1700, 2500]] = torch.tensor([1.0, 2.0, 2.0])
     result = linear_sample(*from_logits(logits), keys(1), **settings(1, temperature=0.0), impl=impl)

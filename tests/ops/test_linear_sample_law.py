@@ -1,4 +1,6 @@
-"""linear_sample: frequencies of many draws of one row follow its softmax, and siblings do not follow each other."""
+"""linear_sample: frequencies of many draws of one row follow its softmax, and siblings do not
+follow each other.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ def chance(statistic: Tensor, freedom: int) -> float:
     return torch.special.gammaincc(torch.tensor(freedom / 2).double(), statistic / 2).item()
 
 
-# One tile, and three of which the last is not whole; the reference stores all logits, so it draws the small one only.
+# One tile, and three of which the last is not whole; the reference stores all logits, so it draws
+# the small one only.
 @pytest.mark.parametrize(
     ("impl", "vocab"),
     [("ref", 24), *[pytest.param("cpp", v, marks=IMPLS[1].marks) for v in (24, 1700)]],
@@ -24,7 +27,9 @@ def chance(statistic: Tensor, freedom: int) -> float:
     "filters", [{}, {"temperature": 1.7}, {"temperature": 0.8, "top_p": 0.9}], ids=str
 )
 def test_chi_square(vocab: int, filters: dict, impl: str) -> None:
-    """120,000 draws of one row, or 20,000 where each is filtered alone; failed by one seed in 10,000."""
+    """120,000 draws of one row, or 20,000 where each is filtered alone; failed by one seed in
+    10,000.
+    """
     num_draws = 20_000 if filters.get("top_p") and vocab > 100 else 120_000
     logits_V = 0.6 * torch.randn(vocab, generator=torch.Generator().manual_seed(4))
     hidden = torch.ones(1, 1)
@@ -49,7 +54,9 @@ def test_chi_square(vocab: int, filters: dict, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_siblings_of_a_row_are_not_correlated(impl: str) -> None:
-    """Pairs that share their row and differ in the rollout: all pairs of tokens as often as the product says."""
+    """Pairs that share their row and differ in the rollout: all pairs of tokens as often as the
+    product says.
+    """
     num_pairs = 60_000
     vocab = 16
     logits_V = torch.randn(vocab, generator=torch.Generator().manual_seed(5))

@@ -1,4 +1,6 @@
-"""linear_sample on a GPU against `sample` over fp32 logits; on a CPU the kernels run in the interpreter."""
+"""linear_sample on a GPU against `sample` over fp32 logits; on a CPU the kernels run in the
+interpreter.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from socpo_fast.kernels import _noise
 from socpo_fast.kernels.linear_sample import TILES, linear_sample_triton
 from socpo_fast.ops.sample import noise_bits, sample_ref
-from tests.error_rule import (
+from tests.helpers.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
     assert_error_rule,
@@ -47,7 +49,9 @@ def draw(
 def expected(
     logits: Tensor, row_keys: Tensor, temperature: Tensor, token_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The reference's tokens; log-probs of the given ones and entropies; the lead of the best score."""
+    """The reference's tokens; log-probs of the given ones and entropies; the lead of the best
+    score.
+    """
     options = settings(row_keys.numel()) | {"temperature_B": temperature}
     drawn = sample_ref(logits, row_keys, **options)[0]
     z = logits / torch.where(temperature == 0, 1.0, temperature).to(logits.dtype)[:, None]
@@ -63,8 +67,9 @@ def expected(
     )
 
 
-# Rows: one, a tile, a tile + 1. Vocabularies: one token, a tile, a tile + 1, a prime of many. Widths: one, odd, a tile,
-# a tile + 1. Temperatures of each: 0, small, 1, large; hidden rows repeat and are out of order.
+# Rows: one, a tile, a tile + 1. Vocabularies: one token, a tile, a tile + 1, a prime of many.
+# Widths: one, odd, a tile, a tile + 1. Temperatures of each: 0, small, 1, large; hidden rows repeat
+# and are out of order.
 @pytest.mark.parametrize(
     ("num_draws", "vocab", "width"),
     [
@@ -131,7 +136,9 @@ def test_noise_is_that_of_sample() -> None:
 
 
 def test_noise_near_both_ends() -> None:
-    """Between the smallest noise, 2^-33, and the largest below 1 no digit is lost: E against fp64, relatively."""
+    """Between the smallest noise, 2^-33, and the largest below 1 no digit is lost: E against fp64,
+    relatively.
+    """
     v = torch.cat(
         [2.0 ** -torch.arange(1.0, 34.0), 1 - 2.0 ** -torch.arange(2.0, 25.0), torch.rand(8)]
     )

@@ -1,4 +1,6 @@
-"""The C++ ops read nothing outside of what they are given: it ends where memory ends, and a child process survives."""
+"""The C++ ops read nothing outside of what they are given: it ends where memory ends, and a child
+process survives.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def at_the_end(tensor):  # a copy, behind which nothing may be read
     memory = mmap.mmap(-1, room + mmap.PAGESIZE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert libc.mprotect(ctypes.c_void_p(address + room), mmap.PAGESIZE, 0) == 0
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size).view(tensor.shape)
+    span = {"count": tensor.numel(), "offset": room - size}
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, **span).view(tensor.shape)
     return copy.copy_(tensor)
 
 torch.manual_seed(0)
@@ -39,22 +42,29 @@ for heads, kv_heads, head_dim, dtype in CASES:
     table, lens, cu = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1, 2, 3]], [64], [0, 1]))
     q = at_the_end(torch.randn(1, heads, head_dim))
     paged_attention_op(q, k, v, table, lens, cu, 1, 64, None, 0.3, True, "cpp")
-    for page_size in (1, 16, 256):  # many sequences: a thread asks for the next one's pages, which end here too
-        k, v = (at_the_end(torch.randn(256 // page_size, page_size, kv_heads, head_dim).to(dtype)) for _ in range(2))
+    # Many sequences: a thread prefetches the pages of the next one, which end here too.
+    for page_size in (1, 16, 256):
+        shape = (256 // page_size, page_size, kv_heads, head_dim)
+        k, v = (at_the_end(torch.randn(shape).to(dtype)) for _ in range(2))
         table = torch.arange(256 // page_size, dtype=torch.int32).expand(17, -1).contiguous()
         lens = torch.tensor([256, 200, 130, 16, 1] * 3 + [256, 256], dtype=torch.int32)
         q, cu = at_the_end(torch.randn(17, heads, head_dim)), torch.arange(18, dtype=torch.int32)
         paged_attention_op(q, k, v, table, lens, cu, 1, 256, None, 0.3, False, "cpp")
 for rows in (1, 2, 5, 24, 25, 66):
     for outs, width in ((1, 1), (49, 17), (97, 785)):
-        x, weight, bias = (at_the_end(torch.randn(size)) for size in ((rows, width), (outs, width), (outs,)))
+        shapes = ((rows, width), (outs, width), (outs,))
+        x, weight, bias = (at_the_end(torch.randn(shape)) for shape in shapes)
         linear(x, weight, bias, impl="cpp")
         linear(x, at_the_end(weight.bfloat16()), at_the_end(bias.bfloat16()), impl="cpp")
 print("done")
 """
 
-# Heads, KV heads, head dim, dtype: bytes of a token that are no multiple of a cache line, and SmolLM2's.
-CASES = "[(2, 1, 4, torch.float32), (4, 1, 80, torch.bfloat16), (6, 3, 40, torch.float32), (9, 3, 64, torch.float32)]"
+# Heads, KV heads, head dim, dtype: bytes of a token that are no multiple of a cache line, and
+# SmolLM2's.
+CASES = (
+    "[(2, 1, 4, torch.float32), (4, 1, 80, torch.bfloat16), (6, 3, 40, torch.float32), (9, 3, "
+    "64, torch.float32)]"
+)
 
 
 def test_ops_read_nothing_behind_their_inputs() -> None:

@@ -1,4 +1,6 @@
-"""paged_attention against fp64, and that a query row's bits depend on nothing but its own position and keys."""
+"""paged_attention against fp64, and that a query row's bits depend on nothing but its own position
+and keys.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,15 @@ import torch
 
 from socpo_fast.ops._impl import extension_is_built, pick_impl
 from socpo_fast.ops.paged_attention import paged_attention_op
-from tests.error_rule import assert_bitwise_equal
-from tests.ops.paged_cases import SPLIT, Case, assert_cpp_is_right, make_case, run
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.paged_cases import SPLIT, Case, assert_cpp_is_right, make_case, run
 
 needs_cpp = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-# Groups: one to eight heads, more than a register tile, more than a block of rows. Head dims: one below, at, and above
-# every vector width, those of real models, multiples of 4 that are none of 16.
+# Groups: one to eight heads, more than a register tile, more than a block of rows. Head dims: one
+# below, at, and above every vector width, those of real models, multiples of 4 that are none of 16.
 @needs_cpp
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
@@ -32,7 +34,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
     ],
 )
 # Pages: one token a page, one tile of keys, more than a split, not a power of two.
-# Lengths: one token, a tile, a tile + 1, a chunk of a longer one, nothing queried, several pages, two splits.
+# Lengths: one token, a tile, a tile + 1, a chunk of a longer one, nothing queried, several pages,
+# two splits.
 @pytest.mark.parametrize(
     ("page_size", "dtype"), [(1, torch.float32), (32, torch.bfloat16), (7, torch.float32)]
 )
@@ -58,7 +61,8 @@ def test_cpp_is_as_right_about_the_edges_of_splits(page_size: int, dtype: torch.
     assert_cpp_is_right(case)
 
 
-# Weights of a few keys, and of one: scores of about 30 and 1e4 (where fp32 is 1e-3 off, so that near ties are luck).
+# Weights of a few keys, and of one: scores of about 30 and 1e4 (where fp32 is 1e-3 off, so that
+# near ties are luck).
 @needs_cpp
 @pytest.mark.parametrize(
     ("factor", "dtype"), [(30.0, torch.float32), (30.0, torch.bfloat16), (1e4, torch.float32)]
@@ -231,7 +235,8 @@ def test_other_dtypes_are_refused_by_cpp() -> None:
     assert run(halves, "auto").dtype == torch.bfloat16
     with pytest.raises(
         ValueError,
-        match="paged_attention: impl must be one of auto, ref, triton, flash for bfloat16, got 'cpp'",
+        match="paged_attention: impl must be one of auto, ref, triton, flash for bfloat16, got "
+        "'cpp'",
     ):
         run(halves, "cpp")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from socpo_fast.ops._impl import extension_is_built
-from tests.error_rule import assert_bitwise_equal
-from tests.ops.paged_cases import SPLIT, Case, assert_cpp_is_right, make_case, run
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.paged_cases import SPLIT, Case, assert_cpp_is_right, make_case, run
 
 pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -49,7 +49,8 @@ def test_shared_splits_become_one_item_each() -> None:
     assert num_items(case, cascade=True) == 2 + 8
 
 
-# In common: nothing, not a whole split, a split of which one sibling does not see the last key, a split and some more.
+# In common: nothing, not a whole split, a split of which one sibling does not see the last key, a
+# split and some more.
 @pytest.mark.parametrize(
     ("lengths", "shared", "expected"),
     [
@@ -78,7 +79,8 @@ def test_an_item_takes_no_more_rows_than_its_scratch_is_made_for() -> None:
     assert_bitwise_equal(run(wide), run(wide, cascade=False), name="64 heads of one KV head")
 
 
-# Group sizes: plain multi-head, SmolLM2, one full register tile, eight. Pages: smaller and larger than a split.
+# Group sizes: plain multi-head, SmolLM2, one full register tile, eight. Pages: smaller and larger
+# than a split.
 @DTYPES
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "page_size"), [(2, 2, 16), (9, 3, 32), (6, 1, 1), (16, 2, 256)]

@@ -1,4 +1,6 @@
-"""Paged attention on a GPU against fp64, and that cascade changes no bit; on a CPU in the interpreter."""
+"""Paged attention on a GPU against fp64, and that cascade changes no bit; on a CPU in the
+interpreter.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from socpo_fast.kernels import paged_decode
 from socpo_fast.kernels.paged_attention import paged_attention_triton
 from socpo_fast.ops.paged_attention import paged_attention_ref
 from socpo_fast.ops.prefix_groups import alone, prefix_groups
-from tests.error_rule import (
+from tests.helpers.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
     assert_error_rule,
@@ -65,8 +67,8 @@ def sequence(case: Case, b: int) -> Case:
 HEADS = [(9, 3, 64), (2, 2, 80), (8, 2, 96), (7, 1, 128), (4, 4, 16), (2, 1, 256)]
 
 
-# Pages: the smallest, more than a split, not a power of two. Lengths: one token, a tile of keys, a tile + 1, a chunk of
-# a longer one, nothing queried, several tiles of rows.
+# Pages: the smallest, more than a split, not a power of two. Lengths: one token, a tile of keys, a
+# tile + 1, a chunk of a longer one, nothing queried, several tiles of rows.
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 @pytest.mark.parametrize("page_size", [16, 64, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -127,7 +129,9 @@ def test_a_prefill_alone_has_the_bits_of_the_prefill_in_a_batch() -> None:
 
 
 def test_a_decoded_token_has_the_same_bits_in_any_company() -> None:
-    """At the same place, since numpy's bits under the interpreter depend on the row of a tile; alone at the first."""
+    """At the same place, since numpy's bits under the interpreter depend on the row of a tile;
+    alone at the first.
+    """
     case = make_case(
         [90, 33, 64, 47, 20, 2, 100, 40, 32, 70],
         [1] * 10,
@@ -166,7 +170,9 @@ def test_a_bound_above_the_lengths_changes_no_bit_and_empty_places_give_zeros() 
 def siblings(
     shared: list[int], seq_lens: list[int], heads: int = 8, kv_heads: int = 2, page_size: int = 16
 ) -> Case:
-    """Decode of sequences whose first `shared` tokens, in whole pages, are in the pages of the first sequence."""
+    """Decode of sequences whose first `shared` tokens, in whole pages, are in the pages of the
+    first sequence.
+    """
     case = make_case(
         seq_lens,
         [1] * len(seq_lens),
@@ -189,8 +195,8 @@ def apart(case: Case) -> Case:
     return Case(case.q_THE, *caches, own_BM, *case[4:])
 
 
-# Blocks have 8 sequences at groups of up to 4 heads under the interpreter. Of each case: tokens shared, lengths, and
-# how many pairs (sequence, split) have a program at work.
+# Blocks have 8 sequences at groups of up to 4 heads under the interpreter. Of each case: tokens
+# shared, lengths, and how many pairs (sequence, split) have a program at work.
 @pytest.mark.parametrize(
     ("shared", "seq_lens", "programs"),
     [
@@ -245,7 +251,9 @@ def test_cascade_without_a_query_of_the_first() -> None:
 
 @pytest.mark.parametrize("heads", [2, 4, 6, 16])
 def test_groups_of_any_rows_change_no_bit(heads: int) -> None:
-    """Nine siblings and three others, shuffled, some ended: rows of a group stand anywhere; more than a tile holds."""
+    """Nine siblings and three others, shuffled, some ended: rows of a group stand anywhere; more
+    than a tile holds.
+    """
     shared = [96] * 9 + [0] * 3
     seq_lens = [97, 130, 96, 111, 128, 99, 140, 97, 100, 120, 64, 33]
     case = siblings(shared, seq_lens, heads=heads)

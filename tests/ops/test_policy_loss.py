@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from socpo_fast.ops import PolicyLossOptions, policy_loss
-from tests.loss_options import gathered
+from tests.helpers.loss_options import gathered
 
-# At advantage 2 (-2), clips 0.2 / 0.3 and dual clip 3: ratio -> loss and its gradient with respect to the log-prob,
-# which is -A ratio where no clip holds. Below, inside and above every bound, and beyond e^20 on both sides.
+# At advantage 2 (-2), clips 0.2 / 0.3 and dual clip 3: ratio -> loss and its gradient with respect
+# to the log-prob, which is -A ratio where no clip holds. Below, inside and above every bound, and
+# beyond e^20 on both sides.
 HAND_COMPUTED = [
     (2.0, 0.5, -1.0, -1.0),  # A > 0 is not clipped from below
     (2.0, 1.0, -2.0, -2.0),

@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from socpo_fast import ops
 from socpo_fast.ops._impl import IMPLS
 from socpo_fast.ops._register import LIBRARY
-from tests.ops.elementwise import needs_cpp
+from tests.helpers.elementwise import needs_cpp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Call(NamedTuple):
-    """A public function with the tensors that it is given; the names in `weights` may be sharded."""
+    """A public function and its tensor arguments; those named in `weights` may be sharded."""
 
     run: Callable[..., Any]
     tensors: dict[str, Tensor]
@@ -232,7 +232,9 @@ def test_shapes_are_known_without_values(name: str, impl: str) -> None:
 @needs_cpp
 @pytest.mark.parametrize("name", [name for name, call in CASES.items() if call.differentiable])
 def test_under_autocast(name: str) -> None:
-    """bf16 from a model under autocast meets fp32 weights; what comes out is near, and so are gradients."""
+    """bf16 from a model under autocast meets fp32 weights; what comes out is near, and so are
+    gradients.
+    """
     call = CASES[name]
     expected = values_and_gradients(name, "auto", run)
     tensors = tensors_of(call)

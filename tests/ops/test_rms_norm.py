@@ -8,12 +8,7 @@ from torch import Tensor
 
 from socpo_fast.ops import rms_norm
 from socpo_fast.ops.rms_norm import rms_norm_ref
-from tests.error_rule import (
-    assert_bitwise_equal,
-    assert_equal_across_variants,
-    assert_error_rule,
-)
-from tests.ops.elementwise import (
+from tests.helpers.elementwise import (
     DEVICE,
     KERNELS,
     assert_as_right_as_ref,
@@ -24,10 +19,15 @@ from tests.ops.elementwise import (
     thread_counts,
     values_and_gradients,
 )
+from tests.helpers.error_rule import (
+    assert_bitwise_equal,
+    assert_equal_across_variants,
+    assert_error_rule,
+)
 
 EPS = 1e-5
-# One number a row; less than a vector; whole vectors and a rest, prime; SmolLM2; Llama 8B. No row, one, a sum of the
-# weight's gradient and one more, several of them.
+# One number a row; less than a vector; whole vectors and a rest, prime; SmolLM2; Llama 8B. No row,
+# one, a sum of the weight's gradient and one more, several of them.
 SHAPES = [(97, 1), (33, 7), (65, 101), (1, 576), (0, 576), (97, 576), (2, 4096)]
 
 
@@ -61,7 +61,9 @@ def test_as_right_as_ref(
 
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_rows_far_from_one(impl: str) -> None:
-    """eps decides in a row of zeros and one of tiny numbers; squares of 1e15 still fit; NaN stays in its row."""
+    """eps decides in a row of zeros and one of tiny numbers; squares of 1e15 still fit; NaN stays
+    in its row.
+    """
     device = DEVICE if impl == "triton" else "cpu"
     x = randn(6, 130) * torch.tensor([0.0, 1e-4, 1e15, 1.0, torch.nan, 1.0])[:, None]
     weight = randn(130, seed=1)
@@ -120,7 +122,7 @@ def test_a_row_has_the_bits_it_has_alone_with_any_threads(impl: str, width: int)
 
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_strided_inputs_and_heads(impl: str) -> None:
-    """Every other row and column, and q's heads as a slice of qkv, whose rows are not in one piece."""
+    """Every other row and column, and q's heads as a slice of qkv, whose rows have gaps."""
     device = DEVICE if impl == "triton" else "cpu"
     x = randn(20, 60)[::2, ::2].to(device)
     weight = randn(60)[::2].to(device)

@@ -12,12 +12,7 @@ from socpo_fast.model.decoder import rotary_tables
 from socpo_fast.ops import rotary, rotary_write
 from socpo_fast.ops.rotary import rotary_ref
 from socpo_fast.ops.rotary_write import rotary_write_ref
-from tests.error_rule import (
-    assert_bitwise_equal,
-    assert_equal_across_variants,
-    assert_error_rule,
-)
-from tests.ops.elementwise import (
+from tests.helpers.elementwise import (
     DEVICE,
     KERNELS,
     assert_as_right_as_ref,
@@ -28,10 +23,15 @@ from tests.ops.elementwise import (
     thread_counts,
     values_and_gradients,
 )
+from tests.helpers.error_rule import (
+    assert_bitwise_equal,
+    assert_equal_across_variants,
+    assert_error_rule,
+)
 
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "triton"]
-# (tokens, heads, head_dim): one pair; less than a vector; SmolLM2; a rest behind whole vectors, more heads than a tile;
-# no token; Qwen3.
+# (tokens, heads, head_dim): one pair; less than a vector; SmolLM2; a rest behind whole vectors,
+# more heads than a tile; no token; Qwen3.
 SHAPES = [(5, 1, 2), (9, 3, 6), (97, 9, 64), (7, 37, 36), (0, 4, 64), (3, 2, 128)]
 
 
@@ -133,7 +133,8 @@ def write_case(
     )
 
 
-# Heads: SmolLM2; one group; a prime group of odd pairs. Pages: one token, not a power of two, usual.
+# Heads: SmolLM2; one group; a prime group of odd pairs. Pages: one token, not a power of two,
+# usual.
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(9, 3, 64, 16), (4, 4, 6, 7), (7, 1, 22, 1)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 97])

@@ -1,4 +1,6 @@
-"""rotary_qkv, and rotary_write with norms: against fp64, each token's bits, one gradient of raw qkv."""
+"""rotary_qkv, and rotary_write with norms: against fp64, each token's bits, one gradient of raw
+qkv.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,7 @@ from torch import Tensor
 
 from socpo_fast.ops import rms_norm, rotary, rotary_qkv, rotary_write
 from socpo_fast.ops.rotary import rotary_qkv_ref
-from tests.error_rule import assert_bitwise_equal, assert_equal_across_variants
-from tests.ops.elementwise import (
+from tests.helpers.elementwise import (
     KERNELS,
     assert_as_right_as_ref,
     assert_rows_alone_have_their_bits,
@@ -22,12 +23,13 @@ from tests.ops.elementwise import (
     thread_counts,
     values_and_gradients,
 )
+from tests.helpers.error_rule import assert_bitwise_equal, assert_equal_across_variants
 from tests.ops.test_rotary import device_of, tables, write_case
 
 EPS = 1e-5
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "triton"]
-# (tokens, H, K, E): one pair; less than a vector, a sum's tokens and one more; prime, a head beyond a tile; pairs that
-# are no power of two; no token; SmolLM2; Phi's width; Qwen3.
+# (tokens, H, K, E): one pair; less than a vector, a sum's tokens and one more; prime, a head beyond
+# a tile; pairs that are no power of two; no token; SmolLM2; Phi's width; Qwen3.
 SHAPES = [
     (2, 1, 1, 2),
     (5, 4, 2, 6),

@@ -1,4 +1,6 @@
-"""sample: the law it draws from, the filters, and that nothing but its own row and key moves a draw."""
+"""sample: the law it draws from, the filters, and that nothing but its own row and key moves a
+draw.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from socpo_fast.ops import row_key, row_keys, sample
 from socpo_fast.ops._impl import extension_is_built
 from socpo_fast.ops.sample import kept_tokens, noise_bits
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 
 IMPLS = [
     "ref",
@@ -42,7 +44,8 @@ def settings(
     }
 
 
-# Vocabularies: one token, less than a vector, a prime below and above a chunk of 512, whole chunks, the widest in use.
+# Vocabularies: one token, less than a vector, a prime below and above a chunk of 512, whole chunks,
+# the widest in use.
 @pytest.mark.parametrize("vocab", [1, 7, 509, 1031, 4096, 151936])
 @pytest.mark.parametrize(
     "filters",
@@ -72,7 +75,9 @@ def test_cpp_draws_what_ref_draws(vocab: int, filters: dict) -> None:
 
 @pytest.mark.parametrize("field", range(6))
 def test_rows_that_differ_in_one_field_draw_independently(field: int) -> None:
-    """Siblings over 16 equal tokens: chi-square of the 256 pairs has 255 degrees of freedom, p = 0.001 at 330."""
+    """Siblings over 16 equal tokens: chi-square of the 256 pairs has 255 degrees of freedom, p =
+    0.001 at 330.
+    """
     num_pairs = 51_200
     fields = torch.zeros(2 * num_pairs, 6, dtype=torch.int64)
     fields[:, 5 if field == 0 else 0] = torch.arange(num_pairs).repeat_interleave(2)
@@ -181,7 +186,7 @@ def test_no_two_tokens_of_a_row_share_their_noise() -> None:
 
 
 def test_keys_and_noise_are_frozen() -> None:
-    """Stored rollouts replay only while these stand; worked out with Python's unbounded integers."""
+    """Stored rollouts replay only while these hold; computed with Python's unbounded integers."""
     key = row_key(1, 2, 3, 4, 5, 6)
     assert key == 846242072549302847
     assert row_keys(torch.tensor([[0] * 6, [1, 2, 3, 4, 5, 6]]))[1] == key

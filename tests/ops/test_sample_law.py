@@ -1,4 +1,6 @@
-"""sample: the law that each filter draws from, and the mass it reports, against plain Python in fp64."""
+"""sample: the law that each filter draws from, and the mass it reports, against plain Python in
+fp64.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops import sample
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
 from tests.ops.test_sample import IMPLS, keys, settings
 
 FILTERS = [
@@ -53,7 +55,9 @@ def kept_by_hand(
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_chi_square(filters: dict, impl: str) -> None:
-    """200,000 draws of 24 tokens: exactly the kept ones, as often as their share; failed by one seed in 10,000."""
+    """200,000 draws of 24 tokens: exactly the kept ones, as often as their share; failed by one
+    seed in 10,000.
+    """
     num_draws = 200_000
     logits_V = torch.randn(24, generator=torch.Generator().manual_seed(4))
     kept = kept_by_hand(logits_V.double().tolist(), **filters)
@@ -75,7 +79,8 @@ def test_chi_square(filters: dict, impl: str) -> None:
     assert torch.special.gammaincc(torch.tensor((len(kept) - 1) / 2).double(), statistic / 2) > 1e-4
 
 
-# Vocabularies: less than a vector, a prime above a chunk of 512, several chunks; flat and peaked rows.
+# Vocabularies: less than a vector, a prime above a chunk of 512, several chunks; flat and peaked
+# rows.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("vocab", [7, 1031, 5000])
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from socpo_fast import ops
-from tests.error_rule import assert_bitwise_equal
-from tests.ops.elementwise import needs_cpp
+from tests.helpers.elementwise import needs_cpp
+from tests.helpers.error_rule import assert_bitwise_equal
 from tests.ops.test_registered_ops import CASES, TOKENS, f, run, tensors_of, values_and_gradients
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.kernels.sum_rows import sum_rows
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -19,7 +19,8 @@ def in_order(x_ND: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
     return out
 
 
-# Rows are looked at 1024 together, columns are added 1024 together: one more of each; one row alone.
+# Rows are looked at 1024 together, columns are added 1024 together: one more of each; one row
+# alone.
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (40, 9, 8), (1030, 30, 7), (12, 9, 1025)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_are_in_index_order(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:

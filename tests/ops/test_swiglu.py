@@ -1,4 +1,6 @@
-"""swiglu and its backward against fp64, and that an element's bits do not depend on its place or on threads."""
+"""swiglu and its backward against fp64, and that an element's bits do not depend on its place or on
+threads.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,7 @@ from torch import Tensor
 
 from socpo_fast.ops import swiglu
 from socpo_fast.ops.swiglu import swiglu_ref
-from tests.error_rule import assert_error_rule
-from tests.ops.elementwise import (
+from tests.helpers.elementwise import (
     DEVICE,
     KERNELS,
     assert_as_right_as_ref,
@@ -20,8 +21,10 @@ from tests.ops.elementwise import (
     thread_counts,
     values_and_gradients,
 )
+from tests.helpers.error_rule import assert_error_rule
 
-# One number; less than a vector; whole vectors and a rest, prime; SmolLM2; more than a Triton tile. No row, one, many.
+# One number; less than a vector; whole vectors and a rest, prime; SmolLM2; more than a Triton tile.
+# No row, one, many.
 SHAPES = [(5, 1), (3, 7), (97, 101), (0, 8), (1, 1536), (33, 1536)]
 COMPILED_TAIL = 5e-6  # relative error of silu from -80 on, in a compiled kernel
 
@@ -79,7 +82,8 @@ def test_ref_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: swiglu(x), randn(3, 10).double().requires_grad_())
 
 
-# Widths: less than a vector, with a rest behind whole ones, one in use. Enough rows for several threads.
+# Widths: less than a vector, with a rest behind whole ones, one in use. Enough rows for several
+# threads.
 @pytest.mark.parametrize(("num_rows", "width"), [(5001, 7), (521, 126), (173, 384)])
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_a_row_has_the_bits_it_has_alone_with_any_threads(

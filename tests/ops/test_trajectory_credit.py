@@ -1,4 +1,6 @@
-"""Credit by attempt and by trajectory: worked examples, a loop over rollouts, and the bits of the C++."""
+"""Credit by attempt and by trajectory: worked examples, a loop over rollouts, and the bits of the
+C++.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,16 @@ import pytest
 import torch
 
 from socpo_fast.ops import CreditOptions, credit_attempts, decay_rewards
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
 from tests.ops.test_decay_advantage import ESTIMATORS, impl, naive_advantages
 
 __all__ = ["impl"]
 
 
 def rescued_and_not() -> dict[str, torch.Tensor]:
-    """Two questions of two rollouts: right at once, rescued; rescued in the third attempt, never right."""
+    """Two questions of two rollouts: right at once, rescued; rescued in the third attempt, never
+    right.
+    """
     columns = [
         # reward, tokens, question, attempt, rollout
         (1.0, 3, 0, 0, 0),
@@ -33,7 +37,9 @@ def rescued_and_not() -> dict[str, torch.Tensor]:
 
 
 def test_a_trajectory_earns_its_last_reward(impl: str) -> None:
-    """By hand: f_1 = 1 / 4 of four first attempts, f_2 = (1 + 1 / 4) / 7 of those and three second ones."""
+    """By hand: f_1 = 1 / 4 of four first attempts, f_2 = (1 + 1 / 4) / 7 of those and three second
+    ones.
+    """
     f_1 = 1 / 4
     f_2 = 1.25 / 7
     options = CreditOptions(credit="trajectory", estimator="dr_grpo")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from socpo_fast.ops import TreeMask, tree_attention, visible_until_of_sequences
 from socpo_fast.ops.tree_attention import num_pairs
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
-from tests.ops.elementwise import needs_cpp, thread_counts
+from tests.helpers.elementwise import needs_cpp, thread_counts
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 
 CPP = pytest.param("cpp", torch.float32, marks=needs_cpp)
 KERNELS = [("ref", torch.float64), ("ref", torch.float32), ("ref", torch.bfloat16), CPP]

@@ -1,4 +1,6 @@
-"""Tree attention on a GPU against a dense mask in fp64; bits; what it refuses. Interpreted on a CPU."""
+"""Tree attention on a GPU against a dense mask in fp64; bits; what it refuses. Interpreted on a
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from socpo_fast.kernels._tree_plan import MIN_CHUNK, ROWS_PER_BLOCK
 from socpo_fast.ops import TreeMask, tree_attention
 from socpo_fast.ops.tree_attention import tree_attention_ref
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.ops.test_tree_attention import (
     NAMES,
     TREE,

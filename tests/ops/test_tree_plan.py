@@ -110,7 +110,7 @@ def test_balance_by_hand() -> None:
 
 
 def test_slots_are_no_more_than_cuts_can_need() -> None:
-    """Of 9 blocks the prompt's column alone is longer than a chunk; of many the cuts are bounded."""
+    """Of 9 blocks only the prompt's column exceeds a chunk; of many the cuts are bounded."""
     assert max_slots(0) == max_slots(MIN_CHUNK * ROWS_PER_BLOCK) == 0
     assert max_slots(MIN_CHUNK * ROWS_PER_BLOCK + 1) == 2
     assert max_slots((MIN_CHUNK + 1) * ROWS_PER_BLOCK + 1) == 4

@@ -1,4 +1,6 @@
-"""Whole ops and a whole training step with impl="triton"; on a CPU the kernels run in the interpreter."""
+"""Whole ops and a whole training step with impl="triton"; on a CPU the kernels run in the
+interpreter.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from torch import Tensor
 from socpo_fast.kernels import linear_policy_loss as kernels
 from socpo_fast.ops import PolicyLoss, _impl, linear_logprob, linear_policy_loss
 from socpo_fast.train.step import compute_logprobs, policy_gradients
-from tests.error_rule import assert_bitwise_equal, assert_error_rule
-from tests.loss_options import gathered
-from tests.train.rollouts import make_rollouts, make_student
+from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
+from tests.helpers.loss_options import gathered
+from tests.helpers.made_rollouts import make_rollouts, make_student
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_TERMS = {"entropy_coef": 0.1, "kl_coef": 0.2}
@@ -23,7 +25,9 @@ Inputs = dict[str, Tensor]
 def make_inputs(
     num_tokens: int = 9, num_rows: int = 19, vocab: int = 1031, width: int = 12
 ) -> Inputs:
-    """Repeated rows, some of weight or advantage 0, ratios on both sides of the clips; width is no multiple of 8."""
+    """Repeated rows, some of weight or advantage 0, ratios on both sides of the clips; width is no
+    multiple of 8.
+    """
     rng = torch.Generator().manual_seed(num_rows)
     # bf16 holds these exactly, so every dtype computes on the same numbers
     hidden = torch.randn(num_tokens, width, generator=rng).bfloat16()
@@ -168,7 +172,9 @@ def test_linear_logprob(dtype: torch.dtype, entropy_grad: bool) -> None:
 
 
 def test_a_whole_training_step() -> None:
-    """Packed tree, model, head and loss: the kernels' gradient of every parameter against the reference's."""
+    """Packed tree, model, head and loss: the kernels' gradient of every parameter against the
+    reference's.
+    """
     rollouts = make_rollouts()
     options = {"token_budget": 60, "temperature": 0.8, "entropy_coef": 0.01}
     gradients = {}

@@ -1,26 +1,35 @@
-"""The Triton row passes against log-softmax, policy_loss_ref and autograd; on a CPU they run in the interpreter."""
+"""The Triton row passes against log-softmax, policy_loss_ref and autograd; on a CPU they run in the
+interpreter.
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from socpo_fast.kernels.linear_policy_loss import (
-    TILES,
     logprob_rows,
     logprob_rows_backward,
     policy_rows,
 )
 from socpo_fast.ops.policy_loss import policy_loss_ref
-from tests.error_rule import assert_bitwise_equal, assert_equal_across_variants, assert_error_rule
-from tests.loss_options import gathered
+from tests.helpers.error_rule import (
+    assert_bitwise_equal,
+    assert_equal_across_variants,
+)
+from tests.helpers.head_rows import (
+    DEVICE,
+    TILE,
+    Rows,
+    assert_scaled,
+    logprobs_and_entropy,
+    make_rows,
+)
+from tests.helpers.loss_options import gathered
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TILE = TILES[0][torch.float32].block
 DEFAULTS = {
     "clip_low": 0.2,
     "clip_high": 0.2,
@@ -31,65 +40,10 @@ DEFAULTS = {
 ALL_TERMS = {"entropy_coef": 0.3, "kl_coef": 0.5, "kl_estimator": 3}
 
 
-class Rows(NamedTuple):
-    """Inputs in fp32 of 12 rows or fewer, whose log-ratios and advantages meet every branch of the loss."""
-
-    logits: Tensor
-    targets: Tensor
-    old: Tensor
-    advantages: Tensor
-    weights: Tensor
-    inv_temperature: Tensor
-    ref: Tensor
-
-
-def make_rows(vocab: int, num_rows: int = 12, kind: str = "noise") -> Rows:
-    rng = torch.Generator().manual_seed(vocab + num_rows)
-    logits = 3 * torch.randn(num_rows, vocab, generator=rng)
-    targets = torch.randint(vocab, (num_rows,), generator=rng)
-    rows = torch.arange(num_rows)
-    if kind == "peaked":  # p > 0.9995 of the target in even rows, of another token in odd ones
-        logits[rows, torch.where(rows % 2 == 0, targets, (targets + 1) % vocab)] = 30.0
-    elif (
-        kind == "large"
-    ):  # targets near the top: far below it, one unit in the last place is most of a ratio
-        logits *= 1000 / 3
-        logits[rows, targets] = logits.amax(-1) - rows / 4
-    elif kind == "offset":
-        logits += 1e4
-    elif kind == "-inf":  # the first tile of each row holds nothing else; of row 0 the target too
-        logits[:, : vocab // 2] = -torch.inf
-        targets = targets.clamp(min=vocab // 2)
-        targets[0] = 0
-    inv_temperature = 0.5 + torch.rand(num_rows, generator=rng)
-    logprobs, _ = logprobs_and_entropy(logits.double(), targets, inv_temperature.double())
-    # inside both clips, beyond each, beyond the dual clip, beyond what a log-ratio is clamped to; both signs of A
-    log_ratio = torch.tensor([0.05, -0.05, 0.3, -0.3, 1.5, -1.5, 25.0, -25.0, 0.1, -0.1, 0.3, 3.0])[
-        :num_rows
-    ]
-    sign = torch.tensor([1.0, -1, 1, 1, -1, -1, 1, -1, -1, 1, -1, 1])[:num_rows]
-    old = (logprobs.nan_to_num(neginf=-50.0) - log_ratio).float()
-    return Rows(
-        logits,
-        targets,
-        old,
-        sign * (0.5 + torch.rand(num_rows, generator=rng)),
-        0.5 + torch.rand(num_rows, generator=rng),
-        inv_temperature,
-        old + torch.randn(num_rows, generator=rng),
-    )
-
-
-def logprobs_and_entropy(
-    logits: Tensor, targets: Tensor, inv_temperature: Tensor
-) -> tuple[Tensor, Tensor]:
-    logp = (logits * inv_temperature[:, None]).log_softmax(-1)
-    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-    return logp.gather(1, targets[:, None])[:, 0], entropy
-
-
 def expected_rows(rows: Rows, dtype: torch.dtype, **options: float) -> tuple[Tensor, Tensor]:
-    """values [6, N] and the gradient of the logits, row after row, from policy_loss_ref and autograd."""
+    """values [6, N] and the gradient of the logits, row after row, from policy_loss_ref and
+    autograd.
+    """
     options = DEFAULTS | {"kl_estimator": 3} | options
     options |= {"kl_estimator": f"k{options['kl_estimator']}"}
     options |= {"dual_clip": None} if options["dual_clip"] == float("inf") else {}
@@ -121,7 +75,8 @@ def triton_rows(
     rows = Rows(*(x.to(DEVICE, dtype if x.is_floating_point() else x.dtype) for x in rows))
     grad = torch.full_like(rows.logits, torch.nan, dtype=grad_dtype or dtype)
     values = policy_rows(
-        rows.logits, grad, rows.targets, rows.old, rows.advantages, None, rows.weights, rows.inv_temperature,
+        rows.logits, grad, rows.targets, rows.old, rows.advantages, None, rows.weights,
+        rows.inv_temperature,
         ref_logprobs_N=rows.ref, need_entropy=True, **options,
     )  # fmt: skip
     return values.cpu(), grad.cpu()
@@ -137,20 +92,6 @@ def assert_rows(
         assert_scaled(actual[0][i], plain[0][i], truth[0][i], name=name, dtype=dtype)
     scale = truth[1].abs().amax(-1, keepdim=True)
     assert_scaled(actual[1], plain[1], truth[1], scale, name="gradient", dtype=grad_dtype or dtype)
-
-
-def assert_scaled(
-    actual: Tensor,
-    plain: Tensor,
-    truth: Tensor,
-    scale: Tensor | None = None,
-    *,
-    name: str,
-    dtype: torch.dtype,
-) -> None:
-    """The error rule for what is above 1, a ratio of exp(20) or a log-prob of -1000, as a multiple of what it is."""
-    scale = (truth if scale is None else scale).abs().clamp(min=1.0).nan_to_num(posinf=1.0)
-    assert_error_rule(*(x.double() / scale for x in (actual, plain, truth)), name=name, dtype=dtype)
 
 
 # one column; one short of a tile, a tile, one more; a prime number of columns in several tiles
@@ -291,50 +232,6 @@ def test_a_row_alone_equals_the_row_in_a_batch() -> None:
         alone_values, alone_grad = triton_rows(alone, torch.float32, **ALL_TERMS)
         assert_bitwise_equal(alone_values[:, 0], values[:, n], name="values")
         assert_bitwise_equal(alone_grad[0], grad[n], name="gradient")
-
-
-@pytest.mark.parametrize("vocab", [1, TILE, TILE + 1, 2 * TILE + 7])
-@pytest.mark.parametrize("kind", ["noise", "peaked", "large", "offset", "-inf"])
-def test_logprob_rows_and_their_backward(kind: str, vocab: int) -> None:
-    if vocab == 1 and kind in ("peaked", "-inf"):
-        return
-    rows = make_rows(vocab, num_rows=6, kind=kind)
-    upstream = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
-    upstream[0, 1] = upstream[1, 1] = 0.0
-    if kind == "-inf":
-        upstream[0, 0] = 0.0  # its log-prob is -inf
-    results = {}
-    for dtype in (torch.float32, torch.float64):
-        logits = rows.logits.to(dtype, copy=True).requires_grad_()
-        scale = rows.inv_temperature.to(dtype)
-        logprobs, entropy = logprobs_and_entropy(logits, rows.targets, scale)
-        (grad,) = torch.autograd.grad([logprobs, entropy], logits, list(upstream.to(dtype)))
-        logsumexp = (logits * scale[:, None]).logsumexp(-1)
-        results[dtype] = (*(x.detach() for x in (logprobs, entropy, logsumexp)), grad)
-    for dtype in results:
-        logits, targets, scale = (
-            x.to(DEVICE) for x in (rows.logits.to(dtype), rows.targets, rows.inv_temperature)
-        )
-        scale = scale.to(dtype)
-        values = logprob_rows(logits, targets, scale)
-        grads = upstream.to(DEVICE, dtype)
-        grad = logits.clone()
-        logprob_rows_backward(grad, grad, targets, scale, values[2], values[1], grads[0], grads[1])
-        for name, *three in zip(
-            ("logprob", "entropy", "logsumexp", "gradient"),
-            (*values.cpu(), grad.cpu()), results[dtype], results[torch.float64], strict=True,
-        ):  # fmt: skip
-            assert_scaled(*three, name=name, dtype=dtype)
-        assert_bitwise_equal(grad[1], torch.zeros_like(grad[1]), name="no upstream gradient")
-        bare = torch.empty_like(logits, dtype=torch.float16)
-        logprob_rows_backward(logits, bare, targets, scale, values[2], values[1], grads[0], None)
-        zero = torch.zeros_like(grads[1])
-        logprob_rows_backward(logits, grad, targets, scale, values[2], values[1], grads[0], zero)
-        scale = grad.abs().amax(-1, keepdim=True).clamp(min=1.0)
-        # without an entropy to subtract, a zero may be -0
-        bare = bare + 0
-        half = grad.half() + 0
-        assert_equal_across_variants(bare, half, device=DEVICE, name="no entropy", scale=scale)
 
 
 def test_no_rows() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.socratic.endpoints import KEY
-from tests.socratic.faulty_server import Server, running_server
-from tests.socratic.local_teachers import save_teacher
+from tests.helpers.endpoints import KEY
+from tests.helpers.faulty_server import Server, running_server
+from tests.helpers.local_teachers import save_teacher
 
 
 @pytest.fixture

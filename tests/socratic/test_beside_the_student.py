@@ -1,4 +1,4 @@
-"""A local teacher beside the student, on devices whose numbers come late: what both say, and when."""
+"""A local teacher beside the student, on devices that answer late: what both say, and when."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from socpo_fast.socratic.teachers.calls import background
 from socpo_fast.socratic.teachers.local import ENOUGH_REQUESTS
 from socpo_fast.trace import recording
 from socpo_fast.types import Rollout
-from tests.engine.fake_cuda import LateReadback, make_reads_late
-from tests.socratic.local_teachers import heard, local_teacher, request, wait_until
-from tests.socratic.scripted import PARAMS, TOKENIZER, contains, question
+from tests.helpers.late_devices import LateReadback, make_reads_late
+from tests.helpers.local_teachers import heard, local_teacher, request, wait_until
+from tests.helpers.scripted import PARAMS, TOKENIZER, contains, question
 
 OPTIONS = RolloutOptions(group_size=6, max_attempts=2, guidance_limit=12)
 

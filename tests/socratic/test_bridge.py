@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
-from tests.socratic.tiny_tokenizers import (
+from tests.helpers.tiny_tokenizers import (
     CHATML,
     LLAMA3,
     QWEN3,
@@ -132,7 +132,8 @@ def test_refusals(tmp_path: Path) -> None:
         Bridge(tiny_tokenizer(WITHOUT_SPECIAL), guidance_limit=1)
     fickle = CHATML.replace(
         "+ '<|im_end|>",
-        "+ ('!' if loop.last and '<think>' in (messages[1:2] | map(attribute='content') | join) else '') + '<|im_end|>",
+        "+ ('!' if loop.last and '<think>' in (messages[1:2] | map(attribute='content') | join) "
+        "else '') + '<|im_end|>",
     )
     with pytest.raises(
         ValueError,

@@ -1,4 +1,6 @@
-"""Rewards and advantages land on the right attempts; the formulas themselves are tested with the ops."""
+"""Rewards and advantages land on the right attempts; the formulas themselves are tested with the
+ops.
+"""
 
 import pytest
 import torch
@@ -36,7 +38,9 @@ def rewards(rollout: Rollout) -> list[float | None]:
 
 
 def worked_example() -> list[Rollout]:
-    """Four first attempts with one right, three second ones with one right; and two third ones with one right."""
+    """Four first attempts with one right, three second ones with one right; and two third ones with
+    one right.
+    """
     verdicts = [[True], [False, True], [False, False, True], [False, False, False]]
     return [rollout(i // 2, i % 2, row) for i, row in enumerate(verdicts)]
 

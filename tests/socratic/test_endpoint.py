@@ -13,8 +13,8 @@ import pytest
 
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
 from socpo_fast.types import Guidance, GuidanceFailed
-from tests.socratic.endpoints import KEY, ask, hear, request
-from tests.socratic.faulty_server import (
+from tests.helpers.endpoints import KEY, ask, hear, request
+from tests.helpers.faulty_server import (
     Handler,
     Server,
     close,
@@ -26,6 +26,10 @@ from tests.socratic.faulty_server import (
     reply,
     running_server,
 )
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def test_a_good_answer(server: Server) -> None:
@@ -61,10 +65,10 @@ def test_fields_of_the_request_are_settings(server: Server) -> None:
 @pytest.mark.parametrize(
     ("message", "finish_reason", "keep_cut", "heard"),
     [
-        ({"content": [{"type": "text", "text": text} for text in ("Look ", "up.")]}, "stop", False, "Look up."),
-        ({"content": [{"type": "thinking"}, {"type": "text", "text": "Look."}]}, "stop", False, "Look."),
+        ({"content": [text_part("Look "), text_part("up.")]}, "stop", False, "Look up."),
+        ({"content": [{"type": "thinking"}, text_part("Look.")]}, "stop", False, "Look."),
         ({"content": "Look.", "reasoning_content": "It is 2."}, "stop", False, "Look."),
-        ({"content": "Look up the", "reasoning_content": "It is 2."}, "length", False, "Look up the"),
+        ({"content": "Look up", "reasoning_content": "It is 2."}, "length", False, "Look up"),
         ({"content": None, "reasoning_content": "It is 2, so I"}, "length", True, "[cut]"),
         ({"content": "", "reasoning": "It is 2, so I"}, "length", False, "[cut]"),
         ({"content": "Okay, the answer is 2, and"}, "length", False, "[cut]"),

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
-from tests.socratic.endpoints import hear, request
-from tests.socratic.faulty_server import Handler, Server, flood, half, hang, raw, reply
+from tests.helpers.endpoints import hear, request
+from tests.helpers.faulty_server import Handler, Server, flood, half, hang, raw, reply
 
 
 def test_circuit_opens_and_closes(server: Server) -> None:

@@ -1,4 +1,6 @@
-"""What an endpoint teacher takes from its URL, the shell and the server, and what it keeps to itself."""
+"""What an endpoint teacher takes from its URL, the shell and the server, and what it keeps to
+itself.
+"""
 
 import json
 
@@ -6,8 +8,8 @@ import httpx
 import pytest
 
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
-from tests.socratic.endpoints import KEY, ask
-from tests.socratic.faulty_server import Server, raw, reply
+from tests.helpers.endpoints import KEY, ask
+from tests.helpers.faulty_server import Server, raw, reply
 
 
 def test_cookies_are_not_kept(server: Server) -> None:

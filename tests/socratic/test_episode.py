@@ -13,8 +13,7 @@ from socpo_fast.socratic.graders import GradedBy
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout, RolloutKey
-from tests.engine.tiny import drain, make_engine, make_student
-from tests.socratic.scripted import (
+from tests.helpers.scripted import (
     BRIDGE,
     END,
     PARAMS,
@@ -24,6 +23,7 @@ from tests.socratic.scripted import (
     encode,
     question,
 )
+from tests.helpers.tiny import drain, make_engine, make_student
 
 LIMITS = Limits(max_new_tokens=20, max_tokens=500)
 WRONG = [*encode("no"), END]

@@ -1,4 +1,6 @@
-"""context = "template": the next attempt sees what the chat template makes of the history, in the same tokens."""
+"""context = "template": the next attempt sees what the chat template makes of the history, in the
+same tokens.
+"""
 
 import pytest
 import torch
@@ -10,8 +12,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.types import Question, Rollout, SamplingParams
-from tests.engine.tiny import generate_same
-from tests.socratic.episodes import (
+from tests.helpers.episodes import (
     PROMPT,
     WITH_SYSTEM,
     ScriptedTeacher,
@@ -23,7 +24,8 @@ from tests.socratic.episodes import (
     shown,
     text_of,
 )
-from tests.socratic.tiny_tokenizers import CHATML, FAMILIES, THINKING, family, tiny_tokenizer
+from tests.helpers.tiny import generate_same
+from tests.helpers.tiny_tokenizers import CHATML, FAMILIES, THINKING, family, tiny_tokenizer
 
 THOUGHT = "<think>\nhm, 1 and 1\n</think>\n\n"
 
@@ -35,7 +37,9 @@ def letters(bridge: Bridge, text: str) -> list[int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_template_that_only_appends_changes_nothing(name: str) -> None:
-    """Not an id, and not where attempt and bridge part, whether the attempts ended, were too long or were cut."""
+    """Not an id, and not where attempt and bridge part, whether the attempts ended, were too long
+    or were cut.
+    """
     bridge = Bridge(family(name), guidance_limit=100)
     answers = [
         answer_ids(bridge, text, ended=k != 1)
@@ -109,7 +113,9 @@ def test_what_the_generation_prompt_opened_goes_with_a_negative_cut(
 
 
 def test_a_system_message_that_moves_along() -> None:
-    """Mistral writes it before the last question: all but the prompt's first two tokens is read again."""
+    """Mistral writes it before the last question: all but the prompt's first two tokens is read
+    again.
+    """
     bridge = Bridge(family("mistral_nemo"), guidance_limit=100)
     sampled = letters(bridge, "It is 3.")
     episode = play(
@@ -156,7 +162,9 @@ def test_a_token_that_reaches_over_the_trimmed_end_is_encoded_again() -> None:
 
 
 def test_a_thought_cut_at_the_limit_stays() -> None:
-    """Without its </think> the template sees no thought; the tail is trained, the branch leaves at the cut."""
+    """Without its </think> the template sees no thought; the tail is trained, the branch leaves at
+    the cut.
+    """
     bridge = Bridge(family("qwen3"), guidance_limit=100)
     sampled = answer_ids(bridge, THOUGHT + "3")
     episode = play(bridge, [sampled, sampled], ["shorter"], context="template", attempt_limit=5)
@@ -169,7 +177,9 @@ def test_a_thought_cut_at_the_limit_stays() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_neither_student_nor_teacher_can_spell_a_special_token(name: str) -> None:
-    """Also where the history is encoded again: thoughts dropped, white space trimmed, prompts rewritten."""
+    """Also where the history is encoded again: thoughts dropped, white space trimmed, prompts
+    rewritten.
+    """
     bridge = Bridge(family(name), guidance_limit=500)
     spelled = "".join(FAMILIES[name][0])
     rows = []
@@ -193,7 +203,8 @@ def test_an_answer_that_the_template_words_anew_is_encoded_untrusted() -> None:
 def test_a_history_that_the_template_refuses_stays_as_sampled() -> None:
     refuses_empty = CHATML.replace(
         "{% for message in messages %}",
-        "{% for message in messages %}{% if not message['content'] %}{{ raise_exception('empty') }}{% endif %}",
+        "{% for message in messages %}{% if not message['content'] %}{{ raise_exception('empty') "
+        "}}{% endif %}",
     )
     for template, text in (
         (refuses_empty, ""),
@@ -210,7 +221,9 @@ def test_a_history_that_the_template_refuses_stays_as_sampled() -> None:
 
 @pytest.mark.parametrize("context", ["tokens", "template"])
 def test_a_context_longer_than_the_model_overflows(context: str) -> None:
-    """20 new tokens must still fit behind it: one token too many ends the rollout, with nothing left over."""
+    """20 new tokens must still fit behind it: one token too many ends the rollout, with nothing
+    left over.
+    """
     bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
     sampled = answer_ids(bridge, THOUGHT + "It is 3.")
     needed = len(play(bridge, [sampled, sampled], ["no"], context=context).contexts[1]) + 20
@@ -233,7 +246,9 @@ def test_unknown_words_are_refused() -> None:
 def test_a_real_engine_goes_on_from_the_rewritten_history(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Greedy third attempts equal those of a fresh prompt, although siblings share the pages that are rewritten."""
+    """Greedy third attempts equal those of a fresh prompt, although siblings share the pages that
+    are rewritten.
+    """
     torch.manual_seed(0)
     bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
     path = tmp_path_factory.mktemp("student")

@@ -10,8 +10,8 @@ from socpo_fast.socratic.leak import leaks_answer, mask_answer
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import Question, Rollout
-from tests.socratic.episodes import bridges, shown
-from tests.socratic.scripted import BRIDGE, END, PARAMS, TOKENIZER, ScriptedEngine, encode
+from tests.helpers.episodes import bridges, shown
+from tests.helpers.scripted import BRIDGE, END, PARAMS, TOKENIZER, ScriptedEngine, encode
 
 OPTIONS = "How much?\n\nA: 2.92\nB: 7.36\nC: two newtons\nD: 3.35\nPlease reason step by step."
 
@@ -191,7 +191,9 @@ def test_guidance_that_leaks_nothing_is_shown(on_leak: str) -> None:
 
 
 def test_a_masked_text_that_is_cut_is_looked_at_again() -> None:
-    """All four options named is no leak, but the mask is longer than the letter and pushes the last one out."""
+    """All four options named is no leak, but the mask is longer than the letter and pushes the last
+    one out.
+    """
     said = "The answer is B. Compare 2.92, 7.36, two newtons, 3.35"
     rollout, _ = roll("mask", guidance=said, limit=len(encode(said)))
     assert "two newtons" in shown(rollout)[0]

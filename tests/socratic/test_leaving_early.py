@@ -1,4 +1,6 @@
-"""However socratic_rollouts ends, nothing stays behind, and the same call can be made again with the same outcome."""
+"""However socratic_rollouts ends, nothing stays behind, and the same call can be made again with
+the same outcome.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.types import GuidanceRequest, Question, Rollout
-from tests.socratic.scripted import PARAMS, TOKENIZER, question
+from tests.helpers.scripted import PARAMS, TOKENIZER, question
 
 QUESTIONS = [question(q, truth="impossible") for q in range(3)]
 OPTIONS = RolloutOptions(group_size=4, max_attempts=3, guidance_limit=50, attempt_limit=10)

@@ -14,8 +14,8 @@ from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt, make_teach
 from socpo_fast.socratic.teachers.base import clean_guidance
 from socpo_fast.socratic.teachers.calls import background
 from socpo_fast.types import SamplingParams
-from tests.interrupts import interrupted_at
-from tests.socratic.local_teachers import ask, heard, local_teacher, request, wait_until
+from tests.helpers.interrupts import interrupted_at
+from tests.helpers.local_teachers import ask, heard, local_teacher, request, wait_until
 
 
 @pytest.fixture

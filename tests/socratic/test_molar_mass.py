@@ -1,4 +1,6 @@
-"""The built-in task: questions, the tutor on planted mistakes and on garbage, the tokenizer, the shipped student."""
+"""The built-in task: questions, the tutor on planted mistakes and on garbage, the tokenizer, the
+shipped student.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.builtin_student import dialogues, probe, warm_up
 from socpo_fast.model import load_student, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
@@ -21,6 +22,7 @@ from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.tasks.molar_mass import render, work_out
 from socpo_fast.socratic.teachers.calls import RETRY_TEXT
 from socpo_fast.types import GuidanceRequest, RolloutKey
+from tools.builtin_student import dialogues, probe, warm_up
 
 FORMULA = {"H": 3, "Na": 1, "S": 2}
 TERMS = [(symbol, atoms, molar_mass.ATOMIC_MASSES[symbol]) for symbol, atoms in FORMULA.items()]
@@ -152,7 +154,9 @@ def test_tutor_says_no_number() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_tutor_reads_any_text(data: st.DataObject) -> None:
-    """Pure garbage, and garbage spliced into a right attempt: always a sentence, unless nothing changed."""
+    """Pure garbage, and garbage spliced into a right attempt: always a sentence, unless nothing
+    changed.
+    """
     right = render(work_out(TERMS))
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(right))] * 2)))
     garbage = data.draw(
@@ -210,7 +214,9 @@ def test_shipped_student_is_sparse() -> None:
 
 
 def test_shipped_student() -> None:
-    """A complete Hugging Face folder: sizes, special tokens, template, and the same logits in transformers."""
+    """A complete Hugging Face folder: sizes, special tokens, template, and the same logits in
+    transformers.
+    """
     folder = molar_mass.STUDENT_DIR
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 10**6
     student = load_student(folder)

@@ -1,4 +1,6 @@
-"""The Socratic loop, token by token: a student and a teacher that follow a script, then a real engine."""
+"""The Socratic loop, token by token: a student and a teacher that follow a script, then a real
+engine.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout
-from tests.socratic.episodes import bridges, cuts, shown
-from tests.socratic.scripted import (
+from tests.helpers.episodes import bridges, cuts, shown
+from tests.helpers.scripted import (
     END,
     PARAMS,
     TOKENIZER,
@@ -281,7 +283,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 def test_a_real_engine(engine: Engine) -> None:
-    """Ids at loss positions are the sampled ones; second attempts prefill 1 + bridge; the same run gives the same."""
+    """Ids at loss positions are the sampled ones; second attempts prefill 1 + bridge; the same run
+    gives the same.
+    """
 
     def run() -> list[Rollout]:
         rollouts = socratic_rollouts(

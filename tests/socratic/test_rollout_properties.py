@@ -1,7 +1,9 @@
-"""Whatever students sample and teachers say: what is trained is what was sampled, behind what was seen.
+"""Whatever students sample and teachers say: what is trained is what was sampled, behind what was
+seen.
 
-Rollouts come from the scripted engine, loss positions from the packer, and both are held against a walk over the
-packed tokens: the rows that predict an attempt must have exactly the ids before them that the student had.
+Rollouts come from the scripted engine, loss positions from the packer, and both are held against a
+walk over the packed tokens: the rows that predict an attempt must have exactly the ids before them
+that the student had.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from hypothesis import strategies as st
 
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.train.packing import PackedMicrobatch, count_unique_tokens, pack_rollouts
-from tests.socratic.episodes import Episode, answer_ids, cuts, play, rendering, text_of
-from tests.socratic.tiny_tokenizers import (
+from tests.helpers.episodes import Episode, answer_ids, cuts, play, rendering, text_of
+from tests.helpers.tiny_tokenizers import (
     CHATML,
     FAMILIES,
     LLAMA3,

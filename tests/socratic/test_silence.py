@@ -1,4 +1,6 @@
-"""A teacher that never answers: told once, with its reason, in a run, an evaluation and the accuracy table."""
+"""A teacher that never answers: told once, with its reason, in a run, an evaluation and the
+accuracy table.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from socpo_fast.report.progress import SILENCE, GuidanceWatch, Progress
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.train.checkpoint import latest_checkpoint
 from socpo_fast.types import Attempt, GuidanceRequest, Rollout, ShownGuidance, Turn
-from tests.socratic.faulty_server import Server, raw, reply
+from tests.helpers.faulty_server import Server, raw, reply
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "molar_mass.toml"
 SMALL = {
@@ -61,7 +63,10 @@ def test_a_first_call_that_is_refused_stops_before_any_batch(
         "eval": lambda c: trainer.evaluate(c, None),
         "rollout": trainer.rollout_only,
     }
-    line = "teacher: the first call got no guidance, status_404: status 404: .*no model m.*on_silence continue"
+    line = (
+        "teacher: the first call got no guidance, status_404: status 404: .*no model "
+        "m.*on_silence continue"
+    )
     with pytest.raises(ValueError, match=line), pytest.warns(UserWarning, match="status_404"):
         commands[command](config)
     assert len(server.seen) == 1

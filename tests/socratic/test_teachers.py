@@ -52,8 +52,8 @@ def test_withheld_fields_leave_no_trace() -> None:
     assert "eyes only" not in user["content"]
     _, user = TeacherPrompt().messages(request(ground_truth="2", reference="1 + 1 = 2"))
     assert (
-        "A reference solution, for your eyes only:\n1 + 1 = 2\n\nThe correct answer, for your eyes only:\n2"
-        in user["content"]
+        "A reference solution, for your eyes only:\n1 + 1 = 2\n\nThe correct answer, for your "
+        "eyes only:\n2" in user["content"]
     )
 
 

@@ -1,11 +1,13 @@
-"""Real chat templates over small tokenizers with the same special tokens: prompts, bridges, refusals."""
+"""Real chat templates over small tokenizers with the same special tokens: prompts, bridges,
+refusals.
+"""
 
 import pytest
 
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.train.packing import pack_rollouts
-from tests.socratic.episodes import PROMPT, WITH_SYSTEM, answer_ids, cuts, play, rendering, text_of
-from tests.socratic.tiny_tokenizers import FAMILIES, family, tiny_tokenizer
+from tests.helpers.episodes import PROMPT, WITH_SYSTEM, answer_ids, cuts, play, rendering, text_of
+from tests.helpers.tiny_tokenizers import FAMILIES, family, tiny_tokenizer
 
 HAS_SYSTEM = sorted(set(FAMILIES) - {"mistral_v3"})
 ENDS = {
@@ -21,7 +23,9 @@ GUIDANCE = ["Check the sum.", "two\n\nlines: 3 x 4", "  spaces around\n", "nÃ© â
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("ended", [True, False])
 def test_row_is_the_templates_rendering(name: str, guidance: str, ended: bool) -> None:
-    """Prompt, answer and bridge together are the ids of the template's own text; the sampled end of turn is its end."""
+    """Prompt, answer and bridge together are the ids of the template's own text; the sampled end of
+    turn is its end.
+    """
     bridge = Bridge(family(name), guidance_limit=100)
     answer = answer_ids(bridge, "It is 3.", ended=ended)
     row = bridge.prompt_ids(PROMPT) + answer + bridge.bridge_ids(guidance, ended=ended)
@@ -92,7 +96,9 @@ def test_defaults_that_templates_put_in() -> None:
 
 
 def test_qwen3_thinking() -> None:
-    """None and True leave the block to the student; False writes an empty one into every generation prompt."""
+    """None and True leave the block to the student; False writes an empty one into every generation
+    prompt.
+    """
     closed = "<think>\n\n</think>\n\n"
     for thinking, opening in ((None, ""), (True, ""), (False, closed)):
         bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=thinking)
@@ -123,14 +129,19 @@ def test_thinking_is_refused_where_the_template_knows_none(name: str) -> None:
 )
 def test_roles_that_a_template_refuses_are_one_line(name: str, roles: list[str]) -> None:
     bridge = Bridge(family(name), guidance_limit=1)
-    rule = f"chat template: must take messages of the roles {', '.join(roles)}, got '.+'; change the roles"
+    rule = (
+        f"chat template: must take messages of the roles {', '.join(roles)}, got '.+'; change "
+        "the roles"
+    )
     with pytest.raises(ValueError, match=rule) as raised:
         bridge.prompt_ids([{"role": role, "content": "x"} for role in roles])
     assert "\n" not in str(raised.value)
 
 
 def test_templates_whose_turns_are_ordinary_text_are_refused() -> None:
-    """Mistral v1 and Llama 2 close a user's turn with the text [/INST], which guidance could write as well."""
+    """Mistral v1 and Llama 2 close a user's turn with the text [/INST], which guidance could write
+    as well.
+    """
     tokenizer = family("mistral_v3")
     tokenizer.chat_template = tokenizer.chat_template.replace("[INST] ", "[TURN] ").replace(
         "[/INST]", " [/TURN]"
@@ -144,7 +155,9 @@ def test_templates_whose_turns_are_ordinary_text_are_refused() -> None:
 
 @pytest.mark.parametrize("name", HAS_SYSTEM)
 def test_context_tokens_keeps_what_was_sampled(name: str) -> None:
-    """Whatever the template would do to it: thoughts, white space, a system message that moves along."""
+    """Whatever the template would do to it: thoughts, white space, a system message that moves
+    along.
+    """
     bridge = Bridge(family(name), guidance_limit=100)
     answers = [
         answer_ids(bridge, f"<think>\nhm {k}\n</think>\n\n It is {k}. \n", ended=k > 0)
@@ -159,7 +172,9 @@ def test_context_tokens_keeps_what_was_sampled(name: str) -> None:
 
 
 def test_eos_that_is_not_the_end_of_turn() -> None:
-    """An attempt may end with another eos (llama3: <|end_of_text|>): it stays, and the turn is closed behind it."""
+    """An attempt may end with another eos (llama3: <|end_of_text|>): it stays, and the turn is
+    closed behind it.
+    """
     bridge = Bridge(family("llama3"), guidance_limit=100)
     other = bridge.eos_ids[1]
     for context in ("tokens", "template"):

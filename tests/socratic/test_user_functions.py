@@ -20,7 +20,7 @@ from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers.calls import as_teacher, ask, background, result_of
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, Rollout, RolloutKey
-from tests.socratic.scripted import (
+from tests.helpers.scripted import (
     END,
     PARAMS,
     TOKENIZER,
@@ -181,7 +181,9 @@ def roll(
 
 @pytest.mark.filterwarnings("ignore:teacher")
 def test_calls_that_hang_cost_one_limit_together() -> None:
-    """More of them than any pool has threads; those that answer are heard, in this batch and the next."""
+    """More of them than any pool has threads; those that answer are heard, in this batch and the
+    next.
+    """
     stop = threading.Event()
 
     def hang(asked: GuidanceRequest) -> str:

@@ -16,7 +16,7 @@ from socpo_fast.files import StopRequested
 from socpo_fast.socratic.graders import GradedBy
 from socpo_fast.socratic.plugin import TookTooLong, time_limit
 from socpo_fast.stopping import StopSignals
-from tests.socratic.scripted import contains, question
+from tests.helpers.scripted import contains, question
 from tests.socratic.test_user_functions import Bare, Unspeakable
 
 
@@ -25,7 +25,10 @@ def test_a_grader_that_raises_is_named(error: BaseException) -> None:
     def grade(_text: str, _question: object) -> bool:
         raise error
 
-    line = rf"data.grader mine:grade .* on question 7: .*grade raised {type(error).__name__}.*\(test_user_gr.* line"
+    line = (
+        r"data.grader mine:grade .* on question 7: .*grade raised "
+        rf"{type(error).__name__}.*\(test_user_gr.* line"
+    )
     with pytest.raises(ValueError, match=line):
         GradedBy(grade, "mine:grade").grade("", question(7))
 
@@ -43,7 +46,10 @@ def wait_on_a_socket(_text: str, _question: object) -> bool:
 
 @pytest.mark.parametrize("grade", [spin, wait_on_a_socket])
 def test_a_grader_that_hangs_is_stopped_and_named(grade: Callable[[str, object], bool]) -> None:
-    line = rf"within grader.timeout_s 0.2, got an error on question 7: .*{grade.__name__} .*\(test_user_gr.* line"
+    line = (
+        rf"within grader.timeout_s 0.2, got an error on question 7: .*{grade.__name__} "
+        r".*\(test_user_gr.* line"
+    )
     since = time.perf_counter()
     with pytest.raises(ValueError, match=line):
         GradedBy(grade, "mine:grade", timeout_s=0.2).grade("", question(7))

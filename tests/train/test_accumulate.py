@@ -15,9 +15,9 @@ from socpo_fast.model.accumulate import MARK, accumulates, accumulating
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import policy_gradients
-from tests.error_rule import assert_bitwise_equal
-from tests.train.naive import distance, norm
-from tests.train.rollouts import make_rollouts, make_student
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.made_rollouts import make_rollouts, make_student
+from tests.helpers.naive_update import distance, norm
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -22,7 +22,7 @@ from socpo_fast.train.checkpoint import (
     save_checkpoint,
 )
 from socpo_fast.train.optimizer import Optimizer
-from tests.train.rollouts import make_student
+from tests.helpers.made_rollouts import make_student
 
 STATE = {"batch": 3, "question_order_seed": 2**63 - 1, "lr": 0.1 + 0.2, "name": "tés\n"}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -315,7 +315,9 @@ for step in map(int, sys.argv[2:]):
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """SIGKILL in the weights' folder, before the manifest, during the sync, at the rename, and after it."""
+    """SIGKILL in the weights' folder, before the manifest, during the sync, at the rename, and
+    after it.
+    """
     first = "update_000001"
     second = "update_000002"
     names = {2: first, 4: first, 7: first, 10: first, 16: first, 17: second}

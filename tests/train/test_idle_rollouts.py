@@ -14,8 +14,9 @@ from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import GradientStats, policy_gradients
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Rollout
-from tests.loss_options import gathered
-from tests.train.naive import (
+from tests.helpers.loss_options import gathered
+from tests.helpers.made_rollouts import count_nodes, make_rollouts, make_student
+from tests.helpers.naive_update import (
     TEMPERATURE,
     distance,
     naive_gradients,
@@ -23,7 +24,6 @@ from tests.train.naive import (
     norm,
     set_sampler_logprobs,
 )
-from tests.train.rollouts import count_nodes, make_rollouts, make_student
 from tests.train.test_update import CHANGES, groups_of
 
 NUM_IDLE = {0: 8, 1: 5, 2: 3}  # rollouts with attempts, by question
@@ -56,7 +56,9 @@ def run(student: Decoder, rollouts: list[Rollout], **options: Any) -> GradientSt
 @pytest.mark.parametrize("packing", ["tree", "rows"])
 @pytest.mark.parametrize("loss_agg", ["token_mean", "seq_mean_token_mean"])
 def test_the_value_is_that_of_all_rows(packing: str, loss_agg: str) -> None:
-    """Against fp64 that forwards everything; in bits against the others alone under all's normalisers."""
+    """Against fp64 that forwards everything; in bits against the others alone under all's
+    normalisers.
+    """
     student = make_student()
     rollouts = idle(make_rollouts(), 0)
     rollouts[1].turns[0].advantage = 0.0  # one attempt of a rollout that has a signal
@@ -130,7 +132,9 @@ def test_all_idle_is_a_zero_gradient_and_no_forward() -> None:
 
 @pytest.mark.parametrize("choice", ["auto", "sampler", "recompute"])
 def test_an_update_without_signal_is_a_step_of_zero_gradient(choice: str) -> None:
-    """AdamW's moments fade, matrices decay, counts go on, and the mismatch is measured on one group."""
+    """AdamW's moments fade, matrices decay, counts go on, and the mismatch is measured on one
+    group.
+    """
     rollouts = idle(make_rollouts(), 0, 1, 2)
     student = make_student()
     other = make_student()
@@ -190,7 +194,7 @@ def test_the_mismatch_is_of_the_first_update_with_one() -> None:
     ("dtype", "choice"), [("float32", "auto"), ("float32", "recompute"), ("bfloat16", "auto")]
 )
 def test_old_logprobs_are_computed_where_they_are_read(dtype: str, choice: str) -> None:
-    """The first group is idle, and so is one of the last update's two; the mismatch is another's."""
+    """The first group is idle, as is one of the last update's two; others give the mismatch."""
     rollouts = idle(make_rollouts(), 0, 2)
     student = make_student(dtype=getattr(torch, dtype))
     set_sampler_logprobs(rollouts, near_policy(make_student(), rollouts, 0.3, seed=5))

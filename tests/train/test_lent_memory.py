@@ -20,9 +20,9 @@ from socpo_fast.train.update import Updater
 from socpo_fast.trainer import Trainer
 from socpo_fast.types import SamplingParams
 from tests.engine.test_storage import storage_of
-from tests.engine.tiny import bits, drain, make_engine
-from tests.error_rule import assert_bitwise_equal
-from tests.train.rollouts import make_rollouts, make_student
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.made_rollouts import make_rollouts, make_student
+from tests.helpers.tiny import bits, drain, make_engine
 from tests.train.test_accumulate import MODELS
 
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=9, eos_ids=(), ignore_eos=True, seed=2)

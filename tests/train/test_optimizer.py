@@ -11,7 +11,7 @@ from torch import nn
 from socpo_fast.ops.adamw import join_master
 from socpo_fast.registries import LR_SCHEDULES
 from socpo_fast.train.optimizer import Optimizer
-from tests.train.rollouts import make_student
+from tests.helpers.made_rollouts import make_student
 
 
 def set_gradients(model: nn.Module, seed: int, size: float = 1.0) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from socpo_fast.train.packing import PackedMicrobatch, count_unique_tokens, pack_rollouts
 from socpo_fast.types import Rollout
-from tests.train.rollouts import contexts, make_rollout, make_rollouts
+from tests.helpers.made_rollouts import contexts, make_rollout, make_rollouts
 
 
 def paths(microbatch: PackedMicrobatch) -> list[list[int]]:
@@ -62,7 +62,9 @@ def test_every_loss_token_sees_what_the_sampler_saw(packing: str, token_budget: 
 
 @st.composite
 def random_rollouts(draw: st.DrawFn) -> list[Rollout]:
-    """Up to three questions with up to three rollouts of up to four attempts, cut anywhere that is allowed."""
+    """Up to three questions with up to three rollouts of up to four attempts, cut anywhere that is
+    allowed.
+    """
     rollouts = []
     size = st.integers(1, 4)
     for question_idx in range(draw(size)):

@@ -1,4 +1,6 @@
-"""What must not matter does not: prompts, bridges, cuts and rows without loss are perturbed, and bits are compared."""
+"""What must not matter does not: prompts, bridges, cuts and rows without loss are perturbed, and
+bits are compared.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,9 @@ from socpo_fast.train import step
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
-from tests.error_rule import assert_bitwise_equal
-from tests.loss_options import gathered
-from tests.train.naive import TEMPERATURE, assert_close, naive_gradients
-from tests.train.rollouts import (
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.loss_options import gathered
+from tests.helpers.made_rollouts import (
     VOCAB,
     contexts,
     make_rollout,
@@ -27,6 +28,7 @@ from tests.train.rollouts import (
     make_student,
     turns_of,
 )
+from tests.helpers.naive_update import TEMPERATURE, assert_close, naive_gradients
 from tests.train.test_packing import paths
 
 ALL = {"token_budget": 10_000, "temperature": TEMPERATURE}
@@ -55,7 +57,9 @@ def graded_rollouts() -> list[Rollout]:
 
 
 def with_other_surroundings(rollouts: list[Rollout]) -> list[Rollout]:
-    """The same attempts behind other prompts, bridges and guidance of other lengths, and cut elsewhere."""
+    """The same attempts behind other prompts, bridges and guidance of other lengths, and cut
+    elsewhere.
+    """
     changed = deepcopy(rollouts)
     for rollout in changed:
         bridges = [[5, *turn.guidance.bridge_ids[1:], 7, 7] for turn in rollout.turns[:-1]]
@@ -78,7 +82,9 @@ def with_other_surroundings(rollouts: list[Rollout]) -> list[Rollout]:
 def test_advantages_and_weights_know_attempts_only(
     monkeypatch: Any, estimator: Any, loss: str
 ) -> None:
-    """Rewards, whitening, normalisers and targets are bit for bit the same whatever stands around the attempts."""
+    """Rewards, whitening, normalisers and targets are bit for bit the same whatever stands around
+    the attempts.
+    """
     student = make_student()
     seen = []
 
@@ -113,7 +119,9 @@ def test_advantages_and_weights_know_attempts_only(
 
 @pytest.fixture
 def student_and_hidden() -> tuple[Decoder, list[Tensor]]:
-    """A student, and what its last norm gave in each forward, with gradients: a head's gradient stops at a zero row."""
+    """A student, and what its last norm gave in each forward, with gradients: a head's gradient
+    stops at a zero row.
+    """
     student = make_student()
     hidden = []
 
@@ -131,7 +139,9 @@ def student_and_hidden() -> tuple[Decoder, list[Tensor]]:
 def test_only_rows_before_sampled_tokens_get_a_gradient(
     student_and_hidden: Any, packing: Any, loss: str
 ) -> None:
-    """Exactly zero at every prompt, bridge and kept-copy row that predicts no sampled token, and nowhere else."""
+    """Exactly zero at every prompt, bridge and kept-copy row that predicts no sampled token, and
+    nowhere else.
+    """
     (student, hidden), rollouts = student_and_hidden, make_rollouts()
     own = compute_logprobs(student, rollouts, **ALL)  # ratio 1: nothing clips
     reference = [[x - 0.5 for x in by_attempt] for by_attempt in own]
@@ -172,7 +182,9 @@ def test_only_rows_before_sampled_tokens_get_a_gradient(
 def test_what_comes_later_leaves_earlier_attempts_alone(
     student_and_hidden: Any, packing: Any
 ) -> None:
-    """Other guidance: log-probs and gradients of the attempts before it keep their bits, those after it do not."""
+    """Other guidance: log-probs and gradients of the attempts before it keep their bits, those
+    after it do not.
+    """
     student, hidden = student_and_hidden
     rollout = make_rollout(0, 0, [1, 2, 3], [5, 4, 6], [3, 3], [2, None])
     other = deepcopy(rollout)
@@ -189,7 +201,9 @@ def test_what_comes_later_leaves_earlier_attempts_alone(
 
 @pytest.mark.parametrize("loss", ["plain", "all"])
 def test_rows_without_loss_may_hold_anything(loss: str) -> None:
-    """The op: other targets, advantages, old log-probs where the weight is 0, nan in rows that predict nothing."""
+    """The op: other targets, advantages, old log-probs where the weight is 0, nan in rows that
+    predict nothing.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(40, 16, generator=generator)
     weight_VD = torch.randn(VOCAB, 16, generator=generator)
@@ -224,7 +238,9 @@ def test_rows_without_loss_may_hold_anything(loss: str) -> None:
 
 
 def one_id(rollouts: list[Rollout]) -> list[Rollout]:
-    """Every token of prompts, attempts and bridges is the same, as where pad is eos and eos is all there is."""
+    """Every token of prompts, attempts and bridges is the same, as where pad is eos and eos is all
+    there is.
+    """
     for rollout in rollouts:
         rollout.prompt_ids = [2] * len(rollout.prompt_ids)
         for turn in rollout.turns[:-1]:

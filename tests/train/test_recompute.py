@@ -1,4 +1,6 @@
-"""What the trainer's forward keeps, what its backward computes again, and that no bit depends on it."""
+"""What the trainer's forward keeps, what its backward computes again, and that no bit depends on
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ from socpo_fast.model.accumulate import AccumulatingLinear, accumulate_in_fp32, 
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import TreeMask
 from socpo_fast.report import sizes
-from tests.error_rule import assert_bitwise_equal
-from tests.ops.elementwise import needs_cpp
-from tests.train.rollouts import VOCAB, make_student
+from tests.helpers.elementwise import needs_cpp
+from tests.helpers.error_rule import assert_bitwise_equal
+from tests.helpers.made_rollouts import VOCAB, make_student
+from tests.helpers.whole_step import auto_means
 from tests.train.test_accumulate import QWEN2, QWEN3
-from tests.train.whole_step import auto_means
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {},
@@ -101,7 +103,7 @@ def test_recomputing_changes_no_bit(impl: str, model: str, monkeypatch: pytest.M
 @needs_cpp
 @pytest.mark.parametrize("model", MODELS)
 def test_equals_ordinary_autograd(model: str) -> None:
-    """Of a student that nobody marked, outside of the trainer; biases are summed by another kernel."""
+    """An unmarked student outside of the trainer; biases are summed by another kernel."""
     student = make_student(**MODELS[model])
     expected = gradients(student, accumulates=False)
     accumulate_in_fp32(student.parameters())
@@ -204,7 +206,7 @@ def bytes_behind_forward(student: Decoder, checkpointing: bool) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_a_token_are_those_of_the_formulas(model: str, checkpointing: bool) -> None:
-    """Exact: what 641 tokens need beyond what 509 do, as gradients of norms do not depend on them."""
+    """Exact: what 641 tokens need beyond 509, since gradients of norms do not depend on T."""
     student = make_student(**MODELS[model], num_hidden_layers=3)
     accumulate_in_fp32(student.parameters())
     for _ in range(2):  # .grad of every parameter is there for the second one

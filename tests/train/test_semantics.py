@@ -1,4 +1,6 @@
-"""Every aggregation and option of the update against one forward an attempt and one token at a time, in fp64."""
+"""Every aggregation and option of the update against one forward an attempt and one token at a
+time, in fp64.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from socpo_fast.model import save_student
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.step import GradientStats, policy_gradients
 from socpo_fast.types import Rollout
-from tests.loss_options import gathered
-from tests.train.naive import (
+from tests.helpers.loss_options import gathered
+from tests.helpers.made_rollouts import make_rollouts, make_student
+from tests.helpers.naive_update import (
     TEMPERATURE,
     PerToken,
     assert_close,
@@ -27,7 +30,6 @@ from tests.train.naive import (
     norm,
     set_sampler_logprobs,
 )
-from tests.train.rollouts import make_rollouts, make_student
 
 AGGREGATIONS = [
     {"loss_agg": "token_mean"},
@@ -59,7 +61,9 @@ CASES = [
 
 
 class Update:
-    """Rollouts of every shape with log-probs near the student's own: its sampler's, older ones, a reference's."""
+    """Rollouts of every shape with log-probs near the student's own: its sampler's, older ones, a
+    reference's.
+    """
 
     def __init__(self, student: Decoder):
         self.student = student
@@ -68,7 +72,7 @@ class Update:
         set_sampler_logprobs(self.rollouts, near_policy(student, self.rollouts, 0.4, seed=3))
 
     def logprobs(self, options: dict[str, Any]) -> dict[str, PerToken | None]:
-        """Old ones that are not the sampler's where it matters, a reference where one is asked for."""
+        """Makes old log-probs unlike the sampler's where it matters, and a reference if asked."""
         return {
             "old": self.old if "tis_clip" in options else None,
             "ref": self.ref if "kl_coef" in options else None,
@@ -129,7 +133,7 @@ def test_gradient_does_not_depend_on_microbatches(update: Update, options: dict[
     "options", [AGGREGATIONS[0] | OPTIONS["plain"], AGGREGATIONS[1] | OPTIONS["all"]]
 )
 def test_in_fp32_packings_differ_by_rounding_only(update: Update, options: dict[str, Any]) -> None:
-    """Bounds on the norm of the whole gradient's error, since single entries may cancel to nothing."""
+    """Bounds the norm of the whole gradient's error, since single entries may cancel."""
     truth, _ = update.gradients(options, token_budget=10_000)
     single = Update(make_student())
     single.old = update.old
@@ -185,7 +189,9 @@ def test_old_logprobs_are_the_sampler_s_unless_given(update: Update) -> None:
 
 
 def test_a_ratio_of_one_everywhere_weighs_advantages_only() -> None:
-    """The first update under old log-probs that are the student's own: loss = - sum of w A, for each aggregation."""
+    """The first update under old log-probs that are the student's own: loss = - sum of w A, for
+    each aggregation.
+    """
     student = make_student(dtype=torch.float64)
     rollouts = make_rollouts()
     old = near_policy(student, rollouts, 0.0, seed=0)

@@ -1,4 +1,6 @@
-"""What policy_gradients promises beside its value (for that, test_semantics.py): packings, bits, counts, refusals."""
+"""What policy_gradients promises beside its value (for that, test_semantics.py): packings, bits,
+counts, refusals.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ from socpo_fast.engine import Engine
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, SamplingParams
-from tests.engine.tiny import generate_same
-from tests.loss_options import gathered
-from tests.train.naive import (
+from tests.helpers.loss_options import gathered
+from tests.helpers.made_rollouts import count_nodes, make_rollouts, make_student, turns_of
+from tests.helpers.naive_update import (
     TEMPERATURE,
     assert_close,
     decoder_forward,
     naive_logprobs,
     set_sampler_logprobs,
 )
-from tests.train.rollouts import count_nodes, make_rollouts, make_student, turns_of
+from tests.helpers.tiny import generate_same
 
 ALL = 10_000  # a token budget that everything fits into
 
@@ -123,7 +125,9 @@ def test_compute_logprobs(student_64: Decoder) -> None:
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
 def test_engine_and_packing_mean_the_same_by_a_cut(packing: Any) -> None:
-    """Rollouts sampled by the engine with every kind of cut: the trainer's log-probs are the sampler's."""
+    """Rollouts sampled by the engine with every kind of cut: the trainer's log-probs are the
+    sampler's.
+    """
     student = make_student()
     engine = Engine(student, kv_cache_gib=0.01, page_size=4)
     params = SamplingParams(

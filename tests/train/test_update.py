@@ -1,4 +1,6 @@
-"""Several updates of one batch, epochs included: each one's gradient against fp64, and what stays fixed meanwhile."""
+"""Several updates of one batch, epochs included: each one's gradient against fp64, and what stays
+fixed meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,14 @@ from socpo_fast.model.decoder import Decoder
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Rollout
-from tests.train.naive import distance, naive_gradients, near_policy, norm, set_sampler_logprobs
-from tests.train.rollouts import make_rollouts, make_student
+from tests.helpers.made_rollouts import make_rollouts, make_student
+from tests.helpers.naive_update import (
+    distance,
+    naive_gradients,
+    near_policy,
+    norm,
+    set_sampler_logprobs,
+)
 
 ORDER = [[0, 2], [1], [1, 0], [2]]  # two epochs of two updates over three groups
 CHANGES: dict[str, Any] = {
@@ -135,7 +143,9 @@ def test_every_update_equals_fp64_while_old_and_reference_stay(loss: str) -> Non
 
 
 def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
-    """auto: within 1e-3 nats of the first group's own they serve, and no other group is forwarded for them."""
+    """auto: within 1e-3 nats of the first group's own they serve, and no other group is forwarded
+    for them.
+    """
     start = make_student(dtype=torch.float64)
     rollouts = make_rollouts()
     config = load_config(None, CHANGES | {"train.token_budget": 10_000})  # one forward a group
@@ -159,7 +169,7 @@ def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
 
 @pytest.mark.parametrize("choice", ["auto", "sampler", "recompute"])
 def test_old_logprobs_in_bf16(choice: str) -> None:
-    """auto: none for the first update, whose ratio is 1; for the others those of the first weights."""
+    """auto: none for the first update, whose ratio is 1; the first weights' for the others."""
     rollouts = make_rollouts()
     start = make_student(dtype=torch.bfloat16)
     set_sampler_logprobs(

@@ -20,8 +20,8 @@ from socpo_fast.ops import CreditOptions
 from socpo_fast.ops._impl import IMPLS, INTERPRETS
 from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.types import Rollout
-from tests.error_rule import TOLERANCE, assert_bitwise_equal, assert_error_rule
-from tests.train.whole_step import (
+from tests.helpers.error_rule import TOLERANCE, assert_bitwise_equal, assert_error_rule
+from tests.helpers.whole_step import (
     ATTEMPT_LIMIT,
     LR,
     MODELS,

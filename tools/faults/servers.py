@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 
-from tests.socratic.faulty_server import (
+from tests.helpers.faulty_server import (
     Handler,
     close,
     drip,

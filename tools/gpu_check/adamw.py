@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops import adamw as step
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
 from tools.gpu_check.check import Check
 from tools.gpu_check.timing import Run, median_ms
 

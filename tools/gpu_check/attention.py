@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from socpo_fast.ops import TreeMask, tree_attention
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
 from tools.gpu_check.check import Check, Part, Skipped
 from tools.gpu_check.contenders import (
     Contender,

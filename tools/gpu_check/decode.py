@@ -16,7 +16,7 @@ import torch
 
 from socpo_fast.model import Decoder, load_student, save_student
 from socpo_fast.report.sizes import num_parameters
-from tests.engine.tiny import generate_same
+from tests.helpers.tiny import generate_same
 from tools.gpu_check.check import Check, Part, Skipped, check_close, relative_error
 from tools.gpu_check.decoding import (
     CONTEXT,

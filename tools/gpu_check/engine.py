@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from socpo_fast.train.optimizer import Optimizer
-from tests.engine.tiny import generate_same
+from tests.helpers.tiny import generate_same
 from tools.gpu_check.check import ROOT, Check, Part
 from tools.gpu_check.engines import (
     PAGE_SIZE,

@@ -17,7 +17,7 @@ from socpo_fast.model import Decoder, packed_forward
 from socpo_fast.ops import row_key, visible_until_of_sequences
 from socpo_fast.ops.sample import noise_bits
 from socpo_fast.types import Attempt
-from tests.engine.tiny import generate_same
+from tests.helpers.tiny import generate_same
 from tools.gpu_check.check import Check
 from tools.gpu_check.models import MODELS, make_model
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from socpo_fast.ops.rotary_write import rotary_write
-from tests.error_rule import TOLERANCE, assert_bitwise_equal
+from tests.helpers.error_rule import TOLERANCE, assert_bitwise_equal
 from tools.gpu_check.check import ROOT, Check, Part, Skipped
 from tools.gpu_check.op_cases import attend, attention_inputs, compare, move, op_cases
 from tools.gpu_check.processes import output_of

@@ -31,7 +31,7 @@ from socpo_fast.ops.rms_norm import rms_norm
 from socpo_fast.ops.rotary import rotary_qkv
 from socpo_fast.ops.rotary_write import rotary_write
 from socpo_fast.ops.swiglu import swiglu
-from tests.error_rule import assert_error_rule
+from tests.helpers.error_rule import assert_error_rule
 from tools.tree_balance import visible_until_of_groups
 
 Inputs = dict[str, Tensor]

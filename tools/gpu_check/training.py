@@ -17,7 +17,7 @@ from socpo_fast.ops import policy_loss
 from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.step import compute_logprobs
 from socpo_fast.types import Rollout, Turn
-from tests.engine.tiny import generate_same
+from tests.helpers.tiny import generate_same
 from tools.gpu_check.check import Check, Part, check_close, relative_error
 from tools.gpu_check.decoding import make_engine, params_of
 from tools.gpu_check.engines import prompts_of

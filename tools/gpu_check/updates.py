@@ -19,7 +19,7 @@ from socpo_fast.train.optimizer import Optimizer
 from socpo_fast.train.packing import pack_rollouts
 from socpo_fast.train.step import GradientStats, policy_gradients
 from socpo_fast.types import Rollout
-from tests.error_rule import assert_bitwise_equal
+from tests.helpers.error_rule import assert_bitwise_equal
 from tools.gpu_check.check import Check, Part
 from tools.gpu_check.engine import host_waits
 from tools.gpu_check.groups import GROUP, TINY_GROUP, make_rollouts

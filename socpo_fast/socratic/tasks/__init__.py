@@ -1,1 +1,3 @@
-"""The built-in task: molar_mass (questions, tutor) and its student, which bench/builtin_student made."""
+"""The built-in task: molar_mass (questions, tutor) and its student, which tools/builtin_student
+made.
+"""

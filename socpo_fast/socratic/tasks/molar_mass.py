@@ -1,6 +1,7 @@
 """The built-in task: molar masses of small formulas, in the shape of SciKnowEval's prompts.
 
-Read: the chemistry -> questions -> reference -> tutor. Formulas are drawn at random and need not be real compounds.
+Read: the chemistry -> questions -> reference -> tutor. Formulas are drawn at random and need not be
+real compounds.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from socpo_fast.types import GuidanceRequest, Question
 DATA_SOURCE = "builtin/molar_mass"
 STUDENT_DIR = (
     Path(__file__).parent / "molar_mass_student"
-)  # the warmed-up checkpoint, made by bench/builtin_student
+)  # the warmed-up checkpoint, made by tools/builtin_student
 
 # Whole g/mol. With at most 4 elements and 4 atoms of each, no molar mass reaches 1000.
 ATOMIC_MASSES = {
@@ -32,7 +33,8 @@ MAX_QUESTIONS = (
 )
 
 SYSTEM_TEXT = """
-Given a chemical formula, please work out its molar mass in whole g/mol. Respond in the following format:
+Given a chemical formula, please work out its molar mass in whole g/mol. \
+Respond in the following format:
 <reasoning>
 ...
 </reasoning>
@@ -40,7 +42,8 @@ Given a chemical formula, please work out its molar mass in whole g/mol. Respond
 ...
 </answer>
 
-Reason in one line per element, in the order of the formula: the count times the atomic mass, and the sum so far. \
+Reason in one line per element, in the order of the formula: the count times the atomic mass, \
+and the sum so far. \
 For the answer, only output the molar mass. For example, for H2O the whole response is:
 <reasoning>
 H: 2 x 1 = 2, sum 2
@@ -108,7 +111,9 @@ def parse_formula(question_text: str) -> Formula:
 
 
 def draw_formula(rng: random.Random) -> Formula:
-    """2 to 4 elements, 1 to 4 atoms of each; carbon comes first, then hydrogen, then the rest by alphabet."""
+    """2 to 4 elements, 1 to 4 atoms of each; carbon comes first, then hydrogen, then the rest by
+    alphabet.
+    """
     symbols = sorted(
         rng.sample(list(ATOMIC_MASSES), rng.randint(MIN_ELEMENTS, MAX_ELEMENTS)),
         key=lambda symbol: (symbol != "C", symbol != "H", symbol),
@@ -117,7 +122,9 @@ def draw_formula(rng: random.Random) -> Formula:
 
 
 def split_of(formula: Formula) -> Literal["train", "eval"]:
-    """One formula in ten is for evaluation, by its hash, so whatever the seeds the splits share none."""
+    """One formula in ten is for evaluation, by its hash, so whatever the seeds the splits share
+    none.
+    """
     return (
         "eval"
         if hashlib.sha256(format_formula(formula).encode()).digest()[0] % 10 == 0
@@ -180,7 +187,9 @@ def reference_lines(formula: Formula) -> list[Line]:
 
 
 def work_out(terms: Iterable[tuple[str, int, int]]) -> list[Line]:
-    """The lines that follow from (symbol, atoms, mass): products and sums are right even if those are not."""
+    """The lines that follow from (symbol, atoms, mass): products and sums are right even if those
+    are not.
+    """
     total = 0
     return [
         Line(
@@ -212,15 +221,19 @@ _LINE = re.compile(rf"([A-Z][a-z]?): ([0-9]) x {_NUMBER} = {_NUMBER}, sum {_NUMB
 
 
 def tutor(request: GuidanceRequest) -> str | None:
-    """The built-in teacher, for teacher kind "rule"; it needs neither ground truth nor reference solution."""
+    """The built-in teacher, for teacher kind "rule"; it needs neither ground truth nor reference
+    solution.
+    """
     return diagnose(request.question, request.student_answer)
 
 
 def diagnose(question_text: str, student_answer: str) -> str | None:
-    """Name the first mistake of an attempt and what to recheck there, never a number; None if there is no mistake.
+    """Name the first mistake of an attempt and what to recheck there, never a number; None if there
+    is no mistake.
 
-    Products and sums are judged by the attempt's own numbers: what follows from an earlier mistake is not a second
-    one. Any text is an attempt; one that cannot be read gets a word about the format.
+    Products and sums are judged by the attempt's own numbers: what follows from an earlier mistake
+    is not a second one. Any text is an attempt; one that cannot be read gets a word about the
+    format.
     """
     formula = parse_formula(question_text)
     attempt = _ATTEMPT.fullmatch(student_answer)
@@ -253,5 +266,7 @@ def diagnose(question_text: str, student_answer: str) -> str | None:
 
 
 def line_advice(symbol: str, term: str) -> str:
-    """What the tutor says when `term` (a key of TERM_TEXTS) is the first mistake, in the line of `symbol`."""
+    """What the tutor says when `term` (a key of TERM_TEXTS) is the first mistake, in the line of
+    `symbol`.
+    """
     return symbol.join(LINE_TEXTS) + TERM_TEXTS[term]

@@ -1,4 +1,5 @@
-"""The frozen guides: one protocol (base), four kinds (functions and a fixed sentence in calls, local, endpoint).
+"""The frozen guides: one protocol (base), four kinds (functions and a fixed sentence in calls,
+local, endpoint).
 
 make_teacher looks up who makes the kind that a configuration names; the kinds are listed in
 config/teachers.py.
@@ -53,7 +54,8 @@ _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 
 
 def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
-    """Returns the teacher of a config, ready to be asked; of a config with one attempt none that matters.
+    """Returns the teacher of a config, ready to be asked; of a config with one attempt none that
+    matters.
 
     A local one is frozen, and has its weights and its KV cache on the device when this returns.
 

@@ -11,9 +11,10 @@ from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 FIELDS = ("question", "student_answer", "reference_solution", "ground_truth")
 
 SYSTEM_PROMPT = """\
-You tutor a student who has just answered a question wrongly. Find the one flaw that matters most in the student's own \
-reasoning and say where it is. Then give one concrete thing to try next. Write to the student, in at most four short \
-sentences. Never state the answer, its letter or its value, and do not solve the question yourself."""
+You tutor a student who has just answered a question wrongly. Find the one flaw that matters most \
+in the student's own reasoning and say where it is. Then give one concrete thing to try next. \
+Write to the student, in at most four short sentences. Never state the answer, its letter or its \
+value, and do not solve the question yourself."""
 
 USER_TEMPLATE = """\
 The question:
@@ -71,7 +72,8 @@ class Teacher:
         raise NotImplementedError
 
     def step(self, *, student_is_idle: bool = True) -> bool:
-        """Do a little of the teacher's work on the caller's thread; False when there is nothing to do now.
+        """Do a little of the teacher's work on the caller's thread; False when there is nothing to
+        do now.
 
         It waits for a device only when the student has nothing to do.
         """
@@ -85,8 +87,9 @@ class Teacher:
 class TeacherPrompt:
     """The messages a language model is asked with.
 
-    user_template is split into paragraphs at empty lines; one that names a field withheld from the teacher (None in
-    the request) is left out. Values are put in once and never read as a template themselves.
+    user_template is split into paragraphs at empty lines; one that names a field withheld from the
+    teacher (None in the request) is left out. Values are put in once and never read as a template
+    themselves.
 
     Raises:
         ValueError: user_template is malformed or names a field that is not one of FIELDS.
@@ -105,7 +108,8 @@ class TeacherPrompt:
         for _, name, spec, conversion in parts:
             if name is not None and (name not in FIELDS or spec or conversion):
                 raise ValueError(
-                    f"teacher.user_template: fields must be {', '.join(f'{{{field}}}' for field in FIELDS)}, "
+                    "teacher.user_template: fields must be "
+                    f"{', '.join(f'{{{field}}}' for field in FIELDS)}, "
                     f"got {{{name}}}; write {{{{ and }}}} for braces"
                 )
 
@@ -158,7 +162,8 @@ def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
     if in_thoughts or is_open:
         raise GuidanceFailed(
             "cut",
-            "the message was cut, and may be thoughts alone; raise teacher.max_new_tokens or turn thinking off",
+            "the message was cut, and may be thoughts alone; raise teacher.max_new_tokens or turn "
+            "thinking off",
         )
     if not text.strip():
         raise GuidanceFailed("none", "the message was empty")

@@ -58,7 +58,8 @@ def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | G
 
 
 class RuleTeacher(Teacher):
-    """Says what a function of the request returns: Guidance, text or None; blank text is no guidance.
+    """Says what a function of the request returns: Guidance, text or None; blank text is no
+    guidance.
 
     A plain function runs on a thread of its own and an async one on an event loop that only such
     functions have, so one that never returns costs its own guidance, by the time limit, and holds
@@ -134,7 +135,7 @@ def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
 
 
 def retry_teacher(text: str = RETRY_TEXT) -> RuleTeacher:
-    """Says the same sentence whatever the attempt: the gain of a second look without a diagnosis."""
+    """Says one sentence whatever the attempt: the gain of a second look, without a diagnosis."""
     if not text.strip():
         raise ValueError("teacher.retry_text must be text, got only white space")
     return RuleTeacher(lambda request: text)

@@ -49,7 +49,8 @@ class EndpointTeacher(Teacher):
     """Guidance over `/chat/completions`, one pooled client for all calls; lives on one event loop.
 
     Args:
-        url:                base URL, usually ending in /v1; redirects are not followed, to any host.
+        url:                base URL, usually ending in /v1; redirects are not followed, to any
+                            host.
         model:              the name the server knows the model by.
         prompt:             the words it is asked in.
         api_key_env:        NAME of the environment variable that holds the key; None sends none.
@@ -106,7 +107,8 @@ class EndpointTeacher(Teacher):
             self._key = os.environ.get(api_key_env, "").strip()
             if not self._key or not (self._key.isascii() and self._key.isprintable()):
                 raise ValueError(
-                    "teacher.api_key_env must name a variable that is set, got one that is not, or to "
+                    "teacher.api_key_env must name a variable that is set, got one that is not, "
+                    "or to "
                     "more than ASCII (not shown here, as it may be a pasted key); export it"
                 )
             headers["Authorization"] = f"Bearer {self._key}"

@@ -1,13 +1,14 @@
 """A teacher that is a Hugging Face folder, run by a second engine in this process.
 
-guide() runs on the event loop's thread and only queues; step() runs on the engine's thread, takes what is queued,
-advances the engine and hands finished texts back to the loop.
+guide() runs on the event loop's thread and only queues; step() runs on the engine's thread, takes
+what is queued, advances the engine and hands finished texts back to the loop.
 
-A step of a model reads all of its weights, however few requests it advances. So the teacher waits for company: on a GPU
-until ENOUGH_REQUESTS are there or the student has nothing to do; from then on requests join it at once. Its steps are
-under way on a stream of its own while the student decodes: they are launched, and looked at again when the student's
-next tokens are launched. On a CPU both need the same cores, so they take turns, each until it has nothing to do: that
-makes the fewest and fullest steps.
+A step of a model reads all of its weights, however few requests it advances. So the teacher waits
+for company: on a GPU until ENOUGH_REQUESTS are there or the student has nothing to do; from then on
+requests join it at once. Its steps are under way on a stream of its own while the student decodes:
+they are launched, and looked at again when the student's next tokens are launched. On a CPU both
+need the same cores, so they take turns, each until it has nothing to do: that makes the fewest and
+fullest steps.
 """
 
 import asyncio
@@ -56,7 +57,8 @@ class LocalTeacher(Teacher):
         self._prompt_limit = engine.max_tokens - params.max_new_tokens
         if self._prompt_limit < 1:
             raise ValueError(
-                f"teacher.max_new_tokens must be < the teacher's context of {engine.max_tokens} tokens, "
+                f"teacher.max_new_tokens must be < the teacher's context of {engine.max_tokens} "
+                "tokens, "
                 f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
             )
         self.occupies_host = engine.student.lm_head.weight.is_cpu
@@ -130,7 +132,10 @@ class LocalTeacher(Teacher):
                 _resolve(pending, GuidanceFailed("exception", f"chat template: {error}"))
                 continue
             if len(prompt_ids) > self._prompt_limit:
-                reason = f"{len(prompt_ids)} tokens, the teacher's context has room for {self._prompt_limit}"
+                reason = (
+                    f"{len(prompt_ids)} tokens, the teacher's context has room for "
+                    f"{self._prompt_limit}"
+                )
                 _resolve(pending, GuidanceFailed("too_long", reason))
                 continue
             self._running[key] = pending
@@ -173,7 +178,9 @@ class LocalTeacher(Teacher):
 
 
 def _noise_key(request: GuidanceRequest) -> RolloutKey:
-    """A key of its own for each request, since engine keys name prompts only: (batch, question, rollout, attempt)."""
+    """A key of its own for each request, since engine keys name prompts only: (batch, question,
+    rollout, attempt).
+    """
     assert request.rollout_idx < 2**16, request.rollout_idx
     assert request.attempt_idx < 2**8, request.attempt_idx
     return RolloutKey(

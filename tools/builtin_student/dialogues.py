@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from bench.builtin_student.tokenizer import LEAK_TEXTS, TURN_END, TURN_START
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.tasks.molar_mass import ATOMIC_MASSES, Formula, Line, render, work_out
 from socpo_fast.socratic.teachers.calls import RETRY_TEXT
+from tools.builtin_student.tokenizer import LEAK_TEXTS, TURN_END, TURN_START
 
 ATOMIC_NUMBERS = {"Na": 11, "Cl": 17, "Ca": 20, "Fe": 26}
 SLIP_SHARE = 0.35  # of the first attempts

@@ -1,7 +1,7 @@
 """Small tokenizers with the chat templates of the families we support, built in memory.
 
-family() has the special tokens and the real layout of a family (templates/README.md); tiny_tokenizer() takes a template
-of its own, short enough to read beside a test.
+family() has the special tokens and the real layout of a family (templates/README.md);
+tiny_tokenizer() takes a template of its own, short enough to read beside a test.
 """
 
 from pathlib import Path
@@ -16,7 +16,8 @@ CORPUS = [
 ]
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QWEN3 = (  # history loses its <think> block
@@ -29,10 +30,15 @@ QWEN3 = (  # history loses its <think> block
 THINKING = QWEN3.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 LLAMA3 = (  # trims; BOS is the template's
     "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | "
+    "trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-WITHOUT_SPECIAL = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+WITHOUT_SPECIAL = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + "
+    "'\n' }}{% endfor %}"
+)
 
 _SPECIAL = {
     CHATML: ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -66,7 +72,9 @@ FAMILIES: dict[
 
 
 def family(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family in small: its template and special tokens; sentencepiece for mistral_v3."""
+    """The tokenizer of a family in small: its template and special tokens; sentencepiece for
+    mistral_v3.
+    """
     special, roles = FAMILIES[name]
     tokenizer = _sentencepiece(special) if name == "mistral_v3" else _byte_level(special)
     template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
@@ -110,7 +118,9 @@ def _byte_level(special: list[str]) -> Tokenizer:
 
 
 def _sentencepiece(special: list[str]) -> Tokenizer:
-    """Sentencepiece's ways: a space before the first word, byte fallback, merges that build words from the left."""
+    """Sentencepiece's ways: a space before the first word, byte fallback, merges that build words
+    from the left.
+    """
     pieces = [
         *special,
         *(f"<0x{byte:02X}>" for byte in range(256)),

@@ -1,4 +1,6 @@
-"""A student small enough for thousands of steps, and `untouched`: what an attempt must be, whatever happens to it."""
+"""A student small enough for thousands of steps, and `untouched`: what an attempt must be, whatever
+happens to it.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def drain(engine: Engine) -> list[Attempt]:
 
 
 def kept(context: list[int], attempt: Attempt, cut: int | None = None) -> int:
-    """The length of the row's prefix that stays: cut tokens of the attempt, None all, -m none and m fewer before it."""
+    """The length of the row's prefix that stays: cut tokens of the attempt, None all, -m none and m
+    fewer before it.
+    """
     return len(context) + (attempt.num_tokens if cut is None else cut)
 
 
@@ -93,9 +97,11 @@ def untouched(
     sampled: list[int] | None = None,
     max_sampled: int | None = None,
 ) -> tuple:
-    """`bits` of the same attempt by an engine of its own: alone, prefilled whole, nothing forked, shared or preempted.
+    """`bits` of the same attempt by an engine of its own: alone, prefilled whole, nothing forked,
+    shared or preempted.
 
-    sampled: what was sampled already (under other weights, say); max_sampled: stop after that many in all.
+    sampled: what was sampled already (under other weights, say); max_sampled: stop after that many
+    in all.
     """
     engine = make_engine(student)
     sequence = Sequence(

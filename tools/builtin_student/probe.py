@@ -1,6 +1,6 @@
 """How often the built-in student has a mass right: alone, after the tutor's word, after others'.
 
-    python -m bench.builtin_student.probe [--student FOLDER]
+    python -m tools.builtin_student.probe [--student FOLDER]
 
 The probability of the right mass, read off the student's own distribution at temperature 1 with the
 right lines before it (teacher forcing), so that nothing is sampled and a share of one in a thousand
@@ -20,14 +20,14 @@ from statistics import mean
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bench.builtin_student.dialogues import ATOMIC_NUMBERS, believed_lines, bridge_text
-from bench.builtin_student.tokenizer import TURN_END
 from socpo_fast.model import Decoder, load_student, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.socratic.bridge import load_tokenizer
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.tasks.molar_mass import ATOMIC_MASSES, STUDENT_DIR, Formula, render
 from socpo_fast.socratic.teachers.calls import RETRY_TEXT
+from tools.builtin_student.dialogues import ATOMIC_NUMBERS, believed_lines, bridge_text
+from tools.builtin_student.tokenizer import TURN_END
 
 NUM_FORMULAS = 12
 

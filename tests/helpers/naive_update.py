@@ -1,7 +1,8 @@
 """An update's loss, one token at a time: nothing of train/ or ops/ is used.
 
-Every attempt is forwarded alone behind its whole context, through any function from token ids to logits (a decoder with
-attention written out, or transformers); a token's loss is a handful of scalars. fp64 where the model is.
+Every attempt is forwarded alone behind its whole context, through any function from token ids to
+logits (a decoder with attention written out, or transformers); a token's loss is a handful of
+scalars. fp64 where the model is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
 from socpo_fast.types import Rollout
-from tests.train.rollouts import contexts
+from tests.helpers.made_rollouts import contexts
 
 TEMPERATURE = 0.8
 PerToken = list[list[Tensor]]
@@ -106,7 +107,9 @@ def naive_loss(
     tis_clip: float | None = None,
     **clips: Any,
 ) -> tuple[Tensor, float]:
-    """(loss with its graph, share of clipped tokens) of these rollouts as one update; old=None: the sampler's."""
+    """(loss with its graph, share of clipped tokens) of these rollouts as one update; old=None: the
+    sampler's.
+    """
     lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
     terms = []
     num_clipped = 0

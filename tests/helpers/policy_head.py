@@ -1,4 +1,6 @@
-"""Problems for the tests of linear_policy_loss, and two ways to solve them: all logits at once, and the op."""
+"""Problems for the tests of linear_policy_loss, and two ways to solve them: all logits at once, and
+the op.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from socpo_fast.ops import PolicyLoss, linear_policy_loss, policy_loss
 from socpo_fast.ops._impl import extension_is_built
-from tests.error_rule import assert_error_rule
-from tests.loss_options import gathered
+from tests.helpers.error_rule import assert_error_rule
+from tests.helpers.loss_options import gathered
 
 IMPLS = ["ref", *(["cpp"] if extension_is_built() else [])]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -30,7 +32,9 @@ Solution = tuple[PolicyLoss, Tensor, Tensor]  # with the gradients of hidden and
 
 
 class Case(NamedTuple):
-    """Inputs of one call in fp64; hidden and weight fit into bf16, so every dtype computes on the same numbers."""
+    """Inputs of one call in fp64; hidden and weight fit into bf16, so every dtype computes on the
+    same numbers.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -47,7 +51,9 @@ class Case(NamedTuple):
 def make_case(
     num_tokens: int = 37, num_rows: int = 53, vocab: int = 97, width: int = 16, peak: float = 4.0
 ) -> Case:
-    """Prime sizes; peaked logits, some log-probs near 0 and some far below; ratios on both sides of the clips."""
+    """Prime sizes; peaked logits, some log-probs near 0 and some far below; ratios on both sides of
+    the clips.
+    """
     rng = torch.Generator().manual_seed(num_tokens * 1000 + num_rows)
     hidden = torch.randn(num_tokens, width, generator=rng)
     weight = torch.randn(vocab, width, generator=rng)

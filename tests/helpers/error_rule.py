@@ -2,9 +2,9 @@
 
     |actual - truth| <= 2 |plain - truth| + tolerance          element by element
 
-truth is the reference in fp64, plain the reference in the kernel's own dtype: an implementation may be about as wrong
-as straightforward PyTorch, wherever that is, and no more. The tolerance covers elements where plain is right by luck;
-it is absolute, so keep what is compared near 1.
+truth is the reference in fp64, plain the reference in the kernel's own dtype: an implementation may
+be about as wrong as straightforward PyTorch, wherever that is, and no more. The tolerance covers
+elements where plain is right by luck; it is absolute, so keep what is compared near 1.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ TOLERANCE: dict[torch.dtype, float] = {
 def assert_error_rule(
     actual: Tensor, plain: Tensor, truth: Tensor, *, name: str, dtype: torch.dtype | None = None
 ) -> None:
-    """Hold `actual` to the rule; dtype is the one the work was done in, by default that of `actual`.
+    """Hold `actual` to the rule; dtype is the one the work was done in, by default that of
+    `actual`.
 
-    NaN and infinities must stand at the same places in actual and truth, infinities with the same sign.
+    NaN and infinities must stand at the same places in actual and truth, infinities with the same
+    sign.
     """
     assert actual.shape == plain.shape == truth.shape, (
         f"{name}: {actual.shape}, {plain.shape}, {truth.shape} differ"
@@ -47,8 +49,10 @@ def assert_error_rule(
         return
     worst = _coordinate(excess, int(excess.argmax()))
     raise AssertionError(
-        f"{name}: {int((excess > 0).sum())} of {excess.numel()} elements break the error rule; worst at {list(worst)}: "
-        f"actual {actual_64[worst].item():.9g}, plain {plain_64[worst].item():.9g}, truth {truth_64[worst].item():.9g} "
+        f"{name}: {int((excess > 0).sum())} of {excess.numel()} elements break the error rule; "
+        f"worst at {list(worst)}: "
+        f"actual {actual_64[worst].item():.9g}, plain {plain_64[worst].item():.9g}, truth "
+        f"{truth_64[worst].item():.9g} "
         f"(tolerance {tolerance:g})"
     )
 
@@ -67,7 +71,8 @@ def assert_bitwise_equal(a: Tensor, b: Tensor, *, name: str) -> None:
         return
     first = _coordinate(equal, int((~equal).flatten().int().argmax()))
     raise AssertionError(
-        f"{name}: {int((~equal).sum())} of {equal.numel()} elements differ; first at {list(first)}: "
+        f"{name}: {int((~equal).sum())} of {equal.numel()} elements differ; first at "
+        f"{list(first)}: "
         f"{a_cpu[first].item()!r} and {b_cpu[first].item()!r}"
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
 from socpo_fast.types import GuidanceFailed, GuidanceRequest, RolloutKey
-from tests.socratic.faulty_server import Handler, Server
+from tests.helpers.faulty_server import Handler, Server
 
 KEY = "sk-very-secret"
 

@@ -1,4 +1,6 @@
-"""One scripted episode under any tokenizer, and what the chat template itself makes of the same dialogue."""
+"""One scripted episode under any tokenizer, and what the chat template itself makes of the same
+dialogue.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.types import Guidance, GuidanceRequest, Question, Rollout, SamplingParams
-from tests.socratic.scripted import ScriptedEngine
+from tests.helpers.scripted import ScriptedEngine
 
 PROMPT = ({"role": "user", "content": "1 + 1?"},)
 WITH_SYSTEM = ({"role": "system", "content": "Be exact."}, *PROMPT)
@@ -116,7 +118,9 @@ def text_of(bridge: Bridge, token_ids: Sequence[int]) -> str:
 
 
 def answer_ids(bridge: Bridge, text: str, *, ended: bool = True) -> list[int]:
-    """An answer as a student would sample it: behind the generation prompt, the end of turn included when ended."""
+    """An answer as a student would sample it: behind the generation prompt, the end of turn
+    included when ended.
+    """
     first_word = bridge.exact_text(bridge.untrusted_ids("x"))
     space = (
         " " if bridge.before.endswith(" ") and first_word == "x" else ""

@@ -1,4 +1,6 @@
-"""What the tests of rms_norm, swiglu and rotary share: values with their gradients, and the three ways to get them."""
+"""What the tests of rms_norm, swiglu and rotary share: values with their gradients, and the three
+ways to get them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops._impl import extension_is_built
-from tests.error_rule import (
+from tests.helpers.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
     assert_error_rule,
@@ -38,7 +40,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def values_and_gradients(
     function: Function, inputs: list[Tensor], dtype: torch.dtype, device: str
 ) -> list[Tensor]:
-    """Outputs of function(*inputs), then the gradient of each input under a random upstream gradient."""
+    """Outputs of function(*inputs), then the gradient of each input under a random upstream
+    gradient.
+    """
     moved = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
     out = function(*moved)
     outputs = list(out) if isinstance(out, tuple) else [out]
@@ -56,7 +60,7 @@ def assert_as_right_as_ref(
     *,
     scales: list[float],
 ) -> None:
-    """Outputs and gradients under the error rule, each divided by its scale, so that it is near 1."""
+    """Holds outputs and gradients to the error rule, each divided by its scale."""
     actual = values_and_gradients(run, inputs, dtype, device)
     plain, truth = (values_and_gradients(ref, inputs, t, "cpu") for t in (dtype, torch.float64))
     for idx, three in enumerate(zip(actual, plain, truth, strict=True)):

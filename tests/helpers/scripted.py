@@ -8,7 +8,7 @@ import torch
 
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.types import Attempt, Question, RolloutKey, SamplingParams
-from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
+from tests.helpers.tiny_tokenizers import CHATML, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(CHATML)
 BRIDGE = Bridge(TOKENIZER, guidance_limit=50)
@@ -31,7 +31,9 @@ def contains(text: str, question: Question) -> bool:
 
 @dataclass
 class ScriptedEngine:
-    """Stands in for Engine: attempt k of rollout r of question q is script[q, r][k]; remembers every context."""
+    """Stands in for Engine: attempt k of rollout r of question q is script[q, r][k]; remembers
+    every context.
+    """
 
     script: dict[tuple[int, int], list[list[int]]]
     max_tokens: int = 500

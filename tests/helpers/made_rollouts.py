@@ -98,7 +98,7 @@ def turns_of(
 
 
 def contexts(rollout: Rollout) -> list[list[int]]:
-    """[attempt] -> the token ids that stood before it when it was sampled; on its own, to compare."""
+    """Returns, per attempt, the token ids it was sampled behind; computed apart, to compare."""
     found = [list(rollout.prompt_ids)]
     for turn in rollout.turns[:-1]:
         row = found[-1] + turn.attempt.token_ids
@@ -121,7 +121,9 @@ def count_nodes(rollouts: list[Rollout]) -> tuple[int, int]:
 
 
 def make_rollouts() -> list[Rollout]:
-    """Every shape a rollout can have, out of order: two groups, a singleton, one question with two prompts."""
+    """Every shape a rollout can have, out of order: two groups, a singleton, one question with two
+    prompts.
+    """
     first = [1, 2, 3, 4, 5]
     second = [7]
     third = [9, 8]

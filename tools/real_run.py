@@ -1,6 +1,6 @@
 """A real model, end to end: train, stop, go on, evaluate, load the result in transformers.
 
-    python -m bench.real_run --teacher local|endpoint --student FOLDER --data FOLDER [--out runs]
+    python -m tools.real_run --teacher local|endpoint --student FOLDER --data FOLDER [--out runs]
                              [--device cuda]
 
 With --teacher endpoint the teacher is the same folder behind `transformers serve` (extra `serving`)
@@ -43,7 +43,7 @@ def main() -> None:
     name = f"smollm2_sciknoweval_{known.teacher}"
     words = ["--config", str(CONFIGS / f"{name}.toml"), "--student.path", str(known.student)]
     words += ["--run.dir", known.out, "--run.device", str(known.device)]
-    words += ["--data.grader", "bench.real_run:first_letter"]
+    words += ["--data.grader", "tools.real_run:first_letter"]
     words += ["--data.train", str(known.data / "train.parquet")]
     words += ["--data.eval", str(known.data / "test.parquet")]
     started = time.perf_counter()
@@ -63,7 +63,7 @@ def main() -> None:
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(Options of this script, all others)."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("bench.real_run", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("tools.real_run", description=__doc__, formatter_class=form)
     parser.add_argument("--teacher", choices=("local", "endpoint"), required=True)
     words = "Hugging Face folder of student and teacher"
     parser.add_argument("--student", type=Path, required=True, help=words)

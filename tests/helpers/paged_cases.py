@@ -9,7 +9,7 @@ from torch import Tensor
 
 from socpo_fast.ops import paged_attention
 from socpo_fast.ops.paged_attention import paged_attention_ref
-from tests.error_rule import assert_error_rule
+from tests.helpers.error_rule import assert_error_rule
 
 SPLIT = 128  # KEY_SPLIT of csrc/simd/kernels.h
 
@@ -25,7 +25,9 @@ class Case(NamedTuple):
     cu_seqlens_q: Tensor
 
     def part(self, b: int, begin: int, end: int, seq_len: int) -> Case:
-        """Sequence b alone with its first seq_len tokens, of which rows begin .. end - 1 of q are the last."""
+        """Sequence b alone with its first seq_len tokens, of which rows begin .. end - 1 of q are
+        the last.
+        """
         return self._replace(
             q_THE=self.q_THE[begin:end],
             block_table_BM=self.block_table_BM[b : b + 1],
@@ -45,7 +47,9 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     shared: int = 0,
 ) -> Case:
-    """Random keys, in caches of `dtype`; all sequences have the first one's pages for their first `shared` tokens."""
+    """Random keys, in caches of `dtype`; all sequences have the first one's pages for their first
+    `shared` tokens.
+    """
     generator = torch.Generator().manual_seed(sum(seq_lens) + head_dim)
     width = -(-max(seq_lens) // page_size) + 1
     num_pages = len(seq_lens) * width

@@ -2,7 +2,7 @@
 
 It takes 25 minutes on one core.
 
-    python -m bench.builtin_student.warm_up --out FOLDER
+    python -m tools.builtin_student.warm_up --out FOLDER
 
 Read: make_student -> calibrate -> updates -> warm_up_loss. Departures from a trainer: none
 of the engine's or the trainer's parts are used, rows are padded, and only assistant tokens of
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from bench.builtin_student.dialogues import Piece, Shares, dialogue
-from bench.builtin_student.tokenizer import MAX_LENGTH, build_tokenizer
 from socpo_fast.model import Decoder, ModelConfig, packed_forward, save_student
 from socpo_fast.ops import visible_until_of_sequences
+from tools.builtin_student.dialogues import Piece, Shares, dialogue
+from tools.builtin_student.tokenizer import MAX_LENGTH, build_tokenizer
 
 NUM_UPDATES = 4000
 ROWS_PER_UPDATE = 32

@@ -19,6 +19,6 @@ def dead_pair(triton: str | None, numpy: str) -> str | None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """Major and minor number; what stands behind them, as in 2.4.0rc1 or 3.7.1+git, does not count."""
+    """Reads major and minor; what follows them, as in 2.4.0rc1 or 3.7.1+git, does not count."""
     major, minor = re.findall(r"\d+", version)[:2]
     return int(major), int(minor)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from socpo_fast.ops import adamw
 from socpo_fast.ops.adamw import join_master, split_master
-from tests.error_rule import assert_bitwise_equal
-from tests.ops.elementwise import needs_cpp
+from tests.helpers.elementwise import needs_cpp
+from tests.helpers.error_rule import assert_bitwise_equal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["ref", pytest.param("cpp", marks=needs_cpp), "triton"]

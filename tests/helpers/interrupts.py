@@ -16,7 +16,8 @@ ROLLOUT = (*ENGINE, "socpo_fast/socratic/rollout.py", "socpo_fast/socratic/teach
 
 @contextmanager
 def interrupted_at(line: int, files: tuple[str, ...] = ENGINE) -> Iterator[list[int]]:
-    """Raises KeyboardInterrupt before the line-th line of these files that this thread runs in the block.
+    """Raises KeyboardInterrupt before the line-th line of these files that this thread runs in the
+    block.
 
     Yields a list that holds how many lines were run so far. Only once: what cleans up runs through.
     """

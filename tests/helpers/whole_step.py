@@ -29,8 +29,8 @@ from socpo_fast.train.optimizer import EPS
 from socpo_fast.train.step import compute_logprobs, policy_gradients
 from socpo_fast.train.update import Updater
 from socpo_fast.types import Question, Rollout, SamplingParams
-from tests.socratic.scripted import BRIDGE, END, TOKENIZER
-from tests.train.rollouts import make_student
+from tests.helpers.made_rollouts import make_student
+from tests.helpers.scripted import BRIDGE, END, TOKENIZER
 
 TEMPERATURE = 0.9
 BUDGET = 1000  # tokens: one microbatch an update

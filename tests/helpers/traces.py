@@ -1,10 +1,10 @@
 """A random life of an engine, step by step against a dictionary model of its pages.
 
-Trace does what a caller can do, in any order: submit, step, resume at any cut, release, cancel, reset, change the
-weights, ask for what can never fit or under a key in flight, stop a step anywhere; and, as a full pool does, takes
-pages away from whoever has some. The pool is tiny, so that happens by itself as well. PageBook holds after every move
-who owns a page and what it was computed from; `check_tokens` at the end holds every attempt to that of an engine of
-its own.
+Trace does what a caller can do, in any order: submit, step, resume at any cut, release, cancel,
+reset, change the weights, ask for what can never fit or under a key in flight, stop a step
+anywhere; and, as a full pool does, takes pages away from whoever has some. The pool is tiny, so
+that happens by itself as well. PageBook holds after every move who owns a page and what it was
+computed from; `check_tokens` at the end holds every attempt to that of an engine of its own.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from socpo_fast.engine import Engine
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model import Decoder
 from socpo_fast.types import Attempt, RolloutKey, SamplingParams
-from tests.engine.tiny import POSITIONS, VOCAB, bits, make_engine, make_student, untouched
-from tests.interrupts import interrupted_at
+from tests.helpers.interrupts import interrupted_at
+from tests.helpers.tiny import POSITIONS, VOCAB, bits, make_engine, make_student, untouched
 
 Name = tuple[RolloutKey, int, int]  # key, rollout_idx, attempt_idx
 STUDENTS = [make_student(seed) for seed in range(3)]  # policy_version % 3
 
 
 class PageBook:
-    """The model: a dictionary from a slot to the (policy_version, tokens up to it) that its KV was computed from."""
+    """The model: a dictionary from a slot to the (policy_version, tokens up to it) that its KV was
+    computed from.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -265,7 +267,9 @@ class Trace:
         assert not self.engine.has_work
 
     def check_tokens(self) -> None:
-        """Every attempt against `untouched`, under the weights that each of its tokens was sampled with."""
+        """Every attempt against `untouched`, under the weights that each of its tokens was sampled
+        with.
+        """
         for attempt in self.finished:
             name = name_of(attempt)
             starts = [*self.versions[name], (attempt.num_tokens, -1)]

@@ -12,7 +12,7 @@ from socpo_fast.config import Config, LocalTeacherConfig, RunConfig
 from socpo_fast.socratic.teachers import LocalTeacher, make_teacher
 from socpo_fast.socratic.teachers.calls import background
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey
-from tests.socratic.tiny_tokenizers import CHATML, tiny_tokenizer
+from tests.helpers.tiny_tokenizers import CHATML, tiny_tokenizer
 
 SETTINGS = {
     "kind": "local",

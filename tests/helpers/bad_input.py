@@ -1,4 +1,6 @@
-"""What the tables of bad input share: a finished run that must stay as it is, and damaged copies of its student."""
+"""What the tables of bad input share: a finished run that must stay as it is, and damaged copies of
+its student.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from socpo_fast.cli import main
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 
-CONFIG = Path(__file__).parent.parent / "configs" / "molar_mass.toml"
+CONFIG = Path(__file__).parents[2] / "configs" / "molar_mass.toml"
 SMALL = {
     "config": CONFIG,
     "run.name": "run",
@@ -33,7 +35,9 @@ Words = dict[str, Any]
 
 
 def words_of(command: str, run_dir: Path, words: Words) -> list[str]:
-    """The command line: small settings, then those of the case. A key may be a bare word, with value None."""
+    """The command line: small settings, then those of the case. A key may be a bare word, with
+    value None.
+    """
     settings = {**SMALL, "run.dir": run_dir, **words}
     pairs = [
         [f"--{name}", str(value)] if value is not None else [name]
@@ -79,7 +83,9 @@ def assert_train_refuses(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`socpo train` with the words of a case: exit code 2, its message, and the finished run as it was."""
+    """`socpo train` with the words of a case: exit code 2, its message, and the finished run as it
+    was.
+    """
     make, message = case
     words = make(folder)
     before = snapshot(run_dir)
