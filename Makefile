@@ -38,6 +38,7 @@ test-cuda-build: $(CUDA_INSTALLED)
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/simd/*
 
 types: $(INSTALLED)
 	$(VENV_PYTHON) -m mypy

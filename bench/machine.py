@@ -1,9 +1,9 @@
-"""Where a bench runs: the options --device and --dtype, the machine's peaks, the header card.
+"""Prepares a bench's machine: the options --device and --dtype, measured peaks, the header card.
 
     add_options(parser)    settle(parser, args)    print_card(measure_card(threads, device, dtype))
 
-On a CPU products are computed in fp32, whatever the weights are stored in: it has no fast bf16
-arithmetic. On a card they are computed in the dtype of the weights.
+A CPU computes products in fp32, whatever dtype the weights are stored in, since it has no fast bf16
+arithmetic. A card computes them in the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Matmul = Callable[[Tensor, Tensor, Tensor, bool], object]  # out, a, b, whether 
 
 
 def add_options(parser: argparse.ArgumentParser, *, with_dtype: bool = True) -> None:
-    """--device, and --dtype for what makes or loads its own weights."""
+    """Adds --device, and --dtype for a bench that makes or loads weights."""
     words = "where tensors are; a card's times are those of CUDA events"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=words)
     if with_dtype:
@@ -36,9 +36,9 @@ def add_options(parser: argparse.ArgumentParser, *, with_dtype: bool = True) -> 
 
 
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Turns the words of both options into a torch.device and a torch.dtype.
+    """Turns the texts of both options into a torch.device and a torch.dtype.
 
-    A card that is not there ends the bench with exit status 2 and one line.
+    Ends the bench with exit status 2 and one line if --device names a card that is not there.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         rule = "--device must be cpu where no CUDA card is found, got cuda"
@@ -49,15 +49,15 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What factors of a product are on this device when weights are stored in `dtype`."""
+    """Returns the dtype of a product's factors on this device, for weights stored in `dtype`."""
     return dtype if device.type == "cuda" else torch.float32
 
 
 def matmuls(device: torch.device = CPU) -> dict[str, Matmul]:
-    """The GEMMs there are: torch's own, and on a CPU the one our ops call where it is built."""
+    """Returns the available GEMMs: torch's own, and on a CPU ours if the extension is built."""
 
     def torch_mm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-        if out.is_cuda:  # where an fp32 sum may have bf16 factors
+        if out.is_cuda:  # dW has bf16 factors and an fp32 sum, which plain addmm refuses
             matmul_(out, a, b, accumulate=accumulate)
         else:
             torch.addmm(out, a, b, beta=float(accumulate), out=out)
@@ -75,7 +75,7 @@ def peak_gflop_s(
     size: int | None = None,
     num_runs: int = 5,
 ) -> float:
-    """Rate of the best of a few square GEMMs, after one that is not counted on a card."""
+    """Returns the rate of the fastest of a few large square GEMMs."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     matmul = matmuls(device)[library]
@@ -85,7 +85,8 @@ def peak_gflop_s(
 def peak_gb_s(
     device: torch.device = CPU, *, num_mib: int | None = None, num_runs: int = 5
 ) -> float:
-    """Rate of the best of a few copies far larger than any cache; reads and writes both count."""
+    """Returns the rate of the fastest of a few large copies; reads and writes both count."""
+    # Far larger than any cache, so that memory is measured.
     num_mib = num_mib or (2048 if device.type == "cuda" else 256)
     source = torch.ones(num_mib * MIB // 4, device=device)
     target = torch.zeros_like(source)
@@ -98,29 +99,31 @@ def measure_card(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Sets the threads, measures the machine's peaks and says where this runs.
+    """Sets the number of threads, measures the machine's peaks and describes the machine.
 
-    `peak_gflop_s` is the fastest library's, in the dtype that products are computed in.
+    `peak_gflop_s` is the fastest library's, in the dtype in which products are computed.
     """
+    # Before the peaks are measured, as these depend on it.
     set_threads(num_threads)
     is_card = device.type == "cuda"
     names = {"device": torch.cuda.get_device_name(device) if is_card else f"CPU {cpu_name()}"}
-    factor = product_dtype(device, dtype)
+    factor_dtype = product_dtype(device, dtype)
     names["dtype"] = str(dtype).removeprefix("torch.")
-    names["gemm_dtype"] = str(factor).removeprefix("torch.")
-    rates = {library: peak_gflop_s(library, device, factor) for library in matmuls(device)}
+    names["gemm_dtype"] = str(factor_dtype).removeprefix("torch.")
+    rates = {library: peak_gflop_s(library, device, factor_dtype) for library in matmuls(device)}
     peaks = {f"{library}_gflop_s": rate for library, rate in rates.items()}
     peaks |= {"peak_gflop_s": max(rates.values()), "peak_gb_s": peak_gb_s(device)}
     return environment() | names | peaks | {"free_gib": free_gib(device)}
 
 
 def print_card(card: Mapping[str, Any]) -> None:
+    """Prints the header of a bench, a line for each fact."""
     for name, value in card.items():
         print(f"  {name:18}{f'{value:.1f}' if isinstance(value, float) else value}")
     print(flush=True)
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device, num_runs: int) -> float:
-    if device.type == "cuda":
+    if device.type == "cuda":  # the first call loads the kernels
         run()
     return min(seconds_of(run, device) for _ in range(num_runs))

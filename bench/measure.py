@@ -1,10 +1,10 @@
-"""What every bench measures alike: seconds of a call, rounds, memory of a call; and aligned rows.
+"""Measures calls for every bench: seconds, rounds of contenders, memory; prints aligned rows.
 
     timed(run, device)    time_rounds(runs, ..)    spread(seconds)    extra_peak_mib(run, device)
 
-A card's seconds are those between two CUDA events around the call, a CPU's are the clock's.
-Contenders are timed in rounds, one run of each a round, so that a machine which slows down slows
-all of them; ratios are quoted within one such set of rounds only.
+On a card a call's seconds are those between two CUDA events around it, on a CPU those of the clock.
+Contenders are timed in rounds, and each runs once a round. If the machine slows down, it slows all
+of them. Ratios are therefore only quoted within one set of rounds.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Result = TypeVar("Result")
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
-SHORT_S = 2.0  # below it, a first run's warming up shows
+SHORT_S = 2.0  # in a shorter first run, warming up is a visible part of the time
 
 
 class Spread(NamedTuple):
-    """Seconds a call took."""
+    """The seconds of several calls: median and percentiles."""
 
     median_s: float
     p20_s: float
@@ -39,16 +39,16 @@ class Spread(NamedTuple):
 
 
 class PeakMib(NamedTuple):
-    """Most memory held at once."""
+    """The most memory held at once."""
 
     tensors: float  # from torch's record of allocations
-    # Rise of resident memory, which sees GEMM libraries' scratch, but also what the heap keeps.
-    # None: a card's memory, or a system other than Linux.
+    # The rise of resident memory. Unlike `tensors` it sees the scratch memory of GEMM libraries,
+    # but also free heap that was not given back. None on a card, or if the system is not Linux.
     resident: float | None
 
 
 def timed(run: Callable[[], Result], device: torch.device = CPU) -> tuple[Result, float]:
-    """A call's result and seconds; on a card from when it begins there to when it has ended."""
+    """Returns a call's result and seconds; on a card from its first kernel to its last."""
     if device.type != "cuda":
         started = time.perf_counter()
         result = run()
@@ -63,13 +63,14 @@ def timed(run: Callable[[], Result], device: torch.device = CPU) -> tuple[Result
 
 
 def seconds_of(run: Callable[[], object], device: torch.device = CPU) -> float:
+    """Returns a call's seconds."""
     return timed(run, device)[1]
 
 
 def first_seconds(run: Callable[[], object], device: torch.device = CPU) -> float:
-    """Seconds of the first call, or of a second one where the first was short or on a card.
+    """Returns the seconds of a first call; calls again on a card or if the first was short.
 
-    A card's first call compiles kernels and fills the allocator.
+    A card's first call compiles kernels and fills the allocator's cache, so it does not count.
     """
     seconds = seconds_of(run, device)
     if device.type == "cuda":
@@ -80,9 +81,9 @@ def first_seconds(run: Callable[[], object], device: torch.device = CPU) -> floa
 def time_rounds(
     runs: Sequence[Callable[[], Any]], num_rounds: int, device: torch.device = CPU
 ) -> list[list[float]]:
-    """Seconds of each run in each round; within a round every run is called once, in order.
+    """Returns [run][round] seconds; within a round every run is called once, in order.
 
-    On a card there is a round before the first one that is not counted.
+    On a card one more round comes first and is not counted.
     """
     if device.type == "cuda" and num_rounds > 0:
         for run in runs:
@@ -95,16 +96,17 @@ def time_rounds(
 
 
 def spread(seconds: Sequence[float]) -> Spread:
-    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(shares).tolist()
+    """Returns median, 20th and 80th percentile."""
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(quantiles).tolist()
     return Spread(median, low, high, len(seconds))
 
 
 def free_gib(device: torch.device = CPU) -> float:
-    """Memory that can be had, on a CPU without swapping; infinite where Linux does not tell."""
+    """Returns the memory that can be allocated; on a CPU without swapping, inf if not known."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + kept) / 2**30
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + reusable) / 2**30
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
     available = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
@@ -112,9 +114,9 @@ def free_gib(device: torch.device = CPU) -> float:
 
 
 def extra_peak_mib(run: Callable[[], Result], device: torch.device = CPU) -> tuple[Result, PeakMib]:
-    """A call's result, and the most memory it held at once beyond what was live before.
+    """Returns a call's result, and the most memory that it held beyond what was live before.
 
-    The result is part of it.
+    The memory of the result counts as well.
     """
     gc.collect()
     if device.type == "cuda":
@@ -122,10 +124,10 @@ def extra_peak_mib(run: Callable[[], Result], device: torch.device = CPU) -> tup
         result, peak_mib = _card_peak_mib(run, device)
         return result, PeakMib(peak_mib - before_mib, None)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints two lines
-    before = _reset_high_water_mib()
+    base_mib = _reset_high_water_mib()
     with profile(use_cpu=True, profile_memory=True) as memory:
         result = run()
-    resident = None if before is None else max(0.0, _status_mib("VmHWM") - before)
+    resident = None if base_mib is None else max(0.0, _status_mib("VmHWM") - base_mib)
     events = [event for event in memory.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return result, PeakMib(max(accumulate(changes, initial=0)) / MIB, resident)
@@ -134,25 +136,26 @@ def extra_peak_mib(run: Callable[[], Result], device: torch.device = CPU) -> tup
 def peak_held_mib(
     run: Callable[[], Result], device: torch.device = CPU
 ) -> tuple[Result, float | None]:
-    """A call's result, and the most memory held meanwhile, all of it.
+    """Returns a call's result, and the most memory held while it ran, with what was live before.
 
-    Resident memory of this process, None where that is not Linux'; on a card that of all tensors.
+    On a CPU that is this process's resident memory (None where the system is not Linux), on a card
+    the memory of all tensors.
     """
     gc.collect()
     if device.type == "cuda":
         return _card_peak_mib(run, device)
-    before = _reset_high_water_mib()
+    base_mib = _reset_high_water_mib()
     result = run()
-    return result, None if before is None else _status_mib("VmHWM")
+    return result, None if base_mib is None else _status_mib("VmHWM")
 
 
 def milliseconds(seconds: float) -> str:
-    """At least three digits of it."""
+    """Formats seconds as milliseconds, with at least three digits."""
     return f"{1e3 * seconds:.{max(0, 2 - math.floor(math.log10(1e3 * seconds)))}f}"
 
 
 def print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
-    """One aligned row: a positive width pads on the left, a negative one on the right."""
+    """Prints one aligned row: a positive width pads on the left, a negative one on the right."""
     pairs = zip(cells, widths, strict=True)
     padded = (f"{c:>{w}}" if w > 0 else f"{c:<{-w}}" for c, w in pairs)
     print("  ".join(padded).rstrip(), flush=True)
@@ -167,13 +170,11 @@ def _card_peak_mib(run: Callable[[], Result], device: torch.device) -> tuple[Res
 
 
 def _reset_high_water_mib() -> float | None:
-    """Resident memory, from which the kernel's high-water mark VmHWM starts again.
-
-    That is what writing 5 to clear_refs does.
-    """
+    """Resets the kernel's high-water mark VmHWM; returns resident memory, or None if it cannot."""
     try:
-        # a call that fills free heap again would seem to need nothing
+        # Gives free heap back first. Otherwise a call that reuses it would seem to need nothing.
         ctypes.CDLL(None).malloc_trim(0)
+        # Writing 5 to clear_refs sets VmHWM to the current resident memory (man 5 proc).
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return _status_mib("VmRSS")
     except (OSError, AttributeError):

@@ -43,7 +43,7 @@ MEAN_DELAY_S = 1.5  # of a teacher elsewhere, exponential
 
 @dataclass
 class Scene:
-    """A student, its questions, and the rules."""
+    """A student's engine, its questions, and the options of a rollout."""
 
     engine: Engine
     bridge: Bridge
@@ -52,11 +52,13 @@ class Scene:
     num_questions: int
 
     def rollouts(self, teacher: Teacher | TeacherFunction) -> list[Rollout]:
+        """Rolls out all questions with this teacher; returns rollouts in the order of questions."""
         rollouts = socratic_rollouts(
             self.engine,
             self.bridge.tokenizer,
             molar_mass.questions(0, self.num_questions, "train"),
             teacher=teacher,
+            # All attempts count as wrong, so that every rollout asks the teacher and goes on.
             grader=lambda _text, _question: False,
             params=self.params,
             options=self.options,
@@ -67,55 +69,60 @@ class Scene:
 
 
 def name_of(rollout: Rollout) -> Name:
+    """Returns (question, rollout), by which recorded guidance is found."""
     return rollout.question_idx, rollout.rollout_idx
 
 
 def tokens_of(rollouts: Sequence[Rollout]) -> list[list[list[int]]]:
+    """Returns the token ids of all attempts, by rollout."""
     return [[attempt.token_ids for attempt in rollout.attempts] for rollout in rollouts]
 
 
 @dataclass
 class Recorded:
-    """What the local teacher was asked and what it said."""
+    """The local teacher's requests and answers, to be replayed by other teachers."""
 
     requests: list[GuidanceRequest]
     texts: dict[Name, str | None]
-    asked_s: dict[Name, float] = field(default_factory=dict)  # when, last
+    asked_s: dict[Name, float] = field(default_factory=dict)  # clock time of the last request
 
     def say(self, request: GuidanceRequest) -> str | None:
+        """Answers at once with the recorded guidance: a teacher that costs nothing."""
         name = request.key.question, request.rollout_idx
         self.asked_s[name] = time.perf_counter()
         return self.texts[name]
 
 
 def record(scene: Scene, teacher: Teacher) -> tuple[Recorded, list[Rollout]]:
-    """Rolls out once, and notes every request and answer."""
+    """Rolls out once and records every request and answer."""
     requests: list[GuidanceRequest] = []
     guide = teacher.guide_in_time
 
-    async def noted(request: GuidanceRequest, timeout_s: float | None) -> Guidance | None:
+    async def record_and_guide(
+        request: GuidanceRequest, timeout_s: float | None
+    ) -> Guidance | None:
         requests.append(request)
         return await guide(request, timeout_s)
 
-    teacher.guide_in_time = noted  # type: ignore[method-assign]
+    teacher.guide_in_time = record_and_guide  # type: ignore[method-assign]
     rollouts = scene.rollouts(teacher)
     teacher.guide_in_time = guide  # type: ignore[method-assign]
-    shown = {name_of(r): r.turns[0].guidance for r in rollouts}
-    texts = {name: guidance.raw_text if guidance else None for name, guidance in shown.items()}
+    guidances = {name_of(r): r.turns[0].guidance for r in rollouts}
+    texts = {name: guidance.raw_text if guidance else None for name, guidance in guidances.items()}
     return Recorded(requests, texts), rollouts
 
 
 def guide_all(teacher: Teacher, requests: Sequence[GuidanceRequest]) -> None:
-    """The teacher alone, all requests at once."""
-    asked = [ask(teacher, request, 600.0) for request in requests]
-    while not all(future.done() for future in asked):
+    """Runs the teacher without a student, with all requests at once."""
+    futures = [ask(teacher, request, 600.0) for request in requests]
+    while not all(future.done() for future in futures):
         teacher.step()
-    for future in asked:
+    for future in futures:
         result_of(future, teacher)
 
 
 def slow(recorded: Recorded, delays_s: dict[Name, float]) -> TeacherFunction:
-    """A teacher elsewhere."""
+    """Returns a teacher on another machine: recorded guidance, each after its own delay."""
 
     async def guide(request: GuidanceRequest) -> str | None:
         await asyncio.sleep(delays_s[request.key.question, request.rollout_idx])
@@ -125,16 +132,20 @@ def slow(recorded: Recorded, delays_s: dict[Name, float]) -> TeacherFunction:
 
 
 def token_s(scene: Scene) -> float:
-    """Seconds a token of one rollout alone."""
-    alone = replace(scene, options=replace(scene.options, group_size=1, max_attempts=1))
-    alone.num_questions = 1
+    """Returns the seconds a token of one rollout that has the engine to itself."""
+    single = replace(scene, options=replace(scene.options, group_size=1, max_attempts=1))
+    single.num_questions = 1
     started = time.perf_counter()
-    (rollout,) = alone.rollouts(lambda _request: None)
+    (rollout,) = single.rollouts(lambda _request: None)
     return (time.perf_counter() - started) / rollout.num_sampled
 
 
 def longest_chain_s(scene: Scene, recorded: Recorded, delays_s: dict[Name, float]) -> float:
-    """Until a rollout's first attempt has ended, then its wait, then its second attempt alone."""
+    """Returns the longest time that a single rollout needs, whatever the others do.
+
+    asked_s is when the first attempt ended among all others; then come the teacher's delay, and the
+    second attempt at the speed of a rollout that has the engine to itself.
+    """
     one_token_s = token_s(scene)
     started = time.perf_counter()
     rollouts = scene.rollouts(recorded.say)
@@ -155,10 +166,11 @@ def main() -> None:
     rng = random.Random(0)
     delays_s = {name: rng.expovariate(1 / MEAN_DELAY_S) for name in recorded.texts}
     elsewhere = slow(recorded, delays_s)
+    # Times can only be compared if all teachers lead to the same work.
     for guide in (recorded.say, elsewhere):
         if tokens_of(scene.rollouts(guide)) != tokens_of(expected):
             raise SystemExit("bench.teacher: the same guidance must lead to the same tokens")
-    taken = time_interleaved(
+    seconds_by_run = time_interleaved(
         {
             "with a local teacher": lambda: scene.rollouts(teacher),
             "student alone": lambda: scene.rollouts(recorded.say),
@@ -167,8 +179,10 @@ def main() -> None:
         },
         args,
     )
-    medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in seconds_by_run.items()}
     chain_s = longest_chain_s(scene, recorded, delays_s)
+    # Two local models share the machine, so their times add up. A teacher elsewhere works at the
+    # same time as the student, so the longest of the three counts.
     limits_s = {
         "with a local teacher": medians["student alone"] + medians["teacher alone"],
         "with one elsewhere": max(medians["student alone"], max(delays_s.values()), chain_s),
@@ -176,11 +190,12 @@ def main() -> None:
     for name, median in medians.items():
         ratio = f"{median / limits_s[name]:.2f} x its limit" if name in limits_s else ""
         print(f"{name:22} {median:7.2f} s   {ratio}")
-    report = {"seconds": taken, "limits_s": limits_s, "chain_s": chain_s}
+    report = {"seconds": seconds_by_run, "limits_s": limits_s, "chain_s": chain_s}
     print(json.dumps({"bench": "teacher", **vars(args), **report}, default=str))
 
 
 def parse() -> argparse.Namespace:
+    """Parses the options."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("bench.teacher", description=__doc__, formatter_class=form)
     parser.add_argument("--student", type=Path, required=True, help="Hugging Face folder")
@@ -198,11 +213,14 @@ def parse() -> argparse.Namespace:
 
 
 def make_scene(args: argparse.Namespace) -> tuple[Scene, Teacher]:
+    """Loads student and teacher."""
+    # In the student's tokens. Twice the teacher's limit, as the two may have different tokenizers.
     guidance_limit = 2 * args.guidance
     bridge = Bridge(load_tokenizer(args.student), guidance_limit=guidance_limit)
     dtype = "float32" if args.device.type == "cpu" else "bfloat16"
     student = load_student(args.student, dtype=dtype, device=args.device)
     scene = Scene(
+        # On a card the student's kernels go before the teacher's.
         Engine(student, kv_cache_gib=2.0, stream_priority=-1),
         bridge,
         SamplingParams(temperature=1.0, max_new_tokens=args.new, eos_ids=bridge.eos_ids),
@@ -217,16 +235,17 @@ def make_scene(args: argparse.Namespace) -> tuple[Scene, Teacher]:
 def time_interleaved(
     runs: dict[str, Callable[[], object]], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+    """Returns the seconds of each run in each round."""
+    # Not by CUDA events (measure.time_rounds): rollouts also wait for a teacher on the host.
+    seconds_by_run: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.rounds):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
             if args.device.type == "cuda":
                 torch.cuda.synchronize(args.device)
-            taken[name].append(time.perf_counter() - started)
-    return taken
+            seconds_by_run[name].append(time.perf_counter() - started)
+    return seconds_by_run
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ from socpo_fast.types import Attempt, Rollout, RolloutKey, ShownGuidance, Turn
 
 PACKINGS: tuple[Packing, ...] = ("tree", "rows")
 ATTENTION = ("socpo_fast::tree_attention", "socpo_fast::tree_attention_backward")
-# Of the gradient's norm, between packings. In bf16 each activation is rounded to 3 digits, by
-# other sums in either packing.
+# The largest difference between the packings' gradients, relative to the gradient's norm. In bf16
+# each activation is rounded to 3 digits, and the packings add up in different orders.
 MOST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 HEADINGS = ("case", "packing", "median s", "p20-p80", "GFLOP/s", "of peak", "attention")
@@ -53,7 +53,10 @@ WIDTHS = (-4, -7, 8, 13, 7, 7, 9, 9, 6, 6, 8)
 
 @dataclass(frozen=True)
 class Case:
-    """Rollouts of one question, every second one with two attempts if guidance > 0; in tokens."""
+    """Rollouts of one question, with lengths in tokens.
+
+    If guidance > 0, every second rollout has a second attempt behind it.
+    """
 
     name: str
     prompt: int
@@ -89,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the options."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("bench.update", description=__doc__, formatter_class=form)
     parser.add_argument("--student", required=True, help="Hugging Face folder")
@@ -112,7 +116,7 @@ def bench_case(
     card: dict[str, Any],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Checks, times and prints a case; a wrong gradient ends the bench."""
+    """Checks, times and prints one case; a wrong gradient ends the bench."""
     rollouts = make_rollouts(case, student, args.token_budget)
 
     def update(packing: Packing) -> GradientStats:
@@ -127,13 +131,13 @@ def bench_case(
         student.zero_grad(set_to_none=True)
         run = partial(update, packing)
         if args.device.type == "cuda":
-            run()  # compiles
+            run()  # compiles the kernels, so that the measured run is like all later ones
             student.zero_grad(set_to_none=True)
         stats[packing], peak = measure.extra_peak_mib(run, args.device)
         peaks_mib[packing] = peak.tensors
         gradients[packing] = [param.grad for param in student.parameters()]
     error = check(stats, gradients, rollouts, MOST_ERROR[args.dtype])
-    del gradients
+    del gradients  # two copies of the model's size, which the timed runs should not have to bear
 
     runs = [partial(update, packing) for packing in PACKINGS]
     samples = measure.time_rounds(runs, args.rounds, args.device)
@@ -161,7 +165,7 @@ def bench_case(
 
 
 def make_rollouts(case: Case, student: Decoder, token_budget: int) -> list[Rollout]:
-    """A group of random tokens whose log-probs are the student's."""
+    """Makes a group of rollouts with random tokens and the student's own log-probs."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
@@ -183,6 +187,7 @@ def make_rollouts(case: Case, student: Decoder, token_budget: int) -> list[Rollo
                 attempt_idx=attempt_idx,
                 policy_version=0,
             )
+            # Never 0, as the update leaves out rollouts without an advantage.
             advantage = 1.0 if rollout_idx % 2 else -0.5
             rollout.turns.append(Turn(attempt=attempt, advantage=advantage))
         if num_attempts == 2:
@@ -194,14 +199,16 @@ def make_rollouts(case: Case, student: Decoder, token_budget: int) -> list[Rollo
             )
         rollouts.append(rollout)
     logprobs = compute_logprobs(student, rollouts, token_budget=token_budget, temperature=1.0)
-    for rollout, of_attempts in zip(rollouts, logprobs, strict=True):
-        for attempt, logprobs_L in zip(rollout.attempts, of_attempts, strict=True):
+    # With the student's own log-probs every ratio is 1: no token is clipped, and all of them have a
+    # gradient.
+    for rollout, attempt_logprobs in zip(rollouts, logprobs, strict=True):
+        for attempt, logprobs_L in zip(rollout.attempts, attempt_logprobs, strict=True):
             attempt.logprobs = logprobs_L
     return rollouts
 
 
 def counts_of(stats: GradientStats) -> dict[str, int]:
-    """The whole numbers of a call of policy_gradients."""
+    """Returns the counts of a call of policy_gradients."""
     return {name: x for name, x in vars(stats).items() if isinstance(x, int)}
 
 
@@ -211,19 +218,21 @@ def check(
     rollouts: list[Rollout],
     bound: float,
 ) -> float:
-    """Returns how far the packings' gradients are apart, of their norm.
+    """Returns the distance between the packings' gradients, relative to their norm.
 
     Raises:
-        RuntimeError: too far, or the tree forwards more than its nodes.
+        RuntimeError: the distance is too large, or the tree forwards more than its nodes.
     """
     pairs = list(zip(gradients["tree"], gradients["rows"], strict=True))
-    apart = sum(float((tree - rows).double().square().sum()) for tree, rows in pairs) ** 0.5
+    distance = sum(float((tree - rows).double().square().sum()) for tree, rows in pairs) ** 0.5
     norm = sum(float(rows.double().square().sum()) for _, rows in pairs) ** 0.5
-    if not apart <= bound * norm:
+    if not distance <= bound * norm:
         raise RuntimeError(
             "bench: gradients of tree and rows must be equal within rounding, "
-            f"got {apart / norm:.2g} of their norm, which is above {bound:g}"
+            f"got {distance / norm:.2g} of their norm, which is above {bound:g}"
         )
+    # The last token of a rollout predicts nothing, so the tree's leaves are not forwarded. Over
+    # several microbatches the prompt is forwarded again, and the count does not hold.
     tree = stats["tree"]
     unique = count_unique_tokens(rollouts)
     if tree.num_microbatches == 1 and tree.tokens_forwarded != unique - len(rollouts):
@@ -231,7 +240,7 @@ def check(
             f"bench: the tree must forward {unique} nodes but {len(rollouts)} leaves, got "
             f"{tree.tokens_forwarded} tokens"
         )
-    return apart / norm
+    return distance / norm
 
 
 def update_flops(
@@ -240,7 +249,9 @@ def update_flops(
     packing: Packing,
     token_budget: int,
 ) -> float:
-    """Of a forward and backward of all that this packing forwards."""
+    """Returns the FLOPs of a forward and backward of all that this packing forwards."""
+    # 6 a weight and token: 2 in the forward, 4 in the backward (dx, dW). 14 E a pair of query and
+    # key and head: seven products of attention at 2 E each.
     heads = config.num_heads + 2 * config.num_kv_heads
     attention = (heads + config.num_heads) * config.head_dim * config.hidden_size
     layer = attention + 3 * config.hidden_size * config.intermediate_size
@@ -254,7 +265,7 @@ def update_flops(
 
 
 def attention_share(run: Callable[[], object], device: torch.device) -> float:
-    """Of the run's time, that inside of attention's kernel; 0 where plain torch runs."""
+    """Returns tree_attention's share of a run's time; 0 where plain torch replaces the kernel."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints two lines
     is_card = device.type == "cuda"
     with profile(use_cpu=True, use_device="cuda" if is_card else None) as events:
@@ -265,6 +276,7 @@ def attention_share(run: Callable[[], object], device: torch.device) -> float:
 
 
 def print_result(case: Case, packing: str, result: dict[str, Any]) -> None:
+    """Prints a case's row for one packing."""
     cells = (
         case.name,
         packing,

@@ -1,5 +1,6 @@
-// torch.ops.socpo.decay_advantage: from the raw rewards of a batch to advantages, the steps of credit_attempts_ref in
-// socpo_fast/ops/decay_advantage.py in fp64. A batch has hundreds of attempts: one thread, every sum in index order.
+// torch.ops.socpo.decay_advantage: from the raw rewards of a batch to advantages, in fp64 and in
+// the steps of credit_attempts_ref in socpo_fast/ops/decay_advantage.py. A batch has hundreds of
+// attempts: one thread, every sum in index order.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -27,9 +28,9 @@ struct Group {
   int64_t count = 0;
 };
 
-// f_0 = 1, f_n = mean of the decayed rewards of all attempts with an index below n.
-void batch_means(const double* rewards, const int64_t* attempt_idx, int64_t num_attempts, double* factors,
-                 int64_t num_factors) {
+// Computes f_0 = 1, f_n = mean of the decayed rewards of all attempts with an index below n.
+void batch_means(const double* rewards, const int64_t* attempt_idx, int64_t num_attempts,
+                 double* factors, int64_t num_factors) {
   std::vector<double> sums(num_factors);
   std::vector<int64_t> counts(num_factors);
   for (int64_t i = 0; i < num_attempts; ++i) {
@@ -45,8 +46,9 @@ void batch_means(const double* rewards, const int64_t* attempt_idx, int64_t num_
   }
 }
 
-// The group of each attempt: those that agree in every row of keys [G, A].
-std::vector<Group*> find_groups(const at::Tensor& keys, std::map<std::vector<int64_t>, Group>& groups) {
+// Returns the group of each attempt: those that agree in every row of keys [G, A].
+std::vector<Group*> find_groups(const at::Tensor& keys,
+                                std::map<std::vector<int64_t>, Group>& groups) {
   const int64_t num_keys = keys.size(0), num_attempts = keys.size(1);
   const int64_t* keys_p = keys.const_data_ptr<int64_t>();
   std::vector<Group*> group_of(num_attempts);
@@ -58,7 +60,8 @@ std::vector<Group*> find_groups(const at::Tensor& keys, std::map<std::vector<int
   return group_of;
 }
 
-void subtract_baseline(std::vector<double>& x, const std::vector<Group*>& group_of, bool of_others) {
+void subtract_baseline(std::vector<double>& x, const std::vector<Group*>& group_of,
+                       bool of_others) {
   for (size_t i = 0; i < x.size(); ++i) {
     group_of[i]->sum += x[i];
     ++group_of[i]->count;
@@ -78,7 +81,8 @@ void divide_by_std(std::vector<double>& x, const std::vector<Group*>& group_of, 
   }
 }
 
-// Mean 0 and unbiased variance 1 over loss tokens, attempt i standing for num_tokens[i] of them.
+// Shifts and scales to mean 0 and unbiased variance 1 over loss tokens; attempt i counts
+// num_tokens[i] times.
 void whiten(std::vector<double>& x, const int64_t* num_tokens) {
   double total = 0, sum = 0, square_sum = 0;
   for (size_t i = 0; i < x.size(); ++i) {
@@ -91,24 +95,26 @@ void whiten(std::vector<double>& x, const int64_t* num_tokens) {
   for (double& value : x) value /= scale;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> decay_advantage(const at::Tensor& rewards, const at::Tensor& attempt_idx,
-                                                               const MaybeTensor& num_tokens, const MaybeTensor& keys,
-                                                               const MaybeTensor& last, MaybeFactors given_factors,
-                                                               int64_t num_factors, c10::string_view baseline,
-                                                               bool divides_by_std, bool whitens, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> decay_advantage(
+    const at::Tensor& rewards, const at::Tensor& attempt_idx, const MaybeTensor& num_tokens,
+    const MaybeTensor& keys, const MaybeTensor& last, MaybeFactors given_factors,
+    int64_t num_factors, c10::string_view baseline, bool divides_by_std, bool whitens, double eps) {
   const int64_t num_attempts = rewards.size(0);
   const auto float_options = rewards.options().dtype(at::kFloat);
-  at::Tensor earned = at::empty({num_attempts}, float_options), advantages = at::empty({num_attempts}, float_options);
+  at::Tensor earned = at::empty({num_attempts}, float_options);
+  at::Tensor advantages = at::empty({num_attempts}, float_options);
   at::Tensor factors = at::empty({num_factors}, rewards.options());
   const at::Tensor raw = rewards.contiguous(), index = attempt_idx.contiguous();
   const double* raw_p = raw.const_data_ptr<double>();
-  const int64_t *index_p = index.const_data_ptr<int64_t>(), *last_p = last ? last->const_data_ptr<int64_t>() : nullptr;
+  const int64_t* index_p = index.const_data_ptr<int64_t>();
+  const int64_t* last_p = last ? last->const_data_ptr<int64_t>() : nullptr;
   double* factors_p = factors.mutable_data_ptr<double>();
   if (given_factors)
     std::copy(given_factors->begin(), given_factors->end(), factors_p);
   else
     batch_means(raw_p, index_p, num_attempts, factors_p, num_factors);
-  float *earned_p = earned.mutable_data_ptr<float>(), *advantages_p = advantages.mutable_data_ptr<float>();
+  float* earned_p = earned.mutable_data_ptr<float>();
+  float* advantages_p = advantages.mutable_data_ptr<float>();
   std::vector<double> x(num_attempts);
   for (int64_t i = 0; i < num_attempts; ++i) {
     const int64_t source = last_p ? last_p[i] : i;
@@ -126,10 +132,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decay_advantage(const at::Tensor&
   return {earned, advantages, factors};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> decay_advantage_meta(const at::Tensor& rewards, const at::Tensor&,
-                                                                    const MaybeTensor&, const MaybeTensor&,
-                                                                    const MaybeTensor&, MaybeFactors, int64_t num_factors,
-                                                                    c10::string_view, bool, bool, double) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> decay_advantage_meta(
+    const at::Tensor& rewards, const at::Tensor&, const MaybeTensor&, const MaybeTensor&,
+    const MaybeTensor&, MaybeFactors, int64_t num_factors, c10::string_view, bool, bool, double) {
   const auto attempts = [&] {
     return at::empty_symint({rewards.sym_size(0)}, rewards.options().dtype(at::kFloat));
   };

@@ -23,8 +23,13 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 RowBlocks::RowBlocks(const float* x, int64_t x_stride, int64_t num_rows, int64_t width)
-    : x_(x), x_stride_(x_stride), num_rows_(num_rows), width_(width), rows_per_block_(FEW_ROWS) {
-  if (num_rows > FEW_ROWS) rows_per_block_ = divide_up(divide_up(num_rows, 16), divide_up(num_rows, PANEL_ROWS)) * 16;
+    : x_(x),
+      x_stride_(x_stride),
+      num_rows_(num_rows),
+      width_(width),
+      rows_per_block_(FEW_ROWS) {
+  if (num_rows > FEW_ROWS)
+    rows_per_block_ = divide_up(divide_up(num_rows, 16), divide_up(num_rows, PANEL_ROWS)) * 16;
 }
 
 LinearBlock RowBlocks::block(int64_t index) {
@@ -38,7 +43,8 @@ LinearBlock RowBlocks::block(int64_t index) {
     thread_local std::vector<CacheLine> panel;  // kept: fresh memory would cost more than packing
     const size_t size = rows_per_block_ * divide_up(width_, 16);
     if (panel.size() < size) panel.resize(size);
-    if (packed_ != index) kernels().pack_panel(block.x, x_stride_, block.num_rows, width_, panel.front().numbers);
+    if (packed_ != index)
+      kernels().pack_panel(block.x, x_stride_, block.num_rows, width_, panel.front().numbers);
     packed_ = index;
     block.x = panel.front().numbers;
   }
@@ -57,20 +63,23 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& weight, const Maybe
   const RowBlocks blocks(x.const_data_ptr<float>(), x.stride(0), num_rows, width);
   const int64_t num_groups = divide_up(num_outs, GROUP_OUTS);
   const int64_t num_items = blocks.num_blocks() * num_groups;
-  for_each_range(num_items, num_items, [&] { return blocks; }, [&](int64_t begin, int64_t end, RowBlocks& own) {
-    for (int64_t item = begin, next; item < end; item = next) {  // items are groups of outputs, block by block
-      const int64_t index = item / num_groups, first = item % num_groups * GROUP_OUTS;
-      next = std::min(end, (index + 1) * num_groups);
-      LinearBlock block = own.block(index);
-      block.weight = weight_p + first * width * weight.element_size();
-      block.is_bf16 = weight.scalar_type() == at::kBFloat16;
-      block.num_outs = std::min((next - item) * GROUP_OUTS, num_outs - first);
-      block.bias = bias_p == nullptr ? nullptr : bias_p + first;
-      block.out = out_p + own.first_row(index) * num_outs + first;
-      block.out_stride = num_outs;
-      kernels().linear_block(block);
-    }
-  });
+  for_each_range(
+      num_items, num_items, [&] { return blocks; },
+      [&](int64_t begin, int64_t end, RowBlocks& own) {
+        for (int64_t item = begin, next; item < end;
+             item = next) {  // items are groups of outputs, block by block
+          const int64_t index = item / num_groups, first = item % num_groups * GROUP_OUTS;
+          next = std::min(end, (index + 1) * num_groups);
+          LinearBlock block = own.block(index);
+          block.weight = weight_p + first * width * weight.element_size();
+          block.is_bf16 = weight.scalar_type() == at::kBFloat16;
+          block.num_outs = std::min((next - item) * GROUP_OUTS, num_outs - first);
+          block.bias = bias_p == nullptr ? nullptr : bias_p + first;
+          block.out = out_p + own.first_row(index) * num_outs + first;
+          block.out_stride = num_outs;
+          kernels().linear_block(block);
+        }
+      });
   return out;
 }
 

@@ -1,4 +1,4 @@
-// What `linear` and `linear_sample` share: rows in the form their kernel takes them.
+// Shared by `linear` and `linear_sample`: rows of x in the form that linear_block takes.
 
 #pragma once
 
@@ -6,14 +6,15 @@
 
 namespace socpo {
 
-// Blocks of the rows of x [num_rows, width]: one as it lies where they are few, otherwise panels, which each thread packs
-// for itself as it comes to them (a panel is packed in the time of a few outputs).
+// Blocks of the rows of x [num_rows, width]: one block of unpacked rows where they are few,
+// otherwise panels. A thread packs a panel when it comes to it, in the time of computing a few
+// outputs.
 class RowBlocks {
  public:
   RowBlocks(const float* x, int64_t x_stride, int64_t num_rows, int64_t width);
   int64_t num_blocks() const { return (num_rows_ + rows_per_block_ - 1) / rows_per_block_; }
   int64_t first_row(int64_t block) const { return block * rows_per_block_; }
-  // The block without weights and outputs; its panel is good until the thread asks for another one.
+  // Returns a block without weights and outputs; its panel is valid until the thread packs another.
   LinearBlock block(int64_t index);
 
  private:

@@ -1,7 +1,8 @@
 // torch.ops.socpo.matmul_: a matrix product by the faster of torch's two libraries.
 //
-// On AMD processors MKL runs AVX2 code only, where oneDNN, in the same libtorch, runs AVX-512: 1.5 to 2 times as fast.
-// Which one runs depends on the processor and the dtype, never on the sizes: a row's bits must not change with its company.
+// On AMD processors MKL runs AVX2 code only, where oneDNN, in the same libtorch, runs AVX-512: 1.5
+// to 2 times as fast. The choice depends on the processor and the dtype, never on the sizes, so
+// that rows are batch-invariant.
 
 #include <ATen/Config.h>
 #include <ATen/Context.h>
@@ -15,10 +16,12 @@
 #if defined(SOCPO_X86) && defined(__linux__) && AT_MKLDNN_ENABLED()
 #define SOCPO_ONEDNN
 namespace at::native {
-// result = alpha mat1 mat2 + beta result, of contiguous or transposed fp32 matrices. In torch's library but in none of
-// its headers, hence weak: null where a torch does not have it.
-__attribute__((weak, visibility("default"))) void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2,
-                                                                const Tensor& result, float beta, float alpha);
+// result = alpha mat1 mat2 + beta result, of contiguous or transposed fp32 matrices. In torch's
+// library but in none of its headers, hence weak: null where a torch does not have it.
+__attribute__((weak, visibility("default"))) void mkldnn_matmul(const Tensor& mat1,
+                                                                const Tensor& mat2,
+                                                                const Tensor& result, float beta,
+                                                                float alpha);
 }  // namespace at::native
 #endif
 
@@ -27,8 +30,8 @@ namespace {
 
 bool onednn_is_faster() {
 #ifdef SOCPO_ONEDNN
-  static const bool is_faster =
-      at::native::mkldnn_matmul != nullptr && __builtin_cpu_is("amd") && at::get_cpu_capability() == "AVX512";
+  static const bool is_faster = at::native::mkldnn_matmul != nullptr && __builtin_cpu_is("amd") &&
+                                at::get_cpu_capability() == "AVX512";
   return is_faster && at::globalContext().userEnabledMkldnn();
 #else
   return false;

@@ -1,8 +1,8 @@
 // torch.ops.socpo.tree_attention and its backward: attention of the packed rows of a tree, fp32.
 //
-// Rows are cut into blocks whose rows see the same keys before the block, and one another causally.
-// Those keys are a few ranges of rows, so that a block is a few matrix products without a mask;
-// only the last columns, the block's own keys, are a triangle:
+// Rows are cut into blocks. The rows of a block see the same keys before the block, and one another
+// causally. Those keys are a few ranges of rows, so a block is a few matrix products without a
+// mask; only its last columns, the block's own keys, are a triangle:
 //
 //              keys:   prompt | attempt 0 | attempt 1
 //   rows of prompt     .....  |           |              .. the block's own keys are
@@ -10,10 +10,10 @@
 //   rows of attempt 1  ###### |           | .....        by every row of the block
 //
 // The query heads that share a KV head are rows of one matrix. A block keeps all scores of its
-// rows, hence no running maximum: one softmax, one division.
+// rows, so there is no running maximum: one softmax, one division.
 //
-// Each block, and in the backward each chunk of blocks, is computed by one thread whatever their
-// number; gradients of keys and values are summed over chunks in order.
+// Results are thread-invariant: each block, and in the backward each chunk of blocks, is computed
+// by one thread, and gradients of keys and values are summed over chunks in order.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -52,7 +52,8 @@ std::vector<Block> make_blocks(const at::Tensor& any_visible_until, int64_t max_
   const at::Tensor contiguous = any_visible_until.contiguous();
   const int32_t* visible_until = contiguous.const_data_ptr<int32_t>();
   const int64_t num_rows = contiguous.numel();
-  std::vector<char> is_cut(num_rows + 1, 0);  // where what rows see, or who sees them, changes
+  // Where the keys that rows see, or the rows that see them, change.
+  std::vector<char> is_cut(num_rows + 1, 0);
   for (int64_t row = 0; row < num_rows; ++row) {
     TORCH_CHECK_INDEX(visible_until[row] > row && visible_until[row] <= num_rows,
                       "visible_until ends in its row");
@@ -60,7 +61,7 @@ std::vector<Block> make_blocks(const at::Tensor& any_visible_until, int64_t max_
     is_cut[row] |= row == 0 || visible_until[row] != visible_until[row - 1];
   }
   std::vector<Block> blocks;
-  std::vector<Range> pieces;  // from cut to cut; the last one ends where the block does
+  std::vector<Range> pieces;  // ranges from cut to cut; the last one ends where the block ends
   for (int64_t begin = 0; begin < num_rows; begin = blocks.back().queries.end) {
     Block block{{begin, begin + 1}, {}, 0};
     int64_t& end = block.queries.end;
@@ -81,7 +82,7 @@ std::vector<Block> make_blocks(const at::Tensor& any_visible_until, int64_t max_
   return blocks;
 }
 
-// [num_chunks + 1] blocks at which chunks of about the same work start.
+// Returns [num_chunks + 1] blocks at which chunks of about the same work start.
 std::vector<int64_t> split_work(const std::vector<Block>& blocks, int64_t num_chunks) {
   std::vector<int64_t> sums(1, 0), starts;
   for (const Block& block : blocks)
@@ -93,20 +94,21 @@ std::vector<int64_t> split_work(const std::vector<Block>& blocks, int64_t num_ch
   return starts;
 }
 
-// [T, H, ..] to [K, T G, ..], with G = H / K query heads beside each other.
+// Reorders [T, H, ..] to [K, T G, ..], with the G = H / K query heads of a KV head contiguous.
 at::Tensor fold(const at::Tensor& x, int64_t num_kv_heads) {
   return x.unflatten(1, {num_kv_heads, -1}).transpose(0, 1).flatten(1, 2).contiguous();
 }
 
-// And back, as a tensor of its own: a view would bar callers from changing it in place.
+// Reorders back, into a new tensor: callers could not change a view in place.
 at::Tensor unfold(const at::Tensor& x, at::IntArrayRef sizes) {
   const at::Tensor out = at::empty(sizes, x.options());
   if (out.numel() == 0) return out;
-  out.unflatten(1, {x.size(0), sizes[1] / x.size(0)}).copy_(x.unflatten(1, {sizes[0], -1}).transpose(0, 1));
+  out.unflatten(1, {x.size(0), sizes[1] / x.size(0)})
+      .copy_(x.unflatten(1, {sizes[0], -1}).transpose(0, 1));
   return out;
 }
 
-// One call's operands, folded.
+// The operands of one call, folded.
 struct Problem {
   at::Tensor q, k, v;  // [K, T G, E], [K, T, E]
   int64_t num_kv_heads, group;
@@ -121,12 +123,12 @@ struct Problem {
         group(q_THE.size(1) / num_kv_heads),
         blocks(make_blocks(visible_until, std::max<int64_t>(1, MATRIX_ROWS / group))) {}
 
-  // Of [K, T G, ..], a head's rows of a block.
+  // Returns the rows of a block in a head of x [K, T G, ..].
   at::Tensor rows(const at::Tensor& x, int64_t head, const Block& block) const {
     return x.select(0, head).narrow(0, block.queries.begin * group, block.queries.size() * group);
   }
 
-  // A thread's own, for the scores of any block.
+  // Returns memory for the scores of any block; each thread has its own.
   at::Tensor scratch() const {
     int64_t size = 0;
     for (const Block& block : blocks)
@@ -139,7 +141,7 @@ struct Problem {
     return scratch.narrow(0, 0, num_rows * block.width()).view({num_rows, block.width()});
   }
 
-  // work(row, keys that it sees) over the rows of a block; the last keys are those it does not see.
+  // Calls work(row, count) for the rows of a block; the row sees its first `count` keys.
   template <typename Work>
   void for_each_row(const Block& block, const Work& work) const {
     for (int64_t row = 0; row < block.queries.size() * group; ++row)
@@ -147,8 +149,7 @@ struct Problem {
   }
 };
 
-// work(rows of x [T, E] that are a range of the block's keys, the columns of scores that are
-// theirs)
+// Calls work(rows of x [T, E], columns of scores) for each range of the block's keys.
 template <typename Work>
 void for_each_range_of_keys(const Block& block, const at::Tensor& x, const at::Tensor& scores,
                             const Work& work) {
@@ -188,8 +189,8 @@ void add_to_keys(const at::Tensor& keys, const Block& block, const at::Tensor& w
                          });
 }
 
-// work(item, state) by one thread each: never fewer than two items, which would let the library's
-// threads into one, and with them their number into its bits.
+// Calls work(item, state), each item on one thread. There are never fewer than two items: with one,
+// the matrix library would use its own threads, and results would depend on their number.
 template <typename MakeState, typename Work>
 void for_each_alone(int64_t num_items, const MakeState& make_state, const Work& work) {
   for_each_range(std::max<int64_t>(num_items, 2), 1, make_state,
@@ -210,10 +211,10 @@ std::tuple<at::Tensor, at::Tensor> tree_attention(const at::Tensor& any_q, const
   for_each_alone(
       num_blocks * num_kv_heads, make_scratch, [&](int64_t item, const at::Tensor& scratch) {
         const Block& block =
-            problem.blocks[num_blocks - 1 - item / num_kv_heads];  // long ones stand at the end
+            problem.blocks[num_blocks - 1 - item / num_kv_heads];  // long ones come last in it
         const int64_t head = item % num_kv_heads;
-        const at::Tensor scores = problem.scores(scratch, block),
-                         o_rows = problem.rows(o, head, block);
+        const at::Tensor scores = problem.scores(scratch, block);
+        const at::Tensor o_rows = problem.rows(o, head, block);
         score(scores, block, problem.rows(problem.q, head, block), problem.k.select(0, head));
         std::vector<float> sums(scores.size(0));
         float* scores_p = scores.mutable_data_ptr<float>();
@@ -241,22 +242,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_attention_backward(
   const std::vector<int64_t> starts = split_work(problem.blocks, num_chunks);
   const at::Tensor grad = fold(any_grad, num_kv_heads), grad_q = at::empty_like(problem.q);
   const std::vector<int64_t> sizes{num_chunks, num_kv_heads, any_k.size(0), any_k.size(2)};
-  const at::Tensor grad_k = at::zeros(sizes, grad.options()),
-                   grad_v = at::zeros(sizes, grad.options());
+  const at::Tensor grad_k = at::zeros(sizes, grad.options());
+  const at::Tensor grad_v = at::zeros(sizes, grad.options());
   const auto make_scratch = [&] { return std::make_pair(problem.scratch(), problem.scratch()); };
   for_each_alone(num_chunks * num_kv_heads, make_scratch, [&](int64_t item, const auto& scratch) {
     const int64_t chunk = item / num_kv_heads, head = item % num_kv_heads;
     const at::Tensor k = problem.k.select(0, head), v = problem.v.select(0, head);
     for (int64_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       const Block& block = problem.blocks[i];
-      const at::Tensor q_rows = problem.rows(problem.q, head, block),
-                       grad_rows = problem.rows(grad, head, block);
-      const at::Tensor weights = problem.scores(scratch.first, block),
-                       grads = problem.scores(scratch.second, block);
+      const at::Tensor q_rows = problem.rows(problem.q, head, block);
+      const at::Tensor grad_rows = problem.rows(grad, head, block);
+      const at::Tensor weights = problem.scores(scratch.first, block);
+      const at::Tensor grads = problem.scores(scratch.second, block);
       score(weights, block, q_rows, k);
       score(grads, block, grad_rows, v);
-      float *weights_p = weights.mutable_data_ptr<float>(),
-            *grads_p = grads.mutable_data_ptr<float>();
+      float* weights_p = weights.mutable_data_ptr<float>();
+      float* grads_p = grads.mutable_data_ptr<float>();
       problem.for_each_row(block, [&](int64_t row, int64_t count) {
         const int64_t first = row * block.width();
         kernels().softmax_backward_row(weights_p + first, grads_p + first, count, block.width(),

@@ -1,10 +1,13 @@
-"""What the kernels of this folder share: tiles keyed by architecture, and how `make aot` gets to
-know a kernel.
+"""Holds what all kernels share: tiles keyed by architecture, and how `make aot` finds launches.
 
-A module with kernels has a tile table, {architecture: {dtype: Tile}}, and a function `aot_configs`
-that yields an AotConfig for each way in which it launches one of them, for every entry of the
-table. Tiles are chosen here and never tuned at run time: the order of every sum, and with it every
-bit, depends on the architecture only.
+A module with kernels has two things:
+
+- a tile table, {architecture: {dtype: Tile}};
+- a function `aot_configs`. It yields an AotConfig for each way in which the module launches a
+  kernel, for every entry of the table. tools/aot.py compiles these ahead of time.
+
+Tile sizes are constants and are never tuned at run time. They decide the order of every sum, so a
+result depends on the architecture and not on what a tuner happened to measure.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,46 +16,46 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-INTERPRETER = (
-    0  # the "architecture" of TRITON_INTERPRET=1, whose programs run one after the other on the CPU
-)
+# The "architecture" of TRITON_INTERPRET=1, whose programs run one after the other on the CPU.
+INTERPRETER = 0
 ARCHITECTURES = (80, 90, 100)  # compute capabilities that `make aot` compiles for
 
 
 class Tile(NamedTuple):
-    """Elements that a program holds at once, and the warps it holds them with."""
+    """The number of elements that a program holds at once, and its number of warps."""
 
     block: int
     num_warps: int
 
 
 class AotConfig(NamedTuple):
-    """One launch, for `make aot`. Arguments named nowhere here are numbers: int32, or as the kernel
-    annotates them.
+    """One launch that `make aot` compiles.
+
+    Kernel arguments that are neither pointers nor constants here are numbers: int32, or of the type
+    that the kernel annotates.
     """
 
-    kernel: Any  # what @triton.jit made
+    kernel: Any  # a function under @triton.jit
     architecture: int
-    dtype: torch.dtype  # with the architecture, the entry of the tile table
+    dtype: torch.dtype  # with the architecture, the key into the tile table
     label: str
     num_warps: int
-    pointers: Mapping[str, torch.dtype | None]  # None: not given
+    pointers: Mapping[str, torch.dtype | None]  # dtype of each tensor; None: the launch passes None
     constants: Mapping[str, Any]  # constexpr arguments
-    # Triton compiles one variant for sizes and strides that are multiples of 16, and one for these.
-    # tools/aot.py adds the variants for numbers that are 1 or int64.
+    # Triton compiles one variant for sizes and strides that are multiples of 16, and another one
+    # for all others, which odd_sizes selects. tools/aot.py adds the variants for numbers that are 1
+    # or int64.
     odd_sizes: bool = False
-    num_stages: int = 3  # Triton's own
-    is_aligned: bool = False  # the launcher sees to it that pointers are multiples of 16 bytes
-    options: Mapping[str, Any] = {}  # of the launch, beside these two
+    num_stages: int = 3  # Triton's default
+    is_aligned: bool = False  # the launcher passes only pointers that are multiples of 16 bytes
+    options: Mapping[str, Any] = {}  # of the launch, beside num_warps and num_stages
 
 
 AotConfigs = Iterator[AotConfig]
 
 
 def architecture_of(x: Tensor) -> int:
-    """The newest architecture of the tile tables that the device of `x` can run; INTERPRETER for a
-    CPU tensor.
-    """
+    """Returns the newest known architecture that the device of x can run; INTERPRETER on a CPU."""
     if x.device.type == "cpu":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(x.device)

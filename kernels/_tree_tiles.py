@@ -1,6 +1,11 @@
-"""What the passes of tree attention share: tiles, their launches, and how rows of heads are read.
+"""Holds what the passes of tree attention share: tiles, launches, and loads of rows of heads.
 
-Read Launch -> tile_of_queries -> load_rows.
+Read Launch -> tile_of_queries -> load_rows. A pass is one kernel: the forward, dQ, or dK and dV.
+
+    a tile of load_rows, PACK = 2:      row t,     head h
+    the two query heads of one KV       row t,     head h + 1
+    head, so that a key is read         row t + 1, head h
+    once for both                       row t + 1, head h + 1    ..
 """
 
 from collections.abc import Callable
@@ -21,11 +26,12 @@ from socpo_fast.kernels._launch import (
 from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK
 
 BLOCK_ROWS = tl.constexpr(ROWS_PER_BLOCK)
-LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2, which the hardware has
+# exp(x) is computed as 2^(x log2 e), since the hardware has an instruction for powers of 2 only.
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """What a program of one pass holds at once. Queries and keys divide ROWS_PER_BLOCK."""
+    """The sizes of what a program holds at once. Queries and keys divide ROWS_PER_BLOCK."""
 
     queries: int  # of each of its heads
     keys: int
@@ -41,19 +47,22 @@ class TreeTiles(NamedTuple):
     grad_kv: Tile
 
 
-# (heads of a program, head dim) -> tiles; a head dim of 32 has those of 64. In passes that go by
-# queries a program takes two heads that share their keys, where table and model have such: it reads
-# these keys once. Tiles are as large as registers allow: a thread spills 16 bytes at most (`make
-# aot`). Three stages are the least with which loads are early. dK and dV of 128 numbers fill half
-# of the registers, so few queries go with them. fp32 is multiplied as three products of tf32.
+# (query heads of a program, head dim) -> the tile of each pass. A head dim of 32 uses those of 64.
+#
+# - Two heads: in the forward and dQ, a program takes two query heads of one KV head, if the model
+#   has such a pair and the table an entry for it. Each key is then read once for both.
+# - Tiles are as large as registers allow: a thread spills 16 bytes at most (`make aot`).
+# - Three stages are the fewest with which loads are issued ahead of their use.
+# - At a head dim of 128, dK and dV fill half of the registers, so their tiles have few queries.
+# - fp32 is multiplied as three products of tf32.
 _INTERPRETED = TreeTiles(*[Tile(64, 64, 1, 1)] * 3)
 _SMALL = Tile(32, 32, 4, 1)
 _SMALLEST = Tile(16, 32, 4, 1)
-_ONE = Tile(64, 64, 4, 3)
+_FULL = Tile(64, 64, 4, 3)
 _FEW_KEYS = Tile(64, 32, 4, 3)
 _FEW_QUERIES = Tile(32, 64, 4, 4)
-_PAIR = Tile(64, 64, 8, 3)
-_PAIR_FEW_KEYS = Tile(64, 32, 8, 3)
+_FULL_8_WARPS = Tile(64, 64, 8, 3)
+_FEW_KEYS_8_WARPS = Tile(64, 32, 8, 3)
 _FP32 = {
     (1, 64): TreeTiles(_SMALL, _SMALL, _SMALL),
     (1, 128): TreeTiles(_SMALLEST, _SMALLEST, Tile(32, 16, 8, 1)),
@@ -61,22 +70,22 @@ _FP32 = {
 _HALVES = {
     INTERPRETER: dict.fromkeys(((1, 64), (1, 128), (2, 64), (2, 128)), _INTERPRETED),
     80: {
-        (1, 64): TreeTiles(_ONE, _ONE, _PAIR),
-        (1, 128): TreeTiles(_FEW_KEYS, _FEW_KEYS, _PAIR),
-        (2, 64): TreeTiles(_PAIR, _PAIR, _PAIR),
-        (2, 128): TreeTiles(_PAIR_FEW_KEYS, _PAIR_FEW_KEYS, _PAIR),
+        (1, 64): TreeTiles(_FULL, _FULL, _FULL_8_WARPS),
+        (1, 128): TreeTiles(_FEW_KEYS, _FEW_KEYS, _FULL_8_WARPS),
+        (2, 64): TreeTiles(_FULL_8_WARPS, _FULL_8_WARPS, _FULL_8_WARPS),
+        (2, 128): TreeTiles(_FEW_KEYS_8_WARPS, _FEW_KEYS_8_WARPS, _FULL_8_WARPS),
     },
     90: {
-        (1, 64): TreeTiles(_ONE, _ONE, _ONE),
+        (1, 64): TreeTiles(_FULL, _FULL, _FULL),
         (1, 128): TreeTiles(_FEW_KEYS, _FEW_KEYS, _FEW_QUERIES),
-        (2, 64): TreeTiles(_PAIR, _PAIR, _ONE),
-        (2, 128): TreeTiles(_PAIR, _PAIR, _FEW_QUERIES),
+        (2, 64): TreeTiles(_FULL_8_WARPS, _FULL_8_WARPS, _FULL),
+        (2, 128): TreeTiles(_FULL_8_WARPS, _FULL_8_WARPS, _FEW_QUERIES),
     },
     100: {
-        (1, 64): TreeTiles(_ONE, _ONE, _ONE),
-        (1, 128): TreeTiles(_ONE, _ONE, _ONE),
-        (2, 64): TreeTiles(_PAIR, _PAIR, _ONE),
-        (2, 128): TreeTiles(_PAIR, _PAIR, _ONE),
+        (1, 64): TreeTiles(_FULL, _FULL, _FULL),
+        (1, 128): TreeTiles(_FULL, _FULL, _FULL),
+        (2, 64): TreeTiles(_FULL_8_WARPS, _FULL_8_WARPS, _FULL),
+        (2, 128): TreeTiles(_FULL_8_WARPS, _FULL_8_WARPS, _FULL),
     },
 }
 TILES = {
@@ -88,7 +97,8 @@ TILES = {
     for architecture, tiles in _HALVES.items()
 }
 
-# For `make aot`, of models: query heads, KV heads, head dim. Heads in pairs, and one by one.
+# The models that `make aot` compiles for: query heads, KV heads, head dim. Some have pairs of heads
+# for a program, some do not.
 MODELS = ((16, 8, 128), (8, 8, 128), (14, 2, 64), (8, 2, 64), (4, 2, 32))
 
 
@@ -97,16 +107,16 @@ _INT32_NAMES = ("visible_until_ptr", "key_blocks_ptr", "query_ranges_ptr")
 
 
 class Launch(NamedTuple):
-    """What all passes for a model, a dtype and an architecture share."""
+    """What all passes for one model, dtype and architecture share."""
 
     heads: int
     kv_heads: int
     head_dim: int
-    pack: int  # heads of a program that goes by queries
+    pack: int  # query heads of a program in the forward and dQ
     tiles: TreeTiles
 
     def by_queries(self, tile: Tile) -> dict[str, Any]:
-        """Options of a pass with a program for the queries of a tile."""
+        """Returns the options of the forward or dQ, whose programs have a tile of queries each."""
         return {
             "HEADS": self.heads,
             "GROUP": self.heads // self.kv_heads,
@@ -119,7 +129,7 @@ class Launch(NamedTuple):
         }
 
     def by_keys(self, tile: Tile) -> dict[str, Any]:
-        """Options of a pass with a program for the keys of a tile."""
+        """Returns the options of dK and dV, whose programs have a tile of keys each."""
         return {
             "KV_HEADS": self.kv_heads,
             "GROUP": self.heads // self.kv_heads,
@@ -132,11 +142,12 @@ class Launch(NamedTuple):
         }
 
     def programs_by_queries(self, tile: Tile) -> int:
-        """Programs a block of queries."""
+        """Returns how many programs of the forward or dQ a block of queries has."""
         return ROWS_PER_BLOCK // tile.queries * self.heads // self.pack
 
 
 def launch_of(q_THE: Tensor, k_TKE: Tensor) -> Launch:
+    """Returns the launch for the device, dtype and heads of these tensors."""
     _, heads, head_dim = q_THE.shape
     return _launch(architecture_of(q_THE), q_THE.dtype, heads, k_TKE.shape[1], head_dim)
 
@@ -148,6 +159,7 @@ def _launch(
     kv_heads: int,
     head_dim: int,
 ) -> Launch:
+    """Returns the launch of an architecture, dtype and model; 2 heads a program where it can."""
     tiles = TILES[architecture][dtype]
     has_pairs = heads // kv_heads % 2 == 0 and (2, 128) in tiles
     pack = 2 if has_pairs else 1
@@ -155,9 +167,11 @@ def _launch(
 
 
 def aot_configs_of(kernel: Any, options_of: Callable[[Launch], dict[str, Any]]) -> AotConfigs:
-    """A kernel for MODELS in every dtype."""
+    """Yields the launches of a kernel for MODELS in every dtype."""
     names = [name for name in kernel.arg_names if name.endswith("_ptr")]
-    known = dict.fromkeys(_FP32_NAMES, torch.float32) | dict.fromkeys(_INT32_NAMES, torch.int32)
+    known_dtypes = dict.fromkeys(_FP32_NAMES, torch.float32) | dict.fromkeys(
+        _INT32_NAMES, torch.int32
+    )
     for architecture in ARCHITECTURES:
         for dtype in TILES[architecture]:
             for heads, kv_heads, head_dim in MODELS:
@@ -168,7 +182,7 @@ def aot_configs_of(kernel: Any, options_of: Callable[[Launch], dict[str, Any]]) 
                     dtype,
                     f"{heads} heads on {kv_heads} of {head_dim}",
                     options.pop("num_warps"),
-                    {name: known.get(name, dtype) for name in names},
+                    {name: known_dtypes.get(name, dtype) for name in names},
                     options,
                     num_stages=options.pop("num_stages"),
                     is_aligned=True,
@@ -176,7 +190,10 @@ def aot_configs_of(kernel: Any, options_of: Callable[[Launch], dict[str, Any]]) 
 
 
 def rows_of_heads(x_THE: Tensor) -> Tensor:
-    """x as kernels read it: heads side by side, rows any number of heads apart. Mostly x itself."""
+    """Returns x if its heads lie side by side and rows a number of heads apart, else a copy.
+
+    This is the layout that the kernels read. A slice of packed qkv has it: it is not copied.
+    """
     stride_t, *strides = x_THE.stride()
     head_dim = x_THE.shape[2]
     is_readable = strides == [head_dim, 1] and stride_t % head_dim == 0
@@ -189,7 +206,10 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def stride_in_heads(x_THE: Tensor) -> int:
-    """Heads from row to row. The kernels multiply: so the compiler knows that rows are aligned."""
+    """Returns the distance from row to row in heads.
+
+    Kernels multiply it by the head dim, a constant: so the compiler knows that rows are aligned.
+    """
     return x_THE.stride(0) // x_THE.shape[2]
 
 
@@ -197,26 +217,27 @@ def stride_in_heads(x_THE: Tensor) -> int:
 def tile_of_queries(
     key_blocks_ptr, num_rows, HEADS: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """A program's first head, list of blocks of keys, first query; how many are masked, and seen.
+    """Returns what a program computes: head, list, first query, number of masked and seen blocks.
 
-    Heads follow one another, then parts of a block of queries, then blocks, the longest first.
+    The list holds the numbers of the blocks of keys. Programs are ordered by block of queries, the
+    one with the longest list first, then by tile in the block, then by head.
     """
-    PARTS: tl.constexpr = BLOCK_ROWS * PACK // BLOCK_M
+    TILES_PER_BLOCK: tl.constexpr = BLOCK_ROWS * PACK // BLOCK_M
     tile = tl.program_id(0) // (HEADS // PACK)
-    head = tl.program_id(0) % (HEADS // PACK) * PACK
-    key_blocks_ptr += (tile // PARTS).to(tl.int64) * (tl.cdiv(num_rows, BLOCK_ROWS) + 4)
-    first = tl.load(key_blocks_ptr) * BLOCK_ROWS + tile % PARTS * (BLOCK_M // PACK)
+    first_head = tl.program_id(0) % (HEADS // PACK) * PACK
+    key_blocks_ptr += (tile // TILES_PER_BLOCK).to(tl.int64) * (tl.cdiv(num_rows, BLOCK_ROWS) + 4)
+    first_query = tl.load(key_blocks_ptr) * BLOCK_ROWS + tile % TILES_PER_BLOCK * (BLOCK_M // PACK)
     num_masked = tl.load(key_blocks_ptr + 1)
     num_seen = tl.load(key_blocks_ptr + 2)
-    return head, key_blocks_ptr + 3, first, num_masked, num_seen
+    return first_head, key_blocks_ptr + 3, first_query, num_masked, num_seen
 
 
 @triton.jit
 def offsets_of_rows(stride, PACK: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[BLOCK, HEAD_DIM]: where the elements of BLOCK / PACK rows are, of PACK heads each."""
+    """Returns offsets [BLOCK, HEAD_DIM] of BLOCK / PACK rows, PACK heads of each."""
     offs = tl.arange(0, BLOCK)
-    heads = offs // PACK * stride + offs % PACK
-    return heads[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    offs_heads = offs // PACK * stride + offs % PACK
+    return offs_heads[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
 
 
 @triton.jit
@@ -224,10 +245,11 @@ def load_rows(
     x_ptr, first, head, stride, num_rows,
     IS_MASKED: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, HEAD_DIM]: of the rows from `first` on, PACK heads each from `head` on.
+    """Loads [BLOCK, HEAD_DIM]: the rows from `first` on, of each PACK heads from `head` on.
 
-    IS_MASKED: there may be rows beyond the last, which are zeros.
+    IS_MASKED: some of the rows may lie beyond the last one; these are zeros.
     """
+    # Tells the compiler that loads of 16 bytes are allowed; rows_of_heads makes it true.
     x_ptr = tl.multiple_of(x_ptr + (first.to(tl.int64) * stride + head) * HEAD_DIM, 16)
     x_ptr += offsets_of_rows(stride, PACK, BLOCK, HEAD_DIM)
     if IS_MASKED:
@@ -243,6 +265,7 @@ def load_keys_and_values(
     k_ptr, v_ptr, first, kv_head, stride_kt, stride_vt, num_rows,
     IS_MASKED: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
+    """Loads k and v, [BLOCK_N, HEAD_DIM] each, of the rows from `first` on."""
     k = load_rows(k_ptr, first, kv_head, stride_kt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
     v = load_rows(v_ptr, first, kv_head, stride_vt, num_rows, IS_MASKED, 1, BLOCK_N, HEAD_DIM)
     return k, v
@@ -253,6 +276,7 @@ def store_rows(
     x_ptr, x, first, head, stride, num_rows,
     PACK: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
+    """Stores x [BLOCK, HEAD_DIM] in the layout of load_rows, without what is beyond num_rows."""
     is_row = first + tl.arange(0, BLOCK) // PACK < num_rows
     x = x.to(x_ptr.dtype.element_ty)
     x_ptr = tl.multiple_of(x_ptr + (first.to(tl.int64) * stride + head) * HEAD_DIM, 16)
@@ -261,5 +285,5 @@ def store_rows(
 
 @triton.jit
 def is_seen(queries, keys, until):
-    """Whether queries see keys, of shapes that broadcast."""
+    """Whether queries see keys; the shapes broadcast. until is that of the keys."""
     return (keys <= queries) & (queries < until)

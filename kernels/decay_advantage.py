@@ -1,13 +1,22 @@
-"""From raw rewards to advantages in one launch: decay, group baseline and whitening of a whole
-batch.
+"""Turns the raw rewards of a batch into advantages on a GPU, in one launch.
 
 Read top-down: decay_advantage sorts attempts into groups and launches _decay_advantage_kernel, a
-single program that walks over the attempts in tiles: the factors, then sums along the groups, then
-whitening. A batch has hundreds of attempts; one program needs no grid-wide barrier, and its cost
-grows with A alone, however they are grouped.
+single program. It goes over all attempts several times, a tile of BLOCK_A at once:
 
-Everything is in fp64, like the reference in ops/decay_advantage.py: sums of fp32 rewards are then
-exact, so equal rewards centre to exactly 0. Sums along a group are a segmented scan, whose order
+    1. factors      what each attempt index is multiplied by
+    2. rewards      after decay and credit, and running sums along the groups
+    3. centring     minus the group's baseline; token-weighted sum for whitening
+    4. whitening    token-weighted variance
+    5. advantages   scaled and written
+
+    attempts in group order   | a0 a3 a5 a7 | a1 a2 | a4 a6 ..
+    tiles                     [ tile 0   ][ tile 1    ][ tile 2 ..   a group may span tiles, so
+                                                                     its sum is carried over
+A batch has hundreds of attempts, so one program is enough: it needs no barrier across the grid, and
+its cost depends on A only, not on the groups.
+
+All is computed in fp64, like the reference in ops/decay_advantage.py: sums of fp32 rewards are then
+exact, so equal rewards centre to exactly 0. Sums along groups are a segmented scan, whose order
 depends on A and the tile only.
 """
 
@@ -48,10 +57,10 @@ def decay_advantage(
     whitens: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards after decay and credit [A] fp32, advantages [A] fp32, factors [num_factors] fp64.
+    """Returns rewards after decay and credit [A] fp32, advantages [A] fp32, factors [K] fp64.
 
-    The arguments are those of credit_attempts_ref in ops/decay_advantage.py, rewards_A in fp64, and
-    the fields of an estimator.
+    Args: those of credit_attempts_ref in ops/decay_advantage.py, with rewards_A in fp64, and the
+    fields of an estimator. K is num_factors.
     """
     num_attempts = rewards_A.numel()
     earned_A = torch.empty_like(
@@ -90,11 +99,14 @@ def decay_advantage(
 
 
 def _group_order(keys_GA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attempts group after group, in index order within each; where the group of each place begins
-    and ends.
+    """Returns attempts in group order, and where the group of each of them begins and ends.
+
+    Within a group, attempts are in index order.
     """
     order_A = torch.arange(keys_GA.shape[1], device=keys_GA.device)
-    for key_A in reversed(keys_GA.unbind()):  # stable: the last sort is by the first key
+    # Sorts by all keys, the first one most significant: each sort is stable, so it keeps the order
+    # of the keys that were sorted by before.
+    for key_A in reversed(keys_GA.unbind()):
         order_A = order_A[key_A[order_A].argsort(stable=True)]
     changes_A = torch.zeros_like(order_A, dtype=torch.bool)
     changes_A[1:] = (keys_GA[:, order_A].diff(dim=1) != 0).any(dim=0)
@@ -107,7 +119,7 @@ def _group_order(keys_GA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def aot_configs() -> AotConfigs:
-    """Every way to compare attempts once, decay alone, and both kinds of factors and of credit."""
+    """Yields each kind of baseline, decay without one, and both kinds of factors and of credit."""
     for architecture in ARCHITECTURES:
         for dtype, (block, num_warps) in TILES[architecture].items():
             for baseline, divides_by_std, whitens, is_batch_mean, by_trajectory in (
@@ -119,24 +131,24 @@ def aot_configs() -> AotConfigs:
                 ("mean", False, False, False, False),
                 ("others", False, False, True, True),
             ):
-                grouped = torch.int64 if baseline != "none" else None
+                group_dtype = torch.int64 if baseline != "none" else None
                 pointers: dict[str, torch.dtype | None] = {
                     "rewards_ptr": dtype,
                     "attempt_ptr": torch.int64,
                     "num_tokens_ptr": torch.int64 if whitens else None,
                     "last_ptr": torch.int64 if by_trajectory else None,
-                    **dict.fromkeys(("order_ptr", "begin_ptr", "end_ptr"), grouped),
+                    **dict.fromkeys(("order_ptr", "begin_ptr", "end_ptr"), group_dtype),
                     "given_factors_ptr": None if is_batch_mean else dtype,
                     "scratch_ptr": dtype,
                     **dict.fromkeys(("earned_ptr", "advantages_ptr"), torch.float32),
                     "factors_ptr": dtype,
                 }
-                words = [
+                label_parts = [
                     f"baseline {baseline}",
                     *["by std"] * divides_by_std,
                     *["whitened"] * whitens,
                 ]
-                words += [
+                label_parts += [
                     "batch means" if is_batch_mean else "given factors",
                     *["trajectory"] * by_trajectory,
                 ]
@@ -144,7 +156,7 @@ def aot_configs() -> AotConfigs:
                     _decay_advantage_kernel,
                     architecture,
                     dtype,
-                    ", ".join(words),
+                    ", ".join(label_parts),
                     num_warps,
                     pointers,
                     {
@@ -156,9 +168,8 @@ def aot_configs() -> AotConfigs:
                 )
 
 
-@triton.jit(
-    do_not_specialize=["num_attempts", "num_factors"]
-)  # they differ from batch to batch: one compiled kernel
+# These numbers differ from batch to batch: not specialising on them gives one compiled kernel.
+@triton.jit(do_not_specialize=["num_attempts", "num_factors"])
 def _decay_advantage_kernel(
     rewards_ptr,
     attempt_ptr,
@@ -180,8 +191,9 @@ def _decay_advantage_kernel(
     WHITEN: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
+    """Computes rewards, advantages and factors of a batch, in one program."""
     grouped: tl.constexpr = BASELINE != "none"
-    lanes = tl.arange(0, BLOCK_A)
+    offs_a = tl.arange(0, BLOCK_A)
     zero = tl.zeros((), tl.float64)
     value_ptr = scratch_ptr
     sum_ptr = scratch_ptr + num_attempts
@@ -193,65 +205,64 @@ def _decay_advantage_kernel(
         _store_batch_means(
             factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A
         )
+    # One thread reads what another one has stored: all stores must be done. The same holds for the
+    # barriers below.
     tl.debug_barrier()
 
-    # What each attempt earns, and its sums along each group. From here on, place i is the i-th
-    # attempt in group order.
+    # What each attempt earns, and running sums along the groups. From here on, i counts attempts in
+    # group order, and `attempt` is the index of the i-th one.
     carry = zero
     for start in range(0, num_attempts, BLOCK_A):
-        i = start + lanes
-        inside = i < num_attempts
-        attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
-        source = (
-            attempt_of_place
-            if last_ptr is None
-            else tl.load(last_ptr + attempt_of_place, inside, other=0)
+        i = start + offs_a
+        mask = i < num_attempts
+        attempt = tl.load(order_ptr + i, mask, other=0) if grouped else i
+        source = attempt if last_ptr is None else tl.load(last_ptr + attempt, mask, other=0)
+        attempt_idx = tl.load(attempt_ptr + source, mask, other=0)
+        value = tl.load(rewards_ptr + source, mask, other=0.0) * tl.load(
+            factors_ptr + attempt_idx, mask, other=0.0
         )
-        attempt_idx = tl.load(attempt_ptr + source, inside, other=0)
-        value = tl.load(rewards_ptr + source, inside, other=0.0) * tl.load(
-            factors_ptr + attempt_idx, inside, other=0.0
-        )
-        value = value.to(tl.float32).to(
-            tl.float64
-        )  # what decay_rewards hands to compute_advantages
-        tl.store(earned_ptr + attempt_of_place, value.to(tl.float32), inside)
-        tl.store(value_ptr + i, value, inside)
+        # Rounded to fp32, as decay_rewards returns it and compute_advantages reads it.
+        value = value.to(tl.float32).to(tl.float64)
+        tl.store(earned_ptr + attempt, value.to(tl.float32), mask)
+        tl.store(value_ptr + i, value, mask)
         if grouped:
-            begin = tl.load(begin_ptr + i, inside, other=0)
+            begin = tl.load(begin_ptr + i, mask, other=0)
             sums, carry = _sums_along_groups(value, begin, start, carry, BLOCK_A)
-            tl.store(sum_ptr + i, sums, inside)
+            tl.store(sum_ptr + i, sums, mask)
     tl.debug_barrier()
 
-    # Less the group's baseline; the sum over loss tokens.
+    # Subtracts the group's baseline; adds up values over loss tokens for the mean of whitening.
     token_sums = tl.zeros((BLOCK_A,), tl.float64)
     tokens = tl.zeros((BLOCK_A,), tl.float64)
     carry = zero
     for start in range(0, num_attempts, BLOCK_A):
-        i = start + lanes
-        inside = i < num_attempts
-        value = tl.load(value_ptr + i, inside, other=0.0)
+        i = start + offs_a
+        mask = i < num_attempts
+        value = tl.load(value_ptr + i, mask, other=0.0)
         if grouped:
-            begin = tl.load(begin_ptr + i, inside, other=0)
-            end = tl.load(end_ptr + i, inside, other=1)
+            begin = tl.load(begin_ptr + i, mask, other=0)
+            end = tl.load(end_ptr + i, mask, other=1)
             count = (end - begin).to(tl.float64)
-            total = tl.load(sum_ptr + end - 1, inside, other=0.0)
+            total = tl.load(sum_ptr + end - 1, mask, other=0.0)
             baseline = (
                 (total - value) / tl.maximum(count - 1, 1.0)
                 if BASELINE == "others"
                 else total / count
             )
+            # A group of one attempt has nothing to compare with: it keeps its value.
             value = tl.where(count == 1, value, value - baseline)
-            tl.store(value_ptr + i, value, inside)
+            tl.store(value_ptr + i, value, mask)
             if DIVIDE_BY_STD:
                 sums, carry = _sums_along_groups(value * value, begin, start, carry, BLOCK_A)
-                tl.store(square_sum_ptr + i, sums, inside)
+                tl.store(square_sum_ptr + i, sums, mask)
         if WHITEN:
-            attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
-            num_tokens = tl.load(num_tokens_ptr + attempt_of_place, inside, other=0).to(tl.float64)
+            attempt = tl.load(order_ptr + i, mask, other=0) if grouped else i
+            num_tokens = tl.load(num_tokens_ptr + attempt, mask, other=0).to(tl.float64)
             token_sums += num_tokens * value
             tokens += num_tokens
     tl.debug_barrier()
 
+    # Whitening: mean 0, variance 1 over loss tokens. An attempt counts once for each of its tokens.
     shift = zero
     scale = tl.full((), 1.0, tl.float64)
     if WHITEN:
@@ -259,34 +270,35 @@ def _decay_advantage_kernel(
         shift = tl.sum(token_sums, 0) / num_loss_tokens
         squares = tl.zeros((BLOCK_A,), tl.float64)
         for start in range(0, num_attempts, BLOCK_A):
-            i = start + lanes
-            inside = i < num_attempts
-            attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
-            deviation = tl.load(value_ptr + i, inside, other=0.0) - shift
-            num_tokens = tl.load(num_tokens_ptr + attempt_of_place, inside, other=0).to(tl.float64)
+            i = start + offs_a
+            mask = i < num_attempts
+            attempt = tl.load(order_ptr + i, mask, other=0) if grouped else i
+            deviation = tl.load(value_ptr + i, mask, other=0.0) - shift
+            num_tokens = tl.load(num_tokens_ptr + attempt, mask, other=0).to(tl.float64)
             squares += num_tokens * deviation * deviation
         scale = tl.sqrt(tl.sum(squares, 0) / (num_loss_tokens - 1) + _WHITEN_EPS)
     for start in range(0, num_attempts, BLOCK_A):
-        i = start + lanes
-        inside = i < num_attempts
-        attempt_of_place = tl.load(order_ptr + i, inside, other=0) if grouped else i
-        value = (tl.load(value_ptr + i, inside, other=0.0) - shift) / scale
+        i = start + offs_a
+        mask = i < num_attempts
+        attempt = tl.load(order_ptr + i, mask, other=0) if grouped else i
+        value = (tl.load(value_ptr + i, mask, other=0.0) - shift) / scale
         if DIVIDE_BY_STD:
-            begin = tl.load(begin_ptr + i, inside, other=0)
-            end = tl.load(end_ptr + i, inside, other=1)
+            begin = tl.load(begin_ptr + i, mask, other=0)
+            end = tl.load(end_ptr + i, mask, other=1)
             count = (end - begin).to(tl.float64)
-            square_sum = tl.load(square_sum_ptr + end - 1, inside, other=0.0)
+            square_sum = tl.load(square_sum_ptr + end - 1, mask, other=0.0)
             std = tl.where(count == 1, 1.0, tl.sqrt(square_sum / tl.maximum(count - 1, 1.0)))
             value /= std + tl.full((), eps, tl.float64)
-        tl.store(advantages_ptr + attempt_of_place, value.to(tl.float32), inside)
+        tl.store(advantages_ptr + attempt, value.to(tl.float32), mask)
 
 
 @triton.jit
 def _store_batch_means(
     factors_ptr, rewards_ptr, attempt_ptr, num_attempts, num_factors, BLOCK_A: tl.constexpr
 ):
-    """Factors by the recurrence of _batch_means in ops/decay_advantage.py, one attempt index at a
-    time.
+    """Stores factors by the recurrence of _batch_means in ops/decay_advantage.py.
+
+    The factor of attempt index n is the mean of all earlier rewards, each times its own factor.
     """
     decayed_sum = tl.zeros((), tl.float64)
     count = tl.zeros((), tl.float64)
@@ -297,29 +309,29 @@ def _store_batch_means(
         tl.store(factors_ptr + n, factor)
         for start in range(0, num_attempts, BLOCK_A):
             i = start + tl.arange(0, BLOCK_A)
-            inside = i < num_attempts
-            is_n = tl.load(attempt_ptr + i, inside, other=-1) == n
-            reward = tl.load(rewards_ptr + i, inside, other=0.0)
+            mask = i < num_attempts
+            is_n = tl.load(attempt_ptr + i, mask, other=-1) == n
+            reward = tl.load(rewards_ptr + i, mask, other=0.0)
             decayed_sum += factor * tl.sum(tl.where(is_n, reward, 0.0), 0)
             count += tl.sum(is_n.to(tl.float64), 0)
 
 
 @triton.jit
 def _sums_along_groups(value, begin, start, carry, BLOCK_A: tl.constexpr):
-    """Of each place the sum over its group up to it, and the last one, which the next tile's first
-    group may continue.
+    """Returns running sums of a tile along groups, and the last one, to carry to the next tile.
 
-    begin is where the group of each place begins, carry the sum so far of the group open at
-    `start`, the first place.
+    begin [BLOCK_A] is where the group of each attempt begins, in group order. `start` is the first
+    attempt of the tile, carry the sum so far of the group that it may continue.
     """
-    lanes = tl.arange(0, BLOCK_A)
+    offs_a = tl.arange(0, BLOCK_A)
     _, sums = tl.associative_scan(
-        ((begin == start + lanes).to(tl.int32), value), 0, _add_within_group
+        ((begin == start + offs_a).to(tl.int32), value), 0, _add_within_group
     )
     sums += tl.where(begin < start, carry, 0.0)
-    return sums, tl.sum(tl.where(lanes == BLOCK_A - 1, sums, 0.0), 0)
+    return sums, tl.sum(tl.where(offs_a == BLOCK_A - 1, sums, 0.0), 0)
 
 
 @triton.jit
 def _add_within_group(begins_a, sum_a, begins_b, sum_b):
+    """Joins two runs of a segmented scan: b starts anew if a group begins in it."""
     return begins_a | begins_b, tl.where(begins_b != 0, sum_b, sum_a + sum_b)

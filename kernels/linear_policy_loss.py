@@ -1,14 +1,16 @@
-"""The row pass of `linear_policy_loss` on a GPU: one program a row, from logits to log-prob, loss
-and gradient.
+"""Computes log-prob, loss and gradient of `linear_policy_loss` from logits on a GPU, row by row.
 
-Read top-down: policy_rows launches _policy_rows_kernel; _policy_term and _kl_term are the loss of
-one token; the sums over a row and its gradient are those of kernels/linear_logprob.py. GEMMs are
-not here: ops/linear_policy_loss.py calls this on a chunk of logits, between cuBLAS calls. csrc/ has
-the same pass on a CPU.
+Read top-down: policy_rows launches _policy_rows_kernel, one program a row; _policy_term and
+_kl_term are the loss of one token; the sums over a row and its gradient are those of
+kernels/linear_logprob.py. The GEMMs are elsewhere: ops/linear_policy_loss.py calls this on a chunk
+of logits between cuBLAS calls. csrc/ has the same pass on a CPU.
 
-Departures from the textbook. The gradient is formed in the forward, since the coefficient of a
-policy loss depends on nothing but the row's own log-prob; it may overwrite the logits. Where a NaN
-comes in, a NaN goes out: comparisons are written so that none is clamped away.
+    hidden --cuBLAS--> logits --this pass--> loss, d loss / d logits --cuBLAS--> dX, dW
+                       a row is read twice: for its sums, and for its gradient
+
+Departures from the textbook. The gradient is computed in the forward, since the coefficient of a
+policy loss depends on the log-prob of its own row only. It may overwrite the logits. A NaN in the
+input gives a NaN in the output: comparisons are written so that none is clamped away.
 """
 
 import torch
@@ -28,6 +30,7 @@ from socpo_fast.kernels.linear_logprob import (
 
 __all__ = ["logprob_rows", "logprob_rows_backward", "policy_rows"]
 
+# Log ratios are clamped to +-20 before exp, and have no gradient beyond.
 _MAX_LOG_RATIO = tl.constexpr(20.0)
 
 
@@ -49,17 +52,18 @@ def policy_rows(
     kl_estimator: int,
     need_entropy: bool,
 ) -> Tensor:
-    """Loss, its parts and its gradient for a chunk of rows; z = logits * inv_temperature.
+    """Returns loss, its terms and statistics of a chunk of rows, and writes the gradient.
 
-        values rows: loss w l, logprob, entropy, ratio, clipped (0 or 1), d loss / d logprob without
-        entropy's part
+        z = logits * inv_temperature
 
-    Args: per-row tensors in the logits' dtype (fp32 or fp64); grad_logits_NV receives d loss / d
-    logits and may be logits_NV itself, or of another dtype, or None; dual_clip inf is off;
-    kl_estimator 1, 2 or 3.
+    Args: per-row tensors in the logits' dtype (fp32 or fp64). grad_logits_NV receives d loss / d
+    logits; it may be logits_NV itself, of another dtype, or None. dual_clip: inf is off.
+    kl_estimator: 1, 2 or 3.
 
-    Returns: values [6, N]; entropy is NaN unless need_entropy, or entropy_coef is not 0. A row of
-    weight 0 has loss, clipped, coefficient and gradient exactly 0, whatever else stands in it.
+    Returns: [6, N], by row: loss times weight; logprob; entropy; ratio; clipped (0 or 1);
+    d loss / d logprob without the term of the entropy. The entropy is NaN unless need_entropy is
+    set or entropy_coef is not 0. A row of weight 0 has loss, clipped, d loss / d logprob and
+    gradient exactly 0, even if its logits hold NaN.
     """
     num_rows, num_cols = logits_NV.shape
     values_6N = logits_NV.new_empty((6, num_rows))
@@ -97,9 +101,7 @@ def policy_rows(
 
 
 def aot_configs() -> AotConfigs:
-    """The launch above for `make aot`: plain and with every term, in place and into bf16, even and
-    odd vocabulary.
-    """
+    """Yields the launch above: plain and with every term, in place or into bf16, even and odd V."""
     for architecture in ARCHITECTURES:
         for dtype, (block, num_warps) in TILES[architecture].items():
             names = (
@@ -110,36 +112,36 @@ def aot_configs() -> AotConfigs:
                 "weights_ptr",
                 "inv_temperature_ptr",
             )
-            low = torch.bfloat16 if dtype == torch.float32 else dtype
-            for label, grad, need_entropy, terms, odd in (
+            low_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+            for label, grad, need_entropy, all_terms, odd_sizes in (
                 ("bare, no gradient", None, False, False, False),
                 ("plain, in place", dtype, True, False, False),
-                ("plain, odd V", low, True, False, True),
-                ("all terms", low, True, True, False),
+                ("plain, odd V", low_dtype, True, False, True),
+                ("all terms", low_dtype, True, True, False),
                 ("all terms, odd V", dtype, True, True, True),
             ):
-                attempt = torch.int64 if need_entropy else None
-                ref = dtype if terms else None
-                pointers = dict.fromkeys(names, dtype) | {"grad_ptr": grad, "ref_ptr": ref}
+                attempt_dtype = torch.int64 if need_entropy else None
+                ref_dtype = dtype if all_terms else None
+                pointers = dict.fromkeys(names, dtype) | {"grad_ptr": grad, "ref_ptr": ref_dtype}
                 yield AotConfig(
                     _policy_rows_kernel,
                     architecture,
                     dtype,
                     label,
                     num_warps,
-                    pointers | {"targets_ptr": torch.int64, "attempt_ptr": attempt},
+                    pointers | {"targets_ptr": torch.int64, "attempt_ptr": attempt_dtype},
                     {
                         "KL_ESTIMATOR": 3,
                         "NEED_ENTROPY": need_entropy,
-                        "ENTROPY_GRAD": terms,
+                        "ENTROPY_GRAD": all_terms,
                         "BLOCK_V": block,
                     },
-                    odd,
+                    odd_sizes,
                 )
 
 
-# The number of rows and where their numbers begin differ from chunk to chunk: one compiled kernel
-# for all.
+# The number of rows and the alignment of their pointers differ from chunk to chunk. Triton does not
+# specialise on them, so one compiled kernel serves all chunks.
 @triton.jit(
     do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=[
@@ -172,27 +174,27 @@ def _policy_rows_kernel(
     ENTROPY_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """Computes loss, statistics and gradient of one row."""
     dtype = logits_ptr.dtype.element_ty
-    # In 64 bits, and every offset with it: a large workspace holds more than 2^31 logits.
+    # Offsets are in 64 bits, since a large workspace holds more than 2^31 logits.
     row = tl.program_id(0).to(tl.int64)
     logits_row_ptr = logits_ptr + row * stride_ln
     target = tl.load(targets_ptr + row)
     inv_temperature = tl.load(inv_temperature_ptr + row)
-    target_logit = tl.load(
-        logits_row_ptr + target
-    )  # before anything is written: grad may be logits
-    highest, total, weighted = row_sums(
-        logits_row_ptr, num_cols, inv_temperature, NEED_ENTROPY, BLOCK_V
-    )
-    log_sum = tl.log(total)
-    logprob = (target_logit - highest) * inv_temperature - log_sum
-    entropy = log_sum - weighted / total if NEED_ENTROPY else tl.full((), float("nan"), dtype)
+    # Read before the gradient is written, which may overwrite the logits.
+    target_logit = tl.load(logits_row_ptr + target)
+    m_i, l_i, weighted = row_sums(logits_row_ptr, num_cols, inv_temperature, NEED_ENTROPY, BLOCK_V)
+    log_sum = tl.log(l_i)
+    logprob = (target_logit - m_i) * inv_temperature - log_sum
+    entropy = log_sum - weighted / l_i if NEED_ENTROPY else tl.full((), float("nan"), dtype)
 
     weight = tl.load(weights_ptr + row)
     advantage = tl.load(
         advantages_ptr + (row if attempt_ptr is None else tl.load(attempt_ptr + row))
     )
-    term, ratio, clipped, derivative = _policy_term(
+    # The numbers of the loss are passed as fp64 and converted to the dtype of the logits: in fp64,
+    # gradient checks need all of their digits.
+    loss, ratio, is_clipped, derivative = _policy_term(
         logprob,
         tl.load(old_ptr + row),
         advantage,
@@ -202,26 +204,27 @@ def _policy_rows_kernel(
     )
     if ref_ptr is not None:
         kl, kl_derivative = _kl_term(logprob, tl.load(ref_ptr + row), KL_ESTIMATOR)
-        term += tl.full((), kl_coef, dtype) * kl
+        loss += tl.full((), kl_coef, dtype) * kl
         derivative += tl.full((), kl_coef, dtype) * kl_derivative
     if ENTROPY_GRAD:
-        term -= tl.full((), entropy_coef, dtype) * entropy
+        loss -= tl.full((), entropy_coef, dtype) * entropy
+    # tl.where instead of a product: a weight of 0 times NaN would be NaN.
     has_loss = weight != 0
     coefficient = tl.where(has_loss, weight * derivative, 0.0)
     values_row_ptr = values_ptr + row
     num_rows = num_rows.to(tl.int64)
-    tl.store(values_row_ptr, tl.where(has_loss, weight * term, 0.0))
+    tl.store(values_row_ptr, tl.where(has_loss, weight * loss, 0.0))
     tl.store(values_row_ptr + num_rows, logprob)
     tl.store(values_row_ptr + 2 * num_rows, entropy)
     tl.store(values_row_ptr + 3 * num_rows, ratio)
-    tl.store(values_row_ptr + 4 * num_rows, (has_loss & clipped).to(dtype))
+    tl.store(values_row_ptr + 4 * num_rows, (has_loss & is_clipped).to(dtype))
     tl.store(values_row_ptr + 5 * num_rows, coefficient)
     if grad_ptr is not None:
         entropy_grad = (
             -weight * tl.full((), entropy_coef, dtype) if ENTROPY_GRAD else tl.zeros((), dtype)
         )
         write_row_gradient(
-            logits_row_ptr, grad_ptr + row * stride_gn, num_cols, inv_temperature, target, highest,
+            logits_row_ptr, grad_ptr + row * stride_gn, num_cols, inv_temperature, target, m_i,
             log_sum, logprob,
             entropy, coefficient, entropy_grad, ENTROPY_GRAD, BLOCK_V,
         )  # fmt: skip
@@ -229,24 +232,36 @@ def _policy_rows_kernel(
 
 @triton.jit
 def _policy_term(logprob, old_logprob, advantage, ratio_min, ratio_max, dual_clip):
-    """One token's clipped loss, its ratio, whether a clip replaced the ratio, and d loss / d
-    logprob.
+    """Returns a token's clipped loss, ratio, whether a clip is active, and d loss / d logprob.
+
+        loss = max(-A ratio, -A clamp(ratio, ratio_min, ratio_max))       ratio = exp(log ratio)
+
+    If A < 0, the loss is at most -A dual_clip. Where a clip is active, the derivative is 0.
     """
-    difference = logprob - old_logprob
-    _, ratio = expm1_and_exp(_clamp(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    log_ratio = logprob - old_logprob
+    _, ratio = expm1_and_exp(_clamp(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     unclipped = -advantage * ratio
-    bounded = -advantage * _clamp(ratio, ratio_min, ratio_max)
-    clipped = bounded > unclipped
-    term = tl.where(clipped, bounded, unclipped)
-    dual = (advantage < 0) & (term > -advantage * dual_clip)
-    term = tl.where(dual, -advantage * dual_clip, term)
-    beyond = tl.abs(difference) > _MAX_LOG_RATIO
-    return term, ratio, clipped | dual, tl.where(clipped | dual | beyond, 0.0, unclipped)
+    clamped = -advantage * _clamp(ratio, ratio_min, ratio_max)
+    is_clipped = clamped > unclipped
+    loss = tl.where(is_clipped, clamped, unclipped)
+    is_dual_clipped = (advantage < 0) & (loss > -advantage * dual_clip)
+    loss = tl.where(is_dual_clipped, -advantage * dual_clip, loss)
+    # d ratio / d logprob is the ratio itself, so `unclipped` is also the derivative.
+    is_out_of_range = tl.abs(log_ratio) > _MAX_LOG_RATIO
+    return (
+        loss,
+        ratio,
+        is_clipped | is_dual_clipped,
+        tl.where(is_clipped | is_dual_clipped | is_out_of_range, 0.0, unclipped),
+    )
 
 
 @triton.jit
 def _kl_term(logprob, ref_logprob, KL_ESTIMATOR: tl.constexpr):
-    """One token's estimate of KL(policy || reference), and its derivative by logprob."""
+    """Returns a token's estimate of KL(policy || reference) and its derivative by logprob.
+
+    d = ref_logprob - logprob       k1 = -d       k2 = d^2 / 2       k3 = exp(d) - 1 - d
+    """
     difference = ref_logprob - logprob
     d = _clamp(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     if KL_ESTIMATOR == 1:
@@ -264,5 +279,5 @@ def _kl_term(logprob, ref_logprob, KL_ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def _clamp(x, low, high):
-    """x in [low, high]; NaN stays NaN, which tl.minimum and tl.maximum do not promise."""
+    """Returns x limited to [low, high]; NaN stays NaN, unlike in tl.minimum and tl.maximum."""
     return tl.where(x < low, low, tl.where(x > high, high, x))

@@ -1,14 +1,19 @@
-"""LM head and draw in one pass on a GPU: the [N, V] logits exist only as tiles.
+"""Multiplies by the LM head and draws tokens on a GPU; the [B, V] logits exist only as tiles.
 
-Read top-down: linear_sample_triton launches _sample_tile_kernel, where a program multiplies a tile
-of rows by a tile of the vocabulary and reduces each row of it to six numbers, and
-_merge_tiles_kernel, which reduces those; where there are filters the logits are kept, and
-filtered_draw.py draws again. _noise.py has the draw's noise, ops/sample.py says what is drawn.
+Read top-down: linear_sample_triton launches two kernels. _noise.py has the noise of a draw,
+ops/sample.py defines what is drawn.
+
+    vocabulary ->     tile 0      tile 1      tile 2    ..
+    row 0           6 numbers   6 numbers   6 numbers   ..  -> token id, log-prob, entropy
+    row 1           6 numbers   6 numbers   6 numbers   ..  -> token id, log-prob, entropy
+                    <------- _sample_tile_kernel ------->   _merge_tiles_kernel
+
+A program of the first kernel multiplies a tile of rows by a tile of the vocabulary. If there are
+filters, it also stores the logits, and filtered_draw.py draws again for the rows that have one.
 
 Departures from the textbook. The noise is a hash of row key and token id, bit for bit that of
-ops/sample.py. A tile of the vocabulary is a split of its own, so nothing runs on from tile to tile;
-tiles are merged in order and the lowest of equal scores wins. What a row gives depends on that row
-alone.
+ops/sample.py. Tiles of the vocabulary are independent of one another. They are merged in order, and
+of equal scores the one with the lowest token id wins. So results are batch-invariant.
 """
 
 from typing import NamedTuple
@@ -30,19 +35,23 @@ from socpo_fast.kernels.filtered_draw import Filters, filtered_draw
 
 
 class SampleTile(NamedTuple):
-    """Rows, tokens and hidden units that a program multiplies at once."""
+    """The numbers of rows, tokens and hidden units that a program multiplies at once."""
 
     rows: int
     tokens: int
     width: int
     num_warps: int
-    merged_rows: int = 1  # of one program that merges tiles; the interpreter is slow by the program
-    max_registers: int | None = None  # of a thread, at sizes that are multiples of 16; None: any
+    # Rows of a program that merges. The interpreter has many: its time depends on the number of
+    # programs.
+    merged_rows: int = 1
+    max_registers: int | None = (
+        None  # of a thread, if all sizes are multiples of 16; None: no limit
+    )
 
 
 _FP32 = {torch.float32: SampleTile(32, 64, 32, 4)}
 _HALVES = dict.fromkeys((torch.float16, torch.bfloat16), SampleTile(64, 128, 64, 8))
-# With 128 registers two programs share an SM, so that one multiplies while the other draws.
+# With at most 128 registers, two programs fit on an SM: one multiplies while the other draws.
 _HALVES_90 = {dtype: tile._replace(max_registers=128) for dtype, tile in _HALVES.items()}
 TILES: dict[int, dict[torch.dtype, SampleTile]] = {
     INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), SampleTile(128, 64, 32, 1, merged_rows=128)),
@@ -60,18 +69,23 @@ def linear_sample_triton(
     rows_B: Tensor | None,
     filters: Filters | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token ids [B] int64; log-probs, entropies and kept mass [B] fp32, of draws from the LM head.
+    """Returns token ids [B] int64 drawn from the LM head; log-probs, entropies, kept mass [B] fp32.
 
-    Args: hidden fp32, bf16 or fp16 [T, D]; weight [V, D], the same or another of these, converted
-    after it is read; the last stride of both is 1; temperature fp32, 0 is greedy; rows int64, each
-    draw's row of hidden (None: its own number); filters as of filtered_draw, None: no draw has one.
-    Rows whose filters are off draw the same either way.
+    Args:
+        hidden_TD:     [T, D] fp32, bf16 or fp16; the last stride is 1.
+        weight_VD:     [V, D], the same or another of these dtypes, converted after it is read; the
+                       last stride is 1.
+        row_keys_B:    [B] int64, the noise key of each draw.
+        temperature_B: [B] fp32, 0 is greedy.
+        rows_B:        [B] int64, the row of hidden_TD of each draw; None: draw b uses row b.
+        filters:       None: no draw has a filter. A row whose filters are off draws the same token
+                       with and without them.
     """
     num_draws = row_keys_B.numel()
     (vocab, width) = weight_VD.shape
     tile = TILES[architecture_of(hidden_TD)][hidden_TD.dtype]
     num_tiles = triton.cdiv(vocab, tile.tokens)
-    # At other sizes addresses take more registers, and a bound would spill them.
+    # At other sizes, addresses take more registers, and a limit would make a thread spill.
     is_even = all(n % 16 == 0 for n in (vocab, width, hidden_TD.stride(0), weight_VD.stride(0)))
     ids_BN = row_keys_B.new_empty((num_draws, num_tiles), dtype=torch.int32)
     values_5BN = row_keys_B.new_empty((5, num_draws, num_tiles), dtype=torch.float32)
@@ -133,25 +147,26 @@ def linear_sample_triton(
 
 
 def aot_configs() -> AotConfigs:
-    """Both kernels: with and without rows, even and odd sizes, fp32 over a head in bf16; merging at
-    V = 262144.
-    """
-    results: dict[str, torch.dtype | None] = {"ids_ptr": torch.int32, "values_ptr": torch.float32}
+    """Yields both kernels: with and without rows, even and odd sizes, a 16-bit head; V = 262144."""
+    result_pointers: dict[str, torch.dtype | None] = {
+        "ids_ptr": torch.int32,
+        "values_ptr": torch.float32,
+    }
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
-            low = torch.bfloat16 if dtype == torch.float32 else dtype
-            for label, weight, rows, odd, kept in (
+            low_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+            for label, weight, rows, odd_sizes, z_dtype in (
                 ("even sizes", dtype, None, False, None),
                 ("even sizes, filters", dtype, None, False, torch.float32),
                 ("rows, even sizes", dtype, torch.int64, False, None),
-                ("rows, 16-bit head", low, torch.int64, False, None),
+                ("rows, 16-bit head", low_dtype, torch.int64, False, None),
                 ("odd sizes", dtype, None, True, None),
             ):
-                pointers = results | {
+                pointers = result_pointers | {
                     "hidden_ptr": dtype,
                     "weight_ptr": weight,
                     "rows_ptr": rows,
-                    "z_ptr": kept,
+                    "z_ptr": z_dtype,
                 }
                 yield AotConfig(
                     _sample_tile_kernel,
@@ -161,10 +176,10 @@ def aot_configs() -> AotConfigs:
                     tile.num_warps,
                     pointers | {"row_keys_ptr": torch.int64, "temperature_ptr": torch.float32},
                     {"BLOCK_B": tile.rows, "BLOCK_V": tile.tokens, "BLOCK_D": tile.width},
-                    odd,
-                    options={"maxnreg": None if odd else tile.max_registers},
+                    odd_sizes,
+                    options={"maxnreg": None if odd_sizes else tile.max_registers},
                 )
-            pointers = results | {
+            pointers = result_pointers | {
                 "token_ids_ptr": torch.int64,
                 "logprobs_ptr": torch.float32,
                 "entropy_ptr": torch.float32,
@@ -173,9 +188,15 @@ def aot_configs() -> AotConfigs:
                 "BLOCK_B": tile.merged_rows,
                 "BLOCK_N": triton.next_power_of_2(triton.cdiv(262144, tile.tokens)),
             }
-            of = (_merge_tiles_kernel, architecture, dtype)
-            for label, kept in (("V = 262144", None), ("V = 262144, filters", torch.float32)):
-                yield AotConfig(*of, label, _MERGE_WARPS, pointers | {"sums_ptr": kept}, constants)
+            kernel_and_dtype = (_merge_tiles_kernel, architecture, dtype)
+            for label, z_dtype in (("V = 262144", None), ("V = 262144, filters", torch.float32)):
+                yield AotConfig(
+                    *kernel_and_dtype,
+                    label,
+                    _MERGE_WARPS,
+                    pointers | {"sums_ptr": z_dtype},
+                    constants,
+                )
 
 
 @triton.jit(
@@ -200,30 +221,34 @@ def _sample_tile_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Values of a row of the tile: largest z, sum of exp(d), sum of d exp(d) for d = z - largest;
-    best score, its z.
+    """Stores six numbers for each row of a tile: the id of the best token and five values.
+
+        z = hidden . weight / temperature      d = z - largest z      score = z + noise
+
+    The values [5, B, tiles]: largest z; sum of exp(d); sum of d exp(d); best score; z of the best.
     """
     draws = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     is_draw = draws < num_draws
     rows = draws if rows_ptr is None else tl.load(rows_ptr + draws, is_draw, other=0)
     token_ids = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     is_token = token_ids < vocab
-    units = tl.arange(0, BLOCK_D)
-    hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hb + units[None, :]
-    weight_ptrs = weight_ptr + token_ids.to(tl.int64)[:, None] * stride_wv + units[None, :]
-    # As in kernels/_attend.py: only fp32 minds, and a weight in 16 bits is exact in tf32.
+    offs_d = tl.arange(0, BLOCK_D)
+    hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hb + offs_d[None, :]
+    weight_ptrs = weight_ptr + token_ids.to(tl.int64)[:, None] * stride_wv + offs_d[None, :]
+    # This matters for fp32 only. As in kernels/_attend.py, tf32 holds a 16-bit weight exactly.
     PRECISION: tl.constexpr = (
         "tf32x3" if weight_ptr.dtype.element_ty != hidden_ptr.dtype.element_ty else "ieee"
     )
     z = tl.zeros((BLOCK_B, BLOCK_V), tl.float32)
     for start in range(0, width, BLOCK_D):
-        inside = (start + units < width)[None, :]
-        hidden = tl.load(hidden_ptrs + start, is_draw[:, None] & inside, other=0.0)
-        weight = tl.load(weight_ptrs + start, is_token[:, None] & inside, other=0.0).to(
+        is_unit = (start + offs_d < width)[None, :]
+        hidden = tl.load(hidden_ptrs + start, is_draw[:, None] & is_unit, other=0.0)
+        weight = tl.load(weight_ptrs + start, is_token[:, None] & is_unit, other=0.0).to(
             hidden.dtype
         )
         z = tl.dot(hidden, tl.trans(weight), z, input_precision=PRECISION)
 
+    # Tokens beyond the vocabulary become -inf, so that they win no draw and add nothing to a sum.
     temperature = tl.load(temperature_ptr + draws, is_draw, other=1.0)
     is_greedy = temperature == 0
     z = tl.where(
@@ -234,30 +259,32 @@ def _sample_tile_kernel(
     if z_ptr is not None:
         z_ptrs = z_ptr + draws.to(tl.int64)[:, None] * vocab + token_ids[None, :]
         tl.store(z_ptrs, z, is_draw[:, None] & is_token[None, :])
-    highest = tl.max(z, 1)
-    below = z - tl.where(highest == float("-inf"), 0.0, highest)[:, None]
-    terms = tl.exp(below)
-    total = tl.sum(terms, 1)
-    weighted = tl.sum(terms * tl.where(below == float("-inf"), 0.0, below), 1)
+    m_i = tl.max(z, 1)
+    d = z - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None]
+    exp_d = tl.exp(d)
+    l_i = tl.sum(exp_d, 1)
+    weighted = tl.sum(exp_d * tl.where(d == float("-inf"), 0.0, d), 1)
 
     noise = gumbel(tl.load(row_keys_ptr + draws, is_draw, other=0), token_ids)
     scores = z + tl.where(is_greedy[:, None], 0.0, noise)
+    # The lowest id of equal scores wins. The id behind the tile stands for none, which is the case
+    # only if the scores hold NaN: then the tile's first token is taken.
     best = tl.max(scores, 1)
-    none = (tl.program_id(1) + 1) * BLOCK_V
+    no_id = (tl.program_id(1) + 1) * BLOCK_V
     best_id = tl.min(
-        tl.where(is_token[None, :] & (scores == best[:, None]), token_ids[None, :], none), 1
+        tl.where(is_token[None, :] & (scores == best[:, None]), token_ids[None, :], no_id), 1
     )
-    best_id = tl.where(best_id == none, none - BLOCK_V, best_id)  # NaN: some token
+    best_id = tl.where(best_id == no_id, no_id - BLOCK_V, best_id)
     best_z = tl.max(tl.where(token_ids[None, :] == best_id[:, None], z, float("-inf")), 1)
 
-    places = draws.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    step = tl.num_programs(1).to(tl.int64) * num_draws
-    tl.store(ids_ptr + places, best_id, is_draw)
-    tl.store(values_ptr + places, highest, is_draw)
-    tl.store(values_ptr + places + step, total, is_draw)
-    tl.store(values_ptr + places + 2 * step, weighted, is_draw)
-    tl.store(values_ptr + places + 3 * step, best, is_draw)
-    tl.store(values_ptr + places + 4 * step, best_z, is_draw)
+    offs = draws.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    stride_values = tl.num_programs(1).to(tl.int64) * num_draws
+    tl.store(ids_ptr + offs, best_id, is_draw)
+    tl.store(values_ptr + offs, m_i, is_draw)
+    tl.store(values_ptr + offs + stride_values, l_i, is_draw)
+    tl.store(values_ptr + offs + 2 * stride_values, weighted, is_draw)
+    tl.store(values_ptr + offs + 3 * stride_values, best, is_draw)
+    tl.store(values_ptr + offs + 4 * stride_values, best_z, is_draw)
 
 
 @triton.jit(do_not_specialize=["num_draws", "num_tiles"])
@@ -273,35 +300,39 @@ def _merge_tiles_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Merges the tiles of a row; all of them are held at once, BLOCK_N is the next power of two."""
     draws = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     tiles = tl.arange(0, BLOCK_N)
     is_draw = draws < num_draws
-    begins = tl.minimum(draws, num_draws - 1).to(tl.int64) * num_tiles
-    places = begins[:, None] + tiles[None, :]
-    wanted = (tiles < num_tiles)[None, :]
-    step = tl.cast(num_tiles, tl.int64) * num_draws
-    highest_of_tile = tl.load(values_ptr + places, wanted, other=float("-inf"))
-    total_of_tile = tl.load(values_ptr + places + step, wanted, other=0.0)
-    weighted_of_tile = tl.load(values_ptr + places + 2 * step, wanted, other=0.0)
-    highest = tl.max(highest_of_tile, 1)
-    below = highest_of_tile - tl.where(highest == float("-inf"), 0.0, highest)[:, None]
-    factors = tl.exp(below)
-    total = tl.sum(factors * total_of_tile, 1)
-    below = tl.where(below == float("-inf"), 0.0, below)
-    log_total = tl.log(total)
-    entropy = log_total - tl.sum(factors * (weighted_of_tile + below * total_of_tile), 1) / total
+    row_offs = tl.minimum(draws, num_draws - 1).to(tl.int64) * num_tiles
+    offs = row_offs[:, None] + tiles[None, :]
+    mask = (tiles < num_tiles)[None, :]
+    stride_values = tl.cast(num_tiles, tl.int64) * num_draws
+    m_tiles = tl.load(values_ptr + offs, mask, other=float("-inf"))
+    l_tiles = tl.load(values_ptr + offs + stride_values, mask, other=0.0)
+    weighted_tiles = tl.load(values_ptr + offs + 2 * stride_values, mask, other=0.0)
+    # Rescales the sums of each tile from its own largest z to that of the row. A tile whose logits
+    # are all -inf has the factor 0.
+    m_i = tl.max(m_tiles, 1)
+    d = m_tiles - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None]
+    alpha = tl.exp(d)
+    l_i = tl.sum(alpha * l_tiles, 1)
+    d = tl.where(d == float("-inf"), 0.0, d)
+    log_total = tl.log(l_i)
+    entropy = log_total - tl.sum(alpha * (weighted_tiles + d * l_tiles), 1) / l_i
 
-    best_of_tile = tl.load(values_ptr + places + 3 * step, wanted, other=float("-inf"))
-    is_best = wanted & (best_of_tile == tl.max(best_of_tile, 1)[:, None])
+    best_tiles = tl.load(values_ptr + offs + 3 * stride_values, mask, other=float("-inf"))
+    is_best = mask & (best_tiles == tl.max(best_tiles, 1)[:, None])
+    # The first tile with the best score has the lowest token id of those with it.
     winner = tl.min(tl.where(is_best, tiles[None, :], num_tiles), 1)
-    place = begins + tl.where(winner == num_tiles, 0, winner)  # NaN: some token
-    tl.store(token_ids_ptr + draws, tl.load(ids_ptr + place).to(tl.int64), is_draw)
+    winner_offs = row_offs + tl.where(winner == num_tiles, 0, winner)  # all scores NaN: tile 0
+    tl.store(token_ids_ptr + draws, tl.load(ids_ptr + winner_offs).to(tl.int64), is_draw)
     tl.store(
         logprobs_ptr + draws,
-        (tl.load(values_ptr + place + 4 * step) - highest) - log_total,
+        (tl.load(values_ptr + winner_offs + 4 * stride_values) - m_i) - log_total,
         is_draw,
     )
     tl.store(entropy_ptr + draws, entropy, is_draw)
     if sums_ptr is not None:
-        tl.store(sums_ptr + draws, highest, is_draw)
+        tl.store(sums_ptr + draws, m_i, is_draw)
         tl.store(sums_ptr + num_draws + draws, log_total, is_draw)

@@ -1,9 +1,16 @@
-"""Attention of new tokens over keys and values in pages, on a GPU.
+"""Computes attention of new tokens over keys and values in pages, on a GPU.
 
-Read top-down: paged_attention_triton is the launch; _prefill_kernel has a tile of a sequence's
-query tokens times the heads of a KV head as its rows; one new token a sequence goes to
-kernels/paged_decode.py. The online softmax of both is in kernels/_attend.py. Grids depend on the
-batch size and on the longest lengths as the caller states them, never on what the tensors hold.
+Read top-down: paged_attention_triton is the launch, _prefill_kernel a program. If each sequence has
+at most one new token, kernels/paged_decode.py computes it. The online softmax of both is in
+kernels/_attend.py.
+
+    rows of a program, GROUP = 2:      token t,     query head 0 of the KV head
+    query tokens times the query       token t,     query head 1
+    heads of one KV head, so that      token t + 1, query head 0
+    a key is read once for all         token t + 1, query head 1    .. BLOCK_M rows
+
+Grids depend on the batch size and on the longest lengths as the caller states them, never on the
+contents of tensors: the host does not wait for the device.
 """
 
 import torch
@@ -29,14 +36,18 @@ def paged_attention_triton(
     max_seqlen_k: int,
     groups_BG: Tensor | None = None,
 ) -> Tensor:
-    """o [T, H, E] in q's dtype, as `paged_attention` of ops/ defines it; nothing is read back from
-    the device.
+    """Returns o [T, H, E] in q's dtype, as `paged_attention` of ops/ defines it.
 
-    Args: q fp32, bf16 or fp16; contiguous caches of the same dtype or of another of these,
-    converted after they are read; max_seqlen_q and max_seqlen_k bound the query tokens and the
-    tokens of any sequence, and choose decode when max_seqlen_q is 1; groups_BG int32, of
-    ops/prefix_groups.py, needed for decode alone. A sequence may have no query token. One of no
-    tokens at all (a place kept free in a captured graph) gets zeros from decode.
+    Args:
+        q_THE:                      fp32, bf16 or fp16.
+        k_cache_PSKE, v_cache_PSKE: contiguous, of the same or another of these dtypes, converted
+                                    after they are read.
+        max_seqlen_q, max_seqlen_k: upper bounds of the query tokens and of the tokens of a
+                                    sequence. A max_seqlen_q of 1 selects decode.
+        groups_BG:                  int32, of ops/prefix_groups.py; needed for decode only.
+
+    A sequence may have no query token. One without any token, which is an unused row in a captured
+    CUDA graph, gets zeros from decode.
     """
     q_THE = q_THE.contiguous()
     o_THE = torch.empty_like(q_THE)
@@ -75,12 +86,12 @@ def paged_attention_triton(
 
 
 def _block_rows(launch: Launch) -> int:
-    """Query tokens x heads of a KV head in a tile: at least one token."""
+    """Returns BLOCK_M: query tokens times heads of a KV head in a tile, at least one token."""
     return max(launch.rows, triton.next_power_of_2(launch.constants["GROUP"]))
 
 
 def aot_configs() -> AotConfigs:
-    """Prefill of MODELS, and of one in fp32 over pages in bf16."""
+    """Yields prefill for MODELS, one of them also in fp32 over pages in bf16."""
     tables = dict.fromkeys(("block_table_ptr", "seq_lens_ptr", "cu_seqlens_q_ptr"), torch.int32)
     for architecture in ARCHITECTURES:
         for dtype in TILES[architecture]:
@@ -120,26 +131,32 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """Computes the output of a tile of query tokens, for the query heads of one KV head."""
     tokens_per_tile: tl.constexpr = BLOCK_M // GROUP
     seq = tl.program_id(0)
     kv_head = tl.program_id(1)
-    tile = tl.num_programs(2) - 1 - tl.program_id(2)  # those with the most keys start first
+    # Causal: the last tile sees the most keys and takes longest, so it starts first.
+    tile = tl.num_programs(2) - 1 - tl.program_id(2)
     q_end = tl.load(cu_seqlens_q_ptr + seq + 1)
-    first = tl.load(cu_seqlens_q_ptr + seq) + tile * tokens_per_tile
-    if first < q_end:
-        shift = tl.load(seq_lens_ptr + seq) - q_end  # from a token's number to its position
+    first_token = tl.load(cu_seqlens_q_ptr + seq) + tile * tokens_per_tile
+    # The grid is for the longest sequence: a shorter one has programs without a query.
+    if first_token < q_end:
+        # From the index of a query token among all to its position in the sequence. New tokens are
+        # the last ones of a sequence.
+        shift = tl.load(seq_lens_ptr + seq) - q_end
         rows = tl.arange(0, BLOCK_M)
-        columns = tl.arange(0, BLOCK_E)
-        tokens = first + rows // GROUP
+        offs_e = tl.arange(0, BLOCK_E)
+        tokens = first_token + rows // GROUP
         is_row = (rows < tokens_per_tile * GROUP) & (tokens < q_end)
-        heads = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + rows % GROUP
-        places = heads[:, None] * HEAD_DIM + columns[None, :]
-        wanted = is_row[:, None] & (columns < HEAD_DIM)[None, :]
-        q = tl.load(q_ptr + places, wanted, other=0.0)
-        end = shift + tl.minimum(first + tokens_per_tile, q_end)
+        # In 64 bits: many tokens times wide heads are more than 2^31 numbers.
+        offs_heads = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + rows % GROUP
+        offs = offs_heads[:, None] * HEAD_DIM + offs_e[None, :]
+        mask = is_row[:, None] & (offs_e < HEAD_DIM)[None, :]
+        q = tl.load(q_ptr + offs, mask, other=0.0)
+        end = shift + tl.minimum(first_token + tokens_per_tile, q_end)
         pages_ptr = block_table_ptr + seq.to(tl.int64) * table_width
-        _, total, out = attend(
+        _, l_i, acc = attend(
             q, k_ptr, v_ptr, pages_ptr, 0, end, shift + tokens, kv_head, scale,
             NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_E,
         )  # fmt: skip
-        tl.store(o_ptr + places, (out / total[:, None]).to(o_ptr.dtype.element_ty), wanted)
+        tl.store(o_ptr + offs, (acc / l_i[:, None]).to(o_ptr.dtype.element_ty), mask)

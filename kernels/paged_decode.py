@@ -1,17 +1,27 @@
-"""Paged attention of one new token a sequence: keys in fixed splits, a prefix shared by siblings
-read once.
+"""Computes paged attention of one new token a sequence on a GPU; a shared prefix is read once.
 
-Read top-down: paged_decode launches _decode_kernel, which leaves a partial result (largest score,
-sum, output) for each split of keys, and _merge_splits_kernel, which adds them up. Nothing is
-decided on the host, so that a decode step can be captured in a CUDA graph and replayed at other
-lengths.
+Read top-down: paged_decode launches _decode_kernel, which stores a partial result (largest score,
+sum of exp, output) for each split of SPLIT keys, and _merge_splits_kernel, which adds the splits of
+a sequence up. A program of the first kernel has one sequence, one KV head and one split:
+
+    keys of a sequence      split 0     split 1     split 2     split 3
+    seq 0, the leader       P 0 1 2     P 0 1 2     P 0         P 0
+    seq 1                   -           -           P 1         P 1
+    seq 2                   -           -           P 2
+    shared tokens         |<--------------------->|
+                            P 0 1 2: the program computes the rows of members 0, 1 and 2
+                            -: the program ends at once
+
+The host decides nothing, so a decode step can be captured in a CUDA graph and replayed at other
+lengths: the grid has a program for each split of the longest sequence.
 
 Departures from the textbook. All query heads of a KV head are rows of one tile, so that each key is
-read once for them.
-Cascade: ops/prefix_groups.py names groups of sequences that begin with the same pages. Of a split
-that lies within these, the program of every BLOCK_B-th member takes the rows of BLOCK_B members,
-and the others' programs leave. Groups are data: a sequence's rows go through the same instructions
-alone, in a group, and in another one, so cascade changes no bit.
+read once for all of them.
+
+Cascade: ops/prefix_groups.py names groups of sequences that begin with the same pages. In a split
+that lies within the shared tokens, the program of every BLOCK_B-th member computes the rows of
+BLOCK_B members. Groups are data, not code: the rows of a sequence go through the same instructions
+by themselves and in any group, so the result is bitwise equal with and without cascade.
 """
 
 from typing import NamedTuple
@@ -32,24 +42,24 @@ from socpo_fast.kernels._launch import (
 
 
 class DecodeTile(NamedTuple):
-    """How a program goes through its keys."""
+    """The sizes of a program: its rows, its keys, and how many keys it holds at once."""
 
-    rows: int  # query heads of a KV head times siblings, at most, unless one token's are more
+    rows: int  # query heads of a KV head times members; at most, unless one token has more heads
     split: int  # keys of a program
-    keys: int  # that it holds at once, at most
+    keys: int  # held at once, at most
     num_stages: int
 
 
-# In 16 bits five stages give two buffers each to keys and values, 32 of which leave room for four
-# programs on an H100's SM (Triton 3.7; three with 3.6).
+# 16 bits: with five stages, Triton allocates two buffers each for keys and values. At 32 keys, four
+# programs then fit on an H100's SM (Triton 3.7; three with 3.6).
 _HALVES = dict.fromkeys((torch.float16, torch.bfloat16), DecodeTile(32, 256, 32, 5))
 _FP32 = {torch.float32: DecodeTile(32, 256, 64, 3)}
 DECODE_TILES: dict[int, dict[torch.dtype, DecodeTile]] = {
     INTERPRETER: dict.fromkeys((*_FP32, *_HALVES), DecodeTile(32, 32, 32, 1)),
     **dict.fromkeys(ARCHITECTURES, _FP32 | _HALVES),
 }
-_MEMBERS = 16  # of a group, at most, as ops/prefix_groups.py makes them
-_MERGED_AT_ONCE = 16  # splits
+_MEMBERS = 16  # of a group, at most: MAX_MEMBERS of ops/prefix_groups.py
+_MERGED_AT_ONCE = 16  # splits that a program of the merge holds at once
 _MERGE_WARPS = 4
 
 
@@ -61,8 +71,10 @@ def paged_decode(
     scale: float,
     max_seqlen_k: int,
 ) -> None:
-    """Into o_THE; `tensors` are the first six arguments of paged_attention_triton, contiguous, as
-    groups_BG is.
+    """Computes attention into o_THE.
+
+    Args: tensors: the first six arguments of paged_attention_triton, contiguous; groups_BG:
+    contiguous.
     """
     q_THE, _, _, block_table_BM, seq_lens_B, cu_seqlens_q = tensors
     (num_seqs, table_width), heads, kv_heads = (
@@ -103,9 +115,9 @@ def paged_decode(
 
 
 def _constants(launch: Launch, tile: DecodeTile) -> dict[str, int]:
-    """Of _decode_kernel. The rows of a tile depend on the model only, neither on the batch nor on
-    groups.
-    """
+    """Returns the constants of _decode_kernel; they depend on the model only."""
+    # As many members as fit into the rows of a tile. This must not depend on the batch or its
+    # groups: another size of tile could add numbers up in another order.
     block_seqs = _MEMBERS
     while block_seqs > 1 and block_seqs * launch.constants["GROUP"] > min(tile.rows, launch.rows):
         block_seqs //= 2
@@ -119,40 +131,51 @@ def _constants(launch: Launch, tile: DecodeTile) -> dict[str, int]:
 
 
 def _merge_constants(constants: dict[str, int]) -> dict[str, int]:
+    """Returns the constants of _merge_splits_kernel, from those of _decode_kernel."""
     return {name: constants[name] for name in ("HEAD_DIM", "SPLIT", "BLOCK_E")} | {
         "BLOCK_N": _MERGED_AT_ONCE
     }
 
 
 def aot_configs() -> AotConfigs:
-    """Decode and merging for MODELS, and for one in fp32 over pages in bf16."""
-    lengths = dict.fromkeys(("seq_lens_ptr", "cu_seqlens_q_ptr"), torch.int32)
-    partial = dict.fromkeys(("partial_ptr", "sums_ptr"), torch.float32)
+    """Yields both kernels for MODELS, one of them also in fp32 over pages in bf16."""
+    seq_pointers = dict.fromkeys(("seq_lens_ptr", "cu_seqlens_q_ptr"), torch.int32)
+    partial_pointers = dict.fromkeys(("partial_ptr", "sums_ptr"), torch.float32)
     for architecture in ARCHITECTURES:
         for dtype in TILES[architecture]:
             for heads, kv_heads, head_dim, page_size in MODELS:
                 launch = launch_for(architecture, dtype, heads, kv_heads, head_dim, page_size)
                 tile = DECODE_TILES[architecture][dtype]
                 constants = _constants(launch, tile)
-                pages = torch.bfloat16 if dtype == torch.float32 and head_dim == 128 else dtype
-                of = (
+                cache_dtype = (
+                    torch.bfloat16 if dtype == torch.float32 and head_dim == 128 else dtype
+                )
+                launch_key = (
                     architecture,
                     dtype,
                     f"{heads} heads on {kv_heads} of {head_dim}, page {page_size}",
                 )
-                pointers = {"q_ptr": dtype, "k_ptr": pages, "v_ptr": pages} | lengths | partial
+                pointers = (
+                    {"q_ptr": dtype, "k_ptr": cache_dtype, "v_ptr": cache_dtype}
+                    | seq_pointers
+                    | partial_pointers
+                )
                 pointers |= dict.fromkeys(("block_table_ptr", "groups_ptr"), torch.int32)
                 yield AotConfig(
                     _decode_kernel,
-                    *of,
+                    *launch_key,
                     launch.num_warps,
                     pointers,
                     constants,
                     num_stages=tile.num_stages,
                 )
-                pointers = {"o_ptr": dtype} | lengths | partial
+                pointers = {"o_ptr": dtype} | seq_pointers | partial_pointers
                 yield AotConfig(
-                    _merge_splits_kernel, *of, _MERGE_WARPS, pointers, _merge_constants(constants)
+                    _merge_splits_kernel,
+                    *launch_key,
+                    _MERGE_WARPS,
+                    pointers,
+                    _merge_constants(constants),
                 )
 
 
@@ -190,50 +213,57 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """Computes partial results of one split of keys, for one sequence or the members it leads."""
     seq = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, tl.load(seq_lens_ptr + seq))
+    # A row of groups: leader, index among the members, number of shared tokens, then the members.
+    # The members are read from the leader's row.
     group_ptr = groups_ptr + seq * (3 + MEMBERS)
     leader = tl.load(group_ptr)
-    place = tl.load(group_ptr + 1)
+    member_idx = tl.load(group_ptr + 1)
     num_shared = tl.load(group_ptr + 2)
+    # Of a shared split, the first of BLOCK_B members computes the rows of all of them.
     is_shared = begin + SPLIT <= num_shared
-    leaves = is_shared & (place % BLOCK_B != 0)
-    if (begin < end) & (leaves == 0):
+    is_covered = is_shared & (member_idx % BLOCK_B != 0)
+    if (begin < end) & (is_covered == 0):
         pages_ptr = block_table_ptr + seq.to(tl.int64) * table_width
         rows = tl.arange(0, BLOCK_M)
-        columns = tl.arange(0, BLOCK_E)
-        members_ptr = groups_ptr + leader * (3 + MEMBERS) + 3 + (place - place % BLOCK_B)
+        offs_e = tl.arange(0, BLOCK_E)
+        members_ptr = groups_ptr + leader * (3 + MEMBERS) + 3 + (member_idx - member_idx % BLOCK_B)
+        # A row of the tile is a query head of a member. Masked are members that do not exist,
+        # sequences without a new token and, if the split is not shared, all other members.
         seqs = tl.load(members_ptr + rows // GROUP, rows < BLOCK_B * GROUP, other=-1)
-        exists = seqs >= 0
-        tokens = tl.load(cu_seqlens_q_ptr + seqs, exists, other=0)
-        is_row = exists & (tokens < tl.load(cu_seqlens_q_ptr + seqs + 1, exists, other=0))
+        is_member = seqs >= 0
+        tokens = tl.load(cu_seqlens_q_ptr + seqs, is_member, other=0)
+        is_row = is_member & (tokens < tl.load(cu_seqlens_q_ptr + seqs + 1, is_member, other=0))
         is_row = is_row & ((seqs == seq) | is_shared)
         heads = kv_head * GROUP + rows % GROUP
-        inside = (columns < HEAD_DIM)[None, :]
-        places = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
+        is_column = (offs_e < HEAD_DIM)[None, :]
+        offs = tokens.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
         q = tl.load(
-            q_ptr + places[:, None] * HEAD_DIM + columns[None, :],
-            is_row[:, None] & inside,
+            q_ptr + offs[:, None] * HEAD_DIM + offs_e[None, :],
+            is_row[:, None] & is_column,
             other=0.0,
         )
-        highest, total, out = attend(
+        # No key of the split comes after the new token, so every row sees all of them.
+        m_i, l_i, acc = attend(
             q, k_ptr, v_ptr, pages_ptr, begin, end, rows * 0 + (end - 1), kv_head, scale,
             NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_E,
         )  # fmt: skip
-        places = (seqs.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads) * num_splits + split
-        tl.store(sums_ptr + places, highest, is_row)
+        offs = (seqs.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads) * num_splits + split
+        tl.store(sums_ptr + offs, m_i, is_row)
         tl.store(
-            sums_ptr + tl.cast(num_seqs, tl.int64) * (NUM_KV_HEADS * GROUP) * num_splits + places,
-            total,
+            sums_ptr + tl.cast(num_seqs, tl.int64) * (NUM_KV_HEADS * GROUP) * num_splits + offs,
+            l_i,
             is_row,
         )
         tl.store(
-            partial_ptr + places[:, None] * HEAD_DIM + columns[None, :],
-            out,
-            is_row[:, None] & inside,
+            partial_ptr + offs[:, None] * HEAD_DIM + offs_e[None, :],
+            acc,
+            is_row[:, None] & is_column,
         )
 
 
@@ -253,33 +283,38 @@ def _merge_splits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """Adds the splits of one sequence and query head up, in order."""
     seq = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    q_head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     token = tl.load(cu_seqlens_q_ptr + seq)
     if token < tl.load(cu_seqlens_q_ptr + seq + 1):
-        used = tl.cdiv(tl.load(seq_lens_ptr + seq), SPLIT)
-        row = seq * num_heads + head
-        highest_ptr = sums_ptr + row * num_splits
-        total_ptr = highest_ptr + tl.num_programs(0).to(tl.int64) * num_heads * num_splits
+        num_used = tl.cdiv(tl.load(seq_lens_ptr + seq), SPLIT)
+        row = seq * num_heads + q_head
+        m_ptr = sums_ptr + row * num_splits
+        l_ptr = m_ptr + tl.num_programs(0).to(tl.int64) * num_heads * num_splits
         partial_ptr += row * num_splits * HEAD_DIM
-        lanes = tl.arange(0, BLOCK_N)
-        columns = tl.arange(0, BLOCK_E)
-        inside = columns < HEAD_DIM
-        highest = tl.full((), float("-inf"), tl.float32)
-        for start in range(0, used, BLOCK_N):
-            scores = tl.load(highest_ptr + start + lanes, start + lanes < used, other=float("-inf"))
-            highest = tl.maximum(highest, tl.max(scores, 0))
-        total = tl.zeros((), tl.float32)
-        out = tl.zeros((BLOCK_E,), tl.float32)
-        for start in range(0, used, BLOCK_N):
-            splits = start + lanes
-            is_used = splits < used
-            factors = tl.exp(tl.load(highest_ptr + splits, is_used, other=float("-inf")) - highest)
-            total += tl.sum(factors * tl.load(total_ptr + splits, is_used, other=0.0), 0)
-            places = splits[:, None] * HEAD_DIM + columns[None, :]
-            partial = tl.load(partial_ptr + places, is_used[:, None] & inside[None, :], other=0.0)
-            out += tl.sum(factors[:, None] * partial, 0)
-        out = tl.where(used == 0, 0.0, out / total)
-        o_row_ptr = o_ptr + (token.to(tl.int64) * num_heads + head) * HEAD_DIM
-        tl.store(o_row_ptr + columns, out.to(o_ptr.dtype.element_ty), inside)
+        offs_n = tl.arange(0, BLOCK_N)
+        offs_e = tl.arange(0, BLOCK_E)
+        is_column = offs_e < HEAD_DIM
+        m_i = tl.full((), float("-inf"), tl.float32)
+        # The maximum over all splits comes first, then every split is rescaled once.
+        for start in range(0, num_used, BLOCK_N):
+            m_splits = tl.load(
+                m_ptr + start + offs_n, start + offs_n < num_used, other=float("-inf")
+            )
+            m_i = tl.maximum(m_i, tl.max(m_splits, 0))
+        l_i = tl.zeros((), tl.float32)
+        acc = tl.zeros((BLOCK_E,), tl.float32)
+        for start in range(0, num_used, BLOCK_N):
+            splits = start + offs_n
+            is_used = splits < num_used
+            alpha = tl.exp(tl.load(m_ptr + splits, is_used, other=float("-inf")) - m_i)
+            l_i += tl.sum(alpha * tl.load(l_ptr + splits, is_used, other=0.0), 0)
+            offs = splits[:, None] * HEAD_DIM + offs_e[None, :]
+            partial = tl.load(partial_ptr + offs, is_used[:, None] & is_column[None, :], other=0.0)
+            acc += tl.sum(alpha[:, None] * partial, 0)
+        # A sequence without tokens has no split and would be 0 / 0: an unused row in a CUDA graph.
+        acc = tl.where(num_used == 0, 0.0, acc / l_i)
+        o_row_ptr = o_ptr + (token.to(tl.int64) * num_heads + q_head) * HEAD_DIM
+        tl.store(o_row_ptr + offs_e, acc.to(o_ptr.dtype.element_ty), is_column)

@@ -1,11 +1,15 @@
-"""RMSNorm on a GPU, the residual connection's addition in the same pass, and its backward.
+"""Computes RMSNorm on a GPU, with the residual addition in the same pass, and its backward.
 
-Read top-down: rms_norm and rms_norm_backward launch a kernel each; a program holds whole rows at
-once, so a row is read from memory once. The formulas stand in ops/rms_norm.py.
+Read top-down: rms_norm and rms_norm_backward launch a kernel each. A program holds whole rows, so a
+row is read from memory once. The formulas are in ops/rms_norm.py. Statistics and sums are fp32 for
+every dtype.
 
-The gradient of the weight is a sum over rows: each program adds up ROWS_PER_SUM of them, in order,
-whatever their number, and one torch sum puts the programs together. Statistics and sums are fp32
-for every dtype.
+The gradient of the weight is a sum over rows, in two levels:
+
+    rows   0 .. 15     16 .. 31     32 .. 47    ..     ROWS_PER_SUM rows a program, BLOCK_T at once
+    sums   program 0   program 1    program 2   ..     one torch sum adds these
+
+Which rows a program adds does not depend on the number of rows.
 """
 
 import torch
@@ -22,12 +26,11 @@ from socpo_fast.kernels._launch import (
     architecture_of,
 )
 
-ROWS_PER_SUM = (
-    16  # 8192 rows are 512 programs, enough to fill a card; sums add a sixteenth to what is moved
-)
+# 8192 rows are 512 programs, enough to fill a card. The sums add a sixteenth to the memory traffic.
+ROWS_PER_SUM = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# elements at least, in as many rows as it takes: heads are narrow; wider rows take more warps, up
-# to 16
+# block: the fewest elements of a program. Narrow rows, such as heads, share a program; wider rows
+# get more warps, up to 16.
 TILES: dict[int, dict[torch.dtype, Tile]] = {
     INTERPRETER: dict.fromkeys(_DTYPES, Tile(1024, 1)),
     80: dict.fromkeys(_DTYPES, Tile(1024, 4)),
@@ -39,14 +42,15 @@ TILES: dict[int, dict[torch.dtype, Tile]] = {
 def rms_norm(
     x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(norm of x + residual, x + residual); without a residual (norm of x, an empty tensor). Rows
-    are x's last axis.
+    """Returns the norm of x + residual, over the last axis, and x + residual.
+
+    Without a residual: the norm of x, and an empty tensor.
     """
     x = x.contiguous()
     y = torch.empty_like(x)
-    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    x_plus_residual = x.new_empty(0) if residual is None else torch.empty_like(x)
     if x.numel() == 0:
-        return y, total
+        return y, x_plus_residual
     num_rows = x.numel() // x.shape[-1]
     width = x.shape[-1]
     tile, constants = _tile(TILES[architecture_of(x)][x.dtype], width)
@@ -55,7 +59,7 @@ def rms_norm(
             x,
             None if residual is None else residual.contiguous(),
             weight_D.contiguous(),
-            None if residual is None else total,
+            None if residual is None else x_plus_residual,
             y,
             num_rows,
             width,
@@ -63,14 +67,15 @@ def rms_norm(
             **constants,
             num_warps=tile.num_warps,
         )
-    return y, total
+    return y, x_plus_residual
 
 
 def rms_norm_backward(
     x: Tensor, weight_D: Tensor, eps: float, grad_y: Tensor, grad_x: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x, of the weight); x is what was normalised, grad_x what came to it by other
-    ways, and is added.
+    """Returns the gradients of x and of the weight, where x is what was normalised.
+
+    grad_x, if there is one, is the gradient that x gets by the residual stream; it is added.
     """
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -100,7 +105,7 @@ def rms_norm_backward(
 
 
 def _tile(tile: Tile, width: int) -> tuple[Tile, dict[str, int]]:
-    """The tile that holds whole rows, and its two sides."""
+    """Returns the tile that holds whole rows, and its two sides."""
     block_d = triton.next_power_of_2(width)
     block_t = min(ROWS_PER_SUM, max(1, tile.block // block_d))
     num_warps = max(tile.num_warps, min(16, block_d // 512)) if tile.num_warps > 1 else 1
@@ -108,8 +113,9 @@ def _tile(tile: Tile, width: int) -> tuple[Tile, dict[str, int]]:
 
 
 def aot_configs() -> AotConfigs:
-    """Heads, SmolLM2, Llama 8B and 70B (at twice its width the backward spills); with and without a
-    residual.
+    """Yields both kernels for heads, SmolLM2, Llama 8B and 70B, with and without a residual.
+
+    At twice the width of Llama 70B, the backward would spill.
     """
     for architecture in ARCHITECTURES:
         for dtype, tile in TILES[architecture].items():
@@ -121,29 +127,29 @@ def aot_configs() -> AotConfigs:
                 ("D = 8192", 8192, dtype, dtype),
             ):
                 (_, num_warps), constants = _tile(tile, width)
-                given: dict[str, torch.dtype | None] = {
+                pointers: dict[str, torch.dtype | None] = {
                     "x_ptr": dtype,
                     "weight_ptr": weight,
                     "y_ptr": dtype,
                 }
-                given |= {"residual_ptr": residual, "sum_ptr": residual}
+                pointers |= {"residual_ptr": residual, "sum_ptr": residual}
                 yield AotConfig(
-                    _rms_norm_kernel, architecture, dtype, label, num_warps, given, constants
+                    _rms_norm_kernel, architecture, dtype, label, num_warps, pointers, constants
                 )
-                given = {
+                pointers = {
                     "x_ptr": dtype,
                     "weight_ptr": weight,
                     "grad_y_ptr": dtype,
                     "grad_x_ptr": residual,
                 }
-                given |= {"out_ptr": dtype, "sums_ptr": torch.float32}
+                pointers |= {"out_ptr": dtype, "sums_ptr": torch.float32}
                 yield AotConfig(
                     _rms_norm_backward_kernel,
                     architecture,
                     dtype,
                     label,
                     num_warps,
-                    given,
+                    pointers,
                     {"ROWS": ROWS_PER_SUM, **constants},
                 )
 
@@ -161,23 +167,23 @@ def _rms_norm_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Computes the norm of BLOCK_T rows, after adding the residual if there is one."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.arange(0, BLOCK_D)
-    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
-    places = rows[:, None] * width + columns[None, :]
-    x = tl.load(x_ptr + places, inside, other=0.0).to(tl.float32)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows < num_rows)[:, None] & (offs_d < width)[None, :]
+    offs = rows[:, None] * width + offs_d[None, :]
+    x = tl.load(x_ptr + offs, mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        # rounded first: what is normalised is what the next layer and the backward read
-        rounded = (x + tl.load(residual_ptr + places, inside, other=0.0).to(tl.float32)).to(
+        # Rounded before the norm: the next layer and the backward read the rounded sum, so the norm
+        # must be that of the same numbers.
+        rounded = (x + tl.load(residual_ptr + offs, mask, other=0.0).to(tl.float32)).to(
             sum_ptr.dtype.element_ty
         )
-        tl.store(sum_ptr + places, rounded, inside)
+        tl.store(sum_ptr + offs, rounded, mask)
         x = rounded.to(tl.float32)
-    weight = tl.load(weight_ptr + columns, columns < width, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs_d, offs_d < width, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps)
-    tl.store(
-        y_ptr + places, (x * scale[:, None] * weight[None, :]).to(y_ptr.dtype.element_ty), inside
-    )
+    tl.store(y_ptr + offs, (x * scale[:, None] * weight[None, :]).to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -195,23 +201,25 @@ def _rms_norm_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    columns = tl.arange(0, BLOCK_D)
-    weight = tl.load(weight_ptr + columns, columns < width, other=0.0).to(tl.float32)
+    """Computes the gradient of x, and the sum of ROWS rows for that of the weight."""
+    offs_d = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + offs_d, offs_d < width, other=0.0).to(tl.float32)
     sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
     for start in range(0, ROWS, BLOCK_T):
-        rows = first + start + tl.arange(0, BLOCK_T)
-        inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
-        places = rows[:, None] * width + columns[None, :]
-        x = tl.load(x_ptr + places, inside, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptr + places, inside, other=0.0).to(tl.float32)
+        rows = first_row + start + tl.arange(0, BLOCK_T)
+        mask = (rows < num_rows)[:, None] & (offs_d < width)[None, :]
+        offs = rows[:, None] * width + offs_d[None, :]
+        x = tl.load(x_ptr + offs, mask, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + offs, mask, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps)
+        # y = x scale weight, where scale depends on x too: the second term of dx, along x.
         slope = tl.sum(x * grad_y * weight[None, :], 1) * scale * scale / width
         out = (grad_y * weight[None, :] - x * slope[:, None]) * scale[:, None]
         if grad_x_ptr is not None:
-            out += tl.load(grad_x_ptr + places, inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), inside)
+            out += tl.load(grad_x_ptr + offs, mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask)
         sums += grad_y * (x * scale[:, None])
     tl.store(
-        sums_ptr + tl.program_id(0).to(tl.int64) * width + columns, tl.sum(sums, 0), columns < width
+        sums_ptr + tl.program_id(0).to(tl.int64) * width + offs_d, tl.sum(sums, 0), offs_d < width
     )

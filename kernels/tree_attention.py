@@ -1,12 +1,17 @@
-"""Attention of the packed rows of a tree on a GPU; the backward is in kernels/tree_backward.py.
+"""Computes attention over the packed rows of a tree on a GPU: the forward.
 
-Read top-down: tree_attention is the launch, _tree_attention_kernel a program, _attend its loop. A
-program has a tile of queries, of two heads where these share their keys, and the list of the blocks
-of keys that they see (kernels/_tree_plan.py). Departs from flash attention as it is known:
+Read top-down: tree_attention is the launch, _tree_attention_kernel a program, _attend its loop. The
+backward is in kernels/tree_backward.py. A program has a tile of queries, of two heads where these
+share their keys, and the list of the blocks of keys that they see (kernels/_tree_plan.py):
 
-- Instead of all keys up to the diagonal, a program goes through a list, first with a mask, then
-  without one.
-- The running maximum starts from a number: a row that sees nothing of a tile is no exception.
+    list of blocks of keys:   [ masked, masked, .. | full, full, full, .. ]
+    calls of _attend:           with a mask          without one
+
+Departures from flash attention:
+
+- A program goes through this list instead of all keys up to the diagonal.
+- The running maximum starts from the lowest finite number instead of -inf. So a row that sees no
+  key of a tile needs no special case: -inf - -inf would be NaN.
 """
 
 import torch
@@ -46,9 +51,9 @@ def tree_attention(
     query_ranges_P7: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """o [T, H, E] in q's dtype and logsumexp [T, H] fp32, as ops/tree_attention.py defines them.
+    """Returns o [T, H, E] in q's dtype and logsumexp [T, H] fp32, as in ops/tree_attention.py.
 
-    Args: as there, with a head dim of HEAD_DIMS, and the plan of the tree.
+    Args: as there, with a head dim of HEAD_DIMS, and the two tables of plan_tree.
     """
     o_THE = q_THE.new_empty(q_THE.shape)
     logsumexp_TH = q_THE.new_empty(q_THE.shape[:2], dtype=torch.float32)
@@ -73,6 +78,7 @@ def tree_attention(
 
 
 def aot_configs() -> AotConfigs:
+    """Yields the launch above for the models of _tree_tiles.py."""
     yield from aot_configs_of(
         _tree_attention_kernel,
         lambda launch: launch.by_queries(launch.tiles.forward),
@@ -100,7 +106,8 @@ def _tree_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    head, list_ptr, first, num_masked, num_seen = tile_of_queries(
+    """Computes output and logsumexp of a tile of queries."""
+    first_head, list_ptr, first_query, num_masked, num_seen = tile_of_queries(
         key_blocks_ptr,
         num_rows,
         HEADS,
@@ -108,24 +115,30 @@ def _tree_attention_kernel(
         BLOCK_M,
     )
     offs_m = tl.arange(0, BLOCK_M)
-    queries = first + offs_m // PACK
-    # What stands beyond the last row sees what the last row sees.
+    queries = first_query + offs_m // PACK
+    # Rows of the tile beyond the tree's last row see what that one sees: no l_i is 0.
     queries = tl.minimum(queries, num_rows - 1)
-    q = load_rows(q_ptr, first, head, stride_qt, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
+    q = load_rows(
+        q_ptr, first_query, first_head, stride_qt, num_rows, True, PACK, BLOCK_M, HEAD_DIM
+    )
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), _LOWEST, tl.float32)
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr, 0, num_masked,
-        head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E, True, HEAD_DIM, BLOCK_N,
+        acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr,
+        0, num_masked, first_head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E,
+        True, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr, num_masked, num_seen,
-        head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E, False, HEAD_DIM, BLOCK_N,
+        acc, l_i, m_i, q, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr,
+        num_masked, num_seen, first_head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E,
+        False, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
-    store_rows(o_ptr, acc / l_i[:, None], first, head, HEADS, num_rows, PACK, BLOCK_M, HEAD_DIM)
-    queries = first + offs_m // PACK
-    offs = queries.to(tl.int64) * HEADS + head + offs_m % PACK
+    store_rows(
+        o_ptr, acc / l_i[:, None], first_query, first_head, HEADS, num_rows, PACK, BLOCK_M, HEAD_DIM
+    )
+    queries = first_query + offs_m // PACK
+    offs = queries.to(tl.int64) * HEADS + first_head + offs_m % PACK
     tl.store(logsumexp_ptr + offs, (m_i + tl.log2(l_i)) * _LN_2, queries < num_rows)
 
 
@@ -135,18 +148,20 @@ def _attend(
     kv_head, stride_kt, stride_vt, num_rows, scale,
     IS_MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with an online softmax over the blocks of keys begin .. end - 1 of a list.
+    """Continues an online softmax over the blocks of keys begin .. end - 1 of a list.
 
-    m_i and scale are of powers of 2.
+    m_i and scale are in powers of 2: scale has the factor log2 e.
     """
+    # fp32 is multiplied on the tensor cores as three products of tf32. 16-bit inputs ignore this.
     PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
-    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
+    TILES_PER_BLOCK: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
     block = tl.load(list_ptr + begin)
-    for part in range(begin * PARTS, end * PARTS):
-        first_key = block * BLOCK_ROWS + part % PARTS * BLOCK_N
-        # A tile ahead. The compiler would make the loads of k and v wait for this one, so that they
-        # came no earlier than they are needed.
-        block = tl.load(list_ptr + (part + 1) // PARTS)
+    for tile in range(begin * TILES_PER_BLOCK, end * TILES_PER_BLOCK):
+        first_key = block * BLOCK_ROWS + tile % TILES_PER_BLOCK * BLOCK_N
+        # Loads the next tile's block number one tile ahead. If it were loaded at the top of the
+        # next iteration, the loads of k and v would have to wait for it, and the compiler could not
+        # start them before they are needed.
+        block = tl.load(list_ptr + (tile + 1) // TILES_PER_BLOCK)
         k, v = load_keys_and_values(
             k_ptr, v_ptr, first_key, kv_head, stride_kt, stride_vt, num_rows,
             IS_MASKED, BLOCK_N, HEAD_DIM,

@@ -1,12 +1,16 @@
-"""The backward of tree attention on a GPU: two passes and a sum, without atomics.
+"""Computes the backward of tree attention on a GPU: two passes and a sum, without atomics.
 
-Read top-down: tree_attention_backward launches _tree_grad_q_kernel, here, whose programs have a
-tile of queries and go by its list of blocks of keys, as in the forward; then the pass of
-kernels/tree_grad_kv.py, whose programs have a tile of keys.
+Read top-down: tree_attention_backward launches both passes, _tree_grad_q_kernel is the first one.
 
-With p = exp(score - logsumexp), a score's gradient is p (grad . v - delta), delta = grad . o. That
-is seven products instead of the five of one pass: both compute p and grad . v. In return every sum
-has one program and one order.
+    pass 1, here               a tile of queries visits the keys of its list   -> dQ, delta
+    pass 2, tree_grad_kv.py    a tile of keys visits its range of queries      -> dK, dV, or sums
+    sum, tree_grad_kv.py       of keys whose queries are cut into chunks       -> dK, dV
+
+    p = exp(score - logsumexp)      delta = grad . o       grad_score = p (grad . v - delta)
+
+Here grad is the gradient of o, and a dot is a product of two heads. Departs from the textbook: both
+passes compute p and grad . v, so there are seven matrix products instead of the five of a single
+pass. In return no sum needs atomics: each is computed by one program in one order.
 """
 
 import torch
@@ -45,9 +49,9 @@ def tree_attention_backward(
     logsumexp_TH: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, as ops/tree_attention.py defines them.
+    """Returns the gradients of q, k and v, as ops/tree_attention.py defines them.
 
-    Args: as there; o and logsumexp as the forward gave them, and the plan of the tree.
+    Args: as there; o and logsumexp as the forward returned them, and the two tables of plan_tree.
     """
     num_rows, heads, _ = q_THE.shape
     num_blocks = key_blocks_NM.shape[0]
@@ -58,8 +62,8 @@ def tree_attention_backward(
     tile = launch.tiles.grad_q
     tensors = [rows_of_heads(x) for x in (grad_o_THE, q_THE, k_TKE, v_TKE)]
     visible_until_T = aligned(visible_until_T.contiguous())
-    # Of each row and head what both passes need: logsumexp, in powers of 2, and delta. Rows lie in
-    # the order in which the second pass reads them, whole blocks of them.
+    # What both passes need of each row and head: logsumexp, in powers of 2, and delta. The layout
+    # is the one that the second pass reads: head by head, in whole blocks of rows.
     rows_2HT = logsumexp_TH.new_empty((2, heads, num_blocks * ROWS_PER_BLOCK))
     with torch.cuda.device_of(q_THE):
         _tree_grad_q_kernel[num_blocks * launch.programs_by_queries(tile),](
@@ -87,6 +91,7 @@ def tree_attention_backward(
 
 
 def aot_configs() -> AotConfigs:
+    """Yields the launch of the first pass for the models of _tree_tiles.py."""
     yield from aot_configs_of(
         _tree_grad_q_kernel,
         lambda launch: launch.by_queries(launch.tiles.grad_q),
@@ -118,7 +123,8 @@ def _tree_grad_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    head, list_ptr, first, num_masked, num_seen = tile_of_queries(
+    """Computes dQ of a tile of queries; stores logsumexp and delta for the second pass."""
+    first_head, list_ptr, first_query, num_masked, num_seen = tile_of_queries(
         key_blocks_ptr,
         num_rows,
         HEADS,
@@ -126,15 +132,20 @@ def _tree_grad_q_kernel(
         BLOCK_M,
     )
     offs_m = tl.arange(0, BLOCK_M)
-    queries = first + offs_m // PACK
-    heads = head + offs_m % PACK
-    q = load_rows(q_ptr, first, head, stride_qt, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
-    grad = load_rows(grad_o_ptr, first, head, stride_dt, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
-    o = load_rows(o_ptr, first, head, HEADS, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
+    queries = first_query + offs_m // PACK
+    heads = first_head + offs_m % PACK
+    q = load_rows(
+        q_ptr, first_query, first_head, stride_qt, num_rows, True, PACK, BLOCK_M, HEAD_DIM
+    )
+    grad = load_rows(
+        grad_o_ptr, first_query, first_head, stride_dt, num_rows, True, PACK, BLOCK_M, HEAD_DIM
+    )
+    o = load_rows(o_ptr, first_query, first_head, HEADS, num_rows, True, PACK, BLOCK_M, HEAD_DIM)
     delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
     offs = queries.to(tl.int64) * HEADS + heads
     logsumexp = tl.load(logsumexp_ptr + offs, queries < num_rows, other=0.0) * LOG2_E
-    # Whole blocks of rows, zeros beyond the last: the second pass reads them without a mask.
+    # Also stores the zeros of rows beyond the last one, up to a whole block: the second pass then
+    # reads without a mask.
     stride_h = (tl.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS).to(tl.int64)
     offs = heads * stride_h + queries
     tl.store(rows_ptr + offs, logsumexp)
@@ -142,15 +153,17 @@ def _tree_grad_q_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     acc = _add_keys(
         acc, q, grad, logsumexp, delta, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr,
-        0, num_masked, head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E,
+        0, num_masked, first_head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E,
         True, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     acc = _add_keys(
         acc, q, grad, logsumexp, delta, queries, k_ptr, v_ptr, visible_until_ptr, list_ptr,
-        num_masked, num_seen, head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E,
+        num_masked, num_seen, first_head // GROUP, stride_kt, stride_vt, num_rows, scale * LOG2_E,
         False, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
-    store_rows(grad_q_ptr, acc * scale, first, head, HEADS, num_rows, PACK, BLOCK_M, HEAD_DIM)
+    store_rows(
+        grad_q_ptr, acc * scale, first_query, first_head, HEADS, num_rows, PACK, BLOCK_M, HEAD_DIM
+    )
 
 
 @triton.jit
@@ -159,13 +172,14 @@ def _add_keys(
     kv_head, stride_kt, stride_vt, num_rows, scale,
     IS_MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dQ what the blocks of keys begin .. end - 1 of a list give."""
+    """Adds to dQ the terms of the blocks of keys begin .. end - 1 of a list."""
     PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
-    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
+    TILES_PER_BLOCK: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
     block = tl.load(list_ptr + begin)
-    for part in range(begin * PARTS, end * PARTS):
-        first_key = block * BLOCK_ROWS + part % PARTS * BLOCK_N
-        block = tl.load(list_ptr + (part + 1) // PARTS)  # ahead, as in the forward
+    for tile in range(begin * TILES_PER_BLOCK, end * TILES_PER_BLOCK):
+        first_key = block * BLOCK_ROWS + tile % TILES_PER_BLOCK * BLOCK_N
+        # One tile ahead, as in the forward.
+        block = tl.load(list_ptr + (tile + 1) // TILES_PER_BLOCK)
         k, v = load_keys_and_values(
             k_ptr, v_ptr, first_key, kv_head, stride_kt, stride_vt, num_rows,
             IS_MASKED, BLOCK_N, HEAD_DIM,

@@ -1,9 +1,16 @@
-"""The second pass of tree attention's backward on a GPU: dK and dV.
+"""Computes dK and dV of tree attention on a GPU: the second pass of the backward.
 
-Read top-down: grad_keys_and_values is the launch. A program of _tree_grad_kv_kernel has a tile of
-keys and a range of queries (kernels/_tree_plan.py), whose heads follow one another: all query heads
-that share the keys are summed in registers. _tree_sum_kernel adds, in order, the partial sums of
-keys that have several programs. Keys are the rows of a tile: so no sum needs transposed weights.
+Read top-down: grad_keys_and_values launches two kernels.
+
+    _tree_grad_kv_kernel  A program has a tile of keys and a range of queries. It goes through all
+                          query heads that share the keys, and sums them in registers.
+    _tree_sum_kernel      Adds the partial sums of keys whose queries are cut into chunks, in order.
+
+    the queries of one block of keys:  [ masked | full, full, .. | masked ]     (_tree_plan.py)
+                                       begin    full_begin       full_end  end
+
+Keys are the rows of a tile and queries its columns. So p and grad_qk, computed here, enter the
+products for dV and dK as they are, not transposed.
 """
 
 import triton
@@ -34,9 +41,10 @@ def grad_keys_and_values(
     query_ranges_P7: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV; tensors are the gradient of o, q, k and v as `rows_of_heads` gives them.
+    """Returns dK and dV; tensors are the gradient of o, q, k and v, each through `rows_of_heads`.
 
-    Memory: max_slots partial sums of a block of keys.
+    rows_2HT: logsumexp and delta, as the first pass stores them. Memory: max_slots partial sums of
+    a block of keys.
     """
     _, _, k_TKE, v_TKE = tensors
     num_rows, kv_heads, head_dim = k_TKE.shape
@@ -59,6 +67,8 @@ def grad_keys_and_values(
         scale,
         **launch.by_keys(tile),
     )
+    # No column of a small tree is long enough to be cut. num_slots depends on the number of rows
+    # only, so this does not wait for the device.
     if num_slots > 0:
         _tree_sum_kernel[query_ranges_P7.shape[0], kv_heads, 2](
             partial_SK2NE,
@@ -74,6 +84,7 @@ def grad_keys_and_values(
 
 
 def aot_configs() -> AotConfigs:
+    """Yields the launches above for the models of _tree_tiles.py."""
     yield from aot_configs_of(
         _tree_grad_kv_kernel,
         lambda launch: launch.by_keys(launch.tiles.grad_kv),
@@ -109,14 +120,15 @@ def _tree_grad_kv_kernel(
     BLOCK_N: tl.constexpr,
     MASKED_STAGES: tl.constexpr,
 ):
-    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
+    """Computes dK and dV of a tile of keys over one range of queries."""
+    TILES_PER_BLOCK: tl.constexpr = BLOCK_ROWS.value // BLOCK_N
     kv_head = tl.program_id(0) % KV_HEADS
-    part = tl.program_id(0) // KV_HEADS % PARTS
-    query_ranges_ptr += (tl.program_id(0) // KV_HEADS // PARTS).to(tl.int64) * 7
+    tile = tl.program_id(0) // KV_HEADS % TILES_PER_BLOCK
+    query_ranges_ptr += (tl.program_id(0) // KV_HEADS // TILES_PER_BLOCK).to(tl.int64) * 7
     begin = tl.load(query_ranges_ptr + 1)
     end = tl.load(query_ranges_ptr + 2)
     if begin < end:
-        first_key = tl.load(query_ranges_ptr) * BLOCK_ROWS + part * BLOCK_N
+        first_key = tl.load(query_ranges_ptr) * BLOCK_ROWS + tile * BLOCK_N
         full_begin = tl.load(query_ranges_ptr + 3)
         full_end = tl.load(query_ranges_ptr + 4)
         slot = tl.load(query_ranges_ptr + 5)
@@ -126,7 +138,7 @@ def _tree_grad_kv_kernel(
         v = load_rows(v_ptr, first_key, kv_head, stride_vt, num_rows, True, 1, BLOCK_N, HEAD_DIM)
         grad_k = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
         grad_v = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
-        # With a mask: the blocks of queries before the full ones, and those behind.
+        # With a mask: the blocks of queries before the full ones, and those after them.
         grad_k, grad_v = _add_queries(
             grad_k, grad_v, k, v, keys, until, grad_o_ptr, q_ptr, rows_ptr,
             begin, full_begin - begin, full_end - full_begin, end - full_end, kv_head,
@@ -148,8 +160,8 @@ def _tree_grad_kv_kernel(
                 grad_v_ptr, grad_v, first_key, kv_head, KV_HEADS, num_rows, 1, BLOCK_N, HEAD_DIM
             )  # fmt: skip
         else:
-            # Of a slot and a head: the rows of dK, then those of dV.
-            row = ((slot * KV_HEADS + kv_head) * 2) * BLOCK_ROWS + part * BLOCK_N
+            # A slot has for each head the rows of dK, then those of dV.
+            row = ((slot * KV_HEADS + kv_head) * 2) * BLOCK_ROWS + tile * BLOCK_N
             store_rows(partial_ptr, grad_k, row, 0, 1, row + BLOCK_N, 1, BLOCK_N, HEAD_DIM)
             row += BLOCK_ROWS
             store_rows(partial_ptr, grad_v, row, 0, 1, row + BLOCK_N, 1, BLOCK_N, HEAD_DIM)
@@ -162,24 +174,29 @@ def _add_queries(
     IS_MASKED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dK and dV what num_before blocks of queries give, and num_behind after a gap."""
+    """Adds to dK and dV the terms of num_before blocks of queries, and of num_behind after a gap.
+
+    The gap has num_skipped blocks: the full ones, when the masked ones on both sides are added.
+    """
     PRECISION: tl.constexpr = "tf32x3" if k.dtype == tl.float32 else "ieee"
-    PARTS: tl.constexpr = BLOCK_ROWS.value // BLOCK_M
+    TILES_PER_BLOCK: tl.constexpr = BLOCK_ROWS.value // BLOCK_M
     stride_h = (tl.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS).to(tl.int64)
     delta_ptr = rows_ptr + KV_HEADS * GROUP * stride_h
-    # A mask takes registers, which a fourth stage would take too.
+    # A mask takes the registers that a fourth stage would need.
     NUM_STAGES: tl.constexpr = MASKED_STAGES if IS_MASKED else None
-    for tile in tl.range((num_before + num_behind) * PARTS * GROUP, num_stages=NUM_STAGES):
-        head = kv_head * GROUP + tile % GROUP
-        part = tile // GROUP
+    for i in tl.range((num_before + num_behind) * TILES_PER_BLOCK * GROUP, num_stages=NUM_STAGES):
+        q_head = kv_head * GROUP + i % GROUP
+        tile = i // GROUP
         if IS_MASKED:
-            part += tl.where(part < num_before * PARTS, 0, num_skipped * PARTS)
-        first = begin * BLOCK_ROWS + part * BLOCK_M
-        queries = first + tl.arange(0, BLOCK_M)
-        offs = head * stride_h + queries
-        q = load_rows(q_ptr, first, head, stride_qt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM)
+            tile += tl.where(tile < num_before * TILES_PER_BLOCK, 0, num_skipped * TILES_PER_BLOCK)
+        first_query = begin * BLOCK_ROWS + tile * BLOCK_M
+        queries = first_query + tl.arange(0, BLOCK_M)
+        offs = q_head * stride_h + queries
+        q = load_rows(
+            q_ptr, first_query, q_head, stride_qt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM
+        )
         grad = load_rows(
-            grad_o_ptr, first, head, stride_dt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM
+            grad_o_ptr, first_query, q_head, stride_dt, num_rows, IS_MASKED, 1, BLOCK_M, HEAD_DIM
         )  # fmt: skip
         logsumexp = tl.load(rows_ptr + offs)
         delta = tl.load(delta_ptr + offs)
@@ -204,20 +221,22 @@ def _tree_sum_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
+    """Adds the partial sums of one block of keys in order, for dK or dV of one KV head."""
     query_ranges_ptr += tl.program_id(0) * 7
-    block = tl.load(query_ranges_ptr)
+    key_block = tl.load(query_ranges_ptr)
     begin = tl.load(query_ranges_ptr + 1)
     slot = tl.load(query_ranges_ptr + 5)
     kv_head = tl.program_id(1)
     is_v = tl.program_id(2)
-    # The part that begins with the keys themselves stands for all parts.
-    if (slot >= 0) & (begin == block):
+    # Each chunk of the column has a program here. The one with the first chunk, which begins at
+    # the diagonal, adds all of them; the others have nothing to do.
+    if (slot >= 0) & (begin == key_block):
         acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
-        for part in range(tl.load(query_ranges_ptr + 6)):
-            row = (((slot + part) * KV_HEADS + kv_head) * 2 + is_v) * BLOCK_ROWS
+        for chunk_idx in range(tl.load(query_ranges_ptr + 6)):
+            row = (((slot + chunk_idx) * KV_HEADS + kv_head) * 2 + is_v) * BLOCK_ROWS
             acc += load_rows(partial_ptr, row, 0, 1, 0, False, 1, BLOCK_ROWS, HEAD_DIM)
         grad_ptr = grad_k_ptr if is_v == 0 else grad_v_ptr
-        first = block * BLOCK_ROWS
+        first_key = key_block * BLOCK_ROWS
         store_rows(
-            grad_ptr, acc, first, kv_head, KV_HEADS, num_rows, 1, BLOCK_ROWS, HEAD_DIM
+            grad_ptr, acc, first_key, kv_head, KV_HEADS, num_rows, 1, BLOCK_ROWS, HEAD_DIM
         )  # fmt: skip

@@ -1,5 +1,7 @@
-"""SocraticPO on one node: rollouts with a tutor in the loop and REINFORCE++ in one process, one
-copy of the weights.
+"""Trains language models with SocraticPO on one node.
+
+Rollouts with a teacher in the loop and REINFORCE++ updates run in one process, on one copy of the
+weights. The public names are listed in __all__.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Public name -> the module that defines it. The imports above are for type checkers only.
 _HOME = {
     "Attempt": "socpo_fast.types",
     "Engine": "socpo_fast.engine",
@@ -71,9 +74,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load on first use, so that a wrong command line is refused before torch is
-    imported.
-    """
+    """Imports a public name on first use."""
+    # Importing the package must not import torch, which takes seconds. The command line can then
+    # refuse a mistake at once.
     if name not in _HOME:
         raise AttributeError(f"module 'socpo_fast' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,11 +1,14 @@
-"""The command line: `socpo train|eval|rollout|plan|report|env`. Read main, then parse.
+"""Runs the command line: `socpo train|eval|rollout|plan|report|env`. Read main, then parse.
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
-argparse reads the words and writes --help; config validates values, so a mistake in a file and one
-on the command line read the same. Torch is imported by the command that needs it, after the
-configuration has been accepted. Exit codes: 0 done, 2 the caller's or the disk's fault in one line
-(SOCPO_TRACEBACK=1 shows where), 128 and the signal's number (130 Ctrl-C) for what was stopped.
+argparse splits the arguments and writes --help. config validates the values, so that a mistake in a
+file and one on the command line give the same message. Torch is imported by the command that needs
+it, after the configuration has been accepted. The docstrings of the commands are the help that
+users see.
+
+Exit codes: 0 success; 2 an error of the caller or the disk, reported in one line (SOCPO_TRACEBACK=1
+shows the traceback); 128 plus the signal's number if a signal stopped it (130 for Ctrl-C).
 """
 
 import argparse
@@ -34,30 +37,34 @@ from socpo_fast.files import RunFailed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. None: those of the process, which ends with it.
+    """Runs one command and returns the exit code.
 
-    A call to a teacher that hangs on a thread of its own does not hold up the end of the process.
+    Without argv it reads the arguments of the process, and makes sure that the process then ends,
+    even if a thread is still waiting for a teacher that does not answer.
     """
     if argv is not None:
         return run(argv)
     code: Any = 1
     try:
         code = run(sys.argv[1:])
-    except SystemExit as ended:
-        code = ended.code or 0
+    except SystemExit as exit_error:
+        code = exit_error.code or 0
     finally:
         try:
             sys.stdout.flush()
-        except (OSError, ValueError, AttributeError):  # closed: the exit code stays what it is
+        except (OSError, ValueError, AttributeError):
+            # stdout is closed (`socpo .. | head`). Without it the interpreter does not flush it
+            # again at exit, which would change the exit code.
             sys.stdout = None
-        last = threading.Timer(0.5, os._exit, [code])
-        last.daemon = True
-        last.start()
+        # Half a second for a normal exit, which joins all threads; then the process ends anyway.
+        exit_timer = threading.Timer(0.5, os._exit, [code])
+        exit_timer.daemon = True
+        exit_timer.start()
     return code
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command; returns the exit code."""
+    """Runs one command and returns the exit code."""
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -100,7 +107,8 @@ def rollout(words: Sequence[str]) -> None:
 
 def plan(words: Sequence[str]) -> None:
     """what a run takes of a card's memory, and the least time of a batch; no card needed"""
-    # A file may be of a run on a CPU; only who says so here is refused.
+    # A plan is for a card, also when the file is for a run on a CPU. The arguments of the command
+    # line come last, so that an explicit --run.device cpu there is still refused.
     config, options = parse("plan", ["--run.device", "cuda", *words])
     from socpo_fast.report.plan import plan_text
     from socpo_fast.session import find_student
@@ -109,10 +117,10 @@ def plan(words: Sequence[str]) -> None:
 
 
 def load_trainer() -> Any:
-    """The trainer. Importing it imports torch, which swallows a KeyboardInterrupt now and then.
-
-    So Ctrl-C ends the process meanwhile, as the system does; nothing is begun yet.
-    """
+    """Imports and returns the trainer module; Ctrl-C ends the process during the import."""
+    # The import of torch sometimes swallows a KeyboardInterrupt. Until it is done, the system's own
+    # handler ends the process instead: no run has begun yet. A handler set by somebody else, or
+    # another thread, is left alone.
     is_main = threading.current_thread() is threading.main_thread()
     is_ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_ours:
@@ -144,8 +152,8 @@ def env(words: Sequence[str]) -> None:
     from socpo_fast.report.environment import environment
 
     impls = {f"op {op}": impl for op, impl in available_impls().items()}
-    for name, fact in {**environment(), **impls}.items():
-        print(f"{name:<24}{fact}")
+    for name, value in {**environment(), **impls}.items():
+        print(f"{name:<24}{value}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -168,6 +176,7 @@ USAGE = "\n".join(
 
 
 def command_of(word: str) -> Callable[[Sequence[str]], None]:
+    """Returns the command of a name; refuses an unknown one with the nearest known name."""
     if word not in COMMANDS:
         nearest = difflib.get_close_matches(word, COMMANDS, n=1)
         advice = f"did you mean {nearest[0]}?" if nearest else "known: " + ", ".join(COMMANDS)
@@ -176,21 +185,22 @@ def command_of(word: str) -> Callable[[Sequence[str]], None]:
 
 
 def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
-    """The configuration that words describe, and the command's own options that are given.
+    """Returns the configuration that the arguments describe, and the command's own options.
 
-    Prints --help and exits when that is asked.
+    Prints the help and exits if the arguments contain --help.
     """
-    own = OPTIONS.get(command, {})
-    ours = {f"--{name}" for name in ("config", *own, *fields_of(Config))}
-    rest = iter(words)
+    command_options = OPTIONS.get(command, {})
+    known_flags = {f"--{name}" for name in ("config", *command_options, *fields_of(Config))}
+    remaining = iter(words)
     joined = []
-    for word in rest:
+    for word in remaining:
         name, equals, value = word.partition("=")
         name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
-        if name in ours and not equals:
-            # As one word: a value may begin with a minus.
+        if name in known_flags and not equals:
+            # argparse would take a value with a leading minus (-1) for a flag. As one argument,
+            # --name=-1, it is unambiguous.
             equals = "="
-            value = next(rest, "--")
+            value = next(remaining, "--")
             if value.startswith("--"):
                 raise ValueError(
                     f"socpo {command}: {name} must be followed by its value, got nothing; none is "
@@ -199,8 +209,9 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
         joined.append(name + equals + value)
     paths = [word.removeprefix("--config=") for word in joined if word.startswith("--config=")]
     toml_path = paths[-1] if paths and paths[-1] != "none" else None
-    # What is given counts, even where it is the default: a file, or data.train, may have another.
-    given, unknown = reader(
+    # The parser has no defaults, so that it returns exactly the settings on the command line. One
+    # that equals the default counts too, because the file may say otherwise.
+    parsed, unknown = reader(
         command, {} if toml_path is None else read_toml(toml_path)
     ).parse_known_args(joined)
     if unknown:
@@ -210,35 +221,39 @@ def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
                 "value"
             )
         raise ValueError(unknown_key(Config, unknown[0].partition("=")[0].removeprefix("--")))
-    texts = vars(given)
+    texts = vars(parsed)
     del texts["config"]
-    options = {name: text for name in own if (text := texts.pop(name, "none")) != "none"}
+    # What is left in texts after this are settings.
+    options = {
+        name: text for name in command_options if (text := texts.pop(name, "none")) != "none"
+    }
     return load_config(toml_path, texts), options
 
 
 class Reader(argparse.ArgumentParser):
-    """Reads words; what it cannot read is refused in one line, as everything else is."""
+    """An argument parser that raises its errors, so that they are printed like all others."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises what argparse would print with the usage before it exits."""
         raise ValueError(f"{self.prog}: {message}")
 
 
 def reader(command: str, tables: dict[str, Any]) -> Reader:
-    """A reader of every setting as text, with the defaults of a file's tables in its --help."""
-    found = Reader(
+    """Returns a parser of all settings as text; its --help shows the file's values as defaults."""
+    parser = Reader(
         prog=f"socpo {command}",
         usage="%(prog)s [--config FILE.toml] [--section.key VALUE ...]",
         description=f"{COMMANDS[command].__doc__}.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    found.add_argument("--config", metavar="FILE.toml", default="none", help=CONFIG_HELP)
+    parser.add_argument("--config", metavar="FILE.toml", default="none", help=CONFIG_HELP)
     for name, (metavar, meaning) in OPTIONS.get(command, {}).items():
-        found.add_argument(f"--{name}", metavar=metavar, help=meaning)
+        parser.add_argument(f"--{name}", metavar=metavar, help=meaning)
     fields = fields_of(Config)
     for section, (tag, models) in sections_of(Config).items():
         first = next(iter(models.values()))
-        group = found.add_argument_group(section, first.__mro__[1 if tag else 0].__doc__)
+        group = parser.add_argument_group(section, first.__mro__[1 if tag else 0].__doc__)
         table = tables.get(section)
         for name in (name for name in fields if name.startswith(f"{section}.")):
             default = None if fields[name].is_required() else fields[name].default
@@ -248,11 +263,11 @@ def reader(command: str, tables: dict[str, Any]) -> Reader:
                 f"{describe(Config, name)}. ({rule_of(Config, name)}) (default: {to_text(default)})"
             )
             group.add_argument(f"--{name}", metavar="VALUE", help=meaning.replace("%", "%%"))
-    return found
+    return parser
 
 
 CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"
-# Of one command: option -> what its value is called, and its help.
+# command -> its own options -> (name of the value, help)
 OPTIONS = {
     "eval": {
         "checkpoint": (

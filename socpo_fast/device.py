@@ -1,4 +1,4 @@
-"""The machine: which device a run uses, and how many of its threads."""
+"""Chooses the device and the number of threads, and copies tensors between host and device."""
 
 import importlib.metadata
 import os
@@ -8,12 +8,16 @@ import warnings
 import torch
 from torch import Tensor
 
-_forks: list[int] = []  # this process, where it is a fork of one that had torch
+# Not empty in a process that was forked from one in which this module was imported.
+_forks: list[int] = []
 os.register_at_fork(after_in_child=lambda: _forks.append(os.getpid()))
 
 
-TRITON = (3, 6), (4,)  # from, and below: as pyproject.toml says
-# What torch says of a card that it cannot use -> what to do about it.
+TRITON = (
+    (3, 6),
+    (4,),
+)  # the lowest supported version and the first unsupported, as in pyproject.toml
+# Words in torch's message about a card that it cannot use -> advice to the user.
 ADVICE = {
     "compiled with CUDA": "install a build of torch with CUDA",
     "driver": "install a driver that fits this torch, or a torch that fits the driver",
@@ -26,25 +30,26 @@ ADVICE = {
 
 
 def select_device(name: str, where: str = "run.device") -> torch.device:
-    """The torch device of "cpu", "cuda" or "cuda:INDEX", tried out where it is a card; `where` is
-    the setting.
+    """Returns the torch device of "cpu", "cuda" or "cuda:INDEX"; `where` names the setting.
+
+    A card is tried, not only looked up.
 
     Raises:
-        ValueError: this machine has none such; or its torch, driver or Triton, the card itself, or
-            others who use it, keep this process from it.
+        ValueError: the machine has no such device, or this process cannot use it. The reason may be
+            torch, the driver, Triton, the card itself, or other processes on the card.
     """
     device = torch.device(name)
     if device.type == "cpu":
         return device
     try:
-        torch.cuda.init()  # needs a driver
+        torch.cuda.init()  # fails without a driver
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"{where}: {name} must be a device of this machine, which has "
                 f"{torch.cuda.device_count()} "
                 "CUDA devices; name one of them, or use cpu"
             )
-        torch.cuda.mem_get_info(device)  # needs a context on the card
+        torch.cuda.mem_get_info(device)  # fails if no context can be made on the card
     except (AssertionError, RuntimeError) as error:
         reason = re.split(r"\. |\n", str(error))[0]
         advice = next(advice for words, advice in ADVICE.items() if words in reason)
@@ -55,7 +60,7 @@ def select_device(name: str, where: str = "run.device") -> torch.device:
         ) from None
     major, minor = torch.cuda.get_device_capability(device)
     triton = next(
-        (found.version for found in importlib.metadata.distributions(name="triton")), "none"
+        (package.version for package in importlib.metadata.distributions(name="triton")), "none"
     )
     is_known = TRITON[0] <= tuple(map(int, re.findall(r"\d+", triton)[:2])) < TRITON[1]
     rules = (
@@ -69,10 +74,12 @@ def select_device(name: str, where: str = "run.device") -> torch.device:
 
 
 def set_threads(num_threads: int) -> None:
-    """Set the number of threads of CPU kernels; 0 = torch's choice (all cores, or OMP_NUM_THREADS).
+    """Sets the number of threads of CPU kernels; 0 leaves torch's choice.
 
-    A fork has one: kernels would wait for their parent's others, which are not there.
+    That is all cores, or OMP_NUM_THREADS.
     """
+    # A fork copies the thread pool's data but not its threads. Kernels would wait for ever for
+    # threads that do not exist, so a forked process uses one.
     if _forks and num_threads != 1:
         warnings.warn("run.threads is 1 in a forked process; spawn it to have more", stacklevel=2)
         num_threads = 1
@@ -81,27 +88,26 @@ def set_threads(num_threads: int) -> None:
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Returns x on a device; the host does not wait.
-
-    Pinned first: out of memory that may be moved, a driver may copy before it lets the host go on.
-    """
-    is_moved = x.is_cpu and device.type == "cuda"
-    return (x.pin_memory() if is_moved else x).to(device, non_blocking=True)
+    """Returns x on a device; the host does not wait."""
+    # Only a copy from pinned memory is asynchronous. From pageable memory the driver may copy
+    # before it lets the host continue.
+    needs_copy = x.is_cpu and device.type == "cuda"
+    return (x.pin_memory() if needs_copy else x).to(device, non_blocking=True)
 
 
 def upload_together(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Returns tensors [..] of one dtype on a device, all by one upload."""
+    """Returns 1-D tensors of one dtype on a device, sent in one copy."""
     return upload(torch.cat(tensors), device).split([x.numel() for x in tensors])
 
 
 class Readback:
-    """A tensor on its way to the host, behind what the current stream was given before.
+    """A tensor on its way to the host, copied after all work already in the current stream.
 
-    On a CPU it is the tensor itself: whoever writes to it again has read it before.
+    On a CPU it is the tensor itself, not a copy. Read it before writing to the tensor again.
     """
 
     def __init__(self, x: Tensor):
-        self._host = x.to("cpu", non_blocking=True)  # pinned, where it was on a card
+        self._host = x.to("cpu", non_blocking=True)  # from a card: into pinned memory
         self._copied: torch.cuda.Event | None = None
         if x.is_cuda:
             self._copied = torch.cuda.Event()
@@ -109,32 +115,32 @@ class Readback:
 
     @property
     def is_ready(self) -> bool:
-        """Whether wait would return at once."""
+        """Whether wait() would return at once."""
         return self._copied is None or self._copied.query()
 
     def wait(self) -> Tensor:
-        """Returns the tensor on the host; waits for its stream alone, no other one."""
+        """Returns the tensor on the host; waits for this copy only, not for other streams."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._host
 
 
 def choose_vector_functions() -> None:
-    """Have MKL choose the functions behind torch's cos, exp, log, .. for this CPU, from one thread.
+    """Makes MKL choose its functions behind torch's cos, exp, log, .. for this CPU, on one thread.
 
-    It chooses at a process's first call. Where two threads make that one together, as in any tensor
-    of some size, one of them may compute its half with errors of 1e-4 (torch 2.13 on Intel: in half
-    of all processes), and a run's first step has other bits than its repetition.
+    MKL chooses at the first call in a process. If two threads make that call together, as they do
+    for any larger tensor, one of them may compute its half with errors of 1e-4 (torch 2.13 on
+    Intel: in half of all processes). The first step of a run would then not repeat bitwise.
     """
     torch.ones(1).cos()
 
 
 def bound_kernel_caches() -> None:
-    """Let oneDNN, where it computes products, keep what it prepares for 128 shapes, not for 1024.
+    """Limits the two kernel caches of oneDNN to 128 shapes each, instead of 1024.
 
-    That is 60 MB instead of 600 and not slower: shapes of decoding come again before so many others
-    have come, those of packed rows hardly ever do. Both of its caches read their size at the first
-    product of a process. A size that the user has set stays.
+    This takes 60 MB instead of 600 MB and is not slower. The shapes of decoding come back before
+    128 others have come; the shapes of packed rows hardly ever come back. Both caches read their
+    size at the first matrix product of a process. A size that the user has set stays.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")

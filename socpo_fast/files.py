@@ -1,9 +1,10 @@
-"""Files that survive a crash: the one way to write one here, and to read JSON back.
+"""Writes files and folders that survive a crash, and reads JSON.
 
-A file is replaced as a whole (replace_file), a folder appears as a whole (new_folder). Whatever the
-machine does meanwhile, a reader meets the old state or the new one. A disk that is full or fails
-ends the run in one line: RunFailed. What is half written has a name that is opened exclusively, so
-that a link which stands there leads nothing elsewhere. Rows are appended by report/tracker.py.
+A file is replaced in one step (replace_file), and a folder appears in one step (new_folder).
+Whenever the machine stops, a reader sees either the old state or the new one. A full or failing
+disk ends the run with a one-line error: RunFailed. Temporary files are opened exclusively, so that
+a symbolic link of the same name cannot redirect the writing. The rows of metrics.jsonl are appended
+by report/tracker.py.
 """
 
 import json
@@ -18,40 +19,41 @@ REPLACED = ".replaced"  # ends the second name of a folder that is about to go
 
 
 class RunFailed(RuntimeError):
-    """The machine or the numbers ended a run; said in one line, as the caller's mistakes are."""
+    """The machine or the numbers ended a run. It is reported in one line, like a user's mistake."""
 
 
 class StopRequested(BaseException):
-    """Raised where a run may stop, by a signal. No Exception, so that no handler takes it for one.
+    """Raised by a signal, where a run may stop.
 
-    was_raised: a function of the user's may have swallowed it; its caller raises it again then.
+    It is not an Exception, so that no handler of errors catches it. A function of the user may
+    swallow it all the same. was_raised then tells the caller of that function to raise it again.
     """
 
     was_raised = False
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write beside and rename, so that a reader or a crash meets the old file or the new one."""
-    beside = path.with_name(path.name + ".tmp")
+    """Writes a temporary file and renames it: a crash leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
     with named_failure(path):
-        beside.unlink(missing_ok=True)  # of an earlier, killed process
+        temporary.unlink(missing_ok=True)  # left by an earlier, killed process
         try:
-            with beside.open("xb") as file:  # exclusive: never by way of a link
+            with temporary.open("xb") as file:  # exclusive: never through a link
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            beside.replace(path)
+            temporary.replace(path)
         finally:
-            beside.unlink(missing_ok=True)  # nothing there after the rename
+            temporary.unlink(missing_ok=True)  # nothing there after the rename
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a Hugging Face folder; errors name the file."""
+    """Returns the object in a JSON file of a Hugging Face folder; errors name the file."""
     if not path.is_file():
         raise ValueError(f"{path}: is missing; a Hugging Face folder has one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested without end
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{path}: must be JSON, got {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
@@ -60,15 +62,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yields a hidden folder to fill, which becomes `target` when the block ends without an error.
+    """Yields a hidden folder to fill, which becomes `target` if the block ends without an error.
 
-    It stands beside the target, so that a rename brings it there; before that every file in it is
-    synced to disk. A target that is there already is replaced. After an error the target is what it
-    was.
+    The folder is next to the target, so that a rename is enough. Every file in it is synced to disk
+    first. An existing target is replaced. After an error the target is unchanged.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier, killed process with this id
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had the same id
     partial.mkdir()
     try:
         yield partial
@@ -80,10 +81,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, target: Path) -> None:
-    """Rename, by way of a second name when the target is taken: at each moment one is whole.
-
-    An empty target needs no second name, as a rename may land on an empty folder.
-    """
+    """Renames `partial` to `target`; at every moment a complete folder exists under some name."""
+    # A rename may replace an empty folder but not a full one. A full target is first renamed to
+    # .replaced, so that it is still there if the machine stops before the second rename.
     replaced = target.with_name(target.name + REPLACED)
     is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
     is_taken = os.path.lexists(target) and not is_empty
@@ -97,7 +97,7 @@ def put_in_place(partial: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with what is in it, a file, or a link but not what it leads to."""
+    """Removes a file, a folder with its content, or a link (not what it points to)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -105,7 +105,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
+    """Flushes a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,7 +115,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def named_failure(path: Path) -> Iterator[None]:
-    """A full or failing disk as one line that names the file; errors of writing name none."""
+    """Turns an OSError into RunFailed with the file's name, which write errors do not contain."""
     try:
         yield
     except OSError as error:

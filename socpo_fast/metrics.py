@@ -1,4 +1,4 @@
-"""Names the metrics and says what each means (METRICS). report/tracker.py writes the rows."""
+"""Lists the metrics and what each one means (METRICS). report/tracker.py writes the rows."""
 
 import re
 from typing import Literal
@@ -55,6 +55,8 @@ METRICS: dict[str, str] = {
     "time/total_s": "all of it, s",
 }
 Kind = Literal["batch", "update", "eval"]
+# Metrics that exist with other numbers (pass_at_16, f_2), as ends of a confidence interval, and per
+# data source. METRICS holds one entry for each family.
 _FAMILY = re.compile(
     r"(success/(?:unassisted|assisted|pass_at_[0-9]+)|decay/f_[0-9]+)(_low|_high)?(/[\w./-]+)?",
     re.ASCII,
@@ -62,21 +64,23 @@ _FAMILY = re.compile(
 
 
 def meaning_of(name: str) -> str | None:
-    """What a metric is, from METRICS; one of a family (other numbers, ends of intervals, data
-    sources) by its head.
-    """
+    """Returns the meaning of a metric, None if unknown; families are resolved to their entry."""
     name = re.sub("^guidance/failed_[a-z0-9_]+$", "guidance/failed", name)
     if name in METRICS or (match := _FAMILY.fullmatch(name)) is None:
         return METRICS.get(name)
-    head, end, source = match.groups()
-    head = (
-        re.sub(r"pass_at_[0-9]+", "pass_at_4", head)
-        if "pass_at" in head
-        else re.sub("_[0-9]+", "_1", head)
+    base_name, suffix, source = match.groups()
+    base_name = (
+        re.sub(r"pass_at_[0-9]+", "pass_at_4", base_name)
+        if "pass_at" in base_name
+        else re.sub("_[0-9]+", "_1", base_name)
     )
-    ends = {
+    suffix_meanings = {
         "_low": "lower end of the 95 % interval: ",
         "_high": "upper end of the 95 % interval: ",
         None: "",
     }
-    return ends[end] + METRICS[head] + (f"; questions of {source[1:]} only" if source else "")
+    return (
+        suffix_meanings[suffix]
+        + METRICS[base_name]
+        + (f"; questions of {source[1:]} only" if source else "")
+    )

@@ -1,4 +1,11 @@
-"""Where a run stands, what a checkpoint keeps of it, where a run goes on, what comes next."""
+"""Keeps the state of a run: what a checkpoint stores, where a run resumes, what is due next.
+
+Read RunState, then find_checkpoint (where run.resume continues), recall_best, and the schedule of a
+run: update_order, pick_questions, is_due. A run moves through these states:
+
+    between batches --begin_updates--> within updates --end_batch--> between batches
+      end_evaluation, end_save         nothing is saved              what is due comes first
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -13,29 +20,33 @@ from socpo_fast.socratic.data import batch_questions, question_order
 from socpo_fast.train.checkpoint import STATE, checkpoint_path, damage_of, latest_checkpoint
 from socpo_fast.types import Question
 
-# In checkpoints/ until the first one is whole: a run that ended before begins anew, and loses none.
+# This file stands in checkpoints/ until the first checkpoint is complete. It tells a run that never
+# saved, which may start anew, from a run whose checkpoints were lost, which may not.
 NONE_YET = "none_yet"
-UPDATE_ORDER_SEED = 2**31  # keeps the order of updates apart from that of questions; above run.seed
-RECORD_VERSION = 3  # of what a run folder holds; checkpoints keep the settings they were made under
+# Added to run.seed, which is smaller, so that the order of updates uses other random numbers than
+# the order of questions.
+UPDATE_ORDER_SEED = 2**31
+RECORD_VERSION = 3  # of what a run folder holds; since 3, checkpoints store their settings
 
 
 @dataclass(kw_only=True)
 class RunState:
-    """The state of a run. The trainer tells it what happens and asks it what comes next.
+    """The state of a run. The trainer reports events to it and asks what is due next.
 
-    A checkpoint keeps the first five fields. The others need no keeping: a checkpoint is made
-    between two batches, and where a run goes on from one, nothing is to be saved yet.
+    A checkpoint stores the first five fields. The others need not be stored, because a checkpoint
+    is made between two batches, and a resumed run has nothing to save yet.
 
     Fields:
-        drawn_from:      the questions and the tokenizer in words, by their hashes.
-        eval_due:        an evaluation comes before the next batch.
-        batch:           finished batches.
-        policy_version:  the engine's at the end of the last batch.
-        best:            the best evaluation behind an update, whose checkpoint stays: "update",
-                         "success", and "measured_by", what that depends on beside the weights.
-        save_due:        a checkpoint comes before the next batch, and after the evaluation.
-        between_batches: the weights are those of the last batch's end, so that they can be saved.
-        is_saved:        the last checkpoint is of this very state.
+        drawn_from:      the questions and the tokenizer as text, identified by hashes.
+        eval_due:        whether an evaluation comes before the next batch.
+        batch:           the number of finished batches.
+        policy_version:  the engine's, at the end of the last batch.
+        best:            the best evaluation after an update, or None. Its checkpoint is kept. Keys:
+                         "update", "success", and "measured_by", a text of everything beside the
+                         weights that the success depends on.
+        save_due:        whether a checkpoint comes before the next batch, after the evaluation.
+        between_batches: whether the weights are those at the end of a batch, and may be saved.
+        is_saved:        whether the last checkpoint holds exactly this state.
     """
 
     drawn_from: dict[str, str]
@@ -48,11 +59,11 @@ class RunState:
     is_saved: bool = False
 
     def begin_updates(self) -> None:
-        """The weights leave those of the last batch's end."""
+        """Notes that the weights now change, so that they must not be saved."""
         self.between_batches = False
 
     def end_batch(self, *, policy_version: int, eval_due: bool, save_due: bool) -> None:
-        """The last update of a batch is made."""
+        """Notes that the last update of a batch is done, and what is due before the next one."""
         self.batch += 1
         self.policy_version = policy_version
         self.eval_due = eval_due
@@ -61,12 +72,13 @@ class RunState:
         self.is_saved = False
 
     def end_evaluation(self, *, update: int, success: float, measured_by: str) -> bool:
-        """The evaluation that was due is made. A checkpoint from before it still owes one.
+        """Notes the result of an evaluation; returns whether it is the best so far.
 
-        Returns whether it is better than all before and than 0, which makes a checkpoint due. That
-        of the start, update 0, has none and does not count.
+        A success of 0 is never the best. The evaluation before the first update does not count,
+        since there is no checkpoint of update 0. A new best makes a checkpoint due.
         """
         self.eval_due = False
+        # A checkpoint made earlier still says that the evaluation is due, so it is outdated.
         self.is_saved = False
         if update == 0 or success <= (0.0 if self.best is None else self.best["success"]):
             return False
@@ -75,12 +87,12 @@ class RunState:
         return True
 
     def end_save(self) -> None:
-        """A checkpoint of this state is on the disk."""
+        """Notes that a checkpoint of this state is on the disk."""
         self.save_due = False
         self.is_saved = True
 
     def to_record(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values; from_record reads it."""
+        """Returns what a checkpoint stores, as JSON values; from_record reads it."""
         return {
             "record_version": RECORD_VERSION,
             "batch": self.batch,
@@ -100,15 +112,15 @@ class RunState:
         measured_by: str,
         is_own: bool,
     ) -> Self:
-        """The state that a checkpoint kept, for a run of the present settings.
+        """Returns the state stored in a checkpoint, for a run with the current settings.
 
         Args:
             record:      what to_record returned when the checkpoint was made.
             checkpoint:  its folder.
-            drawn_from:  of the present data; report/settings.py tells of other data.
-            measured_by: what evaluations depend on beside the weights, in words; "": there are
-                         no held-out questions, and nothing is due.
-            is_own:      the checkpoint is this run's and not another's.
+            drawn_from:  of the current data. report/settings.py reports a change of the data.
+            measured_by: a text of what evaluations depend on beside the weights. "" means that
+                         there are no held-out questions, so that no evaluation is due.
+            is_own:      whether the checkpoint belongs to this run rather than to another.
 
         Raises:
             ValueError: the checkpoint is of another record version.
@@ -119,7 +131,7 @@ class RunState:
                 f"run: {checkpoint} must be of record version {RECORD_VERSION}, got {version}, "
                 "from an earlier socpo_fast; choose another run.name"
             )
-        best = record.get("best")  # earlier versions kept none
+        best = record.get("best")  # some earlier checkpoints do not have it
         return cls(
             drawn_from=drawn_from,
             eval_due=record["eval_due"] and measured_by != "",
@@ -133,13 +145,15 @@ class RunState:
 def recall_best(
     best: dict[str, Any], checkpoint: Path, *, measured_by: str, is_own: bool
 ) -> dict[str, Any] | None:
-    """The best evaluation that a checkpoint knows of, if it still counts; a warning says why not.
+    """Returns the best evaluation stored in a checkpoint, or None with a warning that says why.
 
-    It does not where evaluations measure something else by now ("": there are none), or where its
-    own checkpoint is damaged or gone. A run that begins from another's has its best one only where
-    it begins from that. The checkpoint itself is read already, and not again.
+    It no longer counts if evaluations now measure something else, or if its own checkpoint is
+    damaged or gone. (measured_by "" means that there are no evaluations; then it still counts.) A
+    run that starts from a checkpoint of another run keeps the best evaluation only if it is that of
+    this checkpoint.
     """
     path = checkpoint_path(checkpoint.parent, best["update"])
+    # The caller has just checked `checkpoint` byte by byte, so only its sizes are compared again.
     reason = (
         damage_of(path, thorough=path != checkpoint)
         if is_own or path == checkpoint
@@ -148,7 +162,7 @@ def recall_best(
     if measured_by not in (best["measured_by"], ""):
         reason = f"{best['measured_by']} -> {measured_by}"
     if reason:
-        # prune_checkpoints leaves one that lacks something where it is.
+        # prune_checkpoints never removes a damaged checkpoint, so only a whole one is announced.
         fate = (
             "; it goes at the next save unless it is one of the newest run.keep_checkpoints, copy "
             "it to keep it"
@@ -162,9 +176,7 @@ def recall_best(
 
 
 def mark_none_yet(checkpoints: Path) -> None:
-    """Make the folder and keep its mark true: NONE_YET stands there until the first checkpoint
-    does.
-    """
+    """Makes the folder; writes the file NONE_YET, or removes it if there is a checkpoint."""
     checkpoints.mkdir(exist_ok=True)
     if any(checkpoints.glob("update_*")):
         (checkpoints / NONE_YET).unlink(missing_ok=True)
@@ -173,14 +185,16 @@ def mark_none_yet(checkpoints: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint of a run's folder; None where there never was one.
+    """Returns the last undamaged checkpoint of a run's folder; None if the run never saved one.
 
     Raises:
-        ValueError: there were checkpoints, and none is whole.
+        ValueError: there were checkpoints, but none is left undamaged.
     """
     latest = latest_checkpoint(folder / "checkpoints")
     if latest or (folder / "checkpoints" / NONE_YET).is_file():
         return latest
+    # No checkpoint and no NONE_YET, but rows of updates: the checkpoints were lost or moved.
+    # Without this error the run would silently start from update 0.
     if updates := max((row["update"] for row in read_metrics(folder / "metrics.jsonl")), default=0):
         raise ValueError(
             f"run: {folder / 'checkpoints'} must hold a checkpoint, as {folder / 'metrics.jsonl'} "
@@ -190,7 +204,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """The checkpoint of a run's best evaluation, as its last one tells, whole to the byte."""
+    """Returns the checkpoint of the best evaluation, as the last checkpoint tells; checks it."""
     latest = last_checkpoint(folder)
     best = None if latest is None else read_json(latest / STATE)["trainer"].get("best")
     if best is None:
@@ -209,25 +223,32 @@ def best_checkpoint(folder: Path) -> Path:
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """Where run.resume says to go on from, whole to the byte; None for a fresh run."""
+    """Returns the checkpoint that run.resume continues from, fully checked; None for a new run."""
     latest = last_checkpoint(config.folder)
     if config.run.resume == "auto":
         return latest
     if config.run.resume != "never":
-        named = Path(config.run.resume)
-        is_earlier = latest is not None and (len(named.name), named.name) < (
+        resume_path = Path(config.run.resume)
+        # By length first: update_1000000 is later than update_999999.
+        is_earlier = latest is not None and (len(resume_path.name), resume_path.name) < (
             len(latest.name),
             latest.name,
         )
-        if latest is not None and is_earlier and named.resolve().parent == latest.resolve().parent:
+        if (
+            latest is not None
+            and is_earlier
+            and resume_path.resolve().parent == latest.resolve().parent
+        ):
             raise ValueError(
                 f"run: run.resume must be the run's last checkpoint {latest.name} "
-                f"or one of another run, got {named.name}; "
+                f"or one of another run, got {resume_path.name}; "
                 "choose another run.name, or remove the later ones"
             )
-        if latest is None and (damage := damage_of(named)):
+        if latest is None and (damage := damage_of(resume_path)):
             raise ValueError(f"run: run.resume must be a whole checkpoint, got {damage}")
-        return latest or named  # a run that has begun goes on from its own
+        # A run that has its own checkpoints continues from them. So the same command both starts
+        # the run and resumes it.
+        return latest or resume_path
     if latest is not None:
         raise ValueError(
             f"run: {config.folder} must be new with run.resume never, got one with {latest.name}; "
@@ -237,7 +258,7 @@ def find_checkpoint(config: Config) -> Path | None:
 
 
 def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]:
-    """The groups of each update of batch 1, 2, ..; every epoch has a seeded order of its own."""
+    """Returns the group indices of each update of batch 1, 2, ..; each epoch is shuffled anew."""
     size = config.train.questions_per_update
     epochs = config.train.epochs
     order = []
@@ -248,7 +269,7 @@ def update_order(config: Config, num_groups: int, batch: int) -> list[list[int]]
 
 
 def pick_questions(config: Config, questions: list[Question], batch: int) -> dict[int, Question]:
-    """The questions of batch 1, 2, .. by question_idx, in the batch's order."""
+    """Returns the questions of batch 1, 2, .. by question_idx, in the order of the batch."""
     picked = batch_questions(
         questions, config.run.seed, batch - 1, config.rollout.questions_per_batch
     )

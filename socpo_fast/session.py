@@ -1,5 +1,7 @@
-"""Everything that rollouts need, from a config: student, engine, bridge, teacher, grader,
-questions; and evaluation.
+"""Makes everything that rollouts need from a config, and evaluates the student.
+
+That is the student, tokenizer, bridge, engine, teacher, grader and questions. Read Session from its
+__init__, then training_rollouts and evaluate.
 """
 
 import time
@@ -39,24 +41,26 @@ from socpo_fast.types import (
     SamplingParams,
 )
 
-EVAL_BATCH = (
-    -1
-)  # names the noise of evaluations: the same draws every time, none of them training's
-EVAL_SLICE_ROLLOUTS = (
-    4096  # in flight together: many times max_running, so that a slice's end costs little
-)
-CLOSE_S = 5.0  # for a teacher to give back connections; a hung one is left behind
+# The batch index in the keys of evaluation's sampling noise. The draws are therefore the same in
+# every evaluation and differ from those of every training batch.
+EVAL_BATCH = -1
+# Rollouts of one slice of an evaluation. At the end of a slice the engine runs half empty, so there
+# should be many times max_running between two ends.
+EVAL_SLICE_ROLLOUTS = 4096
+CLOSE_S = 5.0  # time for a teacher to close its connections; a hung one is abandoned
 BUILTIN_EVAL_SEED = 0  # the held-out questions are the same for every run
 
 
 class Session:
-    """The student and those around it.
+    """The student and everything that its rollouts need.
 
-    student_folder is where weights and tokenizer were read. for_training leaves the student
-    trainable and loads `reference`, the frozen start, where loss.kl_coef asks for one. config has
-    nothing at "auto" that decides memory: on a card `plan` has decided it before anything is made
-    there. The engine is made last, as it takes what the others leave. Where the student is
-    trainable, its memory is as large as the gradients, to which updates lend it.
+    With for_training the student is trainable, and `reference` is loaded, the frozen copy of the
+    start, if loss.kl_coef needs one.
+
+    Attributes:
+        student_folder: the folder of the weights and the tokenizer.
+        config:         the settings, with "auto" replaced where it decides about memory.
+        plan:           the memory plan that replaced it, on a card; None on a CPU.
     """
 
     def __init__(self, config: Config, *, for_training: bool = False):
@@ -71,9 +75,8 @@ class Session:
         config = self.config
         self.grader = make_grader(config.data.grader, **config.grader.model_dump())
         self.student = self._load_student(device).requires_grad_(for_training)
-        self.tokenizer = load_tokenizer(
-            self.student_folder
-        )  # after the model, which reports a bad config.json better
+        # After the model, whose loader gives the better message for a bad config.json.
+        self.tokenizer = load_tokenizer(self.student_folder)
         self.bridge = Bridge(
             self.tokenizer,
             guidance_limit=config.rollout.guidance_limit,
@@ -92,6 +95,8 @@ class Session:
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
             self.reference = self._load_student(device).requires_grad_(False)
+        # The engine comes last: its KV cache takes the memory that the others leave. It is at least
+        # as large as the gradients, because updates store their gradients in it (lend_memory).
         self.engine = Engine(
             self.student,
             **config.engine.model_dump(),
@@ -100,7 +105,7 @@ class Session:
             ),
             stream_priority=-1,
         )
-        # The contexts of first attempts, and of all.
+        # The longest context of a first attempt, and of any attempt.
         for num_tokens in (
             self.max_prompt_tokens + self.params.max_new_tokens,
             self._longest_context(),
@@ -109,11 +114,11 @@ class Session:
 
     @property
     def memory_note(self) -> str:
-        """How memory is used, for people: one line, and on a card the plan."""
+        """Returns a note for the user on how memory is used: one line; on a card, the plan."""
         return self.engine.kv_cache.note if self.plan is None else plan_table(self.plan)
 
     def peak_memory(self, tell: Callable[[str], None]) -> dict[str, float]:
-        """The most memory of tensors on a card until now; tells once where the plan was wrong."""
+        """Returns the peak memory of tensors on a card; tells once if the plan was 10 % off."""
         if self.plan is None:
             return {}
         peak_gib = torch.cuda.max_memory_allocated(self.config.run.device) / GIB
@@ -124,25 +129,24 @@ class Session:
         return {"perf/peak_memory_gib": peak_gib}
 
     def close(self) -> None:
+        """Closes the teacher's connections, but does not wait for a hung one."""
         wait([background(self.teacher.aclose())], timeout=CLOSE_S)
 
     def _load_student(self, device: torch.device) -> Decoder:
+        """Loads the weights of student_folder, for the student or for the reference."""
         return load_student(self.student_folder, dtype=self.config.student.dtype, device=device)
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Prompts that can be rolled out: data.max_prompt_tokens, or less where the model holds
-        less.
-        """
+        """Returns the longest allowed prompt: data.max_prompt_tokens, or less in a short model."""
         positions = self.student.config.max_position_embeddings
         return min(
             self.config.data.max_prompt_tokens, positions - self.config.rollout.max_new_tokens
         )
 
     def _longest_context(self) -> int:
-        """Tokens of the longest context there can be. The KV cache must hold it, so that its size
-        changes no result.
-        """
+        """Returns the tokens of the longest possible context; refuses a smaller KV cache."""
+        # If the cache holds every single rollout, its size changes only the speed, never a result.
         rollout = self.config.rollout
         positions = self.student.config.max_position_embeddings
         check_rule(
@@ -153,26 +157,28 @@ class Session:
             f"below the model's {positions} positions",
             "lower it",
         )
-        seen = (
+        # What each attempt but the last adds to the context of the next one.
+        num_seen = (
             min(rollout.attempt_limit, rollout.max_new_tokens)
             + rollout.guidance_limit
             + len(self.bridge.bridge_ids("", ended=False))
         )
-        longest = (
-            self.max_prompt_tokens + (rollout.max_attempts - 1) * seen + rollout.max_new_tokens
+        longest_row = (
+            self.max_prompt_tokens + (rollout.max_attempts - 1) * num_seen + rollout.max_new_tokens
         )
-        needed = min(longest, positions)
-        room = self.engine.max_tokens
-        if needed > room:
+        needed = min(longest_row, positions)
+        capacity = self.engine.max_tokens
+        if needed > capacity:
             raise ValueError(
                 f"engine: engine.kv_cache_gib must hold the longest context, {needed} tokens, "
-                f"got room for {room} ({self.engine.kv_cache.note}); "
+                f"got room for {capacity} ({self.engine.kv_cache.note}); "
                 "raise it, or lower data.max_prompt_tokens, rollout.max_new_tokens or "
                 "rollout.guidance_limit"
             )
         return needed
 
     def train_questions(self) -> list[Question]:
+        """Returns the questions to train on."""
         data = self.config.data
         return self._questions(
             "train",
@@ -183,7 +189,7 @@ class Session:
         )
 
     def eval_questions(self) -> list[Question]:
-        """The held-out questions, [] when the config names none."""
+        """Returns the held-out questions; [] if the config names none."""
         data = self.config.data
         if data.eval is None:
             return []
@@ -197,12 +203,9 @@ class Session:
         return questions[: self.config.eval.max_questions]
 
     def _questions(
-        self, part: Literal["train", "eval"], *, path: str, split: str, seed: int, number: int
+        self, setting: Literal["train", "eval"], *, path: str, split: str, seed: int, number: int
     ) -> list[Question]:
-        """Those of a path; or `number` built-in ones, drawn by `seed`.
-
-        Built-in ones are refused under a grader for which no answer to them could be right.
-        """
+        """Returns the questions of a path, or `number` built-in ones drawn with `seed`."""
         data = self.config.data
         if path != "builtin":
             return load_questions(
@@ -213,25 +216,26 @@ class Session:
                 bridge=self.bridge,
                 max_prompt_tokens=self.max_prompt_tokens,
             )
-        questions = molar_mass.questions(seed, number, part)
+        questions = molar_mass.questions(seed, number, setting)
+        # With some graders no answer to a built-in question could be correct.
         try:
             check_ground_truth(data.grader, questions[0])
         except ValueError as error:
-            raise ValueError(f"data: data.{part} builtin: {error}") from None
+            raise ValueError(f"data: data.{setting} builtin: {error}") from None
         return questions
 
     def training_rollouts(self, questions: Sequence[Question], batch_idx: int) -> Iterator[Rollout]:
+        """Yields the rollouts of a batch, in the order in which they finish."""
         return self._rollouts(questions, self.params, batch_idx, self.options)
 
     def evaluate(
         self, questions: Sequence[Question], on_rollout: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """Unassisted success of the student as it is, and with eval.assisted the teacher's help on
-        top, told apart.
+        """Measures the student's unassisted success and, with eval.assisted, its assisted success.
 
-        The same noise every time, and the first attempts of the assisted episodes are the
-        unassisted ones. Questions go through the engine a slice at a time and leave counts only;
-        how they are sliced changes no number.
+        The sampling noise is the same every time. One set of rollouts gives both numbers: their
+        first attempts are the unassisted ones. Questions go through the engine in slices, and only
+        counts are kept. How they are sliced changes no number.
         """
         config = self.config.eval
         started = time.perf_counter()
@@ -259,6 +263,8 @@ class Session:
         batch_idx: int,
         options: RolloutOptions,
     ) -> Iterator[Rollout]:
+        """Yields rollouts with these parameters; tries a remote teacher before the first ones."""
+        # A server is tried once per session, and only when it is about to be needed.
         if options.max_attempts > 1 and self.teacher.is_remote and not self._is_teacher_tried:
             self._is_teacher_tried = True
             self._try_teacher(questions[0])
@@ -275,7 +281,7 @@ class Session:
         )
 
     def _try_teacher(self, question: Question) -> None:
-        """One call before anything is sampled: a wrong key or name costs no batch."""
+        """Calls the teacher once before anything is sampled: a wrong key must not cost a batch."""
         request = GuidanceRequest(
             question=question.text,
             student_answer="I do not know.",
@@ -285,28 +291,29 @@ class Session:
             rollout_idx=0,
             attempt_idx=0,
         )
-        asked = ask(self.teacher, request, self.options.guidance_timeout_s)
-        wait([asked])
-        outcome = result_of(asked, self.teacher)
+        answer = ask(self.teacher, request, self.options.guidance_timeout_s)
+        wait([answer])
+        outcome = result_of(answer, self.teacher)
+        # "cut" and "none" came from a server that works: only this one answer was unusable.
         if isinstance(outcome, GuidanceFailed) and outcome.kind not in ("cut", "none"):
             self.refuse_silence(
                 f"teacher: the first call got no guidance, {outcome.kind}: {outcome}"
             )
 
     def refuse_silence(self, line: str) -> None:
-        """Ends the run with a line that says how the teacher is silent, unless that is allowed."""
+        """Ends the run with `line`, unless teacher.on_silence allows a silent teacher."""
         if self.config.teacher.on_silence == "stop":
             raise ValueError(f"{line}; mend it, or set teacher.on_silence continue")
 
 
 def find_student(config: Config) -> Path:
-    """The folder that student.path names."""
+    """Returns the folder that student.path names."""
     path = config.student.path
     return molar_mass.STUDENT_DIR if path == "builtin" else Path(path)
 
 
 def rollout_options(config: Config) -> RolloutOptions:
-    """Those of training, from the sections that hold them."""
+    """Collects the options of training rollouts from their sections."""
     rollout = config.rollout
     teacher = config.teacher
     return RolloutOptions(
@@ -324,5 +331,5 @@ def rollout_options(config: Config) -> RolloutOptions:
 
 
 def credit_options(config: Config) -> CreditOptions:
-    """What attempts earn, from the sections that say it."""
+    """Collects the options of rewards and advantages from their sections."""
     return CreditOptions(**config.reward.model_dump(), **config.advantage.model_dump())

@@ -1,8 +1,8 @@
-"""How a run ends early: SIGTERM, SIGINT and SIGHUP. Read StopSignals.
+"""Ends a run early on SIGTERM, SIGINT or SIGHUP. Read StopSignals.
 
-A signal is answered on the terminal at once. Where nothing is lost by it (rollouts, evaluations) it
-stops the run right there; in updates it waits for the last one of the batch, or a second signal.
-What is being written to the disk is written to its end.
+Every signal is answered on the terminal at once. During rollouts and evaluations the first signal
+stops the run immediately, since nothing is lost. During updates the run stops after the last update
+of the batch, or at a second signal. Files that are being written are always finished.
 """
 
 import os
@@ -15,36 +15,37 @@ from typing import Any, Self
 
 from socpo_fast.files import StopRequested
 
-# By what the block waits for, and whether it has come.
+# Keys: the number of signals that stop the current block (None: no signal does), and whether that
+# many have come.
 ANSWERS = {
     (1, True): "stopping, and saving",
     (2, False): "stopping after the updates of this batch, and saving; a second one stops at once",
     (2, True): "stopping without the updates of this batch",
     (None, False): "stopping, as soon as what is being written is on the disk",
 }
-# A function of the user's may swallow StopRequested: after so many further signals the process ends
-# at once, unsaved.
+# A user's function may swallow StopRequested. After this many further signals the process ends at
+# once, without saving.
 INSISTS = 2
 GONE = "gone, without saving; the last checkpoint stays"
 
 
 class StopSignals:
-    """Handlers for the time of a `with` block.
+    """Signal handlers for the duration of a `with` block.
 
-    Off the main thread, where Python delivers no signals, there are none. A signal that is ignored
-    (by nohup, or in the background of a script) stays so.
+    On other threads than the main one no handlers are set, because Python delivers no signals
+    there. A signal that is ignored (by nohup, or in the background of a script) stays ignored.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None  # the first one
         self._num_received = 0
-        self._stop_at: int | None = None  # so many of them raise StopRequested
+        self._stop_at: int | None = None  # the number of signals that raises StopRequested
 
     def __enter__(self) -> Self:
         on_main_thread = threading.current_thread() is threading.main_thread()
         self._previous: dict[int, Any] = {}
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if on_main_thread else ():
-            # None: a handler that is not Python's, and could not be given back.
+            # None is a handler that Python did not set, so it could not be restored.
             if signal.getsignal(signum) not in (signal.SIG_IGN, None):
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
@@ -54,31 +55,36 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def check(self) -> None:
-        """A good place to stop: raises StopRequested if a signal has come."""
+        """Raises StopRequested if a signal has come. Call it where stopping loses nothing."""
         if self.received is not None:
             raise StopRequested
 
     @contextmanager
     def stop_at(self, num_signals: int) -> Iterator[None]:
-        """A block that a signal ends with StopRequested, or only the second one.
+        """Makes the first (1) or the second (2) signal end the `with` block with StopRequested.
 
-        One that came before the block ends it in any case.
+        A signal that came before the block ends it at its start in both cases.
         """
         try:
             self._stop_at = num_signals
-            self.check()  # only now: a signal in between would wait for the block's end
+            # After _stop_at is set: a signal between an earlier check and that line would only be
+            # noticed at the end of the block.
+            self.check()
             yield
         finally:
             self._stop_at = None
             StopRequested.was_raised = False
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        """Answers a signal on the terminal, and stops the block or the process if it is due."""
         self.received = self.received or signum
         self._num_received += 1
         stops = self._stop_at is not None and self._num_received >= self._stop_at
         is_over = self._stop_at is not None and self._num_received >= self._stop_at + INSISTS
         answer = GONE if is_over else ANSWERS[self._stop_at, stops]
-        with suppress(OSError):  # a closed terminal. Not print, which may be what was interrupted
+        # os.write rather than print: the signal may have interrupted a print, which is not
+        # reentrant. The terminal may be closed.
+        with suppress(OSError):
             os.write(2, f"\n{signal.Signals(signum).name}: {answer}\n".encode())
         if is_over:
             os._exit(128 + signum)

@@ -1,12 +1,16 @@
-"""SocraticPO on one node: rollout -> credit -> update, one method a phase.
+"""Trains with SocraticPO on one node: rollout -> credit -> update, one method per phase.
 
-Read Trainer.run first, then run_batches and run_batch; run_state.py says where a run stands.
+Read Trainer.run first, then run_batches and run_batch. run_state.py keeps the state of a run.
 
-Departures from the textbook: rollout engine and trainer are one process and one copy of the
-weights; every random draw is a counter (seed, batch, question, ..), so a run goes on from its batch
-index alone; a checkpoint lies between two batches, where nothing is in flight. SIGTERM, SIGHUP and
-Ctrl-C save first: at once while rolling out or evaluating, when the weights are still those of the
-last batch's end, and after the batch's last update otherwise (a second one does not wait for it).
+Departures from the textbook:
+
+- The rollout engine and the trainer are one process with one copy of the weights.
+- Every random draw is a function of counters (seed, batch, question, ..). A run therefore resumes
+  from its batch index; there is no generator state to save.
+- A checkpoint is made between two batches, when nothing is in flight.
+- SIGTERM, SIGHUP and Ctrl-C save before the run ends. During rollouts and evaluations this happens
+  at once, because the weights are still those at the end of the last batch. During updates it
+  happens after the last update of the batch; a second signal ends the run without waiting.
 """
 
 import time
@@ -45,19 +49,24 @@ from socpo_fast.types import Question, Rollout
 
 
 def train(config: Config) -> None:
-    """Train, or go on where the run stopped; writes the run folder. Source: Liu et al. 2026,
-    arXiv:2606.09887.
+    """Trains, or continues where the run stopped; writes the run folder.
+
+    Source: Liu et al. 2026, arXiv:2606.09887.
     """
     with run_folder(config.folder):
         Trainer(config).run()
 
 
 def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
-    """Accuracy on data.eval of a checkpoint: a folder, "best", or None, the run's last one, else
-    student.path.
+    """Measures the accuracy of a checkpoint on data.eval.
+
+    Args:
+        config:     of the run.
+        checkpoint: a folder; "best", the checkpoint of the run's best evaluation; or None, the
+                    run's last checkpoint, or student.path if there is none.
     """
-    named = best_checkpoint(config.folder) if checkpoint == "best" else checkpoint
-    path = named or last_checkpoint(config.folder) or config.student.path
+    requested = best_checkpoint(config.folder) if checkpoint == "best" else checkpoint
+    path = requested or last_checkpoint(config.folder) or config.student.path
     student = config.student.model_copy(update={"path": str(path)})
     with closing(Session(config.model_copy(update={"student": student}))) as session:
         questions = session.eval_questions()
@@ -69,9 +78,7 @@ def evaluate(config: Config, checkpoint: str | None) -> dict[str, float]:
 
 
 def rollout_only(config: Config) -> None:
-    """Roll out run.num_batches batches without any update; writes RUN/rollouts and prints what they
-    amount to.
-    """
+    """Rolls out run.num_batches batches without updates; writes RUN/rollouts, prints metrics."""
     if (config.folder / "metrics.jsonl").exists():
         raise ValueError(
             f"run: {config.folder} must hold no training run, whose rollouts stay; set run.name"
@@ -95,9 +102,10 @@ def rollout_only(config: Config) -> None:
 
 
 class Trainer:
-    """One run: its session, its optimizer, which counts updates, and its state. Read run first.
+    """One run: its session, its optimizer (it counts the updates) and its state. Read run first.
 
-    The run's folder is the caller's to hold (run_folder), and nothing is written to it before run.
+    The caller holds the lock of the run's folder (run_folder). Nothing is written to the folder
+    before run().
     """
 
     def __init__(self, config: Config):
@@ -119,72 +127,81 @@ class Trainer:
         self.signals = StopSignals()
 
     def start_or_resume(self) -> tuple[RunState, str]:
-        """Where the run begins, a checkpoint's weights loaded, and its config.toml."""
-        data = drawn_from(self.train_questions, self.eval_questions, self.session.tokenizer)
-        self.measured_by = measured_by(self.config, data)
+        """Loads the checkpoint to resume from, if any; returns the state and the config.toml."""
+        data_hashes = drawn_from(self.train_questions, self.eval_questions, self.session.tokenizer)
+        self.measured_by = measured_by(self.config, data_hashes)
         if self.resumed_from is None:
-            return RunState(drawn_from=data, eval_due=bool(self.eval_questions)), config_text(
-                self.config
+            return (
+                RunState(drawn_from=data_hashes, eval_due=bool(self.eval_questions)),
+                config_text(self.config),
             )
+        # find_checkpoint has compared the hashes, so the sizes are enough here.
         record = load_checkpoint(self.resumed_from, self.student, self.optimizer, thorough=False)
-        run = self.resumed_from.absolute().parent.parent
+        run_dir = self.resumed_from.absolute().parent.parent
         state = RunState.from_record(
             record,
             checkpoint=self.resumed_from,
-            drawn_from=data,
+            drawn_from=data_hashes,
             measured_by=self.measured_by,
-            is_own=run == self.config.folder.absolute(),
+            is_own=run_dir == self.config.folder.absolute(),
         )
+        # Attempts carry the policy version. A resumed run must count on as an unbroken one would.
         self.engine.policy_version = state.policy_version
         return state, settings_text(
             self.config,
-            run / "config.toml",
+            run_dir / "config.toml",
             now=deciding(self.session.config),
             num_updates=self.optimizer.num_updates,
             before=record,
-            data=data,
+            data=data_hashes,
             is_own=state.is_saved,
         )
 
     def run(self) -> None:
-        """Batches until run.num_batches, then the report; what ends it early is saved first."""
+        """Runs batches until run.num_batches, then writes the report; saves if it ends early."""
         with ExitStack() as stack:
             stack.callback(self.session.close)
             self.open_outputs(stack)
             stack.enter_context(self.signals)
             try:
-                self.save()  # of another run's checkpoint: from here on this run has its own
+                # Saves only if the run starts from another run's checkpoint. From here on it has
+                # a checkpoint of its own.
+                self.save()
                 self.run_batches()
                 self.save()
                 self.signals.check()
             except StopRequested:
                 self.end_early()
             except (Exception, KeyboardInterrupt) as error:
-                # A grader, memory, ..: it costs the batch it came in, not those before. After
-                # RunFailed nothing is saved, as the disk itself may have failed.
+                # A failing grader, a lack of memory, .. costs the current batch, not earlier ones.
+                # After RunFailed nothing is saved, because the disk itself may have failed.
                 if self.state.between_batches and not isinstance(error, RunFailed):
                     self.save()
                 raise
         self.progress.note(report_note(self.config.folder))
 
     def end_early(self) -> NoReturn:
-        """Save, unless a second signal came amid updates; then the whole process ends."""
+        """Saves, unless a second signal came during updates; then ends the process."""
         if self.optimizer.num_updates == 0:
-            where = "before the first update; there is nothing to save"
+            outcome = "before the first update; there is nothing to save"
         elif self.state.between_batches:
             self.save()
-            where = f"and saved after batch {self.state.batch}; run.resume auto goes on from there"
+            outcome = (
+                f"and saved after batch {self.state.batch}; run.resume auto goes on from there"
+            )
         else:
-            where = f"amid the updates of batch {self.state.batch + 1}; the last checkpoint stays"
-        self.progress.note(f"stopped {where}")
+            outcome = f"amid the updates of batch {self.state.batch + 1}; the last checkpoint stays"
+        self.progress.note(f"stopped {outcome}")
         raise SystemExit(128 + (self.signals.received or 0)) from None
 
     def open_outputs(self, stack: ExitStack) -> None:
-        """What the run writes to until the stack closes, and its first lines."""
+        """Opens what the run writes to until the stack closes, and prints the first lines."""
         config = self.config
         resumed = None if self.resumed_from is None else self.optimizer.num_updates
         self.writer = stack.enter_context(MetricsWriter(config.folder, resume_after_update=resumed))
         replace_file(config.folder / "config.toml", self.config_text)
+        # A killed run may have left rollouts of batches after its last checkpoint. The resumed run
+        # makes them again.
         drop_rollouts(config.folder, after_batch=self.state.batch)
         mark_none_yet(self.checkpoints)
         first = self.state.batch + 1
@@ -201,11 +218,12 @@ class Trainer:
             )
 
     def run_batches(self) -> None:
-        """Whatever is due, then the next batch, until there are run.num_batches."""
+        """Runs what is due (evaluation, save) and then a batch, until run.num_batches are done."""
         while True:
             if self.state.eval_due:
                 self.evaluate()
-            if self.state.save_due:  # after the evaluation, so that no checkpoint owes one
+            # After the evaluation, so that a run resumed from here need not repeat it.
+            if self.state.save_due:
                 self.save()
             if self.state.batch >= self.config.run.num_batches:
                 return
@@ -214,10 +232,10 @@ class Trainer:
             self.signals.check()
 
     def run_batch(self) -> None:
-        """One batch: roll out, credit, update, record; its end says what is due."""
+        """Runs one batch: rollouts, credit, updates, metrics; notes what is due after it."""
         config = self.config
         started = time.perf_counter()
-        before = self.optimizer.num_updates
+        updates_before = self.optimizer.num_updates
         batch = self.state.batch + 1
         questions = pick_questions(config, self.train_questions, batch)
         rollouts, metrics = self.roll_out(questions, batch)
@@ -226,34 +244,36 @@ class Trainer:
             rollouts, options=self.credit, device=config.run.device
         )
         metrics |= summarize(rollouts, factors, self.sources)
+        # Before the updates: if one of them fails, the rollouts that caused it can be read.
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
-        # A function of the user's may have turned gradients off.
+        # enable_grad: a function of the user's (grader, teacher) may have turned gradients off.
         with self.signals.stop_at(2), torch.enable_grad():
             self.state.begin_updates()
             self.update(rollouts, batch, advantages_A)
-        after = self.optimizer.num_updates
+        updates_after = self.optimizer.num_updates
         is_last = batch == config.run.num_batches
         self.state.end_batch(
             policy_version=self.engine.policy_version,
             eval_due=bool(self.eval_questions)
-            and (is_last or is_due(before, after, config.eval.every_updates)),
-            save_due=is_due(before, after, config.run.checkpoint_every_updates),
+            and (is_last or is_due(updates_before, updates_after, config.eval.every_updates)),
+            save_due=is_due(updates_before, updates_after, config.run.checkpoint_every_updates),
         )
         note_span("trainer", "update", since=update_started)
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
         self.record(metrics | self.session.peak_memory(self.progress.note), kind="batch")
         silence = self.guidance_watch.told(rollouts, metrics)
-        if silence and not is_last:  # there is nothing to stop after the last one
+        # After the last batch there is nothing left to stop.
+        if silence and not is_last:
             self.session.refuse_silence(silence)
 
     def roll_out(
         self, questions: dict[int, Question], batch: int
     ) -> tuple[list[Rollout], dict[str, float]]:
-        """All rollouts of a batch and what they took, however they finished in question order."""
+        """Returns all rollouts of a batch, in the order of questions, and performance metrics."""
         started = time.perf_counter()
-        before = self.engine.stats
+        stats_before = self.engine.stats
         self.progress.phase(
             "rollout",
             batch=batch,
@@ -265,14 +285,18 @@ class Trainer:
             for rollout in self.session.training_rollouts(list(questions.values()), batch):
                 rollouts.append(rollout)
                 self.progress.advance(num_tokens=rollout.num_sampled)
-        perf = rollout_perf(rollouts, before, self.engine.stats, time.perf_counter() - started)
+        perf = rollout_perf(
+            rollouts, stats_before, self.engine.stats, time.perf_counter() - started
+        )
+        # Rollouts arrive as they finish, which depends on timing. Sorted, everything after this is
+        # reproducible.
         order = {question_idx: i for i, question_idx in enumerate(questions)}
         rollouts.sort(key=lambda rollout: (order[rollout.question_idx], rollout.rollout_idx))
         return rollouts, perf
 
     def update(self, rollouts: list[Rollout], batch: int, advantages_A: torch.Tensor) -> None:
-        """The batch's updates, questions_per_update questions each, epochs times over."""
-        # roll_out has put them in the order of questions.
+        """Makes the updates of a batch: questions_per_update questions each, `epochs` passes."""
+        # groupby needs neighbours; roll_out has sorted the rollouts by question.
         groups = [
             list(group) for _, group in groupby(rollouts, key=lambda rollout: rollout.question_idx)
         ]
@@ -283,6 +307,7 @@ class Trainer:
             total=len(groups) * self.config.train.epochs,
         )
         order = update_order(self.config, len(groups), batch)
+        # During updates the engine is empty, so its KV cache holds the gradients.
         with self.engine.lend_memory() as memory, self.optimizer.gradients_in(memory):
             for num_groups, metrics in self.updater.updates(groups, order, advantages_A):
                 self.engine.bump_policy_version()
@@ -292,7 +317,7 @@ class Trainer:
                 self.progress.advance(num_groups)
 
     def evaluate(self) -> None:
-        """The evaluation of the student as it is."""
+        """Evaluates the current student and records the result."""
         self.progress.phase(
             "evaluation",
             batch=self.state.batch,
@@ -310,7 +335,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Saves a checkpoint of the present state unless one exists or nothing was learned yet."""
+        """Saves a checkpoint, unless it exists already or no update was made yet."""
         if self.state.is_saved or self.optimizer.num_updates == 0:
             return
         newest = save_checkpoint(
@@ -327,7 +352,7 @@ class Trainer:
         self.state.end_save()
 
     def record(self, metrics: dict[str, float], *, kind: Literal["batch", "eval"]) -> None:
-        """Metrics of the finished batch, or of the evaluation after it, to files and people."""
+        """Writes metrics of the finished batch, or of the evaluation after it, and prints them."""
         batch = self.state.batch
         update = self.optimizer.num_updates
         self.writer.write(metrics, kind=kind, batch=batch, update=update)

@@ -1,8 +1,14 @@
-"""The nouns that cross module borders, in the order an episode meets them.
+"""Defines the data types that modules exchange, in the order in which an episode uses them.
 
-Question -> SamplingParams -> Attempt -> GuidanceRequest -> Guidance -> Rollout. Plain data, no
-behaviour beyond checks at the door; everything here is on the host, tensors are CPU tensors.
-Imports nothing of ours.
+    Question, SamplingParams -> Attempt -> GuidanceRequest -> Guidance -> Turn -> Rollout
+
+    Rollout
+      prompt_ids
+      turns[0]   attempt: tokens, logprobs    is_correct, reward    guidance: text, bridge_ids
+      turns[1]   attempt: ..                  ..                    None after the last attempt
+
+These are plain data with checks of their values and no other behaviour. Everything is on the host;
+tensors are CPU tensors. The module imports nothing of ours.
 """
 
 import re
@@ -14,19 +20,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One data set item. `messages` is the chat up to the student's turn: ({"role", "content"},
-    ..).
-    """
+    """One item of a data set."""
 
     question_idx: int
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, str], ...]  # the chat before the answer: ({"role", "content"}, ..)
     ground_truth: str
     data_source: str
     reference_solution: str | None = None
 
     @property
     def text(self) -> str:
-        """The last user message: what the teacher sees as the question."""
+        """Returns the last user message, which the teacher sees as the question."""
         return next(
             message["content"] for message in reversed(self.messages) if message["role"] == "user"
         )
@@ -34,13 +38,18 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the engine samples one request.
+    """The sampling parameters of one request.
 
-    n rollouts of the same prompt; temperature 0 (greedy) or >= 1e-4; top_p in (0, 1], 1 is off;
-    top_k >= 0, 0 is off; min_p in [0, 1), 0 is off; max_new_tokens >= 1 an attempt; an id of
-    eos_ids ends an attempt unless ignore_eos. Temperature, length and eos have no default: a wrong
-    value there is silent. The exact bounds are those that fp32 and 64-bit keys can hold, so that
-    the sampler never has to refuse in the middle of a step.
+    Args:
+        temperature:    0 (greedy) or >= 1e-4.
+        max_new_tokens: >= 1, the longest attempt.
+        eos_ids:        any of these token ids ends an attempt, unless ignore_eos.
+        n:              >= 1, rollouts of the same prompt.
+        top_p:          in (0, 1], 1 is off.
+        top_k:          >= 0, 0 is off.
+        min_p:          in [0, 1), 0 is off.
+
+    The first three have no defaults: a wrong value gives no error, only wrong results.
     """
 
     temperature: float
@@ -59,6 +68,8 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def __post_init__(self) -> None:
+        # The exact bounds are what fp32 and 64-bit keys can hold. So the sampler never has to
+        # refuse a value in the middle of an engine step.
         rules = {
             "temperature": (
                 self.temperature == 0 or 1e-4 <= self.temperature <= 1e6,
@@ -80,8 +91,10 @@ class SamplingParams:
 
 
 class RolloutKey(NamedTuple):
-    """Names a prompt: a token's sampling noise depends on (seed, this, rollout, attempt, position,
-    token id) only.
+    """Identifies a prompt for the sampling noise.
+
+    The noise of a token is a function of (seed, key, rollout, attempt, position, token id) only, so
+    that it does not depend on what else is sampled at the same time.
     """
 
     batch: int
@@ -90,7 +103,7 @@ class RolloutKey(NamedTuple):
 
 @dataclass
 class EngineStats:
-    """Counts since the engine was made, except pages_*, which are of now."""
+    """Counts since the engine was made; pages_free and pages_total describe the present."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -101,17 +114,16 @@ class EngineStats:
 
 @dataclass(eq=False)
 class Attempt:
-    """One answer of the student, exactly as sampled (the end-of-turn token included when
-    finish_reason is "stop").
+    """One answer of the student, exactly as sampled.
+
+    It includes the end-of-turn token if finish_reason is "stop".
     """
 
     token_ids: list[int]
-    logprobs: (
-        Tensor  # [L] fp32, nats: the sampler's, under temperature only, over the full vocabulary
-    )
-    kept_mass: (
-        Tensor  # [L] fp32, probability mass that top-k, top-p and min-p kept; 1 when they are off
-    )
+    # [L] fp32, nats. From the sampler, at its temperature but without top-k, top-p and min-p: a
+    # log-softmax over the full vocabulary, which the trainer can reproduce.
+    logprobs: Tensor
+    kept_mass: Tensor  # [L] fp32, probability that top-k, top-p and min-p left; 1 if they are off
     finish_reason: Literal["stop", "length"]
     key: RolloutKey
     rollout_idx: int
@@ -120,12 +132,13 @@ class Attempt:
 
     @property
     def num_tokens(self) -> int:
+        """Returns the number of sampled tokens."""
         return len(self.token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceRequest:
-    """What a teacher may see of one wrong attempt. None = withheld or not known."""
+    """Everything that a teacher may see of one wrong attempt. None = withheld or not known."""
 
     question: str
     student_answer: str
@@ -144,12 +157,11 @@ class Guidance:
 
 
 class GuidanceFailed(Exception):
-    """Why there is no guidance: kind is a word that metrics count by, the text a reason for a
-    person.
+    """Raised or returned if there is no guidance. Metrics count by `kind`; the text is for people.
 
-    Kinds: timeout, connection, status_NNN, redirect, too_large, not_json, circuit_open (a
-    server's); cut (it ended inside the teacher's thoughts), none (nothing was said), exception (a
-    function's, or a teacher's own), too_long (for a local teacher's context).
+    Kinds: timeout, connection, status_NNN, redirect, too_large, not_json, circuit_open (of a
+    server); cut (the message ended inside the teacher's thoughts); none (nothing was said);
+    exception (in a teacher's code or a user's function); too_long (for a local teacher's context).
     """
 
     def __init__(self, kind: str, reason: str):
@@ -159,12 +171,16 @@ class GuidanceFailed(Exception):
 
 @dataclass(eq=False, kw_only=True)
 class ShownGuidance:
-    """What the teacher said after an attempt, and how it leads to the next one.
+    """The guidance after an attempt, and the context of the next attempt that it leads to.
 
-    raw_text is what the teacher said, as much of it as fits, and leaks says whether that states the
-    answer, by socratic/leak.py; text is what the student saw. The next
-    attempt was sampled behind the first kept_tokens tokens of the row so far and bridge_ids; both
-    are None where the guidance was not shown (it leaked the answer, or the context would overflow).
+        context of the next attempt = (context + attempt)[:kept_tokens] + bridge_ids
+
+    Fields:
+        raw_text:    what the teacher said, as much of it as fits.
+        text:        what the student saw.
+        leaks:       whether raw_text states the answer, by socratic/leak.py.
+        kept_tokens, bridge_ids: as above. Both are None if the guidance was not shown, because it
+                     leaked the answer or the context would have become too long.
     """
 
     raw_text: str
@@ -176,27 +192,31 @@ class ShownGuidance:
 
 @dataclass(eq=False, kw_only=True)
 class Turn:
-    """One attempt and all known of it. reward is after credit and decay; None = not yet."""
+    """One attempt with its text, verdict, reward, advantage and the guidance that followed it."""
 
     attempt: Attempt
     text: str = ""  # decoded, for the grader and people
     is_correct: bool = False
-    raw_reward: float = 0.0  # what the grader says, in [0, 1]
-    reward_parts: dict[str, float] = field(default_factory=dict)  # of a grader that names parts
-    reward: float | None = None
+    raw_reward: float = 0.0  # the grader's, in [0, 1]
+    reward_parts: dict[str, float] = field(default_factory=dict)  # if the grader names its parts
+    reward: float | None = None  # after credit and decay; None: not computed yet
     advantage: float | None = None
-    guidance: ShownGuidance | None = (
-        None  # what led to the next turn; None: the teacher said nothing
-    )
+    guidance: ShownGuidance | None = None  # None: the teacher said nothing
 
 
 @dataclass(eq=False, kw_only=True)
 class Rollout:
     """One episode, turn by turn.
 
-    Its row is the prompt, the first attempt, the bridge around the guidance, the second attempt and
-    so on. How much of the row the next attempt sees is one absolute number, kept_tokens: an attempt
-    may be cut, and a template that rewrites history may drop tokens from before it too.
+    Its row of tokens is the prompt, the first attempt, the bridge (guidance within the chat
+    template), the second attempt and so on. kept_tokens is the number of tokens of the row, counted
+    from its start, that the next attempt sees:
+
+        prompt | attempt 0 . . . . | bridge | attempt 1
+        <---- kept_tokens ---->  (cut)
+
+    An attempt may be cut, as here. A chat template that rewrites the history may also drop tokens
+    before the attempt.
     """
 
     question_idx: int
@@ -206,26 +226,27 @@ class Rollout:
     end_reason: (
         Literal["correct", "max_attempts", "guidance_failed", "leaked", "overflow"] | None
     ) = None
-    failure: str = ""  # where end_reason is guidance_failed: the kind, from GuidanceFailed
+    failure: str = ""  # the kind of GuidanceFailed, if end_reason is guidance_failed
     teacher_wait_s: float = 0.0
     data_source: str = ""
 
     @property
     def attempts(self) -> list[Attempt]:
+        """Returns the attempts of all turns."""
         return [turn.attempt for turn in self.turns]
 
     @property
     def num_sampled(self) -> int:
-        """Tokens of all attempts."""
+        """Returns the number of tokens of all attempts."""
         return sum(attempt.num_tokens for attempt in self.attempts)
 
     def context_ids(self, turn_idx: int) -> list[int]:
-        """Token ids that attempt turn_idx was sampled behind; for the number of turns, that the
-        next will be.
+        """Returns the context of attempt turn_idx: the token ids before its first one.
+
+        turn_idx = len(turns) gives the context of the next attempt.
 
         Raises:
-            ValueError: there is no such context: no such turn, or the guidance before it was not
-                        shown.
+            ValueError: there is no such turn, or the guidance before it was not shown.
         """
         context = list(self.prompt_ids)
         for idx in range(turn_idx):
@@ -234,17 +255,17 @@ class Rollout:
         return context
 
     def context_length(self, turn_idx: int) -> int:
-        """Returns len(context_ids(turn_idx)), without making them."""
+        """Returns len(context_ids(turn_idx)), without building the list."""
         if turn_idx == 0:
             return len(self.prompt_ids)
         kept_tokens, bridge_ids = self.seam(turn_idx - 1)
         return kept_tokens + len(bridge_ids)
 
     def seam(self, turn_idx: int) -> tuple[int, list[int]]:
-        """(kept_tokens, bridge_ids) between an attempt and the next one.
+        """Returns (kept_tokens, bridge_ids) between attempt turn_idx and the next one.
 
         Raises:
-            ValueError: no such turn, or no guidance was shown after it.
+            ValueError: there is no such turn, or no guidance was shown after it.
         """
         where = f"rollout {self.rollout_idx} of question {self.question_idx}"
         if not 0 <= turn_idx < len(self.turns):

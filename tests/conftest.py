@@ -1,7 +1,7 @@
-"""Triton kernels run on the CPU here: the interpreter has to be asked for before anything imports
-triton.
+"""Makes Triton kernels run on the CPU, in Triton's interpreter.
 
-On a machine with a GPU, TRITON_INTERPRET=0 in the environment tests the compiled kernels instead.
+The variable must be set before anything imports triton. On a machine with a GPU, TRITON_INTERPRET=0
+in the environment tests the compiled kernels instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:
-    """Ends a run that could only fail, before anything is collected."""
+    """Stops with one line if Triton and numpy do not work together, before tests are collected."""
     if os.environ["TRITON_INTERPRET"] != "1":
         return
     refusal = dead_pair(_installed("triton"), metadata.version("numpy"))
@@ -26,6 +26,7 @@ def pytest_configure() -> None:
 
 
 def _installed(package: str) -> str | None:
+    """Returns the version of a package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,5 +1,7 @@
-"""Settings, data and folders that cannot work: one line, exit code 2, and a run that was there
-stays to the bit.
+"""Settings, data and folders that cannot work are refused in one line, with exit code 2.
+
+The files of an existing run stay bitwise as they were. CASES has a case for each mistake: a
+function that writes the files and returns the arguments, and a pattern for the line.
 """
 
 from __future__ import annotations
@@ -32,18 +34,25 @@ GOOD = {"question": "1 + 1?", "ground_truth": "2"}
 OPTIONS = "Which?\nA: 1\nB: 2\nC: 3\nD: 4"
 
 
-def data(*rows: Any, name: str = "rows.jsonl", **more: Any) -> Callable[[Path], Words]:
-    """A case: data.train is a file of these rows; text goes in as it is."""
+def data(*rows: Any, name: str = "rows.jsonl", **settings: Any) -> Callable[[Path], Words]:
+    """Returns a case whose data.train is a file of these rows; bytes are written as they are."""
 
     def make(folder: Path) -> Words:
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
         (folder / name).write_bytes(b"".join(line + b"\n" for line in lines))
-        return {"data.train": folder / name, "data.eval": "none", "teacher.kind": "retry", **more}
+        return {
+            "data.train": folder / name,
+            "data.eval": "none",
+            "teacher.kind": "retry",
+            **settings,
+        }
 
     return make
 
 
 def parquet(*rows: Any) -> Callable[[Path], Words]:
+    """Returns a case whose data.train is a parquet file of these rows."""
+
     def make(folder: Path) -> Words:
         parquet_file.write_table(Table.from_pylist(list(rows)), folder / "rows.parquet")
         return {"data.train": folder / "rows.parquet", "data.eval": "none", "teacher.kind": "retry"}
@@ -52,6 +61,8 @@ def parquet(*rows: Any) -> Callable[[Path], Words]:
 
 
 def folder_named(name: str) -> Callable[[Path], Words]:
+    """Returns a case whose data.train is an empty folder."""
+
     def make(folder: Path) -> Words:
         (folder / name).mkdir()
         return {"data.train": folder / name, "data.eval": "none", "teacher.kind": "retry"}
@@ -60,16 +71,20 @@ def folder_named(name: str) -> Callable[[Path], Words]:
 
 
 def settings(**words: Any) -> Callable[[Path], Words]:
+    """Returns a case of these settings: section__key is section.key, {folder} a new folder."""
     return lambda folder: {
         name.replace("__", "."): str(value).format(folder=folder) for name, value in words.items()
     }
 
 
 def bare(*words: str) -> Callable[[Path], Words]:
+    """Returns a case of arguments without a value."""
     return lambda _folder: dict.fromkeys(words)
 
 
 def toml(text: str) -> Callable[[Path], Words]:
+    """Returns a case whose --config is a file with this text."""
+
     def make(folder: Path) -> Words:
         (folder / "bad.toml").write_text(text, encoding="utf-8")
         return {"config": folder / "bad.toml"}
@@ -78,6 +93,8 @@ def toml(text: str) -> Callable[[Path], Words]:
 
 
 def as_file(name: str, **words: Any) -> Callable[[Path], Words]:
+    """Returns a case of these settings in which {folder}/name is a file."""
+
     def make(folder: Path) -> Words:
         (folder / name).write_text("not a run", encoding="utf-8")
         return settings(**words)(folder)
@@ -260,29 +277,31 @@ def test_eval_and_rollout_refuse(
 ) -> None:
     make, message = CASES[case]
     words = make(tmp_path)
-    before = snapshot(run_dir)
+    old_files = snapshot(run_dir)
     assert main(words_of("eval", run_dir, words)) == 2
     assert_refused(capsys.readouterr().err, message)
     if case != "missing evaluation file":  # rollout reads no evaluation data
         assert main(words_of("rollout", run_dir, words | {"run.name": "fresh"})) == 2
         assert_refused(capsys.readouterr().err, message)
-    assert snapshot(run_dir) == before
+    assert snapshot(run_dir) == old_files
 
 
-def test_eval_without_questions(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_without_questions_is_refused(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words_of("eval", run_dir, {"data.eval": "none"})) == 2
     assert_refused(
         capsys.readouterr().err, "eval: data.eval must name held-out questions, got none"
     )
 
 
-def test_rollouts_of_a_training_run_are_not_overwritten(
+def test_rollout_does_not_overwrite_a_training_run(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = snapshot(run_dir)
+    old_files = snapshot(run_dir)
     assert main(words_of("rollout", run_dir, {})) == 2
     assert_refused(capsys.readouterr().err, "run: .*run must hold no training run")
-    assert snapshot(run_dir) == before
+    assert snapshot(run_dir) == old_files
 
 
 def test_a_group_of_one_is_allowed_and_warned_about(
@@ -299,12 +318,12 @@ def test_a_group_of_one_is_allowed_and_warned_about(
 
 
 @pytest.mark.parametrize("case", ["missing data file", "unknown key", "a flag without its value"])
-def test_as_a_process(case: str, run_dir: Path, tmp_path: Path) -> None:
-    """What a shell sees: the code, one line, and nothing but it."""
+def test_refusal_of_a_process_is_one_line(case: str, run_dir: Path, tmp_path: Path) -> None:
+    """A shell sees exit code 2 and one line on stderr, and nothing on stdout."""
     make, message = CASES[case]
     command = [sys.executable, "-m", "socpo_fast.cli", *words_of("train", run_dir, make(tmp_path))]
-    before = snapshot(run_dir)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert_refused(done.stderr, message)
-    assert snapshot(run_dir) == before
+    old_files = snapshot(run_dir)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_refused(result.stderr, message)
+    assert snapshot(run_dir) == old_files

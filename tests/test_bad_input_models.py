@@ -1,5 +1,6 @@
-"""Student folders and checkpoints that cannot work: one line, exit code 2, and an old run stays as
-it was.
+"""Student folders and checkpoints that cannot work are refused in one line, with exit code 2.
+
+The files of an existing run stay as they were.
 """
 
 from __future__ import annotations
@@ -174,21 +175,21 @@ def flip_last_byte(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "config.json"]
 )
-def test_a_flipped_byte_in_a_checkpoint(
+def test_checkpoint_with_a_flipped_byte_is_refused(
     name: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip_last_byte(checkpoint_of(run_dir) / name)
-    before = snapshot(run_dir)
+    old_files = snapshot(run_dir)
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
     message = f"checkpoint: .*update_000001/{name} has other bytes than were written, and no other"
     assert_refused(capsys.readouterr().err, message)
-    assert snapshot(run_dir) == before
+    assert snapshot(run_dir) == old_files
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"config.json": 3}', '{"config.json": {"bytes": 3}}', "\x00"]
 )
-def test_a_damaged_manifest_makes_no_checkpoint(
+def test_checkpoint_with_damaged_manifest_is_refused(
     text: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = checkpoint_of(run_dir)
@@ -201,51 +202,53 @@ def test_a_damaged_manifest_makes_no_checkpoint(
     )
 
 
-def test_a_checkpoint_of_another_model(
+def test_checkpoint_of_another_model_is_refused(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One layer less: as a start, as the run's own, and for the optimizer's moments."""
+    """A student with one layer less fits neither the run's own checkpoint nor a named one."""
     make = damaged_student(drop_last_layer)
     words = make(tmp_path)
-    before = snapshot(run_dir)
-    for more in (
+    old_files = snapshot(run_dir)
+    for changes in (
         {"run.num_batches": 2},
         {"run.name": "other", "run.resume": checkpoint_of(run_dir)},
     ):
-        assert main(words_of("train", run_dir, words | more)) == 2
+        assert main(words_of("train", run_dir, words | changes)) == 2
         assert_refused(
             capsys.readouterr().err,
             "checkpoint: .*update_000001 must be of this student's model, got num_layers [0-9]+ "
             "instead of [0-9]+; ",
         )
-    assert snapshot(run_dir) == before
+    assert snapshot(run_dir) == old_files
 
 
 def drop_last_layer(folder: Path) -> None:
-    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    edit_json("config.json", num_hidden_layers=layers - 1, layer_types=None)(folder)
-    prefix = f"model.layers.{layers - 1}."
+    num_layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    edit_json("config.json", num_hidden_layers=num_layers - 1, layer_types=None)(folder)
+    prefix = f"model.layers.{num_layers - 1}."
     edit_tensors(
         lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(prefix)]
     )(folder)
 
 
-def test_eval_of_what_is_no_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = snapshot(run_dir)
+def test_eval_of_a_missing_checkpoint_is_refused(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old_files = snapshot(run_dir)
     assert main(words_of("eval", run_dir, {"checkpoint": run_dir / "none"})) == 2
     assert_refused(
         capsys.readouterr().err,
         "load_student: folder must be a local Hugging Face folder, got '.*none'",
     )
-    assert snapshot(run_dir) == before
+    assert snapshot(run_dir) == old_files
 
 
-def test_a_shortened_checkpoint_is_passed_over_for_the_one_before(run_dir: Path) -> None:
-    """Which is told: the run goes on from the last whole checkpoint."""
+def test_truncated_checkpoint_is_skipped(run_dir: Path) -> None:
+    """A warning names it, and the run resumes from the last whole checkpoint."""
     checkpoint = checkpoint_of(run_dir)
-    later = checkpoint.with_name("update_000009")
-    shutil.copytree(checkpoint, later)
-    truncate(later)
+    truncated = checkpoint.with_name("update_000009")
+    shutil.copytree(checkpoint, truncated)
+    truncate(truncated)
     with pytest.warns(UserWarning, match="update_000009/.*; passed over for update_000001"):
         assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
     rows = read_metrics(run_dir / "run" / "metrics.jsonl")

@@ -1,4 +1,7 @@
-"""The checkpoint of the best evaluation stays, whatever comes after it, and can be named."""
+"""The checkpoint of the best evaluation is kept whatever follows, and `best` names it.
+
+Evaluations are scripted: SUCCESS says which share of answers is right after each update.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from socpo_fast.run_state import best_checkpoint
 from socpo_fast.session import Session
 from tests.test_trainer_resume import config_of
 
-# success/unassisted after so many updates: the start's counts for nothing, the first 0.5 is the
-# best
+# update -> success/unassisted. The start has no checkpoint, so its 0.9 does not count. Of the three
+# evaluations with 0.5 the first is the best.
 SUCCESS = {0: 0.9, 1: 0.25, 2: 0.5, 3: 0.5, 4: 0.125, 5: 0.25, 6: 0.25, 7: 0.5}
 TOLD = "best evaluation so far: {:.1%} unassisted; update {} is kept"
 NO_MORE = "run: update_000002 counts no more as the best checkpoint: "
@@ -29,7 +32,10 @@ GOES = (
 
 
 def small(folder: Path, **changes: Any) -> Config:
-    """One update a batch, evaluated each time; only the last one's checkpoint would be kept."""
+    """Returns the config of a run with one update a batch, and an evaluation after each.
+
+    Without the rule that is tested here only the checkpoint of the last update would be kept.
+    """
     settings = {
         "run__num_batches": 5,
         "run__checkpoint_every_updates": 0,
@@ -52,7 +58,7 @@ def evaluate(self: Session, questions: Any, on_rollout: Any = None) -> dict[str,
 
 @pytest.fixture(scope="module", autouse=True)
 def scripted() -> Iterator[None]:
-    """No report, and evaluations that say what SUCCESS does."""
+    """Replaces evaluations by SUCCESS, and leaves reports out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "report_note", str)
         patch.setattr(Session, "evaluate", evaluate)
@@ -68,13 +74,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture
 def copied(finished: Config, tmp_path: Path) -> Path:
-    """The folder of a copy of the finished run."""
+    """Returns the folder of a copy of the finished run."""
     shutil.copytree(finished.folder, tmp_path / "run")
     return tmp_path
 
 
 def checkpoints_of(config: Config) -> dict[str, dict[str, Any]]:
-    """Name -> its files by their hashes."""
+    """Returns the manifest (file -> bytes and hash) of each checkpoint by its name."""
     folders = sorted((config.folder / "checkpoints").iterdir())
     return {path.name: json.loads((path / "manifest.json").read_text()) for path in folders}
 
@@ -82,7 +88,7 @@ def checkpoints_of(config: Config) -> dict[str, dict[str, Any]]:
 def test_the_best_is_kept_beside_the_newest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No save was due when it was made; of equal ones it is the first."""
+    """It is saved although no save was due then; of equal evaluations the first one counts."""
     config = small(tmp_path)
     trainer.train(config)
     assert [*checkpoints_of(config)] == ["update_000002", "update_000005"]
@@ -93,9 +99,11 @@ def test_the_best_is_kept_beside_the_newest(
 
 def test_best_can_be_named(finished: Config, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     folders: list[Path] = []
-    read: Callable[..., Any] = Session.eval_questions
+    eval_questions: Callable[..., Any] = Session.eval_questions
     monkeypatch.setattr(
-        Session, "eval_questions", lambda self: folders.append(self.student_folder) or read(self)
+        Session,
+        "eval_questions",
+        lambda self: folders.append(self.student_folder) or eval_questions(self),
     )
     words = ["eval", "--config", str(finished.folder / "config.toml"), "--checkpoint"]
     assert main([*words, "best"]) == 0
@@ -103,7 +111,7 @@ def test_best_can_be_named(finished: Config, monkeypatch: pytest.MonkeyPatch, ca
     assert [folder.name for folder in folders] == ["update_000002", "update_000005"]
 
 
-def test_there_is_none_without_an_evaluation(tmp_path: Path) -> None:
+def test_no_best_checkpoint_without_evaluation(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match="^eval: --checkpoint best must be in .*, got no evaluation with a success behind an "
@@ -126,40 +134,47 @@ def test_resume_is_bitwise(finished: Config, tmp_path: Path, num_batches: int) -
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """A SIGKILL as far as the code under test can tell: nothing catches it."""
 
 
-@pytest.mark.parametrize("where", ["save_checkpoint", "prune_checkpoints"])
+@pytest.mark.parametrize("function_name", ["save_checkpoint", "prune_checkpoints"])
 def test_killed_between_evaluation_and_save(
-    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function_name: str
 ) -> None:
-    """Before the save the evaluation is made again; behind it the older best one goes with the
-    next.
+    """The next start repeats an evaluation that was not saved.
+
+    After a kill behind the save, two best checkpoints exist; the next save removes the older one.
     """
     config = small(tmp_path)
     calls = []
-    original = getattr(trainer, where)
+    original = getattr(trainer, function_name)
 
-    def killed(*args: Any, **options: Any) -> Any:
+    def killed_at_second_call(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise Killed
         return original(*args, **options)
 
-    monkeypatch.setattr(trainer, where, killed)
+    monkeypatch.setattr(trainer, function_name, killed_at_second_call)
     with pytest.raises(Killed):
         trainer.train(config)
-    left = ["update_000001"] if where == "save_checkpoint" else ["update_000001", "update_000002"]
-    assert [*checkpoints_of(config)] == left
+    expected = (
+        ["update_000001"]
+        if function_name == "save_checkpoint"
+        else ["update_000001", "update_000002"]
+    )
+    assert [*checkpoints_of(config)] == expected
     trainer.train(config)
     assert checkpoints_of(config) == checkpoints_of(finished)
 
 
-def test_half_a_removal_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_removal_is_finished_later(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that was killed while it removed a checkpoint removes the rest at the next save."""
 
     def killed(folder: Path, ignore_errors: bool = False) -> None:
-        if not ignore_errors:  # not what a write clears away first
+        if not ignore_errors:  # with ignore_errors a write only clears leftovers of its own
             (folder / "config.json").unlink()
             raise Killed
 
@@ -195,11 +210,10 @@ def flip(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [remove, shorten, lose_one_file, flip])
-def test_a_damaged_best_one_is_told_and_replaced(
-    copied: Path, damage: Callable[[Path], str]
-) -> None:
-    """What lacks something stays where it is, file for file; where all sizes are right it goes, and
-    that is told.
+def test_damaged_best_checkpoint_is_replaced(copied: Path, damage: Callable[[Path], str]) -> None:
+    """A checkpoint that lacks a file or bytes is left alone: people may still bring them back.
+
+    One with the right sizes but wrong bytes is removed at the next save, with a warning.
     """
     config = small(copied, run__num_batches=6)
     best = config.folder / "checkpoints" / "update_000002"
@@ -209,13 +223,13 @@ def test_a_damaged_best_one_is_told_and_replaced(
         ValueError, match=f"^eval: --checkpoint best must be whole, got {reason}; {advice}$"
     ):
         trainer.evaluate(config, "best")
-    left = files_of(best)
+    damaged_files = files_of(best)
     with pytest.warns(UserWarning, match=f"^{NO_MORE}{reason}{GOES if damage is flip else ''}$"):
         trainer.train(config)
     assert best_checkpoint(config.folder).name == "update_000006"
-    assert files_of(best) == ({} if damage is flip else left)
-    trainer.train(small(copied, run__num_batches=7))  # whose best is another one by now
-    assert files_of(best) == ({} if damage is flip else left)
+    assert files_of(best) == ({} if damage is flip else damaged_files)
+    trainer.train(small(copied, run__num_batches=7))  # its best checkpoint is another one by now
+    assert files_of(best) == ({} if damage is flip else damaged_files)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -223,13 +237,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_begins_from_the_best_of_another(finished: Config, tmp_path: Path) -> None:
-    start = finished.folder / "checkpoints"
-    config = small(tmp_path, run__resume=str(start / "update_000002"), run__num_batches=4)
+    checkpoints = finished.folder / "checkpoints"
+    config = small(tmp_path, run__resume=str(checkpoints / "update_000002"), run__num_batches=4)
     trainer.train(config)
     assert [*checkpoints_of(config)] == ["update_000002", "update_000004"]
     assert best_checkpoint(config.folder) == config.folder / "checkpoints" / "update_000002"
     other = small(
-        tmp_path, run__name="other", run__resume=str(start / "update_000005"), run__num_batches=6
+        tmp_path,
+        run__name="other",
+        run__resume=str(checkpoints / "update_000005"),
+        run__num_batches=6,
     )
     with pytest.warns(UserWarning, match=f"^{NO_MORE}it is another run's$"):
         trainer.train(other)
@@ -245,12 +262,12 @@ def test_without_evaluation_the_best_stays(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"data__builtin_eval_questions": 3}, {"eval__samples": 3}])
-def test_what_is_measured_otherwise_is_not_compared(copied: Path, change: dict[str, int]) -> None:
-    """Other questions, or other sampling: the next evaluation is the best of its kind."""
+def test_other_measurements_are_not_compared(copied: Path, change: dict[str, int]) -> None:
+    """After a change of questions or sampling the next evaluation is the best so far."""
     config = small(copied, run__num_batches=6, run__accept_changes=True, **change)
-    words = "temperature 2.0, top_p 0.95, grader tests.test_trainer_resume:grade at 1.0"
-    old = f"2 with hash [0-9a-f]{{12}}, 2 samples of 8 tokens, {words}"
-    with pytest.warns(UserWarning, match=f"^{NO_MORE}{old} -> . with hash .*{GOES}$"):
+    sampling = "temperature 2.0, top_p 0.95, grader tests.test_trainer_resume:grade at 1.0"
+    measured_by = f"2 with hash [0-9a-f]{{12}}, 2 samples of 8 tokens, {sampling}"
+    with pytest.warns(UserWarning, match=f"^{NO_MORE}{measured_by} -> . with hash .*{GOES}$"):
         trainer.train(config)
     assert [*checkpoints_of(config)] == ["update_000006"]
     assert best_checkpoint(config.folder).name == "update_000006"

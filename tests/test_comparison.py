@@ -1,4 +1,4 @@
-"""The built-in task's card and plot: a run beside the recorded curves at equal tokens."""
+"""The built-in task's comparison: a run beside the recorded curves at equal tokens."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ EVALS = (0.4, 0.5, 0.9)
 
 
 def write_run(folder: Path, *, tokens: float = 5000.0, **changes: Any) -> None:
-    """Three evaluations with two batches of `tokens` each between them."""
+    """Writes a run of three evaluations, with two batches of `tokens` each between them."""
     overrides: dict[str, Any] = {
         "run.name": folder.name,
         "eval.temperature": 1.0,
         "eval.top_p": 1.0,
     }
-    overrides |= {key.replace("__", "."): x for key, x in changes.items()}
+    overrides |= {key.replace("__", "."): value for key, value in changes.items()}
     (folder / "config.toml").write_text(config_text(load_config(None, overrides)), encoding="utf-8")
     with MetricsWriter(folder) as writer:
         for i, accuracy in enumerate(EVALS):
@@ -44,8 +44,12 @@ def curves_of(folder: Path) -> list[Any]:
 
 def test_own_curve_is_over_sampled_tokens(tmp_path: Path) -> None:
     write_run(tmp_path)
-    own, *recorded = curves_of(tmp_path)
-    assert (own.title, own.tokens, own.accuracy) == ("this run", (0, 10_000, 20_000), EVALS)
+    this_run, *recorded = curves_of(tmp_path)
+    assert (this_run.title, this_run.tokens, this_run.accuracy) == (
+        "this run",
+        (0, 10_000, 20_000),
+        EVALS,
+    )
     assert [curve.title for curve in recorded] == [
         curve["title"] for curve in read_json(RECORDED)["curves"]
     ]
@@ -67,10 +71,10 @@ def test_other_runs_have_no_comparison(tmp_path: Path, changes: dict[str, Any]) 
 
 
 def test_card_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares at equal tokens, on lines between evaluations; none behind a curve's end."""
+    """The card interpolates accuracy at equal tokens, and shows - behind a curve's end."""
     recorded = tmp_path / "recorded.json"
-    curve = {"title": "no teacher", "tokens": [0, 14_000], "accuracy": [0.4, 0.54]}
-    recorded.write_text(json.dumps({"settings": {}, "curves": [curve]}), encoding="utf-8")
+    no_teacher = {"title": "no teacher", "tokens": [0, 14_000], "accuracy": [0.4, 0.54]}
+    recorded.write_text(json.dumps({"settings": {}, "curves": [no_teacher]}), encoding="utf-8")
     monkeypatch.setattr("socpo_fast.report.comparison.RECORDED", recorded)
     run = tmp_path / "run"
     run.mkdir()
@@ -90,7 +94,7 @@ def test_page_shows_both_pictures(tmp_path: Path) -> None:
 
 
 def test_recorded_curves_are_of_the_shipped_student() -> None:
-    """From the same start, over tokens, and of runs without a teacher's help."""
+    """All recorded curves begin at the same accuracy, and tokens increase along each of them."""
     recorded = read_json(RECORDED)
     weights = (STUDENT_DIR / "model.safetensors").read_bytes()
     assert recorded["student"] == hashlib.sha256(weights).hexdigest()[:16]

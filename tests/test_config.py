@@ -1,6 +1,4 @@
-"""Configuration: what is accepted, what is refused and in which words, and that it survives a round
-trip.
-"""
+"""Configuration: what is accepted, what is refused and in which words, and round trips to TOML."""
 
 from __future__ import annotations
 
@@ -179,7 +177,7 @@ def test_a_pasted_secret_is_refused_and_not_shown(name: str, secret: str) -> Non
     assert secret not in str(refused.value)
 
 
-def test_text_is_read_as_the_field_and_none_is_a_word() -> None:
+def test_text_is_parsed_to_the_type_of_the_field() -> None:
     config = load_config(
         None,
         {
@@ -195,7 +193,7 @@ def test_text_is_read_as_the_field_and_none_is_a_word() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0.25", 0.25), ("3", 3.0)])
 def test_a_kv_cache_is_a_number_or_auto(text: str, value: float | str, tmp_path: Path) -> None:
-    """On the command line and in TOML, which is written as it was read; by default it is auto."""
+    """This holds on the command line and in TOML, which is written as it was read."""
     config = load_config(None, {"engine.kv_cache_gib": text})
     assert config.engine.kv_cache_gib == value
     assert isinstance(config.engine.kv_cache_gib, type(value))
@@ -206,8 +204,8 @@ def test_a_kv_cache_is_a_number_or_auto(text: str, value: float | str, tmp_path:
     assert load_config().engine.kv_cache_gib == "auto"
 
 
-def test_overrides_go_before_the_rules_between_fields(tmp_path: Path) -> None:
-    """A file may leave open what the command line adds."""
+def test_overrides_apply_before_cross_field_checks(tmp_path: Path) -> None:
+    """A file may be incomplete if the command line adds what it lacks."""
     path = tmp_path / "local.toml"
     path.write_text('[teacher]\nkind = "local"\n', encoding="utf-8")
     assert load_config(path, {"teacher.path": "models/x"}).teacher.path == "models/x"
@@ -253,14 +251,18 @@ def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None
 def test_round_trip_of_any_text_and_number(
     tmp_path_factory: pytest.TempPathFactory, text: str, number: float
 ) -> None:
-    words = {"student.path": f"models/{text}", "teacher.system_prompt": text, "train.lr": number}
-    config = load_config(None, LOCAL | words)
+    overrides = {
+        "student.path": f"models/{text}",
+        "teacher.system_prompt": text,
+        "train.lr": number,
+    }
+    config = load_config(None, LOCAL | overrides)
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_bytes(config_text(config).encode())
     assert load_config(path) == config
 
 
-def test_every_field_has_a_description_and_a_rule_that_its_default_keeps() -> None:
+def test_fields_are_described_and_defaults_are_valid() -> None:
     for name, field in fields_of(Config).items():
         assert describe(Config, name), name
         assert rule_of(Config, name), name
@@ -269,7 +271,7 @@ def test_every_field_has_a_description_and_a_rule_that_its_default_keeps() -> No
 
 
 def test_fields_of_a_request_are_a_table(tmp_path: Path) -> None:
-    """JSON on the command line, a table in TOML, where it is written as it was read."""
+    """They are JSON on the command line and a table in TOML, which is written as it was read."""
     fields = {
         "stop": ["a", "\U0001f600"],
         "\U0001f600": {"deep": [{"c": [1, True]}, []], "": 0},

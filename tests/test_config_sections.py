@@ -1,4 +1,4 @@
-"""Sections of the configuration: kinds of teacher, own data, options with the same rules."""
+"""Sections of the configuration: kinds of teacher, own data, options that follow the same rules."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from socpo_fast.socratic.episode import RolloutOptions
 
 
 def test_own_data_are_evaluated_on_own_data_or_none(tmp_path: Path) -> None:
-    own = {"data.train": "x.jsonl", "teacher.kind": "retry"}
-    assert load_config(None, own).data.eval is None
-    assert load_config(None, own | {"data.eval": "y.jsonl"}).data.eval == "y.jsonl"
+    own_data = {"data.train": "x.jsonl", "teacher.kind": "retry"}
+    assert load_config(None, own_data).data.eval is None
+    assert load_config(None, own_data | {"data.eval": "y.jsonl"}).data.eval == "y.jsonl"
     assert (
         load_config(None, {"data.eval": "y.jsonl", "teacher.kind": "retry"}).data.train == "builtin"
     )
@@ -29,27 +29,27 @@ def test_own_data_are_evaluated_on_own_data_or_none(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="data.eval must be your own questions or none for data.train x.jsonl"
     ):
-        load_config(path, own)
+        load_config(path, own_data)
 
 
 def test_kinds_of_teacher_round_trip(tmp_path: Path) -> None:
-    """Each kind with its own settings only, in the file that a run writes as well."""
+    """config.toml of a run has the settings of its kind of teacher only."""
     path = tmp_path / "config.toml"
-    for kind, settings_of_it in {
+    for kind, settings in {
         "rule": {"teacher.rule": "json:dumps"},
         "retry": {"teacher.retry_text": "Again."},
         "local": {"teacher.path": "models/x"},
         "endpoint": {"teacher.url": "http://h/v1", "teacher.model": "m"},
     }.items():
-        config = load_config(None, {"teacher.kind": kind, **settings_of_it})
+        config = load_config(None, {"teacher.kind": kind, **settings})
         path.write_text(config_text(config), encoding="utf-8")
         assert load_config(path) == config
         assert config.teacher.kind == kind
         assert ("url = " in path.read_text(encoding="utf-8")) == (kind == "endpoint")
 
 
-def test_another_kind_leaves_the_files_own_settings_out() -> None:
-    """One word on the command line is enough for the ablation of a run with a server."""
+def test_another_kind_drops_the_files_settings() -> None:
+    """For an ablation of a run with a server, teacher.kind on the command line is enough."""
     path = Path(__file__).parent.parent / "configs" / "smollm2_sciknoweval_endpoint.toml"
     config = load_config(path, {"teacher.kind": "retry"})
     assert config.teacher == RetryTeacherConfig(
@@ -71,27 +71,27 @@ PROBES = (-1e9, -1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-9, 3.0, 1e9, float("i
     ("options", "section"),
     [(PolicyLossOptions, "loss"), (CreditOptions, "advantage"), (RolloutOptions, "rollout")],
 )
-def test_settings_and_options_allow_the_same(options: type[Any], section: str) -> None:
-    """A number that a file may give is one that the options take, and the other way round."""
+def test_config_and_options_accept_the_same_values(options: type[Any], section: str) -> None:
+    """A number is accepted in a config file exactly if the dataclass of options accepts it."""
     names = [f.name for f in fields(options) if f"{section}.{f.name}" in fields_of(Config)]
     assert len(names) >= 2
     for name in names:
         default = getattr(options(), name)
         if isinstance(default, str):
-            words = rule_of(Config, f"{section}.{name}").removeprefix("one of ").split(", ")
-            assert all(options(**{name: word}) for word in words)
+            choices = rule_of(Config, f"{section}.{name}").removeprefix("one of ").split(", ")
+            assert all(options(**{name: word}) for word in choices)
             continue
         for probe in PROBES:
             value = int(probe) if isinstance(default, int) and abs(probe) <= 1e9 else probe
             if isinstance(default, int) and not isinstance(value, int):
                 continue
-            in_a_file = is_taken(load_config, None, {f"{section}.{name}": value})
-            assert in_a_file == is_taken(options, **{name: value}), (name, value)
+            file_accepts = accepts(load_config, None, {f"{section}.{name}": value})
+            assert file_accepts == accepts(options, **{name: value}), (name, value)
 
 
-def is_taken(make: Callable[..., object], *given: Any, **named: Any) -> bool:
+def accepts(make: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
     try:
-        make(*given, **named)
+        make(*args, **kwargs)
     except ValueError:
         return False
     return True

@@ -76,8 +76,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def put_card(patch: pytest.MonkeyPatch, *, triton: str | None = "3.6.0", **changes: Any) -> None:
-    """Two cards of torch.cuda's functions, the second one old; an exception is raised."""
+def fake_cards(patch: pytest.MonkeyPatch, *, triton: str | None = "3.6.0", **changes: Any) -> None:
+    """Makes torch.cuda tell of two cards, the second one too old.
+
+    `changes` replaces results of its functions by name; an exception is raised instead.
+    """
     answers = {"init": None, "device_count": 2, "mem_get_info": (60 << 30, 80 << 30)} | changes
 
     def answer(value: Any) -> Any:
@@ -90,29 +93,29 @@ def put_card(patch: pytest.MonkeyPatch, *, triton: str | None = "3.6.0", **chang
     patch.setattr(
         torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 1 else (9, 0)
     )
-    found = [] if triton is None else [SimpleNamespace(version=triton)]
-    patch.setattr(importlib.metadata, "distributions", lambda *, name: found)
+    distributions = [] if triton is None else [SimpleNamespace(version=triton)]
+    patch.setattr(importlib.metadata, "distributions", lambda *, name: distributions)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 @pytest.mark.parametrize("triton", ["3.6.0", "3.7.1", "3.99.0+git1234"])
-def test_a_card_that_works(name: str, triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_card(monkeypatch, triton=triton)
+def test_working_card_is_selected(name: str, triton: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cards(monkeypatch, triton=triton)
     assert select_device(name) == torch.device(name)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_card_that_torch_cannot_use(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_card_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, message = CASES[case]
-    put_card(monkeypatch, **changes)
+    fake_cards(monkeypatch, **changes)
     with pytest.raises(ValueError) as refused:  # noqa: PT011
         select_device("cuda:0")
-    where = f"run.device: cuda:0 must be a card that torch {torch.__version__} can use, "
-    assert str(refused.value) == where + message
+    prefix = f"run.device: cuda:0 must be a card that torch {torch.__version__} can use, "
+    assert str(refused.value) == prefix + message
 
 
-def test_a_card_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_card(monkeypatch)
+def test_missing_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cards(monkeypatch)
     message = (
         "^run.device: cuda:2 must be a device of this machine, which has 2 CUDA devices; "
         "name one of them, or"
@@ -121,8 +124,8 @@ def test_a_card_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         select_device("cuda:2")
 
 
-def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_card(monkeypatch)
+def test_old_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cards(monkeypatch)
     message = (
         "^run.device: cuda:1 must be of compute capability 8.0 or newer, got 7.5; name a "
         "newer card, or use cpu$"
@@ -132,30 +135,30 @@ def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("triton", "shown"), [(None, "none"), ("3.5.1", "3.5.1"), ("4.0.0", "4.0.0")]
+    ("triton", "expected"), [(None, "none"), ("3.5.1", "3.5.1"), ("4.0.0", "4.0.0")]
 )
-def test_a_triton_that_does_not_fit(
-    triton: str | None, shown: str, monkeypatch: pytest.MonkeyPatch
+def test_unsupported_triton_is_refused(
+    triton: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_card(monkeypatch, triton=triton)
+    fake_cards(monkeypatch, triton=triton)
     message = (
-        f"run.device: cuda must be one beside Triton >=3.6,<4, got {shown}; pip install "
+        f"run.device: cuda must be one beside Triton >=3.6,<4, got {expected}; pip install "
         "'triton>=3.6,<4', or use cpu"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         select_device("cuda")
 
 
-def test_triton_s_range_is_that_of_the_package() -> None:
+def test_triton_range_equals_pyproject() -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     low, high = (".".join(map(str, bound)) for bound in TRITON)
     assert f'gpu = ["triton>={low},<{high}"]' in text
 
 
-def test_nothing_is_written_before(
+def test_refused_device_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    put_card(monkeypatch, mem_get_info=torch.AcceleratorError(BUSY))
+    fake_cards(monkeypatch, mem_get_info=torch.AcceleratorError(BUSY))
     for command in ("train", "rollout", "eval"):
         assert main(words_of(command, tmp_path / "runs", {"run.device": "cuda"})) == 2
         assert_refused(

@@ -1,4 +1,4 @@
-"""What tests need of the machine: a Triton and a numpy that go together, our own `tests`."""
+"""Tests need a Triton and a numpy that work together, and must import our own `tests` package."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_python(*args: str, python_path: Path) -> subprocess.CompletedProcess[str]:
+    """Runs Python in the root of the repository with python_path first on sys.path."""
     env = {**os.environ, "PYTHONPATH": str(python_path), "TRITON_INTERPRET": "1"}
     return subprocess.run(
         [sys.executable, *args],
@@ -37,38 +38,38 @@ def run_python(*args: str, python_path: Path) -> subprocess.CompletedProcess[str
         (None, "2.4.6"),
     ],
 )
-def test_pairs_that_work(triton: str | None, numpy: str) -> None:
+def test_compatible_pairs_pass(triton: str | None, numpy: str) -> None:
     assert dead_pair(triton, numpy) is None
 
 
 @pytest.mark.parametrize("numpy", ["2.4.0rc1", "2.4.6", "2.10.0", "3.0"])
-def test_dead_pairs_are_refused(numpy: str) -> None:
+def test_incompatible_pairs_are_refused(numpy: str) -> None:
     expected = f"numpy must be < 2.4 beside triton 3.6, got {numpy}; pip install 'numpy<2.4'"
     assert dead_pair("3.6.0+git1234", numpy) == f"tests: {expected}"
 
 
-def test_a_dead_pair_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    """Metadata of the two that stand first on the path are those that Python finds."""
+def test_incompatible_pair_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    """Python reads the versions from the first metadata on its path, so these are planted there."""
     for package, version in (("triton", "3.6.0"), ("numpy", "2.4.6")):
         folder = tmp_path / f"{package}-{version}.dist-info"
         folder.mkdir()
         text = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
         (folder / "METADATA").write_text(text, encoding="utf-8")
     arguments = ("-m", "pytest", "--collect-only", "-q", "tests/test_error_rule.py")
-    done = run_python(*arguments, python_path=tmp_path)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "tests: numpy must be < 2.4 beside triton 3.6, got 2.4.6" in done.stderr
-    assert "test_error_rule" not in done.stdout and "Traceback" not in done.stderr
+    result = run_python(*arguments, python_path=tmp_path)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "tests: numpy must be < 2.4 beside triton 3.6, got 2.4.6" in result.stderr
+    assert "test_error_rule" not in result.stdout and "Traceback" not in result.stderr
 
 
 def test_another_package_named_tests_cannot_hide_ours(tmp_path: Path) -> None:
-    """Wheels exist that install a package of that name; ours is one too, and stands in the root."""
+    """Some wheels install a package named tests; ours stands in the root and must win."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").touch()
     code = "from tests.helpers.error_rule import assert_error_rule"
-    done = run_python("-c", code, python_path=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = run_python("-c", code, python_path=tmp_path)
+    assert result.returncode == 0, result.stderr
     arguments = ("-m", "pytest", "--collect-only", "-q", "tests/test_error_rule.py")
-    done = run_python(*arguments, python_path=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_error_rule_names_the_worst_element" in done.stdout
+    result = run_python(*arguments, python_path=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "test_error_rule_names_the_worst_element" in result.stdout

@@ -1,4 +1,4 @@
-"""The helpers that every numeric test leans on must fail when they should, and say where."""
+"""The helpers of all numeric tests must fail when they should, and say where."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.helpers.error_rule import (
 TRUTH = torch.tensor([[1.0, 2.0], [3.0, torch.nan]], dtype=torch.float64)
 
 
-def test_error_rule_allows_twice_the_error_of_plain_and_the_tolerance() -> None:
+def test_error_rule_allows_twice_the_plain_error() -> None:
     assert_error_rule(TRUTH.float(), TRUTH.float(), TRUTH, name="exact")
     plain = TRUTH + 0.5
     assert_error_rule(TRUTH - 1.0, plain, TRUTH, name="twice")
@@ -21,14 +21,14 @@ def test_error_rule_allows_twice_the_error_of_plain_and_the_tolerance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value"), [((1, 0), 4.0), ((0, 1), torch.nan), ((0, 0), torch.inf), ((1, 1), 0.0)]
+    ("index", "value"), [((1, 0), 4.0), ((0, 1), torch.nan), ((0, 0), torch.inf), ((1, 1), 0.0)]
 )
-def test_error_rule_names_the_worst_element(place: tuple[int, int], value: float) -> None:
+def test_error_rule_names_the_worst_element(index: tuple[int, int], value: float) -> None:
     wrong = TRUTH.clone()
-    wrong[place] = value
+    wrong[index] = value
     with pytest.raises(
         AssertionError,
-        match=rf"x: 1 of 4 .* worst at \[{place[0]}, {place[1]}\]: actual {value:g}, plain",
+        match=rf"x: 1 of 4 .* worst at \[{index[0]}, {index[1]}\]: actual {value:g}, plain",
     ):
         assert_error_rule(wrong, TRUTH, TRUTH, name="x")
 
@@ -43,8 +43,8 @@ def test_bitwise_equal_names_the_first_difference() -> None:
         assert_bitwise_equal(torch.zeros(1), -torch.zeros(1), name="zero")
 
 
-def test_variants_may_differ_in_last_bits_on_a_card_only() -> None:
-    """Another order of a sum changes a few units in the last place, here up or down by chance."""
+def test_variants_may_differ_by_rounding_on_cuda_only() -> None:
+    """Another order of summation changes a few last bits; here they are drawn at random."""
     values = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 1e8
     values[0, 0] = torch.nan
     last_bits = torch.randint(-3, 4, values.shape, generator=torch.Generator().manual_seed(1))
@@ -56,7 +56,7 @@ def test_variants_may_differ_in_last_bits_on_a_card_only() -> None:
 
 
 @pytest.mark.parametrize("wrong", [1.0 + 2e-5, torch.nan, torch.inf])
-def test_variants_may_differ_in_no_more_than_that(wrong: float) -> None:
+def test_variants_may_differ_by_rounding_only(wrong: float) -> None:
     right = torch.ones(1)
     ids = torch.tensor([3])
     with pytest.raises(AssertionError, match="x of two compiled variants: 1 of 1 elements break"):

@@ -1,5 +1,6 @@
-"""Evaluation: estimators against enumeration and simulation; no engine setting and no slice changes
-a number.
+"""Evaluation: estimators equal enumeration and simulation, and metrics do not depend on the engine.
+
+Read in this order: pass@k, intervals, scores of hand-worked rollouts, then whole evaluations.
 """
 
 from __future__ import annotations
@@ -47,13 +48,12 @@ SMALL = {
 }
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one() -> None:
+def test_pass_at_k_equals_enumeration_of_subsets() -> None:
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations(range(n), k))
-            share = sum(min(subset) < c for subset in subsets) / len(
-                subsets
-            )  # samples below c are the right ones
+            # Samples 0 .. c - 1 are the right ones.
+            share = sum(min(subset) < c for subset in subsets) / len(subsets)
             assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
 
 
@@ -76,7 +76,7 @@ def test_interval_of_a_hand_worked_case() -> None:
 
 
 @given(st.lists(st.integers(0, 16), min_size=1, max_size=60))
-def test_interval_holds_its_mean_lies_in_0_1_and_is_fair_to_both_ends(counts: list[int]) -> None:
+def test_interval_contains_mean_and_is_symmetric(counts: list[int]) -> None:
     values = [count / 16 for count in counts]
     low, high = interval(values)
     assert 0 <= low <= sum(values) / len(values) <= high <= 1
@@ -88,27 +88,33 @@ def test_interval_holds_its_mean_lies_in_0_1_and_is_fair_to_both_ends(counts: li
 
 
 @pytest.mark.parametrize(
-    "spread", [0.2, 2.0, 50.0], ids=["questions are easy or hopeless", "mixed", "much alike"]
+    "concentration", [0.2, 2.0, 50.0], ids=["questions are easy or hopeless", "mixed", "much alike"]
 )
 @pytest.mark.parametrize("samples", [1, 4, 16])
-def test_interval_covers_the_truth_in_95_of_100_evaluations(samples: int, spread: float) -> None:
-    """Each question has its own rate, drawn from a beta distribution of the true mean; its samples
-    follow it.
+def test_interval_covers_the_true_rate_95_percent(samples: int, concentration: float) -> None:
+    """Each question draws its own rate from a beta distribution with the true mean.
+
+    The samples of a question are right at that rate. At least min_coverage of the intervals of 1000
+    simulated evaluations must cover the true mean.
     """
-    random = np.random.default_rng(int(samples * 1000 + spread))
-    for num_questions, least in ((5, 0.90), (20, 0.93), (200, 0.935)):
-        for truth in (0.0, 0.02, 0.3, 0.5, 0.9):
+    random = np.random.default_rng(int(samples * 1000 + concentration))
+    for num_questions, min_coverage in ((5, 0.90), (20, 0.93), (200, 0.935)):
+        for true_rate in (0.0, 0.02, 0.3, 0.5, 0.9):
             rates = random.beta(
-                max(truth * spread, 1e-9), (1 - truth) * spread, (1000, num_questions)
-            ) * (truth > 0)
+                max(true_rate * concentration, 1e-9),
+                (1 - true_rate) * concentration,
+                (1000, num_questions),
+            ) * (true_rate > 0)
             values = random.binomial(samples, rates) / samples
-            covered = (
-                sum(low <= truth <= high for low, high in map(interval, values.tolist())) / 1000
+            coverage = (
+                sum(low <= true_rate <= high for low, high in map(interval, values.tolist())) / 1000
             )
             # three standard errors of a share of 1000
-            assert covered > least - 3 * math.sqrt(least * (1 - least) / 1000), (
+            assert coverage > min_coverage - 3 * math.sqrt(
+                min_coverage * (1 - min_coverage) / 1000
+            ), (
                 num_questions,
-                truth,
+                true_rate,
             )
 
 
@@ -179,22 +185,23 @@ def test_scores_of_a_hand_worked_case() -> None:
     batch = summarize(rollouts, [1.0], sources_of(questions))
     for name in ("success/unassisted/chem", "success/assisted/bio/cells"):
         assert batch[name] == metrics[name]
-    alone = Scores(make_questions("chem", "chem"), samples=1, assisted=False)
-    alone.add(rollouts[0])
-    alone.add(rollouts[4])
+    unassisted = Scores(make_questions("chem", "chem"), samples=1, assisted=False)
+    unassisted.add(rollouts[0])
+    unassisted.add(rollouts[4])
     names = {"success/unassisted", "success/unassisted_low", "success/unassisted_high"}
-    assert alone.metrics().keys() == names | {"rollout/attempt_tokens", "rollout/truncated"}, (
+    assert unassisted.metrics().keys() == names | {"rollout/attempt_tokens", "rollout/truncated"}, (
         "one source, no help, k=1"
     )
 
 
-def test_names_of_sources_are_safe_and_stay_apart() -> None:
-    usual = source_metric("success/unassisted", "openai/gsm8k")
-    assert usual == "success/unassisted/openai/gsm8k"
-    odd = ["a b", "a\tb", "<script>", "x" * 200, "x" * 201, "\ud800", "é", "", "_"]
-    odd.append(source_metric("", odd[0])[1:])  # named as another one is written
-    names = [source_metric("success/unassisted", source) for source in odd]
-    assert len(set(names)) == len(odd)
+def test_source_names_are_safe_and_distinct() -> None:
+    plain_name = source_metric("success/unassisted", "openai/gsm8k")
+    assert plain_name == "success/unassisted/openai/gsm8k"
+    odd_sources = ["a b", "a\tb", "<script>", "x" * 200, "x" * 201, "\ud800", "é", "", "_"]
+    # This source is named like the safe form of another one.
+    odd_sources.append(source_metric("", odd_sources[0])[1:])
+    names = [source_metric("success/unassisted", source) for source in odd_sources]
+    assert len(set(names)) == len(odd_sources)
     assert all(
         name.isascii() and len(name) < 100 and "<" not in name and " " not in name for name in names
     )
@@ -206,49 +213,49 @@ def test_names_of_sources_are_safe_and_stay_apart() -> None:
     )
 
 
-def test_a_run_on_two_sources_tells_them_apart_in_batches_and_evaluations(tmp_path: Path) -> None:
-    """Batches of one question have one source each; the names are the data set's all the same."""
+def test_metrics_of_two_data_sources_are_separate(tmp_path: Path) -> None:
+    """Each batch has one question here, so it has metrics of the source of that question only."""
     path = tmp_path / "rows.jsonl"
     rows = [
         {"question": f"{i} + 1?", "ground_truth": str(i + 1), "data_source": "ab"[i % 2]}
         for i in range(4)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = {
+    settings = {
         "data.train": path,
         "data.eval": path,
         "teacher.kind": "retry",
         "run.dir": tmp_path,
         "run.num_batches": 4,
     }
-    words |= {
+    settings |= {
         "rollout.questions_per_batch": 1,
         "train.questions_per_update": 1,
         "rollout.group_size": 2,
     }
-    words |= {
+    settings |= {
         "rollout.max_new_tokens": 8,
         "engine.kv_cache_gib": 0.05,
         "eval.samples": 1,
         "eval.every_updates": 0,
     }
-    config = load_config(CONFIG, {name: str(value) for name, value in words.items()})
+    config = load_config(CONFIG, {name: str(value) for name, value in settings.items()})
     trainer.train(config)
-    written = read_metrics(config.folder / "metrics.jsonl")
+    metrics = read_metrics(config.folder / "metrics.jsonl")
     names = {f"success/{kind}/{source}" for kind in ("unassisted", "assisted") for source in "ab"}
-    batches = [names & row.keys() for row in written if row["kind"] == "batch"]
-    assert [len(found) for found in batches] == [2] * 4
+    batches = [names & row.keys() for row in metrics if row["kind"] == "batch"]
+    assert [len(batch_names) for batch_names in batches] == [2] * 4
     assert set().union(*batches) == names
-    assert all(names <= row.keys() for row in written if row["kind"] == "eval")
+    assert all(names <= row.keys() for row in metrics if row["kind"] == "eval")
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[str, float]:
+def reference_metrics() -> dict[str, float]:
     return run(load_config(CONFIG, SMALL))
 
 
 def run(config: Config, **options: Any) -> dict[str, float]:
-    """The metrics of an evaluation, without its time."""
+    """Returns the metrics of an evaluation, without its time."""
     session = Session(config)
     try:
         metrics = session.evaluate(session.eval_questions(), **options)
@@ -269,28 +276,27 @@ def run(config: Config, **options: Any) -> dict[str, float]:
     ],
     ids=str,
 )
-def test_no_engine_setting_and_no_slice_changes_a_number(
-    changes: dict[str, Any], whole: dict[str, float], monkeypatch: pytest.MonkeyPatch
+def test_metrics_do_not_depend_on_engine_settings(
+    changes: dict[str, Any], reference_metrics: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {name: value for name, value in changes.items() if "." in name}
     if "slice" in changes:
         monkeypatch.setattr(session_module, "EVAL_SLICE_ROLLOUTS", changes["slice"])
-    if (
-        "small pool" in changes
-    ):  # one context of the model's length, so that sequences push each other out
+    if "small pool" in changes:
+        # The pool holds one context of the model's length, so that sequences preempt each other.
         session = Session(load_config(CONFIG, SMALL))
         pages = session.student.config.max_position_embeddings / 32 + 0.5
         settings["engine.kv_cache_gib"] = pages * Runner.page_bytes(session.student, 32) / 2**30
         session.close()
-    assert 0 < whole["success/unassisted"] < whole["success/assisted"] < 1, (
-        "a result that could differ"
-    )
-    assert run(load_config(CONFIG, SMALL | settings)) == whole
+    assert (
+        0 < reference_metrics["success/unassisted"] < reference_metrics["success/assisted"] < 1
+    ), "a result that could differ"
+    assert run(load_config(CONFIG, SMALL | settings)) == reference_metrics
 
 
-def test_questions_one_by_one_give_the_same(whole: dict[str, float]) -> None:
+def test_metrics_are_means_over_questions(reference_metrics: dict[str, float]) -> None:
     session = Session(load_config(CONFIG, SMALL))
-    alone = [session.evaluate([question]) for question in session.eval_questions()]
+    by_question = [session.evaluate([question]) for question in session.eval_questions()]
     session.close()
     for name in (
         "success/unassisted",
@@ -298,51 +304,52 @@ def test_questions_one_by_one_give_the_same(whole: dict[str, float]) -> None:
         "success/pass_at_4",
         "rollout/attempt_tokens",
     ):
-        assert sum(metrics[name] for metrics in alone) / len(alone) == pytest.approx(
-            whole[name], abs=1e-12
+        assert sum(metrics[name] for metrics in by_question) / len(by_question) == pytest.approx(
+            reference_metrics[name], abs=1e-12
         )
 
 
-def test_a_slice_is_all_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_slice_of_rollouts_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "EVAL_SLICE_ROLLOUTS", 2 * SAMPLES)
-    held: list[int] = []
+    num_held: list[int] = []
     gc.collect()
-    before = num_rollouts()  # of other tests, say in the traceback of a run that was to fail
+    # Other tests leave some, for example in the traceback of an expected failure.
+    num_other = num_rollouts()
     run(
         load_config(CONFIG, SMALL | {"eval.assisted": False}),
-        on_rollout=lambda: held.append(num_rollouts() - before),
+        on_rollout=lambda: num_held.append(num_rollouts() - num_other),
     )
-    assert len(held) == 10 * SAMPLES
-    assert max(held) <= 2 * SAMPLES + 1  # the slice, and the last rollout of the one before
+    assert len(num_held) == 10 * SAMPLES
+    assert max(num_held) <= 2 * SAMPLES + 1  # the slice, and the last rollout of the previous slice
 
 
 def num_rollouts() -> int:
     gc.collect(0)
-    return sum(type(thing) is Rollout for thing in gc.get_objects())
+    return sum(type(instance) is Rollout for instance in gc.get_objects())
 
 
-def test_a_kv_cache_that_would_decide_the_result_is_refused() -> None:
+def test_kv_cache_below_longest_context_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"engine.kv_cache_gib must hold the longest context, 512 tokens, got room"
     ):
         Session(load_config(CONFIG, SMALL | {"engine.kv_cache_gib": 0.0005}))
 
 
-def test_sampling_is_evaluation_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+def test_eval_uses_its_own_sampling_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {}
 
-    def record(*_given: object, **named: Any) -> Iterator[Rollout]:
-        seen.update(named)
+    def record(*_args: object, **kwargs: Any) -> Iterator[Rollout]:
+        arguments.update(kwargs)
         yield from (make_rollout(i, r, [True]) for i in range(10) for r in range(SAMPLES))
 
     monkeypatch.setattr(session_module, "socratic_rollouts", record)
     run(load_config(CONFIG, SMALL | {"rollout.temperature": 1.0}))
-    params = seen["params"]
+    params = arguments["params"]
     assert (
         params.temperature,
         params.top_p,
-        seen["options"].group_size,
-        seen["options"].max_attempts,
+        arguments["options"].group_size,
+        arguments["options"].max_attempts,
     ) == (
         0.8,
         0.9,
@@ -350,4 +357,4 @@ def test_sampling_is_evaluation_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
         2,
     )
     run(load_config(CONFIG, SMALL | {"eval.assisted": False, "eval.temperature": 0}))
-    assert (seen["params"].temperature, seen["options"].max_attempts) == (0.0, 1)
+    assert (arguments["params"].temperature, arguments["options"].max_attempts) == (0.0, 1)

@@ -1,4 +1,4 @@
-"""Writing that a crash or a full disk cannot tear, and reading back what was torn nevertheless."""
+"""Files are replaced atomically despite crashes and full disks, and broken JSON is named."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("failing", ["fsync", "open"])
-def test_a_full_disk_names_the_file_and_leaves_the_old_one(
+def test_full_disk_names_and_keeps_the_old_file(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "rows.jsonl"
     replace_file(path, "old")
-    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "open")), full)
+    disk_full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "open")), disk_full)
     message = r"run: .*rows.jsonl could not be written \(No space left on device\)"
     with pytest.raises(RunFailed, match=message):
         replace_file(path, "new")
@@ -48,12 +48,12 @@ with new_folder(path) as partial:
 """
 
 
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_an_interrupted_write_leaves_the_old(what: str, tmp_path: Path) -> None:
-    """SIGKILL before the rename; the next write is not disturbed by what the first left behind."""
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_interrupted_write_leaves_the_old(kind: str, tmp_path: Path) -> None:
+    """After a SIGKILL before the rename, the next write ignores the leftovers of the first."""
     path = tmp_path / "target"
     content = path
-    if what == "folder":
+    if kind == "folder":
         path.mkdir()
         content = path / "file"
     content.write_text("old")
@@ -62,7 +62,7 @@ def test_an_interrupted_write_leaves_the_old(what: str, tmp_path: Path) -> None:
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert content.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
-    if what == "folder":
+    if kind == "folder":
         with new_folder(path) as partial:
             (partial / "file").write_text("new")
     else:
@@ -71,7 +71,7 @@ def test_an_interrupted_write_leaves_the_old(what: str, tmp_path: Path) -> None:
     assert content.read_text() == "new"
 
 
-def test_a_folder_that_fails_to_be_written_is_not_there(tmp_path: Path) -> None:
+def test_failed_new_folder_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "below" / "target"
 
     def fail() -> None:
@@ -85,7 +85,7 @@ def test_a_folder_that_fails_to_be_written_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "old"], ids=["absent", "empty", "taken"])
-def test_a_folder_is_replaced_whole(tmp_path: Path, content: str | None) -> None:
+def test_folder_is_replaced_as_a_whole(tmp_path: Path, content: str | None) -> None:
     target = tmp_path / "target"
     if content is not None:
         target.mkdir()
@@ -100,7 +100,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path, content: str | None) -> None
 
 
 def test_a_neighbour_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
-    """A folder of the second name that is nobody's leftover: it goes only where it is needed."""
+    """A folder with the name of a leftover is removed only if that name is needed."""
     neighbour = tmp_path / f"target{files.REPLACED}"
     neighbour.mkdir()
     with new_folder(tmp_path / "target"):
@@ -112,7 +112,7 @@ def test_a_neighbour_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
     ("content", "message"),
     [(None, "is missing"), ("{", "must be JSON, got"), ("[]", "must be a JSON object, got list")],
 )
-def test_json_that_is_none_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+def test_invalid_json_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
@@ -121,17 +121,17 @@ def test_json_that_is_none_is_named(tmp_path: Path, content: str | None, message
 
 
 @pytest.mark.parametrize("planted", ["link", "folder"])
-def test_a_planted_name_leads_nowhere(planted: str, tmp_path: Path) -> None:
-    """What stands under the name of the half-written file is never written through."""
+def test_partial_name_is_never_written_through(planted: str, tmp_path: Path) -> None:
+    """A link or folder with the name of the partial file is replaced or refused, never followed."""
     victim = tmp_path / "victim"
-    beside = tmp_path / "file.tmp"
+    partial = tmp_path / "file.tmp"
     victim.write_text("mine")
     if planted == "link":
-        beside.symlink_to(victim)
+        partial.symlink_to(victim)
         replace_file(tmp_path / "file", "new")
         assert (tmp_path / "file").read_text() == "new"
     else:
-        beside.mkdir()
+        partial.mkdir()
         with pytest.raises(RunFailed, match="file could not be written"):
             replace_file(tmp_path / "file", "new")
     assert victim.read_text() == "mine"
@@ -149,7 +149,7 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
     assert (victim / "kept").read_text() == "mine"
 
 
-def test_json_nested_without_end(tmp_path: Path) -> None:
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="config.json: must be JSON, got maximum recursion depth"):
         read_json(tmp_path / "config.json")

@@ -1,4 +1,7 @@
-"""The bundle for a machine without a network: what is in it, what is refused, and its script."""
+"""The bundle for a GPU machine without a network: its contents, refusals and script.
+
+pip and Python are replaced by stand-ins, so nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def write_wheel(
     num_bytes: int = 10,
     modules: Mapping[str, str] | None = None,
 ) -> Path:
-    """A wheel that pip takes: metadata, modules, and a file of zeros."""
+    """Writes a wheel that pip accepts: metadata, modules, and a file of zeros."""
     name = package.replace("-", "_")
     info = f"{name}-{version}.dist-info"
     metadata = [f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}"]
@@ -71,9 +74,9 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
             if package == failing:
                 stderr = "WARNING: slow\nERROR: No matching distribution found\n"
                 return SimpleNamespace(returncode=1, stdout="", stderr=stderr)
-            asked = (requires or {}).get(package, ())
+            requirements = (requires or {}).get(package, ())
             folder = Path(command[command.index("--dest") + 1])
-            write_wheel(folder, package, version, num_bytes=num_bytes, requires=asked)
+            write_wheel(folder, package, version, num_bytes=num_bytes, requires=requirements)
             return SimpleNamespace(returncode=0, stdout="", stderr="")
 
         monkeypatch.setattr(bundle, "subprocess", SimpleNamespace(run=run))
@@ -83,6 +86,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
 
 
 def names_in(folder: Path) -> list[str]:
+    """Returns the paths of all files in a folder, relative to it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -122,7 +126,7 @@ def test_a_bundle_that_is_too_large_is_refused(tmp_path: Path, pip: Pip, capsys:
     folder = tmp_path / "gpu_bundle"
     pip()
     assert bundle.main(["--folder", str(folder)]) == 0
-    before = names_in(tmp_path)
+    old_names = names_in(tmp_path)
     pip(num_bytes=11 * MIB)
     assert bundle.main(["--folder", str(folder)]) == 1
     error = capsys.readouterr().err
@@ -130,22 +134,27 @@ def test_a_bundle_that_is_too_large_is_refused(tmp_path: Path, pip: Pip, capsys:
         error
         == "bundle: must be at most 40 MiB, got revision.txt 0.0, run.sh 0.0, wheels 44.0 MiB\n"
     )
-    assert names_in(tmp_path) == before  # the older one stands, and nothing half-made beside it
+    # The older bundle stays, and nothing half-made lies beside it.
+    assert names_in(tmp_path) == old_names
     assert (folder / "wheels" / "pydantic-2.14.4-py3-none-any.whl").stat().st_size < MIB
 
 
 def test_a_failing_pip_is_told(tmp_path: Path, pip: Pip, capsys: Capture) -> None:
     pip(failing="pydantic-core")
     assert bundle.main(["--folder", str(tmp_path / "gpu_bundle")]) == 1
-    what = "pydantic-core==2.50.5 for Python 3.12"
-    why = "ERROR: No matching distribution found"
-    assert capsys.readouterr().err == f"bundle: {what}: pip failed: {why}\n"
+    package = "pydantic-core==2.50.5 for Python 3.12"
+    reason = "ERROR: No matching distribution found"
+    assert capsys.readouterr().err == f"bundle: {package}: pip failed: {reason}\n"
     assert os.listdir(tmp_path) == []
 
 
 def test_pins_that_do_not_fit_are_refused(tmp_path: Path, pip: Pip, capsys: Capture) -> None:
-    asked = ("pydantic-core==2.50.4", "typing-extensions>=4", "annotated-types>9; extra == 'more'")
-    pip(requires={"pydantic": asked})
+    requirements = (
+        "pydantic-core==2.50.4",
+        "typing-extensions>=4",
+        "annotated-types>9; extra == 'more'",
+    )
+    pip(requires={"pydantic": requirements})
     assert bundle.main(["--folder", str(tmp_path / "gpu_bundle")]) == 1
     error = capsys.readouterr().err
     assert "needs pydantic-core==2.50.4, got pydantic_core-2.50.5" in error
@@ -197,7 +206,7 @@ sys.exit(3)
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout with a bundle in it, and a check that imports what the bundle brings."""
+    """Returns a checkout with a bundle in it, and a check that imports packages of the bundle."""
     root = tmp_path / "checkout"
     folder = root / "gpu_bundle"
     for name in (
@@ -228,7 +237,10 @@ def run_script(
     loads: bool = True,
     **environ: str,
 ) -> subprocess.CompletedProcess[str]:
-    """By a stand-in for Python, which knows whether the extension loads and passes on the rest."""
+    """Runs run.sh with a stand-in for Python.
+
+    The stand-in answers whether the extension loads; it passes all other calls to Python.
+    """
     stand_in = root.parent / "python"
     if not stand_in.exists():
         answer = f'case "$*" in *socpo_fast._C*) exit {int(not loads)} ;; esac'
@@ -246,44 +258,44 @@ def run_script(
 
 
 def test_the_script_installs_checks_and_cleans_up(tmp_path: Path, checkout: Path) -> None:
-    """A `timeout` of ours tells what limit it was given."""
+    """A stand-in for `timeout` records the limit that the script sets."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "timeout").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/limit\nshift 3\nexec "$@"\n')
     (tools / "timeout").chmod(0o755)
-    before = set(names_in(checkout))
+    old_names = set(names_in(checkout))
     out = tmp_path / "out"
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     arguments = ["--out", str(out), "--minutes", "8"]
-    done = run_script(checkout, *arguments, PATH=path, PYTHONPATH="/elsewhere")
-    assert done.returncode == 3, done.stderr  # the check's own status
-    seen = seen_in(out)
-    assert seen["argv"] == [
+    result = run_script(checkout, *arguments, PATH=path, PYTHONPATH="/elsewhere")
+    assert result.returncode == 3, result.stderr  # the check's own status
+    recorded = read_record(out)
+    assert recorded["argv"] == [
         "--minutes",
         "5",
         "--peers",
-        seen["peers"],
+        recorded["peers"],
         "--out",
         str(out),
         "--minutes",
         "8",
     ]
-    assert seen["pythonpath"] == seen["peers"].replace("/peers", "/wheels") + ":/elsewhere"
+    assert recorded["pythonpath"] == recorded["peers"].replace("/peers", "/wheels") + ":/elsewhere"
     assert (tmp_path / "limit").read_text().startswith("-k 20 540 ")
-    new = set(names_in(checkout)) - before
-    assert new == {"socpo_fast/_C.cpython-312-x86_64-linux-gnu.so"}
-    left = sorted(os.listdir(tmp_path))
-    assert left == ["bin", "checkout", "limit", "out", "python"]  # no packages
+    new_names = set(names_in(checkout)) - old_names
+    assert new_names == {"socpo_fast/_C.cpython-312-x86_64-linux-gnu.so"}
+    remaining = sorted(os.listdir(tmp_path))
+    assert remaining == ["bin", "checkout", "limit", "out", "python"]  # no packages
 
 
-def seen_in(out: Path) -> dict[str, Any]:
+def read_record(out: Path) -> dict[str, Any]:
     return json.loads((out / "seen.json").read_text())
 
 
 def test_an_extension_that_does_not_load_is_left_out(tmp_path: Path, checkout: Path) -> None:
-    done = run_script(checkout, "--out", str(tmp_path / "out"), loads=False)
-    assert done.returncode == 3, done.stderr
-    assert done.stderr == "run.sh: the extension does not load here; the check runs without\n"
+    result = run_script(checkout, "--out", str(tmp_path / "out"), loads=False)
+    assert result.returncode == 3, result.stderr
+    assert result.stderr == "run.sh: the extension does not load here; the check runs without\n"
     assert os.listdir(checkout / "socpo_fast") == []
     built_here = checkout / "socpo_fast" / "_C.cpython-312-x86_64-linux-gnu.so"
     built_here.write_bytes(b"their own")
@@ -293,14 +305,14 @@ def test_an_extension_that_does_not_load_is_left_out(tmp_path: Path, checkout: P
 
 def test_the_script_says_where_it_must_be_started(tmp_path: Path, checkout: Path) -> None:
     shutil.rmtree(checkout / "tools")
-    done = run_script(checkout, "--out", str(tmp_path / "out"))
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"run.sh: must be started in the repository's root, got {checkout}\n"
+    result = run_script(checkout, "--out", str(tmp_path / "out"))
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == f"run.sh: must be started in the repository's root, got {checkout}\n"
 
 
 def test_the_script_ends_when_a_wheel_is_broken(tmp_path: Path, checkout: Path) -> None:
     [wheel] = (checkout / "gpu_bundle" / "wheels").iterdir()
     wheel.write_bytes(b"no archive")
-    done = run_script(checkout, "--out", str(tmp_path / "out"))
-    assert done.returncode not in (0, 3) and "tiny_needed" in done.stderr
+    result = run_script(checkout, "--out", str(tmp_path / "out"))
+    assert result.returncode not in (0, 3) and "tiny_needed" in result.stderr
     assert sorted(os.listdir(tmp_path)) == ["checkout", "python"]

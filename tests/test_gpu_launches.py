@@ -1,4 +1,4 @@
-"""One launch of the fake CUDA walk: bytes, products, faulty arguments; the backward of a graph."""
+"""One launch of the fake CUDA walk: its bytes, FLOPs and faults; and the backward of a graph."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_products_of_matrices_by_hand() -> None:
     assert launches.product_flops("addmm", [(2, 5), (2, 3), (3, 5)]) == 2 * 2 * 3 * 5
     assert launches.product_flops("bmm", [(4, 2, 3), (4, 3, 5)]) == 4 * 2 * 2 * 3 * 5
     shapes = [(1, 8, 7, 16), (1, 2, 9, 16), (1, 2, 9, 16)]
-    fused = launches.product_flops("_scaled_dot_product_flash_attention", shapes)
-    assert fused == 2 * (2 * 8 * 7 * 9 * 16)
+    attention_flops = launches.product_flops("_scaled_dot_product_flash_attention", shapes)
+    assert attention_flops == 2 * (2 * 8 * 7 * 9 * 16)
     assert launches.product_flops("add", [(2, 3), (2, 3)]) == 0
     tensors = {"row_keys_ptr": torch.empty(6), "weight_ptr": torch.empty(100, 8)}
     assert launches.kernel_flops(tensors) == 2 * 6 * 100 * 8
@@ -45,33 +45,33 @@ def test_bytes_of_a_tensor_are_those_of_its_memory() -> None:
 
 
 def test_bytes_of_an_op_are_read_and_written() -> None:
-    # 96 bytes each
+    # a and b have 96 bytes each
     a = torch.empty(4, 6)
     b = torch.empty(4, 6)
     index = torch.zeros(2, dtype=torch.int64)
     table = torch.empty(1000, 6)
 
-    def moved(func: Any, args: tuple[Any, ...], *new: Tensor, **kwargs: Any) -> int:
-        return sum(size for _, size in launches.op_traffic(func, args, kwargs, new))
+    def num_bytes(func: Any, args: tuple[Any, ...], *outputs: Tensor, **kwargs: Any) -> int:
+        return sum(size for _, size in launches.op_traffic(func, args, kwargs, outputs))
 
-    assert moved(aten.add.Tensor, (a, b), torch.empty(4, 6)) == 3 * 96
-    assert moved(aten.add_.Tensor, (a, b)) == 3 * 96  # a is read and written
-    assert moved(aten.copy_.default, (a, b)) == 2 * 96
-    assert moved(aten.fill_.Scalar, (a, 0.0)) == 96
-    picked = table[index]
-    assert moved(aten.index_select.default, (table, 0, index), picked) == 2 * 48 + 16
-    assert moved(aten.embedding.default, (table, index), picked) == 2 * 48 + 16
-    added = moved(aten.index_put_.default, (table, [index], picked, True))
-    assert added == 2 * 48 + 16 + 48
-    # 48 and 72 bytes
+    assert num_bytes(aten.add.Tensor, (a, b), torch.empty(4, 6)) == 3 * 96
+    assert num_bytes(aten.add_.Tensor, (a, b)) == 3 * 96  # a is read and written
+    assert num_bytes(aten.copy_.default, (a, b)) == 2 * 96
+    assert num_bytes(aten.fill_.Scalar, (a, 0.0)) == 96
+    rows = table[index]
+    assert num_bytes(aten.index_select.default, (table, 0, index), rows) == 2 * 48 + 16
+    assert num_bytes(aten.embedding.default, (table, index), rows) == 2 * 48 + 16
+    num_added = num_bytes(aten.index_put_.default, (table, [index], rows, True))
+    assert num_added == 2 * 48 + 16 + 48
+    # x has 48 bytes, y has 72
     x = torch.empty(4, 3)
     y = torch.empty(3, 6)
     product = (aten.addmm.out, (a, x, y))
-    assert moved(*product, beta=0.0, out=a) == 48 + 72 + 96
-    assert moved(*product, beta=1.0, out=a) == 48 + 72 + 2 * 96
+    assert num_bytes(*product, beta=0.0, out=a) == 48 + 72 + 96
+    assert num_bytes(*product, beta=1.0, out=a) == 48 + 72 + 2 * 96
 
 
-def test_of_a_page_pool_only_what_is_named_counts() -> None:
+def test_page_pool_counts_only_addressed_tokens() -> None:
     pool = torch.empty(1000, 16, 2, 8)  # 64 bytes a token
     table = torch.empty(3, 5, dtype=torch.int32)
     slots = torch.empty(7, dtype=torch.int64)
@@ -83,11 +83,11 @@ def test_of_a_page_pool_only_what_is_named_counts() -> None:
 
 
 def plain_kernel(x_ptr, out_ptr, width, scale: tl.float32, BLOCK_D: tl.constexpr):
-    """Arguments as a Triton kernel declares them."""
+    """Declares arguments as a Triton kernel does; its body is not used."""
 
 
 def strided_kernel(x_ptr, stride_xt):
-    """One that may be given rows of a larger tensor."""
+    """Declares a row stride, so that x may be rows of a larger tensor."""
 
 
 GOOD = {"width": 8, "scale": 0.5, "BLOCK_D": 8, "num_warps": 4}
@@ -153,7 +153,7 @@ def test_a_launch_is_recorded_with_its_faults() -> None:
 
 
 def test_backward_is_that_of_autograd() -> None:
-    """Functions of ours, one gradient missing, a leaf used twice, one that has a gradient."""
+    """The graph has our own ops, an unused leaf, a leaf used twice and one that has a gradient."""
 
     def run(backward: Callable[[list[Tensor], list[Tensor]], None]) -> list[Tensor | None]:
         generator = torch.Generator().manual_seed(0)
@@ -167,8 +167,8 @@ def test_backward_is_that_of_autograd() -> None:
         backward([halves[0].sum() + halves[1].square().mean()], [torch.tensor(2.0)])
         return [leaf.grad for leaf in (x, norm_weight, weight, unused)]
 
-    ours = run(graph.backward)
-    theirs = run(torch.autograd.backward)
-    for gradient, expected in zip(ours[:3], theirs[:3], strict=True):
+    gradients = run(graph.backward)
+    expected_gradients = run(torch.autograd.backward)
+    for gradient, expected in zip(gradients[:3], expected_gradients[:3], strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
-    assert ours[3] is theirs[3] is None
+    assert gradients[3] is expected_gradients[3] is None

@@ -1,4 +1,8 @@
-"""The fake CUDA walk: what it counts, what it notices and, with a CUDA build of torch, the walk."""
+"""The fake CUDA walk: what it counts and notices; with a CUDA build of torch, the walk itself.
+
+The walk runs the code paths of a GPU on fake tensors and records launches, bytes, FLOPs and every
+read that makes the host wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +39,10 @@ needs_cuda_build = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def recording(*, may_read: bool = False, may_upload: bool = False) -> Iterator[Section]:
-    """A section on fake tensors. Without a CUDA build of torch some of their methods do not work,
-    slices among them; the ops below those do.
+    """Yields a section that records ops on fake tensors.
+
+    Without a CUDA build of torch some tensor methods fail on fake CUDA tensors, slicing among them.
+    The aten ops below those methods work, so the tests call them.
     """
     recorder = Recorder(("num_warps",))
     section = recorder.section("test", may_read=may_read, may_upload=may_upload)
@@ -69,7 +75,10 @@ READS: dict[str, tuple[Callable[[Tensor], Any], Any]] = {
 
 @pytest.mark.parametrize("name", READS)
 def test_a_host_read_is_noticed(name: str) -> None:
-    """Where it must not be it ends the section as a fault; elsewhere it is listed, and reads 0."""
+    """A read that is not allowed is a fault that ends the section.
+
+    Where reads are allowed, the read is listed and returns zeros.
+    """
     read, expected = READS[name]
     reached = []
     with recording() as section:
@@ -83,13 +92,13 @@ def test_a_host_read_is_noticed(name: str) -> None:
     assert AT_THIS_FILE.search(section.reads[0])
 
 
-def test_what_is_no_read_is_let_through() -> None:
+def test_device_work_is_not_a_host_read() -> None:
     with recording() as section:
         x = torch.empty(4, device=CUDA)
         torch.ones(4).copy_(x, non_blocking=True)
         aten.index_put_(x, [x > 0], torch.zeros((), device=CUDA))  # a masked fill
         torch.where(x > 0, x, 1.0)
-        x + torch.tensor(2.0)  # a number that lies on the host is an argument of the kernel
+        x + torch.tensor(2.0)  # a scalar on the host is passed as an argument of the kernel
         assert torch.arange(4).sum().item() == 6  # the host's own work is done
     assert section.faults == section.reads == section.uploads == []
 
@@ -118,11 +127,12 @@ def test_launches_are_ops_that_compute() -> None:
     product = section.launches[0]
     assert product.shapes == "f32[4, 8], f32[8, 16] -> f32[4, 16]"
     assert product.flops == 2 * 4 * 8 * 16 and product.num_bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)
-    assert dict(product.traffic)["f32[16, 8]"] == 4 * 16 * 8  # the weight, as it lies in memory
+    # The weight in its memory order, not transposed.
+    assert dict(product.traffic)["f32[16, 8]"] == 4 * 16 * 8
 
 
 def test_products_into_a_wider_dtype_have_a_shape() -> None:
-    """FakeTensor gets them wrong in PyTorch 2.11; a wrong one stays an error."""
+    """FakeTensor mishandles these in PyTorch 2.11; a product of wrong shapes stays an error."""
     product = aten.addmm.dtype_out
     with recording() as section:
         a = torch.empty(4, 8, dtype=torch.bfloat16, device=CUDA)
@@ -156,7 +166,7 @@ def test_the_summary_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(json.dumps(report))["traffic"] == [["f32[9]", 5 * 10**9]]
 
 
-def test_only_what_stands_between_the_marks_changes(tmp_path: Path) -> None:
+def test_only_text_between_the_marks_changes(tmp_path: Path) -> None:
     page = tmp_path / "gpu.md"
     page.write_text(f"before\n{walk.BEGIN}\nold\n{walk.END}\nafter\n")
     walk.write_between_marks(page, "new", MARKS)
@@ -169,7 +179,7 @@ def test_only_what_stands_between_the_marks_changes(tmp_path: Path) -> None:
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: in this one, kernels are the interpreter's."""
+    """Runs Python in a new process: in this one, kernels are the interpreter's."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -187,8 +197,8 @@ def test_the_walk_finds_no_fault(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     results = tmp_path / "walk.json"
     options = ["--markdown", str(page), "--json", str(results)]
-    done = run_python("-m", "tools.gpu_check.walk", *options)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    result = run_python("-m", "tools.gpu_check.walk", *options)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
     report = json.loads(results.read_text())
     sections = {section["section"]: section for section in report["sections"]}
     captured = [section for name, section in sections.items() if name.startswith("decode round")]
@@ -197,15 +207,19 @@ def test_the_walk_finds_no_fault(tmp_path: Path) -> None:
     assert sum("top-p" in section["section"] for section in captured) == 1
     for launch in (launch for section in captured for launch in section["launches"]):
         assert not re.search("sort|topk|cumsum", launch["kernel"]), launch
-        # What is a number a row may be fp64, scores of the vocabulary never.
+        # One number a row may be fp64, scores of the whole vocabulary must not be.
         assert not re.search(r"f64\[[^]]*151936", launch["shapes"]), launch
-    head = sections["policy head, 8192 rows"]
-    num_of = Counter({x["kernel"]: 0 for x in head["launches"]})
-    for launch in head["launches"]:
+    policy_head = sections["policy head, 8192 rows"]
+    num_of = Counter({x["kernel"]: 0 for x in policy_head["launches"]})
+    for launch in policy_head["launches"]:
         num_of[launch["kernel"]] += launch["count"]
     assert num_of["aten.addmm"] == 3 * num_of["_policy_rows_kernel"]
-    exact = 3 * 2 * 8192 * 151936 * 1024
-    assert exact <= sum(x["count"] * x["flops"] for x in head["launches"]) < 1.001 * exact
+    exact_flops = 3 * 2 * 8192 * 151936 * 1024
+    assert (
+        exact_flops
+        <= sum(x["count"] * x["flops"] for x in policy_head["launches"])
+        < 1.001 * exact_flops
+    )
     layers = sections["update of one group, backward of the layers"]
     backward = {x["kernel"] for x in layers["launches"]}
     assert {"_rms_norm_backward_kernel", "_swiglu_backward_kernel"} <= backward
@@ -234,9 +248,9 @@ def walk_decode(config):
 decode.draw, walk.walk = draw_and_read, walk_decode
 sys.exit(walk.main(["--model", "SmolLM2-135M"]))
 """
-    done = run_python("-c", code)
-    assert done.returncode == 1
-    lines = done.stderr.splitlines()
+    result = run_python("-c", code)
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
     assert len(lines) == 4
     read = r"host read: aten\._local_scalar_dense of f64\[\] at socpo_fast/engine/decode\.py:\d+"
     assert re.fullmatch(f"walk: decode round, batch 256: 1 x {read}", lines[0])

@@ -1,4 +1,4 @@
-"""What importing the package must not do, and what its sources must not contain."""
+"""Checks what importing the package does, and that sources are free of forbidden code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORBIDDEN = {
 
 
 def run_python(code: str, cwd: Path = ROOT) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
         capture_output=True,
@@ -33,23 +33,24 @@ def run_python(code: str, cwd: Path = ROOT) -> str:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("pattern", FORBIDDEN)
 def test_sources_are_free_of(pattern: str) -> None:
-    found = [
+    file_names = [
         path.name
         for path in SOURCES
         if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
-    assert not found, f"{found}: {FORBIDDEN[pattern]}"
+    assert not file_names, f"{file_names}: {FORBIDDEN[pattern]}"
 
 
-def test_transformers_loads_behind_us_from_the_root() -> None:
-    """transformers looks for a package named kernels; from the root it finds our folder, which has
-    no __init__.py.
+def test_transformers_imports_after_us_from_root() -> None:
+    """transformers looks for a package named kernels, and from the root it finds our folder.
+
+    Our folder has no __init__.py, so transformers does not take it for that package.
     """
     code = (
         "import socpo_fast, transformers; from transformers import AutoModelForCausalLM, "
@@ -76,8 +77,8 @@ def test_configuration_needs_no_torch() -> None:
     )
 
 
-def test_what_has_no_wheel_has_an_extra_of_its_own() -> None:
-    """flash-attn is compiled where it is installed: no other extra may ask for that."""
+def test_flash_attn_has_an_extra_of_its_own() -> None:
+    """flash-attn has no wheel and is compiled at installation, so no other extra may need it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {"": project["dependencies"], **project["optional-dependencies"]}
     asking = [name for name, needs in extras.items() if any("flash" in need for need in needs)]

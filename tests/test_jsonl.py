@@ -1,4 +1,4 @@
-"""Rows of a run's record: what was written comes back, what was torn is left out and told."""
+"""Rows of a JSON lines file: they are read as written, and torn lines are left out and told."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_line_separators_inside_text_do_not_tear_a_row(tmp_path: Path) -> None:
     assert read_jsonl(path) == [{"text": text}]
 
 
-def test_rows_nested_without_end_are_torn(tmp_path: Path) -> None:
+def test_deeply_nested_rows_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(f'{{"a": 1}}\n{"[" * 100_000}\n3\n')
     with pytest.warns(UserWarning, match="rows.jsonl: 2 torn lines left out"):
         assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]

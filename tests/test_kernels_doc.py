@@ -1,6 +1,4 @@
-"""docs/kernels.md: every kernel is in it, and its numbers are those of the functions that make
-them.
-"""
+"""docs/kernels.md has every kernel, and its numbers are those that our functions compute."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ def test_document_has_every_kernel_twice() -> None:
         assert text.count(f"| `{name.strip('_')}` |") >= 2, f"{name}: run `make kernels-doc`"
 
 
-def test_document_has_the_work_of_today() -> None:
+def test_document_work_table_is_current() -> None:
     text = FILE.read_text(encoding="utf-8")
     for line in kernels_doc.work_table():
         assert line in text, f"docs/kernels.md lacks {line!r}; run `make kernels-doc`"

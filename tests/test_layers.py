@@ -26,9 +26,9 @@ LAYERS = {
     "kernels": 1,
     "_C": 1,
 }
-# Part -> parts of its own layer that it may import: the trainer drives what stands beside it.
+# Part -> parts of its own layer that it may import. Only the trainer imports others of its layer.
 SIBLINGS = {"trainer": ("session", "run_state", "stopping")}
-# Every layer may import these -> what they may import themselves.
+# Parts that every layer may import -> parts that they may import themselves.
 BESIDE: dict[str, tuple[str, ...]] = {
     "config": ("types", "registries"),
     "types": (),
@@ -45,7 +45,7 @@ def forbidden(graph: Graph) -> list[str]:
 
 
 def test_imports_point_down() -> None:
-    """Those inside functions too: they are late, not sideways."""
+    """The rule holds for imports inside functions as well."""
     assert forbidden(import_graph(PACKAGE, inside_functions=True)) == []
 
 
@@ -59,7 +59,7 @@ def test_no_import_circles() -> None:
 
 
 def plant(folder: Path, sources: Mapping[str, str]) -> Path:
-    """A package `socpo_fast` of the given files, by their paths in it."""
+    """Writes a package `socpo_fast` of these files (path -> source)."""
     package = folder / "socpo_fast"
     for name, source in sources.items():
         path = package / name
@@ -69,7 +69,7 @@ def plant(folder: Path, sources: Mapping[str, str]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "back",
+    "back_import",
     [
         "from socpo_fast.engine import pages",
         "from socpo_fast.engine.pages import Page",
@@ -79,17 +79,17 @@ def plant(folder: Path, sources: Mapping[str, str]) -> Path:
     ],
     ids=["module", "name", "import", "type checking", "by way of a third"],
 )
-def test_a_planted_circle_is_found(tmp_path: Path, back: str) -> None:
-    """Modules of one part may import each other, but never in a circle."""
+def test_a_planted_circle_is_found(tmp_path: Path, back_import: str) -> None:
+    """Modules of one part may import each other, but not in a circle."""
     sources = {
         "engine/pages.py": "from socpo_fast.engine.scheduler import Scheduler",
-        "engine/scheduler.py": back,
+        "engine/scheduler.py": back_import,
         "engine/runner.py": "from socpo_fast.engine import pages",
-        "engine/decode.py": "from socpo_fast.engine import pages",  # leads to it, is not in it
+        "engine/decode.py": "from socpo_fast.engine import pages",  # outside the circle
     }
     graph = import_graph(plant(tmp_path, sources), inside_functions=False)
     circle = ["socpo_fast.engine.pages", "socpo_fast.engine.scheduler"]
-    if "runner" in back:
+    if "runner" in back_import:
         circle.insert(1, "socpo_fast.engine.runner")
     assert find_circles(graph) == [circle]
     assert forbidden(graph) == []
@@ -117,23 +117,30 @@ def test_a_late_import_is_no_circle(tmp_path: Path) -> None:
         ("new.py", "socpo_fast.ops", "new has no layer"),
     ],
 )
-@pytest.mark.parametrize("late", [False, True])
-def test_a_planted_arrow_is_found(
+@pytest.mark.parametrize("inside_function", [False, True])
+def test_a_planted_forbidden_import_is_found(
     tmp_path: Path,
     path: str,
     imported: str,
     fault: str,
-    late: bool,
+    inside_function: bool,
 ) -> None:
-    source = f"def f():\n    import {imported}" if late else f"from {imported} import name"
+    source = (
+        f"def f():\n    import {imported}" if inside_function else f"from {imported} import name"
+    )
     parts = ("", "ops/", "model/", "train/", "config/")
-    others = ("trainer.py", "types.py", "files.py", *(f"{part}__init__.py" for part in parts))
-    package = plant(tmp_path, {**dict.fromkeys(others, ""), path: source})
-    [found] = forbidden(import_graph(package, inside_functions=True))
-    assert fault in found
+    empty_modules = (
+        "trainer.py",
+        "types.py",
+        "files.py",
+        *(f"{folder}__init__.py" for folder in parts),
+    )
+    package = plant(tmp_path, {**dict.fromkeys(empty_modules, ""), path: source})
+    [actual] = forbidden(import_graph(package, inside_functions=True))
+    assert fault in actual
 
 
-def test_arrows_of_the_table_are_allowed(tmp_path: Path) -> None:
+def test_imports_of_the_table_are_allowed(tmp_path: Path) -> None:
     sources = {
         "trainer.py": "from socpo_fast import session\nfrom socpo_fast.files import sync",
         "session.py": "from socpo_fast.engine import Engine",

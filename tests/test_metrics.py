@@ -1,6 +1,4 @@
-"""What a run writes: rows, truncation on resume, rollout files, TensorBoard, and the display for
-people.
-"""
+"""What a run writes: rows of metrics, rollout files, TensorBoard, and the live display."""
 
 from __future__ import annotations
 
@@ -52,7 +50,10 @@ def make_rollout(
     first: dict[str, float] | None = None,
     second: dict[str, float] | None = None,
 ) -> Rollout:
-    """Wrong, guided, right; cut at two tokens."""
+    """Returns a rollout whose first attempt is wrong and guided, and whose second one is right.
+
+    `first` and `second` are further fields of the two turns.
+    """
     text = "Look again."
     guidance = ShownGuidance(raw_text=text, text=text, kept_tokens=3, bridge_ids=[9])
     return Rollout(
@@ -100,7 +101,7 @@ def test_rows_come_back_and_nan_becomes_null(tmp_path: Path) -> None:
         assert "NaN" not in path.read_text(encoding="utf-8")
 
 
-def test_undescribed_metric_is_our_own_mistake(tmp_path: Path) -> None:
+def test_undescribed_metric_fails_an_assertion(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer, pytest.raises(AssertionError, match="policy/los "):
         writer.write({"policy/los": 1.0}, kind="update", batch=1, update=1)
 
@@ -127,11 +128,11 @@ def test_undescribed_metric_is_our_own_mistake(tmp_path: Path) -> None:
     ],
 )
 def test_families_of_metrics_are_described(name: str, meaning: str | None) -> None:
-    found = meaning_of(name)
-    assert found is None if meaning is None else re.match(meaning, str(found))
+    actual = meaning_of(name)
+    assert actual is None if meaning is None else re.match(meaning, str(actual))
 
 
-def test_a_source_s_metric_reaches_tensorboard_under_its_own_name(tmp_path: Path) -> None:
+def test_source_metric_keeps_its_name_in_tensorboard(tmp_path: Path) -> None:
     name = source_metric("success/unassisted", "odd \n name/x")
     with MetricsWriter(tmp_path) as writer:
         writer.write({name: 0.5}, kind="batch", batch=1, update=1)
@@ -152,7 +153,8 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
 def test_tensorboard_shows_a_resumed_run_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It reads files by their names; in those of one second the tenth comes before the ninth.
+    # TensorBoard reads event files in the order of their names. Names of the same second end in a
+    # counter without leading zeros, so the tenth file would be read before the ninth.
     monkeypatch.setattr(
         "tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0)
     )
@@ -200,7 +202,7 @@ def test_rollout_record_is_text_and_numbers() -> None:
     assert (second["text"], second["reward"], second["guidance"]) == ("42", 0.2, None)
 
 
-def test_rollout_file_does_not_depend_on_the_order_of_finishing(tmp_path: Path) -> None:
+def test_rollout_file_ignores_the_finishing_order(tmp_path: Path) -> None:
     rollouts = [make_rollout(1, 0), make_rollout(0, 1), make_rollout(0, 0)]
     questions = {0: make_question(0), 1: make_question(1)}
     path = write_rollouts(tmp_path, rollouts, questions, batch=12)
@@ -234,7 +236,7 @@ def test_plain_progress_is_one_line_a_batch() -> None:
     assert len(lines) == 3
 
 
-def test_live_display_shows_place_pace_and_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_display_shows_progress_speed_and_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich: treat the file as a terminal
     monkeypatch.setenv("COLUMNS", "100")
     file = io.StringIO()
@@ -243,9 +245,9 @@ def test_live_display_shows_place_pace_and_curve(monkeypatch: pytest.MonkeyPatch
         progress.report({"success/unassisted": 1.0}, kind="batch", batch=4, update=4)
         progress.phase("rollout", batch=5, update=4, total=8)
         progress.advance(3, num_tokens=30)
-    shown = file.getvalue()
-    for part in ("batch 5/9", "update 4", "rollout 3/8", "tok/s", "▁█", "100.0%"):
-        assert part in shown
+    display = file.getvalue()
+    for text in ("batch 5/9", "update 4", "rollout 3/8", "tok/s", "▁█", "100.0%"):
+        assert text in display
 
 
 def test_sparkline_spans_zero_to_one() -> None:

@@ -1,6 +1,4 @@
-"""docs/numerics.md promises what a test holds: those it names exist, and its tolerances are the
-ones in use.
-"""
+"""docs/numerics.md: the tests that it names exist, and its tolerances are the ones in use."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ TEXT = (TESTS.parent / "docs" / "numerics.md").read_text(encoding="utf-8")
 
 
 def test_every_test_it_names_exists() -> None:
-    named = re.findall(r"`([\w/]+\.py)::(\w+)`", TEXT)
-    assert len(named) >= 40
-    assert len(named) == TEXT.count("::")
-    for file, function in named:
+    references = re.findall(r"`([\w/]+\.py)::(\w+)`", TEXT)
+    assert len(references) >= 40
+    assert len(references) == TEXT.count("::")
+    for file, function in references:
         tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
         names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert function in names and function.startswith("test_"), f"{file}::{function}"

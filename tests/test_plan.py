@@ -1,4 +1,4 @@
-"""What the plan chooses and refuses, in which words, and what a run does with it."""
+"""The memory plan: what it chooses for a model and a card, and what a run does with it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["planner"]  # a fixture
 GIB = 2**30
 CONFIG = Path(__file__).parent.parent / "configs" / "molar_mass.toml"
 
-# (card, dtype) -> for each model train.token_budget, train.checkpointing and thousands of tokens of
-# KV; None: refused.
+# (card, dtype) -> for each model: train.token_budget, train.checkpointing and the KV cache in
+# thousands of tokens. None: the plan refuses this model.
 MODELS = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B")
 FITS: dict[tuple[str, str], list[tuple[int, bool, int] | None]] = {
     ("rtx4090", "bfloat16"): [(6144, False, 69), None, None, None],
@@ -49,7 +49,7 @@ FITS: dict[tuple[str, str], list[tuple[int, bool, int] | None]] = {
 
 @pytest.mark.parametrize("card", ["rtx4090", "a6000", "h100", "h200"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_fits_where(planner: Planner, card: str, dtype: str) -> None:
+def test_models_that_fit_a_card(planner: Planner, card: str, dtype: str) -> None:
     for name, expected in zip(MODELS, FITS[card, dtype], strict=True):
         if expected is None:
             with pytest.raises(
@@ -70,7 +70,7 @@ def test_4b_leaves_kv_for_a_batch_on_80_gb(planner: Planner) -> None:
     assert planner("Qwen3-4B").kv_pages * 32 >= 120_000
 
 
-def test_what_is_fixed_stays(planner: Planner) -> None:
+def test_fixed_settings_stay(planner: Planner) -> None:
     fixed = {
         "train__token_budget": 5000,
         "train__checkpointing": False,
@@ -81,19 +81,19 @@ def test_what_is_fixed_stays(planner: Planner) -> None:
     assert plan.num_tokens == 6176, "a longer rollout is taken alone"
     assert plan.left > 40 * GIB
     # A large cache leaves less to microbatches, which are chosen so that it fits.
-    large = planner("Qwen3-0.6B", engine__kv_cache_gib=60.0)
-    assert large.config.engine.kv_cache_gib == 60.0
-    assert large.config.train.token_budget < planner("Qwen3-0.6B").config.train.token_budget
-    assert large.left >= 0
+    large_cache = planner("Qwen3-0.6B", engine__kv_cache_gib=60.0)
+    assert large_cache.config.engine.kv_cache_gib == 60.0
+    assert large_cache.config.train.token_budget < planner("Qwen3-0.6B").config.train.token_budget
+    assert large_cache.left >= 0
 
 
-def test_no_more_kv_than_its_rollouts_fill(planner: Planner) -> None:
+def test_kv_cache_is_no_larger_than_needed(planner: Planner) -> None:
     plan = planner("Qwen3-0.6B", "b200", engine__max_running=16)
-    assert plan.kv_pages == 16 * 193  # 6176 tokens in pages of 32
+    assert plan.kv_pages == 16 * 193  # a context of 6176 tokens in pages of 32
     assert plan.left > 50 * GIB
 
 
-def test_a_run_without_updates(planner: Planner) -> None:
+def test_plan_of_a_run_without_updates(planner: Planner) -> None:
     plan = planner("Qwen3-8B", is_training=False)
     assert list(plan.residents) == ["weights", "context, graph pools (estimate)"]
     draws = 4 * 256 * 151936  # logits
@@ -104,8 +104,8 @@ def test_a_run_without_updates(planner: Planner) -> None:
 
 
 def test_the_command_needs_no_card(planner: Planner, capsys: pytest.CaptureFixture[str]) -> None:
-    words = planner.words("Qwen3-0.6B", "--student.dtype", "bfloat16", "--prompt-tokens", "77")
-    assert main(words) == 0
+    arguments = planner.words("Qwen3-0.6B", "--student.dtype", "bfloat16", "--prompt-tokens", "77")
+    assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "memory plan, GiB: 0.596B parameters, bfloat16, trained, on H100 with 79.1"
     assert lines[1] == "  weights                                       1.11"
@@ -118,8 +118,10 @@ def test_the_command_needs_no_card(planner: Planner, capsys: pytest.CaptureFixtu
     assert sum(sizes) == pytest.approx(79.1, abs=0.05)
 
 
-def test_a_file_of_a_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is planned for the card that is named all the same."""
+def test_plan_for_a_named_card_ignores_device_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--card overrides run.device cpu of a config file."""
     path = tmp_path / "run.toml"
     text = CONFIG.read_text(encoding="utf-8").replace("[run]\n", '[run]\ndevice = "cpu"\n')
     path.write_text(text, encoding="utf-8")
@@ -128,17 +130,19 @@ def test_a_file_of_a_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "engine.kv_cache_gib = 0.25 (fixed, 131072 tokens)" in capsys.readouterr().out
 
 
-def test_a_card_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unused memory of this process's allocator is free, and its context is its own."""
+def test_card_facts_come_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unused memory of our own allocator counts as free, and our CUDA context is not of others."""
     FakeCard(monkeypatch, "NVIDIA A100-SXM4-40GB", 30, 39.5)
     device = torch.device("cuda")
-    own = CARDS["a100-40"]._replace(name="NVIDIA A100-SXM4-40GB", total_gib=39.5, others_gib=7.25)
-    assert card_of(device, 1.25) == own
+    expected = CARDS["a100-40"]._replace(
+        name="NVIDIA A100-SXM4-40GB", total_gib=39.5, others_gib=7.25
+    )
+    assert card_of(device, 1.25) == expected
     FakeCard(monkeypatch, "NVIDIA A100-SXM4-80GB", 78, 79.25)
     assert card_of(device, 1.25)[1:4] == (79.25, 2.04, 312)
 
 
-# Of other kinds than those known, though most of their names hold one of these.
+# Cards that are not in CARDS, although most of their names contain the name of one that is.
 UNKNOWN = [
     "Nobody's X1",
     "NVIDIA L40",
@@ -169,21 +173,21 @@ def test_a_card_of_a_known_kind(monkeypatch: pytest.MonkeyPatch, name: str) -> N
     assert card_of(torch.device("cuda")) == known._replace(name=name, total_gib=40)
 
 
-def test_a_file_may_be_of_a_run_on_a_cpu(
+def test_plan_queries_cuda_for_a_file_with_device_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which card is asked, words say."""
+    """run.device cpu of a config file is ignored; only an argument selects another device."""
     FakeCard(monkeypatch, "NVIDIA L4", 22, 22)
-    asked: list[str] = []
+    device_names: list[str] = []
     monkeypatch.setattr(
-        cards, "select_device", lambda name: asked.append(name) or torch.device(name)
+        cards, "select_device", lambda name: device_names.append(name) or torch.device(name)
     )
     path = tmp_path / "run.toml"
     text = CONFIG.read_text(encoding="utf-8").replace("[run]\n", '[run]\ndevice = "cpu"\n')
     path.write_text(text, encoding="utf-8")
     assert main(["plan", "--config", str(path)]) == 0
     assert main(["plan", "--config", str(path), "--run.device", "cuda:2"]) == 0
-    assert asked == ["cuda", "cuda:2"]
+    assert device_names == ["cuda", "cuda:2"]
     assert "on NVIDIA L4 with 22.0" in capsys.readouterr().out
 
 
@@ -207,7 +211,7 @@ def test_a_run_is_refused_before_anything_is_made(
 
 
 def test_a_session_follows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run on a card would be told and make, of a student that stays on the CPU."""
+    """A session sizes the KV cache and microbatches as planned; the student stays on the CPU."""
     FakeCard(monkeypatch, "NVIDIA L4", 22, 22)
     monkeypatch.setattr(session_module, "select_device", lambda _name: torch.device("cpu"))
     config = load_config(CONFIG, {"engine.kv_cache_gib": "auto", "engine.max_running": 4})
@@ -223,22 +227,22 @@ def test_a_session_follows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert session.memory_note == plan_table(session.plan)
 
 
-def test_a_wrong_plan_is_told_once(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_plan_is_reported_once(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     card = FakeCard(monkeypatch, "NVIDIA H100 80GB HBM3", 79, 79.1)
-    told: list[str] = []
-    for peak, is_wrong in ((1.09, False), (0.91, False), (1.11, True), (0.89, True)):
+    notes: list[str] = []
+    for share, is_wrong in ((1.09, False), (0.91, False), (1.11, True), (0.89, True)):
         session = Session(load_config(CONFIG, {"engine.kv_cache_gib": 0.01}))
         session.plan = planner("Qwen3-0.6B")
         planned_gib = session.plan.peak_bytes / GIB
-        card.peak_gib = peak * planned_gib
+        card.peak_gib = share * planned_gib
         for _ in range(2):
-            [value] = session.peak_memory(told.append).values()
+            [value] = session.peak_memory(notes.append).values()
             assert value == pytest.approx(card.peak_gib)
         line = (
             f"memory: the first batch took {card.peak_gib:.1f} GiB, {planned_gib:.1f} were planned"
         )
-        assert told == [line] * is_wrong
-        told.clear()
+        assert notes == [line] * is_wrong
+        notes.clear()
 
 
 def test_the_docs_show_what_is_printed(planner: Planner) -> None:

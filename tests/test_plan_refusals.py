@@ -1,4 +1,4 @@
-"""What the plan refuses: in which words, and whether what it advises helps."""
+"""What the plan refuses, in which words, and that each piece of its advice helps."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ def test_a_card_in_use_by_others_is_named(planner: Planner) -> None:
     card = CARDS["h100"]._replace(others_gib=12.25)
     with pytest.raises(ValueError, match="^plan: ") as refused:
         planner("Qwen3-4B", card)
-    others = "H100, 12.2 of them held by others (a card in use by others)"
-    assert str(refused.value) == TOO_MANY.format("79.1", others, "71.9", "5.1") + (
+    card_name = "H100, 12.2 of them held by others (a card in use by others)"
+    assert str(refused.value) == TOO_MANY.format("79.1", card_name, "71.9", "5.1") + (
         f"use a free card, {LARGER}"
     )
     plan = planner("Qwen3-1.7B", card)
-    alone = planner("Qwen3-1.7B")
-    assert plan.config.train == alone.config.train, "bits do not depend on what others hold"
-    assert plan.shared + 12.25 * GIB <= alone.shared + plan.page_bytes
+    on_free_card = planner("Qwen3-1.7B")
+    assert plan.config.train == on_free_card.config.train, (
+        "results must not depend on what others hold"
+    )
+    assert plan.shared + 12.25 * GIB <= on_free_card.shared + plan.page_bytes
     assert "  held by others                               12.25\n" in plan_table(plan)
 
 
@@ -137,8 +139,7 @@ def test_refused_in_one_line(
     assert capsys.readouterr().err == message.replace("FOLDER", str(tmp_path)) + "\n"
 
 
-# What a lever of a refusal says -> the settings of who follows it. Of numbers, the least that is of
-# use.
+# Advice in a refusal -> settings that follow it. Numbers are the smallest that are still useful.
 FOLLOWED: dict[str, dict[str, Any]] = {
     "set train.checkpointing true": {"train__checkpointing": True},
     "lower train.token_budget": {"train__token_budget": 1},
@@ -150,7 +151,7 @@ FOLLOWED: dict[str, dict[str, Any]] = {
     "set loss.kl_coef 0": {"loss__kl_coef": 0.0},
     "set student.dtype bfloat16": {"student__dtype": "bfloat16"},
 }
-# case -> model, card, settings, and all levers that the refusal names, but for the last.
+# case -> model, card, settings, and all advice of the refusal except for LARGER, which comes last.
 LEVERS: dict[str, tuple[str, Card, dict[str, Any], list[str]]] = {
     "graph pools, draws": (
         "Qwen3-0.6B",
@@ -220,14 +221,14 @@ def test_each_lever_helps_alone(planner: Planner, case: str) -> None:
             planner(name, card._replace(others_gib=0.0), **settings)
         else:
             planner(name, card, **settings | FOLLOWED[lever])
-    for lever, followed in FOLLOWED.items():
+    for lever, changes in FOLLOWED.items():
         if lever not in levers:
             with pytest.raises(ValueError, match="^plan: "):
-                planner(name, card, **settings | followed)
+                planner(name, card, **settings | changes)
 
 
 def test_a_teacher_without_room_is_refused(planner: Planner) -> None:
-    """In the words of the teacher itself, which would say so after the student has been loaded."""
+    """The message is the teacher's own, but it comes before the student is loaded."""
     teacher = {"teacher__kind": "local", "teacher__path": str(planner.model("Qwen3-1.7B"))}
     # 1 GiB are 292 pages of 32 tokens of 28 layers, 8 heads of 128, in bf16.
     for max_new_tokens, gib, num_tokens in ((9344, 1.0, 9344), (40960, 8.0, 40960)):
@@ -236,12 +237,10 @@ def test_a_teacher_without_room_is_refused(planner: Planner) -> None:
             temperature=1.0, max_new_tokens=max_new_tokens, eos_ids=(0,), seed=0
         )
         bridge = cast(Bridge, SimpleNamespace(after=""))
-        with pytest.raises(ValueError, match=f"context of {num_tokens} tokens") as said:
+        with pytest.raises(ValueError, match=f"context of {num_tokens} tokens") as teacher_refuses:
             LocalTeacher(engine, bridge=bridge, prompt=cast(TeacherPrompt, None), params=params)
-        lengths = {"teacher__kv_cache_gib": gib, "teacher__max_new_tokens": max_new_tokens}
+        limits = {"teacher__kv_cache_gib": gib, "teacher__max_new_tokens": max_new_tokens}
         with pytest.raises(ValueError, match=r"^teacher\.max_new_tokens") as refused:
-            planner("Qwen3-0.6B", **teacher, **lengths)
-        assert str(refused.value) == str(said.value)
-        planner(
-            "Qwen3-0.6B", **teacher, **lengths | {"teacher__max_new_tokens": max_new_tokens - 1}
-        )
+            planner("Qwen3-0.6B", **teacher, **limits)
+        assert str(refused.value) == str(teacher_refuses.value)
+        planner("Qwen3-0.6B", **teacher, **limits | {"teacher__max_new_tokens": max_new_tokens - 1})

@@ -11,10 +11,10 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_are_blocks() -> None:
+def test_readme_has_python_blocks() -> None:
     assert len(BLOCKS) >= 2
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_block(block: str) -> None:
+def test_python_block_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})

@@ -1,4 +1,4 @@
-"""The report escapes what models wrote, loads nothing, and copes with runs that stopped."""
+"""The HTML report escapes texts of models, loads nothing, and works for runs that stopped early."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'\
 
 
 class Tags(HTMLParser):
-    """Start tags with their attributes, and the text."""
+    """Collects start tags with their attributes, and the text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def parse(path: Path) -> Tags:
 
 
 def turn(text: str, *, is_correct: bool, guidance: str | None) -> dict[str, Any]:
-    shown = {"raw_text": guidance, "text": guidance, "was_shown": True, "kept_tokens": 9}
+    guidance_row = {"raw_text": guidance, "text": guidance, "was_shown": True, "kept_tokens": 9}
     return {
         "text": text,
         "is_correct": is_correct,
@@ -52,7 +52,7 @@ def turn(text: str, *, is_correct: bool, guidance: str | None) -> dict[str, Any]
         "context_tokens": 6,
         "num_tokens": 5,
         "finish_reason": "length",
-        "guidance": None if guidance is None else shown,
+        "guidance": None if guidance is None else guidance_row,
     }
 
 
@@ -112,7 +112,7 @@ def test_everything_a_model_wrote_is_escaped(tmp_path: Path) -> None:
     assert [str(source).split(",")[0] for source in images] == ["data:image/png;base64"]
 
 
-def test_the_page_may_load_nothing(tmp_path: Path) -> None:
+def test_page_loads_no_external_resource(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     page = parse(write_report(tmp_path))
     policies = [
@@ -125,21 +125,21 @@ def test_the_page_may_load_nothing(tmp_path: Path) -> None:
     assert "https:" not in text
 
 
-def test_headline_is_held_out_unassisted_accuracy_at_start_and_end(tmp_path: Path) -> None:
+def test_headline_is_held_out_unassisted_accuracy(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     text = " ".join(parse(write_report(tmp_path)).text.split())
-    for part in (
+    for phrase in (
         "unassisted at the start 10.0 %",
         "unassisted at the end 50.0 %",
         "assisted at the end 70.0 %",
         "Measured on held-out questions",
         "the rest 1.5 s",
     ):
-        assert part in text
+        assert phrase in text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_last_evaluation_as_a_table_with_intervals_and_sources(tmp_path: Path) -> None:
+def test_evaluation_table_has_intervals_and_sources(tmp_path: Path) -> None:
     odd = "<b>odd</b>"
     with MetricsWriter(tmp_path) as writer:
         for share in (0.1, 0.5):
@@ -182,7 +182,7 @@ def test_first_middle_and_last_batch_with_each_outcome(tmp_path: Path) -> None:
     assert summaries == [(batch, outcome) for batch in "147" for outcome in outcomes]
 
 
-def test_a_run_that_stopped_at_once(tmp_path: Path) -> None:
+def test_report_of_a_run_without_metrics(tmp_path: Path) -> None:
     text = parse(write_report(tmp_path)).text
     assert "No accuracy has been recorded yet" in text
     assert not (tmp_path / "curves.png").exists()
@@ -214,12 +214,12 @@ def test_the_report_is_the_same_when_written_again(tmp_path: Path) -> None:
     assert write_report(tmp_path).read_bytes() == first
 
 
-def test_a_folder_that_is_not_there_is_the_callers_mistake(tmp_path: Path) -> None:
+def test_missing_run_folder_raises_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="report: .* must be a run folder"):
         write_report(tmp_path / "none")
 
 
-def test_a_cut_into_the_prompt_is_told_as_what_is_left(tmp_path: Path) -> None:
+def test_cut_into_the_prompt_shows_0_tokens_as_sampled(tmp_path: Path) -> None:
     """A template that rewrites the prompt's end keeps less than the prompt."""
     path = write_rollout_file(tmp_path, 1, "text")
     assert "of which the next attempt saw 3 as sampled" in parse(write_report(tmp_path)).text

@@ -1,4 +1,4 @@
-"""Changed settings and data of a run that goes on: listed, agreed to, on record."""
+"""A run that resumes with changed settings or data lists them, needs consent, and records them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ MUST = "run: .*/run must go on as it began, got "
 
 
 def history_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the entries of earlier settings in config.toml, which must load as a config."""
     path = run_dir / "run" / "config.toml"
     load_config(path)
     return tomllib.loads(path.read_text()).get("history", [])
@@ -37,35 +38,36 @@ def history_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_changed_settings_need_consent(run_dir: Path, capsys: Capture) -> None:
     words = {"run.num_batches": 2, "train.lr": 1.5e-4, "rollout.temperature": 0.9}
-    before = snapshot(run_dir)
-    first = load_config(run_dir / "run" / "config.toml")
+    old_files = snapshot(run_dir)
+    old_config = load_config(run_dir / "run" / "config.toml")
     assert main(words_of("train", run_dir, words)) == 2
-    listed = f"rollout.temperature: 1.0 -> 0.9; train.lr: {first.train.lr} -> 0.00015"
+    listed = f"rollout.temperature: 1.0 -> 0.9; train.lr: {old_config.train.lr} -> 0.00015"
     message = f"{MUST}{listed}; set them back, or set run.accept_changes true"
     assert_refused(capsys.readouterr().err, message)
-    assert snapshot(run_dir) == before
+    assert snapshot(run_dir) == old_files
     consent = words | {"run.accept_changes": "true"}
     with pytest.warns(UserWarning, match=f"run: changed from update 1 on: {listed}$"):
         assert main(words_of("train", run_dir, consent)) == 0
     [entry] = history_of(run_dir)
     assert (entry["from_update"], entry["until_update"]) == (0, 1)
     assert entry["changes"] == listed.split("; ")
-    assert entry["train"]["lr"] == first.train.lr
-    now = load_config(run_dir / "run" / "config.toml")
-    assert (now.train.lr, now.run.accept_changes) == (1.5e-4, False)
-    # It is on record now: the same again needs nothing, another change is another entry.
+    assert entry["train"]["lr"] == old_config.train.lr
+    new_config = load_config(run_dir / "run" / "config.toml")
+    assert (new_config.train.lr, new_config.run.accept_changes) == (1.5e-4, False)
+    # The change is recorded now, so the same settings need no consent again. Another change needs
+    # consent, and is another entry.
     assert main(words_of("train", run_dir, words | {"run.num_batches": 3})) == 0
     assert history_of(run_dir) == [entry]
-    third = consent | {"run.num_batches": 4, "train.lr": 3e-4}
+    second_change = consent | {"run.num_batches": 4, "train.lr": 3e-4}
     with pytest.warns(UserWarning, match=r"changed from update 3 on: train.lr: 0.00015 -> 0.0003$"):
-        assert main(words_of("train", run_dir, third)) == 0
+        assert main(words_of("train", run_dir, second_change)) == 0
     spans = [(entry["from_update"], entry["until_update"]) for entry in history_of(run_dir)]
     assert spans == [(0, 1), (1, 3)]
     assert history_of(run_dir)[1]["rollout"]["temperature"] == 0.9
 
 
-def test_what_was_lost_leaves_the_record(run_dir: Path) -> None:
-    """Where a run goes on from a checkpoint before a change, that change did not take place."""
+def test_lost_updates_leave_the_history(run_dir: Path) -> None:
+    """A run that resumes from a checkpoint before a change has no record of that change."""
     words = {"run.num_batches": 2, "train.lr": 1.5e-4, "run.accept_changes": "true"}
     with pytest.warns(UserWarning, match="changed from update 1 on"):
         assert main(words_of("train", run_dir, words)) == 0
@@ -75,13 +77,14 @@ def test_what_was_lost_leaves_the_record(run_dir: Path) -> None:
 
 
 def test_a_finished_run_says_so(run_dir: Path, capsys: Capture) -> None:
-    assert main(words_of("train", run_dir, {})) == 0  # it was moved, which config.toml tells of
-    before = snapshot(run_dir / "run")
+    # run_dir is a copy, so this first start rewrites the paths in config.toml.
+    assert main(words_of("train", run_dir, {})) == 0
+    old_files = snapshot(run_dir / "run")
     assert main(words_of("train", run_dir, {})) == 0
     assert "finished at batch 1; raise run.num_batches to go on\n" in capsys.readouterr().out
-    after = snapshot(run_dir / "run")
-    kept = [name for name in before if not name.startswith(("tb/", "report"))]
-    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    new_files = snapshot(run_dir / "run")
+    names = [name for name in old_files if not name.startswith(("tb/", "report"))]
+    assert {name: new_files[name] for name in names} == {name: old_files[name] for name in names}
 
 
 def test_free_settings_need_no_consent(run_dir: Path) -> None:
@@ -93,8 +96,8 @@ def test_free_settings_need_no_consent(run_dir: Path) -> None:
     assert load_config(run_dir / "run" / "config.toml").engine.max_running == 3
 
 
-def test_what_auto_stood_for_is_on_record(run_dir: Path, capsys: Capture) -> None:
-    """The run's microbatches of 8192 tokens stay so, whatever word asks for them."""
+def test_value_chosen_for_auto_is_recorded(run_dir: Path, capsys: Capture) -> None:
+    """auto chose microbatches of 8192 tokens: naming that number is no change, another one is."""
     assert load_config(run_dir / "run" / "config.toml").train.token_budget == "auto"
     words = {"run.num_batches": 2, "train.token_budget": 8192, "train.checkpointing": "true"}
     assert main(words_of("train", run_dir, words)) == 0
@@ -105,8 +108,8 @@ def test_what_auto_stood_for_is_on_record(run_dir: Path, capsys: Capture) -> Non
     assert_refused(capsys.readouterr().err, f"{MUST}train.token_budget: 8192 -> 4096; ")
 
 
-def test_the_length_decides_where_the_learning_rate_ends(tmp_path: Path, capsys: Capture) -> None:
-    """Under a constant rate more batches are no change; under a falling rate they are one."""
+def test_more_batches_need_consent_if_the_rate_falls(tmp_path: Path, capsys: Capture) -> None:
+    """With a falling learning rate the number of batches decides its end, so it is a change."""
     linear = {"train.lr_schedule": "linear", "train.warmup_updates": 0}
     assert main(words_of("train", tmp_path, linear | {"run.num_batches": 1})) == 0
     capsys.readouterr()
@@ -142,7 +145,7 @@ def test_a_lost_config_toml_needs_consent(run_dir: Path, capsys: Capture) -> Non
 
 
 def test_other_questions_need_consent(tmp_path: Path, capsys: Capture) -> None:
-    """As many as before, in the same file; the same ones in another folder do not."""
+    """Other questions in the same file need consent, the same ones in another folder do not."""
 
     def write(name: str, text: str) -> Path:
         rows = ({"question": f"{text} {i}", "ground_truth": "1"} for i in range(8))
@@ -150,17 +153,17 @@ def test_other_questions_need_consent(tmp_path: Path, capsys: Capture) -> None:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path / name
 
-    def train(path: Path, **more: object) -> int:
+    def train(path: Path, **settings: object) -> int:
         words = {"data.train": path, "data.eval": "none", "teacher.kind": "retry"}
-        words |= {f"run.{name}": value for name, value in more.items()}
+        words |= {f"run.{name}": value for name, value in settings.items()}
         return main(words_of("train", tmp_path / "runs", words))
 
     assert train(write("a/rows.jsonl", "first")) == 0
     assert train(write("b/rows.jsonl", "first"), num_batches=2) == 0
     capsys.readouterr()
     assert train(write("b/rows.jsonl", "other"), num_batches=3) == 2
-    digest = "8 with hash [0-9a-f]{12}"
-    message = f"{MUST}questions of data.train: {digest} -> {digest}; set them back"
+    questions_hash = "8 with hash [0-9a-f]{12}"
+    message = f"{MUST}questions of data.train: {questions_hash} -> {questions_hash}; set them back"
     assert_refused(capsys.readouterr().err, message)
     with pytest.warns(UserWarning, match="changed from update 2 on: questions of data.train: 8"):
         assert train(tmp_path / "b/rows.jsonl", num_batches=3, accept_changes="true") == 0
@@ -169,7 +172,7 @@ def test_other_questions_need_consent(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_consent_to_other_data_is_given_once(tmp_path: Path) -> None:
-    def train(text: str, **more: object) -> int:
+    def train(text: str, **settings: object) -> int:
         rows = ({"question": f"{text} {i}", "ground_truth": "1"} for i in range(8))
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         words = {
@@ -179,7 +182,7 @@ def test_consent_to_other_data_is_given_once(tmp_path: Path) -> None:
         }
         return main(
             words_of(
-                "train", tmp_path, words | {f"run.{key}": value for key, value in more.items()}
+                "train", tmp_path, words | {f"run.{key}": value for key, value in settings.items()}
             )
         )
 
@@ -191,10 +194,10 @@ def test_consent_to_other_data_is_given_once(tmp_path: Path) -> None:
     assert train("first", num_batches=3) == 2
 
 
-def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
-    """Who names it means it: what differs is told, and what held before is on record."""
-    start = run_dir / "run" / "checkpoints" / "update_000001"
-    words = {"run.dir": run_dir / "other", "run.resume": start}
+def test_naming_another_checkpoint_is_consent(run_dir: Path) -> None:
+    """Differences are told in a warning, and the old settings are recorded."""
+    checkpoint = run_dir / "run" / "checkpoints" / "update_000001"
+    words = {"run.dir": run_dir / "other", "run.resume": checkpoint}
     words |= {"run.num_batches": 2, "train.lr": 1.5e-4}
     with pytest.warns(UserWarning, match="changed from update 1 on: train.lr: .* -> 0.00015"):
         assert main(words_of("train", run_dir, words)) == 0
@@ -206,7 +209,7 @@ def test_another_run_s_checkpoint_is_consent(run_dir: Path) -> None:
 
 
 def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
-    """Also where the run was stopped before it made a checkpoint under what was agreed to."""
+    """Consent counts even if the run stops before its next checkpoint."""
     words = {"run.num_batches": 2, "train.lr": 1.5e-4}
     with pytest.warns(UserWarning, match="changed from update 1 on"):
         assert (
@@ -232,46 +235,44 @@ def test_consent_is_given_once(run_dir: Path, capsys: Capture) -> None:
         lambda text: "",
         lambda text: text.replace("[train]", "[treiben]"),
         lambda text: "student = 5\n" + text.replace("[student]", "[was_student]"),
-        lambda text: re.sub("lr = .*", "lr = 0.00015", text),  # by hand
+        lambda text: re.sub("lr = .*", "lr = 0.00015", text),  # edited by hand
     ],
 )
-def test_what_held_stands_in_the_checkpoint(
+def test_checkpoint_records_the_settings(
     damage: Callable[[str], str], run_dir: Path, capsys: Capture
 ) -> None:
-    """Whatever happens to config.toml, which people edit."""
+    """People edit or damage config.toml, so changes are found by the checkpoint's own settings."""
     path = run_dir / "run" / "config.toml"
-    first = load_config(path)
+    old_config = load_config(path)
     path.write_text(damage(path.read_text()))
-    before = snapshot(run_dir)
+    old_files = snapshot(run_dir)
     words = {"run.num_batches": 2, "train.lr": 1.5e-4}
     assert main(words_of("train", run_dir, words)) == 2
-    assert_refused(capsys.readouterr().err, f"{MUST}train.lr: {first.train.lr} -> 0.00015; ")
-    assert snapshot(run_dir) == before
+    assert_refused(capsys.readouterr().err, f"{MUST}train.lr: {old_config.train.lr} -> 0.00015; ")
+    assert snapshot(run_dir) == old_files
     with pytest.warns(UserWarning, match="changed from update 1 on: train.lr"):
         assert main(words_of("train", run_dir, words | {"run.accept_changes": "true"})) == 0
     [entry] = history_of(run_dir)
-    assert entry["train"]["lr"] == first.train.lr
+    assert entry["train"]["lr"] == old_config.train.lr
 
 
-def test_fields_of_a_request_are_no_change_of_themselves(tmp_path: Path, server: Server) -> None:
-    """None, which TOML lacks, nested lists, and letters beyond 16 bits."""
-    fields = {
+def test_unchanged_extra_body_needs_no_consent(tmp_path: Path, server: Server) -> None:
+    """None (which TOML lacks), nested lists and characters beyond 16 bits survive config.toml."""
+    extra_body = {
         "seed": None,
         "stop": ["\U0001f600", None, True],
         "deep": {"l": [{"c": 1}], "n": None},
     }
     words = {"teacher.kind": "endpoint", "teacher.url": server.url, "teacher.model": "m"}
-    words |= {"data.eval": "none", "teacher.extra_body": json.dumps(fields)}
+    words |= {"data.eval": "none", "teacher.extra_body": json.dumps(extra_body)}
     assert main(words_of("train", tmp_path, words)) == 0
     assert main(words_of("train", tmp_path, words | {"run.num_batches": 2})) == 0
     assert history_of(tmp_path) == []
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_a_run_begun_from_another_s_checkpoint_has_its_own_at_once(
-    run_dir: Path, capsys: Capture
-) -> None:
-    """So that the next start, which names nothing, goes on from there however this one ended."""
+def test_start_from_a_checkpoint_saves_its_own_at_once(run_dir: Path, capsys: Capture) -> None:
+    """The next start needs no run.resume, even if this one is killed before its first batch."""
     program = """
 import os, sys
 from socpo_fast import trainer
@@ -279,13 +280,13 @@ from socpo_fast.cli import main
 trainer.Trainer.run_batches = lambda self: os._exit(9)
 sys.exit(main())
 """
-    start = run_dir / "run" / "checkpoints" / "update_000001"
+    checkpoint = run_dir / "run" / "checkpoints" / "update_000001"
     words = {"run.name": "run2", "run.num_batches": 2}
     command = [
         sys.executable,
         "-c",
         program,
-        *words_of("train", run_dir, words | {"run.resume": start}),
+        *words_of("train", run_dir, words | {"run.resume": checkpoint}),
     ]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
     assert [path.name for path in (run_dir / "run2" / "checkpoints").iterdir()] == ["update_000001"]
@@ -294,8 +295,8 @@ sys.exit(main())
     assert "run run2 from update_000001: " in capsys.readouterr().out
 
 
-def test_what_another_start_rolled_out_goes(run_dir: Path) -> None:
-    """A run that begins anew, or resumes earlier, leaves nothing of later batches to be read."""
+def test_rollout_files_of_later_batches_are_removed(run_dir: Path) -> None:
+    """A run that restarts or resumes earlier removes rollout files of later batches."""
     rollouts = run_dir / "run" / "rollouts"
     for name in ("batch_000002.jsonl", "batch_1000000.jsonl", "notes.txt"):
         (rollouts / name).write_text("")
@@ -303,10 +304,10 @@ def test_what_another_start_rolled_out_goes(run_dir: Path) -> None:
     assert sorted(path.name for path in rollouts.iterdir()) == ["batch_000001.jsonl", "notes.txt"]
 
 
-def test_the_mark_of_no_checkpoint_goes_with_the_first(run_dir: Path) -> None:
-    """Also where a kill came between the two."""
-    mark = run_dir / "run" / "checkpoints" / "none_yet"
-    assert not mark.exists()
-    mark.write_text("")
+def test_no_checkpoint_marker_is_removed(run_dir: Path) -> None:
+    """A kill may come between the first checkpoint and the removal of the marker."""
+    marker = run_dir / "run" / "checkpoints" / "none_yet"
+    assert not marker.exists()
+    marker.write_text("")
     assert main(words_of("train", run_dir, {})) == 0
-    assert not mark.exists()
+    assert not marker.exists()

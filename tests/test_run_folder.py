@@ -1,4 +1,4 @@
-"""A run's folder: whatever happened to it, a start goes on, or says why not and changes nothing."""
+"""A run's folder after damage: a start resumes, or says why not and changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_EVAL = {"data.eval": "none", "run.checkpoint_every_updates": 1, "run.keep_che
 
 
 def flip(path: Path) -> None:
-    """Change one bit of a file."""
+    """Changes one bit of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -58,7 +58,7 @@ def replaced_by_a_circle(run: Path) -> None:
 
 
 NO_FOLDER = "run: .*/run/checkpoints must be a folder, got something else"
-# What happened to a finished run -> the line.
+# Damage to a finished run -> the line that a start prints.
 LOST: dict[str, tuple[Callable[[Path], object], str]] = {
     "no checkpoints": (
         without_checkpoints,
@@ -89,38 +89,38 @@ LOST: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_lost_checkpoints_are_no_fresh_start(case: str, run_dir: Path, capsys: Capture) -> None:
     damage, message = LOST[case]
     damage(run_dir / "run")
-    before = snapshot(run_dir)
+    old_files = snapshot(run_dir)
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
     assert_refused(capsys.readouterr().err, message)
-    assert snapshot(run_dir) == before
-    if message != NO_FOLDER:  # nor does it evaluate the student it began with
+    assert snapshot(run_dir) == old_files
+    if message != NO_FOLDER:  # eval must not fall back to the student that the run began with
         assert main(words_of("eval", run_dir, {})) == 2
         assert_refused(capsys.readouterr().err, message)
 
 
-def test_a_damaged_checkpoint_is_passed_over(run_dir: Path, capsys: Capture) -> None:
-    """With a warning that names the file; the run ends as if nothing had happened."""
+def test_damaged_checkpoint_is_skipped(run_dir: Path, capsys: Capture) -> None:
+    """A warning names the file, and the run still ends bitwise as an undamaged one."""
     words = NO_EVAL | {"run.name": "run2", "run.num_batches": 4}
     assert main(words_of("train", run_dir, words)) == 0
     folder = run_dir / "run2" / "checkpoints"
-    straight = snapshot(folder)
+    undamaged = snapshot(folder)
     shutil.rmtree(folder / "update_000004")
     flip(folder / "update_000003" / "tokenizer.json")
-    damaged = snapshot(folder / "update_000003")
+    damaged_files = snapshot(folder / "update_000003")
     capsys.readouterr()
     stop_at_2 = words | {"run.num_batches": 2, "run.keep_checkpoints": 1}
     message = "update_000003/tokenizer.json has other bytes .*; passed over for update_000002"
     with pytest.warns(UserWarning, match=message):
         assert main(words_of("train", run_dir, stop_at_2)) == 0
     assert "finished at batch 2; raise run.num_batches to go on" in capsys.readouterr().out
-    assert snapshot(folder / "update_000003") == damaged
+    assert snapshot(folder / "update_000003") == damaged_files
     with pytest.warns(UserWarning, match="passed over"):
         assert main(words_of("train", run_dir, words)) == 0
-    assert snapshot(folder) == straight
+    assert snapshot(folder) == undamaged
 
 
-def test_damaged_rows_cost_themselves(run_dir: Path, capsys: Capture) -> None:
-    """Metrics and rollouts: rows that are none, of another shape, nested without end."""
+def test_damaged_rows_are_left_out(run_dir: Path, capsys: Capture) -> None:
+    """Rows that are no JSON, have another shape or are nested too deeply cost nothing else."""
     run = run_dir / "run"
     bad_rows = ["3", "{}", "[" * 100_000, '{"turns": [3]}', '{"kind": ["eval"]}']
     bad_rows += ['{"kind": "eval", "batch": 1, "update": "x"}']
@@ -129,9 +129,9 @@ def test_damaged_rows_cost_themselves(run_dir: Path, capsys: Capture) -> None:
     for path in (run / "metrics.jsonl", run / "rollouts" / "batch_000001.jsonl"):
         with path.open("a") as file:
             file.write("\n".join(bad_rows) + "\n\xff\n")
-    with pytest.warns(UserWarning, match=r"metrics.jsonl: .* left out") as told:
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: .* left out") as warnings:
         assert main(["report", str(run)]) == 0
-    assert any("batch_000001.jsonl: " in str(warning.message) for warning in told)
+    assert any("batch_000001.jsonl: " in str(warning.message) for warning in warnings)
     with pytest.warns(UserWarning, match=r"metrics.jsonl: .* left out"):
         assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -145,13 +145,13 @@ def test_damaged_rows_cost_themselves(run_dir: Path, capsys: Capture) -> None:
 )
 def test_a_damaged_config_toml_is_named(content: str, run_dir: Path, capsys: Capture) -> None:
     (run_dir / "run" / "config.toml").write_text(content, encoding="latin-1")
-    before = snapshot(run_dir)
+    old_files = snapshot(run_dir)
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 2
     assert_refused(capsys.readouterr().err, "(run|config): .*/run/config.toml must ")
-    assert snapshot(run_dir) == before
+    assert snapshot(run_dir) == old_files
 
 
-def test_links_lead_nothing_elsewhere(run_dir: Path, tmp_path: Path) -> None:
+def test_links_in_a_run_are_replaced_or_used(run_dir: Path, tmp_path: Path) -> None:
     """Files of a run that are links are replaced; folders that are links are used."""
     run = run_dir / "run"
     victim = tmp_path / "victim"
@@ -166,13 +166,14 @@ def test_links_lead_nothing_elsewhere(run_dir: Path, tmp_path: Path) -> None:
     assert main(words_of("train", run_dir, {"run.num_batches": 2, "run.keep_checkpoints": 1})) == 0
     assert not victim.exists()
     state = json.loads((disk / "checkpoints" / "update_000002" / "trainer_state.json").read_text())
-    best = state["trainer"]["best"] or {"update": 2}  # there is none without a success
-    kept = {"update_000002", f"update_{best['update']:06d}"}
-    assert {path.name for path in (disk / "checkpoints").iterdir()} == kept
+    # Without a success there is no best checkpoint.
+    best = state["trainer"]["best"] or {"update": 2}
+    expected = {"update_000002", f"update_{best['update']:06d}"}
+    assert {path.name for path in (disk / "checkpoints").iterdir()} == expected
     assert "<html" in (run / "report.html").read_text()
 
 
-def test_a_planted_lock(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_lock_that_is_a_link_is_refused(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
     (run_dir / "run" / ".lock").unlink()
     (run_dir / "run" / ".lock").symlink_to(tmp_path / "victim")
     assert main(words_of("train", run_dir, {})) == 2
@@ -198,8 +199,8 @@ def test_a_refused_command_leaves_no_folder(words: Words, tmp_path: Path, capsys
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_no_student(run_dir: Path, capsys: Capture) -> None:
-    """Where it is evaluated, and where a run begins from it."""
+def test_damaged_checkpoint_is_refused_as_student(run_dir: Path, capsys: Capture) -> None:
+    """This holds for an evaluation of it, and for a run that begins from it."""
     checkpoint = run_dir / "run" / "checkpoints" / "update_000001"
     weights = bytearray((checkpoint / "model.safetensors").read_bytes())
     weights[-200_000:-100_000] = bytes(100_000)
@@ -211,8 +212,8 @@ def test_a_damaged_checkpoint_is_no_student(run_dir: Path, capsys: Capture) -> N
     assert_refused(capsys.readouterr().err, message)
 
 
-def test_a_run_in_another_thread(run_dir: Path) -> None:
-    """Where Python gives no signals."""
+def test_run_in_another_thread_works(run_dir: Path) -> None:
+    """Python handles signals on the main thread only, so there are no handlers here."""
     codes = []
     words = words_of("train", run_dir, {"run.num_batches": 2})
     thread = threading.Thread(target=lambda: codes.append(main(words)))
@@ -238,15 +239,15 @@ def test_home_is_written_out_in_every_path(tmp_path: Path, monkeypatch: pytest.M
     config = load_config("~/c.toml")
     assert config.folder == tmp_path / "runs" / "run"
     data = config.data
-    others = (config.run.resume, config.student.path, config.teacher.path)
-    paths = (*others, data.train, data.eval)
-    assert paths == tuple(f"{tmp_path}/{name}" for name in "xstde")
+    other_paths = (config.run.resume, config.student.path, config.teacher.path)
+    all_paths = (*other_paths, data.train, data.eval)
+    assert all_paths == tuple(f"{tmp_path}/{name}" for name in "xstde")
     message = "config: ~ must be a known user's home, got '~nobody-here/x'"
     with pytest.raises(ValueError, match=message):
         load_config(None, {"run.dir": "~nobody-here/x"})
 
 
-def test_nobodys_home_is_told_everywhere(tmp_path: Path, capsys: Capture) -> None:
+def test_unknown_users_home_is_refused(tmp_path: Path, capsys: Capture) -> None:
     for words in (
         ["train", "--config", "~nobody-here/c.toml"],
         ["report", "~nobody-here/x"],

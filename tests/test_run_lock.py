@@ -1,5 +1,6 @@
-"""One process a run folder, whatever that process leaves behind."""
+"""One process at a time writes to a run's folder, whatever an ended process leaves behind."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from socpo_fast.cli import main
-from socpo_fast.report import folder as folder_module
 from socpo_fast.report.folder import LOCK, run_folder
 from tests.helpers.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
 
@@ -29,30 +29,31 @@ with run_folder(Path(sys.argv[1])):
 
 
 def test_one_process_a_folder(run_dir: Path, capsys: Capture) -> None:
-    """A second one is told whose the folder is; the lock ends with its holder."""
+    """A second process is told which one holds the folder; the lock ends with its holder."""
     command = [sys.executable, "-c", HOLD, str(run_dir / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        before = snapshot(run_dir)
-        assert before["run/.lock"].decode().startswith(f"{holder.pid} on ")
-        rows = run_dir / "run" / "metrics.jsonl"
-        for command_word in ("train", "rollout"):
-            if command_word == "rollout":
-                rows.rename(rows.with_suffix(".away"))
-            assert main(words_of(command_word, run_dir, {"run.num_batches": 2})) == 2
+        old_files = snapshot(run_dir)
+        assert old_files["run/.lock"].decode().startswith(f"{holder.pid} on ")
+        metrics_path = run_dir / "run" / "metrics.jsonl"
+        for subcommand in ("train", "rollout"):
+            if subcommand == "rollout":
+                metrics_path.rename(metrics_path.with_suffix(".away"))
+            assert main(words_of(subcommand, run_dir, {"run.num_batches": 2})) == 2
             message = rf"run: .*/run is in use by process {holder.pid} on .*; wait for its end, or "
             assert_refused(capsys.readouterr().err, message)
-        rows.with_suffix(".away").rename(rows)
-        assert snapshot(run_dir) == before
+        metrics_path.with_suffix(".away").rename(metrics_path)
+        assert snapshot(run_dir) == old_files
         assert main(words_of("eval", run_dir, {})) == 0  # it only reads
-        assert main(["report", str(run_dir / "run")]) == 0  # replaces its own two files whole
+        # It replaces report.html and curves.png as a whole.
+        assert main(["report", str(run_dir / "run")]) == 0
         holder.send_signal(signal.SIGKILL)
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
     assert (run_dir / "run" / ".lock").read_text() == ""
 
 
-def test_two_threads_of_a_process_are_two(tmp_path: Path) -> None:
+def test_two_threads_cannot_share_a_folder(tmp_path: Path) -> None:
     with (
         run_folder(tmp_path),
         pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"),
@@ -62,8 +63,8 @@ def test_two_threads_of_a_process_are_two(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_a_fork_that_lives_on_holds_nothing(is_killed: bool, tmp_path: Path) -> None:
-    """A child that a rule or a grader has forked, and that nobody ends with the run."""
+def test_surviving_fork_does_not_hold_the_lock(is_killed: bool, tmp_path: Path) -> None:
+    """A rule or a grader may fork a child that lives longer than the run."""
     program = """
 import os, signal, sys, time
 from pathlib import Path
@@ -90,28 +91,27 @@ with run_folder(Path(sys.argv[1])):
             os.kill(child, signal.SIGKILL)
 
 
-def test_a_fork_that_goes_on_closes_nothing_of_its_own(tmp_path: Path) -> None:
+def test_fork_keeps_its_own_descriptors(tmp_path: Path) -> None:
     with run_folder(tmp_path):
         child = os.fork()
         if child == 0:
-            mine = os.open(tmp_path / "mine", os.O_RDWR | os.O_CREAT)  # takes the lock's number
-            os.write(mine, b"kept")
+            # The fork has closed the lock, so this file gets the number of its descriptor. Leaving
+            # the block must not close it.
+            descriptor = os.open(tmp_path / "mine", os.O_RDWR | os.O_CREAT)
+            os.write(descriptor, b"kept")
     if child == 0:
-        os._exit(0 if os.fstat(mine).st_size == 4 else 1)
+        os._exit(0 if os.fstat(descriptor).st_size == 4 else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_lock_that_went_in_between_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A start that is refused removes what it made; who had opened that must not lock thin air."""
-    open_lock = folder_module._open
+def test_removed_lock_file_is_not_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused start removes the lock file that it made, maybe just after we have opened it."""
+    flock = fcntl.flock
 
-    def opened_and_gone(folder: Path) -> int:
-        lock = open_lock(folder)
-        (folder / LOCK).unlink()
-        return lock
+    def unlink_and_flock(lock: int, operation: int) -> None:
+        (tmp_path / LOCK).unlink()
+        flock(lock, operation)
 
-    monkeypatch.setattr(folder_module, "_open", opened_and_gone)
+    monkeypatch.setattr(fcntl, "flock", unlink_and_flock)
     with pytest.raises(ValueError, match="is in use by process"), run_folder(tmp_path):
         pytest.fail("nobody else can see that lock")

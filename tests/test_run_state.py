@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint keeps of it comes back, and what is due is told in time."""
+"""The state of a run: it round trips through a checkpoint, and tells which save or eval is due."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from socpo_fast.run_state import RECORD_VERSION, RunState
 
 CHECKPOINT = Path("runs/run/checkpoints/update_000012")
 DRAWN_FROM = {"questions of data.train": "13 with hash 0123456789ab"}
-# As it stands in the checkpoints of earlier versions, key for key.
+# The record in checkpoints of earlier versions, key for key.
 RECORD = {
     "record_version": 3,
     "batch": 6,
@@ -48,10 +48,8 @@ def test_round_trip_through_a_checkpoint(fresh: RunState, eval_due: bool) -> Non
     assert not read(record, is_own=False).is_saved
 
 
-def test_the_record_is_as_it_was(fresh: RunState) -> None:
-    """A checkpoint of before is read, and written again it only says that no evaluation was the
-    best.
-    """
+def test_record_of_an_earlier_version_is_read(fresh: RunState) -> None:
+    """Written again, the record only adds that there is no best evaluation yet."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         state = read(RECORD)
@@ -61,12 +59,12 @@ def test_the_record_is_as_it_was(fresh: RunState) -> None:
     assert fresh.to_record().keys() == RECORD.keys() | {"best"}
 
 
-def test_the_present_data_are_those_kept() -> None:
-    others = DRAWN_FROM | {"questions": "14"}
-    assert read(RECORD, drawn_from=others).to_record()["drawn_from"] == others
+def test_current_data_replace_those_of_the_record() -> None:
+    current_data = DRAWN_FROM | {"questions": "14"}
+    assert read(RECORD, drawn_from=current_data).to_record()["drawn_from"] == current_data
 
 
-def test_without_held_out_questions_nothing_is_due() -> None:
+def test_no_eval_is_due_without_held_out_questions() -> None:
     assert not read(RECORD, measured_by="").eval_due
 
 
@@ -78,8 +76,8 @@ def test_another_record_version_is_refused(version: int | None) -> None:
         read(record)
 
 
-def test_a_state_is_saved_once_and_again_when_it_changes(fresh: RunState) -> None:
-    """A run that ends before its first batch is saved too; an evaluation that was owed counts."""
+def test_state_is_saved_again_only_after_a_change(fresh: RunState) -> None:
+    """A run that ends before its first batch is saved as well; an evaluation changes the state."""
     assert not fresh.is_saved
     fresh.end_save()
     assert fresh.is_saved
@@ -95,18 +93,19 @@ def test_a_state_is_saved_once_and_again_when_it_changes(fresh: RunState) -> Non
     assert fresh.is_saved and not fresh.save_due
 
 
-def test_the_first_of_the_best_evaluations_counts(fresh: RunState) -> None:
-    """That of the start has no checkpoint, 0 is no success; a better one makes one due, an equal
-    one does not.
+def test_first_of_equally_good_evaluations_is_best(fresh: RunState) -> None:
+    """A better evaluation makes a save due, an equal one does not.
+
+    The evaluation at the start does not count, as it has no checkpoint. A success of 0 is none.
     """
-    told = []
+    is_best = []
     for update, success in ((0, 0.9), (4, 0.0), (8, 0.25), (12, 0.25), (16, 0.125), (20, 0.5)):
         fresh.save_due = False
-        told.append(
+        is_best.append(
             fresh.end_evaluation(update=update, success=success, measured_by="two questions")
         )
-        assert fresh.save_due == told[-1]
-    assert told == [False, False, True, False, False, True]
+        assert fresh.save_due == is_best[-1]
+    assert is_best == [False, False, True, False, False, True]
     assert fresh.to_record()["best"] == {
         "update": 20,
         "success": 0.5,

@@ -1,4 +1,4 @@
-"""What a session makes, and in what order: the engine takes what the others leave of a card."""
+"""What a session makes, in which order. The engine comes last: it takes the memory that is left."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SETTINGS = {"engine.kv_cache_gib": "auto", "data.eval": "none", "data.builtin_tr
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """(name, what came out) of whatever takes memory, in the order in which it was made."""
-    order: list[tuple[str, Any]] = []
+def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Records (function name, result) of each call that allocates memory, in order."""
+    calls: list[tuple[str, Any]] = []
     for name in ("load_student", "make_teacher", "Engine"):
         make = getattr(session_module, name)
 
-        def note(*given: Any, name: str = name, make: Any = make, **options: Any) -> Any:
-            order.append((name, make(*given, **options)))
-            return order[-1][1]
+        def record(*args: Any, name: str = name, make: Any = make, **kwargs: Any) -> Any:
+            calls.append((name, make(*args, **kwargs)))
+            return calls[-1][1]
 
-        monkeypatch.setattr(session_module, name, note)
-    return order
+        monkeypatch.setattr(session_module, name, record)
+    return calls
 
 
 def is_trained(model: Decoder) -> bool:
@@ -42,22 +42,22 @@ def is_trained(model: Decoder) -> bool:
     return flags.pop()
 
 
-def test_the_engine_is_made_last(made: list[tuple[str, Any]], tmp_path: Path) -> None:
+def test_the_engine_is_made_last(created: list[tuple[str, Any]], tmp_path: Path) -> None:
     settings = {**SETTINGS, "loss.kl_coef": 0.1, "run.dir": str(tmp_path)}
     trainer = Trainer(load_config(CONFIG, settings))
-    names = [name for name, _ in made]
+    names = [name for name, _ in created]
     assert names == ["load_student", "make_teacher", "load_student", "Engine"]
-    (_, student), _, (_, reference), (_, engine) = made
+    (_, student), _, (_, reference), (_, engine) = created
     assert (trainer.student, trainer.updater.reference) == (student, reference)
     assert trainer.engine is engine
     assert is_trained(student) and not is_trained(reference)
     assert engine.kv_cache.note == "KV cache 1 GiB (auto)"
 
 
-def test_what_is_not_trained_is_frozen(made: list[tuple[str, Any]]) -> None:
-    """An evaluation needs neither gradients nor the reference, whatever the loss would be."""
+def test_models_of_an_evaluation_are_frozen(created: list[tuple[str, Any]]) -> None:
+    """An evaluation needs neither gradients nor the reference, even if the loss has a KL term."""
     session = Session(load_config(CONFIG, SETTINGS | {"loss.kl_coef": 0.1}))
-    assert [name for name, _ in made] == ["load_student", "make_teacher", "Engine"]
+    assert [name for name, _ in created] == ["load_student", "make_teacher", "Engine"]
     assert session.reference is None and not is_trained(session.student)
 
 
@@ -66,16 +66,16 @@ def test_no_reference_without_a_kl_term() -> None:
     assert session.reference is None and is_trained(session.student)
 
 
-@pytest.mark.parametrize("part", ["train", "eval"])
-def test_builtin_questions_need_a_grader_that_reads_them(part: str) -> None:
-    """Under a grader of letters no answer could be right, and the headline would say 0 %."""
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_builtin_questions_need_a_fitting_grader(split: str) -> None:
+    """With a grader of letters no answer could be right, and the headline would say 0 %."""
     session = Session(
         load_config(CONFIG, SETTINGS | {"data.eval": "builtin", "data.grader": "mcq"})
     )
     with pytest.raises(
-        ValueError, match=f"data.{part} builtin: ground_truth must be one of A, B, .* grader mcq"
+        ValueError, match=f"data.{split} builtin: ground_truth must be one of A, B, .* grader mcq"
     ):
-        getattr(session, f"{part}_questions")()
+        getattr(session, f"{split}_questions")()
 
 
 def test_closing_waits_for_no_hung_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,13 +85,13 @@ def test_closing_waits_for_no_hung_teacher(monkeypatch: pytest.MonkeyPatch) -> N
     session = Session(load_config(CONFIG, SETTINGS))
     monkeypatch.setattr(session.teacher, "aclose", hang)
     monkeypatch.setattr(session_module, "CLOSE_S", 0.1)
-    since = time.perf_counter()
+    started = time.perf_counter()
     session.close()
-    assert time.perf_counter() - since < 5
+    assert time.perf_counter() - started < 5
 
 
-def test_caches_by_shape_are_bounded_before_the_first_product() -> None:
-    """Their size is read once, so it must stand when a Session has loaded its model."""
+def test_shape_caches_are_bounded_by_a_session() -> None:
+    """The sizes are read once, at the first product, so a Session must set them before."""
     program = """
 import os, sys
 os.environ["LRU_CACHE_CAPACITY"] = "64"  # the user's own stays
@@ -100,7 +100,7 @@ from socpo_fast.session import Session
 Session(load_config(sys.argv[1]))
 print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"])
 """
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program, str(CONFIG)], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "128 64\n"
+    assert result.stdout == "128 64\n"

@@ -1,4 +1,4 @@
-"""Outputs that take nothing: the work is done all the same, and the exit code says so."""
+"""An output that is closed or takes only ASCII does not end a run or change its exit code."""
 
 import subprocess
 import sys
@@ -14,39 +14,40 @@ WORDS = {"run.num_batches": 1, "data.eval": "none"}
 
 
 @pytest.mark.parametrize(
-    "run",
+    "prefix",
     [
         ["bash", "-c", 'exec "$@" >&-', "bash"],
         ["env", "PYTHONIOENCODING=ascii"],
     ],
     ids=["closed", "ascii"],
 )
-def test_an_output_that_takes_nothing(run: list[str], tmp_path: Path) -> None:
+def test_an_output_that_takes_nothing(prefix: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "\u00fc"
     words = words_of("train", folder, WORDS | {"run.num_batches": 1})
-    done = subprocess.run(
-        [*run, sys.executable, "-m", "socpo_fast.cli", *words],
+    result = subprocess.run(
+        [*prefix, sys.executable, "-m", "socpo_fast.cli", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
     assert (folder / "run" / "report.html").is_file()
 
 
 def test_a_function_that_closes_the_output(tmp_path: Path) -> None:
     words = WORDS | {"run.num_batches": 2, "teacher.rule": f"{__name__}:close_output"}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "socpo_fast.cli", *words_of("train", tmp_path, words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
 
 
 def close_output(_request: Any) -> str:
+    """Plays a teacher that closes stdout."""
     sys.stdout.close()
     return "Look again."

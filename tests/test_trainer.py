@@ -1,4 +1,4 @@
-"""Whole runs of the built-in task: they learn, stop anywhere, and go on bit for bit."""
+"""Whole runs of the built-in task: they learn, stop anywhere, and resume bitwise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = {
     "run.num_batches": 4,
     "run.checkpoint_every_updates": 0,
     "run.keep_checkpoints": 9,
-    "data.builtin_train_questions": 13,  # three batches an epoch: the fourth is in the second
+    "data.builtin_train_questions": 13,  # 3 batches an epoch, so batch 4 is in the second epoch
     "data.builtin_eval_questions": 4,
     "rollout.questions_per_batch": 4,
     "rollout.group_size": 4,
@@ -35,12 +35,13 @@ FILES = {"config.toml", "metrics.jsonl", "curves.png", "report.html"}
 
 
 def config_of(folder: Path, **changes: object) -> Config:
+    """Returns the config of a small run; section__key=value changes section.key."""
     sections = {name.replace("__", "."): value for name, value in changes.items()}
     return load_config(CONFIG, SMALL | {"run.dir": str(folder)} | sections)
 
 
 def rows_of(config: Config) -> list[dict]:
-    """The metrics that must repeat: all but clocks and speeds."""
+    """Returns the metrics that must repeat: all except for times and speeds."""
     timed = ("time/", "perf/")
     rows = read_metrics(config.folder / "metrics.jsonl")
     return [
@@ -49,34 +50,35 @@ def rows_of(config: Config) -> list[dict]:
 
 
 def assert_same_end(config: Config, other: Config) -> None:
-    paths = [latest_checkpoint(c.folder / "checkpoints") for c in (config, other)]
-    assert paths[0] is not None
-    assert paths[1] is not None
+    """Checks that weights, optimizer, state and metrics of two runs are bitwise equal."""
+    checkpoints = [latest_checkpoint(c.folder / "checkpoints") for c in (config, other)]
+    assert checkpoints[0] is not None
+    assert checkpoints[1] is not None
     for name in ("model.safetensors", "optimizer.safetensors"):
-        ours = load_file(paths[0] / name)
-        theirs = load_file(paths[1] / name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    assert (paths[0] / "trainer_state.json").read_text() == (
-        paths[1] / "trainer_state.json"
+        tensors = load_file(checkpoints[0] / name)
+        other_tensors = load_file(checkpoints[1] / name)
+        assert tensors.keys() == other_tensors.keys()
+        assert all(torch.equal(tensors[key], other_tensors[key]) for key in tensors), name
+    assert (checkpoints[0] / "trainer_state.json").read_text() == (
+        checkpoints[1] / "trainer_state.json"
     ).read_text()
     assert rows_of(config) == rows_of(other)
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run from start to end that nobody disturbed."""
-    config = config_of(tmp_path_factory.mktemp("straight"))
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Returns a run from start to end without a stop."""
+    config = config_of(tmp_path_factory.mktemp("uninterrupted"))
     trainer.train(config)
     return config
 
 
-def test_a_run_leaves_everything(straight: Config) -> None:
-    names = {path.name for path in straight.folder.iterdir()}
+def test_run_folder_has_all_files(uninterrupted: Config) -> None:
+    names = {path.name for path in uninterrupted.folder.iterdir()}
     assert names == {".lock", *FILES, "tb", "rollouts", "checkpoints"}
-    assert (straight.folder / ".lock").read_text() == ""
-    assert load_config(straight.folder / "config.toml") == straight
-    kinds = [(row["kind"], row["batch"], row["update"]) for row in rows_of(straight)]
+    assert (uninterrupted.folder / ".lock").read_text() == ""
+    assert load_config(uninterrupted.folder / "config.toml") == uninterrupted
+    kinds = [(row["kind"], row["batch"], row["update"]) for row in rows_of(uninterrupted)]
     expected = [("eval", 0, 0)]
     for batch in range(1, 5):
         expected += [
@@ -86,21 +88,21 @@ def test_a_run_leaves_everything(straight: Config) -> None:
         ]
         expected += [("eval", batch, 2 * batch)] if batch % 2 == 0 else []
     assert kinds == expected
-    lines = (straight.folder / "rollouts" / "batch_000004.jsonl").read_text().splitlines()
+    lines = (uninterrupted.folder / "rollouts" / "batch_000004.jsonl").read_text().splitlines()
     assert len(lines) == 16
     assert all(
         row["policy/sampler_mismatch_nats"] < 1e-4
-        for row in rows_of(straight)
+        for row in rows_of(uninterrupted)
         if row["kind"] == "update"
     )
 
 
-def test_the_same_run_again_is_bitwise_the_same(straight: Config, tmp_path: Path) -> None:
-    """A trace of its first two batches changes nothing, and shows student, guidance and phases."""
-    again = config_of(tmp_path, run__trace_batches=2)
-    trainer.train(again)
-    assert_same_end(straight, again)
-    traces = sorted(again.folder.glob("trace_*.json"))
+def test_same_run_again_is_bitwise_equal(uninterrupted: Config, tmp_path: Path) -> None:
+    """Tracing two batches changes nothing; the trace shows student, guidance and phases."""
+    repeated = config_of(tmp_path, run__trace_batches=2)
+    trainer.train(repeated)
+    assert_same_end(uninterrupted, repeated)
+    traces = sorted(repeated.folder.glob("trace_*.json"))
     assert [path.name for path in traces] == ["trace_000001.json", "trace_000002.json"]
     for path in traces:
         events = json.loads(path.read_text())["traceEvents"]
@@ -109,8 +111,8 @@ def test_the_same_run_again_is_bitwise_the_same(straight: Config, tmp_path: Path
 
 
 @pytest.mark.parametrize("stops", [(1, 3), (2,)])
-def test_resume_is_bitwise_a_run_without_stop(
-    straight: Config, tmp_path: Path, stops: tuple[int, ...]
+def test_resume_is_bitwise_equal_to_no_stop(
+    uninterrupted: Config, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
     for num_batches in stops:
         stopped = trainer.Trainer(config_of(tmp_path))
@@ -118,7 +120,7 @@ def test_resume_is_bitwise_a_run_without_stop(
 
         def stop_after(stopped=stopped, run_batch=run_batch, num_batches=num_batches) -> None:
             run_batch()
-            if stopped.state.batch == num_batches:  # as if a signal had come during the update
+            if stopped.state.batch == num_batches:  # as if a signal came during the update
                 stopped.signals.received = signal.SIGTERM
 
         stopped.run_batch = stop_after
@@ -127,13 +129,11 @@ def test_resume_is_bitwise_a_run_without_stop(
         assert stop.value.code == 128 + signal.SIGTERM
     resumed = config_of(tmp_path)
     trainer.train(resumed)
-    assert_same_end(resumed, straight)
+    assert_same_end(resumed, uninterrupted)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(straight: Config, tmp_path: Path) -> None:
-    """SIGKILL in the middle of a batch: what came after the checkpoint is done again, and no row is
-    there twice.
-    """
+def test_killed_run_resumes_from_last_checkpoint(uninterrupted: Config, tmp_path: Path) -> None:
+    """Updates behind the last checkpoint are repeated, and no row is there twice."""
     config = config_of(tmp_path, run__checkpoint_every_updates=2)
     killed = trainer.Trainer(config)
     update = killed.update
@@ -150,41 +150,41 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(straight: Config, tmp_pat
         file.write('{"kind": "batch", "ba')  # a torn line
     with pytest.warns(UserWarning, match="torn"):
         trainer.train(config)
-    assert_same_end(config, straight)
+    assert_same_end(config, uninterrupted)
 
 
-def test_sigterm_saves_at_once(straight: Config, tmp_path: Path) -> None:
-    """A real process, a real signal, while it evaluates or rolls out; the next start goes on."""
+def test_sigterm_saves_at_once(uninterrupted: Config, tmp_path: Path) -> None:
+    """A real process gets a real signal while it evaluates or rolls out; the next start resumes."""
     config = config_of(tmp_path)
     options = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "socpo_fast.cli", "train", "--config", str(CONFIG), *options]
     command += ["--run.dir", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    said = ""
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if line.startswith("train batch 1/4"):
             process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM, said
-    assert "stopped and saved after batch" in said
-    assert said.count("KV cache 0.05 GiB\n") == 1
-    assert "Traceback" not in said
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, output
+    assert "stopped and saved after batch" in output
+    assert output.count("KV cache 0.05 GiB\n") == 1
+    assert "Traceback" not in output
     trainer.train(config)
-    assert_same_end(config, straight)
+    assert_same_end(config, uninterrupted)
 
 
-def test_a_finished_run_is_left_alone(straight: Config) -> None:
-    before = (straight.folder / "metrics.jsonl").read_text()
-    trainer.train(straight)
-    assert (straight.folder / "metrics.jsonl").read_text() == before
+def test_finished_run_is_not_changed(uninterrupted: Config) -> None:
+    old_metrics = (uninterrupted.folder / "metrics.jsonl").read_text()
+    trainer.train(uninterrupted)
+    assert (uninterrupted.folder / "metrics.jsonl").read_text() == old_metrics
 
 
-def test_eval_of_a_checkpoint_is_the_run_s_own(straight: Config) -> None:
-    last = [row for row in rows_of(straight) if row["kind"] == "eval"][-1]
-    rates = trainer.evaluate(straight, None)
+def test_eval_of_a_checkpoint_equals_the_runs_own(uninterrupted: Config) -> None:
+    last_eval = [row for row in rows_of(uninterrupted) if row["kind"] == "eval"][-1]
+    rates = trainer.evaluate(uninterrupted, None)
     assert {name: rates[name] for name in ("success/unassisted", "success/assisted")} == {
-        name: last[name] for name in ("success/unassisted", "success/assisted")
+        name: last_eval[name] for name in ("success/unassisted", "success/assisted")
     }
 
 
@@ -210,7 +210,7 @@ def test_rollout_only_changes_nothing(tmp_path: Path) -> None:
     row = json.loads(
         (config.folder / "rollouts" / "batch_000001.jsonl").read_text().splitlines()[0]
     )
-    assert isinstance(row["turns"][0]["advantage"], float)  # what an update would have used
+    assert isinstance(row["turns"][0]["advantage"], float)  # the advantage that an update would use
 
 
 @pytest.mark.parametrize(
@@ -241,32 +241,31 @@ def test_bad_input_is_refused_before_a_run_begins(
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_a_run_begins_from_another_s_checkpoint_and_then_goes_on_from_its_own(
-    straight: Config, tmp_path: Path
-) -> None:
-    start = latest_checkpoint(straight.folder / "checkpoints")
-    config = config_of(tmp_path, run__resume=str(start), run__num_batches=5)
+def test_start_from_another_run_then_resume_own(uninterrupted: Config, tmp_path: Path) -> None:
+    checkpoint = latest_checkpoint(uninterrupted.folder / "checkpoints")
+    config = config_of(tmp_path, run__resume=str(checkpoint), run__num_batches=5)
     trainer.train(config)
     assert [row["batch"] for row in rows_of(config) if row["kind"] == "batch"] == [5]
-    again = trainer.Trainer(config)
-    assert again.resumed_from is not None
-    assert again.resumed_from.parent == config.folder / "checkpoints"
-    own = config.folder / "checkpoints"
-    run = config.run.model_copy(update={"resume": str(own / "update_000001")})
+    resumed = trainer.Trainer(config)
+    assert resumed.resumed_from is not None
+    assert resumed.resumed_from.parent == config.folder / "checkpoints"
+    own_checkpoints = config.folder / "checkpoints"
+    run = config.run.model_copy(update={"resume": str(own_checkpoints / "update_000001")})
     with pytest.raises(ValueError, match="must be the run's last checkpoint update_000010"):
         trainer.train(config.model_copy(update={"run": run}))
 
 
-def test_a_new_run_never_overwrites_an_old_one(straight: Config) -> None:
-    run = straight.run.model_copy(update={"resume": "never"})
+def test_a_new_run_never_overwrites_an_old_one(uninterrupted: Config) -> None:
+    run = uninterrupted.run.model_copy(update={"resume": "never"})
     with pytest.raises(ValueError, match="must be new with run.resume never"):
-        trainer.train(straight.model_copy(update={"run": run}))
+        trainer.train(uninterrupted.model_copy(update={"run": run}))
 
 
 @pytest.mark.slow
-def test_it_learns(tmp_path: Path) -> None:
-    """Unassisted accuracy on held-out questions rises by far more than 15 points; the shipped
-    settings, shortened.
+def test_accuracy_rises(tmp_path: Path) -> None:
+    """With the shipped settings, shortened, unassisted accuracy rises by more than 15 points.
+
+    The questions are held out. The rise is usually far larger.
     """
     config = load_config(
         CONFIG,

@@ -1,9 +1,8 @@
-"""From every checkpoint of a run the rest is bit for bit the same; kills and full disks on the way
-lose nothing.
+"""A run that is killed or stopped anywhere resumes bitwise, and a full disk loses nothing.
 
-A small run with everything on that could come back wrong: epochs of three batches and a question
-left over, two attempts, two epochs an update order, a frozen reference, recomputed log-probs,
-evaluations that are due or owed.
+The run is small, but has everything that could come back wrong: epochs of three batches with a
+question left over, two attempts, two passes over each batch, a frozen reference, recomputed
+log-probs, and evaluations that a stop has delayed.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from socpo_fast.train import checkpoint
 from socpo_fast.train.checkpoint import latest_checkpoint
 from socpo_fast.types import Question
 
-NUM_BATCHES = (
-    5  # of 2 questions; 7 questions make epochs of 3 batches, so the run ends inside the second
-)
-UPDATES_A_BATCH = 4  # 2 questions, one an update, 2 epochs
+# 7 questions make epochs of 3 batches of 2, so the run ends inside the second epoch.
+NUM_BATCHES = 5
+UPDATES_A_BATCH = 4  # 2 questions, one question an update, 2 passes
 
 
 def grade(text: str, question: Question) -> bool:
-    """About one answer in three, by its bytes: an untrained student that stops early still earns
-    something.
+    """Whether the bytes of an answer hash to 0 modulo 3.
+
+    An untrained student is right about one time in three, so that rewards differ.
     """
     return zlib.crc32(text.encode()) % 3 == 0
 
@@ -58,7 +57,7 @@ def config_of(folder: Path, **changes: Any) -> Config:
             "rollout.questions_per_batch": 2,
             "rollout.group_size": 3,
             "rollout.max_attempts": 2,
-            "rollout.temperature": 2.0,  # otherwise the first tokens of all rollouts are the same
+            "rollout.temperature": 2.0,  # below this the first tokens of all rollouts are the same
             "rollout.max_new_tokens": 8,
             "rollout.attempt_limit": 6,
             "rollout.guidance_limit": 16,
@@ -83,62 +82,66 @@ def config_of(folder: Path, **changes: Any) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_report() -> Iterator[None]:
-    """The report is drawn from what is compared here, and costs more than the run."""
+    """Leaves reports out: they are made from the files compared here, and slower than a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "report_note", str)
         yield
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The run that nobody disturbed."""
-    config = config_of(tmp_path_factory.mktemp("straight"))
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Returns the run that nothing interrupted."""
+    config = config_of(tmp_path_factory.mktemp("uninterrupted"))
     trainer.train(config)
     return config
 
 
 def rows_of(config: Config) -> list[dict]:
-    """All metrics but clocks and speeds."""
+    """Returns all metrics except for times and speeds."""
     rows = read_metrics(config.folder / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
-def assert_same(config: Config, straight: Config, *, owed: str = "") -> None:
-    """Every checkpoint, metric and rollout is the undisturbed run's, but that `owed` still owes its
-    evaluation.
+def assert_same(config: Config, uninterrupted: Config, *, owed: str = "") -> None:
+    """Checks that every checkpoint, metric and rollout is bitwise that of the uninterrupted run.
+
+    The state of checkpoint `owed` may differ: it was saved before the evaluation that was due.
     """
-    for path in sorted((straight.folder / "checkpoints").iterdir()):
-        other = config.folder / "checkpoints" / path.name
-        one, two = (json.loads((folder / "manifest.json").read_text()) for folder in (path, other))
-        assert one.keys() == two.keys()
-        differ = {name for name in one if one[name] != two[name]}
-        assert differ == ({"trainer_state.json"} if path.name == owed else set()), path.name
-    assert rows_of(config) == rows_of(straight)
-    for path in (straight.folder / "rollouts").iterdir():
+    for path in sorted((uninterrupted.folder / "checkpoints").iterdir()):
+        checkpoint = config.folder / "checkpoints" / path.name
+        expected, actual = (
+            json.loads((folder / "manifest.json").read_text()) for folder in (path, checkpoint)
+        )
+        assert expected.keys() == actual.keys()
+        differing = {name for name in expected if expected[name] != actual[name]}
+        assert differing == ({"trainer_state.json"} if path.name == owed else set()), path.name
+    assert rows_of(config) == rows_of(uninterrupted)
+    for path in (uninterrupted.folder / "rollouts").iterdir():
         assert (config.folder / "rollouts" / path.name).read_text() == path.read_text()
 
 
-def copy_as_killed(straight: Config, folder: Path, num_batches: int) -> Config:
-    """The run as SIGKILL left it: its last checkpoint, rows of later updates, half a checkpoint,
-    half a row.
+def copy_as_killed(uninterrupted: Config, folder: Path, num_batches: int) -> Config:
+    """Returns a copy of the run as SIGKILL leaves it after num_batches.
+
+    It has the checkpoints until then, rows of later updates, half a checkpoint and half a row.
     """
     config = config_of(folder)
-    shutil.copytree(straight.folder, config.folder)
+    shutil.copytree(uninterrupted.folder, config.folder)
     checkpoints = config.folder / "checkpoints"
     for path in sorted(checkpoints.iterdir())[num_batches:]:
-        half = checkpoints / f".{path.name}.partial"
-        path.rename(half)
-        (half / "manifest.json").unlink()
-        with (half / "optimizer.safetensors").open("r+b") as file:
+        partial = checkpoints / f".{path.name}.partial"
+        path.rename(partial)
+        (partial / "manifest.json").unlink()
+        with (partial / "optimizer.safetensors").open("r+b") as file:
             file.truncate(1000)
     with (config.folder / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"kind": "upd')
     return config
 
 
-def test_the_run_is_worth_comparing(straight: Config) -> None:
-    """Updates move the weights, ratios leave 1, help is asked for, evaluations differ."""
-    rows = rows_of(straight)
+def test_reference_run_exercises_every_feature(uninterrupted: Config) -> None:
+    """Updates move the weights, ratios leave 1, and some but not all attempts get guidance."""
+    rows = rows_of(uninterrupted)
     updates = [row for row in rows if row["kind"] == "update"]
     assert len(updates) == NUM_BATCHES * UPDATES_A_BATCH
     rates = [row["policy/lr"] for row in updates]
@@ -148,45 +151,52 @@ def test_the_run_is_worth_comparing(straight: Config) -> None:
     assert sum(abs(row["policy/ratio_mean"] - 1) > 1e-6 for row in updates) > len(updates) / 2
     assert 0 < sum(row["guidance/rate"] for row in rows if row["kind"] == "batch") < NUM_BATCHES
     assert [row["update"] for row in rows if row["kind"] == "eval"] == [0, 8, 16, 20]
-    asked = [
+    question_idxs = [
         json.loads(line)["question_idx"]
-        for path in sorted((straight.folder / "rollouts").iterdir())
+        for path in sorted((uninterrupted.folder / "rollouts").iterdir())
         for line in path.read_text().splitlines()
     ]
-    assert len(set(asked[:18])) == 6 and set(asked[18:]) & set(asked[:18])
+    assert len(set(question_idxs[:18])) == 6 and set(question_idxs[18:]) & set(question_idxs[:18])
 
 
-def test_killed_in_bf16(tmp_path: Path) -> None:
-    """Masters come back from their halves; the settings refuse bf16 on a CPU for its speed only."""
+def test_killed_run_resumes_bitwise_in_bf16(tmp_path: Path) -> None:
+    """fp32 masters come back from their two halves.
+
+    The config refuses bf16 on a CPU, but only because it is slow, so the check is bypassed.
+    """
 
     def in_bf16(folder: Path) -> Config:
         config = config_of(folder, run__num_batches=3, loss__old_logprobs="auto")
         student = config.student.model_copy(update={"dtype": "bfloat16"})
         return config.model_copy(update={"student": student})
 
-    straight = in_bf16(tmp_path / "straight")
-    trainer.train(straight)
-    copy_as_killed(straight, tmp_path / "killed", 1)
+    uninterrupted = in_bf16(tmp_path / "uninterrupted")
+    trainer.train(uninterrupted)
+    copy_as_killed(uninterrupted, tmp_path / "killed", 1)
     config = in_bf16(tmp_path / "killed")
     with pytest.warns(UserWarning, match="torn"):
         trainer.train(config)
-    assert_same(config, straight)
-    updates = [row for row in rows_of(straight) if row["kind"] == "update"]
+    assert_same(config, uninterrupted)
+    updates = [row for row in rows_of(uninterrupted) if row["kind"] == "update"]
     assert updates[0]["policy/ratio_mean"] == 1.0
     assert 0 < updates[0]["policy/sampler_mismatch_mean_nats"] < 0.05
 
 
 @pytest.mark.parametrize("num_batches", range(1, NUM_BATCHES))
-def test_killed_after_any_checkpoint(straight: Config, tmp_path: Path, num_batches: int) -> None:
-    config = copy_as_killed(straight, tmp_path, num_batches)
+def test_killed_run_resumes_bitwise(
+    uninterrupted: Config, tmp_path: Path, num_batches: int
+) -> None:
+    config = copy_as_killed(uninterrupted, tmp_path, num_batches)
     with pytest.warns(UserWarning, match="torn"):
         trainer.train(config)
-    assert_same(config, straight)
+    assert_same(config, uninterrupted)
 
 
 @pytest.mark.parametrize("nth", range(4))
-def test_stopped_in_any_evaluation(straight: Config, tmp_path: Path, nth: int) -> None:
-    """SIGTERM while it evaluates: the checkpoint owes it, and the next start makes it first."""
+def test_stop_in_any_evaluation_resumes_bitwise(
+    uninterrupted: Config, tmp_path: Path, nth: int
+) -> None:
+    """After SIGTERM in an evaluation it is due in the checkpoint, and the next start runs it."""
     stopped = trainer.Trainer(config_of(tmp_path))
     evaluate = stopped.session.evaluate
     calls = []
@@ -205,29 +215,27 @@ def test_stopped_in_any_evaluation(straight: Config, tmp_path: Path, nth: int) -
     if nth == 0:  # before the first update there is nothing to save
         assert saved is None
         trainer.train(stopped.config)
-        assert_same(stopped.config, straight, owed="")
+        assert_same(stopped.config, uninterrupted, owed="")
         return
     assert saved is not None
     assert json.loads((saved / "trainer_state.json").read_text())["trainer"]["eval_due"]
     trainer.train(stopped.config)
     state = json.loads(
-        (straight.folder / "checkpoints" / saved.name / "trainer_state.json").read_text()
+        (uninterrupted.folder / "checkpoints" / saved.name / "trainer_state.json").read_text()
     )
     best = state["trainer"]["best"]
     is_best = best is not None and saved.name == f"update_{best['update']:06d}"
-    is_saved_again = is_best or nth == 3  # the last one is, too
-    assert_same(stopped.config, straight, owed="" if is_saved_again else saved.name)
+    is_saved_again = is_best or nth == 3  # the last checkpoint is saved again as well
+    assert_same(stopped.config, uninterrupted, owed="" if is_saved_again else saved.name)
 
 
-@pytest.mark.parametrize("where", [checkpoint, weights], ids=["moments", "weights"])
-def test_full_disk(
-    straight: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType
+@pytest.mark.parametrize("module", [checkpoint, weights], ids=["moments", "weights"])
+def test_full_disk_loses_nothing(
+    uninterrupted: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
 ) -> None:
-    """The third save finds no room: it says so, what was there before is whole, and with room again
-    the run goes on.
-    """
+    """The third save finds a full disk and says so; older checkpoints stay, and the run resumes."""
     config = config_of(tmp_path)
-    save_file = where.save_file
+    save_file = module.save_file
     calls = []
 
     def full(tensors: Any, path: Any, **options: Any) -> None:
@@ -237,7 +245,7 @@ def test_full_disk(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(tensors, path, **options)
 
-    monkeypatch.setattr(where, "save_file", full)
+    monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(
         RuntimeError, match=r"update_000012 could not be written .*No space left.* free disk space"
     ) as caught:
@@ -246,13 +254,13 @@ def test_full_disk(
     names = ["update_000004", "update_000008"]
     assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == names
     trainer.train(config)
-    assert_same(config, straight)
+    assert_same(config, uninterrupted)
 
 
-def test_a_grader_that_raises_costs_its_own_batch_only(straight: Config, tmp_path: Path) -> None:
-    """No checkpoint was due yet: what was trained before is saved all the same, and the run goes on
-    from there.
-    """
+def test_a_grader_that_raises_costs_its_own_batch_only(
+    uninterrupted: Config, tmp_path: Path
+) -> None:
+    """Earlier batches are saved although no checkpoint was due, and the run resumes there."""
     config = config_of(tmp_path, run__checkpoint_every_updates=0)
     run = trainer.Trainer(config)
 
@@ -267,28 +275,27 @@ def test_a_grader_that_raises_costs_its_own_batch_only(straight: Config, tmp_pat
     ):
         run.run()
     [saved] = (config.folder / "checkpoints").iterdir()
-    there = straight.folder / "checkpoints" / "update_000008" / "manifest.json"
-    assert (saved / "manifest.json").read_text() == there.read_text()
+    expected = uninterrupted.folder / "checkpoints" / "update_000008" / "manifest.json"
+    assert (saved / "manifest.json").read_text() == expected.read_text()
     trainer.train(config)
-    assert rows_of(config) == rows_of(straight)
+    assert rows_of(config) == rows_of(uninterrupted)
 
 
-def test_a_signal_as_a_block_begins_does_not_wait_for_its_end(
+def test_signal_at_the_start_of_a_block_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     signals = StopSignals()
-    monkeypatch.setattr(
-        signals, "check", lambda: signals._handle(signal.SIGTERM, None)
-    )  # comes just after the check
-    with pytest.raises(StopRequested), signals.stop_at(1):
+    # check() is the last call before the block. The signal comes then, after its own test.
+    monkeypatch.setattr(signals, "check", lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(StopRequested), signals, signals.stop_at(1):
         pytest.fail("the block ran")
 
 
-def test_a_run_of_another_layout_is_refused_in_words(
-    straight: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_run_of_another_record_version_is_refused(
+    uninterrupted: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = copy_as_killed(straight, tmp_path, 2)
-    before = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
+    config = copy_as_killed(uninterrupted, tmp_path, 2)
+    old_files = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(run_state, "RECORD_VERSION", run_state.RECORD_VERSION + 1)
     with pytest.raises(
         ValueError, match="must be of record version 4, got 3, .* choose another run.name"
@@ -296,4 +303,4 @@ def test_a_run_of_another_layout_is_refused_in_words(
         trainer.train(config)
     assert {
         path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()
-    } == before
+    } == old_files

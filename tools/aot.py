@@ -1,18 +1,21 @@
 """Compiles every Triton kernel for the architectures we ship tiles for, without a GPU.
 
-Usage: python -m tools.aot [--list] (`make aot`). A module of kernels/ joins by having kernels,
-functions under @triton.jit named *_kernel: it must then yield each of them from its `aot_configs`
-(see kernels/_launch.py).
+Usage: python -m tools.aot [--list] (`make aot`). Read main, then compile_all, then variants_of.
 
-Triton compiles a kernel anew for all that it specialises on. The configurations cover dtypes,
-absent pointers and odd sizes. `variants` adds what else a launch can make of a kernel: each number
-that is 1, each number beyond int32, and pointers that start anywhere.
+A module of kernels/ takes part as soon as it has a kernel: a function under @triton.jit whose name
+ends in _kernel. The module's `aot_configs` must then yield each of its kernels (see
+kernels/_launch.py).
 
-Prints how even the programs of tree attention's backward are (tools/tree_balance.py), a row a
-launch, with the registers, spills and shared memory it needs and how many of its blocks (CTAs) a
-multiprocessor holds, and one JSON line.
-Exit code 1, naming the launch, when it does not compile, when registers spill beyond the allowance,
-when shared memory is over what a block of the architecture may have, or when a kernel is in no
+Triton compiles one kernel several times, once for each specialisation. The configurations cover
+dtypes, absent pointers and odd sizes. `variants` adds the other specialisations that a launch can
+ask for: a number that is 1, a number beyond int32, and pointers that are not aligned.
+
+Output: how evenly work is divided among the programs of tree attention's backward
+(tools/tree_balance.py); then one row for each launch with its registers, spills, shared memory and
+the number of its blocks (CTAs) that fit on a multiprocessor; then one JSON line.
+
+Exit code 1, with the launch named, when a launch does not compile, spills more registers than
+allowed or needs more shared memory than the architecture gives a block, or when a kernel is in no
 configuration.
 """
 
@@ -37,39 +40,43 @@ if TYPE_CHECKING:
     from socpo_fast.kernels._launch import AotConfig
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-# CUDA C++ programming guide, appendix on compute capabilities: bytes a block
+# Architecture -> bytes of shared memory that one block may have. Source: CUDA C++ programming
+# guide, appendix on compute capabilities.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# and a multiprocessor
+# Architecture -> bytes of shared memory on one multiprocessor.
 SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-# Of each block, by CUDA; from sm_90 on cuobjdump counts it among the kernel's own.
+# Bytes that CUDA reserves in each block. From sm_90 on cuobjdump already includes them in the
+# kernel's own shared memory, so they must not be added twice.
 RESERVED_SHARED = {80: 1024, 90: 0, 100: 0}
 REGISTERS_OF_SM = 65536
 WARPS_OF_SM = 64
 BLOCKS_OF_SM = 32
-REGISTERS_AT_ONCE = 256  # a warp gets multiples of so many
-# Bytes a thread may spill. Two versions of ptxas differ by a register or two where a tile just
-# fits: one of them keeps on the stack, in cached memory, what the other keeps in a register. Such a
-# spill is 8 bytes; that of a tile which is too large is hundreds, and costs more than it gains.
+REGISTERS_AT_ONCE = 256  # registers are allocated to a warp in multiples of this
+# Bytes that one thread may spill. Where a tile just fits, two versions of ptxas differ by a
+# register or two: one keeps a value on the stack, in cached memory, that the other keeps in a
+# register. Such a spill is 8 bytes. A tile that is too large spills hundreds of bytes and costs
+# more than it gains.
 SPILL_ALLOWANCE = 16
-# Variants are compiled for one architecture: a type that does not fit fails in every one of them.
+# Variants are compiled for one architecture only: they are there to find type errors, and an
+# argument whose type does not fit fails to compile on every architecture.
 VARIANT_ARCHITECTURE = 90
 
 
 class Resources(NamedTuple):
-    """What a cubin asks of the card."""
+    """The resources that a cubin needs on the card."""
 
-    registers: int  # a thread
-    spill_bytes: int  # a thread: stack and local memory
-    shared_bytes: int  # a block: static and dynamic
+    registers: int  # of one thread
+    spill_bytes: int  # of one thread: stack and local memory
+    shared_bytes: int  # of one block: static and dynamic
 
 
 class Variant(NamedTuple):
-    """What Triton specialises a configuration on besides its dtypes and sizes."""
+    """A specialisation of a configuration beyond its dtypes and sizes."""
 
     label: str = ""
-    one: str = ""  # the number that is 1, which Triton then takes for a constant
-    int64: str = ""  # the number that does not fit in int32
-    aligned: bool = True  # pointers are multiples of 16 bytes
+    one: str = ""  # name of the argument that is 1: Triton turns it into a constant
+    int64: str = ""  # name of the argument that does not fit in int32
+    aligned: bool = True  # whether pointers are multiples of 16 bytes
 
 
 class Launch(NamedTuple):
@@ -104,7 +111,7 @@ def main() -> int:
 
 
 def discover() -> tuple[list[AotConfig], list[str]]:
-    """The configurations of all modules of kernels/, and what is missing from them."""
+    """Returns the configurations of all kernels, and a message for each kernel without one."""
     configs = []
     faults = []
     for path in sorted(KERNELS.glob("*.py")):
@@ -112,16 +119,16 @@ def discover() -> tuple[list[AotConfig], list[str]]:
         kernels = kernels_of(module)
         if not kernels:
             continue
-        found = list(module.aot_configs()) if hasattr(module, "aot_configs") else []
-        configs += found
-        for name in kernels - {config.kernel.__name__ for config in found}:
-            where = f"kernels/{path.name}"
-            faults.append(f"{where}: aot_configs must yield every kernel, got none for {name}")
+        module_configs = list(module.aot_configs()) if hasattr(module, "aot_configs") else []
+        configs += module_configs
+        for name in kernels - {config.kernel.__name__ for config in module_configs}:
+            file = f"kernels/{path.name}"
+            faults.append(f"{file}: aot_configs must yield every kernel, got none for {name}")
     return configs, faults
 
 
 def kernels_of(module: ModuleType) -> set[str]:
-    """Names of the kernels a module defines; others under @triton.jit are parts of these."""
+    """Returns the names of a module's kernels; other @triton.jit functions are their helpers."""
     from triton.runtime.jit import JITFunction
 
     functions = [(name, f) for name, f in vars(module).items() if isinstance(f, JITFunction)]
@@ -130,7 +137,7 @@ def kernels_of(module: ModuleType) -> set[str]:
 
 
 def variants(configs: list[AotConfig]) -> list[Launch]:
-    """Of each kernel, the variants of the configuration in which most pointers are given."""
+    """Returns each kernel's variants of its configuration with the fewest absent pointers."""
     fullest: dict[str, AotConfig] = {}
     for config in configs:
         name = config.kernel.__name__
@@ -138,31 +145,35 @@ def variants(configs: list[AotConfig]) -> list[Launch]:
             continue
         if name not in fullest or num_absent(config) < num_absent(fullest[name]):
             fullest[name] = config
-    return [Launch(config, v) for config in fullest.values() for v in variants_of(config)]
+    return [
+        Launch(config, variant) for config in fullest.values() for variant in variants_of(config)
+    ]
 
 
 def num_absent(config: AotConfig) -> int:
+    """Returns how many optional pointers a configuration leaves out (passes as None)."""
     return sum(dtype is None for dtype in config.pointers.values())
 
 
 def variants_of(config: AotConfig) -> list[Variant]:
-    """The variants of one configuration.
+    """Returns the variants of one configuration.
 
-    A number whose type is annotated has no others. do_not_specialize keeps a number that is 1 from
-    becoming a constant, but not a large one from becoming int64.
+    An argument with an annotated type is never specialised, so it has no variants. For the others
+    do_not_specialize prevents that a 1 becomes a constant, but not that a large number becomes
+    int64.
     """
-    found = [] if config.is_aligned else [Variant("any pointers", aligned=False)]
+    results = [] if config.is_aligned else [Variant("any pointers", aligned=False)]
     for param in config.kernel.params:
         if param.annotation_type or argument_type(config, Variant(), param) != "i32":
             continue
         if not param.do_not_specialize:
-            found.append(Variant(f"{param.name} = 1", one=param.name))
-        found.append(Variant(f"{param.name} int64", int64=param.name))
-    return found
+            results.append(Variant(f"{param.name} = 1", one=param.name))
+        results.append(Variant(f"{param.name} int64", int64=param.name))
+    return results
 
 
-def compile_all(launches: list[Launch], **others: object) -> list[str]:
-    """Compile, print the table and the JSON line, others in it; returns what is wrong."""
+def compile_all(launches: list[Launch], **extra_json: object) -> list[str]:
+    """Compiles all launches, prints the table and the JSON line, returns what is wrong."""
     from triton import CompilationError
 
     started = time.perf_counter()
@@ -176,22 +187,22 @@ def compile_all(launches: list[Launch], **others: object) -> list[str]:
         architecture = f"sm_{config.architecture}"
         name = config.kernel.__name__.strip("_")
         dtype = str(config.dtype).removeprefix("torch.")
-        where = f"{name} ({dtype}, {label}) on {architecture}"
+        launch_name = f"{name} ({dtype}, {label}) on {architecture}"
         try:
-            used = resources_of(compile_of(launch))
-        except (CompilationError, RuntimeError) as error:  # the latter from passes and from ptxas
-            faults.append(f"{where}: must compile, got {type(error).__name__}: {error}")
+            needs = resources_of(compile_of(launch))
+        except (CompilationError, RuntimeError) as error:  # RuntimeError: from a pass or from ptxas
+            faults.append(f"{launch_name}: must compile, got {type(error).__name__}: {error}")
             continue
-        num_ctas = ctas_of_sm(used, config.num_warps, config.architecture)
-        print_row(architecture, name, dtype, label, config.num_warps, *used, num_ctas)
+        num_ctas = ctas_of_sm(needs, config.num_warps, config.architecture)
+        print_row(architecture, name, dtype, label, config.num_warps, *needs, num_ctas)
         case = {"arch": config.architecture, "kernel": name, "dtype": dtype, "launch": label}
-        rows.append({**case, "warps": config.num_warps, **used._asdict(), "ctas_of_sm": num_ctas})
-        faults += [f"{where}: {fault}" for fault in faults_of(used, config.architecture)]
+        rows.append({**case, "warps": config.num_warps, **needs._asdict(), "ctas_of_sm": num_ctas})
+        faults += [f"{launch_name}: {fault}" for fault in faults_of(needs, config.architecture)]
     seconds = round(time.perf_counter() - started, 1)
     spills = [row["spill_bytes"] for row in rows if row["spill_bytes"]]
-    most = f"at most {max(spills, default=0)} bytes a thread (allowed: {SPILL_ALLOWANCE})"
-    print(f"{len(rows)} launches in {seconds} s; {len(spills)} spill, {most}")
-    print(json.dumps({"bench": "aot", "launches": rows, "seconds": seconds, **others}))
+    worst_spill = f"at most {max(spills, default=0)} bytes a thread (allowed: {SPILL_ALLOWANCE})"
+    print(f"{len(rows)} launches in {seconds} s; {len(spills)} spill, {worst_spill}")
+    print(json.dumps({"bench": "aot", "launches": rows, "seconds": seconds, **extra_json}))
     return faults
 
 
@@ -201,24 +212,24 @@ def print_row(arch: str, kernel: str, dtype: str, label: str, *numbers: object) 
     print(f"{arch:8}{kernel:32}{dtype:9}{label:50}", *cells, sep="")
 
 
-def faults_of(used: Resources, architecture: int) -> list[str]:
-    """What keeps a kernel with these needs from being shipped."""
+def faults_of(resources: Resources, architecture: int) -> list[str]:
+    """Returns the reasons why a kernel with these needs must not be shipped."""
     faults = []
     limit = SHARED_LIMIT[architecture]
-    if used.spill_bytes > SPILL_ALLOWANCE:
-        rule = f"spills must be <= {SPILL_ALLOWANCE} bytes a thread, got {used.spill_bytes}"
+    if resources.spill_bytes > SPILL_ALLOWANCE:
+        rule = f"spills must be <= {SPILL_ALLOWANCE} bytes a thread, got {resources.spill_bytes}"
         faults.append(f"{rule}; take a smaller tile or more warps")
-    if used.shared_bytes > limit:
-        rule = f"shared memory must be <= {limit} bytes, got {used.shared_bytes}"
+    if resources.shared_bytes > limit:
+        rule = f"shared memory must be <= {limit} bytes, got {resources.shared_bytes}"
         faults.append(f"{rule}; take a smaller tile")
     return faults
 
 
 def ctas_of_sm(used: Resources, num_warps: int, architecture: int) -> int:
-    """How many blocks of a kernel a multiprocessor holds at once."""
-    by_warp = -(-32 * used.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+    """Returns how many blocks of a kernel fit on a multiprocessor at the same time."""
+    registers_per_warp = -(-32 * used.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
     return min(
-        REGISTERS_OF_SM // by_warp // num_warps,
+        REGISTERS_OF_SM // registers_per_warp // num_warps,
         WARPS_OF_SM // num_warps,
         SHARED_OF_SM[architecture] // max(1, used.shared_bytes + RESERVED_SHARED[architecture]),
         BLOCKS_OF_SM,
@@ -226,7 +237,7 @@ def ctas_of_sm(used: Resources, num_warps: int, architecture: int) -> int:
 
 
 def compile_of(launch: Launch) -> Any:
-    """Returns Triton's compiled kernel, which no device has loaded."""
+    """Returns Triton's compiled kernel; no device has loaded it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -242,7 +253,7 @@ def compile_of(launch: Launch) -> Any:
 
 
 def arguments_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
-    """Types, constants and attributes of the arguments, as Triton finds them at such a launch."""
+    """Returns types, constants and attributes of the arguments, as Triton derives them."""
     config, variant = launch
     params = config.kernel.params
     signature = {param.name: argument_type(config, variant, param) for param in params}
@@ -259,7 +270,7 @@ def arguments_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
 
 
 def is_divisible(launch: Launch, param: Any, argument: str) -> bool:
-    """Whether Triton compiles for an argument that is a multiple of 16."""
+    """Whether Triton may assume that an argument is a multiple of 16."""
     if param.do_not_specialize_on_alignment:
         return False
     if argument.startswith("*"):
@@ -269,9 +280,9 @@ def is_divisible(launch: Launch, param: Any, argument: str) -> bool:
 
 
 def argument_type(config: AotConfig, variant: Variant, param: Any) -> str:
-    """Triton's word for an argument's type."""
+    """Returns an argument's type in Triton's notation, such as *bf16, i32 or constexpr."""
     import torch
-    from triton.runtime.jit import mangle_type  # takes a tensor
+    from triton.runtime.jit import mangle_type  # it takes a tensor, not a dtype
 
     is_absent = config.pointers.get(param.name, 0) is None
     if param.is_constexpr or is_absent or param.name == variant.one:
@@ -284,7 +295,7 @@ def argument_type(config: AotConfig, variant: Variant, param: Any) -> str:
 
 
 def resources_of(compiled: Any) -> Resources:
-    """Registers, stack and shared memory, as the cuobjdump that comes with Triton tells them."""
+    """Returns registers, stack and shared memory, from the cuobjdump that comes with Triton."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -294,9 +305,9 @@ def resources_of(compiled: Any) -> Resources:
         command = [str(cuobjdump), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pairs = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)
-    used = {name: int(value) for name, value in pairs}
-    spill_bytes = used["STACK"] + used["LOCAL"]
-    return Resources(used["REG"], spill_bytes, used["SHARED"] + compiled.metadata.shared)
+    counts = {name: int(value) for name, value in pairs}
+    spill_bytes = counts["STACK"] + counts["LOCAL"]
+    return Resources(counts["REG"], spill_bytes, counts["SHARED"] + compiled.metadata.shared)
 
 
 if __name__ == "__main__":

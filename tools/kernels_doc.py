@@ -1,7 +1,8 @@
 """Writes docs/kernels.md: what each Triton kernel needs of a card, and its least time on paper.
 
 Usage: python -m tools.kernels_doc [FILE] (`make kernels-doc`). No GPU is needed: kernels are
-compiled for sm_80 and sm_90 as `make aot` does. Nothing in the file was measured on a card.
+compiled for sm_80 and sm_90 as `make aot` does. Nothing in the file was measured on a card. Read
+resources_table, which compiles, and work_table, which counts (tools/kernel_work.py).
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ ARCHITECTURES = (80, 90)
 
 
 class Compiled(NamedTuple):
-    """One launch on one architecture."""
+    """A launch compiled for one architecture."""
 
     used: aot.Resources
-    num_ctas: int
-    buffers: str
+    num_ctas: int  # blocks that fit on a multiprocessor
+    buffers: str  # see buffers_of
 
 
 def main(arguments: list[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when a kernel is defined
-    file = Path(arguments[0]) if arguments else FILE
+    path = Path(arguments[0]) if arguments else FILE
     text = "\n".join([*resources_table(), "", *work_table()])
-    write_between_marks(file, text, (BEGIN, END))
+    write_between_marks(path, text, (BEGIN, END))
     return 0
 
 
 def resources_table() -> Iterator[str]:
-    """A row a launch; numbers of sm_80 and sm_90, one where they agree. fp16 is as bf16."""
+    """Yields a row for each launch, with the numbers of sm_80 and sm_90, one where they agree."""
     import triton
 
     about = "sm_80 / sm_90, one number where both agree; fp16 is as bf16"
@@ -54,25 +55,27 @@ def resources_table() -> Iterator[str]:
     launches: dict[tuple[str, str, str], dict[int, Compiled]] = {}
     warps: dict[tuple[str, str, str], dict[int, int]] = {}
     for config in aot.discover()[0]:
+        # fp16 is left out: it has the tiles of bf16.
         if config.architecture not in ARCHITECTURES or config.dtype == torch.float16:
             continue
         dtype = str(config.dtype).removeprefix("torch.")
         key = (config.kernel.__name__, dtype, config.label)
         launches.setdefault(key, {})[config.architecture] = compiled_of(aot.Launch(config))
         warps.setdefault(key, {})[config.architecture] = config.num_warps
-    for (kernel, dtype, label), found in launches.items():
-        numbers = [
-            by_architecture({a: str(c.used.registers) for a, c in found.items()}),
-            by_architecture({a: f"{c.used.shared_bytes / 1024:.3g}" for a, c in found.items()}),
-            by_architecture({a: str(c.num_ctas) for a, c in found.items()}),
-            by_architecture({a: c.buffers for a, c in found.items()}),
+    for (kernel, dtype, label), by_arch in launches.items():
+        cells = [
+            by_architecture({a: str(c.used.registers) for a, c in by_arch.items()}),
+            by_architecture({a: f"{c.used.shared_bytes / 1024:.3g}" for a, c in by_arch.items()}),
+            by_architecture({a: str(c.num_ctas) for a, c in by_arch.items()}),
+            by_architecture({a: c.buffers for a, c in by_arch.items()}),
         ]
+        # Tiles and warps may differ by architecture, so a cell can hold two numbers.
         num_warps = by_architecture({a: str(n) for a, n in warps[kernel, dtype, label].items()})
-        yield row(f"`{kernel.strip('_')}`", dtype, label, num_warps, *numbers)
+        yield row(f"`{kernel.strip('_')}`", dtype, label, num_warps, *cells)
 
 
 def work_table() -> Iterator[str]:
-    """A row a kernel: bytes, FLOPs, and the least time on each card."""
+    """Yields a row for each kernel: bytes, FLOPs, and the least time on each card."""
     cards = ", ".join(f"{c.name} {c.tb_s:g} TB/s and {c.bf16_tflop_s:g} TFLOP/s" for c in CARDS)
     yield f"{STUDENT} in bf16; {cards}."
     yield ""
@@ -85,6 +88,7 @@ def work_table() -> Iterator[str]:
 
 
 def compiled_of(launch: aot.Launch) -> Compiled:
+    """Compiles a launch and returns what it needs."""
     compiled = aot.compile_of(launch)
     used = aot.resources_of(compiled)
     num_ctas = aot.ctas_of_sm(used, launch.config.num_warps, launch.config.architecture)
@@ -92,22 +96,24 @@ def compiled_of(launch: aot.Launch) -> Compiled:
 
 
 def buffers_of(ttgir: str) -> str:
-    """Tiles that loads in flight have in shared memory: how many, and of what size.
+    """Returns the shared-memory tiles that hold loads in flight: how many, and of what size.
 
-    A single one means that a load and what is computed from it do not overlap.
+    A single buffer means that a load does not overlap with the computation on the tile before it.
     """
-    allocated = (
+    # An allocation without an initial value is a buffer of the pipeline. Its type lists the number
+    # of stages first, then the tile: <3x64x128xbf16>.
+    allocation = (
         r"ttg\.local_alloc\s*(?:\{[^}]*\}\s*)?: \(\) -> !ttg\.memdesc<(\d+)x((?:\d+x)*)(\w+)"
     )
-    found = re.findall(allocated, ttgir)
+    matches = re.findall(allocation, ttgir)
     tiles = [
-        (int(number), f"{sizes.removesuffix('x') or 1} {kind}") for number, sizes, kind in found
+        (int(number), f"{sizes.removesuffix('x') or 1} {kind}") for number, sizes, kind in matches
     ]
     return ", ".join(f"{number} of {tile}" for number, tile in dict.fromkeys(tiles))
 
 
 def by_architecture(values: dict[int, str]) -> str:
-    """One value where all agree, else each."""
+    """Returns the one value where all architectures agree, else all of them, "a / b"."""
     different = dict.fromkeys(values.values())
     return next(iter(different)) if len(different) == 1 else " / ".join(values.values())
 

@@ -35,63 +35,67 @@ from bench import machine
 from socpo_fast.types import Question
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-STOP_AFTER = "train batch 2/"
+STOP_AFTER = "train batch 2/"  # start of the line after which the first run is stopped
 
 
 def main() -> None:
-    known, overrides = parse(sys.argv[1:])
-    name = f"smollm2_sciknoweval_{known.teacher}"
-    words = ["--config", str(CONFIGS / f"{name}.toml"), "--student.path", str(known.student)]
-    words += ["--run.dir", known.out, "--run.device", str(known.device)]
-    words += ["--data.grader", "tools.real_run:first_letter"]
-    words += ["--data.train", str(known.data / "train.parquet")]
-    words += ["--data.eval", str(known.data / "test.parquet")]
+    options, overrides = parse(sys.argv[1:])
+    # Also the run's name, so its folder is known below.
+    name = f"smollm2_sciknoweval_{options.teacher}"
+    arguments = ["--config", str(CONFIGS / f"{name}.toml"), "--student.path", str(options.student)]
+    arguments += ["--run.dir", options.out, "--run.device", str(options.device)]
+    arguments += ["--data.grader", "tools.real_run:first_letter"]
+    arguments += ["--data.train", str(options.data / "train.parquet")]
+    arguments += ["--data.eval", str(options.data / "test.parquet")]
     started = time.perf_counter()
-    is_local = known.teacher == "local"
-    teacher = local(known.student) if is_local else served(known.student, known.device)
-    with teacher as teacher_words:
-        words += [*teacher_words, *overrides]
-        stopped_with = run(["train", *words], stop_after=STOP_AFTER)
-        resumed_with = run(["train", *words])
-        run(["eval", *words])
-    summary = summarize(Path(known.out) / name, known.student)
+    is_local = options.teacher == "local"
+    teacher = local(options.student) if is_local else served(options.student, options.device)
+    with teacher as teacher_arguments:
+        arguments += [*teacher_arguments, *overrides]
+        stopped_with = run(["train", *arguments], stop_after=STOP_AFTER)
+        resumed_with = run(["train", *arguments])
+        run(["eval", *arguments])
+    summary = summarize(Path(options.out) / name, options.student)
     minutes = (time.perf_counter() - started) / 60
     report = {"stopped_with": stopped_with, "resumed_with": resumed_with, "minutes": minutes}
     print(json.dumps(report | summary))
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(Options of this script, all others)."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("tools.real_run", description=__doc__, formatter_class=form)
+    """Returns (options of this script, all other arguments, which go to `socpo`)."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "tools.real_run", description=__doc__, formatter_class=formatter
+    )
     parser.add_argument("--teacher", choices=("local", "endpoint"), required=True)
-    words = "Hugging Face folder of student and teacher"
-    parser.add_argument("--student", type=Path, required=True, help=words)
-    words = "folder with train.parquet and test.parquet"
-    parser.add_argument("--data", type=Path, required=True, help=words)
+    about = "Hugging Face folder of student and teacher"
+    parser.add_argument("--student", type=Path, required=True, help=about)
+    about = "folder with train.parquet and test.parquet"
+    parser.add_argument("--data", type=Path, required=True, help=about)
     parser.add_argument("--out", default="runs", help="folder of the run")
     machine.add_options(parser, with_dtype=False)
-    known, overrides = parser.parse_known_args(argv)
-    machine.settle(parser, known)
-    return known, overrides
+    options, overrides = parser.parse_known_args(argv)
+    machine.settle(parser, options)
+    return options, overrides
 
 
 def first_letter(text: str, question: Question) -> bool:
-    """The first capital A to D that stands alone is the right letter.
+    """Grades by the first capital letter from A to D that stands as a word of its own.
 
-    A sentence's "A dog" has none.
+    An article at the start of a phrase ("A dog") is no answer: an A before a lower-case word does
+    not count.
     """
     letters = re.findall(r"(?<![\w'])([B-D]|A(?! [a-z]))(?![\w'])", text)
     return bool(letters) and letters[0] == question.ground_truth
 
 
-def run(words: Sequence[str], stop_after: str | None = None) -> int:
-    """One socpo command, its lines shown as they come.
+def run(arguments: Sequence[str], stop_after: str | None = None) -> int:
+    """Runs one socpo command, prints its lines as they come, and returns its exit code.
 
-    It gets SIGTERM once a line starts with stop_after.
+    Sends SIGTERM as soon as a line starts with `stop_after`.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "socpo_fast.cli", *words],
+        [sys.executable, "-m", "socpo_fast.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -106,19 +110,21 @@ def run(words: Sequence[str], stop_after: str | None = None) -> int:
 
 @contextmanager
 def local(folder: Path) -> Iterator[list[str]]:
+    """Yields the arguments of a teacher that runs in the trainer's own process."""
     yield ["--teacher.path", str(folder)]
 
 
 @contextmanager
 def served(folder: Path, device: torch.device) -> Iterator[list[str]]:
-    """An OpenAI-compatible server of the folder on a free loopback port, while the block runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Serves a folder on a free loopback port; yields the arguments of that teacher."""
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        # Port 0 lets the system choose a free port; closing the socket frees it for the server.
+        port = free_socket.getsockname()[1]
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder)]
     command += ["--device", str(device), "--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    # the student's threads need the other cores
+    # One thread only: the student's threads need the other cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) as server:
@@ -130,8 +136,10 @@ def served(folder: Path, device: torch.device) -> Iterator[list[str]]:
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, limit_s: float = 300.0) -> None:
+    """Waits for the first answer of a server that may still be loading its weights."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
+        # Otherwise a server that cannot start would be waited for until the limit.
         if server.poll() is not None:
             raise RuntimeError(
                 f"transformers serve: must stay up, got exit code {server.returncode}; "
@@ -141,7 +149,7 @@ def wait_until_healthy(url: str, server: subprocess.Popen, limit_s: float = 300.
             if httpx.get(url, timeout=2.0).is_success:
                 return
         except httpx.TransportError:
-            pass  # not listening yet
+            pass  # the server does not listen yet
         time.sleep(1.0)
     raise RuntimeError(
         f"transformers serve: must answer {url} within {limit_s} s; is the machine busy?"
@@ -149,7 +157,7 @@ def wait_until_healthy(url: str, server: subprocess.Popen, limit_s: float = 300.
 
 
 def summarize(folder: Path, student: Path) -> dict[str, Any]:
-    """Metrics at start and end, token counts, and what transformers makes of the trained folder."""
+    """Returns metrics at start and end, token counts, and whether transformers sees a change."""
     from transformers import AutoModelForCausalLM
 
     from socpo_fast.report.tracker import read_metrics
@@ -159,13 +167,13 @@ def summarize(folder: Path, student: Path) -> dict[str, Any]:
     batches = [row for row in rows if row["kind"] == "batch"]
     evals = [row for row in rows if row["kind"] == "eval"]
     checkpoint = latest_checkpoint(folder / "checkpoints")
-    before, after = (
+    untrained, trained = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         for path in (student, checkpoint)
     )
-    ids = torch.arange(100, 140)[None]
+    ids = torch.arange(100, 140)[None]  # any tokens do: only the change of the logits matters
     with torch.no_grad():
-        change = float((after(ids).logits - before(ids).logits).abs().max())
+        change = float((trained(ids).logits - untrained(ids).logits).abs().max())
     return {
         "updates": rows[-1]["update"],
         "sampled_tokens": round(

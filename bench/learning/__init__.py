@@ -1,1 +1,1 @@
-"""A study of what the teacher is good for: plan (start here), run, results, tables, figures."""
+"""Studies what the teacher is good for. Read plan first, then run, results, tables, figures."""

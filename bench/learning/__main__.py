@@ -43,20 +43,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.list:
         print_plan()
         return
-    torch.set_num_threads(1)  # students repeat with as many threads only
+    torch.set_num_threads(1)  # students are bitwise repeatable only with the same number of threads
     students = {name: student_folder(name, args.students) for name in STUDENTS if name != "first"}
     deadline = time.monotonic() + 60 * args.minutes
+    # Learning rates come from the recorded stage "rates". Its student no longer exists, so that
+    # stage cannot be made again.
     runs = list(compared_runs(best_rates(read_all())))
     make(missing(runs, made()), args.jobs, students, deadline)
     print(f"{len(missing(runs, made()))} of {len(runs)} runs are still to be made")
 
 
 def made() -> dict[str, Record]:
+    """Returns the records of all finished runs, by name."""
     return finished(read_all())
 
 
 def print_plan() -> None:
-    """Prints every planned run and whether it is there, as far as learning rates are known."""
+    """Prints every planned run and whether it has been made."""
     records = made()
     rates = best_rates(records.values())
     runs = [*rate_runs(), *compared_runs(rates)]
@@ -66,7 +69,7 @@ def print_plan() -> None:
 
 
 def make(runs: Sequence[Run], jobs: int, students: Mapping[str, Path], deadline: float) -> None:
-    """Makes runs in their order, `jobs` at a time, and appends what they give as they end."""
+    """Makes runs in order, `jobs` at a time, and appends their records as they end."""
     waiting = list(runs)
     done = 0
     under_way: dict[Future[Record], Run] = {}
@@ -86,10 +89,11 @@ def make(runs: Sequence[Run], jobs: int, students: Mapping[str, Path], deadline:
 
 
 def make_one(run: Run, student: Path) -> Record:
-    """Makes one run in a process of its own; returns its record, or what it died of."""
-    words = [sys.executable, "-m", "bench.learning.run", json.dumps(asdict(run)), str(student)]
+    """Makes one run in its own process; returns its record, or one with the error."""
+    # Threads are set in the environment, as OpenMP reads it when the process starts.
+    command = [sys.executable, "-m", "bench.learning.run", json.dumps(asdict(run)), str(student)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if ended.returncode == 0:
         return dict(json.loads(ended.stdout))
     last_lines = ended.stderr.strip().splitlines()[-5:]
@@ -97,6 +101,7 @@ def make_one(run: Run, student: Path) -> Record:
 
 
 def summary(record: Record) -> str:
+    """Describes a record in one line."""
     if "error" in record:
         return str(record["error"])
     curve = " ".join(f"{100 * share:.0f}" for share in record["evals"]["unassisted"])

@@ -1,4 +1,7 @@
-"""Tables of the two stages that were added when the plan had been run: fresh seeds, lower rates."""
+"""Makes the tables of the two stages added after the plan was run: fresh seeds, lower rates.
+
+The first line of a table's docstring is its title in the printed output.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,18 @@ def again_table(records: Sequence[Record]) -> Table:
         return rows
     tokens = tutor_cost(planned["tutor"], "tokens", PRIMARY)
     for arm in MAIN_ARMS:
-        both = planned[arm] | fresh[arm]
-        num_reached = sum(cost_until(r, "tokens", GOAL) < float("inf") for r in both.values())
+        all_runs = planned[arm] | fresh[arm]
+        num_reached = sum(cost_until(r, "tokens", GOAL) < float("inf") for r in all_runs.values())
         cells = [
-            interval(difference(tutors, others, "tokens", tokens))
-            for tutors, others in (
+            interval(difference(tutors, arm_runs, "tokens", tokens))
+            for tutors, arm_runs in (
                 (planned["tutor"], planned[arm]),
                 (fresh["tutor"], fresh[arm]),
-                (planned["tutor"] | fresh["tutor"], both),
+                (planned["tutor"] | fresh["tutor"], all_runs),
             )
         ]
         cells = ["-"] * 3 if arm == "tutor" else cells
-        rows.append([ARMS[arm].title, *cells, f"{num_reached} of {len(both)}"])
+        rows.append([ARMS[arm].title, *cells, f"{num_reached} of {len(all_runs)}"])
     return rows
 
 
@@ -51,8 +54,8 @@ def slower_table(records: Sequence[Record]) -> Table:
             if not runs:
                 continue
             tokens = tutor_cost(tutor, "tokens", PRIMARY)
-            taken = [cost_until(r, "batches", GOAL) for r in runs.values()]
-            num_reached = sum(batches < float("inf") for batches in taken)
+            batches_to_goal = [cost_until(r, "batches", GOAL) for r in runs.values()]
+            num_reached = sum(batches < float("inf") for batches in batches_to_goal)
             rates = {f"{run_of(record).lr:g}" for record in runs.values()}
             cells = [
                 with_spread([at_cost(r, "tokens", tokens) for r in runs.values()]),
@@ -61,5 +64,5 @@ def slower_table(records: Sequence[Record]) -> Table:
             ]
             reached = f"{num_reached} of {len(runs)}"
             row = [ARMS[arm].title, " ".join(rates), *cells, str(ARMS[arm].num_batches), reached]
-            rows.append([*row, batches_cell(taken)])
+            rows.append([*row, batches_cell(batches_to_goal)])
     return rows

@@ -1,4 +1,4 @@
-"""What stands in a cell of the study's tables: shares in per cent, means with intervals."""
+"""Formats the cells of the study's tables: shares in per cent, means with intervals."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Iterable, Sequence
 from bench.learning.analysis import Estimate, estimate
 
 Table = list[list[str]]
-NOT_REACHED = "not reached"  # by all runs of the arm
+NOT_REACHED = "not reached"  # at least one run of the arm ended before that cost
 
 
 def percent(share: float) -> str:
+    """Writes a share in per cent; "-" for nan."""
     return "-" if math.isnan(share) else f"{100 * share:.1f}"
 
 
 def by_seed(values: Iterable[float]) -> str:
+    """Writes the shares of all seeds, one behind the other."""
     return " ".join(percent(value) for value in values)
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """Writes the mean and half the width of its 95 % interval."""
+    """Writes a mean and half the width of its 95 % interval."""
     center, low, *_ = estimate(values)
     if math.isnan(center):
         return NOT_REACHED if values else "-"
@@ -30,7 +32,7 @@ def with_spread(values: Sequence[float]) -> str:
 
 
 def interval(found: Estimate) -> str:
-    """Writes a difference in points: mean, its interval, how many seeds are on the mean's side."""
+    """Writes a difference in points: mean, interval, and how many seeds have the mean's sign."""
     if math.isnan(found.mean):
         return NOT_REACHED if found.values else "-"
     same_side = sum(value * found.mean > 0 for value in found.values)
@@ -39,11 +41,12 @@ def interval(found: Estimate) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
+    """Writes rows as a Markdown table; the first one is its header."""
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def batches_cell(taken: Sequence[float]) -> str:
-    """What it took, by seed; - for a run that never came so far."""
+    """Writes the batches it took, by seed; "-" for a run that never got there."""
     return " ".join(f"{batches:.0f}" if batches < float("inf") else "-" for batches in taken)

@@ -1,8 +1,8 @@
-"""The study's figures, as SVG, and the recorded curves that `make train` shows beside its own.
+"""Draws the study's figures as SVG, and writes the curves that `make train` shows beside its own.
 
     python -m bench.learning.figures [--out docs/learning]
 
-Thin lines are runs, one a seed; a thick one is their mean, as far as all of them go. The same
+Each thin line is a run. The thick line is the mean over seeds, as far as all runs go. The same
 records give the same files.
 """
 
@@ -34,8 +34,8 @@ AXIS_LABELS: dict[Axis, str] = {
     "cpu_s": "seconds",
 }
 RECORDED_ARMS = ("alone", "sentence")
-RECORDED_STEP = 10_000  # tokens
-# What a run must have in common with the recorded ones to stand beside them.
+RECORDED_STEP = 10_000  # tokens between two points of a recorded curve
+# The settings that a run must share with the recorded ones to be compared with them.
 COMPARABLE: dict[str, dict[str, Any]] = {
     "student": {"path": "builtin"},
     "data": {"train": "builtin", "eval": "builtin", "grader": "exact"},
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def curves_figure(records: Sequence[Record]) -> Figure:
-    """Draws the main arms on the shipped student, by what they cost."""
+    """Draws the main arms on the shipped student, over batches, tokens and seconds."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, axis in zip(figure.subplots(1, 3, sharey=True), AXIS_LABELS, strict=True):
         for arm in MAIN_ARMS:
@@ -71,7 +71,7 @@ def curves_figure(records: Sequence[Record]) -> Figure:
 
 
 def phases_figure(records: Sequence[Record]) -> Figure:
-    """Draws right alone and right in the end, in training batches."""
+    """Draws unassisted and assisted accuracy in training batches."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = figure.subplots(1, len(GUIDED_ARMS), sharey=True)
     for axes, arm in zip(panels, GUIDED_ARMS, strict=True):
@@ -87,7 +87,7 @@ def phases_figure(records: Sequence[Record]) -> Figure:
 
 
 def credit_figure(records: Sequence[Record]) -> Figure:
-    """Draws credit by decay: held out and unassisted; assisted in training batches."""
+    """Draws the arms of credit and decay: unassisted held out, and assisted in training."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for arm in ("tutor", "undecayed", "trajectory", "trajectory_undecayed"):
@@ -112,7 +112,7 @@ def densities_figure(records: Sequence[Record]) -> Figure:
 
 
 def facts_figure(records: Sequence[Record]) -> Figure:
-    """Draws right alone after so many rescues of the same fact."""
+    """Draws how often a fact is right unassisted, over its earlier rescues."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for arm in GUIDED_ARMS:
@@ -139,6 +139,7 @@ FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
 
 
 def draw_arm(axes: Axes, runs: Mapping[int, Record], axis: Axis, arm: str) -> None:
+    """Draws an arm's held-out accuracy over its cost."""
     lines = [curve(record, axis) for record in runs.values()]
     draw_runs(axes, lines, COLOURS[arm], ARMS[arm].title, "-")
 
@@ -150,9 +151,10 @@ def draw_runs(
     label: str,
     style: str,
 ) -> None:
-    """Draws a thin line a run, and their mean over the costs that all of them reach."""
+    """Draws each run as a thin line, and their mean over the costs that all of them reach."""
     if not lines:
         return
+    # A mean over fewer runs beyond that would jump where a run ends.
     for xs, ys in lines:
         axes.plot(xs, ys, style, color=colour, linewidth=0.8, alpha=0.35)
     grid = np.linspace(max(xs[0] for xs, _ in lines), min(xs[-1] for xs, _ in lines), 60)
@@ -161,6 +163,7 @@ def draw_runs(
 
 
 def finish(axes: Axes, *, xlabel: str, title: str) -> None:
+    """Gives a panel its title, label and frame."""
     axes.set(xlabel=xlabel, ylim=(-0.02, 1.02), xlim=(0, None))
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
@@ -168,7 +171,7 @@ def finish(axes: Axes, *, xlabel: str, title: str) -> None:
 
 
 def labelled(figure: Figure) -> Figure:
-    """Gives the first panel the legend of all, and its axis a name."""
+    """Gives the first panel the legend and the label for all panels."""
     first = figure.axes[0]
     first.set_ylabel("unassisted accuracy, held out")
     if first.get_legend_handles_labels()[0]:
@@ -177,14 +180,18 @@ def labelled(figure: Figure) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes an SVG without a date and with fixed ids; text stays text."""
+    """Writes an SVG with text as text."""
+    # matplotlib would write the date and random ids; without them the same figure is the same file.
     with mpl.rc_context({"svg.hashsalt": "socpo_fast", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def recorded_curves(records: Sequence[Record]) -> dict[str, Any]:
-    """Returns accuracy at equal sampled tokens of the arms without help: mean, least and greatest
-    of seeds; with the settings under which a run may be shown beside them."""
+    """Returns the accuracy of the arms without a teacher, at equal sampled tokens.
+
+    Each curve has mean, minimum and maximum over seeds. With them go the settings that a run must
+    share to be compared (socpo_fast/report/comparison.py).
+    """
     curves: list[dict[str, Any]] = []
     students: set[str] = set()
     for arm in RECORDED_ARMS:

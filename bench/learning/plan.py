@@ -1,38 +1,45 @@
-"""The plan of the study: what is run, decided before the runs that are compared.
+"""Defines the study's plan: which runs are made, decided before the runs that are compared.
 
-Read STUDENTS and ARMS, then rate_runs and compared_runs. Asked: does a tutor teach the student to
-answer *alone*, faster than no teacher and than a second try without one; what is decay for; how
-sparse must right answers be for any of it to matter.
+Read STUDENTS and ARMS, then rate_runs and compared_runs. The study asks three questions. Does a
+tutor teach the student to answer unassisted, faster than training without a teacher, and faster
+than a second attempt without one? What is decay good for? How rare must right answers be for any of
+this to matter? An arm is one way to train.
 
     rates       each arm with three learning rates and one seed, which is used nowhere else
     main        each arm with its best rate and five seeds, on the shipped student
     densities   four arms, with their rates, on students that are right more often
 
-An arm's best rate is that with the highest `unassisted`, mean of the last two evaluations of its
-run in `rates`. What is measured: unassisted accuracy, first attempt alone, at temperature 1, on 200
-held-out formulas, two samples each, before training and after every fourth batch; in every batch
-the share of rollouts right at once and right in the end; sampled tokens of training, those of
-evaluations left out; processor seconds of rollouts and updates on one thread.
+An arm's best rate is the one with the highest `unassisted` in `rates`, mean of a run's last two
+evaluations.
 
-Arms are compared by differences between runs with one seed, which see the same questions in the
-same order, with 95 % intervals of Student's t over the seeds: at equal batches (COMPARED_AT,
-PRIMARY before all), at the sampled tokens and at the seconds that the tutor's runs had taken by
-those batches on average, and at the end, mean of the last two evaluations.
+What is measured:
+- unassisted accuracy of the first attempt at temperature 1, on 200 held-out formulas with two
+  samples each, before training and after every fourth batch;
+- in every batch the share of rollouts that are right at once, and that are right in the end;
+- the tokens sampled in training, without those of evaluations;
+- processor seconds of rollouts and updates on one thread.
 
-This is the second plan. The first had the same arms, seeds, rates and measures, and shipped a
-student that is right alone in .4 %. Its `rates` were run, and 10 more runs (first_plan.jsonl):
-there, and at .14 %, the best rate without a teacher was so much better than the one we had known
-that a single lucky answer was enough to set K = 1 going, and there was little to see. So the
-shipped student became one that is right in .03 %, and .6 % one of the other densities; no run of
-the first plan but `rates` is compared. Learning rates stay those of the first student, on which
-every arm learns: where an arm never moves, rates cannot be told apart.
+Arms are compared by the differences between runs with the same seed, which see the same questions
+in the same order. Intervals are 95 %, by Student's t over the seeds. Comparisons are made at equal
+batches (COMPARED_AT, above all PRIMARY), at equal sampled tokens and at equal seconds (those that
+the tutor's runs had taken on average by these batches), and at the end (mean of the last two
+evaluations).
 
-Two stages were added when all of this had been run, for the two questions that it left open; the
-planned comparisons stay those of the five seeds above:
+This is the second plan. The first one had the same arms, seeds, rates and measures, but its shipped
+student was right unassisted in .4 % of its answers. Its `rates` were run, and 10 more runs
+(first_plan.jsonl). With .4 %, and also with .14 %, there was little to see: the best rate without a
+teacher was much better than the rate known before, so that a single lucky answer was enough to set
+K = 1 going. Therefore the shipped student became one that is right in .03 %, and one of the other
+densities became .6 %. No run of the first plan is compared, but its `rates` are used: learning
+rates were chosen on the first student, on which every arm learns. Where an arm never moves, rates
+cannot be told apart.
+
+Two stages were added after all of this had been run, for two questions that it left open. The
+planned comparisons are still those of the five seeds above.
 
     again       the main arms once more, on the shipped student, with five seeds never used before
-    slower      the main arms but the tutor, at the tutor's learning rate and the first five seeds:
-                at their own, the highest, those that had learnt did not keep it
+    slower      the main arms but the tutor, at the tutor's learning rate and with the first five
+                seeds. At their own rates, the highest, runs that had learned lost it again.
 """
 
 from __future__ import annotations
@@ -57,10 +64,10 @@ PRIMARY = 20
 
 @dataclass(frozen=True)
 class StudentVariant:
-    """A student by how often it is right, alone, on what it holds wrong.
+    """A student, by how often it is right unassisted about the masses that it usually has wrong.
 
-    shares: None for the shipped student, and for one that is no more to be had; others are the
-            shipped one, calibrated anew to these by `num_updates` updates of warm-up.
+    shares: None for the shipped student, and for the first plan's, which no longer exists. All
+            others are the shipped one, calibrated to these shares by `num_updates` updates.
     """
 
     title: str
@@ -71,7 +78,7 @@ class StudentVariant:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, as it differs from configs/molar_mass.toml."""
+    """One way to train; `settings` are its differences from configs/molar_mass.toml."""
 
     title: str
     num_batches: int
@@ -80,7 +87,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the plan; `name` is unique in it."""
+    """One run of the plan; its `name` is unique."""
 
     stage: Stage
     student: str
@@ -91,6 +98,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Returns the run's name, by which its record is found."""
         return f"{self.stage}_{self.student}_{self.arm}_{self.lr:g}_seed{self.seed}"
 
 
@@ -105,8 +113,8 @@ NO_TEACHER = {"rollout.max_attempts": 1}
 TRAJECTORY = {"reward.credit": "trajectory"}
 UNDECAYED = {"reward.schedule": "none"}
 
-# Arms without a teacher sample less a batch and take less time: they go on for longer, so that they
-# can be compared at equal tokens and at equal seconds.
+# Arms without a teacher sample fewer tokens a batch and take less time. They run for more batches,
+# so that they can be compared at equal tokens and at equal seconds.
 ARMS = {
     "tutor": Arm("tutor", 40),
     "alone": Arm("no teacher (K = 1)", 80, NO_TEACHER),
@@ -129,16 +137,16 @@ MAIN_ARMS = ("tutor", "alone", "sentence", "grpo")
 
 
 def rate_runs() -> list[Run]:
-    """Lists the runs that decide learning rates."""
+    """Returns the runs that decide learning rates."""
     return [Run("rates", "first", arm, RATE_SEED, lr, RATE_BATCHES) for arm in ARMS for lr in RATES]
 
 
 def compared_runs(rates: Mapping[str, float]) -> Iterator[Run]:
-    """Lists the runs that are compared, the main arms first, with each arm's learning rate."""
-    others = [arm for arm in ARMS if arm not in MAIN_ARMS]
+    """Yields the runs that are compared, the main arms first, with each arm's learning rate."""
+    other_arms = [arm for arm in ARMS if arm not in MAIN_ARMS]
     at_the_tutors = dict.fromkeys(ARMS, rates["tutor"])
     yield from _runs("main", "shipped", MAIN_ARMS, SEEDS, rates)
-    yield from _runs("main", "shipped", others, SEEDS, rates)
+    yield from _runs("main", "shipped", other_arms, SEEDS, rates)
     yield from _runs("densities", "few", MAIN_ARMS, SEEDS, rates)
     yield from _runs("densities", "many", MAIN_ARMS, SEEDS, rates)
     yield from _runs("again", "shipped", MAIN_ARMS, SEEDS_AGAIN, rates)
@@ -152,6 +160,7 @@ def _runs(
     seeds: Sequence[int],
     rates: Mapping[str, float],
 ) -> Iterator[Run]:
+    # Seeds outside, so that a study that is stopped early has complete pairs of arms.
     for seed in seeds:
         for arm in arms:
             yield Run(stage, student, arm, seed, rates[arm], ARMS[arm].num_batches)

@@ -1,7 +1,7 @@
-"""The study's records: one line of JSON a run, appended as runs end, read back by name.
+"""Stores the study's records: one line of JSON a run, appended as runs end, read back by name.
 
-results.jsonl lists every run that was ever begun with the committed plan and ended: those with
-"error" in place of curves as well.
+results.jsonl has every run of the committed plan that ended, also those that failed; these have
+"error" in place of curves.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def read_all(path: Path = RESULTS) -> list[Record]:
 
 
 def finished(records: Iterable[Record]) -> dict[str, Record]:
-    """Keeps records of finished runs, by the run's name; of runs made twice, the first."""
-    found: dict[str, Record] = {}
+    """Returns the records of finished runs by name; of a run made twice, the first one counts."""
+    by_name: dict[str, Record] = {}
     for record in records:
         if "error" not in record:
-            found.setdefault(run_of(record).name, record)
-    return found
+            by_name.setdefault(run_of(record).name, record)
+    return by_name
 
 
 def append_result(record: Mapping[str, Any], path: Path = RESULTS) -> None:
-    """Adds a line, behind what a machine that went down may have left half written."""
+    """Appends a record on a line of its own, even if the file ends in half a line after a crash."""
     is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
         if is_torn:
@@ -42,15 +42,18 @@ def append_result(record: Mapping[str, Any], path: Path = RESULTS) -> None:
 
 
 def run_of(record: Mapping[str, Any]) -> Run:
+    """Returns the run that a record is of."""
     return Run(**record["run"])
 
 
 def missing(runs: Iterable[Run], records: Mapping[str, Record]) -> list[Run]:
+    """Returns the runs that have no record yet."""
     return [run for run in runs if run.name not in records]
 
 
 def at_end(record: Record) -> float:
-    """Averages the last two evaluations."""
+    """Returns a run's accuracy at its end, the mean of the last two evaluations."""
+    # The mean of two has half the variance of one.
     return mean(record["evals"]["unassisted"][-2:])
 
 
@@ -65,8 +68,8 @@ def rate_scores(records: Iterable[Record]) -> dict[str, dict[float, float]]:
 
 
 def best_rates(records: Iterable[Record]) -> dict[str, float]:
-    """Chooses each arm's learning rate by the plan's rule (of equal ones the least), of arms for
-    which all have been tried."""
+    """Returns each arm's learning rate by the plan's rule, for arms whose rates were all tried."""
+    # Among equal scores the lowest rate wins.
     return {
         arm: max(scores, key=lambda lr: (scores[lr], -lr))
         for arm, scores in rate_scores(records).items()

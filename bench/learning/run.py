@@ -1,10 +1,10 @@
-"""One run of the study, in a process of its own, and what is kept of it: a record.
+"""Makes one run of the study in its own process and prints its record as one line of JSON.
 
-    python -m bench.learning.run '{"stage": "main", ..}'       prints the record as one line of JSON
+    python -m bench.learning.run '{"stage": "main", ..}' STUDENT_FOLDER
 
-Read main -> train -> curves_of. The run's folder is temporary; the record holds what the run was
-told beyond configs/molar_mass.toml, its curves, the student's checksum, the versions, and which
-files of code differed from the revision.
+Read main -> train -> curves_of. The run's folder is temporary. The record keeps the settings beyond
+configs/molar_mass.toml, the curves, the student's checksum, the versions, and the code files that
+differed from the git revision.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tools.builtin_student.dialogues import ATOMIC_NUMBERS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "molar_mass.toml"
 UPDATES_A_BATCH = 2
-# Of every run, beside what its arm says.
+# Settings of every run, in addition to its arm's.
 COMMON: dict[str, Any] = {
     "run.threads": 1,
     "run.live": False,
@@ -47,22 +47,26 @@ COMMON: dict[str, Any] = {
     "eval.samples": 2,
     "eval.assisted": False,
 }
-# What is kept of a batch's metrics, and under which name.
+# The metrics of a batch that a record keeps, by the name in the record.
 CURVES = {
     "unassisted": "success/unassisted",
     "assisted": "success/assisted",
     "rescued": "guidance/rescue_rate",
     "decay_1": "decay/f_1",
 }
+# A line of an answer, such as "Na: 2 x 23 = 46": element, count, mass.
 LINE = re.compile(r"^([A-Z][a-z]?): [0-9] x ([0-9]{1,3}) = ", re.MULTILINE)
 
 
 class TimedTrainer(Trainer):
-    """A trainer that counts the processor seconds of each batch, which other work on the machine
-    changes less than those of the clock."""
+    """A trainer that measures the processor seconds of each batch.
+
+    Other processes on the machine change them less than they change the clock's seconds.
+    """
 
     batch_cpu_s: list[float]
 
+    # run_batch is one batch with its updates; evaluations are outside of it and do not count.
     def run_batches(self) -> None:
         self.batch_cpu_s = []
         super().run_batches()
@@ -77,18 +81,20 @@ def main() -> None:
     run = Run(**json.loads(sys.argv[1]))
     student = Path(sys.argv[2])
     out = sys.stdout
+    # Whatever the trainer prints goes to stderr, so that stdout is the record and nothing else.
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         record = train(run, student, Path(folder))
     print(json.dumps(record), file=out)
 
 
 def train(run: Run, student: Path, folder: Path) -> dict[str, Any]:
-    """Trains in `folder`/run.name; returns the record."""
+    """Trains in the folder `folder`/run.name; returns the record."""
     started = time.perf_counter()
     settings = COMMON | dict(ARMS[run.arm].settings)
     settings |= {"run.num_batches": run.num_batches, "run.seed": run.seed, "train.lr": run.lr}
-    place = {"run.dir": str(folder), "run.name": run.name, "student.path": str(student)}
-    trainer = TimedTrainer(load_config(CONFIG, settings | place))
+    paths = {"run.dir": str(folder), "run.name": run.name, "student.path": str(student)}
+    # Not in the record: paths of this machine.
+    trainer = TimedTrainer(load_config(CONFIG, settings | paths))
     trainer.run()
     return {
         "run": asdict(run),
@@ -131,10 +137,13 @@ def sampled_tokens(rollouts: Iterable[Mapping[str, Any]]) -> int:
 
 
 def facts_of(rollouts: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Counts facts of one batch, by element that the student holds wrong.
+    """Counts the facts of one batch, for each element whose mass the shipped student has wrong.
 
-    [first attempts that state its mass, those that have it right, attempts that have it wrong and
-    are followed by one that states it, those of them after which it is right]
+    Returns for each element four counts:
+        0: first attempts that state its mass,
+        1: those of them that have it right,
+        2: attempts that have it wrong and whose next attempt states it again,
+        3: those of them whose next attempt has it right (rescues).
     """
     counts: Counter[tuple[str, int]] = Counter()
     for rollout in rollouts:
@@ -143,21 +152,22 @@ def facts_of(rollouts: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
             mass = str(ATOMIC_MASSES[symbol])
             counts[symbol, 0] += symbol in attempts[0]
             counts[symbol, 1] += attempts[0].get(symbol) == mass
-            for before, after in pairwise(attempts):
-                is_repeated = before.get(symbol, mass) != mass and symbol in after
+            for attempt, next_attempt in pairwise(attempts):
+                is_repeated = attempt.get(symbol, mass) != mass and symbol in next_attempt
                 counts[symbol, 2] += is_repeated
-                counts[symbol, 3] += is_repeated and after[symbol] == mass
+                counts[symbol, 3] += is_repeated and next_attempt[symbol] == mass
     return {symbol: [counts[symbol, i] for i in range(4)] for symbol in ATOMIC_NUMBERS}
 
 
 def uncommitted() -> list[str]:
-    """Lists files of code and settings that differ from the revision; [] outside a checkout."""
-    words = ["git", "status", "--porcelain", "--", "*.py", "*.toml", "*.cpp", "*.h"]
-    shown = subprocess.run(words, cwd=CONFIG.parent, capture_output=True, text=True, check=False)
-    return [line[3:] for line in shown.stdout.splitlines()]
+    """Returns the files of code and settings that differ from the revision; [] without git."""
+    command = ["git", "status", "--porcelain", "--", "*.py", "*.toml", "*.cpp", "*.h"]
+    status = subprocess.run(command, cwd=CONFIG.parent, capture_output=True, text=True, check=False)
+    return [line[3:] for line in status.stdout.splitlines()]
 
 
 def rounded(value: float | None) -> float | None:
+    """Rounds to five digits, to keep the records short."""
     return None if value is None else round(value, 5)
 
 

@@ -1,4 +1,4 @@
-"""The students of the study: the shipped one, and some that are right more or less often alone."""
+"""Makes the study's students: the shipped one, and some that are right more often unassisted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CACHE = Path("runs/learning")
 
 
 def student_folder(name: str, cache: Path) -> Path:
-    """Returns the folder of a student of the plan; makes one that is not there, in minutes."""
+    """Returns a student's folder; makes the student if it is absent, which takes minutes."""
     variant = STUDENTS[name]
     if variant.shares is None:
         return STUDENT_DIR
@@ -34,6 +34,7 @@ def student_folder(name: str, cache: Path) -> Path:
             shares=variant.shares,
             num_updates=variant.num_updates,
         )
+        # Saved under another name first, so that an interrupted save is never taken for a student.
         partial = cache / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         save(student, tokenizer, partial)
@@ -42,7 +43,7 @@ def student_folder(name: str, cache: Path) -> Path:
 
 
 def main() -> None:
-    """Makes them all, in `runs/learning` or the folder named."""
+    """Makes all students, in the folder of the first argument or in `runs/learning`."""
     torch.set_num_threads(1)
     cache = Path(sys.argv[1] if len(sys.argv) > 1 else CACHE)
     for name in STUDENTS:

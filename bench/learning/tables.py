@@ -1,9 +1,10 @@
-"""The study's tables: prints them, or puts them into docs/learning.md between their marks.
+"""Makes the study's tables: prints them, or writes them between their marks in docs/learning.md.
 
     python -m bench.learning.tables [--write docs/learning.md]
 
-Read TABLES, then the function of one. Accuracies are unassisted, held out, in per cent: means over
-seeds, ± half the width of the 95 % interval. Differences are paired by seed, with 95 % intervals.
+Read TABLES, then the function of one table; the first line of its docstring is the table's title in
+the printed output. Accuracies are unassisted, held out, in per cent: means over seeds, ± half the
+width of the 95 % interval. Differences are paired by seed, with 95 % intervals.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from bench.learning.cells import (
 from bench.learning.plan import ARMS, COMPARED_AT, MAIN_ARMS, PRIMARY, RATES, STUDENTS, Stage
 from bench.learning.results import Record, at_end, best_rates, rate_scores, read_all, run_of
 
-LAST_BATCHES = slice(-4, None)
+LAST_BATCHES = slice(-4, None)  # those since the evaluation before the last one
 GUIDED_ARMS = ("tutor", "sentence", "answer")
 RESCUE_EDGES = (0, 1, 10, 30, 100, 300)
 AXES: dict[Axis, str] = {"batches": "batches", "tokens": "sampled tokens", "cpu_s": "seconds"}
@@ -72,10 +73,10 @@ def differences_table(records: Sequence[Record]) -> Table:
     tutor = runs_of(records, "main", "shipped", "tutor")
     rows = [["tutor less", "at batch", *(f"equal {words}" for words in AXES.values())]]
     for arm in ARMS if tutor else ():
-        others = runs_of(records, "main", "shipped", arm)
-        for batch in COMPARED_AT if others and arm != "tutor" else ():
+        arm_runs = runs_of(records, "main", "shipped", arm)
+        for batch in COMPARED_AT if arm_runs and arm != "tutor" else ():
             by_axis = {
-                axis: interval(difference(tutor, others, axis, tutor_cost(tutor, axis, batch)))
+                axis: interval(difference(tutor, arm_runs, axis, tutor_cost(tutor, axis, batch)))
                 for axis in AXES
             }
             cells = [seconds_apart(arm, axis, cell) for axis, cell in by_axis.items()]
@@ -90,15 +91,16 @@ def reach_table(records: Sequence[Record]) -> Table:
         runs = runs_of(records, "main", "shipped", arm).values()
         if not runs:
             continue
-        taken = {axis: [cost_until(r, axis, GOAL) for r in runs] for axis in AXES}
-        num_reached = sum(cost < float("inf") for cost in taken["batches"])
+        costs_by_axis = {axis: [cost_until(r, axis, GOAL) for r in runs] for axis in AXES}
+        num_reached = sum(cost < float("inf") for cost in costs_by_axis["batches"])
+        # Runs that never got there cost inf, so the median is known if more than half of them did.
         is_known = 2 * num_reached > len(runs)
         cells = [
             seconds_apart(arm, axis, f"{median(costs):,.0f}" if is_known else "-")
-            for axis, costs in taken.items()
+            for axis, costs in costs_by_axis.items()
         ]
         reached = f"{num_reached} of {len(runs)}"
-        rows.append([ARMS[arm].title, reached, *cells, batches_cell(taken["batches"])])
+        rows.append([ARMS[arm].title, reached, *cells, batches_cell(costs_by_axis["batches"])])
     return rows
 
 
@@ -107,6 +109,7 @@ def credit_table(records: Sequence[Record]) -> Table:
     arms = {"attempt": ("tutor", "undecayed"), "trajectory": ("trajectory", "trajectory_undecayed")}
     columns = [f"unassisted, batch {PRIMARY}", "unassisted, batch 40", "assisted, batches 37 to 40"]
     rows = [["credit by", "decay", *columns]]
+    # A 2 x 2 design: the difference within each kind of credit is the effect of decay.
     for credit, (decayed, undecayed) in arms.items():
         runs = [runs_of(records, "main", "shipped", arm) for arm in (decayed, undecayed)]
         for words, by_seed_ in zip(("yes", "no"), runs, strict=True):
@@ -147,9 +150,9 @@ def densities_table(records: Sequence[Record]) -> Table:
 def phases_table(records: Sequence[Record]) -> Table:
     """Training batches four by four: right alone, right in the end, and of wrong ones rescued."""
     columns = [
-        f"{ARMS[arm].title}: {what}"
+        f"{ARMS[arm].title}: {column}"
         for arm in GUIDED_ARMS
-        for what in ("alone", "in the end", "rescued")
+        for column in ("alone", "in the end", "rescued")
     ]
     rows = [["batches", *columns]]
     for start in range(0, 28, 4):
@@ -196,6 +199,7 @@ def rates_table(records: Sequence[Record]) -> Table:
 
 def runs_table(records: Sequence[Record]) -> Table:
     """Every run that was made: how many, by stage and student, and how many of them failed."""
+    # Failed runs are listed as well, so that nothing is left out unseen.
     made: Counter[tuple[str, str]] = Counter()
     failed: Counter[tuple[str, str]] = Counter()
     for record in records:
@@ -210,6 +214,7 @@ def runs_table(records: Sequence[Record]) -> Table:
 
 
 TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
+    # In the order of docs/learning.md, whose marks have these names.
     "main": main_table,
     "differences": differences_table,
     "reach": reach_table,
@@ -225,13 +230,16 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
 
 
 def seconds_apart(arm: str, axis: Axis, cell: str) -> str:
-    """Leaves out the seconds of arms that are no main ones: other work ran beside theirs, and took
-    from caches and cores what processor seconds do not show."""
+    """Returns the cell, but "-" for the seconds of any arm that is not a main one.
+
+    Other work ran on the machine beside these arms. It slowed them down by sharing caches and
+    cores, and processor seconds do not correct for that.
+    """
     return "-" if axis == "cpu_s" and arm not in MAIN_ARMS else cell
 
 
 def with_tables(text: str, records: Sequence[Record]) -> str:
-    """The text with what stands between <!-- table NAME --> and <!-- end --> made anew."""
+    """Replaces what stands between <!-- table NAME --> and <!-- end --> by new tables."""
 
     def made(match: re.Match[str]) -> str:
         return f"{match[1]}\n{markdown(TABLES[match[2]](records))}\n{match[3]}"

@@ -1,4 +1,4 @@
-"""A teacher of the study that is no good one, for teacher.rule."""
+"""Defines a bad teacher for the study, to be set as teacher.rule."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from tools.builtin_student.tokenizer import LEAK_TEXTS
 
 
 def give_answer(request: GuidanceRequest) -> str:
-    """Says the answer, in words that the student was warmed up on; needs teacher.reveal_answer."""
+    """Gives the answer away, in a sentence that the student knows; needs teacher.reveal_answer."""
     assert request.ground_truth is not None, "set teacher.reveal_answer true"
     return request.ground_truth.join(LEAK_TEXTS)

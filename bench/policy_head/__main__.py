@@ -57,7 +57,7 @@ from bench.policy_head.problem import make_problem, random_weight, useful_bytes,
 
 
 class Shape(NamedTuple):
-    """Of one microbatch's head."""
+    """The sizes of one microbatch's policy head: T, V and D."""
 
     num_tokens: int
     vocab_size: int
@@ -70,7 +70,8 @@ SHAPES = {
     "cuda": [Shape(8192, *HEADS[head]) for head in ("qwen3-0.6b", "qwen3-1.7b")],
 }
 QUICK_SHAPES = [Shape(num_tokens, *HEADS["smollm2"]) for num_tokens in (256, 1024)]
-# Rows of the search: so many that no two settings of a contender come to the same.
+# Rows of the search for the fastest setting: enough that every chunk size makes another number of
+# chunks.
 SEARCH_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch_has_native_head():
         skipped["torch native"] = "this torch has no torch.nn.LinearCrossEntropyOptions"
     if args.peers:
-        others, absent = peer_contenders(args.device)
-        choices += others
+        peers, absent = peer_contenders(args.device)
+        choices += peers
         skipped |= absent
         card |= peer_versions()
     else:
@@ -103,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses and checks the options; a wrong one ends the bench with exit status 2."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("bench.policy_head", description=__doc__, formatter_class=form)
     words = f"TxVxD, or HEAD:T with HEAD one of {', '.join(HEADS)}; default all on a CPU"
@@ -135,9 +137,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def shape_of(text: str) -> Shape:
-    """The shape that a word of --shapes names."""
-    head, _, num_tokens = text.partition(":")
-    sizes = text.split("x") if not num_tokens else [num_tokens, *map(str, HEADS.get(head, ()))]
+    """Parses one word of --shapes: TxVxD or HEAD:T."""
+    head_name, _, num_tokens = text.partition(":")
+    sizes = text.split("x") if not num_tokens else [num_tokens, *map(str, HEADS.get(head_name, ()))]
     if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         rule = f"TxVxD, for example 8192x151936x1024, or HEAD:T, HEAD one of {', '.join(HEADS)}"
         raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
@@ -145,30 +147,32 @@ def shape_of(text: str) -> Shape:
 
 
 def bench_head(
-    head: tuple[int, int],
+    lm_head: tuple[int, int],
     tokens: Sequence[int],
     choices: Sequence[Sequence[Contender]],
     peak_gflop_s: float,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """All tables of one head, printed as they come."""
-    vocab_size, hidden_size = head
-    names = [name for name, sizes in HEADS.items() if sizes == head]
+    """Measures and prints all tables of one head; returns their rows for the JSON line."""
+    vocab_size, hidden_size = lm_head
+    names = [name for name, sizes in HEADS.items() if sizes == lm_head]
     name = names[0] if names else f"{vocab_size}x{hidden_size}"
     weight_VD = random_weight(vocab_size, hidden_size, args.device, args.dtype)
     print(f"{name}: V {vocab_size}, D {hidden_size}")
     num_searched = min(SEARCH_ROWS[args.device.type], max(tokens))
+    # A search runs every setting of every contender, so there is one a head, not one a table.
     contenders, tiles = table.search(make_problem(weight_VD, num_searched, 100), choices)
     results = []
     for num_tokens in tokens:
-        whole: list[table.Row] = []
+        full_table: list[table.Row] = []
+        # 100 % comes first, as the tables of fewer loss rows take long contenders' times from it.
         for percent in sorted(args.rows, reverse=True):
             problem = make_problem(weight_VD, num_tokens, percent)
             num_rows = problem.rows_N.numel()
-            flops = useful_flops(num_rows, *head)
-            least = useful_bytes(num_rows, *head, element_size=args.dtype.itemsize)
-            rows, gemms = table.measure_rows(problem, contenders, tiles, args, whole)
-            whole = rows if percent == 100 else whole
+            flops = useful_flops(num_rows, *lm_head)
+            least = useful_bytes(num_rows, *lm_head, element_size=args.dtype.itemsize)
+            rows, gemms = table.measure_rows(problem, contenders, tiles, args, full_table)
+            full_table = rows if percent == 100 else full_table
             limits = {
                 f"{library}, tile {m} x {n}": flops / times.median_s / 1e9
                 for (library, m, n), times in gemms.items()
@@ -181,6 +185,7 @@ def bench_head(
             known = {"shape": name, "V": vocab_size, "D": hidden_size, "T": num_tokens}
             known |= {"loss_percent": percent, "bare_gemms_gflop_s": limits}
             fastest_s = min(times.median_s for times in gemms.values())
+            # rows[0] is ours: choices begin with it, and ratios are relative to it.
             limit = flops, fastest_s, rows[0], peak_gflop_s
             results += [known | table.report(row, *limit) for row in rows]
     return results

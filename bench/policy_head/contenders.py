@@ -1,7 +1,7 @@
-"""The contenders that need torch only: ours, torch's own ways, and functions of the user's.
+"""Defines the contenders that need torch only: ours, torch's own ways, and the user's functions.
 
-All are of one form, Loss. Most make per-token log-probs in their own way and then take
-`policy_loss` of them, a few operations on [N] numbers: by_logprobs.
+All contenders have one interface, Loss. Most of them differ only in how they compute per-token
+log-probs; by_logprobs then adds our `policy_loss`, a few operations on [N] numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from bench.policy_head.problem import TEMPERATURE, Problem
 from socpo_fast.ops import linear_policy_loss, policy_loss
 from socpo_fast.socratic.plugin import load_function
 
-LogProbs = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # hidden [N, D], weight [V, D], targets -> [N]
+# (hidden [N, D], weight [V, D], targets [N]) -> log-probs [N]
+LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Loss(Protocol):
-    """The policy loss of N tokens from their hidden states. --peer takes any function of this form.
+    """Computes the policy loss of N tokens; --peer takes any function with this signature.
 
         logprob = log_softmax(hidden @ weight.T / temperature)[targets]
         ratio   = exp(logprob - old_logprobs)
@@ -36,8 +35,8 @@ class Loss(Protocol):
         hidden_ND, weight_VD: fp32 or bf16 (--dtype), on --device; both need a gradient.
         targets_N: int64, each in [0, V).
         old_logprobs_N, advantages_N, weights_N: fp32. Weights are 0 outside the loss rows. No ratio
-            here is near a clip.
-        temperature: of the sampler.
+            in this bench is near a clip.
+        temperature: the sampler's.
 
     Returns: the loss, a tensor without dimensions. Its gradients with respect to hidden and weight
     come from autograd; both they and the loss are compared with fp64.
@@ -64,49 +63,49 @@ class Contender:
     name: str
     setting: str
     loss_of: Loss
-    # rows of [rows, V] logits alive at once, about; None: all that are projected
+    # About how many rows of [rows, V] logits are alive at once; None: all that are projected.
     logit_rows: int | None
-    only_loss_rows: bool = False  # project just these, or all
-    is_ours: bool = False  # given all rows, it leaves out those of weight 0 by itself
+    only_loss_rows: bool = False  # gets the loss rows only, or all rows
+    is_ours: bool = False  # gets all rows and skips those of weight 0 by itself
 
     def loss(self, problem: Problem) -> Tensor:
+        """Runs the contender's forward."""
         p = problem
         hidden = p.hidden_TD
         per_token = p.targets_T, p.old_logprobs_T, p.advantages_T, p.weights_T
         if self.only_loss_rows and not self.is_ours:
             hidden = hidden.index_select(0, p.rows_N)
             per_token = tuple(x.index_select(0, p.rows_N) for x in per_token)
-        elif not self.is_ours:  # whoever changes them in place changes nobody else's
+        elif not self.is_ours:  # copies, as a contender may change its inputs in place
             per_token = tuple(x.clone() for x in per_token)
-        *given, weights = per_token
+        *inputs, weights = per_token
         options = {"weights_N": weights, "temperature": TEMPERATURE}
-        loss = self.loss_of(hidden, p.weight_VD, *given, **options)
+        loss = self.loss_of(hidden, p.weight_VD, *inputs, **options)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             kind = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"{self.name} must return a tensor without dimensions, got {kind}")
         return loss
 
     def gradients(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, dX, dW: what is timed.
-
-        By autograd.grad, as nobody's gradient is to be copied into an old one.
-        """
+        """Returns loss, dX and dW; this is what the bench times."""
         loss = self.loss(problem)
+        # Not backward(), which would add the gradients to those of the last run.
         inputs = problem.hidden_TD, problem.weight_VD
         grad_hidden, grad_weight = torch.autograd.grad(loss, inputs)
         return loss.detach(), grad_hidden, grad_weight
 
     def peak_gib(self, num_rows: int, vocab_size: int, hidden_size: int) -> float:
-        """Rough need beyond the inputs.
+        """Estimates the memory needed beyond the inputs.
 
-        Logits, log-softmax and gradient of the rows alive, dW and a spare of it, in fp32.
+        That is logits, log-softmax and their gradient for the rows alive at once, and dW twice, all
+        in fp32.
         """
         rows = num_rows if self.logit_rows is None else min(num_rows, self.logit_rows)
         return 4 * vocab_size * (3 * rows + 2 * hidden_size) / 2**30
 
 
 def by_logprobs(logprobs_of: LogProbs) -> Loss:
-    """Log-probs made by someone else, at temperature 1, then our loss of them."""
+    """Returns a Loss that takes log-probs from `logprobs_of` and adds our policy loss."""
 
     def loss(
         hidden: Tensor,
@@ -118,7 +117,7 @@ def by_logprobs(logprobs_of: LogProbs) -> Loss:
         weights_N: Tensor,
         temperature: float,
     ) -> Tensor:
-        assert temperature == 1.0
+        assert temperature == 1.0  # `logprobs_of` has no argument for it
         logprobs = logprobs_of(hidden, weight, targets).float()
         return policy_loss(logprobs, old_logprobs, advantages, weights_N=weights_N).loss
 
@@ -126,6 +125,8 @@ def by_logprobs(logprobs_of: LogProbs) -> Loss:
 
 
 def ours(impl: str) -> Contender:
+    """Returns our linear_policy_loss in one implementation."""
+
     def loss(*inputs: Tensor, weights_N: Tensor, temperature: float) -> Tensor:
         options = {"weights_N": weights_N, "temperature": temperature, "impl": impl}
         return linear_policy_loss(*inputs, **options).loss
@@ -134,7 +135,9 @@ def ours(impl: str) -> Contender:
 
 
 def user_contender(spec: str) -> Contender:
-    """The function "module:function", a Loss; its logits are not counted in the memory it needs.
+    """Returns the user's function "module:function", a Loss.
+
+    Its logits are not counted in peak_gib, since nobody knows its chunks.
 
     Raises:
         ValueError: there is no such module or function.
@@ -143,12 +146,12 @@ def user_contender(spec: str) -> Contender:
 
 
 def torch_has_native_head() -> bool:
-    """Whether this torch has a cross entropy that projects by itself, which 2.11 has not."""
+    """Whether this torch has a cross entropy that includes the projection; 2.11 has none."""
     return hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 
 def torch_contenders(device: torch.device = CPU) -> list[list[Contender]]:
-    """For each of this torch's own ways, its settings to choose from."""
+    """Returns torch's own ways, each as a list of settings to choose from."""
     naive = Contender("torch naive", "", by_logprobs(_naive), None)
     if not torch_has_native_head():
         return [[naive]]
@@ -166,7 +169,8 @@ def torch_contenders(device: torch.device = CPU) -> list[list[Contender]]:
 
 
 def _naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """In fp32 behind the product: a log-prob rounded to bf16 is off by up to 0.03 nats."""
+    """Returns log-probs by log_softmax over all logits."""
+    # fp32 after the product: a log-prob rounded to bf16 is off by up to 0.03 nats.
     logits = (hidden @ weight.T).float()
     return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 

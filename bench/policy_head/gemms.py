@@ -1,4 +1,4 @@
-"""The policy head's limit: its three GEMMs alone, in their best chunking."""
+"""Runs the policy head's three GEMMs and nothing else, in their best chunking: the head's limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ Gemms = tuple[str, int, int]  # library, rows and columns of a tile of logits
 
 
 def gemm_choices(num_rows: int, vocab_size: int, device: torch.device) -> list[Gemms]:
-    """Libraries and chunkings among which the fastest is looked for.
+    """Returns the libraries and chunkings among which to look for the fastest.
 
-    On a card by rows only: by columns, sums of dX would be rounded to bf16 in between.
+    On a card logits are chunked by rows only. Chunks of columns would add up dX in several steps
+    and round it to bf16 after each.
     """
     is_card = device.type == "cuda"
     row_counts = (128, 256, 512)
@@ -32,7 +33,7 @@ def gemm_choices(num_rows: int, vocab_size: int, device: torch.device) -> list[G
 
 
 def fastest_gemms(hidden_ND: Tensor, weight_VD: Tensor) -> list[Gemms]:
-    """Of each library the fastest chunking."""
+    """Returns each library's fastest chunking."""
     device = hidden_ND.device
     choices = gemm_choices(hidden_ND.shape[0], weight_VD.shape[0], device)
     runs = bare_gemms(hidden_ND, weight_VD, choices)
@@ -46,14 +47,14 @@ def fastest_gemms(hidden_ND: Tensor, weight_VD: Tensor) -> list[Gemms]:
 def bare_gemms(
     hidden_ND: Tensor, weight_VD: Tensor, choices: Sequence[Gemms]
 ) -> dict[Gemms, Callable[[], tuple[Tensor, Tensor]]]:
-    """For each choice, logits, dX and dW into buffers that exist already; dW in fp32."""
-    factor = product_dtype(hidden_ND.device, hidden_ND.dtype)
-    hidden_ND = hidden_ND.to(factor)
-    weight_VD = weight_VD.to(factor)
+    """Returns a run for each choice: logits, dX and dW into buffers made here; dW in fp32."""
+    factor_dtype = product_dtype(hidden_ND.device, hidden_ND.dtype)
+    hidden_ND = hidden_ND.to(factor_dtype)
+    weight_VD = weight_VD.to(factor_dtype)
     grad_hidden = torch.zeros_like(hidden_ND)
     grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-    most = max(min(rows, hidden_ND.shape[0]) * columns for _, rows, columns in choices)
-    buffer = hidden_ND.new_zeros(most)
+    max_logits = max(min(rows, hidden_ND.shape[0]) * columns for _, rows, columns in choices)
+    buffer = hidden_ND.new_zeros(max_logits)
 
     @torch.no_grad()
     def run(library: str, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:

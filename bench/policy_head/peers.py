@@ -1,8 +1,8 @@
-"""The contenders from other projects, with the settings each chooses from.
+"""Defines the contenders from other projects, with the settings that each chooses from.
 
-Only the module that holds the function is loaded: verl's package would import Ray, Liger's its
-whole kernel list. How to make their environment stands in peers.txt. Two of their tile heights are
-module constants; they are tuned as well.
+Only the module with the function is loaded, since verl's package would import Ray and Liger's all
+of its kernels. peers.txt says how to make the environment. TRL and Liger keep the height of a tile
+in a module constant; the bench sets it, so that it is tuned as well.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ DISTRIBUTIONS = {
     "cut-cross-entropy": "cut-cross-entropy",
 }
 NEED_A_CARD = ("cut-cross-entropy",)  # its kernels are Triton's
-# Rows and columns of a tile of logits, or rows; a peer's own default first.
+# (rows, columns) of a tile of logits, or its rows; the peer's own default comes first.
 TRL_TILES = ((4096, 32768), (4096, 2048), (512, 2048), (512, 8192))
 LIGER_TILES = ((2048, 4096), (2048, 1024), (512, 1024), (512, 4096))
 VERL_ROWS = (512, 2048, 128)
-# Those a card is given besides.
+# Larger ones, for cards only.
 CARD_TILES = ((8192, 32768),)
 CARD_VERL_ROWS = (8192,)
 
 
 def peer_contenders(device: torch.device) -> tuple[list[list[Contender]], dict[str, str]]:
-    """(For each peer that can run here, its settings; why each of the other ones is skipped).
+    """Returns the settings of each peer that can run here, and the reason for each that cannot.
 
     The first setting is the peer's own default.
     """
-    found = []
+    choices = []
     skipped = {}
     for name in DISTRIBUTIONS:
         if name in NEED_A_CARD and device.type != "cuda":
             skipped[name] = "it runs on a card only"
             continue
         try:
-            found.append(_settings(name, is_card=device.type == "cuda"))
+            choices.append(_settings(name, is_card=device.type == "cuda"))
         except Exception as error:  # noqa: BLE001 - of any kind: the import is another project's
             skipped[name] = " ".join(f"{type(error).__name__}: {error}".split())
-    return found, skipped
+    return choices, skipped
 
 
 def peer_versions() -> dict[str, str]:
-    """Of the peers that are installed."""
+    """Returns the versions of the installed peers."""
     versions = {}
     for name, distribution in DISTRIBUTIONS.items():
         if any(importlib.metadata.distributions(name=distribution)):
@@ -62,7 +62,7 @@ def peer_versions() -> dict[str, str]:
     return versions
 
 
-# Per-token log-probs of each peer at its own defaults; calling one imports the peer.
+# Makers of each peer's log-probs at its own defaults. Lambdas, as the call imports the peer.
 PEER_LOGPROBS: dict[str, Callable[[], LogProbs]] = {
     "TRL": lambda: _trl(*TRL_TILES[0]),
     "Liger": lambda: _liger(*LIGER_TILES[0]),
@@ -94,8 +94,8 @@ def _settings(name: str, *, is_card: bool) -> list[Contender]:
 def _trl(rows: int, columns: int) -> LogProbs:
     _distribution("trl")
     module = importlib.import_module("trl.kernels.chunked_logprob")
-    # bias, targets, temperature, columns a tile, softcap, logit scale, optional outputs (entropy
-    # among them): none
+    # The arguments behind bias and targets: temperature, columns of a tile, softcap, logit scale,
+    # and optional outputs (such as the entropy), of which we want none.
     options = 1.0, columns, None, 1.0, ()
 
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -137,15 +137,15 @@ def _cut_cross_entropy() -> LogProbs:
 
 
 def _rows_alive(rows: int, columns: int, vocab_size: int = 49152) -> int:
-    """Rows of full width that a tile's logits amount to, for the memory estimate.
+    """Converts a tile's logits into rows of full width, for the memory estimate.
 
-    On the high side for wider heads.
+    The default is the narrowest head of the bench, so wider ones are overestimated.
     """
     return max(1, rows * columns // vocab_size)
 
 
 def _load(distribution: str, path: str) -> ModuleType:
-    """One file of an installed distribution, as a module of its own."""
+    """Loads one file of an installed distribution as a module, without its package."""
     name = f"_peer_{distribution.replace('-', '_')}"
     if name not in sys.modules:
         file = str(_distribution(distribution).locate_file(path))

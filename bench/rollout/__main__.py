@@ -51,16 +51,16 @@ from bench.rollout.table import Row
 from socpo_fast.model import load_student
 from socpo_fast.model.decoder import Decoder
 
-SLOW = 3.0  # times ours, from which on a peer runs in the first round only
-SHORT_S = 10.0  # below it, a setting is tried twice
-# What a peer cannot do without.
+SLOW = 3.0  # a peer that takes more than this times ours runs in the first round only
+SHORT_S = 10.0  # a setting that takes less is tried twice
+# The option that each of these peers needs.
 NEEDED = {"ctranslate2": "ct2_dir", "vllm": "vllm_python"}
 NEEDED |= {"llama.cpp": "llama_dir", "llama.cpp-bf16": "llama_dir"}
 
 
 @dataclass
 class Own:
-    """Our engine or its limit as a contender."""
+    """Our engine or its limit, with the interface of a Contender."""
 
     name: str
     run: Callable[[Work], Result]
@@ -80,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     text_ids = read_text(args.student, args.data) if args.data else []
     dtype = str(args.dtype).removeprefix("torch.")
     students = {"": load_student(args.student, dtype=dtype, device=args.device)}
+    # The suffix of a student is the end of its contenders' names (Row.storage).
     if args.bf16:
         students[", bf16"] = load_student(args.student, dtype="bfloat16")
     peers = start_peers(args, cases)
     report = {}
+    # Peers are processes of their own and would live on after an error.
     try:
         for case in cases:
             report[case.name] = bench_case(case, students, peers, text_ids, card, args)
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the options, and drops peers that do not run on the chosen device."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("bench.rollout", description=__doc__, formatter_class=form)
     add = parser.add_argument
@@ -152,7 +155,7 @@ def bench_case(
     card: dict[str, Any],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Check, search, rounds, parts of a step; printed as they come."""
+    """Checks our engine, searches the peers' settings, runs the rounds; prints as it goes."""
     steps = linear_steps(case)
     config = students[""].config
     sizes = {suffix: s.lm_head.weight.element_size() for suffix, s in students.items()}
@@ -161,6 +164,7 @@ def bench_case(
     print(f"{case.name}: {case.title}")
     print(f"  linears {flops / 1e9:.0f} GFLOP, at least {least / 1e9:.0f} GB of weights")
     seeds = range(args.repeats + 1)
+    # works[0] is for checks and searches; each round has its own, so no cache has seen its prompts.
     works = [make_work(case, config.vocab_size, seed, text_ids) for seed in seeds]
     contenders: list[Own | Contender] = []
     ours = {}
@@ -168,6 +172,7 @@ def bench_case(
     chosen = {}
     rooflines = {}
     for suffix, student in students.items():
+        # bf16 storage halves the traffic of weights, which limits decoding at batch 1.
         if suffix and case.num_first > 1:
             continue
         name = f"ours{suffix}"
@@ -194,21 +199,24 @@ def bench_case(
     run_rounds(contenders, rows, works[1:], checks["ours"]["seconds"])
     print(f"  tokens prefilled {checks['ours']['prefilled']}, unique {case.unique_tokens}")
     measure.print_row(table.HEADINGS, table.WIDTHS)
-    known = [table.figures(row, case, rows, rooflines) for row in rows]
-    for row, of_row in zip(rows, known, strict=True):
-        table.print_result(row, of_row)
+    row_figures = [table.figures(row, case, rows, rooflines) for row in rows]
+    for row, figures in zip(rows, row_figures, strict=True):
+        table.print_result(row, figures)
     parts = {name: parts_of(engine, name, rows, works[1]) for name, engine in ours.items()}
     table.print_parts(parts)
     report = {"title": case.title, "flops": flops, "bytes": least}
     report |= {"unique_tokens": case.unique_tokens, "checks": checks, "limit_gemms": chosen}
-    both = zip(rows, known, strict=True)
-    return report | {"parts_s": parts, "rows": [asdict(row) | of_row for row, of_row in both]}
+    rows_and_figures = zip(rows, row_figures, strict=True)
+    return report | {
+        "parts_s": parts,
+        "rows": [asdict(row) | figures for row, figures in rows_and_figures],
+    }
 
 
 def own_contenders(
     suffix: str, engine: engines.Ours, prefilled: int, limit: Limit
 ) -> list[Own | Contender]:
-    """Ours and its limit."""
+    """Returns our engine and its limit as contenders."""
 
     def run(work: Work) -> Result:
         return run_ours(engine, work) | {"prefilled": prefilled}
@@ -217,6 +225,8 @@ def own_contenders(
 
 
 def run_ours(ours: engines.Ours, work: Work) -> Result:
+    """Runs our engine: the prompts only, then everything."""
+    # The prompts run twice, first without the rest: decode tok/s comes from the difference.
     prefill_s = measure.seconds_of(lambda: ours.prefill(work), ours.device)
 
     def run() -> float:
@@ -227,24 +237,25 @@ def run_ours(ours: engines.Ours, work: Work) -> Result:
 
 
 def run_limit(limit: Limit) -> Result:
+    """Runs the limit in the same two parts."""
     runs = {"prefill_s": limit.prefill, "seconds": limit.replay}
     return {name: measure.seconds_of(run, limit.device) for name, run in runs.items()}
 
 
 def parts_of(engine: engines.Ours, name: str, rows: Sequence[Row], work: Work) -> dict[str, float]:
-    """Seconds of our engine by part, of the median of its rounds."""
+    """Returns where our engine's time goes; the parts add up to the median of its rounds."""
     seconds = [result["seconds"] for row in rows if row.name == name for result in row.rounds]
     return engines.step_parts(lambda: engine.rollouts(work), median(seconds), engine.device)
 
 
 def search(settings: Sequence[Contender], work: Work) -> tuple[Row, Contender]:
-    """The fastest setting of a peer; a single one is warmed up."""
+    """Returns the fastest setting of a peer; a single setting runs as well, to warm up."""
     results = {contender.setting: contender.run(work) for contender in settings}
     for contender in settings:
         if results[contender.setting].get("seconds", SHORT_S) < SHORT_S:
-            again = contender.run(work)
-            both = again, results[contender.setting]
-            results[contender.setting] = min(both, key=lambda r: r.get("seconds", 0.0))
+            second_result = contender.run(work)
+            two_results = second_result, results[contender.setting]
+            results[contender.setting] = min(two_results, key=lambda r: r.get("seconds", 0.0))
     tried = {setting: r["seconds"] for setting, r in results.items() if "error" not in r}
     errors = [f"{setting} {r['error']}".strip() for setting, r in results.items() if "error" in r]
     if errors:
@@ -264,12 +275,13 @@ def run_rounds(
     works: Sequence[Work],
     ours_s: float,
 ) -> None:
-    """Fills the rows; every contender runs once a round, in order.
+    """Runs every contender once a round, in order, and fills the rows.
 
-    The slow ones take part in the first round only.
+    Slow ones take part in the first round only.
     """
     for round_idx, work in enumerate(works):
         for contender, row in zip(contenders, rows, strict=True):
+            # A peer that is SLOW times slower needs no exact ratio, and its rounds take long.
             is_slow = row.tried and row.tried[row.setting] > SLOW * ours_s
             if row.error or (round_idx > 0 and is_slow):
                 continue

@@ -1,8 +1,7 @@
-"""What the bench runs: cases, their token ids, and the work that no engine can avoid.
+"""Defines the bench's cases, their token ids, and the work that no engine can avoid.
 
-Read Case, then linear_steps: the linears of a case with every unique token forwarded once and one
-row a sampled token. A last sampled token is never forwarded, unless a second attempt goes on behind
-it.
+Read Case, then linear_steps: the forward passes of an engine that forwards every unique token once.
+The last sampled token of a rollout is never forwarded, unless a second attempt goes on behind it.
 """
 
 from __future__ import annotations
@@ -18,45 +17,53 @@ from socpo_fast.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Case:
-    """Rollouts of some questions; lengths in tokens.
+    """Rollouts of some questions, with lengths in tokens.
 
-    With guidance > 0 every second rollout has a second attempt.
+    If guidance > 0, every second rollout has a second attempt:
+
+        prompt | new tokens                              half of the rollouts
+        prompt | new tokens | guidance | new tokens      the other half
     """
 
     name: str
     questions: int
-    rollouts: int
+    rollouts: int  # of each question
     prompt: int
-    new: int  # an attempt
-    guidance: int = 0  # between the attempts
+    new: int  # tokens of each attempt
+    guidance: int = 0  # tokens between the attempts
 
     @property
     def num_first(self) -> int:
+        """Returns the number of first attempts."""
         return self.questions * self.rollouts
 
     @property
     def num_second(self) -> int:
+        """Returns the number of second attempts."""
         return len(range(0, self.num_first, 2)) if self.guidance else 0
 
     @property
     def generated(self) -> int:
+        """Returns the number of sampled tokens."""
         return (self.num_first + self.num_second) * self.new
 
     @property
     def unique_tokens(self) -> int:
-        """Tokens that must be prefilled.
+        """Returns the tokens that must be prefilled.
 
-        Each prompt once, then the guidance and the token sampled last before it.
+        These are each prompt once, and each guidance with the token sampled last before it, which
+        has no KV yet.
         """
         return self.questions * self.prompt + self.num_second * (1 + self.guidance)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest context."""
+        """Returns the tokens of the longest context."""
         return self.prompt + self.new + (self.guidance + self.new if self.guidance else 0)
 
     @property
     def title(self) -> str:
+        """Describes the case in one line."""
         text = f"{self.questions} x {self.rollouts} rollouts, prompt {self.prompt}"
         text += f", {self.new} new tokens"
         if self.guidance:
@@ -64,7 +71,7 @@ class Case:
         return text
 
     def shortened(self) -> Case:
-        """The same in so few tokens that only the running is tested."""
+        """Returns the case with very few tokens, to test only that everything runs."""
         few = {"prompt": 12, "new": 4, "questions": 2, "rollouts": 2, "guidance": 5}
         return replace(self, **{name: min(most, getattr(self, name)) for name, most in few.items()})
 
@@ -83,7 +90,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Work:
-    """A case with its token ids, as every contender gets it.
+    """A case with its token ids, the same for every contender.
 
     Suffixes are the guidance of every second rollout.
     """
@@ -94,37 +101,39 @@ class Work:
     suffixes: list[list[int]]
 
     def to_json(self) -> dict[str, Any]:
+        """Returns it as a peer's process reads it."""
         return asdict(self)
 
 
 def make_work(case: Case, vocab_size: int, seed: int, text_ids: Sequence[int] = ()) -> Work:
-    """Prompts and guidance cut from a text one behind the other, or pseudo-random.
+    """Cuts prompts and guidance from a text, one behind the other, or draws random ones.
 
-    They are other ones for every seed, so that no cache has met them.
+    They differ from seed to seed, so no prefix cache has seen them.
     """
-    lengths = [case.prompt] * case.questions + [case.guidance] * case.num_second
-    total = sum(lengths)
+    piece_lens = [case.prompt] * case.questions + [case.guidance] * case.num_second
+    total = sum(piece_lens)
     if text_ids:
         if len(text_ids) < total + 1:
             raise ValueError(
                 f"bench: the text must have more than {total} tokens, got {len(text_ids)}; "
                 "see --data"
             )
+        # Multiples of a prime spread the starts over the text.
         start = 7919 * seed % (len(text_ids) - total)
         ids = list(text_ids[start : start + total])
     else:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(vocab_size, (total,), generator=generator).tolist()
     pieces = []
-    place = 0
-    for length in lengths:
-        pieces.append(ids[place : place + length])
-        place += length
+    offset = 0
+    for piece_len in piece_lens:
+        pieces.append(ids[offset : offset + piece_len])
+        offset += piece_len
     return Work(case, seed, pieces[: case.questions], pieces[case.questions :])
 
 
 def read_text(student_folder: str, data: str) -> list[int]:
-    """Token ids of all questions of a file, one behind the other."""
+    """Returns the token ids of all questions of a file, one behind the other."""
     from transformers import AutoTokenizer
 
     from socpo_fast.socratic.data import load_questions
@@ -135,7 +144,7 @@ def read_text(student_folder: str, data: str) -> list[int]:
 
 
 class Step(NamedTuple):
-    """One pass through the layers: rows of their linears, and rows of the LM head."""
+    """One forward pass: rows of the layers' linears, and rows of the LM head."""
 
     rows: int
     head_rows: int
@@ -143,9 +152,9 @@ class Step(NamedTuple):
 
 
 def linear_steps(case: Case, token_budget: int = 2048) -> list[Step]:
-    """The passes of a case by an engine that does nothing twice.
+    """Returns the passes of a case by an engine that does nothing twice.
 
-    Rollouts of a question share its prompt's logits.
+    Rollouts of one question share the logits of its prompt, so these take one row of the LM head.
     """
     num_prompt_tokens = case.questions * case.prompt
     sizes = num_prompt_tokens, case.questions, case.num_first
@@ -159,13 +168,15 @@ def linear_steps(case: Case, token_budget: int = 2048) -> list[Step]:
 def _passes(
     num_tokens: int, head_rows: int, num_sequences: int, new: int, budget: int
 ) -> list[Step]:
+    # Prefill in chunks of the budget; only the last one yields logits. The first new token comes
+    # from the prompt's logits, so new - 1 rounds of decoding follow.
     chunks = [min(budget, num_tokens - start) for start in range(0, num_tokens, budget)]
     prefill = [Step(rows, 0, True) for rows in chunks[:-1]] + [Step(chunks[-1], head_rows, True)]
     return prefill + [Step(num_sequences, num_sequences, False)] * (new - 1)
 
 
 def layer_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(outputs, inputs) of one layer's linears, in order of use."""
+    """Returns (outputs, inputs) of one layer's linears, in order of use."""
     heads = config.num_heads * config.head_dim
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
     width = config.hidden_size
@@ -174,17 +185,20 @@ def layer_shapes(config: ModelConfig) -> list[tuple[int, int]]:
 
 
 def linear_flops(config: ModelConfig, steps: Sequence[Step]) -> float:
-    """Two a weight and row."""
+    """Returns the FLOPs of the linears: two a weight and row."""
     layers = config.num_layers * sum(outs * ins for outs, ins in layer_shapes(config))
-    head = config.vocab_size * config.hidden_size
-    return 2.0 * sum(step.rows * layers + step.head_rows * head for step in steps)
+    lm_head = config.vocab_size * config.hidden_size
+    return 2.0 * sum(step.rows * layers + step.head_rows * lm_head for step in steps)
 
 
 def linear_bytes(config: ModelConfig, steps: Sequence[Step], element_size: int = 4) -> float:
-    """Weights read, once a pass; what goes in and out of a linear may stay in cache."""
+    """Returns the bytes of weights read, once a pass.
+
+    Inputs and outputs of linears do not count, as they may stay in the cache.
+    """
     layers = config.num_layers * sum(outs * ins for outs, ins in layer_shapes(config))
-    head = config.vocab_size * config.hidden_size
-    return float(element_size) * sum(layers + (head if step.head_rows else 0) for step in steps)
+    lm_head = config.vocab_size * config.hidden_size
+    return float(element_size) * sum(layers + (lm_head if step.head_rows else 0) for step in steps)
 
 
 def roofline_s(
@@ -195,7 +209,10 @@ def roofline_s(
     gb_s: float,
     element_size: int,
 ) -> float:
-    """Seconds of the linears at the machine's peaks: a pass takes the longer of FLOPs and bytes."""
+    """Returns seconds of the linears at the machine's peaks.
+
+    Each pass takes the longer of the time for its FLOPs and the time for its bytes.
+    """
     return sum(
         max(
             1e-9 * linear_flops(config, [step]) / gflop_s,
@@ -206,5 +223,5 @@ def roofline_s(
 
 
 def prefilled_tokens(case: Case, num_rows: int) -> int:
-    """Tokens prefilled, where num_rows went through a layer: all but those that were decoded."""
+    """Returns the tokens prefilled, if num_rows went through a layer: all that were not decoded."""
     return num_rows - (case.num_first + case.num_second) * (case.new - 1)

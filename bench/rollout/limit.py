@@ -1,8 +1,8 @@
-"""The limit of a case: its own linears, replayed alone on the student's weights.
+"""Runs the linears of a case and nothing else, on the student's weights: the limit of any engine.
 
-Shapes and order are those of the case, each pass through every layer and the LM head; the numbers
-that go in are random. For each number of rows the fastest of several GEMMs runs. On a card each
-kind of pass is a CUDA graph: launched one by one from Python, small products would wait for the
+Shapes and order are those of the case, and each pass goes through every layer and the LM head; the
+inputs are random. For each number of rows the fastest of several GEMMs is used. On a card each kind
+of pass is a CUDA graph, since small products launched one by one from Python would wait for the
 host.
 """
 
@@ -20,26 +20,26 @@ from bench.rollout.cases import Step
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops._impl import extension_is_built
 
-Linear = Callable[[Tensor, Tensor, Tensor], object]  # rows in, weight, room for rows out
+Linear = Callable[[Tensor, Tensor, Tensor], object]  # input rows, weight, buffer of output rows
 
 
 def linears(device: torch.device, dtype: torch.dtype) -> dict[str, Linear]:
-    """The GEMMs there are for weights of this dtype; our own makes its room itself."""
-    found: dict[str, Linear] = {}
+    """Returns the available GEMMs for weights of this dtype; ours allocates its own output."""
+    choices: dict[str, Linear] = {}
     if dtype == product_dtype(device, dtype):
-        found["torch"] = lambda x, weight, out: torch.mm(x, weight.t(), out=out)
+        choices["torch"] = lambda x, weight, out: torch.mm(x, weight.t(), out=out)
     if device.type == "cpu" and extension_is_built():
         ops = torch.ops.socpo
         if dtype == torch.float32:
-            found["matmul_"] = lambda x, weight, out: ops.matmul_(out, x, weight.t(), False)
-        found["linear"] = lambda x, weight, out: ops.linear(x, weight, None)
-    if not found:
-        found["torch"] = lambda x, weight, out: torch.mm(x, weight.float().t(), out=out)
-    return found
+            choices["matmul_"] = lambda x, weight, out: ops.matmul_(out, x, weight.t(), False)
+        choices["linear"] = lambda x, weight, out: ops.linear(x, weight, None)
+    if not choices:
+        choices["torch"] = lambda x, weight, out: torch.mm(x, weight.float().t(), out=out)
+    return choices
 
 
 class Limit:
-    """Replays passes over the weights of one student; `chosen` names the linear of each kind."""
+    """Replays passes over one student's weights; `chosen` names the GEMM of each kind of pass."""
 
     def __init__(self, student: Decoder, steps: Sequence[Step]):
         self.head = student.lm_head.weight.detach()
@@ -49,21 +49,23 @@ class Limit:
         self.layers = [linear.weight.detach() for layer in modules for linear in layer]
         self.linears = linears(self.device, self.head.dtype)
         self.steps = list(steps)
+        # One pair of buffers, large enough for every linear, so that a replay allocates nothing.
         sizes = {(w.shape[i], step.rows) for w in self.layers for step in steps for i in (0, 1)}
         sizes |= {(self.head.shape[i], step.head_rows) for step in steps for i in (0, 1)}
-        most = max(width * rows for width, rows in sizes)
+        max_values = max(width * rows for width, rows in sizes)
         dtype = product_dtype(self.device, self.head.dtype)
-        self.rows_in = torch.randn(most, device=self.device).to(dtype)
+        self.rows_in = torch.randn(max_values, device=self.device).to(dtype)
         self.rows_out = torch.empty_like(self.rows_in)
         self.chosen = {step: self._fastest(step) for step in dict.fromkeys(steps)}
         self._replays = {step: self._replay_of(step) for step in self.chosen}
 
     def replay(self) -> None:
+        """Runs all passes of the case."""
         for step in self.steps:
             self._replays[step]()
 
     def prefill(self) -> None:
-        """The passes in front of the first one that decodes."""
+        """Runs the passes of the prompts: all up to the first one that decodes."""
         for step in self.steps:
             if not step.is_prefill:
                 return
@@ -74,7 +76,8 @@ class Limit:
         if self.device.type != "cuda":
             return run
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # _fastest has run it before, as capturing wants
+        # Kernels must be loaded before they are captured; _fastest has run this pass before.
+        with torch.cuda.graph(graph):
             run()
         return graph.replay
 

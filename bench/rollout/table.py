@@ -1,4 +1,4 @@
-"""What the bench prints of a case: a row a contender, where our time goes, and the last line."""
+"""Prints a case: one row a contender, where our engine's time goes, and the last line's summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTHS = (-34, 7, 13, 4, 12, 12, 9, 6, 8, 8, 8, -9)
 
 @dataclass
 class Row:
-    """One contender in one case: its result in each round, an error, or not there."""
+    """One contender in one case: its results by round, or an error."""
 
     name: str
     setting: str = ""
@@ -28,20 +28,22 @@ class Row:
 
     @property
     def storage(self) -> str:
-        """What stands behind the name where weights are stored otherwise: ", bf16"."""
+        """Returns the name's suffix for weights in another dtype, such as ", bf16"; else ""."""
         return self.name[len(self.name.partition(", ")[0]) :]
 
 
 def figures(
     row: Row, case: Case, rows: Sequence[Row], rooflines: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What the table shows of a row; {} where it did not run.
+    """Returns the numbers that the table shows of a row; {} if it did not run.
 
-    `rooflines` are seconds of the case's linears at the machine's peaks, by how weights are stored.
+    Args:
+        rooflines: seconds of the case's linears at the machine's peaks, by Row.storage.
     """
     if row.error or not row.rounds:
         return {}
 
+    # Paired by rounds, as the machine's speed may change from round to round.
     def ratio(other: Row) -> float:
         pairs = zip(row.rounds, other.rounds, strict=False)
         return median(result["seconds"] / base["seconds"] for result, base in pairs)
@@ -50,20 +52,20 @@ def figures(
     seconds, prefill_s = (median(r[key] for r in row.rounds) for key in ("seconds", "prefill_s"))
     spread = measure.spread([result["seconds"] for result in row.rounds])
     num_prompt_tokens = case.questions * case.prompt
-    known = {"tok_s": case.generated / seconds, "prompt_tok_s": num_prompt_tokens / prefill_s}
-    known |= {
+    numbers = {"tok_s": case.generated / seconds, "prompt_tok_s": num_prompt_tokens / prefill_s}
+    numbers |= {
         "p20_tok_s": case.generated / spread.p80_s,
         "p80_tok_s": case.generated / spread.p20_s,
     }
     if not case.guidance and seconds > prefill_s:
-        known["decode_tok_s"] = (case.generated - case.num_first) / (seconds - prefill_s)
-    known["of_peak"] = rooflines[row.storage] / seconds
-    known["of_limit"] = 1 / ratio(by_name[f"limit{row.storage}"])
-    return known | {"ours_is_times_faster": ratio(by_name["ours"])}
+        numbers["decode_tok_s"] = (case.generated - case.num_first) / (seconds - prefill_s)
+    numbers["of_peak"] = rooflines[row.storage] / seconds
+    numbers["of_limit"] = 1 / ratio(by_name[f"limit{row.storage}"])
+    return numbers | {"ours_is_times_faster": ratio(by_name["ours"])}
 
 
 def print_result(row: Row, known: Mapping[str, Any]) -> None:
-    """One aligned row of `figures`."""
+    """Prints one aligned row of `figures`."""
     name = f"{row.name} ({row.setting})" if row.setting else row.name
     if not known:
         print(f"{name:34}  {row.error}", flush=True)
@@ -80,7 +82,7 @@ def print_result(row: Row, known: Mapping[str, Any]) -> None:
 
 
 def print_parts(parts: Mapping[str, Mapping[str, float]]) -> None:
-    """Where our time goes, a column a part."""
+    """Prints where our engine's time goes, one column a part."""
     names = list(next(iter(parts.values())))
     widths = [-34, *(max(12, len(name)) for name in names)]
     measure.print_row(["where the time goes", *names], widths)
@@ -94,16 +96,16 @@ def print_parts(parts: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of one case, for the last line."""
-    known = {row["name"]: row for row in rows if "tok_s" in row}
-    rates = {name: round(row["tok_s"], 1) for name, row in known.items()}
+    """Returns one case's entry in the last line."""
+    run_rows = {row["name"]: row for row in rows if "tok_s" in row}
+    rates = {name: round(row["tok_s"], 1) for name, row in run_rows.items()}
     ours_is = {
         name: row["ours_is_times_faster"]
-        for name, row in known.items()
+        for name, row in run_rows.items()
         if not name.startswith(("ours", "limit"))
     }
-    in_full = [name for name in ours_is if not name.endswith("bf16")]
-    best = min(in_full, key=ours_is.__getitem__, default=None)
+    same_dtype = [name for name in ours_is if not name.endswith("bf16")]
+    best = min(same_dtype, key=ours_is.__getitem__, default=None)
     ratio = None if best is None else round(ours_is[best], 2)
-    share = round(known["ours"]["of_limit"], 3)
+    share = round(run_rows["ours"]["of_limit"], 3)
     return {"tok_s": rates, "of_limit": share, "best_peer": best, "times_best_peer": ratio}

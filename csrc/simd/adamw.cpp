@@ -1,6 +1,6 @@
-// A step of AdamW over some elements of a parameter, equal to adamw_ref of socpo_fast/ops/adamw.py
-// bit for bit: one rounding an operation, in its order. setup.py compiles this file so that a
-// product and a sum stay two roundings.
+// A step of AdamW over some elements of a parameter, bitwise equal to adamw_ref of
+// socpo_fast/ops/adamw.py: one rounding an operation, in the same order. setup.py compiles this
+// file so that a product and a sum stay two roundings.
 
 #include <math.h>
 #include <string.h>
@@ -24,20 +24,22 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-// Weights as fp32 numbers.
-struct Whole {
+// Weights stored as fp32 numbers.
+struct Fp32Weights {
   float* __restrict param;
   static constexpr uint32_t ROOM = 0;  // a new value must lie this far below infinity, in bits
   float read(int64_t i) const { return param[i]; }
   void write(int64_t i, float x) const { param[i] = x; }
 };
 
-// Weights in two halves, the high one rounded to nearest, ties away from zero.
-struct Halves {
+// Weights stored in two halves, the high one rounded to nearest, ties away from zero.
+struct SplitWeights {
   uint16_t* __restrict high;
   int16_t* __restrict low;
   static constexpr uint32_t ROOM = HALF_OF_LOW;
-  float read(int64_t i) const { return float_of(((uint32_t)high[i] << 16) + (uint32_t)(int32_t)low[i]); }
+  float read(int64_t i) const {
+    return float_of(((uint32_t)high[i] << 16) + (uint32_t)(int32_t)low[i]);
+  }
   void write(int64_t i, float x) const {
     const uint32_t bits = bits_of(x), rounded = bits + HALF_OF_LOW;
     high[i] = (uint16_t)(rounded >> 16);
@@ -51,7 +53,10 @@ inline void step(const Weights weights, const AdamWStep& s, int64_t begin, int64
   float* __restrict exp_avg_sq = s.exp_avg_sq;
   const float* __restrict grad = s.grad;
   const float scale = s.scale, decay = s.decay, eps = s.eps, step_size = s.step_size;
-  const float beta1 = s.beta1, new_in_avg = s.new_in_avg, beta2 = s.beta2, new_in_avg_sq = s.new_in_avg_sq;
+  const float beta1 = s.beta1;
+  const float new_in_avg = s.new_in_avg;
+  const float beta2 = s.beta2;
+  const float new_in_avg_sq = s.new_in_avg_sq;
   const float root_correction = s.root_correction;
   for (int64_t i = begin; i < end; ++i) {
     const float old_weight = weights.read(i), g = grad[i] * scale;
@@ -59,7 +64,7 @@ inline void step(const Weights weights, const AdamWStep& s, int64_t begin, int64
     const float avg_sq = exp_avg_sq[i] * beta2 + g * g * new_in_avg_sq;
     const float denominator = sqrtf(avg_sq) / root_correction + eps;
     const float new_weight = old_weight - (avg / denominator * step_size + old_weight * decay);
-    // By bits, of which NaN has more than infinity.
+    // Compares bit patterns, in which NaN is larger than infinity.
     const bool is_taken = (bits_of(new_weight) & MAGNITUDE) + Weights::ROOM < INFINITY_BITS &&
                           bits_of(avg_sq) < INFINITY_BITS;
     exp_avg[i] = is_taken ? avg : exp_avg[i];
@@ -72,9 +77,9 @@ inline void step(const Weights weights, const AdamWStep& s, int64_t begin, int64
 
 void adamw_range(const AdamWStep& s, int64_t begin, int64_t end) {
   if (s.low_bits == nullptr) {
-    step(Whole{(float*)s.param}, s, begin, end);
+    step(Fp32Weights{(float*)s.param}, s, begin, end);
   } else {
-    step(Halves{(uint16_t*)s.param, s.low_bits}, s, begin, end);
+    step(SplitWeights{(uint16_t*)s.param, s.low_bits}, s, begin, end);
   }
 }
 

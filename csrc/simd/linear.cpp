@@ -1,30 +1,33 @@
-// out = x weight^T (+ bias) in fp32, from weights as checkpoints store them: one row an output, fp32 or bf16.
+// out = x weight^T (+ bias) in fp32, from weights as checkpoints store them: one row an output,
+// fp32 or bf16.
 //
-// An output has LANES partial sums, of every LANES-th product each, fused multiply-adds over PART weights in order; they
-// are folded by a fixed tree, and parts are added in order. So its bits depend on its row of x and its row of weights, and
-// neither on the number of rows nor on the form below: a token gets the same bits in a prompt, in a batch and alone.
+// An output has LANES partial sums, each of every LANES-th product: fused multiply-adds over PART
+// weights in order. They are folded by a fixed tree, and parts are added in order:
 //
-// Few rows: an output's partial sums are the lanes of one register, folded at the end. Many rows: the lanes are rows of x,
-// packed once into a panel, and a tile takes one partial sum after another, each weight broadcast from where it lies; no
-// lane is ever folded. No copy of the weights is made. Either way the next tile's weights are asked for in even shares,
-// so that memory and arithmetic go on together.
+//   lane 0   w0 x0 + w16 x16 + ..  .
+//   lane 1   w1 x1 + w17 x17 + ..  .  fold ->  part 0  +  part 1  +  ..  =  out
+//   ..                             .
+//
+// So an output is batch-invariant: it depends on its row of x and its row of weights, neither on
+// the number of rows nor on which of the two forms below runs. A token is bitwise the same in a
+// prompt, in a batch and alone.
+//
+// Few rows: the partial sums of an output are the lanes of one register, folded at the end. Many
+// rows: the lanes are rows of x, packed once into a panel; a tile computes one partial sum after
+// another, broadcasting each weight from memory, and no lane is folded. Weights are never copied.
+// Both forms prefetch the next tile's weights in even shares, so that memory and arithmetic
+// overlap.
 
 #include "groups.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace socpo::SOCPO_ISA {
 namespace {
 
-constexpr int PART = 768;                      // weights of an output summed at once: a tile of them stays in L1
+constexpr int PART = 768;  // weights of an output summed at once: a tile of them stays in L1
 constexpr int SUMS = LANES == 16 ? 24 : 12;    // accumulators of a tile, of 32 or 16 registers
 constexpr int MAX_VECS = LANES == 16 ? 4 : 2;  // vectors of a panel's rows in a tile
 constexpr int TILE_OUTS = LANES == 16 ? 6 : 4, TILE_ROWS = SUMS / TILE_OUTS;  // where rows are few
-
-inline void store_first(float* to, Vec x, int count) {
-  if (count == LANES) return store(to, x);
-  for (int lane = 0; lane < count; ++lane) to[lane] = x[lane];
-}
 
 template <int COUNT>
 inline void fold_all(Vec* sums, float* out) {
@@ -36,16 +39,17 @@ inline void fold_all(Vec* sums, float* out) {
   }
 }
 
-// `sums` of ROWS x OUTS outputs over `width` weights. Meanwhile AHEAD rows of weights from `ahead` on are asked for.
-template <int ROWS, int OUTS, int AHEAD, typename Weight>
-inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, int64_t weight_stride, int64_t width,
-                      const Weight* ahead, Vec* sums) {
+// Computes the sums of ROWS x OUTS outputs over `width` weights, and prefetches PREFETCHED rows of
+// weights from `next_tile` on.
+template <int ROWS, int OUTS, int PREFETCHED, typename Weight>
+inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, int64_t weight_stride,
+                      int64_t width, const Weight* next_tile, Vec* sums) {
   Vec acc[ROWS][OUTS] = {};
   int64_t k = 0;
   for (; k + LANES <= width; k += LANES) {
     Vec rows[ROWS];
     for (int i = 0; i < ROWS; ++i) rows[i] = load<Vec>(x + i * x_stride + k);
-    for (int j = 0; j < AHEAD; ++j) __builtin_prefetch(ahead + j * weight_stride + k);
+    for (int j = 0; j < PREFETCHED; ++j) __builtin_prefetch(next_tile + j * weight_stride + k);
     for (int j = 0; j < OUTS; ++j) {
       const Vec w = load_wide(weight + j * weight_stride + k);
       for (int i = 0; i < ROWS; ++i) acc[i][j] += rows[i] * w;
@@ -53,7 +57,8 @@ inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, in
   }
   if (k < width) {
     Vec rows[ROWS];
-    for (int i = 0; i < ROWS; ++i) rows[i] = opaque(load_first(x + i * x_stride + k, (int)(width - k)));
+    for (int i = 0; i < ROWS; ++i)
+      rows[i] = opaque(load_first(x + i * x_stride + k, (int)(width - k)));
     for (int j = 0; j < OUTS; ++j) {
       const Vec w = opaque(load_first(weight + j * weight_stride + k, (int)(width - k)));
       for (int i = 0; i < ROWS; ++i) acc[i][j] += rows[i] * w;
@@ -63,17 +68,19 @@ inline void tile_sums(const float* x, int64_t x_stride, const Weight* weight, in
     for (int j = 0; j < OUTS; ++j) sums[i * OUTS + j] = acc[i][j];
 }
 
-template <int ROWS, int OUTS, int AHEAD, typename Weight>
-inline void tile(const LinearBlock& block, int64_t row, int64_t out, const Weight* weight, int64_t weight_stride, int64_t start,
-                 int64_t width, const Weight* ahead) {
+template <int ROWS, int OUTS, int PREFETCHED, typename Weight>
+inline void tile(const LinearBlock& block, int64_t row, int64_t out, const Weight* weight,
+                 int64_t weight_stride, int64_t start, int64_t width, const Weight* next_tile) {
   Vec sums[ROWS * OUTS];
   float outs[(ROWS * OUTS + LANES - 1) / LANES * LANES];
   const float* const x = block.x + row * block.x_stride + start;
-  tile_sums<ROWS, OUTS, AHEAD>(x, block.x_stride, weight, weight_stride, width, ahead, sums);
+  tile_sums<ROWS, OUTS, PREFETCHED>(x, block.x_stride, weight, weight_stride, width, next_tile,
+                                    sums);
   fold_all<ROWS * OUTS>(sums, outs);
   float* const to = block.out + row * block.out_stride + out;
   if (start == 0 && block.bias == nullptr) {
-    for (int i = 0; i < ROWS; ++i) memcpy(to + i * block.out_stride, outs + i * OUTS, OUTS * sizeof(float));
+    for (int i = 0; i < ROWS; ++i)
+      memcpy(to + i * block.out_stride, outs + i * OUTS, OUTS * sizeof(float));
   } else {
     for (int i = 0; i < ROWS; ++i) {
       const float* before = start > 0 ? to + i * block.out_stride : block.bias + out;
@@ -82,42 +89,49 @@ inline void tile(const LinearBlock& block, int64_t row, int64_t out, const Weigh
   }
 }
 
-// All rows of the block for OUTS outputs from `out` on, over one part. Of the next OUTS rows of weights, AHEAD are asked
-// for with each tile of rows.
-template <int OUTS, int AHEAD, typename Weight>
-inline void tile_column(const LinearBlock& block, int64_t out, const Weight* weight, int64_t weight_stride, int64_t start,
-                     int64_t width) {
+// Computes all rows of the block for OUTS outputs from `out` on, over one part. Each tile of rows
+// prefetches PREFETCHED of the next OUTS rows of weights.
+template <int OUTS, int PREFETCHED, typename Weight>
+inline void tile_column(const LinearBlock& block, int64_t out, const Weight* weight,
+                        int64_t weight_stride, int64_t start, int64_t width) {
   int64_t row = 0;
-  const Weight *ahead = weight + OUTS * weight_stride, *const end = ahead + (AHEAD > 0 ? OUTS * weight_stride : 0);
-  for (; row + TILE_ROWS <= block.num_rows && ahead < end; row += TILE_ROWS, ahead += AHEAD * weight_stride)
-    tile<TILE_ROWS, OUTS, AHEAD>(block, row, out, weight, weight_stride, start, width, ahead);
+  const Weight* next_tile = weight + OUTS * weight_stride;
+  const Weight* const end = next_tile + (PREFETCHED > 0 ? OUTS * weight_stride : 0);
+  for (; row + TILE_ROWS <= block.num_rows && next_tile < end;
+       row += TILE_ROWS, next_tile += PREFETCHED * weight_stride)
+    tile<TILE_ROWS, OUTS, PREFETCHED>(block, row, out, weight, weight_stride, start, width,
+                                      next_tile);
   for (; row + TILE_ROWS <= block.num_rows; row += TILE_ROWS)
-    tile<TILE_ROWS, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
+    tile<TILE_ROWS, OUTS, 0>(block, row, out, weight, weight_stride, start, width, next_tile);
   const int64_t left = block.num_rows - row;
-  if (left == 3) tile<3, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
-  if (left == 2) tile<2, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
-  if (left == 1) tile<1, OUTS, 0>(block, row, out, weight, weight_stride, start, width, ahead);
+  if (left == 3) tile<3, OUTS, 0>(block, row, out, weight, weight_stride, start, width, next_tile);
+  if (left == 2) tile<2, OUTS, 0>(block, row, out, weight, weight_stride, start, width, next_tile);
+  if (left == 1) tile<1, OUTS, 0>(block, row, out, weight, weight_stride, start, width, next_tile);
 }
 
-// One or two rows: many outputs at once keep many streams of weights under way; with fp32 weights the processor's own
-// prefetching keeps up with them (measured).
+// One or two rows: many outputs at once keep many streams of weights in flight. With fp32 weights
+// the processor's own prefetching keeps up with them (measured).
 template <int ROWS, int OUTS, typename Weight>
-inline int64_t one_or_two_rows(const LinearBlock& block, const Weight* weight, int64_t start, int64_t width) {
-  constexpr int AHEAD = sizeof(Weight) == sizeof(float) ? 0 : OUTS;
+inline int64_t one_or_two_rows(const LinearBlock& block, const Weight* weight, int64_t start,
+                               int64_t width) {
+  constexpr int PREFETCHED = sizeof(Weight) == sizeof(float) ? 0 : OUTS;
   int64_t out = 0;
   for (; out + OUTS <= block.num_outs; out += OUTS) {
     const Weight* from = weight + out * block.width + start;
-    tile<ROWS, OUTS, AHEAD>(block, 0, out, from, block.width, start, width, from + OUTS * block.width);
+    tile<ROWS, OUTS, PREFETCHED>(block, 0, out, from, block.width, start, width,
+                                 from + OUTS * block.width);
   }
   return out;
 }
 
-// A tile's weights in fp32, rows PART apart.
+// Returns a tile's weights in fp32: themselves, or widened into `wide` with rows PART apart.
 inline const float* widened(const float* weight, int64_t, int64_t, int, float*) { return weight; }
-inline const float* widened(const uint16_t* weight, int64_t stride, int64_t width, int num_outs, float* wide) {
+inline const float* widened(const uint16_t* weight, int64_t stride, int64_t width, int num_outs,
+                            float* wide) {
   for (int j = 0; j < num_outs; ++j) {
     int64_t k = 0;
-    for (; k + LANES <= width; k += LANES) store(wide + j * PART + k, load_wide(weight + j * stride + k));
+    for (; k + LANES <= width; k += LANES)
+      store(wide + j * PART + k, load_wide(weight + j * stride + k));
     for (; k < width; ++k) wide[j * PART + k] = widen(weight[j * stride + k]);
   }
   return wide;
@@ -133,9 +147,10 @@ inline void few_rows(const LinearBlock& block, const Weight* weight, int64_t sta
     const Weight* from = weight + out * stride + start;
     if (num_tiles < 2) {
       tile_column<TILE_OUTS, TILE_OUTS>(block, out, from, stride, start, width);
-    } else if constexpr (sizeof(Weight) < sizeof(float)) {  // converted once for all rows
+    } else if constexpr (sizeof(Weight) < sizeof(float)) {  // widened once for all rows
       float wide[TILE_OUTS * PART];
-      tile_column<TILE_OUTS, 0>(block, out, widened(from, stride, width, TILE_OUTS, wide), PART, start, width);
+      tile_column<TILE_OUTS, 0>(block, out, widened(from, stride, width, TILE_OUTS, wide), PART,
+                                start, width);
     } else if (num_tiles == 2) {
       tile_column<TILE_OUTS, (TILE_OUTS + 1) / 2>(block, out, from, stride, start, width);
     } else if (num_tiles < TILE_OUTS) {
@@ -144,29 +159,35 @@ inline void few_rows(const LinearBlock& block, const Weight* weight, int64_t sta
       tile_column<TILE_OUTS, 1>(block, out, from, stride, start, width);
     }
   }
-  for (; out < block.num_outs; ++out) tile_column<1, 0>(block, out, weight + out * stride + start, stride, start, width);
+  for (; out < block.num_outs; ++out)
+    tile_column<1, 0>(block, out, weight + out * stride + start, stride, start, width);
 }
 
-// The lane that `fold` takes n-th when its tree is walked from left to right.
+// Returns the n-th lane of fold's tree, walked from left to right.
 inline int lane_of(int n) {
   const auto middle_last = [](int i) { return i % 2 * 2 + i / 2; };  // 0, 2, 1, 3
   return 4 * (LANES == 16 ? middle_last(n / 4) : n / 4) + middle_last(n % 4);
 }
 
-// Numbers of a lane in a part of `width`, the last one perhaps missing.
+// Returns how many numbers of a part of `width` a lane has at most.
 inline int64_t lane_length(int64_t width) { return (width + LANES - 1) / LANES; }
 
-// sums[j] = VECS x LANES rows of a panel times row j of the weights (+ bias[j]), for OUTS of them.
+// Computes sums[j] = VECS x LANES rows of a panel times row j of the weights (+ bias[j]), j < OUTS.
+//
+// The lanes' sums are added as a binary counter carries: the sum of 2^i lanes waits in pending[i]
+// for another one of as many lanes. That is the tree of `fold`, so the form for few rows agrees
+// bitwise.
 template <int VECS, int OUTS, typename Weight>
-inline void panel_tile(const float* panel, const Weight* weight, int64_t stride, const float* bias, Vec (*sums)[VECS]) {
+inline void panel_tile(const float* panel, const Weight* weight, int64_t stride, const float* bias,
+                       Vec (*sums)[VECS]) {
   constexpr bool IS_WIDE = sizeof(Weight) == sizeof(float);
   constexpr int LEVELS = LANES == 16 ? 4 : LANES == 8 ? 3 : 2;
   float wide[IS_WIDE ? 1 : OUTS * PART];
   for (int64_t start = 0; start < stride; start += PART, panel += PART * VECS * LANES) {
     const int64_t width = smaller(PART, stride - start), w_stride = IS_WIDE ? stride : PART;
     const float* const w = widened(weight + start, stride, width, OUTS, wide);
-    const Weight* const ahead = weight + start + OUTS * stride;
-    Vec pending[LEVELS + 1][OUTS][VECS];  // [i]: the sum of 2^i lanes, waiting for as many others
+    const Weight* const next_tile = weight + start + OUTS * stride;
+    Vec pending[LEVELS + 1][OUTS][VECS];
     int64_t step = 0;
     for (int n = 0; n < LANES; ++n) {
       const float* x = panel + n * lane_length(width) * VECS * LANES;
@@ -174,15 +195,16 @@ inline void panel_tile(const float* panel, const Weight* weight, int64_t stride,
       for (int64_t k = lane_of(n); k < width; k += LANES, x += VECS * LANES, ++step) {
         Vec rows[VECS];
         for (int i = 0; i < VECS; ++i) rows[i] = load<Vec>(x + i * LANES);
-        if (step % 16 < OUTS) __builtin_prefetch(ahead + step % 16 * stride + step / 16 * 16);
+        if (step % 16 < OUTS) __builtin_prefetch(next_tile + step % 16 * stride + step / 16 * 16);
 #pragma GCC unroll 12
         for (int j = 0; j < OUTS; ++j)
           for (int i = 0; i < VECS; ++i) acc[j][i] += rows[i] * w[j * w_stride + k];
       }
-      if (lane_of(n) >= width % LANES && width % LANES > 0)  // few rows add the rest as a vector, zeros behind it: -0 becomes 0
+      // The form for few rows adds the tail as a vector padded with zeros, which makes -0 a 0.
+      if (lane_of(n) >= width % LANES && width % LANES > 0)
         for (int j = 0; j < OUTS; ++j)
           for (int i = 0; i < VECS; ++i) acc[j][i] += Vec{};
-      const int full = __builtin_ctz(~n);  // as a binary counter carries
+      const int full = __builtin_ctz(~n);  // the carries after n additions
 #pragma GCC unroll 12
       for (int j = 0; j < OUTS; ++j)
 #pragma GCC unroll 4
@@ -204,17 +226,18 @@ inline void panel_tile(const float* panel, const Weight* weight, int64_t stride,
   }
 }
 
-// VECS x LANES rows for GROUP_OUTS outputs or the first `num_outs` of them.
+// Computes VECS x LANES rows for the first `num_outs` of GROUP_OUTS outputs.
 template <int VECS, typename Weight>
-void panel_group(const float* panel, const Weight* weight, int64_t stride, int num_outs, const float* bias, float* to,
-                 int64_t to_stride, int64_t num_rows) {
+void panel_group(const float* panel, const Weight* weight, int64_t stride, int num_outs,
+                 const float* bias, float* to, int64_t to_stride, int64_t num_rows) {
   constexpr int OUTS = VECS == 1 ? 8 : SUMS / VECS;
   Vec sums[GROUP_OUTS][VECS];
   int out = 0;
   const auto bias_of = [&] { return bias == nullptr ? nullptr : bias + out; };
   for (; out + OUTS <= num_outs; out += OUTS)
     panel_tile<VECS, OUTS>(panel, weight + out * stride, stride, bias_of(), sums + out);
-  for (; out < num_outs; ++out) panel_tile<VECS, 1>(panel, weight + out * stride, stride, bias_of(), sums + out);
+  for (; out < num_outs; ++out)
+    panel_tile<VECS, 1>(panel, weight + out * stride, stride, bias_of(), sums + out);
   for (int i = 0; i < VECS; ++i)
     for (out = 0; out < num_outs; out += LANES) {
       Vec x[LANES];
@@ -231,11 +254,14 @@ void many_rows(const LinearBlock& block, const Weight* weight) {
   for (int64_t first = 0; first < block.num_outs; first += GROUP_OUTS)
     for (int64_t row = 0, vecs; row < block.num_rows; row += vecs * LANES) {
       vecs = smaller(MAX_VECS, (block.num_rows - row + LANES - 1) / LANES);
-      constexpr void (*GROUP[])(const float*, const Weight*, int64_t, int, const float*, float*, int64_t, int64_t) = {
-          panel_group<1>, panel_group<2>, panel_group<3>, panel_group<4>};
-      GROUP[vecs - 1](block.x + row * padded_width, weight + first * block.width, block.width, smaller(GROUP_OUTS, block.num_outs - first),
-          block.bias == nullptr ? nullptr : block.bias + first, block.out + row * block.out_stride + first, block.out_stride,
-          block.num_rows - row);
+      constexpr void (*GROUP[])(const float*, const Weight*, int64_t, int, const float*, float*,
+                                int64_t, int64_t) = {panel_group<1>, panel_group<2>, panel_group<3>,
+                                                     panel_group<4>};
+      GROUP[vecs - 1](block.x + row * padded_width, weight + first * block.width, block.width,
+                      smaller(GROUP_OUTS, block.num_outs - first),
+                      block.bias == nullptr ? nullptr : block.bias + first,
+                      block.out + row * block.out_stride + first, block.out_stride,
+                      block.num_rows - row);
     }
 }
 
@@ -248,20 +274,24 @@ inline void whole_block(const LinearBlock& block, const Weight* weight) {
 
 }  // namespace
 
-// Of every tile's rows and every part, the numbers of lane after lane in the order in which panel_tile takes them.
+// Packs rows tile by tile and part by part: one lane's numbers after another, in the order in which
+// panel_tile reads them.
 void pack_panel(const float* x, int64_t x_stride, int64_t num_rows, int64_t width, float* panel) {
   for (int64_t row = 0; row < num_rows; row += LANES) {
     const int64_t tile = row / (MAX_VECS * LANES) * (MAX_VECS * LANES);
     const int64_t vecs = smaller(MAX_VECS, (num_rows - tile + LANES - 1) / LANES);
     for (int64_t start = 0; start < width; start += PART) {
       const int64_t length = smaller(PART, width - start);
-      float* const to = panel + tile * lane_length(width) * LANES + start * vecs * LANES + row - tile;
+      float* const to =
+          panel + tile * lane_length(width) * LANES + start * vecs * LANES + row - tile;
       for (int64_t k = 0; k < length; k += LANES) {
         const int count = smaller(LANES, length - k);
         Vec rows[LANES];
         for (int j = 0; j < LANES; ++j) {
           const float* from = x + (row + j) * x_stride + start + k;
-          rows[j] = row + j >= num_rows ? Vec{} : count == LANES ? load<Vec>(from) : load_first(from, count);
+          rows[j] = row + j >= num_rows ? Vec{}
+                    : count == LANES    ? load<Vec>(from)
+                                        : load_first(from, count);
         }
         transpose(rows);
         for (int lane = 0; lane < count; ++lane)

@@ -1,8 +1,9 @@
-"""Configuration: typed, frozen sections; TOML below, `section.key` overrides on top.
+"""Holds the configuration: typed, frozen sections, read from TOML and `section.key` overrides.
 
 Read Config, then load_config and the rules between sections: find_conflicts refuses,
-find_suspicious warns. The sections stand in sections.py, text.py reads and words their values.
-Wrong values stop at the door: torch is not imported here, so a typing error costs no start-up.
+find_suspicious warns. sections.py defines the sections, teachers.py those of the teacher. text.py
+converts values from and to text and words the errors. torch is not imported here, so that a
+mistyped setting is refused before the slow import.
 """
 
 import tomllib
@@ -64,7 +65,7 @@ __all__ = [
 
 
 class Config(Section):
-    """Everything a run is told. Sections in the order of a batch."""
+    """All settings of a run. The sections stand in the order in which a batch meets them."""
 
     run: RunConfig = RunConfig()
     student: StudentConfig = StudentConfig()
@@ -81,7 +82,7 @@ class Config(Section):
 
     @property
     def folder(self) -> Path:
-        """The run folder, run.dir/run.name."""
+        """Returns the run folder, run.dir/run.name."""
         return Path(self.run.dir) / self.run.name
 
     def settled(
@@ -91,9 +92,9 @@ class Config(Section):
         checkpointing: bool = False,
         kv_cache_gib: float | Literal["auto"] = "auto",
     ) -> Self:
-        """The config with these in place of "auto", by default a CPU's; what was fixed stays.
+        """Returns the config with "auto" replaced by these values; other values stay.
 
-        "auto" for the KV cache leaves that to the engine.
+        The defaults are those of a CPU. kv_cache_gib="auto" leaves the decision to the engine.
         """
         return self.model_copy(
             update={
@@ -106,7 +107,7 @@ class Config(Section):
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Returns the number of optimizer steps of the whole run."""
         return (
             self.run.num_batches
             * self.train.epochs
@@ -114,7 +115,8 @@ class Config(Section):
         )
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
+    def _check_between_sections(self) -> Self:
+        """Refuses conflicts between sections and warns of suspicious combinations."""
         if conflict := find_conflicts(self):
             raise ValueError(f"config: {conflict}")
         for suspicion in find_suspicious(self):
@@ -122,34 +124,38 @@ class Config(Section):
         return self
 
 
-def _without_auto(section: Section, **chosen: object) -> Section:
+def _without_auto(section: Section, **values: object) -> Section:
+    """Returns the section with `values` for those of its fields that are "auto"."""
     return section.model_copy(
-        update={name: x for name, x in chosen.items() if getattr(section, name) == "auto"}
+        update={name: value for name, value in values.items() if getattr(section, name) == "auto"}
     )
 
 
 def load_config(
     toml_path: str | Path | None = None, overrides: Mapping[str, object] | None = None
 ) -> Config:
-    """The configuration of a TOML file with overrides on top; what neither names keeps its default.
+    """Loads a TOML file, applies overrides, and returns the configuration; the rest is defaults.
 
     Args:
-        toml_path: file of `[section]` tables; None = defaults only.
-        overrides: "section.key" -> value. Text is read as the field's type, as from the command
+        toml_path: a file of `[section]` tables; None = defaults only.
+        overrides: "section.key" -> value. Text is converted to the field's type, as on the command
                    line.
 
     Raises:
-        ValueError: no such file, broken TOML, an unknown key, a value outside its range, values
-                    that contradict.
+        ValueError: no such file, broken TOML, an unknown key, a value outside its range, or values
+                    that contradict each other.
     """
     tables = {} if toml_path is None else read_toml(toml_path)
-    tables.pop("history", None)  # a run's config.toml: what held before
+    # The config.toml in a run's folder also lists earlier settings of the run. They do not apply.
+    tables.pop("history", None)
     choose_kinds(Config, tables, overrides or {})
     for name, value in (overrides or {}).items():
         section, _, key = name.rpartition(".")
         table = tables.setdefault(section, {}) if section else tables
-        if isinstance(table, dict):  # what is no table is refused below
+        # A section that is not a table (`train = 3`) is refused below, by pydantic.
+        if isinstance(table, dict):
             table[key] = from_text(Config, name, value) if isinstance(value, str) else value
+    # `from None`: pydantic's own message repeats values that may be secret (see text.explain).
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
@@ -157,7 +163,7 @@ def load_config(
 
 
 def read_toml(toml_path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file, unchecked; of a run's config.toml with its history."""
+    """Returns the tables of a TOML file, unchecked; a run's config.toml also has a history."""
     path = Path(expand_home(str(toml_path)))
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +174,7 @@ def read_toml(toml_path: str | Path) -> dict[str, Any]:
 
 
 def find_conflicts(config: Config) -> str | None:
-    """The first rule between fields that is broken."""
+    """Returns the first broken rule between fields, as an error message; None if all hold."""
     data = config.data
     train = config.train
     rollout = config.rollout
@@ -220,8 +226,10 @@ def find_conflicts(config: Config) -> str | None:
 
 
 def find_suspicious(config: Config) -> list[str]:
-    """What is allowed but seldom meant."""
+    """Returns warnings about settings that are allowed but rarely intended."""
     estimator = config.advantage.estimator
+    # With one rollout per question there is hardly anything in the group to compare with.
+    # reinforce_plus_plus has no baseline: it compares attempts over the whole batch.
     if config.rollout.group_size > 1 or estimator == "reinforce_plus_plus":
         return []
     return [

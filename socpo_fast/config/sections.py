@@ -1,10 +1,10 @@
-"""The sections of a configuration, in the order of a batch, the teacher's apart (teachers.py);
-config/__init__.py puts them together.
+"""Defines the sections of a configuration, in the order in which a batch meets them.
 
-A section is a frozen pydantic model. Each field carries its range and a description with unit,
-which `socpo train --help` shows and error messages quote. "none" is the word for an absent value,
-in TOML and on the command line. Relative paths are relative to the working directory; "builtin"
-stands for what the package ships.
+The teacher's sections are in teachers.py. config/__init__.py puts all sections together. A section
+is a frozen pydantic model. Each field carries its range, which error messages quote, and a
+description with its unit. `socpo train --help` shows both, and the docstring of each section.
+"none" is the word for an absent value, in TOML and on the command line. Relative paths are relative
+to the working directory. "builtin" names what the package ships.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
@@ -16,11 +16,14 @@ from socpo_fast.registries import ESTIMATORS, GRADERS, LR_SCHEDULES, SCHEDULES, 
 
 
 class Section(BaseModel):
+    # strict: a file that says "8" where a number is needed is refused rather than converted. Text
+    # from the command line is converted before, by text.from_text.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _none_is_a_word(cls, table: object) -> object:
+    def _replace_none_word(cls, table: object) -> object:
+        """Replaces the word "none" by None in fields that may be absent: TOML has no null."""
         if not isinstance(table, dict):
             return table
         nullable = {
@@ -137,9 +140,10 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_evaluation_on_other_data(cls, table: Any) -> Any:
-        """The built-in questions say nothing of a student that is trained on somebody's own."""
-        is_own = isinstance(table, dict) and table.get("train", "builtin") != "builtin"
-        return {"eval": None, **table} if is_own else table
+        """Makes eval default to none if data.train is the user's own."""
+        # The built-in held-out questions would say nothing about such a student.
+        is_user_data = isinstance(table, dict) and table.get("train", "builtin") != "builtin"
+        return {"eval": None, **table} if is_user_data else table
 
 
 class GraderConfig(Section):
@@ -182,6 +186,7 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     """What a correct answer after guidance is worth."""
 
+    # reward_section narrows this field to one schedule in each subclass.
     schedule: str = next(iter(SCHEDULES))
     credit: Literal["attempt", "trajectory"] = Field(
         default="attempt",
@@ -190,7 +195,7 @@ class RewardConfig(Section):
 
 
 def reward_section(name: str, schedule: Schedule) -> type[RewardConfig]:
-    """The settings that a reward schedule has."""
+    """Makes the section of one reward schedule; `factor` exists only where the schedule uses it."""
     fields: dict[str, Any] = {
         "schedule": (Literal[name], Field(default=name, description=schedule.meaning))
     }
@@ -203,6 +208,8 @@ def reward_section(name: str, schedule: Schedule) -> type[RewardConfig]:
 
 REWARDS = tuple(reward_section(name, schedule) for name, schedule in SCHEDULES.items())
 
+# The union is made from the table of schedules at import. A type checker cannot follow that, so it
+# sees the base class.
 if TYPE_CHECKING:
     AnyReward = RewardConfig
 else:

@@ -1,4 +1,12 @@
-"""The sections of the teacher, one a kind, told apart by teacher.kind."""
+"""Defines the sections of the teacher, one for each value of teacher.kind.
+
+TeacherConfig                      what all teachers share
+  +- RuleTeacherConfig             a Python function, the default
+  +- RetryTeacherConfig            a fixed sentence
+  +- ModelTeacherConfig            what teachers with a language model share
+       +- LocalTeacherConfig       runs in this process
+       +- EndpointTeacherConfig    an OpenAI-compatible server
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -52,7 +60,7 @@ class RetryTeacherConfig(TeacherConfig):
 
 
 class ModelTeacherConfig(TeacherConfig):
-    """What teachers with a language model share."""
+    """The settings that teachers with a language model share."""
 
     temperature: float = Field(
         default=0.2, ge=0, le=10, description="sampling temperature, 0 = greedy"
@@ -91,6 +99,7 @@ class EndpointTeacherConfig(ModelTeacherConfig):
     """An OpenAI-compatible server."""
 
     kind: Literal["endpoint"] = Field(default="endpoint", description="an OpenAI-compatible server")
+    # repr=False: people paste keys into url and api_key_env. Error messages hide their values.
     url: str = Field(
         pattern=r"^https?://[^@?#\s]+$", repr=False, description="base URL, such as HOST/v1"
     )
@@ -116,8 +125,8 @@ class EndpointTeacherConfig(ModelTeacherConfig):
     )
 
 
-# A kind of teacher is one class, its place here and its maker in socratic/teachers; the first is
-# the default.
+# To add a kind of teacher: write its section, list it here, and write its maker in
+# socratic/teachers. The first one in this list is the default.
 AnyTeacher = Annotated[
     RuleTeacherConfig | LocalTeacherConfig | EndpointTeacherConfig | RetryTeacherConfig,
     Field(discriminator="kind"),

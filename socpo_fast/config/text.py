@@ -1,7 +1,8 @@
-"""Settings as text: values from words and back, the rule of a field in words, and errors.
+"""Converts settings from and to text, and words the rules of fields and the errors.
 
-Errors read `<key> must be <rule>, got <value>` or `unknown key <key>; did you mean <key>?`. All of
-it works on any model of sections (a pydantic model whose fields are pydantic models).
+Errors read `<key> must be <rule>, got <value>` or `unknown key <key>; did you mean <key>?`. Every
+function works on any model of sections (a pydantic model whose fields are pydantic models). Some
+sections come in several kinds, told apart by one field, the tag: teacher.kind, reward.schedule.
 """
 
 import difflib
@@ -34,15 +35,15 @@ LIMITS = {
 
 
 class Kinds(NamedTuple):
-    """What a section may be: one model, or one of several that a field tells apart."""
+    """The models that a section may have: one, or several told apart by the field `tag`."""
 
-    tag: str  # the field's name; "" where there is one model
-    models: dict[str, type[BaseModel]]  # by the field's value, or ""; the first is the default
+    tag: str  # the field's name; "" if there is only one model
+    models: dict[str, type[BaseModel]]  # by the tag's value, or ""; the first is the default
 
 
 @cache
 def sections_of(model: type[BaseModel]) -> dict[str, Kinds]:
-    """section -> what it may be."""
+    """Returns section -> its kinds."""
     sections = {}
     for name, field in model.model_fields.items():
         tag = field.discriminator if isinstance(field.discriminator, str) else ""
@@ -55,19 +56,20 @@ def sections_of(model: type[BaseModel]) -> dict[str, Kinds]:
 
 @cache
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """section.key -> its field, in order; of a section with kinds what all have comes first."""
+    """Returns section.key -> field, in order; keys that all kinds have precede the others."""
     fields: dict[str, FieldInfo] = {}
     for name, (_, models) in sections_of(model).items():
-        kinds = reversed(models.values())  # so that of a key in several the first kind's stays
-        own = {key: field for kind in kinds for key, field in kind.model_fields.items()}
+        # If several kinds have a key, the field of the first one is returned: it is written last.
+        kinds = reversed(models.values())
+        field_of_key = {key: field for kind in kinds for key, field in kind.model_fields.items()}
         keys = dict.fromkeys(key for kind in models.values() for key in kind.model_fields)
         for key in sorted(keys, key=lambda key: bool(owners_of(model, f"{name}.{key}"))):
-            fields[f"{name}.{key}"] = own[key]
+            fields[f"{name}.{key}"] = field_of_key[key]
     return fields
 
 
 def owners_of(model: type[BaseModel], name: str) -> list[str]:
-    """The kinds of its section that have section.key; none when all have it."""
+    """Returns the kinds of the section that have section.key; [] if all have it."""
     section, _, key = name.partition(".")
     models = sections_of(model)[section].models
     owners = [kind for kind, variant in models.items() if key in variant.model_fields]
@@ -75,23 +77,24 @@ def owners_of(model: type[BaseModel], name: str) -> list[str]:
 
 
 def describe(model: type[BaseModel], name: str) -> str:
-    """What section.key is, for --help: "teacher.kind local: KV cache, GiB"."""
+    """Returns what section.key means, for --help: "teacher.kind local: KV cache, GiB"."""
     section, _, key = name.partition(".")
     tag, models = sections_of(model)[section]
     if key == tag:
         meanings = {kind: variant.model_fields[key].description for kind, variant in models.items()}
         return "; ".join(f"{kind} = {meaning}" for kind, meaning in meanings.items())
     owners = owners_of(model, name)
-    whose = f"{section}.{tag} {' or '.join(owners)}: " if owners else ""
-    return f"{whose}{fields_of(model)[name].description}"
+    prefix = f"{section}.{tag} {' or '.join(owners)}: " if owners else ""
+    return f"{prefix}{fields_of(model)[name].description}"
 
 
 def rule_of(model: type[BaseModel], name: str) -> str:
-    """What a value of section.key must be, in words: "a number > 0 and <= 1"."""
+    """Returns the rule for values of section.key in words: "a number > 0 and <= 1"."""
     section, _, key = name.partition(".")
     tag, models = sections_of(model)[section]
     if key == tag:
         return "one of " + ", ".join(models)
+    # The JSON schema is the one description in which pydantic merges types, limits and choices.
     schema = next(s for s in map(_properties, models.values()) if key in s)[key]
     words = []
     for option in schema.get("anyOf", [schema]):
@@ -108,36 +111,38 @@ def rule_of(model: type[BaseModel], name: str) -> str:
 
 @cache
 def _properties(section: type[BaseModel]) -> dict[str, Any]:
+    """Returns key -> JSON schema of the section's fields."""
     return section.model_json_schema()["properties"]
 
 
 def choose_kinds(
     model: type[BaseModel], tables: dict[str, Any], overrides: Mapping[str, object]
 ) -> None:
-    """Fill in the kind of each section that has some, where a file does not say it.
+    """Fills in the kind of each section that has several, if the file does not name it.
 
-    An override that chooses another kind than the file leaves out what only the file's kind has, so
-    that one word on the command line is enough.
+    If an override chooses another kind than the file, the keys that only the file's kind has are
+    dropped. So `--teacher.kind retry` is enough to replace the teacher of a file.
     """
     for section, (tag, models) in sections_of(model).items():
         table = tables.setdefault(section, {})
         if not tag or not isinstance(table, dict):
             continue
-        in_file = table.get(tag, next(iter(models)))
-        chosen = overrides.get(f"{section}.{tag}", in_file)
-        if chosen != in_file and chosen in models:
-            known = models[str(chosen)].model_fields
+        file_kind = table.get(tag, next(iter(models)))
+        chosen_kind = overrides.get(f"{section}.{tag}", file_kind)
+        if chosen_kind != file_kind and chosen_kind in models:
+            chosen_fields = models[str(chosen_kind)].model_fields
             for key in [
-                key for key in table if key not in known and owners_of(model, f"{section}.{key}")
+                key
+                for key in table
+                if key not in chosen_fields and owners_of(model, f"{section}.{key}")
             ]:
                 del table[key]
-        table[tag] = chosen
+        table[tag] = chosen_kind
 
 
 def from_text(model: type[BaseModel], name: str, text: str) -> object:
-    """Text of the command line as a value of the field's type; what cannot be read stays text, to
-    be refused.
-    """
+    """Converts text of the command line to the field's type; unreadable text stays text."""
+    # Validation then refuses that text with the field's rule, as it refuses any wrong value.
     fields = fields_of(model)
     if text == "none" or name not in fields:
         return text
@@ -153,37 +158,40 @@ def from_text(model: type[BaseModel], name: str, text: str) -> object:
 
 
 def to_text(value: object) -> str:
-    """The inverse of from_text."""
+    """Converts a value to the text that from_text reads back."""
     if value is None:
         return "none"
     return json.dumps(value) if isinstance(value, bool | dict) else str(value)
 
 
 def unknown_key(model: type[BaseModel], name: str) -> str:
-    """The message for a key that no section has, with the nearest known one.
+    """Returns the error message for a key that no section has, with the nearest known key.
 
-    That is the same key elsewhere, one that this one only adds a word to, or a similar name.
+    The nearest key is the same key in another section, a key that this one extends by a word, or a
+    key with a similar spelling.
     """
     names = list(fields_of(model))
     key = name.rpartition(".")[2]
-    akin = [
+    related = [
         known for known in names if known.rpartition(".")[2] == key or name.startswith(f"{known}_")
     ]
-    nearest = difflib.get_close_matches(name, akin or names, n=1, cutoff=0.0 if akin else 0.7)
+    # Related keys are offered however different the whole name is; others only if they are similar.
+    nearest = difflib.get_close_matches(name, related or names, n=1, cutoff=0.0 if related else 0.7)
     return f"config: unknown key {name}; " + (
         f"did you mean {nearest[0]}?" if nearest else "socpo train --help lists all"
     )
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:
-    """The first thing pydantic found wrong, in one line."""
+    """Returns the first error that pydantic found, in one line."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    section, *path = [str(part) for part in first["loc"]]
+    section, *path = [str(loc) for loc in first["loc"]]
     tag = sections_of(model)[section].tag if section in sections_of(model) else ""
     value = first["input"]
-    path = path[1:] if tag else path  # of a section with kinds the kind stands first
+    # In a section with kinds, pydantic puts the kind in front of the key.
+    path = path[1:] if tag else path
     name = ".".join([section, *path[:1]])
     if first["type"].startswith("union_tag"):
         name = f"{section}.{tag}"
@@ -196,21 +204,21 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
                 f"config: {tag} must be {owners} for {name}, got {first['loc'][1]}; set {tag} "
                 f"or leave {name} out"
             )
-        # of an unknown table the first key says more: trian -> trian.lr
+        # For an unknown table the first key finds a better suggestion: [trian] lr -> train.lr.
         return unknown_key(
             model, f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name
         )
     if "." not in name:
-        # Not the value itself: what stands in it may be a pasted key or password.
+        # The value itself is not shown: it may be a pasted key or password.
         return (
             f"config: {name} must be a table, got {type(value).__name__}; write [{name}] and "
             "key = value lines"
         )
     if first["type"] == "missing":
         return f"config: {name} must be {rule_of(model, name)}, got nothing; set {name}"
-    # What stands in a field with repr=False may be a pasted key or password, so it is not shown.
-    shown = repr(value) if fields_of(model)[name].repr else "something else"
-    return f"config: {name} must be {rule_of(model, name)}, got {shown}"
+    # A value of a field with repr=False may be a pasted key or password, so it is not shown.
+    value_text = repr(value) if fields_of(model)[name].repr else "something else"
+    return f"config: {name} must be {rule_of(model, name)}, got {value_text}"
 
 
 def one_of(
@@ -218,7 +226,7 @@ def one_of(
     *,
     or_function: bool = False,
 ) -> tuple[AfterValidator, WithJsonSchema]:
-    """A word of a table, or "module:function"; as a type: Annotated[str, *one_of(TABLE)]."""
+    """Returns the type of a word of a table, or "module:function": Annotated[str, *one_of(T)]."""
     known = tuple(names)
 
     def check(word: str) -> str:
@@ -226,12 +234,13 @@ def one_of(
             raise PydanticCustomError("choice", "not a known word")
         return word
 
-    shown = [*known, *["module:function"] * or_function]
-    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": shown})
+    choices = [*known, *["module:function"] * or_function]
+    # Literal would do for a fixed list; these words come from a table. The schema feeds rule_of.
+    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": choices})
 
 
 def expand_home(path: str) -> str:
-    """A path whose ~ is written out; in a file no shell does that."""
+    """Returns the path with ~ expanded: in a file, no shell does that."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError(f"config: ~ must be a known user's home, got {path!r}; write it out")

@@ -1,4 +1,8 @@
-"""What is refused at the engine's door, in the caller's words, before anything has changed."""
+"""Checks what callers hand to the engine, before any state has changed.
+
+Each function is called by the method of Engine that its errors name. A request that passes can be
+served: the scheduler relies on every single sequence fitting into the pool (Scheduler.plan).
+"""
 
 from collections import Counter
 from collections.abc import Sequence as Seq
@@ -13,9 +17,10 @@ from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 def check_settings(
     page_size: int, max_running: int, token_budget: int, tokens_per_sync: int | None
 ) -> None:
-    """Numbers that an engine could never run with."""
-    is_power = page_size >= 1 and page_size.bit_count() == 1
-    check_rule("Engine", "page_size", page_size, is_power, "a power of two")
+    """Refuses numbers that an engine could never run with."""
+    is_power_of_two = page_size >= 1 and page_size.bit_count() == 1
+    check_rule("Engine", "page_size", page_size, is_power_of_two, "a power of two")
+    # tokens_per_sync None means the device's default, which is valid.
     if min(limits := (max_running, token_budget, tokens_per_sync or 1)) < 1:
         raise ValueError(
             f"Engine: max_running, token_budget and tokens_per_sync must be >= 1, got {limits}"
@@ -25,50 +30,50 @@ def check_settings(
 def check_fits(
     where: str, token_ids: Seq[int], params: SamplingParams, config: ModelConfig, pool: PagePool
 ) -> None:
-    """A context that the vocabulary lacks, or that model or pool can never hold with its new
-    tokens.
-    """
-    is_known = len(token_ids) > 0 and min(token_ids) >= 0 and max(token_ids) < config.vocab_size
+    """Refuses token ids outside the vocabulary, and contexts too long for the model or the pool."""
+    is_in_vocab = len(token_ids) > 0 and min(token_ids) >= 0 and max(token_ids) < config.vocab_size
     check_rule(
         where,
         "token ids",
         list(token_ids[:8]),
-        is_known,
+        is_in_vocab,
         f"non-empty and in [0, {config.vocab_size})",
     )
-    total = len(token_ids) + params.max_new_tokens
-    if total > config.max_position_embeddings:
+    num_tokens = len(token_ids) + params.max_new_tokens
+    if num_tokens > config.max_position_embeddings:
         raise ValueError(
             f"{where}: prompt + max_new_tokens must be <= the model's "
             f"{config.max_position_embeddings} positions, "
             f"got {len(token_ids)} + {params.max_new_tokens}; shorten the prompt or lower "
             "max_new_tokens"
         )
-    if (needed := pool.pages_for(total)) > pool.num_pages:
+    # Against the whole pool, not the free pages: other sequences finish or are preempted in time.
+    if (num_needed := pool.pages_for(num_tokens)) > pool.num_pages:
         raise ValueError(
-            f"{where}: need {needed} pages of {pool.page_size} tokens, the pool has "
+            f"{where}: need {num_needed} pages of {pool.page_size} tokens, the pool has "
             f"{pool.num_pages}; "
             "raise engine.kv_cache_gib or lower max_new_tokens"
         )
 
 
 def check_key(where: str, key: tuple[int, int], in_flight: Counter[RolloutKey]) -> RolloutKey:
-    """Returns the key by its name; one beyond 64 bits or in flight is refused."""
-    is_right = len(key) == 2 and all(isinstance(n, int) and -(2**63) <= n < 2**63 for n in key)
-    check_rule(where, "key", key, is_right, "two 64-bit integers")
-    name = RolloutKey(*key)
-    if num_rollouts := in_flight[name]:
+    """Returns the key as a RolloutKey; refuses one beyond 64 bits or with rollouts in flight."""
+    is_valid = len(key) == 2 and all(isinstance(n, int) and -(2**63) <= n < 2**63 for n in key)
+    check_rule(where, "key", key, is_valid, "two 64-bit integers")
+    rollout_key = RolloutKey(*key)
+    # Two rollouts in flight under one key would draw the same noise.
+    if num_rollouts := in_flight[rollout_key]:
         raise ValueError(
             f"{where}: key must have no rollout in flight, got {tuple(key)} with {num_rollouts}; "
             "release or cancel them first, or take another key"
         )
-    return name
+    return rollout_key
 
 
 def check_resume(
     attempt: Attempt, old: Sequence | None, suffix_ids: Seq[int], kept_tokens: int
 ) -> Sequence:
-    """Returns the pinned sequence of an attempt that can go on so."""
+    """Returns the pinned sequence of an attempt, checked to be resumable like this."""
     if old is None:
         raise ValueError(
             "resume: attempt must be finished, neither released nor resumed before, got "

@@ -1,12 +1,17 @@
-"""Several tokens of every running sequence without a word from the host: what a GPU needs to decode
-at full speed.
+"""Decodes several tokens of every running sequence in one launch, without waiting for the host.
 
-The state stands in tensors of fixed place. A round reads the tokens sampled last, writes their KV,
-samples the next ones and moves the state on; rounds follow each other on the device and the host
-reads them all at once. On a GPU a round is captured as a CUDA graph for each number of sequences,
-rounded up to a power of two, for the longest context that these may come to, and with filters or
-without. A round is made of the ops of an ordinary step and draws the same tokens; what a sequence
-samples behind its end is thrown away.
+Read DecodeLoop.launch, then _set_round_inputs and _round, then _graph.
+
+    host      launch: fill the state, the block table and the inputs of all rounds
+    device    [ round 0 ][ round 1 ] .. [ round N - 1 ]
+                   each: forward the last tokens, write their KV, draw the next ones
+    host      read the draws of all N rounds at once
+
+The state is in tensors whose addresses never change, so that a captured CUDA graph can read them.
+On a GPU a round is captured once for each number of rows (a power of two), each width of the block
+table (the longest context that the sequences can reach), and with or without filters. A round uses
+the ops of an ordinary step and draws the same tokens. What it draws behind a sequence's end is
+dropped.
 """
 
 import numpy as np
@@ -22,13 +27,16 @@ from socpo_fast.ops.prefix_groups import GROUP_WIDTH, prefix_groups
 
 
 class DecodeLoop:
-    """Room for max_running sequences and max_rounds rounds.
+    """Decode rounds for up to max_running sequences, up to max_rounds of them in a launch.
 
-    ints_4R [4, R] int64: token id, its position (-1: no sequence here), noise key, number sampled.
-    place_3R [3, R] int64: of the tokens of a round, position, slot and the key of what is drawn
-    behind them; places_N3R: of all rounds of a launch. drawn_3R [3, R] fp64: token id, log-prob,
-    kept mass of the last round; rounds_WN3R: those of all rounds, for two launches in turn: one is
-    read while the other is under way.
+    R rows, one for each sequence; N rounds. A row without a live sequence has position -1.
+
+        ints_4R      [4, R] int64        state: last token id, its position, noise key, num sampled
+        place_3R     [3, R] int64        inputs of a round: position, slot, key of its draw
+        places_N3R   [N, 3, R] int64     the same for all rounds of a launch
+        drawn_3R     [3, R] fp64         draws of the last round: token id, logprob, kept mass
+        rounds_WN3R  [2, N, 3, R] fp64   draws of all rounds, one half for every other launch: the
+                                         host reads one half while the device writes the other
     """
 
     def __init__(self, runner: Runner, *, max_running: int, max_rounds: int):
@@ -48,151 +56,175 @@ class DecodeLoop:
         self.max_running = max_running
         self.max_pages = runner.pages_for(runner.student.config.max_position_embeddings)
         self.captures = device.type == "cuda"
-        self._tables: dict[int, Tensor] = {}  # by pages a row, so that the rows in use lie densely
+        # Block tables by width. One table of the largest width would leave gaps between short rows.
+        self._tables: dict[int, Tensor] = {}
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._stream: torch.cuda.Stream | None = None  # of captures
-        self._window = 0
+        self._window = 0  # the half of rounds_WN3R that the last launch writes to
 
     @torch.no_grad()
     def launch(self, sequences: list[Sequence], num_rounds: int, *, is_ahead: bool) -> Readback:
-        """Launches rounds; what they draw, [num_rounds, 3, len(sequences)]: token_id, logprob,
-        kept_mass.
+        """Launches decode rounds; returns their draws [num_rounds, 3, len(sequences)] on their way.
 
-        The sequences' pages have room for all rounds. is_ahead: the launch before was of the same
-        sequences and has not been read, so the state that it leaves is the one to go on from.
+        Args:
+            sequences:  their pages have room for the tokens of all rounds.
+            num_rounds: at most max_rounds.
+            is_ahead:   the previous launch had the same sequences and has not been read. So the
+                        device's state is ahead of the host's, and the rounds start from it.
         """
-        longest = max(s.attempt_start + s.params.max_new_tokens for s in sequences)
-        rows = self.num_rows(len(sequences))
-        pages = self._num_pages(longest)
-        size = rows, pages, any(s.params.is_filtered for s in sequences)
-        graph = self._graph(*size) if self.captures else None
+        max_tokens = max(s.attempt_start + s.params.max_new_tokens for s in sequences)
+        num_rows = self.num_rows(len(sequences))
+        num_pages = self._num_pages(max_tokens)
+        graph_key = num_rows, num_pages, any(s.params.is_filtered for s in sequences)
+        # First, because a capture overwrites the state.
+        graph = self._graph(*graph_key) if self.captures else None
         if is_ahead:
             self._end_rows([row for row, s in enumerate(sequences) if not s.is_live])
         else:
-            self._fill_state(sequences, rows)
-        self._fill_table(sequences, rows, pages)
+            self._fill_state(sequences, num_rows)
+        self._fill_table(sequences, num_rows, num_pages)
         self._window = 1 - self._window
         rounds_N3R = self.rounds_WN3R[self._window]
-        self._set_places(rows, pages, num_rounds)
+        self._set_round_inputs(num_rows, num_pages, num_rounds)
         for round_idx in range(num_rounds):
-            self.place_3R[:, :rows] = self.places_N3R[round_idx, :, :rows]
-            graph.replay() if graph is not None else self._round(*size)
+            self.place_3R[:, :num_rows] = self.places_N3R[round_idx, :, :num_rows]
+            graph.replay() if graph is not None else self._round(*graph_key)
             rounds_N3R[round_idx].copy_(self.drawn_3R)
         return Readback(rounds_N3R[:num_rounds, :, : len(sequences)])
 
     @torch.no_grad()
     def prepare(self, max_tokens: int) -> None:
-        """Captures the rounds of every number of sequences for contexts of up to max_tokens."""
+        """Captures the rounds of every number of rows, for contexts of up to max_tokens tokens."""
         for power in range((self.max_running - 1).bit_length() + 1 if self.captures else 0):
-            for is_filtered in (False, True):  # training, and evaluations
+            for is_filtered in (False, True):  # training has no filters, evaluations may
                 self._graph(self.num_rows(1 << power), self._num_pages(max_tokens), is_filtered)
 
     def num_rows(self, num_sequences: int) -> int:
-        """Rows of a round for so many sequences: a power of two where rounds are captured."""
-        rows = 1 << (num_sequences - 1).bit_length() if self.captures else num_sequences
-        return min(rows, self.max_running)
+        """Returns the rows of a round with num_sequences sequences."""
+        # Captured rounds have a power of two: a few graphs serve every number of sequences.
+        num_rows = 1 << (num_sequences - 1).bit_length() if self.captures else num_sequences
+        return min(num_rows, self.max_running)
 
     def _num_pages(self, num_tokens: int) -> int:
-        """Pages a row of the table has for contexts of up to so many tokens: a power of two."""
-        pages = 1 << (self.runner.pages_for(num_tokens) - 1).bit_length()
-        return min(pages, self.max_pages)
+        """Returns the width of the block table for contexts of num_tokens: a power of two."""
+        num_pages = 1 << (self.runner.pages_for(num_tokens) - 1).bit_length()
+        return min(num_pages, self.max_pages)
 
-    def _fill_state(self, sequences: list[Sequence], rows: int) -> None:
+    def _fill_state(self, sequences: list[Sequence], num_rows: int) -> None:
+        """Uploads the sequences' state; rows behind the last sequence get position -1."""
         device = self.runner.device
-        ints_4R = torch.zeros(4, rows, dtype=torch.int64)
+        ints_4R = torch.zeros(4, num_rows, dtype=torch.int64)
         ints_4R[1] = -1
         if sequences:
             state = [(s.token_ids[-1], s.num_cached, s.noise_key, s.num_sampled) for s in sequences]
             ints_4R[:, : len(sequences)] = torch.tensor(state).t()
             self.settings_4R[:, : len(sequences)] = settings_of(sequences, device)
-        self.ints_4R[:, :rows] = upload(ints_4R, device)
+        self.ints_4R[:, :num_rows] = upload(ints_4R, device)
 
     def _end_rows(self, rows: list[int]) -> None:
-        """These rows have no sequence any more."""
+        """Marks rows whose sequences have ended, so that later rounds write no KV for them."""
         if rows:
             self.ints_4R[1, upload(torch.tensor(rows), self.runner.device)] = -1
 
-    def _fill_table(self, sequences: list[Sequence], rows: int, pages: int) -> None:
-        table_RM = np.zeros((rows, pages), dtype=np.int32)
+    def _fill_table(self, sequences: list[Sequence], num_rows: int, num_pages: int) -> None:
+        """Uploads the block table and, if the kernel uses them, the groups that share pages."""
+        table_RM = np.zeros((num_rows, num_pages), dtype=np.int32)
         for row, sequence in enumerate(sequences):
             table_RM[row, : len(sequence.pages)] = sequence.pages
-        self._table(pages)[:rows] = upload(torch.from_numpy(table_RM), self.runner.device)
+        self._table(num_pages)[:num_rows] = upload(torch.from_numpy(table_RM), self.runner.device)
         if self.runner.names_groups:
-            # Rows without a sequence share nothing. Whole pages stay whole in all rounds.
-            lengths = [s.num_cached if s.is_live else 0 for s in sequences]
-            seq_lens_R = np.array(lengths + [0] * (rows - len(lengths)))
+            # Computed once for all rounds: pages that are full now stay full. Rows without a live
+            # sequence have length 0, so they share nothing.
+            seq_lens = [s.num_cached if s.is_live else 0 for s in sequences]
+            seq_lens_R = np.array(seq_lens + [0] * (num_rows - len(seq_lens)))
             groups_RG = prefix_groups(table_RM, seq_lens_R, self.runner.page_size)
-            self.groups_RG[:rows] = upload(torch.from_numpy(groups_RG), self.runner.device)
+            self.groups_RG[:num_rows] = upload(torch.from_numpy(groups_RG), self.runner.device)
 
-    def _table(self, pages: int) -> Tensor:
-        if pages not in self._tables:
-            self._tables[pages] = self.ints_4R.new_zeros(
-                (self.max_running, pages), dtype=torch.int32
+    def _table(self, num_pages: int) -> Tensor:
+        """Returns the block table of this width, always the same tensor, for captured graphs."""
+        if num_pages not in self._tables:
+            self._tables[num_pages] = self.ints_4R.new_zeros(
+                (self.max_running, num_pages), dtype=torch.int32
             )
-        return self._tables[pages]
+        return self._tables[num_pages]
 
-    def _set_places(self, rows: int, pages: int, num_rounds: int) -> None:
-        """What the next rounds read beside the tokens themselves, and the state that they leave."""
-        size = self.runner.page_size
-        table_RM = self._table(pages)[:rows]
-        _, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :rows]
-        count_N1 = self.count_N1[:num_rounds]
+    def _set_round_inputs(self, num_rows: int, num_pages: int, num_rounds: int) -> None:
+        """Computes all inputs of the next rounds but the token ids, and advances the state.
+
+        Only token ids depend on what earlier rounds draw. Positions, slots and noise keys are known
+        ahead, so they are computed for all rounds at once instead of in every round.
+        """
+        page_size = self.runner.page_size
+        table_RM = self._table(num_pages)[:num_rows]
+        _, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :num_rows]
+        round_idx_N1 = self.count_N1[:num_rounds]
         is_live_R = positions_R >= 0
-        at_NR = torch.where(is_live_R, positions_R + count_N1, 0)
-        page_NR = table_RM.gather(1, (at_NR // size).t()).t()
-        slots_NR = torch.where(is_live_R, page_NR.long() * size + at_NR % size, -1)
-        keys_NR = next_keys(noise_R, num_sampled_R + count_N1)
-        self.places_N3R[:num_rounds, :, :rows] = torch.stack((at_NR, slots_NR, keys_NR), 1)
+        # A row without a sequence computes at position 0, which is always valid, and has slot -1,
+        # to which no KV is written.
+        positions_NR = torch.where(is_live_R, positions_R + round_idx_N1, 0)
+        pages_NR = table_RM.gather(1, (positions_NR // page_size).t()).t()
+        slots_NR = torch.where(
+            is_live_R, pages_NR.long() * page_size + positions_NR % page_size, -1
+        )
+        keys_NR = next_keys(noise_R, num_sampled_R + round_idx_N1)
+        self.places_N3R[:num_rounds, :, :num_rows] = torch.stack(
+            (positions_NR, slots_NR, keys_NR), 1
+        )
         positions_R.add_(is_live_R * num_rounds)
         num_sampled_R.add_(num_rounds)
 
-    def _round(self, rows: int, pages: int, is_filtered: bool) -> None:
-        token_ids_R = self.ints_4R[0, :rows]
-        positions_R, slots_R, keys_R = self.place_3R[:, :rows]
+    def _round(self, num_rows: int, num_pages: int, is_filtered: bool) -> None:
+        """Computes one round: forwards the last tokens and draws the next ones over them."""
+        token_ids_R = self.ints_4R[0, :num_rows]
+        positions_R, slots_R, keys_R = self.place_3R[:, :num_rows]
         step = Step(
             token_ids_T=token_ids_R,
             positions_T=positions_R,
             slots_T=slots_R,
-            block_table_BM=self._table(pages)[:rows],
+            block_table_BM=self._table(num_pages)[:num_rows],
             seq_lens_B=(positions_R + 1).int(),
-            cu_seqlens_q=self.cu_seqlens[: rows + 1],
+            cu_seqlens_q=self.cu_seqlens[: num_rows + 1],
             max_seqlen_q=1,
-            max_seqlen_k=pages * self.runner.page_size,
-            groups_BG=self.groups_RG[:rows] if self.runner.names_groups else None,
+            # The most that the table can hold: a captured number must be right for all lengths.
+            max_seqlen_k=num_pages * self.runner.page_size,
+            groups_BG=self.groups_RG[:num_rows] if self.runner.names_groups else None,
         )
         hidden_RD = self.runner.hidden(step)
-        settings_4R = self.settings_4R[:, :rows]
-        self.drawn_3R[:, :rows] = draw(
+        settings_4R = self.settings_4R[:, :num_rows]
+        self.drawn_3R[:, :num_rows] = draw(
             self.runner.student, hidden_RD, keys_R, settings_4R, is_filtered
         )
-        token_ids_R.copy_(self.drawn_3R[0, :rows])
+        token_ids_R.copy_(self.drawn_3R[0, :num_rows])  # the next round forwards these
 
-    def _graph(self, rows: int, pages: int, is_filtered: bool) -> torch.cuda.CUDAGraph:
-        """The captured round, made at its first use: with no live sequence a round writes no KV.
+    def _graph(self, num_rows: int, num_pages: int, is_filtered: bool) -> torch.cuda.CUDAGraph:
+        """Returns the CUDA graph of a round of this size, captured at its first use.
 
-        Captured on the engine's own stream where it has one, whose priority the graph keeps.
-        torch.cuda.graph would stop the whole card, the teacher's steps too.
+        It is captured on the engine's stream if there is one, because a graph keeps the priority of
+        its stream. torch.cuda.graph is not used: it would synchronize the whole card, and with it
+        the teacher's steps.
         """
-        size = rows, pages, is_filtered
-        if size not in self._graphs:
+        graph_key = num_rows, num_pages, is_filtered
+        if graph_key not in self._graphs:
             device = self.runner.device
             with torch.cuda.device(device):  # a capture belongs to the current device
                 self._stream = self._stream or self.runner.stream or torch.cuda.Stream(device)
                 self._stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(self._stream):
-                    self._fill_state([], rows)
-                    self._fill_table([], rows, pages)
-                    self._set_places(rows, pages, 1)
-                    self.place_3R[:, :rows] = self.places_N3R[0, :, :rows]
-                    self._round(*size)  # compiles and fills caches, which a capture may not
+                    # No live sequences: the warm-up round below must not write any KV.
+                    self._fill_state([], num_rows)
+                    self._fill_table([], num_rows, num_pages)
+                    self._set_round_inputs(num_rows, num_pages, 1)
+                    self.place_3R[:, :num_rows] = self.places_N3R[0, :, :num_rows]
+                    # Compiles kernels and fills caches, which is not allowed during a capture.
+                    self._round(*graph_key)
                     # One pool for all graphs, since no two rounds run at once.
                     pool = next((graph.pool() for graph in self._graphs.values()), None)
                     graph = torch.cuda.CUDAGraph()
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
-                        self._round(*size)
+                        self._round(*graph_key)
                     finally:
                         graph.capture_end()
                 torch.cuda.current_stream(device).wait_stream(self._stream)
-            self._graphs[size] = graph
-        return self._graphs[size]
+            self._graphs[graph_key] = graph
+        return self._graphs[graph_key]

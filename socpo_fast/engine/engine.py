@@ -1,10 +1,12 @@
-"""Rollouts with a paged KV cache that both attempts share. Read: Engine.step, then submit and
-resume.
+"""Samples rollouts with a paged KV cache that all attempts of a rollout share.
 
-Departures from a serving engine: a prompt is prefilled once and forked group_size times by page
-reference, with no prefix hashing; a finished attempt keeps its pages until it is resumed or
-released, so the second attempt prefills only [last token] + bridge; the weights are the trainer's,
-and a policy_version guards pages computed with older ones.
+Read Engine.step, then submit and resume. Departures from a serving engine:
+
+- A prompt is prefilled once and forked group_size times by page reference. No prefix is hashed.
+- A finished attempt keeps its pages until it is resumed or released. So the second attempt prefills
+  only [last token] + bridge. pages.py draws the life of a page.
+- The weights are the trainer's own parameters. When they change, policy_version goes up and all
+  pages computed with older weights are released.
 """
 
 from collections import Counter
@@ -29,25 +31,26 @@ from socpo_fast.types import Attempt, EngineStats, RolloutKey, SamplingParams
 
 
 class Engine:
-    """Continuous batching over one student.
+    """Continuous batching over one student, with attempts that resume on kept pages.
 
     Args:
         student:      the decoder whose parameters are read at every step, never copied.
-        kv_cache_gib: GiB of pages; "auto": 1 on a CPU, on a card what weights and updates leave.
+        kv_cache_gib: GiB of pages; "auto": 1 on a CPU, on a GPU what weights and updates leave.
         page_size:    tokens a page, a power of two.
         max_running:  sequences in one step at most.
         token_budget: tokens in one step at most (longer prompts are prefilled in chunks).
-        tokens_per_sync: decoded between two reads by the host when nobody waits; default 1 on the
-                         CPU, 8 on a GPU.
+        tokens_per_sync: tokens decoded between two reads by the host while the queue is empty;
+                      default 1 on the CPU, 8 on a GPU.
+        cascade:      whether pages that rollouts of a group share are read once for all of them;
+                      results are bitwise equal either way.
         attention:    implementation of paged_attention, "auto" or a name; "flash" needs page_size
                       256 and flash-attn.
-        cascade:      read the pages that rollouts of a group share once for all of them; the same
-                      bits either way.
-        min_memory_bytes: of what lend_memory lends, which holds the pages in any case.
-        stream_priority: on a GPU, all its work goes to a stream of its own with this priority (a
-                         lower number is more
-            urgent: -1 the student, 0 a teacher beside it); None: to the caller's stream.
-        name: of its track in a trace.
+        min_memory_bytes: least size of the tensor that lend_memory lends. The pages are in it too,
+                      so it is never smaller than they are.
+        stream_priority: on a GPU, all work goes to a separate stream with this priority (a lower
+                      number is more urgent: -1 the student, 0 a teacher beside it); None: to the
+                      caller's stream.
+        name:         of the engine's track in a trace.
 
     Raises:
         ValueError: a number out of range, a card with too little left, or a pool without a page.
@@ -88,17 +91,22 @@ class Engine:
             min_memory_bytes=min_memory_bytes,
             stream_priority=stream_priority,
         )
+        # Orders sequences of equal priority. StepQueue numbers forked children from it as well.
         self._arrivals = count()
+        # On a CPU nothing runs asynchronously, so reading every token costs nothing.
         rounds = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
         self._steps = StepQueue(
             self._scheduler, self._runner, self._arrivals, tokens_per_sync=rounds, name=name
         )
-        self._prefix: Attempt | None = None  # of which the pages are kept
-        self._in_flight: Counter[RolloutKey] = Counter()  # how many rollouts each has
-        self._is_lent = False
+        # The attempt whose pinned pages hold what keep_prefix prefilled.
+        self._prefix: Attempt | None = None
+        # Rollouts under each key that are neither released nor cancelled.
+        self._in_flight: Counter[RolloutKey] = Counter()
+        self._is_lent = False  # inside of a lend_memory block
 
     @property
     def stats(self) -> EngineStats:
+        """Returns counts of tokens and preemptions since the start, and the free pages now."""
         return EngineStats(
             prefill_tokens=self._steps.prefill_tokens,
             decode_tokens=self._steps.decode_tokens,
@@ -109,25 +117,25 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether a rollout is queued or running; finished attempts do not count."""
         return bool(self._scheduler.waiting or self._scheduler.running)
 
     @property
     def max_tokens(self) -> int:
-        """The longest context, new tokens included, that the model and the page pool can hold."""
+        """Returns the longest context, new tokens included, that model and page pool can hold."""
         return min(
             self.student.config.max_position_embeddings, self._pool.num_pages * self._pool.page_size
         )
 
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
-        """Queue params.n rollouts of one prompt; never blocks. `key` is (batch, question) and names
-        the noise.
+        """Queues params.n rollouts of one prompt; never blocks.
 
-        A key is in flight until every rollout under it was released or cancelled; used again it
-        draws the same tokens.
+        `key` is (batch, question) and determines the sampling noise. It is in flight until every
+        rollout under it is released or cancelled. Used again later, it draws the same tokens.
 
         Raises:
             ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or
-                in flight, a request that can never fit, or a block of lend_memory.
+                in flight, a request that can never fit, or a call inside of lend_memory.
         """
         check_rule(
             "submit",
@@ -137,11 +145,11 @@ class Engine:
             "at hand",
             "leave lend_memory first",
         )
-        name = check_key("submit", key, self._in_flight)
+        rollout_key = check_key("submit", key, self._in_flight)
         token_ids = list(prompt_ids)
         check_fits("submit", token_ids, params, self.student.config, self._pool)
         sequence = Sequence(
-            key=name,
+            key=rollout_key,
             params=params,
             token_ids=token_ids,
             attempt_start=len(token_ids),
@@ -149,43 +157,47 @@ class Engine:
             num_rollouts=params.n,
             policy_version=self.policy_version,
         )
-        self._in_flight[name] += params.n
-        if kept := self._kept_prefix():
-            self._scheduler.share_prefix(sequence, kept)
+        self._in_flight[rollout_key] += params.n
+        if prefix := self._kept_prefix():
+            # Shared now, because the prefix's pages may be taken by the time of the prefill.
+            self._scheduler.share_prefix(sequence, prefix)
         self._scheduler.enqueue(sequence)
 
     def keep_prefix(self, token_ids: Seq[int]) -> None:
-        """Prefill what many prompts begin with; those that are submitted later share its whole
-        pages.
+        """Prefills the common start of many prompts, whose full pages later prompts will share.
 
-        They are kept until a sequence needs the room, the weights change or `reset`. The engine
-        must be idle.
+        The pages are kept until another sequence needs them, the weights change, or `reset`. The
+        engine must be idle.
         """
-        if (kept := self._kept_prefix()) and kept.token_ids[: kept.attempt_start] == list(
+        if (prefix := self._kept_prefix()) and prefix.token_ids[: prefix.attempt_start] == list(
             token_ids
         ):
             return
+        # There is no request that only prefills. So one token is sampled, and nobody reads it.
         params = SamplingParams(n=1, temperature=0.0, max_new_tokens=1, eos_ids=(), ignore_eos=True)
         if self._prefix:
             self.release([self._prefix])
         ((self._prefix,),) = self.generate([token_ids], params, keep=True)
 
     def _kept_prefix(self) -> Sequence | None:
+        """Returns the sequence of keep_prefix, or None if its pages have been taken."""
         sequence = self._scheduler.pinned.get(self._prefix) if self._prefix else None
         return sequence if sequence and sequence.pages else None
 
     def resume(
         self, attempt: Attempt, suffix_ids: Seq[int], params: SamplingParams, *, kept_tokens: int
     ) -> None:
-        """Queue the next attempt of a finished one, behind a prefix of its row and suffix_ids.
+        """Queues the next attempt of a rollout, on the pages of its finished one; never blocks.
 
-        The row is what the attempt saw and what it sampled; its first kept_tokens tokens stay. One
-        rollout goes on, whatever params.n says.
+            finished attempt    | context | sampled tokens          |        its row
+            next attempt        | kept_tokens of the row  | suffix_ids |     prefills the suffix
 
-        The finished attempt's pages go over to the new one, which prefills suffix_ids, and the last
-        sampled token too where the whole row stays. A page that siblings hold too is copied before
-        it is written to; everything is computed again if the pages were taken or the weights
-        changed.
+        The row is the attempt's context and its sampled tokens. The next attempt's context is the
+        first kept_tokens tokens of the row, then suffix_ids. One rollout goes on, whatever params.n
+        is. If the whole row is kept, its last sampled token is prefilled too: it has no KV yet.
+
+        A last page that siblings share is copied before it is written to. If the pages were taken
+        or the weights have changed, the KV of the whole context is recomputed.
 
         Raises:
             ValueError: the attempt was released or resumed before, kept_tokens is not in
@@ -197,7 +209,9 @@ class Engine:
         try:
             old.shorten(self._pool, kept_tokens)
             self._runner.copy_pages(self._scheduler.own_last_page(old))
-        except BaseException:  # memory, say: the attempt stays, without pages that were not copied
+        except BaseException:
+            # For example out of memory. The attempt stays resumable, but its new last page may not
+            # hold the copied KV, so it gives up all its pages.
             old.drop_pages(self._pool)
             raise
         del self._scheduler.pinned[attempt]
@@ -205,16 +219,15 @@ class Engine:
         self._scheduler.enqueue(sequence)
 
     def step(self) -> list[Attempt]:
-        """One scheduler step: forward, sample, and return the attempts that finished, their pages
-        still pinned.
+        """Runs one scheduler step; returns the attempts that finished in it, their pages pinned.
 
-        An exception in its middle leaves sequences half moved: `reset` before the next step.
+        An exception in the middle leaves sequences half updated: call `reset` before the next step.
         """
         self.launch()
         return self.collect()
 
     def launch(self) -> None:
-        """The first half of a step: has the device compute what is next, and waits for nothing."""
+        """Runs the first half of a step: launches the next work on the device, without waiting."""
         self._steps.launch()
 
     @property
@@ -223,14 +236,13 @@ class Engine:
         return self._steps.is_ready
 
     def collect(self) -> list[Attempt]:
-        """The second half: waits for what was launched first, and returns the attempts that
-        finished.
-        """
+        """Runs the second half: waits for the oldest launched work, returns finished attempts."""
         return self._steps.collect()
 
     def prepare(self, max_tokens: int) -> None:
-        """On a GPU, capture decoding of all batch sizes up to max_tokens of context, lest rollouts
-        wait for it.
+        """Captures decoding for all batch sizes on a GPU, so that rollouts never wait for it.
+
+        max_tokens: the longest context that the rollouts will have.
         """
         if self._steps.loop:
             self._steps.loop.prepare(min(max_tokens, self.max_tokens))
@@ -243,16 +255,19 @@ class Engine:
         keys: Seq[tuple[int, int]] | None = None,
         keep: bool = False,
     ) -> list[list[Attempt]]:
-        """Submit every prompt and step until all are done: groups[q][r]. keep leaves the pages
-        pinned for resume.
+        """Submits every prompt and steps until all are done; returns groups[question][rollout].
 
-        keys: one (batch, question) a prompt, under which the same tokens are drawn every time;
-              None: fresh ones, so
-        that no two calls of a process share their noise; ranks need a seed each. An exception
-        resets the engine.
+        Args:
+            keys: one (batch, question) for each prompt, under which the same tokens are drawn every
+                  time. None: fresh ones, so that no two calls of a process share their noise.
+                  Processes that run in parallel need a seed each.
+            keep: leaves the pages pinned, for resume.
+
+        An exception resets the engine.
 
         Raises:
-            ValueError: an engine with work, not one different key a prompt, or what submit refuses.
+            ValueError: the engine has work, keys are not one different pair for each prompt, or
+                submit would refuse a prompt.
         """
         if self.has_work:
             raise ValueError(
@@ -266,7 +281,8 @@ class Engine:
             raise ValueError(
                 f"generate: keys must be {len(prompts)} different pairs, got {list(keys)}"
             )
-        for prompt_ids in prompts:  # all or none: a refused prompt must not leave others queued
+        # All or none: a refused prompt must not leave others queued.
+        for prompt_ids in prompts:
             check_fits("generate", list(prompt_ids), params, self.student.config, self._pool)
         groups: dict[RolloutKey, list[Attempt]] = {
             check_key("generate", key, self._in_flight): [] for key in keys
@@ -287,29 +303,25 @@ class Engine:
             raise
 
     def release(self, attempts: Iterable[Attempt]) -> None:
-        """Give back the pages of finished attempts; one that was resumed or released before is
-        passed over.
-        """
+        """Releases the pages of finished attempts; skips those resumed or released before."""
         for attempt in attempts:
             if sequence := self._scheduler.pinned.pop(attempt, None):
                 self._forget(sequence)
 
     def cancel(self, key: tuple[int, int]) -> None:
-        """Forget what is queued or running under this key; finished attempts stay until they are
-        released.
-        """
+        """Drops what is queued or running under a key; finished attempts stay until released."""
         for sequence in self._scheduler.remove(RolloutKey(*key)):
             self._forget(sequence)
+        # A step of cancelled sequences only has no reader any more.
         self._steps.drop_dead()
 
     def reset(self) -> None:
-        """Forget all that is queued, running or pinned, and take back every page; all keys may be
-        used again.
+        """Drops all queued, running and pinned sequences and frees every page and every key.
 
-        For when a step ended half way, by Ctrl-C or for lack of memory, and nobody can say which
-        sequence holds which page. Weights, policy_version and the counts of `stats` stay, and the
-        pages keep their place in memory, which captured CUDA graphs read. Pinned attempts remain as
-        data.
+        This is for a step that was interrupted, by Ctrl-C or for lack of memory, after which it is
+        not known which sequence owns which page. Weights, policy_version and the counts of `stats`
+        stay. The pages keep their memory addresses, which captured CUDA graphs read. Attempts that
+        were returned stay valid as data.
         """
         self._steps.drop()
         self._scheduler.reset()
@@ -317,13 +329,15 @@ class Engine:
 
     @contextmanager
     def lend_memory(self) -> Iterator[Tensor]:
-        """Lends the tensor that KV pages are views of, [N] uint8, for a `with` block in which
-        nothing is submitted.
+        """Yields the tensor that holds the KV pages, [N] uint8, for other uses in a `with` block.
 
-        Nothing that is written there reaches a result of the engine. It never moves. ValueError: a
-        sequence is in it.
+        Nothing may be submitted in the block. What is written to the tensor never reaches a result
+        of the engine. Its address never changes.
+
+        Raises:
+            ValueError: a sequence is queued, running or pinned.
         """
-        num_live = (
+        num_sequences = (
             len(self._scheduler.waiting)
             + len(self._scheduler.running)
             + len(self._scheduler.pinned)
@@ -331,11 +345,12 @@ class Engine:
         check_rule(
             "lend_memory",
             "sequences in the engine",
-            num_live,
-            num_live == 0,
+            num_sequences,
+            num_sequences == 0,
             "none",
             "release or reset them",
         )
+        # Waits for launched steps, which would still write KV into the borrower's data.
         self._steps.drop()
         self._is_lent = True
         try:
@@ -344,19 +359,20 @@ class Engine:
             self._is_lent = False
 
     def bump_policy_version(self) -> None:
-        """The weights changed: no page computed before is used again (running sequences are
-        computed anew).
+        """Tells the engine that the weights changed: all KV so far is dropped and recomputed.
 
-        An attempt under way keeps the version that sampled its first token.
+        A running attempt keeps the version that sampled its first token.
         """
+        # Draws in flight come from the old weights, so they are dropped.
         self._steps.drop()
         self.policy_version += 1
         self._runner.bind_weights()
         self._scheduler.drop_all_pages(self.policy_version)
 
     def _forget(self, sequence: Sequence) -> None:
-        """Give back the pages and the key of a sequence that is in no list any more."""
+        """Releases the pages and the key of a sequence that the scheduler no longer holds."""
         sequence.drop_pages(self._pool)
+        # A prompt that has not been forked yet stands for all its rollouts.
         self._in_flight[sequence.key] -= sequence.num_rollouts
         if self._in_flight[sequence.key] == 0:
             del self._in_flight[sequence.key]

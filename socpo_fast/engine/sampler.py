@@ -1,7 +1,8 @@
-"""From hidden states to sampled tokens: LM head and draw in one op, on the rows that need it.
+"""Draws tokens from hidden states: LM head and sampling in one op, on the rows that need it.
 
-The noise is keyed by (seed, batch, question, rollout, attempt, position, token id), so what is
-drawn does not depend on when or beside whom.
+Read launch_draw, which an ordinary step calls, then draw, which the decode loop calls as well. The
+noise is keyed by (seed, batch, question, rollout, attempt, position, token id). So a drawn token
+depends neither on when it is drawn nor on the other rows of the batch.
 """
 
 import torch
@@ -17,13 +18,16 @@ from socpo_fast.ops.linear_sample import linear_sample_op
 
 @torch.no_grad()
 def launch_draw(student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Sequence]]) -> Tensor:
-    """For each (row of hidden_BD, sequence): token_id, logprob in nats, kept_mass; [3, len(rows)]
-    fp64.
+    """Draws a token for each (row of hidden_BD, sequence); does not wait for the device.
+
+    Returns:
+        [3, len(rows)] fp64: token id, logprob in nats, kept mass. Rows of hidden_BD may repeat: all
+        rollouts of a group draw their first token from the prompt's one row.
     """
     device = hidden_BD.device
     sequences = [sequence for _, sequence in rows]
-    indices = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
-    rows_B, noise_B, position_B = upload(torch.tensor(indices).t().contiguous(), device)
+    row_inputs = [(row, sequence.noise_key, sequence.num_sampled) for row, sequence in rows]
+    rows_B, noise_B, position_B = upload(torch.tensor(row_inputs).t().contiguous(), device)
     return draw(
         student,
         hidden_BD,
@@ -35,9 +39,9 @@ def launch_draw(student: Decoder, hidden_BD: Tensor, rows: list[tuple[int, Seque
 
 
 def settings_of(sequences: list[Sequence], device: torch.device) -> Tensor:
-    """[4, B] fp32: temperature, top_p, min_p, top_k. Above 2^24 no vocabulary is that large: top_k
-    is off.
-    """
+    """Returns [4, B] fp32: temperature, top_p, min_p, top_k of each sequence."""
+    # fp32 holds integers exactly only up to 2^24. No vocabulary is that large, so a larger top_k
+    # filters nothing and becomes 0, which is off.
     settings = [
         (p.temperature, p.top_p, p.min_p, p.top_k if p.top_k < 2**24 else 0)
         for p in (sequence.params for sequence in sequences)
@@ -53,8 +57,15 @@ def draw(
     is_filtered: bool,
     rows_B: Tensor | None = None,
 ) -> Tensor:
-    """[3, B] fp64: token id, log-prob, kept mass."""
+    """Returns [3, B] fp64: token id, logprob, kept mass.
+
+    Args:
+        is_filtered: whether any draw has top-k, top-p or min-p. The host knows it; the op would
+                     have to read settings_4B back from the device.
+        rows_B:      the row of hidden_TD that each draw uses; None: draw b uses row b.
+    """
     temperature_B, top_p_B, min_p_B, top_k_B = settings_4B
+    # The registered op itself: linear_sample's checks would wait for the device as well.
     token_ids_B, logprobs_B, _, kept_mass_B = linear_sample_op(
         hidden_TD,
         student.lm_head.weight,
@@ -67,4 +78,5 @@ def draw(
         is_filtered,
         pick_impl("linear_sample", "auto", hidden_TD),
     )
+    # One tensor, so that the host reads a step back once. fp64 holds token ids and fp32 exactly.
     return torch.stack((token_ids_B.double(), logprobs_B.double(), kept_mass_B.double()))

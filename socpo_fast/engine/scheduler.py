@@ -1,10 +1,18 @@
-"""Which sequence computes how many tokens in the next step, and who gives way when pages run out.
+"""Decides which sequence computes how many tokens in a step, and which is preempted without pages.
 
-One token budget a step, spent in this order: sequences that decode, then resumed attempts, then new
-prompts (long ones in chunks). A sequence is `waiting` (in the queue, perhaps with pages), `running`
-(has one of max_running places) or `pinned` (finished, its pages kept for a second attempt). When
-pages run out, pinned ones lose theirs first, then waiting ones, then the youngest running; their
-tokens stay, so they are computed again and nothing fails.
+Read Scheduler.plan, then _make_room, then fork. A sequence is in one of three collections:
+
+                     plan                         append: the attempt ends
+    enqueue -> waiting -----------> running ---------------------------------> pinned
+               in the queue,        at most max_running,                       finished, pages kept
+               perhaps with pages   computes in every step                     for the next attempt
+                  ^                    |
+                  +--------------------+ preempted: pages released, tokens kept
+
+A step has one token budget. It goes to running sequences first, then to resumed attempts, then to
+new prompts (long ones in chunks). When pages run out, pinned sequences lose theirs first, then
+waiting ones, then the youngest running one. Their tokens stay, so their KV is recomputed and no
+request fails.
 """
 
 from array import array
@@ -16,6 +24,8 @@ from socpo_fast.types import Attempt, RolloutKey
 
 
 class Scheduler:
+    """Holds all sequences and assigns pages of the pool to them; it touches no tensor."""
+
     def __init__(self, pool: PagePool, *, max_running: int, token_budget: int):
         self.pool = pool
         self.max_running = max_running
@@ -24,34 +34,39 @@ class Scheduler:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets every sequence and frees every page, also of a sequence that is in no list."""
-        self.waiting: list[Sequence] = []  # by priority
-        self.running: list[Sequence] = []  # by priority: the youngest is last
-        self.pinned: dict[Attempt, Sequence] = {}  # by time of finishing
+        """Forgets every sequence and frees every page, even those of sequences in no collection."""
+        self.waiting: list[Sequence] = []  # sorted by priority
+        self.running: list[Sequence] = []  # sorted by priority: the youngest is last
+        self.pinned: dict[Attempt, Sequence] = {}  # in the order in which they finished
         self.pool.reset()
 
     def enqueue(self, sequence: Sequence) -> None:
+        """Adds a sequence to the queue, at its priority."""
         insort(self.waiting, sequence, key=lambda s: s.priority)
 
     def share_prefix(self, sequence: Sequence, prefix: Sequence) -> None:
-        """Give a new sequence the whole pages of what it begins with, at least a token of it left
-        to forward.
-        """
+        """Shares the full pages of a kept prefix with a new sequence that begins with it."""
         num_tokens = prefix.attempt_start // self.pool.page_size * self.pool.page_size
-        begins_so = sequence.token_ids[:num_tokens] == prefix.token_ids[:num_tokens]
-        if begins_so and num_tokens < len(sequence.token_ids):
+        has_prefix = sequence.token_ids[:num_tokens] == prefix.token_ids[:num_tokens]
+        # One token must be left to forward: its hidden state is what the first draw needs.
+        if has_prefix and num_tokens < len(sequence.token_ids):
             shared = prefix.pages[: self.pool.pages_for(num_tokens)]
             sequence.pages = array("i", map(self.pool.share, shared))
             sequence.num_cached = num_tokens
 
     def plan(self) -> list[tuple[Sequence, int]]:
-        """The next step: (sequence, number of its pending tokens to forward), pages allocated; []
-        when idle.
+        """Returns the next step, [(sequence, number of its pending tokens to forward)]; [] if idle.
+
+        The pages for these tokens are allocated.
         """
-        step: list[tuple[Sequence, int]] = []
+        planned: list[tuple[Sequence, int]] = []
         budget = self.token_budget
+        # Decoding sequences that are not planned yet. A chunk of a long prefill leaves one token of
+        # the budget to each of them, so that it never stalls decoding.
         num_decoding = sum(sequence.num_pending == 1 for sequence in self.running)
-        for sequence in self.running:  # old to young: who gives way is the last, perhaps this one
+        # From old to young. Only the last sequence is ever preempted, perhaps this one itself. So
+        # the list may shrink in this loop, and no sequence that is already planned loses its pages.
+        for sequence in self.running:
             if budget == 0:
                 break
             num_decoding -= sequence.num_pending == 1
@@ -59,44 +74,49 @@ class Scheduler:
                 1 if sequence.num_pending == 1 else min(sequence.num_pending, budget - num_decoding)
             )
             if num_tokens > 0 and self._make_room(sequence, num_tokens):
-                step.append((sequence, num_tokens))
+                planned.append((sequence, num_tokens))
                 budget -= num_tokens
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self.waiting[0]
             num_tokens = min(sequence.num_pending, budget)
             if self.running and self._pages_missing(sequence, num_tokens) > self.pool.num_free:
-                # a newcomer waits for pages; only when nobody runs it takes those of pinned and
-                # waiting ones
+                # A newcomer waits for free pages. Only when nothing runs may it take the pages of
+                # pinned and waiting sequences, since then nothing else would free any.
                 break
-            self.waiting.pop(0)
+            self.waiting.pop(0)  # first, so that _make_room does not take its pages
             made_room = self._make_room(sequence, num_tokens)
             assert made_room, "a single sequence was checked to fit at the door"
             insort(self.running, sequence, key=lambda s: s.priority)
-            step.append((sequence, num_tokens))
+            planned.append((sequence, num_tokens))
             budget -= num_tokens
-        return step
+        return planned
 
     def look_ahead(self, sequences: list[Sequence], most: int) -> int:
-        """How many tokens, at most `most`, these decoding sequences may all take in a row;
-        allocates their pages.
+        """Allocates pages for up to `most` more tokens of each decoding sequence.
+
+        Returns how many tokens that is: as many as every sequence may still sample and as the free
+        pages can hold.
         """
         num_tokens = min(most, *(s.params.max_new_tokens - s.num_sampled for s in sequences))
         while sum(self._pages_missing(s, num_tokens) for s in sequences) > self.pool.num_free:
-            num_tokens -= 1  # ends at 1 or before: that one's pages are there
+            # Ends at 1 at the latest, or at the rounds in flight: their pages are allocated.
+            num_tokens -= 1
         for sequence in sequences:
             self._allocate(sequence, num_tokens)
         return num_tokens
 
     def release_lookahead(self, attempts: list[Attempt]) -> None:
-        """Give back the pages that finished attempts were to go on in."""
+        """Releases pages that look_ahead allocated for tokens which finished attempts never got."""
         for sequence in [self.pinned[attempt] for attempt in attempts]:
             sequence.shorten(self.pool, sequence.num_cached)
 
     def fork(self, root: Sequence, children: list[Sequence]) -> list[tuple[int, int]]:
-        """Give each child the prompt's KV: full pages shared, the partial page its own. Returns
-        (from, to) page copies.
+        """Gives each child the prompt's KV; returns the (from, to) page copies that this needs.
 
-        Child 0 takes over the root's own pages.
+        root       [page 5][page 8][page 3, half full]
+        child 0    [page 5][page 8][page 3]               takes over the root's pages
+        child 1    [page 5][page 8][page 6]               shares full pages, copies 3 to 6
+        child 2    [page 5][page 8][page 9]               shares full pages, copies 3 to 9
         """
         self.running.remove(root)
         copies = []
@@ -107,6 +127,7 @@ class Scheduler:
         children[0].pages = root.pages
         children[0].num_cached = root.num_cached
         for child in children:
+            # Those beyond max_running wait in the queue with their pages.
             if len(self.running) < self.max_running:
                 insort(self.running, child, key=lambda s: s.priority)
             else:
@@ -114,26 +135,29 @@ class Scheduler:
         return copies
 
     def append(self, sequence: Sequence, drawn: list[float]) -> Attempt | None:
-        """Append what was drawn; where that ends the attempt, pin the sequence and return it."""
+        """Appends a draw; if it ends the attempt, pins the sequence and returns the attempt."""
         sequence.append(*drawn)
         if attempt := sequence.attempt():
             sequence.is_live = False
+            # A child that a fork left waiting has drawn its first token too, from the prompt's row.
             (self.running if sequence in self.running else self.waiting).remove(sequence)
             self.pinned[attempt] = sequence
         return attempt
 
     def drop_all_pages(self, policy_version: int) -> None:
-        """The weights changed: whatever was computed with the old ones is computed again."""
+        """Releases all pages, because the weights changed: all KV must be recomputed."""
         self.waiting = sorted([*self.waiting, *self.running], key=lambda s: s.priority)
         self.running = []
         for sequence in (*self.waiting, *self.pinned.values()):
             sequence.drop_pages(self.pool)
-        for sequence in self.waiting:  # that is all of them but the pinned ones
+        # An attempt belongs to the version that sampled its first token, so those that have sampled
+        # keep theirs.
+        for sequence in self.waiting:
             if sequence.num_sampled == 0:
                 sequence.policy_version = policy_version
 
     def remove(self, key: RolloutKey) -> list[Sequence]:
-        """Take the unfinished sequences of a key out of their lists; returns them."""
+        """Removes the unfinished sequences of a key from their lists and returns them."""
         removed = [sequence for sequence in (*self.waiting, *self.running) if sequence.key == key]
         for sequence in removed:
             sequence.is_live = False
@@ -142,15 +166,16 @@ class Scheduler:
         return removed
 
     def own_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
-        """Give a sequence a partial page that it can write to. Returns (from, to) page copies.
+        """Makes a sequence the only owner of its partial last page; returns (from, to) page copies.
 
-        A page that others hold too is copied; where no page is free, that part is computed again.
+        This is the copy on write. If no page is free, the sequence gives its part of the shared
+        page up, and those tokens are prefilled again.
         """
         num_partial = sequence.num_cached % self.pool.page_size
         if num_partial == 0 or self.pool.ref_count[sequence.pages[-1]] == 1:
             return []
         shared = sequence.pages.pop()
-        self.pool.release(shared)
+        self.pool.release(shared)  # its other owners keep it, so it can be copied from later
         if self.pool.num_free == 0:
             sequence.num_cached -= num_partial
             return []
@@ -158,15 +183,22 @@ class Scheduler:
         return [(shared, sequence.pages[-1])]
 
     def _pages_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        """Returns how many pages a sequence lacks for the KV of num_tokens more tokens."""
         return self.pool.pages_for(sequence.num_cached + num_tokens) - len(sequence.pages)
 
     def _allocate(self, sequence: Sequence, num_tokens: int) -> None:
+        """Allocates the pages that num_tokens more tokens need; enough pages must be free."""
         for _ in range(self._pages_missing(sequence, num_tokens)):
             sequence.pages.append(self.pool.allocate())
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Allocates pages for num_tokens more; False when the sequence itself was preempted."""
+        """Allocates pages for num_tokens more tokens, preempting others if there are too few.
+
+        Returns False if the sequence itself was the one to be preempted.
+        """
         while self._pages_missing(sequence, num_tokens) > self.pool.num_free:
+            # Sequences that compute nothing lose their pages first: the oldest pinned one, then
+            # the last one in the queue.
             idle = (*self.pinned.values(), *reversed(self.waiting))
             if victim := next((s for s in idle if s.pages), None):
                 victim.drop_pages(self.pool)
@@ -179,7 +211,7 @@ class Scheduler:
         return True
 
     def _give_way(self, sequence: Sequence) -> None:
-        """From running back into the queue, ahead of new prompts, without pages."""
+        """Preempts a sequence: puts it back into the queue, before new prompts, without pages."""
         self.running.remove(sequence)
         sequence.drop_pages(self.pool)
         sequence.priority = (0, sequence.priority[1])

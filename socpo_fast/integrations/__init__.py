@@ -1,3 +1,5 @@
-"""For trainers of others: an episode with any generator, rollouts as padded tensors and their
-advantages.
+"""Connects other trainers, such as TRL or verl.
+
+episode.py plays an episode with any generator. tensors.py pads rollouts to tensors and returns
+their advantages.
 """

@@ -1,6 +1,6 @@
-"""One episode with the generator of another trainer: TRL's, verl's servers, or anybody's.
+"""Plays one episode with the generator of another trainer: TRL's, verl's servers, or any other.
 
-The rules of an episode stand in socratic/episode.py, as for the paged engine (socratic/rollout.py).
+The rules of an episode are in socratic/episode.py, as for the paged engine (socratic/rollout.py).
 """
 
 import time
@@ -30,19 +30,19 @@ def socratic_episode(
     max_tokens: int,
     rollout_idx: int = 0,
 ) -> Rollout:
-    """Play one episode with anybody's generator.
+    """Plays one episode with any generator.
 
     Args:
         generate:       token ids of a context -> ids that were sampled behind it, the end of turn
                         included; at least one and at most max_new_tokens.
         bridge:         the student's chat template; its guidance_limit must be that of the options.
-        max_new_tokens: that the generator samples at most.
-        max_tokens:     that a context and its attempt may have together.
-        rollout_idx:    which of the question's rollouts; another one for each, where they are
-                        credited together.
+        max_new_tokens: most tokens of an attempt.
+        max_tokens:     most tokens of a context and its attempt together.
+        rollout_idx:    index of the rollout in its question's group. Rollouts that are credited
+                        together need different ones.
 
     Returns:
-        the rollout. Its attempts have no log-probs (NaN): recompute them before training.
+        The rollout. Its attempts have no log-probs (NaN): recompute them before training.
 
     Raises:
         ValueError: the generator returned no token, or more than max_new_tokens; or the bridge
@@ -68,14 +68,15 @@ def socratic_episode(
                 f"socratic_episode: generate must return 1 to {max_new_tokens} token ids, got "
                 f"{len(token_ids)}"
             )
-        unknown = torch.full((len(token_ids),), torch.nan)
+        # An unknown log-prob is NaN, so that training on it cannot go unnoticed.
+        unknown_logprobs = torch.full((len(token_ids),), torch.nan)
         request = episode.attempted(
             Attempt(
                 token_ids=token_ids,
-                logprobs=unknown,
-                kept_mass=unknown,
+                logprobs=unknown_logprobs,
+                kept_mass=unknown_logprobs,
                 finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
-                key=key,  # the generator's noise is its own, but a teacher may draw by this name
+                key=key,  # a local teacher derives its sampling noise from this
                 rollout_idx=rollout_idx,
                 attempt_idx=turn_idx,
                 policy_version=0,
@@ -83,16 +84,17 @@ def socratic_episode(
         )
         if request is None:
             break
-        asked = ask(guide, request, options.guidance_timeout_s)
-        since = time.perf_counter()
+        future = ask(guide, request, options.guidance_timeout_s)
+        start_s = time.perf_counter()
         try:
-            while not asked.done():
+            while not future.done():
+                # A local teacher answers only while step() runs its engine.
                 if not guide.step():
-                    wait([asked], timeout=0.02)
+                    wait([future], timeout=0.02)
         finally:
-            asked.cancel()  # nobody else would, were this left by Ctrl-C
-        rollout.teacher_wait_s += time.perf_counter() - since
-        if episode.guided(result_of(asked, guide)) is None:
+            future.cancel()  # after Ctrl-C the call would go on in the background
+        rollout.teacher_wait_s += time.perf_counter() - start_s
+        if episode.guided(result_of(future, guide)) is None:
             break
     tell(episode)
     return rollout

@@ -1,10 +1,16 @@
-"""Weight gradients that the backward itself adds to .grad, in fp32.
+"""Accumulates weight gradients into .grad in fp32, inside the backward itself.
 
-Departs from autograd, which would make each microbatch's gradient in the weight's dtype, as large
-as the weight, and then add it. Autograd would also keep the input of each product; here it is
-computed again from its Source, which some op before keeps anyway. That holds inside of
-`accumulating`, which the trainer opens, and for parameters that accumulate_in_fp32 marked, whose
-optimizer reads .grad; everywhere else gradients are ordinary returned ones.
+Read accumulates -> AccumulatingLinear -> RotatedTreeAttention. Two departures from autograd:
+
+    autograd    dW = grad.T @ x in the weight's dtype, a tensor as large as W;  W.grad += dW
+    here        W.grad (fp32) += grad.T @ x, in one product
+
+    autograd    keeps x, the input of each linear layer, for the backward
+    here        recomputes x from its Source, a tensor that an earlier op keeps anyway
+
+This applies inside of `accumulating`, which the trainer opens, and only to parameters marked by
+accumulate_in_fp32, whose optimizer reads .grad. Everywhere else gradients are ordinary ones that
+the backward returns.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,18 +28,20 @@ from socpo_fast.ops.rotary import Rope, rotary_qkv_backward_op, split_qkv_and_ap
 from socpo_fast.ops.tree_attention import tree_attention_backward_op, tree_attention_op
 
 MARK = "accumulates_in_fp32"  # an attribute of the parameter itself
-_open: list[bool] = []  # one entry for each `accumulating`; autograd's threads read it, too
+# One entry for each open `accumulating` block. A plain list and not a thread-local: forwards that
+# checkpointing recomputes run in autograd's threads, which must see it as well.
+_open_blocks: list[bool] = []
 
 
 class Source(NamedTuple):
-    """What a linear layer's input was computed from, by an element-wise function."""
+    """What a linear layer's input is computed from: function(x), cheap enough to repeat."""
 
     function: Callable[[Tensor], Tensor]
     x: Tensor
 
 
 def accumulate_in_fp32(params: Iterable[nn.Parameter]) -> None:
-    """Marks parameters: their .grad is fp32, and the trainer's backward adds to it in place."""
+    """Marks parameters, so that the trainer's backward adds to their fp32 .grad in place."""
     for param in params:
         param.grad_dtype = torch.float32
         setattr(param, MARK, True)
@@ -41,31 +49,32 @@ def accumulate_in_fp32(params: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def accumulating() -> Iterator[None]:
-    """Lets forwards and their backwards, within, add to .grad of marked parameters in place."""
-    _open.append(True)
+    """Lets forwards and backwards in a `with` block add to .grad of marked parameters in place."""
+    _open_blocks.append(True)
     try:
         yield
     finally:
-        _open.pop()
+        _open_blocks.pop()
 
 
 def is_accumulating() -> bool:
-    """Whether a forward whose backward is the trainer's own is under way."""
-    return bool(_open) and torch.is_grad_enabled()
+    """Whether a forward that runs now will have the trainer's accumulating backward."""
+    return bool(_open_blocks) and torch.is_grad_enabled()
 
 
 def accumulates(param: Tensor) -> bool:
-    """Whether a gradient of this parameter is about to be added to its .grad in place."""
+    """Whether the backward of an op that runs now will add to this parameter's .grad in place."""
     return (
         is_accumulating()
         and param.requires_grad
         and hasattr(param, MARK)
-        and param.grad_dtype == torch.float32  # which a pickled copy lacks, though it has the mark
+        # A pickled copy keeps the mark, but not the dtype of its gradient.
+        and param.grad_dtype == torch.float32
     )
 
 
 class AccumulatingLinear(torch.autograd.Function):
-    """Computes ops.linear of x, a marked weight and a bias; keeps x, or what x comes from."""
+    """Computes ops.linear with a marked weight; its backward adds to weight.grad in place."""
 
     @staticmethod
     def forward(
@@ -75,9 +84,11 @@ class AccumulatingLinear(torch.autograd.Function):
         bias_N: Tensor | None,
         source: Source | None,
     ) -> Tensor:
-        ctx.function, kept = (None, x_TD) if source is None else source
-        ctx.save_for_backward(kept)
-        # Not saved: what checkpointing gives back for a saved weight is another tensor.
+        """Returns x @ weight.T + bias; keeps x, or what x is computed from if there is a source."""
+        ctx.function, saved = (None, x_TD) if source is None else source
+        ctx.save_for_backward(saved)
+        # The weight is not saved with save_for_backward: checkpointing would give another tensor
+        # back, and .grad must be the parameter's. So its version is checked by hand, too.
         ctx.weight_ND = weight_ND
         ctx.bias_N = bias_N
         ctx.version = weight_ND._version
@@ -86,7 +97,8 @@ class AccumulatingLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (kept,) = ctx.saved_tensors
+        """Adds to the gradients of weight and bias; returns only the gradient of x."""
+        (saved,) = ctx.saved_tensors
         grad_TN = grad_TN.contiguous()
         weight_ND = ctx.weight_ND
         bias_N = ctx.bias_N
@@ -97,30 +109,35 @@ class AccumulatingLinear(torch.autograd.Function):
             )
         has_grad = weight_ND.grad is not None
         total_ND = weight_ND.grad if has_grad else torch.empty_like(weight_ND, dtype=torch.float32)
-        x_TD = kept if ctx.function is None else ctx.function(kept)
+        x_TD = saved if ctx.function is None else ctx.function(saved)
+        # Without a .grad yet, the product is written instead of added, so nothing has to be zeroed.
         matmul_(total_ND, grad_TN.t(), x_TD, accumulate=has_grad)
-        del x_TD  # before there is a gradient as large
-        weight_ND.grad = total_ND  # only now: what stops the product leaves no raw memory there
+        del x_TD  # freed before the gradient of x, which is as large, is allocated
+        # Assigned only now: if the product fails, .grad must not hold uninitialized memory.
+        weight_ND.grad = total_ND
         if bias_N is not None and bias_N.requires_grad:
-            _zeros_unless_there(bias_N).add_(grad_TN.sum(0, dtype=torch.float32))
+            _grad_or_zeros(bias_N).add_(grad_TN.sum(0, dtype=torch.float32))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        grad_x_TD = kept.new_empty((grad_TN.shape[0], weight_ND.shape[1]))
+        grad_x_TD = saved.new_empty((grad_TN.shape[0], weight_ND.shape[1]))
         matmul_(grad_x_TD, grad_TN, weight_ND.detach())
         return grad_x_TD, None, None, None
 
 
 class RotatedTreeAttention(torch.autograd.Function):
-    """Computes tree_attention of raw qkv, by a kernel; keeps neither rotated q nor rotated k.
+    """Computes tree_attention of raw qkv with a kernel, without keeping rotated q and k.
 
-    In its backward they are rotated again, which is element-wise. Attention is not computed twice.
+    forward     qkv -> rotated q, k -> attention        keeps qkv, the output and its logsumexp
+    backward    qkv -> rotated q, k -> gradients        rotates again, which is element-wise;
+                                                        attention is not computed twice
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv_TXE: Tensor, *others: Any) -> Tensor:
-        """others: those of Rope, a TreeMask, the number of KV heads, scale and impl."""
-        # Kept as they are: all layers share them, or checkpointing would give back other tensors.
-        *rope, ctx.mask, ctx.num_kv_heads, ctx.scale, ctx.impl = others
+    def forward(ctx: Any, qkv_TXE: Tensor, *rope_and_settings: Any) -> Tensor:
+        """Takes qkv, the fields of Rope, a TreeMask, the number of KV heads, scale and impl."""
+        # Not saved with save_for_backward. Angles and mask are shared by all layers anyway, and
+        # checkpointing would return other tensors for the norms' weights.
+        *rope, ctx.mask, ctx.num_kv_heads, ctx.scale, ctx.impl = rope_and_settings
         ctx.rope = Rope(*rope)
         qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
         o_THE, logsumexp_TH = tree_attention_op(*qkv, *ctx.mask, ctx.scale, ctx.impl)
@@ -130,21 +147,25 @@ class RotatedTreeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THE: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_TXE, *of_attention = ctx.saved_tensors
+        """Returns the gradients of qkv and of the two norm weights, if there are norms."""
+        qkv_TXE, *o_and_logsumexp = ctx.saved_tensors
         qkv = split_qkv_and_apply_rope(qkv_TXE, ctx.rope, ctx.num_kv_heads)
         grads = tree_attention_backward_op(
-            grad_THE, *qkv, *ctx.mask, *of_attention, ctx.scale, ctx.impl
+            grad_THE, *qkv, *ctx.mask, *o_and_logsumexp, ctx.scale, ctx.impl
         )
-        del qkv  # before there is a gradient as large
-        grad_TXE, of_weights = rotary_qkv_backward_op(*grads, qkv_TXE, *ctx.rope, ctx.impl)
-        return grad_TXE, None, None, *(of_weights.unbind() or (None, None)), *[None] * 5
+        del qkv  # freed before the gradient of qkv, which is as large, is allocated
+        grad_TXE, norm_grads = rotary_qkv_backward_op(*grads, qkv_TXE, *ctx.rope, ctx.impl)
+        # One entry for each input of forward: qkv; cos, sin; the norms' two weights, whose gradient
+        # is empty without norms; eps, mask, num_kv_heads, scale, impl.
+        return grad_TXE, None, None, *(norm_grads.unbind() or (None, None)), *[None] * 5
 
 
 class AccumulatingEmbedding(torch.autograd.Function):
-    """Looks rows of a marked weight up."""
+    """Looks up rows of a marked weight; its backward adds to weight.grad in place."""
 
     @staticmethod
     def forward(ctx: Any, token_ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        """Returns the embeddings [T, D] of the tokens."""
         ctx.save_for_backward(token_ids_T)
         ctx.weight_VD = weight_VD
         return F.embedding(token_ids_T, weight_VD)
@@ -152,13 +173,15 @@ class AccumulatingEmbedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[None, None]:
+        """Adds each token's gradient to its row of weight.grad; returns no gradient."""
         (token_ids_T,) = ctx.saved_tensors
-        add_rows_(_zeros_unless_there(ctx.weight_VD), token_ids_T, grad_TD.float())
+        # Gradients of a token that repeats are added in index order: the sum is deterministic.
+        add_rows_(_grad_or_zeros(ctx.weight_VD), token_ids_T, grad_TD.float())
         return None, None
 
 
-def _zeros_unless_there(param: Tensor) -> Tensor:
-    """Returns the parameter's .grad, made where there is none."""
+def _grad_or_zeros(param: Tensor) -> Tensor:
+    """Returns the parameter's .grad; creates it as zeros if there is none."""
     if param.grad is None:
         param.grad = torch.zeros_like(param, dtype=torch.float32)
     return param.grad

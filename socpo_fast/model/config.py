@@ -1,10 +1,10 @@
-"""What a decoder must know of a Hugging Face `config.json`, every field read by name.
+"""Reads from a Hugging Face `config.json` what the decoder needs, every field by its name.
 
-Read top-down: ModelConfig -> from_hf -> the refusals -> the fields. A field may be absent only
-where the weights themselves would contradict a wrong guess (a bias, the number of KV heads, the
-head width: their tensors would be extra, missing or misshapen); where a wrong value would be silent
-it is asked for, even if transformers has a default. Dropout fields are not read: nothing here
-drops.
+Read top-down: ModelConfig -> from_hf -> the refusals -> the fields. A field may be absent only if
+the weights would contradict a wrong guess (a bias, the number of KV heads, the head width: their
+tensors would be extra, missing or misshapen). A field whose wrong value would be silent is
+required, even if transformers has a default for it. Dropout fields are not read, because this
+decoder has no dropout.
 """
 
 import math
@@ -28,7 +28,11 @@ _Kind = TypeVar("_Kind", int, float, bool)
 
 
 class Llama3Rope(NamedTuple):
-    """RoPE scaling of Llama 3.1: divides long wavelengths by `factor`, blends the middle."""
+    """RoPE scaling of Llama 3.1: divides low frequencies by `factor`, keeps high ones.
+
+    low_freq_factor and high_freq_factor bound a range that is blended, in full rotations
+    within the original context.
+    """
 
     factor: float
     low_freq_factor: float
@@ -38,6 +42,8 @@ class Llama3Rope(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The sizes and switches that define a decoder."""
+
     architecture: str  # a key of ARCHITECTURES
     vocab_size: int
     hidden_size: int
@@ -55,13 +61,12 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     llama3_rope: Llama3Rope | None = None
-    raw: Mapping[str, Any] = field(
-        default_factory=dict, repr=False, compare=False
-    )  # config.json as read, for saving
+    # config.json as it was read. Saving writes it back, so fields unknown here are not lost.
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], *, where: str) -> Self:
-        """The config of one of ARCHITECTURES, checked.
+        """Returns the checked config of one of ARCHITECTURES.
 
         Args:
             raw:   config.json as parsed, written by any transformers (`rope_parameters`, or the
@@ -72,20 +77,25 @@ class ModelConfig:
             ValueError: a field is missing, breaks its rule, or asks for something this decoder does
                         not do.
 
-        Derived when absent or null, as transformers does: head_dim = hidden_size /
-        num_attention_heads (not Qwen3's, which is 128 there), num_key_value_heads =
-        num_attention_heads, attention_bias and mlp_bias = false. Mistral and Qwen2 know no bias
-        fields: no bias at all, and one on q, k, v.
+        Fields that are absent or null get the values that transformers gives them:
+
+            head_dim                    hidden_size / num_attention_heads; required for Qwen3, whose
+                                        default in transformers is 128
+            num_key_value_heads         num_attention_heads
+            attention_bias, mlp_bias    false
+
+        Mistral and Qwen2 have no bias fields. Mistral has no bias, Qwen2 has one on q, k and v.
         """
         architecture = _architecture(raw, where)
         _refuse_unsupported(raw, architecture, where)
         is_llama, is_qwen2, is_qwen3 = (
             architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3")
         )
-        fields = _set_fields(raw)
+        fields = _non_null_fields(raw)
         hidden_size = _read(fields, "hidden_size", int, where)
         num_heads = _read(fields, "num_attention_heads", int, where)
         derived = {"num_key_value_heads": num_heads, "attention_bias": False, "mlp_bias": False}
+        # Later dictionaries win: what config.json sets overrides what is derived.
         fields = derived | ({} if is_qwen3 else {"head_dim": hidden_size // num_heads}) | fields
         num_kv_heads = _read(fields, "num_key_value_heads", int, where)
         head_dim = _read(fields, "head_dim", int, where)
@@ -121,8 +131,9 @@ class ModelConfig:
         )
 
     def inverse_frequencies(self) -> Tensor:
-        """[E / 2] fp32: theta ** (-2 i / E), stretched by llama3_rope. Made on the CPU: all devices
-        share it.
+        """Returns [E / 2] fp32: theta ** (-2 i / E), with low frequencies scaled by llama3_rope.
+
+        It is computed on the CPU, so that all devices get bitwise equal frequencies.
         """
         exponents = (
             torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float()
@@ -132,19 +143,19 @@ class ModelConfig:
         if self.llama3_rope is None:
             return inv_freq
         factor, low, high, original_length = self.llama3_rope
-        turns = original_length * inv_freq / (2 * math.pi)  # full turns within the original context
-        blend = ((turns - low) / (high - low)).clamp(
-            0, 1
-        )  # 0: slow, divided by factor; 1: fast, kept
+        # Full rotations of each dimension within the original context.
+        rotations = original_length * inv_freq / (2 * math.pi)
+        # 0: a low frequency, divided by factor. 1: a high one, kept.
+        blend = ((rotations - low) / (high - low)).clamp(0, 1)
         return inv_freq * (blend + (1 - blend) / factor)
 
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
-    """The one entry of `architectures`, agreeing with model_type."""
-    names = _present(raw, "architectures", where)
+    """Returns the one entry of `architectures`, checked against model_type."""
+    names = _required_field(raw, "architectures", where)
     is_known = isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES
     _require(where, "architectures", names, is_known, f"one of {', '.join(ARCHITECTURES)}")
-    model_type = _present(raw, "model_type", where)
+    model_type = _required_field(raw, "model_type", where)
     _require(
         where,
         "model_type",
@@ -156,8 +167,8 @@ def _architecture(raw: Mapping[str, Any], where: str) -> str:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, where: str) -> None:
-    """Settings under which this decoder would compute something else than transformers."""
-    activation = _present(raw, "hidden_act", where)
+    """Refuses settings under which this decoder would not compute what transformers does."""
+    activation = _required_field(raw, "hidden_act", where)
     _require(where, "hidden_act", activation, activation == "silu", "'silu'")
     quantization = raw.get("quantization_config")
     _require(
@@ -168,36 +179,37 @@ def _refuse_unsupported(raw: Mapping[str, Any], architecture: str, where: str) -
         "absent",
         "use the unquantised weights",
     )
-    full = ["full_attention"] * _read(raw, "num_hidden_layers", int, where)
+    all_full = ["full_attention"] * _read(raw, "num_hidden_layers", int, where)
     kinds = raw.get("layer_types")
-    _require(where, "layer_types", kinds, kinds in (None, full), "'full_attention' once a layer")
+    _require(
+        where, "layer_types", kinds, kinds in (None, all_full), "'full_attention' once a layer"
+    )
     if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        slides = _read(raw, "use_sliding_window", bool, where)
+        has_window = _read(raw, "use_sliding_window", bool, where)
         _require(
             where,
             "use_sliding_window",
-            slides,
-            not slides,
+            has_window,
+            not has_window,
             "false",
             "set it to false if contexts stay within the window",
         )
+    # A window that is as long as the longest context hides nothing, so it may stay.
     if architecture == "MistralForCausalLM":
-        window = _present(raw, "sliding_window", where)
-        context = _read(raw, "max_position_embeddings", int, where)
+        window = _required_field(raw, "sliding_window", where)
+        max_positions = _read(raw, "max_position_embeddings", int, where)
         _require(
             where,
             "sliding_window",
             window,
-            window is None or _read(raw, "sliding_window", int, where) >= context,
-            f"null or >= max_position_embeddings={context}",
+            window is None or _read(raw, "sliding_window", int, where) >= max_positions,
+            f"null or >= max_position_embeddings={max_positions}",
             f"set max_position_embeddings to {window}: contexts up to there see no window",
         )
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]:
-    """(theta, scaling) from `rope_parameters`, or from the older `rope_scaling` beside
-    `rope_theta`.
-    """
+    """Returns (theta, scaling), from `rope_parameters` or from the older `rope_scaling`."""
     name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
     scaling = raw.get("rope_scaling")
     _require(
@@ -210,19 +222,20 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]
     )
     rope = raw.get(name) or {}
     _require(where, name, rope, isinstance(rope, Mapping), "an object or null")
-    # Fields stand in the object, or (older files, some writers) beside it; inside wins, as in
-    # transformers.
-    fields = _set_fields(raw) | _set_fields(rope)
+    # Newer files have the fields inside of the object, older ones and some writers beside it. The
+    # ones inside win, as in transformers.
+    fields = _non_null_fields(raw) | _non_null_fields(rope)
     theta = _read(fields, "rope_theta", float, where)
-    partial = fields.get("partial_rotary_factor", 1.0)
-    _require(where, "partial_rotary_factor", partial, partial == 1.0, "1 or absent")
+    rotary_factor = fields.get("partial_rotary_factor", 1.0)
+    _require(where, "partial_rotary_factor", rotary_factor, rotary_factor == 1.0, "1 or absent")
     if rope and "rope_type" not in rope and "type" not in rope:
         raise ValueError(f"{where}: {name}.rope_type is missing; add 'default' or 'llama3'")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return theta, None
     _require(where, f"{name}.rope_type", rope_type, rope_type == "llama3", "'default' or 'llama3'")
-    if "original_max_position_embeddings" in raw:  # here transformers lets the outer one win
+    # For this one field the value outside of the object wins, again as in transformers.
+    if "original_max_position_embeddings" in raw:
         fields["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     low = _read(fields, "low_freq_factor", float, where)
     high = _read(fields, "high_freq_factor", float, where)
@@ -231,20 +244,22 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, Llama3Rope | None]
     return theta, Llama3Rope(_read(fields, "factor", float, where), low, high, original_length)
 
 
-def _set_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are not null."""
+def _non_null_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that are not null."""
     return {name: value for name, value in raw.items() if value is not None}
 
 
 def _read(raw: Mapping[str, Any], name: str, kind: type[_Kind], where: str) -> _Kind:
-    """A field of one of the kinds in _RULES; a whole number is a float, too."""
-    value = _present(raw, name, where)
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    _require(where, name, value, fits and (kind is bool or 0 < value < math.inf), _RULES[kind])
+    """Returns a required field of one of the kinds in _RULES; an integer is a valid float."""
+    value = _required_field(raw, name, where)
+    # type() and not isinstance: in Python true is an int, but no integer field may be true.
+    has_type = type(value) is kind or (kind is float and type(value) is int)
+    _require(where, name, value, has_type and (kind is bool or 0 < value < math.inf), _RULES[kind])
     return kind(value)
 
 
-def _present(raw: Mapping[str, Any], name: str, where: str) -> Any:
+def _required_field(raw: Mapping[str, Any], name: str, where: str) -> Any:
+    """Returns a field, which may be null; raises if it is absent."""
     if name not in raw:
         raise ValueError(
             f"{where}: {name} is missing; add it with the value the model was trained with"
@@ -260,4 +275,5 @@ def _require(
     rule: str,
     advice: str = "nothing else is supported",
 ) -> None:
+    """Raises ValueError unless `holds`; the default advice is that nothing else is supported."""
     check_rule(where, name, value, holds, rule, advice)

@@ -1,9 +1,15 @@
-"""The decoder: one set of fused weights for packed training and paged decoding.
+"""Defines the decoder: one set of fused weights for packed training and for paged decoding.
 
 Read top-down: Decoder -> packed_forward -> Layer -> Attention, MLP -> Linear, RMSNorm. Attention
-itself is handed in as `attend`, because where keys come from is the only thing in which rollout and
-training differ: the engine writes them to pages, training reads them from the packed rows. Tokens
-are always packed, [T, ..], never padded [B, L, ..].
+itself is passed in as `attend`, because rollout and training differ only in where keys and values
+are: the engine has them in pages, training in the packed rows. Tokens are always packed, [T, ..],
+never padded [B, L, ..].
+
+A residual is added by the norm that follows, in one op. So a layer takes and returns two tensors,
+the residual stream x and the last sublayer's output delta, which is not yet added to x:
+
+    x, delta  ->  norm(x += delta)  ->  attention  ->  delta
+    x, delta  ->  norm(x += delta)  ->  MLP        ->  delta, for the next layer or the final norm
 """
 
 from collections.abc import Callable
@@ -28,20 +34,22 @@ from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
 from socpo_fast.ops.tree_attention import pick_tree_impl
 
 Tables = tuple[Tensor, Tensor]  # cos and sin, [T, E] fp32 each
-# Causal attention of one layer over whatever the caller keeps: layer_idx, qkv [T, H + 2 K, E] as
-# the GEMM gives it, neither normed nor rotated, and rope -> [T, H, E].
+# Causal attention of one layer: (layer_idx, qkv_TXE, rope) -> output [T, H, E]. qkv [T, H + 2 K, E]
+# is as the GEMM writes it, neither normed nor rotated; attend does both, in one op.
 Attend = Callable[[int, Tensor, Rope], Tensor]
 
 
 class Decoder(nn.Module):
-    """Llama, Qwen2 and Qwen3 decoders; which one is a matter of three config fields (qkv_bias,
-    qk_norm, head_dim).
+    """A Llama, Mistral, Qwen2 or Qwen3 decoder.
+
+    They differ only in config fields: biases, qk_norm and head_dim.
     """
 
     inv_freq: Tensor  # [E / 2] fp32, whatever the parameters' dtype
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        # Before the first rotary table: a process's first parallel cos may have wrong results.
         choose_vector_functions()
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
@@ -53,14 +61,14 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", config.inverse_frequencies(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What .to(), .bfloat16(), .to_empty() and their like do; inv_freq stays right and in fp32.
+        """Does what .to(), .bfloat16(), .to_empty() and others ask for, but keeps inv_freq exact.
 
-        A change of dtype would round the angle of every position, and .to_empty() would leave
-        whatever was in memory; so only the device is taken from what fn made of the buffer.
+        A change of dtype would round the angle of every position, and .to_empty() would leave it
+        uninitialized. So inv_freq is computed again, on the device to which fn moved it.
         """
-        before = self.inv_freq
+        old_inv_freq = self.inv_freq
         super()._apply(fn, recurse)
-        if self.inv_freq is not before:
+        if self.inv_freq is not old_inv_freq:
             self.inv_freq = self.config.inverse_frequencies().to(self.inv_freq.device)
         return self
 
@@ -72,11 +80,15 @@ class Decoder(nn.Module):
         *,
         checkpointing: bool = False,
     ) -> Tensor:
-        """Hidden states behind the last norm, [T, D]; the LM head is left to the caller, which
-        needs few rows of it.
+        """Returns the hidden states after the final norm, [T, D].
 
-        token_ids_T [T] int64; positions_T [T] int64, place of the token in its own context;
-        checkpointing recomputes each layer in the backward.
+        The LM head is left to the caller, which needs logits of few rows only.
+
+        Args:
+            token_ids_T:   [T] int64.
+            positions_T:   [T] int64, the position of each token in its own context.
+            attend:        computes the attention of a layer.
+            checkpointing: recompute each layer in the backward.
         """
         x_TD, tables = self.first_layer_inputs(token_ids_T, positions_T)
         delta_TD = None
@@ -90,7 +102,7 @@ class Decoder(nn.Module):
         return self.norm(delta_TD, x_TD)[0]
 
     def first_layer_inputs(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tables]:
-        """The tokens' embeddings [T, D], and cos and sin [T, E] of their positions."""
+        """Returns the tokens' embeddings [T, D], and cos and sin [T, E] of their positions."""
         x_TD = self.embed(token_ids_T)
         return x_TD.to(computing_dtype(x_TD)), rotary_tables(positions_T, self.inv_freq)
 
@@ -104,17 +116,17 @@ def packed_forward(
     checkpointing: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Computes the hidden states of packed tokens, each of which sees its ancestors and itself:
-    training's forward.
+    """Computes training's forward: the hidden states of packed tokens, each seeing its ancestors.
 
     Args:
-        token_ids_T, positions_T: [T] int64 on any device; a position is a depth along a path.
-        tree:            visible_until_T [T] int32 or a TreeMask, as of ops.tree_attention.
+        token_ids_T:     [T] int64 on any device.
+        positions_T:     [T] int64 on any device: the depth of a token along its path in the tree.
+        tree:            visible_until_T [T] int32 or a TreeMask, as in ops.tree_attention.
         checkpointing:   recompute each layer in the backward.
-        impl:            of the attention.
+        impl:            implementation of the attention.
 
     Returns:
-        hidden_TD [T, D] behind the last norm, on the student's device, in the parameters' dtype.
+        hidden_TD [T, D] after the final norm, on the student's device, in the parameters' dtype.
 
     Raises:
         ValueError: the tree breaks the rules of ops.TreeMask.
@@ -126,10 +138,11 @@ def packed_forward(
     scale = config.head_dim**-0.5
 
     def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
-        picked = pick_tree_impl(impl, qkv_TXE)
-        if picked != "ref" and is_accumulating():
+        impl_name = pick_tree_impl(impl, qkv_TXE)
+        # Only kernels have a backward op to call by hand; the reference is left to autograd.
+        if impl_name != "ref" and is_accumulating():
             return RotatedTreeAttention.apply(
-                qkv_TXE, *rope, mask, config.num_kv_heads, scale, picked
+                qkv_TXE, *rope, mask, config.num_kv_heads, scale, impl_name
             )
         q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_TXE, rope, config.num_kv_heads)
         return tree_attention(q_THE, k_TKE, v_TKE, mask, scale=scale, impl=impl)
@@ -140,18 +153,20 @@ def packed_forward(
         attend,
         checkpointing=checkpointing,
     )
-    return hidden_TD.to(student.lm_head.weight.dtype)  # wider only for bf16 weights on a CPU
+    # A cast only for bf16 weights on a CPU, which compute in fp32.
+    return hidden_TD.to(student.lm_head.weight.dtype)
 
 
 def computing_dtype(weight: Tensor) -> torch.dtype:
-    """What a model computes in: bf16 weights on a CPU, which has no arithmetic for them, are only
-    read.
+    """Returns the dtype of activations: the weights' own, but fp32 for bf16 weights on a CPU.
+
+    CPU kernels have no bf16 arithmetic. They read such weights as stored and compute in fp32.
     """
     return torch.float32 if weight.is_cpu and weight.dtype == torch.bfloat16 else weight.dtype
 
 
 class Layer(nn.Module):
-    """From the stream of residuals and what is still to be added to it to the same one layer on."""
+    """One decoder layer: maps (residual stream x, delta not yet added to it) to the next pair."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -168,10 +183,13 @@ class Layer(nn.Module):
         tables: Tables,
         attend: Attend,
     ) -> tuple[Tensor, Tensor]:
+        # The first layer gets embeddings, to which nothing is to be added.
         if delta_TD is None:
             normed_TD = self.attention_norm(x_TD)
         else:
             normed_TD, x_TD = self.attention_norm(delta_TD, x_TD)
+        # What the linear layer behind this norm keeps: x, from which its backward recomputes the
+        # normed rows. The norm's own backward keeps x anyway.
         source = self.attention_norm.source_of(x_TD)
         normed_TD, x_TD = self.mlp_norm(
             self.attention(layer_idx, normed_TD, tables, attend, source), x_TD
@@ -180,13 +198,18 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """q_norm and k_norm only hold weights and eps, which attend applies: they are never called."""
+    """Fused qkv projection, attention by `attend`, output projection.
+
+    q_norm and k_norm only hold weights and eps. They are never called: `attend` applies them,
+    together with the rotation.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
+        num_heads = config.num_heads + 2 * config.num_kv_heads
+        # Rows of the fused weight: H query heads, then K key heads, then K value heads.
+        self.qkv = Linear(config.hidden_size, num_heads * self.head_dim, bias=config.qkv_bias)
         self.o = Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
@@ -199,6 +222,7 @@ class Attention(nn.Module):
         attend: Attend,
         source: Source | None = None,
     ) -> Tensor:
+        # Without norms the last three fields of Rope are None, and attend only rotates.
         rope = Rope(*tables)
         if self.q_norm is not None and self.k_norm is not None:
             rope = Rope(*tables, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
@@ -207,6 +231,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Fused gate and up projection, SwiGLU, down projection."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_up = Linear(
@@ -215,21 +241,26 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor, source: Source | None = None) -> Tensor:
+        # SwiGLU's backward keeps gate_up. So its output is not kept: down's backward recomputes it.
         gate_up_TJ = self.gate_up(x_TD, source)
         return self.down(swiglu(gate_up_TJ), Source(swiglu, gate_up_TJ))
 
 
 class Embedding(nn.Embedding):
-    """Rows of its weight."""
+    """torch's Embedding, whose backward can add to the weight's .grad in place."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # Outside of training's backward this is an ordinary torch module, hooks and all.
         if accumulates(self.weight):
             return AccumulatingEmbedding.apply(input, self.weight)
         return super().forward(input)
 
 
 class Linear(nn.Linear):
-    """Rows [T, D] as ops/linear.py computes them; source says how to compute them again."""
+    """torch's Linear, computed by ops/linear.py, with a backward that can add to .grad in place.
+
+    source: how that backward recomputes the input, which then need not be kept.
+    """
 
     def forward(self, input: Tensor, source: Source | None = None) -> Tensor:
         if accumulates(self.weight):
@@ -238,7 +269,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """The norm of x, or (norm of x + residual, x + residual); see ops/rms_norm.py."""
+    """RMS norm: maps x to norm(x), or x and residual to (norm(x + residual), x + residual)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -249,14 +280,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps, residual_TD=residual)
 
     def source_of(self, x: Tensor) -> Source | None:
-        """Returns how a backward recomputes norm(x); None for a hooked norm: it would run twice."""
+        """Returns how to recompute norm(x); None if the norm has hooks, which would run twice."""
         return None if has_hooks([self]) else Source(self, x)
 
 
 def has_hooks(modules: list[nn.Module]) -> bool:
-    """Whether somebody listens to one of these modules, whom other ways of computing it would not
-    call.
-    """
+    """Whether a module has forward hooks, which ways to compute it other than a call would skip."""
     hooks = torch.nn.modules.module
     return bool(
         hooks._global_forward_hooks
@@ -266,8 +295,10 @@ def has_hooks(modules: list[nn.Module]) -> bool:
 
 
 def rotary_tables(positions_T: Tensor, inv_freq: Tensor) -> Tables:
-    """cos and sin of position x inverse frequency, [T, E] fp32 whatever the model's dtype; the
-    halves are equal.
+    """Returns cos and sin of position * inverse frequency, [T, E] fp32 each.
+
+    Always fp32: in bf16 the angles of long contexts would be wrong. The two halves along E are
+    equal, since dimension i is rotated with i + E / 2 by the same angle.
     """
     angles_TE = (positions_T[:, None].float() * inv_freq.float()).repeat(1, 2)
     return angles_TE.cos(), angles_TE.sin()

@@ -1,9 +1,13 @@
-"""Weights in and out: ordinary Hugging Face folders to and from a Decoder.
+"""Loads a Decoder from an ordinary Hugging Face folder, and saves it as one.
 
 Read top-down: load_student -> its checks, save_student -> its shards, then the table of names that
-both share. Tensors are streamed: loading copies each into its place in a fused parameter (q, k, v
-stacked into qkv; gate, up into gate_up), saving writes slices of the fused ones. Only safetensors
-are read, never pickle.
+both use. Hugging Face has separate tensors where the decoder has a fused parameter:
+
+    q_proj, k_proj, v_proj    -> attention.qkv     rows of q, then of k, then of v
+    gate_proj, up_proj        -> mlp.gate_up       rows of gate, then of up
+
+Tensors are streamed. Loading copies each stored tensor into a slice of its fused parameter; saving
+writes such slices. Only safetensors are read, never pickle.
 """
 
 import json
@@ -26,43 +30,34 @@ from socpo_fast.ops._checks import check_rule, check_word
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED_DTYPES = (
-    "F64",
-    "F32",
-    "BF16",
-    "F16",
-)  # safetensors' names; anything else is a quantised or foreign format
+# As safetensors names them. Any other dtype is of a quantised or foreign format.
+STORED_DTYPES = ("F64", "F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    *(
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-        "generation_config.json",
-    ),
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 )
 
 
 def load_student(
     folder: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> Decoder:
-    """The decoder in a Hugging Face folder, ready for training or rollout.
+    """Returns the decoder of a Hugging Face folder, ready for training or rollout.
 
     Args:
         folder: holds config.json and model.safetensors, or shards with
                 model.safetensors.index.json.
-        dtype:  "float32", "bfloat16" or "float16", of the parameters; the stored dtype may be
-                another.
+        dtype:  "float32", "bfloat16" or "float16", of the parameters; the stored dtype may differ.
         device: where the parameters go.
 
     Raises:
@@ -84,19 +79,23 @@ def load_student(
     config = ModelConfig.from_hf(
         read_json(folder / "config.json"), where=str(folder / "config.json")
     )
-    with torch.device("meta"):  # shapes only: no storage, no random initialisation
+    # On the meta device parameters have a shape only: no memory, no random initialisation.
+    with torch.device("meta"):
         student = Decoder(config).to(DTYPES[dtype])
     with ExitStack() as stack:
         stored = _open_tensors(folder, stack)
+        # Before any memory is allocated for the parameters.
         _check_tensors(folder, student, stored)
         student.to_empty(device=device)
-        if config.tie_word_embeddings:  # to_empty made two of the one
+        # to_empty makes two tensors of a tied weight, so it is tied again.
+        if config.tie_word_embeddings:
             student.lm_head.weight = student.embed.weight
-        for part, view in _views(student):
-            view.copy_(stored[part].get_tensor(part))
+        for hf_name, view in _views(student):
+            view.copy_(stored[hf_name].get_tensor(hf_name))
+            # After the cast: a finite fp32 value may overflow in float16.
             if not view.isfinite().all():
                 raise ValueError(
-                    f"{folder}: tensor {part} must be finite in {dtype}, got NaN or infinity",
+                    f"{folder}: tensor {hf_name} must be finite in {dtype}, got NaN or infinity",
                 )
     return student
 
@@ -104,21 +103,21 @@ def load_student(
 def save_student(
     student: Decoder, folder: str | Path, *, tokenizer_from: str | Path | None = None
 ) -> None:
-    """Write a Hugging Face folder that transformers' `from_pretrained` and `load_student` read.
+    """Writes a Hugging Face folder that transformers' `from_pretrained` and `load_student` read.
 
     Args:
-        student:        its config must come from ModelConfig.from_hf; that config.json is written,
-                        with this dtype.
-        folder:         new, or empty; appears whole or not at all (written beside it, synced to
-                        disk, renamed).
+        student:        its config must come from ModelConfig.from_hf. That config.json is written
+                        back, with the parameters' dtype.
+        folder:         new or empty. It appears complete or not at all: the files are written to
+                        a folder beside it, synced to disk, then renamed.
         tokenizer_from: a folder whose tokenizer, chat template and generation_config files are
                         copied along.
 
     Raises:
-        ValueError: folder holds something, tokenizer_from holds no tokenizer, or the config is not
-                    from_hf's.
+        ValueError: folder is not empty, tokenizer_from has no tokenizer, or the config is not from
+                    from_hf.
 
-    Memory: on a CPU none beyond the parameters, else one shard (SHARD_BYTES).
+    Memory: on a CPU none beyond the parameters, on a GPU a CPU copy of one shard (SHARD_BYTES).
     """
     folder = Path(folder).expanduser().resolve()
     check_rule(
@@ -139,8 +138,9 @@ def save_student(
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open file that holds it; the files themselves are the authority, not the
-    index.
+    """Returns {tensor name: the open file that holds it}.
+
+    The names come from the files themselves. The index only says which files there are.
     """
     if (folder / SINGLE).exists():
         files = [folder / SINGLE]
@@ -173,19 +173,20 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
         for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping, it cannot be iterated
             if name in stored:
                 raise ValueError(f"{file}: {name} must be stored once, got it in a second file")
-            # Old Llama files carry the rotary table; config.json says the same, and transformers
-            # skips it as well.
+            # Old Llama files store the rotary frequencies. They follow from config.json, and
+            # transformers skips them as well.
             if not name.endswith(".rotary_emb.inv_freq"):
                 stored[name] = handle
     return stored
 
 
 def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> None:
-    """Every tensor that the decoder has is stored, in its shape; nothing else is.
+    """Checks that the stored tensors are exactly those of the decoder, each in its shape.
 
-    A head stored beside tied embeddings must equal them; transformers would silently untie the two.
+    An LM head that is stored although embeddings are tied must equal them. transformers would
+    silently untie the two.
     """
-    expected = {part: list(view.shape) for part, view in _views(student)}
+    expected = {hf_name: list(view.shape) for hf_name, view in _views(student)}
     has_tied_head = student.config.tie_word_embeddings and "lm_head.weight" in stored
     if has_tied_head:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
@@ -202,7 +203,7 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
             "such one"
         )
     for name, shape in expected.items():
-        header = stored[name].get_slice(name)
+        header = stored[name].get_slice(name)  # shape and dtype, without reading the values
         if header.get_shape() != shape:
             raise ValueError(
                 f"{folder}: tensor {name} must be {shape} by config.json, got {header.get_shape()}"
@@ -213,11 +214,11 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
                 f"{header.get_dtype()}"
             )
     if has_tied_head:
-        embed_VD, head_VD = (
+        embed_VD, lm_head_VD = (
             stored[name].get_tensor(name)
             for name in ("model.embed_tokens.weight", "lm_head.weight")
         )
-        if not torch.equal(head_VD.to(embed_VD.dtype), embed_VD):
+        if not torch.equal(lm_head_VD.to(embed_VD.dtype), embed_VD):
             raise ValueError(
                 f"{folder}: tensor lm_head.weight must equal model.embed_tokens.weight under "
                 "tie_word_embeddings, got "
@@ -226,7 +227,7 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
 
 
 def _raw_config(student: Decoder) -> tuple[dict[str, Any], torch.dtype]:
-    """The config.json to write back, without a dtype, and the parameters' dtype."""
+    """Returns the config.json to write back, without a dtype, and the parameters' dtype."""
     raw = dict(student.config.raw)
     if (
         not raw
@@ -241,11 +242,12 @@ def _raw_config(student: Decoder) -> tuple[dict[str, Any], torch.dtype]:
         raise ValueError(
             f"save_student: parameters must share one dtype, got {sorted(map(str, dtypes))}"
         )
-    raw.pop("torch_dtype", None)  # the older name of dtype
+    raw.pop("torch_dtype", None)  # the older name of dtype, which would contradict the new one
     return raw, dtypes.pop()
 
 
 def _tokenizer_files(tokenizer_from: str | Path | None) -> list[Path]:
+    """Returns the tokenizer's files that the folder has, to be copied along."""
     if tokenizer_from is None:
         return []
     source = Path(tokenizer_from).expanduser()
@@ -256,10 +258,9 @@ def _tokenizer_files(tokenizer_from: str | Path | None) -> list[Path]:
 
 
 def _write_shards(student: Decoder, folder: Path) -> None:
-    """model.safetensors, or shards of at most SHARD_BYTES (a larger tensor gets its own) and their
-    index.
+    """Writes model.safetensors, or shards of at most SHARD_BYTES and their index.
 
-    A tied head is left out, as transformers does.
+    A larger tensor gets a shard for itself. A tied LM head is left out, as in transformers.
     """
     views = dict(_views(student))
     plan = split_state_dict_into_shards_factory(
@@ -268,9 +269,10 @@ def _write_shards(student: Decoder, folder: Path) -> None:
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
-    for file, parts in plan.filename_to_tensors.items():
+    # One shard at a time: on a GPU only that one has a copy on the CPU.
+    for file, hf_names in plan.filename_to_tensors.items():
         save_file(
-            {part: views[part].cpu() for part in parts}, folder / file, metadata={"format": "pt"}
+            {name: views[name].cpu() for name in hf_names}, folder / file, metadata={"format": "pt"}
         )
     if plan.is_sharded:
         _write_json(
@@ -278,7 +280,9 @@ def _write_shards(student: Decoder, folder: Path) -> None:
         )
 
 
-_MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking order
+# Module of our decoder, in a layer or at the top -> Hugging Face's modules, in the order in which
+# their rows are stacked.
+_MODULES = {
     "embed": ("model.embed_tokens",),
     "norm": ("model.norm",),
     "lm_head": ("lm_head",),
@@ -294,8 +298,13 @@ _MODULES = {  # ours, below a layer or at the top -> Hugging Face's, in stacking
 
 
 def _views(student: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face tensor, the rows of our parameter that are it), for example of
-    layers.3.attention.qkv.weight.
+    """Yields (Hugging Face tensor name, the slice of our parameter that holds this tensor).
+
+    For example layers.3.attention.qkv.weight with H query and K key heads of width E gives
+
+        model.layers.3.self_attn.q_proj.weight    rows 0 .. H E
+        model.layers.3.self_attn.k_proj.weight    rows H E .. (H + K) E
+        model.layers.3.self_attn.v_proj.weight    rows (H + K) E .. (H + 2 K) E
     """
     config = student.config
     for name, parameter in student.named_parameters():
@@ -304,14 +313,16 @@ def _views(student: Decoder) -> Iterator[tuple[str, Tensor]]:
         if module.startswith("layers."):
             _, layer, module = module.split(".", maxsplit=2)
             prefix = f"model.layers.{layer}."
-        shares = [1] * len(_MODULES[module])
+        # The fused rows are split in these proportions: q, k and v by heads, the others equally.
+        proportions = [1] * len(_MODULES[module])
         if module == "attention.qkv":
-            shares = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        unit = parameter.shape[0] // sum(shares)
-        views = parameter.detach().split([share * unit for share in shares])
-        for theirs, view in zip(_MODULES[module], views, strict=True):
-            yield f"{prefix}{theirs}.{leaf}", view
+            proportions = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        unit_rows = parameter.shape[0] // sum(proportions)
+        views = parameter.detach().split([count * unit_rows for count in proportions])
+        for hf_module, view in zip(_MODULES[module], views, strict=True):
+            yield f"{prefix}{hf_module}.{leaf}", view
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON with sorted keys, so that equal contents give equal files."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

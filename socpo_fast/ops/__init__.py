@@ -1,5 +1,9 @@
-"""Public ops, each in its own file: checks, then the choice of an implementation, with the
-reference right above.
+"""Collects the public ops, one file each.
+
+A file holds X_ref, the formula in plain torch, which is the specification; then X, which checks
+its arguments (_checks.py), picks an implementation (_impl.py) and calls the op that is registered
+with PyTorch (_register.py). Where to start: for training linear_logprob -> policy_loss ->
+linear_policy_loss, for the engine rotary_write -> paged_attention -> linear_sample.
 """
 
 from socpo_fast.ops._impl import available_impls

@@ -1,5 +1,8 @@
-"""Checks at the door of an op: dtype, shape and device of tensors, ranges of numbers, one line an
-error.
+"""Checks arguments on entry to an op: dtype, shape and device of tensors, ranges of numbers.
+
+TensorChecker checks tensors, check_rule and check_word check numbers and words. Every error is one
+line: where, what, the rule, the value, and what to do. The other functions look at what a tensor
+is: without values, sharded, under torch.autocast.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,11 +18,13 @@ INDEX = (torch.int64,)
 
 
 class TensorChecker:
-    """Checks tensors against the shape letters of their names; a letter means the size it met
-    first.
+    """Checks tensors against the shape letters that end their names.
 
-    check = TensorChecker("linear_logprob"); check("hidden_TD", hidden_TD, FLOATS);
-    check("targets_N", targets_N, INDEX)
+    A letter stands for the size with which it was first seen; later tensors must agree with it.
+
+        check = TensorChecker("linear_logprob")
+        check("hidden_TD", hidden_TD, FLOATS)      # T and D are known from here on
+        check("weight_VD", weight_VD, FLOATS)      # must have the same D
     """
 
     def __init__(self, where: str):
@@ -33,10 +38,10 @@ class TensorChecker:
         if is_sharded(x):
             raise ValueError(
                 f"{self.where}: {name} must be a whole tensor, got a DTensor, which may be a "
-                "shard of "
-                "one; call its full_tensor()"
+                "shard of one; call its full_tensor()"
             )
         letters = name.rpartition("_")[2]
+        # Into a copy: a tensor that is refused must not define what its letters mean.
         sizes = dict(self.sizes)
         fits = x.dtype in dtypes and len(x.shape) == len(letters)
         if not fits or any(
@@ -56,16 +61,16 @@ class TensorChecker:
             )
 
     def each(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
-        """Several of the same dtypes, by their names."""
+        """Checks several tensors, passed by name, that may have the same dtypes."""
         for name, x in tensors.items():
             self(name, x, dtypes)
 
     def optional(self, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
-        """Those that are not None: the others may be left out."""
+        """Checks the tensors that are not None."""
         self.each(dtypes, **{name: x for name, x in tensors.items() if x is not None})
 
     def flat(self, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-        """One that is contiguous, of any shape, by its numbers in a row."""
+        """Checks a contiguous tensor of any shape as if it were flattened to one dimension."""
         if isinstance(x, Tensor):
             check_rule(
                 self.where, f"strides of {name}", x.stride(), x.is_contiguous(), "contiguous"
@@ -74,32 +79,33 @@ class TensorChecker:
         self(name, x, dtypes)
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
-        """Every entry in [0, size)."""
-        if not has_no_values(
-            index
-        ):  # under torch.compile a written-out size would become a constant
+        """Checks that every entry is in [0, size)."""
+        # `every` has the same test, but building the message there would turn the size into a
+        # constant of the graph under torch.compile, and each new size would be compiled again.
+        if not has_no_values(index):
             self.every(name, index, (index >= 0) & (index < size), f"in [0, {size})")
 
     def finite(self, name: str, x: Tensor, *, at_least: float | None = None) -> None:
-        """Every entry finite and, where asked, not below `at_least`."""
-        # x - x == 0 has half the launches of isfinite.
+        """Checks that every entry is finite and, unless it is None, not below `at_least`."""
+        # inf - inf and nan - nan are nan. On a GPU this takes half the launches of isfinite.
         holds = x - x == 0 if at_least is None else (x - x == 0) & (x >= at_least)
         self.every(name, x, holds, "finite" if at_least is None else f"finite and >= {at_least:g}")
 
     def every(self, name: str, x: Tensor, holds: Tensor, rule: str) -> None:
-        """`holds` in every row.
+        """Checks that `holds` is True for every entry of x.
 
-        The host does not wait for a GPU to know: there the check fails on the device. Tensors
-        without values (torch.compile's, FakeTensor, meta) are not looked into.
+        On a GPU the check runs on the device and fails there (a device assert), so that the host
+        does not wait for the answer. Tensors without values (under torch.compile, FakeTensor, meta)
+        are not checked.
         """
         if has_no_values(x):
             return
         if x.is_cuda:
             torch._assert_async(holds.all(), f"{self.where}: {name} must be {rule}")
         elif not holds.all():
-            place = int((~holds).int().argmax())
+            first_bad = int((~holds).int().argmax())
             raise ValueError(
-                f"{self.where}: {name} must be {rule}, got {x[place].item()} at {place}"
+                f"{self.where}: {name} must be {rule}, got {x[first_bad].item()} at {first_bad}"
             )
 
 
@@ -109,16 +115,16 @@ def has_no_values(x: Tensor) -> bool:
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether x is a DTensor; by name, as torch.distributed takes long to import."""
+    """Whether x is a DTensor; tested by name, since torch.distributed is slow to import."""
     return type(x).__name__ == "DTensor"
 
 
 def whole(where: str, name: str, weight: Any) -> Tensor:
-    """A DTensor's full tensor; others as they are.
+    """Returns the full tensor of a DTensor, and any other tensor as it is.
 
     Raises:
         ValueError: the gradient would have to go back to the shards of several ranks. Only the
-                    caller knows whether that is a sum over ranks, which see other rows each.
+                    caller knows whether to sum it over ranks (each sees different rows) or not.
     """
     if not is_sharded(weight):
         return weight
@@ -132,7 +138,7 @@ def whole(where: str, name: str, weight: Any) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """In it what was made fp32 is computed in fp32, whatever torch.autocast says outside."""
+    """Returns a context in which torch.autocast is off, so that fp32 tensors stay fp32."""
     return torch.autocast(x.device.type, enabled=False) if is_autocasting(x) else nullcontext()
 
 
@@ -142,9 +148,7 @@ def is_autocasting(x: Tensor) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in torch.autocast's dtype where it is on, as torch's own matrix products take
-    them.
-    """
+    """Returns the tensors cast to torch.autocast's dtype if it is on, as torch.matmul does."""
     if not is_autocasting(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
@@ -161,14 +165,14 @@ def check_rule(
     rule: str,
     advice: str = "",
 ) -> None:
-    """One number or word against its rule, written out; advice says what to do."""
+    """Raises a ValueError unless `holds`; `rule` is in words, `advice` says what to do."""
     if not holds:
         advice = f"; {advice}" if advice else ""
         raise ValueError(f"{where}: {name} must be {rule}, got {value!r}{advice}")
 
 
 def check_word(where: str, name: str, value: object, known: tuple[str, ...]) -> None:
-    """One word against those there are."""
+    """Raises a ValueError unless the value is one of the known words."""
     check_rule(where, name, value, value in known, f"one of {', '.join(known)}")
 
 

@@ -1,8 +1,9 @@
-"""linear_logprob as a registered op: impl "cpp" and "triton".
+"""Registers linear_logprob as an op: impl "cpp" and "triton".
 
-The full [N, V] logits never exist: each chunk is projected, reduced to three numbers a row
-(_kernel) and projected again in the backward (_backward_kernel). That costs a fourth GEMM;
-`linear_policy_loss`, which knows its own upstream gradient, does not need it.
+The full [N, V] logits never exist. The forward (_kernel) projects each chunk of rows and reduces it
+to three numbers a row; the backward (_backward_kernel) projects it again. Projecting twice makes
+four GEMMs. `linear_policy_loss` makes three, because its loss, and so the gradient of a log-prob,
+is known while the logits are still there.
 """
 
 from typing import Any
@@ -41,7 +42,7 @@ def _kernel(
         targets_N.clamp(min=0),
         inv_temperature_N,
     )
-    head = ChunkedHead(
+    lm_head = ChunkedHead(
         hidden_TD,
         weight_VD,
         rows,
@@ -50,11 +51,12 @@ def _kernel(
         workspace_mib=workspace_mib,
         moves_rows_up=impl == "cpp",
     )
-    values_3N = head.logits.new_empty((3, rows.numel()))
-    for part in head.chunks():
-        values_3N[:, part] = kernels_of("linear_policy_loss", impl).logprob_rows(
-            head.project(part), targets[part], inv_temperature[part]
+    values_3N = lm_head.logits.new_empty((3, rows.numel()))  # log-prob, entropy, logsumexp
+    for span in lm_head.chunks():
+        values_3N[:, span] = kernels_of("linear_policy_loss", impl).logprob_rows(
+            lm_head.project(span), targets[span], inv_temperature[span]
         )
+    # Clones: outputs of a registered op must not share memory with each other.
     return tuple(x.clone() for x in spread(values_3N, has_target_N))
 
 
@@ -116,12 +118,13 @@ def _backward_kernel(
     impl: str,
 ) -> tuple[Tensor, ...]:
     has_target_N = targets_N != NO_TARGET
+    # The outputs of rows without a target are NaN, and so may be what flows back to them.
     grad_logprobs_N = grad_logprobs_N.where(has_target_N, 0)
     has_grad_N = grad_logprobs_N != 0
     if grad_entropy_N is not None:
         grad_entropy_N = grad_entropy_N.where(has_target_N, 0)
         has_grad_N = has_grad_N | (grad_entropy_N != 0)
-    # rows without a gradient need no logits either
+    # Rows without a gradient are left out of the second projection, too.
     kept = keep_wanted(
         has_grad_N,
         ~has_grad_N,
@@ -134,7 +137,7 @@ def _backward_kernel(
         grad_entropy_N,
     )
     no_grad, rows, targets, inv_temperature, logsumexp, entropy, grad_logprobs, grad_entropy = kept
-    head = ChunkedHead(
+    lm_head = ChunkedHead(
         hidden_TD,
         weight_VD,
         rows,
@@ -144,20 +147,21 @@ def _backward_kernel(
         needs_grad=(needs_hidden, needs_weight, needs_bias),
         moves_rows_up=impl == "cpp",
     )
-    for part in head.chunks():
-        logits = head.project(part)
+    for span in lm_head.chunks():
+        logits = lm_head.project(span)
         kernels_of("linear_policy_loss", impl).logprob_rows_backward(
             logits,
-            head.grad_logits[: logits.shape[0]],
-            targets[part],
-            inv_temperature[part],
-            logsumexp[part],
-            logsumexp[part] if entropy is None else entropy[part],  # not read without grad_entropy
-            grad_logprobs[part],
-            None if grad_entropy is None else grad_entropy[part],
+            lm_head.grad_logits[: logits.shape[0]],
+            targets[span],
+            inv_temperature[span],
+            logsumexp[span],
+            # The kernel takes a tensor here, but does not read it without grad_entropy.
+            logsumexp[span] if entropy is None else entropy[span],
+            grad_logprobs[span],
+            None if grad_entropy is None else grad_entropy[span],
         )
-        head.backward(part, no_grad[part])
-    return tuple(x.to(hidden_TD.dtype) for x in head.gradients())
+        lm_head.backward(span, no_grad[span])
+    return tuple(x.to(hidden_TD.dtype) for x in lm_head.gradients())
 
 
 def _backward_fake(
@@ -165,17 +169,17 @@ def _backward_fake(
     grad_entropy_N: Any,
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    *rest: Any,
+    *args: Any,
 ) -> Any:
     return tuple(
         hidden_TD.new_empty(shape)
-        for shape in shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1])
+        for shape in shapes_of_gradients(hidden_TD, weight_VD, args[-4:-1])
     )
 
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets"
+_LM_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets"
 linear_logprob_op = define_op(
-    f"linear_logprob({_HEAD}, Tensor inv_temperature, float? tanh_scale, bool entropy_grad, "
+    f"linear_logprob({_LM_HEAD}, Tensor inv_temperature, float? tanh_scale, bool entropy_grad, "
     "float? workspace_mib, str impl) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp)",
     _kernel,
     fake=_fake,
@@ -183,7 +187,7 @@ linear_logprob_op = define_op(
 )
 # A gradient that is not needed is empty.
 _linear_logprob_backward = define_op(
-    f"linear_logprob_backward(Tensor grad_logprobs, Tensor? grad_entropy, {_HEAD}, "
+    f"linear_logprob_backward(Tensor grad_logprobs, Tensor? grad_entropy, {_LM_HEAD}, "
     "Tensor inv_temperature, Tensor logsumexp, Tensor? entropy, float? tanh_scale, "
     "float? workspace_mib, bool needs_hidden, bool needs_weight, bool needs_bias, str impl) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",

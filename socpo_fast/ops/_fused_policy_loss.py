@@ -1,11 +1,18 @@
-"""linear_policy_loss as a registered op, its gradient formed in the forward: "cpp" and "triton".
+"""Registers linear_policy_loss as an op: impl "cpp" and "triton".
 
-fused_policy_loss calls the op; _kernel is its loop over chunks, _Rows what a chunk needs of its
-rows. Departure from the textbook: the derivative of a policy loss with respect to a log-prob needs
-nothing but that log-prob, so a chunk of logits becomes its own gradient on the spot. That makes
-three GEMMs, where recomputing the logits in the backward makes four; the backward only scales.
-The row pass in between (policy_rows of csrc/linear_policy_loss.cpp and of kernels/) returns [6, n]
-values and fills head.grad_logits.
+fused_policy_loss calls the op; _kernel is its loop over chunks of rows, _Rows the per-token tensors
+of a chunk.
+
+Departure from the textbook: the gradient is formed in the forward. The derivative of a policy loss
+with respect to a log-prob depends on nothing but that log-prob, so a chunk of logits is overwritten
+by its gradient at once. That makes three GEMMs, where recomputing the logits in the backward makes
+four; the backward only scales by the upstream gradient.
+
+The row pass (policy_rows of csrc/linear_policy_loss.cpp and of kernels/linear_policy_loss.py) fills
+lm_head.grad_logits and returns values_6n, one column a row:
+
+    0  weighted loss     1  log-prob     2  entropy     3  ratio
+    4  is clipped        5  d loss / d log-prob
 """
 
 from typing import Any, NamedTuple, Self
@@ -46,13 +53,13 @@ def fused_policy_loss(
     tis_clip: float | None,
     options: PolicyLossOptions,
 ) -> PolicyLoss:
-    """The op, whose float tensors of a row are all of one dtype."""
-    head = hidden_TD, weight_VD, bias_V
+    """Calls the op, with all per-token float tensors converted to one dtype."""
+    head_tensors = hidden_TD, weight_VD, bias_V
     ref_logprobs_N = ref_logprobs_N if options.kl_coef != 0 else None
     sampler_logprobs_N = sampler_logprobs_N if tis_clip is not None else None
     floats = advantages_N, weights_N, old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
     loss, clip_fraction, values_3N, *_ = linear_policy_loss_op(
-        *head,
+        *head_tensors,
         rows_N,
         targets_N,
         inv_temperature_N,
@@ -62,14 +69,14 @@ def fused_policy_loss(
         *options.flat(),
         all_rows,
         workspace_mib,
-        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head),
+        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head_tensors),
         impl,
     )
     return PolicyLoss(loss, values_3N[0], values_3N[1], values_3N[2], clip_fraction)
 
 
 class _Rows(NamedTuple):
-    """The rows of a call or of a chunk; all float tensors in the logits' dtype."""
+    """The per-token tensors of a call or of a chunk; floats are in the logits' dtype."""
 
     rows_N: Tensor
     targets_N: Tensor
@@ -80,14 +87,16 @@ class _Rows(NamedTuple):
     ref_logprobs_N: Tensor | None
     sampler_logprobs_N: Tensor | None
 
-    def of(self, part: slice) -> Self:
-        return type(self)(*(x if x is None else x[part] for x in self))  # type: ignore[arg-type]
+    def of(self, span: slice) -> Self:
+        """Returns the tensors of one chunk."""
+        return type(self)(*(x if x is None else x[span] for x in self))  # type: ignore[arg-type]
 
     def weighted(self, tis_clip: float) -> Self:
-        """With truncated importance weights multiplied in, given the sampler's log-probs."""
+        """Multiplies weights by truncated importance weights, if there are sampler log-probs."""
         if self.sampler_logprobs_N is None:
             return self
         assert self.old_logprobs_N is not None
+        # A weight of 0 stays 0: a row without loss may have log-probs that are NaN.
         tis_N = (self.old_logprobs_N - self.sampler_logprobs_N).exp().clamp(max=tis_clip)
         return self._replace(weights_N=(self.weights_N * tis_N).where(self.weights_N != 0, 0))
 
@@ -119,23 +128,23 @@ def _kernel(
     needs_bias: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
+    # A row has loss if it has a target and a weight. It is scored unless its advantage is 0 and
+    # nothing else in the loss has a gradient. Rows that are not kept are not projected.
     has_target_N = targets_N != NO_TARGET
     has_loss_N = has_target_N & (weights_N != 0)
     needs_advantage = not all_rows and entropy_coef == 0 and kl_coef == 0
-    scored_N = has_loss_N & (advantages_N != 0) if needs_advantage else has_loss_N
-    wanted_N = has_target_N if all_rows else scored_N
-    by_row = (
-        row_indices(rows_N, targets_N),
-        targets_N.clamp(min=0),
-        weights_N.where(scored_N, 0),
-        inv_temperature_N,
-    )
+    is_scored_N = has_loss_N & (advantages_N != 0) if needs_advantage else has_loss_N
+    kept_N = has_target_N if all_rows else is_scored_N
+    indices = row_indices(rows_N, targets_N), targets_N.clamp(min=0)
+    floats = weights_N.where(is_scored_N, 0), inv_temperature_N, advantages_N
     logprobs = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
-    rows = _Rows(*keep_wanted(wanted_N, *by_row, advantages_N, *logprobs))
+    rows = _Rows(*keep_wanted(kept_N, *indices, *floats, *logprobs))
     clips = clip_low, clip_high, dual_clip
-    if old_logprobs_N is None:  # a ratio of 1 is clipped nowhere, and its rounding must not be
+    # Without old log-probs every ratio is 1 up to rounding. The clips could take that rounding for
+    # a change of the policy (clip_high may be 0), so they are off.
+    if old_logprobs_N is None:
         clips = 1.0, float("inf"), float("inf")
-    head = ChunkedHead(
+    lm_head = ChunkedHead(
         hidden_TD,
         weight_VD,
         rows.rows_N,
@@ -146,17 +155,18 @@ def _kernel(
         moves_rows_up=impl == "cpp",
     )
     run = kernels_of("linear_policy_loss", impl)
-    values = [head.logits.new_empty((6, 0))]
-    for part in head.chunks():
-        logits = head.project(part)
-        chunk = rows.of(part)
+    values = [lm_head.logits.new_empty((6, 0))]  # cat needs at least one, also if no row has loss
+    for span in lm_head.chunks():
+        logits = lm_head.project(span)
+        chunk = rows.of(span)
+        # Without old log-probs, the log-probs of these very logits stand in for them.
         if old_logprobs_N is None:
             old = run.logprob_rows(logits, chunk.targets_N, chunk.inv_temperature_N)[0]
             chunk = chunk._replace(old_logprobs_N=old)
         chunk = chunk.weighted(tis_clip)
         values_6n = run.policy_rows(
             logits,
-            head.grad_logits[: logits.shape[0]] if head.needs_any else None,
+            lm_head.grad_logits[: logits.shape[0]] if lm_head.needs_any else None,
             chunk.targets_N,
             chunk.old_logprobs_N,
             chunk.advantages_N,
@@ -168,14 +178,15 @@ def _kernel(
             chunk.ref_logprobs_N,
             kl_coef,
             kl_estimator,
-            True,  # the entropy is a by-product: measured, 3 % of the row pass
+            True,  # computes the entropy, always: measured, it is 3 % of the row pass
         )
         values.append(values_6n)
-        if head.needs_any:
-            head.backward(part, (chunk.weights_N if entropy_coef != 0 else values_6n[5]) == 0)
+        if lm_head.needs_any:
+            # With an entropy bonus a row has a gradient even where that of its log-prob is 0.
+            lm_head.backward(span, (chunk.weights_N if entropy_coef != 0 else values_6n[5]) == 0)
     values_6N = torch.cat(values, 1)
     clip_fraction = values_6N[4].sum() / has_loss_N.sum().clamp(min=1)
-    return values_6N[0].sum(), clip_fraction, spread(values_6N[1:4], wanted_N), *head.gradients()
+    return values_6N[0].sum(), clip_fraction, spread(values_6N[1:4], kept_N), *lm_head.gradients()
 
 
 def _fake(
@@ -184,22 +195,22 @@ def _fake(
     bias_V: Any,
     rows_N: Any,
     targets_N: Tensor,
-    *rest: Any,
+    *args: Any,
 ) -> Any:
     shapes = (
         (),
         (),
         (3, targets_N.shape[0]),
-        *shapes_of_gradients(hidden_TD, weight_VD, rest[-4:-1]),
+        *shapes_of_gradients(hidden_TD, weight_VD, args[-4:-1]),
     )
     return tuple(hidden_TD.new_empty(shape, dtype=wide_dtype(hidden_TD)) for shape in shapes)
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The gradients stay with ctx, and empty ones are handed out: the backward scales in place."""
+    """Keeps the gradients in ctx, since the backward scales them in place; hands out empty ones."""
     ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
-    # For a second backward only, which computes again: nothing else reads them, since under
-    # activation checkpointing that would run the whole head once more.
+    # Only a second backward, which computes all again, reads saved_tensors. Under activation
+    # checkpointing reading them in the first one would run the whole op once more.
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
     loss, clip_fraction, values_3N, *ctx.gradients = outputs
     empty = [x.new_empty(0) for x in ctx.gradients]
@@ -208,18 +219,20 @@ def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    # scaled in place and given away: a copy would be a second dW
+    # Scaled in place and given to autograd: a copy would be a second dW in memory.
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:  # a second backward through the same graph
         both = zip(ctx.saved_tensors, ctx.arguments, strict=True)
         gradients = linear_policy_loss_op(*(x if saved is None else saved for saved, x in both))[3:]
-    # They stay wide: autograd makes of each what the input's .grad is.
-    both = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-    scaled = [total.mul_(grad_loss) if needed else None for total, needed in both]
+    # They stay fp32 or fp64: autograd casts each to the dtype of its input.
+    scaled = [
+        gradient.mul_(grad_loss) if needed else None
+        for gradient, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)
+    ]
     return *scaled, *[None] * (len(ctx.arguments) - 3)
 
 
-# Gradients are wide, for an upstream gradient of 1, and empty where they are not needed.
+# Gradients are fp32 or fp64, for an upstream gradient of 1, and empty if they are not needed.
 linear_policy_loss_op = define_op(
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows, Tensor targets, "
     "Tensor inv_temperature, Tensor advantages, Tensor weights, Tensor? old_logprobs, "

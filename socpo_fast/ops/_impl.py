@@ -1,9 +1,12 @@
-"""Which implementation of an op runs: one table, one function that picks, one error.
+"""Decides which implementation of an op runs: IMPLS is the table, pick_impl the decision.
 
-`ref` is plain torch on any device; `cpp` is the compiled extension `socpo_fast._C` on the CPU;
-`triton` is the kernels of socpo_fast/kernels on a GPU, and on the CPU under TRITON_INTERPRET=1;
-`flash` is the package flash-attn. `auto` takes the fastest one of ours that can run on the tensor's
-device and dtype. Naming one that cannot run is an error, never a silent fallback.
+    ref      plain torch, any device
+    cpp      the compiled extension `socpo_fast._C`, on the CPU
+    triton   the kernels of socpo_fast/kernels, on a GPU, and on the CPU under TRITON_INTERPRET=1
+    flash    the package flash-attn, on a GPU
+    auto     the fastest one of ours that can run on the tensor's device and dtype
+
+Naming an implementation that cannot run is an error, never a silent fallback.
 """
 
 import functools
@@ -19,7 +22,7 @@ _FP32 = (torch.float32,)
 _HALVES = (torch.bfloat16, torch.float16)
 _ANY = (*_FP32, *_HALVES, torch.float64)
 
-# Beside ref, which takes every dtype: the dtypes of the op's first tensor that each one can do.
+# The dtypes of the op's first tensor that each implementation supports; ref supports all.
 IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "adamw": {"cpp": (*_FP32, torch.bfloat16), "triton": _FP32 + _HALVES},
     "decay_rewards": {"cpp": _ANY, "triton": _ANY},
@@ -28,7 +31,7 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "linear_logprob": {"cpp": _ANY, "triton": _ANY},
     "linear_policy_loss": {"cpp": _ANY, "triton": _ANY},
     "linear_sample": {"cpp": _FP32, "triton": _FP32 + _HALVES},
-    "policy_loss": {},
+    "policy_loss": {},  # plain torch only; its fast form is linear_policy_loss
     "paged_attention": {"cpp": _FP32, "triton": _FP32 + _HALVES, "flash": _HALVES},
     "rms_norm": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "rotary": {"cpp": _FP32, "triton": _FP32 + _HALVES},
@@ -38,7 +41,7 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "swiglu": {"cpp": _FP32, "triton": _FP32 + _HALVES},
     "tree_attention": {"cpp": _FP32, "triton": _FP32 + _HALVES},
 }
-FASTEST = {"cpu": "cpp", "cuda": "triton"}  # of ours, by device: what auto means
+FASTEST = {"cpu": "cpp", "cuda": "triton"}  # what auto picks on a device, if it supports the dtype
 _DEVICES = {"cpp": "cpu", "triton": "cuda", "flash": "cuda"}
 _RUNS_ON = {
     "cpp": "the CPU",
@@ -48,8 +51,7 @@ _RUNS_ON = {
 
 
 def pick_impl(op: str, impl: str, x: Tensor) -> str:
-    """Returns the implementation that runs for `impl`, which is "auto" or a name, and a tensor like
-    x.
+    """Returns the implementation that runs for a tensor like x; `impl` is "auto" or a name.
 
     Raises:
         ValueError: `impl` does not exist for this op and dtype, or does not run on this device.
@@ -59,11 +61,11 @@ def pick_impl(op: str, impl: str, x: Tensor) -> str:
     dtypes = IMPLS[op]
     if impl == "auto":
         fastest = FASTEST.get(device, "ref")
-        return fastest if x.dtype in dtypes.get(fastest, ()) and _IS_THERE[fastest] else "ref"
+        return fastest if x.dtype in dtypes.get(fastest, ()) and _INSTALLED[fastest] else "ref"
     if impl == "ref":
         return impl
     if x.dtype not in dtypes.get(impl, ()):
-        known = ["auto", "ref", *(name for name, able in dtypes.items() if x.dtype in able)]
+        known = ["auto", "ref", *(name for name, takes in dtypes.items() if x.dtype in takes)]
         for_dtype = f" for {str(x.dtype).removeprefix('torch.')}" if impl in dtypes else ""
         raise ValueError(f"{op}: impl must be one of {', '.join(known)}{for_dtype}, got {impl!r}")
     if device != _DEVICES[impl] and not (impl == "triton" and device == "cpu" and INTERPRETS):
@@ -71,29 +73,31 @@ def pick_impl(op: str, impl: str, x: Tensor) -> str:
             f"{op}: impl must be auto or ref for tensors on {x.device}, got {impl!r}, which runs "
             f"on {_RUNS_ON[impl]}"
         )
-    if impl in _IS_THERE and not _IS_THERE[impl]:
-        raise RuntimeError(f"{op}: impl {impl!r} needs {_HOW_TO_GET[impl]}, or use impl='ref'")
+    if impl in _INSTALLED and not _INSTALLED[impl]:
+        raise RuntimeError(f"{op}: impl {impl!r} needs {_INSTALL_ADVICE[impl]}, or use impl='ref'")
     return impl
 
 
 @functools.cache
 def kernels_of(stem: str, impl: str) -> Any:
-    """Returns where an op's launches live: torch.ops.socpo, or a module of kernels/."""
+    """Returns the namespace that launches an op: torch.ops.socpo, or a module of kernels/."""
+    # Imported at the first launch, not above: a module of kernels/ imports triton.
     if impl == "cpp":
         return torch.ops.socpo
     return importlib.import_module(f"socpo_fast.kernels.{stem}")
 
 
 def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Op name -> the implementation `auto` picks for fp32 tensors on `device`."""
+    """Returns, for each op, the implementation that `auto` picks for fp32 tensors on `device`."""
     like = torch.empty(0, device=device)
     return {op: pick_impl(op, "auto", like) for op in IMPLS}
 
 
 @functools.cache
 def extension_is_built() -> bool:
-    """True when `socpo_fast._C` imports, which registers `torch.ops.socpo.*`; a broken build
-    raises.
+    """Whether `socpo_fast._C` exists; importing it registers `torch.ops.socpo.*`.
+
+    A build that exists but does not load raises.
     """
     try:
         importlib.import_module("socpo_fast._C")
@@ -102,11 +106,11 @@ def extension_is_built() -> bool:
     return True
 
 
-# All of it found out once: pick_impl then is plain Python, which torch.compile traces through.
-# Triton is only looked for here; the kernels import it, and only when they are chosen.
+# Evaluated once, at import: pick_impl is then plain Python, which torch.compile can trace.
+# find_spec does not import triton, which is slow; the kernels import it when they are picked.
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-_IS_THERE = {"cpp": extension_is_built(), "triton": importlib.util.find_spec("triton") is not None}
-_HOW_TO_GET = {
+_INSTALLED = {"cpp": extension_is_built(), "triton": importlib.util.find_spec("triton") is not None}
+_INSTALL_ADVICE = {
     "cpp": "the extension socpo_fast._C; build it with `pip install --no-build-isolation -e .`",
     "triton": "the package triton; pip install triton",
 }

@@ -1,9 +1,11 @@
-"""One step of AdamW on one parameter, in place; a bf16 parameter is half of an exact fp32 master.
+"""Takes one step of AdamW on one parameter, in place; a bf16 parameter has an exact fp32 master.
 
-Read split_master, join_master -> adamw_ref -> adamw. A learning rate of 1e-6 moves a weight by a
-hundredth of the spacing of bf16, so that a parameter in bf16 alone would never change. Departs from
-mixed precision's usual second copy in fp32: the parameter is the master's high half, and low_bits
-is what is left, which makes four bytes a weight instead of six, and no copy after a step.
+Read split_master, join_master -> adamw_ref -> adamw.
+
+A learning rate of 1e-6 moves a weight by a hundredth of the spacing of bf16 numbers, so a parameter
+stored in bf16 only would never change. Mixed precision usually keeps a second copy in fp32. Here
+the parameter itself is the master's high half and low_bits is the remainder: four bytes a weight
+instead of six, and no copy after a step.
 
     fp32 master    s eeeeeeee mmmmmmm | mmmmmmmmmmmmmmmm
     parameter      the left half, rounded to nearest: what the forward and the engine read
@@ -20,11 +22,11 @@ from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
 
-INFINITY_BITS = 0x7F800000  # of fp32; bits from here on are not finite
+INFINITY_BITS = 0x7F800000  # infinity in fp32; larger bit patterns are NaN
 
 
 class StepFactors(NamedTuple):
-    """The factors of a step, the same for every element, each rounded to fp32."""
+    """The factors of a step, the same for every element; rounded to fp32 where they are used."""
 
     decay: float  # lr weight_decay
     beta1: float
@@ -45,6 +47,7 @@ class StepFactors(NamedTuple):
         weight_decay: float,
         step: int,
     ) -> Self:
+        """Computes the factors from the settings of `adamw`."""
         beta1, beta2 = betas
         return cls(
             decay=lr * weight_decay,
@@ -59,10 +62,11 @@ class StepFactors(NamedTuple):
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the bf16 nearest to each fp32 number and the int16 that join_master needs beside it.
+    """Returns the bf16 nearest to each fp32 number and the int16 remainder for join_master.
 
-    Ties go away from zero: to even, as in x.bfloat16(), a remainder of +32768 could come out, which
-    int16 does not hold. Exact for every finite number whose high half is finite.
+    Ties are rounded away from zero. Rounding ties to even, as x.bfloat16() does, could leave a
+    remainder of +32768, which int16 cannot hold. Exact for every finite number whose high half is
+    finite.
     """
     bits = master.view(torch.int32)
     high = (bits + 0x8000) >> 16
@@ -87,23 +91,24 @@ def adamw_ref(
 ) -> None:
     """Takes the step of `adamw`, unchecked.
 
-    One rounding an operation, in this order, which the kernels keep to.
+    Every operation rounds once. The kernels do the same operations in the same order, and are
+    bitwise equal.
     """
-    f = StepFactors(*factors)
+    step_factors = StepFactors(*factors)
     old = param.to(exp_avg.dtype) if low_bits is None else join_master(param, low_bits)
     if scale is not None:
         grad = grad * scale
-    new_avg = exp_avg * f.beta1 + grad * f.new_in_avg
-    new_avg_sq = exp_avg_sq * f.beta2 + grad * grad * f.new_in_avg_sq
-    # By way of fp64: the library behind torch's sqrt rounds one number in a hundred the wrong way.
+    new_avg = exp_avg * step_factors.beta1 + grad * step_factors.new_in_avg
+    new_avg_sq = exp_avg_sq * step_factors.beta2 + grad * grad * step_factors.new_in_avg_sq
+    # In fp64: the library behind torch's fp32 sqrt rounds one number in a hundred the wrong way.
     root = new_avg_sq.double().sqrt().to(new_avg_sq.dtype)
-    # By a tensor: on a GPU torch multiplies with the reciprocal of a number instead.
-    denominator = root / root.new_full((), f.root_correction) + f.eps
-    # Subtracted at once: by itself a decay of 1e-8 is less than fp32 can tell.
-    new = old - (new_avg / denominator * f.step_size + old * f.decay)
+    # Divided by a tensor: for a number, torch on a GPU multiplies by the reciprocal instead.
+    denominator = root / root.new_full((), step_factors.root_correction) + step_factors.eps
+    # The decay is added to the step first. Subtracted by itself, old * 1e-8 would be rounded away.
+    new = old - (new_avg / denominator * step_factors.step_size + old * step_factors.decay)
     is_taken = new.to(param.dtype).isfinite()
     if low_bits is not None:
-        # Of what is larger the high half would be rounded up to infinity; NaN has larger bits yet.
+        # From this bit pattern on, the high half is rounded up to infinity; NaNs are above it, too.
         is_taken = new.view(torch.int32) & 0x7FFFFFFF < INFINITY_BITS - 0x8000
     is_taken &= new_avg_sq.isfinite()
     if scale is not None:
@@ -143,22 +148,24 @@ def adamw(
     Args:
         param:       [..] fp32, bf16, fp16 or fp64, contiguous (cpp: fp32, bf16; triton: not fp64).
                      fp16 is computed in fp32 and rounded, which loses small steps.
-        low_bits:    like param, int16: with a bf16 param its fp32 master; None for other dtypes.
-        exp_avg, exp_avg_sq, grad: like param, fp32 (fp64 for fp64). grad is only read.
+        low_bits:    param's shape, int16: the low half of a bf16 param's fp32 master; None for
+                     other dtypes.
+        exp_avg, exp_avg_sq, grad: param's shape, fp32 (fp64 for fp64). grad is only read.
         lr:           >= 0.
         betas:        each in [0, 1).
         eps:          > 0.
         weight_decay: >= 0, decoupled.
         step:         >= 1, counted from the first step taken.
-        scale:        [] like grad, on its device, or None for 1: the clip factor. Unless it is
-                      finite and > 0, nothing changes, and the host need not know.
+        scale:        [] of grad's dtype and device, or None for 1: the factor of gradient clipping.
+                      Unless it is finite and > 0, the step changes nothing; the host does not
+                      wait to know it.
         impl:         "auto", "ref", "cpp" or "triton".
 
     Raises:
         ValueError: a shape, dtype or number breaks the rules above.
 
-    An element whose new value would not be finite in param's dtype, or whose v would not be, stays
-    as it was, moments too.
+    An element whose new value or v would not be finite (in param's dtype) is not changed, and its
+    moments are not either.
     Memory: none (cpp, triton). Bitwise: the implementations are equal to each other, and a bf16
     param with its low_bits to an fp32 param.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101.

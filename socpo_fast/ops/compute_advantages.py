@@ -1,4 +1,7 @@
-"""`compute_advantages`: one advantage an attempt, a shorter way to call decay_advantage.py."""
+"""Computes one advantage per attempt: a shorter way to call credit_attempts of decay_advantage.py.
+
+Takes the fields of CreditOptions as keyword arguments and returns the advantages only.
+"""
 
 from torch import Tensor
 
@@ -24,12 +27,12 @@ def compute_advantages(
     """Returns one advantage per attempt, from the rewards of a whole batch.
 
     Args:
-        rewards_A: raw ones with a `schedule`, which is then part of the same launch; decayed ones
-                   with None.
-        The others are those of `credit_attempts` and of `CreditOptions`.
+        rewards_A: raw rewards if `schedule` is given, which then runs in the same launch; rewards
+                   that are decayed already if it is None.
+        All other arguments: as in `credit_attempts` and `CreditOptions`.
 
     Returns:
-        [A] fp32, on the device of rewards_A; as Credit.advantages_A of `credit_attempts`.
+        [A] fp32, on the device of rewards_A: Credit.advantages_A of `credit_attempts`.
 
     Raises:
         ValueError: as `credit_attempts` and `CreditOptions`.

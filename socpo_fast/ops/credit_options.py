@@ -1,5 +1,6 @@
-"""How the rewards of a batch become advantages: the options of ops/decay_advantage.py and their
-formulas.
+"""Holds CreditOptions: how the rewards of a batch become advantages, with the formulas.
+
+ops/decay_advantage.py computes them; registries.py lists the schedules and estimators.
 """
 
 import warnings
@@ -15,18 +16,22 @@ BaselineGroup = Literal["question", "question_attempt"]
 
 @dataclass(frozen=True, kw_only=True)
 class CreditOptions:
-    """How the rewards of a batch become advantages.
+    """The options of credit: how the rewards of a batch become advantages.
 
-        decayed[i] = f[attempt_idx[i]] rewards[i]
+    First a schedule decays the reward R_i of attempt i, which has index n in its rollout:
+
+        decayed_i = f_n R_i
         batch_mean   f_0 = 1,  f_n = mean of f_a R_i over all attempts i with index a < n
         constant     f_n = factor ** n
         none         f_n = 1
+
+    Then an estimator makes advantages of the decayed rewards r, within groups:
 
         reinforce_plus_plus_baseline   whiten(r - group mean)
         reinforce_plus_plus            whiten(r)
         grpo                           (r - group mean) / (unbiased group std + eps)
         dr_grpo                        r - group mean
-        rloo                           r - mean of the others of the group
+        rloo                           r - mean of the other attempts of the group
 
         whiten(x) = (x - mean) / sqrt(var + 1e-8), mean and unbiased variance over the loss tokens
 
@@ -35,9 +40,9 @@ class CreditOptions:
     Args:
         schedule:       "batch_mean" (the paper's), "constant" or "none" (the ablation).
         factor:         in [0, 1], for "constant" only.
-        credit:         "attempt": an attempt earns its own decayed reward, so the wrong first one
-                        of a rescued rollout keeps 0. "trajectory": all of a rollout earn the last
-                        one's.
+        credit:         "attempt": an attempt earns its own decayed reward, so a wrong first attempt
+                        keeps 0 even if a later one succeeds. "trajectory": all attempts of a
+                        rollout earn the reward of its last one.
         estimator:      one of the five above.
         baseline_group: "question", or "question_attempt" to group by attempt index as well (warns).
         eps:            finite and > 0, added to the std in grpo.
@@ -80,13 +85,12 @@ class CreditOptions:
         if self.baseline_group == "question_attempt":
             warnings.warn(
                 "compute_advantages: baseline_group question_attempt compares guided attempts "
-                "with guided "
-                "attempts only, which cancels reward decay; use question",
-                stacklevel=3,
+                "with guided attempts only, which cancels reward decay; use question",
+                stacklevel=3,  # the caller of the __init__ that dataclass generates
             )
 
     def factors(self, num_factors: int) -> list[float] | None:
-        """f_0, f_1, ..; None where they are means of the batch."""
+        """Returns f_0, f_1, ..; or None if they are means of the batch's rewards."""
         factor_of = SCHEDULES[self.schedule].factor_of
         if factor_of is None:
             return None

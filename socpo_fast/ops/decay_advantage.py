@@ -1,18 +1,21 @@
-"""From the raw rewards of a batch to one advantage an attempt, in one call: decay, credit,
-baseline, whitening.
+"""Turns the raw rewards of a batch into one advantage per attempt.
 
-Read credit_attempts_ref, which is the formula, then credit_attempts; decay_rewards, and
-compute_advantages in a file of its own, return parts of its result.
+    raw rewards --decay--> times factors_K --credit--> rewards_A --baseline, whiten--> advantages_A
 
-Departures from the textbook. The factor of attempt n is the batch's own mean reward of all earlier
-attempts, already decayed, so help can never pay more than answering alone does. The group of a
-baseline is a question, its first and later attempts together: grouped by attempt index, a division
-by the group's std would undo the decay. Whitening counts an attempt once per loss token, yet with
-outcome rewards and no discount the advantage is one number per attempt, so nothing of size
-[A, length] exists.
+Read credit_attempts_ref, which is the formula, then credit_attempts. decay_rewards, and
+compute_advantages in its own file, return parts of its result.
 
-Everything is in fp64, and sums along a group run in index order whatever the number of threads:
-equal rewards centre to exactly 0. A is a few hundred: csrc/decay_advantage.cpp is one thread, and
+Departures from the textbook:
+
+- The factor of attempt n is the batch's mean reward of all earlier attempts, after their decay. So
+  a success with guidance never earns more than a success without it.
+- A baseline's group is a question, with its first and later attempts together. If attempts were
+  grouped by index, dividing by the group's std would undo the decay.
+- Whitening counts an attempt once per loss token. But with outcome rewards and no discount all
+  tokens of an attempt have the same advantage, so nothing of size [A, length] exists.
+
+Everything is in fp64, and sums over a group run in index order for any number of threads, so equal
+rewards are centred to exactly 0. A is a few hundred: csrc/decay_advantage.cpp uses one thread, and
 kernels/decay_advantage.py one launch of one program.
 """
 
@@ -29,18 +32,18 @@ from socpo_fast.ops.credit_options import CreditOptions
 from socpo_fast.registries import ESTIMATORS, Baseline, Estimator
 
 WHITEN_EPS = 1e-8
-MAX_ATTEMPTS = (
-    256  # of a rollout: an index of another kind given by mistake would be a table of its size
-)
+# Attempts of a rollout. A table has an entry per attempt index, and another kind of index passed by
+# mistake would make it huge.
+MAX_ATTEMPTS = 256
 _REWARDS_ONLY = Estimator(baseline="none")
 
 
 class Credit(NamedTuple):
-    """What the attempts of a batch earn; on the device of their rewards."""
+    """The rewards and advantages of a batch's attempts, on the device of their raw rewards."""
 
     rewards_A: Tensor  # [A] fp32, after decay and credit
     advantages_A: Tensor  # [A] fp32
-    factors_K: Tensor  # [K] fp64: what the raw reward of attempt 0, 1, .. was multiplied by
+    factors_K: Tensor  # [K] fp64: the decay factors of attempts 0, 1, ..
 
 
 def credit_attempts_ref(
@@ -55,10 +58,10 @@ def credit_attempts_ref(
     estimator: Estimator,
     eps: float,
 ) -> Credit:
-    """`credit_attempts`, unchecked, on the host.
+    """Computes `credit_attempts`, unchecked, on the host.
 
-    last_A [A] int64 is whose reward an attempt earns, None its own; factors are None for the
-    batch's own means.
+    last_A [A] int64 is the attempt whose reward an attempt earns; None: its own. factors None:
+    means of the batch's rewards. keys_GA is explained in _run.
     """
     factors = _batch_means(raw_A, attempt_idx_A, num_factors) if factors is None else factors
     factors_K = torch.tensor(factors, dtype=torch.float64)
@@ -69,14 +72,18 @@ def credit_attempts_ref(
         group_A = keys_GA.unique(dim=1, return_inverse=True)[1]
         count_A = group_A.bincount()[group_A].double()
         sum_A = group_A.bincount(x_A)[group_A]
-        others_A = (count_A - 1).clamp(min=1)
-        baseline_A = (sum_A - x_A) / others_A if estimator.baseline == "others" else sum_A / count_A
+        num_others_A = (count_A - 1).clamp(min=1)
+        baseline_A = (
+            (sum_A - x_A) / num_others_A if estimator.baseline == "others" else sum_A / count_A
+        )
+        # A single attempt would be its own baseline, and learn nothing; it is left as it is.
         x_A = torch.where(count_A == 1, x_A, x_A - baseline_A)
         if estimator.divides_by_std:
-            variance_A = group_A.bincount(x_A.square())[group_A] / others_A
+            variance_A = group_A.bincount(x_A.square())[group_A] / num_others_A
             x_A = x_A / (torch.where(count_A == 1, 1.0, variance_A.sqrt()) + eps)
     if estimator.whitens:
         assert num_tokens_A is not None, "only rewards are asked for without it"
+        # Mean and variance over tokens, all tokens of an attempt having the same value.
         weight_A = num_tokens_A.double()
         x_A = x_A - (weight_A * x_A).sum() / weight_A.sum()
         variance = (weight_A * x_A.square()).sum() / (weight_A.sum() - 1)
@@ -94,26 +101,25 @@ def credit_attempts(
     options: CreditOptions,
     impl: str = "auto",
 ) -> Credit:
-    """Decays, credits and compares the rewards of a whole batch; see CreditOptions for the
-    formulas.
+    """Computes rewards after decay, and advantages, of a batch; CreditOptions has the formulas.
 
     Args:
         rewards_A:      [A] fp32 or fp64, finite. Raw rewards of all attempts of the batch.
         num_tokens_A:   [A] int64, >= 0. Loss tokens of each attempt.
         question_idx_A: [A] int64, any values; equal values are one question of the batch.
-        attempt_idx_A:  [A] int64, in [0, 256). 0 is an answer without help; batch_mean needs one of
-                        them.
-        rollout_idx_A:  [A] int64, any values; attempts that agree in question and rollout are one
-                        rollout. Needed where options.credit is "trajectory".
+        attempt_idx_A:  [A] int64, in [0, 256). 0 is an attempt without guidance; batch_mean needs
+                        at least one.
+        rollout_idx_A:  [A] int64, any values; attempts with equal question and rollout are one
+                        rollout. Needed if options.credit is "trajectory".
         impl:           "auto", "ref", "cpp" or "triton".
 
     Returns:
-        Credit. Advantages are all zero, with a warning, when the batch has no loss tokens.
+        Credit. Advantages are all zero, with a warning, if the batch has no loss tokens.
 
     Raises:
         ValueError: an argument breaks the rules above, or a whitened batch has a single loss token.
 
-    Gradient: none. Bitwise: same inputs, same bits. No [A, length] tensor.
+    Gradient: none. Memory: no [A, length] tensor. Bitwise: same inputs, same bits.
     """
     where = "compute_advantages"
     estimator = ESTIMATORS[options.estimator]
@@ -169,12 +175,12 @@ def decay_rewards(
     factor: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Returns rewards after decay: a success after help is worth less than one without.
+    """Returns rewards after decay: a success with guidance is worth less than one without.
 
     Args: those of `credit_attempts` and `CreditOptions`.
 
     Returns:
-        [A] fp32, on the device of rewards_A. Attempt 0 is untouched.
+        [A] fp32, on the device of rewards_A. Rewards of attempt 0 are not changed.
 
     Raises:
         ValueError: as `credit_attempts` and `CreditOptions`.
@@ -203,9 +209,10 @@ def _run(
 ) -> Credit:
     """Picks the implementation and calls it.
 
-    num_tokens_A: None where only rewards are asked for.
-    keys_GA:      [G, A] int64: who agrees in every row is a group; None: nobody is compared.
-    rollouts_2A:  [2, A] int64: who agrees in both earns the last one's reward; None: their own.
+    num_tokens_A: None if only rewards are needed.
+    keys_GA:      [G, A] int64: attempts whose columns are equal are a group; None: no baseline.
+    rollouts_2A:  [2, A] int64: attempts whose columns are equal are one rollout, and all earn the
+                  reward of its last attempt; None: each attempt earns its own.
     """
     raw_A = rewards_A.detach().double()
     outputs = _credit_attempts(
@@ -265,17 +272,15 @@ def _kernel(
     return tuple(x.to(raw_A.device) for x in credit)
 
 
-def _fake(raw_A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _fake(raw_A: Tensor, *args: Any) -> tuple[Tensor, ...]:
     earned_A = raw_A.new_empty(raw_A.shape, dtype=torch.float32)
-    return earned_A, torch.empty_like(earned_A), raw_A.new_empty((others[5],))  # num_factors
+    return earned_A, torch.empty_like(earned_A), raw_A.new_empty((args[5],))  # num_factors
 
 
 _credit_attempts = define_op(
-    "credit_attempts(Tensor raw, Tensor attempt_idx, Tensor? num_tokens, Tensor? keys, Tensor? "
-    "rollouts, "
-    "float[]? factors, SymInt num_factors, str baseline, bool divides_by_std, bool whitens, float "
-    "eps, str impl) "
-    "-> (Tensor earned, Tensor advantages, Tensor factors)",
+    "credit_attempts(Tensor raw, Tensor attempt_idx, Tensor? num_tokens, Tensor? keys, "
+    "Tensor? rollouts, float[]? factors, SymInt num_factors, str baseline, bool divides_by_std, "
+    "bool whitens, float eps, str impl) -> (Tensor earned, Tensor advantages, Tensor factors)",
     _kernel,
     fake=_fake,
 )
@@ -284,11 +289,12 @@ _credit_attempts = define_op(
 def _check_rewards(
     check: TensorChecker, rewards_A: Tensor, attempt_idx_A: Tensor, options: CreditOptions
 ) -> int:
-    """The number of attempt indices up to the largest; 0 for an empty batch."""
+    """Checks rewards and indices; returns the largest attempt index + 1, or 0 without attempts."""
     check("rewards_A", rewards_A, WIDE_FLOATS)
     check("attempt_idx_A", attempt_idx_A, INDEX)
     check.every("rewards_A", rewards_A, rewards_A.float().isfinite(), "finite in fp32")
     check.finite("attempt_idx_A", attempt_idx_A, at_least=0)
+    # Without values, as under torch.compile, the table of factors has its largest size.
     if has_no_values(rewards_A):
         return MAX_ATTEMPTS
     if rewards_A.numel() == 0:
@@ -301,17 +307,21 @@ def _check_rewards(
 
 
 def _last_of_rollout(rollouts_2A: Tensor, attempt_idx_A: Tensor) -> Tensor:
-    """[A] row of the last attempt of each row's rollout."""
+    """Returns [A]: for each attempt, the row of the last attempt of its rollout."""
     num_attempts = attempt_idx_A.numel()
     rollout_A = rollouts_2A.unique(dim=1, return_inverse=True)[1]
-    # Larger for a later attempt, and among equals for a later row, which is its remainder.
-    place_A = attempt_idx_A * num_attempts + torch.arange(num_attempts, device=attempt_idx_A.device)
-    last_A = torch.zeros_like(place_A).scatter_reduce_(0, rollout_A, place_A, "amax")[rollout_A]
+    # One number holds attempt index and row. A maximum over a rollout finds its last attempt (of
+    # equal indices the last row), and the row is the remainder.
+    code_A = attempt_idx_A * num_attempts + torch.arange(num_attempts, device=attempt_idx_A.device)
+    last_A = torch.zeros_like(code_A).scatter_reduce_(0, rollout_A, code_A, "amax")[rollout_A]
     return last_A % max(num_attempts, 1)
 
 
 def _batch_means(raw_A: Tensor, attempt_idx_A: Tensor, num_factors: int) -> list[float]:
-    """f_n needs f_1 .. f_(n - 1): a recurrence over the few attempt indices."""
+    """Returns f_0, f_1, .. of the schedule batch_mean.
+
+    f_n depends on f_0 .. f_(n - 1), so this is a loop over the few attempt indices.
+    """
     sums = attempt_idx_A.bincount(raw_A, num_factors).tolist()
     counts = attempt_idx_A.bincount(minlength=num_factors).tolist()
     factors: list[float] = []

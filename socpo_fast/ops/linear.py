@@ -1,9 +1,9 @@
-"""A linear layer whose rows do not know of each other: prompt, batch and single token give equal
-bits.
+"""Computes a batch-invariant linear layer: a row's result does not depend on the other rows.
 
-On the CPU it runs a kernel of our own over the weights as they are stored (fp32 or bf16, no packed
-copy). Departs from torch's linear, whose GEMM libraries sum in another order for few rows, and
-which wants both factors in one dtype.
+So a token's activations are bitwise equal in a prompt, in a batch and alone. On the CPU a kernel of
+our own reads the weights as they are stored (fp32 or bf16, no packed copy). Departs from torch's
+linear, whose GEMM libraries sum in another order for few rows, and which needs both factors in one
+dtype.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ from socpo_fast.ops._register import define_op
 
 
 def linear_ref(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    missing = (
-        MIN_ROWS - x_TD.shape[0] if x_TD.is_cpu else 0
-    )  # below it a library GEMM's bits depend on the rows
+    """Computes `linear`, unchecked."""
+    # Below MIN_ROWS rows a library GEMM sums in another order, so zero rows are added.
+    missing = MIN_ROWS - x_TD.shape[0] if x_TD.is_cpu else 0
     padded_TD = F.pad(x_TD, (0, 0, 0, missing)) if missing > 0 else x_TD
     bias_N = bias_N if bias_N is None else bias_N.to(x_TD.dtype)
     return F.linear(padded_TD, weight_ND.to(x_TD.dtype), bias_N)[: x_TD.shape[0]]
@@ -30,13 +30,13 @@ def linear_ref(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) ->
 def linear(
     x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, impl: str = "auto"
 ) -> Tensor:
-    """One linear layer.
+    """Computes one linear layer.
 
         out[t, n] = sum_d x[t, d] weight[n, d] + bias[n]
 
     Args:
         x_TD:      [T, D] floating point (cpp: fp32), rows contiguous.
-        weight_ND: [N, D], x's dtype, or bf16 with fp32 x: converted as it is read.
+        weight_ND: [N, D], x's dtype, or bf16 with fp32 x, then converted as it is read.
         bias_N:    [N], weight's dtype, or None.
         impl:      "auto", "ref" or "cpp".
 
@@ -47,7 +47,7 @@ def linear(
         ValueError: a shape, dtype or stride breaks the rules above.
 
     Gradient: x, weight, bias; in cpp by `torch.ops.socpo.matmul_`, for fp32 weights.
-    Bitwise (cpp): a row's bits depend on that row only, whatever the number of rows or threads.
+    Bitwise (cpp): batch-invariant and thread-invariant.
     """
     x_TD, weight_ND = autocast(x_TD, whole("linear", "weight_ND", weight_ND))
     if bias_N is not None:
@@ -56,6 +56,7 @@ def linear(
     check_factors(check, "x_TD", x_TD, "weight_ND", weight_ND)
     check.optional((weight_ND.dtype,), bias_N=bias_N)
     impl = pick_impl("linear", impl, x_TD)
+    # The registered op has a derivative for weights of x's dtype only.
     needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ND.requires_grad)
     if impl == "ref" or (needs_grad and weight_ND.dtype != x_TD.dtype):
         return linear_ref(x_TD, weight_ND, bias_N)
@@ -69,7 +70,7 @@ def check_factors(
     weight_name: str,
     weight: Tensor,
 ) -> None:
-    """What a product of rows x with a weight relies on: bf16 weights beside fp32 rows, too."""
+    """Checks both factors of a product of rows x with a weight; fp32 x allows a bf16 weight."""
     check(x_name, x, FLOATS)
     check(
         weight_name,
@@ -87,12 +88,13 @@ def check_factors(
 
 
 def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
+    # x is needed for dweight only; frozen weights let go of it after the forward.
     x_TD, weight_ND, _, ctx.impl = inputs
     ctx.save_for_backward(x_TD if ctx.needs_input_grad[1] else None, weight_ND)
 
 
 def _backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
-    """dx = grad weight, dweight = grad^T x, dbias = the rows of grad added up."""
+    """Computes dx = grad weight, dweight = grad^T x and dbias, the sum of grad's rows."""
     x_TD, weight_ND = ctx.saved_tensors
     grad_TN = grad_TN.contiguous()
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
@@ -116,6 +118,7 @@ _linear = define_op(
     fake=lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0])),
     derivative=(_save, _backward),
 )
+# An op by itself, since torch.compile traces _backward, which may call registered ops only.
 _matmul = define_op(
     "matmul(Tensor a, Tensor b, str impl) -> Tensor",
     _matmul_kernel,

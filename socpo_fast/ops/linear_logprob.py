@@ -1,8 +1,11 @@
-"""LM head and log-softmax of single targets: linear_logprob_ref is the formula by chunks,
-linear_logprob the op.
+"""Computes the log-probability of given target tokens from hidden states and an LM head.
 
-The fused form is in _fused_logprob.py. next_token_rows leads there from a padded batch, as Hugging
-Face models take it.
+Read linear_logprob_ref, the formula by chunks of rows, then linear_logprob, the op; its fused form
+is in _fused_logprob.py. next_token_rows makes the arguments from a padded batch, which is what
+Hugging Face models take.
+
+Departure from the textbook: the [N, V] logits, the largest tensor of a training step by far (152k
+columns for Qwen3), are never stored; only a chunk of rows has logits at any time.
 """
 
 import torch
@@ -32,7 +35,7 @@ from socpo_fast.ops._head import (
 )
 from socpo_fast.ops._impl import pick_impl
 
-_CHUNK_LOGITS = 1 << 25  # logits alive at once in the reference, 128 MiB in fp32
+_CHUNK_LOGITS = 1 << 25  # logits that the reference has at a time, 128 MiB in fp32
 
 
 def linear_logprob_ref(
@@ -47,9 +50,10 @@ def linear_logprob_ref(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob`, unchecked, one chunk of rows at a time."""
+    """Computes `linear_logprob`, unchecked, one chunk of rows at a time."""
     dtype = wide_dtype(hidden_TD)
-    weight_VD = weight_VD.to(dtype)  # once, so that the chunks' dW add up in this dtype
+    # Converted once, not in each chunk, so that autograd adds the chunks' dW up in this dtype.
+    weight_VD = weight_VD.to(dtype)
     bias_V = None if bias_V is None else bias_V.to(dtype)
     has_target_N = targets_N != NO_TARGET
     scale_N = temperature.detach() if isinstance(temperature, Tensor) else None
@@ -57,9 +61,10 @@ def linear_logprob_ref(
         has_target_N, row_indices(rows_N, targets_N), targets_N.clamp(min=0), scale_N, has_target_N
     )
     # index_select, not indexing: its backward adds repeated rows in index order, whatever the
-    # number of threads; a row without a target may hold anything
+    # number of threads. Rows without a target become 0, since they may hold NaN.
     hidden_ND = hidden_TD.index_select(0, rows_N).to(dtype).where(is_kept_N[:, None], 0)
     num_rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
+    # checkpoint keeps only the inputs of a chunk; the backward computes its logits again.
     scales = None if scale_N is None else scale_N.to(dtype).split(num_rows)
     chunks = [
         checkpoint(
@@ -79,7 +84,7 @@ def linear_logprob_ref(
             zip(hidden_ND.split(num_rows), targets_N.split(num_rows), strict=True)
         )
     ]
-    values_2N = torch.stack([torch.cat(parts) for parts in zip(*chunks, strict=True)])
+    values_2N = torch.stack([torch.cat(values) for values in zip(*chunks, strict=True)])
     logprobs_N, entropy_N = spread(values_2N, has_target_N)
     return logprobs_N, entropy_N if entropy_grad else entropy_N.detach()
 
@@ -98,45 +103,45 @@ def linear_logprob(
     workspace_mib: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and the entropy of its row, without storing the [N, V]
-    logits.
+    """Computes each target's log-prob and its row's entropy without storing the [N, V] logits.
 
-        u[n] = logit_scale (hidden[rows[n]] @ weight.T + bias)
-        z[n] = u[n] / temperature[n], with a softcap softcap tanh(u[n] / softcap) / temperature[n]
-        logprob[n] = z[n, targets[n]] - logsumexp(z[n])        entropy[n] = -sum over v of p[n, v]
-        log p[n, v]
+        u[n]       = logit_scale (hidden[rows[n]] @ weight.T + bias)
+        z[n]       = u[n] / temperature[n]
+                     or, with a softcap, softcap tanh(u[n] / softcap) / temperature[n]
+        logprob[n] = z[n, targets[n]] - logsumexp(z[n])
+        entropy[n] = -sum over v of p[n, v] log p[n, v]        p[n] = softmax(z[n])
 
     Args:
         hidden_TD:    [T, D] fp32, fp64, bf16 or fp16, row-contiguous. Packed tokens, no padding.
-        weight_VD:    [V, D], same dtype, row-contiguous. The LM head; a DTensor is taken whole.
+        weight_VD:    [V, D], same dtype, row-contiguous. The LM head; of a DTensor the full tensor.
         targets_N:    [N] int64, each in [0, V), or -100: a row without loss, outputs or gradient.
         temperature:  > 0, a float or [N] fp32 or fp64. The sampler's own; no default, since a
                       mismatch biases every ratio.
         rows_N:       [N] int64, each in [0, T): the row of hidden that predicts target n; may
-                      repeat. None is row n, with N = T.
+                      repeat. None: target n is predicted by row n, and N = T.
         entropy_grad: whether entropy carries a gradient.
-        bias_V:       [V], hidden's dtype, or None. The LM head's.
+        bias_V:       [V], hidden's dtype, or None. The bias of the LM head.
         softcap:      > 0, bound of the logits before the temperature, or None.
         logit_scale:  > 0, the model's factor on its logits.
         workspace_mib: > 0, MiB that a chunk of logits may take; at least 16 rows are projected at
-                      once. None is 208 on a CPU and 2048 on a card.
+                      once. None means 208 on a CPU and 2048 on a GPU.
         impl:         "auto", "ref", "cpp" or "triton".
 
     Returns:
-        logprobs_N [N] fp32 (fp64 for fp64 inputs), nats, <= 0;  entropy_N [N], same dtype, nats, >=
-        0. Both are NaN where the target is -100, whatever the hidden state holds; an upstream
-           gradient
-        of such a row is ignored.
+        logprobs_N [N] fp32 (fp64 for fp64 inputs), nats, <= 0;  entropy_N [N], same dtype, nats,
+        >= 0. Both are NaN where the target is -100, whatever the hidden state holds; the upstream
+        gradient of such a row is ignored.
 
     Raises:
         ValueError: a shape, dtype, device, stride, index, temperature or scale breaks these rules.
-            A tensor's values: on a CPU only; CUDA has a device assert, torch.compile no check.
+            Values of tensors raise on a CPU only; on a GPU they are a device assert, and under
+            torch.compile they are not checked.
 
     Gradient: hidden (repeated rows summed in index order), weight and bias, for any upstream
     gradient; fp32 accumulation; with create_graph it has no graph. Under torch.autocast hidden,
-    weight and bias are taken in its dtype.
+    weight and bias are cast to its dtype.
     Memory: one chunk of logits. Bitwise: same inputs, same bits; on the CPU a row's outputs and its
-    dX are those it would have alone.
+    dX are batch-invariant: they do not depend on the other rows.
     Source: Wijmans et al. 2024, arXiv:2411.09009, section 4.
     """
     check = TensorChecker("linear_logprob")
@@ -172,7 +177,7 @@ def next_token_rows(hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tens
         logprobs_N, _ = linear_logprob(
             hidden_TD, model.lm_head.weight, targets_N, rows_N=rows_N, temperature=1.0,
         )
-        loss = -logprobs_N.nanmean()       # the model's own: cross entropy of the shifted labels
+        loss = -logprobs_N.nanmean()       # equals the loss that the model returns for labels
 
     Args:
         hidden_BLD: [B, L, D] fp32, fp64, bf16 or fp16. The last hidden states.
@@ -180,7 +185,7 @@ def next_token_rows(hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tens
 
     Returns:
         hidden_TD [T = B L, D];  targets_N, rows_N [N = B (L - 1)] int64. The shapes do not depend
-        on the labels; the ops leave rows of target -100 out.
+        on the labels; the ops leave out rows whose target is -100.
 
     Raises:
         ValueError: a shape or dtype breaks the rules above.
@@ -206,9 +211,9 @@ def check_head(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rules of linear_logprob's docstring; afterwards `check` knows T, D, V, N and the device.
+    """Checks the rules of linear_logprob's docstring; `check` then knows T, D, V, N and the device.
 
-    Returns: hidden, weight and bias; whole, and in the dtype that torch.autocast asks for.
+    Returns hidden, weight and bias: full tensors, cast to torch.autocast's dtype if it is on.
     """
     check("hidden_TD", hidden_TD, FLOATS)
     hidden_TD, weight_VD = autocast(hidden_TD, whole(check.where, "weight_VD", weight_VD))
@@ -283,9 +288,7 @@ def _chunk_logprob(
     logit_scale: float,
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets and entropies of one chunk of rows; -inf logits are outcomes of
-    probability 0.
-    """
+    """Returns log-probs of the targets and entropies of one chunk of rows."""
     with without_autocast(hidden):
         logits = F.linear(hidden, weight_VD, bias_V)
     logits = logits if logit_scale == 1 else logits * logit_scale
@@ -293,5 +296,6 @@ def _chunk_logprob(
     logprobs_NV = torch.log_softmax(logits / temperature, dim=-1)
     logprobs = logprobs_NV.gather(1, targets[:, None])[:, 0]
     logprobs_NV = logprobs_NV if entropy_grad else logprobs_NV.detach()
+    # A logit of -inf is a token of probability 0: it adds 0 to the entropy, not 0 * -inf = NaN.
     entropy = -(logprobs_NV.exp() * logprobs_NV.masked_fill(logprobs_NV == -torch.inf, 0.0)).sum(-1)
     return logprobs, entropy

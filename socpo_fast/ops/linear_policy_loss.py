@@ -1,10 +1,13 @@
-"""The policy head: LM head, log-softmax and clipped policy loss in one op, over the rows that carry
-loss only.
+"""Computes LM head, log-softmax and clipped policy loss in one op, for rows that carry loss only.
 
-linear_policy_loss_ref is `linear_logprob_ref`, then `policy_loss_ref`; linear_policy_loss checks
-and chooses; the fused form is in _fused_policy_loss.py. Departure from the textbook: rows are
-picked before the projection, because in a packed microbatch most rows are prompt, guidance, or
-attempts with advantage 0, and the projection is where the time goes.
+Read linear_policy_loss_ref, which is `linear_logprob_ref`, then `policy_loss_ref`; then
+linear_policy_loss, which checks its arguments and picks an implementation. The fused form is in
+_fused_policy_loss.py.
+
+Departure from the textbook: rows are selected before the projection. In a packed microbatch most
+rows are prompt, guidance, or attempts with advantage 0, and the projection takes most of the time.
+
+    hidden [T, D]  --rows with loss-->  [n, D]  --chunks-->  logits [chunk, V]  -->  loss, gradients
 """
 
 from typing import Any, Literal, get_args
@@ -47,11 +50,11 @@ def linear_policy_loss_ref(
     softcap: float | None,
     logit_scale: float,
 ) -> PolicyLoss:
-    """`linear_policy_loss` with one advantage and one weight a token, unchecked."""
-    has_loss_N = scored_N = (weights_N != 0) & (targets_N != NO_TARGET)
+    """Computes `linear_policy_loss` with one advantage and one weight a token, unchecked."""
+    has_loss_N = is_scored_N = (weights_N != 0) & (targets_N != NO_TARGET)
     if metrics != "all" and options.needs_advantage:
-        scored_N = has_loss_N & (advantages_N != 0)
-    head: dict[str, Any] = {
+        is_scored_N = has_loss_N & (advantages_N != 0)
+    head_options: dict[str, Any] = {
         "temperature": temperature,
         "rows_N": rows_N,
         "entropy_grad": options.entropy_coef != 0,
@@ -60,29 +63,31 @@ def linear_policy_loss_ref(
         "logit_scale": logit_scale,
     }
     logprobs_N, entropy_N = linear_logprob_ref(
-        hidden_TD, weight_VD, targets_N.where(scored_N, NO_TARGET), **head
+        hidden_TD, weight_VD, targets_N.where(is_scored_N, NO_TARGET), **head_options
     )
-    if metrics == "all":  # what has no loss has values, and no gradient whatever stands in it
+    # Rows without loss get values too. They come from a second call without autograd, since such a
+    # row may hold NaN, which must not reach a gradient.
+    if metrics == "all":
         with torch.no_grad():
-            values = linear_logprob_ref(hidden_TD, weight_VD, targets_N, **head)
+            values = linear_logprob_ref(hidden_TD, weight_VD, targets_N, **head_options)
         logprobs_N, entropy_N = (
-            x_N.where(scored_N, value_N)
+            x_N.where(is_scored_N, value_N)
             for x_N, value_N in zip((logprobs_N, entropy_N), values, strict=True)
         )
     result = policy_loss_ref(
         logprobs_N,
         old_logprobs_N,
         advantages_N,
-        weights_N.where(scored_N, 0),
+        weights_N.where(is_scored_N, 0),
         options=options,
         entropy_N=entropy_N,
         ref_logprobs_N=ref_logprobs_N,
         sampler_logprobs_N=sampler_logprobs_N,
         tis_clip=tis_clip,
     )
-    # a skipped row of advantage 0 counts as a loss row in which no clip held
-    clip_fraction = result.clip_fraction * scored_N.sum() / has_loss_N.sum().clamp(min=1)
-    # Not by _replace, which torch.compile of torch 2.11 does not trace.
+    # A skipped row of advantage 0 counts as a loss row that was not clipped.
+    clip_fraction = result.clip_fraction * is_scored_N.sum() / has_loss_N.sum().clamp(min=1)
+    # Not with _replace, which torch.compile of torch 2.11 cannot trace.
     return PolicyLoss(*result[:-1], clip_fraction)
 
 
@@ -109,13 +114,12 @@ def linear_policy_loss(
     workspace_mib: float | None = None,
     impl: str = "auto",
 ) -> PolicyLoss:
-    """The policy loss of packed tokens straight from hidden states, projecting only the rows that
-    carry loss.
+    """Computes the policy loss from hidden states, projecting only the rows that carry loss.
 
         logprob, entropy = linear_logprob(hidden, weight, targets, temperature, rows, bias, ..)
         loss             = policy_loss(logprob, old_logprobs, advantages, .., entropy)
 
-    A row is skipped when its target is -100 or its weight 0 (it then counts nowhere), or when its
+    A row is skipped if its target is -100 or its weight is 0 (it then counts nowhere), or if its
     advantage is exactly 0 and there is no entropy or KL term.
 
     Args:
@@ -134,28 +138,28 @@ def linear_policy_loss(
 
     Gradient: hidden (repeated rows summed in index order), weight, bias; fp32 accumulation; a
     second backward computes it again, create_graph gives it no graph.
-    Memory: one chunk of logits, and from the forward on the gradients; beside dX by default at most
-    dW + 256 MiB on a CPU and dW + 2048 MiB + 256 MiB on a card, where N wide rows of D are held
-    until the end of the forward. Bitwise: same inputs, same bits; on
-    the CPU a row's log-prob, entropy, ratio and dX are those it would have alone.
+    Memory: one chunk of logits, and from the forward on the gradients. Not counting dX, by default
+    at most dW + 256 MiB on a CPU and dW + 2048 MiB + 256 MiB on a GPU, where N fp32 rows of D are
+    also held until the end of the forward. Bitwise: same inputs, same bits; on the CPU a row's
+    log-prob, entropy, ratio and dX are batch-invariant.
     Source: those of `linear_logprob` and `policy_loss`.
     """
     where = "linear_policy_loss"
     check = TensorChecker(where)
     by_row = targets_N, rows_N
     scaling: Any = temperature, softcap, logit_scale
-    head = check_head(check, hidden_TD, weight_VD, bias_V, *by_row, workspace_mib, *scaling)
+    tensors = check_head(check, hidden_TD, weight_VD, bias_V, *by_row, workspace_mib, *scaling)
     check_word(where, "metrics", metrics, _METRICS)
-    scale_N, tanh_scale = scales_of_logits(check.sizes["N"], head[0], *scaling)
+    scale_N, tanh_scale = scales_of_logits(check.sizes["N"], tensors[0], *scaling)
     terms: Any = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N, tis_clip, options
     weighting = check_loss_inputs(
         check, scale_N, advantages, attempt_of_token_N, weights_N, num_loss_tokens, *terms
     )
-    impl = pick_impl(where, impl, head[0])
+    impl = pick_impl(where, impl, tensors[0])
     if impl == "ref":
-        return linear_policy_loss_ref(*head, *by_row, metrics, *weighting, *terms, *scaling)
+        return linear_policy_loss_ref(*tensors, *by_row, metrics, *weighting, *terms, *scaling)
     return fused_policy_loss(
-        *head,
+        *tensors,
         *by_row,
         scale_N,
         tanh_scale,

@@ -1,12 +1,17 @@
-"""Causal attention of new tokens over keys and values in pages: prefill, chunked prefill and decode
-in one op.
+"""Computes causal attention over keys and values in pages: prefill, chunked prefill and decode.
 
-Read paged_attention_ref for the mathematics. Departs from the textbook: there is one entry for a
-prompt and for a single token, and both give the same bits, since a query row's arithmetic sees its
-own position and keys only. Keys are attended in fixed splits, merged in order; siblings whose pages
-are the same over a split have it read once for all of them (cascade), which changes no bit either:
-on a GPU the host names them (prefix_groups.py). The package flash-attn is an implementation, too,
-if asked for by name.
+Read paged_attention_ref for the mathematics, then paged_attention.
+
+Departs from the textbook. One op serves prompts and single tokens, and both give bitwise the same
+result, since the arithmetic of a query row depends on its position and its keys only. Keys are
+attended in fixed splits, whose results are merged in order:
+
+    keys of a sequence    | split 0 | split 1 | split 2 ..|
+    siblings A, B, C      | the same pages    | A's, B's, C's own
+
+With cascade, a split whose pages siblings share is read once for all of them. That changes no bit
+either. On a GPU the host says who shares what (prefix_groups.py). The package flash-attn is
+available as an implementation, but only by name.
 """
 
 import importlib
@@ -31,6 +36,7 @@ def paged_attention_ref(
     *,
     scale: float,
 ) -> Tensor:
+    """Computes `paged_attention`, unchecked, one sequence at a time."""
     dtype = torch.promote_types(q_THE.dtype, torch.float32)
     group = q_THE.shape[1] // k_cache_PSKE.shape[2]
     o_THE = torch.empty_like(q_THE)
@@ -47,6 +53,7 @@ def paged_attention_ref(
             for cache in (k_cache_PSKE, v_cache_PSKE)
         )
         scores_HQL = torch.einsum("qhe,lhe->hql", q_THE[begin:end].to(dtype), k_LHE) * scale
+        # The queries are the last tokens, so query q sees keys up to seq_len - num_queries + q.
         future_QL = torch.ones_like(scores_HQL[0], dtype=torch.bool).triu(
             seq_len - (end - begin) + 1
         )
@@ -67,28 +74,28 @@ def paged_attention(
     cascade: bool = True,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention of each sequence's last tokens over all of its tokens so far, read from pages.
+    """Computes attention of each sequence's last tokens over all of its tokens, read from pages.
 
-        o[t, h] = sum_j p[j] v[j, h']   p = softmax over j <= position(t) of scale q[t, h] . k[j,
-        h']  h' = h // (H / K) position(t) = seq_lens[b] - cu_seqlens_q[b + 1] + t for
-        cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]
+        o[t, h]     = sum over j of p[j] v[j, h']                     h' = h // (H / K)
+        p           = softmax over j <= position(t) of scale q[t, h] . k[j, h']
+        position(t) = seq_lens[b] - cu_seqlens_q[b + 1] + t
+                      for cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]
 
     Args:
         q_THE:          [T, H, E] floating point (cpp: fp32), packed by sequence. H a multiple of K.
         k_cache_PSKE:   [P, S, K, E], q's dtype, or bf16 with fp32 queries; contiguous; E a multiple
-                        of 4, at most
-                        256. The keys of the query tokens themselves are already in it.
+                        of 4, at most 256. The keys of the query tokens are already in it.
         v_cache_PSKE:   like k_cache_PSKE.
         block_table_BM: [B, M] int32. Token j of sequence b is in page block_table[b, j // S], slot
-                        j % S; entries behind the last token's page are never read.
-        seq_lens_B:     [B] int32, tokens in sequence b with the query tokens, which are the last
-                        ones; <= M * S.
+                        j % S; entries after the last token's page are never read.
+        seq_lens_B:     [B] int32, tokens of sequence b including the query tokens, which are its
+                        last ones; <= M * S.
         cu_seqlens_q:   [B + 1] int32, query tokens before sequence b; from 0 to T. A sequence may
                         have none.
-        scale:          usually E ** -0.5; no default, since a wrong one is silent.
-        cascade:        sequences with one query token each and the same pages over a split share
-                        its keys (cpp: consecutive ones; triton: those that begin with the same
-                        pages). Same bits with and without.
+        scale:          usually E ** -0.5; no default, since a wrong one goes unnoticed.
+        cascade:        whether sequences with one query token each read the keys of a split once
+                        if their pages are the same (cpp: consecutive sequences; triton: sequences
+                        that begin with the same pages). The result is bitwise the same.
         impl:           "auto", "ref", "cpp", "triton" or "flash" (flash-attn: pages of 256, fp16 or
                         bf16).
 
@@ -100,13 +107,14 @@ def paged_attention(
 
     Gradient: none, it serves the engine. Memory: ref gathers one sequence's keys and scores; cpp
     has E + 2 floats for each head and split of 128 keys of a single query token, and about 100 KiB
-    a thread. Bitwise (cpp): a row's bits do not depend on the other rows, on how many tokens are
-    queried at once, on which pages hold the keys, on cascade, or on the number of threads.
+    a thread. Bitwise (cpp): batch-invariant and thread-invariant; the number of query tokens, the
+    pages that hold the keys and cascade do not matter either.
     Source: PagedAttention (Kwon et al. 2023); online softmax (Milakov and Gimelshein 2018);
     cascade: Hydragen (Juravsky et al. 2024).
     """
     _check(q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q)
     impl = pick_impl("paged_attention", impl, q_THE)
+    # Grids of GPU kernels need the longest lengths on the host. Upper bounds do as well.
     max_seqlens = len(q_THE), block_table_BM.shape[1] * k_cache_PSKE.shape[1]
     if not has_no_values(q_THE) and len(q_THE):
         max_seqlens = int(cu_seqlens_q.diff().max()), int(seq_lens_B.max())
@@ -116,9 +124,9 @@ def paged_attention(
             block_table_BM.cpu().numpy(), seq_lens_B.cpu().numpy(), k_cache_PSKE.shape[1]
         )
         groups_BG = torch.from_numpy(groups).to(q_THE.device)
-    given = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
+    tensors = q_THE, k_cache_PSKE, v_cache_PSKE, block_table_BM, seq_lens_B, cu_seqlens_q
     return paged_attention_op(
-        *(x.contiguous() for x in given), *max_seqlens, groups_BG, scale, cascade, impl
+        *(x.contiguous() for x in tensors), *max_seqlens, groups_BG, scale, cascade, impl
     )
 
 
@@ -130,11 +138,11 @@ def _check(
     seq_lens_B: Tensor,
     cu_seqlens_q: Tensor,
 ) -> None:
-    """Everything the C++ relies on: it reads and writes by these numbers without looking again."""
+    """Checks all that the C++ relies on: it uses these numbers as addresses without checking."""
     check = TensorChecker("paged_attention")
     check("q_THE", q_THE, FLOATS)
-    stored = (torch.float32, torch.bfloat16) if q_THE.dtype == torch.float32 else (q_THE.dtype,)
-    check("k_cache_PSKE", k_cache_PSKE, stored)
+    dtypes = (torch.float32, torch.bfloat16) if q_THE.dtype == torch.float32 else (q_THE.dtype,)
+    check("k_cache_PSKE", k_cache_PSKE, dtypes)
     check("v_cache_PSKE", v_cache_PSKE, (k_cache_PSKE.dtype,))
     check.each((torch.int32,), block_table_BM=block_table_BM, seq_lens_B=seq_lens_B)
     num_tokens, heads, head_dim, pages, page_size, kv_heads, num_seqs, width = (
@@ -155,7 +163,6 @@ def _check(
         head_dim % 4 == 0 and 0 < head_dim <= 256,
         "a multiple of 4 in [4, 256]",
     )
-
     if has_no_values(q_THE):
         return
     q_lens_B = cu_seqlens_q.diff()
@@ -199,16 +206,16 @@ def paged_attention_flash(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> Tensor:
-    """`paged_attention` by the package flash-attn, its tensors unchecked; nothing is read back from
-    the device.
+    """Computes `paged_attention` with the package flash-attn; its tensors are not checked.
 
-    It is asked for by name, never chosen by itself. Departs from our kernels: pages of 256 tokens
-    or a multiple, fp16 and bf16 only, no sharing among siblings, and prefill and decode differ in
-    their bits. Decode takes one split, so that a row's bits do not depend on its company.
+    impl "auto" never picks it. Departs from our kernels: the page size is a multiple of 256, dtypes
+    are fp16 and bf16 only, siblings do not share reads, and prefill and decode are not bitwise
+    equal. Decode uses a single split, so that it is batch-invariant. Nothing is read back from the
+    device.
 
     Raises:
         ValueError: pages or a dtype that flash-attn cannot do.
-        RuntimeError: it is not installed.
+        RuntimeError: flash-attn is not installed.
     """
     where = "paged_attention"
     size = k_cache_PSKE.shape[1]
@@ -261,26 +268,25 @@ def _kernel(
         return torch.ops.socpo.paged_attention(*tensors, scale, cascade)
     if impl == "ref" or len(q_THE) == 0:
         return paged_attention_ref(*tensors, scale=scale)
-    if max_seqlen_q == 1 and groups_BG is None:  # nobody shares
+    # The decode kernel needs a table of groups, even if no sequences share pages.
+    if max_seqlen_q == 1 and groups_BG is None:
         groups_BG = torch.from_numpy(alone(len(seq_lens_B))).to(q_THE.device)
-    longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale}
+    launch_options = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale}
     if impl == "flash":
-        return paged_attention_flash(*tensors, **longest)  # type: ignore[arg-type]
+        return paged_attention_flash(*tensors, **launch_options)  # type: ignore[arg-type]
     return kernels_of("paged_attention", impl).paged_attention_triton(
         *tensors,
         groups_BG=groups_BG,
-        **longest,
+        **launch_options,
     )
 
 
-# max_seqlen_*: the longest query and context, or more. groups: of prefix_groups, for decode on a
-# GPU.
+# max_seqlen_*: upper bounds of the query tokens and of the tokens of a sequence, known on the host.
+# groups: from prefix_groups, for decode on a GPU.
 paged_attention_op = define_op(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
-    "seq_lens, "
-    "Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? groups, float scale, "
-    "bool cascade, "
-    "str impl) -> Tensor",
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+    "Tensor seq_lens, Tensor cu_seqlens_q, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "Tensor? groups, float scale, bool cascade, str impl) -> Tensor",
     _kernel,
     fake=lambda q, *_: q.new_empty(q.shape),
 )

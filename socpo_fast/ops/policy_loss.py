@@ -1,9 +1,13 @@
-"""The clipped policy loss from log-probs that exist already: policy_loss_ref is the formula,
-policy_loss the op.
+"""Computes the clipped policy loss from log-probs.
 
-Departures from the textbook: the normaliser is in the weights and belongs to the update, so
-splitting an update into microbatches changes nothing; a row of weight 0 is never touched, whatever
-it holds; where the ratio lies exactly on a bound, the gradient passes.
+Read policy_loss_ref, the formula in plain torch, then policy_loss, which checks and calls it.
+
+Departures from the textbook:
+
+- The loss is a weighted sum. The weights hold the normaliser, which belongs to the whole update, so
+  splitting an update into microbatches changes nothing.
+- A row of weight 0 adds nothing to loss and gradient, even if its log-probs are NaN.
+- Where the ratio lies exactly on a clip bound, the gradient passes.
 """
 
 import math
@@ -19,18 +23,18 @@ from socpo_fast.ops._head import keep_wanted
 KLEstimator = Literal["k1", "k2", "k3"]
 
 KL_ESTIMATORS: tuple[str, ...] = get_args(KLEstimator)
-_MAX_LOG_RATIO = 20.0
+_MAX_LOG_RATIO = 20.0  # nats; keeps exp() finite where two log-probs of a token are far apart
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossOptions:
-    """The numbers of the clipped policy loss; see policy_loss for what they do.
+    """The settings of the clipped policy loss; the formula is in policy_loss.
 
     Args:
         clip_low:     in [0, 1]; ratios below 1 - clip_low are clipped.
         clip_high:    finite and >= 0; ratios above 1 + clip_high are clipped.
         dual_clip:    finite and > 1, cap on the loss at negative advantage; None turns it off.
-        entropy_coef: finite; bonus a nat.
+        entropy_coef: finite; bonus per nat of entropy.
         kl_coef:      finite and >= 0; needs the log-probs of a reference when it is not 0.
         kl_estimator: "k1", "k2" or "k3".
 
@@ -62,11 +66,11 @@ class PolicyLossOptions:
 
     @property
     def needs_advantage(self) -> bool:
-        """Whether a row of advantage 0 has no loss, since nothing else has a gradient."""
+        """Whether only the advantage gives a row a gradient: no entropy bonus, no KL."""
         return self.entropy_coef == 0 and self.kl_coef == 0
 
     def flat(self) -> tuple[float, float, float, float, float, int]:
-        """As row passes take them: a dual clip of inf is off, KL estimators are numbers from 1."""
+        """Returns the settings as kernels take them: dual_clip inf is off, k1 to k3 are 1 to 3."""
         dual_clip = math.inf if self.dual_clip is None else self.dual_clip
         kl_estimator = KL_ESTIMATORS.index(self.kl_estimator) + 1
         return (
@@ -83,15 +87,13 @@ DEFAULT_OPTIONS = PolicyLossOptions()
 
 
 class PolicyLoss(NamedTuple):
-    """Only `loss` carries a gradient; NaN marks per-token values that were not computed."""
+    """The loss, which alone carries a gradient, and per-token values, NaN where not computed."""
 
     loss: Tensor  # scalar
     logprobs: Tensor  # [N], nats
     entropy: Tensor  # [N], nats
     ratio: Tensor  # [N], exp(logprob - old_logprob)
-    clip_fraction: (
-        Tensor  # scalar, share of the rows of non-zero weight in which a clip replaced the ratio
-    )
+    clip_fraction: Tensor  # scalar, share of clipped rows among the rows of non-zero weight
 
 
 def policy_loss_ref(
@@ -106,28 +108,33 @@ def policy_loss_ref(
     sampler_logprobs_N: Tensor | None = None,
     tis_clip: float | None = None,
 ) -> PolicyLoss:
-    """`policy_loss`, unchecked, one advantage and weight a token; logprobs in fp32 or fp64."""
+    """Computes `policy_loss`, unchecked, with one advantage and one weight a token."""
     has_loss_N = weights_N != 0
     old_logprobs_N = (
         (logprobs_N if old_logprobs_N is None else old_logprobs_N).detach().to(logprobs_N.dtype)
     )
 
     def only_loss_rows(x_N: Tensor) -> Tensor:
-        """Zeros elsewhere, whatever stands there, and no gradient."""
+        """Returns x with zeros, which carry no gradient, in rows without loss."""
         return x_N.where(has_loss_N, 0)
 
     logprobs = only_loss_rows(logprobs_N)
     old = only_loss_rows(old_logprobs_N)
-    a, w = (only_loss_rows(x).to(logprobs.dtype) for x in (advantages_N, weights_N))
+    advantages, weights = (only_loss_rows(x).to(logprobs.dtype) for x in (advantages_N, weights_N))
+    # Truncated importance sampling: the engine and the trainer differ a little in the log-prob of a
+    # token, so the tokens are not quite samples of the old policy.
     if sampler_logprobs_N is not None and tis_clip is not None:
         sampler = only_loss_rows(sampler_logprobs_N.detach()).to(logprobs.dtype)
-        w = w * (old - sampler).exp().clamp(max=tis_clip)
+        weights = weights * (old - sampler).exp().clamp(max=tis_clip)
     ratio = (logprobs - old).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    unclipped = -a * ratio
-    terms = torch.maximum(unclipped, -a * ratio.clamp(1 - options.clip_low, 1 + options.clip_high))
+    unclipped = -advantages * ratio
+    terms = torch.maximum(
+        unclipped, -advantages * ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+    )
+    # At a negative advantage the loss grows with the ratio without bound; the dual clip bounds it.
     if options.dual_clip is not None:
-        is_beyond = (a < 0) & (terms > -a * options.dual_clip)
-        terms = torch.where(is_beyond, -a * options.dual_clip, terms)
+        is_beyond = (advantages < 0) & (terms > -advantages * options.dual_clip)
+        terms = torch.where(is_beyond, -advantages * options.dual_clip, terms)
     num_clipped = (terms.detach() != unclipped.detach()).sum()
     if entropy_N is not None and options.entropy_coef != 0:
         terms = terms - options.entropy_coef * only_loss_rows(entropy_N)
@@ -136,8 +143,8 @@ def policy_loss_ref(
         terms = terms + options.kl_coef * _kl(logprobs, ref_logprobs, options.kl_estimator)
     log_ratio_N = (logprobs_N.detach() - old_logprobs_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return PolicyLoss(
-        # zeros in between would change the order of the sum
-        loss=keep_wanted(has_loss_N, w * terms)[0].sum(),
+        # Rows without loss are removed first: as zeros they would change the order of the sum.
+        loss=keep_wanted(has_loss_N, weights * terms)[0].sum(),
         logprobs=logprobs_N.detach(),
         entropy=torch.full_like(logprobs_N, torch.nan) if entropy_N is None else entropy_N.detach(),
         ratio=log_ratio_N.exp(),
@@ -159,35 +166,37 @@ def policy_loss(
     tis_clip: float | None = None,
     options: PolicyLossOptions = DEFAULT_OPTIONS,
 ) -> PolicyLoss:
-    """PPO's clipped loss with dual clip, optional entropy bonus and KL to a reference, as one
-    weighted sum over tokens.
+    """Computes PPO's clipped loss with dual clip, entropy bonus and KL, a weighted sum over tokens.
 
         ratio = exp(clamp(logprob - old_logprob, -20, 20))
-        l     = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high));   where A < 0: l =
-        min(l, -A dual_clip) loss  = sum of w (l - entropy_coef entropy + kl_coef KL)
-        over rows of weight w != 0
+        l     = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
+        l     = min(l, -A dual_clip)                      where A < 0
+        loss  = sum of w (l - entropy_coef entropy + kl_coef KL) over rows of weight w != 0
 
-        d = clamp(ref_logprob - logprob, -20, 20);   KL: k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - 1 -
-        d with tis_clip: w times min(exp(old_logprob - sampler_logprob), tis_clip), without a
-        gradient
+        d     = clamp(ref_logprob - logprob, -20, 20)
+        KL    = -d (k1),  d^2 / 2 (k2)  or  exp(d) - 1 - d (k3)
+
+    With tis_clip, w is multiplied by min(exp(old_logprob - sampler_logprob), tis_clip), which
+    carries no gradient.
 
     Args:
         logprobs_N:         [N] fp32 or fp64, nats. The only argument with a gradient besides
                             entropy_N.
         old_logprobs_N:     [N] fp32 or fp64, nats, of the policy before the batch's first update.
                             None: logprobs_N without its gradient, so that every ratio is 1.
-        advantages:         [N] fp32 or fp64, finite; or [A], one an attempt, when
-                            attempt_of_token_N is given.
-        attempt_of_token_N: [N] int64, each in [0, A).
+        advantages:         [N] fp32 or fp64, finite; or, with attempt_of_token_N, [A], one per
+                            attempt.
+        attempt_of_token_N: [N] int64, each in [0, A): the attempt of a token.
         weights_N:          [N] fp32 or fp64, finite, >= 0: normaliser, importance weights and mask
-                            in one. 0 leaves the row out, whatever stands in it.
-        num_loss_tokens:    > 0, the update's, not a microbatch's; instead of weights_N: each weight
-                            is 1 / that.
+                            in one. A row of weight 0 is left out; its log-probs may be NaN.
+        num_loss_tokens:    > 0, of the whole update, not of a microbatch. Instead of weights_N:
+                            every weight is 1 / num_loss_tokens.
         entropy_N:          [N] fp32 or fp64, nats; needed, with a gradient, when entropy_coef is
                             not 0.
         ref_logprobs_N:     [N] fp32 or fp64, nats, of a frozen reference; needed when kl_coef is
                             not 0.
-        sampler_logprobs_N: [N] fp32 or fp64, nats, of what sampled; needed with tis_clip.
+        sampler_logprobs_N: [N] fp32 or fp64, nats, of the engine that sampled the tokens; needed
+                            with tis_clip.
         tis_clip:           > 0, bound of the truncated importance weight; None: no such weight.
         options:            clips, entropy bonus and KL.
 
@@ -198,13 +207,14 @@ def policy_loss(
         ValueError: an argument breaks the rules above, or not exactly one of weights_N and
                     num_loss_tokens is given.
 
-    Gradient: logprobs, entropy; zero where a clip holds. Bitwise: same inputs, same bits.
+    Gradient: logprobs, entropy; zero for clipped rows. Bitwise: same inputs, same bits.
     Source: Schulman et al. 2017, arXiv:1707.06347; Ye et al. 2020, arXiv:1912.09729 (dual clip);
     http://joschu.net/blog/kl-approx.html (k1, k2, k3).
     """
     check = TensorChecker("policy_loss")
     check("logprobs_N", logprobs_N, WIDE_FLOATS)
     check.optional(WIDE_FLOATS, entropy_N=entropy_N)
+    # A detached entropy would silently turn the bonus into a constant.
     if options.entropy_coef != 0:
         detached = entropy_N is None or (logprobs_N.requires_grad and not entropy_N.requires_grad)
         rule = (
@@ -251,10 +261,10 @@ def check_loss_inputs(
     tis_clip: float | None,
     options: PolicyLossOptions,
 ) -> tuple[Tensor, Tensor]:
-    """The rules of policy_loss' docstring; `check` knows N and the device already.
+    """Checks the rules of policy_loss' docstring; `check` must know N and the device already.
 
-    Returns: [N] advantages and [N] weights, without a gradient. Weights made here are like the old
-    log-probs, or like `like` where there are none.
+    Returns [N] advantages and [N] weights, without a gradient. Weights made from num_loss_tokens
+    have dtype and device of old_logprobs_N, or of `like` if that is None.
     """
     if options.kl_coef != 0:
         check_rule(
@@ -308,7 +318,7 @@ def check_loss_inputs(
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token estimate of KL(policy || reference), nats."""
+    """Returns a per-token estimate of KL(policy || reference), nats."""
     d = (ref_logprobs - logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     if estimator == "k1":
         return -d

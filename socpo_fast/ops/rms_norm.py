@@ -1,7 +1,10 @@
-"""RMSNorm with the residual connection's addition in the same pass, forward and backward.
+"""Computes RMSNorm together with the residual addition before it, forward and backward.
 
-Departs from the textbook: a layer hands on (sum, norm of the sum), so the stream of residuals is
-read and written once a norm instead of three times.
+Departs from the textbook: the op returns the norm and the sum, so the residual stream is read and
+written once a norm instead of three times.
+
+    residual --(+)--------------------------> sum      the residual of the next norm
+    x --------'  '---> rms_norm -----------> y        the input of the next sublayer
 """
 
 from typing import Any
@@ -20,6 +23,7 @@ Norm = Tensor | Pair
 def rms_norm_ref(
     x_TD: Tensor, weight_D: Tensor, *, eps: float, residual_TD: Tensor | None = None
 ) -> Norm:
+    """Computes `rms_norm`, unchecked."""
     sum_TD = x_TD if residual_TD is None else x_TD + residual_TD
     wide = sum_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     y_TD = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D).to(
@@ -36,14 +40,15 @@ def rms_norm(
     residual_TD: Tensor | None = None,
     impl: str = "auto",
 ) -> Norm:
-    """Root mean square norm of x, or of x + residual.
+    """Computes the root mean square norm of x, or of x + residual.
 
-        sum = x + residual          y[t] = weight * sum[t] / sqrt(mean over d of sum[t, d]^2 + eps)
+        sum  = x + residual
+        y[t] = weight * sum[t] / sqrt(mean over d of sum[t, d]^2 + eps)
 
     Args:
         x_TD:        [T, D] floating point (cpp: fp32; triton: not fp64).
         weight_D:    [D], x's dtype, or bf16 with fp32 x.
-        eps:         > 0; the model's, no default.
+        eps:         > 0, from the model's config; no default, since a wrong one goes unnoticed.
         residual_TD: like x_TD, or None.
         impl:        "auto", "ref", "cpp" or "triton".
 
@@ -53,16 +58,15 @@ def rms_norm(
     Raises:
         ValueError: a shape, dtype or eps breaks the rules above.
 
-    Gradient: x, weight, residual, without a graph of its own; the weight's summed in a fixed order,
-    in fp32.
-    Memory: sum is kept for the backward, y is not. Bitwise: a row's bits depend on that row only;
-    gradients do not depend on the number of threads.
+    Gradient: x, weight, residual; no second derivative. The gradient of weight is summed in fp32 in
+    a fixed order.
+    Memory: sum is kept for the backward, y is not. Bitwise: batch-invariant; gradients are
+    thread-invariant.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     weight_D = whole("rms_norm", "weight_D", weight_D)
-    if (
-        is_autocasting(x_TD) and x_TD.dtype != torch.float64
-    ):  # like torch's own norms, in the widest dtype there is
+    # Under autocast torch computes its own norms in fp32, and so does this one.
+    if is_autocasting(x_TD) and x_TD.dtype != torch.float64:
         x_TD = x_TD.to(torch.float32)
         weight_D = weight_D.to(torch.float32)
         residual_TD = None if residual_TD is None else residual_TD.to(torch.float32)
@@ -85,6 +89,7 @@ def rms_norm(
 
 def _save(ctx: Any, inputs: tuple, outputs: Pair) -> None:
     x, weight_D, residual, ctx.eps, ctx.impl = inputs
+    # Without a residual the sum is x itself, and the op's second output is empty.
     ctx.has_residual = residual is not None
     ctx.save_for_backward(outputs[1] if ctx.has_residual else x, weight_D)
     if not ctx.has_residual:
@@ -92,8 +97,9 @@ def _save(ctx: Any, inputs: tuple, outputs: Pair) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-    """With r = 1 / rms and g = grad * weight: dsum = r (g - sum r^2 mean(g sum)), dweight = sum of
-    grad sum r.
+    """Computes dsum = r (g - sum r^2 mean(g sum)) and dweight, the sum over rows of grad sum r.
+
+    r = 1 / rms of a row, g = grad * weight. dsum is the gradient of both x and the residual.
     """
     sum_, weight_D = ctx.saved_tensors
     grad, grad_weight_D = _rms_norm_backward(
@@ -102,10 +108,10 @@ def _backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor) -> tuple[Tensor | None
     return grad, grad_weight_D, grad if ctx.has_residual else None, None, None
 
 
-# sum is empty without a residual: an output must not be an input.
+# sum is empty without a residual, since an output of a registered op must not be an input.
 _rms_norm = define_op(
-    "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps, str impl) -> (Tensor y, "
-    "Tensor sum)",
+    "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps, str impl) "
+    "-> (Tensor y, Tensor sum)",
     lambda x, weight, residual, eps, impl: kernels_of("rms_norm", impl).rms_norm(
         x, weight, eps, residual
     ),
@@ -115,12 +121,11 @@ _rms_norm = define_op(
     ),
     derivative=(_save, _backward),
 )
-# grad_sum: what reaches x by other ways, added. grad_weight is fp32; autograd makes it what the
-# weight's .grad is.
+# grad_sum: the gradient that reaches the sum from the layers after it; it is added to grad_x.
+# grad_weight is fp32; autograd casts it to the weight's dtype.
 _rms_norm_backward = define_op(
-    "rms_norm_backward(Tensor x, Tensor weight, Tensor grad_y, Tensor? grad_sum, float eps, str "
-    "impl) "
-    "-> (Tensor grad_x, Tensor grad_weight)",
+    "rms_norm_backward(Tensor x, Tensor weight, Tensor grad_y, Tensor? grad_sum, float eps, "
+    "str impl) -> (Tensor grad_x, Tensor grad_weight)",
     lambda x, weight, grad_y, grad_sum, eps, impl: kernels_of("rms_norm", impl).rms_norm_backward(
         x, weight, eps, grad_y, grad_sum
     ),

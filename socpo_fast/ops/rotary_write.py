@@ -1,4 +1,8 @@
-"""rotary_qkv with the keys and values written to their pages in the same pass, for the engine."""
+"""Rotates q and k as rotary_qkv does, and writes keys and values to their pages in the same pass.
+
+For the engine: k and v of a new token go straight from the GEMM's output into the KV cache, and
+only q is returned. Read rotary.py first.
+"""
 
 import torch
 from torch import Tensor
@@ -21,12 +25,14 @@ def rotary_write_ref(
     k_weight_E: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
+    """Computes `rotary_write`, unchecked."""
     rope = (cos_TE, sin_TE, q_weight_E, k_weight_E)
     kv_heads = k_cache_PSKE.shape[2]
     q_THE, k_TKE = rotary_qkv_ref(qkv_THE, *rope, num_kv_heads=kv_heads, eps=eps)
-    kept_T = slots_T >= 0
+    # A negative slot marks a row without a token: a decode graph may have more rows than sequences.
+    is_written_T = slots_T >= 0
     for cache, new_TKE in ((k_cache_PSKE, k_TKE), (v_cache_PSKE, qkv_THE[:, -kv_heads:])):
-        cache.flatten(0, 1)[slots_T[kept_T]] = new_TKE[kept_T].to(cache.dtype)
+        cache.flatten(0, 1)[slots_T[is_written_T]] = new_TKE[is_written_T].to(cache.dtype)
     return q_THE
 
 
@@ -43,8 +49,7 @@ def rotary_write(
     eps: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Norms and rotates queries and keys as rotary_qkv does, and writes keys and values into their
-    pages.
+    """Norms and rotates q and k as rotary_qkv does, and writes k and v into their pages.
 
     Args:
         qkv_THE:      [T, H + 2 K, E] floating point (cpp: fp32; triton: not fp64): queries, keys,
@@ -52,9 +57,9 @@ def rotary_write(
         cos_TE:       [T, E] fp32 or qkv's dtype; sin_TE likewise.
         k_cache_PSKE: [P, S, K, E] qkv's dtype or bf16, contiguous. Written in place; v_cache_PSKE
                       likewise.
-        slots_T:      [T] int64, page * S + place in the page, each at most once; negative: the
+        slots_T:      [T] int64, page * S + index in the page, each at most once; negative: the
                       token is not written.
-        q_weight_E, k_weight_E, eps: of the norms, as in rotary_qkv; None: no norms.
+        q_weight_E, k_weight_E, eps: those of the norms, as in rotary_qkv; None: no norms.
         impl:         "auto", "ref", "cpp" or "triton".
 
     Returns:
@@ -63,8 +68,8 @@ def rotary_write(
     Raises:
         ValueError: a shape, dtype, stride, eps or slot breaks the rules above.
 
-    Gradient: none, it serves the engine. Bitwise (cpp): the bits of `rotary_qkv`, rounded to
-    nearest even for bf16 pages.
+    Gradient: none, it serves the engine. Bitwise (cpp): equal to `rotary_qkv`, rounded to nearest
+    even for bf16 pages.
     """
     check = check_rotary("rotary_write", "qkv_TXE", qkv_THE, cos_TE, sin_TE)
     for name, cache in (("k_cache_PSKE", k_cache_PSKE), ("v_cache_PSKE", v_cache_PSKE)):
@@ -124,15 +129,16 @@ def _kernel(
         return rotary_write_ref(
             qkv, cos, sin, *pages, q_weight_E=q_weight, k_weight_E=k_weight, eps=eps
         )
+    # The C++ rotates and writes, but does not norm. rms_norm is a pass before it, whose results are
+    # put together again to one qkv.
     if q_weight is not None:
         qkv = torch.cat(normed_qkv(qkv, q_weight, k_weight, eps, k_cache.shape[2], impl), dim=1)
     return kernels_of("rotary", impl).rotary_write(qkv, cos, sin, *pages)
 
 
 rotary_write_op = define_op(
-    "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float? "
-    "eps, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, str impl) -> Tensor",
+    "rotary_write(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
+    "float? eps, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, str impl) -> Tensor",
     _kernel,
-    fake=lambda qkv, *others: qkv.new_empty(split_qkv(qkv, others[5].shape[2])[0].shape),
+    fake=lambda qkv, *args: qkv.new_empty(split_qkv(qkv, args[5].shape[2])[0].shape),  # k_cache
 )

@@ -1,9 +1,11 @@
-"""Sampling with noise from a counter: what a row draws depends on its logits and its key, never on
-its neighbours.
+"""Samples tokens with counter-based noise: a draw depends on its logits and its key only.
 
-Read sample_ref for the mathematics, then noise_bits and row_keys. Departs from the textbook: no
-random generator and no state. Gumbel noise is a hash of (row key, token id), so a rollout replays
-bit for bit alone, in another batch, after preemption, and after a resumed run.
+Read sample_ref for the mathematics, then noise_bits and row_keys. Departs from the textbook: there
+is no random generator and no state. Gumbel noise is a hash of (row key, token id), so a rollout
+replays bitwise by itself, in another batch, after preemption, and in a resumed run.
+
+    (seed, batch, question, rollout, attempt, position)  --row_keys-->  64-bit key of one token
+    (key, token id)  --noise_bits-->  32 bits  -->  uniform v  -->  Gumbel noise, added to a logit
 """
 
 import torch
@@ -24,10 +26,13 @@ def sample_ref(
     top_p_B: Tensor,
     min_p_B: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `sample`, unchecked."""
     greedy_B1 = (temperature_B == 0)[:, None]
     z_BV = logits_BV.float() * torch.where(greedy_B1, 1.0, 1.0 / temperature_B[:, None])
     logprobs_BV = z_BV.double().log_softmax(-1)
     keep_BV = kept_tokens(logprobs_BV.exp(), top_k_B, top_p_B, min_p_B)
+    # + 0.5 keeps v above 0. Large values round to 1 in fp32, so it is clamped below 1, to the
+    # largest fp32 number there. Both ends would give infinite noise.
     v_BV = ((noise_bits(row_keys_B, logits_BV.shape[1]).float() + 0.5) * 2.0**-32).clamp(
         max=1 - 2.0**-24
     )
@@ -48,22 +53,24 @@ def sample(
     min_p_B: Tensor,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row, drawn from softmax(logits / temperature) restricted by top-k, top-p and
-    min-p.
+    """Draws one token a row from softmax(logits / temperature) after top-k, top-p and min-p.
 
-        z = logits / temperature    token = argmax over kept i of z[i] - log(E[i])    logprob =
-        z[token] - logsumexp(z) E[i] = -log1p(-v), exponential     v = (32 bits hashed from row key
-        and i, + 0.5) / 2^32, below 1
+        z       = logits / temperature
+        token   = argmax over kept i of z[i] - log(E[i])
+        logprob = z[token] - logsumexp(z)
+        E[i]    = -log1p(-v[i])                                       exponential noise
+        v[i]    = (32 bits hashed from row key and i, + 0.5) / 2^32, clamped below 1
 
-    Kept tokens: the top_k most likely (ties: the lower id), of those the fewest most likely whose
-    share reaches top_p, of those the ones at least min_p times as likely as the likeliest.
+    Kept tokens: the top_k most likely ones (of equal ones the lower id); of those the smallest set
+    of most likely ones whose share reaches top_p; of those the ones that are at least min_p times
+    as likely as the most likely token.
 
     Args:
         logits_BV:     [B, V] floating point, V < 2^31. Read as fp32.
-        row_keys_B:    [B] int64, a token to be drawn each, from `row_keys`. Equal keys share their
-                       noise.
-        temperature_B: [B] fp32, >= 0. 0 is greedy: the first of the largest logits; z is then the
-                       logits themselves.
+        row_keys_B:    [B] int64, one for each token to be drawn, from `row_keys`. Equal keys have
+                       equal noise.
+        temperature_B: [B] fp32, >= 0. 0 is greedy: takes the first of the largest logits; z is then
+                       the logits themselves.
         top_k_B:       [B] int64, >= 0; 0 is off.
         top_p_B:       [B] fp32, in (0, 1]; 1 is off.
         min_p_B:       [B] fp32, in [0, 1); 0 is off.
@@ -71,14 +78,14 @@ def sample(
 
     Returns:
         token_ids_B [B] int64;  logprobs_B [B] fp32, nats, under the temperature only, over the
-        whole vocabulary; kept_mass_B [B] fp32, probability of the kept tokens, 1 when all filters
-        are off. A row with NaN, +inf or no finite logit has log-prob NaN and some token.
+        whole vocabulary; kept_mass_B [B] fp32, probability of the kept tokens, 1 if all filters
+        are off. A row with NaN, +inf or no finite logit has log-prob NaN and an arbitrary token.
 
     Raises:
         ValueError: a shape, dtype or parameter breaks the rules above.
 
-    Bitwise: same inputs, same bits, whatever the other rows and the number of threads.
-    Implementations agree on the token unless the two best scores are within rounding of each other.
+    Bitwise: same inputs, same bits; batch-invariant and thread-invariant. Implementations agree on
+    the token unless the two best scores are within rounding of each other.
     Source: Gumbel-max (Gumbel 1954); counter-based noise as in Salmon et al. 2011.
     """
     check = TensorChecker("sample")
@@ -112,8 +119,7 @@ def _kernel(
 
 _sample = define_op(
     "sample(Tensor logits, Tensor row_keys, Tensor temperature, Tensor top_k, Tensor top_p, "
-    "Tensor min_p, "
-    "str impl) -> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)",
+    "Tensor min_p, str impl) -> (Tensor token_ids, Tensor logprobs, Tensor kept_mass)",
     _kernel,
     fake=lambda _logits, row_keys, temperature, *_: (
         row_keys.new_empty(row_keys.shape),
@@ -124,12 +130,15 @@ _sample = define_op(
 
 
 def kept_tokens(probs_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor) -> Tensor:
-    """[B, V] bool: what top-k, then top-p on the rest's share, then min-p leave."""
+    """Returns [B, V] bool: the tokens that pass top-k, then top-p, then min-p."""
+    # Sorting the vocabulary is slow, so it is skipped if all filters are off.
     if bool((top_k_B == 0).all() & (top_p_B == 1).all() & (min_p_B == 0).all()):
         return torch.ones_like(probs_BV, dtype=torch.bool)
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(probs_BV.shape[1], device=probs_BV.device)
     keep_BV = (top_k_B[:, None] == 0) | (rank_V < top_k_B[:, None])
+    # top-p counts the share of what top-k kept. A token is kept if the mass before it is below
+    # top_p: the token that reaches top_p is in.
     mass_BV = (sorted_BV * keep_BV).cumsum(-1)
     keep_BV &= (top_p_B[:, None] == 1) | (mass_BV - sorted_BV < top_p_B[:, None] * mass_BV[:, -1:])
     keep_BV &= sorted_BV >= min_p_B[:, None] * sorted_BV[:, :1]
@@ -137,8 +146,10 @@ def kept_tokens(probs_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Ten
 
 
 def noise_bits(row_keys_B: Tensor, vocab_size: int) -> Tensor:
-    """[B, V] int64 in [0, 2^32), distinct within a row: a 32-bit mixer twice, once for each half of
-    the key.
+    """Returns [B, V] int64 in [0, 2^32), distinct within a row.
+
+    The 32-bit mixer runs twice, once for each half of the key. It is a bijection, and so is the
+    multiplication by an odd number; that is why no two tokens of a row have equal noise.
     """
     token_ids_V = torch.arange(vocab_size, device=row_keys_B.device)
     low_B1 = (row_keys_B & _MASK_32)[:, None]
@@ -147,10 +158,10 @@ def noise_bits(row_keys_B: Tensor, vocab_size: int) -> Tensor:
 
 
 def row_key(*fields: int) -> int:
-    """The noise key of (seed, batch, question, rollout, attempt, position); of fewer fields the
-    state before the rest.
+    """Returns the noise key of (seed, batch, question, rollout, attempt, position).
 
-    `row_keys` of a single row, without tensors: `next_keys` adds one more field to many states.
+    Does the same as `row_keys` for a single row, without tensors. For fewer fields it returns the
+    running state, to which `next_keys` adds one more field, for many rows at once.
     """
     state = 0
     for field in fields:
@@ -162,10 +173,10 @@ def row_key(*fields: int) -> int:
 
 
 def row_keys(fields: Tensor) -> Tensor:
-    """[B] int64 keys of int64 [B, 6] rows (seed, batch, question, rollout, attempt, position).
+    """Returns [B] int64 keys of [B, 6] (seed, batch, question, rollout, attempt, position).
 
-    Each field is added to a running state that SplitMix64's finaliser scrambles (Steele et al.
-    2014).
+    Each field is added to a running state, which SplitMix64's finaliser then scrambles (Steele et
+    al. 2014).
     """
     state_B = torch.zeros_like(fields[:, 0])
     for field_B in fields.unbind(1):
@@ -174,26 +185,30 @@ def row_keys(fields: Tensor) -> Tensor:
 
 
 def next_keys(state_B: Tensor, field_B: Tensor) -> Tensor:
-    """[B] int64: the states with one more field in them."""
+    """Adds one more field to each state; [B] int64."""
     return _mix_64(state_B + field_B + _signed(0x9E3779B97F4A7C15))
 
 
 def _mix_32(x: Tensor) -> Tensor:
-    """A bijection of 32 bits held in int64 ("lowbias32", Wellons' hash-prospector)."""
+    """Applies a bijection to 32 bits held in int64 ("lowbias32", Wellons' hash-prospector)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32
     return x ^ (x >> 16)
 
 
 def _mix_64(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser; int64 products wrap, right shifts are made logical by a mask."""
+    """Applies SplitMix64's finaliser.
+
+    It is defined for unsigned numbers: int64 products wrap in the same way, and a mask makes the
+    right shifts logical.
+    """
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def _signed(x: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
+    """Returns the int64 that has the bits of an unsigned 64-bit number."""
     return x - 2**64 if x >= 2**63 else x
 
 
@@ -205,7 +220,7 @@ def check_draws(
     top_p_B: Tensor,
     min_p_B: Tensor,
 ) -> None:
-    """The vocabulary that `check` has met, and the settings of the draws from it."""
+    """Checks the settings of draws; `check` must know V, the vocabulary size, already."""
     check_rule(check.where, "V", check.sizes["V"], 0 < check.sizes["V"] < 2**31, "in [1, 2^31)")
     check.each(INDEX, row_keys_B=row_keys_B, top_k_B=top_k_B)
     check.each((torch.float32,), temperature_B=temperature_B, top_p_B=top_p_B, min_p_B=min_p_B)

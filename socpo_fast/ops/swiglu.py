@@ -1,4 +1,7 @@
-"""The gated activation of an MLP on the two halves of one GEMM's output, forward and backward."""
+"""Computes the gated activation of an MLP (SwiGLU), forward and backward.
+
+One GEMM gives gate and up side by side, J = 2 I columns; the op reads both halves in place.
+"""
 
 from typing import Any
 
@@ -12,6 +15,7 @@ from socpo_fast.ops._register import define_op
 
 
 def swiglu_ref(gate_up_TJ: Tensor) -> Tensor:
+    """Computes `swiglu`, unchecked."""
     gate_TI, up_TI = gate_up_TJ.to(torch.promote_types(gate_up_TJ.dtype, torch.float32)).chunk(
         2, dim=-1
     )
@@ -19,10 +23,10 @@ def swiglu_ref(gate_up_TJ: Tensor) -> Tensor:
 
 
 def swiglu(gate_up_TJ: Tensor, *, impl: str = "auto") -> Tensor:
-    """silu(gate) * up.
+    """Computes silu(gate) * up.
 
-        out[t, i] = gate[t, i] sigmoid(gate[t, i]) up[t, i]     gate = gate_up[:, :J / 2], up =
-        gate_up[:, J / 2:]
+        out[t, i] = gate[t, i] sigmoid(gate[t, i]) up[t, i]
+        gate      = gate_up[:, :J / 2],    up = gate_up[:, J / 2:]
 
     Args:
         gate_up_TJ: [T, J] floating point (cpp: fp32; triton: not fp64), J even.
@@ -34,9 +38,9 @@ def swiglu(gate_up_TJ: Tensor, *, impl: str = "auto") -> Tensor:
     Raises:
         ValueError: J is odd, or a dtype breaks the rules above.
 
-    Gradient: gate_up, without a graph of its own. Memory: the input is kept for the backward.
-    Bitwise (not ref): element by element the same bits, wherever it stands and however many threads
-    work (torch's silu finishes a thread's share with other instructions).
+    Gradient: gate_up; no second derivative. Memory: the input is kept for the backward.
+    Bitwise (not ref): an element's result depends on neither its position nor the number of threads
+    (torch's silu computes the end of each thread's range with other instructions).
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     TensorChecker("swiglu")("gate_up_TJ", gate_up_TJ, FLOATS)
@@ -46,12 +50,13 @@ def swiglu(gate_up_TJ: Tensor, *, impl: str = "auto") -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple, outputs: Tensor) -> None:
+    # Only the input is kept. The backward computes the sigmoid again.
     gate_up_TJ, ctx.impl = inputs
     ctx.save_for_backward(gate_up_TJ)
 
 
 def _backward(ctx: Any, grad_TI: Tensor) -> tuple[Tensor, None]:
-    """With s = sigmoid(gate): dgate = grad up s (1 + gate (1 - s)), dup = grad gate s."""
+    """Computes dgate = grad up s (1 + gate (1 - s)) and dup = grad gate s; s = sigmoid(gate)."""
     return _swiglu_backward(*ctx.saved_tensors, grad_TI, ctx.impl), None
 
 

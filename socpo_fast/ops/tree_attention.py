@@ -1,8 +1,12 @@
-"""Attention of training's packed rows, a tree in depth-first order, forward and backward.
+"""Computes attention of the packed rows of training, a tree in depth-first order.
 
 Read TreeMask -> tree_attention_ref -> tree_attention. Departs from attention over padded sequences:
-what a prompt's branches share is packed once, and one number a row, `visible_until`, says who sees
-whom. Equal to attention over separate sequences within rounding.
+the prefix that several rollouts share is packed once, and one number a row, `visible_until`, says
+which rows see it. The result equals attention over separate sequences within rounding.
+
+    row             0  1  2  3  4  5  6        rows 0, 1: the prompt
+                    p  p  a  a  b  b  b        rows 2, 3: rollout a;  rows 4 to 6: rollout b
+    visible_until   7  7  4  4  7  7  7        row t sees row s if s <= t < visible_until[s]
 """
 
 from collections.abc import Sequence
@@ -18,21 +22,21 @@ from socpo_fast.ops._checks import FLOATS, TensorChecker, autocast, check_rule, 
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
 
-REF_SCORES = 1 << 25  # entries of the mask that the reference makes at a time
+REF_SCORES = 1 << 25  # entries of the mask that the reference has at a time
 INT32 = (torch.int32,)
 
 
 class TreeMask(NamedTuple):
-    """Who sees whom in a tree of packed rows, checked once for all layers of a microbatch.
+    """Which rows see which in a tree, checked once for all layers of a microbatch.
 
-    The last two say which tiles of (queries, keys) the kernels of a GPU skip, and which need a
-    mask, by the extremes of each block of rows; kernels/_tree_plan.py explains it. Make it with
-    `of` only: another visible_until_T needs another plan.
+    The last two fields are a plan for the kernels of a GPU: which tiles of (queries, keys) they
+    skip and which need a mask, from the smallest and largest visible_until of each block of rows;
+    kernels/_tree_plan.py explains it. Use `of` to make one: the plan must fit visible_until_T.
     """
 
     visible_until_T: Tensor  # int32: the first row that no longer sees row s
-    key_blocks_NM: Tensor  # int32: what each block of queries visits
-    query_ranges_P7: Tensor  # int32: what each block of keys is visited by
+    key_blocks_NM: Tensor  # int32: the blocks of keys that each block of queries visits
+    query_ranges_P7: Tensor  # int32: the blocks of queries that visit each block of keys
 
     @classmethod
     def of(cls, visible_until_T: Tensor, *, where: str = "TreeMask.of") -> Self:
@@ -40,7 +44,7 @@ class TreeMask(NamedTuple):
 
         Raises:
             ValueError: a shape, dtype or value breaks the rules above (a value on a GPU: a device
-                        assert; under torch.compile values are not looked at).
+                        assert; under torch.compile values are not checked).
         """
         check = TensorChecker(where)
         check("visible_until_T", visible_until_T, INT32)
@@ -52,18 +56,18 @@ class TreeMask(NamedTuple):
         return cls(visible_until_T, *plan_tree(visible_until_T))
 
     def to(self, device: torch.device) -> Self:
-        """Returns it on a device; the host does not wait."""
+        """Returns the mask on a device; the host does not wait for the copies."""
         return type(self)(*(upload(x, device) for x in self))
 
 
 def visible_until_of_sequences(lengths: Sequence[int]) -> Tensor:
-    """Returns visible_until_T of sequences side by side, none of which sees another."""
-    lengths_B = torch.tensor(lengths, dtype=torch.int64)
-    return lengths_B.cumsum(0).repeat_interleave(lengths_B).int()
+    """Returns visible_until_T of sequences side by side that do not see each other."""
+    seq_lens_B = torch.tensor(lengths, dtype=torch.int64)
+    return seq_lens_B.cumsum(0).repeat_interleave(seq_lens_B).int()
 
 
 def num_pairs(visible_until_T: Tensor) -> int:
-    """Pairs of a query row and a key row that it sees: a head's scores.
+    """Returns the number of pairs of a query row and a key row that it sees, of one head.
 
     A pair costs 4 E FLOPs in the forward and 10 E in the backward.
     """
@@ -79,21 +83,23 @@ def tree_attention_ref(
     *,
     scale: float,
 ) -> Tensor:
-    """`tree_attention`, unchecked: torch's masked attention, some rows of queries at a time."""
+    """Computes `tree_attention`, unchecked, with torch's masked attention, by blocks of queries."""
     group = q_THE.shape[1] // k_TKE.shape[1]
-    # Every query head gets keys of its own: torch's kernels that take a mask know no shared ones.
+    # Keys and values are repeated for each query head, since those of torch's kernels that take a
+    # mask do not support grouped heads.
     k_HTE, v_HTE = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k_TKE, v_TKE))
     rows_T = torch.arange(q_THE.shape[0], device=q_THE.device)
     num_rows = max(1, REF_SCORES // max(1, q_THE.shape[0]))
     outputs = []
     for begin in range(0, max(1, q_THE.shape[0]), num_rows):
         end = min(begin + num_rows, q_THE.shape[0])
+        # Rows after `end` are in the future of all queries of the block.
         queries = rows_T[begin:end, None]
         is_seen = (rows_T[:end] <= queries) & (queries < visible_until_T[:end])
         q_HTE = q_THE[begin:end].transpose(0, 1)
         keys_and_values = k_HTE[None, :, :end], v_HTE[None, :, :end]
-        o = F.scaled_dot_product_attention(q_HTE[None], *keys_and_values, is_seen, scale=scale)
-        outputs.append(o[0].transpose(0, 1))
+        o_1HTE = F.scaled_dot_product_attention(q_HTE[None], *keys_and_values, is_seen, scale=scale)
+        outputs.append(o_1HTE[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -113,26 +119,26 @@ def tree_attention(
 
     Args:
         q_THE: [T, H, E] fp32, fp64, bf16 or fp16 (cpp: fp32); H a multiple of K.
-        k_TKE: [T, K, E], same dtype. Query head h reads key and value head h // (H / K).
+        k_TKE: [T, K, E], same dtype. Query head h attends to key and value head h // (H / K).
         v_TKE: [T, K, E], same dtype.
         tree:  visible_until_T, [T] int32 with s < visible_until[s] <= T; or TreeMask.of(it), which
-               many layers share. Rows of a tree stand in depth-first order.
+               many layers can share. Rows of a tree are in depth-first order.
         scale: > 1e-37 and < 1e37, usually E ** -0.5.
-        impl:  "auto", "ref", "cpp", or "triton" for E 32, 64 or 128; at any other E "auto" is "ref"
-               on a GPU.
+        impl:  "auto", "ref", "cpp", or "triton" for E 32, 64 or 128; for any other E "auto" is
+               "ref" on a GPU.
 
     Returns:
         o_THE [T, H, E], dtype of q.
 
     Raises:
         ValueError: a shape, dtype, device, the tree or the scale breaks the rules above (values of
-                    a tree on a GPU: a device assert; under torch.compile they are not looked at).
+                    a tree on a GPU: a device assert; under torch.compile they are not checked).
 
-    Gradient: q, k, v. Memory: q, k, v, o and one number a row and head are kept for the backward;
-    cpp: a thread holds the scores of one block of rows; triton: the backward holds two numbers more
-    a row and head, and partial sums of dK and dV, for 8192 rows at most. Bitwise: same inputs, same
-    bits; cpp: for any number of threads. A number that is not finite may reach rows that do not see
-    its row; in cpp it does not.
+    Gradient: q, k, v. Memory: q, k, v, o and one number per row and head are kept for the backward.
+    cpp: a thread holds the scores of one block of rows. triton: the backward holds two more numbers
+    per row and head, and partial sums of dK and dV, for 8192 rows at most. Bitwise: same inputs,
+    same bits; cpp: thread-invariant. NaN or infinity in a row may reach rows that do not see it,
+    except in cpp.
     """
     q_THE, k_TKE, v_TKE = autocast(q_THE, k_TKE, v_TKE)
     check = TensorChecker("tree_attention")
@@ -147,7 +153,7 @@ def tree_attention(
         f"a multiple of K={kv_heads}",
     )
     check_rule(check.where, "E", head_dim, head_dim > 0, ">= 1")
-    # What is 0 or infinite in fp32 would make every score nan.
+    # A scale that is 0 or infinite in fp32 would make every score NaN.
     check_rule(check.where, "scale", scale, 1e-37 < scale < 1e37, "> 1e-37 and < 1e37")
     visible_until_T = tree.visible_until_T if isinstance(tree, TreeMask) else tree
     check("visible_until_T", visible_until_T, INT32)
@@ -160,7 +166,7 @@ def tree_attention(
 
 
 def pick_tree_impl(impl: str, q_THE: Tensor) -> str:
-    """pick_impl's answer; "auto" is "ref" where the kernels do not know the width of the heads."""
+    """Returns pick_impl's choice, but "ref" for "auto" if triton does not support the head dim."""
     picked = pick_impl("tree_attention", impl, q_THE)
     head_dim = q_THE.shape[-1]
     if picked == "triton" and head_dim not in HEAD_DIMS:
@@ -185,13 +191,17 @@ def _kernel(
 
 
 def _save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+    # With logsumexp the backward computes probabilities again instead of keeping [T, T] of them.
     *tensors, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *outputs)
     ctx.mark_non_differentiable(outputs[1])
 
 
 def _backward(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """With p = exp(score - logsumexp) and d = grad . o, a score's gradient is p (grad . v - d)."""
+    """Computes dq, dk and dv; the gradient of a score is p (grad . v - grad . o).
+
+    p = exp(score - logsumexp) is its probability.
+    """
     grads = tree_attention_backward_op(grad_o, *ctx.saved_tensors, ctx.scale, ctx.impl)
     return *grads, *[None] * 5
 
@@ -221,19 +231,17 @@ def _backward_kernel(
     )
 
 
-# logsumexp [T, H] is of each row's scores: what the backward needs of the softmax.
+# logsumexp [T, H], over the scores of a row, is all that the backward needs of the softmax.
 tree_attention_op = define_op(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor key_blocks, "
-    "Tensor query_ranges, float scale, str impl) "
-    "-> (Tensor o, Tensor logsumexp)",
+    "Tensor query_ranges, float scale, str impl) -> (Tensor o, Tensor logsumexp)",
     _kernel,
     fake=lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
     derivative=(_save, _backward),
 )
 tree_attention_backward_op = define_op(
     "tree_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor visible_until, "
-    "Tensor key_blocks, Tensor query_ranges, Tensor o, "
-    "Tensor logsumexp, float scale, str impl) "
+    "Tensor key_blocks, Tensor query_ranges, Tensor o, Tensor logsumexp, float scale, str impl) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _backward_kernel,
     fake=lambda _, *qkv: tuple(x.new_empty(x.shape) for x in qkv[:3]),

@@ -1,1 +1,1 @@
-"""A run's folder and what is written there; a run for people, while it goes and as one page."""
+"""Writes and reads a run's folder, and shows a run to people: live progress and one HTML page."""

@@ -1,5 +1,8 @@
-"""Accuracy for people: of one evaluation as a table, rows for the page and text for `socpo eval`;
-of many as a row of blocks."""
+"""Formats accuracy for people.
+
+accuracy_rows gives one evaluation as rows for the HTML page, accuracy_text prints the same rows for
+`socpo eval`, and sparkline draws many evaluations as a row of block characters.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,8 +12,9 @@ _NAMES = {"unassisted": "unassisted (avg@k)", "assisted": "assisted, with the te
 
 
 def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{"what", "share", "low", "high"} of every share that has an interval; all questions first,
-    then by source.
+    """Returns a row {"what", "share", "low", "high"} for every share that has an interval.
+
+    Shares over all questions come first, then those of single data sources.
     """
     rows: list[dict[str, Any]] = []
     by_source: list[dict[str, Any]] = []
@@ -18,9 +22,11 @@ def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         match = re.fullmatch(
             r"success/(unassisted|assisted|pass_at_(\d+))(?:/(.+))?", key, re.ASCII
         )
+        # The suffix belongs behind the metric and in front of a source:
+        # success/unassisted/math -> success/unassisted_low/math.
         low, high = (
-            metrics.get(key.replace(match[1], match[1] + end, 1)) if match else None
-            for end in ("_low", "_high")
+            metrics.get(key.replace(match[1], match[1] + suffix, 1)) if match else None
+            for suffix in ("_low", "_high")
         )
         if match and None not in (share, low, high):
             name = f"pass@{match[2]}, unassisted" if match[2] else _NAMES[match[1]]
@@ -39,13 +45,15 @@ def accuracy_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def accuracy_text(metrics: Mapping[str, Any]) -> str:
-    """The table in plain text, a line for each row."""
+    """Returns the table as plain text, one line a row."""
     rows = accuracy_rows(metrics)
     width = max([len(row["what"]) for row in rows], default=0)
     lines = [f"{'':{width}}   share   95 % interval, by question"]
     for row in rows:
         share, low, high = (100 * row[name] for name in ("share", "low", "high"))
         lines.append(f"{row['what']:{width}} {share:5.1f} %   {low:.1f} to {high:.1f} %")
+    # Without any guidance the assisted share would be the unassisted one under another name, so
+    # Scores.metrics leaves it out. A reader should see why the line is missing.
     if metrics.get("guidance/failed") and "success/assisted" not in metrics:
         lines.append(
             f"{_NAMES['assisted']}: not known, as all guidance failed: {failures_text(metrics)}"
@@ -54,7 +62,7 @@ def accuracy_text(metrics: Mapping[str, Any]) -> str:
 
 
 def failures_text(metrics: Mapping[str, Any]) -> str:
-    """How often guidance failed, by kind: "timeout 3, cut 1"."""
+    """Returns how often guidance failed, by kind: "timeout 3, cut 1"."""
     prefix = "guidance/failed_"
     return ", ".join(
         f"{key.removeprefix(prefix)} {n:.0f}"
@@ -64,5 +72,5 @@ def failures_text(metrics: Mapping[str, Any]) -> str:
 
 
 def sparkline(shares: Iterable[float]) -> str:
-    """Shares in [0, 1] as one block character each."""
+    """Draws shares in [0, 1] as one block character each."""
     return "".join("▁▂▃▄▅▆▇█"[min(int(share * 8), 7)] for share in shares)

@@ -1,7 +1,9 @@
-"""The least time that a batch takes on a card: bytes over bandwidth, FLOPs over the rate of GEMMs.
+"""Computes the least time that a batch takes on a card: bytes / bandwidth, FLOPs / GEMM rate.
 
-A limit and no forecast: real kernels reach a part of it. Rounds of attempts follow each other here,
-while the engine lets them overlap, and all answers are equally long.
+This is a lower limit, not a forecast: real kernels reach only a part of these rates. The model is
+simpler than the engine in two ways: all first attempts end before any second one begins (the engine
+overlaps them), and all answers have the same length. Read batch_seconds, then rollout_seconds and
+update_seconds.
 """
 
 from __future__ import annotations
@@ -16,22 +18,23 @@ from socpo_fast.report.memory_plan import ITEMSIZES, Plan
 if TYPE_CHECKING:
     from socpo_fast.model import ModelConfig
 
-TEACHER_PROMPT_TOKENS = 200  # of its instructions, beside question and attempt
-TEACHER_RUNNING = 256  # at once, of its engine
-RESUMED = 0.5  # of the rollouts that made an attempt, those that make the next one
-# Numbers that elementwise kernels read and write a token and layer, forward and backward: of the
-# residual stream, of raw qkv, and of one half of gate_up.
+TEACHER_PROMPT_TOKENS = 200  # the teacher's instructions, without question and attempt
+TEACHER_RUNNING = 256  # rollouts that a local teacher's engine decodes at once
+RESUMED = 0.5  # share of the rollouts with attempt k that go on to attempt k + 1
+# Elementwise kernels are bound by memory, so their time is the number of times that they read or
+# write each tensor. Counted per token and layer, forward and backward together: passes over the
+# residual stream (hidden_size wide), over raw qkv, and over one half of gate_up.
 STREAM_PASSES = 20
 QKV_PASSES = 6
 SWIGLU_PASSES = 9
-# Of a parameter: gradient twice, master and moments read and written; and for each microbatch the
-# sum of gradients read and written.
+# Bytes of traffic a parameter. AdamW reads the fp32 gradient twice (once for the norm) and reads
+# and writes master weight and both moments. Each microbatch reads and writes the gradient sum.
 ADAMW_BYTES = 32
 SUM_BYTES = 8
 
 
 class Spans(NamedTuple):
-    """So many texts of one length, each behind a context."""
+    """A number of equally long texts, each behind a context of `context` tokens."""
 
     num_texts: float
     context: int
@@ -39,33 +42,37 @@ class Spans(NamedTuple):
 
     @property
     def tokens(self) -> float:
+        """Returns the tokens of all texts, without their contexts."""
         return self.num_texts * self.length
 
     @property
     def pairs(self) -> float:
-        """Tokens and those that each of them sees."""
+        """Returns the number of (query, key) pairs under a causal mask."""
         return self.tokens * (self.context + self.length / 2)
 
 
 def batch_seconds(plan: Plan, *, prompt: int, answer: int, guidance: int) -> dict[str, float]:
-    """Seconds of each phase of a batch, at least, on a card whose rates are known.
+    """Returns the least seconds of each phase of a batch, for a card whose rates are known.
 
     Args:
-        prompt, answer, guidance: tokens of ordinary ones.
+        prompt, answer, guidance: their typical lengths in tokens.
     """
     rollout = plan.config.rollout
     positions = plan.model.max_position_embeddings
     num_rollouts = rollout.questions_per_batch * rollout.group_size
-    # Of an attempt the next one sees attempt_limit tokens; behind the model's positions there is
-    # none.
-    seen = min(answer, rollout.attempt_limit) + guidance
-    contexts = [prompt + k * seen for k in range(rollout.max_attempts)]
+    # The next attempt sees at most attempt_limit tokens of this one, and then the guidance. An
+    # attempt whose context would exceed the model's positions is never made.
+    #
+    #   prompt | attempt 0 (cut) | guidance | attempt 1 (cut) | guidance | attempt 2 ..
+    #            \----- seen_tokens ------/
+    seen_tokens = min(answer, rollout.attempt_limit) + guidance
+    contexts = [prompt + k * seen_tokens for k in range(rollout.max_attempts)]
     attempts = [
         Spans(num_rollouts * RESUMED**k, context, min(answer, positions - context))
         for k, context in enumerate(contexts)
         if context < positions
     ]
-    # Guidance stands before the attempt that sees it.
+    # A seam is the guidance between two attempts; it ends where the next attempt begins.
     seams = [Spans(x.num_texts, x.context - guidance, guidance) for x in attempts[1:]]
     prompts = Spans(rollout.questions_per_batch, 0, prompt)
     seconds = rollout_seconds(plan, prompts, attempts, seams)
@@ -75,41 +82,48 @@ def batch_seconds(plan: Plan, *, prompt: int, answer: int, guidance: int) -> dic
 
 
 def flops_a_second(plan: Plan, itemsize: int) -> float:
+    """Returns the card's GEMM rate for fp32 (itemsize 4) or bf16 factors."""
     return 1e12 * (plan.card.fp32_tflop_s if itemsize == 4 else plan.card.bf16_tflop_s)
 
 
 def rollout_seconds(
     plan: Plan, prompts: Spans, attempts: list[Spans], seams: list[Spans]
 ) -> dict[str, float]:
-    """Decode, prefill and a local teacher's both: memory bounds all of it, so they add up."""
+    """Returns seconds of decode, of prefill, and of a local teacher.
+
+    They add up, even where they run at the same time: all of them need the memory bus.
+    """
     model = plan.model
     itemsize = plan.itemsize
     byte_s = 1e12 * plan.card.tb_s
+    # Rollouts that run at once are limited by max_running and by the tokens that KV pages hold.
     capacity = plan.config.engine.max_running, plan.kv_pages * plan.config.engine.page_size
     decode = sum(decode_bytes(model, itemsize, x, *capacity) for x in attempts)
-    # A prompt is read once for the rollouts of its group.
-    shared = sum(
+    # decode_bytes counts the prompt's KV once for every rollout. Cascade attention reads it once
+    # for the whole group, so the reads of all rollouts but one a question are taken off again.
+    num_shared_reads = sum(
         max(x.num_texts - prompts.num_texts, 0) * x.length * prompts.length for x in attempts
     )
-    read = prompts.tokens + sum(x.tokens for x in seams)
+    num_prefilled = prompts.tokens + sum(x.tokens for x in seams)
     seconds = {
-        "rollouts: decode": (decode - shared * sizes.kv_bytes(model, itemsize)) / byte_s,
+        "rollouts: decode": (decode - num_shared_reads * sizes.kv_bytes(model, itemsize)) / byte_s,
         "rollouts: prefill": 2
         * sizes.layer_parameters(model)
-        * read
+        * num_prefilled
         / flops_a_second(plan, itemsize),
     }
     teacher = plan.config.teacher
     if plan.teacher is not None and seams and isinstance(teacher, LocalTeacherConfig):
         itemsize = ITEMSIZES[teacher.dtype]
-        room = int(teacher.kv_cache_gib * GIB) // sizes.kv_bytes(plan.teacher, itemsize)
-        seen = min(attempts[0].length, plan.config.rollout.attempt_limit)
-        seen += prompts.length + TEACHER_PROMPT_TOKENS
-        asked = Spans(
-            sum(x.num_texts for x in seams), seen, min(seams[0].length, teacher.max_new_tokens)
+        num_kv_tokens = int(teacher.kv_cache_gib * GIB) // sizes.kv_bytes(plan.teacher, itemsize)
+        # The teacher's prompt: its instructions, the question, and the attempt that was wrong.
+        prompt = min(attempts[0].length, plan.config.rollout.attempt_limit)
+        prompt += prompts.length + TEACHER_PROMPT_TOKENS
+        requests = Spans(
+            sum(x.num_texts for x in seams), prompt, min(seams[0].length, teacher.max_new_tokens)
         )
-        decode = decode_bytes(plan.teacher, itemsize, asked, TEACHER_RUNNING, room)
-        flops = 2 * sizes.layer_parameters(plan.teacher) * asked.num_texts * seen
+        decode = decode_bytes(plan.teacher, itemsize, requests, TEACHER_RUNNING, num_kv_tokens)
+        flops = 2 * sizes.layer_parameters(plan.teacher) * requests.num_texts * prompt
         seconds["rollouts: local teacher"] = decode / byte_s + flops / flops_a_second(
             plan, itemsize
         )
@@ -119,7 +133,11 @@ def rollout_seconds(
 def decode_bytes(
     model: ModelConfig, itemsize: int, texts: Spans, max_running: int, room: int
 ) -> float:
-    """Weights once a step, and at each step the keys and values of what was there before."""
+    """Returns the bytes that decoding reads: all weights once a step, and every token's context KV.
+
+    Args:
+        room: tokens that the KV cache holds, which limits how many rollouts run at once.
+    """
     mean_length = texts.context + texts.length / 2
     at_once = min(max_running, texts.num_texts, max(room / mean_length, 1))
     weights = itemsize * (sizes.layer_parameters(model) + sizes.head_parameters(model))
@@ -127,7 +145,7 @@ def decode_bytes(
 
 
 def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict[str, float]:
-    """Log-probs that are computed before the updates, and the updates of all epochs."""
+    """Returns seconds of the log-probs before the updates, and of the updates of all epochs."""
     config = plan.config
     model = plan.model
     epochs = plan.config.train.epochs
@@ -135,11 +153,13 @@ def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict
     flop_s = flops_a_second(plan, plan.itemsize)
     num_tokens = sum(x.tokens for x in tree)
     layers = 2 * num_tokens * sizes.layer_parameters(model)
-    head = 2 * sum(x.tokens for x in attempts) * sizes.head_parameters(model)
+    lm_head = 2 * sum(x.tokens for x in attempts) * sizes.head_parameters(model)
     attention = 2 * sum(x.pairs for x in tree) * model.num_layers * model.num_heads * model.head_dim
-    forward = layers + head + 2 * attention
-    # Attention has seven products: two of the forward, five of the backward.
-    update = 3 * layers + 3 * head + 7 * attention
+    forward = layers + lm_head + 2 * attention
+    # Attention has seven products: two in the forward, five in the backward (which computes the
+    # scores again). A linear has three of equal cost: y, dx and dW.
+    update = 3 * layers + 3 * lm_head + 7 * attention
+    # With checkpointing the layers' forward runs a second time during the backward.
     update += (layers + 2 * attention) * bool(config.train.checkpointing)
     passes = STREAM_PASSES * model.hidden_size + QKV_PASSES * sizes.qkv_width(model)
     passes += SWIGLU_PASSES * model.intermediate_size
@@ -158,11 +178,12 @@ def update_seconds(plan: Plan, attempts: list[Spans], tree: list[Spans]) -> dict
 
 
 def num_forwards(plan: Plan, num_updates: float) -> float:
-    """Counts forward passes before the updates: old log-probs (train/update.py), the reference."""
+    """Returns forward passes a token before the updates: for old log-probs and the reference."""
     loss = plan.config.loss
     num_questions = plan.config.rollout.questions_per_batch
-    # auto: in fp32 the first question, to measure the mismatch; in bf16 all but the first update's,
-    # which a second epoch meets again.
+    # What "auto" does (train/update.py): in fp32 it computes log-probs of the first question only,
+    # to measure the mismatch with the sampler. In bf16 it computes all but those of the first
+    # update, which come out of that update itself, unless a second epoch needs them again.
     in_bf16 = 1.0 if plan.config.train.epochs > 1 else 1 - 1 / num_updates
     by_choice = {
         "sampler": 0.0,

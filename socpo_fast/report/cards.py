@@ -1,9 +1,9 @@
-"""Cards: how much memory they have and how fast they are at best.
+"""Lists GPU cards with their memory and their peak rates. Read card_named, then card_of.
 
-Of CARDS the H100's bandwidth and bf16 rate were measured on one: 3.0 TB/s copied, both directions
-counted, and 798 TFLOP/s of a matrix product of 8192^3. All other rates are data sheets', dense and
-with fp32 sums, which no program reaches. Memory is what drivers usually show; a card that is there
-is asked.
+The H100's bandwidth and bf16 rate in CARDS were measured on one: 3.0 TB/s for a copy, both
+directions counted, and 798 TFLOP/s for a matrix product of 8192^3. All other rates come from data
+sheets (dense, fp32 accumulation), and no program reaches them. The memory in CARDS is what drivers
+usually report. For a card in this machine, card_of asks the driver instead.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ SHEET = "data sheet"
 
 
 class Card(NamedTuple):
-    """One card, there or not."""
+    """One card, in this machine or only a kind to plan for."""
 
-    name: str  # what a driver's name of it contains
+    name: str  # a part of the name that the driver reports
     total_gib: float
-    tb_s: float = 0  # 0: of no kind that is known
+    tb_s: float = 0  # 0: an unknown kind of card, so no times are computed
     bf16_tflop_s: float = 0
     fp32_tflop_s: float = 0
-    source: str = ""  # of the rates
-    others_gib: float = 0  # held by other processes
+    source: str = ""  # where the rates come from
+    others_gib: float = 0  # memory held by other processes
 
 
 CARDS = {
@@ -44,15 +44,15 @@ CARDS = {
     "rtx3090": Card("RTX 3090", 23.7, 0.936, 71, 35.6, SHEET),
     "l4": Card("NVIDIA L4", 22.0, 0.3, 121, 30.3, SHEET),
 }
-# Kinds that have a known card's name and other rates.
+# These words mark variants whose names contain a known card's name but whose rates differ.
 OTHER_KINDS = re.compile(r"\b(MIG|NVL|Laptop|Max-Q|4090 D|H100 PCIe)\b")
 
 
 def card_named(name: str | None, device: str) -> Card:
-    """A card of CARDS; None: that of this machine which run.device names.
+    """Returns the named card of CARDS; for None, this machine's card that run.device names.
 
     Raises:
-        ValueError: there is none of that name, or this machine's cannot be used.
+        ValueError: no card has that name, or this machine's card cannot be used.
     """
     if name is None:
         try:
@@ -62,11 +62,12 @@ def card_named(name: str | None, device: str) -> Card:
             raise ValueError(
                 f"plan: {reason}name a kind of card with --card: {', '.join(CARDS)}"
             ) from None
-    wanted = name.lower()
-    if wanted in CARDS:
-        return CARDS[wanted]
-    begun = [known for known in CARDS if known.startswith(wanted)]
-    nearest = begun or difflib.get_close_matches(wanted, CARDS, n=1)
+    key = name.lower()
+    if key in CARDS:
+        return CARDS[key]
+    # "a100" names two cards, so offer both rather than choosing one.
+    with_prefix = [known for known in CARDS if known.startswith(key)]
+    nearest = with_prefix or difflib.get_close_matches(key, CARDS, n=1)
     advice = (
         f"did you mean {' or '.join(nearest)}?"
         if nearest
@@ -76,20 +77,24 @@ def card_named(name: str | None, device: str) -> Card:
 
 
 def card_of(device: torch.device, context_gib: float = 0) -> Card:
-    """A card of this machine, with what other processes hold of it.
+    """Returns a card of this machine, with the memory that other processes hold on it.
 
-    Of what is in use, context_gib are this process's own, outside of PyTorch.
+    Args:
+        context_gib: memory of this process outside PyTorch's allocator (CUDA context and code),
+                     which the driver reports as used and which is not the others'.
     """
     name = torch.cuda.get_device_name(device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    # The allocator's cache counts as used for the driver, but this process can reuse it.
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    alike = [
+    candidates = [
         card
         for card in CARDS.values()
         if re.search(rf"\b{card.name}\b", name) and not OTHER_KINDS.search(name)
     ]
     total_gib = total_bytes / GIB
     unknown = Card(name, total_bytes / GIB)
-    known = min(alike, key=lambda card: abs(card.total_gib - total_gib), default=unknown)
+    # Two cards may share a name (A100 with 40 or 80 GiB): the memory tells them apart.
+    known = min(candidates, key=lambda card: abs(card.total_gib - total_gib), default=unknown)
     others_gib = max(total_gib - free_bytes / GIB - context_gib, 0.0)
     return known._replace(name=name, total_gib=total_gib, others_gib=others_gib)

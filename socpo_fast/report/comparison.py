@@ -1,7 +1,7 @@
-"""What the teacher bought on the built-in task: a run beside recorded ones that had none.
+"""Compares a run on the built-in task with recorded runs that had no teacher.
 
-Read compare, then card. molar_mass_curves.json holds the recorded curves, means over the seeds of
-docs/learning.md at equal sampled tokens; bench/learning/figures.py writes it.
+Read compare, then card. molar_mass_curves.json holds the recorded curves: means over the seeds of
+docs/learning.md, at equal numbers of sampled tokens. bench/learning/figures.py writes that file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ RECORDED = Path(__file__).parent / "molar_mass_curves.json"
 
 
 class Curve(NamedTuple):
-    """Unassisted accuracy on held-out questions over tokens sampled in training, from 0 on.
+    """Unassisted accuracy on held-out questions, over the tokens sampled in training so far.
 
-    low, high: the least and greatest of the runs whose mean it is.
+    low, high: minimum and maximum over the runs whose mean the curve is; empty for a single run.
     """
 
     title: str
@@ -30,14 +30,15 @@ class Curve(NamedTuple):
 
 
 def compare(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """Returns this run's curve, then the recorded ones.
+    """Returns this run's curve, then the recorded ones; [] where a comparison would be unfair.
 
-    [] where they cannot stand beside each other: another student, teacher or task, or measured
-    otherwise; no evaluation of the untrained student, or none after it.
+    It is unfair with another student, teacher or task, or with other settings of the evaluation. It
+    also needs an evaluation of the untrained student and at least one after it.
     """
     tokens = 0.0
     points: list[tuple[float, float]] = []
     for row in rows:
+        # Rows are in the order of time, so `tokens` is what training had sampled by this row.
         tokens += (row.get("perf/rollout_tok_s") or 0.0) * (row.get("time/rollout_s") or 0.0)
         if row["kind"] == "eval" and row.get("success/unassisted") is not None:
             points.append((tokens, row["success/unassisted"]))
@@ -56,7 +57,7 @@ def compare(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
 
 
 def card(curves: Sequence[Curve], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Draws the curves as a small table, and the two phases of this run, for a terminal."""
+    """Draws the curves as a small table, with this run's training accuracy, for a terminal."""
     width = max(len(curve.title) for curve in curves)
     columns = numpy.linspace(0, curves[0].tokens[-1], 4).tolist()
     phases = {
@@ -79,7 +80,7 @@ def card(curves: Sequence[Curve], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shares_at(columns: Sequence[float], curve: Curve) -> list[str]:
-    """Reads a curve's accuracies at numbers of tokens, "-" behind its end."""
+    """Interpolates a curve's accuracy at numbers of tokens; "-" beyond its last point."""
     shares = numpy.interp(columns, curve.tokens, curve.accuracy)
     return [
         f"{100 * share:.0f} %" if tokens <= curve.tokens[-1] else "-"

@@ -1,4 +1,4 @@
-"""The machine in words, for `socpo env` and the card of a bench."""
+"""Describes the machine and the installed versions, for `socpo env` and the header of a bench."""
 
 import importlib.metadata
 import os
@@ -11,8 +11,9 @@ PACKAGES = ("torch", "triton", "transformers", "flash-attn", "safetensors", "tok
 
 
 def environment() -> dict[str, str]:
-    """Device, cores, threads and versions, as text to print. Nothing in it identifies a person or
-    holds a key.
+    """Returns device, cores, threads and versions, as text to print.
+
+    None of it identifies a person or holds a key, so it can be pasted into a bug report.
     """
     facts = {
         "device": torch.cuda.get_device_name()
@@ -34,12 +35,13 @@ def environment() -> dict[str, str]:
 
 
 def num_cores() -> int:
-    """Cores this process may use."""
+    """Returns the number of cores that this process may use."""
+    # taskset and containers' cpusets restrict the affinity, which os.cpu_count() does not see.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The CPU's model name where Linux tells it, else the instruction set's."""
+    """Returns the CPU's model name where Linux tells it, else the name of the instruction set."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = (
         cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -51,6 +53,7 @@ def cpu_name() -> str:
 
 
 def installed_version(package: str) -> str:
+    """Returns a package's version, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -58,19 +61,19 @@ def installed_version(package: str) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit this package's checkout stands on, read from the files of .git; None outside a
-    checkout.
-    """
+    """Returns the commit that this package's checkout is at; None outside a checkout."""
+    # Reads the files of .git itself, so that it works where git is not installed.
     git = Path(__file__).resolve().parents[2] / ".git"
-    head = git / "HEAD"
-    if not head.is_file():
+    head_file = git / "HEAD"
+    if not head_file.is_file():
         return None
-    revision = head.read_text(encoding="utf-8").strip()
+    revision = head_file.read_text(encoding="utf-8").strip()
     if not revision.startswith("ref: "):
         return revision
     ref = revision.removeprefix("ref: ")
     if (git / ref).is_file():
         return (git / ref).read_text(encoding="utf-8").strip()
+    # After `git gc` a branch has no file of its own: packed-refs lists "<commit> <ref>".
     packed = git / "packed-refs"
     lines = packed.read_text(encoding="utf-8").splitlines() if packed.is_file() else []
     return next((line.split()[0] for line in lines if line.endswith(f" {ref}")), None)

@@ -1,4 +1,4 @@
-"""A run's folder: what stands in it, and that one process at a time writes there.
+"""Locks a run's folder, so that one process at a time writes there. Read run_folder.
 
 runs/NAME/  config.toml  metrics.jsonl  rollouts/batch_000001.jsonl  tb/  checkpoints/update_000010/
             report.html  curves.png  .lock
@@ -12,20 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LOCK = ".lock"  # holds the process that writes there, and is empty otherwise
+LOCK = ".lock"  # names the process that writes to the folder; empty when there is none
 FOLDERS = ("checkpoints", "rollouts", "tb")
 FILES = (LOCK, "config.toml", "metrics.jsonl", "curves.png", "report.html")
 
 
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
-    """A run's folder for this process alone; made where it is absent, gone if it stays empty.
+    """Locks a run's folder for this process; creates it first, and removes it if it stays empty.
 
-    The lock is the kernel's and ends with the process, however that ends.
+    The lock is an flock, so the kernel releases it when the process ends, even after a crash.
 
     Raises:
-        ValueError: another process has it, it cannot be written, or what stands under one of the
-            names that a run writes to is of another kind. Better now than after the first batch.
+        ValueError: another process holds the lock, the folder is not writable, or one of the names
+            that a run writes to is taken by a file instead of a folder, or the other way round.
+            It is better to fail here than after the first batch.
     """
     for name in (*FOLDERS, *FILES):
         path = folder / name
@@ -43,7 +44,7 @@ def run_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if lock in _locks:  # not in a fork
+            if lock in _locks:  # False in a forked child, which must not clean up
                 _give_back(lock, folder, missing)
     finally:
         if lock in _locks:
@@ -55,18 +56,18 @@ _locks: set[int] = set()  # open locks of this process
 
 
 def _give_back(lock: int, folder: Path, missing: list[Path]) -> None:
-    """Nobody's any more; the folders that were missing go if nothing but the lock is in them."""
+    """Empties the lock file; removes the folders that run_folder made if still unused."""
     with suppress(OSError):  # a full disk
         os.ftruncate(lock, 0)
     if missing and os.listdir(folder) == [LOCK]:
         (folder / LOCK).unlink()
-        with suppress(OSError):  # somebody else has put something there
+        with suppress(OSError):  # another process has put a file there in the meantime
             for path in missing:
                 path.rmdir()
 
 
 def _open(folder: Path) -> int:
-    """The open lock file of a folder, both made where they are absent."""
+    """Opens the lock file of a folder; creates both where they are absent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -78,7 +79,7 @@ def _open(folder: Path) -> int:
 
 
 def _close_in_fork() -> None:
-    """A fork that lives on would hold the lock of a run that has ended."""
+    """Closes inherited locks: a forked child that lives on would keep the lock of an ended run."""
     while _locks:
         os.close(_locks.pop())
 
@@ -87,21 +88,22 @@ os.register_at_fork(after_in_child=_close_in_fork)
 
 
 def _take(lock: int, folder: Path) -> None:
-    """Lock the open file, and write into it whose it is."""
+    """Locks the open file and writes this process's id and host into it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not (folder / LOCK).exists() or not os.path.samestat(
             os.fstat(lock), os.stat(folder / LOCK)
         ):
-            # removed in between by a start that was refused, and perhaps made anew
+            # Another process removed the file between our open and our flock, and may have made a
+            # new one. Our lock is then on a deleted file and would protect nothing.
             raise BlockingIOError
     except BlockingIOError:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "unknown"
         raise ValueError(
             f"run: {folder} is in use by process {holder}; wait for its end, or set run.name"
         ) from None
-    except OSError as error:  # not every network disk can
+    except OSError as error:  # some network disks do not support flock
         warnings.warn(f"run: {folder} could not be locked ({error.strerror})", stacklevel=5)
-    with suppress(OSError):  # a full disk: who holds it cannot be told then
+    with suppress(OSError):  # a full disk: the lock holds, but nobody can read who holds it
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)

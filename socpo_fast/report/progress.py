@@ -1,5 +1,7 @@
-"""A run for people: first_line says which it is, Progress how far, GuidanceWatch when the teacher
-is of no help.
+"""Tells people about a run while it goes.
+
+first_line names the run, Progress shows how far it is, and GuidanceWatch warns when the teacher
+does not answer or its guidance has no effect.
 """
 
 import math
@@ -21,14 +23,14 @@ from socpo_fast.ops import available_impls
 from socpo_fast.report.accuracy import failures_text, sparkline
 from socpo_fast.types import Rollout
 
-# Failures in a row that are silence where the teacher has answered before. A student that is nearly
-# always right asks once or twice a batch, and one late answer is no reason to stop.
+# A teacher that has answered before counts as silent after this many failures in a row. A student
+# that is nearly always right asks once or twice a batch. A single late answer then leaves a batch
+# without any, which is no reason to stop a run.
 SILENCE = 8
 
 
 class Progress:
-    """A run for people: a live display on a terminal, elsewhere one plain line a batch or
-    evaluation.
+    """Shows a run: live on a terminal, elsewhere as one plain line a batch or evaluation.
 
     with Progress(num_batches=100) as progress:
         progress.phase("rollout", batch=1, update=0, total=128)
@@ -66,17 +68,18 @@ class Progress:
 
     def __exit__(self, *_error: object) -> None:
         if self._live is not None:
-            with suppress(OSError, SystemExit):
+            with suppress(OSError, SystemExit):  # the terminal may be gone by now
                 self._live.stop()
 
     def note(self, text: str) -> None:
-        """A line that stays. A terminal that is closed costs the line and nothing else."""
-        # A closed pipe, as rich takes it, a closed file, an encoding that lacks a letter.
+        """Prints a line that stays. If the terminal is gone, only the line is lost."""
+        # rich turns a closed pipe into SystemExit; a closed file and a letter that the encoding
+        # lacks are ValueErrors. None of them should end a run of many hours.
         with suppress(OSError, ValueError, SystemExit):
             self._console.print(text, soft_wrap=True)
 
     def phase(self, name: str, *, batch: int, update: int, total: int) -> None:
-        """Begin a phase (rollout, update, eval) of `total` units of work."""
+        """Begins a phase (rollout, update, eval) of `total` units of work."""
         self._phase = name
         self._batch = batch
         self._update = update
@@ -86,15 +89,17 @@ class Progress:
         self._phase_started = time.monotonic()
 
     def advance(self, units: int = 1, *, num_tokens: int = 0) -> None:
+        """Counts finished units of work and sampled tokens of the current phase."""
         self._done += units
         self._tokens += num_tokens
 
     def report(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
-        """End a batch, update or evaluation with its metrics."""
+        """Ends a batch, update or evaluation with its metrics."""
         if math.isfinite(unassisted := metrics.get("success/unassisted", math.nan)):
             self._unassisted[kind].append(unassisted)
         if kind == "batch":
             self._batches_done = batch
+        # A line for each update would bury those of batches and evaluations.
         if self._live is None and kind != "update":
             self.note(self._line(metrics, kind, batch, update))
 
@@ -111,14 +116,15 @@ class Progress:
             shares.append(f"guidance failed {metrics['guidance/failed']:.0f}")
         if "perf/rollout_tok_s" in metrics:
             shares.append(f"{metrics['perf/rollout_tok_s']:.0f} tok/s")
-        place = (
+        position = (
             f"{'train' if kind == 'batch' else kind:<5} batch {batch}/{self.num_batches} "
             f"update {update}"
         )
-        return "  ".join([place, *shares, f"left {self._eta()}"])
+        return "  ".join([position, *shares, f"left {self._eta()}"])
 
     def _eta(self) -> str:
-        """Time left at the mean pace of this process."""
+        """Returns the time left, at the mean pace of this process."""
+        # Batches that an earlier start of the run made say nothing about this machine's pace.
         done = self._batches_done - self._first_batch + 1
         if not done:
             return "?"
@@ -126,7 +132,7 @@ class Progress:
         return f"{int(left_s // 3600)}:{int(left_s // 60 % 60):02d}:{int(left_s % 60):02d}"
 
     def _display(self) -> Table:
-        """The live picture, drawn anew at every refresh."""
+        """Draws the live picture; rich calls this at every refresh."""
         elapsed_s = max(time.monotonic() - self._phase_started, 1e-9)
         pace = f"{self._tokens / elapsed_s:.0f} tok/s" if self._tokens else ""
         table = Table.grid(padding=(0, 2))
@@ -151,7 +157,7 @@ class Progress:
 
 
 def first_line(run: RunConfig, student: torch.nn.Module, resumed_from: Path | None) -> str:
-    """Which run, which model, and which implementation each op uses."""
+    """Returns a line that names the run, the model, and the implementation that each op uses."""
     millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
     start = "from the start" if resumed_from is None else f"from {resumed_from.name}"
     impls = ", ".join(f"{op}={impl}" for op, impl in available_impls(run.device).items())
@@ -159,7 +165,7 @@ def first_line(run: RunConfig, student: torch.nn.Module, resumed_from: Path | No
 
 
 class GuidanceWatch:
-    """What the guidance of one batch after the other amounts to. Tell it of each: told."""
+    """Watches batch by batch whether the teacher still answers. Call `told` after each batch."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
@@ -167,10 +173,10 @@ class GuidanceWatch:
         self._failed_in_a_row: float = 0  # since the last batch with an answer
 
     def told(self, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
-        """Shows what is wrong with a batch; returns the line if the teacher has fallen silent.
+        """Prints warnings about a batch; returns the warning if the teacher counts as silent.
 
-        That is from the first batch without any answer on, or, where there were answers before,
-        after SILENCE failures without one.
+        A teacher that never answered is silent after the first batch that asked it in vain. One
+        that has answered is silent after SILENCE failures in a row.
         """
         line = unanswered(rollouts, metrics)
         for warning in (overflow(rollouts), line):
@@ -186,7 +192,7 @@ class GuidanceWatch:
 
 
 def unanswered(rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
-    """Says that no rollout got the guidance it asked for; None if one did, or none asked."""
+    """Returns a line if all guidance of a batch failed; None if some came or none was needed."""
     num_failed = metrics["guidance/failed"]
     if any(map(has_guidance, rollouts)) or not num_failed:
         return None
@@ -194,12 +200,12 @@ def unanswered(rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str
 
 
 def has_guidance(rollout: Rollout) -> bool:
-    """The teacher answered once at least, whether or not it was shown."""
+    """Whether the teacher answered at least once, even if the student was not shown the answer."""
     return any(turn.guidance is not None for turn in rollout.turns)
 
 
 def overflow(rollouts: Sequence[Rollout]) -> str | None:
-    """Says that guidance never led to another attempt, since the context has no room for one."""
+    """Returns a line if no guidance led to another attempt, as the context had no room for one."""
     guided = [rollout for rollout in rollouts if has_guidance(rollout)]
     if not guided or any(rollout.end_reason != "overflow" for rollout in guided):
         return None

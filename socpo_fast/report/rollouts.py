@@ -1,5 +1,6 @@
-"""Rollouts as rows for people: RUN/rollouts/batch_000001.jsonl, read by the page and by anybody
-else.
+"""Writes and reads rollouts as rows for people: RUN/rollouts/batch_000001.jsonl.
+
+The rows are for report.html and for any other reader; training never reads them back.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,8 +12,9 @@ from socpo_fast.types import Question, Rollout, ShownGuidance
 
 
 def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[str, Any]:
-    """A rollout as a row for people: texts and numbers, no token ids. None = not known (no update,
-    no decay yet).
+    """Returns a rollout as a row for people: texts and numbers, no token ids.
+
+    None stands for what is not known, such as rewards before the first decay.
     """
     turns = [
         {
@@ -49,8 +51,12 @@ def write_rollouts(
     *,
     batch: int,
 ) -> Path:
-    """Write rollouts/batch_000001.jsonl, in the order of questions however they finished; questions
-    by question_idx.
+    """Writes rollouts/batch_000001.jsonl and returns its path.
+
+    Rollouts are sorted by question, so the file does not depend on the order in which they ended.
+
+    Args:
+        questions: by question_idx.
     """
     path = Path(run_folder) / "rollouts" / f"batch_{batch:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,20 +72,22 @@ def write_rollouts(
 
 
 def drop_rollouts(run_folder: Path, *, after_batch: int) -> None:
-    """Removes files of batches that will be made anew or that another start of this run made."""
+    """Removes files of later batches: an earlier start made them, and this one makes them anew."""
     last = run_folder / "rollouts" / f"batch_{after_batch:06d}.jsonl"
     for path in (run_folder / "rollouts").glob("batch_*.jsonl"):
+        # Compares lengths first, since names no longer sort as text beyond batch 999999.
         if (len(path.name), path.name) > (len(last.name), last.name):
             path.unlink()
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of rollouts; one warning tells of those that are damaged and left out."""
-    return read_jsonl(path, _is_whole)
+    """Returns the rows of a file; leaves out damaged ones with one warning."""
+    return read_jsonl(path, _is_complete)
 
 
-def _is_whole(row: dict[str, Any]) -> bool:
-    """Whether everything that the page shows is there, numbers as numbers."""
+def _is_complete(row: dict[str, Any]) -> bool:
+    """Whether a row has everything that the page shows, with numbers where it needs them."""
+    # People may edit these files, and the page should show what is left of them.
     try:
         turns = [(turn, turn["guidance"] or _NO_GUIDANCE) for turn in row["turns"]]
         numbers = [row["batch"], row["question_idx"]]
@@ -91,14 +99,14 @@ def _is_whole(row: dict[str, Any]) -> bool:
         _ = row["end_reason"], row["policy_version"]
     except (KeyError, TypeError):
         return False
-    # Beyond 1e308 an integer is no float, and cannot be drawn.
+    # JSON integers have no limit, but above 1e308 they do not convert to a float.
     return bool(turns) and all(
         isinstance(number, int | float) and not abs(number) > 1e308 for number in numbers
     )
 
 
 def _guidance_record(guidance: ShownGuidance) -> dict[str, Any]:
-    """was_shown is False where it leaked the answer or left no room."""
+    """Returns guidance as a row; was_shown is False if it leaked the answer or did not fit."""
     return {
         "raw_text": guidance.raw_text,
         "text": guidance.text,

@@ -1,15 +1,18 @@
-"""What a run was made under: config.toml, its history, and which changes need consent.
+"""Records a run's settings in config.toml, keeps their history, and asks consent for changes.
 
-    [run]                   the settings that hold now, and have since the last until_update below
+A run that goes on from a checkpoint with other settings is a different experiment. So changes need
+run.accept_changes, and config.toml keeps the settings that were in force before:
+
+    [run]                   the current settings, in force since the last until_update below
     ..
-    [[history]]             the settings that held before, oldest first, for the updates
+    [[history]]             earlier settings, oldest first; this entry was in force for the updates
     from_update = 0         from_update + 1 .. until_update
     until_update = 12
-    changes = ["train.lr: 1e-06 -> 2e-06"]
+    changes = ["train.lr: 1e-06 -> 2e-06"]       what changed after update 12
     [history.run]
     ..
 
-Read settings_text. load_config leaves the history out.
+Read settings_text. load_config ignores the history.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from socpo_fast.types import Question
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Settings that may change without consent, and why. All others decide tokens, weights or what is
-# measured.
+# Settings that may change without consent, and why. All others decide which tokens are sampled,
+# what the weights become, or what is measured.
 FREE = {
     "run.name": "where the run lies",
     "run.dir": "where the run lies",
@@ -77,35 +80,37 @@ def settings_text(
     data: Mapping[str, str],
     is_own: bool,
 ) -> str:
-    """The config.toml of a run that goes on after num_updates updates; tells of what has changed.
+    """Returns the config.toml of a run that goes on after num_updates updates; warns of changes.
 
     Args:
-        config:      the settings from now on, as they are asked for.
-        now:         those of them that decide results, with what stands for "auto" here.
-        path:        config.toml of the run that made the checkpoint; only its history is read, as
+        config:      the settings from now on, as the user gave them.
+        now:         those that decide results (see deciding), with values in place of "auto".
+        path:        config.toml of the run that made the checkpoint. Only its history is read, as
                      people edit the rest.
-        before:      the checkpoint's own record: "settings", and "drawn_from", what that run drew
-                     its prompts from, by name.
-        data:        what this one does.
-        is_own:      that run is this one, so that changes need consent; who begins another run
-                     from a checkpoint has given it.
+        before:      what the checkpoint recorded: "settings", and "drawn_from", the sources of
+                     that run's prompts by name (see drawn_from).
+        data:        the sources of this run's prompts, by name.
+        is_own:      the checkpoint is this run's own, so changes need consent. Whoever begins a new
+                     run from a checkpoint changes settings on purpose.
 
     Raises:
-        ValueError: changes without consent; the file is damaged.
+        ValueError: settings changed without consent, or the file is damaged.
     """
     tables = read_toml(path) if path.is_file() else {}
     history, agreed = _history(path, tables, num_updates)
-    now = json.loads(json.dumps(now))  # as it is read back
+    # The checkpoint's settings were read from JSON, where a tuple is a list.
+    now = json.loads(json.dumps(now))
     changes = _list_changes(before["settings"], now)
     if is_own and not tables:
         changes.append(f"{path}: the history -> missing")
     changed = (name for name, old in before["drawn_from"].items() if data.get(name, old) != old)
     changes += [f"{name}: {before['drawn_from'][name]} -> {data[name]}" for name in changed]
     if not changes:
-        # What was agreed to is in force if the checkpoint was made after it.
+        # An entry that ends at this update was written when its change was accepted. It belongs to
+        # the history if the checkpoint was made under the changed settings.
         return config_text(config, [*history, *[agreed] * bool(_list_changes(agreed, now))])
     listed = "; ".join(changes)
-    # Agreed to by an earlier start, which made no checkpoint.
+    # An earlier start got consent for the same changes but ended before it made a checkpoint.
     is_agreed = agreed.get("changes") == changes
     if is_own and not config.run.accept_changes and not is_agreed:
         raise ValueError(
@@ -113,19 +118,25 @@ def settings_text(
             "set them back, or set run.accept_changes true, which keeps what held before on record"
         )
     warnings.warn(f"run: changed from update {num_updates} on: {listed}", stacklevel=2)
-    last = {
+    entry = {
         "from_update": history[-1]["until_update"] if history else 0,
         "until_update": num_updates,
         "changes": changes,
     }
-    held = {section: _table(tables, section) | keys for section, keys in before["settings"].items()}
-    return config_text(config, [*history, last | held])
+    # The file has settings that decide nothing as well; the checkpoint is right about the others.
+    old_tables = {
+        section: _table(tables, section) | keys for section, keys in before["settings"].items()
+    }
+    return config_text(config, [*history, entry | old_tables])
 
 
 def drawn_from(
     train: Sequence[Question], held_out: Sequence[Question], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """What decides a run's prompts beside its settings, in words that change when it does."""
+    """Returns, by name, text that changes whenever something changes a run's prompts.
+
+    That is what settings do not show: the questions themselves, the tokenizer, the chat template.
+    """
     return {
         "questions of data.train": _digest([*map(vars, train)]),
         "questions of data.eval": _digest([*map(vars, held_out)]),
@@ -135,7 +146,10 @@ def drawn_from(
 
 
 def measured_by(config: Config, drawn: Mapping[str, str]) -> str:
-    """What success/unassisted depends on beside the weights, in words; "": nothing is held out."""
+    """Returns text that changes whenever success/unassisted is measured differently.
+
+    Two evaluations with the same text can be compared. "" if no questions are held out.
+    """
     limits = f"{config.eval.samples} samples of {config.rollout.max_new_tokens} tokens"
     sampling = f"temperature {config.eval.temperature}, top_p {config.eval.top_p}"
     grader = f"grader {config.data.grader} at {config.grader.correct_at}"
@@ -144,25 +158,26 @@ def measured_by(config: Config, drawn: Mapping[str, str]) -> str:
 
 
 def _digest(values: Sequence[Any]) -> str:
-    """How many there are, and the head of the hash of all."""
+    """Returns the number of values and the first digits of the hash of all of them."""
     return f"{len(values)} with hash {hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]}"
 
 
 def config_text(config: Config, history: Sequence[Mapping[str, Any]] = ()) -> str:
-    """TOML that load_config reads back to an equal Config. Of a key only its variable's name."""
+    """Returns TOML that load_config reads back to an equal Config; API keys are never in it."""
+    # A config names the environment variable that holds a key, not the key.
     return "\n".join([_to_toml(_tables(config)), *map(_entry_text, history)])
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The tables of a run folder's config.toml without its history; none where there is no file."""
+    """Reads a run folder's config.toml without its history; {} where there is no file."""
     tables = read_toml(folder / "config.toml") if (folder / "config.toml").is_file() else {}
     return {section: table for section, table in tables.items() if isinstance(table, dict)}
 
 
 def deciding(config: Config) -> dict[str, Any]:
-    """The settings that decide tokens, weights or what is measured, for a checkpoint's record.
+    """Returns the settings that decide results, for a checkpoint's record: all but those of FREE.
 
-    The length of the run is one of them where the learning rate depends on it.
+    run.num_batches is among them if the learning rate's schedule depends on it.
     """
     is_constant = LR_SCHEDULES[config.train.lr_schedule] is None
     free = FREE.keys() if is_constant else FREE.keys() - {"run.num_batches"}
@@ -173,8 +188,9 @@ def deciding(config: Config) -> dict[str, Any]:
 
 
 def _tables(config: Config) -> dict[str, Any]:
-    """The settings as they are written; consent holds for one start."""
+    """Returns the settings as config.toml shows them."""
     tables = config.model_dump()
+    # Consent is for one start. In the file it would silently accept all later changes as well.
     tables["run"]["accept_changes"] = False
     return tables
 
@@ -182,10 +198,10 @@ def _tables(config: Config) -> dict[str, Any]:
 def _history(
     path: Path, tables: Mapping[str, Any], num_updates: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What held until before num_updates updates, oldest first, and what was agreed to change
-    there.
+    """Returns the entries that ended before update num_updates, and the one that ends at it or {}.
 
-    A run that goes on from an older checkpoint loses the entries of what came after it.
+    Entries of later updates are dropped: a run that goes on from an older checkpoint makes these
+    updates anew.
     """
     try:
         entries = [
@@ -200,20 +216,20 @@ def _history(
 
 
 def _table(tables: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """A section of a file that people may have edited."""
+    """Returns a section of a file that people may have edited; {} if it is no table."""
     table = tables.get(section)
     return table if isinstance(table, dict) else {}
 
 
-def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """ "section.key: old -> new" of what both have and what decides results.
+def _list_changes(old_settings: Mapping[str, Any], new_settings: Mapping[str, Any]) -> list[str]:
+    """Returns "section.key: old -> new" for every key that both have with different values.
 
-    What only one has belongs to another kind of section, which is a change of its own, or to
-    another version.
+    A key that only one of them has belongs to another kind of teacher or reward, and then the
+    section's `kind` has changed as well; or it belongs to another version of this package.
     """
     changes = []
-    for section, table in now.items():
-        old_table = _table(before, section)
+    for section, table in new_settings.items():
+        old_table = _table(old_settings, section)
         for key in table:
             name = f"{section}.{key}"
             new = to_text(table[key])
@@ -224,7 +240,7 @@ def _list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def _entry_text(entry: Mapping[str, Any]) -> str:
-    """One [[history]] table."""
+    """Writes one [[history]] table."""
     changes = ", ".join(map(_toml_literal, entry.get("changes", ())))
     tables = {section: table for section, table in entry.items() if isinstance(table, dict)}
     lines = [
@@ -239,7 +255,7 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
 
 
 def _to_toml(tables: Mapping[str, Any], prefix: str = "") -> str:
-    """One [section] table of key = value lines after the other; prefix begins their names."""
+    """Writes [section] tables of key = value lines; `prefix` stands in front of their names."""
     lines: list[str] = []
     for section, table in tables.items():
         values = (f"{key} = {_toml_literal(value)}" for key, value in table.items())
@@ -248,11 +264,13 @@ def _to_toml(tables: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _toml_literal(value: object) -> str:
-    """A TOML literal; None, which TOML lacks, is "none"."""
+    """Returns a TOML literal; None, which TOML lacks, becomes "none"."""
     if isinstance(value, str | None):  # a JSON string is a TOML basic string, but for DEL
         return json.dumps(to_text(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
-        pairs = (f"{_toml_literal(key)} = {_toml_literal(part)}" for key, part in value.items())
+        pairs = (
+            f"{_toml_literal(key)} = {_toml_literal(element)}" for key, element in value.items()
+        )
         return f"{{ {', '.join(pairs)} }}"
     return (
         f"[{', '.join(map(_toml_literal, value))}]" if isinstance(value, list) else to_text(value)

@@ -1,8 +1,8 @@
-"""What rollouts amount to, as named metrics: summarize for a batch, Scores for an evaluation.
+"""Computes the metrics of rollouts: summarize for a batch, Scores for an evaluation.
 
-Departure from the usual practice: error bars are by question (interval). Samples of one question
-are not independent draws of "a question the student may meet", so a hundred questions with sixteen
-samples each are a hundred data points.
+Departure from the usual practice: error bars are computed over questions, not over samples (see
+interval). Samples of one question are not independent draws of "a question the student may meet",
+so a hundred questions with sixteen samples each are a hundred data points, not sixteen hundred.
 """
 
 import hashlib
@@ -13,43 +13,36 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from socpo_fast.types import EngineStats, Question, Rollout
 
-PASS_AT = (
-    4,
-    16,
-    64,
-    256,
-)  # pass@k is smooth in log k; fixed k, so that runs with different eval.samples compare
+# The k of pass@k. They are fixed, so that runs with different eval.samples can be compared. Few are
+# enough, since pass@k is smooth in log k.
+PASS_AT = (4, 16, 64, 256)
 Z95 = 1.959964  # two-sided normal quantile
-MAX_SOURCES = (
-    32  # more of them are not told apart: a data set may name each row's source differently
-)
+# With more data sources than this, metrics by source are left out: some data sets give each row a
+# source of its own.
+MAX_SOURCES = 32
 
 
 def sources_of(questions: Iterable[Question]) -> list[str]:
-    """The data sources to be told apart, in order of their names; none when there is one only, or
-    too many.
-    """
+    """Returns the data sources to report separately, sorted; [] for a single one or too many."""
     sources = sorted({question.data_source for question in questions})
     return sources if 1 < len(sources) <= MAX_SOURCES else []
 
 
 def source_metric(name: str, data_source: str) -> str:
-    """name/data_source, the source made safe for TensorBoard, files and pages; different ones stay
-    different.
-    """
+    """Returns "name/data_source" with a source that is safe in TensorBoard, files and pages."""
     safe = re.sub(r"[^\w./-]", "_", data_source, flags=re.ASCII)[:64] or "_"
-    if safe != data_source or re.search(
-        r"-[0-9a-f]{6}$", safe
-    ):  # what looks like a made name is made as well
+    # A hash keeps different sources different after the replacement. A source that ends like such a
+    # hash gets one, too, or it could collide with the replaced name of another source.
+    if safe != data_source or re.search(r"-[0-9a-f]{6}$", safe):
         safe += "-" + hashlib.sha256(data_source.encode("utf-8", "surrogatepass")).hexdigest()[:6]
     return f"{name}/{safe}"
 
 
 def success_rates(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Shares of rollouts; the headline is the unassisted one.
+    """Returns the shares of rollouts that succeeded, unassisted and assisted.
 
-    success/unassisted counts the first attempt only; success/assisted whether any attempt was
-    right.
+    success/unassisted, the headline, counts the first attempt only. success/assisted counts a
+    rollout if any of its attempts was right.
     """
     return {
         "success/unassisted": mean([float(rollout.turns[0].is_correct) for rollout in rollouts]),
@@ -62,11 +55,14 @@ def summarize(
     decay_factors: Sequence[float],
     sources: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Metrics of one batch. Rates are per rollout; rescue_rate per guided one, leak_rate per
-    guidance, shown or not.
+    """Returns the metrics of one batch.
 
-    sources: the whole data set's, from sources_of; success is also given for each that the batch
-    has.
+    Rates are per rollout, with two exceptions: rescue_rate is per guided rollout, and leak_rate is
+    per message of guidance, shown or not.
+
+    Args:
+        sources: those of the whole data set, from sources_of. Success is also reported for each of
+                 them that occurs in the batch.
     """
     guided = [rollout for rollout in rollouts if len(rollout.turns) > 1]
     turns = [turn for rollout in rollouts for turn in rollout.turns]
@@ -100,7 +96,11 @@ def summarize(
 def rollout_perf(
     rollouts: Sequence[Rollout], before: EngineStats, after: EngineStats, seconds: float
 ) -> dict[str, float]:
-    """What the rollouts of a batch took; before and after are the engine's counts."""
+    """Returns speed and cost of a batch's rollouts.
+
+    Args:
+        before, after: the engine's counts when the rollouts began and when they had ended.
+    """
     waits = [rollout.teacher_wait_s for rollout in rollouts if len(rollout.turns) > 1]
     return {
         "perf/rollout_tok_s": sum(rollout.num_sampled for rollout in rollouts) / seconds,
@@ -113,12 +113,14 @@ def rollout_perf(
 
 
 class Scores:
-    """An evaluation's counts by question, added rollout by rollout in any order; it holds no
-    rollout.
+    """The counts of an evaluation, by question.
+
+    Rollouts are added one by one, in any order, and are not kept: an evaluation of many samples
+    takes no memory.
 
     Args:
         questions: all that are evaluated, each `samples` times.
-        assisted:  the teacher may help; then success/assisted is known as well.
+        assisted:  the teacher may help, so success/assisted is measured as well.
     """
 
     def __init__(self, questions: Sequence[Question], *, samples: int, assisted: bool):
@@ -128,10 +130,11 @@ class Scores:
         self.source_of = {question.question_idx: question.data_source for question in questions}
         self.alone = dict.fromkeys(self.source_of, 0)
         self.helped = dict.fromkeys(self.source_of, 0)
-        self.failures: Counter[str] = Counter()  # of guidance, by kind
+        self.failures: Counter[str] = Counter()  # rollouts by kind of failed guidance; "": none
         self.num_guidances = self.num_tokens = self.num_truncated = 0
 
     def add(self, rollout: Rollout) -> None:
+        """Counts a finished rollout."""
         first = rollout.turns[0]
         self.alone[rollout.question_idx] += first.is_correct
         self.helped[rollout.question_idx] += is_solved(rollout)
@@ -141,32 +144,34 @@ class Scores:
         self.num_truncated += first.attempt.finish_reason == "length"
 
     def metrics(self) -> dict[str, float]:
-        """avg@k, which is success/unassisted, pass@k and success/assisted, each with its interval;
-        avg@k by source. Where no guidance came, success/assisted is not known: it would be the
-        unassisted one under another name."""
+        """Returns success/unassisted (avg@k), success/assisted and pass@k, with their intervals.
+
+        The first two are also given by source. success/assisted is left out if all guidance failed:
+        it would be the unassisted share under another name.
+        """
         failed = failures(self.failures)
         is_known = self.assisted and bool(self.num_guidances or not failed["guidance/failed"])
         n = self.samples
         total = self.samples * len(self.alone)
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         kinds = {"success/unassisted": self.alone} | (
             {"success/assisted": self.helped} if is_known else {}
         )
         for name, correct in kinds.items():
-            found |= with_interval(name, [c / n for c in correct.values()])
+            metrics |= with_interval(name, [c / n for c in correct.values()])
             for source in self.sources:
                 shares = [c / n for idx, c in correct.items() if self.source_of[idx] == source]
-                found |= {
+                metrics |= {
                     source_metric(key, source): value
                     for key, value in with_interval(name, shares).items()
                 }
         for k in PASS_AT:
             if k <= n:
-                found |= with_interval(
+                metrics |= with_interval(
                     f"success/pass_at_{k}", [pass_at_k(n, c, k) for c in self.alone.values()]
                 )
         return (
-            found
+            metrics
             | (failed if self.assisted else {})
             | {
                 "rollout/attempt_tokens": self.num_tokens / total,
@@ -176,22 +181,27 @@ class Scores:
 
 
 def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Returns the mean of the questions' values under `name`, with its 95 % interval."""
     low, high = interval(values)
     return {name: mean(values), f"{name}_low": low, f"{name}_high": high}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of a question's value, from one value in [0, 1] of each question.
+    """Returns the 95 % interval of the mean over questions, from one value in [0, 1] of each.
 
-        n' = n + z^2    m = (sum x + z^2 / 2) / n'    v = (sum x^2 + z^2 / 2) / n' - m^2    m -+ z
-        sqrt(v / n')
+        n' = n + z^2
+        m  = (sum x + z^2 / 2) / n'
+        v  = (sum x^2 + z^2 / 2) / n' - m^2
+        interval = m -+ z sqrt(v / n')
 
-    That is the normal interval after z^2 / 2 questions always right and as many always wrong have
-    been added. For one sample a question (x is 0 or 1) it is Agresti and Coull's, close to
-    Wilson's. The usual mean -+ z s / sqrt(n) has no width where all questions score the same (0 or
-    1 above all) and covers far less than 95 % near there or with few questions; an effective sample
-    size in Wilson's formula breaks down in the same place, where s is not known. Here the spread
-    between questions counts as it is measured, and what is added fades with n.
+    This is the normal interval after adding z^2 / 2 questions that are always right and as many
+    that are always wrong. With one sample a question (x is 0 or 1) it is Agresti and Coull's
+    interval, which is close to Wilson's.
+
+    The usual mean -+ z s / sqrt(n) has no width if all questions score the same, most often 0 or 1.
+    Near there, or with few questions, it covers far less than 95 %. Wilson's formula with an
+    effective sample size breaks down in the same cases, since it needs s. Here the spread between
+    questions is used as measured, and the added questions matter less as n grows.
     tests/test_evaluation.py measures the coverage.
 
     Source: Agresti and Coull 1998, The American Statistician 52(2); by question: Miller 2024,
@@ -200,12 +210,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values) + Z95**2
     center = (math.fsum(values) + Z95**2 / 2) / n
     variance = (math.fsum(x * x for x in values) + Z95**2 / 2) / n - center**2
-    half = Z95 * math.sqrt(variance / n)
-    return max(center - half, 0.0), min(center + half, 1.0)
+    half_width = Z95 * math.sqrt(variance / n)
+    return max(center - half_width, 0.0), min(center + half_width, 1.0)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate that one of k samples is correct, from num_samples >= k of them.
+    """Estimates without bias the chance that one of k samples is right, from num_samples >= k.
 
         1 - C(n - c, k) / C(n, k)
 
@@ -215,16 +225,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def failures(by_kind: Mapping[str, int]) -> dict[str, float]:
-    """guidance/failed, and by kind; "" stands for none."""
+    """Returns guidance/failed in total and by kind; the kind "" stands for no failure."""
     counts = {f"guidance/failed_{kind}": float(n) for kind, n in sorted(by_kind.items()) if kind}
     return {"guidance/failed": math.fsum(counts.values()), **counts}
 
 
 def is_solved(rollout: Rollout) -> bool:
-    """Whether any of its attempts was right."""
+    """Whether any attempt of the rollout was right."""
     return any(turn.is_correct for turn in rollout.turns)
 
 
 def mean(values: Sequence[float]) -> float:
-    """nan for none: a rate over nothing is not 0."""
+    """Returns the mean; nan for no values, since a rate over nothing is not 0."""
     return sum(values) / len(values) if values else float("nan")

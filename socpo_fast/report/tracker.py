@@ -1,13 +1,15 @@
-"""What a run writes down while it runs: metrics.jsonl and TensorBoard (rollouts/: rollouts.py).
+"""Writes a run's metrics to metrics.jsonl and TensorBoard, and reads and writes any JSONL file.
 
-Read MetricsWriter. Below it stand the rows of any record, one JSON object a line: a file of rows is
-replaced as a whole (replace_jsonl), or grows row by row, each on the disk when append_row returns.
-Only such a file may end in half a line, and read_jsonl leaves that out.
+Read MetricsWriter first. A row of metrics.jsonl is
 
-A row of metrics.jsonl is {"kind": "batch" | "update" | "eval", "batch": 3, "update": 12,
-"success/unassisted": 0.41, ..}; nan becomes null. The names are those of METRICS. After a crash a
-file may end in half a line: readers skip it, and a resumed run rewrites what came after its
-checkpoint.
+    {"kind": "batch" | "update" | "eval", "batch": 3, "update": 12, "success/unassisted": 0.41, ..}
+
+with the names of METRICS; nan becomes null. A resumed run drops the rows after its checkpoint and
+writes them again.
+
+Below stand the functions for any JSONL file. Such a file is either replaced as a whole
+(replace_jsonl) or grows row by row (append_row, which returns when the row is on the disk). Only a
+file that grows can end in half a line after a crash; read_jsonl skips that line.
 """
 
 import json
@@ -27,13 +29,13 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends rows to metrics.jsonl and TensorBoard; each row is on the disk when write returns.
 
     Args:
-        run_folder:          made when absent.
-        resume_after_update: keep rows up to this update and drop later ones, which will be
+        run_folder:          created if absent.
+        resume_after_update: keeps rows up to this update and drops later ones, which will be
                              written again; None starts afresh and drops all.
     """
 
     def __init__(self, run_folder: str | Path, *, resume_after_update: int | None = None):
-        # Here, as it takes half a second and readers need none of it.
+        # Imported here, as it takes half a second and those who only read rows do not need it.
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = Path(run_folder) / "metrics.jsonl"
@@ -41,6 +43,8 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         last = -1 if resume_after_update is None else resume_after_update
         kept = [row for row in read_metrics(self.path) if row["update"] <= last]
         reached = max((row["update"] for row in kept), default=0)
+        # Rows may be missing only where the run's own folder was edited. A run that begins from
+        # another run's checkpoint has no rows of the updates before it.
         is_own = (self.path.parent / "checkpoints" / f"update_{last:06d}").exists()
         if is_own and reached < last:
             warnings.warn(
@@ -49,36 +53,37 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         replace_jsonl(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard: SummaryWriter | None = None
-        with self._helping():
+        with self._tensorboard_optional():
             self._tensorboard = SummaryWriter(
                 str(self.path.parent / "tb"), purge_step=last + 1, flush_secs=30
             )
 
     def write(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
-        """Write one row. batch counts from 1; update is the number of updates made so far."""
+        """Writes one row. batch counts from 1; update is the number of updates made so far."""
         for name in metrics:
             assert meaning_of(name), f"metric {name} is not described in METRICS"
         values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with named_failure(self.path):
             append_row(self._file, {"kind": kind, "batch": batch, "update": update, **values})
         prefix = "eval/" if kind == "eval" else ""
-        with self._helping():
+        with self._tensorboard_optional():
             for name, value in values.items():
                 if value is not None and self._tensorboard is not None:
                     self._tensorboard.add_scalar(prefix + name, value, update)
 
     def close(self) -> None:
+        """Closes both files."""
         self._file.close()
-        with self._helping():
+        with self._tensorboard_optional():
             if self._tensorboard is not None:
                 self._tensorboard.close()
 
     @contextmanager
-    def _helping(self) -> Iterator[None]:
-        """TensorBoard never ends a run: what fails is told, and left out from then on."""
+    def _tensorboard_optional(self) -> Iterator[None]:
+        """Keeps a run going if TensorBoard fails: warns once and writes to it no more."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - its own, from its own thread
+        except Exception as error:  # noqa: BLE001 - TensorBoard raises anything, from its thread
             self._tensorboard = None
             warnings.warn(
                 f"{self.path.parent / 'tb'}: TensorBoard stops here ({error}); the run goes on",
@@ -90,16 +95,18 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order, none when it is absent.
+    """Returns the rows of a metrics.jsonl in order; [] if it is absent.
 
-    Of rows of one (kind, batch, update) it is the last one that counts.
+    If several rows have the same (kind, batch, update), the last one counts.
     """
-    last = {(row["kind"], row["batch"], row["update"]): row for row in read_jsonl(path, _is_whole)}
+    last = {
+        (row["kind"], row["batch"], row["update"]): row for row in read_jsonl(path, _is_complete)
+    }
     return list(last.values())
 
 
-def _is_whole(row: Mapping[str, Any]) -> bool:
-    """Whether it says what it measures, in numbers."""
+def _is_complete(row: Mapping[str, Any]) -> bool:
+    """Whether a row names its kind, batch and update, and has numbers only."""
     values = [value for name, value in row.items() if name not in ("kind", "batch", "update")]
     return (
         row.get("kind") in get_args(Kind)
@@ -108,17 +115,18 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
             for count in (row.get("batch"), row.get("update"))
         )
         and all(isinstance(value, int | float | None) for value in values)
-        and not any(abs(value or 0) > 1e308 for value in values)  # an integer that is no float
+        # JSON integers have no limit, but above 1e308 they do not convert to a float.
+        and not any(abs(value or 0) > 1e308 for value in values)
     )
 
 
 def replace_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file by one line of JSON a row."""
+    """Replaces a file by one line of JSON a row."""
     replace_file(path, "".join(map(_json_line, rows)))
 
 
 def append_row(file: TextIO, row: Mapping[str, Any]) -> None:
-    """Append a row to an open JSONL file; it is on the disk when this returns."""
+    """Appends a row to an open JSONL file; it is on the disk when this returns."""
     file.write(_json_line(row))
     file.flush()
     os.fsync(file.fileno())
@@ -131,27 +139,27 @@ def _json_line(row: Mapping[str, Any]) -> str:
 def read_jsonl(
     path: str | Path, is_whole: Callable[[dict[str, Any]], bool] = lambda row: True
 ) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none when it is absent.
+    """Returns the objects of a JSONL file; [] if it is absent.
 
-    One warning tells of torn lines, another one of rows that are not whole: both are left out.
+    Torn lines and rows that `is_whole` rejects are left out, with one warning for each kind.
     """
     path = Path(path)
     if not path.is_file():
         return []
-    # Not splitlines, which would also cut at U+2028 inside a text.
+    # str.splitlines would also cut at U+2028, which may be part of a text.
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     rows = [row for line in lines if isinstance(row := _json_or_none(line), dict)]
     if num_torn := len(lines) - len(rows):
         warnings.warn(
             f"{path}: {num_torn} torn lines left out; a write was interrupted there", stacklevel=2
         )
-    whole = [row for row in rows if is_whole(row)]
-    if num_damaged := len(rows) - len(whole):
+    complete = [row for row in rows if is_whole(row)]
+    if num_damaged := len(rows) - len(complete):
         warnings.warn(f"{path}: {num_damaged} damaged rows left out", stacklevel=2)
-    return whole
+    return complete
 
 
 def _json_or_none(line: bytes) -> Any:
-    """What stands in a line; None where it is torn, nested without end, or no UTF-8."""
+    """Parses a line; None if it is torn, nested too deeply, or not UTF-8."""
     with suppress(ValueError, RecursionError):
         return json.loads(line)

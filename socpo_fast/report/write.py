@@ -1,8 +1,8 @@
-"""A run folder as one page for people: curves.png and report.html. Read write_report.
+"""Writes a run folder's report for people: report.html and curves.png. Read write_report.
 
-The page is one file with everything inline, no script, and a policy that lets the browser load
-nothing. Whatever a model wrote goes through jinja2's autoescape. Missing or torn files leave their
-part of the page out.
+The page is one file with everything inline and no script. Its content security policy lets the
+browser load nothing, and jinja2 escapes whatever a model wrote, since a student may write HTML.
+Where a file is missing or torn, its part of the page is left out.
 """
 
 import base64
@@ -24,7 +24,8 @@ Rows = Sequence[dict[str, Any]]
 
 _PAGE = Path(__file__).parent / "page.html"  # a jinja2 template
 
-# title, unit, {label: (kind of row, metric)}; "train" is any but an evaluation
+# (title, unit, {label: (kind of row, metric)}) of each panel, in order. The kind "train" stands for
+# rows of batches and of updates.
 PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
     (
         "Accuracy",
@@ -62,8 +63,7 @@ COLOURS = ("#1f5fa8", "#d9730d", "#8fb8de", "#f2c39b")
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write curves.png and report.html into the run folder from what lies there; returns the page's
-    path.
+    """Writes curves.png and report.html into a run folder; returns the page's path.
 
     Raises:
         ValueError: no such folder.
@@ -83,26 +83,31 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def report_note(run_folder: Path) -> str:
-    """Write the report of a finished run; returns a line that says so, behind the card of the
-    built-in task.
+    """Writes the report of a finished run; returns lines to print.
 
-    A page never costs the run.
+    On the built-in task the lines begin with the comparison of comparison.py. A failure becomes a
+    line as well: a run that trained for hours must not end in an error because of its page.
     """
     try:
         path = write_report(run_folder)
         rows = read_metrics(run_folder / "metrics.jsonl")
         curves = compare(read_settings(run_folder), rows)
         return (card(curves, rows) + "\n" if curves else "") + f"report: {path}"
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+    except Exception as error:  # noqa: BLE001 - returned as a line to print
         return f"report: {run_folder / 'report.html'} was not written ({error})"
 
 
 def render(folder: Path, rows: Rows, curves: bytes) -> str:
-    """The page as text."""
+    """Renders the page as HTML."""
+    # jinja2 and matplotlib are imported late: training and `socpo eval` do not need them.
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        # StrictUndefined: a misspelt name in page.html is an error, not an empty string.
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "percent": lambda share: "unknown" if share is None else f"{100 * share:.1f} %",
@@ -127,8 +132,10 @@ def render(folder: Path, rows: Rows, curves: bytes) -> str:
 
 
 def series(rows: Rows, source: str, name: str) -> tuple[list[int], list[float]]:
-    """(updates, values) of a metric where it is known, in rows of one kind ("train": of batches and
-    updates).
+    """Returns (updates, values) of a metric, from the rows of one kind that have it.
+
+    Args:
+        source: "eval", "batch", "update", or "train" for batches and updates.
     """
     kinds = ("batch", "update") if source == "train" else (source,)
     chosen = [row for row in rows if row["kind"] in kinds and row.get(name) is not None]
@@ -136,9 +143,7 @@ def series(rows: Rows, source: str, name: str) -> tuple[list[int], list[float]]:
 
 
 def headline(rows: Rows) -> dict[str, Any]:
-    """Unassisted and assisted accuracy at start and end, held out if there were evaluations, else
-    in training.
-    """
+    """Returns accuracy at start and end: held out if there were evaluations, else in training."""
     source = "eval" if series(rows, "eval", "success/unassisted")[1] else "train"
     _, unassisted = series(rows, source, "success/unassisted")
     _, assisted = series(rows, source, "success/assisted")
@@ -155,13 +160,13 @@ def headline(rows: Rows) -> dict[str, Any]:
 
 
 def first_and_last(rows: Rows) -> list[dict[str, Any]]:
-    """Lists every metric of the run that METRICS explains, with its first and last value."""
-    found = []
+    """Returns every metric of the run that METRICS explains, with its first and last value."""
+    entries = []
     for kind in ("eval", "batch", "update"):
         for name in dict.fromkeys(name for row in rows if row["kind"] == kind for name in row):
             _, values = series(rows, kind, name)
             if values and (meaning := meaning_of(name)):
-                found.append(
+                entries.append(
                     {
                         "kind": kind,
                         "name": name,
@@ -170,29 +175,28 @@ def first_and_last(rows: Rows) -> list[dict[str, Any]]:
                         "last": values[-1],
                     }
                 )
-    return found
+    return entries
 
 
 def time_split(rows: Rows) -> dict[str, float]:
-    """Seconds in all by phase, from the batch rows."""
+    """Returns the total seconds of each phase, from the batch rows."""
     batches = [row for row in rows if row["kind"] == "batch"]
     totals = {
         phase: sum(row.get(f"time/{phase}_s") or 0.0 for row in batches)
         for phase in ("rollout", "update", "total")
     }
-    rest = totals["total"] - totals["rollout"] - totals["update"]
-    return {"rollout": totals["rollout"], "update": totals["update"], "the rest": max(rest, 0.0)}
+    other_s = totals["total"] - totals["rollout"] - totals["update"]
+    return {"rollout": totals["rollout"], "update": totals["update"], "the rest": max(other_s, 0.0)}
 
 
 def sample_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Of the first, middle and last batch one rollout of each outcome: rescued, never right, right
-    at once.
-    """
+    """Returns one rollout of each outcome from the first, the middle and the last batch."""
     paths = sorted(folder.glob("rollouts/batch_*.jsonl"))
     chosen = sorted({0, len(paths) // 2, len(paths) - 1}) if paths else []
     samples = []
     for path in (paths[i] for i in chosen):
         by_outcome: dict[str, dict[str, Any]] = {}
+        # setdefault keeps the first rollout of each outcome, so the same run gives the same page.
         for rollout in read_rollouts(path):
             by_outcome.setdefault(outcome(rollout), rollout)
         samples += [
@@ -205,6 +209,7 @@ OUTCOMES = ("rescued by guidance", "never right", "right alone")
 
 
 def outcome(rollout: dict[str, Any]) -> str:
+    """Returns which of OUTCOMES a rollout had."""
     verdicts = [turn["is_correct"] for turn in rollout["turns"]]
     if not any(verdicts):
         return "never right"
@@ -212,7 +217,7 @@ def outcome(rollout: dict[str, Any]) -> str:
 
 
 def draw_curves(rows: Rows) -> bytes:
-    """One panel for each of PANELS, over updates, as a PNG file."""
+    """Draws PANELS over updates; returns a PNG file."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(13, 7), layout="constrained")
@@ -227,18 +232,24 @@ def draw_curves(rows: Rows) -> bytes:
                     color=colour,
                     marker="o" if source == "eval" else ".",
                 )
-            (at, low), (_, high) = (
-                series(rows, source, f"{name}{end}") for end in ("_low", "_high")
+            (interval_updates, low), (_, high) = (
+                series(rows, source, f"{name}{suffix}") for suffix in ("_low", "_high")
             )
+            # Only evaluations have intervals.
             if low and len(low) == len(high):
-                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    interval_updates, low, high, color=colour, alpha=0.15, linewidth=0
+                )
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
         axes.set(xlabel="update", ylabel=unit)
     return _png(figure)
 
 
 def draw_comparison(curves: Sequence[Curve]) -> bytes:
-    """Draws this run's and the recorded accuracies over sampled tokens as PNG; b"" for none."""
+    """Draws this run's and the recorded curves over sampled tokens; returns a PNG file.
+
+    b"" if there are no curves.
+    """
     from matplotlib.figure import Figure
 
     if not curves:
@@ -256,10 +267,11 @@ def draw_comparison(curves: Sequence[Curve]) -> bytes:
 
 
 def _png(figure: Any) -> bytes:
-    """Returns a figure as a file, its panels with the frame, scale and legend of the page."""
+    """Gives all panels the same frame, scale and legend, and returns the figure as a PNG file."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+        # All shares on the same scale, so that panels and runs can be compared by eye.
         axes.set_ylim((-0.02, 1.02) if axes.get_ylabel() == "share" else (0, None))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9)

@@ -1,13 +1,17 @@
-"""From messages to token ids, and from guidance to the ids that lead into the next attempt.
+"""Turns messages into token ids, and guidance into the ids that lead to the next attempt.
 
 Read Bridge: __init__ takes the pieces from the tokenizer's own chat template, bridge_ids puts them
-together, _check holds them against the template's rendering. What was sampled is never decoded and
-encoded again: a row is prompt_ids + attempt + bridge + attempt + .., and every seam lies at a
-special token, so nothing merges across it.
+together, and _check compares them with the template's rendering. Sampled tokens are never decoded
+and encoded again. A row is a concatenation, and every seam lies at a special token, so the
+tokenizer merges nothing across it:
+
+    prompt_ids | attempt 0 | bridge | attempt 1 | bridge | ..
+                             '----'
+                 end of turn, user header, guidance, end of turn, assistant header
 
 Departure from the template: it may rewrite earlier turns (Qwen3 drops their <think> blocks, others
-trim white space). The row keeps what was sampled; `Bridge.notes` says where the two differ, and
-history.py does as the template does.
+trim white space). The row keeps what was sampled. `Bridge.notes` says where the two differ, and
+history.py follows the template instead.
 """
 
 import re
@@ -20,11 +24,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from socpo_fast.files import read_json
 from socpo_fast.ops._checks import check_rule
 
-# stand in for texts
+# Words that stand for texts while a template renders.
 ANSWER = "SocpoAnswer"
 GUIDANCE = "SocpoGuidance"
 _PROMPT = [{"role": "user", "content": "SocpoQuestion"}]
 _NOTE = "the chat template rewrites {} once it is history; rollout.context tokens does not"
+# Answers that some templates change once they are history; _check renders each of them.
 _PROBES = {
     "a plain answer": ANSWER,
     "an answer with a <think> block": f"<think>\nSocpoThought\n</think>\n\n{ANSWER}",
@@ -33,7 +38,7 @@ _PROBES = {
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face folder; no code of the folder is run.
+    """Loads the tokenizer of a Hugging Face folder; no code of the folder is run.
 
     Raises:
         ValueError: the folder or its tokenizer files are missing or unreadable.
@@ -48,9 +53,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (
-        Exception
-    ) as error:  # the tokenizers library raises bare Exception for what it cannot read
+    # The tokenizers library raises bare Exception for files that it cannot read.
+    except Exception as error:
         raise ValueError(
             f"tokenizer: {folder} must hold a tokenizer.json that transformers reads ({error})"
         ) from error
@@ -60,27 +64,26 @@ class Bridge:
     """The chat template of one tokenizer, taken apart into token ids.
 
     Args:
-        tokenizer:      a fast tokenizer with a chat template.
-        guidance_limit: tokens of guidance at most, >= 1; the head is kept.
-        enable_thinking: handed to the chat template (Qwen3: False = no thinking); None = the
-                         template's own default.
+        tokenizer:       a fast tokenizer with a chat template.
+        guidance_limit:  most tokens of guidance, >= 1; of longer guidance the beginning is kept.
+        enable_thinking: passed to the chat template (Qwen3: False = no thinking); None = the
+                         template's default.
 
     Attributes:
-        end_of_turn_id: what the template puts right behind an assistant's text; end_of_turn is its
-                        text.
+        end_of_turn_id: the special token right behind an assistant's text; end_of_turn is its text.
         eos_ids:        the ids that end an attempt: end_of_turn_id, the tokenizer's eos and those
                         of the generation_config.json beside the tokenizer.
-        before, after:  the template's text from an answer's end to the guidance, and from there to
-                        the next answer.
-        takes_system:   the template has system messages; others refuse them or leave them out.
+        before, after:  the template's text from an answer's end to the guidance, and from the
+                        guidance to the next answer.
+        takes_system:   whether the template renders system messages; others refuse or drop them.
         notes:          one sentence for each kind of dialogue that the template renders differently
-                        once it is history, or on another day; empty when the template only ever
-                        appends.
+                        once it is history, or on another day. Empty if the template only appends.
 
     Raises:
-        ValueError: no chat template, a template that refuses a dialogue, whose turns do not end
-            with a special token (Llama 2, Mistral v1 and v2: there guidance could forge turns) or
-            that knows no enable_thinking, or pieces that are not the template's own rendering.
+        ValueError: the tokenizer has no chat template; or the template refuses a dialogue, has no
+            enable_thinking, or has turns that do not end with a special token (Llama 2, Mistral v1
+            and v2: there guidance could forge turns); or the pieces do not add up to the template's
+            rendering.
     """
 
     def __init__(
@@ -120,7 +123,10 @@ class Bridge:
             for idx, token in tokenizer.added_tokens_decoder.items()
             if token.special
         ]
-        self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))  # longest match first
+        # Longest first, so that the search for one never stops at a shorter one it begins with.
+        self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))
+        # The rendering is question, ANSWER, GUIDANCE, generation prompt. What stands behind ANSWER,
+        # without GUIDANCE itself, is the bridge.
         _, _, behind_answer = self.render(dialogue(_PROMPT, ANSWER)).rpartition(ANSWER)
         self.before, _, self.after = behind_answer.partition(GUIDANCE)
         head_ids = self.trusted_ids(self._split(self.before)[0])
@@ -135,8 +141,8 @@ class Bridge:
         self.end_of_turn_id = head_ids[0]
         self.end_of_turn = str(tokenizer.convert_ids_to_tokens(head_ids[0]))
         self.eos_ids = tuple(dict.fromkeys([self.end_of_turn_id, *_configured_eos_ids(tokenizer)]))
-        # Sentencepiece puts a space before a text's first word, which is not the first word in a
-        # row.
+        # Sentencepiece puts a space before the first word of a text. Inside a row no text is the
+        # first, so untrusted_ids encodes it behind an anchor and drops the anchor's ids.
         is_same_anywhere = self.trusted_ids(f"{self.end_of_turn}x")[1:] == self.trusted_ids("x")
         self._anchor = "" if is_same_anywhere else "\n"
         self.notes = self._check()
@@ -147,8 +153,9 @@ class Bridge:
             )
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a dialogue up to where the assistant's text begins; a BOS only where the
-        template has one.
+        """Returns the ids of a dialogue up to where the assistant's text begins.
+
+        There is a BOS only if the template writes one.
 
         Raises:
             ValueError: the template refuses these roles.
@@ -156,10 +163,11 @@ class Bridge:
         return self.trusted_ids(self.render(messages))
 
     def untrusted_prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """prompt_ids of messages whose texts nobody vouches for.
+        """Returns prompt_ids of messages with untrusted texts.
 
-        A special token spelled out in one stays ordinary text, so that none can forge a turn. The
-        template then renders stand-ins, and the texts take their places between its special tokens.
+        A special token that a text spells out stays ordinary text, so no text can forge a turn. If
+        there is any, the template renders stand-ins, and the texts replace them between the special
+        tokens of the rendering.
         """
         texts = {f"SocpoText{i}.": message["content"] for i, message in enumerate(messages)}
         if not any(special in text for special in self._special for text in texts.values()):
@@ -167,27 +175,31 @@ class Bridge:
         stand_ins = [{**m, "content": name} for m, name in zip(messages, texts, strict=True)]
         names, specials = ("|".join(map(re.escape, words)) for words in (texts, self._special))
         ids: list[int] = []
+        # The group keeps the separators, so the parts are special tokens and the text between them.
         for part in re.split(f"({specials})", self.render(stand_ins)):
             if part in self._special:
                 ids.append(self._special[part])
             else:
-                ids += self.untrusted_ids(re.sub(names, lambda found: texts[found[0]], part))
+                ids += self.untrusted_ids(re.sub(names, lambda match: texts[match[0]], part))
         return ids
 
     def bridge_ids(self, guidance_text: str, *, ended: bool) -> list[int]:
-        """What stands between an attempt and the next one: end of turn, guidance as a user message,
-        generation prompt.
+        """Returns the ids between an attempt and the next one.
 
-        guidance_text is untrusted: a special token spelled out in it stays ordinary text. White
-        space around it is dropped, which templates that trim would do as well. ended: the attempt's
-        last kept token is end_of_turn_id itself; otherwise a synthetic one comes first.
+        They are the end of turn, the guidance as a user message, and the generation prompt.
+
+        Args:
+            guidance_text: untrusted; a special token spelled out in it stays ordinary text. White
+                           space around it is dropped, as templates that trim would do.
+            ended:         whether the last token kept of the attempt is end_of_turn_id; if not,
+                           the bridge begins with a synthetic one.
         """
         return self.frame(self.before, self.fit(guidance_text.strip()), self.after)[
             1 if ended else 0 :
         ]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text for the grader and the teacher, without special tokens."""
+        """Returns the text for the grader and the teacher, without special tokens."""
         return str(
             self.tokenizer.decode(
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -195,8 +207,10 @@ class Bridge:
         )
 
     def exact_text(self, token_ids: Sequence[int]) -> str:
-        """The text that these ids are inside a row: with special tokens and the space before a
-        first word.
+        """Returns the text of these ids in the middle of a row, special tokens included.
+
+        They are decoded behind an end of turn, since a decoder drops the space before the first
+        word of a text.
         """
         text = self.tokenizer.decode(
             [self.end_of_turn_id, *token_ids], clean_up_tokenization_spaces=False
@@ -204,7 +218,7 @@ class Bridge:
         return str(text).removeprefix(self.end_of_turn)
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The chat template's text of a dialogue, up to where the assistant's text begins."""
+        """Returns the template's text of a dialogue, up to where the assistant's text begins."""
         from jinja2 import TemplateError
 
         try:
@@ -216,11 +230,8 @@ class Bridge:
                     **self._template_kwargs,
                 )
             )
-        except (
-            TemplateError,
-            TypeError,
-            LookupError,
-        ) as error:  # the template's own raise, or a fault in it
+        # TemplateError: the template refuses the messages. The others: a fault in the template.
+        except (TemplateError, TypeError, LookupError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
                 f"chat template: must take messages of the roles {roles}, got '{error}'; "
@@ -228,10 +239,10 @@ class Bridge:
             ) from error
 
     def frame(self, before: str, guidance: str, after: str) -> list[int]:
-        """Ids of guidance, as it is, between two texts of the template."""
+        """Returns the ids of unchanged guidance between two texts of the template."""
         (head, prefix), (suffix, tail) = self._split(before), self._split(after, first=True)
-        # Ordinary text of the template beside the guidance ("user\n") is encoded with it, as one
-        # span.
+        # before = head + prefix, after = suffix + tail. Ordinary text of the template beside the
+        # guidance ("user\n") is encoded with it as one span, as in the template's own rendering.
         return (
             self.trusted_ids(head)
             + self.untrusted_ids(prefix + guidance + suffix)
@@ -239,27 +250,25 @@ class Bridge:
         )
 
     def trusted_ids(self, text: str) -> list[int]:
-        """Ids of the template's text, which may spell out special tokens."""
+        """Returns the ids of a text of the template, whose special tokens become special ids."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def untrusted_ids(self, text: str) -> list[int]:
-        """Ids of a text in the middle of a row, in which a special token spelled out stays ordinary
-        text.
-        """
+        """Returns the ids of a text inside a row; a special token spelled out stays ordinary."""
         ids = self.tokenizer.encode(
             self._anchor + text, add_special_tokens=False, split_special_tokens=True
         )
         return ids[len(self.trusted_ids(self._anchor)) :] if text else []
 
     def _split(self, text: str, *, first: bool = False) -> tuple[str, str]:
-        """A text of the template, parted behind its last special token, or before its first one."""
+        """Splits a template's text behind its last special token, or before its first one."""
         if first:
-            place = min(
+            position = min(
                 (text.find(special) for special in self._special if special in text),
                 default=len(text),
             )
         else:
-            place = max(
+            position = max(
                 (
                     text.rfind(special) + len(special)
                     for special in self._special
@@ -267,30 +276,27 @@ class Bridge:
                 ),
                 default=0,
             )
-        return text[:place], text[place:]
+        return text[:position], text[position:]
 
     def fit(self, text: str) -> str:
-        """The head of a text that is at most guidance_limit tokens long.
-
-        Cut by characters first: a token rarely has 32 of them, and a megabyte takes long to encode.
-        """
+        """Returns the beginning of a text, at most guidance_limit tokens long."""
+        # A megabyte takes long to encode, so cut by characters first: few tokens have 32 or more.
         text = text[: 32 * self.guidance_limit].rstrip()
         options = {
             "add_special_tokens": False,
             "split_special_tokens": True,
             "return_offsets_mapping": True,
         }
+        # A loop, since the beginning of a text may take more tokens by itself than within the text.
         while (
-            len(places := self.tokenizer(text, verbose=False, **options)["offset_mapping"])
+            len(offsets := self.tokenizer(text, verbose=False, **options)["offset_mapping"])
             > self.guidance_limit
         ):
-            text = text[
-                : places[self.guidance_limit][0]
-            ].rstrip()  # a head by itself may take more tokens, hence while
+            text = text[: offsets[self.guidance_limit][0]].rstrip()
         return text
 
     def _check(self) -> tuple[str, ...]:
-        """Compare the pieces with the template's own rendering, id by id; returns `notes`."""
+        """Compares the pieces with the template's rendering, id by id; returns `notes`."""
         ids = set(self._special.values()) - {self.tokenizer.unk_token_id}
         spelled_out = set(self.untrusted_ids("".join(self._special))) & ids
         if spelled_out:
@@ -300,53 +306,51 @@ class Bridge:
             )
         notes = []
         bridge_ids = self.frame(self.before, GUIDANCE, self.after)
-        for what, answer in _PROBES.items():
+        for kind, answer in _PROBES.items():
             rendered_ids = self.prompt_ids(dialogue(_PROMPT, answer))
             if rendered_ids[-len(bridge_ids) :] != bridge_ids:
                 raise ValueError(
-                    f"bridge: the pieces must be the chat template's own rendering behind {what}, "
+                    f"bridge: the pieces must be the chat template's own rendering behind {kind}, "
                     f"got {bridge_ids} "
                     f"where the template has {rendered_ids[-len(bridge_ids) :]}"
                 )
             prompt = self.render(_PROMPT)
             rendered = self.render(dialogue(_PROMPT, answer))
-            if not rendered.startswith(
-                (prompt + answer, f"{prompt} {answer}")
-            ):  # sentencepiece samples that space
-                notes.append(_NOTE.format(what))
+            # With sentencepiece the space after the prompt is sampled, as a part of the answer.
+            if not rendered.startswith((prompt + answer, f"{prompt} {answer}")):
+                notes.append(_NOTE.format(kind))
         with_system = [{"role": "system", "content": "SocpoSystem"}, *dialogue(_PROMPT, ANSWER)]
         self.takes_system = False
         try:
             prompt = self.render(with_system[:2])
             self.takes_system = "SocpoSystem" in prompt
-            if not self.render(with_system).startswith(prompt):  # Mistral moves it along
+            # Mistral puts the system message into the last user message, wherever that is.
+            if not self.render(with_system).startswith(prompt):
                 notes.append(_NOTE.format("a prompt with a system message"))
         except ValueError:
-            pass  # such prompts are refused where they are rendered
+            pass  # a data set with system messages is refused when it is rendered
         return tuple(notes)
 
 
 def dialogue(messages: Sequence[dict[str, str]], *answers: str) -> list[dict[str, str]]:
-    """The messages, then each answer with GUIDANCE behind it."""
-    behind = [
+    """Returns the messages, then each answer with a user message GUIDANCE behind it."""
+    turns = [
         ({"role": "assistant", "content": answer}, {"role": "user", "content": GUIDANCE})
         for answer in answers
     ]
-    return [*messages, *(message for turn in behind for message in turn)]
+    return [*messages, *(message for messages_of_turn in turns for message in messages_of_turn)]
 
 
 def _configured_eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's eos, then those of the generation_config.json in its folder, where there is
-    one.
-    """
+    """Returns the tokenizer's eos id, then those of the generation_config.json in its folder."""
     path = Path(tokenizer.name_or_path) / "generation_config.json"
     configured = read_json(path).get("eos_token_id") if path.is_file() else None
-    found = configured if isinstance(configured, list) else [configured]
+    token_ids = configured if isinstance(configured, list) else [configured]
     check_rule(
         str(path),
         "eos_token_id",
         configured,
-        configured is None or all(type(token_id) is int for token_id in found),
+        configured is None or all(type(token_id) is int for token_id in token_ids),
         "an id, a list of ids or null",
     )
-    return [token_id for token_id in (tokenizer.eos_token_id, *found) if token_id is not None]
+    return [token_id for token_id in (tokenizer.eos_token_id, *token_ids) if token_id is not None]

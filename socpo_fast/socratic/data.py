@@ -1,11 +1,14 @@
-"""Questions from files, and which of them make up batch b. Read load_questions, _to_question,
-batch_questions.
+"""Loads questions from files and picks those of each batch.
 
-Two layouts, told apart row by row: verl's (`prompt` messages, `reward_model.ground_truth`,
-`data_source`, `extra_info`) and a flat one (`question`, `ground_truth`, optional `system`,
-`reference_solution`, `data_source`). Files are streamed by the `datasets` library, so nothing is
-copied to its cache; JSONL goes through its line reader, since its JSON reader casts whole columns
-and cannot say which row was bad.
+Read load_questions, _to_question, then batch_questions.
+
+A row has one of two layouts, which may alternate in a file:
+
+    verl    prompt (messages), reward_model.ground_truth, data_source, extra_info
+    flat    question, ground_truth; optional: system, reference_solution, data_source
+
+The `datasets` library streams the files, so nothing is copied to its cache. JSONL goes through its
+line reader, since its JSON reader casts whole columns and cannot say which row was bad.
 """
 
 import json
@@ -37,17 +40,17 @@ def load_questions(
     bridge: Bridge | None = None,
     max_prompt_tokens: int | None = None,
 ) -> list[Question]:
-    """All questions of a data set; `questions[i].question_idx` is i.
+    """Returns all questions of a data set; `questions[i].question_idx` is i.
 
     Args:
         path:              a .parquet or .jsonl file, a folder of them, or the name of a hub data
                            set.
-        split:             of a folder or hub data set; a file is its own split.
-        subset:            of a folder or hub data set that has several (its "config"); None: it has
-                           one.
-        grader:            name of the grader; a ground_truth under which no answer could be right
-                           is a bad row.
-        bridge:            the student's, to count prompt tokens.
+        split:             split of a folder or hub data set; a file is its own split.
+        subset:            subset ("config") of a folder or hub data set; None if it has only one.
+        grader:            name of the grader. A row is bad if no answer could be right under this
+                           grader.
+        bridge:            the student's bridge, which counts prompt tokens; needed for
+                           max_prompt_tokens.
         max_prompt_tokens: questions with longer prompts are left out, with a warning that counts
                            them; None keeps all.
 
@@ -59,6 +62,7 @@ def load_questions(
     questions: list[Question] = []
     errors: list[str] = []
     for row_number, row in enumerate(_rows(path, split, subset), start=1):
+        # Empty lines are skipped but counted, so that row numbers are line numbers.
         if isinstance(row, str) and not row.strip():
             continue
         try:
@@ -90,6 +94,7 @@ def load_questions(
 def _drop_overlong(
     questions: list[Question], name: str, bridge: Bridge | None, limit: int
 ) -> list[Question]:
+    """Returns the questions whose prompt has at most `limit` tokens, numbered anew from 0."""
     if bridge is None:
         raise ValueError("load_questions: max_prompt_tokens needs bridge, got None")
     kept = []
@@ -97,7 +102,8 @@ def _drop_overlong(
         try:
             if len(bridge.prompt_ids(question.messages)) <= limit:
                 kept.append(question)
-        except ValueError as error:  # some chat templates know no system message
+        # Some chat templates refuse system messages.
+        except ValueError as error:
             raise ValueError(
                 f"data: {name} question {question.question_idx + 1}: {error}"
             ) from error
@@ -116,56 +122,56 @@ def _drop_overlong(
 
 
 def _rows(path: str, split: str, subset: str | None) -> Iterator[dict[str, Any] | str]:
-    """The rows in order: fields, or of a JSONL file lines, empty ones among them."""
+    """Yields the rows in order: dicts of fields, or the lines of a JSONL file, empty ones too."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    logging.getLogger("datasets.packaged_modules").setLevel(
-        logging.CRITICAL
-    )  # it logs the errors that it raises
-    place = Path(path).expanduser()
-    kind = {".parquet": "parquet", ".jsonl": "text"}.get(place.suffix)
-    if kind and not place.is_file():
+    # The library also logs the errors that it raises.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    local_path = Path(path).expanduser()
+    kind = {".parquet": "parquet", ".jsonl": "text"}.get(local_path.suffix)
+    if kind and not local_path.is_file():
         raise ValueError(f"data: path must be an existing file, got '{path}'")
-    if kind is None and (place.is_file() or (path.count("/") != 1 and not place.is_dir())):
+    if kind is None and (
+        local_path.is_file() or (path.count("/") != 1 and not local_path.is_dir())
+    ):
         raise ValueError(
             "data: path must be a .parquet or .jsonl file, a folder, or owner/name of the hub, "
             f"got '{path}'"
         )
-    with tempfile.TemporaryDirectory(
-        prefix="socpo_data_"
-    ) as cache:  # streaming leaves nothing but lock files there
+    # While it streams, the library writes nothing but lock files to its cache folder.
+    with tempfile.TemporaryDirectory(prefix="socpo_data_") as cache_dir:
         try:
             if kind:
                 rows = load_dataset(
-                    kind, data_files=str(place), split="train", streaming=True, cache_dir=cache
+                    kind,
+                    data_files=str(local_path),
+                    split="train",
+                    streaming=True,
+                    cache_dir=cache_dir,
                 )
             else:
                 rows = load_dataset(
-                    str(place) if place.is_dir() else path,
+                    str(local_path) if local_path.is_dir() else path,
                     subset,
                     split=split,
                     streaming=True,
-                    cache_dir=cache,
+                    cache_dir=cache_dir,
                 )
             yield from (row["text"] for row in rows) if kind == "text" else rows
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            DatasetsError,
-        ) as error:  # RuntimeError: its code, which never runs
-            what = kind or f"a data set with a split {split!r}"
-            raise ValueError(f"data: {path} must be readable as {what} ({error})") from error
+        # RuntimeError: a data set that comes with code, which is never run.
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            expected = kind or f"a data set with a split {split!r}"
+            raise ValueError(f"data: {path} must be readable as {expected} ({error})") from error
 
 
 def _parse_line(line: str) -> dict[str, Any]:
+    """Returns the fields of a JSONL line; ValueError if it is not a JSON object."""
     try:
         row = json.loads(line)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # broken, a number of thousands of digits, thousands of brackets
+    # ValueError: broken JSON, or a number of thousands of digits. RecursionError: thousands of
+    # brackets.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"must be a JSON object, got {line[:40]!r} ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {line[:40]!r}")
@@ -173,7 +179,7 @@ def _parse_line(line: str) -> dict[str, Any]:
 
 
 def _to_question(row: dict[str, Any], *, question_idx: int, default_source: str) -> Question:
-    """One row in either layout; ValueError with the reason alone."""
+    """Returns the question of a row in either layout; a ValueError does not name the row."""
     if "prompt" in row:
         messages = _messages(row["prompt"])
         extra = row.get("extra_info") or {}
@@ -181,9 +187,8 @@ def _to_question(row: dict[str, Any], *, question_idx: int, default_source: str)
         for key, value in (("extra_info", extra), ("reward_model", reward_model)):
             _check(isinstance(value, dict), f"{key} must be an object", value)
         ground_truth = _ground_truth("reward_model.ground_truth", reward_model.get("ground_truth"))
-        reference = extra.get("reference_solution") or extra.get(
-            "answer"
-        )  # verl's gsm8k keeps its solution in answer
+        # verl's gsm8k keeps its reference solution in extra_info.answer.
+        reference = extra.get("reference_solution") or extra.get("answer")
     elif "question" in row:
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         messages = _messages([*system, {"role": "user", "content": row["question"]}])
@@ -200,9 +205,9 @@ def _to_question(row: dict[str, Any], *, question_idx: int, default_source: str)
         ("ground_truth", ground_truth),
     ):
         _check(isinstance(value, str | None), f"{name} must be text", value)
-        (
-            value or ""
-        ).encode()  # half of a surrogate pair is no text: UnicodeEncodeError is a ValueError
+        # JSON can spell half of a surrogate pair, which no tokenizer takes. Encoding refuses it:
+        # UnicodeEncodeError is a ValueError.
+        (value or "").encode()
     return Question(
         question_idx=question_idx,
         messages=messages,
@@ -213,6 +218,7 @@ def _to_question(row: dict[str, Any], *, question_idx: int, default_source: str)
 
 
 def _messages(messages: Any) -> tuple[dict[str, str], ...]:
+    """Returns checked messages with no other field than role and content."""
     _check(
         isinstance(messages, list) and len(messages) > 0,
         "prompt must be a non-empty list of messages",
@@ -230,13 +236,14 @@ def _messages(messages: Any) -> tuple[dict[str, str], ...]:
             f"the {message['role']} message must have text",
             text,
         )
-        text.encode()  # as above
+        text.encode()  # refuses half of a surrogate pair, as in _to_question
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message must be the user's, got {messages[-1]['role']}")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
 
 
 def _ground_truth(name: str, value: Any) -> str:
+    """Returns a ground truth as text; `name` is its field, for errors."""
     if value is None or value == "":
         raise ValueError(f"{name} is missing")
     _check(
@@ -250,28 +257,34 @@ def _ground_truth(name: str, value: Any) -> str:
 
 
 def _check(holds: bool, rule: str, value: object) -> None:
-    """One value of a row against its rule; the caller of the caller says which row it is."""
+    """Checks a value of a row against a rule. load_questions adds to the error which row it is."""
     if not holds:
         raise ValueError(f"{rule}, got {value!r:.40}")
 
 
 def question_order(seed: int, epoch: int, n: int) -> list[int]:
-    """The order of n questions in an epoch: a permutation that depends on (seed, epoch, n) alone,
-    on any machine.
+    """Returns the order of n questions in an epoch: a permutation of 0 .. n - 1.
+
+    It depends on (seed, epoch, n) only, and is the same on any machine.
     """
-    # Raw words: their stream is fixed across numpy versions.
+    # The raw words of the generator are the same in every numpy version; permutations need not be.
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable").tolist()
 
 
 def batch_questions(
     questions: Sequence[Question], seed: int, batch_idx: int, size: int
 ) -> list[Question]:
-    """The questions of batch `batch_idx` (from 0), a function of its arguments alone, so a run
-    resumes from the index.
+    """Returns the questions of batch `batch_idx`, counted from 0.
 
-    Batches cut a stream of epochs, each a permutation, so every question comes once an epoch. A
-    batch across the border of two epochs takes from the new one the first questions that it does
-    not have yet: none is twice in a batch.
+    The result depends on the arguments only, so a run resumes from the index of its batch.
+
+    The batches cut a stream of epochs. Each epoch is a permutation, so every question comes once an
+    epoch. A batch may reach over the border of two epochs. The new epoch then begins with questions
+    that this batch does not have yet, so no question is twice in a batch:
+
+        epoch 0        | epoch 1
+        3 0 | 4 1 | 2    0 | 4 3 | 1 2        n = 5, size = 2
+                  '-------' one batch: 2 cannot come first in epoch 1
 
     Raises:
         ValueError: size is not in [1, n].
@@ -281,20 +294,23 @@ def batch_questions(
         raise ValueError(
             f"data: rollout.questions_per_batch must be in [1, {n} questions], got {size}; lower it"
         )
-    epoch, place = divmod(batch_idx * size, n)
+    epoch, offset = divmod(batch_idx * size, n)
     order: list[int] = []
-    for e in range(epoch + 1):
-        order = _next_epoch(order, seed, e, n, size)
-    stream = order[place:] + _next_epoch(order, seed, epoch + 1, n, size)
+    for epoch_idx in range(epoch + 1):
+        order = _next_epoch(order, seed, epoch_idx, n, size)
+    stream = order[offset:] + _next_epoch(order, seed, epoch + 1, n, size)
     return [questions[i] for i in stream[:size]]
 
 
-def _next_epoch(before: list[int], seed: int, epoch: int, n: int, size: int) -> list[int]:
-    """The epoch's permutation; those that stand in a batch with the end of the one before are new
-    to that batch.
+def _next_epoch(previous: list[int], seed: int, epoch: int, n: int, size: int) -> list[int]:
+    """Returns the order of an epoch, with no question twice in the batch that the border cuts.
+
+    Args:
+        previous: the order of the previous epoch; empty for epoch 0.
     """
     order = question_order(seed, epoch, n)
-    begun = set(before[n - epoch * n % size :])
-    first = [i for i in order if i not in begun][: size - len(begun)]
-    chosen = set(first)
-    return first + [i for i in order if i not in chosen]
+    # The questions of the previous epoch that are already in the batch at the border.
+    in_border_batch = set(previous[n - epoch * n % size :])
+    first_new = [i for i in order if i not in in_border_batch][: size - len(in_border_batch)]
+    chosen = set(first_new)
+    return first_new + [i for i in order if i not in chosen]

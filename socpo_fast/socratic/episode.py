@@ -1,14 +1,19 @@
-"""The rules of one rollout, as a state machine: no engine, no teacher, no clock, no printing.
+"""Holds the rules of one rollout, as a state machine: no engine, no teacher, no clock, no printing.
 
-    episode.attempted(attempt)   -> the next request to the teacher, or None: the rollout has ended
-    episode.guided(guidance)     -> the next context to sample behind, or None: the rollout has
-    ended
+                  prompt
+                    |
+                    v   attempt       correct, or the last attempt
+        +-----> sampling --> attempted() ------------------------------> end
+        |                      | GuidanceRequest
+        |                      v
+        |                   teacher --> guided() ----------------------> end
+        |                                 |    no guidance, it leaks, or overflow
+        +---------------------------------+
+                     NextContext
 
-Read Episode top-down. Who samples and who asks is a driver's business: rollout.py drives it with
-the paged engine, integrations/episode.py with anybody's generator. Every rule stands here and
-nowhere
-else: when a rollout ends, what the teacher sees, how much of an attempt the next one sees, leaks,
-overflow.
+Read Episode top-down. A driver samples and asks the teacher: rollout.py with the paged engine,
+integrations/episode.py with any generator. Every rule is here and nowhere else: when a rollout
+ends, what the teacher sees, how much of an attempt the next one sees, leaks, overflow.
 """
 
 from collections.abc import Sequence
@@ -39,22 +44,25 @@ View = Literal["head_tail", "head"]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
-    """How episodes are played.
+    """The settings of an episode.
 
     Args:
         group_size:     rollouts of a question, >= 1.
-        max_attempts:   K, in [1, 256]; 1 never asks the teacher.
-        attempt_limit:  tokens of a wrong attempt that the next one sees, >= 1; the rest stays in
-                        the rollout and is trained.
-        guidance_limit: tokens of the teacher's message that the student sees, >= 1.
-        context:        "tokens": the next attempt sees what was sampled; "template": what the chat
-                        template makes of it once it is history. What was sampled is trained anyway.
-        on_leak:        guidance that states the answer (leak.py) is kept, ends the rollout
-                        ("drop"), or is shown with [...] in place of the answer ("mask").
-        view:           what the teacher sees of an attempt longer than attempt_limit.
-        reveal_answer:  the teacher sees ground_truth.
-        show_reference: the teacher sees reference_solution.
-        guidance_timeout_s: > 0, for one guidance, repeats included, from when it is sent.
+        max_attempts:   K, in [1, 256]; with 1 the teacher is never asked.
+        attempt_limit:  most tokens of a wrong attempt that the next one sees, >= 1. The tokens
+                        behind them stay in the rollout and are trained.
+        guidance_limit: most tokens of the teacher's message that the student sees, >= 1.
+        context:        what the next attempt sees of the history. "tokens": what was sampled.
+                        "template": what the chat template makes of it. Both train what was sampled.
+        on_leak:        what happens to guidance that states the answer (leak.py). "keep": it is
+                        shown. "drop": the rollout ends. "mask": it is shown with [...] in place of
+                        the answer.
+        view:           what the teacher sees of an attempt longer than attempt_limit: its beginning
+                        ("head"), or both ends ("head_tail").
+        reveal_answer:  whether the teacher sees ground_truth.
+        show_reference: whether the teacher sees reference_solution.
+        guidance_timeout_s: > 0; time limit of one guidance, from when the request is sent,
+                        repeated calls included.
 
     Raises:
         ValueError: a value breaks its rule.
@@ -86,14 +94,21 @@ class RolloutOptions:
 
 
 class Limits(NamedTuple):
-    """What an attempt and its whole context may have, in tokens."""
+    """The most tokens that an attempt, and an attempt with its context, may have."""
 
     max_new_tokens: int
     max_tokens: int  # context and new tokens together
 
 
 class NextContext(NamedTuple):
-    """What to sample behind: the first kept_tokens tokens of the row so far, then suffix_ids."""
+    """The context of the next attempt.
+
+    It is the first kept_tokens tokens of the row so far, then suffix_ids:
+
+        row so far     prompt | attempt 0
+                       '-----------'
+        next context    kept_tokens  | suffix_ids
+    """
 
     kept_tokens: int
     suffix_ids: list[int]
@@ -103,16 +118,16 @@ class Episode:
     """One rollout of a question, from its prompt to its end.
 
     Args:
-        question:    what is asked.
+        question:    the data set item.
         bridge:      the student's chat template; its guidance_limit must be that of the options.
         grader:      text and question -> verdict.
-        options:     the rules' numbers; one attempt after the other is added until it has ended.
-        limits:      what the student can hold.
-        rollout_idx: which of the question's rollouts.
-        prompt_ids:  the question's, where the caller has them already.
+        options:     the settings of the rules.
+        limits:      how many tokens the student can hold.
+        rollout_idx: index of this rollout in the question's group.
+        prompt_ids:  ids of the question's prompt, if the caller has them already.
 
     Raises:
-        ValueError: the bridge cuts guidance at another limit than the options say.
+        ValueError: the bridge's guidance_limit is not that of the options.
     """
 
     def __init__(
@@ -139,7 +154,7 @@ class Episode:
         self.limits = limits
         self.bridge = bridge
         self.grader = as_grader(grader)
-        self.notes: list[str] = []  # what a person should be told
+        self.notes: list[str] = []  # sentences for the user; the driver shows them
         self.rollout = Rollout(
             question_idx=question.question_idx,
             rollout_idx=rollout_idx,
@@ -148,7 +163,7 @@ class Episode:
         )
 
     def attempted(self, attempt: Attempt) -> GuidanceRequest | None:
-        """Adds an attempt and grades it; returns what to ask the teacher, None at the end."""
+        """Adds an attempt and grades it; returns the request to the teacher, None at the end."""
         turn = Turn(attempt=attempt, text=self.bridge.decode(attempt.token_ids))
         self.rollout.turns.append(turn)  # before the grader, which may raise
         turn.raw_reward, turn.is_correct, turn.reward_parts = self.grader.grade(
@@ -170,30 +185,34 @@ class Episode:
         )
 
     def guided(self, guidance: Guidance | GuidanceFailed | None) -> NextContext | None:
-        """Takes what the teacher said of the last attempt, or why it said nothing; returns what to
-        sample behind next, None at the end."""
+        """Adds guidance after the last attempt; returns the next context, None at the end.
+
+        guidance: the teacher's message, or the reason that there is none.
+        """
         if not isinstance(guidance, Guidance):
             self.rollout.end_reason = "guidance_failed"
             self.rollout.failure = "none" if guidance is None else guidance.kind
             return None
-        # Half a surrogate pair is no text.
+        # A teacher's text may hold half of a surrogate pair, which no tokenizer takes.
         raw_text = self.bridge.fit(guidance.text.encode("utf-8", "replace").decode().strip())
         leaks = leaks_answer(raw_text, self.question)
         shown = ShownGuidance(raw_text=raw_text, text=raw_text, leaks=leaks)
         self.rollout.turns[-1].guidance = shown
         if self.options.on_leak == "drop" and leaks:
             self.rollout.end_reason = "leaked"
-            # The same words each time, so that Python tells them once.
+            # The same words each time, so that Python shows the warning only once.
             self.notes.append(
                 "teacher: guidance that states the answer is dropped, and counted in "
                 "guidance/leaked"
             )
             return None
         if self.options.on_leak == "mask":
-            # Again and again, since a shorter text may state what a longer one did not.
+            # fit() may cut the masked text, and a shorter text may state the answer where a longer
+            # one did not. So repeat until it does not.
             while leaks_answer(shown.text, self.question):
                 shown.text = self.bridge.fit(mask_answer(shown.text, self.question))
         kept_tokens, bridge_ids = self._seam(shown.text)
+        # There must be room for a next attempt of full length.
         if kept_tokens + len(bridge_ids) + self.limits.max_new_tokens > self.limits.max_tokens:
             self.rollout.end_reason = "overflow"
             return None
@@ -202,7 +221,7 @@ class Episode:
         return NextContext(kept_tokens, bridge_ids)
 
     def _seam(self, text: str) -> NextContext:
-        """How much of the row stays, and what stands between it and the next attempt."""
+        """Returns how many tokens of the row the next attempt sees, and the bridge behind them."""
         turn_idx = len(self.rollout.turns) - 1
         limit = self.options.attempt_limit
         if self.options.context == "template":
@@ -216,6 +235,8 @@ class Episode:
                 f"{self.rollout.question_idx} rollout {self.rollout.rollout_idx}; it stays as "
                 "sampled"
             )
+        # An attempt that was cut, here or at max_new_tokens, does not end with the end of turn, so
+        # the bridge then supplies it.
         token_ids = self.rollout.turns[-1].attempt.token_ids
         ended = len(token_ids) <= limit and token_ids[-1] == self.bridge.end_of_turn_id
         return NextContext(
@@ -224,13 +245,14 @@ class Episode:
         )
 
     def _visible_text(self, token_ids: Sequence[int]) -> str:
-        """All of it, or of a long attempt its head (and its tail, where the final answer is)."""
+        """Returns what the teacher sees of an attempt; view selects the part of a long one."""
         limit = self.options.attempt_limit
         if len(token_ids) <= limit:
             return self.bridge.decode(token_ids)
         if self.options.view == "head":
             return self.bridge.decode(token_ids[:limit])
-        tail = limit // 2
-        head_ids = token_ids[: limit - tail]
-        tail_ids = token_ids[len(token_ids) - tail :]
+        # The final answer is in the tail.
+        tail_length = limit // 2
+        head_ids = token_ids[: limit - tail_length]
+        tail_ids = token_ids[len(token_ids) - tail_length :]
         return self.bridge.decode(head_ids) + "\n[...]\n" + self.bridge.decode(tail_ids)

@@ -1,7 +1,8 @@
-"""Verdicts on attempts. Read Grader and GradedBy, then make_grader at the end, which lists them.
+"""Grades attempts. Read Grader and GradedBy, then make_grader at the end, which looks them up.
 
 A grader is a function of text and question: it says whether the text is right, or how right it is.
-It sees text only and never raises for what a model wrote: an answer that cannot be read is wrong.
+It sees text only and never raises because of what a model wrote: an answer that cannot be read is
+wrong.
 """
 
 import inspect
@@ -36,11 +37,11 @@ from socpo_fast.types import Question
 
 Verdict = bool | float | Mapping[str, float]
 Grader = Callable[[str, Question], Verdict]
-_ROUNDING = 1e-6  # parts that are meant to sum to 1 may miss it by so much
+_ROUNDING = 1e-6  # tolerance for parts that are meant to sum to 1
 
 
 class Grade(NamedTuple):
-    """What a grader's verdict amounts to; parts are those of a verdict that names some."""
+    """A checked verdict. `parts` is empty unless the grader names the parts of its reward."""
 
     reward: float  # in [0, 1]
     is_correct: bool
@@ -49,14 +50,15 @@ class Grade(NamedTuple):
 
 @dataclass(frozen=True)
 class GradedBy:
-    """A grader under its name, held to what a verdict may be.
+    """A grader with its name, whose verdicts are checked.
 
     Args:
         function:   text, question -> a bool, a number in [0, 1], or {part: number}, numbers >= 0
                     that sum to at most 1.
-        name:       what errors call it.
+        name:       the name in error messages.
         correct_at: in (0, 1]; the reward from which an attempt counts as correct.
-        timeout_s:  > 0, for one verdict on the main thread; elsewhere none can be stopped.
+        timeout_s:  > 0; time limit of one verdict. It holds on the main thread only: on others a
+                    function cannot be stopped.
     """
 
     function: Grader
@@ -71,12 +73,13 @@ class GradedBy:
         """Returns the grade of an attempt.
 
         Raises:
-            ValueError: the function returned anything else, took too long, or raised something; the
+            ValueError: the function returned something else, took too long, or raised an error. The
                 message names the grader, the question, and the file and line that raised.
         """
         try:
             with time_limit(self.timeout_s):
                 verdict: object = self.function(text, question)
+            # The function may have swallowed the signal that should stop the run.
             if StopRequested.was_raised:
                 raise StopRequested
             parts = (
@@ -85,6 +88,7 @@ class GradedBy:
                 else {}
             )
             reward = math.fsum(parts.values()) if parts else _number(verdict)
+        # TookTooLong and SystemExit are no Exception.
         except BaseException as error:
             if is_ours(error):
                 raise
@@ -94,7 +98,8 @@ class GradedBy:
                 f"{question.question_idx}: {blame(self.function, error)}"
             ) from error
         is_allowed = all(part >= 0 for part in parts.values()) and 0 <= reward <= 1 + _ROUNDING
-        if not is_allowed:  # nan is not, and neither is what is no number
+        # The reward of anything but a number is nan, and comparisons with nan are False.
+        if not is_allowed:
             if inspect.iscoroutine(verdict):
                 verdict.close()
                 raise ValueError(
@@ -110,14 +115,14 @@ class GradedBy:
 
 
 def as_grader(grader: Grader) -> GradedBy:
-    """The grader itself, or a plain function under its own name."""
+    """Returns a GradedBy as it is, and a plain function as a GradedBy under its own name."""
     if isinstance(grader, GradedBy):
         return grader
     return GradedBy(grader, getattr(grader, "__name__", type(grader).__name__))
 
 
 def _number(value: object) -> float:
-    """Bools and numbers of Python and numpy; nan for anything else."""
+    """Returns a bool or number of Python or numpy as a float, and nan for anything else."""
     is_number = isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating)
     return float(value) if is_number else math.nan  # type: ignore[arg-type]
 
@@ -126,11 +131,12 @@ _STRICT_LETTER = re.compile(r"<answer>\r?\n([A-D])\r?\n</answer>")
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?", re.ASCII)
 
-# An option letter standing alone. A and I are words too, so before a small letter they count in few
-# places only.
+# An option letter that is a word by itself. A and I are English words, too: before another word in
+# lower case they count only if that is "because", "since", "as" or "which".
 OPTION_LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|which\b)[a-z]))(?![\w'\u2019])"
 _BOX = r"\\boxed\{\s*(?:\\(?:text|mathbf|mathrm)\{)?"
-# possessive: a run of marks is read once
+# A letter with marks of Markdown or LaTeX before it: "**(B)", "\boxed{\text{B}}". The quantifiers
+# are possessive (*+), so that a long run of marks is read only once.
 _MARKED = rf"[\s*_(\[$]*+(?:{_BOX})?+[\s*_(]*+({OPTION_LETTER})"
 STATED_LETTER = (  # ways to name a letter as the answer
     re.compile(rf"{_BOX}\(?({OPTION_LETTER})"),
@@ -139,35 +145,40 @@ STATED_LETTER = (  # ways to name a letter as the answer
         rf"[\s*_]*+(?i:(?:the )?(?:option|choice)\b)?+{_MARKED}"
     ),
     re.compile(
-        rf"\b(?i:option|choice)\s+[*_(]*({OPTION_LETTER})[*_)]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))"
+        rf"\b(?i:option|choice)\s+[*_(]*({OPTION_LETTER})[*_)]*"
+        r"\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))"
     ),
 )
+# A line with nothing but the letter.
 _LINE_ALONE = re.compile(rf"^[ \t*_(\[]*({OPTION_LETTER})[ \t*_)\].:]*\r?$", re.MULTILINE)
+# Weak signs: "(B)" anywhere, and a letter that opens a line, as in a list of options.
 _MENTIONS = (
     re.compile(rf"\(({OPTION_LETTER})\)"),
     re.compile(rf"^[ \t*_]*({OPTION_LETTER})[*_]*[):.]", re.MULTILINE),
 )
 
 
-OPTION_LINE = re.compile(
-    r"^\s*\(?([A-J])[):.]\s+(.+?)\s*$", re.MULTILINE
-)  # (letter, text) of a listed option
+# An option of a question, "B) text"; the groups are letter and text.
+OPTION_LINE = re.compile(r"^\s*\(?([A-J])[):.]\s+(.+?)\s*$", re.MULTILINE)
 _LETTERS = {"sciknoweval": "ABCD", "mcq": "ABCDEFGHIJ"}
 
 
 def check_ground_truth(grader: str, question: Question) -> None:
-    """Refuse a ground_truth under which no answer could be right: no letter, or none of the options
-    A, B, .. listed.
+    """Refuses a ground_truth under which no answer could be right.
+
+    For graders of multiple choice it must be a letter, and one of the options that the question
+    lists, if it lists any.
 
     Raises:
-        ValueError: with the reason alone.
+        ValueError: the ground_truth is refused. The caller adds which row it is.
     """
     letters = _LETTERS.get(grader)
     if letters is None:
         return
     truth = question.ground_truth.strip()
     listed = "".join(sorted({letter for letter, _ in OPTION_LINE.findall(question.text)}))
-    if len(listed) > 1 and letters.startswith(listed):  # otherwise it is no list of options
+    # Lines that look like options but are not A, B, .. in order are no list of options.
+    if len(listed) > 1 and letters.startswith(listed):
         letters = listed
     if (truth.upper() if grader == "mcq" else truth) not in tuple(letters):
         raise ValueError(
@@ -177,31 +188,37 @@ def check_ground_truth(grader: str, question: Question) -> None:
 
 
 def grade_sciknoweval(text: str, question: Question) -> bool:
-    """The last strict block, <answer>, one of A-D and </answer> on a line each, names the right
-    letter.
+    """Whether the last strict block names the right letter.
+
+    A strict block is three lines: <answer>, one of A to D, </answer>.
     """
     letters = _STRICT_LETTER.findall(text)
     return bool(letters) and letters[-1] == question.ground_truth.strip()
 
 
 def grade_mcq(text: str, question: Question) -> bool:
-    """The letter that `chosen_letter` finds is the right one."""
+    """Whether the letter that `chosen_letter` returns is the right one."""
     return chosen_letter(text) == question.ground_truth.strip().upper()
 
 
 def chosen_letter(text: str) -> str | None:
-    r"""The option letter (A to J, in capitals) a free text settles on, or None.
+    r"""Returns the option letter (A to J, in capitals) that a free text settles on, or None.
 
-    The first of these that names a letter, in its last place: an <answer> block; \boxed{B}; "the
-    answer is B" or "Answer: B"; "option B is correct"; a line that is a letter alone. Failing all,
-    "(B)" or a letter that opens lines ("B: 7.36 N"), if all of that kind are the same letter, so
-    that a repeated list of options settles nothing.
+    These forms are tried in order, and of the first one that occurs the last occurrence counts:
+
+    1. an <answer> block
+    2. \boxed{B}
+    3. "the answer is B" or "Answer: B"
+    4. "option B is correct"
+    5. a line that is only a letter
+    6. "(B)", then a letter that opens a line ("B: 7.36 N"), if all of that form are the same
+       letter: a text that repeats the list of options settles on none
     """
     for block in reversed(_ANSWER_BLOCK.findall(text)):
         content = block.strip()
-        if found := re.match(_MARKED, content.upper() if len(content) == 1 else content):
-            return found[1]
-        # a block that is a sentence is read like one, as the last of the text
+        if match := re.match(_MARKED, content.upper() if len(content) == 1 else content):
+            return match[1]
+        # The block is a sentence. Read it with the other forms, as the end of the text.
         text = f"{text}\n{content}"
     for pattern in (*STATED_LETTER, _LINE_ALONE):
         if letters := pattern.findall(text):
@@ -213,32 +230,33 @@ def chosen_letter(text: str) -> str | None:
 
 
 def grade_exact(text: str, question: Question) -> bool:
-    """The last <answer> block, or the whole text without one, is ground_truth but for white space
-    around it.
+    """Whether the last <answer> block equals ground_truth; without a block, the whole text.
 
-    Two plain decimal numbers are compared as such, so 18.0 is 18.00. A number with leading zeros is
-    a string: 018 is not 18, since it may be a code.
+    White space around both is ignored. Two plain decimal numbers are compared as numbers, so 18.0
+    is 18.00. A number with leading zeros is a string: 018 is not 18, since it may be a code.
     """
     blocks = _ANSWER_BLOCK.findall(text)
     return same_value((blocks[-1] if blocks else text).strip(), question.ground_truth.strip())
 
 
 def same_value(answer: str, truth: str) -> bool:
-    """Equal as strings, or equal as plain decimal numbers."""
+    """Whether both are equal as strings, or as plain decimal numbers."""
     are_numbers = _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(truth)
     return answer == truth or (are_numbers is not None and Decimal(answer) == Decimal(truth))
 
 
 class MathGrader:
-    """The last formula of the text equals ground_truth, by math-verify in a process that ends when
-    it takes long.
+    """A grader that compares the last formula of the text with ground_truth, by math-verify.
+
+    The comparison runs in a process of its own (math_worker.py), which ends if it takes too long.
     """
 
     _worker: subprocess.Popen[str] | None = None
-    _process = 0  # whose worker it is
+    _process = 0  # id of the process that started the worker
 
     def __init__(self) -> None:
-        self._one_at_a_time = threading.Lock()  # an answer belongs to the last question
+        # Requests and answers have no numbers: the next answer is that of the last request.
+        self._one_at_a_time = threading.Lock()
         if find_spec("math_verify") is None:
             raise ValueError(
                 "data.grader: math needs math-verify, which is not installed; pip install "
@@ -246,10 +264,12 @@ class MathGrader:
             )
 
     def __call__(self, text: str, question: Question) -> bool:
+        """Whether the formulas are equal; False if the comparison runs out of time or memory."""
         truth = question.ground_truth
         request = json.dumps([text, truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"])
         with self._one_at_a_time:
-            if self._worker is None or self._process != os.getpid():  # a fork starts its own
+            # After a fork the child starts its own worker.
+            if self._worker is None or self._process != os.getpid():
                 self._process = os.getpid()
                 self._worker = subprocess.Popen(
                     # With -P the worker's folder, which has modules of ours, is not on sys.path.
@@ -273,31 +293,32 @@ class MathGrader:
                     self._worker.stdin.flush()
                     verdict = self._worker.stdout.readline()
             finally:
-                # out of time or memory, or we are interrupted: a late verdict is not the next
-                # answer's
+                # The worker ran out of time or memory, or this process was interrupted. End the
+                # worker, so that a late verdict is not taken for that of the next request.
                 if not verdict:
                     self.close()
         return verdict == "1\n"
 
     def close(self) -> None:
-        """End the worker; the next call starts another one."""
+        """Ends the worker; the next call starts another one."""
         worker, self._worker = self._worker, None
         if worker is not None and self._process == os.getpid():
             worker.kill()
-            with suppress(BrokenPipeError), worker:  # closes the pipes and waits
-                pass
+            with suppress(BrokenPipeError), worker:
+                pass  # leaving the block closes the pipes and waits for the process
 
     def __del__(self) -> None:
         self.close()
 
 
 def make_grader(name: str, *, correct_at: float = 1.0, timeout_s: float = 60.0) -> GradedBy:
-    """Returns the grader of a name in registries.GRADERS, or of a "module:function" with the
-    signature of Grader.
+    """Returns the grader of a name in registries.GRADERS, or of "module:function".
+
+    A function has the signature of Grader.
 
     Raises:
-        ValueError: an unknown name, math without the math-verify package, or correct_at not in (0,
-                    1].
+        ValueError: the name is unknown, math-verify is not installed for "math", or correct_at is
+            not in (0, 1].
     """
     if not 0 < correct_at <= 1:
         raise ValueError(f"grader.correct_at must be in (0, 1], got {correct_at}")
@@ -305,6 +326,6 @@ def make_grader(name: str, *, correct_at: float = 1.0, timeout_s: float = 60.0) 
         raise ValueError(
             f"data.grader must be one of {', '.join(GRADERS)} or module:function, got {name!r}"
         )
-    found: Any = load_function("data.grader", GRADERS.get(name, name))
-    grader: Grader = found() if isinstance(found, type) and name in GRADERS else found
+    target: Any = load_function("data.grader", GRADERS.get(name, name))
+    grader: Grader = target() if isinstance(target, type) and name in GRADERS else target
     return GradedBy(grader, name, correct_at, timeout_s)

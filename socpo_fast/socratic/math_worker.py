@@ -1,10 +1,12 @@
-"""The process that compares formulas for the grader `math`: JSON lines [text, truth] in, 1 or 0
-out.
+"""Compares formulas for the grader `math`, in a process of its own.
 
-math-verify's own time limits raise from a signal handler, which a library in between may swallow;
-then a power tower that a model wrote stops the run. Here the limit is the process: SIGALRM's
-default action ends it whatever it is doing, and the grader, which finds the pipe closed, calls the
-answer wrong and starts another one. Run by its path, so that it imports nothing of the package.
+It reads JSON lines [text, truth] and writes a line 1 (equal) or 0 for each.
+
+math-verify's own time limits raise from a signal handler, and a library in between may swallow that
+error. A power tower that a model wrote would then stop the run. Here the process is the limit: the
+default action of SIGALRM ends it whatever it is doing. The grader finds the pipe closed, counts the
+answer as wrong and starts another process. It runs this file by its path, so that nothing of the
+package is imported.
 """
 
 import json
@@ -18,20 +20,22 @@ _MEMORY_BYTES = 4 << 30
 
 
 def main() -> None:
+    """Answers requests until the input is closed, or one of them takes longer than TIMEOUT_S."""
     from math_verify import parse, verify
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the trainer's; this process ends with its input
-    logging.getLogger("math_verify").setLevel(
-        logging.CRITICAL
-    )  # it logs what it could not read, in full
+    # Ctrl-C reaches this process, too. The trainer answers it; this process ends with its input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # math-verify logs every text that it could not read, in full.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    print("ready", flush=True)  # from here on, only an answer can end this process
+    # The grader waits for this line. Whatever ends the process later is due to an answer, not to a
+    # broken installation of math-verify.
+    print("ready", flush=True)
     for line in sys.stdin:
         text, truth = json.loads(line)
         signal.alarm(TIMEOUT_S)
-        formulas = [parse(written, parsing_timeout=None) for written in (truth, text)]
+        # None turns math-verify's own limits off; the alarm is the limit.
+        formulas = [parse(source, parsing_timeout=None) for source in (truth, text)]
         is_correct = bool(verify(*formulas, timeout_seconds=None))
         signal.alarm(0)
         print(int(is_correct), flush=True)

@@ -1,4 +1,7 @@
-"""Functions of the user's own: found by name, named when they fail, stopped when they hang."""
+"""Finds functions of the user by name, names them when they fail, stops them when they hang.
+
+Graders and teachers may be such functions. Read load_function, blame, then time_limit.
+"""
 
 import signal
 import threading
@@ -13,17 +16,21 @@ from socpo_fast.files import StopRequested
 
 
 def load_function(where: str, spec: str) -> Callable[..., Any]:
-    """The function that `spec`, "module:function", names; `where` opens the error message.
+    """Returns the function that `spec`, "module:function", names.
+
+    Args:
+        where: the setting that holds the spec; error messages begin with it.
 
     Raises:
-        ValueError: spec has another form, there is no such module or no such function in it, or the
-            module cannot be imported.
+        ValueError: spec has another form, the module does not exist or cannot be imported, or it
+            has no such function.
     """
     module_name, _, function_name = spec.partition(":")
     if not module_name or not function_name:
         raise ValueError(f'{where} must be "module:function", got {spec!r}')
     try:
         function = vars(import_module(module_name)).get(function_name)
+    # Importing runs the user's code: it may raise anything, and scripts call sys.exit.
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"{where} must name a module that can be imported, got {spec!r} "
@@ -35,30 +42,34 @@ def load_function(where: str, spec: str) -> Callable[..., Any]:
 
 
 def blame(function: object, error: BaseException) -> str:
-    """Who raised what, and where: "mine:rule raised KeyError: 'x' (mine.py line 3)".
+    """Returns who raised what, and where: "mine:rule raised KeyError: 'x' (mine.py line 3)".
 
-    To be called where the function was called and the error caught: the line is the function's own.
+    Call it in the frame that called the function and caught the error: only then is the line one of
+    the function.
     """
-    named: Any = function if hasattr(function, "__qualname__") else type(function)
+    source: Any = function if hasattr(function, "__qualname__") else type(function)
+    # Frame 0 is our call. Frame 1 is the user's function, if its code was reached at all.
     frame = traceback.extract_tb(error.__traceback__)[:2][-1]
-    what = " ".join(f"{type(error).__name__}: {text_of(error, str)}".split())
+    message = " ".join(f"{type(error).__name__}: {text_of(error, str)}".split())
     return (
-        f"{named.__module__}:{named.__qualname__} raised {what} ({Path(frame.filename).name} "
+        f"{source.__module__}:{source.__qualname__} raised {message} ({Path(frame.filename).name} "
         f"line {frame.lineno})"
     )
 
 
 def text_of(value: object, to_text: Callable[[object], str] = repr) -> str:
-    """The first 300 characters of a value's text; whatever its own code does, a text."""
+    """Returns the first 300 characters of a value's text, even if its own __repr__ raises."""
     try:
         return to_text(value)[:300]
-    except Exception as error:  # noqa: BLE001 - the value's own, of any kind
+    except Exception as error:  # noqa: BLE001 - __repr__ may raise anything
         return f"a {type(value).__name__} whose text raised {type(error).__name__}"
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether it is no function's mistake: a signal of a run's, or Ctrl-C where nobody else answers
-    it.
+    """Whether an error is meant to stop the run, rather than a mistake of the user's function.
+
+    That is a stop signal of the run, or Ctrl-C as long as Python's own handler answers it. Under
+    any other handler a KeyboardInterrupt was raised by the function.
     """
     return isinstance(error, StopRequested) or (
         isinstance(error, KeyboardInterrupt)
@@ -67,32 +78,39 @@ def is_ours(error: BaseException) -> bool:
 
 
 class TookTooLong(BaseException):
-    """Raised in the middle of a function. No Exception, so that no handler of its own takes it."""
+    """Raised in the middle of a function that takes too long.
+
+    It is no Exception, so that an `except Exception` in the function does not swallow it.
+    """
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TookTooLong in a block that takes longer, and again every second until it has ended.
 
-    By the alarm of the process, which only the main thread has: elsewhere a block has no limit. One
-    that sets an alarm of its own has that instead. An alarm that was set before rings later.
+    The limit is the alarm of the process (SIGALRM), which only the main thread has: on other
+    threads a block has no limit. A block that sets its own alarm replaces the limit by that. An
+    alarm that was set before is set again at the end, so it rings later.
     """
 
-    def stop(*_signal: object) -> None:
+    def raise_too_long(*_signal: object) -> None:
         raise TookTooLong(f"after {seconds:g} s")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    left = signal.getitimer(signal.ITIMER_REAL)
-    previous = signal.getsignal(signal.SIGALRM)
+    previous_timer = signal.getitimer(signal.ITIMER_REAL)
+    previous_handler = signal.getsignal(signal.SIGALRM)
     try:
         try:
-            signal.signal(signal.SIGALRM, stop)
+            signal.signal(signal.SIGALRM, raise_too_long)
+            # The alarm repeats, since the block may catch the first TookTooLong and go on.
             signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
             yield
-        finally:  # where the alarm may still ring, which leads to the outer one
+        finally:
+            # The alarm may ring once more right here. TookTooLong then leaves this block, and the
+            # outer one still restores the timer and the handler.
             signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *left)
-        signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, *previous_timer)
+        signal.signal(signal.SIGALRM, previous_handler or signal.SIG_DFL)

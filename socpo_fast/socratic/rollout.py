@@ -1,9 +1,14 @@
-"""Episodes driven by the paged engine. Read socratic_rollouts, then _Driver.
+"""Drives episodes with the paged engine. Read socratic_rollouts, then _Driver.
 
-The rules of an episode stand in episode.py. Here the engine and the teacher overlap: teachers are
-coroutines on one background event loop; between two engine steps the loop here collects what they
-said and resumes those rollouts on the pages of their first attempt, so a slow teacher delays nobody
-but the rollout it belongs to.
+The rules of an episode are in episode.py. Here the engine and the teacher overlap. Teachers are
+coroutines on one background event loop. Between two engine steps the loop in socratic_rollouts
+collects their guidance and resumes those rollouts on the pages of their earlier attempts. So a slow
+teacher delays only the rollout that waits for it.
+
+    engine     launch/collect | launch/collect | launch/collect | ..
+                  | attempt is wrong               ^ resume
+                  v                                |
+    teacher       guide(request) -----------> guidance
 """
 
 import time
@@ -28,8 +33,8 @@ from socpo_fast.types import (
     SamplingParams,
 )
 
-POLL_S = 2e-4  # between two looks at a device that student and teacher work on
-PATIENCE_S = 0.1  # how long an immediate teacher is waited for on the spot
+POLL_S = 2e-4  # pause between two polls of a device that student and teacher share
+PATIENCE_S = 0.1  # longest wait for an immediate teacher before other work goes on
 
 
 def socratic_rollouts(
@@ -44,25 +49,25 @@ def socratic_rollouts(
     batch_idx: int | None = None,
     bridge: Bridge | None = None,
 ) -> Iterator[Rollout]:
-    """Roll out options.group_size episodes of every question; yields each Rollout as it finishes.
+    """Rolls out options.group_size episodes of every question; yields each Rollout as it finishes.
 
-    Its pages are given back by then. Whatever ends the loop early leaves no sequence, page or call
-    to the teacher behind, so the same call can be made again. An engine that was stopped in the
-    middle of a step, or anywhere by Ctrl-C, is reset for that.
+    A yielded rollout has given its pages back. If the loop ends early, for whatever reason, no
+    sequence, page or call to the teacher is left behind, and the same call can be made again. To
+    that end the engine is reset if it was stopped in the middle of a step, or by Ctrl-C.
 
     Args:
         teacher:   a Teacher, or a plain or async function of the request.
         grader:    text and question -> a bool, a number in [0, 1], or named parts of one.
         params:    sampling of every attempt; its n is replaced by options.group_size.
         options:   the rules of an episode.
-        batch_idx: with question_idx the name of the sampling noise: the same one gives the same
-                   tokens. None: one that no other call has.
-        bridge:    the tokenizer's, where the caller has one already; its guidance_limit must be
-                   that of the options.
+        batch_idx: names the sampling noise, together with question_idx: the same index gives the
+                   same tokens. None: an index that no other call has.
+        bridge:    the bridge of the tokenizer, if the caller has one already. Its guidance_limit
+                   must be that of the options.
 
     Raises:
-        ValueError: a question twice or in flight under this batch_idx, a prompt that can never fit,
-            a busy engine, a bridge of another guidance_limit.
+        ValueError: a question occurs twice or is in flight under this batch_idx, a prompt can never
+            fit, the engine is busy, or the bridge has another guidance_limit.
     """
     if len({question.question_idx for question in questions}) != len(questions):
         raise ValueError(
@@ -86,9 +91,11 @@ def socratic_rollouts(
         for question in questions:
             driver.start(question)
         while engine.has_work or driver.waiting:
+            # A local teacher runs its engine here, a little at a time; other teachers do nothing.
             teacher_works = bool(driver.waiting) and driver.teacher.step(
                 student_is_idle=not engine.has_work
             )
+            # On a CPU student and teacher need the same cores, so the student's turn is skipped.
             if not (teacher_works and driver.teacher.occupies_host):
                 driver.step(may_wait=not teacher_works)
             driver.collect_guidance(idle=not engine.has_work and not teacher_works)
@@ -107,15 +114,16 @@ class _Driver:
     params: SamplingParams
     options: RolloutOptions
     batch_idx: int
-    # By (question_idx, rollout_idx).
+    # Key: (question_idx, rollout_idx).
     in_flight: dict[tuple[int, int], Episode] = field(default_factory=dict)
-    # For the teacher, and since when.
+    # Episodes that wait for the teacher, each with the time of its request.
     waiting: dict[Future[Guidance | None], tuple[Episode, float]] = field(default_factory=dict)
-    arrived: list[Attempt] = field(default_factory=list)  # sampled, not yet an episode's
+    arrived: list[Attempt] = field(default_factory=list)  # sampled, not yet handed to an episode
     finished: list[Rollout] = field(default_factory=list)
-    is_stepping: bool = False  # the engine, which is not in order then
+    is_stepping: bool = False  # inside an engine step, where an error leaves the engine broken
 
     def start(self, question: Question) -> None:
+        """Submits a question's prompt once, for all episodes of its group."""
         prompt_ids = self.bridge.prompt_ids(question.messages)
         episodes = [
             Episode(
@@ -138,15 +146,18 @@ class _Driver:
             self.in_flight[question.question_idx, episode.rollout.rollout_idx] = episode
 
     def step(self, *, may_wait: bool) -> None:
-        """The student's next tokens are under way; attempts that finished go to their episodes.
+        """Advances the engine and hands finished attempts to their episodes.
 
-        Their pages stay pinned while the teacher works. may_wait: for the device; otherwise a
-        teacher works beside the student, and whoever is not ready is looked at again a little
-        later.
+        The pages of a wrong attempt stay pinned while the teacher works.
 
-        An immediate teacher has answered before anything else goes on, one call at a time, which is
-        repeatable. One that takes long has others asked meanwhile: however many of its calls hang,
-        together they cost one time limit.
+        An immediate teacher answers before anything else goes on, one call at a time, so that the
+        order of calls is repeatable. If a call takes longer than PATIENCE_S, the loop goes on and
+        makes the next calls without waiting for each. So calls that hang cost one time limit
+        together, however many there are.
+
+        Args:
+            may_wait: whether to wait for the device. If not, a teacher works beside the student,
+                and a step that is not ready is looked at again after POLL_S.
         """
         self.is_stepping = True
         self.engine.launch()
@@ -155,6 +166,8 @@ class _Driver:
         else:
             time.sleep(POLL_S)
         self.is_stepping = False
+        # An attempt leaves `arrived` only once its episode has taken it. If that raises, __exit__
+        # still finds the attempt and releases its pages.
         while self.arrived:
             attempt = self.arrived[0]
             episode = self.in_flight[attempt.key.question, attempt.rollout_idx]
@@ -163,23 +176,25 @@ class _Driver:
             if request is None:
                 self.end(episode)
             else:
-                others_done = all(future.done() for future in self.waiting)
-                asked = ask(self.teacher, request, self.options.guidance_timeout_s)
-                self.waiting[asked] = (episode, time.perf_counter())
-                if self.teacher.immediate and others_done:
-                    wait([asked], timeout=PATIENCE_S)
+                # Wait on the spot only if no earlier call hangs.
+                earlier_done = all(future.done() for future in self.waiting)
+                guidance_future = ask(self.teacher, request, self.options.guidance_timeout_s)
+                self.waiting[guidance_future] = (episode, time.perf_counter())
+                if self.teacher.immediate and earlier_done:
+                    wait([guidance_future], timeout=PATIENCE_S)
 
     def collect_guidance(self, *, idle: bool) -> None:
-        """Resume the rollouts whose teacher has answered; when idle, wait for one (at most 20 ms,
-        then look again).
+        """Resumes the rollouts whose teacher has answered.
+
+        idle: nothing else is to be done, so wait for an answer, but return after 20 ms at most.
         """
         if idle and self.waiting:
             wait(self.waiting, timeout=0.02, return_when=FIRST_COMPLETED)
         for future in [future for future in self.waiting if future.done()]:
-            episode, since = self.waiting.pop(future)
-            episode.rollout.teacher_wait_s += time.perf_counter() - since
+            episode, start_s = self.waiting.pop(future)
+            episode.rollout.teacher_wait_s += time.perf_counter() - start_s
             note_span(
-                "guidance", "guidance", since=since, overlaps=True, **name_of(episode.rollout)
+                "guidance", "guidance", since=start_s, overlaps=True, **name_of(episode.rollout)
             )
             context = episode.guided(result_of(future, self.teacher))
             if context is None:
@@ -193,6 +208,7 @@ class _Driver:
                 )
 
     def end(self, episode: Episode) -> None:
+        """Releases the pages of an episode that has ended, and adds its rollout to `finished`."""
         rollout = episode.rollout
         tell(episode)
         self.engine.release(rollout.attempts[-1:])
@@ -200,19 +216,21 @@ class _Driver:
         self.finished.append(rollout)
 
     def __enter__(self) -> None:
-        """Nothing is taken; __exit__ gives back."""
+        """Acquires nothing; `with` is used for __exit__."""
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        """Leave nothing behind: no call in flight, no sequence, no page.
+        """Leaves nothing behind: no call in flight, no sequence, no page.
 
-        Closed by the caller, or after an error of grader, teacher or bridge, the engine is in
-        order: what is ours is given back, and attempts that others keep pinned stay. Ctrl-C,
-               StopRequested
-        and the like may have come between any two statements of the engine, an error of a step in
-        the middle of it: then only a reset gives everything back.
+        After a close by the caller, or an error of grader, teacher or bridge, the engine is in a
+        valid state. This driver's requests and pages are given back one by one, and attempts that
+        others keep pinned stay.
+
+        Ctrl-C and StopRequested may come between any two statements of the engine, and an error of
+        a step in the middle of it. Then only a reset gives everything back.
         """
         for future in self.waiting:
             future.cancel()
+        # Ctrl-C and StopRequested are no Exception; GeneratorExit is a close by the caller.
         interrupted = kind is not None and not issubclass(kind, Exception | GeneratorExit)
         if self.is_stepping or interrupted:
             self.engine.reset()
@@ -224,6 +242,7 @@ class _Driver:
 
 
 def name_of(rollout: Rollout) -> dict[str, int]:
+    """Returns the fields that name a rollout in the trace."""
     return {
         "question": rollout.question_idx,
         "rollout": rollout.rollout_idx,
@@ -232,6 +251,6 @@ def name_of(rollout: Rollout) -> dict[str, int]:
 
 
 def tell(episode: Episode) -> None:
-    """What the episode has to say to a person."""
+    """Shows an episode's notes to the user, as warnings."""
     for note in episode.notes:
         warnings.warn(note, stacklevel=3)

@@ -1,15 +1,16 @@
-"""Checkpoints: a complete Hugging Face folder plus what a run needs to go on bit for bit.
+"""Saves and loads checkpoints: a Hugging Face folder plus all that a run needs to resume bitwise.
 
-    checkpoints/update_000010/   config.json, weights, tokenizer files      model.save_student
-                                 optimizer.safetensors                      moments and low bits, by
-                                 name trainer_state.json                         optimizer counts;
-                                 whatever the trainer gave manifest.json
-                                 size and SHA-256 of each; written last
+    checkpoints/
+        update_000010/
+            config.json, weights, tokenizer files   written by model.save_student
+            optimizer.safetensors                   moments and low halves of masters, by name
+            trainer_state.json                      optimizer counts, and the trainer's own state
+            manifest.json                           size and SHA-256 of each file; written last
 
 Read top-down: save_checkpoint, latest_checkpoint, damage_of, load_checkpoint, prune_checkpoints. A
-checkpoint is made in a hidden sibling, synced to disk and renamed, so that a folder of its name is
-whole whenever the machine stops. What damages it afterwards is found by the manifest and told. One
-process writes to a checkpoints folder at a time.
+checkpoint is written to a hidden sibling folder, synced to disk and then renamed. A folder with the
+final name is therefore complete, whenever the machine stops. Later damage is detected with the
+manifest and reported. Only one process writes to a checkpoints folder at a time.
 """
 
 import hashlib
@@ -35,9 +36,8 @@ from socpo_fast.train.optimizer import Optimizer
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 MANIFEST = "manifest.json"
-NAME = re.compile(
-    r"update_(\d{6,})(\.replaced)?"
-)  # .replaced: an older one of the same update, about to go
+# .replaced marks an older checkpoint of the same update, which is about to be removed.
+NAME = re.compile(r"update_(\d{6,})(\.replaced)?")
 
 
 def save_checkpoint(
@@ -48,33 +48,31 @@ def save_checkpoint(
     trainer_state: Mapping[str, Any],
     tokenizer_from: str | Path | None,
 ) -> Path:
-    """Write folder/update_NNNNNN, N the optimizer's updates so far; one that is there already is
-    replaced.
+    """Writes folder/update_NNNNNN, where N is the number of updates; replaces an existing one.
 
     Args:
-        folder:         the run's checkpoints folder; made if missing.
-        trainer_state:  JSON values only; load_checkpoint gives them back.
-        tokenizer_from: a Hugging Face folder whose tokenizer files go along; None: none do.
+        folder:         the run's checkpoints folder; created if missing.
+        trainer_state:  JSON values only; load_checkpoint returns them.
+        tokenizer_from: a Hugging Face folder whose tokenizer files are copied; None: none are.
 
     Returns:
         the checkpoint's path, once it is on the disk.
 
     Raises:
-        ValueError, TypeError: trainer_state is not JSON, or what save_student refuses.
-        RunFailed:             the disk is full or fails; older checkpoints are as they were.
+        ValueError, TypeError: trainer_state is not JSON, or save_student refuses.
+        RunFailed:             the disk is full or fails; older checkpoints are unchanged.
 
     Memory: on a CPU none beyond the parameters. Bitwise: loading it gives back the same bits.
     """
     folder = Path(folder)
-    # Before anything is written: what is not JSON fails here.
+    # First of all, so that a state that is not JSON fails before anything is written.
     state_text = json.dumps(
         {"optimizer": optimizer.state_counts(), "trainer": dict(trainer_state)}, indent=1
     )
     target = checkpoint_path(folder, optimizer.num_updates)
     try:
-        for leftover in folder.glob(
-            ".*update_*"
-        ):  # an interrupted process may have filled the disk
+        # Half-written folders of an interrupted process may be what fills the disk.
+        for leftover in folder.glob(".*update_*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with new_folder(target) as partial:
             save_student(student, partial, tokenizer_from=tokenizer_from)
@@ -85,7 +83,7 @@ def save_checkpoint(
             (partial / STATE).write_text(state_text, encoding="utf-8")
             manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        # What an earlier save left when it stopped between two renames.
+        # An earlier save may have left it, when the process stopped between its two renames.
         remove(target.with_name(target.name + REPLACED))
     except (OSError, SafetensorError) as error:
         raise RunFailed(
@@ -97,17 +95,17 @@ def save_checkpoint(
 
 
 def checkpoint_path(folder: Path, num_updates: int) -> Path:
-    """Where the checkpoint after so many updates lies."""
+    """Returns the path of the checkpoint after num_updates updates."""
     return folder / f"update_{num_updates:06d}"
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of most updates that is whole to the byte; None where there is none at all.
+    """Returns the undamaged checkpoint with the most updates; None if there are no checkpoints.
 
-    A warning names the first damaged file of newer ones.
+    Every byte is checked. A warning names a damaged file of the newer checkpoints passed over.
 
     Raises:
-        ValueError: checkpoints are there, and each is damaged; or `folder` is no folder.
+        ValueError: all checkpoints are damaged, or `folder` is not a folder.
     """
     damages = []
     for path in reversed(_checkpoints(folder)):
@@ -129,25 +127,25 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def damage_of(path: Path, *, thorough: bool = True) -> str | None:
-    """What is wrong with a checkpoint, the file first; None: nothing is.
+    """Returns what is wrong with a checkpoint, the file's name first; None if it is whole.
 
-    Whole means: every file of the manifest is as it was written, by its hash, or where not
-    `thorough` by its size.
+    Whole means that every file of the manifest is as it was written. `thorough` compares hashes;
+    otherwise only the sizes are compared, and nothing is read.
     """
     manifest = _manifest(path)
     if STATE not in manifest:
         return f"{path / MANIFEST} is missing or damaged"
-    for name, saved in manifest.items():
+    for name, recorded in manifest.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != saved["bytes"]:
-            return f"{file} is missing or not of its {saved['bytes']} bytes"
-        if thorough and _fingerprint(file) != saved:
+        if not file.is_file() or file.stat().st_size != recorded["bytes"]:
+            return f"{file} is missing or not of its {recorded['bytes']} bytes"
+        if thorough and _fingerprint(file) != recorded:
             return f"{file} has other bytes than were written"
     return None
 
 
 def check_whole(path: Path) -> None:
-    """Refuse a damaged checkpoint; a folder without a manifest is another one's business."""
+    """Refuses a damaged checkpoint; lets any folder without a manifest pass, such as a download."""
     if (path / MANIFEST).is_file() and (damage := damage_of(path)):
         raise ValueError(f"checkpoint: {damage}; use another one")
 
@@ -155,19 +153,19 @@ def check_whole(path: Path) -> None:
 def load_checkpoint(
     path: str | Path, student: Decoder, optimizer: Optimizer, *, thorough: bool = True
 ) -> dict[str, Any]:
-    """Copy a checkpoint into a student and its optimizer; storage stays where it is.
+    """Copies a checkpoint into a student and its optimizer; their storage does not move.
 
     Args:
-        path:      what save_checkpoint or latest_checkpoint returned.
-        student:   of the same config; whatever weights it has are overwritten.
-        optimizer: this student's.
-        thorough:  files are compared by their hash; False where damage_of has just done that.
+        path:      as returned by save_checkpoint or latest_checkpoint.
+        student:   of the same config; its weights are overwritten.
+        optimizer: of this student.
+        thorough:  compare files by their hash. False is for callers that have just done so.
 
     Returns:
         the trainer_state that was saved.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or of another model; nothing is overwritten then.
+        ValueError: no checkpoint, a damaged one, or one of another model. Nothing is overwritten.
 
     Memory: one more copy of parameters and moments while loading. Bitwise: the same bits as saved.
     """
@@ -179,14 +177,15 @@ def load_checkpoint(
         path, dtype=str(student.lm_head.weight.dtype).removeprefix("torch."), device="cpu"
     )
     for field in fields(student.config):
-        own = getattr(student.config, field.name)
-        other = getattr(stored.config, field.name)
-        if field.compare and own != other:
+        expected = getattr(student.config, field.name)
+        actual = getattr(stored.config, field.name)
+        if field.compare and expected != actual:
             raise ValueError(
-                f"checkpoint: {path} must be of this student's model, got {field.name} {other} "
-                f"instead of {own}; "
+                f"checkpoint: {path} must be of this student's model, got {field.name} {actual} "
+                f"instead of {expected}; "
                 "start a new run or give the student it was made from"
             )
+    # The optimizer first: it may still refuse, and it must do so before the weights change.
     optimizer.load_state(load_file(path / OPTIMIZER), state["optimizer"])
     with torch.no_grad():
         for param, saved_param in zip(student.parameters(), stored.parameters(), strict=True):
@@ -195,10 +194,10 @@ def load_checkpoint(
 
 
 def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
-    """Remove what is older than the `keep` whole checkpoints up to `newest`, which was just saved.
+    """Removes checkpoints older than the last `keep` whole ones; `newest` was just saved.
 
-    Damaged ones stay, and so do the one of update `best` and whatever is newer. Whole means here
-    that every file has its size: nothing is read.
+    Damaged checkpoints stay, and so do the checkpoint of update `best` and any newer than `newest`.
+    A checkpoint counts as whole here if every file has its size: nothing is read.
     """
     if keep < 1:
         raise ValueError(
@@ -206,41 +205,44 @@ def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
         )
     checkpoints = _checkpoints(newest.parent)
     until_newest = checkpoints[: checkpoints.index(newest) + 1]
-    kept = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
-    stays = None if best is None else checkpoint_path(newest.parent, best)
-    for path in until_newest[: until_newest.index(kept[0])]:
-        # A replaced one that lacks something is no damage: a process stopped while it removed that.
-        if path != stays and (
+    to_keep = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
+    best_path = None if best is None else checkpoint_path(newest.parent, best)
+    for path in until_newest[: until_newest.index(to_keep[0])]:
+        # An incomplete .replaced folder is not damage: a process stopped while it removed it.
+        if path != best_path and (
             path.name.endswith(REPLACED) or damage_of(path, thorough=False) is None
         ):
-            # Hidden first, so that half a removal is not taken for damage; the next save removes
-            # the rest.
+            # Renamed to a hidden name first, so that an interrupted removal does not look like a
+            # damaged checkpoint. The next save removes what is left.
             remove(path.rename(path.with_name(f".{path.name}")))
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
-    """What is named like a checkpoint, oldest first; a replaced one comes before its successor."""
+    """Returns the paths named like a checkpoint, oldest first, .replaced before its successor."""
     folder = Path(folder)
     if not folder.is_dir() and os.path.lexists(folder):
         raise ValueError(f"checkpoint: {folder} must be a folder, got a file or a broken link")
     paths = [*folder.iterdir()] if folder.is_dir() else []
-    found = [(match, path) for path in paths if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), not pair[0][2]))]
+    matches = [(match, path) for path in paths if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(matches, key=lambda pair: (int(pair[0][1]), not pair[0][2]))]
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """File name -> {"bytes", "sha256"}; empty when it is missing or damaged."""
+    """Reads the manifest: file name -> {"bytes", "sha256"}; empty if it is missing or damaged."""
+    # Damage can turn the file into any JSON at all, or none, so every way in which reading it can
+    # fail means the same: damaged. The caller names the file.
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return {
-            name: {"bytes": saved["bytes"], "sha256": saved["sha256"]}
-            for name, saved in manifest.items()
+            name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+            for name, entry in manifest.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
+    """Returns a file's entry in the manifest."""
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,

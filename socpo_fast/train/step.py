@@ -1,14 +1,15 @@
-"""The gradient of one update, and log-probabilities under the model as it is.
+"""Computes the gradient of one update, and log-probabilities under the current weights.
 
 Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differences from the
 textbook trainer:
 
-- The normaliser is the update's, never a microbatch's: packing and splitting change speed, not the
-  gradient.
-- Only rows that predict a loss token meet the LM head, and nothing is padded. A rollout is idle
-  where its advantages are exactly 0, as in a group all right or all wrong under an estimator that
-  does not whiten. It counts in the normalisers and is not forwarded (loss_inputs.drop_idle).
-- The advantage is one number an attempt; it is spread over the attempt's tokens inside the loss.
+- The loss is normalised over the whole update, never over a microbatch. How rollouts are packed and
+  split therefore changes the speed, not the gradient.
+- Only rows that predict a loss token pass the LM head, and nothing is padded.
+- A rollout is idle if its advantages are exactly 0, as in a group that is all correct or all wrong,
+  under an estimator that does not whiten. An idle rollout counts in the normalisers but is not
+  forwarded (loss_inputs.drop_idle).
+- The advantage is one number per attempt. The loss applies it to each of the attempt's tokens.
 """
 
 import math
@@ -41,11 +42,12 @@ from socpo_fast.types import Rollout
 
 
 class Figures(NamedTuple):
-    """Of one call of policy_gradients, in numbers.
+    """The numbers of one call of policy_gradients.
 
-    entropy, ratio and mismatch are over the loss tokens whose log-prob was computed (an advantage
-    of exactly 0 needs none); nan when there is none. The mismatch is |logprob - the sampler's|:
-    rounding alone as long as the weights are the sampler's.
+    entropy, ratio and mismatch are taken over the loss tokens whose log-prob was computed. A token
+    with an advantage of exactly 0 needs no log-prob. If there are no such tokens they are nan. The
+    mismatch is |logprob - sampler_logprob|. It is rounding only, as long as the weights are those
+    that the sampler used.
     """
 
     loss: float
@@ -58,22 +60,23 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientStats:
-    """What one call of policy_gradients did."""
+    """The outcome of one call of policy_gradients."""
 
-    figures_6: Tensor  # fp64, on the student's device: those of Figures, in its order
+    figures_6: Tensor  # fp64, on the student's device: the fields of Figures, in its order
     tokens_forwarded: int
-    unique_tokens: int  # nodes of the groups' trees: prompt once, attempts, bridges; idle ones too
-    loss_tokens: int  # sampled tokens, idle rollouts' too
+    unique_tokens: int  # nodes of the groups' trees: prompt once, attempts, bridges; idle included
+    loss_tokens: int  # sampled tokens, idle rollouts included
     num_microbatches: int
-    idle_rollouts: int  # whose advantages are all 0, so that they were not forwarded
+    idle_rollouts: int  # not forwarded, because all their advantages are 0
 
     @cached_property
     def figures(self) -> Figures:
-        """The figures, for which the host waits when it first asks."""
+        """Returns the figures on the host; the first access waits for the device."""
         return Figures(*self.figures_6.tolist())
 
     @property
     def loss(self) -> float:
+        """Returns the loss; the first access waits for the device."""
         return self.figures.loss
 
 
@@ -96,45 +99,48 @@ def policy_gradients(
     checkpointing: bool = False,
     impl: str = "auto",
 ) -> GradientStats:
-    """Accumulate into .grad the gradient of the policy loss of these rollouts; takes no optimizer
-    step.
+    """Accumulates the gradient of the policy loss into .grad; takes no optimizer step.
 
-        loss = sum over loss tokens t of w_t * l_t        l_t: ops.policy_loss, A = the attempt's
-        advantage token_mean               w_t = 1 / num_loss_tokens
-        seq_mean_token_mean      w_t = 1 / (num_attempts * L)            L: tokens of t's attempt
-        seq_mean_token_sum_norm  w_t = 1 / (num_attempts * max_new_tokens)
+        loss = sum over loss tokens t of w_t * l_t
+        l_t: the loss of ops.policy_loss, with the advantage of t's attempt
+        w_t: by loss_agg, where L is the number of tokens of t's attempt
+            token_mean               1 / num_loss_tokens
+            seq_mean_token_mean      1 / (num_attempts * L)
+            seq_mean_token_sum_norm  1 / (num_attempts * max_new_tokens)
 
     Args:
         student:        the policy, on any device.
-        rollouts:       with each turn's advantage filled, unless advantages_A is given. Those
-                        without turns count for nothing; with advantages of 0 alone, no entropy
-                        bonus and no KL, they are not forwarded.
-        packing, token_budget: those of pack_rollouts. options: clips, entropy bonus and KL, as of
-                               ops.policy_loss.
+        rollouts:       with each turn's advantage filled, unless advantages_A is given. Rollouts
+                        without turns are ignored. Rollouts whose advantages are all 0 are not
+                        forwarded, if there is no entropy bonus and no KL.
+        packing, token_budget: as in pack_rollouts.
         temperature:    > 0. The sampler's own; no default, since a mismatch biases every ratio.
-        num_loss_tokens, num_attempts: the update's, when this call is only part of it; default: of
-                                       these rollouts.
-        max_new_tokens: the sampler's, for loss_agg="seq_mean_token_sum_norm" only, which needs it.
-        advantages_A:   [A] fp32 on the student's device, rollout by rollout; a turn's own 0 still
-                        means: not forwarded.
-        old_logprobs:   [rollout][attempt] -> [L] fp32, nats; None: the sampler's; "current": the
-                        student's, ratio 1.
-        ref_logprobs:   the same under the frozen reference; for kl_coef > 0.
-        tis_clip:       > 0: w_t *= min(exp(old_logprob - sampler_logprob), tis_clip); None: no such
-                        weight.
+        num_loss_tokens, num_attempts: of the whole update, if this call is only a part of it. The
+                        default is the numbers of these rollouts.
+        max_new_tokens: the sampler's. Only loss_agg="seq_mean_token_sum_norm" needs it.
+        advantages_A:   [A] fp32 on the student's device, rollout by rollout. A rollout whose turns
+                        have advantage 0 is still not forwarded.
+        old_logprobs:   [rollout][attempt] -> [L] fp32, nats. None: the sampler's. "current": the
+                        student's own, so that the ratio is 1.
+        ref_logprobs:   the same under the frozen reference, for kl_coef > 0.
+        options:        clips, entropy bonus and KL, as in ops.policy_loss.
+        tis_clip:       > 0: w_t *= min(exp(old_logprob - sampler_logprob), tis_clip). None: no
+                        such weight.
         checkpointing:  recompute each layer in the backward: less memory, a third more compute.
-        impl:           of the LM head, as of ops.linear_policy_loss; "ref" is attention's as well.
+        impl:           of the LM head, as in ops.linear_policy_loss. "ref" also selects the
+                        reference of attention.
 
     Raises:
         ValueError: an unknown choice, a missing normaliser, or values that do not fit the attempts.
 
-    What ends it early leaves .grad partly filled; drop it. Memory: activations of one microbatch.
-    Bitwise: same inputs, same bits; packings and budgets agree to rounding.
+    An exception leaves .grad partly filled: drop it. Memory: activations of one microbatch.
+    Bitwise: same inputs, same bits. Other packings and budgets agree to rounding.
     """
     check_options(loss_agg, num_loss_tokens, num_attempts, max_new_tokens, tis_clip)
-    lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
-    norm_tokens = sum(lengths) if num_loss_tokens is None else num_loss_tokens
-    norm_attempts = len(lengths) if num_attempts is None else num_attempts
+    attempt_lens = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
+    # Idle rollouts are counted here, before drop_idle: they weigh in the mean like any other.
+    norm_tokens = sum(attempt_lens) if num_loss_tokens is None else num_loss_tokens
+    norm_attempts = len(attempt_lens) if num_attempts is None else num_attempts
     forwarded = drop_idle(rollouts, options)
     microbatches = pack_rollouts(forwarded, packing=packing, token_budget=token_budget)
     advantages_A = attempt_advantages(rollouts, advantages_A, student.lm_head.weight.device)
@@ -157,13 +163,16 @@ def policy_gradients(
             for microbatch in microbatches
         ]
     return GradientStats(
-        figures_6=_figures(outcomes, microbatches, sum(lengths), student.lm_head.weight.device),
+        figures_6=_figures(
+            outcomes, microbatches, sum(attempt_lens), student.lm_head.weight.device
+        ),
         tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
         unique_tokens=count_unique_tokens(rollouts),
-        loss_tokens=sum(lengths),
+        loss_tokens=sum(attempt_lens),
         num_microbatches=len(microbatches),
         idle_rollouts=sum(
-            len(x.turns) > len(y.turns) for x, y in zip(rollouts, forwarded, strict=True)
+            len(full.turns) > len(kept.turns)
+            for full, kept in zip(rollouts, forwarded, strict=True)
         ),
     )
 
@@ -178,13 +187,13 @@ def compute_logprobs(
     temperature: float,
     impl: str = "auto",
 ) -> list[list[Tensor]]:
-    """Log-probs of every sampled token under the student as it is now, without gradient.
+    """Returns log-probs of every sampled token under the current student, without gradient.
 
-    For recomputed old_logprobs, a reference model, and the mismatch with the sampler. Arguments as
-    in policy_gradients.
+    Used for recomputed old_logprobs, for a reference model, and to measure the mismatch with the
+    sampler. The arguments are those of policy_gradients.
 
     Returns:
-        [rollout][attempt] -> [L] fp32 on the CPU, nats; parallel to the rollouts given.
+        [rollout][attempt] -> [L] fp32 on the CPU, nats; in the order of `rollouts`.
     """
     by_attempt: list[list[Tensor]] = [
         [torch.empty(0)] * len(rollout.attempts) for rollout in rollouts
@@ -209,7 +218,9 @@ def compute_logprobs(
             impl=impl,
         )
         outcomes.append((microbatch, logprobs_N))
-    for microbatch, logprobs_N in outcomes:  # the host waits when all are under way
+    # Only now does the host wait. Inside the loop above, a wait would leave the device idle while
+    # the next microbatch is launched.
+    for microbatch, logprobs_N in outcomes:
         parts = logprobs_N.cpu().split(microbatch.attempt_of_token_N.bincount().tolist())
         for (rollout_idx, attempt_idx), logprobs_L in zip(microbatch.attempts, parts, strict=True):
             by_attempt[rollout_idx][attempt_idx] = logprobs_L.clone()
@@ -231,10 +242,9 @@ def _backward(
     temperature: float,
     options: PolicyLossOptions,
 ) -> PolicyLoss:
-    """Forward and backward of one microbatch; returns |logprob - sampler's| in place of the
-    log-probs.
+    """Runs forward and backward of one microbatch.
 
-    The head runs backward first, so that its gradient is in .grad before the layers need memory.
+    Returns the outcome of the loss with |logprob - sampler_logprob| in the field `logprobs`.
     """
     token_ids_T, positions_T, tokens = upload_tokens(
         microbatch, rollouts, weights_A, old_logprobs, ref_logprobs, student.lm_head.weight.device
@@ -242,8 +252,10 @@ def _backward(
     hidden_TD = _forward(
         student, token_ids_T, positions_T, microbatch, checkpointing=checkpointing, impl=impl
     )
+    # The graph is cut below the LM head. The head runs its backward first and frees its buffers
+    # before the layers' backward needs memory.
     head_input_TD = hidden_TD.detach().requires_grad_(hidden_TD.requires_grad)
-    policy = linear_policy_loss(
+    outcome = linear_policy_loss(
         head_input_TD,
         student.lm_head.weight,
         advantages=advantages_A,
@@ -253,11 +265,12 @@ def _backward(
         options=options,
         impl=impl,
     )
-    policy.loss.backward()
+    outcome.loss.backward()
+    # There is no gradient when the student's layers are frozen.
     if head_input_TD.grad is not None:
         hidden_TD.backward(head_input_TD.grad)
-    return policy._replace(
-        loss=policy.loss.detach(), logprobs=(policy.logprobs - tokens["sampler_logprobs_N"]).abs()
+    return outcome._replace(
+        loss=outcome.loss.detach(), logprobs=(outcome.logprobs - tokens["sampler_logprobs_N"]).abs()
     )
 
 
@@ -270,14 +283,15 @@ def _forward(
     checkpointing: bool,
     impl: str,
 ) -> Tensor:
-    """Hidden states of the packed tokens."""
+    """Returns the hidden states of the packed tokens, [T, D]."""
     return packed_forward(
         student,
         token_ids_T,
         positions_T,
         microbatch.visible_until_T,
         checkpointing=checkpointing,
-        impl="ref" if impl == "ref" else "auto",  # "cpp" and "triton" name the head's
+        # "cpp" and "triton" select an implementation of the LM head, not one of attention.
+        impl="ref" if impl == "ref" else "auto",
     )
 
 
@@ -287,7 +301,7 @@ def _figures(
     num_loss_tokens: int,
     device: torch.device,
 ) -> Tensor:
-    """[6] fp64: the values of Figures, from what _backward returned, without a host sync."""
+    """Returns [6] fp64: the values of Figures, from the results of _backward, without a sync."""
     if not outcomes:
         values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan]
         return upload(torch.tensor(values, dtype=torch.float64), device)
@@ -296,7 +310,8 @@ def _figures(
     ).double()
     mismatch_N = by_token_3N[0]
     mismatch, entropy, ratio = by_token_3N.nanmean(dim=1)
-    # nan, as the mean is, when all are skipped
+    # Skipped tokens are nan. amax has no nan-ignoring form, so they are replaced by 0. Adding
+    # 0 * mean makes the maximum nan when all tokens are skipped, as the mean is.
     mismatch_max = mismatch_N.where(~mismatch_N.isnan(), 0.0).amax() + 0.0 * mismatch
     losses = torch.stack([policy.loss for policy in outcomes]).double()
     clipped = [

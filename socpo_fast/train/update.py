@@ -1,4 +1,9 @@
-"""The optimizer steps of one batch. Read Updater.updates, then one_update."""
+"""Makes the optimizer steps of one batch. Read Updater.updates, then one_update.
+
+There are three sets of log-probs: the sampler's (recorded by the engine while it sampled), the old
+ones (the denominators of the ratios) and the reference's (for the KL). The sampler's serve as old
+ones if they agree with the trainer's; _old_logprobs decides that.
+"""
 
 import math
 import time
@@ -19,14 +24,15 @@ from socpo_fast.types import Rollout
 
 MISMATCH = ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats")
 LogprobsByGroup = dict[int, list[list[Tensor]]]  # [group][rollout][attempt] -> [L]
-MAX_MISMATCH_NATS = 1e-3  # above it the sampler's log-probs do not serve as old_logprobs
+MAX_MISMATCH_NATS = 1e-3  # above it the sampler's log-probs are not used as old_logprobs
 
 
 class Updater:
     """Updates a student with its optimizer and, for loss.kl_coef > 0, a frozen reference."""
 
     def __init__(self, student: Decoder, config: Config, *, reference: Decoder | None):
-        config = config.settled()  # a session has done it, an updater used alone has not
+        # A session has settled its config already. An updater may also be used without a session.
+        config = config.settled()
         options = config.train
         self.student = student
         self.config = config
@@ -57,12 +63,13 @@ class Updater:
         order: list[list[int]],
         advantages_A: Tensor | None = None,
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """One update for each entry of `order`, the groups it is made of.
+        """Makes one update per entry of `order`, which lists the groups of the update.
 
-        advantages_A is of all attempts, group by group; None: those of the turns.
+        advantages_A holds the advantages of all attempts, group by group; None: those of the turns.
         Yields (number of groups, metrics). The mismatch with the sampler is measured before the
-        weights change: on what is computed for old log-probs, else in the first update that
-        forwards something, where tokens of advantage 0 have none.
+        weights change. It is measured on the log-probs computed as old ones, if there are any.
+        Otherwise it is that of the first update that forwards something, without the tokens of
+        advantage 0.
         """
         sizes = [sum(len(rollout.turns) for rollout in group) for group in groups]
         advantages = None if advantages_A is None else advantages_A.split(sizes)
@@ -73,6 +80,8 @@ class Updater:
             else [self._logprobs(self.reference, group) for group in groups]
         )
         for update_idx, chosen in enumerate(order):
+            # In the first update under "auto" the weights are still those of the old log-probs: its
+            # own log-probs are the old ones, the ratio is 1, and a forward is saved.
             old: OldLogprobs = None
             if old_logprobs is not None:
                 is_first = update_idx == 0 and self.config.loss.old_logprobs == "auto"
@@ -83,6 +92,7 @@ class Updater:
                 None if ref_logprobs is None else [x for g in chosen for x in ref_logprobs[g]],
                 None if advantages is None else torch.cat([advantages[g] for g in chosen]),
             )
+            # Still unknown, or nan because that update had no active token: take this update's.
             if math.isnan(mismatch.get(MISMATCH[0], math.nan)):
                 mismatch = {name: metrics[name] for name in MISMATCH}
             yield len(chosen), metrics | mismatch
@@ -94,7 +104,7 @@ class Updater:
         ref_logprobs: PerToken | None,
         advantages_A: Tensor | None = None,
     ) -> dict[str, float]:
-        """Gradients of these rollouts and one optimizer step.
+        """Computes the gradient of these rollouts and makes one optimizer step.
 
         Raises:
             RunFailed: train.max_bad_updates in a row were not finite.
@@ -114,6 +124,7 @@ class Updater:
             tis_clip=loss.tis_clip,
             checkpointing=bool(self.config.train.checkpointing),
         )
+        # figures_6 stays on the device until the step reads it back with its own numbers: one wait.
         result = self.optimizer.step(stats.figures_6[0], also_read=stats.figures_6)
         figures = Figures(*result.also_read)
         if self.optimizer.num_skipped_in_a_row >= self.config.train.max_bad_updates:
@@ -143,43 +154,47 @@ class Updater:
     def _old_logprobs(
         self, groups: list[list[Rollout]], order: list[list[int]]
     ) -> tuple[LogprobsByGroup | None, dict[str, float]]:
-        """Computes old log-probs under the weights as they are, and how far the sampler's are off.
+        """Computes old log-probs under the current weights, and their mismatch with the sampler.
 
-        None: the sampler's own serve. Under "auto" the first update needs none: its own log-probs
-        are the old ones. No update needs those of idle rollouts. Where there are no others, one
-        group is forwarded all the same, to measure it: of the last update, which any choice reads.
+        Returns (old log-probs, metrics of the mismatch). None means that the sampler's log-probs
+        are used. Under "auto" the first update needs none, because its own log-probs are the old
+        ones. No update needs those of idle rollouts. If all rollouts are idle, one group is
+        forwarded nevertheless, to measure the mismatch.
         """
         choice = self.config.loss.old_logprobs
-        known = LogprobsByGroup()
-        whole, groups = groups, [drop_idle(group, self.loss_options) for group in groups]
-        busy = [g for g, group in enumerate(groups) if any(rollout.turns for rollout in group)]
-        first = busy[0] if busy else order[-1][0]
-        groups[first] = groups[first] if busy else whole[first]
+        computed = LogprobsByGroup()
+        all_groups, groups = groups, [drop_idle(group, self.loss_options) for group in groups]
+        active = [g for g, group in enumerate(groups) if any(rollout.turns for rollout in group)]
+        # Without an active group, one of the last update is measured: "auto" and "recompute" both
+        # read old log-probs for the last update.
+        measured = active[0] if active else order[-1][0]
+        groups[measured] = groups[measured] if active else all_groups[measured]
+        # bf16 rounds more coarsely than MAX_MISMATCH_NATS, so only fp32 is tried.
         if choice == "auto" and self.student.lm_head.weight.dtype == torch.float32:
-            known[first] = self._logprobs(self.student, groups[first])
-        mismatch = _mismatch(groups, known)
-        if (
-            choice == "sampler" or mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS
-        ):  # nan is not
+            computed[measured] = self._logprobs(self.student, groups[measured])
+        mismatch = _mismatch(groups, computed)
+        # A mismatch that is nan or was not measured compares as False, and is not accepted.
+        if choice == "sampler" or mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS:
             return None, mismatch
         needed = order[1:] if choice == "auto" else order
-        for g in sorted({g for chosen in needed for g in chosen} - known.keys()):
-            known[g] = self._logprobs(self.student, groups[g])
-        return known, _mismatch(groups, known)
+        for g in sorted({g for chosen in needed for g in chosen} - computed.keys()):
+            computed[g] = self._logprobs(self.student, groups[g])
+        return computed, _mismatch(groups, computed)
 
     def _logprobs(self, student: Decoder, group: list[Rollout]) -> list[list[Tensor]]:
+        """Returns log-probs of a group under a student, packed as in the update."""
         return compute_logprobs(student, group, **self._forward)
 
 
-def _mismatch(groups: list[list[Rollout]], known: LogprobsByGroup) -> dict[str, float]:
-    """Returns the largest and the mean |logprob - the sampler's|; nothing where none is known."""
+def _mismatch(groups: list[list[Rollout]], computed: LogprobsByGroup) -> dict[str, float]:
+    """Returns the largest and the mean |logprob - sampler_logprob|; {} if nothing was computed."""
     differences = [
-        ours - attempt.logprobs
-        for g, logprobs in known.items()
+        logprobs_L - attempt.logprobs
+        for g, logprobs in computed.items()
         for rollout, by_attempt in zip(groups[g], logprobs, strict=True)
-        for attempt, ours in zip(rollout.attempts, by_attempt, strict=True)
+        for attempt, logprobs_L in zip(rollout.attempts, by_attempt, strict=True)
     ]
     if not differences:
         return {}
-    sizes = torch.cat(differences).abs()
-    return dict(zip(MISMATCH, (float(sizes.max()), float(sizes.mean())), strict=True))
+    magnitudes = torch.cat(differences).abs()
+    return dict(zip(MISMATCH, (float(magnitudes.max()), float(magnitudes.mean())), strict=True))

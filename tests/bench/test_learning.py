@@ -1,4 +1,4 @@
-"""The learning study: its plan, what is kept of a run, and the arithmetic of its tables."""
+"""Checks the learning study: its plan, the record of a run, and the arithmetic of its tables."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TUTOR = Run("main", "shipped", "tutor", 0, 2e-4, 8)
 def record(
     run: Run, unassisted: Sequence[float], *, tokens: int = 100, seconds: float = 2.0
 ) -> dict[str, Any]:
-    """Of a run with an evaluation every fourth batch, all its batches alike."""
+    """Returns the record of a run with an evaluation every fourth batch and equal batches."""
     num_batches = 4 * (len(unassisted) - 1)
     flat = {name: [0.5] * num_batches for name in ("unassisted", "assisted", "rescued", "decay_1")}
     return {
@@ -67,14 +67,15 @@ def record(
 
 
 def arm(name: str, curves: Sequence[Sequence[float]], **cost: Any) -> list[dict[str, Any]]:
+    """Returns the records of one arm of the study, one seed for each curve."""
     return [
         record(Run("main", "shipped", name, seed, 2e-4, 8), curve, **cost)
         for seed, curve in enumerate(curves)
     ]
 
 
-def test_plan_is_whole() -> None:
-    """Every arm has each rate once; run names differ; the seed of rates is theirs alone."""
+def test_plan_is_complete() -> None:
+    """Every arm has each rate once, run names differ, and no seed is used in two stages."""
     rates = rate_runs()
     assert [(run.arm, run.lr) for run in rates] == [(arm, lr) for arm in ARMS for lr in RATES]
     runs = list(compared_runs(dict.fromkeys(ARMS, 4e-4) | {"tutor": 2e-4}))
@@ -87,7 +88,7 @@ def test_plan_is_whole() -> None:
     assert all(run.lr == 2e-4 for run in added if run.stage == "slower")
 
 
-def test_at_cost_is_between_evaluations() -> None:
+def test_at_cost_interpolates_between_evaluations() -> None:
     tutor = record(TUTOR, [0.4, 0.5, 0.9], tokens=100, seconds=3.0)
     assert costs(tutor, "tokens")[8] == 800 and costs(tutor, "batches")[:3] == [0, 1, 2]
     assert at_cost(tutor, "batches", 4) == 0.5
@@ -101,30 +102,33 @@ def test_at_cost_is_between_evaluations() -> None:
 
 
 def test_differences_are_paired() -> None:
-    """Seeds that one arm lacks do not count; the interval is Student's."""
+    """Only seeds that both arms have count; the interval is Student's."""
     ours = runs_of(arm("tutor", [[0.4, 0.8], [0.4, 0.9], [0.4, 1.0]]), "main", "shipped", "tutor")
     theirs = runs_of(arm("alone", [[0.4, 0.6], [0.4, 0.8]]), "main", "shipped", "alone")
-    found = difference(ours, theirs, "batches", 4)
-    assert found.values == pytest.approx((0.2, 0.1)) and found.mean == pytest.approx(0.15)
-    # stdev .0707, over sqrt(2) .05, times 12.706
-    assert found.high - found.mean == pytest.approx(0.6353, abs=1e-4)
-    assert interval(found) == "+15.0 (-48.5 to +78.5), 2 of 2"
+    actual = difference(ours, theirs, "batches", 4)
+    assert actual.values == pytest.approx((0.2, 0.1)) and actual.mean == pytest.approx(0.15)
+    # The standard deviation is 0.0707. Divided by sqrt(2) it is 0.05; times Student's t, 12.706.
+    assert actual.high - actual.mean == pytest.approx(0.6353, abs=1e-4)
+    assert interval(actual) == "+15.0 (-48.5 to +78.5), 2 of 2"
     assert math.isnan(estimate([0.5]).low)
 
 
-def test_what_was_not_reached_is_said() -> None:
-    """A run that ended earlier is not left out of a mean: the fast ones would be what is left."""
+def test_a_cost_that_was_not_reached_is_named() -> None:
+    """A mean is "not reached" as soon as one run ended earlier.
+
+    Leaving that run out would bias the mean towards the runs that are fast.
+    """
     tutor = runs_of(arm("tutor", [[0.4, 0.8, 0.9]] * 2), "main", "shipped", "tutor")
     short = arm("three", [[0.4, 0.8, 0.9], [0.4, 0.6]])
-    others = runs_of(short, "main", "shipped", "three")
-    found = difference(tutor, others, "batches", 8)
-    assert math.isnan(found.mean) and interval(found) == "not reached"
+    three = runs_of(short, "main", "shipped", "three")
+    actual = difference(tutor, three, "batches", 8)
+    assert math.isnan(actual.mean) and interval(actual) == "not reached"
     assert with_spread([0.5, math.nan]) == "not reached" and with_spread([]) == "-"
     assert interval(difference(tutor, {}, "batches", 4)) == "-"
 
 
 def test_rescued_share_is_pooled() -> None:
-    """A batch without a guided rollout has no rescue rate, and costs nothing."""
+    """The share is over all guided rollouts; a batch without one does not count."""
     run = record(TUTOR, [0.4, 0.5])
     run["batches"] |= {"unassisted": [0.5, 1.0], "assisted": [0.75, 1.0], "rescued": [0.5, None]}
     assert rescued_share({0: run}, slice(0, 2)) == pytest.approx(0.5)
@@ -145,7 +149,7 @@ def test_facts_of_planted_rollouts() -> None:
     wrong = molar_mass.render(molar_mass.work_out([("H", 1, 1), ("Na", 2, 11)]))
     right = molar_mass.render(molar_mass.reference_lines(formula))
     texts = [[wrong, right], [wrong, wrong], [right], ["Na: gibberish"], [wrong, wrong, right]]
-    # A second attempt is never a first one, and a rescue is of the attempt right before it.
+    # A right second attempt is no right first one. Only the attempt just before it can be rescued.
     texts += [["gibberish", right], [wrong, "gibberish", right]]
     rollouts = [
         {"turns": [{"text": text, "num_tokens": 10} for text in attempts]} for attempts in texts
@@ -155,23 +159,29 @@ def test_facts_of_planted_rollouts() -> None:
     assert sampled_tokens(rollouts) == 10 * 14
 
 
-def test_right_alone_by_rescues() -> None:
-    """Batch 1 begins without a rescue, batch 2 with two, batch 3 with three."""
+def test_unassisted_share_by_earlier_rescues() -> None:
+    """Before batch 1 there is no rescue, before batch 2 there are two, before batch 3 three."""
     shares = right_alone_by_rescues([record(TUTOR, [0.4, 0.5])], (0, 1, 3, 10))
     assert shares[:3] == [(0.0, 4), (0.5, 4), (1.0, 4)]
     assert math.isnan(shares[3][0]) and shares[3][1] == 0
 
 
 def test_best_rates_by_the_rule() -> None:
-    """The mean of the last two evaluations; of equal ones the least; none while one is missing."""
+    """The best rate has the highest mean of the last two evaluations; of equal ones the least wins.
+
+    While the run of one rate is missing, an arm has no best rate.
+    """
     curves = {1e-4: [0.4, 0.6, 0.6], 2e-4: [0.9, 0.7, 0.5], 4e-4: [0.4, 0.1, 0.9]}
     runs = [record(Run("rates", "shipped", "tutor", 100, lr, 8), c) for lr, c in curves.items()]
     assert best_rates(runs) == {"tutor": 1e-4}
     assert best_rates(runs[:2]) == {}
 
 
-def test_results_go_on(tmp_path: Path) -> None:
-    """Failed runs are listed and made again; of two finished ones the first counts."""
+def test_results_continue_after_failures(tmp_path: Path) -> None:
+    """Failed runs are listed and repeated; of two finished ones the first counts.
+
+    A line that was cut short by a crash is skipped with a warning.
+    """
     path = tmp_path / "results.jsonl"
     assert read_all(path) == []
     append_result({"run": asdict(TUTOR), "error": "exit code 1"}, path)
@@ -179,29 +189,32 @@ def test_results_go_on(tmp_path: Path) -> None:
     append_result(record(TUTOR, [0.4, 0.5]), path)
     append_result(record(TUTOR, [0.4, 0.9]), path)
     with path.open("a") as file:
-        file.write('{"run": {"stage": "ma')  # a machine that went down
+        file.write('{"run": {"stage": "ma')  # the machine went down here
     append_result(record(replace(TUTOR, seed=1), [0.4, 0.5]), path)
     with pytest.warns(UserWarning, match="results.jsonl"):
         assert [len(each) for each in (read_all(path), finished(read_all(path)))] == [4, 2]
     assert at_end(finished(read_all(path))[TUTOR.name]) == pytest.approx(0.45)
 
 
-def test_tables_hold_what_there_is() -> None:
-    """Every table is made of some arms as of none, and stands between its marks."""
+def test_tables_work_with_incomplete_results() -> None:
+    """Every table can be made from some arms or from none, and is put between its marks."""
     records = arm("tutor", [[0.4] * 6 + [0.9] * 5] * 2) + arm("alone", [[0.4] * 15] * 2, tokens=70)
     for name, table in TABLES.items():
-        for some in (records, arm("alone", [[0.4] * 3]), []):
-            rows = table(some)
+        for available in (records, arm("alone", [[0.4] * 3]), []):
+            rows = table(available)
             assert len({len(row) for row in rows}) == 1, name
     text = "before\n<!-- table main -->\nold\n<!-- end -->\nafter\n"
-    made = with_tables(text, records)
-    assert markdown(TABLES["main"](records)) in made and "old" not in made
-    assert made.startswith("before\n") and made.endswith("after\n")
-    assert with_tables(made, records) == made
+    page = with_tables(text, records)
+    assert markdown(TABLES["main"](records)) in page and "old" not in page
+    assert page.startswith("before\n") and page.endswith("after\n")
+    assert with_tables(page, records) == page
 
 
-def test_document_and_curves_are_those_of_the_results() -> None:
-    """Whoever adds runs writes both anew: bench.learning.tables --write, bench.learning.figures."""
+def test_document_and_curves_match_the_results() -> None:
+    """docs/learning.md and its curves are up to date with the recorded runs.
+
+    To renew them: python -m bench.learning.tables --write, python -m bench.learning.figures.
+    """
     text = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
     records = read_all()
     assert with_tables(text, records) == text
@@ -230,26 +243,30 @@ def test_give_answer_leaks() -> None:
 
 
 def test_failed_run_is_a_record(tmp_path: Path) -> None:
-    """What a process died of is kept, and the study goes on."""
-    found = bench.make_one(TUTOR, tmp_path / "no_such_student")
-    assert "no_such_student" in found["error"] and found["run"] == asdict(TUTOR)
+    """A run whose process fails becomes a record with its error, and the study goes on."""
+    result = bench.make_one(TUTOR, tmp_path / "no_such_student")
+    assert "no_such_student" in result["error"] and result["run"] == asdict(TUTOR)
 
 
 @pytest.mark.slow
 def test_record_of_a_run(tmp_path: Path) -> None:
-    """A short run through the trainer: curves of every batch, evaluations at start and end."""
+    """A real run of one batch records every batch, and evaluations at start and end."""
     run = Run("main", "shipped", "tutor", 0, 2e-4, 1)
-    found = train(run, molar_mass.STUDENT_DIR, tmp_path)
-    assert found["evals"]["batch"] == [0, 1]
-    assert all(len(values) == 1 for values in found["batches"].values())
-    assert found["batches"]["tokens"][0] > 128 and found["batches"]["cpu_s"][0] > 0
-    assert found["facts"][0]["Na"][0] > 0 and found["settings"]["train.lr"] == 2e-4
+    result = train(run, molar_mass.STUDENT_DIR, tmp_path)
+    assert result["evals"]["batch"] == [0, 1]
+    assert all(len(values) == 1 for values in result["batches"].values())
+    assert result["batches"]["tokens"][0] > 128 and result["batches"]["cpu_s"][0] > 0
+    assert result["facts"][0]["Na"][0] > 0 and result["settings"]["train.lr"] == 2e-4
 
 
-def test_fresh_seeds_stand_beside_the_planned_ones() -> None:
-    """Tokens are those of the planned tutor's runs; a lower rate meets the same tutor."""
+def test_fresh_seeds_are_reported_beside_planned_ones() -> None:
+    """The tables of added runs show planned seeds, fresh seeds and both, at equal tokens.
+
+    The tokens are those of the planned tutor's runs. A run with a lower learning rate is compared
+    with the same tutor.
+    """
     stages: list[tuple[Stage, int, float]] = [("main", 0, 0.5), ("again", 5, 0.7)]
-    made = [
+    records = [
         record(
             Run(stage, "shipped", name, first + seed, 2e-4, 24),
             [0.4] * 5 + [high + 0.01 * seed] * 2,
@@ -258,11 +275,11 @@ def test_fresh_seeds_stand_beside_the_planned_ones() -> None:
         for name, high in (("tutor", 0.95), ("alone", 0.95 - lead))
         for seed in range(2)
     ]
-    _, tutor, alone, *_ = again_table(made)
+    _, tutor, alone, *_ = again_table(records)
     assert tutor[0] == "tutor" and tutor[-1] == "4 of 4"
     assert [cell.partition(" ")[0] for cell in alone[1:4]] == ["+50.0", "+70.0", "+60.0"]
     assert alone[3].endswith("4 of 4") and alone[-1] == "0 of 4"
     slower = record(Run("slower", "shipped", "alone", 0, 1e-4, 24), [0.4] * 5 + [0.93, 0.93])
-    _, own, lower, *_ = slower_table([*made, slower])
-    assert own[1] == "0.0002" and lower[1] == "0.0001"
+    _, same, lower, *_ = slower_table([*records, slower])
+    assert same[1] == "0.0002" and lower[1] == "0.0001"
     assert lower[3].startswith("+2.0") and lower[-2:] == ["1 of 1", "20"]

@@ -1,4 +1,4 @@
-"""What the benches measure with: events on a card, peak memory, rounds, quantiles, options."""
+"""Checks what the benches measure with: CUDA events, peak memory, rounds, quantiles, options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CARD = torch.device("cuda")
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A card that is not there: its clock stands at `ms`, its memory at `mib`; a log of calls."""
+    """Returns a fake card: its clock is at `ms`, its memory at `mib`, and `log` records calls."""
     state = SimpleNamespace(ms=0.0, mib=100, peak_mib=0, log=[])
 
     class Event:
@@ -53,6 +53,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def taking(card: SimpleNamespace, name: str, ms: float) -> Callable[[], str]:
+    """Returns a function that takes `ms` of the card's time and is logged under `name`."""
+
     def run() -> str:
         card.log.append(name)
         card.ms += ms
@@ -61,15 +63,16 @@ def taking(card: SimpleNamespace, name: str, ms: float) -> Callable[[], str]:
     return run
 
 
-def test_a_cards_seconds_are_its_events(card: SimpleNamespace) -> None:
+def test_seconds_of_a_card_are_those_of_its_events(card: SimpleNamespace) -> None:
     run = taking(card, "a", 250.0)
     assert measure.timed(run, CARD) == ("a", 0.25)
     assert card.log == ["a", "wait"]
     assert measure.seconds_of(run, CARD) == 0.25
-    assert measure.seconds_of(run) < 0.2  # a CPU's clock, which knows nothing of the card's
+    assert measure.seconds_of(run) < 0.2  # by the CPU's clock, which does not see the card's
 
 
-def test_a_cards_first_call_is_not_timed(card: SimpleNamespace) -> None:
+def test_first_call_on_a_card_is_not_timed(card: SimpleNamespace) -> None:
+    """On a card the first call compiles and loads kernels, so it is run once more before timing."""
     ms = iter([900.0, 100.0])
     assert measure.first_seconds(lambda: taking(card, "a", next(ms))(), CARD) == 0.1
     runs = [taking(card, "b", 1000.0), taking(card, "c", 2000.0)]
@@ -80,7 +83,7 @@ def test_a_cards_first_call_is_not_timed(card: SimpleNamespace) -> None:
 
 
 def test_a_cards_memory(card: SimpleNamespace) -> None:
-    """100 MiB are live; a call takes 50 more, of which 20 stay."""
+    """100 MiB are live; a call takes 50 more, of which 20 stay allocated."""
 
     def run() -> str:
         card.peak_mib, card.mib = card.mib + 50, card.mib + 20
@@ -88,22 +91,23 @@ def test_a_cards_memory(card: SimpleNamespace) -> None:
 
     assert measure.extra_peak_mib(run, CARD) == ("done", (50, None))
     assert measure.peak_held_mib(run, CARD) == ("done", 170)
-    # 824 MiB free on the card, and 300 - 140 that the allocator keeps
+    # 824 MiB are free on the card, and the allocator has cached 300 - 140.
     assert measure.free_gib(CARD) == (824 + 160) / 1024
 
 
 @pytest.mark.parametrize("num_mib", [32, 96])
-def test_extra_peak_is_what_a_call_needs_and_gives_back(num_mib: int) -> None:
-    live = torch.ones(64 << 18)  # 64 MiB that were there before, not counted
+def test_extra_peak_counts_memory_given_back(num_mib: int) -> None:
+    """The extra peak of a call is what it allocates at once, even if it frees all of it."""
+    live = torch.ones(64 << 18)  # 64 MiB from before the call, which do not count
 
     def run() -> torch.Tensor:
         return (torch.ones(num_mib << 18) + 1).sum()  # two tensors alive at once
 
-    for _ in range(2):  # memory given back by a first call is counted again
+    for _ in range(2):  # the second call may reuse memory that the first one freed; it counts
         result, peak = measure.extra_peak_mib(run)
         assert result == 2 * num_mib << 18 and live.numel()
         assert 2 * num_mib <= peak.tensors < 2 * num_mib + 0.01
-        # the kernel counts pages in batches
+        # The operating system counts pages in batches, so the number is up to 1 MiB too low.
         assert peak.resident is not None and peak.resident > 2 * num_mib - 1
 
 
@@ -127,7 +131,9 @@ def test_peaks_are_positive_and_plausible() -> None:
     assert measure.free_gib() > 0
 
 
-def test_default_dtype_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_dtype_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is fp32 on a CPU and bf16 on a card."""
+
     def settled(*words: str) -> argparse.Namespace:
         parser = argparse.ArgumentParser()
         machine.add_options(parser)
@@ -156,7 +162,7 @@ PARSERS = {
 
 
 @pytest.mark.parametrize("bench", PARSERS)
-def test_a_card_that_is_not_there_is_refused(
+def test_cuda_without_a_card_is_refused(
     bench: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -169,7 +175,10 @@ def test_a_card_that_is_not_there_is_refused(
 
 
 def test_defaults_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DESIGN's shapes, tokens of a microbatch, and no engine that runs on a CPU only."""
+    """On a card the defaults are the design's shapes and larger microbatches.
+
+    Engines that run on a CPU only are skipped with that reason.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     words = ["--device", "cuda"]
     shapes = policy_head.parse(words).shapes

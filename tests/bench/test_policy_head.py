@@ -1,4 +1,4 @@
-"""The policy-head bench: what it counts, that its truth is the truth, who gets no time and why."""
+"""Checks the policy-head bench: its counts, its reference, and which contenders are not timed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ T = 40
 
 
 def user_loss(*inputs: Tensor, weights_N: Tensor, temperature: float) -> Tensor:
-    """What --peer names in the script's test."""
+    """The function that --peer names in the test of the script."""
     return naive().loss_of(*inputs, weights_N=weights_N, temperature=temperature)
 
 
@@ -48,15 +48,17 @@ def problem() -> Problem:
 
 
 def naive(logits_of=lambda hidden, weight: hidden @ weight.T, scale: float = 1.0) -> Contender:
+    """Returns a contender that stores all logits; logits_of and scale can make it wrong."""
+
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        every = torch.log_softmax(logits_of(hidden, weight), dim=-1)
-        return scale * every.gather(1, targets[:, None])[:, 0]
+        logprobs_NV = torch.log_softmax(logits_of(hidden, weight), dim=-1)
+        return scale * logprobs_NV.gather(1, targets[:, None])[:, 0]
 
     return Contender("naive", "", by_logprobs(logprobs), None)
 
 
 def test_work_of_a_hand_counted_case() -> None:
-    """2 rows, 3 outcomes, width 4.
+    """FLOPs and bytes of 2 rows, a vocabulary of 3 and width 4, counted by hand.
 
     2 * 3 * 4 = 24 multiply-adds a GEMM; 2 * 4 + 3 * 4 = 20 numbers read, 20 written.
     """
@@ -64,7 +66,8 @@ def test_work_of_a_hand_counted_case() -> None:
     assert useful_bytes(2, 3, 4) == (20 + 20) * 4
 
 
-def test_truth_is_the_gradient_of_the_reference_in_fp64(problem: Problem) -> None:
+def test_truth_is_the_fp64_reference_gradient(problem: Problem) -> None:
+    """The bench's truth is the gradient of the reference in fp64, projected onto random probes."""
     inputs = problem.hidden_TD, problem.weight_VD
     hidden, weight = (x.detach().double().requires_grad_() for x in inputs)
     logprobs = torch.log_softmax(hidden @ weight.T, -1).gather(1, problem.targets_T[:, None])[:, 0]
@@ -90,7 +93,7 @@ def test_right_contenders_pass(
 
 
 def test_bf16_has_bounds_of_its_own() -> None:
-    """Rounded logits pass, and a fault that fp32's bounds would also catch does not."""
+    """With bf16 inputs rounded logits pass; faults that fp32's bounds would catch still fail."""
     rounded = make_problem(random_weight(V, D, dtype=torch.bfloat16), T, 100)
     assert rounded.hidden_TD.dtype == torch.bfloat16
 
@@ -104,13 +107,13 @@ def test_bf16_has_bounds_of_its_own() -> None:
 
 
 def test_torch_without_a_native_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Older ones, which a CUDA machine may have: naive stands alone."""
+    """On an older torch, which a CUDA machine may have, the naive head is torch's only one."""
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     assert [[c.name for c in settings] for settings in torch_contenders()] == [["torch naive"]]
 
 
 def without_last_column_gradient(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Every value right, one row of dW zero."""
+    """Returns the right logits, but the last row of the weight's gradient is 0."""
     return torch.cat([hidden @ weight[:-1].T, (hidden @ weight[-1:].T).detach()], dim=1)
 
 
@@ -128,12 +131,12 @@ def test_wrong_contenders_are_named_and_not_timed(problem: Problem, fault: str) 
     contenders = [ours("auto"), WRONG[fault]]
     tiles = gemm_choices(problem.rows_N.numel(), V, measure.CPU)[:1]
     rows, _ = table.measure_rows(problem, contenders, tiles, args, whole=[])
-    # the wrong one twice: all rows, loss rows
+    # The wrong contender stands there twice: over all rows and over the loss rows.
     assert [row.times is None for row in rows] == [False, True, True]
     assert all("WRONG" in row.note for row in rows[1:])
 
 
-def test_too_large_a_contender_is_skipped_with_the_reason(
+def test_too_large_contender_is_skipped_with_reason(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "free_gib", lambda device: 1e-6)
@@ -142,7 +145,7 @@ def test_too_large_a_contender_is_skipped_with_the_reason(
 
 
 def test_bare_gemms_are_the_three_gemms(problem: Problem) -> None:
-    """Logits, dX = logits W and dW = logits^T X, whatever the library and the chunking."""
+    """The GEMMs are logits, dX = logits W and dW = logits^T X, in every library and chunking."""
     hidden = problem.hidden_TD.detach()
     weight = problem.weight_VD.detach()
     logits = hidden @ weight.T
@@ -151,7 +154,7 @@ def test_bare_gemms_are_the_three_gemms(problem: Problem) -> None:
     ]:
         [run] = bare_gemms(hidden, weight, [(library, rows, columns)]).values()
         run()
-        grad_hidden, grad_weight = run()  # starts from zero again
+        grad_hidden, grad_weight = run()  # a second run does not add to the first one's results
         torch.testing.assert_close(grad_hidden, logits @ weight, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(grad_weight, logits.T @ hidden, rtol=1e-4, atol=1e-3)
 
@@ -162,7 +165,7 @@ def test_the_script_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) 
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
     assert report["card"]["torch_gflop_s"] > 0 and report["card"]["git_revision"]
-    # At 25 % each but ours stands twice: over all rows and over the loss rows.
+    # At 25 % each contender but ours stands there twice: over all rows and over the loss rows.
     num_others = len(torch_contenders()) + 1
     tables = [(8, 100, 1), (8, 25, 2), (24, 100, 1), (24, 25, 2)]
     expected = [
@@ -182,34 +185,41 @@ def test_the_script_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) 
 def test_long_runs_over_all_rows_are_not_repeated(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a limit of 0 s everything is long: all-row times are those at 100 %, and say so."""
+    """Long runs over all rows are taken from the table at 100 % and marked as such.
+
+    The limit is set to 0 s here, so that every run is long.
+    """
     monkeypatch.setattr(table, "LONG_S", 0.0)
     args = bench.parse(["--repeats", "3"])
     contenders = [ours("auto"), naive()]
     tiles = gemm_choices(T, V, measure.CPU)[:1]
-    in_full = make_problem(random_weight(V, D), T, 100)
-    whole, _ = table.measure_rows(in_full, contenders, tiles, args, [])
-    rows, _ = table.measure_rows(problem, contenders, tiles, args, whole)
+    all_rows_problem = make_problem(random_weight(V, D), T, 100)
+    rows_at_100, _ = table.measure_rows(all_rows_problem, contenders, tiles, args, [])
+    rows, _ = table.measure_rows(problem, contenders, tiles, args, rows_at_100)
     assert [row.note for row in rows] == ["", "as at 100 %", ""]
-    assert rows[1].times == whole[1].times and rows[2].times != whole[1].times
+    assert rows[1].times == rows_at_100[1].times and rows[2].times != rows_at_100[1].times
 
 
 def test_a_time_of_other_rounds_makes_no_ratio(problem: Problem) -> None:
+    """A time taken from another table is shown, but not compared: the machine may have changed."""
     times = measure.spread([2.0])
     errors = errors_of(problem, *naive().gradients(problem))
     peak = measure.PeakMib(0, None)
     row = table.Row("naive", "", "all rows", times=times, errors=errors, peak=peak)
     fast = replace(row, contender="ours", times=measure.spread([1.0]))
-    known = table.report(row, 1e9, 0.5, fast, 5.0)  # half a GFLOP/s
-    assert (known["ours_is_times_faster"], known["percent_of_gemms"]) == (2.0, 25.0)
-    assert known["percent_of_peak"] == 10.0
-    known = table.report(replace(row, note="as at 100 %"), 1e9, 0.5, fast, 5.0)
-    assert known["ours_is_times_faster"] is None and known["percent_of_gemms"] is None
-    assert known["median_s"] == 2.0
+    figures = table.report(row, 1e9, 0.5, fast, 5.0)  # half a GFLOP/s
+    assert (figures["ours_is_times_faster"], figures["percent_of_gemms"]) == (2.0, 25.0)
+    assert figures["percent_of_peak"] == 10.0
+    figures = table.report(replace(row, note="as at 100 %"), 1e9, 0.5, fast, 5.0)
+    assert figures["ours_is_times_faster"] is None and figures["percent_of_gemms"] is None
+    assert figures["median_s"] == 2.0
 
 
 def test_the_search_can_tell_the_settings_apart() -> None:
-    """Of two chunks longer than the searched problem, chance would choose."""
+    """Settings differ on the problem of the search; otherwise chance would choose between them.
+
+    Two chunks that are both longer than the problem are the same there.
+    """
     for settings in torch_contenders():
         rows = [min(c.logit_rows or 1 << 30, bench.SEARCH_ROWS["cpu"]) for c in settings]
         assert len(set(rows)) == len(rows)
@@ -235,8 +245,8 @@ def test_peers_that_cannot_run_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(peers.importlib.metadata, "distribution", absent)
-    found, skipped = peers.peer_contenders(measure.CPU)
-    assert found == [] and list(skipped) == list(peers.DISTRIBUTIONS)
+    contenders, skipped = peers.peer_contenders(measure.CPU)
+    assert contenders == [] and list(skipped) == list(peers.DISTRIBUTIONS)
     assert skipped["cut-cross-entropy"] == "it runs on a card only"
     assert skipped["TRL"].startswith("RuntimeError: trl must be installed, got ")
     _, skipped = peers.peer_contenders(torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""The update bench: what it counts, that a wrong gradient gets no time, a run on a tiny student."""
+"""Checks the update bench: its counts, that wrong gradients are not timed, and a tiny run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def student() -> Decoder:
 
 
 def test_rollouts_are_the_case(student: Decoder) -> None:
-    """Every second one goes on; log-probs are the student's."""
+    """Every second rollout has a second attempt, and log-probs are the student's own."""
     case = bench.Case("x", prompt=7, answer=3, guidance=2, group_size=4)
     rollouts = bench.make_rollouts(case, student, token_budget=100)
     assert [len(rollout.turns) for rollout in rollouts] == [1, 2, 1, 2]
@@ -34,14 +34,18 @@ def test_rollouts_are_the_case(student: Decoder) -> None:
 
 
 def test_flops_of_a_hand_counted_case(student: Decoder) -> None:
-    """Width 32; 4 + 2 * 2 heads of 8, inner 48, two layers; 3 rows, 2 loss tokens, 6 pairs."""
+    """FLOPs of 3 rows, 2 loss tokens and 6 pairs of query and key, counted by hand.
+
+    The model has two layers of width 32, 4 + 2 * 2 heads of 8 and an MLP of 48.
+    """
     layer = 64 * 32 + 32 * 32 + 3 * 32 * 48
     expected = 6 * 2 * layer * 3 + 14 * 2 * 8 * 4 * 6 + 6 * 53 * 32 * 2
     rollouts = [make_rollout(0, 0, [1, 2], [2])]
     assert bench.update_flops(student.config, rollouts, "tree", 100) == expected
 
 
-def test_gradients_that_differ_get_no_time(student: Decoder) -> None:
+def test_gradients_that_differ_are_not_timed(student: Decoder) -> None:
+    """The bench stops if tree and rows disagree, or if the tree forwards too many nodes."""
     rollouts = [make_rollout(0, 0, [1, 2], [2])]
     stats = policy_gradients(student, rollouts, token_budget=100, temperature=1.0)
     both = {"tree": stats, "rows": stats}

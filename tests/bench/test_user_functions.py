@@ -1,4 +1,4 @@
-"""A function of the user's own in the policy-head bench: timed if right, else told why not."""
+"""Checks the user's own functions in the policy-head bench: timed if right, else told why not."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def tired(*inputs, **options):
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module of the user's own in a folder that is searched."""
+    """Yields while a module `mine` with the user's functions can be imported."""
     (tmp_path / "mine.py").write_text(USERS_OWN, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -69,7 +69,10 @@ def problem() -> Problem:
 
 
 def test_functions_of_the_users_own(mine: None, problem: Problem) -> None:
-    """The right one is timed beside ours; whoever is wrong or raises is told so, and all go on."""
+    """The right function is timed beside ours; for the others the table says why they are not.
+
+    One gives wrong values, one raises, one returns no scalar, one raises in a later run.
+    """
     names = ("right", "wrong", "raising", "per_token", "tired")
     words = [word for name in names for word in ("--peer", f"mine:{name}")]
     args = bench.parse(["--repeats", "3", *words])
@@ -107,7 +110,7 @@ def test_functions_that_are_not_there_are_refused(
 
 
 def test_our_own_op_fits_the_form(problem: Problem) -> None:
-    """But for its result, which holds more than the loss: that is said in words."""
+    """Our op takes the arguments of a user's function; the error names its result, no scalar."""
     contender = user_contender("socpo_fast.ops:linear_policy_loss")
     with pytest.raises(TypeError, match="must return a tensor without dimensions, got PolicyLoss"):
         contender.gradients(problem)

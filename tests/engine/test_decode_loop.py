@@ -1,8 +1,8 @@
-"""Several tokens between two reads by the host: the same attempts, bit for bit, as one token a
-step.
+"""Checks that decoding several tokens between two host reads changes no attempt, bitwise.
 
-The loop as a GPU runs it, rows and pages padded and rounds replayed, is run here with a stand-in
-for the CUDA graph.
+On a GPU the decode loop pads rows and pages and replays each round as a CUDA graph. Here the same
+code runs on a CPU with a stand-in for the graph. The reference is always an engine that reads every
+token (tokens_per_sync=1), which has no decode loop.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from socpo_fast.device import Readback
 from socpo_fast.engine import Engine
 from socpo_fast.engine.decode import DecodeLoop
+from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.engine.steps import StepQueue
 from socpo_fast.model import Decoder
@@ -33,7 +34,7 @@ from tests.helpers.tiny import (
 from tests.helpers.traces import PageBook, Trace
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
-Size = tuple[int, int, bool]
+Size = tuple[int, int, bool]  # rows, pages, is_filtered: what a captured round is made for
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=23, eos_ids=(2, 17), seed=5)
 
 
@@ -42,60 +43,67 @@ def student() -> Decoder:
     return make_student()
 
 
-def rounds_of(engine: Engine) -> list[int]:
-    """Notes the number of rounds of each launch of the loop."""
+@pytest.fixture
+def launched_rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that receives the number of rounds of each launch of a decode loop.
+
+    Engines with tokens_per_sync=1 have no loop, so reference engines add nothing to it.
+    """
     counts: list[int] = []
-    if (loop := engine._steps.loop) is not None:
-        launch = loop.launch
+    launch = DecodeLoop.launch
 
-        def note(sequences: list[Sequence], num_rounds: int, *, is_ahead: bool) -> Readback:
-            counts.append(num_rounds)
-            return launch(sequences, num_rounds, is_ahead=is_ahead)
+    def note_rounds(
+        loop: DecodeLoop, sequences: list[Sequence], num_rounds: int, *, is_ahead: bool
+    ) -> Readback:
+        counts.append(num_rounds)
+        return launch(loop, sequences, num_rounds, is_ahead=is_ahead)
 
-        loop.launch = note
+    monkeypatch.setattr(DecodeLoop, "launch", note_rounds)
     return counts
 
 
-def live_through(engine: Engine, params: list[SamplingParams]) -> list[Any]:
-    """First and second attempts of every prompt, and the engine's counts on the way."""
+def run_two_attempts(engine: Engine, params: list[SamplingParams]) -> list[Any]:
+    """Returns first and second attempts of every prompt, and the engine's counts in between."""
     for q, prompt in enumerate(PROMPTS):
         engine.submit(prompt, params[q % len(params)], key=(1, q))
     first = drain(engine)
-    seen: list[Any] = [*map(bits, first), engine.stats]
+    record: list[Any] = [*map(bits, first), engine.stats]
     for attempt in first[::2]:
         cut = None if attempt.rollout_idx else attempt.num_tokens // 2
         kept_tokens = kept(PROMPTS[attempt.key.question], attempt, cut)
         engine.resume(attempt, [8, 1, 6], params[0], kept_tokens=kept_tokens)
     second = drain(engine)
-    seen += [*map(bits, second), engine.stats]
+    record += [*map(bits, second), engine.stats]
     engine.release(first + second)
-    return [*seen, engine.stats]
+    return [*record, engine.stats]
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[Size, FakeGraph]:
-    """Every loop pads and captures; the graphs by (rows, pages, is_filtered)."""
+    """Makes every decode loop pad and capture, as on a GPU; returns the graphs by their size."""
     captured: dict[Size, FakeGraph] = {}
     init = DecodeLoop.__init__
     make = DecodeLoop._graph
 
-    def init_as_on_a_gpu(self: DecodeLoop, *args: Any, **options: Any) -> None:
+    def init_as_on_gpu(self: DecodeLoop, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
         self.captures = True
 
     def graph_of(self: DecodeLoop, *size: Any) -> FakeGraph:
-        before = [cache.clone() for cache in (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)]
+        old = [cache.clone() for cache in (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)]
         graph = captured[size] = make(self, *size)
-        assert all(map(torch.equal, before, (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)))
+        # The warm-up round before a capture must write nothing into pages of live sequences.
+        assert all(map(torch.equal, old, (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)))
         graph.round = lambda: self._round(*size)
         return graph
 
     FakeCuda().install(monkeypatch)
-    monkeypatch.setattr(DecodeLoop, "__init__", init_as_on_a_gpu)
+    monkeypatch.setattr(DecodeLoop, "__init__", init_as_on_gpu)
     monkeypatch.setattr(DecodeLoop, "_graph", graph_of)
     return captured
 
 
+# Requests that end at different steps, some greedy and some with a filtered distribution.
 MIXED = [
     PARAMS,
     replace(PARAMS, temperature=0.0, n=1, max_new_tokens=30),
@@ -115,15 +123,15 @@ CASES = {
 
 @pytest.mark.parametrize("tokens_per_sync", [2, 4, 8])
 @pytest.mark.parametrize("case", CASES)
-def test_attempts_and_counts_are_those_of_one_token_a_step(
-    student: Decoder, case: str, tokens_per_sync: int
+def test_equals_one_token_per_step(
+    student: Decoder, case: str, tokens_per_sync: int, launched_rounds: list[int]
 ) -> None:
+    """Attempts and the engine's counts do not depend on tokens_per_sync."""
     params, options = CASES[case]
     engine = make_engine(student, **options, tokens_per_sync=tokens_per_sync)
-    counts = rounds_of(engine)
-    expected = live_through(make_engine(student, **options, tokens_per_sync=1), params)
-    assert live_through(engine, params) == expected
-    assert max(counts) == tokens_per_sync
+    expected = run_two_attempts(make_engine(student, **options, tokens_per_sync=1), params)
+    assert run_two_attempts(engine, params) == expected
+    assert max(launched_rounds) == tokens_per_sync
     assert (engine.stats.preemptions > 0) == ("num_pages" in options)
     assert engine.stats.pages_free == engine.stats.pages_total
 
@@ -131,43 +139,54 @@ def test_attempts_and_counts_are_those_of_one_token_a_step(
 def test_padded_and_replayed_rounds_draw_the_same(
     student: Decoder, graphs: dict[Size, FakeGraph]
 ) -> None:
+    """Padding rows and pages and replaying a captured round change no attempt."""
     captured: set[Size] = set()
     for params, options in CASES.values():
         graphs.clear()
         engine = make_engine(student, **options, tokens_per_sync=8)
-        expected = live_through(make_engine(student, **options, tokens_per_sync=1), params)
-        assert live_through(engine, params) == expected
+        expected = run_two_attempts(make_engine(student, **options, tokens_per_sync=1), params)
+        assert run_two_attempts(engine, params) == expected
         loop = engine._steps.loop
+        # Sizes are rounded up to powers of two, so that a run captures few graphs.
         for size in graphs:
-            for n, most in zip(size[:2], (loop.max_running, loop.max_pages), strict=True):
-                assert n == most or n & (n - 1) == 0, size
+            for n, largest in zip(size[:2], (loop.max_running, loop.max_pages), strict=True):
+                assert n == largest or n & (n - 1) == 0, size
         captured |= set(graphs)
     assert len({rows for rows, *_ in captured}) > 2
     assert {is_filtered for *_, is_filtered in captured} == {False, True}
 
 
-def test_the_host_reads_once_a_few_tokens(student: Decoder) -> None:
+def test_host_reads_once_per_tokens_per_sync(student: Decoder, launched_rounds: list[int]) -> None:
     engine = make_engine(student, tokens_per_sync=8)
-    counts = rounds_of(engine)
     generate_same(engine, [[3, 5, 7]], replace(PARAMS, ignore_eos=True))
-    assert counts == [8, 8, 6]  # 23 tokens, the first of them by the prefill
+    assert launched_rounds == [8, 8, 6]  # 23 tokens, the first of them by the prefill
 
 
-def test_a_full_queue_does_not_end_the_rounds(student: Decoder) -> None:
-    """As in an evaluation: 12 prompts for 4 places. A step forwards prompts; all else is rounds."""
+def test_full_queue_does_not_shorten_the_rounds(
+    student: Decoder, launched_rounds: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that wait for a free row, as in an evaluation, do not make the host read more often.
+
+    12 prompts share 4 rows. Only prompts go through a forward of a step; every decoded token comes
+    from rounds.
+    """
     engine = make_engine(student, max_running=4, tokens_per_sync=8)
-    counts = rounds_of(engine)
     forwards = []
-    forward = engine._runner.forward
-    engine._runner.forward = lambda plan: forwards.append([n for _, n in plan]) or forward(plan)
+    forward = Runner.forward
+
+    def note_forward(runner: Runner, plan: list[tuple[Sequence, int]]) -> torch.Tensor:
+        forwards.append([num_tokens for _, num_tokens in plan])
+        return forward(runner, plan)
+
+    monkeypatch.setattr(Runner, "forward", note_forward)
     params = replace(PARAMS, n=1, ignore_eos=True, max_new_tokens=17)
     groups = generate_same(engine, [[3, 5, 7]] * 12, params)
     assert all(attempt.num_tokens == 17 for (attempt,) in groups)
-    assert forwards == [[3] * 4] * 3 and counts == [8, 8] * 3
+    assert forwards == [[3] * 4] * 3 and launched_rounds == [8, 8] * 3
 
 
-def test_rounds_go_ahead_of_the_host(student: Decoder) -> None:
-    """Two launches are in flight while nobody waits to be admitted; with somebody waiting, one."""
+def test_rounds_run_ahead_of_the_host(student: Decoder) -> None:
+    """Two launches are in flight while no prompt waits to be admitted, otherwise one."""
     engine = make_engine(student, max_running=4, tokens_per_sync=4)
     engine.submit([3, 5, 7], replace(PARAMS, n=4, ignore_eos=True, max_new_tokens=40), key=(0, 0))
     engine.step()
@@ -183,12 +202,13 @@ def test_rounds_go_ahead_of_the_host(student: Decoder) -> None:
     assert not engine._steps._launched and engine.collect() == [] and engine.is_ready
 
 
-def test_looking_ahead_takes_free_pages_only(student: Decoder) -> None:
-    """Eleven pages of four tokens for two sequences of 3 + 17: no page is taken away. Seven: one
-    has to give way.
+def test_lookahead_takes_free_pages_only(student: Decoder, launched_rounds: list[int]) -> None:
+    """Rounds launched ahead reserve only free pages; they never preempt for them.
+
+    Two sequences of 3 + 17 tokens need ten pages of four. With eleven pages none is taken away.
+    With seven one of the two sequences must be preempted.
     """
     engine = make_engine(student, num_pages=11, tokens_per_sync=8)
-    counts = rounds_of(engine)
     params = replace(PARAMS, n=2, ignore_eos=True, max_new_tokens=17)
     expected = generate_same(make_engine(student), [[3, 5, 7]], params)
     pinned = engine.generate(
@@ -197,25 +217,26 @@ def test_looking_ahead_takes_free_pages_only(student: Decoder) -> None:
     assert [list(map(bits, g)) for g in generate_same(engine, [[3, 5, 7]], params)] == [
         list(map(bits, g)) for g in expected
     ]
-    assert engine.stats.preemptions == 0 and sum(counts) == 16
+    assert engine.stats.preemptions == 0 and sum(launched_rounds) == 16
     engine.release(pinned)
     assert engine.stats.pages_free == 11
 
+    launched_rounds.clear()
     engine = make_engine(student, num_pages=7, tokens_per_sync=8)
-    counts = rounds_of(engine)
     assert [list(map(bits, g)) for g in generate_same(engine, [[3, 5, 7]], params)] == [
         list(map(bits, g)) for g in expected
     ]
-    assert engine.stats.preemptions > 0 and min(counts) < 8 and engine.stats.pages_free == 7
+    assert engine.stats.preemptions > 0 and min(launched_rounds) < 8
+    assert engine.stats.pages_free == 7
 
 
-def test_cancel_between_steps(student: Decoder) -> None:
+def test_cancel_between_steps(student: Decoder, launched_rounds: list[int]) -> None:
+    """Cancelling one question while its rounds are in flight leaves the other one untouched."""
     engine = make_engine(student, tokens_per_sync=4)
     params = replace(PARAMS, ignore_eos=True)
     for q in range(2):
         engine.submit(PROMPTS[q], params, key=(0, q))
-    counts = rounds_of(engine)
-    while len(counts) < 2:
+    while len(launched_rounds) < 2:
         assert not engine.step()
     engine.cancel((0, 0))
     assert engine.step() == [], "what is under way for the other question goes on"
@@ -230,33 +251,35 @@ def test_cancel_between_steps(student: Decoder) -> None:
 
 
 def test_new_weights_between_steps(student: Decoder) -> None:
-    """Tokens that are under way when the weights change are drawn again, with the new ones."""
+    """Tokens still in flight when the weights change are drawn again, with the new weights."""
     params = replace(PARAMS, ignore_eos=True)
-    own = make_student()
-    engine = make_engine(own, tokens_per_sync=4)
+    trained = make_student()
+    engine = make_engine(trained, tokens_per_sync=4)
     engine.submit(PROMPTS[1], params, key=(0, 0))
     for _ in range(3):
         engine.step()
     sampled = {sequence.num_sampled for sequence in engine._scheduler.running}
     assert sampled == {9}, "one by the prefill, four by each launch that was read"
-    own.load_state_dict(make_student(1).state_dict())
+    trained.load_state_dict(make_student(1).state_dict())
     engine.bump_policy_version()
     for attempt in drain(engine):
         context = {"context": PROMPTS[1], "params": params, "rollout_idx": attempt.rollout_idx}
-        before = untouched(student, **context, max_sampled=9)
-        after = untouched(make_student(1), **context, sampled=before[0])
-        assert bits(attempt)[:3] == tuple(a + b for a, b in zip(before[:3], after[:3], strict=True))
+        old_part = untouched(student, **context, max_sampled=9)
+        new_part = untouched(make_student(1), **context, sampled=old_part[0])
+        assert bits(attempt)[:3] == tuple(
+            a + b for a, b in zip(old_part[:3], new_part[:3], strict=True)
+        )
         assert attempt.policy_version == 0
 
 
 class LoopBook(PageBook):
-    """Also knows what the loop writes, of which the host has read a part only."""
+    """Extends the dictionary model by the KV that rounds write before the host has read them."""
 
     def __init__(self, engine: Engine):
         super().__init__(engine)
         self.launch = engine._steps.loop.launch
         engine._steps.loop.launch = self.note_rounds
-        self.row_ids: dict[Sequence, list[int]] = {}  # with what is under way
+        self.row_ids: dict[Sequence, list[int]] = {}  # tokens in flight included
 
     def note_rounds(self, sequences: list[Sequence], num_rounds: int, *, is_ahead: bool) -> Any:
         drawn = self.launch(sequences, num_rounds, is_ahead=is_ahead)
@@ -277,13 +300,14 @@ class LoopBook(PageBook):
 
 
 class LoopTrace(Trace):
-    """A random life with several tokens a step, launched and read apart."""
+    """A random trace with several tokens a step, whose launches and reads are separate moves."""
 
     def __init__(self, seed: int, student: Decoder):
         super().__init__(seed, student)
         engine = self.engine
         scheduler = self.engine._scheduler
-        scheduler.max_running = self.rng.choice([3, 64])  # fewer would mostly have somebody wait
+        # With fewer rows than 3 a prompt would wait nearly always, and no launch runs ahead then.
+        scheduler.max_running = self.rng.choice([3, 64])
         vars(engine._runner).pop("forward", None), vars(engine._runner).pop("copy_pages", None)
         rounds = self.rng.choice([2, 3, 8])
         engine._steps = StepQueue(
@@ -295,7 +319,7 @@ class LoopTrace(Trace):
     def step(self) -> None:
         if self.rng.random() < 0.5:
             self.engine.launch()
-            if not self.engine.is_ready:  # look again after another move
+            if not self.engine.is_ready:  # collect only after another move
                 self.num_late += 1
                 return
         done = self.engine.step()
@@ -306,22 +330,24 @@ class LoopTrace(Trace):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_traces(
-    padded: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    padded: bool,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    launched_rounds: list[int],
 ) -> None:
+    """Any order of moves leaves the pages consistent and every attempt as if run by itself."""
     if padded:
         request.getfixturevalue("graphs")
     make_reads_late(monkeypatch, seed=1)
     student = make_student()
-    num_rounds = num_late = 0
+    num_late = 0
     for seed in range(60):
         trace = LoopTrace(seed, student)
-        counts = rounds_of(trace.engine)
         try:
             trace.run(num_moves=40)
             trace.check_tokens()
         except BaseException as error:
             error.add_note(f"in the trace of seed {seed}")
             raise
-        num_rounds += sum(counts)
         num_late += trace.num_late
-    assert num_rounds > 400 and num_late > 100
+    assert sum(launched_rounds) > 400 and num_late > 100

@@ -1,5 +1,7 @@
-"""A layer in one call (torch.ops.socpo.decoder_layer) is the layer op by op, bit for bit, in every
-family.
+"""Checks the fused layer (torch.ops.socpo.decoder_layer) against the layer op by op, bitwise.
+
+The engine calls the fused C++ op where no hook sits on the layer. All model families are compared,
+since each adds weights of its own to the op's arguments.
 """
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from socpo_fast import Engine, SamplingParams
 from socpo_fast.engine.runner import fused_weights
 from socpo_fast.model import Decoder, ModelConfig
-from socpo_fast.ops._impl import extension_is_built
+from tests.helpers.elementwise import needs_cpp
 from tests.helpers.error_rule import assert_bitwise_equal
 from tests.helpers.tiny import generate_same, make_student
 
@@ -20,6 +22,7 @@ FAMILIES = {
 
 
 def student_of(family: str, dtype: torch.dtype) -> Decoder:
+    """Returns a tiny student of one family; norm weights are around 1, all others around 0."""
     plain = make_student().config
     student = Decoder(
         ModelConfig(
@@ -34,62 +37,67 @@ def student_of(family: str, dtype: torch.dtype) -> Decoder:
     return student.to(dtype)
 
 
-def generate(student: Decoder, *, whole_layers: bool) -> list[tuple[list[int], torch.Tensor]]:
+def generate(student: Decoder, *, is_fused: bool) -> list[tuple[list[int], torch.Tensor]]:
+    """Returns tokens and log-probs of a few attempts, by the fused op or by the layer's modules."""
     engine = Engine(student, kv_cache_gib=0.001, page_size=4)
     assert engine._runner.layer_weights
-    if not whole_layers:
+    if not is_fused:
         engine._runner.layer_weights = []
     params = SamplingParams(n=3, temperature=1.0, max_new_tokens=9, eos_ids=(), ignore_eos=True)
     groups = generate_same(engine, [[1, 2, 3, 4, 5, 6, 7], [8]], params)
     return [(attempt.token_ids, attempt.logprobs) for group in groups for attempt in group]
 
 
-@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+@needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_in_one_call_is_the_layer_op_by_op(family: str, dtype: torch.dtype) -> None:
+def test_fused_layer_equals_op_by_op(family: str, dtype: torch.dtype) -> None:
     student = student_of(family, dtype)
-    for one, other in zip(
-        *(generate(student, whole_layers=whole) for whole in (True, False)), strict=True
+    for fused, op_by_op in zip(
+        *(generate(student, is_fused=is_fused) for is_fused in (True, False)), strict=True
     ):
-        assert one[0] == other[0]
-        assert_bitwise_equal(one[1], other[1], name=family)
+        assert fused[0] == op_by_op[0]
+        assert_bitwise_equal(fused[1], op_by_op[1], name=family)
 
 
-@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
-def test_hooks_on_layers_and_replaced_parameters_are_heard() -> None:
+@needs_cpp
+def test_layer_hooks_and_new_parameters_take_effect() -> None:
+    """A hook makes the engine call the module; a replaced parameter is used from the next bump."""
     student = student_of("llama", torch.float32)
     rows = []
     engine = Engine(student, kv_cache_gib=0.001, page_size=4)
     student.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[1])))
     params = SamplingParams(temperature=0.0, max_new_tokens=4, eos_ids=(), ignore_eos=True)
-    before = generate_same(engine, [[1, 2, 3]], params)[0][0]
-    assert sum(rows) == 3 + 3
-    other = student_of("biases", torch.float32).layers[1].mlp.down.weight
-    student.layers[1].mlp.down.weight = torch.nn.Parameter(-3 * other.detach())
+    old_attempt = generate_same(engine, [[1, 2, 3]], params)[0][0]
+    assert sum(rows) == 3 + 3  # three prompt tokens, three sampled ones; the last is not forwarded
+    new_weight = student_of("biases", torch.float32).layers[1].mlp.down.weight
+    student.layers[1].mlp.down.weight = torch.nn.Parameter(-3 * new_weight.detach())
     engine.bump_policy_version()
-    after = generate_same(engine, [[1, 2, 3]], params)[0][0]
-    assert not torch.equal(before.logprobs, after.logprobs)
-    fresh = generate_same(Engine(student, kv_cache_gib=0.001, page_size=4), [[1, 2, 3]], params)[0][
+    actual = generate_same(engine, [[1, 2, 3]], params)[0][0]
+    assert not torch.equal(old_attempt.logprobs, actual.logprobs)
+    expected = generate_same(Engine(student, kv_cache_gib=0.001, page_size=4), [[1, 2, 3]], params)[
         0
-    ]
-    assert after.token_ids == fresh.token_ids and torch.equal(after.logprobs, fresh.logprobs)
+    ][0]
+    assert actual.token_ids == expected.token_ids and torch.equal(
+        actual.logprobs, expected.logprobs
+    )
 
 
-@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+@needs_cpp
 def test_opcheck() -> None:
     student = student_of("qwen3", torch.float32)
     config = student.config
-    f = torch.randn
+    normal = torch.randn
     caches = [torch.zeros(3, 4, config.num_kv_heads, config.head_dim) for _ in range(2)]
-    places = (
+    # One sequence of four tokens: their slots, its block table and its length.
+    page_inputs = (
         torch.arange(4),
         torch.arange(3, dtype=torch.int32)[None],
         torch.tensor([4], dtype=torch.int32),
     )
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
     weights = [x if x is None else x.detach() for x in fused_weights(student.layers[0])]
-    x = f(4, config.hidden_size)
-    rotary = (f(4, config.head_dim), f(4, config.head_dim))
-    given = (x, x.clone(), weights, 1e-6, *rotary, *caches, *places, cu_seqlens, 0.3, True)
-    torch.library.opcheck(torch.ops.socpo.decoder_layer, given)
+    x = normal(4, config.hidden_size)
+    rotary = (normal(4, config.head_dim), normal(4, config.head_dim))
+    args = (x, x.clone(), weights, 1e-6, *rotary, *caches, *page_inputs, cu_seqlens, 0.3, True)
+    torch.library.opcheck(torch.ops.socpo.decoder_layer, args)

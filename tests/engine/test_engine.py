@@ -1,5 +1,7 @@
-"""The engine against transformers, against itself run another way, and against the trainer's
-forward.
+"""Checks the engine against transformers, against itself in other settings, and the trainer.
+
+Greedy tokens must be those of transformers. Sampled tokens must not depend on scheduling. Log-probs
+must be those that the trainer's packed forward computes for the same tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.types import Attempt, SamplingParams
 from tests.helpers.tiny import generate_same, kept
 
+# Pages hold 16 tokens: shorter than a page, two pages and a half, exactly two, exactly six.
 PROMPTS = [
     [3, 5, 7],
     list(range(1, 41)),
     [9] * 32,
     list(range(50, 2, -1)) * 2,
-]  # shorter, longer than, exactly a page
+]
 SAMPLED = SamplingParams(n=3, temperature=1.0, max_new_tokens=24, eos_ids=(2,), seed=5)
 
 
@@ -50,18 +53,20 @@ def student(folder: str) -> Decoder:
 
 
 def engine_of(student: Decoder, *, num_pages: int = 64, **options: int) -> Engine:
+    """Returns an engine with exactly num_pages pages of 16 tokens."""
     page_gib = 16 * 2 * 3 * 2 * 8 * 4 / 2**30
     return Engine(student, kv_cache_gib=num_pages * page_gib * 1.0001, page_size=16, **options)
 
 
 def exact(groups: list[list[Attempt]]) -> list[list[tuple]]:
+    """Returns tokens, log-probs and end reason of every attempt, to be compared bitwise."""
     return [
         [(a.token_ids, a.logprobs.tolist(), a.finish_reason) for a in group] for group in groups
     ]
 
 
 def trainer_logprobs(student: Decoder, token_ids: list[int]) -> torch.Tensor:
-    """[L - 1] log-prob of every token but the first, by one packed forward."""
+    """Returns [L - 1] log-probs of every token but the first, by one packed forward."""
     ids = torch.tensor(token_ids)
     until = visible_until_of_sequences([len(token_ids)])
     with torch.no_grad():
@@ -99,16 +104,16 @@ def test_logprobs_are_the_trainers(student: Decoder) -> None:
     "options",
     [
         {"token_budget": 7},  # every prompt in chunks
-        {"max_running": 2},  # forks wait for a place
-        {"num_pages": 9},  # the longest sequence needs 8: everything else gives way
+        {"max_running": 2},  # forks wait for a free row
+        {"num_pages": 9},  # the longest sequence needs 8, so all others are preempted
         {"num_pages": 16, "token_budget": 5, "max_running": 3},
     ],
 )
 def test_tokens_do_not_depend_on_scheduling(student: Decoder, options: dict[str, int]) -> None:
-    free = engine_of(student)
+    roomy = engine_of(student)
     tight = engine_of(student, **options)
     assert exact(generate_same(tight, PROMPTS, SAMPLED)) == exact(
-        generate_same(free, PROMPTS, SAMPLED)
+        generate_same(roomy, PROMPTS, SAMPLED)
     )
     assert tight.stats.pages_free == tight.stats.pages_total
     if options.get("num_pages") == 9:
@@ -127,28 +132,30 @@ def test_group_equals_separate_runs(student: Decoder) -> None:
 
 
 @pytest.mark.parametrize("cut", [None, 0, 5, 24])
-@pytest.mark.parametrize("taken", ["pages kept", "pages taken", "weights changed"])
-def test_resume_equals_full_prefill(student: Decoder, cut: int | None, taken: str) -> None:
-    engine = engine_of(student, num_pages=12 if taken == "pages taken" else 64)
+@pytest.mark.parametrize("pages", ["pages kept", "pages taken", "weights changed"])
+def test_resume_equals_full_prefill(student: Decoder, cut: int | None, pages: str) -> None:
+    """A second attempt has the same log-probs on kept pages and after a full prefill."""
+    engine = engine_of(student, num_pages=12 if pages == "pages taken" else 64)
     suffix = [7, 8, 9]
     params = SamplingParams(temperature=1.0, max_new_tokens=24, eos_ids=(), seed=1, ignore_eos=True)
     prompt = PROMPTS[1]
     (first,) = generate_same(engine, [prompt], params, keep=True)[0]
-    if taken == "weights changed":
+    if pages == "weights changed":
         engine.bump_policy_version()
-    if taken == "pages taken":
+    if pages == "pages taken":
         engine.generate([PROMPTS[3]] * 2, params, keys=[(1, 1), (1, 2)])
-    before = engine.stats.prefill_tokens
+    old_prefill_tokens = engine.stats.prefill_tokens
     engine.resume(first, suffix, params, kept_tokens=kept(prompt, first, cut))
     done: list[Attempt] = []
     while not done:
         done = engine.step()
     second = done[0]
     context = prompt + first.token_ids[:cut] + suffix
-    if taken == "pages kept":
-        assert engine.stats.prefill_tokens - before == len(suffix) + (cut in (None, 24))
+    if pages == "pages kept":
+        # The last sampled token has no KV yet; it is prefilled where the cut keeps it.
+        assert engine.stats.prefill_tokens - old_prefill_tokens == len(suffix) + (cut in (None, 24))
     else:
-        assert engine.stats.prefill_tokens - before == len(context)
+        assert engine.stats.prefill_tokens - old_prefill_tokens == len(context)
     expected = trainer_logprobs(student, context + second.token_ids)[len(context) - 1 :]
     assert (second.logprobs - expected).abs().max() < 1e-5
     assert (second.attempt_idx, second.rollout_idx, second.key) == (1, 0, first.key)
@@ -167,24 +174,23 @@ def test_a_prompt_is_prefilled_once(student: Decoder) -> None:
     generate_same(engine, PROMPTS, params)
     hook.remove()
     assert engine.stats.prefill_tokens == sum(map(len, PROMPTS))
-    assert (
-        engine.stats.decode_tokens == 8 * len(PROMPTS) * 3
-    )  # the last sampled token is never forwarded
-    assert (
-        sum(rows) == engine.stats.prefill_tokens + engine.stats.decode_tokens
-    )  # no padding: 16 rows or more a step
+    # Four tokens are sampled, and the last one is never forwarded.
+    assert engine.stats.decode_tokens == 8 * len(PROMPTS) * 3
+    # No row is padding: with 16 rows or more a step, none needs to be.
+    assert sum(rows) == engine.stats.prefill_tokens + engine.stats.decode_tokens
 
 
-def test_weights_are_read_where_they_are(folder: str) -> None:
+def test_weights_are_read_in_place(folder: str) -> None:
+    """The engine samples from parameters that were updated in place, and moves none of them."""
     student = load_student(folder)
     engine = engine_of(student)
     pointers = {n: p.data_ptr() for n, p in student.named_parameters()}
-    before = exact(generate_same(engine, PROMPTS, SAMPLED))
+    old_attempts = exact(generate_same(engine, PROMPTS, SAMPLED))
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1)
     engine.bump_policy_version()
-    assert exact(generate_same(engine, PROMPTS, SAMPLED)) != before
+    assert exact(generate_same(engine, PROMPTS, SAMPLED)) != old_attempts
     assert {n: p.data_ptr() for n, p in student.named_parameters()} == pointers
 
 
@@ -215,7 +221,7 @@ def test_stop_and_length(student: Decoder) -> None:
         (lambda e: e.generate([[1], [2]], SAMPLED, keys=[(0, 0), (0, 0)]), "different pairs"),
     ],
 )
-def test_refused_at_the_door(student: Decoder, call, message: str) -> None:
+def test_invalid_requests_are_refused(student: Decoder, call, message: str) -> None:
     engine = engine_of(student, num_pages=12)
     with pytest.raises(ValueError, match=message):
         call(engine)
@@ -238,7 +244,7 @@ def test_resume_twice_is_refused(student: Decoder) -> None:
 
 @pytest.mark.smollm2
 def test_smollm2_greedy_equals_transformers() -> None:
-    """The real model: greedy tokens of a group, and of a second attempt on its first's pages."""
+    """SmolLM2 samples transformers' greedy tokens, in a group and in a resumed second attempt."""
     folder = Path(
         os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")
     ).expanduser()

@@ -1,4 +1,8 @@
-"""A decode round is captured on the card that holds the weights, whichever is the current one."""
+"""Checks that decode rounds are captured on the card that holds the engine's weights.
+
+The current CUDA device of the calling thread may be another one, for example that of the student
+while a local teacher decodes.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,15 @@ from tests.helpers.late_devices import FakeCuda
 from tests.helpers.tiny import make_engine, make_student
 
 
-def test_every_step_of_a_capture_is_on_the_engines_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two engines, as student and local teacher are, each on a card of its own."""
+def test_capture_runs_on_the_engines_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines on two cards, as student and local teacher, each capture on their own card."""
     cuda = FakeCuda()
-    rounds = DecodeLoop._round
+    run_round = DecodeLoop._round
     cuda.install(monkeypatch)
 
-    def note_round(self: DecodeLoop, *given: Any) -> None:
+    def note_round(self: DecodeLoop, *size: Any) -> None:
         cuda.note("round")
-        rounds(self, *given)
+        run_round(self, *size)
 
     monkeypatch.setattr(DecodeLoop, "_round", note_round)
     streams = []

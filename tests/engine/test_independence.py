@@ -1,5 +1,6 @@
-"""What is sampled follows the model's law and its own key, and nothing else: not company, not
-calls, not place.
+"""Checks that a sampled token depends on the model's distribution and its key, and nothing else.
+
+Other requests in the batch, the way the engine is called and the row of a sequence do not matter.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def student() -> Decoder:
 
 
 def chi_square_tail(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """The probability of a fit as bad as this one or worse, were the expectation true."""
+    """Returns the probability of a fit at least this bad if `expected` were true."""
     statistic = ((counts - expected).double() ** 2 / expected).sum()
     return float(
         torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2)
@@ -42,7 +43,7 @@ def chi_square_tail(counts: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def next_token_logits(student: Decoder, token_ids: list[int]) -> torch.Tensor:
-    """[V] fp64, by plain attention in fp64: nothing of the engine's."""
+    """Returns [V] fp64 logits, by plain attention in fp64 and without the engine."""
     wide = make_student().double()
     wide.load_state_dict({name: value.double() for name, value in student.state_dict().items()})
 
@@ -64,40 +65,45 @@ def test_a_fork_of_n_equals_n_separate_runs(student: Decoder, prompt: list[int],
         )
 
 
-def test_company_does_not_matter(student: Decoder) -> None:
-    """Every request alone, and among others that sample in every other way."""
-    others = [
+def test_batch_invariant(student: Decoder) -> None:
+    """A request draws the same by itself as among requests with other sampling parameters."""
+    params_by_question = [
         replace(PARAMS, temperature=0.0, n=1),
         replace(PARAMS, temperature=0.3, top_p=0.7, seed=9),
         replace(PARAMS, top_k=3, min_p=0.05, n=5, max_new_tokens=3),
         replace(PARAMS, ignore_eos=True),
     ]
     engine = make_engine(student)
-    for q, (prompt, params) in enumerate(zip(PROMPTS, others, strict=True)):
+    for q, (prompt, params) in enumerate(zip(PROMPTS, params_by_question, strict=True)):
         engine.submit(prompt, params, key=(0, q))
     for attempt in drain(engine):
         q = attempt.key.question
         expected = untouched(
-            student, PROMPTS[q], others[q], key=attempt.key, rollout_idx=attempt.rollout_idx
+            student,
+            PROMPTS[q],
+            params_by_question[q],
+            key=attempt.key,
+            rollout_idx=attempt.rollout_idx,
         )
         assert bits(attempt) == expected
 
 
-def test_calls_do_not_matter(student: Decoder) -> None:
-    """One generate, one a prompt on one engine, and requests that arrive between steps in another
-    order.
+def test_call_pattern_does_not_matter(student: Decoder) -> None:
+    """The same attempts come from one generate, one per prompt, and submits between steps.
+
+    The submits also come in another order than the prompts.
     """
     keys = [(0, q) for q in range(len(PROMPTS))]
-    once = [
+    expected = [
         bits(a) for group in generate_same(make_engine(student), PROMPTS, PARAMS) for a in group
     ]
     engine = make_engine(student)
-    apart = [
+    one_by_one = [
         bits(a)
         for p, key in zip(PROMPTS, keys, strict=True)
         for a in engine.generate([p], PARAMS, keys=[key])[0]
     ]
-    assert apart == once
+    assert one_by_one == expected
     stepwise = make_engine(student, token_budget=9)
     done = []
     for q in (2, 0, 3, 1):
@@ -105,12 +111,13 @@ def test_calls_do_not_matter(student: Decoder) -> None:
         for _ in range(3):
             done += stepwise.step()
     done = sorted([*done, *drain(stepwise)], key=lambda a: (a.key, a.rollout_idx))
-    assert [bits(attempt) for attempt in done] == once
+    assert [bits(attempt) for attempt in done] == expected
 
 
 def test_noise_is_keyed_as_documented(student: Decoder) -> None:
-    """Each token by ops.sample from fp64 logits under the key (seed, batch, question, rollout,
-    attempt, position).
+    """Each token is that of ops.sample from fp64 logits, under the documented key.
+
+    The key is (seed, batch, question, rollout, attempt, position).
     """
     params = replace(PARAMS, temperature=0.8, top_p=0.9, ignore_eos=True, n=2)
     engine = make_engine(student)
@@ -124,9 +131,9 @@ def test_noise_is_keyed_as_documented(student: Decoder) -> None:
                 None
             ]
             key = torch.tensor([row_key(5, 11, 22, 1, attempt.attempt_idx, position)])
-            knobs = {"temperature_B": torch.tensor([0.8]), "top_k_B": torch.tensor([0])}
-            knobs |= {"top_p_B": torch.tensor([0.9]), "min_p_B": torch.tensor([0.0])}
-            expected, logprob, mass = sample(logits, key, **knobs)
+            filters = {"temperature_B": torch.tensor([0.8]), "top_k_B": torch.tensor([0])}
+            filters |= {"top_p_B": torch.tensor([0.9]), "min_p_B": torch.tensor([0.0])}
+            expected, logprob, mass = sample(logits, key, **filters)
             assert token_id == expected.item(), (
                 f"attempt {attempt.attempt_idx}, position {position}"
             )
@@ -134,14 +141,15 @@ def test_noise_is_keyed_as_documented(student: Decoder) -> None:
             assert abs(attempt.kept_mass[position] - mass.item()) < 1e-5
 
 
-def test_siblings_follow_the_softmax_and_not_each_other(student: Decoder) -> None:
-    """100,000 first tokens of 250 groups of 400: the law of one, and of neighbours in a group as
-    pairs.
+def test_siblings_are_independent_softmax_draws(student: Decoder) -> None:
+    """First tokens follow the softmax, and neighbouring rollouts draw independently of each other.
+
+    100,000 tokens of 250 groups of 400: their counts, and the counts of pairs, by chi-square.
     """
     params = SamplingParams(
         n=400, temperature=0.8, max_new_tokens=1, eos_ids=(), ignore_eos=True, seed=1
     )
-    prompt = [3, 5, 7, 9]  # a whole page: nothing to copy 400 times
+    prompt = [3, 5, 7, 9]  # exactly one page, so that 400 forks copy nothing
     groups = generate_same(
         make_engine(student, num_pages=1000, max_running=1000), [prompt] * 250, params
     )
@@ -153,19 +161,18 @@ def test_siblings_follow_the_softmax_and_not_each_other(student: Decoder) -> Non
         > 1e-4
     )
 
-    bins = (
-        torch.cumsum(probs, 0).mul(3).long().clamp(max=2)[draws]
-    )  # three classes of about a third each
+    # Three classes with about a third of the probability each, so that no cell of pairs is small.
+    bins = torch.cumsum(probs, 0).mul(3).long().clamp(max=2)[draws]
     shares = torch.stack(
         [probs[torch.cumsum(probs, 0).mul(3).long().clamp(max=2) == i].sum() for i in range(3)]
     )
-    for a, b, what in (
+    for a, b, pair_kind in (
         (bins[:, ::2], bins[:, 1::2], "siblings"),
         (bins[::2], bins[1::2], "questions"),
     ):
         pairs = (a * 3 + b).flatten().bincount(minlength=9)
         assert chi_square_tail(pairs, torch.outer(shares, shares).flatten() * pairs.sum()) > 1e-4, (
-            what
+            pair_kind
         )
 
 
@@ -184,21 +191,22 @@ def test_siblings_follow_the_softmax_and_not_each_other(student: Decoder) -> Non
         (lambda e: e.submit([1] * 37, PARAMS, key=(0, 0)), "need 13 pages"),
     ],
 )
-def test_what_can_never_run_is_refused_with_nothing_left_behind(
-    student: Decoder, call, message: str
-) -> None:
+def test_impossible_request_leaves_nothing_behind(student: Decoder, call, message: str) -> None:
+    """A request that can never run is refused; the engine is as before and works on."""
     engine = make_engine(student, num_pages=12)
-    fresh = engine.stats
+    old_stats = engine.stats
     with pytest.raises(ValueError, match=message):
         call(engine)
-    assert engine.stats == fresh and not engine.has_work and not engine._scheduler.pinned
+    assert engine.stats == old_stats and not engine.has_work
+    with engine.lend_memory():  # refused while any sequence is queued, running or pinned
+        pass
     assert bits(generate_same(engine, [[1] * 36], PARAMS)[0][2]) == untouched(
         student, [1] * 36, PARAMS, rollout_idx=2
     )
 
 
-def test_what_just_fits_runs(student: Decoder) -> None:
-    """The whole pool, and the model's last position, are really usable; max_tokens says so."""
+def test_request_that_just_fits_runs(student: Decoder) -> None:
+    """All pages of the pool and the model's last position are usable, as max_tokens says."""
     params = replace(PARAMS, ignore_eos=True)
     for engine, total in ((make_engine(student, num_pages=12), 48), (make_engine(student), 128)):
         assert engine.max_tokens == total
@@ -250,16 +258,19 @@ def test_an_engine_that_could_never_run_is_refused(
         {"eos_ids": ()},
     ],
 )
-def test_parameters_that_the_sampler_would_refuse_in_the_middle_are_refused_at_the_door(
-    change: dict,
-) -> None:
+def test_invalid_sampling_params_are_refused(change: dict) -> None:
+    """Values that the sampler would refuse in the middle of a step are refused when they are set.
+
+    It computes in fp32, where some valid doubles become infinite, 0 or 1.
+    """
     with pytest.raises(ValueError, match=f"SamplingParams: {next(iter(change))} must be"):
         replace(PARAMS, **change)
 
 
-def test_a_pool_larger_than_the_memory_is_refused_in_one_line(
+def test_pool_larger_than_memory_is_refused(
     student: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The error is one line in the user's terms, not the allocator's message of several lines."""
     monkeypatch.setattr(
         torch, "zeros", Mock(side_effect=RuntimeError("[enforce fail at alloc_cpu.cpp:127]\n.."))
     )

@@ -1,4 +1,10 @@
-"""What many prompts begin with is prefilled once, as long as there is room; tokens are the same."""
+"""Checks keep_prefix: a common start of prompts is prefilled once and changes no token.
+
+With pages of four tokens, PREFIX fills three pages and half of a fourth. Prompts share full pages:
+
+    prefix   | 1 2 3 4 | 5 6 7 8 | 9 10 11 12 | 13 14
+    prompt      shared    shared      shared     13 14 20+q 3  (prefilled again)
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
 from tests.helpers.tiny import bits, drain, generate_same, make_engine, make_student
 
-PREFIX = list(range(1, 15))  # three pages of four tokens and a half
+PREFIX = list(range(1, 15))
 PROMPTS = [[*PREFIX, 20 + q, 3] for q in range(5)]
 PARAMS = SamplingParams(n=2, temperature=1.0, max_new_tokens=9, eos_ids=(), ignore_eos=True, seed=5)
 
@@ -22,37 +28,46 @@ def student() -> Decoder:
 
 
 def prefilled(engine: Engine, prompts: list[list[int]]) -> tuple[int, list[list[tuple]]]:
-    """How many tokens were prefilled for the prompts, and what was drawn behind them."""
-    before = engine.stats.prefill_tokens
+    """Returns the number of tokens prefilled for the prompts, and the attempts drawn after them."""
+    old_prefill_tokens = engine.stats.prefill_tokens
     groups = generate_same(engine, prompts, PARAMS)
-    return engine.stats.prefill_tokens - before, [list(map(bits, group)) for group in groups]
+    return engine.stats.prefill_tokens - old_prefill_tokens, [
+        list(map(bits, group)) for group in groups
+    ]
 
 
 @pytest.mark.parametrize("tokens_per_sync", [1, 4])
 def test_whole_pages_are_prefilled_once(student: Decoder, tokens_per_sync: int) -> None:
     engine = make_engine(student, tokens_per_sync=tokens_per_sync)
-    whole, expected = prefilled(engine, PROMPTS)
-    assert whole == 5 * 16
+    num_unshared, expected = prefilled(engine, PROMPTS)
+    assert num_unshared == 5 * 16
     engine.keep_prefix(PREFIX)
-    assert engine.stats.prefill_tokens == whole + 14
+    assert engine.stats.prefill_tokens == num_unshared + 14
     engine.keep_prefix(PREFIX)
-    assert engine.stats.prefill_tokens == whole + 14, "kept, not computed again"
+    assert engine.stats.prefill_tokens == num_unshared + 14, "kept, not computed again"
     assert prefilled(engine, PROMPTS) == (5 * (16 - 12), expected)
     assert engine.stats.pages_total - engine.stats.pages_free == 4
 
 
 def test_other_prompts_share_nothing(student: Decoder) -> None:
+    """A prompt that starts differently, or has no token after its full pages, is prefilled whole.
+
+    The last prompt token must be forwarded to sample from it, so a prompt of exactly three pages
+    cannot share all of them.
+    """
     engine = make_engine(student)
-    others = [[7, *PREFIX], PREFIX[:12], PREFIX[:3]]
-    whole, expected = prefilled(engine, others)
+    prompts = [[7, *PREFIX], PREFIX[:12], PREFIX[:3]]
+    num_unshared, expected = prefilled(engine, prompts)
     engine.keep_prefix(PREFIX)
-    num_tokens, drawn = prefilled(engine, others)
-    assert drawn == expected
-    assert num_tokens == whole, "12 tokens are whole pages, of which one must be left to forward"
+    num_tokens, actual = prefilled(engine, prompts)
+    assert actual == expected
+    assert num_tokens == num_unshared, (
+        "12 tokens are whole pages, of which one must be left to forward"
+    )
 
 
-def test_a_prefix_gives_way_and_comes_back(student: Decoder) -> None:
-    """Sequences that need the room take its pages; the next keep_prefix computes it again."""
+def test_prefix_is_preempted_and_recomputed(student: Decoder) -> None:
+    """Sequences that need its pages take them; the next keep_prefix computes it again."""
     engine = make_engine(student, num_pages=14)
     engine.keep_prefix(PREFIX)
     expected = [list(map(bits, g)) for g in generate_same(make_engine(student), PROMPTS, PARAMS)]
@@ -60,14 +75,16 @@ def test_a_prefix_gives_way_and_comes_back(student: Decoder) -> None:
     assert engine.stats.preemptions > 0 and engine.stats.pages_free == 14
     engine.keep_prefix(PREFIX)
     assert engine.stats.pages_free == 10
-    assert len(engine._scheduler.pinned) == 1, "the one before is not kept beside it"
+    # Only the new prefix is pinned. The preempted one, which has no pages, is not kept beside it.
+    with pytest.raises(ValueError, match="must be none, got 1;"), engine.lend_memory():
+        pass
 
 
-def test_new_weights_and_a_reset_end_it(student: Decoder) -> None:
-    own = make_student()
-    engine = make_engine(own)
+def test_new_weights_and_reset_drop_the_prefix(student: Decoder) -> None:
+    trained = make_student()
+    engine = make_engine(trained)
     engine.keep_prefix(PREFIX)
-    own.load_state_dict(make_student(1).state_dict())
+    trained.load_state_dict(make_student(1).state_dict())
     engine.bump_policy_version()
     expected = [
         list(map(bits, g)) for g in generate_same(make_engine(make_student(1)), PROMPTS, PARAMS)
@@ -80,9 +97,10 @@ def test_new_weights_and_a_reset_end_it(student: Decoder) -> None:
     assert prefilled(engine, PROMPTS) == (5 * 16, expected)
 
 
-def test_a_group_is_forked_behind_it(student: Decoder) -> None:
-    """The partial page of the prompt is copied for each of eight rollouts, the prefix's pages are
-    not.
+def test_group_forks_share_the_prefix_pages(student: Decoder) -> None:
+    """Eight rollouts copy the prompt's last page but hold the prefix's pages by reference.
+
+    So the first page has nine references: theirs, and that of the prefix itself.
     """
     engine = make_engine(student)
     engine.keep_prefix(PREFIX)

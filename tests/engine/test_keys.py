@@ -1,5 +1,6 @@
-"""Keys name noise: one is taken once at a time, a call without keys gets fresh ones, and reset
-frees them all.
+"""Checks the keys of noise: each is in flight once at a time, and calls without keys get new ones.
+
+A key is free again when every rollout under it is released or cancelled.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ REFUSED = (
 
 
 def test_a_key_in_flight_is_refused() -> None:
-    """While it waits, while it runs, and while its attempts are kept for a second one."""
+    """A key is refused while its prompt waits, while it runs, and while its attempts are pinned."""
     engine = make_engine(make_student())
     engine.submit(PROMPT, PARAMS, key=KEY)
     with pytest.raises(ValueError, match=REFUSED):
@@ -31,7 +32,7 @@ def test_a_key_in_flight_is_refused() -> None:
     attempts = drain(engine)
     with pytest.raises(ValueError, match=REFUSED):
         engine.submit(PROMPT, PARAMS, key=KEY)
-    engine.submit(PROMPT, PARAMS, key=(4, 3))  # another one is not concerned
+    engine.submit(PROMPT, PARAMS, key=(4, 3))  # another key is accepted
     assert len(drain(engine)) == 3
     engine.release(attempts[:2])
     with pytest.raises(ValueError, match=r"got \(4, 2\) with 1;"):
@@ -46,52 +47,54 @@ def test_a_key_in_flight_is_refused() -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
 def test_a_cancelled_key_is_free(num_steps: int) -> None:
-    """Queued whole, or torn apart into rollouts."""
+    """Cancelling frees the key of a queued prompt and of rollouts that were forked from it."""
     engine = make_engine(make_student(), token_budget=4)
     engine.submit(PROMPT, PARAMS, key=KEY)
     for _ in range(num_steps):
         engine.step()
     engine.cancel(KEY)
-    engine.cancel(KEY)  # twice is once
+    engine.cancel(KEY)  # a second cancel does nothing
     engine.submit(PROMPT, PARAMS, key=KEY)
     assert [a.rollout_idx for a in drain(engine)] == [0, 1, 2]
 
 
-def test_generate_refuses_a_key_in_flight_as_a_whole() -> None:
+def test_generate_with_a_key_in_flight_queues_none() -> None:
+    """One refused key refuses all prompts of the call, so that none is left in the queue."""
     engine = make_engine(make_student())
-    [kept] = engine.generate([PROMPT], PARAMS, keys=[KEY], keep=True)
+    [pinned] = engine.generate([PROMPT], PARAMS, keys=[KEY], keep=True)
     with pytest.raises(
         ValueError, match=r"generate: key must have no rollout in flight, got \(4, 2\)"
     ):
         engine.generate([[1], [2]], PARAMS, keys=[(9, 9), KEY])
     assert not engine.has_work
-    engine.release(kept)
+    engine.release(pinned)
     engine.generate([[1], [2]], PARAMS, keys=[(9, 9), KEY])
 
 
 def test_calls_without_keys_draw_fresh_noise() -> None:
-    """No two calls share it; under a key of one's own the tokens come again."""
+    """Two calls without keys share no noise; a call with the key of an attempt draws it again."""
     engine = make_engine(make_student())
     params = replace(PARAMS, max_new_tokens=12, ignore_eos=True)
     first = engine.generate([PROMPT], params)
     second = engine.generate([PROMPT], params)
-    drawn = [tuple(attempt.token_ids) for [group] in (first, second) for attempt in group]
-    assert len(set(drawn)) == 6
+    token_ids = [tuple(attempt.token_ids) for [group] in (first, second) for attempt in group]
+    assert len(set(token_ids)) == 6
     keys = [attempt.key for [group] in (first, second) for attempt in group]
-    assert (
-        keys[3].batch == keys[0].batch + 1 > 2**40
-    )  # a count, so a program run twice draws the same
+    # The batch of fresh keys is a count, not random, so a program that runs twice draws the same.
+    assert keys[3].batch == keys[0].batch + 1 > 2**40
     [again] = engine.generate([PROMPT], params, keys=[tuple(keys[0])])
     assert [bits(a) for a in again] == [bits(a) for a in first[0]]
 
 
 @pytest.mark.parametrize("key", [(1, 2, 3), (1.5, 2), (2**63, 0), ("a", 0)])
 def test_a_key_is_two_integers(key: tuple) -> None:
-    """Told at the door: in the middle of a step it would cost the engine."""
+    """A wrong key is refused at once; in the middle of a step it would break the engine."""
     engine = make_engine(make_student())
     with pytest.raises(ValueError, match="submit: key must be two 64-bit integers"):
         engine.submit(PROMPT, PARAMS, key=key)
     with pytest.raises(ValueError, match="generate: key must be two 64-bit integers"):
         engine.generate([PROMPT], PARAMS, keys=[key])
     assert not engine.has_work
-    assert len(engine.generate([PROMPT], PARAMS, keys=[[1, 2]])[0]) == 3  # a list of two is one
+    assert (
+        len(engine.generate([PROMPT], PARAMS, keys=[[1, 2]])[0]) == 3
+    )  # a list of two integers is accepted

@@ -1,4 +1,7 @@
-"""The size of the KV cache: what "auto" makes of a card, counted by hand, and of a CPU."""
+"""Checks the size of the KV cache, "auto" in particular, against cases counted by hand.
+
+free memory of a card = KV cache + gradients and moments + three tenths for activations
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.helpers.tiny import make_student
 
 GIB = 2**30
 MIB = 2**20
-# An 80 GiB card: three tenths are 24 GiB that are kept.
+# An 80 GiB card: three tenths, 24 GiB, are kept free for activations.
 CARD = {
     "total_bytes": 80 * GIB,
     "optimizer_bytes": 7 * GIB,
@@ -26,7 +29,7 @@ CARD = {
 PARTS = "72.0 free, 7.0 for gradients and moments, 24.0 kept for activations"
 
 
-def test_what_is_left_of_a_card() -> None:
+def test_auto_size_is_what_the_card_leaves() -> None:
     size = auto_kv_cache_size(72 * GIB, **CARD)
     assert size == (41.0, f"KV cache 41 GiB (auto): {PARTS}")
     frozen = auto_kv_cache_size(72 * GIB, **CARD | {"optimizer_bytes": 0})
@@ -35,11 +38,12 @@ def test_what_is_left_of_a_card() -> None:
     assert auto_kv_cache_size(40 * GIB + 5, **CARD).gib == (9 * GIB + 5) / GIB
 
 
-def test_no_more_than_its_sequences_can_fill() -> None:
+def test_auto_size_is_capped_by_max_running() -> None:
+    """The cache is never larger than max_running sequences of the longest context can fill."""
     size = auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 256})
     assert size.gib == 1.0
-    cap = "no more than max_running contexts can fill"
-    assert size.note == f"KV cache 1 GiB (auto): {PARTS}, {cap}"
+    note_of_cap = "no more than max_running contexts can fill"
+    assert size.note == f"KV cache 1 GiB (auto): {PARTS}, {note_of_cap}"
     assert auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 10496}).gib == 41.0
     assert auto_kv_cache_size(72 * GIB, **CARD | {"max_pages": 10495}).gib == 41.0 - 1 / 256
 
@@ -57,7 +61,7 @@ def test_too_little_is_refused_with_its_parts(free_gib: int, left_gib: int) -> N
 
 
 class Card:
-    """A card that is not there: 80 GiB, of which the driver calls 60 free."""
+    """A fake card with 80 GiB, of which the driver reports 60 as free."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device = torch.device("cuda", 1)
@@ -70,17 +74,22 @@ class Card:
             monkeypatch.setattr(torch.cuda, name, self.answer_about(answer))
 
     def answer_about(self, answer: Any) -> Any:
-        def ask(device: torch.device) -> Any:
+        """Returns a stand-in for a query of torch.cuda that checks which device it is about."""
+
+        def query(device: torch.device) -> Any:
             assert device == self.device, "of the student's own card, not of the current one"
             return answer
 
-        return ask
+        return query
 
     def student(self, *, trained: int, frozen: int) -> Any:
-        """Layers 4, KV heads 2, head width 64, bf16: 2 KiB a token; a vocabulary of 2^20 x 256."""
-        head = torch.empty(2**20, 256, device="meta")
-        sizes = {"numel": head.numel, "element_size": lambda: 2}
-        head = SimpleNamespace(device=self.device, dtype=torch.bfloat16, **sizes)
+        """Returns what kv_cache_size reads of a student: 2 KiB of KV a token, 2^20 x 256 LM head.
+
+        2 KiB are keys and values of 4 layers, 2 KV heads and head dim 64 in bf16.
+        """
+        meta_head = torch.empty(2**20, 256, device="meta")
+        methods = {"numel": meta_head.numel, "element_size": lambda: 2}
+        lm_head = SimpleNamespace(device=self.device, dtype=torch.bfloat16, **methods)
         sizes = {True: trained, False: frozen}
         parameters = [
             SimpleNamespace(numel=lambda size=size: size, requires_grad=requires_grad)
@@ -93,13 +102,13 @@ class Card:
                 head_dim=64,
                 max_position_embeddings=40960,
             ),
-            lm_head=SimpleNamespace(weight=head),
+            lm_head=SimpleNamespace(weight=lm_head),
             parameters=lambda: iter(parameters),
         )
 
 
-def test_a_card_is_asked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 free + 2 unused; 14 bytes for 2^30 parameters; 24 of 80 kept."""
+def test_auto_size_of_a_card_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In GiB: 60 free + 2 that the allocator caches - 14 for 2^30 parameters - 24 kept of 80."""
     card = Card(monkeypatch)
     student = card.student(trained=2**30, frozen=2**31)
     assert Runner.page_bytes(student, 32) == 2**16
@@ -115,12 +124,13 @@ def test_a_card_is_asked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_the_optimizers(dtype: torch.dtype) -> None:
+def test_optimizer_bytes_match_the_optimizer(dtype: torch.dtype) -> None:
+    """OPTIMIZER_BYTES is what gradient, moments and low bits of a parameter really need."""
     student = make_student().to(dtype)
     optimizer = Optimizer(student, lr=1e-3)
     student.embed(torch.tensor([1])).sum().backward()
-    held = [x for name, x in optimizer.state_tensors().items() if name.endswith(".embed.weight")]
-    num_bytes = sum(x.nbytes for x in [*held, student.embed.weight.grad])
+    state = [x for name, x in optimizer.state_tensors().items() if name.endswith(".embed.weight")]
+    num_bytes = sum(x.nbytes for x in [*state, student.embed.weight.grad])
     assert num_bytes == OPTIMIZER_BYTES[dtype] * student.embed.weight.numel()
 
 

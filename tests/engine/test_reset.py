@@ -1,4 +1,4 @@
-"""After a reset an engine is as new, whatever was under way and wherever it was stopped."""
+"""Checks that reset makes an engine as new, whatever was running and wherever it was stopped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from socpo_fast.engine import Engine
+from socpo_fast.engine.runner import Runner
 from socpo_fast.model import Decoder
 from socpo_fast.types import SamplingParams
 from tests.engine.test_storage import storage_of
@@ -26,6 +27,7 @@ def student() -> Decoder:
 
 
 def draws(engine: Engine) -> list[tuple]:
+    """Returns the attempts of all prompts, to be compared bitwise."""
     return [
         bits(attempt) for group in engine.generate(PROMPTS, PARAMS, keys=KEYS) for attempt in group
     ]
@@ -33,7 +35,7 @@ def draws(engine: Engine) -> list[tuple]:
 
 @contextmanager
 def failing(student: Decoder, error: BaseException, *, at_call: int) -> Iterator[None]:
-    """A forward of the student's that raises in its middle, the at_call-th of the block."""
+    """Makes the student's at_call-th forward within the block raise in its second layer."""
     num_calls = [0]
 
     def hook(_module: torch.nn.Module, _args: object) -> None:
@@ -50,8 +52,9 @@ def failing(student: Decoder, error: BaseException, *, at_call: int) -> Iterator
 
 @pytest.mark.parametrize("tokens_per_sync", [1, 4])
 def test_reset_in_the_middle_of_everything(student: Decoder, tokens_per_sync: int) -> None:
-    """Waiting, running, pinned and resumed sequences at once; weights' version, counts and storage
-    stay.
+    """Reset drops waiting, running, pinned and resumed sequences at once.
+
+    The policy version, the counts of tokens and the memory addresses stay.
     """
     engine = make_engine(student, max_running=4, tokens_per_sync=tokens_per_sync)
     engine.policy_version = 7
@@ -63,16 +66,16 @@ def test_reset_in_the_middle_of_everything(student: Decoder, tokens_per_sync: in
         engine.submit(prompt, PARAMS, key=key)
     for _ in range(3):
         engine.step()
-    before = engine.stats
+    old_stats = engine.stats
     engine.reset()
-    after = engine.stats
+    new_stats = engine.stats
     assert not engine.has_work and engine.step() == []
-    assert after.pages_free == after.pages_total
-    counts = [(s.prefill_tokens, s.decode_tokens, s.preemptions) for s in (before, after)]
+    assert new_stats.pages_free == new_stats.pages_total
+    counts = [(s.prefill_tokens, s.decode_tokens, s.preemptions) for s in (old_stats, new_stats)]
     assert counts[0] == counts[1]
     with pytest.raises(ValueError, match="resume: attempt must be finished, neither released nor"):
         engine.resume(group[1], [8], PARAMS, kept_tokens=4)
-    engine.release(group)  # passed over: nobody's pages are given back twice
+    engine.release(group)  # skipped: a page must not be freed twice
     assert draws(engine) == expected and engine.policy_version == 7
     assert storage_of(engine) == storage
     assert engine.stats.pages_free == engine.stats.pages_total
@@ -92,7 +95,11 @@ def test_a_step_that_fails_half_way(student: Decoder, error: BaseException) -> N
 
 
 def test_generate_that_is_interrupted_leaves_nothing(student: Decoder) -> None:
-    """At any line of the engine: between two lists, or with a page that is in none."""
+    """An interrupt at any line of the engine leaves no page and no request behind.
+
+    Some lines are between removing a sequence from one list and adding it to the next, or between
+    allocating a page and storing it.
+    """
     engine = make_engine(student, num_pages=24, max_running=4)
     expected = draws(engine)
     for keep in (False, True):
@@ -113,11 +120,12 @@ def test_a_failed_copy_leaves_the_attempt(
     student: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume that runs out of memory may be retried, and reads no page that was not copied."""
-    expected = resumed(make_engine(student))
+    expected = second_attempts(make_engine(student))
     engine = make_engine(student)
     group = engine.generate([PROMPTS[1]], PARAMS, keys=[(0, 0)], keep=True)[0]
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "copy_pages", lambda copies: torch.empty(-1))
+        # A negative size makes torch raise a RuntimeError, as running out of memory does.
+        patch.setattr(Runner, "copy_pages", lambda runner, copies: torch.empty(-1))
         with pytest.raises(RuntimeError):
             engine.resume(group[0], [8, 9], PARAMS, kept_tokens=18)
     assert not engine.has_work
@@ -127,7 +135,8 @@ def test_a_failed_copy_leaves_the_attempt(
     engine.reset()
 
 
-def resumed(engine: Engine) -> list[tuple]:
+def second_attempts(engine: Engine) -> list[tuple]:
+    """Returns the attempt that resumes the first rollout of a group, cut within its prompt."""
     group = engine.generate([PROMPTS[1]], PARAMS, keys=[(0, 0)], keep=True)[0]
     engine.resume(group[0], [8, 9], PARAMS, kept_tokens=18)
     return [bits(attempt) for attempt in drain(engine)]

@@ -1,5 +1,13 @@
-"""Second attempts on the pages of the first: every cut, into pages that siblings hold too, and what
-is refused.
+"""Checks second attempts on the pages of the first: every cut, shared pages, and refusals.
+
+With pages of four tokens, three rollouts of PROMPT share its three full pages. Each has its own
+copy of the half page, and appends its six sampled tokens there:
+
+    shared by all   | p p p p | p p p p | p p p p |
+    of each rollout                               | p p s s | s s s s |
+
+A cut keeps a prefix of this row. Behind it the second attempt prefills SUFFIX. It may never write
+into a page that siblings hold.
 """
 
 from __future__ import annotations
@@ -23,13 +31,11 @@ from tests.helpers.tiny import (
     untouched,
 )
 
-PROMPT = list(
-    range(1, 15)
-)  # three pages of 4 and a half: two full ones shared, then what a fork copies
+PROMPT = list(range(1, 15))
 SUFFIX = [30, 31, 32]
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=6, eos_ids=(), ignore_eos=True, seed=3)
-# All; a part; none, up to the shared prompt's end; into the copied page; its border; into, and to
-# the border of, shared pages; a single token left.
+# Sampled tokens kept: all (None and 6), four, none. A negative cut also drops tokens of the prompt:
+# into the copied page, to its border, into shared pages and to their border, all but one token.
 CUTS = [None, 6, 4, 0, -1, -2, -3, -6, -10, -13]
 
 
@@ -43,19 +49,21 @@ def first_attempts(engine: Engine, params: SamplingParams = PARAMS) -> list[Atte
 
 
 def context_of(first: Attempt, cut: int | None) -> list[int]:
-    path = PROMPT + first.token_ids
-    return path[: len(path) if cut is None else len(PROMPT) + cut] + SUFFIX
+    """Returns the context of the second attempt: the row up to the cut, then SUFFIX."""
+    row = PROMPT + first.token_ids
+    return row[: len(row) if cut is None else len(PROMPT) + cut] + SUFFIX
 
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_resume_equals_a_fresh_run_of_the_same_context(student: Decoder, cut: int | None) -> None:
     engine = make_engine(student)
     group = first_attempts(engine)
-    before = engine.stats.prefill_tokens
+    old_prefill_tokens = engine.stats.prefill_tokens
     engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
     (second,) = drain(engine)
     context = context_of(group[1], cut)
-    assert engine.stats.prefill_tokens - before == len(SUFFIX) + (cut in (None, 6)), (
+    # The last sampled token has no KV yet. If the cut keeps it, it is new, too.
+    assert engine.stats.prefill_tokens - old_prefill_tokens == len(SUFFIX) + (cut in (None, 6)), (
         "only what is new is prefilled"
     )
     assert bits(second) == untouched(student, context, PARAMS, rollout_idx=1, attempt_idx=1)
@@ -66,7 +74,7 @@ def test_resume_equals_a_fresh_run_of_the_same_context(student: Decoder, cut: in
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_greedy_resume_equals_submit(student: Decoder, cut: int | None) -> None:
-    """Public calls only: without noise the attempt's number does not matter."""
+    """Without noise, resuming equals submitting the same context as a new prompt."""
     params = replace(PARAMS, n=2, temperature=0.0)
     engine = make_engine(student)
     group = first_attempts(engine, params)
@@ -78,12 +86,12 @@ def test_greedy_resume_equals_submit(student: Decoder, cut: int | None) -> None:
 
 
 @pytest.mark.parametrize("cut", [-1, -3, -6, -10, -13])
-@pytest.mark.parametrize(
-    "num_pages", [200, 9]
-)  # 9: the group just fits, so the pages of a pinned one are taken
-def test_siblings_do_not_see_what_is_written(student: Decoder, cut: int, num_pages: int) -> None:
-    """Two go back into the prompt's shared pages at once, each with another suffix; then the third
-    goes on.
+# With 9 pages the group just fits, so the pages of a pinned attempt are taken.
+@pytest.mark.parametrize("num_pages", [200, 9])
+def test_siblings_do_not_see_each_others_writes(student: Decoder, cut: int, num_pages: int) -> None:
+    """Two siblings cut back into the prompt's shared pages at once, with different suffixes.
+
+    Then the third resumes with everything it has, so also on the pages that they left.
     """
     engine = make_engine(student, num_pages=num_pages)
     group = first_attempts(engine)
@@ -91,43 +99,41 @@ def test_siblings_do_not_see_what_is_written(student: Decoder, cut: int, num_pag
     for attempt, suffix in zip(group[:2], suffixes, strict=False):
         engine.resume(attempt, suffix, PARAMS, kept_tokens=kept(PROMPT, attempt, cut))
     engine.step()
-    all_of_it = kept(PROMPT, group[2])
-    engine.resume(
-        group[2], suffixes[2], PARAMS, kept_tokens=all_of_it
-    )  # on all pages that the others left
+    num_kept = kept(PROMPT, group[2])
+    engine.resume(group[2], suffixes[2], PARAMS, kept_tokens=num_kept)
     for i, second in enumerate(drain(engine)):
-        path = PROMPT[:cut] if i < 2 else PROMPT + group[2].token_ids
+        kept_ids = PROMPT[:cut] if i < 2 else PROMPT + group[2].token_ids
         assert bits(second) == untouched(
-            student, path + suffixes[i], PARAMS, rollout_idx=i, attempt_idx=1
+            student, kept_ids + suffixes[i], PARAMS, rollout_idx=i, attempt_idx=1
         )
 
 
-def test_without_a_free_page_to_copy_to_the_part_is_computed_again(student: Decoder) -> None:
+def test_partial_page_recomputed_if_no_page_is_free(student: Decoder) -> None:
+    """Where a shared page would have to be copied and none is free, its tokens are prefilled."""
     params = replace(PARAMS, max_new_tokens=1)
     engine = make_engine(student, num_pages=6)
-    prompt = PROMPT[
-        :12
-    ]  # whole pages, and a single token sampled: siblings hold nothing but shared pages
+    # Full pages and one sampled token, which has no KV: siblings hold nothing but shared pages.
+    prompt = PROMPT[:12]
     group = generate_same(engine, [prompt], params, keep=True)[0]
-    engine.generate(
-        [[1] * 9], replace(params, n=1), keys=[(1, 0)], keep=True
-    )  # the other three pages
-    before = engine.stats
-    assert before.pages_free == 0
+    # Another prompt fills the other three pages.
+    engine.generate([[1] * 9], replace(params, n=1), keys=[(1, 0)], keep=True)
+    old_stats = engine.stats
+    assert old_stats.pages_free == 0
     engine.resume(group[0], SUFFIX, params, kept_tokens=len(prompt) - 2)
     engine.resume(group[2], SUFFIX, params, kept_tokens=kept(prompt, group[2]))
     seconds = drain(engine)
-    assert engine.stats.prefill_tokens - before.prefill_tokens == (2 + len(SUFFIX)) + (
+    assert engine.stats.prefill_tokens - old_stats.prefill_tokens == (2 + len(SUFFIX)) + (
         1 + len(SUFFIX)
     )
-    for second, row in zip(seconds, (prompt[:-2], prompt + group[2].token_ids), strict=True):
-        names = {"rollout_idx": second.rollout_idx, "attempt_idx": 1}
-        assert bits(second) == untouched(student, row + SUFFIX, params, **names)
+    for second, kept_ids in zip(seconds, (prompt[:-2], prompt + group[2].token_ids), strict=True):
+        indices = {"rollout_idx": second.rollout_idx, "attempt_idx": 1}
+        assert bits(second) == untouched(student, kept_ids + SUFFIX, params, **indices)
 
 
 def test_a_sibling_still_running_does_not_see_a_write(student: Decoder) -> None:
-    """Rollout 0 ends early and goes back into the prompt while the others still decode on the
-    shared pages.
+    """One rollout ends early and resumes inside the prompt while its siblings still decode.
+
+    They read the shared pages into which its suffix would be written.
     """
     params = replace(
         PARAMS, temperature=1.5, max_new_tokens=30, ignore_eos=False, eos_ids=tuple(range(0, 37, 5))
@@ -142,21 +148,22 @@ def test_a_sibling_still_running_does_not_see_a_write(student: Decoder) -> None:
     engine.resume(early, SUFFIX, params, kept_tokens=len(PROMPT) - 9)
     for attempt in [early, *done[1:], *drain(engine)]:
         context = PROMPT if attempt.attempt_idx == 0 else PROMPT[:-9] + SUFFIX
-        names = {"rollout_idx": attempt.rollout_idx, "attempt_idx": attempt.attempt_idx}
-        assert bits(attempt) == untouched(student, context, params, **names)
+        indices = {"rollout_idx": attempt.rollout_idx, "attempt_idx": attempt.attempt_idx}
+        assert bits(attempt) == untouched(student, context, params, **indices)
 
 
 @pytest.mark.parametrize("cut", [None, 3, 0, -1, -6, -13])
-@pytest.mark.parametrize("taken", ["before it is resumed", "while it runs", "twice"])
-def test_preempted_and_computed_again(student: Decoder, cut: int | None, taken: str) -> None:
+@pytest.mark.parametrize("preempted", ["before it is resumed", "while it runs", "twice"])
+def test_preempted_resume_is_recomputed(student: Decoder, cut: int | None, preempted: str) -> None:
+    """Losing its pages before or after it is resumed changes nothing about a second attempt."""
     engine = make_engine(student, num_pages=8)
     group = first_attempts(engine, replace(PARAMS, n=2))
-    other = replace(PARAMS, n=1, max_new_tokens=10)
-    if taken != "while it runs":
-        engine.generate([list(range(22))], other, keys=[(1, 0)])  # takes all eight pages
+    other_params = replace(PARAMS, n=1, max_new_tokens=10)
+    if preempted != "while it runs":
+        engine.generate([list(range(22))], other_params, keys=[(1, 0)])  # takes all eight pages
         assert engine.stats.preemptions >= 2
     engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
-    if taken != "before it is resumed":
+    if preempted != "before it is resumed":
         engine.step()
         engine._scheduler._give_way(engine._scheduler.running[-1])
     second = drain(engine)[0]
@@ -166,7 +173,7 @@ def test_preempted_and_computed_again(student: Decoder, cut: int | None, taken: 
 
 
 def test_back_over_several_bridges(student: Decoder) -> None:
-    """Attempt 2 keeps none of attempt 1, nothing of its bridge, and less than all of attempt 0."""
+    """A third attempt may cut behind the second and its bridge, into the first attempt."""
     engine = make_engine(student)
     group = first_attempts(engine)
     engine.resume(group[0], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[0]))
@@ -184,25 +191,26 @@ def weights(student: Decoder) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("cut", [None, 3, 0, -1, -6, -13])
 def test_stale_pages_are_never_reused(cut: int | None) -> None:
-    """Weights change between the attempts: everything is computed again, as in a fresh run under
-    the new ones.
+    """If weights change between attempts, the second one prefills all of its context.
+
+    It equals a fresh run with the new weights, since no page of the old ones is read.
     """
     student = make_student(0)
-    new = make_student(1)
+    new_student = make_student(1)
     engine = make_engine(student)
     group = first_attempts(engine)
-    for parameter, value in zip(weights(student), weights(new), strict=True):
+    for parameter, value in zip(weights(student), weights(new_student), strict=True):
         parameter.copy_(value)
     engine.bump_policy_version()
     assert engine.stats.pages_free == engine.stats.pages_total, (
         "pages of an older version hold nothing of use"
     )
-    before = engine.stats.prefill_tokens
+    old_prefill_tokens = engine.stats.prefill_tokens
     engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
     (second,) = drain(engine)
     context = context_of(group[1], cut)
-    assert engine.stats.prefill_tokens - before == len(context)
-    assert bits(second) == untouched(new, context, PARAMS, rollout_idx=1, attempt_idx=1)
+    assert engine.stats.prefill_tokens - old_prefill_tokens == len(context)
+    assert bits(second) == untouched(new_student, context, PARAMS, rollout_idx=1, attempt_idx=1)
     assert (second.policy_version, engine.policy_version) == (1, 1)
     assert bits(second) != untouched(make_student(0), context, PARAMS, rollout_idx=1, attempt_idx=1)
 
@@ -224,22 +232,22 @@ def test_stale_pages_are_never_reused(cut: int | None) -> None:
         ([1] * 28, None, "need 14 pages of 4 tokens, the pool has 12"),
     ],
 )
-def test_a_refused_resume_leaves_everything_as_it_was(
+def test_a_refused_resume_changes_nothing(
     student: Decoder, suffix: list[int], cut: int | None, message: str
 ) -> None:
+    """After a refused resume the attempt can still be resumed, on the pages it had."""
     engine = make_engine(student, num_pages=12)
     group = first_attempts(engine)
-    before = engine.stats
+    old_stats = engine.stats
     with pytest.raises(ValueError, match=f"resume: .*{message}"):
         engine.resume(group[0], suffix, PARAMS, kept_tokens=kept(PROMPT, group[0], cut))
-    assert engine.stats == before and not engine.has_work
-    engine.resume(
-        group[0], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[0])
-    )  # the attempt is still there, with its pages
+    assert engine.stats == old_stats and not engine.has_work
+    engine.resume(group[0], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[0]))
     assert bits(drain(engine)[0]) == untouched(
         student, context_of(group[0], None), PARAMS, attempt_idx=1
     )
-    assert engine.stats.prefill_tokens - before.prefill_tokens == 1 + len(SUFFIX)
+    # Were its pages lost, the whole context would have been prefilled.
+    assert engine.stats.prefill_tokens - old_stats.prefill_tokens == 1 + len(SUFFIX)
 
 
 def test_released_and_foreign_attempts_are_refused(student: Decoder) -> None:

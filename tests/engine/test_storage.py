@@ -1,4 +1,7 @@
-"""The engine reads the trainer's parameters: an update copies nothing; the next token sees it."""
+"""Checks that the engine reads the trainer's parameters in place, so an update copies nothing.
+
+Captured CUDA graphs hold memory addresses. So neither weights nor buffers of the engine may move.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ PROMPT = list(range(1, 12))
 
 
 def storage_of(engine: Engine) -> dict[str, int]:
-    """Where everything is that a captured CUDA graph would read or write."""
+    """Returns the address of every tensor that a captured CUDA graph would read or write."""
     tensors = {**dict(engine.student.named_parameters()), **dict(engine.student.named_buffers())}
     tensors |= {
         name: value
@@ -40,7 +43,7 @@ def storage_of(engine: Engine) -> dict[str, int]:
 
 
 def trainer_logprobs(student: Decoder, token_ids: list[int], num_sampled: int) -> torch.Tensor:
-    """Of the last num_sampled tokens, by the trainer's packed forward."""
+    """Returns log-probs of the last num_sampled tokens, by the trainer's packed forward."""
     ids = torch.tensor(token_ids)
     until = visible_until_of_sequences([len(token_ids)])
     with torch.no_grad():
@@ -51,28 +54,29 @@ def trainer_logprobs(student: Decoder, token_ids: list[int], num_sampled: int) -
 
 @pytest.mark.parametrize("tokens_per_sync", [1, 4])
 def test_updates_move_nothing_and_are_seen_at_once(tokens_per_sync: int) -> None:
+    """After each update the engine draws what a fresh engine with a copy of the weights draws."""
     student = make_student()
     engine = make_engine(student, tokens_per_sync=tokens_per_sync)
     optimizer = Optimizer(student, lr=0.02, warmup_updates=0)
-    seen = [list(map(bits, generate_same(engine, [PROMPT], PARAMS)[0]))]
-    places = storage_of(engine)
-    assert len(places) > 15
+    groups = [list(map(bits, generate_same(engine, [PROMPT], PARAMS)[0]))]
+    pointers = storage_of(engine)
+    assert len(pointers) > 15
     for update_idx in range(3):
-        engine.submit(PROMPT, PARAMS, key=(7, update_idx))  # under way when the weights change
+        engine.submit(PROMPT, PARAMS, key=(7, update_idx))  # running when the weights change
         for _ in range(3):
             engine.step()
         policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
         assert not optimizer.step().skipped
         engine.bump_policy_version()
-        assert storage_of(engine) == places
+        assert storage_of(engine) == pointers
         engine.release(drain(engine))
 
         group = generate_same(engine, [PROMPT], PARAMS)[0]
-        elsewhere = generate_same(make_engine(copy.deepcopy(student)), [PROMPT], PARAMS)[0]
-        assert list(map(bits, group)) == list(map(bits, elsewhere))
+        fresh_group = generate_same(make_engine(copy.deepcopy(student)), [PROMPT], PARAMS)[0]
+        assert list(map(bits, group)) == list(map(bits, fresh_group))
         for attempt in group:
             expected = trainer_logprobs(student, PROMPT + attempt.token_ids, attempt.num_tokens)
             torch.testing.assert_close(attempt.logprobs, expected, atol=1e-5, rtol=1e-5)
-        seen.append(list(map(bits, group)))
-    assert storage_of(engine) == places
-    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+        groups.append(list(map(bits, group)))
+    assert storage_of(engine) == pointers
+    assert all(a != b for i, a in enumerate(groups) for b in groups[:i])

@@ -1,6 +1,4 @@
-"""The number of threads changes no bit: neither of what is sampled, nor of a gradient, nor of an
-update.
-"""
+"""Checks that samples, gradients and updates are thread-invariant: 1, 2 and 3 threads, bitwise."""
 
 from __future__ import annotations
 
@@ -27,6 +25,7 @@ BRIDGE = [5, 6, 7, 8, 9]
 
 @pytest.fixture(autouse=True)
 def _restore_threads() -> Iterator[None]:
+    """Restores the number of threads after each test."""
     num_threads = torch.get_num_threads()
     yield
     torch.set_num_threads(num_threads)
@@ -37,14 +36,15 @@ def built_in_student() -> Decoder:
 
 
 def awkward_student() -> Decoder:
-    """Widths that leave long rests behind whole vectors, and three heads that share one of keys."""
+    """Returns a student whose widths are no multiples of a vector; three heads share a KV head."""
     heads = {"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24}
     return make_student(vocab_size=131, intermediate_size=126, **heads)
 
 
 def sample_rollouts(student: Decoder) -> list[Rollout]:
-    """Two attempts each of pairs. 373 prompt tokens in a step: two threads share the work in the
-    middle of a row.
+    """Returns pairs of rollouts with two attempts each.
+
+    A step prefills 373 prompt tokens, so that two threads split the work in the middle of a row.
     """
     rng = random.Random(0)
     engine = Engine(student, kv_cache_gib=0.05, page_size=16)
@@ -69,23 +69,24 @@ def sample_rollouts(student: Decoder) -> list[Rollout]:
         turns = turns_of(prompt_ids, attempts, [BRIDGE])
         for turn in turns:
             turn.advantage = rng.uniform(-2, 2)
-        names = {"question_idx": first.key.question, "rollout_idx": first.rollout_idx}
-        rollouts.append(Rollout(**names, prompt_ids=prompt_ids, turns=turns))
+        indices = {"question_idx": first.key.question, "rollout_idx": first.rollout_idx}
+        rollouts.append(Rollout(**indices, prompt_ids=prompt_ids, turns=turns))
     return rollouts
 
 
-def everything(student: Decoder, num_threads: int) -> dict[str, Tensor]:
-    """Tokens, log-probs, gradients of both packings, the statistics and the weights after an
-    update.
+def run_update(student: Decoder, num_threads: int) -> dict[str, Tensor]:
+    """Returns all results of a rollout and an update, by name.
+
+    Tokens, log-probs, gradients and statistics of both packings, and the weights after an update.
     """
     torch.set_num_threads(num_threads)
     rollouts = sample_rollouts(student)
-    found = {}
+    results = {}
     attempts = [attempt for rollout in rollouts for attempt in rollout.attempts]
-    found["token_ids"] = torch.tensor(
+    results["token_ids"] = torch.tensor(
         [token_id for attempt in attempts for token_id in attempt.token_ids]
     )
-    found["logprobs"] = torch.cat([attempt.logprobs for attempt in attempts])
+    results["logprobs"] = torch.cat([attempt.logprobs for attempt in attempts])
     for packing in ("tree", "rows"):
         student.zero_grad()
         stats = policy_gradients(
@@ -97,21 +98,24 @@ def everything(student: Decoder, num_threads: int) -> dict[str, Tensor]:
             stats.figures.ratio_mean,
             stats.figures.sampler_mismatch_max_nats,
         )
-        found[f"{packing} statistics"] = torch.tensor(numbers, dtype=torch.float64)
-        found |= {
+        results[f"{packing} statistics"] = torch.tensor(numbers, dtype=torch.float64)
+        results |= {
             f"{packing} gradient of {name}": param.grad.clone()
             for name, param in student.named_parameters()
         }
-    found["gradient norm"] = torch.tensor(
+    results["gradient norm"] = torch.tensor(
         Optimizer(student, lr=1e-3, warmup_updates=0).step().grad_norm
     )
-    return found | {f"updated {name}": param.detach() for name, param in student.named_parameters()}
+    return results | {
+        f"updated {name}": param.detach() for name, param in student.named_parameters()
+    }
 
 
 def library_sums_in_one_order() -> bool:
-    """Whether the GEMM behind weight gradients has the same bits with any number of threads here.
+    """Whether the GEMM of weight gradients is thread-invariant on this machine.
 
-    oneDNN has, at these sizes; MKL, which runs on Intel processors, splits long sums among threads.
+    oneDNN's is, at these sizes. MKL's, which runs on Intel processors, splits long sums among
+    threads and is not.
     """
     generator = torch.Generator().manual_seed(0)
     products = []
@@ -128,19 +132,22 @@ def library_sums_in_one_order() -> bool:
 @pytest.mark.parametrize(
     "make", [awkward_student, pytest.param(built_in_student, marks=pytest.mark.slow)]
 )
-def test_one_two_and_three_threads_give_the_same_bits(make) -> None:
-    """What our own kernels compute, always; sums over tokens where the library keeps their order,
-    else to rounding.
+def test_thread_invariant(make) -> None:
+    """1, 2 and 3 threads give bitwise equal results.
+
+    Our own kernels always do. Sums over tokens are the library's, so they are compared to rounding
+    where the library does not keep their order.
     """
-    one = everything(make(), 1)
+    expected = run_update(make(), 1)
     is_exact = library_sums_in_one_order()
     for num_threads in (2, 3):
-        for name, value in everything(make(), num_threads).items():
+        for name, value in run_update(make(), num_threads).items():
             if is_exact or name in ("token_ids", "logprobs"):
-                assert_bitwise_equal(value, one[name], name=f"{name}, {num_threads} threads")
+                assert_bitwise_equal(value, expected[name], name=f"{name}, {num_threads} threads")
             else:
                 bound = 1e-3 if name.startswith("updated") else 1e-5
                 error = float(
-                    (value.double() - one[name].double()).norm() / one[name].double().norm()
+                    (value.double() - expected[name].double()).norm()
+                    / expected[name].double().norm()
                 )
                 assert error <= bound, f"{name}, {num_threads} threads: relative error {error:.2g}"

@@ -1,5 +1,7 @@
-"""Random traces: whatever is done to an engine, its pages are in order and every attempt is its own
-untouched run.
+"""Checks random traces: any order of calls leaves the pages consistent and every attempt right.
+
+An attempt is right if it equals that of an engine in which nothing else happens. The moves and the
+model of the pages are in tests.helpers.traces.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from tests.helpers.traces import Trace
 
 
 def run_traces(seeds: range) -> Counter:
-    """What happened in them, so that a test can see that nothing was missed."""
+    """Runs traces; returns how often each kind of event happened, so that none is missed."""
     student = make_student()
-    seen = Counter()
+    counts = Counter()
     for seed in seeds:
         trace = Trace(seed, student)
         try:
@@ -24,23 +26,23 @@ def run_traces(seeds: range) -> Counter:
         except BaseException as error:
             error.add_note(f"in the trace of seed {seed}")
             raise
-        seen["preemptions"] += trace.engine.stats.preemptions
-        seen["weights"] += trace.engine.policy_version
-        seen["attempts"] += len(trace.finished)
-        seen["third attempts"] += sum(attempt.attempt_idx >= 2 for attempt in trace.finished)
-        seen["under two weights"] += sum(
+        counts["preemptions"] += trace.engine.stats.preemptions
+        counts["weights"] += trace.engine.policy_version
+        counts["attempts"] += len(trace.finished)
+        counts["third attempts"] += sum(attempt.attempt_idx >= 2 for attempt in trace.finished)
+        counts["under two weights"] += sum(
             len(dict(starts)) > 1 for starts in trace.versions.values()
         )
-        seen["into a shared page"] += trace.num_shared
-        seen["interrupts"] += trace.num_interrupts
-        seen["refused keys"] += trace.num_refused_keys
-    return seen
+        counts["into a shared page"] += trace.num_shared
+        counts["interrupts"] += trace.num_interrupts
+        counts["refused keys"] += trace.num_refused_keys
+    return counts
 
 
 def test_traces() -> None:
-    """Sixty of them, and that they met what they are for."""
-    seen = run_traces(range(60))
-    assert len(seen) == 8 and min(seen.values()) > 10, seen
+    """Sixty traces pass, and every kind of event happened in them."""
+    counts = run_traces(range(60))
+    assert len(counts) == 8 and min(counts.values()) > 10, counts
 
 
 @pytest.mark.slow

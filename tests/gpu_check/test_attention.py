@@ -1,4 +1,4 @@
-"""Stage `attention` on a CPU: layouts of the same tree, and what happens to a wrong contender."""
+"""Checks stage `attention` on a CPU: layouts of the same tree, and wrong or slow contenders."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def stage_of(check: Check) -> StageResult:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES_HERE, *SHAPES], ids=lambda shape: shape.name)
-def test_a_shape_says_who_sees_whom(shape: TreeShape) -> None:
+def test_segments_and_mask_describe_the_same_tree(shape: TreeShape) -> None:
+    """A rollout's rows attend to the prompt's segment and to their own, and to nothing else."""
     until_T = visible_until_of(shape)
     assert len(until_T) == shape.num_rows and num_pairs(until_T) == shape.num_pairs
-    rows = [row for _, own in segments_of(shape) for row in own]
+    rows = [row for _, answer in segments_of(shape) for row in answer]
     assert rows == list(range(shape.num_rows))
-    for prompt, own in segments_of(shape):
-        seen = [s for s in range(own.stop) if until_T[s] > own.stop - 1]
-        assert seen == [*prompt, *own]
+    for prompt, answer in segments_of(shape):
+        seen = [s for s in range(answer.stop) if until_T[s] > answer.stop - 1]
+        assert seen == [*prompt, *answer]
 
 
 @pytest.mark.parametrize("shape", SHAPES_HERE, ids=lambda shape: shape.name)
@@ -73,16 +74,16 @@ def varlen_of_a_cpu(
     window_size: tuple[int, int],
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As torch documents varlen_attn: causal from the last key backwards."""
+    """Computes what torch documents for varlen_attn: causal, aligned at the last key."""
     assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
     outputs = []
     for i in range(len(cu_seq_q) - 1):
         q = query[cu_seq_q[i] : cu_seq_q[i + 1]].transpose(0, 1)[None]
         k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]].transpose(0, 1)[None] for x in (key, value))
-        rows = q.shape[2]
-        keys = k.shape[2]
-        assert rows <= max_q and keys <= max_k
-        mask = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+        num_rows = q.shape[2]
+        num_keys = k.shape[2]
+        assert num_rows <= max_q and num_keys <= max_k
+        mask = torch.ones(num_rows, num_keys, dtype=torch.bool).tril(num_keys - num_rows)
         o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
         outputs.append(o[0].transpose(0, 1))
     return torch.cat(outputs)
@@ -93,6 +94,7 @@ def varlen_of_a_cpu(
 def test_ancestors_are_gathered_in_order(
     check: Check, shape: TreeShape, is_grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The varlen contender copies each rollout's keys in the order of its path."""
     module = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(module, "varlen_attn", varlen_of_a_cpu)
     card = SimpleNamespace(device=CPU, is_cuda=True)
@@ -102,12 +104,13 @@ def test_ancestors_are_gathered_in_order(
 
 
 def test_one_wrong_row_is_found() -> None:
+    """One row of 5000 that is off by a tenth is found, beside a row a hundred times as large."""
     truth = torch.randn(5000, 4, 16, generator=torch.Generator().manual_seed(0))
-    truth[0] *= 100  # a first row sees itself only, and is larger than the means of others
-    off = truth.clone()
-    off[4321] += 0.1 * off[4321]
+    truth[0] *= 100  # a first row sees itself only, so it is larger than rows that are means
+    wrong = truth.clone()
+    wrong[4321] += 0.1 * wrong[4321]
     assert attention.row_error(truth, truth) == 0
-    assert attention.row_error(off, truth) > 2e-2
+    assert attention.row_error(wrong, truth) > 2e-2
     assert attention.row_error(torch.full_like(truth, torch.nan), truth) == torch.inf
 
 
@@ -122,7 +125,7 @@ def test_a_wrong_contender_is_not_timed(check: Check) -> None:
     assert stage_of(check).figures == [] and check.num_failed == 0
 
 
-def test_a_slow_contender_is_skipped_in_words(check: Check) -> None:
+def test_a_slow_contender_is_skipped_with_reason(check: Check) -> None:
     def make(problem: attention.Problem) -> Contender:
         time.sleep(5)
         return contenders.ours(problem.tree, problem.scale)
@@ -132,7 +135,8 @@ def test_a_slow_contender_is_skipped_in_words(check: Check) -> None:
     assert "TimeoutError: flex took more than 0.2 s" in skip["message"]
 
 
-def test_no_fault_is_hidden_from_the_report() -> None:
+def test_a_peers_fault_is_a_skip_with_its_message() -> None:
+    """An exception in other projects' code is a skip; its first line goes into the report."""
     with pytest.raises(Skipped, match="RuntimeError: no kernel"), contenders.no_fault_of_ours():
         raise RuntimeError("no kernel\nand a long trace")
 
@@ -143,6 +147,7 @@ def test_no_fault_is_hidden_from_the_report() -> None:
 def test_ours_must_be_right_and_repeat(
     check: Check, monkeypatch: pytest.MonkeyPatch, is_wrong: bool, message: str
 ) -> None:
+    """A wrong result and a result that changes from run to run are failures of ours."""
     calls = [0]
 
     def off(q: Tensor, k: Tensor, v: Tensor, tree: attention.TreeMask, *, scale: float) -> Tensor:
@@ -158,6 +163,7 @@ def test_ours_must_be_right_and_repeat(
 
 
 def test_limits_are_those_of_the_same_run(check: Check) -> None:
+    """The limit of ours is the rate of one long row that was measured in the same run."""
     run_parts(
         check,
         {"long row": attention.long_row, "ours": attention.measure_ours},
@@ -165,7 +171,7 @@ def test_limits_are_those_of_the_same_run(check: Check) -> None:
     )
     stage = stage_of(check)
     limits = {f.of: f.value for f in stage.figures if f.key == "attention.limit_tflop_s"}
-    for way in attention.FLOPS:
+    for way in attention.FLOPS:  # the forward pass, and both passes
         rates = [f for f in stage.figures if f.key == f"attention.{way}_tflop_s"]
         assert [f.limit for f in rates] == [limits[way]] * len(TINY_SHAPES)
         times = [f for f in stage.figures if f.key == f"attention.{way}_ms"]

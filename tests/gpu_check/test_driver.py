@@ -1,4 +1,4 @@
-"""`python -m tools.gpu_check` as a user meets it: plan, faults, deadline, --failed."""
+"""Checks `python -m tools.gpu_check` as its user sees it: plan, faults, deadline, --failed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def run_driver(
     )
 
 
-def test_the_plan_keeps_its_promise() -> None:
-    """Seven stages are expected within five minutes, all in eight; budgets are larger."""
+def test_the_plan_fits_into_eight_minutes() -> None:
+    """Seven stages are expected within five minutes, and all but the last one within eight."""
     expected = [stage.expected_s for stage in STAGES]
     assert sum(expected[:7]) <= 300 and sum(expected[:-1]) <= 480
     assert all(stage.expected_s < stage.budget_s <= 120 for stage in STAGES)
@@ -45,22 +45,23 @@ def test_the_plan_keeps_its_promise() -> None:
 
 
 def test_list_runs_nothing(tmp_path: Path) -> None:
-    done = run_driver("--list", "--out", str(tmp_path / "out"))
-    assert done.returncode == 0 and not (tmp_path / "out").exists()
-    lines = done.stdout.splitlines()
+    process = run_driver("--list", "--out", str(tmp_path / "out"))
+    assert process.returncode == 0 and not (tmp_path / "out").exists()
+    lines = process.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(NAMES)
     assert sum("behind 5 minutes" in line for line in lines) == 5
     assert "behind" not in run_driver("--list", "--minutes", "9").stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_so_in_one_line_and_exits_2(tmp_path: Path) -> None:
-    done = run_driver("--out", str(tmp_path / "out"))
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert done.stderr == "gpu_check: no CUDA card here, nothing was checked\n"
+def test_without_a_card_exits_2_with_one_line(tmp_path: Path) -> None:
+    process = run_driver("--out", str(tmp_path / "out"))
+    assert process.returncode == 2 and not (tmp_path / "out").exists()
+    assert process.stderr == "gpu_check: no CUDA card here, nothing was checked\n"
 
 
-def test_a_driver_that_hangs_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_driver_that_hangs_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken CUDA driver can block forever; asking for the card's name has a time limit."""
     monkeypatch.setattr(driver, "FIND_CARD_S", 0.5)
     monkeypatch.setattr(driver, "CARD_NAME", "import time; time.sleep(60)")
     assert driver.find_card() is None
@@ -80,8 +81,8 @@ def test_a_driver_that_hangs_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_fault_costs_its_own_stage(
     fault: str, status: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage behind it still runs, and no process is left."""
-    short = tuple(
+    """After a fault in one stage the next stage still runs, and no process is left."""
+    short_stages = tuple(
         stage.__class__(
             **{**vars(stage), "expected_s": 1, "budget_s": 1 if fault == "hang" else 60}
         )
@@ -89,28 +90,32 @@ def test_a_fault_costs_its_own_stage(
         else stage
         for stage in STAGES
     )
-    monkeypatch.setattr(driver, "STAGES", short)
-    before = set(descendants(os.getpid()))
-    given = ["--rehearse", "--only", "machine", "ceilings", "--fault", f"machine={fault}"]
-    status_code = driver.main([*given, "--out", str(tmp_path)])
+    monkeypatch.setattr(driver, "STAGES", short_stages)
+    old_processes = set(descendants(os.getpid()))
+    options = ["--rehearse", "--only", "machine", "ceilings", "--fault", f"machine={fault}"]
+    status_code = driver.main([*options, "--out", str(tmp_path)])
     stages = read_results(tmp_path / "results.jsonl", NAMES).stages
     assert stages["machine"].status == status and stages["machine"].message.startswith(message)
     assert stages["ceilings"].status == "passed" and stages["ceilings"].figures
     assert status_code == (0 if status == "passed" else 1)
-    assert set(descendants(os.getpid())) <= before
+    assert set(descendants(os.getpid())) <= old_processes
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert f"| machine | {status} |" in page and "ceilings.copy_gb_s" in page
     assert (tmp_path / "output.log").stat().st_size < 2**20
 
 
-def test_the_deadline_skips_by_name_and_failed_takes_it_up(
+def test_deadline_skips_stages_and_failed_reruns_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Stages that do not fit before the deadline are skipped with the reason.
+
+    `--failed` runs exactly these and the failed ones.
+    """
     ran: list[str] = []
 
-    def run_stage(stage: object, left_s: float, *rest: object) -> None:
+    def run_stage(stage: object, left_s: float, *args: object) -> None:
         ran.append(stage.name)
-        driver.end_stage(rest[1], stage, "failed" if stage.name == "engine" else "passed", "x", 1.0)
+        driver.end_stage(args[1], stage, "failed" if stage.name == "engine" else "passed", "x", 1.0)
 
     monkeypatch.setattr(driver, "run_stage", run_stage)
     arguments = ["--rehearse", "--minutes", "0.8", "--out", str(tmp_path)]
@@ -132,7 +137,7 @@ def test_a_stage_gets_no_more_than_the_deadline(
 ) -> None:
     limits: list[float] = []
 
-    def run_limited(_command: object, *, limit_s: float, **_rest: object) -> Ending:
+    def run_limited(_command: object, *, limit_s: float, **_options: object) -> Ending:
         limits.append(limit_s)
         return Ending(None, limit_s, "", 0)
 
@@ -157,44 +162,46 @@ def test_a_stage_gets_no_more_than_the_deadline(
         (None, 1, True, "killed", "no end after 30 s"),
     ],
 )
-def test_how_a_stage_ended(
+def test_status_of_a_stage_by_how_it_ended(
     returncode: int | None, failures: int, is_deadline: bool, status: str, message: str
 ) -> None:
+    """Exit status, failed cases and the deadline determine a stage's status and message."""
     stage = StageResult("rates", failures=[{"case": "decode"}] * failures)
     ending = Ending(returncode, 1.0, "last", 0)
     assert driver.judge(ending, stage, 30.0, is_deadline=is_deadline) == (status, message)
 
 
-def test_a_stage_without_time_keeps_what_it_found(
+def test_a_skipped_stage_keeps_its_earlier_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_stage(stage: object, left_s: float, *rest: object) -> None:
-        append(rest[1], {"kind": "begin", "stage": stage.name, "revision": "one"})
-        driver.end_stage(rest[1], stage, "passed", "", 1.0)
+    """A stage that the deadline skips in a second run still has the results of the first one."""
+
+    def run_stage(stage: object, left_s: float, *args: object) -> None:
+        append(args[1], {"kind": "begin", "stage": stage.name, "revision": "one"})
+        driver.end_stage(args[1], stage, "passed", "", 1.0)
 
     monkeypatch.setattr(driver, "run_stage", run_stage)
     for minutes in ("9", "0.1"):
-        given = ["--rehearse", "--only", "rates", "--minutes", minutes, "--out", str(tmp_path)]
-        assert driver.main(given) == 0
+        options = ["--rehearse", "--only", "rates", "--minutes", minutes, "--out", str(tmp_path)]
+        assert driver.main(options) == 0
     stage = read_results(tmp_path / "results.jsonl", NAMES).stages["rates"]
     assert (stage.status, stage.revision) == ("passed", "one")
 
 
-def test_a_page_that_cannot_be_written_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unwritable_page_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "report.md").mkdir()
     driver.write_page(tmp_path, tmp_path / "results.jsonl")
     assert "report.md could not be written" in capsys.readouterr().err
 
 
 def test_a_signal_ends_the_stage_with_the_driver(tmp_path: Path) -> None:
+    """SIGTERM to the driver also ends the process of a stage that hangs."""
     command = [sys.executable, "-m", "tools.gpu_check", "--rehearse", "--only", "machine"]
     command += ["--fault", "machine=hang", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        until = time.perf_counter() + 60
-        while len(descendants(process.pid)) < 2 and time.perf_counter() < until:
+        deadline = time.perf_counter() + 60
+        while len(descendants(process.pid)) < 2 and time.perf_counter() < deadline:
             time.sleep(0.1)
         children = descendants(process.pid)
         assert len(children) >= 2

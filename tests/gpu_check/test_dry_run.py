@@ -1,4 +1,8 @@
-"""The dry run: what it selects, stands in for and says; with a CUDA build of torch, all of it."""
+"""Checks the dry run, which runs the stages on a fake card to find faults before a real one.
+
+Most tests need no CUDA build of torch: what it selects, replaces and reports. With such a build all
+parts of all stages are run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None,
     reason="needs a CUDA build of torch; no card",
 )
-# Together they are every part of every stage; those of QUICK take a quarter of a minute.
+# QUICK and SLOW together are every part of every stage. QUICK takes a quarter of a minute.
 QUICK = ["machine", "ceilings", "kernels", "rates", "head", "profilers", "engine:beside"]
 QUICK += ["attention", "decode:steps of 4B", "decode:driver", "training:gradients"]
 QUICK += ["batch:memory of 4B"]
@@ -35,13 +39,14 @@ SLOW = ["engine", "decode", "training", "batch", "learning"]
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recorder]:
+    """Yields a recorder of what is done on the fake card within the block."""
     recorder = Recorder()
     section = recorder.section("test", may_read=True)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, section:
         yield recorder
 
 
-def test_without_cuda_it_says_so_and_exits_2(
+def test_without_a_cuda_build_exits_2_with_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -53,17 +58,19 @@ def test_without_cuda_it_says_so_and_exits_2(
 
 
 def test_parts_are_selected_by_stage_and_word() -> None:
-    everything = dry_run.select([])
-    assert ("machine", "describe") in everything and ("engine", "preemption") in everything
+    """A selection is a stage, or a stage and a word of a part's name; others are refused."""
+    all_parts = dry_run.select([])
+    assert ("machine", "describe") in all_parts and ("engine", "preemption") in all_parts
     assert dry_run.select(["engine:sync", "head"])[0] == ("engine", "syncs")
     assert {stage for stage, _ in dry_run.select(["engine:sync", "head"])} == {"engine", "head"}
     for name in ("engin", "engine:sink"):
         with pytest.raises(ValueError, match=f"{name} must be a stage, or STAGE:PART"):
             dry_run.select([name])
-    assert {name.partition(":")[0] for name in QUICK + SLOW} == {stage for stage, _ in everything}
+    assert {name.partition(":")[0] for name in QUICK + SLOW} == {stage for stage, _ in all_parts}
 
 
-def test_what_is_replaced_or_skipped_is_there() -> None:
+def test_replaced_and_skipped_names_exist() -> None:
+    """Every function that the dry run replaces and every part that it skips exists."""
     for modules, name, stand_in, reason in dry_run.REPLACED:
         assert callable(stand_in) and reason
         for module in modules.split():
@@ -75,7 +82,7 @@ def test_what_is_replaced_or_skipped_is_there() -> None:
     assert "`under` of profilers" in dry_run.about_stand_ins()
 
 
-def test_outcomes_are_told_in_a_line_and_a_row() -> None:
+def test_outcomes_are_printed_as_lines_and_rows() -> None:
     fine = Outcome("rates", "draw", num_triton=2, num_torch=3, num_figures=1, peak_gib=1.5)
     assert lines_of(fine) == [
         "rates: draw: 5 launches (2 of Triton), 0 host reads, 1 figures, 1.50 GiB, 0.0 s; ok"
@@ -94,6 +101,7 @@ def test_outcomes_are_told_in_a_line_and_a_row() -> None:
 
 
 def test_a_capture_is_held_to_what_a_card_allows() -> None:
+    """In a capture the host may neither upload a tensor nor read one; both are faults."""
     with recording() as recorder:
         card = Card(recorder)
         graph = Graph()
@@ -111,14 +119,18 @@ def test_a_capture_is_held_to_what_a_card_allows() -> None:
         with pytest.raises(HostRead), card.capture(Graph()):
             x.sum().item()
         assert not card.is_capturing and recorder.knows_values
-        x.sum().item()  # after a capture it may
+        x.sum().item()  # allowed again after the capture
     upload, read = section.faults
     assert upload.startswith("host tensor: aten._to_copy of f32[2] at tests/gpu_check/test_dry_run")
     assert read.startswith("host read: aten._local_scalar_dense of f32[] at tests/gpu_check/test_")
     assert len(section.reads) == 2 and len(section.uploads) == 2
 
 
-def test_the_debug_mode_sees_what_waits() -> None:
+def test_sync_debug_mode_reports_calls_that_wait() -> None:
+    """The stand-in for torch's sync debug mode warns or raises where the host waits for the card.
+
+    It says nothing of torch.cuda.synchronize, as on a real card.
+    """
     with recording() as recorder:
         card = Card(recorder)
         recorder.on_wait = card.on_wait
@@ -127,7 +139,7 @@ def test_the_debug_mode_sees_what_waits() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             x.cpu()
-            recorder.read("torch.cuda.synchronize")  # of which the mode says nothing
+            recorder.read("torch.cuda.synchronize")
         assert [str(warning.message)[:37] for warning in caught] == [
             "called a synchronizing CUDA operation"
         ]
@@ -137,6 +149,7 @@ def test_the_debug_mode_sees_what_waits() -> None:
 
 
 def test_small_stand_ins() -> None:
+    """Events measure time, a generator is the CPU's, and a profile counts ops."""
     begin, end = (Event(enable_timing=True) for _ in range(2))
     begin.record()
     with pytest.raises(AssertionError):
@@ -152,7 +165,8 @@ def test_small_stand_ins() -> None:
     assert (row.key, row.count, row.device_time_total) == ("aten.mul", 2, 2.0)
 
 
-def test_lines_are_those_of_the_project() -> None:
+def test_lines_named_are_those_of_the_project() -> None:
+    """A fault is located at the project's own line, not at one of torch's."""
     assert our_line().startswith("tests/gpu_check/test_dry_run.py:")
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2) @ torch.ones(3)
@@ -160,7 +174,7 @@ def test_lines_are_those_of_the_project() -> None:
 
 
 def run_python(*arguments: str, limit_s: float = 600) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: in this one, kernels are the interpreter's."""
+    """Runs Python in another process, since in this one kernels are the interpreter's."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -177,8 +191,8 @@ def run_python(*arguments: str, limit_s: float = 600) -> subprocess.CompletedPro
 @pytest.mark.parametrize("parts", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_the_dry_run_finds_no_fault(parts: list[str], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    done = run_python("-m", "tools.gpu_check.dry_run", *parts, "--markdown", str(page))
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    process = run_python("-m", "tools.gpu_check.dry_run", *parts, "--markdown", str(page))
+    assert process.returncode == 0 and process.stderr == "", process.stderr
     rows = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines()]
     names = {row[0].removeprefix("| ") for row in rows if len(row) == len(COLUMNS)}
     assert {f"{stage}: {part}" for stage, part in dry_run.select(parts)} <= names
@@ -226,9 +240,10 @@ sys.exit(dry_run.main(["machine"]))
 
 @needs_cuda_build
 def test_faults_are_found_and_named() -> None:
-    done = run_python("-c", FAULTS)
-    assert done.returncode == 1
-    faults = [line.removeprefix("dry run: machine: ") for line in done.stderr.splitlines()]
+    """Each planted fault is found and named, with the op and the line that caused it."""
+    process = run_python("-c", FAULTS)
+    assert process.returncode == 1
+    faults = [line.removeprefix("dry run: machine: ") for line in process.stderr.splitlines()]
     expected = (
         "wrong_keyword: _swiglu_kernel at",
         "host_tensor: _swiglu_kernel at socpo_fast/kernels/swiglu.py:",
@@ -241,4 +256,4 @@ def test_faults_are_found_and_named() -> None:
     for start in expected:
         assert any(fault.startswith(start) for fault in faults), (start, faults)
     assert any("x_ptr must be on cuda" in fault or "on cuda, got" in fault for fault in faults)
-    assert "at most 80.0 GiB, more than the 78 of a card" in done.stderr
+    assert "at most 80.0 GiB, more than the 78 of a card" in process.stderr

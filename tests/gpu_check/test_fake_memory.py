@@ -1,4 +1,8 @@
-"""The memory of the fake card, on cases counted by hand and beside the engine of autograd."""
+"""Checks the memory of the fake card, on cases counted by hand and against autograd's engine.
+
+"The engine" in this file is autograd's. On the fake device tools.gpu_check.graph walks the graph in
+its place, because the engine would ask the device for its streams.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,12 @@ LARGE = 2**14
 
 
 def mib(number: int) -> Tensor:
-    """A tensor of so many MiB."""
+    """Returns a tensor of `number` MiB."""
     return torch.empty(number * MIB, dtype=torch.int8)
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the tensors that ops return, on whichever device they are."""
+    """Counts the tensors that ops return, on any device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +53,7 @@ class Tracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def by_graph() -> Iterator[None]:
-    """Tensor.backward as on the fake device."""
+    """Replaces Tensor.backward by that of the fake device within the block."""
 
     def backward(root: Tensor, gradient: Tensor | None = None) -> None:
         graph.backward([root], [torch.ones_like(root) if gradient is None else gradient])
@@ -59,17 +63,17 @@ def by_graph() -> Iterator[None]:
 
 
 def allocations(log: list[Event]) -> list[tuple[str, int]]:
-    """What is allocated of at least LARGE bytes, and the bytes in use with it."""
+    """Returns (tensor, bytes in use) for each allocation of at least LARGE bytes."""
     sizes: dict[int, int] = {}
-    found = []
-    for key, num_bytes, what in log:
+    large = []
+    for key, num_bytes, tensor_name in log:
         sizes[key] = num_bytes
         if num_bytes >= LARGE:
-            found.append((what, sum(sizes.values())))
-    return found
+            large.append((tensor_name, sum(sizes.values())))
+    return large
 
 
-def test_views_share_and_what_is_freed_is_subtracted() -> None:
+def test_views_count_once_and_freed_memory_does_not() -> None:
     memory = Memory()
     x = mib(3)
     y = mib(2)
@@ -77,12 +81,12 @@ def test_views_share_and_what_is_freed_is_subtracted() -> None:
     view = x[5:].view(torch.uint8)
     assert not memory.add(view) and memory.live_bytes == 5 * MIB
     del x
-    assert memory.live_bytes == 5 * MIB  # its view needs all of it
+    assert memory.live_bytes == 5 * MIB  # a view keeps the whole storage alive
     del view
     assert memory.live_bytes == 2 * MIB and memory.most_bytes == 5 * MIB
     memory.add(z := mib(1))
     assert memory.live_bytes == memory.held_bytes == 3 * MIB and memory.most_bytes == 5 * MIB
-    memory.reset_peak()  # torch's own, which a stage may reset
+    memory.reset_peak()  # torch's peak, which a stage may reset; most_bytes stays
     assert memory.peak_bytes == 3 * MIB and memory.most_bytes == 5 * MIB
     memory.start()
     assert memory.most_bytes == 3 * MIB
@@ -108,13 +112,17 @@ def test_sizes_are_rounded_as_the_allocator_does() -> None:
     assert memory.live_bytes == 512 + 512 + 1024
 
 
-def test_the_pool_of_a_graph_is_held_as_long_as_the_graph() -> None:
+def test_graph_pool_lives_as_long_as_the_graph() -> None:
+    """Memory allocated in a capture stays in the graph's pool until the last graph on it is gone.
+
+    A second graph on the same pool reuses what the first one has freed.
+    """
     memory = Memory()
     graphs = [Graph(), Graph()]
     with memory.capture(graphs[0], None) as pool:
-        kept = mib(1)
-        memory.add(kept)
-        for _ in range(3):  # each takes the place of the one before
+        output = mib(1)
+        memory.add(output)
+        for _ in range(3):  # each reuses the memory of the one before
             memory.add(mib(4))
     assert memory.live_bytes == MIB and memory.held_bytes == memory.most_bytes == 5 * MIB
     with memory.capture(graphs[1], pool):
@@ -127,31 +135,34 @@ def test_the_pool_of_a_graph_is_held_as_long_as_the_graph() -> None:
     assert memory.held_bytes == 9 * MIB
     graphs.pop()
     assert memory.held_bytes == 3 * MIB
-    del kept, x
+    del output, x
     assert memory.held_bytes == 0
 
 
-def test_it_says_when_a_card_would_be_full() -> None:
+def test_is_full_beyond_the_memory_of_a_card() -> None:
     memory = Memory()
     halves = torch.empty(2, int(CARD_GIB * 2**29), dtype=torch.int8, device="meta").clone()
     memory.add(halves)
     assert not memory.is_full
     del halves
-    memory.add(one := mib(1))
+    memory.add(small := mib(1))
     assert not memory.is_full
     memory.add(torch.empty(int(CARD_GIB * 2**30), dtype=torch.int8, device="meta"))
-    assert memory.is_full and memory.live_bytes == one.nbytes
+    assert memory.is_full and memory.live_bytes == small.nbytes
 
 
 @pytest.mark.parametrize("impl", ["ref", "auto"])
 @pytest.mark.parametrize("is_trained", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_backward_takes_what_it_takes_in_the_engine(
+def test_backward_uses_as_much_memory_as_the_engine(
     checkpointing: bool, is_trained: bool, impl: str
 ) -> None:
-    """The same bits of gradients, and with each large tensor that is allocated, in the same order,
-    as many bytes in use. Beyond its node there lives what no node reads, a few bytes a token, and
-    with checkpointing, behind the peak, what the first layer was recomputed from.
+    """The fake device's backward allocates the engine's tensors, with nearly the same peak.
+
+    Gradients are bitwise equal. Large tensors are allocated in the same order, and at each of them
+    about as many bytes are in use. The rest of a few bytes a token is what no node of the graph
+    reads. With checkpointing, after the peak, the inputs of the recomputed first layer also live
+    longer.
     """
     config = MODELS["tiny"]
     shape = GroupShape(60, 80, 20, rollouts=6)
@@ -170,24 +181,26 @@ def test_a_backward_takes_what_it_takes_in_the_engine(
         gradients.append([p.grad for p in student.parameters()])
     peaks = [max(used for _, used in trace) for trace in traces]
     assert peaks[1] == pytest.approx(peaks[0], rel=5e-3)
-    for (what, used), (name, our_used) in zip(*traces, strict=True):
-        assert name == what and our_used == pytest.approx(used, abs=0.07 * peaks[0]), what
+    for (name, used), (our_name, our_used) in zip(*traces, strict=True):
+        assert our_name == name and our_used == pytest.approx(used, abs=0.07 * peaks[0]), name
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
-def test_grad_gives_what_the_engine_gives_and_leaves_grad_alone() -> None:
+def test_grad_matches_autograd_and_leaves_grad_alone() -> None:
+    """graph.grad returns torch.autograd.grad's gradients, and writes to no tensor's .grad."""
     x, w, unused = (torch.randn(4, 4).requires_grad_() for _ in range(3))
     loss = ((x @ w).relu() * x).sum() + w.exp().sum()
     expected = torch.autograd.grad(loss, (w, x), retain_graph=True)
-    found = graph.grad([loss], (w, x, unused), [torch.ones(())])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=False))
-    assert found[2] is None and x.grad is w.grad is None
+    actual = graph.grad([loss], (w, x, unused), [torch.ones(())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=False))
+    assert actual[2] is None and x.grad is w.grad is None
     product = x @ w
     with pytest.raises(NotImplementedError, match="must be leaves"):
         graph.grad([product.sum()], (product,), [torch.ones(())])
 
 
 def test_a_graph_is_walked_once() -> None:
+    """A second backward through a graph is an error, since its saved tensors are gone."""
     with graph.saved_until_read():
         x = torch.randn(3).requires_grad_()
         loss = x.exp().sum()

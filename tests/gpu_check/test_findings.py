@@ -1,4 +1,7 @@
-"""The checks find what they are for: wrong ops, other tokens, moved weights, other bits."""
+"""Checks that gpu_check finds what it is for: wrong ops, other tokens, moved weights, other bits.
+
+Each test plants one fault on a CPU and reads what the stage reports.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,12 @@ def check(tmp_path: Path) -> Check:
 
 
 def outcome(check: Check, part: Callable[[Check], None]) -> StageResult:
+    """Runs one part of a stage; returns what was written down."""
     run_parts(check, {"part": part}, [])
     return read_results(check.results, NAMES).stages["engine"]
 
 
-def test_a_wrong_op_is_named_with_its_first_wrong_element(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_op_is_named_with_its_worst_element(monkeypatch: pytest.MonkeyPatch) -> None:
     run, inputs = op_cases.op_cases(21, 67, 12)["decode of SmolLM2"]
     assert op_cases.compare("decode", run, inputs, torch.float32, CPU, "triton") < 1e-5
 
@@ -53,6 +57,8 @@ def test_a_wrong_op_is_named_with_its_first_wrong_element(monkeypatch: pytest.Mo
 
 
 def test_one_failing_case_leaves_the_others(check: Check) -> None:
+    """After a failed case and a skipped one the part goes on; both are recorded with messages."""
+
     def part(check: Check) -> None:
         for number in range(3):
             with check.case(f"case {number}"):
@@ -71,7 +77,9 @@ def test_one_failing_case_leaves_the_others(check: Check) -> None:
     assert stage.figures[0].value == 5
 
 
-def test_flash_is_compared_where_it_is(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_is_compared_where_it_is_installed(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Skipped, match="not installed"):
         kernels.flash(check)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
@@ -81,6 +89,7 @@ def test_flash_is_compared_where_it_is(check: Check, monkeypatch: pytest.MonkeyP
 
 
 def test_another_token_must_be_a_near_tie(check: Check) -> None:
+    """Two attempts may differ in a token only if it led by no more than rounding."""
     student = engines.make_student(check, "tiny", CPU)
     params = engines.params_of(check)
     (prompt,) = engines.prompts_of(student, 1, 20)
@@ -90,15 +99,16 @@ def test_another_token_must_be_a_near_tie(check: Check) -> None:
     with pytest.raises(AssertionError, match=message):
         engines.same_attempt(student, prompt, params, group[0], group[1])
 
-    nearly = engines.make_student(check, "tiny", CPU)
+    changed_student = engines.make_student(check, "tiny", CPU)
     with torch.no_grad():
-        nearly.lm_head.weight.mul_(1.01)
-    other = generate_same(engines.make_engine(nearly), [prompt], params)[0]
+        changed_student.lm_head.weight.mul_(1.01)
+    changed_group = generate_same(engines.make_engine(changed_student), [prompt], params)[0]
     with pytest.raises(AssertionError, match="log-probs differ by"):
-        engines.same_attempt(student, prompt, params, other[0], group[0])
+        engines.same_attempt(student, prompt, params, changed_group[0], group[0])
 
 
-def test_leads_are_those_of_what_was_drawn(check: Check) -> None:
+def test_a_drawn_token_leads_all_others(check: Check) -> None:
+    """The drawn token has a positive lead; greedily it is 0 if another token has the same logit."""
     student = engines.make_student(check, "small Qwen3", CPU)
     (prompt,) = engines.prompts_of(student, 1, 20)
     for params in (engines.params_of(check), engines.params_of(check, temperature=0.0, n=1)):
@@ -110,11 +120,12 @@ def test_leads_are_those_of_what_was_drawn(check: Check) -> None:
                 twin.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().clone())
                 with torch.no_grad():
                     twin.lm_head.weight[token_id - 1] = twin.lm_head.weight[token_id]
-                shrunk = engines.lead(twin, context, params, attempt, position)
-                assert lead > 0 and (params.temperature > 0 or shrunk < 1e-5)
+                tied_lead = engines.lead(twin, context, params, attempt, position)
+                assert lead > 0 and (params.temperature > 0 or tied_lead < 1e-5)
 
 
 def test_moved_storage_is_found(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer step that replaces the parameters' storage is a failure."""
     step = engine_stage.Optimizer.step
 
     def step_elsewhere(self: engine_stage.Optimizer, loss: float = 0.0) -> object:
@@ -130,20 +141,23 @@ def test_moved_storage_is_found(check: Check, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_other_bits_of_rounds_are_found(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    def a_little_off(engine: Engine) -> None:
+    """Log-probs of eager rounds that differ by 1e-6 from those of graphs are a failure."""
+
+    def shift_logprobs(engine: Engine) -> None:
         launch = engine._steps.loop.launch
 
-        def launch_off(*args: Any, **options: Any) -> Readback:
+        def launch_shifted(*args: Any, **options: Any) -> Readback:
             return Readback(launch(*args, **options).wait() - torch.tensor([0, 1e-6, 0])[:, None])
 
-        engine._steps.loop.launch = launch_off
+        engine._steps.loop.launch = launch_shifted
 
-    monkeypatch.setattr(engine_stage, "launch_rounds", a_little_off)
+    monkeypatch.setattr(engine_stage, "launch_rounds", shift_logprobs)
     (failure,) = outcome(check, engine_stage.graph_replay).failures
     assert failure["message"].endswith("graph and eager rounds differ")
 
 
-def test_a_wrong_head_is_not_timed(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_lm_head_is_not_timed(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is 2 % too large is a failure; the peers' figures are still measured."""
     ours = head.ours
 
     def wrong(problem: head.Problem, workspace_mib: float) -> head.Gradients:
@@ -169,7 +183,7 @@ def test_closeness_refuses_nan() -> None:
         check_close("x", torch.tensor([1.0, torch.nan]), torch.ones(2, dtype=torch.float64))
 
 
-def test_pytest_counts(tmp_path: Path) -> None:
+def test_pytest_results_are_counted(tmp_path: Path) -> None:
     passing = tmp_path / "test_a_triton.py"
     failing = tmp_path / "test_b_triton.py"
     passing.write_text("import os\ndef test_a(): assert os.environ['TRITON_INTERPRET'] == '0'\n")
@@ -182,28 +196,32 @@ def test_pytest_counts(tmp_path: Path) -> None:
     assert kernels.run_pytest([tmp_path / "none.py"], environ)[1]
 
 
-def test_pytest_that_does_not_end_keeps_what_it_found(
+def test_pytest_past_its_limit_keeps_its_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """If pytest does not end in time, tests that had passed still count."""
     slow = tmp_path / "test_a_triton.py"
     lines = ["import time", *(f"def test_{k}(): time.sleep({30 * (k == 3)})" for k in range(4))]
     slow.write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(kernels, "ALL_TESTS_S", 6)
-    monkeypatch.setattr(
-        kernels.importlib.util, "find_spec", lambda name: None
-    )  # no timeout of its own
+    # Without pytest-timeout, so that pytest itself sets no limit.
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     counts, failed = kernels.run_pytest([slow], {"TRITON_INTERPRET": "0"})
     assert counts == {"passed": 3}
     assert failed == ["pytest did not end within 6 s: 3 tests had passed"]
 
 
-def test_a_part_behind_a_lost_card_runs_in_a_new_process(
+def test_part_after_a_lost_card_runs_in_new_process(
     check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After an error that loses the CUDA context the worker replaces itself and goes on behind it.
+
+    A context that saw an illegal access is of no use any more to its process.
+    """
     commands: list[list[str]] = []
 
     class Replaced(Exception):
-        """exec does not return."""
+        """Stands in for exec, which does not return."""
 
     def execv(_path: str, command: list[str]) -> None:
         commands.append(command)
@@ -217,16 +235,17 @@ def test_a_part_behind_a_lost_card_runs_in_a_new_process(
     with pytest.raises(Replaced):
         run_parts(check, {"first": broken, "second": lambda check: None}, ["engine", "--tiny"])
     assert commands[0][3:] == ["engine", "--tiny", "--after", "first", "--num-failed", "1"]
-    run_parts(check, {"first": broken}, [])  # nothing behind it, nothing to start
+    run_parts(check, {"first": broken}, [])  # the last part: no new process is started
 
 
-def test_files_that_know_triton() -> None:
+def test_triton_tests_are_found_by_their_content() -> None:
     names = {path.name for path in kernels.triton_tests()}
     assert {"test_triton_ops.py", "test_rms_norm.py", "test_linear_sample_triton.py"} <= names
     assert "test_instruction_sets.py" not in names
 
 
-def test_sync_debug_is_the_cards_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_debug_mode_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`unwatched` runs a function under "error"; each block restores the mode it found."""
     modes = [0]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -238,14 +257,16 @@ def test_sync_debug_is_the_cards_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fake_tool(folder: Path, name: str, text: str) -> None:
+    """Writes a program that prints a fixed text, whatever its arguments."""
     path = folder / name
     path.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n", encoding="utf-8")
     path.chmod(0o755)
 
 
-def test_ncu_and_sanitizer_are_read(
+def test_output_of_ncu_and_sanitizer_is_read(
     check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Figures are ncu's values of a kernel's last launch; errors of the sanitizer are failures."""
     table = io.StringIO()
     writer = csv.writer(table, quoting=csv.QUOTE_ALL)
     writer.writerow(["ID", "Kernel Name", profilers.DRAM, profilers.OCCUPANCY])

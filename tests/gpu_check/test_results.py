@@ -1,4 +1,4 @@
-"""What a check writes down, what is made of it, and the table."""
+"""Checks the results of gpu_check: its lines of JSON, verdicts, and the text and page from them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tools.gpu_check.stages import NAMES
 
 
 def figure(value: float, **changes: object) -> Figure:
-    given = {"key": "decode.step_ms", "of": "64 x 800", "value": value, "unit": "ms"}
-    return Figure(**given | changes)
+    fields = {"key": "decode.step_ms", "of": "64 x 800", "value": value, "unit": "ms"}
+    return Figure(**fields | changes)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_share_of_the_limit(better: str, value: float, share: float) -> None:
         (3.0, {"goal": 4.0, "better": "more"}, "missed"),
         (3.0, {"predicted": 4.0}, "ok"),
         (9.0, {"predicted": 4.0}, "surprise"),
-        (2.0, {"predicted": 4.0, "goal": 4.0}, "surprise"),  # better than thought is one too
+        (2.0, {"predicted": 4.0, "goal": 4.0}, "surprise"),  # much better is a surprise as well
         (0.0, {"predicted": 0.0, "goal": 0.0}, "ok"),
         (2.0, {"predicted": 0.0}, "surprise"),
         (math.nan, {"goal": 4.0}, "missed"),
@@ -50,7 +50,8 @@ def test_verdicts(value: float, changes: dict[str, object], verdict: str) -> Non
     assert figure(value, **changes).verdict == verdict
 
 
-def test_expectations_become_numbers_of_the_limit() -> None:
+def test_goals_are_shares_of_the_measured_limit() -> None:
+    """A goal given as a share of the limit becomes a number; a special case has its own numbers."""
     made = make_figure("decode.step_ms", 9.0, of="64 x 800", limit=6.0)
     assert made.goal == pytest.approx(6.0 / 0.6) and made.verdict == "ok"
     made = make_figure("rates.sample_gb_s", 1000.0, of="64 rows", limit=3000.0)
@@ -74,6 +75,7 @@ def test_every_expectation_gives_a_reason_and_a_number() -> None:
 
 
 def write_run(path: Path, device: str) -> None:
+    """Writes a run of one stage with a figure and a failed case."""
     append(path, {"kind": "run", "device": device, "plan": ["rates", "decode"]})
     append(path, {"kind": "begin", "stage": "rates", "revision": "abc123"})
     append_figure(path, "rates", figure(3.0, key="rates.decode_gb_s", limit=6.0))
@@ -94,22 +96,23 @@ def write_run(path: Path, device: str) -> None:
 
 
 def test_the_latest_outcome_of_a_stage_counts(tmp_path: Path) -> None:
+    """A stage that begins again drops its earlier figures; one that never ended was cut short."""
     path = tmp_path / "results.jsonl"
     write_run(path, "card")
-    found = read_results(path, NAMES)
-    assert found.failed() == ["rates"] and found.value_of("rates.decode_gb_s") == 3.0
-    assert set(found.unfinished()) == set(NAMES)
+    results = read_results(path, NAMES)
+    assert results.failed() == ["rates"] and results.value_of("rates.decode_gb_s") == 3.0
+    assert set(results.unfinished()) == set(NAMES)
     append(path, {"kind": "begin", "stage": "rates"})
     assert read_results(path, NAMES).stages["rates"].status == "cut short"
     append(
         path, {"kind": "stage", "stage": "rates", "status": "passed", "message": "", "seconds": 1.0}
     )
-    found = read_results(path, NAMES)
-    assert found.failed() == [] and found.stages["rates"].figures == []
-    assert "rates" not in found.unfinished()
+    results = read_results(path, NAMES)
+    assert results.failed() == [] and results.stages["rates"].figures == []
+    assert "rates" not in results.unfinished()
 
 
-def test_another_card_begins_anew(tmp_path: Path) -> None:
+def test_results_of_another_card_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     write_run(path, "card")
     append(path, {"kind": "run", "device": "card", "plan": []})
@@ -118,7 +121,8 @@ def test_another_card_begins_anew(tmp_path: Path) -> None:
     assert read_results(path, NAMES).stages["rates"].status == "not run"
 
 
-def test_a_record_of_another_version_costs_itself(tmp_path: Path) -> None:
+def test_a_record_of_another_version_is_skipped(tmp_path: Path) -> None:
+    """Records that lack a field are skipped, and all others are read."""
     path = tmp_path / "results.jsonl"
     write_run(path, "card")
     append(path, {"kind": "figure", "stage": "rates", "key": "rates.decode_gb_s", "value": 1.0})
@@ -131,17 +135,18 @@ def test_a_figure_that_is_no_number_is_shown(tmp_path: Path) -> None:
     write_run(path, "card")
     for value in (math.nan, math.inf):
         append_figure(path, "rates", figure(value, key="rates.decode_gb_s", goal=1.0))
-    found = read_results(path, NAMES)
-    assert "nan ms" in to_text(found) and "inf ms" in to_markdown(found)
+    results = read_results(path, NAMES)
+    assert "nan ms" in to_text(results) and "inf ms" in to_markdown(results)
 
 
 def test_a_full_disk_tears_one_line_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of which only ten bytes were written is lost; those after it are read."""
     path = tmp_path / "results.jsonl"
     write = os.write
-    left = [10]
+    limits = [10]
 
     def short_write(descriptor: int, data: bytes) -> int:
-        return write(descriptor, data[: left.pop()] if left else data)
+        return write(descriptor, data[: limits.pop()] if limits else data)
 
     monkeypatch.setattr(os, "write", short_write)
     append(path, {"kind": "run", "device": "lost"})
@@ -149,14 +154,15 @@ def test_a_full_disk_tears_one_line_only(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_results(path, NAMES).stages["rates"].status == "failed"
 
 
-def test_a_line_that_was_cut_costs_itself(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_is_skipped(tmp_path: Path) -> None:
+    """A file that ends anywhere can be read, and only its last line is lost."""
     path = tmp_path / "results.jsonl"
     write_run(path, "card")
-    whole = path.read_bytes()
-    for end in range(len(whole)):
-        path.write_bytes(whole[:end])
+    content = path.read_bytes()
+    for end in range(len(content)):
+        path.write_bytes(content[:end])
         read_results(path, NAMES)
-    path.write_bytes(whole + b'{"kind": "fig')
+    path.write_bytes(content + b'{"kind": "fig')
     assert read_results(path, NAMES).stages["rates"].status == "failed"
 
 
@@ -164,9 +170,9 @@ def test_text_and_page_hold_every_figure_and_failure(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     write_run(path, "card")
     append(path, {"kind": "note", "stage": "rates", "text": "kernel 1 ms\nkernel 2 ms"})
-    found = read_results(path, NAMES)
-    text = to_text(found)
-    page = to_markdown(found)
+    results = read_results(path, NAMES)
+    text = to_text(results)
+    page = to_markdown(results)
     assert "rates: failed in 3 s: 1 failed" in text and "FAILED a|b: x < y" in text
     assert "rates.decode_gb_s: 64 x 800" in text and "200 %" in text
     assert "| rates | failed | 3 | abc123 | 1 failed |" in page and "    kernel 2 ms" in page

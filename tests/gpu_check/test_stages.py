@@ -1,4 +1,4 @@
-"""Every stage end to end on a CPU, with tiny sizes; what it needs, and what it writes down."""
+"""Runs every stage end to end on a CPU with tiny sizes; checks its needs and its figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.gpu_check.results import StageResult, read_results
 from tools.gpu_check.stages import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a card alone can give.
+# Figures that only a card can give.
 CARD_ONLY = {
     "machine.memory_gib", "machine.memory_free_gib",
     "ceilings.link_gb_s", "attention.varlen_ms", "attention.times_varlen",
@@ -25,7 +25,7 @@ CARD_ONLY = {
     "training.reserved_gib",
     "profilers.dram_share", "profilers.occupancy_share", "profilers.memory_errors",
 }  # fmt: skip
-# Not on a card's usual image, and not brought along: a stage that imports one would fail there.
+# Packages that the usual image of a GPU machine lacks. A stage that imports one would fail there.
 ABSENT = ("datasets", "math_verify", "socpo_fast._C")
 BLOCK = f"""
 import sys
@@ -35,13 +35,14 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
 """
-# Half a minute each: they repeat what the tests of the ops and the benches do.
+# They take half a minute each, and repeat what the tests of the ops and the benches do.
 SLOW = ("kernels", "rates")
 
 
 def run_stage(name: str, results: Path, environ: dict[str, str]) -> StageResult:
+    """Runs a stage in a process of its own; returns what it wrote down."""
     command = [sys.executable, "-m", "tools.gpu_check.worker", name, "--device", "cpu", "--tiny"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--results", str(results)],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | environ,
@@ -51,7 +52,11 @@ def run_stage(name: str, results: Path, environ: dict[str, str]) -> StageResult:
         check=False,
     )
     stage = read_results(results, NAMES).stages[name]
-    assert done.returncode == 0, (stage.failures, done.stdout[-3000:], done.stderr[-3000:])
+    assert process.returncode == 0, (
+        stage.failures,
+        process.stdout[-3000:],
+        process.stderr[-3000:],
+    )
     return stage
 
 
@@ -59,22 +64,26 @@ def run_stage(name: str, results: Path, environ: dict[str, str]) -> StageResult:
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES]
 )
 def test_stage_runs_tiny(name: str, tmp_path: Path) -> None:
+    """A stage passes and writes every figure that is expected of it, except for a card's own."""
     stage = run_stage(name, tmp_path / "results.jsonl", {})
     assert stage.failures == []
     assert {figure.verdict for figure in stage.figures} <= {"rehearsed"}
-    wanted = {key for key in EXPECTATIONS if key.startswith(f"{name}.") and ": " not in key}
-    assert wanted - {figure.key for figure in stage.figures} <= CARD_ONLY
+    expected = {key for key in EXPECTATIONS if key.startswith(f"{name}.") and ": " not in key}
+    assert expected - {figure.key for figure in stage.figures} <= CARD_ONLY
 
 
 def test_a_bare_image_is_enough(tmp_path: Path) -> None:
-    """The trainer's own stage, without the command line's packages and without a compiler."""
+    """The trainer's stage runs without the command line's packages and the C++ extension."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK, encoding="utf-8")
     stage = run_stage("learning", tmp_path / "results.jsonl", {"PYTHONPATH": str(tmp_path)})
     assert stage.figures and not stage.skips
 
 
 def test_another_package_named_tests_hides_nothing(tmp_path: Path) -> None:
-    """Some wheels ship a top-level `tests`; on PYTHONPATH it stands before a checkout's folders."""
+    """A foreign package named `tests`, `tools` or `bench` does not hide the checkout's folder.
+
+    Some wheels ship a top-level `tests`, and PYTHONPATH comes before a checkout's folders.
+    """
     for name in ("tests", "tools", "bench"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(

@@ -1,4 +1,4 @@
-"""Updates and the optimizer's rate: other bits, skipped steps and too little memory are found."""
+"""Checks that faults of updates are found: other bits, skipped steps and too little memory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def check(tmp_path: Path) -> Check:
 
 
 def outcome(check: Check, part: updates.Part) -> StageResult:
+    """Runs one part of a stage; returns what was written down."""
     run_parts(check, {"part": part}, [])
     return read_results(check.results, NAMES).stages["training"]
 
 
-def test_groups_have_prompts_of_their_own() -> None:
+def test_groups_have_different_prompts() -> None:
     rollouts = make_rollouts(211, TINY_GROUP, num_groups=2)
     assert [rollout.question_idx for rollout in rollouts] == [0] * 4 + [1] * 4
     assert len({tuple(rollout.prompt_ids) for rollout in rollouts}) == 2
@@ -39,13 +40,14 @@ def test_groups_have_prompts_of_their_own() -> None:
 
 
 def test_other_bits_of_an_update_are_named(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainees = [0]
+    """A second update that is not bitwise the first one is a failure that names the parameter."""
+    num_trainees = [0]
 
     class Restless(updates.Trainee):
-        def __init__(self, *given: object):
-            super().__init__(*given)
-            trainees[0] += 1
-            if trainees[0] > 1:
+        def __init__(self, *args: object):
+            super().__init__(*args)
+            num_trainees[0] += 1
+            if num_trainees[0] > 1:
                 with torch.no_grad():
                     self.student.lm_head.weight[3, 2] += 1e-3
 
@@ -57,6 +59,7 @@ def test_other_bits_of_an_update_are_named(check: Check, monkeypatch: pytest.Mon
 
 
 def test_one_group_where_two_do_not_fit(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an update of two groups runs out of memory, one group is measured, with a note."""
     make = updates.make_rollouts
 
     def too_many(vocab_size: int, shape: object, num_groups: int) -> object:
@@ -78,9 +81,11 @@ def test_a_skipped_step_is_a_failure(check: Check, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
-def test_adamw_is_held_to_the_bits_of_its_reference(
+def test_adamw_must_be_bitwise_its_reference(
     check: Check, monkeypatch: pytest.MonkeyPatch, is_wrong: bool
 ) -> None:
+    """A step with another eps is a failure that names the first tensor that differs."""
+
     def op(*tensors: Tensor, impl: str = "auto", **options: object) -> None:
         if is_wrong and impl != "ref":
             options["eps"] = 1e-6
@@ -94,7 +99,7 @@ def test_adamw_is_held_to_the_bits_of_its_reference(
     assert cases[0] == "torch's fused, float32" and stage.skips == []
     if is_wrong:
         messages = [failure["message"] for failure in stage.failures]
-        names = ("param", "low_bits")  # of a master, what differs first is its low half
+        names = ("param", "low_bits")  # of a bf16 parameter's master the low half differs first
         for message, name in zip(messages, names, strict=True):
             assert f"adamw: {name} after 3 steps: " in message
     else:

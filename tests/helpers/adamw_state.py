@@ -1,4 +1,4 @@
-"""What a step of AdamW changes, and runs of steps with gradients that are the same in every run."""
+"""Holds the tensors that an AdamW step changes, and runs steps that every run can repeat."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """The tensors that a step of AdamW changes."""
 
     param: Tensor
     low_bits: Tensor | None
@@ -28,6 +28,7 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, dtype: torch.dtype = torch.float32) -> State:
+        """Returns the state before the first step; in bf16 the fp32 master is split in two."""
         wide = torch.promote_types(dtype, torch.float32)
         moments = (torch.zeros(values.shape, dtype=wide), torch.zeros(values.shape, dtype=wide))
         if dtype == torch.bfloat16:
@@ -38,15 +39,17 @@ class State(NamedTuple):
         return State(*(x if x is None else x.to(device) for x in self))
 
     def joined(self) -> list[Tensor]:
-        """The parameter in fp32, whatever it is stored in, and the moments."""
+        """Returns the parameter in fp32, whatever its storage, and the moments."""
         param, low_bits, *moments = self
         return [param if low_bits is None else join_master(param, low_bits), *moments]
 
     def copies(self) -> list[Tensor]:
+        """Returns clones of all tensors, to compare with after a step."""
         return [x.clone() for x in self if x is not None]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Returns normal fp32 numbers that depend on the shape and the seed only."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -58,18 +61,19 @@ def run_steps(
     scale: float | None = None,
     size: float = 1.0,
 ) -> State:
-    """The state after steps with gradients that are the same in every run."""
+    """Returns the state after steps whose gradients are the same in every run."""
     device = DEVICE if impl == "triton" else "cpu"
     state = state.to(device)
     for step in range(1, num_steps + 1):
         grad = size * noise(*state.param.shape, seed=step).to(state.exp_avg)
-        given = None if scale is None else torch.tensor(scale).to(grad)
-        adamw(*state, grad, step=step, scale=given, impl=impl, **SETTINGS)  # type: ignore[arg-type]
+        scale_tensor = None if scale is None else torch.tensor(scale).to(grad)
+        adamw(*state, grad, step=step, scale=scale_tensor, impl=impl, **SETTINGS)  # type: ignore[arg-type]
     return state.to("cpu")
 
 
 def assert_same_state(one: State, other: State, name: str) -> None:
-    for what, a, b in zip(
+    """Asserts that two states are bitwise equal, whatever their parameters are stored in."""
+    for field, a, b in zip(
         ("param", "exp_avg", "exp_avg_sq"), one.joined(), other.joined(), strict=True
     ):
-        assert_bitwise_equal(a, b, name=f"{name}: {what}")
+        assert_bitwise_equal(a, b, name=f"{name}: {field}")

@@ -1,5 +1,7 @@
-"""What the tables of bad input share: a finished run that must stay as it is, and damaged copies of
-its student.
+"""Holds what the tables of bad input share.
+
+That is a finished run, which a refused command must leave as it is, and damaged copies of its
+student.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ Words = dict[str, Any]
 
 
 def words_of(command: str, run_dir: Path, words: Words) -> list[str]:
-    """The command line: small settings, then those of the case. A key may be a bare word, with
-    value None.
+    """Returns the command line: small settings first, then the settings of the case.
+
+    A key whose value is None is a bare word.
     """
     settings = {**SMALL, "run.dir": run_dir, **words}
     pairs = [
@@ -48,7 +51,7 @@ def words_of(command: str, run_dir: Path, words: Words) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run.dir with a run of one batch in it; tests work on copies."""
+    """Returns run.dir with a finished run of one batch; tests work on copies of it."""
     run_dir = tmp_path_factory.mktemp("runs")
     assert main(words_of("train", run_dir, {})) == 0
     return run_dir
@@ -56,12 +59,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(finished_run: Path, tmp_path: Path) -> Path:
+    """Returns a copy of the finished run that the test may change."""
     shutil.copytree(finished_run, tmp_path / "runs")
     return tmp_path / "runs"
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below, to the bit."""
+    """Reads all files below the folder, as bytes by relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -70,7 +74,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def assert_refused(shown: str, message: str) -> None:
-    """Warnings apart, one line that begins as the message, a pattern, says."""
+    """Asserts that the output is one line that starts with the pattern `message`.
+
+    Warnings are not counted. A traceback fails the test.
+    """
     lines = [line for line in shown.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1, shown
     assert re.match(message, lines[0]), lines[0]
@@ -83,19 +90,20 @@ def assert_train_refuses(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`socpo train` with the words of a case: exit code 2, its message, and the finished run as it
-    was.
+    """Asserts that `socpo train` refuses the case and leaves the finished run as it was.
+
+    The exit code must be 2, and the message that of the case.
     """
-    make, message = case
-    words = make(folder)
-    before = snapshot(run_dir)
+    make_words, message = case
+    words = make_words(folder)
+    files_before = snapshot(run_dir)
     assert main(words_of("train", run_dir, words)) == 2
     assert_refused(capsys.readouterr().err, message)
-    assert snapshot(run_dir) == before
+    assert snapshot(run_dir) == files_before
 
 
 def damaged_student(damage: Callable[[Path], object]) -> Callable[[Path], Words]:
-    """A case: student.path is a copy of the built-in one after `damage`."""
+    """Returns a case whose student.path is the built-in student after `damage`."""
 
     def make(folder: Path) -> Words:
         shutil.copytree(STUDENT_DIR, folder / "student")
@@ -106,17 +114,19 @@ def damaged_student(damage: Callable[[Path], object]) -> Callable[[Path], Words]
 
 
 def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
-    """Fields of a JSON file of the folder; None removes one."""
+    """Returns a function that sets fields of a JSON file in a folder; None removes a field."""
 
     def edit(folder: Path) -> None:
         content = json.loads((folder / name).read_text(encoding="utf-8")) | changes
-        kept = {key: value for key, value in content.items() if value is not None}
-        (folder / name).write_text(json.dumps(kept), encoding="utf-8")
+        fields = {key: value for key, value in content.items() if value is not None}
+        (folder / name).write_text(json.dumps(fields), encoding="utf-8")
 
     return edit
 
 
 def edit_tensors(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Returns a function that applies `edit` to the tensors of a folder's model.safetensors."""
+
     def edited(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         edit(tensors)
@@ -126,6 +136,8 @@ def edit_tensors(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], N
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:
+    """Returns a function that writes a file into a folder."""
+
     def written(folder: Path) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 

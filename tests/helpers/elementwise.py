@@ -1,5 +1,7 @@
-"""What the tests of rms_norm, swiglu and rotary share: values with their gradients, and the three
-ways to get them.
+"""Holds what the tests of rms_norm, swiglu and rotary share.
+
+That is values with their gradients, the three implementations that give them, and comparisons. Read
+values_and_gradients first.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops import available_impls
 from tests.helpers.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
@@ -19,8 +21,11 @@ from tests.helpers.error_rule import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_cpp = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
-# Every kernel with the dtypes it takes. Triton's interpreter cuts bf16 off instead of rounding it.
+needs_cpp = pytest.mark.skipif(
+    "cpp" not in available_impls().values(), reason="extension not built"
+)
+# Every kernel with the dtypes it takes. Triton's interpreter truncates to bf16 instead of rounding,
+# so bf16 kernels are tested on a card only.
 KERNELS = [
     pytest.param("cpp", torch.float32, marks=needs_cpp),
     ("triton", torch.float32),
@@ -32,7 +37,10 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    """fp32 that bf16 and fp16 hold exactly, so that every dtype computes on the same numbers."""
+    """Returns fp32 numbers that bf16 and fp16 hold exactly.
+
+    So every dtype computes on the same numbers.
+    """
     values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + 1000 * seed))
     return values.to(torch.bfloat16).float()
 
@@ -40,14 +48,15 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def values_and_gradients(
     function: Function, inputs: list[Tensor], dtype: torch.dtype, device: str
 ) -> list[Tensor]:
-    """Outputs of function(*inputs), then the gradient of each input under a random upstream
-    gradient.
+    """Returns the outputs of function(*inputs), then the gradient of each input.
+
+    The upstream gradients are random, and the same in every call.
     """
-    moved = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
-    out = function(*moved)
-    outputs = list(out) if isinstance(out, tuple) else [out]
+    leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
+    result = function(*leaves)
+    outputs = list(result) if isinstance(result, tuple) else [result]
     upstream = [randn(*x.shape, seed=idx + 7).to(x) for idx, x in enumerate(outputs)]
-    gradients = torch.autograd.grad(outputs, moved, upstream)
+    gradients = torch.autograd.grad(outputs, leaves, upstream)
     return [x.detach() for x in (*outputs, *gradients)]
 
 
@@ -60,44 +69,49 @@ def assert_as_right_as_ref(
     *,
     scales: list[float],
 ) -> None:
-    """Holds outputs and gradients to the error rule, each divided by its scale."""
+    """Asserts that outputs and gradients keep the error rule, each divided by its scale.
+
+    The scales bring values near 1, where the tolerance of the rule belongs.
+    """
     actual = values_and_gradients(run, inputs, dtype, device)
     plain, truth = (values_and_gradients(ref, inputs, t, "cpu") for t in (dtype, torch.float64))
-    for idx, three in enumerate(zip(actual, plain, truth, strict=True)):
-        a, p, t = (x.cpu() / scales[idx] for x in three)
+    for idx, triple in enumerate(zip(actual, plain, truth, strict=True)):
+        a, p, t = (x.cpu() / scales[idx] for x in triple)
         assert_error_rule(a, p, t, name=f"result {idx}", dtype=dtype)
 
 
 def assert_same_bits(one: list[Tensor], other: list[Tensor], name: str) -> None:
+    """Asserts that two lists of tensors are bitwise equal."""
     for idx, (a, b) in enumerate(zip(one, other, strict=True)):
         assert_bitwise_equal(a, b, name=f"{name}, result {idx}")
 
 
-def assert_rows_alone_have_their_bits(
-    run: Function, inputs: list[Tensor], whole: list[Tensor], rows: slice, device: str
+def assert_batch_invariant(
+    run: Function, inputs: list[Tensor], all_outputs: list[Tensor], rows: slice, device: str
 ) -> None:
-    """Rows of all inputs alone against the same rows of what all of them gave.
+    """Asserts that some rows of the inputs give what they gave among all rows.
 
-    A copy starts at a multiple of 16 bytes, as every tensor does. A slice may start anywhere, for
-    which Triton compiles another variant.
+    A copy of rows starts at a multiple of 16 bytes, as every tensor does. A slice may start
+    anywhere; for an unaligned start Triton compiles another variant, which may differ in the last
+    bits.
     """
     across_variants = partial(assert_equal_across_variants, device=device)
-    for name, compare, part in (
+    for name, compare, inputs_of_rows in (
         ("a copy of rows", assert_bitwise_equal, [x[rows].clone() for x in inputs]),
         ("rows", across_variants, [x[rows] for x in inputs]),
     ):
-        out = run(*part)
-        outputs = list(out) if isinstance(out, tuple) else [out]
-        for idx, (alone, together) in enumerate(zip(outputs, whole, strict=True)):
-            compare(alone, together[rows], name=f"{name} {rows}, result {idx}")
+        result = run(*inputs_of_rows)
+        outputs = list(result) if isinstance(result, tuple) else [result]
+        for idx, (actual, expected) in enumerate(zip(outputs, all_outputs, strict=True)):
+            compare(actual, expected[rows], name=f"{name} {rows}, result {idx}")
 
 
 def thread_counts() -> Iterator[int]:
-    """1, 2, 3 and 5 threads, and back to what it was."""
-    before = torch.get_num_threads()
+    """Yields 1, 2, 3 and 5, each set as torch's number of threads; restores the old number."""
+    old_num_threads = torch.get_num_threads()
     try:
         for num_threads in (1, 2, 3, 5):
             torch.set_num_threads(num_threads)
             yield num_threads
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(old_num_threads)

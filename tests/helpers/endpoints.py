@@ -1,4 +1,4 @@
-"""Calls to an endpoint teacher, and what is heard of them."""
+"""Calls an endpoint teacher and returns its guidance as text."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,6 +12,7 @@ KEY = "sk-very-secret"
 
 
 def request(rollout_idx: int = 0) -> GuidanceRequest:
+    """Returns a request for guidance after a wrong first attempt."""
     return GuidanceRequest(
         question="1 + 1?",
         student_answer="It is 3.",
@@ -24,7 +25,7 @@ def request(rollout_idx: int = 0) -> GuidanceRequest:
 
 
 async def hear(teacher: EndpointTeacher, rollout_idx: int = 0) -> str:
-    """The text, or the kind of failure in brackets."""
+    """Returns the text of the guidance, or the kind of failure in brackets."""
     try:
         return (await teacher.guide_in_time(request(rollout_idx), None)).text
     except GuidanceFailed as failure:
@@ -39,7 +40,10 @@ def ask(
     at_once: bool = False,
     **settings: Any,
 ) -> list[str]:
-    """What is heard of num_calls calls, one after the other unless at_once, with short limits."""
+    """Returns what each of num_calls calls answered, under short time limits.
+
+    Calls run one after the other, or all concurrently with at_once.
+    """
     server.script = script
     defaults = {
         "timeout_s": 0.3,

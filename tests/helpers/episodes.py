@@ -1,5 +1,6 @@
-"""One scripted episode under any tokenizer, and what the chat template itself makes of the same
-dialogue.
+"""Plays one scripted episode under any tokenizer.
+
+Read play first. rendering is the chat template's own text of the same dialogue, to compare with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ WITH_SYSTEM = ({"role": "system", "content": "Be exact."}, *PROMPT)
 
 @dataclass
 class ScriptedTeacher(Teacher):
-    """Says texts[k] after attempt k, be it empty."""
+    """A teacher that says texts[k] after attempt k, even if that is an empty text."""
 
     texts: Sequence[str]
     immediate: bool = True
@@ -31,7 +32,7 @@ class ScriptedTeacher(Teacher):
 
 @dataclass
 class Episode:
-    """What happened: contexts[k] is what attempt k was sampled behind."""
+    """A played episode; contexts[k] are the token ids that attempt k was sampled behind."""
 
     bridge: Bridge
     rollout: Rollout
@@ -47,7 +48,10 @@ def play(
     max_tokens: int = 100_000,
     **options,
 ) -> Episode:
-    """Every answer is wrong; answer k is followed by guidance[k], the last one by nothing."""
+    """Plays an episode in which every answer is wrong.
+
+    Answer k is followed by guidance[k], the last answer by nothing.
+    """
     script = {(0, 0): [list(ids) for ids in answers]}
     engine = ScriptedEngine(script, max_tokens=max_tokens, eos_ids=bridge.eos_ids)
     question = Question(
@@ -75,25 +79,27 @@ def play(
 
 
 def cuts(rollout: Rollout) -> list[int | None]:
-    """Of each attempt that was followed by another: how many of its tokens the next one saw.
+    """Returns, for each attempt but the last, how many of its tokens the next attempt saw.
 
-    None: all of them; -m: none, and the last m tokens of what stood before it were gone too.
+    None: all of them. -m: none of them, and the last m tokens before the attempt were dropped as
+    well.
     """
-    found: list[int | None] = []
+    tokens_seen: list[int | None] = []
     for k, attempt in enumerate(rollout.attempts[:-1]):
         cut = rollout.seam(k)[0] - rollout.context_length(k)
-        found.append(None if cut == attempt.num_tokens else cut)
-    return found
+        tokens_seen.append(None if cut == attempt.num_tokens else cut)
+    return tokens_seen
 
 
 def bridges(rollout: Rollout) -> list[list[int]]:
+    """Returns the bridge token ids between each two attempts."""
     return [rollout.seam(k)[1] for k in range(len(rollout.turns) - 1)]
 
 
 def shown(rollout: Rollout) -> list[str]:
-    """The guidance that the student saw."""
-    given = [turn.guidance for turn in rollout.turns if turn.guidance is not None]
-    return [guidance.text for guidance in given if guidance.bridge_ids is not None]
+    """Returns the texts of guidance that the student saw."""
+    guidances = [turn.guidance for turn in rollout.turns if turn.guidance is not None]
+    return [guidance.text for guidance in guidances if guidance.bridge_ids is not None]
 
 
 def rendering(
@@ -102,14 +108,18 @@ def rendering(
     guidance: Sequence[str],
     messages: Sequence[dict[str, str]] = PROMPT,
 ) -> str:
-    """The chat template's own text of the dialogue up to the next answer."""
+    """Renders the dialogue up to the next answer with the chat template itself."""
     dialogue = list(messages)
-    for text, told in zip(texts, guidance, strict=True):
-        dialogue += [{"role": "assistant", "content": text}, {"role": "user", "content": told}]
+    for text, guidance_text in zip(texts, guidance, strict=True):
+        dialogue += [
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": guidance_text},
+        ]
     return bridge.render(dialogue)
 
 
 def text_of(bridge: Bridge, token_ids: Sequence[int]) -> str:
+    """Decodes token ids, special tokens included."""
     return str(
         bridge.tokenizer.decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -118,11 +128,11 @@ def text_of(bridge: Bridge, token_ids: Sequence[int]) -> str:
 
 
 def answer_ids(bridge: Bridge, text: str, *, ended: bool = True) -> list[int]:
-    """An answer as a student would sample it: behind the generation prompt, the end of turn
-    included when ended.
+    """Returns the token ids of an answer as a student would sample it.
+
+    The answer stands behind the generation prompt; with `ended` it includes the end of turn.
     """
     first_word = bridge.exact_text(bridge.untrusted_ids("x"))
-    space = (
-        " " if bridge.before.endswith(" ") and first_word == "x" else ""
-    )  # the template's, before sentencepiece's
+    # The template ends with a space, and sentencepiece adds one of its own before a word.
+    space = " " if bridge.before.endswith(" ") and first_word == "x" else ""
     return bridge.untrusted_ids(space + text) + ([bridge.end_of_turn_id] if ended else [])

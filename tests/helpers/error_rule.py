@@ -1,10 +1,11 @@
-"""How close is close enough, for every numeric test of the project.
+"""Decides how close is close enough, for every numeric test of the project.
 
     |actual - truth| <= 2 |plain - truth| + tolerance          element by element
 
-truth is the reference in fp64, plain the reference in the kernel's own dtype: an implementation may
-be about as wrong as straightforward PyTorch, wherever that is, and no more. The tolerance covers
-elements where plain is right by luck; it is absolute, so keep what is compared near 1.
+truth is the reference in fp64. plain is the reference in the kernel's own dtype. So an
+implementation may be about as wrong as straightforward PyTorch, element by element, and no more.
+The tolerance covers elements where plain is right by luck. It is absolute, so keep what is compared
+near 1.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ TOLERANCE: dict[torch.dtype, float] = {
 def assert_error_rule(
     actual: Tensor, plain: Tensor, truth: Tensor, *, name: str, dtype: torch.dtype | None = None
 ) -> None:
-    """Hold `actual` to the rule; dtype is the one the work was done in, by default that of
-    `actual`.
+    """Asserts that `actual` keeps the rule; dtype is the one of the work, by default actual's.
 
-    NaN and infinities must stand at the same places in actual and truth, infinities with the same
+    NaN and infinities must be at the same positions in actual and truth, infinities with the same
     sign.
     """
     assert actual.shape == plain.shape == truth.shape, (
@@ -58,7 +58,7 @@ def assert_error_rule(
 
 
 def assert_bitwise_equal(a: Tensor, b: Tensor, *, name: str) -> None:
-    """Same shape, dtype and bits; NaN equals NaN, 0.0 differs from -0.0."""
+    """Asserts the same shape, dtype and bits; NaN equals NaN, 0.0 differs from -0.0."""
     assert (a.shape, a.dtype) == (b.shape, b.dtype), (
         f"{name}: {a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}"
     )
@@ -86,26 +86,28 @@ def assert_equal_across_variants(
     dtype: torch.dtype | None = None,
     scale: float | Tensor = 1.0,
 ) -> None:
-    """Hold what two variants of a Triton kernel gave to each other.
+    """Asserts that the results of two variants of a Triton kernel agree.
 
     Triton compiles a kernel anew for every dtype, constexpr, absent pointer, number that is 1 and
-    alignment. Two such variants may contract other products into multiply-adds, and may lay out a
-    row, and with it the order of its sum, in another way: on a card ("cuda") they keep the error
-    rule, each the other's truth. On a "cpu" the interpreter runs the same Python for both, and our
-    C++ promises bits: there they are equal.
+    alignment. Two such variants may contract different products into multiply-adds. They may also
+    lay out a row differently, and so sum it in another order. On a card ("cuda") they therefore
+    keep the error rule, each as the other's truth. On a "cpu" the interpreter runs the same Python
+    for both, and our C++ promises equal bits, so there they must be bitwise equal.
 
-    Args: dtype is the narrowest one the work was done in, by default that of `a`; scale is what
-    brings values near 1, where the rule's tolerance belongs.
+    Args:
+        dtype: the narrowest dtype of the work, by default that of `a`.
+        scale: divides the values to bring them near 1, where the tolerance of the rule belongs.
     """
     if device == "cpu" or not a.is_floating_point():
         assert_bitwise_equal(a, b, name=name)
         return
     assert a.dtype == b.dtype, f"{name}: {a.dtype} and {b.dtype}"
     scale_cpu = scale.detach().cpu().double() if isinstance(scale, Tensor) else scale
-    one, other = (x.detach().cpu().double() / scale_cpu for x in (a, b))
-    where = f"{name} of two compiled variants"
-    assert_error_rule(one, other, other, name=where, dtype=dtype or a.dtype)
+    a_64, b_64 = (x.detach().cpu().double() / scale_cpu for x in (a, b))
+    variants_name = f"{name} of two compiled variants"
+    assert_error_rule(a_64, b_64, b_64, name=variants_name, dtype=dtype or a.dtype)
 
 
 def _coordinate(x: Tensor, flat_idx: int) -> tuple[int, ...]:
+    """Returns the index into x of an element of x.flatten()."""
     return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_idx), x.shape))

@@ -10,7 +10,10 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """Answers call n with script[n], the last one from then on; keeps what it was sent."""
+    """A server that answers call n with script[n], and all calls beyond it with the last entry.
+
+    It records the requests in `seen`, and how many were in flight at once.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -56,6 +59,8 @@ class Handler(BaseHTTPRequestHandler):
 def raw(
     status: int, payload: bytes, headers: dict[str, str] | None = None
 ) -> Callable[[Handler], None]:
+    """Returns an entry of the script: a response with this status, body and headers."""
+
     def act(handler: Handler) -> None:
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(payload)), **(headers or {})}.items():
@@ -67,6 +72,7 @@ def raw(
 
 
 def reply(content: Any = "Check the sum.", delay_s: float = 0.0) -> Callable[[Handler], None]:
+    """Returns an entry of the script: a chat completion with this content, after a delay."""
     answer = raw(
         200,
         json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode(),
@@ -80,7 +86,7 @@ def reply(content: Any = "Check the sum.", delay_s: float = 0.0) -> Callable[[Ha
 
 
 def drip(handler: Handler) -> None:
-    """One byte at a time, for ever: no single read is ever late."""
+    """Sends one byte at a time without end, so that no single read is ever late."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000000")
     handler.end_headers()
@@ -90,11 +96,12 @@ def drip(handler: Handler) -> None:
 
 
 def hang(handler: Handler) -> None:
+    """Sends nothing at all for ten seconds, or until the server stops."""
     handler.server.stop.wait(10)
 
 
 def flood(handler: Handler) -> None:
-    """A body without end, in chunks."""
+    """Sends a body without end, in chunks."""
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
@@ -104,10 +111,12 @@ def flood(handler: Handler) -> None:
 
 
 def close(handler: Handler) -> None:
+    """Closes the connection without an answer."""
     handler.close_connection = True
 
 
 def half(handler: Handler) -> None:
+    """Announces 1000 bytes, sends ten of them and closes the connection."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -117,6 +126,7 @@ def half(handler: Handler) -> None:
 
 @contextmanager
 def running_server() -> Iterator[Server]:
+    """Yields a server that runs in a thread; stops it at the end of the block."""
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -1,4 +1,4 @@
-"""Which module imports which, read from the sources with `ast`; nothing is imported for it.
+"""Reads from the sources which module imports which, with `ast`; imports none of them.
 
 Read import_graph, then find_circles and find_forbidden. Names are those of modules, such as
 `socpo_fast.engine.pages`; `from a import b` is an import of `a.b` where that is a module.
@@ -14,7 +14,7 @@ Graph = dict[str, set[str]]
 
 
 def modules_of(package: Path) -> dict[str, Path]:
-    """Every module of a package by name, those behind symbolic links included."""
+    """Returns the path of every module of a package by name, also behind symbolic links."""
     paths = [path for path in package.rglob("*.py") if "__pycache__" not in path.parts]
     for link in package.iterdir():
         paths += link.rglob("*.py") if link.is_symlink() else []
@@ -26,10 +26,10 @@ def modules_of(package: Path) -> dict[str, Path]:
 
 
 def import_graph(package: Path, *, inside_functions: bool) -> Graph:
-    """Module -> what it imports of the package.
+    """Returns, for each module, the modules of the package that it imports.
 
-    Imports under `if` or `try` count as the others do, `if TYPE_CHECKING` included: a reader
-    follows them too. Those inside functions count where inside_functions says so.
+    Imports under `if` or `try` count like all others, `if TYPE_CHECKING` included: a reader follows
+    them too. Imports inside functions count only with inside_functions.
     """
     modules = modules_of(package)
     graph: Graph = {}
@@ -41,6 +41,7 @@ def import_graph(package: Path, *, inside_functions: bool) -> Graph:
 
 
 def _nodes(node: ast.AST, inside_functions: bool) -> Iterator[ast.AST]:
+    """Yields all nodes below a node, those inside functions only if asked for."""
     for child in ast.iter_child_nodes(node):
         yield child
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -49,6 +50,7 @@ def _nodes(node: ast.AST, inside_functions: bool) -> Iterator[ast.AST]:
 
 
 def _names(node: ast.AST, modules: Mapping[str, Path]) -> set[str]:
+    """Returns the modules that an import statement names; other nodes name none."""
     if isinstance(node, ast.Import):
         return {alias.name for alias in node.names}
     if not isinstance(node, ast.ImportFrom):
@@ -61,24 +63,24 @@ def _names(node: ast.AST, modules: Mapping[str, Path]) -> set[str]:
 
 
 def find_circles(graph: Graph) -> list[list[str]]:
-    """Groups of modules that reach each other by imports, the smallest first."""
+    """Returns groups of modules that import each other in a circle, the smallest first."""
     reached = {module: _reachable(graph, module) for module in graph}
     circles = set()
-    for module, others in reached.items():
-        if module in others:
-            circle = (other for other in others if module in reached.get(other, ()))
+    for module, reachable in reached.items():
+        if module in reachable:
+            circle = (other for other in reachable if module in reached.get(other, ()))
             circles.add(tuple(sorted(circle)))
     return [list(circle) for circle in sorted(circles, key=lambda circle: (len(circle), circle))]
 
 
 def _reachable(graph: Graph, start: str) -> set[str]:
-    """What the imports of a module lead to; the module itself only by way of a circle."""
+    """Returns the modules that `start` leads to; itself only through a circle."""
     reached: set[str] = set()
-    waiting = [start]
-    while waiting:
-        new = graph.get(waiting.pop(), set()) - reached
-        reached |= new
-        waiting += new
+    to_visit = [start]
+    while to_visit:
+        newly_reached = graph.get(to_visit.pop(), set()) - reached
+        reached |= newly_reached
+        to_visit += newly_reached
     return reached
 
 
@@ -88,7 +90,7 @@ def find_forbidden(
     beside: Mapping[str, Sequence[str]],
     siblings: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """Imports that the table of layers does not allow, each as a line that says why.
+    """Returns the imports that the table of layers forbids, each as a line that says why.
 
     Args:
         graph:    module -> imported modules.
@@ -98,25 +100,31 @@ def find_forbidden(
     """
     faults = []
     for module, imported in sorted(graph.items()):
-        part = _part(module)
-        if not part:
+        importing_part = _part(module)
+        if not importing_part:
             continue  # the public surface may name everything
-        if part not in layers and part not in beside:
-            faults.append(f"{module}: {part} has no layer; give it one here and in the README")
+        if importing_part not in layers and importing_part not in beside:
+            faults.append(
+                f"{module}: {importing_part} has no layer; give it one here and in the README"
+            )
             continue
         for name in sorted(imported):
-            target = _part(name)
-            if target == part or target in (beside.get(part, ()) if part in beside else beside):
+            imported_part = _part(name)
+            if imported_part == importing_part or imported_part in (
+                beside.get(importing_part, ()) if importing_part in beside else beside
+            ):
                 continue
-            if part in beside or target not in layers:
+            if importing_part in beside or imported_part not in layers:
                 faults.append(f"{module} imports {name}, which it may not")
-            elif layers[target] > layers[part]:
-                faults.append(f"{module} (layer {layers[part]}) imports {name} above it")
-            elif layers[target] == layers[part] and target not in siblings.get(part, ()):
-                faults.append(f"{module} imports {name} of its own layer {layers[part]}")
+            elif layers[imported_part] > layers[importing_part]:
+                faults.append(f"{module} (layer {layers[importing_part]}) imports {name} above it")
+            elif layers[imported_part] == layers[
+                importing_part
+            ] and imported_part not in siblings.get(importing_part, ()):
+                faults.append(f"{module} imports {name} of its own layer {layers[importing_part]}")
     return faults
 
 
 def _part(module: str) -> str:
-    """The first name behind the package's; "" is the package itself."""
+    """Returns the first name behind the package's; "" for the package itself."""
     return f"{module}.".split(".")[1]

@@ -1,4 +1,4 @@
-"""Which Triton and numpy can run kernels in the interpreter together."""
+"""Knows which versions of Triton and numpy can run kernels in the interpreter together."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 
 
 def dead_pair(triton: str | None, numpy: str) -> str | None:
-    """The refusal of two versions whose interpreter is dead, None for a pair that works.
+    """Returns why two versions cannot run the interpreter together, None if they can.
 
     Before Triton 3.7 the interpreter converts arrays of size 1 with int(), which numpy refuses from
-    2.4 on: every kernel would fail, each with the same TypeError from within Triton.
+    2.4 on. Every kernel would then fail with the same TypeError from within Triton.
     """
     if triton is None or _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
         return None
@@ -19,6 +19,6 @@ def dead_pair(triton: str | None, numpy: str) -> str | None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """Reads major and minor; what follows them, as in 2.4.0rc1 or 3.7.1+git, does not count."""
+    """Returns (major, minor); what follows them, as in 2.4.0rc1 or 3.7.1+git, is ignored."""
     major, minor = re.findall(r"\d+", version)[:2]
     return int(major), int(minor)

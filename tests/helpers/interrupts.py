@@ -1,4 +1,4 @@
-"""Ctrl-C at any line that is asked for: what it leaves behind is looked at afterwards."""
+"""Raises Ctrl-C at any chosen line, so that tests can check what it leaves behind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ROLLOUT = (*ENGINE, "socpo_fast/socratic/rollout.py", "socpo_fast/socratic/teach
 
 @contextmanager
 def interrupted_at(line: int, files: tuple[str, ...] = ENGINE) -> Iterator[list[int]]:
-    """Raises KeyboardInterrupt before the line-th line of these files that this thread runs in the
-    block.
+    """Raises KeyboardInterrupt before the line-th executed line of these files.
 
-    Yields a list that holds how many lines were run so far. Only once: what cleans up runs through.
+    Only lines that this thread executes inside the block count. Yields a list with the number of
+    lines executed so far. The interrupt comes only once, so code that cleans up runs undisturbed.
     """
     num_lines = [0]
 
@@ -33,9 +33,9 @@ def interrupted_at(line: int, files: tuple[str, ...] = ENGINE) -> Iterator[list[
     def on_call(frame: FrameType, _event: str, _arg: Any) -> Any:
         return on_line if frame.f_code.co_filename.endswith(files) else None
 
-    before = sys.gettrace()
+    old_trace = sys.gettrace()
     sys.settrace(on_call)
     try:
         yield num_lines
     finally:
-        sys.settrace(before)
+        sys.settrace(old_trace)

@@ -1,4 +1,4 @@
-"""Stand-ins for the parts of torch.cuda around a capture and a read, which need no card."""
+"""Stands in for the parts of torch.cuda around a capture and a read; needs no card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from socpo_fast.engine import decode, steps
 
 
 class FakeGraph:
-    """What a CUDA graph does here: the round that was captured, once a replay."""
+    """A stand-in for a CUDA graph: each replay runs the captured round once."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.round: Callable[[], None] | None = None
@@ -40,7 +40,7 @@ class FakeGraph:
 
 
 class FakeStream:
-    """A stream of a device, which notes whom it waits for."""
+    """A stand-in for a stream, which notes when it waits for another one."""
 
     def __init__(self, device: Any, cuda: FakeCuda) -> None:
         self.device = device
@@ -52,11 +52,11 @@ class FakeStream:
 
 
 class FakeCuda:
-    """torch.cuda around a capture; notes on which device each of its steps ran."""
+    """A stand-in for torch.cuda around a capture; notes on which device each step ran."""
 
     def __init__(self) -> None:
-        self.chosen: list[Any] = []  # the devices of the `with torch.cuda.device(..)` that are open
-        self.streams: list[Any] = []  # and the streams
+        self.chosen: list[Any] = []  # devices of the open `with torch.cuda.device(..)` blocks
+        self.streams: list[Any] = []  # streams of the open `with torch.cuda.stream(..)` blocks
         self.steps: list[tuple[str, Any]] = []  # (step, current device)
 
     def note(self, step: str) -> None:
@@ -79,6 +79,7 @@ class FakeCuda:
         return self.streams[-1] if self.streams else default
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Puts the stand-ins into torch.cuda for the rest of the test."""
         for name in ("device", "stream", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(device, self))
@@ -86,24 +87,24 @@ class FakeCuda:
 
 
 class LateReadback:
-    """Numbers that are on their way for a random number of looks."""
+    """A readback whose numbers arrive only after a random number of calls of is_ready."""
 
     rng = random.Random(0)
 
     def __init__(self, x: torch.Tensor) -> None:
-        self._host, self._looks_left = x.clone(), self.rng.randrange(4)
+        self._host, self._polls_left = x.clone(), self.rng.randrange(4)
 
     @property
     def is_ready(self) -> bool:
-        self._looks_left -= 1
-        return self._looks_left < 0
+        self._polls_left -= 1
+        return self._polls_left < 0
 
     def wait(self) -> torch.Tensor:
         return self._host
 
 
 def make_reads_late(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Every engine's numbers come late from now on."""
+    """Makes the numbers of every engine arrive late from now on."""
     monkeypatch.setattr(LateReadback, "rng", random.Random(seed))
     for module in (decode, steps):
         monkeypatch.setattr(module, "Readback", LateReadback)

@@ -1,4 +1,4 @@
-"""A tiny local teacher, asked from another thread and stepped on this one."""
+"""Runs a tiny local teacher: asked from another thread, stepped on this one."""
 
 import time
 from collections.abc import Callable
@@ -24,6 +24,7 @@ SETTINGS = {
 
 
 def save_teacher(path: Path) -> Path:
+    """Saves a tiny Llama with its tokenizer as a folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=402,
@@ -40,19 +41,21 @@ def save_teacher(path: Path) -> Path:
 
 
 def local_teacher(folder: Path, device: str = "cpu", **settings: object) -> LocalTeacher:
+    """Returns the local teacher that a config with these settings makes."""
     config = Config(
         run=RunConfig(seed=7),
         teacher=LocalTeacherConfig(path=str(folder), **{**SETTINGS, **settings}),
     )  # type: ignore[arg-type]
-    made = make_teacher(config, device=device)
-    assert isinstance(made, LocalTeacher)
-    assert not made.immediate
-    return made
+    teacher = make_teacher(config, device=device)
+    assert isinstance(teacher, LocalTeacher)
+    assert not teacher.immediate
+    return teacher
 
 
 def request(
     rollout_idx: int = 0, *, question: int = 0, answer: str = "It is 3."
 ) -> GuidanceRequest:
+    """Returns a request for guidance after a wrong first attempt."""
     return GuidanceRequest(
         question="1 + 1?",
         student_answer=answer,
@@ -65,19 +68,21 @@ def request(
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits until the condition holds; fails after 30 seconds."""
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
 
 
 def ask(teacher: LocalTeacher, requests: list[GuidanceRequest]) -> list[str]:
+    """Returns the guidance for each request, all asked at once, or failures in brackets."""
     futures = [background(teacher.guide_in_time(request, None)) for request in requests]
     wait_until(lambda: not teacher.step() and all(future.done() for future in futures))
     return [heard(future) for future in futures]
 
 
 def heard(future: Future[Guidance]) -> str:
-    """The text, or the kind of failure in brackets."""
+    """Returns the text of the guidance, or the kind of failure in brackets."""
     try:
         return future.result(timeout=30).text
     except GuidanceFailed as failure:

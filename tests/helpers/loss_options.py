@@ -1,4 +1,7 @@
-"""Tests name the numbers of a loss one by one; the ops take them as one PolicyLossOptions."""
+"""Makes one PolicyLossOptions of the loss settings that a test names one by one.
+
+The ops take them as one argument, `options`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,6 @@ NAMES = {field.name for field in fields(PolicyLossOptions)}
 
 
 def gathered(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a call, those of the loss among them put together."""
+    """Returns the arguments of a call, with those of the loss gathered in `options`."""
     loss = PolicyLossOptions(**{name: value for name, value in options.items() if name in NAMES})
     return {name: value for name, value in options.items() if name not in NAMES} | {"options": loss}

@@ -1,4 +1,4 @@
-"""Small students and hand-made rollouts for the tests of this folder."""
+"""Makes small students and rollouts by hand; their token ids are random."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ VOCAB = 53
 
 
 def make_student(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Decoder:
+    """Returns a tiny Llama with random weights; `changes` are keys of its config.json."""
     raw = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -47,7 +48,10 @@ def make_rollout(
     bridge_lengths: list[int] | None = None,
     cuts: list[int | None] | None = None,
 ) -> Rollout:
-    """A rollout of random tokens; its content depends on the two indices only."""
+    """Returns a rollout of random tokens, which depend on the two indices only.
+
+    `lengths` and `bridge_lengths` are numbers of tokens; `cuts` are those of turns_of.
+    """
     rng = random.Random(1000 * question_idx + rollout_idx)
     generator = torch.Generator().manual_seed(1000 * question_idx + rollout_idx)
     attempts = [
@@ -82,32 +86,40 @@ def turns_of(
     bridges: list[list[int]],
     cuts: list[int | None] | None = None,
 ) -> list[Turn]:
-    """Turns with a bridge between each two; cuts say how much of an attempt the next one sees.
+    """Returns the turns of some attempts, with a bridge between each two.
 
-    None: all of it; -m: nothing, and the last m tokens of what stood before it are gone too.
+    A cut says how much of an attempt the next one sees. None: all of it. -m: nothing, and the last
+    m tokens before the attempt are dropped as well.
     """
     turns = [Turn(attempt=attempt) for attempt in attempts]
-    seen = len(prompt_ids)
+    num_context_tokens = len(prompt_ids)
     for turn, bridge_ids, cut in zip(turns, bridges, cuts or [None] * len(bridges), strict=False):
-        kept_tokens = seen + (turn.attempt.num_tokens if cut is None else cut)
+        kept_tokens = num_context_tokens + (turn.attempt.num_tokens if cut is None else cut)
         turn.guidance = ShownGuidance(
             raw_text="", text="", kept_tokens=kept_tokens, bridge_ids=bridge_ids
         )
-        seen = kept_tokens + len(bridge_ids)
+        num_context_tokens = kept_tokens + len(bridge_ids)
     return turns
 
 
 def contexts(rollout: Rollout) -> list[list[int]]:
-    """Returns, per attempt, the token ids it was sampled behind; computed apart, to compare."""
-    found = [list(rollout.prompt_ids)]
+    """Returns, for each attempt, the token ids that it was sampled behind.
+
+    The code under test has its own way to this; here it is written out again, to compare.
+    """
+    contexts_so_far = [list(rollout.prompt_ids)]
     for turn in rollout.turns[:-1]:
-        row = found[-1] + turn.attempt.token_ids
-        found.append(row[: turn.guidance.kept_tokens] + turn.guidance.bridge_ids)
-    return found
+        token_ids = contexts_so_far[-1] + turn.attempt.token_ids
+        contexts_so_far.append(token_ids[: turn.guidance.kept_tokens] + turn.guidance.bridge_ids)
+    return contexts_so_far
 
 
 def count_nodes(rollouts: list[Rollout]) -> tuple[int, int]:
-    """(tokens of the groups' trees, leaves among them), from the rollouts alone."""
+    """Counts the tokens of the groups' prefix trees and their leaves, from the rollouts alone.
+
+    A token that several rollouts or attempts share counts once. A leaf is the last token of a
+    rollout, or of a tail that a cut drops.
+    """
     trained = [rollout for rollout in rollouts if rollout.attempts]
     prompts = {(rollout.question_idx, tuple(rollout.prompt_ids)) for rollout in trained}
     nodes = sum(len(prompt) for _, prompt in prompts)
@@ -121,8 +133,9 @@ def count_nodes(rollouts: list[Rollout]) -> tuple[int, int]:
 
 
 def make_rollouts() -> list[Rollout]:
-    """Every shape a rollout can have, out of order: two groups, a singleton, one question with two
-    prompts.
+    """Returns rollouts of every shape that exists, out of order.
+
+    Two groups of several rollouts, a group of one, and one question with two prompts.
     """
     first = [1, 2, 3, 4, 5]
     second = [7]
@@ -136,23 +149,20 @@ def make_rollouts() -> list[Rollout]:
         make_rollout(2, 0, third, [3]),  # a group of one
         make_rollout(1, 1, second, [7, 5, 4], [3, 3], [3, None]),
         make_rollout(0, 4, first, [5, 4, 6], [2, 2], [1, 2]),  # cut twice
-        make_rollout(1, 2, second, [4, 4], [2], [3]),  # a tail of one token, which nobody forwards
+        make_rollout(
+            1, 2, second, [4, 4], [2], [3]
+        ),  # the cut drops one token; no forward needs it
         make_rollout(1, 3, second, [4, 4], [2], [4]),  # a cut that cuts nothing
         make_rollout(0, 5, first, [3, 3], [2], [0]),  # nothing of the first attempt is kept
         make_rollout(0, 6, [1, 2, 3, 4, 6], [4]),  # same question, another prompt
-        make_rollout(
-            0, 7, first, [4, 3, 2], [2, 1], [-3, -1]
-        ),  # back into the prompt, then into the first bridge
-        make_rollout(
-            0, 8, first, [1, 3, 4], [2, 0], [-4, -2]
-        ),  # one token stays; then one again, and no bridge
-        make_rollout(
-            1, 4, second, [6, 1, 3], [3, 2], [None, -5]
-        ),  # past a bridge into the first attempt
-        make_rollout(
-            2, 1, third, [5, 4, 3], [0, 2], [2, -1]
-        ),  # behind a cut and an empty bridge, into what was kept
-        make_rollout(
-            2, 2, third, [2, 3, 3], [1, 1], [-1, None]
-        ),  # a chain that goes on behind a fork in the prompt
+        # cut back into the prompt, then into the first bridge
+        make_rollout(0, 7, first, [4, 3, 2], [2, 1], [-3, -1]),
+        # one token of the prompt stays; then one again, and no bridge
+        make_rollout(0, 8, first, [1, 3, 4], [2, 0], [-4, -2]),
+        # cut past a bridge into the first attempt
+        make_rollout(1, 4, second, [6, 1, 3], [3, 2], [None, -5]),
+        # behind a cut and an empty bridge, cut again into what was kept
+        make_rollout(2, 1, third, [5, 4, 3], [0, 2], [2, -1]),
+        # a fork in the prompt, behind which two attempts follow each other
+        make_rollout(2, 2, third, [2, 3, 3], [1, 1], [-1, None]),
     ]

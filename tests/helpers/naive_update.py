@@ -1,8 +1,9 @@
-"""An update's loss, one token at a time: nothing of train/ or ops/ is used.
+"""Computes an update's loss one token at a time, to compare the packed and fused code with.
 
-Every attempt is forwarded alone behind its whole context, through any function from token ids to
-logits (a decoder with attention written out, or transformers); a token's loss is a handful of
-scalars. fp64 where the model is.
+Nothing of train/ is used, and of ops/ only the rotary embedding. Every attempt is forwarded by
+itself behind its whole context, through any function from token ids to logits: a decoder whose
+attention is written out, or transformers. A token's loss is a handful of scalars. Everything is in
+fp64 if the model is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Forward = Callable[[list[int]], Tensor]
 
 
 def decoder_forward(student: Decoder) -> Forward:
-    """token ids -> [L, V] logits of one row by itself."""
+    """Returns a function from the token ids of one row to its [L, V] logits."""
 
     def attend(layer_idx: int, qkv_TXE: Tensor, rope: Rope) -> Tensor:
         q_THE, k_TKE, v_TKE = split_qkv_and_apply_rope(qkv_TXE, rope, student.config.num_kv_heads)
@@ -46,18 +47,17 @@ def decoder_forward(student: Decoder) -> Forward:
 
 
 def naive_logprobs(forward: Forward, rollout: Rollout) -> list[tuple[Tensor, Tensor]]:
-    """(logprob, entropy) of every token of every attempt, [L] each."""
-    found = []
-    for context, attempt in zip(
-        contexts(rollout), rollout.attempts, strict=False
-    ):  # no attempt, still a prompt
+    """Returns (logprob, entropy) of every token of every attempt, [L] each."""
+    pairs = []
+    # A rollout without attempts still has a prompt, so the two lists may differ in length.
+    for context, attempt in zip(contexts(rollout), rollout.attempts, strict=False):
         logits = forward(context + attempt.token_ids)[len(context) - 1 : -1] / TEMPERATURE
         probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
         logprobs = probabilities[
             torch.arange(attempt.num_tokens), torch.tensor(attempt.token_ids)
         ].log()
-        found.append((logprobs, -(probabilities * probabilities.log()).sum(-1)))
-    return found
+        pairs.append((logprobs, -(probabilities * probabilities.log()).sum(-1)))
+    return pairs
 
 
 def token_loss(
@@ -69,7 +69,10 @@ def token_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = 3.0,
 ) -> tuple[Tensor, bool]:
-    """(loss of one token before weights, entropy and KL; whether a clip replaced its ratio)."""
+    """Returns the loss of one token, and whether a clip replaced its ratio.
+
+    Weights, entropy and KL come later.
+    """
     ratio = (logprob - old).clamp(-20.0, 20.0).exp()
     low = 1 - clip_low
     high = 1 + clip_high
@@ -87,10 +90,11 @@ def token_loss(
 
 
 def token_kl(logprob: Tensor, ref: float, estimator: str) -> Tensor:
-    difference = ref - logprob
+    """Returns one token's estimate of the KL divergence from the reference."""
+    log_ratio = ref - logprob
     if estimator == "k1":
-        return -difference
-    return difference**2 / 2 if estimator == "k2" else difference.exp() - 1 - difference
+        return -log_ratio
+    return log_ratio**2 / 2 if estimator == "k2" else log_ratio.exp() - 1 - log_ratio
 
 
 def naive_loss(
@@ -107,29 +111,31 @@ def naive_loss(
     tis_clip: float | None = None,
     **clips: Any,
 ) -> tuple[Tensor, float]:
-    """(loss with its graph, share of clipped tokens) of these rollouts as one update; old=None: the
-    sampler's.
+    """Returns (loss with its graph, share of clipped tokens) of these rollouts as one update.
+
+    old=None takes the sampler's log-probs as the old ones.
     """
-    lengths = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
+    attempt_lens = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
     terms = []
     num_clipped = 0
-    for place, rollout in enumerate(rollouts):
+    for idx, rollout in enumerate(rollouts):
         for k, (logprobs, entropy) in enumerate(naive_logprobs(forward, rollout)):
             sampler = rollout.attempts[k].logprobs.tolist()
-            olds = sampler if old is None else old[place][k].tolist()
+            olds = sampler if old is None else old[idx][k].tolist()
             for t, logprob in enumerate(logprobs):
                 term, clipped = token_loss(logprob, olds[t], rollout.turns[k].advantage, **clips)
                 num_clipped += clipped
                 term = term - entropy_coef * entropy[t]
                 if ref is not None:
-                    term = term + kl_coef * token_kl(logprob, ref[place][k][t].item(), kl_estimator)
+                    term = term + kl_coef * token_kl(logprob, ref[idx][k][t].item(), kl_estimator)
+                # Each kind of aggregation is a weight of the token.
                 if loss_agg == "token_mean":
-                    weight = 1 / sum(lengths)
+                    weight = 1 / sum(attempt_lens)
                 elif loss_agg == "seq_mean_token_mean":
-                    weight = 1 / len(lengths) / len(logprobs)
+                    weight = 1 / len(attempt_lens) / len(logprobs)
                 else:
                     assert max_new_tokens is not None
-                    weight = 1 / len(lengths) / max_new_tokens
+                    weight = 1 / len(attempt_lens) / max_new_tokens
                 if tis_clip is not None:
                     weight *= min(math.exp(olds[t] - sampler[t]), tis_clip)
                 terms.append(weight * term)
@@ -139,7 +145,10 @@ def naive_loss(
 def naive_gradients(
     student: Decoder, rollouts: list[Rollout], **options: Any
 ) -> tuple[dict[str, Tensor], float, float]:
-    """(gradient by parameter name, loss, share of clipped tokens); options are naive_loss's."""
+    """Returns (gradient by parameter name, loss, share of clipped tokens).
+
+    The options are those of naive_loss.
+    """
     student.zero_grad(set_to_none=True)
     loss, clipped = naive_loss(decoder_forward(student), rollouts, **options)
     loss.backward()
@@ -151,38 +160,41 @@ def naive_gradients(
 
 
 def near_policy(student: Decoder, rollouts: list[Rollout], spread: float, seed: int) -> PerToken:
-    """fp32 log-probs around the student's own, so that some ratios clip and others do not."""
+    """Returns fp32 log-probs near the student's, so that some ratios clip and others do not."""
     generator = torch.Generator().manual_seed(seed)
     forward = decoder_forward(student)
     with torch.no_grad():
-        own = [
+        current = [
             [logprobs.float() for logprobs, _ in naive_logprobs(forward, rollout)]
             for rollout in rollouts
         ]
     return [
         [x + spread * torch.randn(x.shape, generator=generator) for x in attempts]
-        for attempts in own
+        for attempts in current
     ]
 
 
 def set_sampler_logprobs(rollouts: list[Rollout], logprobs: PerToken) -> None:
+    """Replaces the sampler's log-probs of all attempts."""
     for rollout, by_attempt in zip(rollouts, logprobs, strict=True):
         for attempt, logprobs_L in zip(rollout.attempts, by_attempt, strict=True):
             attempt.logprobs = logprobs_L
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Every entry within tolerance of the largest entry of its tensor."""
-    assert found.keys() == expected.keys()
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Asserts that every entry is within tolerance of its tensor's largest entry."""
+    assert actual.keys() == expected.keys()
     for name, grad in expected.items():
-        error = (found[name] - grad).abs().max()
+        error = (actual[name] - grad).abs().max()
         size = grad.abs().max()
         assert error <= tolerance * size, f"{name}: off by {error:.2e} of {size:.2e}"
 
 
 def norm(grads: dict[str, Tensor]) -> float:
+    """Returns the norm over all gradients together."""
     return float(sum(grad.double().square().sum() for grad in grads.values())) ** 0.5
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Returns the norm of the difference of two sets of gradients."""
     return norm({name: one[name].double() - other[name].double() for name in one})

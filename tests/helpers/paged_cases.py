@@ -1,4 +1,7 @@
-"""Sequences in shuffled pages for the tests of paged_attention; what must not be read holds NaN."""
+"""Makes sequences in shuffled pages for the tests of paged_attention.
+
+Slots that must not be read hold NaN.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,9 @@ class Case(NamedTuple):
     cu_seqlens_q: Tensor
 
     def part(self, b: int, begin: int, end: int, seq_len: int) -> Case:
-        """Sequence b alone with its first seq_len tokens, of which rows begin .. end - 1 of q are
-        the last.
+        """Returns a case of sequence b only, with its first seq_len tokens.
+
+        Rows begin .. end - 1 of q are the queries of the last of these tokens.
         """
         return self._replace(
             q_THE=self.q_THE[begin:end],
@@ -47,8 +51,9 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     shared: int = 0,
 ) -> Case:
-    """Random keys, in caches of `dtype`; all sequences have the first one's pages for their first
-    `shared` tokens.
+    """Returns random queries, and random keys and values in caches of `dtype`.
+
+    The first `shared` tokens of all sequences are in the pages of the first sequence.
     """
     generator = torch.Generator().manual_seed(sum(seq_lens) + head_dim)
     width = -(-max(seq_lens) // page_size) + 1
@@ -70,10 +75,12 @@ def make_case(
 
 
 def run(case: Case, impl: str = "cpp", *, cascade: bool = True) -> Tensor:
+    """Returns the output of the op, with the scale that attention usually has."""
     return paged_attention(*case, scale=case.q_THE.shape[-1] ** -0.5, cascade=cascade, impl=impl)
 
 
 def assert_cpp_is_right(case: Case) -> None:
-    doubles = [x.double() if x.is_floating_point() else x for x in case]
-    truth_THE = paged_attention_ref(*doubles, scale=case.q_THE.shape[-1] ** -0.5)
+    """Asserts the error rule for the C++ output."""
+    inputs_64 = [x.double() if x.is_floating_point() else x for x in case]
+    truth_THE = paged_attention_ref(*inputs_64, scale=case.q_THE.shape[-1] ** -0.5)
     assert_error_rule(run(case), run(case, "ref"), truth_THE, name="o_THE", dtype=torch.float32)

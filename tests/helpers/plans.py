@@ -1,4 +1,4 @@
-"""What tests of the plan share: config.json of released models, and plans for them."""
+"""Makes memory plans for released models; their config.json files are written here."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ RAW = CONFIGS | {"Qwen3-8B": CONFIGS["Qwen3-4B"] | QWEN3_8B}
 
 
 class Planner:
-    """Plans of models that are config.json files in a folder."""
+    """Makes plans for models that are config.json files in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def model(self, name: str) -> Path:
-        """The model's folder, without weights."""
+        """Writes the model's folder, without weights, and returns its path."""
         path = self.folder / name / "config.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(RAW[name]), encoding="utf-8")
         return path.parent
 
     def words(self, name: str, *words: str) -> list[str]:
-        """The command line of a plan for an H100."""
+        """Returns the command line of a plan for an H100."""
         return ["plan", "--student.path", str(self.model(name)), "--card", "h100", *words]
 
     def __call__(
@@ -48,15 +48,18 @@ class Planner:
         is_training: bool = True,
         **settings: Any,
     ) -> Plan:
-        """settings: section__key; in bf16 unless they say otherwise."""
+        """Returns a plan; settings are named section__key.
+
+        The student is in bf16 unless they say otherwise.
+        """
         changes = {key.replace("__", "."): value for key, value in settings.items()}
         config = load_config(None, {"run.device": "cuda", "student.dtype": "bfloat16"} | changes)
-        known = CARDS[card] if isinstance(card, str) else card
-        return make_plan(config, self.model(name), known, is_training=is_training)
+        known_card = CARDS[card] if isinstance(card, str) else card
+        return make_plan(config, self.model(name), known_card, is_training=is_training)
 
 
 class FakeCard:
-    """A card of this machine, as far as a plan asks."""
+    """A stand-in for this machine's card: what a plan asks torch.cuda about it."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, name: str, free_gib: float, total_gib: float

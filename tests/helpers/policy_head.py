@@ -1,5 +1,7 @@
-"""Problems for the tests of linear_policy_loss, and two ways to solve them: all logits at once, and
-the op.
+"""Makes problems for the tests of linear_policy_loss, and solves them in two ways.
+
+`materialised` stores all logits at once and calls policy_loss; `fused` calls the op. Read make_case
+first.
 """
 
 from collections.abc import Callable
@@ -9,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from socpo_fast.ops import PolicyLoss, linear_policy_loss, policy_loss
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops import PolicyLoss, available_impls, linear_policy_loss, policy_loss
 from tests.helpers.error_rule import assert_error_rule
 from tests.helpers.loss_options import gathered
 
-IMPLS = ["ref", *(["cpp"] if extension_is_built() else [])]
+IMPLS = ["ref", *(["cpp"] if "cpp" in available_impls().values() else [])]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "entropy_and_kl": {"entropy_coef": 0.05, "kl_coef": 0.1, "kl_estimator": "k3"},
@@ -32,8 +33,9 @@ Solution = tuple[PolicyLoss, Tensor, Tensor]  # with the gradients of hidden and
 
 
 class Case(NamedTuple):
-    """Inputs of one call in fp64; hidden and weight fit into bf16, so every dtype computes on the
-    same numbers.
+    """Inputs of one call in fp64.
+
+    bf16 holds hidden and weight exactly, so every dtype computes on the same numbers.
     """
 
     hidden: Tensor
@@ -51,8 +53,9 @@ class Case(NamedTuple):
 def make_case(
     num_tokens: int = 37, num_rows: int = 53, vocab: int = 97, width: int = 16, peak: float = 4.0
 ) -> Case:
-    """Prime sizes; peaked logits, some log-probs near 0 and some far below; ratios on both sides of
-    the clips.
+    """Returns prime sizes, peaked logits and ratios on both sides of the clips.
+
+    Some log-probs are near 0 and some far below.
     """
     rng = torch.Generator().manual_seed(num_tokens * 1000 + num_rows)
     hidden = torch.randn(num_tokens, width, generator=rng)
@@ -63,10 +66,10 @@ def make_case(
         else torch.zeros(0, dtype=torch.int64)
     )
     logits = hidden[rows] @ weight.T * (peak / width**0.5)
-    best = logits.argmax(-1)
+    most_likely = logits.argmax(-1)
     targets = torch.where(
         torch.rand(num_rows, generator=rng) < 0.5,
-        best,
+        most_likely,
         torch.randint(vocab, (num_rows,), generator=rng),
     )
     temperature = 0.5 + torch.rand(num_rows, generator=rng)
@@ -89,7 +92,7 @@ def make_case(
 
 
 def materialised(case: Case, dtype: torch.dtype, **options: Any) -> Solution:
-    """All logits at once, then policy_loss; the gradients of hidden and weight beside it."""
+    """Solves the case with all logits at once, then policy_loss; also returns both gradients."""
     hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (case.hidden, case.weight))
     wide = torch.promote_types(dtype, torch.float32)
     log_softmax = (
@@ -111,7 +114,7 @@ def materialised(case: Case, dtype: torch.dtype, **options: Any) -> Solution:
 
 
 def fused(case: Case, dtype: torch.dtype, **options: Any) -> Solution:
-    """The op, in the same form as `materialised`."""
+    """Solves the case with the op; returns the same as `materialised`."""
     hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (case.hidden, case.weight))
     result = call(case, hidden, weight, **options)
     result.loss.backward()
@@ -119,7 +122,7 @@ def fused(case: Case, dtype: torch.dtype, **options: Any) -> Solution:
 
 
 def call(case: Case, hidden: Tensor, weight: Tensor, **options: Any) -> PolicyLoss:
-    """The op on given leaves in place of the case's."""
+    """Calls the op on these leaves in place of the case's hidden and weight."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return linear_policy_loss(
         hidden,
@@ -139,7 +142,10 @@ def call(case: Case, hidden: Tensor, weight: Tensor, **options: Any) -> PolicyLo
 def assert_as_right_as_plain(
     case: Case, dtype: torch.dtype, impl: str, workspace_mib: float = 256.0, **options: Any
 ) -> Solution:
-    """The error rule for every output and both gradients, each of them scaled to at most 1."""
+    """Asserts the error rule for every output and both gradients.
+
+    Each is scaled to at most 1, where the rule's tolerance belongs.
+    """
     truth = materialised(case, torch.float64, **options)
     plain = materialised(case, dtype, **options)
     actual = fused(case, dtype, metrics="all", impl=impl, workspace_mib=workspace_mib, **options)
@@ -152,29 +158,29 @@ def assert_as_right_as_plain(
 
 
 def output(solution: Solution, name: str) -> Tensor:
-    """A field of PolicyLoss, or a gradient."""
+    """Returns a field of PolicyLoss, or a gradient."""
     gradients = {"hidden.grad": solution[1], "weight.grad": solution[2]}
     return gradients[name] if name in gradients else getattr(solution[0], name)
 
 
 def shapes_inside(run: Callable[[], object]) -> list[tuple[str, list[list[int]]]]:
-    """Name and input shapes of each op that runs, also inside of registered ops, in order."""
+    """Returns name and input shapes of each op that runs, also inside registered ops."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         run()
     return [(event.name, event.input_shapes) for event in profiled.events() if event.input_shapes]
 
 
 def leaves_of(case: Case, dtype: torch.dtype) -> Leaves:
-    """Hidden, weight and a bias that fits into bf16."""
+    """Returns hidden, weight and a bias, all of which bf16 holds exactly, as leaves."""
     bias = torch.randn(case.weight.shape[0], generator=torch.Generator().manual_seed(2)).bfloat16()
     leaves = case.hidden, case.weight, bias
     hidden, weight, bias = (x.to(dtype, copy=True).requires_grad_() for x in leaves)
     return hidden, weight, bias
 
 
-def head_of(head: dict[str, Any], leaves: Leaves) -> dict[str, Any]:
-    """The arguments of an op for one of HEADS."""
-    return {name: leaves[2] if name == "bias" else value for name, value in head.items()}
+def head_of(settings: dict[str, Any], leaves: Leaves) -> dict[str, Any]:
+    """Returns the settings of one of HEADS, with the leaf as its bias."""
+    return {name: leaves[2] if name == "bias" else value for name, value in settings.items()}
 
 
 def plain_logprob(
@@ -184,7 +190,7 @@ def plain_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The docstring's formula over all logits at once."""
+    """Computes the docstring's formula over all logits at once."""
     wide = torch.promote_types(leaves[0].dtype, torch.float32)
     logits = (leaves[0][case.rows] @ leaves[1].T).to(wide)
     logits = logit_scale * (logits if bias is None else logits + bias)
@@ -195,6 +201,7 @@ def plain_logprob(
 
 
 def loss_arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the arguments of the loss, in the dtype that the logits are held in."""
     wide = torch.promote_types(dtype, torch.float32)
     return {
         "old_logprobs_N": case.old.to(wide),
@@ -208,39 +215,44 @@ def loss_arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 def solve(
     case: Case,
     dtype: torch.dtype,
-    head: dict[str, Any],
+    settings: dict[str, Any],
     impl: str | None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of the loss by an implementation, by the plain formula for None."""
+    """Returns outputs and gradients of the loss; impl None solves it by the plain formula."""
     leaves = leaves_of(case, dtype)
     arguments = loss_arguments(case, dtype) | gathered(options)
-    head = head_of(head, leaves)
+    settings = head_of(settings, leaves)
     wide = arguments["weights_N"].dtype
     if impl is None:
-        logprobs, entropy = plain_logprob(case, leaves, **head)
+        logprobs, entropy = plain_logprob(case, leaves, **settings)
         result = policy_loss(logprobs, entropy_N=entropy, **arguments)
     else:
-        head |= {"bias_V": head.pop("bias")} if "bias" in head else {}
-        more = {
+        settings |= {"bias_V": settings.pop("bias")} if "bias" in settings else {}
+        call_settings = {
             "temperature": case.temperature.to(wide),
             "rows_N": case.rows,
             "metrics": "all",
             "impl": impl,
         }
-        more |= {"workspace_mib": 1e-6}  # chunks of 16 rows
-        result = linear_policy_loss(*leaves[:2], case.targets, **arguments, **head, **more)
+        call_settings |= {"workspace_mib": 1e-6}  # chunks of 16 rows
+        result = linear_policy_loss(
+            *leaves[:2], case.targets, **arguments, **settings, **call_settings
+        )
     (3 * result.loss).backward()
     gradients = zip(("dX", "dW", "dbias"), (x.grad for x in leaves), strict=True)
     return result._asdict() | {name: x for name, x in gradients if x is not None}
 
 
 def without(case: Case, left_out: Tensor) -> Case:
-    """The case with those rows left out."""
+    """Returns the case without the rows that left_out marks."""
     by_row = ("targets", "rows", "temperature", "old", "attempt_of_token", "weights", "ref")
     return case._replace(**{name: getattr(case, name)[~left_out] for name in by_row})
 
 
 def keep_all(_: Tensor, *by_row: Tensor | None) -> list[Tensor | None]:
-    """What keep_wanted does on a card."""
+    """Keeps all rows, as keep_wanted does on a card.
+
+    There the host would have to wait for the number of wanted rows, so none are dropped.
+    """
     return [x if x is None else x.contiguous() for x in by_row]

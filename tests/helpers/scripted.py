@@ -1,4 +1,4 @@
-"""A student that follows a script in place of an engine, and the tokenizer it speaks."""
+"""Provides an engine whose student follows a script, and the tokenizer it speaks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def encode(text: str) -> list[int]:
 
 
 def contains(text: str, question: Question) -> bool:
+    """Grades an attempt: it is correct if the ground truth is in its text."""
     return question.ground_truth in text
 
 
 @dataclass
 class ScriptedEngine:
-    """Stands in for Engine: attempt k of rollout r of question q is script[q, r][k]; remembers
-    every context.
+    """A stand-in for Engine: attempt k of rollout r of question q is script[q, r][k].
+
+    It remembers the context of every attempt.
     """
 
     script: dict[tuple[int, int], list[list[int]]]
@@ -60,32 +62,33 @@ class ScriptedEngine:
         self, attempt: Attempt, suffix_ids: list[int], params: SamplingParams, *, kept_tokens: int
     ) -> None:
         self.pinned.remove(attempt)
-        name = (attempt.key.question, attempt.rollout_idx)
-        before = self.contexts[(*name, attempt.attempt_idx)]
+        rollout = (attempt.key.question, attempt.rollout_idx)
+        context = self.contexts[(*rollout, attempt.attempt_idx)]
         assert suffix_ids
-        assert 1 <= kept_tokens <= len(before) + attempt.num_tokens
-        row = before + attempt.token_ids
-        self.contexts[(*name, attempt.attempt_idx + 1)] = row[:kept_tokens] + suffix_ids
+        assert 1 <= kept_tokens <= len(context) + attempt.num_tokens
+        token_ids = context + attempt.token_ids
+        self.contexts[(*rollout, attempt.attempt_idx + 1)] = token_ids[:kept_tokens] + suffix_ids
         self.pending.append((attempt.key, attempt.rollout_idx, attempt.attempt_idx + 1))
         self.steps_at_resume.append(self.num_steps)
 
     is_ready = True
 
     def launch(self) -> None:
-        """All is done in collect."""
+        """Does nothing: all is done in collect."""
 
     def collect(self) -> list[Attempt]:
         self.num_steps += bool(self.pending)
-        now = self.pending[: self.per_step]
+        # At most per_step attempts finish in a step, in the order in which they were asked for.
+        due = self.pending[: self.per_step]
         self.pending = self.pending[self.per_step :]
-        done = []
-        for key, r, k in now:
+        finished = []
+        for key, r, k in due:
             ids = self.script[key.question, r][k]
             reason = "stop" if ids[-1] in self.eos_ids else "length"
             ones = torch.ones(len(ids))
-            done.append(Attempt(ids, -ones, ones, reason, key, r, k, 0))
-        self.pinned += done
-        return done
+            finished.append(Attempt(ids, -ones, ones, reason, key, r, k, 0))
+        self.pinned += finished
+        return finished
 
     def release(self, attempts: list[Attempt]) -> None:
         for attempt in attempts:

@@ -1,5 +1,6 @@
-"""A student small enough for thousands of steps, and `untouched`: what an attempt must be, whatever
-happens to it.
+"""Makes a student small enough for thousands of steps, and engines for it.
+
+`untouched` computes what an attempt must be, whatever else happens in its engine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ POSITIONS = 128
 
 
 def make_student(seed: int = 0, *, num_layers: int = 2) -> Decoder:
+    """Returns a tiny Llama with random weights."""
     config = ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=VOCAB,
@@ -45,24 +47,32 @@ def make_student(seed: int = 0, *, num_layers: int = 2) -> Decoder:
 def make_engine(
     student: Decoder, *, num_pages: int = 200, page_size: int = 4, **options: int
 ) -> Engine:
+    """Returns an engine whose cache has exactly num_pages pages."""
+    # Half a page more, so that rounding cannot lose one.
     gib = (num_pages + 0.5) * Runner.page_bytes(student, page_size) / 2**30
     return Engine(student, kv_cache_gib=gib, page_size=page_size, **options)
 
 
 def keys_of(prompts: list[list[int]]) -> list[tuple[int, int]]:
-    """(0, q) of each: the same draws in every engine, whatever was drawn before."""
+    """Returns the key (0, q) for each prompt.
+
+    With these, every engine draws the same tokens, whatever it drew earlier.
+    """
     return [(0, q) for q in range(len(prompts))]
 
 
 def generate_same(
     engine: Engine, prompts: list[list[int]], params: SamplingParams, **options: bool
 ) -> list[list[Attempt]]:
-    """Engine.generate under the prompts' own keys: every call draws the same tokens."""
+    """Generates under keys_of(prompts), so that every call draws the same tokens."""
     return engine.generate(prompts, params, keys=keys_of(prompts), **options)
 
 
 def drain(engine: Engine) -> list[Attempt]:
-    """Step until idle; everything that finished, in order of (key, rollout_idx, attempt_idx)."""
+    """Steps until the engine is idle; returns all finished attempts.
+
+    They are in order of (key, rollout_idx, attempt_idx).
+    """
     finished = []
     while engine.has_work:
         finished += engine.step()
@@ -70,14 +80,16 @@ def drain(engine: Engine) -> list[Attempt]:
 
 
 def kept(context: list[int], attempt: Attempt, cut: int | None = None) -> int:
-    """The length of the row's prefix that stays: cut tokens of the attempt, None all, -m none and m
-    fewer before it.
+    """Returns the length of the prefix that stays when an attempt is resumed.
+
+    cut is the number of the attempt's tokens that stay. None: all. -m: none, and the last m tokens
+    of the context go too.
     """
     return len(context) + (attempt.num_tokens if cut is None else cut)
 
 
 def bits(attempt: Attempt) -> tuple:
-    """Everything of an attempt that must not differ in a single bit."""
+    """Returns everything of an attempt that must be bitwise equal."""
     return (
         attempt.token_ids,
         attempt.logprobs.tolist(),
@@ -97,11 +109,11 @@ def untouched(
     sampled: list[int] | None = None,
     max_sampled: int | None = None,
 ) -> tuple:
-    """`bits` of the same attempt by an engine of its own: alone, prefilled whole, nothing forked,
-    shared or preempted.
+    """Returns `bits` of the same attempt from an engine of its own.
 
-    sampled: what was sampled already (under other weights, say); max_sampled: stop after that many
-    in all.
+    There it is alone, prefilled at once, and nothing is forked, shared or preempted. `sampled` are
+    tokens that were sampled already, under other weights for example. With max_sampled the attempt
+    stops at that many tokens in all.
     """
     engine = make_engine(student)
     sequence = Sequence(

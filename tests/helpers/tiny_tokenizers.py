@@ -1,6 +1,6 @@
-"""Small tokenizers with the chat templates of the families we support, built in memory.
+"""Builds small tokenizers with the chat templates of the supported families, in memory.
 
-family() has the special tokens and the real layout of a family (templates/README.md);
+family() has the special tokens and the real layout of a family (templates/README.md).
 tiny_tokenizer() takes a template of its own, short enough to read beside a test.
 """
 
@@ -50,12 +50,9 @@ _SPECIAL = {
         "<|end_of_text|>",
     ],
 }
-
-
 _MISTRAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-FAMILIES: dict[
-    str, tuple[list[str], dict[str, str]]
-] = {  # special tokens, and which of them is what
+# The special tokens of each family, and the roles of some of them.
+FAMILIES: dict[str, tuple[list[str], dict[str, str]]] = {
     "smollm2": (
         _SPECIAL[CHATML],
         {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
@@ -72,8 +69,9 @@ FAMILIES: dict[
 
 
 def family(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family in small: its template and special tokens; sentencepiece for
-    mistral_v3.
+    """Returns the tokenizer of a family in small, with its template and special tokens.
+
+    mistral_v3 is a sentencepiece tokenizer, the others are byte-level.
     """
     special, roles = FAMILIES[name]
     tokenizer = _sentencepiece(special) if name == "mistral_v3" else _byte_level(special)
@@ -82,7 +80,7 @@ def family(name: str) -> PreTrainedTokenizerFast:
 
 
 def tiny_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """Byte-level, eos and bos as the template's family has them."""
+    """Returns a byte-level tokenizer with the bos and eos of the template's family."""
     special = _SPECIAL.get(template or "", _SPECIAL[CHATML])
     return PreTrainedTokenizerFast(
         tokenizer_object=_byte_level(special),
@@ -93,7 +91,7 @@ def tiny_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(special: list[str]) -> Tokenizer:
-    """Byte-level BPE with GPT-2's splitting."""
+    """Returns a byte-level BPE that splits words as GPT-2 does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -118,8 +116,9 @@ def _byte_level(special: list[str]) -> Tokenizer:
 
 
 def _sentencepiece(special: list[str]) -> Tokenizer:
-    """Sentencepiece's ways: a space before the first word, byte fallback, merges that build words
-    from the left.
+    """Returns a tokenizer with the habits of sentencepiece.
+
+    A space before the first word, byte fallback, and merges that build words from the left.
     """
     pieces = [
         *special,

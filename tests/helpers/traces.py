@@ -1,10 +1,12 @@
-"""A random life of an engine, step by step against a dictionary model of its pages.
+"""Runs an engine through random moves, and checks it after each against a model of its pages.
 
 Trace does what a caller can do, in any order: submit, step, resume at any cut, release, cancel,
-reset, change the weights, ask for what can never fit or under a key in flight, stop a step
-anywhere; and, as a full pool does, takes pages away from whoever has some. The pool is tiny, so
-that happens by itself as well. PageBook holds after every move who owns a page and what it was
-computed from; `check_tokens` at the end holds every attempt to that of an engine of its own.
+reset, change the weights, ask for what can never fit or under a key in flight, and stop a step
+anywhere. It also takes pages away from any sequence, as a full pool does. The pool is tiny, so the
+scheduler does that by itself as well.
+
+After every move PageBook checks who holds a page and what its keys and values were computed from.
+At the end `check_tokens` compares every attempt with the same attempt from an engine of its own.
 """
 
 from __future__ import annotations
@@ -28,65 +30,78 @@ STUDENTS = [make_student(seed) for seed in range(3)]  # policy_version % 3
 
 
 class PageBook:
-    """The model: a dictionary from a slot to the (policy_version, tokens up to it) that its KV was
-    computed from.
+    """A model of the pages: a dictionary from slots to what their KV was computed from.
+
+    That is a pair (policy_version, tokens up to the slot). It wraps the forward and the page copies
+    of the engine's runner.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.pool = engine._pool
         self.computed = {}
+        # Wraps both functions that write pages, so that every write is noted.
         self.forward, engine._runner.forward = engine._runner.forward, self.note_forward
         self.copy, engine._runner.copy_pages = engine._runner.copy_pages, self.note_copies
 
     def slots(self, sequence: Sequence, start: int, stop: int) -> list[tuple]:
+        """Returns (slot, expected content) for the tokens start .. stop - 1 of a sequence."""
         size = self.pool.page_size
         version = self.engine.policy_version
-        places = [(sequence.pages[p // size], p % size) for p in range(start, stop)]
+        slots = [(sequence.pages[p // size], p % size) for p in range(start, stop)]
         return [
-            (place, (version, tuple(sequence.token_ids[: start + i + 1])))
-            for i, place in enumerate(places)
+            (slot, (version, tuple(sequence.token_ids[: start + i + 1])))
+            for i, slot in enumerate(slots)
         ]
 
     def note_forward(self, plan: list[tuple[Sequence, int]]) -> torch.Tensor:
+        """Notes what a forward writes; it may write to pages of a single holder only."""
         for sequence, num_tokens in plan:
-            for place, content in self.slots(
+            for slot, content in self.slots(
                 sequence, sequence.num_cached, sequence.num_cached + num_tokens
             ):
-                assert self.pool.ref_count[place[0]] == 1, "a page is written that others hold"
-                self.computed[place] = content
+                assert self.pool.ref_count[slot[0]] == 1, "a page is written that others hold"
+                self.computed[slot] = content
         return self.forward(plan)
 
     def note_copies(self, copies: list[tuple[int, int]]) -> None:
+        """Notes that copied pages hold what their sources held."""
         for source, target in copies:
             for slot in range(self.pool.page_size):
                 self.computed[target, slot] = self.computed.get((source, slot))
         self.copy(copies)
 
     def check(self) -> None:
+        """Asserts that pages are held or free, never both, and hold what they should."""
         scheduler = self.engine._scheduler
         pages = range(self.pool.num_pages)
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
-        under_way = {s for step in self.engine._steps._launched for s in step.sequences}
-        held = Counter(page for sequence in live for page in sequence.pages)
+        launched = {
+            s for launched_step in self.engine._steps._launched for s in launched_step.sequences
+        }
+        num_holders = Counter(page for sequence in live for page in sequence.pages)
         free = Counter(self.pool._free)
-        assert all(free[page] + (held[page] > 0) == 1 for page in pages), (
+        assert all(free[page] + (num_holders[page] > 0) == 1 for page in pages), (
             "a page must be free once, or held"
         )
-        assert self.pool.ref_count == [held[page] for page in pages], "references must be holders"
-        assert len(held) + self.pool.num_free == self.pool.num_pages
+        assert self.pool.ref_count == [num_holders[page] for page in pages], (
+            "references must be holders"
+        )
+        assert len(num_holders) + self.pool.num_free == self.pool.num_pages
         assert len(set(live)) == len(live)
         for sequence in live:
             assert len(set(sequence.pages)) == len(sequence.pages)
             num_spare = len(sequence.pages) - self.pool.pages_for(sequence.num_cached)
-            assert num_spare == 0 or (num_spare > 0 and sequence in under_way), "a page too many"
+            assert num_spare == 0 or (num_spare > 0 and sequence in launched), "a page too many"
             assert all(
-                self.computed[place] == content
-                for place, content in self.slots(sequence, 0, sequence.num_cached)
+                self.computed[slot] == content
+                for slot, content in self.slots(sequence, 0, sequence.num_cached)
             )
 
 
 class Trace:
+    """An engine, the moves that are made with it, and what each attempt should be."""
+
     def __init__(self, seed: int, student: Decoder):
         self.rng = random.Random(seed)
         self.student = student
@@ -96,24 +111,24 @@ class Trace:
         self.engine = make_engine(
             student,
             page_size=page_size,
+            # Enough for the longest sequence, and little more: pages run out all the time.
             num_pages=-(-self.max_total // page_size) + self.rng.choice([0, 1, 3, 12, 60]),
             token_budget=self.rng.choice([1, 2, 3, 7, 64]),
             max_running=self.rng.choice([1, 2, 3, 64]),
         )
         self.book = PageBook(self.engine)
-        self.num_questions = self.num_shared = (
-            0  # num_shared: resumed into a page that others hold too
-        )
+        # num_shared counts attempts that were resumed into a page that others hold too.
+        self.num_questions = self.num_shared = 0
         self.num_interrupts = self.num_refused_keys = 0
         self.contexts: dict[Name, list[int]] = {}
         self.params: dict[Name, SamplingParams] = {}
-        self.versions: dict[
-            Name, list[tuple[int, int]]
-        ] = {}  # (tokens sampled before, policy_version from there on)
+        # (number of tokens sampled earlier, policy_version from there on)
+        self.versions: dict[Name, list[tuple[int, int]]] = {}
         self.pinned: list[Attempt] = []
         self.finished: list[Attempt] = []
 
     def run(self, num_moves: int) -> None:
+        """Makes random moves, then steps until the engine is idle."""
         moves = {
             self.submit: 3,
             self.steps: 8,
@@ -140,6 +155,7 @@ class Trace:
         assert self.engine.stats.pages_free == self.engine.stats.pages_total
 
     def submit(self) -> None:
+        """Submits a new question and notes what its first attempts should be."""
         params = self.random_params()
         prompt = self.random_ids(self.rng.randint(1, self.max_total - params.max_new_tokens))
         key = RolloutKey(7, self.num_questions)
@@ -149,44 +165,47 @@ class Trace:
             self.expect((key, rollout_idx, 0), prompt, params)
 
     def steps(self) -> None:
+        """Makes one to six steps, with a check after each."""
         for _ in range(self.rng.randint(1, 6)):
             self.step()
             self.book.check()
 
     def step(self) -> None:
-        before = self.engine.stats
-        done = self.engine.step()
-        after = self.engine.stats
-        tokens = (
-            after.prefill_tokens
-            + after.decode_tokens
-            - before.prefill_tokens
-            - before.decode_tokens
+        """Makes one step; it keeps to the token budget and the limit of running sequences."""
+        old_stats = self.engine.stats
+        attempts = self.engine.step()
+        stats = self.engine.stats
+        num_tokens = (
+            stats.prefill_tokens
+            + stats.decode_tokens
+            - old_stats.prefill_tokens
+            - old_stats.decode_tokens
         )
-        assert tokens <= self.engine._scheduler.token_budget
+        assert num_tokens <= self.engine._scheduler.token_budget
         assert len(self.engine._scheduler.running) <= self.engine._scheduler.max_running
-        self.pinned += done
-        self.finished += done
+        self.pinned += attempts
+        self.finished += attempts
 
     def resume(self) -> None:
+        """Resumes a pinned attempt at a random cut; refused where no token would fit."""
         if not self.pinned:
             return
-        # the latest: chains grow long
+        # One of the latest, so that some rollouts reach many attempts.
         attempt = self.rng.choice(self.pinned[-4:])
         params = self.random_params()
         context = self.contexts[name_of(attempt)]
-        row = context + attempt.token_ids
-        kept_tokens = self.rng.choice([len(row), self.rng.randint(1, len(row))])
-        kept = row[:kept_tokens]
+        token_ids = context + attempt.token_ids
+        kept_tokens = self.rng.choice([len(token_ids), self.rng.randint(1, len(token_ids))])
+        kept = token_ids[:kept_tokens]
         room = self.max_total - params.max_new_tokens - len(kept)
         if room < 1:
             with pytest.raises(ValueError, match="resume: (need|prompt [+] max_new_tokens must)"):
                 self.engine.resume(attempt, [1] * POSITIONS, params, kept_tokens=kept_tokens)
             return
         suffix = self.random_ids(self.rng.randint(1, min(room, 9)))
-        old = self.engine._scheduler.pinned[attempt]
+        sequence = self.engine._scheduler.pinned[attempt]
         page_size = self.engine._pool.page_size
-        if kept_into := len(kept) % page_size and old.pages[len(kept) // page_size :]:
+        if kept_into := len(kept) % page_size and sequence.pages[len(kept) // page_size :]:
             self.num_shared += self.engine._pool.ref_count[kept_into[0]] > 1
         self.engine.resume(attempt, suffix, params, kept_tokens=kept_tokens)
         self.pinned.remove(attempt)
@@ -195,26 +214,31 @@ class Trace:
         )
 
     def release(self) -> None:
+        """Releases a pinned attempt twice; the second time does nothing."""
         self.rng.shuffle(self.pinned)
-        self.engine.release(self.pinned[:1] * 2)  # twice: the second time is passed over
+        self.engine.release(self.pinned[:1] * 2)
         del self.pinned[:1]
 
     def cancel(self) -> None:
+        """Cancels a random question, finished or not."""
         if self.num_questions:
             self.engine.cancel((7, self.rng.randrange(self.num_questions)))
 
     def take_pages(self) -> None:
-        """What the scheduler does when pages run out, here at any moment and to anybody."""
+        """Preempts any sequence at any moment, as the scheduler does when pages run out."""
         scheduler = self.engine._scheduler
-        under_way = {s for step in self.engine._steps._launched for s in step.sequences}
+        launched = {
+            s for launched_step in self.engine._steps._launched for s in launched_step.sequences
+        }
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
-        live = [sequence for sequence in live if sequence not in under_way]
+        live = [sequence for sequence in live if sequence not in launched]
         if live and (victim := self.rng.choice(live)) in scheduler.running:
             scheduler._give_way(victim)
         elif live:
             victim.drop_pages(self.engine._pool)
 
     def change_weights(self) -> None:
+        """Loads other weights; waiting attempts go on under the new version."""
         self.engine.bump_policy_version()
         version = self.engine.policy_version
         self.load_weights(version % len(STUDENTS))
@@ -224,16 +248,17 @@ class Trace:
                 self.versions[name].append((sequence.num_sampled, version))
 
     def ask_for_too_much(self) -> None:
-        before = self.engine.stats, self.engine._scheduler.waiting.copy()
+        """Submits prompts that are refused and change nothing."""
+        old_state = self.engine.stats, self.engine._scheduler.waiting.copy()
         for prompt in ([], [VOCAB], [1] * self.engine.max_tokens):
             with pytest.raises(
                 ValueError, match="submit: (token ids must|need|prompt [+] max_new_tokens must)"
             ):
                 self.engine.submit(prompt, self.random_params(), key=(8, 0))
-        assert (self.engine.stats, self.engine._scheduler.waiting) == before
+        assert (self.engine.stats, self.engine._scheduler.waiting) == old_state
 
     def submit_again(self) -> None:
-        """A key of before: refused as long as anything under it is in flight."""
+        """Submits an earlier key, which is refused while anything under it is in flight."""
         if self.num_questions == 0:
             return
         key = RolloutKey(7, self.rng.randrange(self.num_questions))
@@ -249,26 +274,28 @@ class Trace:
             self.engine.cancel(key)
 
     def interrupt(self) -> None:
-        """Ctrl-C somewhere in a step, which may end before."""
+        """Raises Ctrl-C somewhere in a step, then resets; the step may end earlier."""
         try:
             with interrupted_at(self.rng.randint(1, 150)):
-                done = self.engine.step()
+                attempts = self.engine.step()
         except KeyboardInterrupt:
             self.num_interrupts += 1
             self.reset()
         else:
-            self.pinned += done
-            self.finished += done
+            self.pinned += attempts
+            self.finished += attempts
 
     def reset(self) -> None:
+        """Resets the engine, after which all pages are free."""
         self.engine.reset()
         self.pinned = []
         assert self.engine.stats.pages_free == self.engine.stats.pages_total
         assert not self.engine.has_work
 
     def check_tokens(self) -> None:
-        """Every attempt against `untouched`, under the weights that each of its tokens was sampled
-        with.
+        """Compares every attempt with `untouched`.
+
+        Each of its tokens is compared under the weights that it was sampled with.
         """
         for attempt in self.finished:
             name = name_of(attempt)
@@ -281,7 +308,7 @@ class Trace:
             for (start, version), (stop, _) in pairwise(starts):
                 if start < stop:
                     first_version = version if start == 0 else first_version
-                    *part, reason = untouched(
+                    *pieces, reason = untouched(
                         STUDENTS[version % len(STUDENTS)],
                         self.contexts[name],
                         self.params[name],
@@ -291,14 +318,17 @@ class Trace:
                         sampled=attempt.token_ids[:start],
                         max_sampled=stop,
                     )
-                    for whole, values in zip((token_ids, logprobs, kept_mass), part, strict=True):
-                        whole += values
+                    for so_far, values in zip(
+                        (token_ids, logprobs, kept_mass), pieces, strict=True
+                    ):
+                        so_far += values
             assert bits(attempt) == (token_ids, logprobs, kept_mass, reason), (
                 f"attempt {name} of the trace"
             )
             assert attempt.policy_version == first_version
 
     def expect(self, name: Name, context: list[int], params: SamplingParams) -> None:
+        """Notes what an attempt will be sampled behind and how."""
         self.contexts[name] = context
         self.params[name] = params
         self.versions[name] = [(0, self.engine.policy_version)]

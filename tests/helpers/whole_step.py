@@ -1,6 +1,7 @@
-"""A whole step of a tiny student in one implementation: rollouts with a tutor, credit, updates.
+"""Runs a whole step of a tiny student in one implementation.
 
-Read auto_means and Record, which say what runs and what ran, then sample and two_updates.
+That is rollouts with a teacher, credit and two updates. Read auto_means and Record, which say what
+runs and what ran, then sample and two_updates.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from tests.helpers.scripted import BRIDGE, END, TOKENIZER
 
 TEMPERATURE = 0.9
 BUDGET = 1000  # tokens: one microbatch an update
-ATTEMPT_LIMIT = 2  # one less than an attempt may have, so that some are cut
-# As small as it gets: a program of the interpreter takes milliseconds. 32 is the narrowest head
+ATTEMPT_LIMIT = 2  # one less than max_new_tokens, so that some attempts are cut
+# As small as possible: each program takes the interpreter milliseconds. 32 is the smallest head dim
 # that every attention kernel takes.
 SIZES = {
     "vocab_size": len(TOKENIZER),
@@ -59,25 +60,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
 }
-# Long enough that an entry which goes the wrong way, or not at all, breaks the error rule: a
-# hundred tolerances in fp32, and two in fp16, whose spacing at 1 is half of one. Much longer steps
-# would take all ratios of the second question to the clips, where there is no gradient.
+# Large enough that a parameter which moves the wrong way, or not at all, breaks the error rule: a
+# step is a hundred tolerances in fp32. In fp16 it is two, as numbers near 1 are half a tolerance
+# apart. Much larger steps would push all ratios of the second question beyond the clips, where the
+# gradient is 0.
 LR = {torch.float32: 1e-3, torch.float16: 4e-3}
 Tensors = dict[str, Tensor]
 
 
 @contextmanager
 def auto_means(impl: str) -> Iterator[None]:
-    """On CPU tensors "auto" is this one where an op has it, and ref elsewhere."""
+    """Makes "auto" pick this implementation on the CPU where an op has it, else ref."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(_impl.FASTEST, "cpu", impl)
         yield
 
 
 class Record(TorchDispatchMode):
-    """Notes what pick_impl answered, by op, and which registered ops ran, with their impl.
+    """A record of what pick_impl answered, by op, and of the registered ops that ran.
 
-    A reference need not be a registered op, and of those the backwards are picked by nobody.
+    It needs both: a reference need not be a registered op, and no pick_impl decides about the
+    backward of a registered op.
     """
 
     def __init__(self) -> None:
@@ -94,6 +97,7 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def pick(self, op: str, impl: str, x: Tensor) -> str:
+        """Calls pick_impl and notes its answer."""
         picked = pick_impl(op, impl, x)
         self.picked[op].add(picked)
         return picked
@@ -101,6 +105,7 @@ class Record(TorchDispatchMode):
 
 @contextmanager
 def recorded() -> Iterator[Record]:
+    """Yields a record of everything that runs in the block."""
     record = Record()
     with pytest.MonkeyPatch.context() as patch, record:
         for name, module in list(sys.modules.items()):
@@ -110,7 +115,10 @@ def recorded() -> Iterator[Record]:
 
 
 def make_start(model: str, dtype: torch.dtype) -> Decoder:
-    """A seed with which attempts end in every way, and no draw is so near that fp32 decides it."""
+    """Returns a student whose attempts end in every way.
+
+    The seed is one with which no draw is so close that the rounding of fp32 decides it.
+    """
     student = make_student(seed=71, **SIZES | MODELS[model])
     with torch.no_grad():
         for param in student.parameters():
@@ -121,7 +129,10 @@ def make_start(model: str, dtype: torch.dtype) -> Decoder:
 
 
 def sample(student: Decoder) -> list[Rollout]:
-    """Two attempts where the first is wrong, which is as good as random, and credit for all."""
+    """Rolls out two questions and assigns credit.
+
+    A second attempt follows where the first is wrong, which is as good as random.
+    """
     questions = [
         Question(
             question_idx=idx,
@@ -155,14 +166,17 @@ def logprobs_of(student: Decoder, rollouts: list[Rollout]) -> list[list[Tensor]]
 
 
 class Updates(NamedTuple):
-    """What two updates did."""
+    """The results of two updates."""
 
     gradients: list[Tensors]  # before clipping
     params: Tensors
 
 
 def two_updates(student: Decoder, rollouts: list[Rollout], dtype: torch.dtype) -> Updates:
-    """One question an update; dtype is that of the run that this one is, or is the truth for."""
+    """Makes two updates, one question each.
+
+    dtype is the one of the run, or of the run that this fp64 one is the truth for.
+    """
     changes = {
         "rollout.temperature": TEMPERATURE,
         "train.lr": LR[dtype],
@@ -184,6 +198,7 @@ def updates_by_updater(
     groups: list[list[Rollout]],
     config: Config,
 ) -> list[Tensors]:
+    """Makes the updates with Updater; returns the gradients before clipping."""
     updater = Updater(student, config, reference=None)
     gradients = []
     original = updater.optimizer.step
@@ -205,10 +220,11 @@ def updates_by_hand(
     *,
     recomputes: bool,
 ) -> list[Tensors]:
-    """What Updater and Optimizer do, for students in fp16 and fp64, which they refuse.
+    """Does what Updater and Optimizer do, for students in fp16 and fp64, which they refuse.
 
-    In fp16 small steps would be lost; fp64 is the truth of tests. recomputes: the sampler's
-    log-probs do not serve as old ones, as they do in fp32.
+    In real runs fp16 would lose small steps, and fp64 is the truth of tests only. With `recomputes`
+    the first update takes the current log-probs as old ones and the second computes them again; the
+    sampler's serve as old ones in fp32 only.
     """
     old: list[Any] = [None, None]
     if recomputes:

@@ -1,4 +1,6 @@
-"""Rollouts as padded rows, and advantages from rows: the trainer's own numbers, however rows are
+"""Checks rollouts as padded rows, and advantages computed from rows.
+
+Other trainers use these. Advantages must be those of socpo_fast's own trainer, however the rows are
 spread over ranks.
 """
 
@@ -25,13 +27,15 @@ PAD = 52
 
 
 def random_batch(seed: int, *, num_questions: int = 5, group_size: int = 4) -> list[Rollout]:
-    """Makes rollouts of one to three attempts whose contexts are whole rows; rewards in [0, 1]."""
+    """Returns rollouts of one to three attempts without cuts, with rewards in [0, 1]."""
     rng = random.Random(seed)
     rollouts = []
     for question in range(num_questions):
         for idx in range(group_size):
-            lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 3))]
-            rollout = make_rollout(30 + 7 * question, idx, [1, 2, 3][: 1 + question % 3], lengths)
+            attempt_lens = [rng.randint(1, 9) for _ in range(rng.randint(1, 3))]
+            rollout = make_rollout(
+                30 + 7 * question, idx, [1, 2, 3][: 1 + question % 3], attempt_lens
+            )
             for turn in rollout.turns:
                 turn.raw_reward = rng.choice([0.0, 0.0, 0.25, 1.0])
                 turn.advantage = None
@@ -40,15 +44,16 @@ def random_batch(seed: int, *, num_questions: int = 5, group_size: int = 4) -> l
 
 
 def tokens_of(padded: PaddedRollouts) -> list[tuple[int, int, int, float]]:
-    """(group, attempt, token id, log-prob) of every token with loss, row by row."""
-    found = []
+    """Returns (group, attempt, token id, log-prob) of every token with loss, row by row."""
+    tokens = []
     for row, position in padded.loss_mask_BL.nonzero().tolist():
         fields = (padded.attempt_BL, padded.ids_BL, padded.logprobs_BL)
-        found.append((int(padded.group_B[row]), *(x[row, position].item() for x in fields)))
-    return found
+        tokens.append((int(padded.group_B[row]), *(x[row, position].item() for x in fields)))
+    return tokens
 
 
 def sampled(rollouts: list[Rollout]) -> list[tuple[int, int, int, float]]:
+    """Returns (question, attempt, token id, log-prob) of every sampled token."""
     return [
         (rollout.question_idx, turn.attempt.attempt_idx, token_id, logprob)
         for rollout in rollouts
@@ -59,8 +64,8 @@ def sampled(rollouts: list[Rollout]) -> list[tuple[int, int, int, float]]:
     ]
 
 
-def test_a_row_an_attempt_behind_its_context() -> None:
-    """Whatever was cut, every sampled token has its loss once, in the context it was sampled in."""
+def test_one_row_per_attempt_holds_its_context() -> None:
+    """With rows="attempt" every sampled token has a loss once, in the context it was sampled in."""
     rollouts = make_rollouts()
     padded = pad_rollouts(rollouts, rows="attempt", pad_id=PAD)
     expected = [
@@ -76,7 +81,8 @@ def test_a_row_an_attempt_behind_its_context() -> None:
     assert tokens_of(padded) == sampled(rollouts)
 
 
-def test_a_row_a_rollout() -> None:
+def test_one_row_per_rollout() -> None:
+    """With rows="rollout" a row is a whole rollout, with rewards at the ends of attempts."""
     rollouts = random_batch(1)
     padded = pad_rollouts(rollouts, rows="rollout", pad_id=PAD)
     for i, rollout in enumerate(rollouts):
@@ -91,22 +97,24 @@ def test_a_row_a_rollout() -> None:
     assert padded.group_B.tolist() == [rollout.question_idx for rollout in rollouts]
 
 
-def test_advantages_stand_on_their_tokens() -> None:
+def test_advantages_are_at_their_attempts_tokens() -> None:
+    """Each sampled token has its attempt's advantage; all others have 0."""
     rollouts = random_batch(2)
     assign_credit(rollouts, options=CreditOptions())
     padded = pad_rollouts(rollouts, rows="rollout", pad_id=PAD)
-    spread = [
+    expected = [
         turn.advantage
         for rollout in rollouts
         for turn in rollout.turns
         for _ in range(turn.attempt.num_tokens)
     ]
-    assert padded.advantages_BL[padded.loss_mask_BL].tolist() == spread
+    assert padded.advantages_BL[padded.loss_mask_BL].tolist() == expected
     assert (padded.advantages_BL[~padded.loss_mask_BL] == 0).all()
 
 
 def test_a_cut_is_refused_or_begins_a_row() -> None:
-    whole = make_rollout(0, 0, [5, 6], [3, 2])
+    """An attempt behind a cut context is no continuation of its row, so it needs another row."""
+    uncut = make_rollout(0, 0, [5, 6], [3, 2])
     cut = make_rollout(0, 1, [5, 6], [6, 3, 2], [4, 1], [2, None])
     message = (
         r"^pad_rollouts: rollout 1 of question 0 must be one row, got attempt 1 behind 4 of 8 "
@@ -114,29 +122,26 @@ def test_a_cut_is_refused_or_begins_a_row() -> None:
         r'use rows="attempt" or on_cut="split"$'
     )
     with pytest.raises(ValueError, match=message):
-        pad_rollouts([whole, cut], rows="rollout", pad_id=PAD)
-    padded = pad_rollouts([whole, cut], rows="rollout", pad_id=PAD, on_cut="split")
+        pad_rollouts([uncut, cut], rows="rollout", pad_id=PAD)
+    padded = pad_rollouts([uncut, cut], rows="rollout", pad_id=PAD, on_cut="split")
     rows = [
         row[mask].tolist()
         for row, mask in zip(padded.ids_BL, padded.attention_mask_BL, strict=True)
     ]
     first, _, third = contexts(cut)
     assert rows[1:] == [first + cut.attempts[0].token_ids, third + cut.attempts[2].token_ids]
-    assert tokens_of(padded) == sampled([whole, cut])
+    assert tokens_of(padded) == sampled([uncut, cut])
 
 
 def test_every_cut_of_a_tree_splits_losslessly() -> None:
+    """Splitting at cuts keeps every sampled token once, with fewer rows than one per attempt."""
     rollouts = make_rollouts()
     padded = pad_rollouts(rollouts, rows="rollout", pad_id=PAD, on_cut="split")
     assert tokens_of(padded) == sampled(rollouts)
     num_attempts = sum(len(rollout.turns) for rollout in rollouts)
     assert sum(bool(rollout.turns) for rollout in rollouts) < len(padded.ids_BL) < num_attempts
-    for (
-        row,
-        position,
-    ) in (
-        padded.loss_mask_BL.nonzero().tolist()
-    ):  # each token behind the context it was sampled behind
+    # No padding stands before a token with loss.
+    for row, position in padded.loss_mask_BL.nonzero().tolist():
         assert padded.attention_mask_BL[row, :position].all()
 
 
@@ -150,8 +155,10 @@ def test_no_rollouts_give_no_rows() -> None:
 
 
 class Ranks:
-    """A batch's rows on several ranks, run one after the other: what each one sends is known
-    beforehand.
+    """A batch's rows on several ranks, run one after the other in this process.
+
+    A first pass records what each rank sends to gather. In a second pass gather returns the tensors
+    of all ranks, as between real processes.
     """
 
     def __init__(self, shares: list[list[Rollout]], **options: Any):
@@ -188,7 +195,10 @@ class Ranks:
     "estimator", ["reinforce_plus_plus_baseline", "reinforce_plus_plus", "grpo", "rloo"]
 )
 def test_ranks_have_the_trainers_numbers(num_ranks: int, credit: Any, estimator: str) -> None:
-    """Contiguous shares, questions torn apart, and a rank with nothing."""
+    """Advantages do not depend on how rows are spread over ranks.
+
+    The shares are contiguous, or interleaved so that questions are split, or one rank has no row.
+    """
     for seed in range(3):
         rollouts = random_batch(seed)
         assign_credit(rollouts, options=CreditOptions(credit=credit, estimator=estimator))
@@ -204,23 +214,26 @@ def test_ranks_have_the_trainers_numbers(num_ranks: int, credit: Any, estimator:
                 torch.testing.assert_close(advantages, padded.advantages_BL, rtol=1e-6, atol=1e-7)
 
 
-def test_ranks_on_their_own_are_wrong() -> None:
-    """What gather is for: decay and whitening of half a batch are others."""
+def test_ranks_without_gather_are_wrong() -> None:
+    """Without gather, half a batch has other advantages: decay and whitening need all of it."""
     rollouts = random_batch(0)
     assign_credit(rollouts, options=CreditOptions())
     half = pad_rollouts(rollouts[:10], rows="rollout", pad_id=PAD)
-    alone = socratic_advantages(half.rewards_BL, half.loss_mask_BL, half.group_B)
-    assert (alone - half.advantages_BL).abs().max() > 0.05
+    ungathered = socratic_advantages(half.rewards_BL, half.loss_mask_BL, half.group_B)
+    assert (ungathered - half.advantages_BL).abs().max() > 0.05
 
 
 def test_rewards_may_stand_anywhere_in_an_attempt() -> None:
-    """Token rewards are summed over an attempt and what follows it, as of trainers that add a
-    penalty a token.
+    """Token rewards are summed over an attempt and the tokens between it and the next one.
+
+    So trainers may add a penalty at every token.
     """
     mask_BT = torch.tensor([[0, 1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0, 0]])
-    spread = torch.tensor([[0, 0.1, 0.2, 0.1, 0, 0.5, 0.25], [0.5, 0, 0.5, 0, 0, 0, 0]])
+    rewards_BT = torch.tensor([[0, 0.1, 0.2, 0.1, 0, 0.5, 0.25], [0.5, 0, 0.5, 0, 0, 0, 0]])
     group_B = torch.tensor([4, 4])
-    advantages = socratic_advantages(spread, mask_BT, group_B, schedule="none", estimator="dr_grpo")
+    advantages = socratic_advantages(
+        rewards_BT, mask_BT, group_B, schedule="none", estimator="dr_grpo"
+    )
     a = 0.4
     b = 0.75
     c = 1.0
@@ -230,15 +243,15 @@ def test_rewards_may_stand_anywhere_in_an_attempt() -> None:
     with pytest.raises(
         ValueError, match="token_rewards_BT must be 0 before a row's first attempt, got 0.5 at 0"
     ):
-        socratic_advantages(spread.flip(1) + 0.25, mask_BT, group_B)
+        socratic_advantages(rewards_BT.flip(1) + 0.25, mask_BT, group_B)
 
 
 def test_the_tables_of_ranks_make_the_batch() -> None:
-    """attempt_table is what a rank sends, too: put together it is the table of the whole batch."""
+    """The attempt tables of two ranks, concatenated, are the table of the whole batch."""
     rollouts = random_batch(6)
-    parts = [attempt_table(rollouts[:7]), attempt_table(rollouts[7:])]
-    for column, whole in zip(zip(*parts, strict=True), attempt_table(rollouts), strict=True):
-        assert torch.equal(torch.cat(column), whole)
+    tables = [attempt_table(rollouts[:7]), attempt_table(rollouts[7:])]
+    for columns, expected in zip(zip(*tables, strict=True), attempt_table(rollouts), strict=True):
+        assert torch.equal(torch.cat(columns), expected)
 
 
 RANK = """
@@ -256,7 +269,7 @@ dist.destroy_process_group()
 
 
 def test_gather_rows_between_processes(tmp_path: Path) -> None:
-    """Two processes, unequal and empty shares."""
+    """gather_rows concatenates the rows of two processes, for unequal and for empty shares."""
     command = [sys.executable, "-c", RANK]
     ranks = [
         subprocess.Popen(
@@ -269,20 +282,20 @@ def test_gather_rows_between_processes(tmp_path: Path) -> None:
     assert printed[0] == printed[1] == "[[0, 1], [2, 3], [4, 5]]\n[0, 10, 11]\n"
 
 
-def test_nothing_sampled_is_nothing_earned() -> None:
-    """A rank whose rows have no attempt takes part all the same."""
-    nothing = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long), torch.tensor([0, 0])
+def test_rows_without_attempts_have_advantages_of_0() -> None:
+    """A rank whose rows have no attempt still takes part in gather, and has advantages of 0."""
+    empty_rows = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long), torch.tensor([0, 0])
     with pytest.warns(UserWarning, match="no loss tokens"):
-        assert socratic_advantages(*nothing).tolist() == [[0.0] * 3] * 2
-    others = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([[4, 9, 0], [2, 9, 0]])
+        assert socratic_advantages(*empty_rows).tolist() == [[0.0] * 3] * 2
+    other_rank = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([[4, 9, 0], [2, 9, 0]])
 
     def gather(x: Tensor) -> tuple[Tensor, int]:
-        return torch.cat((others[x.dim() - 1].to(x.dtype), x)), 2
+        return torch.cat((other_rank[x.dim() - 1].to(x.dtype), x)), 2
 
-    assert socratic_advantages(*nothing, gather=gather).tolist() == [[0.0] * 3] * 2
+    assert socratic_advantages(*empty_rows, gather=gather).tolist() == [[0.0] * 3] * 2
 
 
-def test_odd_rows_are_refused_in_words() -> None:
+def test_invalid_rows_are_refused() -> None:
     group_B = torch.tensor([0])
     rewards_BT = torch.zeros(1, 3)
     with pytest.raises(

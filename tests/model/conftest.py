@@ -1,4 +1,4 @@
-"""Small random models of every supported family, as transformers writes them."""
+"""Holds small random models of every supported family, as transformers writes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
 }
-# Of 8 frequencies some are kept, some blended, some divided.
+# Chosen so that all three cases occur: of 8 frequencies some are kept, some blended, some divided.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -61,7 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def make_hf(tmp_path: Path) -> Callable[..., tuple[PreTrainedModel, Path]]:
-    """Returns make_hf(family, **keywords of save_pretrained) -> (transformers' model, folder)."""
+    """Returns make_hf(family, **save_pretrained's keywords) -> (transformers' model, folder)."""
 
     def make(
         family: str, *, dtype: torch.dtype = torch.float32, **save: Any

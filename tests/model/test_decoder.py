@@ -1,4 +1,4 @@
-"""The decoder computes what transformers computes, for every family, packed or alone."""
+"""Checks the decoder against transformers for every family, and what conversions do to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from socpo_fast.model import Decoder, load_student, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
 from tests.helpers.error_rule import assert_bitwise_equal
 
-LENGTHS = (1, 5, 64, 17)  # one token alone; a long one, so that slow rotary frequencies turn
+# A sequence of one token, and one long enough for slow rotary frequencies to matter.
+LENGTHS = (1, 5, 64, 17)
 SMOLLM2 = Path(os.environ.get("SOCPO_SMOLLM2", "~/.cache/socpo/smollm2-135m-instruct")).expanduser()
 FAMILIES = (
     *("llama_tied", "llama_untied", "llama_biases", "llama3_rope", "mistral"),
@@ -27,17 +28,17 @@ FAMILIES = (
 
 
 def packed_logits(student: Decoder, sequences: list[Tensor], **forward: Any) -> Tensor:
-    """[T, V] logits of several sequences in one packed row."""
-    lengths = [len(ids) for ids in sequences]
-    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    """Returns [T, V] logits of several sequences in one packed row."""
+    seq_lens = [len(ids) for ids in sequences]
+    positions_T = torch.cat([torch.arange(length) for length in seq_lens])
     hidden_TD = packed_forward(
-        student, torch.cat(sequences), positions_T, visible_until_of_sequences(lengths), **forward
+        student, torch.cat(sequences), positions_T, visible_until_of_sequences(seq_lens), **forward
     )
     return F.linear(hidden_TD, student.lm_head.weight)
 
 
 def reference_logits(reference: PreTrainedModel, sequences: list[Tensor]) -> Tensor:
-    """[T, V] logits of transformers, one sequence at a time."""
+    """Returns [T, V] logits of transformers, one sequence at a time."""
     with torch.no_grad():
         return torch.cat([reference(ids[None]).logits[0] for ids in sequences])
 
@@ -56,19 +57,20 @@ def test_logits_equal_transformers(make_hf: Callable, family: str, max_shard_siz
     student = load_student(folder)
     sequences = random_sequences(student.config.vocab_size)
     expected_TV = reference_logits(reference, sequences)
-    assert expected_TV.abs().max() > 1  # or the tolerance would prove nothing
+    assert expected_TV.abs().max() > 1  # otherwise the tolerance would prove nothing
     torch.testing.assert_close(packed_logits(student, sequences), expected_TV, rtol=0, atol=1e-4)
 
 
 def test_llama3_frequencies_equal_transformers(make_hf: Callable) -> None:
+    """Llama 3's scaled frequencies are transformers', with kept, blended and divided ones."""
     reference, folder = make_hf("llama3_rope")
     inv_freq = load_student(folder).inv_freq
     torch.testing.assert_close(inv_freq, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
     plain = 1 / 500.0 ** (torch.arange(0, 16, 2) / 16)
     stretch = plain / inv_freq
-    kept = torch.isclose(stretch, torch.ones(8))
-    divided = torch.isclose(stretch, torch.full((8,), 8.0))
-    assert kept.any() and divided.any() and (~kept & ~divided).any()
+    is_kept = torch.isclose(stretch, torch.ones(8))
+    is_divided = torch.isclose(stretch, torch.full((8,), 8.0))
+    assert is_kept.any() and is_divided.any() and (~is_kept & ~is_divided).any()
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen3_untied"])
@@ -85,8 +87,11 @@ def test_checkpointing_keeps_every_gradient(make_hf: Callable, family: str) -> N
 
 
 @pytest.mark.parametrize("family", ["llama_biases", "qwen3_tied"])
-def test_bf16_weights_on_a_cpu_are_read_and_not_computed_in(make_hf: Callable, family: str) -> None:
-    """Sampling, old log-probs and the gradient must not differ in how activations are rounded."""
+def test_bf16_weights_compute_in_fp32_on_a_cpu(make_hf: Callable, family: str) -> None:
+    """On a CPU bf16 weights are only read as such: activations are fp32, with and without autograd.
+
+    Otherwise sampling, old log-probs and the gradient would differ in how activations are rounded.
+    """
     folder = make_hf(family)[1]
     student, wide = (load_student(folder, dtype="bfloat16") for _ in range(2))
     wide.float()
@@ -132,7 +137,7 @@ def test_no_conversion_loses_angles(make_hf: Callable, family: str, conversion: 
 
 
 def test_angles_follow_the_weights_to_a_device(make_hf: Callable) -> None:
-    """On the device without memory, made there or moved there, and back with the right values."""
+    """Rotary frequencies survive the meta device, whether the model is made or moved there."""
     folder = make_hf("llama_tied")[1]
     moved = load_student(folder).bfloat16().to("meta")
     assert moved.inv_freq.is_meta and moved.inv_freq.dtype == torch.float32
@@ -143,11 +148,11 @@ def test_angles_follow_the_weights_to_a_device(make_hf: Callable) -> None:
         assert_bitwise_equal(student.inv_freq, expected, name="inv_freq")
 
 
-def test_a_conversion_that_changes_nothing_keeps_the_buffer(make_hf: Callable) -> None:
-    """A captured graph reads the buffer where it is."""
+def test_no_op_conversion_keeps_the_buffer(make_hf: Callable) -> None:
+    """A conversion that changes nothing keeps the buffer's address, which captured graphs read."""
     student = load_student(make_hf("llama_tied")[1])
-    before = student.inv_freq
-    assert student.cpu().float().share_memory().inv_freq is before
+    old_buffer = student.inv_freq
+    assert student.cpu().float().share_memory().inv_freq is old_buffer
 
 
 @pytest.mark.smollm2
@@ -156,7 +161,7 @@ def test_a_conversion_that_changes_nothing_keeps_the_buffer(make_hf: Callable) -
 )
 @torch.no_grad()
 def test_smollm2_logits_equal_transformers() -> None:
-    """transformers in fp64: in fp32 its own rounding is as large as the limit."""
+    """Logits of the real model are transformers' in fp64; in fp32 its rounding is the tolerance."""
     reference = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float64)
     student = load_student(SMOLLM2)
     sequences = random_sequences(student.config.vocab_size)

@@ -1,4 +1,8 @@
-"""A process's first forward has the bits of its second one."""
+"""Checks that the first forward of a process equals its second one, bitwise.
+
+MKL chooses its vector functions (torch's cos, exp, log) at the first call. If two threads make that
+call together, one of them may compute with errors of 1e-4. So each try needs a fresh process.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import sys
 
 import pytest
 
-NUM_PROCESSES = 10  # torch alone fails in about half of them on an Intel processor
+# Plain torch fails in about half of the processes on an Intel processor.
+NUM_PROCESSES = 10
 CODE = """
 import torch
 from socpo_fast.model.decoder import rotary_tables
@@ -25,8 +30,9 @@ assert all(map(torch.equal, first, second)), [(a - b).abs().max() for a, b in zi
 
 @pytest.mark.slow
 def test_first_call_equals_second() -> None:
+    """Rotary tables of the first call in a process equal those of the second call."""
     for _ in range(NUM_PROCESSES):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""The config.json of a model: what is read, what is refused, and in which words."""
+"""Checks how a model's config.json is read: older formats, refusals and their messages."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ from tests.helpers.model_folders import assert_refused, edit_json
         ),
     ],
 )
-def test_wrong_config(
+def test_wrong_config_is_refused(
     make_hf: Callable, family: str, changes: dict[str, Any], message: str
 ) -> None:
     folder = make_hf(family)[1]
@@ -108,7 +108,7 @@ def test_wrong_config(
 
 
 def test_older_config_reads_the_same(make_hf: Callable) -> None:
-    """Fields as transformers 4 wrote them, and the absent ones that it derives."""
+    """A config as transformers 4 wrote it, without the fields that it derives, reads the same."""
     for family in ("llama_tied", "llama3_rope"):
         folder = make_hf(family)[1]
         raw = json.loads((folder / "config.json").read_text())
@@ -127,7 +127,11 @@ def test_older_config_reads_the_same(make_hf: Callable) -> None:
     assert heads.num_kv_heads == heads.num_heads == 4
 
 
-def test_rope_fields_in_two_places_resolve_as_in_transformers(make_hf: Callable) -> None:
+def test_duplicate_rope_fields_resolve_like_hf(make_hf: Callable) -> None:
+    """Of fields that stand twice, the same one wins as in transformers.
+
+    For rope_theta it is the one in rope_parameters, for the original length that of the top level.
+    """
     folder = make_hf("llama3_rope")[1]
     edit_json(folder / "config.json", rope_theta=70.0, original_max_position_embeddings=32)
     config = load_student(folder).config

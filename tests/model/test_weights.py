@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, and every way in which one can be wrong."""
+"""Checks saving and loading of Hugging Face folders, and every way in which one can be wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NORM = "model.norm.weight"
 IDS = torch.arange(12)[None]
 
 
-# Round trip
+# Saving and loading
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 6000], ids=["single", "sharded"])
@@ -36,6 +36,7 @@ def test_saved_student_loads_in_transformers(
     family: str,
     shard_bytes: int,
 ) -> None:
+    """Saving undoes the fusion of weights: transformers loads the folder and has its old logits."""
     monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
     reference, folder = make_hf(family)
     student = load_student(folder)
@@ -55,13 +56,13 @@ def test_saved_student_loads_in_transformers(
         torch.equal(a, b) for a, b in zip(again.parameters(), student.parameters(), strict=True)
     )
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 1 or shard_bytes == 6000
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [family, "saved"]
-    )  # nothing half-written
+    # No partly written folder is left beside it.
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([family, "saved"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtype_is_the_one_asked_for(make_hf: Callable, tmp_path: Path, dtype: str) -> None:
+def test_dtype_is_the_requested_one(make_hf: Callable, tmp_path: Path, dtype: str) -> None:
+    """Parameters are loaded and saved in the requested dtype; rotary frequencies stay fp32."""
     reference, folder = make_hf("qwen2_tied", dtype=torch.bfloat16)
     student = load_student(folder, dtype=dtype)
     assert {str(parameter.dtype) for parameter in student.parameters()} == {f"torch.{dtype}"}
@@ -80,7 +81,7 @@ def test_tied_head_is_one_parameter_and_trainable(make_hf: Callable) -> None:
 
 
 def test_redundant_tensors_are_accepted(make_hf: Callable) -> None:
-    """A copy of the tied head and the rotary table of old Llama files say nothing new."""
+    """Tensors that hold nothing new load: a copy of a tied LM head, old Llama's rotary table."""
     folder = make_hf("llama_tied")[1]
     embed = load_file(folder / "model.safetensors")[EMBED]
     edit_tensors(
@@ -99,7 +100,7 @@ def test_save_copies_the_tokenizer(make_hf: Callable, tmp_path: Path) -> None:
         "generation_config.json",
     ):
         (folder / name).write_text(f"the source's {name}")
-    (tmp_path / "saved").mkdir()  # an empty folder may be there
+    (tmp_path / "saved").mkdir()  # the target may exist if it is empty
     save_student(load_student(folder), tmp_path / "saved", tokenizer_from=folder)
     copied = {path.name for path in (tmp_path / "saved").iterdir()}
     assert copied == {path.name for path in folder.iterdir()}
@@ -108,7 +109,7 @@ def test_save_copies_the_tokenizer(make_hf: Callable, tmp_path: Path) -> None:
     ).read_text() == "the source's chat_template.jinja"
 
 
-def test_save_refuses(make_hf: Callable, tmp_path: Path) -> None:
+def test_invalid_saves_are_refused(make_hf: Callable, tmp_path: Path) -> None:
     folder = make_hf("llama_tied")[1]
     student = load_student(folder)
     with pytest.raises(ValueError, match="save_student: folder must be new or empty, got"):
@@ -127,18 +128,19 @@ def test_save_refuses(make_hf: Callable, tmp_path: Path) -> None:
 def test_interrupted_save_leaves_nothing(
     make_hf: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C while a file of weights is written leaves no folder behind."""
     student = load_student(make_hf("llama_tied")[1])
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights, "_write_shards", interrupt)
+    monkeypatch.setattr(weights, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_student(student, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["llama_tied"]
 
 
-# Refusals: the folder
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -172,19 +174,19 @@ def test_interrupted_save_leaves_nothing(
         ),
     ],
 )
-def test_wrong_tensor(make_hf: Callable, name: str, value: Any, message: str) -> None:
+def test_wrong_tensor_is_refused(make_hf: Callable, name: str, value: Any, message: str) -> None:
     folder = make_hf("llama_tied")[1]
     edit_tensors(folder / "model.safetensors", **{name: value})
     assert_refused(folder, str(folder), message)
 
 
-def test_untied_head_must_be_there(make_hf: Callable) -> None:
+def test_missing_untied_head_is_refused(make_hf: Callable) -> None:
     folder = make_hf("llama_untied")[1]
     edit_tensors(folder / "model.safetensors", **{HEAD: ...})
     assert_refused(folder, "tensor lm_head.weight is missing")
 
 
-def test_wrong_folder(make_hf: Callable, tmp_path: Path) -> None:
+def test_wrong_folder_is_refused(make_hf: Callable, tmp_path: Path) -> None:
     assert_refused(tmp_path / "nowhere", "must be a local Hugging Face folder, got", "nowhere")
     assert_refused(tmp_path, "config.json: is missing")
     folder = make_hf("llama_tied")[1]
@@ -205,7 +207,7 @@ def test_wrong_folder(make_hf: Callable, tmp_path: Path) -> None:
     assert_refused(folder, "config.json: must be a JSON object, got list")
 
 
-def test_wrong_shards(make_hf: Callable) -> None:
+def test_wrong_shards_are_refused(make_hf: Callable) -> None:
     folder = make_hf("llama_tied", max_shard_size="10KB")[1]
     index = folder / "model.safetensors.index.json"
     shards = sorted(folder.glob("*.safetensors"))
@@ -222,6 +224,3 @@ def test_wrong_shards(make_hf: Callable) -> None:
     assert_refused(
         folder, f"{shards[0].name}: is missing, but model.safetensors.index.json names it"
     )
-
-
-# What a config.json is refused for.

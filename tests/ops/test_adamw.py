@@ -1,4 +1,4 @@
-"""AdamW against torch's, equal bits in all implementations, and what it leaves as it was."""
+"""Compares AdamW with torch's, its implementations bitwise, and checks what it must not change."""
 
 from __future__ import annotations
 
@@ -30,54 +30,58 @@ from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_right_as_torch(impl: str, dtype: torch.dtype) -> None:
-    """torch.optim.AdamW orders its operations in another way, so the error rule holds, not bits."""
+    """torch.optim.AdamW orders its operations differently, so the error rule holds, not bits."""
     start = noise(7, 5)
-    moved = run_steps(State.of(start, dtype), 20, impl=impl, scale=0.5).joined()[0]
-    found = []
-    for exact in (torch.float32, torch.float64):
-        param = torch.nn.Parameter(start.to(exact, copy=True))
+    actual = run_steps(State.of(start, dtype), 20, impl=impl, scale=0.5).joined()[0]
+    results = []
+    for exact_dtype in (torch.float32, torch.float64):
+        param = torch.nn.Parameter(start.to(exact_dtype, copy=True))
         optimizer = torch.optim.AdamW([param], **SETTINGS)  # type: ignore[arg-type]
         for step in range(1, 21):
-            param.grad = 0.5 * noise(7, 5, seed=step).to(exact)
+            param.grad = 0.5 * noise(7, 5, seed=step).to(exact_dtype)
             optimizer.step()
-        found.append(param.detach())
-    assert_error_rule(moved, *found, name="param")
+        results.append(param.detach())
+    assert_error_rule(actual, *results, name="param")
 
 
-# Less than a vector, a vector and a rest, more than one thread's share and more than a tile.
+# Less than a vector, vectors with a tail, more than one thread's share and more than a tile.
 @pytest.mark.parametrize("num_elements", [1, 7, 1000, 40_003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_same_bits_as_ref(impl: str, dtype: torch.dtype, num_elements: int) -> None:
+    """Every implementation takes bitwise the steps of the reference, in fp32 and in halves."""
     start = noise(num_elements)
     # Gradients from subnormal squares to large ones.
     for size, scale in ((1.0, 0.3), (1e-20, None), (1e15, 1.0)):
-        moved = run_steps(State.of(start, dtype), 3, impl=impl, scale=scale, size=size)
-        ref = run_steps(State.of(start), 3, impl="ref", scale=scale, size=size)
-        assert_same_state(moved, ref, f"{impl} {dtype}, gradients of {size:g}")
+        actual = run_steps(State.of(start, dtype), 3, impl=impl, scale=scale, size=size)
+        expected = run_steps(State.of(start), 3, impl="ref", scale=scale, size=size)
+        assert_same_state(actual, expected, f"{impl} {dtype}, gradients of {size:g}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_decay_is_not_lost(dtype: torch.dtype) -> None:
-    """At the defaults a step decays a weight by 1e-8 of it: fp32 alone would keep nothing."""
+    """A step at the defaults decays a weight by 1e-8 of its value.
+
+    Rounded to fp32 by itself, such a decay would be lost.
+    """
     settings = SETTINGS | {"lr": 1e-6}
     start = 0.5 + noise(20_000).abs()
-    moved = []
+    results = []
     for weight_decay in (0.0, 0.01):
         state = State.of(start, dtype)
         for step in range(1, 301):
             grad = noise(20_000, seed=step)
             options = settings | {"weight_decay": weight_decay}
             adamw(*state, grad, step=step, **options)  # type: ignore[arg-type]
-        moved.append(state.joined()[0].double())
-    decayed = ((moved[1] - moved[0]) / start.double()).mean().item()
+        results.append(state.joined()[0].double())
+    decayed = ((results[1] - results[0]) / start.double()).mean().item()
     assert decayed == pytest.approx(-300 * 1e-8, rel=0.1)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_infinite_second_moment_is_not_taken(impl: str, dtype: torch.dtype) -> None:
-    """It would freeze its element for ever."""
+    """An element whose second moment would be infinite, and freeze it for ever, keeps its state."""
     device = DEVICE if impl == "triton" else "cpu"
     state = State.of(torch.ones(2), dtype).to(device)
     grad = torch.tensor([1e20, 1.0], device=device)
@@ -90,22 +94,23 @@ def test_infinite_second_moment_is_not_taken(impl: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scale_that_is_not_positive_skips(impl: str, dtype: torch.dtype) -> None:
+    """A scale that is NaN, zero or negative skips the step, whatever the gradient."""
     state = run_steps(State.of(noise(40), dtype), 2, impl=impl)
-    before = state.copies()
+    old_tensors = state.copies()
     for scale in (math.nan, -math.inf, 0.0, -0.0, -1.0):
         device = DEVICE if impl == "triton" else "cpu"
-        moved = state.to(device)
-        given = torch.tensor(scale, device=device)
+        on_device = state.to(device)
+        scale_tensor = torch.tensor(scale, device=device)
         grad = torch.full((40,), math.nan, device=device)
-        adamw(*moved, grad, step=3, scale=given, impl=impl, **SETTINGS)  # type: ignore[arg-type]
-        for a, b in zip(moved.to("cpu").copies(), before, strict=True):
+        adamw(*on_device, grad, step=3, scale=scale_tensor, impl=impl, **SETTINGS)  # type: ignore[arg-type]
+        for a, b in zip(on_device.to("cpu").copies(), old_tensors, strict=True):
             assert_bitwise_equal(a, b, name=f"scale {scale}")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_element_that_would_not_be_finite_stays(impl: str, dtype: torch.dtype) -> None:
-    """It keeps its moments as well; its neighbours take the step."""
+    """An element whose new value would not be finite keeps its value and its moments."""
     device = DEVICE if impl == "triton" else "cpu"
     start = torch.tensor([1.0, 3.38e38, -3.38e38, 1.0, 1.0])
     state = State.of(start, dtype).to(device)
@@ -121,14 +126,15 @@ def test_element_that_would_not_be_finite_stays(impl: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("impl", ["ref", "triton"])
 def test_fp16_is_rounded_after_each_step(impl: str) -> None:
+    """A step in fp16 is the fp32 step, rounded."""
     start = noise(33).half().float()
-    state = run_steps(State.of(start, torch.float16), 1, impl=impl)
-    whole = run_steps(State.of(start), 1, impl="ref")
-    assert_bitwise_equal(state.param, whole.param.half(), name="param")
+    in_fp16 = run_steps(State.of(start, torch.float16), 1, impl=impl)
+    in_fp32 = run_steps(State.of(start), 1, impl="ref")
+    assert_bitwise_equal(in_fp16.param, in_fp32.param.half(), name="param")
 
 
 @needs_cpp
-def test_threads_do_not_change_bits() -> None:
+def test_thread_invariant() -> None:
     start = noise(100_003)
     states = [run_steps(State.of(start, torch.bfloat16), 2, impl="cpp") for _ in thread_counts()]
     for state in states[1:]:
@@ -146,13 +152,15 @@ def test_parameter_of_a_graph_is_changed_in_place() -> None:
 
 
 def test_refusals() -> None:
+    """Each bad argument is refused in its own words, and the state stays as it was."""
+
     def step(state: State, grad: Tensor | None = None, **changes: object) -> None:
-        given = torch.ones_like(state.exp_avg) if grad is None else grad
-        adamw(*state, given, **SETTINGS | {"step": 1} | changes)  # type: ignore[arg-type]
+        some_grad = torch.ones_like(state.exp_avg) if grad is None else grad
+        adamw(*state, some_grad, **SETTINGS | {"step": 1} | changes)  # type: ignore[arg-type]
 
     state = State.of(noise(3, 2))
     half = State.of(noise(3, 2), torch.bfloat16)
-    for given, grad, changes, message in (
+    for bad_state, grad, changes, message in (
         (state, None, {"lr": -1.0}, "adamw: lr must be finite and >= 0, got -1.0"),
         (state, None, {"betas": (0.9, 1.0)}, r"betas must be each in \[0, 1\)"),
         (state, None, {"eps": 0.0}, "eps must be finite and > 0"),
@@ -175,14 +183,17 @@ def test_refusals() -> None:
         (state, torch.ones(2, 3).t(), {}, r"strides of grad_N must be contiguous"),
         (state, None, {"scale": torch.ones(1)}, r"scale_ must be float32 \[\]"),
     ):
-        before = given.copies()
+        old_tensors = bad_state.copies()
         with pytest.raises(ValueError, match=message):
-            step(given, grad, **changes)
-        assert all(torch.equal(a, b) for a, b in zip(given.copies(), before, strict=True))
+            step(bad_state, grad, **changes)
+        assert all(torch.equal(a, b) for a, b in zip(bad_state.copies(), old_tensors, strict=True))
 
 
 def test_compiled_code_rounds_every_operation() -> None:
-    """No product is fused with a sum, and roots and quotients are not approximated."""
+    """No product is fused with a sum, and roots and quotients are not approximated.
+
+    The test reads the PTX, as a difference in the last bit would appear only after many steps.
+    """
     code = """
 import re, sys
 import triton
@@ -201,7 +212,7 @@ for config in aot_configs():
 """
     root = Path(__file__).resolve().parent.parent.parent
     env = {**os.environ, "PYTHONPATH": str(root)}
-    env.pop("TRITON_INTERPRET", None)
+    env.pop("TRITON_INTERPRET", None)  # the interpreter would compile nothing
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=120, check=False

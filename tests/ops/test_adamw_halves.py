@@ -1,4 +1,8 @@
-"""The two halves of an fp32 master: what they hold, and steps of them beside steps of the whole."""
+"""Tests the two halves of an fp32 master.
+
+bf16 weights keep the high half, the param, and the low 16 bits beside it; steps of both must be
+steps of the fp32 number.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,13 @@ from tests.helpers.error_rule import assert_bitwise_equal
 
 
 def fp32(bits: int) -> Tensor:
+    """Returns the fp32 number with these bits."""
     return torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(
         torch.float32
     )
 
 
-# Where rounding is awkward: bits of the master, of its high half, and the remainder.
+# Where rounding is awkward: (bits of the master, bits of its high half, remainder).
 HALVES = {
     "0": (0x00000000, 0x0000, 0),
     "-0": (0x80000000, 0x8000, 0),
@@ -41,6 +46,7 @@ HALVES = {
 
 @pytest.mark.parametrize("name", HALVES)
 def test_halves_of_awkward_numbers(name: str) -> None:
+    """The halves are those worked out by hand, and joined they give the number back."""
     bits, high, low = HALVES[name]
     param, low_bits = split_master(fp32(bits))
     assert param.view(torch.int16).item() & 0xFFFF == high
@@ -49,7 +55,10 @@ def test_halves_of_awkward_numbers(name: str) -> None:
 
 
 def test_halves_give_back_every_number() -> None:
-    """A million random bit patterns; those whose high half would be infinite are none of them."""
+    """A million random numbers survive being split and joined.
+
+    Numbers whose high half would be infinite are left out.
+    """
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (1_000_000,), generator=generator).to(torch.int32)
     master = bits[bits & 0x7FFFFFFF < 0x7F800000 - 0x8000].view(torch.float32)
@@ -58,7 +67,7 @@ def test_halves_give_back_every_number() -> None:
     assert_bitwise_equal(join_master(param, low_bits), master, name="joined")
     # No bf16 is nearer than the high half.
     distance = (master.double() - param.double()).abs()
-    for step in (-1, 1):
+    for step in (-1, 1):  # the next smaller and the next larger bf16 in magnitude
         neighbour = (param.view(torch.int16) + step).view(torch.bfloat16).double()
         assert (
             distance <= (master.double() - neighbour).abs().nan_to_num(math.inf, math.inf)
@@ -66,21 +75,22 @@ def test_halves_give_back_every_number() -> None:
 
 
 def test_1000_steps_of_a_split_master() -> None:
-    """Its halves, joined, are the fp32 parameter, step after step."""
+    """The halves, joined, are the fp32 parameter after every step."""
     start = noise(513)
     split = State.of(start, torch.bfloat16)
-    whole = State.of(start)
+    unsplit = State.of(start)
     low_bits = split.low_bits
     assert low_bits is not None
     for step in range(1, 1001):
         grad = noise(513, seed=step) * 10 ** (step % 7 - 3)
-        for state in (split, whole):
+        for state in (split, unsplit):
             options = SETTINGS | {"lr": 1e-3 if step % 2 else 1e-6}
             adamw(*state, grad, step=step, scale=torch.tensor(0.7), **options)  # type: ignore[arg-type]
-        assert_same_state(split, whole, f"step {step}")
-        nearest = (whole.param.view(torch.int32) + 0x8000) >> 16
+        assert_same_state(split, unsplit, f"step {step}")
+        # The high half is the fp32 number rounded to the nearest bf16.
+        nearest = (unsplit.param.view(torch.int32) + 0x8000) >> 16
         assert torch.equal(split.param.view(torch.int16), nearest.to(torch.int16))
-    assert (whole.param - start).abs().mean() > 0.01
+    assert (unsplit.param - start).abs().mean() > 0.01
 
 
 def test_small_steps_are_not_lost() -> None:
@@ -95,17 +105,19 @@ def test_small_steps_are_not_lost() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_what_rounds_up_to_infinity_stays(impl: str, sign: int) -> None:
-    """It is finite in fp32, and its high half would not be."""
+def test_steps_that_round_to_infinity_are_skipped(impl: str, sign: int) -> None:
+    """A step whose result is finite in fp32 but whose high half would be infinite is skipped."""
     device = DEVICE if impl == "triton" else "cpu"
     start = sign * fp32(0x7F7F0000).expand(3).contiguous()
     # Steps of 0.001, 0.75 and -0.75 times the distance of two bf16 numbers there, 2^120.
     grad = torch.tensor([-sign * 1e-3, -sign * 1.0, sign * 1.0], device=device)
     settings = SETTINGS | {"lr": 1.5 * 2.0**120, "weight_decay": 0.0, "eps": 1.0}
-    whole, halves = (State.of(start, dtype).to(device) for dtype in (torch.float32, torch.bfloat16))
-    for state in (whole, halves):
+    in_one, in_two = (
+        State.of(start, dtype).to(device) for dtype in (torch.float32, torch.bfloat16)
+    )
+    for state in (in_one, in_two):
         adamw(*state, grad, step=1, impl=impl, **settings)  # type: ignore[arg-type]
-    in_fp32, in_bf16 = (State(*state).to("cpu").joined()[0] for state in (whole, halves))
+    in_fp32, in_bf16 = (State(*state).to("cpu").joined()[0] for state in (in_one, in_two))
     bits = in_fp32.view(torch.int32) & 0x7FFFFFFF
     assert (bits >= 0x7F7F8000).tolist() == [False, True, False]
     assert in_fp32.isfinite().all()

@@ -1,4 +1,4 @@
-"""Compiled once, ops serve every number of tokens."""
+"""Checks that ops, compiled once, serve every number of tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from tests.ops.test_registered_ops import DRAWS, f
 @pytest.mark.parametrize(
     "name", ["linear_policy_loss", "linear_sample", "tree_attention", "compute_advantages"]
 )
-def test_other_lengths_need_no_other_graph(name: str) -> None:
-    """A microbatch has another number of tokens each time."""
+def test_new_lengths_need_no_new_graph(name: str) -> None:
+    """At most two graphs are compiled for twelve numbers of tokens.
+
+    Every microbatch has another number of tokens, so a graph per number would compile for ever.
+    """
     graphs = []
     weight = f(20, 8)
 

@@ -1,4 +1,4 @@
-"""The row pass of the policy head as compiled for a card."""
+"""Reads the PTX of the policy head's row pass, as compiled for a card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 
 
 def test_no_barrier_in_the_loops_over_tiles() -> None:
-    """Lanes keep sums of their own and meet once, behind the last tile."""
+    """Threads keep partial sums and combine them only once, behind the last tile.
+
+    A barrier in the loop would make all warps wait at every tile.
+    """
     code = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -25,7 +28,7 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).
 """
     root = Path(__file__).resolve().parent.parent.parent
     env = {**os.environ, "PYTHONPATH": str(root)}
-    env.pop("TRITON_INTERPRET", None)
+    env.pop("TRITON_INTERPRET", None)  # the interpreter would compile nothing
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=120, check=False
@@ -36,6 +39,7 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).
     jumps = [
         (i, match[0]) for i, line in enumerate(lines) if (match := re.search(r"\$L\w+(?=;)", line))
     ]
+    # A jump to a label above it closes a loop.
     loops = [lines[labels[label] : i] for i, label in jumps if labels[label] < i]
     assert sum(any("ex2" in line for line in loop) for loop in loops) == 2  # the sums, the gradient
     assert not any("bar.sync" in line for loop in loops for line in loop)

@@ -1,5 +1,6 @@
-"""Decay and advantages, plain and fused, against the published worked example and a loop over
-attempts in fp64.
+"""Compares decay and advantages with the paper's worked example and loops over attempts in fp64.
+
+Both are tested alone and fused.
 """
 
 import math
@@ -25,9 +26,10 @@ def impl(request: pytest.FixtureRequest) -> str:
 def random_batch(
     seed: int, *, max_attempts: int = 4, num_questions: int = 6, group_size: int = 3
 ) -> dict[str, torch.Tensor]:
-    """Attempts of a batch as rollouts make them: a rollout ends with its first success. Question 0
-    is a single attempt, question 1 always right, question 2 always wrong; question ids are neither
-    small nor consecutive.
+    """Returns attempts of a batch as rollouts make them: a rollout ends with its first success.
+
+    Question 0 is a single attempt, question 1 always right, question 2 always wrong. Question ids
+    are neither small nor consecutive.
     """
     rng = torch.Generator().manual_seed(seed)
     attempts = []
@@ -50,7 +52,7 @@ def random_batch(
 
 
 def naive_decay(rewards: list[float], attempt_idx: list[int]) -> list[float]:
-    """batch_mean, attempt index after attempt index, each mean taken anew."""
+    """Decays by batch_mean, one attempt index after the other, each mean computed anew."""
     decayed = list(rewards)
     for n in range(1, max(attempt_idx) + 1):
         earlier = [decayed[i] for i in range(len(rewards)) if attempt_idx[i] < n]
@@ -63,15 +65,20 @@ def naive_decay(rewards: list[float], attempt_idx: list[int]) -> list[float]:
 def naive_advantages(
     rewards: list[float], num_tokens: list[int], groups: list[object], estimator: str, eps: float
 ) -> list[float]:
-    """One attempt at a time; whitening over a list that repeats each attempt once per token."""
+    """Computes advantages one attempt at a time.
+
+    Whitening goes over a list that repeats each attempt once per token.
+    """
     values = []
     for i, reward in enumerate(rewards):
         group = [rewards[j] for j in range(len(rewards)) if groups[j] == groups[i]]
         if estimator == "reinforce_plus_plus" or len(group) == 1:
             values.append(reward / (1 + eps) if estimator == "grpo" else reward)
         elif estimator == "rloo":
-            others = [rewards[j] for j in range(len(rewards)) if groups[j] == groups[i] and j != i]
-            values.append(reward - statistics.fmean(others))
+            other_rewards = [
+                rewards[j] for j in range(len(rewards)) if groups[j] == groups[i] and j != i
+            ]
+            values.append(reward - statistics.fmean(other_rewards))
         else:
             scale = statistics.stdev(group) + eps if estimator == "grpo" else 1.0
             values.append((reward - statistics.fmean(group)) / scale)
@@ -84,7 +91,7 @@ def naive_advantages(
 
 
 def test_worked_example_of_the_paper(impl: str) -> None:
-    # four first attempts with one success, three second attempts with one, two third ones with one
+    # Four first attempts, three second ones and two third ones, with one success each.
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 1, 0])
     attempt_idx = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
     indices = torch.arange(9)
@@ -113,7 +120,8 @@ def test_other_schedules(impl: str) -> None:
     ]
 
 
-def test_help_earns_nothing_when_no_first_attempt_is_right(impl: str) -> None:
+def test_guided_success_needs_a_first_success(impl: str) -> None:
+    """If no first attempt is right, their mean is 0, and so is every guided reward."""
     assert decay_rewards(
         torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 1, 2]), impl=impl
     ).tolist() == [0.0, 0.0, 0.0]
@@ -200,16 +208,24 @@ def test_order_of_attempts_does_not_matter(estimator: str) -> None:
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo", "dr_grpo", "rloo"])
 def test_equal_rewards_give_exactly_zero(estimator: str, impl: str) -> None:
-    # 0.1 has no exact fp32 form, so a mean of seven of them is a test of the summation; exact 0
-    # lets the loss skip rows
-    seven = torch.arange(7) + 3
+    """Equal rewards give an advantage of exactly 0, which lets the loss skip the rows.
+
+    0.1 has no exact fp32 form, so the mean of seven of them tests the summation.
+    """
+    indices = torch.arange(7) + 3
     advantages = compute_advantages(
-        torch.full((7,), 0.1), seven, torch.zeros_like(seven), seven, estimator=estimator, impl=impl
+        torch.full((7,), 0.1),
+        indices,
+        torch.zeros_like(indices),
+        indices,
+        estimator=estimator,
+        impl=impl,
     )
     assert advantages.tolist() == [0.0] * 7
 
 
-def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens() -> None:
+def test_whitened_tokens_have_mean_0_variance_1() -> None:
+    """Over tokens, not attempts, whitened advantages have mean 0 and variance 1."""
     batch = random_batch(40)
     tokens = compute_advantages(**batch).double().repeat_interleave(batch["num_tokens_A"])
     assert tokens.mean().item() == pytest.approx(0, abs=1e-6)
@@ -217,14 +233,14 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens() -> No
 
 
 def test_no_loss_tokens_warns_and_one_is_an_error(impl: str) -> None:
-    one = torch.ones(1)
+    reward = torch.ones(1)
     zero = torch.zeros(1, dtype=torch.int64)
     with pytest.warns(UserWarning, match="no loss tokens"):
-        assert compute_advantages(one, zero, zero, zero, impl=impl).tolist() == [0.0]
+        assert compute_advantages(reward, zero, zero, zero, impl=impl).tolist() == [0.0]
     with pytest.raises(ValueError, match="sum to at least 2"):
-        compute_advantages(one, zero + 1, zero, zero, impl=impl)
+        compute_advantages(reward, zero + 1, zero, zero, impl=impl)
     assert compute_advantages(
-        one, zero + 1, zero, zero, estimator="dr_grpo", impl=impl
+        reward, zero + 1, zero, zero, estimator="dr_grpo", impl=impl
     ).tolist() == [1.0]
 
 
@@ -233,6 +249,7 @@ def test_no_loss_tokens_warns_and_one_is_an_error(impl: str) -> None:
 def test_decay_within_advantages_is_decay_before_them(
     estimator: str, schedule: str, impl: str
 ) -> None:
+    """Advantages with a schedule are advantages of rewards that were decayed beforehand."""
     batch = random_batch(50)
     options = {"schedule": schedule, "factor": 0.5 if schedule == "constant" else None}
     fused = compute_advantages(**batch, estimator=estimator, impl=impl, **options)
@@ -247,8 +264,8 @@ def test_decay_within_advantages_is_decay_before_them(
     )
 
 
-# The kernel walks over attempts in tiles of 64 here: groups that end with a tile, that cross one,
-# that fill several.
+# The kernel reads attempts in tiles of 64 here. Group sizes: two that end with a tile, several that
+# cross one, one that fills several tiles, a tile + 1, and single attempts.
 @pytest.mark.filterwarnings("ignore:compute_advantages. baseline_group question_attempt")
 @pytest.mark.parametrize("sizes", [(64, 64), (1, 64, 63, 1, 2), (40, 200, 3), (65,), (1,) * 130])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -271,86 +288,3 @@ def test_groups_across_the_kernels_tiles(estimator: str, sizes: tuple[int, ...])
         )
         assert_bitwise_equal(actual, again, name="two runs")
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"credit": "trajectory"}, "rollout_idx_A must be given with credit trajectory, got None"),
-        (
-            {"credit": "trajectory", "rollout_idx_A": torch.tensor([0])},
-            r"rollout_idx_A must be int64 \[A=2\]",
-        ),
-        (
-            {"rewards_A": torch.tensor([0.0, torch.nan])},
-            "rewards_A must be finite in fp32, got nan at 1",
-        ),
-        (
-            {"num_tokens_A": torch.tensor([3, -1])},
-            "num_tokens_A must be finite and >= 0, got -1 at 1",
-        ),
-        (
-            {"question_idx_A": torch.tensor([0])},
-            r"question_idx_A must be int64 \[A=2\], got int64 \[1\]",
-        ),
-        (
-            {"attempt_idx_A": torch.tensor([0.0, 1.0])},
-            r"attempt_idx_A must be int64 \[A=2\], got float32 \[2\]",
-        ),
-    ],
-)
-def test_bad_advantage_inputs(change: dict[str, object], message: str, impl: str) -> None:
-    indices = torch.tensor([0, 1])
-    good = {
-        "rewards_A": torch.ones(2),
-        "num_tokens_A": indices,
-        "question_idx_A": indices,
-        "attempt_idx_A": indices,
-    }
-    with pytest.raises(ValueError, match=f"^compute_advantages: {message}"):
-        compute_advantages(**(good | change), impl=impl)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"estimator": "gae"},
-            r"estimator must be one of reinforce_plus_plus_baseline, .*, got 'gae'",
-        ),
-        (
-            {"baseline_group": "batch"},
-            "baseline_group must be one of question, question_attempt, got 'batch'",
-        ),
-        ({"credit": "rollout"}, "credit must be one of attempt, trajectory, got 'rollout'"),
-        ({"eps": 0.0}, "eps must be finite and > 0, got 0.0"),
-        (
-            {"schedule": "linear"},
-            "schedule must be one of batch_mean, constant, none, got 'linear'",
-        ),
-        ({"schedule": "constant"}, r"factor must be in \[0, 1\] with schedule constant, got None"),
-        (
-            {"schedule": "constant", "factor": 1.5},
-            r"factor must be in \[0, 1\] with schedule constant, got 1.5",
-        ),
-        ({"factor": 0.5}, "factor must be None with schedule batch_mean, got 0.5"),
-    ],
-)
-def test_bad_options(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^CreditOptions: {message}"):
-        CreditOptions(**options)
-
-
-def test_an_index_of_another_kind_is_refused(impl: str) -> None:
-    """It would be a table of its size."""
-    with pytest.raises(
-        ValueError, match="^decay_rewards: attempt_idx_A must be below 256, got 1099511627776"
-    ):
-        decay_rewards(torch.ones(2), torch.tensor([0, 2**40]), impl=impl)
-
-
-def test_help_without_first_attempts_has_no_mean(impl: str) -> None:
-    with pytest.raises(
-        ValueError, match="^decay_rewards: attempt_idx_A must be 0 for at least one attempt, got 1"
-    ):
-        decay_rewards(torch.ones(2), torch.tensor([1, 2]), impl=impl)

@@ -1,4 +1,7 @@
-"""Filtered draws without a sort, held to `sample` on the same logits; interpreted on a CPU."""
+"""Compares the filtered draws of the Triton kernel, which sorts nothing, with `sample`.
+
+Both see the same logits. On a CPU the kernel runs in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,21 @@ NAMES = ("top_k_B", "top_p_B", "min_p_B")
 def draw(
     logits_BV: Tensor, row_keys_B: Tensor, knobs: dict[str, Tensor], factor_B: Tensor | None = None
 ) -> list[Tensor]:
-    """Token ids, log-probs, entropies and kept mass from a head that has exactly these logits."""
+    """Returns token ids, log-probs, entropies and kept mass from these logits.
+
+    The LM head has exactly these logits, as its hidden states are unit vectors.
+    """
     hidden_BD = torch.eye(len(logits_BV))
-    if factor_B is not None:
+    if factor_B is not None:  # scales the logits of each row; NaN and inf break the row
         hidden_BD.diagonal().mul_(factor_B)
-    head = hidden_BD, logits_BV.T.contiguous(), row_keys_B, knobs["temperature_B"]
+    lm_head = hidden_BD, logits_BV.T.contiguous(), row_keys_B, knobs["temperature_B"]
     filters = tuple(knobs[name].to(DEVICE) for name in NAMES)
-    drawn = linear_sample_triton(*(x.to(DEVICE) for x in head), None, filters)
+    drawn = linear_sample_triton(*(x.to(DEVICE) for x in lm_head), None, filters)
     return [x.cpu() for x in drawn]
 
 
 def assert_as_sample(logits_BV: Tensor, knobs: dict[str, Tensor], seed: int = 0) -> None:
+    """Asserts the tokens of `sample`, and its log-probs and kept mass by the error rule."""
     row_keys_B = keys(len(logits_BV), seed=seed)
     token_ids_B, logprobs_B, mass_B = sample_ref(logits_BV, row_keys_B, **knobs)
     actual = draw(logits_BV, row_keys_B, knobs)
@@ -45,8 +52,8 @@ def assert_as_sample(logits_BV: Tensor, knobs: dict[str, Tensor], seed: int = 0)
     assert_error_rule(actual[3], mass_B, mass_B.double(), name="kept_mass", dtype=torch.float32)
 
 
-# One token, less than a block, a block and one, a prime of several blocks. top_k beyond the
-# vocabulary is off.
+# Vocabularies: one token, less than a block, a block + 1, a prime of several blocks. A top_k beyond
+# the vocabulary filters nothing.
 @pytest.mark.parametrize("vocab", [1, 7, BLOCK + 1, 5 * BLOCK + 11])
 @pytest.mark.parametrize(
     "filters",
@@ -71,8 +78,11 @@ def test_draws_what_sample_draws(vocab: int, filters: dict) -> None:
 @pytest.mark.parametrize(
     "filters", [{"top_k": 7}, {"top_p": 0.6}, {"top_k": BLOCK + 40, "top_p": 0.9}], ids=str
 )
-def test_of_equal_logits_the_lowest_ids_are_kept(filters: dict) -> None:
-    """All equal; three values, whose ties lie across blocks; zeros of both signs."""
+def test_lowest_ids_of_ties_are_kept(filters: dict) -> None:
+    """Among equal logits the filters keep the lowest token ids, as the reference does.
+
+    Rows: all equal; three values, whose ties are in several blocks; zeros of both signs.
+    """
     vocab = 2 * BLOCK + 5
     logits_BV = torch.zeros(6, vocab)
     logits_BV[2:4] = (torch.arange(vocab) % 3).float()
@@ -88,7 +98,10 @@ def test_of_equal_logits_the_lowest_ids_are_kept(filters: dict) -> None:
 
 
 def test_batch_invariant_beside_any_filters() -> None:
-    """Draws are batch-invariant; unfiltered rows equal the kernel without filters bitwise."""
+    """Draws do not depend on the filters of other rows.
+
+    Rows without a filter equal those of the kernel without filters bitwise.
+    """
     logits_BV = 2 * torch.randn(8, BLOCK + 300, generator=torch.Generator().manual_seed(1))
     knobs = settings(8)
     knobs["top_k_B"] = torch.tensor([0, 5, 0, 9, 0, 0, 3, 0])
@@ -97,18 +110,23 @@ def test_batch_invariant_beside_any_filters() -> None:
     together = draw(logits_BV, keys(8), knobs)
     for row in range(8):
         order = torch.tensor([row, (row + 3) % 8])
-        some = draw(logits_BV[order], keys(8)[order], {name: x[order] for name, x in knobs.items()})
-        for name, x, y in zip(("ids", "logprobs", "entropy", "mass"), some, together, strict=True):
+        two_rows = draw(
+            logits_BV[order], keys(8)[order], {name: x[order] for name, x in knobs.items()}
+        )
+        for name, x, y in zip(
+            ("ids", "logprobs", "entropy", "mass"), two_rows, together, strict=True
+        ):
             assert_bitwise_equal(x[:1], y[row : row + 1], name=f"{name} of row {row}")
     unfiltered = [0, 4, 7]
-    head = torch.eye(8), logits_BV.T.contiguous(), keys(8), knobs["temperature_B"]
-    plain = linear_sample_triton(*(x.to(DEVICE) for x in head), None)
+    lm_head = torch.eye(8), logits_BV.T.contiguous(), keys(8), knobs["temperature_B"]
+    plain = linear_sample_triton(*(x.to(DEVICE) for x in lm_head), None)
     for x, y in zip(plain, together, strict=True):
         assert_bitwise_equal(x.cpu()[unfiltered], y[unfiltered], name="without a filter")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_no_distribution(bad: float) -> None:
+def test_nonfinite_row_reports_nan(bad: float) -> None:
+    """A row with NaN or infinite logits reports NaN; its neighbours draw what they drew."""
     logits_BV = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
     expected = draw(logits_BV, keys(3), settings(3, top_p=0.5))
     drawn = draw(logits_BV, keys(3), settings(3, top_p=0.5), torch.tensor([1.0, bad, 1.0]))
@@ -117,8 +135,9 @@ def test_a_row_that_is_no_distribution(bad: float) -> None:
 
 
 def test_chi_square() -> None:
-    """Draws of one row by three filters; failed by one seed in 10,000. The interpreter is slow by
-    the row.
+    """200 draws of one row under three filters follow its distribution.
+
+    One seed in 10,000 would fail this. There are few draws, as the interpreter takes long for each.
     """
     num_draws = 200
     vocab = 60
@@ -137,7 +156,7 @@ def test_chi_square() -> None:
     kept = kept_by_hand(logits_V.double().tolist(), **filters)
     counts = drawn[0].cpu().bincount(minlength=vocab).double()
     tokens = torch.tensor(sorted(kept))
-    share = torch.tensor([kept[token] for token in sorted(kept)], dtype=torch.float64)
+    probabilities = torch.tensor([kept[token] for token in sorted(kept)], dtype=torch.float64)
     assert counts.sum() == counts[tokens].sum() == num_draws
-    expected = num_draws * share / share.sum()
+    expected = num_draws * probabilities / probabilities.sum()
     assert chance(((counts[tokens] - expected) ** 2 / expected).sum(), len(kept) - 1) > 1e-4

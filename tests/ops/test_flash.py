@@ -1,5 +1,6 @@
-"""What is handed to flash-attn, by a stand-in of its two functions in plain torch. No card, no
-package.
+"""Checks what is handed to flash-attn.
+
+Its two functions are replaced by plain torch, so neither a card nor the package is needed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ SIZE = 256
 HEADS = 6
 KV_HEADS = 2
 HEAD_DIM = 16
-SCALE = 0.3  # none that a forgotten argument would give
+SCALE = 0.3  # not the default of E ** -0.5, so a forgotten argument fails
 
 
 def attend(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, *, scale: float) -> Tensor:
-    """Causal, the last query beside the last key."""
+    """Computes causal attention; the last query sees the last key."""
     mask_QL = torch.ones(len(q_QHE), len(k_LKE), dtype=torch.bool).tril(len(k_LKE) - len(q_QHE))
     q_HQE, k_KLE, v_KLE = (x.transpose(0, 1).float() for x in (q_QHE, k_LKE, v_LKE))
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -34,12 +35,14 @@ def attend(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, *, scale: float) -> Tens
 
 
 def in_pages(cache: Tensor, pages: Tensor, length: int) -> Tensor:
+    """Returns the first `length` tokens of the cache that these pages hold."""
     return cache[pages.long()].flatten(0, 1)[:length]
 
 
 class FlashAttn(SimpleNamespace):
-    """The two functions with the names, order and layouts of flash-attn 2.7; notes which was
-    called.
+    """A stand-in for flash-attn 2.7: its two functions, with their argument names and layouts.
+
+    It notes which of them was called.
     """
 
     def flash_attn_with_kvcache(
@@ -84,10 +87,13 @@ class FlashAttn(SimpleNamespace):
         assert causal and dropout_p == 0 and block_table is not None and softmax_scale is not None
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == block_table.dtype == torch.int32
         self.called = "prefill"
-        lengths = cu_seqlens_k.diff().tolist()
-        parts = q.split(cu_seqlens_q.diff().tolist())
-        assert max(lengths) <= max_seqlen_k and max(len(part) for part in parts) <= max_seqlen_q
-        rows = zip(parts, block_table, lengths, strict=True)
+        key_lens = cu_seqlens_k.diff().tolist()
+        q_by_sequence = q.split(cu_seqlens_q.diff().tolist())
+        assert (
+            max(key_lens) <= max_seqlen_k
+            and max(len(q_of_sequence) for q_of_sequence in q_by_sequence) <= max_seqlen_q
+        )
+        rows = zip(q_by_sequence, block_table, key_lens, strict=True)
         return torch.cat(
             [
                 attend(x, *(in_pages(c, t, n) for c in (k, v)), scale=softmax_scale)
@@ -98,6 +104,7 @@ class FlashAttn(SimpleNamespace):
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
+    """Puts the stand-in where flash-attn would be imported from."""
     module = FlashAttn()
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return module
@@ -106,6 +113,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
 def make_case(
     seq_lens: list[int], q_lens: list[int], dtype: torch.dtype = torch.bfloat16, size: int = SIZE
 ) -> Any:
+    """Returns the arguments of paged attention, with random values in shuffled pages."""
     generator = torch.Generator().manual_seed(0)
     width = -(-max(seq_lens) // size)
     pages = torch.randperm(len(seq_lens) * width, generator=generator).view(-1, width).int()
@@ -118,8 +126,8 @@ def make_case(
     return q_THE, *caches, pages, torch.tensor(seq_lens).int(), cu_seqlens_q
 
 
-# One page and one token of the next; nothing queried; prefill from the start, in a chunk, and
-# beside one that decodes.
+# Decode around the end of a page; a sequence without queries; prefill from the start, in a chunk,
+# and beside a sequence that decodes.
 @pytest.mark.parametrize(
     ("seq_lens", "q_lens", "called"),
     [
@@ -149,9 +157,10 @@ def test_flash_equals_the_reference(
         ),
     ],
 )
-def test_what_flash_attn_cannot_do_is_refused(
+def test_what_flash_cannot_do_is_refused(
     flash: FlashAttn, options: dict[str, Any], message: str
 ) -> None:
+    """Page sizes and dtypes that flash-attn does not support are refused in our words."""
     with pytest.raises(ValueError, match=message):
         paged_attention_flash(
             *make_case([3], [1], **options), scale=SCALE, max_seqlen_q=1, max_seqlen_k=3
@@ -159,6 +168,7 @@ def test_what_flash_attn_cannot_do_is_refused(
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without flash-attn the error says how to install it."""
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
     with pytest.raises(
         RuntimeError, match=r"impl 'flash' needs flash-attn; pip install .* '.\[flash\]' in a"

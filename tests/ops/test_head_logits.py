@@ -1,4 +1,4 @@
-"""What stands between hidden states and log-softmax besides the product: bias, softcap, scale."""
+"""Tests what changes logits between the product and log-softmax: bias, softcap, scale."""
 
 import itertools
 from typing import Any
@@ -29,6 +29,7 @@ def assert_as_right(
     plain: dict[str, Tensor],
     truth: dict[str, Tensor],
 ) -> None:
+    """Asserts the error rule for all outputs and gradients, each scaled to at most 1."""
     dtype = actual["dX"].dtype
     assert actual.keys() == truth.keys()
     for name, x in truth.items():
@@ -40,9 +41,10 @@ def assert_as_right(
 
 @pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-# what a CPU multiplies, and what a card does
+# The usual dtypes of the product on a CPU and on a card.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loss_equals_all_logits(dtype: torch.dtype, head: dict[str, Any], impl: str) -> None:
+    """Loss and gradients equal those of the plain formula over all logits."""
     case = make_case()
     options = {"entropy_coef": 0.05, "kl_coef": 0.1}
     actual = solve(case, dtype, head, impl, **options)
@@ -51,7 +53,7 @@ def test_loss_equals_all_logits(dtype: torch.dtype, head: dict[str, Any], impl: 
     assert ("dbias" in actual) == ("bias" in head)
 
 
-# The interpreter takes its time.
+# Gradcheck calls the op hundreds of times, which is slow in the interpreter.
 SLOW = [pytest.param(HEADS["all"], "triton", marks=pytest.mark.slow)]
 
 
@@ -75,7 +77,7 @@ def test_gradcheck(head: dict[str, Any], impl: str) -> None:
         ).loss
 
     def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        more = {name: x for name, x in options.items() if name != "options"} | {
+        head_options = {name: x for name, x in options.items() if name != "options"} | {
             "entropy_grad": True,
         }
         return linear_logprob(
@@ -83,7 +85,7 @@ def test_gradcheck(head: dict[str, Any], impl: str) -> None:
             weight,
             case.targets,
             bias_V=bias if "bias" in head else None,
-            **more,
+            **head_options,
         )
 
     leaves = leaves_of(case, torch.float64)
@@ -94,25 +96,26 @@ def test_gradcheck(head: dict[str, Any], impl: str) -> None:
 @pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logprobs_equal_all_logits(dtype: torch.dtype, impl: str) -> None:
+    """Log-probs, entropies and gradients equal those of the plain formula over all logits."""
     case = make_case()
     results = []
-    for key, kind in ((impl, dtype), (None, dtype), (None, torch.float64)):
-        leaves = leaves_of(case, kind)
-        head = head_of(HEADS["all"], leaves)
-        if key is None:
-            outputs = plain_logprob(case, leaves, **head)
+    for used_impl, used_dtype in ((impl, dtype), (None, dtype), (None, torch.float64)):
+        leaves = leaves_of(case, used_dtype)
+        settings = head_of(HEADS["all"], leaves)
+        if used_impl is None:
+            outputs = plain_logprob(case, leaves, **settings)
         else:
-            head |= {
-                "bias_V": head.pop("bias"),
+            settings |= {
+                "bias_V": settings.pop("bias"),
                 "rows_N": case.rows,
-                "impl": key,
+                "impl": used_impl,
                 "entropy_grad": True,
             }
             outputs = linear_logprob(
                 *leaves[:2],
                 case.targets,
                 temperature=case.temperature,
-                **head,
+                **settings,
             )
         upstream = torch.linspace(-1, 1, 53).to(outputs[0].dtype)
         torch.autograd.backward(outputs, (upstream, upstream.flip(0)))
@@ -123,20 +126,21 @@ def test_logprobs_equal_all_logits(dtype: torch.dtype, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
-def test_bits_of_a_row_alone_and_of_two_runs(impl: str) -> None:
+def test_deterministic_and_batch_invariant(impl: str) -> None:
+    """Two runs are bitwise equal, and a row computed alone equals it among the others."""
     case = make_case(num_tokens=53, width=24, vocab=1031)._replace(rows=torch.arange(53))
     first, second = (solve(case, torch.float32, HEADS["all"], impl) for _ in range(2))
     for name, x in first.items():
         assert_bitwise_equal(x, second[name], name=name)
     for n in (0, 17, 52):
         is_other = torch.arange(53) != n
-        one = without(case, is_other)._replace(
+        one_row = without(case, is_other)._replace(
             hidden=case.hidden[n : n + 1],
             rows=torch.zeros(1, dtype=torch.int64),
         )
-        alone = solve(one, torch.float32, HEADS["all"], impl)
+        actual = solve(one_row, torch.float32, HEADS["all"], impl)
         for name in ("logprobs", "entropy", "ratio", "dX"):
-            assert_bitwise_equal(alone[name], first[name][n : n + 1], name=name)
+            assert_bitwise_equal(actual[name], first[name][n : n + 1], name=name)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The LM-head ops as torch sees them: opcheck, compile, no values, autocast, DTensor."""
+"""Checks the LM-head ops as torch sees them.
+
+That is opcheck, torch.compile, tensors without values, autocast and DTensor.
+"""
 
 import subprocess
 import sys
@@ -11,13 +14,20 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from socpo_fast.ops import PolicyLoss, linear_logprob, linear_policy_loss, policy_loss
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops import (
+    PolicyLoss,
+    available_impls,
+    linear_logprob,
+    linear_policy_loss,
+    policy_loss,
+)
 from tests.helpers.loss_options import gathered
 
-pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+pytestmark = pytest.mark.skipif(
+    "cpp" not in available_impls().values(), reason="extension not built"
+)
 
-# of the loss; every way to give what has several
+# Options of the loss. Arguments that can be given in several ways occur in each of them.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "terms": {"entropy_coef": 0.1, "kl_coef": 0.2, "softcap": 3.0, "logit_scale": 1.3},
@@ -35,7 +45,7 @@ LEAVES = "hidden_TD", "weight_VD", "bias_V"
 
 
 def make_inputs(**options: Any) -> Inputs:
-    """Eleven rows of eleven tokens in fp64; one has no target, others weight or advantage 0."""
+    """Returns eleven rows in fp64; one has no target, others have weight or advantage 0."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -60,20 +70,26 @@ def make_inputs(**options: Any) -> Inputs:
 
 
 def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Returns the inputs with `change` applied to every tensor."""
     return {name: change(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
 def leaves_of(inputs: Inputs, names: tuple[str, ...]) -> Inputs:
-    given = {name: inputs[name] for name in names if inputs[name] is not None}
-    return changed(given, lambda x: x.detach().clone().requires_grad_())
+    """Returns copies of some inputs that require a gradient."""
+    chosen = {name: inputs[name] for name in names if inputs[name] is not None}
+    return changed(chosen, lambda x: x.detach().clone().requires_grad_())
 
 
 def loss_of(inputs: Inputs, impl: str) -> PolicyLoss:
+    """Calls the fused op."""
     return linear_policy_loss(**gathered(inputs), impl=impl)
 
 
 def logprobs_of(inputs: Inputs, impl: str) -> PolicyLoss:
-    """linear_logprob, then policy_loss, with their outputs in the form of the fused op's."""
+    """Calls linear_logprob, then policy_loss.
+
+    The outputs have the form of the fused op's, so that both can be compared.
+    """
     names = (
         "hidden_TD",
         "weight_VD",
@@ -84,18 +100,18 @@ def logprobs_of(inputs: Inputs, impl: str) -> PolicyLoss:
         "softcap",
         "logit_scale",
     )
-    head = {name: inputs[name] for name in names if name in inputs}
-    logprobs_N, entropy_N = linear_logprob(**head, entropy_grad=True, impl=impl)
-    rest = {name: x for name, x in inputs.items() if name not in (*head, "metrics")}
-    weights_N = rest.pop("weights_N")
+    head_inputs = {name: inputs[name] for name in names if name in inputs}
+    logprobs_N, entropy_N = linear_logprob(**head_inputs, entropy_grad=True, impl=impl)
+    loss_inputs = {name: x for name, x in inputs.items() if name not in (*head_inputs, "metrics")}
+    weights_N = loss_inputs.pop("weights_N")
     if weights_N is None:
-        weights_N = torch.full_like(logprobs_N, 1 / rest.pop("num_loss_tokens")).detach()
-    rest["weights_N"] = weights_N.where(inputs["targets_N"] != -100, 0)
-    return policy_loss(logprobs_N, entropy_N=entropy_N, **gathered(rest))
+        weights_N = torch.full_like(logprobs_N, 1 / loss_inputs.pop("num_loss_tokens")).detach()
+    loss_inputs["weights_N"] = weights_N.where(inputs["targets_N"] != -100, 0)
+    return policy_loss(logprobs_N, entropy_N=entropy_N, **gathered(loss_inputs))
 
 
 def solve(op: Any, inputs: Inputs) -> list[Tensor]:
-    """All outputs, and the gradients of three times the loss."""
+    """Returns all outputs, and the gradients of three times the loss."""
     leaves = leaves_of(inputs, LEAVES)
     result = op(inputs | leaves)
     (3 * result.loss).backward()
@@ -107,9 +123,12 @@ def solve(op: Any, inputs: Inputs) -> list[Tensor]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("op", [loss_of, logprobs_of])
 def test_compiles_as_one_graph(op: Any, options: dict[str, Any], impl: str, backend: str) -> None:
+    """torch.compile needs one graph and changes nothing but rounding."""
     inputs = make_inputs(**options)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda given: op(given, impl), fullgraph=True, backend=backend)
+    compiled = torch.compile(
+        lambda call_inputs: op(call_inputs, impl), fullgraph=True, backend=backend
+    )
     torch.testing.assert_close(
         solve(compiled, inputs),
         solve(lambda x: op(x, impl), inputs),
@@ -121,6 +140,7 @@ def test_compiles_as_one_graph(op: Any, options: dict[str, Any], impl: str, back
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("op", [loss_of, logprobs_of])
 def test_tensors_without_values(op: Any, options: dict[str, Any], impl: str) -> None:
+    """Shapes and dtypes are known for fake and meta tensors."""
     inputs = make_inputs(**options)
     expected = solve(lambda x: op(x, "auto"), inputs)
     if impl == "meta":
@@ -136,9 +156,9 @@ def test_tensors_without_values(op: Any, options: dict[str, Any], impl: str) -> 
 @pytest.mark.parametrize("impl", ["cpp", "triton"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_opcheck(options: dict[str, Any], impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the arguments that the public functions make of theirs, with and without gradients.
+    """opcheck accepts the calls that the public functions make, with and without gradients.
 
-    All rows have a loss: opcheck holds a NaN to be different from itself.
+    All rows have a loss here, as opcheck takes a NaN to differ from itself.
     """
     calls: list[tuple[Any, tuple]] = []
     for name, stem in (
@@ -153,6 +173,7 @@ def test_opcheck(options: dict[str, Any], impl: str, monkeypatch: pytest.MonkeyP
             lambda *args, op=op: calls.append((op, args)) or op(*args),
         )
     inputs = make_inputs(**options)
+    # Every row gets a target, a weight and an advantage, so that nothing is NaN.
     inputs["targets_N"] = inputs["targets_N"].clamp(min=0)
     for name in ("weights_N", "advantages"):
         inputs[name] = None if inputs[name] is None else inputs[name] + 0.1
@@ -169,20 +190,20 @@ def test_opcheck(options: dict[str, Any], impl: str, monkeypatch: pytest.MonkeyP
 def test_opcheck_of_the_logprobs_backward(impl: str) -> None:
     inputs = make_inputs()
     row = inputs["old_logprobs_N"]
-    head = (inputs[name] for name in (*LEAVES, "rows_N", "targets_N", "temperature"))
-    given = (*head, row.abs() + 3)
+    head_inputs = (inputs[name] for name in (*LEAVES, "rows_N", "targets_N", "temperature"))
+    saved = (*head_inputs, row.abs() + 3)
     for tail in (
         (row, row, 0.5, None, True, True, True),
         (None, None, None, 0.1, False, True, False),
     ):
-        grad_entropy, *rest = tail
-        args = (row, grad_entropy, *given, *rest, impl)
+        grad_entropy, *flags = tail
+        args = (row, grad_entropy, *saved, *flags, impl)
         torch.library.opcheck(torch.ops.socpo_fast.linear_logprob_backward.default, args)
 
 
 @pytest.mark.parametrize("impl", ["cpp", "ref"])
 def test_outputs_share_no_memory(impl: str) -> None:
-    """Not with inputs, not with each other, and gradients are handed out once."""
+    """Outputs share no memory with inputs or each other, and gradients are handed out once."""
     inputs = make_inputs()
     leaves = leaves_of(inputs, LEAVES)
     inputs |= leaves
@@ -199,7 +220,10 @@ def test_outputs_share_no_memory(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["cpp", "ref", "triton"])
 def test_autocast(impl: str) -> None:
-    """fp32 weights and bf16 hidden states are taken in bf16; gradients come in each one's dtype."""
+    """Under autocast fp32 weights and bf16 hidden states compute in bf16.
+
+    Gradients come back in the dtype of each leaf.
+    """
     inputs = changed(make_inputs(), lambda x: x.float() if x.is_floating_point() else x)
     inputs["hidden_TD"] = inputs["hidden_TD"].bfloat16()
     in_bf16 = inputs | {name: inputs[name].bfloat16() for name in ("weight_VD", "bias_V")}
@@ -249,7 +273,10 @@ dist.destroy_process_group()
 
 
 def test_weights_may_be_dtensors(tmp_path: Path) -> None:
-    """The gradient arrives at the shards; a hidden state that is one is refused."""
+    """Sharded weights are gathered, and their gradient arrives at the shards.
+
+    A hidden state that is sharded is refused.
+    """
     command = [sys.executable, "-c", DTENSOR, str(tmp_path / "store")]
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""Rows of the LM-head ops: without a target, without old log-probs, with importance weights."""
+"""Tests special rows of the LM-head ops.
+
+Rows without a target, rows without old log-probs, and rows with importance weights.
+"""
 
 from typing import Any
 
@@ -25,9 +28,10 @@ from tests.helpers.policy_head import (
     [{}, {"entropy_coef": 0.05, "kl_coef": 0.1}],
     ids=["plain", "all terms"],
 )
-# some rows, all of them, none
+# Every third row is left out, all are, none is.
 @pytest.mark.parametrize("every", [3, 1, 100])
 def test_rows_without_a_target_have_no_loss(every: int, options: dict[str, Any], impl: str) -> None:
+    """Rows of target -100 give what the batch without them gives, whatever they hold."""
     case = make_case(num_tokens=60)
     left_out = torch.arange(53) % every == every - 1
     case = case._replace(rows=torch.arange(53))
@@ -49,7 +53,10 @@ def test_rows_without_a_target_have_no_logprob(
     as_on_a_card: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever the hidden state holds, and whatever gradient arrives; on a card the rows stay."""
+    """They report NaN and take no gradient, whatever they hold and whatever gradient arrives.
+
+    On a card such rows stay in the products, so both ways are tested.
+    """
     if as_on_a_card:
         monkeypatch.setattr(_fused_logprob, "keep_wanted", keep_all)
     case = make_case(num_tokens=60)._replace(rows=torch.arange(53))
@@ -58,13 +65,13 @@ def test_rows_without_a_target_have_no_logprob(
     upstream = torch.linspace(-1, 1, 53).double().masked_fill(left_out, torch.nan)
     results = []
     marked = case._replace(targets=case.targets.masked_fill(left_out, -100))
-    for given, keep in ((marked, left_out | True), (without(case, left_out), ~left_out)):
-        leaves = leaves_of(given, torch.float64)
+    for one_case, keep in ((marked, left_out | True), (without(case, left_out), ~left_out)):
+        leaves = leaves_of(one_case, torch.float64)
         outputs = linear_logprob(
             *leaves[:2],
-            given.targets,
-            temperature=given.temperature,
-            rows_N=given.rows,
+            one_case.targets,
+            temperature=one_case.temperature,
+            rows_N=one_case.rows,
             bias_V=leaves[2],
             entropy_grad=True,
             impl=impl,
@@ -81,11 +88,14 @@ def test_rows_without_a_target_have_no_logprob(
 @pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("tis_clip", [None, 1.2])
 def test_old_logprobs_none_are_the_current_ones(tis_clip: float | None, impl: str) -> None:
-    """Even where the clips leave no room for a rounded ratio."""
+    """Without old log-probs every ratio is exactly 1.
+
+    The clips here leave no room for a ratio that is rounded.
+    """
     case = make_case()
     options = gathered({"clip_low": 0.0, "clip_high": 0.0, "dual_clip": 1.01})
     results = []
-    for is_given in (False, True):
+    for has_old in (False, True):
         leaves = leaves_of(case, torch.float64)
         old = linear_logprob(
             *leaves[:2],
@@ -94,10 +104,10 @@ def test_old_logprobs_none_are_the_current_ones(tis_clip: float | None, impl: st
             rows_N=case.rows,
         )[0].detach()
         arguments = loss_arguments(case, torch.float64) | {
-            "old_logprobs_N": old if is_given else None,
+            "old_logprobs_N": old if has_old else None,
         }
         weights = case.weights
-        if is_given and tis_clip is not None:
+        if has_old and tis_clip is not None:
             weights = weights * (old - case.ref).exp().clamp(max=tis_clip)
         arguments |= {
             "weights_N": weights,
@@ -105,13 +115,13 @@ def test_old_logprobs_none_are_the_current_ones(tis_clip: float | None, impl: st
             "rows_N": case.rows,
             "impl": impl,
         }
-        if not is_given:
+        if not has_old:
             arguments |= {"sampler_logprobs_N": case.ref, "tis_clip": tis_clip}
         result = linear_policy_loss(
             *leaves[:2],
             case.targets,
             **arguments,
-            **(options if not is_given else {}),
+            **(options if not has_old else {}),
         )
         result.loss.backward()
         results.append(
@@ -123,24 +133,27 @@ def test_old_logprobs_none_are_the_current_ones(tis_clip: float | None, impl: st
 
 @pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_truncated_importance_weights(impl: str) -> None:
-    """They multiply the weights; policy_loss has them too. A row of weight 0 may hold anything."""
+    """Truncated importance weights multiply the weights, here and in policy_loss.
+
+    A row of weight 0 may hold anything.
+    """
     case = make_case()
     sampler = case.ref.masked_fill(case.weights == 0, torch.nan)
     weights = case.weights * (case.old - case.ref).exp().clamp(max=1.3)
     results = []
-    for weights_N, more in (
+    for weights_N, tis_options in (
         (case.weights, {"sampler_logprobs_N": sampler, "tis_clip": 1.3}),
         (weights, {}),
     ):
         hidden, weight, _ = leaves_of(case, torch.float64)
-        arguments = loss_arguments(case, torch.float64) | {"weights_N": weights_N} | more
-        head = {
+        arguments = loss_arguments(case, torch.float64) | {"weights_N": weights_N} | tis_options
+        head_inputs = {
             "temperature": case.temperature,
             "rows_N": case.rows,
             "metrics": "all",
             "impl": impl,
         }
-        result = linear_policy_loss(hidden, weight, case.targets, **arguments, **head)
+        result = linear_policy_loss(hidden, weight, case.targets, **arguments, **head_inputs)
         result.loss.backward()
         results.append((*result, hidden.grad, weight.grad))
         again = policy_loss(result.logprobs, **arguments)

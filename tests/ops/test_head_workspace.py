@@ -1,4 +1,4 @@
-"""How many rows the policy head projects at once, and in what order it adds up their dX."""
+"""Tests how many rows the policy head projects at once, and how it adds up their dX."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from socpo_fast.ops import (
     _fused_logprob,
     _fused_policy_loss,
     _head,
+    available_impls,
     linear_logprob,
     linear_policy_loss,
 )
 from socpo_fast.ops._head import ChunkedHead, default_workspace_mib, rows_per_chunk
-from socpo_fast.ops._impl import extension_is_built
 from tests.helpers.error_rule import assert_error_rule
 
 CPU = torch.device("cpu")
@@ -37,15 +37,16 @@ QWEN3_VOCAB = 151_936
     ],
 )
 def test_rows_of_a_chunk(device: torch.device, width: int, dtype: torch.dtype, rows: int) -> None:
+    """The default number of rows follows from the workspace and the bytes of a row."""
     assert rows_per_chunk(QWEN3_VOCAB, width, torch.float32, dtype, device, None) == rows
-    # Row passes count a chunk's logits in 64 bits; by default even 32 would do.
+    # Row passes index the logits of a chunk in 64 bits, though by default 32 would suffice.
     assert rows * QWEN3_VOCAB < 2**31
 
 
-def test_the_device_decides_what_no_workspace_means() -> None:
+def test_default_workspace_depends_on_the_device() -> None:
     assert (default_workspace_mib(CPU), default_workspace_mib(CARD)) == (208, 2048)
     sizes = 1000, 100, torch.float32, torch.float32
-    assert rows_per_chunk(*sizes, CPU, None) == 512  # never more on a CPU
+    assert rows_per_chunk(*sizes, CPU, None) == 512  # the most on a CPU
     assert rows_per_chunk(*sizes, CARD, None) == 2**31 // 4800
     for device in (CPU, CARD):
         assert rows_per_chunk(*sizes, device, 1e-6) == _head.MIN_ROWS
@@ -54,25 +55,25 @@ def test_the_device_decides_what_no_workspace_means() -> None:
     assert rows_per_chunk(*sizes, CARD, 0.5, True) == 2**19 // 8800  # a softcap keeps capped logits
 
 
-@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
-def test_both_ops_hand_none_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.25 MiB by default are as many rows at once as 0.25 MiB that were asked for."""
+@pytest.mark.skipif("cpp" not in available_impls().values(), reason="extension not built")
+def test_both_ops_use_the_default_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default of 0.25 MiB gives as many rows at once as a workspace_mib of 0.25."""
     chunk_rows: list[int] = []
     init = ChunkedHead.__init__
 
-    def note_rows(self: ChunkedHead, *given: Tensor, **options: Any) -> None:
-        init(self, *given, **options)
+    def note_rows(self: ChunkedHead, *head_inputs: Tensor, **options: Any) -> None:
+        init(self, *head_inputs, **options)
         chunk_rows.append(self.chunk_rows)
 
     monkeypatch.setattr(ChunkedHead, "__init__", note_rows)
     monkeypatch.setattr(_head, "CPU_WORKSPACE_MIB", 0.25)
     torch.manual_seed(0)
-    given = torch.randn(40, 16), torch.randn(2000, 16), torch.arange(40)
+    head_inputs = torch.randn(40, 16), torch.randn(2000, 16), torch.arange(40)
     ones = torch.ones(40)
     for workspace_mib in (None, 0.25, 208.0):
         options: dict[str, Any] = {"workspace_mib": workspace_mib, "impl": "cpp", "temperature": 1}
-        linear_logprob(*given, **options)
-        linear_policy_loss(*given, -ones, ones, num_loss_tokens=40, **options)
+        linear_logprob(*head_inputs, **options)
+        linear_policy_loss(*head_inputs, -ones, ones, num_loss_tokens=40, **options)
     assert chunk_rows == [2**18 // (4 * 2032)] * 4 + [512] * 2
 
 
@@ -81,23 +82,30 @@ def run_backward(
     as_on_a_card: bool,
     needs_grad: tuple[bool, bool, bool] = (True, True, True),
 ) -> list[Tensor]:
-    """Gradients of 40 rows in chunks of 16; every third has none, and rows of hidden repeat."""
+    """Returns the gradients of 40 rows in chunks of 16.
+
+    Every third row has no gradient, and rows of hidden repeat.
+    """
     torch.manual_seed(1)
     hidden = torch.randn(9, 8)
     weight = torch.randn(50, 8)
     rows = torch.arange(40) * 5 % 9
     has_grad = torch.arange(40) % 3 != 1
     options: dict[str, Any] = {"workspace_mib": 1e-6, "needs_grad": needs_grad}
-    head = ChunkedHead(hidden, weight, rows, moves_rows_up=not as_on_a_card, **options)
-    for part in head.chunks():
-        head.project(part)
-        num_rows = part.stop - part.start
-        head.grad_logits[:num_rows] = torch.randn(num_rows, 50) * has_grad[part, None]
-        head.backward(part, ~has_grad[part])
-    return head.gradients()
+    chunked_head = ChunkedHead(hidden, weight, rows, moves_rows_up=not as_on_a_card, **options)
+    for chunk in chunked_head.chunks():
+        chunked_head.project(chunk)
+        num_rows = chunk.stop - chunk.start
+        chunked_head.grad_logits[:num_rows] = torch.randn(num_rows, 50) * has_grad[chunk, None]
+        chunked_head.backward(chunk, ~has_grad[chunk])
+    return chunked_head.gradients()
 
 
 def test_a_card_moves_and_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card rows with a gradient stay where they are, and no sort runs.
+
+    A CPU moves them up to make the products smaller; a card would have to wait for their number.
+    """
     expected = run_backward(as_on_a_card=False)
 
     def refuse(*_: object, **__: object) -> Tensor:
@@ -114,7 +122,7 @@ def test_a_card_moves_and_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def keep_all(_: Tensor, *by_row: Tensor | None) -> list[Tensor | None]:
-    """keep_wanted on a card: the host cannot know how many are wanted."""
+    """Keeps all rows, as keep_wanted does on a card; the host cannot know how many are wanted."""
     return [x if x is None else x.contiguous() for x in by_row]
 
 
@@ -123,7 +131,10 @@ def keep_all(_: Tensor, *by_row: Tensor | None) -> list[Tensor | None]:
 def test_rows_that_stay_may_hold_anything(
     op: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a card rows without a gradient stay among the factors: 0 * nan is not 0."""
+    """On a card rows without a gradient stay in the products, and may still hold NaN or inf.
+
+    0 * nan is not 0, so the op has to clear them.
+    """
     torch.manual_seed(2)
     hidden = torch.randn(40, 8)
     weight = torch.randn(50, 8)

@@ -1,22 +1,25 @@
-"""The linear layer of the engine: as exact as torch's, and batch-invariant."""
+"""Tests the linear layer of the engine: as exact as torch's, and batch-invariant."""
 
 import pytest
 import torch
 
-from socpo_fast.ops import linear
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops import available_impls, linear
 from socpo_fast.ops.linear import linear_ref
 from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 
 IMPLS = [
     "ref",
     pytest.param(
-        "cpp", marks=pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+        "cpp",
+        marks=pytest.mark.skipif(
+            "cpp" not in available_impls().values(), reason="extension not built"
+        ),
     ),
 ]
 
-# (rows, outputs, width): one of each; fewer and more than a vector, tile, item and part of the C++,
-# and one beyond; primes; no rows; SmolLM2's down projection; just enough rows for a panel.
+# (rows, outputs, width): one of each; fewer and more than a vector, a tile, a work item and a part
+# of a sum in the C++, and one more than each; primes; no rows; SmolLM2's down projection; just
+# enough rows for a panel.
 SHAPES = [
     (1, 1, 1),
     (2, 7, 15),
@@ -33,6 +36,7 @@ SHAPES += [(97, 53, 1537), (200, 12, 64), (33, 576, 1536), (25, 49, 799)]
 def problem(
     rows: int, outs: int, width: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, ...]:
+    """Returns x, weight and bias; weight and bias in `dtype`."""
     generator = torch.Generator().manual_seed(rows + outs + width)
     x, weight, bias = (
         torch.randn(shape, generator=generator) for shape in ((rows, width), (outs, width), (outs,))
@@ -46,6 +50,7 @@ def problem(
 def test_cpp_is_as_right_as_torch(
     impl: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
+    """With and without a bias, the error rule holds beside torch's own linear."""
     x, weight, bias = problem(*shape, dtype)
     for b in (None, bias):
         plain = torch.nn.functional.linear(x, weight.float(), b if b is None else b.float())
@@ -55,16 +60,17 @@ def test_cpp_is_as_right_as_torch(
         assert_error_rule(linear(x, weight, b, impl=impl), plain, truth, name=f"linear {shape}")
 
 
-# Widths: one part with a rest, several, a rest only, whole vectors.
+# Widths: one part of a sum with a tail, several parts, a tail only, whole vectors.
 @pytest.mark.parametrize("width", [800, 1537, 31, 126, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS[1:])
-def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype, width: int) -> None:
-    """Alone, in every tile, in a long prompt that is cut into blocks, behind other rows, with 1, 2
-    and 3 threads.
+def test_batch_and_thread_invariant(impl: str, dtype: torch.dtype, width: int) -> None:
+    """A row is the same alone, in every tile, behind other rows, and with 1, 2 and 3 threads.
+
+    1,200 rows are a long prompt, which is cut into blocks.
     """
     x, weight, bias = problem(1200, 101, width, dtype)
-    whole = linear(x, weight, bias, impl=impl)
+    all_rows = linear(x, weight, bias, impl=impl)
     for begin, end in (
         (0, 1),
         (5, 6),
@@ -77,22 +83,25 @@ def test_the_bits_of_a_row_are_its_own(impl: str, dtype: torch.dtype, width: int
         (1199, 1200),
         (600, 1200),
     ):
-        part = linear(x[begin:end], weight, bias, impl=impl)
-        assert_bitwise_equal(part, whole[begin:end], name=f"rows {begin} to {end}")
-    before = torch.get_num_threads()
+        some_rows = linear(x[begin:end], weight, bias, impl=impl)
+        assert_bitwise_equal(some_rows, all_rows[begin:end], name=f"rows {begin} to {end}")
+    old_num_threads = torch.get_num_threads()
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
             assert_bitwise_equal(
-                linear(x, weight, bias, impl=impl), whole, name=f"{num_threads} threads"
+                linear(x, weight, bias, impl=impl), all_rows, name=f"{num_threads} threads"
             )
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(old_num_threads)
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_both_forms_give_a_zero_the_same_sign(impl: str) -> None:
-    """Products that underflow are -0; the zeros past a row's end must make them 0 in both."""
+    """A product that underflows is -0, and the zeros past the end of a row make the sum 0.
+
+    Both forms of the product, for few rows and for many, must do so.
+    """
     for width in (9, 16, 17, 785):
         x = torch.full((25, width), 1e-30)
         weight = torch.full((5, width), -1e-30)
@@ -102,7 +111,8 @@ def test_both_forms_give_a_zero_the_same_sign(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_strided_rows_and_values_that_are_no_numbers(impl: str) -> None:
+def test_strided_rows_and_nan(impl: str) -> None:
+    """Strided inputs equal their copies, and NaN stays in its row."""
     x, weight, _ = problem(6, 5, 40)
     assert_bitwise_equal(
         linear(x[::2], weight, impl=impl), linear(x[::2].clone(), weight, impl=impl), name="strided"
@@ -131,7 +141,7 @@ def test_bad_input_is_named(change: dict, rule: str) -> None:
         linear(**({"x_TD": torch.zeros(3, 8), "weight_ND": torch.zeros(4, 8)} | change))
 
 
-@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+@pytest.mark.skipif("cpp" not in available_impls().values(), reason="extension not built")
 def test_opcheck() -> None:
     x, weight, bias = problem(5, 6, 20)
     torch.library.opcheck(torch.ops.socpo.linear, (x, weight, bias))

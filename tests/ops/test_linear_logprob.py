@@ -1,4 +1,4 @@
-"""linear_logprob against log-softmax over all logits, for upstream gradients of any kind."""
+"""Compares linear_logprob with log-softmax over all logits, for all kinds of upstream gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,9 @@ from tests.helpers.policy_head import IMPLS
 
 
 def make_inputs(num_tokens: int, num_rows: int, vocab: int, width: int = 16) -> dict[str, Tensor]:
-    """Peaked logits; rows repeat; hidden and weight fit into bf16, so every dtype computes on the
-    same numbers.
+    """Returns peaked logits; rows repeat.
+
+    bf16 holds hidden and weight exactly, so every dtype computes on the same numbers.
     """
     rng = torch.Generator().manual_seed(vocab)
     return {
@@ -29,7 +30,7 @@ def make_inputs(num_tokens: int, num_rows: int, vocab: int, width: int = 16) -> 
 def materialised(
     hidden_TD: Tensor, weight_VD: Tensor, targets_N: Tensor, rows_N: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The docstring's formula over all logits at once."""
+    """Computes the docstring's formula over all logits at once."""
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
     logits = (hidden_TD[rows_N] @ weight_VD.T).to(wide) / temperature.to(wide)[:, None]
     logprobs = logits - logits.logsumexp(-1, keepdim=True)
@@ -42,8 +43,9 @@ def outputs_and_gradients(
     dtype: torch.dtype,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Log-probs, entropies and the gradients of hidden and weight for one fixed random upstream
-    gradient each.
+    """Returns log-probs, entropies and the gradients of hidden and weight.
+
+    The upstream gradients are random, and the same in every call.
     """
     hidden, weight = (
         inputs[name].to(dtype, copy=True).requires_grad_() for name in ("hidden_TD", "weight_VD")
@@ -62,7 +64,7 @@ def outputs_and_gradients(
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-# one row, no row, a prime number of them with repeats, a single word
+# One row; no row; a prime number of rows with repeats; a vocabulary of 1025; of one token.
 @pytest.mark.parametrize(
     ("num_tokens", "num_rows", "vocab"),
     [(1, 1, 97), (3, 0, 97), (37, 53, 97), (5, 7, 1025), (3, 4, 1)],
@@ -78,9 +80,8 @@ def test_equals_log_softmax_of_all_logits(
         assert_error_rule(actual[name], plain[name], truth[name], name=name, dtype=dtype)
 
 
-@pytest.mark.parametrize(
-    "impl", IMPLS[1:]
-)  # the reference's entropy over so many words is less exact than that
+# Not the reference, whose entropy over so many tokens is less exact than the rule asks for.
+@pytest.mark.parametrize("impl", IMPLS[1:])
 def test_a_real_vocabulary(impl: str) -> None:
     inputs = make_inputs(num_tokens=5, num_rows=7, vocab=50257)
     actual = outputs_and_gradients(
@@ -105,7 +106,10 @@ def test_gradcheck(impl: str, entropy_grad: bool) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_upstream_gradients_of_any_kind(impl: str) -> None:
-    """Strided, expanded, zero in some rows or in one output: each as its contiguous copy."""
+    """Strided, expanded and partly zero upstream gradients act like their contiguous copies.
+
+    They may also arrive for one of the two outputs only.
+    """
     inputs = make_inputs(num_tokens=37, num_rows=53, vocab=97)
     leaves = inputs["hidden_TD"].requires_grad_(), inputs["weight_VD"].requires_grad_()
     outputs = linear_logprob(
@@ -115,11 +119,11 @@ def test_upstream_gradients_of_any_kind(impl: str) -> None:
         :, 1
     ]
     expanded = torch.tensor(0.3, dtype=torch.float64).expand(53)
-    some = strided * (torch.arange(53) % 3 == 0)
+    partly_zero = strided * (torch.arange(53) % 3 == 0)
     for upstream in (
         (strided, expanded),
         (expanded, torch.zeros(53).double()),
-        (some, some.roll(1)),
+        (partly_zero, partly_zero.roll(1)),
     ):
         expected = torch.autograd.grad(
             materialised(**inputs), leaves, [x.contiguous() for x in upstream]
@@ -133,7 +137,8 @@ def test_upstream_gradients_of_any_kind(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_same_bits_twice_and_alone(impl: str) -> None:
+def test_deterministic_and_batch_invariant(impl: str) -> None:
+    """Two runs are bitwise equal; a row alone equals it among others, except in the reference."""
     inputs = make_inputs(num_tokens=53, num_rows=53, vocab=1031, width=24)
     inputs |= {"rows_N": torch.arange(53)}
     options = {"entropy_grad": True, "impl": impl}
@@ -146,14 +151,17 @@ def test_same_bits_twice_and_alone(impl: str) -> None:
     hidden = inputs["hidden_TD"].float()
     weight = inputs["weight_VD"].float()
     for n in (0, 17, 52):
-        given = {name: inputs[name][n : n + 1] for name in ("targets_N", "temperature")}
-        for name, alone in zip(
-            ("logprobs", "entropy"), linear_logprob(hidden[n : n + 1], weight, **given), strict=True
+        row_inputs = {name: inputs[name][n : n + 1] for name in ("targets_N", "temperature")}
+        for name, actual in zip(
+            ("logprobs", "entropy"),
+            linear_logprob(hidden[n : n + 1], weight, **row_inputs),
+            strict=True,
         ):
-            assert_bitwise_equal(alone, first[name][n : n + 1], name=name)
+            assert_bitwise_equal(actual, first[name][n : n + 1], name=name)
 
 
-def test_defaults_equal_what_they_stand_for() -> None:
+def test_defaults_equal_explicit_arguments() -> None:
+    """No rows_N means all rows in order; a number as temperature is that of every row."""
     inputs = make_inputs(num_tokens=11, num_rows=11, vocab=97)
     inputs |= {"rows_N": torch.arange(11), "temperature": torch.full((11,), 0.7)}
     every_row_named = linear_logprob(**inputs)
@@ -187,6 +195,7 @@ def test_entropy_has_no_gradient_unless_asked() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_minus_infinity_is_probability_zero(impl: str) -> None:
+    """A logit of -inf has log-prob -inf and adds nothing to the entropy."""
     hidden = torch.ones(1, 1)
     weight = torch.tensor([[-torch.inf], [0.0], [0.0]])
     logprobs, entropy = linear_logprob(
@@ -255,7 +264,7 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_inputs(change: dict[str, object], message: str) -> None:
-    """Both ops check these, each under its own name."""
+    """Both ops check these inputs, each under its own name."""
     with pytest.raises(ValueError, match=f"^linear_logprob: {message}"):
         linear_logprob(**(GOOD | change))
     loss = {"old_logprobs_N": torch.zeros(3), "advantages": torch.ones(3), "num_loss_tokens": 3}

@@ -1,5 +1,6 @@
-"""What the fused form of linear_policy_loss adds: which GEMMs run, on how many rows, with which
-bits and errors.
+"""Tests what the fused form of linear_policy_loss adds.
+
+That is which products run and on how many rows, with which bits and errors.
 """
 
 import os
@@ -13,8 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.ops import PolicyLoss, _fused_policy_loss, linear_policy_loss
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops import (
+    PolicyLoss,
+    _fused_policy_loss,
+    available_impls,
+    linear_policy_loss,
+)
 from tests.helpers.error_rule import assert_bitwise_equal
 from tests.helpers.policy_head import (
     OPTIONS,
@@ -26,17 +31,19 @@ from tests.helpers.policy_head import (
     shapes_inside,
 )
 
-pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+pytestmark = pytest.mark.skipif(
+    "cpp" not in available_impls().values(), reason="extension not built"
+)
 
 
 def products(run: Callable[[], object]) -> list[tuple[int, int, int]]:
-    """Shapes (rows, sum length, columns) of the products of the fused form."""
-    seen = [shapes for name, shapes in shapes_inside(run) if name == "socpo::matmul_"]
-    return [(a[0], a[1], b[1]) for _, a, b, *_ in seen]
+    """Returns (rows, length of the sums, columns) of each product of the fused form."""
+    shapes_of_products = [shapes for name, shapes in shapes_inside(run) if name == "socpo::matmul_"]
+    return [(a[0], a[1], b[1]) for _, a, b, *_ in shapes_of_products]
 
 
 @pytest.mark.parametrize("vocab", [49152, 50257, 151936])
-# a width that is no multiple of 8; peaked: half of the targets carry nearly all probability
+# The width is no multiple of 8. A peak of 9 gives half of the targets nearly all probability.
 @pytest.mark.parametrize("peak", [2.0, 9.0])
 def test_real_vocabularies(vocab: int, peak: float) -> None:
     assert_as_right_as_plain(
@@ -47,8 +54,9 @@ def test_real_vocabularies(vocab: int, peak: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["large", "offset"])
 def test_awkward_logits(kind: str, dtype: torch.dtype) -> None:
-    """Logits of magnitude 1e3, and all of them 1e4 higher; on a grid on which fp32 GEMMs round
-    nothing.
+    """Logits of magnitude 1e3, or all of them 1e4 higher, keep the error rule.
+
+    They are on a grid on which fp32 products round nothing, so only log-softmax can be wrong.
     """
     case = make_case()
     hidden, weight = ((x * 4).round() / 4 for x in (case.hidden, case.weight))
@@ -71,11 +79,14 @@ def test_awkward_logits(kind: str, dtype: torch.dtype) -> None:
     )
 
 
-def test_three_products_for_a_gradient_and_only_those_needed() -> None:
+def test_only_needed_products_run() -> None:
+    """Logits, dW and dX take one product each, and what nobody needs is not computed.
+
+    The products run in the forward, so that the logits need not be kept.
+    """
     case = make_case(num_rows=37)._replace(weights=torch.ones(37), advantages=torch.ones(4))
-    case = case._replace(
-        old=fused(case, torch.float32, metrics="all", impl="cpp")[0].logprobs
-    )  # nothing is clipped
+    # With the current log-probs as old ones nothing is clipped.
+    case = case._replace(old=fused(case, torch.float32, metrics="all", impl="cpp")[0].logprobs)
     hidden = case.hidden.float()
     weight = case.weight.float()
     logits = (37, 16, 97)
@@ -99,13 +110,13 @@ def test_three_products_for_a_gradient_and_only_those_needed() -> None:
         assert [x.grad is not None for x in leaves] == [needs_hidden, needs_weight]
 
 
-def test_clipped_rows_are_left_out_of_the_gradient_products() -> None:
+def test_clipped_rows_take_no_gradient_products() -> None:
+    """A clipped row has no gradient, so the products of dW and dX leave it out."""
     case = make_case(num_rows=61)._replace(weights=torch.ones(61), advantages=torch.ones(4))
     logprobs = fused(case, torch.float32, metrics="all")[0].logprobs.double()
     clipped = torch.rand(61, generator=torch.Generator().manual_seed(0)) < 0.5
-    case = case._replace(
-        old=logprobs - torch.where(clipped, 1.0, 0.0)
-    )  # A > 0 and ratio e: beyond the upper clip
+    # The advantage is positive and the ratio of clipped rows is e, beyond the upper clip.
+    case = case._replace(old=logprobs - torch.where(clipped, 1.0, 0.0))
     num_kept = int((~clipped).sum())
     leaves = case.hidden.float().requires_grad_(), case.weight.float().requires_grad_()
     assert products(lambda: call(case, *leaves)) == [
@@ -136,15 +147,15 @@ def test_clipped_rows_are_left_out_of_the_gradient_products() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_row_has_the_bits_it_would_have_alone(
-    options: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_batch_invariant(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """A row's log-prob, entropy, ratio and dX are bitwise those that it has alone.
+
+    The batch runs in chunks of 24 rows.
+    """
     case = make_case(num_tokens=53, width=24, vocab=1031)._replace(rows=torch.arange(53))
-    result, dx, _ = fused(
-        case, dtype, metrics="all", workspace_mib=0.1, **options
-    )  # chunks of 24 rows
+    result, dx, _ = fused(case, dtype, metrics="all", workspace_mib=0.1, **options)
     for n in (0, 1, 17, 18, 40, 52):
-        one = case._replace(
+        one_row = case._replace(
             **{
                 name: getattr(case, name)[n : n + 1]
                 for name in (
@@ -159,16 +170,16 @@ def test_a_row_has_the_bits_it_would_have_alone(
             },
             rows=torch.zeros(1, dtype=torch.int64),
         )
-        alone, alone_dx, _ = fused(one, dtype, metrics="all", **options)
+        actual, actual_dx, _ = fused(one_row, dtype, metrics="all", **options)
         for name in ("logprobs", "entropy", "ratio"):
             assert_bitwise_equal(
-                getattr(alone, name), getattr(result, name)[n : n + 1], name=f"{name} {n}"
+                getattr(actual, name), getattr(result, name)[n : n + 1], name=f"{name} {n}"
             )
-        assert_bitwise_equal(alone_dx, dx[n : n + 1], name=f"dX {n}")
+        assert_bitwise_equal(actual_dx, dx[n : n + 1], name=f"dX {n}")
 
 
-def test_a_row_has_the_bits_it_would_have_alone_at_real_size() -> None:
-    """GEMM libraries choose by size, so once at that of SmolLM2's head."""
+def test_batch_invariant_at_real_size() -> None:
+    """GEMM libraries choose their kernels by size, so rows are also compared at SmolLM2's size."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 576, generator=rng)
     weight = torch.randn(49152, 576, generator=rng) / 24
@@ -182,20 +193,25 @@ def test_a_row_has_the_bits_it_would_have_alone_at_real_size() -> None:
         result.loss.backward()
         return result, x.grad
 
-    whole, dx = run(slice(None))
+    all_rows, dx = run(slice(None))
     for rows in (slice(7, 8), slice(3, 20)):
-        part, part_dx = run(rows)
-        assert_bitwise_equal(part.logprobs, whole.logprobs[rows], name="logprobs")
-        assert_bitwise_equal(part_dx, dx[rows], name="dX")
+        some_rows, some_dx = run(rows)
+        assert_bitwise_equal(some_rows.logprobs, all_rows.logprobs[rows], name="logprobs")
+        assert_bitwise_equal(some_dx, dx[rows], name="dX")
 
 
-def test_upstream_gradient_second_backward_and_tied_head() -> None:
+def test_second_backward_and_tied_lm_head() -> None:
+    """Gradients scale with the upstream gradient, in a second backward too.
+
+    An LM head tied to the embedding gets the sum of both gradients.
+    """
     case = make_case()
     _, dx, dw = fused(case, torch.float64)
     hidden = case.hidden.clone().requires_grad_()
     weight = case.weight.clone().requires_grad_()
     loss = call(case, hidden, weight).loss
-    for upstream in (-3.0, 0.5):  # the second one recomputes, as the first took the buffers along
+    # The first backward hands its buffers out as gradients, so the second one recomputes them.
+    for upstream in (-3.0, 0.5):
         got_dx, got_dw = torch.autograd.grad(
             loss, (hidden, weight), torch.tensor(upstream).double(), retain_graph=True
         )
@@ -205,14 +221,17 @@ def test_upstream_gradient_second_backward_and_tied_head() -> None:
     token_ids = torch.arange(37) % 97
     tied = case.weight.clone().requires_grad_()
     call(case, tied[token_ids], tied).loss.backward()
-    x = case.weight[token_ids].requires_grad_()
-    head = case.weight.clone().requires_grad_()
-    call(case, x, head).loss.backward()
-    torch.testing.assert_close(tied.grad, head.grad.index_add(0, token_ids, x.grad))
+    embedded = case.weight[token_ids].requires_grad_()
+    lm_head = case.weight.clone().requires_grad_()
+    call(case, embedded, lm_head).loss.backward()
+    torch.testing.assert_close(tied.grad, lm_head.grad.index_add(0, token_ids, embedded.grad))
 
 
-def test_inputs_changed_before_a_second_backward_are_noticed() -> None:
-    """It starts from them again: other targets would give another loss's gradient."""
+def test_inputs_changed_before_second_backward_raise() -> None:
+    """A second backward starts from the inputs again.
+
+    With other targets it would be the gradient of another loss, so a changed input raises.
+    """
     hidden = torch.ones(3, 2, requires_grad=True)
     weight = torch.rand(5, 2)
     row = torch.ones(3)
@@ -227,7 +246,9 @@ def test_inputs_changed_before_a_second_backward_are_noticed() -> None:
 
 
 def test_without_compaction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the host must not wait for the number of rows: they stay, with weight 0 and hidden
+    """Without dropping rows the loss and its gradients are the same.
+
+    On a GPU the host must not wait for the number of rows, so all stay, with weight 0 and hidden
     states of 0.
     """
     case = make_case(num_rows=37)._replace(rows=torch.arange(37))
@@ -259,7 +280,10 @@ print(mib("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory() -> None:
-    """dW + 256 MiB at most, at 4096 rows of SmolLM2's head: its logits alone are 768 MiB."""
+    """At 4096 rows of SmolLM2's head the op takes at most dW + 256 MiB.
+
+    All logits would be 768 MiB.
+    """
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", MEMORY],

@@ -1,5 +1,6 @@
-"""The C++ row passes on given logits: values and gradients, awkward logits, every clip, bits,
-registration.
+"""Tests the C++ row passes on logits: values and gradients, awkward logits and every clip.
+
+Also that they are batch-invariant, and how they are registered.
 """
 
 import math
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.ops import policy_loss
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops import available_impls, policy_loss
 from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.helpers.loss_options import gathered
 
-pytestmark = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+pytestmark = pytest.mark.skipif(
+    "cpp" not in available_impls().values(), reason="extension not built"
+)
 
 OPTIONS = {
     "clip_low": 0.2,
@@ -28,8 +30,9 @@ Inputs = dict[str, Tensor]
 
 
 def make_rows(kind: str, num_rows: int, vocab: int) -> Inputs:
-    """Rows of logits in fp64 that fp32 holds exactly; ratios on both sides of the clips, every
-    other target likely.
+    """Returns rows of logits in fp64 that fp32 holds exactly.
+
+    Ratios are on both sides of the clips, and every other target is likely.
     """
     rng = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(num_rows, vocab, generator=rng, dtype=torch.float64) * 96).round() / 32
@@ -66,22 +69,23 @@ def make_rows(kind: str, num_rows: int, vocab: int) -> Inputs:
 def run_rows(
     rows: Inputs, dtype: torch.dtype, grad_logits: Tensor | None, **options: Any
 ) -> Tensor:
-    given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in rows.items()}
+    """Runs the row pass; grad_logits None computes no gradient."""
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in rows.items()}
     options = OPTIONS | options
     return torch.ops.socpo.policy_rows(
-        given["logits"] if grad_logits is None else grad_logits,
+        inputs["logits"] if grad_logits is None else grad_logits,
         grad_logits,
-        given["targets"],
-        given["old"],
-        given["advantages"],
+        inputs["targets"],
+        inputs["old"],
+        inputs["advantages"],
         None,
-        given["weights"],
-        given["inv_temperature"],
+        inputs["weights"],
+        inputs["inv_temperature"],
         options["clip_low"],
         options["clip_high"],
         options["dual_clip"],
         options["entropy_coef"],
-        given["ref"],
+        inputs["ref"],
         options["kl_coef"],
         options["kl_estimator"],
         True,
@@ -89,20 +93,20 @@ def run_rows(
 
 
 def plain_rows(rows: Inputs, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
-    """Autograd through log_softmax and policy_loss."""
-    given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in rows.items()}
+    """Computes the same by autograd through log_softmax and policy_loss."""
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in rows.items()}
     options = OPTIONS | options
-    logits = given["logits"].requires_grad_()
-    log_softmax = (logits * given["inv_temperature"][:, None]).log_softmax(1)
+    logits = inputs["logits"].requires_grad_()
+    log_softmax = (logits * inputs["inv_temperature"][:, None]).log_softmax(1)
     entropy = -(log_softmax.exp() * log_softmax.masked_fill(log_softmax == -torch.inf, 0.0)).sum(1)
-    logprobs = log_softmax.gather(1, given["targets"][:, None])[:, 0]
+    logprobs = log_softmax.gather(1, inputs["targets"][:, None])[:, 0]
     result = policy_loss(
         logprobs,
-        given["old"],
-        given["advantages"],
-        weights_N=given["weights"],
+        inputs["old"],
+        inputs["advantages"],
+        weights_N=inputs["weights"],
         entropy_N=entropy,
-        ref_logprobs_N=given["ref"],
+        ref_logprobs_N=inputs["ref"],
         **gathered(options | {"kl_estimator": f"k{options['kl_estimator']}"}),
     )
     grad = torch.autograd.grad(result.loss, logits)[0]
@@ -125,7 +129,7 @@ TERMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["noise", "peaked", "large", "offset", "minus_infinity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
-# a prime: two blocks of 1024 and a tail shorter than a vector
+# The vocabulary is a prime: two blocks of 1024 and a tail shorter than a vector.
 def test_rows_equal_autograd(kind: str, dtype: torch.dtype, terms: dict[str, Any]) -> None:
     rows = make_rows(kind, 30, 2053)
     grad = rows["logits"].to(dtype, copy=True)
@@ -162,7 +166,7 @@ def test_real_vocabularies(vocab: int) -> None:
 def one_row(
     advantage: float, log_ratio: float, **options: Any
 ) -> tuple[float, float, float, float]:
-    """Loss, ratio, clipped and coefficient of a row of weight 1 in fp64."""
+    """Returns loss, ratio, clipped and coefficient of a row of weight 1, in fp64."""
     rows = {name: x[:1] for name, x in make_rows("noise", 1, 11).items()}
     logprob = run_rows(rows, torch.float64, None)[1]
     rows |= {
@@ -181,6 +185,7 @@ def one_row(
     [(2.0, 0.25, "clip_high"), (-2.0, -0.25, "clip_low"), (-2.0, 1.0, "dual_clip")],
 )
 def test_gradient_passes_exactly_on_a_bound(advantage: float, log_ratio: float, bound: str) -> None:
+    """A ratio exactly on a bound is not clipped; just beyond it is, and has no gradient."""
     ratio = one_row(advantage, log_ratio, clip_low=1.0, clip_high=9.0)[1]
     at_bound = {"clip_high": ratio - 1, "clip_low": 1 - ratio, "dual_clip": ratio}[bound]
     passing = -advantage * ratio
@@ -194,7 +199,7 @@ def test_gradient_passes_exactly_on_a_bound(advantage: float, log_ratio: float, 
     "log_ratio", [-25.0, -20.0, -1.0, -0.1, 0.0, 0.1, 0.5, 1.0, 1.2, 20.0, 25.0]
 )
 def test_every_side_of_every_clip(advantage: float, log_ratio: float) -> None:
-    """Against policy_loss at the same log-ratio, in fp64."""
+    """Each side of each clip gives what policy_loss gives at the same log-ratio, in fp64."""
     loss, ratio, clipped, coefficient = one_row(advantage, log_ratio)
     logprobs = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
@@ -203,11 +208,12 @@ def test_every_side_of_every_clip(advantage: float, log_ratio: float) -> None:
     expected.loss.backward()
     assert (loss, ratio) == pytest.approx((expected.loss.item(), expected.ratio.item()), rel=1e-12)
     assert clipped == expected.clip_fraction.item()
-    if abs(log_ratio) != 20:  # there, rounding says on which side
+    if abs(log_ratio) != 20:  # at 20 rounding decides on which side of the clamp it is
         assert coefficient == pytest.approx(logprobs.grad.item(), rel=1e-12)
 
 
 def test_rows_of_weight_zero_are_exact_zeros() -> None:
+    """Rows of weight 0 have loss and gradient exactly 0, also where their inputs are NaN."""
     rows = make_rows("noise", 6, 1031)
     rows["logits"][0] = torch.nan
     rows["old"][1] = torch.nan
@@ -221,6 +227,7 @@ def test_rows_of_weight_zero_are_exact_zeros() -> None:
 
 
 def test_nan_is_not_hidden() -> None:
+    """NaN or only -inf in the logits of a row that counts give NaN, in that row only."""
     rows = make_rows("noise", 3, 1031)
     rows["logits"][0, 7] = torch.nan
     rows["logits"][1] = -torch.inf
@@ -231,16 +238,17 @@ def test_nan_is_not_hidden() -> None:
     assert grad.isnan().all(1).tolist() == [True, True, False]
 
 
-def test_a_row_has_the_same_bits_alone_in_place_and_strided() -> None:
+def test_batch_invariant_in_place_and_strided() -> None:
+    """A row computed alone, in place and inside a wider row equals it in the batch bitwise."""
     rows = make_rows("noise", 9, 1031)
     grad = rows["logits"].float()
     values = run_rows(rows, torch.float32, grad, entropy_coef=0.1)
     for n in range(9):
-        alone = {name: x[n : n + 1] for name, x in rows.items()}
+        one_row = {name: x[n : n + 1] for name, x in rows.items()}
         wide = torch.zeros(1, 1500)
-        wide[:, :1031] = alone["logits"]
+        wide[:, :1031] = one_row["logits"]
         assert_bitwise_equal(
-            run_rows(alone, torch.float32, wide[:, :1031], entropy_coef=0.1),
+            run_rows(one_row, torch.float32, wide[:, :1031], entropy_coef=0.1),
             values[:, n : n + 1],
             name="values",
         )
@@ -249,21 +257,29 @@ def test_a_row_has_the_same_bits_alone_in_place_and_strided() -> None:
 
 
 def test_registration() -> None:
-    """Schemas, mutation, fake tensors and tracing, as torch sees them, of every op of the
-    extension.
-    """
+    """torch accepts every op of the extension: schema, mutation, fake tensors and tracing."""
     ops = torch.ops.socpo
     f = torch.randn
     targets = torch.tensor([1, 0, 4])
     row = f(3)
     logits = f(3, 5)
-    head = (targets, row, f(2), torch.tensor([0, 1, 1]), row.abs(), row.abs() + 0.1, 0.2, 0.2, 3.0)
+    loss_inputs = (
+        targets,
+        row,
+        f(2),
+        torch.tensor([0, 1, 1]),
+        row.abs(),
+        row.abs() + 0.1,
+        0.2,
+        0.2,
+        3.0,
+    )
     for grad in (None, torch.empty(3, 5)):
-        torch.library.opcheck(ops.policy_rows, (logits, grad, *head, 0.1, row, 0.1, 3, True))
+        torch.library.opcheck(ops.policy_rows, (logits, grad, *loss_inputs, 0.1, row, 0.1, 3, True))
     torch.library.opcheck(ops.logprob_rows, (logits, targets, row.abs() + 0.1))
-    given = (logits, torch.empty(3, 5), targets, row.abs() + 0.1, row, row, row)
+    backward_inputs = (logits, torch.empty(3, 5), targets, row.abs() + 0.1, row, row, row)
     for grad_entropy in (None, row):
-        torch.library.opcheck(ops.logprob_rows_backward, (*given, grad_entropy))
+        torch.library.opcheck(ops.logprob_rows_backward, (*backward_inputs, grad_entropy))
     torch.library.opcheck(ops.matmul_, (f(3, 5), f(3, 4), f(4, 5), True))
     token_row = torch.ones(3)
     torch.library.opcheck(

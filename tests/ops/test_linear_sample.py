@@ -1,5 +1,6 @@
-"""linear_sample: what `sample` draws from the same logits, whatever is drawn beside it, without
-storing them.
+"""Tests linear_sample, which draws without storing the logits.
+
+It must draw what `sample` draws from the same logits, whatever else is drawn beside it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.ops import linear, linear_sample, sample
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops import available_impls, linear, linear_sample, sample
 from socpo_fast.ops.sample import kept_tokens
 from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.ops.test_sample import IMPLS, keys, settings
@@ -28,6 +28,7 @@ FILTERS: list[dict[str, Any]] = [
 def problem(
     num_rows: int, vocab: int, width: int = 24, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
+    """Returns hidden states and the weight of an LM head."""
     generator = torch.Generator().manual_seed(vocab + num_rows)
     hidden, weight = (
         torch.randn(shape, generator=generator) for shape in ((num_rows, width), (vocab, width))
@@ -36,19 +37,22 @@ def problem(
 
 
 def from_logits(logits_V: Tensor) -> tuple[Tensor, Tensor]:
-    """A head that has exactly these logits in its one row."""
+    """Returns hidden and weight of an LM head with exactly these logits in its one row."""
     return torch.ones(1, 1), logits_V[:, None].contiguous()
 
 
 def mixed_settings(num_draws: int) -> dict[str, Tensor]:
-    """All of FILTERS and two temperatures in turn."""
+    """Returns all of FILTERS in turn, and two temperatures."""
     each = [settings(1, **FILTERS[b % 4]) for b in range(num_draws)]
-    mixed = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+    mixed = {
+        name: torch.cat([settings_of_draw[name] for settings_of_draw in each]) for name in each[0]
+    }
     mixed["temperature_B"][::5] = 1.3
     return mixed
 
 
 def pick(knobs: dict[str, Tensor], draws: Tensor | slice) -> dict[str, Tensor]:
+    """Returns the settings of some draws."""
     return {name: knob[draws] for name, knob in knobs.items()}
 
 
@@ -58,6 +62,7 @@ def pick(knobs: dict[str, Tensor], draws: Tensor | slice) -> dict[str, Tensor]:
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_cpp_draws_what_sample_draws(vocab: int, filters: dict, impl: str) -> None:
+    """Tokens, log-probs and kept mass are bitwise those of `sample` on the logits of `linear`."""
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = problem(40, vocab, dtype=dtype)
         token_ids, logprobs, _, mass = linear_sample(
@@ -80,60 +85,64 @@ def test_cpp_is_as_right_as_torch(vocab: int, filters: dict, impl: str) -> None:
     hidden, weight = problem(num_rows, vocab)
     knobs = settings(num_rows, **filters)
     token_ids, *actual = linear_sample(hidden, weight, keys(num_rows), **knobs, impl=impl)
-    exact = []
+    plain_and_truth = []
     for dtype in (torch.float32, torch.float64):
         z = (hidden.to(dtype) @ weight.T.to(dtype)) / (filters.get("temperature", 1.0) or 1.0)
         logprobs = z.log_softmax(-1)
         keep = kept_tokens(logprobs.exp(), knobs["top_k_B"], knobs["top_p_B"], knobs["min_p_B"])
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        exact.append(
+        plain_and_truth.append(
             (logprobs.gather(1, token_ids[:, None])[:, 0], entropy, (logprobs.exp() * keep).sum(-1))
         )
-    for name, *three in zip(NAMES[1:], actual, *exact, strict=True):
+    for name, *three in zip(NAMES[1:], actual, *plain_and_truth, strict=True):
         assert_error_rule(*three, name=name, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS[1:])
-def test_the_bits_of_a_draw_are_its_own(impl: str, dtype: torch.dtype) -> None:
-    """Alone, in another order, beside others of its row, in several blocks of rows, with 1, 2 and 3
-    threads.
+def test_batch_and_thread_invariant(impl: str, dtype: torch.dtype) -> None:
+    """A draw is the same alone, in another order and beside other draws of its row.
+
+    The rows make several blocks, and run with 1, 2 and 3 threads.
     """
     hidden, weight = problem(300, 1031, dtype=dtype)
+    # Some hidden rows are drawn from once, some twice, and row 4 another 70 times.
     rows = torch.cat([torch.arange(300), torch.arange(0, 300, 2), torch.full((70,), 4)])
     num_draws = len(rows)
     knobs = mixed_settings(num_draws)
     row_keys = keys(num_draws)
-    whole = linear_sample(hidden, weight, row_keys, **knobs, rows_B=rows, impl=impl)
+    all_draws = linear_sample(hidden, weight, row_keys, **knobs, rows_B=rows, impl=impl)
     shuffled = torch.randperm(num_draws, generator=torch.Generator().manual_seed(0))
-    parts = [
+    selections = [
         shuffled,
         shuffled[:17],
         torch.arange(300, 520),
         *torch.arange(0, num_draws, 40).split(1),
     ]
-    for part in parts:
+    for draws in selections:
         result = linear_sample(
-            hidden, weight, row_keys[part], **pick(knobs, part), rows_B=rows[part], impl=impl
+            hidden, weight, row_keys[draws], **pick(knobs, draws), rows_B=rows[draws], impl=impl
         )
-        for name, x, y in zip(NAMES, result, whole, strict=True):
-            assert_bitwise_equal(x, y[part], name=f"{name} of {len(part)} draws")
-    first = linear_sample(hidden, weight, row_keys[:300], **pick(knobs, slice(300)), impl=impl)
-    before = torch.get_num_threads()
+        for name, x, y in zip(NAMES, result, all_draws, strict=True):
+            assert_bitwise_equal(x, y[draws], name=f"{name} of {len(draws)} draws")
+    without_rows = linear_sample(
+        hidden, weight, row_keys[:300], **pick(knobs, slice(300)), impl=impl
+    )
+    old_num_threads = torch.get_num_threads()
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
             result = linear_sample(hidden, weight, row_keys, **knobs, rows_B=rows, impl=impl)
-            for name, x, y, z in zip(NAMES, result, whole, first, strict=True):
+            for name, x, y, z in zip(NAMES, result, all_draws, without_rows, strict=True):
                 assert_bitwise_equal(x, y, name=f"{name} with {num_threads} threads")
                 assert_bitwise_equal(z, y[:300], name=f"{name} without rows_B")
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(old_num_threads)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_ties_and_tokens_that_cannot_be(impl: str) -> None:
-    """Greedy takes the first of equal logits over all tiles; tiles of -inf do not matter."""
+def test_ties_and_impossible_tokens(impl: str) -> None:
+    """Greedy takes the first of equal logits of all tiles; tiles of only -inf do not matter."""
     logits = torch.full((3000,), -torch.inf)
     logits[[900, 1700, 2500]] = torch.tensor([1.0, 2.0, 2.0])
     result = linear_sample(*from_logits(logits), keys(1), **settings(1, temperature=0.0), impl=impl)
@@ -154,6 +163,7 @@ def test_ties_and_tokens_that_cannot_be(impl: str) -> None:
 @pytest.mark.parametrize("temperature", [1e-2, 1e-6, 1e-9, 1e-42])
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_cold_rows(impl: str, temperature: float) -> None:
+    """Near temperature 0 every draw is the largest logit, with log-prob 0."""
     logits = 5 * torch.randn(3001, generator=torch.Generator().manual_seed(0))
     logits[1507] = 30.3
     for filters in ({}, {"top_k": 3, "top_p": 0.9}):
@@ -169,6 +179,7 @@ def test_cold_rows(impl: str, temperature: float) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
 def test_a_broken_row_reports_nan(impl: str, bad: float | None) -> None:
+    """A row with NaN, inf or only -inf reports NaN and some token of the vocabulary."""
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(3))
     if bad is None:
         logits[:] = -torch.inf
@@ -182,24 +193,24 @@ def test_a_broken_row_reports_nan(impl: str, bad: float | None) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_broken_row_leaves_the_others_alone(impl: str) -> None:
+def test_broken_row_leaves_other_rows_unchanged(impl: str) -> None:
     hidden, weight = problem(9, 1000)
-    whole = linear_sample(hidden, weight, keys(9), **mixed_settings(9), impl=impl)
+    unbroken = linear_sample(hidden, weight, keys(9), **mixed_settings(9), impl=impl)
     hidden[4, 3] = torch.nan
     broken = linear_sample(hidden, weight, keys(9), **mixed_settings(9), impl=impl)
-    others = torch.arange(9) != 4
-    for name, x, y in zip(NAMES, broken, whole, strict=True):
-        assert_bitwise_equal(x[others], y[others], name=f"{name} of other rows")
-    assert broken[1].isnan().tolist() == (~others).tolist()
+    is_other = torch.arange(9) != 4
+    for name, x, y in zip(NAMES, broken, unbroken, strict=True):
+        assert_bitwise_equal(x[is_other], y[is_other], name=f"{name} of other rows")
+    assert broken[1].isnan().tolist() == (~is_other).tolist()
 
 
 def test_filtered_draws_of_triton_are_those_of_ref() -> None:
-    """Through the door, which finds out that there are filters."""
+    """The public function notices that there are filters and draws what the reference draws."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = [x.to(device) for x in (*problem(5, 700), keys(5))]
+    inputs = [x.to(device) for x in (*problem(5, 700), keys(5))]
     options = {name: x.to(device) for name, x in settings(5, top_k=9).items()}
-    drawn, plain = (linear_sample(*given, **options, impl=impl) for impl in ("triton", "ref"))
+    drawn, plain = (linear_sample(*inputs, **options, impl=impl) for impl in ("triton", "ref"))
     assert_bitwise_equal(drawn[0], plain[0], name="token_ids")
     for name, x, y in zip(NAMES[1:], drawn[1:], plain[1:], strict=True):
         torch.testing.assert_close(
@@ -249,7 +260,7 @@ def test_bad_input_is_named(change: dict, rule: str) -> None:
         linear_sample(**(good | change))
 
 
-@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+@pytest.mark.skipif("cpp" not in available_impls().values(), reason="extension not built")
 def test_opcheck() -> None:
     for dtype, rows in ((torch.float32, None), (torch.bfloat16, torch.tensor([2, 0, 2]))):
         arguments = (*problem(3, 50, dtype=dtype), keys(3), *settings(3).values(), rows)

@@ -1,5 +1,6 @@
-"""linear_sample on a GPU against `sample` over fp32 logits; on a CPU the kernels run in the
-interpreter.
+"""Compares linear_sample's Triton kernels with `sample` over fp32 logits.
+
+On a CPU the kernels run in the interpreter.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROWS, TOKENS, WIDTH = TILES[0][torch.float32][:3]
 
 
 def make_head(num_rows: int, vocab: int, width: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Hidden and weight, which fp16 holds exactly; logits are of size `scale`."""
+    """Returns hidden and weight, which fp16 holds exactly; logits are of size `scale`."""
     rng = torch.Generator().manual_seed(num_rows + vocab + width)
     hidden = torch.randn(num_rows, width, generator=rng) * scale / width**0.5
     return hidden.half().float(), torch.randn(vocab, width, generator=rng).half().float()
@@ -38,6 +39,7 @@ def draw(
     temperature: Tensor,
     rows: Tensor | None = None,
 ) -> tuple:
+    """Draws with the kernels; without filters the kept mass is 1."""
     tensors = (hidden, weight, row_keys, temperature, rows)
     *drawn, kept_mass = linear_sample_triton(
         *(None if x is None else x.to(DEVICE) for x in tensors)
@@ -49,27 +51,30 @@ def draw(
 def expected(
     logits: Tensor, row_keys: Tensor, temperature: Tensor, token_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The reference's tokens; log-probs of the given ones and entropies; the lead of the best
-    score.
+    """Returns the reference's tokens, and three values for the tokens that were drawn.
+
+    These are log-probs, entropies, and by how much the best score leads the second best.
     """
     options = settings(row_keys.numel()) | {"temperature_B": temperature}
     drawn = sample_ref(logits, row_keys, **options)[0]
     z = logits / torch.where(temperature == 0, 1.0, temperature).to(logits.dtype)[:, None]
-    logp = z.log_softmax(-1)
+    log_softmax = z.log_softmax(-1)
     v = ((noise_bits(row_keys, logits.shape[1]).double() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     scores = z - torch.where((temperature == 0)[:, None], 0.0, torch.log(-torch.log1p(-v)))
-    best = torch.cat([scores, torch.full_like(scores[:, :1], -torch.inf)], 1).topk(2, dim=1).values
+    best_two = (
+        torch.cat([scores, torch.full_like(scores[:, :1], -torch.inf)], 1).topk(2, dim=1).values
+    )
     return (
         drawn,
-        logp.gather(1, token_ids[:, None])[:, 0],
-        -(logp.exp() * logp).sum(-1),
-        best[:, 0] - best[:, 1],
+        log_softmax.gather(1, token_ids[:, None])[:, 0],
+        -(log_softmax.exp() * log_softmax).sum(-1),
+        best_two[:, 0] - best_two[:, 1],
     )
 
 
-# Rows: one, a tile, a tile + 1. Vocabularies: one token, a tile, a tile + 1, a prime of many.
-# Widths: one, odd, a tile, a tile + 1. Temperatures of each: 0, small, 1, large; hidden rows repeat
-# and are out of order.
+# Rows: one, a tile, a tile + 1. Vocabularies: one token, a tile, a tile + 1, a prime of many tiles.
+# Widths: one, odd, a tile, a tile + 1. Temperatures in each case: 0, small, 1, large. Gathered
+# hidden rows repeat and are out of order.
 @pytest.mark.parametrize(
     ("num_draws", "vocab", "width"),
     [
@@ -100,20 +105,27 @@ def assert_draws(
     row_keys: Tensor,
     temperature: Tensor,
 ) -> None:
-    """Values by the error rule; tokens are the reference's where the best score leads clearly."""
+    """Asserts values by the error rule, and the reference's tokens.
+
+    A token may differ where the two best scores are within rounding of each other.
+    """
     logits = hidden @ weight.T
     logits_64 = hidden.double() @ weight.double().T
     drawn, *plain, _ = expected(logits, row_keys, temperature, actual[0])
     _, *truth, lead = expected(logits_64, row_keys, temperature, actual[0])
-    for name, *three in zip(("logprobs", "entropy"), actual[1:], plain, truth, strict=True):
-        assert_error_rule(*three, name=name, dtype=torch.float32)
-    clear = lead > 1e-4
-    assert clear.float().mean() > 0.9
-    assert_bitwise_equal(actual[0][clear], drawn[clear], name="token_ids")
+    for name, *triple in zip(("logprobs", "entropy"), actual[1:], plain, truth, strict=True):
+        assert_error_rule(*triple, name=name, dtype=torch.float32)
+    # Scores within rounding of each other may be in another order in fp32.
+    is_clear = lead > 1e-4
+    assert is_clear.float().mean() > 0.9
+    assert_bitwise_equal(actual[0][is_clear], drawn[is_clear], name="token_ids")
 
 
 def test_a_head_in_16_bits_is_read_as_fp32() -> None:
-    """On a card as three products of tf32: as right as those of fp32, with other bits."""
+    """A 16-bit LM head beside fp32 hidden states computes like the same head in fp32.
+
+    On a card it runs as three products of tf32, which are as right as fp32 but have other bits.
+    """
     hidden, weight = make_head(5, 200, 40)
     wide, narrow = (draw(hidden, w, keys(5), torch.ones(5)) for w in (weight, weight.half()))
     assert_draws(narrow, hidden, weight, keys(5), torch.ones(5))
@@ -136,8 +148,9 @@ def test_noise_is_that_of_sample() -> None:
 
 
 def test_noise_near_both_ends() -> None:
-    """Between the smallest noise, 2^-33, and the largest below 1 no digit is lost: E against fp64,
-    relatively.
+    """Between the smallest noise, 2^-33, and the largest below 1 the kernel loses no digit.
+
+    -log(1 - v) is compared with fp64 relatively.
     """
     v = torch.cat(
         [2.0 ** -torch.arange(1.0, 34.0), 1 - 2.0 ** -torch.arange(2.0, 25.0), torch.rand(8)]
@@ -158,7 +171,10 @@ def minus_log1p_kernel(v_ptr, result_ptr, BLOCK_V: tl.constexpr):
 
 @pytest.mark.slow
 def test_chi_square() -> None:
-    """102,400 draws of 24 tokens from one row of hidden; failed by one seed in 10,000."""
+    """102,400 draws of 24 tokens from one row follow its distribution.
+
+    One seed in 10,000 would fail this.
+    """
     num_draws = 102_400
     temperature = 0.7
     hidden, weight = make_head(3, 24, 16, scale=1.0)
@@ -166,11 +182,11 @@ def test_chi_square() -> None:
     token_ids, logprobs, _ = draw(
         hidden, weight, keys(num_draws, seed=3), torch.full((num_draws,), temperature), rows
     )
-    logp = (hidden[2].double() @ weight.double().T / temperature).log_softmax(-1)
-    assert (logprobs - logp[token_ids]).abs().max() < 1e-5
-    share = num_draws * logp.exp()
-    assert share.min() > 5
-    statistic = ((token_ids.bincount(minlength=24) - share) ** 2 / share).sum()
+    log_softmax = (hidden[2].double() @ weight.double().T / temperature).log_softmax(-1)
+    assert (logprobs - log_softmax[token_ids]).abs().max() < 1e-5
+    expected_counts = num_draws * log_softmax.exp()
+    assert expected_counts.min() > 5
+    statistic = ((token_ids.bincount(minlength=24) - expected_counts) ** 2 / expected_counts).sum()
     assert torch.special.gammaincc(torch.tensor(23 / 2).double(), statistic / 2) > 1e-4
 
 
@@ -185,32 +201,39 @@ def test_greedy_takes_the_lowest_of_equal_logits() -> None:
 
 
 @pytest.mark.parametrize("at", [0, ROWS + 2])
-def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(at: int) -> None:
+def test_batch_invariant(at: int) -> None:
+    """A row drawn alone equals it in the batch, in the first tile of rows and in the second."""
     hidden, weight = make_head(ROWS + 5, 300, 48)
     temperature = torch.full((ROWS + 5,), 0.8)
-    together = draw(hidden, weight, keys(ROWS + 5), temperature)
-    one = slice(at, at + 1)
-    alone = draw(hidden[one], weight, keys(ROWS + 5)[one], temperature[one])
-    for name, x, y in zip(("token_ids", "logprobs", "entropy"), alone, together, strict=True):
-        assert_bitwise_equal(x, y[one], name=name)
+    batch = draw(hidden, weight, keys(ROWS + 5), temperature)
+    row = slice(at, at + 1)
+    actual = draw(hidden[row], weight, keys(ROWS + 5)[row], temperature[row])
+    for name, x, y in zip(("token_ids", "logprobs", "entropy"), actual, batch, strict=True):
+        assert_bitwise_equal(x, y[row], name=name)
 
 
-def test_tokens_of_probability_0_are_not_drawn_and_hide_nothing() -> None:
-    """All of the first tile, and much of the others, at -inf."""
+def test_impossible_tokens_are_never_drawn() -> None:
+    """Tokens at -inf are never drawn and do not change log-probs and entropies of the others.
+
+    They fill the first tile and much of the second.
+    """
     hidden, weight = make_head(8, 4 * TOKENS, 8)
     hidden[:, 0] = 1.0
     weight[:, 0] = 0.0
     weight[: TOKENS + 9, 0] = -torch.inf
     token_ids, logprobs, entropy = draw(hidden, weight, keys(8), torch.ones(8))
     logits = hidden.double() @ weight[TOKENS + 9 :].double().T
-    logp = logits.log_softmax(-1)
+    log_softmax = logits.log_softmax(-1)
     assert token_ids.min() >= TOKENS + 9
-    assert (logprobs - logp.gather(1, (token_ids - TOKENS - 9)[:, None])[:, 0]).abs().max() < 1e-5
-    assert (entropy + (logp.exp() * logp).sum(-1)).abs().max() < 1e-5
+    assert (
+        logprobs - log_softmax.gather(1, (token_ids - TOKENS - 9)[:, None])[:, 0]
+    ).abs().max() < 1e-5
+    assert (entropy + (log_softmax.exp() * log_softmax).sum(-1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_row_that_is_not_finite_has_logprob_nan_and_some_token(bad: float) -> None:
+def test_nonfinite_row_reports_nan(bad: float) -> None:
+    """A row that is not finite has log-prob NaN and some token of the vocabulary."""
     hidden, weight = make_head(3, 130, 8)
     hidden[1, 0] = bad
     weight[:, 0] = 1.0

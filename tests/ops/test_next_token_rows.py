@@ -1,4 +1,4 @@
-"""next_token_rows against the shifted cross entropy of a padded batch, as in transformers."""
+"""Compares next_token_rows with the shifted cross entropy of a padded batch, as in transformers."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from socpo_fast.ops import linear_logprob, next_token_rows
 
 
-# a batch, one sequence, the shortest one that predicts anything, one that predicts nothing
+# A batch, one sequence, the shortest one that predicts anything, one that predicts nothing.
 @pytest.mark.parametrize(("batch", "length"), [(3, 7), (1, 5), (2, 2), (2, 1)])
 def test_equals_shifted_cross_entropy(batch: int, length: int) -> None:
     rng = torch.Generator().manual_seed(batch)
@@ -38,6 +38,7 @@ def test_equals_shifted_cross_entropy(batch: int, length: int) -> None:
 
 
 def test_shapes_do_not_depend_on_the_labels() -> None:
+    """A batch without any label still has a row for each position, so shapes are static."""
     hidden = torch.zeros(2, 4, 3)
     labels = torch.full((2, 4), -100)
     hidden_TD, targets_N, rows_N = next_token_rows(hidden, labels)

@@ -1,5 +1,6 @@
-"""paged_attention against fp64, and that a query row's bits depend on nothing but its own position
-and keys.
+"""Compares paged_attention with fp64.
+
+Also tests that a query row depends on nothing but its own position and keys.
 """
 
 from __future__ import annotations
@@ -7,17 +8,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from socpo_fast.ops._impl import extension_is_built, pick_impl
+from socpo_fast.ops import available_impls
+from socpo_fast.ops._impl import pick_impl
 from socpo_fast.ops.paged_attention import paged_attention_op
 from tests.helpers.error_rule import assert_bitwise_equal
 from tests.helpers.paged_cases import SPLIT, Case, assert_cpp_is_right, make_case, run
 
-needs_cpp = pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+needs_cpp = pytest.mark.skipif(
+    "cpp" not in available_impls().values(), reason="extension not built"
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-# Groups: one to eight heads, more than a register tile, more than a block of rows. Head dims: one
-# below, at, and above every vector width, those of real models, multiples of 4 that are none of 16.
+# Groups: one to eight heads, more than a register tile, more than a block of rows. Head dims:
+# below, at and above every vector width, those of real models, and multiples of 4 but not of 16.
 @needs_cpp
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
@@ -33,8 +37,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
         (49, 1, 36),
     ],
 )
-# Pages: one token a page, one tile of keys, more than a split, not a power of two.
-# Lengths: one token, a tile, a tile + 1, a chunk of a longer one, nothing queried, several pages,
+# Pages: one token, one tile of keys, not a power of two.
+# Lengths: one token, a tile, a tile + 1, a chunk of a longer sequence, no queries, several pages,
 # two splits.
 @pytest.mark.parametrize(
     ("page_size", "dtype"), [(1, torch.float32), (32, torch.bfloat16), (7, torch.float32)]
@@ -48,21 +52,21 @@ def test_cpp_is_as_right_as_plain_torch(
     assert_cpp_is_right(make_case(seq_lens, q_lens, page_size=page_size, dtype=dtype, **shape))
 
 
-# Contexts: about the edges of one and two splits, queried by one token and by many.
+# Context lengths around the ends of one and two splits, queried by one token and by many.
 @needs_cpp
 @DTYPES
 @pytest.mark.parametrize("page_size", [16, 32, 256])
 def test_cpp_is_as_right_about_the_edges_of_splits(page_size: int, dtype: torch.dtype) -> None:
-    lengths = [SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT - 1, 2 * SPLIT, 2 * SPLIT + 1]
+    seq_lens = [SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT - 1, 2 * SPLIT, 2 * SPLIT + 1]
     q_lens = [1] * 6 + [SPLIT - 1, 2, 2, 2 * SPLIT - 1, SPLIT, SPLIT + 2]
     case = make_case(
-        lengths * 2, q_lens, heads=6, kv_heads=2, head_dim=64, page_size=page_size, dtype=dtype
+        seq_lens * 2, q_lens, heads=6, kv_heads=2, head_dim=64, page_size=page_size, dtype=dtype
     )
     assert_cpp_is_right(case)
 
 
-# Weights of a few keys, and of one: scores of about 30 and 1e4 (where fp32 is 1e-3 off, so that
-# near ties are luck).
+# Scores of about 30 leave weight on a few keys, scores of 1e4 on one. There fp32 is off by 1e-3, so
+# plain torch and the C++ may decide near ties differently.
 @needs_cpp
 @pytest.mark.parametrize(
     ("factor", "dtype"), [(30.0, torch.float32), (30.0, torch.bfloat16), (1e4, torch.float32)]
@@ -97,20 +101,21 @@ def test_ref_is_causal_attention_of_the_last_tokens() -> None:
 @needs_cpp
 @DTYPES
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 32), (9, 3, 64), (5, 1, 12)])
-def test_prefill_chunks_and_decode_give_the_same_bits(
+def test_chunks_and_decode_equal_prefill_bitwise(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    length = 2 * SPLIT + 45
+    """A prompt gives the same rows in one prefill, in chunks of any size and token by token."""
+    seq_len = 2 * SPLIT + 45
     case = make_case(
-        [length],
-        [length],
+        [seq_len],
+        [seq_len],
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         page_size=16,
         dtype=dtype,
     )
-    whole_THE = run(case)
+    prefill_THE = run(case)
     chunks = [
         (0, 1),
         (0, 33),
@@ -121,14 +126,15 @@ def test_prefill_chunks_and_decode_give_the_same_bits(
     ]
     for begin, end in [
         *chunks,
-        *((t, t + 1) for t in (*range(0, length, 9), SPLIT - 1, SPLIT, length - 1)),
+        *((t, t + 1) for t in (*range(0, seq_len, 9), SPLIT - 1, SPLIT, seq_len - 1)),
     ]:
-        part_THE = run(case.part(0, begin, end, end))
-        assert_bitwise_equal(part_THE, whole_THE[begin:end], name=f"tokens {begin}:{end}")
+        chunk_THE = run(case.part(0, begin, end, end))
+        assert_bitwise_equal(chunk_THE, prefill_THE[begin:end], name=f"tokens {begin}:{end}")
 
 
 @needs_cpp
-def test_what_comes_later_changes_no_bits() -> None:
+def test_later_keys_change_no_bits() -> None:
+    """NaN at position 150 changes nothing in the rows of earlier positions."""
     case = make_case([170], [170], heads=4, kv_heads=2, head_dim=32, page_size=16)
     before_THE = run(case)
     for cache in (case.k_cache_PSKE, case.v_cache_PSKE):
@@ -139,16 +145,17 @@ def test_what_comes_later_changes_no_bits() -> None:
 
 
 @needs_cpp
-def test_a_sequence_alone_has_the_bits_of_the_sequence_in_a_batch_with_any_threads() -> None:
+def test_batch_and_thread_invariant() -> None:
+    """A sequence alone equals it in a batch, and so does any number of threads."""
     seq_lens = [1, 90, 33, 164, 47, 300]
     q_lens = [1, 1, 33, 20, 1, 1]
     case = make_case(seq_lens, q_lens, heads=9, kv_heads=3, head_dim=64, page_size=32)
-    num_threads = torch.get_num_threads()
+    old_num_threads = torch.get_num_threads()
     results = []
-    for threads in (1, 2, 3, 16):  # with 16, single heads are dealt
+    for threads in (1, 2, 3, 16):  # with 16, work is split into single heads
         torch.set_num_threads(threads)
         results.append(run(case))
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(old_num_threads)
     for threads, result in zip((2, 3, 16), results[1:], strict=True):
         assert_bitwise_equal(result, results[0], name=f"{threads} threads")
     for b, (begin, end) in enumerate(
@@ -167,7 +174,7 @@ def test_strided_lengths_equal_their_copies() -> None:
 
 
 @needs_cpp
-def test_which_pages_hold_the_keys_does_not_matter() -> None:
+def test_order_of_pages_does_not_matter() -> None:
     case = make_case([70, 245], [3, 1], heads=4, kv_heads=2, head_dim=32, page_size=8)
     order = torch.arange(len(case.k_cache_PSKE)).flip(0)
     moved = case._replace(
@@ -185,6 +192,7 @@ def test_no_query_tokens_no_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registered_op_is_the_same_unchecked(dtype: torch.dtype) -> None:
+    """The registered op gives the same bits as the public function, which checks its arguments."""
     case = make_case([10, 3], [2, 1], heads=4, kv_heads=2, head_dim=8, page_size=8)
     case = case._replace(
         q_THE=case.q_THE.to(dtype), k_cache_PSKE=case[1].to(dtype), v_cache_PSKE=case[2].to(dtype)
@@ -223,7 +231,7 @@ def test_registered_op_is_the_same_unchecked(dtype: torch.dtype) -> None:
         ),
     ],
 )
-def test_what_would_read_out_of_bounds_is_refused(change: dict, message: str) -> None:
+def test_out_of_bounds_reads_are_refused(change: dict, message: str) -> None:
     case = make_case([10, 3], [2, 1], heads=4, kv_heads=2, head_dim=8, page_size=8)
     with pytest.raises(ValueError, match=f"paged_attention: {message}"):
         run(case._replace(**change), impl="auto")

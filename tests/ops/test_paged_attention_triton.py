@@ -1,5 +1,6 @@
-"""Paged attention on a GPU against fp64, and that cascade changes no bit; on a CPU in the
-interpreter.
+"""Compares Triton's paged attention with fp64, and tests that cascade changes no bit.
+
+On a CPU the kernels run in the interpreter.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ SPLIT = 32 if DEVICE == "cpu" else 256
 
 
 def run(case: Case, *, cascade: bool = True, **options: Any) -> Tensor:
-    """max_seqlen_k is that of the table, as in a captured graph, unless given."""
+    """Runs the kernels.
+
+    max_seqlen_k is by default that of the block table, as in a captured graph.
+    """
     groups = alone(len(case.seq_lens_B))
     if cascade:
         groups = prefix_groups(
@@ -42,11 +46,13 @@ def run(case: Case, *, cascade: bool = True, **options: Any) -> Tensor:
 
 
 def convert(case: Case, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> Case:
+    """Returns the case with queries in `dtype` and caches in cache_dtype, by default the same."""
     caches = (x.to(cache_dtype or dtype) for x in case[1:3])
     return Case(case.q_THE.to(dtype), *caches, *case[3:])
 
 
 def assert_right(case: Case, **options: Any) -> None:
+    """Asserts the error rule."""
     dtype = case.q_THE.dtype
     scale = case.q_THE.shape[-1] ** -0.5
     plain = paged_attention_ref(*convert(case, dtype), scale=scale)
@@ -55,7 +61,7 @@ def assert_right(case: Case, **options: Any) -> None:
 
 
 def sequence(case: Case, b: int) -> Case:
-    """Sequence b of a case, alone."""
+    """Returns a case of sequence b only."""
     begin, end = case.cu_seqlens_q[b : b + 2].tolist()
     table = case.block_table_BM[b : b + 1]
     seq_len = case.seq_lens_B[b : b + 1]
@@ -63,12 +69,13 @@ def sequence(case: Case, b: int) -> Case:
     return Case(case.q_THE[begin:end], *case[1:3], table, seq_len, cu_seqlens)
 
 
-# Heads: groups of 3, 1, 4 and 7, all in one; head dims: powers of two, masked ones, the widest.
+# Groups of 3, 1, 4, 7, 1 and 2 heads. Head dims: powers of two, others, which are masked, and the
+# largest.
 HEADS = [(9, 3, 64), (2, 2, 80), (8, 2, 96), (7, 1, 128), (4, 4, 16), (2, 1, 256)]
 
 
 # Pages: the smallest, more than a split, not a power of two. Lengths: one token, a tile of keys, a
-# tile + 1, a chunk of a longer one, nothing queried, several tiles of rows.
+# tile + 1, a chunk of a longer sequence, no queries, several tiles of rows.
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 @pytest.mark.parametrize("page_size", [16, 64, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -79,7 +86,7 @@ def test_prefill_is_as_right_as_plain_torch(
     assert_right(convert(make_case([1, 16, 17, 70, 40, 33], [1, 16, 1, 37, 0, 33], **sizes), dtype))
 
 
-# Lengths: one token, a split - 1, a split, a split + 1, three splits, nothing queried, several.
+# Lengths: one token, a split - 1, a split, a split + 1, three splits, no queries, several splits.
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 @pytest.mark.parametrize("page_size", [16, 64, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -96,10 +103,11 @@ def test_decode_is_as_right_as_plain_torch(
 @pytest.mark.parametrize("q_lens", [[20, 1, 33], [1, 1, 1]])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16])
 def test_pages_in_16_bits_are_read_as_fp32(q_lens: list[int], cache_dtype: torch.dtype) -> None:
+    """16-bit pages beside fp32 queries compute like the same pages in fp32."""
     case = make_case([20, 90, 33], q_lens, heads=9, kv_heads=3, head_dim=64, page_size=16)
     case = convert(case, torch.float32, cache_dtype)
     assert_right(case)
-    # On a card as three products of tf32: as right as those of fp32, with other bits.
+    # On a card they run as three products of tf32: as right as fp32, but with other bits.
     wide = run(convert(case, torch.float32))
     assert_equal_across_variants(run(case), wide, device=DEVICE, name="o_THE")
 
@@ -110,7 +118,8 @@ def test_large_scores_stay_finite(q_lens: list[int]) -> None:
     assert_right(case._replace(q_THE=case.q_THE * 1e4))
 
 
-def test_a_prefill_alone_has_the_bits_of_the_prefill_in_a_batch() -> None:
+def test_prefill_batch_invariant() -> None:
+    """A sequence prefilled alone equals it in a batch, with the same max_seqlen_q."""
     q_lens = [1, 17, 1, 33, 1, 20, 2, 1, 5, 1]
     case = make_case(
         [1, 90, 33, 64, 47, 20, 2, 100, 40, 32],
@@ -120,17 +129,19 @@ def test_a_prefill_alone_has_the_bits_of_the_prefill_in_a_batch() -> None:
         head_dim=64,
         page_size=16,
     )
-    together = run(case)
+    batch = run(case)
     for b, (begin, end) in enumerate(
         zip(case.cu_seqlens_q[:-1].tolist(), case.cu_seqlens_q[1:].tolist(), strict=True)
     ):
-        alone = run(sequence(case, b), max_seqlen_q=33)
-        assert_bitwise_equal(alone, together[begin:end], name=f"sequence {b}")
+        actual = run(sequence(case, b), max_seqlen_q=33)
+        assert_bitwise_equal(actual, batch[begin:end], name=f"sequence {b}")
 
 
-def test_a_decoded_token_has_the_same_bits_in_any_company() -> None:
-    """At the same place, since numpy's bits under the interpreter depend on the row of a tile;
-    alone at the first.
+def test_decode_batch_invariant() -> None:
+    """A decoded token does not depend on the other sequences.
+
+    Sequences are compared at the same row of a tile: under the interpreter numpy's bits depend on
+    the row. So only the first row of a tile is compared with the sequence alone.
     """
     case = make_case(
         [90, 33, 64, 47, 20, 2, 100, 40, 32, 70],
@@ -142,8 +153,8 @@ def test_a_decoded_token_has_the_same_bits_in_any_company() -> None:
     )
     together = run(case)
     for b in range(10):
-        others = torch.arange(10) != b
-        short = case._replace(seq_lens_B=case.seq_lens_B.masked_fill(others, 1))
+        is_other = torch.arange(10) != b
+        short = case._replace(seq_lens_B=case.seq_lens_B.masked_fill(is_other, 1))
         assert_bitwise_equal(run(short)[b], together[b], name=f"sequence {b} among short ones")
         if DEVICE == "cuda" or b in (0, 8):
             assert_bitwise_equal(
@@ -151,8 +162,11 @@ def test_a_decoded_token_has_the_same_bits_in_any_company() -> None:
             )
 
 
-def test_a_bound_above_the_lengths_changes_no_bit_and_empty_places_give_zeros() -> None:
-    """As in a captured graph, whose batch has room for more and longer sequences."""
+def test_loose_bound_and_empty_rows_change_no_bit() -> None:
+    """A max_seqlen_k above all lengths changes nothing, and rows without a sequence give zeros.
+
+    Both occur in a captured graph, whose batch has room for more and longer sequences.
+    """
     case = make_case([90, 33, 64], [1, 1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16)
     tight = run(case, max_seqlen_k=90)
     assert_bitwise_equal(run(case, max_seqlen_k=5000), tight, name="bound of 5000")
@@ -170,8 +184,9 @@ def test_a_bound_above_the_lengths_changes_no_bit_and_empty_places_give_zeros() 
 def siblings(
     shared: list[int], seq_lens: list[int], heads: int = 8, kv_heads: int = 2, page_size: int = 16
 ) -> Case:
-    """Decode of sequences whose first `shared` tokens, in whole pages, are in the pages of the
-    first sequence.
+    """Returns a decode of sequences that share pages with the first one.
+
+    The first shared[b] tokens of sequence b, in whole pages, are in the first sequence's pages.
     """
     case = make_case(
         seq_lens,
@@ -188,23 +203,23 @@ def siblings(
 
 
 def apart(case: Case) -> Case:
-    """The same keys and values, no page of which two sequences share."""
+    """Returns the same keys and values in pages that no two sequences share."""
     table_BM = case.block_table_BM
     caches = (cache[table_BM.flatten().long()] for cache in case[1:3])
     own_BM = torch.arange(table_BM.numel()).int().view_as(table_BM)
     return Case(case.q_THE, *caches, own_BM, *case[4:])
 
 
-# Blocks have 8 sequences at groups of up to 4 heads under the interpreter. Of each case: tokens
-# shared, lengths, and how many pairs (sequence, split) have a program at work.
+# Under the interpreter a block has 8 sequences for groups of up to 4 heads. Each case: shared
+# tokens, lengths, and how many pairs (sequence, split) a program works on.
 @pytest.mark.parametrize(
     ("shared", "seq_lens", "programs"),
     [
-        # a whole block, and one that is not full: two shared splits and 8 + 3 tails
+        # a full block and one that is not: two shared splits each, and 8 + 3 tails
         ([80] * 11, [90, 80, 81, 95, 96, 85, 88, 82, 90, 84, 91], 2 * 2 + 11),
-        # one that leaves the others after the first split
+        # one sequence shares only the first split
         ([64] * 5 + [32] + [64] * 2, [70] * 8, 1 + 8 + 8),
-        # one that ends inside the second split: then each of the others reads it alone
+        # one sequence ends inside the second split, so each of the others reads that alone
         ([64] * 8, [70] * 3 + [40] + [70] * 4, 1 + 8 + 7),
         # nothing shared
         ([0] * 8, [70] * 8, 3 * 8),
@@ -220,6 +235,7 @@ def test_cascade_reads_once_and_changes_no_bit(
     page_size: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """One program reads a shared split, and results equal those of pages that are not shared."""
     case = siblings(shared, seq_lens, page_size=page_size)
     without = run(case, cascade=False)
     unshared = run(apart(case))
@@ -232,13 +248,14 @@ def test_cascade_reads_once_and_changes_no_bit(
     shared_o = run(case)
     assert_right(case)
     if DEVICE == "cpu":
+        # Each program that has work calls `attend` once.
         assert len(calls) == 2 * 2 * programs  # two runs, two KV heads
     assert_bitwise_equal(shared_o, unshared, name="o_THE beside pages that are not shared")
     assert_equal_across_variants(shared_o, without, device=DEVICE, name="o_THE without cascade")
 
 
 def test_cascade_without_a_query_of_the_first() -> None:
-    """The first of a block takes the rows of the others though it has none of its own."""
+    """The first sequence of a block leads the others even if it has no query itself."""
     case = siblings([64] * 8, [70] * 8)
     case = case._replace(
         q_THE=case.q_THE[2:], cu_seqlens_q=torch.tensor([0, 0, 1, 2, 2, 3, 4, 5, 6]).int()
@@ -251,23 +268,24 @@ def test_cascade_without_a_query_of_the_first() -> None:
 
 @pytest.mark.parametrize("heads", [2, 4, 6, 16])
 def test_groups_of_any_rows_change_no_bit(heads: int) -> None:
-    """Nine siblings and three others, shuffled, some ended: rows of a group stand anywhere; more
-    than a tile holds.
+    """Groups may consist of any rows of the batch.
+
+    Nine siblings, more than a tile holds, and three other sequences are shuffled; some have ended.
     """
     shared = [96] * 9 + [0] * 3
     seq_lens = [97, 130, 96, 111, 128, 99, 140, 97, 100, 120, 64, 33]
     case = siblings(shared, seq_lens, heads=heads)
-    own = run(apart(case), cascade=False)
+    expected = run(apart(case), cascade=False)
     for seed in range(3):
         order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))[: 12 - 2 * seed]
-        some = Case(
+        shuffled = Case(
             case.q_THE[order],
             *case[1:3],
             case.block_table_BM[order],
             case.seq_lens_B[order],
             torch.arange(len(order) + 1).int(),
         )
-        assert_bitwise_equal(run(some), own[order], name=f"order {seed}")
+        assert_bitwise_equal(run(shuffled), expected[order], name=f"order {seed}")
 
 
 def test_no_tokens_and_strided_arguments() -> None:

@@ -1,4 +1,4 @@
-"""The policy loss against values and gradients worked out by hand, one token a case."""
+"""Compares the policy loss with values and gradients worked out by hand, one token a case."""
 
 import math
 from dataclasses import FrozenInstanceError
@@ -10,9 +10,9 @@ import torch
 from socpo_fast.ops import PolicyLossOptions, policy_loss
 from tests.helpers.loss_options import gathered
 
-# At advantage 2 (-2), clips 0.2 / 0.3 and dual clip 3: ratio -> loss and its gradient with respect
-# to the log-prob, which is -A ratio where no clip holds. Below, inside and above every bound, and
-# beyond e^20 on both sides.
+# (advantage, ratio, loss, gradient) at clips 0.2 / 0.3 and a dual clip of 3. The gradient is that
+# of the log-prob, which is -A ratio where nothing is clipped. Ratios are below, between and above
+# all bounds, and beyond e^20 on both sides.
 HAND_COMPUTED = [
     (2.0, 0.5, -1.0, -1.0),  # A > 0 is not clipped from below
     (2.0, 1.0, -2.0, -2.0),
@@ -35,7 +35,7 @@ CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
 
 
 def one_token(advantage: float, log_ratio: float, **options: object) -> tuple[float, float]:
-    """Loss and gradient of a single token, in fp64; the old log-prob is 0."""
+    """Returns loss and gradient of a single token, in fp64; its old log-prob is 0."""
     logprobs = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
     old = torch.zeros(1, dtype=torch.float64)
     advantages = torch.tensor([advantage], dtype=torch.float64)
@@ -56,9 +56,9 @@ def test_hand_computed_tokens(advantage: float, ratio: float, loss: float, grad:
     [(2.0, 0.25, "clip_high"), (-2.0, -0.25, "clip_low"), (-2.0, 1.0, "dual_clip")],
 )
 def test_gradient_passes_exactly_on_a_bound(advantage: float, log_ratio: float, bound: str) -> None:
-    ratio = (
-        torch.tensor(log_ratio, dtype=torch.float64).exp().item()
-    )  # 1 - ratio and ratio - 1 are exact near 1
+    """A ratio exactly on a bound is not clipped; just beyond it is, and has no gradient."""
+    # Near 1 both 1 - ratio and ratio - 1 are exact, so the bound can be met exactly.
+    ratio = torch.tensor(log_ratio, dtype=torch.float64).exp().item()
     at_bound = {"clip_high": ratio - 1, "clip_low": 1 - ratio, "dual_clip": ratio}[bound]
     assert one_token(advantage, log_ratio, **(CLIPS | {bound: at_bound})) == (
         -advantage * ratio,
@@ -95,6 +95,7 @@ def test_ratio_and_clip_fraction() -> None:
     [("k1", -0.5, 1.0), ("k2", 0.125, -0.5), ("k3", math.exp(0.5) - 1.5, 1 - math.exp(0.5))],
 )
 def test_kl_estimators(estimator: str, value: float, grad: float) -> None:
+    """Each estimator of the KL divergence has the value and gradient worked out by hand."""
     logprobs = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
     loss = policy_loss(
@@ -111,6 +112,7 @@ def test_kl_estimators(estimator: str, value: float, grad: float) -> None:
 
 
 def test_kl_stays_finite_far_from_the_reference() -> None:
+    """500 nats from the reference the log-ratio is clamped, so loss and gradient stay finite."""
     logprobs = torch.tensor([-500.0], requires_grad=True)
     zero = torch.zeros(1)
     loss = policy_loss(
@@ -134,14 +136,21 @@ def test_entropy_bonus_and_its_gradient() -> None:
 
 
 def test_aggregations_are_weights() -> None:
-    """Two attempts of 3 and 5 tokens at ratio 1: the three aggregations, worked out by hand."""
+    """The three aggregations of the loss are three choices of weights.
+
+    Worked out by hand for two attempts of 3 and 5 tokens at ratio 1.
+    """
     zero = torch.zeros(8)
     attempt_of_token = torch.tensor([0] * 3 + [1] * 5)
     advantages = torch.tensor([1.0, -2.0])
-    lengths = torch.tensor([3.0, 5.0])
+    attempt_lens = torch.tensor([3.0, 5.0])
     token_mean = policy_loss(zero, zero, advantages, attempt_of_token, num_loss_tokens=8)
     seq_mean_token_mean = policy_loss(
-        zero, zero, advantages, attempt_of_token, weights_N=(1 / (2 * lengths))[attempt_of_token]
+        zero,
+        zero,
+        advantages,
+        attempt_of_token,
+        weights_N=(1 / (2 * attempt_lens))[attempt_of_token],
     )
     seq_mean_token_sum_norm = policy_loss(
         zero, zero, advantages, attempt_of_token, weights_N=torch.full((8,), 1 / (2 * 100))
@@ -152,6 +161,7 @@ def test_aggregations_are_weights() -> None:
 
 
 def test_rows_of_weight_zero_are_never_touched() -> None:
+    """NaN or -inf in a row of weight 0 changes neither loss nor gradient."""
     logprobs = torch.tensor([-1.0, torch.nan, -torch.inf, -2.0], requires_grad=True)
     old = torch.tensor([-1.0, torch.nan, -torch.inf, -2.0])
     result = policy_loss(logprobs, old, torch.ones(4), weights_N=torch.tensor([1.0, 0.0, 0.0, 1.0]))

@@ -1,4 +1,4 @@
-"""rms_norm and its backward against fp64, a row's bits, and what the op refuses."""
+"""Compares rms_norm and its backward with fp64; tests batch-invariance and refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.elementwise import (
     DEVICE,
     KERNELS,
     assert_as_right_as_ref,
-    assert_rows_alone_have_their_bits,
+    assert_batch_invariant,
     assert_same_bits,
     needs_cpp,
     randn,
@@ -26,8 +26,8 @@ from tests.helpers.error_rule import (
 )
 
 EPS = 1e-5
-# One number a row; less than a vector; whole vectors and a rest, prime; SmolLM2; Llama 8B. No row,
-# one, a sum of the weight's gradient and one more, several of them.
+# Widths: one; less than a vector; vectors with a tail, prime; SmolLM2's; Llama 8B's. Rows: none,
+# one, one more than a partial sum of the weight's gradient, several partial sums.
 SHAPES = [(97, 1), (33, 7), (65, 101), (1, 576), (0, 576), (97, 576), (2, 4096)]
 
 
@@ -41,7 +41,7 @@ def test_as_right_as_ref(
     inputs = [randn(rows, width), 1 + 0.5 * randn(width, seed=1), 2 * randn(rows, width, seed=2)][
         : 2 + has_residual
     ]
-    of_weight = max(1.0, rows**0.5)  # a sum over rows
+    of_weight = max(1.0, rows**0.5)  # its gradient is a sum over rows
 
     def run(
         x: Tensor, weight: Tensor, residual: Tensor | None = None
@@ -61,8 +61,9 @@ def test_as_right_as_ref(
 
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_rows_far_from_one(impl: str) -> None:
-    """eps decides in a row of zeros and one of tiny numbers; squares of 1e15 still fit; NaN stays
-    in its row.
+    """Zeros and tiny numbers, where eps decides, and squares of 1e15 keep the error rule.
+
+    NaN stays in its row.
     """
     device = DEVICE if impl == "triton" else "cpu"
     x = randn(6, 130) * torch.tensor([0.0, 1e-4, 1e15, 1.0, torch.nan, 1.0])[:, None]
@@ -83,7 +84,7 @@ def test_bf16_weight_under_fp32(impl: str) -> None:
     y.backward(torch.ones_like(y))
     wide = weight.detach().float().requires_grad_()
     rms_norm(x, wide, eps=EPS, impl=impl).sum().backward()
-    # a sum over rows
+    # The gradient is a sum over rows.
     grad = wide.grad.bfloat16()
     scale = wide.grad.abs().max()
     assert_equal_across_variants(weight.grad, grad, device=device, name="gradient", scale=scale)
@@ -99,42 +100,46 @@ def test_ref_gradcheck(has_residual: bool) -> None:
 
 @pytest.mark.parametrize("width", [7, 130, 576])
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
-def test_a_row_has_the_bits_it_has_alone_with_any_threads(impl: str, width: int) -> None:
+def test_batch_and_thread_invariant(impl: str, width: int) -> None:
+    """Rows alone equal them in a batch, and C++ outputs and gradients are thread-invariant."""
     device = DEVICE if impl == "triton" else "cpu"
     inputs = [randn(300, width), randn(width), randn(300, width, seed=1)]
 
     def run(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return rms_norm(x, weight, eps=EPS, residual_TD=residual, impl=impl)
 
-    whole = values_and_gradients(run, inputs, torch.float32, device)
+    all_rows = values_and_gradients(run, inputs, torch.float32, device)
     x, weight, residual = (x.to(device) for x in inputs)
     for rows in (slice(0, 1), slice(299, 300), slice(3, 20), slice(0, 150), slice(1, None)):
-        assert_rows_alone_have_their_bits(
-            lambda x, residual: run(x, weight, residual), [x, residual], whole[:2], rows, device
+        assert_batch_invariant(
+            lambda x, residual: run(x, weight, residual), [x, residual], all_rows[:2], rows, device
         )
     for num_threads in thread_counts() if impl == "cpp" else ():
         assert_same_bits(
             values_and_gradients(run, inputs, torch.float32, device),
-            whole,
+            all_rows,
             f"{num_threads} threads",
         )
 
 
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_strided_inputs_and_heads(impl: str) -> None:
-    """Every other row and column, and q's heads as a slice of qkv, whose rows have gaps."""
+    """Strided inputs equal their copies.
+
+    Cases: every other row and column, and q's heads as a slice of qkv, whose rows have gaps.
+    """
     device = DEVICE if impl == "triton" else "cpu"
     x = randn(20, 60)[::2, ::2].to(device)
     weight = randn(60)[::2].to(device)
     residual = randn(30, 10).T.to(device)
     strided = rms_norm(x, weight, eps=EPS, residual_TD=residual, impl=impl)
-    whole = rms_norm(
+    from_copies = rms_norm(
         *(t.contiguous() for t in (x, weight)),
         eps=EPS,
         residual_TD=residual.contiguous(),
         impl=impl,
     )
-    assert_same_bits(list(strided), list(whole), "strided")
+    assert_same_bits(list(strided), list(from_copies), "strided")
     heads = randn(6, 7, 16)[:, 2:5]
     head_weight = randn(16)
     expected = rms_norm(heads.reshape(-1, 16), head_weight, eps=EPS).view(6, 3, 16)
@@ -142,7 +147,10 @@ def test_strided_inputs_and_heads(impl: str) -> None:
 
 
 def test_gradient_of_what_is_used_only() -> None:
-    """The last layer's sum goes nowhere, a frozen weight asks for nothing."""
+    """Gradients are right where an output is unused or a weight frozen.
+
+    The sum of the last layer goes nowhere, and a frozen weight requires no gradient.
+    """
     x = randn(5, 8).requires_grad_()
     residual = randn(5, 8, seed=1)
     y, _ = rms_norm(x, randn(8), eps=EPS, residual_TD=residual)

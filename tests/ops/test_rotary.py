@@ -1,4 +1,7 @@
-"""rotary and rotary_write against fp64, each token's bits, and where keys and values end up."""
+"""Compares rotary and rotary_write with fp64.
+
+Also tests that tokens are batch-invariant, and where keys and values end up.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.helpers.elementwise import (
     DEVICE,
     KERNELS,
     assert_as_right_as_ref,
-    assert_rows_alone_have_their_bits,
+    assert_batch_invariant,
     assert_same_bits,
     needs_cpp,
     randn,
@@ -30,13 +33,13 @@ from tests.helpers.error_rule import (
 )
 
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "triton"]
-# (tokens, heads, head_dim): one pair; less than a vector; SmolLM2; a rest behind whole vectors,
-# more heads than a tile; no token; Qwen3.
+# (tokens, heads, head_dim): one pair; less than a vector; SmolLM2; vectors with a tail and more
+# heads than a tile; no token; Qwen3.
 SHAPES = [(5, 1, 2), (9, 3, 6), (97, 9, 64), (7, 37, 36), (0, 4, 64), (3, 2, 128)]
 
 
 def tables(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Of shuffled, far positions."""
+    """Returns cos and sin of shuffled positions, some of them large."""
     positions = (
         torch.randperm(4 * num_tokens, generator=torch.Generator().manual_seed(0))[:num_tokens] * 7
     )
@@ -62,23 +65,25 @@ def test_as_right_as_ref(impl: str, dtype: torch.dtype, shape: tuple[int, int, i
     )
 
 
-def test_ref_gradcheck_and_a_turn_by_hand() -> None:
+def test_ref_gradcheck_and_rotation_by_hand() -> None:
+    """The reference rotates pairs as complex numbers, and its gradient is right."""
     cos, sin = tables(3, 6)
     x = randn(3, 2, 6).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: rotary(x, cos, sin), x)
     out = rotary_ref(x, cos, sin)
-    for pair in range(3):  # Hugging Face's halves: number i turns with number i + E / 2
-        turn = torch.polar(
+    for pair in range(3):  # as in Hugging Face, i is paired with i + E / 2
+        rotation = torch.polar(
             torch.ones(3).double(), torch.atan2(sin[:, pair].double(), cos[:, pair].double())
         )
-        expected = torch.complex(x[:, :, pair], x[:, :, pair + 3]) * turn[:, None]
+        expected = torch.complex(x[:, :, pair], x[:, :, pair + 3]) * rotation[:, None]
         torch.testing.assert_close(
             torch.complex(out[:, :, pair], out[:, :, pair + 3]), expected, rtol=1e-6, atol=1e-6
         )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_token_has_the_bits_it_has_alone_with_any_threads(impl: str) -> None:
+def test_batch_and_thread_invariant(impl: str) -> None:
+    """Tokens alone equal them in a batch, and C++ outputs and gradients are thread-invariant."""
     num_tokens = 400 if impl == "cpp" else 30
     cos, sin = (x.to(device_of(impl)) for x in tables(num_tokens, 36))
     x = randn(num_tokens, 5, 36)
@@ -88,13 +93,13 @@ def test_a_token_has_the_bits_it_has_alone_with_any_threads(impl: str) -> None:
 
     device = device_of(impl)
     rotate = partial(rotary, impl=impl)
-    whole = values_and_gradients(run, [x], torch.float32, device)
+    all_tokens = values_and_gradients(run, [x], torch.float32, device)
     inputs = [x.to(device), cos, sin]
     for rows in (slice(0, 1), slice(num_tokens - 1, None), slice(3, 20), slice(1, None)):
-        assert_rows_alone_have_their_bits(rotate, inputs, whole[:1], rows, device)
+        assert_batch_invariant(rotate, inputs, all_tokens[:1], rows, device)
     for num_threads in thread_counts() if impl == "cpp" else ():
         again = values_and_gradients(run, [x], torch.float32, "cpu")
-        assert_same_bits(again, whole, f"{num_threads} threads")
+        assert_same_bits(again, all_tokens, f"{num_threads} threads")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -118,7 +123,10 @@ def test_slices_of_heads_and_other_strides(impl: str) -> None:
 def write_case(
     num_tokens: int, heads: int, kv_heads: int, head_dim: int, page_size: int
 ) -> tuple[Tensor, ...]:
-    """qkv, tables, caches full of NaN, and shuffled slots of which every third is negative."""
+    """Returns qkv, tables, caches full of NaN, and shuffled slots.
+
+    Every third slot is negative: its token is written nowhere.
+    """
     num_pages = 2 * num_tokens // page_size + 1
     caches = [torch.full((num_pages, page_size, kv_heads, head_dim), torch.nan) for _ in range(2)]
     slots = torch.randperm(num_pages * page_size, generator=torch.Generator().manual_seed(1))[
@@ -133,8 +141,8 @@ def write_case(
     )
 
 
-# Heads: SmolLM2; one group; a prime group of odd pairs. Pages: one token, not a power of two,
-# usual.
+# (heads, KV heads, head dim, page size): SmolLM2; groups of one head, and pages of 7 tokens; a
+# group of 7 with 11 pairs a head, and pages of one token.
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(9, 3, 64, 16), (4, 4, 6, 7), (7, 1, 22, 1)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 97])
@@ -142,6 +150,10 @@ def write_case(
 def test_write(
     impl: str, num_tokens: int, heads: tuple[int, int, int, int], cache_dtype: torch.dtype
 ) -> None:
+    """q is rotated, and the caches hold rotated keys and values, rounded to nearest even.
+
+    Slots that are not written keep their NaN.
+    """
     qkv, cos, sin, k_cache, v_cache, slots = write_case(num_tokens, *heads)
     device = device_of(impl)
     caches = (k_cache.to(cache_dtype), v_cache.to(cache_dtype))
@@ -153,25 +165,30 @@ def test_write(
         (num_heads, kv_heads), dim=1
     )
     v_new = qkv[:, num_heads + kv_heads :]
-    # Two kernels, though with one formula.
-    assert_turned_alike = partial(assert_equal_across_variants, device=device, scale=4.0)
-    assert_turned_alike(q, q_new, name="q")
-    for name, before, after, new in (
+    # rotary is another kernel with the same formula, so they may differ in last bits on a card.
+    assert_rotated_alike = partial(assert_equal_across_variants, device=device, scale=4.0)
+    assert_rotated_alike(q, q_new, name="q")
+    for name, old_cache, new_cache, rows in (
         ("k", k_cache, moved[3], k_new),
         ("v", v_cache, moved[4], v_new),
     ):
-        expected = before.clone()
-        expected.flatten(0, 1)[slots[slots >= 0]] = new.cpu()[slots >= 0]
+        expected = old_cache.clone()
+        expected.flatten(0, 1)[slots[slots >= 0]] = rows.cpu()[slots >= 0]
         if impl == "triton" and cache_dtype == torch.bfloat16 and DEVICE == "cpu":
-            # Triton's interpreter cuts bf16 off instead of rounding it
-            torch.testing.assert_close(after.float(), expected, rtol=2**-7, atol=0, equal_nan=True)
+            # Triton's interpreter truncates to bf16 instead of rounding.
+            torch.testing.assert_close(
+                new_cache.float(), expected, rtol=2**-7, atol=0, equal_nan=True
+            )
         else:
-            compare = assert_turned_alike if name == "k" else assert_bitwise_equal
-            compare(after, expected.to(cache_dtype), name=name)
+            compare = assert_rotated_alike if name == "k" else assert_bitwise_equal
+            compare(new_cache, expected.to(cache_dtype), name=name)
 
 
 def test_ref_and_halves_write_too() -> None:
-    """Half precision, pages of the same dtype and bf16 ones; the reference in fp64."""
+    """The reference and half precision write too, to pages of the same dtype.
+
+    q is compared with the reference in fp64; all slots that are not negative are written.
+    """
     qkv, cos, sin, k_cache, v_cache, slots = write_case(20, 4, 2, 8, 4)
     truth = rotary_write_ref(
         *(x.double() for x in (qkv, cos, sin)), k_cache.double(), v_cache.double(), slots
@@ -194,7 +211,7 @@ def test_ref_and_halves_write_too() -> None:
 
 
 @needs_cpp
-def test_bf16_pages_round_to_nearest_even_and_keep_what_is_no_number() -> None:
+def test_bf16_pages_round_to_even_and_keep_inf_and_nan() -> None:
     values = [
         1.0,
         1 + 2**-8,
@@ -217,7 +234,7 @@ def test_bf16_pages_round_to_nearest_even_and_keep_what_is_no_number() -> None:
 
 
 @needs_cpp
-def test_writing_has_the_same_bits_with_any_threads() -> None:
+def test_write_is_thread_invariant() -> None:
     results = []
     for _ in thread_counts():
         case = write_case(500, 9, 3, 64, 16)
@@ -242,14 +259,14 @@ def test_writing_has_the_same_bits_with_any_threads() -> None:
     ],
 )
 def test_write_refuses(change: dict, message: str) -> None:
-    given = {"qkv_THE": torch.ones(6, 7, 8), "cos_TE": torch.ones(6, 8), "sin_TE": torch.ones(6, 8)}
-    given |= {
+    good = {"qkv_THE": torch.ones(6, 7, 8), "cos_TE": torch.ones(6, 8), "sin_TE": torch.ones(6, 8)}
+    good |= {
         "k_cache_PSKE": torch.ones(6, 4, 2, 8),
         "v_cache_PSKE": torch.ones(6, 4, 2, 8),
         "slots_T": torch.arange(6),
     }
     with pytest.raises(ValueError, match=f"rotary_write: {message}"):
-        rotary_write(**(given | change))
+        rotary_write(**(good | change))
 
 
 def test_refuses() -> None:

@@ -1,5 +1,6 @@
-"""rotary_qkv, and rotary_write with norms: against fp64, each token's bits, one gradient of raw
-qkv.
+"""Compares rotary_qkv, and rotary_write with norms, with fp64.
+
+Also tests that tokens are batch-invariant, and that raw qkv gets one gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from socpo_fast.ops.rotary import rotary_qkv_ref
 from tests.helpers.elementwise import (
     KERNELS,
     assert_as_right_as_ref,
-    assert_rows_alone_have_their_bits,
+    assert_batch_invariant,
     assert_same_bits,
     needs_cpp,
     randn,
@@ -28,8 +29,8 @@ from tests.ops.test_rotary import device_of, tables, write_case
 
 EPS = 1e-5
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "triton"]
-# (tokens, H, K, E): one pair; less than a vector, a sum's tokens and one more; prime, a head beyond
-# a tile; pairs that are no power of two; no token; SmolLM2; Phi's width; Qwen3.
+# (tokens, H, K, E): one pair; less than a vector; one token more than partial sums have; more heads
+# than a tile, and pairs that are no power of two; no token; SmolLM2; Phi's head dim; Qwen3.
 SHAPES = [
     (2, 1, 1, 2),
     (5, 4, 2, 6),
@@ -53,6 +54,7 @@ class Case(NamedTuple):
 
     @classmethod
     def of(cls, num_tokens: int, heads: int, kv_heads: int, head_dim: int) -> Case:
+        """Returns random inputs of these sizes."""
         weights = (1 + 0.5 * randn(head_dim, seed=seed) for seed in (1, 2))
         return cls(
             randn(num_tokens, heads + 2 * kv_heads, head_dim),
@@ -81,7 +83,9 @@ def test_as_right_as_ref(
         return rotary_qkv_ref(qkv, case.cos, case.sin, *weights, **options)
 
     inputs = list(case[:3]) if has_norms else [case.qkv]
-    of_weight = 8 * max(1, shape[0] * shape[1]) ** 0.5  # a sum over tokens and heads
+    of_weight = (
+        8 * max(1, shape[0] * shape[1]) ** 0.5
+    )  # their gradients are sums over tokens and heads
     scales = [4.0, 4.0, 8.0, of_weight, of_weight][: 2 + len(inputs)]
     assert_as_right_as_ref(run, ref, inputs, dtype, device, scales=scales)
 
@@ -97,8 +101,8 @@ def test_ref_gradcheck(has_norms: bool) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_token_has_the_bits_it_has_alone(impl: str) -> None:
-    """And of the backward; with any number of threads."""
+def test_batch_and_thread_invariant(impl: str) -> None:
+    """Tokens alone equal them in a batch, forward and backward, with any number of threads."""
     num_tokens = 31
     device = device_of(impl)
     case = Case.of(num_tokens, 5, 2, 36)
@@ -111,24 +115,30 @@ def test_a_token_has_the_bits_it_has_alone(impl: str) -> None:
         return q, k, op(*grads, qkv, cos, sin, *weights, EPS, impl)[0]
 
     inputs = [x.to(device) for x in (case.qkv, case.cos, case.sin)] + upstream
-    whole = list(run(*inputs))
+    all_tokens = list(run(*inputs))
     for rows in (slice(0, 1), slice(30, None), slice(3, 20), slice(1, None)):
-        assert_rows_alone_have_their_bits(run, inputs, whole, rows, device)
+        assert_batch_invariant(run, inputs, all_tokens, rows, device)
     for num_threads in thread_counts() if impl == "cpp" else ():
-        assert_same_bits(list(run(*inputs)), whole, f"{num_threads} threads")
+        assert_same_bits(list(run(*inputs)), all_tokens, f"{num_threads} threads")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strides(impl: str) -> None:
-    """A part of wider tokens is read where it is; other strides are copied. Twice the same bits."""
+    """Strided inputs equal their copies.
+
+    A slice of wider tokens is read where it is; other strides are copied.
+    """
     device = device_of(impl)
     case = Case.of(10, 3, 2, 12)
     wide = randn(10, 11, 12, seed=3).to(device)
-    rest = [x.to(device) for x in case[1:]]
+    weights_and_tables = [x.to(device) for x in case[1:]]
 
     def run(qkv: Tensor) -> list[Tensor]:
-        cos, sin = rest[2:]
-        inputs = [qkv.detach().requires_grad_(), *(x.clone().requires_grad_() for x in rest[:2])]
+        cos, sin = weights_and_tables[2:]
+        inputs = [
+            qkv.detach().requires_grad_(),
+            *(x.clone().requires_grad_() for x in weights_and_tables[:2]),
+        ]
         q, k = rotary_qkv(inputs[0], cos, sin, *inputs[1:], num_kv_heads=2, eps=EPS, impl=impl)
         upstream = [
             randn(*x.shape, seed=9).to(device).transpose(0, 1).contiguous().transpose(0, 1)
@@ -146,7 +156,10 @@ def test_strides(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_gradient_of_qkv(impl: str) -> None:
-    """v's part is what came for v, to the bit, and 0 without; the rest does not depend on it."""
+    """The gradient of v is the one that came for v, bitwise, and 0 without one.
+
+    The gradients of q, k and the weights do not depend on it.
+    """
     device = device_of(impl)
     case = Case(*(x.to(device) for x in Case.of(9, 4, 2, 16)))
     grads = [randn(9, heads, 16, seed=heads).to(device) for heads in (4, 2)]
@@ -163,8 +176,8 @@ def test_one_gradient_of_qkv(impl: str) -> None:
 
 
 @needs_cpp
-def test_cpp_has_the_bits_of_its_parts() -> None:
-    """Two norms, a cat and a rotation, forward and backward, as decoders write it down."""
+def test_cpp_equals_its_parts_bitwise() -> None:
+    """The C++ equals two norms, a cat and a rotation, forward and backward."""
     case = Case.of(33, 6, 2, 20)
 
     def parts(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, ...]:
@@ -185,7 +198,7 @@ def test_cpp_has_the_bits_of_its_parts() -> None:
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", [*IMPLS, "ref"])
 def test_write_norms(impl: str, cache_dtype: torch.dtype) -> None:
-    """q and the pages have the bits of rotary_qkv; a negative slot is written nowhere."""
+    """q and the pages equal those of rotary_qkv; a negative slot is written nowhere."""
     device = device_of(impl)
     qkv, cos, sin, *caches, slots = (x.to(device) for x in write_case(20, 4, 2, 16, 4))
     k_cache, v_cache = (x.to(cache_dtype) for x in caches)
@@ -199,9 +212,8 @@ def test_write_norms(impl: str, cache_dtype: torch.dtype) -> None:
     for name, cache, rows in (("k", k_cache, expected_k), ("v", v_cache, qkv[:, -2:])):
         written = cache.flatten(0, 1)[slots[is_kept]]
         if impl == "triton" and device == "cpu" and cache_dtype == torch.bfloat16:
-            rows = (rows.view(torch.int32) >> 16 << 16).view(
-                torch.float32
-            )  # the interpreter cuts off
+            # Triton's interpreter truncates to bf16 instead of rounding.
+            rows = (rows.view(torch.int32) >> 16 << 16).view(torch.float32)
         compare(written, rows[is_kept].to(cache_dtype), name=name)
         assert cache.flatten(0, 1).isfinite().all(-1).all(-1).sum() == is_kept.sum()
 
@@ -226,12 +238,12 @@ def test_write_norms(impl: str, cache_dtype: torch.dtype) -> None:
     ],
 )
 def test_refuses(change: dict, message: str) -> None:
-    given = {"qkv_TXE": torch.ones(6, 7, 8), "cos_TE": torch.ones(6, 8), "sin_TE": torch.ones(6, 8)}
-    given |= {
+    good = {"qkv_TXE": torch.ones(6, 7, 8), "cos_TE": torch.ones(6, 8), "sin_TE": torch.ones(6, 8)}
+    good |= {
         "q_weight_E": torch.ones(8),
         "k_weight_E": torch.ones(8),
         "num_kv_heads": 2,
         "eps": EPS,
     }
     with pytest.raises(ValueError, match=f"rotary_qkv: {message}"):
-        rotary_qkv(**(given | change))
+        rotary_qkv(**(good | change))

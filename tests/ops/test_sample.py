@@ -1,5 +1,6 @@
-"""sample: the law it draws from, the filters, and that nothing but its own row and key moves a
-draw.
+"""Tests sample: the filters, and that a draw depends on nothing but its own row and key.
+
+test_sample_law.py tests the distribution that it draws from.
 """
 
 from __future__ import annotations
@@ -8,20 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from socpo_fast.ops import row_key, row_keys, sample
-from socpo_fast.ops._impl import extension_is_built
+from socpo_fast.ops import available_impls, row_key, row_keys, sample
 from socpo_fast.ops.sample import kept_tokens, noise_bits
 from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 
 IMPLS = [
     "ref",
     pytest.param(
-        "cpp", marks=pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+        "cpp",
+        marks=pytest.mark.skipif(
+            "cpp" not in available_impls().values(), reason="extension not built"
+        ),
     ),
 ]
 
 
 def keys(num_rows: int, seed: int = 0) -> Tensor:
+    """Returns the keys of some rows, which differ in one field."""
     fields = torch.zeros(num_rows, 6, dtype=torch.int64)
     fields[:, 0] = seed
     fields[:, 5] = torch.arange(num_rows)
@@ -36,6 +40,7 @@ def settings(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> dict:
+    """Returns the same sampling settings for every row."""
     return {
         "temperature_B": torch.full((num_rows,), temperature),
         "top_k_B": torch.full((num_rows,), top_k, dtype=torch.int64),
@@ -44,8 +49,8 @@ def settings(
     }
 
 
-# Vocabularies: one token, less than a vector, a prime below and above a chunk of 512, whole chunks,
-# the widest in use.
+# Vocabularies: one token, less than a vector, primes below and above a chunk of 512, whole chunks,
+# the largest in use.
 @pytest.mark.parametrize("vocab", [1, 7, 509, 1031, 4096, 151936])
 @pytest.mark.parametrize(
     "filters",
@@ -56,13 +61,14 @@ def settings(
         {"top_k": 20, "top_p": 0.8, "min_p": 0.02},
     ],
 )
-@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+@pytest.mark.skipif("cpp" not in available_impls().values(), reason="extension not built")
 def test_cpp_draws_what_ref_draws(vocab: int, filters: dict) -> None:
+    """Tokens are equal; log-probs and kept mass keep the error rule."""
     num_rows = 4 if vocab > 10_000 else 64
     generator = torch.Generator().manual_seed(vocab)
     logits_BV = 4 * torch.randn(num_rows, vocab, generator=generator)
     logits_BV[0, 1:] = -torch.inf  # all mass on one token
-    logits_BV[1] = 0  # all tie
+    logits_BV[1] = 0  # all logits are equal
     logits_BV[2, vocab // 2] += 50  # nearly all mass on one token
     plain = sample(logits_BV, keys(num_rows), **settings(num_rows, **filters), impl="ref")
     actual = sample(logits_BV, keys(num_rows), **settings(num_rows, **filters), impl="cpp")
@@ -74,9 +80,11 @@ def test_cpp_draws_what_ref_draws(vocab: int, filters: dict) -> None:
 
 
 @pytest.mark.parametrize("field", range(6))
-def test_rows_that_differ_in_one_field_draw_independently(field: int) -> None:
-    """Siblings over 16 equal tokens: chi-square of the 256 pairs has 255 degrees of freedom, p =
-    0.001 at 330.
+def test_rows_of_different_keys_draw_independently(field: int) -> None:
+    """Rows whose keys differ in one field draw independent tokens.
+
+    Pairs draw from 16 equal tokens. Chi-square of the 256 pairs has 255 degrees of freedom, and
+    exceeds 330 with a probability of 0.001.
     """
     num_pairs = 51_200
     fields = torch.zeros(2 * num_pairs, 6, dtype=torch.int64)
@@ -90,42 +98,39 @@ def test_rows_that_differ_in_one_field_draw_independently(field: int) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("filters", [{}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}])
-def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(impl: str, filters: dict) -> None:
+def test_batch_invariant(impl: str, filters: dict) -> None:
     logits_BV = torch.randn(9, 1031, generator=torch.Generator().manual_seed(1))
-    together = sample(logits_BV, keys(9), **settings(9, **filters), impl=impl)
+    batch = sample(logits_BV, keys(9), **settings(9, **filters), impl=impl)
     for b in range(9):
-        alone = sample(
+        actual = sample(
             logits_BV[b : b + 1], keys(9)[b : b + 1], **settings(1, **filters), impl=impl
         )
-        for name, x, y in zip(("token_ids", "logprobs", "kept_mass"), alone, together, strict=True):
+        for name, x, y in zip(("token_ids", "logprobs", "kept_mass"), actual, batch, strict=True):
             assert_bitwise_equal(x, y[b : b + 1], name=f"{name} of row {b}")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_threads_do_not_change_bits(impl: str) -> None:
+def test_thread_invariant(impl: str) -> None:
     logits_BV = torch.randn(33, 1031, generator=torch.Generator().manual_seed(2))
-    num_threads = torch.get_num_threads()
+    old_num_threads = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(sample(logits_BV, keys(33), **settings(33, top_p=0.9), impl=impl))
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(old_num_threads)
     for result in results[1:]:
         for x, y in zip(result, results[0], strict=True):
             assert_bitwise_equal(x, y, name="other number of threads")
 
 
-# Probabilities .4 .3 .2 .1 in a shuffled order, by hand; the last case ties, where lower ids win.
+# Kept tokens worked out by hand. In the last case all are equal, and the lowest ids are kept.
 @pytest.mark.parametrize(
     ("probs", "filters", "kept"),
     [
         ([0.1, 0.4, 0.2, 0.3], {"top_k": 2}, [1, 3]),
         ([0.1, 0.4, 0.2, 0.3], {"top_p": 0.65}, [1, 3]),  # .4 < .65, .7 reaches it
-        (
-            [0.1, 0.4, 0.2, 0.3],
-            {"top_k": 2, "top_p": 0.55},
-            [1],
-        ),  # of .4 + .3, .4 has a share of .57
+        # top_p counts within the top_k: .4 is .57 of .4 + .3
+        ([0.1, 0.4, 0.2, 0.3], {"top_k": 2, "top_p": 0.55}, [1]),
         ([0.1, 0.4, 0.2, 0.3], {"min_p": 0.45}, [1, 2, 3]),  # at least .18
         ([0.1, 0.4, 0.2, 0.3], {"top_k": 3, "top_p": 0.99, "min_p": 0.6}, [1, 3]),
         ([0.1, 0.4, 0.2, 0.3], {"top_k": 9}, [0, 1, 2, 3]),
@@ -148,13 +153,13 @@ def test_filters_keep_the_right_tokens(
     )
     assert token_ids_B.unique().tolist() == kept
     torch.testing.assert_close(mass_B, torch.full((num_draws,), sum(probs[i] for i in kept)))
-    torch.testing.assert_close(
-        logprobs_B, torch.tensor(probs).log()[token_ids_B]
-    )  # the filters leave them alone
+    # Log-probs are those of the whole vocabulary, whatever the filters keep.
+    torch.testing.assert_close(logprobs_B, torch.tensor(probs).log()[token_ids_B])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_greedy_takes_the_first_largest_and_reports_temperature_one(impl: str) -> None:
+def test_greedy_takes_first_max_at_temperature_1(impl: str) -> None:
+    """At temperature 0 the first largest logit is drawn, with its log-prob at temperature 1."""
     logits_BV = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
     token_ids_B, logprobs_B, mass_B = sample(
         logits_BV, keys(1), **settings(1, temperature=0.0), impl=impl
@@ -165,9 +170,9 @@ def test_greedy_takes_the_first_largest_and_reports_temperature_one(impl: str) -
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
-def test_a_broken_row_reports_nan_and_leaves_the_others_alone(impl: str, bad: float | None) -> None:
+def test_broken_row_is_nan_and_others_unchanged(impl: str, bad: float | None) -> None:
     logits_BV = torch.randn(3, 100, generator=torch.Generator().manual_seed(3))
-    whole = sample(logits_BV, keys(3), **settings(3, top_p=0.9), impl=impl)
+    unbroken = sample(logits_BV, keys(3), **settings(3, top_p=0.9), impl=impl)
     broken_BV = logits_BV.clone()
     broken_BV[1] = -torch.inf
     if bad is not None:
@@ -176,7 +181,7 @@ def test_a_broken_row_reports_nan_and_leaves_the_others_alone(impl: str, bad: fl
         token_ids_B, logprobs_B, _ = sample(broken_BV, keys(3), **settings(3, **filters), impl=impl)
         assert logprobs_B.isnan().tolist() == [False, True, False] and 0 <= token_ids_B[1] < 100
         if filters:
-            assert_bitwise_equal(token_ids_B[::2], whole[0][::2], name="other rows")
+            assert_bitwise_equal(token_ids_B[::2], unbroken[0][::2], name="other rows")
 
 
 def test_no_two_tokens_of_a_row_share_their_noise() -> None:
@@ -186,7 +191,10 @@ def test_no_two_tokens_of_a_row_share_their_noise() -> None:
 
 
 def test_keys_and_noise_are_frozen() -> None:
-    """Stored rollouts replay only while these hold; computed with Python's unbounded integers."""
+    """Keys and noise never change between versions, as stored rollouts replay only then.
+
+    The expected numbers were computed with Python's unbounded integers.
+    """
     key = row_key(1, 2, 3, 4, 5, 6)
     assert key == 846242072549302847
     assert row_keys(torch.tensor([[0] * 6, [1, 2, 3, 4, 5, 6]]))[1] == key
@@ -207,7 +215,7 @@ def test_parameters_out_of_range_are_refused(change: dict, message: str) -> None
         sample(torch.zeros(2, 5), keys(2), **settings(2, **change))
 
 
-def test_unknown_and_absent_implementations_are_refused() -> None:
+def test_unknown_impl_and_narrow_keys_are_refused() -> None:
     with pytest.raises(
         ValueError, match="sample: impl must be one of auto, ref, cpp, got 'triton'"
     ):
@@ -216,7 +224,7 @@ def test_unknown_and_absent_implementations_are_refused() -> None:
         sample(torch.zeros(2, 5), keys(2).int(), **settings(2))
 
 
-@pytest.mark.skipif(not extension_is_built(), reason="extension not built")
+@pytest.mark.skipif("cpp" not in available_impls().values(), reason="extension not built")
 def test_the_registered_op_keeps_its_schema() -> None:
     arguments = (torch.randn(3, 50), keys(3), *settings(3).values())
     torch.library.opcheck(torch.ops.socpo.sample.default, arguments, test_utils="test_schema")

@@ -1,5 +1,6 @@
-"""sample: the law that each filter draws from, and the mass it reports, against plain Python in
-fp64.
+"""Tests the distribution that each filter of sample draws from, and the mass it reports.
+
+The expected values come from plain Python in fp64.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def kept_by_hand(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> dict[int, float]:
-    """{kept token: its probability over the whole vocabulary}, by the docstring's words."""
+    """Returns {kept token: its probability over the whole vocabulary}.
+
+    It follows the docstring of sample word by word.
+    """
     largest = max(logits)
     weights = [math.exp((z - largest) / temperature) for z in logits]
     total = math.fsum(weights)
@@ -41,22 +45,23 @@ def kept_by_hand(
         ((weight / total, -token) for token, weight in enumerate(weights)), reverse=True
     )
     ranked = ranked[: top_k or None]
-    whole = math.fsum(prob for prob, _ in ranked)
+    mass_of_top_k = math.fsum(prob for prob, _ in ranked)
     nucleus = []
-    so_far = 0.0
+    mass_so_far = 0.0
     for prob, token in ranked:
-        if top_p < 1 and so_far >= top_p * whole:
+        if top_p < 1 and mass_so_far >= top_p * mass_of_top_k:
             break
         nucleus.append((prob, token))
-        so_far += prob
+        mass_so_far += prob
     return {-token: prob for prob, token in nucleus if prob >= min_p * ranked[0][0]}
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_chi_square(filters: dict, impl: str) -> None:
-    """200,000 draws of 24 tokens: exactly the kept ones, as often as their share; failed by one
-    seed in 10,000.
+    """200,000 draws of 24 tokens are exactly the kept tokens, as often as they should be.
+
+    One seed in 10,000 would fail this.
     """
     num_draws = 200_000
     logits_V = torch.randn(24, generator=torch.Generator().manual_seed(4))
@@ -72,15 +77,15 @@ def test_chi_square(filters: dict, impl: str) -> None:
     assert counts.sum() == counts[tokens].sum() == num_draws, (
         "nothing that was filtered out is drawn"
     )
-    share = torch.tensor([kept[token] for token in sorted(kept)], dtype=torch.float64)
-    expected = num_draws * share / share.sum()
+    probabilities = torch.tensor([kept[token] for token in sorted(kept)], dtype=torch.float64)
+    expected = num_draws * probabilities / probabilities.sum()
     assert expected.min() > 5
     statistic = ((counts[tokens] - expected) ** 2 / expected).sum()
     assert torch.special.gammaincc(torch.tensor((len(kept) - 1) / 2).double(), statistic / 2) > 1e-4
 
 
-# Vocabularies: less than a vector, a prime above a chunk of 512, several chunks; flat and peaked
-# rows.
+# Vocabularies: less than a vector, a prime above a chunk of 512, several chunks. The rows are flat
+# to peaked.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("vocab", [7, 1031, 5000])
 @pytest.mark.parametrize(
@@ -98,9 +103,8 @@ def test_kept_mass_is_that_of_fp64(filters: dict, vocab: int, impl: str) -> None
         kept = kept_by_hand(logits, **filters)
         assert int(token_ids_B[b]) in kept
         assert abs(float(mass_B[b]) - math.fsum(kept.values())) < 1e-6
-        assert (
-            abs(float(logprobs_B[b]) - math.log(kept[int(token_ids_B[b])])) < 1e-5
-        )  # of the whole vocabulary
+        # The log-prob is that of the whole vocabulary.
+        assert abs(float(logprobs_B[b]) - math.log(kept[int(token_ids_B[b])])) < 1e-5
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -121,10 +125,10 @@ def test_rows_of_a_batch_keep_their_own_filters(impl: str) -> None:
     logits_BV = torch.randn(len(FILTERS), 300, generator=torch.Generator().manual_seed(7))
     each = [settings(1, **filters) for filters in FILTERS]
     mixed = {name: torch.cat([row[name] for row in each]) for name in each[0]}
-    together = sample(logits_BV, keys(len(FILTERS)), **mixed, impl=impl)
+    batch = sample(logits_BV, keys(len(FILTERS)), **mixed, impl=impl)
     for b, row in enumerate(each):
-        alone: tuple[Tensor, ...] = sample(
+        actual: tuple[Tensor, ...] = sample(
             logits_BV[b : b + 1], keys(len(FILTERS))[b : b + 1], **row, impl=impl
         )
-        for name, x, y in zip(("token_ids", "logprobs", "kept_mass"), alone, together, strict=True):
+        for name, x, y in zip(("token_ids", "logprobs", "kept_mass"), actual, batch, strict=True):
             assert_bitwise_equal(x, y[b : b + 1], name=f"{name} of {FILTERS[b]}")

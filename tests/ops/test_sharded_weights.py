@@ -1,4 +1,7 @@
-"""Ops whose weights are DTensors: gathered where that is right, refused in our words elsewhere."""
+"""Tests ops whose weights are DTensors.
+
+They are gathered where that is right, and refused in our words elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from tests.ops.test_registered_ops import CASES, TOKENS, f, run, tensors_of, val
 
 @pytest.fixture
 def mesh() -> Iterator[Any]:
+    """Yields a mesh of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -42,9 +46,11 @@ def test_sharded_weights_are_gathered(name: str, weight: str, mesh: Any) -> None
     outputs = run(name, "auto", tensors)
     leaves = [tensors[key] for key in CASES[name].differentiable]
     gradients = torch.autograd.grad(sum(x.sum() for x in outputs if x.requires_grad), leaves)
-    for one, other in zip((*outputs, *gradients), expected, strict=True):
+    for actual, from_whole in zip((*outputs, *gradients), expected, strict=True):
         torch.testing.assert_close(
-            one.full_tensor() if hasattr(one, "full_tensor") else one, other, equal_nan=True
+            actual.full_tensor() if hasattr(actual, "full_tensor") else actual,
+            from_whole,
+            equal_nan=True,
         )
 
 
@@ -64,20 +70,22 @@ def test_sharded_weights_are_gathered_when_compiled(name: str, weight: str, mesh
     tensors = tensors_of(CASES[name])
     tensors[weight] = distribute_tensor(tensors[weight].detach(), mesh, [Shard(0)])
     compiled = torch.compile(run, fullgraph=True, backend="eager")
-    for one, other in zip(compiled(name, "auto", tensors), run(name, "auto", tensors), strict=True):
-        assert_bitwise_equal(one, other, name=name)
+    for from_compiled, eager in zip(
+        compiled(name, "auto", tensors), run(name, "auto", tensors), strict=True
+    ):
+        assert_bitwise_equal(from_compiled, eager, name=name)
 
 
 def test_a_gradient_over_several_ranks_is_refused() -> None:
-    """Each rank would keep its own rows' part of it."""
+    """Each rank would keep only the part of the gradient that its own rows give."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         mesh = init_device_mesh("cpu", (2,))
         weight = DTensor.from_local(f(10, 8), mesh, [Shard(0)])
-        head = f(3, 8), weight.requires_grad_(), TOKENS["targets_N"]
+        head_inputs = f(3, 8), weight.requires_grad_(), TOKENS["targets_N"]
         with pytest.raises(
             ValueError, match=r"weight_VD must be whole or need no .*on 2 ranks.*Partial"
         ):
-            ops.linear_logprob(*head, temperature=1.0)
+            ops.linear_logprob(*head_inputs, temperature=1.0)
     finally:
         dist.destroy_process_group()

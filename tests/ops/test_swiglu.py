@@ -1,5 +1,6 @@
-"""swiglu and its backward against fp64, and that an element's bits do not depend on its place or on
-threads.
+"""Compares swiglu and its backward with fp64.
+
+Also tests that an element depends neither on its position nor on threads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from tests.helpers.elementwise import (
     DEVICE,
     KERNELS,
     assert_as_right_as_ref,
-    assert_rows_alone_have_their_bits,
+    assert_batch_invariant,
     assert_same_bits,
     needs_cpp,
     randn,
@@ -23,8 +24,8 @@ from tests.helpers.elementwise import (
 )
 from tests.helpers.error_rule import assert_error_rule
 
-# One number; less than a vector; whole vectors and a rest, prime; SmolLM2; more than a Triton tile.
-# No row, one, many.
+# Widths: one; less than a vector; vectors with a tail, prime; SmolLM2's, which is more than a
+# Triton tile. Rows: none, one, many.
 SHAPES = [(5, 1), (3, 7), (97, 101), (0, 8), (1, 1536), (33, 1536)]
 COMPILED_TAIL = 5e-6  # relative error of silu from -80 on, in a compiled kernel
 
@@ -40,15 +41,17 @@ def test_as_right_as_ref(impl: str, dtype: torch.dtype, shape: tuple[int, int]) 
 
 
 def tails() -> Tensor:
+    """Returns numbers from -80 to 100, zeros of both signs, and tiny and huge numbers."""
     ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e38])
     return torch.cat([torch.linspace(-80, 100, 2003), ends])
 
 
-def test_what_a_card_loses_in_the_tail() -> None:
-    """The bound for compiled kernels below, from the instructions that exp becomes there.
+def test_error_bound_of_compiled_silu() -> None:
+    """COMPILED_TAIL bounds the error of silu in a compiled kernel, from its instructions.
 
-    That is ex2.approx of x times log2(e), the product rounded to fp32: at 80 it is 115, half of
-    whose last place is 2.6e-6 of exp, and log2(e) itself is rounded too.
+    There exp is ex2.approx of x times log2(e), with the product rounded to fp32. At 80 the product
+    is 115, and half of its last place is a relative error of 2.6e-6 in exp. log2(e) itself is
+    rounded too.
     """
     gate = tails()
     exp = torch.exp2((-gate * 1.4426950408889634).double()).float()
@@ -58,12 +61,14 @@ def test_what_a_card_loses_in_the_tail() -> None:
     assert 3e-6 < error < COMPILED_TAIL - 3 * 2.0**-22  # the rest is for ex2.approx and div.full
 
 
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered in exp"
-)  # numpy's, in Triton's interpreter
+# numpy warns in Triton's interpreter.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
 def test_silu_is_right_in_both_tails(impl: str) -> None:
-    """Relative to silu itself, in every lane; below -80, where exp is nearly 0, absolutely."""
+    """silu is right relative to itself from -80 on, in every lane.
+
+    Below -80, where exp is nearly 0, it is right absolutely.
+    """
     gate = tails()
     is_compiled = impl == "triton" and DEVICE == "cuda"
     out = swiglu(
@@ -82,20 +87,19 @@ def test_ref_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: swiglu(x), randn(3, 10).double().requires_grad_())
 
 
-# Widths: less than a vector, with a rest behind whole ones, one in use. Enough rows for several
+# Widths: less than a vector, vectors with a tail, whole vectors. There are enough rows for several
 # threads.
 @pytest.mark.parametrize(("num_rows", "width"), [(5001, 7), (521, 126), (173, 384)])
 @pytest.mark.parametrize("impl", [pytest.param("cpp", marks=needs_cpp), "triton"])
-def test_a_row_has_the_bits_it_has_alone_with_any_threads(
-    impl: str, num_rows: int, width: int
-) -> None:
+def test_batch_and_thread_invariant(impl: str, num_rows: int, width: int) -> None:
+    """Rows alone equal them in a batch, and C++ outputs and gradients are thread-invariant."""
     device, num_rows = (DEVICE, min(num_rows, 40)) if impl == "triton" else ("cpu", num_rows)
     x = randn(num_rows, 2 * width)
 
     def run(x: Tensor) -> Tensor | tuple[Tensor, ...]:
         return swiglu(x, impl=impl)
 
-    whole = values_and_gradients(run, [x], torch.float32, device)
+    all_rows = values_and_gradients(run, [x], torch.float32, device)
     for rows in (
         slice(0, 1),
         slice(num_rows - 1, None),
@@ -103,16 +107,18 @@ def test_a_row_has_the_bits_it_has_alone_with_any_threads(
         slice(0, num_rows // 2),
         slice(1, None),
     ):
-        assert_rows_alone_have_their_bits(run, [x.to(device)], whole[:1], rows, device)
+        assert_batch_invariant(run, [x.to(device)], all_rows[:1], rows, device)
     for num_threads in thread_counts() if impl == "cpp" else ():
         assert_same_bits(
-            values_and_gradients(run, [x], torch.float32, device), whole, f"{num_threads} threads"
+            values_and_gradients(run, [x], torch.float32, device),
+            all_rows,
+            f"{num_threads} threads",
         )
 
 
 @needs_cpp
 def test_an_element_has_the_same_bits_in_every_lane() -> None:
-    """A row of one gate and one up, as wide as several vectors and a rest, gives one number."""
+    """A row of one gate and one up, repeated over several vectors and a tail, gives one number."""
     x = randn(50, 2)
     for width in (1, 3, 16, 37):
         wide = swiglu(x.repeat_interleave(width, dim=1), impl="cpp")

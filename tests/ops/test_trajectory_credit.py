@@ -1,5 +1,6 @@
-"""Credit by attempt and by trajectory: worked examples, a loop over rollouts, and the bits of the
-C++.
+"""Tests credit by attempt and by trajectory.
+
+With worked examples, a loop over rollouts, and bitwise against the C++.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ __all__ = ["impl"]
 
 
 def rescued_and_not() -> dict[str, torch.Tensor]:
-    """Two questions of two rollouts: right at once, rescued; rescued in the third attempt, never
-    right.
+    """Returns two questions of two rollouts each.
+
+    Question 0: one right at once, one rescued by guidance. Question 1: one rescued in its third
+    attempt, one never right.
     """
     columns = [
         # reward, tokens, question, attempt, rollout
@@ -37,7 +40,9 @@ def rescued_and_not() -> dict[str, torch.Tensor]:
 
 
 def test_a_trajectory_earns_its_last_reward(impl: str) -> None:
-    """By hand: f_1 = 1 / 4 of four first attempts, f_2 = (1 + 1 / 4) / 7 of those and three second
+    """Every attempt of a rollout earns the decayed reward of the last one.
+
+    By hand: f_1 = 1 / 4 of four first attempts, f_2 = (1 + 1 / 4) / 7 of these and three second
     ones.
     """
     f_1 = 1 / 4
@@ -51,8 +56,11 @@ def test_a_trajectory_earns_its_last_reward(impl: str) -> None:
     assert credit.advantages_A.tolist() == pytest.approx(by_hand)
 
 
-def test_without_decay_help_pays_like_knowing(impl: str) -> None:
-    """What decay is for: by trajectory and without it, rescued and right at once earn the same."""
+def test_without_decay_rescued_earns_as_right_at_once(impl: str) -> None:
+    """Without decay, by trajectory, rollouts rescued by guidance and right at once earn the same.
+
+    That is what decay is for.
+    """
     batch = rescued_and_not()
     plain = CreditOptions(credit="trajectory", schedule="none", estimator="dr_grpo")
     credit = credit_attempts(**batch, options=plain, impl=impl)
@@ -65,7 +73,7 @@ def test_without_decay_help_pays_like_knowing(impl: str) -> None:
 
 
 def random_credit(seed: int) -> dict[str, torch.Tensor]:
-    """Rewards between 0 and 1, attempts in any order, indices neither small nor consecutive."""
+    """Returns rewards in [0, 1] in any order; indices are neither small nor consecutive."""
     rng = torch.Generator().manual_seed(seed)
     table = [
         (1000 - 37 * q, 5 * r - 9, k)
@@ -102,10 +110,10 @@ def test_trajectory_credit_equals_the_loop(
     decayed = decay_rewards(
         batch["rewards_A"], batch["attempt_idx_A"], impl="ref", **schedule
     ).tolist()
-    last = {}
+    last_reward = {}
     for (question, rollout, _), reward in sorted(zip(rows, decayed, strict=True)):
-        last[question, rollout] = reward
-    earned = [last[question, rollout] for question, rollout, _ in rows]
+        last_reward[question, rollout] = reward
+    earned = [last_reward[question, rollout] for question, rollout, _ in rows]
     groups = [question for question, _, _ in rows]
     expected = naive_advantages(earned, batch["num_tokens_A"].tolist(), groups, estimator, 1e-6)
     credit = credit_attempts(**batch, options=options, impl=impl)
@@ -119,7 +127,7 @@ def test_trajectory_credit_equals_the_loop(
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
 @pytest.mark.parametrize("credit", ["attempt", "trajectory"])
-def test_cpp_has_the_references_bits(estimator: str, credit: str) -> None:
+def test_cpp_equals_ref_bitwise(estimator: str, credit: str) -> None:
     """Where nothing is whitened, both add in index order."""
     batch = random_credit(4)
     options = CreditOptions(estimator=estimator, credit=credit)

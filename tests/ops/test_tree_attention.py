@@ -1,4 +1,9 @@
-"""A tree against a dense mask in fp64 and against separate rows; bits; what the op refuses."""
+"""Compares tree attention with a dense mask in fp64 and with separate rows.
+
+Also tests thread-invariance and what the op refuses.
+
+Row t is seen by itself and the rows behind it, up to until[t] - 1.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +24,12 @@ CPP = pytest.param("cpp", torch.float32, marks=needs_cpp)
 KERNELS = [("ref", torch.float64), ("ref", torch.float32), ("ref", torch.bfloat16), CPP]
 NAMES = ("o", "q.grad", "k.grad", "v.grad")
 
-# Rows 0 to 6 a prompt, which the rows from 29 on leave behind four tokens; 7 to 11 an attempt, of
-# which the guidance 12 to 14 and the second attempt 15 see three tokens; 16 to 28 a sibling.
+# The tree of these rows, of which PATHS are the sequences:
+#
+#     0..3 --- 4..6 --- 7..9 --- 10..11         an attempt
+#      |        |         `----- 12..15         guidance and an attempt, which see 7..9 only
+#      |         `------ 16..28                 a sibling
+#       `------ 29..31                          a rollout that keeps four tokens of the prompt
 TREE = [32] * 4 + [29] * 3 + [16] * 3 + [12] * 2 + [16] * 4 + [29] * 13 + [32] * 3
 PATHS = [
     torch.arange(12),
@@ -28,7 +37,7 @@ PATHS = [
     torch.tensor([*range(7), *range(16, 29)]),
     torch.tensor([*range(4), *range(29, 32)]),
 ]
-# H, K, E: SmolLM2's groups; one head; heads of their own; one shared head of no whole vector.
+# (H, K, E): SmolLM2's groups; one head; groups of one head; one group, of less than a vector.
 HEADS = [(6, 2, 64), (1, 1, 8), (3, 3, 16), (5, 1, 7)]
 
 
@@ -37,22 +46,25 @@ def int32(values: list[int]) -> Tensor:
 
 
 def random_tree(num_rows: int, seed: int) -> Tensor:
-    """Any tree in depth-first order: each row hangs below one of the path to the row before it."""
+    """Returns any tree in depth-first order.
+
+    Each row hangs below one of the rows on the path to the row before it.
+    """
     rng = random.Random(seed)
     until = [num_rows] * num_rows
     path = []
     for row in range(num_rows):
         if path and rng.random() < 0.1:
             num_kept = rng.randrange(len(path) + 1)
-            for left in path[num_kept:]:
-                until[left] = row
+            for ended_row in path[num_kept:]:
+                until[ended_row] = row
             path = path[:num_kept]
         path.append(row)
     return int32(until)
 
 
 def make_qkv(num_rows: int, heads: tuple[int, int, int] = (6, 2, 64)) -> list[Tensor]:
-    """fp32 numbers that all fit into bf16."""
+    """Returns fp32 numbers that bf16 holds exactly."""
     rng = torch.Generator().manual_seed(0)
     (num_heads, num_kv_heads, head_dim) = heads
     shapes = [(num_rows, n, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads)]
@@ -60,7 +72,7 @@ def make_qkv(num_rows: int, heads: tuple[int, int, int] = (6, 2, 64)) -> list[Te
 
 
 def run(attention: Callable[..., Tensor], qkv: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Output and the gradients of q, k and v for a fixed upstream gradient."""
+    """Returns the output, and the gradients of q, k and v for a fixed upstream gradient."""
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
     out = attention(*leaves)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -69,7 +81,7 @@ def run(attention: Callable[..., Tensor], qkv: list[Tensor], dtype: torch.dtype)
 
 
 def dense(until_T: Tensor) -> Callable[..., Tensor]:
-    """The formula with one [T, T] mask."""
+    """Returns attention by the formula, with one [T, T] mask."""
     rows = torch.arange(len(until_T))
     is_seen = (rows <= rows[:, None]) & (rows[:, None] < until_T)
 
@@ -83,17 +95,21 @@ def dense(until_T: Tensor) -> Callable[..., Tensor]:
 
 
 def separate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each path as a sequence of its own; a packed row is read off the first path it is on."""
+    """Computes each path as a sequence of its own.
+
+    A row of the tree is taken from the first path that it is on.
+    """
     out = torch.zeros_like(q)
     is_done = torch.zeros(q.shape[0], dtype=torch.bool)
     for path in PATHS:
-        rows = dense(int32([len(path)] * len(path)))(q[path], k[path], v[path])
-        out = out.index_copy(0, path[~is_done[path]], rows[~is_done[path]])
+        out_of_path = dense(int32([len(path)] * len(path)))(q[path], k[path], v[path])
+        out = out.index_copy(0, path[~is_done[path]], out_of_path[~is_done[path]])
         is_done[path] = True
     return out
 
 
 def tree(until_T: Tensor | TreeMask, impl: str) -> Callable[..., Tensor]:
+    """Returns tree attention as a function of q, k and v."""
     return lambda q, k, v: tree_attention(q, k, v, until_T, scale=q.shape[-1] ** -0.5, impl=impl)
 
 
@@ -107,8 +123,8 @@ def test_tree_equals_separate_rows(impl: str, dtype: torch.dtype) -> None:
         assert_error_rule(a, p, t, name=name)
 
 
-# One row; less than a block of rows and more, where paths are short and long; a second run of the
-# reference's rows.
+# One row; less and more than a block of rows, with short and long paths; and so many that the
+# reference needs a second chunk.
 @pytest.mark.parametrize("num_rows", [1, 2, 61, 200, 301])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(("impl", "dtype"), KERNELS[:2] + KERNELS[3:])
@@ -132,7 +148,7 @@ def test_as_right_as_a_dense_mask(
 
 @pytest.mark.parametrize(("impl", "dtype"), KERNELS[1:2] + KERNELS[3:])
 def test_ranges_that_do_not_nest(impl: str, dtype: torch.dtype) -> None:
-    """No tree, but the formula says what it means."""
+    """Ranges that are no tree still get what the formula says."""
     until_T = int32([5, 3, 40, 20, *range(10, 46)]).clamp(max=40)
     qkv = make_qkv(40)
     actual, plain = (run(f, qkv, dtype) for f in (tree(until_T, impl), dense(until_T)))
@@ -148,7 +164,10 @@ def test_gradcheck() -> None:
 
 @needs_cpp
 def test_large_and_small_scores() -> None:
-    """Scores of some hundred, where a softmax without its maximum would overflow; and all equal."""
+    """Scores of some hundred keep the error rule, and so do equal ones.
+
+    A softmax that does not subtract its maximum would overflow.
+    """
     for factor in (30.0, 0.0):
         qkv = make_qkv(70)
         until_T = random_tree(70, seed=1)
@@ -166,14 +185,14 @@ def test_branches_do_not_see_each_other(impl: str) -> None:
     changed = [x.clone() for x in qkv]
     for x in changed:
         x[16:29] += 1
-    before, after = (tree(int32(TREE), impl)(*x) for x in (qkv, changed))
-    assert_bitwise_equal(after[:16], before[:16], name="rows before the sibling")
-    assert_bitwise_equal(after[29:], before[29:], name="rows behind the sibling")
+    o_THE, changed_o_THE = (tree(int32(TREE), impl)(*x) for x in (qkv, changed))
+    assert_bitwise_equal(changed_o_THE[:16], o_THE[:16], name="rows before the sibling")
+    assert_bitwise_equal(changed_o_THE[29:], o_THE[29:], name="rows behind the sibling")
 
 
 @needs_cpp
 @pytest.mark.parametrize("heads", HEADS)
-def test_same_bits_with_any_threads(heads: tuple[int, int, int]) -> None:
+def test_thread_invariant(heads: tuple[int, int, int]) -> None:
     until_T = random_tree(300, seed=2)
     qkv = make_qkv(300, heads)
     first = run(tree(until_T, "cpp"), qkv, torch.float32)
@@ -185,18 +204,21 @@ def test_same_bits_with_any_threads(heads: tuple[int, int, int]) -> None:
 
 @needs_cpp
 def test_strided_inputs() -> None:
-    """q, k and v as slices of one tensor, whose rows are not in one piece; so is the gradient."""
+    """Slices of one tensor, whose rows have gaps, equal their copies.
+
+    The upstream gradient is strided too.
+    """
     qkv_THE = make_qkv(50, (10, 1, 64))[0]
     until_T = random_tree(50, seed=3)
     slices = qkv_THE.split((6, 2, 2), dim=1)
-    whole = run(tree(until_T, "cpp"), [x.contiguous() for x in slices], torch.float32)
+    from_copies = run(tree(until_T, "cpp"), [x.contiguous() for x in slices], torch.float32)
     leaf = qkv_THE.clone().requires_grad_()
     o_THE = tree(until_T, "cpp")(*leaf.split((6, 2, 2), dim=1))
-    assert_bitwise_equal(o_THE, whole[0], name="o")
+    assert_bitwise_equal(o_THE, from_copies[0], name="o")
     upstream = torch.randn(o_THE.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     strided = upstream.float().transpose(0, 1).contiguous().transpose(0, 1)
     o_THE.backward(strided)
-    assert_bitwise_equal(leaf.grad, torch.cat(whole[1:], dim=1), name="gradient")
+    assert_bitwise_equal(leaf.grad, torch.cat(from_copies[1:], dim=1), name="gradient")
 
 
 @pytest.mark.parametrize("impl", ["ref", pytest.param("cpp", marks=needs_cpp)])
@@ -239,7 +261,7 @@ def test_mask_once_for_many_layers() -> None:
 
 
 def test_num_pairs_by_hand() -> None:
-    """Two rows of a prompt; a branch of two and one of one: 1 + 2, then 3 + 4, then 3."""
+    """A prompt of two rows with branches of two and one: 1 + 2, then 3 + 4, then 3 pairs."""
     assert num_pairs(int32([5, 5, 4, 4, 5])) == 13
     assert visible_until_of_sequences([2, 1, 3]).tolist() == [2, 2, 3, 6, 6, 6]
     assert num_pairs(visible_until_of_sequences([2, 1, 3])) == 3 + 1 + 6

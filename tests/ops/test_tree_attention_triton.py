@@ -1,5 +1,6 @@
-"""Tree attention on a GPU against a dense mask in fp64; bits; what it refuses. Interpreted on a
-CPU.
+"""Compares Triton's tree attention with a dense mask in fp64.
+
+Also tests bitwise promises and refusals. On a CPU the kernels run in the interpreter.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from tests.ops.test_tree_attention import (
 from tools.tree_balance import visible_until_of_groups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's products of bf16 are garbage.
+# Under the interpreter tl.dot of bf16 gives garbage without an error.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
-# H, K, E: a pair of heads a program; two pairs on a KV head; a group of three; heads of their own.
+# (H, K, E): groups of two heads, which one program takes; of four; of three; of one.
 HEADS = [(4, 2, 64), (4, 1, 32), (3, 1, 32), (2, 2, 128)]
-# A prompt that more blocks see than a chunk has, and answers whose ends are no ends of blocks.
+# More blocks see the prompt than a chunk has, and answers end inside of blocks.
 LONG_COLUMNS = visible_until_of_groups([(90, [130, 61, 120, 1, 160])])
 
 
@@ -47,7 +48,7 @@ def run(
     qkv: list[Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Output of the kernels, and the gradients of q, k and v."""
+    """Returns the output of the kernels, and the gradients of q, k and v."""
     leaves = [x.to(DEVICE, dtype, copy=True).requires_grad_() for x in qkv]
     scale = qkv[0].shape[2] ** -0.5
     o_THE = tree_attention(*leaves, tree.to(torch.device(DEVICE)), scale=scale, impl="triton")
@@ -56,12 +57,14 @@ def run(
 
 
 def run_dense(until_T: Tensor, qkv: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Returns the same by the formula with one [T, T] mask."""
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in qkv]
     o_THE = dense(until_T)(*leaves)
     return [o_THE.detach(), *torch.autograd.grad(o_THE, leaves, upstream_of(o_THE))]
 
 
 def assert_right(until_T: Tensor, qkv: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Asserts the error rule for the output and the gradients."""
     actual = run(until_T, qkv, dtype)
     plain, truth = (run_dense(until_T, qkv, t) for t in (dtype, torch.float64))
     for name, a, p, t in zip(NAMES, actual, plain, truth, strict=True):
@@ -70,11 +73,11 @@ def assert_right(until_T: Tensor, qkv: list[Tensor], dtype: torch.dtype = torch.
 
 
 def assert_same(one: list[Tensor], other: list[Tensor], name: str) -> None:
-    for what, a, b in zip(NAMES, one, other, strict=True):
-        assert_bitwise_equal(a, b, name=f"{what}, {name}")
+    for result_name, a, b in zip(NAMES, one, other, strict=True):
+        assert_bitwise_equal(a, b, name=f"{result_name}, {name}")
 
 
-# One row; one block of rows; a row more; several blocks, where paths are short and long.
+# One row; one block of rows; a block + 1; several blocks, with short and long paths.
 @pytest.mark.parametrize("num_rows", [1, 64, 65, 200])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,26 +90,29 @@ def test_as_right_as_a_dense_mask(
 
 
 def test_long_columns_are_cut() -> None:
-    """Every row sees the prompt: its first block of keys has two programs."""
+    """A block of keys that many rows see is cut into two programs.
+
+    Every row sees the prompt, which is in the first block.
+    """
     assert len(LONG_COLUMNS) > ROWS_PER_BLOCK * MIN_CHUNK
     assert int((TreeMask.of(LONG_COLUMNS).query_ranges_P7[:, 5] >= 0).sum()) == 2
     assert_right(LONG_COLUMNS, make_qkv(len(LONG_COLUMNS), (2, 1, 32)))
 
 
 def test_same_inputs_same_bits() -> None:
-    """A tree, and its plan, made once; partial sums included."""
+    """A tree and the plan made of it once give the same bits, also where sums are of parts."""
     qkv = make_qkv(len(LONG_COLUMNS), (1, 1, 32))
     first, again = (run(tree, qkv) for tree in (LONG_COLUMNS, TreeMask.of(LONG_COLUMNS)))
     assert_same(again, first, "again")
 
 
 def test_one_row_sees_all() -> None:
-    """A causal row without branches: most tiles need no mask."""
+    """A causal sequence without branches, where most tiles need no mask, keeps the error rule."""
     assert_right(int32([300] * 300), make_qkv(300, (2, 1, 32)))
 
 
 def test_small_trees_side_by_side() -> None:
-    """Blocks with several groups, whose rows leave at once."""
+    """Blocks that hold several groups, whose rows end at once, keep the error rule."""
     groups = [(20, [3, 9]), (1, [1]), (50, [30, 31, 7]), (63, [1, 1])]
     until_T = visible_until_of_groups(groups)
     assert_right(until_T, make_qkv(len(until_T), (2, 1, 32)))
@@ -119,7 +125,10 @@ def test_ranges_that_do_not_nest() -> None:
 
 @pytest.mark.parametrize("factor", [30.0, 0.0])
 def test_large_and_equal_scores(factor: float) -> None:
-    """Of some hundred, where a softmax without its maximum would overflow; and all equal."""
+    """Scores of some hundred keep the error rule, and so do equal ones.
+
+    A softmax that does not subtract its maximum would overflow.
+    """
     qkv = make_qkv(130, (2, 1, 32))
     qkv[0] *= factor
     assert_right(random_tree(130, seed=1), qkv)
@@ -130,51 +139,55 @@ def test_branches_do_not_see_each_other() -> None:
     changed = [x.clone() for x in qkv]
     for x in changed:
         x[16:29] += 1
-    before, after = (run(int32(TREE), x)[0] for x in (qkv, changed))
-    assert_bitwise_equal(after[:16], before[:16], name="rows before the sibling")
-    assert_bitwise_equal(after[29:], before[29:], name="rows behind the sibling")
+    o_THE, changed_o_THE = (run(int32(TREE), x)[0] for x in (qkv, changed))
+    assert_bitwise_equal(changed_o_THE[:16], o_THE[:16], name="rows before the sibling")
+    assert_bitwise_equal(changed_o_THE[29:], o_THE[29:], name="rows behind the sibling")
 
 
 def test_strided_inputs() -> None:
-    """q, k and v as slices of one tensor, of rows apart; a transposed gradient; heads apart."""
+    """Slices of one tensor, a transposed gradient and transposed heads equal their copies."""
     qkv_THE = make_qkv(90, (8, 1, 32))[0]
     until_T = random_tree(90, seed=3).to(DEVICE)
     slices = qkv_THE.split((4, 2, 2), dim=1)
-    whole = run(until_T, [x.contiguous() for x in slices])
+    from_copies = run(until_T, [x.contiguous() for x in slices])
     leaf = qkv_THE.to(DEVICE, copy=True).requires_grad_()
     o_THE = tree_attention(*leaf.split((4, 2, 2), dim=1), until_T, scale=32**-0.5, impl="triton")
     grad = upstream_of(o_THE).transpose(0, 1).contiguous().transpose(0, 1)
     o_THE.backward(grad)
     grads = leaf.grad.split((4, 2, 2), dim=1)
-    assert_same([x.detach().cpu() for x in (o_THE, *grads)], whole, "slices")
+    assert_same([x.detach().cpu() for x in (o_THE, *grads)], from_copies, "slices")
     transposed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in slices]
-    assert_same(run(until_T, transposed), whole, "heads apart")
+    assert_same(run(until_T, transposed), from_copies, "heads apart")
 
 
 def test_launches_align_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors that start anywhere: only for aligned ones are the kernels known not to spill."""
+    """Kernels get tensors aligned to 16 bytes, wherever the caller's start.
+
+    Only for aligned tensors are the kernels known not to spill registers.
+    """
     remainders: list[int] = []
     for stem in ("tree_attention", "tree_backward", "tree_grad_kv"):
         module = importlib.import_module(f"socpo_fast.kernels.{stem}")
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, NotedKernel(kernel, remainders))
-    whole = run(LONG_COLUMNS, qkv := make_qkv(len(LONG_COLUMNS), (2, 1, 32)))
+    from_aligned = run(LONG_COLUMNS, qkv := make_qkv(len(LONG_COLUMNS), (2, 1, 32)))
     until_T = torch.cat([LONG_COLUMNS[:1], LONG_COLUMNS])[1:]
     shifted = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in qkv]
+    # One element from an aligned start: 4 bytes off.
     assert {x.data_ptr() % 16 for x in (until_T, *shifted)} == {4}
     leaves = [x.to(DEVICE).requires_grad_() for x in shifted]
     o_THE = tree_attention(*leaves, until_T.to(DEVICE), scale=32**-0.5, impl="triton")
     grad_o = upstream_of(o_THE)
     grad_o = torch.cat([grad_o.flatten()[:1], grad_o.flatten()])[1:].view(grad_o.shape)
     grads = torch.autograd.grad(o_THE, leaves, grad_o)
-    assert_same([x.detach().cpu() for x in (o_THE, *grads)], whole, "shifted")
+    assert_same([x.detach().cpu() for x in (o_THE, *grads)], from_aligned, "shifted")
     assert len(remainders) > 40
     assert set(remainders) == {0}
 
 
 class NotedKernel:
-    """A kernel, with the place of each tensor of its launches modulo 16 bytes."""
+    """A kernel that notes the address modulo 16 of each tensor of its launches."""
 
     def __init__(self, kernel: Any, remainders: list[int]):
         self.kernel = kernel
@@ -189,6 +202,7 @@ class NotedKernel:
 
 
 def test_checkpointing_changes_no_bit() -> None:
+    """A forward that is computed again in the backward gives the same gradients."""
     until_T = random_tree(90, seed=5)
     qkv = make_qkv(90, (2, 1, 32))
     mask = TreeMask.of(until_T).to(torch.device(DEVICE))
@@ -203,7 +217,7 @@ def test_checkpointing_changes_no_bit() -> None:
 
 
 def test_logsumexp() -> None:
-    """In nats, of scaled scores, as C++ has it."""
+    """The logsumexp is in nats and of scaled scores, as in the C++."""
     q, k, v = (x.to(DEVICE) for x in make_qkv(70, (2, 1, 32)))
     mask = TreeMask.of(int32([70] * 70).to(DEVICE))
     _, logsumexp_TH = torch.ops.socpo_fast.tree_attention(q, k, v, *mask, 0.3, "triton")

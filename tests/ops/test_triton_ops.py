@@ -1,5 +1,6 @@
-"""Whole ops and a whole training step with impl="triton"; on a CPU the kernels run in the
-interpreter.
+"""Tests whole ops and a whole training step with impl="triton".
+
+On a CPU the kernels run in the interpreter.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ Inputs = dict[str, Tensor]
 def make_inputs(
     num_tokens: int = 9, num_rows: int = 19, vocab: int = 1031, width: int = 12
 ) -> Inputs:
-    """Repeated rows, some of weight or advantage 0, ratios on both sides of the clips; width is no
-    multiple of 8.
+    """Returns rows that repeat, with ratios on both sides of the clips.
+
+    Some have weight or advantage 0, and the width is no multiple of 8.
     """
     rng = torch.Generator().manual_seed(num_rows)
-    # bf16 holds these exactly, so every dtype computes on the same numbers
+    # bf16 holds these exactly, so every dtype computes on the same numbers.
     hidden = torch.randn(num_tokens, width, generator=rng).bfloat16()
     weight = torch.randn(vocab, width, generator=rng).bfloat16()
     rows = torch.randint(num_tokens, (num_rows,), generator=rng) if num_tokens else torch.arange(0)
@@ -55,7 +57,10 @@ def make_inputs(
 def run_loss(
     inputs: Inputs, dtype: torch.dtype, impl: str, **options: Any
 ) -> tuple[PolicyLoss, Tensor, Tensor]:
-    """hidden and weight in `dtype`, what stands by token in what their logits are held in."""
+    """Runs the loss and its backward, with hidden and weight in `dtype`.
+
+    Values by token are in the dtype that logits are held in.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     moved = {
         name: x.to(DEVICE, wide if x.is_floating_point() else x.dtype) for name, x in inputs.items()
@@ -85,6 +90,7 @@ def test_linear_policy_loss(dtype: torch.dtype, options: dict[str, float]) -> No
 
 
 def test_make_aot_compiles_what_the_op_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variant of the row pass that the op launches is among those compiled ahead of time."""
     launches = set()
 
     class Recorder:
@@ -94,7 +100,7 @@ def test_make_aot_compiles_what_the_op_launches(monkeypatch: pytest.MonkeyPatch)
             )
 
     compiled = {
-        (
+        (  # the constants that make another variant of the kernel
             config.pointers["grad_ptr"] is not None,
             config.constants["NEED_ENTROPY"],
             config.constants["ENTROPY_GRAD"],
@@ -107,12 +113,11 @@ def test_make_aot_compiles_what_the_op_launches(monkeypatch: pytest.MonkeyPatch)
     assert len(launches) == 2 and launches <= compiled
 
 
-def test_two_runs_have_the_same_bits_and_chunks_only_round() -> None:
+def test_deterministic_and_chunks_only_round() -> None:
+    """Two runs are bitwise equal; chunks of 16 rows change only the last bits."""
     inputs = make_inputs(num_rows=70)
     first, second = (run_loss(inputs, torch.float32, "triton", **ALL_TERMS) for _ in range(2))
-    chunked = run_loss(
-        inputs, torch.float32, "triton", workspace_mib=0.1, **ALL_TERMS
-    )  # 16 rows a chunk
+    chunked = run_loss(inputs, torch.float32, "triton", workspace_mib=0.1, **ALL_TERMS)
     for name, a, b, c in zip(
         ("loss", "dX", "dW"),
         *((result[0].loss.detach(), *result[1:]) for result in (first, second, chunked)),
@@ -143,7 +148,7 @@ def test_all_rows_masked_give_zero_gradients() -> None:
 def test_linear_logprob(dtype: torch.dtype, entropy_grad: bool) -> None:
     inputs = make_inputs()
     results = {}
-    for key, impl, in_dtype in (
+    for role, impl, in_dtype in (
         ("actual", "triton", dtype),
         ("plain", "ref", dtype),
         ("truth", "ref", torch.float64),
@@ -166,14 +171,15 @@ def test_linear_logprob(dtype: torch.dtype, entropy_grad: bool) -> None:
         )
         loss = logprobs.cos().sum() + (entropy.square().sum() if entropy_grad else 0.0)
         loss.backward()
-        results[key] = (logprobs, entropy, hidden.grad / 30, weight.grad / 30)
-    for name, *three in zip(("logprobs", "entropy", "dX", "dW"), *results.values(), strict=True):
-        assert_error_rule(*three, name=name, dtype=dtype)
+        results[role] = (logprobs, entropy, hidden.grad / 30, weight.grad / 30)
+    for name, *triple in zip(("logprobs", "entropy", "dX", "dW"), *results.values(), strict=True):
+        assert_error_rule(*triple, name=name, dtype=dtype)
 
 
 def test_a_whole_training_step() -> None:
-    """Packed tree, model, head and loss: the kernels' gradient of every parameter against the
-    reference's.
+    """The kernels' gradient of every parameter keeps the error rule beside the reference's.
+
+    The step has a packed tree, the model, the LM head and the loss.
     """
     rollouts = make_rollouts()
     options = {"token_budget": 60, "temperature": 0.8, "entropy_coef": 0.01}

@@ -1,4 +1,4 @@
-"""A server that misbehaves, for the endpoint teacher, and a folder for the local one."""
+"""Fixtures: a server that misbehaves for the endpoint teacher, a model folder for the local one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,7 @@ from tests.helpers.local_teachers import save_teacher
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Yields a running server; its key is in SOCPO_TEST_KEY."""
     monkeypatch.setenv("SOCPO_TEST_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with running_server() as server:
@@ -20,4 +21,5 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a tiny random model with its tokenizer."""
     return save_teacher(tmp_path_factory.mktemp("teacher"))

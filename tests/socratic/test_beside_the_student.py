@@ -1,4 +1,8 @@
-"""A local teacher beside the student, on devices that answer late: what both say, and when."""
+"""A local teacher beside the student, on devices that answer late: their tokens and their timing.
+
+LateReadback plays a copy from the device that is ready only after a random number of looks, as a
+CUDA event would be.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ def make_engine(folder: Path, tokens_per_sync: int) -> Engine:
 
 
 def teacher_on_a_card(folder: Path) -> LocalTeacher:
-    """One that works while the student does, as on a stream of its own."""
+    """Returns a teacher that works while the student does, as on a CUDA stream of its own."""
     teacher = local_teacher(folder)
     teacher.occupies_host = False
     teacher._enough = ENOUGH_REQUESTS
@@ -66,10 +70,10 @@ def outcome(rollout: Rollout) -> list[tuple]:
 
 
 @pytest.mark.parametrize("tokens_per_sync", [1, 4])
-def test_when_numbers_come_changes_none(
+def test_timing_changes_no_rollout(
     teacher_folder: Path, tokens_per_sync: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Student and teacher finish their steps in any order; what they say is the same."""
+    """Student and teacher finish their steps in any order; tokens and guidance stay the same."""
     expected = list(
         map(outcome, roll(make_engine(teacher_folder, 1), local_teacher(teacher_folder)))
     )
@@ -85,26 +89,26 @@ def test_when_numbers_come_changes_none(
 def test_nobody_waits_for_a_device_while_both_work(
     teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step that is not ready is waited for only when the other one has nothing to do."""
+    """The loop waits for an unfinished step of one engine only if the other one is idle."""
     make_reads_late(monkeypatch, seed=3)
     engine = make_engine(teacher_folder, 4)
     teacher = teacher_on_a_card(teacher_folder)
-    teacher._engine.keep_prefix(teacher._prefix_ids)  # once a run
+    teacher._engine.keep_prefix(teacher._prefix_ids)  # done once a run, so it may wait
     waits = []
     wait = LateReadback.wait
 
-    def note_wait(late: LateReadback) -> object:
-        if late._looks_left > 0 and engine.has_work and teacher._engine.has_work:
-            waits.append(late)
-        return wait(late)
+    def note_wait(readback: LateReadback) -> object:
+        if readback._polls_left > 0 and engine.has_work and teacher._engine.has_work:
+            waits.append(readback)
+        return wait(readback)
 
     monkeypatch.setattr(LateReadback, "wait", note_wait)
     roll(engine, teacher)
     assert not waits
 
 
-def test_on_a_cpu_they_take_turns(teacher_folder: Path, tmp_path: Path) -> None:
-    """While the teacher has requests under way the student takes no step."""
+def test_student_and_teacher_alternate_on_a_cpu(teacher_folder: Path, tmp_path: Path) -> None:
+    """The student takes no step while the teacher has requests in flight."""
     engine = make_engine(teacher_folder, 1)
     teacher = local_teacher(teacher_folder)
     assert teacher.occupies_host
@@ -116,64 +120,67 @@ def test_on_a_cpu_they_take_turns(teacher_folder: Path, tmp_path: Path) -> None:
     assert turns == ["student", "teacher", "student"] and len(steps) > 20
 
 
-def test_it_starts_when_enough_wait(teacher_folder: Path) -> None:
-    """Or when the student has nothing to do; requests join a teacher that runs at once."""
+def test_teacher_starts_with_enough_requests(teacher_folder: Path) -> None:
+    """It also starts if the student is idle. Once it runs, further requests join it at once."""
     teacher = teacher_on_a_card(teacher_folder)
-    asked = [
+    calls = [
         background(teacher.guide_in_time(request(i), None)) for i in range(ENOUGH_REQUESTS - 1)
     ]
-    wait_until(lambda: teacher._arrived.qsize() == len(asked))
+    wait_until(lambda: teacher._arrived.qsize() == len(calls))
     assert not teacher.step(student_is_idle=False) and not teacher._engine.has_work
-    asked.append(background(teacher.guide_in_time(request(99), None)))
-    wait_until(lambda: teacher._arrived.qsize() == len(asked))
+    calls.append(background(teacher.guide_in_time(request(99), None)))
+    wait_until(lambda: teacher._arrived.qsize() == len(calls))
     assert teacher.step(student_is_idle=False) and teacher._engine.has_work
-    asked.append(background(teacher.guide_in_time(request(100), None)))
+    calls.append(background(teacher.guide_in_time(request(100), None)))
     wait_until(
         lambda: teacher.step(student_is_idle=False) and len(teacher._running) > ENOUGH_REQUESTS
     )
     wait_until(lambda: not teacher.step(student_is_idle=False))
-    assert all(map(heard, asked))
-    late = background(teacher.guide_in_time(request(1), None))
+    assert all(map(heard, calls))
+    last_call = background(teacher.guide_in_time(request(1), None))
     wait_until(lambda: not teacher._arrived.empty())
     assert not teacher.step(student_is_idle=False)
-    wait_until(lambda: not teacher.step(student_is_idle=True) and late.done())
+    wait_until(lambda: not teacher.step(student_is_idle=True) and last_call.done())
 
 
 def test_the_prompts_prefix_is_prefilled_once(teacher_folder: Path) -> None:
     teacher = local_teacher(teacher_folder)
     prompts = [teacher._prompt_ids(request(i, answer=f"It is {i}.")) for i in range(3)]
-    whole = len(teacher._prefix_ids) // 32 * 32
-    assert whole > 0 and all(prompt[:whole] == teacher._prefix_ids[:whole] for prompt in prompts)
+    shared = len(teacher._prefix_ids) // 32 * 32
+    assert shared > 0 and all(prompt[:shared] == teacher._prefix_ids[:shared] for prompt in prompts)
     for _ in range(2):
-        before = teacher._engine.stats.prefill_tokens
+        old_prefill_tokens = teacher._engine.stats.prefill_tokens
         futures = [
             background(teacher.guide_in_time(request(i, answer=f"It is {i}."), None))
             for i in range(3)
         ]
         wait_until(lambda futures=futures: not teacher.step() and all(f.done() for f in futures))
-        prefilled = teacher._engine.stats.prefill_tokens - before
-    assert prefilled == sum(len(prompt) - whole for prompt in prompts), "the second time"
+        prefilled = teacher._engine.stats.prefill_tokens - old_prefill_tokens
+    assert prefilled == sum(len(prompt) - shared for prompt in prompts), "the second time"
 
 
-def test_a_trace_shows_who_worked_when(
+def test_trace_shows_the_steps_of_both(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_reads_late(monkeypatch, seed=0)
     with recording(tmp_path, 1, 1):
         rollouts = roll(make_engine(teacher_folder, 4), teacher_on_a_card(teacher_folder))
-    roll(make_engine(teacher_folder, 4), local_teacher(teacher_folder))  # recorded no more
+    # Behind the recording, so it leaves no events.
+    roll(make_engine(teacher_folder, 4), local_teacher(teacher_folder))
     spans = defaultdict(list)
     for event in json.loads((tmp_path / "trace_000001.json").read_text())["traceEvents"]:
         spans[event["pid"], event["ph"]].append(event)
     assert set(spans) == {("student", "X"), ("teacher", "X"), ("guidance", "b"), ("guidance", "e")}
     for name in ("student", "teacher"):
-        ends = 0.0
+        last_end = 0.0
         for span in spans[name, "X"]:
-            assert span["ts"] >= ends and span["dur"] >= 0, "steps of a stream follow each other"
-            ends = span["ts"] + span["dur"]
-    guided = sum(len(rollout.turns) > 1 for rollout in rollouts)
-    assert len(spans["guidance", "b"]) == len(spans["guidance", "e"]) >= guided > 0
+            assert span["ts"] >= last_end and span["dur"] >= 0, (
+                "steps of a stream follow each other"
+            )
+            last_end = span["ts"] + span["dur"]
+    num_guided = sum(len(rollout.turns) > 1 for rollout in rollouts)
+    assert len(spans["guidance", "b"]) == len(spans["guidance", "e"]) >= num_guided > 0
     rounds = [span["args"] for span in spans["student", "X"] if span["name"] == "4 decode rounds"]
     assert rounds and all(1 <= args["sequences"] <= 9 for args in rounds)
-    begin = min(span["ts"] for span in spans["teacher", "X"])
-    assert begin < max(span["ts"] for span in spans["student", "X"]), "they overlap"
+    first_teacher_step = min(span["ts"] for span in spans["teacher", "X"])
+    assert first_teacher_step < max(span["ts"] for span in spans["student", "X"]), "they overlap"

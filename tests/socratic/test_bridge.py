@@ -1,4 +1,7 @@
-"""The token bridge against the chat template's own rendering, family by family."""
+"""The token bridge equals the chat template's own rendering, for several template families.
+
+The bridge is what stands between two attempts: end of turn, guidance, start of the next answer.
+"""
 
 import json
 import os
@@ -67,7 +70,7 @@ def test_notes_say_what_the_template_would_rewrite() -> None:
     (note,) = Bridge(tiny_tokenizer(LLAMA3), guidance_limit=1).notes
     assert "white space" in note
     thinking = Bridge(tiny_tokenizer(THINKING), guidance_limit=100)
-    assert len(thinking.notes) == 4  # history lacks the <think> that its generation prompt opens
+    assert len(thinking.notes) == 4  # its generation prompt opens a <think> that history lacks
     assert text_of(thinking, thinking.bridge_ids("Check.", ended=True)).endswith(
         "<|im_start|>assistant\n<think>\n"
     )
@@ -87,27 +90,26 @@ def test_guidance_is_untrusted(template: str) -> None:
     assert text_of(bridge, attacked).count(attack) == 1
     for token_id in special.values():
         assert attacked.count(token_id) == harmless.count(token_id)
-    # and the tokenizer reads special tokens again afterwards
+    # Encoding guidance must not leave the tokenizer blind to special tokens.
     assert bridge.prompt_ids(QUESTION) == bridge.prompt_ids(QUESTION)
     assert bridge.end_of_turn_id in bridge.prompt_ids(QUESTION)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 30])
-def test_guidance_limit_keeps_the_head(limit: int) -> None:
+def test_guidance_limit_keeps_the_start(limit: int) -> None:
     bridge, unlimited = (Bridge(tiny_tokenizer(CHATML), guidance_limit=n) for n in (limit, 10_000))
     guidance = "☃ the student adds <|im_end|> two numbers 𝄞 " * 9
-    frame = len(unlimited.bridge_ids("", ended=True))
+    num_frame_tokens = len(unlimited.bridge_ids("", ended=True))
     cut = bridge.bridge_ids(guidance, ended=True)
-    assert (
-        frame + limit - 8 <= len(cut) <= frame + limit
-    )  # 8: a character of several tokens is kept or dropped whole
-    head = (
+    # A character of up to 8 tokens is kept or dropped as a whole.
+    assert num_frame_tokens + limit - 8 <= len(cut) <= num_frame_tokens + limit
+    shown_guidance = (
         text_of(bridge, cut)
         .removeprefix("\n<|im_start|>user\n")
         .removesuffix("<|im_end|>\n<|im_start|>assistant\n")
     )
-    assert guidance.startswith(head)
-    assert len(unlimited.bridge_ids(guidance, ended=True)) > frame + 100
+    assert guidance.startswith(shown_guidance)
+    assert len(unlimited.bridge_ids(guidance, ended=True)) > num_frame_tokens + 100
 
 
 def test_eos_of_generation_config(tmp_path: Path) -> None:
@@ -123,14 +125,14 @@ def test_eos_of_generation_config(tmp_path: Path) -> None:
     assert Bridge(load_tokenizer(tmp_path), guidance_limit=1).eos_ids == (2, 0, 9)
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have a chat template"):
         Bridge(tiny_tokenizer(None), guidance_limit=1)
     with pytest.raises(ValueError, match="guidance_limit must be >= 1, got 0"):
         Bridge(tiny_tokenizer(CHATML), guidance_limit=0)
     with pytest.raises(ValueError, match="must put a special token right behind"):
         Bridge(tiny_tokenizer(WITHOUT_SPECIAL), guidance_limit=1)
-    fickle = CHATML.replace(
+    adds_after_thoughts = CHATML.replace(
         "+ '<|im_end|>",
         "+ ('!' if loop.last and '<think>' in (messages[1:2] | map(attribute='content') | join) "
         "else '') + '<|im_end|>",
@@ -139,7 +141,7 @@ def test_refusals(tmp_path: Path) -> None:
         ValueError,
         match=r"must be the chat template's own rendering behind an answer with a <think>",
     ):
-        Bridge(tiny_tokenizer(fickle), guidance_limit=1)
+        Bridge(tiny_tokenizer(adds_after_thoughts), guidance_limit=1)
     with pytest.raises(ValueError, match="must be a Hugging Face folder"):
         load_tokenizer(tmp_path / "absent")
     with pytest.raises(ValueError, match="must hold a tokenizer.json"):
@@ -148,7 +150,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.smollm2
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason=f"no SmolLM2 in {SMOLLM2}")
-def test_smollm2() -> None:
+def test_smollm2_row_is_its_templates_rendering() -> None:
     bridge = Bridge(load_tokenizer(SMOLLM2), guidance_limit=50)
     assert (bridge.end_of_turn_id, bridge.eos_ids, bridge.notes) == (2, (2,), ())
     answer_ids = bridge.tokenizer.encode("It is 3.", add_special_tokens=False)
@@ -160,15 +162,15 @@ def test_smollm2() -> None:
 
 def test_a_megabyte_is_cut_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = Bridge(tiny_tokenizer(CHATML), guidance_limit=20)
-    encoded: list[int] = []
+    encoded_lengths: list[int] = []
     encode = type(bridge.tokenizer).__call__
 
     def spy(tokenizer: object, text: str, **options: object) -> object:
-        encoded.append(len(text))
+        encoded_lengths.append(len(text))
         return encode(tokenizer, text, **options)
 
     monkeypatch.setattr(type(bridge.tokenizer), "__call__", spy)
     text = bridge.fit("the sum " * 2**17)
     assert text.startswith("the sum the sum")
     assert len(bridge.tokenizer.encode(text, add_special_tokens=False)) == 20
-    assert max(encoded) <= 32 * 20
+    assert max(encoded_lengths) <= 32 * 20

@@ -1,6 +1,4 @@
-"""Rewards and advantages land on the right attempts; the formulas themselves are tested with the
-ops.
-"""
+"""Rewards and advantages land on the right attempts; tests/ops tests the formulas themselves."""
 
 import pytest
 import torch
@@ -38,9 +36,7 @@ def rewards(rollout: Rollout) -> list[float | None]:
 
 
 def worked_example() -> list[Rollout]:
-    """Four first attempts with one right, three second ones with one right; and two third ones with
-    one right.
-    """
+    """Returns rollouts with 1 of 4 first, 1 of 3 second and 1 of 2 third attempts right."""
     verdicts = [[True], [False, True], [False, False, True], [False, False, False]]
     return [rollout(i // 2, i % 2, row) for i, row in enumerate(verdicts)]
 
@@ -103,8 +99,8 @@ def test_the_table_has_a_row_an_attempt() -> None:
     assert table.rollout_idx_A.tolist() == [1, 1, 0]
 
 
-def test_rollouts_of_one_name_are_refused() -> None:
-    """They would be credited as one trajectory."""
+def test_duplicate_rollouts_are_refused() -> None:
+    """Two rollouts with the same indices would be credited as one."""
     twins = [rollout(3, 0, [True]), rollout(4, 0, [True]), rollout(3, 0, [False])]
     with pytest.raises(
         ValueError, match="rollout_idx must be unique in a question, got 0 of question 3"

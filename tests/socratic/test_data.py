@@ -1,4 +1,4 @@
-"""Good rows in both layouts, bad rows by file, row and reason, and the order of questions."""
+"""Data sets: good rows in both layouts, bad rows named by file and row, the order of questions."""
 
 import json
 import os
@@ -129,7 +129,7 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
         load_questions(write_jsonl(tmp_path / "train.jsonl", ["{"] * 8))
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_bad_files_are_refused(tmp_path: Path) -> None:
     for name, content, reason in [
         ("empty.jsonl", b"\n\n", "must hold at least one question, got none"),
         ("latin.jsonl", b'{"question": "\xe9"}\n', "must be readable as text"),
@@ -158,11 +158,12 @@ OPTIONS = "Which?\n\nA: 1\nB: 2\nC: 3\n"
         ("mcq", OPTIONS, "d", "one of A, B, C for grader mcq, got 'd'"),
         ("mcq", "Which?", 2, "one of A, B, C, D, E, F, G, H, I, J for grader mcq, got '2'"),
         ("mcq", OPTIONS, "c", None),
-        ("sciknoweval", "By\nA. Smith and\nC. Jones", "D", None),  # no list of options
+        # "A." and "C." are no list of options here.
+        ("sciknoweval", "By\nA. Smith and\nC. Jones", "D", None),
         ("exact", OPTIONS, "D", None),
     ],
 )
-def test_a_ground_truth_outside_the_options(
+def test_ground_truth_must_be_an_option(
     tmp_path: Path, grader: str, text: str, truth: Any, rule: str
 ) -> None:
     path = write_jsonl(
@@ -180,8 +181,8 @@ def test_a_ground_truth_outside_the_options(
     assert rule in str(error.value)
 
 
-def test_a_folder_is_a_data_set_with_splits_and_subsets(tmp_path: Path) -> None:
-    """As a hub data set's repository lies on a disk."""
+def test_folder_data_set_has_splits_and_subsets(tmp_path: Path) -> None:
+    """A folder may be laid out as the repository of a data set on the Hugging Face hub."""
     for name, truth in (("train", "1"), ("validation", "2"), ("hard", "3")):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"question": "?", "ground_truth": truth}])
     assert load_questions(str(tmp_path), split="validation")[0].ground_truth == "2"
@@ -209,18 +210,18 @@ def test_code_in_a_data_set_is_never_run(tmp_path: Path) -> None:
 
 
 def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, split and subset; streamed; and when the hub says no, in one line."""
-    asked: list[Any] = []
+    """It is loaded by name, split and subset, and streamed; errors of the hub become one line."""
+    calls: list[Any] = []
 
-    def load_dataset(*given: Any, **named: Any) -> list[dict[str, Any]]:
-        asked.append((*given, named["split"], named["streaming"]))
+    def load_dataset(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        calls.append((*args, kwargs["split"], kwargs["streaming"]))
         return (
-            [VERL_ROW, {"question": "?", "ground_truth": None}] if given[1] == "bad" else [VERL_ROW]
+            [VERL_ROW, {"question": "?", "ground_truth": None}] if args[1] == "bad" else [VERL_ROW]
         )
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert load_questions("owner/name", split="test", subset="main")[0].text == "1 + 1?"
-    assert asked == [("owner/name", "main", "test", True)]
+    assert calls == [("owner/name", "main", "test", True)]
     with pytest.raises(ValueError, match="data: name row 2: ground_truth is missing"):
         load_questions("owner/name", subset="bad")
     for error in (
@@ -236,7 +237,7 @@ def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class WordBridge:
-    """Counts words as tokens."""
+    """A bridge that counts words as tokens."""
 
     def prompt_ids(self, messages: tuple[dict[str, str], ...]) -> list[int]:
         return [0] * sum(len(message["content"].split()) for message in messages)
@@ -269,7 +270,7 @@ def make_questions(n: int) -> list[Question]:
     ]
 
 
-def test_order_is_fixed_for_all_time() -> None:
+def test_question_order_is_frozen() -> None:
     assert question_order(0, 0, 8) == [0, 2, 1, 5, 4, 3, 6, 7]
     assert question_order(0, 0, 8) != question_order(0, 1, 8)
     assert question_order(0, 0, 8) != question_order(1, 0, 8)
@@ -277,7 +278,7 @@ def test_order_is_fixed_for_all_time() -> None:
 
 
 @given(n=st.integers(1, 12), data=st.data(), seed=st.integers(0, 99))
-def test_every_question_comes_once_an_epoch_and_never_twice_a_batch(
+def test_questions_once_an_epoch_never_twice_a_batch(
     n: int, data: st.DataObject, seed: int
 ) -> None:
     size = data.draw(st.integers(1, n))
@@ -289,14 +290,16 @@ def test_every_question_comes_once_an_epoch_and_never_twice_a_batch(
         for b in range(num_batches)
     ]
     assert all(len(set(batch)) == size for batch in batches)
-    stream = [idx for batch in batches for idx in batch]
+    question_idxs = [idx for batch in batches for idx in batch]
     for epoch in range(epochs):
-        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
-    drawn = data.draw(st.integers(0, num_batches - 1))  # a resumed run asks for any batch first
-    assert [q.question_idx for q in batch_questions(questions, seed, drawn, size)] == batches[drawn]
+        assert sorted(question_idxs[epoch * n : (epoch + 1) * n]) == list(range(n))
+    # A resumed run may ask for any batch first.
+    batch_idx = data.draw(st.integers(0, num_batches - 1))
+    batch = batch_questions(questions, seed, batch_idx, size)
+    assert [question.question_idx for question in batch] == batches[batch_idx]
 
 
-def test_epochs_differ_in_order_and_the_first_is_the_permutation() -> None:
+def test_each_epoch_has_its_own_permutation() -> None:
     questions = make_questions(10)
     batches = [[q.question_idx for q in batch_questions(questions, 5, b, 5)] for b in range(4)]
     assert batches[0] + batches[1] == question_order(5, 0, 10)

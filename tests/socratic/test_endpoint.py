@@ -33,12 +33,12 @@ def text_part(text: str) -> dict[str, str]:
 
 
 def test_a_good_answer(server: Server) -> None:
-    heard = ask(server, [reply("<think>hm</think> Check the sum.\n")])
-    assert heard == ["Check the sum."]
-    (seen,) = server.seen
-    assert seen["path"] == "/v1/chat/completions"
-    assert seen["headers"]["Authorization"] == f"Bearer {KEY}"
-    body = seen["body"]
+    guidance = ask(server, [reply("<think>hm</think> Check the sum.\n")])
+    assert guidance == ["Check the sum."]
+    (http_request,) = server.seen
+    assert http_request["path"] == "/v1/chat/completions"
+    assert http_request["headers"]["Authorization"] == f"Bearer {KEY}"
+    body = http_request["body"]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.2, 1024)
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
@@ -51,7 +51,7 @@ def test_fields_of_the_request_are_settings(server: Server) -> None:
         "chat_template_kwargs": {"enable_thinking": False},
     }
     ask(server, [reply()], extra_body=extra)
-    ((body),) = (seen["body"] for seen in server.seen)
+    ((body),) = (http_request["body"] for http_request in server.seen)
     assert body.keys() == {
         "model",
         "stream",
@@ -63,7 +63,7 @@ def test_fields_of_the_request_are_settings(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "finish_reason", "keep_cut", "heard"),
+    ("message", "finish_reason", "keep_cut", "expected"),
     [
         ({"content": [text_part("Look "), text_part("up.")]}, "stop", False, "Look up."),
         ({"content": [{"type": "thinking"}, text_part("Look.")]}, "stop", False, "Look."),
@@ -79,11 +79,11 @@ def test_fields_of_the_request_are_settings(server: Server) -> None:
     ],
 )  # fmt: skip
 def test_thoughts_are_not_guidance(
-    server: Server, message: dict[str, Any], finish_reason: str, keep_cut: bool, heard: str
+    server: Server, message: dict[str, Any], finish_reason: str, keep_cut: bool, expected: str
 ) -> None:
     payload = {"choices": [{"message": message, "finish_reason": finish_reason}]}
     answer = raw(200, json.dumps(payload).encode())
-    assert ask(server, [answer], keep_cut=keep_cut) == [heard]
+    assert ask(server, [answer], keep_cut=keep_cut) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def test_a_fault_costs_one_guidance(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    since = time.perf_counter()
-    heard = ask(server, [fault], max_response_bytes=2**18)
-    assert heard == [f"[{reason}]"]
+    started = time.perf_counter()
+    guidance = ask(server, [fault], max_response_bytes=2**18)
+    assert guidance == [f"[{reason}]"]
     assert len(server.seen) == num_requests
-    assert time.perf_counter() - since < 3 * 0.3 + 2.0
+    assert time.perf_counter() - started < 3 * 0.3 + 2.0
     assert KEY not in caplog.text
 
 
@@ -137,9 +137,9 @@ def test_a_fault_that_passes_is_retried(server: Server) -> None:
 
 
 def test_retry_after_is_obeyed(server: Server) -> None:
-    since = time.perf_counter()
+    started = time.perf_counter()
     assert ask(server, [raw(429, b"", {"Retry-After": "1"}), reply()]) == ["Check the sum."]
-    assert time.perf_counter() - since >= 1.0
+    assert time.perf_counter() - started >= 1.0
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
@@ -150,7 +150,7 @@ def test_redirects_are_not_followed(server: Server, status: int) -> None:
     assert other.seen == []
 
 
-def test_nobody_listens(server: Server) -> None:
+def test_refused_connection_is_a_failure(server: Server) -> None:
     closed = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     closed.server_close()
     server.server_address = closed.server_address
@@ -181,7 +181,7 @@ def test_the_reason_names_status_and_words_but_no_key(server: Server) -> None:
 
 
 def echo_badly(handler: Handler) -> None:
-    """A header line without a colon, which the client quotes."""
+    """Sends a header line without a colon, which the client quotes in its error."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nAuthorization " + KEY.encode() + b"\r\n\r\n")
     handler.close_connection = True
 
@@ -195,7 +195,7 @@ def echo_badly(handler: Handler) -> None:
         echo_badly,
     ],
 )
-def test_no_reason_shows_the_key_or_clears_a_screen(
+def test_failure_reason_never_shows_the_key(
     server: Server, fault: Callable[[Handler], None]
 ) -> None:
     async def run() -> str:
@@ -225,16 +225,16 @@ def test_a_reason_is_one_printable_line(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply_text",
     ["sk/ab\u200b+c-SECRET", "sk\\/ab+c-SECRET", "no key provided", "x" * 290 + "sk/ab+c-SECRET"],
 )
 def test_a_key_is_hidden_however_it_is_spelled(
-    said: str, server: Server, monkeypatch: pytest.MonkeyPatch
+    reply_text: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOCPO_TEST_KEY", "sk/ab+c-SECRET")
 
     async def run() -> GuidanceFailed:
-        server.script = [raw(404, said.encode())]
+        server.script = [raw(404, reply_text.encode())]
         teacher = EndpointTeacher(
             server.url, model="m", prompt=TeacherPrompt(), api_key_env="SOCPO_TEST_KEY"
         )
@@ -244,11 +244,11 @@ def test_a_key_is_hidden_however_it_is_spelled(
 
     failure = asyncio.run(run())
     assert "SECRET" not in "".join(traceback.format_exception(failure))
-    assert ("no key provided" in str(failure)) == (said == "no key provided")
+    assert ("no key provided" in str(failure)) == (reply_text == "no key provided")
 
 
 @pytest.mark.parametrize("key", ["sk-\nsecond", "sk-\u2019", "sk-\x7f"])
-def test_a_key_that_no_header_takes_is_refused_unseen(
+def test_key_invalid_in_a_header_is_refused_unseen(
     key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOCPO_TEST_KEY", key)
@@ -257,8 +257,8 @@ def test_a_key_that_no_header_takes_is_refused_unseen(
     assert "sk-" not in str(refused.value)
 
 
-def test_waiting_in_line_is_not_slowness(server: Server) -> None:
-    """The limit of one guidance is shorter than the line, and longer than a call."""
+def test_queueing_does_not_count_as_timeout(server: Server) -> None:
+    """The timeout of one guidance is longer than a call, but shorter than the whole queue."""
 
     async def run() -> list[Guidance]:
         server.script = [reply(delay_s=0.1)]
@@ -269,16 +269,16 @@ def test_waiting_in_line_is_not_slowness(server: Server) -> None:
     assert len(asyncio.run(run())) == 16
 
 
-def test_one_guidance_has_a_limit_of_its_own(server: Server) -> None:
-    """Repeats included, and it says nothing of the server that the breaker would not count."""
+def test_guidance_timeout_includes_retries(server: Server) -> None:
+    """Retries and their pauses count; the TimeoutError is no further fault for the breaker."""
 
     async def run() -> None:
         server.script = [raw(503, b"", {"Retry-After": "9"}), hang]
         teacher = EndpointTeacher(server.url, model="m", prompt=TeacherPrompt(), timeout_s=5)
-        since = time.perf_counter()
+        started = time.perf_counter()
         with pytest.raises(TimeoutError):
             await teacher.guide_in_time(request(), 0.3)
-        assert time.perf_counter() - since < 3
+        assert time.perf_counter() - started < 3
 
     asyncio.run(run())
 

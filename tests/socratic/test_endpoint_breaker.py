@@ -1,9 +1,13 @@
-"""The circuit breaker: opened by faults of the server, closed by any sign of life."""
+"""The circuit breaker: faults of the server in a row open it, any sign of life closes it.
+
+While it is open, calls fail at once. After a pause one trial call goes through.
+"""
 
 import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
@@ -48,7 +52,7 @@ def teacher_with_breaker(server: Server, **settings: Any) -> EndpointTeacher:
 def test_a_request_s_own_fault_opens_no_circuit(
     server: Server, fault: Callable[[Handler], None]
 ) -> None:
-    """Nor does it stand between a server's fault and the next one."""
+    """It shows that the server is alive, so faults before and behind it are not in a row."""
 
     async def run() -> list[str]:
         teacher = teacher_with_breaker(server, max_response_bytes=2**18)
@@ -66,7 +70,7 @@ def test_a_request_s_own_fault_opens_no_circuit(
 
 
 @pytest.mark.parametrize("end", ["cancelled", "raised"])
-def test_a_trial_that_ends_anyhow_is_over(
+def test_interrupted_trial_call_is_over(
     server: Server, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run() -> None:
@@ -79,7 +83,7 @@ def test_a_trial_that_ends_anyhow_is_over(
                 await asyncio.wait_for(teacher.guide_in_time(request(), None), 0.1)
         else:
             with monkeypatch.context() as patch:
-                patch.setattr(teacher._client, "stream", lambda *_, **__: 1 / 0)
+                patch.setattr(httpx.AsyncClient, "stream", lambda *_, **__: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     await teacher.guide_in_time(request(), None)
         assert await hear(teacher) == "Check the sum."

@@ -1,32 +1,32 @@
-"""What an endpoint teacher takes from its URL, the shell and the server, and what it keeps to
-itself.
-"""
+"""What an endpoint teacher takes from its URL, the shell and the server, and what it hides."""
 
+import asyncio
 import json
 
-import httpx
 import pytest
 
 from socpo_fast.socratic.teachers import EndpointTeacher, TeacherPrompt
-from tests.helpers.endpoints import KEY, ask
+from tests.helpers.endpoints import KEY, ask, hear
 from tests.helpers.faulty_server import Server, raw, reply
 
 
 def test_cookies_are_not_kept(server: Server) -> None:
     payload = json.dumps({"choices": [{"message": {"content": "Look."}}]}).encode()
     ask(server, [raw(200, payload, {"Set-Cookie": "who=me; Path=/"})], 2)
-    assert [seen["headers"].get("Cookie") for seen in server.seen] == [None, None]
+    assert [http_request["headers"].get("Cookie") for http_request in server.seen] == [None, None]
 
 
-def test_urls() -> None:
+def test_url_forms_are_equal_or_refused(server: Server) -> None:
+    """The URL may end in /, or in the path that is added to it; secrets in a URL are refused."""
     secrets = (f"http://user:{KEY}@h/v1", f"http://h/v1?key={KEY}", f"http://h/v1#{KEY}")
     for url in ("ftp://h/v1", "http://", "h/v1", *secrets, f"http://h:{KEY}"):
         with pytest.raises(ValueError, match="teacher.url must be") as error:
             EndpointTeacher(url, model="m", prompt=TeacherPrompt())
         assert KEY not in str(error.value)
-    for url in ("http://h/v1", "http://h/v1/", "http://h/v1/chat/completions"):
-        teacher = EndpointTeacher(url, model="m", prompt=TeacherPrompt())
-        assert teacher._url == httpx.URL("http://h/v1/chat/completions")
+    for suffix in ("", "/", "/chat/completions"):
+        teacher = EndpointTeacher(server.url + suffix, model="m", prompt=TeacherPrompt())
+        assert asyncio.run(hear(teacher)) == "Check the sum."
+    assert [request["path"] for request in server.seen] == ["/v1/chat/completions"] * 3
 
 
 BAD_SHELL = [
@@ -47,7 +47,7 @@ def test_loopback_is_never_proxied(
 
 
 @pytest.mark.parametrize("shell", [*BAD_SHELL, {"SSL_CERT_FILE": "/no/such.pem"}])
-def test_a_shell_that_suits_no_client_is_refused(
+def test_bad_shell_settings_are_refused(
     shell: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in shell.items():

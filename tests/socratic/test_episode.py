@@ -1,4 +1,7 @@
-"""An episode's rules without an engine, and two drivers that play the same episode."""
+"""The rules of an episode without an engine, and two drivers that play the same episode.
+
+The drivers are socratic_rollouts (with an engine) and socratic_episode (with a function).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,15 @@ from socpo_fast.socratic.episode import Episode, Limits
 from socpo_fast.socratic.graders import GradedBy
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
-from socpo_fast.types import Attempt, Guidance, GuidanceRequest, Question, Rollout, RolloutKey
+from socpo_fast.types import (
+    Attempt,
+    Guidance,
+    GuidanceRequest,
+    Question,
+    Rollout,
+    RolloutKey,
+    SamplingParams,
+)
 from tests.helpers.scripted import (
     BRIDGE,
     END,
@@ -41,9 +52,9 @@ def episode_of(**changes) -> Episode:
 
 
 def rollouts_of(engine: ScriptedEngine, **changes) -> Iterator[Rollout]:
-    """Of one question, with a teacher that says the same whatever it is shown."""
-    given = {"teacher": RuleTeacher(lambda _: "x"), "grader": contains, "options": options_of()}
-    return socratic_rollouts(engine, TOKENIZER, [question(4)], params=PARAMS, **given | changes)
+    """Starts rollouts of one question, with a teacher that always says the same."""
+    settings = {"teacher": RuleTeacher(lambda _: "x"), "grader": contains, "options": options_of()}
+    return socratic_rollouts(engine, TOKENIZER, [question(4)], params=PARAMS, **settings | changes)
 
 
 def sampled(token_ids: list[int], attempt_idx: int) -> Attempt:
@@ -79,7 +90,7 @@ def test_an_episode_step_by_step() -> None:
         ({}, "x " * 400, None),
     ],
 )
-def test_how_guidance_ends_an_episode(
+def test_guidance_that_ends_an_episode(
     changes: dict, guidance: str | None, reason: str | None
 ) -> None:
     episode = episode_of(**changes)
@@ -105,7 +116,7 @@ def test_overflow_is_by_the_token() -> None:
 
 
 def script_of(answers: list[list[int]]) -> tuple[Callable[[list[int]], list[int]], list[list[int]]]:
-    """A generator that gives one answer after the other, and the contexts that it saw."""
+    """Returns a function that gives one answer after the other, and the contexts that it saw."""
     contexts: list[list[int]] = []
 
     def generate(context: list[int]) -> list[int]:
@@ -116,7 +127,7 @@ def script_of(answers: list[list[int]]) -> tuple[Callable[[list[int]], list[int]
 
 
 def record(rollout: Rollout) -> list:
-    """Everything of a rollout but log-probs, keys and waiting."""
+    """Returns everything of a rollout except for log-probs, keys and times."""
     turns = [
         (
             turn.attempt.token_ids,
@@ -127,8 +138,10 @@ def record(rollout: Rollout) -> list:
         )
         for turn in rollout.turns
     ]
-    shown = [(g.raw_text, g.text, g.kept_tokens, g.bridge_ids) if g else None for *_, g in turns]
-    return [rollout.prompt_ids, rollout.end_reason, [turn[:-1] for turn in turns], shown]
+    guidances = [
+        (g.raw_text, g.text, g.kept_tokens, g.bridge_ids) if g else None for *_, g in turns
+    ]
+    return [rollout.prompt_ids, rollout.end_reason, [turn[:-1] for turn in turns], guidances]
 
 
 @pytest.mark.parametrize("context", ["tokens", "template"])
@@ -144,24 +157,33 @@ def test_both_drivers_play_the_same_episode(answers: list[list[int]], context: s
     def rule(request: GuidanceRequest) -> str:
         return f"look again, {request.attempt_idx}, at {request.student_answer}"
 
-    given = {"teacher": RuleTeacher(rule), "grader": contains}
+    settings = {"teacher": RuleTeacher(rule), "grader": contains}
     options = options_of(max_attempts=3, attempt_limit=4, context=context)
     engine = ScriptedEngine({(4, 0): answers})
-    [ours] = socratic_rollouts(
-        engine, TOKENIZER, [question(4)], params=PARAMS, options=options, bridge=BRIDGE, **given
+    [by_engine] = socratic_rollouts(
+        engine, TOKENIZER, [question(4)], params=PARAMS, options=options, bridge=BRIDGE, **settings
     )
     generate, contexts = script_of(answers)
     limits = {"max_new_tokens": PARAMS.max_new_tokens, "max_tokens": engine.max_tokens}
-    drive = {"generate": generate, "bridge": BRIDGE, "options": options, **given, **limits}
-    theirs = socratic_episode(question(4), rollout_idx=2, **drive)
-    assert record(theirs) == record(ours)
-    assert {theirs.rollout_idx, *(attempt.rollout_idx for attempt in theirs.attempts)} == {2}
+    function_settings = {
+        "generate": generate,
+        "bridge": BRIDGE,
+        "options": options,
+        **settings,
+        **limits,
+    }
+    by_function = socratic_episode(question(4), rollout_idx=2, **function_settings)
+    assert record(by_function) == record(by_engine)
+    assert {
+        by_function.rollout_idx,
+        *(attempt.rollout_idx for attempt in by_function.attempts),
+    } == {2}
     assert contexts == [engine.contexts[4, 0, k] for k in range(len(contexts))]
-    assert all(turn.attempt.logprobs.isnan().all() for turn in theirs.turns)
+    assert all(turn.attempt.logprobs.isnan().all() for turn in by_function.turns)
 
 
-def test_a_share_of_a_reward_is_kept_and_may_be_right() -> None:
-    """An attempt that is half right goes to the teacher; named parts stay on record."""
+def test_partial_reward_is_kept_and_thresholded() -> None:
+    """A reward below correct_at means a wrong attempt, which gets guidance; its parts are kept."""
 
     def half(text: str, _question: Question) -> dict[str, float]:
         return {"answer": 0.5 * ("yes" in text), "form": 0.25}
@@ -183,37 +205,39 @@ def test_a_share_of_a_reward_is_kept_and_may_be_right() -> None:
 
 
 def test_a_generator_is_held_to_its_limit() -> None:
-    given = {"teacher": RuleTeacher(lambda _: "x"), "grader": contains, "bridge": BRIDGE}
+    settings = {"teacher": RuleTeacher(lambda _: "x"), "grader": contains, "bridge": BRIDGE}
     limits = {"max_new_tokens": 3, "max_tokens": 100}
-    for ids, got in (([], 0), ([1] * 4, 4)):
-        with pytest.raises(ValueError, match=f"generate must return 1 to 3 token ids, got {got}"):
+    for ids, num_ids in (([], 0), ([1] * 4, 4)):
+        with pytest.raises(
+            ValueError, match=f"generate must return 1 to 3 token ids, got {num_ids}"
+        ):
             socratic_episode(
                 question(4),
                 generate=lambda _, ids=ids: ids,
                 options=options_of(),
-                **given,
+                **settings,
                 **limits,
             )
 
 
 def test_a_bridge_with_another_limit_is_refused() -> None:
-    """By both drivers, before anything is sampled."""
+    """Both drivers refuse it before anything is sampled."""
     options = options_of(guidance_limit=7)
     message = "bridge.guidance_limit must be options.guidance_limit 7, got 50"
     with pytest.raises(ValueError, match=message):
         next(rollouts_of(ScriptedEngine({}), options=options, bridge=BRIDGE))
-    given = {
+    settings = {
         "teacher": lambda request: "x",
         "grader": contains,
         "max_new_tokens": 9,
         "max_tokens": 99,
     }
     with pytest.raises(ValueError, match=message):
-        socratic_episode(question(4), generate=list, bridge=BRIDGE, options=options, **given)
+        socratic_episode(question(4), generate=list, bridge=BRIDGE, options=options, **settings)
 
 
 def test_a_grader_that_raises_leaves_no_attempt_pinned() -> None:
-    """Nor one that came in the same step and was not graded yet."""
+    """This includes attempts that finished in the same step and were not graded yet."""
 
     def grader(_text: str, _question: Question) -> bool:
         raise KeyError("no such answer")
@@ -225,7 +249,7 @@ def test_a_grader_that_raises_leaves_no_attempt_pinned() -> None:
     assert engine.pinned == [] and not engine.has_work
 
 
-def test_calls_without_a_batch_draw_noise_of_their_own() -> None:
+def test_calls_without_batch_idx_use_distinct_keys() -> None:
     keys = []
 
     class Recording(ScriptedEngine):
@@ -252,12 +276,13 @@ def test_options_check_themselves(changes: dict, message: str) -> None:
         options_of(**changes)
 
 
-def test_resume_takes_the_rows_prefix_as_it_is_recorded() -> None:
-    """What an episode writes down is what the engine is told."""
+def test_resume_continues_the_recorded_prefix() -> None:
+    """kept_tokens counts prompt and answer: 5 are the 3 of the prompt and 2 of the answer."""
     engine = make_engine(make_student())
-    [[attempt]] = engine.generate([[1, 2, 3]], PARAMS.__class__(
-        temperature=1.0, max_new_tokens=4, eos_ids=(), ignore_eos=True), keep=True)  # fmt: skip
-    engine.resume(attempt, [7], PARAMS, kept_tokens=5)
-    sequence = engine._scheduler.waiting[0]
-    assert sequence.token_ids == [1, 2, 3, *attempt.token_ids[:2], 7]
-    drain(engine)
+    params = SamplingParams(temperature=0.0, max_new_tokens=4, eos_ids=(), ignore_eos=True)
+    [[attempt]] = engine.generate([[1, 2, 3]], params, keep=True)
+    engine.resume(attempt, [7], params, kept_tokens=5)
+    [resumed] = drain(engine)
+    [[fresh]] = engine.generate([[1, 2, 3, *attempt.token_ids[:2], 7]], params)
+    assert resumed.token_ids == fresh.token_ids
+    assert torch.equal(resumed.logprobs, fresh.logprobs)

@@ -1,10 +1,12 @@
-"""Tables of what counts as an answer; the hard part is what must not."""
+"""Graders: tables of texts that count as a right answer, and of texts that must not."""
 
 import os
+import subprocess
 import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -30,10 +32,8 @@ def question(ground_truth: str) -> Question:
         ("<answer>\r\nB\r\n</answer>\r\n", True),
         ("<answer>\nA\n</answer> no, <answer>\nB\n</answer>", True),
         ("<answer>\nB\n</answer> no, <answer>\nA\n</answer>", False),
-        (
-            "<answer>\nB\n</answer> then <answer>\nnone\n</answer>",
-            True,
-        ),  # the last strict block, not the last block
+        # The last strict block counts, not the last block.
+        ("<answer>\nB\n</answer> then <answer>\nnone\n</answer>", True),
         ("<answer>\r\nA\r\n</answer>\n<answer>\nB\r\n</answer>", True),
         ("<answer>\rB\r</answer>", False),
         ("<answer>\n\nB\n</answer>", False),
@@ -78,7 +78,7 @@ def test_sciknoweval_is_strict(text: str, is_correct: bool) -> None:
         ("Reasoning first.\n(C).\nDone", "C"),
         ("It must be (D).", "D"),
         ("B: 7.36 N", "B"),
-        # none of these settles on a letter
+        # none of the following texts settles on a letter
         ("A particle of charge q sits in a cube.", None),
         ("The answer is a force.", None),
         ("The answer is A particle.", None),
@@ -107,7 +107,7 @@ def test_mcq_is_lenient_but_no_guess(text: str, letter: str | None) -> None:
         ("  42\n", "42", True),
         ("-3.50", "-3.5", True),
         ("it is 42", "42", False),
-        ("018", "18", False),  # it may be a code
+        ("018", "18", False),  # leading zeros may matter, as in a code
         ("810", "810", True),
         ("8100", "810", False),
         ("Water", "water", False),
@@ -144,13 +144,11 @@ def test_math(text: str, truth: str, is_correct: bool) -> None:
 
 @pytest.mark.slow
 def test_math_bounds_hostile_answers(capfd: pytest.CaptureFixture[str]) -> None:
-    """Wrong within the time limit, nothing of it printed, and the next answer is graded as ever."""
+    """They are wrong within the time limit, print nothing, and do not affect the next answer."""
     pytest.importorskip("math_verify")
     grade = make_grader("math")
-    towers = (
-        "9^{9^{9^{9}}}",
-        "9^{9^{9^{9}}}-9^{9^{9^{9}}}",
-    )  # ages, and all of it inside one C call
+    # These take ages inside a single C call, which no signal interrupts.
+    towers = ("9^{9^{9^{9}}}", "9^{9^{9^{9}}}-9^{9^{9^{9}}}")
     for text in (
         *towers,
         "{" * 20_000,
@@ -163,21 +161,35 @@ def test_math_bounds_hostile_answers(capfd: pytest.CaptureFixture[str]) -> None:
     ):
         started = time.perf_counter()
         assert grade("\\boxed{" + text + "}", question("4")) is False
-        assert (
-            time.perf_counter() - started < 60
-        )  # limit 5 s, start of a worker about 1 s; on a busy machine
+        # The limit is 5 s and a worker starts in 1 s, but the machine may be busy.
+        assert time.perf_counter() - started < 60
         assert grade("so \\boxed{8/2}", question("4")) is True
     assert capfd.readouterr() == ("", "")
 
 
-def test_math_grades_in_any_thread_and_a_killed_worker_costs_one_answer() -> None:
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
+    """Records the processes that graders start."""
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> subprocess.Popen[str]:
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return started
+
+
+def test_math_killed_worker_costs_one_answer(workers: list[subprocess.Popen[str]]) -> None:
+    """The worker may have been started from another thread; a new one grades the next answer."""
     pytest.importorskip("math_verify")
     grade = MathGrader()
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(grade, "\\boxed{4}", question("4")).result() is True
-    assert grade._worker is not None
-    grade._worker.kill()
-    grade._worker.wait()
+    [worker] = workers
+    worker.kill()
+    worker.wait()
     assert grade("\\boxed{4}", question("4")) is False
     assert grade("\\boxed{4}", question("4")) is True
 
@@ -204,13 +216,13 @@ def test_math_in_a_fork_has_a_worker_of_its_own() -> None:
     assert grade("\\boxed{4}", question("4")) is True, "the child has ended only its own"
 
 
-def test_math_interrupted_leaves_no_verdict_for_the_next_answer() -> None:
+def test_math_interrupted_verdict_is_not_used_next(workers: list[subprocess.Popen[str]]) -> None:
+    """An interrupt leaves the verdict of one answer unread; the next answer must not get it."""
     pytest.importorskip("math_verify")
     grade = MathGrader()
     assert grade("\\boxed{4}", question("4")) is True
-    assert grade._worker is not None
-    worker = grade._worker
-    stdout = grade._worker.stdout
+    [worker] = workers
+    stdout = worker.stdout
     worker.stdout = Mock(readline=Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         grade("\\boxed{5}", question("4"))
@@ -239,7 +251,7 @@ def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "grade"),
+    ("verdict", "expected"),
     [
         (np.bool_(True), (1.0, True, {})),
         (0, (0.0, False, {})),
@@ -250,12 +262,12 @@ def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
         (dict.fromkeys("abcdefghij", 0.1), (1.0, True, dict.fromkeys("abcdefghij", 0.1))),
     ],
 )
-def test_a_verdict_may_be_a_share_or_parts(verdict: object, grade: tuple) -> None:
-    found = GradedBy(lambda text, question: verdict, "mine", correct_at=0.75).grade(
+def test_a_verdict_may_be_a_share_or_parts(verdict: object, expected: tuple) -> None:
+    actual = GradedBy(lambda text, question: verdict, "mine", correct_at=0.75).grade(
         "", question("")
     )
-    assert found.reward == pytest.approx(grade[0]) and found[1:] == grade[1:]
-    assert type(found.reward) is float and type(found.is_correct) is bool, "rollouts/ is JSON"
+    assert actual.reward == pytest.approx(expected[0]) and actual[1:] == expected[1:]
+    assert type(actual.reward) is float and type(actual.is_correct) is bool, "rollouts/ is JSON"
 
 
 async def an_async_grader(text: str, question: object) -> bool:

@@ -1,5 +1,7 @@
-"""context = "template": the next attempt sees what the chat template makes of the history, in the
-same tokens.
+"""context = "template": the next attempt sees the history as the chat template renders it.
+
+What the template keeps of an answer stays in the tokens that were sampled. A cut says how many
+tokens of an answer stay; a negative one removes tokens of the prompt as well.
 """
 
 import pytest
@@ -31,23 +33,22 @@ THOUGHT = "<think>\nhm, 1 and 1\n</think>\n\n"
 
 
 def letters(bridge: Bridge, text: str) -> list[int]:
-    """A text sampled letter by letter, as no tokenizer would encode it."""
+    """Returns a text encoded letter by letter, as no tokenizer would encode it."""
     return [token_id for letter in text for token_id in bridge.untrusted_ids(letter)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_template_that_only_appends_changes_nothing(name: str) -> None:
-    """Not an id, and not where attempt and bridge part, whether the attempts ended, were too long
-    or were cut.
-    """
+    """Ids and cuts equal those of context = "tokens", for complete, too long and cut attempts."""
     bridge = Bridge(family(name), guidance_limit=100)
     answers = [
         answer_ids(bridge, text, ended=k != 1)
         for k, text in enumerate(["It is 3.", "It is 4.", "5", "6"])
     ]
-    trims = name in ("llama3", "mistral_v3")  # also what a cut leaves, so that is a test of its own
-    for limit in (100,) if trims else (1, 3, len(answers[0]) - 1, len(answers[0]), 100):
-        kept, rendered = (
+    # These templates also trim white space at the end of a cut. Another test covers that.
+    trims_white_space = name in ("llama3", "mistral_v3")
+    for limit in (100,) if trims_white_space else (1, 3, len(answers[0]) - 1, len(answers[0]), 100):
+        by_tokens, by_template = (
             play(
                 bridge,
                 answers,
@@ -57,27 +58,29 @@ def test_a_template_that_only_appends_changes_nothing(name: str) -> None:
             )
             for context in ("tokens", "template")
         )
-        assert rendered.contexts == kept.contexts
-        assert cuts(rendered.rollout) == cuts(kept.rollout)
-        assert bridges(rendered.rollout) == bridges(kept.rollout)
+        assert by_template.contexts == by_tokens.contexts
+        assert cuts(by_template.rollout) == cuts(by_tokens.rollout)
+        assert bridges(by_template.rollout) == bridges(by_tokens.rollout)
 
 
-def test_old_thoughts_are_dropped_and_the_answer_keeps_its_tokens() -> None:
+def test_dropping_thoughts_keeps_the_answers_tokens() -> None:
     bridge = Bridge(family("qwen3"), guidance_limit=100)
     answer = "the student adds"
-    spelled = [*letters(bridge, answer), bridge.end_of_turn_id]
-    assert spelled != answer_ids(bridge, answer)
-    thought = f"<think>\n{answer}?\n</think>\n\n"  # the same words, in other tokens
-    sampled = bridge.untrusted_ids(thought) + spelled
+    answer_letters = [*letters(bridge, answer), bridge.end_of_turn_id]
+    assert answer_letters != answer_ids(bridge, answer)
+    thought = f"<think>\n{answer}?\n</think>\n\n"  # the same words in other tokens
+    sampled = bridge.untrusted_ids(thought) + answer_letters
     episode = play(bridge, [sampled] * 3, ["no", "not yet"], context="template")
     assert [attempt.token_ids for attempt in episode.rollout.attempts] == [sampled] * 3, (
         "trained as sampled"
     )
     assert cuts(episode.rollout) == [0, 0]
     prompt = bridge.prompt_ids(PROMPT)
-    told = bridge.bridge_ids("no", ended=True)
-    assert episode.contexts[1] == prompt + spelled + told
-    assert episode.contexts[2] == prompt + spelled + told + spelled + bridge.bridge_ids(
+    bridge_ids = bridge.bridge_ids("no", ended=True)
+    assert episode.contexts[1] == prompt + answer_letters + bridge_ids
+    assert episode.contexts[
+        2
+    ] == prompt + answer_letters + bridge_ids + answer_letters + bridge.bridge_ids(
         "not yet", ended=True
     )
     assert text_of(bridge, episode.contexts[2]) == rendering(
@@ -86,25 +89,23 @@ def test_old_thoughts_are_dropped_and_the_answer_keeps_its_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "opening"), [("qwen3", "<think>\n\n</think>\n\n"), ("thinking", "<think>\n")]
+    ("template", "opening"), [("qwen3", "<think>\n\n</think>\n\n"), ("thinking", "<think>\n")]
 )
-def test_what_the_generation_prompt_opened_goes_with_a_negative_cut(
-    make: str, opening: str
-) -> None:
-    """Qwen3 without thinking, and templates that open the block themselves, as R1's do."""
+def test_opened_thought_is_removed_by_a_negative_cut(template: str, opening: str) -> None:
+    """Qwen3 without thinking writes an empty block; templates like R1's open the block."""
     bridge = (
         Bridge(tiny_tokenizer(THINKING), guidance_limit=100)
-        if make == "thinking"
+        if template == "thinking"
         else Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
     )
     sampled = answer_ids(bridge, "It is 3.")
     episode = play(bridge, [sampled] * 3, ["no", "not yet"], context="template")
-    opened = len(bridge.trusted_ids(opening))
-    assert cuts(episode.rollout) == [-opened, -opened]
-    assert episode.contexts[1][: 1 - opened] != episode.rollout.prompt_ids
+    num_opened = len(bridge.trusted_ids(opening))
+    assert cuts(episode.rollout) == [-num_opened, -num_opened]
+    assert episode.contexts[1][: 1 - num_opened] != episode.rollout.prompt_ids
     assert (
-        episode.contexts[1][: len(episode.rollout.prompt_ids) - opened]
-        == episode.rollout.prompt_ids[:-opened]
+        episode.contexts[1][: len(episode.rollout.prompt_ids) - num_opened]
+        == episode.rollout.prompt_ids[:-num_opened]
     )
     assert text_of(bridge, episode.contexts[2]) == rendering(
         bridge, ["It is 3."] * 2, ["no", "not yet"]
@@ -113,8 +114,9 @@ def test_what_the_generation_prompt_opened_goes_with_a_negative_cut(
 
 
 def test_a_system_message_that_moves_along() -> None:
-    """Mistral writes it before the last question: all but the prompt's first two tokens is read
-    again.
+    """Mistral writes the system message before the last question.
+
+    So only the first two tokens of the prompt stay, and the rest is prefilled again.
     """
     bridge = Bridge(family("mistral_nemo"), guidance_limit=100)
     sampled = letters(bridge, "It is 3.")
@@ -146,24 +148,27 @@ def test_white_space_is_trimmed_with_the_template(name: str, text: str) -> None:
     bridge = Bridge(family(name), guidance_limit=100)
     for sampled in (answer_ids(bridge, text), [*letters(bridge, text), bridge.end_of_turn_id]):
         if name == "mistral_v3" and sampled != answer_ids(bridge, text):
-            continue  # letter by letter it lacks the space that this template begins with
+            continue  # encoded by letters it lacks the space with which this template begins
         episode = play(bridge, [sampled, sampled], ["no"], context="template")
         assert text_of(bridge, episode.contexts[1]) == rendering(bridge, [text], ["no"])
         assert episode.rollout.attempts[0].token_ids == sampled
 
 
-def test_a_token_that_reaches_over_the_trimmed_end_is_encoded_again() -> None:
+def test_token_across_a_trimmed_end_is_reencoded() -> None:
     bridge = Bridge(family("llama3"), guidance_limit=100)
-    inside = next(i for i in range(len(bridge.tokenizer)) if bridge.exact_text([i]) == " the")
-    sampled = [inside, *letters(bridge, " x "), bridge.end_of_turn_id]
+    token_with_space = next(
+        i for i in range(len(bridge.tokenizer)) if bridge.exact_text([i]) == " the"
+    )
+    sampled = [token_with_space, *letters(bridge, " x "), bridge.end_of_turn_id]
     episode = play(bridge, [sampled, sampled], ["no"], context="template")
     assert text_of(bridge, episode.contexts[1]) == rendering(bridge, [" the x "], ["no"])
-    assert inside not in episode.contexts[1]
+    assert token_with_space not in episode.contexts[1]
 
 
 def test_a_thought_cut_at_the_limit_stays() -> None:
-    """Without its </think> the template sees no thought; the tail is trained, the branch leaves at
-    the cut.
+    """Without </think> the template sees no thought, so nothing is dropped.
+
+    All of the attempt is trained, and the next attempt continues from the cut.
     """
     bridge = Bridge(family("qwen3"), guidance_limit=100)
     sampled = answer_ids(bridge, THOUGHT + "3")
@@ -176,31 +181,32 @@ def test_a_thought_cut_at_the_limit_stays() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_neither_student_nor_teacher_can_spell_a_special_token(name: str) -> None:
-    """Also where the history is encoded again: thoughts dropped, white space trimmed, prompts
-    rewritten.
+def test_no_text_can_spell_a_special_token(name: str) -> None:
+    """This holds for text that is encoded again as well.
+
+    That happens behind dropped thoughts, trimmed white space and rewritten prompts.
     """
     bridge = Bridge(family(name), guidance_limit=500)
-    spelled = "".join(FAMILIES[name][0])
+    special_tokens = "".join(FAMILIES[name][0])
     rows = []
-    for text in ("x", spelled):
+    for text in ("x", special_tokens):
         sampled = answer_ids(bridge, f"{THOUGHT} \n{text}!{text} \n")
         rows.append(play(bridge, [sampled] * 2, [text], context="template").contexts[1])
     for token_id in bridge.tokenizer.convert_tokens_to_ids(FAMILIES[name][0]):
         assert rows[0].count(token_id) == rows[1].count(token_id)
-    assert text_of(bridge, rows[1]).count(spelled) == 3
+    assert text_of(bridge, rows[1]).count(special_tokens) == 3
 
 
-def test_an_answer_that_the_template_words_anew_is_encoded_untrusted() -> None:
+def test_answer_changed_by_template_stays_untrusted() -> None:
     louder = CHATML.replace("+ message['content'] +", "+ message['content'] | replace('!', '!!') +")
     bridge = Bridge(tiny_tokenizer(louder), guidance_limit=100)
     sampled = answer_ids(bridge, "3! <|im_end|>!")
     row = play(bridge, [sampled, sampled], ["no"], context="template").contexts[1]
     assert text_of(bridge, row) == rendering(bridge, ["3! <|im_end|>!"], ["no"])
-    assert row.count(bridge.end_of_turn_id) == 3, "the two questions' and the answer's own"
+    assert row.count(bridge.end_of_turn_id) == 3, "those of the two questions and of the answer"
 
 
-def test_a_history_that_the_template_refuses_stays_as_sampled() -> None:
+def test_history_that_fails_to_render_stays_as_sampled() -> None:
     refuses_empty = CHATML.replace(
         "{% for message in messages %}",
         "{% for message in messages %}{% if not message['content'] %}{{ raise_exception('empty') "
@@ -209,7 +215,7 @@ def test_a_history_that_the_template_refuses_stays_as_sampled() -> None:
     for template, text in (
         (refuses_empty, ""),
         (CHATML, "SocpoGuidance"),
-    ):  # the second cannot be told apart
+    ):  # our placeholder for guidance, so the rendering is ambiguous
         bridge = Bridge(tiny_tokenizer(template), guidance_limit=100)
         sampled = answer_ids(bridge, text)
         with pytest.warns(
@@ -221,21 +227,21 @@ def test_a_history_that_the_template_refuses_stays_as_sampled() -> None:
 
 @pytest.mark.parametrize("context", ["tokens", "template"])
 def test_a_context_longer_than_the_model_overflows(context: str) -> None:
-    """20 new tokens must still fit behind it: one token too many ends the rollout, with nothing
-    left over.
-    """
+    """20 new tokens must fit behind a context; one token less of room ends the rollout."""
     bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
     sampled = answer_ids(bridge, THOUGHT + "It is 3.")
     needed = len(play(bridge, [sampled, sampled], ["no"], context=context).contexts[1]) + 20
     fits = play(bridge, [sampled, sampled], ["no"], context=context, max_tokens=needed).rollout
-    over = play(bridge, [sampled, sampled], ["no"], context=context, max_tokens=needed - 1).rollout
+    overflowing = play(
+        bridge, [sampled, sampled], ["no"], context=context, max_tokens=needed - 1
+    ).rollout
     assert (fits.end_reason, len(fits.attempts)) == ("max_attempts", 2)
-    assert (over.end_reason, len(over.attempts)) == ("overflow", 1)
-    assert bridges(over) == cuts(over) == shown(over) == []
-    assert over.turns[0].guidance.raw_text == "no", "what the teacher said stays on record"
+    assert (overflowing.end_reason, len(overflowing.attempts)) == ("overflow", 1)
+    assert bridges(overflowing) == cuts(overflowing) == shown(overflowing) == []
+    assert overflowing.turns[0].guidance.raw_text == "no", "what the teacher said stays on record"
 
 
-def test_unknown_words_are_refused() -> None:
+def test_unknown_option_values_are_refused() -> None:
     bridge = Bridge(family("qwen3"), guidance_limit=100)
     with pytest.raises(ValueError, match="context must be one of tokens, template, got 'text'"):
         play(bridge, [[1]], [], context="text")
@@ -243,12 +249,10 @@ def test_unknown_words_are_refused() -> None:
         play(bridge, [[1]], [], on_leak="hide")
 
 
-def test_a_real_engine_goes_on_from_the_rewritten_history(
+def test_engine_resumes_from_the_rewritten_history(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Greedy third attempts equal those of a fresh prompt, although siblings share the pages that
-    are rewritten.
-    """
+    """Greedy third attempts equal those of a fresh prompt, though siblings share their pages."""
     torch.manual_seed(0)
     bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=False)
     path = tmp_path_factory.mktemp("student")
@@ -283,10 +287,10 @@ def test_a_real_engine_goes_on_from_the_rewritten_history(
         )
         return sorted(rollouts, key=lambda rollout: rollout.rollout_idx)
 
-    opened = len(bridge.trusted_ids("<think>\n\n</think>\n\n"))
+    num_opened = len(bridge.trusted_ids("<think>\n\n</think>\n\n"))
     params = SamplingParams(temperature=0, max_new_tokens=12, eos_ids=bridge.eos_ids)
     for rollout in roll(0):
-        assert cuts(rollout) == [-opened, -opened]
+        assert cuts(rollout) == [-num_opened, -num_opened]
         [[fresh]] = generate_same(engine, [rollout.context_ids(2)], params)
         assert rollout.attempts[2].token_ids == fresh.token_ids
         assert torch.allclose(rollout.attempts[2].logprobs, fresh.logprobs, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Which guidance gives the answer away, and what teacher.on_leak does about it."""
+"""Guidance that gives the answer away, and what teacher.on_leak does about it."""
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +16,7 @@ from tests.helpers.scripted import BRIDGE, END, PARAMS, TOKENIZER, ScriptedEngin
 OPTIONS = "How much?\n\nA: 2.92\nB: 7.36\nC: two newtons\nD: 3.35\nPlease reason step by step."
 
 
-def asked(ground_truth: str, text: str = OPTIONS) -> Question:
+def question_of(ground_truth: str, text: str = OPTIONS) -> Question:
     messages = ({"role": "user", "content": text},)
     return Question(
         question_idx=0, messages=messages, ground_truth=ground_truth, data_source="test"
@@ -24,7 +24,7 @@ def asked(ground_truth: str, text: str = OPTIONS) -> Question:
 
 
 def leaks(guidance: str, ground_truth: str, text: str = OPTIONS) -> bool:
-    return leaks_answer(guidance, asked(ground_truth, text))
+    return leaks_answer(guidance, question_of(ground_truth, text))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def leaks(guidance: str, ground_truth: str, text: str = OPTIONS) -> bool:
         ("Check the unit of the mass.", "B", False),
     ],
 )
-def test_multiple_choice(guidance: str, truth: str, leak: bool) -> None:
+def test_leaks_of_multiple_choice(guidance: str, truth: str, leak: bool) -> None:
     assert leaks(guidance, truth) is leak
 
 
@@ -58,11 +58,11 @@ def test_multiple_choice(guidance: str, truth: str, leak: bool) -> None:
         ("Recheck the line of oxygen.", False),
     ],
 )
-def test_value(guidance: str, leak: bool) -> None:
+def test_leaks_of_a_value(guidance: str, leak: bool) -> None:
     assert leaks(guidance, "18.02", "Molar mass of H2O?") is leak
 
 
-def test_a_value_that_the_question_gives_must_be_called_the_answer() -> None:
+def test_value_of_the_question_leaks_only_as_answer() -> None:
     text = "How many of the 4 apples are red?"
     assert not leaks("Go through the 4 apples one by one.", "4", text)
     assert leaks("The answer is 4.", "4", text)
@@ -73,7 +73,7 @@ def test_a_letter_that_is_no_option_is_a_value() -> None:
 
 
 def test_a_small_letter_is_the_letter_too() -> None:
-    assert leaks("The answer is B.", "b")  # the mcq grader takes it so
+    assert leaks("The answer is B.", "b")  # the mcq grader accepts small letters
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_a_small_letter_is_the_letter_too() -> None:
     ],
 )
 def test_masking(guidance: str, truth: str, masked: str) -> None:
-    assert mask_answer(guidance, asked(truth)) == masked
+    assert mask_answer(guidance, question_of(truth)) == masked
 
 
 def test_masking_leaves_what_the_question_gives() -> None:
-    question = asked("4", "How many of the 4 apples are red?")
+    question = question_of("4", "How many of the 4 apples are red?")
     assert (
         mask_answer("Of 4 apples: the answer is 4.", question)
         == "Of 4 apples: the answer is [...]."
@@ -106,8 +106,8 @@ def test_masking_leaves_what_the_question_gives() -> None:
 
 @pytest.mark.parametrize("symbol", [".", "...", "[", "]", "*"])
 def test_masking_an_option_without_a_word_ends(symbol: str) -> None:
-    """The mask "[...]" must not state the answer that it covers, or it would be masked for ever."""
-    question = asked("A", f"Which is right?\nA) {symbol}\nB) word\nC) ;")
+    """If the mask "[...]" contained the answer that it covers, masking would never end."""
+    question = question_of("A", f"Which is right?\nA) {symbol}\nB) word\nC) ;")
     for guidance in (f"Use {symbol} here", "The answer is A."):
         masked = mask_answer(guidance, question)
         assert not leaks_answer(masked, question)
@@ -137,8 +137,8 @@ PARTS = [
     truth=st.sampled_from(["B", "C", "b", "7.36", "two newtons", "4", "...", "[", ".", "", "x"]),
     text=st.sampled_from([OPTIONS, "How many of the 4 apples? 7.36"]),
 )
-def test_what_is_masked_leaks_no_more(guidance: str, truth: str, text: str) -> None:
-    question = asked(truth, text)
+def test_masked_text_does_not_leak(guidance: str, truth: str, text: str) -> None:
+    question = question_of(truth, text)
     masked = mask_answer(guidance, question)
     assert not leaks_answer(masked, question)
     assert (masked == guidance) == (not leaks_answer(guidance, question))
@@ -147,9 +147,9 @@ def test_what_is_masked_leaks_no_more(guidance: str, truth: str, text: str) -> N
 def roll(
     on_leak: str, *, guidance: str = "Sum again. The answer is B.", limit: int = 50
 ) -> tuple[Rollout, dict]:
-    """One rollout whose answers are wrong; and the metrics of that batch."""
+    """Returns a rollout whose answers are wrong, and the metrics of its batch."""
     engine = ScriptedEngine({(0, 0): [[*encode("no"), END]] * 2})
-    question = asked("B")
+    question = question_of("B")
     (rollout,) = socratic_rollouts(
         engine,
         TOKENIZER,
@@ -164,20 +164,20 @@ def roll(
 
 
 @pytest.mark.parametrize(
-    ("on_leak", "seen", "reason"),
+    ("on_leak", "expected", "reason"),
     [
         ("keep", ["Sum again. The answer is B."], "max_attempts"),
         ("mask", ["Sum again. The answer is [...]."], "max_attempts"),
         ("drop", [], "leaked"),
     ],
 )
-def test_on_leak(on_leak: str, seen: list[str], reason: str) -> None:
+def test_on_leak(on_leak: str, expected: list[str], reason: str) -> None:
     rollout, metrics = roll(on_leak)
-    assert (shown(rollout), rollout.end_reason) == (seen, reason)
-    assert len(rollout.turns) == 1 + len(seen)
-    assert bridges(rollout) == [BRIDGE.bridge_ids(text, ended=True) for text in seen]
+    assert (shown(rollout), rollout.end_reason) == (expected, reason)
+    assert len(rollout.turns) == 1 + len(expected)
+    assert bridges(rollout) == [BRIDGE.bridge_ids(text, ended=True) for text in expected]
     assert rollout.turns[0].guidance.raw_text == "Sum again. The answer is B.", "shown or not"
-    assert metrics["guidance/leak_rate"] == 1.0, "what was said counts, shown or not"
+    assert metrics["guidance/leak_rate"] == 1.0, "leaks count whether shown or not"
     assert metrics["guidance/leaked"] == float(on_leak == "drop")
     assert metrics["guidance/failed"] == 0.0
 
@@ -190,18 +190,20 @@ def test_guidance_that_leaks_nothing_is_shown(on_leak: str) -> None:
     assert metrics["guidance/leak_rate"] == metrics["guidance/leaked"] == 0.0
 
 
-def test_a_masked_text_that_is_cut_is_looked_at_again() -> None:
-    """All four options named is no leak, but the mask is longer than the letter and pushes the last
-    one out.
+def test_masked_text_is_checked_again_after_the_cut() -> None:
+    """A text that names all four options does not leak one of them.
+
+    The mask is longer than the letter, so it pushes the fourth option over the limit. The three
+    that stay leak the answer, and it must be masked as well.
     """
-    said = "The answer is B. Compare 2.92, 7.36, two newtons, 3.35"
-    rollout, _ = roll("mask", guidance=said, limit=len(encode(said)))
+    guidance = "The answer is B. Compare 2.92, 7.36, two newtons, 3.35"
+    rollout, _ = roll("mask", guidance=guidance, limit=len(encode(guidance)))
     assert "two newtons" in shown(rollout)[0]
     assert "3.35" not in shown(rollout)[0]
     assert "7.36" not in shown(rollout)[0]
 
 
-def test_a_masked_text_fits_and_a_leak_beyond_the_limit_is_none() -> None:
+def test_masking_and_leaks_respect_the_limit() -> None:
     limit = len(encode("Sum again. The answer is B."))
     rollout, _ = roll("mask", limit=limit)
     assert shown(rollout)[0].startswith("Sum again. The answer is [.")

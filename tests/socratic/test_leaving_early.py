@@ -1,6 +1,4 @@
-"""However socratic_rollouts ends, nothing stays behind, and the same call can be made again with
-the same outcome.
-"""
+"""However socratic_rollouts ends, it leaves nothing in the engine; the same call works again."""
 
 from __future__ import annotations
 
@@ -58,7 +56,7 @@ def engine() -> Engine:
 
 
 class Stopped(StopRequested):
-    """What no handler on the way takes for a failure: Ctrl-C, a signal."""
+    """A stop by a signal, which no handler on the way must take for a failure."""
 
 
 def never(_text: str, _question: Question) -> bool:
@@ -72,20 +70,26 @@ def say(_request: GuidanceRequest) -> str:
 def failing_at(
     number: int, function: Callable[..., Any], error: BaseException
 ) -> Callable[..., Any]:
-    """The function, but for its call `number`."""
+    """Wraps a function so that its call `number`, counted from 1, raises the error."""
     calls = count(1)
 
-    def wrapped(*given: Any, **options: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == number:
             raise error
-        return function(*given, **options)
+        return function(*args, **kwargs)
 
     return wrapped
 
 
 def start(engine: Engine, **changes: Any) -> Iterator[Rollout]:
-    given = {"teacher": say, "grader": never, "params": PARAMS, "options": OPTIONS, "batch_idx": 7}
-    return socratic_rollouts(engine, TOKENIZER, QUESTIONS, **(given | changes))
+    settings = {
+        "teacher": say,
+        "grader": never,
+        "params": PARAMS,
+        "options": OPTIONS,
+        "batch_idx": 7,
+    }
+    return socratic_rollouts(engine, TOKENIZER, QUESTIONS, **(settings | changes))
 
 
 def outcome(rollouts: Iterator[Rollout]) -> list[Any]:
@@ -96,12 +100,12 @@ def outcome(rollouts: Iterator[Rollout]) -> list[Any]:
 
 
 def assert_nothing_stays(engine: Engine) -> None:
-    """Were an attempt pinned, its key would be in flight and the same call refused."""
+    """Checks that the same call works again: a pinned attempt's key would be refused."""
     assert not engine.has_work
     assert engine.stats.pages_free == engine.stats.pages_total
-    again = outcome(start(engine))
-    assert len(again) == 12
-    assert again == outcome(start(Engine(engine.student, kv_cache_gib=0.002, page_size=16)))
+    outcomes = outcome(start(engine))
+    assert len(outcomes) == 12
+    assert outcomes == outcome(start(Engine(engine.student, kv_cache_gib=0.002, page_size=16)))
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 15, 30])
@@ -117,12 +121,9 @@ def test_a_grader_that_raises(engine: Engine, number: int, error: BaseException)
     [
         (Runner, "forward", 1),
         (Runner, "forward", 20),
-        (Runner, "copy_pages", 1),  # while a prompt is forked
-        (
-            sequences,
-            "Attempt",
-            5,
-        ),  # others of this step have been pinned, and nobody has heard of them
+        (Runner, "copy_pages", 1),  # while the group of a prompt is forked
+        # Other attempts of this step have been pinned by then, but no caller knows them.
+        (sequences, "Attempt", 5),
         (Sequence, "append", 30),
     ],
 )
@@ -161,43 +162,43 @@ def test_a_bridge_that_raises(engine: Engine, name: str, monkeypatch: Any) -> No
 
 
 @pytest.mark.parametrize("num_taken", [0, 1, 5])
-@pytest.mark.parametrize("how", ["closed", "forgotten"])
-def test_a_caller_that_stops(engine: Engine, num_taken: int, how: str) -> None:
+@pytest.mark.parametrize("ending", ["closed", "forgotten"])
+def test_a_caller_that_stops(engine: Engine, num_taken: int, ending: str) -> None:
     rollouts = start(engine)
     for _ in range(num_taken):
         next(rollouts)
-    if how == "closed":
+    if ending == "closed":
         rollouts.close()  # type: ignore[attr-defined]
     del rollouts
     gc.collect()
     assert_nothing_stays(engine)
 
 
-def test_a_call_to_the_teacher_is_given_up(engine: Engine) -> None:
-    """An async teacher that is being asked learns of it."""
-    asked: list[str] = []
-    given_up: list[str] = []
+def test_closing_cancels_teacher_calls(engine: Engine) -> None:
+    """A call of an async teacher that is in flight is cancelled."""
+    started: list[str] = []
+    cancelled: list[str] = []
 
     async def slow(request: GuidanceRequest) -> str:
         import asyncio
 
-        asked.append(request.question)
+        started.append(request.question)
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
-            given_up.append(request.question)
+            cancelled.append(request.question)
             raise
         return "too late"
 
     rollouts = start(engine, teacher=slow, grader=lambda text, q: q.question_idx == 0)
     assert next(rollouts).question_idx == 0
     deadline = time.monotonic() + 20
-    while len(asked) < 1 and time.monotonic() < deadline:
+    while len(started) < 1 and time.monotonic() < deadline:
         time.sleep(0.01)
     rollouts.close()  # type: ignore[attr-defined]
-    while len(given_up) < len(asked) and time.monotonic() < deadline:
+    while len(cancelled) < len(started) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert asked and sorted(given_up) == sorted(asked)
+    assert started and sorted(cancelled) == sorted(started)
     assert_nothing_stays(engine)
 
 
@@ -210,24 +211,24 @@ def test_a_teacher_that_raises_costs_its_rollout_only(engine: Engine) -> None:
     assert_nothing_stays(engine)
 
 
-def test_attempts_that_others_keep_stay(engine: Engine) -> None:
-    """A grader's error gives back what is the call's own, and nothing else."""
-    [[kept]] = engine.generate([[5, 6, 7]], PARAMS, keys=[(1, 1)], keep=True)
+def test_error_keeps_attempts_of_other_calls(engine: Engine) -> None:
+    """An error of a grader releases attempts of its own call, and no others."""
+    [[pinned]] = engine.generate([[5, 6, 7]], PARAMS, keys=[(1, 1)], keep=True)
     with pytest.raises(
         ValueError, match=r"on question \d: .*wrapped raised KeyError: \(test_leaving"
     ):
         list(start(engine, grader=failing_at(5, never, KeyError())))
-    engine.resume(kept, [8], PARAMS, kept_tokens=2)
+    engine.resume(pinned, [8], PARAMS, kept_tokens=2)
     while engine.has_work:
         engine.release(engine.step())
     assert_nothing_stays(engine)
 
 
 def test_a_batch_in_flight_is_refused(engine: Engine) -> None:
-    [[kept]] = engine.generate([[5, 6, 7]], PARAMS, keys=[(7, 2)], keep=True)
+    [[pinned]] = engine.generate([[5, 6, 7]], PARAMS, keys=[(7, 2)], keep=True)
     with pytest.raises(
         ValueError, match=r"submit: key must have no rollout in flight, got \(7, 2\)"
     ):
         list(start(engine))
-    engine.release([kept])
+    engine.release([pinned])
     assert_nothing_stays(engine)

@@ -1,4 +1,4 @@
-"""The local teacher on a tiny random model: asked from another thread, stepped on this one."""
+"""The local teacher on a tiny random model: called from another thread, stepped on this one."""
 
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ def teacher(teacher_folder: Path) -> LocalTeacher:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "loaded"),
+    ("device", "dtype", "expected"),
     [
         ("cpu", "auto", "float32"),
         ("cpu", "bfloat16", "bfloat16"),
@@ -33,26 +33,26 @@ def teacher(teacher_folder: Path) -> LocalTeacher:
         ("cuda:1", "float32", "float32"),
     ],
 )
-def test_its_dtype_is_its_own(
-    teacher_folder: Path, device: str, dtype: str, loaded: str, monkeypatch: pytest.MonkeyPatch
+def test_teacher_has_its_own_dtype(
+    teacher_folder: Path, device: str, dtype: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The student's is float32 here throughout. A card is played by the CPU."""
-    asked: dict[str, str] = {}
+    """The student is in float32 in all cases. The CPU stands in for a CUDA device."""
+    load_options: dict[str, str] = {}
 
     def load(path: str, **options: str) -> Decoder:
-        asked.update(options)
+        load_options.update(options)
         return load_student(path, dtype=options["dtype"])
 
     monkeypatch.setattr(teachers, "load_student", load)
     teacher = local_teacher(teacher_folder, device, dtype=dtype)
-    assert asked == {"device": device, "dtype": loaded}
+    assert load_options == {"device": device, "dtype": expected}
     weights = list(teacher._engine.student.parameters())
-    assert {str(weight.dtype) for weight in weights} == {f"torch.{loaded}"}
+    assert {str(weight.dtype) for weight in weights} == {f"torch.{expected}"}
     assert not any(weight.requires_grad for weight in weights), "it is never trained"
     assert ask(teacher, [request()])[0]
 
 
-def test_a_card_of_its_own_that_is_not_there(
+def test_missing_teacher_device_is_refused(
     teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
@@ -66,7 +66,7 @@ def test_a_card_of_its_own_that_is_not_there(
         )
 
 
-def test_text_is_the_engines(teacher: LocalTeacher) -> None:
+def test_guidance_equals_the_engines_text(teacher: LocalTeacher) -> None:
     (text,) = ask(teacher, [request(3, question=2)])
     engine = teacher._engine
     bridge = teacher._bridge
@@ -79,31 +79,28 @@ def test_text_is_the_engines(teacher: LocalTeacher) -> None:
     assert text
 
 
-def test_guidance_does_not_depend_on_company_or_order(
-    teacher: LocalTeacher, teacher_folder: Path
-) -> None:
+def test_guidance_is_batch_and_order_invariant(teacher: LocalTeacher, teacher_folder: Path) -> None:
     requests = [request(i, question=q) for q in range(2) for i in range(4)]
     together = ask(teacher, requests)
-    assert len(set(together)) == len(
-        requests
-    )  # the same prompt, yet noise of its own for each request
-    backwards = ask(local_teacher(teacher_folder), requests[::-1])
-    assert backwards[::-1] == together
-    assert [ask(teacher, [alone])[0] for alone in requests] == together
+    # The same prompt, but each request draws its own noise.
+    assert len(set(together)) == len(requests)
+    reversed_order = ask(local_teacher(teacher_folder), requests[::-1])
+    assert reversed_order[::-1] == together
+    assert [ask(teacher, [single])[0] for single in requests] == together
     assert num_pages_held(teacher) == 0
     assert not teacher.step()
 
 
-def test_a_prompt_too_long_for_the_teacher_is_no_guidance(teacher: LocalTeacher) -> None:
-    long, short = ask(teacher, [request(0, answer="3 " * 600), request(1)])
-    assert long == "[too_long]"
-    assert short
+def test_too_long_prompt_costs_one_guidance(teacher: LocalTeacher) -> None:
+    too_long, guidance = ask(teacher, [request(0, answer="3 " * 600), request(1)])
+    assert too_long == "[too_long]"
+    assert guidance
 
 
 def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
     expected = ask(teacher, [request()])
     first = background(teacher.guide_in_time(request(), None))
-    wait_until(teacher.step)  # it has been started
+    wait_until(teacher.step)  # the request is running now
     first.cancel()
     assert ask(teacher, [request()]) == expected
     never_started = background(teacher.guide_in_time(request(), None))
@@ -114,9 +111,9 @@ def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
 
 
 def test_an_abandoned_request_goes_at_the_next_step(teacher: LocalTeacher) -> None:
-    asked = [background(teacher.guide_in_time(request(i), None)) for i in range(3)]
+    calls = [background(teacher.guide_in_time(request(i), None)) for i in range(3)]
     wait_until(lambda: teacher.step() and teacher._engine.has_work)
-    for future in asked:
+    for future in calls:
         future.cancel()
     wait_until(lambda: not teacher.step())
     assert_empty(teacher)
@@ -137,23 +134,24 @@ def test_closing_drops_what_is_queued_and_under_way(teacher: LocalTeacher) -> No
 @pytest.mark.parametrize("line", [5, 40, 120, 200])
 def test_a_step_that_is_interrupted_drops_its_requests(teacher: LocalTeacher, line: int) -> None:
     expected = ask(teacher, [request(0), request(1)])
-    asked = [background(teacher.guide_in_time(request(i), None)) for i in range(2)]
+    calls = [background(teacher.guide_in_time(request(i), None)) for i in range(2)]
     wait_until(lambda: teacher._arrived.qsize() == 2)
     with pytest.raises(KeyboardInterrupt), interrupted_at(line):
         wait_until(lambda: not teacher.step())
-    wait_until(lambda: all(future.done() for future in asked))
-    assert [heard(future) for future in asked] == ["[exception]"] * 2
+    wait_until(lambda: all(future.done() for future in calls))
+    assert [heard(future) for future in calls] == ["[exception]"] * 2
     assert_empty(teacher)
     assert ask(teacher, [request(0), request(1)]) == expected
 
 
 def assert_empty(teacher: LocalTeacher) -> None:
+    """Checks that no request is left in the teacher's engine."""
     engine = teacher._engine
     assert not engine.has_work and num_pages_held(teacher) == 0
 
 
 def num_pages_held(teacher: LocalTeacher) -> int:
-    """By anything but the prefix of all prompts."""
+    """Returns the number of pages in use, without those of the prefix that all prompts share."""
     engine = teacher._engine
     prefix = engine._kept_prefix()
     return engine.stats.pages_total - engine.stats.pages_free - (len(prefix.pages) if prefix else 0)
@@ -166,13 +164,13 @@ def test_no_room_for_a_prompt_is_refused_at_the_start(teacher_folder: Path) -> N
         local_teacher(teacher_folder, max_new_tokens=512)
 
 
-def test_a_system_prompt_beyond_the_context_costs_guidance_only(teacher_folder: Path) -> None:
+def test_too_long_system_prompt_costs_guidance_only(teacher_folder: Path) -> None:
     teacher = local_teacher(teacher_folder, system_prompt="Be kind. " * 200)
     assert ask(teacher, [request(0), request(1)]) == ["[too_long]"] * 2
     assert_empty(teacher)
 
 
-def test_a_text_that_the_template_refuses_costs_one_guidance(
+def test_text_the_template_refuses_costs_one_guidance(
     teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     render = Bridge.render
@@ -183,20 +181,20 @@ def test_a_text_that_the_template_refuses_costs_one_guidance(
         return render(bridge, messages)
 
     monkeypatch.setattr(Bridge, "render", refuse)
-    heard = ask(teacher, [request(0, answer="forbidden"), request(1)])
-    assert heard[0] == "[exception]" and not heard[1].startswith("[")
+    guidances = ask(teacher, [request(0, answer="forbidden"), request(1)])
+    assert guidances[0] == "[exception]" and not guidances[1].startswith("[")
     assert_empty(teacher)
 
 
-def test_waiting_for_the_engine_is_not_slowness(teacher: LocalTeacher) -> None:
-    """The clock starts when the engine takes the request, which here is late."""
-    future = background(teacher.guide_in_time(request(1), 0.5))
+def test_waiting_for_the_engine_is_no_timeout(teacher: LocalTeacher) -> None:
+    """The timeout begins when the engine takes the request, which is late here."""
+    late_start = background(teacher.guide_in_time(request(1), 0.5))
     time.sleep(0.8)
-    wait_until(lambda: not teacher.step() and future.done())
-    assert not heard(future).startswith("[")
-    late = background(teacher.guide_in_time(request(1), 0.1))
+    wait_until(lambda: not teacher.step() and late_start.done())
+    assert not heard(late_start).startswith("[")
+    too_slow = background(teacher.guide_in_time(request(1), 0.1))
     wait_until(teacher.step)
     with pytest.raises(TimeoutError):
-        late.result(timeout=30)
+        too_slow.result(timeout=30)
     wait_until(lambda: not teacher.step())
     assert_empty(teacher)

@@ -1,6 +1,4 @@
-"""The built-in task: questions, the tutor on planted mistakes and on garbage, the tokenizer, the
-shipped student.
-"""
+"""The built-in task: its questions, the tutor on mistakes and on garbage, the shipped student."""
 
 from __future__ import annotations
 
@@ -80,7 +78,7 @@ def test_known_molar_mass() -> None:
 
 
 def planted(line_idx: int, **changes: int) -> str:
-    """The right attempt with one line changed, and sums that follow from it."""
+    """Returns the right attempt with one line changed, and later sums that follow from it."""
     lines = work_out(TERMS)
     shift = changes.get("total", lines[line_idx].total) - lines[line_idx].total
     lines[line_idx] = lines[line_idx]._replace(**changes)
@@ -137,26 +135,24 @@ def test_tutor_reads_question_and_answer() -> None:
 
 def test_tutor_says_no_number() -> None:
     rng = random.Random(0)
-    said = {advice for attempt, advice in MISTAKES.values()}
+    advices = {advice for attempt, advice in MISTAKES.values()}
     for _ in range(500):
         formula = molar_mass.draw_formula(rng)
         lines = dialogues.believed_lines(
             formula, {symbol: dialogues.recall_mass(symbol, rng, 0.1) for symbol in formula}
         )
-        said.add(
+        advices.add(
             ask(dialogues.slip(lines, rng), molar_mass.question_messages(formula)[-1]["content"])
             or ""
         )
-    assert len(said) > 50
-    assert not any(re.search(r"\d", advice) for advice in said)
+    assert len(advices) > 50
+    assert not any(re.search(r"\d", advice) for advice in advices)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_tutor_reads_any_text(data: st.DataObject) -> None:
-    """Pure garbage, and garbage spliced into a right attempt: always a sentence, unless nothing
-    changed.
-    """
+    """Garbage, alone or spliced into a right attempt, gets advice unless nothing changed."""
     right = render(work_out(TERMS))
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(right))] * 2)))
     garbage = data.draw(
@@ -184,7 +180,7 @@ def test_tutor_refuses_other_questions(question: str) -> None:
 
 @pytest.mark.slow
 def test_warm_up_is_seeded() -> None:
-    """Two tiny runs give the same weights, and only assistant tokens are targets."""
+    """Two tiny warm-ups give the same weights, and only assistant tokens are targets."""
     first, tokenizer = warm_up.make_student(seed=5, num_updates=2, num_calibrating=4)
     second, _ = warm_up.make_student(seed=5, num_updates=2, num_calibrating=4)
     for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
@@ -198,9 +194,12 @@ def test_warm_up_is_seeded() -> None:
         assert all(tokenizer.unk_token_id not in piece.token_ids for piece in pieces)
 
 
-def test_shipped_student_is_sparse() -> None:
-    """Alone it has right what it holds wrong once in thousands; after the tutor's word about half
-    of the time, after a fixed sentence as seldom as before."""
+def test_shipped_student_is_right_only_after_the_tutor() -> None:
+    """An atomic mass that it has wrong is right at most once in a thousand first attempts.
+
+    After the tutor's advice it is right about half of the time; after a fixed sentence it is right
+    as rarely as before.
+    """
     student = load_student(molar_mass.STUDENT_DIR)
     tokenizer = load_tokenizer(molar_mass.STUDENT_DIR)
     for symbol in dialogues.ATOMIC_NUMBERS:
@@ -214,9 +213,7 @@ def test_shipped_student_is_sparse() -> None:
 
 
 def test_shipped_student() -> None:
-    """A complete Hugging Face folder: sizes, special tokens, template, and the same logits in
-    transformers.
-    """
+    """It is a complete Hugging Face folder, and transformers computes the same logits."""
     folder = molar_mass.STUDENT_DIR
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 10**6
     student = load_student(folder)
@@ -242,5 +239,5 @@ def test_shipped_student() -> None:
     until = visible_until_of_sequences([len(prompt_ids)])
     hidden = packed_forward(student, token_ids, torch.arange(len(token_ids)), until)
     logits = student.lm_head(hidden)
-    theirs = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]
-    torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=0)
+    expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids[None]).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

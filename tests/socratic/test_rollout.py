@@ -1,6 +1,4 @@
-"""The Socratic loop, token by token: a student and a teacher that follow a script, then a real
-engine.
-"""
+"""The Socratic loop, token by token: a scripted student and teacher first, then a real engine."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ def test_a_rescued_rollout_token_by_token() -> None:
     engine = ScriptedEngine({(4, 0): [wrong, right], (4, 1): [right]})
     rollouts = roll(engine, [question(4)], saying("look again"), group_size=2)
     rescued = rollouts[4, 0]
-    alone = rollouts[4, 1]
+    unassisted = rollouts[4, 1]
     prompt = encode("<|im_start|>user\nquestion 4<|im_end|>\n<|im_start|>assistant\n")
     bridge = encode("\n<|im_start|>user\nlook again<|im_end|>\n<|im_start|>assistant\n")
     assert engine.contexts[4, 0, 1] == prompt + wrong + bridge
@@ -73,7 +71,11 @@ def test_a_rescued_rollout_token_by_token() -> None:
     assert (verdicts(rescued), rescued.end_reason) == ([False, True], "correct")
     assert [turn.raw_reward for turn in rescued.turns] == [0.0, 1.0]
     assert [turn.text for turn in rescued.turns] == ["no", "yes"]
-    assert (verdicts(alone), alone.turns[0].guidance, alone.end_reason) == ([True], None, "correct")
+    assert (verdicts(unassisted), unassisted.turns[0].guidance, unassisted.end_reason) == (
+        [True],
+        None,
+        "correct",
+    )
     assert not engine.pinned
 
 
@@ -86,28 +88,30 @@ def test_ended_by_length_gets_a_synthetic_end_of_turn() -> None:
 
 
 def test_cut_at_the_limit() -> None:
-    long = [*encode("no no no no no no"), END]
-    engine = ScriptedEngine({(0, 0): [long, [*encode("yes"), END]]})
-    seen: list[GuidanceRequest] = []
-    teacher = RuleTeacher(lambda request: seen.append(request) or "shorter")
+    too_long = [*encode("no no no no no no"), END]
+    engine = ScriptedEngine({(0, 0): [too_long, [*encode("yes"), END]]})
+    requests: list[GuidanceRequest] = []
+    teacher = RuleTeacher(lambda request: requests.append(request) or "shorter")
     rollout = roll(engine, [question(0)], teacher, attempt_limit=4)[0, 0]
     assert cuts(rollout) == [4]
-    assert rollout.attempts[0].token_ids == long, "the tail is kept: it is trained"
-    assert engine.contexts[0, 0, 1] == rollout.prompt_ids + long[:4] + bridges(rollout)[0]
+    assert rollout.attempts[0].token_ids == too_long, (
+        "the tail stays in the attempt, since it is trained"
+    )
+    assert engine.contexts[0, 0, 1] == rollout.prompt_ids + too_long[:4] + bridges(rollout)[0]
     assert bridges(rollout)[0][0] == END
-    head = TOKENIZER.decode(long[:2])
-    tail = TOKENIZER.decode(long[-2:], skip_special_tokens=True)
-    assert seen[0].student_answer == f"{head}\n[...]\n{tail}"
+    first_tokens = TOKENIZER.decode(too_long[:2])
+    last_tokens = TOKENIZER.decode(too_long[-2:], skip_special_tokens=True)
+    assert requests[0].student_answer == f"{first_tokens}\n[...]\n{last_tokens}"
 
 
-def test_what_the_teacher_may_see() -> None:
-    seen: list[GuidanceRequest] = []
-    teacher = RuleTeacher(lambda request: seen.append(request) or "x")
+def test_teacher_sees_the_answer_only_if_revealed() -> None:
+    requests: list[GuidanceRequest] = []
+    teacher = RuleTeacher(lambda request: requests.append(request) or "x")
     for reveal in (False, True):
         engine = ScriptedEngine({(0, 0): [[*encode("no"), END]] * 2})
         roll(engine, [question(0)], teacher, reveal_answer=reveal)
-    assert [request.ground_truth for request in seen] == [None, "yes"]
-    assert (seen[0].question, seen[0].student_answer, seen[0].attempt_idx) == (
+    assert [request.ground_truth for request in requests] == [None, "yes"]
+    assert (requests[0].question, requests[0].student_answer, requests[0].attempt_idx) == (
         "question 0",
         "no",
         0,
@@ -177,7 +181,7 @@ def test_a_rule_that_hangs_or_is_cancelled() -> None:
         return "too late"
 
     script = {(0, r): [[*encode("no"), END]] for r in range(2)}
-    with pytest.warns(UserWarning, match=r"timeout|CancelledError") as told:
+    with pytest.warns(UserWarning, match=r"timeout|CancelledError") as warnings:
         rollouts = roll(
             ScriptedEngine(script),
             [question(0)],
@@ -186,12 +190,12 @@ def test_a_rule_that_hangs_or_is_cancelled() -> None:
             guidance_timeout_s=0.2,
         )
     assert [rollouts[0, r].end_reason for r in range(2)] == ["guidance_failed"] * 2
-    assert {"timeout:" in str(w.message) for w in told} == {True, False}
+    assert {"timeout:" in str(w.message) for w in warnings} == {True, False}
 
 
 @dataclass
 class SlowTeacher:
-    """Answers after delay_s; hangs on rollout 0."""
+    """A teacher that answers after delay_s, and hangs on rollout 0."""
 
     delay_s: float
     immediate: bool = False
@@ -254,7 +258,7 @@ def test_stopping_early_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("options", [{"group_size": 0}, {"max_attempts": 0}, {"attempt_limit": 0}])
-def test_numbers_out_of_range(options: dict[str, int]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"RolloutOptions: .* must be (>= 1|in \[1, 256\]), got 0"):
         roll(ScriptedEngine({}), [question(0)], saying("x"), **options)
 
@@ -282,9 +286,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine(load_student(path), kv_cache_gib=0.01, page_size=16)
 
 
-def test_a_real_engine(engine: Engine) -> None:
-    """Ids at loss positions are the sampled ones; second attempts prefill 1 + bridge; the same run
-    gives the same.
+def test_real_engine_reuses_prefixes_and_repeats(engine: Engine) -> None:
+    """Later attempts prefill only the bridge and at most one token, and a second run is equal.
+
+    The one token is the last one sampled, whose KV was not computed yet. With a cut it is gone.
     """
 
     def run() -> list[Rollout]:
@@ -300,26 +305,28 @@ def test_a_real_engine(engine: Engine) -> None:
         )
         return sorted(rollouts, key=lambda rollout: (rollout.question_idx, rollout.rollout_idx))
 
-    before = engine.stats.prefill_tokens
+    old_prefill_tokens = engine.stats.prefill_tokens
     first = run()
-    resumed = [
+    num_resumed = [
         len(bridge) + (cut is None)
         for rollout in first
         for bridge, cut in zip(bridges(rollout), cuts(rollout), strict=True)
     ]
     prompts = {rollout.question_idx: len(rollout.prompt_ids) for rollout in first}
-    assert engine.stats.prefill_tokens - before == sum(prompts.values()) + sum(resumed)
+    assert engine.stats.prefill_tokens - old_prefill_tokens == sum(prompts.values()) + sum(
+        num_resumed
+    )
     assert engine.stats.pages_free == engine.stats.pages_total
     assert {cut for rollout in first for cut in cuts(rollout)} == {10, None}
-    for again, rollout in zip(run(), first, strict=True):
-        assert [a.token_ids for a in again.attempts] == [a.token_ids for a in rollout.attempts]
+    for repeated, rollout in zip(run(), first, strict=True):
+        assert [a.token_ids for a in repeated.attempts] == [a.token_ids for a in rollout.attempts]
         assert all(
             torch.equal(a.logprobs, b.logprobs)
-            for a, b in zip(again.attempts, rollout.attempts, strict=True)
+            for a, b in zip(repeated.attempts, rollout.attempts, strict=True)
         )
 
 
-def test_a_second_context_larger_than_the_pool_overflows(engine: Engine) -> None:
+def test_context_larger_than_the_pool_overflows(engine: Engine) -> None:
     small = Engine(engine.student, kv_cache_gib=4.01 * 16 * 2 * 2 * 2 * 8 * 4 / 2**30, page_size=16)
     assert small.max_tokens == 64
     rollouts = socratic_rollouts(

@@ -1,6 +1,4 @@
-"""A teacher that never answers: told once, with its reason, in a run, an evaluation and the
-accuracy table.
-"""
+"""A teacher that never answers is told once, with the reason: in runs, evaluations and tables."""
 
 from __future__ import annotations
 
@@ -44,8 +42,8 @@ def config_of(folder: Path, **changes: object) -> Config:
 
 
 def endpoint(folder: Path, server: Server, **changes: object) -> Config:
-    given = {"teacher__kind": "endpoint", "teacher__url": server.url, "teacher__model": "m"}
-    return config_of(folder, **given, **changes)
+    settings = {"teacher__kind": "endpoint", "teacher__url": server.url, "teacher__model": "m"}
+    return config_of(folder, **settings, **changes)
 
 
 def rows(config: Config, kind: str) -> list[dict]:
@@ -53,7 +51,7 @@ def rows(config: Config, kind: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "rollout"])
-def test_a_first_call_that_is_refused_stops_before_any_batch(
+def test_refused_first_call_stops_before_any_batch(
     server: Server, tmp_path: Path, command: str
 ) -> None:
     server.script = [NO_MODEL]
@@ -73,7 +71,7 @@ def test_a_first_call_that_is_refused_stops_before_any_batch(
     assert not list(tmp_path.rglob("batch_*.jsonl"))
 
 
-def test_an_evaluation_that_asks_nobody_needs_no_teacher(server: Server, tmp_path: Path) -> None:
+def test_unassisted_evaluation_needs_no_teacher(server: Server, tmp_path: Path) -> None:
     server.script = [NO_MODEL]
     assert "success/unassisted" in trainer.evaluate(
         endpoint(tmp_path, server, eval__assisted=False), None
@@ -81,29 +79,29 @@ def test_an_evaluation_that_asks_nobody_needs_no_teacher(server: Server, tmp_pat
     assert server.seen == []
 
 
-def test_silence_is_told_and_never_called_assisted(
+def test_silence_is_reported_and_not_called_assisted(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.script = [NO_MODEL]
     config = endpoint(tmp_path, server, teacher__on_silence="continue", run__num_batches=1)
-    with pytest.warns(UserWarning, match="status 404") as told:
+    with pytest.warns(UserWarning, match="status 404") as warnings:
         trainer.train(config)
-    assert sum("status_404" in str(w.message) for w in told) == 1
+    assert sum("status_404" in str(w.message) for w in warnings) == 1
     for row in rows(config, "eval"):
         assert row["guidance/failed"] == row["guidance/failed_status_404"] > 0
         assert "success/assisted" not in row
         assert "assisted, with the teacher's help: not known" in accuracy_text(row)
     (batch,) = rows(config, "batch")
     printed = capsys.readouterr().out
-    failed = f"{batch['guidance/failed']:.0f}"
+    num_failed = f"{batch['guidance/num_failed']:.0f}"
     assert (
-        f"warning: teacher: all {failed} guidances of a batch failed (status_404 {failed})"
+        f"warning: teacher: all {num_failed} guidances of a batch failed (status_404 {num_failed})"
         in printed
     )
-    assert f"guidance failed {failed}" in printed
+    assert f"guidance failed {num_failed}" in printed
 
 
-def test_a_batch_without_an_answer_stops_the_run_and_it_goes_on(tmp_path: Path) -> None:
+def test_batch_without_guidance_stops_and_resumes(tmp_path: Path) -> None:
     config = config_of(tmp_path, teacher__rule=f"{__name__}:tutor", data__eval="none")
     answer[0] = None
     with (
@@ -121,7 +119,7 @@ def test_a_batch_without_an_answer_stops_the_run_and_it_goes_on(tmp_path: Path) 
 
 
 def batch_of(*guidances: str | None) -> tuple[list[Rollout], dict[str, float]]:
-    """Rollouts of one batch that asked once each; None: the call timed out. And their metrics."""
+    """Returns rollouts of one batch with one call each (None: it timed out), and their metrics."""
     rollouts = []
     for idx, text in enumerate(guidances):
         turn = Turn(attempt=cast(Attempt, None), text="")
@@ -135,14 +133,14 @@ def batch_of(*guidances: str | None) -> tuple[list[Rollout], dict[str, float]]:
                 failure="" if text else "timeout",
             )
         )
-    failed = float(guidances.count(None))
-    return rollouts, {"guidance/failed": failed, "guidance/failed_timeout": failed}
+    num_failed = float(guidances.count(None))
+    return rollouts, {"guidance/failed": num_failed, "guidance/failed_timeout": num_failed}
 
 
-def test_one_late_answer_is_no_silence_where_the_teacher_has_answered(
+def test_one_timeout_is_no_silence_after_an_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A student that is nearly always right asks once a batch."""
+    """A student that is nearly always right has one call a batch, so one timeout is all of them."""
     with Progress(num_batches=1, live=False) as progress:
         watch = GuidanceWatch(progress)
         assert watch.told(*batch_of("Look.", None)) is None

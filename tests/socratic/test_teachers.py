@@ -1,4 +1,4 @@
-"""The prompt a teacher is asked with, the teachers without a model, and make_teacher."""
+"""The prompt for a teacher, the teachers without a model, and make_teacher."""
 
 import asyncio
 import re
@@ -82,7 +82,7 @@ def test_bad_templates_are_refused_at_the_start(template: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "in_thoughts", "guidance"),
+    ("text", "in_thoughts", "expected"),
     [
         ("  Check the sum.\n", False, "Check the sum."),
         ("<think>\nhm </think>\n\nCheck.", False, "Check."),
@@ -115,27 +115,27 @@ def test_bad_templates_are_refused_at_the_start(template: str) -> None:
         ("<thinker> [think] 1 < 2", False, "<thinker> [think] 1 < 2"),
     ],
 )
-def test_clean_guidance(text: str, in_thoughts: bool, guidance: str) -> None:
+def test_clean_guidance(text: str, in_thoughts: bool, expected: str) -> None:
     try:
-        heard = clean_guidance(text, in_thoughts=in_thoughts)
+        actual = clean_guidance(text, in_thoughts=in_thoughts)
     except GuidanceFailed as failure:
-        heard = f"[{failure.kind}]"
-    assert heard == guidance
+        actual = f"[{failure.kind}]"
+    assert actual == expected
 
 
 @pytest.mark.parametrize(
-    ("said", "heard"), [(" Check. ", "Check."), ("", None), ("  ", None), (None, None)]
+    ("answer", "expected"), [(" Check. ", "Check."), ("", None), ("  ", None), (None, None)]
 )
-def test_rule(said: str | None, heard: str | None) -> None:
-    teacher = RuleTeacher(lambda request: said)
+def test_rule_teacher(answer: str | None, expected: str | None) -> None:
+    teacher = RuleTeacher(lambda request: answer)
     guidance = asyncio.run(teacher.guide(request()))
-    assert (guidance.text if guidance else None) == heard
+    assert (guidance.text if guidance else None) == expected
     assert teacher.immediate
     assert not teacher.step()
 
 
 def test_functions_of_every_kind_are_teachers() -> None:
-    """Plain or async, Guidance or text; a teacher stays what it is."""
+    """They may be plain or async, and return Guidance or text; a teacher is returned unchanged."""
 
     async def later(request: GuidanceRequest) -> str:
         await asyncio.sleep(0)
@@ -157,7 +157,7 @@ def test_functions_of_every_kind_are_teachers() -> None:
         as_teacher("text")
 
 
-def test_retry() -> None:
+def test_retry_teacher() -> None:
     guidance = asyncio.run(retry_teacher("Again.").guide(request()))
     assert guidance is not None
     assert guidance.text == "Again."
@@ -171,7 +171,7 @@ def test_make_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     one_attempt = RolloutConfig(max_attempts=1)
     assert make_teacher(
         Config(teacher=LocalTeacherConfig(path="/absent"), rollout=one_attempt)
-    ).immediate  # never asked
+    ).immediate  # never called, so its path is not read
     endpoint = EndpointTeacherConfig(
         url="http://127.0.0.1:1/v1", model="m", api_key_env="SOCPO_TEST_KEY"
     )
@@ -194,7 +194,7 @@ def test_make_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_subclass_with_guide_alone_is_a_teacher() -> None:
-    """Text is enough, and what it raises costs its guidance."""
+    """guide may return text, and an exception costs one guidance."""
 
     class Own(Teacher):
         async def guide(self, request: GuidanceRequest) -> str:  # type: ignore[override]

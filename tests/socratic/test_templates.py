@@ -1,5 +1,6 @@
-"""Real chat templates over small tokenizers with the same special tokens: prompts, bridges,
-refusals.
+"""Real chat templates over small tokenizers with the same special tokens.
+
+Tests cover prompts, bridges (end of turn, guidance, start of the next answer) and refusals.
 """
 
 import pytest
@@ -23,8 +24,9 @@ GUIDANCE = ["Check the sum.", "two\n\nlines: 3 x 4", "  spaces around\n", "nÃ© â
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("ended", [True, False])
 def test_row_is_the_templates_rendering(name: str, guidance: str, ended: bool) -> None:
-    """Prompt, answer and bridge together are the ids of the template's own text; the sampled end of
-    turn is its end.
+    """Prompt, answer and bridge together are the ids of the text that the template renders.
+
+    The end of turn that the student samples is the one of the template.
     """
     bridge = Bridge(family(name), guidance_limit=100)
     answer = answer_ids(bridge, "It is 3.", ended=ended)
@@ -47,11 +49,11 @@ def test_bos_stands_at_position_0_only(name: str) -> None:
     bos = bridge.tokenizer.bos_token_id
     episode = play(bridge, [answer_ids(bridge, "3")] * 3, ["no <s>", "<|begin_of_text|>"])
     for row in episode.contexts:
-        places = [place for place, token_id in enumerate(row) if token_id == bos]
-        if name == "smollm2":  # its bos is what opens every turn
-            assert len(places) == text_of(bridge, row).count("<|im_start|>")
+        positions = [position for position, token_id in enumerate(row) if token_id == bos]
+        if name == "smollm2":  # its bos opens every turn
+            assert len(positions) == text_of(bridge, row).count("<|im_start|>")
         else:
-            assert places == ([] if bos is None else [0])
+            assert positions == ([] if bos is None else [0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -79,7 +81,7 @@ def test_guidance_cannot_spell_out_a_special_token(name: str) -> None:
 
 
 def test_defaults_that_templates_put_in() -> None:
-    """A default system prompt and a date header are the prompt's, once, and no part of a bridge."""
+    """A default system prompt and a date header are in the prompt once, and not in a bridge."""
     for name, marker in (
         ("qwen2_5", "You are Qwen"),
         ("smollm2", "SmolLM"),
@@ -96,9 +98,7 @@ def test_defaults_that_templates_put_in() -> None:
 
 
 def test_qwen3_thinking() -> None:
-    """None and True leave the block to the student; False writes an empty one into every generation
-    prompt.
-    """
+    """None and True leave the think block to the student; False puts an empty one into prompts."""
     closed = "<think>\n\n</think>\n\n"
     for thinking, opening in ((None, ""), (True, ""), (False, closed)):
         bridge = Bridge(family("qwen3"), guidance_limit=100, enable_thinking=thinking)
@@ -112,7 +112,7 @@ def test_qwen3_thinking() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"qwen3"}))
-def test_thinking_is_refused_where_the_template_knows_none(name: str) -> None:
+def test_thinking_needs_a_template_that_has_it(name: str) -> None:
     with pytest.raises(
         ValueError, match="enable_thinking must be none for a chat template without it, got False"
     ):
@@ -138,10 +138,8 @@ def test_roles_that_a_template_refuses_are_one_line(name: str, roles: list[str])
     assert "\n" not in str(raised.value)
 
 
-def test_templates_whose_turns_are_ordinary_text_are_refused() -> None:
-    """Mistral v1 and Llama 2 close a user's turn with the text [/INST], which guidance could write
-    as well.
-    """
+def test_templates_without_special_turns_are_refused() -> None:
+    """Mistral v1 and Llama 2 end a user's turn with ordinary text, which guidance could contain."""
     tokenizer = family("mistral_v3")
     tokenizer.chat_template = tokenizer.chat_template.replace("[INST] ", "[TURN] ").replace(
         "[/INST]", " [/TURN]"
@@ -155,9 +153,7 @@ def test_templates_whose_turns_are_ordinary_text_are_refused() -> None:
 
 @pytest.mark.parametrize("name", HAS_SYSTEM)
 def test_context_tokens_keeps_what_was_sampled(name: str) -> None:
-    """Whatever the template would do to it: thoughts, white space, a system message that moves
-    along.
-    """
+    """The template would drop thoughts, trim white space and move the system message."""
     bridge = Bridge(family(name), guidance_limit=100)
     answers = [
         answer_ids(bridge, f"<think>\nhm {k}\n</think>\n\n It is {k}. \n", ended=k > 0)
@@ -172,13 +168,11 @@ def test_context_tokens_keeps_what_was_sampled(name: str) -> None:
 
 
 def test_eos_that_is_not_the_end_of_turn() -> None:
-    """An attempt may end with another eos (llama3: <|end_of_text|>): it stays, and the turn is
-    closed behind it.
-    """
+    """An attempt may end with another eos (llama3: <|end_of_text|>); the end of turn follows it."""
     bridge = Bridge(family("llama3"), guidance_limit=100)
-    other = bridge.eos_ids[1]
+    other_eos = bridge.eos_ids[1]
     for context in ("tokens", "template"):
-        sampled = [*answer_ids(bridge, "3", ended=False), other]
+        sampled = [*answer_ids(bridge, "3", ended=False), other_eos]
         episode = play(bridge, [sampled, sampled], ["no"], context=context)
         assert episode.rollout.attempts[0].finish_reason == "stop"
         assert episode.rollout.seam(0)[1][0] == bridge.end_of_turn_id
@@ -187,8 +181,8 @@ def test_eos_that_is_not_the_end_of_turn() -> None:
         )
 
 
-def test_pad_equal_to_eos_is_an_action_like_any_other() -> None:
-    """SmolLM2's pad is its end of turn: the loss knows places, not ids."""
+def test_pad_equal_to_eos_is_trained_like_any_token() -> None:
+    """The pad of SmolLM2 is its end of turn. The loss selects tokens by position, not by id."""
     bridge = Bridge(family("smollm2"), guidance_limit=100)
     pad = bridge.tokenizer.pad_token_id
     assert pad == bridge.end_of_turn_id
@@ -197,10 +191,12 @@ def test_pad_equal_to_eos_is_an_action_like_any_other() -> None:
         [play(bridge, answers, ["no"]).rollout], packing="tree", token_budget=1000
     )
     assert microbatch.targets_N.tolist() == answers[0] + answers[1]
-    assert microbatch.targets_N.tolist().count(pad) == 2, "the others in the row are the template's"
+    assert microbatch.targets_N.tolist().count(pad) == 2, (
+        "the other ones in the row belong to the template"
+    )
 
 
-def test_sentencepiece_guidance_is_no_first_word() -> None:
+def test_sentencepiece_adds_no_space_to_guidance() -> None:
     bridge = Bridge(family("mistral_v3"), guidance_limit=100)
     text = text_of(bridge, play(bridge, [answer_ids(bridge, "3")] * 2, ["check it"]).contexts[1])
     assert (
@@ -212,7 +208,7 @@ def test_sentencepiece_guidance_is_no_first_word() -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("[INST] ", "[INST]").replace(
         "' ' + ", ""
     )
-    closed_up = Bridge(tokenizer, guidance_limit=100)
-    row = play(closed_up, [answer_ids(closed_up, "3")] * 2, ["check it"]).contexts[1]
-    assert text_of(closed_up, row) == "<s>[INST]1 + 1?[/INST]3</s>[INST]check it[/INST]"
-    assert row == closed_up.trusted_ids(rendering(closed_up, ["3"], ["check it"]))
+    without_spaces = Bridge(tokenizer, guidance_limit=100)
+    row = play(without_spaces, [answer_ids(without_spaces, "3")] * 2, ["check it"]).contexts[1]
+    assert text_of(without_spaces, row) == "<s>[INST]1 + 1?[/INST]3</s>[INST]check it[/INST]"
+    assert row == without_spaces.trusted_ids(rendering(without_spaces, ["3"], ["check it"]))

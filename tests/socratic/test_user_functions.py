@@ -1,4 +1,4 @@
-"""Functions of the user's own: whatever they do costs what it belongs to, and is told by name."""
+"""Functions of users: a failure costs one guidance, and a warning names the function."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def request(idx: int = 0) -> GuidanceRequest:
 
 
 def hear(function: Callable[[GuidanceRequest], object], timeout_s: float = 5.0) -> str:
-    """What is told of one call in this thread, or the text."""
+    """Calls a function as a teacher; returns the text of its guidance, or the warning."""
     teacher = as_teacher(function)
-    asked = ask(teacher, request(), timeout_s)
-    wait([asked], timeout=30)
-    with warnings.catch_warnings(record=True) as told:
+    call = ask(teacher, request(), timeout_s)
+    wait([call], timeout=30)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        outcome = result_of(asked, teacher)
-    if isinstance(outcome, Guidance):
-        return outcome.text
-    (warning,) = told
-    assert teacher.failures == {outcome.kind: 1}
+        result = result_of(call, teacher)
+    if isinstance(result, Guidance):
+        return result.text
+    (warning,) = caught
+    assert teacher.failures == {result.kind: 1}
     return str(warning.message)
 
 
@@ -65,7 +65,7 @@ class Unspeakable(Exception):
 
 
 class Bare(BaseException):
-    """No Exception: nobody's handler takes it for one."""
+    """A BaseException that no handler of Exception catches."""
 
 
 class OwnText(str):
@@ -104,7 +104,7 @@ def test_whatever_a_function_raises_costs_one_guidance(error: BaseException, kin
         assert "(test_user_functions.py line " in line
         assert "guidance/failed_exception" in line
     assert hear(lambda _: "Look.") == "Look."
-    assert hear(as_async("Look.")) == "Look.", "the loop of async functions still turns"
+    assert hear(as_async("Look.")) == "Look.", "the event loop of async functions still runs"
 
 
 def as_async(text: str) -> Callable[[GuidanceRequest], object]:
@@ -129,7 +129,7 @@ def test_sys_exit_in_a_task_of_its_own_ends_no_loop() -> None:
 
 
 @pytest.mark.parametrize("answer", [3, b"Look.", Guidance(text=b"Look."), Guidance(text=3)])  # type: ignore[arg-type]
-def test_a_function_that_returns_anything_else_is_named(answer: object) -> None:
+def test_wrong_return_type_is_named(answer: object) -> None:
     def wrong(_: GuidanceRequest) -> object:
         return answer
 
@@ -147,15 +147,15 @@ def test_the_first_failure_of_each_kind_is_told() -> None:
         return outcome
 
     teacher = as_teacher(rule)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(5):
-            asked = ask(teacher, request(), 5)
-            wait([asked])
-            heard = result_of(asked, teacher)
-    assert heard == Guidance(text="Look.")
+            call = ask(teacher, request(), 5)
+            wait([call])
+            guidance = result_of(call, teacher)
+    assert guidance == Guidance(text="Look.")
     assert teacher.failures == {"none": 2, "exception": 2}
-    assert ["none:" in str(w.message) for w in told] == [True, False]
+    assert ["none:" in str(w.message) for w in caught] == [True, False]
 
 
 def roll(
@@ -181,19 +181,20 @@ def roll(
 
 @pytest.mark.filterwarnings("ignore:teacher")
 def test_calls_that_hang_cost_one_limit_together() -> None:
-    """More of them than any pool has threads; those that answer are heard, in this batch and the
-    next.
+    """More calls hang than a pool has threads; the other ones are answered all the same.
+
+    They wait for one timeout together, and the next batch works as usual.
     """
     stop = threading.Event()
 
-    def hang(asked: GuidanceRequest) -> str:
-        if asked.rollout_idx == 0:
+    def hang(request: GuidanceRequest) -> str:
+        if request.rollout_idx == 0:
             stop.wait(60)
         return "Look."
 
-    since = time.perf_counter()
+    started = time.perf_counter()
     rollouts = roll(hang, 40, limit_s=1.0)
-    assert time.perf_counter() - since < 4.0
+    assert time.perf_counter() - started < 4.0
     reasons = {(r.rollout_idx, r.end_reason, r.failure) for r in rollouts}
     assert reasons == {(0, "guidance_failed", "timeout"), (1, "correct", "")}
     assert {r.end_reason for r in roll(lambda _: "Look.", 3, limit_s=5.0)} == {"correct"}
@@ -202,17 +203,17 @@ def test_calls_that_hang_cost_one_limit_together() -> None:
 
 def test_quick_functions_are_called_one_at_a_time() -> None:
     running = []
-    most = []
+    num_running = []
 
-    def rule(asked: GuidanceRequest) -> str:
-        running.append(asked)
-        most.append(len(running))
+    def rule(request: GuidanceRequest) -> str:
+        running.append(request)
+        num_running.append(len(running))
         time.sleep(0.002)
-        running.remove(asked)
+        running.remove(request)
         return "Look."
 
     roll(rule, 10, limit_s=5.0)
-    assert max(most) == 1
+    assert max(num_running) == 1
 
 
 HANGING = """
@@ -231,7 +232,7 @@ print([type(call.exception(timeout=30)).__name__ for call in calls])
 def test_the_process_ends_whatever_still_hangs() -> None:
     root = Path(__file__).parent.parent.parent
     env = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", HANGING],
         capture_output=True,
         text=True,
@@ -239,10 +240,10 @@ def test_the_process_ends_whatever_still_hangs() -> None:
         env=env,
         cwd=root,
     )
-    assert (done.returncode, done.stdout) == (0, "['TimeoutError', 'TimeoutError']\n")
+    assert (result.returncode, result.stdout) == (0, "['TimeoutError', 'TimeoutError']\n")
 
 
-def test_a_fork_has_loops_of_its_own() -> None:
+def test_fork_has_its_own_event_loops() -> None:
     assert hear(as_async("Look.")) == "Look."
     child = os.fork()
     if child == 0:
@@ -251,18 +252,18 @@ def test_a_fork_has_loops_of_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_plain_function_that_makes_a_coroutine_can_be_given_up() -> None:
-    given_up = threading.Event()
+def test_timeout_cancels_a_returned_coroutine() -> None:
+    cancelled = threading.Event()
 
     async def slow(_: GuidanceRequest) -> str:
         try:
             await asyncio.sleep(60)
         finally:
-            given_up.set()
+            cancelled.set()
         return "too late"
 
     assert "no guidance, timeout" in hear(lambda r: slow(r), 0.1)
-    assert given_up.wait(10)
+    assert cancelled.wait(10)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_a_module_that_cannot_be_imported_is_refused(
 
 
 def test_a_teacher_without_an_answer_says_why() -> None:
-    """Asked directly it has nothing; through ask() the reason is known."""
+    """guide returns None then; guide_in_time raises the reason."""
     teacher = as_teacher(lambda _: 1 / 0)
     assert background(teacher.guide(request())).result(timeout=30) is None
     with pytest.raises(GuidanceFailed, match="raised ZeroDivisionError"):
@@ -289,12 +290,12 @@ def test_a_teacher_without_an_answer_says_why() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:teacher")
-def test_an_async_function_that_blocks_costs_its_own_guidance() -> None:
-    """A call without await, as of requests in an async function, blocks the loop it runs on."""
+def test_blocking_async_function_costs_one_guidance() -> None:
+    """A call without await, say of the library requests, blocks the event loop that it runs on."""
     stop = threading.Event()
 
-    async def sometimes_blocks(asked: GuidanceRequest) -> str:
-        if asked.key.question == 0:
+    async def sometimes_blocks(request: GuidanceRequest) -> str:
+        if request.key.question == 0:
             stop.wait(60)
         await asyncio.sleep(0)
         return "Look."
@@ -303,7 +304,7 @@ def test_an_async_function_that_blocks_costs_its_own_guidance() -> None:
     blocked = ask(teacher, request(0), 0.2)
     wait([blocked], timeout=30)
     assert isinstance(blocked.exception(), TimeoutError)
-    time.sleep(0.5)  # until the loop has been seen not to turn
+    time.sleep(0.5)  # until the blocked loop has been noticed and replaced
     later = ask(teacher, request(1), 5.0)
     assert later.result(timeout=30) == Guidance(text="Look.")
     stop.set()

@@ -1,4 +1,4 @@
-"""Graders of the user's own: named when they raise, stopped when they hang."""
+"""Graders of users: errors name them, and those that hang are stopped."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_a_grader_that_hangs_is_stopped_and_named(grade: Callable[[str, object],
         rf"within grader.timeout_s 0.2, got an error on question 7: .*{grade.__name__} "
         r".*\(test_user_gr.* line"
     )
-    since = time.perf_counter()
+    started = time.perf_counter()
     with pytest.raises(ValueError, match=line):
         GradedBy(grade, "mine:grade", timeout_s=0.2).grade("", question(7))
-    assert time.perf_counter() - since < 2
+    assert time.perf_counter() - started < 2
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
@@ -70,7 +70,7 @@ def test_a_grader_leaves_the_alarm_of_others_alone() -> None:
 
 
 def test_a_grader_works_on_any_thread() -> None:
-    """Without a limit there, as Python has no way to stop it."""
+    """There it has no time limit, as Python cannot interrupt another thread."""
     grades: list[object] = []
     grade = GradedBy(contains, "contains", timeout_s=0.01).grade
     thread = threading.Thread(target=lambda: grades.append(grade("yes", question(7)).is_correct))
@@ -81,15 +81,15 @@ def test_a_grader_works_on_any_thread() -> None:
 
 @pytest.fixture
 def usual_ctrl_c() -> Iterator[None]:
-    """As in a process that nobody started in the background of a script."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Sets Python's handler of Ctrl-C, which background processes of a script lack."""
+    old_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, old_handler)
 
 
 @pytest.mark.usefixtures("usual_ctrl_c")
-def test_ctrl_c_is_nobodys_mistake_but_a_functions_own_is() -> None:
-    """In training another handler answers Ctrl-C, so a KeyboardInterrupt there is the grader's."""
+def test_ctrl_c_is_not_blamed_on_the_grader() -> None:
+    """In training StopSignals handles Ctrl-C, so a KeyboardInterrupt is the grader's there."""
 
     def grade(_text: str, _question: object) -> bool:
         raise KeyboardInterrupt
@@ -118,7 +118,7 @@ class Unshowable:
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
-def test_verdicts_that_nobody_can_show_are_refused_in_words(outcome: object, line: str) -> None:
+def test_unprintable_verdicts_are_refused(outcome: object, line: str) -> None:
     def grade(_text: str, _question: object) -> object:
         if isinstance(outcome, BaseException):
             raise outcome
@@ -136,14 +136,14 @@ def test_a_stop_goes_through_a_grader() -> None:
         GradedBy(grade, "mine:grade").grade("", question(7))
 
 
-def test_an_alarm_at_the_very_end_leaves_nothing_behind() -> None:
-    """Wherever it rings, the outer alarm and its handler are as they were."""
+def test_alarm_at_the_end_restores_the_outer_one() -> None:
+    """Wherever the alarm rings, the outer alarm and its handler are restored."""
     previous = signal.getsignal(signal.SIGALRM)
     for idx in range(300):
         try:
             with time_limit(0.001):
-                stop = time.perf_counter() + 0.0008 + idx * 2e-6
-                while time.perf_counter() < stop:
+                end = time.perf_counter() + 0.0008 + idx * 2e-6
+                while time.perf_counter() < end:
                     pass
         except TookTooLong:
             pass

@@ -1,4 +1,9 @@
-"""Gradients added in fp32 to .grad in place, by the decoder's own backward."""
+"""Checks the decoder's own backward, which adds gradients in fp32 to .grad, in place.
+
+Autograd would allocate a gradient in the weight's dtype for each microbatch and add it to .grad. An
+Optimizer marks its parameters. Inside of `accumulating()` the products of marked parameters add
+their gradients themselves.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def gradients(student: Decoder, **options: Any) -> dict[str, Tensor]:
-    """Of several microbatches."""
+    """Returns the gradients of an update of several microbatches, by parameter."""
     student.zero_grad(set_to_none=True)
     options = {"token_budget": 60, "temperature": 0.8} | options
     assert policy_gradients(student, make_rollouts(), **options).num_microbatches > 1
@@ -43,8 +48,8 @@ def gradients(student: Decoder, **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_equals_autograds_own(model: str) -> None:
-    """As near to fp64 as gradients that autograd returned and added."""
+def test_in_place_gradients_match_autograd(model: str) -> None:
+    """Gradients added in place are as near to fp64 as those that autograd returned and added."""
     student = make_student(**MODELS[model])
     truth = gradients(copy.deepcopy(student).double())
     plain = gradients(student)
@@ -58,71 +63,79 @@ def test_equals_autograds_own(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_bf16_weights_have_fp32_gradients(model: str) -> None:
-    """As near to fp64 as a student with the same weights in fp32, but for the head's bf16 input."""
+    """Gradients of bf16 weights are sums in fp32, within 1 % of the same weights' in fp64.
+
+    They are as near as those of an fp32 student, except for the LM head's input, which is bf16.
+    """
     student = make_student(dtype=torch.bfloat16, **MODELS[model])
-    # With a ratio of 1 everywhere rounding moves no row across a clip.
+    # With a ratio of 1 everywhere, rounding cannot move a row across a clip bound.
     truth = gradients(copy.deepcopy(student).double(), old_logprobs="current")
     Optimizer(student, lr=1e-3)
-    found = gradients(student, old_logprobs="current")
-    assert {grad.dtype for grad in found.values()} == {torch.float32}
-    assert distance(found, truth) <= 0.01 * norm(truth)
-    # Rounded to bf16 after each microbatch they would have no more than 8 bits. A token that stands
-    # in one row only brings its row of the embedding such a gradient anyway.
-    for name, grad in found.items():
+    actual = gradients(student, old_logprobs="current")
+    assert {grad.dtype for grad in actual.values()} == {torch.float32}
+    assert distance(actual, truth) <= 0.01 * norm(truth)
+    # Sums that were rounded to bf16 after each microbatch would have no more than 8 bits. The
+    # embedding is left out: a token that occurs in one row only has a bf16 gradient anyway.
+    for name, grad in actual.items():
         num_rounded = (grad == grad.bfloat16().float()).sum() - (grad == 0).sum()
         assert name.startswith("embed") or num_rounded < 0.1 * grad.numel() + 2, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_with_checkpointing(dtype: torch.dtype) -> None:
+def test_bitwise_equal_with_checkpointing(dtype: torch.dtype) -> None:
+    """Two runs, and a run that recomputes activations, give bitwise equal gradients."""
     student = make_student(dtype=dtype)
     Optimizer(student, lr=1e-3)
-    found = [
+    runs = [
         gradients(student, checkpointing=checkpointing) for checkpointing in (False, False, True)
     ]
-    for other in found[1:]:
-        for name, grad in found[0].items():
-            assert_bitwise_equal(grad, other[name], name=name)
+    for run in runs[1:]:
+        for name, grad in runs[0].items():
+            assert_bitwise_equal(grad, run[name], name=name)
 
 
-def test_added_where_it_lies() -> None:
-    """The second microbatch allocates no gradient; a parameter's storage stays."""
+def test_gradients_accumulate_in_place() -> None:
+    """A second update's microbatches allocate no gradient: every .grad keeps its address."""
     student = make_student(dtype=torch.bfloat16)
     Optimizer(student, lr=1e-3)
     gradients(student)
-    places = {name: param.grad.data_ptr() for name, param in student.named_parameters()}
+    pointers = {name: param.grad.data_ptr() for name, param in student.named_parameters()}
     policy_gradients(student, make_rollouts(), token_budget=60, temperature=0.8)
-    assert places == {name: param.grad.data_ptr() for name, param in student.named_parameters()}
+    assert pointers == {name: param.grad.data_ptr() for name, param in student.named_parameters()}
 
 
 def test_copies_are_not_marked() -> None:
-    """A pickled copy has the mark and not the dtype; it trains as if it had neither."""
+    """Copies train as unmarked models, with gradients in bf16.
+
+    A deep copy loses the mark. A pickled copy keeps it but not the dtype of .grad, so it does not
+    count as marked either.
+    """
     student = make_student(dtype=torch.bfloat16)
     Optimizer(student, lr=1e-3)
     assert all(hasattr(param, MARK) for param in student.parameters())
     assert not any(hasattr(param, MARK) for param in copy.deepcopy(student).parameters())
-    for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
-        assert {grad.dtype for grad in gradients(other).values()} == {torch.bfloat16}
+    for unmarked in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        assert {grad.dtype for grad in gradients(unmarked).values()} == {torch.bfloat16}
 
 
 def test_frozen_parameters_are_left_alone() -> None:
-    """They have no gradient, and the optimizer neither decays nor counts them."""
+    """Frozen parameters get no gradient; the optimizer neither decays nor counts them."""
     student = make_student(**QWEN2)
     frozen = [student.layers[0].mlp.down.weight, student.layers[1].attention.qkv.bias]
     for param in frozen:
         param.requires_grad_(False)
-    before = [param.clone() for param in frozen]
+    old_weights = [param.clone() for param in frozen]
     optimizer = Optimizer(student, lr=1e-2, weight_decay=0.1, warmup_updates=0)
     policy_gradients(student, make_rollouts(), token_budget=60, temperature=0.8)
     assert all(param.grad is None for param in frozen)
     assert student.layers[1].attention.qkv.weight.grad is not None
     optimizer.step()
-    assert all(torch.equal(one, two) for one, two in zip(frozen, before, strict=True))
+    assert all(torch.equal(new, old) for new, old in zip(frozen, old_weights, strict=True))
     assert "exp_avg.layers.0.mlp.down.weight" not in optimizer.state_tensors()
 
 
-def test_other_backwards_add_nothing() -> None:
-    """Outside of the trainer gradients are returned, and .grad is nobody's but autograd's."""
+def test_backwards_outside_of_the_trainer_are_plain() -> None:
+    """Without `accumulating()` gradients are returned, and only autograd writes to .grad."""
     student = make_student(dtype=torch.bfloat16)
     Optimizer(student, lr=1e-3)
     x = torch.randn(3, 32, requires_grad=True)
@@ -138,6 +151,7 @@ def test_other_backwards_add_nothing() -> None:
 
 
 def test_changed_weights_end_the_backward() -> None:
+    """A weight that changes between forward and backward is an error, as in autograd."""
     student = make_student()
     Optimizer(student, lr=1e-3)
     linear = student.layers[0].mlp.down
@@ -150,6 +164,7 @@ def test_changed_weights_end_the_backward() -> None:
 
 
 def test_interrupted_product_leaves_no_raw_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the GEMM of a gradient does not leave uninitialised memory in .grad."""
     student = make_student()
     Optimizer(student, lr=1e-3)
     linear = student.layers[0].mlp.down

@@ -1,4 +1,7 @@
-"""The built-in task's first updates in bf16 beside fp32."""
+"""Checks that updates in bf16 follow those in fp32, on the built-in task.
+
+A bf16 parameter has an fp32 master: the parameter holds its high bits, `low_bits` the others.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def groups(config: Config) -> list[list[Rollout]]:
-    """A batch of the student as it is shipped, credited."""
+    """Returns rollouts of one batch with credit, grouped by question; the shipped student's."""
     with closing(Session(config)) as session:
         questions = session.train_questions()
         rollouts = list(session.training_rollouts(questions, 1))
@@ -44,20 +47,21 @@ def groups(config: Config) -> list[list[Rollout]]:
 
 
 def logprobs(updater: Updater, groups: list[list[Rollout]]) -> Tensor:
-    """Of every sampled token, in a row, under the masters of the parameters."""
+    """Returns the log-probs of all sampled tokens under the fp32 masters of the parameters."""
     masters = load_student(molar_mass.STUDENT_DIR)
     low_bits = updater.optimizer.low_bits
     with torch.no_grad():
-        for (name, param), other in zip(
+        for (name, master), param in zip(
             masters.named_parameters(), updater.student.parameters(), strict=True
         ):
-            param.copy_(join_master(other, low_bits[name]) if low_bits else other)
+            master.copy_(join_master(param, low_bits[name]) if low_bits else param)
     rollouts = [rollout for group in groups for rollout in group]
-    found = compute_logprobs(masters, rollouts, token_budget=8192, temperature=1.0)
-    return torch.cat([x for by_attempt in found for x in by_attempt])
+    by_rollout = compute_logprobs(masters, rollouts, token_budget=8192, temperature=1.0)
+    return torch.cat([x for by_attempt in by_rollout for x in by_attempt])
 
 
 def test_updates_in_bf16_follow_fp32(config: Config, groups: list[list[Rollout]]) -> None:
+    """Loss, gradient norm, entropy and the change of log-probs agree within a few per cent."""
     advantages = torch.cat([
         torch.full((turn.attempt.num_tokens,), turn.advantage)
         for group in groups
@@ -65,32 +69,32 @@ def test_updates_in_bf16_follow_fp32(config: Config, groups: list[list[Rollout]]
         for turn in rollout.turns
     ])  # fmt: skip
     metrics = {}
-    gained = {}
+    gains = {}
     for dtype in ("float32", "bfloat16"):
         updater = Updater(load_student(molar_mass.STUDENT_DIR, dtype=dtype), config, reference=None)
-        before = logprobs(updater, groups)
+        old_logprobs = logprobs(updater, groups)
         metrics[dtype] = [metrics for _, metrics in updater.updates(groups, ORDER)]
-        gained[dtype] = (logprobs(updater, groups) - before) * advantages
+        gains[dtype] = (logprobs(updater, groups) - old_logprobs) * advantages
         assert updater.optimizer.num_skipped == 0
     for exact, rounded in zip(metrics["float32"], metrics["bfloat16"], strict=True):
         assert rounded["policy/loss"] == pytest.approx(exact["policy/loss"], abs=0.01)
         assert rounded["policy/grad_norm"] == pytest.approx(exact["policy/grad_norm"], rel=0.05)
         assert rounded["policy/entropy"] == pytest.approx(exact["policy/entropy"], rel=0.02)
-    # What was good became likelier, and by as much.
-    assert gained["float32"].mean() > 0
-    assert gained["bfloat16"].mean() == pytest.approx(gained["float32"].mean().item(), rel=0.1)
+    # Tokens with a positive advantage became likelier, and by as much in both dtypes.
+    assert gains["float32"].mean() > 0
+    assert gains["bfloat16"].mean() == pytest.approx(gains["float32"].mean().item(), rel=0.1)
 
 
-def test_masters_move_by_less_than_bf16_can_tell(
+def test_masters_move_by_less_than_bf16_resolves(
     config: Config, groups: list[list[Rollout]]
 ) -> None:
-    """At the default learning rate of 1e-6 most parameters keep their bits; all masters move."""
-    small = load_config(None, {"train.lr": 1e-6, "train.warmup_updates": 0})
+    """At the default learning rate of 1e-6, most bf16 parameters stay, but their masters move."""
+    small_lr = load_config(None, {"train.lr": 1e-6, "train.warmup_updates": 0})
     student = load_student(molar_mass.STUDENT_DIR, dtype="bfloat16")
-    updater = Updater(student, small, reference=None)
+    updater = Updater(student, small_lr, reference=None)
     param = student.layers[0].mlp.down.weight
-    before = param.detach().clone()
+    old_param = param.detach().clone()
     list(updater.updates(groups[:2], [[0], [1]]))
     master = join_master(param.detach(), updater.optimizer.low_bits["layers.0.mlp.down.weight"])
-    assert (param == before).float().mean() > 0.9
-    assert (master != before.float()).float().mean() > 0.9
+    assert (param == old_param).float().mean() > 0.9
+    assert (master != old_param.float()).float().mean() > 0.9

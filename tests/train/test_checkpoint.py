@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what went in, and what was interrupted never comes back."""
+"""Checks that loading gives back what was saved, and that a partial save is never loaded."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def trained(
     seed: int, num_updates: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Decoder, Optimizer]:
+    """Returns a student and its optimizer after some updates with random gradients."""
     student = make_student(seed, dtype)
     optimizer = Optimizer(student, lr=1e-2)
     train(student, optimizer, num_updates)
@@ -56,13 +57,17 @@ def bits(student: Decoder, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone().view(torch.uint8) for name, tensor in named.items()}
 
 
-def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+def assert_same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_round_trip_is_bitwise_and_in_place(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Loading restores weights and optimizer bitwise, into the tensors that are there already.
+
+    Two further updates of the loaded student equal those of the saved one.
+    """
     student, optimizer = trained(seed=0, num_updates=3, dtype=dtype)
     path = save(tmp_path / "checkpoints", student, optimizer)
     assert path == tmp_path / "checkpoints" / "update_000003"
@@ -89,20 +94,24 @@ def test_round_trip_is_bitwise_and_in_place(dtype: torch.dtype, tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_checkpoint_is_a_model_folder(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Of the parameters as they are: transformers reads it too, and finds its dtype."""
+    """load_student and transformers load a checkpoint, with the parameters' own dtype."""
     student, optimizer = trained(0, 1, dtype)
     path = save(tmp_path, student, optimizer)
     loaded = load_student(path, dtype=str(dtype).removeprefix("torch."))
     assert all(
-        torch.equal(one, two)
-        for one, two in zip(loaded.parameters(), student.parameters(), strict=True)
+        torch.equal(actual, expected)
+        for actual, expected in zip(loaded.parameters(), student.parameters(), strict=True)
     )
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     assert theirs.dtype == dtype
     assert torch.equal(theirs.model.norm.weight, student.norm.weight)
 
 
-def test_latest_passes_over_damage_and_says_so(tmp_path: Path) -> None:
+def test_latest_skips_damaged_ones_with_a_warning(tmp_path: Path) -> None:
+    """latest_checkpoint returns the newest intact checkpoint and names the damage of newer ones.
+
+    The files of five checkpoints are damaged one after the other, newest first.
+    """
     assert latest_checkpoint(tmp_path / "absent") is None
     student, optimizer = trained(seed=0, num_updates=1)
     paths = []
@@ -133,29 +142,31 @@ def test_latest_passes_over_damage_and_says_so(tmp_path: Path) -> None:
 
 
 def expect_latest(folder: Path, path: Path, message: str) -> None:
+    """Asserts which checkpoint is the latest, and what is wrong with the newer ones."""
     with pytest.warns(UserWarning, match=f"checkpoint: .*{message}; passed over for {path.name}"):
         assert latest_checkpoint(folder) == path
 
 
 def flip(path: Path) -> None:
-    """Change one bit of a file."""
+    """Flips one bit of a file."""
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("what", ["a file", "a broken link", "a link to itself"])
-def test_checkpoints_that_are_no_folder(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("kind", ["a file", "a broken link", "a link to itself"])
+def test_checkpoints_that_are_no_folder(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "checkpoints"
-    if what == "a file":
+    if kind == "a file":
         folder.write_text("")
     else:
-        folder.symlink_to(folder if what == "a link to itself" else tmp_path / "gone")
+        folder.symlink_to(folder if kind == "a link to itself" else tmp_path / "gone")
     with pytest.raises(ValueError, match="must be a folder, got a file or a broken link"):
         latest_checkpoint(folder)
 
 
 def test_more_than_a_million_updates_sort_by_number(tmp_path: Path) -> None:
+    """Checkpoints are ordered by number, not by name, which gets longer at a million updates."""
     student, optimizer = trained(seed=0, num_updates=1)
     for num_updates in (999_999, 1_000_000):
         optimizer.num_updates = num_updates
@@ -164,6 +175,10 @@ def test_more_than_a_million_updates_sort_by_number(tmp_path: Path) -> None:
 
 
 def test_saving_one_update_twice_replaces(tmp_path: Path) -> None:
+    """A second save of an update replaces the first, by two renames.
+
+    If a process stops between the renames, the older one is still found under another name.
+    """
     student, optimizer = trained(seed=0, num_updates=2)
     path = save(tmp_path, student, optimizer)
     state = {"batch": 4}
@@ -172,34 +187,42 @@ def test_saving_one_update_twice_replaces(tmp_path: Path) -> None:
     )
     assert load_checkpoint(path, student, optimizer) == state
     assert [child.name for child in tmp_path.iterdir()] == [path.name]
-    path.rename(
-        tmp_path / "update_000002.replaced"
-    )  # stopped between the two renames: the older one is still found
+    path.rename(tmp_path / "update_000002.replaced")  # as after the first rename
     assert latest_checkpoint(tmp_path) == tmp_path / "update_000002.replaced"
     assert save(tmp_path, student, optimizer) == latest_checkpoint(tmp_path) == path
     assert [child.name for child in tmp_path.iterdir()] == [path.name]
 
 
-def test_prune_keeps_the_latest_whole_ones(tmp_path: Path) -> None:
+def test_prune_keeps_the_latest_intact_ones(tmp_path: Path) -> None:
+    """Pruning removes older intact checkpoints; it leaves damaged ones and other files alone.
+
+    A checkpoint newer than the given one, which the run did not continue from, stays as well.
+    """
     student, optimizer = trained(seed=0, num_updates=1)
     paths = []
     for _ in range(6):
         paths.append(save(tmp_path, student, optimizer))
         train(student, optimizer, 1)
-    (tmp_path / "update_000001.replaced").mkdir()  # half a removal
+    (tmp_path / "update_000001.replaced").mkdir()  # a removal that was interrupted
     (tmp_path / "notes.txt").write_text("mine")
     (paths[2] / "trainer_state.json").unlink()
     flip(paths[5] / "model.safetensors")  # the run went on from an older one
     prune_checkpoints(paths[4], keep=2)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"notes.txt", "update_000003", "update_000004", "update_000005", "update_000006"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "notes.txt",
+        "update_000003",
+        "update_000004",
+        "update_000005",
+        "update_000006",
+    }
     prune_checkpoints(paths[4], keep=1)
-    assert {path.name for path in tmp_path.iterdir()} == left - {"update_000004"}
+    assert {path.name for path in tmp_path.iterdir()} == names - {"update_000004"}
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
         prune_checkpoints(paths[4], keep=0)
 
 
-def test_prune_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_prune_removes_a_link_but_not_its_target(tmp_path: Path) -> None:
     student, optimizer = trained(seed=0, num_updates=1)
     elsewhere = save(tmp_path / "other", student, optimizer)
     train(student, optimizer, 1)
@@ -222,20 +245,22 @@ def test_prune_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_checkpoint_of_another_model_is_refused_untouched(
+def test_checkpoint_of_another_model_is_refused(
     tmp_path: Path, changes: dict, message: str
 ) -> None:
+    """A checkpoint of another model changes no weight and no moment, and the error is one line."""
     path = save(tmp_path, *trained(seed=0, num_updates=1))
     student = make_student(seed=1, **changes)
     optimizer = Optimizer(student, lr=1e-2)
-    before = bits(student, optimizer)
+    old_bits = bits(student, optimizer)
     with pytest.raises(ValueError, match=message) as caught:
         load_checkpoint(path, student, optimizer)
     assert "\n" not in str(caught.value)
-    assert_same_bits(bits(student, optimizer), before)
+    assert_same_bits(bits(student, optimizer), old_bits)
 
 
 def test_flipped_bit_is_refused(tmp_path: Path) -> None:
+    """One flipped bit in a large file is found by its SHA-256; flipped back, the file loads."""
     student, optimizer = trained(seed=0, num_updates=1)
     path = save(tmp_path, student, optimizer)
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -249,7 +274,7 @@ def test_flipped_bit_is_refused(tmp_path: Path) -> None:
     load_checkpoint(path, student, optimizer)
 
 
-def test_state_that_is_not_json_is_refused_before_writing(tmp_path: Path) -> None:
+def test_non_json_state_is_refused_before_writing(tmp_path: Path) -> None:
     student, optimizer = trained(seed=0, num_updates=1)
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_checkpoint(
@@ -264,6 +289,10 @@ def test_state_that_is_not_json_is_refused_before_writing(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("limit", [1000, 100_000])  # fails in the weights, in the moments
 def test_full_disk_leaves_older_checkpoints(tmp_path: Path, limit: int) -> None:
+    """A save that runs out of space leaves nothing, and the checkpoint before it loads.
+
+    A limit on the size of a file stands in for a full disk.
+    """
     student, optimizer = trained(seed=0, num_updates=1)
     path = save(tmp_path, student, optimizer)
     sizes = [
@@ -315,16 +344,17 @@ for step in map(int, sys.argv[2:]):
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """SIGKILL in the weights' folder, before the manifest, during the sync, at the rename, and
-    after it.
+    """SIGKILL at any moment of a save leaves an intact checkpoint: the old one, or the new one.
+
+    The numbers are calls of the patched functions: while weights are written, before the manifest,
+    during the sync, at the rename, and after it. Only after the rename the new one is found.
     """
     first = "update_000001"
     second = "update_000002"
     names = {2: first, 4: first, 7: first, 10: first, 16: first, 17: second}
     command = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, names)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1"
-    }  # forks, which a pool of threads would not survive
+    # The script forks, and a child of fork has no thread pool.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     child = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=True
@@ -337,5 +367,5 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         student, optimizer = trained(seed=3, num_updates=0)
         assert load_checkpoint(latest, student, optimizer) == STATE
         train(student, optimizer, 2)
-        save(folder, student, optimizer)  # what was left behind is in nobody's way, and goes
+        save(folder, student, optimizer)  # works in spite of leftovers, and removes them
         assert not list(folder.glob(".*"))

@@ -1,4 +1,8 @@
-"""One tensor holds KV pages during rollouts and fp32 gradients during updates."""
+"""Checks lend_memory: one tensor holds KV pages in rollouts and fp32 gradients in updates.
+
+rollout   | KV pages of the engine                  |
+update    | fp32 gradients of all parameters |        the same tensor, lent to the optimizer
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from socpo_fast.config import Config, load_config
 from socpo_fast.engine import Engine
+from socpo_fast.engine.runner import Runner
 from socpo_fast.session import Session
 from socpo_fast.train.optimizer import Optimizer, gradient_bytes
 from socpo_fast.train.step import policy_gradients
@@ -41,6 +46,7 @@ SMALL: dict[str, Any] = {
 
 
 def draws(engine: Engine) -> list[tuple]:
+    """Returns first and second attempts of all prompts, to be compared bitwise."""
     groups = engine.generate(PROMPTS, PARAMS, keys=KEYS, keep=True)
     for group in groups:
         engine.resume(group[0], [8, 9], PARAMS, kept_tokens=4)
@@ -50,7 +56,7 @@ def draws(engine: Engine) -> list[tuple]:
 
 
 def holds(memory: Tensor, part: Tensor) -> bool:
-    """Whether part lies in memory, where kernels read fastest."""
+    """Whether part lies in memory, aligned to the 256 bytes that kernels read fastest."""
     start = part.data_ptr() - memory.data_ptr()
     return 0 <= start <= memory.nbytes - part.nbytes and start % 256 == 0
 
@@ -59,20 +65,23 @@ def holds(memory: Tensor, part: Tensor) -> bool:
     "options", [{}, {"tokens_per_sync": 4}, {"cascade": False}, {"attention": "ref"}]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_written_is_never_read(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Not in a page that is partly filled, nor behind the pages of a shorter sequence."""
+def test_data_in_lent_memory_is_never_read(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """NaN left in the pages reaches no result.
+
+    Neither the unused slots of a partly filled page nor pages behind a shorter sequence are read.
+    """
     student = make_student(dtype=dtype)
     engine = make_engine(student, **options)
-    places = storage_of(engine)
+    pointers = storage_of(engine)
     for _ in range(2):
         with engine.lend_memory() as memory:
             memory.fill_(0xFF)  # NaN in fp32 and bf16
         assert engine._runner.k_cache_LPSKE.isnan().all()
         assert draws(engine) == draws(make_engine(student, **options))
-    assert storage_of(engine) == places
+    assert storage_of(engine) == pointers
 
 
-def test_triton_never_reads_what_was_written() -> None:
+def test_triton_never_reads_data_in_lent_memory() -> None:
     engines = [make_engine(make_student(), num_pages=60, attention="triton") for _ in range(2)]
     with engines[0].lend_memory() as memory:
         memory.fill_(0xFF)
@@ -81,28 +90,32 @@ def test_triton_never_reads_what_was_written() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_stay_where_they_are_put(dtype: torch.dtype, model: str) -> None:
-    """Those that autograd adds, too: of norms, of biases and of the LM head, tied or not."""
-    student, other = (make_student(dtype=dtype, **MODELS[model]) for _ in range(2))
-    optimizers = [Optimizer(x, lr=1e-2, warmup_updates=0) for x in (student, other)]
+def test_gradients_stay_in_the_lent_memory(dtype: torch.dtype, model: str) -> None:
+    """Every gradient keeps its address in the lent memory, and updates are bitwise the usual ones.
+
+    This includes those that autograd adds: of norms, of biases and of the LM head, tied or not.
+    """
+    student, plain_student = (make_student(dtype=dtype, **MODELS[model]) for _ in range(2))
+    optimizers = [Optimizer(x, lr=1e-2, warmup_updates=0) for x in (student, plain_student)]
     memory = torch.full((sum(gradient_bytes(student.parameters())),), 0xFF, dtype=torch.uint8)
     with optimizers[0].gradients_in(memory):
-        places = {name: param.grad.data_ptr() for name, param in student.named_parameters()}
+        pointers = {name: param.grad.data_ptr() for name, param in student.named_parameters()}
         for _ in range(2):
-            for decoder in (student, other):
+            for decoder in (student, plain_student):
                 policy_gradients(decoder, make_rollouts(), token_budget=60, temperature=1.0)
             for (name, param), plain in zip(
-                student.named_parameters(), other.parameters(), strict=True
+                student.named_parameters(), plain_student.parameters(), strict=True
             ):
-                assert param.grad.data_ptr() == places[name] and holds(memory, param.grad), name
+                assert param.grad.data_ptr() == pointers[name] and holds(memory, param.grad), name
                 assert_bitwise_equal(param.grad, plain.grad, name=name)
             assert not any(optimizer.step().skipped for optimizer in optimizers)
     assert all(param.grad is None for param in student.parameters())
-    for param, plain in zip(student.parameters(), other.parameters(), strict=True):
+    for param, plain in zip(student.parameters(), plain_student.parameters(), strict=True):
         assert torch.equal(param, plain)
 
 
-def test_a_skipped_update_leaves_nothing() -> None:
+def test_a_skipped_update_clears_its_gradients() -> None:
+    """After a skipped update the gradients in the lent memory are 0, not NaN."""
     student = make_student()
     optimizer = Optimizer(student, lr=1e-2)
     memory = torch.zeros(sum(gradient_bytes(student.parameters())) + 8, dtype=torch.uint8)
@@ -113,8 +126,8 @@ def test_a_skipped_update_leaves_nothing() -> None:
         assert not any(param.grad.any() for param in student.parameters())
 
 
-def test_a_gradient_that_others_replaced_is_dropped() -> None:
-    """By zero_grad or a scaled one: the next update begins with zeros in the lent memory."""
+def test_replaced_gradients_return_to_lent_memory() -> None:
+    """If zero_grad or other code replaces a .grad, the next update starts from zeros in memory."""
     student = make_student()
     optimizer = Optimizer(student, lr=1e-2)
     memory = torch.zeros(sum(gradient_bytes(student.parameters())), dtype=torch.uint8)
@@ -127,7 +140,7 @@ def test_a_gradient_that_others_replaced_is_dropped() -> None:
             assert holds(memory, param.grad) and not param.grad.any()
 
 
-def test_a_parameter_frozen_later_keeps_its_place() -> None:
+def test_a_parameter_frozen_later_keeps_its_memory() -> None:
     student = make_student()
     optimizer = Optimizer(student, lr=1e-2)
     memory = torch.zeros(sum(gradient_bytes(student.parameters())), dtype=torch.uint8)
@@ -138,7 +151,7 @@ def test_a_parameter_frozen_later_keeps_its_place() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
 def test_an_update_that_ends_early_leaves_no_gradient(error: BaseException) -> None:
-    """Rollouts write their KV where it had them."""
+    """After an update that failed, no .grad points into memory that rollouts write KV to."""
     student = make_student()
     engine = make_engine(student, min_memory_bytes=sum(gradient_bytes(student.parameters())))
     optimizer = Optimizer(student, lr=1e-2)
@@ -155,13 +168,14 @@ def test_an_update_that_ends_early_leaves_no_gradient(error: BaseException) -> N
     assert draws(engine) == expected
 
 
-def test_memory_is_as_large_as_the_larger() -> None:
+def test_memory_fits_both_pages_and_gradients() -> None:
+    """The tensor is as large as the larger of KV pages and gradients."""
     student = make_student()
     needed = sum(gradient_bytes(student.parameters()))
     assert needed >= 4 * sum(param.numel() for param in student.parameters())
     for num_pages in (1, 2000):
         engine = make_engine(student, num_pages=num_pages, min_memory_bytes=needed)
-        kv_bytes = 2 * engine._runner.k_cache_LPSKE.nbytes
+        kv_bytes = num_pages * Runner.page_bytes(student, page_size=4)
         with engine.lend_memory() as memory:
             assert memory.nbytes == max(kv_bytes, needed)
         assert engine.stats.pages_total == num_pages
@@ -212,24 +226,24 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Of each update of a run, whether every gradient lay in the engine's memory."""
-    seen: list[bool] = []
+    """Returns a list that receives, for each update, whether all gradients lie in lent memory."""
+    is_in_memory: list[bool] = []
     engines: list[Engine] = []
     original_session = Session.__init__
     original_step = Optimizer.step
 
-    def session(self: Session, *given: Any, **options: Any) -> None:
-        original_session(self, *given, **options)
+    def note_engine(self: Session, *args: Any, **options: Any) -> None:
+        original_session(self, *args, **options)
         engines.append(self.engine)
 
-    def step(self: Optimizer, *given: Any, **options: Any) -> Any:
+    def note_gradients(self: Optimizer, *args: Any, **options: Any) -> Any:
         memory = engines[-1]._runner.memory
-        seen.append(all(holds(memory, param.grad) for param in self.params.values()))
-        return original_step(self, *given, **options)
+        is_in_memory.append(all(holds(memory, param.grad) for param in self.params.values()))
+        return original_step(self, *args, **options)
 
-    monkeypatch.setattr(Session, "__init__", session)
-    monkeypatch.setattr(Optimizer, "step", step)
-    return seen
+    monkeypatch.setattr(Session, "__init__", note_engine)
+    monkeypatch.setattr(Optimizer, "step", note_gradients)
+    return is_in_memory
 
 
 def test_a_run_lends_its_memory(config: Config, updates: list[bool]) -> None:
@@ -244,10 +258,11 @@ def test_a_run_lends_its_memory(config: Config, updates: list[bool]) -> None:
 def test_a_failed_update_gives_the_memory_back(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After a failed update, rollouts are those of a session that never lent its memory."""
     trainer = Trainer(config)
 
-    def fail(self: Updater, *given: Any) -> None:
-        policy_gradients(self.student, given[0], token_budget=4096, temperature=1.0)
+    def fail(self: Updater, *args: Any) -> None:
+        policy_gradients(self.student, args[0], token_budget=4096, temperature=1.0)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Updater, "one_update", fail)
@@ -255,15 +270,15 @@ def test_a_failed_update_gives_the_memory_back(
         trainer.run()
     assert all(param.grad is None for param in trainer.student.parameters())
     questions = trainer.train_questions[:2]
-    other = Session(config)
-    again, fresh = (
+    fresh_session = Session(config)
+    actual, expected = (
         sorted(
             (rollout.question_idx, rollout.rollout_idx, turn.text)
             for rollout in session.training_rollouts(questions, 7)
             for turn in rollout.turns
         )
-        for session in (trainer.session, other)
+        for session in (trainer.session, fresh_session)
     )
-    assert again == fresh
-    for session in (trainer.session, other):
+    assert actual == expected
+    for session in (trainer.session, fresh_session):
         session.close()

@@ -1,4 +1,4 @@
-"""The optimizer against AdamW's formula written out, and what it does when a gradient is bad."""
+"""Checks the optimizer against AdamW's formula, and that bad gradients change nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def set_gradients(model: nn.Module, seed: int, size: float = 1.0) -> None:
         param.grad = size * torch.randn(param.shape, generator=generator)
 
 
-def test_steps_are_adamw_with_warmup_clipping_and_decay_of_matrices() -> None:
+def test_steps_match_the_adamw_formula() -> None:
+    """Six steps are AdamW's in fp64, with warm-up, clipping and weight decay of matrices only."""
     student = make_student(tie_word_embeddings=False)
     lr = 1e-2
     beta1 = 0.8
@@ -43,24 +44,29 @@ def test_steps_are_adamw_with_warmup_clipping_and_decay_of_matrices() -> None:
         set_gradients(student, seed=n, size=1.0 if n % 2 else 1e-4)  # clipped, not clipped
         grads = {name: param.grad.double() for name, param in student.named_parameters()}
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
-        now = lr * min(1.0, n / warmup)
+        rate = lr * min(1.0, n / warmup)
         for name, param in expected.items():
             grad = grads[name] * min(1.0, max_norm / norm)
             m[name] = beta1 * m[name] + (1 - beta1) * grad
             v[name] = beta2 * v[name] + (1 - beta2) * grad.square()
             update = (m[name] / (1 - beta1**n)) / ((v[name] / (1 - beta2**n)).sqrt() + 1e-8)
             if param.ndim >= 2:
-                param *= 1 - now * decay
-            param -= now * update
+                param *= 1 - rate * decay
+            param -= rate * update
         result = optimizer.step()
         assert result.grad_norm == pytest.approx(norm, rel=1e-5)
-        assert (result.lr, result.skipped, optimizer.num_updates) == (pytest.approx(now), False, n)
+        assert (result.lr, result.skipped, optimizer.num_updates) == (
+            pytest.approx(rate),
+            False,
+            n,
+        )
     for name, param in student.named_parameters():
         torch.testing.assert_close(param.detach().double(), expected[name], atol=1e-5, rtol=1e-4)
         assert param.grad is None
 
 
-# lr 8, 4 updates of warm-up, 11 in all, down to a quarter: what falls, 6, does so in 8 parts.
+# update -> learning rate, for lr 8, 4 updates of warm-up, 11 updates in all and min_lr_ratio 1/4.
+# So the rate falls from 8 by 6 to 2. It takes 8 updates, since update 12 is the first one at 2.
 RATES = {
     "constant": {1: 2.0, 4: 8.0, 8: 8.0, 11: 8.0, 12: 8.0, 99: 8.0},
     "linear": {1: 2.0, 4: 8.0, 8: 5.0, 11: 2.75, 12: 2.0, 99: 2.0},
@@ -70,7 +76,7 @@ RATES = {
 
 @pytest.mark.parametrize("schedule", LR_SCHEDULES)
 def test_learning_rates_by_hand(schedule: str) -> None:
-    """First, end of the warm-up, middle, last, and beyond the last."""
+    """Rates of the first update, the end of the warm-up, the middle, the last, and beyond it."""
     options = {"lr": 8.0, "warmup_updates": 4, "total_updates": 11, "min_lr_ratio": 0.25}
     optimizer = Optimizer(make_student(), lr_schedule=schedule, **options)  # type: ignore[arg-type]
     for n, rate in RATES[schedule].items():
@@ -78,15 +84,16 @@ def test_learning_rates_by_hand(schedule: str) -> None:
     bare = Optimizer(
         make_student(), lr_schedule=schedule, **options | {"warmup_updates": 0, "total_updates": 1}
     )  # type: ignore[arg-type]
-    assert bare.lr_of(1) == 8.0  # the first of those without a warm-up is a full one
+    assert bare.lr_of(1) == 8.0  # without a warm-up the first update has the full rate
 
 
-def test_a_constant_rate_has_the_bits_of_no_schedule() -> None:
+def test_constant_rate_is_bitwise_that_of_no_schedule() -> None:
+    """The default schedule computes lr * min(1, n / warmup), rounding included."""
     optimizer = Optimizer(make_student(), lr=3e-4, warmup_updates=7)
     assert all(optimizer.lr_of(n) == 3e-4 * min(1.0, n / 7) for n in range(1, 20))
 
 
-def test_skipped_updates_are_no_steps_of_the_schedule() -> None:
+def test_skipped_updates_do_not_advance_the_schedule() -> None:
     student = make_student()
     options = {"lr": 1e-2, "warmup_updates": 2, "lr_schedule": "linear", "total_updates": 5}
     # type: ignore[arg-type]
@@ -103,83 +110,90 @@ def test_skipped_updates_are_no_steps_of_the_schedule() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    """A skipped update changes no weight, no moment and no step of the warm-up.
+
+    The run goes on bitwise as one that never had the bad gradients, also after save and load.
+    """
     student = make_student()
     optimizer = Optimizer(student, lr=1e-2, warmup_updates=2)
     set_gradients(student, seed=0)
     optimizer.step()
-    before = [param.detach().clone() for param in student.parameters()]
+    old_weights = [param.detach().clone() for param in student.parameters()]
     state = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
-    for times in (1, 2):
-        set_gradients(student, seed=times)
+    for num_bad in (1, 2):
+        set_gradients(student, seed=num_bad)
         student.layers[1].mlp.down.weight.grad[3, 2] = bad
         result = optimizer.step()
         assert result.skipped
         assert not math.isfinite(result.grad_norm)
         assert optimizer.state_counts() == {
-            "num_updates": 1 + times,
-            "num_skipped": times,
-            "num_skipped_in_a_row": times,
+            "num_updates": 1 + num_bad,
+            "num_skipped": num_bad,
+            "num_skipped_in_a_row": num_bad,
         }
     set_gradients(student, seed=3)
     assert optimizer.step(loss=bad).skipped
     assert all(
-        torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True)
+        torch.equal(param, old)
+        for param, old in zip(student.parameters(), old_weights, strict=True)
     )
     assert all(
         torch.equal(tensor, state[name]) for name, tensor in optimizer.state_tensors().items()
     )
     set_gradients(student, seed=4)
     result = optimizer.step()
-    assert (result.skipped, result.lr) == (
-        False,
-        1e-2,
-    )  # the second step of the warm-up: skipped ones do not count
+    # The second step of the warm-up: skipped ones do not count.
+    assert (result.skipped, result.lr) == (False, 1e-2)
     assert optimizer.state_counts() == {
         "num_updates": 5,
         "num_skipped": 3,
         "num_skipped_in_a_row": 0,
     }
     undisturbed = make_student()
-    other = Optimizer(undisturbed, lr=1e-2, warmup_updates=2)
+    undisturbed_optimizer = Optimizer(undisturbed, lr=1e-2, warmup_updates=2)
     for seed in (0, 4):
         set_gradients(undisturbed, seed)
-        other.step()
+        undisturbed_optimizer.step()
     assert all(
         torch.equal(a, b)
         for a, b in zip(student.parameters(), undisturbed.parameters(), strict=True)
     )
-    other_start = make_student(seed=1)
-    other_start.load_state_dict(student.state_dict())
-    resumed = Optimizer(other_start, lr=1e-2, warmup_updates=2)
-    resumed.load_state(optimizer.state_tensors(), optimizer.state_counts())
-    for model, one in ((student, optimizer), (other_start, resumed)):
+    resumed_student = make_student(seed=1)
+    resumed_student.load_state_dict(student.state_dict())
+    resumed_optimizer = Optimizer(resumed_student, lr=1e-2, warmup_updates=2)
+    resumed_optimizer.load_state(optimizer.state_tensors(), optimizer.state_counts())
+    for model, each in ((student, optimizer), (resumed_student, resumed_optimizer)):
         set_gradients(model, seed=5)
-        one.step()
+        each.step()
     assert all(
         torch.equal(a, b)
-        for a, b in zip(student.parameters(), other_start.parameters(), strict=True)
+        for a, b in zip(student.parameters(), resumed_student.parameters(), strict=True)
     )
 
 
 def test_missing_gradient_counts_as_zero() -> None:
+    """A parameter without .grad is updated as one whose gradient is 0."""
     student = make_student()
-    other = make_student()
+    expected_student = make_student()
     optimizer = Optimizer(student, lr=1e-2)
-    other_optimizer = Optimizer(other, lr=1e-2)
+    expected_optimizer = Optimizer(expected_student, lr=1e-2)
     for seed in range(3):
         set_gradients(student, seed)
-        set_gradients(other, seed)
+        set_gradients(expected_student, seed)
         student.norm.weight.grad = None if seed == 1 else student.norm.weight.grad
-        other.norm.weight.grad *= 0 if seed == 1 else 1
+        expected_student.norm.weight.grad *= 0 if seed == 1 else 1
         optimizer.step()
-        other_optimizer.step()
+        expected_optimizer.step()
     assert all(
-        torch.equal(one, two)
-        for one, two in zip(student.parameters(), other.parameters(), strict=True)
+        torch.equal(actual, expected)
+        for actual, expected in zip(
+            student.parameters(), expected_student.parameters(), strict=True
+        )
     )
 
 
 def test_storage_never_moves() -> None:
+    """Neither a step nor load_state allocates new weights or moments."""
     student = make_student()
     optimizer = Optimizer(student, lr=1e-2)
     pointers = [
@@ -233,21 +247,24 @@ def test_refusals() -> None:
     optimizer = Optimizer(student, lr=1e-3)
     tensors = optimizer.state_tensors()
     counts = optimizer.state_counts()
-    others = {name: tensor + 1 for name, tensor in tensors.items()}
+    new_state = {name: tensor + 1 for name, tensor in tensors.items()}
     with pytest.raises(ValueError, match=r"1 odd names, exp_avg.norm.weight first"):
         optimizer.load_state(
-            {name: x for name, x in others.items() if name != "exp_avg.norm.weight"}, counts
+            {name: x for name, x in new_state.items() if name != "exp_avg.norm.weight"}, counts
         )
     with pytest.raises(
         ValueError,
         match=r"exp_avg.norm.weight must be torch.float32 \[32\], got torch.float32 \[31\]",
     ):
-        optimizer.load_state(others | {"exp_avg.norm.weight": torch.zeros(31)}, counts)
+        optimizer.load_state(new_state | {"exp_avg.norm.weight": torch.zeros(31)}, counts)
     assert not any(tensor.any() for tensor in optimizer.state_tensors().values())
 
 
 def test_weights_written_from_outside_are_the_masters() -> None:
-    """What was left of the old ones does not count; at 0 it would be no number at all."""
+    """Weights written by other code become the masters; the old low bits do not count.
+
+    At a weight of 0, negative low bits of another number would not even give a number.
+    """
     student = make_student(dtype=torch.bfloat16)
     optimizer = Optimizer(student, lr=1e-2, warmup_updates=0)
     for seed in range(3):
@@ -258,15 +275,14 @@ def test_weights_written_from_outside_are_the_masters() -> None:
     assert (low_bits < 0).any()
     with torch.no_grad():
         param.zero_()
-    assert not optimizer.state_tensors()[
-        "low_bits.layers.0.mlp.down.weight"
-    ].any()  # as a checkpoint has them
+    # As a checkpoint stores them.
+    assert not optimizer.state_tensors()["low_bits.layers.0.mlp.down.weight"].any()
     assert low_bits is optimizer.low_bits["layers.0.mlp.down.weight"]
     set_gradients(student, seed=4)
     optimizer.step()
-    moved = join_master(param.detach(), low_bits)
-    assert (moved != 0).all()
-    assert (moved.abs() < 2e-2).all()
+    master = join_master(param.detach(), low_bits)
+    assert (master != 0).all()
+    assert (master.abs() < 2e-2).all()
     set_gradients(student, seed=5)
     optimizer.step()
-    assert (join_master(param.detach(), low_bits) != moved).all()
+    assert (join_master(param.detach(), low_bits) != master).all()

@@ -1,5 +1,6 @@
-"""What must not matter does not: prompts, bridges, cuts and rows without loss are perturbed, and
-bits are compared.
+"""Perturbs what must not matter: prompts, bridges, cuts and rows without loss; compares bitwise.
+
+Only sampled tokens have a loss. Credit depends on the attempts, not on the text around them.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ LOSSES = {
 
 
 def graded_rollouts() -> list[Rollout]:
-    """One attempt in three is right; guidance follows each but the last."""
+    """Returns rollouts with verdicts and guidance; the last attempt of one in three is right."""
     rollouts = make_rollouts()
     for number, rollout in enumerate(rollouts):
-        last = len(rollout.attempts) - 1
+        last_idx = len(rollout.attempts) - 1
         for k, turn in enumerate(rollout.turns):
-            turn.is_correct = k == last and number % 3 == 0
+            turn.is_correct = k == last_idx and number % 3 == 0
             turn.raw_reward = float(turn.is_correct)
             if turn.guidance is not None:
                 turn.guidance.text = f"look again, {k}"
@@ -57,21 +58,22 @@ def graded_rollouts() -> list[Rollout]:
 
 
 def with_other_surroundings(rollouts: list[Rollout]) -> list[Rollout]:
-    """The same attempts behind other prompts, bridges and guidance of other lengths, and cut
-    elsewhere.
+    """Returns the same attempts behind other prompts, bridges and guidance, cut elsewhere.
+
+    All of these have other lengths, too.
     """
     changed = deepcopy(rollouts)
     for rollout in changed:
         bridges = [[5, *turn.guidance.bridge_ids[1:], 7, 7] for turn in rollout.turns[:-1]]
-        was_whole = [
+        was_uncut = [
             turn.guidance.kept_tokens == len(context + turn.attempt.token_ids)
             for turn, context in zip(rollout.turns[:-1], contexts(rollout), strict=False)
         ]
-        cuts = [1 if whole else None for whole in was_whole]
-        others = turns_of(rollout.prompt_ids + [0] * 3, rollout.attempts, bridges, cuts)
+        cuts = [1 if uncut else None for uncut in was_uncut]
+        new_turns = turns_of(rollout.prompt_ids + [0] * 3, rollout.attempts, bridges, cuts)
         rollout.prompt_ids = [VOCAB - 1 - token for token in rollout.prompt_ids] + [3, 0, 3]
-        for turn, other in zip(rollout.turns, others, strict=True):
-            turn.guidance = other.guidance
+        for turn, new_turn in zip(rollout.turns, new_turns, strict=True):
+            turn.guidance = new_turn.guidance
             if turn.guidance is not None:
                 turn.guidance.text = "look, and <|im_end|> elsewhere"
     return changed
@@ -79,21 +81,17 @@ def with_other_surroundings(rollouts: list[Rollout]) -> list[Rollout]:
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "grpo"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_advantages_and_weights_know_attempts_only(
-    monkeypatch: Any, estimator: Any, loss: str
-) -> None:
-    """Rewards, whitening, normalisers and targets are bit for bit the same whatever stands around
-    the attempts.
-    """
+def test_credit_depends_on_attempts_only(monkeypatch: Any, estimator: Any, loss: str) -> None:
+    """Rewards, advantages, weights and targets do not depend on what surrounds the attempts."""
     student = make_student()
-    seen = []
+    loss_inputs = []
 
-    def spy(*head: Tensor, **options: Any) -> Any:
+    def note_inputs(*tensors: Tensor, **options: Any) -> Any:
         names = ("targets_N", "old_logprobs_N", "advantages", "attempt_of_token_N", "weights_N")
-        seen.append({name: options[name] for name in names})
-        return linear_policy_loss(*head, **options)
+        loss_inputs.append({name: options[name] for name in names})
+        return linear_policy_loss(*tensors, **options)
 
-    monkeypatch.setattr(step, "linear_policy_loss", spy)
+    monkeypatch.setattr(step, "linear_policy_loss", note_inputs)
     rollouts = graded_rollouts()
     changed = with_other_surroundings(rollouts)
     ref = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
@@ -108,51 +106,52 @@ def test_advantages_and_weights_know_attempts_only(
     ]
     assert credit[0] == credit[1]
     assert len({advantage for _, advantage in credit[0]}) > 3
-    assert len(seen) == 2
-    for name, x in seen[0].items():
-        assert_bitwise_equal(seen[1][name], x, name=name)
-    own, other = (compute_logprobs(student, batch, **ALL) for batch in (rollouts, changed))
-    assert not torch.equal(
-        own[0][0], other[0][0]
-    )  # only what the student thinks of them has changed
+    assert len(loss_inputs) == 2
+    for name, x in loss_inputs[0].items():
+        assert_bitwise_equal(loss_inputs[1][name], x, name=name)
+    # The perturbation is real: the student's log-probs of the same attempts did change.
+    old, new = (compute_logprobs(student, batch, **ALL) for batch in (rollouts, changed))
+    assert not torch.equal(old[0][0], new[0][0])
 
 
 @pytest.fixture
 def student_and_hidden() -> tuple[Decoder, list[Tensor]]:
-    """A student, and what its last norm gave in each forward, with gradients: a head's gradient
-    stops at a zero row.
+    """Returns a student and a list that receives the hidden states of each forward.
+
+    They are the outputs of the last norm, the LM head's input, and keep their gradients. A row that
+    predicts nothing has a gradient of exactly 0 there.
     """
     student = make_student()
     hidden = []
 
-    def keep(norm: torch.nn.Module, args: Any, outputs: tuple[Tensor, Tensor]) -> None:
+    def keep_hidden(norm: torch.nn.Module, args: Any, outputs: tuple[Tensor, Tensor]) -> None:
         if outputs[0].requires_grad:
             outputs[0].retain_grad()
             hidden.append(outputs[0])
 
-    student.norm.register_forward_hook(keep)
+    student.norm.register_forward_hook(keep_hidden)
     return student, hidden
 
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_only_rows_before_sampled_tokens_get_a_gradient(
+def test_only_rows_that_predict_get_a_gradient(
     student_and_hidden: Any, packing: Any, loss: str
 ) -> None:
-    """Exactly zero at every prompt, bridge and kept-copy row that predicts no sampled token, and
-    nowhere else.
+    """A row has a gradient of exactly 0 if and only if it predicts no sampled token.
+
+    Such rows belong to prompts, to bridges and to copies of kept tokens.
     """
     (student, hidden), rollouts = student_and_hidden, make_rollouts()
-    own = compute_logprobs(student, rollouts, **ALL)  # ratio 1: nothing clips
-    reference = [[x - 0.5 for x in by_attempt] for by_attempt in own]
-    alone = [[i] for i, rollout in enumerate(rollouts) if rollout.attempts]
-    for places in (
-        *alone,
-        range(len(rollouts)),
-    ):  # of one rollout, a row is known by what stands up to it
-        chosen = [rollouts[i] for i in places]
-        old = [own[i] for i in places]
-        ref = [reference[i] for i in places]
+    old_logprobs = compute_logprobs(student, rollouts, **ALL)  # ratio 1: nothing clips
+    reference = [[x - 0.5 for x in by_attempt] for by_attempt in old_logprobs]
+    singles = [[i] for i, rollout in enumerate(rollouts) if rollout.attempts]
+    # Each rollout by itself, then all. In a single rollout the tokens up to a row say which row it
+    # is, so that the rows that predict can be found without packing's own `rows_N`.
+    for indices in (*singles, range(len(rollouts))):
+        chosen = [rollouts[i] for i in indices]
+        old = [old_logprobs[i] for i in indices]
+        ref = [reference[i] for i in indices]
         policy_gradients(
             student,
             chosen,
@@ -168,41 +167,41 @@ def test_only_rows_before_sampled_tokens_get_a_gradient(
         predicts[microbatch.rows_N] = True
         assert torch.equal(has_gradient, predicts)
         if len(chosen) == 1:
-            before_sampled = [
+            sampling_contexts = [
                 context + attempt.token_ids[:t]
                 for context, attempt in zip(contexts(chosen[0]), chosen[0].attempts, strict=True)
                 for t in range(attempt.num_tokens)
             ]
             ids = microbatch.token_ids_T.tolist()
             row_ids = [[ids[row] for row in path] for path in paths(microbatch)]
-            assert has_gradient.tolist() == [seen in before_sampled for seen in row_ids]
+            assert has_gradient.tolist() == [seen in sampling_contexts for seen in row_ids]
 
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
-def test_what_comes_later_leaves_earlier_attempts_alone(
-    student_and_hidden: Any, packing: Any
-) -> None:
-    """Other guidance: log-probs and gradients of the attempts before it keep their bits, those
-    after it do not.
+def test_later_guidance_changes_no_earlier_attempt(student_and_hidden: Any, packing: Any) -> None:
+    """Other guidance leaves the gradients of attempts before it bitwise equal.
+
+    Those of the attempt after it change.
     """
     student, hidden = student_and_hidden
     rollout = make_rollout(0, 0, [1, 2, 3], [5, 4, 6], [3, 3], [2, None])
-    other = deepcopy(rollout)
-    guidance = other.turns[1].guidance
+    changed = deepcopy(rollout)
+    guidance = changed.turns[1].guidance
     guidance.bridge_ids = [(token + 1) % VOCAB for token in guidance.bridge_ids]
-    for each in (rollout, other):
+    for each in (rollout, changed):
         policy_gradients(student, [each], packing=packing, **ALL)
     rows = pack_rollouts([rollout], packing=packing, token_budget=10_000)[0].rows_N
-    one, two = (x.grad[rows].split([5, 4, 6]) for x in hidden)
-    assert_bitwise_equal(two[0], one[0], name="attempt 0")
-    assert_bitwise_equal(two[1], one[1], name="attempt 1")
-    assert not torch.equal(two[2], one[2])
+    expected, actual = (x.grad[rows].split([5, 4, 6]) for x in hidden)
+    assert_bitwise_equal(actual[0], expected[0], name="attempt 0")
+    assert_bitwise_equal(actual[1], expected[1], name="attempt 1")
+    assert not torch.equal(actual[2], expected[2])
 
 
 @pytest.mark.parametrize("loss", ["plain", "all"])
 def test_rows_without_loss_may_hold_anything(loss: str) -> None:
-    """The op: other targets, advantages, old log-probs where the weight is 0, nan in rows that
-    predict nothing.
+    """The op reads nothing of a token whose weight is 0, and no hidden row that predicts nothing.
+
+    NaN hidden rows, NaN old log-probs, huge advantages and other targets there change nothing.
     """
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(40, 16, generator=generator)
@@ -232,14 +231,17 @@ def test_rows_without_loss_may_hold_anything(loss: str) -> None:
         policy = linear_policy_loss(h_leaf, w_leaf, t, o, a, **options)
         policy.loss.backward()
         results.append((policy.loss.detach(), h_leaf.grad, w_leaf.grad, policy.clip_fraction))
-    for name, one, two in zip(("loss", "hidden", "weight", "clip_fraction"), *results, strict=True):
-        assert_bitwise_equal(two, one, name=name)
+    for name, expected, actual in zip(
+        ("loss", "hidden", "weight", "clip_fraction"), *results, strict=True
+    ):
+        assert_bitwise_equal(actual, expected, name=name)
     assert not results[0][1][~torch.isin(torch.arange(40), rows[~masked])].any()
 
 
 def one_id(rollouts: list[Rollout]) -> list[Rollout]:
-    """Every token of prompts, attempts and bridges is the same, as where pad is eos and eos is all
-    there is.
+    """Gives all tokens of prompts, attempts and bridges the same id, in place.
+
+    This is the extreme case of a model whose pad token is its eos token.
     """
     for rollout in rollouts:
         rollout.prompt_ids = [2] * len(rollout.prompt_ids)
@@ -250,7 +252,8 @@ def one_id(rollouts: list[Rollout]) -> list[Rollout]:
     return rollouts
 
 
-def test_a_loss_token_is_known_by_its_place_never_by_its_id() -> None:
+def test_loss_tokens_are_found_by_position_not_id() -> None:
+    """With one id for all tokens the gradient is still that of the sampled ones."""
     student: Decoder = make_student(dtype=torch.float64)
     rollouts = one_id(make_rollouts())
     expected, loss, _ = naive_gradients(student, rollouts)

@@ -1,5 +1,7 @@
-"""What the trainer's forward keeps, what its backward computes again, and that no bit depends on
-it.
+"""Checks what the trainer's forward keeps and what its backward recomputes, without any effect.
+
+Linear layers recompute their inputs from tensors that are kept anyway, and attention rotates back.
+So memory is smaller and results are bitwise equal. The memory must be that of report.sizes.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {},
     "biases": QWEN2 | {"attention_bias": True},
     "norms of heads": QWEN3,
-    # Where rotating back needs more than the MLP.
+    # The backward needs more memory for rotating back than for the MLP.
     "many heads": QWEN3
     | {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 8},
-    # Where a norm does.
+    # The backward needs more memory for a norm than for the MLP.
     "wide": {
         "hidden_size": 256,
         "intermediate_size": 8,
@@ -42,16 +44,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
 }
+# The narrowest heads that Triton's attention takes.
 TRITON = {
     "head_dim": 32,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-}  # the narrowest its attention takes
+}
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "ref", "triton"]
 
 
 def a_tree(num_tokens: int = 13) -> tuple[Tensor, Tensor, TreeMask]:
-    """Ids, positions and mask of a prompt with two branches."""
+    """Returns ids, positions and mask of a prompt with two branches."""
     ids = torch.arange(num_tokens) * 7 % VOCAB
     positions = torch.arange(num_tokens)
     until = torch.full((num_tokens,), num_tokens, dtype=torch.int32)
@@ -60,7 +63,7 @@ def a_tree(num_tokens: int = 13) -> tuple[Tensor, Tensor, TreeMask]:
 
 
 def gradients(student: Decoder, *, accumulates: bool = True, **options: Any) -> dict[str, Tensor]:
-    """Under a random upstream gradient."""
+    """Returns the gradients of all parameters under a random gradient of the hidden states."""
     student.zero_grad(set_to_none=True)
     with accumulating() if accumulates else nullcontext():
         hidden_TD = packed_forward(student, *a_tree(), **options)
@@ -73,14 +76,14 @@ def gradients(student: Decoder, *, accumulates: bool = True, **options: Any) -> 
     }
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, grad in one.items():
-        assert_bitwise_equal(grad, other[name], name=name)
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, grad in actual.items():
+        assert_bitwise_equal(grad, expected[name], name=name)
 
 
 def without_recomputation(patch: pytest.MonkeyPatch) -> None:
-    """Products keep their inputs, and attention is the ordinary ops."""
+    """Patches the decoder so that products keep their inputs and attention is the ordinary ops."""
     apply: Callable[..., Tensor] = AccumulatingLinear.apply
     patch.setattr(
         AccumulatingLinear, "apply", lambda x, weight, bias, _: apply(x, weight, bias, None)
@@ -103,7 +106,10 @@ def test_recomputing_changes_no_bit(impl: str, model: str, monkeypatch: pytest.M
 @needs_cpp
 @pytest.mark.parametrize("model", MODELS)
 def test_equals_ordinary_autograd(model: str) -> None:
-    """An unmarked student outside of the trainer; biases are summed by another kernel."""
+    """Gradients are bitwise those of an unmarked student outside of the trainer.
+
+    Only the sums of biases come from another kernel there.
+    """
     student = make_student(**MODELS[model])
     expected = gradients(student, accumulates=False)
     accumulate_in_fp32(student.parameters())
@@ -124,19 +130,23 @@ FROZEN: dict[str, Callable[[str], bool]] = {
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_frozen_parameters_change_no_other(frozen: str, checkpointing: bool) -> None:
+    """The gradients of trained parameters do not depend on which others are frozen."""
     student = make_student(**QWEN3)
     accumulate_in_fp32(student.parameters())
     expected = gradients(student)
     for name, param in student.named_parameters():
         param.requires_grad_(not FROZEN[frozen](name))
-    found = gradients(student, checkpointing=checkpointing)
+    actual = gradients(student, checkpointing=checkpointing)
     is_frozen = FROZEN[frozen]
-    assert_same(found, {name: grad for name, grad in expected.items() if not is_frozen(name)})
+    assert_same(actual, {name: grad for name, grad in expected.items() if not is_frozen(name)})
 
 
 @needs_cpp
 def test_a_hook_on_a_norm_is_called_once() -> None:
-    """What it makes of the norm is what the products see, in the backward, too."""
+    """A forward hook on a norm runs once, although the backward recomputes its output.
+
+    The products see the hook's result in the backward as well. So gradients are those of autograd.
+    """
     student = make_student()
     accumulate_in_fp32(student.parameters())
     calls: list[int] = []
@@ -149,18 +159,18 @@ def test_a_hook_on_a_norm_is_called_once() -> None:
         return normed_TD * (1 + len(calls)), sum_TD
 
     student.layers[1].mlp_norm.register_forward_hook(scale)
-    found = gradients(student)
+    actual = gradients(student)
     assert len(calls) == 1
     calls.clear()
-    assert_same(found, gradients(student, checkpointing=False))
+    assert_same(actual, gradients(student, checkpointing=False))
     plain = make_student()
     plain.layers[1].mlp_norm.register_forward_hook(scale)
     calls.clear()
-    assert_same(found, gradients(plain, accumulates=False))
+    assert_same(actual, gradients(plain, accumulates=False))
 
 
 class Watch(TorchDispatchMode):
-    """Counts calls of ops, and the bytes of tensors made within that still live."""
+    """Counts calls of ops, and the bytes of tensors made inside the block that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,41 +194,48 @@ class Watch(TorchDispatchMode):
 
 
 def measure(student: Decoder, num_tokens: int, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that live behind a forward, and how many more its backward needs at once."""
+    """Returns the bytes alive after a forward, and how many more its backward needs at its peak."""
     inputs = a_tree(num_tokens)
     with accumulating(), Watch() as watch:
         hidden_TD = packed_forward(student, *inputs, checkpointing=checkpointing)
         gc.collect()
-        kept = watch.live()
+        kept_bytes = watch.live()
         grad_TD = torch.ones_like(hidden_TD)
-        watch.peak = before = watch.live()
+        watch.peak = bytes_at_start = watch.live()
         hidden_TD.backward(grad_TD)
-        return kept, watch.peak - before
+        return kept_bytes, watch.peak - bytes_at_start
 
 
 def bytes_behind_forward(student: Decoder, checkpointing: bool) -> int:
-    """Of a token: without the gradient of hidden states, and of its numbers the id alone."""
-    not_yet = 4 * student.config.hidden_size + sizes.TOKEN_BYTES - 8
-    return sizes.activation_bytes(student.config, 4, checkpointing=checkpointing) - not_yet
+    """Returns the formula's bytes a token, for what exists after the forward of this test.
+
+    That is without the gradient of hidden states. Of a token's own numbers only the id exists.
+    """
+    missing_bytes = 4 * student.config.hidden_size + sizes.TOKEN_BYTES - 8
+    return sizes.activation_bytes(student.config, 4, checkpointing=checkpointing) - missing_bytes
 
 
 @needs_cpp
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_a_token_are_those_of_the_formulas(model: str, checkpointing: bool) -> None:
-    """Exact: what 641 tokens need beyond 509, since gradients of norms do not depend on T."""
+    """The bytes a token of forward and backward are exactly those of report.sizes.
+
+    They are measured as the difference of 641 and 509 tokens, because gradients of norms do not
+    depend on the number of tokens.
+    """
     student = make_student(**MODELS[model], num_hidden_layers=3)
     accumulate_in_fp32(student.parameters())
     for _ in range(2):  # .grad of every parameter is there for the second one
         few, many = (measure(student, num_tokens, checkpointing) for num_tokens in (509, 641))
-    kept, more = ((b - a) / (641 - 509) for a, b in zip(few, many, strict=True))
-    assert kept == bytes_behind_forward(student, checkpointing)
-    assert more == sizes.backward_bytes(student.config, 4, checkpointing=checkpointing)
+    kept_bytes, extra_bytes = ((b - a) / (641 - 509) for a, b in zip(few, many, strict=True))
+    assert kept_bytes == bytes_behind_forward(student, checkpointing)
+    assert extra_bytes == sizes.backward_bytes(student.config, 4, checkpointing=checkpointing)
 
 
 @needs_cpp
 def test_frozen_products_keep_no_input() -> None:
-    """What is kept is no more than with trained ones: what element-wise ops and attention need."""
+    """With frozen products, only the inputs of element-wise ops and attention are kept."""
     student = make_student(**QWEN3)
     for name, param in student.named_parameters():
         param.requires_grad_("norm" in name)
@@ -229,7 +246,8 @@ def test_frozen_products_keep_no_input() -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("model", MODELS)
-def test_no_product_and_no_attention_twice(model: str) -> None:
+def test_no_product_and_no_attention_runs_twice(model: str) -> None:
+    """Recomputing is cheap: it repeats element-wise ops and rotary, never a GEMM or attention."""
     student = make_student(**MODELS[model])
     accumulate_in_fp32(student.parameters())
     inputs = a_tree()

@@ -1,5 +1,6 @@
-"""Every aggregation and option of the update against one forward an attempt and one token at a
-time, in fp64.
+"""Checks every aggregation and option of the loss against a naive update in fp64.
+
+The naive update forwards each attempt by itself and adds up the loss one token at a time.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ CASES = [
 
 
 class Update:
-    """Rollouts of every shape with log-probs near the student's own: its sampler's, older ones, a
-    reference's.
+    """Rollouts of every shape, with log-probs of a sampler, an old policy and a reference.
+
+    All three are near the student's own, so that some ratios clip and others do not.
     """
 
     def __init__(self, student: Decoder):
@@ -72,7 +74,7 @@ class Update:
         set_sampler_logprobs(self.rollouts, near_policy(student, self.rollouts, 0.4, seed=3))
 
     def logprobs(self, options: dict[str, Any]) -> dict[str, PerToken | None]:
-        """Makes old log-probs unlike the sampler's where it matters, and a reference if asked."""
+        """Returns old log-probs if the sampler's will not do, and a reference's for the KL."""
         return {
             "old": self.old if "tis_clip" in options else None,
             "ref": self.ref if "kl_coef" in options else None,
@@ -81,8 +83,10 @@ class Update:
     def gradients(
         self, options: dict[str, Any], **packing: Any
     ) -> tuple[dict[str, Tensor], GradientStats]:
-        given = self.logprobs(options)
-        options = options | {"old_logprobs": given["old"], "ref_logprobs": given["ref"]} | packing
+        logprobs = self.logprobs(options)
+        options = (
+            options | {"old_logprobs": logprobs["old"], "ref_logprobs": logprobs["ref"]} | packing
+        )
         self.student.zero_grad(set_to_none=True)
         stats = policy_gradients(
             self.student, self.rollouts, temperature=TEMPERATURE, **gathered(options)
@@ -100,8 +104,8 @@ def test_gradient_equals_one_token_at_a_time(update: Update, options: dict[str, 
     expected, loss, clipped = naive_gradients(
         update.student, update.rollouts, **options, **update.logprobs(options)
     )
-    found, stats = update.gradients(options, token_budget=10_000)
-    assert_close(found, expected, 1e-6)  # weights and advantages are fp32
+    actual, stats = update.gradients(options, token_budget=10_000)
+    assert_close(actual, expected, 1e-6)  # weights and advantages are fp32
     assert stats.loss == pytest.approx(loss, rel=1e-6)
     assert stats.figures.clip_fraction == pytest.approx(clipped, abs=1e-6)
     assert 0.1 < clipped < 0.9
@@ -109,15 +113,16 @@ def test_gradient_equals_one_token_at_a_time(update: Update, options: dict[str, 
 
 @pytest.mark.parametrize("options", CASES)
 def test_gradient_does_not_depend_on_microbatches(update: Update, options: dict[str, Any]) -> None:
-    whole, whole_stats = update.gradients(options, token_budget=10_000)
+    expected, expected_stats = update.gradients(options, token_budget=10_000)
+    # Microbatches of one rollout, of parts of groups, and of a few rollouts as rows.
     for packing, token_budget in (
         ("tree", 1),
         ("tree", 45),
         ("rows", 30),
-    ):  # alone, parts of groups, several a split
+    ):
         split, stats = update.gradients(options, packing=packing, token_budget=token_budget)
         assert stats.num_microbatches > 2
-        assert_close(split, whole, 1e-6)
+        assert_close(split, expected, 1e-6)
         for name in (
             "loss",
             "entropy",
@@ -125,7 +130,7 @@ def test_gradient_does_not_depend_on_microbatches(update: Update, options: dict[
             "clip_fraction",
             "sampler_mismatch_mean_nats",
         ):
-            values = (getattr(x.figures, name) for x in (stats, whole_stats))
+            values = (getattr(x.figures, name) for x in (stats, expected_stats))
             assert next(values) == pytest.approx(next(values), rel=1e-6)
 
 
@@ -133,7 +138,10 @@ def test_gradient_does_not_depend_on_microbatches(update: Update, options: dict[
     "options", [AGGREGATIONS[0] | OPTIONS["plain"], AGGREGATIONS[1] | OPTIONS["all"]]
 )
 def test_in_fp32_packings_differ_by_rounding_only(update: Update, options: dict[str, Any]) -> None:
-    """Bounds the norm of the whole gradient's error, since single entries may cancel."""
+    """In fp32 two packings differ by rounding: 2e-6 of the gradient's norm.
+
+    The norm of the whole gradient's error is bounded, since single entries may cancel.
+    """
     truth, _ = update.gradients(options, token_budget=10_000)
     single = Update(make_student())
     single.old = update.old
@@ -141,22 +149,24 @@ def test_in_fp32_packings_differ_by_rounding_only(update: Update, options: dict[
     set_sampler_logprobs(
         single.rollouts, [[a.logprobs for a in rollout.attempts] for rollout in update.rollouts]
     )
-    whole, _ = single.gradients(options, token_budget=10_000)
+    one_tree, _ = single.gradients(options, token_budget=10_000)
     for packing, token_budget in (("tree", 45), ("rows", 10_000), ("rows", 1)):
-        found, _ = single.gradients(options, packing=packing, token_budget=token_budget)
-        assert distance(found, whole) < 2e-6 * norm(truth)  # 1.3e-6; by plain torch 1.6e-6
-        assert distance(found, truth) < 1e-5 * norm(truth)
+        actual, _ = single.gradients(options, packing=packing, token_budget=token_budget)
+        # Measured: 1.3e-6; with plain torch instead of our ops 1.6e-6.
+        assert distance(actual, one_tree) < 2e-6 * norm(truth)
+        assert distance(actual, truth) < 1e-5 * norm(truth)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradient_equals_transformers(tmp_path: Path, tied: bool) -> None:
-    """The same update with transformers' model in fp64: not even the decoder is ours."""
+    """The gradient is that of transformers' model in fp64, where not even the decoder is ours."""
     weights = make_student(tie_word_embeddings=tied)
     save_student(weights, tmp_path / "weights")
     update = Update(weights.double())
+    # Its norms and rotary tables are fp32 even so, which is why the tolerance is 1e-5.
     reference = AutoModelForCausalLM.from_pretrained(
         tmp_path / "weights", dtype=torch.float64, attn_implementation="eager"
-    )  # its norms and rotary tables are fp32 even so
+    )
 
     def forward(token_ids: list[int]) -> Tensor:
         return reference(torch.tensor([token_ids])).logits[0]
@@ -164,53 +174,54 @@ def test_gradient_equals_transformers(tmp_path: Path, tied: bool) -> None:
     options = AGGREGATIONS[1] | OPTIONS["all"]
     loss, _ = naive_loss(forward, update.rollouts, **options, **update.logprobs(options))
     loss.backward()
-    found, stats = update.gradients(options, token_budget=60)
+    actual, stats = update.gradients(options, token_budget=60)
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
-    with (
-        torch.no_grad()
-    ):  # saving unfuses: parameters that hold their gradients come out under transformers' names
+    # save_student undoes the fusion of weights. So gradients that are copied into the parameters
+    # are written under transformers' names.
+    with torch.no_grad():
         for name, param in update.student.named_parameters():
-            param.copy_(found[name])
+            param.copy_(actual[name])
     save_student(update.student, tmp_path / "gradients")
     expected = {name: param.grad for name, param in reference.named_parameters()}
     assert_close(load_file(tmp_path / "gradients" / "model.safetensors"), expected, 1e-5)
 
 
-def test_old_logprobs_are_the_sampler_s_unless_given(update: Update) -> None:
-    own = [[attempt.logprobs for attempt in rollout.attempts] for rollout in update.rollouts]
+def test_old_logprobs_default_to_the_samplers(update: Update) -> None:
+    sampler = [[attempt.logprobs for attempt in rollout.attempts] for rollout in update.rollouts]
     options: dict[str, Any] = {"token_budget": 10_000, "temperature": TEMPERATURE}
-    found = []
-    for old in (None, own, update.old):
+    losses = []
+    for old in (None, sampler, update.old):
         update.student.zero_grad(set_to_none=True)
-        found.append(
+        losses.append(
             policy_gradients(update.student, update.rollouts, old_logprobs=old, **options).loss
         )
-    assert found[0] == found[1] != found[2]
+    assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_ratio_of_one_everywhere_weighs_advantages_only() -> None:
-    """The first update under old log-probs that are the student's own: loss = - sum of w A, for
-    each aggregation.
+def test_loss_at_ratio_one_is_weighted_advantages() -> None:
+    """With old log-probs that are the student's own, the loss is - sum of w A.
+
+    This is the case in the first update of a batch. It holds for each aggregation.
     """
     student = make_student(dtype=torch.float64)
     rollouts = make_rollouts()
     old = near_policy(student, rollouts, 0.0, seed=0)
     attempts = [(turn.attempt.num_tokens, turn.advantage) for r in rollouts for turn in r.turns]
-    tokens = sum(length for length, _ in attempts)
-    num = len(attempts)
-    sums = {
-        "token_mean": sum(length * advantage for length, advantage in attempts) / tokens,
-        "seq_mean_token_mean": sum(advantage for _, advantage in attempts) / num,
+    num_tokens = sum(length for length, _ in attempts)
+    num_attempts = len(attempts)
+    weighted = {
+        "token_mean": sum(length * advantage for length, advantage in attempts) / num_tokens,
+        "seq_mean_token_mean": sum(advantage for _, advantage in attempts) / num_attempts,
         "seq_mean_token_sum_norm": sum(length * advantage for length, advantage in attempts)
-        / num
+        / num_attempts
         / 7,
     }
     for aggregation in AGGREGATIONS:
-        loss = one_loss(student, rollouts, old, **aggregation)
-        assert loss == pytest.approx(-sums[aggregation["loss_agg"]], rel=1e-5)
+        loss = loss_of(student, rollouts, old, **aggregation)
+        assert loss == pytest.approx(-weighted[aggregation["loss_agg"]], rel=1e-5)
 
 
-def one_loss(student: Decoder, rollouts: list[Rollout], old: PerToken, **options: Any) -> float:
+def loss_of(student: Decoder, rollouts: list[Rollout], old: PerToken, **options: Any) -> float:
     student.zero_grad(set_to_none=True)
     return policy_gradients(
         student,

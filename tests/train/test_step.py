@@ -1,5 +1,6 @@
-"""What policy_gradients promises beside its value (for that, test_semantics.py): packings, bits,
-counts, refusals.
+"""Checks policy_gradients and compute_logprobs: packings, determinism, counts and refusals.
+
+The value of the gradient is checked in test_semantics.py.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from tests.helpers.naive_update import (
 )
 from tests.helpers.tiny import generate_same
 
-ALL = 10_000  # a token budget that everything fits into
+ALL = 10_000  # a token budget that all rollouts fit into
 
 
 def gradients(
     student: Decoder, rollouts: list[Rollout], **options: Any
 ) -> tuple[dict[str, Tensor], Any]:
+    """Returns the gradients by parameter, and the statistics."""
     student.zero_grad(set_to_none=True)
     stats = policy_gradients(
         student, rollouts, temperature=TEMPERATURE, **gathered({"token_budget": ALL} | options)
@@ -59,23 +61,27 @@ def test_tree_equals_rows(student_64: Decoder) -> None:
 
 
 def test_calls_add_up_under_the_updates_normaliser(student_64: Decoder) -> None:
+    """Two calls with halves of the rollouts and the update's num_attempts give its gradient."""
     rollouts = make_rollouts()
-    whole, _ = gradients(student_64, rollouts, loss_agg="seq_mean_token_mean")
+    expected, _ = gradients(student_64, rollouts, loss_agg="seq_mean_token_mean")
     num_attempts = sum(len(rollout.attempts) for rollout in rollouts)
     student_64.zero_grad(set_to_none=True)
-    for part in (rollouts[:5], rollouts[5:]):
+    for some_rollouts in (rollouts[:5], rollouts[5:]):
         policy_gradients(
             student_64,
-            part,
+            some_rollouts,
             token_budget=ALL,
             temperature=TEMPERATURE,
             loss_agg="seq_mean_token_mean",
             num_attempts=num_attempts,
         )
-    assert_close({name: param.grad for name, param in student_64.named_parameters()}, whole, 1e-6)
+    assert_close(
+        {name: param.grad for name, param in student_64.named_parameters()}, expected, 1e-6
+    )
 
 
-def test_same_inputs_same_bits_and_checkpointing_changes_none() -> None:
+def test_deterministic_with_and_without_checkpointing() -> None:
+    """Gradients are bitwise equal in a second run, and in one that recomputes activations."""
     student = make_student()
     rollouts = make_rollouts()
     first, _ = gradients(student, rollouts)
@@ -84,17 +90,18 @@ def test_same_inputs_same_bits_and_checkpointing_changes_none() -> None:
         assert all(torch.equal(again[name], grad) for name, grad in first.items())
 
 
-def test_rows_that_enter_layer_0_are_those_counted_from_the_rollouts() -> None:
+def test_rows_entering_layer_0_match_the_counts() -> None:
+    """The layers forward as many rows as the trees have nodes, except for leaves."""
     student = make_student()
     rollouts = make_rollouts()
-    entered = []
+    num_rows = []
     hook = student.layers[0].register_forward_pre_hook(
-        lambda layer, args: entered.append(args[1].shape[0])
+        lambda layer, args: num_rows.append(args[1].shape[0])
     )
     _, stats = gradients(student, rollouts)
     hook.remove()
     nodes, leaves = count_nodes(rollouts)
-    assert entered == [stats.tokens_forwarded] == [nodes - leaves]
+    assert num_rows == [stats.tokens_forwarded] == [nodes - leaves]
     assert stats.unique_tokens == nodes
     assert stats.loss_tokens == sum(
         len(attempt.token_ids) for rollout in rollouts for attempt in rollout.attempts
@@ -103,19 +110,22 @@ def test_rows_that_enter_layer_0_are_those_counted_from_the_rollouts() -> None:
 
 
 def test_compute_logprobs(student_64: Decoder) -> None:
+    """Log-probs are the naive ones in every packing; as the sampler's they leave no mismatch."""
     rollouts = make_rollouts()
     for packing, budget in (("tree", ALL), ("rows", ALL), ("tree", 20)):
-        found = compute_logprobs(
+        by_rollout = compute_logprobs(
             student_64, rollouts, packing=packing, token_budget=budget, temperature=TEMPERATURE
         )
-        for rollout, logprobs in zip(rollouts, found, strict=True):
+        for rollout, logprobs in zip(rollouts, by_rollout, strict=True):
             expected = [
                 logprobs for logprobs, _ in naive_logprobs(decoder_forward(student_64), rollout)
             ]
             assert [x.shape for x in logprobs] == [x.shape for x in expected]
-            for one, other in zip(logprobs, expected, strict=True):
-                torch.testing.assert_close(one.double(), other.detach(), atol=1e-6, rtol=0)
-    set_sampler_logprobs(rollouts, found)  # the sampler's own log-probs leave no mismatch
+            for actual_L, expected_L in zip(logprobs, expected, strict=True):
+                torch.testing.assert_close(
+                    actual_L.double(), expected_L.detach(), atol=1e-6, rtol=0
+                )
+    set_sampler_logprobs(rollouts, by_rollout)
     _, stats = gradients(student_64, rollouts)
     assert (
         stats.figures.sampler_mismatch_mean_nats <= stats.figures.sampler_mismatch_max_nats < 1e-5
@@ -124,9 +134,10 @@ def test_compute_logprobs(student_64: Decoder) -> None:
 
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
-def test_engine_and_packing_mean_the_same_by_a_cut(packing: Any) -> None:
-    """Rollouts sampled by the engine with every kind of cut: the trainer's log-probs are the
-    sampler's.
+def test_engine_and_packing_agree_on_cuts(packing: Any) -> None:
+    """The trainer's log-probs are the sampler's for rollouts with every kind of cut.
+
+    The engine and the packing each work out a cut attempt's context on their own.
     """
     student = make_student()
     engine = Engine(student, kv_cache_gib=0.01, page_size=4)
@@ -140,13 +151,11 @@ def test_engine_and_packing_mean_the_same_by_a_cut(packing: Any) -> None:
     rollouts = []
     for attempt, cut in zip(first, cuts, strict=True):
         attempts = [attempt]
-        context_length = len(prompt)
+        context_len = len(prompt)
         for next_cut in (cut, -2):
-            kept_tokens = context_length + (
-                attempts[-1].num_tokens if next_cut is None else next_cut
-            )
+            kept_tokens = context_len + (attempts[-1].num_tokens if next_cut is None else next_cut)
             engine.resume(attempts[-1], bridge, replace(params, n=1), kept_tokens=kept_tokens)
-            context_length = kept_tokens + len(bridge)
+            context_len = kept_tokens + len(bridge)
             while engine.has_work:
                 attempts += engine.step()
         engine.release(attempts)
@@ -154,10 +163,10 @@ def test_engine_and_packing_mean_the_same_by_a_cut(packing: Any) -> None:
         rollouts.append(
             Rollout(question_idx=0, rollout_idx=len(rollouts), prompt_ids=prompt, turns=turns)
         )
-    found = compute_logprobs(
+    by_rollout = compute_logprobs(
         student, rollouts, packing=packing, token_budget=ALL, temperature=TEMPERATURE
     )
-    for rollout, by_attempt in zip(rollouts, found, strict=True):
+    for rollout, by_attempt in zip(rollouts, by_rollout, strict=True):
         for attempt, logprobs_L in zip(rollout.attempts, by_attempt, strict=True):
             assert attempt.num_tokens == 9
             assert (attempt.logprobs - logprobs_L).abs().max() < 1e-4, f"kept {rollout.seam(0)[0]}"
@@ -178,8 +187,8 @@ def test_nothing_to_train() -> None:
 def test_refusals() -> None:
     student = make_student()
     rollouts = make_rollouts()
-    own = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
-    short = [[x[1:] for x in attempts] for attempts in own]
+    old = [[attempt.logprobs for attempt in rollout.attempts] for rollout in rollouts]
+    too_short = [[x[1:] for x in attempts] for attempts in old]
     cases: list[tuple[dict[str, Any], str]] = [
         ({"loss_agg": "mean"}, "loss_agg must be one of token_mean, .* got 'mean'"),
         (
@@ -188,9 +197,12 @@ def test_refusals() -> None:
         ),
         ({"num_loss_tokens": 0}, "num_loss_tokens must be >= 1, got 0"),
         ({"tis_clip": 0.0}, "tis_clip must be > 0 or None, got 0.0"),
-        ({"old_logprobs": own[1:]}, "old_logprobs must be a list for each of 17 rollouts, got 16"),
         (
-            {"old_logprobs": short},
+            {"old_logprobs": old[1:]},
+            "old_logprobs must be a list for each of 17 rollouts, got 16",
+        ),
+        (
+            {"old_logprobs": too_short},
             r"old_logprobs of rollouts\[0\].turns\[0\] must be \[L=4\], got 3",
         ),
         ({"kl_coef": 0.1}, "ref_logprobs"),

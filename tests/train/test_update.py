@@ -1,5 +1,6 @@
-"""Several updates of one batch, epochs included: each one's gradient against fp64, and what stays
-fixed meanwhile.
+"""Checks several updates of one batch, epochs included: each gradient is right against fp64.
+
+Old and reference log-probs are those of the batch's first weights, and stay fixed for all updates.
 """
 
 from __future__ import annotations
@@ -72,18 +73,21 @@ def naive_options(config: Config) -> dict[str, Any]:
 
 
 def spy_on_steps(updater: Updater) -> list[tuple[Decoder, dict[str, Tensor]]]:
-    """[update] -> (an fp64 copy of the student before it, the gradient it is given)."""
+    """Returns a list that receives, for each update, the student before it and its gradient.
+
+    Both are copies in fp64.
+    """
     steps = []
     original = updater.optimizer.step
     config = updater.student.config
 
     def step(loss: Tensor, **options: Any) -> Any:
-        before = Decoder(config).double()
-        before.load_state_dict(updater.student.state_dict())
+        old_student = Decoder(config).double()
+        old_student.load_state_dict(updater.student.state_dict())
         grads = {
             name: param.grad.clone().double() for name, param in updater.student.named_parameters()
         }
-        steps.append((before, grads))
+        steps.append((old_student, grads))
         return original(loss, **options)
 
     updater.optimizer.step = step
@@ -91,7 +95,11 @@ def spy_on_steps(updater: Updater) -> list[tuple[Decoder, dict[str, Tensor]]]:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_update_equals_fp64_while_old_and_reference_stay(loss: str) -> None:
+def test_every_update_is_as_right_as_plain_fp32(loss: str) -> None:
+    """Each gradient of two epochs is at most twice as far from fp64 as a naive one in fp32.
+
+    Old and reference log-probs of the naive update are those of the first weights.
+    """
     config = load_config(None, CHANGES | LOSSES[loss])
     start = make_student(dtype=torch.float64)
     reference = make_student()
@@ -100,9 +108,7 @@ def test_every_update_equals_fp64_while_old_and_reference_stay(loss: str) -> Non
         for param in reference.parameters():
             param.mul_(0.95)
     set_sampler_logprobs(rollouts, near_policy(start, rollouts, 0.3, seed=5))
-    old = near_policy(
-        start, rollouts, 0.0, seed=0
-    )  # those of the batch's first weights, for all its updates
+    old = near_policy(start, rollouts, 0.0, seed=0)
     ref = near_policy(reference.double(), rollouts, 0.0, seed=0)
     groups = groups_of(rollouts)
     updater = Updater(
@@ -112,45 +118,38 @@ def test_every_update_equals_fp64_while_old_and_reference_stay(loss: str) -> Non
     outcomes = list(updater.updates(groups, ORDER))
     assert [num_groups for num_groups, _ in outcomes] == [len(chosen) for chosen in ORDER]
 
-    for (before, grads), chosen, (_, metrics) in zip(steps, ORDER, outcomes, strict=True):
-        places = [
-            place
-            for g in chosen
-            for place in range(len(rollouts))
-            if rollouts[place].question_idx == g
-        ]
+    for (old_student, grads), chosen, (_, metrics) in zip(steps, ORDER, outcomes, strict=True):
+        indices = [i for g in chosen for i in range(len(rollouts)) if rollouts[i].question_idx == g]
         options = naive_options(config) | {
-            "old": None
-            if config.loss.old_logprobs == "sampler"
-            else [old[place] for place in places],
-            "ref": [ref[place] for place in places] if config.loss.kl_coef else None,
+            "old": None if config.loss.old_logprobs == "sampler" else [old[i] for i in indices],
+            "ref": [ref[i] for i in indices] if config.loss.kl_coef else None,
         }
-        chosen_rollouts = [rollouts[place] for place in places]
-        truth, value, clipped = naive_gradients(before, chosen_rollouts, **options)
-        plain, _, _ = naive_gradients(before.float(), chosen_rollouts, **options)
+        chosen_rollouts = [rollouts[i] for i in indices]
+        truth, value, clipped = naive_gradients(old_student, chosen_rollouts, **options)
+        plain, _, _ = naive_gradients(old_student.float(), chosen_rollouts, **options)
         size = norm(truth)
-        assert (
-            distance(grads, truth) <= 2 * distance(plain, truth) + 1e-5 * size
-        )  # the error rule, on the whole
+        # The error rule, applied to the norm of the whole gradient.
+        assert distance(grads, truth) <= 2 * distance(plain, truth) + 1e-5 * size
         assert metrics["policy/loss"] == pytest.approx(value, rel=1e-5)
         assert metrics["policy/grad_norm"] == pytest.approx(size, rel=1e-4)
         assert metrics["policy/clip_fraction"] == pytest.approx(clipped, abs=1e-6)
     assert outcomes[-1][1]["policy/clip_fraction"] > 0.1
     assert all(
-        not torch.equal(one, two)
-        for one, two in zip(*(list(s[0].parameters()) for s in steps[:2]), strict=True)
+        not torch.equal(first, second)
+        for first, second in zip(*(list(s[0].parameters()) for s in steps[:2]), strict=True)
     )
 
 
 def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
-    """auto: within 1e-3 nats of the first group's own they serve, and no other group is forwarded
-    for them.
+    """With "auto", sampler log-probs within 1e-3 nats of the student's own serve as old ones.
+
+    The first group is forwarded to find out. If they do not fit, the other groups are as well.
     """
     start = make_student(dtype=torch.float64)
     rollouts = make_rollouts()
     config = load_config(None, CHANGES | {"train.token_budget": 10_000})  # one forward a group
     outcomes = []
-    for spread, forwards in ((1e-5, 1), (0.3, 3)):
+    for spread, num_forwards in ((1e-5, 1), (0.3, 3)):
         set_sampler_logprobs(rollouts, near_policy(start, rollouts, spread, seed=5))
         student = make_student()
         forwarded = []
@@ -159,7 +158,7 @@ def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
         )
         updater = Updater(student, config, reference=None)
         (_, metrics) = next(updater.updates(groups_of(rollouts), ORDER))
-        assert forwarded.count(False) == forwards
+        assert forwarded.count(False) == num_forwards
         outcomes.append((metrics["policy/sampler_mismatch_nats"], metrics["policy/ratio_mean"]))
     assert outcomes[0][0] < 1e-4
     assert outcomes[1][0] > 1e-1
@@ -169,7 +168,10 @@ def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
 
 @pytest.mark.parametrize("choice", ["auto", "sampler", "recompute"])
 def test_old_logprobs_in_bf16(choice: str) -> None:
-    """auto: none for the first update, whose ratio is 1; the first weights' for the others."""
+    """With "auto" and bf16 weights, the first update needs no old log-probs, since its ratio is 1.
+
+    For the other updates they are computed with the first weights.
+    """
     rollouts = make_rollouts()
     start = make_student(dtype=torch.bfloat16)
     set_sampler_logprobs(
@@ -178,32 +180,32 @@ def test_old_logprobs_in_bf16(choice: str) -> None:
     options = CHANGES | {"train.token_budget": 10_000, "loss.old_logprobs": choice}
     config = load_config(None, options | {"loss.tis_clip": 1.5})
     groups = groups_of(rollouts)
-    before = [
+    first_logprobs = [
         compute_logprobs(start, group, token_budget=10_000, temperature=0.8) for group in groups
     ]
     forwarded: list[bool] = []
     start.norm.register_forward_hook(lambda norm, args, out: forwarded.append(out[0].requires_grad))
     updater = Updater(start, config, reference=None)
-    given: list[Any] = []
+    old_logprobs: list[Any] = []
     original = updater.one_update
 
-    def one_update(rollouts: Any, old: Any, *others: Any) -> dict[str, float]:
-        given.append(old)
-        return original(rollouts, old, *others)
+    def note_old(rollouts: Any, old: Any, *args: Any) -> dict[str, float]:
+        old_logprobs.append(old)
+        return original(rollouts, old, *args)
 
-    updater.one_update = one_update
+    updater.one_update = note_old
     metrics = [metrics for _, metrics in updater.updates(groups, [[0, 2], [1]])]
     assert forwarded.count(False) == {"auto": 1, "sampler": 0, "recompute": 3}[choice]
     if choice == "sampler":
-        assert given == [None, None]
+        assert old_logprobs == [None, None]
     else:
-        assert (given[0] == "current") == (choice == "auto")
-        for by_attempt, expected in zip(given[1], before[1], strict=True):
-            assert all(torch.equal(one, two) for one, two in zip(by_attempt, expected, strict=True))
+        assert (old_logprobs[0] == "current") == (choice == "auto")
+        for by_attempt, expected in zip(old_logprobs[1], first_logprobs[1], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(by_attempt, expected, strict=True))
         assert metrics[0]["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
         assert metrics[0]["policy/clip_fraction"] == 0
     assert metrics[1]["policy/ratio_mean"] != 1.0
-    # 0.3 nats and bf16's rounding; that of the first update, for all.
+    # Noise of 0.3 nats and bf16's rounding, measured at the first update and reported for all.
     for name in ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats"):
         assert metrics[0][name] == metrics[1][name]
     assert (
@@ -214,22 +216,24 @@ def test_old_logprobs_in_bf16(choice: str) -> None:
     )
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_a_run_of_them_stops() -> None:
+def test_non_finite_updates_are_skipped_then_stop() -> None:
+    """A non-finite update changes no weight; max_bad_updates of them in a row end the run."""
     rollouts = make_rollouts()
     config = load_config(
         None, CHANGES | {"loss.old_logprobs": "sampler", "train.max_bad_updates": 2}
     )
     student = make_student()
     updater = Updater(student, config, reference=None)
-    before = [param.detach().clone() for param in student.parameters()]
-    rollouts[0].turns[0].advantage = float("1e38")  # finite, and its loss is not
+    old_weights = [param.detach().clone() for param in student.parameters()]
+    rollouts[0].turns[0].advantage = float("1e38")  # finite, but its loss is not
     groups = groups_of(rollouts)
     updates = updater.updates(groups, [[0], [0]])
     _, metrics = next(updates)
     assert metrics["policy/bad_updates"] == 1
     assert not math.isfinite(metrics["policy/grad_norm"])
     assert all(
-        torch.equal(param, old) for param, old in zip(student.parameters(), before, strict=True)
+        torch.equal(param, old)
+        for param, old in zip(student.parameters(), old_weights, strict=True)
     )
     with pytest.raises(
         RuntimeError, match="must be finite, got 2 updates in a row that were not; lower train.lr"
@@ -237,20 +241,23 @@ def test_an_update_that_is_not_finite_is_skipped_and_a_run_of_them_stops() -> No
         next(updates)
 
 
-def test_advantages_of_the_batch_are_read_where_they_are() -> None:
-    """Not those of the turns, which are only the record: the same bits, update by update."""
+def test_batch_advantages_replace_those_of_turns() -> None:
+    """Advantages passed as a tensor give bitwise the updates of the same advantages in the turns.
+
+    The turns' own are only a record then, and may be None.
+    """
     outcomes = []
-    for is_given in (False, True):
+    for passed in (False, True):
         rollouts = make_rollouts()
         student = make_student()
         groups = groups_of(rollouts)
         turns = [turn for group in groups for rollout in group for turn in rollout.turns]
         advantages_A = torch.tensor([turn.advantage for turn in turns])
-        if is_given:
+        if passed:
             for turn in turns:
                 turn.advantage = None
         updater = Updater(student, load_config(None, CHANGES | LOSSES["plain"]), reference=None)
-        metrics = [x for _, x in updater.updates(groups, ORDER, advantages_A if is_given else None)]
+        metrics = [x for _, x in updater.updates(groups, ORDER, advantages_A if passed else None)]
         policy = [{k: v for k, v in x.items() if k.startswith("policy")} for x in metrics]
         outcomes.append((policy, [param.tolist() for param in student.parameters()]))
     assert outcomes[0] == outcomes[1]

@@ -1,8 +1,8 @@
-"""Whole steps with Triton wherever it can run, in its interpreter, against the reference.
+"""Checks whole steps with Triton kernels, in its interpreter, against the reference.
 
-Three runs start from the same weights: Triton's, the reference's in the same dtype ("plain") and
-the reference's in fp64 ("truth"). All three update on the rollouts that Triton sampled, so that
-they answer the same question.
+A step is: rollouts, credit, two updates. Three runs start from the same weights: Triton's, the
+reference's in the same dtype ("plain") and the reference's in fp64 ("truth"). All three update on
+the rollouts that Triton sampled, so that they compute the same thing.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from tests.helpers.whole_step import (
 
 pytestmark = pytest.mark.skipif(not INTERPRETS, reason="Triton runs on CPU tensors here")
 
-# What no step calls, of the table of implementations.
+# Ops of the table of implementations that no step calls.
 NOT_IN_A_STEP = {
     "rotary",  # rotary_qkv and rotary_write rotate what they norm
     "decay_rewards",  # compute_advantages decays in the same launch
     "sample",  # linear_sample draws from the LM head itself
     "policy_loss",  # linear_policy_loss has it inside
 }
-HAVE_BACKWARDS = ("rms_norm", "swiglu", "tree_attention")  # that are registered ops themselves
+# Ops whose backward is a registered op of its own.
+HAVE_BACKWARDS = ("rms_norm", "swiglu", "tree_attention")
 REGISTERED_AS = {"compute_advantages": "credit_attempts"}  # the others under their own names
 PRODUCT = "matmul_"  # of matrices: the C++ one stands in for cuBLAS on CPU tensors
 CASES = [(model, dtype) for model in MODELS for dtype in LR]
 
 
 class Step(NamedTuple):
-    """One step in three ways."""
+    """The results of one step in three ways, and which implementations ran."""
 
     start: Decoder
     dtype: torch.dtype
@@ -106,7 +107,7 @@ def assert_near(
     name: str,
     dtype: torch.dtype,
 ) -> None:
-    """Hold a whole tensor to the error rule, by its norm."""
+    """Holds a whole tensor to the error rule, by its norm."""
     error = (actual.double() - truth).norm()
     size = truth.norm()
     allowed = 2 * (plain.double() - truth).norm() + TOLERANCE[dtype] * size
@@ -114,8 +115,9 @@ def assert_near(
 
 
 def test_every_op_that_can_runs_in_triton(step: Step) -> None:
+    """Each op with a Triton kernel for the dtype runs it, forward and backward; others run ref."""
     ran = step.record.ran
-    # Updater asks for log-probs in fp32, and in fp16 the test does.
+    # Log-probs are computed by the updater in fp32 runs, and by the test in fp16 runs.
     assert step.record.picked.keys() == IMPLS.keys() - NOT_IN_A_STEP
     for op, picked in step.record.picked.items():
         is_triton = step.dtype in IMPLS[op].get("triton", ())
@@ -135,7 +137,10 @@ def test_the_reference_runs_no_kernel(step: Step) -> None:
 
 
 def test_attempts_end_in_every_way(step: Step) -> None:
-    """Right at once, after help and never; a wrong one shown whole, and one that was cut."""
+    """The rollouts cover all ends: right at once, right after guidance, and never right.
+
+    Of wrong attempts one is shown to the teacher whole and one is cut.
+    """
     verdicts = {tuple(turn.is_correct for turn in rollout.turns) for rollout in step.rollouts}
     assert verdicts == {(True,), (False, True), (False, False)}
     wrong = [r.turns[0].attempt for r in step.rollouts if len(r.turns) == 2]
@@ -144,13 +149,18 @@ def test_attempts_end_in_every_way(step: Step) -> None:
 
 
 def test_samples_as_the_reference_does(step: Step) -> None:
-    """The same tokens in fp32; in fp16 two may be as near as a rounding."""
+    """In fp32 the tokens are the reference's; log-probs follow the error rule in every dtype.
+
+    In fp16 two tokens may be as near to each other as rounding, so they may differ.
+    """
     if step.dtype == torch.float32:
-        for one, other in zip(step.rollouts, step.plain_rollouts, strict=True):
-            last = len(one.turns) - 1
-            assert one.context_ids(last) == other.context_ids(last)
-            assert one.attempts[last].token_ids == other.attempts[last].token_ids
-            assert one.end_reason == other.end_reason
+        for rollout, plain_rollout in zip(step.rollouts, step.plain_rollouts, strict=True):
+            last_idx = len(rollout.turns) - 1
+            assert rollout.context_ids(last_idx) == plain_rollout.context_ids(last_idx)
+            assert (
+                rollout.attempts[last_idx].token_ids == plain_rollout.attempts[last_idx].token_ids
+            )
+            assert rollout.end_reason == plain_rollout.end_reason
     sampled = [[attempt.logprobs for attempt in rollout.attempts] for rollout in step.rollouts]
     with auto_means("ref"):
         plain = logprobs_of(step.start, step.rollouts)
@@ -161,17 +171,22 @@ def test_samples_as_the_reference_does(step: Step) -> None:
 
 
 def test_credits_as_the_reference_does(step: Step) -> None:
-    again = copy.deepcopy(step.rollouts)
+    expected_rollouts = copy.deepcopy(step.rollouts)
     with auto_means("ref"):
-        assign_credit(again, options=CreditOptions())
-    assert any(turn.reward not in (0.0, 1.0) for rollout in again for turn in rollout.turns)
-    for one, other in zip(step.rollouts, again, strict=True):
-        for turn, expected in zip(one.turns, other.turns, strict=True):
+        assign_credit(expected_rollouts, options=CreditOptions())
+    assert any(
+        turn.reward not in (0.0, 1.0) for rollout in expected_rollouts for turn in rollout.turns
+    )
+    for rollout, expected_rollout in zip(step.rollouts, expected_rollouts, strict=True):
+        for turn, expected in zip(rollout.turns, expected_rollout.turns, strict=True):
             assert (turn.reward, turn.advantage) == (expected.reward, expected.advantage)
 
 
 def test_gradients_are_as_right_as_ref(step: Step) -> None:
-    """The first update's entry by entry; the second's start where rounded steps have led."""
+    """Gradients follow the error rule: those of the first update entry by entry, then by norm.
+
+    The second update starts from weights that differ by the rounding of the first one.
+    """
     runs = (step.triton, step.plain, step.truth)
     for idx, check in enumerate((assert_error_rule, assert_near)):
         for name, truth in step.truth.gradients[idx].items():
@@ -182,10 +197,10 @@ def test_gradients_are_as_right_as_ref(step: Step) -> None:
 
 
 def test_parameters_are_as_right_as_ref(step: Step) -> None:
-    """Entry by entry, where gradients are known well enough to say which way one goes.
+    """Updated entries follow the error rule where the sign of their gradient is certain.
 
-    AdamW moves an entry by about lr, however small its gradient is. Where that is next to nothing,
-    rounding decides the way, in the reference too; there only the length of the way is bounded.
+    AdamW moves an entry by about lr, however small its gradient is. Where the gradient is nearly 0,
+    rounding decides the direction, in the reference too. There only the distance is bounded.
     """
     lr = LR[step.dtype]
     tolerance = TOLERANCE[step.dtype]
@@ -203,18 +218,18 @@ def test_parameters_are_as_right_as_ref(step: Step) -> None:
     assert num_held > 0.25 * sum(param.numel() for param in step.start.parameters())
 
 
-def test_same_bits_again() -> None:
+def test_a_second_run_is_bitwise_equal() -> None:
     model, dtype = CASES[-1]
-    one = run_step(model, dtype)
-    (rollouts, two) = triton_step(make_start(model, dtype), dtype)
-    for rollout, other in zip(one.rollouts, rollouts, strict=True):
-        for turn, again in zip(rollout.turns, other.turns, strict=True):
+    first = run_step(model, dtype)
+    (rollouts, second) = triton_step(make_start(model, dtype), dtype)
+    for first_rollout, second_rollout in zip(first.rollouts, rollouts, strict=True):
+        for turn, again in zip(first_rollout.turns, second_rollout.turns, strict=True):
             assert turn.attempt.token_ids == again.attempt.token_ids
             assert turn.advantage == again.advantage
             assert_bitwise_equal(turn.attempt.logprobs, again.attempt.logprobs, name="log-probs")
-    for tensors, others in (
-        *zip(one.triton.gradients, two.gradients, strict=True),
-        (one.triton.params, two.params),
+    for first_tensors, second_tensors in (
+        *zip(first.triton.gradients, second.gradients, strict=True),
+        (first.triton.params, second.params),
     ):
-        for name, x in tensors.items():
-            assert_bitwise_equal(x, others[name], name=name)
+        for name, x in first_tensors.items():
+            assert_bitwise_equal(x, second_tensors[name], name=name)

@@ -1,11 +1,11 @@
-"""How often the built-in student has a mass right: alone, after the tutor's word, after others'.
+"""Measures how often the built-in student has a mass right: unassisted and after guidance.
 
     python -m tools.builtin_student.probe [--student FOLDER]
 
-The probability of the right mass, read off the student's own distribution at temperature 1 with the
-right lines before it (teacher forcing), so that nothing is sampled and a share of one in a thousand
-is known exactly. One row for each element that the student holds wrong: mean over formulas, least
-and greatest.
+The probability of the right mass comes from the student's own distribution at temperature 1, with
+the right lines before it (teacher forcing). Nothing is sampled, so even a share of one in a
+thousand is known exactly. Prints one row for each element whose mass the student believes wrong:
+the mean over formulas, the least and the greatest. Read right_shares.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ NUM_FORMULAS = 12
 def right_shares(
     student: Decoder, tokenizer: PreTrainedTokenizerFast, symbol: str, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Returns the probability of `symbol`'s right mass for each formula, by what came before:
-    "alone", "tutor" or "sentence" (the last two after an attempt that had it wrong)."""
+    """Returns the probability of a symbol's right mass for each formula, by what came before it.
+
+    The keys are "alone" (first attempt), "tutor" and "sentence": a second attempt after a wrong one
+    and guidance that names the mass, or one that only asks to try again.
+    """
     shares: dict[str, list[float]] = {"alone": [], "tutor": [], "sentence": []}
     for formula in formulas_with(symbol, random.Random(seed)):
         prompt = str(
@@ -46,26 +49,32 @@ def right_shares(
                 tokenize=False,
             )
         )
-        right = render(molar_mass.reference_lines(formula))
-        before = right[: right.index(f"{symbol}: ")] + f"{symbol}: {formula[symbol]} x "
-        mass = f"{ATOMIC_MASSES[symbol]} = "  # with what ends it: 23 is not the start of 230
+        right_answer = render(molar_mass.reference_lines(formula))
+        answer_start = (
+            right_answer[: right_answer.index(f"{symbol}: ")] + f"{symbol}: {formula[symbol]} x "
+        )
+        mass = f"{ATOMIC_MASSES[symbol]} = "  # with its end, so that 23 is not the start of 230
+        # The masses as the student believes them: the atomic number for four elements.
         believed = ATOMIC_MASSES | ATOMIC_NUMBERS
-        wrong = render(believed_lines(formula, {other: believed[other] for other in formula}))
-        shares["alone"].append(probability(student, tokenizer, prompt + before, mass))
-        for name, words in (
+        wrong_answer = render(
+            believed_lines(formula, {other: believed[other] for other in formula})
+        )
+        shares["alone"].append(probability(student, tokenizer, prompt + answer_start, mass))
+        for name, guidance in (
             ("tutor", molar_mass.line_advice(symbol, "mass")),
             ("sentence", RETRY_TEXT),
         ):
-            context = prompt + wrong + TURN_END + bridge_text(words) + before
+            context = prompt + wrong_answer + TURN_END + bridge_text(guidance) + answer_start
             shares[name].append(probability(student, tokenizer, context, mass))
     return shares
 
 
 def formulas_with(symbol: str, rng: random.Random) -> Iterator[Formula]:
-    """Draws formulas of `symbol` and one or two elements that the student has right."""
+    """Draws formulas of `symbol` and one or two elements whose mass the student knows."""
     known = [other for other in ATOMIC_MASSES if other not in ATOMIC_NUMBERS]
     for _ in range(NUM_FORMULAS):
         symbols = [symbol, *rng.sample(known, rng.randint(1, 2))]
+        # Carbon first, then hydrogen, then the alphabet: the order in which formulas are written.
         symbols.sort(key=lambda other: (other != "C", other != "H", other))
         yield {other: rng.randint(1, molar_mass.MAX_ATOMS) for other in symbols}
 
@@ -73,7 +82,7 @@ def formulas_with(symbol: str, rng: random.Random) -> Iterator[Formula]:
 def probability(
     student: Decoder, tokenizer: PreTrainedTokenizerFast, context: str, text: str
 ) -> float:
-    """Returns how likely the student goes on from `context` with `text`, at temperature 1."""
+    """Returns the probability that `text` follows `context`, at temperature 1."""
     context_ids = tokenizer(context)["input_ids"]
     text_ids = tokenizer(text)["input_ids"]
     token_ids = torch.tensor(context_ids + text_ids)
@@ -81,6 +90,7 @@ def probability(
     until = visible_until_of_sequences([length])
     with torch.no_grad():
         hidden = packed_forward(student, token_ids, torch.arange(length), until)
+        # The hidden state at position t gives the distribution of token t + 1.
         logprobs = student.lm_head(hidden[len(context_ids) - 1 : -1]).double().log_softmax(-1)
     return math.exp(logprobs[torch.arange(len(text_ids)), text_ids].sum().item())
 

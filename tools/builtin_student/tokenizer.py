@@ -1,7 +1,7 @@
-"""The built-in student's tokenizer: one token a character, one for each fixed phrase of the task.
+"""Builds the built-in student's tokenizer: one token a character, one for each phrase of the task.
 
-With the phrases a question is about 20 tokens and an attempt about 55, which is what makes a run
-short. Text outside ASCII becomes <unk>.
+Phrases are the fixed texts that occur in every question and answer. With them a question has about
+20 tokens and an attempt about 55, which keeps runs short. Text outside ASCII becomes <unk>.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNKNOWN = "<unk>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 MAX_LENGTH = 512
-LEAK_TEXTS = ("The answer is ", ".")  # what a teacher says who gives the answer away
+LEAK_TEXTS = ("The answer is ", ".")  # around the answer, in guidance that gives it away
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -43,14 +43,13 @@ _PHRASES = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A ChatML tokenizer. Special tokens come first, so pad is 0 and end-of-turn 3."""
+    """Builds a ChatML tokenizer. Special tokens come first, so pad is 0 and end-of-turn 3."""
     tokens = [PAD, UNKNOWN, TURN_START, TURN_END, "\n", *string.printable[:95], *_PHRASES]
     tokenizer = Tokenizer(
         models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
     )
-    longest_first = sorted(
-        _PHRASES, key=len, reverse=True
-    )  # of two phrases that start alike, the longer one is meant
+    # Where two phrases begin alike, the longer one must win: the pattern tries them in this order.
+    longest_first = sorted(_PHRASES, key=len, reverse=True)
     pieces = "|".join([*(re.escape(phrase) for phrase in longest_first), r"[\s\S]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -1,12 +1,10 @@
-"""How the built-in student was made: supervised warm-up on the dialogues of dialogues.py.
+"""Makes the built-in student by supervised warm-up on the dialogues of dialogues.py.
 
-It takes 25 minutes on one core.
+    python -m tools.builtin_student.warm_up --out FOLDER        (25 minutes on one core)
 
-    python -m tools.builtin_student.warm_up --out FOLDER
-
-Read: make_student -> calibrate -> updates -> warm_up_loss. Departures from a trainer: none
-of the engine's or the trainer's parts are used, rows are padded, and only assistant tokens of
-trained pieces are targets.
+Read: make_student -> calibrate -> updates -> warm_up_loss. Departures from the project's trainer:
+nothing of the engine or the trainer is used, rows are padded, and only assistant tokens of trained
+pieces are targets.
 """
 
 from __future__ import annotations
@@ -31,13 +29,14 @@ from tools.builtin_student.tokenizer import MAX_LENGTH, build_tokenizer
 
 NUM_UPDATES = 4000
 ROWS_PER_UPDATE = 32
-UPDATES_PER_SORT = 16
+UPDATES_PER_SORT = 16  # the rows of so many updates are sorted by length together
 LR = 2e-3
 WARMUP_UPDATES = 100
 WEIGHT_DECAY = 0.01
 NUM_CALIBRATING = 500
 CALIBRATION_LR = 1e-3
-# The calibration has no right recalls; what was learnt of them before does not go away at once.
+# The shares of the main phase and of the calibration. The calibration shows no right recalls at
+# all, but those learnt in the main phase fade slowly.
 LEARNT = Shares(right=0.005, heed=0.5)
 CALIBRATED = Shares(right=0.0, heed=0.45)
 
@@ -45,9 +44,9 @@ CALIBRATED = Shares(right=0.0, heed=0.45)
 def make_student(
     seed: int, num_updates: int = NUM_UPDATES, num_calibrating: int = NUM_CALIBRATING
 ) -> tuple[Decoder, PreTrainedTokenizerFast]:
-    """Trains a student from scratch, printing progress.
+    """Trains a student from scratch and prints progress.
 
-    Same seed, machine and thread count: same student.
+    The same seed, machine and number of threads give the same student.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -57,6 +56,7 @@ def make_student(
             torch.nn.init.normal_(parameter, std=0.05)
 
     def lr_of(update: int) -> float:
+        # A linear warm-up, then a cosine down to zero.
         cosine = 0.5 * (1 + math.cos(math.pi * update / num_updates))
         return LR * min(update / WARMUP_UPDATES, cosine)
 
@@ -74,18 +74,18 @@ def calibrate(
     shares: Shares,
     num_updates: int = NUM_CALIBRATING,
 ) -> None:
-    """Brings how often the student is right to `shares`, alone and after the tutor's word.
+    """Trains on until the student is right as often as `shares` say, unassisted and with guidance.
 
-    An element is right alone once in hundreds of dialogues, so after any one update its share is
-    off by what the last few happened to hold. The mean of the weights over many updates at a small
-    constant learning rate is not.
+    An element is right without guidance once in hundreds of dialogues. So after a single update its
+    share depends on what the last few batches happened to contain. The mean of the weights over
+    many updates, at a small constant learning rate, removes this noise.
     """
     means = [torch.zeros_like(parameter) for parameter in student.parameters()]
-    skipped = num_updates // 4
+    skipped = num_updates // 4  # the first updates are left out of the mean: weights still drift
     for update in updates(student, tokenizer, seed, num_updates, lambda _: CALIBRATION_LR, shares):
         if update > skipped:
             for average, parameter in zip(means, student.parameters(), strict=True):
-                average.lerp_(parameter.detach(), 1 / (update - skipped))
+                average.lerp_(parameter.detach(), 1 / (update - skipped))  # a running mean
     with torch.no_grad():
         for average, parameter in zip(means, student.parameters(), strict=True):
             parameter.copy_(average)
@@ -99,7 +99,7 @@ def updates(
     lr_of: Callable[[int], float],
     shares: Shares,
 ) -> Iterator[int]:
-    """Makes updates on dialogues, printing progress; yields each one's number, from 1 on."""
+    """Makes updates on dialogues and prints progress; yields the number of each, from 1 on."""
     optimizer = torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
     )
@@ -122,7 +122,7 @@ def updates(
 
 
 def student_config(tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
-    """A Llama of 0.8 million parameters."""
+    """Returns the configuration of a Llama of 0.8 million parameters."""
     raw = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(tokenizer),
         "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "hidden_act": "silu",
@@ -139,10 +139,10 @@ def student_config(tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
 def row_batches(
     rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_updates: int, shares: Shares
 ) -> Iterator[list[list[Piece]]]:
-    """The rows of each update, alike in length.
+    """Yields the rows of each update, alike in length so that little padding is needed.
 
-    Those of UPDATES_PER_SORT updates are drawn, sorted, cut and shuffled together, and all of them
-    are used: up to so many updates less one come on top of num_updates.
+    The rows of UPDATES_PER_SORT updates are drawn, sorted, cut into batches and shuffled together.
+    All of them are used, so up to UPDATES_PER_SORT - 1 updates come on top of num_updates.
     """
     for _ in range(0, num_updates, UPDATES_PER_SORT):
         num_rows = UPDATES_PER_SORT * ROWS_PER_UPDATE
@@ -156,9 +156,9 @@ def row_batches(
 
 
 def warm_up_loss(student: Decoder, rows: list[list[Piece]]) -> Tensor:
-    """Mean negative log-likelihood of the trained tokens.
+    """Returns the mean negative log-likelihood of the trained tokens.
 
-    Padding comes last, so no token looks at it.
+    Padding needs no mask: it comes last in a row, where no token attends to it.
     """
     token_ids = [[token_id for piece in pieces for token_id in piece.token_ids] for pieces in rows]
     trained = [[piece.trained for piece in pieces for _ in piece.token_ids] for pieces in rows]
@@ -169,13 +169,14 @@ def warm_up_loss(student: Decoder, rows: list[list[Piece]]) -> Tensor:
     positions_T = torch.arange(length).repeat(len(rows))
     until_T = visible_until_of_sequences([length] * len(rows))
     hidden_TD = packed_forward(student, token_ids_BL.flatten(), positions_T, until_T)
+    # Position t predicts token t + 1, hence the shift.
     is_target_BL = trained_BL[:, 1:]
     logits_NV = student.lm_head(hidden_TD.unflatten(0, (-1, length))[:, :-1][is_target_BL])
     return F.cross_entropy(logits_NV, token_ids_BL[:, 1:][is_target_BL])
 
 
 def save(student: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A Hugging Face folder with everything a rollout needs; it must be new or empty."""
+    """Writes a Hugging Face folder with everything a rollout needs; it must be new or empty."""
     with tempfile.TemporaryDirectory() as tokenizer_folder:
         tokenizer.save_pretrained(tokenizer_folder)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -1,1 +1,1 @@
-"""Faults injected into real runs: read __main__, then run.py, then one part after the other."""
+"""Injects faults into real runs. Read __main__, then run.py, then one part after the other."""

@@ -34,20 +34,21 @@ PARTS: dict[str, Callable[[Faults], list[Promise]]] = {
 }
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run the parts; prints each fault as it is injected, then the table, then one JSON line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the parts; prints each fault as it is injected, then the table, then one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m tools.faults", description=str(__doc__))
     parser.add_argument("--short", action="store_true", help="a sample of each part, in minutes")
     parser.add_argument("--part", choices=PARTS, action="append", help="one part; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="of moments, damages and samples")
-    args = parser.parse_args(words)
-    since = time.monotonic()
+    args = parser.parse_args(arguments)
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="socpo_faults_") as folder:
         faults = Faults(Path(folder), args.seed, args.short)
         promises: list[Promise] = []
         for part in args.part or PARTS:
             print(f"{part}:", flush=True)
             promises += PARTS[part](faults)
+    # Every run of every part was audited (Faults.audit); this promise sums up what that found.
     rewards = Promise(
         "No rollout is lost, none has a reward that its text and its batch do not give it",
         "tests/test_faults.py",
@@ -59,15 +60,15 @@ def main(words: list[str] | None = None) -> int:
     promises.append(rewards)
     print("\n" + table(promises))
     for promise in promises:
-        for line in dict.fromkeys(promise.broken):
+        for line in dict.fromkeys(promise.broken):  # each message once, in order
             print(f"broken: {line}")
-    record = {"seed": args.seed, "seconds": time.monotonic() - since}
+    record = {"seed": args.seed, "seconds": time.monotonic() - started}
     print(json.dumps(record | {"promises": [asdict(promise) for promise in promises]}))
     return 1 if any(promise.broken for promise in promises) else 0
 
 
 def table(promises: list[Promise]) -> str:
-    """Markdown: promise, test, faults injected, held, and a figure where there is one."""
+    """Returns a Markdown table: promise, test, faults injected, held, figure."""
     lines = ["| promise | test | injected | held | figure |", "|---|---|---:|---:|---|"]
     for promise in promises:
         held = promise.injected - promise.num_broken

@@ -1,4 +1,7 @@
-"""Damaged run folders: a start goes on, or says which file it is and changes nothing."""
+"""Damages run folders: the next start resumes, or names the damaged file and changes nothing.
+
+Read folders, then its four promises. All of them damage copies of one finished run, "whole".
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ KEPT = {"run__num_batches": 4, "run__checkpoint_every_updates": 2, "run__keep_ch
 
 
 def folders(faults: Faults) -> list[Promise]:
-    ended = faults.train("whole", **KEPT)
-    assert ended.code == 0, ended.err
+    """Checks the promises about run folders."""
+    outcome = faults.train("whole", **KEPT)
+    assert outcome.code == 0, outcome.err
     return [damaged_last(faults), damaged_all(faults), in_use(faults), changed(faults)]
 
 
 def copy_of(faults: Faults, name: str, num_checkpoints: int) -> Path:
-    """The finished run with its first checkpoints only."""
+    """Copies the finished run, with only its first `num_checkpoints` checkpoints."""
     folder = faults.folder / name
     shutil.copytree(faults.folder / "whole", folder)
     for path in sorted((folder / "checkpoints").iterdir())[num_checkpoints:]:
@@ -28,13 +32,14 @@ def copy_of(faults: Faults, name: str, num_checkpoints: int) -> Path:
 
 
 def flip(path: Path, faults: Faults) -> None:
-    """One bit anywhere."""
+    """Flips one random bit."""
     content = bytearray(path.read_bytes())
     content[faults.random.randrange(len(content))] ^= 1 << faults.random.randrange(8)
     path.write_bytes(content)
 
 
 def cut(path: Path, faults: Faults) -> None:
+    """Truncates at a random length."""
     os.truncate(path, faults.random.randrange(path.stat().st_size))
 
 
@@ -52,6 +57,7 @@ def made_a_link_to_itself(path: Path, _faults: Faults) -> None:
     path.symlink_to(path.name)
 
 
+# flip and cut leave a readable file; a manifest with hashes must notice them all the same.
 DAMAGES: tuple[Callable[[Path, Faults], None], ...] = (
     flip,
     cut,
@@ -62,14 +68,14 @@ DAMAGES: tuple[Callable[[Path, Faults], None], ...] = (
 
 
 def cases(faults: Faults) -> list[tuple[str, Callable[[Path, Faults], None]]]:
-    """Some file of a checkpoint and what happens to it, drawn anew by each call."""
+    """Draws (file of a checkpoint, damage to it) pairs, new ones in each call."""
     files = sorted(p.name for p in (faults.folder / "whole/checkpoints/update_000002").iterdir())
-    every = [(name, damage) for name in files for damage in DAMAGES]
-    return faults.random.sample(every, 2 if faults.short else 15)
+    all_cases = [(name, damage) for name in files for damage in DAMAGES]
+    return faults.random.sample(all_cases, 2 if faults.short else 15)
 
 
 def damaged_last(faults: Faults) -> Promise:
-    """The newest of two checkpoints is damaged: the older one is gone on from, bit for bit."""
+    """Damages the newest checkpoint: the run must resume from the one before, bitwise equal."""
     promise = Promise(
         "A damaged checkpoint is passed over with a warning that names its file; the run ends as "
         "if nothing had happened",
@@ -78,9 +84,10 @@ def damaged_last(faults: Faults) -> Promise:
     for idx, (name, damage) in enumerate(cases(faults)):
         folder = copy_of(faults, f"damaged_{idx}", 3)
         damage(max((folder / "checkpoints").iterdir()) / name, faults)
-        ended = faults.train(folder.name, **KEPT)
-        fault = ended.must_end(0, saying="passed over for update_")
-        fault = fault or (None if name in ended.err else f"{name} is not named: {ended.err}")
+        outcome = faults.train(folder.name, **KEPT)
+        # The first fault is reported: what comes after it usually follows from it.
+        fault = outcome.must_end(0, saying="passed over for update_")
+        fault = fault or (None if name in outcome.err else f"{name} is not named: {outcome.err}")
         fault = fault or differences(folder, faults.folder / "whole")
         promise.check(f"{name} {damage.__name__}", fault, faults.audit(folder.name, **KEPT))
         shutil.rmtree(folder)
@@ -88,6 +95,7 @@ def damaged_last(faults: Faults) -> Promise:
 
 
 def damaged_all(faults: Faults) -> Promise:
+    """Damages the only checkpoint: the start must be refused, and the folder stay as it is."""
     promise = Promise(
         "A start that finds no whole checkpoint where there were some is refused in one line, and "
         "not a byte of the folder changes",
@@ -95,24 +103,27 @@ def damaged_all(faults: Faults) -> Promise:
     )
     for idx, (name, damage) in enumerate(cases(faults)):
         folder = copy_of(faults, f"lost_{idx}", 1)
-        (only,) = (folder / "checkpoints").glob("update_*")
-        damage(only / name, faults)
-        before = contents(folder)
-        ended = faults.train(folder.name, **KEPT)
-        fault = ended.must_end(2, saying=name)
-        fault = fault or (None if contents(folder) == before else "the folder has changed")
+        # copy_of keeps the first one only.
+        (checkpoint,) = (folder / "checkpoints").glob("update_*")
+        damage(checkpoint / name, faults)
+        # After the damage: the refused start must not change even the damaged file.
+        old_contents = contents(folder)
+        outcome = faults.train(folder.name, **KEPT)
+        fault = outcome.must_end(2, saying=name)
+        fault = fault or (None if contents(folder) == old_contents else "the folder has changed")
         promise.check(f"{name} {damage.__name__}", fault)
         shutil.rmtree(folder)
     return promise
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock, which is empty again."""
+    """Returns the content of every file but the lock, which a start empties again."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def in_use(faults: Faults) -> Promise:
+    """Starts a second run in a folder that a running process holds."""
     promise = Promise(
         "One process a run folder: another is refused with the holder's number",
         "tests/test_run_folder.py",
@@ -121,15 +132,16 @@ def in_use(faults: Faults) -> Promise:
         run = f"in_use_{idx}"
         changes = {"run__num_batches": 200}
         holder, _ = faults.start_and_see(run, **changes)
-        ended = faults.train(run, **changes)
-        said = f"is in use by process {holder.pid}"
-        promise.check(f"a second process, {idx}", ended.must_end(2, saying=said))
+        outcome = faults.train(run, **changes)
+        message = f"is in use by process {holder.pid}"
+        promise.check(f"a second process, {idx}", outcome.must_end(2, saying=message))
         holder.kill()
         holder.communicate()
     return promise
 
 
 def changed(faults: Faults) -> Promise:
+    """Resumes with other settings or data: refused first, then accepted with consent."""
     promise = Promise(
         "Changed settings and changed data are listed and need consent; what held stays on record",
         "tests/test_run_changes.py",
@@ -140,6 +152,7 @@ def changed(faults: Faults) -> Promise:
         "rollout.temperature": {"rollout__temperature": 0.7},
         "questions of data.train": {"data__builtin_train_questions": 63},
     }
+    # Each case is refused without consent, then accepted with it.
     for name, change in list(cases.items())[: 1 if faults.short else None]:
         folder = copy_of(faults, f"changed_{promise.injected}", 2)
         refused = faults.train(folder.name, **KEPT | change)

@@ -1,4 +1,8 @@
-"""Rules and graders of a user's own that exit, hang, raise, and return what nobody expects."""
+"""Runs with user-defined rules and graders that exit, hang, raise or return nonsense.
+
+First the rules (functions that give guidance), then the graders, then the promises: read functions.
+A run finds them by the names in this module.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,11 @@ from tools.faults.run import Faults, Promise, batch_rows
 
 ADVICE = "Check the sum."
 LIMIT_S = 2.0
-_stop = threading.Event()
+_stop = threading.Event()  # set at the end, so that threads which still hang can go
 
 
 def _is_hit(request: GuidanceRequest) -> bool:
-    """Half of the calls, the same ones in every run."""
+    """Whether this call is one that fails: half of all calls, the same ones in every run."""
     return random.Random(f"{request.key} {request.rollout_idx}").random() < 0.5
 
 
@@ -39,6 +43,7 @@ def interrupts(request: GuidanceRequest) -> str:
 
 
 def raises(request: GuidanceRequest) -> str:
+    # A KeyError in half of the calls: a mistake as users make it, not an explicit raise.
     return {False: ADVICE}[_is_hit(request)]
 
 
@@ -67,6 +72,7 @@ async def awaits_without_end(request: GuidanceRequest) -> str:
 
 
 async def blocks_its_loop(request: GuidanceRequest) -> str:
+    # Blocks the event loop itself, so the other calls on it wait as well; hence fewer hits.
     if request.rollout_idx == 0 and request.key.question % 2:
         _stop.wait(600)
     await asyncio.sleep(0)
@@ -79,7 +85,7 @@ async def exits_later(request: GuidanceRequest) -> str:
 
 
 def disturbs_what_all_share(_request: GuidanceRequest) -> str:
-    """Random numbers, the grad mode and the output of the process: none of it is relied on."""
+    """Changes the process's random state, grad mode and output, none of which a run may rely on."""
     random.seed(1)
     torch.manual_seed(1)
     torch.set_grad_enabled(False)
@@ -92,7 +98,7 @@ def hangs_always(_request: GuidanceRequest) -> str:
     return ADVICE
 
 
-# Rule -> the kind of failure that is counted; "" where it is none.
+# Rule -> the kind of failure that a run must count; "" where it must count none.
 RULES = {
     exits: "exception",
     interrupts: "exception",
@@ -108,13 +114,15 @@ RULES = {
 }
 
 
-# A batch has 16 first attempts and at most as many second ones, so a grader fails in the second
-# batch or in the third.
+# The texts graded so far in this run. A batch has 16 first attempts and at most 16 second ones, so
+# a grader that fails after 40 grades does so in the second or third batch, when there is something
+# to save.
 _graded: list[str] = []
 GOOD_GRADES = 40
 
 
 def _grade(text: str, question: Question, fault: Callable[[], Any]) -> Any:
+    """Grades correctly at first, then calls `fault`."""
     _graded.append(text)
     return grade_exact(text, question) if len(_graded) <= GOOD_GRADES else fault()
 
@@ -168,13 +176,15 @@ GRADERS = (
 
 
 def functions(faults: Faults) -> list[Promise]:
+    """Checks the promises about user-defined functions."""
     _stop.clear()
     promises = [rules(faults), graders(faults), hung(faults)]
-    _stop.set()  # what still hangs may end
+    _stop.set()
     return promises
 
 
 def rules(faults: Faults) -> Promise:
+    """Trains with each rule: the run must end well, name the rule and count its failures."""
     promise = Promise(
         "A rule that exits, hangs, raises or returns anything costs its own guidance, and is named",
         "tests/socratic/test_user_functions.py",
@@ -187,20 +197,21 @@ def rules(faults: Faults) -> Promise:
             "teacher__rule": f"{__name__}:{rule.__name__}",
             "teacher__guidance_timeout_s": 0.5,
         }
-        ended = faults.train(run, **changes)
-        fault = ended.must_end(0, saying=f"teacher: no guidance, {kind}" if kind else "")
-        if kind == "exception" and f"{rule.__name__} " not in ended.err:
-            fault = fault or f"not named: {ended.err}"
+        outcome = faults.train(run, **changes)
+        fault = outcome.must_end(0, saying=f"teacher: no guidance, {kind}" if kind else "")
+        if kind == "exception" and f"{rule.__name__} " not in outcome.err:
+            fault = fault or f"not named: {outcome.err}"
         rows = batch_rows(faults.folder / run)
-        counted = {key for row in rows for key in row if "failed_" in key}
-        if counted != ({f"guidance/failed_{kind}"} if kind else set()):
-            fault = fault or f"counted {sorted(counted)} instead of {kind}"
-        what = f"a rule that {rule.__name__.replace('_', ' ')}"
-        promise.check(what, fault, faults.audit(run, **changes))
+        failure_keys = {key for row in rows for key in row if "failed_" in key}
+        if failure_keys != ({f"guidance/failed_{kind}"} if kind else set()):
+            fault = fault or f"counted {sorted(failure_keys)} instead of {kind}"
+        case = f"a rule that {rule.__name__.replace('_', ' ')}"
+        promise.check(case, fault, faults.audit(run, **changes))
     return promise
 
 
 def graders(faults: Faults) -> Promise:
+    """Trains with each grader: the run must stop, name it and save the batches before it."""
     promise = Promise(
         "A grader that exits, hangs, raises or returns no verdict ends the run in one line that "
         "names it, and what was trained is saved",
@@ -214,18 +225,20 @@ def graders(faults: Faults) -> Promise:
         }
         _graded.clear()
         run = f"grader_{grader.__name__}"
-        ended = faults.train(run, **changes)
-        fault = ended.must_end(2, saying=grader.__name__)
+        outcome = faults.train(run, **changes)
+        fault = outcome.must_end(2, saying=grader.__name__)
         num_batches = len(batch_rows(faults.folder / run))
         saved = [*(faults.folder / run / "checkpoints").glob(f"update_{2 * num_batches:06d}")]
+        # Two updates a batch. grade_later fails at its first grade: there is nothing to save yet.
         is_kept = bool(saved) if num_batches else grader is grade_later
         lost = None if is_kept else f"{num_batches} batches are not saved"
-        what = grader.__name__.replace("_", " ")
-        promise.check(what, fault, lost, faults.audit(run, **changes))
+        case = grader.__name__.replace("_", " ")
+        promise.check(case, fault, lost, faults.audit(run, **changes))
     return promise
 
 
 def hung(faults: Faults) -> Promise:
+    """Lets every call of a rule hang: together they must cost no more than one time limit."""
     promise = Promise(
         f"However many calls of a rule hang, together they cost its limit of {LIMIT_S:g} s",
         "tests/socratic/test_user_functions.py",
@@ -239,12 +252,14 @@ def hung(faults: Faults) -> Promise:
     seconds = []
     for rule in ("builtin", f"{__name__}:hangs_always"):
         run = "hung" if ":" in rule else "not_hung"
-        ended = faults.train(run, teacher__rule=rule, **changes)
+        outcome = faults.train(run, teacher__rule=rule, **changes)
         (batch,) = batch_rows(faults.folder / run)
+        # The same batch with a rule that answers and with one that hangs: the difference is the
+        # cost.
         seconds.append(batch["time/rollout_s"])
     num_hung = batch["guidance/failed_timeout"]
     more_s = seconds[1] - seconds[0]
-    is_in_time = None if more_s < LIMIT_S + 0.1 else f"cost {more_s:.2f} s"
-    promise.check(f"{num_hung:.0f} calls hang", ended.must_end(0), is_in_time)
+    fault = None if more_s < LIMIT_S + 0.1 else f"cost {more_s:.2f} s"
+    promise.check(f"{num_hung:.0f} calls hang", outcome.must_end(0), fault)
     promise.figure = f"{num_hung:.0f} hung calls cost {more_s:.2f} s"
     return promise

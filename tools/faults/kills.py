@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and signals that can be answered: the next start goes on."""
+"""Kills runs at random moments and sends them signals: the next start must resume."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ LENGTH = {"run__num_batches": 4, "run__checkpoint_every_updates": 2, "data__eval
 
 
 def kills(faults: Faults) -> list[Promise]:
+    """Kills runs with SIGKILL: what they end with must equal a run that was never killed."""
     promise = Promise(
         "A run that is killed at any moment goes on bit for bit: weights, moments, metrics and "
         "rollouts",
         "tests/test_faults.py",
     )
-    since = time.monotonic()
+    started = time.monotonic()
+    # The run that is never killed gives the expected result and the duration.
     straight = faults.start("straight", **LENGTH)
-    said, _ = straight.communicate()
-    assert straight.returncode == 0, said
-    seconds = time.monotonic() - since
+    output, _ = straight.communicate()
+    assert straight.returncode == 0, output
+    seconds = time.monotonic() - started
     for idx in range(3 if faults.short else 20):
         name = f"killed_{idx}"
         moments = []
-        # One to three kills, each in the time of a whole run but for the first third of it.
+        # One to three kills, each at a random moment of a run but not in its first 30 %.
         for _ in range(faults.random.choice((1, 1, 2, 3))):
             after_s = faults.random.uniform(0.3, 1.0) * seconds
             process = faults.start(name, **LENGTH)
@@ -33,14 +35,17 @@ def kills(faults: Faults) -> list[Promise]:
             process.communicate()
             moments.append(f"{after_s:.1f} s")
         process = faults.start(name, **LENGTH)
-        said, _ = process.communicate()
-        code = None if process.returncode == 0 else f"exit code {process.returncode}: {said[-200:]}"
-        after = code or differences(faults.folder / name, faults.folder / "straight")
-        promise.check(f"killed after {', '.join(moments)}", after, faults.audit(name, **LENGTH))
+        output, _ = process.communicate()
+        code = (
+            None if process.returncode == 0 else f"exit code {process.returncode}: {output[-200:]}"
+        )
+        fault = code or differences(faults.folder / name, faults.folder / "straight")
+        promise.check(f"killed after {', '.join(moments)}", fault, faults.audit(name, **LENGTH))
     return [promise, signals(faults)]
 
 
 def signals(faults: Faults) -> Promise:
+    """Sends signals that a run can answer: it must save, exit and be resumable."""
     promise = Promise(
         "SIGINT, SIGTERM and SIGHUP are answered, saved and obeyed within 2 s",
         "tests/test_signals.py",
@@ -52,21 +57,23 @@ def signals(faults: Faults) -> Promise:
             run = f"signal_{name}_{promise.injected}"
             process, output = faults.start_and_see(run, **LENGTH | {"run__num_batches": 200})
             time.sleep(faults.random.uniform(0, 1))
-            since = time.monotonic()
+            started = time.monotonic()
             process.send_signal(signal.Signals[name])
-            said = output.read()
+            text = output.read()
             code = process.wait()
-            took_s = time.monotonic() - since
+            took_s = time.monotonic() - started
             slowest_s = max(slowest_s, took_s)
-            num_batches = said.count("train batch") + 2
+            # start_and_see has read the line of the first batch; one more batch makes the run
+            # resume.
+            num_batches = text.count("train batch") + 2
             length = LENGTH | {"run__num_batches": num_batches}
-            goes_on = faults.train(run, **length)
+            resumed = faults.train(run, **length)
             promise.check(
                 f"{name} {promise.injected} in batch {num_batches}",
                 None if code == 128 + signal.Signals[name] else f"exit code {code}",
-                None if f"{name}: stopping" in said and "and saved" in said else f"said {said!r}",
+                None if f"{name}: stopping" in text and "and saved" in text else f"said {text!r}",
                 None if took_s < 2 else f"took {took_s:.1f} s",
-                goes_on.must_end(0, saying=" from update_"),
+                resumed.must_end(0, saying=" from update_"),
                 faults.audit(run, **length),
             )
     promise.figure = f"slowest {slowest_s:.2f} s"

@@ -1,6 +1,7 @@
-"""Training runs of the built-in task, small enough to make hundreds, and what must hold of them.
+"""Small training runs of the built-in task, and the checks that each of them must pass.
 
-Read Faults, then lost_or_misrewarded, which every part calls on every run folder.
+A run takes seconds, so a campaign can make hundreds. Read Faults, then lost_or_misrewarded, which
+every part calls on every run folder.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ SMALL: dict[str, Any] = {
     "engine.kv_cache_gib": 0.05,
     "eval.samples": 1,
 }
-# Where a shell has started us in the background, Ctrl-C is ignored, and children inherit that.
+# A shell that starts a process in the background makes it ignore SIGINT, and children inherit that.
+# So the child installs Python's usual handler before it runs.
 PROGRAM = """
 import signal, sys
 from socpo_fast.cli import main
@@ -47,13 +49,13 @@ from socpo_fast.config.text import to_text
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main())
 """
-# Rows of two runs that did the same differ in these alone.
+# Metrics that differ between two runs which did the same: everything else must be equal.
 TIMED = ("time/", "perf/rollout_tok_s", "perf/train_tok_s")
 
 
 @dataclass
 class Promise:
-    """A line of the table: what is promised, which test holds it, and how often it held."""
+    """A line of the table: what is promised, which test checks it, and how often it held."""
 
     promise: str
     test: str
@@ -62,36 +64,36 @@ class Promise:
     broken: list[str] = field(default_factory=list)
     figure: str = ""
 
-    def check(self, what: str, *faults: str | None) -> None:
-        """One fault was injected; `faults` are what broke by it, None where nothing did."""
+    def check(self, case: str, *faults: str | None) -> None:
+        """Counts one injected fault; `faults` say what it broke, None where nothing broke."""
         self.injected += 1
         broken = [fault for fault in faults if fault]
         self.num_broken += bool(broken)
-        self.broken += [f"{what}: {fault}" for fault in broken]
-        print(f"  {'BROKEN' if broken else 'held':<7}{what}  {'; '.join(broken)}", flush=True)
+        self.broken += [f"{case}: {fault}" for fault in broken]
+        print(f"  {'BROKEN' if broken else 'held':<7}{case}  {'; '.join(broken)}", flush=True)
 
 
 @dataclass
 class Faults:
-    """A campaign: where its runs lie, its random numbers, and how much of it is asked for."""
+    """A campaign: the folder of its runs, its random numbers, and whether it is the short one."""
 
     folder: Path
     seed: int
     short: bool
-    num_rollouts: int = 0  # whose rewards were computed again
-    num_wrong: int = 0
+    num_rollouts: int = 0  # rollouts whose rewards were computed again
+    num_wrong: int = 0  # of those, rollouts lost or with a wrong reward
     num_runs: int = 0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
 
     def settings(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Overrides of a run; section__key stands for section.key."""
-        named = {key.replace("__", "."): value for key, value in changes.items()}
-        return SMALL | {"run.dir": str(self.folder), "run.name": name} | named
+        """Returns the overrides of a run; the keyword section__key stands for section.key."""
+        overrides = {key.replace("__", "."): value for key, value in changes.items()}
+        return SMALL | {"run.dir": str(self.folder), "run.name": name} | overrides
 
     def train(self, name: str, **changes: Any) -> Outcome:
-        """`socpo train` in this process, and what it said."""
+        """Runs `socpo train` in this process and returns its outcome."""
         self.num_runs += 1
         out = io.StringIO()
         err = io.StringIO()
@@ -100,7 +102,7 @@ class Faults:
         return Outcome(code, out.getvalue(), err.getvalue() + "".join(lines))
 
     def start(self, name: str, **changes: Any) -> subprocess.Popen[str]:
-        """The same in a process of its own, whose end is the caller's business."""
+        """Starts the same in a child process; the caller has to end it or wait for it."""
         self.num_runs += 1
         return subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *self.words(name, **changes)],
@@ -112,7 +114,7 @@ class Faults:
         )
 
     def start_and_see(self, name: str, **changes: Any) -> tuple[subprocess.Popen[str], IO[str]]:
-        """The same, once it has trained a batch; and what it goes on to say."""
+        """Starts the same, returns when a batch is trained: (process, its further output)."""
         process = self.start(name, **changes)
         assert process.stdout is not None
         for line in process.stdout:
@@ -121,14 +123,14 @@ class Faults:
         return process, process.stdout
 
     def words(self, name: str, **changes: Any) -> list[str]:
-        """The command line of a run."""
-        words = ["train", "--config", str(CONFIG)]
+        """Returns the command line of a run."""
+        arguments = ["train", "--config", str(CONFIG)]
         for key, value in self.settings(name, **changes).items():
-            words += [f"--{key}", to_text(value)]
-        return words
+            arguments += [f"--{key}", to_text(value)]
+        return arguments
 
     def audit(self, name: str, **changes: Any) -> str | None:
-        """What is lost or mis-rewarded in a run's rollouts; None: nothing."""
+        """Returns what is lost or wrongly rewarded in a run's rollouts; None if nothing is."""
         settings = self.settings(name, **changes)
         folder = self.folder / name
         rows = read_metrics(folder / "metrics.jsonl")
@@ -137,10 +139,10 @@ class Faults:
         for batch in range(1, num_batches + 1):
             rollouts = read_rollouts(folder / "rollouts" / f"batch_{batch:06d}.jsonl")
             num_expected = settings["rollout.questions_per_batch"] * settings["rollout.group_size"]
-            found = lost_or_misrewarded(rollouts, num_expected)
+            faults = lost_or_misrewarded(rollouts, num_expected)
             self.num_rollouts += len(rollouts)
-            self.num_wrong += len(found)
-            wrong += [f"batch {batch} {line}" for line in found]
+            self.num_wrong += len(faults)
+            wrong += [f"batch {batch} {line}" for line in faults]
         return "; ".join(wrong[:3]) or None
 
 
@@ -153,9 +155,10 @@ class Outcome:
     err: str
 
     def must_end(self, code: int, *, saying: str = "") -> str | None:
-        """What is wrong with it; None: it ended with this code, said so, and shows no traceback."""
+        """Returns what is wrong with the outcome; None if code and text are right, no traceback."""
         if self.code != code:
             return f"exit code {self.code} instead of {code}: {self.err[-200:]!r}"
+        # Whatever happens, a user sees a message and never a traceback.
         if "Traceback" in self.out + self.err:
             return "a traceback"
         if saying not in self.out + self.err:
@@ -165,7 +168,7 @@ class Outcome:
 
 @contextmanager
 def told() -> Iterator[list[str]]:
-    """Warnings as lines, each however often it was told before."""
+    """Collects warnings as lines, each of them however often it was shown before."""
     lines: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -174,45 +177,50 @@ def told() -> Iterator[list[str]]:
 
 
 def lost_or_misrewarded(rows: list[dict[str, Any]], num_expected: int) -> list[str]:
-    """The rollouts of one batch, graded and rewarded again from their texts alone.
+    """Grades and rewards a batch's rollouts again, from their texts; returns what is wrong.
 
     The reward of attempt n is its grade times f_n, with f_0 = 1 and f_n the mean reward of all
-    attempts before the n-th (the schedule batch_mean). A rollout ends where it was right, was not
-    guided, or had its last attempt: it never has an attempt that nobody guided.
+    attempts before the n-th (the schedule batch_mean). A rollout ends when an attempt is right,
+    when no guidance came, or after the last attempt. So each attempt but the first follows
+    guidance.
     """
-    num_found = len({(row["question_idx"], row["rollout_idx"]) for row in rows})
-    wrong = [] if num_found == num_expected else [f"has {num_found} rollouts of {num_expected}"]
+    # Distinct pairs: a rollout that was written twice must not hide a lost one.
+    num_rollouts = len({(row["question_idx"], row["rollout_idx"]) for row in rows})
+    wrong = (
+        [] if num_rollouts == num_expected else [f"has {num_rollouts} rollouts of {num_expected}"]
+    )
     attempts: list[tuple[int, float, float, str]] = []
     for row in rows:
-        where = f"question {row['question_idx']} rollout {row['rollout_idx']}"
+        place_name = f"question {row['question_idx']} rollout {row['rollout_idx']}"
         for idx, turn in enumerate(row["turns"]):
             grade = float(last_answer(turn["text"]) == row["ground_truth"])
-            attempts.append((idx, grade, turn["reward"], f"{where} attempt {idx}"))
+            attempts.append((idx, grade, turn["reward"], f"{place_name} attempt {idx}"))
             guidance = turn["guidance"]
             is_shown = guidance is not None and guidance["was_shown"]
             is_last = idx == len(row["turns"]) - 1
             if not is_last and not is_shown:
-                wrong.append(f"{where}: attempt {idx + 1} follows without guidance")
+                wrong.append(f"{place_name}: attempt {idx + 1} follows without guidance")
             if is_last and row["end_reason"] == "guidance_failed" and guidance is not None:
-                wrong.append(f"{where}: ended for want of guidance, and has one")
+                wrong.append(f"{place_name}: ended for want of guidance, and has one")
+    # factors[n] needs all rewards of earlier attempts, so it is built up one attempt at a time.
     factors = [1.0]
     for n in range(1, 1 + max((idx for idx, *_ in attempts), default=0)):
-        before = [factors[idx] * grade for idx, grade, *_ in attempts if idx < n]
-        factors.append(sum(before) / len(before))
-    for idx, grade, reward, where in attempts:
+        earlier_rewards = [factors[idx] * grade for idx, grade, *_ in attempts if idx < n]
+        factors.append(sum(earlier_rewards) / len(earlier_rewards))
+    for idx, grade, reward, place_name in attempts:
         if abs(reward - factors[idx] * grade) > 1e-6:
-            wrong.append(f"{where}: reward {reward} instead of {factors[idx] * grade}")
+            wrong.append(f"{place_name}: reward {reward} instead of {factors[idx] * grade}")
     return wrong
 
 
 def last_answer(text: str) -> str:
-    """What stands in the last <answer> block, as the built-in task asks for."""
+    """Returns the text of the last <answer> block, as the built-in task defines an answer."""
     answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return answers[-1].strip() if answers else text.strip()
 
 
 def differences(folder: Path, straight: Path) -> str | None:
-    """Where a run that was disturbed differs from one that was not; None: not in a bit."""
+    """Returns where a disturbed run differs from a straight one; None if they are bitwise equal."""
     if untimed(folder) != untimed(straight):
         return "its metrics differ"
     if manifest(folder) != manifest(straight):
@@ -224,12 +232,13 @@ def differences(folder: Path, straight: Path) -> str | None:
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
+    """Returns the metrics without those that depend on time."""
     rows = read_metrics(folder / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
 
 
 def manifest(folder: Path) -> Any:
-    """Every file of the last checkpoint by its hash."""
+    """Returns the last checkpoint's name and its manifest, which has the hash of every file."""
     last = max((folder / "checkpoints").glob("update_*"))
     return last.name, json.loads((last / "manifest.json").read_text(encoding="utf-8"))
 

@@ -1,4 +1,7 @@
-"""A real training against a server on loopback that misbehaves in every way it knows."""
+"""Trains with a teacher's server on loopback that misbehaves in many ways.
+
+Read BEHAVIOURS, then servers. The acts themselves are those of tests/helpers/faulty_server.py.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +37,21 @@ SERVER = {
 
 
 def completion(**message: object) -> Act:
+    """Returns an act that answers with one chat completion."""
     return raw(200, json.dumps({"choices": [{"message": message}]}).encode())
 
 
 def gzip_bomb(handler: Handler) -> None:
-    """A gigabyte of zeros in a megabyte."""
+    """Sends a gigabyte of zeros, compressed to a megabyte."""
     import gzip
 
     packed = gzip.compress(bytes(2**20)) * 1024
     raw(200, packed, {"Content-Encoding": "gzip"})(handler)
 
 
-# What the server does -> the kind of failure that is told. "circuit_open" comes beside each that is
-# the server's own fault.
+# What the server does -> (the act, the kind of failure that the run must report). Where several
+# kinds are right, "|" separates them. "circuit_open" may come with
+# any failure that is the server's fault: calls are no longer made after several of them.
 BEHAVIOURS: dict[str, tuple[Act, str]] = {
     "says 500": (raw(500, b"oops"), "status_500"),
     "says 429, come in an hour": (raw(429, b"", {"Retry-After": "3600"}), "status_429|timeout"),
@@ -78,6 +83,7 @@ BEHAVIOURS: dict[str, tuple[Act, str]] = {
 
 
 def servers(faults: Faults) -> list[Promise]:
+    """Checks the promises about servers."""
     promise = Promise(
         "A server that is slow, down, or answers garbage costs at most the guidance it was asked "
         "for, and the reason is told once and counted",
@@ -93,18 +99,19 @@ def servers(faults: Faults) -> list[Promise]:
 
 
 def check(faults: Faults, promise: Promise, run: str, url: str, what: str, kinds: str) -> None:
-    os.environ["NO_PROXY"] = "127.0.0.1"
-    ended = faults.train(run, teacher__url=url, **SERVER)
-    fault = ended.must_end(0)
+    """Trains one batch with a server: only failures of these kinds, each kind reported once."""
+    os.environ["NO_PROXY"] = "127.0.0.1"  # a proxy of this machine must not answer instead
+    outcome = faults.train(run, teacher__url=url, **SERVER)
+    fault = outcome.must_end(0)
     if fault is None:
         (batch,) = batch_rows(faults.folder / run)
-        known = [*kinds.split("|"), "circuit_open"] if kinds else []
-        counted = {key for key in batch if key.startswith("guidance/failed_")}
-        if not counted <= {f"guidance/failed_{kind}" for kind in known}:
-            fault = f"counted {sorted(counted)} instead of {kinds}"
-        elif bool(counted) != bool(kinds):
-            fault = f"counted {sorted(counted)} instead of {kinds or 'nothing'}"
-        lines = [line for line in ended.err.splitlines() if "teacher: no guidance, " in line]
+        allowed_kinds = [*kinds.split("|"), "circuit_open"] if kinds else []
+        failure_keys = {key for key in batch if key.startswith("guidance/failed_")}
+        if not failure_keys <= {f"guidance/failed_{kind}" for kind in allowed_kinds}:
+            fault = f"counted {sorted(failure_keys)} instead of {kinds}"
+        elif bool(failure_keys) != bool(kinds):
+            fault = f"counted {sorted(failure_keys)} instead of {kinds or 'nothing'}"
+        lines = [line for line in outcome.err.splitlines() if "teacher: no guidance, " in line]
         if len(lines) != len({line.split(":")[2] for line in lines}):
             fault = fault or f"told more than once: {lines}"
         if kinds and not lines:
@@ -113,7 +120,7 @@ def check(faults: Faults, promise: Promise, run: str, url: str, what: str, kinds
 
 
 def mixtures(faults: Faults) -> Promise:
-    """Every call another behaviour: what one call costs is no other call's loss."""
+    """Gives every call another behaviour: a failed call must not affect the others."""
     promise = Promise(
         "Calls that are answered are heard, whatever happens to the others",
         "tests/socratic/test_endpoint.py",
@@ -125,27 +132,28 @@ def mixtures(faults: Faults) -> Promise:
             script = [faults.random.choice([*acts, reply("Check the sum.")]) for _ in range(200)]
             server.script = [reply("Check the sum."), *script]
             changes = SERVER | {"run__num_batches": 3, "teacher__url": server.url}
-            ended = faults.train(run, **changes)
-        promise.check(f"mixture {idx}", ended.must_end(0), faults.audit(run, **changes))
+            outcome = faults.train(run, **changes)
+        promise.check(f"mixture {idx}", outcome.must_end(0), faults.audit(run, **changes))
     return promise
 
 
 def dead(faults: Faults) -> Promise:
-    """Nobody listens: told by the first call, before a batch is rolled out."""
+    """Trains with no server at all: the run must say so before it rolls out a batch."""
     promise = Promise(
         "A dead server is told before the first batch, and stops the run unless that is allowed",
         "tests/socratic/test_silence.py",
     )
+    # Binding and closing a server yields a port at which nobody listens.
     closed = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     closed.server_close()
     url = f"http://127.0.0.1:{closed.server_address[1]}/v1"
-    stops = SERVER | {"teacher__on_silence": "stop", "teacher__url": url}
-    since = time.monotonic()
-    ended = faults.train("dead", **stops)
-    took_s = time.monotonic() - since
+    settings = SERVER | {"teacher__on_silence": "stop", "teacher__url": url}
+    started = time.monotonic()
+    outcome = faults.train("dead", **settings)
+    took_s = time.monotonic() - started
     no_batch = None if not (faults.folder / "dead" / "rollouts").exists() else "a batch was made"
     saying = "teacher: the first call got no guidance, connection"
-    promise.check("nobody listens", ended.must_end(2, saying=saying), no_batch)
+    promise.check("nobody listens", outcome.must_end(2, saying=saying), no_batch)
     promise.figure = f"told {took_s:.1f} s after the start, before any batch"
     check(faults, promise, "dead_allowed", url, "nobody listens, allowed", "connection")
     return promise

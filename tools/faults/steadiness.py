@@ -1,4 +1,4 @@
-"""A long run with a teacher that mostly fails: what a process holds must not grow with it."""
+"""Trains for many batches with a teacher that mostly fails: no resource may grow with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.faults.run import Faults, Promise, batch_rows
 
 
 def fails_two_of_three(request: GuidanceRequest) -> str | None:
-    """Raises, says nothing, or answers."""
+    """Raises, gives no guidance, or gives guidance: a third of the calls each."""
     chance = random.Random(f"{request.key} {request.rollout_idx}").random()
     if chance < 1 / 3:
         raise KeyError("x")
@@ -22,7 +22,7 @@ def fails_two_of_three(request: GuidanceRequest) -> str | None:
 
 
 def steadiness(faults: Faults) -> list[Promise]:
-    """Counts after every batch: those at the end against those after a quarter."""
+    """Counts resources after every batch, and compares the end with the first quarter."""
     num_batches = 30 if faults.short else 200
     promise = Promise(
         f"{num_batches} batches with a teacher that fails two of three calls: threads, "
@@ -36,13 +36,14 @@ def steadiness(faults: Faults) -> list[Promise]:
         "teacher__on_silence": "continue",
         "rollout__group_size": 8,
     }
-    seen: list[dict[str, float]] = []
+    counts: list[dict[str, float]] = []
     run_batch = trainer.Trainer.run_batch
 
     def counting(self: trainer.Trainer) -> None:
         run_batch(self)
+        # Garbage that is not collected yet would look like a leak.
         gc.collect()
-        seen.append(
+        counts.append(
             {
                 "threads": threading.active_count(),
                 "descriptors": len(os.listdir("/proc/self/fd")),
@@ -52,39 +53,42 @@ def steadiness(faults: Faults) -> list[Promise]:
             }
         )
 
+    # The trainer has no hook after a batch, so the method is wrapped for this run.
     trainer.Trainer.run_batch = counting  # type: ignore[method-assign]
     try:
-        ended = faults.train("steady", **changes)
+        outcome = faults.train("steady", **changes)
     finally:
         trainer.Trainer.run_batch = run_batch  # type: ignore[method-assign]
-    fault = ended.must_end(0, saying="teacher: no guidance, exception")
+    fault = outcome.must_end(0, saying="teacher: no guidance, exception")
     if fault:
         promise.check("failed guidances", fault)
         return [promise]
-    grown = [growth(seen, name) for name in seen[0]]
+    growths = [growth(counts, name) for name in counts[0]]
     failed = sum(row["guidance/failed"] for row in batch_rows(faults.folder / "steady"))
     lost = faults.audit("steady", **changes)
-    promise.check(f"{failed:.0f} failed guidances", lost, *grown)
-    first = seen[len(seen) // 4]
-    last = seen[-1]
-    promise.figure = ", ".join(f"{name} {first[name]:.0f} -> {last[name]:.0f}" for name in first)
+    promise.check(f"{failed:.0f} failed guidances", lost, *growths)
+    early = counts[len(counts) // 4]
+    late = counts[-1]
+    promise.figure = ", ".join(f"{name} {early[name]:.0f} -> {late[name]:.0f}" for name in early)
     return [promise]
 
 
 def growth(seen: list[dict[str, float]], name: str) -> str | None:
-    """Whether the last tenth of the batches holds more than the tenth after the first quarter did.
+    """Returns a message if the last tenth of the batches holds more than an early tenth; else None.
 
-    Objects may grow by what a batch is recorded with and by what is made once, at first use; memory
-    by what an allocator leaves.
+    The early tenth follows the first quarter, when everything is warm. The number of objects may
+    grow by a batch's records and by what is made once, at first use. Memory may grow by the gaps
+    that an allocator leaves.
     """
     tenth = max(len(seen) // 10, 1)
     start = len(seen) // 4
-    before = max(counts[name] for counts in seen[start : start + tenth])
-    after = max(counts[name] for counts in seen[-tenth:])
+    early = max(counts[name] for counts in seen[start : start + tenth])
+    late = max(counts[name] for counts in seen[-tenth:])
     allowed = {"objects": 300.0 + 2.0 * len(seen), "resident MB": 40.0}.get(name, 0.0)
-    return f"{name} {before:.0f} -> {after:.0f}" if after > before + allowed else None
+    return f"{name} {early:.0f} -> {late:.0f}" if late > early + allowed else None
 
 
 def resident_mb() -> float:
+    """Returns the memory of this process that is in RAM."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -1,18 +1,22 @@
-"""Everything that only a card can tell, in a few minutes: `python -m tools.gpu_check` (`make
-gpu-check`).
+"""Checks in a few minutes all that needs a card: `python -m tools.gpu_check` (`make gpu-check`).
 
 Read in this order: stages (what is run, and for how long at most), __main__ (the driver: one
-process group a stage, a deadline for all), worker (what runs inside that process), results (what is
-written down), expectations (what we believe beforehand, and our goals), report (the table). Then
-one module a stage, most valuable first: machine, ceilings, kernels, engine, rates, decode,
-training, head, learning, profilers. Beside them: models and rooflines (shapes, bytes, FLOPs).
+process group for each stage, one deadline for all), worker (the code inside such a process),
+results (the file of results), expectations (predictions and goals), report (the table). Then one
+module for each stage, most valuable first: machine, ceilings, kernels, engine, attention, training,
+rates, decode, head, batch, learning, profilers. Beside them: models (shapes) and rooflines (bytes
+and FLOPs).
 
-What can be done for a card where there is none: bundle (what it will need), walk (which kernels the
-project launches), dry_run (all stages on a fake device) and peak (what an update takes of a card's
-memory). Those three rest on fake_cuda, recorder, fake_ops, host_values, memory, graph and launches;
-dry_run and peak on stand_ins, too.
+    __main__ --starts--> worker STAGE --calls--> PARTS of STAGE.py --Check.figure--> results.jsonl
+                                                                                         |
+                                                                     report.md <---------+
 
-Departures from a test suite: a stage that fails, hangs or floods its output costs its own figures
-and nothing else; figures are written as they come, so that a lease that ends early still leaves
-what was measured until then.
+Four modules prepare for a card on a machine without one: bundle (files to take along), walk (the
+kernels that the project launches), dry_run (all stages on a fake device) and peak (the memory of an
+update). The last three use fake_cuda, recorder, fake_ops, host_values, memory, graph and launches;
+dry_run and peak also use stand_ins.
+
+Departures from a test suite: a stage that fails, hangs or floods its output loses its own figures
+only. Figures are written as they come, so if the machine is taken away early, those measured until
+then are kept.
 """

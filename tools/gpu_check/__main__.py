@@ -36,6 +36,7 @@ from tools.gpu_check.stages import BY_NAME, CASES_FAILED, NAMES, STAGES, Stage
 DEFAULT_MINUTES = 5.0
 FIND_CARD_S = 30.0
 REHEARSAL_PATIENCE = 4  # times a stage's limit: two cores are not a card
+# Asks the driver directly: torch takes seconds to import, and may be missing or broken here.
 CARD_NAME = """
 import ctypes
 cuda, name, device = ctypes.CDLL("libcuda.so.1"), ctypes.create_string_buffer(100), ctypes.c_int()
@@ -46,6 +47,7 @@ print(name.value.decode())
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_check",
         description=__doc__,
@@ -73,7 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def print_plan(minutes: float) -> None:
-    """Stages with their expected seconds, their limits, and what the deadline may leave out."""
+    """Prints the stages with expected seconds and limits, and which the deadline may leave out."""
     total = 0
     print(f"{'stage':12}{'expected s':>11}{'limit s':>9}{'sum s':>7}  answers")
     for stage in STAGES:
@@ -84,9 +86,9 @@ def print_plan(minutes: float) -> None:
 
 
 def find_card() -> str | None:
-    """The card's name as its driver tells it, without torch; None: no driver, card or answer."""
+    """Returns the card's name from its driver; None if there is no driver, card or answer."""
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", CARD_NAME],
             capture_output=True,
             text=True,
@@ -95,11 +97,11 @@ def find_card() -> str | None:
         )
     except subprocess.TimeoutExpired:
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def choose(options: argparse.Namespace, results: Path) -> list[Stage]:
-    """The stages to run, most valuable first."""
+    """Returns the stages to run, most valuable first."""
     if options.only:
         return [stage for stage in STAGES if stage.name in options.only]
     if options.failed:
@@ -109,11 +111,13 @@ def choose(options: argparse.Namespace, results: Path) -> list[Stage]:
 
 
 def run_stages(chosen: list[Stage], options: argparse.Namespace, results: Path) -> None:
-    """One after the other; what the deadline leaves no time for is written down as skipped."""
+    """Runs stages one by one; records as skipped those that the deadline leaves no time for."""
     deadline = time.perf_counter() + 60 * options.minutes
     with (options.out / "output.log").open("ab") as log:
         for stage in chosen:
             left_s = deadline - time.perf_counter()
+            # A stage that would be cut off soon is not started: the seconds left may suffice for a
+            # shorter one.
             if left_s < stage.expected_s:
                 message = (
                     f"expected to take {stage.expected_s} s, {max(0.0, left_s):.0f} s were left"
@@ -127,7 +131,7 @@ def run_stages(chosen: list[Stage], options: argparse.Namespace, results: Path) 
 
 
 def write_page(folder: Path, results: Path) -> None:
-    """report.md; a page that cannot be made or written must not end the run."""
+    """Writes report.md. A page that cannot be made or written must not end the run."""
     try:
         page = to_markdown(read_results(results, NAMES))
         (folder / "report.md").write_text(page, encoding="utf-8")
@@ -138,9 +142,11 @@ def write_page(folder: Path, results: Path) -> None:
 def run_stage(
     stage: Stage, left_s: float, options: argparse.Namespace, results: Path, log: BinaryIO
 ) -> None:
-    """One stage in a process group of its own, within its limit and the deadline."""
+    """Runs a stage in a process group of its own, within its limit and the deadline."""
     patience = REHEARSAL_PATIENCE if options.rehearse else 1
+    # The deadline holds for all stages together, so the last one may get less than its own limit.
     limit_s = min(patience * stage.budget_s, left_s)
+    # Written before the process starts: if everything dies now, the stage reads as "cut short".
     append(results, {"kind": "begin", "stage": stage.name, "revision": revision()})
     command = [sys.executable, "-m", "tools.gpu_check.worker", stage.name]
     command += ["--results", str(results.resolve())]
@@ -149,12 +155,15 @@ def run_stage(
         command += ["--peers", str(options.peers.resolve())]
     if options.fault and options.fault.startswith(f"{stage.name}="):
         command += ["--fault", options.fault.partition("=")[2]]
+    # Triton decides when kernels are defined whether to interpret them, so this must be set
+    # outside.
     environ = os.environ | {"TRITON_INTERPRET": "1" if options.rehearse else "0"}
     environ |= {"PYTHONUNBUFFERED": "1"}
     print(f"{stage.name}: at most {limit_s:.0f} s ..", flush=True)
     log.write(f"\n==== {stage.name}\n".encode())
     num_printed = 0
 
+    # The stage writes figures to a file; the driver reads it anew and prints those not seen yet.
     def print_new_figures() -> None:
         nonlocal num_printed
         figures = read_results(results, NAMES).stages[stage.name].figures
@@ -163,14 +172,14 @@ def run_stage(
         num_printed = len(figures)
 
     def print_quietly() -> None:
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal, a torn file
+        with contextlib.suppress(OSError, ValueError):  # closed terminal, half-written line
             print_new_figures()
 
     ending = run_limited(
         command, limit_s=limit_s, log=log, environ=environ, folder=ROOT, on_tick=print_quietly
     )
-    found = read_results(results, NAMES).stages[stage.name]
-    status, message = judge(ending, found, limit_s, is_deadline=limit_s == left_s)
+    stage_result = read_results(results, NAMES).stages[stage.name]
+    status, message = judge(ending, stage_result, limit_s, is_deadline=limit_s == left_s)
     if ending.num_survivors:
         message += f"; {ending.num_survivors} processes could not be killed"
     end_stage(results, stage, status, message, ending.seconds)
@@ -179,26 +188,29 @@ def run_stage(
 def judge(
     ending: Ending, stage: StageResult, limit_s: float, *, is_deadline: bool
 ) -> tuple[str, str]:
-    """(status, message) of a stage whose process has ended; the deadline is nobody's fault."""
+    """Returns (status, message) of an ended stage; being cut by the deadline is no failure."""
     if ending.returncode is None and is_deadline and not stage.failures:
         return "cut short", f"the deadline left it {limit_s:.0f} s"
     if ending.returncode is None:
         return "killed", f"no end after {limit_s:.0f} s"
     if ending.returncode == 0:
         return "passed", ""
+    # Any other exit status means that the process itself broke; then its last lines must explain
+    # it.
     if ending.returncode == CASES_FAILED and stage.failures:
         return "failed", f"{len(stage.failures)} failed, first {stage.failures[0]['case']}"
     return "failed", f"exit status {ending.returncode}: {ending.last_lines}"
 
 
 def end_stage(results: Path, stage: Stage, status: str, message: str, seconds: float) -> None:
+    """Records how a stage ended, and prints it."""
     record = {"kind": "stage", "stage": stage.name, "status": status, "message": message}
     append(results, {**record, "seconds": round(seconds, 1)})
     print(outcome_line(read_results(results, NAMES).stages[stage.name]), flush=True)
 
 
 def skip_stage(results: Path, stage: Stage, message: str) -> None:
-    """Told, and written down unless an earlier run on this card has something of it."""
+    """Prints a skip, and records it unless an earlier run on this card has results of the stage."""
     if read_results(results, NAMES).stages[stage.name].status == "not run":
         end_stage(results, stage, "skipped", message, 0.0)
     else:
@@ -226,21 +238,22 @@ def main(arguments: list[str] | None = None) -> int:
         "python": platform.python_version(),
         "plan": [stage.name for stage in chosen],
     })  # fmt: skip
+    # A killed driver must not leave a stage behind that still holds the card.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
         run_stages(chosen, options, results)
-    except OSError as error:  # a full disk: figures went to the terminal as well
+    except OSError as error:  # such as a full disk; the terminal has shown the figures
         print(f"gpu_check: {results} could not be written: {error}", file=sys.stderr)
         return 1
-    found = read_results(results, NAMES)
-    print(f"\n{to_text(found)}\n\nwritten: {results} and {options.out / 'report.md'}")
+    state = read_results(results, NAMES)
+    print(f"\n{to_text(state)}\n\nwritten: {results} and {options.out / 'report.md'}")
     ran = {stage.name for stage in chosen}
-    return 1 if ran & set(found.failed()) else 0
+    return 1 if ran & set(state.failed()) else 0
 
 
 def stop(number: int, _frame: FrameType | None) -> None:
-    """As an exception, so that the stage that is running is ended with us."""
+    """Turns a signal into an exception, so that the running stage is killed before we exit."""
     raise SystemExit(128 + number)
 
 

@@ -1,7 +1,8 @@
-"""AdamW over one long parameter: 28 bytes a number, in fp32 and in the two halves of a master.
+"""Measures AdamW over one long parameter, in fp32 and with an fp32 master in two halves.
 
-Read the parameter, both moments and the gradient, write all but the gradient: 28 bytes in fp32, and
-28 where a bf16 parameter and its low 16 bits are the master, since no second copy is written.
+A step reads the parameter, both moments and the gradient, and writes all but the gradient: 28 bytes
+a number in fp32. It is also 28 where the master is the bf16 parameter plus its low 16 bits, since
+there is no second copy to write.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from tools.gpu_check.timing import Run, median_ms
 
 NUM_NUMBERS = 1 << 27
 TINY_NUMBERS = 1031
-NUM_COMPARED = 1 << 20  # of which bits are compared
-BYTES = 28
-NUM_STEPS = 3  # of which the last is compared: the moments have what the first ones left
+NUM_COMPARED = 1 << 20  # numbers that are compared with the reference
+BYTES = 28  # read and written a number
+NUM_STEPS = 3  # the last one is compared: it starts from moments that are not zero
 OPTIONS: dict[str, Any] = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),
@@ -32,8 +33,9 @@ State = dict[str, Tensor | None]
 
 
 def make_state(check: Check, num: int, dtype: torch.dtype) -> State:
-    """A parameter with low bits where it is narrow, its moments and a gradient."""
+    """Makes a parameter (with low bits if it is bf16), its moments and a gradient."""
     param = 0.05 * check.randn(num, seed=1, dtype=torch.float32)
+    # The low 16 bits of a master are any number: a bf16 parameter is only its rounded high half.
     low_bits = None
     if dtype == torch.bfloat16:
         generator = torch.Generator(check.device).manual_seed(2)
@@ -50,7 +52,7 @@ def make_state(check: Check, num: int, dtype: torch.dtype) -> State:
 
 
 def adamw(check: Check) -> None:
-    """Ours in both forms, held to the reference's bits, and torch's own fused one in fp32."""
+    """Measures ours in both forms, checked against the reference, and torch's fused one."""
     num = TINY_NUMBERS if check.tiny else NUM_NUMBERS
     limit = check.ceilings.copy_gb_s
 
@@ -74,14 +76,14 @@ def adamw(check: Check) -> None:
 
 
 def compare_bits(check: Check, num: int, dtype: torch.dtype) -> None:
-    """A few steps by the chosen implementation and by the reference, on the device."""
-    found = []
+    """Asserts that ours and the reference are bitwise equal after a few steps on the device."""
+    states = []
     for impl in ("auto", "ref"):
         state = make_state(check, num, dtype)
         for step_idx in range(NUM_STEPS):
             step(*state.values(), step=step_idx + 1, impl=impl, **OPTIONS)
-        found.append(state)
-    for name, ours in found[0].items():
-        truth = found[1][name]
+        states.append(state)
+    for name, ours in states[0].items():
+        truth = states[1][name]
         if ours is not None and truth is not None:
             assert_bitwise_equal(ours, truth, name=f"adamw: {name} after {NUM_STEPS} steps")

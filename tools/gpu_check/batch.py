@@ -1,9 +1,9 @@
-"""Stage `batch`: one whole batch of a student with random weights, beside its plan.
+"""Stage `batch`: runs whole batches of a student with random weights, and compares their plan.
 
-Rollouts with a rule as the teacher, credit, and the batch's updates, as a trainer makes them. The
-time of each phase stands beside the least that its bytes and FLOPs take (report/batch_time.py), the
-most memory beside what was planned (report/memory_plan.py). Answers go on to their limit, so
-lengths are known beforehand; a verdict is drawn from the text of an answer, and half are right.
+A batch has rollouts with a rule as the teacher, credit, and updates, as in a trainer. The time of
+each phase is compared with the least time that its bytes and FLOPs need (report/batch_time.py), the
+peak memory with the planned one (report/memory_plan.py). Answers run to their token limit, so all
+lengths are known beforehand. Verdicts are a hash of the answer's text; half are right.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from tools.gpu_check.models import CONFIGS, make_model
 
 GUIDANCE = "Look again at the first step, and count the atoms of each element."
 SETTINGS: dict[str, Any] = {"data.eval": None, "train.lr": 1e-6}
-# Half of the usual questions with short answers: enough to keep a card busy, and soon over.
+# Half of the usual questions, with short answers: keeps a card busy and does not take long.
 WHOLE: dict[str, Any] = {"rollout.questions_per_batch": 16, "rollout.max_new_tokens": 256}
-# Updates as large as the plan lets them be.
+# The largest updates that the plan allows.
 LARGE: dict[str, Any] = {"rollout.questions_per_batch": 4, "train.questions_per_update": 4}
 # Two groups fill a microbatch of 16,384 tokens.
 GROUP = GroupShape(300, 590, 130)
@@ -56,11 +56,11 @@ TINY: dict[str, Any] = {
     "engine.max_running": 4,
     "engine.kv_cache_gib": 0.01,
 }
-MAX_OFF = 0.1  # of the most memory from what was planned
+MAX_OFF = 0.1  # relative error of the planned peak memory that is accepted
 
 
 class Batch(NamedTuple):
-    """What one batch took."""
+    """Times and rollouts of one batch."""
 
     rollout_s: float
     update_s: float
@@ -68,8 +68,9 @@ class Batch(NamedTuple):
 
 
 def plan_of(check: Check, model: str, settings: dict[str, Any]) -> Plan:
-    """The plan that a run on this card makes, with the rates that were measured on it."""
+    """Returns the plan that a run on this card makes, with the rates measured on it."""
     changes = SETTINGS | settings | (TINY if check.tiny else {})
+    # A rehearsal on a CPU plans for an H100 as well: the plan needs a card, the run does not.
     changes |= {"run.device": "cuda", "student.dtype": str(check.dtype).removeprefix("torch.")}
     card = card_of(check.device, CONTEXT_BYTES / GIB) if check.is_cuda else CARDS["h100"]
     ceilings = check.ceilings
@@ -82,13 +83,14 @@ def plan_of(check: Check, model: str, settings: dict[str, Any]) -> Plan:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw = CONFIGS["tiny" if check.tiny else model]
+        # The plan reads a model's shape from its folder; weights need not be there.
         (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         config = load_config(None, changes | {"student.path": name})
         return make_plan(config, folder, card, is_training=True)
 
 
 class Run:
-    """What a trainer has, in the sizes of a plan."""
+    """The parts of a trainer, in the sizes of a plan."""
 
     def __init__(self, check: Check, plan: Plan):
         self.config = plan.config
@@ -98,6 +100,8 @@ class Run:
         self.engine = Engine(
             student,
             **plan.config.engine.model_dump(),
+            # The KV cache must be large enough to hold the gradients, which borrow its memory in an
+            # update.
             min_memory_bytes=sum(gradient_bytes(student.parameters())),
         )
         self.tokenizer = load_tokenizer(STUDENT_DIR)
@@ -106,7 +110,7 @@ class Run:
         self.questions = questions(0, plan.config.rollout.questions_per_batch)
 
     def batch(self, batch_idx: int) -> Batch:
-        """Rolls out, credits and updates once."""
+        """Makes one batch: rollouts, credit and updates."""
         config = self.config
         params = SamplingParams(
             temperature=config.rollout.temperature,
@@ -127,6 +131,8 @@ class Run:
                 batch_idx=batch_idx,
                 bridge=self.bridge,
             ),
+            # Rollouts come in the order in which they end; credit and updates need them by
+            # question.
             key=lambda rollout: (rollout.question_idx, rollout.rollout_idx),
         )
         rolled_out = self.now()
@@ -134,7 +140,7 @@ class Run:
         return Batch(rolled_out - started, self.now() - rolled_out, rollouts)
 
     def update(self, rollouts: list[Rollout]) -> None:
-        """Credits a batch and makes its updates."""
+        """Gives a batch its credit and makes its updates."""
         credit = credit_options(self.config)
         _, advantages_A = assign_credit(rollouts, options=credit, device=self.device)
         groups = [list(group) for _, group in groupby(rollouts, lambda r: r.question_idx)]
@@ -142,35 +148,37 @@ class Run:
         indices = list(range(len(groups)))
         order = [indices[start : start + size] for start in range(0, len(groups), size)]
         optimizer = self.updater.optimizer
+        # The pages are free between rollouts, so gradients are put into their memory.
         with self.engine.lend_memory() as memory, optimizer.gradients_in(memory):
             for _ in self.updater.updates(groups, order, advantages_A):
                 self.engine.bump_policy_version()
 
     def now(self) -> float:
-        """Seconds, when all is done that was begun."""
+        """Returns the clock in seconds, after all work on the device has ended."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
 def verdict(text: str, question: Question) -> bool:
-    """Right for half of all texts."""
+    """Grades half of all texts as right, by a hash."""
     return hashlib.sha256(text.encode()).digest()[0] % 2 == 0
 
 
 def lengths_of(rollouts: list[Rollout]) -> dict[str, int]:
-    """Tokens of a prompt, an answer and guidance, on average."""
+    """Returns the mean tokens of a prompt, an answer and guidance."""
     attempts = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
     bridges = [
         len(rollout.seam(idx)[1]) for rollout in rollouts for idx in range(len(rollout.turns) - 1)
     ]
     prompts = [len(rollout.prompt_ids) for rollout in rollouts]
-    lengths = {"prompt": prompts, "answer": attempts, "guidance": bridges or [1]}
-    return {name: round(statistics.mean(found)) for name, found in lengths.items()}
+    # Where every first answer is right there is no guidance, and a mean needs a number.
+    num_tokens = {"prompt": prompts, "answer": attempts, "guidance": bridges or [1]}
+    return {name: round(statistics.mean(counts)) for name, counts in num_tokens.items()}
 
 
 def measure_memory(check: Check, plan: Plan, model: str) -> None:
-    """The most that tensors took beside the plan; off by more than a tenth fails."""
+    """Records the peak memory beside the plan; fails where it is off by more than a tenth."""
     if not check.is_cuda:
         return
     peak_gib = torch.cuda.max_memory_allocated(check.device) / GIB
@@ -182,39 +190,42 @@ def measure_memory(check: Check, plan: Plan, model: str) -> None:
 
 
 def assert_planned(model: str, peak_gib: float, planned_gib: float) -> None:
+    """Asserts that the peak is within MAX_OFF of the plan."""
     is_near = abs(peak_gib - planned_gib) <= MAX_OFF * planned_gib
     rule = f"within {MAX_OFF:.0%} of the planned {planned_gib:.1f}"
     assert is_near, f"{model}: GiB of tensors must be {rule}, got {peak_gib:.1f}"
 
 
 def whole_batch(model: str) -> Part:
-    """Part that times the second of two batches; the first captures graphs and compiles."""
+    """Returns a part that times the second of two batches; the first captures and compiles."""
 
     def part(check: Check) -> None:
         plan = plan_of(check, model, WHOLE)
         run = Run(check, plan)
+        # The first batch compiles and captures, which a run does once.
         run.batch(0)
-        took = run.batch(1)
-        lengths = lengths_of(took.rollouts)
-        least = batch_seconds(plan, **lengths)
-        check.note(plan_table(plan, **lengths))
-        rollout_s = sum(s for name, s in least.items() if name.startswith("rollouts"))
-        total_s = sum(least.values())
-        check.figure("batch.rollout_s", took.rollout_s, of=model, limit=rollout_s)
-        check.figure("batch.update_s", took.update_s, of=model, limit=total_s - rollout_s)
-        both = took.rollout_s + took.update_s
-        check.figure("batch.total_s", both, of=model, limit=total_s)
-        check.figure("batch.sampled_tok_s", sampled(took.rollouts) / took.rollout_s, of=model)
+        batch = run.batch(1)
+        num_tokens = lengths_of(batch.rollouts)
+        least_s = batch_seconds(plan, **num_tokens)
+        check.note(plan_table(plan, **num_tokens))
+        rollout_s = sum(s for name, s in least_s.items() if name.startswith("rollouts"))
+        total_s = sum(least_s.values())
+        check.figure("batch.rollout_s", batch.rollout_s, of=model, limit=rollout_s)
+        check.figure("batch.update_s", batch.update_s, of=model, limit=total_s - rollout_s)
+        batch_s = batch.rollout_s + batch.update_s
+        check.figure("batch.total_s", batch_s, of=model, limit=total_s)
+        check.figure("batch.sampled_tok_s", sampled(batch.rollouts) / batch.rollout_s, of=model)
 
     return part
 
 
 def sampled(rollouts: list[Rollout]) -> int:
+    """Returns the number of sampled tokens."""
     return sum(rollout.num_sampled for rollout in rollouts)
 
 
 def memory(model: str) -> Part:
-    """Part that makes one update whose microbatches are as large as planned, of random answers."""
+    """Returns a part that makes one update in microbatches of the planned size."""
 
     def part(check: Check) -> None:
         plan = plan_of(check, model, LARGE)
@@ -225,6 +236,8 @@ def memory(model: str) -> Part:
         shape = TINY_GROUP if check.tiny else GROUP
         rollouts = make_rollouts(plan.model.vocab_size, shape, len(run.questions))
         for rollout in rollouts:
+            # Rewards must differ within a group, else all advantages are zero and nothing is
+            # forwarded.
             rollout.turns[-1].raw_reward = float(rollout.rollout_idx % 4 == 0)
         run.update(rollouts)
         measure_memory(check, plan, model)

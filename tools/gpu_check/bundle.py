@@ -31,20 +31,22 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from tools.gpu_check.revision import ROOT, revision
 
 LIMIT_MIB = 40
+# What `python -m tools.gpu_check` imports besides the packages of a CUDA image.
 WHEELS = {
     "pydantic": "2.14.4",
     "pydantic-core": "2.50.5",
     "annotated-types": "0.8.0",
     "typing-inspection": "0.4.5",
 }
+# What stage `head` compares with.
 PEERS = {
     "liger-kernel": "0.8.5",
     "trl": "1.16.0",
-    "accelerate": "1.15.0",  # TRL's head is not imported without it
+    "accelerate": "1.15.0",  # TRL's head cannot be imported without it
     "cut-cross-entropy": "25.1.1",
     "verl": "0.9.1",
 }
-# From new to old: pip takes a wheel for any of them, and images for cards have glibc 2.28 or newer.
+# From new to old. pip accepts a wheel for any of them. CUDA images have glibc 2.28 or newer.
 PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_27_x86_64",
@@ -103,11 +105,11 @@ status=0
 timeout -k 20 "$limit_s" "$python" -m tools.gpu_check --minutes {minutes} "$@" || status=$?
 exit "$status"
 """
-MINUTES = 5
+MINUTES = 5  # of a run of run.sh, unless its arguments say otherwise
 
 
 class BundleError(Exception):
-    """Why there is no new bundle, in one line."""
+    """Raised where no bundle can be made; the message says why, in one line."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,13 +131,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bundle: {error}", file=sys.stderr)
         return 1
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
+        shutil.rmtree(partial, ignore_errors=True)  # already renamed where all went well
     print("\n".join(report(options.folder, sizes, options.python)))
     return 0
 
 
 def collect(partial: Path, name: str, python: str, with_peers: bool) -> None:
-    """Fills the folder `partial`; name is what it will be called."""
+    """Fills the folder `partial`; `name` is the folder's final name."""
     download(WHEELS, partial / "wheels", python)
     if conflicts := find_conflicts(partial / "wheels", python):
         raise BundleError("; ".join(conflicts))
@@ -150,7 +152,7 @@ def collect(partial: Path, name: str, python: str, with_peers: bool) -> None:
 
 
 def download(pins: Mapping[str, str], folder: Path, python: str) -> None:
-    """One wheel a package, by pip, for that Python on Linux x86-64."""
+    """Downloads one wheel for each package by pip, for that Python on Linux x86-64."""
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
@@ -158,19 +160,19 @@ def download(pins: Mapping[str, str], folder: Path, python: str) -> None:
         command += ["--platform", platform]
     for package, version in pins.items():
         wheel = f"{package}=={version}"
-        done = subprocess.run(
+        result = subprocess.run(
             [*command, "--dest", str(folder), wheel],
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode != 0:
-            lines = (done.stdout + done.stderr).strip().splitlines() or ["it said nothing"]
+        if result.returncode != 0:
+            lines = (result.stdout + result.stderr).strip().splitlines() or ["it said nothing"]
             raise BundleError(f"{wheel} for Python {python}: pip failed: {lines[-1]}")
 
 
 def find_conflicts(folder: Path, python: str) -> list[str]:
-    """What the wheels of a folder ask of each other and do not get."""
+    """Returns the requirements among a folder's wheels that the folder does not meet."""
     wheels = {parse_wheel_filename(path.name)[0]: path for path in sorted(folder.glob("*.whl"))}
     target = {"python_version": python, "extra": ""}
     conflicts = []
@@ -182,7 +184,7 @@ def find_conflicts(folder: Path, python: str) -> list[str]:
             requirement = Requirement(text)
             needed = wheels.get(canonicalize_name(requirement.name))
             if needed is None:
-                continue  # torch's and transformers' own dependencies are there already
+                continue  # a dependency of torch or transformers, installed there already
             version = parse_wheel_filename(needed.name)[1]
             is_meant = requirement.marker is None or requirement.marker.evaluate(target)
             if is_meant and version not in requirement.specifier:
@@ -191,28 +193,31 @@ def find_conflicts(folder: Path, python: str) -> list[str]:
 
 
 def extensions(python: str) -> list[Path]:
-    """The built extension, where it is that Python's."""
+    """Returns the built extension, if it was built for that Python."""
     tag = "cpython-" + python.replace(".", "")
     return sorted((ROOT / "socpo_fast").glob(f"_C.{tag}-*.so"))
 
 
 def part_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each part of a bundle."""
+    """Returns the bytes of each part of a bundle."""
     sizes = {}
-    for part in sorted(folder.iterdir()):
-        files = [part] if part.is_file() else [path for path in part.rglob("*") if path.is_file()]
-        sizes[part.name] = sum(path.stat().st_size for path in files)
+    for entry in sorted(folder.iterdir()):
+        files = (
+            [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
+        )
+        sizes[entry.name] = sum(path.stat().st_size for path in files)
     return sizes
 
 
 def check_size(sizes: Mapping[str, int]) -> None:
+    """Raises BundleError where a bundle is too large to be carried along."""
     if sum(sizes.values()) > LIMIT_MIB * 2**20:
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items())
         raise BundleError(f"must be at most {LIMIT_MIB} MiB, got {parts} MiB")
 
 
 def check_options(python: str, folder: Path) -> None:
-    """A Python by its two numbers; and nothing but an older bundle is ever removed."""
+    """Checks the options. Only an older bundle may be replaced, never another folder."""
     if not re.fullmatch(r"3\.\d+", python):
         raise BundleError(f"--python must be two numbers such as 3.12, got {python!r}")
     if folder.exists() and not (folder / "run.sh").is_file():
@@ -220,7 +225,7 @@ def check_options(python: str, folder: Path) -> None:
 
 
 def replace(folder: Path, partial: Path) -> None:
-    """The new bundle stands in for the old one."""
+    """Puts the new bundle in place of the old one, by renaming: a reader never sees half of it."""
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     if folder.exists():
         folder.rename(old)
@@ -229,7 +234,7 @@ def replace(folder: Path, partial: Path) -> None:
 
 
 def report(folder: Path, sizes: Mapping[str, int], python: str) -> list[str]:
-    """What is in the bundle, and what to type on the machine with the card."""
+    """Returns lines on the bundle's content, and the commands for the machine with the card."""
     lines = [f"{size / 2**20:8.2f} MiB  {folder / name}" for name, size in sizes.items()]
     lines.append(f"{sum(sizes.values()) / 2**20:8.2f} MiB  in all")
     if "extension" not in sizes:

@@ -1,7 +1,7 @@
-"""Stage `ceilings`: what the card can do. Every limit but attention's rests on it.
+"""Stage `ceilings`: measures what the card can do. Every limit but attention's rests on it.
 
-The rates are those of large copies and square products, of a layer's products at their real widths,
-and of bf16 factors whose product is added into an fp32 tensor, as weights get their gradient.
+Measured are large copies, square products, a layer's products at their real widths, and products of
+bf16 factors that are added into an fp32 tensor, as for the gradient of a weight.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ TINY_COPY_BYTES = 1 << 20
 
 
 def copy_rate(check: Check) -> None:
-    """Device to device, where bytes read and written both count; and reading alone."""
+    """Measures copies on the device (bytes read and written both count), and reads."""
     num_bytes = TINY_COPY_BYTES if check.tiny else COPY_BYTES
     source = torch.ones(num_bytes, dtype=torch.int8, device=check.device)
     target = torch.empty_like(source)
     ms = median_ms(lambda: target.copy_(source), check.device)
+    # The factor: bytes are read and written, and bytes / ms = 1e-6 GB/s.
     check.figure("ceilings.copy_gb_s", 2e-6 * num_bytes / ms)
+    # A sum reads everything and writes almost nothing.
     numbers = source.view(torch.float32)
     ms = median_ms(numbers.sum, check.device)
     check.figure("ceilings.read_gb_s", 1e-6 * num_bytes / ms)
 
 
 def host_link(check: Check) -> None:
-    """Pinned host memory to the device and back: what moving optimizer states would cost."""
+    """Measures pinned host memory to the device and back: the cost of moving optimizer states."""
     if not check.is_cuda:
         raise Skipped("a card has a link, a CPU has not")
+    # Only pinned memory reaches the link's full rate, and can be copied asynchronously.
     host = torch.empty(1 << 30, dtype=torch.int8, pin_memory=True)
     device = torch.empty_like(host, device=check.device)
     for way, run in (
@@ -50,7 +53,7 @@ def host_link(check: Check) -> None:
 
 
 def gemm_rates(check: Check) -> None:
-    """Square products in bf16, fp32 and fp32 by tf32."""
+    """Measures square products in bf16, fp32, and fp32 computed in tf32."""
     size = TINY_GEMM if check.tiny else GEMM
     for name, dtype, precision in (
         ("bf16", torch.bfloat16, "ieee"),
@@ -64,10 +67,12 @@ def gemm_rates(check: Check) -> None:
 
 
 def accumulate_fp32(check: Check) -> None:
-    """bf16 factors into an fp32 tensor, over NaN and added: how weights get their gradient."""
+    """Checks and measures bf16 products stored over NaN in, and added to, an fp32 tensor."""
     size = TINY_GEMM if check.tiny else GEMM // 2
     a, b = (check.randn(size, size, seed=seed) for seed in (0, 1))
+    # NaN in the target: a product that wrongly adds (beta = 0 times NaN) would show.
     out = torch.full((size, size), torch.nan, dtype=torch.float32, device=check.device)
+    # The first rows are enough to notice an error; the whole product in fp64 takes long.
     truth = a[:64].double() @ b.double()
     matmul_(out, a, b)
     check_close("over NaN", out[:64], truth)
@@ -79,7 +84,7 @@ def accumulate_fp32(check: Check) -> None:
 
 
 def linears(check: Check) -> None:
-    """A layer's products at their real widths, forward, dX and dW in fp32: MFU's true ceiling."""
+    """Measures a layer's products at their real widths, with dX and dW: the true ceiling of MFU."""
     num_tokens = 16 if check.tiny else 8192
     for model in ("tiny",) if check.tiny else ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B"):
         config = MODELS[model]
@@ -107,6 +112,7 @@ def linears(check: Check) -> None:
                 matmul_(dw, dy.T, x, accumulate=True)
 
             total_ms += median_ms(run, check.device)
+            # Three products of 2 T M N each: forward, dX and dW.
             total_flops += 6.0 * num_tokens * rows * columns
         limit = check.ceilings.bf16_tflop_s
         rate = 1e-9 * total_flops / total_ms
@@ -114,7 +120,7 @@ def linears(check: Check) -> None:
 
 
 def clocks(check: Check) -> None:
-    """Clocks and power right after the work, by the driver."""
+    """Records the driver's clocks and power right after the work."""
     if not (check.is_cuda and shutil.which("nvidia-smi")):
         raise Skipped("nvidia-smi is a card's")
     fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"

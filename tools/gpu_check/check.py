@@ -1,4 +1,4 @@
-"""What a part of a stage is given: a Check, through which it writes down what it finds."""
+"""Holds Check, the argument of every part of a stage, and the helpers that parts share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tools.gpu_check.stages import NAMES
 
 
 class Skipped(Exception):
-    """A case that this machine need not pass; the message says what it lacks."""
+    """Raised by a case that this machine need not pass; the message says what it lacks."""
 
 
 class Check:
-    """What a part is given: the device, the ceilings, and where its findings go.
+    """What a part works with: the device, the measured ceilings, and the file for its results.
 
-    `tiny`: sizes at which a CPU and Triton's interpreter go through the same code; no figure means
-    anything then.
+    `tiny` asks for sizes at which a CPU and Triton's interpreter can run the same code. Figures
+    then mean nothing.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Check:
 
     @property
     def ceilings(self) -> Ceilings:
-        """Those of this results file as it stands, or stand-ins."""
+        """The rates in the results file at this moment, or assumed ones where it has none."""
         return read_ceilings(self.results)
 
     @property
@@ -53,32 +53,33 @@ class Check:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What a real run computes in: bf16 on a card; a CPU only emulates it."""
+        """The dtype of a real run: bf16 on a card; fp32 on a CPU, which only emulates bf16."""
         return torch.bfloat16 if self.is_cuda else torch.float32
 
     def randn(self, *shape: int, seed: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers made on the device; dtype: by default that of the check."""
+        """Returns normal numbers made on the device; the default dtype is that of the check."""
         generator = torch.Generator(self.device).manual_seed(seed)
         values = torch.randn(shape, generator=generator, device=self.device)
         return values.to(dtype or self.dtype)
 
     def figure(self, key: str, value: float, *, of: str = "", limit: float | None = None) -> None:
-        """Write down one number; its unit, prediction and goal stand in expectations.py."""
-        made = make_figure(key, float(value), of=of, limit=limit, is_rehearsed=self.tiny)
-        append_figure(self.results, self.stage, made)
+        """Records one number; its unit, prediction and goal come from expectations.py."""
+        record = make_figure(key, float(value), of=of, limit=limit, is_rehearsed=self.tiny)
+        append_figure(self.results, self.stage, record)
 
     def note(self, text: str) -> None:
-        """Keep some text; it goes into the report whole."""
+        """Records a text that the report shows in full."""
         append(self.results, {"kind": "note", "stage": self.stage, "text": text})
 
     @contextmanager
     def case(self, name: str) -> Iterator[None]:
-        """What is raised inside fails this case and nothing else."""
+        """Runs the block as a named case: an error in it fails this case and nothing else."""
         try:
             yield
         except Skipped as skipped:
             self._write_case(name, "skipped", str(skipped))
-        except Exception as error:  # noqa: BLE001 - what it was is the finding
+        except Exception as error:  # noqa: BLE001 - recorded below as a failed case
+            # Whatever was raised is the result of this case. The cases after it still run.
             self.num_failed += 1
             traceback.print_exc()
             message = f"{type(error).__name__} at {our_lines(error, 3)}: {error}"
@@ -86,13 +87,14 @@ class Check:
             self.free_memory()
 
     def free_memory(self) -> None:
-        """Give back what a part held; captured graphs and their engines are cycles."""
+        """Frees what a part held; captured graphs and their engines are reference cycles."""
         gc.collect()
         if self.is_cuda:
-            with contextlib.suppress(RuntimeError):  # of a card that is lost, told elsewhere
+            with contextlib.suppress(RuntimeError):  # a lost card; is_alive notices that
                 torch.cuda.empty_cache()
 
     def _write_case(self, name: str, status: str, message: str) -> None:
+        # A message can hold a whole compiler output; the log has all of it.
         record = {"kind": "case", "stage": self.stage, "case": name, "status": status}
         append(self.results, {**record, "message": message[:4000]})
 
@@ -101,29 +103,30 @@ Part = Callable[[Check], None]
 
 
 def query_driver(fields: str) -> str:
-    """What nvidia-smi says of the card, as CSV."""
+    """Returns what nvidia-smi reports about the card, as CSV."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False)
-    return done.stdout.strip() or done.stderr.strip()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False)
+    return result.stdout.strip() or result.stderr.strip()
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """The norm of the difference over the norm of the truth."""
+    """Returns the norm of the difference over the norm of the truth."""
     return float((actual.double() - truth).norm() / truth.norm())
 
 
 def check_close(what: str, actual: Tensor, truth: Tensor, bound: float = 1e-3) -> None:
-    """Holds the relative error to a bound; NaN is not close."""
+    """Asserts that the relative error is within a bound; NaN never is."""
     error = relative_error(actual, truth)
     assert error <= bound, f"{what}: relative error must be <= {bound:g}, got {error:.3g}"
 
 
 def read_ceilings(results: Path) -> Ceilings:
-    """The rates of stage `ceilings`, if all of them were measured."""
-    found = read_results(results, NAMES)
+    """Returns the rates of stage `ceilings` if all of them were measured, else assumed ones."""
+    state = read_results(results, NAMES)
     measured = {
-        name: found.value_of(f"ceilings.{name}")
+        name: state.value_of(f"ceilings.{name}")
         for name in ("copy_gb_s", "read_gb_s", "bf16_tflop_s", "fp32_tflop_s", "tf32_tflop_s")
     }
     values = {name: value for name, value in measured.items() if value is not None}
+    # All or none: a mixture of measured and assumed rates would be hard to interpret.
     return Ceilings(**values) if len(values) == len(measured) else ASSUMED

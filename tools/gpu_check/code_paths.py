@@ -1,6 +1,6 @@
-"""The code paths of the fake CUDA walk, each a section: walk names them in order.
+"""Runs the code paths of the fake CUDA walk, one section each; `walk` lists them in order.
 
-They run the project's own code, through the same doors as the engine and the trainer.
+They are the project's own code, called in the same way as the engine and the trainer call it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tools.gpu_check.recorder import Recorder
 
 DEVICE = "cuda:0"
 DTYPE = torch.bfloat16
-# of a sequence: a context of 2048
 PAGE_SIZE = 32
-NUM_PAGES = 64
+NUM_PAGES = 64  # of one sequence, so its context has 2048 tokens
 NUM_TOKENS = 8192  # of the policy head and of the element-wise ops
-# tokens; half have two attempts
+# The group of the update, in tokens. Every second rollout has two attempts with a bridge (guidance)
+# between them.
 PROMPT = 300
 GROUP_SIZE = 8
 ATTEMPT = 1000
@@ -42,7 +42,7 @@ BRIDGE = 130
 
 
 def walk(config: ModelConfig) -> list[Section]:
-    """Every code path below, for a model of this shape."""
+    """Runs every code path below for a model of this shape; returns their sections."""
     with fake_cuda() as recorder:
         student = fake_model(config)
         decode_rounds(recorder, student)
@@ -55,13 +55,15 @@ def walk(config: ModelConfig) -> list[Section]:
 
 
 def fake_model(config: ModelConfig) -> Decoder:
-    """A decoder on the fake device."""
+    """Returns a decoder on the fake device."""
+    # On meta first: a real Decoder would allocate and initialise gigabytes on the host.
     with torch.device("meta"):
         student = Decoder(config)
     for name, parameter in list(student.named_parameters()):
         module, _, leaf = name.rpartition(".")
         empty = torch.empty(parameter.shape, dtype=DTYPE, device=DEVICE)
         setattr(student.get_submodule(module), leaf, nn.Parameter(empty))
+    # The loop above has given the two tied weights a tensor each.
     if config.tie_word_embeddings:
         student.lm_head.weight = student.embed.weight
     student.inv_freq = config.inverse_frequencies().to(DEVICE)
@@ -69,20 +71,20 @@ def fake_model(config: ModelConfig) -> Decoder:
 
 
 def decode_rounds(recorder: Recorder, student: Decoder) -> None:
-    """What a CUDA graph captures: no read, and nothing of the host."""
+    """Runs what a CUDA graph captures: it must not read a value nor use a tensor of the host."""
     for rows, is_filtered in ((256, False), (256, True), (16, False), (1, False)):
         num_pages = rows * NUM_PAGES
         options = {"num_pages": num_pages, "page_size": PAGE_SIZE}
         runner = Runner(student, **options, cascade=True, attention="auto")
         loop = DecodeLoop(runner, max_running=rows, max_rounds=8)
-        loop._table(NUM_PAGES)  # as before a capture
+        loop._table(NUM_PAGES)  # made before a capture, so not part of the section
         name = f"decode round, batch {rows}{', top-p' if is_filtered else ''}"
         with recorder.section(name, may_read=False, may_upload=False), torch.no_grad():
             loop._round(rows, NUM_PAGES, is_filtered)
 
 
 def prefill_step(recorder: Recorder, student: Decoder) -> None:
-    """The first step of an engine: prompts, the forks of their groups, all first tokens."""
+    """Runs an engine's first step: prefills prompts, forks their groups, draws the first tokens."""
     engine = Engine(student, kv_cache_gib=8, page_size=PAGE_SIZE)
     params = SamplingParams(
         temperature=1.0,
@@ -98,7 +100,7 @@ def prefill_step(recorder: Recorder, student: Decoder) -> None:
 
 
 def policy_head(recorder: Recorder, student: Decoder) -> None:
-    """Three products and a row pass for each chunk; the backward only scales."""
+    """Runs the policy head: three products and a row pass a chunk; its backward only scales."""
     weight_VD = student.lm_head.weight.detach().requires_grad_()
     hidden_TD = _empty(NUM_TOKENS, student.config.hidden_size).requires_grad_()
     values_T = torch.empty(NUM_TOKENS, device=DEVICE)
@@ -117,7 +119,7 @@ def policy_head(recorder: Recorder, student: Decoder) -> None:
 
 
 def element_wise(recorder: Recorder, student: Decoder) -> None:
-    """Each op forward and backward, and the engine's write of keys and values."""
+    """Runs each op forward and backward, and the engine's write of keys and values."""
     config = student.config
     layer = student.layers[0]
     assert isinstance(layer, Layer)
@@ -155,6 +157,7 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
         with recorder.section(f"{name}, backward", may_read=False):
             backward(outputs, gradients)
         student.zero_grad()
+        # Else the next op would add to these gradients, which is a launch more.
         for leaf in (x_TD, residual_TD, gate_up_TJ, qkv_TXE):
             leaf.grad = None
     with recorder.section("rotary_write", may_read=False), torch.no_grad():
@@ -162,8 +165,9 @@ def element_wise(recorder: Recorder, student: Decoder) -> None:
 
 
 def update(recorder: Recorder, student: Decoder) -> None:
-    """Forward, backward and AdamW's step of one group; its figures are read once, at the end."""
+    """Runs one group's forward, backward and AdamW step; the host reads once, at the end."""
     rollouts = [_rollout(idx, num_attempts=1 + idx % 2) for idx in range(GROUP_SIZE)]
+    # Made before the section: its moments are allocated once a run, not once an update.
     optimizer = Optimizer(student, lr=1e-6)
     with recorder.section("update of one group", may_read=False):
         stats = policy_gradients(student, rollouts, token_budget=16384, temperature=1.0)
@@ -172,6 +176,7 @@ def update(recorder: Recorder, student: Decoder) -> None:
 
 
 def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:
+    """Returns a rollout with attempts of equal length and a bridge between them."""
     key = RolloutKey(0, 0)
     values = torch.zeros(ATTEMPT)
     attempts = [
@@ -184,7 +189,7 @@ def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:
 
 
 def draws(recorder: Recorder, student: Decoder) -> None:
-    """The LM head and the draw, without a filter and with top-p."""
+    """Runs the LM head and the draw, without a filter and with top-p."""
     rows = 256
     hidden_BD = _empty(rows, student.config.hidden_size)
     row_keys_B = torch.empty(rows, dtype=torch.int64, device=DEVICE)

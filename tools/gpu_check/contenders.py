@@ -1,8 +1,9 @@
-"""Attention over a tree of rows as ours and as others compute it, each in the layout it likes.
+"""Attention over a tree of rows as we and as others compute it, each in its preferred layout.
 
-A contender takes tensors of the tree's rows into its own layout, where it is timed, and gives
-outputs and gradients back. What a trainer would do in every layer belongs to its forward: to gather
-ancestors does, to copy rows does not, since such a trainer has copies from the first layer on.
+A contender converts tensors from the tree's rows to its own layout (`take`), is timed there, and
+converts outputs and gradients back (`give`). Work that a trainer would repeat in every layer is
+part of the timed forward. Gathering ancestors is such work. Copying rows is not: a trainer that
+needs copies makes them once, before the first layer. trees.py has drawings of the layouts.
 """
 
 from __future__ import annotations
@@ -29,28 +30,29 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def _as_it_is(x: Tensor) -> Tensor:
+    """Returns the tensor: for a layout that is the tree's own."""
     return x
 
 
 @dataclass(frozen=True)
 class Contender:
-    """How somebody computes attention of a tree.
+    """One way to compute attention over a tree.
 
-    once is 1 at the first copy of each of the tree's rows, 0 at the others and at padding: so that
-    a row is compared once, and gradients of its copies add up to the tree's.
+    once is 1 at the first copy of each row of the tree, 0 at further copies and at padding. With it
+    every row is compared once, and the gradients of a row's copies add up to those of the tree.
     """
 
     name: str
-    forward: Attention  # all three tensors in its own layout
-    take: Layout = _as_it_is  # [T, heads, E] to its own layout
-    give: Layout = _as_it_is  # back, where copies are summed
+    forward: Attention  # of q, k and v in the contender's layout
+    take: Layout = _as_it_is  # from [T, heads, E] to the contender's layout
+    give: Layout = _as_it_is  # back to [T, heads, E], summing copies
     once: Tensor | float = 1.0
     has_backward: bool = True
 
 
 @contextlib.contextmanager
 def no_fault_of_ours() -> Iterator[None]:
-    """What somebody else's code cannot do here, or does wrongly, is told; nothing fails by it."""
+    """Turns an error in somebody else's code into a skip: it must not fail our check."""
     try:
         yield
     except Skipped:
@@ -62,7 +64,7 @@ def no_fault_of_ours() -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises TimeoutError when the time is over, past handlers that take every Exception."""
+    """Raises TimeoutError when time is up, even through code that catches every Exception."""
     try:
         with plugin.time_limit(seconds):
             yield
@@ -71,20 +73,24 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
 
 def ours(tree: TreeMask, scale: float) -> Contender:
+    """Returns our op, over the tree's own rows."""
     return Contender("ours", partial(tree_attention, tree=tree, scale=scale))
 
 
 def over_copied_rows(check: Check, shape: TreeShape, scale: float) -> Contender:
-    """SDPA's flash kernel over [rollouts, longest]; what is padded behind needs no mask."""
+    """Returns SDPA's flash kernel over [rollouts, longest]; padding at the end needs no mask."""
+    # index_RL[r, l] is the row of the tree that copy l of rollout r stands for.
     index_RL, once_RL = (x.to(check.device) for x in copied_rows(shape))
 
     def forward(q_RHLE: Tensor, k_RKLE: Tensor, v_RKLE: Tensor) -> Tensor:
         options: dict[str, Any] = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        # Fails instead of silently falling back to a slower backend.
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return F.scaled_dot_product_attention(q_RHLE, k_RKLE, v_RKLE, **options)
 
     def give(x_RHLE: Tensor) -> Tensor:
         rows = x_RHLE.transpose(1, 2).flatten(0, 1).float()
+        # In fp32, since a prompt's gradient is the sum over all of its copies.
         return rows.new_zeros(shape.num_rows, *rows.shape[1:]).index_add_(
             0, index_RL.flatten(), rows
         )
@@ -99,13 +105,15 @@ def over_copied_rows(check: Check, shape: TreeShape, scale: float) -> Contender:
 
 
 def varlen(check: Check, shape: TreeShape, scale: float, *, is_grouped: bool) -> Contender:
-    """torch's own, over gathered ancestors; not every version of it takes grouped heads."""
+    """Returns torch's varlen_attn over gathered ancestors; not every version has enable_gqa."""
     if not check.is_cuda:
         raise Skipped("varlen_attn runs on a card only")
     with no_fault_of_ours():
         from torch.nn.attention.varlen import varlen_attn
     index, ends_q, ends_k = (x.to(check.device) for x in ancestors(shape)[:3])
     longest = ancestors(shape)[3]
+    # A window with nothing to the right is the causal mask, aligned at the last key of each
+    # segment.
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     if is_grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
@@ -124,17 +132,18 @@ def varlen(check: Check, shape: TreeShape, scale: float, *, is_grouped: bool) ->
 
 
 def flex(check: Check, shape: TreeShape, until_T: Tensor, scale: float) -> Contender:
-    """FlexAttention with the tree's rule as its mask; compiled on a card, plain on a CPU."""
+    """Returns FlexAttention with the tree's rule as mask; compiled on a card, plain on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        # The tree's rule: a key is visible to later rows until its own segment, or its group, ends.
         return (key <= query) & (query < until_T[key])
 
     size = shape.num_rows
     block_mask = create_block_mask(sees, None, None, size, size, device=str(check.device))
     attend: Callable[..., Any] = flex_attention
     if check.is_cuda:
-        torch.compiler.reset()  # else the shapes before would count against the compiler's limit
+        torch.compiler.reset()  # earlier shapes count towards the limit of recompilations
         attend = torch.compile(flex_attention, dynamic=False)
 
     def forward(q_1HTE: Tensor, k_1KTE: Tensor, v_1KTE: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Stage `decode`: milliseconds a decode step of real shapes, beside the bytes it has to read.
+"""Stage `decode`: times decode steps of real shapes, beside the bytes that a step has to read.
 
-Weights are random, which changes no byte and no launch. Steps are timed through the engine as a
-rollout runs it: eight tokens a host read, rounds replayed from a CUDA graph.
+Weights are random, which changes neither bytes nor launches. Steps are timed through the engine, as
+in a rollout: the host reads once every eight tokens, and rounds are replayed from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tools.gpu_check.timing import median_ms, profile_table
 
 
 def steps(model: str, batches: tuple[int, ...]) -> Part:
-    """Steps of batches whose prompts are all different; the limit is weights plus live KV."""
+    """Returns a part that times batches of different prompts; the limit is weights plus live KV."""
 
     def part(check: Check) -> None:
         config = MODELS["tiny" if check.tiny else model]
@@ -47,17 +47,19 @@ def steps(model: str, batches: tuple[int, ...]) -> Part:
                 itemsize = student.lm_head.weight.element_size()
                 num_bytes = decode_bytes(config, decoding.live_tokens, itemsize)
                 limit = check.ceilings.read_ms(num_bytes)
+                # Few rows are bound by launches and latency, many by bytes: different predictions.
                 key = "decode.step_ms" if batch >= 64 else "decode.few_step_ms"
                 check.figure(key, step_ms, of=of, limit=limit)
                 if (graph_ms := decoding.graph_ms(check)) is not None:
                     check.figure("decode.graph_ms", graph_ms, of=of, limit=limit)
+                # Frees its pages before the next batch allocates its own.
                 del decoding
 
     return part
 
 
 def eager_step(check: Check) -> None:
-    """The same rounds launched one by one."""
+    """Times the same rounds with kernels launched one by one."""
     decoding = small_batch(check)
     launch_rounds(decoding.engine)
     of = f"{decoding.rows} x {decoding.context}"
@@ -65,7 +67,7 @@ def eager_step(check: Check) -> None:
 
 
 def captures(check: Check) -> None:
-    """How long a graph takes to capture, how much memory it holds, how long its linears take."""
+    """Measures a capture's time and memory, and the time of a step's linear layers."""
     decoding = small_batch(check)
     loop = decoding.engine._steps.loop
     assert loop is not None
@@ -76,54 +78,57 @@ def captures(check: Check) -> None:
         raise Skipped("graphs are a card's")
     for rows in (32, 64, 128):
         check.free_memory()
-        before = torch.cuda.memory_reserved(check.device)
+        old_reserved = torch.cuda.memory_reserved(check.device)
         started = time.perf_counter()
         with torch.no_grad():
+            # No graph of this size exists yet, so this captures one.
             loop._graph(rows, 32, False)
         torch.cuda.synchronize(check.device)
         of = f"{rows} rows"
         check.figure("decode.capture_ms", 1e3 * (time.perf_counter() - started), of=of)
-        held = torch.cuda.memory_reserved(check.device) - before
-        check.figure("decode.graph_mib", max(0, held) / 2**20, of=of)
+        num_bytes = torch.cuda.memory_reserved(check.device) - old_reserved
+        check.figure("decode.graph_mib", max(0, num_bytes) / 2**20, of=of)
 
 
 def all_captures(check: Check) -> None:
-    """What a run captures at its start: every number of sequences, with filters and without."""
+    """Measures all captures of a run's start: each batch size, with filters and without."""
     engine = small_batch(check).engine
     engine.reset()
     check.free_memory()
-    held = torch.cuda.memory_reserved(check.device) if check.is_cuda else 0
+    num_bytes = torch.cuda.memory_reserved(check.device) if check.is_cuda else 0
     started = time.perf_counter()
     engine.prepare(TINY_CONTEXT if check.tiny else CONTEXT)
     if check.is_cuda:
         torch.cuda.synchronize(check.device)
-        held = torch.cuda.memory_reserved(check.device) - held
+        num_bytes = torch.cuda.memory_reserved(check.device) - num_bytes
     of = "max_running 256"
     check.figure("decode.prepare_s", time.perf_counter() - started, of=of)
-    check.figure("decode.prepare_mib", max(0, held) / 2**20, of=of)
+    check.figure("decode.prepare_mib", max(0, num_bytes) / 2**20, of=of)
 
 
 def beside_a_teacher(check: Check) -> None:
-    """Two engines, each on a stream of its own: the time of both over the sum of each alone."""
+    """Runs two engines on a stream each: the time of both over the sum of their single times."""
     batches = (2, 2) if check.tiny else (64, 16)
 
-    def seconds(which: tuple[int, ...]) -> float:
-        engines = [small_batch(check, batches[i], stream_priority=i - 1).engine for i in which]
+    def seconds(indices: tuple[int, ...]) -> float:
+        # The student's stream has priority -1, above the teacher's 0, as in a run.
+        engines = [small_batch(check, batches[i], stream_priority=i - 1).engine for i in indices]
         started = time.perf_counter()
         while any(engine.has_work for engine in engines):
             for engine in engines:
+                # launch does not wait, so the other engine's kernels can overlap with these.
                 engine.launch()
                 if engine.is_ready:
                     engine.release(engine.collect())
         return time.perf_counter() - started
 
-    alone = seconds((0,)) + seconds((1,))
+    separate_s = seconds((0,)) + seconds((1,))
     of = f"{batches[0]} and {batches[1]} sequences"
-    check.figure("decode.beside_a_teacher", seconds((0, 1)) / alone, of=of)
+    check.figure("decode.beside_a_teacher", seconds((0, 1)) / separate_s, of=of)
 
 
 def linears_ms(check: Check, student: Decoder, rows: int) -> float:
-    """All products of a decode step but the head's, one after the other in a graph."""
+    """Times all products of a decode step but the LM head's, one after the other in a graph."""
     weights = [p for layer in student.layers for p in layer.parameters() if p.ndim > 1]
     inputs = {n: check.randn(rows, n, seed=0) for n in {weight.shape[1] for weight in weights}}
 
@@ -138,7 +143,7 @@ def linears_ms(check: Check, student: Decoder, rows: int) -> float:
 def small_batch(
     check: Check, batch: int = 16, *, stream_priority: int | None = None, **changes: float
 ) -> Decoding:
-    """Some sequences of Qwen3-0.6B, decoding; changes are of the sampling."""
+    """Returns a decoding batch of Qwen3-0.6B; `changes` are sampling parameters."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     student = make_model(config, device=check.device, dtype=check.dtype)
     context = TINY_CONTEXT if check.tiny else CONTEXT
@@ -147,7 +152,7 @@ def small_batch(
 
 
 def kernels_of_a_round(check: Check) -> None:
-    """Kernels by time, few rows and many. Last: a profiler stays in the way of what follows."""
+    """Lists a round's kernels by time. Must come last: the profiler slows down what follows."""
     for batch in (16, 256):
         decoding = small_batch(check, batch)
         loop = decoding.engine._steps.loop
@@ -166,14 +171,14 @@ def kernels_of_a_round(check: Check) -> None:
 
 
 def groups_and_second_attempts(check: Check) -> None:
-    """8 x 8 rollouts, half of them resumed: tok/s, and that nothing is prefilled twice."""
+    """Times 8 x 8 rollouts, half of them resumed, and checks that no token is prefilled twice."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     student = make_model(config, device=check.device, dtype=check.dtype)
     groups, size, prompt, new, suffix = (2, 2, 20, 9, 5) if check.tiny else (8, 8, 300, 100, 60)
     engine = make_engine(student, groups * size * (prompt + 2 * new + suffix + 3 * PAGE_SIZE))
     prompts = prompts_of(student, groups, prompt)
     params = params_of(new, n=size)
-    for _ in range(2):  # the first compiles and captures
+    for _ in range(2):  # the first run compiles and captures, the second one is timed
         started = time.perf_counter()
         stats = engine.stats
         attempts = [a for group in generate_same(engine, prompts, params, keep=True) for a in group]
@@ -184,36 +189,38 @@ def groups_and_second_attempts(check: Check) -> None:
         engine.release(drain(engine))
         seconds = time.perf_counter() - started
     prefilled = engine.stats.prefill_tokens - stats.prefill_tokens
-    unique = groups * prompt + len(resumed) * (1 + suffix)
-    assert prefilled == unique, f"prefilled {prefilled} tokens, {unique} are unique"
-    sampled = (len(attempts) + len(resumed)) * new
+    # A resumed sequence prefills its guidance and the last sampled token, which has no KV yet.
+    num_unique = groups * prompt + len(resumed) * (1 + suffix)
+    assert prefilled == num_unique, f"prefilled {prefilled} tokens, {num_unique} are unique"
+    num_sampled = (len(attempts) + len(resumed)) * new
     itemsize = student.lm_head.weight.element_size()
     rollout = partial(rollout_bytes, config, num_new=new, itemsize=itemsize)
     num_bytes = rollout(rows=len(attempts), unique=groups * prompt)
     resumed_own = len(resumed) * (new + suffix)
     num_bytes += rollout(rows=len(resumed), unique=groups * prompt + resumed_own)
     of = f"{groups} x {size}, {new} new, half resumed"
-    limit = 1e3 * sampled / check.ceilings.read_ms(num_bytes)
-    check.figure("decode.rollout_tok_s", sampled / seconds, of=of, limit=limit)
+    limit = 1e3 * num_sampled / check.ceilings.read_ms(num_bytes)
+    check.figure("decode.rollout_tok_s", num_sampled / seconds, of=of, limit=limit)
 
 
 def evaluation_step(check: Check) -> None:
-    """A step with top-p, as evaluations take it."""
+    """Times a step with top-p, as in an evaluation."""
     decoding = small_batch(check, 64, top_p=0.95, temperature=0.6)
     of = f"top-p, {decoding.rows} x {decoding.context}"
     check.figure("decode.filtered_step_ms", decoding.step_ms(check.device), of=of)
 
 
 def beside_transformers(check: Check) -> None:
-    """Equal weights in transformers: the time a token of its `generate` takes, equal logits."""
+    """Compares with transformers at equal weights: milliseconds a token, and logits."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise Skipped("transformers is not installed") from None
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     student = make_model(config, device=check.device, dtype=check.dtype)
-    memory = Path("/dev/shm")
+    memory = Path("/dev/shm")  # in RAM: writing and reading gigabytes on a disk takes long
     needed = 4 * num_parameters(config)
+    # In a container /dev/shm may be tiny.
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > needed
     with tempfile.TemporaryDirectory(dir=memory if has_room else None) as name:
         folder = Path(name) / "student"
@@ -227,18 +234,20 @@ def beside_transformers(check: Check) -> None:
     time_generate(check, student, theirs, prompts)
     row = prompts[0, :64]
     with torch.no_grad():
+        # transformers in fp32 is the truth for our bf16 logits, and must agree with our fp32 ones.
         truth = theirs_fp32(row[None]).logits[0].double()
-    distance = relative_error(logits_of(student, row), truth)
-    check.figure("decode.logits_error", distance, of=str(check.dtype).removeprefix("torch."))
+    error = relative_error(logits_of(student, row), truth)
+    check.figure("decode.logits_error", error, of=str(check.dtype).removeprefix("torch."))
     check_close("logits in fp32", logits_of(ours_fp32, row), truth)
 
 
 def time_generate(
     check: Check, student: Decoder, theirs: torch.nn.Module, prompts: torch.Tensor
 ) -> None:
-    """Milliseconds a token, at generate's defaults: what a trainer that calls it gets."""
+    """Times `generate` at its defaults, as a trainer that calls it would; milliseconds a token."""
     batch, prompt = prompts.shape
     seconds = []
+    # The first run warms up. The last two differ in new tokens only, so prefill cancels out.
     for num_new in (1, 1, 5 if check.tiny else 33):
         started = time.perf_counter()
         options = {"do_sample": True, "top_k": 0, "max_new_tokens": num_new}
@@ -252,10 +261,11 @@ def time_generate(
 
 
 def driver_memory(check: Check) -> None:
-    """What a process holds of the card beside PyTorch's memory."""
+    """Measures what a process holds of the card besides PyTorch's memory."""
     if not check.is_cuda:
         raise Skipped("a CPU has no context")
     free, total = torch.cuda.mem_get_info(check.device)
+    # The context, loaded modules and libraries: everything that PyTorch did not allocate itself.
     beside = (total - free - torch.cuda.memory_reserved(check.device)) / 2**30
     check.figure("decode.driver_gib", beside)
 

@@ -1,7 +1,8 @@
-"""The decode kernel alone: one layer's attention of a batch, as it ships and in other shapes.
+"""Launches the decode kernel by itself: one layer's attention of a batch, as shipped and varied.
 
-A variant changes numbers that the launch would take from its tables: keys a tile, split, pipeline
-depth, warps. Nothing is tuned here; later work chooses from what stage `rates` writes down.
+A variant changes numbers that a launch usually takes from its tables: keys of a tile, split,
+pipeline depth, warps. Nothing is tuned here; later work can choose from the figures of stage
+`rates`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from tools.gpu_check.rooflines import attention_bytes
 from tools.gpu_check.timing import median_ms
 
 PAGE_SIZE = 32
-SHARED_PROMPT = 256  # whole splits of the decode kernel, so that siblings can share it
+SHARED_PROMPT = 256  # a whole split of the decode kernel: only whole splits can be shared
 
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """Decoding sequences; a group shares its prompt's pages, as neighbours or scattered."""
+    """A decode batch. Groups share their prompt's pages; their rows are adjacent or scattered."""
 
     model: str
     batch: int
@@ -53,7 +54,7 @@ TINY_DECODE = (
     DecodeShape("tiny", 8, 70, group=8),
     DecodeShape("tiny", 16, 70, group=8, is_scattered=True),
 )
-# What the variants are tried on: many sequences, where bytes count, and few, where latency does.
+# The shapes on which variants are tried: many sequences (bound by bytes) and few (by latency).
 VARIED = (DecodeShape("Qwen3-0.6B", 256, 1024), DecodeShape("Qwen3-0.6B", 16, 1024))
 VARIANTS: dict[str, dict[str, int]] = {
     "as shipped": {},
@@ -72,7 +73,7 @@ VARIANTS: dict[str, dict[str, int]] = {
 
 
 class DecodeCall:
-    """One layer's decode attention of a batch."""
+    """One layer's decode attention of a batch, ready to launch."""
 
     def __init__(self, check: Check, shape: DecodeShape):
         self.check = check
@@ -84,6 +85,7 @@ class DecodeCall:
         table, seq_lens, _ = (x.cpu().numpy() for x in self.tensors[3:])
         groups = prefix_groups(table, seq_lens, PAGE_SIZE)
         self.groups = torch.from_numpy(groups).to(check.device)
+        # Groups in which each sequence is alone: the kernel then shares nothing ("no cascade").
         self.alone = torch.from_numpy(alone(len(groups))).to(check.device)
 
     def run(self) -> Tensor:
@@ -96,11 +98,12 @@ class DecodeCall:
         )
 
     def gb_s(self) -> float:
-        """Of the bytes that must be read if nothing is read twice."""
+        """Returns the rate in GB/s, of the bytes that must be read if nothing is read twice."""
         ms = median_ms(self.run, self.check.device, in_graph=True)
-        lengths = [self.shape.context] * self.shape.group
+        seq_lens = [self.shape.context] * self.shape.group
         itemsize = self.tensors[0].itemsize
-        num_bytes = attention_bytes(self.config, lengths, self.num_shared, itemsize)
+        num_bytes = attention_bytes(self.config, seq_lens, self.num_shared, itemsize)
+        # attention_bytes counts one group; all groups are alike.
         num_groups = self.shape.batch // self.shape.group
         return 1e-6 * num_groups * num_bytes / ms
 
@@ -108,19 +111,24 @@ class DecodeCall:
 def decode_inputs(
     check: Check, config: ModelConfig, shape: DecodeShape, num_shared: int
 ) -> tuple[Tensor, ...]:
-    """Pages in random order, each sequence's own but for the shared prompt of its group."""
-    width = -(-shape.context // PAGE_SIZE)
+    """Makes q, pages in random order, and block tables whose groups share a prompt's pages."""
+    pages_per_row = -(-shape.context // PAGE_SIZE)
     generator = torch.Generator().manual_seed(0)
-    table = torch.randperm(shape.batch * width, generator=generator).view(-1, shape.group, width)
+    table = torch.randperm(shape.batch * pages_per_row, generator=generator).view(
+        -1, shape.group, pages_per_row
+    )
     shared_pages = num_shared // PAGE_SIZE
     table[:, :, :shared_pages] = table[:, :1, :shared_pages].clone()
     heads = config.num_kv_heads, config.head_dim
-    k, v = (check.randn(shape.batch * width, PAGE_SIZE, *heads, seed=seed) for seed in (1, 2))
+    k, v = (
+        check.randn(shape.batch * pages_per_row, PAGE_SIZE, *heads, seed=seed) for seed in (1, 2)
+    )
     q = check.randn(shape.batch, config.num_heads, config.head_dim, seed=3)
     seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32)
     cu_seqlens = torch.arange(shape.batch + 1, dtype=torch.int32)
     table = table.flatten(0, 1).int()
     if shape.is_scattered:
+        # In a real batch siblings end and start at different times, so their rows are not adjacent.
         table = table[torch.randperm(shape.batch, generator=generator)]
     index = (x.to(check.device) for x in (table, seq_lens, cu_seqlens))
     return (q, k, v, *index)
@@ -130,22 +138,23 @@ def decode_inputs(
 def variant(
     *, rows: int = 0, keys: int = 0, split: int = 0, num_stages: int = 0, num_warps: int = 0
 ) -> Iterator[None]:
-    """The decode kernel launched with other numbers than it ships with; 0 = as it ships."""
+    """Launches the decode kernel with other numbers than it ships with; 0 keeps a number."""
     tiles = paged_decode.DECODE_TILES
     launch_for = _attend.launch_for
     numbers = {"rows": rows, "keys": keys, "split": split, "num_stages": num_stages}
     changes = {name: number for name, number in numbers.items() if number}
 
-    def other_warps(*arguments: Any) -> _attend.Launch:
+    def launch_with_warps(*arguments: Any) -> _attend.Launch:
         launch = launch_for(*arguments)
         return launch._replace(num_warps=num_warps or launch.num_warps)
 
     try:
+        # The launch reads both from module globals, so they are replaced for the time of the block.
         paged_decode.DECODE_TILES = {
             architecture: {dtype: tile._replace(**changes) for dtype, tile in by_dtype.items()}
             for architecture, by_dtype in tiles.items()
         }
-        paged_attention.launch_for = other_warps
+        paged_attention.launch_for = launch_with_warps
         yield
     finally:
         paged_decode.DECODE_TILES = tiles
@@ -153,7 +162,7 @@ def variant(
 
 
 class WithOptions:
-    """A Triton kernel whose every launch gets some more options."""
+    """A Triton kernel that adds options to every launch."""
 
     def __init__(self, kernel: Any, **options: int | None):
         self.kernel = kernel

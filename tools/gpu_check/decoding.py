@@ -1,4 +1,4 @@
-"""A batch that decodes as in a rollout: eight tokens a host read, rounds replayed from a graph."""
+"""Decodes a batch as in a rollout: the host reads every eight tokens, graphs are replayed."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ PAGE_SIZE = 32
 CONTEXT = 800
 TINY_CONTEXT = 24
 TOKENS_A_READ = 8
-# of so many tokens each; the median of the repeats counts
+# One measurement takes so many host reads; the median of the repeats counts.
 TIMED_READS = 4
 REPEATS = 3
-# Early sequences decode while late ones are prefilled: they must not end before all are timed.
+# Early sequences decode already while late ones are prefilled. No sequence may end before the last
+# measurement, hence 8 reads more than are timed.
 NEW_TOKENS = TOKENS_A_READ * (TIMED_READS * REPEATS + 8)
 
 
 def params_of(num_new: int = NEW_TOKENS, **changes: Any) -> SamplingParams:
+    """Returns parameters with which every sequence has exactly `num_new` tokens."""
     usual = {"temperature": 1.0, "max_new_tokens": num_new, "n": 1, "eos_ids": ()}
     return SamplingParams(**usual | {"ignore_eos": True} | changes)
 
 
 def make_engine(student: Decoder, num_tokens: int, *, stream_priority: int | None = None) -> Engine:
-    """With pages for so many tokens."""
+    """Returns an engine with pages for so many tokens."""
     itemsize = student.lm_head.weight.element_size()
     gib = (num_tokens + PAGE_SIZE) * kv_bytes(student.config, itemsize) / 2**30
     return Engine(
@@ -60,6 +62,8 @@ class Decoding:
         **changes: Any,
     ):
         rows = groups * group_size
+        # The prompt's pages once a group, and for each row its new tokens and two spare
+        # pages.
         pages = groups * (-(-context // PAGE_SIZE)) + rows * (-(-NEW_TOKENS // PAGE_SIZE) + 2)
         self.engine = make_engine(student, pages * PAGE_SIZE, stream_priority=stream_priority)
         self.rows = rows
@@ -68,36 +72,37 @@ class Decoding:
         for idx, prompt in enumerate(prompts_of(student, groups, context)):
             self.engine.submit(prompt, params, key=(0, idx))
         while len(self._running()) < rows:
-            self.engine.step()  # prefills
+            self.engine.step()  # prefill
         for _ in range(2):
-            self.engine.step()  # compiles and captures
+            self.engine.step()  # the first decode steps compile and capture
 
     def _running(self) -> list[Sequence]:
-        """Sequences that decode."""
+        """Returns the sequences whose prefill is done."""
         return [s for s in self.engine._scheduler.running if s.num_sampled > 0]
 
     def step_ms(self, device: torch.device) -> float:
-        """Of one token of every sequence, the host's work between two reads included."""
+        """Returns the ms of a step (a token of every sequence), the host's work included."""
         timed = [self._timed(device) for _ in range(REPEATS)]
         self.live_tokens = int(statistics.mean(live for _, live in timed))
         return statistics.median(ms for ms, _ in timed)
 
     def graph_ms(self, check: Check) -> float | None:
-        """Of one replay of the largest captured round alone; None where nothing is captured."""
+        """Times one replay of the largest captured round; None where nothing is captured."""
         loop = self.engine._steps.loop
         if loop is None or not loop.captures:
             return None
+        # Without the host: the difference to step_ms is what Python and the reads cost.
         return median_ms(loop._graphs[max(loop._graphs)].replay, check.device)
 
     def _timed(self, device: torch.device) -> tuple[float, int]:
-        """(Milliseconds, keys that the middle one of the steps reads, shared ones each time)."""
+        """Returns (ms of a step, keys that the middle step reads, shared ones once a reader)."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        live_before = sum(s.num_cached for s in self._running())
-        before = self.engine.stats.decode_tokens
+        num_cached = sum(s.num_cached for s in self._running())
+        old_tokens = self.engine.stats.decode_tokens
         started = time.perf_counter()
         for _ in range(TIMED_READS):
             self.engine.step()
         seconds = time.perf_counter() - started
-        num_sampled = self.engine.stats.decode_tokens - before
-        return 1e3 * seconds * self.rows / num_sampled, live_before + num_sampled // 2
+        num_sampled = self.engine.stats.decode_tokens - old_tokens
+        return 1e3 * seconds * self.rows / num_sampled, num_cached + num_sampled // 2

@@ -3,13 +3,14 @@
     python -m tools.gpu_check.dry_run [STAGE[:PART] ..] [--markdown FILE]   (make gpu-dry-run)
 
 Needs a CUDA build of PyTorch, no driver and no card. The parts of the stages run one by one on the
-fake device (fake_cuda.py, stand_ins.py), on their CUDA branches. For each it says what it launched,
-the figures it wrote, and the most memory that its tensors took at once. Exits 1 when a part raises,
-when a launch has wrong arguments, when a capture reads or takes a tensor of the host, or when the
-memory is more than a card has.
+fake device (fake_cuda.py, stand_ins.py) and take their CUDA branches. For each part it prints the
+launches, the figures and the peak memory of tensors. Exits 1 when a part raises, when a launch has
+wrong arguments, when a capture reads a value or uses a tensor of the host, or when the memory
+exceeds that of a card.
 
-What it cannot show: time, values, whether Triton compiles a kernel, and memory that is no tensor's.
-What stands in for something, and what is skipped, is listed below with the reason.
+It cannot show time, values, whether Triton compiles a kernel, and memory outside of tensors.
+REPLACED and SKIPPED below list what has a stand-in and what is skipped, with the reasons. Read
+main, then run_all and run_part.
 """
 
 from __future__ import annotations
@@ -47,43 +48,47 @@ from tools.gpu_check.walk import revision_and_versions, write_between_marks
 
 BEGIN = "<!-- begin of the dry run -->"
 END = "<!-- end of the dry run -->"
-COMPARING = "ceilings rates decode training head learning"
-UNKNOWN = 7  # a number that is read of the card: it is a token, not at an end, and a count
-RUN = learning.run
-MAX_LEFT_BYTES = 2**20  # of caches that outlive a part
+COMPARING = "ceilings rates decode training head learning"  # modules that import check_close
+# The value of every number that the host reads and that is unknown. It must make sense as a token
+# (not one that ends a sequence) and as a count.
+UNKNOWN = 7
+RUN = learning.run  # kept, since learning.run is replaced below
+MAX_LEFT_BYTES = 2**20  # of tensors that may outlive a part, such as caches
 
 
-def run_only(_name: str, run: op_cases.Run, inputs: op_cases.Inputs, *where: Any) -> float:
-    """op_cases.compare without its truth."""
-    dtype, device, impl = where
+def run_only(_name: str, run: op_cases.Run, inputs: op_cases.Inputs, *target: Any) -> float:
+    """Stands in for op_cases.compare: runs the op and compares nothing."""
+    dtype, device, impl = target
     run(op_cases.move(inputs, dtype, device), impl)
     return 0.0
 
 
 def student_on_card(check: Check, model: str, _device: object) -> Any:
+    """Stands in for make_student: always on the card, also where a stage asks for a CPU."""
     return engines.make_student(check, model, check.device)
 
 
 def workload_here(tool: str, _options: list[str], name: str, check: Check, _limit_s: float) -> str:
-    """profilers.under without the tool: what it would look at, and what it would say."""
+    """Stands in for profilers.under: runs the workload and returns a tool's typical output."""
     profilers.workload(name, check)
+    # Enough of an output for the code that parses it.
     rows = f'"Kernel Name","{profilers.DRAM}","{profilers.OCCUPANCY}"\n"_decode_kernel","50","50"\n'
     return rows if tool == "ncu" else "ERROR SUMMARY: 0 errors"
 
 
 def check_shapes(what: str, actual: Tensor, truth: Tensor, bound: float = 0.0) -> None:
-    """check.check_close without values."""
+    """Stands in for check.check_close: compares shapes only."""
     assert actual.shape == truth.shape, f"{what}: {list(actual.shape)} and {list(truth.shape)}"
 
 
 def error_of_shapes(actual: Tensor, truth: Tensor) -> float:
-    """attention.row_error without values."""
+    """Stands in for attention.row_error: compares shapes only."""
     check_shapes("rows", actual, truth)
     return 0.0
 
 
 def run_on_card(check: Check, folder: Path, name: str, _device: str, **changes: Any) -> Path:
-    """learning.run, on the card whatever it was asked for."""
+    """Stands in for learning.run: always on the card, also where a stage asks for a CPU."""
     return RUN(check, folder, name, str(check.device), **changes)
 
 
@@ -92,7 +97,7 @@ def nothing(*_arguments: object) -> None:
 
 
 class Replaced(NamedTuple):
-    """A name in some modules of gpu_check, what stands in for it, and why."""
+    """A function of some modules of gpu_check, its stand-in, and the reason."""
 
     modules: str
     name: str
@@ -115,7 +120,7 @@ SKIPPED = {
     "kernels: op tests": "pytest in processes of its own",
     "profilers: warm up": "processes of its own",
 }
-# What would launch again what it has launched before: how often it does, here.
+# (Module, constant, value in a dry run): fewer repeats, as repeats launch the same kernels again.
 FEWER = (
     (timing, "MIN_RUNS", 1),
     (timing, "MAX_RUNS", 1),
@@ -136,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         advice = "`make gpu-dry-run` installs one (no card needed)"
         print(f"dry run: {needed}; {advice}", file=sys.stderr)
         return 2
-    if os.environ.get("TRITON_INTERPRET") == "1":  # kernels are defined by now, and interpreted
+    if os.environ.get("TRITON_INTERPRET") == "1":  # too late to unset it: kernels are defined
         print("dry run: TRITON_INTERPRET must be unset, got 1", file=sys.stderr)
         return 2
     try:
@@ -158,21 +163,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def select(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(stage, part) of all parts, or of those that are asked for.
+    """Returns (stage, part) of all parts, or of those that are named.
 
     Raises:
-        ValueError: there is none such.
+        ValueError: a name matches no part.
     """
     parts = [(stage, part) for stage in NAMES for part in module_of(stage).PARTS]
     if not names:
         return parts
     chosen = []
     for name in names:
-        stage, _, word = name.partition(":")
-        found = [(s, p) for s, p in parts if s == stage and word in p]
-        if not found:
+        stage, _, part_name = name.partition(":")
+        matches = [(s, p) for s, p in parts if s == stage and part_name in p]
+        if not matches:
             raise ValueError(f"dry run: {name} must be a stage, or STAGE:PART, got neither")
-        chosen += found
+        chosen += matches
     return chosen
 
 
@@ -181,8 +186,8 @@ def module_of(name: str) -> ModuleType:
 
 
 def run_all(chosen: Sequence[tuple[str, str]], *, is_verbose: bool) -> Iterator[Outcome]:
-    """Each part's outcome as it comes."""
-    gc.freeze()  # what is imported is no garbage, and takes long to look through
+    """Runs parts on the fake card; yields the outcome of each."""
+    gc.freeze()  # imported modules are never garbage; each collection would search them again
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stand_ins = [
@@ -190,6 +195,7 @@ def run_all(chosen: Sequence[tuple[str, str]], *, is_verbose: bool) -> Iterator[
             for replaced in REPLACED
             for module in replaced.modules.split()
         ]
+        # Modules import these functions by name, so each module's own name must be replaced.
         for module, name, stand_in in (*stand_ins, *FEWER):
             stack.enter_context(mock.patch.object(module, name, stand_in))
         recorder = stack.enter_context(fake_cuda(has_details=False, unknown=UNKNOWN))
@@ -197,6 +203,7 @@ def run_all(chosen: Sequence[tuple[str, str]], *, is_verbose: bool) -> Iterator[
         sums: dict[str, float] = {}
         for stage, part in chosen:
             outcome = run_part(recorder, stage, part, folder, is_verbose=is_verbose)
+            # Parts that run at once share one card, so their peaks must fit together.
             sums[stage] = sums.get(stage, 0) + outcome.peak_gib
             if BY_NAME[stage].parts_at_once and sums[stage] > CARD_GIB:
                 outcome.faults.append(f"parts run at once take {sums[stage]:.1f} GiB together")
@@ -206,13 +213,14 @@ def run_all(chosen: Sequence[tuple[str, str]], *, is_verbose: bool) -> Iterator[
 def run_part(
     recorder: Recorder, stage: str, part: str, folder: Path, *, is_verbose: bool
 ) -> Outcome:
-    """One part on the fake device, from empty memory."""
+    """Runs one part on the fake device, which starts with empty memory."""
     outcome = Outcome(stage, part)
     if reason := SKIPPED.get(outcome.name):
         outcome.skips.append(f"{part}: {reason}")
         return outcome
     recorder.sections.clear()
     recorder.full_at = ""
+    # The peak must be that of this part.
     recorder.memory.start()
     results = folder / f"{stage}-{part}.jsonl"
     check = Check(stage, device=torch.device("cuda"), tiny=False, results=results, peers=None)
@@ -227,7 +235,8 @@ def run_part(
         function(check)
     outcome.seconds = time.perf_counter() - started
     add_up(outcome, recorder, results)
-    for value in vars(module_of(stage)).values():  # what a stage keeps from one part to the next
+    # Caches that a stage keeps for its next part: emptied, so that only leaks remain.
+    for value in vars(module_of(stage)).values():
         if isinstance(value, functools._lru_cache_wrapper):
             value.cache_clear()
     gc.collect()
@@ -238,25 +247,25 @@ def run_part(
 
 
 def add_up(outcome: Outcome, recorder: Recorder, results: Path) -> None:
-    """What the recorder saw, and what the part has written down."""
+    """Fills an outcome from the recorder's sections and the part's results."""
     launches = [launch for section in recorder.sections for launch in section.launches]
     outcome.num_torch = sum(launch.is_torch for launch in launches)
     outcome.num_triton = len(launches) - outcome.num_torch
     outcome.num_reads = sum(len(section.reads) for section in recorder.sections)
     outcome.num_uploads = sum(len(section.uploads) for section in recorder.sections)
     outcome.peak_gib = recorder.memory.most_bytes / 2**30
-    found = read_results(results, NAMES).stages[outcome.stage]
-    outcome.num_figures = len(found.figures)
-    outcome.skips = [f"{case['case']}: {case['message']}" for case in found.skips]
+    stage_result = read_results(results, NAMES).stages[outcome.stage]
+    outcome.num_figures = len(stage_result.figures)
+    outcome.skips = [f"{case['case']}: {case['message']}" for case in stage_result.skips]
     outcome.faults = [fault for section in recorder.sections for fault in section.faults]
-    outcome.faults += [f"{case['case']}: {case['message']}" for case in found.failures]
+    outcome.faults += [f"{case['case']}: {case['message']}" for case in stage_result.failures]
     if recorder.full_at:
         need = f"{outcome.peak_gib:.1f} GiB, more than the {CARD_GIB:g} of a card"
         outcome.faults.append(f"out of memory at {recorder.full_at}: at most {need}")
 
 
 def about_stand_ins() -> str:
-    """What is not as on a card, in sentences."""
+    """Returns sentences on what differs from a run on a card."""
     texts = [
         f"`{name}` of {modules.replace(' ', ', ')} ({reason})"
         for modules, name, _, reason in REPLACED

@@ -1,9 +1,9 @@
-"""What we believe beforehand, and what we want: written down so that a run says what surprised.
+"""Holds the predictions and goals of all figures, so that a run shows what is surprising.
 
 A prediction is a share of the limit (the roofline with ceilings measured in the same run) or, where
-nothing limits, a plain number. They are guesses made without a card, from the sources named beside
-them; a figure far from its guess is worth more than one that met it. Goals are those of the design;
-None: there is none yet.
+there is no limit, a plain number. Predictions were made without a card, for the reasons written
+beside them. A figure far from its prediction teaches more than one that meets it. Goals come from
+the design; None where there is none yet. Read make_figure first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tools.gpu_check.results import Better, Figure
 
 
 class Expectation(NamedTuple):
-    """Of one kind of figure: shares are of the limit, `value` and `goal` are in `unit`."""
+    """What is expected of one kind of figure; shares of the limit, or plain numbers in `unit`."""
 
     unit: str
     better: Better
@@ -28,24 +28,26 @@ class Expectation(NamedTuple):
 def _rate(
     reason: str, share: float | None = None, goal_share: float | None = None, unit: str = "GB/s"
 ) -> Expectation:
+    """Returns a rate as a share of its limit; more is better."""
     return Expectation(unit, "more", reason, share=share, goal_share=goal_share)
 
 
 def _time(reason: str, share: float | None = None, goal_share: float | None = None) -> Expectation:
+    """Returns a time as a share of its limit; less is better."""
     return Expectation("ms", "less", reason, share=share, goal_share=goal_share)
 
 
 def _least(unit: str, reason: str, value: float, goal: float | None = None) -> Expectation:
-    """A plain number, the less the better."""
+    """Returns a plain number; less is better."""
     return Expectation(unit, "less", reason, value=value, goal=goal)
 
 
 def _most(unit: str, reason: str, value: float, goal: float | None = None) -> Expectation:
-    """A plain number, the more the better."""
+    """Returns a plain number; more is better."""
     return Expectation(unit, "more", reason, value=value, goal=goal)
 
 
-# By key; "key: case" where one case of a key is expected to differ.
+# By the figure's key, or by "key: case" for a case with an expectation of its own.
 EXPECTATIONS: dict[str, Expectation] = {
     # machine
     "machine.cpu_cores": _most("", "enough for pytest -n", 16),
@@ -63,7 +65,8 @@ EXPECTATIONS: dict[str, Expectation] = {
         "an fp32 tile more to read and write", 0.85, unit="TFLOP/s"
     ),
     "ceilings.linears_tflop_s": _rate("widths of 1024 to 2560", 0.75, unit="TFLOP/s"),
-    # attention: FLOPs of unique pairs, 4 E forward and 14 E with the backward; the limit in ms too
+    # attention: FLOPs of unique pairs, 4 E in the forward and 14 E with the backward; limits in ms
+    # are these FLOPs at the rate of one long row
     "attention.long_row_tflop_s": _rate("FlashAttention 2 on Hopper", 0.4, unit="TFLOP/s"),
     "attention.limit_tflop_s": _most("TFLOP/s", "8192 tokens: 350 forward, 270 backward", 290),
     "attention.limit_tflop_s: forward": _most("TFLOP/s", "FlashAttention 2, 8192 tokens", 350),
@@ -143,9 +146,8 @@ EXPECTATIONS: dict[str, Expectation] = {
     "decode.beside_a_teacher": _least("", "both read weights: nothing hides but launches", 0.95),
     "decode.generate_step_ms": _least("ms", "28 layers launched from Python", 28.0),
     "decode.times_generate": _most("", "a graph beside Python", 12.0, 3.0),
-    # training
-    # of bf16 updates: products at 75 % of the square rate, attention at 150 TFLOP/s, element-wise
-    # ops at 3 TB/s; 13.6k tokens in two groups, 6.8k in one
+    # training: bf16 updates are predicted with products at 75 % of the square rate, attention at
+    # 150 TFLOP/s and element-wise ops at 3 TB/s; two groups have 13.6k tokens, one has 6.8k
     "training.update_ms": _time("sums of the three, launches hidden behind them", 0.45, 0.5),
     "training.update_ms: Qwen3-0.6B in bfloat16, 2 groups": _time(
         "of 69: products 91, attention 54, element-wise 42, AdamW 7", 0.35
@@ -196,7 +198,7 @@ EXPECTATIONS: dict[str, Expectation] = {
     "head.extra_gib": _least("GiB", "dW in fp32 and bf16, the workspace", 3.2),
     "head.extra_gib: torch naive, D 1024": _least("GiB", "logits four times", 20.0),
     "head.extra_gib: torch naive, D 2048": _least("GiB", "logits four times", 21.0),
-    # batch: limits are the plan's least seconds with the rates of this run, and its GiB
+    # batch: limits are the plan's least seconds, with the rates of this run, and the plan's GiB
     "batch.rollout_s": Expectation(
         "s", "less", "128 rows: launches beside few bytes, the last answers alone", share=0.3
     ),
@@ -235,23 +237,24 @@ EXPECTATIONS: dict[str, Expectation] = {
 def make_figure(
     key: str, value: float, *, of: str, limit: float | None, is_rehearsed: bool = False
 ) -> Figure:
-    """The figure with what is expected of it; a key without an expectation is our own mistake."""
+    """Returns a figure with its expectation; a key without one is a mistake of ours."""
     assert key in EXPECTATIONS, f"{key} has no expectation; write one before it is measured"
-    e = EXPECTATIONS.get(f"{key}: {of}", EXPECTATIONS[key])
+    expectation = EXPECTATIONS.get(f"{key}: {of}", EXPECTATIONS[key])
 
+    # A share is of the limit: a time is the limit over the share, a rate the limit times the share.
     def at(share: float | None, plain: float | None) -> float | None:
         if share is None or limit is None:
             return plain
-        return limit / share if e.better == "less" else limit * share
+        return limit / share if expectation.better == "less" else limit * share
 
     return Figure(
         key=key,
         of=of,
         value=value,
-        unit=e.unit,
-        better=e.better,
+        unit=expectation.unit,
+        better=expectation.better,
         limit=limit,
-        predicted=at(e.share, e.value),
-        goal=at(e.goal_share, e.goal),
+        predicted=at(expectation.share, expectation.value),
+        goal=at(expectation.goal_share, expectation.goal),
         is_rehearsed=is_rehearsed,
     )

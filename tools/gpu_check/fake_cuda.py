@@ -1,13 +1,19 @@
-"""A CUDA device that is not there: the project's code runs on it, every launch is recorded.
+"""Provides a fake CUDA device: the project's code runs on it, and every launch is recorded.
 
-`fake_cuda` enters the modes and replaces what would ask a driver; recorder.py sees what happens.
+`fake_cuda` enters the modes and replaces all functions that would ask a driver. recorder.py records
+what happens:
+
+    project code --op--> Recorder --> FakeTensor with a shape, no memory
+                 --@triton.jit--> Recorder.launch: arguments checked, nothing run
+                 --.item(), .cpu()--> Recorder.read: listed, or a fault
 
 - A tensor on "cuda" is a FakeTensor: shape, dtype and strides without memory. A tensor on the CPU
-  is an ordinary one, so what the host computes (packing, block tables) is computed.
-- A host read has no value to return. Where none may happen it is a fault and ends the section;
-  elsewhere it is listed, reads zeros, and takes every mask as all true, the largest case.
-- Autograd's engine does not work here, since it asks the device for its streams; Tensor.backward
-  and torch.autograd.grad become those of graph.py, which calls the nodes of the graph one by one.
+  is an ordinary one, so the host's own work (packing, block tables) is really computed.
+- A host read has no value to return. Where reads are forbidden it is a fault and ends the section.
+  Elsewhere it is listed, returns zeros, and takes every mask as all true, the largest case.
+- Autograd's engine does not work here, since it asks the device for its streams. Tensor.backward
+  and torch.autograd.grad are replaced by those of graph.py, which call the graph's nodes one by
+  one.
 """
 
 from __future__ import annotations
@@ -42,7 +48,7 @@ CARD = SimpleNamespace(
 
 @contextlib.contextmanager
 def fake_cuda(**options: Any) -> Iterator[Recorder]:
-    """Everything inside runs on the fake device; the options are those of Recorder.
+    """Runs the block on the fake device and yields its Recorder, whose options these are.
 
     TRITON_INTERPRET must be off.
     """
@@ -65,7 +71,7 @@ def fake_cuda(**options: Any) -> Iterator[Recorder]:
         recorder.read(SYNCHRONIZE)
 
     def event() -> SimpleNamespace:
-        """What is copied to the host is there at once, but the host has waited for it."""
+        """Returns an event that is always done; waiting for it counts as a host read."""
         wait = functools.partial(recorder.read, "Event.synchronize")
         return SimpleNamespace(record=nothing, query=lambda: True, synchronize=wait)
 
@@ -78,8 +84,8 @@ def fake_cuda(**options: Any) -> Iterator[Recorder]:
         grad_outputs: Tensor | Sequence[Tensor] | None = None,
     ) -> tuple[Tensor | None, ...]:
         roots, leaves = ([x] if isinstance(x, Tensor) else x for x in (outputs, inputs))
-        given = [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs
-        return recorder.grad(roots, leaves, given or [None] * len(roots))
+        gradients = [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs
+        return recorder.grad(roots, leaves, gradients or [None] * len(roots))
 
     stand_ins: list[tuple[Any, str, Any]] = [
         (JITFunction, "run", launch),
@@ -91,15 +97,15 @@ def fake_cuda(**options: Any) -> Iterator[Recorder]:
         (torch.cuda, "get_device_capability", lambda _device=None: (CARD.major, CARD.minor)),
         (torch.cuda, "get_device_properties", lambda _device=None: CARD),
         (torch.cuda, "synchronize", synchronize),
-        # Where a card seems to be there, FakeTensorMode would start it.
+        # FakeTensorMode initialises CUDA where a card seems to be present.
         (fake_tensor, "init_gpu_context", nothing),
         (FakeTensorMode, "avoid_device_init", True),
         (FakeTensor, "tolist", list_of),
-        (FakeTensor, "data_ptr", lambda _: 0),  # aligned, as an allocator's memory is
-        (_checks, "FakeTensor", ()),  # as on a card, where a door's checks are launches
+        (FakeTensor, "data_ptr", lambda _: 0),  # 0 is aligned, as real memory is
+        (_checks, "FakeTensor", ()),  # so that checks of ops are made, and recorded as launches
         (Tensor, "backward", backward_of),
         (torch.autograd, "grad", grad_of),
-        (Tensor, "pin_memory", lambda x: x),  # which a driver does
+        (Tensor, "pin_memory", lambda x: x),  # pinning needs a driver
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in stand_ins:

@@ -1,6 +1,6 @@
-"""What an op of torch returns on the fake device.
+"""Computes the shape of what an op of torch returns on the fake device.
 
-FakeTensorMode knows, but it takes long to look up even a view, and some ops it gets wrong.
+FakeTensorMode does this in general, but it is slow even for views, and wrong for some ops.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from tools.gpu_check.host_values import count_true
 from tools.gpu_check.launches import op_name, wide_product
 
 aten = torch.ops.aten
-SIZED_BY_VALUES = ("unique_dim",)  # the host works none of it out: as large as it can be
-# Frequent ops that need nothing but their kernel for shapes.
+# Ops whose result has a size that depends on values. Their values are not computed on the host; the
+# result is as large as it can be.
+SIZED_BY_VALUES = ("unique_dim",)
+# Frequent ops for which the kernel for shapes suffices.
 DIRECT = {
     *(aten.mm.default, aten.bmm.default, aten.clone.default, aten.cat.default),
     *(aten.add.Tensor, aten.mul.Tensor, aten.sum.dim_IntList, aten.empty_like.default),
@@ -27,14 +29,14 @@ DIRECT = {
 def result_of(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]
 ) -> Any:
-    """The op's result; inputs are the tensors among its arguments."""
-    if op_name(func) == "nonzero":  # as many rows as there can be, where nobody knows
+    """Returns the op's result; `inputs` are the tensors among its arguments."""
+    if op_name(func) == "nonzero":  # as many rows as possible, where values are unknown
         x = inputs[0]
         return x.new_empty((count_true(x), x.dim()), dtype=torch.int64)
-    if op_name(func) == "unique_dim":  # all rows differ: themselves, their places, and counts
+    if op_name(func) == "unique_dim":  # as if all rows differed: (rows, inverse, counts)
         x = inputs[0]
-        places = x.new_empty((x.shape[args[1]],), dtype=torch.int64)
-        return x.new_empty(x.shape), places, torch.empty_like(places)
+        inverse = x.new_empty((x.shape[args[1]],), dtype=torch.int64)
+        return x.new_empty(x.shape), inverse, torch.empty_like(inverse)
     out = wide_product(func, args, kwargs)
     if out is None and (func.is_view or func in DIRECT):
         out = _directly(func, args, kwargs, inputs)
@@ -44,7 +46,7 @@ def result_of(
 def _directly(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]
 ) -> Any:
-    """What FakeTensorMode makes of it, in a fifth of the time; None where not all is on cuda."""
+    """Does the same as FakeTensorMode in a fifth of the time; None if not all is on cuda."""
     on_device = [x for x in inputs if isinstance(x, FakeTensor) and x.fake_device.type == "cuda"]
     if len(on_device) != len(inputs) or kwargs.get("device") is not None:
         return None

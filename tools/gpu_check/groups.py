@@ -1,6 +1,8 @@
-"""Groups of rollouts as a trainer gets them, of random tokens.
+"""Makes groups of rollouts of random tokens, as a trainer gets them.
 
-A shared prompt, eight first answers, guidance and a second answer behind half of them.
+prompt -- answer
+       -- answer -- bridge (guidance) -- answer        every second rollout
+       ..
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from socpo_fast.types import Attempt, Rollout, RolloutKey, ShownGuidance, Turn
 
 @dataclass(frozen=True)
 class GroupShape:
-    """Eight rollouts of one question, in tokens."""
+    """Token counts of one question's rollouts."""
 
     prompt: int
     answer: int  # on average; lengths vary by a quarter
@@ -28,7 +30,7 @@ TINY_GROUP = GroupShape(12, 8, 3, rollouts=4)
 
 
 def make_rollouts(vocab_size: int, shape: GroupShape, num_groups: int = 1) -> list[Rollout]:
-    """Random tokens; every second rollout has a second attempt."""
+    """Makes groups of random tokens; every second rollout has a second attempt."""
     rng = random.Random(0)
     rollouts = []
     for question_idx in range(num_groups):
@@ -45,6 +47,7 @@ def make_rollouts(vocab_size: int, shape: GroupShape, num_groups: int = 1) -> li
 def _attempt(
     rng: random.Random, vocab_size: int, shape: GroupShape, rollout_idx: int, attempt_idx: int
 ) -> Attempt:
+    """Returns an attempt whose length varies by a quarter."""
     length = shape.answer + rng.randint(-shape.answer // 4, shape.answer // 4)
     return Attempt(
         token_ids=_ids(rng, vocab_size, length),
@@ -63,7 +66,7 @@ def _ids(rng: random.Random, vocab_size: int, length: int) -> list[int]:
 
 
 def add_turns(rollout: Rollout, attempts: list[Attempt], bridge_ids: list[int]) -> None:
-    """Fills a rollout with attempts and a bridge between each two; nothing is cut."""
+    """Fills a rollout with attempts and a bridge between each two; no attempt is cut."""
     for turn_idx, attempt in enumerate(attempts):
         rollout.turns.append(Turn(attempt=attempt, advantage=1.0))
         if turn_idx < len(attempts) - 1:

@@ -1,7 +1,7 @@
-"""Stage `head`: the policy head, forward and backward, beside three bare GEMMs and its peers.
+"""Stage `head`: times the policy head, forward and backward, beside three bare GEMMs and peers.
 
-Every contender's gradients are held to fp64 first: a wrong one is not timed. Peers take part where
-they are installed (`--peers`); each makes per-token log-probs its own way and shares the loss.
+Gradients are compared with fp64 first: a contender with wrong ones is not timed. Peers take part if
+they are installed (`--peers`). Each computes per-token log-probs in its own way; the loss is ours.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tools.gpu_check.timing import median_ms, peak_gib
 
 SHAPES = ((8192, 151936, 1024), (8192, 151936, 2048))  # Qwen3-0.6B and 1.7B
 TINY_SHAPES = ((20, 211, 16),)
-WORKSPACES_MIB = (GPU_WORKSPACE_MIB, 208.0, 1024.0, 4096.0)  # as shipped first
-GEMM_ROWS = (1024, 2048, 4096, 8192)  # chunkings among which the fastest bare GEMMs are looked for
-TRUTH_ROWS = 512  # of fp64 logits alive at once
-MAX_ERROR = 1e-2  # of a gradient's norm, bf16 factors
+WORKSPACES_MIB = (GPU_WORKSPACE_MIB, 208.0, 1024.0, 4096.0)  # the shipped one first
+GEMM_ROWS = (1024, 2048, 4096, 8192)  # rows of a chunk: the fastest of these is the limit
+TRUTH_ROWS = 512  # rows of fp64 logits that exist at once
+MAX_ERROR = 1e-2  # relative to a gradient's norm; factors are bf16
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, D], weight [V, D], targets [T]
 Gradients = tuple[Tensor, Tensor]  # dX [T, D], dW [V, D]
@@ -33,7 +33,7 @@ Gradients = tuple[Tensor, Tensor]  # dX [T, D], dW [V, D]
 
 @dataclass(frozen=True)
 class Problem:
-    """A microbatch's loss rows: nothing is clipped, so each row needs all three products."""
+    """The loss rows of a microbatch. No row is clipped, so each needs all three products."""
 
     hidden_TD: Tensor
     weight_VD: Tensor
@@ -47,32 +47,34 @@ class Problem:
 
 
 def make_problem(check: Check, shape: tuple[int, int, int]) -> tuple[Problem, Gradients]:
-    """Random rows whose ratios are near 1, and their gradients in fp64."""
+    """Makes random rows with ratios near 1, and their gradients in fp64."""
     num_rows, vocab, width = shape
     hidden = check.randn(num_rows, width, seed=1)
     weight = (2 * width**-0.5 * check.randn(vocab, width, seed=2)).to(check.dtype)
     targets = torch.arange(num_rows, device=check.device) * 7 % vocab
     advantages = check.randn(num_rows, seed=3, dtype=torch.float32)
-    old = torch.empty(num_rows, device=check.device)
-    wide = weight.double()
-    dx = torch.empty(num_rows, width, dtype=torch.float64, device=old.device)
-    dw = torch.zeros_like(wide)
+    old_logprobs = torch.empty(num_rows, device=check.device)
+    weight_fp64 = weight.double()
+    dx = torch.empty(num_rows, width, dtype=torch.float64, device=old_logprobs.device)
+    dw = torch.zeros_like(weight_fp64)
     for rows in torch.arange(num_rows, device=check.device).split(TRUTH_ROWS):
         x = hidden[rows].double()
-        logits = x @ wide.T
+        logits = x @ weight_fp64.T
         logsumexp = logits.logsumexp(1, keepdim=True)
         logprobs = (logits.gather(1, targets[rows, None]) - logsumexp)[:, 0]
-        old[rows] = (logprobs - 0.05).float()
-        ratio = (logprobs - old[rows].double()).exp()
+        old_logprobs[rows] = (logprobs - 0.05).float()
+        ratio = (logprobs - old_logprobs[rows].double()).exp()
         coefficients = -advantages[rows].double() * ratio / num_rows
+        # d loss / d logits = coefficient * (one-hot of the target - softmax), built in place.
         dz = logits.sub_(logsumexp).exp_().mul_(-coefficients[:, None])
         dz[torch.arange(len(rows), device=dz.device), targets[rows]] += coefficients
-        dx[rows] = dz @ wide
+        dx[rows] = dz @ weight_fp64
         dw += dz.T @ x
-    return Problem(hidden, weight, targets, old, advantages), (dx, dw)
+    return Problem(hidden, weight, targets, old_logprobs, advantages), (dx, dw)
 
 
 def ours(problem: Problem, workspace_mib: float) -> Gradients:
+    """Returns the gradients of our op."""
     hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden_TD, problem.weight_VD))
     loss = linear_policy_loss(
         hidden,
@@ -88,23 +90,25 @@ def ours(problem: Problem, workspace_mib: float) -> Gradients:
 
 
 def by_logprobs(problem: Problem, logprobs_of: LogProbs) -> Gradients:
-    """Per-token log-probs made by someone else, then our loss of them."""
+    """Returns the gradients of a peer: its per-token log-probs, then our loss of them."""
     hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden_TD, problem.weight_VD))
     logprobs = logprobs_of(hidden, weight, problem.targets_T)
-    given = logprobs.float(), problem.old_logprobs_T, problem.advantages_T
-    loss = policy_loss(*given, num_loss_tokens=len(problem.targets_T)).loss
+    tensors = logprobs.float(), problem.old_logprobs_T, problem.advantages_T
+    loss = policy_loss(*tensors, num_loss_tokens=len(problem.targets_T)).loss
     return torch.autograd.grad(loss, (hidden, weight))
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Returns log-probs by plain torch, with all logits in memory."""
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def bare_gemms_ms(check: Check, problem: Problem) -> float:
-    """Logits, dX and dW in chunks of rows: the fastest chunking's time."""
+    """Times the products of logits, dX and dW by chunks of rows; returns the fastest chunking."""
     num_rows, vocab, width = problem.shape
     dw = torch.zeros(vocab, width, device=check.device)
     times = []
+    # A chunk larger than the problem would time nothing.
     for chunk in sorted({min(rows, num_rows) for rows in GEMM_ROWS}):
         logits = torch.empty(chunk, vocab, dtype=check.dtype, device=check.device)
         dx = torch.empty(chunk, width, dtype=check.dtype, device=check.device)
@@ -121,7 +125,7 @@ def bare_gemms_ms(check: Check, problem: Problem) -> float:
 
 
 def their_runs(problem: Problem) -> dict[str, Callable[[], Gradients]]:
-    """Plain torch, and each peer at its own defaults."""
+    """Returns plain torch, and each peer at its own defaults."""
     runs: dict[str, Callable[[], Gradients]] = {"torch naive": lambda: by_logprobs(problem, naive)}
     for peer, make_logprobs in PEER_LOGPROBS.items():
         runs[peer] = lambda make=make_logprobs: by_logprobs(problem, make())
@@ -131,15 +135,15 @@ def their_runs(problem: Problem) -> dict[str, Callable[[], Gradients]]:
 def measure(
     check: Check, key: str, of: str, run: Callable[[], Gradients], truth: Gradients, limit: float
 ) -> None:
-    """Holds the gradients to fp64, then their time and the memory beyond the inputs."""
-    for what, gradient, expected in zip(("dX", "dW"), run(), truth, strict=True):
-        check_close(f"{of}: {what}", gradient, expected, bound=MAX_ERROR)
+    """Checks gradients against fp64, then records time and memory beyond the inputs."""
+    for gradient_name, gradient, expected in zip(("dX", "dW"), run(), truth, strict=True):
+        check_close(f"{of}: {gradient_name}", gradient, expected, bound=MAX_ERROR)
     check.figure(key, median_ms(run, check.device), of=of, limit=limit)
     check.figure("head.extra_gib", peak_gib(run, check.device), of=of)
 
 
 def problem_of(check: Check, shape_idx: int) -> tuple[Problem, Gradients, str]:
-    """(Problem, its gradients in fp64, its name)."""
+    """Returns (problem, its gradients in fp64, its name)."""
     shapes = TINY_SHAPES if check.tiny else SHAPES
     if shape_idx >= len(shapes):
         raise Skipped("one tiny shape is enough")
@@ -148,10 +152,11 @@ def problem_of(check: Check, shape_idx: int) -> tuple[Problem, Gradients, str]:
 
 
 def ours_beside_gemms(shape_idx: int) -> Part:
-    """One shape: three bare GEMMs, then ours at several workspaces."""
+    """Returns a part for one shape: three bare GEMMs, then ours at several workspaces."""
 
     def part(check: Check) -> None:
         problem, truth, name = problem_of(check, shape_idx)
+        # Bare GEMMs are held to the card's rate, the contenders to the bare GEMMs.
         limit = check.ceilings.bf16_ms(head_flops(*problem.shape))
         gemms_ms = bare_gemms_ms(check, problem)
         check.figure("head.bare_gemms_ms", gemms_ms, of=name, limit=limit)
@@ -165,7 +170,7 @@ def ours_beside_gemms(shape_idx: int) -> Part:
 
 
 def peers(shape_idx: int) -> Part:
-    """The same shape by everybody else: one that is absent, or wrong, is no fault of ours."""
+    """Returns a part for the peers at one shape; a missing or wrong peer is only skipped."""
 
     def part(check: Check) -> None:
         problem, truth, name = problem_of(check, shape_idx)
@@ -176,6 +181,8 @@ def peers(shape_idx: int) -> Part:
                 try:
                     measure(check, "head.peer_ms", of, run, truth, gemms_ms)
                 except Exception as error:
+                    # A peer that is not installed, or whose gradients are wrong, must not fail our
+                    # check.
                     raise Skipped(f"{type(error).__name__}: {error}") from error
 
     return part

@@ -1,9 +1,12 @@
-"""Values of small tensors on the fake device, as far as the host can work them out.
+"""Tracks values of small tensors on the fake device, as far as the host can compute them.
 
-What the host has uploaded is known, and so is what ops make of known tensors alone: lengths, block
-tables, masks. A read of them gives what a card would give, so the code behind it goes its real way.
-What depends on an unknown number, was written to, or was made in a capture is unknown; only what
-`all` finds out of unknown numbers is taken to hold, such as whether weights are finite.
+Known are tensors that the host has uploaded, and results of ops on known tensors only: lengths,
+block tables, masks. Reading them gives what a card would give, so code that depends on them takes
+its real path. Unknown is what depends on an unknown number, was written to, or was made in a
+capture. One exception: `all` of unknown values counts as true, for checks such as "weights are
+finite".
+
+A known value is kept on the FakeTensor as `_host_value`: (version of the tensor, value).
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-MAX_ELEMENTS = 2**16
+MAX_ELEMENTS = 2**16  # larger results are not computed on the host
 Call = tuple[list[Any], dict[str, Any]]
 _UNKNOWN = None, None
 
 
 def value_of(x: Tensor) -> Tensor | None:
-    """The value on the host; None when it is unknown."""
+    """Returns the value on the host; None if it is unknown or the tensor has changed since."""
     if not isinstance(x, FakeTensor):
         return x
     version, value = getattr(x, "_host_value", _UNKNOWN)
@@ -29,7 +32,7 @@ def value_of(x: Tensor) -> Tensor | None:
 
 
 def values_read(x: Tensor, unknown: int, dtype: torch.dtype | None = None) -> Tensor:
-    """What a copy to the host gives; an unknown number is `unknown`, an unknown answer no."""
+    """Returns the result of a copy to the host; unknown numbers are `unknown`, bools False."""
     value = value_of(x)
     with unset_fake_temporarily():
         if value is None:
@@ -38,14 +41,14 @@ def values_read(x: Tensor, unknown: int, dtype: torch.dtype | None = None) -> Te
 
 
 def numbers_read(x: Tensor, unknown: int) -> Any:
-    """What x.tolist() gives; of a tensor without axes that is x.item()."""
+    """Returns the result of x.tolist(), which for a tensor without axes is x.item()."""
     value = values_read(x, unknown)
     with unset_fake_temporarily():
         return value.tolist()
 
 
 def count_true(mask: Tensor) -> int:
-    """How many rows a mask picks: all, where the host cannot know."""
+    """Returns how many rows a mask picks: all of them where the mask is unknown."""
     if (value := value_of(mask)) is None:
         return mask.numel()
     with unset_fake_temporarily():
@@ -53,14 +56,14 @@ def count_true(mask: Tensor) -> int:
 
 
 def forget(tensors: Iterable[Tensor]) -> None:
-    """They may have been written to."""
+    """Marks tensors as unknown, since they may have been written to."""
     for x in tensors:
         if isinstance(x, FakeTensor):
             x._host_value = _UNKNOWN  # type: ignore[attr-defined]
 
 
 def assume_true(x: Tensor) -> None:
-    """The answer to a question about unknown numbers."""
+    """Sets a result to true: the assumed answer to a question about unknown numbers."""
     with unset_fake_temporarily():
         _note(x, torch.ones(x.shape, dtype=x.dtype))
 
@@ -68,9 +71,10 @@ def assume_true(x: Tensor) -> None:
 def call_on_host(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Sequence[Tensor]
 ) -> Call | None:
-    """The same call with values in place of tensors; None where one of them is unknown."""
+    """Returns the same call with values in place of tensors; None if one of them is unknown."""
     if any(value_of(x) is None for x in inputs) or func._schema.is_mutable:
         return None
+    # A random number of the device is not that of the host.
     if torch.Tag.nondeterministic_seeded in func.tags:
         return None
     values = _with_values(dict(kwargs))
@@ -80,7 +84,8 @@ def call_on_host(
 
 
 def keep_values(func: Any, call: Call, outputs: Sequence[Tensor]) -> None:
-    """Calls the op on the host, and notes the values of its results."""
+    """Calls the op on the host, and keeps the values of its results."""
+    # Large tensors are activations in practice; computing them on the host would take too long.
     if any(x.numel() > MAX_ELEMENTS for x in outputs):
         return
     with unset_fake_temporarily():
@@ -91,7 +96,7 @@ def keep_values(func: Any, call: Call, outputs: Sequence[Tensor]) -> None:
 
 
 def _note(x: Tensor, value: Tensor) -> None:
-    if not x.is_inference():  # those have no version
+    if not x.is_inference():  # inference tensors have no version counter
         x._host_value = x._version, value  # type: ignore[attr-defined]
 
 

@@ -1,7 +1,8 @@
-"""What one kernel launch is: its arguments checked, the bytes it moves, the products it multiplies.
+"""Describes kernel launches: checks their arguments, counts their bytes and their FLOPs.
 
-Pure functions of shapes, dtypes and strides. Bytes are a lower bound: an op of torch reads and
-writes each tensor once, and of a Triton kernel each pointer counts once, whichever way it goes.
+All functions depend on shapes, dtypes and strides only. Bytes are a lower bound: an op of torch is
+taken to read and write each tensor once, and each pointer of a Triton kernel counts once, be it
+read or written.
 """
 
 from __future__ import annotations
@@ -16,19 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Traffic = list[tuple[str, int]]  # tensor, as it lies in memory -> bytes read and written
+Traffic = list[tuple[str, int]]  # (tensor as it lies in memory, bytes read and written)
 
 SHORT = {"bfloat": "bf", "float": "f", "int": "i", "uint": "u", "complex": "c"}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-PICKS = ("embedding", "index", "index_select", "gather")  # they read what they return
+PICKS = ("embedding", "index", "index_select", "gather")  # read only the elements they return
 SCATTERS = ("index_put_", "index_copy_", "index_add_", "scatter_", "scatter_add_")
-OVERWRITES = ("copy_", "fill_", "zero_")  # they do not read what was there
-PAGED = ("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr")  # of a kernel with a table or slots
+OVERWRITES = ("copy_", "fill_", "zero_")  # write a tensor without reading it
+PAGED = (
+    "k_ptr",
+    "v_ptr",
+    "k_cache_ptr",
+    "v_cache_ptr",
+)  # pools, in kernels with a block table or slots
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
 @dataclass(frozen=True)
 class Launch:
+    """One launch of a kernel."""
+
     kernel: str  # a Triton kernel's name, or aten.mm
     shapes: str = ""  # of its tensors
     grid: tuple[int, ...] = ()  # empty for an op of torch
@@ -46,7 +54,7 @@ class Launch:
 
 @dataclass
 class Section:
-    """One code path. Reads and uploads are texts that name the op and the line of our code."""
+    """One code path. Reads and uploads name the op and the line of our code."""
 
     name: str
     may_read: bool
@@ -64,18 +72,20 @@ def check_launch(
     kwargs: Mapping[str, Any],
     launch_options: Collection[str],
 ) -> tuple[dict[str, Any], tuple[int, ...], list[str]]:
-    """Returns the arguments by name, the grid, and what a card would refuse or misread.
+    """Returns the arguments by name, the grid, and everything that a card would reject or misread.
 
-    launch_options are the keywords of a launch that no kernel declares, such as num_warps.
+    launch_options are keywords that every launch accepts, such as num_warps.
     """
     unknown = kwargs.keys() - signature.parameters.keys() - set(launch_options)
     faults = [f"unknown keyword {name}" for name in sorted(unknown)]
     declared = {name: value for name, value in kwargs.items() if name in signature.parameters}
     try:
+        # Fails on missing or repeated arguments, as Triton would at run time.
         bound = signature.bind(*args, **declared)
     except TypeError as error:
         return {}, (), [*faults, str(error)]
     bound.apply_defaults()
+    # A kernel without stride arguments assumes that its tensors are contiguous.
     may_have_strides = any(name.startswith("stride") for name in signature.parameters)
     for name, parameter in signature.parameters.items():
         value = bound.arguments[name]
@@ -93,10 +103,11 @@ def check_launch(
 
 
 def _argument_faults(name: str, value: Any, is_constant: bool, may_have_strides: bool) -> list[str]:
-    """What is wrong with one argument; a pointer is told by its name."""
+    """Returns what is wrong with one argument; names of pointers end in _ptr."""
     if is_constant:
         if isinstance(value, Tensor):
             return [f"{name} is a constant and must be no tensor, got {label(value)}"]
+        # tl.arange needs a power of two.
         if name.startswith("BLOCK_") and not (isinstance(value, int) and value.bit_count() == 1):
             return [f"{name} must be a power of two, got {value}"]
         return []
@@ -121,7 +132,7 @@ def _argument_faults(name: str, value: Any, is_constant: bool, may_have_strides:
 
 
 def _has_dense_rows(x: Tensor) -> bool:
-    """Whether all behind the first axis is contiguous: the first has a stride of its own."""
+    """Whether all axes but the first are contiguous; the kernel gets the first axis's stride."""
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size != 1 and stride != expected:
@@ -131,7 +142,7 @@ def _has_dense_rows(x: Tensor) -> bool:
 
 
 def kernel_traffic(tensors: Mapping[str, Tensor]) -> Traffic:
-    """Of a Triton launch: each tensor once; of a page pool only what table or slots name."""
+    """Counts a Triton launch's bytes: each tensor once, of page pools only the pages in use."""
     pools = [x for name, x in tensors.items() if name in PAGED]
     num_tokens = None
     for name, x in tensors.items():
@@ -143,13 +154,14 @@ def kernel_traffic(tensors: Mapping[str, Tensor]) -> Traffic:
     for name, x in tensors.items():
         size = tensor_bytes(x)
         if name in PAGED and num_tokens is not None:
+            # A pool is as large as the cache, but a launch reads only the pages that it is given.
             size = min(size, num_tokens * x.shape[2] * x.shape[3] * x.element_size())
         traffic.append((memory_label(x), size))
     return traffic
 
 
 def kernel_flops(tensors: Mapping[str, Tensor]) -> int:
-    """Of a Triton kernel that multiplies rows by the LM head; attention is not counted."""
+    """Counts the FLOPs of kernels that multiply rows by the LM head; attention is left out."""
     if "row_keys_ptr" in tensors and "weight_ptr" in tensors:
         return 2 * tensors["row_keys_ptr"].numel() * tensors["weight_ptr"].numel()
     return 0
@@ -161,7 +173,7 @@ def op_traffic(
     kwargs: Mapping[str, Any],
     new: Sequence[Tensor],
 ) -> Traffic:
-    """Of an op of torch that returns `new` tensors: what its schema says is read and written."""
+    """Counts the bytes of an op that returns `new` tensors, reads and writes by its schema."""
     name = op_name(func)
     arguments = func._schema.arguments
     values = list(zip(arguments, args, strict=False))
@@ -173,10 +185,12 @@ def op_traffic(
     for position, (argument, value) in enumerate(values):
         is_written = argument.alias_info is not None and argument.alias_info.is_write
         is_read = not is_written or not (argument.is_out or name in OVERWRITES)
+        # addmm with beta = 0 does not read the matrix that it would add.
         if name in PRODUCTS and argument.name == "self" and kwargs.get("beta", 1) == 0:
             is_read = False
         for x in tensors_of(value):
             size = tensor_bytes(x)
+            # Of an embedding table only the rows that are picked are read.
             if position == 0 and name in PICKS + SCATTERS:
                 size = min(size, picked)
             traffic.append((memory_label(x), size * (is_written + is_read)))
@@ -184,7 +198,7 @@ def op_traffic(
 
 
 def product_flops(name: str, shapes: Sequence[Sequence[int]]) -> int:
-    """2 M N K of a matrix product, 4 M N K of fused attention, causal or not; else 0."""
+    """Returns 2 M N K of a matrix product, 4 M N K of fused attention (causal or not), or 0."""
     if name.startswith("_scaled_dot_product") and not name.endswith("backward"):
         (batch, heads, num_queries, head_dim), keys = shapes[0], shapes[1]
         return 4 * batch * heads * num_queries * keys[2] * head_dim
@@ -195,9 +209,9 @@ def product_flops(name: str, shapes: Sequence[Sequence[int]]) -> int:
 
 
 def wide_product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The result of a product with an out_dtype, which FakeTensor gets wrong; None for other ops.
+    """Returns the result of a product with an out_dtype; None for other ops.
 
-    PyTorch 2.11 decomposes these ops for shapes and passes beta twice.
+    FakeTensor gets these wrong: PyTorch 2.11 decomposes them for shapes and passes beta twice.
     """
     name = op_name(func)
     if name not in PRODUCTS or not func._schema.overload_name.startswith("dtype"):
@@ -216,41 +230,41 @@ def wide_product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
 
 
 def op_name(func: Any) -> str:
-    """mm of aten::mm.default."""
+    """Returns the short name of an op: mm of aten::mm.default."""
     return func._schema.name.partition("::")[2]
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """Those in arguments or results of an op: nested tuples, lists and dicts."""
-    found: list[Tensor] = []
-    _collect(tree, found)
-    return found
+    """Returns all tensors in nested tuples, lists and dicts, such as an op's arguments."""
+    tensors: list[Tensor] = []
+    _collect(tree, tensors)
+    return tensors
 
 
-def _collect(tree: Any, found: list[Tensor]) -> None:
+def _collect(tree: Any, tensors: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
-        found.append(tree)
+        tensors.append(tree)
     elif isinstance(tree, tuple | list):
         for branch in tree:
-            _collect(branch, found)
+            _collect(branch, tensors)
     elif isinstance(tree, dict):
         for branch in tree.values():
-            _collect(branch, found)
+            _collect(branch, tensors)
 
 
 def tensor_bytes(x: Tensor) -> int:
-    """Of the elements that have memory of their own: an axis of stride 0 repeats one."""
+    """Returns the bytes of a tensor in memory: an axis of stride 0 repeats the same elements."""
     sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride or not size]
     return math.prod(sizes) * x.element_size()
 
 
 def label(x: Tensor) -> str:
-    """bf16[256, 1024]"""
+    """Returns dtype and shape, such as bf16[256, 1024]."""
     return _short(x.dtype) + str(list(x.shape))
 
 
 def memory_label(x: Tensor) -> str:
-    """The same with the axes as they lie in memory: a transpose is no other tensor."""
+    """Returns the same with axes in memory order, so that a transpose has the same label."""
     strides = x.stride()
     axes = sorted(range(x.dim()), key=lambda axis: -strides[axis])
     return _short(x.dtype) + str([x.shape[axis] for axis in axes])

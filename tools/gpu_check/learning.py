@@ -1,7 +1,7 @@
-"""Stage `learning`: the built-in task on the card, through the trainer, as a newcomer runs it.
+"""Stage `learning`: trains the built-in task on the card, as a newcomer would run it.
 
-It must end, do the same twice, begin with the answers that the CPU gives, and take guidance from a
-local teacher; in bf16 as in fp32. Whether it learns is not the question: three batches are too few.
+A run must end, be repeatable, start with the answers that the CPU gives, and accept guidance from a
+local teacher, in bf16 as well as in fp32. Three batches are too few to show whether it learns.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tools.gpu_check.training import mismatch_of
 CONFIG = ROOT / "configs" / "molar_mass.toml"
 NUM_BATCHES = 3
 SMALL: dict[str, Any] = {"rollout.questions_per_batch": 8, "train.questions_per_update": 4}
-# Without decay, as in so few questions no first attempt may be right, and help would earn nothing:
-# updates would have no signal.
+# Without decay of rewards. Among so few questions it can happen that no first attempt is right.
+# With decay, attempts after guidance would then earn nothing, and updates would have no signal.
 TINY: dict[str, Any] = {
     "rollout.questions_per_batch": 4,
     "rollout.group_size": 4,
@@ -37,7 +37,7 @@ TINY |= {"reward.schedule": "none"}
 
 
 def run(check: Check, folder: Path, name: str, device: str, **changes: Any) -> Path:
-    """Train for a few batches; returns the run's folder."""
+    """Trains for a few batches; returns the run's folder."""
     overrides: dict[str, Any] = {
         "run.dir": str(folder),
         "run.name": name,
@@ -55,27 +55,31 @@ def run(check: Check, folder: Path, name: str, device: str, **changes: Any) -> P
 
 
 def metrics_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Returns a run's metrics of one kind: batch, update or eval."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [row for row in map(json.loads, text.splitlines()) if row["kind"] == kind]
 
 
 def rollouts_of(folder: Path, batch: int) -> list[dict[str, Any]]:
+    """Returns a run's recorded rollouts of one batch."""
     text = (folder / "rollouts" / f"batch_{batch:06d}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics without what may differ between two equal runs; the most memory is the process's."""
+    """Returns metrics without those that may differ between two equal runs."""
+    # Peak memory is that of the process, which may have run something larger before.
     timed = ("time", "perf/rollout_tok_s", "perf/train_tok_s", "perf/peak_memory_gib")
     return [{key: x for key, x in row.items() if not key.startswith(timed)} for row in rows]
 
 
 @functools.cache
 def in_dtype(check: Check, dtype: str) -> Path:
-    """The folder of a run of all batches, its figures written down; made once for all parts."""
-    holder = tempfile.TemporaryDirectory()
-    atexit.register(holder.cleanup)
-    folder = run(check, Path(holder.name), dtype, str(check.device), **{"student.dtype": dtype})
+    """Trains all batches in a dtype, once for all parts; records figures, returns the folder."""
+    temporary = tempfile.TemporaryDirectory()
+    # The folder must outlive this part: later parts compare with it.
+    atexit.register(temporary.cleanup)
+    folder = run(check, Path(temporary.name), dtype, str(check.device), **{"student.dtype": dtype})
     evals = metrics_of(folder, "eval")
     batches = metrics_of(folder, "batch")
     check.figure("learning.rollout_s", batches[-1]["time/rollout_s"], of=dtype)
@@ -87,15 +91,16 @@ def in_dtype(check: Check, dtype: str) -> Path:
 
 
 def narrow(check: Check) -> str:
-    """What a card trains in; a CPU refuses it."""
+    """Returns the dtype that a card trains in; a CPU refuses bf16."""
     return "bfloat16" if check.is_cuda else "float32"
 
 
 def twice(check: Check) -> None:
-    """Two runs on the card are equal; the first batch's rollouts are mostly the CPU's."""
+    """Checks that two runs on the card are equal, and their first rollouts mostly the CPU's."""
     first = in_dtype(check, "float32")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # One batch is enough to see whether a run repeats.
         once = {"run.num_batches": 1, "data.eval": None}
         second = run(check, folder, "b", str(check.device), **once)
         equal = repeats(first, second)
@@ -107,7 +112,7 @@ def twice(check: Check) -> None:
 
 
 def repeats(first: Path, second: Path) -> bool:
-    """Whether all that the shorter run wrote of its batches is what the other wrote."""
+    """Whether the metrics of the shorter second run are the first ones of the other."""
     return all(
         untimed(metrics_of(second, kind)) == untimed(metrics_of(first, kind))[:count]
         for kind, count in (("batch", 1), ("update", len(metrics_of(second, "update"))))
@@ -115,7 +120,7 @@ def repeats(first: Path, second: Path) -> bool:
 
 
 def share_equal(ours: Path, theirs: Path) -> float:
-    """Of the first batch's rollouts, those with equal texts in all turns."""
+    """Returns the share of the first batch's rollouts with equal texts in all turns."""
     answers = [
         [[turn["text"] for turn in row["turns"]] for row in rollouts_of(folder, 1)]
         for folder in (ours, theirs)
@@ -124,15 +129,18 @@ def share_equal(ours: Path, theirs: Path) -> float:
 
 
 def bf16_beside_fp32(check: Check) -> None:
-    """The same batches in bf16: they end, they repeat, and each update's loss and gradient.
+    """Trains the same batches in bf16 and compares each update's loss and gradient norm with fp32.
 
-    Rollouts part at the first near tie that rounding decides, so updates are of other tokens: a
-    difference says whether bf16 learns alike, not how large its rounding is (stage `training`).
+    Rollouts differ from the first near tie that rounding decides, so updates see other tokens. The
+    differences show whether bf16 learns in the same way. How large its rounding is, stage
+    `training` measures.
     """
-    wide = in_dtype(check, "float32")
-    thin = in_dtype(check, narrow(check))
-    check.figure("learning.equal_rollouts", share_equal(thin, wide), of="bf16 beside fp32")
-    pairs = list(zip(*(metrics_of(folder, "update") for folder in (thin, wide)), strict=True))
+    fp32_run = in_dtype(check, "float32")
+    bf16_run = in_dtype(check, narrow(check))
+    check.figure("learning.equal_rollouts", share_equal(bf16_run, fp32_run), of="bf16 beside fp32")
+    pairs = list(
+        zip(*(metrics_of(folder, "update") for folder in (bf16_run, fp32_run)), strict=True)
+    )
     lines = ["update: loss and gradient norm in bf16, in fp32"]
     worst = dict.fromkeys(("policy/loss", "policy/grad_norm"), 0.0)
     for number, (ours, theirs) in enumerate(pairs, 1):
@@ -147,18 +155,18 @@ def bf16_beside_fp32(check: Check) -> None:
     check.figure("learning.loss_difference", worst["policy/loss"], of="worst update")
     check.figure("learning.grad_norm_difference", worst["policy/grad_norm"], of="worst update")
     check.note("\n".join(lines))
-    rows = metrics_of(thin, "update")
+    rows = metrics_of(bf16_run, "update")
     worst_nats = max(row["policy/sampler_mismatch_nats"] for row in rows)
     check.figure("learning.mismatch_max_nats", worst_nats, of="first group of each batch")
     with tempfile.TemporaryDirectory() as name:
         changes = {"student.dtype": narrow(check), "run.num_batches": 1, "data.eval": None}
-        equal = repeats(thin, run(check, Path(name), "again", str(check.device), **changes))
+        equal = repeats(bf16_run, run(check, Path(name), "again", str(check.device), **changes))
     check.figure("learning.repeats", float(equal), of=narrow(check))
     assert equal, "two runs in bf16 differ; compare their metrics.jsonl"
 
 
 def mismatch(check: Check) -> None:
-    """The trainer's log-probs beside the sampler's, over answers to the task's own questions."""
+    """Compares the trainer's log-probs with the sampler's, on the task's own questions."""
     dtype = narrow(check)
     student = load_student(STUDENT_DIR, dtype=dtype, device=str(check.device))
     bridge = Bridge(load_tokenizer(STUDENT_DIR), guidance_limit=64)
@@ -170,10 +178,10 @@ def mismatch(check: Check) -> None:
 
 
 def old_logprobs(check: Check) -> None:
-    """One batch in bf16 with each source of old log-probs: what it takes, how far ratios are off.
+    """Trains a batch in bf16 with each source of old log-probs: update time, and error of ratios.
 
-    Before the first update every ratio is 1 but for rounding: recomputed ones come from the same
-    forward, the sampler's from other kernels.
+    Before the first update every ratio is 1 up to rounding. Recomputed log-probs come from the same
+    forward as the new ones, the sampler's from other kernels.
     """
     dtype = narrow(check)
     with tempfile.TemporaryDirectory() as name:
@@ -182,7 +190,8 @@ def old_logprobs(check: Check) -> None:
             changes |= {"run.num_batches": 1}
             folder = run(check, Path(name), choice, str(check.device), **changes)
             rows = metrics_of(folder, "update")
-            # An update of groups that are all right or all wrong forwards nothing.
+            # An update whose groups are all right or all wrong has no advantages and forwards
+            # nothing.
             first = next(row for row in rows if row["policy/ratio_mean"] is not None)
             of = f"{choice}, {dtype}"
             check.figure("learning.ratio_error", abs(first["policy/ratio_mean"] - 1), of=of)
@@ -192,7 +201,8 @@ def old_logprobs(check: Check) -> None:
 
 
 def compare_first_updates(ours: Path, theirs: Path) -> None:
-    """The first gradient's norm on the card is the CPU's, if it was taken of the same rollouts."""
+    """Checks the first gradient's norm against the CPU's, if both have the same rollouts."""
+    # Gradients of different rollouts cannot be compared.
     if rollouts_of(ours, 1) != rollouts_of(theirs, 1):
         return
     norms = [metrics_of(folder, "update")[0]["policy/grad_norm"] for folder in (ours, theirs)]
@@ -201,13 +211,13 @@ def compare_first_updates(ours: Path, theirs: Path) -> None:
 
 
 def local_teacher(check: Check) -> None:
-    """One batch with a second engine as the teacher: the student's own folder."""
+    """Trains a batch with a local teacher: a second engine with the student's own weights."""
     changes = {
         "teacher.kind": "local",
         "teacher.path": str(STUDENT_DIR),
-        "teacher.max_new_tokens": 128,  # cut within its reasoning it would be no guidance
+        "teacher.max_new_tokens": 128,  # an answer cut within its reasoning is no guidance
         "teacher.kv_cache_gib": 0.25,
-        "teacher.system_prompt": "Help.",  # the built-in tokenizer has a token a letter
+        "teacher.system_prompt": "Help.",  # short: each letter is a token here
         "teacher.user_template": "{question} {student_answer}",
         "run.num_batches": 1,
         "data.eval": None,

@@ -1,4 +1,4 @@
-"""Which line of the project is running, or was when something was raised."""
+"""Finds the line of the project that is running, or at which an error was raised."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from tools.gpu_check.revision import ROOT
 
 OUR_FOLDERS = ("socpo_fast", "kernels", "bench", "tests", "tools")
-# What makes the fake card is no line to look at: who called it is.
+# The modules of the fake card are left out: a reader wants to see the line that called them.
 _NAMES = "dry_run fake_cuda fake_ops graph host_values launches memory recorder stand_ins"
 FAKE_CARD = {f"tools/gpu_check/{name}.py" for name in _NAMES.split()}
 
 
 def our_line() -> str:
-    """The innermost line of the project's code that is running, as file:line."""
+    """Returns the innermost running line of the project's code, as file:line."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         if line := _line(frame.f_code.co_filename, frame.f_lineno):
@@ -27,7 +27,7 @@ def our_line() -> str:
 
 
 def our_lines(error: BaseException, count: int = 1) -> str:
-    """The innermost lines that an error came through, its own first: file:line < file:line."""
+    """Returns the innermost lines of an error's traceback, the last first: a.py:1 < b.py:2."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [line for frame in frames if (line := _line(frame.filename, frame.lineno))]
     return " < ".join(lines[: -count - 1 : -1]) or "an unknown line"
@@ -35,7 +35,7 @@ def our_lines(error: BaseException, count: int = 1) -> str:
 
 @functools.cache
 def _line(filename: str, number: int | None) -> str | None:
-    """The line, if the file is the project's and not the fake card's."""
+    """Returns the line if its file is the project's and not the fake card's; else None."""
     path = Path(filename)
     if not path.is_relative_to(ROOT):
         return None

@@ -1,4 +1,4 @@
-"""Stage `machine`: which card, which versions, how much memory is free, which tools are at hand."""
+"""Stage `machine`: names the card, the versions, the free memory and the tools at hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMI_FIELDS = "name,driver_version,memory.total,memory.free,power.limit,clocks.ma
 
 
 def describe(check: Check) -> None:
-    """Versions and tools, as one note."""
+    """Records versions and tools, as one note."""
     facts = dict(environment())
     facts |= {package: installed_version(package) for package in PACKAGES}
     facts |= {tool: shutil.which(tool) or "not found" for tool in TOOLS}
@@ -32,11 +32,12 @@ def describe(check: Check) -> None:
     text = "\n".join(f"{name:20}{value}" for name, value in facts.items())
     check.note(text)
     print(text, flush=True)
+    # The cores of this process: a container may have fewer than the machine.
     check.figure("machine.cpu_cores", len(os.sched_getaffinity(0)))
 
 
 def describe_card(check: Check) -> None:
-    """What the driver and PyTorch say of it."""
+    """Records what the driver and PyTorch report about the card."""
     if not check.is_cuda:
         check.note(f"rehearsed on {platform.machine()}")
         return
@@ -57,7 +58,7 @@ def describe_card(check: Check) -> None:
 
 
 def first_kernel(check: Check) -> None:
-    """One compiled kernel: without a C compiler or a cache folder, no stage has a chance."""
+    """Compiles one kernel: without a C compiler or a cache folder every later stage would fail."""
     x = check.randn(3, 8, seed=0)
     check.figure("machine.first_kernel_s", 1e-3 * wall_ms(lambda: swiglu(x), check.device))
 

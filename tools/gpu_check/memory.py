@@ -1,8 +1,8 @@
-"""How many bytes of tensors live on the fake card, now and at most.
+"""Counts the bytes of tensors on the fake card, now and at most.
 
-A tensor on the fake card has a storage without memory; that storage lives exactly as long as the
-memory of a real one would. Storages are what is counted, so views share theirs, a parameter counts
-once, and what is freed is subtracted.
+A tensor on the fake card has a storage without memory, which lives exactly as long as real memory
+would. So storages are counted: views share one, a parameter counts once, and a freed storage is
+subtracted.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor, UntypedStorage
 
 from tools.gpu_check.launches import label
 
-BLOCK_BYTES = 512  # PyTorch's allocator rounds up to so many
-# Of a card of 80 GB, 79.1 GiB by its driver: CUDA's context and the libraries take about one.
+BLOCK_BYTES = 512  # PyTorch's allocator rounds sizes up to multiples of this
+# What tensors can use of an 80 GB card: its driver reports 79.1 GiB, of which CUDA's context and
+# the libraries take about one.
 CARD_GIB = 78.0
-_NO_POOL = 0
-Event = tuple[int, int, str]  # storage, its bytes or 0 where it ends, its first tensor
+_NO_POOL = 0  # the allocator's usual memory, outside of all graphs
+Event = tuple[int, int, str]  # (storage, its bytes or 0 when it is freed, its first tensor)
 
 
 class Memory:
-    """What torch.cuda.memory_allocated and max_memory_allocated would say.
+    """Counts what torch.cuda.memory_allocated and max_memory_allocated would return.
 
-    The pool of CUDA graphs is counted at its largest for as long as one of its graphs lives: what
-    a capture frees is given to no one else. Not counted are the context of CUDA, the workspaces of
+    A pool of CUDA graphs counts at its largest size as long as one of its graphs lives: memory that
+    is freed during a capture stays in the pool. Not counted are CUDA's context, the workspaces of
     libraries, temporary memory inside of an op, and the gaps that an allocator leaves.
     """
 
@@ -38,28 +39,28 @@ class Memory:
         self._held: Counter[int] = Counter()  # pool of graphs -> bytes kept for it
         self._graphs: Counter[int] = Counter()  # pool -> graphs that live
         self._pool = _NO_POOL
-        # storage -> what notices its end; pool; bytes
+        # storage -> (weak reference that reports its end, pool, bytes)
         self._storages: dict[int, tuple[weakref.ref[UntypedStorage], int, int]] = {}
         self._num_pools = 0
-        self.log: list[Event] | None = None  # of what comes and goes, for who sets a list
+        self.log: list[Event] | None = None  # allocations and frees, if somebody sets a list
 
     @property
     def live_bytes(self) -> int:
-        """Of tensors."""
+        """Bytes of all live tensors."""
         return sum(self._live.values())
 
     @property
     def held_bytes(self) -> int:
-        """Of tensors, and what the pools of graphs hold beyond theirs."""
+        """Bytes of all live tensors, and what the pools of graphs hold beyond theirs."""
         return self._live[_NO_POOL] + sum(self._held.values())
 
     @property
     def is_full(self) -> bool:
-        """Whether there was a moment at which a card would have run out."""
+        """Whether a card would have run out of memory at some moment."""
         return self.most_bytes > CARD_GIB * 2**30
 
     def add(self, x: Tensor) -> bool:
-        """Counts a tensor whose storage is new; whether it was."""
+        """Counts a tensor whose storage is new; returns whether it was."""
         storage = x.untyped_storage()
         key = storage._cdata
         if key in self._storages or storage.nbytes() == 0:
@@ -84,21 +85,22 @@ class Memory:
         self._forget(pool)
 
     def reset_peak(self) -> None:
-        """What torch.cuda.reset_peak_memory_stats does."""
+        """Does what torch.cuda.reset_peak_memory_stats does."""
         self.peak_bytes = self.live_bytes
 
     def start(self) -> None:
-        """Forget the most there was."""
+        """Starts a new measurement: both maxima begin at what is held now."""
         self.reset_peak()
         self.most_bytes = self.held_bytes
 
     @contextlib.contextmanager
     def capture(self, graph: object, pool: int | None) -> Iterator[int]:
-        """New tensors are of the graph's pool: the one that is given, or a new one."""
+        """Counts new tensors in the graph's pool: the one that is passed, or a new one."""
         if pool is None:
             self._num_pools += 1
             pool = self._num_pools
         self._graphs[pool] += 1
+        # Nothing is reported at the interpreter's exit, when modules are already gone.
         weakref.finalize(graph, self._drop_graph, pool).atexit = False
         outer, self._pool = self._pool, pool
         try:
@@ -111,6 +113,6 @@ class Memory:
         self._forget(pool)
 
     def _forget(self, pool: int) -> None:
-        """Without a graph a pool holds what its last tensors need."""
+        """Shrinks a pool without graphs to the tensors that still live in it."""
         if pool != _NO_POOL and self._graphs[pool] == 0:
             self._held[pool] = self._live[pool]

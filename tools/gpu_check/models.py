@@ -1,6 +1,6 @@
-"""Models by configuration: shapes of released models, with random weights made where they are used.
+"""Makes models with random weights, in the shapes of released models.
 
-A machine with a card rarely has a checkpoint at hand, and neither speed nor agreement between two
+A machine with a card rarely has a checkpoint at hand, and neither speed nor a comparison of two
 implementations needs one. The fields are those of the released config.json files.
 """
 
@@ -14,6 +14,7 @@ from socpo_fast.model import Decoder, ModelConfig
 
 
 def _qwen3(width: int, intermediate_size: int, num_layers: int, num_heads: int) -> dict[str, Any]:
+    """Returns the config.json of a Qwen3 of this size."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -56,7 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "mlp_bias": False,
     },
-    # Where a CPU has to keep up with a card, with the heads of the two families.
+    # Small models with the heads of the two families, for comparisons in which a CPU takes part.
     "small SmolLM2": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -78,7 +79,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     },
-    # For a CPU to go through the same code: all of Qwen3's features, next to no work.
+    # For rehearsals on a CPU: all of Qwen3's features, and hardly any work.
     "tiny": {
         **_qwen3(32, 48, 2, 4),
         "vocab_size": 211,
@@ -95,15 +96,15 @@ def make_model(
 ) -> Decoder:
     """Returns a decoder with random weights, made on `device` without a copy elsewhere.
 
-    Norm weights are 1 and matrices have a standard deviation of 2 / sqrt(columns): at that size
-    some tokens are likely and no two equally so, as in a trained model. The bits of the weights
-    depend on the device and the seed.
+    Norm weights are 1. Matrices have a standard deviation of 2 / sqrt(columns): with it the logits
+    prefer some tokens clearly, as in a trained model, and ties are rare. The weights depend on the
+    device and the seed.
     """
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed.weight  # to_empty makes a tensor for each name
+        model.lm_head.weight = model.embed.weight  # to_empty has made two tensors of them
     generator = torch.Generator(device=device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:

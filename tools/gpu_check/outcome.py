@@ -1,4 +1,4 @@
-"""What a dry run says of a part of a stage."""
+"""Holds and prints the outcome of a dry run of one part of a stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COLUMNS = ("part", "launches", "Triton", "host reads", "uploads", "figures", "pe
 
 @dataclass
 class Outcome:
-    """What became of one part."""
+    """The outcome of one part."""
 
     stage: str
     part: str
@@ -21,7 +21,7 @@ class Outcome:
     num_figures: int = 0
     peak_gib: float = 0.0
     seconds: float = 0.0
-    skips: list[str] = field(default_factory=list)  # of the part's cases, or of the whole part
+    skips: list[str] = field(default_factory=list)  # skipped cases, or the whole part
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -32,14 +32,15 @@ class Outcome:
     def result(self) -> str:
         if self.faults:
             return f"{len(self.faults)} faults"
-        whole = f"{self.part}: "
-        if self.skips and self.skips[0].startswith(whole):
-            return f"skipped: {self.skips[0].removeprefix(whole)}"
+        # A skip named like the part means that all of the part was skipped.
+        prefix = f"{self.part}: "
+        if self.skips and self.skips[0].startswith(prefix):
+            return f"skipped: {self.skips[0].removeprefix(prefix)}"
         return f"ok, {len(self.skips)} cases skipped" if self.skips else "ok"
 
 
 def lines_of(outcome: Outcome) -> list[str]:
-    """One line, and one for each case that was skipped."""
+    """Returns one line, and one more for each case that was skipped."""
     counts = f"{outcome.num_triton + outcome.num_torch} launches ({outcome.num_triton} of Triton)"
     counts += f", {outcome.num_reads} host reads, {outcome.num_figures} figures"
     memory = f"{outcome.peak_gib:.2f} GiB, {outcome.seconds:.1f} s"
@@ -49,7 +50,7 @@ def lines_of(outcome: Outcome) -> list[str]:
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
-    """One row a part."""
+    """Returns a Markdown table with one row for each part."""
     rows: list[tuple[object, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
     for o in outcomes:
         launches = o.num_triton + o.num_torch, o.num_triton

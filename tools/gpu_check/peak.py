@@ -5,9 +5,9 @@
 Needs a CUDA build of PyTorch, no driver and no card. Read peak_of_update and memory_of_engine. Both
 run the project's own code on the fake device and count storages as PyTorch's allocator would.
 
-Not counted: CUDA's context and the libraries' workspaces (about 1 GiB), temporary memory inside of
-one op of torch, such as a sort's, and the gaps between an allocator's blocks. What a node of the
-graph had saved is freed as autograd's engine frees it, when the node has run.
+Not counted: CUDA's context and the libraries' workspaces (about 1 GiB), temporary memory inside one
+op of torch such as a sort, and gaps between the allocator's blocks. Saved tensors of the graph are
+freed when their node has run, as autograd's engine does it.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ from tools.gpu_check.stand_ins import stage_stand_ins
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
-# of a microbatch, one group: nearly all tokens are answers
+# A microbatch is one group of which nearly all tokens are answers: that takes the most memory.
 NUM_ROLLOUTS = 16
 MIN_PROMPT = 64
-NUM_MICROBATCHES = 2  # the gradients of the first are there while the second is computed
-# of the engine
+NUM_MICROBATCHES = 2  # so that gradients exist already while the second one is computed
+# The engine's sequences.
 PAGE_SIZE = 32
 PROMPT = 300
 GROUP_SIZE = 8
-NUM_STEPS = 8  # of it: prefills of all prompts, and decode rounds, captured
-UNKNOWN_TOKEN = 7  # what a draw on the fake device gives
+NUM_STEPS = 8  # of the engine: all prefills, and some decode rounds with their captures
+UNKNOWN_TOKEN = 7  # the token that every draw on the fake device gives
 PHASES = ("forward", "head", "backward", "step")
 GIB = 2**30
-_MARK = 0  # no storage's
+_MARK = 0  # the key of an event that begins a phase; no storage has it
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most of a phase, and what there is beside the resident tensors at that moment."""
+    """The largest memory of a phase, and the tensors of that moment that are not resident."""
 
-    num_bytes: int  # resident ones included
-    tensors: tuple[tuple[str, int, int], ...]  # dtype and shape, count, all their bytes
+    num_bytes: int  # of all tensors, resident ones included
+    tensors: tuple[tuple[str, int, int], ...]  # (dtype and shape, count, bytes of all of them)
 
 
 @dataclass(frozen=True)
 class UpdateMemory:
-    """Bytes of one update."""
+    """Bytes of one update. Resident are parameters, low bits and moments."""
 
     parameters: int
     low_bits: int  # the low halves of bf16 masters
@@ -78,17 +78,17 @@ class UpdateMemory:
 
     @property
     def largest(self) -> tuple[str, Peak]:
-        """The phase with the most, and its peak."""
+        """The phase with the largest peak, and that peak."""
         return max(self.peaks.items(), key=lambda item: item[1].num_bytes)
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of an engine beside the student, when it has decoded its largest batch."""
+    """Bytes of an engine besides the student, after it has decoded its largest batch."""
 
     pages: int
     rest: int  # buffers, and the pools of captured graphs
-    peak: int  # most at once, parameters included
+    peak: int  # the largest memory, parameters included
 
 
 def peak_of_update(
@@ -106,7 +106,7 @@ def peak_of_update(
                 share, all of which carry loss.
 
     Raises:
-        RuntimeError: something went wrong on the fake device.
+        RuntimeError: the recorder has found a fault on the fake device.
     """
     with on_fake_card() as recorder:
         memory = recorder.memory
@@ -140,7 +140,7 @@ def peak_of_update(
 def memory_of_engine(
     config: ModelConfig, *, dtype: torch.dtype, kv_cache_gib: float, max_running: int
 ) -> EngineMemory:
-    """Makes an engine on the fake device, lets it decode max_running sequences, and counts."""
+    """Counts the memory of an engine on the fake device that decodes max_running sequences."""
     with on_fake_card() as recorder:
         memory = recorder.memory
         student = make_model(config, device=DEVICE, dtype=dtype)
@@ -150,6 +150,8 @@ def memory_of_engine(
             engine = Engine(
                 student, kv_cache_gib=kv_cache_gib, page_size=PAGE_SIZE, max_running=max_running
             )
+            # What the cache takes is known; the difference to all that is held are buffers and
+            # graphs.
             pages = engine.stats.pages_total * Runner.page_bytes(student, PAGE_SIZE)
             params = SamplingParams(
                 temperature=1.0,
@@ -168,64 +170,68 @@ def memory_of_engine(
 
 @contextlib.contextmanager
 def on_fake_card() -> Iterator[Recorder]:
+    """Runs the block on the fake card, with everything that stages ask of torch.cuda."""
     options = {"has_details": False, "unknown": UNKNOWN_TOKEN}
     with fake_cuda(**options) as recorder, stage_stand_ins(recorder):
         yield recorder
 
 
 def peaks_of(log: Sequence[Event], resident: int) -> dict[str, Peak]:
-    """The peak of each phase that is marked in the log; between phases nothing is asked."""
+    """Returns the peak of each phase that is marked in the log."""
     live: dict[int, tuple[int, str]] = {}
     total = resident
     phase = ""
-    most: dict[str, tuple[int, list[tuple[int, str]]]] = {}
-    for key, num_bytes, what in log:
+    peaks: dict[str, tuple[int, list[tuple[int, str]]]] = {}
+    for key, num_bytes, label in log:
         if key == _MARK:
-            phase = what
+            phase = label
         elif num_bytes:
-            live[key] = num_bytes, what
+            live[key] = num_bytes, label
             total += num_bytes
         elif key in live:
             total -= live.pop(key)[0]
-        if phase and total > most.get(phase, (0, []))[0]:
-            most[phase] = total, list(live.values())
-    return {phase: Peak(size, _by_label(tensors)) for phase, (size, tensors) in most.items()}
+        if phase and total > peaks.get(phase, (0, []))[0]:
+            peaks[phase] = total, list(live.values())
+    return {phase: Peak(size, _by_label(tensors)) for phase, (size, tensors) in peaks.items()}
 
 
 def _name_gradients(log: list[Event], parameters: Iterable[Tensor]) -> None:
-    """Says of what is a gradient by now that it is one: it may have the shape of activations."""
-    last = {key: idx for idx, (key, num_bytes, _) in enumerate(log) if num_bytes}
+    """Labels gradients in the log as such, since activations may have the same shape."""
+    # A storage's address can be reused, so the last allocation with this key is the live one.
+    last_event = {key: idx for idx, (key, num_bytes, _) in enumerate(log) if num_bytes}
     for parameter in parameters:
         assert parameter.grad is not None
-        idx = last[parameter.grad.untyped_storage()._cdata]
-        key, num_bytes, what = log[idx]
-        log[idx] = key, num_bytes, f"gradient {what}"
+        idx = last_event[parameter.grad.untyped_storage()._cdata]
+        key, num_bytes, label = log[idx]
+        log[idx] = key, num_bytes, f"gradient {label}"
 
 
 def _mark(phase: str) -> Event:
+    """Returns the event that begins a phase."""
     return _MARK, 0, phase
 
 
 def _by_label(tensors: list[tuple[int, str]]) -> tuple[tuple[str, int, int], ...]:
-    counts = Counter(what for _, what in tensors)
+    """Groups tensors by dtype and shape, the largest group first."""
+    counts = Counter(label for _, label in tensors)
     sizes: Counter[str] = Counter()
-    for num_bytes, what in tensors:
-        sizes[what] += num_bytes
-    return tuple((what, counts[what], size) for what, size in sizes.most_common())
+    for num_bytes, label in tensors:
+        sizes[label] += num_bytes
+    return tuple((label, counts[label], size) for label, size in sizes.most_common())
 
 
 @contextlib.contextmanager
 def _phases(log: list[Event]) -> Iterator[None]:
-    """Marks where a forward, the head and the backward of the layers begin."""
-    head = step.linear_policy_loss
+    """Marks in the log where a forward, the head and the backward of the layers begin."""
+    policy_loss = step.linear_policy_loss
     backward = Tensor.backward
 
-    def marked_head(*arguments: Any, **options: Any) -> Any:
+    def marked_policy_loss(*arguments: Any, **options: Any) -> Any:
         log.append(_mark("head"))
-        return head(*arguments, **options)
+        return policy_loss(*arguments, **options)
 
     def marked_backward(root: Tensor, gradient: Tensor | None = None) -> None:
-        if root.dim() > 0:  # of hidden states; that of the loss is the head's
+        if root.dim() > 0:  # from hidden states; a backward from the loss belongs to the head
             log.append(_mark("backward"))
         backward(root, gradient)
         if root.dim() > 0:
@@ -233,12 +239,16 @@ def _phases(log: list[Event]) -> Iterator[None]:
 
     log.append(_mark("forward"))
     patch = mock.patch.object
-    with patch(step, "linear_policy_loss", marked_head), patch(Tensor, "backward", marked_backward):
+    with (
+        patch(step, "linear_policy_loss", marked_policy_loss),
+        patch(Tensor, "backward", marked_backward),
+    ):
         yield
 
 
 def _group(tokens: int, question_idx: int) -> list[Rollout]:
-    """One group of which exactly so many rows are packed: the last token of an answer is not."""
+    """Makes one group of exactly so many packed rows: an answer's last token is not packed."""
+    # Answers take equal numbers of rows; the prompt takes what is left.
     rows = (tokens - MIN_PROMPT) // NUM_ROLLOUTS
     prompt_ids = [0] * (tokens - NUM_ROLLOUTS * rows)
     values = torch.zeros(rows + 1)
@@ -253,6 +263,7 @@ def _group(tokens: int, question_idx: int) -> list[Rollout]:
 
 
 def _raise_faults(recorder: Recorder) -> None:
+    """Raises the first fault, if there is one: counts after a fault mean nothing."""
     faults = [fault for section in recorder.sections for fault in section.faults]
     if faults:
         raise RuntimeError(f"peak: {faults[0]}")
@@ -276,24 +287,25 @@ def main(arguments: list[str] | None = None) -> int:
         for checkpointing in (False, True):
             for tokens in options.tokens:
                 name = f"{model}, {tokens}" + ", checkpoints" * checkpointing
-                used = peak_of_update(
+                memory = peak_of_update(
                     MODELS[model], dtype=DTYPE, tokens=tokens, checkpointing=checkpointing
                 )
-                print("\n".join(_lines(name, used, options.largest)), flush=True)
+                print("\n".join(_lines(name, memory, options.largest)), flush=True)
         engine = memory_of_engine(MODELS[model], dtype=DTYPE, kv_cache_gib=8, max_running=256)
         sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in vars(engine).items())
         print(f"{model}, engine of 256: {sizes}", flush=True)
     return 0
 
 
-def _lines(name: str, used: UpdateMemory, num_largest: int) -> list[str]:
-    sizes = [used.parameters, used.low_bits, used.moments]
-    sizes += [used.peaks[phase].num_bytes for phase in PHASES]
+def _lines(name: str, memory: UpdateMemory, num_largest: int) -> list[str]:
+    """Returns a row of GiB, and the largest tensors at the largest peak."""
+    sizes = [memory.parameters, memory.low_bits, memory.moments]
+    sizes += [memory.peaks[phase].num_bytes for phase in PHASES]
     row = f"{name:28}" + "".join(f"{size / GIB:11.2f}" for size in sizes)
-    phase, peak = used.largest
+    phase, peak = memory.largest
     tensors = [
-        f"    {phase}: {size / GIB:7.3f} GiB {count:4} x {what}"
-        for what, count, size in peak.tensors[:num_largest]
+        f"    {phase}: {size / GIB:7.3f} GiB {count:4} x {label}"
+        for label, count, size in peak.tensors[:num_largest]
     ]
     return [row, *tensors]
 

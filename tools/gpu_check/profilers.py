@@ -1,7 +1,8 @@
-"""Stage `profilers`: the vendor's own tools on a few launches. Last, since they are slow.
+"""Stage `profilers`: runs the vendor's own tools on a few launches. Last, since they are slow.
 
-ncu says what a decode and a sampling launch keep busy; compute-sanitizer looks for reads and writes
-out of bounds in every op. Each runs this module again in a process of its own, with one workload.
+ncu measures how busy a decode and a sampling launch keep the card; compute-sanitizer looks for
+reads and writes out of bounds in every op. Each tool runs this module again in a process of its
+own, with one of two workloads.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tools.gpu_check.processes import output_of
 DRAM = "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
 OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 KERNELS = "regex:_decode_kernel|_sample_tile_kernel"
+# Limits of each process, seconds.
 WARM_UP_S = 20
 NCU_S = 20
 SANITIZER_S = 30
@@ -37,13 +39,14 @@ TINY_SIZES = (21, 67, 12)
 
 
 def workload(name: str, check: Check) -> None:
-    """What a profiler looks at: a few launches, or each op once, small."""
+    """Runs what a tool looks at: "launches" (a few large ones) or "ops" (each op once, small)."""
     if name == "launches":
         call = DecodeCall(check, VARIED[0])
         config = MODELS["Qwen3-0.6B"]
         weight = check.randn(config.vocab_size, config.hidden_size, seed=1)
         hidden = check.randn(256, config.hidden_size, seed=2)
         keys = row_keys(torch.arange(256).repeat(6, 1).t()).to(check.device)
+        # ncu reports every launch; parse_ncu keeps the last one of each kernel.
         for _ in range(2):  # the first compiles
             call.run()
             ones = torch.ones(256, device=check.device)
@@ -56,13 +59,15 @@ def workload(name: str, check: Check) -> None:
 
 
 def under(tool: str, options: list[str], name: str, check: Check, limit_s: float) -> str:
-    """The tool's output on a workload."""
+    """Runs a workload under a tool, and returns the tool's output."""
     path = shutil.which(tool)
     if path is None:
         raise Skipped(f"{tool} is not on the PATH")
     command = [path, *options, *command_of(name, check)]
+    # Without PyTorch's cache each tensor has its own allocation, so the sanitizer sees its bounds.
     environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status, text = output_of(command, limit_s=limit_s, environ=environ, folder=ROOT)
+    # Slow tools are no failure of ours.
     if status is None:
         raise Skipped(f"{tool} took more than {limit_s:g} s")
     print(text[-4000:], flush=True)
@@ -70,13 +75,13 @@ def under(tool: str, options: list[str], name: str, check: Check, limit_s: float
 
 
 def command_of(name: str, check: Check) -> list[str]:
-    """This module in a process of its own, with one workload."""
+    """Returns the command that runs this module with one workload."""
     command = [sys.executable, "-m", "tools.gpu_check.profilers", name]
     return command + ["--device", str(check.device)] + ["--tiny"] * check.tiny
 
 
 def warm_up(check: Check) -> None:
-    """Compile what is profiled: under a tool that would take most of its time."""
+    """Compiles the workloads' kernels: under a tool that would take most of the time."""
     if not any(map(shutil.which, ("ncu", "compute-sanitizer"))):
         raise Skipped("neither ncu nor compute-sanitizer is on the PATH")
     processes = [
@@ -87,7 +92,7 @@ def warm_up(check: Check) -> None:
 
 
 def ncu(check: Check) -> None:
-    """DRAM traffic and occupancy of one decode and one sampling launch, in per cent of the peak."""
+    """Measures DRAM traffic and occupancy of a decode and a sampling launch, in % of the peak."""
     options = ["--clock-control", "none", "--csv", "--page", "raw", "--kernel-name", KERNELS]
     options += ["--metrics", f"{DRAM},{OCCUPANCY}"]
     rows = parse_ncu(under("ncu", options, "launches", check, NCU_S))
@@ -99,20 +104,20 @@ def ncu(check: Check) -> None:
 
 
 def parse_ncu(text: str) -> dict[str, tuple[float, float]]:
-    """{kernel: (DRAM, occupancy)} of its last launch, from ncu's CSV among other output."""
+    """Returns {kernel: (DRAM, occupancy)} of its last launch, from ncu's CSV in the output."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    found = {}
+    by_kernel = {}
     for row in csv.DictReader(lines):
         try:
             values = tuple(float(str(row[name]).replace(",", "")) for name in (DRAM, OCCUPANCY))
         except (KeyError, ValueError):
-            continue  # the row of units
-        found[row["Kernel Name"]] = values
-    return {kernel: (dram, occupancy) for kernel, (dram, occupancy) in found.items()}
+            continue  # the second row holds units
+        by_kernel[row["Kernel Name"]] = values
+    return {kernel: (dram, occupancy) for kernel, (dram, occupancy) in by_kernel.items()}
 
 
 def sanitizer(check: Check) -> None:
-    """Every op once under memcheck: no read or write out of bounds."""
+    """Runs every op once under memcheck: there must be no read or write out of bounds."""
     text = under("compute-sanitizer", ["--tool", "memcheck"], "ops", check, SANITIZER_S)
     summary = re.search(r"ERROR SUMMARY: (\d+) error", text)
     if summary is None:

@@ -1,8 +1,8 @@
-"""Stage `rates`: each kernel alone beside the card's ceiling, at the shapes of Qwen3 students.
+"""Stage `rates`: measures each kernel by itself against the card's ceiling, at shapes of Qwen3.
 
-Every figure is bytes (each tensor once) or FLOPs over time, with a cold L2 and inside a CUDA graph,
-so neither the host nor a lucky cache is measured. The decode kernel and the sampling kernel are
-also tried with other tiles and pipeline depths: what later work needs to choose from.
+Every figure is bytes (each tensor once) or FLOPs over time. L2 is cold and launches run inside a
+CUDA graph, so neither the host nor a warm cache is measured. The decode and sampling kernels are
+also tried with other tiles and pipeline depths, for later work to choose from.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tools.gpu_check.timing import Run, median_ms
 
 
 def decode_attention(check: Check) -> None:
-    """One layer's decode attention at several batches and contexts."""
+    """Measures one layer's decode attention at several batches and contexts."""
     for shape in TINY_DECODE if check.tiny else DECODE:
         of = f"{shape.model}, {shape.batch} x {shape.context}{shape.sharing}"
         key = "rates.decode_gb_s" if shape.batch >= 64 else "rates.decode_few_gb_s"
@@ -56,9 +56,10 @@ def decode_attention(check: Check) -> None:
 
 
 def decode_variants(check: Check) -> None:
-    """The same kernel with other tiles, splits and pipeline depths; each must agree."""
+    """Measures it with other tiles, splits and pipeline depths; all results must agree."""
     for shape in TINY_DECODE[:1] if check.tiny else VARIED:
         call = DecodeCall(check, shape)
+        # The kernel as shipped; stage `kernels` compares it with fp64.
         truth = call.run().double()
         for name, changes in VARIANTS.items():
             of = f"{name}, {shape.batch} x {shape.context}"
@@ -71,7 +72,7 @@ def decode_variants(check: Check) -> None:
 
 
 def prefill_attention(check: Check) -> None:
-    """Whole prompts, and the suffixes of second attempts behind long contexts."""
+    """Measures prefill of whole prompts, and of guidance after long contexts."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     cases = {
         "8 prompts of 1000": (8, 1000, 1000),
@@ -81,6 +82,7 @@ def prefill_attention(check: Check) -> None:
         cases = {"2 prompts of 20": (2, 20, 20)}
     for of, (batch, new_tokens, context) in cases.items():
         shape = DecodeShape("", batch, context)
+        # Pages as for decode; the queries are many tokens a sequence here.
         _, k, v, table, seq_lens, _ = decode_inputs(check, config, shape, 0)
         q = check.randn(batch * new_tokens, config.num_heads, config.head_dim, seed=3)
         cu_seqlens = torch.arange(0, (batch + 1) * new_tokens, new_tokens, device=check.device)
@@ -90,9 +92,10 @@ def prefill_attention(check: Check) -> None:
             new_tokens: int = new_tokens,
             context: int = context,
         ) -> Tensor:
-            longest = {"max_seqlen_q": new_tokens, "max_seqlen_k": context}
-            return paged_attention.paged_attention_triton(*tensors, scale=0.1, **longest)
+            max_lens = {"max_seqlen_q": new_tokens, "max_seqlen_k": context}
+            return paged_attention.paged_attention_triton(*tensors, scale=0.1, **max_lens)
 
+        # Query i of the new tokens sees all keys but the new ones after it.
         pairs = batch * new_tokens * (context - (new_tokens - 1) / 2)
         flops = 4 * pairs * config.num_heads * config.head_dim
         rate = 1e-9 * flops / median_ms(run, check.device, in_graph=True)
@@ -100,7 +103,7 @@ def prefill_attention(check: Check) -> None:
 
 
 def head_and_draw(check: Check) -> None:
-    """The LM head with its draw in one pass; with fewer registers a second block fits beside."""
+    """Measures the LM head with its draw in one pass, by registers and with a filter."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     vocab = config.vocab_size
     width = config.hidden_size
@@ -114,7 +117,9 @@ def head_and_draw(check: Check) -> None:
         filters = Filters(torch.zeros_like(keys), top_p, torch.zeros_like(top_p))
 
         gemm_ms = check.ceilings.bf16_ms(2 * batch * vocab * width)
-        for name, options, given in (
+        # The kernel ships with a limit of registers, so that two blocks fit on a multiprocessor;
+        # "any registers" lifts it.
+        for name, options, draw_filters in (
             ("", {}, None),
             (", any registers", {"maxnreg": None}, None),
             (", top-p", {}, filters),
@@ -122,12 +127,20 @@ def head_and_draw(check: Check) -> None:
             if options and not check.is_cuda:
                 continue
             num_bytes = sample_bytes(batch, vocab, width, weight.itemsize)
-            if given is not None:  # logits, written and read once at least
+            if draw_filters is not None:  # logits in fp32, written and read at least once
                 num_bytes += 8 * batch * vocab
+            # With many rows the product takes longer than reading the weights, and is the limit.
             limit = 1e-6 * num_bytes / max(check.ceilings.read_ms(num_bytes), gemm_ms)
             run = partial(
-                linear_sample.linear_sample_triton, hidden, weight, keys, temperature, None, given
+                linear_sample.linear_sample_triton,
+                hidden,
+                weight,
+                keys,
+                temperature,
+                None,
+                draw_filters,
             )
+            # The launcher looks its kernel up in the module, so it can be replaced there.
             linear_sample._sample_tile_kernel = (
                 WithOptions(kernel, **options) if options else kernel
             )
@@ -139,9 +152,9 @@ def head_and_draw(check: Check) -> None:
 
 
 def elementwise(check: Check) -> None:
-    """Norms, gate, rotary, page writes and the row pass of the policy head; forward and back."""
+    """Measures norms, gate, rotary, page writes and the policy head's row pass, both ways."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
-    num_tokens = 7 if check.tiny else 65536  # so that launching a graph is a small part
+    num_tokens = 7 if check.tiny else 65536  # many, so that a graph's launch is a small share
     for of, (run, num_bytes) in elementwise_runs(check, config, num_tokens).items():
         with check.case(f"elementwise {of}"):
             rate = 1e-6 * num_bytes / median_ms(run, check.device, in_graph=True)
@@ -152,7 +165,7 @@ def elementwise(check: Check) -> None:
 def elementwise_runs(
     check: Check, config: ModelConfig, num_tokens: int
 ) -> dict[str, tuple[Run, int]]:
-    """(The call, bytes of its tensors, each once)."""
+    """Returns {name: (the call, bytes of its tensors, each once)}."""
     width = config.hidden_size
     inner = config.intermediate_size
     head_dim = config.head_dim
@@ -203,21 +216,21 @@ def elementwise_runs(
 
 
 def row_pass(check: Check, num_rows: int, vocab: int) -> tuple[Run, int]:
-    """Logits in fp32 read once, their gradient written once."""
+    """Returns the policy head's row pass: reads fp32 logits, writes their gradient, each once."""
     logits = check.randn(num_rows, vocab, seed=1, dtype=torch.float32)
     grad = torch.empty_like(logits, dtype=check.dtype)
     targets = torch.arange(num_rows, device=check.device) % vocab
     row = torch.ones(num_rows, device=check.device)
-    given = targets, row - 10, row, None, row, row
-    tail = (0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True)
+    row_inputs = targets, row - 10, row, None, row, row
+    settings = (0.2, 0.2, 3.0, 0.0, None, 0.0, 3, True)
     return (
-        lambda: linear_policy_loss.policy_rows(logits, grad, *given, *tail),
+        lambda: linear_policy_loss.policy_rows(logits, grad, *row_inputs, *settings),
         logits.nbytes + grad.nbytes,
     )
 
 
 def launch_latency(check: Check) -> None:
-    """What a graph of one kernel that does nothing takes between two events."""
+    """Measures a graph of one kernel that does nothing: the time that no figure can go below."""
     x = torch.zeros(1, device=check.device)
     us = 1e3 * median_ms(lambda: x.add_(0), check.device, in_graph=True)
     check.figure("rates.empty_graph_us", us)

@@ -1,4 +1,4 @@
-"""The table: one row a figure, as text on the terminal and as Markdown beside the results."""
+"""Prints results: one row for each figure, as text on the terminal and as a Markdown page."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ HEADER = ("figure", "value", "limit", "of limit", "predicted", "goal", "verdict"
 
 
 def number(value: float | None) -> str:
-    """Three digits that count, however large."""
+    """Formats a number with three significant digits, without an exponent if it is readable."""
     if value is None:
         return ""
     if not math.isfinite(value):
         return str(value)
+    # Counts are shown as they are.
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     text = f"{value:.3g}"
@@ -22,6 +23,7 @@ def number(value: float | None) -> str:
 
 
 def row_of(figure: Figure) -> tuple[str, ...]:
+    """Returns a figure's cells, in the order of HEADER."""
     share = "" if figure.share is None else f"{100 * figure.share:.0f} %"
     name = figure.key if not figure.of else f"{figure.key}: {figure.of}"
     return (
@@ -36,22 +38,23 @@ def row_of(figure: Figure) -> tuple[str, ...]:
 
 
 def figure_line(figure: Figure) -> str:
-    """One figure as it comes."""
+    """Returns one figure as a line, for printing while the stage runs."""
     name, value, limit, share, predicted, goal, verdict = row_of(figure)
-    rest = [f"limit {limit} ({share})"] * bool(limit)
-    rest += [f"predicted {predicted}"] * bool(predicted) + [f"goal {goal}"] * bool(goal)
-    return f"{name}: {', '.join([value, *rest])}  {verdict}".rstrip()
+    # A list times a bool keeps an entry or drops it.
+    details = [f"limit {limit} ({share})"] * bool(limit)
+    details += [f"predicted {predicted}"] * bool(predicted) + [f"goal {goal}"] * bool(goal)
+    return f"{name}: {', '.join([value, *details])}  {verdict}".rstrip()
 
 
 def outcome_line(stage: StageResult) -> str:
-    """How a stage ended, in a line."""
+    """Returns how a stage ended, as a line."""
     seconds = f" in {stage.seconds:.0f} s" if stage.seconds else ""
     message = f": {stage.message.splitlines()[0]}" if stage.message else ""
     return f"{stage.name}: {stage.status}{seconds}{message}"
 
 
 def to_text(results: Results) -> str:
-    """Every stage's outcome, its failures in full, and the aligned table of all figures."""
+    """Returns each stage's outcome, its failures in full, and an aligned table of all figures."""
     rows = [row_of(figure) for stage in results.stages.values() for figure in stage.figures]
     widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
     ran = [stage for stage in results.stages.values() if stage.status != "not run"]
@@ -65,7 +68,7 @@ def to_text(results: Results) -> str:
 
 
 def to_markdown(results: Results) -> str:
-    """The same as a page to keep: machine, outcomes, failures, one table a stage, notes."""
+    """Returns the same as a Markdown page: machine, outcomes, failures, tables, notes."""
     lines = ["# gpu_check", ""]
     lines += [
         f"- {key}: {value}" for key, value in results.run.items() if key not in ("kind", "plan")
@@ -102,6 +105,7 @@ def _markdown_stage(stage: StageResult) -> list[str]:
 
 
 def _block(text: str) -> list[str]:
+    """Returns text as a Markdown code block."""
     return [f"    {line}" for line in text.splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""Which state of the project a figure is of."""
+"""Names the revision of the project that is being measured."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BUNDLED = ROOT / "gpu_bundle" / "revision.txt"  # a copy of the tree may come without .git
+BUNDLED = ROOT / "gpu_bundle" / "revision.txt"  # for a copy of the tree without .git
 
 
 def revision() -> str:
-    """The commit of this checkout, "-dirty" behind it where files have changed since."""
+    """Returns this checkout's commit, with "-dirty" behind it where files have changed."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git
-        done = None
-    if done is not None and done.returncode == 0:
-        return done.stdout.strip()
+        result = None
+    if result is not None and result.returncode == 0:
+        return result.stdout.strip()
     return BUNDLED.read_text(encoding="utf-8").strip() if BUNDLED.is_file() else "unknown"

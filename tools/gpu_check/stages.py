@@ -1,9 +1,8 @@
-"""The stages, most valuable first: what later work depends on, correctness before speed, slow tools
-last.
+"""Lists the stages, most valuable first.
 
-`expected_s` is what a stage is thought to take on an H100; `budget_s` is a limit on a hang and
-nothing else. The first seven stages are expected to end within five minutes, all but the last one
-within eight.
+Stages on which others depend come first, correctness comes before speed, slow tools come last.
+`expected_s` is an estimate for an H100. `budget_s` only stops a stage that hangs. The first seven
+stages are expected to end within five minutes, all but the last one within eight.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """One process; the PARTS of `tools/gpu_check/<name>.py`, in order or at once."""
+    """A stage: the PARTS of `tools/gpu_check/<name>.py`, run in order or all at once."""
 
     name: str
     expected_s: int
     budget_s: int
-    answers: str
-    parts_at_once: bool = False
+    answers: str  # which questions the stage answers
+    parts_at_once: bool = False  # each in its own process, where they wait for the CPU
 
     @property
     def uses_ceilings(self) -> bool:
-        """Whether its limits are work over the rates of stage `ceilings`."""
+        """Whether the stage divides by rates that stage `ceilings` has measured."""
         return self.name in ("attention", "training", "rates", "decode", "head", "batch")
 
 
@@ -43,6 +42,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("learning", 50, 90, "the built-in task in bf16 and fp32: it ends, repeats, learns"),
     Stage("profilers", 53, 90, "DRAM per cent and occupancy by ncu; memory errors by sanitizer"),
 )
-CASES_FAILED = 3  # exit status of a stage whose cases say what failed; 1 is Python's own
+# Exit status of a stage that ran to its end and recorded failed cases. Not 1, which Python uses for
+# an uncaught exception.
+CASES_FAILED = 3
 NAMES = tuple(stage.name for stage in STAGES)
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -1,8 +1,8 @@
-"""What stages ask of torch.cuda beside kernels: graphs, events, memory, on the fake device.
+"""Stands in for the parts of torch.cuda that stages use: graphs, events, streams, memory.
 
-`stage_stand_ins` puts everything in its place. A capture is held to what a card allows: no host
-read, no tensor of the host, no wait. A replay starts nothing, since the capture has shown what it
-would be. Times mean nothing; bytes are those of memory.py, and launches those of the recorder.
+`stage_stand_ins` replaces them all. A capture is held to the rules of a card: no host read, no
+tensor of the host, no wait. A replay does nothing, since its kernels were recorded at the capture.
+Times mean nothing; bytes come from memory.py and launches from the recorder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
 
 @contextlib.contextmanager
 def stage_stand_ins(recorder: Recorder) -> Iterator[None]:
-    """Inside of fake_cuda: what a stage finds in torch beside tensors and kernels."""
+    """Replaces, inside of fake_cuda, what a stage uses of torch besides tensors and kernels."""
     card = Card(recorder)
     recorder.on_wait = card.on_wait
     stand_ins: list[tuple[Any, str, Any]] = [
@@ -46,7 +46,7 @@ def stage_stand_ins(recorder: Recorder) -> Iterator[None]:
 
 
 class Card:
-    """The state of the card that torch.cuda answers for."""
+    """The state of the fake card."""
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
@@ -55,7 +55,7 @@ class Card:
         self.sync_mode = "default"
 
     def of_torch_cuda(self) -> dict[str, Any]:
-        """Name in torch.cuda -> stand-in."""
+        """Returns the stand-ins by their names in torch.cuda."""
         memory = self.memory
         return {
             "init": lambda: None,
@@ -87,13 +87,14 @@ class Card:
     def capture(
         self, graph: Graph, pool: int | None = None, stream: object = None
     ) -> Iterator[None]:
-        """torch.cuda.graph: a read or a tensor of the host is a fault."""
+        """Stands in for torch.cuda.graph: a host read or a tensor of the host is a fault."""
+        # A capture tightens the rules of the section in which it happens.
         section = self.recorder.current
         assert section is not None, "a capture outside of a section"
-        before = section.may_read, section.may_upload
+        old_rules = section.may_read, section.may_upload
         section.may_read = section.may_upload = False
-        # a replay changes them
         self.is_capturing = True
+        # Values of a capture would be those of one replay only: the next replay changes them.
         self.recorder.knows_values = False
         try:
             with self.memory.capture(graph, pool) as graph.pool_idx:
@@ -101,11 +102,11 @@ class Card:
         finally:
             self.is_capturing = False
             self.recorder.knows_values = True
-            section.may_read, section.may_upload = before
+            section.may_read, section.may_upload = old_rules
         graph.is_captured = True
 
     def event(self, enable_timing: bool = False) -> Event:
-        """torch.cuda.Event: who waits for one reads."""
+        """Stands in for torch.cuda.Event: waiting for one counts as a host read."""
         return Event(enable_timing, lambda: self.recorder.read("Event.synchronize"))
 
     def set_sync_mode(self, mode: str) -> None:
@@ -113,7 +114,8 @@ class Card:
         self.sync_mode = mode
 
     def on_wait(self, what: str) -> None:
-        """What the debug mode does with a call that makes the host wait; not with synchronize."""
+        """Warns or raises at a call that makes the host wait, as the debug mode asks."""
+        # torch's debug mode ignores an explicit torch.cuda.synchronize.
         if what == SYNCHRONIZE or self.sync_mode == "default":
             return
         if self.sync_mode == "error":
@@ -122,7 +124,7 @@ class Card:
 
 
 class Graph:
-    """torch.cuda.CUDAGraph."""
+    """Stands in for torch.cuda.CUDAGraph."""
 
     is_captured = False
     pool_idx: int | None = None
@@ -146,18 +148,18 @@ class Graph:
 
 
 class Stream:
-    """torch.cuda.Stream."""
+    """Stands in for torch.cuda.Stream."""
 
     def __init__(self, device: object = None, priority: int = 0):
         self.device = device
         self.priority = priority
 
     def wait_stream(self, other: Stream) -> None:
-        """All is done in order here."""
+        """Does nothing: on the fake card everything happens in order."""
 
 
 class Event:
-    """torch.cuda.Event; a millisecond lies between any two."""
+    """Stands in for torch.cuda.Event; the time between any two is one millisecond."""
 
     def __init__(self, enable_timing: bool = False, on_wait: Callable[[], None] = lambda: None):
         self.enable_timing = enable_timing
@@ -176,14 +178,14 @@ class Event:
 
 
 class Generator(torch.Generator):
-    """One for the fake device is the host's: nothing is drawn there."""
+    """Stands in for torch.Generator: always of the host, as the fake device draws nothing."""
 
     def __new__(cls, device: object = "cpu") -> Generator:
         return super().__new__(cls, device="cpu")  # type: ignore[call-arg]
 
 
 class Profile:
-    """torch.profiler.profile: the launches that the recorder saw, a microsecond each."""
+    """Stands in for torch.profiler.profile: the recorder's launches, one microsecond each."""
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
@@ -193,6 +195,7 @@ class Profile:
         return Counter(launch.kernel for section in sections for launch in section.launches)
 
     def __enter__(self) -> Profile:
+        # Only launches within the block are reported.
         self.before = self._counts()
         return self
 
@@ -212,10 +215,14 @@ class Profile:
         ]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """PyTorch takes the plain form on the fake device; one that is asked for is called by name."""
+def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Stands in for SDPA: calls the backend that a stage has chosen, by name.
+
+    PyTorch itself would choose the plain form, since the fake device supports no other.
+    """
+    # sdpa_kernel(..) turns all other backends off, so this tells whether one was chosen.
     if torch.backends.cuda.math_sdp_enabled():
-        return _scaled_dot_product_attention(q, k, v, *rest, **options)
+        return _scaled_dot_product_attention(q, k, v, *args, **options)
     is_causal = options["is_causal"]
     if torch.backends.cuda.flash_sdp_enabled():
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
@@ -223,11 +230,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Te
 
 
 def address(x: Tensor) -> int:
-    """Other for other storages, as long as they live; that a stage can see whether one moved."""
+    """Returns an address that differs between live storages, so that a stage sees one move."""
     return x.untyped_storage()._cdata + x.storage_offset() * x.element_size()
 
 
 def deep_copy(x: FakeTensor, memo: dict[int, Any]) -> Tensor:
-    """Tensor.__deepcopy__ would copy the storage byte by byte."""
+    """Copies a tensor; Tensor.__deepcopy__ would copy its storage, which has no memory."""
     memo[id(x)] = copied = x.detach().clone().requires_grad_(x.requires_grad)
     return copied

@@ -1,8 +1,8 @@
-"""Stage `training`: whole updates at real shapes, beside their FLOPs, and what their numbers are.
+"""Stage `training`: times whole updates at real shapes beside their FLOPs, and checks gradients.
 
-Rollouts as a trainer gets them: a shared prompt, eight first answers, guidance and a second answer
-behind half of them. Parameters are bf16, the high half of an fp32 master, with fp32 gradients and
-moments; fp32 stands beside it.
+Rollouts are as a trainer gets them (groups.py): a shared prompt, eight first answers, and guidance
+and a second answer after half of them. Parameters are bf16, the high half of an fp32 master, with
+fp32 gradients and moments. Updates in fp32 are measured for comparison.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tools.gpu_check.updates import TOKEN_BUDGET, gradients, kernels_of_an_updat
 
 
 def mismatch(dtype: torch.dtype) -> Part:
-    """By how much the trainer's log-probs differ from the sampler's, before any update."""
+    """Returns a part that compares the trainer's log-probs with the sampler's, before an update."""
 
     def part(check: Check) -> None:
         config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
@@ -44,7 +44,7 @@ def mismatch(dtype: torch.dtype) -> Part:
 
 
 def mismatch_of(student: Decoder, prompts: list[list[int]], num_new: int) -> Tensor:
-    """|log-prob - the sampler's| of every token of eight rollouts a prompt, nats."""
+    """Returns |log-prob - the sampler's| of all tokens, eight rollouts a prompt, nats."""
     longest = max(map(len, prompts))
     engine = make_engine(student, len(prompts) * 8 * (longest + num_new + 64))
     groups = generate_same(engine, prompts, params_of(num_new, n=8))
@@ -66,17 +66,18 @@ def mismatch_of(student: Decoder, prompts: list[list[int]], num_new: int) -> Ten
 
 
 def beside_cpu(check: Check) -> None:
-    """Every parameter's gradient on the card is the CPU's, in fp32, for every shape of rollout."""
+    """Checks every parameter's fp32 gradient on the card against the CPU's."""
     config = MODELS["tiny" if check.tiny else "small Qwen3"]
     rollouts = make_rollouts(config.vocab_size, TINY_GROUP)
-    found = []
+    gradients_by_device = []
     for device in (torch.device("cpu"), check.device):
+        # Made on the CPU in both cases: a card's generator gives other numbers.
         student = make_model(config, device="cpu", dtype=torch.float32).to(device)
         gradients(student, rollouts)
-        found.append({name: p.grad for name, p in student.named_parameters()})
+        gradients_by_device.append({name: p.grad for name, p in student.named_parameters()})
     worst = 0.0
-    for name, truth in found[0].items():
-        actual = found[1][name].cpu()
+    for name, truth in gradients_by_device[0].items():
+        actual = gradients_by_device[1][name].cpu()
         expected = truth.double()
         worst = max(worst, relative_error(actual, expected))
         check_close(f"gradient of {name}", actual, expected)
@@ -84,27 +85,30 @@ def beside_cpu(check: Check) -> None:
 
 
 def bf16_beside_fp32(check: Check) -> None:
-    """The whole gradient of equal weights in bf16 and in fp32, on the device."""
+    """Compares the whole gradient of equal weights in bf16 and in fp32, on the device."""
     config = MODELS["tiny" if check.tiny else "Qwen3-0.6B"]
     rollouts = make_rollouts(config.vocab_size, TINY_GROUP)
     narrow = make_model(config, device=check.device, dtype=check.dtype)
     wide = make_model(config, device=check.device, dtype=torch.float32)
+    # fp32 holds every bf16 weight exactly, so both start from equal weights.
     wide.load_state_dict(narrow.state_dict())
     squares = [0.0, 0.0]
-    optimizers = [Optimizer(student, lr=1e-6) for student in (narrow, wide)]  # own the gradients
+    optimizers = [Optimizer(student, lr=1e-6) for student in (narrow, wide)]  # they make .grad
     for student in (narrow, wide):
         gradients(student, rollouts)
-    for p, q in zip(narrow.parameters(), wide.parameters(), strict=True):
-        squares[0] += float((p.grad.double() - q.grad.double()).square().sum())
-        squares[1] += float(q.grad.double().square().sum())
-        assert p.grad.dtype == torch.float32, f"a gradient must be float32, got {p.grad.dtype}"
+    for bf16_param, fp32_param in zip(narrow.parameters(), wide.parameters(), strict=True):
+        squares[0] += float((bf16_param.grad.double() - fp32_param.grad.double()).square().sum())
+        squares[1] += float(fp32_param.grad.double().square().sum())
+        assert bf16_param.grad.dtype == torch.float32, (
+            f"a gradient must be float32, got {bf16_param.grad.dtype}"
+        )
     del optimizers
     error = (squares[0] / squares[1]) ** 0.5
     check.figure("training.gradient_error", error, of="bf16 beside fp32")
 
 
 def beside_padded_rows(check: Check) -> None:
-    """The same rollouts as padded rows through transformers, as most trainers have them."""
+    """Times the same rollouts as padded rows in transformers, as in most trainers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name = "tiny" if check.tiny else "Qwen3-0.6B"
@@ -116,6 +120,7 @@ def beside_padded_rows(check: Check) -> None:
     run = padded_update(theirs, rollouts, check.device)
     their_ms = median_ms(run, check.device)
     theirs.zero_grad(set_to_none=True)
+    # Their model must be gone before ours is timed, for the sake of memory.
     del theirs, run
     student = make_model(MODELS[name], device=check.device, dtype=check.dtype)
 
@@ -131,7 +136,7 @@ def beside_padded_rows(check: Check) -> None:
 def padded_update(
     theirs: torch.nn.Module, rollouts: list[Rollout], device: torch.device
 ) -> Callable[[], None]:
-    """Forward and backward over [rollouts, longest] with logits of all tokens."""
+    """Returns a forward and backward over [rollouts, longest] with logits of all tokens."""
     rows = [
         rollout.context_ids(len(rollout.turns) - 1) + rollout.turns[-1].attempt.token_ids
         for rollout in rollouts
@@ -142,6 +147,7 @@ def padded_update(
 
     def run() -> None:
         theirs.zero_grad(set_to_none=True)
+        # Two rows at a time: with all rows at once, logits would take too much memory.
         for row_ids, row_mask in zip(ids.split(2), mask.split(2), strict=True):
             logits = (
                 theirs(row_ids, attention_mask=row_mask, use_cache=False).logits[:, :-1].float()

@@ -1,7 +1,8 @@
-"""Whole updates of a student with random weights: gradients of a few groups, then AdamW.
+"""Measures whole updates of a student with random weights: gradients of a few groups, then AdamW.
 
-Time beside its FLOPs at the card's GEMM rate (that share is the MFU, optimizer included), memory,
-how often the host waits, kernels by time, and whether two equal updates leave equal bits.
+Recorded are the time beside the update's FLOPs at the card's GEMM rate (that share is the MFU, with
+the optimizer included), memory, how often the host waits, kernels by time, and whether two equal
+updates are bitwise equal.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from tools.gpu_check.rooflines import update_flops
 from tools.gpu_check.timing import median_ms, peak_gib, profile_table, wall_ms
 
 TOKEN_BUDGET = 16384
-LEARNING_RATE = 1e-3  # so that a step moves bf16 weights, too
+LEARNING_RATE = 1e-3  # large enough to change most bf16 weights in a step
 NUM_STEPS_TIMED = 3
 
 
 def flops_of(student: Decoder, rollouts: list[Rollout]) -> float:
-    """Of the update, from its packed microbatches."""
+    """Counts an update's FLOPs, from its packed microbatches."""
     total = 0.0
+    # Packing decides how many tokens and visible pairs an update really computes.
     for batch in pack_rollouts(rollouts, packing="tree", token_budget=TOKEN_BUDGET):
         seen_pairs = num_pairs(batch.visible_until_T)
         counts = batch.tokens_forwarded, batch.targets_N.numel(), seen_pairs
@@ -45,7 +47,7 @@ def flops_of(student: Decoder, rollouts: list[Rollout]) -> float:
 def gradients(
     student: Decoder, rollouts: list[Rollout], *, checkpointing: bool = False
 ) -> GradientStats:
-    """Adds an update's gradients to .grad, which an optimizer's step drops."""
+    """Adds an update's gradients to .grad; the optimizer's step clears them."""
     return policy_gradients(
         student,
         rollouts,
@@ -56,12 +58,13 @@ def gradients(
 
 
 class Trainee:
-    """A student, its optimizer and an update's rollouts; the same bits each time it is made."""
+    """A student, its optimizer and an update's rollouts; each one made is bitwise the same."""
 
     def __init__(
         self, check: Check, model: str, dtype: torch.dtype, num_groups: int, checkpointing: bool
     ):
         config = MODELS["tiny" if check.tiny else model]
+        # A CPU trains in fp32 only.
         used = dtype if check.is_cuda else torch.float32
         self.device = check.device
         self.checkpointing = checkpointing
@@ -71,6 +74,7 @@ class Trainee:
         self.rollouts = make_rollouts(config.vocab_size, shape, num_groups)
 
     def update(self) -> None:
+        """Makes one whole update."""
         figures_6 = gradients(
             self.student, self.rollouts, checkpointing=self.checkpointing
         ).figures_6
@@ -78,7 +82,7 @@ class Trainee:
         assert not result.skipped, "the gradient is not finite"
 
     def step_ms(self) -> float:
-        """Of the optimizer alone, by the clock: it ends with a host read."""
+        """Times the optimizer's step by the clock, which is right as it ends with a host read."""
         times = []
         for _ in range(NUM_STEPS_TIMED):
             gradients(self.student, self.rollouts, checkpointing=self.checkpointing)
@@ -88,6 +92,7 @@ class Trainee:
         return statistics.median(times)
 
     def weights(self) -> dict[str, Tensor]:
+        """Returns copies of all parameters, by name."""
         return {name: p.detach().clone() for name, p in self.student.named_parameters()}
 
 
@@ -99,7 +104,7 @@ def update(
     checkpointing: bool = False,
     repeats: bool = True,
 ) -> Part:
-    """Part that measures one kind of update; with one group where more do not fit."""
+    """Returns a part that measures one kind of update, with one group if more do not fit."""
 
     def part(check: Check) -> None:
         is_too_large = False
@@ -110,7 +115,8 @@ def update(
                 raise
             check.note(f"{model}, {num_groups} groups: {error}")
             is_too_large = True
-        if is_too_large:  # out of the handler: its traceback holds what must be given back
+        # Not in the handler: its traceback would keep alive the tensors that must be freed.
+        if is_too_large:
             check.free_memory()
             measure(check, model, dtype, 1, checkpointing, repeats)
 
@@ -125,26 +131,26 @@ def measure(
     checkpointing: bool,
     repeats: bool,
 ) -> None:
-    """Two updates twice over, then times and memory."""
-    word = str(dtype).removeprefix("torch.")
-    of = f"{model} in {word}, {num_groups} group{'s' * (num_groups > 1)}"
+    """Measures time and memory of an update, and makes two updates twice to compare them."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    of = f"{model} in {dtype_name}, {num_groups} group{'s' * (num_groups > 1)}"
     trainee = Trainee(check, model, dtype, num_groups, checkpointing)
     first = trainee.weights() if repeats else {}
     check.figure("training.peak_gib", peak_gib(trainee.update, check.device), of=of)
-    trainee.update()  # the second reads what the first left in moments and low bits
+    trainee.update()  # the second starts from moments and low bits that are not zero
     if repeats:
-        before, first = first, trainee.weights()
-        assert_moved(before, first)
-        del before
+        initial, first = first, trainee.weights()
+        assert_moved(initial, first)
+        del initial
     limit = check.ceilings.bf16_ms(flops_of(trainee.student, trainee.rollouts))
     key = "training.update_ms" if dtype == torch.bfloat16 else "training.fp32_update_ms"
     check.figure(key, median_ms(trainee.update, check.device), of=of, limit=limit)
     limit = check.ceilings.copy_ms(28 * num_parameters(trainee.student.config))
     check.figure("training.optimizer_ms", trainee.step_ms(), of=of, limit=limit)
-    places = host_waits(check.device, trainee.update)
-    check.figure("training.host_waits", len(places), of=of)
-    if places:
-        check.note(f"{of}: the host waits at\n{counted(places)}")
+    wait_lines = host_waits(check.device, trainee.update)
+    check.figure("training.host_waits", len(wait_lines), of=of)
+    if wait_lines:
+        check.note(f"{of}: the host waits at\n{counted(wait_lines)}")
     if check.is_cuda:
         reserved = torch.cuda.max_memory_reserved(check.device) / 2**30
         check.figure("training.reserved_gib", reserved, of=of)
@@ -159,21 +165,24 @@ def measure(
         name for name, x in trainee.student.named_parameters() if not torch.equal(x, first[name])
     ]
     check.figure("training.repeats", float(not differing), of=of)
+    # Raises with the first differing element.
     for name in differing[:1]:
         assert_bitwise_equal(trainee.weights()[name], first[name], name=f"{of}: {name}")
 
 
 def assert_moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Asserts that most weights have changed, so that a comparison of updates means something."""
     moved = sum(not torch.equal(before[name], after[name]) for name in after)
     assert moved > len(after) // 2, f"two updates moved {moved} of {len(after)} weights"
 
 
 def counted(places: list[str]) -> str:
+    """Returns each line of code with its count, the most frequent first."""
     return "\n".join(f"{count:4} x {place}" for place, count in Counter(places).most_common())
 
 
 def kernels_of_an_update(check: Check) -> None:
-    """Kernels by time. Last: a profiler stays in the way of what follows."""
+    """Lists an update's kernels by time. Must come last: the profiler slows down what follows."""
     for model in ("Qwen3-0.6B", "Qwen3-1.7B"):
         trainee = Trainee(check, model, torch.bfloat16, 1, checkpointing=False)
         trainee.update()

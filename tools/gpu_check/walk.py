@@ -4,13 +4,14 @@
 
 Needs a CUDA build of PyTorch, no driver and no card. The project's own code (code_paths.py) runs on
 tensors that have a shape and a dtype but no memory (fake_cuda.py): decode rounds, a prefill step,
-the policy head, the element-wise ops, the update of one group, and draws. Prints launches, shapes,
-bytes and products of each. Exits 1 when a launch has wrong arguments, when the host reads where it
-must not, or when a decode round touches a tensor of the host, which no CUDA graph could replay.
+the policy head, the element-wise ops, the update of one group, and draws. Prints the launches,
+shapes, bytes and products of each. Exits 1 when a launch has wrong arguments, when the host reads
+where it must not, or when a decode round uses a tensor of the host, which no CUDA graph could
+replay.
 
-What it cannot show: time, memory, and whether a result is right. Autograd's engine does not work on
-the fake device; graph.py calls the nodes of the graph in its place. An op of torch counts as one
-launch: some make several (sort, index_put_), and a copy from the host is the driver's.
+It cannot show time, memory, and whether a result is right. Autograd's engine does not work on the
+fake device; graph.py calls the nodes of the graph instead. An op of torch counts as one launch,
+although some make several (sort, index_put_) and a copy from the host makes none.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from tools.gpu_check.launches import PRODUCTS, Launch, Section
 from tools.gpu_check.models import MODELS
 from tools.gpu_check.revision import revision
 
-# what --markdown replaces
+# --markdown replaces the text between these lines.
 BEGIN = "<!-- begin of the walk -->"
 END = "<!-- end of the walk -->"
-MAX_SHAPES = 4  # of a kernel that are printed; --json has them all
+MAX_SHAPES = 4  # shapes printed for each kernel; --json has all of them
 COUNTS = ("launches", "Triton", "torch", "products", "TFLOP", "GB", "host reads", "uploads")
 COLUMNS = ("code path", *COUNTS)
 
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     num_faults = 0
     for section in sections:
+        # A fault in a layer repeats in every layer, so equal ones are counted.
         for fault, count in Counter(section.faults).items():
             num_faults += count
             print(f"walk: {section.name}: {count} x {fault}", file=sys.stderr)
@@ -71,17 +73,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def header_of(model: str) -> str:
-    """What was walked, on what, when."""
+    """Returns the model, the versions and the date of a walk."""
     return f"{model}, bf16, sm_90; {revision_and_versions()}."
 
 
 def revision_and_versions() -> str:
+    """Returns the revision, the versions of torch and triton, and the date."""
     versions = f"torch {torch.__version__}, triton {installed_version('triton')}"
     return f"revision {revision()}, {versions}, {date.today().isoformat()}"
 
 
 def summary(sections: list[Section]) -> list[str]:
-    """A table with a row for each section."""
+    """Returns a Markdown table with a row for each section."""
     rows: list[tuple[str, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
     for section in sections:
         launches = section.launches
@@ -89,45 +92,47 @@ def summary(sections: list[Section]) -> list[str]:
         flops = sum(launch.flops for launch in launches) / 1e12
         moved = sum(launch.num_bytes for launch in launches) / 1e9
         counts = len(launches), len(launches) - num_torch, num_torch, num_products(launches)
-        rest = f"{flops:.3g}", f"{moved:.3g}", len(section.reads), len(section.uploads)
-        rows.append(tuple(map(str, (section.name, *counts, *rest))))
+        sizes = f"{flops:.3g}", f"{moved:.3g}", len(section.reads), len(section.uploads)
+        rows.append(tuple(map(str, (section.name, *counts, *sizes))))
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def num_products(launches: list[Launch]) -> int:
-    """Matrix products of cuBLAS."""
+    """Returns the number of matrix products by cuBLAS."""
     return sum(launch.kernel.removeprefix("aten.") in PRODUCTS for launch in launches)
 
 
 def kernels(sections: list[Section]) -> list[str]:
-    """A paragraph for each longer section: kernels, what is moved most, and host reads."""
+    """Returns a paragraph for each longer section: kernels, largest traffic, and host reads."""
     lines: list[str] = []
-    seen: list[Counter[str]] = []
+    printed: list[Counter[str]] = []
     for section in sections:
         counts = Counter(launch.kernel for launch in section.launches)
-        if counts.total() <= 10 or counts in seen:
+        # Short sections and repetitions would only lengthen the page.
+        if counts.total() <= 10 or counts in printed:
             continue
-        seen.append(counts)
+        printed.append(counts)
+        # "~" stands for a space at which a line must not be broken.
         names = [f"{count}~`{kernel}`" for kernel, count in counts.most_common() if count > 1]
-        once = [f"`{kernel}`" for kernel, count in counts.items() if count == 1]
+        single = [f"`{kernel}`" for kernel, count in counts.items() if count == 1]
         parts = [f"- **{section.name}**: {', '.join(names)}"]
-        parts += [f"Once: {', '.join(once)}"] if once else []
+        parts += [f"Once: {', '.join(single)}"] if single else []
         moved = [text.replace(" ", "~") for text in most_moved(section)]
         parts += [f"Most GB: {'; '.join(moved)}"]
         parts += [f"Host reads: {'; '.join(section.reads)}"] if section.reads else []
         text = ". ".join(parts) + "."
         wrapped = textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
-        lines += [line.replace("~", " ") for line in wrapped]  # what belongs together stays so
+        lines += [line.replace("~", " ") for line in wrapped]
     return lines
 
 
 def most_moved(section: Section) -> list[str]:
-    """The tensors with the most traffic, and their GB."""
+    """Returns the three tensors with the most traffic, and their GB."""
     return [f"{name} {size / 1e9:.3g}" for name, size in traffic(section)[:3]]
 
 
 def details(sections: list[Section]) -> list[str]:
-    """Each section's kernels with their shapes and grids, its reads, uploads and faults."""
+    """Returns each section's kernels with shapes and grids, its reads, uploads and faults."""
     lines = []
     for section in sections:
         lines += ["", f"## {section.name}", ""]
@@ -149,7 +154,7 @@ def details(sections: list[Section]) -> list[str]:
 
 
 def traffic(section: Section) -> list[tuple[str, int]]:
-    """Tensors by the bytes that are read and written of them, most first."""
+    """Returns tensors by the bytes read and written, the largest first."""
     sizes: Counter[str] = Counter()
     for launch in section.launches:
         for name, size in launch.traffic:
@@ -158,7 +163,7 @@ def traffic(section: Section) -> list[tuple[str, int]]:
 
 
 def report_of(section: Section) -> dict[str, Any]:
-    """A section as JSON: every different launch once, with its count."""
+    """Returns a section as JSON: every different launch once, with its count."""
     launches = [
         {
             "kernel": launch.kernel,
@@ -175,14 +180,14 @@ def report_of(section: Section) -> dict[str, Any]:
 
 
 def write_between_marks(path: Path, text: str, marks: tuple[str, str]) -> None:
-    """Replaces what stands between the marks of a file, or writes a new file with them."""
+    """Replaces the text between two marks of a file, or writes a new file with the marks."""
     begin, end = marks
     old = path.read_text(encoding="utf-8") if path.is_file() else f"{begin}\n{end}\n"
     if begin not in old or end not in old:
         raise ValueError(f"{path} must have the lines {begin} and {end}, got a file without")
-    before, _, rest = old.partition(begin)
-    after = rest.partition(end)[2]
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    text_above, _, remainder = old.partition(begin)
+    text_below = remainder.partition(end)[2]
+    path.write_text(f"{text_above}{begin}\n{text}\n{end}{text_below}", encoding="utf-8")
 
 
 if __name__ == "__main__":

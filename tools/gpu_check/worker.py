@@ -1,10 +1,10 @@
-"""Inside a stage's process: run its parts, and write down each figure and each failure as it comes.
+"""Runs the parts of a stage inside its process; records each figure and failure as it comes.
 
     python -m tools.gpu_check.worker STAGE --device cuda --results FILE [--tiny] [--part NAME]
 
-A part is a function of a Check, listed in its module's PARTS. What a part raises is one failed
-case; the parts behind it still run. Parts of a stage marked `parts_at_once` run in processes of
-their own, side by side on the same card.
+A part is a function of a Check, listed in its module's PARTS. An error in a part is one failed
+case; the parts after it still run. Parts of a stage marked `parts_at_once` run in processes of
+their own, at the same time and on the same card.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FAULTS = ("hang", "abort", "flood")
 
 
 def run_parts(check: Check, parts: Mapping[str, Part], arguments: list[str]) -> None:
-    """One after the other; on a card each begins with the memory of the one before given back.
+    """Runs parts one by one; memory of a part is freed before the next one begins.
 
-    An illegal access leaves a process without its card: the parts behind it run in a new one, which
-    `arguments` start; with none there are no parts behind.
+    After an illegal memory access a process can no longer use the card. The parts that remain then
+    run in a new process, started with `arguments`; [] if this is the only part.
     """
     for name, part in parts.items():
         started = time.perf_counter()
@@ -42,11 +42,13 @@ def run_parts(check: Check, parts: Mapping[str, Part], arguments: list[str]) -> 
         print(f"{check.stage}: {name}: {time.perf_counter() - started:.1f} s", flush=True)
         if arguments and not is_alive(check):
             print(f"{check.stage}: the card is lost to this process, a new one goes on", flush=True)
-            rest = ["--after", name, "--num-failed", str(check.num_failed)]
-            os.execv(sys.executable, [sys.executable, "-m", MODULE, *arguments, *rest])
+            continuation = ["--after", name, "--num-failed", str(check.num_failed)]
+            # Replaces this process, so the driver still waits for the same process id.
+            os.execv(sys.executable, [sys.executable, "-m", MODULE, *arguments, *continuation])
 
 
 def synchronize(check: Check) -> None:
+    """Waits for the card, so that an asynchronous error is raised in the part that caused it."""
     if check.is_cuda:
         torch.cuda.synchronize(check.device)
 
@@ -61,27 +63,31 @@ def is_alive(check: Check) -> bool:
 
 
 def run_apart(check: Check, parts: Mapping[str, Part], arguments: list[str]) -> None:
-    """Each in a process of its own, all at once. They write to the same results file."""
+    """Runs each part in a process of its own, all at once, into the same results file."""
     command = [sys.executable, "-m", MODULE, *arguments, "--part"]
+    # The parts share the cores. With all threads each, they would slow each other down.
     num_threads = max(1, len(os.sched_getaffinity(0)) // len(parts))
     environ = os.environ | {"OMP_NUM_THREADS": str(num_threads)}  # idle OpenMP threads spin
     processes = {name: subprocess.Popen([*command, name], cwd=ROOT, env=environ) for name in parts}
     for name, process in processes.items():
         with check.case(name):
             status = process.wait()
+            # CASES_FAILED means that the part has recorded its own failures.
             if status not in (0, CASES_FAILED):
                 raise RuntimeError(f"its process ended with exit status {status}")
         check.num_failed += process.returncode == CASES_FAILED
 
 
 def commit_fault(fault: str) -> None:
-    """What a broken kernel or a lost card does to a process; for rehearsing."""
+    """Does what a broken kernel or a lost card does to a process: hang, abort or flood."""
     if fault == "abort":
         os.abort()
     if fault == "flood":
+        # About 200 MB of output.
         for _ in range(2**14):
             print("flood " * 2048)
         return
+    # A hang with a child in a session of its own, which killing the group does not reach.
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     time.sleep(600)
 
@@ -101,7 +107,7 @@ def main() -> int:
     if options.fault:
         commit_fault(options.fault)
     if options.peers is not None:
-        sys.path.append(str(options.peers))  # at the end: a peer's packages must not hide ours
+        sys.path.append(str(options.peers))  # last: packages of a peer must not hide ours
     stage = BY_NAME[options.stage]
     parts: dict[str, Part] = importlib.import_module(f"tools.gpu_check.{stage.name}").PARTS
     check = Check(
@@ -125,8 +131,8 @@ def main() -> int:
         run_apart(check, parts, arguments)
     else:
         names = list(parts)
-        behind = names[names.index(options.after) + 1 :] if options.after else names
-        run_parts(check, {name: parts[name] for name in behind}, arguments)
+        remaining = names[names.index(options.after) + 1 :] if options.after else names
+        run_parts(check, {name: parts[name] for name in remaining}, arguments)
     return CASES_FAILED if check.num_failed else 0
 
 

@@ -1,3 +1,4 @@
-"""The built-in task: molar_mass (questions, tutor) and its student, which tools/builtin_student
-made.
+"""Holds the built-in task: molar_mass, its questions and tutor, and molar_mass_student.
+
+tools/builtin_student made the student.
 """

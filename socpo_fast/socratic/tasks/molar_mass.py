@@ -1,7 +1,15 @@
-"""The built-in task: molar masses of small formulas, in the shape of SciKnowEval's prompts.
+"""Holds the built-in task: molar masses of small formulas, with prompts like SciKnowEval's.
 
-Read: the chemistry -> questions -> reference -> tutor. Formulas are drawn at random and need not be
-real compounds.
+Read the constants, then questions, work_out and render for the reference solution, then tutor.
+Formulas are drawn at random and need not be real compounds. An attempt at "CH4":
+
+    <reasoning>
+    C: 1 x 12 = 12, sum 12      symbol: atoms x mass = product, sum total
+    H: 4 x 1 = 4, sum 16
+    </reasoning>
+    <answer>
+    16
+    </answer>
 """
 
 import hashlib
@@ -16,9 +24,8 @@ from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import GuidanceRequest, Question
 
 DATA_SOURCE = "builtin/molar_mass"
-STUDENT_DIR = (
-    Path(__file__).parent / "molar_mass_student"
-)  # the warmed-up checkpoint, made by tools/builtin_student
+# The task's student: a warmed-up checkpoint, made by tools/builtin_student.
+STUDENT_DIR = Path(__file__).parent / "molar_mass_student"
 
 # Whole g/mol. With at most 4 elements and 4 atoms of each, no molar mass reaches 1000.
 ATOMIC_MASSES = {
@@ -28,9 +35,9 @@ ATOMIC_MASSES = {
 MIN_ELEMENTS = 2
 MAX_ELEMENTS = 4
 MAX_ATOMS = 4
-MAX_QUESTIONS = (
-    20_000  # of one call; the eval split has about 50,000 formulas and none is drawn twice
-)
+# Most questions of one call. Formulas are drawn until enough different ones are found, and the eval
+# split has only about 50,000 of them.
+MAX_QUESTIONS = 20_000
 
 SYSTEM_TEXT = """
 Given a chemical formula, please work out its molar mass in whole g/mol. \
@@ -53,12 +60,14 @@ O: 1 x 16 = 16, sum 18
 18
 </answer>
 """
+# The formula stands between these two.
 USER_TEXTS = (
     "What is the molar mass of ",
     " in g/mol?\nPlease reason step by step.",
-)  # around the formula
+)
 
-# The tutor's sentences, around the symbol of the element concerned. None holds a number.
+# The tutor's sentences. Those in pairs have the symbol of an element in between. None of them has a
+# number, so guidance cannot give the answer away.
 LINE_TEXTS = ("There is a mistake in the line of ", ". Recheck ")
 TERM_TEXTS = {
     "atoms": "how often it is in the formula.",
@@ -87,13 +96,14 @@ class Line(NamedTuple):
 
 
 def format_formula(formula: Formula) -> str:
+    """Returns a formula as text, such as "CH4"."""
     return "".join(symbol + (str(atoms) if atoms > 1 else "") for symbol, atoms in formula.items())
 
 
 def parse_formula(question_text: str) -> Formula:
-    """The formula in a user message of this task; ValueError for any other text."""
-    before, after = USER_TEXTS
-    text = question_text.removeprefix(before).removesuffix(after)
+    """Returns the formula in a user message of this task; ValueError for any other text."""
+    text_before, text_after = USER_TEXTS
+    text = question_text.removeprefix(text_before).removesuffix(text_after)
     formula = {
         symbol: int(atoms or 1) for symbol, atoms in re.findall(r"([A-Z][a-z]?)([1-9]?)", text)
     }
@@ -104,16 +114,14 @@ def parse_formula(question_text: str) -> Formula:
         len(formula) > 0
         and format_formula(formula).join(USER_TEXTS) == question_text
         and formula.keys() <= ATOMIC_MASSES.keys(),
-        f"{before!r} + formula + {after!r}",
+        f"{text_before!r} + formula + {text_after!r}",
         "use this tutor with the built-in questions only",
     )
     return formula
 
 
 def draw_formula(rng: random.Random) -> Formula:
-    """2 to 4 elements, 1 to 4 atoms of each; carbon comes first, then hydrogen, then the rest by
-    alphabet.
-    """
+    """Draws 2 to 4 elements with 1 to 4 atoms of each, in the order C, H, then by alphabet."""
     symbols = sorted(
         rng.sample(list(ATOMIC_MASSES), rng.randint(MIN_ELEMENTS, MAX_ELEMENTS)),
         key=lambda symbol: (symbol != "C", symbol != "H", symbol),
@@ -122,8 +130,9 @@ def draw_formula(rng: random.Random) -> Formula:
 
 
 def split_of(formula: Formula) -> Literal["train", "eval"]:
-    """One formula in ten is for evaluation, by its hash, so whatever the seeds the splits share
-    none.
+    """Returns the split of a formula: one in ten is for evaluation.
+
+    A hash decides, so the splits share no formula, whatever the seeds.
     """
     return (
         "eval"
@@ -133,6 +142,7 @@ def split_of(formula: Formula) -> Literal["train", "eval"]:
 
 
 def question_messages(formula: Formula) -> tuple[dict[str, str], ...]:
+    """Returns the messages of a question."""
     return (
         {"role": "system", "content": SYSTEM_TEXT},
         {"role": "user", "content": format_formula(formula).join(USER_TEXTS)},
@@ -140,15 +150,15 @@ def question_messages(formula: Formula) -> tuple[dict[str, str], ...]:
 
 
 def questions(seed: int, n: int, split: Literal["train", "eval"] = "train") -> list[Question]:
-    """n different molar-mass questions; the same arguments give the same questions, on any machine.
+    """Returns n different questions; the same arguments give the same ones on any machine.
 
     Args:
-        seed:  any int. Of one split, different seeds draw from the same formulas.
+        seed:  any int. Within a split, different seeds draw from the same formulas.
         n:     in [0, 20000].
-        split: "train" or "eval"; their formulas are disjoint whatever the seeds.
+        split: "train" or "eval". They share no formula, whatever the seeds.
 
     Returns:
-        Question with ground_truth the molar mass, such as "18", and the reference solution.
+        Questions. ground_truth is the molar mass, such as "18"; each has a reference solution.
 
     Raises:
         ValueError: n or split breaks the rules above.
@@ -183,12 +193,14 @@ def questions(seed: int, n: int, split: Literal["train", "eval"] = "train") -> l
 
 
 def reference_lines(formula: Formula) -> list[Line]:
+    """Returns the lines of the reference solution."""
     return work_out([(symbol, atoms, ATOMIC_MASSES[symbol]) for symbol, atoms in formula.items()])
 
 
 def work_out(terms: Iterable[tuple[str, int, int]]) -> list[Line]:
-    """The lines that follow from (symbol, atoms, mass): products and sums are right even if those
-    are not.
+    """Returns the lines that follow from (symbol, atoms, mass).
+
+    Products and sums are right for these numbers, even if the numbers themselves are wrong.
     """
     total = 0
     return [
@@ -204,16 +216,17 @@ def work_out(terms: Iterable[tuple[str, int, int]]) -> list[Line]:
 
 
 def render(lines: Sequence[Line], answer: int | None = None) -> str:
-    """The text of an attempt; its answer is the last sum unless given."""
-    body = "".join(
+    """Returns the text of an attempt; None answers with the last sum."""
+    reasoning = "".join(
         f"{line.symbol}: {line.atoms} x {line.mass} = {line.product}, sum {line.total}\n"
         for line in lines
     )
-    stated = lines[-1].total if answer is None else answer
-    return f"<reasoning>\n{body}</reasoning>\n<answer>\n{stated}\n</answer>"
+    stated_answer = lines[-1].total if answer is None else answer
+    return f"<reasoning>\n{reasoning}</reasoning>\n<answer>\n{stated_answer}\n</answer>"
 
 
-_NUMBER = "(0|[1-9][0-9]{0,2})"  # in one way only, as the grader compares texts
+# Whole numbers below 1000, without leading zeros: the grader takes 018 for another text than 18.
+_NUMBER = "(0|[1-9][0-9]{0,2})"
 _ATTEMPT = re.compile(
     rf"\s*<reasoning>\n(.*?)\n</reasoning>\n<answer>\n{_NUMBER}\n</answer>\s*", re.DOTALL
 )
@@ -221,27 +234,28 @@ _LINE = re.compile(rf"([A-Z][a-z]?): ([0-9]) x {_NUMBER} = {_NUMBER}, sum {_NUMB
 
 
 def tutor(request: GuidanceRequest) -> str | None:
-    """The built-in teacher, for teacher kind "rule"; it needs neither ground truth nor reference
-    solution.
+    """Returns the guidance of the built-in teacher (kind "rule").
+
+    It needs neither ground truth nor reference solution.
     """
     return diagnose(request.question, request.student_answer)
 
 
 def diagnose(question_text: str, student_answer: str) -> str | None:
-    """Name the first mistake of an attempt and what to recheck there, never a number; None if there
-    is no mistake.
+    """Names the first mistake of an attempt and what to recheck; None if there is no mistake.
 
-    Products and sums are judged by the attempt's own numbers: what follows from an earlier mistake
-    is not a second one. Any text is an attempt; one that cannot be read gets a word about the
-    format.
+    The text never holds a number. Products and sums are checked against the attempt's numbers, so a
+    result that follows from an earlier mistake is no second mistake. Any text is an attempt; one
+    that cannot be read gets guidance about the format.
     """
     formula = parse_formula(question_text)
     attempt = _ATTEMPT.fullmatch(student_answer)
     if attempt is None:
         return FORMAT_TEXT
-    body, answer = attempt.groups()
+    reasoning, answer = attempt.groups()
+    # zip_longest: None as row is a missing line, None as expected a line too many.
     total = 0
-    for row, expected in zip_longest(body.split("\n"), formula):
+    for row, expected in zip_longest(reasoning.split("\n"), formula):
         if row is None:
             return expected.join(MISSING_TEXTS)
         match = _LINE.fullmatch(row)
@@ -259,14 +273,15 @@ def diagnose(question_text: str, student_answer: str) -> str | None:
             "product": line.product == line.atoms * line.mass,
             "total": line.total == total + line.product,
         }
-        if wrong := [term for term, right in is_right.items() if not right]:
-            return line_advice(symbol, wrong[0])
+        if wrong_terms := [term for term, holds in is_right.items() if not holds]:
+            return line_advice(symbol, wrong_terms[0])
         total = line.total
     return None if answer == str(total) else ANSWER_TEXT
 
 
 def line_advice(symbol: str, term: str) -> str:
-    """What the tutor says when `term` (a key of TERM_TEXTS) is the first mistake, in the line of
-    `symbol`.
+    """Returns the guidance for a first mistake in the line of `symbol`.
+
+    term: which number of the line is wrong, a key of TERM_TEXTS.
     """
     return symbol.join(LINE_TEXTS) + TERM_TEXTS[term]

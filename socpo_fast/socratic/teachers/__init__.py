@@ -1,8 +1,11 @@
-"""The frozen guides: one protocol (base), four kinds (functions and a fixed sentence in calls,
-local, endpoint).
+"""Makes the teacher that a configuration names.
 
-make_teacher looks up who makes the kind that a configuration names; the kinds are listed in
-config/teachers.py.
+    base.py        what every teacher is, and the prompt of those with a language model
+    calls.py       kinds "rule" (a function) and "retry" (a fixed sentence); how teachers are called
+    local.py       kind "local": a model in this process
+    endpoint.py    kind "endpoint": a model behind a server
+
+Read base, calls, then the other two. The settings of each kind are in config/teachers.py.
 """
 
 from collections.abc import Callable
@@ -54,14 +57,14 @@ _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
 
 
 def make_teacher(config: Config, *, device: str = "cpu") -> Teacher:
-    """Returns the teacher of a config, ready to be asked; of a config with one attempt none that
-    matters.
+    """Returns the teacher of a config, ready to be asked.
 
-    A local one is frozen, and has its weights and its KV cache on the device when this returns.
+    When this returns, a local teacher has its frozen weights and its KV cache on the device.
 
     Raises:
-        ValueError: a setting is refused by the teacher itself.
+        ValueError: the teacher refuses one of its settings.
     """
+    # With one attempt the teacher is never asked, so nothing is loaded and no server is needed.
     if config.rollout.max_attempts == 1:
         return retry_teacher()
     makers: dict[str, Callable[..., Teacher]] = {
@@ -81,7 +84,7 @@ def make_rule_teacher(teacher: RuleTeacherConfig, config: Config, device: str) -
 
 
 def make_retry_teacher(teacher: RetryTeacherConfig, config: Config, device: str) -> RuleTeacher:
-    """Returns a teacher that says a fixed sentence."""
+    """Returns a teacher whose guidance is always the same sentence."""
     return retry_teacher(RETRY_TEXT if teacher.retry_text is None else teacher.retry_text)
 
 
@@ -105,7 +108,7 @@ def make_endpoint_teacher(
 
 
 def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str) -> LocalTeacher:
-    """Returns a frozen model with an engine of its own, in the student's process."""
+    """Returns a frozen model with its own engine, in the student's process."""
     prompt = _prompt(teacher)
     bridge = Bridge(
         load_tokenizer(teacher.path),
@@ -113,6 +116,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         enable_thinking=teacher.enable_thinking,
     )
     device = str(select_device(teacher.device, "teacher.device")) if teacher.device else device
+    # Chosen by the teacher's device, which need not be the student's.
     auto_dtype = "float32" if device == "cpu" else "bfloat16"
     model = load_student(
         teacher.path,
@@ -123,7 +127,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         Engine(
             model.requires_grad_(False),
             kv_cache_gib=teacher.kv_cache_gib,
-            stream_priority=0,
+            stream_priority=0,  # the student's stream has -1, which is more urgent
             name="teacher",
         ),
         bridge=bridge,
@@ -138,6 +142,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
 
 
 def _prompt(teacher: EndpointTeacherConfig | LocalTeacherConfig) -> TeacherPrompt:
+    """Returns the prompt of a config, with built-in texts where it sets none."""
     return TeacherPrompt(
         SYSTEM_PROMPT if teacher.system_prompt is None else teacher.system_prompt,
         USER_TEMPLATE if teacher.user_template is None else teacher.user_template,

@@ -1,4 +1,7 @@
-"""What every teacher is, and the words the ones with a language model are asked in."""
+"""Defines what every teacher is, and the prompt of teachers with a language model.
+
+Read Teacher, TeacherPrompt, then clean_guidance, which takes a model's thoughts off its message.
+"""
 
 import re
 from collections import Counter
@@ -33,12 +36,16 @@ Write your message to the student."""
 
 
 class Teacher:
-    """A frozen guide, of which only text is visible.
+    """A frozen guide of the student. Only its texts are used, never its log-probs.
 
-    immediate: guide() waits for nobody else, so the caller may wait for it on the spot.
-    is_remote: a server that may be down or refuse us; one call is tried before a run begins.
-    occupies_host: its step() takes the cores that the student needs, so they take turns.
-    failures:  calls without guidance so far, by the kind of GuidanceFailed.
+    Attributes:
+        immediate:     whether guide() computes its answer without waiting for anything, so that the
+                       caller may wait for it on the spot.
+        is_remote:     whether it is a server that may be down or refuse us; one call is tried
+                       before a run begins.
+        occupies_host: whether step() needs the CPU cores that the student needs, so that they take
+                       turns.
+        failures:      number of calls without guidance so far, by the kind of GuidanceFailed.
     """
 
     immediate = False
@@ -47,12 +54,14 @@ class Teacher:
 
     @cached_property
     def failures(self) -> Counter[str]:
+        """Number of calls without guidance, by kind. Cached, so subclasses need no __init__."""
         return Counter()
 
     async def guide(self, request: GuidanceRequest) -> Guidance | None:
-        """A message to the student, however long it takes; None when there is none to be had.
+        """Returns a message to the student, without a time limit; None if there is none.
 
-        A subclass may have this alone and return text too, as any object with a guide() may.
+        A class may also define only this method, and return text: as_teacher accepts any object
+        with a guide().
         """
         try:
             return await self.guide_in_time(request, None)
@@ -65,34 +74,38 @@ class Teacher:
         request: GuidanceRequest,
         timeout_s: float | None,
     ) -> Guidance | None:
-        """The same within a limit: TimeoutError after it, GuidanceFailed where the reason is known.
+        """Returns a message within a time limit; None if there is none.
 
-        The clock starts when the request is sent: waiting in line is not slowness.
+        The clock starts when the request is sent. Time in a queue before that does not count.
+
+        Raises:
+            TimeoutError: the limit is over.
+            GuidanceFailed: there is no guidance for another reason.
         """
         raise NotImplementedError
 
     def step(self, *, student_is_idle: bool = True) -> bool:
-        """Do a little of the teacher's work on the caller's thread; False when there is nothing to
-        do now.
+        """Does a little of the teacher's work on the caller's thread.
 
-        It waits for a device only when the student has nothing to do.
+        It waits for a device only if the student has nothing to do. Returns False if there is
+        nothing to do now.
         """
         return False
 
     async def aclose(self) -> None:
-        """Give back connections."""
+        """Closes connections and drops requests."""
 
 
 @dataclass(frozen=True)
 class TeacherPrompt:
-    """The messages a language model is asked with.
+    """The prompt of a teacher with a language model.
 
-    user_template is split into paragraphs at empty lines; one that names a field withheld from the
-    teacher (None in the request) is left out. Values are put in once and never read as a template
-    themselves.
+    user_template is split into paragraphs at empty lines. A paragraph with a field that is withheld
+    from the teacher (None in the request) is left out. Values are filled in once; braces inside a
+    value are not read as fields.
 
     Raises:
-        ValueError: user_template is malformed or names a field that is not one of FIELDS.
+        ValueError: user_template is malformed, or has a field that is not one of FIELDS.
     """
 
     system_prompt: str = SYSTEM_PROMPT
@@ -114,6 +127,7 @@ class TeacherPrompt:
                 )
 
     def messages(self, request: GuidanceRequest) -> list[dict[str, str]]:
+        """Returns the messages of a request: the system prompt, if there is one, and the user's."""
         values = {name: getattr(request, name) for name in FIELDS}
         paragraphs = [
             paragraph.format(**values)
@@ -127,7 +141,7 @@ class TeacherPrompt:
         return [*system, {"role": "user", "content": "\n\n".join(paragraphs)}]
 
 
-# How models mark their thoughts: patterns of what opens them and of what closes them.
+# How models mark their thoughts: pairs of patterns, for the opening and the closing mark.
 _TAGS = ("think", "thinking", "thoughts?", "reasoning", "analysis", "scratchpad", "seed:think")
 THOUGHTS = tuple(
     (re.compile(opening), re.compile(closing))
@@ -143,22 +157,23 @@ THOUGHTS = tuple(
 
 
 def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
-    """A model's message without its thoughts and the white space around it.
+    """Returns a model's message without its thoughts and without white space around it.
 
-    in_thoughts: they may have begun before the text, in the prompt; then only what closes them
-    shows where the message begins.
+    Args:
+        in_thoughts: whether the thoughts may have begun in the prompt, before the text. Then only a
+            closing mark shows where the message begins.
 
     Raises:
-        GuidanceFailed: "cut", the text ends inside the thoughts; "none", nothing is left.
+        GuidanceFailed: "cut" if the text ends inside the thoughts, "none" if nothing is left.
     """
     is_open = False
     for opening, closing in THOUGHTS:
-        ends = [found.end() for found in closing.finditer(text)]
+        ends = [match.end() for match in closing.finditer(text)]
+        # Everything up to the last closing mark is thoughts.
         text = text[max(ends, default=0) :]
         in_thoughts = in_thoughts and not ends
-        is_open = (
-            is_open or opening.search(text) is not None
-        )  # what closes another kind does not close it
+        # Once a mark of one kind is open, a closing mark of another kind does not close it.
+        is_open = is_open or opening.search(text) is not None
     if in_thoughts or is_open:
         raise GuidanceFailed(
             "cut",

@@ -1,9 +1,12 @@
-"""Calls to teachers from a thread without an event loop, and functions as teachers.
+"""Calls teachers from a thread without an event loop, and makes teachers of functions.
 
-Read ask and result_of, then RuleTeacher. All calls run on one background loop of the process, in
-the thread "socpo-teachers": a pooled HTTP client lives on one loop. Async functions of the user's
-own have another loop, "socpo-functions", so that one that blocks it holds up nobody's clock; it is
-left alone with that loop.
+Read ask and result_of, then RuleTeacher. There are two background event loops, each in a thread of
+its own:
+
+    socpo-teachers     all calls of teachers, since a pooled HTTP client lives on one loop; also the
+                       time limits of these calls
+    socpo-functions    the user's async functions; one that blocks this loop stops no time limit. It
+                       keeps the blocked loop, and the next call gets a new one.
 """
 
 import asyncio
@@ -31,12 +34,15 @@ TeacherFunction = Callable[[GuidanceRequest], Answer | Awaitable[Answer]]
 
 
 def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[Guidance | None]:
-    """Start teacher.guide(request) on the background loop."""
+    """Starts a call of the teacher on the background loop."""
     return background(teacher.guide_in_time(request, timeout_s))
 
 
 def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | GuidanceFailed:
-    """What the teacher said, or why it said nothing: counted, and told the first time."""
+    """Returns the guidance of a call that is done, or the reason that there is none.
+
+    Reasons are counted in teacher.failures; the first one of each kind is shown as a warning.
+    """
     try:
         if guidance := future.result(timeout=0):
             return guidance
@@ -45,7 +51,7 @@ def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | G
         failure = error
     except TimeoutError:
         failure = GuidanceFailed("timeout", "no answer within teacher.guidance_timeout_s")
-    except (CancelledError, Exception) as error:  # noqa: BLE001 - costs its own rollout
+    except (CancelledError, Exception) as error:  # noqa: BLE001 - ends only this rollout
         failure = GuidanceFailed("exception", f"the teacher raised {type(error).__name__}: {error}")
     teacher.failures[failure.kind] += 1
     if teacher.failures[failure.kind] == 1:
@@ -58,17 +64,16 @@ def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | G
 
 
 class RuleTeacher(Teacher):
-    """Says what a function of the request returns: Guidance, text or None; blank text is no
-    guidance.
+    """A teacher that is a function of the request. It returns Guidance, text or None.
 
-    A plain function runs on a thread of its own and an async one on an event loop that only such
-    functions have, so one that never returns costs its own guidance, by the time limit, and holds
-    up nobody else. Calls may overlap once one of them takes long.
+    Blank text is no guidance. A plain function runs on its own thread, and an async one on an event
+    loop that only such functions share. So a function that never returns loses its own guidance to
+    the time limit, and delays no other call. Calls may overlap once one of them takes long.
     """
 
     def __init__(self, rule: TeacherFunction):
         self.rule = rule
-        # An async function may wait for somebody else.
+        # An async function usually waits for something, such as a server.
         self.immediate = not inspect.iscoroutinefunction(rule)
 
     async def guide_in_time(
@@ -81,7 +86,8 @@ class RuleTeacher(Teacher):
             if inspect.isawaitable(answer):
                 try:
                     answer = await asyncio.wrap_future(background(self._finish(answer), FUNCTIONS))
-                except asyncio.CancelledError:  # out of time
+                # Cancelled by the time limit: perhaps the function blocks the functions' loop.
+                except asyncio.CancelledError:
                     background(replace_if_blocked(FUNCTIONS))
                     raise
         if answer is None:
@@ -92,38 +98,44 @@ class RuleTeacher(Teacher):
             raise GuidanceFailed(
                 "exception", f"{name} must return Guidance, str or None, got {text_of(answer)}"
             )
-        text = str.strip(guidance.text)  # the function of str, whatever class of text it is
+        # Not guidance.text.strip(): the text may be of a subclass of str that overrides it.
+        text = str.strip(guidance.text)
         return replace(guidance, text=text) if text else None
 
     def _call(self, request: GuidanceRequest) -> asyncio.Future[object]:
-        """The function's answer, from a daemon thread: there is no pool that could fill."""
+        """Runs the function on a new daemon thread. A pool could fill with functions that hang."""
         future: Future[object] = Future()
+        # From here on the future cannot be cancelled, so the thread can always set its result.
         future.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
                 future.set_result(self.rule(request))
-            except BaseException as error:  # noqa: BLE001 - sys.exit too is its own
+            except BaseException as error:  # noqa: BLE001 - sys.exit is the function's error, too
                 future.set_exception(GuidanceFailed("exception", blame(self.rule, error)))
 
         threading.Thread(target=run, name="socpo-function", daemon=True).start()
         return asyncio.wrap_future(future)
 
     async def _finish(self, answer: Awaitable[object]) -> object:
+        """Awaits an async function; its errors become GuidanceFailed."""
         try:
             return await answer
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever it is, its own
+        except BaseException as error:  # noqa: BLE001 - the function may raise anything
             raise GuidanceFailed("exception", blame(self.rule, error)) from None
 
 
 def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
-    """The teacher itself; a plain or async function, or an object with such a guide(), as one.
+    """Returns a Teacher as it is, and a function or an object with a guide() as a RuleTeacher.
+
+    Function and guide() may be plain or async.
 
     Raises:
         TypeError: it is none of these.
     """
+    # A subclass of Teacher may define guide() alone. Then guide_in_time would not work.
     if isinstance(teacher, Teacher) and type(teacher).guide_in_time is not Teacher.guide_in_time:
         return teacher
     guide = getattr(teacher, "guide", teacher)
@@ -135,23 +147,27 @@ def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:
 
 
 def retry_teacher(text: str = RETRY_TEXT) -> RuleTeacher:
-    """Says one sentence whatever the attempt: the gain of a second look, without a diagnosis."""
+    """Returns a teacher that says the same sentence after every attempt.
+
+    An ablation: it measures the gain of a second attempt without a diagnosis.
+    """
     if not text.strip():
         raise ValueError("teacher.retry_text must be text, got only white space")
     return RuleTeacher(lambda request: text)
 
 
-_loops: dict[tuple[str, int], asyncio.AbstractEventLoop] = {}  # by name and process
+_loops: dict[tuple[str, int], asyncio.AbstractEventLoop] = {}  # key: name, process id
 _lock = threading.Lock()
 
 
 def background(coroutine: Coroutine[Any, Any, Any], name: str = "socpo-teachers") -> Future[Any]:
-    """Run a coroutine on the process's one background event loop of that name."""
+    """Runs a coroutine on the background event loop of that name, one for the whole process."""
     return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(name))
 
 
 async def replace_if_blocked(name: str) -> None:
-    """Leave a loop to the function that blocks it; whoever comes next has a new one."""
+    """Drops a loop that a function blocks, so that the next call makes a new one."""
+    # A loop that is not blocked runs the probe at once.
     loop = _event_loop(name)
     probe = background(asyncio.sleep(0), name)
     await asyncio.wait([asyncio.wrap_future(probe)], timeout=0.2)
@@ -160,7 +176,10 @@ async def replace_if_blocked(name: str) -> None:
 
 
 def _event_loop(name: str) -> asyncio.AbstractEventLoop:
-    """A fork has none of its parent's threads, so it makes a loop of its own."""
+    """Returns the loop of that name, and starts it if this process has none yet.
+
+    The process id is part of the key: a fork has no threads of its parent, so it needs a new loop.
+    """
     key = (name, os.getpid())
     with _lock:
         if key not in _loops:
@@ -172,6 +191,7 @@ def _event_loop(name: str) -> asyncio.AbstractEventLoop:
 
 
 def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
-    while True:  # sys.exit in a task ends run_forever
+    """Runs a loop for good: sys.exit in a task ends run_forever, which is then called again."""
+    while True:
         with suppress(SystemExit, KeyboardInterrupt):
             loop.run_forever()

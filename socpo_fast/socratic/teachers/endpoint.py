@@ -1,8 +1,13 @@
-"""A teacher behind an OpenAI-compatible server. Read guide_in_time, then _call, then _Breaker.
+"""Asks a teacher behind an OpenAI-compatible server.
 
-Whatever the server does (slow, down, garbage, a flood, a closed connection) costs at most the
-guidance asked for: after a bounded time guide raises GuidanceFailed, which says why. The text it
-does return is still untrusted.
+Read guide_in_time, then _call, then _Breaker. The server may be slow or down, send garbage or too
+much, or close the connection. The damage is one guidance at most: after a bounded time
+guide_in_time raises GuidanceFailed, which says why. The text of a good reply is still untrusted.
+
+    guide_in_time     a slot -> the breaker lets it through -> the clock starts
+      _call_with_retries     a failed call is repeated after a pause, if that may help
+        _call                  one HTTP request, limited in time and size
+    _message_text     the reply's message, without the model's thoughts
 """
 
 import asyncio
@@ -23,14 +28,17 @@ from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _MAX_BACKOFF_S = 30.0
+# Hosts on this machine, which are never reached through a proxy.
 _LOOPBACK = re.compile(r"localhost|127[.\d]+|::1")
+# Variables of the shell that httpx reads; _client names those that are set in its error.
 _SHELL = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class _Failure(GuidanceFailed):
-    """retry_after_s: None when a repeat would not help, else the server's wish or 0.
+    """A call that failed.
 
-    is_servers: the server is down, slow or overloaded, whatever it is asked.
+    retry_after_s: the pause that the server asks for, or 0; None if a repeat would not help.
+    is_servers:    whether the server is at fault (down, slow, overloaded), not this request.
     """
 
     def __init__(
@@ -46,36 +54,37 @@ class _Failure(GuidanceFailed):
 
 
 class EndpointTeacher(Teacher):
-    """Guidance over `/chat/completions`, one pooled client for all calls; lives on one event loop.
+    """A teacher over `/chat/completions`. One pooled client makes all calls, on one event loop.
 
     Args:
-        url:                base URL, usually ending in /v1; redirects are not followed, to any
-                            host.
-        model:              the name the server knows the model by.
-        prompt:             the words it is asked in.
-        api_key_env:        NAME of the environment variable that holds the key; None sends none.
-                            Never logged.
+        url:                base URL, usually ending in /v1. Redirects are never followed.
+        model:              the server's name of the model.
+        prompt:             makes the messages of a request.
+        api_key_env:        NAME of the environment variable that holds the key; None sends no key.
+                            The key is never logged.
         temperature:        sampling temperature, >= 0.
-        max_new_tokens:     teacher tokens of one message, at most.
-        keep_cut:           a message that ends at max_new_tokens is guidance, though it may be
-                            nothing but thoughts whose mark stood in the prompt.
-        extra_body:         fields of the request beside these or in place of them, but for
-                            messages; "none" leaves one out.
+        max_new_tokens:     most tokens of one message.
+        keep_cut:           whether a message that ends at max_new_tokens is guidance. It may be
+                            nothing but thoughts whose opening mark was in the prompt.
+        extra_body:         more fields of the request. They may replace those above, except
+                            messages; the value "none" leaves a field out.
         timeout_s:          time limit of one call from connect to the last byte, seconds.
         max_retries:        repeats after status 408, 425, 429 or 5xx, a time-out or a broken
                             connection, >= 0.
-        max_concurrency:    calls in flight; further ones wait in line, which no clock counts.
-        max_response_bytes: size of an answer at most.
-        backoff_s:          the first wait before a repeat; doubled each time, jittered down by up
-                            to half. A longer Retry-After, in seconds, is obeyed. At most 30 s.
-        breaker_failures:   after this many calls in a row in which the server was at fault, calls
-                            fail at once ("circuit_open") ..
-        breaker_pause_s:    .. for so long; then one call is let through, and its outcome closes or
-                            reopens the circuit.
+        max_concurrency:    most calls in flight. Further ones wait in a queue; that wait counts
+                            against no time limit.
+        max_response_bytes: most bytes of a reply.
+        backoff_s:          pause before the first repeat. It doubles each time, and is shortened by
+                            a random part of up to half. A longer Retry-After in seconds is obeyed.
+                            The pause is at most 30 s.
+        breaker_failures:   after so many calls in a row that failed by the server's fault, calls
+                            fail at once ("circuit_open") for breaker_pause_s.
+        breaker_pause_s:    after this pause one call is let through. It decides whether calls go
+                            through again or the pause starts again.
 
     Raises:
-        ValueError: url is not an http(s) URL without a password in it, the named variable is not
-            set, or the shell's proxy and TLS variables do not suit an HTTP client.
+        ValueError: url is not an http(s) URL or holds a password, the named variable is not set, or
+            the shell's proxy and TLS variables do not suit an HTTP client.
     """
 
     is_remote = True
@@ -100,7 +109,7 @@ class EndpointTeacher(Teacher):
         breaker_pause_s: float = 30.0,
     ):
         self._url = _chat_url(url)
-        # Compressed answers are not asked for: their size would be known only once unpacked.
+        # No compressed replies: their size would be known only once they are unpacked.
         headers = {"Accept-Encoding": "identity"}
         self._key = ""
         if api_key_env is not None:
@@ -136,9 +145,10 @@ class EndpointTeacher(Teacher):
         self._max_response_bytes = max_response_bytes
         self._slots = asyncio.Semaphore(max_concurrency)
         self._breaker = _Breaker(breaker_failures, breaker_pause_s)
-        self._jitter = random.SystemRandom()  # not a generator that a run is seeded with
+        self._jitter = random.SystemRandom()  # leaves the run's seeded generators alone
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
+        # In this order: neither the wait for a slot nor a refusal by the breaker uses up time.
         try:
             async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
                 payload = await self._call_with_retries(
@@ -149,7 +159,8 @@ class EndpointTeacher(Teacher):
             raise GuidanceFailed(failure.kind, self._public(str(failure))) from None
 
     def _public(self, reason: str) -> str:
-        """A reason for people: one line, without the key, which some servers repeat."""
+        """Returns a reason for the user: one line, without the key, which some servers repeat."""
+        # The key may come back as it is, or escaped in JSON in one of two ways.
         line = "".join(letter for letter in " ".join(reason.split()) if letter.isprintable())
         for spelling in {self._key, json.dumps(self._key)[1:-1], self._key.replace("/", "\\/")} - {
             ""
@@ -161,6 +172,7 @@ class EndpointTeacher(Teacher):
         await self._client.aclose()
 
     async def _call_with_retries(self, body: dict[str, object]) -> bytearray:
+        """Returns the reply of the first call that succeeds; raises the failure of the last one."""
         for repeat in range(self._max_retries + 1):
             try:
                 return await self._call(body)
@@ -173,10 +185,11 @@ class EndpointTeacher(Teacher):
         raise AssertionError("the last repeat returns or raises")
 
     async def _call(self, body: dict[str, object]) -> bytearray:
+        """Returns the bytes of a reply with status 200; raises _Failure for anything else."""
         payload = bytearray()
         is_answered = False
         try:
-            # Of the whole call; httpx's limits start anew at each byte.
+            # A limit of the whole call: those of httpx start anew with each byte.
             async with asyncio.timeout(self._timeout_s):
                 async with self._client.stream("POST", self._url, json=body) as response:
                     is_answered = response.status_code == 200
@@ -194,7 +207,9 @@ class EndpointTeacher(Teacher):
                 0.0,
                 is_servers=True,
             ) from error
-        except httpx.TransportError as error:  # a reply that breaks off may be its request's fault
+        # A reply that breaks off after status 200 may be due to this request, so it does not count
+        # as the server's fault.
+        except httpx.TransportError as error:
             raise _Failure(
                 "connection",
                 f"{type(error).__name__} {error}".strip(),
@@ -207,7 +222,14 @@ class EndpointTeacher(Teacher):
 
 
 class _Breaker:
-    """Closed; open for a pause after too many failures in a row; then a trial call decides."""
+    """A circuit breaker: it stops calls to a server that fails again and again.
+
+    closed ---- max_failures calls in a row fail ----> open: calls fail at once
+      ^                                                 |  ^
+      |                                   after pause_s |  | the trial fails
+      |                                                 v  |
+      +---------------- the trial succeeds ---------- one trial call
+    """
 
     def __init__(self, max_failures: int, pause_s: float):
         self._max_failures = max_failures
@@ -218,7 +240,11 @@ class _Breaker:
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[None]:
-        """One call. It counts for what it says of the server: at fault, there, or nothing."""
+        """Lets one call through, and counts it by what it shows of the server.
+
+        A failure by the server's fault, or a time-out, counts. A reply, even one that refuses the
+        request, resets the count. Other errors change nothing.
+        """
         is_trial = self._failures_in_a_row >= self._max_failures
         if is_trial and (self._trial_running or time.monotonic() < self._open_until):
             raise GuidanceFailed(
@@ -242,19 +268,20 @@ class _Breaker:
 
 
 def _refusal(response: httpx.Response, payload: bytearray) -> _Failure:
-    """Why a reply is no answer, by its status."""
+    """Returns the failure that a status other than 200 stands for."""
     status = response.status_code
     kind = "redirect" if 300 <= status < 400 else f"status_{status}"
     reason = f"status {status}: {payload.decode('utf-8', 'replace')}"
     if status not in _RETRIED_STATUS:
         return _Failure(kind, reason)
-    wish = response.headers.get("Retry-After", "")
-    wish_s = float(wish) if wish.isascii() and wish.isdigit() else 0.0
-    return _Failure(kind, reason, wish_s, is_servers=True)
+    # Retry-After may also be a date; that is not read.
+    retry_after = response.headers.get("Retry-After", "")
+    retry_after_s = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 0.0
+    return _Failure(kind, reason, retry_after_s, is_servers=True)
 
 
 def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:
-    """A client without cookies; loopback is never proxied."""
+    """Returns an HTTP client without cookies, and without a proxy if the server is local."""
     try:
         return httpx.AsyncClient(
             verify=httpx.create_ssl_context() if url.scheme == "https" else False,
@@ -272,6 +299,7 @@ def _client(url: httpx.URL, **options: Any) -> httpx.AsyncClient:
 
 
 def _chat_url(url: str) -> httpx.URL:
+    """Returns the URL of the chat completions. Errors do not repeat it: it may hold a password."""
     try:
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL as error:
@@ -287,12 +315,13 @@ def _chat_url(url: str) -> httpx.URL:
 
 
 def _message_text(payload: bytearray, *, keep_cut: bool) -> str:
-    """The message of a chat completion, whole or in parts, without the model's thoughts."""
+    """Returns the message of a chat completion, without the model's thoughts."""
     try:
         choice = json.loads(payload)["choices"][0]
         message = choice["message"]
         content = message["content"]
         is_cut = choice.get("finish_reason") in ("length", "max_tokens")
+        # Some servers send the content as a list of parts.
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part["type"] == "text")
         thinks_apart = any(message.get(name) for name in ("reasoning_content", "reasoning"))
@@ -302,6 +331,7 @@ def _message_text(payload: bytearray, *, keep_cut: bool) -> str:
         raise GuidanceFailed(
             "not_json", f"the reply is no chat completion: {payload.decode('utf-8', 'replace')}"
         ) from error
-    # Behind a cut that may lie in thoughts whose mark stood in the prompt, nothing is guidance.
+    # A message that was cut may end inside thoughts whose opening mark was in the prompt. Such a
+    # message is no guidance, unless keep_cut is set or the server sends thoughts in another field.
     in_thoughts = is_cut and not (content and (keep_cut or thinks_apart))
     return clean_guidance(content or "", in_thoughts=in_thoughts)

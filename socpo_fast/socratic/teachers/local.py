@@ -1,14 +1,16 @@
-"""A teacher that is a Hugging Face folder, run by a second engine in this process.
+"""Runs a teacher that is a Hugging Face folder, with a second engine in this process.
 
-guide() runs on the event loop's thread and only queues; step() runs on the engine's thread, takes
-what is queued, advances the engine and hands finished texts back to the loop.
+    event loop's thread                        caller's thread, between the student's steps
+    guide_in_time(): queues a request  ---->   step(): submits what is queued, advances the engine
+    awaits the answer                  <----           and hands finished texts back
 
-A step of a model reads all of its weights, however few requests it advances. So the teacher waits
-for company: on a GPU until ENOUGH_REQUESTS are there or the student has nothing to do; from then on
-requests join it at once. Its steps are under way on a stream of its own while the student decodes:
-they are launched, and looked at again when the student's next tokens are launched. On a CPU both
-need the same cores, so they take turns, each until it has nothing to do: that makes the fewest and
-fullest steps.
+A step of a model reads all of its weights, however few requests it advances. So the teacher batches
+requests. On a GPU it starts when ENOUGH_REQUESTS are queued or the student has nothing to do; from
+then on requests join at once. Its steps run on their own stream while the student decodes: a step
+is launched, and collected when the student's next tokens have been launched.
+
+On a CPU teacher and student need the same cores. They take turns, each until it has nothing to do,
+which makes the fewest and fullest steps.
 """
 
 import asyncio
@@ -23,24 +25,26 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.teachers.base import THOUGHTS, Teacher, TeacherPrompt, clean_guidance
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey, SamplingParams
 
-ENOUGH_REQUESTS = 16
+ENOUGH_REQUESTS = 16  # on a GPU, requests that start the teacher while the student is busy
 
 
 class _Pending(NamedTuple):
+    """A request on its way through the engine."""
+
     request: GuidanceRequest
-    started: asyncio.Event  # its clock, when the engine takes it
+    started: asyncio.Event  # set when the engine takes the request, which starts its time limit
     answer: asyncio.Future[str | GuidanceFailed]
 
 
 class LocalTeacher(Teacher):
-    """Guidance by an engine of its own.
+    """A teacher with its own engine.
 
     Args:
-        engine: holds the teacher's weights; nobody else submits to it. A request that it cannot
-                hold gets no guidance.
-        bridge: of the teacher's own tokenizer. Where its template has no system messages, that text
-                opens the user's.
-        prompt: the words it is asked in.
+        engine: holds the teacher's weights; nothing else may submit to it. A request that does not
+                fit into it gets no guidance.
+        bridge: the bridge of the teacher's tokenizer. If its template has no system messages, the
+                system prompt becomes the beginning of the user message.
+        prompt: makes the messages of a request.
         params: sampling; n is 1.
     """
 
@@ -51,6 +55,7 @@ class LocalTeacher(Teacher):
         self._bridge = bridge
         self._prompt = prompt
         self._params = params
+        # Some templates open the thoughts in the generation prompt, so a text has no opening mark.
         self._in_thoughts = any(
             re.search(rf"{opening.pattern}\s*$", bridge.after) for opening, _ in THOUGHTS
         )
@@ -62,6 +67,7 @@ class LocalTeacher(Teacher):
                 f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
             )
         self.occupies_host = engine.student.lm_head.weight.is_cpu
+        # On a CPU requests wait until the student has nothing to do.
         self._enough = inf if self.occupies_host else ENOUGH_REQUESTS
         self._prefix_ids = self._common_prefix()[: self._prompt_limit]
         self._arrived: SimpleQueue[_Pending] = SimpleQueue()
@@ -75,15 +81,17 @@ class LocalTeacher(Teacher):
             async with asyncio.timeout(timeout_s):
                 outcome = await pending.answer
         finally:
-            pending.answer.cancel()  # so that step() learns of it, wherever we stopped waiting
+            # If the wait ended early, step() sees a cancelled answer and drops the request.
+            pending.answer.cancel()
         if isinstance(outcome, GuidanceFailed):
             raise outcome
         return Guidance(text=outcome)
 
     def step(self, *, student_is_idle: bool = True) -> bool:
+        """Submits requests and advances the engine; False if there is nothing to do now."""
         try:
             for key in [key for key, pending in self._running.items() if pending.answer.done()]:
-                self._engine.cancel(key)  # whoever asked has given up
+                self._engine.cancel(key)  # the caller no longer waits
                 del self._running[key]
             if self._running or student_is_idle or self._arrived.qsize() >= self._enough:
                 self._submit_arrived()
@@ -95,16 +103,17 @@ class LocalTeacher(Teacher):
                     self._engine.release([attempt])
                     _resolve(self._running.pop(attempt.key), self._message(attempt.token_ids))
             return True
-        except BaseException:  # the engine may have stopped in the middle of something
+        # Ctrl-C, too, may have stopped the engine in the middle of a step.
+        except BaseException:
             self._drop_requests()
             raise
 
     async def aclose(self) -> None:
-        """Drop what is queued or under way; nobody may be in step() meanwhile."""
+        """Drops all requests. No other thread may be in step() meanwhile."""
         self._drop_requests()
 
     def _drop_requests(self) -> None:
-        """Nobody who asked gets guidance, and the engine is as new."""
+        """Ends all requests without guidance, and resets the engine."""
         dropped = list(self._running.values())
         self._running.clear()
         while not self._arrived.empty():
@@ -114,16 +123,18 @@ class LocalTeacher(Teacher):
         self._engine.reset()
 
     def _submit_arrived(self) -> None:
+        """Submits the queued requests to the engine; those that cannot run get their failure."""
+        # All prompts share a prefix. It is prefilled once, and its pages are kept.
         if self._prefix_ids and not self._running and not self._arrived.empty():
             self._engine.keep_prefix(self._prefix_ids)
         for _ in range(self._arrived.qsize()):
             pending = self._arrived.get_nowait()
             key = _noise_key(pending.request)
-            if pending.answer.done():  # given up before it was started
+            if pending.answer.done():  # the caller no longer waits
                 continue
-            if (
-                key in self._running
-            ):  # an earlier asker gave up and asks again: wait for the one under way to end
+            # The same request may come again after its first caller gave up. Then it waits here
+            # until the first one has left the engine.
+            if key in self._running:
                 self._arrived.put(pending)
                 continue
             try:
@@ -143,7 +154,10 @@ class LocalTeacher(Teacher):
             pending.answer.get_loop().call_soon_threadsafe(pending.started.set)
 
     def _message(self, token_ids: list[int]) -> str | GuidanceFailed:
-        """Special tokens are dropped last: the marks of thoughts are among them in some models."""
+        """Returns the message in what the teacher sampled, or the reason that there is none.
+
+        Special tokens are dropped last, since in some models the marks of thoughts are special.
+        """
         try:
             message = clean_guidance(
                 self._bridge.exact_text(token_ids), in_thoughts=self._in_thoughts
@@ -153,7 +167,10 @@ class LocalTeacher(Teacher):
             return failure
 
     def _common_prefix(self) -> list[int]:
-        """What all prompts begin with: the system prompt and what opens the user's message."""
+        """Returns the ids that all prompts begin with: the system prompt, the user header, ..
+
+        It compares the prompts of two requests that have no text in common.
+        """
         texts = ("0", "x")
         requests = [
             GuidanceRequest(
@@ -171,6 +188,7 @@ class LocalTeacher(Teacher):
         return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
     def _prompt_ids(self, request: GuidanceRequest) -> list[int]:
+        """Returns the prompt of a request. Its texts are untrusted: one is the student's."""
         messages = self._prompt.messages(request)
         if not self._bridge.takes_system:
             messages = [{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}]
@@ -178,8 +196,12 @@ class LocalTeacher(Teacher):
 
 
 def _noise_key(request: GuidanceRequest) -> RolloutKey:
-    """A key of its own for each request, since engine keys name prompts only: (batch, question,
-    rollout, attempt).
+    """Returns an engine key that no other request has, so that each draws its own noise.
+
+    An engine key has two numbers, (batch, question). The second one becomes
+
+        bits    63 .. 24    23 .. 8    7 .. 0
+                question    rollout    attempt
     """
     assert request.rollout_idx < 2**16, request.rollout_idx
     assert request.attempt_idx < 2**8, request.attempt_idx
@@ -190,7 +212,7 @@ def _noise_key(request: GuidanceRequest) -> RolloutKey:
 
 
 def _resolve(pending: _Pending, outcome: str | GuidanceFailed) -> None:
-    """Set the future on its own loop's thread, unless whoever waited has given up."""
+    """Sets the answer on the thread of its event loop, unless the caller no longer waits."""
 
     def set_answer() -> None:
         pending.started.set()
