@@ -51,7 +51,7 @@ void for_each_item(int64_t num_items, const Work& work) {
 // pays.
 template <typename Work>
 void for_rows(int64_t num_rows, int64_t row_cost, const Work& work) {
-  // Elements a thread should have: waking one costs as much as a few thousand.
+  // Elements a thread should have: waking a thread costs as much as a few thousand elements.
   constexpr int64_t grain = 16384;
   at::parallel_for(0, num_rows, std::max<int64_t>(1, grain / std::max<int64_t>(1, row_cost)), work);
 }

@@ -20,7 +20,8 @@ struct Options {
 
 template <typename scalar_t>
 struct Term {
-  scalar_t value, slope;  // and its derivative with respect to the log-prob
+  scalar_t value;
+  scalar_t slope;  // the derivative of value with respect to the log-prob
   scalar_t ratio;
   bool clipped;
 };
@@ -32,7 +33,8 @@ scalar_t clamp(scalar_t x, double low, double high) {
   return x < least ? least : x > most ? most : x;
 }
 
-// policy_loss_ref's terms without entropy and KL, in the same arithmetic.
+// Computes policy_loss_ref's terms without entropy and KL, in the same arithmetic. `flat` is false
+// for NaN, so that NaN reaches the gradient; `clipped` is true for it.
 template <typename scalar_t>
 Term<scalar_t> clipped_term(scalar_t log_ratio, scalar_t advantage, const Options& options) {
   const scalar_t clamped = clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO);
@@ -47,11 +49,11 @@ Term<scalar_t> clipped_term(scalar_t log_ratio, scalar_t advantage, const Option
   return {value, flat ? scalar_t(0) : unclipped, ratio, value != unclipped};
 }
 
+// Returns an estimator's term for difference = ref_logprob - logprob.
 template <typename scalar_t>
-Term<scalar_t> kl_term(scalar_t log_ratio,
-                       int64_t estimator) {  // log_ratio = ref_logprob - logprob
-  const scalar_t d = clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO);
-  const bool flat = log_ratio < -MAX_LOG_RATIO || log_ratio > MAX_LOG_RATIO;
+Term<scalar_t> kl_term(scalar_t difference, int64_t estimator) {
+  const scalar_t d = clamp(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO);
+  const bool flat = difference < -MAX_LOG_RATIO || difference > MAX_LOG_RATIO;
   const scalar_t value = estimator == 1 ? -d : estimator == 2 ? d * d / 2 : std::expm1(d) - d;
   const scalar_t slope = estimator == 1 ? scalar_t(1) : estimator == 2 ? -d : -std::expm1(d);
   return {value, flat ? scalar_t(0) : slope, scalar_t(0), false};

@@ -138,7 +138,7 @@ def max_slots(num_rows: int) -> int:
     return min(2 * NUM_EXTRA, sum(chunks_of_columns))
 
 
-def program_lengths(query_ranges_P7: Tensor) -> tuple[Tensor, Tensor]:
+def tiles_per_program(query_ranges_P7: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the tiles of each program of dK and dV, longest first: as planned, and uncut."""
     num_tiles_P = query_ranges_P7[:, 2] - query_ranges_P7[:, 1]
     key_block_P = query_ranges_P7[:, 0].long()

@@ -75,12 +75,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.iterdir(), partial):
             sync(path)
-        put_in_place(partial, target)
+        replace_folder(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing there after the rename
 
 
-def put_in_place(partial: Path, target: Path) -> None:
+def replace_folder(partial: Path, target: Path) -> None:
     """Renames `partial` to `target`; at every moment a complete folder exists under some name."""
     # A rename may replace an empty folder but not a full one. A full target is first renamed to
     # .replaced, so that it is still there if the machine stops before the second rename.

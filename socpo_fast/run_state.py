@@ -17,7 +17,7 @@ from socpo_fast.config import Config
 from socpo_fast.files import read_json, replace_file
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.socratic.data import batch_questions, question_order
-from socpo_fast.train.checkpoint import STATE, checkpoint_path, damage_of, latest_checkpoint
+from socpo_fast.train.checkpoint import STATE, checkpoint_path, find_damage, latest_checkpoint
 from socpo_fast.types import Question
 
 # This file stands in checkpoints/ until the first checkpoint is complete. It tells a run that never
@@ -155,7 +155,7 @@ def recall_best(
     path = checkpoint_path(checkpoint.parent, best["update"])
     # The caller has just checked `checkpoint` byte by byte, so only its sizes are compared again.
     reason = (
-        damage_of(path, thorough=path != checkpoint)
+        find_damage(path, thorough=path != checkpoint)
         if is_own or path == checkpoint
         else "it is another run's"
     )
@@ -166,7 +166,7 @@ def recall_best(
         fate = (
             "; it goes at the next save unless it is one of the newest run.keep_checkpoints, copy "
             "it to keep it"
-            if is_own and damage_of(path, thorough=False) is None
+            if is_own and find_damage(path, thorough=False) is None
             else ""
         )
         warnings.warn(
@@ -214,7 +214,7 @@ def best_checkpoint(folder: Path) -> Path:
             "behind an update; name a folder, or train with data.eval"
         )
     path = checkpoint_path(folder / "checkpoints", best["update"])
-    if damage := damage_of(path):
+    if damage := find_damage(path):
         raise ValueError(
             f"eval: --checkpoint best must be whole, got {damage}; "
             f"bring it back, or name another checkpoint of {path.parent}"
@@ -244,7 +244,7 @@ def find_checkpoint(config: Config) -> Path | None:
                 f"or one of another run, got {resume_path.name}; "
                 "choose another run.name, or remove the later ones"
             )
-        if latest is None and (damage := damage_of(resume_path)):
+        if latest is None and (damage := find_damage(resume_path)):
             raise ValueError(f"run: run.resume must be a whole checkpoint, got {damage}")
         # A run that has its own checkpoints continues from them. So the same command both starts
         # the run and resumes it.

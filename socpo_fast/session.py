@@ -30,7 +30,7 @@ from socpo_fast.socratic.graders import check_ground_truth, make_grader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import ask, background, make_teacher, result_of
-from socpo_fast.train.checkpoint import check_whole
+from socpo_fast.train.checkpoint import check_undamaged
 from socpo_fast.train.optimizer import gradient_bytes
 from socpo_fast.types import (
     GuidanceFailed,
@@ -68,7 +68,7 @@ class Session:
         bound_kernel_caches()
         device = select_device(config.run.device)
         self.student_folder = find_student(config)
-        check_whole(self.student_folder)
+        check_undamaged(self.student_folder)
         self.config, self.plan = settle(
             config, self.student_folder, device, is_training=for_training
         )
@@ -296,11 +296,11 @@ class Session:
         outcome = result_of(answer, self.teacher)
         # "cut" and "none" came from a server that works: only this one answer was unusable.
         if isinstance(outcome, GuidanceFailed) and outcome.kind not in ("cut", "none"):
-            self.refuse_silence(
+            self.check_silence(
                 f"teacher: the first call got no guidance, {outcome.kind}: {outcome}"
             )
 
-    def refuse_silence(self, line: str) -> None:
+    def check_silence(self, line: str) -> None:
         """Ends the run with `line`, unless teacher.on_silence allows a silent teacher."""
         if self.config.teacher.on_silence == "stop":
             raise ValueError(f"{line}; mend it, or set teacher.on_silence continue")

@@ -96,9 +96,9 @@ def rollout_only(config: Config) -> None:
                 write_rollouts(config.folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, factors, sources)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
-                silence = watch.told(rollouts, metrics)
+                silence = watch.watch_batch(rollouts, metrics)
                 if silence and batch < config.run.num_batches:
-                    session.refuse_silence(silence)
+                    session.check_silence(silence)
 
 
 class Trainer:
@@ -263,10 +263,10 @@ class Trainer:
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
         self.record(metrics | self.session.peak_memory(self.progress.note), kind="batch")
-        silence = self.guidance_watch.told(rollouts, metrics)
+        silence = self.guidance_watch.watch_batch(rollouts, metrics)
         # After the last batch there is nothing left to stop.
         if silence and not is_last:
-            self.session.refuse_silence(silence)
+            self.session.check_silence(silence)
 
     def roll_out(
         self, questions: dict[int, Question], batch: int

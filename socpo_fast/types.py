@@ -91,7 +91,7 @@ class SamplingParams:
 
 
 class RolloutKey(NamedTuple):
-    """Identifies a prompt for the sampling noise.
+    """Identifies the prompt of a group for the sampling noise.
 
     The noise of a token is a function of (seed, key, rollout, attempt, position, token id) only, so
     that it does not depend on what else is sampled at the same time.
@@ -201,7 +201,7 @@ class Turn:
     reward_parts: dict[str, float] = field(default_factory=dict)  # if the grader names its parts
     reward: float | None = None  # after credit and decay; None: not computed yet
     advantage: float | None = None
-    guidance: ShownGuidance | None = None  # None: the teacher said nothing
+    guidance: ShownGuidance | None = None  # None: no guidance was asked for, or it failed
 
 
 @dataclass(eq=False, kw_only=True)
@@ -250,7 +250,7 @@ class Rollout:
         """
         context = list(self.prompt_ids)
         for idx in range(turn_idx):
-            kept_tokens, bridge_ids = self.seam(idx)
+            kept_tokens, bridge_ids = self.next_context(idx)
             context = (context + self.turns[idx].attempt.token_ids)[:kept_tokens] + bridge_ids
         return context
 
@@ -258,10 +258,10 @@ class Rollout:
         """Returns len(context_ids(turn_idx)), without building the list."""
         if turn_idx == 0:
             return len(self.prompt_ids)
-        kept_tokens, bridge_ids = self.seam(turn_idx - 1)
+        kept_tokens, bridge_ids = self.next_context(turn_idx - 1)
         return kept_tokens + len(bridge_ids)
 
-    def seam(self, turn_idx: int) -> tuple[int, list[int]]:
+    def next_context(self, turn_idx: int) -> tuple[int, list[int]]:
         """Returns (kept_tokens, bridge_ids) between attempt turn_idx and the next one.
 
         Raises:

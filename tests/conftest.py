@@ -11,7 +11,7 @@ from importlib import metadata
 
 import pytest
 
-from tests.helpers.interpreter import dead_pair
+from tests.helpers.interpreter import incompatible_pair
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -20,7 +20,7 @@ def pytest_configure() -> None:
     """Stops with one line if Triton and numpy do not work together, before tests are collected."""
     if os.environ["TRITON_INTERPRET"] != "1":
         return
-    refusal = dead_pair(_installed("triton"), metadata.version("numpy"))
+    refusal = incompatible_pair(_installed("triton"), metadata.version("numpy"))
     if refusal is not None:
         raise pytest.UsageError(refusal)
 

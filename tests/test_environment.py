@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.interpreter import dead_pair
+from tests.helpers.interpreter import incompatible_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,13 +39,13 @@ def run_python(*args: str, python_path: Path) -> subprocess.CompletedProcess[str
     ],
 )
 def test_compatible_pairs_pass(triton: str | None, numpy: str) -> None:
-    assert dead_pair(triton, numpy) is None
+    assert incompatible_pair(triton, numpy) is None
 
 
 @pytest.mark.parametrize("numpy", ["2.4.0rc1", "2.4.6", "2.10.0", "3.0"])
 def test_incompatible_pairs_are_refused(numpy: str) -> None:
     expected = f"numpy must be < 2.4 beside triton 3.6, got {numpy}; pip install 'numpy<2.4'"
-    assert dead_pair("3.6.0+git1234", numpy) == f"tests: {expected}"
+    assert incompatible_pair("3.6.0+git1234", numpy) == f"tests: {expected}"
 
 
 def test_incompatible_pair_ends_the_run_in_one_line(tmp_path: Path) -> None:

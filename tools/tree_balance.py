@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK, program_lengths
+from socpo_fast.kernels._tree_plan import ROWS_PER_BLOCK, tiles_per_program
 from socpo_fast.ops import TreeMask
 from socpo_fast.ops.tree_attention import num_pairs
 
@@ -79,7 +79,7 @@ def tree_balances() -> list[dict[str, object]]:
         until_T = visible_until_of_groups(groups)
         mask = TreeMask.of(until_T)
         # As shipped, a key block with many queries is cut into several programs; then without cuts.
-        cut_P, whole_N = program_lengths(mask.query_ranges_P7)
+        cut_P, whole_N = tiles_per_program(mask.query_ranges_P7)
         cut = balance_of(cut_P)
         uncut = balance_of(whole_N)
         label = f"  {name} ({len(until_T)} rows)"

@@ -148,7 +148,7 @@ def rescued_share(runs: Mapping[int, Record], batches: slice) -> float:
     return (assisted - unassisted) / (1 - unassisted) if unassisted < 1 else math.nan
 
 
-def right_alone_by_rescues(runs: Iterable[Record], edges: Sequence[int]) -> list[tuple[float, int]]:
+def unassisted_by_rescues(runs: Iterable[Record], edges: Sequence[int]) -> list[tuple[float, int]]:
     """Counts how often a fact is right unassisted, by how often it was rescued before in that run.
 
     A fact is one element's mass. It is rescued if one attempt has it wrong and the next one right.

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.learning.analysis import Axis, check_alike, curve, right_alone_by_rescues, runs_of
+from bench.learning.analysis import Axis, check_alike, curve, runs_of, unassisted_by_rescues
 from bench.learning.plan import ARMS, MAIN_ARMS, STUDENTS
 from bench.learning.results import Record, read_all
 from bench.learning.tables import DENSITIES, GUIDED_ARMS, RESCUE_EDGES
@@ -116,7 +116,7 @@ def facts_figure(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for arm in GUIDED_ARMS:
-        bins = right_alone_by_rescues(
+        bins = unassisted_by_rescues(
             runs_of(records, "main", "shipped", arm).values(), RESCUE_EDGES
         )
         axes.plot([share for share, _ in bins], "o-", color=COLOURS[arm], label=ARMS[arm].title)

@@ -26,10 +26,10 @@ from bench.learning.analysis import (
     difference,
     paired,
     rescued_share,
-    right_alone_by_rescues,
     runs_of,
     shares,
     tutor_cost,
+    unassisted_by_rescues,
 )
 from bench.learning.cells import (
     Table,
@@ -178,7 +178,7 @@ def facts_table(records: Sequence[Record]) -> Table:
     rows = [["put right before", *labels, f"{RESCUE_EDGES[-1]} times and more"]]
     for arm in GUIDED_ARMS:
         runs = runs_of(records, "main", "shipped", arm).values()
-        bins = right_alone_by_rescues(runs, RESCUE_EDGES)
+        bins = unassisted_by_rescues(runs, RESCUE_EDGES)
         rows.append([ARMS[arm].title, *(f"{percent(share)} of {n:,}" for share, n in bins)])
     return rows
 

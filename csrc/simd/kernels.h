@@ -135,7 +135,7 @@ inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
      largest logit. Returns their sums. */                                                         \
   F(TileSums, tile_weights,                                                                        \
     (const float* logits, int count, float max, float inverse_temperature, float* weights))        \
-  /* Writes the best token by x + noise to `draw`, which holds max and score -inf. */              \
+  /* Writes the best token by x + noise to `draw`, which on entry holds max and score -inf. */     \
   F(void, tile_draw,                                                                               \
     (const float* logits, const float* weights, int count, int64_t first_id,                       \
      float inverse_temperature, uint64_t row_key, TileDraw& draw))                                 \
@@ -156,7 +156,7 @@ inline int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
   F(void, swiglu_backward_row,                                                                     \
     (const float* gate, const float* up, const float* grad, int64_t width, float* grad_gate,       \
      float* grad_up))                                                                              \
-  /* Rotates one head of 2 half numbers, cos and sin as many; out may not be x. */                 \
+  /* Rotates a head of 2 * half numbers; cos and sin have as many; out is not x. */                \
   F(void, rotary_head,                                                                             \
     (const float* x, const float* cos, const float* sin, int64_t half, float* out))                \
   /* Rounds a row to bf16. */                                                                      \

@@ -1,6 +1,6 @@
 """Decodes several tokens of every running sequence in one launch, without waiting for the host.
 
-Read DecodeLoop.launch, then _set_round_inputs and _round, then _graph.
+Read DecodeLoop.launch, then _set_round_inputs and run_round, then graph_for.
 
     host      launch: fill the state, the block table and the inputs of all rounds
     device    [ round 0 ][ round 1 ] .. [ round N - 1 ]
@@ -31,12 +31,13 @@ class DecodeLoop:
 
     R rows, one for each sequence; N rounds. A row without a live sequence has position -1.
 
-        ints_4R      [4, R] int64        state: last token id, its position, noise key, num sampled
-        place_3R     [3, R] int64        inputs of a round: position, slot, key of its draw
-        places_N3R   [N, 3, R] int64     the same for all rounds of a launch
-        drawn_3R     [3, R] fp64         draws of the last round: token id, logprob, kept mass
-        rounds_WN3R  [2, N, 3, R] fp64   draws of all rounds, one half for every other launch: the
-                                         host reads one half while the device writes the other
+        ints_4R           [4, R] int64        state: last token id, its position, noise key,
+                                              num sampled
+        inputs_3R         [3, R] int64        of a round: position, slot, key of its draw
+        round_inputs_N3R  [N, 3, R] int64     the same for all rounds of a launch
+        drawn_3R          [3, R] fp64         draws of the last round: token id, logprob, kept mass
+        rounds_WN3R       [2, N, 3, R] fp64   draws of all rounds, one half for every other launch:
+                                              the host reads one while the device writes the other
     """
 
     def __init__(self, runner: Runner, *, max_running: int, max_rounds: int):
@@ -45,9 +46,11 @@ class DecodeLoop:
         self.ints_4R = torch.zeros(4, max_running, dtype=torch.int64, device=device)
         self.groups_RG = torch.zeros(max_running, GROUP_WIDTH, dtype=torch.int32, device=device)
         self.settings_4R = torch.zeros(4, max_running, device=device)
-        self.place_3R = torch.zeros(3, max_running, dtype=torch.int64, device=device)
-        self.places_N3R = torch.zeros(max_rounds, 3, max_running, dtype=torch.int64, device=device)
-        self.count_N1 = torch.arange(max_rounds, device=device)[:, None]
+        self.inputs_3R = torch.zeros(3, max_running, dtype=torch.int64, device=device)
+        self.round_inputs_N3R = torch.zeros(
+            max_rounds, 3, max_running, dtype=torch.int64, device=device
+        )
+        self.round_idx_N1 = torch.arange(max_rounds, device=device)[:, None]
         self.cu_seqlens = torch.arange(max_running + 1, dtype=torch.int32, device=device)
         self.drawn_3R = torch.zeros(3, max_running, dtype=torch.float64, device=device)
         self.rounds_WN3R = torch.zeros(
@@ -58,7 +61,7 @@ class DecodeLoop:
         self.captures = device.type == "cuda"
         # Block tables by width. One table of the largest width would leave gaps between short rows.
         self._tables: dict[int, Tensor] = {}
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._stream: torch.cuda.Stream | None = None  # of captures
         self._window = 0  # the half of rounds_WN3R that the last launch writes to
 
@@ -77,7 +80,7 @@ class DecodeLoop:
         num_pages = self._num_pages(max_tokens)
         graph_key = num_rows, num_pages, any(s.params.is_filtered for s in sequences)
         # First, because a capture overwrites the state.
-        graph = self._graph(*graph_key) if self.captures else None
+        graph = self.graph_for(*graph_key) if self.captures else None
         if is_ahead:
             self._end_rows([row for row, s in enumerate(sequences) if not s.is_live])
         else:
@@ -87,8 +90,8 @@ class DecodeLoop:
         rounds_N3R = self.rounds_WN3R[self._window]
         self._set_round_inputs(num_rows, num_pages, num_rounds)
         for round_idx in range(num_rounds):
-            self.place_3R[:, :num_rows] = self.places_N3R[round_idx, :, :num_rows]
-            graph.replay() if graph is not None else self._round(*graph_key)
+            self.inputs_3R[:, :num_rows] = self.round_inputs_N3R[round_idx, :, :num_rows]
+            graph.replay() if graph is not None else self.run_round(*graph_key)
             rounds_N3R[round_idx].copy_(self.drawn_3R)
         return Readback(rounds_N3R[:num_rounds, :, : len(sequences)])
 
@@ -97,7 +100,7 @@ class DecodeLoop:
         """Captures the rounds of every number of rows, for contexts of up to max_tokens tokens."""
         for power in range((self.max_running - 1).bit_length() + 1 if self.captures else 0):
             for is_filtered in (False, True):  # training has no filters, evaluations may
-                self._graph(self.num_rows(1 << power), self._num_pages(max_tokens), is_filtered)
+                self.graph_for(self.num_rows(1 << power), self._num_pages(max_tokens), is_filtered)
 
     def num_rows(self, num_sequences: int) -> int:
         """Returns the rows of a round with num_sequences sequences."""
@@ -132,7 +135,7 @@ class DecodeLoop:
         for row, sequence in enumerate(sequences):
             table_RM[row, : len(sequence.pages)] = sequence.pages
         self._table(num_pages)[:num_rows] = upload(torch.from_numpy(table_RM), self.runner.device)
-        if self.runner.names_groups:
+        if self.runner.uses_prefix_groups:
             # Computed once for all rounds: pages that are full now stay full. Rows without a live
             # sequence have length 0, so they share nothing.
             seq_lens = [s.num_cached if s.is_live else 0 for s in sequences]
@@ -157,7 +160,7 @@ class DecodeLoop:
         page_size = self.runner.page_size
         table_RM = self._table(num_pages)[:num_rows]
         _, positions_R, noise_R, num_sampled_R = self.ints_4R[:, :num_rows]
-        round_idx_N1 = self.count_N1[:num_rounds]
+        round_idx_N1 = self.round_idx_N1[:num_rounds]
         is_live_R = positions_R >= 0
         # A row without a sequence computes at position 0, which is always valid, and has slot -1,
         # to which no KV is written.
@@ -167,16 +170,16 @@ class DecodeLoop:
             is_live_R, pages_NR.long() * page_size + positions_NR % page_size, -1
         )
         keys_NR = next_keys(noise_R, num_sampled_R + round_idx_N1)
-        self.places_N3R[:num_rounds, :, :num_rows] = torch.stack(
+        self.round_inputs_N3R[:num_rounds, :, :num_rows] = torch.stack(
             (positions_NR, slots_NR, keys_NR), 1
         )
         positions_R.add_(is_live_R * num_rounds)
         num_sampled_R.add_(num_rounds)
 
-    def _round(self, num_rows: int, num_pages: int, is_filtered: bool) -> None:
+    def run_round(self, num_rows: int, num_pages: int, is_filtered: bool) -> None:
         """Computes one round: forwards the last tokens and draws the next ones over them."""
         token_ids_R = self.ints_4R[0, :num_rows]
-        positions_R, slots_R, keys_R = self.place_3R[:, :num_rows]
+        positions_R, slots_R, keys_R = self.inputs_3R[:, :num_rows]
         step = Step(
             token_ids_T=token_ids_R,
             positions_T=positions_R,
@@ -187,7 +190,7 @@ class DecodeLoop:
             max_seqlen_q=1,
             # The most that the table can hold: a captured number must be right for all lengths.
             max_seqlen_k=num_pages * self.runner.page_size,
-            groups_BG=self.groups_RG[:num_rows] if self.runner.names_groups else None,
+            groups_BG=self.groups_RG[:num_rows] if self.runner.uses_prefix_groups else None,
         )
         hidden_RD = self.runner.hidden(step)
         settings_4R = self.settings_4R[:, :num_rows]
@@ -196,7 +199,7 @@ class DecodeLoop:
         )
         token_ids_R.copy_(self.drawn_3R[0, :num_rows])  # the next round forwards these
 
-    def _graph(self, num_rows: int, num_pages: int, is_filtered: bool) -> torch.cuda.CUDAGraph:
+    def graph_for(self, num_rows: int, num_pages: int, is_filtered: bool) -> torch.cuda.CUDAGraph:
         """Returns the CUDA graph of a round of this size, captured at its first use.
 
         It is captured on the engine's stream if there is one, because a graph keeps the priority of
@@ -204,7 +207,7 @@ class DecodeLoop:
         the teacher's steps.
         """
         graph_key = num_rows, num_pages, is_filtered
-        if graph_key not in self._graphs:
+        if graph_key not in self.graphs:
             device = self.runner.device
             with torch.cuda.device(device):  # a capture belongs to the current device
                 self._stream = self._stream or self.runner.stream or torch.cuda.Stream(device)
@@ -214,17 +217,17 @@ class DecodeLoop:
                     self._fill_state([], num_rows)
                     self._fill_table([], num_rows, num_pages)
                     self._set_round_inputs(num_rows, num_pages, 1)
-                    self.place_3R[:, :num_rows] = self.places_N3R[0, :, :num_rows]
+                    self.inputs_3R[:, :num_rows] = self.round_inputs_N3R[0, :, :num_rows]
                     # Compiles kernels and fills caches, which is not allowed during a capture.
-                    self._round(*graph_key)
+                    self.run_round(*graph_key)
                     # One pool for all graphs, since no two rounds run at once.
-                    pool = next((graph.pool() for graph in self._graphs.values()), None)
+                    pool = next((graph.pool() for graph in self.graphs.values()), None)
                     graph = torch.cuda.CUDAGraph()
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
-                        self._round(*graph_key)
+                        self.run_round(*graph_key)
                     finally:
                         graph.capture_end()
                 torch.cuda.current_stream(device).wait_stream(self._stream)
-            self._graphs[graph_key] = graph
-        return self._graphs[graph_key]
+            self.graphs[graph_key] = graph
+        return self.graphs[graph_key]

@@ -80,9 +80,9 @@ class Engine:
             )
         self.student = student
         self.policy_version = 0
-        self._pool = PagePool(num_pages, page_size)
-        self._scheduler = Scheduler(self._pool, max_running=max_running, token_budget=token_budget)
-        self._runner = Runner(
+        self.pool = PagePool(num_pages, page_size)
+        self.scheduler = Scheduler(self.pool, max_running=max_running, token_budget=token_budget)
+        self.runner = Runner(
             student,
             num_pages=num_pages,
             page_size=page_size,
@@ -94,9 +94,9 @@ class Engine:
         # Orders sequences of equal priority. StepQueue numbers forked children from it as well.
         self._arrivals = count()
         # On a CPU nothing runs asynchronously, so reading every token costs nothing.
-        rounds = tokens_per_sync or (8 if self._runner.device.type == "cuda" else 1)
-        self._steps = StepQueue(
-            self._scheduler, self._runner, self._arrivals, tokens_per_sync=rounds, name=name
+        rounds = tokens_per_sync or (8 if self.runner.device.type == "cuda" else 1)
+        self.steps = StepQueue(
+            self.scheduler, self.runner, self._arrivals, tokens_per_sync=rounds, name=name
         )
         # The attempt whose pinned pages hold what keep_prefix prefilled.
         self._prefix: Attempt | None = None
@@ -108,23 +108,23 @@ class Engine:
     def stats(self) -> EngineStats:
         """Returns counts of tokens and preemptions since the start, and the free pages now."""
         return EngineStats(
-            prefill_tokens=self._steps.prefill_tokens,
-            decode_tokens=self._steps.decode_tokens,
-            preemptions=self._scheduler.num_preemptions,
-            pages_free=self._pool.num_free,
-            pages_total=self._pool.num_pages,
+            prefill_tokens=self.steps.prefill_tokens,
+            decode_tokens=self.steps.decode_tokens,
+            preemptions=self.scheduler.num_preemptions,
+            pages_free=self.pool.num_free,
+            pages_total=self.pool.num_pages,
         )
 
     @property
     def has_work(self) -> bool:
         """Whether a rollout is queued or running; finished attempts do not count."""
-        return bool(self._scheduler.waiting or self._scheduler.running)
+        return bool(self.scheduler.waiting or self.scheduler.running)
 
     @property
     def max_tokens(self) -> int:
         """Returns the longest context, new tokens included, that model and page pool can hold."""
         return min(
-            self.student.config.max_position_embeddings, self._pool.num_pages * self._pool.page_size
+            self.student.config.max_position_embeddings, self.pool.num_pages * self.pool.page_size
         )
 
     def submit(self, prompt_ids: Seq[int], params: SamplingParams, *, key: tuple[int, int]) -> None:
@@ -147,7 +147,7 @@ class Engine:
         )
         rollout_key = check_key("submit", key, self._in_flight)
         token_ids = list(prompt_ids)
-        check_fits("submit", token_ids, params, self.student.config, self._pool)
+        check_fits("submit", token_ids, params, self.student.config, self.pool)
         sequence = Sequence(
             key=rollout_key,
             params=params,
@@ -160,8 +160,8 @@ class Engine:
         self._in_flight[rollout_key] += params.n
         if prefix := self._kept_prefix():
             # Shared now, because the prefix's pages may be taken by the time of the prefill.
-            self._scheduler.share_prefix(sequence, prefix)
-        self._scheduler.enqueue(sequence)
+            self.scheduler.share_prefix(sequence, prefix)
+        self.scheduler.enqueue(sequence)
 
     def keep_prefix(self, token_ids: Seq[int]) -> None:
         """Prefills the common start of many prompts, whose full pages later prompts will share.
@@ -181,7 +181,7 @@ class Engine:
 
     def _kept_prefix(self) -> Sequence | None:
         """Returns the sequence of keep_prefix, or None if its pages have been taken."""
-        sequence = self._scheduler.pinned.get(self._prefix) if self._prefix else None
+        sequence = self.scheduler.pinned.get(self._prefix) if self._prefix else None
         return sequence if sequence and sequence.pages else None
 
     def resume(
@@ -203,20 +203,20 @@ class Engine:
             ValueError: the attempt was released or resumed before, kept_tokens is not in
                 [1, length of the row], suffix_ids is empty, or the context can never fit.
         """
-        old = check_resume(attempt, self._scheduler.pinned.get(attempt), suffix_ids, kept_tokens)
+        old = check_resume(attempt, self.scheduler.pinned.get(attempt), suffix_ids, kept_tokens)
         token_ids = old.token_ids[:kept_tokens] + list(suffix_ids)
-        check_fits("resume", token_ids, params, self.student.config, self._pool)
+        check_fits("resume", token_ids, params, self.student.config, self.pool)
         try:
-            old.shorten(self._pool, kept_tokens)
-            self._runner.copy_pages(self._scheduler.own_last_page(old))
+            old.shorten(self.pool, kept_tokens)
+            self.runner.copy_pages(self.scheduler.copy_shared_last_page(old))
         except BaseException:
             # For example out of memory. The attempt stays resumable, but its new last page may not
             # hold the copied KV, so it gives up all its pages.
-            old.drop_pages(self._pool)
+            old.drop_pages(self.pool)
             raise
-        del self._scheduler.pinned[attempt]
+        del self.scheduler.pinned[attempt]
         sequence = old.next_attempt(token_ids, params, next(self._arrivals), self.policy_version)
-        self._scheduler.enqueue(sequence)
+        self.scheduler.enqueue(sequence)
 
     def step(self) -> list[Attempt]:
         """Runs one scheduler step; returns the attempts that finished in it, their pages pinned.
@@ -228,24 +228,24 @@ class Engine:
 
     def launch(self) -> None:
         """Runs the first half of a step: launches the next work on the device, without waiting."""
-        self._steps.launch()
+        self.steps.launch()
 
     @property
     def is_ready(self) -> bool:
         """Whether collect would not wait for the device."""
-        return self._steps.is_ready
+        return self.steps.is_ready
 
     def collect(self) -> list[Attempt]:
         """Runs the second half: waits for the oldest launched work, returns finished attempts."""
-        return self._steps.collect()
+        return self.steps.collect()
 
     def prepare(self, max_tokens: int) -> None:
         """Captures decoding for all batch sizes on a GPU, so that rollouts never wait for it.
 
         max_tokens: the longest context that the rollouts will have.
         """
-        if self._steps.loop:
-            self._steps.loop.prepare(min(max_tokens, self.max_tokens))
+        if self.steps.loop:
+            self.steps.loop.prepare(min(max_tokens, self.max_tokens))
 
     def generate(
         self,
@@ -283,7 +283,7 @@ class Engine:
             )
         # All or none: a refused prompt must not leave others queued.
         for prompt_ids in prompts:
-            check_fits("generate", list(prompt_ids), params, self.student.config, self._pool)
+            check_fits("generate", list(prompt_ids), params, self.student.config, self.pool)
         groups: dict[RolloutKey, list[Attempt]] = {
             check_key("generate", key, self._in_flight): [] for key in keys
         }
@@ -305,15 +305,15 @@ class Engine:
     def release(self, attempts: Iterable[Attempt]) -> None:
         """Releases the pages of finished attempts; skips those resumed or released before."""
         for attempt in attempts:
-            if sequence := self._scheduler.pinned.pop(attempt, None):
+            if sequence := self.scheduler.pinned.pop(attempt, None):
                 self._forget(sequence)
 
     def cancel(self, key: tuple[int, int]) -> None:
         """Drops what is queued or running under a key; finished attempts stay until released."""
-        for sequence in self._scheduler.remove(RolloutKey(*key)):
+        for sequence in self.scheduler.remove(RolloutKey(*key)):
             self._forget(sequence)
         # A step of cancelled sequences only has no reader any more.
-        self._steps.drop_dead()
+        self.steps.drop_dead()
 
     def reset(self) -> None:
         """Drops all queued, running and pinned sequences and frees every page and every key.
@@ -323,8 +323,8 @@ class Engine:
         stay. The pages keep their memory addresses, which captured CUDA graphs read. Attempts that
         were returned stay valid as data.
         """
-        self._steps.drop()
-        self._scheduler.reset()
+        self.steps.drop()
+        self.scheduler.reset()
         self._in_flight.clear()
 
     @contextmanager
@@ -338,9 +338,7 @@ class Engine:
             ValueError: a sequence is queued, running or pinned.
         """
         num_sequences = (
-            len(self._scheduler.waiting)
-            + len(self._scheduler.running)
-            + len(self._scheduler.pinned)
+            len(self.scheduler.waiting) + len(self.scheduler.running) + len(self.scheduler.pinned)
         )
         check_rule(
             "lend_memory",
@@ -351,10 +349,10 @@ class Engine:
             "release or reset them",
         )
         # Waits for launched steps, which would still write KV into the borrower's data.
-        self._steps.drop()
+        self.steps.drop()
         self._is_lent = True
         try:
-            yield self._runner.memory
+            yield self.runner.memory
         finally:
             self._is_lent = False
 
@@ -364,14 +362,14 @@ class Engine:
         A running attempt keeps the version that sampled its first token.
         """
         # Draws in flight come from the old weights, so they are dropped.
-        self._steps.drop()
+        self.steps.drop()
         self.policy_version += 1
-        self._runner.bind_weights()
-        self._scheduler.drop_all_pages(self.policy_version)
+        self.runner.bind_weights()
+        self.scheduler.drop_all_pages(self.policy_version)
 
     def _forget(self, sequence: Sequence) -> None:
         """Releases the pages and the key of a sequence that the scheduler no longer holds."""
-        sequence.drop_pages(self._pool)
+        sequence.drop_pages(self.pool)
         # A prompt that has not been forked yet stands for all its rollouts.
         self._in_flight[sequence.key] -= sequence.num_rollouts
         if self._in_flight[sequence.key] == 0:

@@ -18,7 +18,7 @@ The life of a page. The number is its ref_count; an owner is a sequence that has
        |          last page full             -> into newly allocated pages
        |          last page partial, owned   -> into that page
        |          last page partial, shared  -> copy on write: into an allocated copy of it; the
-       |                                        shared page is released (Scheduler.own_last_page)
+       |                                        shared page is released
        |
        +---- release, when ref_count falls to 0: by Engine.release or cancel, by new weights, or
              because pages run out; pinned sequences lose theirs first. Their tokens stay, so the

@@ -52,7 +52,7 @@ class Runner:
         self.attention_impl = pick_impl("paged_attention", attention, queries)
         self.rotary_impl = pick_impl("rotary_write", "auto", queries)
         # Whether decode steps carry groups_BG. Only the Triton kernel reads it.
-        self.names_groups = cascade and self.attention_impl == "triton"
+        self.uses_prefix_groups = cascade and self.attention_impl == "triton"
         shape = (2, config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         kv_bytes = num_pages * self.page_bytes(student, page_size)
         num_bytes = max(kv_bytes, min_memory_bytes)
@@ -209,7 +209,7 @@ class Runner:
         )
         groups_BG = None
         # Groups are for decode steps only, in which every sequence has one query token.
-        if self.names_groups and num_new_B.max() == 1:
+        if self.uses_prefix_groups and num_new_B.max() == 1:
             groups_BG = upload(
                 torch.from_numpy(prefix_groups(table_BM, seq_lens_B, self.page_size)), self.device
             )

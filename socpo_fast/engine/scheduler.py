@@ -1,4 +1,4 @@
-"""Decides which sequence computes how many tokens in a step, and which is preempted without pages.
+"""Decides which sequence computes how many tokens in a step, and which is preempted.
 
 Read Scheduler.plan, then _make_room, then fork. A sequence is in one of three collections:
 
@@ -85,13 +85,13 @@ class Scheduler:
                 break
             self.waiting.pop(0)  # first, so that _make_room does not take its pages
             made_room = self._make_room(sequence, num_tokens)
-            assert made_room, "a single sequence was checked to fit at the door"
+            assert made_room, "check_fits has made sure that a single sequence fits"
             insort(self.running, sequence, key=lambda s: s.priority)
             planned.append((sequence, num_tokens))
             budget -= num_tokens
         return planned
 
-    def look_ahead(self, sequences: list[Sequence], most: int) -> int:
+    def allocate_lookahead(self, sequences: list[Sequence], most: int) -> int:
         """Allocates pages for up to `most` more tokens of each decoding sequence.
 
         Returns how many tokens that is: as many as every sequence may still sample and as the free
@@ -99,14 +99,15 @@ class Scheduler:
         """
         num_tokens = min(most, *(s.params.max_new_tokens - s.num_sampled for s in sequences))
         while sum(self._pages_missing(s, num_tokens) for s in sequences) > self.pool.num_free:
-            # Ends at 1 at the latest, or at the rounds in flight: their pages are allocated.
+            # Ends where pages are allocated already: plan() allocated one token per sequence, and
+            # launched rounds have theirs.
             num_tokens -= 1
         for sequence in sequences:
             self._allocate(sequence, num_tokens)
         return num_tokens
 
     def release_lookahead(self, attempts: list[Attempt]) -> None:
-        """Releases pages that look_ahead allocated for tokens which finished attempts never got."""
+        """Releases the pages that allocate_lookahead reserved beyond the end of these attempts."""
         for sequence in [self.pinned[attempt] for attempt in attempts]:
             sequence.shorten(self.pool, sequence.num_cached)
 
@@ -123,7 +124,7 @@ class Scheduler:
         for child in children[1:]:
             child.pages = array("i", map(self.pool.share, root.pages))
             child.num_cached = root.num_cached
-            copies += self.own_last_page(child)
+            copies += self.copy_shared_last_page(child)
         children[0].pages = root.pages
         children[0].num_cached = root.num_cached
         for child in children:
@@ -165,7 +166,7 @@ class Scheduler:
         self.running = [sequence for sequence in self.running if sequence.key != key]
         return removed
 
-    def own_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
+    def copy_shared_last_page(self, sequence: Sequence) -> list[tuple[int, int]]:
         """Makes a sequence the only owner of its partial last page; returns (from, to) page copies.
 
         This is the copy on write. If no page is free, the sequence gives its part of the shared
@@ -203,14 +204,14 @@ class Scheduler:
             if victim := next((s for s in idle if s.pages), None):
                 victim.drop_pages(self.pool)
             else:
-                self._give_way(victim := self.running[-1])
+                self.preempt(victim := self.running[-1])
             self.num_preemptions += 1
             if victim is sequence:
                 return False
         self._allocate(sequence, num_tokens)
         return True
 
-    def _give_way(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         """Preempts a sequence: puts it back into the queue, before new prompts, without pages."""
         self.running.remove(sequence)
         sequence.drop_pages(self.pool)

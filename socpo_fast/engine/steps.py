@@ -46,7 +46,7 @@ class LaunchedStep:
 
 
 class StepQueue:
-    """At most two launched steps; two are always decode rounds of the same sequences."""
+    """The launched steps, at most two. Two are always decode rounds of the same sequences."""
 
     def __init__(
         self,
@@ -151,7 +151,9 @@ class StepQueue:
         num_ahead = sum(step.num_rounds for step in self._launched)
         # Pages are only needed by the living. The rounds still have the rows of all sequences.
         live = [sequence for sequence in sequences if sequence.is_live]
-        num_rounds = self._scheduler.look_ahead(live, num_ahead + self.tokens_per_sync) - num_ahead
+        num_rounds = (
+            self._scheduler.allocate_lookahead(live, num_ahead + self.tokens_per_sync) - num_ahead
+        )
         if num_rounds > 0:
             drawn = loop.launch(sequences, num_rounds, is_ahead=num_ahead > 0)
             self._launched.append(LaunchedStep(sequences, num_rounds, drawn, True, started_s))

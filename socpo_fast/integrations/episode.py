@@ -70,7 +70,7 @@ def socratic_episode(
             )
         # An unknown log-prob is NaN, so that training on it cannot go unnoticed.
         unknown_logprobs = torch.full((len(token_ids),), torch.nan)
-        request = episode.attempted(
+        request = episode.add_attempt(
             Attempt(
                 token_ids=token_ids,
                 logprobs=unknown_logprobs,
@@ -94,7 +94,7 @@ def socratic_episode(
         finally:
             future.cancel()  # after Ctrl-C the call would go on in the background
         rollout.teacher_wait_s += time.perf_counter() - start_s
-        if episode.guided(result_of(future, guide)) is None:
+        if episode.add_guidance(result_of(future, guide)) is None:
             break
     tell(episode)
     return rollout

@@ -85,7 +85,7 @@ def pad_rollouts(
                 raise ValueError(
                     f"{where}: rollout {rollout.rollout_idx} of question {rollout.question_idx} "
                     "must be one row, "
-                    f"got attempt {turn_idx} behind {rollout.seam(turn_idx - 1)[0]} of "
+                    f"got attempt {turn_idx} behind {rollout.next_context(turn_idx - 1)[0]} of "
                     f"{len(row.ids)} tokens; "
                     'use rows="attempt" or on_cut="split"'
                 )

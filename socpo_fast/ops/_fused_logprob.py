@@ -13,10 +13,10 @@ from torch import Tensor
 from socpo_fast.ops._head import (
     NO_TARGET,
     ChunkedHead,
-    keep_wanted,
+    keep_rows,
     row_indices,
+    scatter_rows,
     shapes_of_gradients,
-    spread,
     wide_dtype,
 )
 from socpo_fast.ops._impl import kernels_of
@@ -36,7 +36,7 @@ def _kernel(
     impl: str,
 ) -> tuple[Tensor, ...]:
     has_target_N = targets_N != NO_TARGET
-    rows, targets, inv_temperature = keep_wanted(
+    rows, targets, inv_temperature = keep_rows(
         has_target_N,
         row_indices(rows_N, targets_N),
         targets_N.clamp(min=0),
@@ -49,7 +49,7 @@ def _kernel(
         bias_V=bias_V,
         tanh_scale=tanh_scale,
         workspace_mib=workspace_mib,
-        moves_rows_up=impl == "cpp",
+        compacts_rows=impl == "cpp",
     )
     values_3N = lm_head.logits.new_empty((3, rows.numel()))  # log-prob, entropy, logsumexp
     for span in lm_head.chunks():
@@ -57,7 +57,7 @@ def _kernel(
             lm_head.project(span), targets[span], inv_temperature[span]
         )
     # Clones: outputs of a registered op must not share memory with each other.
-    return tuple(x.clone() for x in spread(values_3N, has_target_N))
+    return tuple(x.clone() for x in scatter_rows(values_3N, has_target_N))
 
 
 def _fake(
@@ -125,7 +125,7 @@ def _backward_kernel(
         grad_entropy_N = grad_entropy_N.where(has_target_N, 0)
         has_grad_N = has_grad_N | (grad_entropy_N != 0)
     # Rows without a gradient are left out of the second projection, too.
-    kept = keep_wanted(
+    kept = keep_rows(
         has_grad_N,
         ~has_grad_N,
         row_indices(rows_N, targets_N),
@@ -145,7 +145,7 @@ def _backward_kernel(
         tanh_scale=tanh_scale,
         workspace_mib=workspace_mib,
         needs_grad=(needs_hidden, needs_weight, needs_bias),
-        moves_rows_up=impl == "cpp",
+        compacts_rows=impl == "cpp",
     )
     for span in lm_head.chunks():
         logits = lm_head.project(span)

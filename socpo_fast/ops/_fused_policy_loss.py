@@ -23,10 +23,10 @@ from torch import Tensor
 from socpo_fast.ops._head import (
     NO_TARGET,
     ChunkedHead,
-    keep_wanted,
+    keep_rows,
     row_indices,
+    scatter_rows,
     shapes_of_gradients,
-    spread,
     wide_dtype,
 )
 from socpo_fast.ops._impl import kernels_of
@@ -138,7 +138,7 @@ def _kernel(
     indices = row_indices(rows_N, targets_N), targets_N.clamp(min=0)
     floats = weights_N.where(is_scored_N, 0), inv_temperature_N, advantages_N
     logprobs = old_logprobs_N, ref_logprobs_N, sampler_logprobs_N
-    rows = _Rows(*keep_wanted(kept_N, *indices, *floats, *logprobs))
+    rows = _Rows(*keep_rows(kept_N, *indices, *floats, *logprobs))
     clips = clip_low, clip_high, dual_clip
     # Without old log-probs every ratio is 1 up to rounding. The clips could take that rounding for
     # a change of the policy (clip_high may be 0), so they are off.
@@ -152,7 +152,7 @@ def _kernel(
         tanh_scale=tanh_scale,
         workspace_mib=workspace_mib,
         needs_grad=(needs_hidden, needs_weight, needs_bias),
-        moves_rows_up=impl == "cpp",
+        compacts_rows=impl == "cpp",
     )
     run = kernels_of("linear_policy_loss", impl)
     values = [lm_head.logits.new_empty((6, 0))]  # cat needs at least one, also if no row has loss
@@ -185,8 +185,8 @@ def _kernel(
             # With an entropy bonus a row has a gradient even where that of its log-prob is 0.
             lm_head.backward(span, (chunk.weights_N if entropy_coef != 0 else values_6n[5]) == 0)
     values_6N = torch.cat(values, 1)
-    clip_fraction = values_6N[4].sum() / has_loss_N.sum().clamp(min=1)
-    return values_6N[0].sum(), clip_fraction, spread(values_6N[1:4], kept_N), *lm_head.gradients()
+    clipped = values_6N[4].sum() / has_loss_N.sum().clamp(min=1)  # a fraction
+    return values_6N[0].sum(), clipped, scatter_rows(values_6N[1:4], kept_N), *lm_head.gradients()
 
 
 def _fake(

@@ -94,7 +94,7 @@ def rows_per_chunk(
     return min(max_rows, _CPU_CHUNK_ROWS) if device.type == "cpu" else max_rows
 
 
-def keep_wanted(is_kept_N: Tensor, *by_row: Tensor | None) -> list[Any]:
+def keep_rows(is_kept_N: Tensor, *by_row: Tensor | None) -> list[Any]:
     """Returns each tensor with only the rows where is_kept_N is True; a None stays None.
 
     On a GPU, and while torch.compile traces, all rows are kept: the host would have to wait for
@@ -111,9 +111,9 @@ def row_indices(rows_N: Tensor | None, targets_N: Tensor) -> Tensor:
     return torch.arange(targets_N.numel(), device=targets_N.device) if rows_N is None else rows_N
 
 
-def spread(values_KN: Tensor, is_kept_N: Tensor) -> Tensor:
-    """Undoes keep_wanted: returns values for all rows, NaN where is_kept_N is False."""
-    # keep_wanted may have kept all rows (on a GPU); then only the NaNs are missing.
+def scatter_rows(values_KN: Tensor, is_kept_N: Tensor) -> Tensor:
+    """Undoes keep_rows: returns values for all rows, NaN where is_kept_N is False."""
+    # keep_rows may have kept all rows (on a GPU); then only the NaNs are missing.
     if values_KN.shape[1] == is_kept_N.numel():
         return values_KN.where(is_kept_N, torch.nan)
     all_rows = values_KN.new_full((values_KN.shape[0], is_kept_N.numel()), torch.nan)
@@ -139,10 +139,10 @@ class ChunkedHead:
         for span in head.chunks():
             logits = head.project(span)
             ..                            the caller's row pass: logits -> head.grad_logits
-            head.backward(span, no_grad)
+            head.backward(span, is_zero_grad)
         head.gradients()
 
-    With tanh_scale the logits are tanh(tanh_scale (..)). With moves_rows_up (CPU) the rows of a
+    With tanh_scale the logits are tanh(tanh_scale (..)). With compacts_rows (CPU) the rows of a
     chunk that have a gradient are moved to its front, so that GEMMs 2 and 3 have fewer rows;
     without it (GPU) all rows stay where they are. A row without a gradient may hold NaN.
     """
@@ -157,7 +157,7 @@ class ChunkedHead:
         tanh_scale: float | None = None,
         workspace_mib: float | None,
         needs_grad: Needs = (False, False, False),
-        moves_rows_up: bool,
+        compacts_rows: bool,
     ):
         self.hidden_TD = hidden_TD
         self.rows_N = rows_N
@@ -178,7 +178,7 @@ class ChunkedHead:
             workspace_mib,
             is_capped,
         )
-        self.moves_rows_up = moves_rows_up
+        self.compacts_rows = compacts_rows
         buffer_rows = max(MIN_ROWS, min(self.chunk_rows, rows_N.numel()))
         self.logits = hidden_TD.new_empty((buffer_rows, vocab), dtype=self.wide)
         # Usually the gradient overwrites the logits. It cannot if GEMMs need it in another dtype,
@@ -191,12 +191,12 @@ class ChunkedHead:
         self.needs_any = any(needs_grad)
         shapes = shapes_of_gradients(hidden_TD, weight_VD, needs_grad)
         # If rows stay where they are, dx of all rows; MIN_ROWS more for the last chunk's padding.
-        num_dx_rows = 0 if moves_rows_up else rows_N.numel() + MIN_ROWS
+        num_dx_rows = 0 if compacts_rows else rows_N.numel() + MIN_ROWS
         self.dx_ND = self.logits.new_empty((num_dx_rows, width if self.needs_hidden else 0))
-        self.grad_hidden_TD = self.logits.new_zeros(shapes[0] if moves_rows_up else 0)
+        self.grad_hidden_TD = self.logits.new_zeros(shapes[0] if compacts_rows else 0)
         self.grad_weight_VD = self.logits.new_empty(shapes[1])  # the first product fills it
         self.grad_bias_V = self.logits.new_zeros(shapes[2])
-        self.has_products = False
+        self.weight_grad_is_filled = False
 
     def chunks(self) -> Iterator[slice]:
         """Yields slices of rows of about equal size, as few as chunk_rows allows."""
@@ -219,22 +219,22 @@ class ChunkedHead:
             logits.mul_(self.tanh_scale).tanh_()
         return logits[:num_rows]
 
-    def backward(self, span: slice, no_grad: Tensor) -> None:
+    def backward(self, span: slice, is_zero_grad: Tensor) -> None:
         """Adds a chunk's contribution, which is in self.grad_logits, to the gradients.
 
-        no_grad [n] is True for rows whose gradient is 0.
+        is_zero_grad [n] is True for rows whose gradient is 0.
         """
-        num_rows = no_grad.numel()
-        has_grad = ~no_grad if self.moves_rows_up else None
+        num_rows = is_zero_grad.numel()
+        has_grad = ~is_zero_grad if self.compacts_rows else None
         if self.tanh_scale is not None:
             # d tanh(s u) / du = s - s tanh^2. In place: nobody reads the logits after this.
             slope = self.logits[:num_rows].square_().mul_(-self.tanh_scale).add_(self.tanh_scale)
             # A row without a gradient may hold NaN, and 0 * NaN would be NaN.
-            self.grad_logits[:num_rows] *= slope.masked_fill_(no_grad[:, None], 0)
+            self.grad_logits[:num_rows] *= slope.masked_fill_(is_zero_grad[:, None], 0)
         if has_grad is None:
-            self.x[:num_rows].masked_fill_(no_grad[:, None], 0)
+            self.x[:num_rows].masked_fill_(is_zero_grad[:, None], 0)
         else:
-            order = torch.arange(num_rows, device=no_grad.device)
+            order = torch.arange(num_rows, device=is_zero_grad.device)
             num_rows = self._move_up(has_grad, order)
         if num_rows == 0:
             return
@@ -245,8 +245,8 @@ class ChunkedHead:
         grad = self.grad_logits[:size]
         x = self.x[:size]
         if self.needs_weight:
-            matmul_(self.grad_weight_VD, grad.T, x, accumulate=self.has_products)
-            self.has_products = True
+            matmul_(self.grad_weight_VD, grad.T, x, accumulate=self.weight_grad_is_filled)
+            self.weight_grad_is_filled = True
         if self.needs_bias:
             self.grad_bias_V += grad.sum(0, dtype=self.wide)
         if not self.needs_hidden:
@@ -266,9 +266,9 @@ class ChunkedHead:
 
         A gradient is empty if it is not needed, and zero where no row contributed.
         """
-        if not self.has_products:
+        if not self.weight_grad_is_filled:
             self.grad_weight_VD.zero_()
-        if self.needs_hidden and not self.moves_rows_up:
+        if self.needs_hidden and not self.compacts_rows:
             sum_rows = kernels_of("sum_rows", "triton").sum_rows
             num_rows = self.rows_N.numel()
             self.grad_hidden_TD = sum_rows(

@@ -27,10 +27,10 @@ from socpo_fast.ops._checks import (
 from socpo_fast.ops._fused_logprob import linear_logprob_op
 from socpo_fast.ops._head import (
     NO_TARGET,
-    keep_wanted,
+    keep_rows,
     row_indices,
     scales_of_logits,
-    spread,
+    scatter_rows,
     wide_dtype,
 )
 from socpo_fast.ops._impl import pick_impl
@@ -57,7 +57,7 @@ def linear_logprob_ref(
     bias_V = None if bias_V is None else bias_V.to(dtype)
     has_target_N = targets_N != NO_TARGET
     scale_N = temperature.detach() if isinstance(temperature, Tensor) else None
-    rows_N, targets_N, scale_N, is_kept_N = keep_wanted(
+    rows_N, targets_N, scale_N, is_kept_N = keep_rows(
         has_target_N, row_indices(rows_N, targets_N), targets_N.clamp(min=0), scale_N, has_target_N
     )
     # index_select, not indexing: its backward adds repeated rows in index order, whatever the
@@ -85,7 +85,7 @@ def linear_logprob_ref(
         )
     ]
     values_2N = torch.stack([torch.cat(values) for values in zip(*chunks, strict=True)])
-    logprobs_N, entropy_N = spread(values_2N, has_target_N)
+    logprobs_N, entropy_N = scatter_rows(values_2N, has_target_N)
     return logprobs_N, entropy_N if entropy_grad else entropy_N.detach()
 
 

@@ -1,10 +1,11 @@
 """Computes LM head, log-softmax and clipped policy loss in one op, for rows that carry loss only.
 
-Read linear_policy_loss_ref, which is `linear_logprob_ref`, then `policy_loss_ref`; then
+Read linear_policy_loss_ref, which calls linear_logprob_ref and then policy_loss_ref; then
 linear_policy_loss, which checks its arguments and picks an implementation. The fused form is in
 _fused_policy_loss.py.
 
-Departure from the textbook: rows are selected before the projection. In a packed microbatch most
+Departure from the textbook: on a CPU, rows are selected before the projection (on a GPU selecting
+them would cost a sync, so the others stay in as zeros). In a packed microbatch most
 rows are prompt, guidance, or attempts with advantage 0, and the projection takes most of the time.
 
     hidden [T, D]  --rows with loss-->  [n, D]  --chunks-->  logits [chunk, V]  -->  loss, gradients
@@ -119,8 +120,8 @@ def linear_policy_loss(
         logprob, entropy = linear_logprob(hidden, weight, targets, temperature, rows, bias, ..)
         loss             = policy_loss(logprob, old_logprobs, advantages, .., entropy)
 
-    A row is skipped if its target is -100 or its weight is 0 (it then counts nowhere), or if its
-    advantage is exactly 0 and there is no entropy or KL term.
+    A row is skipped if its target is -100 or its weight is 0 (it is then in no sum and no mean), or
+    if its advantage is exactly 0 and there is no entropy or KL term.
 
     Args:
         hidden_TD, weight_VD, targets_N, temperature, rows_N, bias_V, softcap, logit_scale,
@@ -140,8 +141,8 @@ def linear_policy_loss(
     second backward computes it again, create_graph gives it no graph.
     Memory: one chunk of logits, and from the forward on the gradients. Not counting dX, by default
     at most dW + 256 MiB on a CPU and dW + 2048 MiB + 256 MiB on a GPU, where N fp32 rows of D are
-    also held until the end of the forward. Bitwise: same inputs, same bits; on the CPU a row's
-    log-prob, entropy, ratio and dX are batch-invariant.
+    also held until the end of the forward. Bitwise: same inputs, same bits; on the CPU with
+    "cpp" a row's log-prob, entropy, ratio and dX are batch-invariant.
     Source: those of `linear_logprob` and `policy_loss`.
     """
     where = "linear_policy_loss"

@@ -23,7 +23,7 @@ from torch import Tensor
 from socpo_fast.ops._checks import FLOATS, TensorChecker, check_rule, has_no_values
 from socpo_fast.ops._impl import kernels_of, pick_impl
 from socpo_fast.ops._register import define_op
-from socpo_fast.ops.prefix_groups import alone, prefix_groups
+from socpo_fast.ops.prefix_groups import prefix_groups, ungrouped
 
 
 def paged_attention_ref(
@@ -270,7 +270,7 @@ def _kernel(
         return paged_attention_ref(*tensors, scale=scale)
     # The decode kernel needs a table of groups, even if no sequences share pages.
     if max_seqlen_q == 1 and groups_BG is None:
-        groups_BG = torch.from_numpy(alone(len(seq_lens_B))).to(q_THE.device)
+        groups_BG = torch.from_numpy(ungrouped(len(seq_lens_B))).to(q_THE.device)
     launch_options = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scale": scale}
     if impl == "flash":
         return paged_attention_flash(*tensors, **launch_options)  # type: ignore[arg-type]

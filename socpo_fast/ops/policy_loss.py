@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from socpo_fast.ops._checks import INDEX, WIDE_FLOATS, TensorChecker, check_rule, check_word
-from socpo_fast.ops._head import keep_wanted
+from socpo_fast.ops._head import keep_rows
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -144,7 +144,7 @@ def policy_loss_ref(
     log_ratio_N = (logprobs_N.detach() - old_logprobs_N).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return PolicyLoss(
         # Rows without loss are removed first: as zeros they would change the order of the sum.
-        loss=keep_wanted(has_loss_N, weights * terms)[0].sum(),
+        loss=keep_rows(has_loss_N, weights * terms)[0].sum(),
         logprobs=logprobs_N.detach(),
         entropy=torch.full_like(logprobs_N, torch.nan) if entropy_N is None else entropy_N.detach(),
         ratio=log_ratio_N.exp(),

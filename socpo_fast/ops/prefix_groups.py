@@ -31,7 +31,7 @@ def prefix_groups(table_BM: np.ndarray, seq_lens_B: np.ndarray, page_size: int) 
         seq_lens_B: [B] integers, the tokens in them. A page that is not full is never shared.
         page_size:  tokens of a full page.
     """
-    groups_BG = alone(len(table_BM))
+    groups_BG = ungrouped(len(table_BM))
     num_full_pages_B = seq_lens_B // page_size
     candidates = np.flatnonzero(num_full_pages_B)
     # Sequences with the same first page come to lie side by side, in the order of the batch.
@@ -51,7 +51,7 @@ def prefix_groups(table_BM: np.ndarray, seq_lens_B: np.ndarray, page_size: int) 
     return groups_BG
 
 
-def alone(num_seqs: int) -> np.ndarray:
+def ungrouped(num_seqs: int) -> np.ndarray:
     """Returns a table in which every sequence is a group of its own."""
     groups_BG = np.full((num_seqs, GROUP_WIDTH), -1, dtype=np.int32)
     groups_BG[:, 0] = groups_BG[:, 3] = np.arange(num_seqs)

@@ -165,14 +165,16 @@ def first_line(run: RunConfig, student: torch.nn.Module, resumed_from: Path | No
 
 
 class GuidanceWatch:
-    """Watches batch by batch whether the teacher still answers. Call `told` after each batch."""
+    """Watches batch by batch whether the teacher still answers. Call `watch_batch` after each
+    batch.
+    """
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self._has_answered = False
         self._failed_in_a_row: float = 0  # since the last batch with an answer
 
-    def told(self, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
+    def watch_batch(self, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> str | None:
         """Prints warnings about a batch; returns the warning if the teacher counts as silent.
 
         A teacher that never answered is silent after the first batch that asked it in vain. One

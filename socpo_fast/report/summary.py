@@ -128,16 +128,16 @@ class Scores:
         self.assisted = assisted
         self.sources = sources_of(questions)
         self.source_of = {question.question_idx: question.data_source for question in questions}
-        self.alone = dict.fromkeys(self.source_of, 0)
-        self.helped = dict.fromkeys(self.source_of, 0)
+        self.num_correct_unassisted = dict.fromkeys(self.source_of, 0)
+        self.num_correct_assisted = dict.fromkeys(self.source_of, 0)
         self.failures: Counter[str] = Counter()  # rollouts by kind of failed guidance; "": none
         self.num_guidances = self.num_tokens = self.num_truncated = 0
 
     def add(self, rollout: Rollout) -> None:
         """Counts a finished rollout."""
         first = rollout.turns[0]
-        self.alone[rollout.question_idx] += first.is_correct
-        self.helped[rollout.question_idx] += is_solved(rollout)
+        self.num_correct_unassisted[rollout.question_idx] += first.is_correct
+        self.num_correct_assisted[rollout.question_idx] += is_solved(rollout)
         self.failures[rollout.failure] += 1
         self.num_guidances += sum(turn.guidance is not None for turn in rollout.turns)
         self.num_tokens += first.attempt.num_tokens
@@ -152,10 +152,10 @@ class Scores:
         failed = failures(self.failures)
         is_known = self.assisted and bool(self.num_guidances or not failed["guidance/failed"])
         n = self.samples
-        total = self.samples * len(self.alone)
+        total = self.samples * len(self.num_correct_unassisted)
         metrics: dict[str, float] = {}
-        kinds = {"success/unassisted": self.alone} | (
-            {"success/assisted": self.helped} if is_known else {}
+        kinds = {"success/unassisted": self.num_correct_unassisted} | (
+            {"success/assisted": self.num_correct_assisted} if is_known else {}
         )
         for name, correct in kinds.items():
             metrics |= with_interval(name, [c / n for c in correct.values()])
@@ -168,7 +168,8 @@ class Scores:
         for k in PASS_AT:
             if k <= n:
                 metrics |= with_interval(
-                    f"success/pass_at_{k}", [pass_at_k(n, c, k) for c in self.alone.values()]
+                    f"success/pass_at_{k}",
+                    [pass_at_k(n, c, k) for c in self.num_correct_unassisted.values()],
                 )
         return (
             metrics

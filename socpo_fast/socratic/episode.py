@@ -3,10 +3,10 @@
                   prompt
                     |
                     v   attempt       correct, or the last attempt
-        +-----> sampling --> attempted() ------------------------------> end
+        +-----> sampling --> add_attempt() ----------------------------> end
         |                      | GuidanceRequest
         |                      v
-        |                   teacher --> guided() ----------------------> end
+        |                   teacher --> add_guidance() ----------------> end
         |                                 |    no guidance, it leaks, or overflow
         +---------------------------------+
                      NextContext
@@ -162,7 +162,7 @@ class Episode:
             data_source=question.data_source,
         )
 
-    def attempted(self, attempt: Attempt) -> GuidanceRequest | None:
+    def add_attempt(self, attempt: Attempt) -> GuidanceRequest | None:
         """Adds an attempt and grades it; returns the request to the teacher, None at the end."""
         turn = Turn(attempt=attempt, text=self.bridge.decode(attempt.token_ids))
         self.rollout.turns.append(turn)  # before the grader, which may raise
@@ -184,7 +184,7 @@ class Episode:
             attempt_idx=attempt.attempt_idx,
         )
 
-    def guided(self, guidance: Guidance | GuidanceFailed | None) -> NextContext | None:
+    def add_guidance(self, guidance: Guidance | GuidanceFailed | None) -> NextContext | None:
         """Adds guidance after the last attempt; returns the next context, None at the end.
 
         guidance: the teacher's message, or the reason that there is none.
@@ -225,11 +225,11 @@ class Episode:
         turn_idx = len(self.rollout.turns) - 1
         limit = self.options.attempt_limit
         if self.options.context == "template":
-            seam = template_seam(
+            next_context = template_seam(
                 self.bridge, self.question.messages, self.rollout, text, attempt_limit=limit
             )
-            if seam is not None:
-                return NextContext(*seam)
+            if next_context is not None:
+                return NextContext(*next_context)
             self.notes.append(
                 "chat template: cannot render the history of question "
                 f"{self.rollout.question_idx} rollout {self.rollout.rollout_idx}; it stays as "

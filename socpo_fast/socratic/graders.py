@@ -1,4 +1,4 @@
-"""Grades attempts. Read Grader and GradedBy, then make_grader at the end, which looks them up.
+"""Grades attempts. Read Grader and CheckedGrader, then make_grader at the end, which looks them up.
 
 A grader is a function of text and question: it says whether the text is right, or how right it is.
 It sees text only and never raises because of what a model wrote: an answer that cannot be read is
@@ -27,9 +27,9 @@ from socpo_fast.registries import GRADERS
 from socpo_fast.socratic import math_worker
 from socpo_fast.socratic.plugin import (
     TookTooLong,
-    blame,
-    is_ours,
+    describe_error,
     load_function,
+    stops_the_run,
     text_of,
     time_limit,
 )
@@ -49,7 +49,7 @@ class Grade(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GradedBy:
+class CheckedGrader:
     """A grader with its name, whose verdicts are checked.
 
     Args:
@@ -90,12 +90,12 @@ class GradedBy:
             reward = math.fsum(parts.values()) if parts else _number(verdict)
         # TookTooLong and SystemExit are no Exception.
         except BaseException as error:
-            if is_ours(error):
+            if stops_the_run(error):
                 raise
             raise ValueError(
                 f"grader: data.grader {self.name} must return a verdict on any text, within "
                 f"grader.timeout_s {self.timeout_s:g}, got an error on question "
-                f"{question.question_idx}: {blame(self.function, error)}"
+                f"{question.question_idx}: {describe_error(self.function, error)}"
             ) from error
         is_allowed = all(part >= 0 for part in parts.values()) and 0 <= reward <= 1 + _ROUNDING
         # The reward of anything but a number is nan, and comparisons with nan are False.
@@ -114,11 +114,11 @@ class GradedBy:
         return Grade(min(reward, 1.0), reward >= self.correct_at, parts)
 
 
-def as_grader(grader: Grader) -> GradedBy:
-    """Returns a GradedBy as it is, and a plain function as a GradedBy under its own name."""
-    if isinstance(grader, GradedBy):
+def as_grader(grader: Grader) -> CheckedGrader:
+    """Returns a CheckedGrader as it is; wraps a plain function under its own name."""
+    if isinstance(grader, CheckedGrader):
         return grader
-    return GradedBy(grader, getattr(grader, "__name__", type(grader).__name__))
+    return CheckedGrader(grader, getattr(grader, "__name__", type(grader).__name__))
 
 
 def _number(value: object) -> float:
@@ -311,7 +311,7 @@ class MathGrader:
         self.close()
 
 
-def make_grader(name: str, *, correct_at: float = 1.0, timeout_s: float = 60.0) -> GradedBy:
+def make_grader(name: str, *, correct_at: float = 1.0, timeout_s: float = 60.0) -> CheckedGrader:
     """Returns the grader of a name in registries.GRADERS, or of "module:function".
 
     A function has the signature of Grader.
@@ -328,4 +328,4 @@ def make_grader(name: str, *, correct_at: float = 1.0, timeout_s: float = 60.0) 
         )
     target: Any = load_function("data.grader", GRADERS.get(name, name))
     grader: Grader = target() if isinstance(target, type) and name in GRADERS else target
-    return GradedBy(grader, name, correct_at, timeout_s)
+    return CheckedGrader(grader, name, correct_at, timeout_s)

@@ -1,6 +1,6 @@
 """Finds functions of the user by name, names them when they fail, stops them when they hang.
 
-Graders and teachers may be such functions. Read load_function, blame, then time_limit.
+Graders and teachers may be such functions. Read load_function, describe_error, then time_limit.
 """
 
 import signal
@@ -41,7 +41,7 @@ def load_function(where: str, spec: str) -> Callable[..., Any]:
     return function
 
 
-def blame(function: object, error: BaseException) -> str:
+def describe_error(function: object, error: BaseException) -> str:
     """Returns who raised what, and where: "mine:rule raised KeyError: 'x' (mine.py line 3)".
 
     Call it in the frame that called the function and caught the error: only then is the line one of
@@ -65,7 +65,7 @@ def text_of(value: object, to_text: Callable[[object], str] = repr) -> str:
         return f"a {type(value).__name__} whose text raised {type(error).__name__}"
 
 
-def is_ours(error: BaseException) -> bool:
+def stops_the_run(error: BaseException) -> bool:
     """Whether an error is meant to stop the run, rather than a mistake of the user's function.
 
     That is a stop signal of the run, or Ctrl-C as long as Python's own handler answers it. Under

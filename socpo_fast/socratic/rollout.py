@@ -34,7 +34,7 @@ from socpo_fast.types import (
 )
 
 POLL_S = 2e-4  # pause between two polls of a device that student and teacher share
-PATIENCE_S = 0.1  # longest wait for an immediate teacher before other work goes on
+IMMEDIATE_WAIT_S = 0.1  # longest wait for an immediate teacher before other work goes on
 
 
 def socratic_rollouts(
@@ -96,7 +96,7 @@ def socratic_rollouts(
                 student_is_idle=not engine.has_work
             )
             # On a CPU student and teacher need the same cores, so the student's turn is skipped.
-            if not (teacher_works and driver.teacher.occupies_host):
+            if not (teacher_works and driver.teacher.shares_cpu):
                 driver.step(may_wait=not teacher_works)
             driver.collect_guidance(idle=not engine.has_work and not teacher_works)
             yield from driver.finished
@@ -151,8 +151,8 @@ class _Driver:
         The pages of a wrong attempt stay pinned while the teacher works.
 
         An immediate teacher answers before anything else goes on, one call at a time, so that the
-        order of calls is repeatable. If a call takes longer than PATIENCE_S, the loop goes on and
-        makes the next calls without waiting for each. So calls that hang cost one time limit
+        order of calls is repeatable. If a call takes longer than IMMEDIATE_WAIT_S, the loop goes on
+        and makes the next calls without waiting for each. So calls that hang cost one time limit
         together, however many there are.
 
         Args:
@@ -171,7 +171,7 @@ class _Driver:
         while self.arrived:
             attempt = self.arrived[0]
             episode = self.in_flight[attempt.key.question, attempt.rollout_idx]
-            request = episode.attempted(attempt)
+            request = episode.add_attempt(attempt)
             self.arrived.pop(0)
             if request is None:
                 self.end(episode)
@@ -181,7 +181,7 @@ class _Driver:
                 guidance_future = ask(self.teacher, request, self.options.guidance_timeout_s)
                 self.waiting[guidance_future] = (episode, time.perf_counter())
                 if self.teacher.immediate and earlier_done:
-                    wait([guidance_future], timeout=PATIENCE_S)
+                    wait([guidance_future], timeout=IMMEDIATE_WAIT_S)
 
     def collect_guidance(self, *, idle: bool) -> None:
         """Resumes the rollouts whose teacher has answered.
@@ -196,7 +196,7 @@ class _Driver:
             note_span(
                 "guidance", "guidance", since=start_s, overlaps=True, **name_of(episode.rollout)
             )
-            context = episode.guided(result_of(future, self.teacher))
+            context = episode.add_guidance(result_of(future, self.teacher))
             if context is None:
                 self.end(episode)
             else:

@@ -7,9 +7,9 @@
             trainer_state.json                      optimizer counts, and the trainer's own state
             manifest.json                           size and SHA-256 of each file; written last
 
-Read top-down: save_checkpoint, latest_checkpoint, damage_of, load_checkpoint, prune_checkpoints. A
-checkpoint is written to a hidden sibling folder, synced to disk and then renamed. A folder with the
-final name is therefore complete, whenever the machine stops. Later damage is detected with the
+Read top-down: save_checkpoint, latest_checkpoint, find_damage, load_checkpoint, prune_checkpoints.
+A checkpoint is written to a hidden sibling folder, synced to disk and then renamed. A folder with
+the final name is therefore complete, whenever the machine stops. Later damage is detected with the
 manifest and reported. Only one process writes to a checkpoints folder at a time.
 """
 
@@ -109,7 +109,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     """
     damages = []
     for path in reversed(_checkpoints(folder)):
-        if damage := damage_of(path):
+        if damage := find_damage(path):
             damages.append(damage)
             continue
         if damages:
@@ -126,7 +126,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
-def damage_of(path: Path, *, thorough: bool = True) -> str | None:
+def find_damage(path: Path, *, thorough: bool = True) -> str | None:
     """Returns what is wrong with a checkpoint, the file's name first; None if it is whole.
 
     Whole means that every file of the manifest is as it was written. `thorough` compares hashes;
@@ -144,9 +144,9 @@ def damage_of(path: Path, *, thorough: bool = True) -> str | None:
     return None
 
 
-def check_whole(path: Path) -> None:
+def check_undamaged(path: Path) -> None:
     """Refuses a damaged checkpoint; lets any folder without a manifest pass, such as a download."""
-    if (path / MANIFEST).is_file() and (damage := damage_of(path)):
+    if (path / MANIFEST).is_file() and (damage := find_damage(path)):
         raise ValueError(f"checkpoint: {damage}; use another one")
 
 
@@ -170,7 +170,7 @@ def load_checkpoint(
     Memory: one more copy of parameters and moments while loading. Bitwise: the same bits as saved.
     """
     path = Path(path)
-    if damage := damage_of(path, thorough=thorough):
+    if damage := find_damage(path, thorough=thorough):
         raise ValueError(f"checkpoint: {damage}; use an older one")
     state = json.loads((path / STATE).read_text())
     stored = load_student(
@@ -205,12 +205,12 @@ def prune_checkpoints(newest: Path, keep: int, best: int | None = None) -> None:
         )
     checkpoints = _checkpoints(newest.parent)
     until_newest = checkpoints[: checkpoints.index(newest) + 1]
-    to_keep = [path for path in until_newest if damage_of(path, thorough=False) is None][-keep:]
+    to_keep = [path for path in until_newest if find_damage(path, thorough=False) is None][-keep:]
     best_path = None if best is None else checkpoint_path(newest.parent, best)
     for path in until_newest[: until_newest.index(to_keep[0])]:
         # An incomplete .replaced folder is not damage: a process stopped while it removed it.
         if path != best_path and (
-            path.name.endswith(REPLACED) or damage_of(path, thorough=False) is None
+            path.name.endswith(REPLACED) or find_damage(path, thorough=False) is None
         ):
             # Renamed to a hidden name first, so that an interrupted removal does not look like a
             # damaged checkpoint. The next save removes what is left.

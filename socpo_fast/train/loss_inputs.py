@@ -78,7 +78,7 @@ def attempt_weights(
     return torch.full(attempt_lens_A.shape, 1 / (num_attempts * max_new_tokens))
 
 
-def attempt_places(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:
+def attempt_indices(rollouts: Sequence[Rollout]) -> list[tuple[int, int]]:
     """Returns (rollout_idx, attempt_idx) of all attempts, in the order of advantages_A."""
     return [(r, t) for r, rollout in enumerate(rollouts) for t in range(len(rollout.turns))]
 
@@ -87,7 +87,7 @@ def attempt_advantages(
     rollouts: Sequence[Rollout], advantages_A: Tensor | None, device: torch.device
 ) -> Tensor:
     """Returns [A]: advantages_A if given, else the advantages of the turns, fp32."""
-    indices = attempt_places(rollouts)
+    indices = attempt_indices(rollouts)
     if advantages_A is not None:
         check_rule(
             "policy_gradients",
@@ -128,7 +128,7 @@ def upload_tokens(
         if by_attempt is not None and by_attempt != "current"
     }
     # A microbatch counts its own attempts; advantages_A counts those of all rollouts.
-    flat_index = {pair: idx for idx, pair in enumerate(attempt_places(rollouts))}
+    flat_index = {pair: idx for idx, pair in enumerate(attempt_indices(rollouts))}
     attempts = torch.tensor([flat_index[pair] for pair in microbatch.attempts])
     indices = {
         "token_ids_T": microbatch.token_ids_T,

@@ -301,7 +301,7 @@ class Optimizer:
         if unmatched:
             raise ValueError(
                 f"Optimizer: state must be of these parameters, got {len(unmatched)} odd names, "
-                f"{unmatched[0]} first; a checkpoint is gone on from with its own model and "
+                f"{unmatched[0]} first; resume a checkpoint with its own model and "
                 "student.dtype"
             )
         for name, tensor in own_tensors.items():

@@ -16,11 +16,12 @@ included). Exactly the rows in that range attend to row r.
     token          p  p  p  p   a  a  a  a   b  c   d  d   e  e   b  c  c
     visible_until 17 17 14 14  10 10  8  8  10 10  12 12  14 14  17 17 17
 
-Three rollouts are shown. In the first, attempt a was cut after two tokens: the second attempt c in
-row 9 sees the prompt, rows 4 and 5, and the bridge, but not rows 6 and 7. The second rollout has
-the one attempt d. In the third, the chat template dropped all but two tokens of the prompt after
-attempt e. Rows 14 to 16 therefore leave the prompt early and come after every row that sees rows 2
-and 3. The rows of one rollout (here 12, 13 and 14 to 16) need not be neighbours.
+Letters are attempts and bridges, one per forwarded token; the last token of a leaf is not forwarded
+and not shown. Three rollouts are shown. In the first, attempt a was cut after two tokens: the
+second attempt c in row 9 sees the prompt, rows 4 and 5, and the bridge, but not rows 6 and 7. The
+second rollout has the one attempt d. In the third, the chat template dropped all but two tokens of
+the prompt after attempt e. Rows 14 to 16 therefore leave the prompt early and come after every row
+that sees rows 2 and 3. The rows of one rollout (here 12, 13 and 14 to 16) need not be neighbours.
 
 Differences from the packing of other trainers:
 
@@ -104,7 +105,7 @@ def pack_rollouts(
     builders = [_Builder()]
     for tree, members in trees.items():
         num_prompt_tokens = len(rollouts[members[0]].prompt_ids)
-        chain_sizes = [_chain_tokens(rollouts[rollout_idx]) for rollout_idx in members]
+        chain_sizes = [_num_chain_rows(rollouts[rollout_idx]) for rollout_idx in members]
         group_size = num_prompt_tokens + sum(chain_sizes)
         # A group that fits into an empty microbatch but not into what is left of this one moves
         # on as a whole. Otherwise its prompt would be forwarded twice.
@@ -128,7 +129,7 @@ def count_unique_tokens(rollouts: Sequence[Rollout]) -> int:
     """Counts the nodes of the trees: each group's prompt once, every attempt, every bridge."""
     trained = [rollout for rollout in rollouts if rollout.attempts]
     prompts = {group_key(rollout): len(rollout.prompt_ids) for rollout in trained}
-    return sum(prompts.values()) + sum(map(_chain_nodes, trained))
+    return sum(prompts.values()) + sum(map(_num_chain_tokens, trained))
 
 
 @dataclass(eq=False)
@@ -172,7 +173,7 @@ class _Builder:
         branch = self.roots[tree].fork(len(rollout.prompt_ids))
         for attempt_idx, attempt in enumerate(rollout.attempts):
             if attempt_idx > 0:
-                kept_tokens, bridge_ids = rollout.seam(attempt_idx - 1)
+                kept_tokens, bridge_ids = rollout.next_context(attempt_idx - 1)
                 num_unseen = _row_length(rollout, attempt_idx - 1) - kept_tokens
                 # The branch holds the attempt without its last token (see below). If the next
                 # attempt sees that token, it is no leaf's end and is forwarded after all. If it is
@@ -189,7 +190,7 @@ class _Builder:
             )
             # Without its last token, which predicts nothing as long as no other follows.
             branch.token_ids += attempt.token_ids[:-1]
-        self.num_tokens += _chain_tokens(rollout)
+        self.num_tokens += _num_chain_rows(rollout)
 
     def build(self) -> PackedMicrobatch:
         """Numbers the rows depth-first and returns the finished microbatch."""
@@ -244,17 +245,19 @@ def _row_length(rollout: Rollout, turn_idx: int) -> int:
     return rollout.context_length(turn_idx) + rollout.turns[turn_idx].attempt.num_tokens
 
 
-def _chain_nodes(rollout: Rollout) -> int:
+def _num_chain_tokens(rollout: Rollout) -> int:
     """Counts the tokens of a rollout's attempts and bridges."""
-    bridges = sum(len(rollout.seam(idx)[1]) for idx in range(len(rollout.turns) - 1))
+    bridges = sum(len(rollout.next_context(idx)[1]) for idx in range(len(rollout.turns) - 1))
     return bridges + sum(attempt.num_tokens for attempt in rollout.attempts)
 
 
-def _chain_tokens(rollout: Rollout) -> int:
-    """Counts the rows that a rollout adds beside its prompt; a leaf's last token is not one."""
-    seams = range(len(rollout.turns) - 1)
-    num_forks = sum(rollout.seam(idx)[0] < _row_length(rollout, idx) for idx in seams)
-    return _chain_nodes(rollout) - num_forks - 1
+def _num_chain_rows(rollout: Rollout) -> int:
+    """Counts the rows that a rollout adds beside its prompt: its tokens, but no leaf's last one."""
+    turn_indices = range(len(rollout.turns) - 1)
+    num_forks = sum(
+        rollout.next_context(idx)[0] < _row_length(rollout, idx) for idx in turn_indices
+    )
+    return _num_chain_tokens(rollout) - num_forks - 1
 
 
 def _check_rollout(rollout_idx: int, rollout: Rollout) -> None:
@@ -272,7 +275,7 @@ def _check_rollout(rollout_idx: int, rollout: Rollout) -> None:
             )
     for turn_idx in range(len(rollout.turns) - 1):
         try:
-            kept_tokens, _ = rollout.seam(turn_idx)
+            kept_tokens, _ = rollout.next_context(turn_idx)
         except ValueError as error:
             raise ValueError(f"pack_rollouts: {error}") from None
         row_length = _row_length(rollout, turn_idx)

@@ -41,7 +41,7 @@ from socpo_fast.train.packing import PackedMicrobatch, Packing, count_unique_tok
 from socpo_fast.types import Rollout
 
 
-class Figures(NamedTuple):
+class LossStats(NamedTuple):
     """The numbers of one call of policy_gradients.
 
     entropy, ratio and mismatch are taken over the loss tokens whose log-prob was computed. A token
@@ -62,7 +62,7 @@ class Figures(NamedTuple):
 class GradientStats:
     """The outcome of one call of policy_gradients."""
 
-    figures_6: Tensor  # fp64, on the student's device: the fields of Figures, in its order
+    loss_stats_6: Tensor  # fp64, on the student's device: the fields of LossStats, in its order
     tokens_forwarded: int
     unique_tokens: int  # nodes of the groups' trees: prompt once, attempts, bridges; idle included
     loss_tokens: int  # sampled tokens, idle rollouts included
@@ -70,9 +70,9 @@ class GradientStats:
     idle_rollouts: int  # not forwarded, because all their advantages are 0
 
     @cached_property
-    def figures(self) -> Figures:
+    def figures(self) -> LossStats:
         """Returns the figures on the host; the first access waits for the device."""
-        return Figures(*self.figures_6.tolist())
+        return LossStats(*self.loss_stats_6.tolist())
 
     @property
     def loss(self) -> float:
@@ -163,7 +163,7 @@ def policy_gradients(
             for microbatch in microbatches
         ]
     return GradientStats(
-        figures_6=_figures(
+        loss_stats_6=_figures(
             outcomes, microbatches, sum(attempt_lens), student.lm_head.weight.device
         ),
         tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
@@ -301,7 +301,7 @@ def _figures(
     num_loss_tokens: int,
     device: torch.device,
 ) -> Tensor:
-    """Returns [6] fp64: the values of Figures, from the results of _backward, without a sync."""
+    """Returns [6] fp64: the values of LossStats, from the results of _backward, without a sync."""
     if not outcomes:
         values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan]
         return upload(torch.tensor(values, dtype=torch.float64), device)

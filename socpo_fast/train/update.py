@@ -19,7 +19,7 @@ from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import PolicyLossOptions
 from socpo_fast.train.loss_inputs import OldLogprobs, PerToken, drop_idle
 from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import Figures, compute_logprobs, policy_gradients
+from socpo_fast.train.step import LossStats, compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
 
 MISMATCH = ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats")
@@ -124,9 +124,10 @@ class Updater:
             tis_clip=loss.tis_clip,
             checkpointing=bool(self.config.train.checkpointing),
         )
-        # figures_6 stays on the device until the step reads it back with its own numbers: one wait.
-        result = self.optimizer.step(stats.figures_6[0], also_read=stats.figures_6)
-        figures = Figures(*result.also_read)
+        # loss_stats_6 stays on the device until the step reads it back with its own numbers: one
+        # wait.
+        result = self.optimizer.step(stats.loss_stats_6[0], also_read=stats.loss_stats_6)
+        figures = LossStats(*result.also_read)
         if self.optimizer.num_skipped_in_a_row >= self.config.train.max_bad_updates:
             raise RunFailed(
                 "train: loss and gradient must be finite, got "

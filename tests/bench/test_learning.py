@@ -20,8 +20,8 @@ from bench.learning.analysis import (
     difference,
     estimate,
     rescued_share,
-    right_alone_by_rescues,
     runs_of,
+    unassisted_by_rescues,
 )
 from bench.learning.cells import interval, markdown, with_spread
 from bench.learning.figures import FIGURES, recorded_curves, save
@@ -161,7 +161,7 @@ def test_facts_of_planted_rollouts() -> None:
 
 def test_unassisted_share_by_earlier_rescues() -> None:
     """Before batch 1 there is no rescue, before batch 2 there are two, before batch 3 three."""
-    shares = right_alone_by_rescues([record(TUTOR, [0.4, 0.5])], (0, 1, 3, 10))
+    shares = unassisted_by_rescues([record(TUTOR, [0.4, 0.5])], (0, 1, 3, 10))
     assert shares[:3] == [(0.0, 4), (0.5, 4), (1.0, 4)]
     assert math.isnan(shares[3][0]) and shares[3][1] == 0
 

@@ -25,11 +25,11 @@ from tests.helpers.late_devices import FakeCuda, FakeGraph, make_reads_late
 from tests.helpers.tiny import (
     bits,
     drain,
+    expected_attempt,
     generate_same,
     kept,
     make_engine,
     make_student,
-    untouched,
 )
 from tests.helpers.traces import PageBook, Trace
 
@@ -83,7 +83,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[Size, FakeGraph]:
     """Makes every decode loop pad and capture, as on a GPU; returns the graphs by their size."""
     captured: dict[Size, FakeGraph] = {}
     init = DecodeLoop.__init__
-    make = DecodeLoop._graph
+    make = DecodeLoop.graph_for
 
     def init_as_on_gpu(self: DecodeLoop, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
@@ -94,12 +94,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[Size, FakeGraph]:
         graph = captured[size] = make(self, *size)
         # The warm-up round before a capture must write nothing into pages of live sequences.
         assert all(map(torch.equal, old, (self.runner.k_cache_LPSKE, self.runner.v_cache_LPSKE)))
-        graph.round = lambda: self._round(*size)
+        graph.round = lambda: self.run_round(*size)
         return graph
 
     FakeCuda().install(monkeypatch)
     monkeypatch.setattr(DecodeLoop, "__init__", init_as_on_gpu)
-    monkeypatch.setattr(DecodeLoop, "_graph", graph_of)
+    monkeypatch.setattr(DecodeLoop, "graph_for", graph_of)
     return captured
 
 
@@ -146,7 +146,7 @@ def test_padded_and_replayed_rounds_draw_the_same(
         engine = make_engine(student, **options, tokens_per_sync=8)
         expected = run_two_attempts(make_engine(student, **options, tokens_per_sync=1), params)
         assert run_two_attempts(engine, params) == expected
-        loop = engine._steps.loop
+        loop = engine.steps.loop
         # Sizes are rounded up to powers of two, so that a run captures few graphs.
         for size in graphs:
             for n, largest in zip(size[:2], (loop.max_running, loop.max_pages), strict=True):
@@ -191,15 +191,15 @@ def test_rounds_run_ahead_of_the_host(student: Decoder) -> None:
     engine.submit([3, 5, 7], replace(PARAMS, n=4, ignore_eos=True, max_new_tokens=40), key=(0, 0))
     engine.step()
     engine.launch()
-    assert [step.num_rounds for step in engine._steps._launched] == [4, 4]
+    assert [step.num_rounds for step in engine.steps._launched] == [4, 4]
     engine.submit([4], PARAMS, key=(0, 1))
     assert engine.collect() == []
     engine.launch()
-    assert [step.num_rounds for step in engine._steps._launched] == [4]
+    assert [step.num_rounds for step in engine.steps._launched] == [4]
     with pytest.raises(ValueError, match="lend_memory"), engine.lend_memory():
         pass
     engine.reset()
-    assert not engine._steps._launched and engine.collect() == [] and engine.is_ready
+    assert not engine.steps._launched and engine.collect() == [] and engine.is_ready
 
 
 def test_lookahead_takes_free_pages_only(student: Decoder, launched_rounds: list[int]) -> None:
@@ -243,7 +243,7 @@ def test_cancel_between_steps(student: Decoder, launched_rounds: list[int]) -> N
     done = drain(engine)
     assert [(a.key.question, a.rollout_idx) for a in done] == [(1, 0), (1, 1), (1, 2)]
     for attempt in done:
-        assert bits(attempt) == untouched(
+        assert bits(attempt) == expected_attempt(
             student, PROMPTS[1], params, key=(0, 1), rollout_idx=attempt.rollout_idx
         )
     engine.release(done)
@@ -258,14 +258,14 @@ def test_new_weights_between_steps(student: Decoder) -> None:
     engine.submit(PROMPTS[1], params, key=(0, 0))
     for _ in range(3):
         engine.step()
-    sampled = {sequence.num_sampled for sequence in engine._scheduler.running}
+    sampled = {sequence.num_sampled for sequence in engine.scheduler.running}
     assert sampled == {9}, "one by the prefill, four by each launch that was read"
     trained.load_state_dict(make_student(1).state_dict())
     engine.bump_policy_version()
     for attempt in drain(engine):
         context = {"context": PROMPTS[1], "params": params, "rollout_idx": attempt.rollout_idx}
-        old_part = untouched(student, **context, max_sampled=9)
-        new_part = untouched(make_student(1), **context, sampled=old_part[0])
+        old_part = expected_attempt(student, **context, max_sampled=9)
+        new_part = expected_attempt(make_student(1), **context, sampled=old_part[0])
         assert bits(attempt)[:3] == tuple(
             a + b for a, b in zip(old_part[:3], new_part[:3], strict=True)
         )
@@ -277,8 +277,8 @@ class LoopBook(PageBook):
 
     def __init__(self, engine: Engine):
         super().__init__(engine)
-        self.launch = engine._steps.loop.launch
-        engine._steps.loop.launch = self.note_rounds
+        self.launch = engine.steps.loop.launch
+        engine.steps.loop.launch = self.note_rounds
         self.row_ids: dict[Sequence, list[int]] = {}  # tokens in flight included
 
     def note_rounds(self, sequences: list[Sequence], num_rounds: int, *, is_ahead: bool) -> Any:
@@ -305,13 +305,13 @@ class LoopTrace(Trace):
     def __init__(self, seed: int, student: Decoder):
         super().__init__(seed, student)
         engine = self.engine
-        scheduler = self.engine._scheduler
+        scheduler = self.engine.scheduler
         # With fewer rows than 3 a prompt would wait nearly always, and no launch runs ahead then.
         scheduler.max_running = self.rng.choice([3, 64])
-        vars(engine._runner).pop("forward", None), vars(engine._runner).pop("copy_pages", None)
+        vars(engine.runner).pop("forward", None), vars(engine.runner).pop("copy_pages", None)
         rounds = self.rng.choice([2, 3, 8])
-        engine._steps = StepQueue(
-            scheduler, engine._runner, engine._arrivals, tokens_per_sync=rounds, name="student"
+        engine.steps = StepQueue(
+            scheduler, engine.runner, engine._arrivals, tokens_per_sync=rounds, name="student"
         )
         self.book = LoopBook(engine)
         self.num_late = 0
@@ -323,7 +323,7 @@ class LoopTrace(Trace):
                 self.num_late += 1
                 return
         done = self.engine.step()
-        assert len(self.engine._scheduler.running) <= self.engine._scheduler.max_running
+        assert len(self.engine.scheduler.running) <= self.engine.scheduler.max_running
         self.pinned += done
         self.finished += done
 

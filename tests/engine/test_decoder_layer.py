@@ -40,9 +40,9 @@ def student_of(family: str, dtype: torch.dtype) -> Decoder:
 def generate(student: Decoder, *, is_fused: bool) -> list[tuple[list[int], torch.Tensor]]:
     """Returns tokens and log-probs of a few attempts, by the fused op or by the layer's modules."""
     engine = Engine(student, kv_cache_gib=0.001, page_size=4)
-    assert engine._runner.layer_weights
+    assert engine.runner.layer_weights
     if not is_fused:
-        engine._runner.layer_weights = []
+        engine.runner.layer_weights = []
     params = SamplingParams(n=3, temperature=1.0, max_new_tokens=9, eos_ids=(), ignore_eos=True)
     groups = generate_same(engine, [[1, 2, 3, 4, 5, 6, 7], [8]], params)
     return [(attempt.token_ids, attempt.logprobs) for group in groups for attempt in group]

@@ -19,24 +19,24 @@ from tests.helpers.tiny import make_engine, make_student
 def test_capture_runs_on_the_engines_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two engines on two cards, as student and local teacher, each capture on their own card."""
     cuda = FakeCuda()
-    run_round = DecodeLoop._round
+    run_round = DecodeLoop.run_round
     cuda.install(monkeypatch)
 
     def note_round(self: DecodeLoop, *size: Any) -> None:
         cuda.note("round")
         run_round(self, *size)
 
-    monkeypatch.setattr(DecodeLoop, "_round", note_round)
+    monkeypatch.setattr(DecodeLoop, "run_round", note_round)
     streams = []
     for index in range(2):
         engine = make_engine(make_student(), tokens_per_sync=4)
-        device = engine._runner.device = torch.device("cpu", index)  # stands for cuda:index
+        device = engine.runner.device = torch.device("cpu", index)  # stands for cuda:index
         cuda.steps.clear()
-        first, second = (engine._steps.loop._graph(rows, 2, False) for rows in (2, 4))
+        first, second = (engine.steps.loop.graph_for(rows, 2, False) for rows in (2, 4))
         steps = ["the capture's stream waits", "round", "capture", "round", "end of capture"]
         steps += ["the caller's stream waits"]
         assert cuda.steps == [(step, device) for step in steps * 2]
-        assert first is not second and engine._steps.loop._graph(2, 2, False) is first
+        assert first is not second and engine.steps.loop.graph_for(2, 2, False) is first
         assert first.device == second.device == first.stream.device == device
         assert first.stream is second.stream, "graphs that share a pool share a stream"
         streams.append(first.stream)

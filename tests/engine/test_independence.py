@@ -18,11 +18,11 @@ from socpo_fast.types import SamplingParams
 from tests.helpers.tiny import (
     bits,
     drain,
+    expected_attempt,
     generate_same,
     kept,
     make_engine,
     make_student,
-    untouched,
 )
 
 PROMPTS = [[3, 5, 7], list(range(1, 30)), [9] * 8, [4]]
@@ -60,7 +60,7 @@ def test_a_fork_of_n_equals_n_separate_runs(student: Decoder, prompt: list[int],
     (group,) = make_engine(student).generate([prompt], replace(PARAMS, n=n), keys=[(4, 6)])
     assert [attempt.rollout_idx for attempt in group] == list(range(n))
     for rollout_idx, attempt in enumerate(group):
-        assert bits(attempt) == untouched(
+        assert bits(attempt) == expected_attempt(
             student, prompt, PARAMS, key=(4, 6), rollout_idx=rollout_idx
         )
 
@@ -78,7 +78,7 @@ def test_batch_invariant(student: Decoder) -> None:
         engine.submit(prompt, params, key=(0, q))
     for attempt in drain(engine):
         q = attempt.key.question
-        expected = untouched(
+        expected = expected_attempt(
             student,
             PROMPTS[q],
             params_by_question[q],
@@ -200,7 +200,7 @@ def test_impossible_request_leaves_nothing_behind(student: Decoder, call, messag
     assert engine.stats == old_stats and not engine.has_work
     with engine.lend_memory():  # refused while any sequence is queued, running or pinned
         pass
-    assert bits(generate_same(engine, [[1] * 36], PARAMS)[0][2]) == untouched(
+    assert bits(generate_same(engine, [[1] * 36], PARAMS)[0][2]) == expected_attempt(
         student, [1] * 36, PARAMS, rollout_idx=2
     )
 

@@ -106,6 +106,6 @@ def test_group_forks_share_the_prefix_pages(student: Decoder) -> None:
     engine.keep_prefix(PREFIX)
     engine.submit(PROMPTS[0], replace(PARAMS, n=8), key=(0, 0))
     engine.step()
-    first_pages = {tuple(s.pages[:3]) for s in engine._scheduler.running}
-    assert len(first_pages) == 1 and engine._pool.ref_count[next(iter(first_pages))[0]] == 9
+    first_pages = {tuple(s.pages[:3]) for s in engine.scheduler.running}
+    assert len(first_pages) == 1 and engine.pool.ref_count[next(iter(first_pages))[0]] == 9
     engine.release(drain(engine))

@@ -24,11 +24,11 @@ from socpo_fast.types import Attempt, SamplingParams
 from tests.helpers.tiny import (
     bits,
     drain,
+    expected_attempt,
     generate_same,
     kept,
     make_engine,
     make_student,
-    untouched,
 )
 
 PROMPT = list(range(1, 15))
@@ -66,7 +66,7 @@ def test_resume_equals_a_fresh_run_of_the_same_context(student: Decoder, cut: in
     assert engine.stats.prefill_tokens - old_prefill_tokens == len(SUFFIX) + (cut in (None, 6)), (
         "only what is new is prefilled"
     )
-    assert bits(second) == untouched(student, context, PARAMS, rollout_idx=1, attempt_idx=1)
+    assert bits(second) == expected_attempt(student, context, PARAMS, rollout_idx=1, attempt_idx=1)
     assert (second.key, second.rollout_idx, second.attempt_idx) == (group[1].key, 1, 1)
     engine.release([*group, second])
     assert engine.stats.pages_free == engine.stats.pages_total
@@ -103,7 +103,7 @@ def test_siblings_do_not_see_each_others_writes(student: Decoder, cut: int, num_
     engine.resume(group[2], suffixes[2], PARAMS, kept_tokens=num_kept)
     for i, second in enumerate(drain(engine)):
         kept_ids = PROMPT[:cut] if i < 2 else PROMPT + group[2].token_ids
-        assert bits(second) == untouched(
+        assert bits(second) == expected_attempt(
             student, kept_ids + suffixes[i], PARAMS, rollout_idx=i, attempt_idx=1
         )
 
@@ -127,7 +127,7 @@ def test_partial_page_recomputed_if_no_page_is_free(student: Decoder) -> None:
     )
     for second, kept_ids in zip(seconds, (prompt[:-2], prompt + group[2].token_ids), strict=True):
         indices = {"rollout_idx": second.rollout_idx, "attempt_idx": 1}
-        assert bits(second) == untouched(student, kept_ids + SUFFIX, params, **indices)
+        assert bits(second) == expected_attempt(student, kept_ids + SUFFIX, params, **indices)
 
 
 def test_a_sibling_still_running_does_not_see_a_write(student: Decoder) -> None:
@@ -149,7 +149,7 @@ def test_a_sibling_still_running_does_not_see_a_write(student: Decoder) -> None:
     for attempt in [early, *done[1:], *drain(engine)]:
         context = PROMPT if attempt.attempt_idx == 0 else PROMPT[:-9] + SUFFIX
         indices = {"rollout_idx": attempt.rollout_idx, "attempt_idx": attempt.attempt_idx}
-        assert bits(attempt) == untouched(student, context, params, **indices)
+        assert bits(attempt) == expected_attempt(student, context, params, **indices)
 
 
 @pytest.mark.parametrize("cut", [None, 3, 0, -1, -6, -13])
@@ -165,9 +165,9 @@ def test_preempted_resume_is_recomputed(student: Decoder, cut: int | None, preem
     engine.resume(group[1], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[1], cut))
     if preempted != "before it is resumed":
         engine.step()
-        engine._scheduler._give_way(engine._scheduler.running[-1])
+        engine.scheduler.preempt(engine.scheduler.running[-1])
     second = drain(engine)[0]
-    assert bits(second) == untouched(
+    assert bits(second) == expected_attempt(
         student, context_of(group[1], cut), PARAMS, rollout_idx=1, attempt_idx=1
     )
 
@@ -182,7 +182,7 @@ def test_back_over_several_bridges(student: Decoder) -> None:
     (third,) = drain(engine)
     context = PROMPT + group[0].token_ids[:-2] + [33]
     assert third.attempt_idx == 2
-    assert bits(third) == untouched(student, context, PARAMS, attempt_idx=2)
+    assert bits(third) == expected_attempt(student, context, PARAMS, attempt_idx=2)
 
 
 def weights(student: Decoder) -> Iterator[torch.Tensor]:
@@ -210,9 +210,13 @@ def test_stale_pages_are_never_reused(cut: int | None) -> None:
     (second,) = drain(engine)
     context = context_of(group[1], cut)
     assert engine.stats.prefill_tokens - old_prefill_tokens == len(context)
-    assert bits(second) == untouched(new_student, context, PARAMS, rollout_idx=1, attempt_idx=1)
+    assert bits(second) == expected_attempt(
+        new_student, context, PARAMS, rollout_idx=1, attempt_idx=1
+    )
     assert (second.policy_version, engine.policy_version) == (1, 1)
-    assert bits(second) != untouched(make_student(0), context, PARAMS, rollout_idx=1, attempt_idx=1)
+    assert bits(second) != expected_attempt(
+        make_student(0), context, PARAMS, rollout_idx=1, attempt_idx=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +247,7 @@ def test_a_refused_resume_changes_nothing(
         engine.resume(group[0], suffix, PARAMS, kept_tokens=kept(PROMPT, group[0], cut))
     assert engine.stats == old_stats and not engine.has_work
     engine.resume(group[0], SUFFIX, PARAMS, kept_tokens=kept(PROMPT, group[0]))
-    assert bits(drain(engine)[0]) == untouched(
+    assert bits(drain(engine)[0]) == expected_attempt(
         student, context_of(group[0], None), PARAMS, attempt_idx=1
     )
     # Were its pages lost, the whole context would have been prefilled.

@@ -30,13 +30,13 @@ def storage_of(engine: Engine) -> dict[str, int]:
     tensors = {**dict(engine.student.named_parameters()), **dict(engine.student.named_buffers())}
     tensors |= {
         name: value
-        for name, value in vars(engine._runner).items()
+        for name, value in vars(engine.runner).items()
         if isinstance(value, torch.Tensor)
     }
-    if engine._steps.loop is not None:
+    if engine.steps.loop is not None:
         tensors |= {
             name: value
-            for name, value in vars(engine._steps.loop).items()
+            for name, value in vars(engine.steps.loop).items()
             if isinstance(value, torch.Tensor)
         }
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}

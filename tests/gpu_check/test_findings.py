@@ -144,12 +144,12 @@ def test_other_bits_of_rounds_are_found(check: Check, monkeypatch: pytest.Monkey
     """Log-probs of eager rounds that differ by 1e-6 from those of graphs are a failure."""
 
     def shift_logprobs(engine: Engine) -> None:
-        launch = engine._steps.loop.launch
+        launch = engine.steps.loop.launch
 
         def launch_shifted(*args: Any, **options: Any) -> Readback:
             return Readback(launch(*args, **options).wait() - torch.tensor([0, 1e-6, 0])[:, None])
 
-        engine._steps.loop.launch = launch_shifted
+        engine.steps.loop.launch = launch_shifted
 
     monkeypatch.setattr(engine_stage, "launch_rounds", shift_logprobs)
     (failure,) = outcome(check, engine_stage.graph_replay).failures
@@ -245,12 +245,12 @@ def test_triton_tests_are_found_by_their_content() -> None:
 
 
 def test_sync_debug_mode_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`unwatched` runs a function under "error"; each block restores the mode it found."""
+    """`with_sync_errors` runs a function under "error"; each block restores the mode it found."""
     modes = [0]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     card = SimpleNamespace(type="cuda")
-    watched = engine_stage.unwatched(card, lambda: modes.append("run"))
+    watched = engine_stage.with_sync_errors(card, lambda: modes.append("run"))
     with engine_stage.sync_debug(card, "warn"):
         watched()
     assert modes == [0, "warn", "error", "run", "warn", 0]

@@ -86,14 +86,14 @@ def cuts(rollout: Rollout) -> list[int | None]:
     """
     tokens_seen: list[int | None] = []
     for k, attempt in enumerate(rollout.attempts[:-1]):
-        cut = rollout.seam(k)[0] - rollout.context_length(k)
+        cut = rollout.next_context(k)[0] - rollout.context_length(k)
         tokens_seen.append(None if cut == attempt.num_tokens else cut)
     return tokens_seen
 
 
 def bridges(rollout: Rollout) -> list[list[int]]:
     """Returns the bridge token ids between each two attempts."""
-    return [rollout.seam(k)[1] for k in range(len(rollout.turns) - 1)]
+    return [rollout.next_context(k)[1] for k in range(len(rollout.turns) - 1)]
 
 
 def shown(rollout: Rollout) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 
-def dead_pair(triton: str | None, numpy: str) -> str | None:
+def incompatible_pair(triton: str | None, numpy: str) -> str | None:
     """Returns why two versions cannot run the interpreter together, None if they can.
 
     Before Triton 3.7 the interpreter converts arrays of size 1 with int(), which numpy refuses from

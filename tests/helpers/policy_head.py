@@ -251,7 +251,7 @@ def without(case: Case, left_out: Tensor) -> Case:
 
 
 def keep_all(_: Tensor, *by_row: Tensor | None) -> list[Tensor | None]:
-    """Keeps all rows, as keep_wanted does on a card.
+    """Keeps all rows, as keep_rows does on a card.
 
     There the host would have to wait for the number of wanted rows, so none are dropped.
     """

@@ -1,6 +1,6 @@
 """Makes a student small enough for thousands of steps, and engines for it.
 
-`untouched` computes what an attempt must be, whatever else happens in its engine.
+`expected_attempt` computes what an attempt must be, whatever else happens in its engine.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def bits(attempt: Attempt) -> tuple:
     )
 
 
-def untouched(
+def expected_attempt(
     student: Decoder,
     context: list[int],
     params: SamplingParams,
@@ -125,7 +125,7 @@ def untouched(
         rollout_idx=rollout_idx,
         attempt_idx=attempt_idx,
     )
-    engine._scheduler.enqueue(sequence)
+    engine.scheduler.enqueue(sequence)
     while engine.has_work and sequence.num_sampled != max_sampled:
         engine.step()
     attempt = sequence.attempt()

@@ -23,7 +23,7 @@ from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model import Decoder
 from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 from tests.helpers.interrupts import interrupted_at
-from tests.helpers.tiny import POSITIONS, VOCAB, bits, make_engine, make_student, untouched
+from tests.helpers.tiny import POSITIONS, VOCAB, bits, expected_attempt, make_engine, make_student
 
 Name = tuple[RolloutKey, int, int]  # key, rollout_idx, attempt_idx
 STUDENTS = [make_student(seed) for seed in range(3)]  # policy_version % 3
@@ -38,11 +38,11 @@ class PageBook:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.pool = engine._pool
+        self.pool = engine.pool
         self.computed = {}
         # Wraps both functions that write pages, so that every write is noted.
-        self.forward, engine._runner.forward = engine._runner.forward, self.note_forward
-        self.copy, engine._runner.copy_pages = engine._runner.copy_pages, self.note_copies
+        self.forward, engine.runner.forward = engine.runner.forward, self.note_forward
+        self.copy, engine.runner.copy_pages = engine.runner.copy_pages, self.note_copies
 
     def slots(self, sequence: Sequence, start: int, stop: int) -> list[tuple]:
         """Returns (slot, expected content) for the tokens start .. stop - 1 of a sequence."""
@@ -73,11 +73,11 @@ class PageBook:
 
     def check(self) -> None:
         """Asserts that pages are held or free, never both, and hold what they should."""
-        scheduler = self.engine._scheduler
+        scheduler = self.engine.scheduler
         pages = range(self.pool.num_pages)
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
         launched = {
-            s for launched_step in self.engine._steps._launched for s in launched_step.sequences
+            s for launched_step in self.engine.steps._launched for s in launched_step.sequences
         }
         num_holders = Counter(page for sequence in live for page in sequence.pages)
         free = Counter(self.pool._free)
@@ -181,8 +181,8 @@ class Trace:
             - old_stats.prefill_tokens
             - old_stats.decode_tokens
         )
-        assert num_tokens <= self.engine._scheduler.token_budget
-        assert len(self.engine._scheduler.running) <= self.engine._scheduler.max_running
+        assert num_tokens <= self.engine.scheduler.token_budget
+        assert len(self.engine.scheduler.running) <= self.engine.scheduler.max_running
         self.pinned += attempts
         self.finished += attempts
 
@@ -203,10 +203,10 @@ class Trace:
                 self.engine.resume(attempt, [1] * POSITIONS, params, kept_tokens=kept_tokens)
             return
         suffix = self.random_ids(self.rng.randint(1, min(room, 9)))
-        sequence = self.engine._scheduler.pinned[attempt]
-        page_size = self.engine._pool.page_size
+        sequence = self.engine.scheduler.pinned[attempt]
+        page_size = self.engine.pool.page_size
         if kept_into := len(kept) % page_size and sequence.pages[len(kept) // page_size :]:
-            self.num_shared += self.engine._pool.ref_count[kept_into[0]] > 1
+            self.num_shared += self.engine.pool.ref_count[kept_into[0]] > 1
         self.engine.resume(attempt, suffix, params, kept_tokens=kept_tokens)
         self.pinned.remove(attempt)
         self.expect(
@@ -226,43 +226,43 @@ class Trace:
 
     def take_pages(self) -> None:
         """Preempts any sequence at any moment, as the scheduler does when pages run out."""
-        scheduler = self.engine._scheduler
+        scheduler = self.engine.scheduler
         launched = {
-            s for launched_step in self.engine._steps._launched for s in launched_step.sequences
+            s for launched_step in self.engine.steps._launched for s in launched_step.sequences
         }
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
         live = [sequence for sequence in live if sequence not in launched]
         if live and (victim := self.rng.choice(live)) in scheduler.running:
-            scheduler._give_way(victim)
+            scheduler.preempt(victim)
         elif live:
-            victim.drop_pages(self.engine._pool)
+            victim.drop_pages(self.engine.pool)
 
     def change_weights(self) -> None:
         """Loads other weights; waiting attempts go on under the new version."""
         self.engine.bump_policy_version()
         version = self.engine.policy_version
         self.load_weights(version % len(STUDENTS))
-        for sequence in self.engine._scheduler.waiting:
+        for sequence in self.engine.scheduler.waiting:
             for i in range(sequence.num_rollouts):
                 name = (sequence.key, sequence.rollout_idx + i, sequence.attempt_idx)
                 self.versions[name].append((sequence.num_sampled, version))
 
     def ask_for_too_much(self) -> None:
         """Submits prompts that are refused and change nothing."""
-        old_state = self.engine.stats, self.engine._scheduler.waiting.copy()
+        old_state = self.engine.stats, self.engine.scheduler.waiting.copy()
         for prompt in ([], [VOCAB], [1] * self.engine.max_tokens):
             with pytest.raises(
                 ValueError, match="submit: (token ids must|need|prompt [+] max_new_tokens must)"
             ):
                 self.engine.submit(prompt, self.random_params(), key=(8, 0))
-        assert (self.engine.stats, self.engine._scheduler.waiting) == old_state
+        assert (self.engine.stats, self.engine.scheduler.waiting) == old_state
 
     def submit_again(self) -> None:
         """Submits an earlier key, which is refused while anything under it is in flight."""
         if self.num_questions == 0:
             return
         key = RolloutKey(7, self.rng.randrange(self.num_questions))
-        scheduler = self.engine._scheduler
+        scheduler = self.engine.scheduler
         params = self.random_params()
         live = [*scheduler.waiting, *scheduler.running, *scheduler.pinned.values()]
         if any(sequence.key == key for sequence in live):
@@ -293,7 +293,7 @@ class Trace:
         assert not self.engine.has_work
 
     def check_tokens(self) -> None:
-        """Compares every attempt with `untouched`.
+        """Compares every attempt with `expected_attempt`.
 
         Each of its tokens is compared under the weights that it was sampled with.
         """
@@ -308,7 +308,7 @@ class Trace:
             for (start, version), (stop, _) in pairwise(starts):
                 if start < stop:
                     first_version = version if start == 0 else first_version
-                    *pieces, reason = untouched(
+                    *pieces, reason = expected_attempt(
                         STUDENTS[version % len(STUDENTS)],
                         self.contexts[name],
                         self.params[name],

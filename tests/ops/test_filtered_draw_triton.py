@@ -14,9 +14,9 @@ from socpo_fast.kernels.linear_sample import linear_sample_triton
 from socpo_fast.ops import linear_sample
 from socpo_fast.ops.sample import kept_tokens, sample_ref
 from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
-from tests.ops.test_linear_sample_law import chance
+from tests.ops.test_linear_sample_distribution import chance
 from tests.ops.test_sample import keys, settings
-from tests.ops.test_sample_law import kept_by_hand
+from tests.ops.test_sample_distribution import kept_by_hand
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = TILES[0][torch.float32].block

@@ -58,7 +58,7 @@ def test_rows_without_a_target_have_no_logprob(
     On a card such rows stay in the products, so both ways are tested.
     """
     if as_on_a_card:
-        monkeypatch.setattr(_fused_logprob, "keep_wanted", keep_all)
+        monkeypatch.setattr(_fused_logprob, "keep_rows", keep_all)
     case = make_case(num_tokens=60)._replace(rows=torch.arange(53))
     left_out = torch.arange(53) % 3 == 0
     case.hidden[:53][left_out] = torch.nan

@@ -92,7 +92,7 @@ def run_backward(
     rows = torch.arange(40) * 5 % 9
     has_grad = torch.arange(40) % 3 != 1
     options: dict[str, Any] = {"workspace_mib": 1e-6, "needs_grad": needs_grad}
-    chunked_head = ChunkedHead(hidden, weight, rows, moves_rows_up=not as_on_a_card, **options)
+    chunked_head = ChunkedHead(hidden, weight, rows, compacts_rows=not as_on_a_card, **options)
     for chunk in chunked_head.chunks():
         chunked_head.project(chunk)
         num_rows = chunk.stop - chunk.start
@@ -122,7 +122,7 @@ def test_a_card_moves_and_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def keep_all(_: Tensor, *by_row: Tensor | None) -> list[Tensor | None]:
-    """Keeps all rows, as keep_wanted does on a card; the host cannot know how many are wanted."""
+    """Keeps all rows, as keep_rows does on a card; the host cannot know how many are wanted."""
     return [x if x is None else x.contiguous() for x in by_row]
 
 
@@ -148,7 +148,7 @@ def test_rows_that_stay_may_hold_anything(
     for is_on_a_card in (False, True):
         if is_on_a_card:
             for module in (_fused_logprob, _fused_policy_loss):
-                monkeypatch.setattr(module, "keep_wanted", keep_all)
+                monkeypatch.setattr(module, "keep_rows", keep_all)
             hidden[::4] = torch.nan
             hidden[1::4] = torch.inf
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, torch.zeros(50))]

@@ -254,7 +254,7 @@ def test_without_compaction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     case = make_case(num_rows=37)._replace(rows=torch.arange(37))
     case.hidden[case.weights == 0] = torch.nan
     expected = fused(case, torch.float64)
-    monkeypatch.setattr(_fused_policy_loss, "keep_wanted", keep_all)
+    monkeypatch.setattr(_fused_policy_loss, "keep_rows", keep_all)
     torch.testing.assert_close(fused(case, torch.float64), expected, equal_nan=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from socpo_fast.kernels import paged_decode
 from socpo_fast.kernels.paged_attention import paged_attention_triton
 from socpo_fast.ops.paged_attention import paged_attention_ref
-from socpo_fast.ops.prefix_groups import alone, prefix_groups
+from socpo_fast.ops.prefix_groups import prefix_groups, ungrouped
 from tests.helpers.error_rule import (
     assert_bitwise_equal,
     assert_equal_across_variants,
@@ -31,7 +31,7 @@ def run(case: Case, *, cascade: bool = True, **options: Any) -> Tensor:
 
     max_seqlen_k is by default that of the block table, as in a captured graph.
     """
-    groups = alone(len(case.seq_lens_B))
+    groups = ungrouped(len(case.seq_lens_B))
     if cascade:
         groups = prefix_groups(
             case.block_table_BM.numpy(), case.seq_lens_B.numpy(), case.k_cache_PSKE.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from socpo_fast.ops.prefix_groups import MAX_MEMBERS, alone, prefix_groups
+from socpo_fast.ops.prefix_groups import MAX_MEMBERS, prefix_groups, ungrouped
 from tools.kv_reads import CASES, Lengths, keys_read, saved_share
 
 
@@ -30,7 +30,7 @@ def test_who_is_grouped() -> None:
     assert groups[siblings_, 2].tolist() == [3 * 16] * 5
     assert groups[1, 3:9].tolist() == [*siblings_, -1]
     other_rows = [row for row in range(20) if row not in siblings_]
-    assert (groups[other_rows] == alone(20)[other_rows]).all()
+    assert (groups[other_rows] == ungrouped(20)[other_rows]).all()
     lens[4] = 47  # two full pages
     assert prefix_groups(table, lens, 16)[siblings_, 2].tolist() == [32] * 5
     lens[4] = 15
@@ -56,7 +56,7 @@ def test_keys_are_counted_by_hand() -> None:
     groups = prefix_groups(table, lens, 16)
     assert keys_read(groups, lens, 32, 16) == 100 + 1 + 34 + 50
     assert keys_read(groups, lens, 32, 2) == 100 + 1 + 130 + 50
-    assert keys_read(alone(4), lens, 32, 16) == lens.sum()
+    assert keys_read(ungrouped(4), lens, 32, 16) == lens.sum()
 
 
 # An earlier design, in which only neighbours in aligned blocks of eight shared, saved 28, 13.4, 6.1

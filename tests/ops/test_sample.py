@@ -1,6 +1,6 @@
 """Tests sample: the filters, and that a draw depends on nothing but its own row and key.
 
-test_sample_law.py tests the distribution that it draws from.
+test_sample_distribution.py tests the distribution that it draws from.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from socpo_fast.kernels._tree_plan import (
     NUM_EXTRA,
     ROWS_PER_BLOCK,
     max_slots,
-    program_lengths,
+    tiles_per_program,
 )
 from socpo_fast.ops import TreeMask
 from tests.ops.test_tree_attention import int32, random_tree
@@ -112,7 +112,7 @@ def test_balance_by_hand() -> None:
     """
     until_T = visible_until_of_groups([(64, [64] * 15)])
     assert MIN_CHUNK == 8
-    cut_P, whole_N = program_lengths(TreeMask.of(until_T).query_ranges_P7)
+    cut_P, whole_N = tiles_per_program(TreeMask.of(until_T).query_ranges_P7)
     assert cut_P.tolist() == [8, 8, *[1] * 15]
     assert whole_N.tolist() == [16, *[1] * 15]
     # With 8 KV heads on 132 multiprocessors the longest program takes more than an even share.

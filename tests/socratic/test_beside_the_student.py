@@ -19,7 +19,7 @@ from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import LocalTeacher
 from socpo_fast.socratic.teachers.calls import background
-from socpo_fast.socratic.teachers.local import ENOUGH_REQUESTS
+from socpo_fast.socratic.teachers.local import MIN_QUEUED_REQUESTS
 from socpo_fast.trace import recording
 from socpo_fast.types import Rollout
 from tests.helpers.late_devices import LateReadback, make_reads_late
@@ -39,8 +39,8 @@ def make_engine(folder: Path, tokens_per_sync: int) -> Engine:
 def teacher_on_a_card(folder: Path) -> LocalTeacher:
     """Returns a teacher that works while the student does, as on a CUDA stream of its own."""
     teacher = local_teacher(folder)
-    teacher.occupies_host = False
-    teacher._enough = ENOUGH_REQUESTS
+    teacher.shares_cpu = False
+    teacher.min_queued = MIN_QUEUED_REQUESTS
     return teacher
 
 
@@ -93,12 +93,12 @@ def test_nobody_waits_for_a_device_while_both_work(
     make_reads_late(monkeypatch, seed=3)
     engine = make_engine(teacher_folder, 4)
     teacher = teacher_on_a_card(teacher_folder)
-    teacher._engine.keep_prefix(teacher._prefix_ids)  # done once a run, so it may wait
+    teacher.engine.keep_prefix(teacher.prefix_ids)  # done once a run, so it may wait
     waits = []
     wait = LateReadback.wait
 
     def note_wait(readback: LateReadback) -> object:
-        if readback._polls_left > 0 and engine.has_work and teacher._engine.has_work:
+        if readback._polls_left > 0 and engine.has_work and teacher.engine.has_work:
             waits.append(readback)
         return wait(readback)
 
@@ -111,7 +111,7 @@ def test_student_and_teacher_alternate_on_a_cpu(teacher_folder: Path, tmp_path: 
     """The student takes no step while the teacher has requests in flight."""
     engine = make_engine(teacher_folder, 1)
     teacher = local_teacher(teacher_folder)
-    assert teacher.occupies_host
+    assert teacher.shares_cpu
     with recording(tmp_path, 1, 1):
         roll(engine, teacher)
     events = json.loads((tmp_path / "trace_000001.json").read_text())["traceEvents"]
@@ -124,38 +124,38 @@ def test_teacher_starts_with_enough_requests(teacher_folder: Path) -> None:
     """It also starts if the student is idle. Once it runs, further requests join it at once."""
     teacher = teacher_on_a_card(teacher_folder)
     calls = [
-        background(teacher.guide_in_time(request(i), None)) for i in range(ENOUGH_REQUESTS - 1)
+        background(teacher.guide_in_time(request(i), None)) for i in range(MIN_QUEUED_REQUESTS - 1)
     ]
-    wait_until(lambda: teacher._arrived.qsize() == len(calls))
-    assert not teacher.step(student_is_idle=False) and not teacher._engine.has_work
+    wait_until(lambda: teacher.queued.qsize() == len(calls))
+    assert not teacher.step(student_is_idle=False) and not teacher.engine.has_work
     calls.append(background(teacher.guide_in_time(request(99), None)))
-    wait_until(lambda: teacher._arrived.qsize() == len(calls))
-    assert teacher.step(student_is_idle=False) and teacher._engine.has_work
+    wait_until(lambda: teacher.queued.qsize() == len(calls))
+    assert teacher.step(student_is_idle=False) and teacher.engine.has_work
     calls.append(background(teacher.guide_in_time(request(100), None)))
     wait_until(
-        lambda: teacher.step(student_is_idle=False) and len(teacher._running) > ENOUGH_REQUESTS
+        lambda: teacher.step(student_is_idle=False) and len(teacher.running) > MIN_QUEUED_REQUESTS
     )
     wait_until(lambda: not teacher.step(student_is_idle=False))
     assert all(map(heard, calls))
     last_call = background(teacher.guide_in_time(request(1), None))
-    wait_until(lambda: not teacher._arrived.empty())
+    wait_until(lambda: not teacher.queued.empty())
     assert not teacher.step(student_is_idle=False)
     wait_until(lambda: not teacher.step(student_is_idle=True) and last_call.done())
 
 
 def test_the_prompts_prefix_is_prefilled_once(teacher_folder: Path) -> None:
     teacher = local_teacher(teacher_folder)
-    prompts = [teacher._prompt_ids(request(i, answer=f"It is {i}.")) for i in range(3)]
-    shared = len(teacher._prefix_ids) // 32 * 32
-    assert shared > 0 and all(prompt[:shared] == teacher._prefix_ids[:shared] for prompt in prompts)
+    prompts = [teacher.prompt_ids(request(i, answer=f"It is {i}.")) for i in range(3)]
+    shared = len(teacher.prefix_ids) // 32 * 32
+    assert shared > 0 and all(prompt[:shared] == teacher.prefix_ids[:shared] for prompt in prompts)
     for _ in range(2):
-        old_prefill_tokens = teacher._engine.stats.prefill_tokens
+        old_prefill_tokens = teacher.engine.stats.prefill_tokens
         futures = [
             background(teacher.guide_in_time(request(i, answer=f"It is {i}."), None))
             for i in range(3)
         ]
         wait_until(lambda futures=futures: not teacher.step() and all(f.done() for f in futures))
-        prefilled = teacher._engine.stats.prefill_tokens - old_prefill_tokens
+        prefilled = teacher.engine.stats.prefill_tokens - old_prefill_tokens
     assert prefilled == sum(len(prompt) - shared for prompt in prompts), "the second time"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from socpo_fast import RolloutOptions, socratic_episode
 from socpo_fast.socratic.episode import Episode, Limits
-from socpo_fast.socratic.graders import GradedBy
+from socpo_fast.socratic.graders import CheckedGrader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import (
@@ -65,19 +65,19 @@ def sampled(token_ids: list[int], attempt_idx: int) -> Attempt:
 def test_an_episode_step_by_step() -> None:
     episode = episode_of(max_attempts=3)
     rollout = episode.rollout
-    request = episode.attempted(sampled(WRONG, 0))
+    request = episode.add_attempt(sampled(WRONG, 0))
     assert (request.question, request.student_answer, request.attempt_idx) == (
         "question 4",
         "no",
         0,
     )
-    context = episode.guided(Guidance(text="look again"))
+    context = episode.add_guidance(Guidance(text="look again"))
     bridge = BRIDGE.bridge_ids("look again", ended=True)
     assert context == (len(rollout.prompt_ids + WRONG), bridge)
     assert rollout.context_ids(1) == rollout.prompt_ids + WRONG + bridge
-    assert episode.attempted(sampled(WRONG, 1)).attempt_idx == 1
-    assert episode.guided(Guidance(text="and again")) is not None
-    assert (episode.attempted(sampled(RIGHT, 2)), rollout.end_reason) == (None, "correct")
+    assert episode.add_attempt(sampled(WRONG, 1)).attempt_idx == 1
+    assert episode.add_guidance(Guidance(text="and again")) is not None
+    assert (episode.add_attempt(sampled(RIGHT, 2)), rollout.end_reason) == (None, "correct")
     assert [turn.raw_reward for turn in rollout.turns] == [0.0, 0.0, 1.0]
     assert [turn.reward for turn in rollout.turns] == [None] * 3, "credit needs the whole batch"
 
@@ -94,24 +94,24 @@ def test_guidance_that_ends_an_episode(
     changes: dict, guidance: str | None, reason: str | None
 ) -> None:
     episode = episode_of(**changes)
-    episode.attempted(sampled(WRONG, 0))
-    context = episode.guided(None if guidance is None else Guidance(text=guidance))
+    episode.add_attempt(sampled(WRONG, 0))
+    context = episode.add_guidance(None if guidance is None else Guidance(text=guidance))
     assert (context is None) == (reason is not None)
     assert episode.rollout.end_reason == reason
 
 
 def test_overflow_is_by_the_token() -> None:
     fits = episode_of()
-    fits.attempted(sampled(WRONG, 0))
-    kept_tokens, suffix_ids = fits.guided(Guidance(text="look"))
+    fits.add_attempt(sampled(WRONG, 0))
+    kept_tokens, suffix_ids = fits.add_guidance(Guidance(text="look"))
     needed = kept_tokens + len(suffix_ids) + 20
     for room, reason in ((needed, None), (needed - 1, "overflow")):
         limits = Limits(20, room)
         episode = Episode(
             question(4), bridge=BRIDGE, grader=contains, options=options_of(), limits=limits
         )
-        episode.attempted(sampled(WRONG, 0))
-        episode.guided(Guidance(text="look"))
+        episode.add_attempt(sampled(WRONG, 0))
+        episode.add_guidance(Guidance(text="look"))
         assert episode.rollout.end_reason == reason
 
 
@@ -193,7 +193,7 @@ def test_partial_reward_is_kept_and_thresholded() -> None:
         question(4),
         generate=generate,
         teacher=lambda request: "look again",
-        grader=GradedBy(half, "half", correct_at=0.75),
+        grader=CheckedGrader(half, "half", correct_at=0.75),
         bridge=BRIDGE,
         options=options_of(),
         max_new_tokens=20,

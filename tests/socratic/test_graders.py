@@ -12,7 +12,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from socpo_fast.socratic.graders import GradedBy, MathGrader, as_grader, chosen_letter, make_grader
+from socpo_fast.socratic.graders import (
+    CheckedGrader,
+    MathGrader,
+    as_grader,
+    chosen_letter,
+    make_grader,
+)
 from socpo_fast.types import Question
 
 
@@ -263,7 +269,7 @@ def test_function_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_verdict_may_be_a_share_or_parts(verdict: object, expected: tuple) -> None:
-    actual = GradedBy(lambda text, question: verdict, "mine", correct_at=0.75).grade(
+    actual = CheckedGrader(lambda text, question: verdict, "mine", correct_at=0.75).grade(
         "", question("")
     )
     assert actual.reward == pytest.approx(expected[0]) and actual[1:] == expected[1:]
@@ -292,7 +298,7 @@ async def an_async_grader(text: str, question: object) -> bool:
 )
 def test_any_other_verdict_is_refused_by_name(verdict: object) -> None:
     with pytest.raises(ValueError, match="grader: mine must return a bool, a number in .* got "):
-        GradedBy(lambda text, question: verdict, "mine").grade("", question(""))
+        CheckedGrader(lambda text, question: verdict, "mine").grade("", question(""))
 
 
 def test_an_async_grader_is_refused_in_words(recwarn: pytest.WarningsRecorder) -> None:
@@ -305,7 +311,10 @@ def test_an_async_grader_is_refused_in_words(recwarn: pytest.WarningsRecorder) -
 
 def test_the_reward_that_counts_as_correct() -> None:
     for correct_at, is_correct in ((0.5, True), (0.51, False)):
-        assert GradedBy(lambda *_: 0.5, "mine", correct_at).grade("", question(""))[1] is is_correct
+        assert (
+            CheckedGrader(lambda *_: 0.5, "mine", correct_at).grade("", question(""))[1]
+            is is_correct
+        )
     for correct_at in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"grader.correct_at must be in \(0, 1\], got"):
             make_grader("exact", correct_at=correct_at)

@@ -46,7 +46,7 @@ def test_teacher_has_its_own_dtype(
     monkeypatch.setattr(teachers, "load_student", load)
     teacher = local_teacher(teacher_folder, device, dtype=dtype)
     assert load_options == {"device": device, "dtype": expected}
-    weights = list(teacher._engine.student.parameters())
+    weights = list(teacher.engine.student.parameters())
     assert {str(weight.dtype) for weight in weights} == {f"torch.{expected}"}
     assert not any(weight.requires_grad for weight in weights), "it is never trained"
     assert ask(teacher, [request()])[0]
@@ -68,8 +68,8 @@ def test_missing_teacher_device_is_refused(
 
 def test_guidance_equals_the_engines_text(teacher: LocalTeacher) -> None:
     (text,) = ask(teacher, [request(3, question=2)])
-    engine = teacher._engine
-    bridge = teacher._bridge
+    engine = teacher.engine
+    bridge = teacher.bridge
     prompt_ids = bridge.prompt_ids(
         TeacherPrompt(user_template="{student_answer}").messages(request())
     )
@@ -104,7 +104,7 @@ def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
     first.cancel()
     assert ask(teacher, [request()]) == expected
     never_started = background(teacher.guide_in_time(request(), None))
-    wait_until(lambda: not teacher._arrived.empty())
+    wait_until(lambda: not teacher.queued.empty())
     never_started.cancel()
     assert ask(teacher, [request(1)]) != expected
     assert num_pages_held(teacher) == 0
@@ -112,7 +112,7 @@ def test_an_asker_may_give_up_and_ask_again(teacher: LocalTeacher) -> None:
 
 def test_an_abandoned_request_goes_at_the_next_step(teacher: LocalTeacher) -> None:
     calls = [background(teacher.guide_in_time(request(i), None)) for i in range(3)]
-    wait_until(lambda: teacher.step() and teacher._engine.has_work)
+    wait_until(lambda: teacher.step() and teacher.engine.has_work)
     for future in calls:
         future.cancel()
     wait_until(lambda: not teacher.step())
@@ -124,7 +124,7 @@ def test_closing_drops_what_is_queued_and_under_way(teacher: LocalTeacher) -> No
     running = background(teacher.guide_in_time(request(0), None))
     wait_until(teacher.step)
     queued = background(teacher.guide_in_time(request(1), None))
-    wait_until(lambda: not teacher._arrived.empty())
+    wait_until(lambda: not teacher.queued.empty())
     background(teacher.aclose()).result(timeout=30)
     assert heard(running) == heard(queued) == "[exception]"
     assert_empty(teacher)
@@ -135,7 +135,7 @@ def test_closing_drops_what_is_queued_and_under_way(teacher: LocalTeacher) -> No
 def test_a_step_that_is_interrupted_drops_its_requests(teacher: LocalTeacher, line: int) -> None:
     expected = ask(teacher, [request(0), request(1)])
     calls = [background(teacher.guide_in_time(request(i), None)) for i in range(2)]
-    wait_until(lambda: teacher._arrived.qsize() == 2)
+    wait_until(lambda: teacher.queued.qsize() == 2)
     with pytest.raises(KeyboardInterrupt), interrupted_at(line):
         wait_until(lambda: not teacher.step())
     wait_until(lambda: all(future.done() for future in calls))
@@ -146,13 +146,13 @@ def test_a_step_that_is_interrupted_drops_its_requests(teacher: LocalTeacher, li
 
 def assert_empty(teacher: LocalTeacher) -> None:
     """Checks that no request is left in the teacher's engine."""
-    engine = teacher._engine
+    engine = teacher.engine
     assert not engine.has_work and num_pages_held(teacher) == 0
 
 
 def num_pages_held(teacher: LocalTeacher) -> int:
     """Returns the number of pages in use, without those of the prefix that all prompts share."""
-    engine = teacher._engine
+    engine = teacher.engine
     prefix = engine._kept_prefix()
     return engine.stats.pages_total - engine.stats.pages_free - (len(prefix.pages) if prefix else 0)
 

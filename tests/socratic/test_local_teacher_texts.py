@@ -43,7 +43,7 @@ def test_a_template_without_system_messages(
     teacher = local_teacher(
         save_with_template(teacher_folder, tmp_path / "t", template), system_prompt="Be short."
     )
-    text = teacher._bridge.exact_text(teacher._prompt_ids(request(answer="It is 3.")))
+    text = teacher.bridge.exact_text(teacher.prompt_ids(request(answer="It is 3.")))
     assert text == "<|im_start|>user\nBe short.\n\nIt is 3.<|im_end|>\n<|im_start|>assistant\n"
     assert ask(teacher, [request()])[0]
 
@@ -117,6 +117,6 @@ def test_special_token_marks_are_recognised(teacher_folder: Path) -> None:
         prompt=TeacherPrompt(),
         params=SamplingParams(temperature=1.0, max_new_tokens=12, eos_ids=bridge.eos_ids),
     )
-    assert teacher._message(bridge.trusted_ids("[THINK]It is 2.[/THINK]Look.<|im_end|>")) == "Look."
-    cut = teacher._message(bridge.trusted_ids("[THINK]It is 2, so"))
+    assert teacher.message(bridge.trusted_ids("[THINK]It is 2.[/THINK]Look.<|im_end|>")) == "Look."
+    cut = teacher.message(bridge.trusted_ids("[THINK]It is 2, so"))
     assert isinstance(cut, GuidanceFailed) and cut.kind == "cut"

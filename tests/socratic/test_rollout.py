@@ -66,7 +66,7 @@ def test_a_rescued_rollout_token_by_token() -> None:
     bridge = encode("\n<|im_start|>user\nlook again<|im_end|>\n<|im_start|>assistant\n")
     assert engine.contexts[4, 0, 1] == prompt + wrong + bridge
     assert [a.token_ids for a in rescued.attempts] == [wrong, right]
-    assert (rescued.prompt_ids, rescued.seam(0)) == (prompt, (len(prompt + wrong), bridge))
+    assert (rescued.prompt_ids, rescued.next_context(0)) == (prompt, (len(prompt + wrong), bridge))
     assert rescued.context_ids(1) == prompt + wrong + bridge
     assert (verdicts(rescued), rescued.end_reason) == ([False, True], "correct")
     assert [turn.raw_reward for turn in rescued.turns] == [0.0, 1.0]

@@ -143,7 +143,7 @@ def test_contexts_equal_the_templates_rendering(name: str, data: st.DataObject) 
         if appends:
             assert text_of(bridge, by_tokens.contexts[k]) == expected
             assert by_tokens.contexts[k] == by_template.contexts[k]
-            assert by_tokens.rollout.seam(k - 1) == by_template.rollout.seam(k - 1)
+            assert by_tokens.rollout.next_context(k - 1) == by_template.rollout.next_context(k - 1)
 
 
 @settings(max_examples=50, deadline=None)

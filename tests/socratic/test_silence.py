@@ -1,4 +1,6 @@
-"""A teacher that never answers is told once, with the reason: in runs, evaluations and tables."""
+"""A teacher that never answers is watch_batch once, with the reason: in runs, evaluations and
+tables.
+"""
 
 from __future__ import annotations
 
@@ -143,17 +145,18 @@ def test_one_timeout_is_no_silence_after_an_answer(
     """A student that is nearly always right has one call a batch, so one timeout is all of them."""
     with Progress(num_batches=1, live=False) as progress:
         watch = GuidanceWatch(progress)
-        assert watch.told(*batch_of("Look.", None)) is None
-        assert watch.told(*batch_of(None)) is None
+        assert watch.watch_batch(*batch_of("Look.", None)) is None
+        assert watch.watch_batch(*batch_of(None)) is None
         assert "all 1 guidances of a batch failed (timeout 1)" in capsys.readouterr().out
-        assert watch.told(*batch_of(*[None] * (SILENCE - 2))) is None
-        assert watch.told(*batch_of()) is None
+        assert watch.watch_batch(*batch_of(*[None] * (SILENCE - 2))) is None
+        assert watch.watch_batch(*batch_of()) is None
         assert (
-            watch.told(*batch_of(None)) == "teacher: all 1 guidances of a batch failed (timeout 1)"
+            watch.watch_batch(*batch_of(None))
+            == "teacher: all 1 guidances of a batch failed (timeout 1)"
         )
-        assert watch.told(*batch_of("Look.")) is None
-        assert watch.told(*batch_of(None)) is None
-        assert GuidanceWatch(progress).told(*batch_of(None)) is not None
+        assert watch.watch_batch(*batch_of("Look.")) is None
+        assert watch.watch_batch(*batch_of(None)) is None
+        assert GuidanceWatch(progress).watch_batch(*batch_of(None)) is not None
 
 
 def test_rollouts_without_training_stop_too(tmp_path: Path) -> None:

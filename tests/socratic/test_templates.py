@@ -163,7 +163,7 @@ def test_context_tokens_keeps_what_was_sampled(name: str) -> None:
     row = bridge.prompt_ids(WITH_SYSTEM)
     for k, answer in enumerate(answers):
         assert episode.contexts[k] == row
-        row = row + answer + (episode.rollout.seam(k)[1] if k < 2 else [])
+        row = row + answer + (episode.rollout.next_context(k)[1] if k < 2 else [])
     assert cuts(episode.rollout) == [None, None]
 
 
@@ -175,7 +175,7 @@ def test_eos_that_is_not_the_end_of_turn() -> None:
         sampled = [*answer_ids(bridge, "3", ended=False), other_eos]
         episode = play(bridge, [sampled, sampled], ["no"], context=context)
         assert episode.rollout.attempts[0].finish_reason == "stop"
-        assert episode.rollout.seam(0)[1][0] == bridge.end_of_turn_id
+        assert episode.rollout.next_context(0)[1][0] == bridge.end_of_turn_id
         assert episode.contexts[1] == bridge.prompt_ids(PROMPT) + sampled + bridge.bridge_ids(
             "no", ended=False
         )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from socpo_fast.files import StopRequested
-from socpo_fast.socratic.graders import GradedBy
+from socpo_fast.socratic.graders import CheckedGrader
 from socpo_fast.socratic.plugin import TookTooLong, time_limit
 from socpo_fast.stopping import StopSignals
 from tests.helpers.scripted import contains, question
@@ -30,7 +30,7 @@ def test_a_grader_that_raises_is_named(error: BaseException) -> None:
         rf"{type(error).__name__}.*\(test_user_gr.* line"
     )
     with pytest.raises(ValueError, match=line):
-        GradedBy(grade, "mine:grade").grade("", question(7))
+        CheckedGrader(grade, "mine:grade").grade("", question(7))
 
 
 def spin(_text: str, _question: object) -> bool:
@@ -52,7 +52,7 @@ def test_a_grader_that_hangs_is_stopped_and_named(grade: Callable[[str, object],
     )
     started = time.perf_counter()
     with pytest.raises(ValueError, match=line):
-        GradedBy(grade, "mine:grade", timeout_s=0.2).grade("", question(7))
+        CheckedGrader(grade, "mine:grade", timeout_s=0.2).grade("", question(7))
     assert time.perf_counter() - started < 2
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
@@ -62,7 +62,7 @@ def test_a_grader_leaves_the_alarm_of_others_alone() -> None:
     previous = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        assert GradedBy(contains, "contains").grade("yes", question(7)).is_correct
+        assert CheckedGrader(contains, "contains").grade("yes", question(7)).is_correct
         time.sleep(0.4)
     finally:
         signal.signal(signal.SIGALRM, previous)
@@ -72,7 +72,7 @@ def test_a_grader_leaves_the_alarm_of_others_alone() -> None:
 def test_a_grader_works_on_any_thread() -> None:
     """There it has no time limit, as Python cannot interrupt another thread."""
     grades: list[object] = []
-    grade = GradedBy(contains, "contains", timeout_s=0.01).grade
+    grade = CheckedGrader(contains, "contains", timeout_s=0.01).grade
     thread = threading.Thread(target=lambda: grades.append(grade("yes", question(7)).is_correct))
     thread.start()
     thread.join()
@@ -95,9 +95,9 @@ def test_ctrl_c_is_not_blamed_on_the_grader() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        GradedBy(grade, "mine:grade").grade("", question(7))
+        CheckedGrader(grade, "mine:grade").grade("", question(7))
     with StopSignals(), pytest.raises(ValueError, match="grade raised KeyboardInterrupt"):
-        GradedBy(grade, "mine:grade").grade("", question(7))
+        CheckedGrader(grade, "mine:grade").grade("", question(7))
 
 
 class Unshowable:
@@ -125,7 +125,7 @@ def test_unprintable_verdicts_are_refused(outcome: object, line: str) -> None:
         return outcome
 
     with pytest.raises(ValueError, match=line):
-        GradedBy(grade, "mine:grade").grade("", question(7))  # type: ignore[arg-type]
+        CheckedGrader(grade, "mine:grade").grade("", question(7))  # type: ignore[arg-type]
 
 
 def test_a_stop_goes_through_a_grader() -> None:
@@ -133,7 +133,7 @@ def test_a_stop_goes_through_a_grader() -> None:
         raise StopRequested
 
     with pytest.raises(StopRequested):
-        GradedBy(grade, "mine:grade").grade("", question(7))
+        CheckedGrader(grade, "mine:grade").grade("", question(7))
 
 
 def test_alarm_at_the_end_restores_the_outer_one() -> None:

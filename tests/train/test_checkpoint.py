@@ -335,7 +335,8 @@ for step in map(int, sys.argv[2:]):
     folder, calls = Path(sys.argv[1]) / str(step), 0
     save(folder, *trained(seed=0, num_updates=1))
     if os.fork() == 0:
-        for module, name in (checkpoint, "_fingerprint"), (files, "sync"), (files, "put_in_place"):
+        points_of_death = (checkpoint, "_fingerprint"), (files, "sync"), (files, "replace_folder")
+        for module, name in points_of_death:
             setattr(module, name, killing(getattr(module, name)))
         save(folder, *trained(seed=0, num_updates=2))
         os._exit(0)

@@ -76,7 +76,7 @@ def test_data_in_lent_memory_is_never_read(dtype: torch.dtype, options: dict[str
     for _ in range(2):
         with engine.lend_memory() as memory:
             memory.fill_(0xFF)  # NaN in fp32 and bf16
-        assert engine._runner.k_cache_LPSKE.isnan().all()
+        assert engine.runner.k_cache_LPSKE.isnan().all()
         assert draws(engine) == draws(make_engine(student, **options))
     assert storage_of(engine) == pointers
 
@@ -237,7 +237,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         engines.append(self.engine)
 
     def note_gradients(self: Optimizer, *args: Any, **options: Any) -> Any:
-        memory = engines[-1]._runner.memory
+        memory = engines[-1].runner.memory
         is_in_memory.append(all(holds(memory, param.grad) for param in self.params.values()))
         return original_step(self, *args, **options)
 

@@ -104,7 +104,7 @@ def test_loss_tokens_of_any_rollouts(
     leaves = len(rollouts)
     for rollout in rollouts:
         for k, attempt in enumerate(rollout.attempts[:-1]):
-            leaves += rollout.seam(k)[0] < rollout.context_length(k) + attempt.num_tokens
+            leaves += rollout.next_context(k)[0] < rollout.context_length(k) + attempt.num_tokens
     if packing == "tree" and token_budget == 1000:
         assert microbatches[0].tokens_forwarded == count_unique_tokens(rollouts) - leaves
 

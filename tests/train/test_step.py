@@ -169,7 +169,9 @@ def test_engine_and_packing_agree_on_cuts(packing: Any) -> None:
     for rollout, by_attempt in zip(rollouts, by_rollout, strict=True):
         for attempt, logprobs_L in zip(rollout.attempts, by_attempt, strict=True):
             assert attempt.num_tokens == 9
-            assert (attempt.logprobs - logprobs_L).abs().max() < 1e-4, f"kept {rollout.seam(0)[0]}"
+            assert (attempt.logprobs - logprobs_L).abs().max() < 1e-4, (
+                f"kept {rollout.next_context(0)[0]}"
+            )
 
 
 def test_nothing_to_train() -> None:

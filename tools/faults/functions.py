@@ -84,7 +84,7 @@ async def exits_later(request: GuidanceRequest) -> str:
     return exits(request)
 
 
-def disturbs_what_all_share(_request: GuidanceRequest) -> str:
+def changes_global_state(_request: GuidanceRequest) -> str:
     """Changes the process's random state, grad mode and output, none of which a run may rely on."""
     random.seed(1)
     torch.manual_seed(1)
@@ -110,7 +110,7 @@ RULES = {
     awaits_without_end: "timeout",
     blocks_its_loop: "timeout",
     exits_later: "exception",
-    disturbs_what_all_share: "",
+    changes_global_state: "",
 }
 
 

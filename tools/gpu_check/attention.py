@@ -26,9 +26,9 @@ from tools.gpu_check.check import Check, Part, Skipped
 from tools.gpu_check.contenders import (
     Contender,
     flex,
-    no_fault_of_ours,
     ours,
     over_copied_rows,
+    skip_on_peer_error,
     time_limit,
     varlen,
 )
@@ -187,7 +187,7 @@ def long_row(check: Check) -> None:
         # Which of the two is faster depends on the version of PyTorch. The limit is the better one.
         for kv_heads in (config.num_kv_heads, heads):
             name = f"{backend.name.split('_')[0].lower()}, {heads} heads on {kv_heads}"
-            with check.case(f"long row, {name}"), no_fault_of_ours():
+            with check.case(f"long row, {name}"), skip_on_peer_error():
                 if backend is SDPBackend.CUDNN_ATTENTION and not check.is_cuda:
                     raise Skipped("cuDNN is a card's")
                 for way, run in long_row_runs(check, backend, kv_heads, length).items():
@@ -262,7 +262,7 @@ def measure_peer(
     """Times a peer if its results are right, and compares ours; skips what it cannot do."""
     with check.case(f"{key}, {shape.name}"):
         problem = make_problem(check, shape)
-        with no_fault_of_ours(), time_limit(limit_s, key):
+        with skip_on_peer_error(), time_limit(limit_s, key):
             contender = make(problem)
             hold_to_truth(problem, contender, MAX_ERROR[check.dtype])
             for way, run in runs_of(problem, contender).items():

@@ -169,7 +169,9 @@ def lengths_of(rollouts: list[Rollout]) -> dict[str, int]:
     """Returns the mean tokens of a prompt, an answer and guidance."""
     attempts = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
     bridges = [
-        len(rollout.seam(idx)[1]) for rollout in rollouts for idx in range(len(rollout.turns) - 1)
+        len(rollout.next_context(idx)[1])
+        for rollout in rollouts
+        for idx in range(len(rollout.turns) - 1)
     ]
     prompts = [len(rollout.prompt_ids) for rollout in rollouts]
     # Where every first answer is right there is no guidance, and a mean needs a number.

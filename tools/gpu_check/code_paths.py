@@ -80,7 +80,7 @@ def decode_rounds(recorder: Recorder, student: Decoder) -> None:
         loop._table(NUM_PAGES)  # made before a capture, so not part of the section
         name = f"decode round, batch {rows}{', top-p' if is_filtered else ''}"
         with recorder.section(name, may_read=False, may_upload=False), torch.no_grad():
-            loop._round(rows, NUM_PAGES, is_filtered)
+            loop.run_round(rows, NUM_PAGES, is_filtered)
 
 
 def prefill_step(recorder: Recorder, student: Decoder) -> None:
@@ -172,7 +172,7 @@ def update(recorder: Recorder, student: Decoder) -> None:
     with recorder.section("update of one group", may_read=False):
         stats = policy_gradients(student, rollouts, token_budget=16384, temperature=1.0)
     with recorder.section("its step of AdamW", may_read=True):
-        optimizer.step(stats.figures_6[0], also_read=stats.figures_6)
+        optimizer.step(stats.loss_stats_6[0], also_read=stats.loss_stats_6)
 
 
 def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:

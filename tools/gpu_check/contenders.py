@@ -51,7 +51,7 @@ class Contender:
 
 
 @contextlib.contextmanager
-def no_fault_of_ours() -> Iterator[None]:
+def skip_on_peer_error() -> Iterator[None]:
     """Turns an error in somebody else's code into a skip: it must not fail our check."""
     try:
         yield
@@ -108,7 +108,7 @@ def varlen(check: Check, shape: TreeShape, scale: float, *, is_grouped: bool) ->
     """Returns torch's varlen_attn over gathered ancestors; not every version has enable_gqa."""
     if not check.is_cuda:
         raise Skipped("varlen_attn runs on a card only")
-    with no_fault_of_ours():
+    with skip_on_peer_error():
         from torch.nn.attention.varlen import varlen_attn
     index, ends_q, ends_k = (x.to(check.device) for x in ancestors(shape)[:3])
     longest = ancestors(shape)[3]

@@ -69,7 +69,7 @@ def eager_step(check: Check) -> None:
 def captures(check: Check) -> None:
     """Measures a capture's time and memory, and the time of a step's linear layers."""
     decoding = small_batch(check)
-    loop = decoding.engine._steps.loop
+    loop = decoding.engine.steps.loop
     assert loop is not None
     for rows in (2,) if check.tiny else (1, 64, 256):
         of = f"{rows} rows"
@@ -82,7 +82,7 @@ def captures(check: Check) -> None:
         started = time.perf_counter()
         with torch.no_grad():
             # No graph of this size exists yet, so this captures one.
-            loop._graph(rows, 32, False)
+            loop.graph_for(rows, 32, False)
         torch.cuda.synchronize(check.device)
         of = f"{rows} rows"
         check.figure("decode.capture_ms", 1e3 * (time.perf_counter() - started), of=of)
@@ -155,13 +155,13 @@ def kernels_of_a_round(check: Check) -> None:
     """Lists a round's kernels by time. Must come last: the profiler slows down what follows."""
     for batch in (16, 256):
         decoding = small_batch(check, batch)
-        loop = decoding.engine._steps.loop
+        loop = decoding.engine.steps.loop
         assert loop is not None
         of = f"{decoding.rows} x {decoding.context}"
-        pages = 1 + max(len(s.pages) for s in decoding.engine._scheduler.running)
+        pages = 1 + max(len(s.pages) for s in decoding.engine.scheduler.running)
         with torch.no_grad():
             table, num_launches = profile_table(
-                lambda loop=loop, size=(decoding.rows, pages, False): loop._round(*size),
+                lambda loop=loop, size=(decoding.rows, pages, False): loop.run_round(*size),
                 check.device,
             )
         check.figure("decode.launches", num_launches, of=of)

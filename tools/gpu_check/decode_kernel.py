@@ -17,7 +17,7 @@ from torch import Tensor
 
 from socpo_fast.kernels import _attend, paged_attention, paged_decode
 from socpo_fast.model import ModelConfig
-from socpo_fast.ops.prefix_groups import alone, prefix_groups
+from socpo_fast.ops.prefix_groups import prefix_groups, ungrouped
 from tools.gpu_check.check import Check
 from tools.gpu_check.models import MODELS
 from tools.gpu_check.rooflines import attention_bytes
@@ -86,7 +86,7 @@ class DecodeCall:
         groups = prefix_groups(table, seq_lens, PAGE_SIZE)
         self.groups = torch.from_numpy(groups).to(check.device)
         # Groups in which each sequence is alone: the kernel then shares nothing ("no cascade").
-        self.alone = torch.from_numpy(alone(len(groups))).to(check.device)
+        self.ungrouped = torch.from_numpy(ungrouped(len(groups))).to(check.device)
 
     def run(self) -> Tensor:
         return paged_attention.paged_attention_triton(
@@ -94,7 +94,7 @@ class DecodeCall:
             scale=self.config.head_dim**-0.5,
             max_seqlen_q=1,
             max_seqlen_k=self.shape.context,
-            groups_BG=self.groups if self.cascade else self.alone,
+            groups_BG=self.groups if self.cascade else self.ungrouped,
         )
 
     def gb_s(self) -> float:

@@ -78,7 +78,7 @@ class Decoding:
 
     def _running(self) -> list[Sequence]:
         """Returns the sequences whose prefill is done."""
-        return [s for s in self.engine._scheduler.running if s.num_sampled > 0]
+        return [s for s in self.engine.scheduler.running if s.num_sampled > 0]
 
     def step_ms(self, device: torch.device) -> float:
         """Returns the ms of a step (a token of every sequence), the host's work included."""
@@ -88,11 +88,11 @@ class Decoding:
 
     def graph_ms(self, check: Check) -> float | None:
         """Times one replay of the largest captured round; None where nothing is captured."""
-        loop = self.engine._steps.loop
+        loop = self.engine.steps.loop
         if loop is None or not loop.captures:
             return None
         # Without the host: the difference to step_ms is what Python and the reads cost.
-        return median_ms(loop._graphs[max(loop._graphs)].replay, check.device)
+        return median_ms(loop.graphs[max(loop.graphs)].replay, check.device)
 
     def _timed(self, device: torch.device) -> tuple[float, int]:
         """Returns (ms of a step, keys that the middle step reads, shared ones once a reader)."""

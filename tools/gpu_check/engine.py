@@ -129,13 +129,13 @@ def host_syncs(check: Check) -> None:
         engine = make_engine(student, tokens_per_sync=count)
         generate_same(engine, [prompt], params)  # compile and capture first
         # A synchronising call inside of a round raises, whether it is captured or replayed.
-        if (loop := engine._steps.loop) is not None:
-            graph = loop._graph
-            rounds = loop._round
-            loop._graph = lambda *size, graph=graph: SimpleNamespace(
-                replay=unwatched(check.device, graph(*size).replay)
+        if (loop := engine.steps.loop) is not None:
+            graph = loop.graph_for
+            rounds = loop.run_round
+            loop.graph_for = lambda *size, graph=graph: SimpleNamespace(
+                replay=with_sync_errors(check.device, graph(*size).replay)
             )
-            loop._round = unwatched(check.device, rounds)
+            loop.run_round = with_sync_errors(check.device, rounds)
         # A first step prefills; the one that is counted decodes.
         engine.submit(prompt, params, key=(1, 1))
         engine.step()
@@ -172,7 +172,7 @@ def sync_debug(device: torch.device, mode: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(old_mode)
 
 
-def unwatched(device: torch.device, function: Callable[..., None]) -> Callable[..., None]:
+def with_sync_errors(device: torch.device, function: Callable[..., None]) -> Callable[..., None]:
     """Returns the function with synchronising calls turned into errors."""
 
     def run(*args: Any) -> None:

@@ -162,7 +162,7 @@ def compare_engines(check: Check, ours: Engine, theirs: Engine, *, of: str) -> N
                 resume_both(ours, theirs, equal, contexts, prompts[0][:SUFFIX], params)
                 attempts = [drain(engine) for engine in (ours, theirs)]
         for engine in (ours, theirs):
-            engine.release(list(engine._scheduler.pinned))
+            engine.release(list(engine.scheduler.pinned))
             # Everything was released, so every page must be free again.
             assert engine.stats.pages_free == engine.stats.pages_total, "pages leaked"
     check.figure("engine.equal_attempts", num_equal / num_all, of=of)
@@ -190,7 +190,7 @@ def resume_both(
 
 def launch_rounds(engine: Engine) -> None:
     """Turns graphs off: the same rounds, with the same padding, are launched kernel by kernel."""
-    loop = engine._steps.loop
+    loop = engine.steps.loop
     assert loop is not None
     # The loop asks for a graph and replays it; this "graph" runs the round itself.
-    loop._graph = lambda *size: SimpleNamespace(replay=lambda: loop._round(*size))
+    loop.graph_for = lambda *size: SimpleNamespace(replay=lambda: loop.run_round(*size))

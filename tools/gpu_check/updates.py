@@ -75,10 +75,10 @@ class Trainee:
 
     def update(self) -> None:
         """Makes one whole update."""
-        figures_6 = gradients(
+        loss_stats_6 = gradients(
             self.student, self.rollouts, checkpointing=self.checkpointing
-        ).figures_6
-        result = self.optimizer.step(figures_6[0], also_read=figures_6)
+        ).loss_stats_6
+        result = self.optimizer.step(loss_stats_6[0], also_read=loss_stats_6)
         assert not result.skipped, "the gradient is not finite"
 
     def step_ms(self) -> float:

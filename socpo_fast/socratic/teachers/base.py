@@ -43,14 +43,14 @@ class Teacher:
                        caller may wait for it on the spot.
         is_remote:     whether it is a server that may be down or refuse us; one call is tried
                        before a run begins.
-        occupies_host: whether step() needs the CPU cores that the student needs, so that they take
+        shares_cpu: whether step() needs the CPU cores that the student needs, so that they take
                        turns.
         failures:      number of calls without guidance so far, by the kind of GuidanceFailed.
     """
 
     immediate = False
     is_remote = False
-    occupies_host = False
+    shares_cpu = False
 
     @cached_property
     def failures(self) -> Counter[str]:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from socpo_fast.socratic.plugin import blame, text_of
+from socpo_fast.socratic.plugin import describe_error, text_of
 from socpo_fast.socratic.teachers.base import Teacher
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
@@ -112,7 +112,7 @@ class RuleTeacher(Teacher):
             try:
                 future.set_result(self.rule(request))
             except BaseException as error:  # noqa: BLE001 - sys.exit is the function's error, too
-                future.set_exception(GuidanceFailed("exception", blame(self.rule, error)))
+                future.set_exception(GuidanceFailed("exception", describe_error(self.rule, error)))
 
         threading.Thread(target=run, name="socpo-function", daemon=True).start()
         return asyncio.wrap_future(future)
@@ -124,7 +124,7 @@ class RuleTeacher(Teacher):
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - the function may raise anything
-            raise GuidanceFailed("exception", blame(self.rule, error)) from None
+            raise GuidanceFailed("exception", describe_error(self.rule, error)) from None
 
 
 def as_teacher(teacher: Teacher | TeacherFunction) -> Teacher:

@@ -5,9 +5,9 @@
     awaits the answer                  <----           and hands finished texts back
 
 A step of a model reads all of its weights, however few requests it advances. So the teacher batches
-requests. On a GPU it starts when ENOUGH_REQUESTS are queued or the student has nothing to do; from
-then on requests join at once. Its steps run on their own stream while the student decodes: a step
-is launched, and collected when the student's next tokens have been launched.
+requests. On a GPU it starts when MIN_QUEUED_REQUESTS are queued or the student has nothing to do;
+from then on requests join at once. Its steps run on their own stream while the student decodes: a
+step is launched, and collected when the student's next tokens have been launched.
 
 On a CPU teacher and student need the same cores. They take turns, each until it has nothing to do,
 which makes the fewest and fullest steps.
@@ -25,7 +25,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.teachers.base import THOUGHTS, Teacher, TeacherPrompt, clean_guidance
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey, SamplingParams
 
-ENOUGH_REQUESTS = 16  # on a GPU, requests that start the teacher while the student is busy
+MIN_QUEUED_REQUESTS = 16  # on a GPU, requests that start the teacher while the student is busy
 
 
 class _Pending(NamedTuple):
@@ -51,8 +51,8 @@ class LocalTeacher(Teacher):
     def __init__(
         self, engine: Engine, *, bridge: Bridge, prompt: TeacherPrompt, params: SamplingParams
     ):
-        self._engine = engine
-        self._bridge = bridge
+        self.engine = engine
+        self.bridge = bridge
         self._prompt = prompt
         self._params = params
         # Some templates open the thoughts in the generation prompt, so a text has no opening mark.
@@ -66,16 +66,16 @@ class LocalTeacher(Teacher):
                 "tokens, "
                 f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
             )
-        self.occupies_host = engine.student.lm_head.weight.is_cpu
+        self.shares_cpu = engine.student.lm_head.weight.is_cpu
         # On a CPU requests wait until the student has nothing to do.
-        self._enough = inf if self.occupies_host else ENOUGH_REQUESTS
-        self._prefix_ids = self._common_prefix()[: self._prompt_limit]
-        self._arrived: SimpleQueue[_Pending] = SimpleQueue()
-        self._running: dict[RolloutKey, _Pending] = {}
+        self.min_queued = inf if self.shares_cpu else MIN_QUEUED_REQUESTS
+        self.prefix_ids = self._common_prefix()[: self._prompt_limit]
+        self.queued: SimpleQueue[_Pending] = SimpleQueue()
+        self.running: dict[RolloutKey, _Pending] = {}
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         pending = _Pending(request, asyncio.Event(), asyncio.get_running_loop().create_future())
-        self._arrived.put(pending)
+        self.queued.put(pending)
         try:
             await pending.started.wait()
             async with asyncio.timeout(timeout_s):
@@ -90,18 +90,18 @@ class LocalTeacher(Teacher):
     def step(self, *, student_is_idle: bool = True) -> bool:
         """Submits requests and advances the engine; False if there is nothing to do now."""
         try:
-            for key in [key for key, pending in self._running.items() if pending.answer.done()]:
-                self._engine.cancel(key)  # the caller no longer waits
-                del self._running[key]
-            if self._running or student_is_idle or self._arrived.qsize() >= self._enough:
-                self._submit_arrived()
-            if not self._running:
+            for key in [key for key, pending in self.running.items() if pending.answer.done()]:
+                self.engine.cancel(key)  # the caller no longer waits
+                del self.running[key]
+            if self.running or student_is_idle or self.queued.qsize() >= self.min_queued:
+                self._submit_queued()
+            if not self.running:
                 return False
-            self._engine.launch()
-            if student_is_idle or self._engine.is_ready:
-                for attempt in self._engine.collect():
-                    self._engine.release([attempt])
-                    _resolve(self._running.pop(attempt.key), self._message(attempt.token_ids))
+            self.engine.launch()
+            if student_is_idle or self.engine.is_ready:
+                for attempt in self.engine.collect():
+                    self.engine.release([attempt])
+                    _resolve(self.running.pop(attempt.key), self.message(attempt.token_ids))
             return True
         # Ctrl-C, too, may have stopped the engine in the middle of a step.
         except BaseException:
@@ -114,31 +114,31 @@ class LocalTeacher(Teacher):
 
     def _drop_requests(self) -> None:
         """Ends all requests without guidance, and resets the engine."""
-        dropped = list(self._running.values())
-        self._running.clear()
-        while not self._arrived.empty():
-            dropped.append(self._arrived.get_nowait())
+        dropped = list(self.running.values())
+        self.running.clear()
+        while not self.queued.empty():
+            dropped.append(self.queued.get_nowait())
         for pending in dropped:
             _resolve(pending, GuidanceFailed("exception", "the teacher was closed"))
-        self._engine.reset()
+        self.engine.reset()
 
-    def _submit_arrived(self) -> None:
+    def _submit_queued(self) -> None:
         """Submits the queued requests to the engine; those that cannot run get their failure."""
         # All prompts share a prefix. It is prefilled once, and its pages are kept.
-        if self._prefix_ids and not self._running and not self._arrived.empty():
-            self._engine.keep_prefix(self._prefix_ids)
-        for _ in range(self._arrived.qsize()):
-            pending = self._arrived.get_nowait()
+        if self.prefix_ids and not self.running and not self.queued.empty():
+            self.engine.keep_prefix(self.prefix_ids)
+        for _ in range(self.queued.qsize()):
+            pending = self.queued.get_nowait()
             key = _noise_key(pending.request)
             if pending.answer.done():  # the caller no longer waits
                 continue
             # The same request may come again after its first caller gave up. Then it waits here
             # until the first one has left the engine.
-            if key in self._running:
-                self._arrived.put(pending)
+            if key in self.running:
+                self.queued.put(pending)
                 continue
             try:
-                prompt_ids = self._prompt_ids(pending.request)
+                prompt_ids = self.prompt_ids(pending.request)
             except Exception as error:  # noqa: BLE001 - a template may refuse a text
                 _resolve(pending, GuidanceFailed("exception", f"chat template: {error}"))
                 continue
@@ -149,20 +149,20 @@ class LocalTeacher(Teacher):
                 )
                 _resolve(pending, GuidanceFailed("too_long", reason))
                 continue
-            self._running[key] = pending
-            self._engine.submit(prompt_ids, self._params, key=key)
+            self.running[key] = pending
+            self.engine.submit(prompt_ids, self._params, key=key)
             pending.answer.get_loop().call_soon_threadsafe(pending.started.set)
 
-    def _message(self, token_ids: list[int]) -> str | GuidanceFailed:
+    def message(self, token_ids: list[int]) -> str | GuidanceFailed:
         """Returns the message in what the teacher sampled, or the reason that there is none.
 
         Special tokens are dropped last, since in some models the marks of thoughts are special.
         """
         try:
             message = clean_guidance(
-                self._bridge.exact_text(token_ids), in_thoughts=self._in_thoughts
+                self.bridge.exact_text(token_ids), in_thoughts=self._in_thoughts
             )
-            return clean_guidance(self._bridge.decode(self._bridge.trusted_ids(message)))
+            return clean_guidance(self.bridge.decode(self.bridge.trusted_ids(message)))
         except GuidanceFailed as failure:
             return failure
 
@@ -184,15 +184,15 @@ class LocalTeacher(Teacher):
             )
             for text in texts
         ]
-        pairs = zip(*map(self._prompt_ids, requests), strict=False)
+        pairs = zip(*map(self.prompt_ids, requests), strict=False)
         return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
-    def _prompt_ids(self, request: GuidanceRequest) -> list[int]:
+    def prompt_ids(self, request: GuidanceRequest) -> list[int]:
         """Returns the prompt of a request. Its texts are untrusted: one is the student's."""
         messages = self._prompt.messages(request)
-        if not self._bridge.takes_system:
+        if not self.bridge.takes_system:
             messages = [{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}]
-        return self._bridge.untrusted_prompt_ids(messages)
+        return self.bridge.untrusted_prompt_ids(messages)
 
 
 def _noise_key(request: GuidanceRequest) -> RolloutKey:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from socpo_fast.ops import linear_sample, row_keys
 from tests.ops.test_sample import IMPLS, keys, settings
-from tests.ops.test_sample_law import kept_by_hand
+from tests.ops.test_sample_distribution import kept_by_hand
 
 
 def chance(statistic: Tensor, freedom: int) -> float:
