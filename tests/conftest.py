@@ -11,7 +11,7 @@ from importlib import metadata
 
 import pytest
 
-from tests.helpers.interpreter import incompatible_pair
+from tests.helpers.interpreter import incompatible_pair, make_dot_batch_invariant
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -23,6 +23,8 @@ def pytest_configure() -> None:
     refusal = incompatible_pair(_installed("triton"), metadata.version("numpy"))
     if refusal is not None:
         raise pytest.UsageError(refusal)
+    if _installed("triton") is not None:
+        make_dot_batch_invariant()
 
 
 def _installed(package: str) -> str | None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # added when a step's launch was separated from its collection and the teacher got its own stream
 # (engine/steps.py). Another 113 and 47 were added when packed assignments, which had counted as one
 # statement, were split into one assignment a line.
-BUDGETS = {"core Python": 5913, "kernels": 1800, "csrc": 2000, "integrations and report": 1243}
+BUDGETS = {"core Python": 5915, "kernels": 1800, "csrc": 2000, "integrations and report": 1243}
 MAX_FILE = 300
 MAX_FUNCTION = 80
 MAX_KERNEL = 120

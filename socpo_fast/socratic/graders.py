@@ -128,7 +128,6 @@ def _number(value: object) -> float:
 
 
 _STRICT_LETTER = re.compile(r"<answer>\r?\n([A-D])\r?\n</answer>")
-_ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?", re.ASCII)
 
 # An option letter that is a word by itself. A and I are English words, too: before another word in
@@ -214,7 +213,7 @@ def chosen_letter(text: str) -> str | None:
     6. "(B)", then a letter that opens a line ("B: 7.36 N"), if all of that form are the same
        letter: a text that repeats the list of options settles on none
     """
-    for block in reversed(_ANSWER_BLOCK.findall(text)):
+    for block in reversed(answer_blocks(text)):
         content = block.strip()
         if match := re.match(_MARKED, content.upper() if len(content) == 1 else content):
             return match[1]
@@ -229,13 +228,22 @@ def chosen_letter(text: str) -> str | None:
     return None
 
 
+def answer_blocks(text: str) -> list[str]:
+    """Returns what stands between <answer> and </answer>, in order, in time linear in the text.
+
+    A pattern with ".*?" would read on to the end of the text for each <answer> that is not closed.
+    """
+    closed = text.split("</answer>")[:-1]
+    return [part.partition("<answer>")[2] for part in closed if "<answer>" in part]
+
+
 def grade_exact(text: str, question: Question) -> bool:
     """Whether the last <answer> block equals ground_truth; without a block, the whole text.
 
     White space around both is ignored. Two plain decimal numbers are compared as numbers, so 18.0
     is 18.00. A number with leading zeros is a string: 018 is not 18, since it may be a code.
     """
-    blocks = _ANSWER_BLOCK.findall(text)
+    blocks = answer_blocks(text)
     return same_value((blocks[-1] if blocks else text).strip(), question.ground_truth.strip())
 
 

@@ -1,8 +1,11 @@
-"""Knows which versions of Triton and numpy can run kernels in the interpreter together."""
+"""Prepares Triton's interpreter for tests: versions that go together, a batch-invariant dot."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
+
+import numpy as np
 
 
 def incompatible_pair(triton: str | None, numpy: str) -> str | None:
@@ -16,6 +19,22 @@ def incompatible_pair(triton: str | None, numpy: str) -> str | None:
     minor = ".".join(map(str, _release(triton)))
     rule = f"numpy must be < 2.4 beside triton {minor}, got {numpy}"
     return f"tests: {rule}; pip install 'numpy<2.4'"
+
+
+def make_dot_batch_invariant() -> None:
+    """Replaces the interpreter's tl.dot by one whose rows do not depend on each other.
+
+    The interpreter calls numpy's product in fp32. On some processors that sums the last rows of a
+    tile in another order than the first ones, so that tests of a kernel's own batch invariance
+    fail. Here the product is summed in fp64 and rounded once, which hides the order of the sum.
+    """
+    from triton.runtime import interpreter
+
+    def create_dot(_builder: Any, a: Any, b: Any, d: Any, *_precision: Any) -> Any:
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def _release(version: str) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def test_silence_is_reported_and_not_called_assisted(
         assert "assisted, with the teacher's help: not known" in accuracy_text(row)
     (batch,) = rows(config, "batch")
     printed = capsys.readouterr().out
-    num_failed = f"{batch['guidance/num_failed']:.0f}"
+    num_failed = f"{batch['guidance/failed']:.0f}"
     assert (
         f"warning: teacher: all {num_failed} guidances of a batch failed (status_404 {num_failed})"
         in printed
