@@ -20,6 +20,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +35,7 @@ from socpo_fast.config.text import (
     unknown_key,
 )
 from socpo_fast.files import RunFailed
+from socpo_fast.report.printable import one_line, printable, tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return run(argv)
+    open_outputs()
     code: Any = 1
     try:
         code = run(sys.argv[1:])
@@ -63,21 +66,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def open_outputs() -> None:
+    """Gives the process outputs that take any text, also where the caller has closed them."""
+    # A closed 1 or 2 would be the number of the next file that is opened. What a library writes to
+    # its stderr would then land in that file of the run.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+    # Python's own raises if a function of the user has closed stderr.
+    warnings.showwarning = lambda message, *_rest, **_named: complain(f"warning: {message}")
+
+
+def complain(text: str) -> None:
+    """Prints one line to stderr, if it takes one."""
+    with suppress(OSError):
+        tell(one_line(text), sys.stderr)
+
+
 def run(words: Sequence[str]) -> int:
     """Runs one command and returns the exit code."""
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if words else 2
-    warnings.formatwarning = lambda message, *_rest, **_named: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_rest, **_named: (
+        one_line(f"warning: {message}") + "\n"
+    )
     try:
+        if not words or words[0] in ("-h", "--help"):
+            tell(USAGE)
+            return 0 if words else 2
         command_of(words[0])(words[1:])
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except (ValueError, TypeError, OSError, RunFailed) as error:
         if os.environ.get("SOCPO_TRACEBACK") == "1":
             raise
-        print(" ".join(str(error).split()), file=sys.stderr)
+        complain(str(error))
         return 2
     return 0
 
@@ -95,8 +121,8 @@ def evaluate(words: Sequence[str]) -> None:
     metrics = load_trainer().evaluate(config, checkpoint)
     from socpo_fast.report.accuracy import accuracy_text
 
-    print(accuracy_text(metrics))
-    print(json.dumps(metrics))
+    tell(accuracy_text(metrics))
+    tell(json.dumps(metrics))
 
 
 def rollout(words: Sequence[str]) -> None:
@@ -113,7 +139,7 @@ def plan(words: Sequence[str]) -> None:
     from socpo_fast.report.plan import plan_text
     from socpo_fast.session import find_student
 
-    print(plan_text(config, find_student(config), options))
+    tell(plan_text(config, find_student(config), options))
 
 
 def load_trainer() -> Any:
@@ -134,6 +160,8 @@ def load_trainer() -> Any:
 
 def report(words: Sequence[str]) -> None:
     """write curves.png and report.html of a run folder: socpo report runs/NAME"""
+    if asks_for_help("report", words):
+        return
     if len(words) != 1 or words[0].startswith("-"):
         raise ValueError(
             f"report: arguments must be one run folder, got {list(words)}; for example socpo "
@@ -141,11 +169,13 @@ def report(words: Sequence[str]) -> None:
         )
     from socpo_fast.report.write import write_report
 
-    print(write_report(Path(expand_home(words[0]))))
+    tell(str(write_report(Path(expand_home(words[0])))))
 
 
 def env(words: Sequence[str]) -> None:
     """print device, versions and which implementation each op uses"""
+    if asks_for_help("env", words):
+        return
     if words:
         raise ValueError(f"env: arguments must be none, got {list(words)}")
     from socpo_fast.ops import available_impls
@@ -153,7 +183,16 @@ def env(words: Sequence[str]) -> None:
 
     impls = {f"op {op}": impl for op, impl in available_impls().items()}
     for name, value in {**environment(), **impls}.items():
-        print(f"{name:<24}{value}")
+        tell(f"{name:<24}{value}")
+
+
+def asks_for_help(command: str, words: Sequence[str]) -> bool:
+    """Whether the arguments of a command without settings ask for help; prints it then."""
+    if {"-h", "--help"}.isdisjoint(words):
+        return False
+    arguments = " FOLDER" if command == "report" else ""
+    tell(f"usage: socpo {command}{arguments}\n\n{COMMANDS[command].__doc__}.")
+    return True
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -262,7 +301,9 @@ def reader(command: str, tables: dict[str, Any]) -> Reader:
             meaning = (
                 f"{describe(Config, name)}. ({rule_of(Config, name)}) (default: {to_text(default)})"
             )
-            group.add_argument(f"--{name}", metavar="VALUE", help=meaning.replace("%", "%%"))
+            group.add_argument(
+                f"--{name}", metavar="VALUE", help=printable(meaning).replace("%", "%%")
+            )
     return parser
 
 

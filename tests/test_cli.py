@@ -94,6 +94,10 @@ REFUSED = {
         ["train", "--trian.lr=3"],
         "config: unknown key trian.lr; did you mean train.lr?",
     ),
+    "the long name": (
+        ["train", "--train.learning_rate", "1e-6"],
+        "config: unknown key train.learning_rate; did you mean train.lr?",
+    ),
     "no value": (
         ["train", "--train.lr"],
         "socpo train: --train.lr must be followed by its value, got nothing",
@@ -167,6 +171,17 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert [command for command in COMMANDS if f"\n  {command} " not in text] == []
     assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", ["report", "env"])
+def test_commands_without_settings_have_help(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag in ("--help", "-h"):
+        assert main([command, flag]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: socpo {command}")
+        assert str(COMMANDS[command].__doc__) in text
 
 
 def test_commands_reach_the_trainer(

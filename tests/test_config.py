@@ -287,3 +287,9 @@ def test_fields_of_a_request_are_a_table(tmp_path: Path) -> None:
     for text in ("{", "max_tokens=1", "[1]"):
         with pytest.raises(ValueError, match="config: teacher.extra_body must be a table, got"):
             load_config(None, endpoint | {"teacher.extra_body": text})
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf[run]\r\nseed = 3\r\n")
+    assert load_config(path).run.seed == 3

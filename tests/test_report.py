@@ -183,6 +183,7 @@ def test_first_middle_and_last_batch_with_each_outcome(tmp_path: Path) -> None:
 
 
 def test_report_of_a_run_without_metrics(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
     text = parse(write_report(tmp_path)).text
     assert "No accuracy has been recorded yet" in text
     assert not (tmp_path / "curves.png").exists()
@@ -217,6 +218,9 @@ def test_the_report_is_the_same_when_written_again(tmp_path: Path) -> None:
 def test_missing_run_folder_raises_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="report: .* must be a run folder"):
         write_report(tmp_path / "none")
+    with pytest.raises(ValueError, match="report: .* must be a run folder"):
+        write_report(tmp_path)  # it is there, but no run is in it
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cut_into_the_prompt_shows_0_tokens_as_sampled(tmp_path: Path) -> None:

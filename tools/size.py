@@ -16,11 +16,12 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The design allows 5,500 for core Python and 1,200 for integrations and report. Another 300 were
-# added when a step's launch was separated from its collection and the teacher got its own stream
-# (engine/steps.py). Another 113 and 47 were added when packed assignments, which had counted as one
-# statement, were split into one assignment a line.
-BUDGETS = {"core Python": 5915, "kernels": 1800, "csrc": 2000, "integrations and report": 1243}
+# The design allows 5,500 for core Python and 1,200 for integrations and report. What has been added
+# since: 300 to launch a step apart from collecting it, and for a teacher on a stream of its own
+# (engine/steps.py); 113 and 47 when packed assignments, which had counted as one statement, were
+# split; 290 and 25 to read files, templates, tokenizers and answers as their authors meant them
+# (socratic/data.py, graders.py, vocabulary.py, report/printable.py).
+BUDGETS = {"core Python": 6202, "kernels": 1800, "csrc": 2000, "integrations and report": 1268}
 MAX_FILE = 300
 MAX_FUNCTION = 80
 MAX_KERNEL = 120
@@ -97,10 +98,9 @@ def code_lines(path: Path, source: str) -> set[int]:
     return numbers
 
 
-def long_functions(path: Path, source: str) -> list[str]:
+def long_functions(path: Path, source: str, numbers: set[int]) -> list[str]:
     """Returns a message for each function of a Python file that is too long."""
     limit = MAX_KERNEL if path.parts[0] == "kernels" else MAX_FUNCTION
-    numbers = code_lines(path, source)
     faults = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -117,11 +117,11 @@ def main() -> int:
     faults = []
     for path in source_files():
         source = (ROOT / path).read_text(encoding="utf-8")
-        num_lines = len(code_lines(path, source))
-        if num_lines > MAX_FILE:
-            faults.append(f"{path} has {num_lines} lines of code, limit {MAX_FILE}")
+        numbers = code_lines(path, source)
+        if len(numbers) > MAX_FILE:
+            faults.append(f"{path} has {len(numbers)} lines of code, limit {MAX_FILE}")
         if path.suffix == ".py":
-            faults += long_functions(path, source)
+            faults += long_functions(path, source, numbers)
         budget = budget_of(path)
         if budget is not None:
             totals[budget] += num_statements(path, source)

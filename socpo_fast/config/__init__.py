@@ -166,7 +166,7 @@ def read_toml(toml_path: str | Path) -> dict[str, Any]:
     """Returns the tables of a TOML file, unchecked; a run's config.toml also has a history."""
     path = Path(expand_home(str(toml_path)))
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"config: {toml_path} must be a readable file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # broken TOML, not UTF-8, nested without end

@@ -7,12 +7,19 @@ description with its unit. `socpo train --help` shows both, and the docstring of
 to the working directory. "builtin" names what the package ships.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+import os
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from socpo_fast.config.text import LocalPath, one_of
 from socpo_fast.registries import ESTIMATORS, GRADERS, LR_SCHEDULES, SCHEDULES, Schedule
+
+# Limits that no run needs to pass. Beyond them a slip of the keyboard would fill the memory or
+# never end, where it should be refused.
+MOST_TOKENS = 2**24
+MOST_ROLLOUTS = 2**18
+MOST_THREADS = max(64, os.cpu_count() or 1)
 
 
 class Section(BaseModel):
@@ -69,7 +76,10 @@ class RunConfig(Section):
         default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="cpu, cuda or cuda:INDEX"
     )
     threads: int = Field(
-        default=0, ge=0, le=4096, description="CPU threads, 0 = all cores (or OMP_NUM_THREADS)"
+        default=0,
+        ge=0,
+        le=MOST_THREADS,
+        description="CPU threads, 0 = all cores (or OMP_NUM_THREADS)",
     )
     trace_batches: int = Field(
         default=0,
@@ -128,13 +138,16 @@ class DataConfig(Section):
         description="who grades an answer; module:function(text, question) is your own",
     )
     max_prompt_tokens: int = Field(
-        default=2048, ge=1, description="longest prompt in tokens; longer ones are left out"
+        default=2048,
+        ge=1,
+        le=MOST_TOKENS,
+        description="longest prompt in tokens; longer ones are left out",
     )
     builtin_train_questions: int = Field(
-        default=20_000, ge=1, description="built-in training questions"
+        default=20_000, ge=1, le=20_000, description="built-in training questions"
     )
     builtin_eval_questions: int = Field(
-        default=200, ge=1, description="built-in held-out questions"
+        default=200, ge=1, le=20_000, description="built-in held-out questions"
     )
 
     @model_validator(mode="before")
@@ -163,15 +176,19 @@ class GraderConfig(Section):
 class RolloutConfig(Section):
     """How the student answers in training."""
 
-    questions_per_batch: int = Field(default=32, ge=1, description="questions rolled out together")
-    group_size: int = Field(default=8, ge=1, description="rollouts a question")
+    questions_per_batch: int = Field(
+        default=32, ge=1, le=MOST_ROLLOUTS, description="questions rolled out together"
+    )
+    group_size: int = Field(default=8, ge=1, le=MOST_ROLLOUTS, description="rollouts a question")
     max_attempts: int = Field(
         default=2, ge=1, le=256, description="K, attempts a rollout; 1 = REINFORCE++, no teacher"
     )
     temperature: float = Field(
         default=1.0, gt=0, le=10, description="sampling temperature, also that of the loss"
     )
-    max_new_tokens: int = Field(default=1024, ge=1, description="longest attempt, tokens")
+    max_new_tokens: int = Field(
+        default=1024, ge=1, le=MOST_TOKENS, description="longest attempt, tokens"
+    )
     attempt_limit: int = Field(
         default=1024, ge=1, description="tokens of an attempt that the next one sees (its head)"
     )
@@ -181,6 +198,17 @@ class RolloutConfig(Section):
         description="the next attempt sees what was sampled, or what the chat template makes of "
         "it (no old <think>)",
     )
+
+    @model_validator(mode="after")
+    def _check_num_rollouts(self) -> Self:
+        """Refuses a batch that no machine holds; each factor alone may be in its range."""
+        num_rollouts = self.questions_per_batch * self.group_size
+        if num_rollouts > MOST_ROLLOUTS:
+            raise ValueError(
+                "config: rollout.questions_per_batch * rollout.group_size must be <= "
+                f"{MOST_ROLLOUTS}, got {num_rollouts}; lower one of them"
+            )
+        return self
 
 
 class RewardConfig(Section):
@@ -289,7 +317,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="gradients are scaled down to this norm"
     )
-    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    token_budget: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["auto"] = Field(
         default="auto",
         description="tokens of a microbatch, a longer rollout alone; auto = 8192 on a CPU, what "
         "fits a card",
@@ -318,7 +346,10 @@ class EngineConfig(Section):
     page_size: int = Field(default=32, ge=1, le=1024, description="tokens of a KV page")
     max_running: int = Field(default=256, ge=1, le=65536, description="attempts decoded together")
     token_budget: int = Field(
-        default=2048, ge=1, description="tokens of one engine step, prefill and decode"
+        default=2048,
+        ge=1,
+        le=MOST_TOKENS,
+        description="tokens of one engine step, prefill and decode",
     )
     attention: Literal["auto", "flash"] = Field(
         default="auto", description="flash: flash-attn, page_size 256, a GPU"
@@ -335,7 +366,9 @@ class EvalConfig(Section):
         default=0.6, ge=0, le=10, description="sampling temperature, 0 = greedy"
     )
     top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus mass, 1 = off")
-    samples: int = Field(default=16, ge=1, description="samples a question (the k of avg@k)")
+    samples: int = Field(
+        default=16, ge=1, le=4096, description="samples a question (the k of avg@k)"
+    )
     max_questions: int | None = Field(
         default=None, ge=1, description="first questions of data.eval; none = all"
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from socpo_fast.config.sections import Section
+from socpo_fast.config.sections import MOST_TOKENS, Section
 from socpo_fast.config.text import LocalPath
 
 
@@ -65,7 +65,9 @@ class ModelTeacherConfig(TeacherConfig):
     temperature: float = Field(
         default=0.2, ge=0, le=10, description="sampling temperature, 0 = greedy"
     )
-    max_new_tokens: int = Field(default=1024, ge=1, description="longest guidance, teacher tokens")
+    max_new_tokens: int = Field(
+        default=1024, ge=1, le=MOST_TOKENS, description="longest guidance, teacher tokens"
+    )
     system_prompt: str | None = Field(
         default=None, description="system message; none = our wording"
     )

@@ -167,13 +167,14 @@ def to_text(value: object) -> str:
 def unknown_key(model: type[BaseModel], name: str) -> str:
     """Returns the error message for a key that no section has, with the nearest known key.
 
-    The nearest key is the same key in another section, a key that this one extends by a word, or a
-    key with a similar spelling.
+    The nearest key is the same key in another section or its initials (lr for learning_rate), a key
+    that this one extends by a word, or a key with a similar spelling.
     """
     names = list(fields_of(model))
     key = name.rpartition(".")[2]
+    keys = (key, "".join(word[:1] for word in key.split("_")))
     related = [
-        known for known in names if known.rpartition(".")[2] == key or name.startswith(f"{known}_")
+        known for known in names if known.rpartition(".")[2] in keys or name.startswith(f"{known}_")
     ]
     # Related keys are offered however different the whole name is; others only if they are similar.
     nearest = difflib.get_close_matches(name, related or names, n=1, cutoff=0.0 if related else 0.7)

@@ -24,6 +24,17 @@ ARCHITECTURES = {  # Hugging Face class -> model_type
     "Qwen3ForCausalLM": "qwen3",
 }
 _RULES = {int: "an integer >= 1", float: "a finite number > 0", bool: "true or false"}
+# Far beyond every published model. A larger number is a mistake, and building the decoder, even
+# without its weights, would take all memory or never end.
+_LIMITS = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**12,
+    "head_dim": 2**14,
+    "max_position_embeddings": 10**9,
+}
 _Kind = TypeVar("_Kind", int, float, bool)
 
 
@@ -255,6 +266,8 @@ def _read(raw: Mapping[str, Any], name: str, kind: type[_Kind], where: str) -> _
     # type() and not isinstance: in Python true is an int, but no integer field may be true.
     has_type = type(value) is kind or (kind is float and type(value) is int)
     _require(where, name, value, has_type and (kind is bool or 0 < value < math.inf), _RULES[kind])
+    limit = _LIMITS.get(name, math.inf)
+    _require(where, name, value, value <= limit, f"<= {limit}", "correct config.json")
     return kind(value)
 
 

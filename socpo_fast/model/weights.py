@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from socpo_fast.files import new_folder, read_json
+from socpo_fast.files import new_folder, read_json, sync
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops._checks import check_rule, check_word
@@ -35,6 +35,24 @@ STORED_DTYPES = ("F64", "F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+_IS_ADAPTER = (
+    "{folder}: must hold a whole model, got an adapter; merge it into its base model first (peft: "
+    "merge_and_unload, then save_pretrained)"
+)
+# What trainers save beside weights: optimizer, random state, arguments, shards of many processes.
+TRAINER_STATE = (
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    "training_args.bin",
+    "extra_state_*",
+    "global_step*",
+    "*_world_size_*",
+    "pytorch_model_fsdp*",
+    "*_states.pt",
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,6 +63,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 
@@ -62,7 +81,8 @@ def load_student(
 
     Raises:
         ValueError: folder, config or a tensor is missing, extra, misshapen or of a kind that this
-            decoder does not have; one line naming file and tensor.
+            decoder does not have; or the folder holds an adapter, or a trainer's files without a
+            model. One line naming file and tensor.
 
     Memory: the parameters, and one stored tensor at a time.
     """
@@ -76,6 +96,7 @@ def load_student(
         "a local Hugging Face folder",
         "download it first",
     )
+    _check_is_model(folder)
     config = ModelConfig.from_hf(
         read_json(folder / "config.json"), where=str(folder / "config.json")
     )
@@ -133,8 +154,44 @@ def save_student(
     with new_folder(folder) as partial:
         _write_json(partial / "config.json", raw | {"dtype": str(dtype).removeprefix("torch.")})
         _write_shards(student, partial)
-        for file in tokenizer_files:
-            shutil.copyfile(file, partial / file.name)
+        for name, file in tokenizer_files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / name)
+            sync(partial / name)
+
+
+def _check_is_model(folder: Path) -> None:
+    """Refuses a folder that training tools write beside or instead of a model, by its kind."""
+    # transformers, too, takes a folder with this file for an adapter, whatever else is in it.
+    if (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*")):
+        raise ValueError(_IS_ADAPTER.format(folder=folder))
+    if (folder / "config.json").exists() and _has_weights(folder):
+        return
+    inner = [
+        path.parent
+        for pattern in ("*/config.json", "*/*/config.json")
+        for path in folder.glob(pattern)
+        if _has_weights(path.parent)
+    ]
+    if inner:
+        # checkpoint-1000 is newer than checkpoint-500.
+        newest = max(inner, key=lambda path: (len(path.name), path.name))
+        raise ValueError(
+            f"{folder}: must hold a model itself, got {len(inner)} folders with one inside; "
+            f"give one of them, such as {newest}"
+        )
+    if not _has_weights(folder) and any(any(folder.glob(pattern)) for pattern in TRAINER_STATE):
+        raise ValueError(
+            f"{folder}: must hold a model, got only the state of a trainer; save the model with "
+            "save_pretrained, or merge its shards with the trainer's own tool (verl: "
+            "model_merger, DeepSpeed: zero_to_fp32.py)"
+        )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder has the weights of a model, in safetensors or not."""
+    files = [folder / SINGLE, folder / INDEX, *folder.glob("pytorch_model*.bin")]
+    return any(file.is_file() for file in files)
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -192,6 +249,8 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     missing = sorted(expected.keys() - stored.keys())
     extra = sorted(stored.keys() - expected.keys())
+    if any(".lora_" in name for name in extra):
+        raise ValueError(_IS_ADAPTER.format(folder=folder))
     if missing:
         raise ValueError(
             f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); config.json asks "
@@ -246,13 +305,18 @@ def _raw_config(student: Decoder) -> tuple[dict[str, Any], torch.dtype]:
     return raw, dtypes.pop()
 
 
-def _tokenizer_files(tokenizer_from: str | Path | None) -> list[Path]:
-    """Returns the tokenizer's files that the folder has, to be copied along."""
+def _tokenizer_files(tokenizer_from: str | Path | None) -> dict[str, Path]:
+    """Returns the tokenizer's files that the folder has, by their names in the folder."""
     if tokenizer_from is None:
-        return []
+        return {}
     source = Path(tokenizer_from).expanduser()
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not any(file.name.startswith("tokenizer") for file in files):
+    files = {
+        str(file.relative_to(source)): file
+        for pattern in TOKENIZER_FILES
+        for file in sorted(source.glob(pattern))
+        if file.is_file()
+    }
+    if not any(name.startswith("tokenizer") for name in files):
         raise ValueError(f"save_student: tokenizer_from must hold tokenizer files, got '{source}'")
     return files
 

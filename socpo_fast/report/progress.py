@@ -21,6 +21,7 @@ from socpo_fast.config import RunConfig
 from socpo_fast.metrics import Kind
 from socpo_fast.ops import available_impls
 from socpo_fast.report.accuracy import failures_text, sparkline
+from socpo_fast.report.printable import printable
 from socpo_fast.types import Rollout
 
 # A teacher that has answered before counts as silent after this many failures in a row. A student
@@ -73,10 +74,10 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line that stays. If the terminal is gone, only the line is lost."""
-        # rich turns a closed pipe into SystemExit; a closed file and a letter that the encoding
-        # lacks are ValueErrors. None of them should end a run of many hours.
+        # rich turns a closed pipe into SystemExit; a closed file is a ValueError. Neither should
+        # end a run of many hours.
         with suppress(OSError, ValueError, SystemExit):
-            self._console.print(text, soft_wrap=True)
+            self._console.print(printable(text, self._console.encoding), soft_wrap=True)
 
     def phase(self, name: str, *, batch: int, update: int, total: int) -> None:
         """Begins a phase (rollout, update, eval) of `total` units of work."""
@@ -150,9 +151,11 @@ class Progress:
             "unassisted, training": self._unassisted["batch"],
             "unassisted, held out": self._unassisted["eval"],
         }
+        takes_blocks = not self._console.options.ascii_only
         for label, values in curves.items():
             if values:
-                table.add_row(label, sparkline(values[-30:]), f"{100 * values[-1]:.1f}%")
+                curve = sparkline(values[-30:]) if takes_blocks else ""
+                table.add_row(label, curve, f"{100 * values[-1]:.1f}%")
         return table
 
 

@@ -71,6 +71,43 @@ def write_rollouts(
     return path
 
 
+def export_rollouts(
+    path: str | Path, rollouts: Iterable[Rollout], questions: Mapping[int, Question]
+) -> None:
+    """Writes rollouts to a parquet file in verl's layout, one a row; `datasets` loads it as well.
+
+    data.load_questions reads the questions back. extra_info.turns holds the attempts in order.
+
+    Args:
+        questions: by question_idx.
+    """
+    from datasets import Dataset
+
+    rows = []
+    for rollout in rollouts:
+        question = questions[rollout.question_idx]
+        turns = rollout_record(rollout, question, batch=0)["turns"]
+        keys = ("text", "is_correct", "reward", "advantage", "finish_reason")
+        rows.append(
+            {
+                "data_source": question.data_source,
+                "prompt": list(question.messages),
+                "reward_model": {"style": "rule", "ground_truth": question.ground_truth},
+                "extra_info": {
+                    "index": question.question_idx,
+                    "rollout_idx": rollout.rollout_idx,
+                    "reference_solution": question.reference_solution,
+                    "turns": [
+                        {key: turn[key] for key in keys}
+                        | {"guidance": turn["guidance"] and turn["guidance"]["text"]}
+                        for turn in turns
+                    ],
+                },
+            }
+        )
+    Dataset.from_list(rows).to_parquet(path)
+
+
 def drop_rollouts(run_folder: Path, *, after_batch: int) -> None:
     """Removes files of later batches: an earlier start made them, and this one makes them anew."""
     last = run_folder / "rollouts" / f"batch_{after_batch:06d}.jsonl"

@@ -66,10 +66,10 @@ def write_report(run_folder: str | Path) -> Path:
     """Writes curves.png and report.html into a run folder; returns the page's path.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder, or one without the files of a run.
     """
     folder = Path(run_folder).expanduser()
-    if not folder.is_dir():
+    if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "rollouts")):
         raise ValueError(
             f"report: {folder} must be a run folder, got none there; train first, or check the name"
         )
@@ -78,7 +78,8 @@ def write_report(run_folder: str | Path) -> Path:
     if rows:
         replace_file(folder / "curves.png", curves)
     path = folder / "report.html"
-    replace_file(path, render(folder, rows, curves))
+    # A model or a file name may hold half a letter (a lone surrogate), which UTF-8 cannot store.
+    replace_file(path, render(folder, rows, curves).encode("utf-8", "backslashreplace"))
     return path
 
 

@@ -23,11 +23,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from socpo_fast.files import read_json
 from socpo_fast.ops._checks import check_rule
+from socpo_fast.socratic.vocabulary import (
+    check_vocabulary,
+    configured_eos_ids,
+    find_special,
+    with_special_ids,
+)
 
 # Words that stand for texts while a template renders.
 ANSWER = "SocpoAnswer"
 GUIDANCE = "SocpoGuidance"
 _PROMPT = [{"role": "user", "content": "SocpoQuestion"}]
+_WITH_SYSTEM = [{"role": "system", "content": "SocpoSystem"}, *_PROMPT]
+# A template may add this many characters to a dialogue, and repeat each of its texts 16 times.
+_TEMPLATE_CHARACTERS = 100_000
 _NOTE = "the chat template rewrites {} once it is history; rollout.context tokens does not"
 # Answers that some templates change once they are history; _check renders each of them.
 _PROBES = {
@@ -41,7 +50,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a Hugging Face folder; no code of the folder is run.
 
     Raises:
-        ValueError: the folder or its tokenizer files are missing or unreadable.
+        ValueError: the folder or its tokenizer files are missing or unreadable, or the tokenizer
+            has ids that the model of the folder has not.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -50,7 +60,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             "it first"
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     # The tokenizers library raises bare Exception for files that it cannot read.
@@ -58,6 +68,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"tokenizer: {folder} must hold a tokenizer.json that transformers reads ({error})"
         ) from error
+    config = folder / "config.json"
+    vocab_size = read_json(config).get("vocab_size") if config.is_file() else None
+    if type(vocab_size) is int:
+        check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
+
+
+class TemplateRefuses(ValueError):
+    """The chat template does not take messages of these roles."""
 
 
 class Bridge:
@@ -68,6 +87,10 @@ class Bridge:
         guidance_limit:  most tokens of guidance, >= 1; of longer guidance the beginning is kept.
         enable_thinking: passed to the chat template (Qwen3: False = no thinking); None = the
                          template's default.
+        single_turn:     for a teacher, which answers once: the template may refuse dialogues.
+
+    Turns begin and end with special tokens, or with added tokens that are not special but look like
+    marks (<|User|> of DeepSeek-R1-Distill). Both are called special here: no text can forge them.
 
     Attributes:
         end_of_turn_id: the special token right behind an assistant's text; end_of_turn is its text.
@@ -81,9 +104,9 @@ class Bridge:
 
     Raises:
         ValueError: the tokenizer has no chat template; or the template refuses a dialogue, has no
-            enable_thinking, or has turns that do not end with a special token (Llama 2, Mistral v1
-            and v2: there guidance could forge turns); or the pieces do not add up to the template's
-            rendering.
+            enable_thinking, ignores add_generation_prompt, or has turns that do not end with a
+            special token (Llama 2, Mistral v1 and v2: there guidance could forge turns); or the
+            pieces do not add up to the template's rendering.
     """
 
     def __init__(
@@ -92,6 +115,7 @@ class Bridge:
         *,
         guidance_limit: int,
         enable_thinking: bool | None = None,
+        single_turn: bool = False,
     ):
         check_rule("bridge", "guidance_limit", guidance_limit, guidance_limit >= 1, ">= 1")
         if not tokenizer.is_fast:
@@ -104,6 +128,15 @@ class Bridge:
                 f"'{tokenizer.name_or_path}'; "
                 "use the instruct version of the model"
             )
+        named = tokenizer.chat_template
+        check_rule(
+            "bridge",
+            "the chat templates",
+            ", ".join(named) if isinstance(named, dict) else "one",
+            not isinstance(named, dict) or "default" in named,
+            "one, or several with one named default",
+            "save the one to be used as chat_template.jinja",
+        )
         template = tokenizer.get_chat_template()
         check_rule(
             "bridge",
@@ -118,17 +151,24 @@ class Bridge:
         self._template_kwargs: dict[str, Any] = (
             {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         )
-        special = [
-            (token.content, idx)
-            for idx, token in tokenizer.added_tokens_decoder.items()
-            if token.special
-        ]
-        # Longest first, so that the search for one never stops at a shorter one it begins with.
-        self._special = dict(sorted(special, key=lambda pair: -len(pair[0])))
+        self._find_special()
         # The rendering is question, ANSWER, GUIDANCE, generation prompt. What stands behind ANSWER,
         # without GUIDANCE itself, is the bridge.
-        _, _, behind_answer = self.render(dialogue(_PROMPT, ANSWER)).rpartition(ANSWER)
-        self.before, _, self.after = behind_answer.partition(GUIDANCE)
+        _, answer, behind_answer = self._render_dialogue(dialogue(_PROMPT, ANSWER)).rpartition(
+            ANSWER
+        )
+        self.before, guidance, self.after = behind_answer.partition(GUIDANCE)
+        has_dialogues = bool(answer and guidance)
+        if single_turn and not has_dialogues:
+            self.before = tokenizer.eos_token or ""
+            self.after = self.render(_PROMPT).rpartition("SocpoQuestion")[2]
+        elif not has_dialogues:
+            # If the template refuses the dialogue, this raises its own reason.
+            rendered = self.render(dialogue(_PROMPT, ANSWER))
+            raise ValueError(
+                "bridge: the chat template must render an answer and the user's message behind it, "
+                f"got {rendered[:200]!r}; use a template for several turns"
+            )
         head_ids = self.trusted_ids(self._split(self.before)[0])
         tail_ids = self.trusted_ids(self._split(self.after, first=True)[1])
         if not head_ids or head_ids[0] not in self._special.values() or not tail_ids:
@@ -138,14 +178,16 @@ class Bridge:
                 f"user's, got {self.before!r} and {self.after!r}; guidance could forge turns, use "
                 "a newer model"
             )
+        self._check_generation_prompt()
         self.end_of_turn_id = head_ids[0]
         self.end_of_turn = str(tokenizer.convert_ids_to_tokens(head_ids[0]))
-        self.eos_ids = tuple(dict.fromkeys([self.end_of_turn_id, *_configured_eos_ids(tokenizer)]))
+        self.eos_ids = tuple(dict.fromkeys([self.end_of_turn_id, *configured_eos_ids(tokenizer)]))
         # Sentencepiece puts a space before the first word of a text. Inside a row no text is the
         # first, so untrusted_ids encodes it behind an anchor and drops the anchor's ids.
         is_same_anywhere = self.trusted_ids(f"{self.end_of_turn}x")[1:] == self.trusted_ids("x")
         self._anchor = "" if is_same_anywhere else "\n"
-        self.notes = self._check()
+        self._check_special()
+        self.notes = self._check_rendering() if has_dialogues else ()
         if "strftime_now" in template:
             self.notes += (
                 "the chat template writes today's date into prompts; resumed on another day they "
@@ -200,10 +242,10 @@ class Bridge:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text for the grader and the teacher, without special tokens."""
+        # skip_special_tokens does not skip turn marks that the tokenizer does not call special.
+        ids = [token_id for token_id in token_ids if token_id not in self._mark_ids]
         return str(
-            self.tokenizer.decode(
-                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
 
     def exact_text(self, token_ids: Sequence[int]) -> str:
@@ -217,26 +259,38 @@ class Bridge:
         )
         return str(text).removeprefix(self.end_of_turn)
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
         """Returns the template's text of a dialogue, up to where the assistant's text begins."""
         from jinja2 import TemplateError
 
         try:
-            return str(
+            text = str(
                 self.tokenizer.apply_chat_template(
                     list(messages),
                     tokenize=False,
-                    add_generation_prompt=True,
+                    add_generation_prompt=add_generation_prompt,
                     **self._template_kwargs,
                 )
             )
         # TemplateError: the template refuses the messages. The others: a fault in the template.
         except (TemplateError, TypeError, LookupError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(
+            raise TemplateRefuses(
                 f"chat template: must take messages of the roles {roles}, got '{error}'; "
                 "change the roles in the data, or the template"
             ) from error
+        most = _TEMPLATE_CHARACTERS + 16 * sum(len(message["content"]) for message in messages)
+        check_rule(
+            "chat template",
+            "the rendering",
+            f"{len(text)} characters",
+            len(text) <= most,
+            f"at most {most} characters for these messages",
+            "use the template of the model's publisher",
+        )
+        return text
 
     def frame(self, before: str, guidance: str, after: str) -> list[int]:
         """Returns the ids of unchanged guidance between two texts of the template."""
@@ -255,7 +309,7 @@ class Bridge:
 
     def untrusted_ids(self, text: str) -> list[int]:
         """Returns the ids of a text inside a row; a special token spelled out stays ordinary."""
-        ids = self.tokenizer.encode(
+        ids = self._untrusted.encode(
             self._anchor + text, add_special_tokens=False, split_special_tokens=True
         )
         return ids[len(self.trusted_ids(self._anchor)) :] if text else []
@@ -289,14 +343,53 @@ class Bridge:
         }
         # A loop, since the beginning of a text may take more tokens by itself than within the text.
         while (
-            len(offsets := self.tokenizer(text, verbose=False, **options)["offset_mapping"])
+            len(offsets := self._untrusted(text, verbose=False, **options)["offset_mapping"])
             > self.guidance_limit
         ):
             text = text[: offsets[self.guidance_limit][0]].rstrip()
         return text
 
-    def _check(self) -> tuple[str, ...]:
-        """Compares the pieces with the template's rendering, id by id; returns `notes`."""
+    def _find_special(self) -> None:
+        """Sets the special tokens, and the tokenizer to which all of them are special."""
+        with_answers = (
+            self._render_dialogue(dialogue(prompt, ANSWER, ANSWER))
+            for prompt in (_PROMPT, _WITH_SYSTEM)
+        )
+        # Without the last generation prompt, which may open thoughts: they are no turns.
+        turns = "".join(text.rpartition(ANSWER)[0] or text for text in with_answers)
+        turns += self.render(_PROMPT, add_generation_prompt=False)
+        self._special, self._mark_ids = find_special(self.tokenizer, turns)
+        # split_special_tokens splits only what a tokenizer calls special.
+        self._untrusted = (
+            with_special_ids(self.tokenizer, self._mark_ids) if self._mark_ids else self.tokenizer
+        )
+
+    def _render_dialogue(self, messages: Sequence[dict[str, str]]) -> str:
+        """Returns render(messages), or nothing if the template refuses them."""
+        try:
+            return self.render(messages)
+        except TemplateRefuses:
+            return ""
+
+    def _check_generation_prompt(self) -> None:
+        """Refuses a template with which a student would have to write the assistant's header."""
+        for messages in (_PROMPT, dialogue(_PROMPT, ANSWER)):
+            prompt = self._render_dialogue(messages)
+            rendered = self._render_dialogue(dialogue(messages, ANSWER))
+            header = rendered.removeprefix(prompt).partition(ANSWER)[0].strip()
+            if (
+                rendered.startswith(prompt)
+                and header
+                and self.render(messages, add_generation_prompt=False) == prompt
+            ):
+                raise ValueError(
+                    "bridge: the chat template must write the assistant's header when "
+                    f"add_generation_prompt is true, got prompts without {header!r}; add it to the "
+                    "template"
+                )
+
+    def _check_special(self) -> None:
+        """Refuses a tokenizer to which a special token in guidance is one."""
         ids = set(self._special.values()) - {self.tokenizer.unk_token_id}
         spelled_out = set(self.untrusted_ids("".join(self._special))) & ids
         if spelled_out:
@@ -304,6 +397,12 @@ class Bridge:
                 "bridge: special tokens spelled out in guidance must stay ordinary text, got ids "
                 f"{sorted(spelled_out)}; this tokenizer does not honour split_special_tokens"
             )
+        # Questions with system messages are refused when they are rendered.
+        prompt = self._render_dialogue(_WITH_SYSTEM)
+        self.takes_system = all(m["content"] in prompt for m in _WITH_SYSTEM)
+
+    def _check_rendering(self) -> tuple[str, ...]:
+        """Compares the pieces with the template's rendering, id by id; returns `notes`."""
         notes = []
         bridge_ids = self.frame(self.before, GUIDANCE, self.after)
         for kind, answer in _PROBES.items():
@@ -319,16 +418,10 @@ class Bridge:
             # With sentencepiece the space after the prompt is sampled, as a part of the answer.
             if not rendered.startswith((prompt + answer, f"{prompt} {answer}")):
                 notes.append(_NOTE.format(kind))
-        with_system = [{"role": "system", "content": "SocpoSystem"}, *dialogue(_PROMPT, ANSWER)]
-        self.takes_system = False
-        try:
-            prompt = self.render(with_system[:2])
-            self.takes_system = "SocpoSystem" in prompt
-            # Mistral puts the system message into the last user message, wherever that is.
-            if not self.render(with_system).startswith(prompt):
-                notes.append(_NOTE.format("a prompt with a system message"))
-        except ValueError:
-            pass  # a data set with system messages is refused when it is rendered
+        # Mistral puts the system message into the last user message, wherever that is.
+        rendered = self._render_dialogue(dialogue(_WITH_SYSTEM, ANSWER))
+        if rendered and not rendered.startswith(self.render(_WITH_SYSTEM)):
+            notes.append(_NOTE.format("a prompt with a system message"))
         return tuple(notes)
 
 
@@ -339,18 +432,3 @@ def dialogue(messages: Sequence[dict[str, str]], *answers: str) -> list[dict[str
         for answer in answers
     ]
     return [*messages, *(message for messages_of_turn in turns for message in messages_of_turn)]
-
-
-def _configured_eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokenizer's eos id, then those of the generation_config.json in its folder."""
-    path = Path(tokenizer.name_or_path) / "generation_config.json"
-    configured = read_json(path).get("eos_token_id") if path.is_file() else None
-    token_ids = configured if isinstance(configured, list) else [configured]
-    check_rule(
-        str(path),
-        "eos_token_id",
-        configured,
-        configured is None or all(type(token_id) is int for token_id in token_ids),
-        "an id, a list of ids or null",
-    )
-    return [token_id for token_id in (tokenizer.eos_token_id, *token_ids) if token_id is not None]

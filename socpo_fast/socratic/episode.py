@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+from socpo_fast.config.sections import MOST_ROLLOUTS
 from socpo_fast.ops._checks import check_rule, check_word
 from socpo_fast.ops.decay_advantage import MAX_ATTEMPTS
 from socpo_fast.socratic.bridge import Bridge
@@ -47,7 +48,7 @@ class RolloutOptions:
     """The settings of an episode.
 
     Args:
-        group_size:     rollouts of a question, >= 1.
+        group_size:     rollouts of a question, in [1, MOST_ROLLOUTS].
         max_attempts:   K, in [1, 256]; with 1 the teacher is never asked.
         attempt_limit:  most tokens of a wrong attempt that the next one sees, >= 1. The tokens
                         behind them stay in the rollout and are trained.
@@ -81,7 +82,7 @@ class RolloutOptions:
 
     def __post_init__(self) -> None:
         rules = {
-            "group_size": (self.group_size >= 1, ">= 1"),
+            "group_size": (1 <= self.group_size <= MOST_ROLLOUTS, f"in [1, {MOST_ROLLOUTS}]"),
             "max_attempts": (1 <= self.max_attempts <= MAX_ATTEMPTS, f"in [1, {MAX_ATTEMPTS}]"),
             "attempt_limit": (self.attempt_limit >= 1, ">= 1"),
             "guidance_limit": (self.guidance_limit >= 1, ">= 1"),

@@ -129,36 +129,60 @@ def _number(value: object) -> float:
 
 _STRICT_LETTER = re.compile(r"<answer>\r?\n([A-D])\r?\n</answer>")
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?", re.ASCII)
+# Marks around a model's thoughts. <reasoning> is none: prompts ask for it beside <answer>.
+_THOUGHTS_OPEN = re.compile(r"<(?:seed:)?think(?:ing)?>|<thought>|\[THINK\]|\u25c1think\u25b7")
+_THOUGHTS_CLOSE = re.compile(r"</(?:seed:)?think(?:ing)?>|</thought>|\[/THINK\]|\u25c1/think\u25b7")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BOX_OPEN = re.compile(r"\\(?:boxed|fbox)\s*+\{")
+# A separator of thousands, which math-verify would take for a product: 1\,234.
+_THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,!: ]|~)(?=\d{3}(?!\d))")
+# A power of ten, 1.6e-19, in which it would take e for a factor.
+_POWER_OF_TEN = re.compile(r"(?<=\d)[eE]([+-]?\d{1,4})(?![\w.])", re.ASCII)
+# A word or the mark of a formula: such an answer is read as prose, any other one as a formula.
+_PROSE = re.compile(
+    r"\\text|(?<![\\a-zA-Z])[A-Za-z]{3,}|(?<!\S)[a-z]{2}(?!\S)|\d\s[A-Za-z]+/[a-z]|\$|\\\(|\\\[|\n|\*\*"
+)
 
 # An option letter that is a word by itself. A and I are English words, too: before another word in
 # lower case they count only if that is "because", "since", "as" or "which".
-OPTION_LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|which\b)[a-z]))(?![\w'\u2019])"
-_BOX = r"\\boxed\{\s*(?:\\(?:text|mathbf|mathrm)\{)?"
-# A letter with marks of Markdown or LaTeX before it: "**(B)", "\boxed{\text{B}}". The quantifiers
-# are possessive (*+), so that a long run of marks is read only once.
-_MARKED = rf"[\s*_(\[$]*+(?:{_BOX})?+[\s*_(]*+({OPTION_LETTER})"
+_LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|which\b)[a-z]))(?![\w'\u2019])"
+# A letter that is joined to another one, as in "B or C", is no choice.
+OPTION_LETTER = _LETTER + r"(?![)*_.]{0,3}\s+(?:or|and)\s+[*_(]{0,3}[A-H]\b(?!\s+is\b))"
+# A small letter counts only if a bracket or the line ends behind it: "(b)", "Answer: b".
+_ANY_LETTER = rf"{OPTION_LETTER}|[a-j](?=[.*_]*+(?:[)}}\]$]|\\[)\]])|[ \t.*_]*+(?:[\r\n]|\Z))"
+# The quantifiers are possessive (*+), so that a long run of marks is read only once.
+_STYLED = r"(?:[\s*_(\[{$]|\\[(\[]|\\(?:text|math)(?:bf|rm|it|sf|tt)?\{|\\[,;! ])*+"
+_BOX = r"\\(?:boxed|fbox)\s*+\{"
+_OPTION = r"(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice|letter)\b)?+"
+# A letter with marks of Markdown or LaTeX before it: "**(B)", "\boxed{\text{B}}", "Option B".
+_MARKED = rf"{_STYLED}(?:{_BOX})?+{_STYLED}{_OPTION}{_STYLED}({_ANY_LETTER})"
+_IS_CORRECT = r"(?i:is\s+(?:the\s+)?(?:correct|right|best))"
 STATED_LETTER = (  # ways to name a letter as the answer
-    re.compile(rf"{_BOX}\(?({OPTION_LETTER})"),
+    re.compile(rf"{_BOX}{_STYLED}{_OPTION}{_STYLED}({_ANY_LETTER})"),
     re.compile(
-        rf"\b(?i:answer|choice)\b[^.\n:]{{0,40}}?(?::|\b(?i:is)\b:?)"
-        rf"[\s*_]*+(?i:(?:the )?(?:option|choice)\b)?+{_MARKED}"
+        r"(?:\b(?i:answer|choice|(?:correct|right|best)\s+(?:option|one|letter))\b"
+        rf"[^.\n:\uff1a]{{0,40}}?(?:[:\uff1a]|\b(?i:is)\b:?)|\u7b54\u6848[\u662f\u4e3a:\uff1a]+)"
+        rf"{_MARKED}"
     ),
+    re.compile(rf"\b(?i:option|choice)\s+[*_(]*([A-J])\b[*_)]*\s+{_IS_CORRECT}"),
+    # Only where a sentence begins: "Statement B is correct" names no option.
     re.compile(
-        rf"\b(?i:option|choice)\s+[*_(]*({OPTION_LETTER})[*_)]*"
-        r"\s+(?i:is\s+(?:the\s+)?(?:correct|right|best))"
+        r"(?:^|[.!?]\s|\b(?i:so|thus|hence|therefore),?\s)"
+        rf"[*_(]*([A-HJ])\b[*_)]*\s+{_IS_CORRECT}",
+        re.MULTILINE,
     ),
 )
 # A line with nothing but the letter.
 _LINE_ALONE = re.compile(rf"^[ \t*_(\[]*({OPTION_LETTER})[ \t*_)\].:]*\r?$", re.MULTILINE)
 # Weak signs: "(B)" anywhere, and a letter that opens a line, as in a list of options.
 _MENTIONS = (
-    re.compile(rf"\(({OPTION_LETTER})\)"),
-    re.compile(rf"^[ \t*_]*({OPTION_LETTER})[*_]*[):.]", re.MULTILINE),
+    re.compile(rf"(?<!not )(?<!Not )(?<!n't )(?<!not be )\(({_LETTER})\)"),
+    re.compile(rf"^[ \t*_]*({_LETTER})[*_]*[):.]", re.MULTILINE),
 )
 
 
 # An option of a question, "B) text"; the groups are letter and text.
-OPTION_LINE = re.compile(r"^\s*\(?([A-J])[):.]\s+(.+?)\s*$", re.MULTILINE)
+OPTION_LINE = re.compile(r"^[^\S\n]*+\(?([A-J])[):.]\s++(.+)$", re.MULTILINE)
 _LETTERS = {"sciknoweval": "ABCD", "mcq": "ABCDEFGHIJ"}
 
 
@@ -166,15 +190,21 @@ def check_ground_truth(grader: str, question: Question) -> None:
     """Refuses a ground_truth under which no answer could be right.
 
     For graders of multiple choice it must be a letter, and one of the options that the question
-    lists, if it lists any.
+    lists, if it lists any. For math it must be a formula whose braces are paired.
 
     Raises:
         ValueError: the ground_truth is refused. The caller adds which row it is.
     """
+    truth = question.ground_truth.strip()
+    if grader == "math" and (
+        not truth.strip("$\\()[] ") or _closing_brace(f"{truth}}}", 0) != len(truth)
+    ):
+        raise ValueError(
+            f"ground_truth must be a formula with paired braces for grader math, got {truth[:40]!r}"
+        )
     letters = _LETTERS.get(grader)
     if letters is None:
         return
-    truth = question.ground_truth.strip()
     listed = "".join(sorted({letter for letter, _ in OPTION_LINE.findall(question.text)}))
     # Lines that look like options but are not A, B, .. in order are no list of options.
     if len(listed) > 1 and letters.startswith(listed):
@@ -191,7 +221,7 @@ def grade_sciknoweval(text: str, question: Question) -> bool:
 
     A strict block is three lines: <answer>, one of A to D, </answer>.
     """
-    letters = _STRICT_LETTER.findall(text)
+    letters = _STRICT_LETTER.findall(without_thoughts(text))
     return bool(letters) and letters[-1] == question.ground_truth.strip()
 
 
@@ -203,25 +233,28 @@ def grade_mcq(text: str, question: Question) -> bool:
 def chosen_letter(text: str) -> str | None:
     r"""Returns the option letter (A to J, in capitals) that a free text settles on, or None.
 
-    These forms are tried in order, and of the first one that occurs the last occurrence counts:
+    Thoughts do not count. These forms are tried in order, and of the first one that occurs the
+    last occurrence counts:
 
     1. an <answer> block
     2. \boxed{B}
     3. "the answer is B" or "Answer: B"
     4. "option B is correct"
-    5. a line that is only a letter
-    6. "(B)", then a letter that opens a line ("B: 7.36 N"), if all of that form are the same
+    5. "B is correct", where a sentence begins
+    6. a line that is only a letter
+    7. "(B)", then a letter that opens a line ("B: 7.36 N"), if all of that form are the same
        letter: a text that repeats the list of options settles on none
     """
+    text = without_thoughts(text)
     for block in reversed(answer_blocks(text)):
         content = block.strip()
-        if match := re.match(_MARKED, content.upper() if len(content) == 1 else content):
-            return match[1]
+        if match := re.match(_MARKED, content):
+            return match[1].upper()
         # The block is a sentence. Read it with the other forms, as the end of the text.
         text = f"{text}\n{content}"
     for pattern in (*STATED_LETTER, _LINE_ALONE):
         if letters := pattern.findall(text):
-            return letters[-1]
+            return letters[-1].upper()
     for pattern in _MENTIONS:
         if len(mentioned := set(pattern.findall(text))) == 1:
             return mentioned.pop()
@@ -237,14 +270,58 @@ def answer_blocks(text: str) -> list[str]:
     return [part.partition("<answer>")[2] for part in closed if "<answer>" in part]
 
 
+def without_thoughts(text: str) -> str:
+    """Returns the text without its thoughts, and "" if it ends inside of them.
+
+    A closing mark without an opening one closes thoughts that the prompt has opened.
+    """
+    *closed, rest = _THOUGHTS_CLOSE.split(text)
+    if _THOUGHTS_OPEN.search(rest):
+        return ""
+    opened = [_THOUGHTS_OPEN.split(part, maxsplit=1) for part in closed]
+    return "".join(parts[0] for parts in opened if len(parts) > 1) + rest
+
+
+def last_formula(text: str) -> str:
+    r"""Returns what math-verify should read: the last \boxed{..} of the last <answer> block.
+
+    Without a block it is the last box of the text, without a box the whole text or block. A last
+    box that is not closed is no answer. Thoughts do not count.
+    """
+    text = without_thoughts(text)
+    blocks = answer_blocks(text)
+    text = blocks[-1].strip() if blocks else text
+    for box in reversed([*_BOX_OPEN.finditer(text)]):
+        end = _closing_brace(text, box.end())
+        if end is None:
+            return ""
+        # An empty box, as in "I put it into \boxed{}", is no answer.
+        if content := text[box.end() : end].strip():
+            return f"\\boxed{{{content}}}"
+    return f"\\boxed{{{text}}}" if blocks and not _PROSE.search(text) else text
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Returns the index of the brace that closes the one before start, or None."""
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if not depth:
+            return brace.start()
+    return None
+
+
 def grade_exact(text: str, question: Question) -> bool:
     """Whether the last <answer> block equals ground_truth; without a block, the whole text.
 
-    White space around both is ignored. Two plain decimal numbers are compared as numbers, so 18.0
-    is 18.00. A number with leading zeros is a string: 018 is not 18, since it may be a code.
+    Thoughts and white space around both are ignored; nothing is no answer. Two plain decimal
+    numbers are compared as numbers, so 18.0 is 18.00. A number with leading zeros is a string: 018
+    is not 18, since it may be a code.
     """
+    text = without_thoughts(text)
     blocks = answer_blocks(text)
-    return same_value((blocks[-1] if blocks else text).strip(), question.ground_truth.strip())
+    answer = (blocks[-1] if blocks else text).strip()
+    return bool(answer) and same_value(answer, question.ground_truth.strip())
 
 
 def same_value(answer: str, truth: str) -> bool:
@@ -274,7 +351,9 @@ class MathGrader:
     def __call__(self, text: str, question: Question) -> bool:
         """Whether the formulas are equal; False if the comparison runs out of time or memory."""
         truth = question.ground_truth
-        request = json.dumps([text, truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"])
+        truth = truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"
+        formulas = [_THIN_SPACE.sub("", formula) for formula in (last_formula(text), truth)]
+        request = json.dumps([_POWER_OF_TEN.sub(r"\\times 10^{\1}", f) for f in formulas])
         with self._one_at_a_time:
             # After a fork the child starts its own worker.
             if self._worker is None or self._process != os.getpid():

@@ -66,7 +66,9 @@ def _answer_spans(text: str, question: Question) -> list[tuple[int, int]]:
             option: _spans_of(option_text, text) for option, option_text in options.items()
         }
         text_spans = [] if all(option_spans.values()) else option_spans[letter]
-        return [match.span(1) for match in letter_matches if match[1] == letter] + text_spans
+        return [
+            match.span(1) for match in letter_matches if match[1].upper() == letter
+        ] + text_spans
     value_spans = _spans_of(truth, text)
     # A value from the question is no secret; calling it the answer is.
     if value_spans and _spans_of(truth, question.text):

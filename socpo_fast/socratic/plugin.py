@@ -3,10 +3,12 @@
 Graders and teachers may be such functions. Read load_function, describe_error, then time_limit.
 """
 
+import difflib
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +19,8 @@ from socpo_fast.files import StopRequested
 
 def load_function(where: str, spec: str) -> Callable[..., Any]:
     """Returns the function that `spec`, "module:function", names.
+
+    The module is looked for where Python looks, and then in the working directory.
 
     Args:
         where: the setting that holds the spec; error messages begin with it.
@@ -29,16 +33,60 @@ def load_function(where: str, spec: str) -> Callable[..., Any]:
     if not module_name or not function_name:
         raise ValueError(f'{where} must be "module:function", got {spec!r}')
     try:
-        function = vars(import_module(module_name)).get(function_name)
+        with working_directory_on_path():
+            functions = vars(import_module(module_name))
     # Importing runs the user's code: it may raise anything, and scripts call sys.exit.
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"{where} must name a module that can be imported, got {spec!r} "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {text_of(error, str)}){_advice(module_name, error)}"
         ) from error
+    function = functions.get(function_name)
     if not callable(function):
-        raise ValueError(f"{where} must name a function of {module_name}, got {function_name!r}")
+        names = [name for name, value in functions.items() if callable(value)]
+        file = f" ({functions['__file__']})" if functions.get("__file__") else ""
+        raise ValueError(
+            f"{where} must name a function of {module_name}{file}, got {function_name!r}"
+            + did_you_mean(function_name, names)
+        )
     return function
+
+
+@contextmanager
+def working_directory_on_path() -> Iterator[None]:
+    """Lets a block import from the working directory too, which the program socpo does not.
+
+    The directory is the last place to look, and only in this block: a file in it never takes the
+    place of an installed package.
+    """
+    # "" is the working directory, whichever it is when something is imported.
+    is_there = "" in sys.path
+    if not is_there:
+        sys.path.append("")
+    try:
+        yield
+    finally:
+        # The module may have changed sys.path, and that stays.
+        if not is_there and "" in sys.path:
+            sys.path.remove("")
+
+
+def _advice(module_name: str, error: BaseException) -> str:
+    """Returns where a module was looked for and what is there, if it was not found."""
+    package = module_name.partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or error.name not in (module_name, package):
+        return ""
+    names = [path.stem for path in Path.cwd().iterdir() if path.suffix == ".py" or path.is_dir()]
+    return (
+        f"; looked in {Path.cwd()} and where Python looks: go to the folder of {package}.py, or "
+        "set PYTHONPATH to it (PYTHONPATH=. socpo ..)" + did_you_mean(package, names)
+    )
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Returns "; did you mean NAME?" with the most similar of `names`; "" if there is none."""
+    nearest = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def describe_error(function: object, error: BaseException) -> str:

@@ -24,6 +24,7 @@ from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
 from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
+from socpo_fast.socratic.vocabulary import check_vocabulary
 from socpo_fast.trace import note_span
 from socpo_fast.types import (
     Attempt,
@@ -78,9 +79,11 @@ def socratic_rollouts(
             "socratic_rollouts: the engine must be idle, got unfinished requests; step until it "
             "is done"
         )
+    bridge = bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit)
+    check_vocabulary(bridge.tokenizer, engine.student.config.vocab_size)
     driver = _Driver(
         engine=engine,
-        bridge=bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit),
+        bridge=bridge,
         teacher=as_teacher(teacher),
         grader=grader,
         params=replace(params, n=1),

@@ -81,7 +81,11 @@ def save_checkpoint(
                 partial / OPTIMIZER,
             )
             (partial / STATE).write_text(state_text, encoding="utf-8")
-            manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+            manifest = {
+                str(path.relative_to(partial)): _fingerprint(path)
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
+            }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         # An earlier save may have left it, when the process stopped between its two renames.
         remove(target.with_name(target.name + REPLACED))

@@ -35,6 +35,17 @@ LLAMA3 = (  # trims; BOS is the template's
     "{% endfor %}{% if add_generation_prompt %}{{ "
     "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+R1_DISTILL = (  # its turn marks are added tokens that are not special
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '<|Assistant|>' + message['content'].split('</think>')[-1] + '<|eos|>' }}"
+    "{% else %}{{ '<|User|>' if message['role'] == 'user' }}{{ message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+SINGLE_TURN = (
+    "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}"
+    "{{ '<|im_start|>user\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 WITHOUT_SPECIAL = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + "
     "'\n' }}{% endfor %}"
@@ -87,6 +98,27 @@ def tiny_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
         bos_token=special[0] if template == LLAMA3 else None,
         eos_token=special[0] if template != LLAMA3 else special[-1],
         chat_template=template,
+    )
+
+
+def marked_tokenizer(
+    template: str, special: list[str], marks: list[str], **roles: str
+) -> PreTrainedTokenizerFast:
+    """Returns a byte-level tokenizer whose `marks` are added tokens that are not special."""
+    tokenizer = _byte_level(special)
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **roles)
+
+
+def r1_distill() -> PreTrainedTokenizerFast:
+    """Returns a tokenizer in the way of DeepSeek-R1-Distill."""
+    special = ["<|bos|>", "<|eos|>"]
+    return marked_tokenizer(
+        R1_DISTILL,
+        special,
+        ["<|User|>", "<|Assistant|>"],
+        bos_token=special[0],
+        eos_token=special[1],
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,7 +102,7 @@ def test_jsonl(tmp_path: Path) -> None:
             {"question": "?", "ground_truth": "1", "reference_solution": 3},
             "reference_solution must be text, got 3",
         ),
-        ({**VERL_ROW, "prompt": "text"}, "prompt must be a non-empty list of messages, got 'text'"),
+        ({**VERL_ROW, "prompt": 3}, "prompt must be a non-empty list of messages, got 3"),
         ({**VERL_ROW, "prompt": []}, "prompt must be a non-empty list of messages, got []"),
         (
             {**VERL_ROW, "prompt": [{"role": "tool", "content": "x"}]},
@@ -209,27 +209,30 @@ def test_code_in_a_data_set_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is loaded by name, split and subset, and streamed; errors of the hub become one line."""
     calls: list[Any] = []
+    builder = load_dataset_builder
+    folders = {"main": tmp_path / "main", "bad": tmp_path / "bad"}
+    for name, rows in (("main", [VERL_ROW]), ("bad", [VERL_ROW, {"question": "?"}])):
+        folders[name].mkdir()
+        write_jsonl(folders[name] / "test.jsonl", rows)
 
-    def load_dataset(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        calls.append((*args, kwargs["split"], kwargs["streaming"]))
-        return (
-            [VERL_ROW, {"question": "?", "ground_truth": None}] if args[1] == "bad" else [VERL_ROW]
-        )
+    def hub(name: str, subset: str, **options: Any) -> Any:
+        calls.append((name, subset))
+        return builder(str(folders[subset]), **options)
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset_builder", hub)
     assert load_questions("owner/name", split="test", subset="main")[0].text == "1 + 1?"
-    assert calls == [("owner/name", "main", "test", True)]
-    with pytest.raises(ValueError, match="data: name row 2: ground_truth is missing"):
-        load_questions("owner/name", subset="bad")
+    assert calls == [("owner/name", "main")]
+    with pytest.raises(ValueError, match=r"test.jsonl row 2: ground_truth is missing"):
+        load_questions("owner/name", split="test", subset="bad")
     for error in (
         DatasetNotFoundError("no such data set"),
         ConnectionError("offline"),
         DatasetGenerationError("x"),
     ):
-        monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
+        monkeypatch.setattr("datasets.load_dataset_builder", Mock(side_effect=error))
         with pytest.raises(
             ValueError, match="data: owner/name must be readable as a data set with a split 'train'"
         ):
@@ -238,6 +241,8 @@ def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class WordBridge:
     """A bridge that counts words as tokens."""
+
+    takes_system = True
 
     def prompt_ids(self, messages: tuple[dict[str, str], ...]) -> list[int]:
         return [0] * sum(len(message["content"].split()) for message in messages)

@@ -281,6 +281,33 @@ def test_a_module_that_cannot_be_imported_is_refused(
         load_function("teacher.rule", "broken_module:f")
 
 
+def test_the_working_directory_is_looked_into_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program socpo, unlike python -m, does not look there by itself."""
+    (tmp_path / "my_rules_here.py").write_text("import sys\nsys.path.append('x')\ndef rule(r): ...")
+    (tmp_path / "json.py").write_text("def dumps(r): ...")
+    (tmp_path / "pytest.py").write_text("def rule(r): ...")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    before = list(sys.path)
+    assert load_function("teacher.rule", "my_rules_here:rule").__module__ == "my_rules_here"
+    assert sys.path == [*before, "x"], "what the module adds stays"
+    assert "tmp" not in str(load_function("teacher.rule", "json:dumps").__code__.co_filename)
+    with pytest.raises(ValueError, match=r"must name a function of pytest \(.*site-packages"):
+        load_function("teacher.rule", "pytest:rule")
+
+
+def test_what_is_not_found_names_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_other_rules.py").write_text("def guide(r): ...")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"PYTHONPATH=\. .*; did you mean my_other_rules\?"):
+        load_function("teacher.rule", "my_other_rule:guide")
+    with pytest.raises(ValueError, match=r"got 'guid'; did you mean guide\?"):
+        load_function("teacher.rule", "my_other_rules:guid")
+    monkeypatch.delitem(sys.modules, "my_other_rules")
+
+
 def test_a_teacher_without_an_answer_says_why() -> None:
     """guide returns None then; guide_in_time raises the reason."""
     teacher = as_teacher(lambda _: 1 / 0)

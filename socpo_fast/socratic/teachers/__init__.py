@@ -114,6 +114,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
         load_tokenizer(teacher.path),
         guidance_limit=teacher.max_new_tokens,
         enable_thinking=teacher.enable_thinking,
+        single_turn=True,
     )
     device = str(select_device(teacher.device, "teacher.device")) if teacher.device else device
     # Chosen by the teacher's device, which need not be the student's.

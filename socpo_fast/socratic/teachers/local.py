@@ -23,6 +23,7 @@ from typing import NamedTuple
 from socpo_fast.engine import Engine
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.teachers.base import THOUGHTS, Teacher, TeacherPrompt, clean_guidance
+from socpo_fast.socratic.vocabulary import check_vocabulary
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey, SamplingParams
 
 MIN_QUEUED_REQUESTS = 16  # on a GPU, requests that start the teacher while the student is busy
@@ -55,6 +56,7 @@ class LocalTeacher(Teacher):
         self.bridge = bridge
         self._prompt = prompt
         self._params = params
+        check_vocabulary(bridge.tokenizer, engine.student.config.vocab_size)
         # Some templates open the thoughts in the generation prompt, so a text has no opening mark.
         self._in_thoughts = any(
             re.search(rf"{opening.pattern}\s*$", bridge.after) for opening, _ in THOUGHTS
