@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The design allows 5,500 for core Python and 1,200 for integrations and report. What has been added
 # since: 300 to launch a step apart from collecting it, and for a teacher on a stream of its own
 # (engine/steps.py); 113 and 47 when packed assignments, which had counted as one statement, were
-# split; 290 and 25 to read files, templates, tokenizers and answers as their authors meant them
+# split; 294 and 25 to read files, templates, tokenizers and answers as their authors meant them
 # (socratic/data.py, graders.py, vocabulary.py, report/printable.py).
-BUDGETS = {"core Python": 6202, "kernels": 1800, "csrc": 2000, "integrations and report": 1268}
+BUDGETS = {"core Python": 6206, "kernels": 1800, "csrc": 2000, "integrations and report": 1268}
 MAX_FILE = 300
 MAX_FUNCTION = 80
 MAX_KERNEL = 120

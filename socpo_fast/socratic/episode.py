@@ -24,7 +24,7 @@ from socpo_fast.config.sections import MOST_ROLLOUTS
 from socpo_fast.ops._checks import check_rule, check_word
 from socpo_fast.ops.decay_advantage import MAX_ATTEMPTS
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.socratic.graders import Grader, as_grader
+from socpo_fast.socratic.graders import Grader, as_grader, opened_thoughts
 from socpo_fast.socratic.history import template_seam
 from socpo_fast.socratic.leak import leaks_answer, mask_answer
 from socpo_fast.types import (
@@ -155,6 +155,8 @@ class Episode:
         self.limits = limits
         self.bridge = bridge
         self.grader = as_grader(grader)
+        # The grader sees these with the answer, whose thoughts then end where they end.
+        self.opened_thoughts = opened_thoughts(bridge.after)
         self.notes: list[str] = []  # sentences for the user; the driver shows them
         self.rollout = Rollout(
             question_idx=question.question_idx,
@@ -168,7 +170,7 @@ class Episode:
         turn = Turn(attempt=attempt, text=self.bridge.decode(attempt.token_ids))
         self.rollout.turns.append(turn)  # before the grader, which may raise
         turn.raw_reward, turn.is_correct, turn.reward_parts = self.grader.grade(
-            turn.text, self.question
+            self.opened_thoughts + turn.text, self.question
         )
         if turn.is_correct or len(self.rollout.turns) == self.options.max_attempts:
             self.rollout.end_reason = "correct" if turn.is_correct else "max_attempts"

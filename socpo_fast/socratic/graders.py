@@ -282,6 +282,15 @@ def without_thoughts(text: str) -> str:
     return "".join(parts[0] for parts in opened if len(parts) > 1) + rest
 
 
+def opened_thoughts(generation_prompt: str) -> str:
+    """Returns the mark of thoughts that a prompt ends with, "" if it does not open any.
+
+    An answer to such a prompt begins inside its thoughts without a mark of its own.
+    """
+    mark = re.search(rf"(?:{_THOUGHTS_OPEN.pattern})\s*\Z", generation_prompt)
+    return mark[0] if mark else ""
+
+
 def last_formula(text: str) -> str:
     r"""Returns what math-verify should read: the last \boxed{..} of the last <answer> block.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 
@@ -46,6 +47,9 @@ class ScriptedEngine:
     num_steps: int = 0
     per_step: int = 100
     eos_ids: tuple[int, ...] = PARAMS.eos_ids
+
+    # Any tokenizer fits this student.
+    student = SimpleNamespace(config=SimpleNamespace(vocab_size=2**31))
 
     @property
     def has_work(self) -> bool:

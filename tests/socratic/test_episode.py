@@ -5,6 +5,7 @@ The drivers are socratic_rollouts (with an engine) and socratic_episode (with a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from socpo_fast import RolloutOptions, socratic_episode
 from socpo_fast.socratic.episode import Episode, Limits
-from socpo_fast.socratic.graders import CheckedGrader
+from socpo_fast.socratic.graders import CheckedGrader, without_thoughts
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
 from socpo_fast.types import (
@@ -80,6 +81,23 @@ def test_an_episode_step_by_step() -> None:
     assert (episode.add_attempt(sampled(RIGHT, 2)), rollout.end_reason) == (None, "correct")
     assert [turn.raw_reward for turn in rollout.turns] == [0.0, 0.0, 1.0]
     assert [turn.reward for turn in rollout.turns] == [None] * 3, "credit needs the whole batch"
+
+
+def test_thoughts_the_prompt_opens_are_no_answer() -> None:
+    """The template opens the thoughts, so an answer cut inside them has no mark of its own."""
+    answers: list[str] = []
+
+    def grader(text: str, _question: Question) -> bool:
+        answers.append(without_thoughts(text))
+        return False
+
+    bridge = copy.copy(BRIDGE)
+    bridge.after = f"{bridge.after}<think>\n"
+    episode = Episode(
+        question(4), bridge=bridge, grader=grader, options=options_of(), limits=LIMITS
+    )
+    episode.add_attempt(sampled(WRONG, 0))
+    assert answers == [""] and episode.rollout.turns[0].text == "no"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +283,7 @@ def test_calls_without_batch_idx_use_distinct_keys() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"group_size": 0}, "group_size must be >= 1, got 0"),
+        ({"group_size": 0}, "group_size must be in \\[1, 262144\\], got 0"),
         ({"guidance_limit": 0}, "guidance_limit must be >= 1, got 0"),
         ({"view": "tail"}, "view must be one of head_tail, head, got 'tail'"),
         ({"guidance_timeout_s": 0.0}, "guidance_timeout_s must be finite and > 0, got 0.0"),
