@@ -82,10 +82,9 @@ def test_a_fault_costs_its_own_stage(
     fault: str, status: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a fault in one stage the next stage still runs, and no process is left."""
+    budget_s = 1 if fault == "hang" else 60
     short_stages = tuple(
-        stage.__class__(
-            **{**vars(stage), "expected_s": 1, "budget_s": 1 if fault == "hang" else 60}
-        )
+        stage.__class__(**{**vars(stage), "expected_s": 1, "budget_s": budget_s})
         if stage.name == "machine"
         else stage
         for stage in STAGES
