@@ -1,8 +1,8 @@
 // torch.ops.socpo.matmul_: a matrix product by the faster of torch's two libraries.
 //
 // On AMD processors MKL runs AVX2 code only, where oneDNN, in the same libtorch, runs AVX-512: 1.5
-// to 2 times as fast. The choice depends on the processor and the dtype, never on the sizes, so
-// that rows are batch-invariant.
+// to 2 times as fast. The choice depends on the processor and the dtype, never on the sizes, since
+// otherwise rows could not be batch-invariant.
 
 #include <ATen/Config.h>
 #include <ATen/Context.h>

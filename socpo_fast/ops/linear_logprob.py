@@ -140,7 +140,7 @@ def linear_logprob(
     Gradient: hidden (repeated rows summed in index order), weight and bias, for any upstream
     gradient; fp32 accumulation; with create_graph it has no graph. Under torch.autocast hidden,
     weight and bias are cast to its dtype.
-    Memory: one chunk of logits. Bitwise: same inputs, same bits; on the CPU a row's outputs and its
+    Memory: one chunk of logits. Bitwise: same inputs, same bits; with "cpp" a row's outputs and its
     dX are batch-invariant: they do not depend on the other rows.
     Source: Wijmans et al. 2024, arXiv:2411.09009, section 4.
     """

@@ -1,9 +1,9 @@
 """Turns messages into token ids, and guidance into the ids that lead to the next attempt.
 
 Read Bridge: __init__ takes the pieces from the tokenizer's own chat template, bridge_ids puts them
-together, and _check compares them with the template's rendering. Sampled tokens are never decoded
-and encoded again. A row is a concatenation, and every seam lies at a special token, so the
-tokenizer merges nothing across it:
+together, and _check compares them with the template's rendering. Sampled tokens are not decoded
+and encoded again (rollout.context = "template" is the exception, history.py). A row is a
+concatenation, and every seam lies at a special token, so the tokenizer merges nothing across it:
 
     prompt_ids | attempt 0 | bridge | attempt 1 | bridge | ..
                              '----'
