@@ -26,11 +26,15 @@ def make_dot_batch_invariant() -> None:
 
     The interpreter calls numpy's product in fp32. On some processors that sums the last rows of a
     tile in another order than the first ones, so that tests of a kernel's own batch invariance
-    fail. Here the product is summed in fp64 and rounded once, which hides the order of the sum.
+    fail. Here a product of fp32 numbers is summed in fp64 and rounded once, which hides the order.
     """
     from triton.runtime import interpreter
 
-    def create_dot(_builder: Any, a: Any, b: Any, d: Any, *_precision: Any) -> Any:
+    create_dot_in_fp32 = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(builder: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        if a.data.dtype != np.float32:
+            return create_dot_in_fp32(builder, a, b, d, *precision)
         product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 

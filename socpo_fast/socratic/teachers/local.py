@@ -56,7 +56,6 @@ class LocalTeacher(Teacher):
         self.bridge = bridge
         self._prompt = prompt
         self._params = params
-        check_vocabulary(bridge.tokenizer, engine.student.config.vocab_size)
         # Some templates open the thoughts in the generation prompt, so a text has no opening mark.
         self._in_thoughts = any(
             re.search(rf"{opening.pattern}\s*$", bridge.after) for opening, _ in THOUGHTS
@@ -68,6 +67,7 @@ class LocalTeacher(Teacher):
                 "tokens, "
                 f"got {params.max_new_tokens}; lower it or raise teacher.kv_cache_gib"
             )
+        check_vocabulary(bridge.tokenizer, engine.student.config.vocab_size)
         self.shares_cpu = engine.student.lm_head.weight.is_cpu
         # On a CPU requests wait until the student has nothing to do.
         self.min_queued = inf if self.shares_cpu else MIN_QUEUED_REQUESTS
