@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from socpo_fast.engine import Engine
+    from socpo_fast.integrations.async_engine import AsyncEngine
     from socpo_fast.integrations.episode import socratic_episode
     from socpo_fast.integrations.tensors import pad_rollouts, socratic_advantages
-    from socpo_fast.model import load_student, save_student
+    from socpo_fast.model import adopt_student, load_student, save_student
     from socpo_fast.socratic.credit import attempt_table
     from socpo_fast.socratic.episode import Episode, RolloutOptions
-    from socpo_fast.socratic.rollout import socratic_rollouts
+    from socpo_fast.socratic.rollout import arollouts, socratic_rollouts
     from socpo_fast.train.step import policy_gradients
     from socpo_fast.types import (
         Attempt,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. The imports above are for type checkers only.
 _HOME = {
+    "AsyncEngine": "socpo_fast.integrations.async_engine",
     "Attempt": "socpo_fast.types",
     "Engine": "socpo_fast.engine",
     "Episode": "socpo_fast.socratic.episode",
@@ -42,6 +44,8 @@ _HOME = {
     "RolloutOptions": "socpo_fast.socratic.episode",
     "SamplingParams": "socpo_fast.types",
     "Turn": "socpo_fast.types",
+    "adopt_student": "socpo_fast.model",
+    "arollouts": "socpo_fast.socratic.rollout",
     "attempt_table": "socpo_fast.socratic.credit",
     "load_student": "socpo_fast.model",
     "pad_rollouts": "socpo_fast.integrations.tensors",
@@ -52,6 +56,7 @@ _HOME = {
     "socratic_rollouts": "socpo_fast.socratic.rollout",
 }
 __all__ = [
+    "AsyncEngine",
     "Attempt",
     "Engine",
     "Episode",
@@ -62,6 +67,8 @@ __all__ = [
     "RolloutOptions",
     "SamplingParams",
     "Turn",
+    "adopt_student",
+    "arollouts",
     "attempt_table",
     "load_student",
     "pad_rollouts",

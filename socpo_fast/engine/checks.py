@@ -11,13 +11,20 @@ from socpo_fast.engine.pages import PagePool
 from socpo_fast.engine.sequence import Sequence
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.ops._checks import check_rule
+from socpo_fast.ops.paged_attention import check_head_dim
 from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 
 
 def check_settings(
-    page_size: int, max_running: int, token_budget: int, tokens_per_sync: int | None
+    head_dim: int,
+    page_size: int,
+    max_running: int,
+    token_budget: int,
+    tokens_per_sync: int | None,
 ) -> None:
     """Refuses numbers that an engine could never run with."""
+    # The engine calls the registered op, which does not check it again.
+    check_head_dim("Engine", head_dim)
     is_power_of_two = page_size >= 1 and page_size.bit_count() == 1
     check_rule("Engine", "page_size", page_size, is_power_of_two, "a power of two")
     # tokens_per_sync None means the device's default, which is valid.

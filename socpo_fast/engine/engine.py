@@ -10,7 +10,7 @@ Read Engine.step, then submit and resume. Departures from a serving engine:
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from itertools import count
@@ -25,7 +25,9 @@ from socpo_fast.engine.runner import Runner
 from socpo_fast.engine.scheduler import Scheduler
 from socpo_fast.engine.sequence import Sequence, fresh_batch
 from socpo_fast.engine.steps import StepQueue
+from socpo_fast.engine.weight_watch import WeightWatch
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.model.hf_views import copy_weights
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.types import Attempt, EngineStats, RolloutKey, SamplingParams
 
@@ -53,7 +55,8 @@ class Engine:
         name:         of the engine's track in a trace.
 
     Raises:
-        ValueError: a number out of range, a card with too little left, or a pool without a page.
+        ValueError: a number out of range, heads that paged attention cannot read, a card with too
+            little left, or a pool without a page.
     """
 
     def __init__(
@@ -71,7 +74,8 @@ class Engine:
         stream_priority: int | None = None,
         name: str = "student",
     ):
-        check_settings(page_size, max_running, token_budget, tokens_per_sync)
+        head_dim = student.config.head_dim
+        check_settings(head_dim, page_size, max_running, token_budget, tokens_per_sync)
         self.kv_cache = kv_cache_size(student, kv_cache_gib, page_size, max_running)
         num_pages = int(self.kv_cache.gib * 2**30) // Runner.page_bytes(student, page_size)
         if num_pages < 1:
@@ -80,8 +84,7 @@ class Engine:
             )
         self.student = student
         self.policy_version = 0
-        self.pool = PagePool(num_pages, page_size)
-        self.scheduler = Scheduler(self.pool, max_running=max_running, token_budget=token_budget)
+        # The pages' memory first: it refuses at once what does not fit, the pool makes long lists.
         self.runner = Runner(
             student,
             num_pages=num_pages,
@@ -91,6 +94,9 @@ class Engine:
             min_memory_bytes=min_memory_bytes,
             stream_priority=stream_priority,
         )
+        self.pool = PagePool(num_pages, page_size)
+        self.scheduler = Scheduler(self.pool, max_running=max_running, token_budget=token_budget)
+        self._watch = WeightWatch(student)
         # Orders sequences of equal priority. StepQueue numbers forked children from it as well.
         self._arrivals = count()
         # On a CPU nothing runs asynchronously, so reading every token costs nothing.
@@ -227,7 +233,15 @@ class Engine:
         return self.collect()
 
     def launch(self) -> None:
-        """Runs the first half of a step: launches the next work on the device, without waiting."""
+        """Runs the first half of a step: launches the next work on the device, without waiting.
+
+        Weights that were written in place since the last step are noticed: policy_version goes up.
+
+        Raises:
+            RuntimeError: a parameter's storage was replaced. Nothing is sampled from the old one.
+        """
+        if self._watch.is_written():
+            self.bump_policy_version()
         self.steps.launch()
 
     @property
@@ -356,13 +370,38 @@ class Engine:
         finally:
             self._is_lent = False
 
+    def update_weights(
+        self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
+    ) -> None:
+        """Copies weights into the student in place, and bumps policy_version.
+
+        Args:
+            named_tensors: tensors under their Hugging Face names, all or some, for example
+                `model.named_parameters()`; DTensors are gathered. None: the weights are in place
+                already, as after a step on a model adopted with share=True, and this only checks
+                that its parameters still are the student's.
+
+        Raises:
+            ValueError: an unknown name or another shape. Tensors before it have been copied.
+            RuntimeError: an adopted model's parameters have left the student's storage.
+        """
+        try:
+            if named_tensors is not None:
+                copy_weights(self.student, named_tensors)
+        finally:
+            self.bump_policy_version()
+
     def bump_policy_version(self) -> None:
         """Tells the engine that the weights changed: all KV so far is dropped and recomputed.
 
         A running attempt keeps the version that sampled its first token.
+
+        Raises:
+            RuntimeError: as in update_weights, or the weights have another dtype or device now.
         """
         # Draws in flight come from the old weights, so they are dropped.
         self.steps.drop()
+        self._watch.renew()
         self.policy_version += 1
         self.runner.bind_weights()
         self.scheduler.drop_all_pages(self.policy_version)

@@ -29,6 +29,7 @@ from socpo_fast.model.accumulate import (
     is_accumulating,
 )
 from socpo_fast.model.config import ModelConfig
+from socpo_fast.model.shared import SharedWeights
 from socpo_fast.ops import TreeMask, linear, rms_norm, swiglu, tree_attention
 from socpo_fast.ops.rotary import Rope, split_qkv_and_apply_rope
 from socpo_fast.ops.tree_attention import pick_tree_impl
@@ -46,6 +47,8 @@ class Decoder(nn.Module):
     """
 
     inv_freq: Tensor  # [E / 2] fp32, whatever the parameters' dtype
+    # Set by adopt_student(share=True): the live module whose parameters are views of these.
+    shared: SharedWeights | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -1,7 +1,7 @@
 """Loads a Decoder from an ordinary Hugging Face folder, and saves it as one.
 
-Read top-down: load_student -> its checks, save_student -> its shards, then the table of names that
-both use. Hugging Face has separate tensors where the decoder has a fused parameter:
+Read top-down: load_student -> its checks, save_student -> its shards. hf_views.py has the names.
+Hugging Face has separate tensors where the decoder has a fused parameter:
 
     q_proj, k_proj, v_proj    -> attention.qkv     rows of q, then of k, then of v
     gate_proj, up_proj        -> mlp.gate_up       rows of gate, then of up
@@ -12,7 +12,6 @@ writes such slices. Only safetensors are read, never pickle.
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from socpo_fast.files import new_folder, read_json, sync
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.model.decoder import Decoder
+from socpo_fast.model.hf_views import hf_views
 from socpo_fast.ops._checks import check_rule, check_word
 
 SHARD_BYTES = 5 * 10**9
@@ -96,7 +95,7 @@ def load_student(
         "a local Hugging Face folder",
         "download it first",
     )
-    _check_is_model(folder)
+    check_is_model(folder)
     config = ModelConfig.from_hf(
         read_json(folder / "config.json"), where=str(folder / "config.json")
     )
@@ -111,7 +110,7 @@ def load_student(
         # to_empty makes two tensors of a tied weight, so it is tied again.
         if config.tie_word_embeddings:
             student.lm_head.weight = student.embed.weight
-        for hf_name, view in _views(student):
+        for hf_name, view in hf_views(student):
             view.copy_(stored[hf_name].get_tensor(hf_name))
             # After the cast: a finite fp32 value may overflow in float16.
             if not view.isfinite().all():
@@ -160,7 +159,7 @@ def save_student(
             sync(partial / name)
 
 
-def _check_is_model(folder: Path) -> None:
+def check_is_model(folder: Path) -> None:
     """Refuses a folder that training tools write beside or instead of a model, by its kind."""
     # transformers, too, takes a folder with this file for an adapter, whatever else is in it.
     if (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*")):
@@ -243,7 +242,7 @@ def _check_tensors(folder: Path, student: Decoder, stored: dict[str, Any]) -> No
     An LM head that is stored although embeddings are tied must equal them. transformers would
     silently untie the two.
     """
-    expected = {hf_name: list(view.shape) for hf_name, view in _views(student)}
+    expected = {hf_name: list(view.shape) for hf_name, view in hf_views(student)}
     has_tied_head = student.config.tie_word_embeddings and "lm_head.weight" in stored
     if has_tied_head:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
@@ -326,7 +325,7 @@ def _write_shards(student: Decoder, folder: Path) -> None:
 
     A larger tensor gets a shard for itself. A tied LM head is left out, as in transformers.
     """
-    views = dict(_views(student))
+    views = dict(hf_views(student))
     plan = split_state_dict_into_shards_factory(
         views,
         get_storage_size=lambda view: view.nbytes,
@@ -342,49 +341,6 @@ def _write_shards(student: Decoder, folder: Path) -> None:
         _write_json(
             folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         )
-
-
-# Module of our decoder, in a layer or at the top -> Hugging Face's modules, in the order in which
-# their rows are stacked.
-_MODULES = {
-    "embed": ("model.embed_tokens",),
-    "norm": ("model.norm",),
-    "lm_head": ("lm_head",),
-    "attention_norm": ("input_layernorm",),
-    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention.o": ("self_attn.o_proj",),
-    "attention.q_norm": ("self_attn.q_norm",),
-    "attention.k_norm": ("self_attn.k_norm",),
-    "mlp_norm": ("post_attention_layernorm",),
-    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down": ("mlp.down_proj",),
-}
-
-
-def _views(student: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Yields (Hugging Face tensor name, the slice of our parameter that holds this tensor).
-
-    For example layers.3.attention.qkv.weight with H query and K key heads of width E gives
-
-        model.layers.3.self_attn.q_proj.weight    rows 0 .. H E
-        model.layers.3.self_attn.k_proj.weight    rows H E .. (H + K) E
-        model.layers.3.self_attn.v_proj.weight    rows (H + K) E .. (H + 2 K) E
-    """
-    config = student.config
-    for name, parameter in student.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        prefix = ""
-        if module.startswith("layers."):
-            _, layer, module = module.split(".", maxsplit=2)
-            prefix = f"model.layers.{layer}."
-        # The fused rows are split in these proportions: q, k and v by heads, the others equally.
-        proportions = [1] * len(_MODULES[module])
-        if module == "attention.qkv":
-            proportions = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        unit_rows = parameter.shape[0] // sum(proportions)
-        views = parameter.detach().split([count * unit_rows for count in proportions])
-        for hf_module, view in zip(_MODULES[module], views, strict=True):
-            yield f"{prefix}{hf_module}.{leaf}", view
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -156,13 +156,7 @@ def _check(
         "contiguous",
     )
     check_rule(check.where, "H", heads, heads % kv_heads == 0, f"a multiple of K={kv_heads}")
-    check_rule(
-        check.where,
-        "E",
-        head_dim,
-        head_dim % 4 == 0 and 0 < head_dim <= 256,
-        "a multiple of 4 in [4, 256]",
-    )
+    check_head_dim(check.where, head_dim)
     if has_no_values(q_THE):
         return
     q_lens_B = cu_seqlens_q.diff()
@@ -192,6 +186,12 @@ def _check(
         < seq_lens_B[:, None]
     ]
     check.index_range("block_table_BM", used_pages, pages)
+
+
+def check_head_dim(where: str, head_dim: int) -> None:
+    """Refuses a head width that the kernels would read wrongly."""
+    is_readable = head_dim % 4 == 0 and 0 < head_dim <= 256
+    check_rule(where, "head_dim E", head_dim, is_readable, "a multiple of 4 in [4, 256]")
 
 
 def paged_attention_flash(

@@ -14,6 +14,7 @@ textbook trainer:
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -144,7 +145,7 @@ def policy_gradients(
     forwarded = drop_idle(rollouts, options)
     microbatches = pack_rollouts(forwarded, packing=packing, token_budget=token_budget)
     advantages_A = attempt_advantages(rollouts, advantages_A, student.lm_head.weight.device)
-    with accumulating():
+    with accumulating(), student.shared.link_grads() if student.shared else nullcontext():
         outcomes = [
             _backward(
                 student,

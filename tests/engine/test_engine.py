@@ -7,6 +7,7 @@ must be those that the trainer's packed forward computes for the same tokens.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
 from socpo_fast.types import Attempt, SamplingParams
-from tests.helpers.tiny import generate_same, kept
+from tests.helpers.tiny import generate_same, kept, make_engine, make_student
 
 # Pages hold 16 tokens: shorter than a page, two pages and a half, exactly two, exactly six.
 PROMPTS = [
@@ -280,3 +281,12 @@ def test_smollm2_greedy_equals_transformers() -> None:
         while not done:
             done = engine.step()
         assert done[0].token_ids == expected(prompt + first[:10] + suffix)
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 260])
+def test_head_widths_that_kernels_lack(head_dim: int) -> None:
+    """The kernels would read them wrongly, without a word; training can compute them."""
+    student = Decoder(replace(make_student().config, head_dim=head_dim))
+    match = rf"Engine: head_dim E must be a multiple of 4 in \[4, 256\], got {head_dim}"
+    with pytest.raises(ValueError, match=match):
+        make_engine(student)
