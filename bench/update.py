@@ -1,6 +1,7 @@
 """An update's forward and backward: a group's tree beside rows with a prompt of their own each.
 
     python -m bench.update --student FOLDER [--cases a b c] [--rounds 5] [--threads 2] [--json FILE]
+    python -m bench.update --student FOLDER --peers trl     # beside GRPOTrainer's, on the CPU
     python -m bench.update --student FOLDER --device cuda [--dtype bf16]
 
 Cases: a, eight rollouts of a prompt of 300 tokens with answers of 100; b, the same, half of which
@@ -8,8 +9,9 @@ go on with 60 tokens of guidance and a second answer of 100; c, a prompt of 1000
 fp32, on a card bf16; random token ids, every answer with an advantage, log-probs that are the
 student's own: no ratio clips and no row of the head is left out.
 
-Before a case is timed, both packings must agree about the gradient, and no more tokens may be
-forwarded than the tree has. One round runs each packing once; `ours is` is paired by rounds.
+Before a case is timed, all must agree about the gradient, and no more tokens may be forwarded than
+the tree has. `trl` is TRL's own update of the same rollouts (bench/trl_peer.py) with its fastest
+number of rows a microbatch. One round runs each once; `ours is` is paired by rounds.
 `attention` is tree_attention's share of a profiled run, forward and backward. GFLOP/s counts what
 was forwarded: 6 a weight and token, the head over sampled tokens only, 14 E a pair of query and key
 and head; `of peak` is of the header's. MiB is the most that was allocated beyond weights. The last
@@ -33,6 +35,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from bench import machine, measure
+from bench.trl_peer import TrlUpdate
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.ops.tree_attention import num_pairs
@@ -102,10 +105,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     words = "tokens of a microbatch; default 4096, on a card 16384"
     parser.add_argument("--token-budget", type=int, help=words)
+    words = "trl: GRPOTrainer's update beside ours, on the CPU in fp32"
+    parser.add_argument("--peers", nargs="*", default=[], choices=["trl"], help=words)
     parser.add_argument("--quick", action="store_true", help="a few tokens: does everything run?")
     parser.add_argument("--json", type=Path, help="file for everything measured")
     args = parser.parse_args(argv)
     machine.settle(parser, args)
+    if args.peers and args.device.type != "cpu":
+        parser.error("--peers needs --device cpu")
     args.token_budget = args.token_budget or TOKEN_BUDGET[args.device.type]
     return args
 
@@ -137,30 +144,42 @@ def bench_case(
         peaks_mib[packing] = peak.tensors
         gradients[packing] = [param.grad for param in student.parameters()]
     error = check(stats, gradients, rollouts, MOST_ERROR[args.dtype])
-    del gradients  # two copies of the model's size, which the timed runs should not have to bear
+    del gradients["rows"]  # of the model's size; the timed runs should not have to bear it
 
-    runs = [partial(update, packing) for packing in PACKINGS]
-    samples = measure.time_rounds(runs, args.rounds, args.device)
-    seconds = dict(zip(PACKINGS, samples, strict=True))
+    runs: dict[str, Callable[[], object]] = {name: partial(update, name) for name in PACKINGS}
+    if "trl" in args.peers:
+        peer = TrlUpdate(args.student, rollouts)
+        peaks_mib["trl"] = measure.extra_peak_mib(peer.run, args.device)[1].tensors
+        assert_close(gradients["tree"], peer.gradients_as(student), "trl", MOST_ERROR[args.dtype])
+        peer.choose_microbatch()
+        runs["trl"] = peer.run
+    del gradients
+
+    samples = measure.time_rounds(list(runs.values()), args.rounds, args.device)
+    seconds = dict(zip(runs, samples, strict=True))
     results = {}
-    for packing in PACKINGS:
-        spread = measure.spread(seconds[packing])
-        flops = update_flops(student.config, rollouts, packing, args.token_budget)
-        gflop_s = 1e-9 * flops / spread.median_s
-        pairs = zip(seconds["tree"], seconds[packing], strict=True)
-        results[packing] = (
-            counts_of(stats[packing])
-            | stats[packing].figures._asdict()
-            | spread._asdict()
-            | {
-                "gflop_s": gflop_s,
-                "of_peak": gflop_s / card["peak_gflop_s"],
-                "attention_share": attention_share(partial(update, packing), args.device),
-                "peak_mib": peaks_mib[packing],
-                "tree_is_times_faster": median(other / tree for tree, other in pairs),
-            }
-        )
-        print_result(case, packing, results[packing])
+    for name in runs:
+        spread = measure.spread(seconds[name])
+        pairs = zip(seconds["tree"], seconds[name], strict=True)
+        results[name] = spread._asdict() | {
+            "peak_mib": peaks_mib[name],
+            "tree_is_times_faster": median(other / tree for tree, other in pairs),
+        }
+        if name == "trl":
+            results[name] |= {"microbatch": peer.microbatch, "tokens_forwarded": peer.num_tokens}
+        else:
+            flops = update_flops(student.config, rollouts, name, args.token_budget)
+            gflop_s = 1e-9 * flops / spread.median_s
+            results[name] |= (
+                counts_of(stats[name])
+                | stats[name].figures._asdict()
+                | {
+                    "gflop_s": gflop_s,
+                    "of_peak": gflop_s / card["peak_gflop_s"],
+                    "attention_share": attention_share(runs[name], args.device),
+                }
+            )
+        print_result(case, name, results[name])
     return asdict(case) | {"gradients_apart": error, "packings": results}
 
 
@@ -223,14 +242,7 @@ def check(
     Raises:
         RuntimeError: the distance is too large, or the tree forwards more than its nodes.
     """
-    pairs = list(zip(gradients["tree"], gradients["rows"], strict=True))
-    distance = sum(float((tree - rows).double().square().sum()) for tree, rows in pairs) ** 0.5
-    norm = sum(float(rows.double().square().sum()) for _, rows in pairs) ** 0.5
-    if not distance <= bound * norm:
-        raise RuntimeError(
-            "bench: gradients of tree and rows must be equal within rounding, "
-            f"got {distance / norm:.2g} of their norm, which is above {bound:g}"
-        )
+    error = assert_close(gradients["tree"], gradients["rows"], "rows", bound)
     # The last token of a rollout predicts nothing, so the tree's leaves are not forwarded. Over
     # several microbatches the prompt is forwarded again, and the count does not hold.
     tree = stats["tree"]
@@ -239,6 +251,19 @@ def check(
         raise RuntimeError(
             f"bench: the tree must forward {unique} nodes but {len(rollouts)} leaves, got "
             f"{tree.tokens_forwarded} tokens"
+        )
+    return error
+
+
+def assert_close(tree: list[Tensor], other: list[Tensor], name: str, bound: float) -> float:
+    """Returns the distance of two gradients relative to the second one's norm; at most bound."""
+    pairs = list(zip(tree, other, strict=True))
+    distance = sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
+    norm = sum(float(b.double().square().sum()) for b in other) ** 0.5
+    if not distance <= bound * norm:
+        raise RuntimeError(
+            f"bench: gradients of tree and {name} must be equal within rounding, "
+            f"got {distance / norm:.2g} of their norm, which is above {bound:g}"
         )
     return distance / norm
 
@@ -276,17 +301,22 @@ def attention_share(run: Callable[[], object], device: torch.device) -> float:
 
 
 def print_result(case: Case, packing: str, result: dict[str, Any]) -> None:
-    """Prints a case's row for one packing."""
+    """Prints a case's row for one packing, or for the peer."""
+    of_ours = ("", "", "", f"{result['tokens_forwarded']}", "")
+    if packing != "trl":  # what only our own counts and profiles tell
+        of_ours = (
+            f"{result['gflop_s']:.0f}",
+            f"{100 * result['of_peak']:.0f}%",
+            f"{100 * result['attention_share']:.0f}%",
+            f"{result['tokens_forwarded']}",
+            f"{result['unique_tokens']}",
+        )
     cells = (
         case.name,
         packing,
         f"{result['median_s']:.2f}",
         f"{result['p20_s']:.2f}-{result['p80_s']:.2f}",
-        f"{result['gflop_s']:.0f}",
-        f"{100 * result['of_peak']:.0f}%",
-        f"{100 * result['attention_share']:.0f}%",
-        f"{result['tokens_forwarded']}",
-        f"{result['unique_tokens']}",
+        *of_ours,
         f"{result['peak_mib']:.0f}",
         f"{result['tree_is_times_faster']:.2f}x",
     )
