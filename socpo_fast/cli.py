@@ -1,4 +1,4 @@
-"""Runs the command line: `socpo train|eval|rollout|plan|report|env`. Read main, then parse.
+"""Runs the command line: `socpo train|eval|rollout|plan|report|export|env`. Read main, then parse.
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
@@ -172,6 +172,21 @@ def report(words: Sequence[str]) -> None:
     tell(str(write_report(Path(expand_home(words[0])))))
 
 
+def export(words: Sequence[str]) -> None:
+    """write all rollouts of a run to one parquet file in verl's layout"""
+    if asks_for_help("export", words):
+        return
+    if len(words) != 2 or any(word.startswith("-") for word in words):
+        raise ValueError(
+            f"export: arguments must be a run folder and a file, got {list(words)}; for example "
+            "socpo export runs/run rollouts.parquet"
+        )
+    from socpo_fast.report.rollouts import export_rollouts
+
+    folder, path = map(expand_home, words)
+    tell(f"{path}: {export_rollouts(folder, path)} rollouts")
+
+
 def env(words: Sequence[str]) -> None:
     """print device, versions and which implementation each op uses"""
     if asks_for_help("env", words):
@@ -190,7 +205,7 @@ def asks_for_help(command: str, words: Sequence[str]) -> bool:
     """Whether the arguments of a command without settings ask for help; prints it then."""
     if {"-h", "--help"}.isdisjoint(words):
         return False
-    arguments = " FOLDER" if command == "report" else ""
+    arguments = {"report": " FOLDER", "export": " FOLDER FILE.parquet"}.get(command, "")
     tell(f"usage: socpo {command}{arguments}\n\n{COMMANDS[command].__doc__}.")
     return True
 
@@ -201,6 +216,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "rollout": rollout,
     "plan": plan,
     "report": report,
+    "export": export,
     "env": env,
 }
 USAGE = "\n".join(

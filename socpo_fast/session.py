@@ -215,6 +215,7 @@ class Session:
                 grader=data.grader,
                 bridge=self.bridge,
                 max_prompt_tokens=self.max_prompt_tokens,
+                truths_as_json=data.truths_as_json,
             )
         questions = molar_mass.questions(seed, number, setting)
         # With some graders no answer to a built-in question could be correct.

@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Callable[[Path], Words], str]] = {
     ),
     "value of another kind": (
         settings(run__num_batches="two"),
-        "config: run.num_batches must be an integer >= 1, got",
+        "config: run.num_batches must be an integer >= 1 and <= 1000000000, got",
     ),
     "value of another kind in TOML": (
         toml('[train]\nepochs = "2"\n'),

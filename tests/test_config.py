@@ -41,7 +41,7 @@ REFUSED = {
     ),
     "a float is no count": (
         {"run.num_batches": 1.5},
-        "config: run.num_batches must be an integer >= 1, got 1.5",
+        "config: run.num_batches must be an integer >= 1 and <= 1000000000, got 1.5",
     ),
     "not a choice": (
         {"train.packing": "tre"},

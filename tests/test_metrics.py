@@ -177,8 +177,10 @@ def test_rollout_record_is_text_and_numbers() -> None:
         "question_idx": 3,
         "rollout_idx": 1,
         "data_source": "test",
+        "prompt": list(make_question(3).messages),
         "question": "Question 3?",
         "ground_truth": "42",
+        "reference_solution": None,
         "end_reason": "correct",
         "policy_version": 4,
     }

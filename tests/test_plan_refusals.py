@@ -139,6 +139,31 @@ def test_refused_in_one_line(
     assert capsys.readouterr().err == message.replace("FOLDER", str(tmp_path)) + "\n"
 
 
+NO_MODELS = {
+    "adapter_config.json": "must hold a whole model, got an adapter; merge it",
+    "adapter_model.safetensors": "must hold a whole model, got an adapter; merge it",
+    "optimizer.pt": "must hold a model, got only the state of a trainer; save the model with",
+    "checkpoint-5/config.json": "must hold a model itself, got 1 folders with one inside; give one",
+}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("file", NO_MODELS)
+def test_folders_are_called_what_they_are(
+    planner: Planner, file: str, role: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the words of load_student, although nothing has a config.json."""
+    folder = tmp_path / "folder"
+    path = folder / file
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    if path.suffix != ".pt":
+        (path.parent / "model.safetensors").write_bytes(b"")
+    words = ["--teacher.kind", "local"] if role == "teacher" else []
+    assert main(planner.words("Qwen3-0.6B", *words, f"--{role}.path", str(folder))) == 2
+    assert capsys.readouterr().err.startswith(f"{folder}: {NO_MODELS[file]}")
+
+
 # Advice in a refusal -> settings that follow it. Numbers are the smallest that are still useful.
 FOLLOWED: dict[str, dict[str, Any]] = {
     "set train.checkpointing true": {"train__checkpointing": True},

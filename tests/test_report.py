@@ -112,6 +112,16 @@ def test_everything_a_model_wrote_is_escaped(tmp_path: Path) -> None:
     assert [str(source).split(",")[0] for source in images] == ["data:image/png;base64"]
 
 
+def test_half_a_letter_does_not_cost_the_page(tmp_path: Path) -> None:
+    """UTF-8 cannot store a lone surrogate; the page spells it out."""
+    write_metrics(tmp_path)
+    path = write_rollout_file(tmp_path, 1, "half \ud800 \udc80 \u4f60 \U0001f600")
+    row = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    assert row["question"] == "half \ud800 \udc80 \u4f60 \U0001f600", "the file is as hostile"
+    page = parse(write_report(tmp_path))
+    assert page.text.count(r"half \ud800 \udc80 " + "\u4f60 \U0001f600") >= 3 * 5
+
+
 def test_page_loads_no_external_resource(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     page = parse(write_report(tmp_path))

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,48 @@ def close_all(_request: Any) -> str:
     sys.stdout.close()
     sys.stderr.close()
     raise ValueError(EVIL)
+
+
+def hostile_rule(_request: Any) -> str:
+    """Plays a teacher of hostile texts, in guidance and in errors in turn."""
+    hostile_rule.calls = getattr(hostile_rule, "calls", 0) + 1  # type: ignore[attr-defined]
+    if hostile_rule.calls % 2:  # type: ignore[attr-defined]
+        raise ValueError(EVIL)
+    return EVIL
+
+
+def hostile_grader(_text: str, _question: Any) -> dict[str, float]:
+    """Plays a grader whose part of the reward has a hostile name."""
+    return {EVIL: 0.0}
+
+
+def test_hostile_texts_on_a_live_display(tmp_path: Path) -> None:
+    """On a terminal rich writes escape sequences of its own, but none of anybody's text."""
+    folder = tmp_path / "\x1b[31mred\u4f60\u597d\U0001f600"
+    functions = {"teacher.rule": "hostile_rule", "data.grader": "hostile_grader"}
+    words = WORDS | {key: f"{__name__}:{name}" for key, name in functions.items()}
+    words |= {"run.num_batches": 2, "run.live": "true"}
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "socpo_fast.cli", *words_of("train", folder, words)],
+        cwd=ROOT,
+        env=os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=end,
+        stderr=end,
+    )
+    os.close(end)
+    written = b""
+    # Reading a terminal whose other end is closed is an error.
+    with suppress(OSError):
+        while block := os.read(terminal, 65536):
+            written += block
+    os.close(terminal)
+    shown = written.decode(errors="surrogateescape")
+    assert process.wait() == 0, shown
+    assert "Traceback" not in shown
+    assert r"\x1b[31mred" in shown
+    assert "\x1b[" in shown, "the display was live"
+    for raw in ("\x1b[31mred", "\x07", "\x9b", "\u202e", "\udc80"):
+        assert raw not in shown
+    assert (folder / "run" / "report.html").is_file()

@@ -20,6 +20,9 @@ from socpo_fast.registries import ESTIMATORS, GRADERS, LR_SCHEDULES, SCHEDULES, 
 MOST_TOKENS = 2**24
 MOST_ROLLOUTS = 2**18
 MOST_THREADS = max(64, os.cpu_count() or 1)
+Count = Annotated[int, Field(le=10**9)]  # of what comes one by one; and limits that may be no limit
+Tokens = Annotated[int, Field(le=MOST_TOKENS)]
+Rollouts = Annotated[int, Field(le=MOST_ROLLOUTS)]
 
 
 class Section(BaseModel):
@@ -65,11 +68,11 @@ class RunConfig(Section):
         default=False,
         description="go on although settings or data that decide results have changed, once",
     )
-    num_batches: int = Field(default=100, ge=1, description="batches to train on")
-    checkpoint_every_updates: int = Field(
+    num_batches: Count = Field(default=100, ge=1, description="batches to train on")
+    checkpoint_every_updates: Count = Field(
         default=20, ge=0, description="updates between saves, 0 = at the end only"
     )
-    keep_checkpoints: int = Field(
+    keep_checkpoints: Count = Field(
         default=2, ge=1, description="newest checkpoints kept, beside the best one"
     )
     device: str = Field(
@@ -81,7 +84,7 @@ class RunConfig(Section):
         le=MOST_THREADS,
         description="CPU threads, 0 = all cores (or OMP_NUM_THREADS)",
     )
-    trace_batches: int = Field(
+    trace_batches: Count = Field(
         default=0,
         ge=0,
         description="first batches whose student, teacher and phases are traced for "
@@ -137,11 +140,11 @@ class DataConfig(Section):
         default="exact",
         description="who grades an answer; module:function(text, question) is your own",
     )
-    max_prompt_tokens: int = Field(
-        default=2048,
-        ge=1,
-        le=MOST_TOKENS,
-        description="longest prompt in tokens; longer ones are left out",
+    truths_as_json: bool = Field(
+        default=False, description="truths may be lists or objects; your grader gets their JSON"
+    )
+    max_prompt_tokens: Tokens = Field(
+        default=2048, ge=1, description="longest prompt in tokens; longer ones are left out"
     )
     builtin_train_questions: int = Field(
         default=20_000, ge=1, le=20_000, description="built-in training questions"
@@ -176,23 +179,23 @@ class GraderConfig(Section):
 class RolloutConfig(Section):
     """How the student answers in training."""
 
-    questions_per_batch: int = Field(
-        default=32, ge=1, le=MOST_ROLLOUTS, description="questions rolled out together"
+    questions_per_batch: Rollouts = Field(
+        default=32, ge=1, description="questions rolled out together"
     )
-    group_size: int = Field(default=8, ge=1, le=MOST_ROLLOUTS, description="rollouts a question")
+    group_size: Rollouts = Field(default=8, ge=1, description="rollouts a question")
     max_attempts: int = Field(
         default=2, ge=1, le=256, description="K, attempts a rollout; 1 = REINFORCE++, no teacher"
     )
     temperature: float = Field(
         default=1.0, gt=0, le=10, description="sampling temperature, also that of the loss"
     )
-    max_new_tokens: int = Field(
-        default=1024, ge=1, le=MOST_TOKENS, description="longest attempt, tokens"
-    )
-    attempt_limit: int = Field(
+    max_new_tokens: Tokens = Field(default=1024, ge=1, description="longest attempt, tokens")
+    attempt_limit: Count = Field(
         default=1024, ge=1, description="tokens of an attempt that the next one sees (its head)"
     )
-    guidance_limit: int = Field(default=2048, ge=1, description="longest guidance, student tokens")
+    guidance_limit: Count = Field(
+        default=2048, ge=1, description="longest guidance, student tokens"
+    )
     context: Literal["tokens", "template"] = Field(
         default="tokens",
         description="the next attempt sees what was sampled, or what the chat template makes of "
@@ -294,12 +297,12 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """Updates."""
 
-    questions_per_update: int = Field(
+    questions_per_update: Rollouts = Field(
         default=8, ge=1, description="questions of an optimizer step, all their rollouts"
     )
     epochs: int = Field(default=1, ge=1, le=100, description="passes over a batch")
     lr: float = Field(default=1e-6, gt=0, le=1, description="AdamW learning rate after warm-up")
-    warmup_updates: int = Field(default=10, ge=0, description="updates of linear warm-up")
+    warmup_updates: Count = Field(default=10, ge=0, description="updates of linear warm-up")
     lr_schedule: Annotated[str, *one_of(LR_SCHEDULES)] = Field(
         default="constant",
         description="how the learning rate falls from the end of the warm-up to that of the run",
@@ -317,7 +320,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="gradients are scaled down to this norm"
     )
-    token_budget: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Literal["auto"] = Field(
+    token_budget: Annotated[Tokens, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="tokens of a microbatch, a longer rollout alone; auto = 8192 on a CPU, what "
         "fits a card",
@@ -331,7 +334,7 @@ class TrainConfig(Section):
         description="recompute layers in the backward: less memory, more time; auto = where it "
         "must be, on a card",
     )
-    max_bad_updates: int = Field(
+    max_bad_updates: Count = Field(
         default=5, ge=1, description="stop after so many non-finite updates in a row"
     )
 
@@ -345,11 +348,8 @@ class EngineConfig(Section):
     )
     page_size: int = Field(default=32, ge=1, le=1024, description="tokens of a KV page")
     max_running: int = Field(default=256, ge=1, le=65536, description="attempts decoded together")
-    token_budget: int = Field(
-        default=2048,
-        ge=1,
-        le=MOST_TOKENS,
-        description="tokens of one engine step, prefill and decode",
+    token_budget: Tokens = Field(
+        default=2048, ge=1, description="tokens of one engine step, prefill and decode"
     )
     attention: Literal["auto", "flash"] = Field(
         default="auto", description="flash: flash-attn, page_size 256, a GPU"
@@ -359,7 +359,7 @@ class EngineConfig(Section):
 class EvalConfig(Section):
     """Evaluation on data.eval: unassisted accuracy, the headline, and assisted."""
 
-    every_updates: int = Field(
+    every_updates: Count = Field(
         default=20, ge=0, description="updates between evaluations, 0 = start and end only"
     )
     temperature: float = Field(
@@ -369,7 +369,7 @@ class EvalConfig(Section):
     samples: int = Field(
         default=16, ge=1, le=4096, description="samples a question (the k of avg@k)"
     )
-    max_questions: int | None = Field(
+    max_questions: Count | None = Field(
         default=None, ge=1, description="first questions of data.eval; none = all"
     )
     assisted: bool = Field(

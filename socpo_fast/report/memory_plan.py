@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from socpo_fast.config import Config, LocalTeacherConfig
 from socpo_fast.files import read_json
 from socpo_fast.model import ModelConfig
+from socpo_fast.model.weights import check_is_model
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.ops._head import GPU_WORKSPACE_MIB
 from socpo_fast.report import sizes
@@ -295,7 +296,9 @@ def decide(plan: Plan) -> Plan:
 
 
 def read_model(folder: Path) -> ModelConfig:
-    """Reads a model's config.json; its weights are not read."""
+    """Reads a model's config.json; of the weights only their files' names are looked at."""
+    # As load_student does, so that an adapter is called one here, too.
+    check_is_model(folder)
     path = folder / "config.json"
     return ModelConfig.from_hf(read_json(path), where=str(path))
 

@@ -1,12 +1,16 @@
 """Writes and reads rollouts as rows for people: RUN/rollouts/batch_000001.jsonl.
 
 The rows are for report.html and for any other reader; training never reads them back.
+export_rollouts makes one parquet file of all of them.
 """
 
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from socpo_fast.files import replace_file
+from socpo_fast.ops._checks import check_rule
 from socpo_fast.report.tracker import read_jsonl, replace_jsonl
 from socpo_fast.types import Question, Rollout, ShownGuidance
 
@@ -36,8 +40,10 @@ def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[
         "question_idx": rollout.question_idx,
         "rollout_idx": rollout.rollout_idx,
         "data_source": question.data_source,
+        "prompt": list(question.messages),
         "question": question.text,
         "ground_truth": question.ground_truth,
+        "reference_solution": question.reference_solution,
         "turns": turns,
         "end_reason": rollout.end_reason,
         "policy_version": rollout.turns[0].attempt.policy_version if rollout.turns else None,
@@ -71,49 +77,79 @@ def write_rollouts(
     return path
 
 
-def export_rollouts(
-    path: str | Path, rollouts: Iterable[Rollout], questions: Mapping[int, Question]
-) -> None:
-    """Writes rollouts to a parquet file in verl's layout, one a row; `datasets` loads it as well.
+def export_rollouts(run_folder: str | Path, path: str | Path) -> int:
+    """Writes all rollouts of a run to a parquet file in verl's layout, one a row.
 
-    data.load_questions reads the questions back. extra_info.turns holds the attempts in order.
+    `datasets` loads the file, and load_questions reads the questions back. extra_info.turns holds
+    the attempts in order, each with the guidance that followed it.
 
     Args:
-        questions: by question_idx.
-    """
-    from datasets import Dataset
+        path: ends in .parquet; a file that is there is replaced.
 
-    rows = []
-    for rollout in rollouts:
-        question = questions[rollout.question_idx]
-        turns = rollout_record(rollout, question, batch=0)["turns"]
-        keys = ("text", "is_correct", "reward", "advantage", "finish_reason")
-        rows.append(
-            {
-                "data_source": question.data_source,
-                "prompt": list(question.messages),
-                "reward_model": {"style": "rule", "ground_truth": question.ground_truth},
-                "extra_info": {
-                    "index": question.question_idx,
-                    "rollout_idx": rollout.rollout_idx,
-                    "reference_solution": question.reference_solution,
-                    "turns": [
-                        {key: turn[key] for key in keys}
-                        | {"guidance": turn["guidance"] and turn["guidance"]["text"]}
-                        for turn in turns
-                    ],
-                },
-            }
-        )
-    Dataset.from_list(rows).to_parquet(path)
+    Returns:
+        The number of rollouts.
+
+    Raises:
+        ValueError: the run has no rollouts, or path is no name of a parquet file.
+
+    Memory: all rows.
+    """
+    from datasets import Dataset, Features, Value
+
+    path = Path(path)
+    check_rule("export", "the file", str(path), path.suffix == ".parquet", "named FILE.parquet")
+    rows = [
+        _exported_row(row)
+        for file in sorted(Path(run_folder).glob("rollouts/batch_*.jsonl"), key=_age)
+        # Rows of an older version hold no prompt.
+        for row in read_jsonl(file, lambda row: _is_complete(row) and "prompt" in row)
+    ]
+    check_rule("export", "the run folder", str(run_folder), bool(rows), "one with rollouts")
+    text, count, number = (Value(dtype) for dtype in ("string", "int64", "float64"))
+    turn = dict.fromkeys(("text", "finish_reason", "guidance"), text)
+    turn |= {"is_correct": Value("bool"), "reward": number, "advantage": number}
+    extra_info = dict.fromkeys(("index", "batch", "rollout_idx", "policy_version"), count)
+    extra_info |= {"end_reason": text, "reference_solution": text, "turns": [turn]}
+    # Named types, since a column of a run may hold nothing but None.
+    features = Features(
+        data_source=text,
+        prompt=[{"role": text, "content": text}],
+        reward_model={"style": text, "ground_truth": text},
+        extra_info=extra_info,
+    )
+    buffer = BytesIO()
+    Dataset.from_list(rows, features).to_parquet(buffer)
+    replace_file(path, buffer.getvalue())
+    return len(rows)
+
+
+def _exported_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row of rollout_record in verl's layout."""
+    turns = [
+        {key: turn[key] for key in ("text", "finish_reason", "is_correct", "reward", "advantage")}
+        | {"guidance": (turn["guidance"] or _NO_GUIDANCE)["text"]}
+        for turn in row["turns"]
+    ]
+    extra_keys = ("batch", "rollout_idx", "policy_version", "end_reason", "reference_solution")
+    return {
+        "data_source": row["data_source"],
+        "prompt": row["prompt"],
+        "reward_model": {"style": "rule", "ground_truth": row["ground_truth"]},
+        "extra_info": {key: row.get(key) for key in extra_keys}
+        | {"index": row["question_idx"], "turns": turns},
+    }
+
+
+def _age(path: Path) -> tuple[int, str]:
+    """Returns what sorts files of batches: names no longer sort as text beyond batch 999999."""
+    return len(path.name), path.name
 
 
 def drop_rollouts(run_folder: Path, *, after_batch: int) -> None:
     """Removes files of later batches: an earlier start made them, and this one makes them anew."""
     last = run_folder / "rollouts" / f"batch_{after_batch:06d}.jsonl"
     for path in (run_folder / "rollouts").glob("batch_*.jsonl"):
-        # Compares lengths first, since names no longer sort as text beyond batch 999999.
-        if (len(path.name), path.name) > (len(last.name), last.name):
+        if _age(path) > _age(last):
             path.unlink()
 
 

@@ -133,7 +133,9 @@ def append_row(file: TextIO, row: Mapping[str, Any]) -> None:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    # A teacher's or grader's text may hold half of a surrogate pair, which UTF-8 cannot store.
+    text = json.dumps(row, ensure_ascii=False).encode(errors="replace").decode()
+    return f"{text}\n"
 
 
 def read_jsonl(

@@ -15,6 +15,7 @@ history.py follows the template instead.
 """
 
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from socpo_fast.files import read_json
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.socratic.vocabulary import (
+    chat_template_of,
     check_vocabulary,
     configured_eos_ids,
     find_special,
@@ -38,6 +40,10 @@ _WITH_SYSTEM = [{"role": "system", "content": "SocpoSystem"}, *_PROMPT]
 # A template may add this many characters to a dialogue, and repeat each of its texts 16 times.
 _TEMPLATE_CHARACTERS = 100_000
 _NOTE = "the chat template rewrites {} once it is history; rollout.context tokens does not"
+# A fast tokenizer has a state that says whether special tokens are split, and a call sets it first.
+# Threads that share a tokenizer would encode under each other's state: guidance with real special
+# tokens. One lock for all, since bridges share tokenizers; encoding a text takes microseconds.
+_encoding = threading.Lock()
 # Answers that some templates change once they are history; _check renders each of them.
 _PROBES = {
     "a plain answer": ANSWER,
@@ -118,26 +124,7 @@ class Bridge:
         single_turn: bool = False,
     ):
         check_rule("bridge", "guidance_limit", guidance_limit, guidance_limit >= 1, ">= 1")
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"bridge: tokenizer must be a fast one, got {type(tokenizer).__name__}"
-            )
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "bridge: tokenizer must have a chat template, got none in "
-                f"'{tokenizer.name_or_path}'; "
-                "use the instruct version of the model"
-            )
-        named = tokenizer.chat_template
-        check_rule(
-            "bridge",
-            "the chat templates",
-            ", ".join(named) if isinstance(named, dict) else "one",
-            not isinstance(named, dict) or "default" in named,
-            "one, or several with one named default",
-            "save the one to be used as chat_template.jinja",
-        )
-        template = tokenizer.get_chat_template()
+        template = chat_template_of(tokenizer)
         check_rule(
             "bridge",
             "enable_thinking",
@@ -305,13 +292,15 @@ class Bridge:
 
     def trusted_ids(self, text: str) -> list[int]:
         """Returns the ids of a text of the template, whose special tokens become special ids."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        with _encoding:
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def untrusted_ids(self, text: str) -> list[int]:
         """Returns the ids of a text inside a row; a special token spelled out stays ordinary."""
-        ids = self._untrusted.encode(
-            self._anchor + text, add_special_tokens=False, split_special_tokens=True
-        )
+        with _encoding:
+            ids = self._untrusted.encode(
+                self._anchor + text, add_special_tokens=False, split_special_tokens=True
+            )
         return ids[len(self.trusted_ids(self._anchor)) :] if text else []
 
     def _split(self, text: str, *, first: bool = False) -> tuple[str, str]:
@@ -342,12 +331,12 @@ class Bridge:
             "return_offsets_mapping": True,
         }
         # A loop, since the beginning of a text may take more tokens by itself than within the text.
-        while (
-            len(offsets := self._untrusted(text, verbose=False, **options)["offset_mapping"])
-            > self.guidance_limit
-        ):
+        while True:
+            with _encoding:
+                offsets = self._untrusted(text, verbose=False, **options)["offset_mapping"]
+            if len(offsets) <= self.guidance_limit:
+                return text
             text = text[: offsets[self.guidance_limit][0]].rstrip()
-        return text
 
     def _find_special(self) -> None:
         """Sets the special tokens, and the tokenizer to which all of them are special."""

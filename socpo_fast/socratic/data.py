@@ -1,23 +1,15 @@
 """Loads questions from files and picks those of each batch.
 
-Read load_questions, _to_question, then batch_questions.
-
-A row has one of two layouts, which may alternate in a file:
-
-    verl    prompt (messages), reward_model.ground_truth, data_source, extra_info
-    flat    question, ground_truth; optional: system, reference_solution, data_source
+Read load_questions, then batch_questions. question_rows.py makes a Question of a row.
 
 The `datasets` library finds and streams the files, so nothing is copied to its cache. A file is
 read as a folder that holds it, so both give the same rows. JSON goes through the library's line
 reader, since its JSON reader casts whole columns and cannot say which row was bad.
-
-Text stays as written. A number becomes text with the digits of the file, without an exponent.
 """
 
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -31,17 +23,12 @@ import numpy as np
 
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.graders import check_ground_truth
+from socpo_fast.socratic.question_rows import check_row, to_question
 from socpo_fast.types import Question
 
-_ROLES = ("system", "user", "assistant", "developer")
 _SHOWN_ERRORS = 5
-# Longer lines are not parsed and longer prompts not tokenized: that could take minutes.
+# Longer lines are not parsed: that could take minutes.
 MAX_LINE_CHARS = 100_000_000
-MAX_PROMPT_CHARS = 10_000_000
-# A number written out is at most this long: 1e999999999 would fill the memory with zeros.
-_MAX_DIGITS = 1000
-# White space, and the characters of no width that some editors leave behind, are no text.
-_VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]")
 
 
 def load_questions(
@@ -52,6 +39,7 @@ def load_questions(
     grader: str = "exact",
     bridge: Bridge | None = None,
     max_prompt_tokens: int | None = None,
+    truths_as_json: bool = False,
 ) -> list[Question]:
     """Returns all questions of a data set; `questions[i].question_idx` is i.
 
@@ -66,6 +54,8 @@ def load_questions(
                            template takes system messages; needed for max_prompt_tokens.
         max_prompt_tokens: questions with longer prompts are left out, with a warning that counts
                            them; None keeps all.
+        truths_as_json:    takes a list or object as ground truth, as its JSON text; else such a row
+                           is bad. Only a grader of the user's own can read it.
 
     Raises:
         ValueError: the file is missing or unreadable, rows are bad (the first few are listed as
@@ -79,10 +69,11 @@ def load_questions(
         if isinstance(row, str) and not row.strip():
             continue
         try:
-            question = _to_question(
+            question = to_question(
                 _parse_line(row) if isinstance(row, str) else row,
                 question_idx=len(questions),
                 default_source=Path(path).stem,
+                truths_as_json=truths_as_json,
             )
             check_ground_truth(grader, question)
             questions.append(question)
@@ -221,7 +212,7 @@ def _lines(file: str, lines: Iterator[str]) -> Iterator[dict[str, Any] | str]:
     first = next(bare_lines, "")
     if file.endswith(".json") and first.lstrip().startswith("["):
         rows = json.loads("\n".join([first, *bare_lines]), parse_float=Decimal)
-        _check(all(isinstance(row, dict) for row in rows), f"{file} must list objects", rows)
+        check_row(all(isinstance(row, dict) for row in rows), f"{file} must list objects", rows)
         yield from rows
     else:
         yield first
@@ -258,117 +249,6 @@ def _parse_line(line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {line[:40]!r}")
     return row
-
-
-def _to_question(row: dict[str, Any], *, question_idx: int, default_source: str) -> Question:
-    """Returns the question of a row in either layout; a ValueError does not name the row."""
-    # A column that only other rows use is None in a parquet file.
-    if row.get("prompt") is not None:
-        messages = _messages(row["prompt"])
-        extra = row.get("extra_info") or {}
-        reward_model = row.get("reward_model") or {}
-        for key, value in (("extra_info", extra), ("reward_model", reward_model)):
-            _check(isinstance(value, dict), f"{key} must be an object", value)
-        ground_truth = _ground_truth("reward_model.ground_truth", reward_model.get("ground_truth"))
-        # verl's gsm8k keeps its reference solution in extra_info.answer.
-        key = "reference_solution" if extra.get("reference_solution") else "answer"
-        reference_name = f"extra_info.{key}"
-        reference = extra.get(key)
-    elif row.get("question") is not None:
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        messages = _messages([*system, {"role": "user", "content": row["question"]}])
-        ground_truth = _ground_truth("ground_truth", row.get("ground_truth"))
-        reference_name = "reference_solution"
-        reference = row.get(reference_name)
-    else:
-        raise ValueError(
-            f"must have prompt or question, got {', '.join(sorted(row)) or 'no fields'}"
-        )
-    source = row.get("data_source")
-    for name, value in (
-        (reference_name, reference),
-        ("data_source", source),
-        ("ground_truth", ground_truth),
-    ):
-        _check(isinstance(value, str | None), f"{name} must be text", value)
-        # JSON can spell half of a surrogate pair, which no tokenizer takes. Encoding refuses it:
-        # UnicodeEncodeError is a ValueError.
-        (value or "").encode()
-    return Question(
-        question_idx=question_idx,
-        messages=messages,
-        ground_truth=ground_truth,
-        data_source=source or default_source,
-        reference_solution=reference or None,
-    )
-
-
-def _messages(messages: Any) -> tuple[dict[str, str], ...]:
-    """Returns checked messages with no other field than role and content; developer is system."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    _check(
-        isinstance(messages, list) and len(messages) > 0,
-        "prompt must be a non-empty list of messages",
-        messages,
-    )
-    checked = []
-    for message in messages:
-        _check(
-            isinstance(message, dict) and message.get("role") in _ROLES,
-            f"a message must have a role of {', '.join(_ROLES)}",
-            message,
-        )
-        role = message["role"]
-        text = _text_of_parts(message.get("content"))
-        _check(
-            isinstance(text, str) and _VISIBLE.search(text) is not None,
-            f"the {role} message must have text",
-            text,
-        )
-        text.encode()  # refuses half of a surrogate pair, as in _to_question
-        checked.append({"role": "system" if role == "developer" else role, "content": text})
-    num_chars = sum(len(message["content"]) for message in checked)
-    if num_chars > MAX_PROMPT_CHARS:
-        raise ValueError(f"prompt must have at most {MAX_PROMPT_CHARS} characters, got {num_chars}")
-    if checked[-1]["role"] != "user":
-        raise ValueError(f"the last message must be the user's, got {checked[-1]['role']}")
-    return tuple(checked)
-
-
-def _text_of_parts(content: Any) -> Any:
-    """Returns the joined text of a content that is a list of text parts; others as they are."""
-    is_text = isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    )
-    return "".join(part["text"] for part in content) if is_text else content
-
-
-def _ground_truth(name: str, value: Any) -> str:
-    """Returns a ground truth as text; `name` is its field, for errors."""
-    if value is None or value == "":
-        raise ValueError(f"{name} is missing")
-    if isinstance(value, str):
-        _check(_VISIBLE.search(value) is not None, f"{name} must not be blank", value)
-        return value
-    rule = f"{name} must be text or a number"
-    _check(isinstance(value, int | float | Decimal) and not isinstance(value, bool), rule, value)
-    number = Decimal(str(value))
-    _check(number.is_finite(), rule, value)
-    _check(
-        abs(number.adjusted()) < _MAX_DIGITS,
-        f"{name} must be a number of at most {_MAX_DIGITS} digits",
-        value,
-    )
-    return f"{number:f}"
-
-
-def _check(holds: bool, rule: str, value: object) -> None:
-    """Checks a value of a row against a rule. load_questions adds to the error which row it is."""
-    if not holds:
-        text = str(value) if isinstance(value, Decimal) else repr(value)
-        raise ValueError(f"{rule}, got {text:.40}")
 
 
 def question_order(seed: int, epoch: int, n: int) -> list[int]:

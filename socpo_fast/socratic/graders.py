@@ -134,6 +134,10 @@ _THOUGHTS_OPEN = re.compile(r"<(?:seed:)?think(?:ing)?>|<thought>|\[THINK\]|\u25
 _THOUGHTS_CLOSE = re.compile(r"</(?:seed:)?think(?:ing)?>|</thought>|\[/THINK\]|\u25c1/think\u25b7")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX_OPEN = re.compile(r"\\(?:boxed|fbox)\s*+\{")
+# What math-verify reads as nothing. A backslash before a brace is none of it: \{\} is a set.
+_NO_FORMULA = re.compile(
+    r"(?:\\(?:boxed|fbox|text|displaystyle|ldots)(?![a-zA-Z])|\\(?:[^{}a-zA-Z]|$)|[\s$()\[\]{}'\"])*+"
+)
 # A separator of thousands, which math-verify would take for a product: 1\,234.
 _THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,!: ]|~)(?=\d{3}(?!\d))")
 # A power of ten, 1.6e-19, in which it would take e for a factor.
@@ -190,14 +194,22 @@ def check_ground_truth(grader: str, question: Question) -> None:
     """Refuses a ground_truth under which no answer could be right.
 
     For graders of multiple choice it must be a letter, and one of the options that the question
-    lists, if it lists any. For math it must be a formula whose braces are paired.
+    lists, if it lists any. For exact and math it must not have marks of thoughts or answers, which
+    are never read as a part of an answer. For math it must be a formula whose braces are paired.
+    There is no need to parse it: an answer in the same words is right even if math-verify cannot
+    read them as mathematics.
 
     Raises:
         ValueError: the ground_truth is refused. The caller adds which row it is.
     """
     truth = question.ground_truth.strip()
+    if grader in ("exact", "math") and (without_thoughts(truth) != truth or answer_blocks(truth)):
+        raise ValueError(
+            "ground_truth must be the answer alone, without <answer> or marks of thoughts, got "
+            f"{truth[:40]!r}"
+        )
     if grader == "math" and (
-        not truth.strip("$\\()[] ") or _closing_brace(f"{truth}}}", 0) != len(truth)
+        _NO_FORMULA.fullmatch(truth) or _closing_brace(f"{truth}}}", 0) != len(truth)
     ):
         raise ValueError(
             f"ground_truth must be a formula with paired braces for grader math, got {truth[:40]!r}"

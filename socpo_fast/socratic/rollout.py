@@ -1,7 +1,7 @@
-"""Drives episodes with the paged engine. Read socratic_rollouts, then _Driver.
+"""Drives episodes with the paged engine. Read socratic_rollouts, _Driver.rounds, then arollouts.
 
 The rules of an episode are in episode.py. Here the engine and the teacher overlap. Teachers are
-coroutines on one background event loop. Between two engine steps the loop in socratic_rollouts
+coroutines on an event loop of another thread. Between two engine steps the loop in _Driver.rounds
 collects their guidance and resumes those rollouts on the pages of their earlier attempts. So a slow
 teacher delays only the rollout that waits for it.
 
@@ -9,14 +9,23 @@ teacher delays only the rollout that waits for it.
                   | attempt is wrong               ^ resume
                   v                                |
     teacher       guide(request) -----------> guidance
+
+                         engine runs in              teacher runs in
+    socratic_rollouts    the caller's thread         a background loop (teachers/calls.py)
+    arollouts            a thread of the call        the caller's event loop
 """
 
+import asyncio
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from socpo_fast.engine import Engine, fresh_batch
@@ -70,40 +79,153 @@ def socratic_rollouts(
         ValueError: a question occurs twice or is in flight under this batch_idx, a prompt can never
             fit, the engine is busy, or the bridge has another guidance_limit.
     """
+    driver = _make_driver(
+        "socratic_rollouts",
+        engine,
+        tokenizer,
+        questions,
+        teacher=teacher,
+        grader=grader,
+        params=params,
+        options=options,
+        batch_idx=batch_idx,
+        bridge=bridge,
+    )
+    with driver:
+        for finished in driver.rounds():
+            yield from finished
+
+
+async def arollouts(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    teacher: Teacher | TeacherFunction,
+    grader: Grader,
+    params: SamplingParams,
+    options: RolloutOptions,
+    batch_idx: int | None = None,
+    bridge: Bridge | None = None,
+) -> AsyncGenerator[Rollout, None]:
+    """Does what socratic_rollouts does, as an async iterator: same arguments, same tokens.
+
+    The engine and the grader run in one thread of the call, which goes on while the caller handles
+    a rollout. A grader that hangs there is not stopped. An async teacher runs on the caller's event
+    loop and may use its clients. A plain function has a thread of its own and never blocks the
+    loop.
+
+    A task that is cancelled while it awaits a rollout, and aclose(), wait for the engine's current
+    step. Then nothing is left behind and the engine can be used at once. If a break, an error or a
+    cancel ends the caller's loop in its body, closing is left to the garbage collector, as for
+    every async generator, unless it is written like this:
+
+        async with contextlib.aclosing(arollouts(..)) as rollouts:
+            async for rollout in rollouts:
+                ..
+
+    Raises:
+        ValueError: as socratic_rollouts; or another call of arollouts or an AsyncEngine drives the
+            engine.
+    """
+    loop = asyncio.get_running_loop()
+    driver = _make_driver(
+        "arollouts",
+        engine,
+        tokenizer,
+        questions,
+        teacher=teacher,
+        grader=grader,
+        params=params,
+        options=options,
+        batch_idx=batch_idx,
+        bridge=bridge,
+        loop=loop,
+    )
+    finished: asyncio.Queue[Rollout | None] = asyncio.Queue()  # None: no more will come
+    stop = threading.Event()
+
+    def drive() -> None:
+        try:
+            # A new thread's current device is the first card; kernels go to the current device.
+            with torch.cuda.device_of(engine.student.lm_head.weight), driver:
+                for rollouts in driver.rounds():
+                    if stop.is_set() or loop.is_closed():
+                        break
+                    for rollout in rollouts:
+                        loop.call_soon_threadsafe(finished.put_nowait, rollout)
+        finally:
+            driven_by_threads.discard(id(engine))
+
+    driven_by_threads.add(id(engine))
+    # A thread of its own: in the loop's default pool it might wait for the teachers that it needs.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="socpo-rollouts")
+    driving = loop.run_in_executor(pool, copy_context().run, drive)
+    driving.add_done_callback(lambda _: finished.put_nowait(None))
+    pool.shutdown(wait=False)
+    try:
+        while (rollout := await finished.get()) is not None:
+            yield rollout
+    finally:
+        stop.set()
+        await _outlast(driving)
+    driving.result()
+
+
+async def _outlast(future: asyncio.Future[None]) -> None:
+    """Waits until a future is done, however often the waiting task is cancelled meanwhile."""
+    try:
+        await asyncio.wait([future])
+    except asyncio.CancelledError:
+        await _outlast(future)
+        raise
+
+
+# The ids of engines that a thread of arollouts or of an AsyncEngine steps. An engine must not be
+# stepped by two threads at once.
+driven_by_threads: set[int] = set()
+
+
+def check_idle(where: str, engine: Engine) -> None:
+    """Refuses an engine that has unfinished requests or is driven by another thread."""
+    if engine.has_work or id(engine) in driven_by_threads:
+        raise ValueError(
+            f"{where}: the engine must be idle, got unfinished requests, or an arollouts or "
+            "AsyncEngine that drives it in another thread; let these end first"
+        )
+
+
+def _make_driver(
+    where: str,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    teacher: Teacher | TeacherFunction,
+    params: SamplingParams,
+    options: RolloutOptions,
+    batch_idx: int | None,
+    bridge: Bridge | None,
+    **settings: Any,
+) -> "_Driver":
+    """Checks the arguments of socratic_rollouts; settings are further fields of the driver."""
     if len({question.question_idx for question in questions}) != len(questions):
         raise ValueError(
-            "socratic_rollouts: question_idx must be unique in a batch; the noise is keyed by it"
+            f"{where}: question_idx must be unique in a batch; the noise is keyed by it"
         )
-    if engine.has_work:
-        raise ValueError(
-            "socratic_rollouts: the engine must be idle, got unfinished requests; step until it "
-            "is done"
-        )
+    check_idle(where, engine)
     bridge = bridge or Bridge(tokenizer, guidance_limit=options.guidance_limit)
     check_vocabulary(bridge.tokenizer, engine.student.config.vocab_size)
-    driver = _Driver(
+    return _Driver(
         engine=engine,
         bridge=bridge,
+        questions=questions,
         teacher=as_teacher(teacher),
-        grader=grader,
         params=replace(params, n=1),
         options=options,
         batch_idx=fresh_batch() if batch_idx is None else batch_idx,
+        **settings,
     )
-    with driver:
-        for question in questions:
-            driver.start(question)
-        while engine.has_work or driver.waiting:
-            # A local teacher runs its engine here, a little at a time; other teachers do nothing.
-            teacher_works = bool(driver.waiting) and driver.teacher.step(
-                student_is_idle=not engine.has_work
-            )
-            # On a CPU student and teacher need the same cores, so the student's turn is skipped.
-            if not (teacher_works and driver.teacher.shares_cpu):
-                driver.step(may_wait=not teacher_works)
-            driver.collect_guidance(idle=not engine.has_work and not teacher_works)
-            yield from driver.finished
-            driver.finished.clear()
 
 
 @dataclass(kw_only=True)
@@ -112,11 +234,13 @@ class _Driver:
 
     engine: Engine
     bridge: Bridge
+    questions: Sequence[Question]
     teacher: Teacher
     grader: Grader
     params: SamplingParams
     options: RolloutOptions
     batch_idx: int
+    loop: asyncio.AbstractEventLoop | None = None  # where teachers run; None: the background loop
     # Key: (question_idx, rollout_idx).
     in_flight: dict[tuple[int, int], Episode] = field(default_factory=dict)
     # Episodes that wait for the teacher, each with the time of its request.
@@ -124,6 +248,22 @@ class _Driver:
     arrived: list[Attempt] = field(default_factory=list)  # sampled, not yet handed to an episode
     finished: list[Rollout] = field(default_factory=list)
     is_stepping: bool = False  # inside an engine step, where an error leaves the engine broken
+
+    def rounds(self) -> Iterator[list[Rollout]]:
+        """Plays all episodes; yields the rollouts that ended, often none, after every step."""
+        for question in self.questions:
+            self.start(question)
+        while self.engine.has_work or self.waiting:
+            # A local teacher runs its engine here, a little at a time; other teachers do nothing.
+            teacher_works = bool(self.waiting) and self.teacher.step(
+                student_is_idle=not self.engine.has_work
+            )
+            # On a CPU student and teacher need the same cores, so the student's turn is skipped.
+            if not (teacher_works and self.teacher.shares_cpu):
+                self.step(may_wait=not teacher_works)
+            self.collect_guidance(idle=not self.engine.has_work and not teacher_works)
+            yield self.finished
+            self.finished = []
 
     def start(self, question: Question) -> None:
         """Submits a question's prompt once, for all episodes of its group."""
@@ -181,7 +321,9 @@ class _Driver:
             else:
                 # Wait on the spot only if no earlier call hangs.
                 earlier_done = all(future.done() for future in self.waiting)
-                guidance_future = ask(self.teacher, request, self.options.guidance_timeout_s)
+                guidance_future = ask(
+                    self.teacher, request, self.options.guidance_timeout_s, self.loop
+                )
                 self.waiting[guidance_future] = (episode, time.perf_counter())
                 if self.teacher.immediate and earlier_done:
                     wait([guidance_future], timeout=IMMEDIATE_WAIT_S)

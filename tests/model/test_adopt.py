@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from socpo_fast import Engine, SamplingParams, adopt_student, load_student, policy_gradients
-from socpo_fast.model import Decoder, packed_forward, save_student
+from socpo_fast import adopt_student, load_student, policy_gradients
+from socpo_fast.model import save_student
 from socpo_fast.model.hf_views import hf_rows, hf_views
-from socpo_fast.ops import visible_until_of_sequences
+from tests.helpers.adopted import IDS, logits_of, perturb
 from tests.helpers.made_rollouts import make_rollouts
-
-IDS = torch.arange(12)
-GREEDY = SamplingParams(n=1, temperature=0.0, max_new_tokens=8, eos_ids=(), ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Makes the random models of make_hf the same in every run."""
     torch.manual_seed(0)
-
-
-def logits_of(student: Decoder) -> Tensor:
-    """Returns the logits of IDS, by our decoder."""
-    until = visible_until_of_sequences([len(IDS)])
-    hidden_TD = packed_forward(student, IDS, torch.arange(len(IDS)), until)
-    return student.lm_head(hidden_TD)
-
-
-def engine_of(student: Decoder) -> Engine:
-    return Engine(student, kv_cache_gib=0.01, page_size=4)
-
-
-def draw(engine: Engine) -> list[int]:
-    """Returns the tokens that the engine draws behind IDS."""
-    return engine.generate([IDS.tolist()], GREEDY)[0][0].token_ids
-
-
-def expected_tokens(model: PreTrainedModel) -> list[int]:
-    """Returns the tokens that the model's current weights mean, from a fresh engine."""
-    return draw(engine_of(adopt_student(copy.deepcopy(model))))
-
-
-def perturb(model: nn.Module) -> None:
-    """Writes other weights in place, as an optimizer does."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.5)
 
 
 def grads_by_name(model: nn.Module) -> dict[str, Tensor]:
@@ -177,159 +144,6 @@ def test_frozen_parameters_stay_frozen(make_hf: Callable) -> None:
     policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
     assert model.model.embed_tokens.weight.grad is None
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
-
-
-# What the engine sees
-
-
-class PointerSGD(torch.optim.SGD):
-    """An optimizer that writes past torch's counts, as some compiled ones do."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.data.sub_(parameter.grad, alpha=group["lr"])
-
-
-@pytest.mark.parametrize(
-    "make_optimizer",
-    [
-        lambda params: torch.optim.AdamW(params, lr=0.05),
-        lambda params: torch.optim.AdamW(params, lr=0.05, foreach=True),
-        lambda params: torch.optim.AdamW(params, lr=0.05, fused=True),
-        lambda params: PointerSGD(params, lr=5.0),
-    ],
-    ids=["adamw", "foreach", "fused", "pointers"],
-)
-def test_engine_sees_an_optimizer_step(make_hf: Callable, make_optimizer: Callable) -> None:
-    """Nothing is called between the step and the next draw; no page of old weights is used."""
-    model, _ = make_hf("llama3_rope")
-    optimizer = make_optimizer(model.parameters())
-    engine = engine_of(adopt_student(model, share=True))
-    texts = [draw(engine)]
-    for update in range(1, 4):
-        model(IDS[None], labels=IDS.flip(0)[None]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        texts.append(draw(engine))
-        assert engine.policy_version == update
-        assert texts[-1] == expected_tokens(model)
-    assert len({tuple(text) for text in texts}) > 1, "the steps must change what is drawn"
-
-
-def test_weights_change_under_a_running_attempt(make_hf: Callable) -> None:
-    """KV of the old weights is recomputed: the rest is what the new ones say of the whole row."""
-    model, _ = make_hf("llama3_rope")
-    engine = engine_of(adopt_student(model, share=True))
-    engine.submit(IDS.tolist(), GREEDY, key=(0, 0))
-    for _ in range(4):
-        engine.step()
-    perturb(model)
-    finished = []
-    while engine.has_work:
-        finished += engine.step()
-    row = IDS.tolist() + finished[0].token_ids
-    with torch.no_grad():
-        best = model(torch.tensor([row])).logits[0].argmax(-1)
-    assert row[-4:] == best[-5:-1].tolist()
-    assert engine.policy_version == 1
-
-
-def test_another_optimizer_changes_nothing(make_hf: Callable) -> None:
-    model, _ = make_hf("llama3_rope")
-    engine = engine_of(adopt_student(model, share=True))
-    other = nn.Linear(3, 3)
-    other(torch.ones(3)).sum().backward()
-    torch.optim.SGD(other.parameters(), lr=1.0).step()
-    draw(engine)
-    assert engine.policy_version == 0
-
-
-def to_bf16(model: PreTrainedModel) -> None:
-    model.to(torch.bfloat16)
-
-
-def assign(model: PreTrainedModel) -> None:
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-
-
-def assign_one(model: PreTrainedModel) -> None:
-    k_proj = model.model.layers[1].self_attn.k_proj
-    k_proj.weight = nn.Parameter(k_proj.weight.detach().clone())
-
-
-@pytest.mark.parametrize("replace", [to_bf16, assign, assign_one])
-def test_replaced_storage_is_refused(make_hf: Callable, replace: Callable) -> None:
-    """Neither a new prompt nor a running one gets another token from the old tensors."""
-    model, _ = make_hf("llama3_rope")
-    engine = engine_of(adopt_student(model, share=True))
-    engine.submit(IDS.tolist(), GREEDY, key=(0, 0))
-    engine.step()
-    replace(model)
-    match = "must stay views of the student's"
-    for attempt_to_go_on in (engine.step, engine.update_weights, engine.bump_policy_version):
-        with pytest.raises(RuntimeError, match=match):
-            attempt_to_go_on()
-    engine.reset()
-    with pytest.raises(RuntimeError, match=match):
-        draw(engine)
-
-
-def test_replaced_weights_of_a_student_are_refused(make_hf: Callable) -> None:
-    """A loaded student: new storage is told, and taken over by bump_policy_version."""
-    model, folder = make_hf("llama3_rope")
-    student = load_student(folder)
-    engine = engine_of(student)
-    draw(engine)
-    perturb(model)
-    student.load_state_dict(adopt_student(model).state_dict(), assign=True)
-    with pytest.raises(RuntimeError, match="must keep their storage"):
-        draw(engine)
-    engine.bump_policy_version()
-    assert draw(engine) == expected_tokens(model)
-    student.to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="must keep their storage"):
-        draw(engine)
-    with pytest.raises(RuntimeError, match=r"must stay torch.float32 on cpu, got torch.bfloat16"):
-        engine.bump_policy_version()
-
-
-# update_weights
-
-
-@pytest.mark.parametrize("family", ["llama3_rope", "qwen3_untied"])
-@pytest.mark.parametrize("source", ["parameters", "state_dict", "generator_of_bf16"])
-def test_update_weights_copies(make_hf: Callable, family: str, source: str) -> None:
-    model, _ = make_hf(family)
-    engine = engine_of(adopt_student(model))
-    draw(engine)
-    perturb(model)
-    if source == "generator_of_bf16":
-        model.to(torch.bfloat16).to(torch.float32)
-    engine.update_weights(
-        {
-            "parameters": model.named_parameters,
-            "state_dict": model.state_dict,
-            "generator_of_bf16": lambda: ((n, p.bfloat16()) for n, p in model.named_parameters()),
-        }[source]()
-    )
-    assert engine.policy_version == 1
-    assert draw(engine) == expected_tokens(model)
-    assert engine.policy_version == 1, "the copy itself must not count again"
-
-
-def test_update_weights_refuses_names_and_shapes(make_hf: Callable) -> None:
-    model, _ = make_hf("llama3_rope")
-    engine = engine_of(adopt_student(model))
-    with pytest.raises(ValueError, match=r"tensor name must be one of the student's .* got 'lm'"):
-        engine.update_weights({"lm": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"shape of model.norm.weight must be \[24\], got \[3\]"):
-        engine.update_weights([("model.norm.weight", torch.zeros(3))])
-    # Part of the weights may have been copied, so no page of before may be used.
-    assert engine.policy_version == 2
 
 
 # Refusals

@@ -75,14 +75,34 @@ def test_nothing_earns_nothing(grader: str) -> None:
     assert not any(verdict(grader, text) for text in ("", " \n", "<answer></answer>", "<think>"))
 
 
-@pytest.mark.parametrize("truth", [" ", "$$", "\\frac{1}{", "1}", "}{", "\\[\\]"])
+NO_FORMULA = ["", " ", "$$", "\\frac{1}{", "1}", "}{", "\\[\\]", "\\boxed{}", "\\boxed{4", "{}"]
+NO_FORMULA += ["''", '"', "\\$", "\\!", "\\displaystyle", "$\\boxed{\\text{}}$", "\\text{ }"]
+
+
+@pytest.mark.parametrize("truth", NO_FORMULA)
 def test_a_broken_formula_is_a_bad_truth(truth: str) -> None:
     with pytest.raises(ValueError, match="ground_truth must be a formula with paired braces"):
         check_ground_truth("math", question_of(truth))
 
 
-@pytest.mark.parametrize(
-    "truth", ["\\{1,2\\}", "\\left\\{1\\right.", "$\\frac{1}{2}$", "(0,1]", "-5"]
-)
-def test_a_formula_is_a_truth(truth: str) -> None:
+FORMULAS = ["\\{1,2\\}", "\\{\\}", "\\left\\{1\\right.", "$\\frac{1}{2}$", "(0,1]", "-5"]
+FORMULAS += ["\\boxed{4}", "\\emptyset"]
+# math-verify cannot read these as mathematics. It compares them as strings.
+WORDS = ["no solution", "\\text{Monday}", "\\foo{3}", "\\frac{1}{0}", "x^", "3+", "?", "A"]
+
+
+@pytest.mark.parametrize("truth", FORMULAS + WORDS)
+def test_what_is_accepted_can_be_answered(truth: str) -> None:
+    pytest.importorskip("math_verify")
     check_ground_truth("math", question_of(truth))
+    answer = truth if "boxed" in truth else f"\\boxed{{{truth}}}"
+    assert make_grader("math")(f"It is {answer}.", question_of(truth))
+
+
+@pytest.mark.parametrize("grader", ["exact", "math"])
+@pytest.mark.parametrize("truth", ["<answer>4</answer>", "<think>2 + 2</think>4", "4</think>"])
+def test_a_truth_has_no_marks(grader: str, truth: str) -> None:
+    """They are left out of every answer, so no answer would be equal to it."""
+    with pytest.raises(ValueError, match="ground_truth must be the answer alone, without <answer>"):
+        check_ground_truth(grader, question_of(truth))
+    check_ground_truth("package:function", question_of(truth))

@@ -5,6 +5,7 @@ The bridge is what stands between two attempts: end of turn, guidance, start of 
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,15 @@ def test_a_megabyte_is_cut_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch)
     assert text.startswith("the sum the sum")
     assert len(bridge.tokenizer.encode(text, add_special_tokens=False)) == 20
     assert max(encoded_lengths) <= 32 * 20
+
+
+def test_threads_may_share_a_tokenizer() -> None:
+    """Guidance in one thread gets no special id because of a template in another one."""
+    bridge = Bridge(tiny_tokenizer(CHATML), guidance_limit=100)
+    text = "<|im_end|> is no turn <|im_start|>" * 5
+    encoders = [bridge.trusted_ids, bridge.untrusted_ids] * 2
+    expected = [encode(text) for encode in encoders]
+    assert expected[0] != expected[1]
+    with ThreadPoolExecutor(len(encoders)) as threads:
+        results = list(threads.map(lambda encode: [encode(text) for _ in range(200)], encoders))
+    assert results == [[ids] * 200 for ids in expected]

@@ -1,8 +1,8 @@
 """Data sets: paths, numbers and texts mean what their author wrote, or their row is refused."""
 
 import json
+import re
 import time
-from dataclasses import replace
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -13,10 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from socpo_fast.report.rollouts import export_rollouts
-from socpo_fast.socratic.data import MAX_LINE_CHARS, MAX_PROMPT_CHARS, load_questions
-from socpo_fast.types import Question
-from tests.helpers.made_rollouts import make_rollout
+from socpo_fast.socratic.data import MAX_LINE_CHARS, load_questions
+from socpo_fast.socratic.question_rows import MAX_PROMPT_CHARS
 
 MARK = "\ufeff"
 
@@ -168,6 +166,40 @@ def test_bad_ground_truths_name_their_row(tmp_path: Path, truth: str, reason: st
     assert refusal(path) == refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("truth", "text"),
+    [
+        ('["4", "four", 0.00001]', '["4", "four", 0.00001]'),
+        (
+            '{"target":1e2,"unit":null,"é":[true]}',
+            '{"target": 100, "unit": null, "é": [true]}',
+        ),
+        ("2.50", "2.50"),
+        ('"4"', "4"),
+    ],
+)
+def test_truths_as_json(tmp_path: Path, truth: str, text: str) -> None:
+    """With the setting, a list or an object reaches the user's grader, its digits kept."""
+    path = write(tmp_path / "train.jsonl", line(truth))
+    (question,) = load_questions(str(path), truths_as_json=True)
+    assert question.ground_truth == text
+
+
+def test_objects_of_parquet_as_json(tmp_path: Path) -> None:
+    truth = {"target": 0.5, "accept": ["half", "1/2"]}
+    table = pa.Table.from_pylist([{"question": "?", "ground_truth": truth}])
+    pq.write_table(table, tmp_path / "train.parquet")
+    (question,) = load_questions(str(tmp_path / "train.parquet"), truths_as_json=True)
+    assert json.loads(question.ground_truth) == truth
+
+
+@pytest.mark.parametrize("truth", ["[]", "{}", "[NaN]", "true", "null"])
+def test_truths_that_stay_bad(tmp_path: Path, truth: str) -> None:
+    path = write(tmp_path / "train.jsonl", line(truth))
+    with pytest.raises(ValueError, match="row 1: ground_truth (must be|is missing)"):
+        load_questions(str(path), truths_as_json=True)
+
+
 @pytest.mark.parametrize("value", [date(2020, 1, 1), b"4", [4.0], {"a": 1}, True])
 def test_bad_parquet_ground_truths(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "train.parquet"
@@ -193,6 +225,39 @@ def test_forms_of_a_prompt(tmp_path: Path) -> None:
             messages_of(tmp_path, [{"role": "user", "content": [parts[0], part]}])
     with pytest.raises(ValueError, match=r"row 1: the user message must have text, got ''"):
         messages_of(tmp_path, [{"role": "user", "content": []}])
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tool_calls", [CALL]), ("reasoning_content", "2"), ("name", "Ann"), ("weight", 1)],
+)
+def test_other_fields_of_messages_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    """A template might read them. Empty ones are columns that other rows use."""
+    user = {"role": "user", "content": "1 + 1?"}
+    answer = {"role": "assistant", "content": "2"}
+    empty = {field: type(value)()}
+    assert messages_of(tmp_path, [user, {**answer, **empty}, user]) == (user, answer, user)
+    assert messages_of(tmp_path, [{**user, field: None}]) == (user,)
+    reason = f"row 1: a message must have no other field than role and content, got {[field]}"
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        messages_of(tmp_path, [user, {**answer, field: value}, user])
+
+
+def test_fields_of_messages_in_parquet(tmp_path: Path) -> None:
+    """A column of structs gives every message all fields."""
+    messages = [[{"role": "user", "content": "?"}], [{"role": "user", "content": "?", "name": "A"}]]
+    rows = [{"prompt": prompt, "reward_model": {"ground_truth": "1"}} for prompt in messages]
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "a.parquet")
+    table = pa.Table.from_pylist(rows[::-1])
+    pq.write_table(table, tmp_path / "b.parquet")
+    assert truths(tmp_path / "a.parquet") == ["1"]
+    assert refusal(tmp_path / "b.parquet") == (
+        "data: b.parquet row 1: a message must have no other field than role and content, got "
+        "['name']"
+    )
 
 
 class Bridge:
@@ -242,27 +307,6 @@ def test_the_reference_of_verl_rows(tmp_path: Path) -> None:
         write(path, {**row, "extra_info": extra})
         with pytest.raises(ValueError, match=f"row 1: extra_info.answer must be text, got {value}"):
             load_questions(str(path))
-
-
-def test_exported_rollouts_are_read_back(tmp_path: Path) -> None:
-    question = Question(
-        question_idx=3,
-        messages=({"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1?"}),
-        ground_truth="2.50",
-        data_source="sums",
-        reference_solution="1 + 1 = 2.50",
-    )
-    rollouts = [make_rollout(3, i, [1, 2], [4, 5][: i + 1], [2] * i) for i in range(2)]
-    path = tmp_path / "rollouts.parquet"
-    export_rollouts(path, rollouts, {3: question})
-    read = load_questions(str(path))
-    assert read == [replace(question, question_idx=idx) for idx in range(2)]
-    rows = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
-    extras = [row["extra_info"] for row in rows]
-    assert [extra["rollout_idx"] for extra in extras] == [0, 1]
-    assert [[turn["text"] for turn in extra["turns"]] for extra in extras] == [
-        [turn.text for turn in rollout.turns] for rollout in rollouts
-    ]
 
 
 def test_length_is_checked_before_content(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.teachers import LocalTeacher, TeacherPrompt
+from socpo_fast.socratic.vocabulary import check_vocabulary
 from socpo_fast.types import SamplingParams
 from tests.helpers.episodes import PROMPT, answer_ids, play, text_of
 from tests.helpers.local_teachers import ask, request, save_teacher
@@ -146,6 +147,30 @@ def test_a_template_that_explodes_is_refused() -> None:
     with pytest.raises(ValueError, match="must be at most .* characters for these messages"):
         Bridge(tiny_tokenizer(template), guidance_limit=1)
     assert time.monotonic() - start < 10
+
+
+def test_a_long_template_is_not_compiled() -> None:
+    """Whoever carries the text: it is measured before anything reads it."""
+    for filler in ("x" * 100_000_000, "{{ '" + "x" * 100_000_000 + "' }}"):
+        tokenizer = tiny_tokenizer(CHATML)
+        for template in (CHATML + filler, {"default": CHATML + filler}):
+            tokenizer.chat_template = template
+            start = time.monotonic()
+            with pytest.raises(ValueError, match="chat template must be at most 1000000 char"):
+                Bridge(tokenizer, guidance_limit=1)
+            assert time.monotonic() - start < 2
+    Bridge(tiny_tokenizer(CHATML + "{# " + "x" * 50_000 + " #}"), guidance_limit=1)
+
+
+def test_tokens_added_later_are_seen() -> None:
+    """The largest id is remembered, but not beyond the tokens that it was looked up among."""
+    tokenizer = tiny_tokenizer(CHATML)
+    size = len(tokenizer)
+    for _ in range(2):
+        check_vocabulary(tokenizer, size)
+    tokenizer.add_tokens(["<later>"])
+    with pytest.raises(ValueError, match=f"the id of '<later>' must be below the {size} rows"):
+        check_vocabulary(tokenizer, size)
 
 
 def test_named_templates_need_a_default() -> None:

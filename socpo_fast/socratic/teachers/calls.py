@@ -1,7 +1,7 @@
 """Calls teachers from a thread without an event loop, and makes teachers of functions.
 
-Read ask and result_of, then RuleTeacher. There are two background event loops, each in a thread of
-its own:
+Read ask and result_of, then RuleTeacher. Teachers run on the event loop of the caller, if it has
+one (arollouts). Else there are two background event loops, each in a thread of its own:
 
     socpo-teachers     all calls of teachers, since a pooled HTTP client lives on one loop; also the
                        time limits of these calls
@@ -27,15 +27,23 @@ from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 RETRY_TEXT = (
     "Your answer is not correct. Read the question again, check every step and try once more."
 )
+TEACHERS = "socpo-teachers"  # the event loop of all calls of teachers
 FUNCTIONS = "socpo-functions"  # the event loop of async functions
 
 Answer = Guidance | str | None
 TeacherFunction = Callable[[GuidanceRequest], Answer | Awaitable[Answer]]
 
 
-def ask(teacher: Teacher, request: GuidanceRequest, timeout_s: float) -> Future[Guidance | None]:
-    """Starts a call of the teacher on the background loop."""
-    return background(teacher.guide_in_time(request, timeout_s))
+def ask(
+    teacher: Teacher,
+    request: GuidanceRequest,
+    timeout_s: float,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> Future[Guidance | None]:
+    """Starts a call of the teacher on a loop that another thread runs; None: the background one."""
+    return asyncio.run_coroutine_threadsafe(
+        teacher.guide_in_time(request, timeout_s), loop or _event_loop(TEACHERS)
+    )
 
 
 def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | GuidanceFailed:
@@ -66,9 +74,10 @@ def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | G
 class RuleTeacher(Teacher):
     """A teacher that is a function of the request. It returns Guidance, text or None.
 
-    Blank text is no guidance. A plain function runs on its own thread, and an async one on an event
-    loop that only such functions share. So a function that never returns loses its own guidance to
-    the time limit, and delays no other call. Calls may overlap once one of them takes long.
+    Blank text is no guidance. A plain function runs on its own thread, and an async one on the
+    caller's event loop, or else on a loop that only such functions share. So a function that never
+    returns loses its own guidance to the time limit, and delays no other call, unless it blocks the
+    caller's loop. Calls may overlap once one of them takes long.
     """
 
     def __init__(self, rule: TeacherFunction):
@@ -83,7 +92,10 @@ class RuleTeacher(Teacher):
     ) -> Guidance | None:
         async with asyncio.timeout(timeout_s):
             answer: object = await self._call(request) if self.immediate else self.rule(request)
-            if inspect.isawaitable(answer):
+            is_callers_loop = asyncio.get_running_loop() is not _loops.get((TEACHERS, os.getpid()))
+            if inspect.isawaitable(answer) and is_callers_loop:
+                answer = await self._finish(answer)
+            elif inspect.isawaitable(answer):
                 try:
                     answer = await asyncio.wrap_future(background(self._finish(answer), FUNCTIONS))
                 # Cancelled by the time limit: perhaps the function blocks the functions' loop.
@@ -160,7 +172,7 @@ _loops: dict[tuple[str, int], asyncio.AbstractEventLoop] = {}  # key: name, proc
 _lock = threading.Lock()
 
 
-def background(coroutine: Coroutine[Any, Any, Any], name: str = "socpo-teachers") -> Future[Any]:
+def background(coroutine: Coroutine[Any, Any, Any], name: str = TEACHERS) -> Future[Any]:
     """Runs a coroutine on the background event loop of that name, one for the whole process."""
     return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(name))
 

@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -54,7 +55,7 @@ class _Failure(GuidanceFailed):
 
 
 class EndpointTeacher(Teacher):
-    """A teacher over `/chat/completions`. One pooled client makes all calls, on one event loop.
+    """A teacher over `/chat/completions`. One pooled client makes all calls of an event loop.
 
     Args:
         url:                base URL, usually ending in /v1. Redirects are never followed.
@@ -71,8 +72,8 @@ class EndpointTeacher(Teacher):
         timeout_s:          time limit of one call from connect to the last byte, seconds.
         max_retries:        repeats after status 408, 425, 429 or 5xx, a time-out or a broken
                             connection, >= 0.
-        max_concurrency:    most calls in flight. Further ones wait in a queue; that wait counts
-                            against no time limit.
+        max_concurrency:    most calls in flight, on each event loop. Further ones wait in a queue;
+                            that wait counts against no time limit.
         max_response_bytes: most bytes of a reply.
         backoff_s:          pause before the first repeat. It doubles each time, and is shortened by
                             a random part of up to half. A longer Retry-After in seconds is obeyed.
@@ -121,7 +122,8 @@ class EndpointTeacher(Teacher):
                     "more than ASCII (not shown here, as it may be a pasted key); export it"
                 )
             headers["Authorization"] = f"Bearer {self._key}"
-        self._client = _client(
+        self._new_client = partial(
+            _client,
             self._url,
             headers=headers,
             timeout=timeout_s,
@@ -129,6 +131,7 @@ class EndpointTeacher(Teacher):
                 max_connections=max_concurrency, max_keepalive_connections=max_concurrency
             ),
         )
+        self._new_client()  # what the shell has set wrongly is told now
         self._prompt = prompt
         fields = {
             "model": model,
@@ -143,14 +146,18 @@ class EndpointTeacher(Teacher):
         self._max_retries = max_retries
         self._backoff_s = backoff_s
         self._max_response_bytes = max_response_bytes
-        self._slots = asyncio.Semaphore(max_concurrency)
+        self._max_concurrency = max_concurrency
+        # Connections and the queue for a slot belong to the event loop that uses them first.
+        self._pools: dict[
+            asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, asyncio.Semaphore]
+        ] = {}
         self._breaker = _Breaker(breaker_failures, breaker_pause_s)
         self._jitter = random.SystemRandom()  # leaves the run's seeded generators alone
 
     async def guide_in_time(self, request: GuidanceRequest, timeout_s: float | None) -> Guidance:
         # In this order: neither the wait for a slot nor a refusal by the breaker uses up time.
         try:
-            async with self._slots, self._breaker.watch(), asyncio.timeout(timeout_s):
+            async with self._pool()[1], self._breaker.watch(), asyncio.timeout(timeout_s):
                 payload = await self._call_with_retries(
                     self._body | {"messages": self._prompt.messages(request)}
                 )
@@ -169,7 +176,19 @@ class EndpointTeacher(Teacher):
         return line[:300]
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        """Closes the connections of this event loop."""
+        if pool := self._pools.pop(asyncio.get_running_loop(), None):
+            await pool[0].aclose()
+
+    def _pool(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+        """Returns the client and the slots of the running event loop; its first call makes them."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._pools:
+            # What closed loops have left can only be dropped.
+            for closed in [other for other in list(self._pools) if other.is_closed()]:
+                self._pools.pop(closed, None)
+            self._pools[loop] = (self._new_client(), asyncio.Semaphore(self._max_concurrency))
+        return self._pools[loop]
 
     async def _call_with_retries(self, body: dict[str, object]) -> bytearray:
         """Returns the reply of the first call that succeeds; raises the failure of the last one."""
@@ -191,7 +210,7 @@ class EndpointTeacher(Teacher):
         try:
             # A limit of the whole call: those of httpx start anew with each byte.
             async with asyncio.timeout(self._timeout_s):
-                async with self._client.stream("POST", self._url, json=body) as response:
+                async with self._pool()[0].stream("POST", self._url, json=body) as response:
                     is_answered = response.status_code == 200
                     async for chunk in response.aiter_raw():
                         payload += chunk
