@@ -1,4 +1,4 @@
-# Every target but size and test-cuda-build sets up .venv first and skips what is done. PYTHON is
+# Every target but size, test-cuda-build and test-floor sets up .venv first and skips what is done. PYTHON is
 # any Python from 3.11 on; pip's own settings apply, for example
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for the small CPU-only torch.
 
@@ -11,7 +11,11 @@ CUDA_VENV_PYTHON := .venv-cuda/bin/python
 CUDA_TREE := .venv-cuda/tree
 CUDA_INSTALLED := .venv-cuda/.installed
 
-.PHONY: train test test-slow test-cuda-build lint types size aot clean
+FLOOR_PYTHON ?= python3.11
+FLOOR_TREE := .venv-floor/tree
+FLOOR_INSTALLED := .venv-floor/.installed
+
+.PHONY: train test test-slow test-cuda-build test-floor lint types size aot clean
 .PHONY: gpu-check gpu-rehearse gpu-walk gpu-dry-run gpu-peak kernels-doc faults
 
 train: $(INSTALLED)
@@ -31,9 +35,15 @@ test-slow: $(INSTALLED)
 # torch among them, in .venv-cuda, which CUDA_PYTHON makes. It needs no card and no driver. The
 # first run downloads gigabytes.
 test-cuda-build: $(CUDA_INSTALLED)
-	$(copy_cuda_tree)
+	$(call copy_tree,$(CUDA_TREE))
 	cd $(CUDA_TREE) && OMP_NUM_THREADS=1 ../bin/python $(PYTEST) -m "not slow"
 	cd $(CUDA_TREE) && ../bin/python -m tools.aot
+
+# The suite with the oldest version of every dependency that pyproject.toml allows, in .venv-floor. The first run
+# downloads gigabytes, unless pip knows an index of CPU builds.
+test-floor: $(FLOOR_INSTALLED)
+	$(call copy_tree,$(FLOOR_TREE))
+	cd $(FLOOR_TREE) && OMP_NUM_THREADS=1 ../bin/python $(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
@@ -83,34 +93,49 @@ gpu-peak: $(CUDA_INSTALLED)
 	$(CUDA_VENV_PYTHON) -m tools.gpu_check.peak
 
 clean:
-	rm -rf .venv .venv-cuda build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-cuda .venv-floor build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch comes first, since the extension is built against the torch that is there (hence --no-build-isolation);
-# the build looks for ninja on the PATH.
+# the build looks for ninja on the PATH. Tests compare with a module of verl, which needs none of what verl asks for.
 $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/simd/*)
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	$(VENV_PYTHON) -m pip install -q --upgrade pip
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(VENV_PYTHON) -m pip install -q -c constraints.txt --no-deps verl
 	touch $@
 
-# Where both environments have one Python, the extension that is built against the torch of
-# .venv-cuda has the file name of .venv's. So it is built, and tested, in a copy of the working tree.
-# Without the empty PIP_EXTRA_INDEX_URL, an index of CPU builds would win over the CUDA build.
+# Where two environments have one Python, the extension that is built against the torch of
+# .venv-cuda or .venv-floor has the file name of .venv's. So it is built, and tested, in a copy of
+# the working tree. Without the empty PIP_EXTRA_INDEX_URL, an index of CPU builds would win over the CUDA build.
 CUDA_PIP := PIP_EXTRA_INDEX_URL= "$(CURDIR)/.venv-cuda/bin/python" -m pip install -q
 
 $(CUDA_INSTALLED): setup.py pyproject.toml constraints-cuda.txt $(wildcard csrc/* csrc/simd/*)
 	test -x .venv-cuda/bin/pip || $(CUDA_PYTHON) -m venv .venv-cuda
-	$(copy_cuda_tree)
+	$(call copy_tree,$(CUDA_TREE))
 	$(CUDA_PIP) --upgrade pip
 	$(CUDA_PIP) -c constraints-cuda.txt torch numpy setuptools wheel ninja
 	.venv-cuda/bin/python -c "import torch; assert torch.version.cuda, torch.__version__"
 	cd $(CUDA_TREE) && PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" \
 		$(CUDA_PIP) -c constraints-cuda.txt --no-build-isolation -e '.[dev-triton36]'
+	$(CUDA_PIP) -c constraints-cuda.txt --no-deps verl
 	touch $@
 
-define copy_cuda_tree
-	mkdir -p $(CUDA_TREE)
-	find $(CUDA_TREE) -type f ! -name '*.so' -delete
-	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C $(CUDA_TREE)
+FLOOR_PIP := "$(CURDIR)/.venv-floor/bin/python" -m pip install -q
+
+$(FLOOR_INSTALLED): setup.py pyproject.toml constraints-floor.txt $(wildcard csrc/* csrc/simd/*)
+	test -x .venv-floor/bin/pip || $(FLOOR_PYTHON) -m venv .venv-floor
+	$(call copy_tree,$(FLOOR_TREE))
+	$(FLOOR_PIP) --upgrade pip
+	$(FLOOR_PIP) -c constraints-floor.txt torch numpy setuptools wheel ninja
+	cd $(FLOOR_TREE) && PATH="$(CURDIR)/.venv-floor/bin:$$PATH" \
+		$(FLOOR_PIP) -c constraints-floor.txt --no-build-isolation -e '.[dev-triton36]'
+	$(FLOOR_PIP) -c constraints-floor.txt --no-deps verl
+	touch $@
+
+# $(call copy_tree,FOLDER): the working tree without what git ignores; extensions that FOLDER has stay.
+define copy_tree
+	mkdir -p $(1)
+	find $(1) -type f ! -name '*.so' -delete
+	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C $(1)
 endef

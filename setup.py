@@ -96,10 +96,12 @@ if BUILD not in ("auto", "none"):
     raise ValueError(f"setup.py: SOCPO_BUILD must be auto or none, got {BUILD!r}")
 
 # socpo_fast.kernels is a symbolic link to kernels/, which holds no __init__.py, so find_packages
-# does not list it.
+# does not list it. Data files are those of package_data: MANIFEST.in says what the sdist holds.
 setup(
     packages=[*find_packages(include=["socpo_fast", "socpo_fast.*"]), "socpo_fast.kernels"],
+    include_package_data=False,
     package_data={
+        "socpo_fast": ["py.typed"],
         "socpo_fast.socratic.tasks": ["*/*.json", "*/*.safetensors", "*/*.jinja"],
         "socpo_fast.report": ["*.json", "*.html"],
     },

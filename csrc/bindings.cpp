@@ -4,6 +4,10 @@
 
 #include <Python.h>
 #include <torch/library.h>
+#include <torch/version.h>
+
+// socpo_fast/ops/_impl.py reads it out of the file, before it loads the library.
+[[gnu::used]] static const char BUILT_FOR[] = "socpo_fast._C is built for torch " TORCH_VERSION;
 
 TORCH_LIBRARY(socpo, m) {
   // keys [G, A]: attempts that agree in every row are a group; last [A]: whose reward each attempt

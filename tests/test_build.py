@@ -1,13 +1,16 @@
-"""The build of csrc/: which compilers it refuses, in one line that says what to do."""
+"""The build of csrc/: which compilers and which releases of torch it refuses, in words."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +44,12 @@ def test_unfit_compiler_is_refused(script: str | None, named: str, tmp_path: Pat
     [line] = [line for line in done.stderr.splitlines() if line.startswith("setup.py: ")]
     assert named in line and "SOCPO_BUILD=none" in line
     assert not (tmp_path / "build").exists()
+
+
+def test_extension_names_its_torch() -> None:
+    """By this text an extension of another torch is refused before it is loaded."""
+    library = ROOT / "socpo_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        pytest.skip("the extension is not built")
+    text = f"socpo_fast._C is built for torch {Version(torch.__version__).base_version}\0"
+    assert text.encode() in library.read_bytes()

@@ -1,11 +1,12 @@
-"""Plays one episode with the generator of another trainer: TRL's, verl's servers, or any other.
+"""Plays episodes with the generator of another trainer: TRL's, verl's servers, or any other.
 
-The rules of an episode are in socratic/episode.py, as for the paged engine (socratic/rollout.py).
+Read play_episodes, then socratic_episode, which plays one. The rules of an episode are in
+socratic/episode.py, as for the paged engine (socratic/rollout.py).
 """
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 
 import torch
 
@@ -13,9 +14,24 @@ from socpo_fast.engine import fresh_batch
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
-from socpo_fast.socratic.rollout import tell
+from socpo_fast.socratic.rollout import IMMEDIATE_WAIT_S, tell
 from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
-from socpo_fast.types import Attempt, Question, Rollout, RolloutKey
+from socpo_fast.types import (
+    Attempt,
+    Guidance,
+    GuidanceFailed,
+    GuidanceRequest,
+    Question,
+    Rollout,
+    RolloutKey,
+)
+
+# Contexts -> the token ids that were sampled behind each, and their log-probs (nats; None or NaN
+# where they are not known).
+BatchGenerator = Callable[
+    [list[list[int]]],
+    tuple[Sequence[Sequence[int]], Sequence[Sequence[float | None]] | None],
+]
 
 
 def socratic_episode(
@@ -48,53 +64,123 @@ def socratic_episode(
         ValueError: the generator returned no token, or more than max_new_tokens; or the bridge
             has another guidance_limit.
     """
-    limits = Limits(max_new_tokens, max_tokens)
-    guide = as_teacher(teacher)
     episode = Episode(
         question,
         bridge=bridge,
         grader=grader,
         options=options,
-        limits=limits,
+        limits=Limits(max_new_tokens, max_tokens),
         rollout_idx=rollout_idx,
     )
-    rollout = episode.rollout
-    key = RolloutKey(fresh_batch(), question.question_idx)
-    while True:
-        turn_idx = len(rollout.turns)
-        token_ids = list(generate(rollout.context_ids(turn_idx)))
-        if not 1 <= len(token_ids) <= max_new_tokens:
-            raise ValueError(
-                f"socratic_episode: generate must return 1 to {max_new_tokens} token ids, got "
-                f"{len(token_ids)}"
+    play_episodes(
+        [episode],
+        generate=lambda contexts: ([generate(contexts[0])], None),
+        teacher=teacher,
+        batch_idx=fresh_batch(),
+        where="socratic_episode",
+    )
+    return episode.rollout
+
+
+def play_episodes(
+    episodes: Sequence[Episode],
+    *,
+    generate: BatchGenerator,
+    teacher: Teacher | TeacherFunction,
+    batch_idx: int,
+    goes_on: Callable[[int], bool] = bool,
+    where: str = "play_episodes",
+) -> None:
+    """Plays episodes to their ends, one attempt of every unfinished episode at a time.
+
+    Args:
+        generate:  samples behind every context; at least one token and at most the episode's
+                   max_new_tokens, the end of turn included.
+        batch_idx: a local teacher derives its sampling noise from it and question_idx.
+        goes_on:   number of unfinished episodes -> whether to call generate again. A trainer on
+                   several ranks whose generator needs all of them goes on while any rank has one;
+                   generate is then called without contexts.
+        where:     who complains in an error.
+
+    Raises:
+        ValueError: the generator returned no token, or more than max_new_tokens.
+    """
+    guide = as_teacher(teacher)
+    live = list(episodes)
+    while goes_on(len(live)):
+        token_ids, logprobs = generate([_next_context(episode) for episode in live])
+        asked = []
+        for i, episode in enumerate(live):
+            attempt = _attempt(
+                episode,
+                list(token_ids[i]),
+                None if logprobs is None else logprobs[i],
+                RolloutKey(batch_idx, episode.question.question_idx),
+                where,
             )
-        # An unknown log-prob is NaN, so that training on it cannot go unnoticed.
-        unknown_logprobs = torch.full((len(token_ids),), torch.nan)
-        request = episode.add_attempt(
-            Attempt(
-                token_ids=token_ids,
-                logprobs=unknown_logprobs,
-                kept_mass=unknown_logprobs,
-                finish_reason="stop" if token_ids[-1] in bridge.eos_ids else "length",
-                key=key,  # a local teacher derives its sampling noise from this
-                rollout_idx=rollout_idx,
-                attempt_idx=turn_idx,
-                policy_version=0,
-            )
-        )
-        if request is None:
-            break
-        future = ask(guide, request, options.guidance_timeout_s)
+            request = episode.add_attempt(attempt)
+            if request is not None:
+                asked.append((episode, request))
         start_s = time.perf_counter()
-        try:
-            while not future.done():
-                # A local teacher answers only while step() runs its engine.
-                if not guide.step():
-                    wait([future], timeout=0.02)
-        finally:
-            future.cancel()  # after Ctrl-C the call would go on in the background
-        rollout.teacher_wait_s += time.perf_counter() - start_s
-        if episode.add_guidance(result_of(future, guide)) is None:
-            break
-    tell(episode)
-    return rollout
+        answers = _ask_all(guide, asked)
+        wait_s = time.perf_counter() - start_s  # all of them wait until the last one is answered
+        live = []
+        for (episode, _), guidance in zip(asked, answers, strict=True):
+            episode.rollout.teacher_wait_s += wait_s
+            if episode.add_guidance(guidance) is not None:
+                live.append(episode)
+    for episode in episodes:
+        tell(episode)
+
+
+def _next_context(episode: Episode) -> list[int]:
+    return episode.rollout.context_ids(len(episode.rollout.turns))
+
+
+def _attempt(
+    episode: Episode,
+    token_ids: list[int],
+    logprobs: Sequence[float | None] | None,
+    key: RolloutKey,
+    where: str,
+) -> Attempt:
+    """Returns the attempt of an episode that consists of these tokens."""
+    max_new_tokens = episode.limits.max_new_tokens
+    if not 1 <= len(token_ids) <= max_new_tokens:
+        raise ValueError(
+            f"{where}: generate must return 1 to {max_new_tokens} token ids, got {len(token_ids)}"
+        )
+    # An unknown log-prob is NaN, so that training on it cannot go unnoticed.
+    known = [torch.nan if x is None else x for x in logprobs or [None] * len(token_ids)]
+    return Attempt(
+        token_ids=token_ids,
+        logprobs=torch.tensor(known, dtype=torch.float32),
+        kept_mass=torch.full((len(token_ids),), torch.nan),
+        finish_reason="stop" if token_ids[-1] in episode.bridge.eos_ids else "length",
+        key=key,
+        rollout_idx=episode.rollout.rollout_idx,
+        attempt_idx=len(episode.rollout.turns),
+        policy_version=0,
+    )
+
+
+def _ask_all(
+    guide: Teacher, asked: Sequence[tuple[Episode, GuidanceRequest]]
+) -> list[Guidance | GuidanceFailed]:
+    """Returns the answer to each request; the calls run at the same time."""
+    futures: list[Future[Guidance | None]] = []
+    try:
+        for episode, request in asked:
+            earlier_done = all(future.done() for future in futures)
+            futures.append(ask(guide, request, episode.options.guidance_timeout_s))
+            # As in socratic/rollout.py: calls that take no time are made in a fixed order.
+            if guide.immediate and earlier_done:
+                wait(futures, timeout=IMMEDIATE_WAIT_S)
+        while not all(future.done() for future in futures):
+            # A local teacher answers only while step() runs its engine.
+            if not guide.step():
+                wait(futures, timeout=0.02)
+    finally:
+        for future in futures:
+            future.cancel()  # after Ctrl-C the calls would go on in the background
+    return [result_of(future, guide) for future in futures]

@@ -13,6 +13,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ IMPLS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "tree_attention": {"cpp": _FP32, "triton": _FP32 + _HALVES},
 }
 FASTEST = {"cpu": "cpp", "cuda": "triton"}  # what auto picks on a device, if it supports the dtype
+_BUILD = "`pip install --no-build-isolation -e .`"
 _DEVICES = {"cpp": "cpu", "triton": "cuda", "flash": "cuda"}
 _RUNS_ON = {
     "cpp": "the CPU",
@@ -97,13 +100,35 @@ def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
 def extension_is_built() -> bool:
     """Whether `socpo_fast._C` exists; importing it registers `torch.ops.socpo.*`.
 
-    A build that exists but does not load raises.
+    Raises:
+        RuntimeError: it is built for another torch.
+        ImportError: it does not load for another reason.
     """
     try:
+        _check_torch_of_extension()
         importlib.import_module("socpo_fast._C")
     except ModuleNotFoundError:
         return False
     return True
+
+
+def _check_torch_of_extension() -> None:
+    """Raises a RuntimeError if `socpo_fast._C` is built for another minor release of torch.
+
+    The C++ interface of torch changes with each. csrc/bindings.cpp leaves the release in the file,
+    where it is read without loading the library: that would end in an undefined symbol or a crash.
+    """
+    extension = importlib.util.find_spec("socpo_fast._C")
+    if extension is None or extension.origin is None:
+        return
+    library = Path(extension.origin).read_bytes()
+    built_for = re.search(rb"socpo_fast\._C is built for torch (\d+\.\d+)", library)
+    if built_for and not torch.__version__.startswith(f"{built_for[1].decode()}."):
+        release = built_for[1].decode()
+        raise RuntimeError(
+            f"ops: the extension socpo_fast._C must be built for torch {torch.__version__}, got "
+            f"one for torch {release}; build it again with {_BUILD}, or install torch {release}"
+        )
 
 
 # Evaluated once, at import: pick_impl is then plain Python, which torch.compile can trace.
@@ -111,6 +136,6 @@ def extension_is_built() -> bool:
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = {"cpp": extension_is_built(), "triton": importlib.util.find_spec("triton") is not None}
 _INSTALL_ADVICE = {
-    "cpp": "the extension socpo_fast._C; build it with `pip install --no-build-isolation -e .`",
+    "cpp": f"the extension socpo_fast._C; build it with {_BUILD}",
     "triton": "the package triton; pip install triton",
 }
