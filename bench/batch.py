@@ -48,7 +48,7 @@ GUIDANCE = "That is not right. Look at what each option claims, and compare the 
 CREDIT = CreditOptions(schedule="none")
 LR = 1e-6  # small, so that all rounds have the same weights but for the last digits
 TEMPERATURE = 1.0
-MICROBATCHES = (2, 4, 8)
+MICROBATCHES = (4, 8)
 HEADINGS = ("", "median s", "p20-p80", "rollouts s", "update s", "sampled", "tok/s", "ours is")
 WIDTHS = (-9, 8, 13, 10, 8, 7, 6, 8)
 
@@ -292,8 +292,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--student", required=True, help="Hugging Face folder")
     parser.add_argument("--data", required=True, help="questions, as for socpo train")
     parser.add_argument("--questions", type=int, default=4)
-    words = "longer prompts are left out"
-    parser.add_argument("--max-prompt", type=int, default=300, help=words)
+    words = "tokens; longer prompts are left out. Default: none is"
+    parser.add_argument("--max-prompt", type=int, help=words)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--new", type=int, default=64, help="tokens of each attempt")
     parser.add_argument("--rounds", type=int, default=3)

@@ -20,7 +20,7 @@ from socpo_fast.model import Decoder
 from socpo_fast.model.hf_views import hf_rows
 from socpo_fast.types import Rollout
 
-MICROBATCHES = (1, 2, 4, 8)
+MICROBATCHES = (2, 4, 8)
 COMPLETIONS = ("completion_ids", "completion_mask", "tool_mask")
 COMPLETIONS = (*COMPLETIONS, "old_per_token_logps", "advantages")
 
@@ -37,7 +37,7 @@ class TrlUpdate:
 
         logging.disable_progress_bar()
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.microbatch = 1
+        self.microbatch = MICROBATCHES[0]
         self.inputs = trl_inputs(rollouts)
         with tempfile.TemporaryDirectory() as output_dir:
             settings = GRPOConfig(
@@ -89,11 +89,11 @@ class TrlUpdate:
         return sum(len(part) * (prompt_width + int(part.max())) for part in parts)
 
     def choose_microbatch(self) -> None:
-        """Takes the fastest number of rows, each tried twice: the first run warms up."""
+        """Takes the fastest number of rows; each is tried once, after a run that warms up."""
         seconds = {}
         for self.microbatch in MICROBATCHES:
             if self.microbatch <= len(self.inputs["prompt_ids"]):
-                seconds[self.microbatch] = min(measure.seconds_of(self.run) for _ in range(2))
+                seconds[self.microbatch] = measure.seconds_of(self.run)
         self.microbatch = min(seconds, key=seconds.__getitem__)
 
     def gradients_as(self, student: Decoder) -> list[Tensor]:
