@@ -5,6 +5,7 @@ free memory of a card = KV cache + gradients and moments + three tenths for acti
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,3 +149,11 @@ def test_other_words_and_numbers_are_refused(wrong: Any) -> None:
     message = rf'^Engine: kv_cache_gib must be GiB > 0 or "auto", got {wrong!r}$'
     with pytest.raises(ValueError, match=message):
         Engine(make_student(), kv_cache_gib=wrong)
+
+
+def test_pages_beyond_memory_are_refused_at_once() -> None:
+    """Before any list of pages is made, which takes half a minute for so many."""
+    started_s = time.perf_counter()
+    with pytest.raises(ValueError, match="Engine: kv_cache_gib must fit into memory, got 1e.05"):
+        Engine(make_student(), kv_cache_gib=1e5)
+    assert time.perf_counter() - started_s < 5

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from socpo_fast import adopt_student, load_student
@@ -168,3 +173,28 @@ def test_update_weights_refuses_names_and_shapes(make_hf: Callable) -> None:
         engine.update_weights([("model.norm.weight", torch.zeros(3))])
     # Part of the weights may have been copied, so no page of before may be used.
     assert engine.policy_version == 2
+
+
+@pytest.fixture
+def fsdp(tmp_path: Path) -> Iterator[Callable]:
+    """Yields fully_shard, with a process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        yield partial(fully_shard, mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sharded_models_are_refused_but_copied(make_hf: Callable, fsdp: Callable) -> None:
+    """FSDP2's parameters cannot be adopted; a whole student takes them by update_weights."""
+    model, folder = make_hf("llama3_rope")
+    engine = engine_of(load_student(folder))
+    draw(engine)
+    perturb(model)
+    expected = expected_tokens(model)
+    fsdp(model)
+    for share in (False, True):
+        with pytest.raises(ValueError, match="parameters must be whole, got FSDP shards"):
+            adopt_student(model, share=share)
+    engine.update_weights(model.named_parameters())
+    assert draw(engine) == expected
