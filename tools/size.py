@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # (engine/steps.py); 113 and 47 when packed assignments, which had counted as one statement, were
 # split; 294 and 25 to read files, templates, tokenizers and answers as their authors meant them
 # (socratic/data.py, graders.py, vocabulary.py, report/printable.py), and 40 and 19 more for truths,
-# message fields and exported rollouts; 290 and 440 for other people's trainers: live models and
+# message fields and exported rollouts; 310 and 460 for other people's trainers: live models and
 # what happens to their weights (model/adopt.py, shared.py, engine/weight_watch.py), event loops
 # (socratic/rollout.py, integrations/async_engine.py), and TRL (integrations/trl*.py).
-BUDGETS = {"core Python": 6536, "kernels": 1800, "csrc": 2000, "integrations and report": 1727}
+BUDGETS = {"core Python": 6560, "kernels": 1800, "csrc": 2000, "integrations and report": 1745}
 MAX_FILE = 300
 MAX_FUNCTION = 80
 MAX_KERNEL = 120

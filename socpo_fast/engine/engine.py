@@ -378,8 +378,8 @@ class Engine:
         Args:
             named_tensors: tensors under their Hugging Face names, all or some, for example
                 `model.named_parameters()`; DTensors are gathered. None: the weights are in place
-                already, as after a step on a model adopted with share=True, and this only checks
-                that its parameters still are the student's.
+                already, as after a step on a model adopted with share=True; nothing is copied, but
+                checked that its parameters still are the student's.
 
         Raises:
             ValueError: an unknown name or another shape. Tensors before it have been copied.

@@ -73,8 +73,6 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
     def __init__(self, engine: Engine, *, max_idle_s: float = 600.0):
         check_idle("AsyncEngine", engine)
         driven_by_threads.add(id(engine))
-        # Once: by aclose, or when nobody holds this object any more.
-        self._give_back = weakref.finalize(self, driven_by_threads.discard, id(engine))
         self._engine = engine
         self._max_idle_s = max_idle_s
         self._batch = fresh_batch()
@@ -83,6 +81,9 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         self._closing: Future[None] | None = None
         # The following belong to the engine's thread.
         self._requests: dict[str, _Request] = {}  # the finished ones in the order of idle_since
+        # Called once: by aclose, or when neither a caller nor a job of the thread holds this object.
+        self._give_back = weakref.finalize(self, _give_back, engine, self._requests)
+        self._give_back.atexit = False
         self._in_flight: dict[RolloutKey, _Request] = {}
         self._is_stepping = False  # whether a step is queued
 
@@ -245,7 +246,15 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
 
     def _close(self) -> None:
         """Ends all requests and gives the engine back. It is the last job of a caller."""
-        for request_id in list(self._requests):
-            self._end(request_id)
-        self._give_back()
-        self._thread.shutdown(wait=False)
+        try:
+            for request_id in list(self._requests):
+                self._end(request_id)
+        finally:
+            self._give_back()
+            self._thread.shutdown(wait=False)
+
+
+def _give_back(engine: Engine, requests: dict[str, _Request]) -> None:
+    """Lets others use an engine again, without pages or keys of requests that nobody ended."""
+    engine.release(request.attempt for request in requests.values() if request.attempt)
+    driven_by_threads.discard(id(engine))

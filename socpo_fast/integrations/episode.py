@@ -11,6 +11,7 @@ from concurrent.futures import Future, wait
 import torch
 
 from socpo_fast.engine import fresh_batch
+from socpo_fast.ops._checks import check_rule
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
@@ -109,6 +110,10 @@ def play_episodes(
     live = list(episodes)
     while goes_on(len(live)):
         token_ids, logprobs = generate([_next_context(episode) for episode in live])
+        num_rows = len(token_ids)
+        # One that was called without contexts may return what it likes.
+        has_all = num_rows == len(live) or not live
+        check_rule(where, "rows of generate", num_rows, has_all, f"one a context, {len(live)}")
         asked = []
         for i, episode in enumerate(live):
             attempt = _attempt(
@@ -151,7 +156,16 @@ def _attempt(
             f"{where}: generate must return 1 to {max_new_tokens} token ids, got {len(token_ids)}"
         )
     # An unknown log-prob is NaN, so that training on it cannot go unnoticed.
-    known = [torch.nan if x is None else x for x in logprobs or [None] * len(token_ids)]
+    if logprobs is None:
+        logprobs = [None] * len(token_ids)
+    check_rule(
+        where,
+        "number of log-probs",
+        len(logprobs),
+        len(logprobs) == len(token_ids),
+        f"that of the token ids, {len(token_ids)}",
+    )
+    known = [torch.nan if x is None else x for x in logprobs]
     return Attempt(
         token_ids=token_ids,
         logprobs=torch.tensor(known, dtype=torch.float32),

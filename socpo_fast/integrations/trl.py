@@ -14,7 +14,9 @@ Departures from TRL's own trainer:
 
 - A row is a whole rollout, so max_completion_length bounds one attempt and not the row.
 - Decay and advantages are computed over the rollouts of all ranks, and for each attempt.
-- With our engine, old log-probs are the sampler's, so the ratio is 1 only up to rounding.
+- With our engine, old log-probs are the sampler's, so the ratio is 1 only up to rounding: that of
+  bf16 if args.bf16 (TRL's default) lets an fp32 model train under autocast.
+- The column `advantage` of TRL's completions table is TRL's own number, one for each row.
 - An evaluation makes first attempts only: nobody helps, so its reward is the unassisted one.
 """
 

@@ -69,6 +69,9 @@ def check_arguments(
     check_rule(
         WHERE, "args.chat_template_kwargs", kwargs, kwargs.keys() <= known, f"one of {known} only"
     )
+    # TRL would mask a whole rollout for its last attempt.
+    masks = {"mask_truncated_completions": False}
+    _check_fields(args, masks, "since a row is a whole rollout", "turn it off")
     _check_options(options, args)
     if generation == "engine":
         _check_engine(model, args, trl_arguments)

@@ -9,6 +9,7 @@ shard with the gradient of its own rank's rows. TRL itself is not imported here.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -169,5 +170,6 @@ def _log(
         ("clip_ratio/high_max", is_high_N, torch.amax),
     ):
         count_B = mask_BC.float().masked_scatter(mask_BC, is_clipped_N.float()).sum(1)
-        share_B = trainer.accelerator.gather(count_B / mask_BC.sum(1).clamp(min=1))
-        metrics[name].append(extreme(share_B).item())
+        share_B = trainer.accelerator.gather(count_B / mask_BC.sum(1))
+        share_B = share_B[~share_B.isnan()]  # a row without loss tokens has no share
+        metrics[name].append(extreme(share_B).item() if len(share_B) else math.nan)

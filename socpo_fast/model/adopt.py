@@ -9,7 +9,7 @@ from torch import nn
 from socpo_fast.model.config import ARCHITECTURES, ModelConfig
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.model.hf_views import LM_HEAD, hf_rows
-from socpo_fast.model.shared import Parts, SharedWeights, count_optimizer_steps
+from socpo_fast.model.shared import Parts, SharedWeights
 from socpo_fast.model.weights import DTYPES
 from socpo_fast.ops._checks import check_rule, is_sharded
 
@@ -61,9 +61,11 @@ def adopt_student(model: Any, *, share: bool = False) -> Decoder:
         parts.append((_set_parameter(student, name, weight, is_trained), entries))
     if config.tie_word_embeddings:
         student.lm_head.weight = student.embed.weight
+        tied = (model.lm_head._parameters, "weight", slice(None))
+        for parameter, entries in parts:
+            entries += [tied] if parameter is student.embed.weight else []
     if share:
-        student.shared = SharedWeights(parts)
-        count_optimizer_steps()
+        student.shared = SharedWeights(model, parts)
     return student
 
 
@@ -127,8 +129,9 @@ def _check_params(params: dict[str, nn.Parameter], student: Decoder) -> None:
             expected[hf_name] = [rows.stop - rows.start, *width]
     # A head that the config ties but the model does not would be a parameter of its own.
     odd = sorted(expected.keys() ^ params.keys())
-    advice = f"; {LM_HEAD} must be tied as config.tie_word_embeddings says" * (LM_HEAD in odd)
     if odd:
+        must_tie = f"; {LM_HEAD} must be tied as config.tie_word_embeddings says"
+        advice = must_tie if LM_HEAD in odd else ""
         raise ValueError(
             f"{WHERE}: parameters must be those that the config asks for, got {len(odd)} missing "
             f"or extra, {odd[0]} first{advice}"

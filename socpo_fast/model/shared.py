@@ -1,7 +1,7 @@
 """Links a decoder to the live transformers module whose parameters are views of its own.
 
-Read SharedWeights.link_grads, then count_optimizer_steps. Only storage is shared: autograd sees two
-sets of parameters. So gradients are handed over before and after our backward:
+Only storage is shared: autograd sees two sets of parameters. So gradients are handed over before
+and after our backward:
 
     module    q_proj.weight | k_proj.weight | v_proj.weight      views of rows of
     decoder   attention.qkv.weight                               one tensor; and so are their .grad
@@ -10,10 +10,9 @@ sets of parameters. So gradients are handed over before and after our backward:
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch import Tensor, nn
 
 from socpo_fast.model.accumulate import MARK
 
@@ -26,14 +25,19 @@ class SharedWeights:
     """The parameters of a live module that are views of a decoder's parameters.
 
     Attributes:
-        num_optimizer_steps: steps, since the link was made, of torch optimizers that hold one of
-            the module's parameters. It tells of writes that torch does not count.
+        module: the live module.
+        parts:  the decoder's parameters with the module's; under tied embeddings the module's head
+                is an entry of its own.
     """
 
-    def __init__(self, parts: Parts):
+    def __init__(self, module: nn.Module, parts: Parts):
+        self.module = module
         self.parts = parts
-        self.num_optimizer_steps = 0
-        _linked.add(self)
+        # The views that link_grads handed out last, by the place of their parameter.
+        self._handed_out: dict[tuple[int, str], Tensor] = {}
+
+    def __deepcopy__(self, _memo: object) -> None:
+        """Returns None: a copy of the decoder has storage of its own."""
 
     def entries(self) -> list[tuple[dict[str, Any], str]]:
         """Returns where the module's parameters are to be found: table and name of each."""
@@ -48,12 +52,18 @@ class SharedWeights:
         """Makes each .grad of the module a view of ours, around a backward of the decoder.
 
         Gradients that the module has before are kept: they are copied into ours, unless they are
-        views of it already. If it has none (`zero_grad`), ours begins anew.
+        views of it already. If it has none (`zero_grad`), ours begins anew, and so does the
+        module's if somebody has cleared ours. A parameter that is frozen in the module gets none.
 
         Parameters that our own optimizer owns are left alone: it reads and drops ours.
         """
         linked = [(param, entries) for param, entries in self.parts if not hasattr(param, MARK)]
         for param, entries in linked:
+            param.requires_grad_(any(table[leaf].requires_grad for table, leaf, _ in entries))
+            if param.grad is None:
+                for table, leaf, _ in entries:
+                    if table[leaf].grad is self._handed_out.get((id(table), leaf)):
+                        table[leaf].grad = None
             grads = [table[leaf].grad for table, leaf, _ in entries]
             if all(grad is None for grad in grads):
                 param.grad = None
@@ -68,26 +78,6 @@ class SharedWeights:
                     view.copy_(grad)
         yield
         for param, entries in linked:
-            if param.grad is not None:
-                for table, leaf, rows in entries:
-                    table[leaf].grad = param.grad[rows]
-
-
-_linked: WeakSet[SharedWeights] = WeakSet()
-
-
-def count_optimizer_steps() -> None:
-    """Counts, from now on, the steps of all optimizers in the links that they concern."""
-    if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(_count_step))
-
-
-_hooks: list[Any] = []
-
-
-def _count_step(optimizer: Optimizer, *_args: object) -> None:
-    """Is called by torch after every optimizer step of the process."""
-    stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    for shared in _linked:
-        if any(id(table[leaf]) in stepped for table, leaf in shared.entries()):
-            shared.num_optimizer_steps += 1
+            for table, leaf, rows in entries if param.grad is not None else ():
+                if table[leaf].requires_grad:
+                    self._handed_out[id(table), leaf] = table[leaf].grad = param.grad[rows]

@@ -113,7 +113,9 @@ async def arollouts(
     The engine and the grader run in one thread of the call, which goes on while the caller handles
     a rollout. A grader that hangs there is not stopped. An async teacher runs on the caller's event
     loop and may use its clients. A plain function has a thread of its own and never blocks the
-    loop.
+    loop. The time limits of both are counted on that loop: what blocks it for long, such as an
+    optimizer step in the caller's loop body, takes guidance from the rollouts that wait. The engine
+    samples meanwhile, too, so weights must not change before the last rollout.
 
     A task that is cancelled while it awaits a rollout, and aclose(), wait for the engine's current
     step. Then nothing is left behind and the engine can be used at once. If a break, an error or a

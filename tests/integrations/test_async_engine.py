@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 import time
@@ -340,6 +341,25 @@ def test_new_weights_between_two_steps(student: Decoder) -> None:
             await server.run(lambda: 1 / 0)
 
     serve(engine, play)
+
+
+def test_one_that_is_dropped_gives_all_back(student: Decoder) -> None:
+    """Without aclose, the kept pages and keys of finished requests are given back as well."""
+    engine = make_engine(student)
+
+    async def run() -> None:
+        server = AsyncEngine(engine)
+        await server.generate("kept", PROMPT, PARAMS)
+        assert engine.stats.pages_free < engine.stats.pages_total
+
+    asyncio.run(run())
+    deadline = time.monotonic() + 10
+    while engine.stats.pages_free < engine.stats.pages_total:  # the thread may hold its last job
+        gc.collect()
+        assert time.monotonic() < deadline
+    with engine.lend_memory():
+        pass
+    assert len(engine.generate([PROMPT], PARAMS)) == 1
 
 
 def test_closing_answers_everybody(student: Decoder) -> None:

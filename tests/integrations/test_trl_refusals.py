@@ -26,6 +26,7 @@ REFUSED = [
     ({"delta": 2.0}, {}, "args.delta must be None for loss='fused', got 2.0; use loss='trl'"),
     ({"importance_sampling_level": "sequence"}, {}, "importance_sampling_level must be 'token'"),
     ({"top_entropy_quantile": 0.5}, {}, "args.top_entropy_quantile must be 1.0"),
+    ({"mask_truncated_completions": True}, {}, "must be False since a row is a whole rollout"),
     ({"entropy_coef": 0.1}, {}, "args.entropy_coef must be 0.0"),
     ({"beta": 0.1}, {}, "args.use_bias_correction_kl must be False for loss='fused' with beta"),
     ({"repetition_penalty": 1.1}, {}, "repetition_penalty must be 1.0 .*; use generation='trl'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,6 +145,50 @@ def test_frozen_parameters_stay_frozen(make_hf: Callable) -> None:
     policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
     assert model.model.embed_tokens.weight.grad is None
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_freezing_after_adoption(make_hf: Callable) -> None:
+    """Each parameter is frozen or trained as the module says now, whatever it is fused with."""
+    model, _ = make_hf("qwen3_tied")
+    attention = model.model.layers[0].self_attn
+    student = adopt_student(model, share=True)
+
+    def names_with_grad() -> set[str]:
+        model.zero_grad()
+        policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
+        return {name for name, p in model.named_parameters() if p.grad is not None}
+
+    everything = names_with_grad()
+    assert everything == {name for name, _ in model.named_parameters()}
+    attention.q_proj.requires_grad_(False)
+    assert everything - names_with_grad() == {"model.layers.0.self_attn.q_proj.weight"}
+    model.requires_grad_(False)
+    attention.v_proj.requires_grad_(True)
+    assert names_with_grad() == {"model.layers.0.self_attn.v_proj.weight"}
+    model.requires_grad_(True)
+    assert names_with_grad() == everything
+
+
+def test_an_optimizer_of_the_student_may_clear(make_hf: Callable) -> None:
+    """Gradients that the student's own zero_grad has dropped do not come back by the module."""
+    model, _ = make_hf("llama3_rope")
+    student = adopt_student(model, share=True)
+    results = []
+    for _ in range(3):
+        policy_gradients(student, make_rollouts(), token_budget=60, temperature=1.0)
+        results.append(grads_by_name(model))
+        student.zero_grad()
+    for name, grad in results[0].items():
+        assert torch.equal(results[2][name], grad), name
+
+
+def test_a_deep_copy_shares_nothing(make_hf: Callable) -> None:
+    model, _ = make_hf("llama3_rope")
+    twin = copy.deepcopy(adopt_student(model, share=True))
+    old = logits_of(twin)
+    perturb(model)
+    assert twin.shared is None
+    assert torch.equal(logits_of(twin), old)
 
 
 # Refusals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import PreTrainedModel
 
 from socpo_fast import adopt_student, load_student
-from tests.helpers.adopted import GREEDY, IDS, draw, engine_of, expected_tokens, perturb
+from tests.helpers.adopted import (
+    GREEDY,
+    IDS,
+    draw,
+    engine_of,
+    expected_tokens,
+    logits_of,
+    perturb,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -80,12 +90,32 @@ def test_weights_change_under_a_running_attempt(make_hf: Callable) -> None:
     assert engine.policy_version == 1
 
 
-def test_another_optimizer_changes_nothing(make_hf: Callable) -> None:
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_engine_sees_steps_on_the_student(make_hf: Callable, share: bool, fused: bool) -> None:
+    """An optimizer may as well hold the student's own parameters."""
     model, _ = make_hf("llama3_rope")
-    engine = engine_of(adopt_student(model, share=True))
+    student = adopt_student(model, share=share)
+    engine = engine_of(student)
+    draw(engine)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.05, fused=fused)
+    logits_of(student).logsumexp(-1).sum().backward()
+    optimizer.step()
+    assert draw(engine) == draw(engine_of(copy.deepcopy(student)))
+    assert engine.policy_version == 1
+
+
+def step_something_else() -> None:
+    """Makes an optimizer step that concerns no student."""
     other = nn.Linear(3, 3)
     other(torch.ones(3)).sum().backward()
     torch.optim.SGD(other.parameters(), lr=1.0).step()
+
+
+def test_another_optimizer_changes_nothing(make_hf: Callable) -> None:
+    model, _ = make_hf("llama3_rope")
+    engine = engine_of(adopt_student(model, share=True))
+    step_something_else()
     draw(engine)
     assert engine.policy_version == 0
 
@@ -104,7 +134,22 @@ def assign_one(model: PreTrainedModel) -> None:
     k_proj.weight = nn.Parameter(k_proj.weight.detach().clone())
 
 
-@pytest.mark.parametrize("replace", [to_bf16, assign, assign_one])
+def replace_module(model: PreTrainedModel) -> None:
+    """As peft puts an adapter in."""
+    model.model.layers[1].self_attn.k_proj = nn.Linear(24, 32, bias=False)
+
+
+def untie(model: PreTrainedModel) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def parametrize(model: PreTrainedModel) -> None:
+    spectral_norm(model.model.layers[0].mlp.up_proj)
+
+
+@pytest.mark.parametrize(
+    "replace", [to_bf16, assign, assign_one, replace_module, untie, parametrize]
+)
 def test_replaced_storage_is_refused(make_hf: Callable, replace: Callable) -> None:
     """Neither a new prompt nor a running one gets another token from the old tensors."""
     model, _ = make_hf("llama3_rope")
@@ -112,6 +157,7 @@ def test_replaced_storage_is_refused(make_hf: Callable, replace: Callable) -> No
     engine.submit(IDS.tolist(), GREEDY, key=(0, 0))
     engine.step()
     replace(model)
+    step_something_else()
     match = "must stay views of the student's"
     for attempt_to_go_on in (engine.step, engine.update_weights, engine.bump_policy_version):
         with pytest.raises(RuntimeError, match=match):

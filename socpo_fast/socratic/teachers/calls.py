@@ -94,7 +94,8 @@ class RuleTeacher(Teacher):
             answer: object = await self._call(request) if self.immediate else self.rule(request)
             is_callers_loop = asyncio.get_running_loop() is not _loops.get((TEACHERS, os.getpid()))
             if inspect.isawaitable(answer) and is_callers_loop:
-                answer = await self._finish(answer)
+                # There Ctrl-C is the caller's, not the function's.
+                answer = await self._finish(answer, caught=Exception)
             elif inspect.isawaitable(answer):
                 try:
                     answer = await asyncio.wrap_future(background(self._finish(answer), FUNCTIONS))
@@ -129,13 +130,15 @@ class RuleTeacher(Teacher):
         threading.Thread(target=run, name="socpo-function", daemon=True).start()
         return asyncio.wrap_future(future)
 
-    async def _finish(self, answer: Awaitable[object]) -> object:
+    async def _finish(
+        self, answer: Awaitable[object], *, caught: type[BaseException] = BaseException
+    ) -> object:
         """Awaits an async function; its errors become GuidanceFailed."""
         try:
             return await answer
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # noqa: BLE001 - the function may raise anything
+        except caught as error:
             raise GuidanceFailed("exception", describe_error(self.rule, error)) from None
 
 
