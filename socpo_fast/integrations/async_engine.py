@@ -81,7 +81,7 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         self._closing: Future[None] | None = None
         # The following belong to the engine's thread.
         self._requests: dict[str, _Request] = {}  # the finished ones in the order of idle_since
-        # Called once: by aclose, or when neither a caller nor a job of the thread holds this object.
+        # Called once: by aclose, or when neither callers nor jobs of the thread hold this object.
         self._give_back = weakref.finalize(self, _give_back, engine, self._requests)
         self._give_back.atexit = False
         self._in_flight: dict[RolloutKey, _Request] = {}

@@ -95,7 +95,7 @@ class RuleTeacher(Teacher):
             is_callers_loop = asyncio.get_running_loop() is not _loops.get((TEACHERS, os.getpid()))
             if inspect.isawaitable(answer) and is_callers_loop:
                 # There Ctrl-C is the caller's, not the function's.
-                answer = await self._finish(answer, caught=Exception)
+                answer = await self._finish(answer, (KeyboardInterrupt,))
             elif inspect.isawaitable(answer):
                 try:
                     answer = await asyncio.wrap_future(background(self._finish(answer), FUNCTIONS))
@@ -131,14 +131,16 @@ class RuleTeacher(Teacher):
         return asyncio.wrap_future(future)
 
     async def _finish(
-        self, answer: Awaitable[object], *, caught: type[BaseException] = BaseException
+        self, answer: Awaitable[object], passed_on: tuple[type[BaseException], ...] = ()
     ) -> object:
-        """Awaits an async function; its errors become GuidanceFailed."""
+        """Awaits an async function; its errors become GuidanceFailed, but for those passed on."""
         try:
             return await answer
         except asyncio.CancelledError:
             raise
-        except caught as error:
+        except passed_on:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the function may raise anything
             raise GuidanceFailed("exception", describe_error(self.rule, error)) from None
 
 
