@@ -145,7 +145,9 @@ class Trainer:
             measured_by=self.measured_by,
             is_own=run_dir == self.config.folder.absolute(),
         )
-        # Attempts carry the policy version. A resumed run must count on as an unbroken one would.
+        # The engine would notice the loaded weights and count them as an update. But attempts carry
+        # the policy version, and a resumed run must count on as an unbroken one would.
+        self.engine.bump_policy_version()
         self.engine.policy_version = state.policy_version
         return state, settings_text(
             self.config,
