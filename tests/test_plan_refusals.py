@@ -26,6 +26,12 @@ GIB = 2**30
 TOO_MANY = "plan: the run must fit into the {} GiB of {}, got {} GiB, {} too many; "
 LENGTH = "plan: --{}-tokens must be an integer from 1 to {}, got '{}'; name one, or leave it out"
 LARGER = "use a smaller model or a larger card"
+NO_CARD = (
+    "'Torch not compiled with CUDA enabled'; install a build of torch with CUDA"
+    if torch.version.cuda is None
+    else "'Found no NVIDIA driver on your system'; install a driver that fits this torch, or a "
+    "torch that fits the driver"
+)
 
 
 def test_a_local_teacher_beside_4b_is_refused(planner: Planner) -> None:
@@ -77,10 +83,7 @@ REFUSED = {
     "no card here": (
         ["--card", "none"],
         f"plan: run.device: cuda must be a card that torch {torch.__version__} can use, got "
-        "'Torch not compiled "
-        "with CUDA enabled'; install a build of torch with CUDA, or name a kind of card with "
-        "--card: "
-        f"{', '.join(CARDS)}",
+        f"{NO_CARD}, or name a kind of card with --card: {', '.join(CARDS)}",
     ),
     "CPU": (
         ["--run.device", "cpu"],

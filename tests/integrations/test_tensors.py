@@ -279,7 +279,9 @@ def test_gather_rows_between_processes(tmp_path: Path) -> None:
     ]
     printed = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    assert printed[0] == printed[1] == "[[0, 1], [2, 3], [4, 5]]\n[0, 10, 11]\n"
+    for text in printed:  # torch 2.10 prints of its connections, too
+        lines = [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+        assert lines == ["[[0, 1], [2, 3], [4, 5]]", "[0, 10, 11]"]
 
 
 def test_rows_without_attempts_have_advantages_of_0() -> None:

@@ -289,7 +289,9 @@ def test_weights_may_be_dtensors(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     refused = "hidden_TD must be a whole tensor, got a DTensor"
-    assert [line.partition(",")[0] + ", got a DTensor" for line in done.stdout.splitlines()] == [
+    # torch 2.10 prints of its connections, too.
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert [line.partition(",")[0] + ", got a DTensor" for line in lines] == [
         *[f"linear_policy_loss: {refused}"] * 2,
         *[f"linear_logprob: {refused}"] * 2,
     ]

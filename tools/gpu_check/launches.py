@@ -86,7 +86,7 @@ def check_launch(
         return {}, (), [*faults, str(error)]
     bound.apply_defaults()
     # A kernel without stride arguments assumes that its tensors are contiguous.
-    may_have_strides = any(name.startswith("stride") for name in signature.parameters)
+    may_have_strides = any("stride" in name for name in signature.parameters)
     for name, parameter in signature.parameters.items():
         value = bound.arguments[name]
         is_constant = "constexpr" in str(parameter.annotation)
