@@ -31,6 +31,7 @@ from zlib import crc32
 import torch
 
 from bench import machine, measure
+from bench.trl_peer import TRL_SETTINGS
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
 from socpo_fast.ops import CreditOptions
@@ -138,22 +139,15 @@ class InTrl:
         with tempfile.TemporaryDirectory() as output_dir, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             settings = GRPOConfig(
+                **TRL_SETTINGS,
                 output_dir=output_dir,
-                use_cpu=True,
-                bf16=False,
-                beta=0.0,
-                loss_type="dapo",
-                epsilon_high=0.2,
                 learning_rate=LR,
                 temperature=TEMPERATURE,
                 max_completion_length=args.new,
                 num_generations=args.group_size,
                 per_device_train_batch_size=num_rows,
-                gradient_checkpointing=False,
                 # TRL's generation has no other way to go on behind the end of a turn.
                 generation_kwargs=None if with_ours else {"min_new_tokens": args.new},
-                report_to="none",
-                save_strategy="no",
             )
             self.trainer: Any = SocraticGRPOTrainer(
                 AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32),

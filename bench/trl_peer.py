@@ -16,11 +16,25 @@ import torch
 from torch import Tensor
 
 from bench import measure
+from socpo_fast.integrations.tensors import pad_rollouts
 from socpo_fast.model import Decoder
 from socpo_fast.model.hf_views import hf_rows
 from socpo_fast.types import Rollout
 
 MICROBATCHES = (2, 4, 8)
+# Of GRPOConfig, in every bench with TRL: fp32 on the CPU, our clips, nothing recomputed.
+TRL_SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "beta": 0.0,
+    "loss_type": "dapo",
+    "epsilon": 0.2,
+    "epsilon_high": 0.2,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
 COMPLETIONS = ("completion_ids", "completion_mask", "tool_mask")
 COMPLETIONS = (*COMPLETIONS, "old_per_token_logps", "advantages")
 
@@ -41,20 +55,11 @@ class TrlUpdate:
         self.inputs = trl_inputs(rollouts)
         with tempfile.TemporaryDirectory() as output_dir:
             settings = GRPOConfig(
+                **TRL_SETTINGS,
                 output_dir=output_dir,
-                use_cpu=True,
-                bf16=False,
-                beta=0.0,
-                loss_type="dapo",
-                epsilon=0.2,
-                epsilon_high=0.2,
                 temperature=1.0,
                 num_generations=2,
                 per_device_train_batch_size=2,
-                gradient_accumulation_steps=1,
-                gradient_checkpointing=False,
-                report_to="none",
-                save_strategy="no",
             )
             self.trainer = GRPOTrainer(
                 self.model,
@@ -106,33 +111,17 @@ class TrlUpdate:
 
 def trl_inputs(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
     """Returns what GRPOTrainer's loss takes; all prompts must have one length."""
-    columns: dict[str, list[Tensor]] = {
-        name: [] for name in ("ids", "tool_mask", "logprobs", "advantages")
-    }
-    for rollout in rollouts:
-        row: dict[str, list[float]] = {name: [] for name in columns}
-        for turn_idx, turn in enumerate(rollout.turns):
-            start = len(rollout.prompt_ids) + len(row["ids"])
-            bridge_ids = rollout.context_ids(turn_idx)[start:]
-            length = turn.attempt.num_tokens
-            row["ids"] += [*bridge_ids, *turn.attempt.token_ids]
-            row["tool_mask"] += [0] * len(bridge_ids) + [1] * length
-            row["logprobs"] += [0.0] * len(bridge_ids) + turn.attempt.logprobs.tolist()
-            row["advantages"] += [0.0] * len(bridge_ids) + [turn.advantage] * length
-        for name, values in row.items():
-            columns[name].append(torch.tensor(values))
-    ids, tool_mask, logprobs, advantages = (
-        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in columns.values()
-    )
-    lengths = torch.tensor([[len(row)] for row in columns["ids"]])
-    prompt_ids = torch.tensor([rollout.prompt_ids for rollout in rollouts])
+    padded = pad_rollouts(rollouts, rows="rollout", pad_id=0)
+    prompt_width = len(rollouts[0].prompt_ids)
+    prompt_ids, completion_ids = padded.ids_BL.tensor_split([prompt_width], dim=1)
+    tool_mask = padded.loss_mask_BL[:, prompt_width:].long()
     return {
         "prompt_ids": prompt_ids,
         "prompt_mask": torch.ones_like(prompt_ids),
-        "completion_ids": ids,
-        "completion_mask": (torch.arange(ids.shape[1]) < lengths).long(),
+        "completion_ids": completion_ids,
+        "completion_mask": padded.attention_mask_BL[:, prompt_width:].long(),
         "tool_mask": tool_mask,
-        "old_per_token_logps": logprobs,
-        "advantages": advantages,
+        "old_per_token_logps": padded.logprobs_BL[:, prompt_width:],
+        "advantages": padded.advantages_BL[:, prompt_width:],
         "num_items_in_batch": tool_mask.sum(),
     }
