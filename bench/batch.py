@@ -41,8 +41,8 @@ from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import retry_teacher
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import policy_gradients
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import policy_gradients
 from socpo_fast.types import Question, Rollout, SamplingParams
 
 GUIDANCE = "That is not right. Look at what each option claims, and compare the options again."

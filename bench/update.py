@@ -39,8 +39,8 @@ from bench.trl_peer import TrlUpdate
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.model.config import ModelConfig
 from socpo_fast.ops.tree_attention import num_pairs
-from socpo_fast.train.packing import Packing, count_unique_tokens, pack_rollouts
-from socpo_fast.train.step import GradientStats, compute_logprobs, policy_gradients
+from socpo_fast.training.packing import Packing, count_unique_tokens, pack_rollouts
+from socpo_fast.training.step import GradientStats, compute_logprobs, policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey, ShownGuidance, Turn
 
 PACKINGS: tuple[Packing, ...] = ("tree", "rows")

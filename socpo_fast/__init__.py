@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from socpo_fast.socratic.credit import attempt_table
     from socpo_fast.socratic.episode import Episode, RolloutOptions
     from socpo_fast.socratic.rollout import arollouts, socratic_rollouts
-    from socpo_fast.train.step import policy_gradients
+    from socpo_fast.training.step import policy_gradients
     from socpo_fast.types import (
         Attempt,
         Guidance,
@@ -49,7 +49,7 @@ _HOME = {
     "attempt_table": "socpo_fast.socratic.credit",
     "load_student": "socpo_fast.model",
     "pad_rollouts": "socpo_fast.integrations.tensors",
-    "policy_gradients": "socpo_fast.train.step",
+    "policy_gradients": "socpo_fast.training.step",
     "save_student": "socpo_fast.model",
     "socratic_advantages": "socpo_fast.integrations.tensors",
     "socratic_episode": "socpo_fast.integrations.episode",

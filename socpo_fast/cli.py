@@ -21,6 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,14 +112,14 @@ def run(words: Sequence[str]) -> int:
 def train(words: Sequence[str]) -> None:
     """train a student, or go on where the run stopped; writes runs/NAME"""
     config, _ = parse("train", words)
-    load_trainer().train(config)
+    load("trainer").train(config)
 
 
 def evaluate(words: Sequence[str]) -> None:
     """unassisted and assisted accuracy of a checkpoint on data.eval: a table, then one JSON line"""
     config, options = parse("eval", words)
     checkpoint = expand_home(options["checkpoint"]) if "checkpoint" in options else None
-    metrics = load_trainer().evaluate(config, checkpoint)
+    metrics = load("measure").evaluate(config, checkpoint)
     from socpo_fast.report.accuracy import accuracy_text
 
     tell(accuracy_text(metrics))
@@ -128,7 +129,7 @@ def evaluate(words: Sequence[str]) -> None:
 def rollout(words: Sequence[str]) -> None:
     """roll out without updates; writes runs/NAME/rollouts"""
     config, _ = parse("rollout", words)
-    load_trainer().rollout_only(config)
+    load("measure").rollout_only(config)
 
 
 def plan(words: Sequence[str]) -> None:
@@ -142,8 +143,8 @@ def plan(words: Sequence[str]) -> None:
     tell(plan_text(config, find_student(config), options))
 
 
-def load_trainer() -> Any:
-    """Imports and returns the trainer module; Ctrl-C ends the process during the import."""
+def load(name: str) -> Any:
+    """Imports and returns a module of the package; Ctrl-C ends the process during the import."""
     # The import of torch sometimes swallows a KeyboardInterrupt. Until it is done, the system's own
     # handler ends the process instead: no run has begun yet. A handler set by somebody else, or
     # another thread, is left alone.
@@ -151,11 +152,10 @@ def load_trainer() -> Any:
     is_ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_ours:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from socpo_fast import trainer
-
+    module = import_module(f"socpo_fast.{name}")
     if is_ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return trainer
+    return module
 
 
 def report(words: Sequence[str]) -> None:

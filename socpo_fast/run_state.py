@@ -17,7 +17,7 @@ from socpo_fast.config import Config
 from socpo_fast.files import read_json, replace_file
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.socratic.data import batch_questions, question_order
-from socpo_fast.train.checkpoint import STATE, checkpoint_path, find_damage, latest_checkpoint
+from socpo_fast.training.checkpoint import STATE, checkpoint_path, find_damage, latest_checkpoint
 from socpo_fast.types import Question
 
 # This file stands in checkpoints/ until the first checkpoint is complete. It tells a run that never

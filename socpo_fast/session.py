@@ -30,8 +30,8 @@ from socpo_fast.socratic.graders import check_ground_truth, make_grader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import ask, background, make_teacher, result_of
-from socpo_fast.train.checkpoint import check_undamaged
-from socpo_fast.train.optimizer import gradient_bytes
+from socpo_fast.training.checkpoint import check_undamaged
+from socpo_fast.training.optimizer import gradient_bytes
 from socpo_fast.types import (
     GuidanceFailed,
     GuidanceRequest,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from socpo_fast import trainer
+from socpo_fast import measure, trainer
 from socpo_fast.cli import main
 from socpo_fast.config import Config
 from socpo_fast.run_state import best_checkpoint
@@ -117,12 +117,12 @@ def test_no_best_checkpoint_without_evaluation(tmp_path: Path) -> None:
         match="^eval: --checkpoint best must be in .*, got no evaluation with a success behind an "
         "update; ",
     ):
-        trainer.evaluate(small(tmp_path), "best")
+        measure.evaluate(small(tmp_path), "best")
     config = small(tmp_path, data__eval="none", run__num_batches=2)
     trainer.train(config)
     assert [*checkpoints_of(config)] == ["update_000002"]
     with pytest.raises(ValueError, match="name a folder, or train with data.eval$"):
-        trainer.evaluate(config, "best")
+        measure.evaluate(config, "best")
 
 
 @pytest.mark.parametrize("num_batches", [1, 3])
@@ -222,7 +222,7 @@ def test_damaged_best_checkpoint_is_replaced(copied: Path, damage: Callable[[Pat
     with pytest.raises(
         ValueError, match=f"^eval: --checkpoint best must be whole, got {reason}; {advice}$"
     ):
-        trainer.evaluate(config, "best")
+        measure.evaluate(config, "best")
     damaged_files = files_of(best)
     with pytest.warns(UserWarning, match=f"^{NO_MORE}{reason}{GOES if damage is flip else ''}$"):
         trainer.train(config)

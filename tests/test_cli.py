@@ -31,7 +31,7 @@ def toml_path(tmp_path: Path) -> str:
 
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Replaces socpo_fast.trainer by a fake that records its calls."""
+    """Replaces socpo_fast.trainer and .measure by a fake that records its calls."""
     fake = SimpleNamespace(calls=[], error=None)
     fake.metrics = {
         "success/unassisted": 0.5,
@@ -46,8 +46,9 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return fake.metrics
 
     fake.train = fake.evaluate = fake.rollout_only = record
-    monkeypatch.setitem(sys.modules, "socpo_fast.trainer", fake)
-    monkeypatch.setattr(socpo_fast, "trainer", fake, raising=False)
+    for name in ("trainer", "measure"):
+        monkeypatch.setitem(sys.modules, f"socpo_fast.{name}", fake)
+        monkeypatch.setattr(socpo_fast, name, fake, raising=False)
     return fake
 
 

@@ -16,7 +16,7 @@ from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.report import sizes
 from socpo_fast.report.batch_time import batch_seconds
 from socpo_fast.report.memory_plan import TEACHER_PAGE_SIZE, Plan
-from socpo_fast.train.packing import pack_rollouts
+from socpo_fast.training.packing import pack_rollouts
 from tests.helpers.made_rollouts import make_rollout
 from tests.helpers.plans import RAW, Planner, planner
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from socpo_fast import trainer
+from socpo_fast import measure, trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.report.tracker import read_metrics
-from socpo_fast.train.checkpoint import latest_checkpoint
+from socpo_fast.training.checkpoint import latest_checkpoint
 
 CONFIG = Path(__file__).parent.parent / "configs" / "molar_mass.toml"
 SMALL = {
@@ -182,7 +182,7 @@ def test_finished_run_is_not_changed(uninterrupted: Config) -> None:
 
 def test_eval_of_a_checkpoint_equals_the_runs_own(uninterrupted: Config) -> None:
     last_eval = [row for row in rows_of(uninterrupted) if row["kind"] == "eval"][-1]
-    rates = trainer.evaluate(uninterrupted, None)
+    rates = measure.evaluate(uninterrupted, None)
     assert {name: rates[name] for name in ("success/unassisted", "success/assisted")} == {
         name: last_eval[name] for name in ("success/unassisted", "success/assisted")
     }
@@ -205,7 +205,7 @@ def test_other_settings_run(tmp_path: Path, changes: dict[str, object]) -> None:
 
 def test_rollout_only_changes_nothing(tmp_path: Path) -> None:
     config = config_of(tmp_path, run__num_batches=1)
-    trainer.rollout_only(config)
+    measure.rollout_only(config)
     assert sorted(path.name for path in config.folder.iterdir()) == [".lock", "rollouts"]
     row = json.loads(
         (config.folder / "rollouts" / "batch_000001.jsonl").read_text().splitlines()[0]

@@ -25,8 +25,8 @@ from socpo_fast.config import Config, load_config
 from socpo_fast.model import weights
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.stopping import StopRequested, StopSignals
-from socpo_fast.train import checkpoint
-from socpo_fast.train.checkpoint import latest_checkpoint
+from socpo_fast.training import checkpoint
+from socpo_fast.training.checkpoint import latest_checkpoint
 from socpo_fast.types import Question
 
 # 7 questions make epochs of 3 batches of 2, so the run ends inside the second epoch.

@@ -161,7 +161,7 @@ def summarize(folder: Path, student: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from socpo_fast.report.tracker import read_metrics
-    from socpo_fast.train.checkpoint import latest_checkpoint
+    from socpo_fast.training.checkpoint import latest_checkpoint
 
     rows = read_metrics(folder / "metrics.jsonl")
     batches = [row for row in rows if row["kind"] == "batch"]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # message fields and exported rollouts; 310 and 460 for other people's trainers: live models and
 # what happens to their weights (model/adopt.py, shared.py, engine/weight_watch.py), event loops
 # (socratic/rollout.py, integrations/async_engine.py), and TRL (integrations/trl*.py).
-BUDGETS = {"core Python": 6560, "kernels": 1800, "csrc": 2000, "integrations and report": 1745}
+BUDGETS = {"core Python": 6610, "kernels": 1800, "csrc": 2000, "integrations and report": 1745}
 MAX_FILE = 300
 MAX_FUNCTION = 80
 MAX_KERNEL = 120

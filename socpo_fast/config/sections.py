@@ -93,6 +93,7 @@ class RunConfig(Section):
     live: bool = Field(
         default=True, description="live progress display on a terminal; otherwise one line a batch"
     )
+    quiet: bool = Field(default=False, description="show nothing but warnings and how the run ends")
 
 
 class StudentConfig(Section):

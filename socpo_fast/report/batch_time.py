@@ -181,8 +181,8 @@ def num_forwards(plan: Plan, num_updates: float) -> float:
     """Returns forward passes a token before the updates: for old log-probs and the reference."""
     loss = plan.config.loss
     num_questions = plan.config.rollout.questions_per_batch
-    # What "auto" does (train/update.py): in fp32 it computes log-probs of the first question only,
-    # to measure the mismatch with the sampler. In bf16 it computes all but those of the first
+    # What "auto" does (training/update.py): in fp32 it computes log-probs of the first question
+    # only, to measure the mismatch with the sampler. In bf16 it computes all but those of the first
     # update, which come out of that update itself, unless a second epoch needs them again.
     in_bf16 = 1.0 if plan.config.train.epochs > 1 else 1 - 1 / num_updates
     by_choice = {

@@ -44,6 +44,7 @@ FREE = {
     "run.keep_checkpoints": "what is kept",
     "run.threads": "speed; docs/numerics.md says where bits do not depend on it",
     "run.live": "what is shown",
+    "run.quiet": "what is shown",
     "run.trace_batches": "what is shown",
     "data.train": "where the questions lie; the questions themselves are compared",
     "data.eval": "where the questions lie; the questions themselves are compared",

@@ -10,7 +10,7 @@ import torch
 
 from bench import update as bench
 from socpo_fast.model import Decoder, save_student
-from socpo_fast.train.step import policy_gradients
+from socpo_fast.training.step import policy_gradients
 from tests.helpers.made_rollouts import make_rollout, make_student
 
 

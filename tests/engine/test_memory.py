@@ -15,7 +15,7 @@ import torch
 from socpo_fast.engine import Engine
 from socpo_fast.engine.memory import OPTIMIZER_BYTES, auto_kv_cache_size, kv_cache_size
 from socpo_fast.engine.runner import Runner
-from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.training.optimizer import Optimizer
 from tests.helpers.tiny import make_student
 
 GIB = 2**30

@@ -13,8 +13,8 @@ import torch
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, packed_forward
 from socpo_fast.ops import visible_until_of_sequences
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import policy_gradients
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import policy_gradients
 from socpo_fast.types import SamplingParams
 from tests.helpers.made_rollouts import make_rollouts, make_student
 from tests.helpers.tiny import bits, drain, generate_same, make_engine

@@ -13,8 +13,8 @@ from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
 from socpo_fast.ops._head import matmul_
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import policy_gradients
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, SamplingParams
 from tests.helpers.error_rule import assert_bitwise_equal
 from tests.helpers.made_rollouts import make_student, turns_of

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import policy_gradients
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import policy_gradients
 from tools.gpu_check import graph
 from tools.gpu_check.groups import GroupShape, make_rollouts
 from tools.gpu_check.launches import tensors_of

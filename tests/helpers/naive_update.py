@@ -1,6 +1,6 @@
 """Computes an update's loss one token at a time, to compare the packed and fused code with.
 
-Nothing of train/ is used, and of ops/ only the rotary embedding. Every attempt is forwarded by
+Nothing of training/ is used, and of ops/ only the rotary embedding. Every attempt is forwarded by
 itself behind its whole context, through any function from token ids to logits: a decoder whose
 attention is written out, or transformers. A token's loss is a handful of scalars. Everything is in
 fp64 if the model is.

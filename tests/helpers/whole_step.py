@@ -26,9 +26,9 @@ from socpo_fast.ops._impl import pick_impl
 from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.socratic.episode import RolloutOptions
 from socpo_fast.socratic.rollout import socratic_rollouts
-from socpo_fast.train.optimizer import EPS
-from socpo_fast.train.step import compute_logprobs, policy_gradients
-from socpo_fast.train.update import Updater
+from socpo_fast.training.optimizer import EPS
+from socpo_fast.training.step import compute_logprobs, policy_gradients
+from socpo_fast.training.update import Updater
 from socpo_fast.types import Question, Rollout, SamplingParams
 from tests.helpers.made_rollouts import make_student
 from tests.helpers.scripted import BRIDGE, END, TOKENIZER

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from socpo_fast.kernels import linear_policy_loss as kernels
 from socpo_fast.ops import PolicyLoss, _impl, linear_logprob, linear_policy_loss
-from socpo_fast.train.step import compute_logprobs, policy_gradients
+from socpo_fast.training.step import compute_logprobs, policy_gradients
 from tests.helpers.error_rule import assert_bitwise_equal, assert_error_rule
 from tests.helpers.loss_options import gathered
 from tests.helpers.made_rollouts import make_rollouts, make_student

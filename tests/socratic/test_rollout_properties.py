@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.train.packing import PackedMicrobatch, count_unique_tokens, pack_rollouts
+from socpo_fast.training.packing import PackedMicrobatch, count_unique_tokens, pack_rollouts
 from tests.helpers.episodes import Episode, answer_ids, cuts, play, rendering, text_of
 from tests.helpers.tiny_tokenizers import (
     CHATML,

@@ -9,12 +9,12 @@ from typing import cast
 
 import pytest
 
-from socpo_fast import trainer
+from socpo_fast import measure, trainer
 from socpo_fast.config import Config, load_config
 from socpo_fast.report.accuracy import accuracy_rows, accuracy_text
 from socpo_fast.report.progress import SILENCE, GuidanceWatch, Progress
 from socpo_fast.report.tracker import read_metrics
-from socpo_fast.train.checkpoint import latest_checkpoint
+from socpo_fast.training.checkpoint import latest_checkpoint
 from socpo_fast.types import Attempt, GuidanceRequest, Rollout, ShownGuidance, Turn
 from tests.helpers.faulty_server import Server, raw, reply
 
@@ -60,8 +60,8 @@ def test_refused_first_call_stops_before_any_batch(
     config = endpoint(tmp_path, server)
     commands = {
         "train": trainer.train,
-        "eval": lambda c: trainer.evaluate(c, None),
-        "rollout": trainer.rollout_only,
+        "eval": lambda c: measure.evaluate(c, None),
+        "rollout": measure.rollout_only,
     }
     line = (
         "teacher: the first call got no guidance, status_404: status 404: .*no model "
@@ -75,7 +75,7 @@ def test_refused_first_call_stops_before_any_batch(
 
 def test_unassisted_evaluation_needs_no_teacher(server: Server, tmp_path: Path) -> None:
     server.script = [NO_MODEL]
-    assert "success/unassisted" in trainer.evaluate(
+    assert "success/unassisted" in measure.evaluate(
         endpoint(tmp_path, server, eval__assisted=False), None
     )
     assert server.seen == []
@@ -166,7 +166,7 @@ def test_rollouts_without_training_stop_too(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="guidances of a batch failed"),
         pytest.warns(UserWarning, match="no guidance"),
     ):
-        trainer.rollout_only(config)
+        measure.rollout_only(config)
     assert [path.name for path in tmp_path.rglob("batch_*.jsonl")] == ["batch_000001.jsonl"]
 
 
@@ -174,7 +174,7 @@ def test_some_failures_mark_the_assisted_share(server: Server, tmp_path: Path) -
     server.script = [reply(), reply("<think>"), reply()]
     config = endpoint(tmp_path, server, teacher__max_concurrency=1)
     with pytest.warns(UserWarning, match="no guidance, cut"):
-        metrics = trainer.evaluate(config, None)
+        metrics = measure.evaluate(config, None)
     assert metrics["guidance/failed"] == metrics["guidance/failed_cut"] == 1
     labels = [row["what"] for row in accuracy_rows(metrics)]
     assert "assisted, with the teacher's help (1 without, as guidance failed)" in labels

@@ -6,7 +6,7 @@ Tests cover prompts, bridges (end of turn, guidance, start of the next answer) a
 import pytest
 
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.train.packing import pack_rollouts
+from socpo_fast.training.packing import pack_rollouts
 from tests.helpers.episodes import PROMPT, WITH_SYSTEM, answer_ids, cuts, play, rendering, text_of
 from tests.helpers.tiny_tokenizers import FAMILIES, family, tiny_tokenizer
 

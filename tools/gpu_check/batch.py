@@ -30,8 +30,8 @@ from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR, questions
-from socpo_fast.train.optimizer import gradient_bytes
-from socpo_fast.train.update import Updater
+from socpo_fast.training.optimizer import gradient_bytes
+from socpo_fast.training.update import Updater
 from socpo_fast.types import Question, Rollout, SamplingParams
 from tools.gpu_check.check import Check, Part
 from tools.gpu_check.groups import GroupShape, make_rollouts

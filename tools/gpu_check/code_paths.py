@@ -19,8 +19,8 @@ from socpo_fast.engine.sampler import draw
 from socpo_fast.model import Decoder, ModelConfig
 from socpo_fast.model.decoder import Layer, rotary_tables
 from socpo_fast.ops import linear_policy_loss, rms_norm, rotary_qkv, rotary_write, swiglu
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import policy_gradients
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import policy_gradients
 from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
 from tools.gpu_check.fake_cuda import fake_cuda
 from tools.gpu_check.graph import backward

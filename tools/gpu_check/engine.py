@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.training.optimizer import Optimizer
 from tests.helpers.tiny import generate_same
 from tools.gpu_check.check import ROOT, Check, Part
 from tools.gpu_check.engines import (

@@ -28,8 +28,8 @@ from torch import Tensor
 from socpo_fast.engine import Engine
 from socpo_fast.engine.runner import Runner
 from socpo_fast.model import ModelConfig
-from socpo_fast.train import step
-from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.training import step
+from socpo_fast.training.optimizer import Optimizer
 from socpo_fast.types import Attempt, Rollout, RolloutKey, SamplingParams
 from tools.gpu_check.fake_cuda import fake_cuda
 from tools.gpu_check.groups import add_turns

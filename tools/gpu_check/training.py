@@ -14,8 +14,8 @@ from torch import Tensor
 
 from socpo_fast.model import Decoder
 from socpo_fast.ops import policy_loss
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import compute_logprobs
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import compute_logprobs
 from socpo_fast.types import Rollout, Turn
 from tests.helpers.tiny import generate_same
 from tools.gpu_check.check import Check, Part, check_close, relative_error

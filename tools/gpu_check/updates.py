@@ -16,9 +16,9 @@ from torch import Tensor
 from socpo_fast.model import Decoder
 from socpo_fast.ops.tree_attention import num_pairs
 from socpo_fast.report.sizes import num_parameters
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.packing import pack_rollouts
-from socpo_fast.train.step import GradientStats, policy_gradients
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.packing import pack_rollouts
+from socpo_fast.training.step import GradientStats, policy_gradients
 from socpo_fast.types import Rollout
 from tests.helpers.error_rule import assert_bitwise_equal
 from tools.gpu_check.check import Check, Part

@@ -28,7 +28,7 @@ from socpo_fast.model.accumulate import accumulating
 from socpo_fast.ops.linear_logprob import linear_logprob
 from socpo_fast.ops.linear_policy_loss import linear_policy_loss
 from socpo_fast.ops.policy_loss import DEFAULT_OPTIONS, PolicyLoss, PolicyLossOptions
-from socpo_fast.train.loss_inputs import (
+from socpo_fast.training.loss_inputs import (
     LossAgg,
     OldLogprobs,
     PerToken,
@@ -38,7 +38,12 @@ from socpo_fast.train.loss_inputs import (
     drop_idle,
     upload_tokens,
 )
-from socpo_fast.train.packing import PackedMicrobatch, Packing, count_unique_tokens, pack_rollouts
+from socpo_fast.training.packing import (
+    PackedMicrobatch,
+    Packing,
+    count_unique_tokens,
+    pack_rollouts,
+)
 from socpo_fast.types import Rollout
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socpo_fast.train.packing import PackedMicrobatch, count_unique_tokens, pack_rollouts
+from socpo_fast.training.packing import PackedMicrobatch, count_unique_tokens, pack_rollouts
 from socpo_fast.types import Rollout
 from tests.helpers.made_rollouts import contexts, make_rollout, make_rollouts
 

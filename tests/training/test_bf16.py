@@ -18,8 +18,8 @@ from socpo_fast.ops.adamw import join_master
 from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
 from socpo_fast.socratic.tasks import molar_mass
-from socpo_fast.train.step import compute_logprobs
-from socpo_fast.train.update import Updater
+from socpo_fast.training.step import compute_logprobs
+from socpo_fast.training.update import Updater
 from socpo_fast.types import Rollout
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "molar_mass.toml"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from socpo_fast.model import save_student
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.train.step import GradientStats, policy_gradients
+from socpo_fast.training.step import GradientStats, policy_gradients
 from socpo_fast.types import Rollout
 from tests.helpers.loss_options import gathered
 from tests.helpers.made_rollouts import make_rollouts, make_student

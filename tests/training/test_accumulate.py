@@ -18,8 +18,8 @@ from torch import Tensor
 from socpo_fast.model import accumulate
 from socpo_fast.model.accumulate import MARK, accumulates, accumulating
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import policy_gradients
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import policy_gradients
 from tests.helpers.error_rule import assert_bitwise_equal
 from tests.helpers.made_rollouts import make_rollouts, make_student
 from tests.helpers.naive_update import distance, norm

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from socpo_fast.engine import Engine
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.train.step import compute_logprobs, policy_gradients
+from socpo_fast.training.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout, SamplingParams
 from tests.helpers.loss_options import gathered
 from tests.helpers.made_rollouts import count_nodes, make_rollouts, make_student, turns_of

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from socpo_fast.model import load_student
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.train.checkpoint import (
+from socpo_fast.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
-from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.training.optimizer import Optimizer
 from tests.helpers.made_rollouts import make_student
 
 STATE = {"batch": 3, "question_order_seed": 2**63 - 1, "lr": 0.1 + 0.2, "name": "tés\n"}
@@ -319,8 +319,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from socpo_fast import files
-from socpo_fast.train import checkpoint
-from tests.train.test_checkpoint import save, trained
+from socpo_fast.training import checkpoint
+from tests.training.test_checkpoint import save, trained
 
 def killing(original):
     def wrapper(*args):

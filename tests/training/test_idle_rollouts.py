@@ -13,9 +13,9 @@ import torch
 
 from socpo_fast.config import load_config
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import GradientStats, policy_gradients
-from socpo_fast.train.update import Updater
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import GradientStats, policy_gradients
+from socpo_fast.training.update import Updater
 from socpo_fast.types import Rollout
 from tests.helpers.loss_options import gathered
 from tests.helpers.made_rollouts import count_nodes, make_rollouts, make_student
@@ -27,7 +27,7 @@ from tests.helpers.naive_update import (
     norm,
     set_sampler_logprobs,
 )
-from tests.train.test_update import CHANGES, groups_of
+from tests.training.test_update import CHANGES, groups_of
 
 NUM_IDLE = {0: 8, 1: 5, 2: 3}  # question -> rollouts with attempts, which `idle` makes idle
 

@@ -19,16 +19,16 @@ from socpo_fast.config import Config, load_config
 from socpo_fast.engine import Engine
 from socpo_fast.engine.runner import Runner
 from socpo_fast.session import Session
-from socpo_fast.train.optimizer import Optimizer, gradient_bytes
-from socpo_fast.train.step import policy_gradients
-from socpo_fast.train.update import Updater
 from socpo_fast.trainer import Trainer
+from socpo_fast.training.optimizer import Optimizer, gradient_bytes
+from socpo_fast.training.step import policy_gradients
+from socpo_fast.training.update import Updater
 from socpo_fast.types import SamplingParams
 from tests.engine.test_storage import storage_of
 from tests.helpers.error_rule import assert_bitwise_equal
 from tests.helpers.made_rollouts import make_rollouts, make_student
 from tests.helpers.tiny import bits, drain, make_engine
-from tests.train.test_accumulate import MODELS
+from tests.training.test_accumulate import MODELS
 
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=9, eos_ids=(), ignore_eos=True, seed=2)
 PROMPTS = [list(range(1, 12)), [5, 3, 2]]

@@ -27,7 +27,7 @@ from tests.helpers.elementwise import needs_cpp
 from tests.helpers.error_rule import assert_bitwise_equal
 from tests.helpers.made_rollouts import VOCAB, make_student
 from tests.helpers.whole_step import auto_means
-from tests.train.test_accumulate import QWEN2, QWEN3
+from tests.training.test_accumulate import QWEN2, QWEN3
 
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {},

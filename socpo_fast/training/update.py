@@ -17,9 +17,9 @@ from socpo_fast.config import Config
 from socpo_fast.files import RunFailed
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import PolicyLossOptions
-from socpo_fast.train.loss_inputs import OldLogprobs, PerToken, drop_idle
-from socpo_fast.train.optimizer import Optimizer
-from socpo_fast.train.step import LossStats, compute_logprobs, policy_gradients
+from socpo_fast.training.loss_inputs import OldLogprobs, PerToken, drop_idle
+from socpo_fast.training.optimizer import Optimizer
+from socpo_fast.training.step import LossStats, compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
 
 MISMATCH = ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from socpo_fast.config import Config, load_config
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.train.step import compute_logprobs, policy_gradients
-from socpo_fast.train.update import Updater
+from socpo_fast.training.step import compute_logprobs, policy_gradients
+from socpo_fast.training.update import Updater
 from socpo_fast.types import Rollout
 from tests.helpers.made_rollouts import make_rollouts, make_student
 from tests.helpers.naive_update import (

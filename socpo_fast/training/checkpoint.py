@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from socpo_fast.files import REPLACED, RunFailed, new_folder, remove
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.model.weights import load_student, save_student
-from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.training.optimizer import Optimizer
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"

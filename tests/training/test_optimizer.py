@@ -10,7 +10,7 @@ from torch import nn
 
 from socpo_fast.ops.adamw import join_master
 from socpo_fast.registries import LR_SCHEDULES
-from socpo_fast.train.optimizer import Optimizer
+from socpo_fast.training.optimizer import Optimizer
 from tests.helpers.made_rollouts import make_student
 
 

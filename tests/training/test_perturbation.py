@@ -15,9 +15,9 @@ from torch import Tensor
 from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import CreditOptions, linear_policy_loss
 from socpo_fast.socratic.credit import assign_credit
-from socpo_fast.train import step
-from socpo_fast.train.packing import pack_rollouts
-from socpo_fast.train.step import compute_logprobs, policy_gradients
+from socpo_fast.training import step
+from socpo_fast.training.packing import pack_rollouts
+from socpo_fast.training.step import compute_logprobs, policy_gradients
 from socpo_fast.types import Rollout
 from tests.helpers.error_rule import assert_bitwise_equal
 from tests.helpers.loss_options import gathered
@@ -30,7 +30,7 @@ from tests.helpers.made_rollouts import (
     turns_of,
 )
 from tests.helpers.naive_update import TEMPERATURE, assert_close, naive_gradients
-from tests.train.test_packing import paths
+from tests.training.test_packing import paths
 
 ALL = {"token_budget": 10_000, "temperature": TEMPERATURE}
 LOSSES = {

@@ -1,6 +1,6 @@
 """Prepares the inputs of the loss: weight, advantage and log-probs of each loss token.
 
-Read in the order in which train/step.py calls them: check_options, drop_idle, attempt_weights,
+Read in the order in which training/step.py calls them: check_options, drop_idle, attempt_weights,
 attempt_advantages, upload_tokens. Suffixes: A counts attempts, T packed tokens, N loss tokens.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from socpo_fast.device import upload, upload_together
 from socpo_fast.ops._checks import check_rule, check_word
 from socpo_fast.ops.policy_loss import PolicyLossOptions
-from socpo_fast.train.packing import PackedMicrobatch
+from socpo_fast.training.packing import PackedMicrobatch
 from socpo_fast.types import Rollout
 
 LossAgg = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]

@@ -1,0 +1,1 @@
+"""Trains from Python: run = train(student=.., data=.., teacher=.., grader=..)."""
