@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
+INSTALLED_TO_RUN := .venv/.installed-run
 INSTALLED := .venv/.installed
 
 CUDA_PYTHON ?= python3.12
@@ -18,8 +19,9 @@ FLOOR_INSTALLED := .venv-floor/.installed
 .PHONY: train test test-slow test-cuda-build test-floor lint types size aot clean
 .PHONY: gpu-check gpu-rehearse gpu-walk gpu-dry-run gpu-peak kernels-doc faults
 
-train: $(INSTALLED)
-	.venv/bin/socpo train --config configs/molar_mass.toml
+# Installs what a run needs, and no tool of development.
+train: $(INSTALLED_TO_RUN)
+	.venv/bin/socpo demo
 
 # Tensors are small in tests: a second thread only waits, and dearly where the machine is busy. Two
 # processes, a file each, take half as long.
@@ -96,12 +98,18 @@ clean:
 	rm -rf .venv .venv-cuda .venv-floor build dist socpo_fast.egg-info socpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch comes first, since the extension is built against the torch that is there (hence --no-build-isolation);
-# the build looks for ninja on the PATH. Tests compare with a module of verl, which needs none of what verl asks for.
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/simd/*)
+# the build looks for ninja on the PATH.
+$(INSTALLED_TO_RUN): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/simd/*)
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	$(VENV_PYTHON) -m pip install -q --upgrade pip
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+# By its name, the package that is there gets its extra: nothing is built again. Tests compare with a module of
+# verl, which needs none of what verl asks for.
+$(INSTALLED): $(INSTALLED_TO_RUN)
+	$(VENV_PYTHON) -m pip install -q -c constraints.txt 'socpo_fast[dev]'
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt --no-deps verl
 	touch $@
 

@@ -95,15 +95,16 @@ BUILD = os.environ.get("SOCPO_BUILD", "auto")
 if BUILD not in ("auto", "none"):
     raise ValueError(f"setup.py: SOCPO_BUILD must be auto or none, got {BUILD!r}")
 
-# socpo_fast.kernels is a symbolic link to kernels/, which holds no __init__.py, so find_packages
-# does not list it. Data files are those of package_data: MANIFEST.in says what the sdist holds.
+# socpo_fast/kernels and socpo_fast/configs are symbolic links to the folders of the root. kernels/
+# holds no __init__.py, so find_packages does not list it. Data files are those of package_data:
+# MANIFEST.in says what the sdist holds.
 setup(
     packages=[*find_packages(include=["socpo_fast", "socpo_fast.*"]), "socpo_fast.kernels"],
     include_package_data=False,
     package_data={
-        "socpo_fast": ["py.typed"],
+        "socpo_fast": ["py.typed", "configs/*.toml", "starter/*"],
         "socpo_fast.socratic.tasks": ["*/*.json", "*/*.safetensors", "*/*.jinja"],
-        "socpo_fast.report": ["*.json", "*.html"],
+        "socpo_fast.report": ["*.json", "*.html", "*.svg"],
     },
     **(extension_options() if BUILD != "none" else {}),
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from socpo_fast.socratic.episode import Episode, RolloutOptions
     from socpo_fast.socratic.rollout import arollouts, socratic_rollouts
     from socpo_fast.training.step import policy_gradients
+    from socpo_fast.training_run import TrainingRun, train
     from socpo_fast.types import (
         Attempt,
         Guidance,
@@ -43,6 +44,7 @@ _HOME = {
     "Rollout": "socpo_fast.types",
     "RolloutOptions": "socpo_fast.socratic.episode",
     "SamplingParams": "socpo_fast.types",
+    "TrainingRun": "socpo_fast.training_run",
     "Turn": "socpo_fast.types",
     "adopt_student": "socpo_fast.model",
     "arollouts": "socpo_fast.socratic.rollout",
@@ -54,6 +56,7 @@ _HOME = {
     "socratic_advantages": "socpo_fast.integrations.tensors",
     "socratic_episode": "socpo_fast.integrations.episode",
     "socratic_rollouts": "socpo_fast.socratic.rollout",
+    "train": "socpo_fast.training_run",
 }
 __all__ = [
     "AsyncEngine",
@@ -66,6 +69,7 @@ __all__ = [
     "Rollout",
     "RolloutOptions",
     "SamplingParams",
+    "TrainingRun",
     "Turn",
     "adopt_student",
     "arollouts",
@@ -77,6 +81,7 @@ __all__ = [
     "socratic_advantages",
     "socratic_episode",
     "socratic_rollouts",
+    "train",
 ]
 
 
@@ -87,3 +92,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'socpo_fast' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, also those that are not imported yet."""
+    return __all__

@@ -1,20 +1,19 @@
-"""Runs the command line: `socpo train|eval|rollout|plan|report|export|env`. Read main, then parse.
+"""Runs the command line. Read main, run, the commands in their order, then arguments.parse.
 
     socpo COMMAND [--config FILE.toml] [--section.key value ...]
 
-argparse splits the arguments and writes --help. config validates the values, so that a mistake in a
-file and one on the command line give the same message. Torch is imported by the command that needs
-it, after the configuration has been accepted. The docstrings of the commands are the help that
-users see.
+arguments.py reads the arguments of commands with settings. Torch is imported by the command that
+needs it, after the configuration has been accepted. The docstrings of the commands are the help
+that users see.
 
 Exit codes: 0 success; 2 an error of the caller or the disk, reported in one line (SOCPO_TRACEBACK=1
 shows the traceback); 128 plus the signal's number if a signal stopped it (130 for Ctrl-C).
 """
 
-import argparse
 import difflib
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -23,20 +22,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from socpo_fast.config import Config, load_config, read_toml
-from socpo_fast.config.text import (
-    describe,
-    expand_home,
-    fields_of,
-    rule_of,
-    sections_of,
-    to_text,
-    unknown_key,
-)
-from socpo_fast.files import RunFailed
-from socpo_fast.report.printable import one_line, printable, tell
+from socpo_fast.arguments import parse
+from socpo_fast.config import DEMO, Config
+from socpo_fast.config.text import expand_home
+from socpo_fast.files import RunFailed, replace_file
+from socpo_fast.report.printable import one_line, tell, tell_loading
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,17 +101,48 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
+def demo(words: Sequence[str]) -> None:
+    """see it work: train a tiny student on the built-in task, about a minute, no download"""
+    config, options = parse("demo", words, description=about("demo"), toml_path=DEMO)
+    load("trainer", config).train(config, dry_run="dry_run" in options)
+
+
+def init(words: Sequence[str]) -> None:
+    """begin your own: write settings, a teacher, a grader and 20 questions that run as they are"""
+    arguments = plain_arguments("init", words, 1, "one folder")
+    if arguments is None:
+        return
+    folder = Path(expand_home(arguments[0]))
+    files = {folder / name: (STARTER / name).read_bytes() for name in STARTER_FILES}
+    taken = [str(path) for path in (folder, *files) if os.path.lexists(path) and not path.is_dir()]
+    if taken:
+        raise ValueError(
+            f"init: {folder} must be a folder without files of these names, got "
+            f"{', '.join(taken)}; name another folder, nothing was written"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        replace_file(path, content)
+    tell(
+        f"{folder}: {', '.join(STARTER_FILES)}\n"
+        f"next: cd {shlex.quote(str(folder))} && socpo train --config config.toml"
+    )
+
+
 def train(words: Sequence[str]) -> None:
     """train a student, or go on where the run stopped; writes runs/NAME"""
-    config, _ = parse("train", words)
-    load("trainer").train(config)
+    config, options = parse("train", words, description=about("train"))
+    load("trainer", config).train(config, dry_run="dry_run" in options)
 
 
 def evaluate(words: Sequence[str]) -> None:
-    """unassisted and assisted accuracy of a checkpoint on data.eval: a table, then one JSON line"""
-    config, options = parse("eval", words)
+    """accuracy of a checkpoint on data.eval: a table, then a line of JSON; adds to eval.json"""
+    config, options = parse("eval", words, description=about("eval"))
     checkpoint = expand_home(options["checkpoint"]) if "checkpoint" in options else None
-    metrics = load("measure").evaluate(config, checkpoint)
+    is_dry = "dry_run" in options
+    metrics = load("measure", config).evaluate(config, checkpoint, dry_run=is_dry)
+    if is_dry:
+        return
     from socpo_fast.report.accuracy import accuracy_text
 
     tell(accuracy_text(metrics))
@@ -128,23 +151,37 @@ def evaluate(words: Sequence[str]) -> None:
 
 def rollout(words: Sequence[str]) -> None:
     """roll out without updates; writes runs/NAME/rollouts"""
-    config, _ = parse("rollout", words)
-    load("measure").rollout_only(config)
+    config, options = parse("rollout", words, description=about("rollout"))
+    load("measure", config).rollout_only(config, dry_run="dry_run" in options)
 
 
 def plan(words: Sequence[str]) -> None:
     """what a run takes of a card's memory, and the least time of a batch; no card needed"""
     # A plan is for a card, also when the file is for a run on a CPU. The arguments of the command
-    # line come last, so that an explicit --run.device cpu there is still refused.
-    config, options = parse("plan", ["--run.device", "cuda", *words])
+    # line come last, so that an explicit --run.device cpu there still counts.
+    on_card = ["--run.device", "cuda", *words]
+    config, options = parse("plan", on_card, description=about("plan"))
+    cards = load("report.cards", config)
+    if "card" not in options and not (config.run.device != "cpu" and cards.has_card()):
+        # Now the device that the settings name, which `on_card` has overridden.
+        config, _ = parse("plan", words)
+        if config.run.device == "cpu":
+            load("trainer").train(config, dry_run=True)
+            tell(f"for memory and time on a card add --card, one of {', '.join(cards.CARDS)}")
+            return
     from socpo_fast.report.plan import plan_text
     from socpo_fast.session import find_student
 
-    tell(plan_text(config, find_student(config), options))
+    tell(plan_text(config, find_student(config, weights=False), options))
 
 
-def load(name: str) -> Any:
-    """Imports and returns a module of the package; Ctrl-C ends the process during the import."""
+def load(name: str, config: Config | None = None) -> Any:
+    """Imports and returns a module of the package; Ctrl-C ends the process during the import.
+
+    With a config, it first says that PyTorch is loading, unless run.quiet is set.
+    """
+    if config is not None:
+        tell_loading("PyTorch", quiet=config.run.quiet)
     # The import of torch sometimes swallows a KeyboardInterrupt. Until it is done, the system's own
     # handler ends the process instead: no run has begun yet. A handler set by somebody else, or
     # another thread, is left alone.
@@ -159,58 +196,59 @@ def load(name: str) -> Any:
 
 
 def report(words: Sequence[str]) -> None:
-    """write curves.png and report.html of a run folder: socpo report runs/NAME"""
-    if asks_for_help("report", words):
+    """write report.html and curves.svg of a run: socpo report runs/NAME"""
+    arguments = plain_arguments("report", words or [str(Config().folder)], 1, "one run folder")
+    if arguments is None:
         return
-    if len(words) != 1 or words[0].startswith("-"):
-        raise ValueError(
-            f"report: arguments must be one run folder, got {list(words)}; for example socpo "
-            "report runs/run"
-        )
     from socpo_fast.report.write import write_report
 
-    tell(str(write_report(Path(expand_home(words[0])))))
+    tell(str(write_report(Path(expand_home(arguments[0])))))
 
 
 def export(words: Sequence[str]) -> None:
     """write all rollouts of a run to one parquet file in verl's layout"""
-    if asks_for_help("export", words):
+    arguments = plain_arguments("export", words, 2, "a run folder and a file")
+    if arguments is None:
         return
-    if len(words) != 2 or any(word.startswith("-") for word in words):
-        raise ValueError(
-            f"export: arguments must be a run folder and a file, got {list(words)}; for example "
-            "socpo export runs/run rollouts.parquet"
-        )
     from socpo_fast.report.rollouts import export_rollouts
 
-    folder, path = map(expand_home, words)
+    folder, path = map(expand_home, arguments)
     tell(f"{path}: {export_rollouts(folder, path)} rollouts")
 
 
 def env(words: Sequence[str]) -> None:
     """print device, versions and which implementation each op uses"""
-    if asks_for_help("env", words):
+    if plain_arguments("env", words, 0, "none") is None:
         return
-    if words:
-        raise ValueError(f"env: arguments must be none, got {list(words)}")
+    import torch
+
     from socpo_fast.ops import available_impls
     from socpo_fast.report.environment import environment
 
-    impls = {f"op {op}": impl for op, impl in available_impls().items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    impls = {f"op {op}": impl for op, impl in available_impls(device).items()}
     for name, value in {**environment(), **impls}.items():
         tell(f"{name:<24}{value}")
 
 
-def asks_for_help(command: str, words: Sequence[str]) -> bool:
-    """Whether the arguments of a command without settings ask for help; prints it then."""
-    if {"-h", "--help"}.isdisjoint(words):
-        return False
-    arguments = {"report": " FOLDER", "export": " FOLDER FILE.parquet"}.get(command, "")
-    tell(f"usage: socpo {command}{arguments}\n\n{COMMANDS[command].__doc__}.")
-    return True
+def plain_arguments(
+    command: str, words: Sequence[str], count: int, rule: str
+) -> Sequence[str] | None:
+    """Returns the arguments of a command without settings; None if it has printed its help."""
+    names, example = EXAMPLES[command]
+    if not {"-h", "--help"}.isdisjoint(words):
+        tell(f"usage: socpo {command}{names}\n\n{about(command)}\n\nfor example: {example}")
+        return None
+    if len(words) != count or any(word.startswith("-") for word in words):
+        raise ValueError(
+            f"{command}: arguments must be {rule}, got {[*words]}; for example {example}"
+        )
+    return words
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo,
+    "init": init,
     "train": train,
     "eval": evaluate,
     "rollout": rollout,
@@ -219,6 +257,15 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": export,
     "env": env,
 }
+# Commands without settings -> their arguments, and an example.
+EXAMPLES = {
+    "init": (" FOLDER", "socpo init my_task"),
+    "report": (" [FOLDER]", "socpo report runs/run"),
+    "export": (" FOLDER FILE.parquet", "socpo export runs/run rollouts.parquet"),
+    "env": ("", "socpo env"),
+}
+STARTER = Path(__file__).parent / "starter"
+STARTER_FILES = ("config.toml", "teacher.py", "grader.py", "questions.jsonl")
 USAGE = "\n".join(
     [
         "usage: socpo COMMAND [--config FILE.toml] [--section.key value ...]",
@@ -230,6 +277,11 @@ USAGE = "\n".join(
 )
 
 
+def about(command: str) -> str:
+    """Returns what a command does, as a sentence for its help."""
+    return f"{COMMANDS[command].__doc__}."
+
+
 def command_of(word: str) -> Callable[[Sequence[str]], None]:
     """Returns the command of a name; refuses an unknown one with the nearest known name."""
     if word not in COMMANDS:
@@ -237,109 +289,6 @@ def command_of(word: str) -> Callable[[Sequence[str]], None]:
         advice = f"did you mean {nearest[0]}?" if nearest else "known: " + ", ".join(COMMANDS)
         raise ValueError(f"socpo: unknown command {word}; {advice}")
     return COMMANDS[word]
-
-
-def parse(command: str, words: Sequence[str]) -> tuple[Config, dict[str, str]]:
-    """Returns the configuration that the arguments describe, and the command's own options.
-
-    Prints the help and exits if the arguments contain --help.
-    """
-    command_options = OPTIONS.get(command, {})
-    known_flags = {f"--{name}" for name in ("config", *command_options, *fields_of(Config))}
-    remaining = iter(words)
-    joined = []
-    for word in remaining:
-        name, equals, value = word.partition("=")
-        name = f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name
-        if name in known_flags and not equals:
-            # argparse would take a value with a leading minus (-1) for a flag. As one argument,
-            # --name=-1, it is unambiguous.
-            equals = "="
-            value = next(remaining, "--")
-            if value.startswith("--"):
-                raise ValueError(
-                    f"socpo {command}: {name} must be followed by its value, got nothing; none is "
-                    "a word"
-                )
-        joined.append(name + equals + value)
-    paths = [word.removeprefix("--config=") for word in joined if word.startswith("--config=")]
-    toml_path = paths[-1] if paths and paths[-1] != "none" else None
-    # The parser has no defaults, so that it returns exactly the settings on the command line. One
-    # that equals the default counts too, because the file may say otherwise.
-    parsed, unknown = reader(
-        command, {} if toml_path is None else read_toml(toml_path)
-    ).parse_known_args(joined)
-    if unknown:
-        if not unknown[0].startswith("--"):
-            raise ValueError(
-                f"socpo {command}: unexpected {unknown[0]!r}; settings are given as --section.key "
-                "value"
-            )
-        raise ValueError(unknown_key(Config, unknown[0].partition("=")[0].removeprefix("--")))
-    texts = vars(parsed)
-    del texts["config"]
-    # What is left in texts after this are settings.
-    options = {
-        name: text for name in command_options if (text := texts.pop(name, "none")) != "none"
-    }
-    return load_config(toml_path, texts), options
-
-
-class Reader(argparse.ArgumentParser):
-    """An argument parser that raises its errors, so that they are printed like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises what argparse would print with the usage before it exits."""
-        raise ValueError(f"{self.prog}: {message}")
-
-
-def reader(command: str, tables: dict[str, Any]) -> Reader:
-    """Returns a parser of all settings as text; its --help shows the file's values as defaults."""
-    parser = Reader(
-        prog=f"socpo {command}",
-        usage="%(prog)s [--config FILE.toml] [--section.key VALUE ...]",
-        description=f"{COMMANDS[command].__doc__}.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE.toml", default="none", help=CONFIG_HELP)
-    for name, (metavar, meaning) in OPTIONS.get(command, {}).items():
-        parser.add_argument(f"--{name}", metavar=metavar, help=meaning)
-    fields = fields_of(Config)
-    for section, (tag, models) in sections_of(Config).items():
-        first = next(iter(models.values()))
-        group = parser.add_argument_group(section, first.__mro__[1 if tag else 0].__doc__)
-        table = tables.get(section)
-        for name in (name for name in fields if name.startswith(f"{section}.")):
-            default = None if fields[name].is_required() else fields[name].default
-            if isinstance(table, dict):
-                default = table.get(name.removeprefix(f"{section}."), default)
-            meaning = (
-                f"{describe(Config, name)}. ({rule_of(Config, name)}) (default: {to_text(default)})"
-            )
-            group.add_argument(
-                f"--{name}", metavar="VALUE", help=printable(meaning).replace("%", "%%")
-            )
-    return parser
-
-
-CONFIG_HELP = "TOML file of [section] tables; the command line overrides it. (none = defaults)"
-# command -> its own options -> (name of the value, help)
-OPTIONS = {
-    "eval": {
-        "checkpoint": (
-            "FOLDER",
-            "checkpoint folder to evaluate; best = of the run's best evaluation. (none = its "
-            "last, or student.path)",
-        ),
-    },
-    "plan": {
-        "card": ("NAME", "kind of card, such as h100. (none = this machine's)"),
-        "prompt_tokens": ("TOKENS", "of an ordinary prompt, for the time. (none = 300)"),
-        "answer_tokens": ("TOKENS", "of an ordinary answer. (none = rollout.max_new_tokens)"),
-        "guidance_tokens": ("TOKENS", "of ordinary guidance. (none = 130)"),
-    },
-}
 
 
 if __name__ == "__main__":

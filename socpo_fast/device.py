@@ -132,7 +132,8 @@ def choose_vector_functions() -> None:
     for any larger tensor, one of them may compute its half with errors of 1e-4 (torch 2.13 on
     Intel: in half of all processes). The first step of a run would then not repeat bitwise.
     """
-    torch.ones(1).cos()
+    # device: load_student makes models on the meta device, where nothing would be computed.
+    torch.ones(1, device="cpu").cos()
 
 
 def bound_kernel_caches() -> None:

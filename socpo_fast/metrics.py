@@ -11,6 +11,9 @@ METRICS: dict[str, str] = {
     "success/pass_at_4": "chance that one of 4 first attempts is correct, unbiased (pass_at_16 "
     "for 16, ..)",
     "reward/mean": "mean reward of an attempt, after decay",
+    "reward/std": "standard deviation of these rewards over the attempts of the batch",
+    "reward/groups_without_signal": "share of questions whose attempts all have the same reward, "
+    "after decay, so that none stands out from its group",
     "decay/f_1": "factor on the reward of second attempts, the first ones' mean reward (f_2 for "
     "third ones, ..)",
     "guidance/rate": "share of rollouts in which the student was shown guidance",
@@ -24,10 +27,14 @@ METRICS: dict[str, str] = {
     "guidance/overflow": "rollouts that ended because the next context would exceed the model's "
     "length, count",
     "rollout/attempt_tokens": "mean length of an attempt, tokens",
+    "rollout/attempt_tokens_min": "length of the shortest attempt, tokens",
+    "rollout/attempt_tokens_max": "length of the longest attempt, tokens",
     "rollout/truncated": "share of attempts that hit the length limit",
     "policy/loss": "clipped policy loss of the update",
     "policy/entropy": "mean entropy of the next token at temperature, nats",
     "policy/ratio_mean": "mean of exp(logprob - old logprob)",
+    "policy/approx_kl": "KL from the policy of the old log-probs to the student, estimated on "
+    "their tokens (k3: mean of ratio - 1 - log ratio), nats",
     "policy/clip_fraction": "share of loss tokens whose ratio was clipped",
     "policy/grad_norm": "norm of the gradient before clipping",
     "policy/lr": "learning rate of the update",
@@ -37,6 +44,7 @@ METRICS: dict[str, str] = {
     "policy/sampler_mismatch_mean_nats": "mean of |trainer's - sampler's| log-prob of the sampled "
     "tokens, nats",
     "perf/rollout_tok_s": "sampled tokens a second of rollout, tok/s",
+    "perf/tokens_total": "tokens sampled in training rollouts since the run began, count",
     "perf/train_tok_s": "tokens forwarded a second of update, tok/s",
     "perf/prefill_tokens": "prompt, bridge and recomputed tokens the engine read, count",
     "perf/decode_tokens": "tokens sampled in decode rounds (an attempt's first one comes with its "

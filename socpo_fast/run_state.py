@@ -33,7 +33,7 @@ RECORD_VERSION = 3  # of what a run folder holds; since 3, checkpoints store the
 class RunState:
     """The state of a run. The trainer reports events to it and asks what is due next.
 
-    A checkpoint stores the first five fields. The others need not be stored, because a checkpoint
+    A checkpoint stores the first six fields. The others need not be stored, because a checkpoint
     is made between two batches, and a resumed run has nothing to save yet.
 
     Fields:
@@ -41,6 +41,7 @@ class RunState:
         eval_due:        whether an evaluation comes before the next batch.
         batch:           the number of finished batches.
         policy_version:  the engine's, at the end of the last batch.
+        num_tokens:      sampled in the rollouts of the finished batches.
         best:            the best evaluation after an update, or None. Its checkpoint is kept. Keys:
                          "update", "success", and "measured_by", a text of everything beside the
                          weights that the success depends on.
@@ -53,6 +54,7 @@ class RunState:
     eval_due: bool
     batch: int = 0
     policy_version: int = 0
+    num_tokens: int = 0
     best: dict[str, Any] | None = None
     save_due: bool = False
     between_batches: bool = True
@@ -98,6 +100,7 @@ class RunState:
             "batch": self.batch,
             "eval_due": self.eval_due,
             "policy_version": self.policy_version,
+            "num_tokens": self.num_tokens,
             "drawn_from": self.drawn_from,
             "best": self.best,
         }
@@ -137,6 +140,7 @@ class RunState:
             eval_due=record["eval_due"] and measured_by != "",
             batch=record["batch"],
             policy_version=record["policy_version"],
+            num_tokens=record.get("num_tokens", 0),  # some earlier checkpoints do not have it
             best=best and recall_best(best, checkpoint, measured_by=measured_by, is_own=is_own),
             is_saved=is_own,
         )

@@ -1,7 +1,7 @@
 """Makes everything that rollouts need from a config, and evaluates the student.
 
 That is the student, tokenizer, bridge, engine, teacher, grader and questions. Read Session from its
-__init__, then training_rollouts and evaluate.
+__init__, then training_rollouts and evaluate. UserParts are what a caller in Python gives instead.
 """
 
 import time
@@ -9,27 +9,31 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from socpo_fast.config import Config
+from socpo_fast.config import Config, LocalTeacherConfig
 from socpo_fast.device import bound_kernel_caches, select_device, set_threads
 from socpo_fast.engine import Engine
 from socpo_fast.model import Decoder, load_student
+from socpo_fast.model.hub import model_folder, pin_models
 from socpo_fast.ops import CreditOptions
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.report.cards import GIB
 from socpo_fast.report.memory_plan import settle
 from socpo_fast.report.plan import plan_table
+from socpo_fast.report.printable import tell_loading
 from socpo_fast.report.summary import Scores
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
-from socpo_fast.socratic.data import load_questions
+from socpo_fast.socratic.data import load_questions, questions_from_rows
 from socpo_fast.socratic.episode import RolloutOptions
-from socpo_fast.socratic.graders import check_ground_truth, make_grader
+from socpo_fast.socratic.graders import check_ground_truth
+from socpo_fast.socratic.question_rows import Columns
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.socratic.teachers import ask, background, make_teacher, result_of
+from socpo_fast.socratic.user_parts import UserParts
 from socpo_fast.training.checkpoint import check_undamaged
 from socpo_fast.training.optimizer import gradient_bytes
 from socpo_fast.types import (
@@ -55,7 +59,8 @@ class Session:
     """The student and everything that its rollouts need.
 
     With for_training the student is trainable, and `reference` is loaded, the frozen copy of the
-    start, if loss.kl_coef needs one.
+    start, if loss.kl_coef needs one. `parts` are used in place of what the settings name.
+    is_checked says that the caller has just compared the bytes of the student's checkpoint.
 
     Attributes:
         student_folder: the folder of the weights and the tokenizer.
@@ -63,17 +68,29 @@ class Session:
         plan:           the memory plan that replaced it, on a card; None on a CPU.
     """
 
-    def __init__(self, config: Config, *, for_training: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        parts: UserParts | None = None,
+        *,
+        for_training: bool = False,
+        is_checked: bool = False,
+    ):
+        self.parts = parts or UserParts()
+        self.parts.check(config)
         set_threads(config.run.threads)
         bound_kernel_caches()
         device = select_device(config.run.device)
+        config = pin_models(config)
+        tell_loading(f"the student {config.student.path}", quiet=config.run.quiet)
         self.student_folder = find_student(config)
-        check_undamaged(self.student_folder)
+        if not is_checked:
+            check_undamaged(self.student_folder)
         self.config, self.plan = settle(
             config, self.student_folder, device, is_training=for_training
         )
         config = self.config
-        self.grader = make_grader(config.data.grader, **config.grader.model_dump())
+        self.grader = self.parts.make_grader(config)
         self.student = self._load_student(device).requires_grad_(for_training)
         # After the model, whose loader gives the better message for a bad config.json.
         self.tokenizer = load_tokenizer(self.student_folder)
@@ -90,8 +107,11 @@ class Session:
         )
         self.options = rollout_options(config)
         self.uses_teacher = self.options.max_attempts > 1
-        self.teacher = make_teacher(config, device=str(device))
+        if self.uses_teacher and isinstance(config.teacher, LocalTeacherConfig):
+            tell_loading(f"the teacher {config.teacher.path}", quiet=config.run.quiet)
+        self.teacher = self.parts.teacher or make_teacher(config, device=str(device))
         self._is_teacher_tried = self._is_peak_told = False
+        self.num_left_out: dict[str, int] = {}  # by "train" and "eval", once they are loaded
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
             self.reference = self._load_student(device).requires_grad_(False)
@@ -130,6 +150,8 @@ class Session:
 
     def close(self) -> None:
         """Closes the teacher's connections, but does not wait for a hung one."""
+        if self.parts.teacher is not None:
+            return  # it is the caller's
         wait([background(self.teacher.aclose())], timeout=CLOSE_S)
 
     def _load_student(self, device: torch.device) -> Decoder:
@@ -207,16 +229,28 @@ class Session:
     ) -> list[Question]:
         """Returns the questions of a path, or `number` built-in ones drawn with `seed`."""
         data = self.config.data
-        if path != "builtin":
-            return load_questions(
-                path,
-                split=split,
-                subset=data.subset,
-                grader=data.grader,
-                bridge=self.bridge,
-                max_prompt_tokens=self.max_prompt_tokens,
-                truths_as_json=data.truths_as_json,
+        rows = self.parts.train if setting == "train" else self.parts.eval
+        if rows is not None or path != "builtin":
+            tell_loading(f"questions {path}", quiet=self.config.run.quiet)
+            checks: dict[str, Any] = {
+                "grader": data.grader,
+                "bridge": self.bridge,
+                "max_prompt_tokens": self.max_prompt_tokens,
+                "truths_as_json": data.truths_as_json,
+                "columns": Columns(
+                    question=data.question_column,
+                    ground_truth=data.ground_truth_column,
+                    reference_solution=data.reference_solution_column,
+                    system=data.system_column,
+                ),
+            }
+            loaded = (
+                load_questions(path, split=split, subset=data.subset, **checks)
+                if rows is None
+                else questions_from_rows(rows, name=setting, **checks)
             )
+            self.num_left_out[setting] = loaded.num_left_out
+            return loaded
         questions = molar_mass.questions(seed, number, setting)
         # With some graders no answer to a built-in question could be correct.
         try:
@@ -230,7 +264,9 @@ class Session:
         return self._rollouts(questions, self.params, batch_idx, self.options)
 
     def evaluate(
-        self, questions: Sequence[Question], on_rollout: Callable[[], None] = lambda: None
+        self,
+        questions: Sequence[Question],
+        on_rollout: Callable[[Rollout, Question], None] = lambda *_: None,
     ) -> dict[str, float]:
         """Measures the student's unassisted success and, with eval.assisted, its assisted success.
 
@@ -243,6 +279,7 @@ class Session:
         assisted = config.assisted and self.uses_teacher
         scores = Scores(questions, samples=config.samples, assisted=assisted)
         size = max(EVAL_SLICE_ROLLOUTS // config.samples, 1)
+        by_idx = {question.question_idx: question for question in questions}
         options = replace(
             self.options,
             group_size=config.samples,
@@ -254,7 +291,7 @@ class Session:
                 questions[start : start + size], params, EVAL_BATCH, options
             ):
                 scores.add(rollout)
-                on_rollout()
+                on_rollout(rollout, by_idx[rollout.question_idx])
         return scores.metrics() | {"time/total_s": time.perf_counter() - started}
 
     def _rollouts(
@@ -307,10 +344,12 @@ class Session:
             raise ValueError(f"{line}; mend it, or set teacher.on_silence continue")
 
 
-def find_student(config: Config) -> Path:
-    """Returns the folder that student.path names."""
+def find_student(config: Config, *, weights: bool = True) -> Path:
+    """Returns the folder that student.path names; a model of the hub is downloaded."""
     path = config.student.path
-    return molar_mass.STUDENT_DIR if path == "builtin" else Path(path)
+    if path == "builtin":
+        return molar_mass.STUDENT_DIR
+    return model_folder("student.path", path, weights=weights)
 
 
 def rollout_options(config: Config) -> RolloutOptions:

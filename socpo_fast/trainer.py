@@ -16,18 +16,28 @@ Departures from the textbook:
 import time
 from contextlib import ExitStack
 from itertools import groupby
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 
 from socpo_fast.config import Config
 from socpo_fast.files import RunFailed, StopRequested, replace_file
+from socpo_fast.metrics import Kind
 from socpo_fast.report.folder import run_folder
-from socpo_fast.report.progress import GuidanceWatch, Progress, first_line
+from socpo_fast.report.printable import one_line, tell
+from socpo_fast.report.progress import GuidanceWatch, Progress
 from socpo_fast.report.rollouts import drop_rollouts, write_rollouts
+from socpo_fast.report.run_end import finished_line, run_end
+from socpo_fast.report.run_plan import (
+    DRY_RUN_END,
+    Reached,
+    first_line,
+    num_evaluations,
+    run_plan_text,
+)
 from socpo_fast.report.settings import config_text, deciding, drawn_from, measured_by, settings_text
 from socpo_fast.report.summary import rollout_perf, sources_of, summarize
-from socpo_fast.report.tracker import MetricsWriter
+from socpo_fast.report.tracker import MetricsWriter, read_metrics
 from socpo_fast.report.write import report_note
 from socpo_fast.run_state import (
     RunState,
@@ -39,6 +49,7 @@ from socpo_fast.run_state import (
 )
 from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
+from socpo_fast.socratic.user_parts import UserParts
 from socpo_fast.stopping import StopSignals
 from socpo_fast.trace import note_span, recording
 from socpo_fast.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
@@ -46,13 +57,15 @@ from socpo_fast.training.update import Updater
 from socpo_fast.types import Question, Rollout
 
 
-def train(config: Config) -> None:
+def train(config: Config, *, dry_run: bool = False) -> None:
     """Trains, or continues where the run stopped; writes the run folder.
+
+    A dry run loads everything, prints what would be done, and writes nothing.
 
     Source: Liu et al. 2026, arXiv:2606.09887.
     """
     with run_folder(config.folder):
-        Trainer(config).run()
+        Trainer(config).run(dry_run=dry_run)
 
 
 class Trainer:
@@ -62,11 +75,11 @@ class Trainer:
     before run().
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, parts: UserParts | None = None):
         self.config = config
         self.resumed_from = find_checkpoint(config)
         self.checkpoints = config.folder / "checkpoints"
-        self.session = Session(config, for_training=True)
+        self.session = Session(config, parts, for_training=True)
         self.student = self.session.student
         self.engine = self.session.engine
         self.train_questions = self.session.train_questions()
@@ -78,6 +91,7 @@ class Trainer:
         self.updater = Updater(self.student, self.session.config, reference=self.session.reference)
         self.optimizer = self.updater.optimizer
         self.state, self.config_text = self.start_or_resume()
+        self.last_checkpoint = self.resumed_from if self.state.is_saved else None
         self.signals = StopSignals()
 
     def start_or_resume(self) -> tuple[RunState, str]:
@@ -113,11 +127,23 @@ class Trainer:
             is_own=state.is_saved,
         )
 
-    def run(self) -> None:
-        """Runs batches until run.num_batches, then writes the report; saves if it ends early."""
+    def run(self, *, dry_run: bool = False) -> None:
+        """Runs batches until run.num_batches, then writes the report; saves if it ends early.
+
+        A dry run only prints the plan. A run that is finished already only says so, and records
+        changed settings.
+        """
         with ExitStack() as stack:
             stack.callback(self.session.close)
-            self.open_outputs(stack)
+            finished = self.finished_line
+            if dry_run:
+                tell(finished or "\n".join([*self.plan_lines(), DRY_RUN_END]))
+                return
+            self.open_folder(stack)
+            if finished:
+                tell(finished)
+                return
+            self.open_display(stack)
             stack.enter_context(self.signals)
             try:
                 # Saves only if the run starts from another run's checkpoint. From here on it has
@@ -133,8 +159,54 @@ class Trainer:
                 # After RunFailed nothing is saved, because the disk itself may have failed.
                 if self.state.between_batches and not isinstance(error, RunFailed):
                     self.save()
+                # Before anything was measured there is nothing to sum up.
+                if any(self.progress.status.scores.values()):
+                    self.end_card(f"stopped by an error: {one_line(str(error))}")
                 raise
         self.progress.note(report_note(self.config.folder))
+        self.end_card("finished")
+
+    @property
+    def finished_line(self) -> str | None:
+        """Returns what to say if a start finds no batch, evaluation or save left to do."""
+        state = self.state
+        if state.batch < self.config.run.num_batches or state.eval_due or not state.is_saved:
+            return None
+        return finished_line(self.config, state.batch, self.last_checkpoint)
+
+    @property
+    def reached(self) -> Reached:
+        """Returns how far the run is."""
+        return Reached(self.state.batch, self.optimizer.num_updates, self.state.eval_due)
+
+    def plan_lines(self) -> list[str]:
+        """Returns the first lines of a run: its name, its sizes, and notes on the template."""
+        run = self.config.run
+        start = "from the start" if self.resumed_from is None else f"from {self.resumed_from.name}"
+        plan = run_plan_text(
+            self.config,
+            memory=self.session.memory_note,
+            num_questions=len(self.train_questions),
+            num_held_out=len(self.eval_questions),
+            num_left_out=sum(self.session.num_left_out.values()),
+            reached=self.reached,
+        )
+        name = f"run {run.name} {start}"
+        return [first_line(name, self.student, run.device), plan, *self.session.bridge.notes]
+
+    def end_card(self, outcome: str) -> None:
+        """Prints what the run came to, and what to do next."""
+        facts, commands = run_end(
+            self.config.folder,
+            best=self.state.best,
+            last=self.last_checkpoint,
+            goes_on_to=2 * self.config.run.num_batches if outcome == "finished" else None,
+            is_evaluated=bool(self.eval_questions),
+            is_loadable=self.session.parts == UserParts(),
+        )
+        self.progress.end_card(
+            f"run {self.config.run.name}: {outcome}", facts=facts, next_commands=commands
+        )
 
     def end_early(self) -> NoReturn:
         """Saves, unless a second signal came during updates; then ends the process."""
@@ -147,11 +219,11 @@ class Trainer:
             )
         else:
             outcome = f"amid the updates of batch {self.state.batch + 1}; the last checkpoint stays"
-        self.progress.note(f"stopped {outcome}")
+        self.end_card(f"stopped {outcome}")
         raise SystemExit(128 + (self.signals.received or 0)) from None
 
-    def open_outputs(self, stack: ExitStack) -> None:
-        """Opens what the run writes to until the stack closes, and prints the first lines."""
+    def open_folder(self, stack: ExitStack) -> None:
+        """Opens what the run writes to until the stack closes; removes what a later part left."""
         config = self.config
         resumed = None if self.resumed_from is None else self.optimizer.num_updates
         self.writer = stack.enter_context(MetricsWriter(config.folder, resume_after_update=resumed))
@@ -160,18 +232,23 @@ class Trainer:
         # makes them again.
         drop_rollouts(config.folder, after_batch=self.state.batch)
         mark_none_yet(self.checkpoints)
-        first = self.state.batch + 1
-        run = config.run
-        self.progress = Progress(num_batches=run.num_batches, first_batch=first, live=run.live)
+
+    def open_display(self, stack: ExitStack) -> None:
+        """Shows the run until the stack closes, and prints its first lines."""
+        run = self.config.run
+        self.progress = Progress(
+            num_batches=run.num_batches,
+            first_batch=self.state.batch + 1,
+            num_evals=num_evaluations(self.config, self.reached) if self.eval_questions else 0,
+            num_tokens=self.state.num_tokens,
+            earlier=read_metrics(self.writer.path),
+            live=run.live,
+            quiet=run.quiet,
+        )
         stack.enter_context(self.progress)
         self.guidance_watch = GuidanceWatch(self.progress)
-        first_note = first_line(run, self.student, self.resumed_from)
-        for note in (first_note, self.session.memory_note, *self.session.bridge.notes):
-            self.progress.note(note)
-        if self.state.batch >= config.run.num_batches:
-            self.progress.note(
-                f"finished at batch {self.state.batch}; raise run.num_batches to go on"
-            )
+        for line in self.plan_lines():
+            self.progress.note(line)
 
     def run_batches(self) -> None:
         """Runs what is due (evaluation, save) and then a batch, until run.num_batches are done."""
@@ -200,6 +277,8 @@ class Trainer:
             rollouts, options=self.credit, device=config.run.device
         )
         metrics |= summarize(rollouts, factors, self.sources)
+        num_tokens = self.state.num_tokens + sum(rollout.num_sampled for rollout in rollouts)
+        metrics["perf/tokens_total"] = float(num_tokens)
         # Before the updates: if one of them fails, the rollouts that caused it can be read.
         write_rollouts(config.folder, rollouts, questions, batch=batch)
         update_started = time.perf_counter()
@@ -207,6 +286,7 @@ class Trainer:
         with self.signals.stop_at(2), torch.enable_grad():
             self.state.begin_updates()
             self.update(rollouts, batch, advantages_A)
+        self.state.num_tokens = num_tokens
         updates_after = self.optimizer.num_updates
         is_last = batch == config.run.num_batches
         self.state.end_batch(
@@ -218,7 +298,8 @@ class Trainer:
         note_span("trainer", "update", since=update_started)
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
-        self.record(metrics | self.session.peak_memory(self.progress.note), kind="batch")
+        metrics |= self.session.peak_memory(self.progress.note)
+        self.record(metrics, kind="batch", batch=batch)
         silence = self.guidance_watch.watch_batch(rollouts, metrics)
         # After the last batch there is nothing left to stop.
         if silence and not is_last:
@@ -230,17 +311,13 @@ class Trainer:
         """Returns all rollouts of a batch, in the order of questions, and performance metrics."""
         started = time.perf_counter()
         stats_before = self.engine.stats
-        self.progress.phase(
-            "rollout",
-            batch=batch,
-            update=self.optimizer.num_updates,
-            total=len(questions) * self.config.rollout.group_size,
-        )
+        total = len(questions) * self.config.rollout.group_size
+        self.progress.phase("rollout", batch=batch, update=self.optimizer.num_updates, total=total)
         rollouts = []
         with self.signals.stop_at(1):
             for rollout in self.session.training_rollouts(list(questions.values()), batch):
                 rollouts.append(rollout)
-                self.progress.advance(num_tokens=rollout.num_sampled)
+                self.progress.add_rollout(rollout, questions[rollout.question_idx])
         perf = rollout_perf(
             rollouts, stats_before, self.engine.stats, time.perf_counter() - started
         )
@@ -256,21 +333,18 @@ class Trainer:
         groups = [
             list(group) for _, group in groupby(rollouts, key=lambda rollout: rollout.question_idx)
         ]
-        self.progress.phase(
-            "update",
-            batch=batch,
-            update=self.optimizer.num_updates,
-            total=len(groups) * self.config.train.epochs,
-        )
         order = update_order(self.config, len(groups), batch)
+        self.progress.phase(
+            "update", batch=batch, update=self.optimizer.num_updates, total=len(order)
+        )
         # During updates the engine is empty, so its KV cache holds the gradients.
         with self.engine.lend_memory() as memory, self.optimizer.gradients_in(memory):
-            for num_groups, metrics in self.updater.updates(groups, order, advantages_A):
-                self.engine.bump_policy_version()
-                self.writer.write(
-                    metrics, kind="update", batch=batch, update=self.optimizer.num_updates
-                )
-                self.progress.advance(num_groups)
+            for progress in self.updater.microbatches(groups, order, advantages_A):
+                self.progress.work(progress.work, progress.done, progress.total)
+                if progress.metrics is not None:
+                    self.engine.bump_policy_version()
+                    self.record(progress.metrics, kind="update", batch=batch)
+                    self.progress.advance()
 
     def evaluate(self) -> None:
         """Evaluates the current student and records the result."""
@@ -281,8 +355,8 @@ class Trainer:
             total=len(self.eval_questions) * self.config.eval.samples,
         )
         with self.signals.stop_at(1):
-            metrics = self.session.evaluate(self.eval_questions, self.progress.advance)
-        self.record(metrics, kind="eval")
+            metrics = self.session.evaluate(self.eval_questions, self.progress.add_rollout)
+        self.record(metrics, kind="eval", batch=self.state.batch)
         success = metrics["success/unassisted"]
         update = self.optimizer.num_updates
         if self.state.end_evaluation(update=update, success=success, measured_by=self.measured_by):
@@ -305,11 +379,11 @@ class Trainer:
         prune_checkpoints(
             newest, self.config.run.keep_checkpoints, (self.state.best or {}).get("update")
         )
+        self.last_checkpoint = newest
         self.state.end_save()
 
-    def record(self, metrics: dict[str, float], *, kind: Literal["batch", "eval"]) -> None:
-        """Writes metrics of the finished batch, or of the evaluation after it, and prints them."""
-        batch = self.state.batch
+    def record(self, metrics: dict[str, float], *, kind: Kind, batch: int) -> None:
+        """Writes metrics of a finished batch, update or evaluation, and shows them."""
         update = self.optimizer.num_updates
         self.writer.write(metrics, kind=kind, batch=batch, update=update)
         self.progress.report(metrics, kind=kind, batch=batch, update=update)

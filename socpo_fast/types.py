@@ -138,7 +138,17 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceRequest:
-    """Everything that a teacher may see of one wrong attempt. None = withheld or not known."""
+    """Everything that a teacher may see of one wrong attempt.
+
+    Fields:
+        question:           the last user message.
+        student_answer:     the attempt as text. Of one longer than rollout.attempt_limit its
+                            beginning and end, or only the beginning (teacher.view).
+        ground_truth:       None, unless teacher.reveal_answer is true.
+        reference_solution: None, unless teacher.show_reference is true and the question has one.
+        key:                which batch and question it is; rollout_idx and attempt_idx count from
+                            0 within the question and the rollout.
+    """
 
     question: str
     student_answer: str
@@ -151,7 +161,7 @@ class GuidanceRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """A teacher's message after a wrong attempt."""
+    """A teacher's message after a wrong attempt. A teacher may as well return the text alone."""
 
     text: str
 

@@ -5,6 +5,7 @@ torch is only imported once the configuration is known to be good.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 import torch
 
 import socpo_fast
-from socpo_fast.cli import COMMANDS, main, parse
-from socpo_fast.config import Config
+from socpo_fast.arguments import parse
+from socpo_fast.cli import COMMANDS, main
+from socpo_fast.config import DEMO, Config, load_config
 from socpo_fast.config.text import fields_of
+from socpo_fast.types import GuidanceRequest
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,8 +42,8 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "success/unassisted_high": 0.75,
     }
 
-    def record(*arguments: object) -> dict[str, float]:
-        fake.calls.append(arguments)
+    def record(*arguments: object, dry_run: bool = False) -> dict[str, float]:
+        fake.calls.append((*arguments, dry_run))
         if fake.error is not None:
             raise fake.error
         return fake.metrics
@@ -101,7 +104,18 @@ REFUSED = {
     ),
     "no value": (
         ["train", "--train.lr"],
-        "socpo train: --train.lr must be followed by its value, got nothing",
+        "socpo train: --train.lr must be followed by its value, got nothing; for example "
+        "--train.lr 1e-06\n",
+    ),
+    "no value that may be absent": (
+        ["train", "--data.subset"],
+        "socpo train: --data.subset must be followed by its value, got nothing; for example "
+        "--data.subset none\n",
+    ),
+    "no value where there is no default": (
+        ["train", "--teacher.url", "--run.live"],
+        "socpo train: --teacher.url must be followed by its value, got nothing; for example "
+        "--teacher.url VALUE\n",
     ),
     "a flag for a value": (
         ["train", "--run.max-x", "--train.lr"],
@@ -109,7 +123,8 @@ REFUSED = {
     ),
     "no file name": (
         ["eval", "--config", "--checkpoint", "x"],
-        "socpo eval: --config must be followed by its value",
+        "socpo eval: --config must be followed by its value, got nothing; for example --config "
+        "FILE.toml\n",
     ),
     "out of range": (
         ["train", "--train.lr", "7"],
@@ -122,8 +137,12 @@ REFUSED = {
     "checkpoint of train": (["train", "--checkpoint", "x"], "config: unknown key checkpoint; "),
     "command": (["trian"], "socpo: unknown command trian; did you mean train?"),
     "no file": (["train", "--config", "none.toml"], "config: none.toml must be a readable file: "),
-    "report of nothing": (["report"], "report: arguments must be one run folder, got []"),
+    "two reports": (["report", "a", "b"], "report: arguments must be one run folder, got ['a', "),
     "report elsewhere": (["report", "no/such/run"], "report: no/such/run must be a run folder"),
+    "nowhere to begin": (
+        ["init"],
+        "init: arguments must be one folder, got []; for example socpo ",
+    ),
 }
 
 
@@ -165,16 +184,23 @@ def test_help_shows_every_field_with_range_and_default(
     assert [name for name in fields_of(Config) if f"--{name}" not in text] == []
     assert "AdamW learning rate after warm-up. (a number > 0 and <= 1) (default: 0.25)" in text
     assert ("--checkpoint" in text) == (command == "eval")
+    functions = text[text.index("functions of your own") :]
+    for field in dataclasses.fields(GuidanceRequest):
+        assert f".{field.name}" in functions
+    assert "grade(text, question)" in functions
+    assert "Guidance(text=..)" in functions
 
 
 def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert [command for command in COMMANDS if f"\n  {command} " not in text] == []
+    assert [line.split()[0] for line in text.splitlines()[2:-2]] == list(COMMANDS)
+    assert list(COMMANDS)[:2] == ["demo", "init"], "a newcomer reads these first"
     assert main([]) == 2
+    assert capsys.readouterr().out == text
 
 
-@pytest.mark.parametrize("command", ["report", "env"])
+@pytest.mark.parametrize("command", ["init", "report", "export", "env"])
 def test_commands_without_settings_have_help(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,13 +217,39 @@ def test_commands_reach_the_trainer(
     assert main(["train", "--run.seed", "5"]) == 0
     assert main(["rollout"]) == 0
     assert main(["eval", "--checkpoint", "runs/x/checkpoints/update_000010"]) == 0
-    (trained,), (rolled,), (evaluated, checkpoint) = trainer.calls
+    (trained, *_), (rolled, *_), (evaluated, checkpoint, _) = trainer.calls
     assert (trained.run.seed, rolled, evaluated) == (5, Config(), Config())
     assert checkpoint == "runs/x/checkpoints/update_000010"
-    *table, last = capsys.readouterr().out.splitlines()
+    *_, loading, header, row, last = capsys.readouterr().out.splitlines()
+    assert loading == "loading PyTorch .."
     assert json.loads(last) == trainer.metrics
-    assert table[0].endswith("share   95 % interval, by question")
-    assert table[1] == "unassisted (avg@k)  50.0 %   25.0 to 75.0 %"
+    assert header.endswith("share   95 % interval, by question")
+    assert row == "unassisted (avg@k)  50.0 %   25.0 to 75.0 %"
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--dry_run", "--quiet"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "rollout"])
+def test_flags_take_no_value(
+    command: str,
+    flag: str,
+    trainer: SimpleNamespace,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([command, flag, "--run.seed", "5"]) == 0
+    [(config, *_, dry_run)] = trainer.calls
+    assert (config.run.seed, config.run.quiet, dry_run) == (5, flag == "--quiet", flag != "--quiet")
+    assert ("loading" in capsys.readouterr().out) == (flag != "--quiet")
+    assert main([command, flag, "true"]) == 2
+    assert f"socpo {command}: unexpected 'true'" in capsys.readouterr().err
+
+
+def test_demo_is_the_shipped_run(trainer: SimpleNamespace) -> None:
+    assert main(["demo", "--run.num-batches", "3"]) == 0
+    [(config, _)] = trainer.calls
+    shipped = load_config(DEMO, {"run.num_batches": 3})
+    assert config == shipped
+    assert (config.run.name, config.data.train) == ("molar_mass", "builtin")
+    assert main(["demo", "--config", "x.toml"]) == 2
 
 
 def test_exit_codes_of_failing_commands(
@@ -227,6 +279,32 @@ def test_env_names_machine_versions_and_ops(capsys: pytest.CaptureFixture[str]) 
     # A CUDA build calls itself 2.11.0+cu130, while its metadata may say 2.11.0.
     assert facts["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert int(facts["cores"]) >= 1
+
+
+def test_a_missing_file_is_told_with_near_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rule = "must be a readable file:"
+    for path, advice in (
+        ("config.toml", "No such file or directory; socpo init FOLDER writes one"),
+        ("my_task/confg.toml", "No such file or directory; did you mean my_task/config.toml?"),
+        ("my_task", "Is a directory; did you mean my_task/config.toml?"),
+        ("my_task/other", "No such file or directory; there is my_task/config.toml"),
+    ):
+        assert main(["train", "--config", path]) == 2
+        assert capsys.readouterr().err == f"config: {path} {rule} {advice}\n"
+        if not Path("my_task").exists():
+            assert main(["init", "my_task"]) == 0
+            capsys.readouterr()
+
+
+def test_defaults_suit_the_builtin_student() -> None:
+    """Also where other settings of the section are given; an explicit value and a model win."""
+    assert parse("train", [])[0].rollout.max_new_tokens == 128
+    assert parse("train", ["--rollout.group_size", "2"])[0].rollout.max_new_tokens == 128
+    assert parse("train", ["--rollout.max_new_tokens", "99"])[0].rollout.max_new_tokens == 99
+    assert parse("train", ["--student.path", "my/model"])[0].rollout.max_new_tokens == 1024
 
 
 def test_explicit_default_differs_from_no_argument() -> None:

@@ -267,7 +267,10 @@ def test_fields_are_described_and_defaults_are_valid() -> None:
         assert describe(Config, name), name
         assert rule_of(Config, name), name
         if not owners_of(Config, name):
-            assert load_config(None, {name: field.default}) == load_config(), name
+            # The built-in student has a default of its own for the length of attempts.
+            others = {"student.path": "m"} if name.startswith("rollout.") else {}
+            explicit = load_config(None, {**others, name: field.default})
+            assert explicit == load_config(None, others), name
 
 
 def test_fields_of_a_request_are_a_table(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def test_only_one_slice_of_rollouts_is_in_memory(monkeypatch: pytest.MonkeyPatch
     num_other = num_rollouts()
     run(
         load_config(CONFIG, SMALL | {"eval.assisted": False}),
-        on_rollout=lambda: num_held.append(num_rollouts() - num_other),
+        on_rollout=lambda *_: num_held.append(num_rollouts() - num_other),
     )
     assert len(num_held) == 10 * SAMPLES
     assert max(num_held) <= 2 * SAMPLES + 1  # the slice, and the last rollout of the previous slice

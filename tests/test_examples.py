@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import functools
+import json
 import re
 import runpy
 import socket
@@ -138,6 +139,38 @@ def test_your_teacher_asks_a_server(
         assert call["headers"]["Authorization"] == "Bearer sk-1"
         assert call["body"]["model"] == "a-model"
         assert "What is the molar mass of" in call["body"]["messages"][0]["content"]
+
+
+def test_notebook_runs_in_an_event_loop(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cell by cell, as Jupyter runs it, on fewer batches and questions."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "first_run.ipynb").read_text(encoding="utf-8"))["cells"]
+    smaller = {"num_batches=20": "num_batches=2", "questions_per_batch=16": "questions_per_batch=8"}
+    smaller |= {"n=40,": "n=8,"}
+    names: dict[str, Any] = {"__name__": "__main__"}
+
+    async def run_cells() -> None:
+        for cell in cells:
+            source = "".join(cell["source"])
+            for full, small in smaller.items():
+                source = source.replace(full, small)
+            if cell["cell_type"] == "code":
+                flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+                if awaited := eval(compile(source, "first_run.ipynb", "exec", flags=flags), names):
+                    await awaited
+
+    asyncio.run(run_cells())
+    run = names["run"]
+    assert [row["kind"] for row in run.metrics].count("batch") == 2
+    assert (len(names["rows"]), len(names["held_out"])) == (400, 8)
+    assert len(names["curves"]["unassisted, eval"]) == 2
+    assert re.search(
+        r"Student: .*\n\nTeacher: .*Recheck its atomic mass", *(capsys.readouterr().out, re.DOTALL)
+    )
+    assert "<pre" in run._repr_html_()
+    assert not any(cell.get("outputs") for cell in cells)
 
 
 def run_block(idx: int, **names: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tests.helpers.import_graph import Graph, find_circles, find_forbidden, impo
 PACKAGE = Path(__file__).parent.parent / "socpo_fast"
 LAYERS = {
     "cli": 7,
+    "arguments": 6,
     "session": 6,
     "run_state": 6,
     "stopping": 6,
@@ -44,6 +45,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "device": (),
     "files": (),
     "extras": (),
+    "starter": ("types",),
     "trace": ("files",),
 }
 

@@ -1,8 +1,7 @@
-"""What a run writes: rows of metrics, rollout files, TensorBoard, and the live display."""
+"""What a run writes: rows of metrics, rollout files and TensorBoard."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from pathlib import Path
@@ -14,64 +13,10 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from socpo_fast.metrics import METRICS, meaning_of
 from socpo_fast.report.accuracy import sparkline
-from socpo_fast.report.progress import Progress
 from socpo_fast.report.rollouts import rollout_record, write_rollouts
-from socpo_fast.report.summary import source_metric
+from socpo_fast.report.summary import source_metric, summarize
 from socpo_fast.report.tracker import MetricsWriter, read_jsonl, read_metrics
-from socpo_fast.types import Attempt, Question, Rollout, RolloutKey, ShownGuidance, Turn
-
-
-def make_attempt(attempt_idx: int) -> Attempt:
-    return Attempt(
-        token_ids=[1, 2, 3],
-        logprobs=torch.zeros(3),
-        kept_mass=torch.ones(3),
-        finish_reason="stop",
-        key=RolloutKey(0, 0),
-        rollout_idx=0,
-        attempt_idx=attempt_idx,
-        policy_version=4,
-    )
-
-
-def make_question(question_idx: int) -> Question:
-    messages = (
-        {"role": "system", "content": "Be exact."},
-        {"role": "user", "content": f"Question {question_idx}?"},
-    )
-    return Question(
-        question_idx=question_idx, messages=messages, ground_truth="42", data_source="test"
-    )
-
-
-def make_rollout(
-    question_idx: int,
-    rollout_idx: int,
-    first: dict[str, float] | None = None,
-    second: dict[str, float] | None = None,
-) -> Rollout:
-    """Returns a rollout whose first attempt is wrong and guided, and whose second one is right.
-
-    `first` and `second` are further fields of the two turns.
-    """
-    text = "Look again."
-    guidance = ShownGuidance(raw_text=text, text=text, kept_tokens=3, bridge_ids=[9])
-    return Rollout(
-        question_idx=question_idx,
-        rollout_idx=rollout_idx,
-        prompt_ids=[7],
-        turns=[
-            Turn(attempt=make_attempt(0), text="41", guidance=guidance, **(first or {})),
-            Turn(
-                attempt=make_attempt(1),
-                text="42",
-                is_correct=True,
-                raw_reward=1.0,
-                **(second or {}),
-            ),
-        ],
-        end_reason="correct",
-    )
+from tests.helpers.made_records import make_question, make_rollout
 
 
 def write_updates(folder: Path, updates: range, resume_after_update: int | None = None) -> None:
@@ -219,37 +164,18 @@ def test_rollout_file_ignores_the_finishing_order(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file stays"
 
 
-def test_plain_progress_is_one_line_a_batch() -> None:
-    file = io.StringIO()
-    with Progress(num_batches=4, live=True, file=file) as progress:
-        progress.note("run [bold]x[/bold]")
-        progress.phase("rollout", batch=1, update=0, total=2)
-        progress.advance(num_tokens=10)
-        progress.report({"policy/loss": 1.0}, kind="update", batch=1, update=1)
-        metrics = {"success/unassisted": 0.25, "success/assisted": 0.5, "perf/rollout_tok_s": 800.4}
-        progress.report(metrics, kind="batch", batch=1, update=2)
-        progress.report({"success/unassisted": math.nan}, kind="eval", batch=1, update=2)
-    lines = file.getvalue().splitlines()
-    assert lines[0] == "run [bold]x[/bold]"
-    assert lines[1].startswith(
-        "train batch 1/4 update 2  unassisted 25.0%  assisted 50.0%  800 tok/s  left 0:00:0"
-    )
-    assert lines[2].startswith("eval  batch 1/4 update 2  unassisted nan%")
-    assert len(lines) == 3
-
-
-def test_live_display_shows_progress_speed_and_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich: treat the file as a terminal
-    monkeypatch.setenv("COLUMNS", "100")
-    file = io.StringIO()
-    with Progress(num_batches=9, first_batch=3, live=True, file=file) as progress:
-        progress.report({"success/unassisted": 0.0}, kind="batch", batch=3, update=2)
-        progress.report({"success/unassisted": 1.0}, kind="batch", batch=4, update=4)
-        progress.phase("rollout", batch=5, update=4, total=8)
-        progress.advance(3, num_tokens=30)
-    display = file.getvalue()
-    for text in ("batch 5/9", "update 4", "rollout 3/8", "tok/s", "▁█", "100.0%"):
-        assert text in display
+def test_spread_and_signal_of_rewards() -> None:
+    """Two groups: rewards 0, 0.5 and 0, 0.5 differ within each of them; 0 and 0 do not."""
+    rollouts = [make_rollout(0, i, {"reward": 0.0}, {"reward": 0.5}) for i in (0, 1)]
+    rollouts.append(make_rollout(1, 0, {"reward": 0.0}, {"reward": 0.0}))
+    rollouts[0].turns[0].attempt.token_ids = [1] * 9
+    metrics = summarize(rollouts, [0.5])
+    rewards = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0, 0.0])
+    assert metrics["reward/std"] == pytest.approx(rewards.std(correction=0).item())
+    assert metrics["reward/groups_without_signal"] == 0.5
+    names = [f"rollout/attempt_tokens{end}" for end in ("_min", "", "_max")]
+    assert [metrics[name] for name in names] == [3.0, 4.0, 9.0]
+    assert all(meaning_of(name) for name in metrics)
 
 
 def test_sparkline_spans_zero_to_one() -> None:

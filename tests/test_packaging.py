@@ -12,11 +12,13 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,14 +27,15 @@ PROJECT = PYPROJECT["project"]
 # The extension of another torch, as far as it is looked at before it would be loaded.
 OTHER_TORCH = b"\x7fELF socpo_fast._C is built for torch 1.13.1\0"
 TINY_RUN = {
-    "run.name": "tiny",
     "run.num_batches": 1,
     "rollout.questions_per_batch": 2,
     "rollout.group_size": 2,
+    "rollout.max_new_tokens": 64,
     "train.questions_per_update": 2,
     "data.builtin_eval_questions": 2,
     "eval.samples": 1,
 }
+TINY = [word for key, value in TINY_RUN.items() for word in (f"--{key}", str(value))]
 
 
 def run(command: list[str], cwd: Path, **environ: str) -> str:
@@ -59,15 +62,39 @@ def build(kind: str, tree: Path, to: Path, **environ: str) -> tuple[Path, str]:
     return path, printed
 
 
+def modules_of_extras() -> list[str]:
+    """The installed modules that no core dependency, nor what it needs itself, brings."""
+    core = {"socpo-fast"}
+    needed = [*map(Requirement, PROJECT["dependencies"])]
+    while needed:
+        requirement = needed.pop()
+        name = canonicalize_name(requirement.name)
+        is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if is_needed and name not in core:
+            core.add(name)
+            needed += map(Requirement, metadata.requires(name) or [])
+    owners = metadata.packages_distributions()
+    return sorted(
+        module for module, names in owners.items() if core.isdisjoint(map(canonicalize_name, names))
+    )
+
+
+def hide(modules: list[str]) -> str:
+    """Returns a line of Python after which these modules cannot be imported."""
+    return f"import sys; sys.modules.update(dict.fromkeys({modules!r}))"
+
+
 def install(dist: Path, folder: Path, **environ: str) -> Path:
-    """Installs into a new environment that borrows our dependencies; returns its bin folder."""
+    """Installs into a new environment with our core dependencies; returns its bin folder."""
     venv.create(folder, with_pip=False)
     paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
     borrowed = sysconfig.get_paths()["purelib"]
-    Path(paths["purelib"], "borrowed.pth").write_text(borrowed, encoding="utf-8")
+    pth = Path(paths["purelib"], "borrowed.pth")
+    pth.write_text(borrowed, encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--python", f"{paths['scripts']}/python", "install"]
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
     run([*pip, *options, str(dist)], folder, **environ)
+    pth.write_text(f"{borrowed}\n{hide(modules_of_extras())}\n", encoding="utf-8")
     return Path(paths["scripts"])
 
 
@@ -101,12 +128,13 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_sdist_is_the_repository(unpacked: Path, repository: list[str]) -> None:
-    """Kernels are there twice, since an sdist holds files in place of the symbolic link."""
-    kernels = {name for name in repository if name.startswith("kernels/")}
-    linked = {f"socpo_fast/{name}" for name in kernels}
+    """Kernels and configs are there twice: an sdist holds files in place of symbolic links."""
+    links = {"socpo_fast/kernels", "socpo_fast/configs"}
+    targets = ("kernels/", "configs/")
+    linked = {f"socpo_fast/{name}" for name in repository if name.startswith(targets)}
     files = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     made = {name for name in files if re.match(r"PKG-INFO|setup\.cfg|socpo_fast\.egg-info", name)}
-    assert files - made == {*repository, *linked} - {"socpo_fast/kernels"}
+    assert files - made == {*repository, *linked} - links
     assert not [path for path in unpacked.rglob("*") if path.is_symlink()]
 
 
@@ -124,7 +152,7 @@ def test_wheel_without_csrc(unpacked: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("built", ["auto", "none"])
-def test_installs_train_in_an_empty_folder(
+def test_commands_run_in_an_empty_folder(
     built: str, sdist: Path, unpacked: Path, tmp_path: Path
 ) -> None:
     """A compiled wheel, made of the sdist, and an sdist that is installed without a compiler."""
@@ -132,14 +160,42 @@ def test_installs_train_in_an_empty_folder(
     scripts = install(dist, tmp_path / "venv", SOCPO_BUILD="none", CXX="no-compiler")
     empty = tmp_path / "empty"
     empty.mkdir()
+
+    def socpo(*words: str) -> str:
+        return run([str(scripts / "socpo"), *words], empty)
+
     where = run([str(scripts / "python"), "-c", "import socpo_fast as s; print(s.__file__)"], empty)
     assert where.startswith(str(tmp_path / "venv"))
-    impls = run([str(scripts / "socpo"), "env"], empty)
-    assert re.search(r"op swiglu +(\w+)", impls)[1] == {"auto": "cpp", "none": "ref"}[built]
-    settings = [word for key, value in TINY_RUN.items() for word in (f"--{key}", str(value))]
-    config = str(unpacked / "configs" / "molar_mass.toml")
-    run([str(scripts / "socpo"), "train", "--config", config, *settings], empty)
-    assert (empty / "runs" / "tiny" / "metrics.jsonl").stat().st_size > 0
+    assert re.search(r"op swiglu +(\w+)", socpo("env"))[1] == {"auto": "cpp", "none": "ref"}[built]
+    for command in ("demo", "train", "eval", "rollout", "plan"):
+        socpo(command, *["--dry-run"] * (command != "plan"))
+        assert not [*empty.iterdir()]
+    socpo("demo", *TINY)
+    socpo("train", *TINY)
+    for name in ("molar_mass", "run"):
+        assert (empty / "runs" / name / "metrics.jsonl").stat().st_size > 0
+        assert not (empty / "runs" / name / "tb").exists(), "tensorboard is an extra"
+    socpo("eval", *TINY)
+    socpo("rollout", *TINY, "--run.name", "rollouts")
+    assert str(empty / "runs" / "run") in socpo("report", str(empty / "runs" / "run"))
+    assert "<svg" in (empty / "runs" / "run" / "report.html").read_text(encoding="utf-8")
+    socpo("init", "mine")
+    run([str(scripts / "socpo"), "train", "--config", "config.toml", *TINY], empty / "mine")
+
+
+def test_core_dependencies_are_enough(tmp_path: Path) -> None:
+    """Training, report and all, where nothing else is installed; what needs more says what."""
+    hidden = modules_of_extras()
+    assert {"datasets", "pandas", "pyarrow", "tensorboard", "matplotlib", "pytest"} <= {*hidden}
+    export = ["export", "runs/molar_mass", "rollouts.parquet"]
+    code = [
+        hide(hidden),
+        "from socpo_fast.cli import main",
+        f"assert main(['demo', *{TINY}]) == 0",
+        f"assert main({export}) == 2",
+    ]
+    printed = run([sys.executable, "-c", "\n".join(code)], tmp_path, PYTHONPATH=str(ROOT))
+    assert "pip install 'socpo_fast[parquet]'" in printed.splitlines()[-1]
 
 
 def test_extension_of_another_torch_is_refused(tmp_path: Path) -> None:
@@ -161,7 +217,8 @@ def test_floors_are_those_that_are_tested() -> None:
         name, is_pin, version = line.partition("==")
         if is_pin:
             pins[name] = Version(version)
-    extras = [PROJECT["optional-dependencies"][name] for name in ("gpu", "math", "trl")]
+    optional = ("gpu", "math", "trl", "parquet", "datasets", "tensorboard")
+    extras = [PROJECT["optional-dependencies"][name] for name in optional]
     for text in [*PROJECT["dependencies"], *chain(*extras)]:
         requirement = Requirement(text)
         pin = pins[requirement.name]

@@ -106,7 +106,8 @@ def test_plan_of_a_run_without_updates(planner: Planner) -> None:
 def test_the_command_needs_no_card(planner: Planner, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = planner.words("Qwen3-0.6B", "--student.dtype", "bfloat16", "--prompt-tokens", "77")
     assert main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
+    loading, *lines = capsys.readouterr().out.splitlines()
+    assert loading == "loading PyTorch .."
     assert lines[0] == "memory plan, GiB: 0.596B parameters, bfloat16, trained, on H100 with 79.1"
     assert lines[1] == "  weights                                       1.11"
     assert "  train.token_budget = 24576 (auto)" in lines
@@ -128,6 +129,22 @@ def test_plan_for_a_named_card_ignores_device_cpu(
     assert load_config(path).run.device == "cpu"
     assert main(["plan", "--config", str(path), "--card", "l4"]) == 0
     assert "engine.kv_cache_gib = 0.25 (fixed, 131072 tokens)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--card", "none"], ["--run.device", "cpu"]])
+def test_without_a_card_the_run_itself_is_planned(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: words == ["--run.device", "cpu"])
+    assert main(["plan", *words, "--run.num-batches", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  batches        3 of 256 rollouts (32 questions x 8), 768 in all" in lines
+    assert lines[-1] == f"for memory and time on a card add --card, one of {', '.join(CARDS)}"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_card_facts_come_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,13 +81,13 @@ REFUSED = {
         "machine's own is asked",
     ),
     "no card here": (
-        ["--card", "none"],
+        ["--card", "none", "--run.device", "cuda"],
         f"plan: run.device: cuda must be a card that torch {torch.__version__} can use, got "
         f"{NO_CARD}, or name a kind of card with --card: {', '.join(CARDS)}",
     ),
-    "CPU": (
+    "a card for a run on a CPU": (
         ["--run.device", "cpu"],
-        "plan: run.device must be cuda, or left out: on a CPU there is nothing to plan, got 'cpu'",
+        "plan: run.device must be cuda or left out with --card, got 'cpu'; leave one out",
     ),
     "no folder": (
         ["--student.path", "FOLDER"],

@@ -81,7 +81,13 @@ def test_a_finished_run_says_so(run_dir: Path, capsys: Capture) -> None:
     assert main(words_of("train", run_dir, {})) == 0
     old_files = snapshot(run_dir / "run")
     assert main(words_of("train", run_dir, {})) == 0
-    assert "finished at batch 1; raise run.num_batches to go on\n" in capsys.readouterr().out
+    folder = run_dir / "run"
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line == (
+        f"run run is finished at batch 1: report: {folder / 'report.html'}, last checkpoint "
+        f"{folder / 'checkpoints' / 'update_000001'}; to go on: socpo train --config "
+        f"{folder / 'config.toml'} --run.num_batches 2"
+    )
     new_files = snapshot(run_dir / "run")
     names = [name for name in old_files if not name.startswith(("tb/", "report"))]
     assert {name: new_files[name] for name in names} == {name: old_files[name] for name in names}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from socpo_fast.cli import main
 from socpo_fast.config import load_config
+from socpo_fast.report.tracker import read_metrics
 from tests.helpers.bad_input import Words, assert_refused, finished_run, run_dir, snapshot, words_of
 
 __all__ = ["finished_run", "run_dir"]  # fixtures
@@ -112,7 +115,7 @@ def test_damaged_checkpoint_is_skipped(run_dir: Path, capsys: Capture) -> None:
     message = "update_000003/tokenizer.json has other bytes .*; passed over for update_000002"
     with pytest.warns(UserWarning, match=message):
         assert main(words_of("train", run_dir, stop_at_2)) == 0
-    assert "finished at batch 2; raise run.num_batches to go on" in capsys.readouterr().out
+    assert "run run2 is finished at batch 2: report: " in capsys.readouterr().out
     assert snapshot(folder / "update_000003") == damaged_files
     with pytest.warns(UserWarning, match="passed over"):
         assert main(words_of("train", run_dir, words)) == 0
@@ -156,7 +159,7 @@ def test_links_in_a_run_are_replaced_or_used(run_dir: Path, tmp_path: Path) -> N
     run = run_dir / "run"
     victim = tmp_path / "victim"
     disk = tmp_path / "disk"
-    for name in ("curves.png", "report.html", "metrics.jsonl.tmp", "config.toml.tmp"):
+    for name in ("curves.svg", "report.html", "metrics.jsonl.tmp", "config.toml.tmp"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(victim)
     disk.mkdir()
@@ -270,6 +273,16 @@ def test_tensorboard_never_ends_a_run(
     with pytest.warns(UserWarning, match="run/tb: TensorBoard stops here"):
         assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
     assert "update_000002" in checkpoints_of(run_dir)
+
+
+def test_tensorboard_may_be_absent(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said of it: metrics.jsonl has every number."""
+    shutil.rmtree(run_dir / "run" / "tb")
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with warnings.catch_warnings(action="error"):
+        assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0
+    assert not (run_dir / "run" / "tb").exists()
+    assert len(read_metrics(run_dir / "run" / "metrics.jsonl")) >= 2
 
 
 def test_lost_metrics_are_told(run_dir: Path) -> None:

@@ -46,7 +46,7 @@ def test_one_process_a_folder(run_dir: Path, capsys: Capture) -> None:
         metrics_path.with_suffix(".away").rename(metrics_path)
         assert snapshot(run_dir) == old_files
         assert main(words_of("eval", run_dir, {})) == 0  # it only reads
-        # It replaces report.html and curves.png as a whole.
+        # It replaces report.html and curves.svg as a whole.
         assert main(["report", str(run_dir / "run")]) == 0
         holder.send_signal(signal.SIGKILL)
     assert main(words_of("train", run_dir, {"run.num_batches": 2})) == 0

@@ -16,6 +16,7 @@ from socpo_fast.config import load_config
 from socpo_fast.model import Decoder
 from socpo_fast.session import Session
 from socpo_fast.trainer import Trainer
+from socpo_fast.types import Question
 
 CONFIG = Path(__file__).parent.parent / "configs" / "molar_mass.toml"
 SETTINGS = {"engine.kv_cache_gib": "auto", "data.eval": "none", "data.builtin_train_questions": 16}
@@ -103,4 +104,15 @@ print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPAC
     result = subprocess.run(
         [sys.executable, "-c", program, str(CONFIG)], capture_output=True, text=True, check=True
     )
-    assert result.stdout == "128 64\n"
+    assert result.stdout.splitlines()[-1] == "128 64"
+
+
+async def says_yes(text: str, question: Question) -> bool:
+    await asyncio.sleep(0)
+    return True
+
+
+def test_a_named_grader_may_be_async() -> None:
+    session = Session(load_config(CONFIG, SETTINGS | {"data.grader": f"{__name__}:says_yes"}))
+    [rollout] = [*session.training_rollouts(session.train_questions()[:1], 0)][:1]
+    assert rollout.turns[0].is_correct and len(rollout.turns) == 1

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,25 @@ def hostile_rule(_request: Any) -> str:
 def hostile_grader(_text: str, _question: Any) -> dict[str, float]:
     """Plays a grader whose part of the reward has a hostile name."""
     return {EVIL: 0.0}
+
+
+def test_a_terminal_that_vanishes_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, end = os.openpty()
+    file = os.fdopen(end, "w")
+    with Progress(num_batches=3, file=file) as progress:
+        for batch in (1, 2, 3):
+            progress.phase("rollout", batch=batch, update=0, total=1)
+            progress.advance(num_tokens=7)
+            progress.report({"success/unassisted": 0.5}, kind="batch", batch=batch, update=2)
+            progress.note("a line")
+            time.sleep(0.6)  # two drawings
+            if batch == 1:
+                assert b"training 50.0 %" in os.read(terminal, 65536)
+                os.close(terminal)
+        progress.end_card("run r: finished")
+    with suppress(OSError):
+        file.close()
 
 
 def test_hostile_texts_on_a_live_display(tmp_path: Path) -> None:

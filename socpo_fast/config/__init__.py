@@ -1,11 +1,12 @@
 """Holds the configuration: typed, frozen sections, read from TOML and `section.key` overrides.
 
 Read Config, then load_config and the rules between sections: find_conflicts refuses,
-find_suspicious warns. sections.py defines the sections, teachers.py those of the teacher. text.py
-converts values from and to text and words the errors. torch is not imported here, so that a
+find_suspicious warns. sections.py defines the sections, data.py and teachers.py two larger ones.
+text.py converts values from and to text and words the errors. torch is not imported here, so that a
 mistyped setting is refused before the slow import.
 """
 
+import difflib
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -14,11 +15,11 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
+from socpo_fast.config.data import DataConfig
 from socpo_fast.config.sections import (
     REWARDS,
     AdvantageConfig,
     AnyReward,
-    DataConfig,
     EngineConfig,
     EvalConfig,
     GraderConfig,
@@ -42,6 +43,7 @@ from socpo_fast.config.text import choose_kinds, expand_home, explain, from_text
 from socpo_fast.registries import LR_SCHEDULES
 
 __all__ = [
+    "DEMO",
     "AdvantageConfig",
     "Config",
     "DataConfig",
@@ -62,6 +64,10 @@ __all__ = [
     "load_config",
     "read_toml",
 ]
+
+BUILTIN_NEW_TOKENS = 128  # the built-in student has 512 positions in all
+# The settings of `socpo demo`: the built-in task, about a minute on two cores.
+DEMO = Path(__file__).parent.parent / "configs" / "molar_mass.toml"
 
 
 class Config(Section):
@@ -113,6 +119,18 @@ class Config(Section):
             * self.train.epochs
             * (self.rollout.questions_per_batch // self.train.questions_per_update)
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorten_attempts_of_builtin(cls, tables: Any) -> Any:
+        """Makes rollout.max_new_tokens default to what suits the built-in student."""
+        if not isinstance(tables, dict):
+            return tables
+        student, rollout = tables.get("student", {}), tables.get("rollout", {})
+        are_tables = isinstance(student, dict) and isinstance(rollout, dict)
+        if not are_tables or student.get("path", "builtin") != "builtin":
+            return tables
+        return {**tables, "rollout": {"max_new_tokens": BUILTIN_NEW_TOKENS, **rollout}}
 
     @model_validator(mode="after")
     def _check_between_sections(self) -> Self:
@@ -168,9 +186,22 @@ def read_toml(toml_path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"config: {toml_path} must be a readable file: {error.strerror}") from None
+        raise ValueError(
+            f"config: {toml_path} must be a readable file: {error.strerror}{_near(path)}"
+        ) from None
     except (ValueError, RecursionError) as error:  # broken TOML, not UTF-8, nested without end
         raise ValueError(f"config: {toml_path} must be TOML: {error}") from None
+
+
+def _near(path: Path) -> str:
+    """Returns which TOML file is in a folder, or has a name like that of a file that is missing."""
+    folder = path if path.is_dir() else path.parent
+    names = sorted(file.name for file in folder.glob("*.toml"))
+    nearest = names[:1] if folder == path else difflib.get_close_matches(path.name, names, n=1)
+    if nearest:
+        return f"; did you mean {folder / nearest[0]}?"
+    there = ", ".join(str(folder / name) for name in names[:3])
+    return f"; there is {there}" if names else "; socpo init FOLDER writes one"
 
 
 def find_conflicts(config: Config) -> str | None:

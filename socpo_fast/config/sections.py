@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from socpo_fast.config.text import LocalPath, one_of
-from socpo_fast.registries import ESTIMATORS, GRADERS, LR_SCHEDULES, SCHEDULES, Schedule
+from socpo_fast.registries import ESTIMATORS, LR_SCHEDULES, SCHEDULES, Schedule
 
 # Limits that no run needs to pass. Beyond them a slip of the keyboard would fill the memory or
 # never end, where it should be refused.
@@ -102,7 +102,7 @@ class StudentConfig(Section):
     path: LocalPath = Field(
         default="builtin",
         min_length=1,
-        description="Hugging Face folder, or builtin",
+        description="Hugging Face folder, OWNER/NAME[@REVISION] of the hub, or builtin",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -113,54 +113,6 @@ class StudentConfig(Section):
         description="for chat templates that ask (Qwen3: false = no thinking); none = the "
         "template's own",
     )
-
-
-class DataConfig(Section):
-    """Questions and how an answer is graded."""
-
-    train: LocalPath = Field(
-        default="builtin",
-        min_length=1,
-        description="parquet or JSONL file, hub data set, or builtin",
-    )
-    eval: LocalPath | None = Field(
-        default="builtin",
-        description="held-out questions, the same kinds; none = no evaluation (default with own "
-        "data.train)",
-    )
-    train_split: str = Field(
-        default="train", min_length=1, description="split of a folder or hub data set to train on"
-    )
-    eval_split: str = Field(
-        default="test", min_length=1, description="split of a folder or hub data set held out"
-    )
-    subset: str | None = Field(
-        default=None, description="subset of a hub data set that has several; none = it has one"
-    )
-    grader: Annotated[str, *one_of(GRADERS, or_function=True)] = Field(
-        default="exact",
-        description="who grades an answer; module:function(text, question) is your own",
-    )
-    truths_as_json: bool = Field(
-        default=False, description="truths may be lists or objects; your grader gets their JSON"
-    )
-    max_prompt_tokens: Tokens = Field(
-        default=2048, ge=1, description="longest prompt in tokens; longer ones are left out"
-    )
-    builtin_train_questions: int = Field(
-        default=20_000, ge=1, le=20_000, description="built-in training questions"
-    )
-    builtin_eval_questions: int = Field(
-        default=200, ge=1, le=20_000, description="built-in held-out questions"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_evaluation_on_other_data(cls, table: Any) -> Any:
-        """Makes eval default to none if data.train is the user's own."""
-        # The built-in held-out questions would say nothing about such a student.
-        is_user_data = isinstance(table, dict) and table.get("train", "builtin") != "builtin"
-        return {"eval": None, **table} if is_user_data else table
 
 
 class GraderConfig(Section):
@@ -190,7 +142,11 @@ class RolloutConfig(Section):
     temperature: float = Field(
         default=1.0, gt=0, le=10, description="sampling temperature, also that of the loss"
     )
-    max_new_tokens: Tokens = Field(default=1024, ge=1, description="longest attempt, tokens")
+    max_new_tokens: Tokens = Field(
+        default=1024,
+        ge=1,
+        description="longest attempt, tokens; with the built-in student 128 is the default",
+    )
     attempt_limit: Count = Field(
         default=1024, ge=1, description="tokens of an attempt that the next one sees (its head)"
     )

@@ -79,10 +79,12 @@ class ModelTeacherConfig(TeacherConfig):
 
 
 class LocalTeacherConfig(ModelTeacherConfig):
-    """A Hugging Face folder, run in this process."""
+    """A Hugging Face model, run in this process."""
 
-    kind: Literal["local"] = Field(default="local", description="a Hugging Face folder")
-    path: LocalPath = Field(min_length=1, description="Hugging Face folder")
+    kind: Literal["local"] = Field(default="local", description="a Hugging Face model")
+    path: LocalPath = Field(
+        min_length=1, description="Hugging Face folder, or OWNER/NAME[@REVISION] of the hub"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="parameter type; auto = bfloat16 on a card, float32 on a CPU"
     )

@@ -9,6 +9,7 @@ Read Engine.step, then submit and resume. Departures from a serving engine:
   pages computed with older weights are released.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -109,6 +110,8 @@ class Engine:
         # Rollouts under each key that are neither released nor cancelled.
         self._in_flight: Counter[RolloutKey] = Counter()
         self._is_lent = False  # inside of a lend_memory block
+        # Id of the only thread that may use the engine, if arollouts or an AsyncEngine drives it.
+        self.driven_by: int | None = None
 
     @property
     def stats(self) -> EngineStats:
@@ -141,8 +144,10 @@ class Engine:
 
         Raises:
             ValueError: an empty prompt, a token id outside the vocabulary, a key beyond 64 bits or
-                in flight, a request that can never fit, or a call inside of lend_memory.
+                in flight, a request that can never fit, or a call inside of lend_memory or beside a
+                thread that drives the engine.
         """
+        self._check_thread("submit")
         check_rule(
             "submit",
             "memory of the engine",
@@ -207,8 +212,10 @@ class Engine:
 
         Raises:
             ValueError: the attempt was released or resumed before, kept_tokens is not in
-                [1, length of the row], suffix_ids is empty, or the context can never fit.
+                [1, length of the row], suffix_ids is empty, the context can never fit, or another
+                thread drives the engine.
         """
+        self._check_thread("resume")
         old = check_resume(attempt, self.scheduler.pinned.get(attempt), suffix_ids, kept_tokens)
         token_ids = old.token_ids[:kept_tokens] + list(suffix_ids)
         check_fits("resume", token_ids, params, self.student.config, self.pool)
@@ -239,7 +246,9 @@ class Engine:
 
         Raises:
             RuntimeError: a parameter's storage was replaced. Nothing is sampled from the old one.
+            ValueError: another thread drives the engine.
         """
+        self._check_thread("launch")
         if self._watch.is_written():
             self.bump_policy_version()
         self.steps.launch()
@@ -283,6 +292,7 @@ class Engine:
             ValueError: the engine has work, keys are not one different pair for each prompt, or
                 submit would refuse a prompt.
         """
+        self._check_thread("generate")
         if self.has_work:
             raise ValueError(
                 "generate: the engine must be idle, got unfinished requests; step until they are "
@@ -405,6 +415,17 @@ class Engine:
         self.policy_version += 1
         self.runner.bind_weights()
         self.scheduler.drop_all_pages(self.policy_version)
+
+    def _check_thread(self, where: str) -> None:
+        """Refuses a call beside the thread that drives the engine: steps of two would mix."""
+        check_rule(
+            where,
+            "calling thread",
+            threading.current_thread().name,
+            self.driven_by in (None, threading.get_ident()),
+            "that of the arollouts or AsyncEngine that drives the engine",
+            "let it end first",
+        )
 
     def _forget(self, sequence: Sequence) -> None:
         """Releases the pages and the key of a sequence that the scheduler no longer holds."""

@@ -6,10 +6,11 @@ next one behind the calls that have arrived meanwhile:
 
     tasks, on any event loop    generate    generate   end                 run
                                     v           v       v                   v
-    engine's thread              _start step _start  _drop  step step step  call step ..
+    engine's thread              _start step _start  _end   step step step  call step ..
 """
 
 import asyncio
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ import torch
 
 from socpo_fast.engine import Engine, fresh_batch
 from socpo_fast.ops._checks import check_rule
-from socpo_fast.socratic.rollout import check_idle, driven_by_threads
+from socpo_fast.socratic.rollout import check_idle
 from socpo_fast.types import Attempt, RolloutKey, SamplingParams
 
 Result = TypeVar("Result")
@@ -40,10 +41,6 @@ class _Request:
     attempt: Attempt | None = None  # None: in flight
     idle_since: float = 0.0  # time.monotonic of the end of its attempt
     answer: Future[Attempt] = field(default_factory=Future)
-
-    def __post_init__(self) -> None:
-        # From here on the future cannot be cancelled, so the engine's thread can always set it.
-        self.answer.set_running_or_notify_cancel()
 
 
 class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
@@ -72,15 +69,15 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
 
     def __init__(self, engine: Engine, *, max_idle_s: float = 600.0):
         check_idle("AsyncEngine", engine)
-        driven_by_threads.add(id(engine))
         self._engine = engine
         self._max_idle_s = max_idle_s
         self._batch = fresh_batch()
         self._numbers = count()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="socpo-engine")
+        engine.driven_by = self._thread.submit(threading.get_ident).result()
         self._closing: Future[None] | None = None
         # The following belong to the engine's thread.
-        self._requests: dict[str, _Request] = {}  # the finished ones in the order of idle_since
+        self._requests: dict[str, _Request] = {}
         # Called once: by aclose, or when neither callers nor jobs of the thread hold this object.
         self._give_back = weakref.finalize(self, _give_back, engine, self._requests)
         self._give_back.atexit = False
@@ -102,12 +99,14 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         """
         check_rule("AsyncEngine", "params.n", params.n, params.n == 1, "1", "call generate n times")
         request = _Request(request_id=request_id, row=list(prompt_ids), params=params)
+        # From here on the future cannot be cancelled, so the engine's thread can always set it.
+        request.answer.set_running_or_notify_cancel()
         self._queue(self._start, request)
         try:
             return await asyncio.wrap_future(request.answer)
         except asyncio.CancelledError:
             with suppress(RuntimeError):  # closed meanwhile, which has ended it
-                self._queue(self._drop, request)
+                self._queue(self._end, request)
             raise
 
     def end(self, request_id: str) -> None:
@@ -116,7 +115,7 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         If it is in flight, its generate raises RuntimeError.
         """
         with suppress(RuntimeError):  # closed, so it has ended
-            self._queue(self._end, request_id)
+            self._queue(lambda: self._end(self._requests.get(request_id)))
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """Calls a function on the engine's thread between two steps; requests go on after it.
@@ -206,32 +205,28 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
                 request.attempt = attempt
                 request.row += attempt.token_ids
                 request.idle_since = time.monotonic()
-                self._requests[request.request_id] = self._requests.pop(request.request_id)
                 request.answer.set_result(attempt)
         except BaseException as error:  # noqa: BLE001 - every waiting task gets it
             try:
                 self._engine.reset()
             finally:
-                for request_id in list(self._requests):
-                    self._end(request_id, cause=error)
+                for request in list(self._requests.values()):
+                    self._end(request, cause=error)
         self._go_on()
 
-    def _drop(self, request: _Request) -> None:
-        """Ends a request that nobody awaits any more, unless a later one has taken its name."""
-        if self._requests.get(request.request_id) is request:
-            self._end(request.request_id)
-
-    def _end(self, request_id: str, cause: BaseException | None = None) -> None:
-        """Ends a request, whether finished or in flight; does nothing if there is none."""
-        request = self._requests.pop(request_id, None)
-        if request and request.attempt:
+    def _end(self, request: _Request | None, cause: BaseException | None = None) -> None:
+        """Ends a request, finished or in flight, unless it has ended or was followed up."""
+        if request is None or self._requests.get(request.request_id) is not request:
+            return
+        del self._requests[request.request_id]
+        if request.attempt:
             self._engine.release([request.attempt])
-        elif request:
+        else:
             del self._in_flight[request.key]
             self._engine.cancel(request.key)
             reason = f"a failed step, {type(cause).__name__}: {cause}" if cause else "end or aclose"
             failure = RuntimeError(
-                f"AsyncEngine: request {request_id!r} must finish before it is ended, got "
+                f"AsyncEngine: request {request.request_id!r} must finish before it is ended, got "
                 f"{reason}; ask again"
             )
             failure.__cause__ = cause
@@ -240,15 +235,15 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
     def _end_idle(self) -> None:
         """Ends finished requests that have waited for a follow-up for too long."""
         limit = time.monotonic() - self._max_idle_s
-        finished = (request for request in self._requests.values() if request.attempt)
-        for request in list(takewhile(lambda request: request.idle_since < limit, finished)):
-            self._end(request.request_id)
+        for request in list(self._requests.values()):
+            if request.attempt and request.idle_since < limit:
+                self._end(request)
 
     def _close(self) -> None:
         """Ends all requests and gives the engine back. It is the last job of a caller."""
         try:
-            for request_id in list(self._requests):
-                self._end(request_id)
+            for request in list(self._requests.values()):
+                self._end(request)
         finally:
             self._give_back()
             self._thread.shutdown(wait=False)
@@ -257,4 +252,4 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
 def _give_back(engine: Engine, requests: dict[str, _Request]) -> None:
     """Lets others use an engine again, without pages or keys of requests that nobody ended."""
     engine.release(request.attempt for request in requests.values() if request.attempt)
-    driven_by_threads.discard(id(engine))
+    engine.driven_by = None

@@ -15,8 +15,15 @@ from socpo_fast.ops._checks import check_rule
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
-from socpo_fast.socratic.rollout import IMMEDIATE_WAIT_S, tell
-from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
+from socpo_fast.socratic.rollout import tell
+from socpo_fast.socratic.teachers import (
+    Teacher,
+    TeacherFunction,
+    as_teacher,
+    ask,
+    result_of,
+    wait_if_immediate,
+)
 from socpo_fast.types import (
     Attempt,
     Guidance,
@@ -109,7 +116,8 @@ def play_episodes(
     guide = as_teacher(teacher)
     live = list(episodes)
     while goes_on(len(live)):
-        token_ids, logprobs = generate([_next_context(episode) for episode in live])
+        contexts = [episode.rollout.context_ids(len(episode.rollout.turns)) for episode in live]
+        token_ids, logprobs = generate(contexts)
         num_rows = len(token_ids)
         # One that was called without contexts may return what it likes.
         has_all = num_rows == len(live) or not live
@@ -138,10 +146,6 @@ def play_episodes(
         tell(episode)
 
 
-def _next_context(episode: Episode) -> list[int]:
-    return episode.rollout.context_ids(len(episode.rollout.turns))
-
-
 def _attempt(
     episode: Episode,
     token_ids: list[int],
@@ -156,8 +160,7 @@ def _attempt(
             f"{where}: generate must return 1 to {max_new_tokens} token ids, got {len(token_ids)}"
         )
     # An unknown log-prob is NaN, so that training on it cannot go unnoticed.
-    if logprobs is None:
-        logprobs = [None] * len(token_ids)
+    logprobs = [None] * len(token_ids) if logprobs is None else logprobs
     check_rule(
         where,
         "number of log-probs",
@@ -185,11 +188,8 @@ def _ask_all(
     futures: list[Future[Guidance | None]] = []
     try:
         for episode, request in asked:
-            earlier_done = all(future.done() for future in futures)
             futures.append(ask(guide, request, episode.options.guidance_timeout_s))
-            # As in socratic/rollout.py: calls that take no time are made in a fixed order.
-            if guide.immediate and earlier_done:
-                wait(futures, timeout=IMMEDIATE_WAIT_S)
+            wait_if_immediate(guide, futures)
         while not all(future.done() for future in futures):
             # A local teacher answers only while step() runs its engine.
             if not guide.step():

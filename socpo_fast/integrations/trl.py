@@ -22,7 +22,6 @@ Departures from TRL's own trainer:
 
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -71,6 +70,7 @@ DEFAULT_CREDIT = CreditOptions()
 # batch, however small.
 EVAL_CREDIT = CreditOptions(schedule="none", estimator="dr_grpo")
 EVAL_METRIC = "success/unassisted"
+EVAL_STEP = -1  # stands for the optimizer step to which a generation of an evaluation belongs
 
 
 def socratic_reward(*, socratic_reward: list[Any], **_columns: Any) -> list[Any]:
@@ -147,9 +147,8 @@ class SocraticGRPOTrainer(GRPOTrainer):
         self.rollouts: list[Rollout] = []  # of this rank, in the order of TRL's rows
         self.kv_cache_gib = kv_cache_gib
         self.generation = generation
-        self._eval_batches = count(1)
-        self._generated_at = -1  # global_step of the last generation
-        self._nth_generation = 0
+        # Number of generations so far: of the optimizer step, or the evaluation, that came last.
+        self._generations: dict[int, int] = {}
         # Our engine stops at all ids below; TRL's generation only at its own.
         check_rule(
             WHERE,
@@ -178,10 +177,10 @@ class SocraticGRPOTrainer(GRPOTrainer):
         """Adds our advantages and the sampler's log-probs to TRL's batch."""
         self._rows = inputs  # TRL hands only the prompts to rollout_func
         output = super()._generate_and_score_completions(inputs)
-        advantages_BC = torch.zeros(output["completion_ids"].shape)
-        for i, (start, stop) in enumerate(self._completions()):
-            advantages_BC[i, : stop - start] = self._padded.advantages_BL[i, start:stop]
-        output["advantages"] = advantages_BC.to(self.accelerator.device)
+        is_sampled_BC = (output["completion_mask"] * output["tool_mask"]).bool()
+        advantages_N = self._advantages_N.to(is_sampled_BC.device)
+        zeros_BC = advantages_N.new_zeros(is_sampled_BC.shape)
+        output["advantages"] = zeros_BC.masked_scatter(is_sampled_BC, advantages_N)
         if self.generation == "engine":
             # Else TRL takes the current log-probs for the old ones, or computes them once more.
             output["old_per_token_logps"] = output["sampling_per_token_logps"]
@@ -214,13 +213,15 @@ class SocraticGRPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         self.rollouts = everyone[first : first + len(prompts)]
-        self._padded = pad_rollouts(self.rollouts, rows="rollout", pad_id=0)
-        has_logprobs = is_ours or self.use_vllm
+        # By itself each rollout is a row without padding.
+        padded = [pad_rollouts([rollout], rows="rollout", pad_id=0) for rollout in self.rollouts]
+        self._advantages_N = torch.cat([row.advantages_BL[row.loss_mask_BL] for row in padded])
+        logprobs = self._completions([row.logprobs_BL for row in padded])
         return {
             "prompt_ids": [rollout.prompt_ids for rollout in self.rollouts],
-            "completion_ids": self._completion_lists(self._padded.ids_BL),
-            "logprobs": self._completion_lists(self._padded.logprobs_BL) if has_logprobs else None,
-            "env_mask": self._completion_lists(self._padded.loss_mask_BL.int()),
+            "completion_ids": self._completions([row.ids_BL for row in padded]),
+            "logprobs": logprobs if is_ours or self.use_vllm else None,
+            "env_mask": self._completions([row.loss_mask_BL.int() for row in padded]),
             "socratic_reward": [rollout.turns[-1].reward for rollout in self.rollouts],
         }
 
@@ -295,28 +296,22 @@ class SocraticGRPOTrainer(GRPOTrainer):
 
     def _batch_idx(self) -> int:
         """Returns what names the sampling noise: the same number in a run that resumes."""
-        if not self.model.training:
-            return -next(self._eval_batches)
         # An optimizer step may need several generations, which must not share their noise.
-        step = self.state.global_step
-        self._nth_generation = self._nth_generation + 1 if step == self._generated_at else 0
-        self._generated_at = step
-        return step * self.args.gradient_accumulation_steps + self._nth_generation
+        step = self.state.global_step if self.model.training else EVAL_STEP
+        nth = self._generations.get(step, 0)
+        self._generations = {step: nth + 1}
+        first = step * self.args.gradient_accumulation_steps
+        return first + nth if self.model.training else -1 - nth
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates as TRL does; the same weights give the same numbers with our engine."""
-        self._eval_batches = count(1)
+        self._generations = {}
         return super().evaluate(*args, **kwargs)
 
-    def _completions(self) -> list[tuple[int, int]]:
-        """Returns where TRL's completion begins and ends in each padded row."""
-        stops = self._padded.attention_mask_BL.sum(1).tolist()
-        return [(len(r.prompt_ids), stop) for r, stop in zip(self.rollouts, stops, strict=True)]
-
-    def _completion_lists(self, values_BL: Tensor) -> list[list[Any]]:
-        """Returns the values of the completions, a list for each row."""
-        rows = zip(values_BL, self._completions(), strict=True)
-        return [values_L[start:stop].tolist() for values_L, (start, stop) in rows]
+    def _completions(self, rows_1L: list[Tensor]) -> list[list[Any]]:
+        """Returns what TRL calls the completions: the rows without the prompts."""
+        pairs = zip(rows_1L, self.rollouts, strict=True)
+        return [row_1L[0, len(rollout.prompt_ids) :].tolist() for row_1L, rollout in pairs]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Computes the loss of a microbatch with our op, or as TRL does."""

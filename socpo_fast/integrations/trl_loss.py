@@ -101,8 +101,13 @@ def fused_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
             attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             policy_head=policy_head,
         )
-    ref_logprobs_N = of_loss_tokens("ref_per_token_logps")
-    _log(trainer, outcome, of_loss_tokens("advantages"), ref_logprobs_N, mask_BC)
+    _log(
+        trainer,
+        outcome,
+        of_loss_tokens("advantages"),
+        of_loss_tokens("ref_per_token_logps"),
+        mask_BC,
+    )
     return outcome.loss
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from socpo_fast.model.config import ARCHITECTURES, ModelConfig
 from socpo_fast.model.decoder import Decoder
-from socpo_fast.model.hf_views import LM_HEAD, hf_rows
+from socpo_fast.model.hf_views import LM_HEAD, hf_rows, hf_views
 from socpo_fast.model.shared import Parts, SharedWeights
 from socpo_fast.model.weights import DTYPES
 from socpo_fast.ops._checks import check_rule, is_sharded
@@ -41,42 +41,33 @@ def adopt_student(model: Any, *, share: bool = False) -> Decoder:
     with torch.device("meta"):
         student = Decoder(config)
     _check_params(params, student)
-    device = next(iter(params.values())).device
     # inv_freq is no parameter; it is computed, not copied.
-    student.inv_freq = config.inverse_frequencies().to(device)
+    student.inv_freq = config.inverse_frequencies().to(next(iter(params.values())).device)
     parts: Parts = []
     for name, hf_parts in list(hf_rows(student)):
-        shape = student.get_parameter(name).shape
-        first = params[hf_parts[0][0]]
-        weight = torch.empty(shape, dtype=first.dtype, device=device)
-        entries = []
-        for hf_name, rows in hf_parts:
-            weight[rows].copy_(params[hf_name].detach())
-            module_name, _, leaf = hf_name.rpartition(".")
-            entries.append((model.get_submodule(module_name)._parameters, leaf, rows))
-            if share:
+        weight = torch.cat([params[hf_name].detach() for hf_name, _ in hf_parts])
+        if share:
+            for hf_name, rows in hf_parts:
                 # The parameter stays the same object; only its storage is another one.
                 params[hf_name].data = weight[rows]
         is_trained = any(params[hf_name].requires_grad for hf_name, _ in hf_parts)
-        parts.append((_set_parameter(student, name, weight, is_trained), entries))
+        table, leaf = _slot(student, name)
+        parameter = nn.Parameter(weight, requires_grad=is_trained)
+        table[leaf] = parameter
+        parts.append((parameter, [(*_slot(model, hf_name), rows) for hf_name, rows in hf_parts]))
     if config.tie_word_embeddings:
         student.lm_head.weight = student.embed.weight
-        tied = (model.lm_head._parameters, "weight", slice(None))
-        for parameter, entries in parts:
-            entries += [tied] if parameter is student.embed.weight else []
+        entries = next(entries for param, entries in parts if param is student.embed.weight)
+        entries.append((*_slot(model, LM_HEAD), slice(None)))
     if share:
         student.shared = SharedWeights(model, parts)
     return student
 
 
-def _set_parameter(
-    student: Decoder, name: str, weight: torch.Tensor, is_trained: bool
-) -> nn.Parameter:
-    """Puts a parameter into the student, under its name there."""
+def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Returns where a model keeps a parameter: the table of a module, and the name there."""
     module_name, _, leaf = name.rpartition(".")
-    parameter = nn.Parameter(weight, requires_grad=is_trained)
-    setattr(student.get_submodule(module_name), leaf, parameter)
-    return parameter
+    return model.get_submodule(module_name)._parameters, leaf
 
 
 def _check_model(model: Any) -> dict[str, nn.Parameter]:
@@ -122,11 +113,7 @@ def _check_model(model: Any) -> dict[str, nn.Parameter]:
 
 def _check_params(params: dict[str, nn.Parameter], student: Decoder) -> None:
     """Checks that the model's parameters are those of the decoder, each in its shape."""
-    expected = {}
-    for name, hf_parts in hf_rows(student):
-        width = student.get_parameter(name).shape[1:]
-        for hf_name, rows in hf_parts:
-            expected[hf_name] = [rows.stop - rows.start, *width]
+    expected = {name: list(view.shape) for name, view in hf_views(student)}
     # A head that the config ties but the model does not would be a parameter of its own.
     odd = sorted(expected.keys() ^ params.keys())
     if odd:

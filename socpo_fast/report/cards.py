@@ -48,6 +48,11 @@ CARDS = {
 OTHER_KINDS = re.compile(r"\b(MIG|NVL|Laptop|Max-Q|4090 D|H100 PCIe)\b")
 
 
+def has_card() -> bool:
+    """Whether this machine has a card that torch can use."""
+    return torch.cuda.is_available()
+
+
 def card_named(name: str | None, device: str) -> Card:
     """Returns the named card of CARDS; for None, this machine's card that run.device names.
 

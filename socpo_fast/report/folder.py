@@ -1,7 +1,7 @@
 """Locks a run's folder, so that one process at a time writes there. Read run_folder.
 
 runs/NAME/  config.toml  metrics.jsonl  rollouts/batch_000001.jsonl  tb/  checkpoints/update_000010/
-            report.html  curves.png  .lock
+            report.html  curves.svg  eval.json  .lock
 """
 
 import fcntl
@@ -14,7 +14,23 @@ from pathlib import Path
 
 LOCK = ".lock"  # names the process that writes to the folder; empty when there is none
 FOLDERS = ("checkpoints", "rollouts", "tb")
-FILES = (LOCK, "config.toml", "metrics.jsonl", "curves.png", "report.html")
+FILES = (LOCK, "config.toml", "metrics.jsonl", "curves.svg", "eval.json", "report.html")
+
+
+def check_is_run(folder: Path) -> None:
+    """Refuses a folder without anything that a run or an evaluation leaves; names runs near it."""
+    if is_run(folder):
+        return
+    near = [folder, folder / "runs", folder.parent]
+    runs = [str(path) for place in near if place.is_dir() for path in sorted(place.iterdir())]
+    names = [name for name in dict.fromkeys(runs) if is_run(Path(name))]
+    advice = f"runs are {', '.join(names[:5])}" if names else "socpo demo makes one"
+    raise ValueError(f"report: {folder} must be a run folder, got none there; {advice}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds metrics, rollouts or evaluations. Anybody may have a config.toml."""
+    return any((folder / name).exists() for name in ("metrics.jsonl", "rollouts", "eval.json"))
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from socpo_fast.config import Config, LocalTeacherConfig
 from socpo_fast.files import read_json
 from socpo_fast.model import ModelConfig
+from socpo_fast.model.hub import model_folder
 from socpo_fast.model.weights import check_is_model
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.ops._head import GPU_WORKSPACE_MIB
@@ -233,7 +234,7 @@ def make_plan(config: Config, student_folder: Path, card: Card, *, is_training: 
     """
     teacher = None
     if isinstance(config.teacher, LocalTeacherConfig) and config.rollout.max_attempts > 1:
-        teacher = read_model(Path(config.teacher.path))
+        teacher = read_model(model_folder("teacher.path", config.teacher.path, weights=False))
         check_teacher(config.teacher, teacher)
     plan = Plan(config, config, read_model(student_folder), teacher, card, is_training)
     length = config.rollout.max_new_tokens

@@ -38,7 +38,8 @@ def plan_text(config: Config, student_folder: Path, options: Mapping[str, str]) 
         "run.device",
         device,
         device != "cpu",
-        "cuda, or left out: on a CPU there is nothing to plan",
+        "cuda or left out with --card",
+        "leave one out",
     )
     token_options = {
         name: text for name in limits(config) if (text := options.get(f"{name}_tokens"))

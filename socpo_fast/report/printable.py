@@ -41,3 +41,10 @@ def tell(text: str, stream: TextIO | None = None) -> None:
     # A closed stream raises ValueError, and so does an encoding that is not known here.
     with suppress(BrokenPipeError, ValueError):
         print(printable(text, getattr(file, "encoding", None) or "utf-8"), file=file, flush=True)
+
+
+def tell_loading(what: str, *, quiet: bool) -> None:
+    """Prints that something slow begins, unless the run is quiet; a full disk costs the line."""
+    if not quiet:
+        with suppress(OSError):
+            tell(f"loading {what} ..")

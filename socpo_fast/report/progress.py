@@ -1,33 +1,32 @@
 """Tells people about a run while it goes.
 
-first_line names the run, Progress shows how far it is, and GuidanceWatch warns when the teacher
-does not answer or its guidance has no effect.
+Progress shows how far a run is and how it ended, and GuidanceWatch warns when the teacher does not
+answer or its guidance has no effect. status.py holds what is known of the run, live.py draws it on
+a terminal.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
-import torch
 from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 
-from socpo_fast.config import RunConfig
 from socpo_fast.metrics import Kind
-from socpo_fast.ops import available_impls
-from socpo_fast.report.accuracy import failures_text, sparkline
-from socpo_fast.report.printable import printable
-from socpo_fast.types import Rollout
+from socpo_fast.report.accuracy import failures_text
+from socpo_fast.report.live import LiveDisplay, hms, interval_text, percent
+from socpo_fast.report.printable import one_line, printable
+from socpo_fast.report.status import Score, Status
+from socpo_fast.report.summary import mean, with_interval
+from socpo_fast.types import Question, Rollout
 
 # A teacher that has answered before counts as silent after this many failures in a row. A student
 # that is nearly always right asks once or twice a batch. A single late answer then leaves a batch
 # without any, which is no reason to stop a run.
 SILENCE = 8
+# Off a terminal a long phase says how far it is, after so many seconds without another line.
+PLAIN_LINE_S = 30.0
 
 
 class Progress:
@@ -35,8 +34,19 @@ class Progress:
 
     with Progress(num_batches=100) as progress:
         progress.phase("rollout", batch=1, update=0, total=128)
-        progress.advance(num_tokens=57)
+        progress.add_rollout(rollout, question)
         progress.report(metrics, kind="batch", batch=1, update=2)
+        progress.end_card("run r: finished")
+
+    Args:
+        num_batches: of the whole run; 0 for an evaluation alone.
+        first_batch: the first one of this process.
+        num_evals:   evaluations that this process will make.
+        num_tokens:  sampled before this process began.
+        earlier:     rows of metrics.jsonl that were written before this process began.
+        live:        draw on a terminal.
+        quiet:       show nothing but warnings and one line at the end.
+        file:        what to write to; None: stdout.
     """
 
     def __init__(
@@ -44,23 +54,27 @@ class Progress:
         *,
         num_batches: int,
         first_batch: int = 1,
+        num_evals: int = 0,
+        num_tokens: int = 0,
+        earlier: Iterable[Mapping[str, Any]] = (),
         live: bool = True,
+        quiet: bool = False,
         file: TextIO | None = None,
     ):
         self._console = Console(file=file, highlight=False, markup=False, emoji=False)
-        self.num_batches = num_batches
-        self._first_batch = first_batch
-        self._batches_done = first_batch - 1
-        self._started = self._phase_started = time.monotonic()
-        self._phase = "start"
-        self._batch = 0
-        self._update = 0
-        self._done = 0
-        self._total = 0
-        self._tokens = 0
-        self._unassisted: dict[Kind, list[float]] = {"batch": [], "update": [], "eval": []}
-        is_live = live and self._console.is_terminal
-        self._live = Live(get_renderable=self._display, console=self._console) if is_live else None
+        self._told_at = time.monotonic()
+        self.quiet = quiet
+        self.status = Status(
+            num_batches=num_batches,
+            first_batch=first_batch,
+            num_evals=num_evals,
+            num_tokens=num_tokens,
+        )
+        for row in earlier:
+            self._keep(row, row["kind"], row["batch"], row["update"])
+        draws = self._console.is_terminal and not self._console.is_dumb_terminal
+        is_live = live and draws and not quiet
+        self._live = LiveDisplay(self.status, self._console) if is_live else None
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -69,40 +83,89 @@ class Progress:
 
     def __exit__(self, *_error: object) -> None:
         if self._live is not None:
-            with suppress(OSError, SystemExit):  # the terminal may be gone by now
-                self._live.stop()
+            self._live.stop()
 
     def note(self, text: str) -> None:
+        """Prints a line that stays, unless the run is quiet."""
+        if not self.quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
         """Prints a line that stays. If the terminal is gone, only the line is lost."""
+        self._told_at = time.monotonic()
         # rich turns a closed pipe into SystemExit; a closed file is a ValueError. Neither should
         # end a run of many hours.
         with suppress(OSError, ValueError, SystemExit):
             self._console.print(printable(text, self._console.encoding), soft_wrap=True)
 
     def phase(self, name: str, *, batch: int, update: int, total: int) -> None:
-        """Begins a phase (rollout, update, eval) of `total` units of work."""
-        self._phase = name
-        self._batch = batch
-        self._update = update
-        self._total = total
-        self._done = 0
-        self._tokens = 0
-        self._phase_started = time.monotonic()
+        """Begins a phase (rollout, update, evaluation) of `total` units of work."""
+        self.status.begin(name, batch=batch, update=update, total=total)
+
+    def add_rollout(self, rollout: Rollout, question: Question) -> None:
+        """Counts a finished rollout of the current phase, which may be shown."""
+        status = self.status
+        status.add(rollout, question)
+        if self._live is None and time.monotonic() - self._told_at >= PLAIN_LINE_S:
+            self._told_at = time.monotonic()
+            done = f"{status.phase} {status.done}/{status.total}"
+            self.note(f"{done}, elapsed {hms(status.elapsed_s)}")
 
     def advance(self, units: int = 1, *, num_tokens: int = 0) -> None:
         """Counts finished units of work and sampled tokens of the current phase."""
-        self._done += units
-        self._tokens += num_tokens
+        self.status.done += units
+        self.status.phase_tokens += num_tokens
+        self.status.work = None
+
+    def work(self, name: str, done: int, total: int) -> None:
+        """Tells how far the current unit of work is: microbatches of an update, for example."""
+        self.status.work = (name, done, total)
 
     def report(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
         """Ends a batch, update or evaluation with its metrics."""
-        if math.isfinite(unassisted := metrics.get("success/unassisted", math.nan)):
-            self._unassisted[kind].append(unassisted)
-        if kind == "batch":
-            self._batches_done = batch
+        if kind == "batch" and (verdicts := self.status.counts.verdicts):
+            # The rows of batches have no interval, which would be drawn around each of them.
+            shares = [mean(list(map(float, group))) for group in verdicts.values()]
+            metrics = {**metrics, **with_interval("success/unassisted", shares)}
+        self._keep(metrics, kind, batch, update)
+        self.status.end(kind, metrics, batch=batch, update=update)
         # A line for each update would bury those of batches and evaluations.
-        if self._live is None and kind != "update":
-            self.note(self._line(metrics, kind, batch, update))
+        if self._live is not None or kind == "update":
+            return
+        self.note(self._line(metrics, kind, batch, update))
+        if kind == "batch" and batch == self.status.first_batch < self.status.num_batches:
+            self.note(self._estimate())
+
+    def end_card(
+        self,
+        title: str,
+        *,
+        facts: Iterable[tuple[str, str]] = (),
+        next_commands: Iterable[str] = (),
+    ) -> None:
+        """Ends the display; prints what the run came to and what to do next.
+
+        A quiet run prints one line.
+
+        Args:
+            title: the run and how it ended, with the reason if it ended early.
+            facts: further lines, as (label, text).
+        """
+        if self._live is not None:
+            self._live.stop()
+        rows = [*self._changes(), *self._work_done(), *facts]
+        if self.quiet:
+            texts = [title, *(f"{label} {text}" for label, text in rows)]
+            self.warn(one_line("; ".join(texts)))
+            return
+        rows += [("next" if i == 0 else "", command) for i, command in enumerate(next_commands)]
+        self.note("\n".join([title, *(f"  {label:<14}{text}" for label, text in rows)]))
+
+    def _keep(self, metrics: Mapping[str, Any], kind: Kind, batch: int, update: int) -> None:
+        """Keeps the score of a row for the curves and the card."""
+        score = Score.of(metrics, batch=batch, update=update)
+        if math.isfinite(score.unassisted):
+            self.status.scores[kind].append(score)
 
     def _line(self, metrics: Mapping[str, float], kind: Kind, batch: int, update: int) -> str:
         shares = [
@@ -118,53 +181,62 @@ class Progress:
         if "perf/rollout_tok_s" in metrics:
             shares.append(f"{metrics['perf/rollout_tok_s']:.0f} tok/s")
         position = (
-            f"{'train' if kind == 'batch' else kind:<5} batch {batch}/{self.num_batches} "
+            f"{'train' if kind == 'batch' else kind:<5} batch {batch}/{self.status.num_batches} "
             f"update {update}"
         )
-        return "  ".join([position, *shares, f"left {self._eta()}"])
+        left_s = self.status.left_s
+        return "  ".join([position, *shares, f"left {'?' if left_s is None else hms(left_s)}"])
 
-    def _eta(self) -> str:
-        """Returns the time left, at the mean pace of this process."""
-        # Batches that an earlier start of the run made say nothing about this machine's pace.
-        done = self._batches_done - self._first_batch + 1
-        if not done:
-            return "?"
-        left_s = (time.monotonic() - self._started) / done * (self.num_batches - self._batches_done)
-        return f"{int(left_s // 3600)}:{int(left_s // 60 % 60):02d}:{int(left_s % 60):02d}"
-
-    def _display(self) -> Table:
-        """Draws the live picture; rich calls this at every refresh."""
-        elapsed_s = max(time.monotonic() - self._phase_started, 1e-9)
-        pace = f"{self._tokens / elapsed_s:.0f} tok/s" if self._tokens else ""
-        table = Table.grid(padding=(0, 2))
-        table.add_row(
-            f"batch {self._batch}/{self.num_batches}",
-            f"update {self._update}",
-            f"left {self._eta()}",
+    def _estimate(self) -> str:
+        """Returns how long the run will take, from its first batch."""
+        status = self.status
+        unit: dict[Kind, str] = {"batch": "a batch", "eval": "an evaluation"}
+        paces = ", ".join(
+            f"{seconds / status.num_ended[kind]:.1f} s {unit[kind]}"
+            for kind, seconds in status.spent_s.items()
         )
-        table.add_row(
-            f"{self._phase} {self._done}/{self._total}",
-            ProgressBar(total=max(self._total, 1), completed=self._done, width=30),
-            pace,
-        )
-        curves = {
-            "unassisted, training": self._unassisted["batch"],
-            "unassisted, held out": self._unassisted["eval"],
-        }
-        takes_blocks = not self._console.options.ascii_only
-        for label, values in curves.items():
-            if values:
-                curve = sparkline(values[-30:]) if takes_blocks else ""
-                table.add_row(label, curve, f"{100 * values[-1]:.1f}%")
-        return table
+        minutes = (status.elapsed_s + (status.left_s or 0.0)) / 60
+        what = "the whole run" if status.first_batch == 1 else "the rest of the run"
+        return f"estimate: {what} takes about {minutes:.1f} minutes ({paces})"
 
+    def _changes(self) -> list[tuple[str, str]]:
+        """Returns lines from where to where the student came, by evaluations if there are two."""
+        scores = self.status.scores
+        counts = self.status.all_counts
+        if not self.status.update and not scores["eval"] and (total := counts.rollouts):
+            # Rollouts of one student, which did not come anywhere.
+            assisted = (counts.unassisted + counts.rescued) / total
+            shares = [("unassisted", counts.unassisted / total), ("assisted", assisted)]
+            return [(label, percent(share)) for label, share in shares]
+        name: Kind = "eval" if len(scores["eval"]) > 1 or not scores["batch"] else "batch"
+        where = "held-out questions" if name == "eval" else "training batches"
+        # The first and the last one, or the only one.
+        ends = scores[name][:1] + scores[name][1:][-1:]
+        if not ends:
+            return []
+        texts = [
+            percent(x.unassisted) + (f" {interval_text(x)}" if math.isfinite(x.low) else "")
+            for x in ends
+        ]
+        span = " to ".join(str(x.update) for x in ends)
+        rows = [("unassisted", f"{' -> '.join(texts)}  {where}, update {span}")]
+        if all(math.isfinite(x.assisted) for x in ends):
+            rows.append(("assisted", " -> ".join(percent(x.assisted) for x in ends)))
+        return rows
 
-def first_line(run: RunConfig, student: torch.nn.Module, resumed_from: Path | None) -> str:
-    """Returns a line that names the run, the model, and the implementation that each op uses."""
-    millions = sum(parameter.numel() for parameter in student.parameters()) / 1e6
-    start = "from the start" if resumed_from is None else f"from {resumed_from.name}"
-    impls = ", ".join(f"{op}={impl}" for op, impl in available_impls(run.device).items())
-    return f"run {run.name} {start}: {millions:.1f}M parameters, {run.device}; ops: {impls}"
+    def _work_done(self) -> list[tuple[str, str]]:
+        """Returns lines of what was done: sums of the run, and the teacher's part."""
+        status = self.status
+        counts = status.all_counts
+        done = status.first_batch - 1 + status.num_ended.get("batch", 0)
+        work = f"{done} batches, {status.update} updates, {status.num_tokens:,} tokens sampled"
+        since = "" if status.first_batch == 1 else f" since batch {status.first_batch}"
+        rows = [("done", f"{work}, {hms(status.elapsed_s)}{since}")]
+        if counts.guided or counts.failed:
+            failed = f", failed to answer in {counts.failed}" if counts.failed else ""
+            guided = f"guided {counts.guided} of {counts.rollouts} rollouts{since}"
+            rows.append(("teacher", f"{guided}, rescued {counts.rescued}{failed}"))
+        return rows
 
 
 class GuidanceWatch:
@@ -186,7 +258,7 @@ class GuidanceWatch:
         line = unanswered(rollouts, metrics)
         for warning in (overflow(rollouts), line):
             if warning is not None:
-                self._progress.note(f"warning: {warning}")
+                self._progress.warn(f"warning: {warning}")
         if any(map(has_guidance, rollouts)):
             self._has_answered = True
             self._failed_in_a_row = 0

@@ -9,10 +9,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from socpo_fast.extras import import_extra
 from socpo_fast.files import replace_file
 from socpo_fast.ops._checks import check_rule
 from socpo_fast.report.tracker import read_jsonl, replace_jsonl
 from socpo_fast.types import Question, Rollout, ShownGuidance
+
+# The metrics of `socpo rollout`, in the run's folder. A metrics.jsonl there would be a training's.
+ROLLOUT_METRICS = "rollouts/metrics.jsonl"
 
 
 def rollout_record(rollout: Rollout, question: Question, *, batch: int) -> dict[str, Any]:
@@ -90,14 +94,15 @@ def export_rollouts(run_folder: str | Path, path: str | Path) -> int:
         The number of rollouts.
 
     Raises:
-        ValueError: the run has no rollouts, or path is no name of a parquet file.
+        ValueError: the run has no rollouts, people gave one other types, path is no name of a
+            parquet file, or pyarrow is not installed.
 
     Memory: all rows.
     """
-    from datasets import Dataset, Features, Value
-
     path = Path(path)
     check_rule("export", "the file", str(path), path.suffix == ".parquet", "named FILE.parquet")
+    pa = import_extra("export", "pyarrow", extra="parquet")
+    parquet = import_extra("export", "pyarrow.parquet", extra="parquet")
     rows = [
         _exported_row(row)
         for file in sorted(Path(run_folder).glob("rollouts/batch_*.jsonl"), key=_age)
@@ -105,20 +110,26 @@ def export_rollouts(run_folder: str | Path, path: str | Path) -> int:
         for row in read_jsonl(file, lambda row: _is_complete(row) and "prompt" in row)
     ]
     check_rule("export", "the run folder", str(run_folder), bool(rows), "one with rollouts")
-    text, count, number = (Value(dtype) for dtype in ("string", "int64", "float64"))
+    text, count, number = pa.string(), pa.int64(), pa.float64()
     turn = dict.fromkeys(("text", "finish_reason", "guidance"), text)
-    turn |= {"is_correct": Value("bool"), "reward": number, "advantage": number}
+    turn |= {"is_correct": pa.bool_(), "reward": number, "advantage": number}
     extra_info = dict.fromkeys(("index", "batch", "rollout_idx", "policy_version"), count)
-    extra_info |= {"end_reason": text, "reference_solution": text, "turns": [turn]}
+    extra_info |= {"end_reason": text, "reference_solution": text}
+    extra_info["turns"] = pa.list_(pa.struct(turn))
     # Named types, since a column of a run may hold nothing but None.
-    features = Features(
-        data_source=text,
-        prompt=[{"role": text, "content": text}],
-        reward_model={"style": text, "ground_truth": text},
-        extra_info=extra_info,
-    )
+    columns = {
+        "data_source": text,
+        "prompt": pa.list_(pa.struct({"role": text, "content": text})),
+        "reward_model": pa.struct({"style": text, "ground_truth": text}),
+        "extra_info": pa.struct(extra_info),
+    }
     buffer = BytesIO()
-    Dataset.from_list(rows, features).to_parquet(buffer)
+    try:
+        parquet.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), buffer)
+    except (pa.ArrowException, OverflowError) as error:
+        raise ValueError(
+            f"export: {run_folder} must hold rollouts as a run writes them, got others ({error})"
+        ) from error
     replace_file(path, buffer.getvalue())
     return len(rows)
 

@@ -8,7 +8,8 @@ so a hundred questions with sixteen samples each are a hundred data points, not 
 import hashlib
 import math
 import re
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from socpo_fast.types import EngineStats, Question, Rollout
@@ -68,6 +69,8 @@ def summarize(
     turns = [turn for rollout in rollouts for turn in rollout.turns]
     guidances = [turn.guidance for turn in turns if turn.guidance is not None]
     attempts = [turn.attempt for turn in turns]
+    lengths = [float(attempt.num_tokens) for attempt in attempts]
+    rewards = [turn.reward for turn in turns if turn.reward is not None]
     reasons = [rollout.end_reason for rollout in rollouts]
     by_source = {source: [r for r in rollouts if r.data_source == source] for source in sources}
     return {
@@ -78,7 +81,9 @@ def summarize(
             if chosen
             for name, rate in success_rates(chosen).items()
         },
-        "reward/mean": mean([turn.reward for turn in turns if turn.reward is not None]),
+        "reward/mean": mean(rewards),
+        "reward/std": statistics.pstdev(rewards) if rewards else math.nan,
+        "reward/groups_without_signal": groups_without_signal(rollouts),
         **{f"decay/f_{n}": factor for n, factor in enumerate(decay_factors, start=1)},
         "guidance/rate": mean([float(len(rollout.turns) > 1) for rollout in rollouts]),
         "guidance/rescue_rate": mean([float(is_solved(rollout)) for rollout in guided]),
@@ -86,11 +91,26 @@ def summarize(
         **failures(Counter(rollout.failure for rollout in rollouts)),
         "guidance/leaked": float(reasons.count("leaked")),
         "guidance/overflow": float(reasons.count("overflow")),
-        "rollout/attempt_tokens": mean([float(attempt.num_tokens) for attempt in attempts]),
+        "rollout/attempt_tokens": mean(lengths),
+        "rollout/attempt_tokens_min": min(lengths, default=math.nan),
+        "rollout/attempt_tokens_max": max(lengths, default=math.nan),
         "rollout/truncated": mean(
             [float(attempt.finish_reason == "length") for attempt in attempts]
         ),
     }
+
+
+def groups_without_signal(rollouts: Sequence[Rollout]) -> float:
+    """Returns the share of groups whose attempts all have the same reward, after decay.
+
+    Against the mean of its group such an attempt has no advantage. nan if no reward is set.
+    """
+    rewards = defaultdict[int, set[float]](set)
+    for rollout in rollouts:
+        rewards[rollout.question_idx] |= {
+            turn.reward for turn in rollout.turns if turn.reward is not None
+        }
+    return mean([float(len(group) == 1) for group in rewards.values() if group])
 
 
 def rollout_perf(

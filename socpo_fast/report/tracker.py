@@ -1,6 +1,6 @@
 """Writes a run's metrics to metrics.jsonl and TensorBoard, and reads and writes any JSONL file.
 
-Read MetricsWriter first. A row of metrics.jsonl is
+TensorBoard is an extra. Read MetricsWriter first. A row of metrics.jsonl is
 
     {"kind": "batch" | "update" | "eval", "batch": 3, "update": 12, "success/unassisted": 0.41, ..}
 
@@ -18,6 +18,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -28,6 +29,8 @@ from socpo_fast.metrics import Kind, meaning_of
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends rows to metrics.jsonl and TensorBoard; each row is on the disk when write returns.
 
+    Where the package tensorboard is not installed, there is no tb/ folder, and nothing is said.
+
     Args:
         run_folder:          created if absent.
         resume_after_update: keeps rows up to this update and drops later ones, which will be
@@ -35,9 +38,6 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """
 
     def __init__(self, run_folder: str | Path, *, resume_after_update: int | None = None):
-        # Imported here, as it takes half a second and those who only read rows do not need it.
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = Path(run_folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_after_update is None else resume_after_update
@@ -52,11 +52,15 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             )
         replace_jsonl(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard: SummaryWriter | None = None
-        with self._tensorboard_optional():
-            self._tensorboard = SummaryWriter(
-                str(self.path.parent / "tb"), purge_step=last + 1, flush_secs=30
-            )
+        self._tensorboard: Any = None  # a SummaryWriter, until it fails
+        if find_spec("tensorboard"):
+            with self._tensorboard_optional():
+                # Imported here, as it takes half a second.
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(
+                    str(self.path.parent / "tb"), purge_step=last + 1, flush_secs=30
+                )
 
     def write(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
         """Writes one row. batch counts from 1; update is the number of updates made so far."""

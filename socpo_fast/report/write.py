@@ -1,12 +1,11 @@
-"""Writes a run folder's report for people: report.html and curves.png. Read write_report.
+"""Writes a run folder's report for people: report.html and curves.svg. Read write_report.
 
 The page is one file with everything inline and no script. Its content security policy lets the
 browser load nothing, and jinja2 escapes whatever a model wrote, since a student may write HTML.
 Where a file is missing or torn, its part of the page is left out.
 """
 
-import base64
-import io
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,16 @@ from socpo_fast.files import replace_file
 from socpo_fast.metrics import meaning_of
 from socpo_fast.report.accuracy import accuracy_rows
 from socpo_fast.report.comparison import Curve, card, compare
-from socpo_fast.report.rollouts import read_rollouts
+from socpo_fast.report.curves import COLOURS, Line, Panel, draw, environment
+from socpo_fast.report.evaluations import read_evaluations
+from socpo_fast.report.folder import check_is_run
+from socpo_fast.report.rollouts import ROLLOUT_METRICS, read_rollouts
 from socpo_fast.report.settings import read_settings
 from socpo_fast.report.tracker import read_metrics
 
 Rows = Sequence[dict[str, Any]]
 
+MAX_EVALUATIONS = 20  # of `socpo eval` that the page shows, the newest ones
 _PAGE = Path(__file__).parent / "page.html"  # a jinja2 template
 
 # (title, unit, {label: (kind of row, metric)}) of each panel, in order. The kind "train" stands for
@@ -59,24 +62,24 @@ PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
         {"rollout": ("batch", "time/rollout_s"), "update": ("batch", "time/update_s")},
     ),
 )
-COLOURS = ("#1f5fa8", "#d9730d", "#8fb8de", "#f2c39b")
+COMPARED = (*COLOURS[:2], "#5b6675")  # this run and the recorded ones
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Writes curves.png and report.html into a run folder; returns the page's path.
+    """Writes curves.svg and report.html into a run folder; returns the page's path.
 
     Raises:
         ValueError: no such folder, or one without the files of a run.
     """
     folder = Path(run_folder).expanduser()
-    if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "rollouts")):
-        raise ValueError(
-            f"report: {folder} must be a run folder, got none there; train first, or check the name"
-        )
-    rows = read_metrics(folder / "metrics.jsonl")
-    curves = draw_curves(rows) if rows else b""
+    check_is_run(folder)
+    # `socpo rollout` keeps its metrics beside its rollouts.
+    rows = read_metrics(folder / "metrics.jsonl") or read_metrics(folder / ROLLOUT_METRICS)
+    curves = draw_curves(rows) if rows else ""
     if rows:
-        replace_file(folder / "curves.png", curves)
+        # A file of its own names the language, which HTML knows.
+        named = curves.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+        replace_file(folder / "curves.svg", named)
     path = folder / "report.html"
     # A model or a file name may hold half a letter (a lone surrogate), which UTF-8 cannot store.
     replace_file(path, render(folder, rows, curves).encode("utf-8", "backslashreplace"))
@@ -98,31 +101,25 @@ def report_note(run_folder: Path) -> str:
         return f"report: {run_folder / 'report.html'} was not written ({error})"
 
 
-def render(folder: Path, rows: Rows, curves: bytes) -> str:
+def render(folder: Path, rows: Rows, curves: str) -> str:
     """Renders the page as HTML."""
-    # jinja2 and matplotlib are imported late: training and `socpo eval` do not need them.
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        # StrictUndefined: a misspelt name in page.html is an error, not an empty string.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    templates = environment()
+    templates.filters |= {
         "percent": lambda share: "unknown" if share is None else f"{100 * share:.1f} %",
         "number": lambda value: "" if value is None else f"{value:.4g}",
         "text": to_text,
-        "inline": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
     }
     settings = read_settings(folder)
-    return environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
+    return templates.from_string(_PAGE.read_text(encoding="utf-8")).render(
         name=folder.resolve().name,
         num_updates=max((row["update"] for row in rows), default=0),
         num_batches=max((row["batch"] for row in rows), default=0),
         headline=headline(rows),
         accuracy=accuracy_rows(next((row for row in reversed(rows) if row["kind"] == "eval"), {})),
+        evaluations=[
+            {**entry, "rows": accuracy_rows(entry["metrics"])}
+            for entry in read_evaluations(folder)[-MAX_EVALUATIONS:]
+        ],
         comparison=draw_comparison(compare(settings, rows)),
         curves=curves,
         changes=first_and_last(rows),
@@ -217,65 +214,30 @@ def outcome(rollout: dict[str, Any]) -> str:
     return "right alone" if verdicts[0] else "rescued by guidance"
 
 
-def draw_curves(rows: Rows) -> bytes:
-    """Draws PANELS over updates; returns a PNG file."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    for axes, (title, unit, lines) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for colour, (label, (source, name)) in zip(COLOURS, lines.items(), strict=False):
-            updates, values = series(rows, source, name)
-            if values:
-                axes.plot(
-                    updates,
-                    values,
-                    label=label,
-                    color=colour,
-                    marker="o" if source == "eval" else ".",
-                )
-            (interval_updates, low), (_, high) = (
-                series(rows, source, f"{name}{suffix}") for suffix in ("_low", "_high")
-            )
+def draw_curves(rows: Rows) -> str:
+    """Draws PANELS over updates as SVG."""
+    panels = []
+    for title, unit, metrics in PANELS:
+        lines = []
+        for label, (source, name) in metrics.items():
             # Only evaluations have intervals.
-            if low and len(low) == len(high):
-                axes.fill_between(
-                    interval_updates, low, high, color=colour, alpha=0.15, linewidth=0
-                )
-        axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-        axes.set(xlabel="update", ylabel=unit)
-    return _png(figure)
-
-
-def draw_comparison(curves: Sequence[Curve]) -> bytes:
-    """Draws this run's and the recorded curves over sampled tokens; returns a PNG file.
-
-    b"" if there are no curves.
-    """
-    from matplotlib.figure import Figure
-
-    if not curves:
-        return b""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for colour, curve in zip((COLOURS[0], COLOURS[1], "#5b6675"), curves, strict=False):
-        axes.plot(curve.tokens, curve.accuracy, label=curve.title, color=colour, marker=".")
-        if curve.low:
-            axes.fill_between(
-                curve.tokens, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0
+            (band_xs, low), (_, high) = (
+                series(rows, source, f"{name}{end}") for end in ("_low", "_high")
             )
-    axes.set(xlim=(0, curves[0].tokens[-1]), xlabel="tokens sampled in training", ylabel="share")
-    return _png(figure)
+            lines.append(Line(label, *series(rows, source, name), band_xs, low, high))
+        panels.append(Panel(title, "update", unit, lines))
+    title = "Accuracy, reward, guidance, entropy, gradient norm and time over updates"
+    return draw(panels, columns=3, title=title)
 
 
-def _png(figure: Any) -> bytes:
-    """Gives all panels the same frame, scale and legend, and returns the figure as a PNG file."""
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        # All shares on the same scale, so that panels and runs can be compared by eye.
-        axes.set_ylim((-0.02, 1.02) if axes.get_ylabel() == "share" else (0, None))
-        if len(axes.get_legend_handles_labels()[0]) > 1:
-            axes.legend(frameon=False, fontsize=9)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+def draw_comparison(curves: Sequence[Curve]) -> str:
+    """Draws this run's and the recorded curves over sampled tokens as SVG; "" if there are none."""
+    lines = []
+    for title, tokens, accuracy, low, high in curves:
+        # Recorded curves are longer than a short run, and shown as far as this one went.
+        num_points = bisect_right(tokens, curves[0].tokens[-1])
+        xs, ys, low, high = (values[:num_points] for values in (tokens, accuracy, low, high))
+        lines.append(Line(title, xs, ys, xs if low else (), low, high))
+    panel = Panel("", "tokens sampled in training", "share", lines, COMPARED)
+    title = "Unassisted accuracy over sampled tokens: this run, and recorded ones without a teacher"
+    return draw([panel], columns=1, title=title) if curves else ""

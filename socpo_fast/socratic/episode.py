@@ -24,9 +24,10 @@ from socpo_fast.config.sections import MOST_ROLLOUTS
 from socpo_fast.ops._checks import check_rule, check_word
 from socpo_fast.ops.decay_advantage import MAX_ATTEMPTS
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.socratic.graders import Grader, as_grader, opened_thoughts
+from socpo_fast.socratic.graders import Grader, as_grader
 from socpo_fast.socratic.history import template_seam
 from socpo_fast.socratic.leak import leaks_answer, mask_answer
+from socpo_fast.socratic.thoughts import opened_thoughts
 from socpo_fast.types import (
     Attempt,
     Guidance,

@@ -33,6 +33,7 @@ from socpo_fast.socratic.plugin import (
     text_of,
     time_limit,
 )
+from socpo_fast.socratic.thoughts import without_thoughts
 from socpo_fast.types import Question
 
 Verdict = bool | float | Mapping[str, float]
@@ -129,11 +130,7 @@ def _number(value: object) -> float:
 
 _STRICT_LETTER = re.compile(r"<answer>\r?\n([A-D])\r?\n</answer>")
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?", re.ASCII)
-# Marks around a model's thoughts. <reasoning> is none: prompts ask for it beside <answer>.
-_THOUGHTS_OPEN = re.compile(r"<(?:seed:)?think(?:ing)?>|<thought>|\[THINK\]|\u25c1think\u25b7")
-_THOUGHTS_CLOSE = re.compile(r"</(?:seed:)?think(?:ing)?>|</thought>|\[/THINK\]|\u25c1/think\u25b7")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_BOX_OPEN = re.compile(r"\\(?:boxed|fbox)\s*+\{")
 # What math-verify reads as nothing. A backslash before a brace is none of it: \{\} is a set.
 _NO_FORMULA = re.compile(
     r"(?:\\(?:boxed|fbox|text|displaystyle|ldots)(?![a-zA-Z])|\\(?:[^{}a-zA-Z]|$)|[\s$()\[\]{}'\"])*+"
@@ -282,27 +279,6 @@ def answer_blocks(text: str) -> list[str]:
     return [part.partition("<answer>")[2] for part in closed if "<answer>" in part]
 
 
-def without_thoughts(text: str) -> str:
-    """Returns the text without its thoughts, and "" if it ends inside of them.
-
-    A closing mark without an opening one closes thoughts that the prompt has opened.
-    """
-    *closed, rest = _THOUGHTS_CLOSE.split(text)
-    if _THOUGHTS_OPEN.search(rest):
-        return ""
-    opened = [_THOUGHTS_OPEN.split(part, maxsplit=1) for part in closed]
-    return "".join(parts[0] for parts in opened if len(parts) > 1) + rest
-
-
-def opened_thoughts(generation_prompt: str) -> str:
-    """Returns the mark of thoughts that a prompt ends with, "" if it does not open any.
-
-    An answer to such a prompt begins inside its thoughts without a mark of its own.
-    """
-    mark = re.search(rf"(?:{_THOUGHTS_OPEN.pattern})\s*\Z", generation_prompt)
-    return mark[0] if mark else ""
-
-
 def last_formula(text: str) -> str:
     r"""Returns what math-verify should read: the last \boxed{..} of the last <answer> block.
 
@@ -312,7 +288,7 @@ def last_formula(text: str) -> str:
     text = without_thoughts(text)
     blocks = answer_blocks(text)
     text = blocks[-1].strip() if blocks else text
-    for box in reversed([*_BOX_OPEN.finditer(text)]):
+    for box in reversed([*re.finditer(_BOX, text)]):
         end = _closing_brace(text, box.end())
         if end is None:
             return ""

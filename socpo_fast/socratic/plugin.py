@@ -95,9 +95,18 @@ def describe_error(function: object, error: BaseException) -> str:
     Call it in the frame that called the function and caught the error: only then is the line one of
     the function.
     """
+    # Graders are wrapped once, in as_plain_grader of user_parts.py.
+    num_ours = 1 + hasattr(function, "__wrapped__")
+    function = getattr(function, "__wrapped__", function)
     source: Any = function if hasattr(function, "__qualname__") else type(function)
-    # Frame 0 is our call. Frame 1 is the user's function, if its code was reached at all.
-    frame = traceback.extract_tb(error.__traceback__)[:2][-1]
+    code = getattr(function, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    # Behind our calls comes the user's function, if its code was reached at all. An async one runs
+    # further down, on a loop.
+    called = [
+        f for f in frames if code and (f.filename, f.name) == (code.co_filename, code.co_name)
+    ]
+    frame = (called or frames[num_ours:] or frames[-1:])[0]
     message = " ".join(f"{type(error).__name__}: {text_of(error, str)}".split())
     return (
         f"{source.__module__}:{source.__qualname__} raised {message} ({Path(frame.filename).name} "

@@ -1,6 +1,6 @@
 """Makes a Question of a row of a data set, and refuses a row that could not be meant so.
 
-A row has one of two layouts, which may alternate in a file:
+A row has one of two layouts, which may alternate in a file. Columns gives the fields other names.
 
     verl    prompt (messages), reward_model.ground_truth, data_source, extra_info
     flat    question, ground_truth; optional: system, reference_solution, data_source
@@ -9,8 +9,11 @@ Text stays as written. A number becomes text with the digits of the file, withou
 Errors do not name the row: data.py knows which one it is.
 """
 
+import difflib
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -23,35 +26,62 @@ MAX_PROMPT_CHARS = 10_000_000
 _MAX_DIGITS = 1000
 # White space, and the characters of no width that some editors leave behind, are no text.
 _VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]")
+_ABSENT = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names the columns of a data set; None = as in the layout of the row.
+
+    A dot reaches into an object, as in reward_model.ground_truth, unless a column has that very
+    name. Every row must have a question and a ground truth. The other columns may be absent, but
+    one that is named must be in some row.
+    """
+
+    question: str | None = None  # its column holds text or messages
+    ground_truth: str | None = None
+    reference_solution: str | None = None
+    system: str | None = None  # a system message in front of the question
+
+
+_VERL = Columns(
+    question="prompt",
+    ground_truth="reward_model.ground_truth",
+    reference_solution="extra_info.reference_solution",
+)
+_FLAT = Columns(
+    question="question",
+    ground_truth="ground_truth",
+    reference_solution="reference_solution",
+    system="system",
+)
 
 
 def to_question(
-    row: dict[str, Any], *, question_idx: int, default_source: str, truths_as_json: bool
+    row: Mapping[str, Any],
+    columns: Columns,
+    *,
+    question_idx: int,
+    default_source: str,
+    truths_as_json: bool,
 ) -> Question:
     """Returns the question of a row in either layout; a ValueError does not name the row."""
+    for key in ("image", "images", "video", "videos"):
+        value = row.get(key)
+        check_row(not value, f"{key} must be empty, as students read text only", value)
     # A column that only other rows use is None in a parquet file.
-    if row.get("prompt") is not None:
-        messages = _messages(row["prompt"])
-        extra = row.get("extra_info") or {}
-        reward_model = row.get("reward_model") or {}
-        for key, value in (("extra_info", extra), ("reward_model", reward_model)):
-            check_row(isinstance(value, dict), f"{key} must be an object", value)
-        truth = reward_model.get("ground_truth")
-        ground_truth = _ground_truth("reward_model.ground_truth", truth, truths_as_json)
-        # verl's gsm8k keeps its reference solution in extra_info.answer.
-        key = "reference_solution" if extra.get("reference_solution") else "answer"
-        reference_name = f"extra_info.{key}"
-        reference = extra.get(key)
-    elif row.get("question") is not None:
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        messages = _messages([*system, {"role": "user", "content": row["question"]}])
-        ground_truth = _ground_truth("ground_truth", row.get("ground_truth"), truths_as_json)
-        reference_name = "reference_solution"
-        reference = row.get(reference_name)
-    else:
-        raise ValueError(
-            f"must have prompt or question, got {', '.join(sorted(row)) or 'no fields'}"
-        )
+    is_verl = row.get("reward_model" if columns.question else "prompt") is not None
+    names = _names(_VERL if is_verl else _FLAT, columns)
+    system = _optional(row, names["system"])
+    messages = _messages(names["question"], _required(row, names["question"], "question"), system)
+    truth = _required(row, names["ground_truth"], "ground_truth")
+    ground_truth = _ground_truth(names["ground_truth"], truth, truths_as_json)
+    reference_name = names["reference_solution"]
+    reference = _optional(row, reference_name)
+    # verl's gsm8k keeps its reference solution in extra_info.answer.
+    if not reference and reference_name == _VERL.reference_solution:
+        reference_name = "extra_info.answer"
+        reference = _optional(row, reference_name)
     source = row.get("data_source")
     for name, value in (
         (reference_name, reference),
@@ -71,19 +101,87 @@ def to_question(
     )
 
 
-def _messages(messages: Any) -> tuple[dict[str, str], ...]:
+def to_row(question: Question, columns: Columns) -> dict[str, Any]:
+    """Returns a row of which to_question makes this question."""
+    names = _names(_FLAT, columns)
+    return {
+        names["question"]: question.messages,
+        names["ground_truth"]: question.ground_truth,
+        names["reference_solution"]: question.reference_solution,
+        "data_source": question.data_source,
+    }
+
+
+def _names(layout: Columns, columns: Columns) -> dict[str, str]:
+    """Returns the names of all columns: those of the layout where none is given."""
+    return {key: name or vars(layout)[key] for key, name in vars(columns).items()}
+
+
+def has_column(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row has a column, be it empty."""
+    return _field(row, name) is not _ABSENT
+
+
+def absent_column(row: Mapping[str, Any], name: str, key: str) -> str:
+    """Returns what to say of a row without the column that data.<key>_column names."""
+    present = sorted(
+        f"{outer}.{inner}" if inner else str(outer)
+        for outer, value in row.items()
+        for inner in (value if isinstance(value, Mapping) and value else [""])
+    )
+    setting = f"data.{key}_column"
+    near = difflib.get_close_matches(name, present, n=1)
+    advice = f"did you mean {setting}={near[0]}?" if near else f"name its column by {setting}"
+    return f"{name} is missing, the columns are {', '.join(present) or 'none':.200}; {advice}"
+
+
+def _required(row: Mapping[str, Any], name: str, key: str) -> Any:
+    """Returns the value of a column that every row must have; `key` is its key in Columns."""
+    value = _field(row, name)
+    if value is _ABSENT:
+        raise ValueError(absent_column(row, name, key))
+    if value is None or (isinstance(value, str) and not value):
+        raise ValueError(f"{name} is missing")
+    return value
+
+
+def _optional(row: Mapping[str, Any], name: str | None) -> Any:
+    """Returns the value of a column; None if the row lacks it."""
+    value = None if name is None else _field(row, name)
+    return None if value is _ABSENT else value
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    """Returns a value by its name, which may reach into objects; _ABSENT if there is none."""
+    key, dot, rest = name.partition(".")
+    if name in row or not dot:
+        return row.get(name, _ABSENT)
+    inner = row.get(key, _ABSENT)
+    if inner is _ABSENT or not inner:
+        return inner or None
+    check_row(isinstance(inner, Mapping), f"{key} must be an object", inner)
+    return _field(inner, rest)
+
+
+def _messages(name: str, question: Any, system: Any) -> tuple[dict[str, str], ...]:
     """Returns checked messages of role and content only; developer is system.
 
     Other fields (tool_calls, reasoning_content, name) may be there if they are empty, as a column
     is that only other rows use. Dropping them would change what a template writes.
+
+    Args:
+        name:     the column of the question, for errors.
+        question: text or messages.
+        system:   text of a system message that comes first; None or "" = there is none.
     """
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     check_row(
-        isinstance(messages, list) and len(messages) > 0,
-        "prompt must be a non-empty list of messages",
+        isinstance(messages, list | tuple) and len(messages) > 0,
+        f"{name} must be text or a non-empty list of messages",
         messages,
     )
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
     checked = []
     for message in messages:
         check_row(
@@ -105,8 +203,11 @@ def _messages(messages: Any) -> tuple[dict[str, str], ...]:
     num_chars = sum(len(message["content"]) for message in checked)
     if num_chars > MAX_PROMPT_CHARS:
         raise ValueError(f"prompt must have at most {MAX_PROMPT_CHARS} characters, got {num_chars}")
-    if checked[-1]["role"] != "user":
-        raise ValueError(f"the last message must be the user's, got {checked[-1]['role']}")
+    roles = [message["role"] for message in checked]
+    is_one = not system or roles.count("system") == 1
+    check_row(is_one, f"{name} must have no system message beside the system column's", system)
+    if roles[-1] != "user":
+        raise ValueError(f"the last message must be the user's, got {roles[-1]}")
     return tuple(checked)
 
 
@@ -121,8 +222,6 @@ def _text_of_parts(content: Any) -> Any:
 
 def _ground_truth(name: str, value: Any, as_json: bool) -> str:
     """Returns a ground truth as text; `name` is its field, for errors."""
-    if value is None or value == "":
-        raise ValueError(f"{name} is missing")
     if isinstance(value, str):
         check_row(_VISIBLE.search(value) is not None, f"{name} must not be blank", value)
         return value
@@ -144,7 +243,7 @@ def _json_text(name: str, value: Any) -> str:
     """Returns a value as JSON whose numbers have their plain decimal form, as other truths do."""
     if isinstance(value, dict):
         fields = (
-            f"{json.dumps(key, ensure_ascii=False)}: {_json_text(name, x)}"
+            f"{json.dumps(str(key), ensure_ascii=False)}: {_json_text(name, x)}"
             for key, x in value.items()
         )
         return "{" + ", ".join(fields) + "}"
@@ -156,7 +255,7 @@ def _json_text(name: str, value: Any) -> str:
 
 
 def check_row(holds: bool, rule: str, value: object) -> None:
-    """Checks a value of a row against a rule. load_questions adds to the error which row it is."""
+    """Checks a value of a row against a rule. data.py adds to the error which row it is."""
     if not holds:
         text = str(value) if isinstance(value, Decimal) else repr(value)
         raise ValueError(f"{rule}, got {text:.40}")

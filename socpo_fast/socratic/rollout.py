@@ -32,7 +32,14 @@ from socpo_fast.engine import Engine, fresh_batch
 from socpo_fast.socratic.bridge import Bridge
 from socpo_fast.socratic.episode import Episode, Limits, RolloutOptions
 from socpo_fast.socratic.graders import Grader
-from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher, ask, result_of
+from socpo_fast.socratic.teachers import (
+    Teacher,
+    TeacherFunction,
+    as_teacher,
+    ask,
+    result_of,
+    wait_if_immediate,
+)
 from socpo_fast.socratic.vocabulary import check_vocabulary
 from socpo_fast.trace import note_span
 from socpo_fast.types import (
@@ -44,7 +51,6 @@ from socpo_fast.types import (
 )
 
 POLL_S = 2e-4  # pause between two polls of a device that student and teacher share
-IMMEDIATE_WAIT_S = 0.1  # longest wait for an immediate teacher before other work goes on
 
 
 def socratic_rollouts(
@@ -157,11 +163,11 @@ async def arollouts(
                     for rollout in rollouts:
                         loop.call_soon_threadsafe(finished.put_nowait, rollout)
         finally:
-            driven_by_threads.discard(id(engine))
+            engine.driven_by = None
 
-    driven_by_threads.add(id(engine))
     # A thread of its own: in the loop's default pool it might wait for the teachers that it needs.
     pool = ThreadPoolExecutor(1, thread_name_prefix="socpo-rollouts")
+    engine.driven_by = pool.submit(threading.get_ident).result()
     driving = loop.run_in_executor(pool, copy_context().run, drive)
     driving.add_done_callback(lambda _: finished.put_nowait(None))
     pool.shutdown(wait=False)
@@ -183,14 +189,9 @@ async def _outlast(future: asyncio.Future[None]) -> None:
         raise
 
 
-# The ids of engines that a thread of arollouts or of an AsyncEngine steps. An engine must not be
-# stepped by two threads at once.
-driven_by_threads: set[int] = set()
-
-
 def check_idle(where: str, engine: Engine) -> None:
     """Refuses an engine that has unfinished requests or is driven by another thread."""
-    if engine.has_work or id(engine) in driven_by_threads:
+    if engine.has_work or engine.driven_by is not None:
         raise ValueError(
             f"{where}: the engine must be idle, got unfinished requests, or an arollouts or "
             "AsyncEngine that drives it in another thread; let these end first"
@@ -295,11 +296,6 @@ class _Driver:
 
         The pages of a wrong attempt stay pinned while the teacher works.
 
-        An immediate teacher answers before anything else goes on, one call at a time, so that the
-        order of calls is repeatable. If a call takes longer than IMMEDIATE_WAIT_S, the loop goes on
-        and makes the next calls without waiting for each. So calls that hang cost one time limit
-        together, however many there are.
-
         Args:
             may_wait: whether to wait for the device. If not, a teacher works beside the student,
                 and a step that is not ready is looked at again after POLL_S.
@@ -321,14 +317,11 @@ class _Driver:
             if request is None:
                 self.end(episode)
             else:
-                # Wait on the spot only if no earlier call hangs.
-                earlier_done = all(future.done() for future in self.waiting)
                 guidance_future = ask(
                     self.teacher, request, self.options.guidance_timeout_s, self.loop
                 )
                 self.waiting[guidance_future] = (episode, time.perf_counter())
-                if self.teacher.immediate and earlier_done:
-                    wait([guidance_future], timeout=IMMEDIATE_WAIT_S)
+                wait_if_immediate(self.teacher, self.waiting)
 
     def collect_guidance(self, *, idle: bool) -> None:
         """Resumes the rollouts whose teacher has answered.
@@ -341,7 +334,13 @@ class _Driver:
             episode, start_s = self.waiting.pop(future)
             episode.rollout.teacher_wait_s += time.perf_counter() - start_s
             note_span(
-                "guidance", "guidance", since=start_s, overlaps=True, **name_of(episode.rollout)
+                "guidance",
+                "guidance",
+                since=start_s,
+                overlaps=True,
+                question=episode.rollout.question_idx,
+                rollout=episode.rollout.rollout_idx,
+                attempts=len(episode.rollout.turns),
             )
             context = episode.add_guidance(result_of(future, self.teacher))
             if context is None:
@@ -386,15 +385,6 @@ class _Driver:
             self.engine.cancel((self.batch_idx, episode.rollout.question_idx))
             self.engine.release(episode.rollout.attempts)
         self.engine.release(self.arrived)
-
-
-def name_of(rollout: Rollout) -> dict[str, int]:
-    """Returns the fields that name a rollout in the trace."""
-    return {
-        "question": rollout.question_idx,
-        "rollout": rollout.rollout_idx,
-        "attempts": len(rollout.turns),
-    }
 
 
 def tell(episode: Episode) -> None:

@@ -1,6 +1,7 @@
 """Computes the gradient of one update, and log-probabilities under the current weights.
 
-Read top-down: policy_gradients -> _backward, compute_logprobs, _forward. Differences from the
+Read top-down: policy_gradients -> gradient_microbatches -> _backward, compute_logprobs, _forward.
+Differences from the
 textbook trainer:
 
 - The loss is normalised over the whole update, never over a microbatch. How rollouts are packed and
@@ -13,11 +14,11 @@ textbook trainer:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +54,10 @@ class LossStats(NamedTuple):
     entropy, ratio and mismatch are taken over the loss tokens whose log-prob was computed. A token
     with an advantage of exactly 0 needs no log-prob. If there are no such tokens they are nan. The
     mismatch is |logprob - sampler_logprob|. It is rounding only, as long as the weights are those
-    that the sampler used.
+    that the sampler used. approx_kl estimates KL(old policy || this one) from the sampled tokens,
+    without bias: the mean of ratio - 1 - log(ratio), known as k3.
+
+    Source of k3: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
 
     loss: float
@@ -62,13 +66,14 @@ class LossStats(NamedTuple):
     clip_fraction: float
     sampler_mismatch_max_nats: float
     sampler_mismatch_mean_nats: float
+    approx_kl: float  # nats, >= 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientStats:
     """The outcome of one call of policy_gradients."""
 
-    loss_stats_6: Tensor  # fp64, on the student's device: the fields of LossStats, in its order
+    loss_stats_7: Tensor  # fp64, on the student's device: the fields of LossStats, in its order
     tokens_forwarded: int
     unique_tokens: int  # nodes of the groups' trees: prompt once, attempts, bridges; idle included
     loss_tokens: int  # sampled tokens, idle rollouts included
@@ -78,12 +83,21 @@ class GradientStats:
     @cached_property
     def figures(self) -> LossStats:
         """Returns the figures on the host; the first access waits for the device."""
-        return LossStats(*self.loss_stats_6.tolist())
+        return LossStats(*self.loss_stats_7.tolist())
 
     @property
     def loss(self) -> float:
         """Returns the loss; the first access waits for the device."""
         return self.figures.loss
+
+
+class UpdateProgress(NamedTuple):
+    """How far the updates of a batch are. `metrics` is set where an update has ended."""
+
+    work: Literal["log-probs", "microbatch"]  # of groups; of the current update
+    done: int
+    total: int
+    metrics: dict[str, float] | None = None
 
 
 def policy_gradients(
@@ -142,6 +156,55 @@ def policy_gradients(
     An exception leaves .grad partly filled: drop it. Memory: activations of one microbatch.
     Bitwise: same inputs, same bits. Other packings and budgets agree to rounding.
     """
+    microbatches = gradient_microbatches(
+        student,
+        rollouts,
+        packing=packing,
+        token_budget=token_budget,
+        temperature=temperature,
+        num_loss_tokens=num_loss_tokens,
+        num_attempts=num_attempts,
+        max_new_tokens=max_new_tokens,
+        advantages_A=advantages_A,
+        old_logprobs=old_logprobs,
+        loss_agg=loss_agg,
+        ref_logprobs=ref_logprobs,
+        options=options,
+        tis_clip=tis_clip,
+        checkpointing=checkpointing,
+        impl=impl,
+    )
+    while True:
+        try:
+            next(microbatches)
+        except StopIteration as end:
+            return end.value
+
+
+def gradient_microbatches(
+    student: Decoder,
+    rollouts: Sequence[Rollout],
+    *,
+    packing: Packing,
+    token_budget: int,
+    temperature: float,
+    num_loss_tokens: int | None = None,
+    num_attempts: int | None = None,
+    max_new_tokens: int | None,
+    advantages_A: Tensor | None,
+    old_logprobs: OldLogprobs,
+    loss_agg: LossAgg,
+    ref_logprobs: PerToken | None,
+    options: PolicyLossOptions,
+    tis_clip: float | None,
+    checkpointing: bool,
+    impl: str = "auto",
+) -> Generator[UpdateProgress, None, GradientStats]:
+    """Does what policy_gradients does, one microbatch at a time; the arguments are the same.
+
+    Yields after each one and returns the stats. It must run to its end, or .grad is only partly
+    filled.
+    """
     check_options(loss_agg, num_loss_tokens, num_attempts, max_new_tokens, tis_clip)
     attempt_lens = [attempt.num_tokens for rollout in rollouts for attempt in rollout.attempts]
     # Idle rollouts are counted here, before drop_idle: they weigh in the mean like any other.
@@ -151,8 +214,9 @@ def policy_gradients(
     microbatches = pack_rollouts(forwarded, packing=packing, token_budget=token_budget)
     advantages_A = attempt_advantages(rollouts, advantages_A, student.lm_head.weight.device)
     with accumulating(), student.shared.link_grads() if student.shared else nullcontext():
-        outcomes = [
-            _backward(
+        outcomes = []
+        for microbatch in microbatches:
+            outcome = _backward(
                 student,
                 microbatch,
                 rollouts,
@@ -166,10 +230,10 @@ def policy_gradients(
                 temperature=temperature,
                 options=options,
             )
-            for microbatch in microbatches
-        ]
+            outcomes.append(outcome)
+            yield UpdateProgress("microbatch", len(outcomes), len(microbatches))
     return GradientStats(
-        loss_stats_6=_figures(
+        loss_stats_7=_figures(
             outcomes, microbatches, sum(attempt_lens), student.lm_head.weight.device
         ),
         tokens_forwarded=sum(microbatch.tokens_forwarded for microbatch in microbatches),
@@ -307,15 +371,18 @@ def _figures(
     num_loss_tokens: int,
     device: torch.device,
 ) -> Tensor:
-    """Returns [6] fp64: the values of LossStats, from the results of _backward, without a sync."""
+    """Returns [7] fp64: the values of LossStats, from the results of _backward, without a sync."""
     if not outcomes:
-        values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan]
+        values = [0.0, math.nan, math.nan, 0.0, math.nan, math.nan, math.nan]
         return upload(torch.tensor(values, dtype=torch.float64), device)
     by_token_3N = torch.cat(
         [torch.stack((x.logprobs, x.entropy, x.ratio)) for x in outcomes], dim=1
     ).double()
     mismatch_N = by_token_3N[0]
     mismatch, entropy, ratio = by_token_3N.nanmean(dim=1)
+    # In fp64 the rounding of the fp32 ratio does no harm: near 1 the slope of the estimate is 0.
+    ratio_N = by_token_3N[2]
+    approx_kl = (ratio_N - 1.0 - ratio_N.log()).nanmean()
     # Skipped tokens are nan. amax has no nan-ignoring form, so they are replaced by 0. Adding
     # 0 * mean makes the maximum nan when all tokens are skipped, as the mean is.
     mismatch_max = mismatch_N.where(~mismatch_N.isnan(), 0.0).amax() + 0.0 * mismatch
@@ -325,4 +392,6 @@ def _figures(
         for x, y in zip(outcomes, microbatches, strict=True)
     ]
     clip_fraction = torch.stack(clipped).sum() / num_loss_tokens
-    return torch.stack((losses.sum(), entropy, ratio, clip_fraction, mismatch_max, mismatch))
+    return torch.stack(
+        (losses.sum(), entropy, ratio, clip_fraction, mismatch_max, mismatch, approx_kl)
+    )

@@ -1,4 +1,4 @@
-"""Makes the optimizer steps of one batch. Read Updater.updates, then one_update.
+"""Makes the optimizer steps of one batch. Read Updater.microbatches, then one_update.
 
 There are three sets of log-probs: the sampler's (recorded by the engine while it sampled), the old
 ones (the denominators of the ratios) and the reference's (for the KL). The sampler's serve as old
@@ -7,7 +7,7 @@ ones if they agree with the trainer's; _old_logprobs decides that.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ from socpo_fast.model.decoder import Decoder
 from socpo_fast.ops import PolicyLossOptions
 from socpo_fast.training.loss_inputs import OldLogprobs, PerToken, drop_idle
 from socpo_fast.training.optimizer import Optimizer
-from socpo_fast.training.step import LossStats, compute_logprobs, policy_gradients
+from socpo_fast.training.step import (
+    LossStats,
+    UpdateProgress,
+    compute_logprobs,
+    gradient_microbatches,
+)
 from socpo_fast.types import Rollout
 
 MISMATCH = ("policy/sampler_mismatch_nats", "policy/sampler_mismatch_mean_nats")
@@ -63,22 +68,33 @@ class Updater:
         order: list[list[int]],
         advantages_A: Tensor | None = None,
     ) -> Iterator[tuple[int, dict[str, float]]]:
+        """Does what `microbatches` does; yields (number of groups, metrics) after each update."""
+        progress = self.microbatches(groups, order, advantages_A)
+        metrics = (x.metrics for x in progress if x.metrics is not None)
+        yield from zip(map(len, order), metrics, strict=True)
+
+    def microbatches(
+        self,
+        groups: list[list[Rollout]],
+        order: list[list[int]],
+        advantages_A: Tensor | None = None,
+    ) -> Iterator[UpdateProgress]:
         """Makes one update per entry of `order`, which lists the groups of the update.
 
+        Yields whenever a group of old or reference log-probs, a microbatch or an update is done.
         advantages_A holds the advantages of all attempts, group by group; None: those of the turns.
-        Yields (number of groups, metrics). The mismatch with the sampler is measured before the
-        weights change. It is measured on the log-probs computed as old ones, if there are any.
+        The mismatch with the sampler is measured before the weights change. It is measured on the
+        log-probs computed as old ones, if there are any.
         Otherwise it is that of the first update that forwards something, without the tokens of
         advantage 0.
         """
         sizes = [sum(len(rollout.turns) for rollout in group) for group in groups]
         advantages = None if advantages_A is None else advantages_A.split(sizes)
-        old_logprobs, mismatch = self._old_logprobs(groups, order)
-        ref_logprobs = (
-            None
-            if self.reference is None
-            else [self._logprobs(self.reference, group) for group in groups]
-        )
+        old_logprobs, mismatch = yield from self._old_logprobs(groups, order)
+        ref_logprobs = None
+        if self.reference is not None:
+            computed = yield from self._logprobs(self.reference, groups, list(range(len(groups))))
+            ref_logprobs = list(computed.values())
         for update_idx, chosen in enumerate(order):
             # In the first update under "auto" the weights are still those of the old log-probs: its
             # own log-probs are the old ones, the ratio is 1, and a forward is saved.
@@ -86,7 +102,7 @@ class Updater:
             if old_logprobs is not None:
                 is_first = update_idx == 0 and self.config.loss.old_logprobs == "auto"
                 old = "current" if is_first else [x for g in chosen for x in old_logprobs[g]]
-            metrics = self.one_update(
+            metrics = yield from self.one_update(
                 [rollout for g in chosen for rollout in groups[g]],
                 old,
                 None if ref_logprobs is None else [x for g in chosen for x in ref_logprobs[g]],
@@ -95,7 +111,10 @@ class Updater:
             # Still unknown, or nan because that update had no active token: take this update's.
             if math.isnan(mismatch.get(MISMATCH[0], math.nan)):
                 mismatch = {name: metrics[name] for name in MISMATCH}
-            yield len(chosen), metrics | mismatch
+            num_microbatches = int(metrics["perf/microbatches"])
+            yield UpdateProgress(
+                "microbatch", num_microbatches, num_microbatches, metrics | mismatch
+            )
 
     def one_update(
         self,
@@ -103,15 +122,17 @@ class Updater:
         old_logprobs: OldLogprobs,
         ref_logprobs: PerToken | None,
         advantages_A: Tensor | None = None,
-    ) -> dict[str, float]:
+    ) -> Generator[UpdateProgress, None, dict[str, float]]:
         """Computes the gradient of these rollouts and makes one optimizer step.
+
+        Yields after each microbatch and returns the metrics.
 
         Raises:
             RunFailed: train.max_bad_updates in a row were not finite.
         """
         loss = self.config.loss
         started = time.perf_counter()
-        stats = policy_gradients(
+        stats = yield from gradient_microbatches(
             self.student,
             rollouts,
             **self._forward,
@@ -124,9 +145,9 @@ class Updater:
             tis_clip=loss.tis_clip,
             checkpointing=bool(self.config.train.checkpointing),
         )
-        # loss_stats_6 stays on the device until the step reads it back with its own numbers: one
+        # loss_stats_7 stays on the device until the step reads it back with its own numbers: one
         # wait.
-        result = self.optimizer.step(stats.loss_stats_6[0], also_read=stats.loss_stats_6)
+        result = self.optimizer.step(stats.loss_stats_7[0], also_read=stats.loss_stats_7)
         figures = LossStats(*result.also_read)
         if self.optimizer.num_skipped_in_a_row >= self.config.train.max_bad_updates:
             raise RunFailed(
@@ -139,6 +160,7 @@ class Updater:
             "policy/loss": figures.loss,
             "policy/entropy": figures.entropy,
             "policy/ratio_mean": figures.ratio_mean,
+            "policy/approx_kl": figures.approx_kl,
             "policy/clip_fraction": figures.clip_fraction,
             "policy/sampler_mismatch_nats": figures.sampler_mismatch_max_nats,
             "policy/sampler_mismatch_mean_nats": figures.sampler_mismatch_mean_nats,
@@ -154,7 +176,7 @@ class Updater:
 
     def _old_logprobs(
         self, groups: list[list[Rollout]], order: list[list[int]]
-    ) -> tuple[LogprobsByGroup | None, dict[str, float]]:
+    ) -> Generator[UpdateProgress, None, tuple[LogprobsByGroup | None, dict[str, float]]]:
         """Computes old log-probs under the current weights, and their mismatch with the sampler.
 
         Returns (old log-probs, metrics of the mismatch). None means that the sampler's log-probs
@@ -172,19 +194,25 @@ class Updater:
         groups[measured] = groups[measured] if active else all_groups[measured]
         # bf16 rounds more coarsely than MAX_MISMATCH_NATS, so only fp32 is tried.
         if choice == "auto" and self.student.lm_head.weight.dtype == torch.float32:
-            computed[measured] = self._logprobs(self.student, groups[measured])
+            computed = yield from self._logprobs(self.student, groups, [measured])
         mismatch = _mismatch(groups, computed)
         # A mismatch that is nan or was not measured compares as False, and is not accepted.
         if choice == "sampler" or mismatch.get(MISMATCH[0], math.nan) <= MAX_MISMATCH_NATS:
             return None, mismatch
         needed = order[1:] if choice == "auto" else order
-        for g in sorted({g for chosen in needed for g in chosen} - computed.keys()):
-            computed[g] = self._logprobs(self.student, groups[g])
+        missing = sorted({g for chosen in needed for g in chosen} - computed.keys())
+        computed |= yield from self._logprobs(self.student, groups, missing)
         return computed, _mismatch(groups, computed)
 
-    def _logprobs(self, student: Decoder, group: list[Rollout]) -> list[list[Tensor]]:
-        """Returns log-probs of a group under a student, packed as in the update."""
-        return compute_logprobs(student, group, **self._forward)
+    def _logprobs(
+        self, student: Decoder, groups: list[list[Rollout]], chosen: list[int]
+    ) -> Generator[UpdateProgress, None, LogprobsByGroup]:
+        """Returns log-probs of the chosen groups under a student, packed as in the update."""
+        computed = LogprobsByGroup()
+        for g in chosen:
+            computed[g] = compute_logprobs(student, groups[g], **self._forward)
+            yield UpdateProgress("log-probs", len(computed), len(chosen))
+        return computed
 
 
 def _mismatch(groups: list[list[Rollout]], computed: LogprobsByGroup) -> dict[str, float]:

@@ -230,6 +230,29 @@ def test_invalid_requests_are_refused(student: Decoder, call, message: str) -> N
     assert engine.stats.pages_free == 12
 
 
+def test_calls_beside_a_driver_are_refused(student: Decoder) -> None:
+    """They change nothing: what runs gets the tokens that it gets alone."""
+    engine = engine_of(student)
+    params = replace(SAMPLED, n=1)
+    key = (5, 5)
+    [[finished]] = engine.generate(PROMPTS[:1], params, keep=True)
+    engine.submit(PROMPTS[0], params, key=key)
+    attempts = engine.step()
+    engine.driven_by = -1  # the id of no thread
+    for call in (
+        engine.step,
+        lambda: engine.submit(PROMPTS[1], params, key=(6, 6)),
+        lambda: engine.resume(finished, [5], params, kept_tokens=3),
+        lambda: engine.generate(PROMPTS, params),
+    ):
+        with pytest.raises(ValueError, match="calling thread must be that of the arollouts or"):
+            call()
+    engine.driven_by = None
+    while engine.has_work:
+        attempts += engine.step()
+    assert exact([attempts]) == exact(engine_of(student).generate(PROMPTS[:1], params, keys=[key]))
+
+
 def test_resume_twice_is_refused(student: Decoder) -> None:
     engine = engine_of(student)
     group = generate_same(engine, [PROMPTS[0]], SAMPLED, keep=True)[0]

@@ -74,7 +74,7 @@ def test_one_group_where_two_do_not_fit(check: Check, monkeypatch: pytest.Monkey
 
 
 def test_a_skipped_step_is_a_failure(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    stats = SimpleNamespace(loss_stats_6=torch.full((6,), torch.nan))
+    stats = SimpleNamespace(loss_stats_7=torch.full((7,), torch.nan))
     monkeypatch.setattr(updates, "gradients", lambda *_, **__: stats)
     (failure,) = outcome(check, updates.update("Qwen3-0.6B", BF16)).failures
     assert "the gradient is not finite" in failure["message"]

@@ -53,9 +53,11 @@ class Planner:
         The student is in bf16 unless they say otherwise.
         """
         changes = {key.replace("__", "."): value for key, value in settings.items()}
-        config = load_config(None, {"run.device": "cuda", "student.dtype": "bfloat16"} | changes)
+        folder = self.model(name)
+        base = {"run.device": "cuda", "student.dtype": "bfloat16", "student.path": str(folder)}
+        config = load_config(None, base | changes)
         known_card = CARDS[card] if isinstance(card, str) else card
-        return make_plan(config, self.model(name), known_card, is_training=is_training)
+        return make_plan(config, folder, known_card, is_training=is_training)
 
 
 class FakeCard:
@@ -66,6 +68,7 @@ class FakeCard:
     ):
         self.peak_gib = 0.0
         answers: dict[str, Any] = {
+            "is_available": lambda: True,
             "get_device_name": lambda _device: name,
             "mem_get_info": lambda _device: (int(free_gib * GIB), int(total_gib * GIB)),
             "memory_reserved": lambda _device: 3 * GIB,

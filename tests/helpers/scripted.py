@@ -47,6 +47,7 @@ class ScriptedEngine:
     num_steps: int = 0
     per_step: int = 100
     eos_ids: tuple[int, ...] = PARAMS.eos_ids
+    driven_by: int | None = None
 
     # Any tokenizer fits this student.
     student = SimpleNamespace(config=SimpleNamespace(vocab_size=2**31))

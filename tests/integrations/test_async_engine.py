@@ -51,6 +51,11 @@ async def num_prefilled(server: AsyncEngine, engine: Engine) -> int:
     return await server.run(lambda: engine.stats.prefill_tokens)
 
 
+async def assert_all_free(server: AsyncEngine, engine: Engine) -> None:
+    stats = await server.run(lambda: engine.stats)
+    assert stats.pages_free == stats.pages_total
+
+
 @pytest.mark.parametrize(
     ("num_common", "num_new", "expected_prefill"),
     [
@@ -88,8 +93,7 @@ def test_follow_ups_prefill_what_is_new(
             )
         assert (await server.run(lambda: engine.stats)).pages_free < engine.stats.pages_total
         server.end("a")
-        stats = await server.run(lambda: engine.stats)
-        assert stats.pages_free == stats.pages_total
+        await assert_all_free(server, engine)
 
     serve(engine, play)
 
@@ -195,8 +199,7 @@ def test_cancels_at_any_moment(student: Decoder, seed: int) -> None:
         # One that was cancelled between two turns still waits for its follow-up.
         for name in names:
             server.end(name)
-        stats = await server.run(lambda: engine.stats)
-        assert stats.pages_free == stats.pages_total
+        await assert_all_free(server, engine)
         return whole
 
     check_episodes(student, serve(engine, play))
@@ -219,13 +222,11 @@ def test_a_cancelled_await_frees_its_pages(student: Decoder) -> None:
                 again = await server.generate("a", PROMPT, PARAMS)
                 assert again.attempt_idx == 0
                 server.end("a")
-                stats = await server.run(lambda: engine.stats)
-                assert stats.pages_free == stats.pages_total
+                await assert_all_free(server, engine)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await server.generate("b", PROMPT, long)
-        stats = await server.run(lambda: engine.stats)
-        assert stats.pages_free == stats.pages_total
+        await assert_all_free(server, engine)
 
     serve(engine, play)
 
@@ -246,6 +247,8 @@ def test_refusals_leave_the_request_as_it_was(student: Decoder) -> None:
         await asyncio.sleep(0)
         with pytest.raises(ValueError, match="request_id must be one that is not in flight, got"):
             await server.generate("b", PROMPT, PARAMS)
+        with pytest.raises(ValueError, match="thread must be that of the arollouts or AsyncEngine"):
+            engine.step()
         assert (await task).num_tokens == 100
         before = await num_prefilled(server, engine)
         second = await server.generate("a", [*row, 4], PARAMS)
@@ -299,8 +302,7 @@ def test_a_failed_step_reaches_all(student: Decoder, number: int, monkeypatch: A
             assert isinstance(error, RuntimeError)
             assert "got a failed step, OutOfMemoryError: no memory; ask again" in str(error)
             assert isinstance(error.__cause__, torch.OutOfMemoryError)
-        stats = await server.run(lambda: engine.stats)
-        assert stats.pages_free == stats.pages_total
+        await assert_all_free(server, engine)
         again = await server.generate("kept", [*PROMPT, *kept.token_ids, 4], PARAMS)
         assert again.attempt_idx == 0
         return await asyncio.gather(*(play_episode(server, str(i)) for i in range(5)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
-from socpo_fast.integrations.trl_checks import check_trainer
+from socpo_fast.integrations.trl_checks import check_trainer, question_of_row
 from socpo_fast.socratic.episode import RolloutOptions
 
 trl = pytest.importorskip("trl", minversion="1.16")
@@ -55,7 +55,7 @@ def test_refused_in_words(
 
 def test_sharded_models_are_refused() -> None:
     """Also where accelerate's own configuration shards them, which TRL knows only later."""
-    trainer = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
+    trainer = MagicMock(is_fsdp_enabled=True, is_deepspeed_enabled=False)
     with pytest.raises(ValueError, match="must be whole on each rank .*; use generation='trl'"):
         check_trainer(trainer, "engine", "trl")
 
@@ -64,6 +64,15 @@ def test_rows_without_ground_truth_are_refused(tmp_path: Path) -> None:
     data = make_data().remove_columns("ground_truth")
     with pytest.raises(ValueError, match="ground_truth must be a column of text, got None"):
         make_trainer(tmp_path, train_dataset=data).train()
+
+
+def test_rows_that_ask_nothing_are_refused() -> None:
+    answered = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "4"}]
+    with pytest.raises(ValueError, match="^SocraticGRPOTrainer: the last message must be the user"):
+        question_of_row({"prompt": answered, "ground_truth": "4"}, 0)
+    image = [{"role": "user", "content": [{"type": "image"}]}]
+    with pytest.raises(ValueError, match="^SocraticGRPOTrainer: the user message must have text"):
+        question_of_row({"prompt": image, "ground_truth": "4"}, 0)
 
 
 def test_parts_of_a_group_are_refused(tmp_path: Path) -> None:

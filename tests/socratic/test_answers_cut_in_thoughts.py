@@ -5,7 +5,8 @@ from functools import cache
 
 import pytest
 
-from socpo_fast.socratic.graders import check_ground_truth, make_grader, without_thoughts
+from socpo_fast.socratic.graders import check_ground_truth, make_grader
+from socpo_fast.socratic.thoughts import without_thoughts
 from socpo_fast.types import Question
 
 ANSWERS = {
@@ -17,6 +18,7 @@ ANSWERS = {
 MARKS = [
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
+    ('<Thinking budget="low">', "</ THINKING >"),
     ("<thought>", "</thought>"),
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),

@@ -78,7 +78,7 @@ def test_jsonl(tmp_path: Path) -> None:
     [
         ("{bad", "must be a JSON object, got '{bad'"),
         ("[1]", "must be a JSON object, got '[1]'"),
-        ({"text": "?"}, "must have prompt or question, got text"),
+        ({"text": "?"}, "question is missing, the columns are text; name its column by data."),
         ({"question": "?"}, "ground_truth is missing"),
         ({"question": "?", "ground_truth": ""}, "ground_truth is missing"),
         (
@@ -91,7 +91,10 @@ def test_jsonl(tmp_path: Path) -> None:
             {"question": "?", "ground_truth": "1", "data_source": 3},
             "data_source must be text, got 3",
         ),
-        ({"question": 3, "ground_truth": "1"}, "the user message must have text, got 3"),
+        (
+            {"question": 3, "ground_truth": "1"},
+            "question must be text or a non-empty list of messages, got 3",
+        ),
         ({"question": "\ud800", "ground_truth": "1"}, "surrogates not allowed"),
         (
             {"question": "?", "ground_truth": True},
@@ -102,8 +105,8 @@ def test_jsonl(tmp_path: Path) -> None:
             {"question": "?", "ground_truth": "1", "reference_solution": 3},
             "reference_solution must be text, got 3",
         ),
-        ({**VERL_ROW, "prompt": 3}, "prompt must be a non-empty list of messages, got 3"),
-        ({**VERL_ROW, "prompt": []}, "prompt must be a non-empty list of messages, got []"),
+        ({**VERL_ROW, "prompt": 3}, "prompt must be text or a non-empty list of messages, got 3"),
+        ({**VERL_ROW, "prompt": []}, "prompt must be text or a non-empty list of messages, got []"),
         (
             {**VERL_ROW, "prompt": [{"role": "tool", "content": "x"}]},
             "a message must have a role of system, user, assi",
@@ -132,9 +135,16 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     for name, content, reason in [
         ("empty.jsonl", b"\n\n", "must hold at least one question, got none"),
-        ("latin.jsonl", b'{"question": "\xe9"}\n', "must be readable as text"),
+        (
+            "latin.jsonl",
+            b'{"question": "\xe9"}\n',
+            "row 1: must be UTF-8, got byte 0xe9 after 14 others",
+        ),
         ("junk.parquet", b"junk", "must be readable as parquet"),
-        ("rows.csv", b"a,b\n", "path must be a .parquet or .jsonl file"),
+        ("rows.csv", b"a,b\n", "path must be a .jsonl, .json, .parquet file"),
+        ("rows.json.gz", b"", "path must be a .jsonl, .json, .parquet file"),
+        ("rows.txt", b"?\n", "a folder of them, or owner/name of the hub, got "),
+        ("list.json", b'[{"question": "?"', "must be readable as JSON (Expecting "),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="data: ") as error:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from socpo_fast.socratic.data import MAX_LINE_CHARS, load_questions
+from socpo_fast.socratic.data import load_questions
+from socpo_fast.socratic.data_files import MAX_LINE_BYTES
 from socpo_fast.socratic.question_rows import MAX_PROMPT_CHARS
 
 MARK = "\ufeff"
@@ -278,7 +279,7 @@ def test_dropped_system_messages_are_refused(tmp_path: Path) -> None:
     row = {"prompt": [developer, user], "reward_model": {"ground_truth": "1"}}
     path = write(tmp_path / "train.jsonl", line("1"), row)
     assert refusal(path, **options) == (
-        "data: train.jsonl question 2: must have no system message, the chat template drops it"
+        "data: train.jsonl row 2: must have no system message, the chat template drops it"
     )
     assert truths(write(path, line("1")), **options) == ["1"]
 
@@ -311,10 +312,10 @@ def test_the_reference_of_verl_rows(tmp_path: Path) -> None:
 
 def test_length_is_checked_before_content(tmp_path: Path) -> None:
     """Broken JSON of that length is refused for its length; the prompt is never tokenized."""
-    path = write(tmp_path / "train.jsonl", "{" + "x" * MAX_LINE_CHARS)
+    path = write(tmp_path / "train.jsonl", "{" + "x" * MAX_LINE_BYTES)
     assert refusal(path) == (
-        f"data: train.jsonl row 1: must have at most {MAX_LINE_CHARS} characters, got "
-        f"{MAX_LINE_CHARS + 1}"
+        f"data: train.jsonl row 1: must have at most {MAX_LINE_BYTES} bytes, got "
+        f"{MAX_LINE_BYTES + 1}"
     )
     write(path, {"question": "x" * 20_000_000, "ground_truth": "1"})
     Bridge.counted.clear()

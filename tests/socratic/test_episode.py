@@ -13,9 +13,10 @@ import torch
 
 from socpo_fast import RolloutOptions, socratic_episode
 from socpo_fast.socratic.episode import Episode, Limits
-from socpo_fast.socratic.graders import CheckedGrader, without_thoughts
+from socpo_fast.socratic.graders import CheckedGrader
 from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.socratic.teachers import RuleTeacher
+from socpo_fast.socratic.thoughts import without_thoughts
 from socpo_fast.types import (
     Attempt,
     Guidance,

@@ -15,9 +15,9 @@ from socpo_fast.socratic.graders import (
     chosen_letter,
     last_formula,
     make_grader,
-    without_thoughts,
 )
 from socpo_fast.socratic.leak import leaks_answer
+from socpo_fast.socratic.thoughts import without_thoughts
 from socpo_fast.types import Question
 from tests.helpers import grader_table as table
 from tests.helpers.math_table import MATH, MATH_MISSES

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from socpo_fast.socratic import rollout
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.rollout import socratic_rollouts
+from socpo_fast.socratic.teachers import calls
 from socpo_fast.socratic.teachers.calls import as_teacher, ask, background, result_of
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, Rollout, RolloutKey
 from tests.helpers.scripted import (
@@ -204,7 +204,7 @@ def test_calls_that_hang_cost_one_limit_together() -> None:
 
 def test_quick_functions_are_called_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a busy machine a thread may wait for a core longer than a function counts as quick.
-    monkeypatch.setattr(rollout, "IMMEDIATE_WAIT_S", 5.0)
+    monkeypatch.setattr(calls, "IMMEDIATE_WAIT_S", 5.0)
     running = []
     num_running = []
 

@@ -5,6 +5,7 @@ The value of the gradient is checked in test_semantics.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +173,17 @@ def test_engine_and_packing_agree_on_cuts(packing: Any) -> None:
             assert (attempt.logprobs - logprobs_L).abs().max() < 1e-4, (
                 f"kept {rollout.next_context(0)[0]}"
             )
+
+
+@pytest.mark.parametrize("shift", [0.2, -1e-3, 0.0])
+def test_approx_kl_is_k3(student_64: Decoder, shift: float) -> None:
+    """Small ones as well, where ratio - 1 - log(ratio) would be rounding only in fp32."""
+    rollouts = make_rollouts()
+    own = compute_logprobs(student_64, rollouts, token_budget=ALL, temperature=TEMPERATURE)
+    old = [[logprobs_L + shift for logprobs_L in by_attempt] for by_attempt in own]
+    _, stats = gradients(student_64, rollouts, old_logprobs=old)
+    expected = math.expm1(-shift) + shift
+    assert stats.figures.approx_kl == pytest.approx(expected, rel=2e-3, abs=1e-12)
 
 
 def test_nothing_to_train() -> None:

@@ -140,6 +140,25 @@ def test_every_update_is_as_right_as_plain_fp32(loss: str) -> None:
     )
 
 
+def test_progress_by_group_and_by_microbatch() -> None:
+    changes = CHANGES | LOSSES["k3"] | {"loss.old_logprobs": "recompute"}
+    updater = Updater(make_student(), load_config(None, changes), reference=make_student())
+    progress = list(updater.microbatches(groups_of(make_rollouts()), ORDER))
+    before, within = progress[:6], progress[6:]
+    # Old and then reference log-probs of three groups.
+    assert [(x.work, x.done, x.total) for x in before] == 2 * [
+        ("log-probs", done, 3) for done in (1, 2, 3)
+    ]
+    for chosen in ORDER:
+        (*microbatches, end), within = within[: (n := within[0].total + 1)], within[n:]
+        assert [(x.work, x.done, x.total) for x in microbatches] == [
+            ("microbatch", done, n - 1) for done in range(1, n)
+        ]
+        assert end.metrics is not None and end.metrics["perf/microbatches"] == n - 1
+        assert n - 1 >= len(chosen), "the budget holds no two groups"
+    assert within == []
+
+
 def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
     """With "auto", sampler log-probs within 1e-3 nats of the student's own serve as old ones.
 

@@ -172,7 +172,7 @@ def update(recorder: Recorder, student: Decoder) -> None:
     with recorder.section("update of one group", may_read=False):
         stats = policy_gradients(student, rollouts, token_budget=16384, temperature=1.0)
     with recorder.section("its step of AdamW", may_read=True):
-        optimizer.step(stats.loss_stats_6[0], also_read=stats.loss_stats_6)
+        optimizer.step(stats.loss_stats_7[0], also_read=stats.loss_stats_7)
 
 
 def _rollout(rollout_idx: int, num_attempts: int) -> Rollout:

@@ -128,7 +128,7 @@ def peak_of_update(
             )
             _name_gradients(log, student.parameters())
             log.append(_mark("step"))
-            optimizer.step(stats.loss_stats_6[0], also_read=stats.loss_stats_6)
+            optimizer.step(stats.loss_stats_7[0], also_read=stats.loss_stats_7)
         memory.log = None
         _raise_faults(recorder)
         assert stats.num_microbatches == num_microbatches

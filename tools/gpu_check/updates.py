@@ -75,10 +75,10 @@ class Trainee:
 
     def update(self) -> None:
         """Makes one whole update."""
-        loss_stats_6 = gradients(
+        loss_stats_7 = gradients(
             self.student, self.rollouts, checkpointing=self.checkpointing
-        ).loss_stats_6
-        result = self.optimizer.step(loss_stats_6[0], also_read=loss_stats_6)
+        ).loss_stats_7
+        result = self.optimizer.step(loss_stats_7[0], also_read=loss_stats_7)
         assert not result.skipped, "the gradient is not finite"
 
     def step_ms(self) -> float:

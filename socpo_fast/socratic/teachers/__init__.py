@@ -20,6 +20,7 @@ from socpo_fast.config import (
 from socpo_fast.device import select_device
 from socpo_fast.engine import Engine
 from socpo_fast.model import load_student
+from socpo_fast.model.hub import model_folder
 from socpo_fast.socratic.bridge import Bridge, load_tokenizer
 from socpo_fast.socratic.plugin import load_function
 from socpo_fast.socratic.teachers.base import SYSTEM_PROMPT, USER_TEMPLATE, Teacher, TeacherPrompt
@@ -32,6 +33,7 @@ from socpo_fast.socratic.teachers.calls import (
     background,
     result_of,
     retry_teacher,
+    wait_if_immediate,
 )
 from socpo_fast.socratic.teachers.endpoint import EndpointTeacher
 from socpo_fast.socratic.teachers.local import LocalTeacher
@@ -51,6 +53,7 @@ __all__ = [
     "make_teacher",
     "result_of",
     "retry_teacher",
+    "wait_if_immediate",
 ]
 
 _BUILTIN_RULE = "socpo_fast.socratic.tasks.molar_mass:tutor"
@@ -110,8 +113,9 @@ def make_endpoint_teacher(
 def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str) -> LocalTeacher:
     """Returns a frozen model with its own engine, in the student's process."""
     prompt = _prompt(teacher)
+    folder = model_folder("teacher.path", teacher.path)
     bridge = Bridge(
-        load_tokenizer(teacher.path),
+        load_tokenizer(folder),
         guidance_limit=teacher.max_new_tokens,
         enable_thinking=teacher.enable_thinking,
         single_turn=True,
@@ -120,7 +124,7 @@ def make_local_teacher(teacher: LocalTeacherConfig, config: Config, device: str)
     # Chosen by the teacher's device, which need not be the student's.
     auto_dtype = "float32" if device == "cpu" else "bfloat16"
     model = load_student(
-        teacher.path,
+        folder,
         dtype=auto_dtype if teacher.dtype == "auto" else teacher.dtype,
         device=device,
     )

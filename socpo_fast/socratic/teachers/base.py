@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from string import Formatter
 
+from socpo_fast.socratic.thoughts import TEACHER_MARKS
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest
 
 FIELDS = ("question", "student_answer", "reference_solution", "ground_truth")
@@ -141,21 +142,6 @@ class TeacherPrompt:
         return [*system, {"role": "user", "content": "\n\n".join(paragraphs)}]
 
 
-# How models mark their thoughts: pairs of patterns, for the opening and the closing mark.
-_TAGS = ("think", "thinking", "thoughts?", "reasoning", "analysis", "scratchpad", "seed:think")
-THOUGHTS = tuple(
-    (re.compile(opening), re.compile(closing))
-    for opening, closing in (
-        *((rf"(?i:<\s*{tag}(\s[^<>]*)?>)", rf"(?i:<\s*/\s*{tag}\s*>)") for tag in _TAGS),
-        (r"\[THINK\]", r"\[/THINK\]"),
-        (r"\u25c1think\u25b7", r"\u25c1/think\u25b7"),
-        (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
-        (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
-        (r"<\|channel\|>analysis", r"<\|channel\|>final<\|message\|>"),
-    )
-)
-
-
 def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
     """Returns a model's message without its thoughts and without white space around it.
 
@@ -167,13 +153,13 @@ def clean_guidance(text: str, *, in_thoughts: bool = False) -> str:
         GuidanceFailed: "cut" if the text ends inside the thoughts, "none" if nothing is left.
     """
     is_open = False
-    for opening, closing in THOUGHTS:
-        ends = [match.end() for match in closing.finditer(text)]
+    for opening, closing in TEACHER_MARKS.items():
+        ends = [match.end() for match in re.finditer(closing, text)]
         # Everything up to the last closing mark is thoughts.
         text = text[max(ends, default=0) :]
         in_thoughts = in_thoughts and not ends
         # Once a mark of one kind is open, a closing mark of another kind does not close it.
-        is_open = is_open or opening.search(text) is not None
+        is_open = is_open or re.search(opening, text) is not None
     if in_thoughts or is_open:
         raise GuidanceFailed(
             "cut",

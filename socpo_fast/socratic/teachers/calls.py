@@ -14,8 +14,8 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import CancelledError, Future
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,7 @@ RETRY_TEXT = (
 )
 TEACHERS = "socpo-teachers"  # the event loop of all calls of teachers
 FUNCTIONS = "socpo-functions"  # the event loop of async functions
+IMMEDIATE_WAIT_S = 0.1  # longest wait for an immediate teacher before other work goes on
 
 Answer = Guidance | str | None
 TeacherFunction = Callable[[GuidanceRequest], Answer | Awaitable[Answer]]
@@ -44,6 +45,19 @@ def ask(
     return asyncio.run_coroutine_threadsafe(
         teacher.guide_in_time(request, timeout_s), loop or _event_loop(TEACHERS)
     )
+
+
+def wait_if_immediate(teacher: Teacher, calls: Iterable[Future[Guidance | None]]) -> None:
+    """Waits on the spot for the last of the calls, if the teacher is immediate.
+
+    An immediate teacher answers before anything else goes on, one call at a time, so that the order
+    of calls is repeatable. If a call takes longer than IMMEDIATE_WAIT_S, the caller goes on, and
+    makes the next calls without waiting for each. So calls that hang cost one time limit together,
+    however many there are.
+    """
+    *earlier, last = calls
+    if teacher.immediate and all(call.done() for call in earlier):
+        wait([last], timeout=IMMEDIATE_WAIT_S)
 
 
 def result_of(future: Future[Guidance | None], teacher: Teacher) -> Guidance | GuidanceFailed:

@@ -14,7 +14,6 @@ which makes the fewest and fullest steps.
 """
 
 import asyncio
-import re
 from itertools import takewhile
 from math import inf
 from queue import SimpleQueue
@@ -22,7 +21,8 @@ from typing import NamedTuple
 
 from socpo_fast.engine import Engine
 from socpo_fast.socratic.bridge import Bridge
-from socpo_fast.socratic.teachers.base import THOUGHTS, Teacher, TeacherPrompt, clean_guidance
+from socpo_fast.socratic.teachers.base import Teacher, TeacherPrompt, clean_guidance
+from socpo_fast.socratic.thoughts import TEACHER_MARKS, opened_thoughts
 from socpo_fast.socratic.vocabulary import check_vocabulary
 from socpo_fast.types import Guidance, GuidanceFailed, GuidanceRequest, RolloutKey, SamplingParams
 
@@ -57,9 +57,7 @@ class LocalTeacher(Teacher):
         self._prompt = prompt
         self._params = params
         # Some templates open the thoughts in the generation prompt, so a text has no opening mark.
-        self._in_thoughts = any(
-            re.search(rf"{opening.pattern}\s*$", bridge.after) for opening, _ in THOUGHTS
-        )
+        self._in_thoughts = bool(opened_thoughts(bridge.after, TEACHER_MARKS))
         self._prompt_limit = engine.max_tokens - params.max_new_tokens
         if self._prompt_limit < 1:
             raise ValueError(
@@ -173,7 +171,6 @@ class LocalTeacher(Teacher):
 
         It compares the prompts of two requests that have no text in common.
         """
-        texts = ("0", "x")
         requests = [
             GuidanceRequest(
                 question=text,
@@ -184,7 +181,7 @@ class LocalTeacher(Teacher):
                 rollout_idx=0,
                 attempt_idx=0,
             )
-            for text in texts
+            for text in ("0", "x")
         ]
         pairs = zip(*map(self.prompt_ids, requests), strict=False)
         return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]

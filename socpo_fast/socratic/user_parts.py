@@ -1,0 +1,91 @@
+"""Holds what a caller in Python gives in place of settings: questions, a teacher, a grader.
+
+Read UserParts, then name_of, the name that the settings hold instead, and as_plain_grader.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from socpo_fast.config import Config, RuleTeacherConfig
+from socpo_fast.socratic.graders import CheckedGrader, Grader, Verdict, make_grader
+from socpo_fast.socratic.teachers import Teacher, background
+from socpo_fast.types import Question
+
+AsyncGrader = Callable[[str, Question], Awaitable[Verdict]]
+# Begins the name, in the settings, of what only a caller in Python can give.
+FROM_PYTHON = "python:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserParts:
+    """What a caller in Python gives in place of what a setting names; None: as the setting says.
+
+    The setting then holds a name for people. It begins with FROM_PYTHON, unless the same part can
+    also be loaded by that name.
+    """
+
+    train: Sequence[Mapping[str, Any] | Question] | None = None
+    eval: Sequence[Mapping[str, Any] | Question] | None = None
+    teacher: Teacher | None = None
+    grader: Grader | None = None
+
+    def check(self, config: Config) -> None:
+        """Refuses settings that name a part from Python which is not here."""
+        rule = config.teacher.rule if isinstance(config.teacher, RuleTeacherConfig) else ""
+        for key, name, argument, part in (
+            ("data.train", config.data.train, "data", self.train),
+            ("data.eval", config.data.eval, "eval", self.eval),
+            ("data.grader", config.data.grader, "grader", self.grader),
+            ("teacher.rule", rule, "teacher", self.teacher),
+        ):
+            if part is None and (name or "").startswith(FROM_PYTHON):
+                raise ValueError(
+                    f"config: {key} must name what this process can load, got {name}, which was "
+                    f"given from Python; call socpo_fast.train({argument}=..) again, or set {key}"
+                )
+
+    def make_grader(self, config: Config) -> CheckedGrader:
+        """Returns the grader, under the name and with the limits of the settings."""
+        limits = config.grader.model_dump()
+        if self.grader is not None:
+            return CheckedGrader(self.grader, config.data.grader, **limits)
+        grader = make_grader(config.data.grader, **limits)
+        return replace(grader, function=as_plain_grader(grader.function))
+
+
+def name_of(function: object) -> str:
+    """Returns "module:function" if that loads this very object, else "python:module:function"."""
+    source: Any = function if hasattr(function, "__qualname__") else type(function)
+    name = f"{source.__module__}:{source.__qualname__}"
+    # Another process has another __main__.
+    module = None if source.__module__ == "__main__" else sys.modules.get(source.__module__)
+    is_loadable = getattr(module, source.__qualname__, None) is function
+    return name if is_loadable else FROM_PYTHON + name
+
+
+def as_plain_grader(grader: Grader | AsyncGrader) -> Grader:
+    """Returns the same grader as a plain function, which waits for the verdict of an async one."""
+
+    @functools.wraps(grader)
+    def verdict_of(text: str, question: Question) -> Verdict:
+        verdict = grader(text, question)
+        if not inspect.isawaitable(verdict):
+            return verdict
+        # A loop of its own: a teacher that blocks that of the other functions must not stop this.
+        future = background(_finish(verdict), "socpo-graders")
+        try:
+            return future.result()
+        finally:
+            # A time limit or a signal may have ended the waiting.
+            future.cancel()
+
+    return verdict_of
+
+
+async def _finish(verdict: Awaitable[Verdict]) -> Verdict:
+    """Awaits a verdict; only coroutines can be sent to a loop."""
+    return await verdict
