@@ -191,8 +191,8 @@ class Trainer:
             num_left_out=sum(self.session.num_left_out.values()),
             reached=self.reached,
         )
-        name = f"run {run.name} {start}"
-        return [first_line(name, self.student, run.device), plan, *self.session.bridge.notes]
+        first = first_line(f"run {run.name} {start}", self.student, run.device)
+        return [first, plan, *self.session.bridge.notes]
 
     def end_card(self, outcome: str) -> None:
         """Prints what the run came to, and what to do next."""
@@ -360,9 +360,8 @@ class Trainer:
         success = metrics["success/unassisted"]
         update = self.optimizer.num_updates
         if self.state.end_evaluation(update=update, success=success, measured_by=self.measured_by):
-            self.progress.note(
-                f"best evaluation so far: {success:.1%} unassisted; update {update} is kept"
-            )
+            line = f"best evaluation so far: {success:.1%} unassisted; update {update} is kept"
+            self.progress.note(line)
 
     def save(self) -> None:
         """Saves a checkpoint, unless it exists already or no update was made yet."""
