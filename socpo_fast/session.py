@@ -135,7 +135,13 @@ class Session:
     @property
     def memory_note(self) -> str:
         """Returns a note for the user on how memory is used: one line; on a card, the plan."""
-        return self.engine.kv_cache.note if self.plan is None else plan_table(self.plan)
+        if self.plan is not None:
+            return plan_table(self.plan)
+        parameters = list(self.student.parameters())
+        weights_gib = sum(p.nbytes for p in parameters) / GIB
+        adamw_gib = sum(8 * p.numel() for p in parameters if p.requires_grad) / GIB
+        adamw = f", AdamW {adamw_gib:.2g} GiB" * (adamw_gib > 0)
+        return f"{self.engine.kv_cache.note}, weights {weights_gib:.2g} GiB{adamw}, and activations"
 
     def peak_memory(self, tell: Callable[[str], None]) -> dict[str, float]:
         """Returns the peak memory of tensors on a card; tells once if the plan was 10 % off."""

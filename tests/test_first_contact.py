@@ -76,7 +76,7 @@ def test_demo_says_first_what_it_loads(tmp_path: Path) -> None:
         "  evaluations    11 of 800 rollouts (200 questions x 4), 8,800 in all",
         "  most guidance  5,120 calls in batches, 8,800 calls in evaluations",
         "  most tokens    1.3M sampled in batches, 2.3M sampled in evaluations",
-        "  memory         KV cache 0.25 GiB",
+        "  memory         KV cache 0.25 GiB, weights 0.003 GiB, AdamW 0.006 GiB, and activations",
     ]
     assert lines[-1].startswith("dry run: nothing was computed; the time left is estimated after")
     assert list(tmp_path.iterdir()) == [], "a dry run leaves nothing behind"

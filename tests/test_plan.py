@@ -232,7 +232,7 @@ def test_a_session_follows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCard(monkeypatch, "NVIDIA L4", 22, 22)
     monkeypatch.setattr(session_module, "select_device", lambda _name: torch.device("cpu"))
     config = load_config(CONFIG, {"engine.kv_cache_gib": "auto", "engine.max_running": 4})
-    assert Session(config).memory_note == "KV cache 1 GiB (auto)"
+    assert Session(config).memory_note.startswith("KV cache 1 GiB (auto), weights ")
     assert Session(config).peak_memory(pytest.fail) == {}
     settle = memory_plan.settle
     cuda = torch.device("cuda")

@@ -183,7 +183,7 @@ def test_sigterm_saves_at_once(uninterrupted: Config, tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM, output
     assert "stopped and saved after batch" in output
-    assert output.count("KV cache 0.05 GiB\n") == 1
+    assert output.count("KV cache 0.05 GiB, weights ") == 1
     assert "Traceback" not in output
     trainer.train(config)
     assert_same_end(config, uninterrupted)

@@ -109,7 +109,7 @@ def _check_rows(
     """Returns the questions of all rows, and where each one stands; refuses bad rows together."""
     questions: list[Question] = []
     wheres: list[str] = []
-    errors: list[str] = []
+    bad_rows: dict[str, list[str]] = {}  # by what is wrong with them
     # Optional columns that have a name but were in no row yet.
     optional = {"reference_solution": columns.reference_solution, "system": columns.system}
     unseen = {key: column for key, column in optional.items() if column is not None}
@@ -130,14 +130,18 @@ def _check_rows(
             check_ground_truth(grader, question)
             unseen = {key: x for key, x in unseen.items() if not has_column(row, x)}
         except ValueError as error:
-            errors.append(f"data: {where}: {error}")
+            bad_rows.setdefault(str(error), []).append(where)
         else:
             questions.append(question)
             wheres.append(where)
-    if errors:
-        num_more = len(errors) - _SHOWN_ERRORS
-        more = f"\n.. and {num_more} more bad rows" if num_more > 0 else ""
-        raise ValueError("\n".join(errors[:_SHOWN_ERRORS]) + more)
+    if bad_rows:
+        lines = [
+            f"data: {first}{f' and {len(more)} more rows' if more else ''}: {reason}"
+            for reason, (first, *more) in bad_rows.items()
+        ]
+        num_more = sum(map(len, [*bad_rows.values()][_SHOWN_ERRORS:]))
+        more_text = f"\n.. and {num_more} more bad rows" if num_more else ""
+        raise ValueError("\n".join(lines[:_SHOWN_ERRORS]) + more_text)
     if not questions:
         raise ValueError(f"data: {name} must hold at least one question, got none")
     if unseen:

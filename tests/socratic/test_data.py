@@ -129,6 +129,8 @@ def test_a_bad_row_is_named(tmp_path: Path, row: Any, reason: str) -> None:
 
 def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)row 1: .*row 5: .*and 3 more bad rows"):
+        load_questions(write_jsonl(tmp_path / "train.jsonl", [f"{{{n}" for n in range(8)]))
+    with pytest.raises(ValueError, match=r"^data: train.jsonl row 1 and 7 more rows: must be"):
         load_questions(write_jsonl(tmp_path / "train.jsonl", ["{"] * 8))
 
 
