@@ -92,9 +92,10 @@ def parse(
             equals = "="
             value = next(remaining, "--")
             if value.startswith("--"):
+                metavar, _ = command_options.get(name.removeprefix("--"), ("VALUE", ""))
                 raise ValueError(
-                    f"socpo {command}: {name} must be followed by its value, got nothing; for "
-                    f"example {name} {example_of(command, name.removeprefix('--'))}"
+                    f"socpo {command}: {name} must be followed by its value, got nothing; "
+                    f"write {name} {metavar}"
                 )
         joined.append(name + equals + value)
     paths = [word.removeprefix("--config=") for word in joined if word.startswith("--config=")]
@@ -113,18 +114,11 @@ def parse(
             )
         raise ValueError(unknown_key(Config, unknown[0].partition("=")[0].removeprefix("--")))
     texts = vars(parsed)
-    own = {name: texts.pop(name) for name in (*command_options, "dry_run") if name in texts}
+    names = [name for name in (*command_options, "dry_run") if name in texts]
+    options = {name: texts.pop(name) for name in names}
     # What is left in texts are settings.
-    options = {name: text for name, text in own.items() if text != "none" and name != "config"}
+    options = {name: text for name, text in options.items() if text != "none" and name != "config"}
     return load_config(toml_path, texts), options
-
-
-def example_of(command: str, name: str) -> str:
-    """Returns what may follow an argument: the default of a setting, or what an option takes."""
-    field = fields_of(Config).get(name)
-    if field is None:
-        return OPTIONS[command][name][0]
-    return "VALUE" if field.is_required() else to_text(field.default)
 
 
 class Reader(argparse.ArgumentParser):

@@ -10,7 +10,6 @@ Exit codes: 0 success; 2 an error of the caller or the disk, reported in one lin
 shows the traceback); 128 plus the signal's number if a signal stopped it (130 for Ctrl-C).
 """
 
-import difflib
 import json
 import os
 import shlex
@@ -26,7 +25,7 @@ from typing import Any
 
 from socpo_fast.arguments import parse
 from socpo_fast.config import DEMO, Config
-from socpo_fast.config.text import expand_home
+from socpo_fast.config.text import did_you_mean, expand_home
 from socpo_fast.files import RunFailed, replace_file
 from socpo_fast.report.printable import one_line, tell, tell_loading
 
@@ -103,7 +102,7 @@ def run(words: Sequence[str]) -> int:
 
 def demo(words: Sequence[str]) -> None:
     """see it work: train a tiny student on the built-in task, about a minute, no download"""
-    config, options = parse("demo", words, description=about("demo"), toml_path=DEMO)
+    config, options = parse("demo", words, description=f"{demo.__doc__}.", toml_path=DEMO)
     load("trainer", config).train(config, dry_run="dry_run" in options)
 
 
@@ -114,7 +113,9 @@ def init(words: Sequence[str]) -> None:
         return
     folder = Path(expand_home(arguments[0]))
     files = {folder / name: (STARTER / name).read_bytes() for name in STARTER_FILES}
-    taken = [str(path) for path in (folder, *files) if os.path.lexists(path) and not path.is_dir()]
+    taken = [str(path) for path in files if os.path.lexists(path)]
+    if os.path.lexists(folder) and not folder.is_dir():
+        taken = [str(folder)]
     if taken:
         raise ValueError(
             f"init: {folder} must be a folder without files of these names, got "
@@ -131,13 +132,13 @@ def init(words: Sequence[str]) -> None:
 
 def train(words: Sequence[str]) -> None:
     """train a student, or go on where the run stopped; writes runs/NAME"""
-    config, options = parse("train", words, description=about("train"))
+    config, options = parse("train", words, description=f"{train.__doc__}.")
     load("trainer", config).train(config, dry_run="dry_run" in options)
 
 
 def evaluate(words: Sequence[str]) -> None:
     """accuracy of a checkpoint on data.eval: a table, then a line of JSON; adds to eval.json"""
-    config, options = parse("eval", words, description=about("eval"))
+    config, options = parse("eval", words, description=f"{evaluate.__doc__}.")
     checkpoint = expand_home(options["checkpoint"]) if "checkpoint" in options else None
     is_dry = "dry_run" in options
     metrics = load("measure", config).evaluate(config, checkpoint, dry_run=is_dry)
@@ -151,7 +152,7 @@ def evaluate(words: Sequence[str]) -> None:
 
 def rollout(words: Sequence[str]) -> None:
     """roll out without updates; writes runs/NAME/rollouts"""
-    config, options = parse("rollout", words, description=about("rollout"))
+    config, options = parse("rollout", words, description=f"{rollout.__doc__}.")
     load("measure", config).rollout_only(config, dry_run="dry_run" in options)
 
 
@@ -160,7 +161,7 @@ def plan(words: Sequence[str]) -> None:
     # A plan is for a card, also when the file is for a run on a CPU. The arguments of the command
     # line come last, so that an explicit --run.device cpu there still counts.
     on_card = ["--run.device", "cuda", *words]
-    config, options = parse("plan", on_card, description=about("plan"))
+    config, options = parse("plan", on_card, description=f"{plan.__doc__}.")
     cards = load("report.cards", config)
     if "card" not in options and not (config.run.device != "cpu" and cards.has_card()):
         # Now the device that the settings name, which `on_card` has overridden.
@@ -237,7 +238,8 @@ def plain_arguments(
     """Returns the arguments of a command without settings; None if it has printed its help."""
     names, example = EXAMPLES[command]
     if not {"-h", "--help"}.isdisjoint(words):
-        tell(f"usage: socpo {command}{names}\n\n{about(command)}\n\nfor example: {example}")
+        purpose = COMMANDS[command].__doc__
+        tell(f"usage: socpo {command}{names}\n\n{purpose}.\n\nfor example: {example}")
         return None
     if len(words) != count or any(word.startswith("-") for word in words):
         raise ValueError(
@@ -277,17 +279,11 @@ USAGE = "\n".join(
 )
 
 
-def about(command: str) -> str:
-    """Returns what a command does, as a sentence for its help."""
-    return f"{COMMANDS[command].__doc__}."
-
-
 def command_of(word: str) -> Callable[[Sequence[str]], None]:
     """Returns the command of a name; refuses an unknown one with the nearest known name."""
     if word not in COMMANDS:
-        nearest = difflib.get_close_matches(word, COMMANDS, n=1)
-        advice = f"did you mean {nearest[0]}?" if nearest else "known: " + ", ".join(COMMANDS)
-        raise ValueError(f"socpo: unknown command {word}; {advice}")
+        advice = did_you_mean(word, COMMANDS) or "; known: " + ", ".join(COMMANDS)
+        raise ValueError(f"socpo: unknown command {word}{advice}")
     return COMMANDS[word]
 
 

@@ -3,15 +3,16 @@
 A file is replaced in one step (replace_file), and a folder appears in one step (new_folder).
 Whenever the machine stops, a reader sees either the old state or the new one. A full or failing
 disk ends the run with a one-line error: RunFailed. Temporary files are opened exclusively, so that
-a symbolic link of the same name cannot redirect the writing. The rows of metrics.jsonl are appended
-by report/tracker.py.
+a symbolic link of the same name cannot redirect the writing. locked lets one process at a time
+change a file. The rows of metrics.jsonl are appended by report/tracker.py.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,21 @@ def replace_folder(partial: Path, target: Path) -> None:
     sync(target.parent)
     if is_taken:
         remove(replaced)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lets one process at a time into the block; the others wait.
+
+    Some network disks do not support flock. There the block runs without a lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

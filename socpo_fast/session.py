@@ -110,7 +110,8 @@ class Session:
         if self.uses_teacher and isinstance(config.teacher, LocalTeacherConfig):
             tell_loading(f"the teacher {config.teacher.path}", quiet=config.run.quiet)
         self.teacher = self.parts.teacher or make_teacher(config, device=str(device))
-        self._is_teacher_tried = self._is_peak_told = False
+        self._is_teacher_tried = False
+        self._is_peak_told = False
         self.num_left_out: dict[str, int] = {}  # by "train" and "eval", once they are loaded
         self.reference: Decoder | None = None
         if for_training and config.loss.kl_coef > 0:
@@ -125,12 +126,9 @@ class Session:
             ),
             stream_priority=-1,
         )
-        # The longest context of a first attempt, and of any attempt.
-        for num_tokens in (
-            self.max_prompt_tokens + self.params.max_new_tokens,
-            self._longest_context(),
-        ):
-            self.engine.prepare(num_tokens)
+        # For the longest context of a first attempt, and of any attempt.
+        self.engine.prepare(self.max_prompt_tokens + self.params.max_new_tokens)
+        self.engine.prepare(self._longest_context())
 
     @property
     def memory_note(self) -> str:
@@ -156,9 +154,8 @@ class Session:
 
     def close(self) -> None:
         """Closes the teacher's connections, but does not wait for a hung one."""
-        if self.parts.teacher is not None:
-            return  # it is the caller's
-        wait([background(self.teacher.aclose())], timeout=CLOSE_S)
+        if self.parts.teacher is None:  # else it is the caller's
+            wait([background(self.teacher.aclose())], timeout=CLOSE_S)
 
     def _load_student(self, device: torch.device) -> Decoder:
         """Loads the weights of student_folder, for the student or for the reference."""
@@ -293,9 +290,8 @@ class Session:
         )
         params = replace(self.params, temperature=config.temperature, top_p=config.top_p)
         for start in range(0, len(questions), size):
-            for rollout in self._rollouts(
-                questions[start : start + size], params, EVAL_BATCH, options
-            ):
+            part = questions[start : start + size]
+            for rollout in self._rollouts(part, params, EVAL_BATCH, options):
                 scores.add(rollout)
                 on_rollout(rollout, by_idx[rollout.question_idx])
         return scores.metrics() | {"time/total_s": time.perf_counter() - started}

@@ -14,7 +14,7 @@ Departures from the textbook:
 """
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
 from itertools import groupby
 from typing import NoReturn
 
@@ -22,21 +22,16 @@ import torch
 
 from socpo_fast.config import Config
 from socpo_fast.files import RunFailed, StopRequested, replace_file
+from socpo_fast.measure import roll_out, tell_plan
 from socpo_fast.metrics import Kind
 from socpo_fast.report.folder import run_folder
-from socpo_fast.report.printable import one_line, tell
+from socpo_fast.report.printable import one_line
 from socpo_fast.report.progress import GuidanceWatch, Progress
 from socpo_fast.report.rollouts import drop_rollouts, write_rollouts
-from socpo_fast.report.run_end import finished_line, run_end
-from socpo_fast.report.run_plan import (
-    DRY_RUN_END,
-    Reached,
-    first_line,
-    num_evaluations,
-    run_plan_text,
-)
+from socpo_fast.report.run_end import run_end
+from socpo_fast.report.run_plan import Reached, num_evaluations
 from socpo_fast.report.settings import config_text, deciding, drawn_from, measured_by, settings_text
-from socpo_fast.report.summary import rollout_perf, sources_of, summarize
+from socpo_fast.report.summary import sources_of, summarize
 from socpo_fast.report.tracker import MetricsWriter, read_metrics
 from socpo_fast.report.write import report_note
 from socpo_fast.run_state import (
@@ -54,7 +49,7 @@ from socpo_fast.stopping import StopSignals
 from socpo_fast.trace import note_span, recording
 from socpo_fast.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from socpo_fast.training.update import Updater
-from socpo_fast.types import Question, Rollout
+from socpo_fast.types import Rollout
 
 
 def train(config: Config, *, dry_run: bool = False) -> None:
@@ -64,7 +59,8 @@ def train(config: Config, *, dry_run: bool = False) -> None:
 
     Source: Liu et al. 2026, arXiv:2606.09887.
     """
-    with run_folder(config.folder):
+    # A dry run needs no lock, so that it works beside a training.
+    with nullcontext() if dry_run else run_folder(config.folder):
         Trainer(config).run(dry_run=dry_run)
 
 
@@ -130,77 +126,70 @@ class Trainer:
     def run(self, *, dry_run: bool = False) -> None:
         """Runs batches until run.num_batches, then writes the report; saves if it ends early.
 
-        A dry run only prints the plan. A run that is finished already only says so, and records
-        changed settings.
+        A dry run only prints the plan. A run that is finished already shows its end again, and
+        records changed settings.
         """
         with ExitStack() as stack:
             stack.callback(self.session.close)
-            finished = self.finished_line
-            if dry_run:
-                tell(finished or "\n".join([*self.plan_lines(), DRY_RUN_END]))
-                return
-            self.open_folder(stack)
-            if finished:
-                tell(finished)
-                return
-            self.open_display(stack)
-            stack.enter_context(self.signals)
-            try:
-                # Saves only if the run starts from another run's checkpoint. From here on it has
-                # a checkpoint of its own.
+            if not dry_run:
+                self.open_folder(stack)
+            self.progress = self.new_progress()
+            self.guidance_watch = GuidanceWatch(self.progress)
+            outcome = "finished"
+            if self.is_finished:
+                outcome = f"already finished at batch {self.state.batch}"
+            else:
+                self.tell_plan(dry_run=dry_run)
+                if dry_run:
+                    return
+                stack.enter_context(self.progress)
+                stack.enter_context(self.signals)
+                self.run_to_the_end()
+        if not dry_run and (note := report_note(self.config.folder)):
+            self.progress.note(note)
+        self.end_card(outcome)
+
+    def run_to_the_end(self) -> None:
+        """Runs what is left; if it ends early, saves and says how far it came."""
+        try:
+            # Saves only if the run starts from another run's checkpoint. From here on it has
+            # a checkpoint of its own.
+            self.save()
+            self.run_batches()
+            self.save()
+            self.signals.check()
+        except StopRequested:
+            self.end_early()
+        except (Exception, KeyboardInterrupt) as error:
+            # A failing grader, a lack of memory, .. costs the current batch, not earlier ones.
+            # After RunFailed nothing is saved, because the disk itself may have failed.
+            if self.state.between_batches and not isinstance(error, RunFailed):
                 self.save()
-                self.run_batches()
-                self.save()
-                self.signals.check()
-            except StopRequested:
-                self.end_early()
-            except (Exception, KeyboardInterrupt) as error:
-                # A failing grader, a lack of memory, .. costs the current batch, not earlier ones.
-                # After RunFailed nothing is saved, because the disk itself may have failed.
-                if self.state.between_batches and not isinstance(error, RunFailed):
-                    self.save()
-                # Before anything was measured there is nothing to sum up.
-                if any(self.progress.status.scores.values()):
-                    self.end_card(f"stopped by an error: {one_line(str(error))}")
-                raise
-        self.progress.note(report_note(self.config.folder))
-        self.end_card("finished")
+            # Before anything was measured there is nothing to sum up.
+            if any(self.progress.status.scores.values()):
+                reason = one_line(str(error)) or type(error).__name__
+                self.end_card(f"stopped by an error: {reason}")
+            raise
 
     @property
-    def finished_line(self) -> str | None:
-        """Returns what to say if a start finds no batch, evaluation or save left to do."""
+    def is_finished(self) -> bool:
+        """Whether no batch, evaluation or save is left to do."""
         state = self.state
-        if state.batch < self.config.run.num_batches or state.eval_due or not state.is_saved:
-            return None
-        return finished_line(self.config, state.batch, self.last_checkpoint)
+        is_measured = state.batch >= self.config.run.num_batches and not state.eval_due
+        return is_measured and state.is_saved
 
     @property
     def reached(self) -> Reached:
         """Returns how far the run is."""
         return Reached(self.state.batch, self.optimizer.num_updates, self.state.eval_due)
 
-    def plan_lines(self) -> list[str]:
-        """Returns the first lines of a run: its name, its sizes, and notes on the template."""
-        run = self.config.run
-        start = "from the start" if self.resumed_from is None else f"from {self.resumed_from.name}"
-        plan = run_plan_text(
-            self.config,
-            memory=self.session.memory_note,
-            num_questions=len(self.train_questions),
-            num_held_out=len(self.eval_questions),
-            num_left_out=sum(self.session.num_left_out.values()),
-            reached=self.reached,
-        )
-        first = first_line(f"run {run.name} {start}", self.student, run.device)
-        return [first, plan, *self.session.bridge.notes]
-
     def end_card(self, outcome: str) -> None:
         """Prints what the run came to, and what to do next."""
         facts, commands = run_end(
-            self.config.folder,
+            self.config,
             best=self.state.best,
             last=self.last_checkpoint,
-            goes_on_to=2 * self.config.run.num_batches if outcome == "finished" else None,
+            goes_on_to=2 * self.state.batch if self.is_finished else None,
             is_evaluated=bool(self.eval_questions),
             is_loadable=self.session.parts == UserParts(),
         )
@@ -233,22 +222,31 @@ class Trainer:
         drop_rollouts(config.folder, after_batch=self.state.batch)
         mark_none_yet(self.checkpoints)
 
-    def open_display(self, stack: ExitStack) -> None:
-        """Shows the run until the stack closes, and prints its first lines."""
+    def new_progress(self) -> Progress:
+        """Returns the display of the run, with what its earlier starts measured."""
         run = self.config.run
-        self.progress = Progress(
+        return Progress(
             num_batches=run.num_batches,
             first_batch=self.state.batch + 1,
             num_evals=num_evaluations(self.config, self.reached) if self.eval_questions else 0,
             num_tokens=self.state.num_tokens,
-            earlier=read_metrics(self.writer.path),
+            earlier=read_metrics(self.config.folder / "metrics.jsonl"),
             live=run.live,
             quiet=run.quiet,
         )
-        stack.enter_context(self.progress)
-        self.guidance_watch = GuidanceWatch(self.progress)
-        for line in self.plan_lines():
-            self.progress.note(line)
+
+    def tell_plan(self, *, dry_run: bool) -> None:
+        """Prints the first lines of a run: its name, its sizes, and notes on the template."""
+        start = "from the start" if self.resumed_from is None else f"from {self.resumed_from.name}"
+        tell_plan(
+            self.progress,
+            f"run {self.config.run.name} {start}",
+            self.session,
+            dry_run=dry_run,
+            num_questions=len(self.train_questions),
+            num_held_out=len(self.eval_questions),
+            reached=self.reached,
+        )
 
     def run_batches(self) -> None:
         """Runs what is due (evaluation, save) and then a batch, until run.num_batches are done."""
@@ -271,7 +269,10 @@ class Trainer:
         updates_before = self.optimizer.num_updates
         batch = self.state.batch + 1
         questions = pick_questions(config, self.train_questions, batch)
-        rollouts, metrics = self.roll_out(questions, batch)
+        with self.signals.stop_at(1):
+            rollouts, metrics = roll_out(
+                self.session, self.progress, questions, batch=batch, update=updates_before
+            )
         note_span("trainer", "rollout", since=started)
         factors, advantages_A = assign_credit(
             rollouts, options=self.credit, device=config.run.device
@@ -298,34 +299,12 @@ class Trainer:
         note_span("trainer", "update", since=update_started)
         metrics["time/update_s"] = time.perf_counter() - update_started
         metrics["time/total_s"] = time.perf_counter() - started
-        metrics |= self.session.peak_memory(self.progress.note)
+        metrics |= self.session.peak_memory(self.progress.warn)
         self.record(metrics, kind="batch", batch=batch)
         silence = self.guidance_watch.watch_batch(rollouts, metrics)
         # After the last batch there is nothing left to stop.
         if silence and not is_last:
             self.session.check_silence(silence)
-
-    def roll_out(
-        self, questions: dict[int, Question], batch: int
-    ) -> tuple[list[Rollout], dict[str, float]]:
-        """Returns all rollouts of a batch, in the order of questions, and performance metrics."""
-        started = time.perf_counter()
-        stats_before = self.engine.stats
-        total = len(questions) * self.config.rollout.group_size
-        self.progress.phase("rollout", batch=batch, update=self.optimizer.num_updates, total=total)
-        rollouts = []
-        with self.signals.stop_at(1):
-            for rollout in self.session.training_rollouts(list(questions.values()), batch):
-                rollouts.append(rollout)
-                self.progress.add_rollout(rollout, questions[rollout.question_idx])
-        perf = rollout_perf(
-            rollouts, stats_before, self.engine.stats, time.perf_counter() - started
-        )
-        # Rollouts arrive as they finish, which depends on timing. Sorted, everything after this is
-        # reproducible.
-        order = {question_idx: i for i, question_idx in enumerate(questions)}
-        rollouts.sort(key=lambda rollout: (order[rollout.question_idx], rollout.rollout_idx))
-        return rollouts, perf
 
     def update(self, rollouts: list[Rollout], batch: int, advantages_A: torch.Tensor) -> None:
         """Makes the updates of a batch: questions_per_update questions each, `epochs` passes."""
@@ -338,8 +317,13 @@ class Trainer:
             "update", batch=batch, update=self.optimizer.num_updates, total=len(order)
         )
         # During updates the engine is empty, so its KV cache holds the gradients.
-        with self.engine.lend_memory() as memory, self.optimizer.gradients_in(memory):
-            for progress in self.updater.microbatches(groups, order, advantages_A):
+        with (
+            self.engine.lend_memory() as memory,
+            self.optimizer.gradients_in(memory),
+            # Closed, so that an exception in the loop also ends the blocks that it is amid.
+            closing(self.updater.microbatches(groups, order, advantages_A)) as microbatches,
+        ):
+            for progress in microbatches:
                 self.progress.work(progress.work, progress.done, progress.total)
                 if progress.metrics is not None:
                     self.engine.bump_policy_version()

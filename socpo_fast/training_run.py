@@ -9,43 +9,39 @@ place in a configuration file, so they go to the trainer as UserParts, and the s
 Read collect for that, then TrainingRun and Rollouts, which read the run's folder.
 """
 
-import difflib
 import functools
 import inspect
+import math
 import os
 import signal
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from html import escape
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from socpo_fast.config import Config, load_config, read_toml
-from socpo_fast.config.text import expand_home, fields_of, owners_of, unknown_key
+from socpo_fast.config.text import did_you_mean, expand_home, fields_of, owners_of, unknown_key
 from socpo_fast.report.accuracy import sparkline
 from socpo_fast.report.folder import run_folder
-from socpo_fast.report.rollouts import read_rollouts
+from socpo_fast.report.live import interval_text, percent
+from socpo_fast.report.printable import one_line
+from socpo_fast.report.rollouts import batch_files
 from socpo_fast.report.settings import read_settings
+from socpo_fast.report.status import Score
 from socpo_fast.report.tracker import read_jsonl, read_metrics
-from socpo_fast.report.write import headline, outcome, series
+from socpo_fast.report.write import headline, sample_rollouts, series
 from socpo_fast.run_state import last_checkpoint
 from socpo_fast.socratic.graders import CheckedGrader, Grader
 from socpo_fast.socratic.plugin import text_of
 from socpo_fast.socratic.teachers import Teacher, TeacherFunction, as_teacher
-from socpo_fast.socratic.user_parts import (
-    FROM_PYTHON,
-    AsyncGrader,
-    UserParts,
-    as_plain_grader,
-    name_of,
-)
+from socpo_fast.socratic.user_parts import FROM_PYTHON, UserParts, name_of
 from socpo_fast.trainer import Trainer
 from socpo_fast.types import Question
 
 Rows = Iterable[Mapping[str, Any] | Question]
-CARD_BATCHES = 4  # last batches in which a notebook's card looks for a rescued rollout
-CARD_CHARS = 600  # of each text on it
+CARD_CHARS = 600  # of each text on a notebook's card
 CARD_TEXT = "<br><i>{}</i><pre style='white-space: pre-wrap; margin: 0 0 0 2em'>{}</pre>"
 
 
@@ -54,7 +50,7 @@ def train(
     student: str | os.PathLike[str] | None = None,
     data: str | os.PathLike[str] | Rows | None = None,
     teacher: str | Mapping[str, Any] | Teacher | TeacherFunction | None = None,
-    grader: str | Grader | AsyncGrader | None = None,
+    grader: str | Grader | None = None,
     eval: str | os.PathLike[str] | Rows | None = None,
     config: str | os.PathLike[str] | None = None,
     **settings: Any,
@@ -134,7 +130,12 @@ def train(
 
 def _run(config: Config, parts: UserParts) -> int | None:
     """Trains; returns the signal that stopped the run early, if one did."""
-    with run_folder(config.folder):
+    # A block of its own makes Python forget which warnings it has shown: they are news of this run.
+    with run_folder(config.folder), warnings.catch_warnings(), ExitStack() as stack:
+        stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+        warnings.formatwarning = lambda message, *_rest, **_named: (
+            one_line(f"warning: {message}") + "\n"
+        )
         trainer = Trainer(config, parts)
         try:
             trainer.run()
@@ -168,13 +169,15 @@ def collect(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[
     }
     values = {key: value for key, value in values.items() if value is not None}
     path = arguments["config"]
-    teacher_section = {} if path is None else read_toml(path).get("teacher", {})
-    teacher_kind = str(values.get("teacher.kind", teacher_section.get("kind", "rule")))
-    for name, value in settings.items():
-        key = full_name(name, teacher_kind)
+    section = {} if path is None else read_toml(path).get("teacher")
+    # A section that is no table is refused by load_config.
+    file_kind = section.get("kind", "rule") if isinstance(section, Mapping) else "rule"
+    # The kind of teacher comes first: it decides which keys there are.
+    for name in sorted(settings, key=lambda name: not name.endswith("kind")):
+        key = full_name(name, str(values.get("teacher.kind", file_kind)))
         if key in values:
             raise ValueError(f"train: {key} must be given once, got it twice; leave {name}=.. out")
-        values[key] = value
+        values[key] = settings[name]
     texts = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in values.items()}
     return (
         load_config(path, texts),
@@ -212,10 +215,12 @@ def _grader_of(grader: Any) -> tuple[dict[str, Any], Grader | None]:
     _check("grader", grader, "a name or a function of text and question", callable(grader))
     limits = {}
     if isinstance(grader, CheckedGrader):
-        limits["grader.correct_at"] = grader.correct_at
-        limits["grader.timeout_s"] = grader.timeout_s
+        limits = {"grader.correct_at": grader.correct_at, "grader.timeout_s": grader.timeout_s}
         grader = grader.function
-    return {"data.grader": name_of(grader), **limits}, as_plain_grader(grader)
+    # A limit that was left at its default does not override the file's.
+    known = fields_of(Config)
+    limits = {key: limit for key, limit in limits.items() if limit != known[key].default}
+    return {"data.grader": name_of(grader), **limits}, grader
 
 
 def _check(argument: str, value: object, rule: str, holds: bool) -> None:
@@ -246,9 +251,10 @@ def full_name(name: str, teacher_kind: str) -> str:
         )
     short_names = [key.partition(".")[2] for key in known]
     arguments = inspect.signature(train).parameters
-    if nearest := difflib.get_close_matches(name, [*arguments, *short_names], n=1, cutoff=0.7):
-        raise ValueError(f"train: unknown setting {name}; did you mean {nearest[0]}?")
-    raise ValueError(unknown_key(Config, dotted))
+    near = did_you_mean(name, [*arguments, *short_names], cutoff=0.7)
+    raise ValueError(
+        f"train: unknown setting {name}{near}" if near else unknown_key(Config, dotted)
+    )
 
 
 class TrainingRun:
@@ -300,8 +306,9 @@ class TrainingRun:
         """Returns a card: accuracy at start and end, its course, and one rescued rollout."""
         _, shares = series(self.metrics, "batch", "success/unassisted")
         lines = [*self._lines(), f"unassisted, batch by batch: {sparkline(shares)}"]
-        rescued = last_rescued(self.folder)
-        texts = {} if rescued is None else rescued_texts(rescued)
+        samples = sample_rollouts(self.folder)
+        rescued = [row for row in samples if row["outcome"] == "rescued by guidance"]
+        texts = rescued_texts(rescued[-1]) if rescued else {}
         return "".join(
             [
                 f"<div><b>{escape(self.folder.name)}</b>",
@@ -319,32 +326,23 @@ class TrainingRun:
         source = headline(rows)["source"]
         kind = "eval" if source == "held-out questions" else "batch"
         lines = [f"batch {batch} of {planned}, update {update}"]
-        for name in ("unassisted", "assisted"):
-            shares = [
-                share_text(row, f"success/{name}")
-                for row in rows
-                if row["kind"] == kind and row.get(f"success/{name}") is not None
-            ]
-            if shares:
-                lines.append(f"{name}, {source}: {shares[0]} -> {shares[-1]}")
-        return lines
-
-
-def share_text(row: Mapping[str, Any], name: str) -> str:
-    """Returns a share of a row with its 95 % interval, if it has one: "40.0 % (31.2 to 48.9)"."""
-    bounds = [row.get(f"{name}_{end}") for end in ("low", "high")]
-    text = f"{100 * row[name]:.1f} %"
-    interval = " to ".join(f"{100 * bound:.1f}" for bound in bounds if bound is not None)
-    return f"{text} ({interval})" if interval else text
-
-
-def last_rescued(run_folder: Path) -> dict[str, Any] | None:
-    """Returns a rollout of the last batches in which guidance led to a right answer."""
-    for path in reversed(rollout_files(run_folder)[-CARD_BATCHES:]):
-        for row in read_rollouts(path):
-            if outcome(row) == "rescued by guidance":
-                return row
-    return None
+        scores = [Score.of(row, batch=0, update=0) for row in rows if row["kind"] == kind]
+        shares = {
+            "unassisted": [
+                percent(score.unassisted)
+                + (f" {interval_text(score)}" if math.isfinite(score.low) else "")
+                for score in scores
+                if math.isfinite(score.unassisted)
+            ],
+            "assisted": [
+                percent(score.assisted) for score in scores if math.isfinite(score.assisted)
+            ],
+        }
+        return lines + [
+            f"{name}, {source}: {texts[0]} -> {texts[-1]}"
+            for name, texts in shares.items()
+            if texts
+        ]
 
 
 def rescued_texts(rollout: Mapping[str, Any]) -> dict[str, str]:
@@ -363,32 +361,32 @@ class Rollouts(Sequence[dict[str, Any]]):
     """The rollouts of a run as rows of texts and numbers: rollouts[0], rollouts[-8:], a loop.
 
     A row has batch, question, ground_truth, end_reason and turns; a turn has text, is_correct,
-    reward, advantage and guidance, None or with text. A file is read when one of its rows is asked
-    for, and only the last one read is kept.
+    reward, advantage and guidance, None or with text.
+
+    Files are read when their rows are asked for, and only the last one read is kept. The first and
+    the last rollouts need one file; a length and a slice count the lines of all files.
     """
 
     def __init__(self, run_folder: Path):
-        self._paths = rollout_files(run_folder)
+        self._paths = batch_files(run_folder)
         self._read = functools.lru_cache(maxsize=1)(read_jsonl)
+        self._num_rows = functools.cache(lambda path: path.read_bytes().count(b"\n"))
 
-    @functools.cached_property
-    def _ends(self) -> list[int]:
-        """The number of rows up to the end of each file; a line is a row."""
-        return [*accumulate(path.read_bytes().count(b"\n") for path in self._paths)]
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path in self._paths:
+            yield from self._read(path)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return sum(map(self._num_rows, self._paths))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        row_idx = range(len(self))[index]  # refuses what is out of range; counts from the end
-        file_idx = bisect_right(self._ends, row_idx)
-        start = self._ends[file_idx - 1] if file_idx else 0
-        return self._read(self._paths[file_idx])[row_idx - start]
-
-
-def rollout_files(run_folder: Path) -> list[Path]:
-    """Returns the files of all batches in order; beyond batch 999999 names are longer."""
-    paths = run_folder.glob("rollouts/batch_*.jsonl")
-    return sorted(paths, key=lambda path: (len(path.name), path.name))
+        # Counted from the end that the index counts from: ~index is 0 for the last row.
+        num_before = index if index >= 0 else ~index
+        for path in self._paths if index >= 0 else reversed(self._paths):
+            num_rows = self._num_rows(path)
+            if num_before < num_rows:
+                return self._read(path)[num_before if index >= 0 else ~num_before]
+            num_before -= num_rows
+        raise IndexError(f"rollouts: index must be one of {len(self)} rollouts, got {index}")

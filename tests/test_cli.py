@@ -104,17 +104,17 @@ REFUSED = {
     ),
     "no value": (
         ["train", "--train.lr"],
-        "socpo train: --train.lr must be followed by its value, got nothing; for example "
-        "--train.lr 1e-06\n",
+        "socpo train: --train.lr must be followed by its value, got nothing; write "
+        "--train.lr VALUE\n",
     ),
     "no value that may be absent": (
         ["train", "--data.subset"],
-        "socpo train: --data.subset must be followed by its value, got nothing; for example "
-        "--data.subset none\n",
+        "socpo train: --data.subset must be followed by its value, got nothing; write "
+        "--data.subset VALUE\n",
     ),
     "no value where there is no default": (
         ["train", "--teacher.url", "--run.live"],
-        "socpo train: --teacher.url must be followed by its value, got nothing; for example "
+        "socpo train: --teacher.url must be followed by its value, got nothing; write "
         "--teacher.url VALUE\n",
     ),
     "a flag for a value": (
@@ -123,7 +123,7 @@ REFUSED = {
     ),
     "no file name": (
         ["eval", "--config", "--checkpoint", "x"],
-        "socpo eval: --config must be followed by its value, got nothing; for example --config "
+        "socpo eval: --config must be followed by its value, got nothing; write --config "
         "FILE.toml\n",
     ),
     "out of range": (

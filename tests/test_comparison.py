@@ -55,6 +55,16 @@ def test_own_curve_is_over_sampled_tokens(tmp_path: Path) -> None:
     ]
 
 
+def test_counted_tokens_go_before_speed_times_time(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    for row in rows:
+        if row["kind"] == "batch":
+            row["perf/tokens_total"] = 700.0 * row["batch"]
+    [this_run, *_] = compare(read_settings(tmp_path), rows)
+    assert this_run.tokens == (0, 1400, 2800)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

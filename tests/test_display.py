@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
 
 from socpo_fast.report.live import picture_of
 from socpo_fast.report.progress import Progress
-from socpo_fast.report.status import Status
+from socpo_fast.report.status import Exchange, Status
 from tests.helpers.made_records import make_question, make_rollout
 
 
@@ -46,7 +47,61 @@ def test_the_time_left_counts_evaluations(monkeypatch: pytest.MonkeyPatch) -> No
     status.begin("rollout", batch=5, update=4, total=8)
     now[0] += 6.0
     # Eight batches of 15 s, of which 6 s are gone, and three evaluations of 5 s.
-    assert status.left_s == pytest.approx(8 * 15.0 - 6.0 + 3 * 5.0, abs=1.0)
+    assert status.left_s == pytest.approx(8 * 15.0 - 6.0 + 3 * 5.0)
+
+
+class Contested(Status):
+    """A status whose exchange the display takes right after each look at it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name == "newer":
+            self.newer = None
+        return value
+
+
+def test_the_display_may_read_at_any_time() -> None:
+    """It has a thread of its own, which an error would end for the rest of the run."""
+    status = Contested(num_batches=3)
+    status.end("batch", {}, batch=1, update=2)
+    being_read = [iter(status.num_ended), iter(status.spent_s)]
+    status.end("eval", {}, batch=1, update=2)
+    assert [list(kinds) for kinds in being_read] == [["batch"], ["batch"]]
+    for idx in range(2):
+        status.newer = Exchange.of(make_rollout(1, 0), make_question(1))
+        status.add(make_rollout(idx, 0), make_question(idx))
+    assert status.done == 2
+
+
+def test_assisted_shares_need_guidance() -> None:
+    """Without any guidance they would be the unassisted ones under another name."""
+    row = {"success/unassisted": 0.5, "success/assisted": 0.5, "guidance/rate": 0.0}
+    for update in (0, 2):  # `socpo rollout`, and a training
+        with Progress(num_batches=1, file=(file := io.StringIO())) as progress:
+            progress.phase("rollout", batch=1, update=0, total=1)
+            rollout = make_rollout(0, 0)
+            del rollout.turns[1:]
+            progress.add_rollout(rollout, make_question(0))
+            progress.report(row, kind="batch", batch=1, update=update)
+            progress.end_card("run r: finished")
+        assert "assisted" not in file.getvalue().replace("unassisted", "")
+        assert "unassisted" in file.getvalue()
+        begin = "train batch 1/1 update 2  " if update else "rollout batch 1/1  "
+        assert file.getvalue().startswith(begin)
+
+
+def test_a_long_update_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off a terminal, where nothing else would be seen until its end."""
+    monkeypatch.setattr("socpo_fast.report.progress.PLAIN_LINE_S", 0.0)
+    progress = Progress(num_batches=2, file=(file := io.StringIO()))
+    progress.phase("update", batch=1, update=0, total=4)
+    progress.work("log-probs", 3, 16)
+    progress.advance()
+    progress.work("microbatch", 2, 5)
+    assert re.sub(", elapsed .*", "", file.getvalue()).splitlines() == [
+        "update 0/4, log-probs 3/16",
+        "update 1/4, microbatch 2/5",
+    ]
 
 
 def fill(progress: Progress, *, text: str = "41") -> None:
@@ -108,7 +163,7 @@ def test_the_picture_fits_any_terminal(size: tuple[int, int], ascii_only: bool) 
     if ascii_only and exchange is not None:
         exchange = exchange._replace(attempt="a" * 900, next_attempt="b " * 900)
     lines = picture_of(progress.status, exchange, width=width, height=height, ascii_only=ascii_only)
-    texts = ["".join(text for text, _ in line) for line in lines]
+    texts = [line.plain for line in lines]
     assert 0 < len(texts) <= height
     assert all(cell_len(text) <= width for text in texts)
     assert not ascii_only or all(text.isascii() for text in texts)

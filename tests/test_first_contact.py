@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from socpo_fast.cli import STARTER, STARTER_FILES, main
 from socpo_fast.config import load_config
 from socpo_fast.report import progress
 from socpo_fast.report.evaluations import add_evaluation, read_evaluations
-from socpo_fast.report.run_plan import Reached, num_evaluations, run_plan_text
+from socpo_fast.report.folder import run_folder
 from socpo_fast.report.tracker import read_metrics
-from socpo_fast.run_state import is_due
 from socpo_fast.socratic.data import load_questions
 from socpo_fast.socratic.tasks.molar_mass import (
     ATOMIC_MASSES,
@@ -31,6 +29,7 @@ from socpo_fast.socratic.tasks.molar_mass import (
 )
 from socpo_fast.starter.grader import grade
 from socpo_fast.starter.teacher import MASSES, guide
+from socpo_fast.trainer import Trainer
 from socpo_fast.training import checkpoint
 from socpo_fast.types import GuidanceRequest, Question, RolloutKey
 from tests.helpers.bad_input import assert_refused, finished_run, run_dir, snapshot, words_of
@@ -54,9 +53,10 @@ def socpo(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_demo_says_first_what_it_loads(tmp_path: Path) -> None:
-    """The first line comes before torch is imported, and the plan within ten seconds of CPU."""
+    """The first line comes before torch is imported, and the plan soon after."""
     command = [sys.executable, "-m", "socpo_fast.cli", "demo", "--dry-run"]
     environment = os.environ | {"PYTHONPATH": str(STARTER.parents[1]), "OMP_NUM_THREADS": "1"}
+    before = os.times()
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -65,7 +65,9 @@ def test_demo_says_first_what_it_loads(tmp_path: Path) -> None:
         loaded = Path(f"/proc/{process.pid}/maps")
         assert not loaded.exists() or "libtorch" not in loaded.read_text()
         lines = process.stdout.read().splitlines()
-    seconds = os.times().children_user + os.times().children_system
+    after = os.times()
+    seconds = after.children_user - before.children_user
+    seconds += after.children_system - before.children_system
     assert process.returncode == 0
     assert lines[0] == "loading the student builtin .."
     assert lines[1].startswith("run molar_mass from the start: 0.8M parameters, cpu; ops: ")
@@ -80,7 +82,8 @@ def test_demo_says_first_what_it_loads(tmp_path: Path) -> None:
     ]
     assert lines[-1].startswith("dry run: nothing was computed; the time left is estimated after")
     assert list(tmp_path.iterdir()) == [], "a dry run leaves nothing behind"
-    assert seconds < 60, f"{seconds} s"
+    # Of CPU, so that a busy machine makes no difference.
+    assert seconds < 30, f"{seconds} s"
 
 
 def test_init_writes_a_run_that_runs(tmp_path: Path) -> None:
@@ -112,6 +115,10 @@ def test_init_never_overwrites(tmp_path: Path, capsys: Capture) -> None:
     assert snapshot(tmp_path) == {"teacher.py": b"mine"}
     assert main(["init", str(tmp_path / "teacher.py")]) == 2
     assert_refused(capsys.readouterr().err, "init: .*/teacher.py must be a folder")
+    (tmp_path / "other" / "teacher.py").mkdir(parents=True)
+    assert main(["init", str(tmp_path / "other")]) == 2
+    assert_refused(capsys.readouterr().err, "init: .* without files of these names, got .*/teacher")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["teacher.py"]
 
 
 def request_of(question: Question, answer: str) -> GuidanceRequest:
@@ -166,6 +173,40 @@ def test_a_dry_run_computes_and_writes_nothing(
     assert f"  most tokens    {tokens[command]}\n" in printed
 
 
+@pytest.mark.parametrize(("num_batches", "says"), [(1, "already finished"), (3, "2,048 sampled")])
+def test_a_dry_run_beside_a_training(
+    num_batches: int, says: str, run_dir: Path, capsys: Capture
+) -> None:
+    """It takes no lock and leaves each byte of the run, whether something is left to do or not."""
+    files = snapshot(run_dir)
+    with run_folder(run_dir / "run"):
+        assert main(words_of("train", run_dir, DRY | {"run.num_batches": num_batches})) == 0
+    assert says in capsys.readouterr().out
+    assert snapshot(run_dir) == files
+    with run_folder(run_dir / "other"):
+        assert main(words_of("rollout", run_dir, DRY | {"run.name": "other"})) == 0
+    assert snapshot(run_dir) == files
+
+
+def test_quiet_hides_no_failure(
+    run_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object) -> None:
+        raise OSError("disk full")
+
+    config = load_config(run_dir / "run" / "config.toml")
+    quiet = config.run.model_copy(update={"quiet": True, "dir": str(run_dir), "num_batches": 2})
+    monkeypatch.setattr("socpo_fast.report.write.write_report", fail)
+    with run_folder(run_dir / "run"):
+        trainer = Trainer(config.model_copy(update={"run": quiet}))
+        trainer.session.bridge.notes = ("the template deviates",)
+        with pytest.warns(UserWarning, match=r"report: .*report.html was not written \(disk full"):
+            trainer.run()
+    note, end = capsys.readouterr().out.splitlines()[-2:]
+    assert note == "the template deviates"
+    assert end.startswith("run run: finished; ")
+
+
 def test_quiet_commands_print_how_they_end(tmp_path: Path, capsys: Capture) -> None:
     words = {"--quiet": None, "data.eval": "none"}
     for command, name in (("train", "run"), ("rollout", "others")):
@@ -194,6 +235,8 @@ def test_eval_saves_beside_the_run(run_dir: Path, capsys: Capture) -> None:
     assert (first["data"], first["when"][:2]) == ("builtin", "20")
     new_files = snapshot(run_dir / "run")
     assert new_files.pop("eval.json")
+    for name in [name for name in new_files if name.startswith("tb/eval/")]:
+        del new_files[name]
     assert new_files == files
     assert main(["report", str(run_dir / "run")]) == 0
     page = (run_dir / "run" / "report.html").read_text()
@@ -229,7 +272,9 @@ def test_rollouts_keep_their_metrics(tmp_path: Path, capsys: Capture) -> None:
     assert main(["report", str(tmp_path / "others")]) == 0
     assert "Accuracy" in (tmp_path / "others" / "report.html").read_text()
     # A training may still begin in this folder, or the rollouts be made again.
-    assert main(words_of("rollout", tmp_path, words)) == 0
+    assert main(words_of("rollout", tmp_path, words | {"run.num_batches": 1})) == 0
+    rollouts = tmp_path / "others" / "rollouts"
+    assert {path.name for path in rollouts.iterdir()} == {"batch_000001.jsonl", "metrics.jsonl"}
     assert main(words_of("train", tmp_path, words)) == 0
 
 
@@ -249,46 +294,6 @@ def test_report_names_the_runs_near(
             Path("runs", name, "rollouts").mkdir(parents=True, exist_ok=True)
         Path("config.toml").touch()  # what `socpo init` writes makes no run
     assert snapshot(tmp_path).keys() == {"config.toml"}
-
-
-@pytest.mark.parametrize("every", [0, 1, 3, 4, 7, 40, 1000])
-@pytest.mark.parametrize("start", [(0, 0, True), (3, 6, False), (9, 18, True), (10, 20, False)])
-def test_evaluations_are_counted_as_they_come(every: int, start: tuple[int, int, bool]) -> None:
-    config = load_config(
-        None,
-        {
-            "run.num_batches": 10,
-            "rollout.questions_per_batch": 16,
-            "train.questions_per_update": 8,
-            "eval.every_updates": every,
-        },
-    )
-    batches, updates, eval_due = start
-    expected = int(eval_due)
-    for batch in range(batches + 1, 11):
-        expected += batch == 10 or is_due(updates, updates + 2, every)
-        updates += 2
-    assert num_evaluations(config, Reached(*start)) == expected
-
-
-def test_a_plan_of_a_huge_run_is_instant_and_short() -> None:
-    config = load_config(None, {"run.num_batches": 10**9, "data.eval": "none"})
-    started = time.monotonic()
-    text = run_plan_text(
-        config,
-        memory="memory plan, GiB:\n  weights  1.11",
-        num_questions=8000,
-        num_left_out=17,
-        reached=Reached(0, 0, False),
-    )
-    assert time.monotonic() - started < 1
-    assert (
-        "  questions      8,000 to train on, 17 left out (prompts of more than 2,048 tokens)\n"
-        in text
-    )
-    assert "256.0B in all" in text
-    assert re.search(r"evaluations|held out", text) is None
-    assert text.endswith("\nmemory plan, GiB:\n  weights  1.11"), "a table comes last"
 
 
 def test_a_long_evaluation_tells_how_far_it_is(

@@ -21,7 +21,14 @@ from socpo_fast.socratic.bridge import load_tokenizer
 from socpo_fast.socratic.tasks.molar_mass import STUDENT_DIR
 from tests.helpers.fake_hub import COMMIT, REPOSITORY, FakeHub, fake_hub
 
-NEVER = ("pytorch_model.bin", "modeling_tiny.py", "training_args.bin", "onnx/model.onnx", "a.md")
+NEVER = (
+    "pytorch_model.bin",
+    "models/big.safetensors",
+    "modeling_tiny.py",
+    "training_args.bin",
+    "onnx/model.onnx",
+    "a.md",
+)
 TRAIN = {
     "student.path": REPOSITORY,
     "run.num_batches": 1,
@@ -54,6 +61,24 @@ def test_a_model_is_fetched_without_code_or_pickle(hub: FakeHub, tmp_path: Path)
     assert pin("student.path", REPOSITORY) == f"{REPOSITORY}@{COMMIT}"
     hub.refusal = (500, "")
     assert model_folder("student.path", f"{REPOSITORY}@{COMMIT}") == folder
+
+
+def test_nothing_is_written_outside_of_the_cache(hub: FakeHub, tmp_path: Path) -> None:
+    """A revision is a path in the cache, so one that leaves it is no name of the hub."""
+    before = {*tmp_path.rglob("*")}
+    for revision in ("../../../../evil", "/etc/evil", "a//b", "a/", "..", "a/../../../evil"):
+        name = f"{REPOSITORY}@{revision}"
+        assert model_folder("student.path", name) == Path(name)
+    assert not hub.fetched and {*tmp_path.rglob("*")} == before
+    assert pin("student.path", f"{REPOSITORY}@refs/pr-1/v1.0") == f"{REPOSITORY}@{COMMIT}"
+
+
+def test_a_quiet_run_downloads_without_bars(
+    hub: FakeHub, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pin_models(load_config(None, {"student.path": REPOSITORY, "run.quiet": True}))
+    assert "model.safetensors" in hub.fetched
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_plan_needs_no_weights(hub: FakeHub) -> None:
@@ -106,6 +131,7 @@ def test_refusals_say_what_to_do(
         model_folder("student.path", name)
     message = str(refused.value)
     assert message.startswith("student.path must be ") and "\n" not in message
+    assert refused.value.__suppress_context__, "a traceback of Python would show the addresses"
     assert "hf_secret" not in message
     assert hub.tokens <= {"Bearer hf_secret"}
 
@@ -139,6 +165,13 @@ def test_student_and_teacher_are_pinned(hub: FakeHub) -> None:
     config = pin_models(load_config(None, {**names, "teacher.kind": "local"}))
     assert isinstance(config.teacher, LocalTeacherConfig)
     assert config.student.path == config.teacher.path == f"{REPOSITORY}@{COMMIT}"
+
+
+def test_a_teacher_that_is_never_asked_is_not_fetched(hub: FakeHub) -> None:
+    settings = {"teacher.kind": "local", "teacher.path": REPOSITORY, "rollout.max_attempts": 1}
+    config = pin_models(load_config(None, settings))
+    assert isinstance(config.teacher, LocalTeacherConfig) and config.teacher.path == REPOSITORY
+    assert not hub.fetched
 
 
 def test_a_run_notices_that_its_model_has_moved(

@@ -32,7 +32,7 @@ LAYERS = {
 # Part -> parts of its own layer that it may import. Only what a command runs imports others of its
 # layer.
 SIBLINGS = {
-    "trainer": ("session", "run_state", "stopping"),
+    "trainer": ("measure", "session", "run_state", "stopping"),
     "measure": ("session", "run_state"),
     "training_run": ("trainer", "session", "run_state"),
 }

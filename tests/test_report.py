@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from socpo_fast.config import load_config
 from socpo_fast.report.accuracy import accuracy_text
 from socpo_fast.report.curves import Line, Panel, draw
+from socpo_fast.report.evaluations import add_evaluation, read_evaluations
 from socpo_fast.report.settings import config_text
 from socpo_fast.report.summary import source_metric
-from socpo_fast.report.tracker import MetricsWriter
+from socpo_fast.report.tracker import MetricsWriter, replace_jsonl
 from socpo_fast.report.write import write_report
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'\""
@@ -250,6 +254,60 @@ def test_torn_files_leave_the_rest_readable(tmp_path: Path) -> None:
         text = parse(write_report(tmp_path)).text
     assert "rescued by guidance" in text
     assert "right alone" not in text
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b'[{"metrics": 3}]', b'[{"checkpoint": "c"', b"[" * 100_000, b'["\xff"]']
+)
+def test_a_foreign_eval_json_costs_its_part_only(tmp_path: Path, content: bytes) -> None:
+    write_metrics(tmp_path)
+    (tmp_path / "eval.json").write_bytes(content)
+    with pytest.warns(UserWarning, match="report: evaluations are left out .*must be a list of"):
+        text = " ".join(parse(write_report(tmp_path)).text.split())
+    assert "unassisted at the end 50.0 %" in text
+    with pytest.raises(ValueError, match="must be a list of evaluations, got something else"):
+        add_evaluation(tmp_path, {}, checkpoint="c", data="d", measured_by="m")
+    assert (tmp_path / "eval.json").read_bytes() == content
+
+
+def test_evaluations_at_once_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socpo_fast.report.tracker.find_spec", lambda name: None)
+
+    def add(number: int) -> None:
+        metrics = {"success/unassisted": number / 100}
+        add_evaluation(tmp_path, metrics, checkpoint="c", data="d", measured_by="m")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(40)))
+    shares = [row["metrics"]["success/unassisted"] for row in read_evaluations(tmp_path)]
+    assert sorted(shares) == [number / 100 for number in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "update"), [("run/checkpoints/update_000012", 12), ("builtin", 0)]
+)
+def test_tensorboard_shows_evaluations(tmp_path: Path, checkpoint: str, update: int) -> None:
+    metrics = {"success/unassisted": 0.25, "success/assisted": math.nan}
+    add_evaluation(tmp_path, metrics, checkpoint=checkpoint, data="d", measured_by="m")
+    assert list((tmp_path / "tb").iterdir()) == [tmp_path / "tb" / "eval"]
+    events = EventAccumulator(str(tmp_path / "tb" / "eval")).Reload()
+    assert events.Tags()["scalars"] == ["eval/success/unassisted"]
+    [event] = events.Scalars("eval/success/unassisted")
+    assert (event.step, event.value) == (update, 0.25)
+
+
+def test_rollouts_without_updates_are_over_batches(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "batch", "batch": batch, "update": 0, "success/unassisted": 0.5}
+        for batch in (1, 2)
+    ]
+    replace_jsonl(tmp_path / "metrics.jsonl", rows)
+    write_report(tmp_path)
+    root = ElementTree.parse(tmp_path / "curves.svg").getroot()
+    [line] = root.iter("{http://www.w3.org/2000/svg}polyline")
+    assert line.attrib["points"] == "340.0,85.0 170.0,85.0"
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "batch" in texts and "update" not in texts
 
 
 def test_the_report_is_the_same_when_written_again(tmp_path: Path) -> None:

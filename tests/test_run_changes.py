@@ -82,12 +82,11 @@ def test_a_finished_run_says_so(run_dir: Path, capsys: Capture) -> None:
     old_files = snapshot(run_dir / "run")
     assert main(words_of("train", run_dir, {})) == 0
     folder = run_dir / "run"
-    *_, line = capsys.readouterr().out.splitlines()
-    assert line == (
-        f"run run is finished at batch 1: report: {folder / 'report.html'}, last checkpoint "
-        f"{folder / 'checkpoints' / 'update_000001'}; to go on: socpo train --config "
-        f"{folder / 'config.toml'} --run.num_batches 2"
-    )
+    card = capsys.readouterr().out.partition("run run: already finished at batch 1\n")[2]
+    assert "  done          1 batch, 1 update, " in card
+    assert f"  last weights  {folder / 'checkpoints' / 'update_000001'}\n" in card
+    assert f" socpo report {folder}\n" in card
+    assert f" socpo train --config {folder / 'config.toml'} --run.num_batches 2\n" in card
     new_files = snapshot(run_dir / "run")
     names = [name for name in old_files if not name.startswith(("tb/", "report"))]
     assert {name: new_files[name] for name in names} == {name: old_files[name] for name in names}
@@ -124,6 +123,9 @@ def test_more_batches_need_consent_if_the_rate_falls(tmp_path: Path, capsys: Cap
     assert_refused(capsys.readouterr().err, f"{MUST}run.num_batches: 1 -> 2; set them back")
     with pytest.warns(UserWarning, match="changed from update 1 on: run.num_batches: 1 -> 2$"):
         assert main(words_of("train", tmp_path, longer | {"run.accept_changes": "true"})) == 0
+    assert "run run: finished\n" in (printed := capsys.readouterr().out)
+    assert f"socpo report {tmp_path / 'run'}" in printed
+    assert "socpo train --config" not in printed, "no command that would be refused"
     rates = [
         row["policy/lr"]
         for row in read_metrics(tmp_path / "run" / "metrics.jsonl")

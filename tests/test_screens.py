@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from socpo_fast.cli import COMMANDS
 from socpo_fast.config import Config
 from socpo_fast.config.text import fields_of
@@ -22,8 +20,3 @@ def test_screens_name_only_what_exists() -> None:
         flags = set(re.findall(r"--([\w.-]+)", words))
         # This one is shown for the answer that it gets.
         assert flags - {"train.learning_rate"} <= known, words
-
-
-@pytest.mark.parametrize("words", ["rescued", "microbatch", "estimate:", "finished", "dry run:"])
-def test_screens_show_each_part_of_a_run(words: str) -> None:
-    assert words in PAGE

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from socpo_fast import measure, trainer
 from socpo_fast.config import Config, load_config
+from socpo_fast.model.accumulate import is_accumulating
 from socpo_fast.report.tracker import read_metrics
 from socpo_fast.training.checkpoint import latest_checkpoint
 
@@ -203,6 +204,24 @@ def test_a_run_that_fails_tells_how_far_it_came(
     assert "held-out questions, update 0\n" in card
     assert "0 batches, 0 updates, " in card
     assert f"socpo train --config {config.folder / 'config.toml'}\n" in card
+
+
+def test_an_error_amid_an_update_leaves_nothing_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook keeps the traceback, and with it what the update was amid."""
+
+    def fail(*_args: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(trainer.Progress, "work", fail)
+    # Without log-probs before them, the first work is a microbatch.
+    with pytest.raises(RuntimeError) as kept:
+        trainer.train(config := config_of(tmp_path, loss__old_logprobs="sampler"))
+    assert kept.tb is not None
+    assert not is_accumulating()
+    title = f"run {config.run.name}: stopped by an error: RuntimeError\n"
+    assert title in capsys.readouterr().out
 
 
 def test_finished_run_is_not_changed(uninterrupted: Config) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from socpo_fast import GuidanceRequest, Question, TrainingRun, train
 from socpo_fast.cli import main
 from socpo_fast.socratic.graders import CheckedGrader, grade_exact
 from socpo_fast.socratic.tasks.molar_mass import questions, tutor
-from socpo_fast.training_run import Rollouts
+from socpo_fast.training_run import Rollouts, collect
 
 CONFIG = Path(__file__).parent.parent / "configs" / "molar_mass.toml"
 SMALL: dict[str, Any] = {
@@ -104,10 +104,30 @@ def test_rollouts_are_a_sequence_of_rows(finished: TrainingRun) -> None:
     assert len(rollouts) == 32 and len([*rollouts]) == 32
     assert [rollouts[i]["batch"] for i in (0, 15, 16, -1)] == [1, 1, 2, 2]
     assert [row["rollout_idx"] for row in rollouts[14:18]] == [2, 3, 0, 1]
-    with pytest.raises(IndexError):
-        rollouts[32]
+    for index in (32, -33):
+        with pytest.raises(IndexError, match="one of 32 rollouts"):
+            rollouts[index]
     said = {turn["guidance"]["text"] for row in rollouts for turn in row["turns"][:-1]}
     assert said and all("Recheck" in text or "Keep to the format" in text for text in said)
+
+
+def test_one_rollout_needs_one_file(tmp_path: Path) -> None:
+    """Names of files no longer sort as text beyond batch 999999."""
+    folder = tmp_path / "rollouts"
+    folder.mkdir()
+    for batch in (1, 2, 999999, 1000000):
+        rows = [json.dumps({"batch": batch, "rollout_idx": i}) + "\n" for i in range(batch % 7 + 1)]
+        (folder / f"batch_{batch:06d}.jsonl").write_text("".join(rows))
+    rollouts = Rollouts(tmp_path)
+    order = [*rollouts]
+    assert [row["batch"] for row in order] == sorted(row["batch"] for row in order)
+    assert [rollouts[i] for i in range(len(order))] == order == rollouts[:]
+    assert [rollouts[~i] for i in range(len(order))] == order[::-1]
+    assert rollouts[-3:] == order[-3:] and rollouts[::-2] == order[::-2]
+    lazy = Rollouts(tmp_path)
+    (folder / "batch_000002.jsonl").unlink()
+    (folder / "batch_999999.jsonl").unlink()
+    assert lazy[0] == order[0] and lazy[-1] == order[-1]
 
 
 def test_inside_a_running_event_loop(finished: TrainingRun, tmp_path: Path) -> None:
@@ -188,6 +208,15 @@ class Interrupting:
         return check_mass(text, question)
 
 
+@pytest.fixture
+def _sigint_as_in_a_terminal() -> Iterator[None]:
+    """In the background of a script SIGINT is ignored, and a run would leave it so."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("_sigint_as_in_a_terminal")
 def test_ctrl_c_saves_and_raises(finished: TrainingRun, tmp_path: Path) -> None:
     """It comes in the rollouts of batch 2; the same call then makes them again."""
     num_before = sum(len(row["turns"]) for row in finished.rollouts[:16])
@@ -239,6 +268,11 @@ def test_a_bad_grader_is_named(tmp_path: Path, grader: Callable, message: str) -
             {"max_new_tokens": 8, "teacher": {"kind": "endpoint", "url": "http://a", "model": "b"}},
             "write rollout__max_new_tokens=.. or teacher__max_new_tokens=..",
         ),
+        (
+            {"max_new_tokens": 8, "teacher__kind": "endpoint"},
+            "write rollout__max_new_tokens=.. or teacher__max_new_tokens=..",
+        ),
+        ({"path": "x", "kind": "local"}, "write student__path=.. or teacher__path=.."),
         ({"lr": -1.0}, r"train\.lr must be a number > 0 and <= 1, got -1\.0"),
         ({"lr": 0.1, "train__lr": 0.1}, r"train\.lr must be given once"),
         ({"teacher": "tutor"}, "teacher.kind must be one of rule, local, endpoint, retry"),
@@ -253,6 +287,44 @@ def test_bad_settings_are_refused(tmp_path: Path, arguments: dict[str, Any], mes
     with pytest.raises(ValueError, match=message):
         train(dir=tmp_path, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_teacher_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("teacher = 3\n")
+    with pytest.raises(ValueError, match="teacher must be a table, got int"):
+        train(config=tmp_path / "mine.toml", dir=tmp_path, max_new_tokens=8)
+
+
+def test_limits_of_a_grader_that_were_set_go_first(tmp_path: Path) -> None:
+    """Those that were left alone are the file's."""
+    path = tmp_path / "mine.toml"
+    path.write_text("[grader]\ncorrect_at = 0.75\ntimeout_s = 5.0\n")
+    names = ("student", "data", "teacher", "eval")
+    for limits, expected in (({}, (0.75, 5.0)), ({"timeout_s": 7.0}, (0.75, 7.0))):
+        grader = CheckedGrader(check_mass, "mine", **limits)
+        arguments = {**dict.fromkeys(names), "grader": grader, "config": path}
+        settings, _ = collect(arguments, {})
+        assert (settings.grader.correct_at, settings.grader.timeout_s) == expected
+
+
+def test_each_run_tells_its_warnings(tmp_path: Path) -> None:
+    """A teacher that fails in two runs of a process is told of twice, in one line each."""
+    program = f"""
+import warnings
+from socpo_fast import train
+form = warnings.formatwarning
+for name in ("first", "second"):
+    train(dir={str(tmp_path)!r}, name=name, teacher=lambda request: 1 / 0, num_batches=1,
+          questions_per_batch=2, questions_per_update=2, group_size=2, kv_cache_gib=0.05,
+          eval="none", on_silence="continue", quiet=True)
+assert warnings.formatwarning is form
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "ZeroDivisionError" in line]
+    assert len(said) == 2 and said[0] == said[1]
+    assert said[0].startswith("warning: teacher: no guidance, exception: __main__:<lambda> raised")
+    assert "warnings.warn(" not in done.stderr
 
 
 @pytest.mark.parametrize(

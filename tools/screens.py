@@ -63,8 +63,7 @@ class Camera(threading.Thread):
                 lines = picture_of(
                     status, self.exchange, width=WIDTH, height=HEIGHT, ascii_only=False
                 )
-                texts = ["".join(text for text, _ in line).rstrip() for line in lines]
-                self.pictures[name] = "\n".join(texts)
+                self.pictures[name] = "\n".join(line.plain.rstrip() for line in lines)
 
 
 def run_of(num_batches: int) -> tuple[dict[str, str], str]:

@@ -6,7 +6,6 @@ text.py converts values from and to text and words the errors. torch is not impo
 mistyped setting is refused before the slow import.
 """
 
-import difflib
 import tomllib
 import warnings
 from collections.abc import Mapping
@@ -39,7 +38,7 @@ from socpo_fast.config.teachers import (
     RuleTeacherConfig,
     TeacherConfig,
 )
-from socpo_fast.config.text import choose_kinds, expand_home, explain, from_text
+from socpo_fast.config.text import choose_kinds, did_you_mean, expand_home, explain, from_text
 from socpo_fast.registries import LR_SCHEDULES
 
 __all__ = [
@@ -197,9 +196,9 @@ def _near(path: Path) -> str:
     """Returns which TOML file is in a folder, or has a name like that of a file that is missing."""
     folder = path if path.is_dir() else path.parent
     names = sorted(file.name for file in folder.glob("*.toml"))
-    nearest = names[:1] if folder == path else difflib.get_close_matches(path.name, names, n=1)
-    if nearest:
-        return f"; did you mean {folder / nearest[0]}?"
+    cutoff = 0.0 if folder == path else 0.6
+    if near := did_you_mean(path.name, names, prefix=f"{folder}/", cutoff=cutoff):
+        return near
     there = ", ".join(str(folder / name) for name in names[:3])
     return f"; there is {there}" if names else "; socpo init FOLDER writes one"
 

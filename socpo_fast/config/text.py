@@ -177,10 +177,19 @@ def unknown_key(model: type[BaseModel], name: str) -> str:
         known for known in names if known.rpartition(".")[2] in keys or name.startswith(f"{known}_")
     ]
     # Related keys are offered however different the whole name is; others only if they are similar.
-    nearest = difflib.get_close_matches(name, related or names, n=1, cutoff=0.0 if related else 0.7)
-    return f"config: unknown key {name}; " + (
-        f"did you mean {nearest[0]}?" if nearest else "socpo train --help lists all"
-    )
+    near = did_you_mean(name, related or names, cutoff=0.0 if related else 0.7)
+    return f"config: unknown key {name}{near or '; socpo train --help lists all'}"
+
+
+def did_you_mean(name: str, names: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+    """Returns "; did you mean PREFIX-NAME?" with the most similar of `names`; "" if none is near.
+
+    Args:
+        prefix: stands in front of the offered name.
+        cutoff: least similarity, from 0 (any name) to 1 (this name only).
+    """
+    nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:

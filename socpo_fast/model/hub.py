@@ -7,6 +7,7 @@ loaders read, safetensors and text, and never pickle or code.
 
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -16,11 +17,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm
 
-from socpo_fast.config import Config, LocalTeacherConfig, StudentConfig
+from socpo_fast.config import Config, LocalTeacherConfig, Section, StudentConfig
 from socpo_fast.model.weights import INDEX, TOKENIZER_FILES
 
-HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+# As in git, no part of a revision is empty or begins with a dot: "..", which leaves the cache.
+HUB_NAME = re.compile(
+    r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w-][\w.-]*(?:/[\w-][\w.-]*)*))?", re.ASCII
+)
 TEXTS = ["config.json", "adapter_config.json", INDEX, *TOKENIZER_FILES]
 WEIGHTS = "model*.safetensors"
 # Error of huggingface_hub -> what the name must be, and what to do; the first that fits.
@@ -53,7 +58,7 @@ REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
 _fetched: dict[tuple[str, str, bool], Path] = {}
 
 
-def model_folder(setting: str, name: str, *, weights: bool = True) -> Path:
+def model_folder(setting: str, name: str, *, weights: bool = True, quiet: bool = False) -> Path:
     """Returns the folder of a model, which is downloaded if need be.
 
     Args:
@@ -61,6 +66,7 @@ def model_folder(setting: str, name: str, *, weights: bool = True) -> Path:
         name:    a folder, or OWNER/NAME or OWNER/NAME@REVISION of the hub. A folder that is there
                  goes before a model of the hub.
         weights: False fetches config and tokenizer only.
+        quiet:   shows no bars of the download.
 
     Raises:
         ValueError: the hub has no such model, does not show it or is out of reach, the disk is
@@ -74,16 +80,25 @@ def model_folder(setting: str, name: str, *, weights: bool = True) -> Path:
         return _fetched[repository, revision, weights]
     patterns = [*TEXTS, WEIGHTS] if weights else TEXTS
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                # A * of the hub's patterns also stands for the / of folders.
+                ignore_patterns="*/*.safetensors",
+                tqdm_class=_NoBar if quiet else None,
+            )
+        )
     # Its own errors, those of two HTTP libraries, of the disk, and of a Rust library.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - each becomes a ValueError
         rule, advice = next(words for kind, *words in REFUSALS if isinstance(error, kind))
-        # Not the whole text: it names addresses, which may hold a password.
+        # Neither its text nor itself as the cause: it names addresses, which may hold a password.
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise ValueError(
             f"{setting} must be {rule.format(cache=constants.HF_HUB_CACHE)}, "
             f"got {name} ({reason}); {advice}"
-        ) from error
+        ) from None
     if weights and not any(folder.glob(WEIGHTS)):
         raise ValueError(
             f"{setting} must be a model with files {WEIGHTS}, got {name} without; convert it with "
@@ -93,28 +108,40 @@ def model_folder(setting: str, name: str, *, weights: bool = True) -> Path:
     return folder
 
 
-def pin(setting: str, name: str) -> str:
+def pin(setting: str, name: str, *, quiet: bool = False) -> str:
     """Returns the name of a model with the commit of the hub that it means now; downloads it.
 
     Names of folders stay as they are.
     """
     hub_name = _hub_name(name)
-    return f"{hub_name[1]}@{model_folder(setting, name).name}" if hub_name else name
+    return f"{hub_name[1]}@{model_folder(setting, name, quiet=quiet).name}" if hub_name else name
 
 
 def pin_models(config: Config) -> Config:
     """Returns the config with the commits of the hub that names of models mean now.
 
-    A checkpoint records them, so a run does not go on with what has changed on the hub unseen.
+    A checkpoint records them, so a run does not go on with what has changed on the hub unseen. With
+    one attempt the teacher is never asked, so it is not downloaded.
     """
-    sections = {"student": config.student, "teacher": config.teacher}
+    sections: dict[str, Section] = {"student": config.student}
+    if config.rollout.max_attempts > 1:
+        sections["teacher"] = config.teacher
     return config.model_copy(
         update={
-            name: section.model_copy(update={"path": pin(f"{name}.path", section.path)})
+            name: section.model_copy(
+                update={"path": pin(f"{name}.path", section.path, quiet=config.run.quiet)}
+            )
             for name, section in sections.items()
             if isinstance(section, StudentConfig | LocalTeacherConfig)
         }
     )
+
+
+class _NoBar(tqdm):
+    """A progress bar that is not drawn."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{**kwargs, "disable": True})
 
 
 def _hub_name(name: str) -> re.Match[str] | None:

@@ -39,7 +39,9 @@ def compare(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> l
     points: list[tuple[float, float]] = []
     for row in rows:
         # Rows are in the order of time, so `tokens` is what training had sampled by this row.
-        tokens += (row.get("perf/rollout_tok_s") or 0.0) * (row.get("time/rollout_s") or 0.0)
+        rollout_tokens = (row.get("perf/rollout_tok_s") or 0.0) * (row.get("time/rollout_s") or 0.0)
+        # Runs of older versions do not count them in total.
+        tokens = row.get("perf/tokens_total") or tokens + rollout_tokens
         if row["kind"] == "eval" and row.get("success/unassisted") is not None:
             points.append((tokens, row["success/unassisted"]))
     recorded = read_json(RECORDED)

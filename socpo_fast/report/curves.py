@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WIDTH, HEIGHT = 340, 170  # of a panel's plotted area, in the units of the SVG
+# Of a panel's plotted area, in the units of the SVG.
+WIDTH = 340
+HEIGHT = 170
 COLOURS = ("#1f5fa8", "#d9730d", "#8fb8de", "#f2c39b")
 MOST_POINTS = 1000  # of a line; the width of a panel shows no more
 # Step between ticks for an axis that ends at up to so many times a power of ten, as its multiple.

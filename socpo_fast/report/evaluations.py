@@ -9,16 +9,31 @@ A training run may write to the same folder meanwhile, so metrics.jsonl is left 
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from socpo_fast.files import replace_file
+from pydantic import BaseModel, FiniteFloat, TypeAdapter
+
+from socpo_fast.files import locked, replace_file
+from socpo_fast.report.tracker import ScalarWriter
 
 FILE = "eval.json"
-KEYS = {"checkpoint", "when", "data", "measured_by", "metrics"}
+
+
+class Evaluation(BaseModel, extra="allow"):
+    """One entry of the file; metrics are None where they are not known."""
+
+    checkpoint: str
+    when: str
+    data: str
+    measured_by: str
+    metrics: dict[str, FiniteFloat | None]
+
+
+_EVALUATIONS = TypeAdapter(list[Evaluation])
 
 
 def add_evaluation(
@@ -26,8 +41,10 @@ def add_evaluation(
 ) -> Path:
     """Adds an evaluation to a run's eval.json and returns the file's path.
 
+    TensorBoard shows it as the run tb/eval, at the update that the checkpoint's name ends in, or 0.
+
     Args:
-        folder:      the run's; created if absent.
+        folder:      the run's; created if absent. Two processes may add to it at the same time.
         checkpoint:  what was evaluated: a folder, a name, or "builtin".
         data:        the setting data.eval.
         measured_by: text of all that the result depends on beside the weights.
@@ -35,18 +52,23 @@ def add_evaluation(
     Raises:
         ValueError: the file holds something else. RunFailed, OSError: the disk is full or fails.
     """
-    evaluations = read_evaluations(folder)
-    evaluations.append(
-        {
-            "checkpoint": checkpoint,
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "data": data,
-            "measured_by": measured_by,
-            "metrics": without_nan(metrics),
-        }
-    )
+    evaluation = {
+        "checkpoint": checkpoint,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": data,
+        "measured_by": measured_by,
+        "metrics": without_nan(metrics),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / FILE, json.dumps(evaluations, indent=1) + "\n")
+    with locked(folder):
+        evaluations = [*read_evaluations(folder), evaluation]
+        replace_file(folder / FILE, json.dumps(evaluations, indent=1) + "\n")
+    update = re.search(r"update_(\d+)/?$", checkpoint)
+    # Not in tb/ itself: TensorBoard reads the newest file of a folder only, and so would miss what
+    # a training writes there from now on.
+    scalars = ScalarWriter(folder / "tb" / "eval")
+    scalars.add({f"eval/{name}": x for name, x in metrics.items()}, int(update[1]) if update else 0)
+    scalars.close()
     return folder / FILE
 
 
@@ -64,23 +86,10 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     path = folder / FILE
     if not path.is_file():
         return []
-    rows = _parse(path.read_text(encoding="utf-8", errors="replace"))
-    if not all(isinstance(row, dict) and row.keys() >= KEYS and _is_flat(row) for row in rows):
-        raise ValueError(f"eval: {path} must be a list of evaluations, got another one; move it")
-    return rows
-
-
-def _parse(text: str) -> list[Any]:
-    """Returns a list of JSON; one with None for any other text."""
-    with suppress(ValueError, RecursionError):
-        if isinstance(rows := json.loads(text), list):
-            return rows
-    return [None]
-
-
-def _is_flat(row: Mapping[str, Any]) -> bool:
-    """Whether the metrics of an entry are numbers."""
-    metrics = row["metrics"]
-    return isinstance(metrics, dict) and all(
-        isinstance(value, int | float | None) for value in metrics.values()
-    )
+    try:
+        evaluations = _EVALUATIONS.validate_json(path.read_bytes(), strict=True)
+    except ValueError:
+        raise ValueError(
+            f"eval: {path} must be a list of evaluations, got something else; move it"
+        ) from None
+    return [evaluation.model_dump() for evaluation in evaluations]

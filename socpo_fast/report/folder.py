@@ -22,7 +22,7 @@ def check_is_run(folder: Path) -> None:
     if is_run(folder):
         return
     near = [folder, folder / "runs", folder.parent]
-    runs = [str(path) for place in near if place.is_dir() for path in sorted(place.iterdir())]
+    runs = [str(path) for parent in near if parent.is_dir() for path in sorted(parent.iterdir())]
     names = [name for name in dict.fromkeys(runs) if is_run(Path(name))]
     advice = f"runs are {', '.join(names[:5])}" if names else "socpo demo makes one"
     raise ValueError(f"report: {folder} must be a run folder, got none there; {advice}")

@@ -14,8 +14,7 @@ from functools import lru_cache
 from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.console import Console, ConsoleOptions
 from rich.live import Live
-from rich.segment import Segment
-from rich.style import Style
+from rich.text import Text
 
 from socpo_fast.report.accuracy import sparkline
 from socpo_fast.report.printable import one_line, printable
@@ -59,11 +58,11 @@ class LiveDisplay:
             while not self._stopped.wait(REFRESH_S):
                 self._live.refresh()
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Text]:
         """Yields the picture; rich calls this at every drawing."""
         if newer := self.status.next_exchange(time.monotonic()):
             self._exchange = escaped(newer, options.encoding)
-        lines = picture_of(
+        yield from picture_of(
             self.status,
             self._exchange,
             # Without the last column, where some terminals wrap.
@@ -72,10 +71,6 @@ class LiveDisplay:
             height=console.height - 1,
             ascii_only=options.ascii_only,
         )
-        for line in lines:
-            for text, style in line:
-                yield Segment(text, Style.parse(style))
-            yield Segment.line()
 
 
 def escaped(exchange: Exchange, encoding: str) -> Exchange:
@@ -90,43 +85,43 @@ def escaped(exchange: Exchange, encoding: str) -> Exchange:
 
 def picture_of(
     status: Status, exchange: Exchange | None, *, width: int, height: int, ascii_only: bool
-) -> list[Line]:
+) -> list[Text]:
     """Returns the lines of the picture, at most `height`, each of at most `width` cells.
 
     The texts of the exchange are `escaped` ones.
 
     With few lines the less important numbers are left out, with few columns the ends of lines.
     """
-    facts = _facts(status, width, ascii_only)
     num_texts = 4 if exchange and height >= MIN_LINES_WITH_EXCHANGE else 0
-    by_importance = sorted(range(len(facts)), key=lambda i: facts[i][0])
-    kept = sorted(by_importance[: max(height - num_texts, 0)])
-    lines = [facts[i][1] for i in kept]
+    lines = _facts(status, width, ascii_only)[: max(height - num_texts, 0)]
     if exchange and num_texts:
         left = height - len(lines)
         if left > num_texts:
             lines.append([])
         num_lines = min((height - len(lines)) // num_texts, MAX_LINES_OF_A_TEXT)
         lines += _exchange_lines(exchange, width, num_lines)
-    return [_fit(line, width) for line in lines]
+    texts = [Text.assemble(*line, no_wrap=True) for line in lines]
+    for text in texts:
+        text.truncate(width)
+    return texts
 
 
-def _facts(status: Status, width: int, ascii_only: bool) -> list[tuple[int, Line]]:
-    """Returns (importance, line) of every line of numbers, from top to bottom."""
+def _facts(status: Status, width: int, ascii_only: bool) -> list[Line]:
+    """Returns the lines of numbers, the most important ones first."""
     left_s = status.left_s
-    head = [f"left {'?' if left_s is None else hms(left_s)}", f"elapsed {hms(status.elapsed_s)}"]
+    times = [f"left {'?' if left_s is None else hms(left_s)}", f"elapsed {hms(status.elapsed_s)}"]
     if status.num_batches:
-        head = [f"{status.batch}/{status.num_batches}", *head, f"update {status.update}"]
+        times = [f"{status.batch}/{status.num_batches}", *times, f"update {status.update}"]
     label = "batch" if status.num_batches else "time"
     facts = [
-        (0, _line(width, label, *((text, "") for text in head))),
-        (1, _phase_line(status, width, ascii_only)),
+        _line(width, label, *((text, "") for text in times)),
+        _phase_line(status, width, ascii_only),
     ]
     curves = (("training", status.scores["batch"]), ("held out", status.scores["eval"]))
     label = "unassisted"
-    for importance, (name, scores) in enumerate(curves, start=2):
+    for name, scores in curves:
         if scores:
-            facts.append((importance, _curve_line(label, name, scores, width, ascii_only)))
+            facts.append(_curve_line(label, name, scores, width, ascii_only))
             label = ""
     counts = status.counts
     guidance = (
@@ -135,14 +130,14 @@ def _facts(status: Status, width: int, ascii_only: bool) -> list[tuple[int, Line
         (f"{counts.leaked} leaked", "yellow" if counts.leaked else ""),
         (f"of {counts.guided} guided", ""),
     )
-    facts.append((4, _line(width, "guidance", *guidance)))
+    facts.append(_line(width, "guidance", *guidance))
     assisted = [
         (f"{name} {percent(scores[-1].assisted)}", "")
         for name, scores in curves
         if scores and math.isfinite(scores[-1].assisted)
     ]
     if assisted:
-        facts.append((5, _line(width, "assisted", *assisted)))
+        facts.append(_line(width, "assisted", *assisted))
     metrics = status.metrics
     if "reward/std" in metrics:
         reward = (
@@ -150,9 +145,9 @@ def _facts(status: Status, width: int, ascii_only: bool) -> list[tuple[int, Line
             f"std {metrics['reward/std']:.3f}",
             f"{100 * metrics['reward/groups_without_signal']:.0f} % of groups without signal",
         )
-        facts.append((6, _line(width, "reward", *((text, "") for text in reward))))
+        facts.append(_line(width, "reward", *((text, "") for text in reward)))
     tokens = status.num_tokens if status.num_batches else status.phase_tokens
-    facts.append((7, _line(width, "tokens", (f"{tokens:,} sampled in all", ""))))
+    facts.append(_line(width, "tokens", (f"{tokens:,} sampled in all", "")))
     return facts
 
 
@@ -251,18 +246,6 @@ def _line(width: int, label: str, *parts: tuple[str, str]) -> Line:
             break
         line += [(gap, ""), (text, style)]
     return line
-
-
-def _fit(line: Line, width: int) -> Line:
-    """Cuts a line to a number of cells."""
-    fitted: Line = []
-    for text, style in line:
-        cells = cell_len(text)
-        if cells > width:
-            return [*fitted, (set_cell_size(text, max(width, 0)), style)]
-        fitted.append((text, style))
-        width -= cells
-    return fitted
 
 
 def percent(share: float) -> str:

@@ -72,6 +72,7 @@ class Progress:
         )
         for row in earlier:
             self._keep(row, row["kind"], row["batch"], row["update"])
+            self.status.update = row["update"]
         draws = self._console.is_terminal and not self._console.is_dumb_terminal
         is_live = live and draws and not quiet
         self._live = LiveDisplay(self.status, self._console) if is_live else None
@@ -104,12 +105,8 @@ class Progress:
 
     def add_rollout(self, rollout: Rollout, question: Question) -> None:
         """Counts a finished rollout of the current phase, which may be shown."""
-        status = self.status
-        status.add(rollout, question)
-        if self._live is None and time.monotonic() - self._told_at >= PLAIN_LINE_S:
-            self._told_at = time.monotonic()
-            done = f"{status.phase} {status.done}/{status.total}"
-            self.note(f"{done}, elapsed {hms(status.elapsed_s)}")
+        self.status.add(rollout, question)
+        self._tell_if_long()
 
     def advance(self, units: int = 1, *, num_tokens: int = 0) -> None:
         """Counts finished units of work and sampled tokens of the current phase."""
@@ -120,6 +117,7 @@ class Progress:
     def work(self, name: str, done: int, total: int) -> None:
         """Tells how far the current unit of work is: microbatches of an update, for example."""
         self.status.work = (name, done, total)
+        self._tell_if_long()
 
     def report(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
         """Ends a batch, update or evaluation with its metrics."""
@@ -161,6 +159,17 @@ class Progress:
         rows += [("next" if i == 0 else "", command) for i, command in enumerate(next_commands)]
         self.note("\n".join([title, *(f"  {label:<14}{text}" for label, text in rows)]))
 
+    def _tell_if_long(self) -> None:
+        """Off a terminal, says how far a phase is that has been silent for long."""
+        if self._live is not None or time.monotonic() - self._told_at < PLAIN_LINE_S:
+            return
+        status = self.status
+        parts = [f"{status.phase} {status.done}/{status.total}"]
+        if status.work is not None:
+            name, done, total = status.work
+            parts.append(f"{name} {done}/{total}")
+        self.note(", ".join([*parts, f"elapsed {hms(status.elapsed_s)}"]))
+
     def _keep(self, metrics: Mapping[str, Any], kind: Kind, batch: int, update: int) -> None:
         """Keeps the score of a row for the curves and the card."""
         score = Score.of(metrics, batch=batch, update=update)
@@ -168,22 +177,18 @@ class Progress:
             self.status.scores[kind].append(score)
 
     def _line(self, metrics: Mapping[str, float], kind: Kind, batch: int, update: int) -> str:
-        shares = [
-            f"{label} {100 * metrics[name]:.1f}%"
-            for name, label in (
-                ("success/unassisted", "unassisted"),
-                ("success/assisted", "assisted"),
-            )
-            if name in metrics
-        ]
+        score = Score.of(metrics, batch=batch, update=update)
+        shares = [f"unassisted {100 * score.unassisted:.1f}%"]
+        if math.isfinite(score.assisted):
+            shares.append(f"assisted {100 * score.assisted:.1f}%")
         if metrics.get("guidance/failed"):
             shares.append(f"guidance failed {metrics['guidance/failed']:.0f}")
         if "perf/rollout_tok_s" in metrics:
             shares.append(f"{metrics['perf/rollout_tok_s']:.0f} tok/s")
-        position = (
-            f"{'train' if kind == 'batch' else kind:<5} batch {batch}/{self.status.num_batches} "
-            f"update {update}"
-        )
+        # Every batch of a training makes updates; `socpo rollout` makes none.
+        names: dict[Kind, str] = {"batch": "train" if update else "rollout", "eval": "eval"}
+        position = f"{names[kind]:<5} batch {batch}/{self.status.num_batches}"
+        position += f" update {update}" if update or kind == "eval" else ""
         left_s = self.status.left_s
         return "  ".join([position, *shares, f"left {'?' if left_s is None else hms(left_s)}"])
 
@@ -205,9 +210,10 @@ class Progress:
         counts = self.status.all_counts
         if not self.status.update and not scores["eval"] and (total := counts.rollouts):
             # Rollouts of one student, which did not come anywhere.
-            assisted = (counts.unassisted + counts.rescued) / total
-            shares = [("unassisted", counts.unassisted / total), ("assisted", assisted)]
-            return [(label, percent(share)) for label, share in shares]
+            rows = [("unassisted", percent(counts.unassisted / total))]
+            if counts.guided:
+                rows.append(("assisted", percent((counts.unassisted + counts.rescued) / total)))
+            return rows
         name: Kind = "eval" if len(scores["eval"]) > 1 or not scores["batch"] else "batch"
         where = "held-out questions" if name == "eval" else "training batches"
         # The first and the last one, or the only one.
@@ -229,14 +235,25 @@ class Progress:
         status = self.status
         counts = status.all_counts
         done = status.first_batch - 1 + status.num_ended.get("batch", 0)
-        work = f"{done} batches, {status.update} updates, {status.num_tokens:,} tokens sampled"
         since = "" if status.first_batch == 1 else f" since batch {status.first_batch}"
-        rows = [("done", f"{work}, {hms(status.elapsed_s)}{since}")]
+        work = [
+            counted(done, "batch", "es"),
+            counted(status.update, "update"),
+            f"{counted(status.num_tokens, 'token')} sampled",
+        ]
+        if status.num_ended or counts.rollouts:
+            work.append(f"{hms(status.elapsed_s)}{since}")
+        rows = [("done", ", ".join(work))]
         if counts.guided or counts.failed:
             failed = f", failed to answer in {counts.failed}" if counts.failed else ""
             guided = f"guided {counts.guided} of {counts.rollouts} rollouts{since}"
             rows.append(("teacher", f"{guided}, rescued {counts.rescued}{failed}"))
         return rows
+
+
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """Returns a count with its noun: 1 batch, 2,000 batches."""
+    return f"{count:,} {noun}{ending if count != 1 else ''}"
 
 
 class GuidanceWatch:

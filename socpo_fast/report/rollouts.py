@@ -105,7 +105,7 @@ def export_rollouts(run_folder: str | Path, path: str | Path) -> int:
     parquet = import_extra("export", "pyarrow.parquet", extra="parquet")
     rows = [
         _exported_row(row)
-        for file in sorted(Path(run_folder).glob("rollouts/batch_*.jsonl"), key=_age)
+        for file in batch_files(run_folder)
         # Rows of an older version hold no prompt.
         for row in read_jsonl(file, lambda row: _is_complete(row) and "prompt" in row)
     ]
@@ -156,10 +156,15 @@ def _age(path: Path) -> tuple[int, str]:
     return len(path.name), path.name
 
 
+def batch_files(run_folder: str | Path) -> list[Path]:
+    """Returns the files of rollouts of all batches in order."""
+    return sorted(Path(run_folder).glob("rollouts/batch_*.jsonl"), key=_age)
+
+
 def drop_rollouts(run_folder: Path, *, after_batch: int) -> None:
     """Removes files of later batches: an earlier start made them, and this one makes them anew."""
     last = run_folder / "rollouts" / f"batch_{after_batch:06d}.jsonl"
-    for path in (run_folder / "rollouts").glob("batch_*.jsonl"):
+    for path in batch_files(run_folder):
         if _age(path) > _age(last):
             path.unlink()
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from socpo_fast.config import Config
-from socpo_fast.report.write import report_note
+from socpo_fast.registries import LR_SCHEDULES
 from socpo_fast.training.checkpoint import checkpoint_path
 
 
 def run_end(
-    folder: Path,
+    config: Config,
     *,
     best: dict[str, Any] | None,
     last: Path | None,
@@ -21,14 +21,17 @@ def run_end(
     """Returns (lines of labels and paths, commands) for the card of a run.
 
     Args:
-        folder:       of the run.
+        config:       of the run.
         best:         the best evaluation (RunState.best), whose checkpoint is kept.
         last:         the checkpoint of the last save.
         goes_on_to:   more batches than a finished run has made; None for one that ended early.
+                      Where the learning rate's schedule depends on their number, going on takes
+                      consent, so no command is named.
         is_evaluated: whether there are held-out questions.
         is_loadable:  whether the settings name all parts of the run, so that a command can load
                       them. What came from Python has no such name.
     """
+    folder = config.folder
     paths = {}
     if best is not None:
         paths["best"] = checkpoint_path(folder / "checkpoints", best["update"])
@@ -40,19 +43,9 @@ def run_end(
             options = ["--checkpoint", "best"] if "best" in paths else []
             commands.insert(0, command("eval", "--config", folder / "config.toml", *options))
         more = [] if goes_on_to is None else ["--run.num_batches", goes_on_to]
-        commands.append(command("train", "--config", folder / "config.toml", *more))
+        if not more or LR_SCHEDULES[config.train.lr_schedule] is None:
+            commands.append(command("train", "--config", folder / "config.toml", *more))
     return [(f"{name} weights", str(path)) for name, path in paths.items()], commands
-
-
-def finished_line(config: Config, num_batches: int, last: Path | None) -> str:
-    """Returns a line about a run that was finished before: what it left, and how to go on."""
-    report = report_note(config.folder).splitlines()[-1]
-    more = ("--run.num_batches", 2 * num_batches)
-    go_on = command("train", "--config", config.folder / "config.toml", *more)
-    return (
-        f"run {config.run.name} is finished at batch {num_batches}: {report}, last checkpoint "
-        f"{last}; to go on: {go_on}"
-    )
 
 
 def command(*words: object) -> str:

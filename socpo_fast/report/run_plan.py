@@ -59,9 +59,11 @@ def run_plan_text(
         num_questions: to train on or to roll out; 0: there is only an evaluation.
         num_held_out:  to evaluate on; 0: there is no evaluation.
         num_left_out:  because their prompts are too long.
-        reached:       where the training starts; None: there are no updates.
+        reached:       where the training starts, so that the counts are of what is left; None:
+                       there are no updates.
     """
     rollout = config.rollout
+    rest = "left" if reached and reached.batches else "in all"
     names = ("questions", "batches", "updates", "evaluations", CALLS, TOKENS)
     rows: dict[str, list[str]] = {name: [] for name in names}
 
@@ -69,10 +71,10 @@ def run_plan_text(
         if count:
             rows[name].append(f"{amount(count)} {text}")
 
-    def add_rollouts(kind: str, count: int, questions: int, samples: int, attempts: int) -> None:
-        each = questions * samples
-        size = f"({amount(questions)} questions x {samples})"
-        add(kind, count, f"of {amount(each)} rollouts {size}, {amount(count * each)} in all")
+    def add_rollouts(kind: str, count: int, questions: int, size: int, attempts: int) -> None:
+        each = questions * size
+        product = f"({amount(questions)} questions x {size})"
+        add(kind, count, f"of {amount(each)} rollouts {product}, {amount(count * each)} {rest}")
         add(CALLS, count * each * (attempts - 1), f"calls in {kind}")
         add(TOKENS, count * each * attempts * rollout.max_new_tokens, f"sampled in {kind}")
 
@@ -86,7 +88,7 @@ def run_plan_text(
         add_rollouts("batches", batches, *size, rollout.max_attempts)
         if reached:
             each = updates_a_batch(config)
-            add("updates", batches * each, f"in all, {each} a batch")
+            add("updates", batches * each, f"{rest}, {each} a batch")
     if num_held_out:
         count = num_evaluations(config, reached) if reached else 1
         attempts = rollout.max_attempts if config.eval.assisted else 1

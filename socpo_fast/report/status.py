@@ -1,7 +1,7 @@
 """Holds what is known of a run while it goes. report/progress.py fills it, report/live.py draws it.
 
 Read Status. Two threads share one: the run fills it, the display reads it. Every field is therefore
-replaced by one assignment, and lists only grow.
+replaced by one assignment, dicts included, and lists only grow.
 """
 
 import math
@@ -33,6 +33,9 @@ class Score(NamedTuple):
         """Returns the score that a row of metrics holds."""
         names = ("unassisted", "unassisted_low", "unassisted_high", "assisted")
         values = [metrics.get(f"success/{name}") for name in names]
+        if metrics.get("guidance/rate") == 0:
+            # Then it would be the unassisted share under another name.
+            values[-1] = None
         return cls(batch, update, *(math.nan if value is None else value for value in values))
 
 
@@ -156,7 +159,8 @@ class Status:
             self.all_counts.add(rollout)
             self.num_tokens += rollout.num_sampled
         exchange = Exchange.of(rollout, question)
-        if self.newer is None or exchange.rank >= self.newer.rank:
+        newer = self.newer  # read once, as the display may take it at any time
+        if newer is None or exchange.rank >= newer.rank:
             self.newer = exchange
 
     def end(self, kind: Kind, metrics: Mapping[str, float], *, batch: int, update: int) -> None:
@@ -168,8 +172,10 @@ class Status:
         if kind == "batch":
             self.metrics = metrics
         now = time.monotonic()
-        self.spent_s[kind] = self.spent_s.get(kind, 0.0) + now - self._ended_at
-        self.num_ended[kind] = self.num_ended.get(kind, 0) + 1
+        spent_s = self.spent_s.get(kind, 0.0) + now - self._ended_at
+        # New dicts, since the display may be reading the old ones.
+        self.spent_s = {**self.spent_s, kind: spent_s}
+        self.num_ended = {**self.num_ended, kind: self.num_ended.get(kind, 0) + 1}
         self._ended_at = now
 
     def next_exchange(self, now: float) -> Exchange | None:

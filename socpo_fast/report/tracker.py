@@ -29,8 +29,6 @@ from socpo_fast.metrics import Kind, meaning_of
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends rows to metrics.jsonl and TensorBoard; each row is on the disk when write returns.
 
-    Where the package tensorboard is not installed, there is no tb/ folder, and nothing is said.
-
     Args:
         run_folder:          created if absent.
         resume_after_update: keeps rows up to this update and drops later ones, which will be
@@ -52,15 +50,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
             )
         replace_jsonl(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard: Any = None  # a SummaryWriter, until it fails
-        if find_spec("tensorboard"):
-            with self._tensorboard_optional():
-                # Imported here, as it takes half a second.
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._tensorboard = SummaryWriter(
-                    str(self.path.parent / "tb"), purge_step=last + 1, flush_secs=30
-                )
+        self._scalars = ScalarWriter(self.path.parent / "tb", purge_step=last + 1)
 
     def write(self, metrics: Mapping[str, float], *, kind: Kind, batch: int, update: int) -> None:
         """Writes one row. batch counts from 1; update is the number of updates made so far."""
@@ -70,32 +60,59 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         with named_failure(self.path):
             append_row(self._file, {"kind": kind, "batch": batch, "update": update, **values})
         prefix = "eval/" if kind == "eval" else ""
-        with self._tensorboard_optional():
-            for name, value in values.items():
-                if value is not None and self._tensorboard is not None:
-                    self._tensorboard.add_scalar(prefix + name, value, update)
+        self._scalars.add({prefix + name: value for name, value in metrics.items()}, update)
 
     def close(self) -> None:
         """Closes both files."""
         self._file.close()
-        with self._tensorboard_optional():
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+        self._scalars.close()
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+class ScalarWriter:
+    """Writes numbers for TensorBoard to a folder. If TensorBoard fails, it warns and stops.
+
+    Where the package tensorboard is not installed, there is no folder, and nothing is said.
+
+    Args:
+        purge_step: TensorBoard no longer shows what earlier starts wrote from this update on.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None = None):
+        self.folder = folder
+        self._writer: Any = None  # a SummaryWriter, until it fails
+        if find_spec("tensorboard"):
+            with self._optional():
+                # Imported here, as it takes half a second.
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+
+    def add(self, values: Mapping[str, float], update: int) -> None:
+        """Writes numbers at an update; leaves out nan and infinities."""
+        with self._optional():
+            for name, value in values.items():
+                if self._writer is not None and math.isfinite(value):
+                    self._writer.add_scalar(name, value, update)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._optional():
+            if self._writer is not None:
+                self._writer.close()
 
     @contextmanager
-    def _tensorboard_optional(self) -> Iterator[None]:
+    def _optional(self) -> Iterator[None]:
         """Keeps a run going if TensorBoard fails: warns once and writes to it no more."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - TensorBoard raises anything, from its thread
-            self._tensorboard = None
+            self._writer = None
             warnings.warn(
-                f"{self.path.parent / 'tb'}: TensorBoard stops here ({error}); the run goes on",
-                stacklevel=3,
+                f"{self.folder}: TensorBoard stops here ({error}); the run goes on", stacklevel=4
             )
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

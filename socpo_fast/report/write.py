@@ -5,6 +5,7 @@ browser load nothing, and jinja2 escapes whatever a model wrote, since a student
 Where a file is missing or torn, its part of the page is left out.
 """
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from socpo_fast.report.comparison import Curve, card, compare
 from socpo_fast.report.curves import COLOURS, Line, Panel, draw, environment
 from socpo_fast.report.evaluations import read_evaluations
 from socpo_fast.report.folder import check_is_run
-from socpo_fast.report.rollouts import ROLLOUT_METRICS, read_rollouts
+from socpo_fast.report.rollouts import ROLLOUT_METRICS, batch_files, read_rollouts
 from socpo_fast.report.settings import read_settings
 from socpo_fast.report.tracker import read_metrics
 
@@ -87,18 +88,20 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def report_note(run_folder: Path) -> str:
-    """Writes the report of a finished run; returns lines to print.
+    """Writes the report of a finished run; returns lines to print, "" if it failed.
 
     On the built-in task the lines begin with the comparison of comparison.py. A failure becomes a
-    line as well: a run that trained for hours must not end in an error because of its page.
+    warning: a run that trained for hours must not end in an error because of its page.
     """
     try:
         path = write_report(run_folder)
         rows = read_metrics(run_folder / "metrics.jsonl")
         curves = compare(read_settings(run_folder), rows)
         return (card(curves, rows) + "\n" if curves else "") + f"report: {path}"
-    except Exception as error:  # noqa: BLE001 - returned as a line to print
-        return f"report: {run_folder / 'report.html'} was not written ({error})"
+    except Exception as error:  # noqa: BLE001 - told in a warning
+        path = run_folder / "report.html"
+        warnings.warn(f"report: {path} was not written ({error})", stacklevel=2)
+        return ""
 
 
 def render(folder: Path, rows: Rows, curves: str) -> str:
@@ -118,7 +121,7 @@ def render(folder: Path, rows: Rows, curves: str) -> str:
         accuracy=accuracy_rows(next((row for row in reversed(rows) if row["kind"] == "eval"), {})),
         evaluations=[
             {**entry, "rows": accuracy_rows(entry["metrics"])}
-            for entry in read_evaluations(folder)[-MAX_EVALUATIONS:]
+            for entry in newest_evaluations(folder)
         ],
         comparison=draw_comparison(compare(settings, rows)),
         curves=curves,
@@ -129,15 +132,27 @@ def render(folder: Path, rows: Rows, curves: str) -> str:
     )
 
 
-def series(rows: Rows, source: str, name: str) -> tuple[list[int], list[float]]:
+def newest_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Returns the last evaluations of eval.json; warns if the file holds something else."""
+    try:
+        return read_evaluations(folder)[-MAX_EVALUATIONS:]
+    except ValueError as error:
+        warnings.warn(f"report: evaluations are left out ({error})", stacklevel=4)
+        return []
+
+
+def series(
+    rows: Rows, source: str, name: str, axis: str = "update"
+) -> tuple[list[int], list[float]]:
     """Returns (updates, values) of a metric, from the rows of one kind that have it.
 
     Args:
         source: "eval", "batch", "update", or "train" for batches and updates.
+        axis:   "update", or "batch" for the numbers of batches instead of updates.
     """
     kinds = ("batch", "update") if source == "train" else (source,)
     chosen = [row for row in rows if row["kind"] in kinds and row.get(name) is not None]
-    return [row["update"] for row in chosen], [row[name] for row in chosen]
+    return [row[axis] for row in chosen], [row[name] for row in chosen]
 
 
 def headline(rows: Rows) -> dict[str, Any]:
@@ -152,7 +167,7 @@ def headline(rows: Rows) -> dict[str, Any]:
     )
     return {
         "source": "held-out questions" if source == "eval" else "training batches",
-        "helped_end": assisted[-1] if assisted else None,
+        "assisted_end": assisted[-1] if assisted else None,
         **ends,
     }
 
@@ -189,7 +204,7 @@ def time_split(rows: Rows) -> dict[str, float]:
 
 def sample_rollouts(folder: Path) -> list[dict[str, Any]]:
     """Returns one rollout of each outcome from the first, the middle and the last batch."""
-    paths = sorted(folder.glob("rollouts/batch_*.jsonl"))
+    paths = batch_files(folder)
     chosen = sorted({0, len(paths) // 2, len(paths) - 1}) if paths else []
     samples = []
     for path in (paths[i] for i in chosen):
@@ -215,18 +230,19 @@ def outcome(rollout: dict[str, Any]) -> str:
 
 
 def draw_curves(rows: Rows) -> str:
-    """Draws PANELS over updates as SVG."""
+    """Draws PANELS as SVG: over updates, or over batches where no update was made."""
+    axis = "update" if any(row["update"] for row in rows) else "batch"
     panels = []
     for title, unit, metrics in PANELS:
         lines = []
         for label, (source, name) in metrics.items():
             # Only evaluations have intervals.
             (band_xs, low), (_, high) = (
-                series(rows, source, f"{name}{end}") for end in ("_low", "_high")
+                series(rows, source, f"{name}{end}", axis) for end in ("_low", "_high")
             )
-            lines.append(Line(label, *series(rows, source, name), band_xs, low, high))
-        panels.append(Panel(title, "update", unit, lines))
-    title = "Accuracy, reward, guidance, entropy, gradient norm and time over updates"
+            lines.append(Line(label, *series(rows, source, name, axis), band_xs, low, high))
+        panels.append(Panel(title, axis, unit, lines))
+    title = f"Accuracy, reward, guidance, entropy, gradient norm and time over {axis}s"
     return draw(panels, columns=3, title=title)
 
 

@@ -19,6 +19,7 @@ from socpo_fast.socratic.question_rows import (
     Columns,
     absent_column,
     check_row,
+    columns_read,
     has_column,
     to_question,
     to_row,
@@ -92,7 +93,7 @@ def load_questions(
             file, row counted from 1, and reason), or no question is left.
     """
     name = Path(path).name
-    rows = read_rows(path, split=split, subset=subset)
+    rows = read_rows(path, split=split, subset=subset, columns=columns_read(columns))
     source = Path(path).stem
     questions, wheres = _check_rows(rows, name, source, columns, grader, truths_as_json)
     return _drop_overlong(questions, wheres, name, bridge, max_prompt_tokens)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
@@ -30,14 +30,22 @@ MAX_LINE_BYTES = 100_000_000
 _ROWS_AT_ONCE = 100
 _KINDS = {".jsonl": "JSON lines", ".json": "JSON", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# A byte order mark, and the white space of JSON.
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+_DECODER = json.JSONDecoder(parse_float=Decimal)
 # What is wrong with a row is passed on like a row, so that all bad rows are told.
 Row = dict[str, Any] | ValueError
 
 
-def read_rows(path: str, *, split: str, subset: str | None) -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: str, *, split: str, subset: str | None, columns: Container[str]
+) -> Iterator[tuple[str, Row]]:
     """Yields (file and row number, row) of a file, a folder or a hub data set, in order.
 
     Rows are numbered from 1 in each file.
+
+    Args:
+        columns: names of the columns whose values are needed, see parquet_rows.
 
     Raises:
         ValueError: there is no such data set, it is of another kind, or it cannot be read.
@@ -45,19 +53,21 @@ def read_rows(path: str, *, split: str, subset: str | None) -> Iterator[tuple[st
     local_path = Path(path).expanduser()
     kind = _KINDS.get(local_path.suffix.lower())
     if local_path.is_dir():
-        yield from _split_rows(path, split, subset, folder=local_path.resolve())
+        yield from _split_rows(path, split, subset, columns, folder=local_path.resolve())
     elif kind is not None:
         if not local_path.is_file():
             raise ValueError(f"data: path must be an existing file, got '{path}'")
-        is_parquet = kind == "parquet"
-        if is_parquet:
+        if kind == "parquet":
             import_extra(f"data: {path}", "pyarrow", extra="parquet")
-        with _told(path, kind), local_path.open("rb") as stream:
-            rows = parquet_rows(stream) if is_parquet else json_rows(stream, local_path.name)
-            for number, row in rows:
+        with _readable(path, kind), local_path.open("rb") as stream:
+            for number, row in (
+                parquet_rows(stream, columns)
+                if kind == "parquet"
+                else json_rows(stream, local_path.name)
+            ):
                 yield f"{local_path.name} row {number}", row
     elif _HUB_NAME.fullmatch(path) and not local_path.exists():
-        yield from _split_rows(path, split, subset, folder=None)
+        yield from _split_rows(path, split, subset, columns, folder=None)
     else:
         raise ValueError(
             f"data: path must be a {', '.join(_KINDS)} file, a folder of them, or owner/name of "
@@ -74,21 +84,24 @@ def json_rows(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
     """
     # The longest line that is parsed ends in two more bytes.
     read_line = partial(stream.readline, MAX_LINE_BYTES + 2)
-    first = read_line()
-    if ".json" in Path(name).suffixes and first.removeprefix(b"\xef\xbb\xbf").startswith(b"["):
-        rows = json.loads(_text(first + stream.read()), parse_float=Decimal)
-        for number, row in enumerate(rows, start=1):
-            is_object = isinstance(row, dict)
-            yield number, row if is_object else ValueError(f"must be an object, got {row!r:.40}")
-        return
-    for number, line in enumerate(chain([first], iter(read_line, b"")), start=1):
+    opening = [read_line()]
+    if ".json" in Path(name).suffixes:
+        while opening[-1] and not opening[-1].strip(_BLANK):
+            opening.append(read_line())
+        if opening[-1].lstrip(_BLANK).startswith(b"["):
+            rows = _DECODER.decode(_text(b"".join(opening) + stream.read()))
+            for number, row in enumerate(rows, start=1):
+                if not isinstance(row, dict):
+                    row = ValueError(f"must be an object, got {row!r:.40}")
+                yield number, row
+            return
+    for number, line in enumerate(chain(opening, iter(read_line, b"")), start=1):
         num_bytes = len(line.rstrip(b"\r\n"))
         if num_bytes > MAX_LINE_BYTES:
             while line and not line.endswith(b"\n"):
                 line = read_line()
                 num_bytes += len(line.rstrip(b"\r\n"))
-            reason = f"must have at most {MAX_LINE_BYTES} bytes, got {num_bytes}"
-            yield number, ValueError(reason)
+            yield number, ValueError(f"must have at most {MAX_LINE_BYTES} bytes, got {num_bytes}")
             continue
         try:
             text = _text(line)
@@ -101,7 +114,7 @@ def json_rows(stream: BinaryIO, name: str) -> Iterator[tuple[int, Row]]:
 def _parse_line(line: str) -> Row:
     """Returns the fields of a line, or why it has none."""
     try:
-        row = json.loads(line, parse_float=Decimal)
+        row = _DECODER.decode(line)
     # ValueError: broken JSON, or a number of thousands of digits. RecursionError: thousands of
     # brackets. ArithmeticError: an exponent of many digits.
     except (ValueError, RecursionError, ArithmeticError) as error:
@@ -121,13 +134,17 @@ def _text(data: bytes) -> str:
         ) from None
 
 
-def parquet_rows(stream: Any, features: Any = None) -> Iterator[tuple[int, Row]]:
+def parquet_rows(
+    stream: Any, columns: Container[str], features: Any = None
+) -> Iterator[tuple[int, Row]]:
     """Yields the numbered rows of a parquet file, with values as their author saw them.
 
     Python widens float32 0.1 to 0.10000000149011612, and labels are stored as numbers.
 
     Args:
         stream:   a binary file that can seek.
+        columns:  names of the columns to read. Others have no values in the rows: they may be
+                  large, or of a type that Python lacks.
         features: {column: type} as `datasets` writes them in JSON; they have the names of labels.
                   None = those that `datasets` wrote into the file, if it did.
     """
@@ -139,11 +156,21 @@ def parquet_rows(stream: Any, features: Any = None) -> Iterator[tuple[int, Row]]
         written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = _inside(_inside(written, "info"), "features")
     convert = {
-        field.name: _converter(field.type, _inside(features, field.name)) for field in schema
+        field.name: _converter(field.type, _inside(features, field.name))
+        for field in schema
+        if field.name in columns
     }
-    rows = (row for batch in file.iter_batches(_ROWS_AT_ONCE) for row in batch.to_pylist())
+    # Names only, also of fields of structs, since an error lists the columns of a row.
+    unread = {
+        inner.name: None
+        for field in schema
+        if field.name not in columns
+        for inner in field.flatten()
+    }
+    batches = file.iter_batches(_ROWS_AT_ONCE, columns=list(convert))
+    rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows, start=1):
-        yield number, {key: convert[key](value) for key, value in row.items()}
+        yield number, unread | {key: to_seen(row[key]) for key, to_seen in convert.items()}
 
 
 def _inside(feature: Any, key: str) -> Any:
@@ -178,42 +205,60 @@ def _decimal(dtype: type[np.floating[Any]], value: float | None) -> Any:
 
 
 def _split_rows(
-    path: str, split: str, subset: str | None, *, folder: Path | None
+    path: str, split: str, subset: str | None, columns: Container[str], *, folder: Path | None
 ) -> Iterator[tuple[str, Row]]:
     """Yields (file and row number, row) of a split of a folder or of a hub data set."""
     tried = "" if folder else "no file or folder has this name, so it must be on the hub"
-    where = f"data: {path}{f' ({tried})' if tried else ''}"
+    where = f"data: {path} ({tried})" if tried else f"data: {path}"
     datasets = import_extra(where, "datasets", extra="datasets")
     # The library also logs the errors that it raises.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-    expected = f"a data set with a split {split!r}"
     # While it streams, the library writes nothing but lock files to its cache folder.
     with tempfile.TemporaryDirectory(prefix="socpo_data_") as cache:
-        place = f"{cache}/data"
-        with _told(path, expected, place, tried, datasets.exceptions.DatasetsError):
+        links = f"{cache}/data"
+        with _readable(
+            path,
+            f"a data set with a split {split!r}",
+            links=links,
+            note=f"{tried}: " if tried else "",
+            other_error=datasets.exceptions.DatasetsError,
+        ):
             # The library takes a path for a pattern, so it gets links in a folder of a plain name.
             if folder is not None:
-                shutil.copytree(folder, place, copy_function=os.symlink)
+                shutil.copytree(folder, links, copy_function=os.symlink)
             builder = datasets.load_dataset_builder(
-                path if folder is None else place, subset, cache_dir=f"{cache}/cache"
+                path if folder is None else links, subset, cache_dir=f"{cache}/cache"
             )
             for file in _files_of(builder, split):
-                for number, row in _file_rows(file, builder):
-                    yield f"{file.removeprefix(f'{place}/')} row {number}", row
+                for number, row in _file_rows(file, builder, columns):
+                    yield f"{file.removeprefix(f'{links}/')} row {number}", row
 
 
 @contextmanager
-def _told(
-    path: str, expected: str, place: str = "", note: str = "", other: type[Exception] = OSError
+def _readable(
+    path: str,
+    expected: str,
+    *,
+    links: str = "",
+    note: str = "",
+    other_error: type[Exception] = OSError,
 ) -> Iterator[None]:
-    """Says of errors that `path` must be readable as expected; `place` is its name in them."""
+    """Turns an error of the block into a ValueError: `path` must be readable as `expected`.
+
+    Args:
+        links:       the folder that the block reads instead of `path`; the error names `path`.
+        note:        stands in front of the reason.
+        other_error: turned as well.
+    """
     try:
         yield
     # RuntimeError: a data set that comes with code, which is never run; a type that pyarrow lacks;
     # thousands of brackets. ArithmeticError: an exponent of many digits.
-    except (OSError, ValueError, RuntimeError, ArithmeticError, other) as error:
-        reason = f"{note}: " * bool(note) + str(error).replace(place or path, path)
-        raise ValueError(f"data: {path} must be readable as {expected} ({reason:.500})") from error
+    except (OSError, ValueError, RuntimeError, ArithmeticError, other_error) as error:
+        reason = str(error).replace(links or path, path)
+        raise ValueError(
+            f"data: {path} must be readable as {expected} ({note}{reason:.500})"
+        ) from error
 
 
 def _files_of(builder: Any, split: str) -> Iterator[str]:
@@ -227,7 +272,7 @@ def _files_of(builder: Any, split: str) -> Iterator[str]:
         yield from files_of_split[name]
 
 
-def _file_rows(file: str, builder: Any) -> Iterator[tuple[int, Row]]:
+def _file_rows(file: str, builder: Any, columns: Container[str]) -> Iterator[tuple[int, Row]]:
     """Yields the numbered rows of a file that a builder of `datasets` found."""
     from datasets.download import StreamingDownloadManager
     from datasets.download.streaming_download_manager import xopen
@@ -245,4 +290,4 @@ def _file_rows(file: str, builder: Any) -> Iterator[tuple[int, Row]]:
                 yield from json_rows(io.BufferedReader(stream), file)
             else:
                 features = builder.info.features
-                yield from parquet_rows(stream, features and features.to_dict())
+                yield from parquet_rows(stream, columns, features and features.to_dict())

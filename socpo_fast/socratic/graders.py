@@ -1,6 +1,7 @@
 """Grades attempts. Read Grader and CheckedGrader, then make_grader at the end, which looks them up.
 
-A grader is a function of text and question: it says whether the text is right, or how right it is.
+A grader is a plain or async function of text and question: it says whether the text is right, or
+how right it is.
 It sees text only and never raises because of what a model wrote: an answer that cannot be read is
 wrong.
 """
@@ -13,7 +14,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -33,11 +34,15 @@ from socpo_fast.socratic.plugin import (
     text_of,
     time_limit,
 )
+from socpo_fast.socratic.teachers.calls import background, replace_if_blocked
 from socpo_fast.socratic.thoughts import without_thoughts
 from socpo_fast.types import Question
 
 Verdict = bool | float | Mapping[str, float]
-Grader = Callable[[str, Question], Verdict]
+Grader = Callable[[str, Question], Verdict | Awaitable[Verdict]]
+# The event loop of async graders. A teacher that blocks that of the other functions must not stop
+# a grader.
+LOOP = "socpo-graders"
 _ROUNDING = 1e-6  # tolerance for parts that are meant to sum to 1
 
 
@@ -55,7 +60,8 @@ class CheckedGrader:
 
     Args:
         function:   text, question -> a bool, a number in [0, 1], or {part: number}, numbers >= 0
-                    that sum to at most 1.
+                    that sum to at most 1. It may be async, and then runs on an event loop of
+                    another thread, for one attempt at a time.
         name:       the name in error messages.
         correct_at: in (0, 1]; the reward from which an attempt counts as correct.
         timeout_s:  > 0; time limit of one verdict. It holds on the main thread only: on others a
@@ -67,7 +73,7 @@ class CheckedGrader:
     correct_at: float = 1.0
     timeout_s: float = 60.0
 
-    def __call__(self, text: str, question: Question) -> Verdict:
+    def __call__(self, text: str, question: Question) -> Verdict | Awaitable[Verdict]:
         return self.function(text, question)
 
     def grade(self, text: str, question: Question) -> Grade:
@@ -80,6 +86,8 @@ class CheckedGrader:
         try:
             with time_limit(self.timeout_s):
                 verdict: object = self.function(text, question)
+                if inspect.isawaitable(verdict):
+                    verdict = _wait_for(verdict)
             # The function may have swallowed the signal that should stop the run.
             if StopRequested.was_raised:
                 raise StopRequested
@@ -101,12 +109,6 @@ class CheckedGrader:
         is_allowed = all(part >= 0 for part in parts.values()) and 0 <= reward <= 1 + _ROUNDING
         # The reward of anything but a number is nan, and comparisons with nan are False.
         if not is_allowed:
-            if inspect.iscoroutine(verdict):
-                verdict.close()
-                raise ValueError(
-                    f"grader: {self.name} must be a plain function, got an async one; await "
-                    "inside of it"
-                )
             raise ValueError(
                 f"grader: {self.name} must return a bool, a number in [0, 1] or parts >= 0 that "
                 "sum to at most 1, "
@@ -120,6 +122,21 @@ def as_grader(grader: Grader) -> CheckedGrader:
     if isinstance(grader, CheckedGrader):
         return grader
     return CheckedGrader(grader, getattr(grader, "__name__", type(grader).__name__))
+
+
+def _wait_for(verdict: Awaitable[object]) -> object:
+    """Returns the verdict of an async grader, from whatever thread it is called."""
+
+    async def finish() -> object:
+        return await verdict
+
+    future = background(finish(), LOOP)
+    try:
+        return future.result()
+    finally:
+        # A time limit or a signal may have ended the waiting. Perhaps the grader blocks its loop.
+        if future.cancel():
+            background(replace_if_blocked(LOOP))
 
 
 def _number(value: object) -> float:

@@ -3,17 +3,17 @@
 Graders and teachers may be such functions. Read load_function, describe_error, then time_limit.
 """
 
-import difflib
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from socpo_fast.config.text import did_you_mean
 from socpo_fast.files import StopRequested
 
 
@@ -83,30 +83,22 @@ def _advice(module_name: str, error: BaseException) -> str:
     )
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Returns "; did you mean NAME?" with the most similar of `names`; "" if there is none."""
-    nearest = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
 def describe_error(function: object, error: BaseException) -> str:
     """Returns who raised what, and where: "mine:rule raised KeyError: 'x' (mine.py line 3)".
 
     Call it in the frame that called the function and caught the error: only then is the line one of
     the function.
     """
-    # Graders are wrapped once, in as_plain_grader of user_parts.py.
-    num_ours = 1 + hasattr(function, "__wrapped__")
-    function = getattr(function, "__wrapped__", function)
     source: Any = function if hasattr(function, "__qualname__") else type(function)
-    code = getattr(function, "__code__", None)
+    of_object = getattr(type(function).__call__, "__code__", None)
+    code = getattr(function, "__code__", of_object)
     frames = traceback.extract_tb(error.__traceback__)
-    # Behind our calls comes the user's function, if its code was reached at all. An async one runs
+    # Behind our call comes the user's function, if its code was reached at all. An async one runs
     # further down, on a loop.
     called = [
         f for f in frames if code and (f.filename, f.name) == (code.co_filename, code.co_name)
     ]
-    frame = (called or frames[num_ours:] or frames[-1:])[0]
+    frame = (called or frames[1:] or frames[-1:])[0]
     message = " ".join(f"{type(error).__name__}: {text_of(error, str)}".split())
     return (
         f"{source.__module__}:{source.__qualname__} raised {message} ({Path(frame.filename).name} "

@@ -9,14 +9,16 @@ Text stays as written. A number becomes text with the digits of the file, withou
 Errors do not name the row: data.py knows which one it is.
 """
 
-import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
+
+from socpo_fast.config.text import did_you_mean
 from socpo_fast.types import Question
 
 _ROLES = ("system", "user", "assistant", "developer")
@@ -27,6 +29,7 @@ _MAX_DIGITS = 1000
 # White space, and the characters of no width that some editors leave behind, are no text.
 _VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]")
 _ABSENT = object()
+PICTURES = ("image", "images", "video", "videos")  # columns that must be empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,10 @@ def to_question(
     truths_as_json: bool,
 ) -> Question:
     """Returns the question of a row in either layout; a ValueError does not name the row."""
-    for key in ("image", "images", "video", "videos"):
+    for key in PICTURES:
         value = row.get(key)
-        check_row(not value, f"{key} must be empty, as students read text only", value)
+        is_empty = len(value) == 0 if isinstance(value, Sized) else not value
+        check_row(is_empty, f"{key} must be empty, as students read text only", value)
     # A column that only other rows use is None in a parquet file.
     is_verl = row.get("reward_model" if columns.question else "prompt") is not None
     names = _names(_VERL if is_verl else _FLAT, columns)
@@ -117,6 +121,13 @@ def _names(layout: Columns, columns: Columns) -> dict[str, str]:
     return {key: name or vars(layout)[key] for key, name in vars(columns).items()}
 
 
+def columns_read(columns: Columns) -> set[str]:
+    """Returns the names of all columns that to_question may look at in a row of either layout."""
+    layouts = (columns, _VERL, _FLAT)
+    names = {name for layout in layouts for name in vars(layout).values() if name is not None}
+    return {"data_source", *PICTURES, *names, *(name.partition(".")[0] for name in names)}
+
+
 def has_column(row: Mapping[str, Any], name: str) -> bool:
     """Whether a row has a column, be it empty."""
     return _field(row, name) is not _ABSENT
@@ -130,9 +141,11 @@ def absent_column(row: Mapping[str, Any], name: str, key: str) -> str:
         for inner in (value if isinstance(value, Mapping) and value else [""])
     )
     setting = f"data.{key}_column"
-    near = difflib.get_close_matches(name, present, n=1)
-    advice = f"did you mean {setting}={near[0]}?" if near else f"name its column by {setting}"
-    return f"{name} is missing, the columns are {', '.join(present) or 'none':.200}; {advice}"
+    near = did_you_mean(name, present, prefix=f"{setting}=")
+    return (
+        f"{name} is missing, the columns are {', '.join(present) or 'none':.200}"
+        f"{near or f'; name its column by {setting}'}"
+    )
 
 
 def _required(row: Mapping[str, Any], name: str, key: str) -> Any:
@@ -189,9 +202,9 @@ def _messages(name: str, question: Any, system: Any) -> tuple[dict[str, str], ..
             f"a message must have a role of {', '.join(_ROLES)}",
             message,
         )
+        role = message["role"]
         others = sorted(key for key in message.keys() - {"role", "content"} if message[key])
         check_row(not others, "a message must have no other field than role and content", others)
-        role = message["role"]
         text = _text_of_parts(message.get("content"))
         check_row(
             isinstance(text, str) and _VISIBLE.search(text) is not None,
@@ -203,11 +216,13 @@ def _messages(name: str, question: Any, system: Any) -> tuple[dict[str, str], ..
     num_chars = sum(len(message["content"]) for message in checked)
     if num_chars > MAX_PROMPT_CHARS:
         raise ValueError(f"prompt must have at most {MAX_PROMPT_CHARS} characters, got {num_chars}")
-    roles = [message["role"] for message in checked]
-    is_one = not system or roles.count("system") == 1
-    check_row(is_one, f"{name} must have no system message beside the system column's", system)
-    if roles[-1] != "user":
-        raise ValueError(f"the last message must be the user's, got {roles[-1]}")
+    check_row(
+        not system or all(message["role"] != "system" for message in checked[1:]),
+        f"{name} must have no system message beside the system column's",
+        system,
+    )
+    if role != "user":
+        raise ValueError(f"the last message must be the user's, got {role}")
     return tuple(checked)
 
 
@@ -228,7 +243,8 @@ def _ground_truth(name: str, value: Any, as_json: bool) -> str:
     if as_json and value and isinstance(value, list | dict):
         return _json_text(name, value)
     rule = f"{name} must be text or a number"
-    check_row(isinstance(value, int | float | Decimal) and not isinstance(value, bool), rule, value)
+    is_number = isinstance(value, int | float | Decimal | np.integer | np.floating)
+    check_row(is_number and not isinstance(value, bool), rule, value)
     number = Decimal(str(value))
     check_row(number.is_finite(), rule, value)
     check_row(

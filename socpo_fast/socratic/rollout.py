@@ -73,7 +73,8 @@ def socratic_rollouts(
 
     Args:
         teacher:   a Teacher, or a plain or async function of the request.
-        grader:    text and question -> a bool, a number in [0, 1], or named parts of one.
+        grader:    text and question -> a bool, a number in [0, 1], or named parts of one. It may
+                   be async, too, and then runs on an event loop of another thread.
         params:    sampling of every attempt; its n is replaced by options.group_size.
         options:   the rules of an episode.
         batch_idx: names the sampling noise, together with question_idx: the same index gives the

@@ -1,21 +1,18 @@
 """Holds what a caller in Python gives in place of settings: questions, a teacher, a grader.
 
-Read UserParts, then name_of, the name that the settings hold instead, and as_plain_grader.
+Read UserParts, then name_of, the name that the settings hold instead.
 """
 
-import functools
-import inspect
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from socpo_fast.config import Config, RuleTeacherConfig
-from socpo_fast.socratic.graders import CheckedGrader, Grader, Verdict, make_grader
-from socpo_fast.socratic.teachers import Teacher, background
+from socpo_fast.socratic.graders import CheckedGrader, Grader, make_grader
+from socpo_fast.socratic.teachers import Teacher
 from socpo_fast.types import Question
 
-AsyncGrader = Callable[[str, Question], Awaitable[Verdict]]
 # Begins the name, in the settings, of what only a caller in Python can give.
 FROM_PYTHON = "python:"
 
@@ -53,8 +50,7 @@ class UserParts:
         limits = config.grader.model_dump()
         if self.grader is not None:
             return CheckedGrader(self.grader, config.data.grader, **limits)
-        grader = make_grader(config.data.grader, **limits)
-        return replace(grader, function=as_plain_grader(grader.function))
+        return make_grader(config.data.grader, **limits)
 
 
 def name_of(function: object) -> str:
@@ -65,27 +61,3 @@ def name_of(function: object) -> str:
     module = None if source.__module__ == "__main__" else sys.modules.get(source.__module__)
     is_loadable = getattr(module, source.__qualname__, None) is function
     return name if is_loadable else FROM_PYTHON + name
-
-
-def as_plain_grader(grader: Grader | AsyncGrader) -> Grader:
-    """Returns the same grader as a plain function, which waits for the verdict of an async one."""
-
-    @functools.wraps(grader)
-    def verdict_of(text: str, question: Question) -> Verdict:
-        verdict = grader(text, question)
-        if not inspect.isawaitable(verdict):
-            return verdict
-        # A loop of its own: a teacher that blocks that of the other functions must not stop this.
-        future = background(_finish(verdict), "socpo-graders")
-        try:
-            return future.result()
-        finally:
-            # A time limit or a signal may have ended the waiting.
-            future.cancel()
-
-    return verdict_of
-
-
-async def _finish(verdict: Awaitable[Verdict]) -> Verdict:
-    """Awaits a verdict; only coroutines can be sent to a loop."""
-    return await verdict

@@ -11,7 +11,7 @@ text is what the student wrote. question has .ground_truth, .text (what was aske
 
 A student writes anything, so expect any text. An error, another kind of verdict, or no verdict
 within grader.timeout_s stops the run, with the line that raised: a wrong reward would train a wrong
-student. `async def` is refused.
+student. `async def` is accepted, too.
 """
 
 import re

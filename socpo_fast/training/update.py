@@ -7,7 +7,7 @@ ones if they agree with the trainer's; _old_logprobs decides that.
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -62,26 +62,16 @@ class Updater:
             "temperature": config.rollout.temperature,
         }
 
-    def updates(
-        self,
-        groups: list[list[Rollout]],
-        order: list[list[int]],
-        advantages_A: Tensor | None = None,
-    ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Does what `microbatches` does; yields (number of groups, metrics) after each update."""
-        progress = self.microbatches(groups, order, advantages_A)
-        metrics = (x.metrics for x in progress if x.metrics is not None)
-        yield from zip(map(len, order), metrics, strict=True)
-
     def microbatches(
         self,
         groups: list[list[Rollout]],
         order: list[list[int]],
         advantages_A: Tensor | None = None,
-    ) -> Iterator[UpdateProgress]:
+    ) -> Generator[UpdateProgress, None, None]:
         """Makes one update per entry of `order`, which lists the groups of the update.
 
         Yields whenever a group of old or reference log-probs, a microbatch or an update is done.
+        Between two of these gradients may be open, so a caller that ends early closes it.
         advantages_A holds the advantages of all attempts, group by group; None: those of the turns.
         The mismatch with the sampler is measured before the weights change. It is measured on the
         log-probs computed as old ones, if there are any.

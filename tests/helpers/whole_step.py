@@ -32,6 +32,7 @@ from socpo_fast.training.update import Updater
 from socpo_fast.types import Question, Rollout, SamplingParams
 from tests.helpers.made_rollouts import make_student
 from tests.helpers.scripted import BRIDGE, END, TOKENIZER
+from tests.helpers.updates import updates_of
 
 TEMPERATURE = 0.9
 BUDGET = 1000  # tokens: one microbatch an update
@@ -208,7 +209,7 @@ def updates_by_updater(
         return original(loss, **options)
 
     updater.optimizer.step = step
-    assert len(list(updater.updates(groups, [[0], [1]]))) == 2
+    assert len(list(updates_of(updater, groups, [[0], [1]]))) == 2
     assert updater.optimizer.num_skipped == 0
     return gradients
 

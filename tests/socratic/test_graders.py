@@ -276,10 +276,6 @@ def test_a_verdict_may_be_a_share_or_parts(verdict: object, expected: tuple) -> 
     assert type(actual.reward) is float and type(actual.is_correct) is bool, "rollouts/ is JSON"
 
 
-async def an_async_grader(text: str, question: object) -> bool:
-    return True
-
-
 @pytest.mark.parametrize(
     "verdict",
     [
@@ -299,14 +295,6 @@ async def an_async_grader(text: str, question: object) -> bool:
 def test_any_other_verdict_is_refused_by_name(verdict: object) -> None:
     with pytest.raises(ValueError, match="grader: mine must return a bool, a number in .* got "):
         CheckedGrader(lambda text, question: verdict, "mine").grade("", question(""))
-
-
-def test_an_async_grader_is_refused_in_words(recwarn: pytest.WarningsRecorder) -> None:
-    with pytest.raises(
-        ValueError, match="grader: an_async_grader must be a plain function, got an async one"
-    ):
-        as_grader(an_async_grader).grade("", question(""))
-    assert not recwarn.list, "no coroutine is left unawaited"
 
 
 def test_the_reward_that_counts_as_correct() -> None:

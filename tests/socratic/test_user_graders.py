@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -13,10 +14,20 @@ import numpy as np
 import pytest
 
 from socpo_fast.files import StopRequested
-from socpo_fast.socratic.graders import CheckedGrader
+from socpo_fast.socratic.graders import CheckedGrader, as_grader
 from socpo_fast.socratic.plugin import TookTooLong, time_limit
+from socpo_fast.socratic.rollout import socratic_rollouts
 from socpo_fast.stopping import StopSignals
-from tests.helpers.scripted import contains, question
+from tests.helpers.scripted import (
+    END,
+    PARAMS,
+    TOKENIZER,
+    ScriptedEngine,
+    contains,
+    encode,
+    question,
+)
+from tests.socratic.test_rollout import options_of
 from tests.socratic.test_user_functions import Bare, Unspeakable
 
 
@@ -55,6 +66,41 @@ def test_a_grader_that_hangs_is_stopped_and_named(grade: Callable[[str, object],
         CheckedGrader(grade, "mine:grade", timeout_s=0.2).grade("", question(7))
     assert time.perf_counter() - started < 2
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+class Later:
+    """An async grader that is an object."""
+
+    async def __call__(self, text: str, _question: object) -> bool:
+        await asyncio.sleep(0)
+        if not text:
+            raise KeyError("x")
+        return "yes" in text
+
+
+async def blocks(_text: str, _question: object) -> bool:
+    time.sleep(2)
+    return True
+
+
+def test_an_async_grader_may_be_given_anywhere() -> None:
+    """Its errors are named, and one that blocks the event loop of graders stops no other one."""
+    [rollout] = socratic_rollouts(
+        ScriptedEngine({(0, 0): [[*encode("yes"), END]]}),
+        TOKENIZER,
+        [question(0)],
+        teacher=lambda _: None,
+        grader=Later(),
+        params=PARAMS,
+        options=options_of(group_size=1),
+    )
+    assert rollout.end_reason == "correct"
+    with pytest.raises(ValueError, match=r":Later raised KeyError: 'x' \(test_user_gr.* line"):
+        as_grader(Later()).grade("", question(7))
+    with pytest.raises(ValueError, match=":blocks raised TookTooLong"):
+        CheckedGrader(blocks, "mine:grade", timeout_s=0.1).grade("", question(7))
+    time.sleep(0.5)  # until the blocked loop has been noticed and replaced
+    assert CheckedGrader(Later(), "later", timeout_s=1.0).grade("yes", question(7)).is_correct
 
 
 def test_a_grader_leaves_the_alarm_of_others_alone() -> None:

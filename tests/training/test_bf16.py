@@ -21,6 +21,7 @@ from socpo_fast.socratic.tasks import molar_mass
 from socpo_fast.training.step import compute_logprobs
 from socpo_fast.training.update import Updater
 from socpo_fast.types import Rollout
+from tests.helpers.updates import updates_of
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "molar_mass.toml"
 ORDER = [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -73,7 +74,7 @@ def test_updates_in_bf16_follow_fp32(config: Config, groups: list[list[Rollout]]
     for dtype in ("float32", "bfloat16"):
         updater = Updater(load_student(molar_mass.STUDENT_DIR, dtype=dtype), config, reference=None)
         old_logprobs = logprobs(updater, groups)
-        metrics[dtype] = [metrics for _, metrics in updater.updates(groups, ORDER)]
+        metrics[dtype] = [metrics for _, metrics in updates_of(updater, groups, ORDER)]
         gains[dtype] = (logprobs(updater, groups) - old_logprobs) * advantages
         assert updater.optimizer.num_skipped == 0
     for exact, rounded in zip(metrics["float32"], metrics["bfloat16"], strict=True):
@@ -94,7 +95,7 @@ def test_masters_move_by_less_than_bf16_resolves(
     updater = Updater(student, small_lr, reference=None)
     param = student.layers[0].mlp.down.weight
     old_param = param.detach().clone()
-    list(updater.updates(groups[:2], [[0], [1]]))
+    list(updates_of(updater, groups[:2], [[0], [1]]))
     master = join_master(param.detach(), updater.optimizer.low_bits["layers.0.mlp.down.weight"])
     assert (param == old_param).float().mean() > 0.9
     assert (master != old_param.float()).float().mean() > 0.9

@@ -27,6 +27,7 @@ from tests.helpers.naive_update import (
     norm,
     set_sampler_logprobs,
 )
+from tests.helpers.updates import updates_of
 from tests.training.test_update import CHANGES, groups_of
 
 NUM_IDLE = {0: 8, 1: 5, 2: 3}  # question -> rollouts with attempts, which `idle` makes idle
@@ -160,7 +161,7 @@ def test_update_without_signal_has_zero_gradient(choice: str) -> None:
             tensor.fill_(0.25)
     forwarded_rows = watch_layer_0(student)
     groups = groups_of(rollouts)
-    outcomes = [metrics for _, metrics in updater.updates(groups, [[0, 2], [1]])]
+    outcomes = [metrics for _, metrics in updates_of(updater, groups, [[0, 2], [1]])]
     nodes, leaves = count_nodes(groups[1])
     assert sum(forwarded_rows) == (0 if choice == "sampler" else nodes - leaves)
     for _ in outcomes:
@@ -196,7 +197,7 @@ def test_mismatch_is_that_of_the_first_signal() -> None:
     updater = Updater(student, config, reference=None)
     mismatches = [
         m["policy/sampler_mismatch_nats"]
-        for _, m in updater.updates(groups_of(rollouts), [[0], [1], [2]])
+        for _, m in updates_of(updater, groups_of(rollouts), [[0], [1], [2]])
     ]
     assert math.isnan(mismatches[0]) and mismatches[1] == mismatches[2] > 0.1
 
@@ -218,7 +219,7 @@ def test_old_logprobs_are_computed_where_they_are_read(dtype: str, choice: str) 
     updater = Updater(student, config, reference=None)
     forwarded_rows = watch_layer_0(student)
     groups = groups_of(rollouts)
-    first, last = (metrics for _, metrics in updater.updates(groups, [[0], [1, 2]]))
+    first, last = (metrics for _, metrics in updates_of(updater, groups, [[0], [1, 2]]))
     nodes, leaves = count_nodes(groups[1])
     assert forwarded_rows == [nodes - leaves] * 2  # once for the old log-probs, once for the update
     assert first["policy/sampler_mismatch_nats"] == last["policy/sampler_mismatch_nats"] > 0.1

@@ -25,6 +25,7 @@ from tests.helpers.naive_update import (
     norm,
     set_sampler_logprobs,
 )
+from tests.helpers.updates import updates_of
 
 ORDER = [[0, 2], [1], [1, 0], [2]]  # two epochs of two updates over three groups
 CHANGES: dict[str, Any] = {
@@ -115,7 +116,7 @@ def test_every_update_is_as_right_as_plain_fp32(loss: str) -> None:
         make_student(), config, reference=reference.float() if config.loss.kl_coef else None
     )
     steps = spy_on_steps(updater)
-    outcomes = list(updater.updates(groups, ORDER))
+    outcomes = list(updates_of(updater, groups, ORDER))
     assert [num_groups for num_groups, _ in outcomes] == [len(chosen) for chosen in ORDER]
 
     for (old_student, grads), chosen, (_, metrics) in zip(steps, ORDER, outcomes, strict=True):
@@ -176,7 +177,7 @@ def test_sampler_logprobs_that_fit_serve_as_old_ones() -> None:
             lambda norm, args, out, seen=forwarded: seen.append(out[0].requires_grad)
         )
         updater = Updater(student, config, reference=None)
-        (_, metrics) = next(updater.updates(groups_of(rollouts), ORDER))
+        (_, metrics) = next(updates_of(updater, groups_of(rollouts), ORDER))
         assert forwarded.count(False) == num_forwards
         outcomes.append((metrics["policy/sampler_mismatch_nats"], metrics["policy/ratio_mean"]))
     assert outcomes[0][0] < 1e-4
@@ -213,7 +214,7 @@ def test_old_logprobs_in_bf16(choice: str) -> None:
         return original(rollouts, old, *args)
 
     updater.one_update = note_old
-    metrics = [metrics for _, metrics in updater.updates(groups, [[0, 2], [1]])]
+    metrics = [metrics for _, metrics in updates_of(updater, groups, [[0, 2], [1]])]
     assert forwarded.count(False) == {"auto": 1, "sampler": 0, "recompute": 3}[choice]
     if choice == "sampler":
         assert old_logprobs == [None, None]
@@ -246,7 +247,7 @@ def test_non_finite_updates_are_skipped_then_stop() -> None:
     old_weights = [param.detach().clone() for param in student.parameters()]
     rollouts[0].turns[0].advantage = float("1e38")  # finite, but its loss is not
     groups = groups_of(rollouts)
-    updates = updater.updates(groups, [[0], [0]])
+    updates = updates_of(updater, groups, [[0], [0]])
     _, metrics = next(updates)
     assert metrics["policy/bad_updates"] == 1
     assert not math.isfinite(metrics["policy/grad_norm"])
@@ -276,7 +277,9 @@ def test_batch_advantages_replace_those_of_turns() -> None:
             for turn in turns:
                 turn.advantage = None
         updater = Updater(student, load_config(None, CHANGES | LOSSES["plain"]), reference=None)
-        metrics = [x for _, x in updater.updates(groups, ORDER, advantages_A if passed else None)]
+        metrics = [
+            x for _, x in updates_of(updater, groups, ORDER, advantages_A if passed else None)
+        ]
         policy = [{k: v for k, v in x.items() if k.startswith("policy")} for x in metrics]
         outcomes.append((policy, [param.tolist() for param in student.parameters()]))
     assert outcomes[0] == outcomes[1]

@@ -150,8 +150,9 @@ class Run:
         optimizer = self.updater.optimizer
         # The pages are free between rollouts, so gradients are put into their memory.
         with self.engine.lend_memory() as memory, optimizer.gradients_in(memory):
-            for _ in self.updater.updates(groups, order, advantages_A):
-                self.engine.bump_policy_version()
+            for progress in self.updater.microbatches(groups, order, advantages_A):
+                if progress.metrics is not None:
+                    self.engine.bump_policy_version()
 
     def now(self) -> float:
         """Returns the clock in seconds, after all work on the device has ended."""
