@@ -41,6 +41,8 @@ def evaluate(config: Config, checkpoint: str | None, *, dry_run: bool = False) -
     elif checkpoint is None:
         from_run = last_checkpoint(config.folder)
     path = str(from_run or checkpoint or config.student.path)
+    if checkpoint is None and from_run is None:
+        warnings.warn(f"eval: {config.folder} has no checkpoint; this is {path}", stacklevel=2)
     student = config.student.model_copy(update={"path": path})
     config = config.model_copy(update={"student": student})
     # A checkpoint found in the run's folder has just been checked byte by byte.

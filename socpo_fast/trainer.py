@@ -137,7 +137,7 @@ class Trainer:
             self.guidance_watch = GuidanceWatch(self.progress)
             outcome = "finished"
             if self.is_finished:
-                outcome = f"already finished at batch {self.state.batch}"
+                outcome = f"already finished at batch {self.state.batch}, nothing was done"
             else:
                 self.tell_plan(dry_run=dry_run)
                 if dry_run:

@@ -334,12 +334,13 @@ class TrainingRun:
                 for score in scores
                 if math.isfinite(score.unassisted)
             ],
-            "assisted": [
-                percent(score.assisted) for score in scores if math.isfinite(score.assisted)
-            ],
+            "assisted": [percent(score.assisted) for score in scores],
         }
+        # Where nothing was guided there is no assisted share, and no end to compare with.
+        if not all(math.isfinite(score.assisted) for score in (*scores[:1], *scores[-1:])):
+            del shares["assisted"]
         return lines + [
-            f"{name}, {source}: {texts[0]} -> {texts[-1]}"
+            f"{name}, {source}: {' -> '.join([*texts[:1], *texts[1:][-1:]])}"
             for name, texts in shares.items()
             if texts
         ]

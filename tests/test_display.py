@@ -31,7 +31,7 @@ def test_plain_progress_is_one_line_a_batch() -> None:
     assert lines[1].startswith(
         "train batch 1/4 update 2  unassisted 25.0%  assisted 50.0%  800 tok/s  left 0:00:0"
     )
-    assert lines[2].startswith("estimate: the whole run takes about 0.0 minutes (0.0 s a batch")
+    assert lines[2].startswith("estimate: the whole run takes about 0:00:00 (0.0 s a batch")
     assert lines[3].startswith("eval  batch 1/4 update 2  unassisted nan%")
     assert len(lines) == 4
 

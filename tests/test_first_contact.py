@@ -322,3 +322,11 @@ def test_ones_own_checkpoint_is_read_once(run_dir: Path, monkeypatch: pytest.Mon
     other = run_dir / "run" / "checkpoints" / "update_000001"
     assert main(words_of("eval", run_dir, {"checkpoint": other, "run.name": "other"})) == 0
     assert hashed.count("model.safetensors") == 1
+
+
+def test_eval_without_a_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped run.name must not pass for the accuracy of a trained student."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.builtin_eval_questions", "2", "--eval.samples", "1", "--quiet"]
+    with pytest.warns(UserWarning, match="eval: runs/nope has no checkpoint; this is builtin"):
+        assert main(["eval", "--run.name", "nope", *small]) == 0

@@ -82,7 +82,9 @@ def test_a_finished_run_says_so(run_dir: Path, capsys: Capture) -> None:
     old_files = snapshot(run_dir / "run")
     assert main(words_of("train", run_dir, {})) == 0
     folder = run_dir / "run"
-    card = capsys.readouterr().out.partition("run run: already finished at batch 1\n")[2]
+    card = capsys.readouterr().out.partition(
+        "run run: already finished at batch 1, nothing was done\n"
+    )[2]
     assert "  done          1 batch, 1 update, " in card
     assert f"  last weights  {folder / 'checkpoints' / 'update_000001'}\n" in card
     assert f" socpo report {folder}\n" in card

@@ -115,7 +115,7 @@ def test_damaged_checkpoint_is_skipped(run_dir: Path, capsys: Capture) -> None:
     message = "update_000003/tokenizer.json has other bytes .*; passed over for update_000002"
     with pytest.warns(UserWarning, match=message):
         assert main(words_of("train", run_dir, stop_at_2)) == 0
-    assert "run run2: already finished at batch 2\n" in capsys.readouterr().out
+    assert "run run2: already finished at batch 2, nothing was done\n" in capsys.readouterr().out
     assert snapshot(folder / "update_000003") == damaged_files
     with pytest.warns(UserWarning, match="passed over"):
         assert main(words_of("train", run_dir, words)) == 0

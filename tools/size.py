@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # (socratic/data.py, graders.py, vocabulary.py, report/printable.py), and 40 and 19 more for truths,
 # message fields and exported rollouts; 310 and 460 for other people's trainers: live models and
 # what happens to their weights (model/adopt.py, shared.py, engine/weight_watch.py), event loops
-# (socratic/rollout.py, integrations/async_engine.py), and TRL (integrations/trl*.py); 650 and 510
+# (socratic/rollout.py, integrations/async_engine.py), and TRL (integrations/trl*.py); 657 and 510
 # for who comes new: other columns and files without a library (socratic/data_files.py), models by
 # hub name (model/hub.py), training from Python (training_run.py), and what one sees before, during
 # and after a run (report/live.py, status.py, run_plan.py, curves.py).
-BUDGETS = {"core Python": 7210, "kernels": 1800, "csrc": 2000, "integrations and report": 2255}
+BUDGETS = {"core Python": 7217, "kernels": 1800, "csrc": 2000, "integrations and report": 2255}
 MAX_FILE = 300
 MAX_FUNCTION = 80
 MAX_KERNEL = 120

@@ -200,9 +200,9 @@ class Progress:
             f"{seconds / status.num_ended[kind]:.1f} s {unit[kind]}"
             for kind, seconds in status.spent_s.items()
         )
-        minutes = (status.elapsed_s + (status.left_s or 0.0)) / 60
+        total_s = status.elapsed_s + (status.left_s or 0.0)
         what = "the whole run" if status.first_batch == 1 else "the rest of the run"
-        return f"estimate: {what} takes about {minutes:.1f} minutes ({paces})"
+        return f"estimate: {what} takes about {hms(total_s)} ({paces})"
 
     def _changes(self) -> list[tuple[str, str]]:
         """Returns lines from where to where the student came, by evaluations if there are two."""
@@ -245,9 +245,10 @@ class Progress:
             work.append(f"{hms(status.elapsed_s)}{since}")
         rows = [("done", ", ".join(work))]
         if counts.guided or counts.failed:
+            leaked = f", stated the answer in {counts.leaked}" if counts.leaked else ""
             failed = f", failed to answer in {counts.failed}" if counts.failed else ""
             guided = f"guided {counts.guided} of {counts.rollouts} rollouts{since}"
-            rows.append(("teacher", f"{guided}, rescued {counts.rescued}{failed}"))
+            rows.append(("teacher", f"{guided}, rescued {counts.rescued}{leaked}{failed}"))
         return rows
 
 

@@ -120,7 +120,8 @@ def settings_text(
     if is_own and not config.run.accept_changes and not is_agreed:
         raise ValueError(
             f"run: {path.parent} must go on as it began, got {listed}; "
-            "set them back, or set run.accept_changes true, which keeps what held before on record"
+            "set them back, or set run.accept_changes true, which keeps what held before on "
+            "record, or begin another run by another run.name"
         )
     warnings.warn(f"run: changed from update {num_updates} on: {listed}", stacklevel=2)
     entry = {

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from socpo_fast.config.text import did_you_mean
 from socpo_fast.extras import import_extra
 
 # Longer lines are not parsed: that could take minutes.
@@ -56,7 +57,9 @@ def read_rows(
         yield from _split_rows(path, split, subset, columns, folder=local_path.resolve())
     elif kind is not None:
         if not local_path.is_file():
-            raise ValueError(f"data: path must be an existing file, got '{path}'")
+            names = [other.name for other in local_path.parent.glob("*.*")]
+            near = did_you_mean(local_path.name, names)
+            raise ValueError(f"data: path must be an existing file, got '{path}'{near}")
         if kind == "parquet":
             import_extra(f"data: {path}", "pyarrow", extra="parquet")
         with _readable(path, kind), local_path.open("rb") as stream:

@@ -30,8 +30,8 @@ def load_function(where: str, spec: str) -> Callable[..., Any]:
             has no such function.
     """
     module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f'{where} must be "module:function", got {spec!r}')
+    if not module_name or not function_name or module_name.endswith(".py"):
+        raise ValueError(f'{where} must be "module:function", got {spec!r}; leave .py out')
     try:
         with working_directory_on_path():
             functions = vars(import_module(module_name))

@@ -154,7 +154,7 @@ def _required(row: Mapping[str, Any], name: str, key: str) -> Any:
     if value is _ABSENT:
         raise ValueError(absent_column(row, name, key))
     if value is None or (isinstance(value, str) and not value):
-        raise ValueError(f"{name} is missing")
+        raise ValueError(f"{name} is {'missing' if value is None else 'blank'}")
     return value
 
 

@@ -18,7 +18,8 @@ keep the answer to yourself: metrics count guidance that states it as guidance/l
 
 None, an error, or no answer within teacher.guidance_timeout_s costs this one rollout its second
 attempt. Metrics count such calls as guidance/failed, and the first of each kind is shown with its
-reason. A batch without any guidance stops the run, unless teacher.on_silence is "continue".
+reason. A batch without any guidance stops the run before the next one, unless
+teacher.on_silence is "continue".
 Calls run on threads of their own, so that a slow one holds up only its own rollout.
 """
 

@@ -80,7 +80,7 @@ def test_jsonl(tmp_path: Path) -> None:
         ("[1]", "must be a JSON object, got '[1]'"),
         ({"text": "?"}, "question is missing, the columns are text; name its column by data."),
         ({"question": "?"}, "ground_truth is missing"),
-        ({"question": "?", "ground_truth": ""}, "ground_truth is missing"),
+        ({"question": "?", "ground_truth": ""}, "ground_truth is blank"),
         (
             '{"question": "?", "ground_truth": NaN}',
             "ground_truth must be text or a number, got nan",
