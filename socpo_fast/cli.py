@@ -27,7 +27,7 @@ from socpo_fast.arguments import parse
 from socpo_fast.config import DEMO, Config
 from socpo_fast.config.text import did_you_mean, expand_home
 from socpo_fast.files import RunFailed, replace_file
-from socpo_fast.report.printable import one_line, tell, tell_loading
+from socpo_fast.report.printable import one_line, tell, tell_loading, warning_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,9 +81,7 @@ def complain(text: str) -> None:
 
 def run(words: Sequence[str]) -> int:
     """Runs one command and returns the exit code."""
-    warnings.formatwarning = lambda message, *_rest, **_named: (
-        one_line(f"warning: {message}") + "\n"
-    )
+    warnings.formatwarning = warning_line
     try:
         if not words or words[0] in ("-h", "--help"):
             tell(USAGE)

@@ -8,8 +8,8 @@ import warnings
 from contextlib import closing, nullcontext
 
 from socpo_fast.config import Config
-from socpo_fast.files import RunFailed
-from socpo_fast.report.evaluations import add_evaluation, without_nan
+from socpo_fast.files import RunFailed, named_failure
+from socpo_fast.report.evaluations import add_evaluation
 from socpo_fast.report.folder import run_folder
 from socpo_fast.report.progress import GuidanceWatch, Progress
 from socpo_fast.report.rollouts import ROLLOUT_METRICS, drop_rollouts, write_rollouts
@@ -17,7 +17,7 @@ from socpo_fast.report.run_end import command
 from socpo_fast.report.run_plan import DRY_RUN_END, Reached, first_line, run_plan_text
 from socpo_fast.report.settings import drawn_from, measured_by
 from socpo_fast.report.summary import rollout_perf, sources_of, summarize
-from socpo_fast.report.tracker import replace_jsonl
+from socpo_fast.report.tracker import append_row, without_nan
 from socpo_fast.run_state import best_checkpoint, last_checkpoint, pick_questions
 from socpo_fast.session import Session, credit_options
 from socpo_fast.socratic.credit import assign_credit
@@ -100,8 +100,9 @@ def rollout_only(config: Config, *, dry_run: bool = False) -> None:
         if dry_run:
             return
         drop_rollouts(folder, after_batch=0)
-        rows = []
-        with progress:
+        path = folder / ROLLOUT_METRICS
+        path.parent.mkdir(exist_ok=True)
+        with progress, path.open("w", encoding="utf-8") as file:
             watch = GuidanceWatch(progress)
             for batch in range(1, num_batches + 1):
                 chosen = pick_questions(config, questions, batch)
@@ -110,8 +111,8 @@ def rollout_only(config: Config, *, dry_run: bool = False) -> None:
                 write_rollouts(folder, rollouts, chosen, batch=batch)
                 metrics = summarize(rollouts, factors, sources) | perf
                 row = {"kind": "batch", "batch": batch, "update": 0, **without_nan(metrics)}
-                rows.append(row)
-                replace_jsonl(folder / ROLLOUT_METRICS, rows)
+                with named_failure(path):
+                    append_row(file, row)
                 progress.report(metrics, kind="batch", batch=batch, update=0)
                 silence = watch.watch_batch(rollouts, metrics)
                 if silence and batch < num_batches:

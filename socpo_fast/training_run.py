@@ -25,8 +25,8 @@ from socpo_fast.config import Config, load_config, read_toml
 from socpo_fast.config.text import did_you_mean, expand_home, fields_of, owners_of, unknown_key
 from socpo_fast.report.accuracy import sparkline
 from socpo_fast.report.folder import run_folder
-from socpo_fast.report.live import interval_text, percent
-from socpo_fast.report.printable import one_line
+from socpo_fast.report.live import from_to
+from socpo_fast.report.printable import warning_line
 from socpo_fast.report.rollouts import batch_files
 from socpo_fast.report.settings import read_settings
 from socpo_fast.report.status import Score
@@ -133,9 +133,7 @@ def _run(config: Config, parts: UserParts) -> int | None:
     # A block of its own makes Python forget which warnings it has shown: they are news of this run.
     with run_folder(config.folder), warnings.catch_warnings(), ExitStack() as stack:
         stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
-        warnings.formatwarning = lambda message, *_rest, **_named: (
-            one_line(f"warning: {message}") + "\n"
-        )
+        warnings.formatwarning = warning_line
         trainer = Trainer(config, parts)
         try:
             trainer.run()
@@ -327,23 +325,9 @@ class TrainingRun:
         kind = "eval" if source == "held-out questions" else "batch"
         lines = [f"batch {batch} of {planned}, update {update}"]
         scores = [Score.of(row, batch=0, update=0) for row in rows if row["kind"] == kind]
-        shares = {
-            "unassisted": [
-                percent(score.unassisted)
-                + (f" {interval_text(score)}" if math.isfinite(score.low) else "")
-                for score in scores
-                if math.isfinite(score.unassisted)
-            ],
-            "assisted": [percent(score.assisted) for score in scores],
-        }
-        # Where nothing was guided there is no assisted share, and no end to compare with.
-        if not all(math.isfinite(score.assisted) for score in (*scores[:1], *scores[-1:])):
-            del shares["assisted"]
-        return lines + [
-            f"{name}, {source}: {' -> '.join([*texts[:1], *texts[1:][-1:]])}"
-            for name, texts in shares.items()
-            if texts
-        ]
+        known = [score for score in scores if math.isfinite(score.unassisted)]
+        texts = from_to(known[:1] + known[1:][-1:])
+        return lines + [f"{name}, {source}: {text}" for name, text in texts.items()]
 
 
 def rescued_texts(rollout: Mapping[str, Any]) -> dict[str, str]:

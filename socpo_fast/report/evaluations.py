@@ -8,7 +8,6 @@ A training run may write to the same folder meanwhile, so metrics.jsonl is left 
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, TypeAdapter
 
 from socpo_fast.files import locked, replace_file
-from socpo_fast.report.tracker import ScalarWriter
+from socpo_fast.report.tracker import ScalarWriter, without_nan
 
 FILE = "eval.json"
 
@@ -38,8 +37,8 @@ _EVALUATIONS = TypeAdapter(list[Evaluation])
 
 def add_evaluation(
     folder: Path, metrics: Mapping[str, float], *, checkpoint: str, data: str, measured_by: str
-) -> Path:
-    """Adds an evaluation to a run's eval.json and returns the file's path.
+) -> None:
+    """Adds an evaluation to a run's eval.json.
 
     TensorBoard shows it as the run tb/eval, at the update that the checkpoint's name ends in, or 0.
 
@@ -69,12 +68,6 @@ def add_evaluation(
     scalars = ScalarWriter(folder / "tb" / "eval")
     scalars.add({f"eval/{name}": x for name, x in metrics.items()}, int(update[1]) if update else 0)
     scalars.close()
-    return folder / FILE
-
-
-def without_nan(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Returns metrics as JSON can hold them: None for what is not known."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:

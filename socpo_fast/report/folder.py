@@ -21,8 +21,12 @@ def check_is_run(folder: Path) -> None:
     """Refuses a folder without anything that a run or an evaluation leaves; names runs near it."""
     if is_run(folder):
         return
-    near = [folder, folder / "runs", folder.parent]
-    runs = [str(path) for parent in near if parent.is_dir() for path in sorted(parent.iterdir())]
+    runs = [
+        str(path)
+        for parent in (folder, folder / "runs", folder.parent)
+        if parent.is_dir()
+        for path in sorted(parent.iterdir())
+    ]
     names = [name for name in dict.fromkeys(runs) if is_run(Path(name))]
     advice = f"runs are {', '.join(names[:5])}" if names else "socpo demo makes one"
     raise ValueError(f"report: {folder} must be a run folder, got none there; {advice}")

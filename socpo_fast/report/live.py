@@ -258,6 +258,22 @@ def interval_text(score: Score) -> str:
     return f"({100 * score.low:.1f} to {100 * score.high:.1f})"
 
 
+def from_to(ends: Sequence[Score]) -> dict[str, str]:
+    """Returns the shares of the first and the last score, or of the only one, as text.
+
+    There is no assisted share unless it is known at both ends.
+    """
+    texts = {
+        "unassisted": [
+            percent(x.unassisted) + (f" {interval_text(x)}" if math.isfinite(x.low) else "")
+            for x in ends
+        ]
+    }
+    if all(math.isfinite(x.assisted) for x in ends):
+        texts["assisted"] = [percent(x.assisted) for x in ends]
+    return {name: " -> ".join(parts) for name, parts in texts.items() if parts}
+
+
 def hms(seconds: float) -> str:
     """Returns seconds as hours:minutes:seconds."""
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"

@@ -31,6 +31,14 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def warning_line(message: Warning | str, *_rest: object, **_named: object) -> str:
+    """Returns a warning as one line, without the source line that Python would add.
+
+    It takes the place of warnings.formatwarning.
+    """
+    return one_line(f"warning: {message}") + "\n"
+
+
 def tell(text: str, stream: TextIO | None = None) -> None:
     """Prints text at once, to stdout or another stream; a reader that has gone misses it.
 

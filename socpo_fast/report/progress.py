@@ -15,7 +15,7 @@ from rich.console import Console
 
 from socpo_fast.metrics import Kind
 from socpo_fast.report.accuracy import failures_text
-from socpo_fast.report.live import LiveDisplay, hms, interval_text, percent
+from socpo_fast.report.live import LiveDisplay, from_to, hms, percent
 from socpo_fast.report.printable import one_line, printable
 from socpo_fast.report.status import Score, Status
 from socpo_fast.report.summary import mean, with_interval
@@ -153,8 +153,7 @@ class Progress:
             self._live.stop()
         rows = [*self._changes(), *self._work_done(), *facts]
         if self.quiet:
-            texts = [title, *(f"{label} {text}" for label, text in rows)]
-            self.warn(one_line("; ".join(texts)))
+            self.warn(one_line("; ".join([title, *map(" ".join, rows)])))
             return
         rows += [("next" if i == 0 else "", command) for i, command in enumerate(next_commands)]
         self.note("\n".join([title, *(f"  {label:<14}{text}" for label, text in rows)]))
@@ -200,9 +199,9 @@ class Progress:
             f"{seconds / status.num_ended[kind]:.1f} s {unit[kind]}"
             for kind, seconds in status.spent_s.items()
         )
-        total_s = status.elapsed_s + (status.left_s or 0.0)
         what = "the whole run" if status.first_batch == 1 else "the rest of the run"
-        return f"estimate: {what} takes about {hms(total_s)} ({paces})"
+        time_text = hms(status.elapsed_s + (status.left_s or 0.0))
+        return f"estimate: {what} takes about {time_text} ({paces})"
 
     def _changes(self) -> list[tuple[str, str]]:
         """Returns lines from where to where the student came, by evaluations if there are two."""
@@ -218,17 +217,11 @@ class Progress:
         where = "held-out questions" if name == "eval" else "training batches"
         # The first and the last one, or the only one.
         ends = scores[name][:1] + scores[name][1:][-1:]
-        if not ends:
-            return []
-        texts = [
-            percent(x.unassisted) + (f" {interval_text(x)}" if math.isfinite(x.low) else "")
-            for x in ends
-        ]
         span = " to ".join(str(x.update) for x in ends)
-        rows = [("unassisted", f"{' -> '.join(texts)}  {where}, update {span}")]
-        if all(math.isfinite(x.assisted) for x in ends):
-            rows.append(("assisted", " -> ".join(percent(x.assisted) for x in ends)))
-        return rows
+        texts = from_to(ends)
+        if texts:
+            texts["unassisted"] += f"  {where}, update {span}"
+        return list(texts.items())
 
     def _work_done(self) -> list[tuple[str, str]]:
         """Returns lines of what was done: sums of the run, and the teacher's part."""

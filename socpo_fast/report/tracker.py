@@ -56,9 +56,9 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         """Writes one row. batch counts from 1; update is the number of updates made so far."""
         for name in metrics:
             assert meaning_of(name), f"metric {name} is not described in METRICS"
-        values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        row = {"kind": kind, "batch": batch, "update": update, **without_nan(metrics)}
         with named_failure(self.path):
-            append_row(self._file, {"kind": kind, "batch": batch, "update": update, **values})
+            append_row(self._file, row)
         prefix = "eval/" if kind == "eval" else ""
         self._scalars.add({prefix + name: value for name, value in metrics.items()}, update)
 
@@ -113,6 +113,11 @@ class ScalarWriter:
             warnings.warn(
                 f"{self.folder}: TensorBoard stops here ({error}); the run goes on", stacklevel=4
             )
+
+
+def without_nan(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Returns metrics as JSON can hold them: None for what is not known."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
